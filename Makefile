@@ -1,0 +1,37 @@
+# make quickstart   trains the quickstart model and its dense twin (about ten minutes on two cores)
+# make test         lint, types and the quick tests (PYTHON=python3.13 for another interpreter)
+# make test-all     the slow tests as well
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: quickstart test test-all lint clean
+
+# One stamp a set of dependencies: installed again only when setup.py changes.
+$(VENV)/.core: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+quickstart: $(VENV)/.core
+	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py --workdir=$(RUNS)/quickstart
+	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py:dense --workdir=$(RUNS)/quickstart_dense
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow' -n 2
+
+test-all: lint
+	$(BIN)/python -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

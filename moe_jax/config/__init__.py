@@ -1,0 +1,35 @@
+"""Every setting, as frozen dataclasses that check themselves.
+
+The defaults and the meaning of each field stand beside it in `run`, `model` and `moe`. A user
+writes an `ml_collections.ConfigDict` (see `configs/`); `from_config_dict` turns it once, before
+any device work, into an `ExperimentConfig`, and nothing below that reads the `ConfigDict`.
+"""
+
+from moe_jax.config.convert import config_dict, difference, from_config_dict
+from moe_jax.config.model import ModelConfig
+from moe_jax.config.moe import (
+    CAPACITY_PRESETS,
+    BalanceConfig,
+    CapacityConfig,
+    MoEConfig,
+    RouterConfig,
+    queue_is_causal,
+)
+from moe_jax.config.run import DataConfig, ExperimentConfig, OptimizerConfig, TrainingConfig
+
+__all__ = [
+    "CAPACITY_PRESETS",
+    "BalanceConfig",
+    "CapacityConfig",
+    "DataConfig",
+    "ExperimentConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RouterConfig",
+    "TrainingConfig",
+    "config_dict",
+    "difference",
+    "from_config_dict",
+    "queue_is_causal",
+]

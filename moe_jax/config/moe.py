@@ -1,0 +1,278 @@
+"""Settings of the MoE block: router, balance, capacity, experts."""
+
+import dataclasses
+
+from moe_jax.config.check import require, require_at_least, require_choice, require_fraction
+
+ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+DTYPES = ("float32", "bfloat16")
+QUEUE_ORDERS = ("token_major", "choice_major", "batch_prioritized", "probability", "random")
+LOAD_BALANCE_CONVENTIONS = ("switch", "flaxformer", "megatron", "huggingface")
+LOAD_BALANCE_SCOPES = ("group", "sequence", "microbatch", "global")
+DISPATCHERS = ("auto", "einsum", "gather", "ragged")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Token-choice routing: from router logits to the experts and gates of a token."""
+
+    score: str = "softmax"  # "softmax" over experts, or "sigmoid" of each logit (DeepSeek-V3)
+    score_before_topk: bool = True  # False: softmax over the selected logits only (Mixtral)
+    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
+    scaling_factor: float = 1.0  # multiplies the gates last (DeepSeek-V2: 16, V3: 2.5)
+    input_jitter: float = 0.0  # eps: the router's own copy of x times U(1-eps, 1+eps), in training
+    logit_noise_std: float = 0.0  # standard deviation of Gaussian noise on the logits, in training
+    num_expert_groups: int = 1  # group-limited selection: experts in this many groups ...
+    num_selected_groups: int = 1  # ... and a token may only use the best so many of them
+    group_score: str = "max"  # worth of a group: "max" expert score (V2) or "top2_sum" (V3)
+    init_stddev: float = 0.02  # router weights: truncated normal of this standard deviation
+    dtype: str = "float32"  # dtype of logits, probabilities and gates; other than float32: studies
+
+    def __post_init__(self) -> None:
+        """Checks the fields that need no other config."""
+        require_choice("router.score", self.score, ("softmax", "sigmoid"))
+        require_choice("router.group_score", self.group_score, ("max", "top2_sum"))
+        require_choice("router.dtype", self.dtype, DTYPES)
+        require_fraction("router.input_jitter", self.input_jitter)
+        require_at_least("router.logit_noise_std", self.logit_noise_std, 0)
+        require_at_least("router.num_selected_groups", self.num_selected_groups, 1)
+        require(
+            self.scaling_factor > 0,
+            "router.scaling_factor is positive",
+            f"router.scaling_factor={self.scaling_factor}",
+            "Use 1.0 for no scaling",
+        )
+        require(
+            self.num_selected_groups <= self.num_expert_groups,
+            "router.num_selected_groups is at most router.num_expert_groups",
+            f"{self.num_selected_groups} of {self.num_expert_groups}",
+            "Lower num_selected_groups, or set both to 1 for selection among all experts",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps the load of the experts even. Weights multiply the mean over MoE layers."""
+
+    load_balance_weight: float = 0.01  # weight of the load-balance loss
+    load_balance_convention: str = "megatron"  # f_e over all K choices / K: 1 at uniform routing
+    load_balance_scope: str = "global"  # f_e and P_e are means over: group, sequence, ...
+    router_z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE: 1e-3)
+    bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias; 0: no bias
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        require_choice(
+            "balance.load_balance_convention",
+            self.load_balance_convention,
+            LOAD_BALANCE_CONVENTIONS,
+        )
+        require_choice("balance.load_balance_scope", self.load_balance_scope, LOAD_BALANCE_SCOPES)
+        for name in ("load_balance_weight", "router_z_loss_weight", "bias_update_rate"):
+            require_at_least(f"balance.{name}", getattr(self, name), 0)
+        require(
+            self.load_balance_convention != "huggingface"
+            or self.load_balance_scope in ("microbatch", "global"),
+            "balance.load_balance_convention='huggingface' multiplies means over all layers and "
+            "tokens, so its scope is 'microbatch' or 'global'",
+            f"load_balance_scope={self.load_balance_scope!r}",
+            "Change the scope or the convention",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityConfig:
+    """How many slots an expert has in a group of tokens, and who gets them."""
+
+    train_factor: float = 1.25  # slots over the mean load, in training; 0: dropless
+    eval_factor: float = 2.0  # the same for the capacity-limited evaluation, beside the dropless
+    preset: str = ""  # a system's rule and queue, from CAPACITY_PRESETS; "": the fields below
+    per: str = "assignment"  # mean load counts K*tokens; "token": tokens; "choice": K * per token
+    rounding: str = "ceil"  # of the product: "ceil", "floor", "nearest" (half to even)
+    round_mean_up: bool = False  # round the mean load up before the factor is applied (MaxText)
+    multiple_of: int = 1  # then up to a multiple of this
+    minimum: int = 1  # and no fewer slots than this
+    queue_order: str = "token_major"  # who is served first when an expert is full
+
+    def __post_init__(self) -> None:
+        """Checks the fields and fills in a preset."""
+        require_choice("capacity.preset", self.preset, ("", *CAPACITY_PRESETS))
+        if self.preset:
+            self._fill_in_preset()
+        require_choice("capacity.per", self.per, ("assignment", "token", "choice"))
+        require_choice("capacity.rounding", self.rounding, ("ceil", "floor", "nearest"))
+        require_choice("capacity.queue_order", self.queue_order, QUEUE_ORDERS)
+        for name, least in (("multiple_of", 1), ("minimum", 1)):
+            require_at_least(f"capacity.{name}", getattr(self, name), least)
+        for name in ("train_factor", "eval_factor"):
+            require_at_least(f"capacity.{name}", getattr(self, name), 0)
+
+    def _fill_in_preset(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in CAPACITY_PRESETS[self.preset].items():
+            given = getattr(self, name)
+            require(
+                given in (defaults[name], value),
+                f"capacity.preset={self.preset!r} sets capacity.{name}={value!r}",
+                f"capacity.{name}={given!r} as well",
+                f"Drop capacity.{name}, or the preset",
+            )
+            object.__setattr__(self, name, value)
+
+
+# What each system computes, read from its source; the queue is the system's own.
+CAPACITY_PRESETS: dict[str, dict[str, str | int | bool]] = {
+    "mesh_tensorflow": {
+        "per": "token", "rounding": "floor", "minimum": 4, "queue_order": "choice_major",
+    },
+    "flaxformer": {
+        "per": "token", "rounding": "nearest", "minimum": 4, "queue_order": "choice_major",
+    },
+    "vmoe": {"rounding": "ceil", "multiple_of": 4, "queue_order": "choice_major"},
+    "maxtext": {"rounding": "floor", "round_mean_up": True, "queue_order": "token_major"},
+    "megatron": {"rounding": "ceil", "queue_order": "probability"},
+    "deepspeed": {"rounding": "ceil", "minimum": 4, "queue_order": "choice_major"},
+    "tutel": {
+        "per": "choice", "rounding": "floor", "round_mean_up": True, "queue_order": "choice_major",
+    },
+    "megablocks": {"rounding": "floor", "queue_order": "token_major"},
+    "olmo_core": {"rounding": "floor", "multiple_of": 8, "queue_order": "token_major"},
+    "simply": {"per": "token", "rounding": "floor", "queue_order": "token_major"},
+    "axlearn": {
+        "per": "token", "rounding": "floor", "multiple_of": 4, "queue_order": "choice_major",
+    },
+}  # fmt: skip
+
+
+def queue_is_causal(queue_order: str, num_selected_experts: int) -> bool:
+    """Whether the slots of a token never depend on later tokens of its group.
+
+    Token-major order serves tokens as they come. Choice-major order serves every first choice
+    before any second choice, so with K > 1 a later token can evict an earlier one's second choice.
+    The other orders rank tokens of the whole group against each other.
+    """
+    if queue_order == "choice_major":
+        return num_selected_experts == 1
+    return queue_order == "token_major"
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """The MoE block, and which layers of the model have one in place of their dense FFN."""
+
+    num_experts: int = 8  # E: routed experts, 1 to 512; with 1 there is no router
+    num_selected_experts: int = 1  # K: routed experts a token uses, 1 to E
+    expert_dim: int = 512  # H: hidden dim of one expert
+    activation: str = "relu"  # "relu", "gelu": two matrices; "swiglu", "geglu": three
+    use_bias: bool = False  # biases in the experts
+    num_shared_experts: int = 0  # experts every token uses, computed as one FFN of so many times H
+    shared_expert_gate: bool = False  # scale the shared output by sigmoid(x . w) (Qwen)
+    expert_dropout_rate: float = 0.0  # dropout on expert hidden units (Switch, fine-tuning: 0.4)
+    init_scale: float = 1.0  # variance scale of expert weights over fan-in (Switch: 0.1)
+    identical_init: bool = False  # every expert starts from the same weights (V-MoE)
+    group_size: int = 0  # tokens among which capacity is counted; 0: one sequence
+    dispatch: str = "auto"  # "einsum", "gather", "ragged"; "auto": the fastest of the platform
+    layer_period: int = 1  # every n-th layer is MoE; 0: none
+    layer_offset: int = 0  # the first MoE layer of a period
+    num_dense_first: int = 0  # the first k layers stay dense, the period starts after them
+    layers: tuple[int, ...] = ()  # the MoE layers one by one, in place of the period
+    allow_noncausal_routing: bool = False  # accept routing that looks at later tokens
+    router: RouterConfig = RouterConfig()
+    balance: BalanceConfig = BalanceConfig()
+    capacity: CapacityConfig = CapacityConfig()
+
+    def __post_init__(self) -> None:
+        """Checks fields against each other."""
+        require(
+            1 <= self.num_experts <= 512,
+            "moe.num_experts lies in 1..512",
+            f"moe.num_experts={self.num_experts}",
+            "Change it; for a dense model set moe.layer_period=0",
+        )
+        require(
+            1 <= self.num_selected_experts <= self.num_experts,
+            "moe.num_selected_experts lies in 1..num_experts",
+            f"num_selected_experts={self.num_selected_experts}, num_experts={self.num_experts}",
+            "Lower num_selected_experts or raise num_experts",
+        )
+        require_choice("moe.activation", self.activation, ACTIVATIONS)
+        require_choice("moe.dispatch", self.dispatch, DISPATCHERS)
+        require_fraction("moe.expert_dropout_rate", self.expert_dropout_rate)
+        for name, least in (
+            ("expert_dim", 1), ("num_shared_experts", 0), ("group_size", 0),
+            ("layer_period", 0), ("layer_offset", 0), ("num_dense_first", 0),
+        ):  # fmt: skip
+            require_at_least(f"moe.{name}", getattr(self, name), least)
+        self._check_gates()
+        self._check_groups()
+        self._check_causality()
+        require(
+            not self.shared_expert_gate or self.num_shared_experts > 0,
+            "moe.shared_expert_gate needs moe.num_shared_experts > 0",
+            f"num_shared_experts={self.num_shared_experts}",
+            "Add a shared expert or drop the gate",
+        )
+
+    def _check_gates(self) -> None:
+        constant = self.router.renormalize or (
+            self.router.score == "softmax" and not self.router.score_before_topk
+        )
+        require(
+            self.num_experts == 1 or self.num_selected_experts > 1 or not constant,
+            "with moe.num_selected_experts=1 the gate is the router's own probability: "
+            "renormalised, or as a softmax over the one selected logit, it is always 1 and the "
+            "router gets no gradient from the task",
+            f"router.renormalize={self.router.renormalize}, "
+            f"router.score_before_topk={self.router.score_before_topk}",
+            "Set renormalize=False and score_before_topk=True, or use more than one expert a token",
+        )
+
+    def _check_groups(self) -> None:
+        groups, kept = self.router.num_expert_groups, self.router.num_selected_groups
+        size, remainder = divmod(self.num_experts, groups)
+        require(
+            remainder == 0,
+            "router.num_expert_groups divides moe.num_experts",
+            f"num_expert_groups={groups}, num_experts={self.num_experts}",
+            "Use a divisor",
+        )
+        require(
+            kept * size >= self.num_selected_experts,
+            "the selected groups hold at least moe.num_selected_experts experts",
+            f"{kept} groups of {size} experts, num_selected_experts={self.num_selected_experts}",
+            "Raise router.num_selected_groups",
+        )
+        require(
+            groups == 1 or self.router.group_score == "max" or size >= 2,
+            "router.group_score='top2_sum' needs groups of two experts or more",
+            f"groups of {size}",
+            "Use fewer groups or group_score='max'",
+        )
+
+    def _check_causality(self) -> None:
+        order = self.capacity.queue_order
+        require(
+            self.allow_noncausal_routing
+            or self.capacity.train_factor == 0
+            or queue_is_causal(order, self.num_selected_experts),
+            "in a causal model whether a token keeps its slot must not depend on later tokens",
+            f"capacity.queue_order={order!r} with "
+            f"num_selected_experts={self.num_selected_experts}",
+            "Use queue_order='token_major' or train_factor=0 (dropless), or accept the leak with "
+            "moe.allow_noncausal_routing=True",
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether an expert is a GLU of three matrices."""
+        return self.activation in GATED_ACTIVATIONS
+
+    def moe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The indices of the MoE layers among `num_layers`, in order."""
+        if self.layers:
+            return self.layers
+        if self.layer_period == 0:
+            return ()
+        start = self.num_dense_first + self.layer_offset
+        return tuple(range(start, num_layers, self.layer_period))

@@ -1,0 +1,46 @@
+"""Packaging of moe_jax; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moe_jax",
+    version="0.1.0",
+    description="Mixture-of-experts language models in JAX and Flax, for research on TPUs and GPUs",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+    package_data={
+        "moe_jax": ["py.typed"],
+        "moe_jax.data": ["*.jsonl.xz", "*.md", "*.txt", "*.json"],
+    },
+    # Floors are the oldest versions that the test suite has run with.
+    install_requires=[
+        "absl-py>=2.3",
+        "array_record>=0.8.1",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib>=3.10",
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=14.0",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.18",
+            "pytest>=8.4",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+        ],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "notebooks": ["jupyterlab>=4.4", "nbconvert>=7.16", "ipykernel>=6.30"],
+        "hf": ["safetensors>=0.6", "transformers>=5.0", "torch>=2.9"],
+    },
+)
