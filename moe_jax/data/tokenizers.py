@@ -1,0 +1,129 @@
+"""Text to token ids and back, with the number of bytes that each token stands for.
+
+Losses per token cannot be compared across tokenizers; bits per byte can. A tokenizer therefore
+carries `token_bytes_V`, and the bytes of a text are the sum over its tokens.
+"""
+
+import abc
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        name: the string that `open_tokenizer` turns into this tokenizer.
+        vocab_size: V, number of ids; at most 65,536, for ids are stored as uint16.
+        pad_id: fills what is not text; its loss weight is 0.
+        bos_id: begins every document, so that its first token has something to be predicted
+            from. Generation starts from it.
+        eos_id: ends every document.
+        token_bytes_V: int32 [V], UTF-8 bytes that each id stands for; 0 for ids that are not
+            text.
+    """
+
+    name: str
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    token_bytes_V: np.ndarray
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Encodes a text, without `bos_id` and `eos_id`.
+
+        Args:
+            text: any text that UTF-8 can express.
+
+        Returns:
+            uint16 [N], the ids.
+        """
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decodes ids; ids that are not text are left out.
+
+        Args:
+            ids: integers [N] in [0, V).
+
+        Returns:
+            The text; bytes that are not UTF-8 (a sequence cut inside a character) become U+FFFD.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 that changes whenever an encoding may."""
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Encodes a whole document.
+
+        Args:
+            text: any text that UTF-8 can express.
+
+        Returns:
+            uint16 [N + 2]: `bos_id`, the N ids of the text, `eos_id`.
+        """
+        ids = self.encode(text)
+        document = np.empty(len(ids) + 2, np.uint16)
+        document[0], document[1:-1], document[-1] = self.bos_id, ids, self.eos_id
+        return document
+
+
+class ByteTokenizer(Tokenizer):
+    """One token a UTF-8 byte; vocabulary of 384.
+
+    Ids: 0 pad, 1 bos, 2 eos; 3 to 258 the bytes 0 to 255; 259 to 383 are 125 sentinels,
+    reserved for span corruption, which no text encodes to. 384 is a multiple of 128, so that an
+    embedding divides evenly over devices.
+    """
+
+    name = "byte"
+    vocab_size = 384
+    pad_id = 0
+    bos_id = 1
+    eos_id = 2
+    num_sentinels = 125
+    _FIRST_BYTE = 3
+
+    def __init__(self) -> None:
+        self.token_bytes_V = np.zeros(self.vocab_size, np.int32)
+        self.token_bytes_V[self._FIRST_BYTE : self._FIRST_BYTE + 256] = 1
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encodes a text to uint16 [bytes]; see `Tokenizer.encode`."""
+        bytes_N = np.frombuffer(text.encode(), np.uint8)
+        return bytes_N.astype(np.uint16) + np.uint16(self._FIRST_BYTE)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decodes ids, leaving out special ids and sentinels; see `Tokenizer.decode`."""
+        bytes_N = np.asarray(ids, np.int64) - self._FIRST_BYTE
+        is_byte_N = (bytes_N >= 0) & (bytes_N < 256)
+        return bytes_N[is_byte_N].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def fingerprint(self) -> str:
+        """Sha256 of the layout of the vocabulary."""
+        return hashlib.sha256(b"byte: pad bos eos, 256 bytes, 125 sentinels").hexdigest()
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """Opens the tokenizer that `name` describes.
+
+    Args:
+        name: `byte`, or `sentencepiece:PATH` with the path of a .model file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: if the name has neither form, or the model cannot serve.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    raise ValueError(
+        f"A tokenizer is 'byte' or 'sentencepiece:PATH': got {name!r}. "
+        "Set config.data.tokenizer to one of them."
+    )
