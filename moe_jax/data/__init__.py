@@ -1,0 +1,29 @@
+"""Corpora, tokenizers, objectives, and the batches that are made of them.
+
+The way of a text: a document of a corpus (`corpora`) is encoded (`tokenizers`) into token files
+(`token_files`), read back in windows (`windows`), turned into examples (`objectives`), mixed and
+batched (`pipeline`).
+"""
+
+from moe_jax.data.corpora import Corpus, Document, open_corpus
+from moe_jax.data.objectives import OBJECTIVES, Example, RawWindow
+from moe_jax.data.pipeline import domain_names, heldout_batches, train_batches
+from moe_jax.data.token_files import TokenFiles, prepare_token_files
+from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer, open_tokenizer
+
+__all__ = [
+    "OBJECTIVES",
+    "ByteTokenizer",
+    "Corpus",
+    "Document",
+    "Example",
+    "RawWindow",
+    "TokenFiles",
+    "Tokenizer",
+    "domain_names",
+    "heldout_batches",
+    "open_corpus",
+    "open_tokenizer",
+    "prepare_token_files",
+    "train_batches",
+]

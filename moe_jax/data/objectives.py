@@ -1,0 +1,93 @@
+"""What a model is asked to predict: pure functions from a window of tokens to an example."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+Example = dict[str, np.ndarray]
+
+
+class RawWindow(NamedTuple):
+    """A stretch of a domain's tokens, documents one after the other.
+
+    Attributes:
+        tokens: int32 [N], the ids; N is at least 2.
+        segment_ids: int32 [N], 1 for the tokens of the first document in the window, 2 for the
+            second, and so on.
+        positions: int32 [N], 0 at the start of the window and of each document.
+        domain: the domain's id.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    domain: int
+
+
+# (window, *, sequence_length, pad_id) -> example of arrays of fixed shape.
+Objective = Callable[..., Example]
+
+
+def causal_lm(window: RawWindow, *, sequence_length: int, pad_id: int) -> Example:
+    """Predict each token from those before it in its document.
+
+    Args:
+        window: of N tokens, 2 <= N <= L + 1.
+        sequence_length: L. A window of fewer than L + 1 tokens is padded at its end.
+        pad_id: fills inputs and targets where the window has no token.
+
+    Returns:
+        `inputs`: int32 [L]; `targets`: int32 [L], the token after each input;
+        `segment_ids`: int32 [L], the input's document in the window from 1 on, 0 only where
+        padded; `positions`: int32 [L], 0 at the start of the window and of each document;
+        `loss_weights`: float32 [L], 1 where the target is of the input's document, 0 where it
+        begins the next one or is padding; `domain`: int32 scalar.
+    """
+    num_inputs = len(window.tokens) - 1
+    assert 1 <= num_inputs <= sequence_length, (num_inputs, sequence_length)
+    same_document = window.segment_ids[1:] == window.segment_ids[:-1]
+    if num_inputs == sequence_length:
+        inputs, targets = window.tokens[:-1], window.tokens[1:]
+        segment_ids, positions = window.segment_ids[:-1], window.positions[:-1]
+        loss_weights = same_document.astype(np.float32)
+    else:
+        padding = (0, sequence_length - num_inputs)
+        inputs = np.pad(window.tokens[:-1], padding, constant_values=pad_id)
+        targets = np.pad(window.tokens[1:], padding, constant_values=pad_id)
+        segment_ids = np.pad(window.segment_ids[:-1], padding)
+        positions = np.pad(window.positions[:-1], padding)
+        loss_weights = np.pad(same_document.astype(np.float32), padding)
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "loss_weights": loss_weights,
+        "domain": np.int32(window.domain),
+    }
+
+
+# A new objective is a function of this signature and a line here.
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"causal_lm": causal_lm})
+
+
+def get_objective(name: str) -> Objective:
+    """Looks an objective up by name.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+
+    Returns:
+        The function (window, *, sequence_length, pad_id) -> example.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"The objective must be one of {sorted(OBJECTIVES)}: got {name!r}. "
+            "Set config.data.objective to one of them."
+        )
+    return OBJECTIVES[name]

@@ -1,0 +1,253 @@
+"""Batches for training and for held-out evaluation.
+
+The training stream is a function of the configuration and the step alone: `train_batches` can
+begin at any step, and the global batch does not depend on how many hosts share it. The one
+integer that resumes it, the step, lives with the training state.
+"""
+
+import dataclasses
+import fractions
+import math
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from moe_jax.config import DataConfig
+from moe_jax.data.corpora import HELDOUT, TRAIN, open_corpus
+from moe_jax.data.objectives import Example, get_objective
+from moe_jax.data.token_files import TokenFiles, prepare_token_files
+from moe_jax.data.tokenizers import open_tokenizer
+from moe_jax.data.windows import Windows
+
+# Batches read ahead by one background thread while the device computes.
+_PREFETCH_BATCHES = 4
+
+
+def domain_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the corpus's domains; the `domain` of an example is an index into them.
+
+    Args:
+        config: of which only `corpus` is read.
+
+    Returns:
+        The names, whether or not `config.domain_weights` leaves some out of training.
+    """
+    return open_corpus(config.corpus).domains()
+
+
+def train_batches(
+    config: DataConfig,
+    *,
+    global_batch_size: int,
+    host_index: int = 0,
+    host_count: int = 1,
+    start_step: int = 0,
+) -> Iterator[Example]:
+    """Endless training batches.
+
+    Each domain is cut into windows of L tokens, shuffled anew every epoch; domains are then
+    interleaved window by window in exact proportion to their weights. Host h of H gets rows
+    [h * B / H, (h + 1) * B / H) of the global batch of B rows, which is the same for every H.
+
+    Args:
+        config: what to read.
+        global_batch_size: B, rows of a batch over all hosts.
+        host_index: h, in [0, host_count).
+        host_count: H, a divisor of B.
+        start_step: the step whose batch comes first; 0 begins the stream.
+
+    Returns:
+        Iterator of dicts of arrays [B / H, L] and `domain` [B / H]; `objectives.causal_lm`
+        says what they hold.
+
+    Raises:
+        ValueError: if H does not divide B, `domain_weights` names an unknown domain, a domain
+            has too few tokens, or the corpus, tokenizer or objective cannot be opened.
+    """
+    rows = _rows_of_host(global_batch_size, host_index, host_count)
+    sources = _windows(config, TRAIN, keep_partial=False)
+    weights = _domain_weights(config, sources)
+    datasets = [
+        grain.MapDataset.source(sources[domain])
+        .seed(_domain_seed(config.seed, domain_id))
+        .shuffle()
+        .repeat()
+        for domain_id, domain in enumerate(sources)
+        if domain in weights
+    ]
+    mixed = grain.MapDataset.select_from_datasets(datasets, DomainMixture(tuple(weights.values())))
+    # Slicing batches, rather than rows, gives a host consecutive rows of the global batch.
+    batches = mixed.batch(rows, drop_remainder=True)[host_index::host_count]
+    iterator = iter(
+        batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
+        )
+    )
+    iterator.set_state({"next_index": start_step})
+    return iterator
+
+
+def heldout_batches(
+    config: DataConfig,
+    *,
+    batch_size: int,
+    max_batches: int | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> Iterator[Example]:
+    """One pass over the held-out windows, the same in every run, host count and seed.
+
+    Every held-out token is a target with weight 1 once, but for each document's `bos_id`.
+    Domains are interleaved in proportion to their windows, so that `max_batches` samples all of
+    them. The last batch is filled up with rows of `segment_ids` and `loss_weights` 0.
+
+    Args:
+        config: what to read; `domain_weights` and `seed` have no effect.
+        batch_size: B, rows of a batch over all hosts.
+        max_batches: number of batches at most; None for all.
+        host_index: h, in [0, host_count).
+        host_count: H, a divisor of B; host h gets rows [h * B / H, (h + 1) * B / H).
+
+    Returns:
+        Iterator of dicts of arrays [B / H, L] and `domain` [B / H], as `train_batches`.
+
+    Raises:
+        ValueError: if H does not divide B, nothing is held out, or the corpus, tokenizer or
+            objective cannot be opened.
+    """
+    rows = _rows_of_host(batch_size, host_index, host_count)
+    sources = list(_windows(config, HELDOUT, keep_partial=True).values())
+    order = _interleave([len(source) for source in sources])
+    if not order:
+        raise ValueError(
+            f"No text of {config.corpus!r} is held out at heldout_fraction="
+            f"{config.heldout_fraction}. Raise config.data.heldout_fraction, or do not evaluate."
+        )
+    num_batches = -(-len(order) // batch_size)
+    if max_batches is not None:
+        num_batches = min(num_batches, max_batches)
+    return _read_heldout(
+        sources, order, [b * batch_size + host_index * rows for b in range(num_batches)], rows
+    )
+
+
+def _read_heldout(
+    sources: Sequence[Windows], order: list[tuple[int, int]], starts: list[int], rows: int
+) -> Iterator[Example]:
+    """Yields the batch of rows [start, start + rows) of `order` for each start."""
+    padding = {name: np.zeros_like(value) for name, value in sources[order[0][0]][0].items()}
+    for start in starts:
+        examples = [sources[s][index] for s, index in order[start : start + rows]]
+        examples += [padding] * (rows - len(examples))
+        yield {name: np.stack([example[name] for example in examples]) for name in padding}
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainMixture(grain.transforms.DatasetSelectionMap):
+    """Interleaves endless datasets so that every prefix has the shares of the weights.
+
+    After k rows a dataset of weight w has given k * w / sum(weights) rows, to within as many
+    rows as there are datasets. `grain.MapDataset.mix` rounds weights to
+    a hundredth of the smallest.
+
+    Attributes:
+        weights: positive, one a dataset; any scale.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        # As they are written in decimal, so that 0.3 and 0.2 are exactly as 3 to 2.
+        ratios = [fractions.Fraction(str(weight)) for weight in self.weights]
+        denominator = math.lcm(*(ratio.denominator for ratio in ratios))
+        shares = tuple(int(ratio * denominator) for ratio in ratios)
+        object.__setattr__(self, "_shares", shares)
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Returns the dataset and its row for row `index` of the mixture.
+
+        A row goes to the first dataset if its share, of the rows so far, grows by one with it;
+        what is left over goes to the second by the same rule, and so on.
+        """
+        shares: tuple[int, ...] = self._shares
+        remaining = sum(shares)
+        for dataset, share in enumerate(shares[:-1]):
+            taken = index * share // remaining
+            if (index + 1) * share // remaining > taken:
+                return dataset, taken
+            index -= taken
+            remaining -= share
+        return len(shares) - 1, index
+
+
+def _windows(config: DataConfig, split: str, *, keep_partial: bool) -> dict[str, Windows]:
+    """Windows of every domain, by name, in the order of the domains' ids."""
+    tokenizer = open_tokenizer(config.tokenizer)
+    objective = get_objective(config.objective)
+    files: TokenFiles = prepare_token_files(
+        open_corpus(config.corpus),
+        tokenizer,
+        heldout_fraction=config.heldout_fraction,
+        cache_dir=config.cache_dir,
+    )
+    return {
+        domain: Windows(
+            files,
+            split,
+            domain,
+            sequence_length=config.sequence_length,
+            objective=objective,
+            pad_id=tokenizer.pad_id,
+            keep_partial=keep_partial,
+        )
+        for domain in files.domains
+    }
+
+
+def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str, float]:
+    """Weights of the domains to train on, in the order of the domains' ids."""
+    weights: dict[str, float] = dict(config.domain_weights)
+    if unknown := sorted(set(weights) - set(sources)):
+        raise ValueError(
+            f"domain_weights may name the domains of {config.corpus!r}, {sorted(sources)}: "
+            f"got {unknown}. Correct config.data.domain_weights."
+        )
+    if not weights:
+        # Windows are all of one length: their number is proportional to the tokens.
+        weights = {domain: len(windows) for domain, windows in sources.items()}
+    empty = [domain for domain in sources if domain in weights and not len(sources[domain])]
+    if empty:
+        raise ValueError(
+            "A domain needs at least sequence_length + 1 tokens to train on: "
+            f"{empty} have fewer (sequence_length={config.sequence_length}). Lower "
+            "config.data.sequence_length, or give config.data.domain_weights without them."
+        )
+    return {domain: weights[domain] for domain in sources if domain in weights}
+
+
+def _rows_of_host(batch_size: int, host_index: int, host_count: int) -> int:
+    if batch_size < 1 or batch_size % host_count:
+        raise ValueError(
+            "The number of hosts must divide the global batch size: "
+            f"batch_size={batch_size}, host_count={host_count}. "
+            f"Set the batch size to a multiple of {host_count}."
+        )
+    assert 0 <= host_index < host_count, (host_index, host_count)
+    return batch_size // host_count
+
+
+def _domain_seed(seed: int, domain_id: int) -> int:
+    """A 32-bit seed, unrelated for neighbouring seeds and domains."""
+    return int(np.random.SeedSequence((seed, domain_id)).generate_state(1)[0])
+
+
+def _interleave(lengths: list[int]) -> list[tuple[int, int]]:
+    """Orders all (source, index) so that every prefix holds each source in proportion."""
+    return sorted(
+        ((source, index) for source, length in enumerate(lengths) for index in range(length)),
+        key=lambda item: ((item[1] + 0.5) / lengths[item[0]], item[0]),
+    )

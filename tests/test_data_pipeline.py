@@ -1,0 +1,239 @@
+"""The pipeline: determinism, resumption, hosts, shares of the domains, held-out pass."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config import DataConfig
+from moe_jax.data import corpora, pipeline, token_files, tokenizers
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return DataConfig(
+        corpus="embedded", sequence_length=64, cache_dir=str(tmp_path_factory.mktemp("cache"))
+    )
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_batch_has_the_documented_arrays(config):
+    batch = next(pipeline.train_batches(config, global_batch_size=8))
+    types = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    assert types == {
+        "inputs": ((8, 64), "int32"),
+        "targets": ((8, 64), "int32"),
+        "segment_ids": ((8, 64), "int32"),
+        "positions": ((8, 64), "int32"),
+        "loss_weights": ((8, 64), "float32"),
+        "domain": ((8,), "int32"),
+    }
+
+
+def test_the_stream_is_a_function_of_the_config(config):
+    first = take(pipeline.train_batches(config, global_batch_size=8), 5)
+    assert_equal(first, take(pipeline.train_batches(config, global_batch_size=8), 5))
+    reseeded = dataclasses.replace(config, seed=1)
+    other = take(pipeline.train_batches(reseeded, global_batch_size=8), 5)
+    assert not np.array_equal(first[0]["inputs"], other[0]["inputs"])
+
+
+@settings(max_examples=10, deadline=None)
+@given(step=st.integers(0, 40))
+def test_the_stream_resumes_exactly_at_any_step(config, step):
+    whole = take(pipeline.train_batches(config, global_batch_size=8), step + 3)
+    resumed = take(pipeline.train_batches(config, global_batch_size=8, start_step=step), 3)
+    assert_equal(whole[step:], resumed)
+
+
+def test_the_stream_resumes_exactly_after_many_epochs(config):
+    few_windows = dataclasses.replace(config, domain_weights=(("multilingual", 1.0),))
+    start = 10_000  # Over a hundred epochs of 3,978 windows.
+    first = take(pipeline.train_batches(few_windows, global_batch_size=64, start_step=start), 3)
+    later = pipeline.train_batches(few_windows, global_batch_size=64, start_step=start + 2)
+    assert_equal(first[2:], take(later, 1))
+
+
+@pytest.mark.parametrize("host_count", [1, 2, 4, 8])
+def test_hosts_side_by_side_hold_the_global_batch(config, host_count):
+    whole = take(pipeline.train_batches(config, global_batch_size=16, start_step=7), 3)
+    hosts = [
+        take(
+            pipeline.train_batches(
+                config, global_batch_size=16, host_index=host, host_count=host_count, start_step=7
+            ),
+            3,
+        )
+        for host in range(host_count)
+    ]
+    joined = [
+        {name: np.concatenate([host[step][name] for host in hosts]) for name in whole[0]}
+        for step in range(3)
+    ]
+    assert_equal(whole, joined)
+
+
+def test_domain_shares_are_exact(config):
+    weighted = dataclasses.replace(
+        config, domain_weights=(("python", 5.0), ("prose", 3.0), ("drama", 2.0))
+    )
+    names = pipeline.domain_names(config)
+    batches = take(pipeline.train_batches(weighted, global_batch_size=100), 10)
+    for batch in batches:
+        counts = np.bincount(batch["domain"], minlength=len(names))
+        assert dict(zip(names, counts, strict=True)) == {
+            "prose": 30, "drama": 20, "folio1623": 0, "speech": 0, "python": 50, "multilingual": 0
+        }  # fmt: skip
+
+
+def test_domain_shares_default_to_the_tokens(config):
+    batches = take(pipeline.train_batches(config, global_batch_size=500), 4)
+    counts = np.bincount(np.concatenate([batch["domain"] for batch in batches]), minlength=6)
+    files = token_files.prepare_token_files(
+        corpora.EmbeddedCorpus(), tokenizers.ByteTokenizer(),
+        heldout_fraction=config.heldout_fraction, cache_dir=config.cache_dir,
+    )  # fmt: skip
+    tokens = np.array([files.counts["train"][domain].tokens for domain in files.domains])
+    assert np.allclose(counts, 2000 * tokens / tokens.sum(), atol=6)
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=8),
+    length=st.integers(1, 200),
+)
+def test_a_mixture_gives_each_dataset_its_share_and_its_rows_in_order(weights, length):
+    mixture = pipeline.DomainMixture(tuple(weights))
+    rows = [mixture[index] for index in range(length)]
+    for dataset, weight in enumerate(weights):
+        keys = [key for chosen, key in rows if chosen == dataset]
+        assert keys == list(range(len(keys)))
+        assert abs(len(keys) - length * weight / sum(weights)) <= len(weights)
+
+
+def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path):
+    lines = [json.dumps({"id": str(i), "text": f"{i:06d}"}) for i in range(40)]
+    (tmp_path / "only.jsonl").write_text("\n".join(lines))
+    config = DataConfig(
+        corpus=f"jsonl:{tmp_path}", sequence_length=8, heldout_fraction=1e-9,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    # 40 documents of 8 tokens: 39 whole windows, for the last has no target for its last input.
+    windows = [
+        tuple(batch["inputs"][0])
+        for batch in take(pipeline.train_batches(config, global_batch_size=1), 2 * 39)
+    ]
+    assert len(set(windows[:39])) == 39
+    assert set(windows[:39]) == set(windows[39:])
+    assert windows[:39] != windows[39:]
+
+
+@pytest.mark.parametrize("host_count", [1, 4])
+def test_every_heldout_token_counts_once(config, host_count):
+    tokenizer = tokenizers.ByteTokenizer()
+    expected = np.zeros(tokenizer.vocab_size, int)
+    corpus = corpora.EmbeddedCorpus()
+    for domain in corpus.domains():
+        for split, document in corpus.documents(domain, config.heldout_fraction):
+            if split == "heldout":
+                ids = tokenizer.encode_document(document.text)[1:]
+                expected += np.bincount(ids, minlength=tokenizer.vocab_size)
+    counted = np.zeros_like(expected)
+    for host in range(host_count):
+        for batch in pipeline.heldout_batches(
+            config, batch_size=24, host_index=host, host_count=host_count
+        ):
+            assert batch["inputs"].shape == (24 // host_count, 64)
+            targets = batch["targets"][batch["loss_weights"] == 1]
+            counted += np.bincount(targets, minlength=tokenizer.vocab_size)
+    assert np.array_equal(counted, expected)
+
+
+def test_the_last_heldout_batch_is_filled_up_with_rows_of_no_weight(config):
+    *_, last = pipeline.heldout_batches(config, batch_size=1000)
+    rows = (last["segment_ids"] > 0).any(axis=1)
+    assert 0 < rows.sum() < 1000
+    assert not last["loss_weights"][~rows].any()
+    assert not last["positions"][~rows].any()
+
+
+def test_the_heldout_pass_is_the_same_whatever_the_seed_and_the_weights(config):
+    changed = dataclasses.replace(config, seed=9, domain_weights=(("prose", 1.0),))
+    assert_equal(
+        list(pipeline.heldout_batches(config, batch_size=32, max_batches=4)),
+        list(pipeline.heldout_batches(changed, batch_size=32, max_batches=4)),
+    )
+
+
+def test_a_shortened_heldout_pass_samples_all_domains_in_proportion(config):
+    whole = np.concatenate(
+        [
+            batch["domain"][batch["segment_ids"][:, 0] > 0]
+            for batch in pipeline.heldout_batches(config, batch_size=50)
+        ]
+    )
+    (first,) = pipeline.heldout_batches(config, batch_size=200, max_batches=1)
+    shares = np.bincount(whole, minlength=6) / len(whole)
+    assert np.allclose(np.bincount(first["domain"], minlength=6), 200 * shares, atol=1.01)
+
+
+def test_heldout_windows_never_train(config):
+    # Long windows: a phrase of 64 bytes may well occur twice in a language.
+    config = dataclasses.replace(config, sequence_length=256)
+    train = {
+        bytes(row)
+        for batch in take(pipeline.train_batches(config, global_batch_size=100), 205)
+        for row in batch["inputs"]
+    }
+    heldout = [
+        row
+        for batch in pipeline.heldout_batches(config, batch_size=100)
+        for row, weights in zip(batch["inputs"], batch["loss_weights"], strict=True)
+        if weights.all()
+    ]
+    assert len(train) > 19_900
+    assert len(heldout) > 400
+    assert not train & {bytes(row) for row in heldout}
+
+
+def test_hosts_that_do_not_divide_the_batch_are_refused(config):
+    with pytest.raises(ValueError, match=r"batch_size=10, host_count=4.*multiple of 4"):
+        pipeline.train_batches(config, global_batch_size=10, host_index=0, host_count=4)
+
+
+def test_an_unknown_domain_is_refused(config):
+    wrong = dataclasses.replace(config, domain_weights=(("pros", 1.0),))
+    with pytest.raises(ValueError, match=r"'prose'.*got \['pros'\]"):
+        pipeline.train_batches(wrong, global_batch_size=8)
+
+
+def test_a_domain_too_small_for_one_window_is_refused(config):
+    long = dataclasses.replace(config, sequence_length=500_000)
+    with pytest.raises(ValueError, match=r"\['multilingual'\] have fewer"):
+        pipeline.train_batches(long, global_batch_size=8)
+
+
+def test_nothing_held_out_is_refused(config):
+    nothing = dataclasses.replace(config, heldout_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"heldout_fraction=1e-09.*Raise"):
+        pipeline.heldout_batches(nothing, batch_size=8)
+
+
+def test_importing_the_package_imports_no_tensorflow():
+    code = "import sys, moe_jax.data; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
