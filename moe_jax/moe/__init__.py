@@ -1,0 +1,19 @@
+"""The MoE block and its parts: pure functions over arrays, usable without Flax.
+
+The way of a token: `routing` chooses its experts, `capacity` gives it slots, `dispatch` carries it
+to its experts and back, `experts` computes, and `block` puts these together. `balance` keeps the
+load of the experts even and measures it.
+
+Legend of shapes, for names (`x_GSM`) and einsums, one meaning a letter in the whole repository:
+
+  B  batch (sequences)              G  groups of tokens: capacity is counted in a group
+  L  length of a sequence           S  tokens of a group; G * S = B * L
+  T  length of keys and values      E  experts
+  M  model dim                      K  experts a token selects (its choices, best first)
+  H  hidden dim of an FFN           C  capacity: slots of an expert in a group
+  N  attention heads                A  assignments of a group, S * K of them, in some order
+  D  head dim                       R  rows: kept assignments of all groups, sorted by expert
+  V  vocabulary                     U  units over which a balance loss is taken
+
+A dim of one is written 1. Logical dims are meant, not the shards of a device.
+"""

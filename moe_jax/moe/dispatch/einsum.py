@@ -1,0 +1,42 @@
+"""Dispatch by one-hot tensors: the reference (legend: `moe_jax.moe`)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.dispatch.slots import Slots
+from moe_jax.moe.experts import Layout
+
+
+def einsum_dispatch(
+    x_GSM: jax.Array,
+    assignment: Assignment,
+    num_experts: int,
+    experts: Callable[[jax.Array, Layout], jax.Array],
+) -> jax.Array:
+    """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
+
+    Args:
+      x_GSM: tokens.
+      assignment: the kept choices, their slots and gates.
+      num_experts: E.
+      experts: computes rows [E, G, C, M] in the `Slots` layout.
+
+    Returns:
+      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+
+    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
+      indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
+    """
+    expert_GSKE = jax.nn.one_hot(assignment.expert_index_GSK, num_experts, dtype=x_GSM.dtype)
+    slot_GSK = jnp.where(assignment.kept_GSK, assignment.slot_GSK, assignment.capacity)
+    slot_GSKC = jax.nn.one_hot(slot_GSK, assignment.capacity, dtype=x_GSM.dtype)
+    gate_GSK = assignment.gate_GSK.astype(x_GSM.dtype)
+    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
+    combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
+
+    x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
+    y_EGCM = experts(x_EGCM, Slots())
+    return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

@@ -1,0 +1,124 @@
+"""Token-choice top-K routing: every token selects its K best experts (legend: `moe_jax.moe`)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import RouterConfig
+
+
+class Routing(NamedTuple):
+    """What the router decided.
+
+    Attributes:
+      logits_GSE: router logits, noise included.
+      probs_GSE: >= 0, each row sums to 1; what the balance losses see. Softmax of the logits, or
+        the sigmoid scores over their sum.
+      expert_index_GSK: int32 in [0, E), the choices of a token, best first, all different.
+      gate_GSK: the weight of each choice in the token's output, >= 0.
+    """
+
+    logits_GSE: jax.Array
+    probs_GSE: jax.Array
+    expert_index_GSK: jax.Array
+    gate_GSK: jax.Array
+
+
+def route(
+    x_GSM: jax.Array,
+    router_ME: jax.Array,
+    num_selected: int,
+    config: RouterConfig,
+    *,
+    bias_E: jax.Array | None = None,
+    rng: jax.Array | None = None,
+) -> Routing:
+    """Selects `num_selected` experts for every token.
+
+    Args:
+      x_GSM: token representations, any float dtype. Never changed: jitter goes on a copy.
+      router_ME: router weights.
+      num_selected: K.
+      config: the options; arithmetic is in `config.dtype`, float32 unless a study says otherwise.
+      bias_E: float32 selection bias of loss-free balancing: added to the scores for the selection
+        only, never to the gates (DeepSeek-V3, eq. 16). No gradient flows to it.
+      rng: key for jitter and noise; None switches both off.
+
+    Returns:
+      The `Routing`. Ties go to the expert of the lower index.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538 (top-K, noise); Fedus et al. 2021,
+      arXiv:2101.03961 (jitter, float32 router); DeepSeek-V3, arXiv:2412.19437, eqs. 12-16.
+    """
+    dtype = jnp.dtype(config.dtype)
+    router_input_GSM = x_GSM.astype(dtype)
+    if rng is not None and config.input_jitter > 0:
+        low, high = 1 - config.input_jitter, 1 + config.input_jitter
+        key = jax.random.fold_in(rng, 0)
+        router_input_GSM *= jax.random.uniform(key, x_GSM.shape, dtype, low, high)
+    logits_GSE = jnp.einsum(
+        "GSM,ME->GSE",
+        router_input_GSM,
+        router_ME.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,  # a TPU would multiply in bfloat16
+    )
+    if rng is not None and config.logit_noise_std > 0:
+        key = jax.random.fold_in(rng, 1)
+        logits_GSE += config.logit_noise_std * jax.random.normal(key, logits_GSE.shape, dtype)
+
+    if config.score == "sigmoid":
+        scores_GSE = jax.nn.sigmoid(logits_GSE)
+        probs_GSE = scores_GSE / jnp.sum(scores_GSE, axis=-1, keepdims=True)
+    else:
+        scores_GSE = probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+    softmax_after_topk = config.score == "softmax" and not config.score_before_topk
+
+    selection_GSE = logits_GSE if softmax_after_topk else scores_GSE
+    if bias_E is not None:
+        selection_GSE += jax.lax.stop_gradient(bias_E).astype(dtype)
+    if config.num_selected_groups < config.num_expert_groups:
+        selection_GSE = limit_to_best_groups(selection_GSE, config)
+    expert_index_GSK = jax.lax.top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
+
+    if softmax_after_topk:
+        gate_GSK = jax.nn.softmax(choose(logits_GSE, expert_index_GSK), axis=-1)
+    else:
+        gate_GSK = choose(scores_GSE, expert_index_GSK)
+    if config.renormalize:
+        # The smallest normal number: keeps 0 / 0 out without moving any other quotient.
+        gate_GSK /= jnp.sum(gate_GSK, axis=-1, keepdims=True) + jnp.finfo(dtype).tiny
+    return Routing(logits_GSE, probs_GSE, expert_index_GSK, gate_GSK * config.scaling_factor)
+
+
+def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:
+    """The values of the selected experts, [G, S, K].
+
+    A one-hot product, which fuses into a sum: the gradient of an indexed read would be a scatter,
+    slow on every platform.
+    """
+    chosen_GSKE = jax.nn.one_hot(expert_index_GSK, values_GSE.shape[-1], dtype=values_GSE.dtype)
+    return jnp.sum(chosen_GSKE * values_GSE[..., None, :], axis=-1)
+
+
+def limit_to_best_groups(selection_GSE: jax.Array, config: RouterConfig) -> jax.Array:
+    """Masks (with -inf) every expert outside a token's `num_selected_groups` best expert groups.
+
+    Expert groups are runs of E / num_expert_groups neighbouring experts (one node's, say). A group
+    is worth its best expert (DeepSeek-V2, arXiv:2405.04434, sec. 2.2.2) or the sum of its best two
+    (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
+    """
+    num_groups = config.num_expert_groups
+    by_group = selection_GSE.reshape(*selection_GSE.shape[:-1], num_groups, -1)
+    best = jax.lax.top_k(by_group, 2 if config.group_score == "top2_sum" else 1)[0]
+    chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.num_selected_groups)[1]
+    allowed = jnp.any(jax.nn.one_hot(chosen, num_groups, dtype=jnp.bool_), axis=-2)
+    return jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(selection_GSE.shape)
+
+
+def single_expert(x_GSM: jax.Array, config: RouterConfig) -> Routing:
+    """The routing of a layer with one expert: every token, gate 1 (times the scaling factor)."""
+    dtype = jnp.dtype(config.dtype)
+    ones_GS1 = jnp.ones((*x_GSM.shape[:-1], 1), dtype)
+    index_GS1 = jnp.zeros_like(ones_GS1, jnp.int32)
+    return Routing(jnp.zeros_like(ones_GS1), ones_GS1, index_GS1, ones_GS1 * config.scaling_factor)
