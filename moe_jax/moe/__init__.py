@@ -14,6 +14,7 @@ Legend of shapes, for names (`x_GSM`) and einsums, one meaning a letter in the w
   N  attention heads                A  assignments of a group, S * K of them, in some order
   D  head dim                       R  rows: kept assignments of all groups, sorted by expert
   V  vocabulary                     U  units over which a balance loss is taken
+  X  MoE layers of a model
 
 A dim of one is written 1. Logical dims are meant, not the shards of a device.
 """

@@ -1,0 +1,197 @@
+"""A decoder-only Transformer whose feed-forward layers are dense or MoE (legend: `moe_jax.moe`)."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import ModelConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import FeedForward
+from moe_jax.layers.norms import Norm
+from moe_jax.models.pattern import Pattern, find_pattern
+from moe_jax.moe.block import MoEAux
+from moe_jax.moe.module import MoEBlock
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class DecoderOutput(NamedTuple):
+    """What the decoder returns.
+
+    Attributes:
+      logits_BLV: float32, unnormalised log-probabilities of the next token.
+      aux: `MoEAux` with a leading dim of MoE layers, in order; None for a dense model.
+    """
+
+    logits_BLV: jax.Array
+    aux: MoEAux | None
+
+
+class Context(NamedTuple):
+    """What every layer is told besides its input."""
+
+    positions_BL: jax.Array
+    segment_ids_BL: jax.Array
+
+
+class Layer(nn.Module):
+    """Attention, then a dense FFN or an MoE block, each on a normed copy of the residual."""
+
+    config: ModelConfig
+    is_moe: bool
+    train: bool
+    capacity_factor: float
+
+    @nn.compact
+    def __call__(
+        self, x_BLM: jax.Array, context: Context, bias_E: jax.Array | None
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """[B, L, M] -> [B, L, M] and what the MoE block says, if there is one."""
+        c = self.config
+        dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+        normed = Norm(c.norm, c.norm_epsilon, name="attention_norm")(x_BLM)
+        x_BLM += dropout(Attention(c, name="attention")(normed, *context))
+        normed = Norm(c.norm, c.norm_epsilon, name="ffn_norm")(x_BLM)
+        if not self.is_moe:
+            return x_BLM + dropout(FeedForward(c, name="ffn")(normed)), None
+        rng = self.make_rng("router") if self.train else None
+        y_BLM, aux = MoEBlock(c.moe, name="moe")(
+            normed,
+            capacity_factor=self.capacity_factor,
+            valid_BL=context.segment_ids_BL > 0,
+            bias_E=bias_E,
+            rng=rng,
+        )
+        return x_BLM + dropout(y_BLM), aux
+
+
+class LayerStack(nn.Module):
+    """Some layers, one after another."""
+
+    config: ModelConfig
+    is_moe: tuple[bool, ...]
+    train: bool
+    capacity_factor: float
+
+    @nn.compact
+    def __call__(
+        self, x_BLM: jax.Array, context: Context, bias_XE: jax.Array | None
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """Runs the layers.
+
+        Args:
+          x_BLM: the residual stream.
+          context: the same for every layer.
+          bias_XE: selection biases of the MoE layers among these, or None.
+
+        Returns:
+          The residual stream, and `MoEAux` stacked over the MoE layers (None without any).
+        """
+        remat = self.config.remat
+        cls = Layer if remat == "none" else nn.remat(Layer, policy=REMAT[remat])
+        auxes: list[MoEAux] = []
+        for i, is_moe in enumerate(self.is_moe):
+            bias_E = bias_XE[len(auxes)] if is_moe and bias_XE is not None else None
+            layer = cls(self.config, is_moe, self.train, self.capacity_factor, name=f"layer_{i}")
+            x_BLM, aux = layer(x_BLM, context, bias_E)
+            auxes += [] if aux is None else [aux]
+        return x_BLM, jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm, output head."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        *,
+        router_bias_XE: jax.Array | None = None,
+        train: bool = False,
+        capacity_factor: float = 0.0,
+    ) -> DecoderOutput:
+        """Predicts the next token at every position.
+
+        Args:
+          inputs_BL: int32 token ids.
+          positions_BL: int32, restarting in every document.
+          segment_ids_BL: int32, document within the sequence; 0 is padding.
+          router_bias_XE: float32 selection biases of loss-free balancing, one row a MoE layer.
+          train: switches dropout, jitter and noise on; needs rngs "dropout" and "router".
+          capacity_factor: of every MoE layer; 0 is dropless.
+
+        Returns:
+          The `DecoderOutput`.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        init = nn.initializers.normal(c.model_dim**-0.5)
+        embedding_VM = self.param("embedding", init, (c.vocab_size, c.model_dim), jnp.float32)
+        x_BLM = (embedding_VM[inputs_BL] * c.model_dim**0.5).astype(dtype)
+        x_BLM = nn.Dropout(c.dropout_rate, deterministic=not train)(x_BLM)
+
+        context = Context(positions_BL, segment_ids_BL)
+        x_BLM, aux = self._layers(x_BLM, context, router_bias_XE, train, capacity_factor)
+        x_BLM = Norm(c.norm, c.norm_epsilon, name="final_norm")(x_BLM)
+        if c.tie_embeddings:
+            head_MV = embedding_VM.T
+        else:
+            head_MV = self.param("head", init, (c.model_dim, c.vocab_size), jnp.float32)
+        logits_BLV = jnp.matmul(
+            x_BLM, head_MV.astype(dtype), preferred_element_type=jnp.float32
+        )
+        return DecoderOutput(logits_BLV, aux)
+
+    def _layers(
+        self,
+        x_BLM: jax.Array,
+        context: Context,
+        bias_XE: jax.Array | None,
+        train: bool,
+        capacity_factor: float,
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """Runs all layers, the repeated ones as a scan over one compiled unit."""
+        c = self.config
+        is_moe = tuple(i in c.moe_layers for i in range(c.num_layers))
+        pattern = find_pattern(is_moe) if c.scan_layers else Pattern(is_moe, (), 0, ())
+
+        def stack(name: str, layers: Sequence[bool], cls: Any = LayerStack) -> nn.Module:
+            return cls(c, tuple(layers), train, capacity_factor, name=name)
+
+        auxes: list[MoEAux] = []
+        first = sum(pattern.prefix)
+        last = first + sum(pattern.unit) * pattern.repeats
+        x_BLM, aux = stack("first", pattern.prefix)(x_BLM, context, rows(bias_XE, 0, first))
+        auxes += [] if aux is None else [aux]
+        if pattern.repeats > 0:
+            bias = rows(bias_XE, first, last)
+            if bias is not None:
+                bias = bias.reshape(pattern.repeats, -1, bias.shape[-1])
+            scanned = nn.scan(
+                LayerStack,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True, "router": True},
+                in_axes=(nn.broadcast, 0),
+                length=pattern.repeats,
+            )
+            x_BLM, aux = stack("repeated", pattern.unit, scanned)(x_BLM, context, bias)
+            if aux is not None:
+                auxes.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux))
+        x_BLM, aux = stack("last", pattern.suffix)(x_BLM, context, rows(bias_XE, last, None))
+        auxes += [] if aux is None else [aux]
+        return x_BLM, jax.tree.map(lambda *a: jnp.concatenate(a), *auxes) if auxes else None
+
+
+def rows(bias_XE: jax.Array | None, start: int, stop: int | None) -> jax.Array | None:
+    """Some rows of the selection biases, if there are any biases."""
+    return None if bias_XE is None else bias_XE[start:stop]
