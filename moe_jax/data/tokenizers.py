@@ -5,10 +5,13 @@ carries `token_bytes_V`, and the bytes of a text are the sum over its tokens.
 """
 
 import abc
+import functools
 import hashlib
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+import sentencepiece
 
 
 class Tokenizer(abc.ABC):
@@ -109,6 +112,82 @@ class ByteTokenizer(Tokenizer):
         return hashlib.sha256(b"byte: pad bos eos, 256 bytes, 125 sentinels").hexdigest()
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model that keeps every byte, as `train_tokenizer` makes.
+
+    Any text survives the round trip. U+2581, which SentencePiece itself uses for a space, is
+    encoded as its three bytes.
+    """
+
+    _SPACE = "\u2581"
+    # Leading and repeated spaces, line ends, a ligature and a full-width letter that Unicode
+    # normalisation would change, a rare character.
+    _PROBE = " a  b\n\t\r c \ufb01\uff21 \U0001f41d "
+
+    def __init__(self, path: str):
+        self.name = f"sentencepiece:{path}"
+        if not pathlib.Path(path).is_file():
+            raise ValueError(
+                f"A SentencePiece tokenizer is read from a .model file: there is none at {path!r}. "
+                f"Train one with `python -m moe_jax.data.train_tokenizer --out={path}`, or set "
+                "config.data.tokenizer to 'byte'."
+            )
+        self._model = pathlib.Path(path).read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        # Padding is recognised by its weight and segment, so any id will do.
+        self.pad_id = max(self._processor.pad_id(), 0)
+        self._bytes_of_id = [self._text_bytes(id_) for id_ in range(self.vocab_size)]
+        self.token_bytes_V = np.array([len(b) for b in self._bytes_of_id], np.int32)
+        self._check(path)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Encodes a text to uint16 [N]; see `Tokenizer.encode`."""
+        pieces = self._processor.encode(text.split(self._SPACE))
+        ids = pieces[0]
+        for piece in pieces[1:]:
+            ids += self._space_ids
+            ids += piece
+        return np.array(ids, np.uint16)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decodes ids, leaving out special ids; see `Tokenizer.decode`."""
+        return b"".join(self._bytes_of_id[int(id_)] for id_ in ids).decode(errors="replace")
+
+    def fingerprint(self) -> str:
+        """Sha256 of the model file."""
+        return hashlib.sha256(self._model).hexdigest()
+
+    @functools.cached_property
+    def _space_ids(self) -> list[int]:
+        pieces = [f"<0x{byte:02X}>" for byte in self._SPACE.encode()]
+        return [self._processor.piece_to_id(piece) for piece in pieces]
+
+    def _text_bytes(self, id_: int) -> bytes:
+        if self._processor.is_control(id_) or self._processor.is_unknown(id_):
+            return b""
+        piece = self._processor.id_to_piece(id_)
+        if self._processor.is_byte(id_):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(self._SPACE, " ").encode()
+
+    def _check(self, path: str) -> None:
+        if self.vocab_size > 2**16 or min(self.bos_id, self.eos_id) < 0:
+            raise ValueError(
+                "A tokenizer has a bos, an eos and at most 65536 ids: "
+                f"{path!r} has vocab_size={self.vocab_size}, bos_id={self.bos_id}, "
+                f"eos_id={self.eos_id}. Train one with `python -m moe_jax.data.train_tokenizer`."
+            )
+        if (decoded := self.decode(self.encode(self._PROBE))) != self._PROBE:
+            raise ValueError(
+                "A SentencePiece tokenizer must keep every byte (byte_fallback, identity "
+                "normalisation, no dummy prefix), or bits per byte mean nothing: "
+                f"{path!r} turns {self._PROBE!r} into {decoded!r}. Train one with "
+                "`python -m moe_jax.data.train_tokenizer`."
+            )
+
+
 def open_tokenizer(name: str) -> Tokenizer:
     """Opens the tokenizer that `name` describes.
 
@@ -123,6 +202,9 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    kind, _, path = name.partition(":")
+    if kind == "sentencepiece" and path:
+        return SentencePieceTokenizer(path)
     raise ValueError(
         f"A tokenizer is 'byte' or 'sentencepiece:PATH': got {name!r}. "
         "Set config.data.tokenizer to one of them."

@@ -1,0 +1,63 @@
+"""The command that trains a tokenizer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from moe_jax.data import corpora, tokenizers, train_tokenizer
+
+
+def train(path, **changes):
+    options = {"vocab_size": 1000, "heldout_fraction": 0.03, "max_bytes": 60_000} | changes
+    return train_tokenizer.train(corpora.EmbeddedCorpus(), str(path), **options)
+
+
+def test_training_is_reproducible(tmp_path):
+    train(tmp_path / "a.model")
+    train(tmp_path / "b.model")
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.model", "b.model"]
+
+
+def test_domains_share_the_bytes_equally_and_heldout_text_is_not_seen():
+    corpus = corpora.EmbeddedCorpus()
+    texts = list(train_tokenizer._balanced_texts(corpus, 0.03, 60_000))
+    assert 59_000 < sum(len(text.encode()) for text in texts) <= 60_000
+    heldout = {
+        document.text
+        for domain in corpus.domains()
+        for split, document in corpus.documents(domain, 0.03)
+        if split == "heldout"
+    }
+    assert not heldout & set(texts)
+
+
+@pytest.mark.parametrize("vocab_size", [299, 65_537])
+def test_a_vocabulary_out_of_range_is_refused(tmp_path, vocab_size):
+    with pytest.raises(ValueError, match=rf"\[300, 65536\]: got {vocab_size}"):
+        train(tmp_path / "a.model", vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [350, 60_000])
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused(tmp_path, vocab_size):
+    with pytest.raises(ValueError, match=rf"{vocab_size} ids, 60000 bytes.*Change --vocab_size"):
+        train(tmp_path / "a.model", vocab_size=vocab_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_model(tmp_path):
+    out = tmp_path / "new" / "bpe.model"
+    command = [sys.executable, "-W", "error", "-m", "moe_jax.data.train_tokenizer"]
+    flags = ["--vocab_size=1000", "--max_mb=0.06", f"--out={out}"]
+    done = subprocess.run(command + flags, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "held-out bytes per token" in done.stderr
+    assert tokenizers.open_tokenizer(f"sentencepiece:{out}").vocab_size == 1000
+
+
+def test_the_command_asks_for_out():
+    command = [sys.executable, "-m", "moe_jax.data.train_tokenizer"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "--out=PATH is required" in done.stdout + done.stderr
