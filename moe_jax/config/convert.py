@@ -62,9 +62,7 @@ def convert(value: Any, expected: Any, path: str) -> Any:
     origin = typing.get_origin(expected)
     if origin is tuple:
         items = typing.get_args(expected)
-        require(
-            isinstance(value, list | tuple), f"{path} is a tuple", repr(value), "Pass a tuple"
-        )
+        require(isinstance(value, list | tuple), f"{path} is a tuple", repr(value), "Pass a tuple")
         inner = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
         require(
             len(inner) == len(value), f"{path} has {len(inner)} items", repr(value), "Correct it"

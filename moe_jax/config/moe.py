@@ -257,8 +257,7 @@ class MoEConfig:
             or self.capacity.train_factor == 0
             or queue_is_causal(order, self.num_selected_experts),
             "in a causal model whether a token keeps its slot must not depend on later tokens",
-            f"capacity.queue_order={order!r} with "
-            f"num_selected_experts={self.num_selected_experts}",
+            f"capacity.queue_order={order!r} with num_selected_experts={self.num_selected_experts}",
             "Use queue_order='token_major' or train_factor=0 (dropless), or accept the leak with "
             "moe.allow_noncausal_routing=True",
         )

@@ -12,8 +12,8 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import FeedForward
 from moe_jax.layers.norms import Norm
 from moe_jax.models.pattern import Pattern, find_pattern
-from moe_jax.moe.block import MoEAux
 from moe_jax.moe.module import MoEBlock
+from moe_jax.moe.statistics import MoEAux
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -147,9 +147,7 @@ class Decoder(nn.Module):
             head_MV = embedding_VM.T
         else:
             head_MV = self.param("head", init, (c.model_dim, c.vocab_size), jnp.float32)
-        logits_BLV = jnp.matmul(
-            x_BLM, head_MV.astype(dtype), preferred_element_type=jnp.float32
-        )
+        logits_BLV = jnp.matmul(x_BLM, head_MV.astype(dtype), preferred_element_type=jnp.float32)
         return DecoderOutput(logits_BLV, aux)
 
     def _layers(

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.block import MoEAux, moe_block
+from moe_jax.moe.block import moe_block
 from moe_jax.moe.parameters import moe_specs
+from moe_jax.moe.statistics import MoEAux
 
 
 class MoEBlock(nn.Module):

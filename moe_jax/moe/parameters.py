@@ -124,9 +124,7 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
     return specs
 
 
-def init_parameters(
-    rng: jax.Array, specs: Mapping[str, ParameterSpec]
-) -> dict[str, jax.Array]:
+def init_parameters(rng: jax.Array, specs: Mapping[str, ParameterSpec]) -> dict[str, jax.Array]:
     """Draws every parameter, float32, each from its own key."""
     keys = jax.random.split(rng, len(specs))
     return {

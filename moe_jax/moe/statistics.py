@@ -1,0 +1,138 @@
+"""What a block says of its routing: losses, counts, means (legend: `moe_jax.moe`)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import MoEConfig
+from moe_jax.moe import balance
+from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.routing import Routing
+
+
+class MoEAux(NamedTuple):
+    """What a block says of one call; means are over its valid tokens, counts are exact.
+
+    Attributes:
+      load_balance_loss: float32 scalar, unweighted, in the config's convention and scope. Scope
+        "global" is that of this call: `training` puts the calls of a step together.
+      router_z_loss: float32 scalar, unweighted: the mean of logsumexp(logits)^2.
+      assigned_KE: int32, tokens that have expert e as their choice k, before drops.
+      kept_KE: int32, the same after drops.
+      assigned_BE: int32, choices of expert e in each sequence, before drops: what statistics by
+        domain are made of.
+      mean_prob_E: float32, mean of the full router distribution.
+      num_tokens: int32 scalar, valid tokens.
+      router_entropy: float32 scalar, nats, mean entropy of the router distribution.
+      max_logit: float32 scalar, the largest absolute logit.
+      max_violation: float32 scalar, MaxVio of the choices before drops.
+      dropped_fraction_K: float32, share of the choices k that found their expert full.
+    """
+
+    load_balance_loss: jax.Array
+    router_z_loss: jax.Array
+    assigned_KE: jax.Array
+    kept_KE: jax.Array
+    assigned_BE: jax.Array
+    mean_prob_E: jax.Array
+    num_tokens: jax.Array
+    router_entropy: jax.Array
+    max_logit: jax.Array
+    max_violation: jax.Array
+    dropped_fraction_K: jax.Array
+
+
+def describe(
+    routing: Routing,
+    assignment: Assignment,
+    valid_GS: jax.Array,
+    batch_shape: tuple[int, int],
+    config: MoEConfig,
+) -> MoEAux:
+    """Losses and statistics of a routing, padding left out (see `MoEAux`)."""
+    num_experts, (batch, length) = config.num_experts, batch_shape
+    valid_BL = valid_GS.reshape(batch, length)
+    valid_BL1 = valid_BL[..., None].astype(jnp.float32)
+    num_tokens = jnp.sum(valid_BL)
+    safe_tokens = jnp.maximum(num_tokens, 1).astype(jnp.float32)
+
+    choice_GSKE = jax.nn.one_hot(assignment.expert_index_GSK, num_experts, dtype=jnp.int32)
+    kept_KE = jnp.sum(choice_GSKE * assignment.kept_GSK[..., None], axis=(0, 1))
+    assigned_GSKE = choice_GSKE * valid_GS[..., None, None]
+    assigned_BKE = jnp.sum(assigned_GSKE.reshape(batch, length, -1, num_experts), axis=1)
+    assigned_KE = jnp.sum(assigned_BKE, axis=0)
+
+    probs_BLE = routing.probs_GSE.astype(jnp.float32).reshape(batch, length, num_experts)
+    entropy_BL = -jnp.sum(jax.scipy.special.xlogy(probs_BLE, probs_BLE), axis=-1)
+    prob_sum_BE = jnp.sum(probs_BLE * valid_BL1, axis=1)
+    scope = config.balance.load_balance_scope
+    if scope == "sequence":
+        units = (assigned_BKE, prob_sum_BE, jnp.sum(valid_BL, axis=1))
+    elif scope == "group":
+        prob_sum_GE = jnp.sum((probs_BLE * valid_BL1).reshape(*valid_GS.shape, -1), axis=1)
+        units = (jnp.sum(assigned_GSKE, axis=1), prob_sum_GE, jnp.sum(valid_GS, axis=1))
+    else:
+        units = (assigned_KE[None], jnp.sum(prob_sum_BE, axis=0)[None], num_tokens[None])
+
+    return MoEAux(
+        load_balance_loss=balance.load_balance_loss(*units, config.balance.load_balance_convention),
+        router_z_loss=balance.router_z_loss(routing.logits_GSE, valid_GS),
+        assigned_KE=assigned_KE,
+        kept_KE=kept_KE,
+        assigned_BE=jnp.sum(assigned_BKE, axis=1),
+        mean_prob_E=jnp.sum(prob_sum_BE, axis=0) / safe_tokens,
+        num_tokens=num_tokens,
+        router_entropy=jax.lax.stop_gradient(jnp.sum(entropy_BL * valid_BL) / safe_tokens),
+        max_logit=jax.lax.stop_gradient(
+            jnp.max(jnp.abs(routing.logits_GSE) * valid_GS[..., None]).astype(jnp.float32)
+        ),
+        max_violation=balance.max_violation(jnp.sum(assigned_KE, axis=0)),
+        dropped_fraction_K=dropped_fraction(assigned_KE, kept_KE),
+    )
+
+
+def dropped_fraction(assigned_KE: jax.Array, kept_KE: jax.Array) -> jax.Array:
+    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E]."""
+    assigned_K, kept_K = jnp.sum(assigned_KE, axis=-1), jnp.sum(kept_KE, axis=-1)
+    return 1 - kept_K / jnp.maximum(assigned_K, 1)
+
+
+def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
+    """Puts what a block said of the parts of a batch together, as if it had seen the whole.
+
+    Args:
+      parts: every field with a leading dim of parts (and any more after it, layers say).
+      config: the block's settings.
+
+    Returns:
+      The `MoEAux` of the whole. Counts add up; means are weighted by tokens. The load-balance loss
+      is a mean over the parts too, but in scope "global", where it is of the whole.
+    """
+    total = jnp.sum(parts.num_tokens, axis=0)
+    weight = parts.num_tokens / jnp.maximum(total, 1)
+
+    def mean(values: jax.Array) -> jax.Array:
+        trailing = (1,) * (values.ndim - weight.ndim)
+        return jnp.sum(values * weight.reshape(weight.shape + trailing), axis=0)
+
+    assigned_KE, kept_KE = jnp.sum(parts.assigned_KE, axis=0), jnp.sum(parts.kept_KE, axis=0)
+    whole = MoEAux(
+        load_balance_loss=mean(parts.load_balance_loss),
+        router_z_loss=mean(parts.router_z_loss),
+        assigned_KE=assigned_KE,
+        kept_KE=kept_KE,
+        assigned_BE=jnp.concatenate(list(parts.assigned_BE), axis=-2),
+        mean_prob_E=mean(parts.mean_prob_E),
+        num_tokens=total,
+        router_entropy=mean(parts.router_entropy),
+        max_logit=jnp.max(parts.max_logit, axis=0),
+        max_violation=balance.max_violation(jnp.sum(assigned_KE, axis=-2)),
+        dropped_fraction_K=dropped_fraction(assigned_KE, kept_KE),
+    )
+    if config.balance.load_balance_scope != "global":
+        return whole
+    convention = config.balance.load_balance_convention
+    load_E = balance.load_share(assigned_KE, total, convention)
+    loss = config.num_experts * jnp.sum(load_E * whole.mean_prob_E, axis=-1)
+    return whole._replace(load_balance_loss=loss)
