@@ -1,0 +1,285 @@
+"""Checkpoints that survive a kill: written whole or not at all, and checked before they are used.
+
+A checkpoint is the directory `<directory>/<step>/`. Orbax writes it in the background under a
+temporary name and renames it when it is complete, so a killed process leaves the checkpoints that
+were complete before. A bit that flips on a disk, or a file that is cut short by a power failure,
+can restore without an error; each checkpoint therefore carries `manifest.json`, the size and
+SHA-256 of its files, written just before the rename, and what does not match it is not used.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
+
+ITEM = "state"
+MANIFEST = "manifest.json"
+NO_STEP = -1
+ALL_DAMAGED = -2
+
+
+class DamagedCheckpointError(RuntimeError):
+    """No checkpoint of a run passes its integrity check."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step.
+
+    What is saved is a pytree of `jax.Array`s: parameters, optimizer state, router biases, the step
+    and the data of random keys (`jax.random.key_data`, uint32). The data pipeline is a function of
+    the step, so the step also says where the data continues.
+
+    All processes of a run make the same calls in the same order, on a file system they share.
+
+    Args:
+      directory: where the checkpoints are; made if absent. Checkpoints that a killed process did
+        not finish are removed.
+      keep: how many of the newest to keep, at least 1. Older ones are deleted after a newer one
+        is complete; quarantined ones (`damaged-<step>`) never are.
+
+    Raises:
+      ValueError: `keep` is less than 1.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"a run keeps at least 1 checkpoint: keep={keep}. Raise keep.")
+        self.directory = pathlib.Path(directory).resolve()
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={ITEM: ocp.StandardCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,
+                lightweight_initialize=True,
+                # Orbax runs this when all files are written, before the rename that publishes them.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step whose checkpoint is complete on disk, unchecked; None if there is none.
+
+        A save that is still running does not count: call `wait` first to include it.
+        """
+        return max(self._steps(), default=None)
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
+        """Writes a checkpoint in the background.
+
+        The arrays are copied before this returns, so the next step may donate them. A save that
+        is still running is waited for, and its error, if it failed, is raised here.
+
+        Args:
+          step: the number of finished training steps.
+          state: a pytree of `jax.Array`s.
+          wait: whether to return only when the checkpoint is complete on disk.
+
+        Returns:
+          False if there is a checkpoint of this step already: it is kept, nothing is written.
+
+        Raises:
+          ValueError: there is a checkpoint of a later step.
+        """
+        self.wait()
+        newest = self.latest_step
+        if newest is not None and newest > step:
+            raise ValueError(
+                f"checkpoints are saved in the order of their steps: step={step}, but "
+                f"{self.directory} has step {newest}. Restore it first, or use another directory."
+            )
+        if newest == step:
+            return False
+        self._saving = step
+        self._manager.save(
+            step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}), force=True
+        )
+        if wait:
+            self.wait()
+        return True
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Restores the newest checkpoint that is whole.
+
+        Damaged ones that are newer are reported by a warning and renamed to `damaged-<step>`, so
+        that training can save their steps again.
+
+        Args:
+          abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
+            that was saved. The shardings may differ from those of the run that saved it: the
+            arrays are read straight into these.
+
+        Returns:
+          The step and the state, bit for bit as saved, or None if there are no checkpoints.
+
+        Raises:
+          DamagedCheckpointError: there are checkpoints and all are damaged. They stay where they
+            are, so that starting again does not silently begin from step 0.
+          ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
+        """
+        self.wait()
+        _require_shardings(abstract_state)
+        step = self._newest_whole_step()
+        if step == NO_STEP:
+            return None
+        self._require_same_arrays(step, abstract_state)
+        args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(abstract_state)})
+        return step, self._manager.restore(step, args=args)[ITEM]
+
+    def wait(self) -> None:
+        """Returns when no save is running; raises the error of a save that failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for a running save and ends the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints that were published, whole or damaged, in order."""
+        return sorted(
+            int(path.name)
+            for path in self.directory.iterdir()
+            if path.name.isdecimal() and path.is_dir()
+        )
+
+    def _add_manifest(self) -> None:
+        """Writes the manifest into the checkpoint that is about to be published."""
+        if jax.process_index() == 0:
+            write_manifest(self.directory / f"{self._saving}.orbax-checkpoint-tmp")
+
+    def _newest_whole_step(self) -> int:
+        """The newest undamaged step or `NO_STEP`, decided by process 0 for all of them."""
+        step = self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        self._manager.reload()
+        if step == ALL_DAMAGED:
+            raise DamagedCheckpointError(
+                "a run continues from a checkpoint that matches its manifest: all are damaged in "
+                f"{self.directory}: {', '.join(map(str, self._steps()))}. Bring back a copy of "
+                "one, or move them away to start from step 0."
+            )
+        return step
+
+    def _set_damaged_aside(self) -> int:
+        damaged: list[pathlib.Path] = []
+        for step in reversed(self._steps()):
+            path = self.directory / str(step)
+            reason = damage(path)
+            if reason is None:
+                # Only now that there is something to go on from.
+                for other in damaged:
+                    _quarantine(other)
+                return step
+            logger.warning("Checkpoint %s is damaged and not used: %s.", path, reason)
+            damaged.append(path)
+        return ALL_DAMAGED if damaged else NO_STEP
+
+    def _require_same_arrays(self, step: int, abstract_state: Any) -> None:
+        saved = _describe(self._manager.item_metadata(step)[ITEM].tree)
+        wanted = _describe(abstract_state)
+        names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+        if names:
+            lines = [
+                f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
+                f"{wanted.get(name, 'absent')} in this run"
+                for name in names[:5]
+            ]
+            raise ValueError(
+                "a checkpoint is restored into a state of the same arrays: "
+                f"{self.directory / str(step)} differs in {len(names)}, "
+                f"{'; '.join(lines)}. Use the config it was saved with, or another directory."
+            )
+
+
+def write_manifest(path: pathlib.Path) -> None:
+    """Writes the size and SHA-256 of the files of a checkpoint's state beside them.
+
+    Args:
+      path: the checkpoint's directory. Its own files but for the state's are left out: Orbax
+        writes them after the manifest, and restoring does not need them.
+    """
+    files = [file for file in sorted((path / ITEM).rglob("*")) if file.is_file()]
+    manifest = {
+        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in files
+    }
+    (path / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
+
+
+def damage(path: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint, or None if all its files match its manifest.
+
+    Args:
+      path: the checkpoint's directory.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_bytes())["files"]
+        for name, expected in files.items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes in place of {expected['bytes']}"
+            if _sha256(path / name) != expected["sha256"]:
+                return f"the content of {name} has changed"
+    except FileNotFoundError as error:
+        return f"{pathlib.Path(error.filename).relative_to(path)} is missing"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be understood ({error!r})"
+    return None if files else f"{MANIFEST} names no files"
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _quarantine(path: pathlib.Path) -> None:
+    """Renames the directory of a damaged checkpoint; the same step may have been damaged before."""
+    target, count = path.with_name(f"damaged-{path.name}"), 1
+    while target.exists():
+        count += 1
+        target = path.with_name(f"damaged-{path.name}-{count}")
+    path.rename(target)
+    logger.warning("Damaged checkpoint %s is kept as %s.", path, target.name)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf by its name, such as {"params/embedding": "float32[384,128]"}.
+
+    Named tuples and dicts give the same names, since Orbax remembers the former as the latter.
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _require_shardings(abstract_state: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
+        if getattr(leaf, "sharding", None) is None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"every array is restored into a known sharding: {name} has none. Pass a "
+                "jax.ShapeDtypeStruct with a sharding for each leaf."
+            )

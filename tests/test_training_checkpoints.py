@@ -1,0 +1,271 @@
+"""Checkpoints: bit-exact, resharded, damaged and killed."""
+
+import logging
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
+
+WRITER = pathlib.Path(__file__).with_name("checkpoint_writer.py")
+
+
+def make_state(step: int) -> dict:
+    """A state with every kind of leaf of a training run, different at each step."""
+    key = jax.random.fold_in(jax.random.key(7), step)
+    params = {
+        "experts": {"wi_EMH": jax.random.normal(key, (4, 8, 256))},
+        "router": jax.random.normal(key, (8, 4), jnp.bfloat16),
+        "scale": jnp.full((8,), 1 / 3),
+    }
+    adamw, adafactor = optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=4)
+    return {
+        "params": params,
+        "adamw": adamw.update(params, adamw.init(params), params)[1],
+        "adafactor": adafactor.update(params, adafactor.init(params), params)[1],
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)).init(params),
+        "router_bias": jnp.arange(8, dtype=jnp.float32).reshape(2, 4) * 1e-3,
+        "key": jax.random.key_data(key),
+        "step": jnp.int32(step),
+    }
+
+
+def abstract(state, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def write_steps(directory, steps, keep=5):
+    with Checkpoints(directory, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step))
+
+
+def largest_file(directory: pathlib.Path) -> pathlib.Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_round_trip_is_bit_exact(tmp_path):
+    state = make_state(3)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step is None
+        assert checkpoints.restore_latest(abstract(state)) is None
+        assert checkpoints.save(3, state, wait=True)
+        assert checkpoints.latest_step == 3
+        step, restored = checkpoints.restore_latest(abstract(state))
+    assert step == 3
+    assert_same_bits(restored, state)
+    # A restored random key draws what the saved one would have drawn.
+    key = jax.random.wrap_key_data(restored["key"])
+    assert key == jax.random.fold_in(jax.random.key(7), 3)
+
+
+def test_the_newest_are_kept(tmp_path):
+    write_steps(tmp_path, [2, 4, 6, 8], keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "8"]
+
+
+def test_keep_is_at_least_one(tmp_path):
+    with pytest.raises(ValueError, match=r"at least 1 checkpoint: keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_a_step_is_saved_once_and_steps_increase(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.save(4, make_state(4))
+        assert not checkpoints.save(4, make_state(5))
+        with pytest.raises(ValueError, match=r"order of their steps: step=2, but .* has step 4"):
+            checkpoints.save(2, make_state(2))
+        _, restored = checkpoints.restore_latest(abstract(make_state(4)))
+    assert_same_bits(restored, make_state(4))
+
+
+def test_a_saved_array_may_be_donated(tmp_path):
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        x = jnp.arange(200_000.0) + 0
+        checkpoints.save(1, {"x": x})
+        for _ in range(3):
+            x = overwrite(x)
+        _, restored = checkpoints.restore_latest(abstract({"x": x}))
+    np.testing.assert_array_equal(restored["x"], np.arange(200_000.0))
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_restores_into_another_sharding(tmp_path, num_devices):
+    def sharding(count):
+        mesh = jax.sharding.Mesh(jax.devices()[:count], ("expert",))
+        return jax.sharding.NamedSharding(mesh, jax.P("expert"))
+
+    state = {"wi": jnp.arange(4 * 6.0).reshape(4, 6), "mu": jnp.arange(8.0)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, sharding(4)))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        _, restored = checkpoints.restore_latest(abstract(state, sharding(num_devices)))
+    assert_same_bits(restored, state)
+    for leaf in restored.values():
+        assert leaf.sharding.is_equivalent_to(sharding(num_devices), leaf.ndim)
+
+
+def truncate(step_dir):
+    file = largest_file(step_dir)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(step_dir):
+    file = largest_file(step_dir)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def delete_a_file(step_dir):
+    largest_file(step_dir).unlink()
+
+
+def delete_the_manifest(step_dir):
+    (step_dir / "manifest.json").unlink()
+
+
+def garble_the_manifest(step_dir):
+    (step_dir / "manifest.json").write_bytes(b'\xff{"files": [')
+
+
+def empty_the_manifest(step_dir):
+    (step_dir / "manifest.json").write_text('{"files": {}}')
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (truncate, r"has \d+ bytes in place of \d+"),
+        (flip_a_bit, "the content of state/.* has changed"),
+        (delete_a_file, "state/.* is missing"),
+        (delete_the_manifest, "manifest.json is missing"),
+        (garble_the_manifest, "manifest.json cannot be understood"),
+        (empty_the_manifest, "manifest.json names no files"),
+    ],
+)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog, harm, reason):
+    write_steps(tmp_path, [1, 2])
+    harm(tmp_path / "2")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with caplog.at_level(logging.WARNING, "moe_jax.training.checkpoints"):
+            step, restored = checkpoints.restore_latest(abstract(make_state(1)))
+        assert step == 1
+        assert_same_bits(restored, make_state(1))
+        assert checkpoints.latest_step == 1
+        # Training comes to that step again and saves it.
+        assert checkpoints.save(2, make_state(2))
+        step, restored = checkpoints.restore_latest(abstract(make_state(2)))
+        assert step == 2
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("moe_jax")]
+    assert any(str(tmp_path / "2") in message for message in messages)
+    assert any(re.search(reason, message) for message in messages)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "damaged-2"]
+
+
+def test_a_step_can_be_damaged_twice(tmp_path):
+    write_steps(tmp_path, [1])
+    for _ in range(2):
+        write_steps(tmp_path, [2])
+        truncate(tmp_path / "2")
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "damaged-2", "damaged-2-2"]
+
+
+def test_orbax_own_files_may_be_lost(tmp_path):
+    # Orbax writes these after the manifest; the state does not depend on them.
+    write_steps(tmp_path, [1])
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("{gar")
+    (tmp_path / "1" / "commit_success.txt").unlink()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same_bits(checkpoints.restore_latest(abstract(make_state(1)))[1], make_state(1))
+
+
+def test_all_damaged_is_an_error_and_moves_nothing(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    flip_a_bit(tmp_path / "1")
+    truncate(tmp_path / "2")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for _ in range(2):
+            with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 1, 2\."):
+                checkpoints.restore_latest(abstract(make_state(1)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_another_config_is_an_error_and_not_damage(tmp_path):
+    write_steps(tmp_path, [1])
+    other = abstract(make_state(1))
+    other["router_bias"] = jax.ShapeDtypeStruct(
+        (2, 8), jnp.float32, sharding=other["step"].sharding
+    )
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(ValueError, match=r"router_bias: float32\[2,4\] in the checkpoint"):
+            checkpoints.restore_latest(other)
+        del other["router_bias"]
+        with pytest.raises(ValueError, match=r"router_bias: .*, absent in this run"):
+            checkpoints.restore_latest(other)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_sharding_is_required(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.raises(ValueError, match=r"known sharding: params/w has none"):
+            checkpoints.restore_latest({"params": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}})
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    write_steps(tmp_path, [1])
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        checkpoints.save(2, make_state(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def kill_while_saving(directory: pathlib.Path, seconds: float) -> int:
+    """Runs the writer, kills it so many seconds after its first save, returns its last step."""
+    writer = subprocess.Popen(
+        [sys.executable, str(WRITER), str(directory)], stdout=subprocess.PIPE, text=True
+    )
+    with writer:
+        first = writer.stdout.readline()
+        assert first.startswith("saved"), f"the writer failed: {first}"
+        try:
+            writer.wait(seconds)
+        except subprocess.TimeoutExpired:
+            writer.send_signal(signal.SIGKILL)
+        lines = [first, *writer.stdout.read().split("\n")]
+    assert writer.returncode == -signal.SIGKILL
+    return max(int(line.split()[1]) for line in lines if line.startswith("saved "))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_kill_9_leaves_a_whole_checkpoint(tmp_path, caplog, kills):
+    state = {"step": jnp.int32(0), "w": jnp.zeros((64, 1024)), "v": jnp.zeros((1024,))}
+    rng = random.Random(kills)
+    for _ in range(kills):
+        finished = kill_while_saving(tmp_path, rng.uniform(0.1, 0.7))
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            step, restored = checkpoints.restore_latest(abstract(state))
+        assert step >= finished
+        assert all(bool((leaf == step).all()) for leaf in restored.values())
+    assert "damaged" not in caplog.text
