@@ -122,7 +122,9 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
         router_z_loss=mean(parts.router_z_loss),
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
-        assigned_BE=jnp.concatenate(list(parts.assigned_BE), axis=-2),
+        assigned_BE=jnp.moveaxis(parts.assigned_BE, 0, -3).reshape(
+            *parts.assigned_BE.shape[1:-2], -1, config.num_experts
+        ),
         mean_prob_E=mean(parts.mean_prob_E),
         num_tokens=total,
         router_entropy=mean(parts.router_entropy),

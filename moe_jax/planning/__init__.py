@@ -1,0 +1,1 @@
+"""Arithmetic about a model before it runs: parameters, FLOPs, rates of hardware."""
