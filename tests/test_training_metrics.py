@@ -1,0 +1,180 @@
+"""The record of a run: metrics that survive kills, what it was run with, and what it shows."""
+
+import dataclasses
+import io
+import json
+import logging
+import math
+import pathlib
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.training import metrics as metrics_module
+from moe_jax.training.metrics import MetricWriter, read_metrics, run_record, write_run_record
+from moe_jax.training.progress import Progress, progress_line
+
+
+def steps(path: pathlib.Path) -> list[int]:
+    return [row["step"] for row in read_metrics(path / "metrics.jsonl")]
+
+
+def events(path: pathlib.Path) -> list:
+    """The TensorBoard events in a directory: records of a length, its checksum, data, checksum."""
+    found = []
+    for file in sorted((path / "tensorboard").iterdir()):
+        content = file.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def test_what_is_written_is_read(tmp_path):
+    load = jnp.array([0.1, 0.7, 0.2])
+    with MetricWriter(tmp_path / "run") as writer:
+        writer.write(10, {"train/loss": jnp.float32(0.1), "perf/mfu": 0.25, "count": np.int64(3)})
+        writer.write(20, {"moe/layer_01/expert_load": load, "train/loss": float("nan")})
+        # Flushed at once, not at close.
+        assert steps(tmp_path / "run") == [10, 20]
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first == {"step": 10, "train/loss": 0.1, "perf/mfu": 0.25, "count": 3}
+    assert second["moe/layer_01/expert_load"] == [0.1, 0.7, 0.2]
+    assert math.isnan(second["train/loss"])
+
+
+def test_float32_reads_back_as_the_same_float32(tmp_path):
+    values = np.random.default_rng(0).standard_normal(100).astype(np.float32) * 1e-5
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"x": values, "y": jnp.bfloat16(0.1)})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    np.testing.assert_array_equal(np.float32(row["x"]), values)
+    assert jnp.bfloat16(row["y"]) == jnp.bfloat16(0.1)
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.write(7, {"train/loss": 1.5, "moe/layer_00/expert_load": [0.5, 0.5]})
+    values = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+    assert values == [(7, "train/loss", 1.5)]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 12])
+def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, cut):
+    writer = MetricWriter(tmp_path)
+    for step in (10, 20, 30, 40):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 50, '[:cut])
+    assert steps(tmp_path) == [10, 20, 30, 40]
+    with MetricWriter(tmp_path, start_step=25) as writer:
+        assert steps(tmp_path) == [10, 20]
+        for step in (30, 40, 50):
+            writer.write(step, {"train/loss": 2.0})
+    assert steps(tmp_path) == [10, 20, 30, 40, 50]
+    # TensorBoard is told to forget the steps that are run again.
+    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
+    assert starts == [1, 26]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"loss": 3}\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r'"step": .*metrics.jsonl line 2 is b\'{"loss": 3}\''):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"step": 3}, {"loss": "low"}, {"loss": None}, {"load": np.ones((2, 2))}]
+)
+def test_a_metric_is_a_number_or_a_vector(tmp_path, metrics):
+    with MetricWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match=r"a metric is a number or a vector of numbers"):
+            writer.write(1, metrics)
+    assert steps(tmp_path) == []
+
+
+def test_run_record_says_what_it_ran_on():
+    record = run_record()
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["platform"] == "cpu"
+    assert record["num_devices"] == 8
+    assert record["commit"] is None or len(record["commit"]) == 40
+    assert record == json.loads(json.dumps(record))
+
+
+def test_a_copy_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    copy = tmp_path / "site-packages" / "metrics.py"
+    copy.parent.mkdir()
+    copy.touch()
+    monkeypatch.setattr(metrics_module, "__file__", str(copy))
+    record = run_record()
+    assert record["commit"] is None and record["dirty"] is None
+
+
+def test_run_files_keep_earlier_sessions_and_warn_of_changes(tmp_path, caplog):
+    config = ExperimentConfig(name="one")
+    facts = {"parameters": {"total": 10, "active": 4}}
+    write_run_record(tmp_path, config, facts=facts)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["moe"]["num_experts"] == 8
+    assert json.loads((tmp_path / "run.json").read_text())["parameters"]["active"] == 4
+
+    changed = dataclasses.replace(config, seed=3)
+    with caplog.at_level(logging.WARNING):
+        write_run_record(tmp_path, changed, start_step=50)
+        write_run_record(tmp_path, changed, start_step=80)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [earlier["start_step"] for earlier in record["earlier"]] == [0, 50]
+    assert record["earlier"][1]["config_changes"] == ["config.seed: 0 -> 3"]
+    assert record["config_changes"] == []
+    assert caplog.messages == ["Resuming at step 50 with another config.seed: 0 -> 3."]
+
+    # Started again from the beginning, it is another run.
+    write_run_record(tmp_path, config)
+    assert "earlier" not in json.loads((tmp_path / "run.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
+METRICS = {"train/loss": 2.0, "perf/tokens_per_s": 950.0, "perf/seconds_per_step": 60.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_file_gets_plain_lines():
+    file = io.StringIO()
+    with Progress(1000, file=file) as progress:
+        progress.update(1)
+        progress.update(100, METRICS)
+        progress.print("held-out [0.5]")
+    assert file.getvalue() == (
+        "step  100/1000  loss 2.0000 (nats/token)  950 tok/s  eta 15:00:00\nheld-out [0.5]\n"
+    )
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    file = Terminal()
+    with Progress(10, start_step=4, file=file) as progress:
+        progress.update(5)
+        progress.print("held-out [0.5]")
+        progress.update(10, METRICS)
+    text = file.getvalue()
+    assert "held-out [0.5]" in text
+    assert "step 10/10  loss 2.0000 (nats/token)  950 tok/s  eta 00:00" in text
+
+
+def test_the_name_of_utilization():
+    line = progress_line(5, 10, {"perf/mfu": 0.333}, "of measured peak")
+    assert line == "step  5/10  of measured peak 33%"
