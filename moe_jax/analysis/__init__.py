@@ -1,0 +1,1 @@
+"""What the router did and what the model learned, in figures and numbers."""

@@ -1,0 +1,353 @@
+"""The report of a run: what came out, how the experts were used, and what it was run with.
+
+It is made from the files in the run's directory alone and can be made again at any time, also of
+a run that is still going:
+
+    python -m moe_jax.analysis.report DIR
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moe_jax.analysis import figures
+from moe_jax.config import ExperimentConfig, config_dict, difference, from_config_dict
+from moe_jax.planning.arithmetic import count_parameters
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+
+EVALUATION_FILE = "evaluation.json"
+SAMPLE_FILE = "sample.txt"
+LAYER_METRIC = re.compile(r"moe/(?P<layer>[^/]+)/(?P<metric>[^/]+)")
+HELDOUT_METRIC = re.compile(
+    r"heldout/(?P<way>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
+)
+WAYS = {"dropless": "dropless", "capacity_limited": "capacity-limited"}
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The files of a run.
+
+    Attributes:
+      rows: of metrics.jsonl, at least one.
+      record: of run.json.
+      settings: of config.json, nested.
+      evaluation: of evaluation.json, or the last held-out losses among the metrics; may be empty.
+      sample: of sample.txt, None if there is none.
+    """
+
+    rows: list[Row]
+    record: Row
+    settings: Row
+    evaluation: Row
+    sample: str | None
+
+    @property
+    def step(self) -> int:
+        """The last step that has metrics."""
+        return int(self.rows[-1]["step"])
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the MoE layers that have metrics, such as "layer_01", in order."""
+        found = (LAYER_METRIC.fullmatch(name) for row in self.rows for name in row)
+        return sorted({match["layer"] for match in found if match})
+
+    def curve(self, name: str) -> figures.Curve:
+        """The steps and values of a metric, where it was written."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+    def last(self, name: str) -> Any:
+        """The last value of a metric; None if it was never written."""
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
+
+
+def read_run(directory: str | pathlib.Path) -> Run:
+    """Reads the files of a run.
+
+    Raises:
+      ValueError: the directory has no metrics, no config.json or no run.json.
+    """
+    directory = pathlib.Path(directory)
+    for name in (METRICS_FILE, CONFIG_FILE, RUN_FILE):
+        if not (directory / name).exists():
+            raise ValueError(
+                f"a run's directory has {METRICS_FILE}, {CONFIG_FILE} and {RUN_FILE}: {directory} "
+                f"has no {name}. Pass the workdir of a run."
+            )
+    rows = read_metrics(directory / METRICS_FILE)
+    if not rows:
+        raise ValueError(
+            f"a report shows a run that has metrics: {directory / METRICS_FILE} is empty. Wait for "
+            "the first training.log_every steps."
+        )
+    evaluation, sample = directory / EVALUATION_FILE, directory / SAMPLE_FILE
+    return Run(
+        rows=rows,
+        record=_read_json(directory / RUN_FILE),
+        settings=_read_json(directory / CONFIG_FILE),
+        evaluation=_read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
+        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
+    )
+
+
+def last_evaluation(rows: list[Row]) -> Row:
+    """The newest held-out losses among the metrics, in the form of evaluation.json."""
+    for row in reversed(rows):
+        found = [(HELDOUT_METRIC.fullmatch(name), value) for name, value in row.items()]
+        evaluation: Row = {"step": row["step"]}
+        for match, value in found:
+            if match:
+                losses = evaluation.setdefault(match["way"], {"domains": {}})
+                if match["domain"]:
+                    losses = losses["domains"].setdefault(match["domain"], {})
+                losses[match["metric"]] = value
+        if len(evaluation) > 1:
+            return evaluation
+    return {}
+
+
+def write_report(directory: str | pathlib.Path) -> pathlib.Path:
+    """Writes `report/report.md` and its figures into a run's directory.
+
+    Args:
+      directory: of the run, with metrics.jsonl, config.json and run.json, and at its end
+        evaluation.json and sample.txt.
+
+    Returns:
+      The path of report.md.
+
+    Raises:
+      ValueError: see `read_run`.
+    """
+    run = read_run(directory)
+    place = pathlib.Path(directory) / "report"
+    place.mkdir(exist_ok=True)
+    sections = [_heading(run), _result(run), _figure(place, "loss", "Loss", _draw_loss(run))]
+    if run.layers:
+        sections += [
+            "## Routing",
+            _figure(place, "expert_load", "Expert load by layer", _draw_load(run)),
+            _figure(place, "domain_experts", "Experts of each domain", _draw_domains(run)),
+            _figure(place, "router", "Drops, entropy, fullest expert", _draw_router(run)),
+            _layer_table(run),
+        ]
+    sections += [_facts(run), _config(run), _sample(run)]
+    path = place / "report.md"
+    path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    return path
+
+
+def _read_json(path: pathlib.Path) -> Row:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _figure(place: pathlib.Path, name: str, title: str, figure: Figure | None) -> str:
+    """Saves a figure and returns the line that shows it; removes an older one if there is none."""
+    path = place / f"{name}.png"
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return ""
+    figure.set_dpi(110)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # 256 colours take a third of the space and look the same.
+    pixels.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    return f"![{title}]({path.name})"
+
+
+def _draw_loss(run: Run) -> Figure:
+    heldout = {
+        title: run.curve(f"heldout/{way}/nats_per_token")
+        for way, title in WAYS.items()
+        if run.last(f"heldout/{way}/nats_per_token") is not None
+    }
+    matches = (HELDOUT_METRIC.fullmatch(name) for row in run.rows for name in row)
+    domains = sorted({match["domain"] for match in matches if match and match["domain"]})
+    names = {f"heldout/dropless/domain/{name}/bits_per_byte": name for name in domains}
+    names["heldout/dropless/bits_per_byte"] = "all"
+    bits = {title: run.curve(name) for name, title in names.items() if run.last(name) is not None}
+    return figures.loss_figure(run.curve("train/loss"), heldout, bits)
+
+
+def _draw_load(run: Run) -> Figure | None:
+    names = {layer: f"moe/{layer}/expert_load" for layer in run.layers}
+    rows = [row for row in run.rows if all(name in row for name in names.values())]
+    if not rows:
+        return None
+    steps = np.array([row["step"] for row in rows])
+    load = {layer: np.array([row[name] for row in rows]) for layer, name in names.items()}
+    return figures.load_figure(steps, load)
+
+
+def _draw_domains(run: Run) -> Figure | None:
+    shares = run.evaluation.get("domain_expert_share")
+    return figures.domain_figure(shares) if shares else None
+
+
+def _draw_router(run: Run) -> Figure:
+    num_experts = run.settings["model"]["moe"]["num_experts"]
+
+    def curves(metric: str) -> dict[str, figures.Curve]:
+        return {layer: run.curve(f"moe/{layer}/{metric}") for layer in run.layers}
+
+    largest = {name: (x, y * num_experts) for name, (x, y) in curves("expert_load_max").items()}
+    return figures.router_figure(
+        curves("dropped_fraction"), curves("router_entropy"), largest, num_experts
+    )
+
+
+def _heading(run: Run) -> str:
+    data, training = run.settings["data"], run.settings["training"]
+    tokens = run.step * training["batch_size"] * data["sequence_length"]
+    state = "" if run.step >= training["num_steps"] else f" of {training['num_steps']:,}"
+    return (
+        f"# {run.settings['name']}\n\n"
+        f"{run.step:,}{state} steps, {tokens:,} tokens, on {run.record['num_devices']} x "
+        f"{run.record['device_kind']} ({run.record['platform']}), started {run.record['started']}."
+    )
+
+
+def _result(run: Run) -> str:
+    """The losses: overall and by domain, dropless and capacity-limited side by side."""
+    ways = [way for way in WAYS if way in run.evaluation]
+    loss = run.last("train/loss")
+    lines = ["## Result", ""]
+    if loss is not None:
+        lines += [f"Training loss at the last logged step: {loss:.4f} nats/token.", ""]
+    if not ways:
+        return "\n".join([*lines, "Held-out text was not evaluated."])
+    header = [f"{WAYS[way]}, {unit}" for way in ways for unit in ("nats/token", "bits/byte")]
+    domains = dict.fromkeys(name for way in ways for name in run.evaluation[way].get("domains", {}))
+    rows = [("**all**", {way: run.evaluation[way] for way in ways})]
+    rows += [
+        (name, {way: run.evaluation[way].get("domains", {}).get(name, {}) for way in ways})
+        for name in domains
+    ]
+    cells = [
+        [name, *(
+            _number(losses[way].get(metric), ".4f")
+            for way in ways for metric in ("nats_per_token", "bits_per_byte")
+        )]
+        for name, losses in rows
+    ]  # fmt: skip
+    lines += [f"Held-out text at step {run.evaluation['step']:,}:", ""]
+    return "\n".join([*lines, _table(["domain", *header], cells)])
+
+
+def _layer_table(run: Run) -> str:
+    """What the routers did at the last step that was logged."""
+    num_experts = run.settings["model"]["moe"]["num_experts"]
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "fullest expert, x even": ("expert_load_max", lambda value: f"{value * num_experts:.2f}"),
+        "max violation": ("max_violation", lambda value: f"{value:.2f}"),
+        "dropped": ("dropped_fraction", lambda value: f"{value:.2%}"),
+        "entropy, nats": ("router_entropy", lambda value: f"{value:.3f}"),
+        "load-balance loss": ("load_balance_loss", lambda value: f"{value:.4f}"),
+        "z-loss": ("router_z_loss", lambda value: f"{value:.3f}"),
+    }
+    rows = []
+    for layer in run.layers:
+        values = [(run.last(f"moe/{layer}/{name}"), show) for name, show in columns.values()]
+        rows.append([layer, *("" if value is None else show(value) for value, show in values)])
+    return "At the last logged step:\n\n" + _table(["layer", *columns], rows)
+
+
+def _facts(run: Run) -> str:
+    """Size, speed, versions."""
+    record = run.record
+    total, active = _parameters(run)
+    commit = record.get("commit") or "not run from a checkout"
+    facts = {
+        "parameters": f"{total:,} in all, {active:,} used by a token",
+        "time in training steps": f"{_seconds(run):,.0f} s",
+        **_speed(run),
+        "commit": commit + (" with uncommitted changes" if record.get("dirty") else ""),
+        "command": f"`{' '.join(record['command'])}`",
+        "versions": ", ".join(
+            f"{name} {version}"
+            for name, version in {"python": record["python"], **record["versions"]}.items()
+        ),
+    }
+    earlier = [session["start_step"] for session in record.get("earlier", [])]
+    if earlier:
+        starts = ", ".join(f"{step:,}" for step in [*earlier, record["start_step"]])
+        facts["sessions"] = f"{len(earlier) + 1}, starting at steps {starts}"
+    return "## Run\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
+
+
+def _parameters(run: Run) -> tuple[int, int]:
+    """Parameters in all and used by a token: as recorded, or counted from the config."""
+    if "parameters" in run.record:
+        return run.record["parameters"]["total"], run.record["parameters"]["active"]
+    count = count_parameters(from_config_dict(run.settings).model)
+    return count.total, count.active
+
+
+def _seconds(run: Run) -> float:
+    """The sum of step times, each logged one standing for the steps since the one before."""
+    steps, seconds = run.curve("perf/seconds_per_step")
+    return float(np.sum(np.diff(steps, prepend=0) * seconds))
+
+
+def _speed(run: Run) -> dict[str, str]:
+    """Medians over the logged steps, of what was measured."""
+    facts = {}
+    for name, metric, spec in (
+        ("tokens/s (median)", "perf/tokens_per_s", ",.0f"),
+        ("share of peak FLOP/s (median)", "perf/mfu", ".1%"),
+    ):
+        _, values = run.curve(metric)
+        if len(values):
+            facts[name] = format(float(np.median(values)), spec)
+    return facts
+
+
+def _config(run: Run) -> str:
+    defaults = json.loads(config_dict(ExperimentConfig()).to_json())
+    lines = difference(defaults, run.settings)
+    text = "\n".join(lines) or "no differences"
+    return f"## Settings that differ from the defaults\n\n```text\n{text}\n```"
+
+
+def _sample(run: Run) -> str:
+    if run.sample is None:
+        return ""
+    # A fence longer than any in the text.
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", run.sample))]))
+    return f"## Sample\n\n{fence}text\n{run.sample.rstrip()}\n{fence}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right if they are many."""
+    align = ["---"] + ["---:" if len(header) > 2 else "---"] * (len(header) - 1)
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the report of the run in the directory that is given."""
+    parser = argparse.ArgumentParser(description="Writes DIR/report/ from the files of a run.")
+    parser.add_argument("directory", metavar="DIR", help="the workdir of a run")
+    print(write_report(parser.parse_args(arguments).directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The report of a run, from its files alone."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from moe_jax.analysis.report import main, read_run, write_report
+from moe_jax.config import ExperimentConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
+from moe_jax.training.metrics import MetricWriter, write_run_record
+
+DOMAINS = ("drama", "folio1623", "multilingual", "prose", "python", "speech")
+MAX_BYTES = 150_000
+
+
+def moe_metrics(rng, layer: str, progress: float, num_experts: int) -> dict:
+    """A router that starts uneven and is balanced by and by."""
+    logits = np.random.default_rng(len(layer) + int(layer[-2:])).standard_normal(num_experts)
+    load = np.exp(logits * (0.15 + 1.2 * np.exp(-6 * progress)))
+    load = load / load.sum() + 0.004 * rng.standard_normal(num_experts) / num_experts**0.5
+    load = np.maximum(load, 0) / np.maximum(load, 0).sum()
+    return {
+        f"moe/{layer}/expert_load": load.astype(np.float32),
+        f"moe/{layer}/expert_load_max": load.max(),
+        f"moe/{layer}/max_violation": load.max() * num_experts - 1,
+        f"moe/{layer}/dropped_fraction": float(np.maximum(load - 1.25 / num_experts, 0).sum()),
+        f"moe/{layer}/router_entropy": np.log(num_experts) * (0.98 - 0.5 * progress**0.3),
+        f"moe/{layer}/load_balance_loss": float(num_experts * (load**2).sum()),
+        f"moe/{layer}/router_z_loss": 4.2,
+    }
+
+
+def losses(nats: float, offset: float = 0.0) -> dict:
+    domains = {
+        name: {"nats_per_token": nats + 0.1 * i, "bits_per_byte": (nats + 0.1 * i) / np.log(2)}
+        for i, name in enumerate(DOMAINS)
+    }
+    nats += offset
+    return {"nats_per_token": nats, "bits_per_byte": nats / np.log(2), "domains": domains}
+
+
+def make_run(
+    directory: pathlib.Path, *, layers=(1, 3), num_experts=8, num_steps=1000, finished=True
+) -> None:
+    """The files of a run of a MoE model, or, without layers, of a dense one."""
+    rng = np.random.default_rng(0)
+    moe = MoEConfig(num_experts=num_experts, layers=layers, layer_period=2 if layers else 0)
+    config = ExperimentConfig(
+        name="quickstart",
+        model=ModelConfig(num_layers=max([4, *(i + 1 for i in layers)]), moe=moe),
+        optimizer=OptimizerConfig(warmup_steps=1),
+        training=TrainingConfig(num_steps=num_steps),
+    )
+    write_run_record(directory, config, facts={"parameters": {"total": 3_456_789, "active": 9}})
+    names = [f"layer_{i:02d}" for i in layers]
+    with MetricWriter(directory) as writer:
+        for step in range(10, num_steps + 1, 10):
+            nats = 1.4 + 4.2 / (1 + step / 25) + 0.03 * rng.standard_normal()
+            metrics = {
+                "train/loss": nats, "perf/tokens_per_s": 20_000 + 500 * rng.standard_normal(),
+                "perf/mfu": 0.41, "perf/seconds_per_step": 0.2,
+            }  # fmt: skip
+            for name in names:
+                metrics |= moe_metrics(rng, name, step / num_steps, num_experts)
+            if step % 200 == 0:
+                for way, offset in (("dropless", 0.05), ("capacity_limited", 0.09)):
+                    result = losses(nats + offset)
+                    prefix = f"heldout/{way}"
+                    metrics[f"{prefix}/nats_per_token"] = result["nats_per_token"]
+                    metrics[f"{prefix}/bits_per_byte"] = result["bits_per_byte"]
+                    for name, loss in result["domains"].items():
+                        metrics[f"{prefix}/domain/{name}/bits_per_byte"] = loss["bits_per_byte"]
+            writer.write(step, metrics)
+    if finished:
+        share = {
+            name: {domain: rng.dirichlet(np.full(num_experts, 2.0)).tolist() for domain in DOMAINS}
+            for name in names
+        }
+        evaluation = {"step": num_steps, "dropless": losses(1.5), "domain_expert_share": share}
+        if layers:
+            evaluation["capacity_limited"] = losses(1.5, 0.04)
+        (directory / "evaluation.json").write_text(json.dumps(evaluation))
+        (directory / "sample.txt").write_text("The whale\n```python\nprint()\n```\nand | the sea")
+
+
+def report_of(directory: pathlib.Path) -> tuple[str, set[str]]:
+    text = write_report(directory).read_text()
+    images = {path.name for path in (directory / "report").glob("*.png")}
+    assert set(re.findall(r"\]\((\w+\.png)\)", text)) == images
+    return text, images
+
+
+def test_report_of_a_moe_run(tmp_path):
+    make_run(tmp_path)
+    text, images = report_of(tmp_path)
+    assert images == {"loss.png", "expert_load.png", "domain_experts.png", "router.png"}
+    assert text.startswith("# quickstart\n\n1,000 steps, 4,096,000 tokens, on 8 x cpu")
+    bits = f"{1.5 / np.log(2):.4f}"
+    assert f"| **all** | 1.5000 | {bits} | 1.5400 |" in text
+    assert "| python | 1.9000 |" in text
+    assert "3,456,789 in all, 9 used by a token" in text
+    assert "| time in training steps | 200 s |" in text
+    assert "config.model.moe.layers: [] -> [1, 3]" in text
+    assert "````text\nThe whale\n```python" in text
+    assert "| layer_03 |" in text
+
+
+@pytest.mark.parametrize(("layers", "num_experts"), [((1, 3), 8), (tuple(range(24)), 64)])
+def test_figures_are_small_and_not_empty(tmp_path, layers, num_experts):
+    make_run(tmp_path, layers=layers, num_experts=num_experts, num_steps=3000)
+    _, images = report_of(tmp_path)
+    for name in images:
+        path = tmp_path / "report" / name
+        assert path.stat().st_size < MAX_BYTES
+        pixels = imread(path)
+        height, width, _ = pixels.shape
+        assert 250 < height < 1500 and 700 < width < 1500
+        assert pixels[..., :3].std() > 0.05
+
+
+def test_report_of_a_dense_run_has_no_moe_figures(tmp_path):
+    make_run(tmp_path, layers=())
+    text, images = report_of(tmp_path)
+    assert images == {"loss.png"}
+    assert "Routing" not in text and "capacity-limited" not in text
+    assert "config.model.moe.layer_period: 1 -> 0" in text
+
+
+def test_report_of_a_run_that_is_still_going(tmp_path):
+    make_run(tmp_path, finished=False)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
+    text, images = report_of(tmp_path)
+    assert text.startswith("# quickstart\n\n500 of 1,000 steps")
+    assert "Held-out text at step 400:" in text and "| drama | - |" in text
+    assert images == {"loss.png", "expert_load.png", "router.png"}
+    # The first lines alone have no evaluation.
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    assert "Held-out text was not evaluated." in report_of(tmp_path)[0]
+
+
+def test_unused_experts_and_nan_losses_are_drawn(tmp_path):
+    make_run(tmp_path, layers=(0,), num_experts=4, num_steps=200)
+    with MetricWriter(tmp_path, start_step=190) as writer:
+        load = {"moe/layer_00/expert_load": [1.0, 0.0, 0.0, 0.0]}
+        writer.write(200, {"train/loss": float("nan"), **load})
+    report_of(tmp_path)
+
+
+def test_parameters_are_counted_if_they_were_not_recorded(tmp_path):
+    make_run(tmp_path, num_steps=10)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["parameters"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    total, active = re.search(
+        r"([\d,]+) in all, ([\d,]+) used by a token", report_of(tmp_path)[0]
+    ).groups()
+    assert int(total.replace(",", "")) > int(active.replace(",", "")) > 100_000
+
+
+def test_a_directory_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"has no metrics.jsonl\. Pass the workdir"):
+        read_run(tmp_path)
+    write_run_record(tmp_path, dataclasses.replace(ExperimentConfig(), name="empty"))
+    MetricWriter(tmp_path).close()
+    with pytest.raises(ValueError, match=r"metrics.jsonl is empty"):
+        read_run(tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    make_run(tmp_path, num_steps=20)
+    main([str(tmp_path)])
+    assert capsys.readouterr().out == f"{tmp_path}/report/report.md\n"
+
+
+@pytest.mark.slow
+def test_the_command_as_a_process_warns_of_nothing(tmp_path):
+    make_run(tmp_path, num_steps=20)
+    command = [sys.executable, "-W", "error", "-m", "moe_jax.analysis.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
