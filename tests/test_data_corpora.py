@@ -115,3 +115,13 @@ def test_a_malformed_line_is_named(tmp_path, line):
     (tmp_path / "english.jsonl").write_text('{"id": "a", "text": "b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"english\.jsonl line 2 is "):
         list(corpora.JsonlCorpus(str(tmp_path)).documents("english", 0.1))
+
+
+def test_a_jsonl_document_may_hold_out_its_tail(tmp_path):
+    record = {"id": "a", "text": "line\n" * 100, "heldout": "tail"}
+    (tmp_path / "english.jsonl").write_text(json.dumps(record))
+    documents = list(corpora.JsonlCorpus(str(tmp_path)).documents("english", 0.1))
+    assert [(split, len(document.text)) for split, document in documents] == [
+        ("train", 455),
+        ("heldout", 45),
+    ]

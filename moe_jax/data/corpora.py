@@ -111,12 +111,14 @@ class EmbeddedCorpus(Corpus):
 
 
 class JsonlCorpus(Corpus):
-    """A directory of `<domain>.jsonl` files of `{"id", "text"}` and optionally `"group"`.
+    """A directory of `<domain>.jsonl` files of `{"id", "text"}`.
 
-    A document is held out when the hash of its group (of its id if it has none), read as a
+    A document is held out when the hash of its `"group"` (of its id if it has none), read as a
     number in [0, 1), is below `heldout_fraction`: independent of the other documents, of the
     domain and of their order, so that a translation of a held-out page never trains, and what
     is held out at 3 % is held out at 5 %.
+
+    Of a document with `"heldout": "tail"` the end is held out, as in the embedded corpus.
     """
 
     def __init__(self, directory: str):
@@ -138,8 +140,11 @@ class JsonlCorpus(Corpus):
         """Yields (split, document); see the class for the rule, `Corpus` for the contract."""
         with self._files[domain].open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                document = self._parse(line, domain, number)
-                yield split_of(document.group, heldout_fraction), document
+                document, has_tail = self._parse(line, domain, number)
+                if has_tail:
+                    yield from _split_tail(document, heldout_fraction)
+                else:
+                    yield split_of(document.group, heldout_fraction), document
 
     def fingerprint(self) -> str:
         """Sha256 over the names and contents of the files."""
@@ -150,7 +155,7 @@ class JsonlCorpus(Corpus):
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def _parse(self, line: str, domain: str, number: int) -> Document:
+    def _parse(self, line: str, domain: str, number: int) -> tuple[Document, bool]:
         try:
             record = json.loads(line)
             id_, text = record["id"], record["text"]
@@ -159,7 +164,8 @@ class JsonlCorpus(Corpus):
                 'Each line of a jsonl corpus is an object with "id" and "text": '
                 f"{self._files[domain]} line {number} is {line[:60]!r}. Repair or rebuild it."
             ) from error
-        return Document(domain, id_, text, record.get("group", id_))
+        document = Document(domain, id_, text, record.get("group", id_))
+        return document, record.get("heldout") == "tail"
 
 
 def open_corpus(name: str) -> Corpus:

