@@ -15,18 +15,8 @@ import sentencepiece
 from absl import app, flags, logging
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpora import TRAIN, Corpus, open_corpus
+from moe_jax.data.corpora import HELDOUT, TRAIN, Corpus, open_corpus
 from moe_jax.data.tokenizers import SentencePieceTokenizer
-
-_CORPUS = flags.DEFINE_string("corpus", "embedded", "As config.data.corpus.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Number of ids, at most 65536.")
-_OUT = flags.DEFINE_string("out", "", "Path of the .model file to write.")
-_MAX_MB = flags.DEFINE_float("max_mb", 14.0, "Megabytes of text to train on, over all domains.")
-_HELDOUT_FRACTION = flags.DEFINE_float(
-    "heldout_fraction",
-    DataConfig.heldout_fraction,
-    "As config.data.heldout_fraction: what is held out there must not be seen here.",
-)
 
 # 256 bytes, pad, bos, eos, unk, newline and tab; above it at least some merges.
 _MIN_VOCAB_SIZE = 300
@@ -114,24 +104,39 @@ def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the flags, trains, and logs how many bytes a token stands for."""
-    if len(argv) > 1 or not _OUT.value:
+    options = flags.FLAGS
+    if len(argv) > 1 or not options.out:
         raise app.UsageError("--out=PATH is required, and there are no positional arguments.")
-    corpus = open_corpus(_CORPUS.value)
+    corpus = open_corpus(options.corpus)
     tokenizer = train(
         corpus,
-        _OUT.value,
-        vocab_size=_VOCAB_SIZE.value,
-        heldout_fraction=_HELDOUT_FRACTION.value,
-        max_bytes=int(_MAX_MB.value * 1e6),
+        options.out,
+        vocab_size=options.vocab_size,
+        heldout_fraction=options.heldout_fraction,
+        max_bytes=int(options.max_mb * 1e6),
     )
     for domain in corpus.domains():
-        documents = corpus.documents(domain, _HELDOUT_FRACTION.value)
-        heldout = [document.text for split, document in documents if split != TRAIN]
+        documents = corpus.documents(domain, options.heldout_fraction)
+        heldout = [document.text for split, document in documents if split == HELDOUT]
         num_tokens = sum(len(tokenizer.encode(text)) for text in heldout)
         num_bytes = sum(len(text.encode()) for text in heldout)
         logging.info("%-16s %.2f held-out bytes per token", domain, num_bytes / max(num_tokens, 1))
-    logging.info("wrote %s", _OUT.value)
+    logging.info("wrote %s", options.out)
+
+
+def _define_flags() -> None:
+    # Not at import: several commands are imported into one test process.
+    flags.DEFINE_string("corpus", "embedded", "As config.data.corpus.")
+    flags.DEFINE_integer("vocab_size", 8192, "Number of ids, at most 65536.")
+    flags.DEFINE_string("out", "", "Path of the .model file to write.")
+    flags.DEFINE_float("max_mb", 14.0, "Megabytes of text to train on, over all domains.")
+    flags.DEFINE_float(
+        "heldout_fraction",
+        DataConfig.heldout_fraction,
+        "As config.data.heldout_fraction: what is held out there must not be seen here.",
+    )
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(main)
