@@ -25,6 +25,7 @@ BLACK = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 GREY = "#8A8A8A"
 MAX_PANELS = 6  # layers that one figure shows
+MAX_CELLS = 10_000  # of one heat map
 MAX_COLUMNS = 160  # points along the steps; more are averaged
 Curve = tuple[np.ndarray, np.ndarray]  # steps and values, both [points]
 
@@ -259,8 +260,9 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _average(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages runs of neighbouring points so that at most `MAX_COLUMNS` are left."""
-    groups = min(len(steps), MAX_COLUMNS)
+    """Averages runs of neighbouring points so that few enough are left to be seen apart."""
+    num_experts = values.shape[1] if values.ndim > 1 else 1
+    groups = min(len(steps), MAX_COLUMNS, max(40, MAX_CELLS // num_experts))
     return (
         np.array([part.mean() for part in np.array_split(steps, groups)]),
         np.array([part.mean(axis=0) for part in np.array_split(values, groups)]),
