@@ -7,7 +7,6 @@ and resumed. TensorBoard events are written beside it for looking at while a run
 import datetime
 import importlib.metadata
 import json
-import logging
 import os
 import pathlib
 import platform
@@ -20,9 +19,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from moe_jax.config import ExperimentConfig, config_dict, difference
-
-logger = logging.getLogger(__name__)
+from moe_jax.config import ExperimentConfig, config_dict
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -160,8 +157,8 @@ def write_run_record(
 ) -> dict[str, Any]:
     """Writes `config.json` and `run.json` into a run's directory; process 0 only.
 
-    A run that resumes keeps the records of its earlier sessions under "earlier", and warns of
-    settings that have changed since.
+    A run that resumes keeps the records of its earlier sessions under "earlier". Its settings are
+    the same: `check_workdir` has refused any other.
 
     Args:
       directory: the run's directory, made if absent.
@@ -181,10 +178,6 @@ def write_run_record(
     if start_step > 0 and (directory / RUN_FILE).exists():
         last = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
         record["earlier"] = [*last.pop("earlier", []), last]
-        old_settings = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        record["config_changes"] = difference(old_settings, settings)
-        for line in record["config_changes"]:
-            logger.warning("Resuming at step %d with another %s.", start_step, line)
     write_atomically(directory / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
     write_atomically(directory / RUN_FILE, json.dumps(record, indent=2) + "\n")
     return record

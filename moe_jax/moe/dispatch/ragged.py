@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.dispatch.grouped_matmul import grouped_matmul
 from moe_jax.moe.experts import Layout
 
 
@@ -18,7 +19,7 @@ class SortedRows:
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[R, I] x [E, I, O] -> [R, O]; rows past the last group come out 0."""
-        return jax.lax.ragged_dot(x, weight, self.group_sizes_E)
+        return grouped_matmul(x, weight, self.group_sizes_E)
 
     def expand(self, bias: jax.Array) -> jax.Array:
         """[E, O] -> [R, O]."""

@@ -1,0 +1,31 @@
+"""Continues a text: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`."""
+
+from absl import flags
+
+from moe_jax import command_line
+from moe_jax.inference import continue_text
+from moe_jax.training.saved import load_run
+
+
+def main() -> None:
+    """Loads the newest checkpoint and samples."""
+    config, state = load_run(flags.FLAGS.workdir)
+    text = continue_text(
+        state.params,
+        state.router_bias_XE,
+        config,
+        flags.FLAGS.prompt,
+        num_tokens=flags.FLAGS.tokens,
+        temperature=flags.FLAGS.temperature,
+        seed=flags.FLAGS.seed,
+    )
+    print(flags.FLAGS.prompt + text)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.DEFINE_string("prompt", None, "The text to continue.")
+    flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
+    flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0.0)
+    flags.DEFINE_integer("seed", 0, "Equal seeds give equal texts.")
+    command_line.run(main, required=("workdir", "prompt"))

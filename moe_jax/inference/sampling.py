@@ -1,0 +1,100 @@
+"""Sampling a continuation token by token (legend: `moe_jax.moe`)."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ExperimentConfig, ModelConfig
+from moe_jax.data import open_tokenizer
+from moe_jax.models import Decoder
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def next_token(
+    params: Any,
+    router_bias_XE: jax.Array | None,
+    window_L: jax.Array,
+    length: jax.Array,
+    temperature: jax.Array,
+    rng: jax.Array,
+    *,
+    config: ModelConfig,
+) -> jax.Array:
+    """Samples the token after `window_L[:length]`; int32 scalar.
+
+    What stands behind `length` is not seen: the model is causal, and the routing dropless.
+    """
+    positions = jnp.arange(window_L.shape[0])
+    tokens_1L = window_L[None]
+    segments_1L = (positions < length).astype(jnp.int32)[None]
+    output = Decoder(config).apply(
+        {"params": params},
+        tokens_1L,
+        positions[None],
+        segments_1L,
+        router_bias_XE=router_bias_XE,
+        capacity_factor=0.0,
+    )
+    logits_V = output.logits_BLV[0, length - 1]
+    greedy = jnp.argmax(logits_V)
+    sampled = jax.random.categorical(rng, logits_V / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
+
+
+def continue_text(
+    params: Any,
+    router_bias_XE: jax.Array | None,
+    config: ExperimentConfig,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continues a prompt.
+
+    Args:
+      params: parameters of the model.
+      router_bias_XE: selection biases, or None.
+      config: of the run.
+      prompt: any text; of a long one, the last `sequence_length` tokens are seen.
+      num_tokens: how many tokens to add at most; the end of a document ends it.
+      temperature: divides the logits; 0 takes the likeliest token.
+      seed: equal seeds give equal texts.
+
+    Returns:
+      The continuation, without the prompt.
+
+    Raises:
+      ValueError: a negative temperature or number of tokens.
+    """
+    if temperature < 0 or num_tokens < 0:
+        raise ValueError(
+            "temperature and num_tokens are not negative: "
+            f"temperature={temperature}, num_tokens={num_tokens}. Use temperature=0 for the "
+            "likeliest token."
+        )
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    window = config.data.sequence_length
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
+    start = len(ids)
+    for i in range(num_tokens):
+        seen = ids[-window:]
+        window_L = np.full(window, tokenizer.pad_id, np.int32)
+        window_L[: len(seen)] = seen
+        token = next_token(
+            params,
+            router_bias_XE,
+            jnp.asarray(window_L),
+            jnp.asarray(len(seen)),
+            jnp.asarray(temperature, jnp.float32),
+            jax.random.fold_in(jax.random.key(seed), i),
+            config=config.model,
+        )
+        if int(token) == tokenizer.eos_id:
+            break
+        ids.append(int(token))
+    return tokenizer.decode(ids[start:])

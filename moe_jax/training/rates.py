@@ -1,0 +1,59 @@
+"""How fast a run is."""
+
+import time
+from collections.abc import Callable
+
+import jax
+
+from moe_jax.config import ExperimentConfig
+
+
+class Rates:
+    """Speed between two logged steps, time for evaluation and checkpoints left out.
+
+    Args:
+      config: of the run.
+      step_flops_per_token: model FLOPs of a training step, a token.
+      peak: FLOP/s of one device, or None if it is not known.
+    """
+
+    def __init__(self, config: ExperimentConfig, step_flops_per_token: float, peak: float | None):
+        self._tokens = config.training.batch_size * config.data.sequence_length
+        self._flops = step_flops_per_token
+        self._peak = peak
+        self._step, self._since = 0, 0.0
+
+    def start(self, step: int) -> None:
+        """Begins to count at a step."""
+        self._step, self._since = step, time.perf_counter()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Rates since the last call, and begins anew."""
+        seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
+        self.start(step)
+        tokens_per_second = self._tokens / seconds
+        row = {"perf/seconds_per_step": seconds, "perf/tokens_per_s": tokens_per_second}
+        if self._peak:
+            rate = tokens_per_second * self._flops / (self._peak * jax.device_count())
+            row["perf/mfu"] = rate
+        return row
+
+    def paused(self) -> "Pause":
+        """A context whose time does not count."""
+        return Pause(self._shift)
+
+    def _shift(self, seconds: float) -> None:
+        self._since += seconds
+
+
+class Pause:
+    """Reports how long a `with` block took."""
+
+    def __init__(self, report: Callable[[float], None]):
+        self._report = report
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._report(time.perf_counter() - self._begin)
