@@ -185,6 +185,11 @@ def open_corpus(name: str) -> Corpus:
         return EmbeddedCorpus()
     if kind == "jsonl" and argument:
         return JsonlCorpus(argument)
+    if kind == "tfds" and argument:
+        # TFDS takes half a second to import, and most runs do without it.
+        from moe_jax.data.tfds_text import TfdsTextCorpus
+
+        return TfdsTextCorpus(argument)
     raise ValueError(
         f"A corpus is 'embedded', 'jsonl:DIR' or 'tfds:NAME': got {name!r}. "
         "Set config.data.corpus to one of them."
