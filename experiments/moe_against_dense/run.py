@@ -1,0 +1,101 @@
+"""Runs the study and writes its report; see README.md beside this file."""
+
+import json
+import pathlib
+
+from absl import flags
+
+from configs import quickstart
+from moe_jax import command_line
+from moe_jax.config import from_config_dict
+from moe_jax.training.loop import train
+from moe_jax.training.metrics import RUN_FILE, read_metrics, write_atomically
+
+HERE = pathlib.Path(__file__).parent
+ARMS = {"moe": "", "dense": "dense"}
+SEEDS = (0, 1, 2)
+
+
+def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | str]:
+    """Trains one arm with one seed, or reads the result of the run that is there."""
+    settings = quickstart.get_config(ARMS[arm])
+    with settings.unlocked():
+        settings.seed = settings.data.seed = seed
+    train(from_config_dict(settings), directory)
+    said = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    rows = read_metrics(directory / "metrics.jsonl")
+    seconds = sum(row["perf/seconds_per_step"] for row in rows if "train/loss" in row)
+    return {
+        "bits_per_byte": said["dropless"]["bits_per_byte"],
+        "nats_per_token": said["dropless"]["nats_per_token"],
+        "training_minutes": seconds * settings.training.log_every / 60,
+        "commit": record["commit"],
+    }
+
+
+def judge(results: dict[str, dict[str, dict[str, float | str]]]) -> dict[str, float | bool]:
+    """The criterion of README.md, applied to bits a byte by arm and seed."""
+    values = {
+        arm: [float(run["bits_per_byte"]) for run in runs.values()] for arm, runs in results.items()
+    }
+    mean = {arm: sum(v) / len(v) for arm, v in values.items()}
+    spread = {arm: max(v) - min(v) for arm, v in values.items()}
+    gap = mean["dense"] - mean["moe"]
+    return {
+        "mean_moe": mean["moe"],
+        "mean_dense": mean["dense"],
+        "gap": gap,
+        "spread_moe": spread["moe"],
+        "spread_dense": spread["dense"],
+        "passed": gap > max(spread.values()),
+    }
+
+
+def report(results: dict[str, dict[str, dict[str, float | str]]]) -> str:
+    """The results as Markdown."""
+    verdict = judge(results)
+    lines = [
+        "# The quickstart MoE against its dense twin: results",
+        "",
+        "Held-out bits a byte at the last step, dropless; written by `run.py`.",
+        "",
+        "| seed | moe | dense | gap |",
+        "| --- | --- | --- | --- |",
+    ]
+    for seed in results["moe"]:
+        moe, dense = (float(results[arm][seed]["bits_per_byte"]) for arm in ("moe", "dense"))
+        lines.append(f"| {seed} | {moe:.4f} | {dense:.4f} | {dense - moe:.4f} |")
+    lines += [
+        f"| mean | {verdict['mean_moe']:.4f} | {verdict['mean_dense']:.4f} "
+        f"| {verdict['gap']:.4f} |",
+        f"| spread | {verdict['spread_moe']:.4f} | {verdict['spread_dense']:.4f} | |",
+        "",
+        f"Criterion (gap larger than either spread): "
+        f"**{'passed' if verdict['passed'] else 'failed'}**.",
+        "",
+        "| arm | seed | commit | minutes of training steps |",
+        "| --- | --- | --- | --- |",
+    ]
+    for arm, runs in results.items():
+        for seed, run in runs.items():
+            commit, minutes = str(run["commit"])[:12], float(run["training_minutes"])
+            lines.append(f"| {arm} | {seed} | {commit} | {minutes:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs every arm and seed, then judges."""
+    runs = pathlib.Path(flags.FLAGS.runs)
+    results: dict[str, dict[str, dict[str, float | str]]] = {arm: {} for arm in ARMS}
+    for seed in SEEDS:
+        for arm in ARMS:
+            results[arm][str(seed)] = run_arm(arm, seed, runs / f"{arm}_seed{seed}")
+    write_atomically(HERE / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(HERE / "report.md", report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("runs", "runs/moe_against_dense", "Directory of the runs.")
+    command_line.run(main, required=())
