@@ -2,9 +2,7 @@
 
     python benchmarks/data_pipeline.py [--corpus=jsonl:DIR] [--sequence_length=512]
 
-The process is bound to one core, so that the figure is what the pipeline takes from a machine
-that also has a model to feed. It says how often the pipeline could feed the fastest step that is
-of interest; a model on a CPU takes thousands of tokens per second, not millions.
+The process is bound to one core, which the model's host process has to spare at least.
 """
 
 import os

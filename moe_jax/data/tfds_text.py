@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import grain
 import tensorflow_datasets as tfds
 
 from moe_jax.data.corpora import HELDOUT, TRAIN, Corpus, Document, split_of
@@ -161,9 +162,6 @@ class TfdsTextCorpus(Corpus):
             yield source[index]
 
     def _tfrecord_examples(self, split: str) -> Iterator[Mapping[str, Any]]:
-        # grain is imported by all of moe_jax.data; only here is its tfrecord reader of use.
-        from grain.experimental import TFRecordIterDataset
-
         info = self._builder.info
         if split not in info.splits:
             raise ValueError(
@@ -172,7 +170,7 @@ class TfdsTextCorpus(Corpus):
                 "Name one, or prepare the dataset with file_format='array_record'."
             )
         for path in info.splits[split].filepaths:
-            for record in TFRecordIterDataset(str(path)):
+            for record in grain.experimental.TFRecordIterDataset(str(path)):
                 yield info.features.deserialize_example_np(record)
 
     def _text_feature(self) -> str:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 _RECORDED_FILE = pathlib.Path(__file__).parent.parent / "large_corpus_packages.json"
@@ -48,8 +48,8 @@ class Downloader:
     """How to download the packages of one kind.
 
     Attributes:
-        tools: programs that must be found.
-        missing_tools: returns those of `tools` that are not.
+        tools: the programs that it takes, in words.
+        available: whether they are there.
         command: from a package to the command line that downloads it into the current directory.
         advice: what to do when it fails.
     """
@@ -180,19 +180,3 @@ def sha256_of(path: pathlib.Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def missing_tools(
-    packages: Iterable[Package], downloaders: Mapping[str, Downloader] = DOWNLOADERS
-) -> dict[str, str]:
-    """Kinds of packages that cannot be downloaded here, with the programs they need.
-
-    Args:
-        packages: what is to be fetched.
-        downloaders: by kind; replaced in tests.
-
-    Returns:
-        From kind to the names of its programs, where one of them is missing.
-    """
-    kinds = sorted({package.kind for package in packages})
-    return {kind: downloaders[kind].tools for kind in kinds if not downloaders[kind].available()}
