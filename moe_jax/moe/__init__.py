@@ -12,9 +12,11 @@ Legend of shapes, for names (`x_GSM`) and einsums, one meaning a letter in the w
   M  model dim                      K  experts a token selects (its choices, best first)
   H  hidden dim of an FFN           C  capacity: slots of an expert in a group
   N  attention heads                A  assignments of a group, S * K of them, in some order
-  D  head dim                       R  rows: kept assignments of all groups, sorted by expert
-  V  vocabulary                     U  units over which a balance loss is taken
-  X  MoE layers of a model
+  D  head dim                       J  tokens of all groups, G * S
+  V  vocabulary                     R  rows, one a choice: J * K, sorted by expert
+  X  MoE layers of a model          P  slots of all experts and groups, E * G * C
+  I  input dim of any matrix        U  units over which a balance loss is taken
+  O  output dim of any matrix
 
 A dim of one is written 1. Logical dims are meant, not the shards of a device.
 """

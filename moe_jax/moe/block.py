@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_jax.config import MoEConfig
 from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.dispatch import DISPATCHERS
-from moe_jax.moe.experts import Layout, Shared, ffn
+from moe_jax.moe.experts import EXPERT_WEIGHTS, Layout, Shared, Weights, ffn
 from moe_jax.moe.routing import route, single_expert
 from moe_jax.moe.statistics import MoEAux, describe
 
@@ -67,20 +67,15 @@ def moe_block(
             routing, capacity_factor, config.capacity, valid_GS=valid_GS, rng=keys[1]
         )
 
-    def experts(rows: jax.Array, layout: Layout) -> jax.Array:
+    def experts(rows: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
         with jax.named_scope("experts"):
-            return ffn(
-                rows,
-                params,
-                config.activation,
-                layout,
-                dropout_rate=config.expert_dropout_rate,
-                rng=keys[2],
-            )
+            rate = config.expert_dropout_rate
+            return ffn(rows, weights, config.activation, layout, dropout_rate=rate)
 
     dispatch = DISPATCHERS[dispatcher_name(config.dispatch)]
     with jax.named_scope("dispatch"):
-        y_GSM = dispatch(x_GSM, assignment, config.num_experts, experts)
+        weights = {name: params[name] for name in EXPERT_WEIGHTS if name in params}
+        y_GSM = dispatch(x_GSM, assignment, weights, experts, keys[2])
     if config.num_shared_experts > 0:
         with jax.named_scope("shared_experts"):
             y_GSM += shared_experts(x_GSM, params, config) * valid_GS[..., None]

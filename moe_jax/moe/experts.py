@@ -11,10 +11,17 @@ import jax
 import jax.numpy as jnp
 
 Weights = Mapping[str, jax.Array]
+EXPERT_WEIGHTS = ("wi", "wg", "wo", "bi", "bg", "bo")
 
 
 class Layout(Protocol):
-    """How rows `x[..., I]` meet weights."""
+    """How rows `x[..., I]` meet weights.
+
+    Attributes:
+      rng: key for what is random in these rows, or None.
+    """
+
+    rng: jax.Array | None
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """`x[..., I] @ weight[I, O]`, with the weight of each row's own expert."""
@@ -25,6 +32,8 @@ class Layout(Protocol):
 
 class Shared:
     """Every row meets the same weights [I, O]: a dense FFN, or shared experts."""
+
+    rng: jax.Array | None = None
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[..., I] @ [I, O] -> [..., O]."""
@@ -42,7 +51,6 @@ def ffn(
     layout: Layout,
     *,
     dropout_rate: float = 0.0,
-    rng: jax.Array | None = None,
 ) -> jax.Array:
     """A feed-forward network, for whichever rows and experts the layout holds.
 
@@ -52,8 +60,7 @@ def ffn(
       activation: "relu", "gelu": act(x wi) wo; "swiglu", "geglu": (act(x wg) * x wi) wo
         (Shazeer 2020, arXiv:2002.05202). GELU is the exact one.
       layout: how rows meet weights.
-      dropout_rate: on the hidden units; needs `rng`, without which it is off.
-      rng: key of the dropout.
+      dropout_rate: on the hidden units; off if the layout has no random key.
 
     Returns:
       Rows [..., M] in the dtype of `x`.
@@ -69,8 +76,8 @@ def ffn(
         hidden = gate(linear(x, "g")) * linear(x, "i")
     else:
         hidden = (jax.nn.relu if activation == "relu" else exact_gelu)(linear(x, "i"))
-    if dropout_rate > 0 and rng is not None:
-        keep = jax.random.bernoulli(rng, 1 - dropout_rate, hidden.shape)
+    if dropout_rate > 0 and layout.rng is not None:
+        keep = jax.random.bernoulli(layout.rng, 1 - dropout_rate, hidden.shape)
         hidden = jnp.where(keep, hidden / (1 - dropout_rate), 0)
     return linear(hidden, "o")
 

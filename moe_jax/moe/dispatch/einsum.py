@@ -7,22 +7,24 @@ import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.slots import Slots
-from moe_jax.moe.experts import Layout
+from moe_jax.moe.experts import Layout, Weights
 
 
 def einsum_dispatch(
     x_GSM: jax.Array,
     assignment: Assignment,
-    num_experts: int,
-    experts: Callable[[jax.Array, Layout], jax.Array],
+    weights: Weights,
+    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
 
     Args:
       x_GSM: tokens.
       assignment: the kept choices, their slots and gates.
-      num_experts: E.
+      weights: of the experts, by name, leading dim E.
       experts: computes rows [E, G, C, M] in the `Slots` layout.
+      rng: key for the experts, or None; the layout carries it.
 
     Returns:
       [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
@@ -30,6 +32,7 @@ def einsum_dispatch(
     Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
       indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
     """
+    num_experts = next(iter(weights.values())).shape[0]
     expert_GSKE = jax.nn.one_hot(assignment.expert_index_GSK, num_experts, dtype=x_GSM.dtype)
     slot_GSK = jnp.where(assignment.kept_GSK, assignment.slot_GSK, assignment.capacity)
     slot_GSKC = jax.nn.one_hot(slot_GSK, assignment.capacity, dtype=x_GSM.dtype)
@@ -38,5 +41,5 @@ def einsum_dispatch(
     combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
 
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
-    y_EGCM = experts(x_EGCM, Slots())
+    y_EGCM = experts(x_EGCM, weights, Slots(rng))
     return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

@@ -1,4 +1,4 @@
-"""Dropless dispatch: rows sorted by expert, no padding (legend: `moe_jax.moe`)."""
+"""Dispatch of rows sorted by expert: kept choices only, no padding (legend: `moe_jax.moe`)."""
 
 from collections.abc import Callable
 
@@ -6,53 +6,102 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.grouped_matmul import grouped_matmul
-from moe_jax.moe.experts import Layout
+from moe_jax.moe.dispatch.expert_loop import expert_loop
+from moe_jax.moe.dispatch.rows import sum_choices
+from moe_jax.moe.experts import Layout, Weights
 
 
 class SortedRows:
     """Rows `[R, I]` sorted by expert: the first `group_sizes_E[0]` are expert 0's, and so on."""
 
-    def __init__(self, group_sizes_E: jax.Array, expert_R: jax.Array):
+    def __init__(self, rng: jax.Array | None, group_sizes_E: jax.Array, num_rows: int):
+        self.rng = rng
+        ends_E = jnp.cumsum(group_sizes_E)
         self.group_sizes_E = group_sizes_E
-        self.expert_R = expert_R
+        self.in_group_R = jnp.arange(num_rows) < ends_E[-1]
+        self.expert_R = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """[R, I] x [E, I, O] -> [R, O]; rows past the last group come out 0."""
-        return grouped_matmul(x, weight, self.group_sizes_E)
+        """[R, I] x [E, I, O] -> [R, O]; rows past the last group are 0, whatever they held."""
+        # What a kernel leaves in rows of no group is not defined, in either direction.
+        x = jnp.where(self.in_group_R[:, None], x, 0)
+        y = jax.lax.ragged_dot(x, weight, self.group_sizes_E)
+        return jnp.where(self.in_group_R[:, None], y, 0)
 
     def expand(self, bias: jax.Array) -> jax.Array:
-        """[E, O] -> [R, O]."""
-        return bias[self.expert_R]
+        """[E, O] -> [R, O]; rows past the last group get the last expert's."""
+        return jnp.take(bias, self.expert_R, axis=0, mode="clip")
 
 
 def ragged_dispatch(
     x_GSM: jax.Array,
     assignment: Assignment,
-    num_experts: int,
-    experts: Callable[[jax.Array, Layout], jax.Array],
+    weights: Weights,
+    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Sorts the kept choices by expert, computes them, and puts them back.
+    """Sorts the kept choices by expert, computes them, and sums them by token.
 
     Args:
       x_GSM: tokens.
-      assignment: the kept choices and their gates; slots are not used, so nothing is padded.
-      num_experts: E.
-      experts: computes rows [R, M] in the `SortedRows` layout, R = G * S * K.
+      assignment: the kept choices and their gates; slots are not used.
+      weights: of the experts, by name, leading dim E.
+      experts: computes rows by the layout it is given: `SortedRows` through `jax.lax.ragged_dot`,
+        which TPUs have a kernel for; on a CPU, where that would be a masked product of every row
+        with every expert, block by block (`expert_loop`). It acts on each row by itself.
+      rng: key for the experts, or None; the layout carries it.
 
     Returns:
       [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
     """
-    model_dim = x_GSM.shape[-1]
     num_choices = assignment.kept_GSK.shape[-1]
-    expert_R = jnp.where(assignment.kept_GSK, assignment.expert_index_GSK, num_experts).reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True)
-    group_sizes_E = jnp.sum(jax.nn.one_hot(expert_R, num_experts, dtype=jnp.int32), axis=0)
+    num_experts = next(iter(weights.values())).shape[0]
+    x_JM = x_GSM.reshape(-1, x_GSM.shape[-1])
+    gate_JK = assignment.gate_GSK.reshape(-1, num_choices)
+    kept_JK = assignment.kept_GSK.reshape(-1, num_choices)
+    expert_JK = assignment.expert_index_GSK.reshape(-1, num_choices)
+    choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
+    if jax.default_backend() == "cpu":
+        operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
+        y_JM = expert_loop(experts, weights, rng, *operands)
+    else:
+        layout = SortedRows(rng, group_sizes_E, len(choice_R))
+        y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
+        y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK)
+    return y_JM.astype(x_GSM.dtype).reshape(x_GSM.shape)
 
-    x_RM = x_GSM.reshape(-1, model_dim)[order_R // num_choices]
-    layout = SortedRows(group_sizes_E, jnp.minimum(expert_R[order_R], num_experts - 1))
-    y_RM = experts(x_RM, layout)
-    y_RM = jnp.where((jnp.arange(len(order_R)) < jnp.sum(group_sizes_E))[:, None], y_RM, 0)
-    y_choices = jnp.zeros_like(y_RM).at[order_R].set(y_RM, unique_indices=True)
-    y_GSKM = y_choices.reshape(*assignment.kept_GSK.shape, model_dim)
-    return jnp.einsum("GSK,GSKM->GSM", assignment.gate_GSK, y_GSKM).astype(x_GSM.dtype)
+
+def sort_by_expert(
+    expert_JK: jax.Array, kept_JK: jax.Array, num_experts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orders the kept choices by expert, then by token.
+
+    Args:
+      expert_JK: int32 in [0, E).
+      kept_JK: bool.
+      num_experts: E.
+
+    Returns:
+      choice_R: int32, the choice (token * K + k) of each row; dropped ones come last.
+      row_JK: int32, its inverse.
+      group_sizes_E: int32, kept rows of each expert.
+
+    Raises:
+      ValueError: (E + 1) * J * K does not fit in int32.
+    """
+    num_rows = expert_JK.size
+    if (num_experts + 1) * num_rows > jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            "(num_experts + 1) * tokens * num_selected_experts fits in int32: "
+            f"num_experts={num_experts}, tokens * num_selected_experts={num_rows}. Use more "
+            "microbatches, or dispatch='gather'."
+        )
+    key_JK = jnp.where(kept_JK, expert_JK, num_experts)
+    rows_R = jnp.arange(num_rows, dtype=jnp.int32)
+    # Expert and choice packed in one integer: several times faster on a CPU than argsort.
+    packed_R = jax.lax.sort(key_JK.reshape(-1).astype(jnp.int32) * num_rows + rows_R)
+    choice_R = packed_R % num_rows
+    row_R = jnp.zeros_like(rows_R).at[choice_R].set(rows_R, unique_indices=True)
+    is_expert_JKE = key_JK[..., None] == jnp.arange(num_experts)
+    group_sizes_E = jnp.sum(is_expert_JKE, axis=(0, 1), dtype=jnp.int32)
+    return choice_R, row_R.reshape(key_JK.shape), group_sizes_E

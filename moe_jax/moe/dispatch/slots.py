@@ -7,6 +7,9 @@ import jax.numpy as jnp
 class Slots:
     """Rows `[E, G, C, I]`: the slots of expert e meet its weights `[e, I, O]`."""
 
+    def __init__(self, rng: jax.Array | None):
+        self.rng = rng
+
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[E, G, C, I] x [E, I, O] -> [E, G, C, O]."""
         return jnp.einsum("EGCI,EIO->EGCO", x, weight)
