@@ -107,6 +107,12 @@ class CapacityConfig:
             require_at_least(f"capacity.{name}", getattr(self, name), least)
         for name in ("train_factor", "eval_factor"):
             require_at_least(f"capacity.{name}", getattr(self, name), 0)
+        require(
+            self.queue_order != "random" or self.eval_factor == 0,
+            "capacity.queue_order='random' draws from a key, which an evaluation has not",
+            f"capacity.eval_factor={self.eval_factor}",
+            "Set capacity.eval_factor=0: dropless evaluation only",
+        )
 
     def _fill_in_preset(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -252,14 +258,15 @@ class MoEConfig:
 
     def _check_causality(self) -> None:
         order = self.capacity.queue_order
+        dropless = self.capacity.train_factor == self.capacity.eval_factor == 0
         require(
             self.allow_noncausal_routing
-            or self.capacity.train_factor == 0
+            or dropless
             or queue_is_causal(order, self.num_selected_experts),
             "in a causal model whether a token keeps its slot must not depend on later tokens",
             f"capacity.queue_order={order!r} with num_selected_experts={self.num_selected_experts}",
-            "Use queue_order='token_major' or train_factor=0 (dropless), or accept the leak with "
-            "moe.allow_noncausal_routing=True",
+            "Use queue_order='token_major', or train_factor=0 and eval_factor=0 (dropless), or "
+            "accept the leak with moe.allow_noncausal_routing=True",
         )
 
     @property
