@@ -93,9 +93,12 @@ def describe(
 
 
 def dropped_fraction(assigned_KE: jax.Array, kept_KE: jax.Array) -> jax.Array:
-    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E]."""
+    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E].
+
+    0 where there was no choice, as in a part of a batch that is all padding.
+    """
     assigned_K, kept_K = jnp.sum(assigned_KE, axis=-1), jnp.sum(kept_KE, axis=-1)
-    return 1 - kept_K / jnp.maximum(assigned_K, 1)
+    return (assigned_K - kept_K) / jnp.maximum(assigned_K, 1)
 
 
 def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
