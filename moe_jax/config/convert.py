@@ -38,6 +38,8 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
 
 def build(cls: type[Config], values: Mapping[str, Any], path: str) -> Config:
     """Makes a config dataclass, recursively, from a mapping of its fields."""
+    is_mapping = isinstance(values, Mapping)
+    require(is_mapping, f"{path} is a section of settings", repr(values), "Set its fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     types = typing.get_type_hints(cls)
     arguments = {}

@@ -38,6 +38,7 @@ class ModelConfig:
         """Checks fields against each other."""
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "ffn_dim"):
             require_at_least(f"model.{name}", getattr(self, name), 1)
+        require_at_least("model.head_dim", self.head_dim, 2)
         require_choice("model.activation", self.activation, ACTIVATIONS)
         require_choice("model.norm", self.norm, ("rmsnorm", "layernorm"))
         require_choice("model.compute_dtype", self.compute_dtype, DTYPES)
