@@ -1,0 +1,312 @@
+"""Token-choice routing, by hand-worked tables and by its invariants."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config import MoEConfig, RouterConfig
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.parameters import moe_specs
+from moe_jax.moe.routing import route
+from tests import moe_oracle
+
+# One softmax of a few float32 numbers near 1.
+FLOAT32 = 1e-6
+PROPERTIES = settings(deadline=None, max_examples=30, derandomize=True)
+
+# With the identity as router weights a token is its own logits.
+# Token 0 has probabilities 1/10, 2/10, 3/10, 4/10; token 1 ties experts 0, 1 and 2.
+PROBS = np.array([[0.1, 0.2, 0.3, 0.4], [0.3, 0.3, 0.3, 0.1]])
+LOGITS = np.log(PROBS).astype(np.float32)
+
+
+def route_logits(logits, num_selected, config=None, **arguments):
+    """Routes one group of tokens that are their own logits."""
+    x = jnp.asarray(logits)[None]
+    router = jnp.eye(x.shape[-1])
+    return route(x, router, num_selected, config or RouterConfig(), **arguments)
+
+
+def indices(routing):
+    return np.asarray(routing.expert_index_GSK[0]).tolist()
+
+
+def gates(routing):
+    return np.asarray(routing.gate_GSK[0])
+
+
+def close(got, expected):
+    np.testing.assert_allclose(got, expected, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_choices_come_best_first_and_ties_go_to_the_lower_index():
+    assert indices(route_logits(LOGITS, 1)) == [[3], [0]]
+    assert indices(route_logits(LOGITS, 2)) == [[3, 2], [0, 1]]
+    assert indices(route_logits(LOGITS, 4)) == [[3, 2, 1, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # The probabilities of the two choices as they are ...
+        ({}, [[0.4, 0.3], [0.3, 0.3]]),
+        # ... over their sum, .7 and .6 ...
+        ({"renormalize": True}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
+        # ... which is what a softmax over two logits gives.
+        ({"score_before_topk": False}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
+        ({"score_before_topk": False, "renormalize": True}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
+        # Scaling comes last, after renormalisation.
+        ({"scaling_factor": 2.5}, [[1.0, 0.75], [0.75, 0.75]]),
+        ({"renormalize": True, "scaling_factor": 7.0}, [[4, 3], [3.5, 3.5]]),
+        # sigmoid(log p) = p / (1 + p).
+        ({"score": "sigmoid"}, [[4 / 14, 3 / 13], [3 / 13, 3 / 13]]),
+        ({"score": "sigmoid", "renormalize": True}, [[52 / 94, 42 / 94], [1 / 2, 1 / 2]]),
+    ],
+)
+def test_gates_of_two_choices_by_hand(options, expected):
+    routing = route_logits(LOGITS, 2, RouterConfig(**options))
+    assert indices(routing) == [[3, 2], [0, 1]]
+    close(gates(routing), expected)
+
+
+def test_probabilities_are_the_full_softmax_whatever_the_gates():
+    for options in ({}, {"renormalize": True}, {"score_before_topk": False}):
+        close(route_logits(LOGITS, 2, RouterConfig(**options)).probs_GSE[0], PROBS)
+
+
+def test_probabilities_of_sigmoid_scores_are_normalized():
+    scores = PROBS / (1 + PROBS)
+    routing = route_logits(LOGITS, 2, RouterConfig(score="sigmoid"))
+    close(routing.probs_GSE[0], scores / scores.sum(axis=1, keepdims=True))
+
+
+def test_renormalizing_gates_that_underflowed_gives_no_nan():
+    routing = route_logits(
+        np.full((1, 4), -200.0, np.float32), 2, RouterConfig(score="sigmoid", renormalize=True)
+    )
+    assert np.isfinite(gates(routing)).all()
+
+
+def test_bias_changes_the_selection_and_not_the_gates():
+    # Scores .1 .2 .3 .4 plus .35 for expert 0: .45, .2, .3, .4. Its gate stays .1.
+    routing = route_logits(LOGITS[:1], 2, bias_E=jnp.array([0.35, 0, 0, 0]))
+    assert indices(routing) == [[0, 3]]
+    close(gates(routing), [[0.1, 0.4]])
+    close(routing.probs_GSE[0], PROBS[:1])
+    close(routing.logits_GSE[0], LOGITS[:1])
+
+
+def test_bias_is_added_to_the_scores_that_select():
+    # sigmoid scores 1/11, 2/12, 3/13, 4/14; a bias of .2 lifts expert 0 to .291, above .286.
+    bias = jnp.array([0.2, 0, 0, 0])
+    routing = route_logits(LOGITS[:1], 1, RouterConfig(score="sigmoid"), bias_E=bias)
+    assert indices(routing) == [[0]]
+    close(gates(routing), [[1 / 11]])
+
+
+def test_bias_gets_no_gradient():
+    def total(bias_E):
+        return jnp.sum(route_logits(LOGITS, 2, bias_E=bias_E).gate_GSK)
+
+    assert not np.any(jax.grad(total)(jnp.array([0.35, 0, 0, 0])))
+
+
+# Six experts in three groups of two; scores of one token, softmax of their logs:
+#   group 0: .30 .01   group 1: .20 .17   group 2: .16 .16
+# Best expert of a group: .30, .20, .16. Sum of its best two: .31, .37, .32.
+GROUPED = np.log(np.array([[0.30, 0.01, 0.20, 0.17, 0.16, 0.16]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("group_score", "groups", "expected"),
+    [
+        ("max", 1, [[0, 1]]),  # group 0 alone, although .01 is the worst of all
+        ("max", 2, [[0, 2]]),  # groups 0 and 1
+        ("max", 3, [[0, 2]]),  # no limit
+        ("top2_sum", 1, [[2, 3]]),  # group 1 alone, without the best expert of all
+        ("top2_sum", 2, [[2, 3]]),  # groups 1 and 2: .20, .17, .16, .16
+        ("top2_sum", 3, [[0, 2]]),
+    ],
+)
+def test_group_limited_selection_by_hand(group_score, groups, expected):
+    config = RouterConfig(num_expert_groups=3, num_selected_groups=groups, group_score=group_score)
+    routing = route_logits(GROUPED, 2, config)
+    assert indices(routing) == expected
+    # Gates and probabilities know nothing of the limit.
+    close(gates(routing), np.exp(GROUPED)[:, expected[0]])
+    close(routing.probs_GSE[0], np.exp(GROUPED))
+
+
+def test_bias_takes_part_in_the_choice_of_groups():
+    config = RouterConfig(num_expert_groups=3, num_selected_groups=1)
+    bias = jnp.array([0, 0, 0, 0, 0, 0.2])  # expert 5: .36, the best
+    assert indices(route_logits(GROUPED, 2, config, bias_E=bias)) == [[5, 4]]
+
+
+def test_ties_between_groups_go_to_the_lower_index():
+    config = RouterConfig(num_expert_groups=2, num_selected_groups=1)
+    assert indices(route_logits(np.zeros((1, 4), np.float32), 2, config)) == [[0, 1]]
+
+
+@PROPERTIES
+@given(
+    seed=st.integers(0, 10_000),
+    num_selected=st.sampled_from([2, 3]),
+    score=st.sampled_from([("softmax", True), ("softmax", False), ("sigmoid", True)]),
+    renormalize=st.booleans(),
+    groups=st.sampled_from([(1, 1, "max"), (3, 2, "max"), (3, 2, "top2_sum")]),
+    biased=st.booleans(),
+)
+def test_router_equals_the_oracle(seed, num_selected, score, renormalize, groups, biased):
+    config = RouterConfig(
+        score=score[0], score_before_topk=score[1], renormalize=renormalize, scaling_factor=2.0,
+        num_expert_groups=groups[0], num_selected_groups=groups[1], group_score=groups[2],
+    )  # fmt: skip
+    random = np.random.default_rng(seed)
+    x, router = random.normal(size=(1, 4, 5)), random.normal(size=(5, 6))
+    bias = random.normal(size=6) / 4 if biased else None
+    x, router = x.astype(np.float32), router.astype(np.float32)
+    routing = route(
+        x,
+        router,
+        num_selected,
+        config,
+        bias_E=None if bias is None else jnp.asarray(bias, jnp.float32),
+    )
+    for s in range(4):
+        logits, probs, chosen, gate = moe_oracle.route_token(
+            x[0, s].astype(float), router.astype(float), num_selected, config, bias
+        )
+        close(routing.logits_GSE[0, s] / 4, np.array(logits) / 4)  # up to about 4
+        close(routing.probs_GSE[0, s], probs)
+        assert routing.expert_index_GSK[0, s].tolist() == list(chosen)
+        close(routing.gate_GSK[0, s], gate)
+
+
+def test_router_computes_in_float32_when_tokens_are_bfloat16():
+    # 256 + 1 rounds to 256 in bfloat16: experts 0 and 1 would tie, and 0 would win.
+    x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
+    router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    routing = route(x, router, 2, RouterConfig())
+    assert routing.logits_GSE.tolist() == [[[256.0, 257.0, 0.0]]]
+    assert indices(routing) == [[1, 0]]
+    assert {a.dtype for a in routing} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_router_dtype_is_for_studies():
+    x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
+    router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    routing = route(x, router, 2, RouterConfig(dtype="bfloat16"))
+    assert routing.logits_GSE.dtype == routing.gate_GSK.dtype == jnp.bfloat16
+    assert indices(routing) == [[0, 1]]  # the tie, gone wrong
+
+
+def block(config, seed=0, tokens=6, dim=4):
+    """Random parameters with logits near 1, and tokens."""
+    random = np.random.default_rng(seed)
+    specs = moe_specs(config, dim)
+    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
+    return params, random.normal(size=(1, tokens, dim)).astype(np.float32)
+
+
+def test_jitter_reaches_the_router_and_never_the_experts():
+    # With every expert chosen, renormalised to sum 1, and all experts alike, the output does not
+    # depend on the routing at all: it would only move if the experts saw jittered tokens.
+    router = RouterConfig(input_jitter=0.5, renormalize=True)
+    config = MoEConfig(num_experts=2, num_selected_experts=2, expert_dim=5, router=router,
+                       dispatch="einsum")  # fmt: skip
+    params, x = block(config)
+    params = {n: v if n == "router" else np.broadcast_to(v[:1], v.shape) for n, v in params.items()}
+    run = jax.jit(lambda x, rng: moe_block(params, x, config, capacity_factor=0, rng=rng))
+    calm, calm_aux = run(x, None)
+    y, aux = run(x, jax.random.key(0))
+    close(y, calm)
+    assert np.abs(aux.mean_prob_E - calm_aux.mean_prob_E).max() > 1e-3
+
+
+def test_jitter_multiplies_the_input_by_one_plus_minus_epsilon():
+    config = RouterConfig(input_jitter=0.25)
+    x, router = jnp.ones((1, 500, 2)), jnp.eye(2)
+    logits = np.asarray(route(x, router, 1, config, rng=jax.random.key(0)).logits_GSE)
+    assert logits.min() >= 0.75 and logits.max() <= 1.25
+    # U(.75, 1.25): mean 1, standard deviation .5 / sqrt(12); 1000 draws, four standard errors.
+    np.testing.assert_allclose(logits.mean(), 1.0, atol=4 * 0.5 / 12**0.5 / 1000**0.5)
+    np.testing.assert_allclose(logits.std(), 0.5 / 12**0.5, rtol=0.1)
+
+
+def test_noise_is_gaussian_of_the_given_deviation_on_the_logits():
+    config = RouterConfig(logit_noise_std=0.3)
+    logits = np.asarray(
+        route(jnp.zeros((1, 500, 2)), jnp.eye(2), 1, config, rng=jax.random.key(1)).logits_GSE
+    )
+    np.testing.assert_allclose(logits.mean(), 0, atol=4 * 0.3 / 1000**0.5)
+    np.testing.assert_allclose(logits.std(), 0.3, rtol=0.1)
+    # About 4.6% of a Gaussian lies beyond two deviations, and none of a uniform.
+    assert 0.02 < np.mean(np.abs(logits) > 0.6) < 0.08
+
+
+def test_jitter_and_noise_are_independent_draws():
+    x, router, key = jnp.ones((1, 500, 2)), jnp.eye(2), jax.random.key(2)
+    jitter = route(x, router, 1, RouterConfig(input_jitter=0.5), rng=key).logits_GSE.ravel()
+    noise = route(x, router, 1, RouterConfig(logit_noise_std=0.5), rng=key).logits_GSE.ravel()
+    assert abs(np.corrcoef(jitter, noise)[0, 1]) < 4 / 1000**0.5
+
+
+@pytest.mark.parametrize("options", [{"input_jitter": 0.5}, {"logit_noise_std": 1.0}])
+def test_randomness_needs_a_key_and_depends_on_it(options):
+    config = RouterConfig(**options)
+    first, second = jax.random.split(jax.random.key(0))
+    calm = route_logits(LOGITS, 1).logits_GSE
+    np.testing.assert_array_equal(route_logits(LOGITS, 1, config).logits_GSE, calm)
+    one = route_logits(LOGITS, 1, config, rng=first).logits_GSE
+    assert np.abs(one - calm).max() > 0.01
+    np.testing.assert_array_equal(route_logits(LOGITS, 1, config, rng=first).logits_GSE, one)
+    assert np.abs(route_logits(LOGITS, 1, config, rng=second).logits_GSE - one).max() > 0.01
+
+
+SCORES = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)]
+
+
+@pytest.mark.parametrize(("score", "before"), SCORES)
+@pytest.mark.parametrize(("choices", "renormalize"), [(1, False), (2, False), (2, True)])
+def test_router_learns_from_the_task_alone_or_is_refused(score, before, choices, renormalize):
+    router = RouterConfig(score=score, score_before_topk=before, renormalize=renormalize)
+    options = {"num_experts": 3, "num_selected_experts": choices, "expert_dim": 5,
+                "dispatch": "einsum", "router": router}  # fmt: skip
+    if choices == 1 and (score, before) == ("softmax", False):
+        with pytest.raises(ValueError, match="the router gets no gradient from the task"):
+            MoEConfig(**options)
+        return
+    config = MoEConfig(**options)
+    params, x = block(config)
+    grad = jax.jit(jax.grad(lambda p: jnp.sum(moe_block(p, x, config)[0] ** 2)))(params)
+    assert np.abs(grad["router"]).max() > 1e-2
+
+
+@pytest.mark.parametrize(("score", "before"), SCORES)
+def test_one_renormalized_choice_is_refused(score, before):
+    router = RouterConfig(score=score, score_before_topk=before, renormalize=True)
+    with pytest.raises(ValueError, match="it is always 1 and the router gets no gradient"):
+        MoEConfig(num_selected_experts=1, router=router)
+
+
+def test_the_refused_gates_would_be_constant():
+    for options in ({"renormalize": True}, {"score_before_topk": False}):
+        grad = jax.grad(
+            lambda x, s=options: jnp.sum(route_logits(x, 1, RouterConfig(**s)).gate_GSK)
+        )(jnp.asarray(LOGITS))
+        assert np.abs(grad).max() < FLOAT32
+
+
+def test_every_choice_of_a_token_is_another_expert():
+    x = np.random.default_rng(0).normal(size=(3, 7, 6)).astype(np.float32)
+    router = np.eye(6, dtype=np.float32)
+    for choices in range(1, 7):
+        index = np.asarray(route(x, router, choices, RouterConfig()).expert_index_GSK)
+        for g, s in itertools.product(range(3), range(7)):
+            assert len(set(index[g, s])) == choices
