@@ -1,0 +1,258 @@
+"""Balance losses by their limits, the selection bias by its arithmetic."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import BalanceConfig, MoEConfig
+from moe_jax.config.moe import LOAD_BALANCE_CONVENTIONS
+from moe_jax.moe import balance
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.parameters import moe_specs
+from tests import moe_oracle
+
+# A few float32 sums and one softmax.
+FLOAT32 = 2e-6
+
+E, K = 8, 2
+
+
+def loss_of(counts_KE, prob_sum_E, tokens, convention):
+    """The loss of one unit."""
+    counts, probs = jnp.asarray(counts_KE), jnp.asarray(prob_sum_E, jnp.float32)
+    return float(
+        balance.load_balance_loss(counts[None], probs[None], jnp.asarray([tokens]), convention)
+    )
+
+
+@pytest.mark.parametrize(
+    ("convention", "value"),
+    [("megatron", 1), ("switch", 1), ("flaxformer", K), ("huggingface", K)],
+)
+def test_uniform_routing_gives_the_value_of_the_convention(convention, value):
+    # 80 tokens, 10 a choice and expert; every probability 1/8, so that 80/8 is the sum.
+    counts = np.full((K, E), 10)
+    assert loss_of(counts, np.full(E, 10.0), 80, convention) == pytest.approx(value, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("convention", LOAD_BALANCE_CONVENTIONS)
+def test_uniform_routing_to_one_expert_a_token_gives_one(convention):
+    assert loss_of(np.full((1, E), 10), np.full(E, 10.0), 80, convention) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("convention", "value"),
+    [
+        # All 80 tokens choose experts 0 and 1, with probabilities .75 and .25:
+        # 8 * (1/2 * .75 + 1/2 * .25) = 4 = E / K, the most that K choices can be collapsed,
+        ("megatron", 4.0),
+        # 8 * (1 * .75) of first choices,
+        ("switch", 6.0),
+        # 8 * (1 * .75 + 1 * .25) = E.
+        ("flaxformer", 8.0),
+        ("huggingface", 8.0),
+    ],
+)
+def test_collapsed_routing_gives_the_largest_value(convention, value):
+    counts = np.zeros((K, E), int)
+    counts[0, 0] = counts[1, 1] = 80
+    prob_sum = np.zeros(E)
+    prob_sum[:2] = 60, 20
+    assert loss_of(counts, prob_sum, 80, convention) == pytest.approx(value, rel=FLOAT32)
+
+
+def test_collapse_to_one_expert_gives_the_number_of_experts():
+    counts, prob_sum = np.zeros((1, E), int), np.zeros(E)
+    counts[0, 3] = prob_sum[3] = 80
+    for convention in LOAD_BALANCE_CONVENTIONS:
+        assert loss_of(counts, prob_sum, 80, convention) == pytest.approx(E)
+
+
+def test_units_are_weighted_by_their_tokens():
+    # One unit collapsed (8) with 30 tokens, one balanced (1) with 10, one of padding: 6.25.
+    counts, probs = np.zeros((3, 1, E), int), np.zeros((3, E), np.float32)
+    counts[0, 0, 0], probs[0, 0] = 30, 30
+    counts[1, 0], probs[1] = [2, 2, 1, 1, 1, 1, 1, 1], 10 / 8
+    loss = balance.load_balance_loss(counts, probs, jnp.array([30, 10, 0]), "switch")
+    assert float(loss) == pytest.approx((8 * 30 + 1 * 10) / 40, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("convention", LOAD_BALANCE_CONVENTIONS)
+def test_no_tokens_at_all_give_zero_and_no_nan(convention):
+    assert loss_of(np.zeros((K, E), int), np.zeros(E), 0, convention) == 0
+
+
+BATCH, LENGTH, MODEL_DIM = 2, 6, 4
+VALID = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], bool)
+SCOPES = {"group": 3, "sequence": 0, "microbatch": 0, "global": 12}  # and a group size
+
+
+def make_block(convention, scope, choices=K):
+    config = MoEConfig(
+        num_experts=5, num_selected_experts=choices, expert_dim=3, dispatch="einsum",
+        group_size=SCOPES[scope],
+        balance=BalanceConfig(load_balance_convention=convention, load_balance_scope=scope),
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    specs = moe_specs(config, MODEL_DIM)
+    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
+    return config, params, random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "field"))
+def loss_and_gradient(params, x, valid, config, field):
+    def loss(params, x):
+        return getattr(moe_block(params, x, config, valid_BL=valid)[1], field)
+
+    return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+
+
+ALL = [
+    (convention, scope)
+    for convention in LOAD_BALANCE_CONVENTIONS
+    for scope in SCOPES
+    if convention != "huggingface" or scope in ("microbatch", "global")
+]
+
+
+@pytest.mark.parametrize(("convention", "scope"), ALL)
+def test_every_convention_and_scope_equals_the_oracle(convention, scope):
+    config, params, x = make_block(convention, scope)
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, "load_balance_loss")
+    decided = moe_oracle.moe_block(params, x, config, valid_BL=VALID)
+    assert float(loss) == pytest.approx(decided.load_balance_loss, rel=FLOAT32)
+    # The oracle's gradient is that of sum(f * P) with f a constant.
+    _, expected, expected_dx = moe_oracle.gradients(params, x, config, decided, 0 * x, 1.0)
+    assert np.abs(expected["router"]).max() > 0.01
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected[name], atol=FLOAT32)
+    np.testing.assert_allclose(dx, expected_dx, atol=FLOAT32)
+
+
+def test_scopes_differ_where_sequences_do():
+    values = set()
+    for scope in ("group", "sequence", "microbatch"):
+        config, params, x = make_block("megatron", scope)
+        loss, _ = loss_and_gradient(params, x, VALID, config, "load_balance_loss")
+        values.add(round(float(loss), 4))
+    assert len(values) == 3
+
+
+@pytest.mark.parametrize("field", ["load_balance_loss", "router_z_loss"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_padding_has_no_part_in_a_loss_or_its_gradient(field, scope):
+    config, params, x = make_block("megatron", scope)
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, field)
+    other = np.where(VALID[..., None], x, 3.0).astype(np.float32)
+    changed, (changed_grads, _) = loss_and_gradient(params, other, VALID, config, field)
+    assert float(loss) == float(changed)
+    np.testing.assert_array_equal(grads["router"], changed_grads["router"])
+    assert not np.asarray(dx)[~VALID].any()
+    assert np.asarray(dx)[VALID].any(axis=-1).all()
+
+
+def test_losses_do_not_reach_the_experts():
+    config, params, x = make_block("megatron", "global")
+    for field in ("load_balance_loss", "router_z_loss"):
+        _, (grads, _) = loss_and_gradient(params, x, VALID, config, field)
+        assert not any(np.any(grad) for name, grad in grads.items() if name != "router")
+
+
+def test_loads_are_counted_before_drops():
+    # Descending the loss must not be cheaper because an overloaded expert is cut off.
+    config, params, x = make_block("megatron", "global")
+    run = jax.jit(lambda f: moe_block(params, x, config, capacity_factor=f)[1], static_argnums=0)
+    tight, dropless = run(0.3), run(0.0)
+    assert tight.dropped_fraction_K.max() > 0.2 and not np.any(dropless.dropped_fraction_K)
+    assert float(tight.load_balance_loss) == float(dropless.load_balance_loss)
+
+
+def test_z_loss_is_the_mean_square_of_the_log_normalizer():
+    # logsumexp of four equal logits a is a + log 4; padding (logit 50) is left out.
+    logits = jnp.array([[[1.0] * 4, [-2.0] * 4, [50.0] * 4]])
+    valid = jnp.array([[True, True, False]])
+    expected = ((1 + np.log(4)) ** 2 + (-2 + np.log(4)) ** 2) / 2
+    assert float(balance.router_z_loss(logits, valid)) == pytest.approx(expected, rel=FLOAT32)
+
+
+def test_z_loss_survives_large_logits():
+    loss = balance.router_z_loss(jnp.array([[[1000.0, 0.0]]]), jnp.array([[True]]))
+    assert float(loss) == pytest.approx(1e6)
+
+
+def test_z_loss_of_padding_alone_is_zero():
+    assert float(balance.router_z_loss(jnp.ones((1, 2, 4)), jnp.zeros((1, 2), bool))) == 0
+
+
+def test_z_loss_gradient_equals_the_oracle():
+    config, params, x = make_block("megatron", "global")
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, "router_z_loss")
+    decided = moe_oracle.moe_block(params, x, config, valid_BL=VALID)
+    _, expected, expected_dx = moe_oracle.gradients(params, x, config, decided, 0 * x, 0.0, 1.0)
+    assert float(loss) == pytest.approx(decided.router_z_loss, rel=FLOAT32)
+    scale = np.abs(expected["router"]).max()
+    np.testing.assert_allclose(grads["router"] / scale, expected["router"] / scale, atol=FLOAT32)
+    np.testing.assert_allclose(dx / scale, expected_dx / scale, atol=FLOAT32)
+
+
+def update(counts, rate=0.001, bias=None):
+    counts = jnp.asarray(counts, jnp.int32)
+    bias = jnp.zeros(counts.shape, jnp.float32) if bias is None else bias
+    return balance.update_router_bias(bias, counts, rate)
+
+
+@pytest.mark.parametrize(
+    ("counts", "signs"),
+    [
+        ([1, 2, 3], [1, 0, -1]),  # mean 2
+        ([2, 2, 2], [0, 0, 0]),
+        ([0, 0, 4], [1, 1, -1]),  # mean 4/3
+        ([1, 1, 2], [1, 1, -1]),  # mean 4/3: 1 is below, 2 above
+        ([0, 0, 0], [0, 0, 0]),
+        # One token more or less than the mean of 40,840 counts; bfloat16 steps by 256 here.
+        ([40_840, 40_841, 40_839, 40_840], [0, -1, 1, 0]),
+        # float32 steps by 2 beyond 2^24 = 16,777,216, and would see three equal counts.
+        ([2**24, 2**24 + 1, 2**24 - 1], [0, -1, 1]),
+        ([2**24 + 1, 2**24 + 1, 2**24 + 2], [1, 1, -1]),
+        # The sum of four is near the end of int32.
+        ([2**29 - 1, 2**29, 2**29 - 2, 2**29 - 1], [0, -1, 1, 0]),
+    ],
+)
+def test_bias_steps_towards_the_mean_by_the_exact_sign(counts, signs):
+    np.testing.assert_array_equal(update(counts), np.float32(0.001) * np.array(signs, np.float32))
+
+
+def test_bias_update_is_a_step_from_the_old_bias_layer_by_layer():
+    bias = jnp.array([[0.5, -0.5], [0.0, 0.25]])
+    np.testing.assert_array_equal(
+        update([[3, 1], [5, 5]], rate=0.125, bias=bias), [[0.375, -0.375], [0.0, 0.25]]
+    )
+
+
+def test_bias_balances_a_router_that_prefers_one_expert():
+    # 64 tokens whose scores favour expert 0; loss-free balancing evens the choices out.
+    scores = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) / 4
+    scores[:, 0] += 0.5
+    bias, loads = jnp.zeros(4), []
+    for _ in range(300):
+        counts = np.bincount(np.argmax(scores + np.asarray(bias), axis=1), minlength=4)
+        loads.append(counts)
+        bias = update(counts, rate=0.01, bias=bias)
+    violations = [float(balance.max_violation(jnp.asarray(c))) for c in (loads[0], loads[-1])]
+    assert violations[0] > 1.5 and violations[1] < 0.25
+
+
+@pytest.mark.parametrize(
+    ("counts", "violation"),
+    [([5, 5, 5, 5], 0.0), ([20, 0, 0, 0], 3.0), ([6, 5, 5, 4], 0.2), ([0, 0, 0, 0], 0.0)],
+)
+def test_max_violation_is_the_largest_load_over_the_mean_minus_one(counts, violation):
+    assert float(balance.max_violation(jnp.asarray(counts))) == pytest.approx(violation)
+
+
+def test_max_violation_is_taken_layer_by_layer():
+    loads = balance.max_violation(jnp.array([[2, 2], [4, 0]]))
+    np.testing.assert_allclose(loads, [0.0, 1.0])
