@@ -8,19 +8,14 @@ import jax
 import numpy as np
 
 from moe_jax.analysis.report import write_report
-from moe_jax.config import ExperimentConfig, config_dict, difference
+from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_tokenizer, train_batches
 from moe_jax.inference import continue_text
 from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
 from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.metrics import (
-    CONFIG_FILE,
-    MetricWriter,
-    write_atomically,
-    write_run_record,
-)
+from moe_jax.training.metrics import MetricWriter, write_atomically, write_run_record
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
@@ -28,6 +23,7 @@ from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
 from moe_jax.training.state import TrainState, init_state
 from moe_jax.training.step import StepMetrics, make_train_step
+from moe_jax.training.workdir import check_workdir, only_run
 
 
 def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -49,7 +45,12 @@ def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, An
     workdir = pathlib.Path(workdir)
     check_workdir(config, workdir)
     check_vocabulary(config)
+    with only_run(workdir):
+        return train_in(workdir, config)
 
+
+def train_in(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, Any]:
+    """Trains in a directory that nobody else writes to; see `train`."""
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.training.keep_checkpoints)
     restored = restore(config, checkpoints)
     state = jax.jit(init_state, static_argnums=0)(config) if restored is None else restored
@@ -170,27 +171,6 @@ def finish(
         print(f"\nsample:\n{training.sample_prompt}{text}\n")
     print(f"report: {write_report(workdir)}", flush=True)
     return said
-
-
-def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Refuses a directory that holds a run of another config.
-
-    Raises:
-      ValueError: with every setting that differs.
-    """
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    new = json.loads(config_dict(config).to_json())
-    lines = difference(old, new)
-    if lines:
-        raise ValueError(
-            "A workdir holds one run, of one config: "
-            f"{workdir} was started with another (old -> new):\n  "
-            + "\n  ".join(lines)
-            + "\nUse another --workdir, or the config that it was started with."
-        )
 
 
 def check_vocabulary(config: ExperimentConfig) -> None:

@@ -1,0 +1,57 @@
+"""The directory of a run: one config, one run at a time."""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from moe_jax.config import ExperimentConfig, config_dict, difference
+from moe_jax.training.metrics import CONFIG_FILE
+
+LOCK_FILE = ".lock"
+
+
+def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Refuses a directory that holds a run of another config.
+
+    Raises:
+      ValueError: with every setting that differs.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    new = json.loads(config_dict(config).to_json())
+    lines = difference(old, new)
+    if lines:
+        raise ValueError(
+            "A workdir holds one run, of one config: "
+            f"{workdir} was started with another (old -> new):\n  "
+            + "\n  ".join(lines)
+            + "\nUse another --workdir, or the config that it was started with."
+        )
+
+
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the directory for this run; the system lets go of it when the process ends, however.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"A workdir is written by one run at a time: another process trains in {workdir}. "
+                "Use another --workdir, or wait for that run or stop it."
+            ) from error
+        yield
