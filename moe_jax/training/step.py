@@ -39,7 +39,8 @@ def make_train_step(
     """The step of a config: `(state, batch) -> (state, metrics)`, to be jitted.
 
     The batch holds arrays [batch_size, L]; it is cut into `num_microbatches` of whole sequences,
-    which changes the memory the step needs and, beyond rounding, nothing else.
+    which changes the memory the step needs and, beyond rounding, nothing else; but for noise,
+    which is drawn anew for each, and load-balance scope "microbatch", which is meant to.
     """
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
@@ -65,7 +66,7 @@ def make_train_step(
         metrics = StepMetrics(
             loss=jnp.sum(said.cross_entropy),
             total_loss=loss,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             aux=aux,
         )
