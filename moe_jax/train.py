@@ -4,6 +4,7 @@ The same command again goes on where the run was stopped. Any setting can be ove
 `--config.model.moe.num_experts=16`. Presets follow a colon: `--config=configs/quickstart.py:smoke`.
 """
 
+import shlex
 import sys
 
 from absl import flags
@@ -17,13 +18,13 @@ from moe_jax.training.signals import Interrupted
 
 def main() -> None:
     """Checks the config and trains."""
-    config = from_config_dict(flags.FLAGS.config)
+    config = from_config_dict(flags.FLAGS.config.to_dict())
     try:
         train(config, flags.FLAGS.workdir)
     except Interrupted as interruption:
         print(
             f"\nstopped by {interruption}; its checkpoint is saved. To go on, run again:\n  "
-            + " ".join(sys.orig_argv),
+            + shlex.join(sys.orig_argv),
             flush=True,
         )
         sys.exit(128 + interruption.signal_number)
