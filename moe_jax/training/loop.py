@@ -74,9 +74,9 @@ def train_in(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, Any]:
         num_steps, start_step=start, utilization="of matmul peak" if on_cpu else "mfu"
     )
     rates = Rates(config, 3 * flops.model, peak)
-    with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
+    # However this ends, a checkpoint that is being written is waited for.
+    with checkpoints, MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
         state, said = run_steps(config, state, start, checkpoints, writer, progress, rates, signals)
-    checkpoints.close()
     return finish(config, workdir, state, said)
 
 
@@ -126,24 +126,24 @@ def run_steps(
         pending = (step, metrics)
 
         last = step == training.num_steps
-        evaluates = last or step % training.evaluate_every == 0
-        saves = last or signals.received or step % training.checkpoint_every == 0
-        if evaluates or saves:
+        if last or step % training.evaluate_every == 0:
             settle()
             pending = None
-        if evaluates:
             max_batches = None if last else training.evaluation_batches or None
             with rates.paused():
                 said = evaluate(state.params, state.router_bias_XE, config, max_batches=max_batches)
             writer.write(step, evaluation_row(said))
             progress.print(evaluation_line(step, said))
-        if saves:
-            # After the metrics: a run that resumes here has all of them.
+        stopped = signals.received  # read once, and after the evaluation: it may come at any time
+        if last or stopped or step % training.checkpoint_every == 0:
+            # The metrics first: a run that resumes here has all of them.
+            settle()
+            pending = None
             with rates.paused():
-                checkpoints.save(step, state, wait=last or bool(signals.received))
+                checkpoints.save(step, state, wait=last or stopped is not None)
             saved = step
-        if signals.received:
-            raise Interrupted(signals.received, step)
+        if stopped:
+            raise Interrupted(stopped, step)
     return state, said
 
 
