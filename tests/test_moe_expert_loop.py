@@ -1,0 +1,212 @@
+"""The kernels of the ragged dispatcher: rows sorted by expert, any sizes, any garbage.
+
+`expert_loop` is the CPU's, `SortedRows` the one of other platforms, which a CPU can run too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.moe.dispatch.expert_loop import block_sizes, expert_loop, for_each_block
+from moe_jax.moe.dispatch.ragged import SortedRows, sort_by_expert
+from moe_jax.moe.experts import ffn
+from tests import moe_oracle
+
+# Sums of up to a few hundred float32 products, relative to the largest.
+FLOAT32 = 5e-6
+PROPERTIES = settings(deadline=None, max_examples=40, derandomize=True)
+
+MODEL_DIM, HIDDEN, EXPERTS = 3, 5, 4
+# Rows of each expert.
+GROUPS = {
+    "even": [16, 16, 16, 16],
+    "one row": [1, 0, 0, 0],
+    "no rows": [0, 0, 0, 0],
+    "empty in front": [0, 0, 64, 0],
+    "empty behind": [64, 0, 0, 0],
+    "empty between": [20, 0, 0, 30],
+    "odd": [7, 9, 1, 33],
+}
+LARGEST = block_sizes(1000, EXPERTS)[-1]
+LARGE = {
+    "past the largest block": [LARGEST + 1, 0, 300, 0],
+    "many largest blocks": [0, 1000, 0, 0],
+    "a multiple of the largest block": [2 * LARGEST, 0, 0, 200],
+}
+
+
+def relu_expert(rows, weights, layout):
+    return ffn(rows, weights, "relu", layout)
+
+
+def make_values(num_rows, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = {
+        "wi": (EXPERTS, MODEL_DIM, HIDDEN), "bi": (EXPERTS, HIDDEN),
+        "wo": (EXPERTS, HIDDEN, MODEL_DIM), "bo": (EXPERTS, MODEL_DIM),
+    }  # fmt: skip
+    weights = {n: random.normal(size=s).astype(np.float32) / 2 for n, s in shapes.items()}
+    x, dy = random.normal(size=(2, num_rows, MODEL_DIM)).astype(np.float32)
+    return weights, x, dy, random
+
+
+def loop(x, gate, weights, expert, kept):
+    """`expert_loop` on one choice a token."""
+    operands = (x, gate, kept, *sort_by_expert(expert, kept, EXPERTS))
+    return expert_loop(relu_expert, weights, None, *operands)
+
+
+def sorted_rows(x, gate, weights, expert, kept):
+    """The same by `SortedRows`."""
+    choice_R, row_R1, sizes_E = sort_by_expert(expert, kept, EXPERTS)
+    y = relu_expert(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R)))[row_R1[:, 0]]
+    return jnp.where(kept, y * gate, 0)
+
+
+WAYS = {"loop": loop, "sorted rows": sorted_rows}
+
+
+@functools.partial(jax.jit, static_argnames="way")
+def run(way, x, gate, weights, expert, kept, dy):
+    def output(x, gate, weights):
+        return WAYS[way](x, gate, weights, expert, kept)
+
+    y, vjp = jax.vjp(output, x, gate, weights)
+    dx, dgate, dweights = vjp(dy)
+    return y, {"x": dx, "gate": dgate} | dweights
+
+
+def check(way, group_sizes, num_rows):
+    """Rows in a random order, `group_sizes` of them kept by their expert, against the oracle."""
+    weights, x, dy, random = make_values(num_rows)
+    owners = np.repeat(np.arange(EXPERTS), group_sizes)
+    expert, kept = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
+    places = random.permutation(num_rows)[: len(owners)]
+    expert[places], kept[places] = owners, True
+    gate = random.random((num_rows, 1)).astype(np.float32)
+    y, grads = run(way, x, gate, weights, expert[:, None], kept[:, None], dy)
+    expected_y, expected = moe_oracle.relu_experts(
+        x.astype(float),
+        {n: w.astype(float) for n, w in weights.items()},
+        expert[:, None], gate.astype(float), kept[:, None], dy.astype(float),
+    )  # fmt: skip
+    for key, wanted in ({"y": expected_y} | expected).items():
+        got = np.asarray(y if key == "y" else grads[key])
+        scale = max(1.0, np.abs(wanted).max())
+        np.testing.assert_allclose(got / scale, wanted / scale, atol=FLOAT32, err_msg=key)
+    for e, size in enumerate(group_sizes):
+        assert np.any(grads["wi"][e]) == np.any(expected["wi"][e]) and (
+            size or not grads["wi"][e].any()
+        )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", GROUPS)
+def test_values_and_gradients_of_groups_of_any_size(way, name):
+    check(way, GROUPS[name], 64)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LARGE)
+def test_groups_larger_than_the_largest_block(way, name):
+    assert LARGEST < max(LARGE[name]) and sum(LARGE[name]) <= 1000
+    check(way, LARGE[name], 1000)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_garbage_in_rows_of_no_expert_never_leaks(way):
+    # Rows of dropped choices lie past the last group; they may hold NaN, as unused memory does.
+    weights, x, dy, random = make_values(64)
+    expert = random.integers(0, EXPERTS, (64, 1)).astype(np.int32)
+    kept = random.random((64, 1)) < 0.5
+    gate = random.random((64, 1)).astype(np.float32)
+    clean_y, clean = run(way, x, gate, weights, expert, kept, dy)
+    x = np.where(kept, x, np.nan).astype(np.float32)
+    y, grads = run(way, x, gate, weights, expert, kept, dy)
+    np.testing.assert_array_equal(y, clean_y)
+    for name, grad in grads.items():
+        np.testing.assert_array_equal(grad, clean[name], err_msg=name)
+    assert not np.asarray(y)[~kept[:, 0]].any()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_row_of_one_expert_does_not_reach_another(way):
+    # Blocks overlap the rows of the next expert: a NaN there must stay with its owner.
+    weights, x, dy, _ = make_values(64)
+    expert = np.repeat(np.arange(EXPERTS), 16)[:, None].astype(np.int32)
+    kept, gate = np.ones((64, 1), bool), np.ones((64, 1), np.float32)
+    x[20] = np.nan  # expert 1
+    y, grads = run(way, x, gate, weights, expert, kept, dy)
+    assert np.isnan(np.asarray(y)[20]).all()
+    assert np.isfinite(np.delete(np.asarray(y), 20, axis=0)).all()
+    for name in ("wi", "wo"):
+        assert np.isfinite(np.asarray(grads[name])[[0, 2, 3]]).all()
+
+
+def test_matmul_of_sorted_rows_is_zero_past_the_last_group():
+    _, x, _, _ = make_values(8)
+    weight = np.ones((EXPERTS, MODEL_DIM, HIDDEN), np.float32)
+    layout = SortedRows(None, jnp.array([2, 0, 3, 0]), 8)
+    y = np.asarray(layout.matmul(jnp.asarray(x), jnp.asarray(weight)))
+    np.testing.assert_allclose(y[:5], x[:5] @ weight[0], rtol=1e-5)
+    assert not y[5:].any()
+    bias = jnp.arange(EXPERTS)[:, None]
+    assert layout.expand(bias)[:5, 0].tolist() == [0, 0, 2, 2, 2]
+
+
+def test_choices_are_sorted_by_expert_then_token_and_dropped_ones_come_last():
+    # Choices 0..5 of three tokens: experts 2 0 | 1 2 | 0 1; token 1's first choice was dropped.
+    expert = jnp.array([[2, 0], [1, 2], [0, 1]])
+    kept = jnp.array([[True, True], [False, True], [True, True]])
+    choice, row, sizes = sort_by_expert(expert, kept, 3)
+    assert choice.tolist() == [1, 4, 5, 0, 3, 2]
+    assert row.tolist() == [[3, 0], [5, 4], [1, 2]]
+    assert sizes.tolist() == [2, 1, 2]
+
+
+def test_more_choices_than_int32_can_sort_are_refused():
+    expert = jax.ShapeDtypeStruct((2**23, 1), jnp.int32)
+    kept = jax.ShapeDtypeStruct((2**23, 1), jnp.bool_)
+    with pytest.raises(ValueError, match=r"fits in int32: num_experts=512.*dispatch='gather'"):
+        jax.eval_shape(lambda e, k: sort_by_expert(e, k, 512), expert, kept)
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def visits(sizes_E, blocks):
+    """How often each row is a block's own, who owns it, and where the last block ends."""
+
+    def body(carry, operand, block):
+        count, owner, last = carry
+        rows = jnp.arange(64 + blocks[-1])
+        own = (rows >= block.start) & (rows < block.start + jnp.minimum(block.size, block.rows))
+        end = block.start + block.rows
+        return count + own, jnp.where(own, operand, owner), jnp.maximum(last, end)
+
+    zeros = jnp.zeros(64 + blocks[-1], jnp.int32)
+    carry = (zeros, zeros - 1, jnp.int32(0))
+    return for_each_block(sizes_E, blocks, carry, jnp.arange(EXPERTS), body)
+
+
+@PROPERTIES
+@given(sizes=st.lists(st.integers(0, 16), min_size=EXPERTS, max_size=EXPERTS))
+def test_every_row_is_in_one_block_of_its_expert(sizes):
+    blocks = (1, 3, 4)
+    count, owner, last = visits(jnp.array(sizes, jnp.int32), blocks)
+    total = sum(sizes)
+    assert np.asarray(count)[:total].tolist() == [1] * total
+    assert not np.asarray(count)[total:].any()
+    assert np.asarray(owner)[:total].tolist() == np.repeat(np.arange(EXPERTS), sizes).tolist()
+    assert last <= total + blocks[-1]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("experts", [1, 8, 512])
+def test_block_sizes_ascend_and_are_whole_vectors(rows, experts):
+    sizes = block_sizes(rows, experts)
+    assert list(sizes) == sorted(set(sizes))
+    assert all(size % 8 == 0 and size > 0 for size in sizes)
