@@ -43,23 +43,27 @@ class Checkpoints:
       directory: where the checkpoints are; made if absent. Checkpoints that a killed process did
         not finish are removed.
       keep: how many of the newest to keep, at least 1. Older ones are deleted after a newer one
-        is complete; quarantined ones (`damaged-<step>`) never are.
+        is complete; quarantined ones (`damaged-<step>`) never are. None: only read, and leave the
+        directory as it is: a run may be writing a checkpoint just now.
 
     Raises:
       ValueError: `keep` is less than 1.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int) -> None:
-        if keep < 1:
+    def __init__(self, directory: str | pathlib.Path, keep: int | None) -> None:
+        if keep is not None and keep < 1:
             raise ValueError(f"a run keeps at least 1 checkpoint: keep={keep}. Raise keep.")
         self.directory = pathlib.Path(directory).resolve()
+        self._read_only = keep is None
         self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={ITEM: ocp.StandardCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
+                read_only=self._read_only,
+                create=not self._read_only,
                 max_to_keep=keep,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._read_only,
                 lightweight_initialize=True,
                 # Orbax runs this when all files are written, before the rename that publishes them.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
@@ -75,7 +79,7 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
-        """Writes a checkpoint in the background.
+        """Writes a checkpoint in the background; not when only reading.
 
         The arrays are copied before this returns, so the next step may donate them. A save that
         is still running is waited for, and its error, if it failed, is raised here.
@@ -91,6 +95,7 @@ class Checkpoints:
         Raises:
           ValueError: there is a checkpoint of a later step.
         """
+        assert not self._read_only, "opened for reading"
         self.wait()
         newest = self.latest_step
         if newest is not None and newest > step:
@@ -111,8 +116,8 @@ class Checkpoints:
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Restores the newest checkpoint that is whole.
 
-        Damaged ones that are newer are reported by a warning and renamed to `damaged-<step>`, so
-        that training can save their steps again.
+        Damaged ones that are newer are reported by a warning and, unless only read, renamed to
+        `damaged-<step>`, so that training can save their steps again.
 
         Args:
           abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
@@ -153,6 +158,8 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """The steps of the checkpoints that were published, whole or damaged, in order."""
+        if not self.directory.is_dir():
+            return []
         return sorted(
             int(path.name)
             for path in self.directory.iterdir()
@@ -185,8 +192,9 @@ class Checkpoints:
             reason = damage(path)
             if reason is None:
                 # Only now that there is something to go on from.
-                for other in damaged:
-                    _quarantine(other)
+                if not self._read_only:
+                    for other in damaged:
+                        _quarantine(other)
                 return step
             logger.warning("Checkpoint %s is damaged and not used: %s.", path, reason)
             damaged.append(path)

@@ -45,13 +45,16 @@ def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, An
     workdir = pathlib.Path(workdir)
     check_workdir(config, workdir)
     check_vocabulary(config)
-    with only_run(workdir):
-        return train_in(workdir, config)
+    keep = config.training.keep_checkpoints
+    # However this ends, a checkpoint that is being written is waited for.
+    with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
+        return train_in(workdir, config, checkpoints)
 
 
-def train_in(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, Any]:
+def train_in(
+    workdir: pathlib.Path, config: ExperimentConfig, checkpoints: Checkpoints
+) -> dict[str, Any]:
     """Trains in a directory that nobody else writes to; see `train`."""
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.training.keep_checkpoints)
     restored = restore(config, checkpoints)
     state = jax.jit(init_state, static_argnums=0)(config) if restored is None else restored
     start = int(state.step)
@@ -74,8 +77,7 @@ def train_in(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, Any]:
         num_steps, start_step=start, utilization="of matmul peak" if on_cpu else "mfu"
     )
     rates = Rates(config, 3 * flops.model, peak)
-    # However this ends, a checkpoint that is being written is waited for.
-    with checkpoints, MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
+    with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
         state, said = run_steps(config, state, start, checkpoints, writer, progress, rates, signals)
     return finish(config, workdir, state, said)
 

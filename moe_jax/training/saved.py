@@ -14,7 +14,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def load_run(workdir: str | pathlib.Path) -> tuple[ExperimentConfig, TrainState]:
-    """The config and the newest whole checkpoint of a run.
+    """The config and the newest whole checkpoint of a run, which may be training.
 
     Raises:
       ValueError: the directory holds no run, or a run without a checkpoint.
@@ -27,9 +27,8 @@ def load_run(workdir: str | pathlib.Path) -> tuple[ExperimentConfig, TrainState]
             "--workdir that `python -m moe_jax.train` was given."
         )
     config = from_config_dict(json.loads(path.read_text(encoding="utf-8")))
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.training.keep_checkpoints)
-    restored = restore(config, checkpoints)
-    checkpoints.close()
+    with Checkpoints(workdir / CHECKPOINTS, keep=None) as checkpoints:
+        restored = restore(config, checkpoints)
     if restored is None:
         raise ValueError(
             f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "

@@ -1,0 +1,97 @@
+"""Reading a run out of its directory, also while it trains."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.metrics import write_run_record
+from moe_jax.training.saved import CHECKPOINTS, load_run
+from tests.tiny_run import tiny_config, tiny_state
+
+CONFIG = tiny_config({"model": {"moe": {"balance": {"bias_update_rate": 0.1}}}})
+
+
+def make_run(workdir, *steps):
+    write_run_record(workdir, CONFIG)
+    state = tiny_state(CONFIG)
+    with Checkpoints(workdir / CHECKPOINTS, keep=3) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state._replace(step=jnp.int32(step)))
+    return state
+
+
+def files(directory):
+    return {
+        path.relative_to(directory): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
+def test_the_newest_state_and_the_config_come_back(tmp_path):
+    state = make_run(tmp_path, 2, 4)
+    before = files(tmp_path)
+    config, loaded = load_run(tmp_path)
+    assert config == CONFIG
+    assert int(loaded.step) == 4
+    expected = state._replace(step=jnp.int32(4))
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), loaded, expected)
+    assert files(tmp_path) == before
+
+
+def test_reading_leaves_a_save_in_progress_alone(tmp_path, monkeypatch):
+    """`generate` in the directory of a run that trains, just while it writes a checkpoint."""
+    state = make_run(tmp_path, 2)
+    go_on = threading.Event()
+    add_manifest = Checkpoints._add_manifest
+
+    def wait_and_add_manifest(self):
+        assert go_on.wait(60)
+        add_manifest(self)
+
+    monkeypatch.setattr(Checkpoints, "_add_manifest", wait_and_add_manifest)
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=3) as checkpoints:
+        checkpoints.save(4, state._replace(step=jnp.int32(4)))
+        _, loaded = load_run(tmp_path)
+        assert int(loaded.step) == 2
+        time.sleep(1)  # Orbax would clean up in the background
+        go_on.set()
+    _, loaded = load_run(tmp_path)
+    assert int(loaded.step) == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_left_to_the_run_to_set_aside(tmp_path, caplog):
+    make_run(tmp_path, 2, 4)
+    newest = tmp_path / CHECKPOINTS / "4"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    before = files(tmp_path)
+    _, loaded = load_run(tmp_path)
+    assert int(loaded.step) == 2
+    assert "is damaged and not used" in caplog.text
+    assert files(tmp_path) == before
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds config.json: there is none in .*Pass the"):
+        load_run(tmp_path)
+    write_run_record(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"there is none yet in .*checkpoints. Wait for the first"):
+        load_run(tmp_path)
+    assert not (tmp_path / CHECKPOINTS).exists()
+
+
+def test_another_model_is_refused(tmp_path):
+    make_run(tmp_path, 2)
+    model = dataclasses.replace(
+        CONFIG.model, ffn_dim=48, moe=dataclasses.replace(CONFIG.model.moe, expert_dim=48)
+    )
+    write_run_record(tmp_path, dataclasses.replace(CONFIG, model=model))
+    with pytest.raises(ValueError, match=r"into a state of the same arrays: .*wi: float32"):
+        load_run(tmp_path)
