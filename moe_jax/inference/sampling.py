@@ -1,5 +1,6 @@
 """Sampling a continuation token by token (legend: `moe_jax.moe`)."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -77,6 +78,10 @@ def continue_text(
             f"temperature={temperature}, num_tokens={num_tokens}. Use temperature=0 for the "
             "likeliest token."
         )
+    # A dropless layer computes the same in groups of any size, of which one sequence is the
+    # one that always fits.
+    moe = dataclasses.replace(config.model.moe, group_size=0)
+    model = dataclasses.replace(config.model, moe=moe)
     tokenizer = open_tokenizer(config.data.tokenizer)
     window = config.data.sequence_length
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
@@ -92,7 +97,7 @@ def continue_text(
             jnp.asarray(len(seen)),
             jnp.asarray(temperature, jnp.float32),
             jax.random.fold_in(jax.random.key(seed), i),
-            config=config.model,
+            config=model,
         )
         if int(token) == tokenizer.eos_id:
             break

@@ -58,7 +58,7 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Counts the leaves of the real model, abstractly: no memory is used."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, max(config.moe.group_size, 2)), jnp.int32)
     abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)
     counts = dict.fromkeys(
         (
