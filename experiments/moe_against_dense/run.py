@@ -25,7 +25,7 @@ def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | s
     said = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
     record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
     rows = read_metrics(directory / "metrics.jsonl")
-    seconds = sum(row["perf/seconds_per_step"] for row in rows if "train/loss" in row)
+    seconds = sum(row.get("perf/seconds_per_step", 0) for row in rows)
     return {
         "bits_per_byte": said["dropless"]["bits_per_byte"],
         "nats_per_token": said["dropless"]["nats_per_token"],

@@ -28,8 +28,10 @@ class Rates:
         self._step, self._since = step, time.perf_counter()
 
     def measure(self, step: int) -> dict[str, float]:
-        """Rates since the last call, and begins anew."""
-        seconds = (time.perf_counter() - self._since) / max(step - self._step, 1)
+        """Rates since the last call, and begins anew; none if no step has passed."""
+        if step == self._step:
+            return {}
+        seconds = (time.perf_counter() - self._since) / (step - self._step)
         self.start(step)
         tokens_per_second = self._tokens / seconds
         row = {"perf/seconds_per_step": seconds, "perf/tokens_per_s": tokens_per_second}
