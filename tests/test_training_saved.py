@@ -12,7 +12,7 @@ import pytest
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.saved import CHECKPOINTS, load_run
-from tests.tiny_run import tiny_config, tiny_state
+from tests.tiny_run import files, tiny_config, tiny_state
 
 CONFIG = tiny_config({"model": {"moe": {"balance": {"bias_update_rate": 0.1}}}})
 
@@ -24,13 +24,6 @@ def make_run(workdir, *steps):
         for step in steps:
             checkpoints.save(step, state._replace(step=jnp.int32(step)))
     return state
-
-
-def files(directory):
-    return {
-        path.relative_to(directory): path.read_bytes() if path.is_file() else None
-        for path in directory.rglob("*")
-    }
 
 
 def test_the_newest_state_and_the_config_come_back(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -9,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState, init_state
 
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = ROOT / ".cache"  # of compiled programs and token files, kept between runs of the tests
 SETTINGS: dict[str, Any] = {
     "model": {
         "num_layers": 2,
@@ -83,3 +88,58 @@ def tiny_batch(batch_size: int = 4, length: int = 16, seed: int = 0) -> dict[str
         "positions": jnp.asarray(positions * valid, jnp.int32),
         "loss_weights": jnp.asarray(weights, jnp.float32),
     }
+
+
+def tiny_training(settings: dict[str, Any] | None = None) -> ExperimentConfig:
+    """A whole run on the embedded corpus, of a second, that uses every part of the state."""
+    return tiny_config(
+        _merge(
+            {
+                "model": {
+                    "dropout_rate": 0.1,
+                    "moe": {"balance": {"bias_update_rate": 0.01}, "router": {"input_jitter": 0.1}},
+                },
+                "data": {"heldout_fraction": 0.001, "cache_dir": str(CACHE / "moe_jax")},
+                "optimizer": {"warmup_steps": 2},
+                "training": {
+                    "num_steps": 12,
+                    "log_every": 1,
+                    "evaluate_every": 4,
+                    "evaluation_batches": 2,
+                    "checkpoint_every": 3,
+                    "sample_tokens": 4,
+                },
+            },
+            settings or {},
+        )
+    )
+
+
+def files(directory: pathlib.Path) -> dict[str, bytes]:
+    """Every file under a directory, to see whether anything changed."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_same_run(directory: pathlib.Path, expected: pathlib.Path) -> None:
+    """Two runs ended alike, bit for bit: state, metrics but for speed, evaluation, sample."""
+    states = [load_run(run)[1] for run in (directory, expected)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(a, b, strict=True, err_msg=name)
+    rows = [
+        [
+            {name: value for name, value in row.items() if not name.startswith("perf/")}
+            for row in read_metrics(run / METRICS_FILE)
+        ]
+        for run in (directory, expected)
+    ]
+    assert rows[0] == rows[1]
+    for name in ("evaluation.json", "sample.txt"):
+        assert (directory / name).read_bytes() == (expected / name).read_bytes(), name

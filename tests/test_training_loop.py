@@ -1,0 +1,236 @@
+"""A whole run, in this process: what it writes, how it stops and how it goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.training import loop
+from moe_jax.training.checkpoints import DamagedCheckpointError
+from moe_jax.training.loop import train
+from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.saved import CHECKPOINTS, load_run
+from moe_jax.training.signals import Interrupted
+from moe_jax.training.step import StepMetrics
+from tests.tiny_run import assert_same_run, files, tiny_training
+
+CONFIG = tiny_training()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed. Tests do not write to it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train(CONFIG, workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def at_batch(monkeypatch, number, action):
+    """Does something when the batch of a step is asked for."""
+    real = loop.train_batches
+
+    def batches(*args, start_step, **kwargs):
+        for step, batch in enumerate(real(*args, start_step=start_step, **kwargs), start_step + 1):
+            if step == number:
+                action()
+            yield batch
+
+    monkeypatch.setattr(loop, "train_batches", batches)
+
+
+def damage(checkpoint):
+    largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_what_a_run_writes(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json", "run.json", "metrics.jsonl", "checkpoints", "evaluation.json", "sample.txt",
+        "report",
+    }  # fmt: skip
+    rows = read_metrics(finished / METRICS_FILE)
+    trained = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 13))
+    assert [row["step"] for row in rows if "heldout/dropless/nats_per_token" in row] == [4, 8, 12]
+    for row in trained:
+        for layer in ("layer_00", "layer_01"):
+            np.testing.assert_allclose(sum(row[f"moe/{layer}/expert_load"]), 1, rtol=1e-5)
+    # Where the clock starts there is no speed yet.
+    assert ["perf/tokens_per_s" in row for row in trained] == [False] + [True] * 11
+    assert sorted(path.name for path in (finished / CHECKPOINTS).iterdir()) == ["12", "9"]
+
+    said = json.loads((finished / "evaluation.json").read_text())
+    assert said["step"] == 12
+    last = [row for row in rows if row["step"] == 12 and "heldout/dropless/nats_per_token" in row]
+    assert last[0]["heldout/dropless/nats_per_token"] == said["dropless"]["nats_per_token"]
+    assert (finished / "sample.txt").read_text().startswith("The ")
+    report = (finished / "report" / "report.md").read_text()
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", report)
+    assert figures and all((finished / "report" / name).stat().st_size > 0 for name in figures)
+    assert f"{said['dropless']['bits_per_byte']:.3f}" in report
+
+    record = json.loads((finished / RUN_FILE).read_text())
+    state = load_run(finished)[1]
+    assert record["parameters"]["total"] == sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_a_run_that_crashes_and_is_stopped_ends_like_one_that_was_not(
+    finished, tmp_path, monkeypatch, capsys
+):
+    def crash():
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        at_batch(patch, 5, crash)
+        train(CONFIG, tmp_path)
+    # The step that runs is finished, saved and the last; its number is no multiple of 3 or 4.
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM after step 7"):
+        at_batch(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(CONFIG, tmp_path)
+    assert load_run(tmp_path)[1].step == 7
+    capsys.readouterr()
+    train(CONFIG, tmp_path)
+    assert "resuming after step 7 of 12" in capsys.readouterr().out
+    assert_same_run(tmp_path, finished)
+    record = json.loads((tmp_path / RUN_FILE).read_text())
+    assert [session["start_step"] for session in record["earlier"]] == [0, 3]
+    assert record["start_step"] == 7
+
+
+def test_a_signal_during_an_evaluation_saves_that_step(finished, tmp_path, monkeypatch):
+    real = loop.evaluate
+
+    def evaluate(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGINT after step 4"):
+        patch.setattr(loop, "evaluate", evaluate)
+        train(CONFIG, tmp_path)
+    assert load_run(tmp_path)[1].step == 4
+    steps = [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)]
+    assert steps == [1, 2, 3, 4, 4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_does_not_train_again(copy, monkeypatch):
+    def no_step(config):
+        def step(state, batch):
+            raise AssertionError("a step was taken")
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", no_step)
+    before = files(copy)
+    train(CONFIG, copy)
+    after = files(copy)
+    for name in before:
+        if name.startswith((CHECKPOINTS, "evaluation", "sample", METRICS_FILE, "config")):
+            assert after[name] == before[name], name
+
+
+def test_another_config_is_refused_before_anything_happens(copy, monkeypatch):
+    def not_called(*args, **kwargs):
+        raise AssertionError("too late")
+
+    for name in ("restore", "init_state", "Checkpoints", "write_run_record"):
+        monkeypatch.setattr(loop, name, not_called)
+    before = files(copy)
+    other = tiny_training({"training": {"num_steps": 13}, "model": {"moe": {"num_experts": 8}}})
+    with pytest.raises(ValueError) as error:
+        train(other, copy)
+    assert "config.training.num_steps: 12 -> 13" in str(error.value)
+    assert "config.model.moe.num_experts: 4 -> 8" in str(error.value)
+    assert "Use another --workdir" in str(error.value)
+    assert files(copy) == before
+
+
+def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
+    """A second run, started while the first one trains."""
+
+    def start_another():
+        with pytest.raises(ValueError, match="another process trains in"):
+            train(CONFIG, tmp_path)
+        raise RuntimeError("it was refused")
+
+    at_batch(monkeypatch, 2, start_another)
+    with pytest.raises(RuntimeError, match="it was refused"):
+        train(CONFIG, tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    finished, copy, caplog, capsys
+):
+    damage(copy / CHECKPOINTS / "12")
+    train(CONFIG, copy)
+    assert re.search(r"Checkpoint .*/12 is damaged and not used: the content of", caplog.text)
+    assert "resuming after step 9 of 12" in capsys.readouterr().out
+    assert_same_run(copy, finished)
+    names = sorted(path.name for path in (copy / CHECKPOINTS).iterdir())
+    assert names == ["12", "9", "damaged-12"]
+
+
+def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(copy):
+    for step in ("9", "12"):
+        damage(copy / CHECKPOINTS / step)
+    with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 9, 12\. Bring back"):
+        train(CONFIG, copy)
+    assert sorted(path.name for path in (copy / CHECKPOINTS).iterdir()) == ["12", "9"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    optimizer = {"learning_rate": 1e30, "warmup_steps": 0}
+    config = tiny_training({"optimizer": optimizer, "training": {"checkpoint_every": 1}})
+    with pytest.raises(FloatingPointError) as error:
+        train(config, tmp_path)
+    found = re.search(
+        r"train/\w+ is (nan|inf) at step (\d+); last good state: checkpoint of step (\d+) in (\S+)\.",
+        str(error.value),
+    )
+    assert found, str(error.value)
+    assert "Lower optimizer.learning_rate" in str(error.value)
+    # What it names is there, whole, and older than the step that failed.
+    step, named = int(found[2]), int(found[3])
+    assert load_run(tmp_path)[1].step == named < step
+    assert found[4] == str(tmp_path / CHECKPOINTS)
+    rows = read_metrics(tmp_path / METRICS_FILE)
+    assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+
+
+@pytest.mark.parametrize("name", ["loss", "total_loss", "grad_norm"])
+def test_each_metric_that_must_be_finite_is_named(name, tmp_path):
+    metrics = StepMetrics(*[np.float32(1)] * 5)
+    loop.check_finite(7, metrics, 0, tmp_path)
+    with pytest.raises(FloatingPointError, match=rf"train/{name} is inf at step 7.*no checkpoint"):
+        loop.check_finite(7, metrics._replace(**{name: np.float32(np.inf)}), 0, tmp_path)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    config = tiny_training({"model": {"vocab_size": 256}})
+    with pytest.raises(ValueError, match=r"vocab_size=256, 'byte' has 384\. Set model.vocab_size"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("group_size", [pytest.param(8, marks=pytest.mark.slow), 32])
+def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
+    """Half a sequence, and two: the sample and the counts have no such groups."""
+    config = tiny_training(
+        {
+            "model": {"moe": {"group_size": group_size}},
+            "training": {"num_steps": 2, "num_microbatches": 2},
+        }
+    )
+    assert train(config, tmp_path)["step"] == 2
