@@ -196,7 +196,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError) as error:
         train(config, tmp_path)
     found = re.search(
-        r"train/\w+ is (nan|inf) at step (\d+); last good state: checkpoint of step (\d+) in (\S+)\.",
+        r"train/\w+ is (nan|inf) at step (\d+); "
+        r"last good state: checkpoint of step (\d+) in (\S+)\.",
         str(error.value),
     )
     assert found, str(error.value)

@@ -1,0 +1,261 @@
+"""The commands, as processes: killed, stopped, gone on with, misused."""
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_jax.training.saved import CHECKPOINTS
+from tests.tiny_run import CACHE, ROOT, assert_same_run, files
+
+# A process starts, compiles and trains in some ten seconds; the rest is for a busy machine.
+LIMIT_SECONDS = 300
+ENDLESS = "--config.training.num_steps=1000000"
+TINY = [
+    "--config=configs/quickstart.py:smoke",
+    *(
+        f"--config.{setting}"
+        for setting in (
+            "model.num_layers=2", "model.model_dim=16", "model.num_heads=2", "model.head_dim=8",
+            "model.ffn_dim=32", "model.dropout_rate=0.1",
+            "model.moe.num_experts=4", "model.moe.num_selected_experts=2",
+            "model.moe.expert_dim=32", "model.moe.balance.bias_update_rate=0.01",
+            "data.sequence_length=16", "data.heldout_fraction=0.001",
+            f"data.cache_dir={CACHE / 'moe_jax'}",
+            "training.num_steps=30", "training.log_every=1", "training.checkpoint_every=10",
+            "training.evaluate_every=15", "training.evaluation_batches=1",
+            "training.sample_tokens=4",
+        )
+    ),
+]  # fmt: skip
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"moe_jax.{module}", *map(str, arguments)]
+
+
+def environment():
+    # Programs that an earlier process has compiled are not compiled again.
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def run(module, *arguments):
+    """Runs a command to its end."""
+    return subprocess.run(
+        command(module, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+def succeed(module, *arguments):
+    outcome = run(module, *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout
+
+
+class Process:
+    """A command that a test stops; its output goes to a file, so that it never waits for us."""
+
+    def __init__(self, log, module, *arguments):
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command(module, *arguments),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(),
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def wait_until(self, condition):
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+
+    def stop(self, number):
+        """Sends a signal; returns the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout=LIMIT_SECONDS)
+
+
+def checkpoint_steps(workdir):
+    directory = workdir / CHECKPOINTS
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed. Tests do not write to it, but for `evaluation.json`."""
+    workdir = tmp_path_factory.mktemp("commands") / "run"
+    said = succeed("train", *TINY, f"--workdir={workdir}")
+    assert "step 30/30  loss" in said and "held-out after step 30" in said
+    return workdir
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(finished, tmp_path):
+    workdir = tmp_path / "run"
+    with Process(tmp_path / "log", "train", *TINY, f"--workdir={workdir}") as process:
+        process.wait_until(lambda: checkpoint_steps(workdir))
+        assert process.stop(signal.SIGKILL) == -signal.SIGKILL
+    said = succeed("train", *TINY, f"--workdir={workdir}")
+    assert re.search(r"resuming after step \d0 of 30", said)
+    assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(finished, tmp_path):
+    """At random moments, among them during a save, an evaluation and the report."""
+    workdir, rng = tmp_path / "run", random.Random(0)
+    arguments = ("train", *TINY, f"--workdir={workdir}")
+
+    def saving():
+        directory = workdir / CHECKPOINTS
+        return directory.is_dir() and any("tmp" in path.name for path in directory.iterdir())
+
+    kills = 0
+    for attempt in range(12):
+        with Process(tmp_path / f"log{attempt}", *arguments) as process:
+            if attempt % 3 == 0:
+                try:
+                    process.wait_until(saving)
+                except AssertionError:
+                    assert process.process.poll() == 0, process.log.read_text()
+            else:
+                time.sleep(rng.uniform(1, 6))
+            kills += process.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert kills > 2
+    succeed(*arguments)
+    assert_same_run(workdir, finished)
+
+
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path):
+    """SIGTERM, as schedulers send it, then Ctrl-C on the run that goes on."""
+    workdir = tmp_path / "a run"
+    arguments = ("train", *TINY, ENDLESS, f"--workdir={workdir}")
+    before = 0
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        log = tmp_path / name
+        with Process(log, *arguments) as process:
+            process.wait_until(lambda before=before: checkpoint_steps(workdir)[-1:] > [before])
+            assert process.stop(number) == 128 + number
+        said = log.read_text()
+        step = int(re.search(rf"stopped by {name} after step (\d+); its checkpoint", said)[1])
+        assert checkpoint_steps(workdir)[-1] == step > before
+        assert shlex.split(said.splitlines()[-1]) == command(*arguments), "can be pasted"
+        assert (f"resuming after step {before} of" in said) == (before > 0)
+        assert "Traceback" not in said
+        before = step
+
+
+def test_a_wrong_setting_is_answered_with_its_name_value_and_fix(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    smoke = "--config=configs/quickstart.py:smoke"
+    cases = {
+        ("--config=configs/quickstart.py:smok", workdir): (
+            r"\['smok'\]", r"\['dense', .*'smoke'.*\]", "Write them after the colon",
+        ),
+        (smoke, "--config.model.num_layer=3", workdir): ("num_layer", 'Did you mean "num_layers"'),
+        (smoke, "--config.model.num_layers=many", workdir): ("config.model.num_layers", "many"),
+        (smoke, "--config.model.moe.num_selected_experts=9", workdir): (
+            "num_selected_experts=9", "num_experts=8", "Lower num_selected_experts",
+        ),
+        (smoke, "--config.data.tokenizer=sentencepiece:none.model", workdir): (
+            "none.model", "moe_jax.data.train_tokenizer",
+        ),
+        ("--config=configs/none.py", workdir): (r"configs/none\.py", "No such file"),
+        (smoke,): ("--workdir must have a value",),
+        (smoke, workdir, "--wokdir=x"): ("wokdir", "Did you mean: workdir"),
+        (smoke, workdir, "more"): (r"unexpected arguments: \['more'\]",),
+    }  # fmt: skip
+    running = {
+        arguments: subprocess.Popen(
+            command("train", *arguments),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        )
+        for arguments in cases
+    }  # fmt: skip
+    for arguments, patterns in cases.items():
+        said, _ = running[arguments].communicate(timeout=LIMIT_SECONDS)
+        assert running[arguments].returncode == 1, (arguments, said)
+        assert "Traceback" not in said, said
+        for pattern in patterns:
+            assert re.search(pattern, said), (pattern, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_another_config_is_refused_and_left_as_it_is(finished):
+    before = files(finished)
+    outcome = run("train", *TINY, "--config.training.num_steps=31", f"--workdir={finished}")
+    assert outcome.returncode == 1
+    assert "config.training.num_steps: 30 -> 31" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert files(finished) == before
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_with_a_message(tmp_path):
+    setting = "--config.optimizer.learning_rate=1e30"
+    outcome = run("train", *TINY, setting, f"--workdir={tmp_path}")
+    assert outcome.returncode == 1
+    assert re.search(r"error: train/\w+ is (nan|inf) at step \d+; last good", outcome.stderr)
+    assert "Traceback" not in outcome.stderr
+
+
+def test_evaluate_and_generate_read_a_run(finished):
+    expected = (finished / "evaluation.json").read_text()
+    said = succeed("evaluate", f"--workdir={finished}")
+    assert (finished / "evaluation.json").read_text() == expected
+    values = json.loads(expected)["dropless"]
+    row = f"{values['bits_per_byte']:.4f} +{values['nats_per_token']:.4f}"
+    assert re.search(rf"^step 30\n.*\nall +{row}", said), said
+    for domain, losses in values["domains"].items():
+        assert re.search(rf"^{domain} +{losses['bits_per_byte']:.4f}", said, re.MULTILINE)
+
+    arguments = ("generate", f"--workdir={finished}", "--prompt=The ", "--tokens=4")
+    assert succeed(*arguments) == (finished / "sample.txt").read_text()
+
+
+def test_reading_a_directory_without_a_run_is_answered(tmp_path):
+    for arguments in (("evaluate",), ("generate", "--prompt=The ")):
+        outcome = run(*arguments, f"--workdir={tmp_path}")
+        assert outcome.returncode == 1
+        assert "error: The workdir of a run holds config.json" in outcome.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_commands_import_neither_tensorflow_nor_torch():
+    code = (
+        "import sys, moe_jax.train, moe_jax.evaluate, moe_jax.generate;"
+        "print([name for name in ('tensorflow', 'torch', 'clu') if name in sys.modules])"
+    )
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert outcome.stdout == "[]\n"
