@@ -4,6 +4,7 @@
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +147,46 @@ def test_a_bad_row_of_one_expert_does_not_reach_another(way):
     assert np.isfinite(np.delete(np.asarray(y), 20, axis=0)).all()
     for name in ("wi", "wo"):
         assert np.isfinite(np.asarray(grads[name])[[0, 2, 3]]).all()
+
+
+@jax.custom_vjp
+def careless_ragged_dot(x, weight, sizes_E):
+    """As a kernel may be: rows of no expert come out NaN, and its gradients read them."""
+    owner_RE, own_R1 = owners(sizes_E, len(x))
+    y = jnp.einsum("RI,RE,EIO->RO", x, owner_RE, weight)
+    return jnp.where(own_R1, y, jnp.nan)
+
+
+def owners(sizes_E, num_rows):
+    ends = jnp.cumsum(sizes_E)
+    rows = jnp.arange(num_rows)
+    owner = jnp.minimum(jnp.searchsorted(ends, rows, side="right"), EXPERTS - 1)
+    return jax.nn.one_hot(owner, EXPERTS), (rows < ends[-1])[:, None]
+
+
+def careless_backward(residuals, dy):
+    x, weight, sizes_E = residuals
+    owner_RE, own_R1 = owners(sizes_E, len(x))
+    dx = jnp.where(own_R1, jnp.einsum("RO,RE,EIO->RI", dy, owner_RE, weight), jnp.nan)
+    return dx, jnp.einsum("RI,RE,RO->EIO", x, owner_RE, dy), None
+
+
+careless_ragged_dot.defvjp(lambda *args: (careless_ragged_dot(*args), args), careless_backward)
+
+
+def test_what_a_kernel_leaves_in_rows_of_no_expert_never_leaks():
+    weights, x, dy, random = make_values(16)
+    expert = random.integers(0, EXPERTS, (16, 1)).astype(np.int32)
+    kept = random.random((16, 1)) < 0.5
+    gate = random.random((16, 1)).astype(np.float32)
+    # Tokens of dropped choices are infinite: a product with them must not reach a gradient.
+    x = np.where(kept, x, np.inf).astype(np.float32)
+    clean_y, clean = run("loop", x, gate, weights, expert, kept, dy)
+    with mock.patch.object(jax.lax, "ragged_dot", careless_ragged_dot):
+        y, grads = run.__wrapped__("sorted rows", x, gate, weights, expert, kept, dy)
+    np.testing.assert_allclose(y, clean_y, atol=1e-5)
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, clean[name], atol=1e-5, err_msg=name)
 
 
 def test_matmul_of_sorted_rows_is_zero_past_the_last_group():
