@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_jax.config import OptimizerConfig
+from moe_jax.moe.experts import EXPERT_WEIGHTS
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -34,12 +35,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
     "adamw": Loshchilov and Hutter 2019, arXiv:1711.05101. "adafactor": Shazeer and Stern 2018,
     arXiv:1804.04235, factored second moments, update clipping at 1, steps relative to the scale
-    of a parameter; each matrix of stacked ones (experts, scanned layers) is a parameter of its own.
+    of a parameter; each expert, and each of scanned layers, has parameters of its own.
     """
     if config.name == "adamw":
         precondition = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     else:
-        precondition = per_matrix(
+        precondition = per_parameter(
             optax.chain(
                 optax.scale_by_factored_rms(),
                 optax.clip_by_block_rms(1.0),
@@ -69,27 +70,37 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def per_matrix(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a transform to every matrix of a stack of them as if it were alone.
+def per_parameter(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a transform to each of stacked parameters as if it were alone.
 
     Optax factors the two largest dims of an array, which in [E, M, H] may be E and H, and takes
-    root mean squares over all of it. The last two dims of an array are the matrix here; vectors
-    stay as they are.
+    root mean squares over all of it.
     """
 
-    def over_stack(function: Any, array: jax.Array) -> Any:
-        for _ in range(array.ndim - 2):
+    def over_stack(function: Any, path: tuple[Any, ...]) -> Any:
+        for _ in range(num_stacked_dims(path)):
             function = jax.vmap(function)
         return function
 
     def init(params: Any) -> Any:
-        return jax.tree.map(lambda p: over_stack(transform.init, p)(p), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: over_stack(transform.init, path)(p), params
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        outcomes = jax.tree.map(
-            lambda g, s, p: over_stack(transform.update, g)(g, s, p), updates, state, params
+        outcomes = jax.tree_util.tree_map_with_path(
+            lambda path, g, s, p: over_stack(transform.update, path)(g, s, p),
+            updates,
+            state,
+            params,
         )
         new_updates = jax.tree.map(lambda _, outcome: outcome[0], updates, outcomes)
         return new_updates, jax.tree.map(lambda _, outcome: outcome[1], updates, outcomes)
 
     return optax.GradientTransformation(init, update)
+
+
+def num_stacked_dims(path: tuple[Any, ...]) -> int:
+    """How many leading dims of a parameter count layers of a scan or experts; by its name."""
+    names = [entry.key for entry in path]
+    return ("repeated" in names) + ("moe" in names and names[-1] in EXPERT_WEIGHTS)
