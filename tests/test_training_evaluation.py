@@ -1,0 +1,135 @@
+"""Held-out losses against NumPy, by domain, dropless and capacity-limited."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.models import Decoder
+from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
+from tests.tiny_run import quick_jit, tiny_state, tiny_training
+
+FLOAT32 = {"rtol": 1e-5}  # logits of a small model, in float32
+NUM_BATCHES = 5
+BIAS_XE = jnp.array([[0.0, 0.2, 0.0, 0.0], [0.1, 0.0, 0.0, -0.1]])
+
+
+def make(eval_factor=0.5, **moe):
+    config = tiny_training({"model": {"moe": {**moe, "capacity": {"eval_factor": eval_factor}}}})
+    return config, tiny_state(config)
+
+
+@pytest.fixture(scope="module")
+def said():
+    config, state = make()
+    return evaluate(state.params, BIAS_XE, config, max_batches=NUM_BATCHES)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("dropless", 0.0), ("capacity_limited", 0.5)])
+def test_losses_are_those_of_numpy(said, kind, factor):
+    config, state = make()
+    apply = quick_jit(Decoder(config.model).apply, static_argnames="capacity_factor")
+    sums = dict.fromkeys(domain_names(config.data), np.zeros(3))
+    token_bytes_V = open_tokenizer("byte").token_bytes_V
+    for batch in heldout_batches(config.data, batch_size=4, max_batches=NUM_BATCHES):
+        output = apply(
+            {"params": state.params},
+            batch["inputs"],
+            batch["positions"],
+            batch["segment_ids"],
+            router_bias_XE=BIAS_XE,
+            capacity_factor=factor,
+        )
+        logits = np.asarray(output.logits_BLV, np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, domain in enumerate(batch["domain"]):
+            name = domain_names(config.data)[domain]
+            for position, target in enumerate(batch["targets"][row]):
+                weight = batch["loss_weights"][row, position]
+                nats = -log_probs[row, position, target]
+                sums[name] = sums[name] + weight * np.array([nats, 1, token_bytes_V[target]])
+
+    def check(got, nats, tokens, num_bytes):
+        np.testing.assert_allclose(got["nats_per_token"], nats / tokens, **FLOAT32)
+        np.testing.assert_allclose(got["bits_per_byte"], nats / num_bytes / np.log(2), **FLOAT32)
+        assert got["tokens"] == tokens
+        assert num_bytes < tokens, "the end of a document is a target, but no byte"
+
+    seen = {name: values for name, values in sums.items() if values[1] > 0}
+    assert len(seen) > 1 and set(said[kind]["domains"]) == set(seen)
+    for name, values in seen.items():
+        np.testing.assert_allclose(
+            said[kind]["domains"][name]["nats_per_token"], values[0] / values[1], **FLOAT32
+        )
+    check(said[kind], *sum(sums.values()))
+
+
+def test_domains_add_up_to_the_whole(said):
+    for kind in ("dropless", "capacity_limited"):
+        domains = said[kind]["domains"].values()
+        tokens = sum(domain["tokens"] for domain in domains)
+        nats = sum(domain["nats_per_token"] * domain["tokens"] for domain in domains)
+        assert said[kind]["tokens"] == tokens
+        np.testing.assert_allclose(said[kind]["nats_per_token"], nats / tokens, rtol=1e-12)
+
+
+def test_capacity_that_is_tight_shows_and_ample_capacity_does_not(said):
+    gap = said["dropless"]["nats_per_token"] - said["capacity_limited"]["nats_per_token"]
+    assert abs(gap) > 1e-3
+    config, state = make(eval_factor=4.0)  # as many slots as tokens, for each of 4 experts
+    ample = evaluate(state.params, BIAS_XE, config, max_batches=NUM_BATCHES)
+    assert ample["capacity_limited"] == ample["dropless"]
+
+
+def test_shares_of_experts_are_of_every_layer_and_domain(said):
+    shares = said["domain_expert_share"]
+    assert set(shares) == {"layer_00", "layer_01"}
+    for layer in shares.values():
+        assert set(layer) == set(said["dropless"]["domains"])
+        for share_E in layer.values():
+            assert len(share_E) == 4
+            np.testing.assert_allclose(sum(share_E), 1, rtol=1e-12)
+    assert len({tuple(share_E) for share_E in shares["layer_00"].values()}) > 1
+
+
+def test_a_dense_model_has_neither_a_limit_nor_experts():
+    config, state = make(layer_period=0)
+    said = evaluate(state.params, None, config, max_batches=1)
+    assert set(said) == {"dropless", "domain_expert_share"}
+    assert said["domain_expert_share"] == {}
+
+
+def test_an_eval_factor_of_zero_is_dropless_only():
+    config, state = make(eval_factor=0.0)
+    assert "capacity_limited" not in evaluate(state.params, BIAS_XE, config, max_batches=1)
+
+
+def test_sums_by_domain_by_hand():
+    sums = DomainSums(("a", "b", "c"))
+    assigned_XBE = jnp.array([[[3, 1], [0, 4], [1, 0]]])
+    batch = SequenceSums(
+        jnp.array([2.0, 4.0, 1.0]), jnp.array([2.0, 4.0, 1.0]), jnp.array([1.0, 4.0, 1.0]),
+        assigned_XBE,
+    )  # fmt: skip
+    sums.add(batch, np.array([0, 2, 0]))
+    losses = sums.losses()
+    assert losses["nats_per_token"] == 1 and losses["tokens"] == 7
+    np.testing.assert_allclose(losses["domains"]["a"]["bits_per_byte"], 3 / 2 / np.log(2))
+    assert set(losses["domains"]) == {"a", "c"}, "nothing is said of a domain without targets"
+    shares = sums.expert_share((5,))
+    assert shares == {"layer_05": {"a": [0.8, 0.2], "c": [0.0, 1.0]}}
+
+
+def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):
+    """An evaluation takes as many rows at once as a microbatch has."""
+    _, state = make()
+    config = tiny_training({
+        "model": {"moe": {"capacity": {"eval_factor": 0.5}}},
+        "training": {"num_microbatches": 2},
+    })  # fmt: skip
+    halves = evaluate(state.params, BIAS_XE, config, max_batches=2 * NUM_BATCHES)
+    for kind in ("dropless", "capacity_limited"):
+        np.testing.assert_allclose(
+            halves[kind]["nats_per_token"], said[kind]["nats_per_token"], **FLOAT32
+        )
+    assert halves["domain_expert_share"] == said["domain_expert_share"]
