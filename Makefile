@@ -1,4 +1,5 @@
-# make quickstart   trains the quickstart model and its dense twin (about ten minutes on two cores)
+# make quickstart   trains the quickstart model and its dense twin (about ten minutes on two cores;
+#                   PRESET=smoke: one minute)
 # make test         lint, types and the quick tests (PYTHON=python3.13 for another interpreter)
 # make test-all     the slow tests as well
 
@@ -6,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+PRESET ?=
 
 .PHONY: quickstart test test-all lint clean
 
@@ -20,8 +22,8 @@ $(VENV)/.test: $(VENV)/.core
 	touch $@
 
 quickstart: $(VENV)/.core
-	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py --workdir=$(RUNS)/quickstart
-	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py:dense --workdir=$(RUNS)/quickstart_dense
+	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py:$(PRESET) --workdir=$(RUNS)/quickstart
+	$(BIN)/python -m moe_jax.train --config=configs/quickstart.py:dense,$(PRESET) --workdir=$(RUNS)/quickstart_dense
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,120 @@
+"""The training step of the quickstart model: speed, share of the matmul rate, where the time goes.
+
+    python benchmarks/train_step.py [--config=configs/quickstart.py] [--rounds=7]
+
+The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
+share is that of the model FLOPs (attention squares counted whole, no padding, no dispatch, three
+times forward). "Without" leaves one part of the model out of the step, so that the difference is
+what it costs with all that waits for it; the parts need not add up.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import moe_jax.layers.attention
+import moe_jax.models.decoder
+from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.data import train_batches
+from moe_jax.planning.arithmetic import count_flops, count_parameters
+from moe_jax.planning.hardware import measured_matmul_rate
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+
+
+def load(path: str, presets: str, **changes: str) -> ExperimentConfig:
+    """The experiment of a config file, with some settings changed (dots as double underscores)."""
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.get_config(presets)
+    settings.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return from_config_dict(settings)
+
+
+@contextmanager
+def without(part: str) -> Iterator[None]:
+    """Traces the model without a part."""
+    no_attention = mock.patch.object(
+        jax.nn, "dot_product_attention", lambda q, k, v, **options: q + 0 * (k + v)
+    )
+    no_rotary = mock.patch.object(moe_jax.layers.attention, "rotate", lambda x, positions, base: x)
+    with {"attention scores": no_attention, "rotary positions": no_rotary}[part]:
+        yield
+
+
+class Step:
+    """A compiled training step that can be taken again and again."""
+
+    def __init__(self, config: ExperimentConfig):
+        batch = next(train_batches(config.data, global_batch_size=config.training.batch_size))
+        self.batch = {name: jnp.asarray(v) for name, v in batch.items() if name != "domain"}
+        self.state = jax.jit(init_state, static_argnums=0)(config)
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        begin = time.perf_counter()
+        self.compiled = step.lower(self.state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.seconds: list[float] = []
+
+    def take(self) -> None:
+        """One step, timed."""
+        begin = time.perf_counter()
+        self.state, metrics = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        self.seconds.append(time.perf_counter() - begin)
+
+
+def main() -> None:
+    """Times the steps in turn and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    path = str(pathlib.Path(arguments.config))
+    config = load(path, "")
+    makers: dict[str, Callable[[], Step]] = {
+        "moe": lambda: Step(config),
+        "dense": lambda: Step(load(path, "dense")),
+        "moe, einsum dispatch": lambda: Step(load(path, "", model__moe__dispatch="einsum")),
+        "moe, gather dispatch": lambda: Step(load(path, "", model__moe__dispatch="gather")),
+    }
+    steps = {name: make() for name, make in makers.items()}
+    for part in ("attention scores", "rotary positions"):
+        with without(part):
+            steps[f"moe without {part}"] = Step(config)
+
+    rates = []
+    for step in steps.values():
+        step.take()
+    for _ in range(arguments.rounds):
+        rates.append(measured_matmul_rate(seconds=0.3))
+        for step in steps.values():
+            step.take()
+    rate = statistics.median(rates)
+
+    tokens = config.training.batch_size * config.data.sequence_length
+    flops = 3 * count_flops(config.model, config.data.sequence_length).model
+    parameters = count_parameters(config.model)
+    print(f"{parameters.total:,} parameters, {parameters.active:,} active; {tokens} tokens a step")
+    print(f"float32 matmul rate: {rate / 1e9:.0f} GFLOP/s, of {min(rates) / 1e9:.0f} to "
+          f"{max(rates) / 1e9:.0f}")  # fmt: skip
+    print(f"{'step':<32}{'ms':>8}{'tokens/s':>10}{'share':>8}{'compile s':>11}{'of moe':>8}")
+    moe = statistics.median(steps["moe"].seconds[1:])
+    for name, step in steps.items():
+        seconds = statistics.median(step.seconds[1:])
+        share = f"{flops * tokens / seconds / rate:.0%}" if "without" not in name else ""
+        print(f"{name:<32}{seconds * 1e3:>8.0f}{tokens / seconds:>10,.0f}{share:>8}"
+              f"{step.compile_seconds:>11.1f}{seconds / moe:>8.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
