@@ -4,7 +4,8 @@
 # make test-all     the slow tests as well
 
 PYTHON ?= python3
-VENV ?= .venv
+# Another interpreter gets an environment of its own.
+VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 RUNS ?= runs
 PRESET ?=
@@ -36,4 +37,4 @@ test-all: lint
 	$(BIN)/python -m pytest -n 2
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv* .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
