@@ -1,0 +1,61 @@
+"""Losses of the first steps of a fixed run, as text that can be compared.
+
+    python -m tests.golden.make
+
+writes `tests/golden/*.txt` anew. Do so only when the numbers are meant to change (another
+initialisation, another order of the data), and say why in the commit.
+"""
+
+import pathlib
+
+from moe_jax.data import train_batches
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+from tests.tiny_run import quick_jit, tiny_training
+
+HERE = pathlib.Path(__file__).parent
+NUM_STEPS = 10
+# Runs whose losses are pinned. Noise is off: dispatchers may draw it for other rows.
+RUNS = {
+    "top1": {"num_selected_experts": 1},
+    "top2_shared": {
+        "num_selected_experts": 2,
+        "num_shared_experts": 1,
+        "activation": "swiglu",
+        "router": {"renormalize": True, "input_jitter": 0.0},
+        "balance": {"router_z_loss_weight": 0.001, "bias_update_rate": 0.01},
+    },
+}
+
+
+def losses(run: str, dispatch: str) -> list[float]:
+    """Cross-entropy before each of the first steps, nats a target."""
+    router = {"input_jitter": 0.0}
+    moe = {"dispatch": dispatch, "capacity": {"train_factor": 1.0}, "router": router, **RUNS[run]}
+    config = tiny_training(
+        {
+            "model": {"moe": moe, "dropout_rate": 0.0},
+            "optimizer": {"learning_rate": 0.01},
+            "training": {"num_microbatches": 2},
+        }
+    )
+    state = quick_jit(init_state, static_argnums=0)(config)
+    step = quick_jit(make_train_step(config))
+    batches = train_batches(config.data, global_batch_size=config.training.batch_size)
+    values = []
+    for _ in range(NUM_STEPS):
+        batch = next(batches)
+        batch.pop("domain")
+        state, says = step(state, batch)
+        values.append(float(says.loss))
+    return values
+
+
+def lines(values: list[float]) -> str:
+    """A line a step: its number and its loss."""
+    return "".join(f"{step} {value:.6f}\n" for step, value in enumerate(values, start=1))
+
+
+if __name__ == "__main__":
+    for name in RUNS:
+        (HERE / f"{name}.txt").write_text(lines(losses(name, "einsum")))

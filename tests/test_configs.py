@@ -1,0 +1,131 @@
+"""Every file in configs/, with every preset: it builds and initialises; smoke presets train."""
+
+import importlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax.config import ExperimentConfig, config_dict, from_config_dict
+from moe_jax.data import train_batches
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+from tests.tiny_run import CACHE, ROOT, quick_jit
+
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+MAX_SMOKE_STEPS = 20
+
+
+def get_config(name):
+    return importlib.import_module(f"configs.{name}").get_config
+
+
+def presets(name):
+    """The presets of a config file, as its answer to one that it does not know names them."""
+    with pytest.raises(ValueError, match="The presets of this config are") as error:
+        get_config(name)("no_such_preset")
+    return re.findall(r"'(\w+)'", str(error.value).split("got")[0])
+
+
+CASES = [(name, preset) for name in FILES for preset in ("", *presets(name))]
+SMOKE = [
+    (name, "smoke" if preset in ("", "smoke") else f"{preset},smoke")
+    for name, preset in CASES
+    if preset != "smoke"
+]
+
+
+def test_there_are_configs_and_each_has_a_smoke_preset():
+    assert {"base", "quickstart"} <= set(FILES)
+    assert all("smoke" in presets(name) for name in FILES)
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
+def test_every_preset_builds_and_initialises(name, preset):
+    config = from_config_dict(get_config(name)(preset))
+    state = jax.eval_shape(lambda: init_state(config))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert (
+        "\n    python -m moe_jax.train --config=configs/" in sys.modules[f"configs.{name}"].__doc__
+    )
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
+def test_every_field_is_there_and_an_unknown_one_refused(name, preset):
+    config = get_config(name)(preset)
+    everything = config_dict(ExperimentConfig())
+    assert set(flat(config)) == set(flat(everything))
+    with pytest.raises((AttributeError, KeyError), match="num_layerz"):
+        config.model.num_layerz = 3
+
+
+def flat(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize(("name", "preset"), SMOKE)
+def test_smoke_is_small_and_trains(name, preset):
+    settings = get_config(name)(preset)
+    settings.data.cache_dir = str(CACHE / "moe_jax")
+    config = from_config_dict(settings)
+    assert config.training.num_steps <= MAX_SMOKE_STEPS
+    assert config.data.corpus == "embedded"
+    state = quick_jit(init_state, static_argnums=0)(config)
+    step = quick_jit(make_train_step(config))
+    batches = train_batches(config.data, global_batch_size=config.training.batch_size)
+    for expected_step in (1, 2):
+        batch = next(batches)
+        batch.pop("domain")
+        state, says = step(state, batch)
+        assert int(state.step) == expected_step
+        assert np.isfinite(says.total_loss) and says.grad_norm > 0
+    np.testing.assert_allclose(says.loss, np.log(config.model.vocab_size), atol=2)
+
+
+def test_presets_may_be_joined():
+    config = get_config("quickstart")("dense,smoke")
+    assert config.name == "quickstart_dense_smoke"
+    assert config.model.moe.layer_period == 0 and config.training.num_steps <= MAX_SMOKE_STEPS
+
+
+# ml_collections reads a config file the old way.
+@pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
+def test_settings_can_be_overridden_by_flags(monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = [
+        "train",
+        f"--config={ROOT}/configs/quickstart.py:smoke",
+        "--config.model.moe.num_experts=16",
+        "--config.optimizer.learning_rate=0.5",
+        "--config.model.moe.layers=(0,)",
+        "--config.data.domain_weights=(('prose', 1.0),)",
+        "--config.training.sample_prompt=It was",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)  # config_flags finds overrides there
+    values(arguments)
+    config = from_config_dict(values.config)
+    assert config.model.moe.num_experts == 16
+    assert config.optimizer.learning_rate == 0.5
+    assert config.model.moe_layers == (0,)
+    assert config.data.domain_weights == (("prose", 1.0),)
+    assert config.training.sample_prompt == "It was"
+    assert config.training.num_steps <= MAX_SMOKE_STEPS
+
+
+def test_a_config_file_imports_nothing_that_trains():
+    """Reading settings is quick: config files import the settings and each other."""
+    for name in FILES:
+        source = (ROOT / "configs" / f"{name}.py").read_text()
+        imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))
+        allowed = {"collections.abc", "ml_collections", "moe_jax.config"}
+        assert {name for name in imported if not name.startswith("configs.")} <= allowed, name
