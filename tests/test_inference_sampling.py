@@ -1,0 +1,123 @@
+"""Sampling: greedy against a teacher-forced forward, seeds, windows, ends and errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.data import open_tokenizer
+from moe_jax.inference import continue_text, sampling
+from moe_jax.models import Decoder
+from tests.tiny_run import quick_jit, tiny_config, tiny_state
+
+TOKENIZER = open_tokenizer("byte")
+BIAS_XE = jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])
+
+
+@pytest.fixture(scope="module")
+def config():
+    # Capacity so tight that routing with it would show: generation is dropless.
+    moe = {"capacity": {"train_factor": 0.25}, "balance": {"bias_update_rate": 0.1}}
+    return tiny_config({"model": {"tie_embeddings": False, "moe": moe}})
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Of a model that writes small letters: only their logits are not 0."""
+    params = dict(tiny_state(config).params)
+    letters = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz")
+    is_letter = np.isin(np.arange(params["head"].shape[1]), letters)
+    params["head"] = jnp.where(is_letter, 40 * params["head"], 0)
+    return params
+
+
+def sample(params, config, prompt, **settings):
+    return continue_text(params, BIAS_XE, config, prompt, **{"num_tokens": 8, **settings})
+
+
+def test_greedy_is_the_argmax_of_a_teacher_forced_forward(params, config):
+    text = sample(params, config, "ab", temperature=0.0)
+    assert len(text) == 8 and len(set(text)) > 2
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab" + text).tolist()]
+    tokens_1L = jnp.array([ids])
+    output = quick_jit(Decoder(config.model).apply)(
+        {"params": params},
+        tokens_1L,
+        jnp.arange(len(ids))[None],
+        jnp.ones_like(tokens_1L),
+        router_bias_XE=BIAS_XE,
+    )
+    likeliest = np.argmax(output.logits_BLV[0], axis=-1)
+    np.testing.assert_array_equal(likeliest[2:-1], ids[3:])
+
+
+def test_the_router_bias_is_used(params, config):
+    steered = 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)
+    other = continue_text(params, steered, config, "ab", num_tokens=8, temperature=0.0)
+    assert other != sample(params, config, "ab", temperature=0.0)
+
+
+def test_equal_seeds_give_equal_texts_and_others_others(params, config):
+    texts = [sample(params, config, "ab", temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) > 2, "every token has its own draw"
+
+
+def test_a_low_temperature_is_greedy(params, config):
+    greedy = sample(params, config, "ab", temperature=0.0)
+    assert sample(params, config, "ab", temperature=1e-4, seed=5) == greedy
+
+
+def test_of_a_long_prompt_the_last_window_is_seen(params, config):
+    """16 tokens: texts that agree on their last 16 bytes go on alike."""
+    end = "the quick brown "
+    assert len(end) == config.data.sequence_length
+    settings = {"temperature": 0.0, "num_tokens": 4}
+    once = sample(params, config, "x" * 40 + end, **settings)
+    assert once == sample(params, config, "something else" + end, **settings)
+    assert len(once) == 4
+
+
+@pytest.mark.parametrize("prompt", ["", "ab", "0123456789abcde", "0123456789abcdef"])
+def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
+    """The beginning of a document, the prompt, padding; of more than 16 tokens, the last 16."""
+    shown = []
+
+    def next_token(params, bias, window_L, length, *args, **kwargs):
+        shown.append(window_L[: int(length)].tolist())
+        assert window_L.shape == (16,) and not np.any(window_L[int(length) :])
+        return jnp.int32(TOKENIZER.encode("z")[0])
+
+    monkeypatch.setattr(sampling, "next_token", next_token)
+    sample(params, config, prompt, num_tokens=3)
+    document = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt + "zz").tolist()]
+    assert shown == [document[: len(document) - more][-16:] for more in (2, 1, 0)]
+
+
+def test_a_text_longer_than_the_window_goes_on(params, config):
+    assert len(sample(params, config, "", num_tokens=40, temperature=0.0)) == 40
+
+
+def test_the_end_of_a_document_ends_the_text(params, config, monkeypatch):
+    ids = iter([*TOKENIZER.encode("xyz").tolist(), TOKENIZER.eos_id, 100, 100])
+    monkeypatch.setattr(sampling, "next_token", lambda *args, **kwargs: jnp.int32(next(ids)))
+    assert sample(params, config, "ab") == "xyz"
+
+
+def test_nothing_is_added_when_nothing_is_asked_for(params, config):
+    assert sample(params, config, "ab", num_tokens=0) == ""
+
+
+@pytest.mark.parametrize("group_size", [8, 64])
+def test_groups_do_not_matter(params, config, group_size):
+    """Half a window, and four: generation has one sequence, and is dropless."""
+    moe = {"group_size": group_size, "balance": {"bias_update_rate": 0.1}}
+    other = tiny_config({"model": {"tie_embeddings": False, "moe": moe}})
+    expected = sample(params, config, "ab", temperature=0.0)
+    assert sample(params, other, "ab", temperature=0.0) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"num_tokens": -1}])
+def test_negative_settings_are_refused(params, config, wrong):
+    with pytest.raises(ValueError, match=r"are not negative: temperature=.*, num_tokens=.*\. Use"):
+        sample(params, config, "ab", **wrong)

@@ -1,0 +1,154 @@
+"""Parameters and FLOPs by component, against formulas written out by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax.config import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
+from moe_jax.models import Decoder
+from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
+
+# Like Mixtral: every layer MoE, top 2 of 8, gated experts, grouped queries, an untied head.
+MIXTRAL = ModelConfig(
+    vocab_size=100, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40,
+    activation="swiglu", tie_embeddings=False,
+    moe=MoEConfig(
+        num_experts=8, num_selected_experts=2, expert_dim=20, activation="swiglu",
+        router=RouterConfig(renormalize=True), capacity=CapacityConfig(train_factor=0.0),
+        dispatch="ragged",
+    ),
+)  # fmt: skip
+# Like DeepSeekMoE: the first layer dense, shared experts beside the routed ones; a tied head,
+# biases and every norm.
+DEEPSEEK = ModelConfig(
+    vocab_size=100, num_layers=3, model_dim=16, num_heads=2, head_dim=8, ffn_dim=40,
+    norm="layernorm", attention_bias=True, ffn_bias=True, qk_norm=True,
+    moe=MoEConfig(
+        num_experts=4, num_selected_experts=2, expert_dim=20, use_bias=True, num_dense_first=1,
+        num_shared_experts=2, shared_expert_gate=True,
+    ),
+)  # fmt: skip
+
+
+def replace_moe(config, **changes):
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+
+
+def test_parameters_of_a_model_like_mixtral():
+    count = count_parameters(MIXTRAL)
+    # M = 16, V = 100, 4 heads and 2 key-value heads of 6, H = 20, 3 layers.
+    assert count.embedding == count.head == 100 * 16
+    assert count.attention == 3 * (16 * 24 + 2 * 16 * 12 + 24 * 16)
+    assert count.experts == 3 * 8 * (3 * 16 * 20)
+    assert count.active_experts == 3 * 2 * (3 * 16 * 20)
+    assert count.router == 3 * 16 * 8
+    assert count.norms == 3 * 2 * 16 + 16
+    assert count.dense_ffn == count.shared_experts == 0
+    assert count.total == 3200 + 3456 + 23040 + 384 + 112
+    assert count.active == 3200 + 3456 + 5760 + 384 + 112
+
+
+def test_parameters_of_a_model_like_deepseek():
+    count = count_parameters(DEEPSEEK)
+    # M = 16; FFN of 40 in one layer; in two, experts of 20 with biases, two shared as one of 40.
+    assert count.embedding == 1600 and count.head == 0
+    assert count.attention == 3 * (4 * (16 * 16 + 16) + 2 * 8)
+    assert count.dense_ffn == 2 * 16 * 40 + 40 + 16
+    assert count.experts == 2 * 4 * (2 * 16 * 20 + 20 + 16)
+    assert count.active_experts == count.experts // 2
+    assert count.shared_experts == 2 * (2 * 16 * 40 + 40 + 16 + 16)
+    assert count.router == 2 * 16 * 4
+    assert count.norms == (3 * 2 + 1) * 2 * 16
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK, replace_moe(MIXTRAL, layer_period=0)])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_parameter_is_counted_once(config, scan_layers):
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+    abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert count_parameters(config).total == total
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 8, 64])
+def test_parameters_do_not_depend_on_the_groups(group_size):
+    config = replace_moe(MIXTRAL, group_size=group_size)
+    assert count_parameters(config) == count_parameters(MIXTRAL)
+
+
+def test_flops_of_a_model_like_mixtral():
+    """A multiply-add is two. L = 10."""
+    count = count_flops(MIXTRAL, 10)
+    projections = 2 * 16 * 24 + 2 * 2 * 16 * 12 + 2 * 24 * 16
+    scores_and_values = 2 * (2 * 10 * 24)
+    assert count.attention == 3 * (projections + scores_and_values)
+    assert count.experts == 3 * 2 * (3 * 2 * 16 * 20)
+    assert count.router == 3 * 2 * 16 * 8
+    assert count.head == 2 * 16 * 100
+    assert count.dense_ffn == count.padding == count.dispatch == 0
+    assert count.model == count.computed == 3 * 3264 + 11520 + 768 + 3200
+
+
+def test_flops_of_a_model_like_deepseek():
+    count = count_flops(DEEPSEEK, 10)
+    dense, shared, expert = 2 * 2 * 16 * 40, 2 * (2 * 2 * 16 * 20), 2 * 2 * 16 * 20
+    assert count.dense_ffn == dense + 2 * shared
+    assert count.experts == 2 * 2 * expert
+    assert count.router == 2 * (2 * 16 * 4)
+    assert count.attention == 3 * (4 * 2 * 16 * 16 + 2 * 2 * 10 * 16)
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "padded", "contracted"),
+    [("ragged", False, False), ("gather", True, False), ("einsum", True, True)],
+)
+@pytest.mark.parametrize(
+    ("factor", "group_size", "slots"),
+    [
+        (1.0, 0, 4),  # 16 tokens * 2 / 8
+        (1.25, 0, 5),
+        (0.5, 0, 2),  # fewer slots than choices: nothing is padded
+        (1.25, 4, 2),  # ceil(1.25): small groups round up more
+        (0.0, 0, 16),  # dropless by slots: as many as tokens
+    ],
+)
+def test_padding_and_dispatch(dispatch, padded, contracted, factor, group_size, slots):
+    """Slots beyond the K choices of a token are padding; dispatch and combine contract ECM each."""
+    config = replace_moe(
+        MIXTRAL,
+        dispatch=dispatch,
+        group_size=group_size,
+        capacity=CapacityConfig(train_factor=factor),
+    )
+    count, plain = count_flops(config, 16), count_flops(MIXTRAL, 16)
+    slots_per_token = 8 * slots / (group_size or 16)
+    expert = 3 * 2 * 16 * 20
+    assert count.padding == padded * 3 * max(slots_per_token - 2, 0) * expert
+    assert count.dispatch == contracted * 3 * (2 * 8 * slots * 16) * 2
+    assert count.model == plain.model, "MFU counts what the mathematics needs"
+    assert count.computed == count.model + count.padding + count.dispatch
+
+
+def test_a_given_capacity_factor_replaces_the_training_one():
+    config = replace_moe(MIXTRAL, dispatch="gather", capacity=CapacityConfig(train_factor=1.0))
+    assert count_flops(config, 16, 2.0).padding == 3 * 2 * (3 * 2 * 16 * 20)
+    assert count_flops(config, 16).padding == 0
+
+
+def test_one_expert_has_no_router_and_a_dense_model_no_experts():
+    one = replace_moe(MIXTRAL, num_experts=1, num_selected_experts=1)
+    assert count_parameters(one).router == count_flops(one, 16).router == 0
+    dense = replace_moe(MIXTRAL, layer_period=0)
+    assert count_parameters(dense).experts == count_parameters(dense).active_experts == 0
+    assert count_parameters(dense).total == count_parameters(dense).active
+    assert count_flops(dense, 16).dense_ffn == 3 * (3 * 2 * 16 * 40)
+    assert count_flops(dense, 16).experts == count_flops(dense, 16).padding == 0
+
+
+def test_summary_says_what_is_not_zero():
+    lines = summary(MIXTRAL, 10).splitlines()
+    assert lines[0].startswith("parameters: total 30,192, active 12,912, embedding 1,600,")
+    assert lines[1].startswith("forward FLOPs a token: model 25,280, computed 25,280,")
+    assert "padding" not in lines[1] and "dense_ffn" not in lines[0]
