@@ -151,14 +151,18 @@ def made_up_aux(assigned_XKE, prob_XE):
 
 def test_huggingface_pools_over_layers_and_the_others_do_not():
     """Two layers that collapse on different experts look balanced when they are pooled."""
-    aux = made_up_aux([[[4, 0]], [[0, 4]]], [[1.0, 0.0], [0.0, 1.0]])
     totals = Totals(jnp.float32(1), jnp.float32(4))
-    values = {}
-    for convention in ("megatron", "switch", "flaxformer", "huggingface"):
-        moe = {"num_experts": 2, "num_selected_experts": 1}
-        model, _ = make({"load_balance_convention": convention}, **moe)
-        values[convention] = float(load_balance(aux, model, totals))
-    assert values == {"megatron": 2, "switch": 2, "flaxformer": 2, "huggingface": 1}
+    opposite = made_up_aux([[[4, 0]], [[0, 4]]], [[1.0, 0.0], [0.0, 1.0]])
+    # By layer (2 * 1 + 1) / 2; pooled 2 * (0.75 * 0.75 + 0.25 * 0.25).
+    uneven = made_up_aux([[[4, 0]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5]])
+    for aux, by_layer, pooled in ((opposite, 2, 1), (uneven, 1.5, 1.25)):
+        values = {}
+        for convention in ("megatron", "switch", "flaxformer", "huggingface"):
+            moe = {"num_experts": 2, "num_selected_experts": 1}
+            model, _ = make({"load_balance_convention": convention}, **moe)
+            values[convention] = float(load_balance(aux, model, totals))
+        assert values.pop("huggingface") == pooled
+        assert set(values.values()) == {by_layer}
 
 
 def test_scope_global_takes_the_load_of_the_whole_batch_when_it_is_given():
