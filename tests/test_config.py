@@ -128,7 +128,7 @@ def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
             {"num_expert_groups": 2, "num_selected_groups": 3},
             r"num_selected_groups is at most router\.num_expert_groups: 3 of 2",
         ),
-        ({"scaling_factor": 0.0}, r"router\.scaling_factor is positive: .*=0\.0"),
+        ({"scaling_factor": 0.0}, r"router\.scaling_factor is positive and finite: .*=0\.0"),
     ],
 )
 def test_router_refuses(settings, message):
@@ -165,6 +165,7 @@ def test_balance_refuses(settings, message):
         ({"multiple_of": 0}, r"capacity\.multiple_of is at least 1"),
         ({"minimum": 0}, r"capacity\.minimum is at least 1"),
         ({"train_factor": -1.0}, r"capacity\.train_factor is at least 0"),
+        ({"train_factor": float("inf")}, r"train_factor is at least 0 and finite: .*=inf"),
         ({"eval_factor": -1.0}, r"capacity\.eval_factor is at least 0"),
         (
             {"queue_order": "random"},
@@ -224,6 +225,8 @@ def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
         ({"group_size": -1}, r"moe\.group_size is at least 0"),
         ({"layer_period": -1}, r"moe\.layer_period is at least 0"),
         ({"layer_offset": -1}, r"moe\.layer_offset is at least 0"),
+        ({"layer_offset": 2, "layer_period": 2}, r"layer_offset is a layer of the period: .*=2,"),
+        ({"init_scale": -1.0}, r"moe\.init_scale is positive and finite"),
         ({"num_dense_first": -1}, r"moe\.num_dense_first is at least 0"),
         ({"shared_expert_gate": True}, r"shared_expert_gate needs moe\.num_shared_experts > 0"),
         ({"router": RouterConfig(renormalize=True)}, r"always 1 .*router\.renormalize=True"),
@@ -263,6 +266,8 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
     [
         ({"vocab_size": 0}, r"model\.vocab_size is at least 1"),
         ({"num_layers": 0}, r"model\.num_layers is at least 1"),
+        ({"norm_epsilon": 0.0}, r"model\.norm_epsilon is positive"),
+        ({"moe": MoEConfig(num_dense_first=4)}, r"some layer is MoE unless moe\.layer_period is 0"),
         ({"model_dim": 0}, r"model\.model_dim is at least 1"),
         ({"num_heads": 0}, r"model\.num_heads is at least 1"),
         ({"ffn_dim": 0}, r"model\.ffn_dim is at least 1"),

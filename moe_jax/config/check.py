@@ -27,8 +27,20 @@ def require_choice(field: str, value: Any, known: Iterable[str]) -> None:
 
 
 def require_at_least(field: str, value: float, least: float) -> None:
-    """Raises `ValueError` unless `value >= least`."""
-    require(value >= least, f"{field} is at least {least}", f"{field}={value}", f"Raise {field}")
+    """Raises `ValueError` unless `least <= value < infinity`."""
+    require(
+        least <= value < float("inf"),
+        f"{field} is at least {least} and finite",
+        f"{field}={value}",
+        "Change it",
+    )
+
+
+def require_positive(field: str, value: float) -> None:
+    """Raises `ValueError` unless `0 < value < infinity`."""
+    require(
+        0 < value < float("inf"), f"{field} is positive and finite", f"{field}={value}", "Change it"
+    )
 
 
 def require_fraction(field: str, value: float) -> None:

@@ -2,7 +2,13 @@
 
 import dataclasses
 
-from moe_jax.config.check import require, require_at_least, require_choice, require_fraction
+from moe_jax.config.check import (
+    require,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
 from moe_jax.config.moe import ACTIVATIONS, DTYPES, GATED_ACTIVATIONS, MoEConfig
 
 REMAT_POLICIES = ("none", "dots", "full")
@@ -44,6 +50,8 @@ class ModelConfig:
         require_choice("model.compute_dtype", self.compute_dtype, DTYPES)
         require_choice("model.remat", self.remat, REMAT_POLICIES)
         require_fraction("model.dropout_rate", self.dropout_rate)
+        for name in ("init_scale", "norm_epsilon", "rope_base"):
+            require_positive(f"model.{name}", getattr(self, name))
         require(
             self.head_dim % 2 == 0,
             "rotary positions need an even model.head_dim",
@@ -55,6 +63,13 @@ class ModelConfig:
             "model.num_kv_heads divides model.num_heads",
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
             "Use a divisor",
+        )
+        require(
+            bool(self.moe_layers) or self.moe.layer_period == 0,
+            "some layer is MoE unless moe.layer_period is 0",
+            f"num_layers={self.num_layers}, moe.num_dense_first={self.moe.num_dense_first}, "
+            f"moe.layer_period={self.moe.layer_period}, moe.layer_offset={self.moe.layer_offset}",
+            "Lower num_dense_first or layer_offset, or set layer_period=0 for a dense model",
         )
         bad = [i for i in self.moe_layers if not 0 <= i < self.num_layers]
         require(

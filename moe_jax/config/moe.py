@@ -2,7 +2,13 @@
 
 import dataclasses
 
-from moe_jax.config.check import require, require_at_least, require_choice, require_fraction
+from moe_jax.config.check import (
+    require,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
 
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
@@ -37,12 +43,8 @@ class RouterConfig:
         require_fraction("router.input_jitter", self.input_jitter)
         require_at_least("router.logit_noise_std", self.logit_noise_std, 0)
         require_at_least("router.num_selected_groups", self.num_selected_groups, 1)
-        require(
-            self.scaling_factor > 0,
-            "router.scaling_factor is positive",
-            f"router.scaling_factor={self.scaling_factor}",
-            "Use 1.0 for no scaling",
-        )
+        require_positive("router.scaling_factor", self.scaling_factor)
+        require_positive("router.init_stddev", self.init_stddev)
         require(
             self.num_selected_groups <= self.num_expert_groups,
             "router.num_selected_groups is at most router.num_expert_groups",
@@ -205,11 +207,18 @@ class MoEConfig:
         require_choice("moe.activation", self.activation, ACTIVATIONS)
         require_choice("moe.dispatch", self.dispatch, DISPATCHERS)
         require_fraction("moe.expert_dropout_rate", self.expert_dropout_rate)
+        require_positive("moe.init_scale", self.init_scale)
         for name, least in (
             ("expert_dim", 1), ("num_shared_experts", 0), ("group_size", 0),
             ("layer_period", 0), ("layer_offset", 0), ("num_dense_first", 0),
         ):  # fmt: skip
             require_at_least(f"moe.{name}", getattr(self, name), least)
+        require(
+            self.layer_period == 0 or self.layer_offset < self.layer_period,
+            "moe.layer_offset is a layer of the period",
+            f"layer_offset={self.layer_offset}, layer_period={self.layer_period}",
+            "Lower layer_offset; to keep the first layers dense set num_dense_first",
+        )
         self._check_gates()
         self._check_groups()
         self._check_causality()

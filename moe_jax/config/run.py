@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.config.check import require, require_at_least, require_choice
+from moe_jax.config.check import require, require_at_least, require_choice, require_positive
 from moe_jax.config.model import ModelConfig
 
 OBJECTIVES = ("causal_lm",)
@@ -73,12 +73,8 @@ class OptimizerConfig:
         """Checks the fields."""
         require_choice("optimizer.name", self.name, OPTIMIZERS)
         require_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        require(
-            self.learning_rate > 0,
-            "optimizer.learning_rate is positive",
-            f"optimizer.learning_rate={self.learning_rate}",
-            "Raise it",
-        )
+        require_positive("optimizer.learning_rate", self.learning_rate)
+        require_positive("optimizer.epsilon", self.epsilon)
         for name in ("warmup_steps", "final_fraction", "weight_decay", "clip_norm"):
             require_at_least(f"optimizer.{name}", getattr(self, name), 0)
         require(
