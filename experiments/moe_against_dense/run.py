@@ -17,7 +17,7 @@ SEEDS = (0, 1, 2)
 
 
 def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | str]:
-    """Trains one arm with one seed, or reads the result of the run that is there."""
+    """Trains one arm with one seed (a finished run is evaluated again) and reads its result."""
     settings = quickstart.get_config(ARMS[arm])
     with settings.unlocked():
         settings.seed = settings.data.seed = seed
