@@ -1,6 +1,6 @@
 """The MoE layer of every dispatcher against a dense FFN of equal active FLOPs.
 
-    python benchmarks/moe_layer.py [--shape=a] [--peers]
+    python -m benchmarks.moe_layer [--shape=a] [--peers]
 
 Prints, for forward and forward+backward, the time over that of the dense FFN (M -> K * H -> M) in
 the same interleaved run, median of the rounds with their range, and the peak temporary memory of
@@ -175,7 +175,7 @@ def main() -> None:
     for name in [arguments.shape] if arguments.shape else sorted(SHAPES):
         made = candidates(SHAPES[name])
         if arguments.peers:
-            from moe_layer_peers import peer_candidates
+            from benchmarks.moe_layer_peers import peer_candidates
 
             peers = peer_candidates(SHAPES[name], SEQUENCES, LENGTH, MODEL_DIM)
             made |= {key: Candidate(*programs) for key, programs in peers.items()}

@@ -1,4 +1,4 @@
-"""MoE layers of other systems for `moe_layer.py --peers`, those that can be imported.
+"""MoE layers of other systems for `benchmarks.moe_layer --peers`, those that can be imported.
 
 They run on PyTorch with as many threads as there are cores, eagerly, as installed. Both have GLU
 experts only: where ours is a plain MLP, theirs has two thirds of its hidden units, which costs the

@@ -1,6 +1,6 @@
 """The training step of the quickstart model: speed, share of the matmul rate, where the time goes.
 
-    python benchmarks/train_step.py [--config=configs/quickstart.py] [--rounds=7]
+    python -m benchmarks.train_step [--config=configs/quickstart.py] [--rounds=7]
 
 The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
 share is that of the model FLOPs (attention squares counted whole, no padding, no dispatch, three
