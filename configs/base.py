@@ -1,7 +1,8 @@
 """Every setting at its default, and the presets that all configs share.
 
 Each field's meaning, unit and constraint stand beside its default in `moe_jax/config/`: `moe.py`
-for the MoE block, `model.py` for the decoder, `run.py` for data, optimizer and training.
+for the MoE block, `model.py` for the decoder, `run.py` for data, optimizer and training,
+`mesh.py` for the devices.
 
     python -m moe_jax.train --config=configs/base.py:smoke --workdir=runs/base_smoke
 """

@@ -1,11 +1,12 @@
 """Every setting, as frozen dataclasses that check themselves.
 
-The defaults and the meaning of each field stand beside it in `run`, `model` and `moe`. A user
-writes an `ml_collections.ConfigDict` (see `configs/`); `from_config_dict` turns it once, before
-any device work, into an `ExperimentConfig`, and nothing below that reads the `ConfigDict`.
+The defaults and the meaning of each field stand beside it in `run`, `model`, `moe` and `mesh`. A
+user writes an `ml_collections.ConfigDict` (see `configs/`); `from_config_dict` turns it once,
+before any device work, into an `ExperimentConfig`, and nothing below that reads the `ConfigDict`.
 """
 
 from moe_jax.config.convert import config_dict, difference, from_config_dict
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.moe import (
     CAPACITY_PRESETS,
@@ -23,6 +24,7 @@ __all__ = [
     "CapacityConfig",
     "DataConfig",
     "ExperimentConfig",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_jax.config.check import require, require_at_least, require_choice, require_positive
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.model import ModelConfig
 
 OBJECTIVES = ("causal_lm",)
@@ -125,6 +126,7 @@ class ExperimentConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         """Checks settings of different sections against each other."""

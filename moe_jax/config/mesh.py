@@ -1,0 +1,90 @@
+"""Settings of the device mesh."""
+
+import dataclasses
+import math
+
+from moe_jax.config.check import require, require_at_least
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices share what; the product of the sizes is the number of devices.
+
+    Results do not depend on it, so that a run may resume on another mesh. One size may be -1: it
+    takes the devices that the others leave.
+    """
+
+    slices: int = 1  # TPU slices, joined by the data-centre network; copies of the model
+    data: int = -1  # copies of the model, each on its share of the batch
+    fsdp: int = 1  # parameters and optimizer state split over so many, gathered layer by layer
+    expert: int = 1  # experts split over so many; a divisor of moe.num_experts
+    tensor: int = 1  # heads and hidden dims split over so many
+    experts_span_slices: bool = False  # split the experts over slices x expert, not over expert
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        require_at_least("mesh.slices", self.slices, 1)
+        sizes = self.sizes
+        require(
+            all(size == -1 or size >= 1 for size in sizes),
+            "the sizes of the mesh are at least 1, or -1 for the devices that are left",
+            ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True)),
+            "Correct them",
+        )
+        require(
+            sizes.count(-1) <= 1,
+            "one size of the mesh may be -1",
+            ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True)),
+            "Set the others",
+        )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of data, fsdp, expert and tensor, as they are written."""
+        return (self.data, self.fsdp, self.expert, self.tensor)
+
+    def fill(self, num_devices: int) -> "MeshConfig":
+        """This mesh with its -1 replaced, for so many devices.
+
+        Raises:
+          ValueError: the sizes do not divide the devices, or need more than there are.
+        """
+        known = self.slices * math.prod(size for size in self.sizes if size != -1)
+        written = f"slices={self.slices}, " + ", ".join(
+            f"{name}={size}" for name, size in zip(AXES, self.sizes, strict=True)
+        )
+        if -1 not in self.sizes:
+            require(
+                known <= num_devices,
+                "the mesh has no more devices than there are",
+                f"{written} need {known}, there are {num_devices}",
+                "Lower a size of config.mesh, or set one to -1",
+            )
+            return self
+        require(
+            num_devices % known == 0,
+            "the sizes of the mesh divide the number of devices",
+            f"{written}: {known} does not divide {num_devices}",
+            "Change a size of config.mesh",
+        )
+        left = num_devices // known
+        data, fsdp, expert, tensor = (left if size == -1 else size for size in self.sizes)
+        return dataclasses.replace(self, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+
+    @property
+    def num_devices(self) -> int:
+        """The devices of a mesh without -1."""
+        assert -1 not in self.sizes, "fill the mesh first"
+        return self.slices * math.prod(self.sizes)
+
+    @property
+    def expert_shards(self) -> int:
+        """Over how many devices the experts of a layer are split."""
+        return self.expert * (self.slices if self.experts_span_slices else 1)
+
+    @property
+    def batch_shards(self) -> int:
+        """Over how many devices the sequences of a batch are split: all but for tensor."""
+        return self.slices * self.data * self.fsdp * self.expert

@@ -1,0 +1,69 @@
+"""The device mesh of a config."""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.config import MeshConfig
+
+logger = logging.getLogger(__name__)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices as a config says.
+
+    Args:
+      config: sizes of the axes.
+      devices: what to arrange; None: all devices of all processes. A mesh of fewer devices takes
+        the first ones.
+
+    Returns:
+      A mesh with the axes `slice` (or, if experts span slices, `expert_slice`), `data`, `fsdp`,
+      `expert`, `tensor`, of Auto type: the compiler propagates shardings between constraints.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    config = config.fill(len(devices))
+    unused = len(devices) - config.num_devices
+    if unused and jax.process_count() > 1:
+        raise ValueError(
+            "A run of several processes uses all their devices: config.mesh has "
+            f"{config.num_devices} of {len(devices)}. Set one of its sizes to -1."
+        )
+    arranged = arrange(config, devices[: config.num_devices])
+    outer = "expert_slice" if config.experts_span_slices else "slice"
+    names = (outer, "data", "fsdp", "expert", "tensor")
+    return Mesh(arranged, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in an array of the mesh's shape, neighbours on the network near each other."""
+    shape = (config.slices, *config.sizes)
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    inner = (1, *config.sizes)
+    try:
+        if config.slices == 1:
+            return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    except NotImplementedError as error:
+        logger.warning("The mesh is in the order of the devices, not of the torus: %s", error)
+        return np.asarray(devices).reshape(shape)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """One line: the axes that split something, and the devices."""
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0]
+    total = jax.device_count() if device.client is jax.devices()[0].client else mesh.size
+    of_all = "" if mesh.size == total else f" of {total}"
+    plural = "" if mesh.size == 1 else "s"
+    return f"mesh: {axes or 'one device'} ({mesh.size}{of_all} {device.device_kind} device{plural})"
