@@ -1,5 +1,7 @@
 """Causal self-attention with shared key and value heads (legend: `moe_jax.moe`)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,24 @@ import jax.numpy as jnp
 from moe_jax.config import ModelConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.layers.rotary import rotate
-from moe_jax.moe.parameters import scaled_init, zeros
+from moe_jax.moe.parameters import ParameterSpec, scaled_init, zeros
+from moe_jax.parallel.rules import constrain
+
+
+def attention_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """The projections of queries, keys, values and output, and their biases."""
+    heads, kv_heads = (n * config.head_dim for n in (config.num_heads, config.kv_heads))
+    specs = {}
+    for name, dim in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        init = scaled_init(config.init_scale, config.model_dim)
+        specs[f"w{name}"] = ParameterSpec((config.model_dim, dim), init, ("model", "heads"))
+        specs[f"b{name}"] = ParameterSpec((dim,), zeros, ("heads",))
+    init = scaled_init(config.init_scale, heads)
+    specs["wo"] = ParameterSpec((heads, config.model_dim), init, ("heads", "model"))
+    specs["bo"] = ParameterSpec((config.model_dim,), zeros, ("model",))
+    if config.attention_bias:
+        return specs
+    return {name: spec for name, spec in specs.items() if name.startswith("w")}
 
 
 class Attention(nn.Module):
@@ -34,9 +53,11 @@ class Attention(nn.Module):
           [B, L, M], to be added to the residual.
         """
         c = self.config
-        q_BLND = self._heads(x_BLM, "q", c.num_heads)
-        k_BTND = self._heads(x_BLM, "k", c.kv_heads)
-        v_BTND = self._heads(x_BLM, "v", c.kv_heads)
+        params = {
+            name: self.param(name, s.init, s.shape, jnp.float32)
+            for name, s in attention_specs(c).items()
+        }
+        q_BLND, k_BTND, v_BTND = (split_heads(linear(x_BLM, params, n), c.head_dim) for n in "qkv")
         if c.qk_norm:
             q_BLND = Norm("rmsnorm", c.norm_epsilon, name="q_norm")(q_BLND)
             k_BTND = Norm("rmsnorm", c.norm_epsilon, name="k_norm")(k_BTND)
@@ -46,18 +67,18 @@ class Attention(nn.Module):
         out_BLND = jax.nn.dot_product_attention(
             q_BLND, k_BTND, v_BTND, mask=same_B1LT, is_causal=True
         )
-        out = out_BLND.reshape(*x_BLM.shape[:2], -1)
-        return self._linear(out, "o", c.model_dim)
+        out = constrain(out_BLND, "batch", None, "heads", None).reshape(*x_BLM.shape[:2], -1)
+        return linear(out, params, "o")
 
-    def _heads(self, x_BLM: jax.Array, name: str, num_heads: int) -> jax.Array:
-        out = self._linear(x_BLM, name, num_heads * self.config.head_dim)
-        return out.reshape(*x_BLM.shape[:2], num_heads, self.config.head_dim)
 
-    def _linear(self, x: jax.Array, name: str, out_dim: int) -> jax.Array:
-        in_dim = x.shape[-1]
-        init = scaled_init(self.config.init_scale, in_dim)
-        weight = self.param(f"w{name}", init, (in_dim, out_dim), jnp.float32)
-        out = x @ weight.astype(x.dtype)
-        if self.config.attention_bias:
-            out += self.param(f"b{name}", zeros, (out_dim,), jnp.float32).astype(x.dtype)
-        return out
+def linear(x: jax.Array, params: Mapping[str, jax.Array], name: str) -> jax.Array:
+    """[..., I] -> [..., O] by the weight and, if there is one, the bias of a name."""
+    out = x @ params[f"w{name}"].astype(x.dtype)
+    bias = params.get(f"b{name}")
+    return out if bias is None else out + bias.astype(x.dtype)
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, L, N * D] -> [B, L, N, D]."""
+    x_BLND = x.reshape(*x.shape[:2], -1, head_dim)
+    return constrain(x_BLND, "batch", None, "heads", None)

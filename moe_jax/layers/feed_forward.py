@@ -6,7 +6,18 @@ import jax.numpy as jnp
 
 from moe_jax.config import ModelConfig
 from moe_jax.moe.experts import Shared, ffn
-from moe_jax.moe.parameters import ffn_specs
+from moe_jax.moe.parameters import ParameterSpec, ffn_specs
+
+
+def feed_forward_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """The parameters of the dense FFN."""
+    return ffn_specs(
+        config.model_dim,
+        config.ffn_dim,
+        gated=config.gated,
+        use_bias=config.ffn_bias,
+        init_scale=config.init_scale,
+    )
 
 
 class FeedForward(nn.Module):
@@ -17,9 +28,6 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BLM: jax.Array) -> jax.Array:
         """[B, L, M] -> [B, L, M], to be added to the residual."""
-        c = self.config
-        specs = ffn_specs(
-            c.model_dim, c.ffn_dim, gated=c.gated, use_bias=c.ffn_bias, init_scale=c.init_scale
-        )
+        specs = feed_forward_specs(self.config)
         params = {name: self.param(name, s.init, s.shape, jnp.float32) for name, s in specs.items()}
-        return ffn(x_BLM, params, c.activation, Shared())
+        return ffn(x_BLM, params, self.config.activation, Shared())

@@ -13,7 +13,9 @@ from moe_jax.layers.feed_forward import FeedForward
 from moe_jax.layers.norms import Norm
 from moe_jax.models.pattern import Pattern, find_pattern
 from moe_jax.moe.module import MoEBlock
+from moe_jax.moe.parameters import ParameterSpec
 from moe_jax.moe.statistics import MoEAux
+from moe_jax.parallel.rules import constrain
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,7 +61,8 @@ class Layer(nn.Module):
         x_BLM += dropout(Attention(c, name="attention")(normed, *context))
         normed = Norm(c.norm, c.norm_epsilon, name="ffn_norm")(x_BLM)
         if not self.is_moe:
-            return x_BLM + dropout(FeedForward(c, name="ffn")(normed)), None
+            y_BLM = FeedForward(c, name="ffn")(normed)
+            return constrain(x_BLM + dropout(y_BLM), "batch", None, None), None
         rng = self.make_rng("router") if self.train else None
         y_BLM, aux = MoEBlock(c.moe, name="moe")(
             normed,
@@ -68,7 +71,7 @@ class Layer(nn.Module):
             bias_E=bias_E,
             rng=rng,
         )
-        return x_BLM + dropout(y_BLM), aux
+        return constrain(x_BLM + dropout(y_BLM), "batch", None, None), aux
 
 
 class LayerStack(nn.Module):
@@ -104,6 +107,16 @@ class LayerStack(nn.Module):
         return x_BLM, jax.tree.map(lambda *a: jnp.stack(a), *auxes) if auxes else None
 
 
+def embedding_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """The input embedding, which is the output head too if they are tied, or both."""
+    init = nn.initializers.normal(config.model_dim**-0.5)
+    vocab, model = config.vocab_size, config.model_dim
+    specs = {"embedding": ParameterSpec((vocab, model), init, ("vocab", "model"))}
+    if not config.tie_embeddings:
+        specs["head"] = ParameterSpec((model, vocab), init, ("model", "vocab"))
+    return specs
+
+
 class Decoder(nn.Module):
     """Embedding, layers, norm, output head."""
 
@@ -135,20 +148,21 @@ class Decoder(nn.Module):
         """
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        init = nn.initializers.normal(c.model_dim**-0.5)
-        embedding_VM = self.param("embedding", init, (c.vocab_size, c.model_dim), jnp.float32)
+        params = {
+            name: self.param(name, s.init, s.shape, jnp.float32)
+            for name, s in embedding_specs(c).items()
+        }
+        embedding_VM = params["embedding"]
         x_BLM = (embedding_VM[inputs_BL] * c.model_dim**0.5).astype(dtype)
+        x_BLM = constrain(x_BLM, "batch", None, None)
         x_BLM = nn.Dropout(c.dropout_rate, deterministic=not train)(x_BLM)
 
         context = Context(positions_BL, segment_ids_BL)
         x_BLM, aux = self._layers(x_BLM, context, router_bias_XE, train, capacity_factor)
         x_BLM = Norm(c.norm, c.norm_epsilon, name="final_norm")(x_BLM)
-        if c.tie_embeddings:
-            head_MV = embedding_VM.T
-        else:
-            head_MV = self.param("head", init, (c.model_dim, c.vocab_size), jnp.float32)
+        head_MV = embedding_VM.T if c.tie_embeddings else params["head"]
         logits_BLV = jnp.matmul(x_BLM, head_MV.astype(dtype), preferred_element_type=jnp.float32)
-        return DecoderOutput(logits_BLV, aux)
+        return DecoderOutput(constrain(logits_BLV, "batch", None, "vocab"), aux)
 
     def _layers(
         self,

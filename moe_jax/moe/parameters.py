@@ -17,12 +17,12 @@ class ParameterSpec(NamedTuple):
     Attributes:
       shape: of the float32 array.
       init: `(key, shape, dtype) -> array`.
-      axes: the logical name of each dim, for sharding.
+      axes: the name of each dim in `parallel.rules`; None for a dim that is never split.
     """
 
     shape: tuple[int, ...]
     init: Initializer
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
 
 
 def scaled_init(scale: float, fan_in: int, *, identical: bool = False) -> Initializer:
@@ -108,7 +108,7 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
     )
     if config.num_experts > 1:
         init = normal_init(config.router.init_stddev)
-        specs["router"] = ParameterSpec((model_dim, config.num_experts), init, ("model", "router"))
+        specs["router"] = ParameterSpec((model_dim, config.num_experts), init, ("model", None))
     if config.num_shared_experts > 0:
         shared = ffn_specs(
             model_dim,
@@ -120,7 +120,7 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
         specs |= {f"shared_{name}": spec for name, spec in shared.items()}
     if config.shared_expert_gate:
         init = normal_init(config.router.init_stddev)
-        specs["shared_gate"] = ParameterSpec((model_dim, 1), init, ("model", "one"))
+        specs["shared_gate"] = ParameterSpec((model_dim, 1), init, ("model", None))
     return specs
 
 

@@ -19,10 +19,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     # of parameters and of the optimizer state that goes with them
     "model": ("fsdp",),
-    "router": (),  # the experts in the router's matrix
-    "layers": (),  # of a scan
-    "norm": (),
-    "one": (),
 }
 
 
