@@ -20,18 +20,48 @@ def device(kind, platform="tpu"):
         ("TPU v5", 459),
         ("TPU v5p", 459),
         ("TPU v6 lite", 918),
-        ("TPU7x", 1153.5),
-        ("NVIDIA H100 80GB HBM3", 989),
+        ("TPU7x", 1153.5),  # half a chip
+        ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA B200", 2250),
     ],
 )
-def test_the_longest_name_that_fits_counts(kind, teraflops):
-    assert hardware.peak_flops(device(kind)) == teraflops * 1e12
+def test_a_device_has_the_published_rate_of_its_share_of_the_chip(kind, teraflops):
+    assert hardware.peak_flops(device(kind)) == pytest.approx(teraflops * 1e12)
 
 
-def test_an_accelerator_that_is_not_known_has_no_rate():
-    assert hardware.peak_flops(device("TPU v99")) is None
-    assert hardware.peak_flops(device("NVIDIA T4", "gpu")) is None
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "TPU v99",
+        "TPU v4 lite",  # not a TPU v4
+        "TPU v5 litepod",
+        "TPU v50",
+        "NVIDIA H100 PCIe",  # slower than the SXM module
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",  # a seventh of one
+        "NVIDIA H200 NVL",
+        "NVIDIA T4",
+        "",
+    ],
+)
+def test_a_device_that_only_sounds_alike_has_no_rate(kind):
+    assert hardware.peak_flops(device(kind)) is None
+    assert hardware.chip_of(kind) is None
+
+
+@pytest.mark.parametrize("chip", hardware.CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_chip_is_complete_and_plausible(chip):
+    assert hardware.CHIPS[chip.name] is chip and chip.platform in ("tpu", "gpu")
+    assert chip.source and chip.device_kinds
+    assert all(hardware.chip_of(kind) is chip for kind in chip.device_kinds)
+    assert 0.9 * chip.hbm_bytes < chip.usable_hbm_bytes < 1.01 * chip.hbm_bytes
+    # Per byte, the network is slower than the interconnect, and that than memory.
+    assert chip.network < chip.interconnect < chip.hbm_bandwidth < chip.flops / 100
+
+
+def test_device_kinds_are_of_one_chip_only():
+    kinds = [kind for chip in hardware.CHIPS.values() for kind in chip.device_kinds]
+    assert len(kinds) == len(set(kinds))
 
 
 def test_cpu_devices_share_what_is_measured(monkeypatch):

@@ -1,25 +1,129 @@
-"""Matmul rates of devices: published for accelerators, measured for a CPU."""
+"""Published rates of accelerators, and the matmul rate of a CPU, which is measured."""
 
+import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one device as JAX counts devices, from the makers' data sheets:
-# cloud.google.com/tpu/docs (v4: 275, v5e: 197, v5p: 459, v6e: 918 TFLOP/s a chip; a TPU7x chip has
-# 2,307 and is two devices), nvidia.com (A100, H100 SXM, H200, B200 without sparsity).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+GIB = 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the maker says of one chip (a GPU is one chip); every rate is per chip.
+
+    Attributes:
+      name: as topologies are named, "v5p", "h100".
+      platform: "tpu" or "gpu".
+      device_kinds: the `device_kind` of its JAX devices; compared whole, so that no other chip of
+        a similar name gets its rates.
+      devices: JAX devices a chip; each has an equal share of everything.
+      flops: dense bfloat16 FLOP/s, without sparsity.
+      hbm_bytes: memory.
+      usable_hbm_bytes: what the compiler lets a program have of it.
+      hbm_bandwidth: bytes/s between memory and chip.
+      interconnect: bytes/s that the chip can send to chips of its slice (TPU) or node (GPU), all
+        its links together, one direction: half of a published bidirectional rate. A collective
+        over one axis of a torus reaches a part of it only.
+      network: bytes/s that it can send to other slices or nodes, one direction.
+      source: where the numbers stand.
+      assumed: the fields that no maker's page gives, and why this value.
+    """
+
+    name: str
+    platform: str
+    device_kinds: tuple[str, ...]
+    devices: int
+    flops: float
+    hbm_bytes: float
+    usable_hbm_bytes: float
+    hbm_bandwidth: float
+    interconnect: float
+    network: float
+    source: str
+    assumed: str = ""
+
+
+CLOUD = "cloud.google.com/tpu/docs/"
+OF_TPU = "usable_hbm_bytes is what libtpu 0.0.42.1 says when a program does not fit"
+OF_GPU = "usable_hbm_bytes is 92 % of the memory: CUDA, NCCL and XLA's own need the rest"
+USABLE = 0.92
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            "v4", "tpu", ("TPU v4",), 1, 275e12, 32 * GIB, 30.75 * GIB, 1200e9, 300e9, 6.25e9,
+            CLOUD + "v4 (275 TFLOP/s, 32 GiB, 1,200 GB/s); interconnect: Jouppi et al. 2023, "
+            "arXiv:2304.01433, table 4 (6 links of 50 GB/s)",
+            OF_TPU + "; network is that of v5p",
+        ),
+        Chip(
+            "v5e", "tpu", ("TPU v5 lite", "TPU v5e"), 1, 197e12, 16 * GIB, 15.75 * GIB, 819e9,
+            200e9, 3.125e9,
+            CLOUD + "v5e (197 TFLOP/s, 16 GB, 819 GB/s, 400 GB/s both directions, 6.4 Tbit/s "
+            "network a pod of 256)",
+            OF_TPU,
+        ),
+        Chip(
+            "v5p", "tpu", ("TPU v5", "TPU v5p"), 1, 459e12, 95 * GIB, 95.74 * GIB, 2765e9, 600e9,
+            6.25e9,
+            CLOUD + "v5p (459 TFLOP/s, 95 GiB, 2,765 GB/s, 1,200 GB/s both directions, 50 Gbit/s "
+            "network)",
+            OF_TPU,
+        ),
+        Chip(
+            "v6e", "tpu", ("TPU v6 lite", "TPU v6e"), 1, 918e12, 32 * GIB, 31.25 * GIB, 1638e9,
+            400e9, 12.5e9,
+            CLOUD + "tpu7x (918 TFLOP/s, 32 GiB, 1,638 GB/s, 800 GB/s both directions, 100 Gbit/s "
+            "network)",
+            OF_TPU,
+        ),
+        Chip(
+            "tpu7x", "tpu", ("TPU7x",), 2, 2307e12, 192 * GIB, 2 * 94.75 * GIB, 7380e9, 600e9,
+            12.5e9,
+            CLOUD + "tpu7x (2,307 TFLOP/s, 192 GiB, 7,380 GB/s, 1,200 GB/s both directions, "
+            "100 Gbit/s network; a chip is two devices)",
+            OF_TPU,
+        ),
+        Chip(
+            "a100", "gpu", ("NVIDIA A100-SXM4-80GB",), 1, 312e12, 80e9, USABLE * 80e9, 2039e9,
+            300e9, 25e9,
+            "NVIDIA A100 80GB SXM data sheet (312 TFLOP/s, 80 GB, 2,039 GB/s, NVLink 600 GB/s both "
+            "directions); DGX A100: one 200 Gbit/s InfiniBand card a GPU",
+            OF_GPU,
+        ),
+        Chip(
+            "h100", "gpu", ("NVIDIA H100 80GB HBM3",), 1, 989.4e12, 80e9, USABLE * 80e9, 3350e9,
+            450e9, 50e9,
+            "NVIDIA H100 SXM data sheet (1,979 TFLOP/s with sparsity, half without; 80 GB, "
+            "3.35 TB/s, NVLink 900 GB/s both directions); DGX H100: one 400 Gbit/s card a GPU",
+            OF_GPU,
+        ),
+        Chip(
+            "h200", "gpu", ("NVIDIA H200", "NVIDIA H200 141GB HBM3e"), 1, 989.4e12, 141e9, USABLE * 141e9, 4800e9, 450e9,
+            50e9,
+            "NVIDIA H200 SXM data sheet (1,979 TFLOP/s with sparsity, half without; 141 GB, "
+            "4.8 TB/s, NVLink 900 GB/s both directions); DGX H200: one 400 Gbit/s card a GPU",
+            OF_GPU,
+        ),
+        Chip(
+            "b200", "gpu", ("NVIDIA B200",), 1, 2250e12, 180e9, USABLE * 180e9, 8000e9, 900e9, 50e9,
+            "NVIDIA DGX B200 data sheet, an eighth of it (2.25 PFLOP/s without sparsity, 1,440 GB, "
+            "64 TB/s, NVLink 14.4 TB/s both directions, one 400 Gbit/s card a GPU)",
+            OF_GPU,
+        ),
+    )
+}  # fmt: skip
+
+# These have the rate of a chip of the table, with another memory.
+SAME_FLOPS = {"NVIDIA A100-SXM4-40GB": "a100"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip whose devices JAX calls so, or None if the table does not have it."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
@@ -29,15 +133,16 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
       device: the device; None: the first one.
 
     Returns:
-      The published bfloat16 rate of an accelerator, the longest name that the device's kind starts
-      with; for the CPU, whose devices share its cores, the float32 rate measured now (half a
-      second) over their number; None for an accelerator that is not in the table.
+      The published bfloat16 rate of an accelerator; for the CPU, whose devices share its cores,
+      the float32 rate measured now (half a second) over their number; None for an accelerator that
+      is not in the table.
     """
     device = device or jax.devices()[0]
     if device.platform == "cpu":
         return measured_matmul_rate() / jax.local_device_count()
-    names = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
+    kind = device.device_kind
+    chip = CHIPS[SAME_FLOPS[kind]] if kind in SAME_FLOPS else chip_of(kind)
+    return None if chip is None else chip.flops / chip.devices
 
 
 def measured_matmul_rate(size: int = 2048, seconds: float = 0.5) -> float:
