@@ -102,8 +102,8 @@ CHIPS = {
             OF_GPU,
         ),
         Chip(
-            "h200", "gpu", ("NVIDIA H200", "NVIDIA H200 141GB HBM3e"), 1, 989.4e12, 141e9, USABLE * 141e9, 4800e9, 450e9,
-            50e9,
+            "h200", "gpu", ("NVIDIA H200", "NVIDIA H200 141GB HBM3e"), 1, 989.4e12, 141e9,
+            USABLE * 141e9, 4800e9, 450e9, 50e9,
             "NVIDIA H200 SXM data sheet (1,979 TFLOP/s with sparsity, half without; 141 GB, "
             "4.8 TB/s, NVLink 900 GB/s both directions); DGX H200: one 400 Gbit/s card a GPU",
             OF_GPU,

@@ -1,0 +1,163 @@
+"""Machines by name, checked before anything compiles, and their devices without the machine.
+
+Names: `v5p:8x16x16` (a TPU slice, chips along each dim of its torus), `2*v5e:16x16` (two of them,
+joined by the data-centre network), `h100:8` (GPUs of one node), `h100:4x8` (nodes x GPUs).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from moe_jax.planning.gpu_targets import target_config
+from moe_jax.planning.hardware import CHIPS, Chip
+
+GPUS_PER_NODE = 8
+MAX_NODES = 1024
+# Chips along each dim. Slices of three dims larger than these are cubes of 4 x 4 x 4.
+SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+MAX_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of one slice that can be asked for
+MAX_SLICES = 64
+# What a program needs that compiles for a machine, by platform: module to look for, pip extra.
+PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}
+# libtpu asks the machine what it is; here that is answered before it looks for a network.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips and how they are joined.
+
+    Attributes:
+      name: as it was written.
+      chip: one of them.
+      shape: chips along each dim of a slice's torus; of GPUs: nodes, GPUs a node.
+      slices: TPU slices; 1 for GPUs.
+    """
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices or nodes."""
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def num_devices(self) -> int:
+        """As JAX counts devices."""
+        return self.num_chips * self.chip.devices
+
+    @property
+    def devices_per_island(self) -> int:
+        """Devices joined by the fast interconnect: of a slice, of a node."""
+        chips = math.prod(self.shape) if self.chip.platform == "tpu" else self.shape[-1]
+        return chips * self.chip.devices
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads the name of a machine.
+
+    Raises:
+      ValueError: not a name of this form, a chip that is not in `hardware.CHIPS`, or a shape that
+        the chip is not built in. The last is not left to the compiler, which ends the process.
+    """
+    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name.strip().lower())
+    if match is None:
+        raise ValueError(
+            "a topology is CHIP:SHAPE, or SLICES*CHIP:SHAPE for several TPU slices: got "
+            f"{name!r}. Write it like v5p:8x16x16, 2*v5e:16x16, h100:8 or h100:4x8."
+        )
+    slices, chip_name, shape_text = int(match[1] or 1), match[2], match[3]
+    if chip_name not in CHIPS:
+        raise ValueError(
+            f"the chip of a topology is one of {sorted(CHIPS)}: got {chip_name!r} in {name!r}. "
+            "v5litepod is v5e, v7x is tpu7x."
+        )
+    chip = CHIPS[chip_name]
+    shape = tuple(int(size) for size in shape_text.split("x"))
+    if chip.platform == "gpu":
+        shape = (1, *shape) if len(shape) == 1 else shape
+        _check_gpus(name, slices, shape)
+    else:
+        _check_slices(name, chip, slices, shape)
+    return Topology(name.strip().lower(), chip, shape, slices)
+
+
+def _check_gpus(name: str, slices: int, shape: tuple[int, ...]) -> None:
+    fits = len(shape) == 2 and 1 <= shape[0] <= MAX_NODES and 1 <= shape[1] <= GPUS_PER_NODE
+    if slices != 1 or not fits:
+        raise ValueError(
+            f"a GPU topology is CHIP:GPUS or CHIP:NODESxGPUS, of 1 to {GPUS_PER_NODE} GPUs a node "
+            f"and up to {MAX_NODES} nodes: got {name!r}. Write it like h100:8 or h100:4x8."
+        )
+
+
+def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> None:
+    if not 1 <= slices <= MAX_SLICES:
+        raise ValueError(f"a topology has 1 to {MAX_SLICES} slices: got {slices} in {name!r}.")
+    if chip.name in MAX_CHIPS:
+        ordered = tuple(sorted(shape))
+        cubes = len(shape) == 3 and all(size > 0 and size % 4 == 0 for size in shape)
+        fits = math.prod(shape) <= MAX_CHIPS[chip.name] and ordered == shape
+        allowed = shape in SHAPES_3D or (cubes and fits)
+        rule = (
+            f"a {chip.name} slice has three dims: {_written(SHAPES_3D)}, or multiples of 4 in "
+            f"ascending order, {MAX_CHIPS[chip.name]} chips at most"
+        )
+        cubes_near = tuple(max(4, -(-size // 4) * 4) for size in (*ordered, 4, 4)[:3])
+        fix = f"The next whole cubes are {chip.name}:{_written([tuple(sorted(cubes_near))])}"
+    else:
+        allowed = shape in SHAPES_2D
+        rule = f"a {chip.name} slice has two dims: {_written(SHAPES_2D)}"
+        fix = f"For more chips take several slices, such as 2*{chip.name}:16x16"
+    if not allowed:
+        raise ValueError(f"{rule}: got {name!r}. {fix}.")
+
+
+def _written(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(str(size) for size in shape) for shape in shapes)
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+    """Devices to compile for, which are not here; JAX's own backend is left alone.
+
+    Raises:
+      ValueError: the compiler for these chips is not installed.
+    """
+    platform = topology.chip.platform
+    module, extra = PACKAGES[platform]
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"compiling for {topology.name} needs a {platform.upper()} compiler, which no machine "
+            f"of that kind has to be near: the package {module!r} is not installed. "
+            f"pip install 'moe_jax[{extra}]', or plan by arithmetic alone with --nocompile."
+        )
+    shape = "x".join(str(size) for size in topology.shape)
+    if platform == "gpu":
+        return topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=target_config(topology.chip),
+            topology=f"1x{shape}",
+        ).devices
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, object] = {}
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # a chip is one device, as on the machine
+    if topology.num_chips == topology.slices:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{topology.chip.name}:{shape}", **options
+    ).devices
