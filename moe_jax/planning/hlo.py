@@ -1,0 +1,196 @@
+"""What one execution of a compiled program does on one device, read from the program's text.
+
+`cost_analysis()` of a compiled program counts the body of a loop once, knows nothing of custom
+calls and leaves the interconnect out. `read_program` multiplies loops out, and says what it does
+not know.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+from moe_jax.planning.hlo_collectives import KINDS, Collective, by_kind, continued, make_collective
+from moe_jax.planning.hlo_flops import custom_call_flops, kernel_name, matmul_flops
+from moe_jax.planning.hlo_loops import trip_count
+from moe_jax.planning.hlo_memory import bytes_moved, results
+from moe_jax.planning.hlo_text import Computation, Instruction, Module, parse_module
+
+__all__ = ["Collective", "Program", "by_kind", "read_program"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One execution of a program on one device.
+
+    Attributes:
+      flops: of matmuls and convolutions, a multiply-add being two.
+      hbm_bytes: read from and written to main memory by instructions outside fusions, with the
+        padding of the layout; on-chip memory is free.
+      collectives: with their counts; those that differ in nothing are one entry.
+      uncounted: custom calls whose FLOPs are not in `flops`, and how often they are executed; the
+        arrays that they read and write are in `hbm_bytes`.
+      unknown_loops: loops of unknown length, counted as if they ran once.
+    """
+
+    flops: int
+    hbm_bytes: int
+    collectives: tuple[Collective, ...]
+    uncounted: dict[str, int]
+    unknown_loops: tuple[str, ...]
+
+
+def read_program(text: str) -> Program:
+    """Counts what a program does.
+
+    A loop counts as often as it runs, a conditional as its most expensive branch.
+
+    Args:
+      text: the optimised, partitioned module, as `jax.stages.Compiled.as_text()` gives it.
+
+    Raises:
+      ValueError: the text is not that of a module.
+    """
+    module = parse_module(text)
+    total = _Counter(module).count(module.computations[module.entry])
+    return Program(
+        flops=total.flops,
+        hbm_bytes=total.hbm_bytes,
+        collectives=tuple(
+            dataclasses.replace(one, count=count) for one, count in total.collectives.items()
+        ),
+        uncounted=dict(total.uncounted),
+        unknown_loops=tuple(total.unknown_loops),
+    )
+
+
+@dataclasses.dataclass
+class _Total:
+    """Sums over instructions; the keys of `collectives` have count 1."""
+
+    flops: int = 0
+    hbm_bytes: int = 0
+    collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    uncounted: Counter[str] = dataclasses.field(default_factory=Counter)
+    unknown_loops: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def add(self, other: "_Total", times: int = 1) -> None:
+        """Adds what another one does, several times."""
+        if times == 0:
+            return
+        self.flops += times * other.flops
+        self.hbm_bytes += times * other.hbm_bytes
+        for one, count in other.collectives.items():
+            self.collectives[one] += times * count
+        for target, count in other.uncounted.items():
+            self.uncounted[target] += times * count
+        self.unknown_loops |= other.unknown_loops
+
+    @property
+    def expense(self) -> tuple[int, int, float]:
+        """By what the branches of a conditional are compared."""
+        wire = sum(one.wire_bytes * count for one, count in self.collectives.items())
+        return self.flops, self.hbm_bytes, wire
+
+
+class _Counter:
+    """Counts the computations of a module, each one once."""
+
+    def __init__(self, module: Module):
+        self.module = module
+        self.known: dict[tuple[str, str], _Total] = {}
+
+    def count(self, computation: Computation, caller: str = "", fused: bool = False) -> _Total:
+        """What one execution of a computation does.
+
+        Args:
+          computation: the computation.
+          caller: where the instruction that calls it comes from; a collective in a fusion has
+            often no name of its own.
+          fused: inside a fusion, whose memory traffic is its caller's.
+        """
+        key = (computation.name, caller)
+        if key not in self.known:
+            total = _Total()
+            passing = continued(computation) if fused else ()
+            for instruction in computation.instructions.values():
+                if instruction.name not in passing:
+                    self._count_instruction(total, computation, instruction, caller)
+                if not fused:
+                    total.hbm_bytes += bytes_moved(self.module, computation, instruction)
+            self.known[key] = total
+        return self.known[key]
+
+    def _called(self, name: str) -> _Total:
+        return self.count(self.module.computations[name])
+
+    def _count_instruction(
+        self, total: _Total, computation: Computation, instruction: Instruction, caller: str
+    ) -> None:
+        """Adds what an instruction does, but for the memory that it moves."""
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode == "while":
+            self._count_loop(total, computation, instruction)
+        elif opcode == "conditional":
+            branches = instruction.called(
+                "branch_computations", "true_computation", "false_computation"
+            )
+            total.add(max(map(self._called, branches), key=lambda branch: branch.expense))
+        elif opcode in ("call", "async"):
+            total.add(self._called(instruction.called("to_apply", "calls")[0]))
+        elif opcode == "fusion":
+            body = self.module.computations[instruction.called("calls")[0]]
+            total.add(self.count(body, instruction.op_name or caller, fused=True))
+        elif opcode in KINDS:
+            total.collectives[self._collective(computation, instruction, opcode, caller)] += 1
+        elif opcode == "custom-call":
+            flops = custom_call_flops(instruction, computation.operands(instruction))
+            if flops is None:
+                total.uncounted[_label(instruction)] += 1
+            total.flops += flops or 0
+        else:
+            total.flops += matmul_flops(instruction, computation.operands(instruction))
+
+    def _count_loop(
+        self, total: _Total, computation: Computation, instruction: Instruction
+    ) -> None:
+        """The condition runs once more than the body."""
+        times = trip_count(self.module, computation, instruction)
+        (body,), (condition,) = instruction.called("body"), instruction.called("condition")
+        if times is None:
+            total.unknown_loops[instruction.op_name or instruction.name] = None
+            times = 1
+        total.add(self._called(body), times)
+        total.add(self._called(condition), times + 1)
+
+    def _collective(
+        self, computation: Computation, instruction: Instruction, kind: str, caller: str
+    ) -> Collective:
+        inputs = computation.operands(instruction)
+        if kind == "ragged-all-to-all":
+            inputs = inputs[:1]  # the others are the output buffer, offsets and sizes
+        if kind == "all-reduce" and _only_sliced(computation, instruction):
+            kind = "reduce-scatter"
+        return make_collective(
+            kind,
+            instruction,
+            [array for operand in inputs for array in operand.arrays],
+            results(instruction),
+            self.module.num_devices,
+            instruction.op_name or caller,
+        )
+
+
+def _only_sliced(body: Computation, reduction: Instruction) -> bool:
+    """Whether a computation returns a slice of an all-reduce: how a TPU writes a reduce-scatter."""
+    root = body.root
+    while root.opcode == "bitcast":
+        root = body.instructions[root.operands[0]]
+    return root.opcode == "dynamic-slice" and root.operands[0] == reduction.name
+
+
+def _label(custom_call: Instruction) -> str:
+    """The target; of hand-written TPU kernels, which share one, the kernel's name as well."""
+    if custom_call.target != "tpu_custom_call":
+        return custom_call.target
+    kernel = re.sub(r"\.\d+$", "", kernel_name(custom_call))
+    return f"{custom_call.target} {kernel}"

@@ -1,0 +1,124 @@
+"""FLOPs of one matmul-like HLO instruction; a multiply-add is two, element-wise work is none."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_jax.planning.hlo_text import Array, Instruction
+
+# Custom calls that move or reserve buffers and compute nothing.
+BOOKKEEPING = frozenset(
+    {
+        "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
+        "PrepareAsyncCall", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+        "annotate_device_placement",
+    }
+)  # fmt: skip
+_LIBRARY_MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
+_GROUPED_MATMUL = re.compile(r"ragged.?dot|gmm|grouped.?matmul", re.IGNORECASE)
+
+
+def matmul_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int:
+    """FLOPs of a dot or convolution; 0 for any other instruction, custom calls included."""
+    arrays = [array for operand in operands for array in operand.arrays]
+    match instruction.opcode:
+        case "dot" | "scaled-dot":
+            sizes = [arrays[0].dims[d] for d in instruction.integers("lhs_contracting_dims")]
+            return 2 * instruction.elements * math.prod(sizes)
+        case "convolution":
+            return convolution_flops(instruction, arrays[0], arrays[1])
+        case "ragged-dot":
+            return grouped_matmul_flops([*arrays[:2], *instruction.arrays]) or 0
+    return 0
+
+
+def custom_call_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int | None:
+    """FLOPs of a custom call that is a library's matmul or a grouped matmul kernel, else None."""
+    arrays = [array for operand in operands for array in operand.arrays]
+    if instruction.target in BOOKKEEPING or "ragged-dot-metadata" in kernel_name(instruction):
+        return 0
+    if instruction.target.startswith(_LIBRARY_MATMULS):
+        written = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        out = instruction.arrays[0]
+        if written:
+            axes = [int(digits) for digits in re.findall(r"\d+", written[1])]
+            return 2 * out.elements * math.prod(arrays[0].dims[axis] for axis in axes)
+        return 2 * arrays[0].elements * out.dims[-1]
+    if _GROUPED_MATMUL.search(kernel_name(instruction)):
+        return grouped_matmul_flops([*arrays, *instruction.arrays])
+    return None
+
+
+def kernel_name(instruction: Instruction) -> str:
+    """The name of a custom kernel, the last part of where it comes from."""
+    return (instruction.op_name or instruction.name).rsplit("/", 1)[-1]
+
+
+def grouped_matmul_flops(arrays: Sequence[Array]) -> int | None:
+    """FLOPs of rows [m, k] times one of the matrices [g, k, n] each, or of its gradients.
+
+    The three matrices, in any order and transposed or not, have m k, k n and m n elements a group,
+    so that (m k n)^2 is their product. Every row of the buffer counts, filled or not.
+
+    Args:
+      arrays: operands and results; the integers among them (the sizes of the groups) are ignored.
+
+    Returns:
+      2 m k n; None if there are not three such matrices.
+    """
+    matrices = [a for a in arrays if a.dtype[0] in "bf" and len(a.dims) >= 2]
+    square = math.prod(math.prod(array.dims[-2:]) for array in matrices)
+    root = math.isqrt(square)
+    return 2 * root if len(matrices) == 3 and root * root == square else None
+
+
+def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
+    """FLOPs of a convolution: pairs of an output position and a tap that lies inside the input.
+
+    A TPU's matmuls are convolutions, with batch dimensions as spatial ones that are dilated so that
+    each output meets one tap.
+    """
+    (out,) = instruction.arrays
+    lhs_labels, rhs_labels, out_labels = re.split("_|->", instruction.attribute("dim_labels") or "")
+    window = instruction.attribute("window") or ""
+    taps = 1
+    for axis in range(len(out_labels) - 2):
+        label = str(axis)
+        taps *= _valid_taps(
+            lhs.dims[lhs_labels.index(label)],
+            rhs.dims[rhs_labels.index(label)],
+            out.dims[out_labels.index(label)],
+            stride=_window_value(window, "stride", axis, 1),
+            padding=_window_value(window, "pad", axis, 0),
+            dilation=_window_value(window, "rhs_dilate", axis, 1),
+            base_dilation=_window_value(window, "lhs_dilate", axis, 1),
+        )
+    groups, batch_groups = (
+        int(instruction.attribute(name) or 1)
+        for name in ("feature_group_count", "batch_group_count")
+    )
+    features = lhs.dims[lhs_labels.index("f")] // groups * out.dims[out_labels.index("f")]
+    return 2 * features * (lhs.dims[lhs_labels.index("b")] // batch_groups) * taps
+
+
+def _window_value(window: str, name: str, axis: int, default: int) -> int:
+    """The value for a spatial axis in `size=3x5 stride=2x1 pad=0_1x2_2`; of a pad the low one."""
+    match = re.search(rf"\b{name}=(\S+)", window)
+    return int(match[1].split("x")[axis].split("_")[0]) if match else default
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid_taps(
+    size: int, taps: int, outputs: int, *, stride: int, padding: int, dilation: int,
+    base_dilation: int,
+) -> int:  # fmt: skip
+    """Pairs (output, tap) of one spatial dimension that meet an element of the input."""
+    first = np.arange(outputs) * stride - padding
+    count = 0
+    for tap in range(taps):
+        index, rest = np.divmod(first + tap * dilation, base_dilation)
+        count += int(np.count_nonzero((rest == 0) & (index >= 0) & (index < size)))
+    return count
