@@ -1,22 +1,34 @@
-"""What the commands share: quiet logs, and errors of the user as one message."""
+"""What the commands share: quiet logs, errors of the user as one message, several processes."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags, logging
 
+from moe_jax.parallel import processes
 from moe_jax.training.checkpoints import DamagedCheckpointError
 
 # What a user can put right, by another setting, file or directory.
 USER_ERRORS = (ValueError, FloatingPointError, OSError, DamagedCheckpointError)
 
 
-def run(main: Callable[[], None], required: Sequence[str]) -> None:
+def run(
+    main: Callable[[], None],
+    required: Sequence[str],
+    *,
+    several_processes: bool = False,
+    saves_on_sigterm: bool = False,
+) -> None:
     """Runs a command.
 
     Args:
       main: does the work; one of `USER_ERRORS` ends the process with its message and exit code 1.
       required: the flags that must be given.
+      several_processes: whether the command can be one of several processes; defines their flags.
+      saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
+        `processes.start`.
     """
 
     def checked(argv: list[str]) -> None:
@@ -25,12 +37,67 @@ def run(main: Callable[[], None], required: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
+            if several_processes:
+                start_processes(saves_on_sigterm)
             main()
+            processes.wait_for_all()
         except USER_ERRORS as error:
-            sys.exit(f"error: {error}")
+            fail(f"error: {error}")
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            fail(
+                f"{traceback.format_exc()}If another process was lost, start all of them again: "
+                "a training run goes on from its newest checkpoint."
+            )
+        finally:
+            processes.leave()
 
+    if several_processes:
+        define_process_flags()
     flags.mark_flags_as_required(required)
     app.run(checked, flags_parser=parse)
+
+
+def fail(message: str) -> None:
+    """Ends the process; says why at once, before the other processes are waited for."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def define_process_flags() -> None:
+    """Defines the flags of `start_processes`."""
+    flags.DEFINE_string(
+        "processes",
+        "1",
+        "How many processes run this command together: 1; auto, from SLURM, Open MPI, Cloud TPU, "
+        "GKE, Kubernetes or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; or a "
+        "number, with --process_id and --coordinator.",
+    )
+    flags.DEFINE_integer("process_id", None, "Which of --processes=N this is, from 0.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, the same for all.")
+    flags.DEFINE_integer(
+        "startup_seconds", 300, "How long processes wait for each other to start.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "lost_after_seconds",
+        60,
+        "A process that was silent so long is lost, and the others end.",
+        lower_bound=10,
+    )
+
+
+def start_processes(saves_on_sigterm: bool) -> None:
+    """Joins the other processes of this command, if its flags say that there are any."""
+    values = flags.FLAGS
+    processes.start(
+        values.processes,
+        values.process_id,
+        values.coordinator,
+        startup_seconds=values.startup_seconds,
+        lost_after_seconds=values.lost_after_seconds,
+        catch_sigterm=saves_on_sigterm,
+    )
 
 
 def parse(argv: list[str]) -> list[str]:

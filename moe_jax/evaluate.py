@@ -8,6 +8,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 from absl import flags
 
 from moe_jax import command_line
@@ -42,6 +43,8 @@ def main() -> None:
         state.params, state.router_bias_XE, config, max_batches=flags.FLAGS.batches or None
     )
     said = {"step": int(state.step), **said}
+    if jax.process_index() != 0:
+        return
     print(f"step {said['step']}")
     print(table(said))
     if not flags.FLAGS.batches:
@@ -51,4 +54,4 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_integer("batches", 0, "Held-out batches to use; 0: all.", lower_bound=0)
-    command_line.run(main, required=("workdir",))
+    command_line.run(main, required=("workdir",), several_processes=True)

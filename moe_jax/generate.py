@@ -1,5 +1,6 @@
 """Continues a text: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`."""
 
+import jax
 from absl import flags
 
 from moe_jax import command_line
@@ -19,7 +20,8 @@ def main() -> None:
         temperature=flags.FLAGS.temperature,
         seed=flags.FLAGS.seed,
     )
-    print(flags.FLAGS.prompt + text)
+    if jax.process_index() == 0:
+        print(flags.FLAGS.prompt + text)
 
 
 if __name__ == "__main__":
@@ -28,4 +30,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
     flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Equal seeds give equal texts.")
-    command_line.run(main, required=("workdir", "prompt"))
+    command_line.run(main, required=("workdir", "prompt"), several_processes=True)

@@ -7,6 +7,7 @@ The same command again goes on where the run was stopped. Any setting can be ove
 import shlex
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -22,15 +23,18 @@ def main() -> None:
     try:
         train(config, flags.FLAGS.workdir)
     except Interrupted as interruption:
-        print(
-            f"\nstopped by {interruption}; its checkpoint is saved. To go on, run again:\n  "
-            + shlex.join(sys.orig_argv),
-            flush=True,
-        )
+        if jax.process_index() == 0:
+            print(
+                f"\nstopped by {interruption}; its checkpoint is saved. To go on, run again:\n  "
+                + shlex.join(sys.orig_argv),
+                flush=True,
+            )
         sys.exit(128 + interruption.signal_number)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
     flags.DEFINE_string("workdir", None, "Directory of the run; made if absent.")
-    command_line.run(main, required=("config", "workdir"))
+    command_line.run(
+        main, required=("config", "workdir"), several_processes=True, saves_on_sigterm=True
+    )

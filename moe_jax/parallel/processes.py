@@ -1,0 +1,320 @@
+"""The processes of a run: how they meet, agree, and end together.
+
+A run is one process, or several that each drive the devices of one machine (or one of its devices)
+and run the same program. Several find each other through a coordinator, a service in process 0.
+None of them goes on alone: when one dies or falls silent, JAX ends the others (it aborts them, with
+a message on standard error), so that whatever started them can start all again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moe_jax.config import difference
+
+# What JAX understands of the variables that a person, Ray or a job script sets, completed: it
+# reads the first by itself.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# How long a process that ends with an error waits for the others to end too.
+SHUTDOWN_SECONDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands among the processes of its run."""
+
+    coordinator: str  # HOST:PORT of process 0
+    num_processes: int
+    process_id: int
+
+
+def place_of_process(
+    processes: str,
+    process_id: int | None,
+    coordinator: str | None,
+    environment: Mapping[str, str],
+) -> Place | None:
+    """What the flags and the environment say, checked; no device is touched.
+
+    Args:
+      processes: "1", "auto" or a number of processes.
+      process_id: of this process; only with a number of processes.
+      coordinator: HOST:PORT; only with a number of processes.
+      environment: `os.environ`.
+
+    Returns:
+      The place; None for a single process, and for "auto" where `VARIABLES` are not set: JAX then
+      looks for the cluster by itself.
+
+    Raises:
+      ValueError: the flags are incomplete, wrong, or against the environment.
+    """
+    given = {"--process_id": process_id, "--coordinator": coordinator}
+    unneeded = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if processes == "auto":
+        if unneeded:
+            raise ValueError(
+                "--processes=auto reads everything from the environment: also given "
+                f"{', '.join(unneeded)}. Leave that out, or pass --processes=N."
+            )
+        return _place_in(environment)
+
+    try:
+        number = int(processes)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError(
+            f'--processes is "auto" or a number from 1: got {processes!r}. '
+            "Pass --processes=auto, or --processes=N --process_id=I --coordinator=HOST:PORT."
+        )
+    if number == 1 and unneeded:
+        raise ValueError(
+            f"A single process meets no other: --processes=1, but {', '.join(unneeded)}. "
+            "Pass --processes=N with the number of all processes."
+        )
+    said = environment.get("JAX_NUM_PROCESSES")
+    if said is not None and said != str(number):
+        raise ValueError(
+            "--processes and the environment name the same number of processes: "
+            f"--processes={number}, JAX_NUM_PROCESSES={said}. Pass --processes=auto to use the "
+            "environment, or unset JAX_NUM_PROCESSES."
+        )
+    if number == 1:
+        return None
+    missing = [name for name, value in given.items() if value is None]
+    if missing or process_id is None or coordinator is None:
+        raise ValueError(
+            "--processes=N, --process_id=I and --coordinator=HOST:PORT go together: "
+            f"--processes={number} without {' and '.join(missing)}. Pass all three, the first and "
+            "the last alike in all processes; or --processes=auto on a cluster."
+        )
+    for name, value in zip(VARIABLES, (coordinator, number, process_id), strict=True):
+        if environment.get(name, str(value)) != str(value):
+            raise ValueError(
+                "The flags say the same as the environment, or one of them nothing: the flags "
+                f"{value}, {name}={environment[name]}. Unset it, or pass --processes=auto."
+            )
+    return _checked(
+        Place(coordinator, number, process_id), ("--coordinator", "--processes", "--process_id")
+    )
+
+
+def _place_in(environment: Mapping[str, str]) -> Place | None:
+    """The place that `VARIABLES` say; None if they leave it to JAX."""
+    address, number, index = (environment.get(name) for name in VARIABLES)
+    if number is None and index is None:
+        return None
+    said = ", ".join(f"{name}={environment.get(name, '(unset)')}" for name in VARIABLES)
+    if address is None or number is None or index is None:
+        raise ValueError(
+            f"{', '.join(VARIABLES)} are set together: {said}. Set all three, or only the "
+            "first where JAX knows the cluster."
+        )
+    if not (number.isdecimal() and index.isdecimal()):
+        raise ValueError(f"The number and the index of processes are whole numbers: {said}.")
+    return _checked(Place(address, int(number), int(index)), VARIABLES)
+
+
+def _checked(place: Place, names: tuple[str, ...]) -> Place:
+    host, _, port = place.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"The coordinator is HOST:PORT, of process 0: {names[0]}={place.coordinator}. "
+            "Name a host that all processes reach, and a free port of it, such as host-0:8476."
+        )
+    if not 0 <= place.process_id < place.num_processes:
+        raise ValueError(
+            f"Processes are numbered from 0 to their number less 1: {names[2]}={place.process_id}, "
+            f"{names[1]}={place.num_processes}. Number them anew."
+        )
+    return place
+
+
+def start(
+    processes: str = "1",
+    process_id: int | None = None,
+    coordinator: str | None = None,
+    *,
+    startup_seconds: int = 300,
+    lost_after_seconds: int = 60,
+    catch_sigterm: bool = False,
+) -> None:
+    """Joins the processes of this run; call it before anything asks for a device.
+
+    Several processes on CPUs talk over gloo, JAX's default.
+
+    Args:
+      processes: "1": this one is alone, and nothing is done. "auto": read from the environment:
+        `VARIABLES`, or what JAX finds of SLURM, Open MPI, Cloud TPU and Kubernetes. N: as the
+        next two say.
+      process_id: of this process, from 0.
+      coordinator: HOST:PORT of process 0.
+      startup_seconds: how long to wait for the others.
+      lost_after_seconds: a process that was silent so long is dead, and the others end. One whose
+        connection breaks ends them sooner.
+      catch_sigterm: SIGTERM no longer kills but is announced to all processes, for
+        `jax.experimental.multihost_utils.reached_preemption_sync_point`.
+
+    Raises:
+      ValueError: the flags or the environment are wrong, `start` was called before, or the
+        processes do not have equally many devices.
+      OSError: the coordinator's port is taken.
+    """
+    if jax.distributed.is_initialized():
+        raise ValueError("A process joins once: moe_jax.parallel.processes.start is called again.")
+    place = place_of_process(processes, process_id, coordinator, os.environ)
+    if place is None and processes != "auto":
+        return
+    jax.config.update("jax_enable_preemption_service", catch_sigterm)
+    limits = {
+        "initialization_timeout": startup_seconds,
+        "heartbeat_timeout_seconds": lost_after_seconds,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    if place is None:
+        _say(f"meets the other processes where the cluster says, within {startup_seconds} s")
+        _join_cluster(limits)
+    else:
+        _say(
+            f"process {place.process_id} of {place.num_processes} meets the others at "
+            f"{place.coordinator}, within {startup_seconds} s"
+        )
+        _join(place, limits)
+    _require_equal_devices()
+    _say(
+        f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} "
+        f"of {jax.device_count()} devices. If one process is lost, the others end within about "
+        f"{lost_after_seconds} s: start all of them again, and a training run goes on from its "
+        "newest checkpoint."
+    )
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have called it; for the end of what all of them do."""
+    if jax.distributed.is_initialized():
+        multihost_utils.sync_global_devices("wait_for_all")
+
+
+def leave() -> None:
+    """Parts from the others, which call this too; nothing for a single process.
+
+    What one process has to say of an error is said before: if the others do not come within
+    `SHUTDOWN_SECONDS`, since they wait for what this one will never do, JAX aborts all of them.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    jax.distributed.shutdown()
+
+
+def gather(text: str) -> list[str]:
+    """What each process says, in their order, to all of them; all call this together."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def require_same(what: str, settings: Mapping[str, Any]) -> None:
+    """Refuses, in all processes, settings in which one differs from process 0.
+
+    Args:
+      what: the settings' name.
+      settings: nested dicts of what JSON can hold.
+
+    Raises:
+      ValueError: with every setting that differs.
+    """
+    said = [json.loads(text) for text in gather(json.dumps(settings))]
+    for process, other in enumerate(said):
+        lines = difference(said[0], other, what)
+        if lines:
+            raise ValueError(
+                f"The processes of a run have one {what}: process {process} differs from process "
+                "0 (0 -> it):\n  " + "\n  ".join(lines) + "\nStart all with the same command."
+            )
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one process refuses in this block, all refuse: the others do not wait for it.
+
+    Raises:
+      ValueError: the block raised a ValueError or an OSError in another process.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        gather(str(error) or repr(error))
+        raise
+    for process, message in enumerate(gather("")):
+        if message:
+            raise ValueError(f"process {process}: {message}")
+
+
+def _join(place: Place, limits: dict[str, Any]) -> None:
+    if place.process_id == 0:
+        _require_free(place.coordinator)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        cluster_detection_method="deactivate",  # all is known, and no device is to be left out
+        **limits,
+    )
+
+
+def _join_cluster(limits: dict[str, Any]) -> None:
+    try:
+        jax.distributed.initialize(**limits)
+    except ValueError as error:
+        raise ValueError(
+            "--processes=auto reads SLURM, Open MPI, Cloud TPU, GKE or Kubernetes, or "
+            f"{', '.join(VARIABLES)}: not all is there ({error}) Set the variables, pass "
+            "--processes=N --process_id=I --coordinator=HOST:PORT, or run one process."
+        ) from error
+
+
+def _require_free(coordinator: str) -> None:
+    """Refuses a port that is taken: JAX's service would crash on it."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise OSError(
+                "Process 0 listens on the coordinator's port: "
+                f"--coordinator={coordinator}, and port {port} of this host cannot be used "
+                f"({error.strerror}). Choose another in all processes."
+            ) from error
+
+
+def _require_equal_devices() -> None:
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1 or len(counts) != jax.process_count():
+        said = ", ".join(f"{index}: {count}" for index, count in sorted(counts.items()))
+        raise ValueError(
+            "All processes of a run have the same number of devices: devices by process "
+            f"{{{said}}}. Give each as many (JAX_LOCAL_DEVICE_IDS chooses among a machine's GPUs, "
+            "JAX_NUM_CPU_DEVICES makes CPU devices)."
+        )
+
+
+def _say(text: str) -> None:
+    """To standard error: what a process prints of its work is only from process 0."""
+    print(f"[{socket.gethostname()}] {text}", file=sys.stderr, flush=True)
