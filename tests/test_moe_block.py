@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
-from moe_jax.moe.block import dispatcher_name, moe_block, tokens_per_group
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.block import moe_block, tokens_per_group
+from moe_jax.moe.dispatch import DISPATCHERS, dispatcher_name
 from moe_jax.moe.module import MoEBlock
 from moe_jax.moe.parameters import init_parameters, moe_specs
 from moe_jax.moe.statistics import merge_aux

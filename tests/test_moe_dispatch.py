@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import DISPATCHERS, ragged
 from moe_jax.moe.experts import ffn
 from tests import moe_oracle
 
@@ -43,7 +43,7 @@ def every_dispatcher(test):
 def run_dispatcher(name, *args):
     if name != ELSEWHERE:
         return DISPATCHERS[name](*args)
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+    with mock.patch.object(ragged, "platform", lambda: "tpu"):
         return DISPATCHERS["ragged"](*args)
 
 
@@ -54,10 +54,11 @@ def relu_expert(rows, weights, layout):
 @functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype"))
 def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, capacity, dtype):
     """Output and gradients of sum(y * dy), by name."""
+    num_experts = weights["wi"].shape[0]
 
     def output(x_GSM, gate_GSK, weights):
         assignment = Assignment(
-            index_GSK, jnp.where(kept_GSK, gate_GSK, 0), slot_GSK, kept_GSK, capacity
+            index_GSK, jnp.where(kept_GSK, gate_GSK, 0), slot_GSK, kept_GSK, capacity, num_experts
         )
         y_GSM = run_dispatcher(name, x_GSM.astype(dtype), assignment, weights, relu_expert)
         assert y_GSM.dtype == dtype

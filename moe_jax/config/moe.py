@@ -17,6 +17,7 @@ QUEUE_ORDERS = ("token_major", "choice_major", "batch_prioritized", "probability
 LOAD_BALANCE_CONVENTIONS = ("switch", "flaxformer", "megatron", "huggingface")
 LOAD_BALANCE_SCOPES = ("group", "sequence", "microbatch", "global")
 DISPATCHERS = ("auto", "einsum", "gather", "ragged")
+EXCHANGES = ("auto", "compiler", "explicit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +182,8 @@ class MoEConfig:
     identical_init: bool = False  # every expert starts from the same weights (V-MoE)
     group_size: int = 0  # tokens among which capacity is counted; 0: one sequence
     dispatch: str = "auto"  # "einsum", "gather", "ragged"; "auto": the fastest of the platform
+    exchange: str = "auto"  # between devices: "compiler" (constraints), "explicit" (shard_map)
+    exchange_chunks: int = 1  # parts in which slots or tokens travel, to overlap with the experts
     layer_period: int = 1  # every n-th layer is MoE; 0: none
     layer_offset: int = 0  # the first MoE layer of a period
     num_dense_first: int = 0  # the first k layers stay dense, the period starts after them
@@ -206,11 +209,19 @@ class MoEConfig:
         )
         require_choice("moe.activation", self.activation, ACTIVATIONS)
         require_choice("moe.dispatch", self.dispatch, DISPATCHERS)
+        require_choice("moe.exchange", self.exchange, EXCHANGES)
+        require(
+            self.dispatch != "ragged" or self.exchange != "compiler",
+            "moe.dispatch='ragged' exchanges rows by explicit collectives",
+            f"moe.exchange={self.exchange!r}",
+            "Set moe.exchange='auto' or 'explicit'",
+        )
         require_fraction("moe.expert_dropout_rate", self.expert_dropout_rate)
         require_positive("moe.init_scale", self.init_scale)
         for name, least in (
             ("expert_dim", 1), ("num_shared_experts", 0), ("group_size", 0),
             ("layer_period", 0), ("layer_offset", 0), ("num_dense_first", 0),
+            ("exchange_chunks", 1),
         ):  # fmt: skip
             require_at_least(f"moe.{name}", getattr(self, name), least)
         require(

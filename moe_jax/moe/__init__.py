@@ -14,7 +14,7 @@ Legend of shapes, for names (`x_GSM`) and einsums, one meaning a letter in the w
   N  attention heads                A  assignments of a group, S * K of them, in some order
   D  head dim                       J  tokens of all groups, G * S
   V  vocabulary                     R  rows, one a choice: J * K, sorted by expert
-  X  MoE layers of a model          P  slots of all experts and groups, E * G * C
+  X  MoE layers of a model          P  slots of a group, E * C
   I  input dim of any matrix        U  units over which a balance loss is taken
   O  output dim of any matrix
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.capacity import assign_slots
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.moe.dispatch import choose_dispatch
 from moe_jax.moe.experts import EXPERT_WEIGHTS, Layout, Shared, Weights, ffn
 from moe_jax.moe.routing import route, single_expert
 from moe_jax.moe.statistics import MoEAux, describe
+from moe_jax.parallel.rules import constrain
 
 
 def moe_block(
@@ -47,7 +48,7 @@ def moe_block(
     if valid_BL is None:
         valid_BL = jnp.ones((batch, length), jnp.bool_)
     group_size = tokens_per_group(batch, length, config.group_size)
-    x_GSM = x_BLM.reshape(-1, group_size, model_dim)
+    x_GSM = constrain(x_BLM.reshape(-1, group_size, model_dim), "group", None, None)
     valid_GS = valid_BL.reshape(-1, group_size)
     keys = [None] * 3 if rng is None else list(jax.random.split(rng, 3))
 
@@ -72,10 +73,10 @@ def moe_block(
             rate = config.expert_dropout_rate
             return ffn(rows, weights, config.activation, layout, dropout_rate=rate)
 
-    dispatch = DISPATCHERS[dispatcher_name(config.dispatch)]
     with jax.named_scope("dispatch"):
         weights = {name: params[name] for name in EXPERT_WEIGHTS if name in params}
-        y_GSM = dispatch(x_GSM, assignment, weights, experts, keys[2])
+        y_GSM = choose_dispatch(config)(x_GSM, assignment, weights, experts, keys[2])
+        y_GSM = constrain(y_GSM, "group", None, None)
     if config.num_shared_experts > 0:
         with jax.named_scope("shared_experts"):
             y_GSM += shared_experts(x_GSM, params, config) * valid_GS[..., None]
@@ -98,13 +99,6 @@ def tokens_per_group(batch: int, length: int, group_size: int) -> int:
             "Set moe.group_size=0 for one sequence, or to a divisor."
         )
     return group_size
-
-
-def dispatcher_name(name: str) -> str:
-    """Resolves "auto" to the fastest dispatcher of the platform (docs/parallelism.md)."""
-    if name != "auto":
-        return name
-    return "ragged" if jax.default_backend() == "cpu" else "gather"
 
 
 def shared_experts(

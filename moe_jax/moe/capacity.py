@@ -26,6 +26,7 @@ class Assignment(NamedTuple):
       slot_GSK: int32 in [0, C) for a kept choice; no two share expert, group and slot.
       kept_GSK: bool.
       capacity: C, a Python int.
+      num_experts: E, a Python int.
     """
 
     expert_index_GSK: jax.Array
@@ -33,6 +34,7 @@ class Assignment(NamedTuple):
     slot_GSK: jax.Array
     kept_GSK: jax.Array
     capacity: int
+    num_experts: int
 
 
 def num_slots(
@@ -98,7 +100,7 @@ def assign_slots(
     if factor == 0:
         kept_GSK = expert_index_GSK < num_experts
     gate_GSK = jnp.where(kept_GSK, routing.gate_GSK, 0)
-    return Assignment(routing.expert_index_GSK, gate_GSK, slot_GSK, kept_GSK, capacity)
+    return Assignment(routing.expert_index_GSK, gate_GSK, slot_GSK, kept_GSK, capacity, num_experts)
 
 
 def place_in_queue(

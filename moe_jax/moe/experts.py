@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 
 Weights = Mapping[str, jax.Array]
-EXPERT_WEIGHTS = ("wi", "wg", "wo", "bi", "bg", "bo")
+# The weights of experts, and the names of their dims in `parallel.rules`.
+EXPERT_AXES = {
+    "wi": ("expert", "model", "hidden"),
+    "wg": ("expert", "model", "hidden"),
+    "wo": ("expert", "hidden", "model"),
+    "bi": ("expert", "hidden"),
+    "bg": ("expert", "hidden"),
+    "bo": ("expert", "model"),
+}
+EXPERT_WEIGHTS = tuple(EXPERT_AXES)
 
 
 class Layout(Protocol):

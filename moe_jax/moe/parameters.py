@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
+from moe_jax.moe.experts import EXPERT_AXES
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -71,23 +72,25 @@ def ffn_specs(
 ) -> dict[str, ParameterSpec]:
     """The parameters of a dense FFN (`num_experts=None`) or of E experts, for `experts.ffn`."""
     experts: tuple[int, ...] = () if num_experts is None else (num_experts,)
-    axes = () if num_experts is None else ("expert",)
+    axes: dict[str, tuple[str | None, ...]] = {
+        name: names[0 if experts else 1 :] for name, names in EXPERT_AXES.items()
+    }
     identical = identical_init and num_experts is not None
     inward = ParameterSpec(
         (*experts, model_dim, hidden_dim),
         scaled_init(init_scale, model_dim, identical=identical),
-        (*axes, "model", "hidden"),
+        axes["wi"],
     )
     outward = ParameterSpec(
         (*experts, hidden_dim, model_dim),
         scaled_init(init_scale, hidden_dim, identical=identical),
-        (*axes, "hidden", "model"),
+        axes["wo"],
     )
     specs = {"wi": inward, "wo": outward} | ({"wg": inward} if gated else {})
     if use_bias:
-        hidden_bias = ParameterSpec((*experts, hidden_dim), zeros, (*axes, "hidden"))
+        hidden_bias = ParameterSpec((*experts, hidden_dim), zeros, axes["bi"])
         specs |= {"bi": hidden_bias} | ({"bg": hidden_bias} if gated else {})
-        specs |= {"bo": ParameterSpec((*experts, model_dim), zeros, (*axes, "model"))}
+        specs |= {"bo": ParameterSpec((*experts, model_dim), zeros, axes["bo"])}
     return specs
 
 

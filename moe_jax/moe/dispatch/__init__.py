@@ -8,17 +8,28 @@ gradient:
           4 * G*S * S*K*factor * M FLOPs on top of the experts: it grows with the group.
   gather  indices into E x C slots; no GSEC tensor.
   ragged  rows sorted by expert; computes kept choices only, so it is the one without padding.
+
+On a mesh, tokens travel between devices by one of two exchanges:
+
+  compiler  `exchange.ByConstraint`: arrays are those of all devices, constraints say where they
+            lie, and the compiler inserts the all-to-all. einsum and gather.
+  explicit  `expert_parallel`: one program for each device, with the collectives written out. All.
 """
 
+import functools
 from typing import Protocol
 
 import jax
 
+from moe_jax.config import MoEConfig
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.einsum import einsum_dispatch
+from moe_jax.moe.dispatch.exchange import ByConstraint
+from moe_jax.moe.dispatch.expert_parallel import SLOT_DISPATCHERS, expert_parallel_dispatch
 from moe_jax.moe.dispatch.gather import gather_dispatch
 from moe_jax.moe.dispatch.ragged import ragged_dispatch
 from moe_jax.moe.experts import Layout, Weights
+from moe_jax.parallel.rules import mesh_in_use, platform
 
 
 class Experts(Protocol):
@@ -48,5 +59,33 @@ DISPATCHERS: dict[str, Dispatch] = {
     "ragged": ragged_dispatch,
 }
 
-__all__ = ["DISPATCHERS", "Dispatch", "Experts", "einsum_dispatch", "gather_dispatch",
-           "ragged_dispatch"]  # fmt: skip
+
+def choose_dispatch(config: MoEConfig) -> Dispatch:
+    """The dispatcher of a config for the mesh and the platform in use."""
+    name = dispatcher_name(config.dispatch)
+    if mesh_in_use() is None:
+        return DISPATCHERS[name]
+    if exchange_name(config) == "explicit":
+        return functools.partial(
+            expert_parallel_dispatch, name=name, num_chunks=config.exchange_chunks
+        )
+    by_constraint = ByConstraint(config.exchange_chunks)
+    return functools.partial(SLOT_DISPATCHERS[name], exchange=by_constraint)
+
+
+def dispatcher_name(name: str) -> str:
+    """Resolves "auto" to the fastest dispatcher of the platform (docs/parallelism.md)."""
+    if name != "auto":
+        return name
+    return "ragged" if platform() == "cpu" and mesh_in_use() is None else "gather"
+
+
+def exchange_name(config: MoEConfig) -> str:
+    """Resolves "auto"; ragged has no other way than "explicit"."""
+    if dispatcher_name(config.dispatch) == "ragged":
+        return "explicit"
+    return "compiler" if config.exchange == "auto" else config.exchange
+
+
+__all__ = ["DISPATCHERS", "Dispatch", "Experts", "choose_dispatch", "dispatcher_name",
+           "einsum_dispatch", "exchange_name", "gather_dispatch", "ragged_dispatch"]  # fmt: skip

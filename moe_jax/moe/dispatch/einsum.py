@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.slots import Slots
+from moe_jax.moe.dispatch.exchange import BY_CONSTRAINT, Exchange
+from moe_jax.moe.dispatch.slots import through_experts
 from moe_jax.moe.experts import Layout, Weights
 
 
@@ -16,15 +17,17 @@ def einsum_dispatch(
     weights: Weights,
     experts: Callable[[jax.Array, Weights, Layout], jax.Array],
     rng: jax.Array | None = None,
+    exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:
     """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
 
     Args:
       x_GSM: tokens.
       assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E.
+      weights: of the experts, by name, leading dim E (inside `jax.shard_map`: of this device).
       experts: computes rows [E, G, C, M] in the `Slots` layout.
       rng: key for the experts, or None; the layout carries it.
+      exchange: the way between the devices of tokens and of experts.
 
     Returns:
       [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
@@ -32,8 +35,8 @@ def einsum_dispatch(
     Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
       indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
     """
-    num_experts = next(iter(weights.values())).shape[0]
-    expert_GSKE = jax.nn.one_hot(assignment.expert_index_GSK, num_experts, dtype=x_GSM.dtype)
+    expert_index_GSK, num_experts = assignment.expert_index_GSK, assignment.num_experts
+    expert_GSKE = jax.nn.one_hot(expert_index_GSK, num_experts, dtype=x_GSM.dtype)
     slot_GSK = jnp.where(assignment.kept_GSK, assignment.slot_GSK, assignment.capacity)
     slot_GSKC = jax.nn.one_hot(slot_GSK, assignment.capacity, dtype=x_GSM.dtype)
     gate_GSK = assignment.gate_GSK.astype(x_GSM.dtype)
@@ -41,5 +44,5 @@ def einsum_dispatch(
     combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
 
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
-    y_EGCM = experts(x_EGCM, weights, Slots(rng))
+    y_EGCM = through_experts(x_EGCM, weights, experts, rng, exchange)
     return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

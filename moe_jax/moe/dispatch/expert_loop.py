@@ -110,7 +110,7 @@ def _forward(
         y_WM = experts(x_WM, weights_e, OneExpert(rng, block.start))
         return lax.dynamic_update_slice_in_dim(y_RM, y_WM, block.start, 0)
 
-    y_RM = jnp.zeros((token_R.shape[0], x_JM.shape[1]), x_JM.dtype)
+    y_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
     y_RM = for_each_block(group_sizes_E, blocks, y_RM, weights, body)
     y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
     return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM)
@@ -133,7 +133,7 @@ def _backward(experts: Experts, residuals: Any, dy_JM: jax.Array) -> tuple[Any, 
         dx_RM = lax.dynamic_update_slice_in_dim(dx_RM, dx_WM, block.start, 0)
         return dx_RM, jax.tree.map(functools.partial(_store, block=block), dweights, dweights_e)
 
-    dweights = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    dweights = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
     carry = (jnp.zeros_like(y_RM), dweights)
     dx_RM, dweights = for_each_block(group_sizes_E, blocks, carry, weights, body)
     dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
@@ -203,7 +203,7 @@ def for_each_block(
             block = Block(expert, start, head, rows, is_first=True)
 
             def once(state: Any, block: Block = block) -> Any:
-                return False, body(state[1], operand, block)
+                return jnp.zeros_like(state[0]), body(state[1], operand, block)
 
             fits = (size > 0) & (head > smaller) & (head <= rows)
             _, carry = lax.while_loop(lambda state: state[0], once, (fits, carry))

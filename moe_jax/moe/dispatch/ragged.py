@@ -9,6 +9,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.expert_loop import expert_loop
 from moe_jax.moe.dispatch.rows import sum_choices
 from moe_jax.moe.experts import Layout, Weights
+from moe_jax.parallel.rules import platform
 
 
 class SortedRows:
@@ -55,20 +56,37 @@ def ragged_dispatch(
       [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
     """
     num_choices = assignment.kept_GSK.shape[-1]
+    y_JM = through_sorted_rows(
+        x_GSM.reshape(-1, x_GSM.shape[-1]),
+        assignment.expert_index_GSK.reshape(-1, num_choices),
+        assignment.gate_GSK.reshape(-1, num_choices),
+        assignment.kept_GSK.reshape(-1, num_choices),
+        weights,
+        experts,
+        rng,
+    )
+    return y_JM.reshape(x_GSM.shape)
+
+
+def through_sorted_rows(
+    x_JM: jax.Array,
+    expert_JK: jax.Array,
+    gate_JK: jax.Array,
+    kept_JK: jax.Array,
+    weights: Weights,
+    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    rng: jax.Array | None,
+) -> jax.Array:
+    """`ragged_dispatch` without groups: [J, M] -> [J, M] in the dtype of `x_JM`."""
+    num_choices = kept_JK.shape[-1]
     num_experts = next(iter(weights.values())).shape[0]
-    x_JM = x_GSM.reshape(-1, x_GSM.shape[-1])
-    gate_JK = assignment.gate_GSK.reshape(-1, num_choices)
-    kept_JK = assignment.kept_GSK.reshape(-1, num_choices)
-    expert_JK = assignment.expert_index_GSK.reshape(-1, num_choices)
     choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
-        y_JM = expert_loop(experts, weights, rng, *operands)
-    else:
-        layout = SortedRows(rng, group_sizes_E, len(choice_R))
-        y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
-        y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK)
-    return y_JM.astype(x_GSM.dtype).reshape(x_GSM.shape)
+        return expert_loop(experts, weights, rng, *operands)
+    layout = SortedRows(rng, group_sizes_E, len(choice_R))
+    y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
+    return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
 
 
 def sort_by_expert(

@@ -1,7 +1,12 @@
-"""The layout of the einsum and gather dispatchers: the slots of every expert side by side."""
+"""What the einsum and gather dispatchers share: the slots of every expert side by side."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax.moe.dispatch.exchange import Exchange
+from moe_jax.moe.experts import Layout, Weights
 
 
 class Slots:
@@ -17,3 +22,24 @@ class Slots:
     def expand(self, bias: jax.Array) -> jax.Array:
         """[E, O] -> [E, 1, 1, O]."""
         return bias[:, None, None, :]
+
+
+def through_experts(
+    x_EGCM: jax.Array,
+    weights: Weights,
+    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    rng: jax.Array | None,
+    exchange: Exchange,
+) -> jax.Array:
+    """Carries slots to their experts, computes them, and carries the outputs back, [E, G, C, M].
+
+    In several chunks the slots of an expert are cut; no chunk waits for another, so that a compiler
+    with asynchronous collectives overlaps them.
+    """
+    num_chunks = min(exchange.num_chunks, x_EGCM.shape[2])
+    outputs = []
+    for i, chunk_EGCM in enumerate(jnp.array_split(x_EGCM, num_chunks, axis=2)):
+        key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
+        chunk_EGCM = exchange.to_experts(chunk_EGCM)
+        outputs.append(exchange.to_tokens(experts(chunk_EGCM, weights, Slots(key))))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
