@@ -140,7 +140,7 @@ def _elements_read(
 def _elements_written(
     instruction: Instruction, operands: Sequence[Instruction], arrays: Sequence[Array]
 ) -> list[int]:
-    """Elements that an instruction writes of each of its results."""
+    """Elements that an instruction writes of each of its results, the given arrays."""
     if instruction.opcode == "dynamic-update-slice":
         return [operands[1].elements]
     if instruction.opcode == "scatter":
@@ -157,11 +157,17 @@ def _leaves(body: Computation) -> list[Instruction]:
 def _updates(body: Computation, leaf: Instruction) -> list[Instruction] | None:
     """The updates that make a returned value from a parameter, in its own memory; None: no such."""
     updates = []
-    while leaf.opcode in ("bitcast", *_UPDATES):
-        if leaf.opcode != "bitcast":
+    while leaf.opcode in ("bitcast", *_UPDATES) or _is_alias(leaf):
+        if leaf.opcode in _UPDATES:
             updates.append(leaf)
         leaf = body.instructions[leaf.operands[0]]
     return updates if leaf.opcode == "parameter" else None
+
+
+def _is_alias(instruction: Instruction) -> bool:
+    """Whether a fusion inside a fusion only gives its first operand another layout, in place."""
+    alias = ", output_to_operand_aliasing={{}: (0, {})}"
+    return instruction.opcode == "fusion" and alias in instruction.attributes
 
 
 def _fusion_writes(body: Computation, arrays: Sequence[Array], aliased: bool) -> int:
