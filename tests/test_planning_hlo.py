@@ -70,6 +70,33 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named(counter):
     assert read.unknown_loops == ("jit(f)/while",)
 
 
+def test_a_loop_that_clears_its_own_flag_is_a_condition():
+    """A TPU's compiler writes an `if` like this; like a branch, it counts as taken."""
+    read = program(
+        """
+        %on = pred[] parameter(0)
+        %a = f32[4,4]{1,0} parameter(1)
+        %init = (pred[], f32[4,4]{1,0}) tuple(%on, %a)
+        ROOT %w = (pred[], f32[4,4]{1,0}) while(%init), condition=%cond, body=%body
+        """,
+        other="""
+%body (s: (pred[], f32[4,4])) -> (pred[], f32[4,4]) {
+  %s = (pred[], f32[4,4]{1,0}) parameter(0)
+  %off = pred[] constant(false)
+  %copied = pred[] copy(%off)
+  %x = f32[4,4]{1,0} get-tuple-element(%s), index=1
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (pred[], f32[4,4]{1,0}) tuple(%copied, %y)
+}
+%cond (s2: (pred[], f32[4,4])) -> pred[] {
+  %s2 = (pred[], f32[4,4]{1,0}) parameter(0)
+  ROOT %flag = pred[] get-tuple-element(%s2), index=0
+}
+""",
+    )
+    assert (read.flops, read.unknown_loops) == (128, ())
+
+
 def test_nested_scans_multiply():
     def inner(x, w):
         return jnp.tanh(x @ w), None

@@ -12,9 +12,9 @@ from moe_jax.planning.hlo_text import Array, Instruction
 # Custom calls that move or reserve buffers and compute nothing.
 BOOKKEEPING = frozenset(
     {
-        "AllocateBuffer", "AsyncCollectiveDone", "AsyncCollectiveStart", "ConcatBitcast",
-        "PrepareAsyncCall", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
-        "annotate_device_placement",
+        "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
+        "AsyncCollectiveStart", "ConcatBitcast", "PrepareAsyncCall", "Sharding",
+        "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement",
     }
 )  # fmt: skip
 _LIBRARY_MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
@@ -23,15 +23,16 @@ _GROUPED_MATMUL = re.compile(r"ragged.?dot|gmm|grouped.?matmul", re.IGNORECASE)
 
 def matmul_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int:
     """FLOPs of a dot or convolution; 0 for any other instruction, custom calls included."""
-    arrays = [array for operand in operands for array in operand.arrays]
     match instruction.opcode:
         case "dot" | "scaled-dot":
-            sizes = [arrays[0].dims[d] for d in instruction.integers("lhs_contracting_dims")]
+            (lhs,) = operands[0].arrays
+            sizes = [lhs.dims[axis] for axis in instruction.integers("lhs_contracting_dims")]
             return 2 * instruction.elements * math.prod(sizes)
         case "convolution":
-            return convolution_flops(instruction, arrays[0], arrays[1])
+            return convolution_flops(instruction, operands[0].arrays[0], operands[1].arrays[0])
         case "ragged-dot":
-            return grouped_matmul_flops([*arrays[:2], *instruction.arrays]) or 0
+            matrices = [one.arrays[0] for one in (*operands[:2], instruction)]
+            return grouped_matmul_flops(matrices) or 0
     return 0
 
 

@@ -13,7 +13,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
 
     The compiler's note (`known_trip_count`) is believed. A TPU's programs have none: there a
     counter is understood that starts at a constant, changes by a constant and is compared with a
-    constant.
+    constant. So is a flag that the body clears: such a loop is a condition, and counts as true.
 
     Args:
       module: the program.
@@ -40,6 +40,10 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
             value = initial[index]
         return _integer(value)
 
+    flag = _state_index(condition, _source(condition, condition.root))
+    if flag is not None:
+        cleared = _next(body, flag)
+        return 1 if (cleared.opcode, cleared.arguments) == ("constant", "false") else None
     comparison, sides = _operation(module, condition, condition.root)
     if comparison.opcode != "compare" or len(sides) != 2:
         return None

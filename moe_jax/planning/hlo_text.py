@@ -171,7 +171,9 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """The target of a custom call."""
+        """The target of a custom call; empty for anything else."""
+        if self.opcode != "custom-call":
+            return ""
         match = re.search(r', custom_call_target="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
