@@ -1,0 +1,51 @@
+"""One of several processes that meet, agree and end; run by test_parallel_processes.py."""
+
+import sys
+import time
+
+import jax
+import numpy as np
+
+from moe_jax.parallel import processes
+
+
+def main(scenario: str, *place: str) -> None:
+    if scenario == "late":
+        jax.devices()
+    processes.start(*place[:1], *map(int, place[1:2]), *place[2:], startup_seconds=60)
+    index, count = jax.process_index(), jax.process_count()
+    if scenario == "sum":
+        mesh = jax.make_mesh((jax.device_count(),), ("all",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.P("all"))
+        x = jax.make_array_from_callback(
+            (jax.device_count(),), sharding, lambda where: np.arange(jax.device_count())[where]
+        )
+        print(
+            f"sum {int(jax.jit(jax.numpy.sum)(x))} of {jax.device_count()} devices,",
+            f"said {processes.gather('x' * index)}",
+        )
+    elif scenario == "differ":
+        processes.require_same("config", {"a": {"b": 1, "c": index}, "d": [index // 2]})
+    elif scenario == "refuse":
+        with processes.all_or_none():
+            if index == 1:
+                raise ValueError("mine alone")
+    elif scenario == "again":
+        processes.start(*place[:1], *map(int, place[1:2]), *place[2:])
+    elif scenario == "wait":  # for all, and longer than anybody waits at the exit
+        time.sleep(processes.SHUTDOWN_SECONDS + 5 if index == 0 else 0)
+    elif scenario == "alone":
+        if index == count - 1:
+            print("mine alone", flush=True)
+            processes.leave()
+    processes.wait_for_all()
+    processes.leave()
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except ValueError as error:
+        print(f"ValueError: {error}")
+        processes.leave()
+        sys.exit(1)

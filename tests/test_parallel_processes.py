@@ -1,0 +1,185 @@
+"""How processes find each other, agree, and end: rules first, then real processes over gloo."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moe_jax.parallel import processes
+from moe_jax.parallel.processes import Place, place_of_process
+from tests.tiny_run import ROOT
+
+WORKER = ROOT / "tests" / "process_worker.py"
+# Two processes start and meet in some three seconds; the rest is for a busy machine.
+LIMIT_SECONDS = 300
+JAX_VARIABLES = {
+    "JAX_COORDINATOR_ADDRESS": "host-0:8476",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+def test_one_process_needs_nothing_and_touches_nothing():
+    assert place_of_process("1", None, None, {}) is None
+    assert place_of_process("1", None, None, {"SLURM_NTASKS": "8"}) is None
+    processes.start()
+    assert processes.gather("here") == ["here"]
+    processes.require_same("config", {"a": 1})
+    processes.wait_for_all()
+    processes.leave()
+
+
+def test_flags_say_the_place():
+    assert place_of_process("4", 3, "host-0:8476", {}) == Place("host-0:8476", 4, 3)
+    assert place_of_process("2", 0, "[::1]:1", {}) == Place("[::1]:1", 2, 0)
+    assert place_of_process("4", 3, "host-0:8476", JAX_VARIABLES) is not None, "they agree"
+
+
+def test_auto_takes_the_variables_of_jax_and_leaves_the_rest_to_it():
+    assert place_of_process("auto", None, None, JAX_VARIABLES) == Place("host-0:8476", 4, 3)
+    assert place_of_process("auto", None, None, {}) is None
+    # JAX itself combines the address with what SLURM says.
+    only_address = {"JAX_COORDINATOR_ADDRESS": "host-0:8476", "SLURM_NTASKS": "8"}
+    assert place_of_process("auto", None, None, only_address) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (("3", None, None), {}, r"go together: --processes=3 without --process_id and --coordin"),
+        (("3", 1, None), {}, r"without --coordinator\. Pass all three"),
+        (("3", None, "h:1"), {}, r"without --process_id\. Pass all three"),
+        (("1", 0, None), {}, r"--processes=1, but --process_id=0\. Pass --processes=N"),
+        (("1", None, "h:1"), {}, r"--processes=1, but --coordinator=h:1\. Pass --processes=N"),
+        (("0", None, None), {}, r"got '0'\. Pass --processes=auto, or"),
+        (("many", None, None), {}, r"got 'many'"),
+        (("2", 2, "h:1"), {}, r"0 to their number less 1: --process_id=2, --processes=2"),
+        (("2", -1, "h:1"), {}, r"--process_id=-1, --processes=2"),
+        (("2", 1, "host"), {}, r"HOST:PORT.*: --coordinator=host\. Name a host"),
+        (("2", 1, ":80"), {}, r"HOST:PORT.*: --coordinator=:80\."),
+        (("2", 1, "host:http"), {}, r"HOST:PORT.*: --coordinator=host:http"),
+        (("2", 1, "host:65536"), {}, r"HOST:PORT.*: --coordinator=host:65536"),
+        (("auto", 1, None), {}, r"also given --process_id=1\. Leave that out"),
+        (("1", None, None), JAX_VARIABLES, r"--processes=1, JAX_NUM_PROCESSES=4\. .* or unset"),
+        (("2", 1, "h:1"), JAX_VARIABLES, r"--processes=2, JAX_NUM_PROCESSES=4"),
+        (("4", 1, "host-0:8476"), JAX_VARIABLES, r"the flags 1, JAX_PROCESS_ID=3\. Unset it"),
+        (("4", 3, "h:1"), JAX_VARIABLES, r"the flags h:1, JAX_COORDINATOR_ADDRESS=host-0:8476"),
+        (("auto", None, None), {"JAX_PROCESS_ID": "0"}, r"set together: .*NUM_PROCESSES=\(unset\)"),
+        (("auto", None, None), JAX_VARIABLES | {"JAX_PROCESS_ID": "x"}, r"whole numbers: .*ID=x"),
+        (("auto", None, None), JAX_VARIABLES | {"JAX_PROCESS_ID": "4"}, r"JAX_PROCESS_ID=4, JAX_"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_wrong_or_contradictory_is_refused(flags, environment, message):
+    with pytest.raises(ValueError, match=message):
+        place_of_process(*flags, environment)
+
+
+def test_auto_without_a_cluster_says_what_it_looked_for(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROC", "SLURM_", "OMPI_", "KUBERN")):
+            monkeypatch.delenv(name)
+    done = finish([spawn("sum", "auto")])[0]
+    assert done.code == 1
+    assert "reads SLURM, Open MPI, Cloud TPU" in done.said
+    assert "or run one process" in done.said
+
+
+class Finished:
+    """What is left of a process."""
+
+    def __init__(self, process):
+        self.said, _ = process.communicate(timeout=LIMIT_SECONDS)
+        self.code = process.returncode
+        self.at = time.monotonic()
+
+
+def spawn(*arguments, devices=1):
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "PYTHONPATH": str(ROOT),
+        },
+    )
+
+
+def finish(spawned):
+    try:
+        return [Finished(process) for process in spawned]
+    finally:
+        for process in spawned:
+            process.kill()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def together(scenario, count=2, devices=1):
+    port = free_port()
+    return finish(
+        [
+            spawn(scenario, count, index, f"localhost:{port}", devices=devices)
+            for index in range(count)
+        ]
+    )
+
+
+def test_processes_compute_together_and_hear_each_other():
+    for done in together("sum", devices=2):
+        assert done.code == 0, done.said
+        assert "sum 6 of 4 devices, said ['', 'x']" in done.said
+
+
+def test_settings_that_differ_are_refused_by_all():
+    for done in together("differ", count=3):
+        assert done.code == 1, done.said
+        assert "process 1 differs from process 0" in done.said
+        assert "config.a.c: 0 -> 1" in done.said and "config.a.b" not in done.said
+
+
+def test_what_one_refuses_all_refuse():
+    first, second = together("refuse")
+    assert (first.code, second.code) == (1, 1)
+    assert "ValueError: process 1: mine alone" in first.said
+    assert "ValueError: mine alone" in second.said
+
+
+def test_a_second_start_is_refused():
+    for done in together("again"):
+        assert done.code == 1 and "A process joins once" in done.said
+
+
+def test_a_port_that_is_taken_is_refused_by_name():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"--coordinator=localhost:{port}, and port {port}"):
+            processes.start("2", 0, f"localhost:{port}")
+
+
+@pytest.mark.slow
+def test_at_the_end_of_the_work_the_others_are_waited_for():
+    for done in together("wait"):
+        assert done.code == 0, done.said
+
+
+@pytest.mark.slow
+def test_one_that_leaves_early_does_not_leave_the_others_hanging():
+    dones = together("alone", count=3)
+    assert all(done.code != 0 for done in dones)
+    assert re.search(r"^mine alone$", dones[2].said, re.MULTILINE)
+    assert "Shutdown barrier" in dones[0].said
