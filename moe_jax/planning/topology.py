@@ -26,8 +26,14 @@ MAX_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of one slice that can be
 MAX_SLICES = 64
 # What a program needs that compiles for a machine, by platform: module to look for, pip extra.
 PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}
-# libtpu asks the machine what it is; here that is answered before it looks for a network.
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+# libtpu looks for the machine that it is on, and lets one process of a machine load it: it is asked
+# for its compiler alone.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +155,7 @@ def devices(topology: Topology) -> list[jax.Device]:
             target_config=target_config(topology.chip),
             topology=f"1x{shape}",
         ).devices
-    for name, value in QUIET.items():
+    for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, object] = {}
     if topology.slices > 1:

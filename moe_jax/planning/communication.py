@@ -1,0 +1,183 @@
+"""Bytes that a training step sends between devices: the fewest its mesh allows.
+
+Legend of shapes: `moe_jax.moe`.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+from moe_jax.config import MeshConfig
+from moe_jax.parallel.rules import mesh_axes
+from moe_jax.planning.parameters import Leaf, abstract_mesh, parameter_leaves
+from moe_jax.planning.workload import Workload
+
+# Bytes that a device sends in one direction, over the bytes of the array, for a group of n.
+WIRE = {
+    "all-gather": lambda n: (n - 1) / n,  # of the gathered array
+    "reduce-scatter": lambda n: (n - 1) / n,  # of the array before it is split
+    "all-reduce": lambda n: 2 * (n - 1) / n,  # a reduce-scatter and an all-gather
+    "all-to-all": lambda n: (n - 1) / n,  # of the device's own buffer
+}
+KIND_OF_COMPONENT = {
+    "embedding": "head", "head": "head", "attention": "attention", "norms": "attention",
+    "dense_ffn": "dense_ffn", "shared_experts": "dense_ffn", "experts": "experts",
+    "router": "routing",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of message of a training step.
+
+    Attributes:
+      name: what it carries.
+      layer_kind: one of `flops.KINDS`.
+      kind: one of `WIRE`.
+      axes: mesh axes that it goes over.
+      group_size: n, devices of a group.
+      array_bytes: of the array as `WIRE` takes it, on one device, all layers and microbatches of
+        a step together.
+    """
+
+    name: str
+    layer_kind: str
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int
+    array_bytes: float
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that one device sends a step."""
+        return WIRE[self.kind](self.group_size) * self.array_bytes
+
+    def crossing_bytes(self, mesh: MeshConfig, devices_per_island: int) -> float:
+        """Those of them that must leave the slice or node."""
+        islands = num_islands(mesh, self.axes, devices_per_island)
+        return crossing_share(self.kind, islands, self.group_size) * self.array_bytes
+
+
+def crossing_share(kind: str, islands: int, group_size: int) -> float:
+    """Bytes that a device must send out of its slice or node, over the bytes of the array.
+
+    Of an array gathered by k islands of m devices each, (k - 1) / k must enter every island,
+    through its m network cards; an all-reduce is two such passes. An all-to-all, and a permute at
+    worst, send (k - 1) / k of every device's own buffer.
+    """
+    share = (islands - 1) / islands
+    if kind in ("all-gather", "reduce-scatter", "all-reduce"):
+        return (2 if kind == "all-reduce" else 1) * share * islands / group_size
+    return share
+
+
+@functools.lru_cache(maxsize=4096)
+def num_islands(mesh: MeshConfig, axes: tuple[str, ...], devices_per_island: int) -> int:
+    """How many slices or nodes a group of devices spans, the mesh laid out in their order."""
+    shape = dict(abstract_mesh(mesh).shape)
+    strides, stride = {}, 1
+    for axis in reversed(list(shape)):
+        strides[axis] = stride
+        stride *= shape[axis]
+    steps = [[i * strides[axis] for i in range(shape[axis])] for axis in axes]
+    members = (sum(offsets) for offsets in itertools.product(*steps))
+    return len({member // devices_per_island for member in members})
+
+
+def collectives(work: Workload) -> list[Collective]:
+    """All messages of a training step on one device, with one row a purpose."""
+    found = [*_of_weights(work), *_of_slots(work), *_of_tensor_parallel(work)]
+    merged: dict[tuple[str, str, tuple[str, ...]], Collective] = {}
+    for one in found:
+        key = (one.name, one.kind, one.axes)
+        before = merged[key].array_bytes if key in merged else 0.0
+        merged[key] = dataclasses.replace(one, array_bytes=one.array_bytes + before)
+    return [one for one in merged.values() if one.group_size > 1 and one.array_bytes > 0]
+
+
+def _of_weights(work: Workload) -> Iterator[Collective]:
+    """Weights gathered over fsdp for the forward and again for the backward pass, and gradients.
+
+    In the compute dtype, once a microbatch. A gradient is summed over the devices that saw other
+    tokens: reduce-scattered over fsdp, then all-reduced over the axes that hold copies.
+    """
+    mesh, parts = work.mesh, work.config.training.num_microbatches
+    sizes = dict(abstract_mesh(mesh).shape)
+    batch_axes = mesh_axes("batch", abstract_mesh(mesh))
+    for leaf in parameter_leaves(work.config.model):
+        kind = KIND_OF_COMPONENT[leaf.component]
+        name = leaf.component.replace("_", " ")
+        split = _axes_of(leaf, mesh)
+        local = leaf.local_size(mesh) * work.itemsize * parts
+        if "fsdp" in split:
+            whole = local * sizes["fsdp"]
+            gathered = whole
+            if leaf.component == "embedding":
+                # A lookup may send rows of tokens instead of the table.
+                rows = work.tokens * work.config.model.model_dim * work.itemsize * parts
+                gathered = min(whole, rows)
+            times = 1 if leaf.component == "embedding" else 2
+            yield Collective(
+                f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
+            )
+            yield Collective(
+                f"{name} gradient", kind, "reduce-scatter", ("fsdp",), sizes["fsdp"], whole
+            )
+        copies = tuple(a for a in batch_axes if a not in split and sizes[a] > 1)
+        n = _product(sizes, copies)
+        yield Collective(f"{name} gradient", kind, "all-reduce", copies, n, local)
+
+
+def _of_slots(work: Workload) -> Iterator[Collective]:
+    """Slots of every token to the devices of its experts and back: T x slots a token x M.
+
+    Forward there and back, backward there and back; once more where remat computes the layer
+    again.
+    """
+    model, mesh = work.config.model, work.mesh
+    axes = tuple(
+        axis
+        for axis in mesh_axes("expert", abstract_mesh(mesh))
+        if abstract_mesh(mesh).shape[axis] > 1
+    )
+    a_way = work.tokens * work.slots_per_token * model.model_dim * work.itemsize
+    a_way *= work.num_moe_layers * work.config.training.num_microbatches
+    passes = 2 if model.remat == "none" else 3
+    for name in ("dispatch", "combine"):
+        yield Collective(name, "routing", "all-to-all", axes, mesh.expert_shards, passes * a_way)
+
+
+def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
+    """Sums over `tensor` of what heads and hidden units add to a token: T x M, or slots x M.
+
+    One forward (the output), one backward (the input's gradient); the attention's is computed
+    again by remat "full". Head and embedding: one each.
+    """
+    model, n = work.config.model, work.mesh.tensor
+    num_moe = work.num_moe_layers
+    tokens = work.tokens * model.model_dim * work.itemsize * work.config.training.num_microbatches
+    shared = num_moe if model.moe.num_shared_experts else 0
+    times = {
+        "attention": model.num_layers * (3 if model.remat == "full" else 2),
+        "dense_ffn": 2 * (model.num_layers - num_moe + shared),
+        "experts": 2 * num_moe * work.slots_per_token,
+        "head": 2,
+    }
+    for kind, count in times.items():
+        name = f"{kind.replace('_', ' ')} output"
+        yield Collective(name, kind, "all-reduce", ("tensor",), n, count * tokens)
+
+
+def _axes_of(leaf: Leaf, mesh: MeshConfig) -> tuple[str, ...]:
+    """The mesh axes, larger than one, that a parameter is split over."""
+    sizes = abstract_mesh(mesh)
+    names = (axis for dim in leaf.axes for axis in mesh_axes(dim, sizes))
+    return tuple(axis for axis in names if sizes.shape[axis] > 1)
+
+
+def _product(sizes: dict[str, int], axes: tuple[str, ...]) -> int:
+    n = 1
+    for axis in axes:
+        n *= sizes[axis]
+    return n

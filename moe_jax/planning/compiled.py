@@ -1,0 +1,68 @@
+"""What a compiler said of a program."""
+
+import dataclasses
+import re
+
+from moe_jax.planning.hlo import Program
+
+UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompilerMemory:
+    """Bytes on one device, by the compiler.
+
+    Attributes:
+      arguments: what the program is given: state and batch.
+      outputs: what it returns.
+      aliased: outputs that are written over arguments.
+      temporaries: everything between.
+      generated_code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    generated_code: int
+
+    @property
+    def total(self) -> int:
+        """At the peak: outputs written over arguments need no room of their own."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.generated_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program for one device of a machine.
+
+    Attributes:
+      memory: what it needs; None if the compiler refused it for want of memory.
+      program: what it does; None likewise.
+      seconds: to trace, lower and compile it, and to read it.
+      cost_analysis_flops: the compiler's own count, which takes the body of a loop once; None if
+        it has none (GPU).
+      refused: bytes that it would need, and bytes there are, by the compiler's message.
+    """
+
+    memory: CompilerMemory | None
+    program: Program | None
+    seconds: float
+    cost_analysis_flops: float | None = None
+    refused: tuple[float, float] | None = None
+
+
+def out_of_memory(message: str) -> tuple[float, float] | None:
+    """Bytes needed and bytes available, from the compiler's message; None if it says another thing.
+
+    >>> out_of_memory("RESOURCE_EXHAUSTED: ... temporaries (96.12G) exceeds available HBM (15.75G)")
+    (103208064024.57..., 16911433728.0)
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    used = re.search(r"Used ([\d.]+)([BKMGT]?) of ([\d.]+)([BKMGT]?) hbm", message)
+    either = used or re.search(r"\(([\d.]+)([BKMGT]?)\) exceeds.*?\(([\d.]+)([BKMGT]?)\)", message)
+    if either is None:
+        return (float("nan"), float("nan"))
+    needed, unit, available, other = either.groups()
+    return float(needed) * UNITS[unit], float(available) * UNITS[other]

@@ -1,0 +1,120 @@
+"""FLOPs of a model, counted from its config (legend: `moe_jax.moe`)."""
+
+import dataclasses
+
+from moe_jax.config import ModelConfig
+from moe_jax.moe.capacity import num_slots
+from moe_jax.moe.dispatch import dispatcher_name
+
+
+@dataclasses.dataclass(frozen=True)
+class FlopCount:
+    """Forward FLOPs a token, a multiply-add being two; a training step costs three times as much.
+
+    Attributes:
+      attention: projections, scores and weighted values; the whole L x L square is counted, as it
+        is computed.
+      dense_ffn: FFNs of dense layers, and shared experts.
+      experts: the K experts that a token selects.
+      padding: expert FLOPs on slots that no token fills, beyond `experts`.
+      dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
+      router: router logits.
+      head: output logits.
+    """
+
+    attention: float
+    dense_ffn: float
+    experts: float
+    padding: float
+    dispatch: float
+    router: float
+    head: float
+
+    @property
+    def model(self) -> float:
+        """What the mathematics of the model needs: no padding, no dispatch. MFU counts these."""
+        return self.attention + self.dense_ffn + self.experts + self.router + self.head
+
+    @property
+    def computed(self) -> float:
+        """What is computed: with padded slots and dispatch contractions."""
+        return self.model + self.padding + self.dispatch
+
+
+def count_flops(
+    config: ModelConfig, sequence_length: int, capacity_factor: float | None = None
+) -> FlopCount:
+    """Counts the forward FLOPs of a token.
+
+    Args:
+      config: the model.
+      sequence_length: L.
+      capacity_factor: of the MoE layers; None: the training one.
+    """
+    c, moe = config, config.moe
+    num_moe = len(c.moe_layers)
+    num_dense = c.num_layers - num_moe
+    heads, kv_heads = c.num_heads * c.head_dim, c.kv_heads * c.head_dim
+    projections = 2 * c.model_dim * (2 * heads + 2 * kv_heads)
+    scores = 2 * 2 * sequence_length * heads
+
+    slots = slots_of_an_expert(config, sequence_length, capacity_factor)
+    expert = 2 * c.model_dim * moe.expert_dim * (3 if moe.gated else 2)
+    slots_per_token = moe.num_experts * slots / (moe.group_size or sequence_length)
+    padded = dispatcher_name(moe.dispatch) != "ragged"
+    by_contraction = dispatcher_name(moe.dispatch) == "einsum"
+    shared = moe.num_shared_experts * expert
+    dense = 2 * c.model_dim * c.ffn_dim * (3 if c.gated else 2)
+    return FlopCount(
+        attention=c.num_layers * (projections + scores),
+        dense_ffn=num_dense * dense + num_moe * shared,
+        experts=num_moe * moe.num_selected_experts * expert,
+        padding=num_moe * max(slots_per_token - moe.num_selected_experts, 0) * expert * padded,
+        dispatch=num_moe * 2 * 2 * moe.num_experts * slots * c.model_dim * by_contraction,
+        router=num_moe * 2 * c.model_dim * moe.num_experts * (moe.num_experts > 1),
+        head=2 * c.model_dim * c.vocab_size,
+    )
+
+
+def slots_of_an_expert(
+    config: ModelConfig, sequence_length: int, capacity_factor: float | None = None
+) -> int:
+    """C of a group; `capacity_factor` None: the training one."""
+    moe = config.moe
+    factor = moe.capacity.train_factor if capacity_factor is None else capacity_factor
+    group = moe.group_size or sequence_length
+    return num_slots(group, moe.num_experts, moe.num_selected_experts, factor, moe.capacity)
+
+
+KINDS = ("attention", "dense_ffn", "experts", "routing", "head")
+
+
+def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+    """Computed forward FLOPs a token by `KINDS`: padding is with the experts."""
+    count = count_flops(config, sequence_length)
+    return {
+        "attention": count.attention,
+        "dense_ffn": count.dense_ffn,
+        "experts": count.experts + count.padding,
+        "routing": count.router + count.dispatch,
+        "head": count.head,
+    }
+
+
+def training_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+    """Computed FLOPs a token of a training step by `KINDS`.
+
+    Forward once, backward twice that (one product for the input's gradient, one for the weight's),
+    and what `model.remat` computes again: "full" every layer's forward pass, "dots" the products
+    with a batch dim (attention scores and values, experts, dispatch).
+    """
+    forward = forward_flops(config, sequence_length)
+    again = dict.fromkeys(KINDS, 0.0)
+    if config.remat == "full":
+        again |= {name: value for name, value in forward.items() if name != "head"}
+    elif config.remat == "dots":
+        count = count_flops(config, sequence_length)
+        heads = config.num_heads * config.head_dim
+        again["attention"] = config.num_layers * 4 * sequence_length * heads
+        again["experts"], again["routing"] = forward["experts"], count.dispatch
+    return {name: 3 * forward[name] + again[name] for name in KINDS}

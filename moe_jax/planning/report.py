@@ -1,0 +1,243 @@
+"""Everything that is known of a config before it runs, as one record and as one JSON object."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import MeshConfig
+from moe_jax.planning.communication import collectives, crossing_share
+from moe_jax.planning.compiled import Compiled
+from moe_jax.planning.flops import count_flops
+from moe_jax.planning.hlo import Collective as HloCollective
+from moe_jax.planning.memory import Memory, estimate_memory, kv_cache_bytes
+from moe_jax.planning.parameters import abstract_mesh, count_parameters
+from moe_jax.planning.remedies import remedies
+from moe_jax.planning.roofline import (
+    Roofline,
+    computed_flops,
+    estimate,
+    estimate_by_kind,
+    model_flops,
+    roofline,
+)
+from moe_jax.planning.topology import Topology
+from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config on a mesh, and on a machine if one is named.
+
+    Attributes:
+      work: the config on its mesh.
+      topology: the machine, or None.
+      step: the training step compiled for it, or None.
+      forward: the forward pass of a microbatch, or None.
+    """
+
+    work: Workload
+    topology: Topology | None = None
+    step: Compiled | None = None
+    forward: Compiled | None = None
+
+    @property
+    def memory(self) -> Memory:
+        """By arithmetic."""
+        return estimate_memory(self.work)
+
+    @property
+    def available(self) -> float:
+        """Bytes of memory that a program may use on a device; infinite without a machine."""
+        chip = self.topology.chip if self.topology else None
+        return chip.usable_hbm_bytes / chip.devices if chip else math.inf
+
+    @property
+    def needed(self) -> float:
+        """Bytes on a device: the compiler's, or the arithmetic's if nothing was compiled."""
+        if self.step is None:
+            return self.memory.total
+        if self.step.memory is None:
+            return self.step.refused[0] if self.step.refused else math.nan
+        return self.step.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether the training step has room: the compiler's word, if it was asked."""
+        if self.step is not None and self.step.memory is None:
+            return False
+        return self.needed <= self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Collectives of a compiled program of one kind over the same axes.
+
+    Attributes:
+      kind: the HLO opcode.
+      axes: mesh axes that the groups go over.
+      group_size: devices of a group.
+      count: executions.
+      array_bytes: of all of them, on one device.
+      wire_bytes: that one device sends.
+      crossing_bytes: those of them that leave the slice or node.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group_size: int
+    count: int
+    array_bytes: float
+    wire_bytes: float
+    crossing_bytes: float
+
+
+def axes_of_group(group: tuple[int, ...], mesh: MeshConfig) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    sizes = dict(abstract_mesh(mesh).shape)
+    coordinates = np.unravel_index(np.asarray(group), tuple(sizes.values()))
+    return tuple(
+        axis for axis, along in zip(sizes, coordinates, strict=True) if len(set(along.tolist())) > 1
+    )
+
+
+def collective_rows(
+    found: tuple[HloCollective, ...], mesh: MeshConfig, devices_per_island: int
+) -> list[Row]:
+    """Collectives of a program by kind and axes, the most bytes first."""
+    rows: dict[tuple[str, tuple[str, ...], int], Row] = {}
+    for one in found:
+        if one.group_size < 2:
+            continue
+        axes = axes_of_group(one.group, mesh)
+        islands = len({member // devices_per_island for member in one.group})
+        crossing = one.count * crossing_share(one.kind, islands, one.group_size) * one.bytes
+        key = (one.kind, axes, one.group_size)
+        old = rows.get(key, Row(*key, 0, 0.0, 0.0, 0.0))
+        rows[key] = Row(
+            *key,
+            old.count + one.count,
+            old.array_bytes + one.count * one.bytes,
+            old.wire_bytes + one.count * one.wire_bytes,
+            old.crossing_bytes + crossing,
+        )
+    return sorted(rows.values(), key=lambda row: -row.wire_bytes)
+
+
+def compiled_roofline(compiled: Compiled, work: Workload, topology: Topology) -> Roofline:
+    """The roofline of a compiled program, on one device."""
+    assert compiled.program is not None
+    rows = collective_rows(compiled.program.collectives, work.mesh, topology.devices_per_island)
+    return roofline(
+        topology,
+        compiled.program.flops,
+        compiled.program.hbm_bytes,
+        sum(row.wire_bytes for row in rows),
+        sum(row.crossing_bytes for row in rows),
+    )
+
+
+def describe_roofline(times: Roofline, plan: Plan) -> dict[str, Any]:
+    """Seconds by resource, what bounds, and the model FLOP utilisation that follows."""
+    assert plan.topology is not None
+    chip = plan.topology.chip
+    return {
+        "seconds": dataclasses.asdict(times),
+        "bound": times.bound,
+        "step_seconds_overlapped": times.seconds,
+        "step_seconds_in_turn": times.seconds_in_turn,
+        "mfu_overlapped": times.mfu(model_flops(plan.work), chip.flops / chip.devices),
+    }
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON object; bytes, FLOPs and seconds of one device and one step."""
+    said = describe_arithmetic(plan)
+    if plan.topology is not None:
+        said["topology"] = _describe_topology(plan.topology)
+        said["estimate"] = describe_roofline(estimate(plan.work, plan.topology), plan) | {
+            "seconds_by_kind": {
+                kind: dataclasses.asdict(times)
+                for kind, times in estimate_by_kind(plan.work, plan.topology).items()
+            }
+        }
+    for name, compiled in (("compiled_step", plan.step), ("compiled_forward", plan.forward)):
+        if compiled is not None:
+            said[name] = describe_compiled(compiled, plan, is_step=name == "compiled_step")
+    said["needed_bytes"] = plan.needed
+    said["available_bytes"] = plan.available if plan.topology else None
+    said["fits"] = plan.fits if plan.topology else None
+    if not plan.fits:
+        said["remedies"] = [dataclasses.asdict(one) for one in remedies(plan.work)]
+    return said
+
+
+def describe_arithmetic(plan: Plan) -> dict[str, Any]:
+    """What follows from the config and its mesh alone."""
+    work = plan.work
+    config, training = work.config, work.config.training
+    parameters = count_parameters(config.model)
+    flops = count_flops(config.model, work.length)
+    return {
+        "config": config.name,
+        "mesh": dataclasses.asdict(work.mesh),
+        "num_devices": work.mesh.num_devices,
+        "dispatch": config.model.moe.dispatch if config.model.moe_layers else None,
+        "tokens_per_step": training.batch_size * work.length,
+        "tokens_per_device_and_microbatch": work.tokens,
+        "num_microbatches": training.num_microbatches,
+        "parameters": dataclasses.asdict(parameters),
+        "parameters_by_convention": {
+            name: {"total": total, "active": active}
+            for name, (total, active) in parameters.by_convention().items()
+        },
+        "forward_flops_per_token": dataclasses.asdict(flops)
+        | {"model": flops.model, "computed": flops.computed},
+        "model_flops": model_flops(work),
+        "computed_flops": computed_flops(work),
+        "memory_estimate": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
+        "kv_cache_bytes": kv_cache_bytes(
+            config.model, work.mesh, training.batch_size, work.length, work.itemsize
+        ),
+        "hbm_traffic_estimate": hbm_traffic(work),
+        "collectives_estimate": [
+            dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in collectives(work)
+        ],
+    }
+
+
+def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[str, Any]:
+    """A compiled program, checked against arithmetic where it is the training step."""
+    work, topology = plan.work, plan.topology
+    assert topology is not None
+    said: dict[str, Any] = {"compile_seconds": compiled.seconds}
+    if compiled.memory is None or compiled.program is None:
+        needed, available = compiled.refused or (math.nan, math.nan)
+        return said | {"refused": {"needed_bytes": needed, "available_bytes": available}}
+    program = compiled.program
+    rows = collective_rows(program.collectives, work.mesh, topology.devices_per_island)
+    said |= {
+        "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total},
+        "flops": program.flops,
+        "hbm_bytes": program.hbm_bytes,
+        "collectives": [dataclasses.asdict(row) for row in rows],
+        "uncounted": program.uncounted,
+        "unknown_loops": list(program.unknown_loops),
+        "cost_analysis_flops": compiled.cost_analysis_flops,
+    }
+    if is_step:
+        said["flops_over_arithmetic"] = program.flops / sum(computed_flops(work).values())
+        said["roofline"] = describe_roofline(compiled_roofline(compiled, work, topology), plan)
+    return said
+
+
+def _describe_topology(topology: Topology) -> dict[str, Any]:
+    return {
+        "name": topology.name,
+        "num_chips": topology.num_chips,
+        "num_devices": topology.num_devices,
+        "devices_per_island": topology.devices_per_island,
+        "chip": dataclasses.asdict(topology.chip),
+    }

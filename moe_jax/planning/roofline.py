@@ -1,0 +1,100 @@
+"""The least time that work can take at the published rates of a chip."""
+
+import dataclasses
+
+from moe_jax.planning.communication import collectives
+from moe_jax.planning.flops import KINDS, count_flops, training_flops
+from moe_jax.planning.topology import Topology
+from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.workload import Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a device needs for each kind of work if that kind were all.
+
+    Attributes:
+      compute: FLOPs at the bfloat16 matmul rate.
+      memory: bytes at the memory's rate.
+      interconnect: bytes sent within the slice or node, all links busy.
+      network: bytes that leave the slice or node.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """If everything overlaps: the slowest alone. No run can be faster."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def seconds_in_turn(self) -> float:
+        """If nothing overlaps: the sum."""
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def bound(self) -> str:
+        """What takes longest: "compute", "memory", "interconnect" or "network"."""
+        times = dataclasses.asdict(self)
+        return max(times, key=lambda name: times[name])
+
+    def mfu(self, model_flops: float, rate: float) -> float:
+        """Share of the rate that useful FLOPs make: model FLOPs / (rate x seconds)."""
+        return model_flops / (rate * self.seconds)
+
+
+def roofline(
+    topology: Topology, flops: float, hbm_bytes: float, wire_bytes: float, crossing_bytes: float
+) -> Roofline:
+    """Work of one device over a device's share of its chip's rates."""
+    chip = topology.chip
+    n = chip.devices
+    return Roofline(
+        compute=flops * n / chip.flops,
+        memory=hbm_bytes * n / chip.hbm_bandwidth,
+        interconnect=wire_bytes * n / chip.interconnect,
+        network=crossing_bytes * n / chip.network,
+    )
+
+
+def model_flops(work: Workload) -> float:
+    """FLOPs a step and device that the mathematics of training needs: what MFU counts.
+
+    Three times the forward pass, without padding, dispatch and what remat computes again.
+    """
+    tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
+    return 3 * count_flops(work.config.model, work.length).model * tokens
+
+
+def computed_flops(work: Workload) -> dict[str, float]:
+    """FLOPs a step and device as they are computed, by kind of layer."""
+    tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
+    by_kind = training_flops(work.config.model, work.length)
+    return {kind: tokens * by_kind[kind] for kind in KINDS}
+
+
+def estimate_by_kind(work: Workload, topology: Topology) -> dict[str, Roofline]:
+    """The roofline of each kind of layer, from arithmetic: `flops.KINDS` and "optimizer"."""
+    flops, traffic = computed_flops(work), hbm_traffic(work)
+    messages = collectives(work)
+    island = topology.devices_per_island
+    result = {}
+    for kind in (*KINDS, "optimizer"):
+        own = [message for message in messages if message.layer_kind == kind]
+        result[kind] = roofline(
+            topology,
+            flops.get(kind, 0.0),
+            traffic[kind],
+            sum(message.wire_bytes for message in own),
+            sum(message.crossing_bytes(work.mesh, island) for message in own),
+        )
+    return result
+
+
+def estimate(work: Workload, topology: Topology) -> Roofline:
+    """The roofline of a training step, from arithmetic."""
+    parts = estimate_by_kind(work, topology).values()
+    return Roofline(*(sum(times) for times in zip(*map(dataclasses.astuple, parts), strict=True)))

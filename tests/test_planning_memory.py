@@ -1,0 +1,173 @@
+"""Bytes of one device by component, worked by hand."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax.config import (
+    CapacityConfig,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from moe_jax.planning.flops import KINDS, forward_flops, training_flops
+from moe_jax.planning.memory import (
+    dispatch_bytes,
+    estimate_memory,
+    gathered_parameters,
+    kv_cache_bytes,
+    layer_activations,
+    optimizer_bytes,
+    saved_bytes,
+    working_set,
+)
+from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.workload import resolve
+from moe_jax.training.state import init_state
+
+# One dense and two MoE layers; M = 8, 2 heads and 1 key-value head of 4, H = 16, V = 32, L = 10;
+# E = 4, K = 2, H of an expert 12, capacity factor 1: C = 10 * 2 / 4 = 5 slots, 2 a token.
+MODEL = ModelConfig(
+    vocab_size=32, num_layers=3, model_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=16,
+    tie_embeddings=False, compute_dtype="bfloat16", remat="none", activation="swiglu",
+    moe=MoEConfig(
+        num_experts=4, num_selected_experts=2, expert_dim=12, num_dense_first=1, dispatch="gather",
+        capacity=CapacityConfig(train_factor=1.0),
+    ),
+)  # fmt: skip
+
+
+def workload(mesh=None, batch=8, parts=1, moe=None, optimizer="adamw", **model):
+    changed = dataclasses.replace(MODEL, **model, moe=dataclasses.replace(MODEL.moe, **(moe or {})))
+    mesh = mesh or MeshConfig(data=1)
+    config = ExperimentConfig(
+        model=changed, data=DataConfig(sequence_length=10),
+        optimizer=OptimizerConfig(name=optimizer),
+        training=TrainingConfig(batch_size=batch, num_microbatches=parts), mesh=mesh,
+    )  # fmt: skip
+    return resolve(config, mesh.num_devices)
+
+
+# Of one token, bytes: 4 M = 32 numbers and 3 ND + 3 KD = 36 in bfloat16; 2 heads x 10 probabilities
+# in float32 and in bfloat16; dense: 3 H = 48; MoE: 2 slots x (2 M + 2 x 12) and 2 x E in float32.
+ATTENTION = 2 * (32 + 36) + 20 * (4 + 2)
+DENSE = ATTENTION + 2 * 48
+MOE = ATTENTION + 2 * 2 * (16 + 24) + 4 * 8
+
+
+def test_without_remat_all_that_the_backward_pass_reads_is_saved():
+    work = workload(batch=8)
+    assert work.tokens == 80 and work.slots_per_token == 2
+    assert layer_activations(work, is_moe=False) == 80 * DENSE
+    assert layer_activations(work, is_moe=True) == 80 * MOE
+    assert saved_bytes(work) == 80 * (DENSE + 2 * MOE)
+
+
+def test_full_remat_saves_the_input_of_each_layer():
+    assert saved_bytes(workload(remat="full")) == 80 * 3 * 8 * 2
+
+
+def test_remat_dots_saves_projections_dense_ffn_and_router_too():
+    """Input and output M each, q 8, k and v 4 each; dense 2 H + M; the router's E in float32."""
+    per_token = 3 * (16 + 16) * 2 + (2 * 16 + 8) * 2 + 2 * 4 * 4
+    assert saved_bytes(workload(remat="dots")) == 80 * per_token
+    shared = workload(remat="dots", moe={"num_shared_experts": 2})
+    assert saved_bytes(shared) == 80 * (per_token + 2 * 2 * (24 + 8))
+
+
+def test_microbatches_and_devices_share_the_tokens():
+    whole = saved_bytes(workload())
+    assert saved_bytes(workload(parts=4)) == whole / 4
+    for mesh in (MeshConfig(data=4), MeshConfig(data=2, expert=2), MeshConfig(data=1, fsdp=4)):
+        assert saved_bytes(workload(mesh)) == whole / 4
+    halved = layer_activations(workload(MeshConfig(data=1, tensor=1)), is_moe=False)
+    assert halved == 80 * DENSE
+
+
+def test_the_working_set_has_gathered_weights_and_their_gradient():
+    """Of an MoE layer: q, o 64 each, k, v 32 each; norms 16; router 32; experts 4 x 2 x 96."""
+    own = 192 + 16 + 32 + 768
+    alone, split = workload(), workload(MeshConfig(data=1, fsdp=2))
+    assert gathered_parameters(alone, is_moe=True) == pytest.approx(own + 8 / 3)  # final norm
+    assert gathered_parameters(split, is_moe=True) == gathered_parameters(alone, is_moe=True)
+    by_expert = workload(MeshConfig(data=1, expert=2))
+    assert gathered_parameters(by_expert, is_moe=True) == pytest.approx(own + 8 / 3 - 384)
+    full = workload(remat="full")
+    weights = 2 * 2 * gathered_parameters(full, is_moe=True)
+    assert working_set(full, is_moe=True) == weights + 80 * MOE
+    assert working_set(alone, is_moe=True) == weights + 80 * 20 * 4, "gradient of the scores"
+
+
+def test_dispatch_buffers():
+    """Two slots of 8 a token, in and out: 32 numbers; twice where they travel; GSEC for einsum."""
+    assert dispatch_bytes(workload()) == 80 * 2 * 2 * 8 * 2
+    split = workload(MeshConfig(data=1, expert=2))
+    assert dispatch_bytes(split) == 40 * 4 * 2 * 8 * 2
+    einsum = workload(moe={"dispatch": "einsum"})
+    assert dispatch_bytes(einsum) == 80 * (2 * 2 * 8 + 2 * 4 * 5) * 2
+    assert workload(moe={"dispatch": "ragged"}).slots_per_token == 2
+
+
+def test_state_is_three_float32_numbers_a_parameter_and_gradients_one():
+    work = workload()
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: init_state(work.config)).params)
+    size = sum(leaf.size for leaf in leaves)
+    memory = estimate_memory(work)
+    assert (memory.parameters, memory.optimizer, memory.gradients) == (4 * size, 8 * size, 4 * size)
+    assert estimate_memory(workload(parts=2)).gradients == 8 * size
+    assert memory.logits == 2 * 80 * 32 * 4
+    state = 16 * size + memory.saved_activations
+    assert memory.total == state + max(memory.logits, memory.layer + memory.dispatch)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
+    """But for counters and optax's placeholders of one number."""
+    wide = {"model_dim": 128, "ffn_dim": 160, "head_dim": 64, "vocab_size": 200}
+    work = workload(
+        optimizer=name, scan_layers=scan_layers, moe={"expert_dim": 144, "use_bias": True}, **wide
+    )
+    state = jax.eval_shape(lambda: init_state(work.config))
+    sizes = [leaf.size for leaf in jax.tree.leaves(state.opt_state)]
+    placeholders = 4 * sum(size for size in sizes if size <= 8)
+    assert optimizer_bytes(work) == pytest.approx(4 * sum(sizes), abs=placeholders + 1)
+    assert placeholders < 0.01 * optimizer_bytes(work)
+
+
+def test_the_cache_of_keys_and_values():
+    """Keys and values, 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
+    assert kv_cache_bytes(MODEL, MeshConfig(data=1), 6, 100, 2) == 2 * 3 * 6 * 100 * 4 * 2
+    assert kv_cache_bytes(MODEL, MeshConfig(data=3), 6, 100, 2) == 2 * 3 * 2 * 100 * 4 * 2
+    assert kv_cache_bytes(MODEL, MeshConfig(data=8), 6, 100, 2) == 2 * 3 * 1 * 100 * 4 * 2
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
+    config = dataclasses.replace(MODEL, remat=remat)
+    forward, training = forward_flops(config, 10), training_flops(config, 10)
+    passes = {
+        "none": dict.fromkeys(KINDS, 3),
+        "full": dict.fromkeys(KINDS, 4) | {"head": 3},
+        # Scores and values, 2 x 2 L ND a layer, and experts.
+        "dots": dict.fromkeys(KINDS, 3) | {"experts": 4},
+    }[remat]
+    expected = {kind: passes[kind] * forward[kind] for kind in KINDS}
+    if remat == "dots":
+        expected["attention"] += 3 * 2 * 2 * 10 * 8
+    assert training == expected
+
+
+def test_memory_traffic_of_the_experts():
+    """Two MoE layers, 80 tokens x 2 slots, two products [8, 12] and [12, 8]; three passes."""
+    rows_in_and_out = 80 * 2 * 2 * (8 + 12) * 2
+    weights = 2 * 4 * 2 * 96
+    assert hbm_traffic(workload())["experts"] == 3 * 2 * (rows_in_and_out + weights)
+    assert hbm_traffic(workload(remat="full"))["experts"] == 4 * 2 * (rows_in_and_out + weights)
+    size = estimate_memory(workload()).parameters / 4
+    assert hbm_traffic(workload())["optimizer"] == 7 * 4 * size

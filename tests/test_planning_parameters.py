@@ -1,0 +1,124 @@
+"""Parameters under the three conventions, and a device's share of them."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moe_jax.config import MeshConfig, ModelConfig, MoEConfig, RouterConfig
+from moe_jax.models.parameters import key_path, parameter_axes
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding
+from moe_jax.planning.parameters import (
+    count_parameters,
+    local_parameters,
+    parameter_leaves,
+    shards_of,
+)
+
+
+def published(layers, model, heads, kv_heads, experts, selected, hidden, vocab, qk_norm=False):
+    """A decoder of SwiGLU experts in every layer, head dim 128, an untied head."""
+    return ModelConfig(
+        vocab_size=vocab, num_layers=layers, model_dim=model, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=128, tie_embeddings=False, qk_norm=qk_norm,
+        moe=MoEConfig(
+            num_experts=experts, num_selected_experts=selected, expert_dim=hidden,
+            activation="swiglu", router=RouterConfig(renormalize=True),
+        ),
+    )  # fmt: skip
+
+
+MIXTRAL_8X7B = published(32, 4096, 32, 8, 8, 2, 14336, 32000)
+SMALL = ModelConfig(
+    vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32,
+    tie_embeddings=False, attention_bias=True, qk_norm=True, norm="layernorm",
+    moe=MoEConfig(
+        num_experts=4, num_selected_experts=2, expert_dim=24, use_bias=True, num_dense_first=1,
+        num_shared_experts=1, shared_expert_gate=True,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"),
+    [
+        (MIXTRAL_8X7B, 46_702_792_704, (12.88, 12.75, 12.62)),
+        # Qwen3-30B-A3B, DBRX
+        (
+            published(48, 2048, 32, 4, 128, 8, 768, 151936, qk_norm=True),
+            30_532_122_624,
+            (3.35, 3.04, 2.73),
+        ),
+        (published(40, 6144, 48, 8, 16, 4, 10752, 100352), 131_596_523_520, (36.47,)),
+    ],
+)
+def test_models_whose_size_is_published(config, total, active):
+    """Totals are those of the released weights; active in billions, by convention."""
+    count = count_parameters(config)
+    assert count.total == total
+    conventions = count.by_convention().values()
+    for (_, counted), expected in zip(conventions, active, strict=False):
+        assert counted / 1e9 == pytest.approx(expected, abs=0.006)
+
+
+def test_conventions_leave_out_embeddings():
+    count = count_parameters(MIXTRAL_8X7B)
+    both, without_input, without = count.by_convention().values()
+    assert both == (count.total, count.active)
+    assert without_input == (count.total - 32000 * 4096, count.active - 32000 * 4096)
+    assert without == (count.total - 2 * 32000 * 4096, count.active - 2 * 32000 * 4096)
+
+
+def test_a_tied_embedding_is_the_head_which_only_the_last_convention_leaves_out():
+    count = count_parameters(dataclasses.replace(SMALL, tie_embeddings=True))
+    both, without_input, without = count.by_convention().values()
+    assert both == without_input == (count.total, count.active)
+    assert without == (count.total - 64 * 16, count.active - 64 * 16)
+
+
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=2, expert=4),
+    MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=1, expert=4, tensor=2),
+    MeshConfig(slices=2, data=1, fsdp=2, expert=2),
+    MeshConfig(slices=2, data=1, fsdp=2, expert=2, experts_span_slices=True),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_device_holds_what_its_shardings_say(mesh, scan_layers):
+    config = dataclasses.replace(SMALL, scan_layers=scan_layers)
+    real = make_mesh(mesh, jax.devices())
+    held = 0
+    for leaf in parameter_leaves(config):
+        sharding = named_sharding(leaf.axes, real)
+        local = sharding.shard_shape(leaf.shape)
+        assert leaf.local_size(mesh) == jax.numpy.prod(jax.numpy.asarray(local))
+        assert leaf.shards(mesh) * leaf.local_size(mesh) == leaf.size
+        held += leaf.local_size(mesh)
+    assert sum(local_parameters(config, mesh).values()) == held
+
+
+def test_leaves_are_those_of_the_model_with_the_dims_it_declares():
+    for leaf in parameter_leaves(SMALL):
+        declared = parameter_axes(leaf.path, SMALL)
+        assert leaf.axes[-len(declared) :] == declared and len(leaf.axes) == len(leaf.shape)
+    assert key_path(()) == ()
+
+
+def test_by_hand():
+    """Experts [4, 16, 24] of 3 layers: over fsdp 2, expert 2, tensor 2 an eighth each."""
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    assert [shards_of(name, mesh) for name in ("model", "expert", "hidden", "batch", None)] == [
+        2, 2, 2, 4, 1,
+    ]  # fmt: skip
+    local = local_parameters(SMALL, mesh)
+    matrices, biases = 2 * 4 * 16 * 24 // 8, 4 * 24 // 4 + 4 * 16 // 4
+    assert local["experts"] == 3 * (matrices + biases)
+    assert local["embedding"] == local["head"] == 64 * 16 // 4
+    assert local["router"] == 3 * 16 * 4 // 2, "split over fsdp; every device routes its own tokens"
+    assert local["norms"] == 2 * 16 * (4 * 2 + 1), "never split"
