@@ -57,7 +57,7 @@ class Step:
 
     def __init__(self, config: ExperimentConfig):
         batch = next(train_batches(config.data, global_batch_size=config.training.batch_size))
-        self.batch = {name: jnp.asarray(v) for name, v in batch.items() if name != "domain"}
+        self.batch = {name: jnp.asarray(v)[None] for name, v in batch.items() if name != "domain"}
         self.state = jax.jit(init_state, static_argnums=0)(config)
         step = jax.jit(make_train_step(config), donate_argnums=0)
         begin = time.perf_counter()

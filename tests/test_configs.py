@@ -15,7 +15,7 @@ from moe_jax.config import ExperimentConfig, config_dict, from_config_dict
 from moe_jax.data import train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
-from tests.tiny_run import CACHE, ROOT, quick_jit
+from tests.tiny_run import CACHE, ROOT, cut, quick_jit
 
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 MAX_SMOKE_STEPS = 20
@@ -85,7 +85,7 @@ def test_smoke_is_small_and_trains(name, preset):
     for expected_step in (1, 2):
         batch = next(batches)
         batch.pop("domain")
-        state, says = step(state, batch)
+        state, says = step(state, cut(batch, config.training.num_microbatches))
         assert int(state.step) == expected_step
         assert np.isfinite(says.total_loss) and says.grad_norm > 0
     np.testing.assert_allclose(says.loss, np.log(config.model.vocab_size), atol=2)

@@ -126,13 +126,13 @@ def test_a_signal_during_an_evaluation_saves_that_step(finished, tmp_path, monke
 
 
 def test_a_finished_run_does_not_train_again(copy, monkeypatch):
-    def no_step(config):
+    def no_step(config, mesh):
         def step(state, batch):
             raise AssertionError("a step was taken")
 
         return step
 
-    monkeypatch.setattr(loop, "make_train_step", no_step)
+    monkeypatch.setattr(loop, "compile_train_step", no_step)
     before = files(copy)
     train(CONFIG, copy)
     after = files(copy)
@@ -145,7 +145,7 @@ def test_another_config_is_refused_before_anything_happens(copy, monkeypatch):
     def not_called(*args, **kwargs):
         raise AssertionError("too late")
 
-    for name in ("restore", "init_state", "Checkpoints", "write_run_record"):
+    for name in ("restore", "new_state", "Checkpoints", "write_run_record"):
         monkeypatch.setattr(loop, name, not_called)
     before = files(copy)
     other = tiny_training({"training": {"num_steps": 13}, "model": {"moe": {"num_experts": 8}}})

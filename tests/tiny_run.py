@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "data": {"sequence_length": 16},
     "optimizer": {"warmup_steps": 0},
     "training": {"num_steps": 100, "batch_size": 4},
+    "mesh": {"data": 1},
 }
 
 # Tests mostly wait for the compiler: this halves it, and the programs run but a moment.
@@ -88,6 +89,11 @@ def tiny_batch(batch_size: int = 4, length: int = 16, seed: int = 0) -> dict[str
         "positions": jnp.asarray(positions * valid, jnp.int32),
         "loss_weights": jnp.asarray(weights, jnp.float32),
     }
+
+
+def cut(batch: dict[str, Any], num_parts: int = 1) -> dict[str, jax.Array]:
+    """A batch as the training step takes it: cut into microbatches of consecutive sequences."""
+    return {name: value.reshape(num_parts, -1, *value.shape[1:]) for name, value in batch.items()}
 
 
 def tiny_training(settings: dict[str, Any] | None = None) -> ExperimentConfig:

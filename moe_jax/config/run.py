@@ -141,9 +141,53 @@ class ExperimentConfig:
             f"tokens per microbatch={tokens} ({rows} sequences)",
             f"Set moe.group_size to 0 for one sequence ({length}), or to a divisor",
         )
+        if -1 not in self.mesh.sizes:
+            self.check_mesh()
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             "optimizer.warmup_steps is at most training.num_steps",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}",
             "Shorten the warm-up",
         )
+
+    def on_devices(self, num_devices: int) -> "ExperimentConfig":
+        """This experiment with its mesh filled for so many devices.
+
+        Raises:
+          ValueError: the mesh does not fit the devices, or the batch or the model the mesh.
+        """
+        return dataclasses.replace(self, mesh=self.mesh.fill(num_devices))
+
+    def check_mesh(self) -> None:
+        """Refuses sizes that the mesh does not split evenly."""
+        mesh, model, moe = self.mesh, self.model, self.model.moe
+        sequences = self.training.batch_size // self.training.num_microbatches
+        per_group = max(moe.group_size // self.data.sequence_length, 1) if model.moe_layers else 1
+        require(
+            sequences % (mesh.batch_shards * per_group) == 0,
+            "a microbatch is split over slices * data * fsdp * expert devices, in whole sequences "
+            "and whole groups of moe.group_size tokens",
+            f"{sequences} sequences (batch_size={self.training.batch_size}, "
+            f"num_microbatches={self.training.num_microbatches}), {per_group} a group, over "
+            f"{mesh.batch_shards} devices",
+            f"Use a multiple of {mesh.batch_shards * per_group} sequences a microbatch",
+        )
+        splits = [
+            ("model.model_dim", model.model_dim, "fsdp", mesh.fsdp),
+            ("model.num_heads", model.num_heads, "tensor", mesh.tensor),
+            ("key and value heads (model.num_kv_heads)", model.kv_heads, "tensor", mesh.tensor),
+            ("model.vocab_size", model.vocab_size, "tensor", mesh.tensor),
+        ]
+        if len(model.moe_layers) < model.num_layers:
+            splits.append(("model.ffn_dim", model.ffn_dim, "tensor", mesh.tensor))
+        if model.moe_layers:
+            splits.append(("moe.expert_dim", moe.expert_dim, "tensor", mesh.tensor))
+            axes = "slices * expert" if mesh.experts_span_slices else "expert"
+            splits.append(("moe.num_experts", moe.num_experts, axes, mesh.expert_shards))
+        for name, size, axes, shards in splits:
+            require(
+                size % shards == 0,
+                f"mesh {axes} divides {name}",
+                f"{axes}={shards}, {name}={size}",
+                "Change one of them",
+            )

@@ -20,7 +20,8 @@ def next_token(
     window_L: jax.Array,
     length: jax.Array,
     temperature: jax.Array,
-    rng: jax.Array,
+    seed: jax.Array,
+    index: jax.Array,
     *,
     config: ModelConfig,
 ) -> jax.Array:
@@ -40,6 +41,7 @@ def next_token(
         capacity_factor=0.0,
     )
     logits_V = output.logits_BLV[0, length - 1]
+    rng = jax.random.fold_in(jax.random.key(seed), index)
     greedy = jnp.argmax(logits_V)
     sampled = jax.random.categorical(rng, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
@@ -93,10 +95,11 @@ def continue_text(
         token = next_token(
             params,
             router_bias_XE,
-            jnp.asarray(window_L),
-            jnp.asarray(len(seen)),
-            jnp.asarray(temperature, jnp.float32),
-            jax.random.fold_in(jax.random.key(seed), i),
+            window_L,
+            np.int32(len(seen)),
+            np.float32(temperature),
+            np.uint32(seed),
+            np.int32(i),
             config=model,
         )
         if int(token) == tokenizer.eos_id:

@@ -21,7 +21,7 @@ class MoEAux(NamedTuple):
       assigned_KE: int32, tokens that have expert e as their choice k, before drops.
       kept_KE: int32, the same after drops.
       assigned_BE: int32, choices of expert e in each sequence, before drops: what statistics by
-        domain are made of.
+        domain are made of; None where it was not kept.
       mean_prob_E: float32, mean of the full router distribution.
       num_tokens: int32 scalar, valid tokens.
       router_entropy: float32 scalar, nats, mean entropy of the router distribution.
@@ -34,7 +34,7 @@ class MoEAux(NamedTuple):
     router_z_loss: jax.Array
     assigned_KE: jax.Array
     kept_KE: jax.Array
-    assigned_BE: jax.Array
+    assigned_BE: jax.Array | None
     mean_prob_E: jax.Array
     num_tokens: jax.Array
     router_entropy: jax.Array
@@ -109,8 +109,9 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
       config: the block's settings.
 
     Returns:
-      The `MoEAux` of the whole. Counts add up; means are weighted by tokens. The load-balance loss
-      is a mean over the parts too, but in scope "global", where it is of the whole.
+      The `MoEAux` of the whole, without `assigned_BE`. Counts add up; means are weighted by tokens.
+      The load-balance loss is a mean over the parts too, but in scope "global", where it is of the
+      whole.
     """
     total = jnp.sum(parts.num_tokens, axis=0)
     weight = parts.num_tokens / jnp.maximum(total, 1)
@@ -125,9 +126,7 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
         router_z_loss=mean(parts.router_z_loss),
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
-        assigned_BE=jnp.moveaxis(parts.assigned_BE, 0, -3).reshape(
-            *parts.assigned_BE.shape[1:-2], -1, config.num_experts
-        ),
+        assigned_BE=None,
         mean_prob_E=mean(parts.mean_prob_E),
         num_tokens=total,
         router_entropy=mean(parts.router_entropy),

@@ -1,16 +1,19 @@
 """Held-out loss, overall and by domain, dropless and capacity-limited (legend: `moe_jax.moe`)."""
 
 import functools
-from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, ModelConfig
+from moe_jax.config import ExperimentConfig, MeshConfig, ModelConfig
 from moe_jax.data import domain_names, heldout_batches, open_tokenizer
 from moe_jax.models import Decoder
+from moe_jax.parallel.batches import from_whole
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import constrain
 from moe_jax.training.loss import Batch, target_nats
 
 
@@ -51,12 +54,13 @@ def evaluate_batch(
     )
     weight_BL = batch["loss_weights"]
     nats_BL = target_nats(output.logits_BLV, batch["targets"]) * weight_BL
-    return SequenceSums(
+    sums = SequenceSums(
         nats_B=jnp.sum(nats_BL, axis=1),
         targets_B=jnp.sum(weight_BL, axis=1),
         bytes_B=jnp.sum(token_bytes_V[batch["targets"]] * weight_BL, axis=1),
         assigned_XBE=None if output.aux is None else output.aux.assigned_BE,
     )
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), sums)  # every process reads all
 
 
 class DomainSums:
@@ -116,6 +120,7 @@ def evaluate(
     router_bias_XE: jax.Array | None,
     config: ExperimentConfig,
     *,
+    mesh: Mesh | None = None,
     max_batches: int | None = None,
 ) -> dict[str, Any]:
     """Scores the held-out split.
@@ -124,6 +129,7 @@ def evaluate(
       params: parameters of the model.
       router_bias_XE: selection biases of loss-free balancing, or None.
       config: of the run.
+      mesh: that the parameters lie on; None: one device.
       max_batches: held-out batches to use; None: all.
 
     Returns:
@@ -131,31 +137,30 @@ def evaluate(
       `nats_per_token`, `bits_per_byte`, `tokens` and the same by domain under `domains`; and
       `domain_expert_share`, by layer and domain, of the dropless pass.
     """
-    token_bytes_V = jnp.asarray(open_tokenizer(config.data.tokenizer).token_bytes_V)
+    mesh = mesh or make_mesh(MeshConfig(data=1))
+    token_bytes_V = open_tokenizer(config.data.tokenizer).token_bytes_V
     domains = domain_names(config.data)
     factors = {"dropless": 0.0}
     if config.model.moe_layers and config.model.moe.capacity.eval_factor > 0:
         factors["capacity_limited"] = config.model.moe.capacity.eval_factor
     totals = {name: DomainSums(domains) for name in factors}
-    for batch in _batches(config, max_batches):
+    rows = config.training.batch_size // config.training.num_microbatches
+    for batch in heldout_batches(config.data, batch_size=rows, max_batches=max_batches):
+        batch = dict(batch)
+        domain_B = batch.pop("domain")
+        arrays = from_whole(batch, mesh, ("batch", None))
         for name, factor in factors.items():
-            sums = evaluate_batch(
-                params,
-                router_bias_XE,
-                {key: value for key, value in batch.items() if key != "domain"},
-                token_bytes_V,
-                config=config.model,
-                capacity_factor=factor,
-            )
-            totals[name].add(sums, batch["domain"])
+            with jax.set_mesh(mesh):
+                sums = evaluate_batch(
+                    params,
+                    router_bias_XE,
+                    arrays,
+                    token_bytes_V,
+                    config=config.model,
+                    capacity_factor=factor,
+                )
+            totals[name].add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
     return {name: total.losses() for name, total in totals.items()} | {
         "domain_expert_share": shares
     }
-
-
-def _batches(
-    config: ExperimentConfig, max_batches: int | None
-) -> Iterable[Mapping[str, np.ndarray]]:
-    rows = config.training.batch_size // config.training.num_microbatches
-    return heldout_batches(config.data, batch_size=rows, max_batches=max_batches)

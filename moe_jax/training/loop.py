@@ -2,27 +2,33 @@
 
 import json
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.analysis.report import write_report
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_tokenizer, train_batches
 from moe_jax.inference import continue_text
+from moe_jax.parallel.batches import from_shares, host_share
+from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
 from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
+from moe_jax.training.loss import Batch
 from moe_jax.training.metrics import MetricWriter, write_atomically, write_run_record
+from moe_jax.training.placement import BATCH_AXES, compile_train_step, new_state
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
 from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
-from moe_jax.training.state import TrainState, init_state
-from moe_jax.training.step import StepMetrics, make_train_step
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import StepMetrics
 from moe_jax.training.workdir import check_workdir, only_run
 
 
@@ -43,20 +49,45 @@ def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, An
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     workdir = pathlib.Path(workdir)
+    config = config.on_devices(jax.device_count())
+    mesh = make_mesh(config.mesh)
     check_workdir(config, workdir)
     check_vocabulary(config)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
-        return train_in(workdir, config, checkpoints)
+        return train_in(workdir, config, mesh, checkpoints)
+
+
+class Run(NamedTuple):
+    """A run while it goes: what it is, and where it writes."""
+
+    config: ExperimentConfig
+    mesh: Mesh
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    progress: Progress
+    rates: Rates
+    signals: SignalFlag
+
+    def evaluate(self, state: TrainState, max_batches: int | None) -> dict[str, Any]:
+        """Scores the held-out split, in time that does not count for the speed."""
+        with self.rates.paused():
+            return evaluate(
+                state.params,
+                state.router_bias_XE,
+                self.config,
+                mesh=self.mesh,
+                max_batches=max_batches,
+            )
 
 
 def train_in(
-    workdir: pathlib.Path, config: ExperimentConfig, checkpoints: Checkpoints
+    workdir: pathlib.Path, config: ExperimentConfig, mesh: Mesh, checkpoints: Checkpoints
 ) -> dict[str, Any]:
     """Trains in a directory that nobody else writes to; see `train`."""
-    restored = restore(config, checkpoints)
-    state = jax.jit(init_state, static_argnums=0)(config) if restored is None else restored
+    restored = restore(config, checkpoints, mesh)
+    state = new_state(config, mesh) if restored is None else restored
     start = int(state.step)
     parameters = count_parameters(config.model)
     flops = count_flops(config.model, config.data.sequence_length)
@@ -68,6 +99,7 @@ def train_in(
     }
     record = write_run_record(workdir, config, start_step=start, facts=facts)
     print(summary(config.model, config.data.sequence_length), flush=True)
+    print(describe_mesh(mesh), flush=True)
     if start:
         print(f"resuming after step {start} of {config.training.num_steps}", flush=True)
 
@@ -78,89 +110,97 @@ def train_in(
     )
     rates = Rates(config, 3 * flops.model, peak)
     with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
-        state, said = run_steps(config, state, start, checkpoints, writer, progress, rates, signals)
+        run = Run(config, mesh, checkpoints, writer, progress, rates, signals)
+        state, said = run_steps(run, state, start)
+    if said is None:
+        said = run.evaluate(state, None)
     return finish(config, workdir, state, said)
 
 
-def run_steps(
-    config: ExperimentConfig,
-    state: TrainState,
-    start: int,
-    checkpoints: Checkpoints,
-    writer: MetricWriter,
-    progress: Progress,
-    rates: Rates,
-    signals: SignalFlag,
-) -> tuple[TrainState, dict[str, Any] | None]:
+def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any] | None]:
     """Takes the steps from `start` on, and writes down what they say.
 
     Returns:
       The last state and its evaluation (None if there was no step left to take).
     """
-    training = config.training
-    step_function = jax.jit(make_train_step(config), donate_argnums=0)
-    batches = train_batches(config.data, global_batch_size=training.batch_size, start_step=start)
+    config, training = run.config, run.config.training
+    step_function = compile_train_step(config, run.mesh)
+    batches = global_batches(config, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
     said: dict[str, Any] | None = None
     saved = start
 
     def settle() -> None:
         """Checks, writes and shows the metrics of the step before: the device is on the next."""
+        nonlocal pending
         if pending is None:
             return
-        step, metrics = pending
-        check_finite(step, metrics, saved, checkpoints.directory)
+        (step, metrics), pending = pending, None
+        check_finite(step, metrics, saved, run.checkpoints.directory)
         if step % training.log_every == 0 or step == training.num_steps:
-            row = metrics_row(metrics, config.model.moe_layers) | rates.measure(step)
-            writer.write(step, row)
-            progress.update(step, row)
+            row = metrics_row(metrics, config.model.moe_layers) | run.rates.measure(step)
+            run.writer.write(step, row)
+            run.progress.update(step, row)
         else:
-            progress.update(step)
+            run.progress.update(step)
 
     for step in range(start + 1, training.num_steps + 1):
-        batch = next(batches)
-        batch.pop("domain")
-        state, metrics = step_function(state, batch)
+        with jax.set_mesh(run.mesh):
+            state, metrics = step_function(state, next(batches))
         if step == start + 1:
             jax.block_until_ready(metrics)  # compilation is not part of the speed
-            rates.start(step)
+            run.rates.start(step)
         settle()
         pending = (step, metrics)
 
         last = step == training.num_steps
         if last or step % training.evaluate_every == 0:
             settle()
-            pending = None
-            max_batches = None if last else training.evaluation_batches or None
-            with rates.paused():
-                said = evaluate(state.params, state.router_bias_XE, config, max_batches=max_batches)
-            writer.write(step, evaluation_row(said))
-            progress.print(evaluation_line(step, said))
-        stopped = signals.received  # read once, and after the evaluation: it may come at any time
+            said = run.evaluate(state, None if last else training.evaluation_batches or None)
+            run.writer.write(step, evaluation_row(said))
+            run.progress.print(evaluation_line(step, said))
+        stopped = run.signals.received  # read once, after the evaluation: it may come at any time
         if last or stopped or step % training.checkpoint_every == 0:
             # The metrics first: a run that resumes here has all of them.
             settle()
-            pending = None
-            with rates.paused():
-                checkpoints.save(step, state, wait=last or stopped is not None)
+            with run.rates.paused():
+                run.checkpoints.save(step, state, wait=last or stopped is not None)
             saved = step
         if stopped:
             raise Interrupted(stopped, step)
     return state, said
 
 
+def global_batches(config: ExperimentConfig, mesh: Mesh, start: int) -> Iterator[Batch]:
+    """The batches of the steps after `start`, cut into microbatches, on the mesh.
+
+    Every process reads its rows of each microbatch; which sequences a step sees depends neither on
+    the mesh nor on the number of processes.
+    """
+    num_parts = config.training.num_microbatches
+    rows = config.training.batch_size // num_parts
+    host_index, host_count = host_share(mesh, rows)
+    parts = train_batches(
+        config.data,
+        global_batch_size=rows,
+        host_index=host_index,
+        host_count=host_count,
+        start_step=start * num_parts,
+    )
+    while True:
+        some = [next(parts) for _ in range(num_parts)]
+        share = {name: np.stack([part[name] for part in some]) for name in some[0]}
+        share.pop("domain")
+        yield from_shares(share, mesh, BATCH_AXES)
+
+
 def finish(
-    config: ExperimentConfig,
-    workdir: pathlib.Path,
-    state: TrainState,
-    said: dict[str, Any] | None,
+    config: ExperimentConfig, workdir: pathlib.Path, state: TrainState, said: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes the evaluation on the whole held-out split, a sample, and the report."""
-    if said is None:
-        said = evaluate(state.params, state.router_bias_XE, config)
     said = {"step": int(state.step), **said}
-    write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
     training = config.training
+    text = ""
     if training.sample_prompt:
         text = continue_text(
             state.params,
@@ -169,6 +209,10 @@ def finish(
             training.sample_prompt,
             num_tokens=training.sample_tokens,
         )
+    if jax.process_index() != 0:
+        return said
+    write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
+    if training.sample_prompt:
         write_atomically(workdir / "sample.txt", training.sample_prompt + text + "\n")
         print(f"\nsample:\n{training.sample_prompt}{text}\n")
     print(f"report: {write_report(workdir)}", flush=True)

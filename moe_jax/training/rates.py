@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-import jax
-
 from moe_jax.config import ExperimentConfig
 
 
@@ -21,6 +19,7 @@ class Rates:
         self._tokens = config.training.batch_size * config.data.sequence_length
         self._flops = step_flops_per_token
         self._peak = peak
+        self._devices = config.mesh.num_devices
         self._step, self._since = 0, 0.0
 
     def start(self, step: int) -> None:
@@ -36,7 +35,7 @@ class Rates:
         tokens_per_second = self._tokens / seconds
         row = {"perf/seconds_per_step": seconds, "perf/tokens_per_s": tokens_per_second}
         if self._peak:
-            rate = tokens_per_second * self._flops / (self._peak * jax.device_count())
+            rate = tokens_per_second * self._flops / (self._peak * self._devices)
             row["perf/mfu"] = rate
         return row
 

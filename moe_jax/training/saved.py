@@ -1,20 +1,31 @@
 """A trained model out of its run's directory."""
 
+import dataclasses
 import json
 import pathlib
 
 import jax
+from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.config import ExperimentConfig, MeshConfig, from_config_dict
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
+from moe_jax.training.placement import state_shardings
 from moe_jax.training.state import TrainState, init_state
 
 CHECKPOINTS = "checkpoints"
 
 
-def load_run(workdir: str | pathlib.Path) -> tuple[ExperimentConfig, TrainState]:
+def load_run(
+    workdir: str | pathlib.Path, mesh: MeshConfig | None = None
+) -> tuple[ExperimentConfig, TrainState]:
     """The config and the newest whole checkpoint of a run, which may be training.
+
+    Args:
+      workdir: of the run.
+      mesh: where the state goes, whatever mesh it was saved from; None: one device. The config
+        that is returned has it.
 
     Raises:
       ValueError: the directory holds no run, or a run without a checkpoint.
@@ -27,8 +38,10 @@ def load_run(workdir: str | pathlib.Path) -> tuple[ExperimentConfig, TrainState]
             "--workdir that `python -m moe_jax.train` was given."
         )
     config = from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+    config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
+    config = config.on_devices(jax.device_count())
     with Checkpoints(workdir / CHECKPOINTS, keep=None) as checkpoints:
-        restored = restore(config, checkpoints)
+        restored = restore(config, checkpoints, make_mesh(config.mesh))
     if restored is None:
         raise ValueError(
             f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
@@ -37,12 +50,16 @@ def load_run(workdir: str | pathlib.Path) -> tuple[ExperimentConfig, TrainState]
     return config, restored
 
 
-def restore(config: ExperimentConfig, checkpoints: Checkpoints) -> TrainState | None:
-    """The state of the newest whole checkpoint, or None if there is no checkpoint."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def restore(config: ExperimentConfig, checkpoints: Checkpoints, mesh: Mesh) -> TrainState | None:
+    """The state of the newest whole checkpoint, read straight to where it lies on the mesh.
+
+    Returns:
+      The state, or None if there is no checkpoint.
+    """
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         jax.eval_shape(lambda: init_state(config)),
+        state_shardings(config, mesh),
     )
     restored = checkpoints.restore_latest(abstract)
     return None if restored is None else restored[1]

@@ -23,7 +23,8 @@ class StepMetrics(NamedTuple):
       total_loss: float32 scalar, with the balance losses: what was differentiated.
       grad_norm: float32 scalar, global norm before clipping.
       learning_rate: float32 scalar.
-      aux: of the MoE layers over the whole batch, leading dim X; None for a dense model.
+      aux: of the MoE layers over the whole batch, leading dim X, without the counts of single
+        sequences (`assigned_BE` is None); None for a dense model.
     """
 
     loss: jax.Array
@@ -38,9 +39,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The step of a config: `(state, batch) -> (state, metrics)`, to be jitted.
 
-    The batch holds arrays [batch_size, L]; it is cut into `num_microbatches` of whole sequences,
-    which changes the memory the step needs and, beyond rounding, nothing else; but for noise,
-    which is drawn anew for each, and load-balance scope "microbatch", which is meant to.
+    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L]. How it is cut
+    changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
+    drawn anew for each microbatch, and load-balance scope "microbatch", which is meant to.
     """
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
@@ -48,11 +49,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-        parts = {
-            name: value.reshape(num_parts, -1, *value.shape[1:]) for name, value in batch.items()
-        }
         keys = jax.random.split(rng, num_parts)
-        loss, grads, said = gradient(state, parts, keys, batch_totals(batch), model)
+        loss, grads, said = gradient(state, batch, keys, batch_totals(batch), model)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

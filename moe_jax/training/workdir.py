@@ -12,6 +12,8 @@ from moe_jax.config import ExperimentConfig, config_dict, difference
 from moe_jax.training.metrics import CONFIG_FILE
 
 LOCK_FILE = ".lock"
+# What does not change the results of a run, and so may change while it goes on.
+PLACEMENT = ("config.mesh.", "config.model.moe.exchange", "config.model.moe.dispatch:")
 
 
 def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
@@ -25,7 +27,7 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
         return
     old = json.loads(path.read_text(encoding="utf-8"))
     new = json.loads(config_dict(config).to_json())
-    lines = difference(old, new)
+    lines = [line for line in difference(old, new) if not line.startswith(PLACEMENT)]
     if lines:
         raise ValueError(
             "A workdir holds one run, of one config: "

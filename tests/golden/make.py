@@ -11,7 +11,7 @@ import pathlib
 from moe_jax.data import train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
-from tests.tiny_run import quick_jit, tiny_training
+from tests.tiny_run import cut, quick_jit, tiny_training
 
 HERE = pathlib.Path(__file__).parent
 NUM_STEPS = 10
@@ -46,7 +46,7 @@ def losses(run: str, dispatch: str) -> list[float]:
     for _ in range(NUM_STEPS):
         batch = next(batches)
         batch.pop("domain")
-        state, says = step(state, batch)
+        state, says = step(state, cut(batch, config.training.num_microbatches))
         values.append(float(says.loss))
     return values
 
