@@ -1,7 +1,8 @@
 """What to change in a config that does not fit, each change with what it would need then."""
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.config import ExperimentConfig
@@ -20,19 +21,48 @@ class Remedy:
       total_bytes: on a device, by arithmetic, with it.
       saved_bytes: by it.
       costs: what it costs in speed or in the result.
+      keeps_result: whether training ends the same but for rounding.
     """
 
     change: str
     total_bytes: float
     saved_bytes: float
     costs: str
+    keeps_result: bool
 
 
 def remedies(work: Workload) -> list[Remedy]:
     """Single changes that lower the memory of a step, the most effective first."""
+    return sorted((remedy for remedy, _ in _tried(work)), key=lambda remedy: remedy.total_bytes)
+
+
+def together(work: Workload, available: float, most: int = 4) -> list[Remedy]:
+    """Changes one after another, each the most effective then, until the step fits.
+
+    Args:
+      work: a step that does not fit.
+      available: bytes on a device.
+      most: give up after so many.
+
+    Returns:
+      The changes, the last of which fits; empty if so many do not get there.
+    """
+    taken: list[Remedy] = []
+    while len(taken) < most:
+        tried = [(one, changed) for one, changed in _tried(work) if one.keeps_result]
+        if not tried:
+            break
+        best, work = min(tried, key=lambda pair: pair[0].total_bytes)
+        taken.append(best)
+        if best.total_bytes <= available:
+            return taken
+    return []
+
+
+def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:
+    """Every change that is worth a line, and the config with it."""
     before = estimate_memory(work).total
-    found = []
-    for changes, costs in _candidates(work.config):
+    for changes, costs, keeps_result in _candidates(work.config):
         try:
             changed = resolve(_with(work.config, changes), work.mesh.num_devices)
         except ValueError:  # the mesh does not split this one evenly
@@ -40,8 +70,7 @@ def remedies(work: Workload) -> list[Remedy]:
         after = estimate_memory(changed).total
         if after < WORTH * before:
             flags = " ".join(f"--config.{name}={value}" for name, value in changes.items())
-            found.append(Remedy(flags, after, before - after, costs))
-    return sorted(found, key=lambda one: one.total_bytes)
+            yield Remedy(flags, after, before - after, costs, keeps_result), changed
 
 
 def largest(memory: Memory) -> list[tuple[str, float]]:
@@ -50,37 +79,34 @@ def largest(memory: Memory) -> list[tuple[str, float]]:
     return sorted(parts.items(), key=lambda part: -part[1])
 
 
-def _candidates(config: ExperimentConfig) -> Iterator[tuple[dict[str, object], str]]:
+def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object], str, bool]]:
+    """Changes, what they cost, and whether they keep the result."""
     model, mesh, parts = config.model, config.mesh, config.training.num_microbatches
     for policy in ("dots", "full"):
         if model.remat in ("none", "dots") and policy != model.remat:
-            yield {"model.remat": policy}, "computes forward passes again"
+            yield {"model.remat": policy}, "computes forward passes again", True
     for factor in (2, 4, 8):
-        yield (
-            {"training.num_microbatches": factor * parts},
-            "gathers weights and reduces gradients as often",
-        )
-    for source in ("data", "expert", "fsdp"):
-        for target in ("fsdp", "expert", "tensor"):
-            size = getattr(mesh, source)
-            if source != target and size > 1:
-                for part in {2, size}:
-                    if size % part == 0:
-                        moved = {
-                            f"mesh.{source}": size // part,
-                            f"mesh.{target}": getattr(mesh, target) * part,
-                        }
-                        yield moved, f"splits more over {target}"
-    capacity = model.moe.capacity
-    if model.moe_layers and capacity.train_factor > 1:
-        yield {"model.moe.capacity.train_factor": 1.0}, "drops more tokens"
+        more = {"training.num_microbatches": factor * parts}
+        yield more, "gathers weights and reduces gradients as often", True
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
+    for source, target in itertools.permutations(sizes, 2):
+        for part in {2, sizes[source]}:
+            if source == "tensor" or sizes[source] == 1 or sizes[source] % part:
+                continue
+            moved = {
+                f"mesh.{source}": sizes[source] // part,
+                f"mesh.{target}": sizes[target] * part,
+            }
+            yield moved, f"splits more over {target}", True
+    if model.moe_layers and model.moe.capacity.train_factor > 1:
+        yield {"model.moe.capacity.train_factor": 1.0}, "drops more tokens", False
     if model.moe_layers and model.moe.dispatch == "einsum":
-        yield {"model.moe.dispatch": "gather"}, "reads and writes rows by index"
+        yield {"model.moe.dispatch": "gather"}, "reads and writes rows by index", True
     if config.optimizer.name == "adamw":
-        yield {"optimizer.name": "adafactor"}, "another optimizer: other results"
+        yield {"optimizer.name": "adafactor"}, "another optimizer: other results", False
 
 
-def _with(config: ExperimentConfig, changes: dict[str, object]) -> ExperimentConfig:
+def _with(config: ExperimentConfig, changes: Mapping[str, object]) -> ExperimentConfig:
     for path, value in changes.items():
         config = _replace(config, path.split("."), value)
     return config

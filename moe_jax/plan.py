@@ -1,0 +1,102 @@
+"""Plans a run: `python -m moe_jax.plan --config=configs/quickstart.py --topology=v5e:2x2`.
+
+Without a topology: parameters, FLOPs, memory and collectives of the config on its mesh, from
+arithmetic. With one (v5p:8x16x16, 2*v5e:16x16, h100:4x8): also what the machine's compiler makes of
+the real training step, with no such machine present. docs/planning.md says what each number is.
+
+Exit code 0: it fits, or no machine was named. 3: it does not fit. 1: an error.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from moe_jax import command_line
+from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.planning.report import Plan, describe
+from moe_jax.planning.sweep import describe_sweep, sweep, sweep_text
+from moe_jax.planning.text import plan_text
+from moe_jax.planning.topology import Topology, parse_topology
+from moe_jax.planning.workload import resolve
+
+DOES_NOT_FIT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is to be found out; the flags of the command."""
+
+    topology: str = ""
+    compile: bool = True
+    forward: bool = False
+    json: bool = False
+    sweep: bool = False
+    compile_best: int = 0
+    figures: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks them against each other."""
+        if not self.topology and (self.sweep or self.forward):
+            raise ValueError(
+                "--sweep and --forward are about a machine: no --topology. Name one, such as "
+                "--topology=v5p:4x4x4."
+            )
+
+
+def run(config: ExperimentConfig, options: Options) -> int:
+    """Prints the plan of a config, or the sweep of its meshes; returns the exit code."""
+    topology = parse_topology(options.topology) if options.topology else None
+    if options.sweep:
+        assert topology is not None
+        found = sweep(config, topology, compile_best=options.compile_best)
+        print(json.dumps(describe_sweep(found)) if options.json else sweep_text(found))
+        return 0 if found.fitting else DOES_NOT_FIT
+    plan = make_plan(config, topology, options)
+    print(json.dumps(describe(plan), allow_nan=False) if options.json else plan_text(plan))
+    if options.figures:
+        from moe_jax.planning.figures import write_figures  # matplotlib takes a second to import
+
+        for path in write_figures(plan, pathlib.Path(options.figures)):
+            print(f"wrote {path}", file=sys.stderr)
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def make_plan(config: ExperimentConfig, topology: Topology | None, options: Options) -> Plan:
+    """Arithmetic, and the compiled programs if there is a machine to compile for."""
+    if topology is None:
+        return Plan(resolve(config))
+    work = resolve(config, topology.num_devices, topology.chip.platform)
+    if not options.compile:
+        return Plan(work, topology)
+    from moe_jax.planning.aot import compile_forward, compile_training_step
+
+    step = compile_training_step(work, topology)
+    forward = compile_forward(work, topology) if options.forward else None
+    return Plan(work, topology, step, forward)
+
+
+def main() -> None:
+    """Plans what the flags say."""
+    # Compilers for other machines are at work; arrays, were there any, would be on the CPU.
+    jax.config.update("jax_platforms", "cpu")
+    values = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Options)]
+    options = Options(**{name: getattr(values, name) for name in names})
+    sys.exit(run(from_config_dict(values.config.to_dict()), options))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
+    flags.DEFINE_string("topology", "", "The machine, such as v5p:8x16x16, 2*v5e:16x16, h100:4x8.")
+    flags.DEFINE_bool("compile", True, "Compile the training step for the machine.")
+    flags.DEFINE_bool("forward", False, "Compile the forward pass of a microbatch as well.")
+    flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+    flags.DEFINE_bool("sweep", False, "Try all meshes of the machine by arithmetic, best first.")
+    flags.DEFINE_integer("compile_best", 0, "Of a sweep: compile so many of the best.", 0)
+    flags.DEFINE_string("figures", "", "Directory for figures of memory and roofline.")
+    command_line.run(main, required=("config",))

@@ -1,0 +1,89 @@
+"""The real programs, compiled for a machine that is not here."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models import Decoder
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding
+from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
+from moe_jax.planning.hlo import read_program
+from moe_jax.planning.topology import Topology, devices
+from moe_jax.planning.workload import Workload
+from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
+from moe_jax.training.state import init_state
+
+
+def compile_training_step(work: Workload, topology: Topology) -> Compiled:
+    """Compiles what `moe_jax.train` runs, state and batch laid out as it lays them out."""
+    mesh = make_mesh(work.mesh, devices(topology))
+    state = jax.eval_shape(lambda: init_state(work.config))
+    training = work.config.training
+    rows = training.batch_size // training.num_microbatches
+    batch = abstract_batch((training.num_microbatches, rows, work.length))
+    step = compile_train_step(work.config, mesh)
+    with jax.set_mesh(mesh):
+        return _compile(lambda: step.lower(state, batch))
+
+
+def compile_forward(work: Workload, topology: Topology) -> Compiled:
+    """Compiles the forward pass of one microbatch without its loss, in float32 parameters.
+
+    As in evaluation, without dropout and noise, but with the capacity of training.
+    """
+    model, training = work.config.model, work.config.training
+    mesh = make_mesh(work.mesh, devices(topology))
+    shardings = state_shardings(work.config, mesh)
+    state = jax.eval_shape(lambda: init_state(work.config))
+    batch = abstract_batch((training.batch_size // training.num_microbatches, work.length))
+
+    def forward(params: Any, bias_XE: Any, batch: Any) -> jax.Array:
+        output = Decoder(model).apply(
+            {"params": params},
+            batch["inputs"],
+            batch["positions"],
+            batch["segment_ids"],
+            router_bias_XE=bias_XE,
+            capacity_factor=model.moe.capacity.train_factor,
+        )
+        return output.logits_BLV
+
+    rows = named_sharding(BATCH_AXES[1:], mesh)
+    program = jax.jit(forward, in_shardings=(shardings.params, shardings.router_bias_XE, rows))
+    with jax.set_mesh(mesh):
+        return _compile(lambda: program.lower(state.params, state.router_bias_XE, batch))
+
+
+def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of sequences without its tokens."""
+    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32)
+    dtypes["loss_weights"] = jnp.float32
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+
+
+def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = out_of_memory(str(error))
+        if refused is None:
+            raise
+        return Compiled(None, None, time.perf_counter() - start, refused=refused)
+    said, text = compiled.memory_analysis(), compiled.as_text()
+    assert said is not None and text is not None
+    memory = CompilerMemory(
+        said.argument_size_in_bytes,
+        said.output_size_in_bytes,
+        said.alias_size_in_bytes,
+        said.temp_size_in_bytes,
+        said.generated_code_size_in_bytes,
+    )
+    cost = compiled.cost_analysis()
+    program = read_program(text)
+    seconds = time.perf_counter() - start
+    return Compiled(memory, program, seconds, cost.get("flops") if cost else None)

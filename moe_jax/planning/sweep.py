@@ -1,0 +1,178 @@
+"""All meshes of a machine by arithmetic, best first."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.planning.memory import Memory, estimate_memory
+from moe_jax.planning.remedies import largest
+from moe_jax.planning.roofline import Roofline, estimate, model_flops
+from moe_jax.planning.text import table
+from moe_jax.planning.topology import Topology
+from moe_jax.planning.workload import Workload, resolve
+
+MAX_ROWS = 12  # of each table
+MAX_TENSOR = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh that splits everything evenly.
+
+    Attributes:
+      work: the config on it.
+      memory: by arithmetic.
+      times: the roofline of a step, by arithmetic.
+      mfu: model FLOP utilisation if all overlaps.
+      fits: whether the memory is there.
+      compiled_bytes: on a device by the compiler, if it was asked; infinite if it refused.
+    """
+
+    work: Workload
+    memory: Memory
+    times: Roofline
+    mfu: float
+    fits: bool
+    compiled_bytes: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The meshes of a machine, each list the fastest first.
+
+    Attributes:
+      topology: the machine.
+      fitting: those with room.
+      too_large: those without.
+      uneven: how many do not split the arrays or the batch evenly.
+    """
+
+    topology: Topology
+    fitting: list[Candidate]
+    too_large: list[Candidate]
+    uneven: dict[str, int]
+
+
+def meshes(num_devices: int, slices: int) -> Iterator[MeshConfig]:
+    """Every way to share the devices of a slice among data, fsdp, expert and tensor."""
+    inner = num_devices // slices
+    for tensor in _divisors(inner):
+        if tensor > MAX_TENSOR:
+            continue
+        for expert in _divisors(inner // tensor):
+            for fsdp in _divisors(inner // tensor // expert):
+                data = inner // tensor // expert // fsdp
+                yield MeshConfig(slices, data, fsdp, expert, tensor)
+
+
+def _divisors(n: int) -> list[int]:
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -> Sweep:
+    """Estimates a step on every mesh of a machine.
+
+    Args:
+      config: its mesh is not used, but for `experts_span_slices`.
+      topology: the machine.
+      compile_best: compile the step on so many of the fastest that should fit.
+    """
+    chip = topology.chip
+    available = chip.usable_hbm_bytes / chip.devices
+    fitting: list[Candidate] = []
+    too_large: list[Candidate] = []
+    uneven: dict[str, int] = {}
+    for mesh in meshes(topology.num_devices, topology.slices):
+        mesh = dataclasses.replace(mesh, experts_span_slices=config.mesh.experts_span_slices)
+        if mesh.expert > 1 and not config.model.moe_layers:
+            continue
+        try:
+            changed = dataclasses.replace(config, mesh=mesh)
+            work = resolve(changed, topology.num_devices, chip.platform)
+        except ValueError as error:
+            reason = str(error).split(": ", 1)[0]  # the rule, without the values
+            uneven[reason] = uneven.get(reason, 0) + 1
+            continue
+        memory, times = estimate_memory(work), estimate(work, topology)
+        mfu = times.mfu(model_flops(work), chip.flops / chip.devices)
+        one = Candidate(work, memory, times, mfu, memory.total <= available)
+        (fitting if one.fits else too_large).append(one)
+    for found in (fitting, too_large):
+        found.sort(key=lambda one: (one.times.seconds, one.times.seconds_in_turn))
+    best = [compile_candidate(one, topology) for one in fitting[:compile_best]]
+    return Sweep(topology, best + fitting[compile_best:], too_large, uneven)
+
+
+def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
+    """Asks the compiler what the step needs."""
+    from moe_jax.planning.aot import compile_training_step
+
+    compiled = compile_training_step(candidate.work, topology)
+    needed = compiled.memory.total if compiled.memory else math.inf
+    available = topology.chip.usable_hbm_bytes / topology.chip.devices
+    return dataclasses.replace(candidate, compiled_bytes=needed, fits=needed <= available)
+
+
+def sweep_text(found: Sweep) -> str:
+    """The meshes as tables."""
+    lines = [
+        f"{found.topology.name}: {len(found.fitting)} meshes fit, {len(found.too_large)} do not, "
+        f"{sum(found.uneven.values())} do not split the arrays evenly (arithmetic alone)"
+    ]
+    if found.fitting:
+        lines += ["", "fit, fastest first", *_rows(found.fitting[:MAX_ROWS])]
+    if found.too_large:
+        lines += ["", "do not fit, fastest first", *_rows(found.too_large[:MAX_ROWS])]
+    if found.uneven:
+        worst = sorted(found.uneven.items(), key=lambda item: -item[1])[:5]
+        lines += ["", "refused", *table([(f"{n:,}", rule) for rule, n in worst], left=(1,))]
+    return "\n".join(lines)
+
+
+def _rows(candidates: list[Candidate]) -> list[str]:
+    head = ("data", "fsdp", "expert", "tensor", "ms", "ms in turn", "bound", "MFU", "GiB")
+    rows: list[tuple[str, ...]] = [(*head, "GiB compiled", "most memory")]
+    for one in candidates:
+        name, size = largest(one.memory)[0]
+        compiled = "" if one.compiled_bytes is None else f"{one.compiled_bytes / 1024**3:.1f}"
+        rows.append(
+            (
+                *(str(size) for size in one.work.mesh.sizes),
+                f"{1e3 * one.times.seconds:,.1f}",
+                f"{1e3 * one.times.seconds_in_turn:,.1f}",
+                one.times.bound,
+                f"{one.mfu:.1%}",
+                f"{one.memory.total / 1024**3:.1f}",
+                compiled,
+                f"{name.replace('_', ' ')} {size / 1024**3:.1f}",
+            )
+        )
+    return table(rows)
+
+
+def describe_sweep(found: Sweep) -> dict[str, Any]:
+    """The sweep as one JSON object."""
+    return {
+        "topology": found.topology.name,
+        "fitting": [_describe(one) for one in found.fitting],
+        "too_large": [_describe(one) for one in found.too_large],
+        "uneven": found.uneven,
+    }
+
+
+def _describe(one: Candidate) -> dict[str, Any]:
+    infinite = one.compiled_bytes == math.inf
+    return {
+        "mesh": dataclasses.asdict(one.work.mesh),
+        "seconds": one.times.seconds,
+        "seconds_in_turn": one.times.seconds_in_turn,
+        "bound": one.times.bound,
+        "mfu": one.mfu,
+        "memory_estimate": dataclasses.asdict(one.memory) | {"total": one.memory.total},
+        "compiled_bytes": None if infinite else one.compiled_bytes,
+        "compiler_refused": infinite,
+        "fits": one.fits,
+    }

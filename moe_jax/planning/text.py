@@ -1,0 +1,265 @@
+"""A plan as text for a person."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from moe_jax.planning.communication import collectives
+from moe_jax.planning.compiled import Compiled
+from moe_jax.planning.flops import count_flops
+from moe_jax.planning.memory import kv_cache_bytes
+from moe_jax.planning.parameters import count_parameters
+from moe_jax.planning.remedies import largest, remedies, together
+from moe_jax.planning.report import Plan, collective_rows, compiled_roofline
+from moe_jax.planning.roofline import (
+    Roofline,
+    computed_flops,
+    estimate,
+    estimate_by_kind,
+    model_flops,
+)
+from moe_jax.planning.traffic import hbm_traffic
+
+MAX_REMEDIES = 6
+RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
+
+
+def plan_text(plan: Plan) -> str:
+    """All that a plan says, section by section."""
+    sections = [header(plan), parameters_text(plan), flops_text(plan), memory_text(plan)]
+    sections.append(collectives_text(plan))
+    if plan.topology is not None:
+        sections.append(estimate_text(plan))
+    if plan.step is not None:
+        sections.append(compiled_text("training step, compiled", plan.step, plan, is_step=True))
+    if plan.forward is not None:
+        sections.append(compiled_text("forward pass, compiled", plan.forward, plan, is_step=False))
+    if plan.topology is not None:
+        sections.append(verdict(plan))
+    return "\n\n".join(sections)
+
+
+def header(plan: Plan) -> str:
+    """What is planned."""
+    work = plan.work
+    training, moe = work.config.training, work.config.model.moe
+    mesh = ", ".join(
+        f"{name} {size}"
+        for name, size in dataclasses.asdict(work.mesh).items()
+        if not isinstance(size, bool) and size > 1
+    )
+    lines = [
+        f"{work.config.name}: {training.batch_size * work.length:,} tokens a step on "
+        f"{work.mesh.num_devices:,} devices ({mesh or 'one'})",
+        f"  {work.tokens:,.0f} tokens a device and microbatch, {training.num_microbatches} "
+        f"microbatches, dispatch {moe.dispatch if work.num_moe_layers else '-'}, "
+        f"remat {work.config.model.remat}, {work.config.model.compute_dtype}",
+    ]
+    if plan.topology is not None:
+        chip, share = plan.topology.chip, plan.topology.chip.devices
+        lines.append(
+            f"  {plan.topology.name}: a device has {chip.flops / share / 1e12:,.1f} TFLOP/s, "
+            f"{_gib(chip.hbm_bytes / share)} ({_gib(plan.available)} usable) at "
+            f"{chip.hbm_bandwidth / share / 1e9:,.0f} GB/s, interconnect "
+            f"{chip.interconnect / share / 1e9:,.0f} GB/s, network "
+            f"{chip.network / share / 1e9:,.2f} GB/s"
+        )
+        lines.append(f"  source: {chip.source}")
+        lines.append(f"  assumed: {chip.assumed}")
+    return "\n".join(lines)
+
+
+def parameters_text(plan: Plan) -> str:
+    """Parameters by component and convention."""
+    count = count_parameters(plan.work.config.model)
+    parts = [(n, f"{v:,}") for n, v in dataclasses.asdict(count).items() if v]
+    conventions = [
+        (name, f"{total:,}", f"{active:,}")
+        for name, (total, active) in count.by_convention().items()
+    ]
+    return "\n".join(
+        [
+            "parameters",
+            *table(parts),
+            *table([("", "total", "active"), *conventions]),
+        ]
+    )
+
+
+def flops_text(plan: Plan) -> str:
+    """FLOPs a token and a step."""
+    work = plan.work
+    count = count_flops(work.config.model, work.length)
+    parts = [
+        (name, f"{value / 1e6:,.3f}") for name, value in dataclasses.asdict(count).items() if value
+    ]
+    needed, computed = model_flops(work), sum(computed_flops(work).values())
+    return "\n".join(
+        [
+            "forward pass, MFLOP a token",
+            *table([*parts, ("needed by the model", f"{count.model / 1e6:,.3f}")]),
+            f"a training step on one device: {needed / 1e12:,.3f} TFLOP needed, "
+            f"{computed / 1e12:,.3f} computed (padding, dispatch, remat)",
+        ]
+    )
+
+
+def memory_text(plan: Plan) -> str:
+    """Memory by arithmetic."""
+    work, memory = plan.work, plan.memory
+    parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
+    training = work.config.training
+    cache = kv_cache_bytes(
+        work.config.model, work.mesh, training.batch_size, work.length, work.itemsize
+    )
+    return "\n".join(
+        [
+            "memory of one device, estimated",
+            *table([*parts, ("at the peak", _gib(memory.total))]),
+            f"keys and values while it generates {training.batch_size:,} sequences of "
+            f"{work.length:,}: {_gib(cache)}",
+        ]
+    )
+
+
+def collectives_text(plan: Plan) -> str:
+    """The fewest bytes that the mesh allows."""
+    rows = [
+        (
+            one.name,
+            one.kind,
+            "+".join(one.axes),
+            str(one.group_size),
+            f"{one.wire_bytes / 1e9:,.3f}",
+        )
+        for one in collectives(plan.work)
+    ]
+    if not rows:
+        return "no collectives: one device"
+    total = sum(one.wire_bytes for one in collectives(plan.work)) / 1e9
+    head = ("collectives, fewest bytes", "kind", "over", "n", "GB sent")
+    return "\n".join(table([head, *rows, ("all", "", "", "", f"{total:,.3f}")], indent=0))
+
+
+def estimate_text(plan: Plan) -> str:
+    """The roofline by kind of layer, from arithmetic."""
+    assert plan.topology is not None
+    by_kind = estimate_by_kind(plan.work, plan.topology)
+    head = ("milliseconds a step, estimated", *RESOURCES)
+    rows = [_times(kind, times) for kind, times in by_kind.items()]
+    whole = estimate(plan.work, plan.topology)
+    return "\n".join([*table([head, *rows, _times("all", whole)], indent=0), _mfu(whole, plan)])
+
+
+def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) -> str:
+    """What the compiler made of it."""
+    assert plan.topology is not None
+    lines = [f"{title} in {compiled.seconds:,.1f} s"]
+    if compiled.memory is None or compiled.program is None:
+        needed, available = compiled.refused or (float("nan"), float("nan"))
+        said = f"refused: needs {_gib(needed)} of {_gib(available)}"
+        return "\n".join([*lines, f"  {said}"])
+    program, memory = compiled.program, compiled.memory
+    parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
+    lines += table([*parts, ("at the peak", _gib(memory.total))])
+    rows = collective_rows(program.collectives, plan.work.mesh, plan.topology.devices_per_island)
+    cells = [
+        (row.kind, "+".join(row.axes), str(row.group_size), f"{row.count:,}",
+         f"{row.array_bytes / 1e9:,.3f}", f"{row.wire_bytes / 1e9:,.3f}")
+        for row in rows
+    ]  # fmt: skip
+    if cells:
+        lines += table([("collective", "over", "n", "times", "GB", "GB sent"), *cells])
+    if is_step:
+        expected = sum(computed_flops(plan.work).values())
+        lines.append(
+            f"  {program.flops / 1e12:,.3f} TFLOP, {program.flops / expected:.3f} of the "
+            f"arithmetic's {expected / 1e12:,.3f}" + _cost_analysis(compiled, program.flops)
+        )
+        traffic = sum(hbm_traffic(plan.work).values())
+        lines.append(
+            f"  {program.hbm_bytes / 1e9:,.3f} GB to and from memory, "
+            f"{program.hbm_bytes / traffic:.2f} of the arithmetic's {traffic / 1e9:,.3f}"
+        )
+        times = compiled_roofline(compiled, plan.work, plan.topology)
+        head = ("least milliseconds a step", *RESOURCES)
+        lines += table([head, _times("compiled", times)])
+        lines.append("  " + _mfu(times, plan))
+    else:
+        lines.append(
+            f"  {program.flops / 1e12:,.3f} TFLOP, {program.hbm_bytes / 1e9:,.3f} GB to and from "
+            "memory"
+        )
+    if program.uncounted:
+        named = ", ".join(f"{name} x{count:,}" for name, count in program.uncounted.items())
+        lines.append(f"  FLOPs not counted in calls of: {named}")
+    if program.unknown_loops:
+        lines.append(f"  counted once, their length is not known: {list(program.unknown_loops)}")
+    return "\n".join(lines)
+
+
+def _cost_analysis(compiled: Compiled, flops: float) -> str:
+    said = compiled.cost_analysis_flops
+    if said is None:
+        return "; the compiler gives no cost analysis"
+    return f"; its own cost analysis says {said / 1e12:,.3f}: it counts the body of a loop once"
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and if not, why and what to change."""
+    share = plan.needed / plan.available
+    if plan.fits:
+        left = plan.available - plan.needed
+        return (
+            f"fits: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%}), {_gib(left)} left"
+        )
+    parts = [(name.replace("_", " "), _gib(size)) for name, size in largest(plan.memory)]
+    lines = [
+        f"does not fit: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%})",
+        "what takes the memory, estimated",
+        *table(parts),
+    ]
+    found = remedies(plan.work)[:MAX_REMEDIES]
+    if found:
+        lines.append("change one of these (memory by arithmetic; the price in words)")
+        lines += table(
+            [(one.change, _gib(one.total_bytes), one.costs) for one in found], left={0, 2}
+        )
+    path = together(plan.work, plan.available)
+    if path and plan.memory.total > plan.available:
+        lines.append("these together fit, by arithmetic: " + " ".join(one.change for one in path))
+    return "\n".join(lines)
+
+
+def _times(name: str, times: Roofline) -> tuple[str, ...]:
+    cells = (f"{1e3 * seconds:,.3f}" for seconds in dataclasses.astuple(times))
+    return (name.replace("_", " "), *cells, times.bound)
+
+
+def _mfu(times: Roofline, plan: Plan) -> str:
+    assert plan.topology is not None
+    chip = plan.topology.chip
+    mfu = times.mfu(model_flops(plan.work), chip.flops / chip.devices)
+    in_turn = mfu * times.seconds / times.seconds_in_turn
+    return (
+        f"at best {times.seconds:,.4f} s a step if all overlaps, MFU {mfu:.1%}; "
+        f"{times.seconds_in_turn:,.4f} s if nothing does, MFU {in_turn:.1%}"
+    )
+
+
+def table(rows: Iterable[Sequence[str]], indent: int = 2, left: Iterable[int] = (0,)) -> list[str]:
+    """Rows of cells in columns: those of `left` aligned left, the others right."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = set(left)
+    return [
+        " " * indent
+        + "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 1024**3:,.3f} GiB"

@@ -1,0 +1,149 @@
+"""The command `python -m moe_jax.plan`: what it prints, and how it ends."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import planning_671b, quickstart
+from moe_jax.config import MeshConfig, from_config_dict
+from moe_jax.plan import DOES_NOT_FIT, Options, run
+from moe_jax.planning.parameters import count_parameters
+from tests.tiny_run import ROOT
+
+QUICKSTART = from_config_dict(quickstart.get_config())
+LARGE = from_config_dict(planning_671b.get_config())
+GIB = 1024**3
+
+
+def test_without_a_machine_it_is_arithmetic(capsys):
+    assert run(QUICKSTART, Options()) == 0
+    said = capsys.readouterr().out
+    # As the README has them.
+    assert "with both embeddings         4,560,128  1,414,400" in said
+    assert "no collectives: one device" in said and "fits" not in said
+
+
+def test_json_is_the_only_thing_on_stdout(capsys, tmp_path):
+    options = Options(json=True, topology="v5e:2x2", compile=False, figures=str(tmp_path))
+    assert run(QUICKSTART, options) == 0
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert said["parameters_by_convention"]["with both embeddings"]["total"] == 4_560_128
+    assert said["num_devices"] == 4 and said["mesh"]["data"] == 4 and said["fits"] is True
+    assert "memory.png" in printed.err and (tmp_path / "roofline.png").exists()
+
+
+def test_the_large_model_by_arithmetic():
+    """Hand-worked from the shapes: grouped queries in place of latent attention."""
+    attention = 7168 * 128 * 128 * 2 + 2 * 7168 * 8 * 128
+    expert = 3 * 7168 * 2048
+    moe = 257 * expert + 7168 * 256
+    dense = 3 * 7168 * 18432
+    norms = (2 * 61 + 1) * 7168
+    total = 61 * attention + 58 * moe + 3 * dense + norms + 2 * 129280 * 7168
+    count = count_parameters(LARGE.model)
+    assert count.total == total == 674_836_083_712
+    # DeepSeek-V3's own attention is 187,107,328 a layer (arXiv:2412.19437), the bias 256 of each.
+    latent = total + 61 * (187_107_328 - attention) + 58 * 256
+    assert latent == 671_026_419_200, "the published 671B"
+    assert count.active == total - 58 * (256 - 8) * expert
+
+
+def test_the_large_model_on_the_pod_it_is_planned_for(capsys):
+    options = Options(json=True, topology="v5p:8x16x16", compile=False)
+    assert run(LARGE, options) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["mesh"] | {"fsdp": 32, "expert": 64} == said["mesh"] and said["num_devices"] == 2048
+    memory = said["memory_estimate"]
+    assert memory["optimizer"] == 2 * memory["parameters"]
+    # Outside the experts parameters are split over fsdp alone.
+    experts = 58 * 256 * 3 * 7168 * 2048
+    others = 674_836_083_712 - experts
+    assert memory["parameters"] / 4 == pytest.approx(experts / 2048 + others / 32, rel=1e-3)
+
+
+def test_two_thousand_chips_are_swept_in_seconds(capsys):
+    start = time.perf_counter()
+    assert run(LARGE, Options(json=True, sweep=True, topology="v5p:8x16x16")) == 0
+    assert time.perf_counter() - start < 30
+    said = json.loads(capsys.readouterr().out)
+    tried = len(said["fitting"]) + len(said["too_large"]) + sum(said["uneven"].values())
+    # 2^11 as an ordered product of four, C(14, 3) = 364, but for tensor 128 to 2048: C(7, 3) = 35.
+    assert tried == 364 - 35
+    assert said["fitting"][0]["mesh"]["tensor"] == 1
+
+
+def test_what_does_not_fit_ends_with_a_code_of_its_own(capsys):
+    small = dataclasses.replace(LARGE, mesh=MeshConfig(data=1, fsdp=32, expert=8))
+    assert run(small, Options(topology="v5e:16x16", compile=False)) == DOES_NOT_FIT
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "what takes the memory" in said
+    assert run(small, Options(topology="v5e:16x16", sweep=True)) == DOES_NOT_FIT
+    assert "0 meshes fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"topology": "v5e:32x32"}, "a v5e slice has two dims"),
+        ({"sweep": True}, "no --topology"),
+        ({"forward": True}, "no --topology"),
+    ],
+)
+def test_mistakes_are_refused_before_any_work(options, said):
+    with pytest.raises(ValueError, match=said):
+        run(LARGE, Options(**options))
+
+
+def command(*arguments, timeout=600):
+    return subprocess.run(
+        [sys.executable, "-m", "moe_jax.plan", *arguments],
+        capture_output=True, text=True, cwd=ROOT, timeout=timeout,
+    )  # fmt: skip
+
+
+def test_the_command_overrides_settings_and_says_errors_in_one_line():
+    done = command(
+        "--config=configs/quickstart.py", "--topology=h100:2x2", "--nocompile", "--json",
+        "--config.mesh.data=2", "--config.mesh.expert=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["mesh"]["expert"] == 2 and said["topology"]["devices_per_island"] == 2
+    done = command("--config=configs/quickstart.py", "--topology=v5p:3x3x3")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: a v5p slice has three dims"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "topology"),
+    [("libtpu", "v5e:2x2"), ("libtpu", "2*v5e:2x2"), ("jax_cuda12_plugin", "h100:4")],
+)
+def test_the_real_step_compiles_for_a_machine_that_is_not_here(package, topology):
+    """Compiled FLOPs are the arithmetic's, arguments are the state, and collectives are there."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
+    slices = 2 if topology.startswith("2*") else 1
+    done = command(
+        "--config=configs/quickstart.py", f"--topology={topology}", "--json", "--forward",
+        "--config.model.moe.dispatch=gather", "--config.mesh.data=1", "--config.mesh.fsdp=2",
+        "--config.mesh.expert=2", f"--config.mesh.slices={slices}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    step = said["compiled_step"]
+    assert step["flops_over_arithmetic"] == pytest.approx(1, abs=0.02)
+    state = said["memory_estimate"]["parameters"] + said["memory_estimate"]["optimizer"]
+    assert step["memory"]["arguments"] == pytest.approx(state, rel=0.01)
+    assert step["memory"]["aliased"] == pytest.approx(state, rel=0.01)
+    kinds = {(row["kind"], tuple(row["axes"])) for row in step["collectives"]}
+    assert ("all-to-all", ("expert",)) in kinds
+    assert any(kind == "all-gather" and axes == ("fsdp",) for kind, axes in kinds)
+    assert not step["unknown_loops"]
+    assert said["compiled_forward"]["flops"] < step["flops"] / 2

@@ -1,0 +1,258 @@
+"""Seconds at published rates, what bounds, what does not fit and would; the sweep of meshes."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from moe_jax.config import (
+    CapacityConfig,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainingConfig,
+)
+from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
+from moe_jax.planning.figures import memory_parts, write_figures
+from moe_jax.planning.flops import KINDS, count_flops
+from moe_jax.planning.hlo import Collective, Program
+from moe_jax.planning.memory import estimate_memory
+from moe_jax.planning.remedies import remedies, together
+from moe_jax.planning.report import Plan, describe
+from moe_jax.planning.roofline import (
+    Roofline,
+    computed_flops,
+    estimate,
+    estimate_by_kind,
+    model_flops,
+    roofline,
+)
+from moe_jax.planning.sweep import describe_sweep, meshes, sweep, sweep_text
+from moe_jax.planning.text import plan_text, table
+from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.workload import resolve
+
+GIB = 1024**3
+V5P = parse_topology("v5p:2x2x1")
+CONFIG = ExperimentConfig(
+    model=ModelConfig(
+        vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, head_dim=64, ffn_dim=512,
+        tie_embeddings=False, compute_dtype="bfloat16", activation="swiglu",
+        moe=MoEConfig(
+            num_experts=8, num_selected_experts=2, expert_dim=128, num_dense_first=1,
+            capacity=CapacityConfig(train_factor=1.0), dispatch="gather",
+        ),
+    ),
+    data=DataConfig(sequence_length=128),
+    training=TrainingConfig(batch_size=32),
+    mesh=MeshConfig(data=2, expert=2),
+)  # fmt: skip
+# Chips of 16 GiB; 3.4 G parameters of 16 bytes each do not fit on four of them.
+LARGE = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(
+        CONFIG.model,
+        num_layers=13, model_dim=2048, ffn_dim=4096,
+        moe=dataclasses.replace(CONFIG.model.moe, expert_dim=8192, capacity=CapacityConfig()),
+    ),
+    mesh=MeshConfig(data=4),
+)  # fmt: skip
+
+
+def test_seconds_are_work_over_published_rates():
+    """A v5p does 459 TFLOP/s, moves 2,765 GB/s, sends 600 GB/s, and 6.25 GB/s to other slices."""
+    times = roofline(V5P, 459e12, 2 * 2765e9, 3 * 600e9, 4 * 6.25e9)
+    assert times == Roofline(1.0, 2.0, 3.0, 4.0)
+    assert (times.seconds, times.seconds_in_turn, times.bound) == (4.0, 10.0, "network")
+    assert times.mfu(459e12, 459e12) == 1 / 4
+
+
+def test_a_chip_of_two_devices_shares_its_rates():
+    times = roofline(parse_topology("tpu7x:2x2x1"), 2307e12 / 2, 7380e9 / 2, 0, 0)
+    assert times == Roofline(1.0, 1.0, 0.0, 0.0)
+
+
+def test_model_flops_leave_out_what_the_mathematics_does_not_need():
+    work = resolve(CONFIG, 4)
+    tokens = 32 * 128 / 4
+    count = count_flops(CONFIG.model, 128)
+    assert model_flops(work) == 3 * count.model * tokens
+    assert sum(computed_flops(work).values()) == 3 * count.computed * tokens
+    full = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat="full"))
+    assert model_flops(resolve(full, 4)) == model_flops(work)
+    assert sum(computed_flops(resolve(full, 4)).values()) > model_flops(work)
+
+
+def test_the_step_is_the_sum_of_its_kinds_of_layers():
+    work = resolve(CONFIG, 4)
+    by_kind = estimate_by_kind(work, V5P)
+    assert set(by_kind) == {*KINDS, "optimizer"}
+    whole = estimate(work, V5P)
+    assert whole.compute == pytest.approx(sum(computed_flops(work).values()) / 459e12)
+    assert whole.memory == pytest.approx(sum(times.memory for times in by_kind.values()))
+    assert by_kind["routing"].interconnect > 0, "dispatch over expert 2"
+    assert whole.network == 0, "one slice"
+
+
+def test_what_crosses_slices_or_nodes_takes_the_network():
+    slices = dataclasses.replace(CONFIG, mesh=MeshConfig(slices=2, data=2, expert=2))
+    assert estimate(resolve(slices, 8), parse_topology("2*v5p:2x2x1")).network > 0
+    node, nodes = parse_topology("h100:4"), parse_topology("h100:2x2")
+    assert estimate(resolve(CONFIG, 4), node).network == 0
+    assert estimate(resolve(CONFIG, 4), nodes).network > 0
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (96.12G) exceeds available HBM (15.75G).",
+            (96.12, 15.75),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space"
+            " hbm. Used 24.40G of 15.75G hbm. Exceeded hbm capacity by 8.65G.",
+            (24.40, 15.75),
+        ),
+    ],
+)
+def test_a_refusal_of_the_compiler_is_read(message, said):
+    assert out_of_memory(message) == pytest.approx([size * GIB for size in said])
+
+
+def test_other_errors_are_not_refusals_and_unknown_ones_have_no_numbers():
+    assert out_of_memory("INVALID_ARGUMENT: 3G of 2G hbm") is None
+    needed, available = out_of_memory("RESOURCE_EXHAUSTED: in words only")
+    assert math.isnan(needed) and math.isnan(available)
+
+
+def test_what_does_not_fit_is_said_with_what_takes_the_memory_and_what_to_change():
+    machine = parse_topology("v5e:2x2")
+    plan = Plan(resolve(LARGE, 4, "tpu"), machine)
+    assert not plan.fits and plan.needed > plan.available == 15.75 * GIB
+    text = plan_text(plan)
+    assert "does not fit" in text
+    found = remedies(plan.work)
+    assert [one.total_bytes for one in found] == sorted(one.total_bytes for one in found)
+    by_change = {one.change: one for one in found}
+    sharded = by_change["--config.mesh.data=1 --config.mesh.fsdp=4"]
+    changed = dataclasses.replace(LARGE, mesh=MeshConfig(data=1, fsdp=4))
+    assert sharded.total_bytes == estimate_memory(resolve(changed, 4)).total
+    assert sharded.saved_bytes == estimate_memory(plan.work).total - sharded.total_bytes
+    assert "--config.mesh.data=1 --config.mesh.fsdp=4" in text
+    assert not any("remat" in change and "none" in change for change in by_change)
+    assert describe(plan)["fits"] is False and describe(plan)["remedies"]
+
+
+def test_changes_are_put_together_until_it_fits():
+    config = dataclasses.replace(
+        LARGE, model=dataclasses.replace(LARGE.model, remat="none"), mesh=MeshConfig(data=4)
+    )
+    work = resolve(config, 4)
+    available = 12 * GIB
+    path = together(work, available)
+    assert len(path) > 1 and path[-1].total_bytes <= available
+    assert all(one.total_bytes > available for one in path[:-1])
+    assert all(one.keeps_result for one in path)
+    assert together(work, 1 * GIB) == [], "nothing helps"
+
+
+def test_a_step_that_the_compiler_refused_does_not_fit_whatever_the_arithmetic_says():
+    refused = Compiled(None, None, 3.0, refused=(20.0 * GIB, 15.75 * GIB))
+    plan = Plan(resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2"), refused)
+    assert not plan.fits and plan.needed == 20 * GIB
+    assert "refused: needs 20.000 GiB of 15.750 GiB" in plan_text(plan)
+    assert describe(plan)["compiled_step"]["refused"]["needed_bytes"] == 20 * GIB
+
+
+# A program of 4 devices: an all-to-all over expert, five times.
+PROGRAM = Program(
+    flops=10**12, hbm_bytes=10**10, uncounted={"kernel": 2}, unknown_loops=("while",),
+    collectives=(Collective("all-to-all", "bf16[8]", 1000, (0, 1), "layer", 5),),
+)  # fmt: skip
+STEP = Compiled(CompilerMemory(100, 90, 80, 50, 5), PROGRAM, 1.5, 5e11)
+
+
+def test_a_compiled_step_is_reported_against_the_arithmetic():
+    plan = Plan(resolve(CONFIG, 4, "tpu"), V5P, STEP)
+    said = describe(plan)["compiled_step"]
+    assert said["memory"]["total"] == 100 + 90 - 80 + 50 + 5 == describe(plan)["needed_bytes"]
+    expected = sum(computed_flops(plan.work).values())
+    assert said["flops_over_arithmetic"] == pytest.approx(10**12 / expected)
+    (row,) = said["collectives"]
+    assert (row["axes"], row["count"], row["wire_bytes"]) == (("expert",), 5, 2500)
+    times = said["roofline"]
+    assert times["seconds"]["compute"] == pytest.approx(1e12 / 459e12)
+    assert times["bound"] == "memory"
+    assert times["mfu_overlapped"] == pytest.approx(
+        model_flops(plan.work) / 459e12 / (1e10 / 2765e9)
+    )
+    text = plan_text(plan)
+    assert "fits: 0.000 GiB of 95.740 GiB" in text
+    assert "counts the body of a loop once" in text and "kernel x2" in text and "while" in text
+
+
+def test_json_holds_numbers_only_json_knows():
+    for plan in (
+        Plan(resolve(CONFIG, 4)),
+        Plan(resolve(CONFIG, 4, "tpu"), V5P, STEP, STEP),
+        Plan(resolve(CONFIG, 4, "gpu"), parse_topology("h100:4"), dataclasses.replace(
+            STEP, cost_analysis_flops=None)),
+    ):  # fmt: skip
+        assert json.loads(json.dumps(describe(plan), allow_nan=False))["num_devices"] == 4
+
+
+def test_the_meshes_of_a_machine_are_all_products():
+    found = list(meshes(16, 2))
+    assert len(found) == len(set(found)) == 20  # 2^3 as an ordered product of four: C(6, 3)
+    assert all(mesh.num_devices == 16 and mesh.slices == 2 for mesh in found)
+
+
+def test_a_sweep_puts_the_fastest_that_fit_first():
+    machine = parse_topology("v5e:2x2")
+    found = sweep(dataclasses.replace(LARGE, mesh=MeshConfig()), machine)
+    assert len(found.fitting) + len(found.too_large) + sum(found.uneven.values()) == 10  # C(5, 3)
+    assert all(one.memory.total <= 15.75 * GIB and one.fits for one in found.fitting)
+    assert all(one.memory.total > 15.75 * GIB and not one.fits for one in found.too_large)
+    for one in (found.fitting, found.too_large):
+        assert [c.times.seconds for c in one] == sorted(c.times.seconds for c in one)
+    copies = [one.work.mesh for one in found.too_large]
+    assert MeshConfig(data=4) in copies, "four copies are too large"
+    assert found.fitting[0].work.mesh.fsdp * found.fitting[0].work.mesh.expert > 1
+    text = sweep_text(found)
+    assert f"{len(found.fitting)} meshes fit" in text and "do not fit" in text
+    said = json.loads(json.dumps(describe_sweep(found), allow_nan=False))
+    assert said["fitting"][0]["mesh"]["expert"] == found.fitting[0].work.mesh.expert
+
+
+def test_a_dense_model_has_no_expert_axis():
+    dense = dataclasses.replace(
+        CONFIG.model, moe=dataclasses.replace(CONFIG.model.moe, layer_period=0)
+    )
+    config = dataclasses.replace(CONFIG, model=dense, mesh=MeshConfig())
+    found = sweep(config, parse_topology("v5p:2x2x1"))
+    assert {one.work.mesh.expert for one in found.fitting} == {1}
+
+
+def test_figures_are_written(tmp_path):
+    plan = Plan(resolve(CONFIG, 4, "tpu"), V5P, STEP)
+    names = [path.name for path in write_figures(plan, tmp_path / "new")]
+    assert names == ["memory.png", "roofline.png"]
+    assert all((tmp_path / "new" / name).stat().st_size > 5000 for name in names)
+    assert [path.name for path in write_figures(Plan(resolve(CONFIG, 4)), tmp_path)] == [
+        "memory.png"
+    ]
+
+
+def test_the_bar_of_memory_is_as_long_as_the_total():
+    for config in (CONFIG, LARGE):
+        memory = estimate_memory(resolve(config, 4))
+        assert sum(memory_parts(memory).values()) == memory.total
+
+
+def test_tables_align():
+    assert table([("a", "10"), ("bcd", "2")]) == ["  a    10", "  bcd   2"]
