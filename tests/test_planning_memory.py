@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from moe_jax.config import (
+    BalanceConfig,
     CapacityConfig,
     DataConfig,
     ExperimentConfig,
@@ -161,6 +162,17 @@ def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
     if remat == "dots":
         expected["attention"] += 3 * 2 * 2 * 10 * 8
     assert training == expected
+
+
+def test_loads_of_several_microbatches_are_counted_in_a_forward_pass_of_their_own():
+    """For the load-balance loss of the whole batch, which is the default scope."""
+    forward, one, four = forward_flops(MODEL, 10), *(training_flops(MODEL, 10, n) for n in (1, 4))
+    assert four == {kind: one[kind] + forward[kind] * (kind != "head") for kind in KINDS}
+    balance = BalanceConfig(load_balance_scope="microbatch")
+    each = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, balance=balance))
+    assert training_flops(each, 10, 4) == one
+    assert workload(parts=4).extra_forward_passes == 1
+    assert workload(parts=4, moe={"balance": balance}).extra_forward_passes == 0
 
 
 def test_memory_traffic_of_the_experts():

@@ -118,6 +118,7 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
                 rows = work.tokens * work.config.model.model_dim * work.itemsize * parts
                 gathered = min(whole, rows)
             times = 1 if leaf.component == "embedding" else 2
+            times += work.extra_forward_passes * (leaf.component != "head")
             yield Collective(
                 f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
             )
@@ -143,7 +144,7 @@ def _of_slots(work: Workload) -> Iterator[Collective]:
     )
     a_way = work.tokens * work.slots_per_token * model.model_dim * work.itemsize
     a_way *= work.num_moe_layers * work.config.training.num_microbatches
-    passes = 2 if model.remat == "none" else 3
+    passes = (2 if model.remat == "none" else 3) + work.extra_forward_passes
     for name in ("dispatch", "combine"):
         yield Collective(name, "routing", "all-to-all", axes, mesh.expert_shards, passes * a_way)
 
@@ -158,10 +159,11 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
     num_moe = work.num_moe_layers
     tokens = work.tokens * model.model_dim * work.itemsize * work.config.training.num_microbatches
     shared = num_moe if model.moe.num_shared_experts else 0
+    passes = 2 + work.extra_forward_passes
     times = {
-        "attention": model.num_layers * (3 if model.remat == "full" else 2),
-        "dense_ffn": 2 * (model.num_layers - num_moe + shared),
-        "experts": 2 * num_moe * work.slots_per_token,
+        "attention": model.num_layers * (passes + (model.remat == "full")),
+        "dense_ffn": passes * (model.num_layers - num_moe + shared),
+        "experts": passes * num_moe * work.slots_per_token,
         "head": 2,
     }
     for kind, count in times.items():

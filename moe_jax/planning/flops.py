@@ -101,12 +101,15 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]
     }
 
 
-def training_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+def training_flops(
+    config: ModelConfig, sequence_length: int, num_microbatches: int = 1
+) -> dict[str, float]:
     """Computed FLOPs a token of a training step by `KINDS`.
 
     Forward once, backward twice that (one product for the input's gradient, one for the weight's),
     and what `model.remat` computes again: "full" every layer's forward pass, "dots" the products
-    with a batch dim (attention scores and values, experts, dispatch).
+    with a batch dim (attention scores and values, experts, dispatch). Several microbatches whose
+    load-balance loss is that of the whole batch run the layers forward once more, to count loads.
     """
     forward = forward_flops(config, sequence_length)
     again = dict.fromkeys(KINDS, 0.0)
@@ -117,4 +120,12 @@ def training_flops(config: ModelConfig, sequence_length: int) -> dict[str, float
         heads = config.num_heads * config.head_dim
         again["attention"] = config.num_layers * 4 * sequence_length * heads
         again["experts"], again["routing"] = forward["experts"], count.dispatch
+    if counts_loads_first(config, num_microbatches):
+        again = {name: again[name] + forward[name] * (name != "head") for name in KINDS}
     return {name: 3 * forward[name] + again[name] for name in KINDS}
+
+
+def counts_loads_first(config: ModelConfig, num_microbatches: int) -> bool:
+    """Whether a step runs the layers forward before it differentiates; `training.step` says why."""
+    scope = config.moe.balance.load_balance_scope
+    return bool(config.moe_layers) and num_microbatches > 1 and scope == "global"

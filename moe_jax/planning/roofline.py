@@ -72,7 +72,8 @@ def model_flops(work: Workload) -> float:
 def computed_flops(work: Workload) -> dict[str, float]:
     """FLOPs a step and device as they are computed, by kind of layer."""
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
-    by_kind = training_flops(work.config.model, work.length)
+    parts = work.config.training.num_microbatches
+    by_kind = training_flops(work.config.model, work.length, parts)
     return {kind: tokens * by_kind[kind] for kind in KINDS}
 
 

@@ -27,6 +27,7 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
         "dots": dict.fromkeys(KINDS, 0) | {"experts": 1, "routing": 1},
         "full": dict.fromkeys(KINDS, 1) | {"head": 0},
     }[model.remat]
+    again = {kind: n + work.extra_forward_passes * (kind != "head") for kind, n in again.items()}
     total = {
         kind: parts * (3 + again[kind]) * work.itemsize * (numbers[kind] + weights[kind])
         for kind in KINDS

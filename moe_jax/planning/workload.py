@@ -7,7 +7,7 @@ import math
 import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, MeshConfig
-from moe_jax.planning.flops import slots_of_an_expert
+from moe_jax.planning.flops import counts_loads_first, slots_of_an_expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Workload:
     def num_moe_layers(self) -> int:
         """X."""
         return len(self.config.model.moe_layers)
+
+    @property
+    def extra_forward_passes(self) -> int:
+        """Forward passes over the layers that a step makes before it differentiates."""
+        parts = self.config.training.num_microbatches
+        return int(counts_loads_first(self.config.model, parts))
 
     @functools.cached_property
     def slots(self) -> int:
