@@ -162,7 +162,7 @@ def test_changes_are_put_together_until_it_fits():
 
 
 def test_a_step_that_the_compiler_refused_does_not_fit_whatever_the_arithmetic_says():
-    refused = Compiled(None, None, 3.0, refused=(20.0 * GIB, 15.75 * GIB))
+    refused = Compiled(None, None, 3.0, 2.0, refused=(20.0 * GIB, 15.75 * GIB))
     plan = Plan(resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2"), refused)
     assert not plan.fits and plan.needed == 20 * GIB
     assert "refused: needs 20.000 GiB of 15.750 GiB" in plan_text(plan)
@@ -174,7 +174,7 @@ PROGRAM = Program(
     flops=10**12, hbm_bytes=10**10, uncounted={"kernel": 2}, unknown_loops=("while",),
     collectives=(Collective("all-to-all", "bf16[8]", 1000, (0, 1), "layer", 5),),
 )  # fmt: skip
-STEP = Compiled(CompilerMemory(100, 90, 80, 50, 5), PROGRAM, 1.5, 5e11)
+STEP = Compiled(CompilerMemory(100, 90, 80, 50, 5), PROGRAM, 1.5, 2.5, 5e11)
 
 
 def test_a_compiled_step_is_reported_against_the_arithmetic():

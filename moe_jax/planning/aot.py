@@ -66,14 +66,18 @@ def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
+
+    def spent() -> tuple[float, float]:
+        return time.perf_counter() - start, time.process_time() - cpu_start
+
     try:
         compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error))
         if refused is None:
             raise
-        return Compiled(None, None, time.perf_counter() - start, refused=refused)
+        return Compiled(None, None, *spent(), refused=refused)
     said, text = compiled.memory_analysis(), compiled.as_text()
     assert said is not None and text is not None
     memory = CompilerMemory(
@@ -85,5 +89,4 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     )
     cost = compiled.cost_analysis()
     program = read_program(text)
-    seconds = time.perf_counter() - start
-    return Compiled(memory, program, seconds, cost.get("flops") if cost else None)
+    return Compiled(memory, program, *spent(), cost.get("flops") if cost else None)

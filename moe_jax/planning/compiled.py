@@ -39,7 +39,8 @@ class Compiled:
     Attributes:
       memory: what it needs; None if the compiler refused it for want of memory.
       program: what it does; None likewise.
-      seconds: to trace, lower and compile it, and to read it.
+      seconds: to trace, lower, compile and read it, by the clock.
+      cpu_seconds: the same on one core: a busy machine changes it less.
       cost_analysis_flops: the compiler's own count, which takes the body of a loop once; None if
         it has none (GPU).
       refused: bytes that it would need, and bytes there are, by the compiler's message.
@@ -48,6 +49,7 @@ class Compiled:
     memory: CompilerMemory | None
     program: Program | None
     seconds: float
+    cpu_seconds: float
     cost_analysis_flops: float | None = None
     refused: tuple[float, float] | None = None
 

@@ -212,7 +212,10 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
     """A compiled program, checked against arithmetic where it is the training step."""
     work, topology = plan.work, plan.topology
     assert topology is not None
-    said: dict[str, Any] = {"compile_seconds": compiled.seconds}
+    said: dict[str, Any] = {
+        "compile_seconds": compiled.seconds,
+        "compile_cpu_seconds": compiled.cpu_seconds,
+    }
     if compiled.memory is None or compiled.program is None:
         needed, available = compiled.refused or (math.nan, math.nan)
         return said | {"refused": {"needed_bytes": needed, "available_bytes": available}}

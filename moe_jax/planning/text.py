@@ -153,7 +153,7 @@ def estimate_text(plan: Plan) -> str:
 def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) -> str:
     """What the compiler made of it."""
     assert plan.topology is not None
-    lines = [f"{title} in {compiled.seconds:,.1f} s"]
+    lines = [f"{title} in {compiled.seconds:,.1f} s ({compiled.cpu_seconds:,.1f} s of CPU)"]
     if compiled.memory is None or compiled.program is None:
         needed, available = compiled.refused or (float("nan"), float("nan"))
         said = f"refused: needs {_gib(needed)} of {_gib(available)}"
