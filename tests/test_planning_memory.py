@@ -16,7 +16,7 @@ from moe_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from moe_jax.planning.flops import KINDS, forward_flops, training_flops
+from moe_jax.planning.flops import KINDS, count_flops, forward_flops, training_flops
 from moe_jax.planning.memory import (
     dispatch_bytes,
     estimate_memory,
@@ -162,6 +162,14 @@ def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
     if remat == "dots":
         expected["attention"] += 3 * 2 * 2 * 10 * 8
     assert training == expected
+
+
+def test_the_dispatch_tensor_has_no_gradient():
+    """Of the two contractions, one has two products in the backward pass, the other one."""
+    config = workload(moe={"dispatch": "einsum"}).config.model
+    count = count_flops(config, 10)
+    assert count.dispatch == 2 * 2 * (2 * 4 * 5 * 8)
+    assert training_flops(config, 10)["routing"] == 3 * count.router + 5 * count.dispatch / 2
 
 
 def test_loads_of_several_microbatches_are_counted_in_a_forward_pass_of_their_own():

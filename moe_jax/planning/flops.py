@@ -106,22 +106,22 @@ def training_flops(
 ) -> dict[str, float]:
     """Computed FLOPs a token of a training step by `KINDS`.
 
-    Forward once, backward twice that (one product for the input's gradient, one for the weight's),
-    and what `model.remat` computes again: "full" every layer's forward pass, "dots" the products
+    Forward once, backward twice that (one product for the input's gradient, one for the weight's;
+    only the first for the contraction with the dispatch tensor, which has no gradient), and what `model.remat` computes again: "full" every layer's forward pass, "dots" the products
     with a batch dim (attention scores and values, experts, dispatch). Several microbatches whose
     load-balance loss is that of the whole batch run the layers forward once more, to count loads.
     """
-    forward = forward_flops(config, sequence_length)
+    forward, count = forward_flops(config, sequence_length), count_flops(config, sequence_length)
     again = dict.fromkeys(KINDS, 0.0)
     if config.remat == "full":
         again |= {name: value for name, value in forward.items() if name != "head"}
     elif config.remat == "dots":
-        count = count_flops(config, sequence_length)
         heads = config.num_heads * config.head_dim
         again["attention"] = config.num_layers * 4 * sequence_length * heads
         again["experts"], again["routing"] = forward["experts"], count.dispatch
     if counts_loads_first(config, num_microbatches):
         again = {name: again[name] + forward[name] * (name != "head") for name in KINDS}
+    again["routing"] -= count.dispatch / 2  # half of it is combined
     return {name: 3 * forward[name] + again[name] for name in KINDS}
 
 
