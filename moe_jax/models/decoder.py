@@ -153,7 +153,10 @@ class Decoder(nn.Module):
             for name, s in embedding_specs(c).items()
         }
         embedding_VM = params["embedding"]
-        x_BLM = (embedding_VM[inputs_BL] * c.model_dim**0.5).astype(dtype)
+        # Gathered over fsdp as a whole: left to itself, the compiler would replicate the batch. In
+        # float32, so that the gradient sums a frequent token's many rows in it.
+        table_VM = constrain(embedding_VM, "vocab", None)
+        x_BLM = (table_VM[inputs_BL] * c.model_dim**0.5).astype(dtype)
         x_BLM = constrain(x_BLM, "batch", None, None)
         x_BLM = nn.Dropout(c.dropout_rate, deterministic=not train)(x_BLM)
 

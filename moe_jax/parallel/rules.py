@@ -1,6 +1,8 @@
 """The one table from names of array dims to axes of the mesh."""
 
+import contextlib
 import math
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -26,6 +28,11 @@ def mesh_in_use() -> jax.sharding.AbstractMesh | None:
     """The mesh that `jax.set_mesh` has set, or None where there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no mesh is in use: for what is too small to be split."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def platform() -> str:

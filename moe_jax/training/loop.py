@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.analysis.report import write_report
-from moe_jax.config import ExperimentConfig
+from moe_jax.config import ExperimentConfig, config_dict
 from moe_jax.data import open_tokenizer, train_batches
 from moe_jax.inference import continue_text
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
+from moe_jax.parallel.processes import require_same
 from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
 from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.checkpoints import Checkpoints
@@ -49,6 +50,7 @@ def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, An
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     workdir = pathlib.Path(workdir)
+    require_same("config", json.loads(config_dict(config).to_json()))
     config = config.on_devices(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_workdir(config, workdir)
@@ -98,17 +100,20 @@ def train_in(
         "peak_flops": peak,
     }
     record = write_run_record(workdir, config, start_step=start, facts=facts)
-    print(summary(config.model, config.data.sequence_length), flush=True)
-    print(describe_mesh(mesh), flush=True)
-    if start:
-        print(f"resuming after step {start} of {config.training.num_steps}", flush=True)
+    if jax.process_index() == 0:
+        print(summary(config.model, config.data.sequence_length), flush=True)
+        print(describe_mesh(mesh), flush=True)
+        if start:
+            print(f"resuming after step {start} of {config.training.num_steps}", flush=True)
 
     num_steps = config.training.num_steps
     on_cpu = record["platform"] == "cpu"
     progress = Progress(
         num_steps, start_step=start, utilization="of matmul peak" if on_cpu else "mfu"
     )
-    rates = Rates(config, 3 * flops.model, peak)
+    # Devices of a CPU share its cores, whether the mesh has all of them or not.
+    num_devices = jax.device_count() if on_cpu else mesh.size
+    rates = Rates(config, 3 * flops.model, peak and peak * num_devices)
     with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
         run = Run(config, mesh, checkpoints, writer, progress, rates, signals)
         state, said = run_steps(run, state, start)
@@ -159,7 +164,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
             said = run.evaluate(state, None if last else training.evaluation_batches or None)
             run.writer.write(step, evaluation_row(said))
             run.progress.print(evaluation_line(step, said))
-        stopped = run.signals.received  # read once, after the evaluation: it may come at any time
+        stopped = run.signals.stops_after(step)  # once a step: a signal may come at any time
         if last or stopped or step % training.checkpoint_every == 0:
             # The metrics first: a run that resumes here has all of them.
             settle()

@@ -12,14 +12,13 @@ class Rates:
     Args:
       config: of the run.
       step_flops_per_token: model FLOPs of a training step, a token.
-      peak: FLOP/s of one device, or None if it is not known.
+      peak: FLOP/s of all devices together, or None if it is not known.
     """
 
     def __init__(self, config: ExperimentConfig, step_flops_per_token: float, peak: float | None):
         self._tokens = config.training.batch_size * config.data.sequence_length
         self._flops = step_flops_per_token
         self._peak = peak
-        self._devices = config.mesh.num_devices
         self._step, self._since = 0, 0.0
 
     def start(self, step: int) -> None:
@@ -35,7 +34,7 @@ class Rates:
         tokens_per_second = self._tokens / seconds
         row = {"perf/seconds_per_step": seconds, "perf/tokens_per_s": tokens_per_second}
         if self._peak:
-            rate = tokens_per_second * self._flops / (self._peak * self._devices)
+            rate = tokens_per_second * self._flops / self._peak
             row["perf/mfu"] = rate
         return row
 

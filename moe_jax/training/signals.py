@@ -1,7 +1,10 @@
-"""SIGTERM and Ctrl-C: a run ends after the step it is in."""
+"""SIGTERM and Ctrl-C: a run ends after the step it is in, the same step in all its processes."""
 
 import signal
 from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
@@ -14,13 +17,22 @@ class Interrupted(Exception):
 
 
 class SignalFlag:
-    """Remembers SIGTERM or Ctrl-C until the step that runs is over; a second one kills at once."""
+    """Remembers SIGTERM or Ctrl-C until the step that runs is over; a second one kills at once.
+
+    Of several processes, which are never in the same step, JAX hands SIGTERM on from one to all
+    and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
+    second one does not kill; Ctrl-C counts as SIGTERM.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self._several = jax.process_count() > 1
+        self._received: int | None = None
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalFlag":
+        if self._several:
+            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._old[number] = signal.signal(number, self._handle)
         return self
@@ -28,9 +40,23 @@ class SignalFlag:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        if self._several:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in the place of JAX's
+
+    def stops_after(self, step: int) -> int | None:
+        """The signal that ends the run after this step, or None; all processes ask after each."""
+        if self._several:
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if reached else None
+        return self._received
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
-        self.received = number
+        self._received = number
         for each, handler in self._old.items():
             signal.signal(each, handler)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, self._old[number])
+        signal.raise_signal(signal.SIGTERM)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.models import Decoder
+from moe_jax.parallel.rules import without_mesh
 from moe_jax.training.optimizers import make_optimizer
 
 
@@ -35,7 +36,8 @@ def init_state(config: ExperimentConfig) -> TrainState:
     param_key, run_key = jax.random.split(jax.random.key(config.seed))
     # Parameters do not depend on the number of tokens: the shortest input that fits will do.
     tokens = jnp.ones((1, max(moe.group_size, 2)), jnp.int32)
-    params = Decoder(model).init(param_key, tokens, tokens, tokens)["params"]
+    with without_mesh():
+        params = Decoder(model).init(param_key, tokens, tokens, tokens)["params"]
     opt_state = make_optimizer(config.optimizer, config.training.num_steps).init(params)
     bias = None
     if moe.balance.bias_update_rate > 0 and model.moe_layers:

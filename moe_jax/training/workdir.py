@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import secrets
+import socket
 from collections.abc import Iterator
 
 import jax
 
 from moe_jax.config import ExperimentConfig, config_dict, difference
+from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.metrics import CONFIG_FILE
 
 LOCK_FILE = ".lock"
@@ -42,11 +45,18 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the directory for this run; the system lets go of it when the process ends, however.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another run holds it, or the processes of this one do not see one directory.
     """
-    if jax.process_index() != 0:
+    with contextlib.ExitStack() as held:
+        with all_or_none():
+            if jax.process_index() == 0:
+                held.enter_context(_lock(workdir))
+        require_shared(workdir)
         yield
-        return
+
+
+@contextlib.contextmanager
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK_FILE).open("w") as lock:
         try:
@@ -57,3 +67,27 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
                 "Use another --workdir, or wait for that run or stop it."
             ) from error
         yield
+
+
+def require_shared(workdir: pathlib.Path) -> None:
+    """Refuses a workdir that is another directory on another process's machine.
+
+    Raises:
+      ValueError: naming the process that does not see what process 0 has written.
+    """
+    if jax.process_count() == 1:
+        return
+    sign = gather(secrets.token_hex(8))[0]
+    path = workdir / f".seen_by_all_{sign}"
+    if jax.process_index() == 0:
+        path.touch()
+    gather("")
+    with all_or_none():
+        if not path.exists():
+            raise ValueError(
+                "All processes of a run write to one workdir: what process 0 wrote to it is not "
+                f"in {workdir} of {socket.gethostname()}. Pass a --workdir on a file system that "
+                "all machines share."
+            )
+    if jax.process_index() == 0:
+        path.unlink()

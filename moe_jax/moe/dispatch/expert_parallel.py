@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,7 @@ def expert_parallel_dispatch(
         in_specs=(tokens, (tokens,) * 4, weight_specs, jax.P()),
         out_specs=tokens,
     )
+    @functools.partial(jax.checkpoint, policy=all_but_gathered)
     def on_device(
         x_GSM: jax.Array, choices: tuple[jax.Array, ...], weights: Weights, rng: jax.Array | None
     ) -> jax.Array:
@@ -90,6 +92,15 @@ def expert_parallel_dispatch(
         return jax.lax.psum(y_GSM, "tensor")
 
     return on_device(x_GSM, tuple(assignment[:4]), weights, rng)
+
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass finds again: everything but matrices gathered over fsdp.
+
+    They are gathered anew, as parameters that the compiler splits would be: kept, those of all
+    layers would lie on every device.
+    """
+    return primitive.name not in ("all_gather", "pvary")
 
 
 def on_every_device(name: str, weight: jax.Array) -> jax.Array:

@@ -1,11 +1,14 @@
 """Token-choice top-K routing: every token selects its K best experts (legend: `moe_jax.moe`)."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config import RouterConfig
+from moe_jax.parallel.rules import mesh_in_use, partition_spec
 
 
 class Routing(NamedTuple):
@@ -79,7 +82,7 @@ def route(
         selection_GSE += jax.lax.stop_gradient(bias_E).astype(dtype)
     if config.num_selected_groups < config.num_expert_groups:
         selection_GSE = limit_to_best_groups(selection_GSE, config)
-    expert_index_GSK = jax.lax.top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
+    expert_index_GSK = top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
 
     if softmax_after_topk:
         gate_GSK = jax.nn.softmax(choose(logits_GSE, expert_index_GSK), axis=-1)
@@ -101,6 +104,19 @@ def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:
     return jnp.sum(chosen_GSKE * values_GSE[..., None, :], axis=-1)
 
 
+def top_k(values_GSE: jax.Array, k: int) -> Sequence[jax.Array]:
+    """The k largest values of each token and their indices, [G, S, k]; no gradient.
+
+    On a mesh each device looks at its own tokens: the compiler would gather everyone's.
+    """
+    mesh = mesh_in_use()
+    if mesh is None:
+        return jax.lax.top_k(values_GSE, k)
+    tokens = partition_spec(("group", None, None), mesh)
+    own_top_k = functools.partial(jax.lax.top_k, k=k)
+    return jax.shard_map(own_top_k, mesh=mesh, in_specs=tokens, out_specs=tokens)(values_GSE)
+
+
 def limit_to_best_groups(selection_GSE: jax.Array, config: RouterConfig) -> jax.Array:
     """Masks (with -inf) every expert outside a token's `num_selected_groups` best expert groups.
 
@@ -109,11 +125,14 @@ def limit_to_best_groups(selection_GSE: jax.Array, config: RouterConfig) -> jax.
     (DeepSeek-V3, arXiv:2412.19437, sec. 2.1.2).
     """
     num_groups = config.num_expert_groups
-    by_group = selection_GSE.reshape(*selection_GSE.shape[:-1], num_groups, -1)
-    best = jax.lax.top_k(by_group, 2 if config.group_score == "top2_sum" else 1)[0]
-    chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.num_selected_groups)[1]
+    groups, tokens, num_experts = selection_GSE.shape
+    by_group = selection_GSE.reshape(groups, tokens * num_groups, num_experts // num_groups)
+    best = top_k(by_group, 2 if config.group_score == "top2_sum" else 1)[0]
+    worth = jnp.sum(best, axis=-1).reshape(groups, tokens, num_groups)
+    chosen = top_k(worth, config.num_selected_groups)[1]
     allowed = jnp.any(jax.nn.one_hot(chosen, num_groups, dtype=jnp.bool_), axis=-2)
-    return jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(selection_GSE.shape)
+    allowed_GSE = jnp.repeat(allowed, num_experts // num_groups, axis=-1)
+    return jnp.where(allowed_GSE, selection_GSE, -jnp.inf)
 
 
 def single_expert(x_GSM: jax.Array, config: RouterConfig) -> Routing:
