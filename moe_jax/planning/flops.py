@@ -106,9 +106,10 @@ def training_flops(
 ) -> dict[str, float]:
     """Computed FLOPs a token of a training step by `KINDS`.
 
-    Forward once, backward twice that (one product for the input's gradient, one for the weight's;
-    only the first for the contraction with the dispatch tensor, which has no gradient), and what `model.remat` computes again: "full" every layer's forward pass, "dots" the products
-    with a batch dim (attention scores and values, experts, dispatch). Several microbatches whose
+    Forward once; backward twice that (one product for the input's gradient, one for the weight's;
+    only the first for the contraction with the dispatch tensor, which has no gradient); and what
+    `model.remat` computes again: "full" every layer's forward pass, "dots" the products with a
+    batch dim (attention scores and values, experts, dispatch). Several microbatches whose
     load-balance loss is that of the whole batch run the layers forward once more, to count loads.
     """
     forward, count = forward_flops(config, sequence_length), count_flops(config, sequence_length)

@@ -1,11 +1,12 @@
 """A plan as text for a person."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from moe_jax.planning.communication import collectives
 from moe_jax.planning.compiled import Compiled
 from moe_jax.planning.flops import count_flops
+from moe_jax.planning.hlo import Program
 from moe_jax.planning.memory import kv_cache_bytes
 from moe_jax.planning.parameters import count_parameters
 from moe_jax.planning.remedies import largest, remedies, together
@@ -169,35 +170,34 @@ def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) 
     ]  # fmt: skip
     if cells:
         lines += table([("collective", "over", "n", "times", "GB", "GB sent"), *cells])
+    lines += [f"  {line}" for line in _work(compiled, program, plan if is_step else None)]
+    times = compiled_roofline(compiled, plan.work, plan.topology)
+    lines += table([("least milliseconds", *RESOURCES), _times("compiled", times)])
     if is_step:
-        expected = sum(computed_flops(plan.work).values())
-        lines.append(
-            f"  {program.flops / 1e12:,.3f} TFLOP, {program.flops / expected:.3f} of the "
-            f"arithmetic's {expected / 1e12:,.3f}" + _cost_analysis(compiled, program.flops)
-        )
-        traffic = sum(hbm_traffic(plan.work).values())
-        lines.append(
-            f"  {program.hbm_bytes / 1e9:,.3f} GB to and from memory, "
-            f"{program.hbm_bytes / traffic:.2f} of the arithmetic's {traffic / 1e9:,.3f}"
-        )
-        times = compiled_roofline(compiled, plan.work, plan.topology)
-        head = ("least milliseconds a step", *RESOURCES)
-        lines += table([head, _times("compiled", times)])
         lines.append("  " + _mfu(times, plan))
-    else:
-        lines.append(
-            f"  {program.flops / 1e12:,.3f} TFLOP, {program.hbm_bytes / 1e9:,.3f} GB to and from "
-            "memory"
-        )
-    if program.uncounted:
-        named = ", ".join(f"{name} x{count:,}" for name, count in program.uncounted.items())
-        lines.append(f"  FLOPs not counted in calls of: {named}")
-    if program.unknown_loops:
-        lines.append(f"  counted once, their length is not known: {list(program.unknown_loops)}")
     return "\n".join(lines)
 
 
-def _cost_analysis(compiled: Compiled, flops: float) -> str:
+def _work(compiled: Compiled, program: Program, step: Plan | None) -> Iterator[str]:
+    """FLOPs and memory traffic of a program; of a training step, over the arithmetic's."""
+    flops = f"{program.flops / 1e12:,.3f} TFLOP"
+    traffic = f"{program.hbm_bytes / 1e9:,.3f} GB to and from memory"
+    if step is not None:
+        expected = sum(computed_flops(step.work).values())
+        share = f"{program.flops / expected:.3f} of the arithmetic's {expected / 1e12:,.3f}"
+        flops = f"{flops}, {share}{_cost_analysis(compiled)}"
+        moved = sum(hbm_traffic(step.work).values())
+        traffic += f", {program.hbm_bytes / moved:.2f} of the arithmetic's {moved / 1e9:,.3f}"
+    yield flops
+    yield traffic
+    if program.uncounted:
+        named = ", ".join(f"{name} x{count:,}" for name, count in program.uncounted.items())
+        yield f"no FLOPs are known of calls of: {named}"
+    if program.unknown_loops:
+        yield f"counted once, their length is not known: {list(program.unknown_loops)}"
+
+
+def _cost_analysis(compiled: Compiled) -> str:
     said = compiled.cost_analysis_flops
     if said is None:
         return "; the compiler gives no cost analysis"
