@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
+from moe_jax.config import MeshConfig
+from moe_jax.config.convert import build
 from moe_jax.parallel import processes
 from moe_jax.training.checkpoints import DamagedCheckpointError
 
@@ -98,6 +100,42 @@ def start_processes(saves_on_sigterm: bool) -> None:
         lost_after_seconds=values.lost_after_seconds,
         catch_sigterm=saves_on_sigterm,
     )
+
+
+def define_mesh_flag() -> None:
+    """Defines --mesh, for a trained model; training has config.mesh."""
+    flags.DEFINE_string(
+        "mesh",
+        "",
+        "Devices that share the model, whatever mesh it was trained on, such as data=2,fsdp=-1; "
+        "by default one device. Several processes need it.",
+    )
+
+
+def mesh_of_flag() -> MeshConfig | None:
+    """What --mesh says, or None.
+
+    Raises:
+      ValueError: it is not of the form NAME=SIZE,NAME=SIZE, or a mesh has no such size.
+    """
+    text = flags.FLAGS.mesh
+    if not text:
+        if jax.process_count() > 1:
+            raise ValueError(
+                "Several processes share the model over a mesh of all their devices: --mesh is "
+                "not given. Pass --mesh=data=-1, or --mesh=fsdp=-1 for a model too large for one."
+            )
+        return None
+    sizes: dict[str, int] = {"data": 1}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        try:
+            sizes[name] = int(size)
+        except ValueError as error:
+            raise ValueError(
+                f"--mesh is NAME=SIZE,NAME=SIZE: got {part!r} in --mesh={text}. Correct it."
+            ) from error
+    return build(MeshConfig, sizes, "mesh")
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import jax
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_atomically
 from moe_jax.training.saved import load_run
@@ -38,9 +39,13 @@ def table(said: dict[str, Any]) -> str:
 def main() -> None:
     """Loads the newest checkpoint and evaluates it."""
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    config, state = load_run(workdir)
+    config, state = load_run(workdir, command_line.mesh_of_flag())
     said = evaluate(
-        state.params, state.router_bias_XE, config, max_batches=flags.FLAGS.batches or None
+        state.params,
+        state.router_bias_XE,
+        config,
+        mesh=make_mesh(config.mesh),
+        max_batches=flags.FLAGS.batches or None,
     )
     said = {"step": int(state.step), **said}
     if jax.process_index() != 0:
@@ -53,5 +58,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
+    command_line.define_mesh_flag()
     flags.DEFINE_integer("batches", 0, "Held-out batches to use; 0: all.", lower_bound=0)
     command_line.run(main, required=("workdir",), several_processes=True)

@@ -24,8 +24,10 @@ def main() -> None:
         train(config, flags.FLAGS.workdir)
     except Interrupted as interruption:
         if jax.process_index() == 0:
+            count = jax.process_count()
+            again = "run again" if count == 1 else f"run all {count} processes again, this one as"
             print(
-                f"\nstopped by {interruption}; its checkpoint is saved. To go on, run again:\n  "
+                f"\nstopped by {interruption}; its checkpoint is saved. To go on, {again}:\n  "
                 + shlex.join(sys.orig_argv),
                 flush=True,
             )

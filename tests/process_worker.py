@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from moe_jax.parallel import processes
+from moe_jax.training.signals import SignalFlag
 
 
 def main(scenario: str, *place: str) -> None:
-    if scenario == "late":
-        jax.devices()
-    processes.start(*place[:1], *map(int, place[1:2]), *place[2:], startup_seconds=60)
+    where = (*place[:1], *map(int, place[1:2]), *place[2:])
+    processes.start(*where, startup_seconds=60, lost_after_seconds=10)
     index, count = jax.process_index(), jax.process_count()
     if scenario == "sum":
         mesh = jax.make_mesh((jax.device_count(),), ("all",))
@@ -31,7 +31,19 @@ def main(scenario: str, *place: str) -> None:
             if index == 1:
                 raise ValueError("mine alone")
     elif scenario == "again":
-        processes.start(*place[:1], *map(int, place[1:2]), *place[2:])
+        processes.start(*where)
+    elif scenario == "signal":  # with steps of different lengths
+        with SignalFlag() as signals:
+            print("steps", flush=True)
+            step = 0
+            while (number := signals.stops_after(step)) is None:
+                step += 1
+                time.sleep(0.01 * (1 + index))
+        print(f"signal {number} after {step}")
+    elif scenario == "endless":
+        print("steps", flush=True)
+        while True:
+            processes.gather("")
     elif scenario == "wait":  # for all, and longer than anybody waits at the exit
         time.sleep(processes.SHUTDOWN_SECONDS + 5 if index == 0 else 0)
     elif scenario == "alone":

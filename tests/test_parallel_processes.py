@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -169,6 +170,45 @@ def test_a_port_that_is_taken_is_refused_by_name():
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=rf"--coordinator=localhost:{port}, and port {port}"):
             processes.start("2", 0, f"localhost:{port}")
+
+
+def watch(scenario, count):
+    """Starts processes and waits until all of them print that they take steps."""
+    port = free_port()
+    spawned = [spawn(scenario, count, index, f"localhost:{port}") for index in range(count)]
+    for process in spawned:
+        assert any(line == "steps\n" for line in process.stdout)
+    return spawned
+
+
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, [2]),
+        pytest.param(signal.SIGTERM, [0, 1, 2], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, [1], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_stops_all_after_the_same_step(number, to):
+    spawned = watch("signal", 3)
+    for index in to:
+        spawned[index].send_signal(number)
+    dones = finish(spawned)
+    assert [done.code for done in dones] == [0, 0, 0], dones[0].said
+    stops = {re.search(r"signal \d+ after \d+", done.said)[0] for done in dones}
+    assert len(stops) == 1 and stops.pop().startswith(f"signal {signal.SIGTERM:d} after")
+
+
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_when_one_is_killed_the_others_end(lost):
+    spawned = watch("endless", 3)
+    began = time.monotonic()
+    spawned[lost].kill()
+    dones = finish(spawned)
+    assert time.monotonic() - began < 10 + 30, "silence of 10 s, and time to notice"
+    for index in {0, 1, 2} - {lost}:
+        assert dones[index].code not in (0, None), dones[index].said
+        assert re.search("detected fatal errors|Gloo .* failed", dones[index].said)
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def start(
     *,
     startup_seconds: int = 300,
     lost_after_seconds: int = 60,
-    catch_sigterm: bool = False,
+    catch_sigterm: bool = True,
 ) -> None:
     """Joins the processes of this run; call it before anything asks for a device.
 
@@ -163,8 +163,8 @@ def start(
       startup_seconds: how long to wait for the others.
       lost_after_seconds: a process that was silent so long is dead, and the others end. One whose
         connection breaks ends them sooner.
-      catch_sigterm: SIGTERM no longer kills but is announced to all processes, for
-        `jax.experimental.multihost_utils.reached_preemption_sync_point`.
+      catch_sigterm: with several processes, SIGTERM no longer kills but is told to all of them,
+        for `jax.experimental.multihost_utils.reached_preemption_sync_point`; training needs it.
 
     Raises:
       ValueError: the flags or the environment are wrong, `start` was called before, or the
