@@ -1,6 +1,7 @@
 """The figures of a plan: what takes the memory, and what takes the time."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 
@@ -12,7 +13,9 @@ from moe_jax.planning.roofline import Roofline, estimate_by_kind
 
 # Of Okabe and Ito, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#8A8A8A")
+GREYS = ("#333333", "#777777", "#AAAAAA", "#DDDDDD")  # of what the compiler says
 GIB = 1024**3
+VISIBLE = 1e-3  # of a bar; smaller parts are left white
 RESOURCES = {
     "compute": "FLOPs", "memory": "HBM bytes", "interconnect": "interconnect bytes",
     "network": "network bytes",
@@ -64,10 +67,12 @@ def memory_figure(
     """
     figure = Figure(figsize=(8, 1.9 + 0.9 * len(bars)), layout="constrained")
     axis = figure.subplots()
-    colors = iter(COLORS * 2)
     for row, parts in enumerate(bars.values()):
-        start = 0.0
+        start, colors = 0.0, itertools.cycle(GREYS if row else COLORS)
         for name, size in parts.items():
+            if size < VISIBLE * sum(parts.values()):
+                start += size / GIB
+                continue
             label = f"{name} {size / GIB:,.2f}"
             axis.barh(row, size / GIB, left=start, color=next(colors), label=label, height=0.6)
             start += size / GIB
@@ -94,7 +99,7 @@ def memory_figure(
 
 
 def roofline_figure(times_by_kind: Mapping[str, Roofline], title: str) -> Figure:
-    """Least milliseconds a step of each kind of layer, a bar a resource; the longest one bounds.
+    """Milliseconds a step of each kind of layer, a bar a resource; the longest one bounds.
 
     Args:
       times_by_kind: the roofline of each kind.
@@ -111,12 +116,11 @@ def roofline_figure(times_by_kind: Mapping[str, Roofline], title: str) -> Figure
         axis.bar_label(bars, fmt=_short, fontsize=7, padding=2)
     kinds = [kind.replace("_", " ") for kind in times_by_kind]
     axis.set_xticks(range(len(kinds)), kinds)
-    axis.set_ylabel("least ms a step")
+    axis.set_ylabel("ms a step, estimated")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    axis.set_title(
-        f"Roofline by kind of layer (arithmetic), {title}", fontweight="bold", fontsize=11
-    )
+    title = f"Roofline by kind of layer (arithmetic), {title}"
+    axis.set_title(title, fontweight="bold", fontsize=11, loc="left")
     return figure
 
 
