@@ -144,8 +144,8 @@ def devices(topology: Topology) -> list[jax.Device]:
     module, extra = PACKAGES[platform]
     if importlib.util.find_spec(module) is None:
         raise ValueError(
-            f"compiling for {topology.name} needs a {platform.upper()} compiler, which no machine "
-            f"of that kind has to be near: the package {module!r} is not installed. "
+            f"compiling for {topology.name} needs the {platform.upper()} compiler, though no "
+            f"{platform.upper()}: the package {module!r} is not installed. "
             f"pip install 'moe_jax[{extra}]', or plan by arithmetic alone with --nocompile."
         )
     shape = "x".join(str(size) for size in topology.shape)
