@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from configs import planning_671b, quickstart
 from moe_jax.config import MeshConfig, from_config_dict
 from moe_jax.plan import DOES_NOT_FIT, Options, run
 from moe_jax.planning.parameters import count_parameters
+from moe_jax.planning.topology import parse_topology
 from tests.tiny_run import ROOT
 
 QUICKSTART = from_config_dict(quickstart.get_config())
@@ -118,6 +121,34 @@ def test_the_command_overrides_settings_and_says_errors_in_one_line():
     done = command("--config=configs/quickstart.py", "--topology=v5p:3x3x3")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: a v5p slice has three dims"), done.stderr
+
+
+DOCUMENTED = [
+    shlex.split(line)
+    for line in re.findall(
+        r"^    python -m moe_jax\.plan (.+)$",
+        (ROOT / "docs" / "planning.md").read_text() + (planning_671b.__doc__ or ""),
+        re.MULTILINE,
+    )
+]
+
+
+def test_documented_commands_name_files_and_machines_that_there_are():
+    assert len(DOCUMENTED) >= 5
+    for arguments in DOCUMENTED:
+        given = dict(part.lstrip("-").split("=", 1) for part in arguments if "=" in part)
+        assert (ROOT / given["config"].split(":")[0]).exists()
+        assert "topology" not in given or parse_topology(given["topology"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", DOCUMENTED, ids=" ".join)
+def test_documented_commands_run(arguments, tmp_path):
+    """But for the compilers, which take minutes and may not be installed."""
+    here = [f"--figures={tmp_path}" if "--figures" in part else part for part in arguments]
+    done = command(*here, "--nocompile")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.slow
