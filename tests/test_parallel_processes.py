@@ -98,7 +98,7 @@ class Finished:
         self.at = time.monotonic()
 
 
-def spawn(*arguments, devices=1):
+def spawn(*arguments, devices=1, **variables):
     return subprocess.Popen(
         [sys.executable, str(WORKER), *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -110,7 +110,8 @@ def spawn(*arguments, devices=1):
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
-        },
+        }
+        | variables,
     )
 
 
@@ -142,6 +143,15 @@ def test_processes_compute_together_and_hear_each_other():
     for done in together("sum", devices=2):
         assert done.code == 0, done.said
         assert "sum 6 of 4 devices, said ['', 'x']" in done.said
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_meet_by_the_variables_of_jax(count):
+    place = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    spawned = [spawn("sum", "auto", JAX_PROCESS_ID=str(i), **place) for i in range(count)]
+    for done in finish(spawned):
+        assert done.code == 0, done.said
+        assert f"of {count} devices, said" in done.said
 
 
 def test_settings_that_differ_are_refused_by_all():

@@ -162,11 +162,13 @@ def test_a_model_is_evaluated_and_sampled_on_the_mesh_of_several_processes(expec
     [
         (["--config.training.batch_size=6"], [], "batch"),
         ([], ["--config.seed=1"], r"process 1 differs.*config\.seed: 0 -> 1"),
+        ([], ["--workdir={elsewhere}"], r"is not in .*elsewhere of .* that all machines share"),
         (["--config.mesh.data=2"], [], r"config\.mesh has 2 of 4"),
     ],
 )
 def test_what_cannot_be_is_refused_by_all(tmp_path, of_all, of_process_1, message):
     arguments = ("train", *TINY, *of_all, f"--workdir={tmp_path / 'run'}")
+    of_process_1 = [argument.format(elsewhere=tmp_path / "elsewhere") for argument in of_process_1]
     began = time.monotonic()
     with Job(tmp_path, 2, 2, *arguments, last=of_process_1) as job:
         assert job.wait() == [1, 1], job.said(0) + job.said(1)
@@ -175,3 +177,4 @@ def test_what_cannot_be_is_refused_by_all(tmp_path, of_all, of_process_1, messag
         assert re.search(f"error: .*{message}", job.said(process), re.DOTALL), job.said(process)
         assert "Traceback" not in job.said(process)
     assert not checkpoint_steps(tmp_path / "run")
+    assert not list(tmp_path.glob("*/.seen*"))

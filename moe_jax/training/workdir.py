@@ -82,12 +82,14 @@ def require_shared(workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         path.touch()
     gather("")
+    seen = path.exists()
+    gather("")
+    if jax.process_index() == 0:
+        path.unlink()
     with all_or_none():
-        if not path.exists():
+        if not seen:
             raise ValueError(
                 "All processes of a run write to one workdir: what process 0 wrote to it is not "
                 f"in {workdir} of {socket.gethostname()}. Pass a --workdir on a file system that "
                 "all machines share."
             )
-    if jax.process_index() == 0:
-        path.unlink()
