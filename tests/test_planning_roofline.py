@@ -15,6 +15,7 @@ from moe_jax.config import (
     MoEConfig,
     TrainingConfig,
 )
+from moe_jax.planning import sweep as sweeping
 from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
 from moe_jax.planning.figures import memory_parts, write_figures
 from moe_jax.planning.flops import KINDS, count_flops
@@ -227,6 +228,21 @@ def test_a_sweep_puts_the_fastest_that_fit_first():
     assert f"{len(found.fitting)} meshes fit" in text and "do not fit" in text
     said = json.loads(json.dumps(describe_sweep(found), allow_nan=False))
     assert said["fitting"][0]["mesh"]["expert"] == found.fitting[0].work.mesh.expert
+
+
+def test_the_compiler_has_the_last_word_on_the_best(monkeypatch):
+    def refuse(candidate, topology):
+        return dataclasses.replace(candidate, compiled_bytes=math.inf, fits=False)
+
+    monkeypatch.setattr(sweeping, "compile_candidate", refuse)
+    config, machine = dataclasses.replace(CONFIG, mesh=MeshConfig()), parse_topology("v5e:2x2")
+    before, after = sweep(config, machine), sweep(config, machine, compile_best=2)
+    assert len(after.fitting) == len(before.fitting) - 2
+    moved = [one.work.mesh for one in after.too_large[:2]]
+    assert moved == [one.work.mesh for one in before.fitting[:2]]
+    said = json.loads(json.dumps(describe_sweep(after), allow_nan=False))["too_large"][0]
+    assert said["compiler_refused"] and said["compiled_bytes"] is None
+    assert "refused" in sweep_text(after)
 
 
 def test_a_dense_model_has_no_expert_axis():

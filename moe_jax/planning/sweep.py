@@ -40,13 +40,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The meshes of a machine, each list the fastest first.
+    """The meshes of a machine, each list the fastest first, those that the compiler refused before.
 
     Attributes:
       topology: the machine.
       fitting: those with room.
       too_large: those without.
-      uneven: how many do not split the arrays or the batch evenly.
+      uneven: how many do not split the arrays or the batch evenly, by the rule that they break.
     """
 
     topology: Topology
@@ -102,8 +102,14 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
         (fitting if one.fits else too_large).append(one)
     for found in (fitting, too_large):
         found.sort(key=lambda one: (one.times.seconds, one.times.seconds_in_turn))
-    best = [compile_candidate(one, topology) for one in fitting[:compile_best]]
-    return Sweep(topology, best + fitting[compile_best:], too_large, uneven)
+    asked = [compile_candidate(one, topology) for one in fitting[:compile_best]]
+    rest = fitting[compile_best:]
+    return Sweep(
+        topology,
+        [one for one in asked if one.fits] + rest,
+        [one for one in asked if not one.fits] + too_large,
+        uneven,
+    )
 
 
 def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
@@ -138,6 +144,7 @@ def _rows(candidates: list[Candidate]) -> list[str]:
     for one in candidates:
         name, size = largest(one.memory)[0]
         compiled = "" if one.compiled_bytes is None else f"{one.compiled_bytes / 1024**3:.1f}"
+        compiled = "refused" if one.compiled_bytes == math.inf else compiled
         rows.append(
             (
                 *(str(size) for size in one.work.mesh.sizes),
