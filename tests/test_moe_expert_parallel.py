@@ -1,0 +1,548 @@
+"""Experts on other devices change nothing: against one device, and against what must arrive."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from moe_jax.config import CapacityConfig, MeshConfig, MoEConfig
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.dispatch import (
+    DISPATCHERS,
+    choose_dispatch,
+    dispatcher_name,
+    exchange_name,
+    expert_loop,
+    expert_parallel,
+    ragged,
+)
+from moe_jax.moe.dispatch.einsum import einsum_dispatch
+from moe_jax.moe.dispatch.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.dispatch.expert_parallel import expert_parallel_dispatch
+from moe_jax.moe.dispatch.ragged_exchange import most_received_rows
+from moe_jax.moe.parameters import moe_specs
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding, partition_spec
+from tests.tiny_run import quick_jit
+
+# On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
+# of the largest entry.
+FLOAT32 = 1e-6
+
+BATCH, LENGTH, MODEL_DIM, HIDDEN, NUM_EXPERTS = 8, 12, 8, 8, 8
+
+MESHES = {
+    "expert 8": MeshConfig(data=1, expert=8),
+    "data 2, expert 4": MeshConfig(data=2, expert=4),
+    "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "experts over slices 2, expert 2, tensor 2": MeshConfig(
+        slices=2, data=1, expert=2, tensor=2, experts_span_slices=True
+    ),
+}
+
+
+class Way(NamedTuple):
+    """How tokens travel, and what the ragged dispatcher takes the platform to be."""
+
+    dispatch: str
+    exchange: str
+    computes_as_on: str = "cpu"
+
+
+WAYS = {
+    "einsum by constraint": Way("einsum", "compiler"),
+    "gather by constraint": Way("gather", "compiler"),
+    "einsum": Way("einsum", "explicit"),
+    "gather": Way("gather", "explicit"),
+    "ragged": Way("ragged", "explicit"),
+    # Its experts by `jax.lax.ragged_dot`, its exchange still emulated.
+    "ragged elsewhere": Way("ragged", "explicit", "tpu"),
+}
+EXPLICIT = [name for name, way in WAYS.items() if way.exchange == "explicit"]
+
+
+class Case(NamedTuple):
+    """Settings of a block, its capacity factor, and whether some choice is dropped."""
+
+    settings: dict
+    factor: float
+    drops: bool
+
+
+CASES = [
+    Case({"activation": "relu", "use_bias": True}, 1.0, True),
+    Case(
+        {"num_selected_experts": 2, "activation": "gelu", "use_bias": True, "group_size": 6},
+        0.0,
+        False,
+    ),
+    Case(
+        {
+            "num_selected_experts": 2,
+            "activation": "swiglu",
+            "use_bias": True,
+            "num_shared_experts": 2,
+            "shared_expert_gate": True,
+        },
+        1.25,
+        True,
+    ),
+    Case({"activation": "geglu", "num_shared_experts": 1}, 0.0, False),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_size_of_blocks(monkeypatch):
+    """In place of seven: the ragged loop compiles at once, `test_moe_expert_loop` has them all."""
+    monkeypatch.setattr(expert_loop, "LADDER", (1,))
+
+
+def block_config(case, way, num_chunks=1):
+    return MoEConfig(
+        num_experts=NUM_EXPERTS,
+        expert_dim=HIDDEN,
+        dispatch=way.dispatch,
+        exchange=way.exchange,
+        exchange_chunks=num_chunks,
+        capacity=CapacityConfig(train_factor=case.factor),
+        **case.settings,
+    )
+
+
+def block_inputs(config):
+    """Parameters, tokens, their gradient from above, and which are no padding."""
+    random = np.random.default_rng(0)
+    params = {
+        name: (random.normal(size=spec.shape) / 2).astype(np.float32)
+        for name, spec in moe_specs(config, MODEL_DIM).items()
+    }
+    x, dy = random.normal(size=(2, BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+    return params, x, dy, random.random((BATCH, LENGTH)) < 0.8
+
+
+def run_block(config, mesh=None, computes_as_on="cpu"):
+    """Output and gradients by name, and everything the block says of its routing."""
+    params, x, dy, valid = block_inputs(config)
+
+    def objective(params, x):
+        y, aux = moe_block(params, x, config, valid_BL=valid)
+        losses = aux.load_balance_loss + aux.router_z_loss
+        return jnp.sum(y * dy) + losses, (y, aux)
+
+    in_use = contextlib.nullcontext()
+    if mesh is not None:
+        in_use = jax.set_mesh(mesh)
+        specs = moe_specs(config, MODEL_DIM)
+        params = {
+            name: jax.device_put(value, named_sharding(specs[name].axes, mesh))
+            for name, value in params.items()
+        }
+    with in_use, mock.patch.object(ragged, "platform", lambda: computes_as_on):
+        run = quick_jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
+        (d_params, d_x), (y, aux) = run(params, x)
+    return jax.tree.map(np.asarray, ({"output": y, "x": d_x} | d_params, aux))
+
+
+@functools.cache
+def on_one_device(case_index):
+    return run_block(block_config(CASES[case_index], WAYS["einsum by constraint"]))
+
+
+def every_way_on_every_mesh():
+    """In cases that take turns; with one number of chunks quickly, with the other slowly."""
+    turns = []
+    for w, way in enumerate(WAYS):
+        for m, mesh in enumerate(MESHES):
+            for quick in (True, False):
+                num_chunks = 1 if ((w + m // 2) % 2 == 0) == quick else 3
+                case_index = (w + m + (not quick)) % len(CASES)
+                marks = () if quick else pytest.mark.slow
+                turns.append(pytest.param(way, mesh, num_chunks, case_index, marks=marks))
+    return turns
+
+
+@pytest.mark.parametrize(("way", "mesh", "num_chunks", "case_index"), every_way_on_every_mesh())
+def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
+    case, way = CASES[case_index], WAYS[way]
+    expected, expected_aux = on_one_device(case_index)
+    assert (expected_aux.kept_KE.sum() < expected_aux.assigned_KE.sum()) == case.drops
+    config = block_config(case, way, num_chunks)
+    got, aux = run_block(config, make_mesh(MESHES[mesh]), way.computes_as_on)
+    assert set(got) == set(expected)
+    for name in expected:
+        assert np.abs(expected[name]).max() > 1e-3, f"{name}: nothing to compare"
+        compare(got[name], expected[name], name)
+    for name, value, wanted in zip(aux._fields, aux, expected_aux, strict=True):
+        if np.issubdtype(wanted.dtype, np.integer):
+            np.testing.assert_array_equal(value, wanted, err_msg=name)
+        else:
+            compare(value, wanted, name)
+
+
+def compare(got, expected, what):
+    """The largest difference, in units of the largest expected entry."""
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    scale = max(1.0, float(np.abs(expected).max()))
+    difference = np.abs(got.astype(np.float64) - expected).max() / scale
+    assert difference <= FLOAT32, f"{what}: off by {difference:.2e} of {scale:.3g}"
+
+
+# The exchange of slots.
+
+GROUPS, SLOTS = 2, 3  # of one device; of an expert in a group
+
+
+def numbered_slots(num_devices):
+    """[E, all groups, C, M], every entry another number: no slot can be taken for another."""
+    shape = (NUM_EXPERTS, GROUPS * num_devices, SLOTS, MODEL_DIM)
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def all_to_all(mesh, axes):
+    """`(slots of all devices) -> what each device has of its experts, and what comes back`."""
+    exchange = ByAllToAll(axes)
+    by_groups = partition_spec((None, "group", None, None), mesh)
+    arrived = jax.P(mesh.axis_names)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=by_groups, out_specs=(arrived, by_groups))
+    def there_and_back(x_EGCM):
+        y_EGCM = exchange.to_experts(x_EGCM)
+        return y_EGCM[None], exchange.to_tokens(y_EGCM)
+
+    return quick_jit(there_and_back)
+
+
+SPANNED = MeshConfig(slices=2, data=1, expert=4, experts_span_slices=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "axes", "sharing"),
+    [
+        (MeshConfig(data=1, expert=8), ("expert",), [range(8)]),
+        (MeshConfig(data=2, expert=4), ("expert",), [range(4), range(4, 8)]),
+        # In two hops, and in one: the same arrives.
+        (SPANNED, ("expert_slice", "expert"), [range(8)]),
+        (SPANNED, (("expert_slice", "expert"),), [range(8)]),
+        # Experts that are not split stay where they are.
+        (MeshConfig(data=8), (), [[device] for device in range(8)]),
+    ],
+)
+def test_each_device_gets_the_slots_of_its_experts_and_they_come_back(config, axes, sharing):
+    """`sharing`: the devices that share the experts, copy by copy of the model."""
+    slots = numbered_slots(8)
+    arrived, back = all_to_all(make_mesh(config), axes)(slots)
+    np.testing.assert_array_equal(back, slots)
+    for devices in sharing:
+        groups = [GROUPS * device + g for device in devices for g in range(GROUPS)]
+        own = NUM_EXPERTS // len(devices)
+        for i, device in enumerate(devices):
+            got = np.asarray(arrived)[device]
+            got = got[:, np.argsort(got[0, :, 0, 0])]  # the groups come in any order
+            np.testing.assert_array_equal(got, slots[i * own : (i + 1) * own, groups])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_constraints_lay_slots_with_their_experts_and_back(mesh):
+    mesh = make_mesh(MESHES[mesh])
+    slots = numbered_slots(8)
+    with jax.set_mesh(mesh):
+        there = quick_jit(ByConstraint().to_experts)(slots)
+        back = quick_jit(ByConstraint().to_tokens)(there)
+    with_experts = named_sharding(("expert", "expert_group", None, None), mesh)
+    assert there.sharding.is_equivalent_to(with_experts, 4)
+    assert back.sharding.is_equivalent_to(named_sharding((None, "group", None, None), mesh), 4)
+    np.testing.assert_array_equal(there, slots)
+    np.testing.assert_array_equal(back, slots)
+
+
+# The exchange of rows: how many can come.
+
+
+def rows_received(expert_QJK, num_experts, slots):
+    """By NumPy: kept rows that each device receives, if an expert serves `slots` of a sender's."""
+    num_devices = len(expert_QJK)
+    received = np.zeros(num_devices, int)
+    for expert_JK in expert_QJK:
+        loads = np.bincount(expert_JK.reshape(-1), minlength=num_experts)
+        received += np.minimum(loads, slots).reshape(num_devices, -1).sum(axis=1)
+    return received
+
+
+def random_choices(tokens, num_choices, num_experts, random):
+    """Distinct experts for every token, some far more popular than others, [J, K]."""
+    worth = random.normal(size=(tokens, num_experts)) + 3 * random.normal(size=num_experts)
+    return np.argsort(-worth, axis=-1)[:, :num_choices]
+
+
+@pytest.mark.parametrize("num_own", [1, 2, 3])
+@pytest.mark.parametrize("num_choices", [1, 2, 4])
+@pytest.mark.parametrize("slots", [1, 3, 8, 12])
+def test_no_device_receives_more_rows_than_there_is_room_for(num_own, num_choices, slots):
+    tokens, num_devices = 12, 4
+    num_experts = num_own * num_devices
+    most = most_received_rows(tokens, num_choices, num_own, num_devices, slots)
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        expert_QJK = np.stack(
+            [random_choices(tokens, num_choices, num_experts, random) for _ in range(num_devices)]
+        )
+        assert rows_received(expert_QJK, num_experts, slots).max() <= most
+
+    # The worst router: as many choices of every token as can be, all on the experts of device 2.
+    turn = np.arange(tokens * num_choices).reshape(tokens, num_choices)
+    there = 2 * num_own + turn % num_own
+    elsewhere = (turn % (num_experts - num_own)) + 3 * num_own
+    is_there = np.arange(num_choices) < num_own
+    if num_choices > num_own:
+        there = 2 * num_own + np.tile(np.arange(num_choices), (tokens, 1))
+    worst_JK = np.where(is_there, there, elsewhere % num_experts)
+    assert rows_received(np.stack([worst_JK] * num_devices), num_experts, slots)[2] == most
+
+
+def dispatch_everything_to_two_experts(mesh, way, num_chunks=1):
+    """Output of experts on one device of many, each token with gates of its own; and the oracle's.
+
+    Experts 0 and 1 are one device's if the mesh has expert=4, which then receives all that there
+    are: its own rows and those of every other device.
+    """
+    random = np.random.default_rng(0)
+    shape = (BATCH, LENGTH, 2)
+    x = random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+    gate = random.random(shape, np.float32)
+    slot = np.broadcast_to(np.arange(LENGTH)[:, None], shape)
+    index = np.broadcast_to(np.arange(2), shape)
+    weights = {"wi": random.normal(size=(NUM_EXPERTS, MODEL_DIM, MODEL_DIM)).astype(np.float32)}
+
+    def output(x, index, gate, slot, weights):
+        kept = jnp.ones(shape, bool)
+        assignment = Assignment(index, gate, slot, kept, LENGTH, NUM_EXPERTS)
+
+        def linear(rows, weights, layout):
+            return layout.matmul(rows, weights["wi"])
+
+        return expert_parallel_dispatch(
+            x, assignment, weights, linear, name=way.dispatch, num_chunks=num_chunks
+        )
+
+    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
+        y = quick_jit(output)(x, index, gate, slot, weights)
+    mixed = gate[..., 0, None] * (x @ weights["wi"][0]) + gate[..., 1, None] * (
+        x @ weights["wi"][1]
+    )
+    return np.asarray(y), mixed
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_every_token_may_go_to_one_device(name):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
+    y, expected = dispatch_everything_to_two_experts(mesh, WAYS[name])
+    compare(y, expected, "output")
+
+
+def test_with_room_for_one_row_less_a_row_would_be_lost():
+    """So the bound above is the least one, also of the program that runs."""
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    way = WAYS["ragged elsewhere"]
+    with mock.patch.object(
+        expert_parallel, "most_received_rows", lambda **sizes: most_received_rows(**sizes) - 1
+    ):
+        y, expected = dispatch_everything_to_two_experts(mesh, way)
+    wrong = np.abs(y - expected).max(axis=-1) > 1e-3
+    assert wrong.sum() == 2  # one in each copy of the model
+
+
+# What is random in the experts.
+
+
+def draw_from_experts(name, config, seed, num_chunks=1):
+    """Every device of the experts draws numbers for its rows, in its own half under tensor."""
+    way, mesh = WAYS[name], make_mesh(config)
+    random = np.random.default_rng(1)
+    index = random.integers(0, NUM_EXPERTS, (BATCH, LENGTH, 1)).astype(np.int32)
+    slot = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[:, None], index.shape)
+    half = MODEL_DIM // 2
+
+    def draw(rows, weights, layout):
+        drawn = jax.random.uniform(layout.rng, (*rows.shape[:-1], half))
+        place = (0,) * (rows.ndim - 1) + (half * jax.lax.axis_index("tensor"),)
+        return jax.lax.dynamic_update_slice(jnp.zeros_like(rows), drawn, place)
+
+    def output(x, index, slot, weights, rng):
+        ones = jnp.ones(index.shape)
+        assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
+        return expert_parallel_dispatch(
+            x, assignment, weights, draw, rng, name=way.dispatch, num_chunks=num_chunks
+        )
+
+    x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
+    weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}
+    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
+        run = quick_jit(output)
+        return [np.asarray(run(x, index, slot, weights, jax.random.key(s))) for s in seed]
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_no_two_devices_draw_the_same_and_equal_keys_do(name):
+    config = MESHES["fsdp 2, expert 2, tensor 2"]
+    first, again, other = draw_from_experts(name, config, [0, 0, 1], num_chunks=3)
+    np.testing.assert_array_equal(first, again)
+    assert not (first == other).any()
+    # What a device drew for a token: half of its output, under tensor.
+    drawn = first.reshape(-1, MODEL_DIM // 2)
+    assert len(np.unique(drawn, axis=0)) == len(drawn) == 2 * BATCH * LENGTH
+
+
+def run_with_dropout(way, mesh=None):
+    case = Case({"num_selected_experts": 2, "expert_dropout_rate": 0.5}, 1.25, True)
+    config = block_config(case, way)
+    params, x, _, valid = block_inputs(config)
+    in_use = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with in_use:
+        run = quick_jit(
+            lambda *args: moe_block(*args, config, valid_BL=valid, rng=jax.random.key(0))
+        )
+        return np.asarray(run(params, x)[0])
+
+
+def test_what_the_compiler_places_is_dropped_as_on_one_device():
+    """Masks are those of one array of all slots, wherever it lies; explicit ways draw their own."""
+    expected = run_with_dropout(WAYS["einsum by constraint"])
+    mesh = make_mesh(MESHES["data 2, expert 4"])
+    compare(run_with_dropout(WAYS["einsum by constraint"], mesh), expected, "output")
+    assert np.abs(run_with_dropout(WAYS["einsum"], mesh) - expected).max() > 0.1
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_experts", "message"),
+    [
+        (6, 8, r"splits groups of tokens evenly: 6 over 8 devices\. Change config\.mesh, training"),
+        (8, 6, r"splits experts evenly: 6 over 8 devices\. .* or moe\.num_experts"),
+    ],
+)
+def test_what_the_mesh_does_not_split_evenly_is_refused(groups, num_experts, message):
+    choices = jnp.zeros((groups, LENGTH, 1), jnp.int32)
+    assignment = Assignment(choices, choices * 1.0, choices, choices > 0, LENGTH, num_experts)
+    x = jnp.zeros((groups, LENGTH, MODEL_DIM))
+    weights = {"wi": jnp.zeros((num_experts, MODEL_DIM, HIDDEN))}
+    with jax.set_mesh(make_mesh(MESHES["expert 8"])), pytest.raises(ValueError, match=message):
+        expert_parallel_dispatch(x, assignment, weights, lambda rows, *_: rows, name="gather")
+
+
+def test_without_a_mesh_there_is_no_expert_parallelism():
+    assignment = Assignment(*[jnp.zeros((1, 1, 1), jnp.int32)] * 4, 1, 1)
+    with pytest.raises(AssertionError, match="one device there is nothing to exchange"):
+        expert_parallel_dispatch(
+            jnp.zeros((1, 1, 1)), assignment, {}, lambda rows, *_: rows, name="gather"
+        )
+
+
+# What the backward pass keeps.
+
+
+def kept_matrices(name, num_chunks):
+    """The shapes of the expert matrices that the backward pass is given, over all devices."""
+    way = WAYS[name]
+    config = MoEConfig(
+        num_experts=4, expert_dim=20, activation="swiglu", use_bias=True,
+        dispatch=way.dispatch, exchange="explicit", exchange_chunks=num_chunks,
+    )  # fmt: skip
+    params = {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+        for name, spec in moe_specs(config, MODEL_DIM).items()
+    }
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, MODEL_DIM), jnp.float32)
+
+    def backward(params, x):
+        return jax.vjp(lambda params, x: moe_block(params, x, config)[0], params, x)[1]
+
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
+    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
+        kept = jax.tree.leaves(jax.eval_shape(backward, params, x))
+    matrices = [leaf.shape for leaf in kept if sorted(leaf.shape[1:]) == [MODEL_DIM, 20]]
+    return sorted(matrices)
+
+
+SPLIT = [(4, 8, 20), (4, 8, 20), (4, 20, 8)]  # wi, wg and wo: each entry on one device
+GATHERED = [(16, 8, 20), (16, 8, 20), (16, 20, 8)]  # each on the four of fsdp
+
+
+# JAX keeps whatever goes into a loop: so the matrices of the ragged dispatcher on a CPU, whose
+# devices have one memory anyway.
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("name", [name for name in EXPLICIT if name != "ragged"])
+def test_gathered_matrices_are_not_kept_for_the_backward_pass(name, num_chunks):
+    assert kept_matrices(name, num_chunks) == SPLIT
+
+
+def test_without_the_rule_gathered_matrices_would_be_kept():
+    with mock.patch.object(expert_parallel, "all_but_gathered", lambda *_, **__: True):
+        assert kept_matrices("gather", 1) == GATHERED
+
+
+# Which dispatcher and which exchange.
+
+
+def devices_of(platform):
+    """A mesh of four devices that need not be here."""
+    device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
+    mesh = AbstractMesh((4,), ("expert",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def test_auto_is_ragged_on_one_cpu_and_gather_elsewhere():
+    assert dispatcher_name("auto") == "ragged"
+    with mock.patch.object(jax, "default_backend", lambda: "tpu"):
+        assert dispatcher_name("auto") == "gather"
+    for platform in ("cpu", "tpu", "cuda"):
+        with devices_of(platform):
+            assert dispatcher_name("auto") == "gather"
+            for name in DISPATCHERS:
+                assert dispatcher_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "exchange", "resolved"),
+    [
+        ("einsum", "auto", "compiler"),
+        ("gather", "auto", "compiler"),
+        ("auto", "auto", "compiler"),
+        ("ragged", "auto", "explicit"),
+        ("einsum", "compiler", "compiler"),
+        ("gather", "compiler", "compiler"),
+        ("auto", "compiler", "compiler"),
+        ("einsum", "explicit", "explicit"),
+        ("gather", "explicit", "explicit"),
+        ("auto", "explicit", "explicit"),
+        ("ragged", "explicit", "explicit"),
+    ],
+)
+def test_the_exchange_that_is_chosen(dispatch, exchange, resolved):
+    config = MoEConfig(dispatch=dispatch, exchange=exchange, exchange_chunks=3)
+    with devices_of("cpu"):
+        assert exchange_name(config) == resolved
+        chosen = choose_dispatch(config)
+    name = "gather" if dispatch == "auto" else dispatch
+    if resolved == "explicit":
+        assert chosen.func is expert_parallel_dispatch
+        assert chosen.keywords == {"name": name, "num_chunks": 3}
+    else:
+        assert chosen.func is DISPATCHERS[name]
+        assert isinstance(chosen.keywords["exchange"], ByConstraint)
+        assert chosen.keywords["exchange"].num_chunks == 3
+
+
+@pytest.mark.parametrize("exchange", ["auto", "compiler", "explicit"])
+def test_on_one_device_nothing_is_exchanged(exchange):
+    assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
+    with jax.set_mesh(make_mesh(MeshConfig(data=1))):
+        assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
