@@ -11,6 +11,7 @@ from moe_jax.config import (
     BalanceConfig,
     CapacityConfig,
     ExperimentConfig,
+    MeshConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
@@ -32,6 +33,7 @@ def changed():
     config.data.domain_weights = (("en", 0.5), ("code", 2.0))
     config.optimizer.learning_rate = 3e-4
     config.training.batch_size = 32
+    config.mesh.data, config.mesh.expert = 2, -1
     return config
 
 
@@ -219,6 +221,12 @@ def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
         ),
         ({"activation": "silu"}, r"moe\.activation is one of"),
         ({"dispatch": "sort"}, r"moe\.dispatch is one of"),
+        ({"exchange": "all_to_all"}, r"moe\.exchange is one of \['auto', 'compiler', 'explicit'\]"),
+        ({"exchange_chunks": 0}, r"moe\.exchange_chunks is at least 1"),
+        (
+            {"dispatch": "ragged", "exchange": "compiler"},
+            r"'ragged' exchanges rows by explicit collectives: moe\.exchange='compiler'\. Set",
+        ),
         ({"expert_dropout_rate": 1.0}, r"moe\.expert_dropout_rate lies in \[0, 1\)"),
         ({"expert_dim": 0}, r"moe\.expert_dim is at least 1"),
         ({"num_shared_experts": -1}, r"moe\.num_shared_experts is at least 0"),
@@ -347,6 +355,109 @@ def test_groups_fit_the_tokens_of_a_microbatch(group_size, fits):
     message = rf"group_size={group_size}, sequence_length=256, .*=2048 \(8 sequences\)"
     with pytest.raises(ValueError, match=message):
         from_config_dict(settings)
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "einsum", "gather"])
+@pytest.mark.parametrize("exchange", ["auto", "compiler", "explicit"])
+def test_slots_travel_by_either_exchange(dispatch, exchange):
+    MoEConfig(dispatch=dispatch, exchange=exchange, exchange_chunks=4)
+
+
+def test_rows_travel_by_explicit_collectives():
+    MoEConfig(dispatch="ragged", exchange="explicit")
+    MoEConfig(dispatch="ragged")
+
+
+# Sizes that have nothing in common, so that each can be told from what divides it.
+SPLIT = {
+    "model": {
+        "model_dim": 10, "num_heads": 42, "num_kv_heads": 21, "vocab_size": 384, "ffn_dim": 66,
+        "moe": {"num_experts": 8, "expert_dim": 12, "num_dense_first": 1},
+    },
+    "data": {"sequence_length": 8},
+    "training": {"batch_size": 60, "num_microbatches": 2},
+}  # fmt: skip
+
+
+def split(mesh, model=None, moe=None):
+    """An experiment on a mesh, with these settings of the model changed."""
+    moe = SPLIT["model"]["moe"] | (moe or {})
+    return from_config_dict(
+        SPLIT | {"mesh": {"data": 1} | mesh, "model": SPLIT["model"] | (model or {}) | {"moe": moe}}
+    )
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {},
+        {"data": 30},
+        {"slices": 3, "fsdp": 5, "expert": 2},
+        {"tensor": 3},
+        {"slices": 2, "expert": 1, "experts_span_slices": True},
+        {"expert": 2, "tensor": 3},
+    ],
+)
+def test_a_mesh_that_divides_everything_is_accepted(mesh):
+    config = split(mesh)
+    assert config.on_devices(config.mesh.num_devices) == config
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "moe", "message"),
+    [
+        (
+            {"data": 4},
+            {},
+            {},
+            r"over slices \* data \* fsdp \* expert devices, .*: 30 sequences \(batch_size=60, "
+            r"num_microbatches=2\), 1 a group, over 4 devices\. Use a multiple of 4 sequences",
+        ),
+        ({"data": 2, "fsdp": 2, "expert": 2}, {}, {}, r"over 8 devices\. Use a multiple of 8 "),
+        ({"slices": 2, "data": 30}, {}, {}, r"over 60 devices"),
+        # Groups of two sequences are not cut: 15 of them are split, not 30 sequences.
+        ({"data": 30}, {}, {"group_size": 16}, r"2 a group, over 30 .*multiple of 60 sequences"),
+        ({"fsdp": 3}, {}, {}, r"mesh fsdp divides model\.model_dim: fsdp=3, model\.model_dim=10"),
+        ({"tensor": 5}, {}, {}, r"mesh tensor divides model\.num_heads: tensor=5, .*=42\. Change"),
+        (
+            {"tensor": 2},
+            {},
+            {},
+            r"divides key and value heads \(model\.num_kv_heads\): tensor=2, .*=21",
+        ),
+        ({"tensor": 7}, {}, {}, r"divides model\.vocab_size: tensor=7, model\.vocab_size=384"),
+        ({"tensor": 3}, {"ffn_dim": 64}, {}, r"divides model\.ffn_dim: tensor=3, .*=64"),
+        ({"tensor": 3}, {}, {"expert_dim": 16}, r"divides moe\.expert_dim: tensor=3, .*=16"),
+        ({"expert": 3}, {}, {}, r"mesh expert divides moe\.num_experts: expert=3, .*=8"),
+        (
+            {"slices": 3, "expert": 2, "experts_span_slices": True},
+            {},
+            {},
+            r"mesh slices \* expert divides moe\.num_experts: slices \* expert=6, .*=8",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_run_is_refused(mesh, model, moe, message):
+    with pytest.raises(ValueError, match=message):
+        split(mesh, model, moe)
+
+
+def test_only_what_the_model_has_is_divided():
+    all_moe = {"num_dense_first": 0}
+    split({"tensor": 3}, {"ffn_dim": 64}, all_moe)
+    dense = {"layer_period": 0, "num_dense_first": 0}
+    split({"tensor": 3}, {}, dense | {"expert_dim": 16})
+    split({"expert": 3}, {}, dense)
+    split({"data": 30}, {}, dense | {"group_size": 16})
+
+
+def test_a_mesh_is_filled_before_it_is_checked():
+    config = split({"data": -1})
+    assert config.on_devices(15).mesh == MeshConfig(data=15)
+    with pytest.raises(ValueError, match=r"30 sequences .* over 8 devices"):
+        config.on_devices(8)
+    with pytest.raises(ValueError, match=r"need 30, there are 8"):
+        split({"data": 30}).on_devices(8)
 
 
 @pytest.mark.parametrize(
