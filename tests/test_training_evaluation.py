@@ -1,12 +1,16 @@
 """Held-out losses against NumPy, by domain, dropless and capacity-limited."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.data import domain_names, heldout_batches, open_tokenizer
 from moe_jax.models import Decoder
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
+from moe_jax.training.placement import state_shardings
 from tests.tiny_run import quick_jit, tiny_state, tiny_training
 
 FLOAT32 = {"rtol": 1e-5}  # logits of a small model, in float32
@@ -133,3 +137,28 @@ def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):
             halves[kind]["nats_per_token"], said[kind]["nats_per_token"], **FLOAT32
         )
     assert halves["domain_expert_share"] == said["domain_expert_share"]
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        pytest.param(MeshConfig(data=1, expert=4), marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_on_a_mesh_is_that_on_one_device(said, mesh):
+    config, state = make()
+    mesh = make_mesh(mesh)
+    params = jax.device_put(state.params, state_shardings(config, mesh).params)
+    on_mesh = evaluate(params, BIAS_XE, config, mesh=mesh, max_batches=NUM_BATCHES)
+    assert set(on_mesh) == set(said)
+    for kind in ("dropless", "capacity_limited"):
+        assert on_mesh[kind]["tokens"] == said[kind]["tokens"]
+        pairs = [(on_mesh[kind], said[kind])]
+        pairs += [
+            (on_mesh[kind]["domains"][name], domain)
+            for name, domain in said[kind]["domains"].items()
+        ]
+        for got, expected in pairs:
+            np.testing.assert_allclose(got["nats_per_token"], expected["nats_per_token"], **FLOAT32)
+    assert on_mesh["domain_expert_share"] == said["domain_expert_share"]

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MeshConfig
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import write_run_record
+from moe_jax.training.placement import state_shardings
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from tests.tiny_run import files, tiny_config, tiny_state
 
@@ -88,3 +91,82 @@ def test_another_model_is_refused(tmp_path):
     write_run_record(tmp_path, dataclasses.replace(CONFIG, model=model))
     with pytest.raises(ValueError, match=r"into a state of the same arrays: .*wi: float32"):
         load_run(tmp_path)
+
+
+ONE_DEVICE = MeshConfig(data=1)
+EXPERT_8 = MeshConfig(data=1, expert=8)
+FSDP_AND_EXPERT = MeshConfig(data=1, fsdp=4, expert=2)
+SPANNED = MeshConfig(slices=2, data=1, expert=2, tensor=2, experts_span_slices=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize(
+    ("saved_on", "restored_on"),
+    [
+        (EXPERT_8, FSDP_AND_EXPERT),
+        (EXPERT_8, ONE_DEVICE),
+        (ONE_DEVICE, EXPERT_8),
+        (FSDP_AND_EXPERT, SPANNED),
+    ],
+)
+def test_a_state_moves_to_another_mesh(tmp_path, optimizer, saved_on, restored_on):
+    config = tiny_config(
+        {
+            "model": {"moe": {"num_experts": 8, "balance": {"bias_update_rate": 0.1}}},
+            "optimizer": {"name": optimizer},
+            "training": {"batch_size": 8},
+        }
+    )
+    config = dataclasses.replace(config, mesh=saved_on)
+    random = np.random.default_rng(0)
+
+    def draw(leaf):
+        values = random.normal(size=leaf.shape) * 100
+        return np.asarray(values, leaf.dtype)  # moments, bias and step, too, are not their zeros
+
+    state = jax.tree.map(draw, tiny_state(config))
+    state = state._replace(step=np.int32(7))
+    write_run_record(tmp_path, config)
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=1) as checkpoints:
+        placed = state_shardings(config, make_mesh(saved_on))
+        checkpoints.save(7, jax.device_put(state, placed))
+
+    moved, loaded = load_run(tmp_path, restored_on)
+    assert moved == dataclasses.replace(config, mesh=restored_on)
+    assert jax.tree.structure(loaded) == jax.tree.structure(state)
+    leaves = zip(
+        jax.tree.leaves_with_path(loaded),
+        jax.tree.leaves(state),
+        jax.tree.leaves(state_shardings(moved, make_mesh(restored_on))),
+        strict=True,
+    )
+    for (path, leaf), expected, sharding in leaves:
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(leaf, expected, strict=True, err_msg=name)
+        assert leaf.sharding == sharding, name
+
+
+def test_a_state_is_read_straight_to_where_it_goes(tmp_path, monkeypatch):
+    """No array is restored as a whole first: a device may have no room for it."""
+    make_run(tmp_path, 2)
+    placed = []
+    device_put = jax.device_put
+
+    def put(x, *args, **kwargs):
+        placed.append(np.size(x))
+        return device_put(x, *args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", put)
+    _, loaded = load_run(tmp_path, MeshConfig(data=1, fsdp=2, expert=2))
+    leaves = jax.tree.leaves(loaded)
+    shards = [leaf.addressable_shards[0].data.size for leaf in leaves]
+    assert max(placed) == max(shards) == 384 * 16 // 2
+    assert len(placed) == 4 * len(leaves)
+
+
+def test_a_mesh_that_does_not_fit_the_run_is_refused(tmp_path):
+    make_run(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"4 sequences .* over 8 devices"):
+        load_run(tmp_path, EXPERT_8)
+    with pytest.raises(ValueError, match=r"mesh tensor divides model\.num_heads: tensor=4, .*=2"):
+        load_run(tmp_path, MeshConfig(data=1, tensor=4))
