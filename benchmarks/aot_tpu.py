@@ -1,0 +1,329 @@
+"""The MoE layer of every dispatcher, compiled for TPUs that are not here.
+
+    python -m benchmarks.aot_tpu [--topologies=v5e:4x4,v5p:4x4x4] [--json=FILE] [--hlo=FOLDER]
+
+Forward and forward+backward of `moe_block` in bfloat16, with float32 parameters, for a layer like
+Switch-Base's and one like Mixtral's. What the compiled program does on one device is read from its
+text (`planning.hlo`) and divided by the least that the layer needs (`fewest`). Nothing is run: the
+last column is the time that the chip's published rates allow, not a measurement. Needs libtpu.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import BalanceConfig, CapacityConfig, MeshConfig, MoEConfig
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.parameters import ParameterSpec, moe_specs
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding, num_shards
+from moe_jax.planning.hlo import Program, read_program
+from moe_jax.planning.report import collective_rows
+from moe_jax.planning.roofline import roofline
+from moe_jax.planning.topology import Topology, devices, parse_topology
+
+SEQUENCE_LENGTH = 1024  # tokens, and of a group
+BFLOAT16, FLOAT32 = 2, 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """An MoE layer and the tokens that a device has of its input."""
+
+    moe: MoEConfig
+    model_dim: int
+    tokens: int
+
+
+LAYERS = {
+    "switch": Layer(
+        MoEConfig(num_experts=128, num_selected_experts=1, expert_dim=3072, activation="relu"),
+        model_dim=768,
+        tokens=8192,
+    ),
+    "mixtral": Layer(
+        MoEConfig(num_experts=8, num_selected_experts=2, expert_dim=14336, activation="swiglu"),
+        model_dim=4096,
+        tokens=4096,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A way of dispatch: settings of `MoEConfig`, and the capacity factor (0: dropless)."""
+
+    dispatch: str
+    exchange: str
+    factor: float = 1.25
+    chunks: int = 1
+
+    def __str__(self) -> str:
+        capacity = f"{self.factor:g}" if self.factor else "dropless"
+        chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
+        return f"{self.dispatch} {self.exchange}, {capacity}{chunks}"
+
+
+FORMS = (
+    Form("einsum", "compiler"),
+    Form("gather", "compiler"),
+    Form("einsum", "explicit"),
+    Form("gather", "explicit"),
+    Form("gather", "explicit", chunks=2),
+    Form("ragged", "explicit"),
+    Form("ragged", "explicit", factor=0.0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one execution does on one device.
+
+    Attributes:
+      flops: a multiply-add being two.
+      hbm_bytes: read from and written to main memory.
+      wire_bytes: sent to other devices.
+    """
+
+    flops: float
+    hbm_bytes: float
+    wire_bytes: float
+
+
+def mesh_for(moe: MoEConfig, num_devices: int) -> MeshConfig:
+    """Experts on as many devices as they divide into, and fsdp over what is left.
+
+    Then no expert's gradient is summed over copies of it, and no device holds more than its share
+    of the parameters.
+    """
+    expert = math.gcd(moe.num_experts, num_devices)
+    return MeshConfig(data=1, fsdp=num_devices // expert, expert=expert)
+
+
+def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
+    """The least work that the mathematics and the mesh allow, all experts being equally loaded.
+
+    FLOPs: router and the K experts of every token; three times that with the gradient.
+
+    Wire: every choice goes to its expert's device in bfloat16 (a share 1/n is there already) and
+    its output comes back; with the gradient twice that. Matrices split over fsdp are gathered once
+    in bfloat16, and their gradients scattered once. The router's gradient is all-reduced in
+    float32.
+
+    Memory: what is given is read once and what is returned is written once, parameters and their
+    gradients in float32, tokens and theirs in bfloat16. Nothing in between is stored, which no
+    program reaches whose weights or hidden units are larger than the chip's own memory.
+    """
+    specs, d, e = moe_specs(layer.moe, layer.model_dim), layer.model_dim, layer.moe.num_experts
+    matrices = 3 if layer.moe.gated else 2
+    choices = layer.tokens * layer.moe.num_selected_experts
+    flops = 2 * (choices * matrices * d * layer.moe.expert_dim + layer.tokens * d * e)
+
+    all_experts = sum(math.prod(spec.shape) for name, spec in specs.items() if name != "router")
+    used = all_experts / mesh.expert  # by the experts of one device, gathered over fsdp
+    held = used / mesh.fsdp
+    tokens_sent = choices * d * BFLOAT16 * (1 - 1 / mesh.expert)
+    weights_sent = used * BFLOAT16 * (1 - 1 / mesh.fsdp)
+    router_sent = d * e * FLOAT32 * 2 * (1 - 1 / mesh.num_devices)
+    token_bytes = layer.tokens * d * BFLOAT16
+    weight_bytes = (held + d * e / mesh.fsdp) * FLOAT32
+    if not gradient:
+        return Work(flops, 2 * token_bytes + weight_bytes, 2 * tokens_sent + weights_sent)
+    return Work(
+        3 * flops,
+        4 * token_bytes + 2 * weight_bytes,
+        4 * tokens_sent + 2 * weights_sent + router_sent,
+    )
+
+
+def work_of(program: Program, layer: Layer, chunks: int) -> Work:
+    """What a compiled program does; a ragged all-to-all sends what equally loaded experts get."""
+    choices = layer.tokens * layer.moe.num_selected_experts
+    rows = choices * layer.model_dim * BFLOAT16 / chunks
+    wire = 0.0
+    for one in program.collectives:
+        size = one.wire_bytes
+        if one.kind == "ragged-all-to-all":
+            size = min(one.bytes, rows) * (1 - 1 / one.group_size)
+        wire += one.count * size
+    return Work(program.flops, program.hbm_bytes, wire)
+
+
+def compile_layer(
+    layer: Layer, form: Form, mesh: jax.sharding.Mesh, gradient: bool
+) -> jax.stages.Compiled:
+    """`moe_block` with tokens and parameters on a mesh; with the gradient of both."""
+    config = dataclasses.replace(
+        layer.moe,
+        dispatch=form.dispatch,
+        exchange=form.exchange,
+        exchange_chunks=form.chunks,
+        capacity=CapacityConfig(train_factor=form.factor),
+        balance=BalanceConfig(load_balance_weight=0.0),
+    )
+    specs = moe_specs(config, layer.model_dim)
+
+    def forward(params: dict[str, jax.Array], x_BLM: jax.Array) -> jax.Array:
+        return moe_block(params, x_BLM, config)[0]
+
+    def forward_backward(params: dict[str, jax.Array], x_BLM: jax.Array, dy_BLM: jax.Array) -> Any:
+        y_BLM, vjp = jax.vjp(forward, params, x_BLM)
+        return y_BLM, vjp(dy_BLM)
+
+    def abstract(spec: ParameterSpec) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(spec.axes, mesh)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding)
+
+    sequences = layer.tokens * num_shards("batch", mesh) // SEQUENCE_LENGTH
+    tokens = named_sharding(("batch", None, None), mesh)
+    shape = (sequences, SEQUENCE_LENGTH, layer.model_dim)
+    x_BLM = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=tokens)
+    params = {name: abstract(spec) for name, spec in specs.items()}
+    placed = {name: value.sharding for name, value in params.items()}
+    with jax.set_mesh(mesh):
+        if gradient:
+            program = jax.jit(forward_backward, out_shardings=(tokens, (placed, tokens)))
+            return program.lower(params, x_BLM, x_BLM).compile()
+        return jax.jit(forward, out_shardings=tokens).lower(params, x_BLM).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A compiled layer, on one device.
+
+    Attributes:
+      layer: of `LAYERS`.
+      topology: the machine.
+      form: the way of dispatch.
+      gradient: forward+backward, or forward alone.
+      work: what the program does.
+      least: what it cannot do without.
+      temporary_bytes: memory beside arguments and results.
+      milliseconds: at the published rates, by resource, if each were all.
+      collectives: executions, and bytes of the arrays of all of them, by kind and mesh axes; a
+        ragged all-to-all counts its whole buffer.
+      grouped_matmuls: hand-written kernels for rows sorted by expert.
+      error: why there is nothing of all this; "" if there is.
+    """
+
+    layer: str
+    topology: str
+    form: str
+    gradient: bool
+    work: Work | None = None
+    least: Work | None = None
+    temporary_bytes: int = 0
+    milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    grouped_matmuls: int = 0
+    error: str = ""
+
+    @property
+    def ratios(self) -> tuple[float, float, float]:
+        """FLOPs, memory traffic and bytes sent, over the fewest."""
+        assert self.work is not None and self.least is not None
+        done, least = dataclasses.astuple(self.work), dataclasses.astuple(self.least)
+        return tuple(a / b for a, b in zip(done, least, strict=True))
+
+
+def measure(
+    name: str, topology: Topology, form: Form, gradient: bool, folder: pathlib.Path | None = None
+) -> Row:
+    """Compiles and reads one program; what goes wrong is in the row."""
+    layer = LAYERS[name]
+    empty = Row(name, topology.name, str(form), gradient)
+    config = mesh_for(layer.moe, topology.num_devices)
+    mesh = make_mesh(config, devices(topology))
+    try:
+        compiled = compile_layer(layer, form, mesh, gradient)
+    except Exception as error:  # the other rows are worth having
+        return dataclasses.replace(empty, error=f"{type(error).__name__}: {error}"[:300])
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None
+    if folder is not None:
+        file = f"{name}_{topology.name}_{form}_{'gradient' if gradient else 'forward'}.txt"
+        (folder / re.sub(r"[^\w.]+", "_", file)).write_text(text)
+    program = read_program(text)
+    work = work_of(program, layer, form.chunks)
+    times = roofline(topology, work.flops, work.hbm_bytes, work.wire_bytes, 0.0)
+    seconds = {"compute": times.compute, "memory": times.memory, "wire": times.interconnect}
+    return dataclasses.replace(
+        empty,
+        work=work,
+        least=fewest(layer, config, gradient),
+        temporary_bytes=memory.temp_size_in_bytes,
+        milliseconds={key: 1e3 * value for key, value in seconds.items()},
+        collectives={
+            f"{one.kind} {'+'.join(one.axes)}": (one.count, one.array_bytes)
+            for one in collective_rows(program.collectives, config, topology.devices_per_island)
+        },
+        grouped_matmuls=len(re.findall(r"%ragged-dot-none[.\d]* = ", text)),
+    )
+
+
+HEADER = (
+    f"{'form':<34}{'pass':>5}{'FLOPs':>7}{'memory':>8}{'wire':>6}{'temp MB':>9}"
+    f"{'compute':>9}{'memory':>8}{'wire':>7}  collectives: how many, which, over which axes, MB"
+)
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    start = f"{row.form:<34}{'f+b' if row.gradient else 'f':>5}"
+    if row.error:
+        return f"{start}  FAILED: {row.error}"
+    flops, memory, wire = row.ratios
+    ms = row.milliseconds
+    bound = max(ms, key=lambda key: ms[key])
+    times = "".join(
+        f"{value:.2f}{'*' if key == bound else ' '}".rjust(width)
+        for (key, value), width in zip(ms.items(), (10, 8, 7), strict=True)
+    )
+    sent = ", ".join(
+        f"{count} {kind} {size / 1e6:.1f}" for kind, (count, size) in row.collectives.items()
+    )
+    kernels = f", {row.grouped_matmuls} grouped matmul kernels" if row.grouped_matmuls else ""
+    numbers = f"{flops:>7.2f}{memory:>8.2f}{wire:>6.2f}{row.temporary_bytes / 1e6:>9,.0f}"
+    return f"{start}{numbers}{times} {sent}{kernels}"
+
+
+def main() -> None:
+    """Compiles one program after another and prints each row when it is there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topologies", default="v5e:4x4,v5p:4x4x4")
+    parser.add_argument("--layers", default=",".join(LAYERS))
+    parser.add_argument("--json", type=pathlib.Path, help="a file for the rows")
+    parser.add_argument("--hlo", type=pathlib.Path, help="a folder for the compiled programs")
+    arguments = parser.parse_args()
+    topologies = [parse_topology(name) for name in arguments.topologies.split(",")]
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("Nothing compiled: this needs libtpu. pip install 'moe_jax[tpu]' (no TPU needed).")
+    if arguments.hlo is not None:
+        arguments.hlo.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for topology, name in itertools.product(topologies, arguments.layers.split(",")):
+        layer = LAYERS[name]
+        config = mesh_for(layer.moe, topology.num_devices)
+        print(f"\n{name} on {topology.name}: expert={config.expert} fsdp={config.fsdp}, "
+              f"{layer.tokens} tokens a device; ratios to the fewest, ms at published rates (* the "
+              f"most)\n{HEADER}", flush=True)  # fmt: skip
+        for form, gradient in itertools.product(FORMS, (False, True)):
+            rows.append(measure(name, topology, form, gradient, arguments.hlo))
+            print(line(rows[-1]), flush=True)
+            if arguments.json is not None:
+                found = [dataclasses.asdict(row) for row in rows]
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
