@@ -269,7 +269,7 @@ def test_the_gradient_of_what_is_shared_is_summed_over_those_who_share_it(names,
     def on_device(weight, factors):
         place = tuple(jax.lax.axis_index(axis) for axis in ("data", "fsdp", "expert"))
         total = jnp.sum(vary(weight, names)) * factors[place]
-        return jax.lax.psum(total, mesh.axis_names)
+        return jax.lax.psum(total, ("data", "fsdp", "expert"))
 
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(on_device))(weight, factors)

@@ -21,17 +21,16 @@ from moe_jax.parallel.rules import (
 )
 
 # Copies of the model on every slice; experts over the slices; fewer axes than the table knows.
+# Nothing is split over `data`, which has one device.
 SLICES = AbstractMesh((2, 1, 2, 3, 5), ("slice", "data", "fsdp", "expert", "tensor"))
 SPANNED = AbstractMesh((2, 1, 2, 3, 5), ("expert_slice", "data", "fsdp", "expert", "tensor"))
 DATA_ONLY = AbstractMesh((4,), ("data",))
 
 # The whole table: name, axes on SLICES and shards, axes on SPANNED and shards.
 BY_HAND = [
-    ("batch", ("slice", "data", "fsdp", "expert"), 12,
-     ("expert_slice", "data", "fsdp", "expert"), 12),
-    ("group", ("slice", "data", "fsdp", "expert"), 12,
-     ("expert_slice", "data", "fsdp", "expert"), 12),
-    ("expert_group", ("slice", "data", "fsdp"), 4, ("data", "fsdp"), 2),
+    ("batch", ("slice", "fsdp", "expert"), 12, ("expert_slice", "fsdp", "expert"), 12),
+    ("group", ("slice", "fsdp", "expert"), 12, ("expert_slice", "fsdp", "expert"), 12),
+    ("expert_group", ("slice", "fsdp"), 4, ("fsdp",), 2),
     ("expert", ("expert",), 3, ("expert_slice", "expert"), 6),
     ("hidden", ("tensor",), 5, ("tensor",), 5),
     ("heads", ("tensor",), 5, ("tensor",), 5),
@@ -87,7 +86,7 @@ def test_an_unknown_dim_is_refused_with_the_known_ones():
     [
         (("expert", "model", "hidden"), (("expert",), ("fsdp",), ("tensor",))),
         (("expert", "hidden", "model"), (("expert",), ("tensor",), ("fsdp",))),
-        (("batch", None, "vocab"), (("slice", "data", "fsdp", "expert"), None, ("tensor",))),
+        (("batch", None, "vocab"), (("slice", "fsdp", "expert"), None, ("tensor",))),
         ((), ()),
     ],
 )
@@ -134,7 +133,7 @@ def test_an_uneven_dim_is_refused_with_its_name_and_size():
     with jax.set_mesh(eight_devices()):
         message = (
             r"splits a dim evenly: 'batch' of size 6 over 4 devices "
-            r"\(\('slice', 'data', 'fsdp', 'expert'\)\), array \(4, 6\)\. Change config\.mesh"
+            r"\(\('data', 'expert'\)\), array \(4, 6\)\. Change config\.mesh"
         )
         with pytest.raises(ValueError, match=message):
             constrain(jnp.zeros((4, 6)), None, "batch")

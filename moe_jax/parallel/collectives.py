@@ -20,7 +20,8 @@ def vary(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     mesh = mesh_in_use()
     assert mesh is not None
     split = {axis for name in names for axis in mesh_axes(name, mesh)}
-    return jax.lax.pcast(x, tuple(a for a in mesh.axis_names if a not in split), to="varying")
+    same = tuple(axis for axis, size in mesh.shape.items() if size > 1 and axis not in split)
+    return jax.lax.pcast(x, same, to="varying") if same else x
 
 
 def ragged_all_to_all(

@@ -192,6 +192,9 @@ def start(
         )
         _join(place, limits)
     _require_equal_devices()
+    # While all are at the same place: gloo gives up on a group of devices that some come to 30 s
+    # after the others, but waits without end in a group that has met.
+    wait_for_all()
     _say(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} "
         f"of {jax.device_count()} devices. If one process is lost, the others end within about "
@@ -204,6 +207,17 @@ def wait_for_all() -> None:
     """Returns when all processes have called it; for the end of what all of them do."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices("wait_for_all")
+
+
+def compile_in_all(function: Any, *arguments: Any, **keywords: Any) -> None:
+    """Compiles a jitted function in all processes before one of them runs it; nothing for one.
+
+    The groups of devices of a program meet when it first runs (see `start`), and one process may
+    compile much longer than another. The call that follows does not compile again.
+    """
+    if jax.distributed.is_initialized():
+        function.lower(*arguments, **keywords).compile()
+        wait_for_all()
 
 
 def leave() -> None:

@@ -49,7 +49,7 @@ def platform() -> str:
 def mesh_axes(
     name: str | None, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh
 ) -> tuple[str, ...]:
-    """The axes of the mesh that a named dim is split over; none for None.
+    """The axes of the mesh that a named dim is split over; none for None, nor any of size 1.
 
     Raises:
       ValueError: the table does not know the name.
@@ -58,7 +58,7 @@ def mesh_axes(
         return ()
     if name not in RULES:
         raise ValueError(f"A dim is one of {sorted(RULES)}: got {name!r}. Add it to RULES.")
-    return tuple(axis for axis in RULES[name] if axis in mesh.axis_names)
+    return tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
 
 
 def num_shards(name: str, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> int:
