@@ -1,5 +1,6 @@
 """A whole run, in this process: what it writes, how it stops and how it goes on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.config import MeshConfig
+from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.training import loop
 from moe_jax.training.checkpoints import DamagedCheckpointError
 from moe_jax.training.loop import train
@@ -17,6 +20,7 @@ from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.signals import Interrupted
 from moe_jax.training.step import StepMetrics
+from moe_jax.training.workdir import check_workdir
 from tests.tiny_run import assert_same_run, files, tiny_training
 
 CONFIG = tiny_training()
@@ -235,3 +239,79 @@ def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
         }
     )
     assert train(config, tmp_path)["step"] == 2
+
+
+# float32 sums in another order (epsilon 1.2e-7), for three steps.
+FLOAT32 = {"rtol": 1e-6}
+MOVING = tiny_training(
+    {
+        "model": {
+            "num_layers": 1,
+            "moe": {"num_experts": 8, "capacity": {"eval_factor": 0.0}},
+        },
+        "training": {"batch_size": 8, "num_steps": 6, "evaluate_every": 6, "sample_prompt": ""},
+        "mesh": {"expert": 8},
+    }
+)
+
+
+def on_mesh(mesh):
+    return dataclasses.replace(MOVING, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run on expert=8 that was stopped after step 3 of 6, and the same run, to its end."""
+    workdir = tmp_path_factory.mktemp("moving")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
+        at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(MOVING, workdir / "stopped")
+    shutil.copytree(workdir / "stopped", workdir / "never_moved")
+    train(MOVING, workdir / "never_moved")
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=1, fsdp=4, expert=2),
+        MeshConfig(data=1),
+        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_on_another_mesh(mesh, stopped, tmp_path, capsys):
+    workdir = shutil.copytree(stopped / "stopped", tmp_path / "moved")
+    train(on_mesh(mesh), workdir)
+    said = capsys.readouterr().out
+    assert "resuming after step 3 of 6" in said and describe_mesh(make_mesh(mesh)) in said
+    rows, expected = (
+        [row for row in read_metrics(path / METRICS_FILE) if "train/loss" in row]
+        for path in (workdir, stopped / "never_moved")
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 7))
+    for row, wanted in zip(rows, expected, strict=True):
+        for name in ("train/loss", "train/grad_norm"):
+            np.testing.assert_allclose(row[name], wanted[name], **FLOAT32, err_msg=str(row["step"]))
+    said, wanted = (
+        json.loads((path / "evaluation.json").read_text())["dropless"]["nats_per_token"]
+        for path in (workdir, stopped / "never_moved")
+    )
+    np.testing.assert_allclose(said, wanted, **FLOAT32)
+
+
+def test_a_workdir_takes_another_mesh_but_no_other_model(stopped):
+    workdir = stopped / "stopped"
+    moe = dataclasses.replace(
+        MOVING.model.moe, dispatch="gather", exchange="explicit", exchange_chunks=2
+    )
+    elsewhere = dataclasses.replace(
+        on_mesh(MeshConfig(slices=2, data=1, expert=4, experts_span_slices=True)),
+        model=dataclasses.replace(MOVING.model, moe=moe),
+    )
+    check_workdir(elsewhere, workdir)
+    moe = dataclasses.replace(moe, expert_dim=64)
+    other = dataclasses.replace(elsewhere, model=dataclasses.replace(elsewhere.model, moe=moe))
+    with pytest.raises(ValueError) as error:
+        check_workdir(other, workdir)
+    lines = [line for line in str(error.value).splitlines() if "->" in line and ": " in line]
+    assert lines[1:] == ["  config.model.moe.expert_dim: 32 -> 64"]
