@@ -9,6 +9,9 @@ import numpy as np
 from moe_jax.parallel import processes
 from moe_jax.training.signals import SignalFlag
 
+# How long gloo waits for a process that has not come to a group of devices yet.
+GLOO_SECONDS = 30
+
 
 def main(scenario: str, *place: str) -> None:
     where = (*place[:1], *map(int, place[1:2]), *place[2:])
@@ -44,8 +47,23 @@ def main(scenario: str, *place: str) -> None:
         print("steps", flush=True)
         while True:
             processes.gather("")
-    elif scenario == "wait":  # for all, and longer than anybody waits at the exit
-        time.sleep(processes.SHUTDOWN_SECONDS + 5 if index == 0 else 0)
+    elif scenario == "slow compiler":  # of the last, on a mesh of two by two
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        sharding = jax.sharding.NamedSharding(mesh, jax.P("a", "b"))
+        ones = np.ones((4, 4), np.float32)
+        x = jax.make_array_from_callback((4, 4), sharding, lambda where: ones[where])
+
+        @jax.jit
+        def sums(x):
+            if index == count - 1:
+                time.sleep(GLOO_SECONDS + 5)
+            return x.sum(axis=0), x.sum(axis=1), x.sum()
+
+        processes.compile_in_all(sums, x)
+        began = time.monotonic()
+        print("sum", float(sums(x)[2]), "at once" if time.monotonic() - began < 20 else "late")
+    elif scenario == "wait":  # for all, longer than anybody waits elsewhere
+        time.sleep(GLOO_SECONDS + 5 if index == 0 else 0)
     elif scenario == "alone":
         if index == count - 1:
             print("mine alone", flush=True)

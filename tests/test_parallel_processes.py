@@ -228,6 +228,13 @@ def test_at_the_end_of_the_work_the_others_are_waited_for():
 
 
 @pytest.mark.slow
+def test_one_that_compiles_longer_than_gloo_waits_is_waited_for():
+    for done in together("slow compiler", count=4):
+        assert done.code == 0, done.said
+        assert "sum 16.0 at once" in done.said, "compiled once"
+
+
+@pytest.mark.slow
 def test_one_that_leaves_early_does_not_leave_the_others_hanging():
     dones = together("alone", count=3)
     assert all(done.code != 0 for done in dones)

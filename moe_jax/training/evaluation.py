@@ -13,6 +13,7 @@ from moe_jax.data import domain_names, heldout_batches, open_tokenizer
 from moe_jax.models import Decoder
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
 from moe_jax.training.loss import Batch, target_nats
 
@@ -145,20 +146,18 @@ def evaluate(
         factors["capacity_limited"] = config.model.moe.capacity.eval_factor
     totals = {name: DomainSums(domains) for name in factors}
     rows = config.training.batch_size // config.training.num_microbatches
-    for batch in heldout_batches(config.data, batch_size=rows, max_batches=max_batches):
+    batches = heldout_batches(config.data, batch_size=rows, max_batches=max_batches)
+    for index, batch in enumerate(batches):
         batch = dict(batch)
         domain_B = batch.pop("domain")
         arrays = from_whole(batch, mesh, ("batch", None))
         for name, factor in factors.items():
+            inputs = (params, router_bias_XE, arrays, token_bytes_V)
+            static = {"config": config.model, "capacity_factor": factor}
             with jax.set_mesh(mesh):
-                sums = evaluate_batch(
-                    params,
-                    router_bias_XE,
-                    arrays,
-                    token_bytes_V,
-                    config=config.model,
-                    capacity_factor=factor,
-                )
+                if index == 0:
+                    compile_in_all(evaluate_batch, *inputs, **static)
+                sums = evaluate_batch(*inputs, **static)
             totals[name].add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
     return {name: total.losses() for name, total in totals.items()} | {

@@ -15,7 +15,7 @@ from moe_jax.data import open_tokenizer, train_batches
 from moe_jax.inference import continue_text
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
-from moe_jax.parallel.processes import require_same
+from moe_jax.parallel.processes import compile_in_all, require_same
 from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
 from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.checkpoints import Checkpoints
@@ -151,7 +151,10 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
 
     for step in range(start + 1, training.num_steps + 1):
         with jax.set_mesh(run.mesh):
-            state, metrics = step_function(state, next(batches))
+            batch = next(batches)
+            if step == start + 1:
+                compile_in_all(step_function, state, batch)
+            state, metrics = step_function(state, batch)
         if step == start + 1:
             jax.block_until_ready(metrics)  # compilation is not part of the speed
             run.rates.start(step)
