@@ -546,3 +546,14 @@ def test_on_one_device_nothing_is_exchanged(exchange):
     assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
     with jax.set_mesh(make_mesh(MeshConfig(data=1))):
         assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
+
+
+def test_auto_is_explicit_where_experts_span_slices():
+    # The compiler hands slots to the network between slices whole; the other way is hierarchical.
+    device = AbstractDevice(device_kind="any", num_cores=1, platform="tpu")
+    for outer, resolved in (("expert_slice", "explicit"), ("slice", "compiler")):
+        mesh = AbstractMesh((2, 4), (outer, "expert"), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            assert exchange_name(MoEConfig()) == resolved
+            for name in ("compiler", "explicit"):
+                assert exchange_name(MoEConfig(exchange=name)) == name

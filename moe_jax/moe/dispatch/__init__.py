@@ -74,17 +74,30 @@ def choose_dispatch(config: MoEConfig) -> Dispatch:
 
 
 def dispatcher_name(name: str) -> str:
-    """Resolves "auto" to the fastest dispatcher of the platform (docs/parallelism.md)."""
+    """Resolves "auto": on one CPU the fastest; elsewhere the one of the fewest FLOPs and bytes.
+
+    docs/parallelism.md has the numbers. Without a mesh a CPU takes ragged, which is a loop there;
+    a TPU computes its gradient of the weights by dense products of every row with every expert.
+    """
     if name != "auto":
         return name
     return "ragged" if platform() == "cpu" and mesh_in_use() is None else "gather"
 
 
 def exchange_name(config: MoEConfig) -> str:
-    """Resolves "auto"; ragged has no other way than "explicit"."""
+    """Resolves "auto"; ragged has no other way than "explicit".
+
+    The compiler finds the same all-to-alls and overlaps more. But where experts span slices it
+    hands slots to the network between slices whole, and not, as the explicit way does, slice by
+    slice.
+    """
     if dispatcher_name(config.dispatch) == "ragged":
         return "explicit"
-    return "compiler" if config.exchange == "auto" else config.exchange
+    if config.exchange != "auto":
+        return config.exchange
+    mesh = mesh_in_use()
+    spans_slices = mesh is not None and mesh.shape.get("expert_slice", 1) > 1
+    return "explicit" if spans_slices else "compiler"
 
 
 __all__ = ["DISPATCHERS", "Dispatch", "Experts", "choose_dispatch", "dispatcher_name",
