@@ -121,8 +121,9 @@ def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
     float32.
 
     Memory: what is given is read once and what is returned is written once, parameters and their
-    gradients in float32, tokens and theirs in bfloat16. Nothing in between is stored, which no
-    program reaches whose weights or hidden units are larger than the chip's own memory.
+    gradients in float32, tokens and theirs in bfloat16; gathered matrices, and their gradients
+    before they are scattered, are written and read once in bfloat16. Hidden units and slots never
+    leave the chip, which no program reaches that has more of them than fit there.
     """
     specs, d, e = moe_specs(layer.moe, layer.model_dim), layer.model_dim, layer.moe.num_experts
     matrices = 3 if layer.moe.gated else 2
@@ -137,6 +138,8 @@ def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
     router_sent = d * e * FLOAT32 * 2 * (1 - 1 / mesh.num_devices)
     token_bytes = layer.tokens * d * BFLOAT16
     weight_bytes = (held + d * e / mesh.fsdp) * FLOAT32
+    if mesh.fsdp > 1:
+        weight_bytes += 2 * used * BFLOAT16
     if not gradient:
         return Work(flops, 2 * token_bytes + weight_bytes, 2 * tokens_sent + weights_sent)
     return Work(
