@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import BalanceConfig, MoEConfig
+from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig
 from moe_jax.config.moe import LOAD_BALANCE_CONVENTIONS
 from moe_jax.moe import balance
 from moe_jax.moe.block import moe_block
+from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.parameters import moe_specs
+from moe_jax.moe.routing import Routing
+from moe_jax.moe.statistics import describe
 from tests import moe_oracle
 
 # A few float32 sums and one softmax.
@@ -168,6 +171,28 @@ def test_loads_are_counted_before_drops():
     tight, dropless = run(0.3), run(0.0)
     assert tight.dropped_fraction_K.max() > 0.2 and not np.any(dropless.dropped_fraction_K)
     assert float(tight.load_balance_loss) == float(dropless.load_balance_loss)
+
+
+def test_choices_that_do_not_count_are_in_no_statistic():
+    # Two tokens, three experts: token 0 chooses 0 and 1, token 1 chooses 1 and, not counting, 2.
+    probs = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]])
+    routing = Routing(
+        jnp.log(probs),
+        probs,
+        jnp.array([[[0, 1], [1, 2]]]),
+        jnp.array([[[0.5, 0.3], [0.6, 0.0]]]),
+        jnp.array([[[True, True], [True, False]]]),
+    )
+    config = MoEConfig(num_experts=3, num_selected_experts=2, capacity=CapacityConfig())
+    assignment = assign_slots(routing, 0.75, config.capacity)  # one slot: 1 loses expert 1
+    aux = describe(routing, assignment, jnp.ones((1, 2), jnp.bool_), (1, 2), config)
+    assert aux.assigned_KE.tolist() == [[1, 1, 0], [0, 1, 0]]
+    assert aux.kept_KE.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert aux.assigned_BE.tolist() == [[1, 2, 0]]
+    np.testing.assert_allclose(aux.dropped_fraction_K, [0.5, 0.0])
+    # Loads 1, 2, 0 of 3 choices; mean probabilities .3, .45, .25: 3 * (.3 / 3 + .45 * 2 / 3).
+    np.testing.assert_allclose(aux.load_balance_loss, 1.2, rtol=FLOAT32)
+    np.testing.assert_allclose(aux.max_violation, 2 / 1 - 1, rtol=FLOAT32)
 
 
 def test_z_loss_is_the_mean_square_of_the_log_normalizer():

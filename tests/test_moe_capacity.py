@@ -198,6 +198,42 @@ def test_padding_takes_no_slot(order, kept):
     assert assign(order, 0.5, valid=[True, False, True])[0] == kept
 
 
+@pytest.mark.parametrize(
+    ("order", "kept"),
+    [
+        # Token 0 without A, and token 2 without B: A goes to 1, B to 0; C is 1's.
+        ("token_major", [[0, 1], [1, 1], [0, 0]]),
+        ("choice_major", [[0, 1], [1, 1], [0, 0]]),
+        ("batch_prioritized", [[0, 1], [1, 1], [0, 0]]),
+        ("probability", [[0, 1], [1, 1], [0, 0]]),
+    ],
+)
+def test_a_choice_that_does_not_count_takes_no_slot(order, kept):
+    chosen = jnp.array([[[False, True], [True, True], [False, True]]])
+    routing = routing_of(PROBS, CHOICES)._replace(chosen_GSK=chosen)
+    out = assign_slots(routing, 0.5, CapacityConfig(queue_order=order))
+    assert np.asarray(out.kept_GSK[0], int).tolist() == kept
+    # With room for all, everything that counts is kept and nothing else.
+    for factor in (0.0, 1.5):
+        out = assign_slots(routing, factor, CapacityConfig(queue_order=order))
+        np.testing.assert_array_equal(out.kept_GSK, chosen)
+        np.testing.assert_array_equal(out.gate_GSK, np.where(chosen, routing.gate_GSK, 0))
+
+
+@pytest.mark.parametrize("order", [*RANKED_ORDERS, "random"])
+def test_all_choices_counting_is_the_same_as_no_mask(order):
+    routing = routing_of(PROBS, CHOICES)
+    masked = routing._replace(chosen_GSK=jnp.ones((1, 3, 2), jnp.bool_))
+    for factor in (0.0, 0.5, 1.0):
+        valid = np.array([[True, False, True]])
+        plain = assign_jit(routing, valid, jax.random.key(0), order, factor)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            plain,
+            assign_jit(masked, valid, jax.random.key(0), order, factor),
+        )
+
+
 def test_an_overflowing_choice_keeps_no_slot_for_a_later_one():
     # Expert A is full after token 0; tokens 1 and 2 only get their other choice.
     choices = np.array([[A, B], [A, C], [A, C]])

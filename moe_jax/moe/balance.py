@@ -16,7 +16,8 @@ def load_balance_loss(
       prob_sum_UE: float32, sum of the full router distribution over the valid tokens of a unit.
       tokens_U: valid tokens of a unit.
       convention: what f_e is, and so the value at uniform routing:
-        "megatron": all K choices over K * tokens: 1 for every K (also OLMo-core, and ours);
+        "megatron": all choices over their number, K * tokens where tokens do not differ in how many
+          they make: 1 for every K (also OLMo-core, and ours);
         "switch": first choices over tokens: 1 (Mesh TensorFlow, GShard, V-MoE);
         "flaxformer": all K choices over tokens: K (also MaxText);
         "huggingface": as flaxformer, K; means are over all layers, which `pooled_over_layers` does.
@@ -37,10 +38,9 @@ def load_balance_loss(
 
 def load_share(assigned_KE: jax.Array, tokens: jax.Array, convention: str) -> jax.Array:
     """f_e of `load_balance_loss`: float32 [..., E] from counts [..., K, E] and tokens [...]."""
-    num_selected = assigned_KE.shape[-2]
     counted = assigned_KE[..., 0, :] if convention == "switch" else jnp.sum(assigned_KE, axis=-2)
-    per_token = num_selected if convention == "megatron" else 1
-    denominator = per_token * jnp.maximum(tokens, 1).astype(jnp.float32)
+    total = jnp.sum(counted, axis=-1) if convention == "megatron" else tokens
+    denominator = jnp.maximum(total, 1).astype(jnp.float32)
     return jax.lax.stop_gradient(counted.astype(jnp.float32) / denominator[..., None])
 
 

@@ -85,15 +85,18 @@ def assign_slots(
       rng: key of the "random" queue order.
 
     Returns:
-      The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone.
+      The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone. A
+      choice that does not count (`Routing.chosen_GSK`) is like one of padding.
     """
     _, tokens, num_selected = routing.expert_index_GSK.shape
     num_experts = routing.logits_GSE.shape[-1]
     capacity = num_slots(tokens, num_experts, num_selected, factor, config)
     expert_index_GSK = routing.expert_index_GSK
+    # An expert index of E is nobody's: its one-hot row is zero.
     if valid_GS is not None:
-        # An expert index of E is nobody's: its one-hot row is zero.
         expert_index_GSK = jnp.where(valid_GS[..., None], expert_index_GSK, num_experts)
+    if routing.chosen_GSK is not None:
+        expert_index_GSK = jnp.where(routing.chosen_GSK, expert_index_GSK, num_experts)
     order = "token_major" if factor == 0 else config.queue_order
     slot_GSK = place_in_queue(expert_index_GSK, routing, order, rng)
     kept_GSK = (slot_GSK < capacity) & (expert_index_GSK < num_experts)
@@ -109,7 +112,7 @@ def place_in_queue(
     """How many choices are served before each choice by the same expert.
 
     Args:
-      expert_index_GSK: int32; an index of E (padding) stands in no queue.
+      expert_index_GSK: int32; an index of E (padding, not chosen) stands in no queue.
       routing: its probabilities and gates rank tokens in the orders that need them.
       order: "token_major": token by token, the choices of a token best first (MaxText);
         "choice_major": all first choices, then all second ones (GShard, Switch, V-MoE);

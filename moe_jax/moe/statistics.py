@@ -18,7 +18,8 @@ class MoEAux(NamedTuple):
       load_balance_loss: float32 scalar, unweighted, in the config's convention and scope. Scope
         "global" is that of this call: `training` puts the calls of a step together.
       router_z_loss: float32 scalar, unweighted: the mean of logsumexp(logits)^2.
-      assigned_KE: int32, tokens that have expert e as their choice k, before drops.
+      assigned_KE: int32, tokens that have expert e as their choice k, before drops; choices that do
+        not count (`Routing.chosen_GSK`) are left out.
       kept_KE: int32, the same after drops.
       assigned_BE: int32, choices of expert e in each sequence, before drops: what statistics by
         domain are made of; None where it was not kept.
@@ -60,6 +61,8 @@ def describe(
     choice_GSKE = jax.nn.one_hot(assignment.expert_index_GSK, num_experts, dtype=jnp.int32)
     kept_KE = jnp.sum(choice_GSKE * assignment.kept_GSK[..., None], axis=(0, 1))
     assigned_GSKE = choice_GSKE * valid_GS[..., None, None]
+    if routing.chosen_GSK is not None:
+        assigned_GSKE *= routing.chosen_GSK[..., None]
     assigned_BKE = jnp.sum(assigned_GSKE.reshape(batch, length, -1, num_experts), axis=1)
     assigned_KE = jnp.sum(assigned_BKE, axis=0)
 

@@ -19,13 +19,16 @@ class Routing(NamedTuple):
       probs_GSE: >= 0, each row sums to 1; what the balance losses see. Softmax of the logits, or
         the sigmoid scores over their sum.
       expert_index_GSK: int32 in [0, E), the choices of a token, best first, all different.
-      gate_GSK: the weight of each choice in the token's output, >= 0.
+      gate_GSK: the weight of each choice in the token's output, >= 0; 0 where it does not count.
+      chosen_GSK: bool, which choices count: K is then the most a token may have. The others take no
+        slot, compute nothing and are in no statistic. None: all count.
     """
 
     logits_GSE: jax.Array
     probs_GSE: jax.Array
     expert_index_GSK: jax.Array
     gate_GSK: jax.Array
+    chosen_GSK: jax.Array | None = None
 
 
 def route(
