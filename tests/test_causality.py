@@ -38,6 +38,8 @@ GATES = {
     "sigmoid": RouterConfig(score="sigmoid"),
     "noisy": RouterConfig(input_jitter=0.1, logit_noise_std=0.1),
     "group-limited": RouterConfig(num_expert_groups=2, num_selected_groups=1),
+    "top-p": RouterConfig(top_p=0.7, temperature=0.5),
+    "random second": RouterConfig(selection="sampled_rest", choice_policy="random"),
 }
 ONE_CHOICE = ("softmax", "sigmoid", "noisy", "group-limited")
 CASES = [

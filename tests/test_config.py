@@ -126,6 +126,19 @@ def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
         ({"input_jitter": -0.1}, r"router\.input_jitter lies in \[0, 1\)"),
         ({"logit_noise_std": -1.0}, r"router\.logit_noise_std is at least 0"),
         ({"num_selected_groups": 0}, r"router\.num_selected_groups is at least 1"),
+        ({"temperature": 0.0}, r"router\.temperature is positive"),
+        ({"top_p": 0.0}, r"router\.top_p lies in \(0, 1\]: router\.top_p=0\.0\. Set it to 1"),
+        ({"top_p": 1.5}, r"router\.top_p lies in \(0, 1\]"),
+        (
+            {"selection": "worst"},
+            r"router\.selection is one of \['best', 'sampled'",
+        ),
+        ({"choice_policy": "most"}, r"router\.choice_policy is one of \['all', 'none', 'random'"),
+        (
+            {"eval_choice_policy": "random"},
+            r"router\.eval_choice_policy is one of .*'random'"),
+        ),
+        ({"choice_threshold": 0.0}, r"router\.choice_threshold is positive"),
         (
             {"num_expert_groups": 2, "num_selected_groups": 3},
             r"num_selected_groups is at most router\.num_expert_groups: 3 of 2",
@@ -239,6 +252,13 @@ def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
         ({"shared_expert_gate": True}, r"shared_expert_gate needs moe\.num_shared_experts > 0"),
         ({"router": RouterConfig(renormalize=True)}, r"always 1 .*router\.renormalize=True"),
         ({"router": RouterConfig(score_before_topk=False)}, r"always 1 .*before_topk=False"),
+        (
+            {
+                "router": RouterConfig(selection="sampled"),
+                "balance": BalanceConfig(bias_update_rate=0.1),
+            },
+            r"draws experts by their probability.*selection='sampled', .*_rate=0\.1\. Set",
+        ),
         (
             {"router": RouterConfig(num_expert_groups=3)},
             r"num_expert_groups divides moe\.num_experts: num_expert_groups=3, num_experts=8",

@@ -188,6 +188,122 @@ def test_router_equals_the_oracle(seed, num_selected, score, renormalize, groups
         close(routing.gate_GSK[0, s], gate)
 
 
+def chosen(routing):
+    return np.asarray(routing.chosen_GSK[0]).tolist()
+
+
+def test_temperature_divides_the_logits():
+    # exp(log p / 2) is the square root of p.
+    root = np.sqrt(PROBS)
+    routing = route_logits(LOGITS, 2, RouterConfig(temperature=2.0))
+    close(routing.probs_GSE[0], root / root.sum(axis=1, keepdims=True))
+    close(routing.logits_GSE[0], LOGITS / 2)
+    assert indices(routing) == [[3, 2], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "count"),
+    [
+        # Sorted: .4 .3 .2 .1, sums .4 .7 .9 1; and .3 .3 .3 .1, sums .3 .6 .9 1.
+        (0.25, [1, 1]),
+        (0.35, [1, 2]),
+        (0.55, [2, 2]),
+        (0.65, [2, 3]),
+        (0.8, [3, 3]),
+        (0.95, [4, 4]),
+    ],
+)
+def test_top_p_takes_as_few_experts_as_reach_p(top_p, count):
+    routing = route_logits(LOGITS, 4, RouterConfig(top_p=top_p))
+    assert indices(routing) == [[3, 2, 1, 0], [0, 1, 2, 3]]
+    assert chosen(routing) == [[k < n for k in range(4)] for n in count]
+    close(gates(routing), np.where(chosen(routing), -np.sort(-PROBS, axis=1), 0))
+    # num_selected bounds the number.
+    assert chosen(route_logits(LOGITS, 1, RouterConfig(top_p=top_p))) == [[True], [True]]
+
+
+def test_top_p_of_one_is_top_k():
+    assert route_logits(LOGITS, 2, RouterConfig(top_p=1.0)).chosen_GSK is None
+
+
+@pytest.mark.parametrize("options", [{"renormalize": True}, {"score_before_topk": False}])
+def test_gates_are_renormalized_over_the_choices_that_top_p_leaves(options):
+    routing = route_logits(LOGITS, 3, RouterConfig(top_p=0.55, **options))
+    close(gates(routing), [[4 / 7, 3 / 7, 0], [1 / 2, 1 / 2, 0]])
+    gradient = jax.grad(
+        lambda x: jnp.sum(route_logits(x, 3, RouterConfig(top_p=0.55, **options)).gate_GSK[0, :, 0])
+    )(jnp.asarray(LOGITS))
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "gate", "expected"),
+    [
+        # Renormalised gates 4/7 and 3/7; 1/2 and 1/2; the first keeps its own.
+        ({"eval_choice_policy": "none"}, [[4 / 7, 0], [1 / 2, 0]], [[1, 0], [1, 0]]),
+        ({"eval_choice_policy": "threshold"}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]], [[1, 1], [1, 1]]),
+        (
+            {"eval_choice_policy": "threshold", "choice_threshold": 0.45},
+            [[4 / 7, 0], [1 / 2, 1 / 2]],
+            [[1, 0], [1, 1]],
+        ),
+        # Of a first choice nothing is asked, and the scaling factor comes after the threshold.
+        (
+            {"eval_choice_policy": "threshold", "choice_threshold": 0.9, "scaling_factor": 7.0},
+            [[4, 0], [3.5, 0]],
+            [[1, 0], [1, 0]],
+        ),
+    ],
+)
+def test_later_choices_by_policy(options, gate, expected):
+    routing = route_logits(LOGITS, 2, RouterConfig(renormalize=True, **options))
+    assert np.asarray(chosen(routing), int).tolist() == expected
+    close(gates(routing), gate)
+
+
+def test_random_later_choices_count_in_proportion_to_their_gates():
+    # Gates .4 .3 .2 .1 at threshold .25: certain, certain, 4 of 5, 2 of 5.
+    config = RouterConfig(choice_policy="random", choice_threshold=0.25)
+    many = np.tile(LOGITS[:1], (4000, 1))
+    routing = route_logits(many, 4, config, rng=jax.random.key(0))
+    share = np.mean(chosen(routing), axis=0)
+    assert share[:2].tolist() == [1, 1]
+    np.testing.assert_allclose(share[2:], [0.8, 0.4], atol=4 * 0.5 / 4000**0.5)
+    np.testing.assert_array_equal(gates(routing) > 0, chosen(routing))
+    assert route_logits(many, 4, config).chosen_GSK is None  # in evaluation all count
+
+
+def test_sampling_draws_by_probability_without_replacement():
+    many = np.tile(LOGITS[:1], (6000, 1))
+    config = RouterConfig(selection="sampled")
+    routing = route_logits(many, 2, config, rng=jax.random.key(0))
+    first, second = np.asarray(indices(routing)).T
+    atol = 4 * 0.5 / 6000**0.5
+    np.testing.assert_allclose(np.bincount(first) / 6000, PROBS[0], atol=atol)
+    # The second draw is from what the first leaves: sum over first f of p_f p_e / (1 - p_f).
+    pairs = PROBS[0][:, None] * PROBS[0] / (1 - PROBS[0][:, None]) * (1 - np.eye(4))
+    np.testing.assert_allclose(np.bincount(second) / 6000, pairs.sum(axis=0), atol=atol)
+    assert (first != second).all()
+    close(gates(routing), np.take_along_axis(PROBS[:1], np.asarray(indices(routing)), axis=1))
+    assert indices(route_logits(LOGITS, 2, config)) == [[3, 2], [0, 1]]  # the best, in evaluation
+
+
+def test_the_rest_is_drawn_after_the_best():
+    many = np.tile(LOGITS[:1], (6000, 1))
+    routing = route_logits(many, 2, RouterConfig(selection="sampled_rest"), rng=jax.random.key(0))
+    first, second = np.asarray(indices(routing)).T
+    assert (first == 3).all()
+    share = np.bincount(second, minlength=4) / 6000
+    np.testing.assert_allclose(share, [1 / 6, 2 / 6, 3 / 6, 0], atol=4 * 0.5 / 6000**0.5)
+
+
+def test_sampling_stays_within_the_selected_groups():
+    config = RouterConfig(num_expert_groups=3, num_selected_groups=1, selection="sampled")
+    many = np.tile(GROUPED, (200, 1))
+    drawn = np.asarray(indices(route_logits(many, 2, config, rng=jax.random.key(0))))
+    assert set(drawn.ravel()) == {0, 1}
+
+
 def test_router_computes_in_float32_when_tokens_are_bfloat16():
     # 256 + 1 rounds to 256 in bfloat16: experts 0 and 1 would tie, and 0 would win.
     x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
@@ -195,7 +311,7 @@ def test_router_computes_in_float32_when_tokens_are_bfloat16():
     routing = route(x, router, 2, RouterConfig())
     assert routing.logits_GSE.tolist() == [[[256.0, 257.0, 0.0]]]
     assert indices(routing) == [[1, 0]]
-    assert {a.dtype for a in routing} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert {a.dtype for a in jax.tree.leaves(routing)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_router_dtype_is_for_studies():

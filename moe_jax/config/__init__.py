@@ -13,9 +13,9 @@ from moe_jax.config.moe import (
     BalanceConfig,
     CapacityConfig,
     MoEConfig,
-    RouterConfig,
     queue_is_causal,
 )
+from moe_jax.config.router import RouterConfig
 from moe_jax.config.run import DataConfig, ExperimentConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [

@@ -9,7 +9,8 @@ from moe_jax.config.check import (
     require_fraction,
     require_positive,
 )
-from moe_jax.config.moe import ACTIVATIONS, DTYPES, GATED_ACTIVATIONS, MoEConfig
+from moe_jax.config.moe import ACTIVATIONS, GATED_ACTIVATIONS, MoEConfig
+from moe_jax.config.router import DTYPES
 
 REMAT_POLICIES = ("none", "dots", "full")
 

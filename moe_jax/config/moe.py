@@ -1,4 +1,4 @@
-"""Settings of the MoE block: router, balance, capacity, experts."""
+"""Settings of the MoE block: balance, capacity, experts; its router is in `config.router`."""
 
 import dataclasses
 
@@ -9,49 +9,15 @@ from moe_jax.config.check import (
     require_fraction,
     require_positive,
 )
+from moe_jax.config.router import RouterConfig
 
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
-DTYPES = ("float32", "bfloat16")
 QUEUE_ORDERS = ("token_major", "choice_major", "batch_prioritized", "probability", "random")
 LOAD_BALANCE_CONVENTIONS = ("switch", "flaxformer", "megatron", "huggingface")
 LOAD_BALANCE_SCOPES = ("group", "sequence", "microbatch", "global")
 DISPATCHERS = ("auto", "einsum", "gather", "ragged")
 EXCHANGES = ("auto", "compiler", "explicit")
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """Token-choice routing: from router logits to the experts and gates of a token."""
-
-    score: str = "softmax"  # "softmax" over experts, or "sigmoid" of each logit (DeepSeek-V3)
-    score_before_topk: bool = True  # False: softmax over the selected logits only (Mixtral)
-    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
-    scaling_factor: float = 1.0  # multiplies the gates last (DeepSeek-V2: 16, V3: 2.5)
-    input_jitter: float = 0.0  # eps: the router's own copy of x times U(1-eps, 1+eps), in training
-    logit_noise_std: float = 0.0  # standard deviation of Gaussian noise on the logits, in training
-    num_expert_groups: int = 1  # group-limited selection: experts in this many groups ...
-    num_selected_groups: int = 1  # ... and a token may only use the best so many of them
-    group_score: str = "max"  # worth of a group: "max" expert score (V2) or "top2_sum" (V3)
-    init_stddev: float = 0.02  # router weights: truncated normal of this standard deviation
-    dtype: str = "float32"  # dtype of logits, probabilities and gates; other than float32: studies
-
-    def __post_init__(self) -> None:
-        """Checks the fields that need no other config."""
-        require_choice("router.score", self.score, ("softmax", "sigmoid"))
-        require_choice("router.group_score", self.group_score, ("max", "top2_sum"))
-        require_choice("router.dtype", self.dtype, DTYPES)
-        require_fraction("router.input_jitter", self.input_jitter)
-        require_at_least("router.logit_noise_std", self.logit_noise_std, 0)
-        require_at_least("router.num_selected_groups", self.num_selected_groups, 1)
-        require_positive("router.scaling_factor", self.scaling_factor)
-        require_positive("router.init_stddev", self.init_stddev)
-        require(
-            self.num_selected_groups <= self.num_expert_groups,
-            "router.num_selected_groups is at most router.num_expert_groups",
-            f"{self.num_selected_groups} of {self.num_expert_groups}",
-            "Lower num_selected_groups, or set both to 1 for selection among all experts",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +198,7 @@ class MoEConfig:
         )
         self._check_gates()
         self._check_groups()
+        self._check_selection()
         self._check_causality()
         require(
             not self.shared_expert_gate or self.num_shared_experts > 0,
@@ -274,6 +241,16 @@ class MoEConfig:
             "router.group_score='top2_sum' needs groups of two experts or more",
             f"groups of {size}",
             "Use fewer groups or group_score='max'",
+        )
+
+    def _check_selection(self) -> None:
+        require(
+            self.router.selection == "best" or self.balance.bias_update_rate == 0,
+            "router.selection draws experts by their probability, which a selection bias leaves "
+            "alone",
+            f"selection={self.router.selection!r}, "
+            f"balance.bias_update_rate={self.balance.bias_update_rate}",
+            "Set router.selection='best' or balance.bias_update_rate=0",
         )
 
     def _check_causality(self) -> None:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import RouterConfig
+from moe_jax.moe.routing.logits import router_logits
+from moe_jax.moe.routing.selection import later_choices, only, perturb_selection, within_top_p
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
 
 
@@ -49,7 +51,7 @@ def route(
       config: the options; arithmetic is in `config.dtype`, float32 unless a study says otherwise.
       bias_E: float32 selection bias of loss-free balancing: added to the scores for the selection
         only, never to the gates (DeepSeek-V3, eq. 16). No gradient flows to it.
-      rng: key for jitter and noise; None switches both off.
+      rng: key for jitter, noise, sampling and random choices; None, in evaluation: without them.
 
     Returns:
       The `Routing`. Ties go to the expert of the lower index.
@@ -57,44 +59,65 @@ def route(
     Source: Shazeer et al. 2017, arXiv:1701.06538 (top-K, noise); Fedus et al. 2021,
       arXiv:2101.03961 (jitter, float32 router); DeepSeek-V3, arXiv:2412.19437, eqs. 12-16.
     """
-    dtype = jnp.dtype(config.dtype)
-    router_input_GSM = x_GSM.astype(dtype)
-    if rng is not None and config.input_jitter > 0:
-        low, high = 1 - config.input_jitter, 1 + config.input_jitter
-        key = jax.random.fold_in(rng, 0)
-        router_input_GSM *= jax.random.uniform(key, x_GSM.shape, dtype, low, high)
-    logits_GSE = jnp.einsum(
-        "GSM,ME->GSE",
-        router_input_GSM,
-        router_ME.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,  # a TPU would multiply in bfloat16
-    )
-    if rng is not None and config.logit_noise_std > 0:
-        key = jax.random.fold_in(rng, 1)
-        logits_GSE += config.logit_noise_std * jax.random.normal(key, logits_GSE.shape, dtype)
-
+    logits_GSE = router_logits(x_GSM, router_ME, config, rng)
     if config.score == "sigmoid":
         scores_GSE = jax.nn.sigmoid(logits_GSE)
         probs_GSE = scores_GSE / jnp.sum(scores_GSE, axis=-1, keepdims=True)
     else:
         scores_GSE = probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
     softmax_after_topk = config.score == "softmax" and not config.score_before_topk
-
     selection_GSE = logits_GSE if softmax_after_topk else scores_GSE
     if bias_E is not None:
-        selection_GSE += jax.lax.stop_gradient(bias_E).astype(dtype)
+        selection_GSE += jax.lax.stop_gradient(bias_E).astype(selection_GSE.dtype)
     if config.num_selected_groups < config.num_expert_groups:
         selection_GSE = limit_to_best_groups(selection_GSE, config)
+    if rng is not None and config.selection != "best":
+        selection_GSE = perturb_selection(selection_GSE, probs_GSE, config, rng)
     expert_index_GSK = top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
 
-    if softmax_after_topk:
-        gate_GSK = jax.nn.softmax(choose(logits_GSE, expert_index_GSK), axis=-1)
+    gate_GSK, chosen_GSK = gates(logits_GSE, scores_GSE, probs_GSE, expert_index_GSK, config, rng)
+    return Routing(logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK)
+
+
+def gates(
+    logits_GSE: jax.Array,
+    scores_GSE: jax.Array,
+    probs_GSE: jax.Array,
+    expert_index_GSK: jax.Array,
+    config: RouterConfig,
+    rng: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The gates of the choices, and which choices count.
+
+    Args:
+      logits_GSE: router logits.
+      scores_GSE: their softmax or sigmoids.
+      probs_GSE: the scores as probabilities.
+      expert_index_GSK: int32 in [0, E), best first.
+      config: the options.
+      rng: key of random later choices; None: evaluation.
+
+    Returns:
+      gate_GSK, 0 where a choice does not count, and chosen_GSK, None if all count. top_p comes
+      before renormalisation, the policies of later choices after it.
+    """
+    chosen_GSK = None
+    if config.top_p < 1:
+        chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), config.top_p)
+    if config.score == "softmax" and not config.score_before_topk:
+        selected_GSK = choose(logits_GSE, expert_index_GSK)
+        gate_GSK = jax.nn.softmax(only(chosen_GSK, selected_GSK, -jnp.inf), axis=-1)
     else:
-        gate_GSK = choose(scores_GSE, expert_index_GSK)
+        gate_GSK = only(chosen_GSK, choose(scores_GSE, expert_index_GSK), 0)
     if config.renormalize:
         # The smallest normal number: keeps 0 / 0 out without moving any other quotient.
-        gate_GSK /= jnp.sum(gate_GSK, axis=-1, keepdims=True) + jnp.finfo(dtype).tiny
-    return Routing(logits_GSE, probs_GSE, expert_index_GSK, gate_GSK * config.scaling_factor)
+        gate_GSK /= jnp.sum(gate_GSK, axis=-1, keepdims=True) + jnp.finfo(gate_GSK.dtype).tiny
+    policy = config.eval_choice_policy if rng is None else config.choice_policy
+    if policy != "all":
+        kept_GSK = later_choices(gate_GSK, policy, config.choice_threshold, rng)
+        chosen_GSK = kept_GSK if chosen_GSK is None else chosen_GSK & kept_GSK
+        gate_GSK = only(chosen_GSK, gate_GSK, 0)
+    return gate_GSK * config.scaling_factor, chosen_GSK
 
 
 def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:

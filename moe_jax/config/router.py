@@ -1,0 +1,69 @@
+"""Settings of the router: from a token to its experts and their gates."""
+
+import dataclasses
+
+from moe_jax.config.check import (
+    require,
+    require_at_least,
+    require_choice,
+    require_fraction,
+    require_positive,
+)
+
+DTYPES = ("float32", "bfloat16")
+SELECTIONS = ("best", "sampled", "sampled_rest")
+# Of the choices after the first: "all" count, "none" does, those whose gate reaches
+# choice_threshold, or each with probability gate / choice_threshold.
+CHOICE_POLICIES = ("all", "none", "threshold", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """Token-choice routing: from router logits to the experts and gates of a token."""
+
+    score: str = "softmax"  # "softmax" over experts, or "sigmoid" of each logit (DeepSeek-V3)
+    score_before_topk: bool = True  # False: softmax over the selected logits only (Mixtral)
+    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
+    scaling_factor: float = 1.0  # multiplies the gates last (DeepSeek-V2: 16, V3: 2.5)
+    temperature: float = 1.0  # divides the logits: above 1 the probabilities are more even
+    top_p: float = 1.0  # as few experts as have this much probability together, at most K; 1: K
+    selection: str = "best"  # in training: K "best", K "sampled", or the best and "sampled_rest"
+    choice_policy: str = "all"  # which later choices count, in training: see CHOICE_POLICIES
+    eval_choice_policy: str = "all"  # the same in evaluation, where nothing is "random"
+    choice_threshold: float = 0.2  # gate with which a later choice is sure to count
+    input_jitter: float = 0.0  # eps: the router's own copy of x times U(1-eps, 1+eps), in training
+    logit_noise_std: float = 0.0  # standard deviation of Gaussian noise on the logits, in training
+    num_expert_groups: int = 1  # group-limited selection: experts in this many groups ...
+    num_selected_groups: int = 1  # ... and a token may only use the best so many of them
+    group_score: str = "max"  # worth of a group: "max" expert score (V2) or "top2_sum" (V3)
+    init_stddev: float = 0.02  # router weights: truncated normal of this standard deviation
+    dtype: str = "float32"  # dtype of logits, probabilities and gates; other than float32: studies
+
+    def __post_init__(self) -> None:
+        """Checks the fields that need no other config."""
+        require_choice("router.score", self.score, ("softmax", "sigmoid"))
+        require_choice("router.group_score", self.group_score, ("max", "top2_sum"))
+        require_choice("router.dtype", self.dtype, DTYPES)
+        require_choice("router.selection", self.selection, SELECTIONS)
+        require_choice("router.choice_policy", self.choice_policy, CHOICE_POLICIES)
+        deterministic = [policy for policy in CHOICE_POLICIES if policy != "random"]
+        require_choice("router.eval_choice_policy", self.eval_choice_policy, deterministic)
+        require_positive("router.choice_threshold", self.choice_threshold)
+        require_positive("router.temperature", self.temperature)
+        require(
+            0 < self.top_p <= 1,
+            "router.top_p lies in (0, 1]",
+            f"router.top_p={self.top_p}",
+            "Set it to 1 for num_selected_experts experts a token",
+        )
+        require_fraction("router.input_jitter", self.input_jitter)
+        require_at_least("router.logit_noise_std", self.logit_noise_std, 0)
+        require_at_least("router.num_selected_groups", self.num_selected_groups, 1)
+        require_positive("router.scaling_factor", self.scaling_factor)
+        require_positive("router.init_stddev", self.init_stddev)
+        require(
+            self.num_selected_groups <= self.num_expert_groups,
+            "router.num_selected_groups is at most router.num_expert_groups",
+            f"{self.num_selected_groups} of {self.num_expert_groups}",
+            "Lower num_selected_groups, or set both to 1 for selection among all experts",
+        )
