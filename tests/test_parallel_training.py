@@ -1,0 +1,226 @@
+"""Sharding changes nothing but the speed: whole training steps, on every mesh, by every dispatcher.
+
+And the compiled step holds the collectives that the design says, no more and no larger ones.
+"""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.parallel.batches import from_whole
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.planning.hlo import by_kind, read_program
+from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+from tests.tiny_run import cut, quick_jit, tiny_batch, tiny_config, tiny_state
+
+MESHES = {
+    "data=8": {"data": 8},
+    "expert=8": {"data": 1, "expert": 8},
+    "data=2 expert=4": {"data": 2, "expert": 4},
+    "fsdp=2 expert=2 tensor=2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "slices=2 expert=2 tensor=2": {
+        "slices": 2, "data": 1, "expert": 2, "tensor": 2, "experts_span_slices": True,
+    },
+}  # fmt: skip
+WAYS = [
+    ("einsum", "compiler"),
+    ("gather", "compiler"),
+    ("einsum", "explicit"),
+    ("gather", "explicit"),
+    ("ragged", "explicit"),
+]
+# Compiling is what takes time: the other ways are tried by the slow tests.
+QUICK = [("einsum", "compiler"), ("gather", "explicit"), ("ragged", "explicit")]
+
+
+def case(mesh, way):
+    """One worker runs all tests of a mesh, so that each program is compiled once."""
+    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * (way not in QUICK)
+    return pytest.param(mesh, *way, marks=marks)
+
+
+CASES = [case(mesh, way) for mesh in MESHES for way in WAYS]
+
+# float32 sums in another order (epsilon 1.2e-7); gradients are sums over some thousand terms,
+# relative to the largest entry of each array.
+ONE_STEP = 2e-5
+# Twenty steps of Adam, whose normalised updates keep the relative error of small gradients.
+TWENTY_STEPS = 2e-3
+COLLECTIVES = pathlib.Path(__file__).parent / "golden" / "collectives.txt"
+
+
+def make_config(mesh, dispatch="einsum", exchange="auto", parts=1):
+    """Every part of the state and of the losses at work, and clipping in force."""
+    return tiny_config(
+        {
+            "model": {
+                "num_layers": 3,
+                "tie_embeddings": False,
+                "scan_layers": True,
+                "moe": {
+                    "num_experts": 8,
+                    "activation": "swiglu",
+                    "use_bias": True,
+                    "num_shared_experts": 1,
+                    "num_dense_first": 1,
+                    "dispatch": dispatch,
+                    "exchange": exchange,
+                    "balance": {
+                        "load_balance_weight": 0.1,
+                        "load_balance_scope": "global",
+                        "router_z_loss_weight": 0.01,
+                        "bias_update_rate": 0.01,
+                    },
+                },
+            },
+            "optimizer": {"clip_norm": 0.1, "schedule": "constant"},
+            "training": {"batch_size": 16, "num_microbatches": parts},
+            "mesh": mesh,
+        }
+    )
+
+
+def placed_state(config, mesh):
+    """`tiny_state`, whose routers overload experts so that choices are dropped, on a mesh."""
+    return jax.tree.map(jax.device_put, tiny_state(config), state_shardings(config, mesh))
+
+
+def batches(parts, num_steps):
+    return [cut(tiny_batch(16, seed=seed), parts) for seed in range(num_steps)]
+
+
+@functools.cache
+def expected(parts, num_steps):
+    """State and metrics after the steps on one device, by the reference dispatcher."""
+    config = make_config({"data": 1}, parts=parts)
+    state, step = tiny_state(config), quick_jit(make_train_step(config))
+    for batch in batches(parts, num_steps):
+        state, metrics = step(state, batch)
+    return jax.tree.map(np.asarray, (state, metrics))
+
+
+@functools.cache
+def compiled_step(mesh, dispatch, exchange, parts):
+    """The config, its mesh and its training step: one program for all that is asked of it."""
+    config = make_config(MESHES[mesh], dispatch, exchange, parts)
+    mesh = make_mesh(config.mesh)
+    state, batch = jax.eval_shape(lambda: (init_state(config), cut(tiny_batch(16), parts)))
+    with jax.set_mesh(mesh):
+        lowered = compile_train_step(config, mesh).lower(state, batch)
+    # Compiled in a third of the time, by leaving out what the machine code would gain.
+    return config, mesh, lowered.compile({"xla_backend_optimization_level": 0})
+
+
+def on_mesh(where, num_steps, parts=1):
+    config, mesh, step = compiled_step(*where, parts)
+    state = placed_state(config, mesh)
+    for batch in batches(parts, num_steps):
+        state, metrics = step(state, from_whole(batch, mesh, BATCH_AXES))
+    return jax.tree.map(np.asarray, (state, metrics))
+
+
+def assert_same(got, expected, tolerance):
+    """Integers are equal; floats up to `tolerance` of the largest entry of their array."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        if np.issubdtype(b.dtype, np.integer):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        else:
+            scale = max(np.abs(b).max(), 1e-6)
+            np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(("mesh", "dispatch", "exchange"), CASES)
+def test_one_step_is_that_of_one_device(mesh, dispatch, exchange):
+    """Loss, gradients (as Adam's first moments), counts, balance losses, bias, clipped update."""
+    want = expected(1, 1)
+    assert np.all(want[1].aux.dropped_fraction_K[:, 1] > 0)
+    assert want[1].grad_norm > 0.1  # so that clipping is in force
+    assert np.any(want[0].router_bias_XE != 0)
+    assert_same(on_mesh((mesh, dispatch, exchange), 1), want, ONE_STEP)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dispatch", "exchange"), [case("data=2 expert=4", way) for way in WAYS]
+)
+def test_microbatches_are_those_of_one_device(mesh, dispatch, exchange):
+    got = on_mesh((mesh, dispatch, exchange), 1, parts=2)
+    assert_same(got, expected(2, 1), ONE_STEP)
+
+
+@pytest.mark.parametrize(("mesh", "dispatch", "exchange"), CASES)
+def test_twenty_steps_are_those_of_one_device(mesh, dispatch, exchange):
+    assert_same(on_mesh((mesh, dispatch, exchange), 20), expected(1, 20), TWENTY_STEPS)
+
+
+def test_a_batch_that_is_not_split_over_the_expert_axis_is_refused():
+    config = make_config(MESHES["data=2 expert=4"])
+    mesh = make_mesh(config.mesh)
+    step = compile_train_step(config, mesh)
+    wrong = NamedSharding(mesh, PartitionSpec(None, ("slice", "data"), None))
+    batch = {name: jax.device_put(x, wrong) for name, x in cut(tiny_batch(16)).items()}
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="does not match the sharding"):
+        step(placed_state(config, mesh), batch)
+
+
+@functools.cache
+def collectives(mesh, dispatch, exchange):
+    """Those of the compiled training step."""
+    return read_program(compiled_step(mesh, dispatch, exchange, 1)[2].as_text()).collectives
+
+
+def golden_line(mesh, dispatch, exchange):
+    """A line of the golden file: how many of each kind, and their bytes."""
+    totals = by_kind(collectives(mesh, dispatch, exchange))
+    cells = [f"{kind} {count} x, {size} bytes" for kind, (count, size) in sorted(totals.items())]
+    return f"{mesh} | {dispatch} | {exchange} | " + "; ".join(cells)
+
+
+@pytest.mark.parametrize(("mesh", "dispatch", "exchange"), CASES)
+def test_the_step_has_the_collectives_of_the_golden_file(mesh, dispatch, exchange):
+    """Made by `python -m tests.golden.make_collectives`; another JAX may compile others."""
+    version, *lines = COLLECTIVES.read_text(encoding="utf-8").splitlines()
+    if version != f"jax {jax.__version__}":
+        pytest.skip(f"the golden file is of {version}")
+    assert golden_line(mesh, dispatch, exchange) in lines
+
+
+@pytest.mark.parametrize(("mesh", "dispatch", "exchange"), CASES)
+def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, dispatch, exchange):
+    """Parameters are gathered over fsdp only, and no tokens.
+
+    But by the emulation of the ragged all-to-all, which a CPU needs.
+    """
+    sizes = MESHES[mesh]
+    fsdp = sizes.get("fsdp", 1)
+    gathered = [c for c in collectives(mesh, dispatch, exchange) if c.kind == "all-gather"]
+    if dispatch == "ragged":
+        gathered = [c for c in gathered if "/dispatch/shard_map/" not in c.op_name]
+    assert all(c.group_size == fsdp for c in gathered), [(c.shape, c.op_name) for c in gathered]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dispatch", "exchange"),
+    [
+        case(mesh, way)
+        for mesh in ("expert=8", "data=2 expert=4", "fsdp=2 expert=2 tensor=2")
+        for way in WAYS
+        if way[0] != "ragged"
+    ],
+)
+def test_slots_travel_by_two_all_to_alls_forward_and_two_backward(mesh, dispatch, exchange):
+    """Two MoE layers; each slot has model_dim floats."""
+    totals = by_kind(collectives(mesh, dispatch, exchange))
+    config = make_config(MESHES[mesh])
+    experts, length, model_dim = 8, config.data.sequence_length, config.model.model_dim
+    slots = -(-length * 2 * 5 // (experts * 4))  # K = 2, factor 1.25, a group is one sequence
+    own_sequences = 16 // config.mesh.batch_shards
+    payload = experts * own_sequences * slots * model_dim * 4
+    assert totals["all-to-all"] == (2 * 4, 2 * 4 * payload)
