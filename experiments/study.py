@@ -1,0 +1,254 @@
+"""The form of a study: one file, `experiments/NAME/study.py`, that says all before it is run.
+
+    STUDY = Study(name="NAME", question=..., arms=..., expect=..., ...)
+
+An override is a dotted path of a config and its value, `{"model.moe.num_experts": 8}`. They are
+applied in this order: the config file, the study's `base`, the size, the arm, the seed. A value may
+be a function of the config, for a setting that follows others: those are applied last.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from experiments.results import Results, Row
+from experiments.verdict import Claim
+from moe_jax.config import ExperimentConfig, difference, from_config_dict
+from moe_jax.config.check import require
+
+HERE = pathlib.Path(__file__).parent
+SIZES = ("smoke", "small", "base")
+CORPUS = "CORPUS"  # stands in data.corpus and data.tokenizer for the directory of --corpus
+LARGE_CORPUS = {
+    "data.corpus": f"jsonl:{CORPUS}",
+    "data.tokenizer": f"sentencepiece:{CORPUS}/bpe8192.model",
+    "model.vocab_size": 8192,
+}
+EMBEDDED_CORPUS = {
+    "data.corpus": "embedded",
+    "data.tokenizer": "byte",
+    "model.vocab_size": 384,
+}
+Overrides = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One of the things compared.
+
+    Attributes:
+      name: of letters, digits, `_`, `.` and `-`; it names directories.
+      label: what a table and a figure call it.
+      overrides: what is different in it.
+      budget: arms of one budget have equal active FLOPs, within the study's tolerance.
+    """
+
+    name: str
+    label: str
+    overrides: Overrides
+    budget: str = "equal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A figure of the literature, and what stands beside it here.
+
+    Attributes:
+      what: was measured.
+      figure: as it was published.
+      source: paper and table.
+      here: the same of our results, as text.
+    """
+
+    what: str
+    figure: str
+    source: str
+    here: Callable[[Results], str]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """A question, how it is asked, and what would be an answer.
+
+    Attributes:
+      name: of its folder.
+      question: in one sentence.
+      claims: the common claims about MoE that it settles, for the top page; may be empty.
+      published: what the literature found.
+      config: a file of `configs/`, by its name, with its presets after a colon.
+      base: overrides of all arms.
+      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small", "base".
+      arms: what is compared.
+      baseline: the arm that others are compared with; its spread over `noise_seeds` is the noise
+        floor.
+      expect: the criterion: the study is reproduced if every claim of it is.
+      measures: columns of the table, besides held-out bits a byte: names of a result's measures.
+      measure: more to measure, from the directory of a finished run; None: nothing.
+      seeds: of every arm. A seed sets parameters and the order of the data: arms share it.
+      noise_seeds: of the baseline.
+      tolerance: largest relative difference of active FLOPs within a budget.
+      notes: what a reader should know: sizes, choices, what was tried.
+    """
+
+    name: str
+    question: str
+    published: tuple[Published, ...]
+    base: Overrides
+    sizes: Mapping[str, Overrides]
+    arms: tuple[Arm, ...]
+    baseline: str
+    expect: tuple[Claim, ...]
+    claims: tuple[str, ...] = ()
+    config: str = "base"
+    measures: tuple[str, ...] = ()
+    measure: Callable[[pathlib.Path], Mapping[str, float]] | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    tolerance: float = 0.02
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks the study, and that every arm builds at every size."""
+        names = [arm.name for arm in self.arms]
+        require(
+            len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", n) for n in names),
+            "arms have different names of letters, digits, '_', '.' and '-'",
+            f"{self.name}: {names}",
+            "Rename them",
+        )
+        require(
+            self.baseline in names,
+            "Study.baseline is one of the arms",
+            f"{self.name}: baseline={self.baseline!r}, arms {names}",
+            "Correct it",
+        )
+        require(
+            set(self.sizes) == set(SIZES),
+            f"a study has the sizes {list(SIZES)}",
+            f"{self.name}: {sorted(self.sizes)}",
+            "Add or rename sizes",
+        )
+        require(
+            len(set(self.seeds)) >= 3 and set(self.seeds) <= set(self.noise_seeds),
+            "a study has three seeds or more, which the noise floor is measured with as well",
+            f"{self.name}: seeds={self.seeds}, noise_seeds={self.noise_seeds}",
+            "Add seeds",
+        )
+        require(bool(self.expect), "a study has a criterion", self.name, "Write Study.expect")
+        for size in SIZES:
+            for arm in self.arms:
+                self.experiment(size, arm.name, 0)
+        require(
+            all(self.experiment("smoke", n, 0).data.corpus == "embedded" for n in names),
+            "the size smoke uses the embedded corpus",
+            self.name,
+            "Add EMBEDDED_CORPUS to its overrides",
+        )
+
+    def arm(self, name: str) -> Arm:
+        """An arm by its name."""
+        found = {arm.name: arm for arm in self.arms}
+        require(name in found, f"{self.name} has the arms {list(found)}", repr(name), "Correct it")
+        return found[name]
+
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """The seeds that an arm is run with."""
+        return self.noise_seeds if arm == self.baseline else self.seeds
+
+    def experiment(self, size: str, arm: str, seed: int, corpus: str = CORPUS) -> ExperimentConfig:
+        """The settings of one run; `corpus` is the directory of the large corpus."""
+        require(size in SIZES, f"a size is one of {list(SIZES)}", repr(size), "Correct --size")
+        file, _, presets = self.config.partition(":")
+        config = importlib.import_module(f"configs.{file}").get_config(presets)
+        overrides = {**self.base, **self.sizes[size], **self.arm(arm).overrides}
+        for path, value in sorted(overrides.items(), key=lambda item: callable(item[1])):
+            override(config, path, value)
+        for path in ("data.corpus", "data.tokenizer"):
+            override(config, path, lambda c, p=path: read(c, p).replace(CORPUS, corpus))
+        config.name = f"{self.name}_{size}_{arm}"
+        config.seed = config.data.seed = seed
+        return from_config_dict(config)
+
+    def settings(self, size: str, arm: str, seed: int) -> dict[str, Any]:
+        """What a line of results keeps of the settings: all but where corpus and devices are."""
+        settings = dataclasses.asdict(self.experiment(size, arm, seed))
+        settings.pop("mesh")
+        settings["data"].pop("cache_dir")
+        return json.loads(json.dumps(settings))
+
+    def check_row(self, row: Row) -> None:
+        """Refuses a line of results of other settings than the study has now.
+
+        A setting that the library did not have at the time counts as its default.
+
+        Raises:
+          ValueError: naming the settings.
+        """
+        was = dataclasses.asdict(from_config_dict(row["config"]))
+        now = dataclasses.asdict(
+            from_config_dict(self.settings(row["size"], row["arm"], row["seed"]))
+        )
+        changed = difference(was, now)
+        require(
+            not changed,
+            "results of a study are all of the settings that it has now",
+            f"{self.name}, arm {row['arm']}, seed {row['seed']}: " + "; ".join(changed),
+            "Bring the study back, or remove that line of results and run it again",
+        )
+
+    def overrides(self, size: str, arm: str) -> dict[str, Any]:
+        """What an arm changes in the common base, functions replaced by their values."""
+        config = self.experiment(size, arm, 0)
+        return {path: read(config, path) for path in self.arm(arm).overrides}
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The folder of the study."""
+        return HERE / self.name
+
+
+def read(config: Any, path: str) -> Any:
+    """The value of a setting by its dotted path."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def override(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+    """Sets a setting by its dotted path; a function is called with the config first."""
+    *sections, name = path.split(".")
+    section = config
+    for part in sections:
+        require(part in section, "an override names a setting", path, "Correct its path")
+        section = section[part]
+    require(name in section, "an override names a setting", path, "Correct its path")
+    section[name] = value(config) if callable(value) else value
+
+
+def study_names() -> list[str]:
+    """The studies there are."""
+    return sorted(path.parent.name for path in HERE.glob("*/study.py"))
+
+
+def load_study(name: str) -> Study:
+    """A study by the name of its folder.
+
+    Raises:
+      ValueError: there is none, or it breaks a rule.
+    """
+    known = study_names()
+    require(name in known, f"the studies are {known}", repr(name), "Correct the name")
+    study = importlib.import_module(f"experiments.{name}.study").STUDY
+    require(
+        study.name == name,
+        "a study has the name of its folder",
+        f"{study.name!r} in experiments/{name}",
+        "Rename one",
+    )
+    return study
