@@ -40,6 +40,7 @@ GATES = {
     "group-limited": RouterConfig(num_expert_groups=2, num_selected_groups=1),
     "top-p": RouterConfig(top_p=0.7, temperature=0.5),
     "random second": RouterConfig(selection="sampled_rest", choice_policy="random"),
+    "cosine, learned noise": RouterConfig(cosine_dim=3, learned_noise=True),
 }
 ONE_CHOICE = ("softmax", "sigmoid", "noisy", "group-limited")
 CASES = [

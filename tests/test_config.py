@@ -127,6 +127,7 @@ def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
         ({"logit_noise_std": -1.0}, r"router\.logit_noise_std is at least 0"),
         ({"num_selected_groups": 0}, r"router\.num_selected_groups is at least 1"),
         ({"temperature": 0.0}, r"router\.temperature is positive"),
+        ({"cosine_dim": -1}, r"router\.cosine_dim is at least 0"),
         ({"top_p": 0.0}, r"router\.top_p lies in \(0, 1\]: router\.top_p=0\.0\. Set it to 1"),
         ({"top_p": 1.5}, r"router\.top_p lies in \(0, 1\]"),
         ({"selection": "worst"}, r"router\.selection is one of \['best', 'sampled', "),
@@ -151,6 +152,8 @@ def test_router_refuses(settings, message):
         ({"load_balance_convention": "gshard"}, r"balance\.load_balance_convention is one of"),
         ({"load_balance_scope": "layer"}, r"balance\.load_balance_scope is one of"),
         ({"load_balance_weight": -1.0}, r"balance\.load_balance_weight is at least 0"),
+        ({"importance_loss_weight": -1.0}, r"balance\.importance_loss_weight is at least 0"),
+        ({"load_loss_weight": -1.0}, r"balance\.load_loss_weight is at least 0"),
         ({"router_z_loss_weight": -1.0}, r"balance\.router_z_loss_weight is at least 0"),
         ({"bias_update_rate": -1.0}, r"balance\.bias_update_rate is at least 0"),
         (
@@ -252,6 +255,10 @@ def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
                 "balance": BalanceConfig(bias_update_rate=0.1),
             },
             r"draws experts by their probability.*selection='sampled', .*_rate=0\.1\. Set",
+        ),
+        (
+            {"balance": BalanceConfig(load_loss_weight=0.1)},
+            r"load_loss_weight needs noise on the logits.*load_loss_weight=0\.1, .*std=0\. Set",
         ),
         (
             {"router": RouterConfig(num_expert_groups=3)},

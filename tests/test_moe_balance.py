@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig
+from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
 from moe_jax.config.moe import LOAD_BALANCE_CONVENTIONS
 from moe_jax.moe import balance
 from moe_jax.moe.block import moe_block
@@ -193,6 +193,89 @@ def test_choices_that_do_not_count_are_in_no_statistic():
     # Loads 1, 2, 0 of 3 choices; mean probabilities .3, .45, .25: 3 * (.3 / 3 + .45 * 2 / 3).
     np.testing.assert_allclose(aux.load_balance_loss, 1.2, rtol=FLOAT32)
     np.testing.assert_allclose(aux.max_violation, 2 / 1 - 1, rtol=FLOAT32)
+
+
+def test_importance_loss_is_the_squared_variation_of_the_gates():
+    # Gates by expert .5 + 0, .3 + .6, .1 of three experts; the third token is padding.
+    routing = Routing(
+        jnp.zeros((1, 3, 3)),
+        jnp.full((1, 3, 3), 1 / 3),
+        jnp.array([[[0, 1], [1, 2], [0, 1]]]),
+        jnp.array([[[0.5, 0.3], [0.6, 0.1], [0.9, 0.9]]]),
+    )
+    valid = jnp.array([[True, True, False]])
+    sums = np.array([0.5, 0.9, 0.1])
+    expected = sums.var() / sums.mean() ** 2
+    np.testing.assert_allclose(balance.importance_loss(routing, valid), expected, rtol=FLOAT32)
+    assert balance.importance_loss(routing, jnp.zeros((1, 3), bool)) == 0
+
+
+def noisy_routing(clean, std, num_selected, key=0):
+    """Top-K routing of logits with noise of this deviation."""
+    clean = jnp.asarray(clean)
+    noisy = clean + std * jax.random.normal(jax.random.key(key), clean.shape)
+    gate, index = jax.lax.top_k(jax.nn.softmax(noisy), num_selected)
+    std = jnp.full((1, 1, 1), std)
+    return Routing(noisy, jax.nn.softmax(noisy), index, gate, None, clean, std)
+
+
+def test_smooth_load_is_the_chance_of_an_expert_to_be_chosen_with_new_noise():
+    clean, std, choices = np.array([[[0.3, -0.2, 0.9, 0.1]]], np.float32), 0.7, 2
+    routing = noisy_routing(clean, std, choices)
+    noisy = np.asarray(routing.logits_GSE[0, 0])
+    draws = clean[0, 0] + std * np.random.default_rng(0).normal(size=(20_000, 4))
+    chance = [  # anew for one expert, as they are for the others
+        np.mean(np.sum(np.delete(noisy, e) > draws[:, e, None], axis=1) < choices) for e in range(4)
+    ]
+    expected = np.var(chance) / np.mean(chance) ** 2
+    loss = balance.load_loss(routing, jnp.ones((1, 1), bool))
+    np.testing.assert_allclose(loss, expected, rtol=0.05)
+
+
+def test_load_loss_gradient_equals_finite_differences():
+    clean = np.random.default_rng(1).normal(size=(2, 5, 4)).astype(np.float32)
+    valid = jnp.arange(5) < jnp.array([[5], [3]])
+
+    @jax.jit
+    def loss(clean):
+        return balance.load_loss(noisy_routing(clean, 0.8, 2), valid)
+
+    grad = np.asarray(jax.grad(loss)(clean))
+    assert not grad[1, 3:].any() and np.abs(grad[0]).max() > 0.01
+    for place in ((0, 0, 1), (0, 4, 3), (1, 2, 0)):
+        step = np.zeros_like(clean)
+        step[place] = 1e-2  # changes nobody's rank
+        difference = (loss(clean + step) - loss(clean - step)) / 2e-2
+        np.testing.assert_allclose(grad[place], difference, rtol=0.02, atol=1e-4)
+
+
+def test_load_loss_is_zero_without_noise_and_where_all_are_chosen():
+    valid = jnp.ones((1, 3), bool)
+    clean = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    assert balance.load_loss(noisy_routing(clean, 0.5, 2), valid) == 0
+    calm = noisy_routing(clean, 0.5, 1)._replace(clean_GSE=None, noise_std_GSE=None)
+    assert balance.load_loss(calm, valid) == 0
+
+
+def test_a_block_says_the_variation_losses_that_are_weighted():
+    settings = BalanceConfig(importance_loss_weight=0.1, load_loss_weight=0.1)
+    router = RouterConfig(learned_noise=True, score_before_topk=False)
+    config = MoEConfig(
+        num_experts=4, num_selected_experts=2, expert_dim=3, dispatch="einsum", router=router,
+        balance=settings,
+    )  # fmt: skip
+    random = np.random.default_rng(0)
+    params = {n: random.normal(size=s.shape) for n, s in moe_specs(config, MODEL_DIM).items()}
+    x = random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+
+    def total(params, rng):
+        aux = moe_block(params, x, config, rng=rng)[1]
+        return aux.importance_loss + aux.load_loss, aux
+
+    grads, aux = jax.grad(total, has_aux=True)(params, jax.random.key(0))
+    assert aux.importance_loss > 0.01 and aux.load_loss > 0.01
+    assert np.abs(grads["router"]).max() > 0.01 and np.abs(grads["router_noise"]).max() > 0.001
+    assert total(params, None)[1].load_loss == 0
 
 
 def test_z_loss_is_the_mean_square_of_the_log_normalizer():

@@ -29,7 +29,7 @@ def route_logits(logits, num_selected, config=None, **arguments):
     """Routes one group of tokens that are their own logits."""
     x = jnp.asarray(logits)[None]
     router = jnp.eye(x.shape[-1])
-    return route(x, router, num_selected, config or RouterConfig(), **arguments)
+    return route(x, {"router": router}, num_selected, config or RouterConfig(), **arguments)
 
 
 def indices(routing):
@@ -173,7 +173,7 @@ def test_router_equals_the_oracle(seed, num_selected, score, renormalize, groups
     x, router = x.astype(np.float32), router.astype(np.float32)
     routing = route(
         x,
-        router,
+        {"router": router},
         num_selected,
         config,
         bias_E=None if bias is None else jnp.asarray(bias, jnp.float32),
@@ -304,11 +304,66 @@ def test_sampling_stays_within_the_selected_groups():
     assert set(drawn.ravel()) == {0, 1}
 
 
+def test_learned_noise_has_the_deviation_that_the_token_asks_for():
+    # Two tokens of 3000 copies each; softplus(x W_noise) is softplus(0) and softplus(3).
+    x = np.repeat(np.eye(2, dtype=np.float32), 3000, axis=0)[None]
+    params = {"router": jnp.eye(2), "router_noise": jnp.array([[0.0, 0.0], [3.0, 3.0]])}
+    config = RouterConfig(learned_noise=True)
+    routing = route(x, params, 1, config, rng=jax.random.key(0))
+    noise = np.asarray(routing.logits_GSE - x).reshape(2, -1)
+    np.testing.assert_allclose(noise.std(axis=1), np.log(1 + np.exp([0.0, 3.0])), rtol=0.05)
+    close(routing.clean_GSE, x)
+    # With noise of a fixed deviation besides, variances add up.
+    both = RouterConfig(learned_noise=True, logit_noise_std=2.0)
+    noise = np.asarray(route(x, params, 1, both, rng=jax.random.key(0)).logits_GSE - x)
+    np.testing.assert_allclose(noise[0, :3000].std(), (np.log(2) ** 2 + 4) ** 0.5, rtol=0.05)
+    # Without a key, in evaluation, there is none.
+    calm = route(x, params, 1, config)
+    close(calm.logits_GSE, x)
+    assert calm.clean_GSE is None and calm.noise_std_GSE is None
+
+
+def test_cosine_logits_by_hand():
+    # Tokens (3, 4, 0) and (0, 0, 2), projected to (3, 4) and (0, 2): cosines with (1, 0), (0, 5).
+    x = jnp.array([[[3.0, 4.0, 0.0], [0.0, 0.0, 2.0]]])
+    params = {
+        "router": jnp.array([[1.0, 0.0], [0.0, 5.0]]),
+        "router_projection": jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]),
+        "router_log_scale": jnp.zeros(1),
+    }
+    config = RouterConfig(cosine_dim=2, temperature=0.25)
+    close(route(x, params, 1, config).logits_GSE[0], 4 * np.array([[0.6, 0.8], [0.0, 1.0]]))
+    # The length of a token changes nothing; 0 gives 0 and a finite gradient.
+    close(route(9 * x, params, 1, config).logits_GSE, route(x, params, 1, config).logits_GSE)
+    zero, gradient = jax.value_and_grad(lambda x: jnp.sum(route(x, params, 1, config).logits_GSE))(
+        jnp.zeros((1, 1, 3))
+    )
+    assert zero == 0 and np.isfinite(gradient).all()
+    # The temperature is learned, and does not fall below 1 / 100.
+    params["router_log_scale"] = jnp.full(1, np.log(2.0))
+    close(route(x, params, 1, config).logits_GSE[0, 0], [4.8, 6.4])
+    params["router_log_scale"] = jnp.full(1, 9.0)
+    np.testing.assert_allclose(route(x, params, 1, config).logits_GSE[0, 0], [60, 80], rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"learned_noise": True}, {"cosine_dim": 3}])
+def test_every_parameter_of_a_router_learns_from_the_task(options):
+    config = MoEConfig(num_experts=3, expert_dim=5, dispatch="einsum",
+                       router=RouterConfig(**options))  # fmt: skip
+    params, x = block(config)
+    rng = jax.random.key(0)
+    grad = jax.jit(jax.grad(lambda p: jnp.sum(moe_block(p, x, config, rng=rng)[0] ** 2)))(params)
+    names = [name for name in params if name.startswith("router")]
+    assert len(names) == (2 if "learned_noise" in options else 3)
+    for name in names:
+        assert np.abs(grad[name]).max() > 1e-3, name
+
+
 def test_router_computes_in_float32_when_tokens_are_bfloat16():
     # 256 + 1 rounds to 256 in bfloat16: experts 0 and 1 would tie, and 0 would win.
     x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
     router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    routing = route(x, router, 2, RouterConfig())
+    routing = route(x, {"router": router}, 2, RouterConfig())
     assert routing.logits_GSE.tolist() == [[[256.0, 257.0, 0.0]]]
     assert indices(routing) == [[1, 0]]
     assert {a.dtype for a in jax.tree.leaves(routing)} == {jnp.dtype("float32"), jnp.dtype("int32")}
@@ -317,7 +372,7 @@ def test_router_computes_in_float32_when_tokens_are_bfloat16():
 def test_router_dtype_is_for_studies():
     x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
     router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    routing = route(x, router, 2, RouterConfig(dtype="bfloat16"))
+    routing = route(x, {"router": router}, 2, RouterConfig(dtype="bfloat16"))
     assert routing.logits_GSE.dtype == routing.gate_GSK.dtype == jnp.bfloat16
     assert indices(routing) == [[0, 1]]  # the tie, gone wrong
 
@@ -348,7 +403,7 @@ def test_jitter_reaches_the_router_and_never_the_experts():
 def test_jitter_multiplies_the_input_by_one_plus_minus_epsilon():
     config = RouterConfig(input_jitter=0.25)
     x, router = jnp.ones((1, 500, 2)), jnp.eye(2)
-    logits = np.asarray(route(x, router, 1, config, rng=jax.random.key(0)).logits_GSE)
+    logits = np.asarray(route(x, {"router": router}, 1, config, rng=jax.random.key(0)).logits_GSE)
     assert logits.min() >= 0.75 and logits.max() <= 1.25
     # U(.75, 1.25): mean 1, standard deviation .5 / sqrt(12); 1000 draws, four standard errors.
     np.testing.assert_allclose(logits.mean(), 1.0, atol=4 * 0.5 / 12**0.5 / 1000**0.5)
@@ -357,9 +412,8 @@ def test_jitter_multiplies_the_input_by_one_plus_minus_epsilon():
 
 def test_noise_is_gaussian_of_the_given_deviation_on_the_logits():
     config = RouterConfig(logit_noise_std=0.3)
-    logits = np.asarray(
-        route(jnp.zeros((1, 500, 2)), jnp.eye(2), 1, config, rng=jax.random.key(1)).logits_GSE
-    )
+    calm = np.zeros((500, 2), np.float32)
+    logits = np.asarray(route_logits(calm, 1, config, rng=jax.random.key(1)).logits_GSE)
     np.testing.assert_allclose(logits.mean(), 0, atol=4 * 0.3 / 1000**0.5)
     np.testing.assert_allclose(logits.std(), 0.3, rtol=0.1)
     # About 4.6% of a Gaussian lies beyond two deviations, and none of a uniform.
@@ -367,10 +421,12 @@ def test_noise_is_gaussian_of_the_given_deviation_on_the_logits():
 
 
 def test_jitter_and_noise_are_independent_draws():
-    x, router, key = jnp.ones((1, 500, 2)), jnp.eye(2), jax.random.key(2)
-    jitter = route(x, router, 1, RouterConfig(input_jitter=0.5), rng=key).logits_GSE.ravel()
-    noise = route(x, router, 1, RouterConfig(logit_noise_std=0.5), rng=key).logits_GSE.ravel()
-    assert abs(np.corrcoef(jitter, noise)[0, 1]) < 4 / 1000**0.5
+    ones, key = np.ones((500, 2), np.float32), jax.random.key(2)
+    drawn = [
+        np.ravel(route_logits(ones, 1, RouterConfig(**options), rng=key).logits_GSE)
+        for options in ({"input_jitter": 0.5}, {"logit_noise_std": 0.5})
+    ]
+    assert abs(np.corrcoef(*drawn)[0, 1]) < 4 / 1000**0.5
 
 
 @pytest.mark.parametrize("options", [{"input_jitter": 0.5}, {"logit_noise_std": 1.0}])
@@ -423,6 +479,6 @@ def test_every_choice_of_a_token_is_another_expert():
     x = np.random.default_rng(0).normal(size=(3, 7, 6)).astype(np.float32)
     router = np.eye(6, dtype=np.float32)
     for choices in range(1, 7):
-        index = np.asarray(route(x, router, choices, RouterConfig()).expert_index_GSK)
+        index = np.asarray(route(x, {"router": router}, choices, RouterConfig()).expert_index_GSK)
         for g, s in itertools.product(range(3), range(7)):
             assert len(set(index[g, s])) == choices

@@ -28,6 +28,8 @@ class BalanceConfig:
     load_balance_convention: str = "megatron"  # f_e over all K choices / K: 1 at uniform routing
     load_balance_scope: str = "global"  # f_e and P_e are means over: group, sequence, ...
     router_z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE: 1e-3)
+    importance_loss_weight: float = 0.0  # weight of CV^2 of the gates by expert (Shazeer: 0.1)
+    load_loss_weight: float = 0.0  # weight of CV^2 of the smooth loads; needs noise on the logits
     bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias; 0: no bias
 
     def __post_init__(self) -> None:
@@ -38,7 +40,10 @@ class BalanceConfig:
             LOAD_BALANCE_CONVENTIONS,
         )
         require_choice("balance.load_balance_scope", self.load_balance_scope, LOAD_BALANCE_SCOPES)
-        for name in ("load_balance_weight", "router_z_loss_weight", "bias_update_rate"):
+        for name in (
+            "load_balance_weight", "router_z_loss_weight", "importance_loss_weight",
+            "load_loss_weight", "bias_update_rate",
+        ):  # fmt: skip
             require_at_least(f"balance.{name}", getattr(self, name), 0)
         require(
             self.load_balance_convention != "huggingface"
@@ -251,6 +256,16 @@ class MoEConfig:
             f"selection={self.router.selection!r}, "
             f"balance.bias_update_rate={self.balance.bias_update_rate}",
             "Set router.selection='best' or balance.bias_update_rate=0",
+        )
+
+        require(
+            self.balance.load_loss_weight == 0
+            or self.router.learned_noise
+            or self.router.logit_noise_std > 0,
+            "balance.load_loss_weight needs noise on the logits, which makes the load smooth",
+            f"load_loss_weight={self.balance.load_loss_weight}, router.learned_noise=False, "
+            "router.logit_noise_std=0",
+            "Set router.learned_noise=True, or router.logit_noise_std",
         )
 
     def _check_causality(self) -> None:

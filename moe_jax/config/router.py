@@ -25,7 +25,7 @@ class RouterConfig:
     score_before_topk: bool = True  # False: softmax over the selected logits only (Mixtral)
     renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
     scaling_factor: float = 1.0  # multiplies the gates last (DeepSeek-V2: 16, V3: 2.5)
-    temperature: float = 1.0  # divides the logits: above 1 the probabilities are more even
+    temperature: float = 1.0  # divides the logits; of a cosine router, where learning starts
     top_p: float = 1.0  # as few experts as have this much probability together, at most K; 1: K
     selection: str = "best"  # in training: K "best", K "sampled", or the best and "sampled_rest"
     choice_policy: str = "all"  # which later choices count, in training: see CHOICE_POLICIES
@@ -33,6 +33,8 @@ class RouterConfig:
     choice_threshold: float = 0.2  # gate with which a later choice is sure to count
     input_jitter: float = 0.0  # eps: the router's own copy of x times U(1-eps, 1+eps), in training
     logit_noise_std: float = 0.0  # standard deviation of Gaussian noise on the logits, in training
+    learned_noise: bool = False  # noise of a learned deviation for each logit, in training
+    cosine_dim: int = 0  # score by the cosine in so many dims, temperature learned; 0: linear
     num_expert_groups: int = 1  # group-limited selection: experts in this many groups ...
     num_selected_groups: int = 1  # ... and a token may only use the best so many of them
     group_score: str = "max"  # worth of a group: "max" expert score (V2) or "top2_sum" (V3)
@@ -58,6 +60,7 @@ class RouterConfig:
         )
         require_fraction("router.input_jitter", self.input_jitter)
         require_at_least("router.logit_noise_std", self.logit_noise_std, 0)
+        require_at_least("router.cosine_dim", self.cosine_dim, 0)
         require_at_least("router.num_selected_groups", self.num_selected_groups, 1)
         require_positive("router.scaling_factor", self.scaling_factor)
         require_positive("router.init_stddev", self.init_stddev)

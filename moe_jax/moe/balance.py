@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.routing import Routing
+from moe_jax.moe.routing.token_choice import choose, top_k
+
 
 def load_balance_loss(
     assigned_UKE: jax.Array, prob_sum_UE: jax.Array, tokens_U: jax.Array, convention: str
@@ -53,6 +56,55 @@ def router_z_loss(logits_GSE: jax.Array, valid_GS: jax.Array) -> jax.Array:
     lse_GS = jax.nn.logsumexp(logits_GSE.astype(jnp.float32), axis=-1)
     weight_GS = valid_GS.astype(jnp.float32)
     return jnp.sum(lse_GS**2 * weight_GS) / jnp.maximum(jnp.sum(weight_GS), 1)
+
+
+def importance_loss(routing: Routing, valid_GS: jax.Array) -> jax.Array:
+    """CV^2 of the importance of the experts, which is the sum of their gates over valid tokens.
+
+    Returns:
+      float32 scalar in [0, E - 1], 0 where all experts weigh the same.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, eqs. 6-7.
+    """
+    num_experts = routing.logits_GSE.shape[-1]
+    choice_GSKE = jax.nn.one_hot(routing.expert_index_GSK, num_experts, dtype=jnp.float32)
+    gate_GSK = routing.gate_GSK.astype(jnp.float32) * valid_GS[..., None]
+    return squared_variation(jnp.einsum("GSK,GSKE->E", gate_GSK, choice_GSKE))
+
+
+def load_loss(routing: Routing, valid_GS: jax.Array) -> jax.Array:
+    """CV^2 of the smooth loads: of how many tokens would choose an expert if its noise came anew.
+
+    P(x, e) = Phi((clean_e - T_e) / deviation_e), where T_e is the K-th largest of the other
+    experts' noisy logits: what expert e has to exceed. The load of e is the sum of P over tokens.
+
+    Args:
+      routing: plain top-K choices by noisy logits; without noise the loss is 0.
+      valid_GS: bool, False for padding.
+
+    Returns:
+      float32 scalar >= 0, differentiable in the logits and the deviation.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, app. A, eqs. 8-11.
+    """
+    num_selected, num_experts = routing.gate_GSK.shape[-1], routing.logits_GSE.shape[-1]
+    clean_GSE, std_GSE = routing.clean_GSE, routing.noise_std_GSE
+    if clean_GSE is None or std_GSE is None or num_selected == num_experts:
+        return jnp.zeros((), jnp.float32)
+    noisy_GSE = routing.logits_GSE
+    best_GSK = top_k(jax.lax.stop_gradient(noisy_GSE), num_selected + 1)[1]
+    is_best_GSKE = jax.nn.one_hot(best_GSK[..., :num_selected], num_experts, dtype=jnp.bool_)
+    is_selected_GSE = jnp.any(is_best_GSKE, axis=-2)
+    last_GS2 = choose(noisy_GSE, best_GSK[..., num_selected - 1 :])
+    threshold_GSE = jnp.where(is_selected_GSE, last_GS2[..., 1:], last_GS2[..., :1])
+    margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / std_GSE
+    chosen_GSE = jax.scipy.stats.norm.cdf(margin_GSE) * valid_GS[..., None]
+    return squared_variation(jnp.sum(chosen_GSE, axis=(0, 1)))
+
+
+def squared_variation(values_E: jax.Array) -> jax.Array:
+    """CV^2: variance over squared mean; 0 where all are 0."""
+    return jnp.var(values_E) / (jnp.mean(values_E) ** 2 + 1e-10)
 
 
 def update_router_bias(bias_E: jax.Array, assigned_E: jax.Array, rate: float) -> jax.Array:

@@ -58,7 +58,7 @@ def moe_block(
         else:
             routing = route(
                 x_GSM,
-                params["router"],
+                params,
                 config.num_selected_experts,
                 config.router,
                 bias_E=bias_E,

@@ -97,8 +97,8 @@ def ffn_specs(
 def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
     """The parameters of the MoE block, by name.
 
-    `router` [M, E] (none when E = 1), the experts' `wi`, `wg`, `wo` and biases with a leading E,
-    the shared experts' as `shared_wi` ... without it, and `shared_gate` [M, 1].
+    The router's (`router_specs`; none when E = 1), the experts' `wi`, `wg`, `wo` and biases with a
+    leading E, the shared experts' as `shared_wi` ... without it, and `shared_gate` [M, 1].
     """
     specs = ffn_specs(
         model_dim,
@@ -110,8 +110,7 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
         identical_init=config.identical_init,
     )
     if config.num_experts > 1:
-        init = normal_init(config.router.init_stddev)
-        specs["router"] = ParameterSpec((model_dim, config.num_experts), init, ("model", None))
+        specs |= router_specs(config, model_dim)
     if config.num_shared_experts > 0:
         shared = ffn_specs(
             model_dim,
@@ -124,6 +123,28 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
     if config.shared_expert_gate:
         init = normal_init(config.router.init_stddev)
         specs["shared_gate"] = ParameterSpec((model_dim, 1), init, ("model", None))
+    return specs
+
+
+def router_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
+    """The parameters of the router, by name.
+
+    `router` [M, E], or [D, E] behind a `router_projection` [M, D] if it scores by the cosine in D
+    dims, with `router_log_scale` [1]; `router_noise` [M, E], which starts from 0 as in Shazeer et
+    al. 2017, app. A: noise of deviation softplus(0) = 0.69.
+    """
+    router, num_experts = config.router, config.num_experts
+    init = normal_init(router.init_stddev)
+    specs = {"router": ParameterSpec((model_dim, num_experts), init, ("model", None))}
+    if router.cosine_dim > 0:
+        projection = (model_dim, router.cosine_dim)
+        specs = {
+            "router": ParameterSpec((router.cosine_dim, num_experts), init, (None, None)),
+            "router_projection": ParameterSpec(projection, init, ("model", None)),
+            "router_log_scale": ParameterSpec((1,), zeros, (None,)),
+        }
+    if router.learned_noise:
+        specs["router_noise"] = ParameterSpec((model_dim, num_experts), zeros, ("model", None))
     return specs
 
 

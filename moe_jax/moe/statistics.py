@@ -18,6 +18,9 @@ class MoEAux(NamedTuple):
       load_balance_loss: float32 scalar, unweighted, in the config's convention and scope. Scope
         "global" is that of this call: `training` puts the calls of a step together.
       router_z_loss: float32 scalar, unweighted: the mean of logsumexp(logits)^2.
+      importance_loss: float32 scalar, unweighted, over the tokens of this call; 0 (not computed)
+        where its weight is 0.
+      load_loss: the same for the smooth loads; 0 without noise too.
       assigned_KE: int32, tokens that have expert e as their choice k, before drops; choices that do
         not count (`Routing.chosen_GSK`) are left out.
       kept_KE: int32, the same after drops.
@@ -33,6 +36,8 @@ class MoEAux(NamedTuple):
 
     load_balance_loss: jax.Array
     router_z_loss: jax.Array
+    importance_loss: jax.Array
+    load_loss: jax.Array
     assigned_KE: jax.Array
     kept_KE: jax.Array
     assigned_BE: jax.Array | None
@@ -78,9 +83,13 @@ def describe(
     else:
         units = (assigned_KE[None], jnp.sum(prob_sum_BE, axis=0)[None], num_tokens[None])
 
+    zero = jnp.zeros((), jnp.float32)
+    weights = (config.balance.importance_loss_weight, config.balance.load_loss_weight)
     return MoEAux(
         load_balance_loss=balance.load_balance_loss(*units, config.balance.load_balance_convention),
         router_z_loss=balance.router_z_loss(routing.logits_GSE, valid_GS),
+        importance_loss=balance.importance_loss(routing, valid_GS) if weights[0] else zero,
+        load_loss=balance.load_loss(routing, valid_GS) if weights[1] else zero,
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
         assigned_BE=jnp.sum(assigned_BKE, axis=1),
@@ -127,6 +136,8 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
     whole = MoEAux(
         load_balance_loss=mean(parts.load_balance_loss),
         router_z_loss=mean(parts.router_z_loss),
+        importance_loss=mean(parts.importance_loss),
+        load_loss=mean(parts.load_loss),
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
         assigned_BE=None,

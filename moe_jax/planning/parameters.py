@@ -155,8 +155,10 @@ def local_parameters(config: ModelConfig, mesh: MeshConfig) -> dict[str, int]:
 def _component(path: tuple[str, ...]) -> str:
     """The component that a parameter belongs to, from its path in the model."""
     name = path[-1]
-    if name in ("embedding", "head", "router"):
+    if name in ("embedding", "head"):
         return name
+    if name.startswith("router"):
+        return "router"
     if "attention" in path:
         return "attention"
     if "moe" in path:

@@ -99,6 +99,8 @@ def partial_loss(
         share = jnp.sum(part["segment_ids"] > 0) / totals.tokens
         loss += settings.load_balance_weight * share * load_balance(output.aux, config, totals)
         loss += settings.router_z_loss_weight * share * jnp.mean(output.aux.router_z_loss)
+        loss += settings.importance_loss_weight * share * jnp.mean(output.aux.importance_loss)
+        loss += settings.load_loss_weight * share * jnp.mean(output.aux.load_loss)
     return loss, LossParts(cross_entropy, output.aux)
 
 

@@ -1,7 +1,7 @@
 """Token-choice top-K routing: every token selects its K best experts (legend: `moe_jax.moe`)."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,8 @@ class Routing(NamedTuple):
       gate_GSK: the weight of each choice in the token's output, >= 0; 0 where it does not count.
       chosen_GSK: bool, which choices count: K is then the most a token may have. The others take no
         slot, compute nothing and are in no statistic. None: all count.
+      clean_GSE: the logits without noise, or None if they have none.
+      noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
     """
 
     logits_GSE: jax.Array
@@ -31,11 +33,13 @@ class Routing(NamedTuple):
     expert_index_GSK: jax.Array
     gate_GSK: jax.Array
     chosen_GSK: jax.Array | None = None
+    clean_GSE: jax.Array | None = None
+    noise_std_GSE: jax.Array | None = None
 
 
 def route(
     x_GSM: jax.Array,
-    router_ME: jax.Array,
+    params: Mapping[str, jax.Array],
     num_selected: int,
     config: RouterConfig,
     *,
@@ -46,7 +50,7 @@ def route(
 
     Args:
       x_GSM: token representations, any float dtype. Never changed: jitter goes on a copy.
-      router_ME: router weights.
+      params: of the router, as `parameters.router_specs` declares them.
       num_selected: K.
       config: the options; arithmetic is in `config.dtype`, float32 unless a study says otherwise.
       bias_E: float32 selection bias of loss-free balancing: added to the scores for the selection
@@ -59,7 +63,7 @@ def route(
     Source: Shazeer et al. 2017, arXiv:1701.06538 (top-K, noise); Fedus et al. 2021,
       arXiv:2101.03961 (jitter, float32 router); DeepSeek-V3, arXiv:2412.19437, eqs. 12-16.
     """
-    logits_GSE = router_logits(x_GSM, router_ME, config, rng)
+    logits_GSE, clean_GSE, noise_std_GSE = router_logits(x_GSM, params, config, rng)
     if config.score == "sigmoid":
         scores_GSE = jax.nn.sigmoid(logits_GSE)
         probs_GSE = scores_GSE / jnp.sum(scores_GSE, axis=-1, keepdims=True)
@@ -76,7 +80,9 @@ def route(
     expert_index_GSK = top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
 
     gate_GSK, chosen_GSK = gates(logits_GSE, scores_GSE, probs_GSE, expert_index_GSK, config, rng)
-    return Routing(logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK)
+    return Routing(
+        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE
+    )
 
 
 def gates(
