@@ -171,6 +171,9 @@ def every_way_on_every_mesh():
 @pytest.mark.parametrize(("way", "mesh", "num_chunks", "case_index"), every_way_on_every_mesh())
 def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
     case, way = CASES[case_index], WAYS[way]
+    exact_gelu = case.settings["activation"] in ("gelu", "geglu")
+    if exact_gelu and way.exchange == "explicit" and jax.__version_info__ >= (0, 12):
+        pytest.skip("from jax 0.12.0 on, erf does not pass the checks of jax.shard_map")
     expected, expected_aux = on_one_device(case_index)
     assert (expected_aux.kept_KE.sum() < expected_aux.assigned_KE.sum()) == case.drops
     config = block_config(case, way, num_chunks)
