@@ -80,6 +80,14 @@ class ModelConfig:
             "Correct moe.layers",
         )
 
+        table = self.moe.router.hash_table
+        require(
+            not table or len(table) == self.vocab_size,
+            "moe.router.hash_table has the expert of every token id",
+            f"{len(table)} entries, vocab_size={self.vocab_size}",
+            "Make it anew, say by moe.routing.fixed.balanced_table",
+        )
+
     @property
     def kv_heads(self) -> int:
         """The number of key and value heads."""

@@ -213,8 +213,9 @@ class MoEConfig:
         )
 
     def _check_gates(self) -> None:
-        constant = self.router.renormalize or (
-            self.router.score == "softmax" and not self.router.score_before_topk
+        constant = self.router.kind == "token_choice" and (
+            self.router.renormalize
+            or (self.router.score == "softmax" and not self.router.score_before_topk)
         )
         require(
             self.num_experts == 1 or self.num_selected_experts > 1 or not constant,
@@ -249,6 +250,19 @@ class MoEConfig:
         )
 
     def _check_selection(self) -> None:
+        require(
+            self.router.kind == "token_choice" or self.balance.bias_update_rate == 0,
+            "a selection bias needs a router that selects by scores",
+            f"router.kind={self.router.kind!r}, "
+            f"balance.bias_update_rate={self.balance.bias_update_rate}",
+            "Set balance.bias_update_rate=0",
+        )
+        require(
+            all(0 <= expert < self.num_experts for expert in self.router.hash_table),
+            "router.hash_table has experts in 0..num_experts - 1",
+            f"num_experts={self.num_experts}, hash_table={self.router.hash_table}",
+            "Correct it",
+        )
         require(
             self.router.selection == "best" or self.balance.bias_update_rate == 0,
             "router.selection draws experts by their probability, which a selection bias leaves "

@@ -11,6 +11,11 @@ from moe_jax.config.check import (
 )
 
 DTYPES = ("float32", "bfloat16")
+# Every family, and whether a token's experts never depend on later tokens of its group.
+ROUTER_KINDS = {"token_choice": True, "hash": True, "random": True, "uniform": True}
+HASH_BY = ("token", "modulo", "table", "position", "bigram")
+# What a router of fixed experts reads; the other fields stay at their defaults.
+FIXED_FIELDS = ("kind", "hash_by", "hash_seed", "hash_table", "scaling_factor", "dtype")
 SELECTIONS = ("best", "sampled", "sampled_rest")
 # Of the choices after the first: "all" count, "none" does, those whose gate reaches
 # choice_threshold, or each with probability gate / choice_threshold.
@@ -19,8 +24,12 @@ CHOICE_POLICIES = ("all", "none", "threshold", "random")
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """Token-choice routing: from router logits to the experts and gates of a token."""
+    """From a token to its experts and gates; unless said otherwise of token choice."""
 
+    kind: str = "token_choice"  # or experts fixed beforehand: "hash", "random", "uniform"
+    hash_by: str = "token"  # id at random, id "modulo" E, by "table", "position" or "bigram"
+    hash_seed: int = 0  # another number, another random table
+    hash_table: tuple[int, ...] = ()  # of hash_by="table": the expert of every token id
     score: str = "softmax"  # "softmax" over experts, or "sigmoid" of each logit (DeepSeek-V3)
     score_before_topk: bool = True  # False: softmax over the selected logits only (Mixtral)
     renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
@@ -43,6 +52,16 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         """Checks the fields that need no other config."""
+        require_choice("router.kind", self.kind, ROUTER_KINDS)
+        require_choice("router.hash_by", self.hash_by, HASH_BY)
+        require_at_least("router.hash_seed", self.hash_seed, 0)
+        require(
+            (self.kind == "hash" and self.hash_by == "table") == bool(self.hash_table),
+            "router.hash_table goes with router.kind='hash' and router.hash_by='table'",
+            f"kind={self.kind!r}, hash_by={self.hash_by!r}, {len(self.hash_table)} entries",
+            "Set all three or none",
+        )
+        self._check_fixed()
         require_choice("router.score", self.score, ("softmax", "sigmoid"))
         require_choice("router.group_score", self.group_score, ("max", "top2_sum"))
         require_choice("router.dtype", self.dtype, DTYPES)
@@ -70,3 +89,15 @@ class RouterConfig:
             f"{self.num_selected_groups} of {self.num_expert_groups}",
             "Lower num_selected_groups, or set both to 1 for selection among all experts",
         )
+
+    def _check_fixed(self) -> None:
+        if self.kind == "token_choice":
+            return
+        for field in dataclasses.fields(self):
+            require(
+                field.name in FIXED_FIELDS or getattr(self, field.name) == field.default,
+                f"router.kind={self.kind!r} has no logits, so that it cannot use "
+                f"router.{field.name}",
+                f"{field.name}={getattr(self, field.name)!r}",
+                "Drop it, or set router.kind='token_choice'",
+            )

@@ -40,6 +40,7 @@ class Context(NamedTuple):
 
     positions_BL: jax.Array
     segment_ids_BL: jax.Array
+    tokens_BL: jax.Array
 
 
 class Layer(nn.Module):
@@ -58,7 +59,7 @@ class Layer(nn.Module):
         c = self.config
         dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
         normed = Norm(c.norm, c.norm_epsilon, name="attention_norm")(x_BLM)
-        x_BLM += dropout(Attention(c, name="attention")(normed, *context))
+        x_BLM += dropout(Attention(c, name="attention")(normed, *context[:2]))
         normed = Norm(c.norm, c.norm_epsilon, name="ffn_norm")(x_BLM)
         if not self.is_moe:
             y_BLM = FeedForward(c, name="ffn")(normed)
@@ -69,6 +70,8 @@ class Layer(nn.Module):
             capacity_factor=self.capacity_factor,
             valid_BL=context.segment_ids_BL > 0,
             bias_E=bias_E,
+            tokens_BL=context.tokens_BL,
+            positions_BL=context.positions_BL,
             rng=rng,
         )
         return constrain(x_BLM + dropout(y_BLM), "batch", None, None), aux
@@ -160,7 +163,7 @@ class Decoder(nn.Module):
         x_BLM = constrain(x_BLM, "batch", None, None)
         x_BLM = nn.Dropout(c.dropout_rate, deterministic=not train)(x_BLM)
 
-        context = Context(positions_BL, segment_ids_BL)
+        context = Context(positions_BL, segment_ids_BL, inputs_BL)
         x_BLM, aux = self._layers(x_BLM, context, router_bias_XE, train, capacity_factor)
         x_BLM = Norm(c.norm, c.norm_epsilon, name="final_norm")(x_BLM)
         head_MV = embedding_VM.T if c.tie_embeddings else params["head"]

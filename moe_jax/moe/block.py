@@ -9,7 +9,7 @@ from moe_jax.config import MoEConfig
 from moe_jax.moe.capacity import assign_slots
 from moe_jax.moe.dispatch import choose_dispatch
 from moe_jax.moe.experts import EXPERT_WEIGHTS, Layout, Shared, Weights, ffn
-from moe_jax.moe.routing import route, single_expert
+from moe_jax.moe.routing import RouterInputs, route_tokens
 from moe_jax.moe.statistics import MoEAux, describe
 from moe_jax.parallel.rules import constrain
 
@@ -22,6 +22,8 @@ def moe_block(
     capacity_factor: float | None = None,
     valid_BL: jax.Array | None = None,
     bias_E: jax.Array | None = None,
+    tokens_BL: jax.Array | None = None,
+    positions_BL: jax.Array | None = None,
     rng: jax.Array | None = None,
 ) -> tuple[jax.Array, MoEAux]:
     """Sends every token through its experts.
@@ -33,6 +35,8 @@ def moe_block(
       capacity_factor: slots over the mean load, 0 for dropless; None: `capacity.train_factor`.
       valid_BL: bool, False for padding: not routed, not counted, output 0; None: all valid.
       bias_E: float32 selection bias of loss-free balancing, or None.
+      tokens_BL: int32 token ids, for a router that hashes them; None: it is refused.
+      positions_BL: int32 positions in the document, for such a router; None: in the sequence.
       rng: key for jitter, noise, dropout and random queues; None: deterministic.
 
     Returns:
@@ -53,17 +57,8 @@ def moe_block(
     keys = [None] * 3 if rng is None else list(jax.random.split(rng, 3))
 
     with jax.named_scope("router"):
-        if config.num_experts == 1:
-            routing = single_expert(x_GSM, config.router)
-        else:
-            routing = route(
-                x_GSM,
-                params,
-                config.num_selected_experts,
-                config.router,
-                bias_E=bias_E,
-                rng=keys[0],
-            )
+        by_place = places(tokens_BL, positions_BL, valid_GS.shape, (batch, length))
+        routing = route_tokens(x_GSM, params, config, RouterInputs(bias_E, keys[0], *by_place))
         assignment = assign_slots(
             routing, capacity_factor, config.capacity, valid_GS=valid_GS, rng=keys[1]
         )
@@ -82,6 +77,23 @@ def moe_block(
             y_GSM += shared_experts(x_GSM, params, config) * valid_GS[..., None]
     aux = describe(routing, assignment, valid_GS, (batch, length), config)
     return y_GSM.reshape(batch, length, model_dim), aux
+
+
+def places(
+    tokens_BL: jax.Array | None,
+    positions_BL: jax.Array | None,
+    group_shape: tuple[int, ...],
+    batch_shape: tuple[int, int],
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Positions, token ids and the ids before them (-1 at the start of a document), in groups."""
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(batch_shape[1]), batch_shape)
+    positions_GS = positions_BL.reshape(group_shape)
+    if tokens_BL is None:
+        return positions_GS, None, None
+    before_BL = jnp.pad(tokens_BL[:, :-1], ((0, 0), (1, 0)))
+    before_BL = jnp.where(positions_BL == 0, -1, before_BL)
+    return positions_GS, tokens_BL.reshape(group_shape), before_BL.reshape(group_shape)
 
 
 def tokens_per_group(batch: int, length: int, group_size: int) -> int:

@@ -23,6 +23,8 @@ class MoEBlock(nn.Module):
         capacity_factor: float | None = None,
         valid_BL: jax.Array | None = None,
         bias_E: jax.Array | None = None,
+        tokens_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, MoEAux]:
         """See `moe_block`."""
@@ -35,5 +37,7 @@ class MoEBlock(nn.Module):
             capacity_factor=capacity_factor,
             valid_BL=valid_BL,
             bias_E=bias_E,
+            tokens_BL=tokens_BL,
+            positions_BL=positions_BL,
             rng=rng,
         )

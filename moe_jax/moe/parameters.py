@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.experts import EXPERT_AXES
+from moe_jax.moe.routing import FIXED_ROUTERS
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -127,13 +128,15 @@ def moe_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
 
 
 def router_specs(config: MoEConfig, model_dim: int) -> dict[str, ParameterSpec]:
-    """The parameters of the router, by name.
+    """The parameters of the router, by name; none where experts are fixed beforehand.
 
     `router` [M, E], or [D, E] behind a `router_projection` [M, D] if it scores by the cosine in D
     dims, with `router_log_scale` [1]; `router_noise` [M, E], which starts from 0 as in Shazeer et
     al. 2017, app. A: noise of deviation softplus(0) = 0.69.
     """
     router, num_experts = config.router, config.num_experts
+    if router.kind in FIXED_ROUTERS:
+        return {}
     init = normal_init(router.init_stddev)
     specs = {"router": ParameterSpec((model_dim, num_experts), init, ("model", None))}
     if router.cosine_dim > 0:

@@ -1,5 +1,42 @@
-"""Routers: which experts take which token."""
+"""Routers: which experts take which token. One name a family, `router.kind`."""
 
-from moe_jax.moe.routing.token_choice import Routing, route, single_expert
+from collections.abc import Mapping
 
-__all__ = ["Routing", "route", "single_expert"]
+import jax
+
+from moe_jax.config import MoEConfig
+from moe_jax.moe.routing.fixed import hash_routing, random_routing, uniform_routing
+from moe_jax.moe.routing.token_choice import RouterInputs, Routing, route, single_expert
+
+FIXED_ROUTERS = {"hash": hash_routing, "random": random_routing, "uniform": uniform_routing}
+
+
+def route_tokens(
+    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
+) -> Routing:
+    """Chooses the experts of every token by the router that the config names.
+
+    Args:
+      x_GSM: token representations, any float dtype.
+      params: of the block; those of the router are read.
+      config: the block's settings.
+      inputs: what else the routers need.
+
+    Returns:
+      The `Routing`.
+    """
+    if config.num_experts == 1:
+        return single_expert(x_GSM, config.router)
+    if config.router.kind in FIXED_ROUTERS:
+        return FIXED_ROUTERS[config.router.kind](x_GSM, config, inputs)
+    return route(
+        x_GSM,
+        params,
+        config.num_selected_experts,
+        config.router,
+        bias_E=inputs.bias_E,
+        rng=inputs.rng,
+    )
+
+
+__all__ = ["FIXED_ROUTERS", "RouterInputs", "Routing", "route", "route_tokens", "single_expert"]

@@ -37,6 +37,24 @@ class Routing(NamedTuple):
     noise_std_GSE: jax.Array | None = None
 
 
+class RouterInputs(NamedTuple):
+    """What a router is told besides the tokens' representations.
+
+    Attributes:
+      bias_E: float32 selection bias of loss-free balancing, or None.
+      rng: key; None in evaluation.
+      positions_GS: int32, of each token in its sequence or document.
+      tokens_GS: int32 token ids, or None if the block was not given them.
+      previous_GS: int32, the id before each token in its document, -1 at the start; or None.
+    """
+
+    bias_E: jax.Array | None
+    rng: jax.Array | None
+    positions_GS: jax.Array
+    tokens_GS: jax.Array | None
+    previous_GS: jax.Array | None
+
+
 def route(
     x_GSM: jax.Array,
     params: Mapping[str, jax.Array],
