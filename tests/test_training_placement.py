@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,12 @@ from moe_jax.config import MeshConfig
 from moe_jax.models.parameters import key_path, parameter_axes
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.training.placement import axes_of_moment, new_state, state_shardings
+from moe_jax.training.placement import (
+    axes_of_moment,
+    compiler_options,
+    new_state,
+    state_shardings,
+)
 from moe_jax.training.state import init_state
 from tests.tiny_run import tiny_config
 
@@ -221,3 +227,19 @@ def test_a_new_state_is_the_same_on_every_mesh(mesh, of_one_device):
         name = jax.tree_util.keystr(path)
         np.testing.assert_array_equal(leaf, expected, strict=True, err_msg=name)
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), name
+
+
+@pytest.mark.parametrize(
+    ("platform", "num_chunks", "options"),
+    [
+        ("tpu", 2, {"xla_tpu_enable_async_all_to_all": "true"}),
+        ("tpu", 1, None),
+        ("cpu", 2, None),
+    ],
+)
+def test_chunks_may_overlap_on_a_tpu(platform, num_chunks, options):
+    """libtpu's all-to-alls wait for each other unless it is told otherwise."""
+    config = tiny_config({"model": {"moe": {"exchange_chunks": num_chunks}}})
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    assert compiler_options(config, mesh) == options
