@@ -238,7 +238,7 @@ def test_a_new_state_is_the_same_on_every_mesh(mesh, of_one_device):
     ],
 )
 def test_chunks_may_overlap_on_a_tpu(platform, num_chunks, options):
-    """libtpu's all-to-alls wait for each other unless it is told otherwise."""
+    """All-to-alls that libtpu compiles wait for each other unless it is told otherwise."""
     config = tiny_config({"model": {"moe": {"exchange_chunks": num_chunks}}})
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))
