@@ -47,12 +47,14 @@ class Arm:
       label: what a table and a figure call it.
       overrides: what is different in it.
       budget: arms of one budget have equal active FLOPs, within the study's tolerance.
+      against: the arm that a table compares it with; "": the baseline.
     """
 
     name: str
     label: str
     overrides: Overrides
     budget: str = "equal"
+    against: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +124,11 @@ class Study:
             f"{self.name}: {names}",
             "Rename them",
         )
+        others = [arm.against or self.baseline for arm in self.arms]
         require(
-            self.baseline in names,
-            "Study.baseline is one of the arms",
-            f"{self.name}: baseline={self.baseline!r}, arms {names}",
+            {self.baseline, *others} <= set(names),
+            "what arms are compared with, Study.baseline and Arm.against, are arms",
+            f"{self.name}: {sorted({self.baseline, *others} - set(names))}, arms {names}",
             "Correct it",
         )
         require(

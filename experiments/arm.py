@@ -1,0 +1,181 @@
+"""One arm of a study with one seed: trains it, measures it, appends its line of results.
+
+`experiments.run` starts this as a process of its own; the same command again goes on from the
+newest checkpoint.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+from absl import flags
+
+from experiments.budget import cost_of
+from experiments.results import LOSS, append_result
+from experiments.study import Study, load_study
+from moe_jax.command_line import USER_ERRORS
+from moe_jax.data import open_tokenizer
+from moe_jax.data.corpora import open_corpus
+from moe_jax.training.evaluation import evaluate
+from moe_jax.training.loop import train
+from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.saved import load_run
+from moe_jax.training.signals import Interrupted
+
+CURVE = f"heldout/dropless/{LOSS}"
+LATE = 0.5  # routing is averaged over the logged steps after this share of the run
+
+
+def run_arm(
+    study: Study,
+    size: str,
+    arm: str,
+    seed: int,
+    *,
+    workdir: pathlib.Path,
+    results: pathlib.Path,
+    corpus: str,
+) -> dict[str, Any]:
+    """Trains, or goes on; the line of results is written when all of it is measured.
+
+    Args:
+      study: what the arm is of.
+      size: one of its sizes.
+      arm: by its name.
+      seed: of parameters and data.
+      workdir: of the run.
+      results: the file of results.
+      corpus: directory of the large corpus.
+
+    Returns:
+      The line of results.
+    """
+    config = study.experiment(size, arm, seed, corpus)
+    said = train(config, workdir)
+    rows = read_metrics(workdir / METRICS_FILE)
+    cost = cost_of(study, size, arm)
+    row = {
+        "study": study.name,
+        "size": size,
+        "arm": arm,
+        "seed": seed,
+        "overrides": study.overrides(size, arm),
+        "config": study.settings(size, arm, seed),
+        "steps": config.training.num_steps,
+        "tokens": config.training.num_steps
+        * config.training.batch_size
+        * config.data.sequence_length,
+        "forward_flops_per_token": {"active": cost.active, "computed": cost.computed},
+        "parameters": {"total": cost.total_parameters, "active": cost.active_parameters},
+        "heldout": {kind: said[kind] for kind in ("dropless", "capacity_limited") if kind in said},
+        "curve": curve_of(workdir, rows),
+        "measures": measures_of(said, rows, config.training.num_steps)
+        | dict(study.measure(workdir) if study.measure else {}),
+        "minutes": minutes_of(rows, config.training.log_every),
+        "data": {
+            "corpus": config.data.corpus.partition(":")[0],
+            "corpus_sha256": open_corpus(config.data.corpus).fingerprint(),
+            "tokenizer": config.data.tokenizer.partition(":")[0],
+            "tokenizer_sha256": open_tokenizer(config.data.tokenizer).fingerprint(),
+        },
+        **circumstances(workdir),
+    }
+    append_result(results, row)
+    return row
+
+
+def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Held-out bits a byte after each evaluated step, all on the same batches.
+
+    A run's last evaluation is on the whole held-out split; for the curve the last state is scored
+    once more, on the sample that the evaluations before it used.
+    """
+    curve = {row["step"]: row[CURVE] for row in rows if CURVE in row}
+    config, state = load_run(workdir)
+    if config.training.evaluation_batches:
+        said = evaluate(
+            state.params,
+            state.router_bias_XE,
+            config,
+            max_batches=config.training.evaluation_batches,
+        )
+        curve[config.training.num_steps] = said["dropless"][LOSS]
+    steps = sorted(curve)
+    return {"step": steps, LOSS: [curve[step] for step in steps]}
+
+
+def measures_of(
+    said: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
+) -> dict[str, float]:
+    """Numbers of a run: held-out bits a byte, and routing averaged over layers and late steps."""
+    measures = {LOSS: said["dropless"][LOSS]}
+    if "capacity_limited" in said:
+        measures["capacity_limited"] = said["capacity_limited"][LOSS]
+    late = [row for row in rows if row["step"] > LATE * num_steps]
+    for name in ("dropped_fraction", "max_violation", "router_entropy"):
+        values = [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
+        if values:
+            measures[name] = sum(values) / len(values)
+    return measures
+
+
+def minutes_of(rows: list[dict[str, Any]], log_every: int) -> float:
+    """Time of the training steps, evaluations and checkpoints left out."""
+    return sum(row.get("perf/seconds_per_step", 0) for row in rows) * log_every / 60
+
+
+def circumstances(workdir: pathlib.Path) -> dict[str, Any]:
+    """Commit, versions and hardware, from the record of the run."""
+    record = json.loads((workdir / RUN_FILE).read_text(encoding="utf-8"))
+    sessions = [*record.get("earlier", []), record]
+    return {
+        "commit": record["commit"],
+        "dirty": any(session["dirty"] for session in sessions),
+        "commits": sorted({str(session["commit"]) for session in sessions}),
+        "sessions": len(sessions),
+        "versions": record["versions"] | {"python": record["python"]},
+        "hardware": {
+            "platform": record["platform"],
+            "device_kind": record["device_kind"],
+            "num_devices": record["num_devices"],
+            "machine": platform.machine(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+        },
+    }
+
+
+def main() -> None:
+    """Runs the arm that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("study", "size", "arm", "workdir", "results", "corpus"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--seed", required=True, type=int)
+    parser.add_argument("--cores", default="", help="only these, with commas between")
+    args = parser.parse_args()
+    if args.cores:  # before JAX counts them
+        os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])
+    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    try:
+        run_arm(
+            load_study(args.study),
+            args.size,
+            args.arm,
+            args.seed,
+            workdir=pathlib.Path(args.workdir),
+            results=pathlib.Path(args.results),
+            corpus=args.corpus,
+        )
+    except Interrupted as interruption:
+        sys.exit(128 + interruption.signal_number)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""What the arms of a study cost: active FLOPs a token, and whether they match."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+from experiments.study import Study
+from moe_jax.config.check import require
+from moe_jax.planning.arithmetic import count_flops, count_parameters
+from moe_jax.planning.flops import slots_of_an_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one arm.
+
+    Attributes:
+      active: forward FLOPs a token that the mathematics needs, router included.
+      computed: with padded slots and dispatch contractions; what is matched.
+      slots: expert slots a token in an MoE layer, in training; 0 for a dense arm.
+      total_parameters: all of them.
+      active_parameters: those that a token uses.
+    """
+
+    active: float
+    computed: float
+    slots: float
+    total_parameters: int
+    active_parameters: int
+
+
+@functools.cache
+def cost_of(study: Study, size: str, arm: str) -> Cost:
+    """Counts an arm from its config."""
+    config = study.experiment(size, arm, 0)
+    model, length = config.model, config.data.sequence_length
+    flops, parameters = count_flops(model, length), count_parameters(model)
+    slots = slots_of_an_expert(model, length) * model.moe.num_experts
+    return Cost(
+        active=flops.model,
+        computed=flops.computed,
+        slots=slots / (model.moe.group_size or length) if model.moe_layers else 0.0,
+        total_parameters=parameters.total,
+        active_parameters=parameters.active,
+    )
+
+
+def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:
+    """The costs of the arms as a Markdown table."""
+    lines = [
+        "| arm | budget | active FLOPs a token | with padding, dispatch | slots a token "
+        "| total parameters | active parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm in study.arms:
+        if arms is not None and arm.name not in arms:
+            continue
+        cost = cost_of(study, size, arm.name)
+        lines.append(
+            f"| {arm.name} | {arm.budget} | {cost.active:,.0f} | {cost.computed:,.0f} "
+            f"| {cost.slots:.2f} | {cost.total_parameters:,} | {cost.active_parameters:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def check_budget(study: Study, size: str) -> None:
+    """Refuses a comparison of arms that are not equal in what they cost.
+
+    Raises:
+      ValueError: the computed FLOPs of two arms of one budget differ by more than the tolerance.
+    """
+    for budget in dict.fromkeys(arm.budget for arm in study.arms):
+        costs = {
+            arm.name: cost_of(study, size, arm.name).computed
+            for arm in study.arms
+            if arm.budget == budget
+        }
+        least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
+        apart = costs[most] / costs[least] - 1
+        require(
+            apart <= study.tolerance,
+            f"arms of one budget have equal active FLOPs a token within {study.tolerance:.1%}, "
+            "padding and dispatch included",
+            f"{study.name} ({size}), budget {budget!r}: {most} {costs[most]:,.0f}, "
+            f"{least} {costs[least]:,.0f}, {apart:.1%} more",
+            "Change the widths of the arms, or give one a budget of its own",
+        )

@@ -1,0 +1,32 @@
+"""The figure of a study: held-out loss by step, and at the end by arm and seed."""
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.results import Results
+from experiments.study import Study
+
+
+def draw(study: Study, results: Results) -> Figure:
+    """Curves are means over seeds; at the end a dot is a seed and a bar the mean."""
+    arms = [arm for arm in study.arms if results.values(arm.name)]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
+    figure = Figure(figsize=(10, 2.2 + 0.22 * len(arms)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    for place, (arm, color) in enumerate(zip(arms, colors, strict=True)):
+        values = results.values(arm.name)
+        curves = [results.curve(arm.name, seed) for seed in values]
+        losses = np.mean([losses for _, losses in curves], axis=0)
+        left.plot(curves[0][0], losses, color=color, lw=1.2, label=arm.label)
+        right.plot(list(values.values()), [place] * len(values), "o", color=color, ms=4)
+        right.plot(np.mean(list(values.values())), place, "|", color=color, ms=16)
+    left.set(xlabel="step", ylabel="held-out bits/byte (sample)")
+    left.legend(frameon=False, fontsize=7)
+    right.set(xlabel="held-out bits/byte after the last step")
+    right.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    right.invert_yaxis()
+    for axis in (left, right):
+        axis.grid(color="#DDDDDD", lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,194 @@
+"""Writes reports from results: `python -m experiments.report [STUDY]`.
+
+Of each study: `README.md` and, once it has results, `curves.png`; and `experiments/README.md`, one
+line a study. Everything in them is computed from `study.py` and `results.jsonl`: the same results
+give the same bytes.
+"""
+
+import argparse
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable
+
+from experiments.budget import budget_table, check_budget
+from experiments.figure import draw
+from experiments.results import LOSS, RESULTS_FILE, Results, read_results
+from experiments.study import HERE, Study, load_study, study_names
+from experiments.top_page import top_page
+from experiments.verdict import NOT_RUN, Finding, difference, noise_floor, overall, spread
+from moe_jax.command_line import USER_ERRORS
+from moe_jax.training.metrics import write_atomically
+
+FIGURE = "curves.png"
+
+
+def verdict_of(study: Study, results: Results) -> tuple[str, list[Finding]]:
+    """The verdict of a study and the findings behind it; "not run" without results."""
+    if not results.rows:
+        return NOT_RUN, []
+    findings = [claim.judge(results) for claim in study.expect]
+    return overall(findings), findings
+
+
+def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -> Results:
+    """The results of a study that its settings of today gave.
+
+    Raises:
+      ValueError: lines of other settings, or of an arm that is no more.
+    """
+    path = (directory or study.directory) / RESULTS_FILE
+    rows = read_results(path, size)
+    for row in rows:
+        study.check_row(row)
+    return Results(tuple(rows), study.baseline)
+
+
+def study_page(study: Study, size: str, results: Results) -> str:
+    """The README of a study."""
+    verdict, findings = verdict_of(study, results)
+    command = f"python -m experiments.run {study.name} --size={size}"
+    parts = [
+        f"# {study.question}",
+        f"Verdict: **{verdict}**. Written by `python -m experiments.report {study.name}`.",
+        "## Criterion",
+        criterion_text(study, findings),
+        "## Published and measured",
+        published_table(study, results),
+        "## Arms",
+        f"Size `{size}`. Forward FLOPs; arms of one budget match within {study.tolerance:.1%}, "
+        "and share the order of the data by seed.",
+        budget_table(study, size).rstrip(),
+    ]
+    if results.rows:
+        parts += [
+            "## Results",
+            "Held-out bits a byte on the whole held-out split after the last step, dropless; mean "
+            f"+- standard deviation over seeds. Difference: to `{study.baseline}`, or the arm that "
+            f"is named, of the same seeds. Noise floor, the spread of `{study.baseline}`: "
+            f"{noise_floor(results):.4f} over {len(results.values(study.baseline))} seeds.",
+            results_table(study, results),
+            f"![Held-out bits a byte by step and at the end]({FIGURE})",
+        ]
+    parts += ["## Run", f"    {command}", circumstances_text(results)]
+    if study.notes:
+        parts += ["## Notes", study.notes]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def criterion_text(study: Study, findings: list[Finding]) -> str:
+    """The claims, each with what was found."""
+    lines = ["Reproduced if every claim is:", ""]
+    for number, claim in enumerate(study.expect, start=1):
+        lines.append(f"{number}. {claim.statement}")
+        if findings:
+            finding = findings[number - 1]
+            lines.append(f"   **{finding.verdict}**: {finding.because}.")
+    return "\n".join(lines)
+
+
+def published_table(study: Study, results: Results) -> str:
+    """Published figures beside ours."""
+    lines = ["| what | published | source | here |", "| --- | --- | --- | --- |"]
+    for entry in study.published:
+        here = entry.here(results) if results.rows else NOT_RUN
+        lines.append(f"| {entry.what} | {entry.figure} | {entry.source} | {here} |")
+    return "\n".join(lines)
+
+
+def results_table(study: Study, results: Results) -> str:
+    """Mean +- sd of every arm, and its paired difference to the baseline."""
+    names = [LOSS, *study.measures]
+    head = ["arm", "seeds", *(name.replace("_", " ") for name in names), "difference", "minutes"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for arm in study.arms:
+        values = results.values(arm.name)
+        if not values:
+            continue
+        cells = [arm.label, str(len(values))]
+        cells += [mean_and_spread(results.values(arm.name, name).values()) for name in names]
+        other = arm.against or study.baseline
+        found = difference(results, arm.name, other)
+        text = f"{found.mean:+.4f} +- {spread_text(found.by_seed.values())}"
+        text += f" ({other})" * (other != study.baseline)
+        cells.append(text if arm.name != other and found.by_seed else "")
+        minutes = [row["minutes"] for row in results.rows if row["arm"] == arm.name]
+        cells.append(f"{statistics.fmean(minutes):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values: Iterable[float]) -> str:
+    """Such as 1.2345 +- 0.0012; empty without values."""
+    values = list(values)
+    return f"{statistics.fmean(values):.4f} +- {spread_text(values)}" if values else ""
+
+
+def spread_text(values: Iterable[float]) -> str:
+    """A standard deviation; "?" of one value."""
+    values = list(values)
+    return f"{spread(values):.4f}" if len(values) > 1 else "?"
+
+
+def circumstances_text(results: Results) -> str:
+    """Commits, hardware and versions of the runs."""
+    if not results.rows:
+        return "It has not been run."
+    lines = ["| commit | hardware | versions | runs |", "| --- | --- | --- | --- |"]
+    counts: dict[tuple[str, str, str], int] = {}
+    for row in results.rows:
+        marks = "" if not row["dirty"] else " (files changed)"
+        hardware = row["hardware"]
+        key = (
+            ", ".join(commit[:12] for commit in row["commits"]) + marks,
+            f"{hardware['num_devices']} x {hardware['device_kind']} ({hardware['platform']}, "
+            f"{hardware['machine']}, {hardware['cores']} cores a run)",
+            ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items())),
+        )
+        counts[key] = counts.get(key, 0) + 1
+    lines += [f"| {' | '.join(key)} | {count} |" for key, count in sorted(counts.items())]
+    return "\n".join(lines)
+
+
+def write_study(study: Study, size: str, directory: pathlib.Path | None = None) -> str:
+    """Writes the page and the figure of a study; returns its verdict.
+
+    Args:
+      study: the study.
+      size: whose results are reported.
+      directory: of the results, and of what is written; None: the study's own.
+    """
+    directory = directory or study.directory
+    check_budget(study, size)
+    results = results_of(study, size, directory)
+    write_atomically(directory / "README.md", study_page(study, size, results))
+    if results.rows:
+        draw(study, results).savefig(directory / FIGURE, dpi=110, metadata={"Software": None})
+    return verdict_of(study, results)[0]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the report of one study or of all, and the top page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", nargs="?", help="one study; all by default")
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--out", help="directory with results; the study's own by default")
+    args = parser.parse_args(arguments)
+    try:
+        directory = pathlib.Path(args.out) if args.out else None
+        if directory and not args.study:
+            raise ValueError("--out is of one study: none is named. Name it before --out.")
+        for name in [args.study] if args.study else study_names():
+            print(f"{name}: {write_study(load_study(name), args.size, directory)}")
+        if directory is None:
+            studies = [load_study(name) for name in study_names()]
+            verdicts = {s.name: verdict_of(s, results_of(s, args.size))[0] for s in studies}
+            write_atomically(HERE / "README.md", top_page(studies, verdicts))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

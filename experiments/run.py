@@ -1,0 +1,317 @@
+r"""Runs a study: `python -m experiments.run STUDY`, and again to go on where it was stopped.
+
+    python -m moe_jax.data.build --out=runs/corpus
+    python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \
+        --out=runs/corpus/bpe8192.model
+    python -m experiments.run switch_against_dense --jobs=2
+    python -m experiments.run switch_against_dense --smoke
+
+Every arm and seed is a process of its own and adds one line to `results.jsonl` beside the study
+when it is finished. Those that have their line are not run again; one that was interrupted goes on
+from its newest checkpoint. The baseline comes first, with more seeds: it is the noise floor.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import MutableMapping, Sequence
+
+import rich.console
+import rich.progress
+from absl import flags
+
+from experiments.arm import run_arm
+from experiments.budget import budget_table, check_budget
+from experiments.results import RESULTS_FILE, read_results
+from experiments.study import CORPUS, SIZES, Study, load_study
+from moe_jax.command_line import USER_ERRORS
+from moe_jax.config.check import require
+from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.signals import Interrupted
+
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm with a seed, and where it is run."""
+
+    study: Study
+    size: str
+    arm: str
+    seed: int
+    workdir: pathlib.Path
+    results: pathlib.Path
+    corpus: str
+
+    @property
+    def name(self) -> str:
+        """What it is called, and its directory."""
+        return f"{self.arm}_seed{self.seed}"
+
+    @property
+    def num_steps(self) -> int:
+        """Of its training."""
+        return self.study.experiment(self.size, self.arm, self.seed).training.num_steps
+
+    def finished_steps(self) -> int:
+        """How far it is, from the metrics that it has written."""
+        path = self.workdir / METRICS_FILE
+        rows = read_metrics(path) if path.exists() else []
+        return rows[-1]["step"] if rows else 0
+
+    def command(self, cores: Sequence[int] = ()) -> list[str]:
+        """The process that runs it, on these cores or on all."""
+        return [
+            sys.executable, "-m", "experiments.arm", f"--study={self.study.name}",
+            f"--size={self.size}", f"--arm={self.arm}", f"--seed={self.seed}",
+            f"--workdir={self.workdir}", f"--results={self.results}", f"--corpus={self.corpus}",
+            f"--cores={','.join(map(str, cores))}",
+        ]  # fmt: skip
+
+    def run_here(self) -> None:
+        """Runs it in this process."""
+        run_arm(
+            self.study, self.size, self.arm, self.seed,
+            workdir=self.workdir, results=self.results, corpus=self.corpus,
+        )  # fmt: skip
+
+
+def jobs_of(
+    study: Study,
+    size: str,
+    *,
+    arms: tuple[str, ...] = (),
+    num_seeds: int | None = None,
+    runs: pathlib.Path,
+    results: pathlib.Path,
+    corpus: str = "",
+) -> list[Job]:
+    """What there is to run: the baseline with all its seeds, then the other arms seed by seed.
+
+    Args:
+      study: the study.
+      size: one of its sizes.
+      arms: some of its arms; (): all.
+      num_seeds: only so many of an arm's seeds; None: all.
+      runs: directory of the runs of all studies.
+      results: file of results; what has its line there is left out.
+      corpus: directory of the large corpus.
+
+    Raises:
+      ValueError: an unknown arm or size, or results of other settings than the study has now.
+    """
+    names = [study.arm(name).name for name in arms] or [arm.name for arm in study.arms]
+    pairs = [(arm, seed) for arm in names for seed in study.seeds_of(arm)[:num_seeds]]
+    pairs.sort(key=lambda pair: (pair[0] != study.baseline, pair[1]))
+    done = {(row["arm"], row["seed"]): row for row in read_results(results, size)}
+    jobs = []
+    for arm, seed in pairs:
+        if (arm, seed) not in done:
+            workdir = runs / study.name / size / f"{arm}_seed{seed}"
+            jobs.append(Job(study, size, arm, seed, workdir, results, corpus))
+            continue
+        study.check_row(done[arm, seed])
+    return jobs
+
+
+def check_corpus(study: Study, size: str, corpus: str) -> None:
+    """Refuses to start without the files that the study reads.
+
+    Raises:
+      ValueError: with the commands that make them.
+    """
+    data = study.experiment(size, study.baseline, 0).data
+    if CORPUS not in data.corpus + data.tokenizer:
+        return
+    model = pathlib.Path(corpus) / "bpe8192.model"
+    require(
+        model.exists() or CORPUS not in data.tokenizer,
+        "--corpus is the directory of the large corpus and of its tokenizer",
+        f"there is no {model}",
+        f"Run `python -m moe_jax.data.build --out={corpus}`, then "
+        f"`python -m moe_jax.data.train_tokenizer --corpus=jsonl:{corpus} --out={model}`",
+    )
+
+
+class Board:
+    """Shows arms side by side; a line for each that begins or ends where there is no terminal."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._console = rich.console.Console()
+        self._bar = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._arms = self._bar.add_task("arms and seeds", total=len(jobs))
+        self._tasks: dict[Job, rich.progress.TaskID] = {}
+        self._count, self._total = 0, len(jobs)
+
+    def __enter__(self) -> "Board":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begin(self, job: Job) -> None:
+        """A job starts or goes on."""
+        steps = job.finished_steps()
+        self._tasks[job] = self._bar.add_task(job.name, total=job.num_steps, completed=steps)
+        self.say(f"{job.name}: " + (f"goes on after step {steps}" if steps else "starts"))
+
+    def look(self) -> None:
+        """Reads how far the running jobs are."""
+        if not self._bar.disable:
+            for job, task in self._tasks.items():
+                self._bar.update(task, completed=job.finished_steps())
+
+    def end(self, job: Job, problem: str = "") -> None:
+        """A job has ended."""
+        self._bar.remove_task(self._tasks.pop(job))
+        self._bar.advance(self._arms)
+        self._count += 1
+        self.say(f"{job.name}: {problem or 'finished'} ({self._count} of {self._total})")
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_side_by_side(jobs: list[Job], num_jobs: int, board: Board) -> list[Job]:
+    """Runs each job as a process, so many at a time; several have a core or more each.
+
+    A signal that ends this process is handed on, once: every arm saves its state and ends.
+
+    Returns:
+      The jobs that failed; their output is in `log.txt` of their directories.
+    """
+    waiting, running, failed = list(jobs), {}, []
+    free = list(range(num_jobs))
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, place = waiting.pop(0), free.pop(0)
+                board.begin(job)
+                running[job] = (start(job, place, num_jobs), place)
+            time.sleep(0.2)
+            board.look()
+            for job, (process, place) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                free.append(place)
+                problem = f"failed, see {job.workdir / 'log.txt'}" if process.returncode else ""
+                failed += [job] if problem else []
+                board.end(job, problem)
+    finally:
+        for process, _ in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process, _ in running.values():
+            process.wait()
+    return failed
+
+
+def start(job: Job, place: int, num_jobs: int) -> subprocess.Popen:
+    """Starts a job's process on its share of the cores, away from the terminal's Ctrl-C."""
+    environment = dict(os.environ)
+    cores: list[int] = []
+    if num_jobs > 1 and hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))[place::num_jobs]
+    if len(cores) == 1:
+        add_xla_flag(environment, ONE_CORE)
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    with (job.workdir / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            job.command(cores),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def add_xla_flag(environment: MutableMapping[str, str], flag: str) -> None:
+    """Adds a flag of the compiler, which is read when the first array is made."""
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
+    """Runs the jobs in this process, one after another: arms of seconds, which `smoke` has."""
+    for job in jobs:
+        board.begin(job)
+        job.run_here()
+        board.end(job)
+    return []
+
+
+def stop_on_sigterm() -> None:
+    """Makes SIGTERM what Ctrl-C is."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what the command line asks for; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study")
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--smoke", action="store_true", help="--size=smoke --seeds=1")
+    parser.add_argument("--seeds", type=int, help="only so many seeds of every arm")
+    parser.add_argument("--arms", default="", help="only these, with commas between")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--out", help="directory of results.jsonl; the study's own by default")
+    parser.add_argument("--runs", default="runs/experiments", help="directory of the runs")
+    parser.add_argument("--corpus", default="runs/corpus", help="directory of the large corpus")
+    args = parser.parse_args(arguments)
+    if args.smoke:
+        args.size, args.seeds = "smoke", args.seeds or 1
+    if args.size == "smoke":
+        add_xla_flag(os.environ, COMPILE_QUICKLY)
+    try:
+        study, runs = load_study(args.study), pathlib.Path(args.runs)
+        out = study.directory if args.size != "smoke" else runs / study.name / "smoke"
+        results = pathlib.Path(args.out or out) / RESULTS_FILE
+        arms = tuple(name for name in args.arms.split(",") if name)
+        print(f"{study.question}\n\n{budget_table(study, args.size)}", flush=True)
+        check_budget(study, args.size)
+        jobs = jobs_of(
+            study, args.size, arms=arms, num_seeds=args.seeds,
+            runs=runs, results=results, corpus=args.corpus,
+        )  # fmt: skip
+        if jobs:
+            check_corpus(study, args.size, args.corpus)
+        stop_on_sigterm()
+        with Board(jobs) as board:
+            if args.size == "smoke":
+                failed = run_in_turn(jobs, board)
+            else:
+                failed = run_side_by_side(jobs, args.jobs, board)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Interrupted):
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"results: {results}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""Running studies and reporting them, without training: what is run, again or not, and said."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import report, run
+from experiments.budget import budget_table, check_budget, cost_of
+from experiments.results import LOSS, append_result, read_results
+from experiments.run import Board, Job, jobs_of, run_in_turn, run_side_by_side
+from experiments.study import EMBEDDED_CORPUS, Arm, Published, Study, load_study, study_names
+from experiments.verdict import Claim, lower
+from tests.tiny_run import ROOT
+
+TINY = {
+    **EMBEDDED_CORPUS,
+    "model.num_layers": 2,
+    "model.model_dim": 16,
+    "model.ffn_dim": 32,
+    "model.moe.expert_dim": lambda config: config.model.ffn_dim,
+    "model.moe.dispatch": "ragged",
+}
+
+
+def make_study(**changes):
+    settings = {
+        "name": "made_up",
+        "question": "Is it lower?",
+        "published": (Published("loss", "low", "a paper, table 1", lambda results: "as here"),),
+        "base": TINY,
+        "sizes": {"smoke": {}, "small": {}, "base": {"model.ffn_dim": 64}},
+        "arms": (
+            Arm("dense", "dense", {"model.moe.layer_period": 0}),
+            Arm("moe", "eight experts", {"model.moe.num_experts": 8}),
+        ),
+        "baseline": "dense",
+        "expect": (Claim("It is lower.", lower("moe", "dense")),),
+        **changes,
+    }
+    return Study(**settings)
+
+
+STUDY = make_study()
+
+
+def line(arm, seed, loss, study=STUDY):
+    return {
+        "study": study.name,
+        "size": "small",
+        "arm": arm,
+        "seed": seed,
+        "config": study.settings("small", arm, seed),
+        "measures": {LOSS: loss},
+        "curve": {"step": [1, 2], LOSS: [loss + 1, loss]},
+        "minutes": 1.0 + seed,
+        "commit": "0123456789abcdef",
+        "commits": ["0123456789abcdef"],
+        "dirty": False,
+        "versions": {"jax": "1", "python": "3"},
+        "hardware": {
+            "platform": "cpu", "device_kind": "cpu", "num_devices": 1, "machine": "x", "cores": 1,
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        (
+            {"baseline": "moe_8"},
+            r"Study.baseline and Arm.against, are arms: made_up: \['moe_8'\], arms",
+        ),
+        ({"arms": STUDY.arms * 2}, "arms have different names"),
+        ({"arms": (Arm("a/b", "", {}),)}, "arms have different names of letters"),
+        ({"seeds": (0, 1)}, r"three seeds or more.*seeds=\(0, 1\)"),
+        ({"seeds": (7, 8, 9)}, "noise floor is measured with as well"),
+        ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', 'base'\]"),
+        ({"expect": ()}, "a study has a criterion: made_up. Write Study.expect"),
+        ({"base": {**TINY, "model.moe.num_expertz": 1}}, "names a setting: model.moe.num_expertz"),
+        ({"base": {**TINY, "model.moee.x": 1}}, "names a setting: model.moee.x"),
+        ({"base": {**TINY, "model.num_layers": 0}}, "model.num_layers is at least 1"),
+        ({"base": {**TINY, "data.corpus": "jsonl:CORPUS"}}, "smoke uses the embedded corpus"),
+    ],
+)
+def test_a_study_that_breaks_a_rule_is_refused_when_it_is_read(changes, error):
+    with pytest.raises(ValueError, match=error):
+        make_study(**changes)
+
+
+def test_settings_of_an_arm():
+    config = STUDY.experiment("base", "moe", 3)
+    assert config.model.ffn_dim == config.model.moe.expert_dim == 64  # a function is called last
+    assert config.model.moe.num_experts == 8
+    assert config.seed == config.data.seed == 3
+    assert STUDY.overrides("base", "moe") == {"model.moe.num_experts": 8}
+    large = load_study("switch_against_dense").experiment("small", "dense", 0, "/some/where").data
+    assert large.corpus == "jsonl:/some/where"
+    assert large.tokenizer == "sentencepiece:/some/where/bpe8192.model"
+
+
+def test_arms_share_the_order_of_the_data_by_seed():
+    for seed in STUDY.seeds:
+        dense, moe = (STUDY.experiment("small", arm, seed).data for arm in ("dense", "moe"))
+        assert dense == moe
+
+
+def test_arms_of_one_budget_must_match():
+    check_budget(make_study(tolerance=0.1), "small")
+    wide = Arm("wide", "wide", {"model.moe.layer_period": 0, "model.ffn_dim": 512})
+    with pytest.raises(ValueError, match=r"budget 'equal': wide .* dense .* more\. Change the"):
+        check_budget(make_study(arms=(*STUDY.arms, wide), tolerance=0.1), "small")
+    other = dataclasses.replace(wide, budget="twice")
+    check_budget(make_study(arms=(*STUDY.arms, other), tolerance=0.1), "small")
+
+
+def test_padding_and_dispatch_count():
+    einsum = make_study(base={**TINY, "model.moe.dispatch": "einsum"})
+    assert cost_of(einsum, "small", "moe").active == cost_of(STUDY, "small", "moe").active
+    with pytest.raises(ValueError, match="padding and dispatch included"):
+        check_budget(dataclasses.replace(einsum, tolerance=0.1), "small")
+    # Forward, a token: 2 layers x 8 router logits of 16 dims more than the dense arm.
+    dense, moe = (cost_of(STUDY, "small", arm) for arm in ("dense", "moe"))
+    assert moe.computed - dense.computed == 2 * 2 * 16 * 8
+    assert moe.total_parameters - dense.total_parameters == 2 * (7 * 2 * 16 * 32 + 16 * 8)
+    assert "| moe | equal | " in budget_table(STUDY, "small")
+
+
+def plan(tmp_path, **arguments):
+    results = tmp_path / "results.jsonl"
+    jobs = jobs_of(STUDY, "small", runs=tmp_path, results=results, **arguments)
+    return [job.name for job in jobs]
+
+
+def test_the_noise_floor_comes_first(tmp_path):
+    dense = [f"dense_seed{seed}" for seed in range(5)]
+    assert plan(tmp_path) == dense + [f"moe_seed{seed}" for seed in range(3)]
+    assert plan(tmp_path, num_seeds=1) == ["dense_seed0", "moe_seed0"]
+    assert plan(tmp_path, arms=("moe",), num_seeds=2) == ["moe_seed0", "moe_seed1"]
+    with pytest.raises(ValueError, match=r"made_up has the arms \['dense', 'moe'\]: 'm'"):
+        plan(tmp_path, arms=("m",))
+
+
+def test_what_is_finished_is_not_run_again(tmp_path):
+    append_result(tmp_path / "results.jsonl", line("dense", 0, 1.0))
+    append_result(tmp_path / "results.jsonl", line("moe", 1, 1.0) | {"size": "base"})
+    append_result(tmp_path / "results.jsonl", line("moe", 0, 1.0))
+    assert plan(tmp_path, num_seeds=2) == ["dense_seed1", "moe_seed1"]
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    other = make_study(base={**TINY, "optimizer.learning_rate": 0.5})
+    append_result(tmp_path / "results.jsonl", line("moe", 1, 1.0, other))
+    named = "made_up, arm moe, seed 1: config.optimizer.learning_rate: 0.5 -> 0.001. Bring"
+    with pytest.raises(ValueError, match=named):
+        plan(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        report.results_of(STUDY, "small", tmp_path)
+
+
+def test_results_outlive_a_new_setting_at_its_default(tmp_path):
+    row = line("moe", 1, 1.0)
+    del row["config"]["optimizer"]["learning_rate"], row["config"]["model"]["moe"]["router"]
+    append_result(tmp_path / "results.jsonl", row)
+    assert "moe_seed1" not in plan(tmp_path)
+    assert len(report.results_of(STUDY, "small", tmp_path).rows) == 1
+
+
+def test_lines_are_added_whole(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for seed in range(3):
+        append_result(path, line("moe", seed, 1.0))
+    assert [row["seed"] for row in read_results(path)] == [0, 1, 2]
+    assert read_results(path, "base") == []
+
+
+def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, monkeypatch):
+    """The second arm is interrupted; the second call runs it in its directory, and the rest."""
+    seen = []
+
+    def run_arm(study, size, arm, seed, *, workdir, results, corpus):
+        seen.append(workdir.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        append_result(results, line(arm, seed, 1.0))
+
+    monkeypatch.setattr(run, "run_arm", run_arm)
+
+    def go():
+        results = tmp_path / "results.jsonl"
+        jobs = jobs_of(STUDY, "small", num_seeds=2, runs=tmp_path, results=results)
+        with Board(jobs) as board:
+            run_in_turn(jobs, board)
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    go()
+    assert seen == ["dense_seed0", *["dense_seed1"] * 2, "moe_seed0", "moe_seed1"]
+    go()
+    assert len(seen) == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeJob(Job):
+    """A job whose process is a script."""
+
+    script: str = ""
+
+    def command(self, cores=()):
+        assert len(cores) <= 1
+        return [sys.executable, "-c", self.script]
+
+
+def fake_jobs(tmp_path, *scripts):
+    return [
+        FakeJob(STUDY, "small", "moe", seed, tmp_path / str(seed), tmp_path / "r", "", script)
+        for seed, script in enumerate(scripts)
+    ]
+
+
+def test_processes_run_side_by_side_and_a_failure_stops_no_other(tmp_path, capsys):
+    meet = (
+        "import pathlib, time, sys; me, other = map(pathlib.Path, {}); me.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+        "print('met')"
+    )
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    scripts = [meet.format([a, b]), meet.format([b, a]), "import sys; sys.exit('no')", "print(1)"]
+    jobs = fake_jobs(tmp_path, *scripts)
+    with Board(jobs) as board:
+        failed = run_side_by_side(jobs, 2, board)
+    assert [job.seed for job in failed] == [2]
+    assert (tmp_path / "2" / "log.txt").read_text() == "no\n"
+    assert (tmp_path / "0" / "log.txt").read_text() == "met\n"
+    said = capsys.readouterr().out
+    assert f"moe_seed2: failed, see {tmp_path / '2' / 'log.txt'}" in said
+    assert "(4 of 4)" in said
+
+
+def test_a_signal_is_handed_on_to_every_arm_and_waited_for(tmp_path, monkeypatch):
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def stop(*_): pathlib.Path('saved').touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)"
+    )
+    jobs = fake_jobs(tmp_path, *[f"import os; os.chdir({str(tmp_path / str(i))!r})\n" + script
+                                 for i in range(2)])  # fmt: skip
+
+    def look(self):
+        if all((job.workdir / "ready").exists() for job in jobs):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Board, "look", look)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Board(jobs) as board:
+        run_side_by_side(jobs, 2, board)
+    assert all((job.workdir / "saved").exists() for job in jobs)
+    assert time.monotonic() - begin < 50
+
+
+def write_results(directory, moe):
+    for seed, loss in enumerate((1.0, 1.1, 1.2, 1.1, 1.1)):
+        append_result(directory / "results.jsonl", line("dense", seed, loss))
+    for seed, loss in enumerate(moe):
+        append_result(directory / "results.jsonl", line("moe", seed, loss))
+
+
+@pytest.mark.parametrize(
+    ("moe", "verdict"),
+    [((0.7, 0.8, 0.9), "reproduced"), ((1.01, 1.11, 1.21), "inconclusive"),
+     ((1.4, 1.5, 1.6), "not reproduced")],
+)  # fmt: skip
+def test_a_report_says_what_its_results_say_and_always_the_same(moe, verdict, tmp_path):
+    study = make_study(tolerance=0.1)
+    write_results(tmp_path, moe)
+    assert report.write_study(study, "small", tmp_path) == verdict
+    first = {name: (tmp_path / name).read_bytes() for name in ("README.md", "curves.png")}
+    report.write_study(study, "small", tmp_path)
+    assert first == {name: (tmp_path / name).read_bytes() for name in first}
+    text = first["README.md"].decode()
+    assert f"Verdict: **{verdict}**" in text
+    # The floor of (1.0, 1.1, 1.2, 1.1, 1.1) is sqrt(0.02 / 4); pairs differ alike in every seed.
+    assert "0.0707 over 5 seeds" in text
+    mean = sum(moe) / 3
+    row = f"| eight experts | 3 | {mean:.4f} +- 0.1000 | {mean - 1.1:+.4f} +- 0.0000 | 2.0 |"
+    assert row in text.splitlines()
+    assert "| 0123456789ab | 1 x cpu (cpu, x, 1 cores a run) | jax 1, python 3 | 8 |" in text
+
+
+def test_a_study_without_results_says_so(tmp_path):
+    assert report.write_study(make_study(tolerance=0.1), "small", tmp_path) == "not run"
+    text = (tmp_path / "README.md").read_text()
+    assert "Verdict: **not run**" in text and "It has not been run." in text
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_pages_in_the_repository_are_those_of_their_results(tmp_path):
+    verdicts = {}
+    for name in study_names():
+        study = load_study(name)
+        results = report.results_of(study, "small")
+        page = (study.directory / "README.md").read_text(encoding="utf-8")
+        assert page == report.study_page(study, "small", results), f"report {name} again"
+        verdicts[name] = report.verdict_of(study, results)[0]
+    studies = [load_study(name) for name in study_names()]
+    page = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert page == report.top_page(studies, verdicts)
+
+
+def test_a_study_without_its_corpus_says_how_to_make_it(tmp_path, capsys):
+    arguments = ["switch_against_dense", f"--corpus={tmp_path}", f"--runs={tmp_path}"]
+    assert run.main(arguments) == 1
+    said = capsys.readouterr()
+    assert "| switch_8 | equal |" in said.out  # the table comes before anything runs
+    assert "python -m moe_jax.data.train_tokenizer --corpus=jsonl:" in said.err
+    assert run.main(["no_such_study"]) == 1
+    assert "the studies are ['capacity_factors', " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_leaves_no_half_line(tmp_path):
+    """A process that is killed while it appends, at many moments, leaves whole lines."""
+    script = (
+        "import pathlib, sys; from experiments.results import append_result\n"
+        "while True: append_result(pathlib.Path(sys.argv[1]), {'size': 'small', 'x': 'y' * 9999})"
+    )
+    path = tmp_path / "results.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)
+    while not path.exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    rows = [json.loads(text) for text in pathlib.Path(path).read_text().splitlines()]
+    assert rows and all(len(row["x"]) == 9999 for row in rows)

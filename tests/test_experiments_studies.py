@@ -1,0 +1,207 @@
+"""The studies themselves: what their criteria say of made-up results, and that they run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import arm as experiments_arm
+from experiments import run
+from experiments.budget import check_budget
+from experiments.report import verdict_of
+from experiments.results import LOSS, Results, read_results
+from experiments.study import SIZES, load_study, study_names
+from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_jax.training import loop
+from moe_jax.training.signals import Interrupted
+from tests.tiny_run import CACHE, ROOT
+
+SEEDS = (0, 1, 2)
+STEPS = [100, 200, 300, 400, 500, 600]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", study_names())
+def test_arms_cost_the_same(name, size):
+    check_budget(load_study(name), size)
+
+
+def row(arm, seed, final, curve=(), **measures):
+    return {
+        "arm": arm,
+        "seed": seed,
+        "measures": {LOSS: final, **measures},
+        "curve": {"step": STEPS, LOSS: list(curve)},
+    }
+
+
+# Smoothed, these end at 2.2 (dense) and pass it after 300 and 400 steps.
+DENSE = (4.0, 3.0, 2.6, 2.4, 2.2, 2.0)
+FAST = (3.0, 2.0, 1.6, 1.4, 1.3, 1.2)
+SLOW = (3.2, 2.6, 2.2, 1.7, 1.6, 1.5)
+
+
+def switch_results(losses, curve, seeds=SEEDS):
+    rows = [row("dense", seed, 1.0 + 0.01 * seed, DENSE) for seed in range(5)]
+    for arm, loss in losses.items():
+        rows += [row(arm, seed, loss + 0.01 * seed, curve) for seed in seeds]
+    return Results(tuple(rows), "dense")
+
+
+GAIN = {"switch_2": 0.95, "switch_4": 0.90, "switch_8": 0.85}
+
+
+@pytest.mark.parametrize(
+    ("losses", "curve", "seeds", "expected"),
+    [
+        (GAIN, FAST, SEEDS, (REPRODUCED,) * 3),  # 600 / 300 = 2
+        (GAIN, SLOW, SEEDS, (REPRODUCED,) * 3),  # 600 / 400 = 1.5, which is enough
+        (GAIN, DENSE, SEEDS, (NOT_REPRODUCED, REPRODUCED, REPRODUCED)),
+        (GAIN, FAST, (0, 1), (INCONCLUSIVE,) * 3),
+        # 0.02 below, and the floor of five seeds is 0.0158; E = 2 and 4 swapped: 0.8, just enough.
+        (
+            GAIN | {"switch_2": 0.90, "switch_4": 0.95, "switch_8": 0.98},
+            FAST, SEEDS, (REPRODUCED, INCONCLUSIVE, NOT_REPRODUCED),
+        ),
+        (
+            {"switch_2": 0.90, "switch_4": 0.95, "switch_8": 0.85},
+            FAST, SEEDS, (REPRODUCED, REPRODUCED, REPRODUCED),
+        ),
+        (
+            {"switch_2": 1.05, "switch_4": 1.1, "switch_8": 1.2},
+            FAST, SEEDS, (REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED),
+        ),
+    ],
+)  # fmt: skip
+def test_the_criterion_of_switch_against_dense(losses, curve, seeds, expected):
+    study = load_study("switch_against_dense")
+    verdict, findings = verdict_of(study, switch_results(losses, curve, seeds))
+    assert tuple(finding.verdict for finding in findings) == expected, findings
+    worst = next(v for v in (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED) if v in expected)
+    assert verdict == worst
+
+
+def capacity_results(**changes):
+    """Results as the literature would have them, but for some measures of some arms."""
+    rows = [row("dense", seed, 1.0 + 0.01 * seed) for seed in range(5)]
+    rows += [row("dense_wide", seed, 0.95 + 0.01 * seed) for seed in SEEDS]
+    for family in ("top1", "top2_assignment", "top2_token"):
+        for factor, loss in ((1.0, 0.83), (1.25, 0.82), (2.0, 0.81)):
+            arm = f"{family}_{factor}"
+            by_token = family == "top2_token"
+            measures = {
+                "loss": loss,
+                "capacity_limited": loss,
+                "evaluated_at_1.0": 0.85,
+                "evaluated_at_1.25": 0.83,
+                "evaluated_at_2.0": 0.82,
+                "dropped_fraction": (2.05 - factor) / 2 if by_token else 0.02 / factor,
+                **changes.get(arm.replace(".", "_"), {}),
+            }
+            rows += [row(arm, s, measures["loss"] + 0.01 * s, **measures) for s in SEEDS]
+    return Results(tuple(rows), "dense")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [REPRODUCED] * 6),
+        ({"top1_2_0": {"loss": 0.99}}, [INCONCLUSIVE] + [REPRODUCED] * 5),
+        ({"top2_token_1_0": {"loss": 1.05}}, [NOT_REPRODUCED] + [REPRODUCED] * 5),
+        (
+            {"top1_1_25": {"capacity_limited": 0.9}},
+            [REPRODUCED, NOT_REPRODUCED] + [REPRODUCED] * 4,
+        ),
+        # Evaluated with more capacity it is no better: no gain after 1.25.
+        (
+            {"top1_1_25": {"evaluated_at_1.25": 0.82}},
+            [REPRODUCED] * 2 + [NOT_REPRODUCED] + [REPRODUCED] * 3,
+        ),
+        # A gain of 0.04 after 1.25, of 0.03 after 1.0.
+        (
+            {"top1_1_25": {"evaluated_at_1.25": 0.86}},
+            [REPRODUCED] * 3 + [NOT_REPRODUCED] + [REPRODUCED] * 2,
+        ),
+        (
+            {"top1_1_0": {"dropped_fraction": 0.04}, "top1_1_25": {"dropped_fraction": 0.031}},
+            [REPRODUCED] * 4 + [NOT_REPRODUCED, REPRODUCED],
+        ),
+        ({"top2_token_1_0": {"dropped_fraction": 0.45}}, [REPRODUCED] * 5 + [NOT_REPRODUCED]),
+    ],
+)
+def test_the_criterion_of_capacity_factors(changes, expected):
+    study = load_study("capacity_factors")
+    _, findings = verdict_of(study, capacity_results(**changes))
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+@pytest.mark.slow
+def test_an_arm_that_is_stopped_goes_on_and_says_the_same(tmp_path, monkeypatch):
+    """Stopped inside its training, an arm has no line; run again it resumes and has one."""
+    study = load_study("switch_against_dense")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
+    real = loop.train_batches
+
+    def stopping(*args, start_step, **kwargs):
+        batches = real(*args, start_step=start_step, **kwargs)
+        for step, batch in enumerate(batches, start_step + 1):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def go(directory):
+        results = tmp_path / directory / "results.jsonl"
+        jobs = run.jobs_of(
+            study, "smoke", arms=("switch_2",), num_seeds=1, runs=tmp_path / directory,
+            results=results,
+        )  # fmt: skip
+        with run.Board(jobs) as board:
+            run.run_in_turn(jobs, board)
+        return read_results(results)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
+        patch.setattr(loop, "train_batches", stopping)
+        go("stopped")
+    assert not (tmp_path / "stopped" / "results.jsonl").exists()
+    (resumed,), (expected,) = go("stopped"), go("never_stopped")
+    assert resumed["sessions"] == 2 and expected["sessions"] == 1
+    for name in ("measures", "curve", "heldout", "config", "data", "parameters"):
+        assert resumed[name] == expected[name], name
+    assert resumed["curve"]["step"] == [2, 4, 6]
+    assert resumed["tokens"] == 6 * 4 * 32
+    assert set(resumed["heldout"]) == {"dropless", "capacity_limited"}
+    assert "drama" in resumed["heldout"]["dropless"]["domains"]
+    assert str(tmp_path) not in json.dumps(resumed)
+    monkeypatch.setattr(experiments_arm, "train", None)
+    assert go("stopped") == [resumed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_passes_its_smoke_run(name, tmp_path):
+    study = load_study(name)
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XDG_CACHE_HOME": str(CACHE),
+    }
+
+    def command(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    command("experiments.run", name, "--smoke", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}")
+    rows = read_results(tmp_path / "out" / "results.jsonl", "smoke")
+    assert [row["arm"] for row in rows] == [arm.name for arm in study.arms]
+    columns = {name for row in rows for name in row["measures"]}
+    assert columns >= {LOSS, *study.measures}
+    command("experiments.report", name, "--size=smoke", f"--out={tmp_path / 'out'}")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "**inconclusive**" in page  # of one seed
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 0
