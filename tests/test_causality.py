@@ -20,6 +20,7 @@ from moe_jax.config import (
     queue_is_causal,
 )
 from moe_jax.config.moe import QUEUE_ORDERS
+from moe_jax.config.router import ROUTER_KINDS
 from moe_jax.models import Decoder
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.parameters import moe_specs
@@ -102,6 +103,16 @@ def test_probe_agrees_with_the_declaration(order, choices, gate):
     config = make_config(order, choices, GATES[gate])
     movements = prefix_movements(config)
     if queue_is_causal(order, choices):
+        assert movements.max() < STILL
+    else:
+        assert movements.max() > MOVED
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROUTER_KINDS if kind != "hash"])
+def test_probe_agrees_with_the_declaration_of_every_router(kind):
+    # A hash looks at token ids alone: probed in a decoder, in test_moe_routing_fixed.
+    movements = prefix_movements(make_config("token_major", 2, RouterConfig(kind=kind), factor=1.0))
+    if ROUTER_KINDS[kind]:
         assert movements.max() < STILL
     else:
         assert movements.max() > MOVED

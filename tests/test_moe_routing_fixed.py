@@ -41,7 +41,8 @@ def choices_of(config, tokens=TOKENS, positions=POSITIONS, previous=None, rng=No
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     if previous is None:
         previous = jnp.where(positions == 0, -1, jnp.roll(tokens, 1, axis=1))
-    inputs = RouterInputs(None, rng, positions, tokens, previous)
+    valid = jnp.ones(tokens.shape, jnp.bool_)
+    inputs = RouterInputs(None, rng, valid, LENGTH, positions, tokens, previous)
     x = jnp.zeros((*tokens.shape, MODEL_DIM))
     return np.asarray(route_tokens(x, {}, config, inputs).expert_index_GSK[0])
 
@@ -54,7 +55,8 @@ def test_a_token_gets_different_experts_and_equal_gates(name, choices):
     assert not any(key.startswith("router") for key in moe_specs(config, MODEL_DIM))
     for row in choices_of(config, rng=jax.random.key(0)):
         assert len(set(row)) == choices and set(row) <= set(range(E))
-    inputs = RouterInputs(None, None, *(jnp.asarray(a) for a in (POSITIONS, TOKENS, TOKENS)))
+    places = (jnp.asarray(a) for a in (POSITIONS, TOKENS, TOKENS))
+    inputs = RouterInputs(None, None, jnp.ones((1, LENGTH), jnp.bool_), LENGTH, *places)
     routing = route_tokens(jnp.zeros((1, LENGTH, MODEL_DIM)), {}, config, inputs)
     np.testing.assert_allclose(routing.gate_GSK, 3 / choices, rtol=1e-6)
     np.testing.assert_allclose(routing.probs_GSE.sum(axis=-1), 1, rtol=1e-6)
@@ -171,7 +173,10 @@ def test_a_decoder_passes_what_its_routers_need_and_sees_nothing_later(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RouterConfig(kind="best"), r"router\.kind is one of \['hash', 'random', 'token_"),
+        (
+            lambda: RouterConfig(kind="best"),
+            r"router\.kind is one of \['expert_choice', 'hash'",
+        ),
         (lambda: RouterConfig(hash_by="name"), r"router\.hash_by is one of \['bigram', 'modulo'"),
         (lambda: RouterConfig(hash_seed=-1), r"router\.hash_seed is at least 0"),
         (
@@ -180,7 +185,7 @@ def test_a_decoder_passes_what_its_routers_need_and_sees_nothing_later(name):
         ),
         (
             lambda: RouterConfig(kind="hash", renormalize=True),
-            r"kind='hash' has no logits, .* router\.renormalize: renormalize=True\. Drop",
+            r"kind='hash' does not use router\.renormalize: renormalize=True\. Drop",
         ),
         (
             lambda: make_config(ROUTERS["table"], experts=3),

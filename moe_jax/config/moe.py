@@ -9,7 +9,7 @@ from moe_jax.config.check import (
     require_fraction,
     require_positive,
 )
-from moe_jax.config.router import RouterConfig
+from moe_jax.config.router import ROUTER_KINDS, RouterConfig
 
 ACTIVATIONS = ("relu", "gelu", "swiglu", "geglu")
 GATED_ACTIVATIONS = ("swiglu", "geglu")
@@ -257,6 +257,26 @@ class MoEConfig:
             f"balance.bias_update_rate={self.balance.bias_update_rate}",
             "Set balance.bias_update_rate=0",
         )
+        expert_choice = self.router.kind == "expert_choice"
+        require(
+            not expert_choice or self.capacity.train_factor > 0,
+            "experts choose as many tokens as they have slots, so that expert choice needs a "
+            "capacity",
+            f"capacity.train_factor={self.capacity.train_factor}",
+            "Set it above 0; the mean number of experts a token is it times num_selected_experts",
+        )
+        require(
+            self.router.max_experts <= self.num_experts,
+            "router.max_experts is at most moe.num_experts",
+            f"max_experts={self.router.max_experts}, num_experts={self.num_experts}",
+            "Lower it, or set it to 0 for no limit",
+        )
+        require(
+            not expert_choice or self.balance.load_loss_weight == 0,
+            "balance.load_loss_weight is of token choice",
+            f"router.kind='expert_choice', load_loss_weight={self.balance.load_loss_weight}",
+            "Set it to 0: expert choice is balanced",
+        )
         require(
             all(0 <= expert < self.num_experts for expert in self.router.hash_table),
             "router.hash_table has experts in 0..num_experts - 1",
@@ -283,6 +303,13 @@ class MoEConfig:
         )
 
     def _check_causality(self) -> None:
+        kind = self.router.kind
+        require(
+            self.allow_noncausal_routing or ROUTER_KINDS[kind],
+            "in a causal model the experts of a token must not depend on later tokens",
+            f"router.kind={kind!r}",
+            "Use 'token_choice', or accept the leak with moe.allow_noncausal_routing=True",
+        )
         order = self.capacity.queue_order
         dropless = self.capacity.train_factor == self.capacity.eval_factor == 0
         require(

@@ -12,10 +12,16 @@ from moe_jax.config.check import (
 
 DTYPES = ("float32", "bfloat16")
 # Every family, and whether a token's experts never depend on later tokens of its group.
-ROUTER_KINDS = {"token_choice": True, "hash": True, "random": True, "uniform": True}
+ROUTER_KINDS = {
+    "token_choice": True, "expert_choice": False, "hash": True, "random": True, "uniform": True,
+}  # fmt: skip
 HASH_BY = ("token", "modulo", "table", "position", "bigram")
-# What a router of fixed experts reads; the other fields stay at their defaults.
+# What a router that is not token choice reads; the other fields stay at their defaults.
 FIXED_FIELDS = ("kind", "hash_by", "hash_seed", "hash_table", "scaling_factor", "dtype")
+EXPERT_CHOICE_FIELDS = (
+    "kind", "max_experts", "temperature", "input_jitter", "logit_noise_std", "learned_noise",
+    "cosine_dim", "scaling_factor", "init_stddev", "dtype",
+)  # fmt: skip
 SELECTIONS = ("best", "sampled", "sampled_rest")
 # Of the choices after the first: "all" count, "none" does, those whose gate reaches
 # choice_threshold, or each with probability gate / choice_threshold.
@@ -26,7 +32,8 @@ CHOICE_POLICIES = ("all", "none", "threshold", "random")
 class RouterConfig:
     """From a token to its experts and gates; unless said otherwise of token choice."""
 
-    kind: str = "token_choice"  # or experts fixed beforehand: "hash", "random", "uniform"
+    kind: str = "token_choice"  # "expert_choice"; fixed beforehand: "hash", "random", "uniform"
+    max_experts: int = 0  # expert choice: the most experts of a token, its best ones; 0: all E
     hash_by: str = "token"  # id at random, id "modulo" E, by "table", "position" or "bigram"
     hash_seed: int = 0  # another number, another random table
     hash_table: tuple[int, ...] = ()  # of hash_by="table": the expert of every token id
@@ -55,13 +62,14 @@ class RouterConfig:
         require_choice("router.kind", self.kind, ROUTER_KINDS)
         require_choice("router.hash_by", self.hash_by, HASH_BY)
         require_at_least("router.hash_seed", self.hash_seed, 0)
+        require_at_least("router.max_experts", self.max_experts, 0)
         require(
             (self.kind == "hash" and self.hash_by == "table") == bool(self.hash_table),
             "router.hash_table goes with router.kind='hash' and router.hash_by='table'",
             f"kind={self.kind!r}, hash_by={self.hash_by!r}, {len(self.hash_table)} entries",
             "Set all three or none",
         )
-        self._check_fixed()
+        self._check_unused()
         require_choice("router.score", self.score, ("softmax", "sigmoid"))
         require_choice("router.group_score", self.group_score, ("max", "top2_sum"))
         require_choice("router.dtype", self.dtype, DTYPES)
@@ -90,14 +98,20 @@ class RouterConfig:
             "Lower num_selected_groups, or set both to 1 for selection among all experts",
         )
 
-    def _check_fixed(self) -> None:
+    def _check_unused(self) -> None:
         if self.kind == "token_choice":
+            require(
+                self.max_experts == 0,
+                "router.max_experts is of router.kind='expert_choice'",
+                f"max_experts={self.max_experts}, kind={self.kind!r}",
+                "Set moe.num_selected_experts, the most experts of a token in token choice",
+            )
             return
+        used = EXPERT_CHOICE_FIELDS if self.kind == "expert_choice" else FIXED_FIELDS
         for field in dataclasses.fields(self):
             require(
-                field.name in FIXED_FIELDS or getattr(self, field.name) == field.default,
-                f"router.kind={self.kind!r} has no logits, so that it cannot use "
-                f"router.{field.name}",
+                field.name in used or getattr(self, field.name) == field.default,
+                f"router.kind={self.kind!r} does not use router.{field.name}",
                 f"{field.name}={getattr(self, field.name)!r}",
                 "Drop it, or set router.kind='token_choice'",
             )

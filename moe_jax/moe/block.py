@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MoEConfig
-from moe_jax.moe.capacity import assign_slots
+from moe_jax.moe.capacity import assign_slots, num_slots
 from moe_jax.moe.dispatch import choose_dispatch
 from moe_jax.moe.experts import EXPERT_WEIGHTS, Layout, Shared, Weights, ffn
 from moe_jax.moe.routing import RouterInputs, route_tokens
@@ -32,7 +32,8 @@ def moe_block(
       params: arrays by name, as `parameters.moe_specs` declares them.
       x_BLM: tokens, in the compute dtype.
       config: the block's settings.
-      capacity_factor: slots over the mean load, 0 for dropless; None: `capacity.train_factor`.
+      capacity_factor: slots over the mean load, 0 for dropless; None: `capacity.train_factor`,
+        and so for 0 where experts choose.
       valid_BL: bool, False for padding: not routed, not counted, output 0; None: all valid.
       bias_E: float32 selection bias of loss-free balancing, or None.
       tokens_BL: int32 token ids, for a router that hashes them; None: it is refused.
@@ -49,6 +50,9 @@ def moe_block(
     batch, length, model_dim = x_BLM.shape
     if capacity_factor is None:
         capacity_factor = config.capacity.train_factor
+    if capacity_factor == 0 and config.router.kind == "expert_choice":
+        # Without a capacity every expert would take every token.
+        capacity_factor = config.capacity.train_factor
     if valid_BL is None:
         valid_BL = jnp.ones((batch, length), jnp.bool_)
     group_size = tokens_per_group(batch, length, config.group_size)
@@ -57,10 +61,15 @@ def moe_block(
     keys = [None] * 3 if rng is None else list(jax.random.split(rng, 3))
 
     with jax.named_scope("router"):
+        slots = num_slots(
+            group_size, config.num_experts, config.num_selected_experts, capacity_factor,
+            config.capacity,
+        )  # fmt: skip
         by_place = places(tokens_BL, positions_BL, valid_GS.shape, (batch, length))
-        routing = route_tokens(x_GSM, params, config, RouterInputs(bias_E, keys[0], *by_place))
+        inputs = RouterInputs(bias_E, keys[0], valid_GS, slots, *by_place)
+        routing = route_tokens(x_GSM, params, config, inputs)
         assignment = assign_slots(
-            routing, capacity_factor, config.capacity, valid_GS=valid_GS, rng=keys[1]
+            routing, capacity_factor, config.capacity, valid_GS=valid_GS, rng=keys[1], slots=slots
         )
 
     def experts(rows: jax.Array, weights: Weights, layout: Layout) -> jax.Array:

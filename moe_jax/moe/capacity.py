@@ -74,6 +74,7 @@ def assign_slots(
     *,
     valid_GS: jax.Array | None = None,
     rng: jax.Array | None = None,
+    slots: int | None = None,
 ) -> Assignment:
     """Gives the slots of every expert to the choices of a group, first come, first served.
 
@@ -83,6 +84,7 @@ def assign_slots(
       config: the capacity rule and the queue order.
       valid_GS: bool, False for padding, which takes no slot; None: all tokens are valid.
       rng: key of the "random" queue order.
+      slots: C; None: `num_slots` for the choices that a token has at most.
 
     Returns:
       The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone. A
@@ -90,7 +92,7 @@ def assign_slots(
     """
     _, tokens, num_selected = routing.expert_index_GSK.shape
     num_experts = routing.logits_GSE.shape[-1]
-    capacity = num_slots(tokens, num_experts, num_selected, factor, config)
+    capacity = slots or num_slots(tokens, num_experts, num_selected, factor, config)
     expert_index_GSK = routing.expert_index_GSK
     # An expert index of E is nobody's: its one-hot row is zero.
     if valid_GS is not None:

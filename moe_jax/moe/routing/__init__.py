@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 
 from moe_jax.config import MoEConfig
+from moe_jax.moe.routing.expert_choice import expert_choice_routing
 from moe_jax.moe.routing.fixed import hash_routing, random_routing, uniform_routing
 from moe_jax.moe.routing.token_choice import RouterInputs, Routing, route, single_expert
 
@@ -29,6 +30,8 @@ def route_tokens(
         return single_expert(x_GSM, config.router)
     if config.router.kind in FIXED_ROUTERS:
         return FIXED_ROUTERS[config.router.kind](x_GSM, config, inputs)
+    if config.router.kind == "expert_choice":
+        return expert_choice_routing(x_GSM, params, config, inputs)
     return route(
         x_GSM,
         params,

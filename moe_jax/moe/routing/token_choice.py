@@ -43,6 +43,8 @@ class RouterInputs(NamedTuple):
     Attributes:
       bias_E: float32 selection bias of loss-free balancing, or None.
       rng: key; None in evaluation.
+      valid_GS: bool, False for padding.
+      slots: C, slots of an expert in a group, a Python int.
       positions_GS: int32, of each token in its sequence or document.
       tokens_GS: int32 token ids, or None if the block was not given them.
       previous_GS: int32, the id before each token in its document, -1 at the start; or None.
@@ -50,6 +52,8 @@ class RouterInputs(NamedTuple):
 
     bias_E: jax.Array | None
     rng: jax.Array | None
+    valid_GS: jax.Array
+    slots: int
     positions_GS: jax.Array
     tokens_GS: jax.Array | None
     previous_GS: jax.Array | None
