@@ -52,7 +52,7 @@ CASES = [case(mesh, way) for mesh in MESHES for way in WAYS]
 ONE_STEP = 2e-5
 # Twenty steps of Adam, whose normalised updates keep the relative error of small gradients.
 TWENTY_STEPS = 2e-3
-COLLECTIVES = pathlib.Path(__file__).parent / "golden" / "collectives.txt"
+COLLECTIVES = pathlib.Path(__file__).parent / "hlo" / "collectives.txt"
 
 
 def make_config(mesh, dispatch="einsum", exchange="auto", parts=1):
@@ -185,7 +185,7 @@ def golden_line(mesh, dispatch, exchange):
 
 @pytest.mark.parametrize(("mesh", "dispatch", "exchange"), CASES)
 def test_the_step_has_the_collectives_of_the_golden_file(mesh, dispatch, exchange):
-    """Made by `python -m tests.golden.make_collectives`; another JAX may compile others."""
+    """Made by `python -m tests.hlo.make_collectives`; another JAX may compile others."""
     version, *lines = COLLECTIVES.read_text(encoding="utf-8").splitlines()
     if version != f"jax {jax.__version__}":
         pytest.skip(f"the golden file is of {version}")

@@ -56,7 +56,7 @@ def moe_block(
     if valid_BL is None:
         valid_BL = jnp.ones((batch, length), jnp.bool_)
     group_size = tokens_per_group(batch, length, config.group_size)
-    x_GSM = constrain(x_BLM.reshape(-1, group_size, model_dim), "group", None, None)
+    x_GSM = constrain(jnp.asarray(x_BLM).reshape(-1, group_size, model_dim), "group", None, None)
     valid_GS = valid_BL.reshape(-1, group_size)
     keys = [None] * 3 if rng is None else list(jax.random.split(rng, 3))
 

@@ -1,4 +1,4 @@
-"""Writes the collectives of the compiled steps: `python -m tests.golden.make_collectives`."""
+"""Writes the collectives of the compiled steps: `python -m tests.hlo.make_collectives`."""
 
 import jax
 
