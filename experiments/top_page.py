@@ -20,7 +20,7 @@ Verdicts are computed. Studies compose the library; none adds a setting to it.
     python -m experiments.run switch_against_dense --jobs=2
     python -m experiments.report switch_against_dense
 
-Stopped, the same command goes on where it was. `--smoke` runs a study in two minutes or less.
+Stopped, the same command goes on where it was. `--smoke` runs a study in some minutes.
 A direction counts if the mean difference of paired seeds is more than twice the noise: the larger
 of the arms' pooled standard deviation and that of the baseline over five seeds.
 """
