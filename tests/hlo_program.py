@@ -32,5 +32,5 @@ def compiled(function, *shapes):
 
 
 def kept(name):
-    """Reads one of the programs that `tests/hlo/make.py` compiled for other machines."""
+    """Reads one of the programs that `tests/hlo/make_programs.py` compiled for other machines."""
     return read_program((TEXTS / f"{name}.txt").read_text())

@@ -35,13 +35,15 @@ WAYS = [
     ("gather", "explicit"),
     ("ragged", "explicit"),
 ]
-# Compiling is what takes time: the other ways are tried by the slow tests.
+# Compiling is what takes time: the other ways, and most of them on some meshes, are slow tests.
 QUICK = [("einsum", "compiler"), ("gather", "explicit"), ("ragged", "explicit")]
+QUICK_MESHES = ["data=2 expert=4", "fsdp=2 expert=2 tensor=2"]
 
 
 def case(mesh, way):
     """One worker runs all tests of a mesh, so that each program is compiled once."""
-    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * (way not in QUICK)
+    quick = way in (QUICK if mesh in QUICK_MESHES else QUICK[:1])
+    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * (not quick)
     return pytest.param(mesh, *way, marks=marks)
 
 

@@ -249,7 +249,7 @@ def test_other_text_is_refused():
         read_program("module @jit_f attributes {mhlo.num_partitions = 1 : i32} {\n}\n")
 
 
-# Real programs for machines that are not here; tests/hlo/make.py says what they are.
+# Real programs for machines that are not here; tests/hlo/make_programs.py says what they are.
 
 
 TOKENS, DIM, HIDDEN, NUM_LAYERS = 8192 // 4, 1024, 4096, 3

@@ -58,7 +58,7 @@ def out_of_memory(message: str) -> tuple[float, float] | None:
     """Bytes needed and bytes available, from the compiler's message; None if it says another thing.
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: ... temporaries (96.12G) exceeds available HBM (15.75G)")
-    (103208064024.57..., 16911433728.0)
+    (103208064122.88, 16911433728.0)
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None

@@ -1,7 +1,7 @@
 """Programs compiled for machines that are not here, as text for `tests/test_planning_hlo.py`.
 
-    python -m tests.hlo.make v5e:2x4
-    python -m tests.hlo.make h100:8
+    python -m tests.hlo.make_programs v5e:2x4
+    python -m tests.hlo.make_programs h100:8
 
 write `tests/hlo/*.txt` anew, with the compiler of that platform installed (see
 `moe_jax.planning.topology`). The compiler's tuning notes, the positions in source files and most of
