@@ -35,7 +35,7 @@ def loop(*, note="", start=0, end=7, step=1, relation="LT", body_op="add"):
     %a = f32[4,4]{{1,0}} parameter(0)
     %init = (s32[], f32[4,4]{{1,0}}) tuple(%zero, %a)
     ROOT %w = (s32[], f32[4,4]{{1,0}}) while(%init), condition=%cond, body=%body, metadata={{op_name="jit(f)/while"}}{note}
-    """  # noqa: E501
+    """
     return program(entry, other=other)
 
 
@@ -164,7 +164,7 @@ def test_batch_dims_that_a_tpu_writes_as_a_dilated_window():
         %a = bf16[8,512,256]{2,1,0} parameter(0)
         %b = bf16[8,256,384]{2,1,0} parameter(1)
         ROOT %c = bf16[8,512,384]{2,1,0} convolution(%a, %b), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf
-    """)  # noqa: E501
+    """)
     assert read.flops == 8 * 2 * 512 * 256 * 384
 
 
@@ -218,7 +218,7 @@ def test_other_custom_calls_are_listed_with_their_count():
         %c = f32[64]{0} custom-call(%b), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/flash_attention.2"}
         %d = f32[64]{0} custom-call(%c), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/flash_attention.3"}
         ROOT %e = f32[64]{0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
-    """)  # noqa: E501
+    """)
     assert read.uncounted == {"__cudnn$fmhaSoftmax": 1, "tpu_custom_call flash_attention": 2}
     assert read.hbm_bytes == 3 * (256 + 256)
 
@@ -231,13 +231,13 @@ def test_names_and_strings_cannot_pass_for_attributes():
         r"""
         %a = f32[16]{0} parameter(0), metadata={op_name="x[\"{(\"]"}
         ROOT %c = f32[16]{0} call(%a), to_apply=%inner, frontend_attributes={note="}, to_apply=%nowhere"}, metadata={op_name="jit(f)/\"q\"/{a}, calls=%b) (" source_file="f.py"}
-        """,  # noqa: E501
+        """,
         other=r"""
 %inner (p: f32[16]) -> f32[16] {
   %p = f32[16]{0} parameter(0)
   ROOT %r = f32[16]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add, metadata={op_name="jit(f)/\"q\"/{a}, replica_groups={{7}}"}
 }
-""",  # noqa: E501
+""",
     )
     (one,) = read.collectives
     assert one.group == (0, 1)

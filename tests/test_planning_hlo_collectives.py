@@ -82,7 +82,7 @@ def test_an_asynchronous_pair_counts_once():
         %a = f32[16]{0} parameter(0)
         %s = (f32[16]{0}, f32[16]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}, metadata={op_name="jit(f)/layer/ppermute"}
         ROOT %d = f32[16]{0} collective-permute-done(%s)
-    """)  # noqa: E501
+    """)
     assert read.collectives == (
         Collective("collective-permute", "f32[16]", 64, (0, 1), "jit(f)/layer/ppermute", 1),
     )
@@ -115,7 +115,7 @@ def test_a_tpus_three_fusions_of_one_collective_count_once():
   {before}
   ROOT %r = {root}
 }}
-"""  # noqa: E501
+"""
 
     start = '(bf16[4]{0}, bf16[8]{0}, u32[]{:S(2)}) custom-call(%g), custom_call_target="'
     done = 'bf16[8]{0} custom-call(%p, %g), custom_call_target="'
@@ -127,7 +127,7 @@ def test_a_tpus_three_fusions_of_one_collective_count_once():
         %o = (bf16[4]{0}, bf16[8]{0}) fusion(%p), kind=kOutput, output_to_operand_aliasing={{0}: (0, {})}, calls=%other
         %q = bf16[4]{0} get-tuple-element(%o), index=0
         ROOT %d = bf16[8]{0} fusion(%q), kind=kCustom, calls=%done
-        """,  # noqa: E501
+        """,
         other=part("start", "", f'{start}AsyncCollectiveStart"')
         + part("other", "", "(bf16[4]{0}, bf16[8]{0}) tuple(%p, %g)")
         + part("done", "", f'{done}AsyncCollectiveDone"'),
@@ -142,7 +142,7 @@ def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
         %a = bf16[64]{0} parameter(0)
         %i = s32[] parameter(1)
         ROOT %f = bf16[16]{0} fusion(%a, %i), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="jit(f)/g"}
-        """,  # noqa: E501
+        """,
         other="""
 %all-reduce-scatter (p: bf16[64], i: s32[]) -> bf16[16] {
   %p = bf16[64]{0} parameter(0)

@@ -86,7 +86,7 @@ def test_an_update_through_another_layout_of_the_buffer_is_in_place():
   %r = pred[58,32,128]{2,1,0:T(8,128)(4,1)} fusion(%p), output_to_operand_aliasing={{}: (0, {})}, calls=%relaid
   ROOT %u = pred[58,32,128]{2,1,0:T(32,128)(4,1)} dynamic-update-slice(%r, %q, %zero, %zero, %zero)
 }
-""",  # noqa: E501
+""",
     )
     assert read.hbm_bytes == 32 * 128 + 32 * 128
 
@@ -128,7 +128,7 @@ def test_on_chip_and_host_memory_are_not_main_memory():
         %d = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%s)
         %e = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} negate(%d)
         ROOT %h = bf16[256,128]{1,0:T(8,128)(2,1)S(5)} copy(%a)
-    """)  # noqa: E501
+    """)
     assert read.hbm_bytes == 2 * (2 * 256 * 128)  # read once for each copy
 
 

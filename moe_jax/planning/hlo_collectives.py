@@ -160,7 +160,9 @@ def _mesh_group(axes: str, device_ids: str | None, grouped: str) -> tuple[int, .
 
 def _iota(text: str) -> np.ndarray:
     """Device ids of `[2,4]T(1,0)`, with or without `<=` in front, flat."""
-    dims, order = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
+    match = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    assert match is not None, text
+    dims, order = match.groups()
     ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
     return ids.transpose(_integers(order) if order else None).ravel()
 

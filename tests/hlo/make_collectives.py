@@ -2,6 +2,7 @@
 
 import jax
 
+# Before anything that starts JAX is imported.
 jax.config.update("jax_num_cpu_devices", 8)
 
 from tests.test_parallel_training import CASES, COLLECTIVES, golden_line  # noqa: E402
