@@ -4,7 +4,7 @@ The maths is written once. A `Layout` says how rows meet the weights of their ex
 all rows, slots of every expert side by side, or rows sorted by expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
@@ -37,6 +37,10 @@ class Layout(Protocol):
 
     def expand(self, bias: jax.Array) -> jax.Array:
         """`bias[O]` of each row's own expert, in a shape that adds to the rows."""
+
+
+# What experts compute, each row by itself: (rows [..., M], weights, layout) -> rows [..., M].
+Experts = Callable[[jax.Array, Weights, Layout], jax.Array]
 
 
 class Shared:

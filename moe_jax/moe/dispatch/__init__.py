@@ -28,15 +28,8 @@ from moe_jax.moe.dispatch.exchange import ByConstraint
 from moe_jax.moe.dispatch.expert_parallel import SLOT_DISPATCHERS, expert_parallel_dispatch
 from moe_jax.moe.dispatch.gather import gather_dispatch
 from moe_jax.moe.dispatch.ragged import ragged_dispatch
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 from moe_jax.parallel.rules import mesh_in_use, platform
-
-
-class Experts(Protocol):
-    """What the experts compute, each row by itself."""
-
-    def __call__(self, rows: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
-        """Rows [..., M] -> rows [..., M]."""
 
 
 class Dispatch(Protocol):

@@ -1,21 +1,19 @@
 """Dispatch by one-hot tensors: the reference (legend: `moe_jax.moe`)."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.exchange import BY_CONSTRAINT, Exchange
 from moe_jax.moe.dispatch.slots import through_experts
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 
 
 def einsum_dispatch(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None = None,
     exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:

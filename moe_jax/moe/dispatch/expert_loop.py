@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.moe.dispatch.rows import gate_gradient, sum_choices
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 
 # Block sizes in eighths of the mean group: fine where sizes are likely.
 LADDER = (1, 2, 4, 6, 8, 9, 10)
 # Rows in an eighth, at most: larger products gain nothing.
 MAX_STEP = 128
-
-Experts = Callable[[jax.Array, Weights, Layout], jax.Array]
 
 
 class OneExpert:

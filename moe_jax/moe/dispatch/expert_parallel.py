@@ -1,6 +1,5 @@
 """Dispatch with explicit collectives: one program for each device, under `jax.shard_map`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +11,10 @@ from moe_jax.moe.dispatch.exchange import ByAllToAll
 from moe_jax.moe.dispatch.gather import gather_dispatch
 from moe_jax.moe.dispatch.ragged import ragged_dispatch
 from moe_jax.moe.dispatch.ragged_exchange import most_received_rows, through_ragged_exchange
-from moe_jax.moe.experts import EXPERT_AXES, Layout, Weights
+from moe_jax.moe.experts import EXPERT_AXES, Experts, Weights
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 
-Experts = Callable[[jax.Array, Weights, Layout], jax.Array]
 TOKEN_AXES = ("group", None, None)
 SLOT_DISPATCHERS = {"einsum": einsum_dispatch, "gather": gather_dispatch}
 

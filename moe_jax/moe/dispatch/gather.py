@@ -5,7 +5,6 @@ scatter-add, which is slow on every platform.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,14 +14,14 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.exchange import BY_CONSTRAINT, Exchange
 from moe_jax.moe.dispatch.rows import gate_gradient, sum_choices, take_or_zero
 from moe_jax.moe.dispatch.slots import through_experts
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 
 
 def gather_dispatch(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None = None,
     exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:

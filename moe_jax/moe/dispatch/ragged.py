@@ -1,14 +1,12 @@
 """Dispatch of rows sorted by expert: kept choices only, no padding (legend: `moe_jax.moe`)."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.dispatch.expert_loop import expert_loop
 from moe_jax.moe.dispatch.rows import sum_choices
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 from moe_jax.parallel.rules import platform
 
 
@@ -38,7 +36,7 @@ def ragged_dispatch(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None = None,
 ) -> jax.Array:
     """Sorts the kept choices by expert, computes them, and sums them by token.
@@ -74,7 +72,7 @@ def through_sorted_rows(
     gate_JK: jax.Array,
     kept_JK: jax.Array,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None,
 ) -> jax.Array:
     """`ragged_dispatch` without groups: [J, M] -> [J, M] in the dtype of `x_JM`."""

@@ -4,14 +4,12 @@ Inside `jax.shard_map`; arrays are those of one device. Legend: `moe_jax.moe`; h
 that share the experts, and W, rows that a device receives.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.dispatch.ragged import sort_by_expert, through_sorted_rows
 from moe_jax.moe.dispatch.rows import sum_choices
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 from moe_jax.parallel.collectives import axes_size, ragged_all_to_all
 
 
@@ -21,7 +19,7 @@ def through_ragged_exchange(
     gate_JK: jax.Array,
     kept_JK: jax.Array,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None,
     *,
     axes: tuple[str, ...],

@@ -1,12 +1,10 @@
 """What the einsum and gather dispatchers share: the slots of every expert side by side."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.dispatch.exchange import Exchange
-from moe_jax.moe.experts import Layout, Weights
+from moe_jax.moe.experts import Experts, Weights
 
 
 class Slots:
@@ -27,7 +25,7 @@ class Slots:
 def through_experts(
     x_EGCM: jax.Array,
     weights: Weights,
-    experts: Callable[[jax.Array, Weights, Layout], jax.Array],
+    experts: Experts,
     rng: jax.Array | None,
     exchange: Exchange,
 ) -> jax.Array:
