@@ -28,8 +28,8 @@ class BalanceConfig:
     load_balance_convention: str = "megatron"  # f_e over all K choices / K: 1 at uniform routing
     load_balance_scope: str = "global"  # f_e and P_e are means over: group, sequence, ...
     router_z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE: 1e-3)
-    importance_loss_weight: float = 0.0  # weight of CV^2 of the gates by expert (Shazeer: 0.1)
-    load_loss_weight: float = 0.0  # weight of CV^2 of the smooth loads; needs noise on the logits
+    importance_loss_weight: float = 0.0  # of CV^2 of a microbatch's gates by expert (Shazeer: 0.1)
+    load_loss_weight: float = 0.0  # of CV^2 of its smooth loads; needs noise on the logits
     bias_update_rate: float = 0.0  # loss-free balancing: step of the selection bias; 0: no bias
 
     def __post_init__(self) -> None:

@@ -34,6 +34,8 @@ def metrics_row(metrics: StepMetrics, moe_layers: tuple[int, ...]) -> dict[str, 
             "router_max_logit": aux.max_logit[i],
             "router_z_loss": aux.router_z_loss[i],
             "load_balance_loss": aux.load_balance_loss[i],
+            "importance_loss": aux.importance_loss[i],
+            "load_loss": aux.load_loss[i],
         }
         row |= {f"moe/layer_{layer:02d}/{name}": value for name, value in values.items()}
     return row

@@ -41,7 +41,8 @@ def make_train_step(
 
     The batch holds arrays [num_microbatches, batch_size / num_microbatches, L]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
-    drawn anew for each microbatch, and load-balance scope "microbatch", which is meant to.
+    drawn anew for each microbatch, and for losses that are of a microbatch: load-balance scope
+    "microbatch", the importance and the load loss (squares of a microbatch's sums).
     """
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
