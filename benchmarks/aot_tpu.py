@@ -308,7 +308,13 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="a file for the rows")
     parser.add_argument("--hlo", type=pathlib.Path, help="a folder for the compiled programs")
     arguments = parser.parse_args()
-    topologies = [parse_topology(name) for name in arguments.topologies.split(",")]
+    try:
+        topologies = [parse_topology(name) for name in arguments.topologies.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
+    unknown = sorted(set(arguments.layers.split(",")) - set(LAYERS))
+    if unknown:
+        parser.error(f"the layers are {sorted(LAYERS)}: got {unknown}. Correct --layers.")
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("Nothing compiled: this needs libtpu. pip install 'moe_jax[tpu]' (no TPU needed).")
     if arguments.hlo is not None:
