@@ -13,28 +13,12 @@ import time
 import pytest
 
 from moe_jax.training.saved import CHECKPOINTS
-from tests.tiny_run import CACHE, ROOT, assert_same_run, files
+from tests.tiny_run import CACHE, ROOT, assert_same_run, files, tiny_flags
 
 # A process starts, compiles and trains in some ten seconds; the rest is for a busy machine.
 LIMIT_SECONDS = 300
 ENDLESS = "--config.training.num_steps=1000000"
-TINY = [
-    "--config=configs/quickstart.py:smoke",
-    *(
-        f"--config.{setting}"
-        for setting in (
-            "model.num_layers=2", "model.model_dim=16", "model.num_heads=2", "model.head_dim=8",
-            "model.ffn_dim=32", "model.dropout_rate=0.1",
-            "model.moe.num_experts=4", "model.moe.num_selected_experts=2",
-            "model.moe.expert_dim=32", "model.moe.balance.bias_update_rate=0.01",
-            "data.sequence_length=16", "data.heldout_fraction=0.001",
-            f"data.cache_dir={CACHE / 'moe_jax'}",
-            "training.num_steps=30", "training.log_every=1", "training.checkpoint_every=10",
-            "training.evaluate_every=15", "training.evaluation_batches=1",
-            "training.sample_tokens=4",
-        )
-    ),
-]  # fmt: skip
+TINY = tiny_flags(num_steps=30, checkpoint_every=10, evaluate_every=15, sample_tokens=4)
 
 
 def command(module, *arguments):

@@ -13,25 +13,9 @@ import pytest
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from tests.parallel_job import LIMIT_SECONDS, Job
-from tests.tiny_run import CACHE
+from tests.tiny_run import tiny_flags
 
-TINY = [
-    "--config=configs/quickstart.py:smoke",
-    *(
-        f"--config.{setting}"
-        for setting in (
-            "model.num_layers=2", "model.model_dim=16", "model.num_heads=2", "model.head_dim=8",
-            "model.ffn_dim=32", "model.dropout_rate=0.1",
-            "model.moe.num_experts=4", "model.moe.num_selected_experts=2",
-            "model.moe.expert_dim=32", "model.moe.balance.bias_update_rate=0.01",
-            "data.sequence_length=16", "data.heldout_fraction=0.001",
-            f"data.cache_dir={CACHE / 'moe_jax'}",
-            "training.num_steps=24", "training.log_every=1", "training.checkpoint_every=6",
-            "training.evaluate_every=12", "training.evaluation_batches=1",
-            "training.sample_tokens=1",
-        )
-    ),
-]  # fmt: skip
+TINY = tiny_flags(num_steps=24, checkpoint_every=6, evaluate_every=12, sample_tokens=1)
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
 # Losses, near 5: the devices' sums are added in another order, which moves the last bits of a
 # float32, and training carries that on.

@@ -121,6 +121,21 @@ def tiny_training(settings: dict[str, Any] | None = None) -> ExperimentConfig:
     )
 
 
+def tiny_flags(**training: int) -> list[str]:
+    """The flags of a command for a run of a few seconds, with these settings of its training."""
+    settings = [
+        "model.num_layers=2", "model.model_dim=16", "model.num_heads=2", "model.head_dim=8",
+        "model.ffn_dim=32", "model.dropout_rate=0.1",
+        "model.moe.num_experts=4", "model.moe.num_selected_experts=2",
+        "model.moe.expert_dim=32", "model.moe.balance.bias_update_rate=0.01",
+        "data.sequence_length=16", "data.heldout_fraction=0.001",
+        f"data.cache_dir={CACHE / 'moe_jax'}",
+        "training.log_every=1", "training.evaluation_batches=1",
+        *(f"training.{name}={value}" for name, value in training.items()),
+    ]  # fmt: skip
+    return ["--config=configs/quickstart.py:smoke", *(f"--config.{s}" for s in settings)]
+
+
 def files(directory: pathlib.Path) -> dict[str, bytes]:
     """Every file under a directory, to see whether anything changed."""
     return {
