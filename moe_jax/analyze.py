@@ -2,9 +2,9 @@
 
 Which experts the held-out text, or --text, goes to, layer by layer: load, what domain and token say
 about the expert, repetition, saturation over the checkpoints that were kept, co-activation,
-similarity of weights. Prints a table and writes `analysis.json`, figures, and `analysis.html`, a
-page by itself in which a text can be read with each token in the colour of its expert.
-docs/analysis.md says what each number is.
+similarity of weights, and how easily the choices flip. Prints two tables and writes
+`analysis.json`, figures, and `analysis.html`, a page by itself in which a text can be read with
+each token in the colour of its expert. docs/analysis.md says what each number is.
 """
 
 import dataclasses
@@ -15,7 +15,13 @@ from absl import flags
 
 from moe_jax import command_line
 from moe_jax.analysis.checkpoint import Analysis, Options, analyze_run, write_analysis
-from moe_jax.analysis.summary import NOTE, summary_table, text_table
+from moe_jax.analysis.summary import (
+    FLIPS_NOTE,
+    NOTE,
+    flips_table,
+    summary_table,
+    text_table,
+)
 
 
 def said(analysis: Analysis) -> str:
@@ -36,6 +42,10 @@ def said(analysis: Analysis) -> str:
         text_table(summary_table(analysis.layers)),
         "",
         textwrap.fill(NOTE, 100),
+        "",
+        text_table(flips_table(analysis.layers)),
+        "",
+        textwrap.fill(FLIPS_NOTE, 100),
     ]
     return "\n".join(lines)
 
@@ -65,6 +75,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer(
         "checkpoints", DEFAULT.checkpoints, "Earlier checkpoints at most, for saturation.", 0
+    )
+    flags.DEFINE_float(
+        "noise", DEFAULT.noise, "Relative, on the embeddings, to see whose choices flip.", 0.0
     )
     flags.DEFINE_integer(
         "shuffles", DEFAULT.shuffles, "Of routing over tokens, for the baseline.", lower_bound=1

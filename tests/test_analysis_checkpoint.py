@@ -113,6 +113,19 @@ def test_earlier_checkpoints_are_compared_with_the_last(analysis):
         assert found["random"] == {"first": 0.2, "all": 0.4}
 
 
+def test_choices_are_compared_with_what_they_might_as_well_be(analysis):
+    for layer in analysis.layers.values():
+        found = layer["flips"]
+        assert list(found) == [
+            "input noise 0.01", "compute in bfloat16", "router in bfloat16", "step 6",
+        ]  # fmt: skip
+        assert found["step 6"] == {"first": 0, "set": 0}, "the same parameters choose alike"
+        # Noise and rounding move few tokens, but they do.
+        for name in list(found)[:3]:
+            assert 0 < found[name]["first"] < 0.2 and 0 < found[name]["set"] < 0.2
+    assert "input noise 0.01" in said(analysis) and "0.0% (0.0%)" in said(analysis)
+
+
 def test_numbers_are_in_their_ranges_and_beside_their_baselines(analysis):
     assert list(analysis.layers) == ["layer_00", "layer_01"]
     assert analysis.settings["num_tokens"] == len(analysis.routed.token_J) == 2000
@@ -150,7 +163,7 @@ def test_of_one_choice_a_token_nothing_is_said_of_two(analysis):
     one = analysis.routed._replace(expert_XJK=analysis.routed.expert_XJK[..., :1])
     weights = {name: {"wi": np.ones((4, 2, 2))} for name in analysis.layers}
     scope = Scope(5, analysis.domains, analysis.tokenizer, num_shuffles=1)
-    layers = measure_layers(one, {}, weights, scope)
+    layers = measure_layers(one, {}, {}, weights, scope)
     assert layers["layer_00"]["coactivation"]["random"] == 0
     assert summary_table(layers)[0][-1] == "repeated first"
     assert not {"coactivation", "saturation", "similarity_router"} & set(

@@ -149,6 +149,7 @@ def said_of(title):
         },
         "saturation": None,
         "coactivation": {"random": 0.3},
+        "flips": {title: {"first": 0.1, "set": 0.2}},
     }  # fmt: skip
     settings = {
         "config": title, "step": 3, "num_tokens": 10, "text": title, "num_experts": 4,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.analysis.drawing import png_bytes, spread
+from moe_jax.analysis.instability import route_variations
 from moe_jax.analysis.measures import Scope, measure_layers
 from moe_jax.analysis.page import analysis_page, choose_passages
 from moe_jax.analysis.routed import Routed, route_batches, text_batches
@@ -38,6 +39,7 @@ class Options:
     tokens: int = 32_768  # at most; padding is not counted
     text: tuple[str, ...] = ()  # files of text; (): the held-out split of the run's corpus
     checkpoints: int = 8  # earlier ones at most, for saturation; evenly spaced ones of more
+    noise: float = 0.01  # relative, on the input, to see whose choices flip
     shuffles: int = 5  # of the routing over the tokens, for the baseline
     min_count: int = 10  # occurrences of a token id that is listed with an expert
 
@@ -98,6 +100,7 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     last = int(state.step)
     routed = route_batches(state, config.model, batches, options.tokens)
     names = [f"layer_{layer:02d}" for layer in config.model.moe_layers]
+    varied = route_variations(state, config.model, batches, options.tokens, options.noise)
     weights = dict(zip(names, moe_weights(state.params, config.model), strict=True))
     del state  # an earlier one takes as much memory
     earlier: dict[int, Routed] = {}
@@ -107,11 +110,14 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
         if before is not None:
             earlier[step] = route_batches(before, config.model, batches, options.tokens)
             del before
+    if earlier:
+        before_last = max(earlier)
+        varied[f"step {before_last:,}"] = earlier[before_last]
     scope = Scope(
         moe.num_options, domains, tokenizer, num_shuffles=options.shuffles,
         min_count=options.min_count,
     )  # fmt: skip
-    layers = measure_layers(routed, earlier, weights, scope)
+    layers = measure_layers(routed, earlier, varied, weights, scope)
     settings = settings_of(workdir, config, options, last, list(earlier), routed)
     return Analysis(settings, layers, routed, domains, tokenizer)
 

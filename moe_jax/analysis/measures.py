@@ -17,9 +17,10 @@ from moe_jax.analysis.information import (
     mutual_information,
     shuffled_information,
 )
+from moe_jax.analysis.instability import flips
 from moe_jax.analysis.load import expert_load
 from moe_jax.analysis.reading import token_name
-from moe_jax.analysis.repetition import Repetition, expected_repetition, repetition
+from moe_jax.analysis.repetition import expected_repetition, repetition
 from moe_jax.analysis.routed import Routed
 from moe_jax.analysis.saturation import router_saturation
 from moe_jax.analysis.similarity import expert_similarity, router_similarity
@@ -55,6 +56,7 @@ class Scope:
 def measure_layers(
     routed: Routed,
     earlier: Mapping[int, Routed],
+    varied: Mapping[str, Routed],
     weights: Mapping[str, Mapping[str, np.ndarray]],
     scope: Scope,
 ) -> dict[str, Json]:
@@ -63,12 +65,13 @@ def measure_layers(
     Args:
       routed: the choices at the last checkpoint.
       earlier: those of the same tokens at other checkpoints, by step.
+      varied: those of the same tokens with something else changed, by what it was.
       weights: parameters of the block, by layer, in the order of the layers of `routed`.
       scope: see `Scope`.
 
     Returns:
       By layer: `choices_per_token`, `load`, `domains`, `tokens`, `repetition`, `coactivation`,
-      `saturation`, `similarity`. Each has what routing at random is expected to give under
+      `saturation`, `flips`, `similarity`. Each has what routing at random is expected to give under
       `random`, and what the same routing gives when it is shuffled over the tokens under
       `shuffled`, where these say something. Shares lie in [0, 1], information is in bits, and null
       stands for what is not defined.
@@ -85,6 +88,10 @@ def measure_layers(
             "repetition": _repetition(expert_JK, routed, scope),
             "coactivation": _coactivation(expert_JK, scope),
             "saturation": _saturation(settling, expert_JK, scope),
+            "flips": {
+                name: plain(flips(expert_JK, part.expert_XJK[index])._asdict())
+                for name, part in varied.items()
+            },
             "similarity": {
                 "experts": plain(expert_similarity(own)),
                 "router": plain(router_similarity(own)),
@@ -99,6 +106,8 @@ def plain(value: Any) -> Any:
         return [plain(part) for part in value.tolist()]
     if isinstance(value, list):
         return [plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
@@ -196,18 +205,16 @@ def _repetition(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
         for d, name in enumerate(scope.domains)
     }
     return {
-        **_shares(repetition(expert_JK, routed.document_J)),
+        **plain(repetition(expert_JK, routed.document_J)._asdict()),
         "shuffled": {
             "same_first": plain(float(np.mean([found.same_first for found in shuffled]))),
             "any_shared": plain(float(np.mean([found.any_shared for found in shuffled]))),
         },
         "random": {"same_first": plain(first), "any_shared": plain(shared)},
-        "domains": {name: _shares(found) for name, found in by_domain.items() if found.num_pairs},
+        "domains": {
+            name: plain(found._asdict()) for name, found in by_domain.items() if found.num_pairs
+        },
     }
-
-
-def _shares(found: Repetition) -> Json:
-    return {name: plain(value) for name, value in found._asdict().items()}
 
 
 def _coactivation(expert_JK: np.ndarray, scope: Scope) -> Json:

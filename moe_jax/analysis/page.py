@@ -16,7 +16,7 @@ import numpy as np
 from moe_jax.analysis.drawing import layer_title
 from moe_jax.analysis.reading import readable_cells, token_name
 from moe_jax.analysis.routed import Routed
-from moe_jax.analysis.summary import NOTE, summary_table
+from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, flips_table, summary_table
 from moe_jax.data import Tokenizer
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
@@ -82,6 +82,8 @@ def analysis_page(
         ),
         summary=_table(summary_table(layers)),
         note=html.escape(NOTE),
+        flips=_table(flips_table(layers)),
+        flips_note=html.escape(FLIPS_NOTE),
         passages="\n".join(_passage_html(passage, tokenizer) for passage in passages),
         figures="\n".join(_figure(name, *figure) for name, figure in figures.items()),
         min_count=settings["min_count"],

@@ -6,6 +6,7 @@ Shapes: X MoE layers, J tokens without padding, K choices of a token (see `moe_j
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from moe_jax.config import ModelConfig
@@ -35,7 +36,11 @@ class Routed(NamedTuple):
 
 
 def route_batches(
-    state: TrainState, config: ModelConfig, batches: Iterable[Example], max_tokens: int
+    state: TrainState,
+    config: ModelConfig,
+    batches: Iterable[Example],
+    max_tokens: int,
+    input_noise: float = 0.0,
 ) -> Routed:
     """Runs a model as in evaluation, dropless, and keeps what its routers chose.
 
@@ -46,6 +51,8 @@ def route_batches(
       config: of its model.
       batches: of one shape, as `data.heldout_batches` yields them.
       max_tokens: where to stop; padding is not counted.
+      input_noise: relative size of noise on the input: every number of a token's embedding is
+        multiplied by 1 + input_noise * N(0, 1), the same at every call.
 
     Returns:
       The `Routed`, of at most `max_tokens` tokens.
@@ -64,6 +71,7 @@ def route_batches(
             positions_BL=batch["positions"],
             segment_ids_BL=batch["segment_ids"],
             step=state.step,
+            input_factor_BLM=noise_factor(batch["inputs"].shape, config, input_noise, index),
         )
         part = flatten(record, batch["domain"])
         # Documents of other batches have other numbers.
@@ -76,6 +84,15 @@ def route_batches(
         for arrays in zip(*parts, strict=True)
     ))  # fmt: skip
     return first_tokens(joined, max_tokens)
+
+
+def noise_factor(
+    shape: tuple[int, ...], config: ModelConfig, size: float, seed: int
+) -> jax.Array | None:
+    """What multiplies the embeddings of [B, L] tokens; None without noise."""
+    if not size:
+        return None
+    return 1 + size * jax.random.normal(jax.random.key(seed), (*shape, config.model_dim))
 
 
 def first_tokens(routed: Routed, num_tokens: int) -> Routed:

@@ -13,6 +13,10 @@ NOTE = (
     "consecutive tokens of a document with the same first choice, and with one of their first two "
     "choices in common."
 )
+FLIPS_NOTE = (
+    "Tokens whose first choice is another, and in brackets whose choices are not the same experts, "
+    "when something else changes: noise on the embeddings, the precision, the checkpoint."
+)
 
 
 def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:
@@ -40,6 +44,20 @@ def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:
     return [["", *columns], *rows]
 
 
+def flips_table(layers: Mapping[str, Layer]) -> list[list[str]]:
+    """The header and a row for each layer: what share of the tokens has other experts, and when.
+
+    Args:
+      layers: of `measures.measure_layers`.
+    """
+    names = list(next(iter(layers.values()))["flips"])
+    rows = [
+        [layer_title(layer), *(_flipped(said["flips"][name]) for name in names)]
+        for layer, said in layers.items()
+    ]
+    return [["", *names], *rows]
+
+
 def has_several_choices(layers: Mapping[str, Layer]) -> bool:
     """Whether some token chose two experts of a layer."""
     return any(said["coactivation"]["random"] for said in layers.values())
@@ -64,3 +82,7 @@ def _repeated(said: Layer, kind: str) -> str:
 def _settled(said: Layer) -> str:
     found = said["saturation"]
     return f"{found['all'][0]:.0%} ({found['random']['all']:.0%})"
+
+
+def _flipped(found: Layer) -> str:
+    return f"{found['first']:.1%} ({found['set']:.1%})"
