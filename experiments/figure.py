@@ -25,7 +25,7 @@ def draw(study: Study, results: Results) -> Figure:
     left.legend(frameon=False, fontsize=7)
     right.set(xlabel="held-out bits/byte after the last step")
     right.set_yticks(range(len(arms)), [arm.label for arm in arms])
-    right.invert_yaxis()
+    right.set_ylim(len(arms) - 0.5, -0.5)
     for axis in (left, right):
         axis.grid(color="#DDDDDD", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
