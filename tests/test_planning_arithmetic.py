@@ -176,13 +176,13 @@ def test_flops_of_a_model_like_deepseek():
     [
         (1.0, 0, 4),  # 16 tokens * 2 / 8
         (1.25, 0, 5),
-        (0.5, 0, 2),  # fewer slots than choices: nothing is padded
+        (0.5, 0, 2),  # fewer slots than choices: what has none is not computed
         (1.25, 4, 2),  # ceil(1.25): small groups round up more
         (0.0, 0, 16),  # dropless by slots: as many as tokens
     ],
 )
 def test_padding_and_dispatch(dispatch, padded, contracted, factor, group_size, slots):
-    """Slots beyond the K choices of a token are padding; dispatch and combine contract ECM each."""
+    """Every slot is computed, or every choice that has one; dispatch and combine contract ECM."""
     config = replace_moe(
         MIXTRAL,
         dispatch=dispatch,
@@ -192,7 +192,8 @@ def test_padding_and_dispatch(dispatch, padded, contracted, factor, group_size, 
     count, plain = count_flops(config, 16), count_flops(MIXTRAL, 16)
     slots_per_token = 8 * slots / (group_size or 16)
     expert = 3 * 2 * 16 * 20
-    assert count.padding == padded * 3 * max(slots_per_token - 2, 0) * expert
+    rows = slots_per_token if padded else min(slots_per_token, 2)
+    assert count.experts + count.padding == 3 * rows * expert
     assert count.dispatch == contracted * 3 * (2 * 8 * slots * 16) * 2
     assert count.model == plain.model, "MFU counts what the mathematics needs"
     assert count.computed == count.model + count.padding + count.dispatch

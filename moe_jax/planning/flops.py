@@ -6,6 +6,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.moe.dispatch import dispatcher_name
 from moe_jax.planning.routing import (
     dispatched_copies,
+    expert_rows,
     mean_experts,
     router_flops,
     slots_of_an_expert,
@@ -21,7 +22,8 @@ class FlopCount:
         is computed.
       dense_ffn: FFNs of dense layers, and shared experts.
       experts: the experts that compute a token: K, or by `routing.mean_experts`.
-      padding: expert FLOPs on slots that no token fills, beyond `experts`.
+      padding: expert FLOPs on slots that no token fills; below 0 where there are fewer slots than
+        choices, so that some are sure to be dropped.
       dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
       router: router logits, and what else a router computes by matrices; of Soft MoE also its
         contractions, which are no dispatch but the model itself.
@@ -63,9 +65,7 @@ def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
 
     slots = slots_of_an_expert(moe, sequence_length)
     expert = 2 * c.model_dim * moe.expert_dim * (3 if moe.gated else 2)
-    slots_per_token = moe.num_experts * slots / (moe.group_size or sequence_length)
     experts = mean_experts(moe, sequence_length)
-    padded = dispatcher_name(moe.dispatch) != "ragged"
     by_contraction = dispatcher_name(moe.dispatch) == "einsum" and not moe.has_soft_slots
     contractions = 2 * 2 * moe.num_experts * slots * c.model_dim
     router = router_flops(moe, c.model_dim) + contractions * moe.has_soft_slots
@@ -75,7 +75,7 @@ def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
         attention=c.num_layers * (projections + scores),
         dense_ffn=num_dense * dense + num_moe * shared,
         experts=num_moe * experts * expert,
-        padding=num_moe * max(slots_per_token - experts, 0) * expert * padded,
+        padding=num_moe * (expert_rows(moe, sequence_length) - experts) * expert,
         dispatch=num_moe * contractions * by_contraction * dispatched_copies(moe),
         router=num_moe * router,
         head=2 * c.model_dim * c.vocab_size,

@@ -2,6 +2,7 @@
 
 from moe_jax.config import MoEConfig
 from moe_jax.moe.capacity import num_slots
+from moe_jax.moe.dispatch import dispatcher_name
 from moe_jax.moe.parameters import router_specs
 from moe_jax.moe.routing import fills_slots
 from moe_jax.moe.routing.replay import most_choices
@@ -44,6 +45,23 @@ def slots_of_an_expert(moe: MoEConfig, sequence_length: int) -> int:
     return num_slots(group_size, options, selected, factor, moe.capacity)
 
 
+def slots_of_a_token(moe: MoEConfig, sequence_length: int) -> float:
+    """Slots of all experts in training, over the tokens that share them: E C / S."""
+    slots = moe.num_experts * slots_of_an_expert(moe, sequence_length)
+    return slots / (moe.group_size or sequence_length)
+
+
+def expert_rows(moe: MoEConfig, sequence_length: int) -> float:
+    """Rows that experts compute for a token in training.
+
+    Every slot, filled or not; of the sorted rows of "ragged", which has no slots, those of choices
+    that are kept: no more than there are slots.
+    """
+    slots = slots_of_a_token(moe, sequence_length)
+    is_sorted = dispatcher_name(moe.dispatch) == "ragged"
+    return min(slots, mean_experts(moe, sequence_length)) if is_sorted else slots
+
+
 def dispatched_copies(moe: MoEConfig) -> int:
     """Tokens that a dispatcher carries for each: with gates on the input one a choice."""
     return most_choices(moe) if moe.router.gate_on_input else 1
@@ -57,8 +75,7 @@ def mean_experts(moe: MoEConfig, sequence_length: int) -> float:
     decide how many of the K count (`top_p`, `choice_policy` "threshold" or "random"), it is the
     most that can: K.
     """
-    slots = slots_of_an_expert(moe, sequence_length)
-    filled = moe.num_experts * slots / (moe.group_size or sequence_length)
+    filled = slots_of_a_token(moe, sequence_length)
     if moe.has_soft_slots:
         return filled
     if fills_slots(moe, training=True):

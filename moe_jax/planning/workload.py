@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.moe.routing.replay import most_choices
 from moe_jax.planning.flops import counts_loads_first
-from moe_jax.planning.routing import mean_experts, slots_of_an_expert
+from moe_jax.planning.routing import expert_rows, slots_of_an_expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,7 @@ class Workload:
     @property
     def slots_per_token(self) -> float:
         """Rows that experts compute for a token: with padding, but for sorted rows."""
-        moe = self.config.model.moe
-        if moe.dispatch == "ragged":
-            return mean_experts(moe, self.length)
-        return moe.num_experts * self.slots / (moe.group_size or self.length)
+        return expert_rows(self.config.model.moe, self.length)
 
     @property
     def rows_per_token(self) -> float:
