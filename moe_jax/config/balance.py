@@ -19,7 +19,7 @@ BIAS_SCHEDULES = ("constant", "linear", "cosine")
 class BalanceConfig:
     """What keeps the load of the experts even. Weights multiply the mean over MoE layers."""
 
-    load_balance_weight: float = 0.01  # weight of the load-balance loss
+    load_balance_weight: float = 0.01  # weight of the load-balance loss, bias or not; 0: none
     load_balance_convention: str = "megatron"  # f_e over all K choices / K: 1 at uniform routing
     load_balance_scope: str = "global"  # f_e and P_e are means over: group, sequence, ...
     router_z_loss_weight: float = 0.0  # weight of mean(logsumexp(logits)^2) (ST-MoE: 1e-3)

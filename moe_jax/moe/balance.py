@@ -25,7 +25,9 @@ def load_balance_loss(
           they make: 1 for every K (also OLMo-core, and ours);
         "switch": first choices over tokens: 1 (Mesh TensorFlow, GShard, V-MoE);
         "flaxformer": all K choices over tokens: K (also MaxText);
-        "huggingface": as flaxformer, K; means are over all layers, which `pooled_over_layers` does.
+        "huggingface": as flaxformer, K. There f and P are means over all layers before they are
+          multiplied: the trained loss is that of `training.loss.load_balance`, and what this
+          function says of one layer is for the metrics.
 
     Returns:
       float32 scalar: the mean over units, each weighted by its tokens, so that a batch gives the

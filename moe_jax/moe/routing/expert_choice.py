@@ -33,8 +33,10 @@ def expert_choice_routing(
     Args:
       x_GSM: tokens, any float dtype.
       params: of the router, as `parameters.router_specs` declares them.
-      config: the block's settings. A token is taken by `num_selected_experts` times the capacity
-        factor experts in the mean, by none or by all.
+      config: the block's settings. Over the places of a group, a token is taken by
+        `num_selected_experts` times the capacity factor experts in the mean, by none or by all.
+        Slots are reckoned with padding, so that the tokens of a padded group get more: where there
+        are no more of them than slots, every expert takes every one.
       inputs: its `slots` C, `valid_GS` (padding is not taken) and `rng`; without this and with a
         predictor, the experts that it foretells take a token, however many tokens that are.
 
