@@ -308,6 +308,20 @@ def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
             {"balance": BalanceConfig(load_loss_weight=0.1)},
             r"load_loss_weight needs noise on the logits.*load_loss_weight=0\.1, .*std=0\. Set",
         ),
+        *(
+            (
+                {
+                    "balance": BalanceConfig(load_loss_weight=0.1, **balance),
+                    "router": RouterConfig(learned_noise=True, **router),
+                },
+                rf"among the best of all by its noisy logit.*load_loss_weight=0\.1, .*{value}",
+            )
+            for balance, router, value in (
+                ({"bias_update_rate": 0.2}, {}, r"bias_update_rate=0\.2"),
+                ({}, {"num_expert_groups": 4, "num_selected_groups": 2}, "_groups=2 of 4"),
+                ({}, {"selection": "sampled_rest"}, "selection='sampled_rest'"),
+            )
+        ),
         (
             {
                 "balance": BalanceConfig(load_loss_weight=0.1),

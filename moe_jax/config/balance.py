@@ -8,6 +8,7 @@ from moe_jax.config.check import require, require_at_least, require_choice, requ
 
 if TYPE_CHECKING:
     from moe_jax.config.moe import MoEConfig
+    from moe_jax.config.router import RouterConfig
 
 LOAD_BALANCE_CONVENTIONS = ("switch", "flaxformer", "megatron", "huggingface")
 LOAD_BALANCE_SCOPES = ("group", "sequence", "microbatch", "global")
@@ -113,6 +114,8 @@ def check_balance(moe: "MoEConfig") -> None:
         f"balance.batch_entropy_weight={weights[1]}",
         "Set both to 0",
     )
+    if balance.load_loss_weight > 0:
+        _check_load_loss(balance, router)
     if balance.bias_update != "quantile":
         return
     require(
@@ -128,4 +131,33 @@ def check_balance(moe: "MoEConfig") -> None:
         f"router.score={router.score!r}, score_before_topk={router.score_before_topk}, "
         f"num_expert_groups={router.num_expert_groups}",
         "Use router.score='sigmoid', or 'softmax' with score_before_topk=True, without groups",
+    )
+
+
+def _check_load_loss(balance: BalanceConfig, router: "RouterConfig") -> None:
+    require(
+        router.kind == "token_choice",
+        "balance.load_loss_weight is of token choice",
+        f"router.kind={router.kind!r}, load_loss_weight={balance.load_loss_weight}",
+        "Set it to 0",
+    )
+    require(
+        balance.bias_update_rate == 0
+        and router.num_selected_groups == router.num_expert_groups
+        and router.selection == "best",
+        "balance.load_loss_weight asks how likely an expert is among the best of all by its noisy "
+        "logit, and a selection bias, a limit to groups or a draw select by something else",
+        f"load_loss_weight={balance.load_loss_weight}, bias_update_rate="
+        f"{balance.bias_update_rate}, router.num_selected_groups={router.num_selected_groups} of "
+        f"{router.num_expert_groups}, router.selection={router.selection!r}",
+        "Set balance.load_loss_weight=0, or select the plain best",
+    )
+    least_noise = min(router.logit_noise_std, router.start_of("logit_noise_std"))
+    require(
+        router.learned_noise or least_noise > 0,
+        "balance.load_loss_weight needs noise on the logits at every step, which makes the load "
+        "smooth",
+        f"load_loss_weight={balance.load_loss_weight}, router.learned_noise=False, "
+        f"least router.logit_noise_std={least_noise:g}",
+        "Set router.learned_noise=True, or router.logit_noise_std",
     )

@@ -53,8 +53,8 @@ class CapacityConfig:
             object.__setattr__(self, name, value)
 
 
-# What each system computes, read from its source; the queue is the system's own. DeepSpeed's is that
-# of its top-2 gate: its top-1 gate serves tokens at random (queue_order="random").
+# What each system computes, read from its source; the queue is the system's own. DeepSpeed's is of
+# its top-2 gate: its top-1 gate serves tokens at random (queue_order="random").
 CAPACITY_PRESETS: dict[str, dict[str, str | int | bool]] = {
     "mesh_tensorflow": {
         "per": "token", "rounding": "floor", "minimum": 4, "queue_order": "choice_major",

@@ -162,12 +162,6 @@ class MoEConfig:
             "Lower it, or set it to 0 for no limit",
         )
         require(
-            self.router.kind == "token_choice" or self.balance.load_loss_weight == 0,
-            "balance.load_loss_weight is of token choice",
-            f"router.kind={self.router.kind!r}, load_loss_weight={self.balance.load_loss_weight}",
-            "Set it to 0",
-        )
-        require(
             self.router.kind != "base" or self.num_selected_experts == 1,
             "a balanced assignment gives a token one expert",
             f"router.kind='base', num_selected_experts={self.num_selected_experts}",
@@ -186,16 +180,6 @@ class MoEConfig:
             f"selection={self.router.selection!r}, "
             f"balance.bias_update_rate={self.balance.bias_update_rate}",
             "Set router.selection='best' or balance.bias_update_rate=0",
-        )
-
-        least_noise = min(self.router.logit_noise_std, self.router.start_of("logit_noise_std"))
-        require(
-            self.balance.load_loss_weight == 0 or self.router.learned_noise or least_noise > 0,
-            "balance.load_loss_weight needs noise on the logits at every step, which makes the "
-            "load smooth",
-            f"load_loss_weight={self.balance.load_loss_weight}, router.learned_noise=False, "
-            f"least router.logit_noise_std={least_noise:g}",
-            "Set router.learned_noise=True, or router.logit_noise_std",
         )
 
     def _check_causality(self) -> None:
