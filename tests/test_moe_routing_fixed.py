@@ -103,6 +103,9 @@ def test_experts_of_a_hash_are_uniform_and_its_seed_is_another_table(name):
         seeded = make_config(dataclasses.replace(ROUTERS[name], hash_seed=1))
         again = choices_of(seeded, many, many)
     assert 0.2 < np.mean(drawn[:, 0] == again[:, 0]) < 0.3
+    # Nor the same table with its keys swapped: ids 2 n and 2 n + 1 differ by the bit of the seed.
+    swapped = drawn.reshape(-1, 2, K)[:, ::-1].reshape(-1, K)
+    assert 0.2 < np.mean(swapped[:, 0] == again[:, 0]) < 0.3
 
 
 def test_a_balanced_table_levels_the_counts():

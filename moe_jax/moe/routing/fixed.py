@@ -112,7 +112,8 @@ def hash_scores(keys: Sequence[jax.Array], num_experts: int, config: RouterConfi
       num_experts: E.
       config: its `hash_seed`.
     """
-    mixed = jnp.uint32(config.hash_seed)
+    # Mixed before the keys: seed s at key k would else be seed 0 at key k ^ s, the same table.
+    mixed = mix(jnp.uint32(config.hash_seed))
     for key_GS in keys:
         mixed = mix(mixed ^ key_GS.astype(jnp.uint32))
     mixed_GSE = mix(mixed[..., None] + jnp.arange(num_experts, dtype=jnp.uint32))
