@@ -249,6 +249,16 @@ def test_load_loss_gradient_equals_finite_differences():
         np.testing.assert_allclose(grad[place], difference, rtol=0.02, atol=1e-4)
 
 
+def test_load_loss_has_a_finite_gradient_where_a_deviation_underflows():
+    clean = jnp.array([[[0.3, -0.2, 0.9, 0.1]]])
+
+    def loss(std):
+        routing = noisy_routing(clean, 0.5, 2)._replace(noise_std_GSE=std)
+        return balance.load_loss(routing, jnp.ones((1, 1), bool))
+
+    assert np.isfinite(jax.grad(loss)(jnp.array([[[0.5, 1e-25, 1e-30, 0.0]]]))).all()
+
+
 def test_load_loss_is_zero_without_noise_and_where_all_are_chosen():
     valid = jnp.ones((1, 3), bool)
     clean = np.arange(6, dtype=np.float32).reshape(1, 3, 2)

@@ -13,6 +13,7 @@ from moe_jax.config import MoEConfig, RouterConfig
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.parameters import moe_specs
 from moe_jax.moe.routing import route
+from moe_jax.moe.routing.token_choice import Replay
 from tests import moe_oracle
 
 # One softmax of a few float32 numbers near 1.
@@ -85,11 +86,26 @@ def test_probabilities_of_sigmoid_scores_are_normalized():
     close(routing.probs_GSE[0], scores / scores.sum(axis=1, keepdims=True))
 
 
-def test_renormalizing_gates_that_underflowed_gives_no_nan():
-    routing = route_logits(
-        np.full((1, 4), -200.0, np.float32), 2, RouterConfig(score="sigmoid", renormalize=True)
-    )
-    assert np.isfinite(gates(routing)).all()
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_normalizing_scores_that_underflowed_is_exact_and_so_is_its_gradient(score):
+    """Far below 0 a sigmoid is exp; two experts of a softmax are chosen that have no part in it."""
+    config = RouterConfig(score=score, renormalize=True)
+    logits = jnp.array([[-200.0, -201.0, -202.0, -200.0 if score == "sigmoid" else 0.0]])
+    taken = Replay(jnp.array([[[0, 1]]]), None)
+
+    def first(logits):
+        routing = route_logits(logits, 2, config, replay=taken)
+        return routing.gate_GSK[0, 0, 0] + routing.probs_GSE[0, 0, 0], routing
+
+    (_, routing), grad = jax.value_and_grad(first, has_aux=True)(logits)
+    gate = 1 / (1 + np.exp(-1))
+    close(gates(routing), [[gate, 1 - gate]])
+    probs = np.exp(np.asarray(logits[0], np.float64) - np.max(logits))
+    probs /= probs.sum()
+    close(routing.probs_GSE[0, 0], probs)
+    expected = probs[0] * (np.eye(4)[0] - probs)
+    expected[:2] += gate * (1 - gate) * np.array([1, -1])
+    close(grad[0], expected)
 
 
 def test_bias_changes_the_selection_and_not_the_gates():

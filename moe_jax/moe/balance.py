@@ -101,7 +101,9 @@ def load_loss(routing: Routing, valid_GS: jax.Array) -> jax.Array:
     is_selected_GSE = jnp.any(is_best_GSKE, axis=-2)
     last_GS2 = choose(noisy_GSE, best_GSK[..., num_selected - 1 :])
     threshold_GSE = jnp.where(is_selected_GSE, last_GS2[..., 1:], last_GS2[..., :1])
-    margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / std_GSE
+    # A learned deviation may underflow, and the gradient has its square as a divisor.
+    safe_std_GSE = jnp.maximum(std_GSE.astype(jnp.float32), 1e-10)
+    margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / safe_std_GSE
     chosen_GSE = jax.scipy.stats.norm.cdf(margin_GSE) * valid_GS[..., None]
     return squared_variation(jnp.sum(chosen_GSE, axis=(0, 1)))
 

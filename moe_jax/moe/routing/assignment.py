@@ -103,7 +103,7 @@ def base_routing(
         expert_index_GSK = by_group(balanced_assignment, affinity_GSE, inputs.valid_GS)[..., None]
     gate_GSK = only(chosen_GSK, choose(scores_GSE, expert_index_GSK), 0)
     gate_GSK *= config.router.scaling_factor
-    probs_GSE = scores_GSE / jnp.sum(scores_GSE, axis=-1, keepdims=True)
+    probs_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE), axis=-1)
     return Routing(
         logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE
     )

@@ -150,11 +150,17 @@ def select_experts(
 
 def score_logits(logits_GSE: jax.Array, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
     """The scores, softmax or sigmoid of the logits, and the scores as probabilities."""
-    if config.score == "softmax":
-        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
-        return probs_GSE, probs_GSE
-    scores_GSE = jax.nn.sigmoid(logits_GSE)
-    return scores_GSE, scores_GSE / jnp.sum(scores_GSE, axis=-1, keepdims=True)
+    probs_GSE = jax.nn.softmax(log_scores(logits_GSE, config), axis=-1)
+    return (probs_GSE if config.score == "softmax" else jax.nn.sigmoid(logits_GSE)), probs_GSE
+
+
+def log_scores(logits_GSE: jax.Array, config: RouterConfig) -> jax.Array:
+    """The logs of the scores, of softmax up to a number a token.
+
+    Scores are divided by their sum as a softmax of these, with a finite gradient where all of them
+    underflow.
+    """
+    return logits_GSE if config.score == "softmax" else jax.nn.log_sigmoid(logits_GSE)
 
 
 def gates(
@@ -184,14 +190,11 @@ def gates(
     chosen_GSK = replayed_GSK if config.top_p < 1 else None
     if config.top_p < 1 and replayed_GSK is None:
         chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), config.top_p)
-    if config.score == "softmax" and not config.score_before_topk:
-        selected_GSK = choose(logits_GSE, expert_index_GSK)
+    if config.renormalize or (config.score == "softmax" and not config.score_before_topk):
+        selected_GSK = choose(log_scores(logits_GSE, config), expert_index_GSK)
         gate_GSK = jax.nn.softmax(only(chosen_GSK, selected_GSK, -jnp.inf), axis=-1)
     else:
         gate_GSK = only(chosen_GSK, choose(scores_GSE, expert_index_GSK), 0)
-    if config.renormalize:
-        # The smallest normal number: keeps 0 / 0 out without moving any other quotient.
-        gate_GSK /= jnp.sum(gate_GSK, axis=-1, keepdims=True) + jnp.finfo(gate_GSK.dtype).tiny
     policy = config.eval_choice_policy if rng is None else config.choice_policy
     if replayed_GSK is not None:
         chosen_GSK = replayed_GSK
