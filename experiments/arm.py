@@ -18,6 +18,7 @@ from experiments.budget import cost_of
 from experiments.results import LOSS, append_result
 from experiments.study import Study, load_study
 from moe_jax.command_line import USER_ERRORS
+from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_tokenizer
 from moe_jax.data.corpora import open_corpus
 from moe_jax.training.evaluation import evaluate
@@ -55,8 +56,11 @@ def run_arm(
       The line of results.
     """
     config = study.experiment(size, arm, seed, corpus)
-    said = train(config, workdir)
-    rows = read_metrics(workdir / METRICS_FILE)
+    try:
+        outcome = outcome_of(study, config, workdir, train(config, workdir))
+    except FloatingPointError as error:  # a result as well: run again it would end alike
+        print(error, file=sys.stderr)
+        outcome = divergence_of(workdir)
     cost = cost_of(study, size, arm)
     row = {
         "study": study.name,
@@ -71,11 +75,8 @@ def run_arm(
         * config.data.sequence_length,
         "forward_flops_per_token": {"active": cost.active, "computed": cost.computed},
         "parameters": {"total": cost.total_parameters, "active": cost.active_parameters},
-        "heldout": {kind: said[kind] for kind in ("dropless", "capacity_limited") if kind in said},
-        "curve": curve_of(workdir, rows),
-        "measures": measures_of(said, rows, config.training.num_steps)
-        | dict(study.measure(workdir) if study.measure else {}),
-        "minutes": minutes_of(rows, config.training.log_every),
+        "minutes": minutes_of(read_metrics(workdir / METRICS_FILE), config.training.log_every),
+        **outcome,
         "data": {
             "corpus": config.data.corpus.partition(":")[0],
             "corpus_sha256": open_corpus(config.data.corpus).fingerprint(),
@@ -86,6 +87,38 @@ def run_arm(
     }
     append_result(results, row)
     return row
+
+
+def outcome_of(
+    study: Study, config: ExperimentConfig, workdir: pathlib.Path, said: dict[str, Any]
+) -> dict[str, Any]:
+    """What came out of a run: losses, curve and measures.
+
+    Args:
+      study: what the run is of.
+      config: its settings.
+      workdir: its directory.
+      said: what its last evaluation gave.
+    """
+    rows = read_metrics(workdir / METRICS_FILE)
+    return {
+        "heldout": {kind: said[kind] for kind in ("dropless", "capacity_limited") if kind in said},
+        "curve": curve_of(workdir, rows),
+        "measures": measures_of(said, rows, config.training.num_steps)
+        | dict(study.measure(workdir) if study.measure else {}),
+    }
+
+
+def divergence_of(workdir: pathlib.Path) -> dict[str, Any]:
+    """What is left of a run whose loss went to infinity: the curve until then, no measures."""
+    rows = read_metrics(workdir / METRICS_FILE)
+    curve = [(row["step"], row[CURVE]) for row in rows if CURVE in row]
+    return {
+        "heldout": {},
+        "curve": {"step": [step for step, _ in curve], LOSS: [loss for _, loss in curve]},
+        "measures": {},
+        "diverged_after_step": rows[-1]["step"] if rows else 0,
+    }
 
 
 def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from experiments.study import Study
 from moe_jax.config.check import require
+from moe_jax.moe.routing import fills_slots
 from moe_jax.planning.arithmetic import count_flops, count_parameters
-from moe_jax.planning.routing import slots_of_an_expert
+from moe_jax.planning.routing import slots_of_a_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +18,15 @@ class Cost:
     Attributes:
       active: forward FLOPs a token that the mathematics needs, router included.
       computed: with padded slots and dispatch contractions; what is matched.
-      slots: expert slots a token in an MoE layer, in training; 0 for a dense arm.
+      slots: expert slots a token in an MoE layer, in training; 0 for a dense arm, None without
+        a limit.
       total_parameters: all of them.
       active_parameters: those that a token uses.
     """
 
     active: float
     computed: float
-    slots: float
+    slots: float | None
     total_parameters: int
     active_parameters: int
 
@@ -35,11 +37,12 @@ def cost_of(study: Study, size: str, arm: str) -> Cost:
     config = study.experiment(size, arm, 0)
     model, length = config.model, config.data.sequence_length
     flops, parameters = count_flops(model, length), count_parameters(model, length)
-    slots = slots_of_an_expert(model.moe, length) * model.moe.num_experts
+    has_slots = model.moe.capacity.train_factor or fills_slots(model.moe, training=True)
+    slots = slots_of_a_token(model.moe, length) if has_slots else None
     return Cost(
         active=flops.model,
         computed=flops.computed,
-        slots=slots / (model.moe.group_size or length) if model.moe_layers else 0.0,
+        slots=slots if model.moe_layers else 0.0,
         total_parameters=parameters.total,
         active_parameters=parameters.active,
     )
@@ -56,9 +59,10 @@ def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> 
         if arms is not None and arm.name not in arms:
             continue
         cost = cost_of(study, size, arm.name)
+        slots = "dropless" if cost.slots is None else f"{cost.slots:.2f}"
         lines.append(
             f"| {arm.name} | {arm.budget} | {cost.active:,.0f} | {cost.computed:,.0f} "
-            f"| {cost.slots:.2f} | {cost.total_parameters:,} | {cost.active_parameters:,} |"
+            f"| {slots} | {cost.total_parameters:,} | {cost.active_parameters:,} |"
         )
     return "\n".join(lines) + "\n"
 

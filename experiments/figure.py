@@ -4,18 +4,22 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.results import Results
+from experiments.results import Results, finite
 from experiments.study import Study
 
 
 def draw(study: Study, results: Results) -> Figure:
-    """Curves are means over seeds; at the end a dot is a seed and a bar the mean."""
-    arms = [arm for arm in study.arms if results.values(arm.name)]
+    """Curves are means over seeds; at the end a dot is a seed and a bar the mean.
+
+    Runs that diverged are left out.
+    """
+    losses_of = {arm.name: finite(results.values(arm.name)) for arm in study.arms}
+    arms = [arm for arm in study.arms if losses_of[arm.name]]
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
     figure = Figure(figsize=(10, 2.2 + 0.22 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1))
     for place, (arm, color) in enumerate(zip(arms, colors, strict=True)):
-        values = results.values(arm.name)
+        values = losses_of[arm.name]
         curves = [results.curve(arm.name, seed) for seed in values]
         losses = np.mean([losses for _, losses in curves], axis=0)
         left.plot(curves[0][0], losses, color=color, lw=1.2, label=arm.label)

@@ -1,33 +1,50 @@
 """Writes reports from results: `python -m experiments.report [STUDY]`.
 
-Of each study: `README.md` and, once it has results, `curves.png`; and `experiments/README.md`, one
-line a study. Everything in them is computed from `study.py` and `results.jsonl`: the same results
-give the same bytes.
+Of each study `README.md` and, once it has results, `curves.png` (of the size base `base.md` and
+`curves_base.png`); and `experiments/README.md`, one line a study. Everything in them is computed
+from `study.py` and `results.jsonl`: the same results give the same bytes.
 """
 
 import argparse
 import pathlib
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from experiments.budget import budget_table, check_budget
 from experiments.figure import draw
-from experiments.results import LOSS, RESULTS_FILE, Results, read_results
-from experiments.study import HERE, Study, load_study, study_names
-from experiments.top_page import top_page
-from experiments.verdict import NOT_RUN, Finding, difference, noise_floor, overall, spread
+from experiments.results import (
+    LOSS,
+    RESULTS_FILE,
+    Results,
+    check_same_text,
+    finite,
+    read_results,
+)
+from experiments.study import HERE, SIZES, Study, load_study, study_names
+from experiments.top_page import page_name, top_page
+from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, difference, overall, spread
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.training.metrics import write_atomically
 
-FIGURE = "curves.png"
+
+def figure_name(size: str) -> str:
+    """The file of its figure."""
+    return "curves.png" if size == "small" else f"curves_{size}.png"
 
 
 def verdict_of(study: Study, results: Results) -> tuple[str, list[Finding]]:
-    """The verdict of a study and the findings behind it; "not run" without results."""
+    """The verdict of a study and the findings behind it; "not run" without results.
+
+    Nothing is concluded while runs are missing: what they will say is not known.
+    """
     if not results.rows:
         return NOT_RUN, []
     findings = [claim.judge(results) for claim in study.expect]
+    missing = study.missing(results)
+    if missing:
+        note = f" (runs are missing: {len(missing)})"
+        findings = [Finding(INCONCLUSIVE, finding.because + note) for finding in findings]
     return overall(findings), findings
 
 
@@ -35,12 +52,13 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
     """The results of a study that its settings of today gave.
 
     Raises:
-      ValueError: lines of other settings, or of an arm that is no more.
+      ValueError: lines of other settings, of an arm that is no more, or of different texts.
     """
     path = (directory or study.directory) / RESULTS_FILE
     rows = read_results(path, size)
     for row in rows:
         study.check_row(row)
+    check_same_text(rows)
     return Results(tuple(rows), study.baseline)
 
 
@@ -66,9 +84,10 @@ def study_page(study: Study, size: str, results: Results) -> str:
             "Held-out bits a byte on the whole held-out split after the last step, dropless; mean "
             f"+- standard deviation over seeds. Difference: to `{study.baseline}`, or the arm that "
             f"is named, of the same seeds. Noise floor, the spread of `{study.baseline}`: "
-            f"{noise_floor(results):.4f} over {len(results.values(study.baseline))} seeds.",
+            f"{spread(results.values(study.baseline).values()):.4f} over "
+            f"{len(results.values(study.baseline))} seeds.",
             results_table(study, results),
-            f"![Held-out bits a byte by step and at the end]({FIGURE})",
+            f"![Held-out bits a byte by step and at the end]({figure_name(size)})",
         ]
     parts += ["## Run", f"    {command}", circumstances_text(results)]
     if study.notes:
@@ -105,29 +124,25 @@ def results_table(study: Study, results: Results) -> str:
         values = results.values(arm.name)
         if not values:
             continue
-        cells = [arm.label, str(len(values))]
-        cells += [mean_and_spread(results.values(arm.name, name).values()) for name in names]
+        diverged = len(values) - len(finite(values))
+        cells = [arm.label, f"{len(values)}" + f", {diverged} diverged" * bool(diverged)]
+        cells += [mean_and_spread(results.values(arm.name, name)) for name in names]
         other = arm.against or study.baseline
         found = difference(results, arm.name, other)
-        text = f"{found.mean:+.4f} +- {spread_text(found.by_seed.values())}"
+        text = mean_and_spread(found.by_seed, "+.4f")
         text += f" ({other})" * (other != study.baseline)
-        cells.append(text if arm.name != other and found.by_seed else "")
+        cells.append(text if arm.name != other else "")
         minutes = [row["minutes"] for row in results.rows if row["arm"] == arm.name]
         cells.append(f"{statistics.fmean(minutes):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
-    """Such as 1.2345 +- 0.0012; empty without values."""
-    values = list(values)
-    return f"{statistics.fmean(values):.4f} +- {spread_text(values)}" if values else ""
-
-
-def spread_text(values: Iterable[float]) -> str:
-    """A standard deviation; "?" of one value."""
-    values = list(values)
-    return f"{spread(values):.4f}" if len(values) > 1 else "?"
+def mean_and_spread(by_seed: Mapping[int, float], spec: str = ".4f") -> str:
+    """Such as 1.2345 +- 0.0012, of the seeds that did not diverge; empty without any."""
+    values = list(finite(by_seed).values())
+    sd = f"{spread(values):.4f}" if len(values) > 1 else "?"
+    return f"{statistics.fmean(values):{spec}} +- {sd}" if values else ""
 
 
 def circumstances_text(results: Results) -> str:
@@ -151,27 +166,40 @@ def circumstances_text(results: Results) -> str:
 
 
 def write_study(study: Study, size: str, directory: pathlib.Path | None = None) -> str:
-    """Writes the page and the figure of a study; returns its verdict.
+    """Writes the page and the figure of a study at one size; returns its verdict.
 
     Args:
       study: the study.
-      size: whose results are reported.
+      size: whose results are reported; `README.md` is the page of "small", `base.md` that of
+        "base".
       directory: of the results, and of what is written; None: the study's own.
     """
     directory = directory or study.directory
     check_budget(study, size)
     results = results_of(study, size, directory)
-    write_atomically(directory / "README.md", study_page(study, size, results))
+    write_atomically(directory / page_name(size), study_page(study, size, results))
     if results.rows:
-        draw(study, results).savefig(directory / FIGURE, dpi=110, metadata={"Software": None})
+        path = directory / figure_name(size)
+        draw(study, results).savefig(path, dpi=110, metadata={"Software": None})
     return verdict_of(study, results)[0]
+
+
+def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
+    """The sizes that a study has results of, and in its own directory always "small"."""
+    there = {row["size"] for row in read_results((directory or study.directory) / RESULTS_FILE)}
+    return [size for size in SIZES if size in there or (size == "small" and directory is None)]
+
+
+def findings_of(study: Study) -> dict[str, list[Finding]]:
+    """The findings of a study by size, of those with results."""
+    found = {size: verdict_of(study, results_of(study, size))[1] for size in sizes_of(study)}
+    return {size: findings for size, findings in found.items() if findings}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the report of one study or of all, and the top page; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", nargs="?", help="one study; all by default")
-    parser.add_argument("--size", default="small")
     parser.add_argument("--out", help="directory with results; the study's own by default")
     args = parser.parse_args(arguments)
     try:
@@ -183,11 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--out is a directory that `python -m experiments.run` wrote to: there is none at "
                 f"{directory}. Pass the --out that it was given."
             )
-        for name in [args.study] if args.study else study_names():
-            print(f"{name}: {write_study(load_study(name), args.size, directory)}")
+        studies = [load_study(name) for name in study_names()]
+        for study in [load_study(args.study)] if args.study else studies:
+            for size in sizes_of(study, directory):
+                print(f"{study.name} ({size}): {write_study(study, size, directory)}")
         if directory is None:
-            studies = [load_study(name) for name in study_names()]
-            findings = {s.name: verdict_of(s, results_of(s, args.size))[1] for s in studies}
+            findings = {study.name: findings_of(study) for study in studies}
             write_atomically(HERE / "README.md", top_page(studies, findings))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

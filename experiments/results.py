@@ -3,11 +3,16 @@
 import dataclasses
 import fcntl
 import json
+import math
 import pathlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moe_jax.config import DataConfig
+from moe_jax.config.check import require
+from moe_jax.data import open_tokenizer
+from moe_jax.data.corpora import open_corpus
 from moe_jax.training.metrics import write_atomically
 
 RESULTS_FILE = "results.jsonl"
@@ -28,11 +33,11 @@ class Results:
     baseline: str
 
     def values(self, arm: str, measure: str = LOSS) -> dict[int, float]:
-        """A measure of an arm by seed; seeds without it are left out."""
+        """A measure of an arm by seed, infinite where it diverged; not of seeds without it."""
         return {
-            row["seed"]: row["measures"][measure]
+            row["seed"]: math.inf if has_diverged(row) else row["measures"][measure]
             for row in sorted(self.rows, key=lambda row: row["seed"])
-            if row["arm"] == arm and measure in row["measures"]
+            if row["arm"] == arm and (has_diverged(row) or measure in row["measures"])
         }
 
     def curve(self, arm: str, seed: int) -> tuple[list[int], list[float]]:
@@ -43,14 +48,57 @@ class Results:
         return [], []
 
 
+def has_diverged(row: Row) -> bool:
+    """Whether the loss of a run went to infinity: its line has the last step before that."""
+    return row.get("diverged_after_step") is not None
+
+
+def finite(by_seed: Mapping[int, float]) -> dict[int, float]:
+    """The seeds that did not diverge."""
+    return {seed: value for seed, value in by_seed.items() if math.isfinite(value)}
+
+
+def run_of(row: Row) -> tuple[str, str, int]:
+    """Which run a line is of."""
+    return row["size"], row["arm"], row["seed"]
+
+
+def check_same_text(rows: Iterable[Row], config: DataConfig | None = None) -> None:
+    """Refuses runs of different texts or tokenizers: their losses cannot be compared.
+
+    Args:
+      rows: of one size.
+      config: of runs that are to be added to them; None: none are.
+
+    Raises:
+      ValueError: with the hashes.
+    """
+    hashes = {(row["data"]["corpus_sha256"], row["data"]["tokenizer_sha256"]) for row in rows}
+    if hashes and config:
+        hashes.add((
+            open_corpus(config.corpus).fingerprint(), open_tokenizer(config.tokenizer).fingerprint()
+        ))  # fmt: skip
+    require(
+        len(hashes) <= 1,
+        "runs that are compared are of the same corpus and tokenizer",
+        "sha256 of both: " + "; ".join(f"{c[:12]}, {t[:12]}" for c, t in sorted(hashes)),
+        "Build the corpus of the results that there are, or remove their lines",
+    )
+
+
 def measured(measure: str, *arms: str, digits: str = ".4f") -> Callable[[Results], str]:
-    """Means over seeds of a measure of some arms, as the text beside a published figure."""
+    """Means of a measure of some arms over the seeds they share, as text beside a published figure.
+
+    Arms that have none yet are left out.
+    """
 
     def text(results: Results) -> str:
+        found = {arm: values for arm in arms if (values := results.values(arm, measure))}
+        seeds = set.intersection(*(set(values) for values in found.values())) if found else ()
         cells = [
-            f"{arm} {statistics.fmean(values.values()):{digits}}"
-            for arm in arms
-            if (values := results.values(arm, measure))
+            f"{arm} {statistics.fmean(values[seed] for seed in seeds):{digits}}"
+            for arm, values in found.items()
+            if seeds
         ]
         return f"{measure.replace('_', ' ')}: {', '.join(cells)}" if cells else "no runs"
 
@@ -66,9 +114,14 @@ def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
 
 
 def append_result(path: pathlib.Path, row: Row) -> None:
-    """Adds a line; a kill leaves the file with it or without it, and nobody's line is lost."""
+    """Adds a line; a kill leaves the file with it or without it, and nobody's line is lost.
+
+    A run that has its line already, of another process that ran it meanwhile, gets no second one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        if any(run_of(other) == run_of(row) for other in read_results(path)):
+            return
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         write_atomically(path, old + json.dumps(row, sort_keys=True) + "\n")

@@ -30,7 +30,7 @@ from absl import flags
 
 from experiments.arm import run_arm
 from experiments.budget import budget_table, check_budget
-from experiments.results import RESULTS_FILE, read_results
+from experiments.results import RESULTS_FILE, check_same_text, read_results, run_of
 from experiments.study import CORPUS, SIZES, Study, load_study
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.config.check import require
@@ -62,6 +62,10 @@ class Job:
     def whereabouts(self) -> dict[str, Any]:
         """All of it but the study, which has functions: they do not travel to another process."""
         return {name: value for name, value in vars(self).items() if name != "study"}
+
+    def has_its_line(self) -> bool:
+        """Whether it is finished, be it by another process."""
+        return (self.size, self.arm, self.seed) in map(run_of, read_results(self.results))
 
     @property
     def num_steps(self) -> int:
@@ -214,8 +218,12 @@ def run_side_by_side(jobs: list[Job], num_jobs: int, board: Board) -> list[Job]:
     try:
         while waiting or running:
             while waiting and free:
-                job, place = waiting.pop(0), free.pop(0)
+                job = waiting.pop(0)
                 board.begin(job)
+                if job.has_its_line():
+                    board.end(job)
+                    continue
+                place = free.pop(0)
                 running[job] = (start(job, place, num_jobs), place)
             time.sleep(0.2)
             board.look()
@@ -292,13 +300,14 @@ def run_named(study: str, whereabouts: Mapping[str, Any]) -> None:
     Job(load_study(study), **whereabouts).run_here()
 
 
-def stop_on_sigterm() -> None:
-    """Makes SIGTERM what Ctrl-C is."""
+def stop_on_signals() -> None:
+    """Makes SIGTERM, and SIGHUP of a terminal that is gone, what Ctrl-C is."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -337,7 +346,9 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         if jobs:
             check_corpus(study, args.size, args.corpus)
-        stop_on_sigterm()
+            data = study.experiment(args.size, study.baseline, 0, args.corpus).data
+            check_same_text(read_results(results, args.size), data)
+        stop_on_signals()
         with Board(jobs) as board:
             if args.size != "smoke":
                 failed = run_side_by_side(jobs, args.jobs, board)

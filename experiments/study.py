@@ -18,7 +18,7 @@ from typing import Any
 import ml_collections
 
 from experiments.results import Results, Row
-from experiments.verdict import Claim
+from experiments.verdict import MIN_SEEDS, NOISE_SEEDS, Claim
 from moe_jax.config import ExperimentConfig, difference, from_config_dict
 from moe_jax.config.check import require
 
@@ -133,8 +133,11 @@ class Study:
             "Add or rename sizes",
         )
         require(
-            len(set(self.seeds)) >= 3 and set(self.seeds) <= set(self.noise_seeds),
-            "a study has three seeds or more, which the noise floor is measured with as well",
+            len(set(self.seeds)) >= MIN_SEEDS
+            and len(set(self.noise_seeds)) >= NOISE_SEEDS
+            and set(self.seeds) <= set(self.noise_seeds),
+            f"a study has {MIN_SEEDS} seeds or more, which are among the {NOISE_SEEDS} or more "
+            "that the noise floor is measured with",
             f"{self.name}: seeds={self.seeds}, noise_seeds={self.noise_seeds}",
             "Add seeds",
         )
@@ -158,6 +161,12 @@ class Study:
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is run with."""
         return self.noise_seeds if arm == self.baseline else self.seeds
+
+    def missing(self, results: Results) -> list[tuple[str, int]]:
+        """The arms and seeds that have no line yet."""
+        there = {(row["arm"], row["seed"]) for row in results.rows}
+        planned = [(arm.name, seed) for arm in self.arms for seed in self.seeds_of(arm.name)]
+        return [pair for pair in planned if pair not in there]
 
     def experiment(self, size: str, arm: str, seed: int, corpus: str = CORPUS) -> ExperimentConfig:
         """The settings of one run; `corpus` is the directory of the large corpus."""

@@ -23,40 +23,52 @@ Verdicts are computed. Studies compose the library; none adds a setting to it.
 
 Stopped, the same command goes on where it was. `--smoke` runs every arm for some steps.
 A direction counts if the mean difference of paired seeds is more than twice the noise: the larger
-of the arms' pooled standard deviation and that of the baseline over five seeds.
+of the arms' pooled standard deviation and that of the baseline over five seeds. Nothing is
+concluded before every arm has all of its seeds. `small` is the size for a CPU.
 """
 
 
-def top_page(studies: list[Study], findings: Mapping[str, list[Finding]]) -> str:
+def top_page(studies: list[Study], findings: Mapping[str, Mapping[str, list[Finding]]]) -> str:
     """The page as Markdown.
 
     Args:
       studies: in the order of the table.
-      findings: of the claims of each, by its name; [] of one without results.
+      findings: of the claims of each, by its name and size; no size of one without results.
     """
     lines = [HEAD, "| study | question | verdict |", "| --- | --- | --- |"]
     lines += [
         f"| [{study.name}]({study.name}/README.md) | {study.question} | "
-        f"{verdict(findings[study.name])} |"
+        f"{verdicts(study, findings[study.name])} |"
         for study in studies
     ]
     lines += [earlier_study(), "", "| claim | verdict | study |", "| --- | --- | --- |"]
     for study in studies:
         for common in dict.fromkeys(claim.settles for claim in study.expect if claim.settles):
-            found = [
-                finding
-                for claim, finding in zip(study.expect, findings[study.name], strict=False)
-                if claim.settles == common
-            ]
-            lines.append(
-                f"| {common} | {verdict(found)} | [{study.name}]({study.name}/README.md) |"
-            )
+            of_claim = {
+                size: [
+                    finding
+                    for claim, finding in zip(study.expect, found, strict=True)
+                    if claim.settles == common
+                ]
+                for size, found in findings[study.name].items()
+            }
+            said = verdicts(study, of_claim)
+            lines.append(f"| {common} | {said} | [{study.name}]({study.name}/README.md) |")
     return "\n".join(lines) + "\n"
 
 
-def verdict(findings: list[Finding]) -> str:
-    """Of some claims together."""
-    return overall(findings) if findings else NOT_RUN
+def verdicts(study: Study, findings: Mapping[str, list[Finding]]) -> str:
+    """Of some claims of a study together, at each size."""
+    said = [
+        f"[{overall(found)}]({study.name}/{page_name(size)}) ({size})"
+        for size, found in findings.items()
+    ]
+    return ", ".join(said) or NOT_RUN
+
+
+def page_name(size: str) -> str:
+    """The file of a study's page at a size."""
+    return "README.md" if size == "small" else f"{size}.md"
 
 
 def earlier_study() -> str:

@@ -2,7 +2,9 @@
 
 The ground rules: a direction is shown by a mean paired difference of more than twice the noise,
 which is the larger of the two arms' pooled standard deviation over the seeds they share and that
-of the baseline over all of its seeds. Fewer than three paired seeds show nothing.
+of the baseline's loss over five seeds or more; "no worse" is within once the noise. Fewer than
+three paired seeds show nothing, nor does anything without the baseline's five. A run that diverged
+has an infinite loss.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from experiments.results import LOSS, Results
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 NOT_RUN = "not run"
 MIN_SEEDS = 3
+NOISE_SEEDS = 5  # of the baseline
 MARGIN = 2.0  # times the noise
 SMOOTH = 3  # points of a held-out curve that are averaged before steps are compared
 
@@ -47,8 +50,9 @@ class Difference:
     """One arm less another, seed by seed.
 
     Attributes:
-      by_seed: the differences.
-      noise: the larger of pooled standard deviation and noise floor; nan below two seeds.
+      by_seed: the differences, infinite where one of the two diverged, nan where both did.
+      noise: the larger of pooled standard deviation and noise floor; nan below two seeds, and
+        without a floor.
     """
 
     by_seed: Mapping[int, float]
@@ -57,27 +61,35 @@ class Difference:
     @property
     def mean(self) -> float:
         """Mean over the seeds that both arms have."""
-        return statistics.fmean(self.by_seed.values()) if self.by_seed else math.nan
+        return sum(self.by_seed.values()) / len(self.by_seed) if self.by_seed else math.nan
 
 
 def spread(values: Iterable[float]) -> float:
-    """Standard deviation of a sample; nan of fewer than two values."""
-    values = list(values)
+    """Standard deviation of the finite values of a sample; nan of fewer than two."""
+    values = [value for value in values if math.isfinite(value)]
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def noise_floor(results: Results, measure: str = LOSS) -> float:
-    """Standard deviation of the baseline over its seeds; nan of fewer than two."""
-    return spread(results.values(results.baseline, measure).values())
+def noise_floor(results: Results) -> float:
+    """Standard deviation of the baseline's loss over its seeds; nan of fewer than `NOISE_SEEDS`."""
+    losses = results.values(results.baseline)
+    return spread(losses.values()) if len(losses) >= NOISE_SEEDS else math.nan
 
 
 def difference(results: Results, arm: str, other: str, measure: str = LOSS) -> Difference:
-    """A measure of `arm` less that of `other`, for the seeds that both have."""
+    """A measure of `arm` less that of `other`, for the seeds that both have.
+
+    Args:
+      results: of the study.
+      arm: the one.
+      other: the other.
+      measure: a loss in bits a byte, as the noise floor is.
+    """
     a, b = results.values(arm, measure), results.values(other, measure)
     seeds = sorted(a.keys() & b.keys())
     pooled = math.hypot(spread(a[s] for s in seeds), spread(b[s] for s in seeds)) / math.sqrt(2)
-    floor = noise_floor(results, measure)
-    noise = pooled if math.isnan(floor) else max(pooled, floor)
+    floor = noise_floor(results)
+    noise = math.nan if math.isnan(pooled + floor) else max(pooled, floor)
     return Difference({seed: a[seed] - b[seed] for seed in seeds}, noise)
 
 
@@ -86,33 +98,39 @@ def lower(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], Find
 
     Above it by as much is "not reproduced"; nearer than that is "inconclusive".
     """
+    return mean_difference(arm, other, measure, reproduced_below=-MARGIN)
+
+
+def not_above(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], Finding]:
+    """The claim that `arm` ends no more than once the noise above `other`.
+
+    Above it by more than twice the noise is "not reproduced"; between the two "inconclusive".
+    """
+    return mean_difference(arm, other, measure, reproduced_below=1.0)
+
+
+def mean_difference(
+    arm: str, other: str, measure: str, *, reproduced_below: float
+) -> Callable[[Results], Finding]:
+    """The claim that the mean difference lies below a bound, in multiples of the noise.
+
+    Above `MARGIN` times the noise it is not reproduced, between the two it is inconclusive.
+    """
 
     def judge(results: Results) -> Finding:
         found = difference(results, arm, other, measure)
         if len(found.by_seed) < MIN_SEEDS:
             return too_few(f"{arm} and {other}", len(found.by_seed))
+        if math.isnan(noise_floor(results)):
+            return too_few_for_the_noise(results)
         because = (
             f"{arm} less {other}: {found.mean:+.4f} {measure} over {len(found.by_seed)} seeds, "
             f"noise {found.noise:.4f}"
         )
-        if found.mean < -MARGIN * found.noise:
+        noise = found.noise if math.isfinite(found.mean) else 0.0
+        if found.mean < reproduced_below * noise:
             return Finding(REPRODUCED, because)
-        opposite = found.mean > MARGIN * found.noise
-        return Finding(NOT_REPRODUCED if opposite else INCONCLUSIVE, because)
-
-    return judge
-
-
-def not_above(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], Finding]:
-    """The claim that `arm` ends no more than twice the noise above `other`."""
-
-    def judge(results: Results) -> Finding:
-        found = difference(results, arm, other, measure)
-        if len(found.by_seed) < MIN_SEEDS:
-            return too_few(f"{arm} and {other}", len(found.by_seed))
-        because = f"{arm} less {other}: {found.mean:+.4f} {measure}, noise {found.noise:.4f}"
-        within = found.mean <= MARGIN * found.noise
-        return Finding(REPRODUCED if within else NOT_REPRODUCED, because)
+        return Finding(NOT_REPRODUCED if found.mean > MARGIN * noise else INCONCLUSIVE, because)
 
     return judge
 
@@ -120,10 +138,10 @@ def not_above(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], 
 def in_every_seed(
     what: str, by_seed: Mapping[int, float], *, least: float = -math.inf, most: float = math.inf
 ) -> Finding:
-    """Whether a number lies within bounds in every seed, of three or more."""
+    """Whether a number lies within bounds in every seed, of three or more; infinite ones do not."""
     if len(by_seed) < MIN_SEEDS:
         return too_few(what, len(by_seed))
-    met = sum(least <= value <= most for value in by_seed.values())
+    met = sum(math.isfinite(v) and least <= v <= most for v in by_seed.values())
     values = ", ".join(f"{value:.4g}" for value in by_seed.values())
     bounds = [f"at least {least:g}"] * (least > -math.inf) + [f"at most {most:g}"] * (
         most < math.inf
@@ -132,9 +150,15 @@ def in_every_seed(
     return Finding(REPRODUCED if met == len(by_seed) else NOT_REPRODUCED, because)
 
 
-def too_few(what: str, num_seeds: int) -> Finding:
+def too_few(what: str, num_seeds: int, needed: int = MIN_SEEDS) -> Finding:
     """The finding where runs are lacking."""
-    return Finding(INCONCLUSIVE, f"{what}: {num_seeds} seeds of the {MIN_SEEDS} that are needed")
+    return Finding(INCONCLUSIVE, f"{what}: {num_seeds} seeds of the {needed} that are needed")
+
+
+def too_few_for_the_noise(results: Results) -> Finding:
+    """The finding where runs of the baseline are lacking."""
+    losses = results.values(results.baseline)
+    return too_few(f"{results.baseline}, for the noise", len(losses), NOISE_SEEDS)
 
 
 def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results], Finding]:
@@ -167,10 +191,15 @@ def step_ratio(results: Results, arm: str, dense: str) -> dict[int, float]:
     """How many times fewer steps `arm` takes to the final held-out loss of `dense`, by seed.
 
     Final step of `dense` over the first evaluated step at which `arm` is no higher than `dense` in
-    the end, both curves smoothed alike, nothing interpolated; 0 where it never gets there.
+    the end, both curves smoothed alike, nothing interpolated; 0 where it never gets there, nan
+    where one of the two diverged.
     """
     ratios = {}
-    for seed in sorted(results.values(arm).keys() & results.values(dense).keys()):
+    final, goals = results.values(arm), results.values(dense)
+    for seed in sorted(final.keys() & goals.keys()):
+        if not math.isfinite(final[seed] + goals[seed]):
+            ratios[seed] = math.nan
+            continue
         dense_steps, dense_losses = results.curve(dense, seed)
         steps, losses = results.curve(arm, seed)
         goal = smoothed(dense_losses)[-1]

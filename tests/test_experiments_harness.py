@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import time
 
 import pytest
 
-from experiments import report, run
+from experiments import arm, report, run
 from experiments.budget import budget_table, check_budget, cost_of
-from experiments.results import LOSS, append_result, read_results
+from experiments.results import LOSS, append_result, check_same_text, read_results
 from experiments.run import Board, Job, jobs_of, run_in_turn, run_side_by_side
 from experiments.study import EMBEDDED_CORPUS, Arm, Published, Study, load_study, study_names
 from experiments.verdict import Claim, lower
@@ -58,6 +59,7 @@ def line(arm, seed, loss, study=STUDY):
         "measures": {LOSS: loss},
         "curve": {"step": [1, 2], LOSS: [loss + 1, loss]},
         "minutes": 1.0 + seed,
+        "data": {"corpus_sha256": "c" * 64, "tokenizer_sha256": "t" * 64},
         "commit": "0123456789abcdef",
         "commits": ["0123456789abcdef"],
         "dirty": False,
@@ -77,8 +79,9 @@ def line(arm, seed, loss, study=STUDY):
         ),
         ({"arms": STUDY.arms * 2}, "arms have different names"),
         ({"arms": (Arm("a/b", "", {}),)}, "arms have different names of letters"),
-        ({"seeds": (0, 1)}, r"three seeds or more.*seeds=\(0, 1\)"),
-        ({"seeds": (7, 8, 9)}, "noise floor is measured with as well"),
+        ({"seeds": (0, 1)}, r"3 seeds or more.*seeds=\(0, 1\)"),
+        ({"seeds": (7, 8, 9)}, "among the 5 or more that the noise floor"),
+        ({"noise_seeds": (0, 1, 2, 3)}, r"5 or more .*noise_seeds=\(0, 1, 2, 3\)"),
         ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', 'base'\]"),
         ({"expect": ()}, "a study has a criterion: made_up. Write Study.expect"),
         ({"base": {**TINY, "model.moe.num_expertz": 1}}, "names a setting: model.moe.num_expertz"),
@@ -176,6 +179,8 @@ def test_lines_are_added_whole(tmp_path):
         append_result(path, line("moe", seed, 1.0))
     assert [row["seed"] for row in read_results(path)] == [0, 1, 2]
     assert read_results(path, "base") == []
+    append_result(path, line("moe", 1, 2.0))  # of another process that ran the same
+    assert [row["measures"][LOSS] for row in read_results(path)] == [1.0] * 3
 
 
 def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, monkeypatch):
@@ -291,6 +296,87 @@ def test_a_report_says_what_its_results_say_and_always_the_same(moe, verdict, tm
     assert "| 0123456789ab | 1 x cpu (cpu, x, 1 cores a run) | jax 1, python 3 | 8 |" in text
 
 
+def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
+    study = make_study(tolerance=0.1)
+    write_results(tmp_path, (0.7, 0.8))
+    assert report.write_study(study, "small", tmp_path) == "inconclusive"
+    write_results(tmp_path, (0.7, 0.8, 0.9))
+    assert report.write_study(study, "small", tmp_path) == "reproduced"
+    more = make_study(tolerance=0.1, arms=(*study.arms, Arm("moe_2", "", {})))
+    verdict, (finding,) = report.verdict_of(more, report.results_of(more, "small", tmp_path))
+    assert verdict == "inconclusive" and "(runs are missing: 3)" in finding.because
+
+
+def test_a_run_that_diverged_is_a_result(tmp_path, monkeypatch):
+    """Training goes to infinity after step 2: a line, a verdict, and no second run."""
+    study = make_study(tolerance=0.1)
+
+    def train(config, workdir):
+        workdir.mkdir(parents=True)
+        (workdir / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+        record = {name: None for name in ("commit", "platform", "device_kind", "num_devices")}
+        record |= {"dirty": False, "versions": {}, "python": "3"}
+        (workdir / "run.json").write_text(json.dumps(record))
+        raise FloatingPointError("train/loss is nan at step 3")
+
+    monkeypatch.setattr(arm, "train", train)
+    for seed in (0, 1, 2):
+        arm.run_arm(
+            study, "small", "moe", seed, workdir=tmp_path / str(seed),
+            results=tmp_path / "results.jsonl", corpus="",
+        )  # fmt: skip
+    lines = read_results(tmp_path / "results.jsonl")
+    assert [(row["measures"], row["diverged_after_step"]) for row in lines] == [({}, 2)] * 3
+    assert plan(tmp_path) == [f"dense_seed{seed}" for seed in range(5)]
+    for row in lines:
+        row["data"] |= {"corpus_sha256": "c" * 64, "tokenizer_sha256": "t" * 64}
+        row["versions"], row["commits"] = {}, []
+    (tmp_path / "results.jsonl").unlink()
+    for row in lines:
+        append_result(tmp_path / "results.jsonl", row)
+    write_results(tmp_path, ())
+    assert report.write_study(study, "small", tmp_path) == "not reproduced"
+    page = (tmp_path / "README.md").read_text()
+    assert "| eight experts | 3, 3 diverged |" in page and "moe less dense: +inf" in page
+
+
+def test_runs_of_different_texts_are_not_compared(tmp_path):
+    write_results(tmp_path, (0.7, 0.8))
+    row = line("moe", 2, 0.9)
+    append_result(
+        tmp_path / "results.jsonl", row | {"data": row["data"] | {"corpus_sha256": "d" * 64}}
+    )
+    with pytest.raises(ValueError, match=r"same corpus and tokenizer: .*cccc, tttt.*dddd, tttt"):
+        report.results_of(STUDY, "small", tmp_path)
+    with pytest.raises(ValueError, match=r"same corpus and tokenizer: .*cccc, tttt"):
+        check_same_text([line("moe", 2, 0.9)], STUDY.experiment("small", "moe", 0).data)
+
+
+def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
+    """Results at base take nothing away from what small has shown."""
+    study = make_study(tolerance=0.1)
+    monkeypatch.setattr(Study, "directory", tmp_path)
+    write_results(tmp_path, (0.7, 0.8, 0.9))
+    assert report.sizes_of(study) == ["small"]
+    for seed in range(5):
+        row = line("dense", seed, 1.0) | {"size": "base"}
+        append_result(
+            tmp_path / "results.jsonl", row | {"config": study.settings("base", "dense", seed)}
+        )
+    assert report.sizes_of(study) == ["small", "base"]
+    assert [report.write_study(study, size) for size in ("small", "base")] == [
+        "reproduced", "inconclusive",
+    ]  # fmt: skip
+    found = report.findings_of(study)
+    assert {size: [f.verdict for f in of] for size, of in found.items()} == {
+        "small": ["reproduced"], "base": ["inconclusive"],
+    }  # fmt: skip
+    assert {"README.md", "base.md", "curves.png", "curves_base.png"} <= set(os.listdir(tmp_path))
+    page = report.top_page([study], {"made_up": found})
+    cell = "[reproduced](made_up/README.md) (small), [inconclusive](made_up/base.md) (base)"
+    assert f"| Is it lower? | {cell} |" in page
+
+
 def test_a_study_without_results_says_so(tmp_path):
     assert report.write_study(make_study(tolerance=0.1), "small", tmp_path) == "not run"
     text = (tmp_path / "README.md").read_text()
@@ -310,7 +396,7 @@ def test_pages_in_the_repository_are_those_of_their_results(tmp_path):
         results = report.results_of(study, "small")
         page = (study.directory / "README.md").read_text(encoding="utf-8")
         assert page == report.study_page(study, "small", results), f"report {name} again"
-        findings[name] = report.verdict_of(study, results)[1]
+        findings[name] = report.findings_of(study)
     studies = [load_study(name) for name in study_names()]
     page = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert page == report.top_page(studies, findings)
@@ -336,7 +422,9 @@ def test_a_kill_leaves_no_half_line(tmp_path):
     """A process that is killed while it appends, at many moments, leaves whole lines."""
     script = (
         "import pathlib, sys; from experiments.results import append_result\n"
-        "while True: append_result(pathlib.Path(sys.argv[1]), {'size': 'small', 'x': 'y' * 9999})"
+        "for seed in range(10**9):\n"
+        "    row = {'size': 'small', 'arm': 'moe', 'seed': seed, 'x': 'y' * 9999}\n"
+        "    append_result(pathlib.Path(sys.argv[1]), row)"
     )
     path = tmp_path / "results.jsonl"
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=ROOT)

@@ -19,14 +19,21 @@ def row(arm, seed, loss=1.0, curve=(), **measures):
     }
 
 
+def diverged(arm, seed):
+    return {**row(arm, seed), "measures": {}, "diverged_after_step": 30}
+
+
+DENSE = (1.0, 1.1, 1.2, 1.0, 1.2)  # the first three and all five: standard deviation 0.1
+
+
 def results(**losses):
     rows = [row(arm, s, loss) for arm, values in losses.items() for s, loss in enumerate(values)]
     return Results(tuple(rows), "dense")
 
 
-# Standard deviations: (1.0, 1.1, 1.2) 0.1; (2.0, 2.2, 2.4) 0.2; of an arm of equal values 0.
+# Standard deviations: (2.0, 2.2, 2.4) 0.2; of an arm of equal values 0.
 def test_noise_is_the_larger_of_pooled_spread_and_floor():
-    found = verdict.difference(results(dense=(1.0, 1.1, 1.2), moe=(2.0, 2.2, 2.4)), "moe", "dense")
+    found = verdict.difference(results(dense=DENSE, moe=(2.0, 2.2, 2.4)), "moe", "dense")
     assert found.by_seed == pytest.approx({0: 1.0, 1: 1.1, 2: 1.2})
     assert found.mean == pytest.approx(1.1)
     assert found.noise == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 2))
@@ -50,7 +57,7 @@ def test_noise_is_the_larger_of_pooled_spread_and_floor():
     ],
 )
 def test_a_direction_needs_twice_the_noise_and_three_seeds(moe, expected):
-    found = verdict.lower("moe", "dense")(results(dense=(1.0, 1.1, 1.2), moe=moe))
+    found = verdict.lower("moe", "dense")(results(dense=DENSE, moe=moe))
     assert found.verdict == expected, found
 
 
@@ -58,13 +65,14 @@ def test_a_direction_needs_twice_the_noise_and_three_seeds(moe, expected):
     ("moe", "expected"),
     [
         ((0.5, 0.6, 0.7), REPRODUCED),
-        ((1.19, 1.29, 1.39), REPRODUCED),
+        ((1.09, 1.19, 1.29), REPRODUCED),
+        ((1.11, 1.21, 1.31), INCONCLUSIVE),
         ((1.21, 1.31, 1.41), NOT_REPRODUCED),
         ((5.0,), INCONCLUSIVE),
     ],
 )
-def test_not_above_allows_twice_the_noise(moe, expected):
-    found = verdict.not_above("moe", "dense")(results(dense=(1.0, 1.1, 1.2), moe=moe))
+def test_not_above_allows_the_noise(moe, expected):
+    found = verdict.not_above("moe", "dense")(results(dense=DENSE, moe=moe))
     assert found.verdict == expected, found
 
 
@@ -80,6 +88,34 @@ def test_not_above_allows_twice_the_noise(moe, expected):
 def test_a_bound_holds_in_every_seed_or_fails(values, expected):
     found = verdict.in_every_seed("ratio", dict(enumerate(values)), least=1.5, most=2.0)
     assert found.verdict == expected, found
+
+
+def test_nothing_is_shown_without_the_noise_floor():
+    """Four runs of the baseline are too few, however far apart the arms are."""
+    found = verdict.lower("moe", "wide")(results(dense=DENSE[:4], moe=(0, 0, 0), wide=(9, 9, 9)))
+    assert found.verdict == INCONCLUSIVE
+    assert found.because == "dense, for the noise: 4 seeds of the 5 that are needed"
+    # A loss that the baseline does not have is judged by the noise of the one that it has.
+    rows = [*results(dense=DENSE).rows]
+    rows += [row(a, s, other=x + 0.001 * s) for a, x in (("a", 1.0), ("b", 1.15)) for s in range(3)]
+    found = verdict.lower("a", "b", "other")(Results(tuple(rows), "dense"))
+    assert (found.verdict, found.because[-6:]) == (INCONCLUSIVE, "0.1000")
+
+
+def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
+    rows = [*results(dense=DENSE, moe=(0.1, 0.1)).rows, diverged("moe", 2)]
+    found = Results(tuple(rows), "dense")
+    assert found.values("moe") == found.values("moe", "whatever") | {0: 0.1, 1: 0.1}
+    assert found.values("moe")[2] == math.inf
+    assert verdict.lower("moe", "dense")(found).verdict == NOT_REPRODUCED
+    assert verdict.not_above("moe", "dense")(found).verdict == NOT_REPRODUCED
+    assert verdict.lower("dense", "moe")(found).verdict == REPRODUCED
+    assert verdict.in_every_seed("x", found.values("moe"), least=0).verdict == NOT_REPRODUCED
+    pair = Results((row("dense", 2, curve=(3, 2)), diverged("moe", 2)), "dense")
+    assert math.isnan(verdict.step_ratio(pair, "moe", "dense")[2])
+    # Both, in seeds of their own and in the same one.
+    both = Results((*rows, *(diverged(a, s) for a, s in (("b", 0), ("b", 2)))), "dense")
+    assert math.isnan(verdict.difference(both, "moe", "b").mean)
 
 
 def test_one_claim_that_fails_fails_the_study_and_one_that_is_open_leaves_it_open():

@@ -18,7 +18,11 @@ from moe_jax.training.metrics import METRICS_FILE, read_metrics
 RATES = ("1e-4", "1e-3", "1e-2")
 EARLY, LATE = 0.25, 0.5  # of the steps: before the first, after the second
 COLLAPSE = "Without balancing, routing collapses onto a few experts."
-BALANCED = ("switch_global_0.01", "importance_load_0.1", "loss_free_1e-3")
+NOISY = {"model.moe.router.learned_noise": True}
+# What balances, and the same without: every row of Shazeer's table has noise on the logits.
+UNBALANCED = {
+    "switch_global_0.01": "none", "importance_load_0.1": "none_noisy", "loss_free_1e-3": "none",
+}  # fmt: skip
 
 
 def loads(workdir: pathlib.Path) -> dict[str, float]:
@@ -82,12 +86,12 @@ def within(
 
 
 def microbatches(config: ConfigDict) -> int:
-    """Eight, or as many as leave two sequences each."""
-    return min(8, config.training.batch_size // 2)
+    """As many as leave two sequences each, or 32: each of several devices has a part of one."""
+    return min(32, config.training.batch_size // 2)
 
 
 def loss_arm(scope: str, weight: float) -> Arm:
-    """The load-balance loss over the batch, or over microbatches of an eighth of it."""
+    """The load-balance loss over the batch, or over small microbatches of it."""
     overrides = {
         "model.moe.balance.load_balance_weight": weight,
         "model.moe.balance.load_balance_scope": scope,
@@ -101,7 +105,7 @@ def loss_arm(scope: str, weight: float) -> Arm:
             ),
         }
     name = f"switch_{'micro' if scope == 'microbatch' else scope}_{weight}"
-    where = "an eighth of the batch" if scope == "microbatch" else "the batch"
+    where = "a microbatch" if scope == "microbatch" else "the batch"
     return Arm(name, f"load-balance loss over {where}, {weight}", overrides)
 
 
@@ -114,7 +118,7 @@ STUDY = Study(
             "fullest expert over the mean, 256 experts, top-4: no loss, importance + load 0.1",
             "17.80, 1.14; perplexity 39.8, 35.6",
             "Shazeer et al. (arXiv:1701.06538), table 6",
-            measured("fullest_expert", "none", "importance_load_0.1"),
+            measured("fullest_expert", "none_noisy", "importance_load_0.1"),
         ),
         Published(
             "MaxVio on the validation set, 1 B parameters: auxiliary loss, loss-free at 1e-3",
@@ -150,6 +154,7 @@ STUDY = Study(
     arms=(
         Arm("dense", "dense", {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}),
         Arm("none", "no balancing", {}),
+        Arm("none_noisy", "no balancing, noisy top-2", NOISY),
         loss_arm("global", 0.01),
         loss_arm("global", 0.1),
         loss_arm("microbatch", 0.01),
@@ -158,7 +163,7 @@ STUDY = Study(
             "importance_load_0.1",
             "importance and load losses, 0.1 each, noisy top-2",
             {
-                "model.moe.router.learned_noise": True,
+                **NOISY,
                 "model.moe.balance.importance_loss_weight": 0.1,
                 "model.moe.balance.load_loss_weight": 0.1,
             },
@@ -183,9 +188,9 @@ STUDY = Study(
     measure=loads,
     expect=(
         Claim(
-            "Without balancing the fullest expert has three times the share that it has with the "
-            "importance and load losses, or more, in every seed.",
-            times("fullest_expert", "none", "importance_load_0.1", least=3.0),
+            "Under noisy top-2 without losses the fullest expert has three times the share that "
+            "it has with the importance and load losses, or more, in every seed.",
+            times("fullest_expert", "none_noisy", "importance_load_0.1", least=3.0),
             settles=COLLAPSE,
         ),
         Claim(
@@ -200,16 +205,21 @@ STUDY = Study(
             settles=COLLAPSE,
         ),
         Claim(
-            "Loss-free balancing at 1e-3 leaves a third or less of the held-out MaxVio that the "
-            "load-balance loss of 0.01 leaves, in every seed.",
-            times("heldout_violation", "switch_global_0.01", "loss_free_1e-3", least=3.0),
-        ),
-        Claim(
-            "Balancing costs no quality: none of the three ends above no balancing by more than "
-            "twice the noise, nor loss-free above the load-balance loss.",
+            "Loss-free balancing at 1e-3 leaves a held-out MaxVio below 0.1, and a third or less "
+            "of what the load-balance loss of 0.01 leaves, in every seed.",
             every(
                 [
-                    *(not_above(arm, "none") for arm in BALANCED),
+                    within("heldout_violation", "loss_free_1e-3", most=0.1),
+                    times("heldout_violation", "switch_global_0.01", "loss_free_1e-3", least=3.0),
+                ]
+            ),
+        ),
+        Claim(
+            "Balancing costs no quality: none of the three ends above the same without balancing "
+            "by more than the noise, nor loss-free above the load-balance loss.",
+            every(
+                [
+                    *(not_above(arm, other) for arm, other in UNBALANCED.items()),
                     not_above("loss_free_1e-3", "switch_global_0.01"),
                 ]
             ),
@@ -229,9 +239,9 @@ STUDY = Study(
             ),
         ),
         Claim(
-            "At weight 0.1 the loss over the batch ends below that over microbatches of an eighth "
-            "of it, sequences of one domain each, by more than twice the noise, and the domain "
-            "says twice as many bits of the expert, in every seed.",
+            "At weight 0.1 the loss over the batch ends below that over microbatches of it, "
+            "sequences of one domain each, by more than twice the noise, and the domain says "
+            "twice as many bits of the expert, in every seed.",
             every(
                 [
                     lower("switch_global_0.1", "switch_micro_0.1"),
@@ -242,7 +252,9 @@ STUDY = Study(
     ),
     notes="""\
 * 16 experts, 2 a token, gates that sum to 1, dropless; sequences are of one domain each.
-  A batch has 16 at `small`, a microbatch of the arms "micro" two.
+  A batch has 16 at `small`, a microbatch of the arms "micro" two; 256 and eight at `base`.
+* Qiu et al. also shuffle tokens among microbatches, which tells diversity from token count. There
+  is no such arm here: it would need a loss over tokens that are not on one device.
 * MaxVio and the coefficient of variation are of training batches in the second half of the run,
   "early" in the first quarter; held-out MaxVio is of the whole split. All are means over layers.
 * Domain information is the mutual information, in bits, of domain and expert of a held-out choice,

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from experiments.results import Results, measured
 from experiments.study import Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
-from experiments.verdict import Claim, Finding, every, in_every_seed, noise_floor, too_few
+from experiments.verdict import (
+    Claim,
+    Finding,
+    every,
+    in_every_seed,
+    noise_floor,
+    too_few_for_the_noise,
+)
 from moe_jax.analysis.leakage import compare_futures
 from moe_jax.training.saved import load_run
 
@@ -83,7 +90,7 @@ def rises(arm: str, measure: str, times: float) -> Callable[[Results], Finding]:
     def judge(results: Results) -> Finding:
         floor, by_seed = noise_floor(results), results.values(arm, measure)
         if math.isnan(floor):
-            return too_few(f"{results.baseline}, for the noise", 1)
+            return too_few_for_the_noise(results)
         what = f"{measure.replace('_', ' ')} of {arm}, bits/byte (noise {floor:.4f})"
         return in_every_seed(what, by_seed, least=times * floor)
 

@@ -1,11 +1,10 @@
 """Switch against dense: more experts at equal active FLOPs, and the steps that they save."""
 
-import statistics
-
 from experiments.results import LOSS, Results, measured
 from experiments.study import BPE_8K, BYTES, EMBEDDED_CORPUS, LARGE_CORPUS, Arm, Published, Study
 from experiments.verdict import (
     INCONCLUSIVE,
+    MIN_SEEDS,
     NOT_REPRODUCED,
     REPRODUCED,
     Claim,
@@ -28,11 +27,12 @@ def saves_steps(results: Results) -> Finding:
 
 
 def falls_with_experts(results: Results) -> Finding:
-    """Rank correlation of the number of experts and the mean loss."""
-    losses = [list(results.values(arm).values()) for arm in ORDERED]
-    if min(len(values) for values in losses) < 3:
-        return too_few("E = 1, 2, 4, 8", min(len(values) for values in losses))
-    rho = spearman([1, 2, 4, 8], [-statistics.fmean(values) for values in losses])
+    """Rank correlation of the number of experts and the mean loss over seeds that all have."""
+    losses = [results.values(arm) for arm in ORDERED]
+    seeds = set.intersection(*(set(values) for values in losses))
+    if len(seeds) < MIN_SEEDS:
+        return too_few("E = 1, 2, 4, 8", len(seeds))
+    rho = spearman([1, 2, 4, 8], [-sum(values[s] for s in seeds) for values in losses])
     verdict = REPRODUCED if rho >= 0.8 else NOT_REPRODUCED
     return Finding(verdict, f"Spearman correlation {rho:.2f}, at least 0.8 asked for")
 
@@ -176,5 +176,7 @@ STUDY = Study(
   Learning rates of 2e-3, 4e-3 and 8e-3 gave the dense arm mean training losses of 2.271, 2.201 and
   2.188 nats between steps 500 and 750 (the last one's lead had been 0.038 before step 250, and was
   shrinking), and `switch_8` 2.139 at 4e-3: the gap is five times what the better rate is worth.
-  The criterion was there before, and is unchanged.""",
+  The criterion was there before, and is unchanged. Since then the means of the third claim are of
+  the seeds that all four arms have: with the dense arm's five they favoured experts by 0.007 bits.
+  It was changed when two runs of Switch were finished.""",
 )
