@@ -6,6 +6,7 @@ are left out; they are tested by their properties.
 """
 
 import functools
+import itertools
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -186,11 +187,13 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
 
     logits_TE, probs_TE = np.zeros((T, E)), np.ones((T, E)) / E
     index_TK, gate_TK = np.zeros((T, K), int), np.full((T, K), config.router.scaling_factor)
+    unbiased_TK = np.zeros((T, K), int)
     if E > 1:
         for t in range(T):
             logits_TE[t], probs_TE[t], index_TK[t], gate_TK[t] = route_token(
                 x_TM[t], params["router"], K, config.router, bias_E
             )
+            unbiased_TK[t] = best_first(probs_TE[t], K)
 
     slots = capacity(group_size, E, K, factor, config.capacity)
     kept_TK = np.zeros((T, K), bool)
@@ -220,17 +223,25 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
             assigned_KE[k, index_TK[t, k]] += 1
             assigned_BE[t // length, index_TK[t, k]] += 1
             kept_KE[k, index_TK[t, k]] += kept_TK[t, k]
+    # Megatron's loss counts the best by the scores, whatever a bias or groups made of them.
+    by_scores = config.balance.load_balance_convention == "megatron"
+    balanced_TK = unbiased_TK if by_scores else index_TK
+    balanced_KE = np.zeros((K, E), int)
+    for t, k in itertools.product(real, range(K)):
+        balanced_KE[k, balanced_TK[t, k]] += 1
     loads = assigned_KE.sum(axis=0)
     scope = config.balance.load_balance_scope
     return SimpleNamespace(
         y_BLM=y_TM.reshape(x_BLM.shape),
         index_TK=index_TK,
+        balanced_TK=balanced_TK,
+        balanced_KE=balanced_KE,
         gate_TK=gate_TK,
         probs_TE=probs_TE,
         kept_TK=kept_TK,
         valid_T=valid_T,
         load_balance_loss=load_balance_loss(
-            index_TK,
+            balanced_TK,
             probs_TE,
             balance_units(scope, batch, length, group_size, valid_T),
             config.balance.load_balance_convention,
@@ -270,7 +281,7 @@ def dense_block(params, x_TM, config, fixed):
     """
     E, K, router = config.num_experts, config.num_selected_experts, config.router
     convention = config.balance.load_balance_convention
-    chosen_TKE, kept_TK, valid_T, unit_UT = fixed
+    chosen_TKE, balanced_TKE, kept_TK, valid_T, unit_UT = fixed
 
     logits_TE = x_TM @ params["router"] if E > 1 else jnp.zeros((len(x_TM), 1), x_TM.dtype)
     exp_TE = jnp.exp(logits_TE)
@@ -308,7 +319,7 @@ def dense_block(params, x_TM, config, fixed):
         y_TM += scale * ffn(shared) * valid_T[:, None]
 
     total = jnp.maximum(valid_T.sum(), 1)
-    counted_TE = chosen_TKE[:, 0] if convention == "switch" else chosen_TKE.sum(1)
+    counted_TE = balanced_TKE[:, 0] if convention == "switch" else balanced_TKE.sum(1)
     divisor_U1 = jnp.maximum(unit_UT.sum(1), 1)[:, None] * (K if convention == "megatron" else 1)
     # Mean share times mean probability, times the weight of the unit, which is its size / total.
     balance = E * ((unit_UT @ counted_TE) / divisor_U1 * (unit_UT @ probs_TE)).sum() / total
@@ -323,8 +334,10 @@ def decisions(decided, config, batch, length):
     unit_UT = np.zeros((len(units), batch * length))
     for row, unit in zip(unit_UT, units, strict=True):
         row[unit] = 1
-    chosen_TKE = np.eye(config.num_experts)[decided.index_TK]
-    return chosen_TKE, decided.kept_TK.astype(float), decided.valid_T.astype(float), unit_UT
+    one_hot = np.eye(config.num_experts)
+    chosen_TKE, balanced_TKE = one_hot[decided.index_TK], one_hot[decided.balanced_TK]
+    kept_TK, valid_T = decided.kept_TK.astype(float), decided.valid_T.astype(float)
+    return chosen_TKE, balanced_TKE, kept_TK, valid_T, unit_UT
 
 
 @functools.partial(jax.jit, static_argnames="config")

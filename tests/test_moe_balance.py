@@ -195,6 +195,33 @@ def test_choices_that_do_not_count_are_in_no_statistic():
     np.testing.assert_allclose(aux.max_violation, 2 / 1 - 1, rtol=FLOAT32)
 
 
+@pytest.mark.parametrize(
+    ("router", "bias", "made"),
+    [
+        ({"score": "sigmoid"}, [0, 0, 0.9, 0.9], [[0, 0, 3, 0], [0, 0, 0, 3]]),
+        ({"num_expert_groups": 2, "num_selected_groups": 1, "group_score": "top2_sum"}, None,
+         [[1, 0, 2, 0], [0, 1, 0, 2]]),
+    ],
+)  # fmt: skip
+def test_megatrons_loss_counts_the_best_scores_whatever_bias_and_groups_select(router, bias, made):
+    """Experts 0 and 1 score best with one token of three, 0 and 2 with the others."""
+    logits = np.log(np.array([[0.5, 0.3, 0.12, 0.08], [0.4, 0.05, 0.3, 0.25]], np.float32))
+    x = logits[[0, 1, 1]][None]
+    bias = None if bias is None else jnp.array(bias)
+    for convention, counted in (("megatron", [[3, 0, 0, 0], [0, 1, 2, 0]]), ("flaxformer", made)):
+        settings = BalanceConfig(load_balance_convention=convention, load_balance_scope="sequence")
+        config = MoEConfig(
+            num_experts=4, num_selected_experts=2, expert_dim=1, dispatch="einsum",
+            router=RouterConfig(**router), balance=settings,
+        )  # fmt: skip
+        params = {n: jnp.zeros(s.shape) for n, s in moe_specs(config, 4).items()}
+        aux = moe_block(params | {"router": jnp.eye(4)}, x, config, bias_E=bias)[1]
+        assert aux.assigned_KE.tolist() == made and aux.balanced_KE.tolist() == counted
+        share = np.sum(counted, axis=0) / (6 if convention == "megatron" else 3)
+        expected = 4 * share @ np.asarray(aux.mean_prob_E)
+        np.testing.assert_allclose(aux.load_balance_loss, expected, rtol=FLOAT32)
+
+
 def test_importance_loss_is_the_squared_variation_of_the_gates():
     # Gates by expert .5 + 0, .3 + .6, .1 of three experts; the third token is padding.
     routing = Routing(

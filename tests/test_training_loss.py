@@ -164,7 +164,7 @@ def test_a_uniform_router_costs_the_weight_times_1():
 def made_up_aux(assigned_XKE, prob_XE):
     """What layers would say of four tokens."""
     said = dict.fromkeys(MoEAux._fields, jnp.zeros(len(prob_XE)))
-    said["assigned_KE"], said["mean_prob_E"] = jnp.array(assigned_XKE), jnp.array(prob_XE)
+    said["balanced_KE"], said["mean_prob_E"] = jnp.array(assigned_XKE), jnp.array(prob_XE)
     return MoEAux(**said | {"num_tokens": jnp.full(len(prob_XE), 4)})
 
 

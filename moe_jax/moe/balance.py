@@ -17,12 +17,15 @@ def load_balance_loss(
     Counts are taken before any drop and carry no gradient.
 
     Args:
-      assigned_UKE: counts, how many tokens of a unit have expert e as their choice k.
+      assigned_UKE: counts, how many tokens of a unit have expert e as their choice k, of the
+        choices that `statistics.balanced_choices` names.
       prob_sum_UE: float32, sum of the full router distribution over the valid tokens of a unit.
       tokens_U: valid tokens of a unit.
       convention: what f_e is, and so the value at uniform routing:
         "megatron": all choices over their number, K * tokens where tokens do not differ in how many
-          they make: 1 for every K (also OLMo-core, and ours);
+          they make: 1 for every K (ours). Beside a selection bias or groups these are the K best by
+          the scores alone (DeepSeek-V3's sequence-wise loss, arXiv:2412.19437; Megatron-LM's
+          `compute_routing_scores_for_aux_loss`), where OLMo-core counts the choices made;
         "switch": first choices over tokens: 1 (Mesh TensorFlow, GShard, V-MoE);
         "flaxformer": all K choices over tokens: K (also MaxText);
         "huggingface": as flaxformer, K. There f and P are means over all layers before they are

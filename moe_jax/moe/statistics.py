@@ -29,6 +29,7 @@ class MoEAux(NamedTuple):
         not count (`Routing.chosen_GSK`) are left out. Soft MoE has one choice: the expert of the
         most combine weight.
       kept_KE: int32, the same after drops.
+      balanced_KE: int32, what the load-balance loss counts, see `balanced_choices`.
       assigned_BE: int32, choices of expert e in each sequence, before drops: what statistics by
         domain are made of; None where it was not kept.
       mean_prob_E: float32, mean of the full router distribution; of Soft MoE, the mean combine
@@ -51,6 +52,7 @@ class MoEAux(NamedTuple):
     predictor_loss: jax.Array
     assigned_KE: jax.Array
     kept_KE: jax.Array
+    balanced_KE: jax.Array
     assigned_BE: jax.Array | None
     mean_prob_E: jax.Array
     num_tokens: jax.Array
@@ -78,11 +80,12 @@ def describe(
 
     choice_GSKE = jax.nn.one_hot(routing.expert_index_GSK, num_experts, dtype=jnp.int32)
     kept_KE = jnp.sum(choice_GSKE * kept_GSK[..., None], axis=(0, 1))
-    assigned_GSKE = choice_GSKE * valid_GS[..., None, None]
-    if routing.chosen_GSK is not None:
-        assigned_GSKE *= routing.chosen_GSK[..., None]
+    assigned_GSKE = choices_that_count(routing.expert_index_GSK, routing, valid_GS)
     assigned_BKE = jnp.sum(assigned_GSKE.reshape(batch, length, -1, num_experts), axis=1)
     assigned_KE = jnp.sum(assigned_BKE, axis=0)
+    balanced_GSKE = choices_that_count(balanced_choices(routing, config), routing, valid_GS)
+    balanced_BKE = jnp.sum(balanced_GSKE.reshape(batch, length, -1, num_experts), axis=1)
+    balanced_KE = jnp.sum(balanced_BKE, axis=0)
 
     probs_BLE = routing.probs_GSE.astype(jnp.float32).reshape(batch, length, num_experts)
     entropy = jnp.sum(balance.entropy(probs_BLE) * valid_BL) / safe_tokens
@@ -90,12 +93,12 @@ def describe(
     prob_sum_BE = jnp.sum(probs_BLE * valid_BL1, axis=1)
     scope = config.balance.load_balance_scope
     if scope == "sequence":
-        units = (assigned_BKE, prob_sum_BE, jnp.sum(valid_BL, axis=1))
+        units = (balanced_BKE, prob_sum_BE, jnp.sum(valid_BL, axis=1))
     elif scope == "group":
         prob_sum_GE = jnp.sum((probs_BLE * valid_BL1).reshape(*valid_GS.shape, -1), axis=1)
-        units = (jnp.sum(assigned_GSKE, axis=1), prob_sum_GE, jnp.sum(valid_GS, axis=1))
+        units = (jnp.sum(balanced_GSKE, axis=1), prob_sum_GE, jnp.sum(valid_GS, axis=1))
     else:
-        units = (assigned_KE[None], jnp.sum(prob_sum_BE, axis=0)[None], num_tokens[None])
+        units = (balanced_KE[None], jnp.sum(prob_sum_BE, axis=0)[None], num_tokens[None])
 
     zero, nats_GS = jnp.zeros((), jnp.float32), routing.predictor_nats_GS
     weights = (config.balance.importance_loss_weight, config.balance.load_loss_weight)
@@ -107,6 +110,7 @@ def describe(
         predictor_loss=zero if nats_GS is None else jnp.sum(nats_GS * valid_GS) / safe_tokens,
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
+        balanced_KE=balanced_KE,
         assigned_BE=jnp.sum(assigned_BKE, axis=1),
         mean_prob_E=jnp.sum(prob_sum_BE, axis=0) / safe_tokens,
         num_tokens=num_tokens,
@@ -117,6 +121,28 @@ def describe(
         max_violation=balance.max_violation(jnp.sum(assigned_KE, axis=0)),
         dropped_fraction_K=dropped_fraction(assigned_KE, kept_KE),
     )
+
+
+def choices_that_count(index_GSK: jax.Array, routing: Routing, valid_GS: jax.Array) -> jax.Array:
+    """One-hot choices, int32 [G, S, K, E], 0 for padding and where a choice does not count."""
+    choice_GSKE = jax.nn.one_hot(index_GSK, routing.probs_GSE.shape[-1], dtype=jnp.int32)
+    choice_GSKE *= valid_GS[..., None, None]
+    if routing.chosen_GSK is not None:
+        choice_GSKE *= routing.chosen_GSK[..., None]
+    return choice_GSKE
+
+
+def balanced_choices(routing: Routing, config: MoEConfig) -> jax.Array:
+    """The choices that the load-balance loss counts, int32 [G, S, K].
+
+    They are those that were made, but in convention "megatron": there, beside a selection bias or a
+    limit to groups of experts, the K best by the scores alone, so that the loss goes by what its
+    gradient can change. Where not all K of a token count, as many of these do.
+    """
+    by_scores = config.balance.load_balance_convention == "megatron"
+    if by_scores and routing.unbiased_GSK is not None:
+        return routing.unbiased_GSK
+    return routing.expert_index_GSK
 
 
 def dropped_fraction(assigned_KE: jax.Array, kept_KE: jax.Array) -> jax.Array:
@@ -148,6 +174,7 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
         return jnp.sum(values * weight.reshape(weight.shape + trailing), axis=0)
 
     assigned_KE, kept_KE = jnp.sum(parts.assigned_KE, axis=0), jnp.sum(parts.kept_KE, axis=0)
+    balanced_KE = jnp.sum(parts.balanced_KE, axis=0)
     whole = MoEAux(
         load_balance_loss=mean(parts.load_balance_loss),
         router_z_loss=mean(parts.router_z_loss),
@@ -156,6 +183,7 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
         predictor_loss=mean(parts.predictor_loss),
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
+        balanced_KE=balanced_KE,
         assigned_BE=None,
         mean_prob_E=mean(parts.mean_prob_E),
         num_tokens=total,
@@ -168,6 +196,6 @@ def merge_aux(parts: MoEAux, config: MoEConfig) -> MoEAux:
     if config.balance.load_balance_scope != "global":
         return whole
     convention = config.balance.load_balance_convention
-    load_E = balance.load_share(assigned_KE, total, convention)
+    load_E = balance.load_share(balanced_KE, total, convention)
     loss = config.num_options * jnp.sum(load_E * whole.mean_prob_E, axis=-1)
     return whole._replace(load_balance_loss=loss)

@@ -143,7 +143,7 @@ def load_balance(aux: MoEAux, config: ModelConfig, totals: Totals) -> jax.Array:
     load_XE = totals.load_XE
     if load_XE is None:
         tokens_X = aux.num_tokens
-        load_XE = balance.load_share(aux.assigned_KE, tokens_X, settings.load_balance_convention)
+        load_XE = balance.load_share(aux.balanced_KE, tokens_X, settings.load_balance_convention)
     prob_XE = aux.mean_prob_E
     if pooled:
         load_XE, prob_XE = jnp.mean(load_XE, axis=0), jnp.mean(prob_XE, axis=0)

@@ -135,7 +135,7 @@ def gradient(
 def whole_load(
     state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: ModelConfig
 ) -> jax.Array:
-    """Every expert's share in the choices of the whole batch, float32 [X, E].
+    """Every expert's share in what the load-balance loss counts of the whole batch, float32 [X, E].
 
     The gradient of the global load-balance loss needs it before the first backward pass, so that
     accumulation in scope "global" runs the layers forward once more.
@@ -148,8 +148,8 @@ def whole_load(
             state.params, part, totals, model, router_bias_XE=bias_XE, rng=key, step=state.step
         )
         assert said.aux is not None
-        return carry, (said.aux.assigned_KE, said.aux.num_tokens)
+        return carry, (said.aux.balanced_KE, said.aux.num_tokens)
 
-    _, (assigned, tokens) = jax.lax.scan(counts, None, (parts, keys))
+    _, (balanced, tokens) = jax.lax.scan(counts, None, (parts, keys))
     convention = model.moe.balance.load_balance_convention
-    return balance.load_share(jnp.sum(assigned, axis=0), jnp.sum(tokens, axis=0), convention)
+    return balance.load_share(jnp.sum(balanced, axis=0), jnp.sum(tokens, axis=0), convention)

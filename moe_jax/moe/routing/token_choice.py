@@ -28,6 +28,8 @@ class Routing(NamedTuple):
       noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
       predictor_nats_GS: >= 0, how badly the predictor of expert choice knew a token's experts; None
         without one, and in evaluation.
+      unbiased_GSK: int32, the K best by the scores alone, where a selection bias or a limit to
+        groups of experts is in the choices; None where it is not.
     """
 
     logits_GSE: jax.Array
@@ -38,6 +40,7 @@ class Routing(NamedTuple):
     clean_GSE: jax.Array | None = None
     noise_std_GSE: jax.Array | None = None
     predictor_nats_GS: jax.Array | None = None
+    unbiased_GSK: jax.Array | None = None
 
 
 class Replay(NamedTuple):
@@ -122,9 +125,13 @@ def route(
     gate_GSK, chosen_GSK = gates(
         logits_GSE, scores_GSE, probs_GSE, expert_index_GSK, config, rng, replayed_GSK
     )
+    unbiased_GSK = None
+    if bias_E is not None or config.num_selected_groups < config.num_expert_groups:
+        unbiased_GSK = top_k(jax.lax.stop_gradient(logits_GSE), num_selected)[1]
     return Routing(
-        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE
-    )
+        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE,
+        unbiased_GSK=unbiased_GSK,
+    )  # fmt: skip
 
 
 def select_experts(
