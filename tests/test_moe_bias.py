@@ -147,7 +147,7 @@ def test_quantile_is_the_order_statistic_up_to_a_bin():
 
 def test_quantiles_balance_a_router_that_prefers_one_expert():
     scores = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
-    scores = np.asarray(jax.nn.softmax(scores + np.linspace(0, 3, 8, dtype=np.float32)))
+    scores = np.asarray(jax.nn.sigmoid(scores + np.linspace(0, 3, 8, dtype=np.float32)))
     bias, violations = jnp.zeros(8), []
     for _ in range(12):
         violations.append(float(max_violation(jnp.asarray(select(scores, bias, 2)))))
@@ -156,12 +156,11 @@ def test_quantiles_balance_a_router_that_prefers_one_expert():
     assert violations[0] > 1.5 and violations[1] < 0.6 and violations[-1] < 0.1
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_parts_of_a_batch_count_what_the_whole_counts(score):
+def test_parts_of_a_batch_count_what_the_whole_counts():
     """Over microbatches, and over groups: what moves the bias is a sum over tokens."""
     config = MoEConfig(
         num_experts=4, num_selected_experts=2, expert_dim=3, dispatch="einsum",
-        router=RouterConfig(score=score),
+        router=RouterConfig(score="sigmoid"),
         balance=BalanceConfig(bias_update="quantile", bias_update_rate=1.0),
     )  # fmt: skip
     random = np.random.default_rng(0)

@@ -112,6 +112,7 @@ def test_a_step_in_microbatches_is_the_same_step():
     for num_microbatches in (1, 4):
         config, state = make(
             all_balance(bias_update="quantile", bias_update_rate=0.5),
+            moe={"router": {"score": "sigmoid"}},
             training={"num_microbatches": num_microbatches},
             optimizer={"epsilon": 1.0},
         )

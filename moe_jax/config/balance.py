@@ -125,12 +125,12 @@ def check_balance(moe: "MoEConfig") -> None:
         "Lower num_selected_experts, or set balance.bias_update_rate=0: all are selected",
     )
     require(
-        router.num_selected_groups == router.num_expert_groups
-        and (router.score == "sigmoid" or router.score_before_topk),
-        "balance.bias_update='quantile' counts scores between 0 and 1 of all experts",
-        f"router.score={router.score!r}, score_before_topk={router.score_before_topk}, "
-        f"num_expert_groups={router.num_expert_groups}",
-        "Use router.score='sigmoid', or 'softmax' with score_before_topk=True, without groups",
+        router.num_selected_groups == router.num_expert_groups and router.score == "sigmoid",
+        "balance.bias_update='quantile' counts scores of all experts in a thousand bins between 0 "
+        "and 1, too coarse for a softmax over many",
+        f"router.score={router.score!r}, num_selected_groups={router.num_selected_groups} of "
+        f"{router.num_expert_groups}",
+        "Use router.score='sigmoid' without groups, or another balance.bias_update",
     )
 
 

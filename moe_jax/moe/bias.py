@@ -84,7 +84,8 @@ def count_needed_biases(
     the (K + 1)-th largest sum of score and bias: it needs a bias of that minus the score.
 
     Args:
-      scores_GSE: in [0, 1].
+      scores_GSE: sigmoids, in [0, 1]. Scores of a softmax over many experts would differ by less
+        than a bin.
       bias_E: float32, the bias in use.
       num_selected: K < E.
       valid_GS: bool, False for padding, which is not counted.
