@@ -201,7 +201,7 @@ STUDY = Study(
         ),
     ),
     baseline="dense",
-    measures=("moved", "teacher_forced", "prefix_by_prefix", "other_future"),
+    measures=("moved", "teacher_forced", "prefix_rise", "other_rise"),
     measure=futures,
     expect=(
         Claim(
@@ -233,9 +233,9 @@ STUDY = Study(
   which is a routing group of its own. Prefix by prefix: what comes after is padding, which is not
   routed; an expert has the slots of the whole sequence all the same, so nothing is lost to a
   smaller capacity. Expert choice then takes more experts a token at the start of a text than in
-  training, which is a change of its own; the column "other future" leaves loads as they are and
+  training, which is a change of its own; the column "other rise" leaves loads as they are and
   puts the continuation of another text in place: what is lost there is what the right
-  continuation gave away. The last claim is of it. It was added before the first run, when a smoke
+  continuation gave away. Rises are to the teacher-forced loss of the same checkpoint. The last claim is of it. It was added before the first run, when a smoke
   run had shown the loss of untrained models to fall without a future, for the fewer tokens that
   compete.
 * "moved" is the largest change of a logit, in nats, at any place before the exchanged tokens.
