@@ -235,9 +235,9 @@ STUDY = Study(
   smaller capacity. Expert choice then takes more experts a token at the start of a text than in
   training, which is a change of its own; the column "other rise" leaves loads as they are and
   puts the continuation of another text in place: what is lost there is what the right
-  continuation gave away. Rises are to the teacher-forced loss of the same checkpoint. The last claim is of it. It was added before the first run, when a smoke
-  run had shown the loss of untrained models to fall without a future, for the fewer tokens that
-  compete.
+  continuation gave away. Rises are to the teacher-forced loss of the same checkpoint. The last
+  claim is of the second. It was added before the first run, when a smoke run had shown the loss of
+  untrained models to fall without a future, for the fewer tokens that compete.
 * "moved" is the largest change of a logit, in nats, at any place before the exchanged tokens.
 * The column bits per byte is dropless, as in every study; the scheme as trained is
   "teacher forced", on its sample.
