@@ -178,7 +178,7 @@ STUDY = Study(
   shrinking), and `switch_8` 2.139 at 4e-3: the gap is five times what the better rate is worth.
   The criterion was there before, and is unchanged. Since then the means of the third claim are of
   the seeds that all four arms have: with the dense arm's five they favoured experts by 0.007 bits.
-  It was changed when two runs of Switch were finished.
+  It was changed when the Switch runs of seed 0 were finished.
 * After the run: the first claim fails in one seed of three. The dense run of seed 2 ended lowest of
   the five, and eight experts reached its loss after 1,900 of 2,400 steps. The other two claims
   hold, and 16 experts end lowest. Longer runs, in which the pilot's gap grew, were not tried.""",
