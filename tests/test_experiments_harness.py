@@ -403,10 +403,10 @@ def test_pages_in_the_repository_are_those_of_their_results(tmp_path):
 
 
 def test_a_study_without_its_corpus_says_how_to_make_it(tmp_path, capsys):
-    arguments = ["switch_against_dense", f"--corpus={tmp_path}", f"--runs={tmp_path}"]
+    arguments = ["capacity_factors", f"--corpus={tmp_path}", f"--runs={tmp_path}"]
     assert run.main(arguments) == 1
     said = capsys.readouterr()
-    assert "| switch_8 | equal |" in said.out  # the table comes before anything runs
+    assert "| top1_1.0 | experts: 1.0 |" in said.out  # the table comes before anything runs
     assert "Run `python -m moe_jax.data.build --out=" in said.err
     (tmp_path / "one.jsonl").touch()
     assert run.main([*arguments, "--size=base"]) == 1

@@ -83,7 +83,7 @@ def test_what_a_run_writes(finished):
     report = (finished / "report" / "report.md").read_text()
     figures = re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", report)
     assert figures and all((finished / "report" / name).stat().st_size > 0 for name in figures)
-    assert f"{said['dropless']['bits_per_byte']:.3f}" in report
+    assert f"{said['dropless']['bits_per_byte']:.4f}" in report
 
     record = json.loads((finished / RUN_FILE).read_text())
     state = load_run(finished)[1]
