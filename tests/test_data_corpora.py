@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.data import corpora
+from moe_jax.data.documents import Document, split_of
 
 EMBEDDED_DOMAINS = ("prose", "drama", "folio1623", "speech", "python", "multilingual")
 
@@ -67,7 +68,7 @@ def test_nothing_is_heldout_at_fraction_zero():
 
 @given(text=st.text(min_size=1), fraction=st.floats(0, 0.99))
 def test_a_tail_and_its_head_are_the_document(text, fraction):
-    document = corpora.Document("domain", "id", text, "id")
+    document = Document("domain", "id", text, "id")
     parts = list(corpora._split_tail(document, fraction))
     assert "".join(part.text for _, part in parts) == text
     assert [split for split, _ in parts] in (["train"], ["heldout"], ["train", "heldout"])
@@ -76,8 +77,8 @@ def test_a_tail_and_its_head_are_the_document(text, fraction):
 @given(group=st.text(), low=st.floats(0, 1), high=st.floats(0, 1))
 def test_what_is_heldout_stays_heldout_at_a_larger_fraction(group, low, high):
     low, high = sorted((low, high))
-    if corpora.split_of(group, low) == "heldout":
-        assert corpora.split_of(group, high) == "heldout"
+    if split_of(group, low) == "heldout":
+        assert split_of(group, high) == "heldout"
 
 
 def test_translations_of_one_page_fall_on_one_side_of_the_split(jsonl_directory):

@@ -14,6 +14,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from moe_jax.config import DataConfig
 from moe_jax.data import corpora, pipeline, tfds_text
+from moe_jax.data.documents import SPLITS
 
 
 class TalesWithoutSplit(tfds.core.GeneratorBasedBuilder):
@@ -86,7 +87,7 @@ def test_all_splits_and_texts_are_read_from_every_format(tales, file_format):
     corpus = corpora.open_corpus(f"tfds:{tales[file_format]}")
     assert corpus.domains() == ("tales",)
     documents = list(corpus.documents("tales", 0.5))
-    texts = {split: set() for split in corpora.SPLITS}
+    texts = {split: set() for split in SPLITS}
     for split, document in documents:
         texts[split].add(document.text)
     assert texts["train"] == {f"train tale \u00e9 {i}" for i in range(80)}

@@ -1,11 +1,12 @@
 """Corpora, tokenizers, objectives, and the batches that are made of them.
 
-The way of a text: a document of a corpus (`corpora`) is encoded (`tokenizers`) into token files
-(`token_files`), read back in windows (`windows`), turned into examples (`objectives`), mixed and
-batched (`pipeline`).
+The way of a text: a document (`documents`) of a corpus (`corpora`) is encoded (`tokenizers`) into
+token files (`token_files`), read back in windows (`windows`), turned into examples (`objectives`),
+mixed and batched (`pipeline`).
 """
 
-from moe_jax.data.corpora import Corpus, Document, open_corpus
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.documents import Corpus, Document
 from moe_jax.data.objectives import OBJECTIVES, Example, RawWindow
 from moe_jax.data.pipeline import domain_names, heldout_batches, train_batches
 from moe_jax.data.token_files import TokenFiles, prepare_token_files

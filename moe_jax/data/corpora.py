@@ -1,4 +1,4 @@
-"""Documents by domain, and which of them are held out.
+"""Corpora by name: the embedded one, those in jsonl files, and those of TFDS.
 
 A corpus is named by one string:
 
@@ -7,7 +7,6 @@ A corpus is named by one string:
 * `tfds:NAME`: a prepared TFDS text dataset (`tfds_text.py`), one domain.
 """
 
-import abc
 import dataclasses
 import functools
 import hashlib
@@ -16,59 +15,9 @@ import lzma
 import pathlib
 from collections.abc import Iterator
 
-TRAIN = "train"
-HELDOUT = "heldout"
-SPLITS = (TRAIN, HELDOUT)
+from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, Document, hash_unit_interval, split_of
 
 _EMBEDDED_FILE = pathlib.Path(__file__).parent / "embedded.jsonl.xz"
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text with its name.
-
-    Attributes:
-        domain: name of the domain, usable as a file name.
-        id: unique within the domain.
-        text: not empty.
-        group: documents of one group (translations of a page, editions of a play) fall on the
-            same side of the held-out split. The document's own id when it stands alone.
-    """
-
-    domain: str
-    id: str
-    text: str
-    group: str
-
-
-class Corpus(abc.ABC):
-    """Documents by domain, each assigned to `train` or `heldout`.
-
-    Attributes:
-        name: the string that `open_corpus` turns into this corpus.
-    """
-
-    name: str
-
-    @abc.abstractmethod
-    def domains(self) -> tuple[str, ...]:
-        """Names of the domains; a domain's id is its index here."""
-
-    @abc.abstractmethod
-    def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
-        """Yields (split, document) in an order that depends on nothing but the corpus.
-
-        Args:
-            domain: one of `domains()`.
-            heldout_fraction: share of the text to hold out, in [0, 1).
-
-        Yields:
-            `train` or `heldout`, and the document.
-        """
-
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """Hexadecimal sha256 that changes whenever the documents do."""
 
 
 class EmbeddedCorpus(Corpus):
@@ -186,7 +135,7 @@ def open_corpus(name: str) -> Corpus:
     if kind == "jsonl" and argument:
         return JsonlCorpus(argument)
     if kind == "tfds" and argument:
-        # TFDS takes half a second to import, and most runs do without it.
+        # Most runs do without TFDS, so that it is imported only here.
         from moe_jax.data.tfds_text import TfdsTextCorpus
 
         return TfdsTextCorpus(argument)
@@ -196,29 +145,12 @@ def open_corpus(name: str) -> Corpus:
     )
 
 
-def split_of(group: str, heldout_fraction: float) -> str:
-    """Assigns a group of documents to a split, by hash alone.
-
-    Args:
-        group: name of the group (a document's id when it stands alone).
-        heldout_fraction: in [0, 1); expected share of the groups that is held out.
-
-    Returns:
-        `train` or `heldout`.
-    """
-    return HELDOUT if _hash_unit_interval(group) < heldout_fraction else TRAIN
-
-
-def _hash_unit_interval(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
 def _heldout_ids(documents: tuple[Document, ...], heldout_fraction: float) -> frozenset[str]:
     """Ids of the documents that, in order of their hash, fit into the held-out budget."""
     sizes = {document.id: len(document.text.encode()) for document in documents}
     budget = heldout_fraction * sum(sizes.values())
     chosen = set()
-    for id_ in sorted(sizes, key=_hash_unit_interval):
+    for id_ in sorted(sizes, key=hash_unit_interval):
         if sizes[id_] <= budget:
             budget -= sizes[id_]
             chosen.add(id_)

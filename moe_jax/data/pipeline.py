@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpora import HELDOUT, TRAIN, open_corpus
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.documents import HELDOUT, TRAIN
 from moe_jax.data.objectives import Example, get_objective
 from moe_jax.data.token_files import TokenFiles, prepare_token_files
 from moe_jax.data.tokenizers import open_tokenizer

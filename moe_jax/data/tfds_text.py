@@ -19,7 +19,7 @@ from typing import Any
 import grain
 import tensorflow_datasets as tfds
 
-from moe_jax.data.corpora import HELDOUT, TRAIN, Corpus, Document, split_of
+from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, Document, split_of
 
 # Names that builders give the main text, the first that is present is read.
 TEXT_FEATURES = ("text", "book_text", "passage", "article", "document", "content")

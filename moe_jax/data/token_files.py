@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moe_jax.data.corpora import SPLITS, Corpus
+from moe_jax.data.documents import SPLITS, Corpus
 from moe_jax.data.tokenizers import Tokenizer
 
 FORMAT_VERSION = 1

@@ -15,7 +15,8 @@ import sentencepiece
 from absl import app, flags, logging
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpora import HELDOUT, TRAIN, Corpus, open_corpus
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.documents import HELDOUT, TRAIN, Corpus
 from moe_jax.data.tokenizers import SentencePieceTokenizer
 
 # 256 bytes, pad, bos, eos, unk, newline and tab; above it at least some merges.
