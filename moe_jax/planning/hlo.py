@@ -3,6 +3,10 @@
 `cost_analysis()` of a compiled program counts the body of a loop once, knows nothing of custom
 calls and leaves the interconnect out. `read_program` multiplies loops out, and says what it does
 not know.
+
+Its difference between programs of one and of two layers is no layer's share. The compiler unrolls
+the loop of one layer, and the loop of two counts as one layer. Programs without the loop can have
+other collectives and fewer FLOPs than the one that runs.
 """
 
 import dataclasses

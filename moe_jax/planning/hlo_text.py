@@ -1,4 +1,8 @@
-"""The text of a compiled HLO module as data: computations, instructions, arrays; no counting."""
+"""The text of a compiled HLO module as data: computations, instructions, arrays; no counting.
+
+jaxlib's own objects (`runtime_executable().hlo_modules()`) do not replace it. Their instructions
+have a name, an opcode and operands, but no shape, no attributes and no computations that they call.
+"""
 
 import dataclasses
 import functools
