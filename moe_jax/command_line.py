@@ -1,5 +1,6 @@
 """What the commands share: quiet logs, errors of the user as one message, several processes."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -7,13 +8,13 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
-from moe_jax.config import MeshConfig
-from moe_jax.config.convert import build
+from moe_jax.config import MeshConfig, build
 from moe_jax.parallel import processes
 from moe_jax.training.checkpoints import DamagedCheckpointError
 
 # What a user can put right, by another setting, file or directory.
 USER_ERRORS = (ValueError, FloatingPointError, OSError, DamagedCheckpointError)
+KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
 
 
 def run(
@@ -102,6 +103,14 @@ def start_processes(saves_on_sigterm: bool) -> None:
     )
 
 
+def define_trust_flag() -> None:
+    """Defines --trust, for a run whose config names parts outside the library."""
+    flags.DEFINE_boolean(
+        "trust", False,
+        "Import the modules that the run's config names for parts of its own: they run code.",
+    )  # fmt: skip
+
+
 def define_mesh_flag() -> None:
     """Defines --mesh, for a trained model; training has config.mesh."""
     flags.DEFINE_string(
@@ -140,11 +149,25 @@ def mesh_of_flag() -> MeshConfig | None:
 
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags; what is wrong with one ends the process with a message and exit code 1."""
+    kinds = [arg for arg in argv if re.match(r"--?config\.[\w.]*\bkind\b", arg)]
+    if kinds:
+        sys.exit(f"error: {KIND_OF_A_FLAG}: {kinds[0]}. Change the config file, or write a preset.")
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
         # Where a config file raised an error, its traceback is in between.
         lines = str(error).splitlines()
-        sys.exit("error: " + " ".join([lines[0], *lines[1:][-1:]]))
-    except AttributeError as error:  # of a field that is not there, in --config.FIELD
-        sys.exit(f"error: unknown setting in --config or --config.FIELD: {error}")
+        message = " ".join([lines[0], *lines[1:][-1:]])
+        if "as a ConfigDict:" in message:
+            message = f"{KIND_OF_A_FLAG}: {message}"
+        sys.exit(f"error: {message}")
+    except (AttributeError, KeyError) as error:  # --config.FIELD or --config.SECTION.FIELD
+        sys.exit(f"error: unknown setting in --config or --config.FIELD: {unknown_name(error)}")
+    except ValueError as error:  # a field of a part that is None
+        sys.exit(f"error: {KIND_OF_A_FLAG}: {error}")
+
+
+def unknown_name(error: Exception) -> str:
+    """The name that a `ConfigDict` does not have, and the nearest that it has."""
+    found = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error))
+    return f"{found[2]!r}. Did you mean {found[1]!r}?" if found else str(error)

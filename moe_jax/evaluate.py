@@ -39,10 +39,10 @@ def table(said: dict[str, Any]) -> str:
 def main() -> None:
     """Loads the newest checkpoint and evaluates it."""
     workdir = pathlib.Path(flags.FLAGS.workdir)
-    config, state = load_run(workdir, command_line.mesh_of_flag())
+    config, state = load_run(workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust)
     said = evaluate(
         state.params,
-        state.router_bias_XE,
+        state.model_state,
         config,
         mesh=make_mesh(config.mesh),
         max_batches=flags.FLAGS.batches or None,
@@ -60,5 +60,6 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
+    command_line.define_trust_flag()
     flags.DEFINE_integer("batches", 0, "Held-out batches to use; 0: all.", lower_bound=0)
     command_line.run(main, required=("workdir",), several_processes=True)

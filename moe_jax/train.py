@@ -1,27 +1,80 @@
 """Trains a model: `python -m moe_jax.train --config=configs/quickstart.py --workdir=DIR`.
 
 The same command again goes on where the run was stopped. Any setting can be overridden:
-`--config.model.moe.num_experts=16`. Presets follow a colon: `--config=configs/quickstart.py:smoke`.
+`--config.model.parts.moe.num_experts=16`. Presets follow a colon:
+`--config=configs/quickstart.py:smoke`.
 """
 
+import pathlib
 import shlex
 import sys
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from moe_jax import command_line
-from moe_jax.config import from_config_dict
+from moe_jax.analysis.report import write_report
+from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.inference import continue_text
+from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
+from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.loop import train
+from moe_jax.training.metrics import write_atomically
+from moe_jax.training.saved import load_run
 from moe_jax.training.signals import Interrupted
+
+
+def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains, then writes a sample and the report.
+
+    Args:
+      config: of the run.
+      workdir: its directory; beside what `training.loop.train` writes, `sample.txt` and `report/`.
+
+    Returns:
+      The last evaluation.
+    """
+    workdir = pathlib.Path(workdir)
+    if jax.process_index() == 0:
+        print(summary(config.model, config.data.sequence_length), flush=True)
+    said = train(config, workdir, facts_of(config))
+    if config.training.sample_prompt:
+        write_sample(config, workdir)
+    if jax.process_index() == 0:
+        print(f"report: {write_report(workdir)}", flush=True)
+    return said
+
+
+def facts_of(config: ExperimentConfig) -> dict[str, Any]:
+    """What is known of a run before it starts: parameters, FLOPs, the peak of a device."""
+    length = config.data.sequence_length
+    parameters, flops = count_parameters(config.model, length), count_flops(config.model, length)
+    return {
+        "parameters": {"total": parameters.total, "active": parameters.active},
+        "forward_flops_per_token": {"model": flops.model, "computed": flops.computed},
+        "peak_flops": peak_flops(),
+    }
+
+
+def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Continues the prompt of the config with the trained model."""
+    trained, state = load_run(workdir, config.mesh, trust=True)
+    prompt, num_tokens = config.training.sample_prompt, config.training.sample_tokens
+    text = continue_text(
+        state.params, state.model_state, trained, prompt, num_tokens=num_tokens, step=state.step
+    )
+    if jax.process_index() == 0:
+        write_atomically(workdir / "sample.txt", prompt + text + "\n")
+        print(f"\nsample:\n{prompt}{text}\n")
 
 
 def main() -> None:
     """Checks the config and trains."""
     config = from_config_dict(flags.FLAGS.config.to_dict())
     try:
-        train(config, flags.FLAGS.workdir)
+        run(config, flags.FLAGS.workdir)
     except Interrupted as interruption:
         if jax.process_index() == 0:
             count = jax.process_count()

@@ -1,34 +1,54 @@
-"""Every setting, as frozen dataclasses that check themselves.
+"""Settings: frozen dataclasses that check themselves, made of what a user writes.
 
-The defaults and the meaning of each field stand beside it in `run`, `model`, `mesh`, and for an MoE
-block `moe`, `router`, `balance` and `capacity`. A user writes an `ml_collections.ConfigDict` (see
-`configs/`); `from_config_dict` turns it once, before any device work, into an `ExperimentConfig`,
-and nothing below that reads the `ConfigDict`.
+A user writes an `ml_collections.ConfigDict` (see `configs/`); `from_config_dict` turns it once,
+before any device work, into an `ExperimentConfig`, and nothing below that reads the `ConfigDict`.
+The settings of a model stand in its parts: `kinds` says where each kind is.
 """
 
-from moe_jax.config.balance import BalanceConfig
-from moe_jax.config.capacity import CAPACITY_PRESETS, CapacityConfig, queue_is_causal
-from moe_jax.config.convert import config_dict, difference, from_config_dict
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moe_jax.config.convert import (
+    build,
+    config_dict,
+    difference,
+    read_config,
+    to_dict,
+    write_config,
+)
 from moe_jax.config.mesh import MeshConfig
-from moe_jax.config.model import ModelConfig
-from moe_jax.config.moe import MoEConfig
-from moe_jax.config.router import RouterConfig
 from moe_jax.config.run import DataConfig, ExperimentConfig, OptimizerConfig, TrainingConfig
 
+
+def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
+    """Checks a user's config and freezes it.
+
+    Args:
+      config: a (nested) mapping of settings; a field that is absent keeps its default.
+
+    Raises:
+      ValueError: an unknown field, a value of another type, or settings that break a rule.
+    """
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    result = build(ExperimentConfig, config, "config")
+    assert isinstance(result, ExperimentConfig)
+    return result
+
+
 __all__ = [
-    "CAPACITY_PRESETS",
-    "BalanceConfig",
-    "CapacityConfig",
     "DataConfig",
     "ExperimentConfig",
     "MeshConfig",
-    "MoEConfig",
-    "ModelConfig",
     "OptimizerConfig",
-    "RouterConfig",
     "TrainingConfig",
+    "build",
     "config_dict",
     "difference",
     "from_config_dict",
-    "queue_is_causal",
+    "read_config",
+    "to_dict",
+    "write_config",
 ]

@@ -1,57 +1,228 @@
-"""From `ml_collections.ConfigDict`, the user's interface, to frozen dataclasses and back."""
+"""From `ml_collections.ConfigDict`, the user's interface, to frozen objects and back.
+
+A section of one kind is a dict of its fields. A part is a dict of its fields and its "kind", or the
+kind alone, as a string, for a part with default fields. Several parts of one family are a dict by
+name, in which the name is the kind unless another is given.
+"""
 
 import dataclasses
 import difflib
+import functools
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from moe_jax.config.check import require
-from moe_jax.config.run import ExperimentConfig
+from moe_jax.config.kinds import is_foreign, kind_of, load_kind, source_hash
+from moe_jax.config.settings import Settings
 
+FORMAT = 2  # of a written config; 1 had no parts
 Config = TypeVar("Config")
 
 
-def config_dict(config: Any) -> ml_collections.ConfigDict:
-    """A locked `ConfigDict` with every field of a config dataclass, nested alike."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+def config_dict(config: Settings) -> ml_collections.ConfigDict:
+    """A locked `ConfigDict` with every field of an object, nested alike, kinds included.
+
+    What is None may be set to anything, by a flag too: `--config.model.parts.moe.bias=sign`.
+    """
+    return ml_collections.ConfigDict(open_none(to_dict(config))).lock()
 
 
-def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
-    """Checks a user's config and freezes it.
+def open_none(value: Any) -> Any:
+    """Nested dicts in which None is a placeholder for a value of any type."""
+    if isinstance(value, Mapping):
+        return {name: open_none(item) for name, item in value.items()}
+    return placeholder(object) if value is None else value
+
+
+def to_dict(value: Any) -> Any:
+    """Plain dicts, tuples and numbers that `build` makes the same object of."""
+    if isinstance(value, Settings):
+        fields = fields_dict(value)
+        if not value.family:
+            return fields
+        return {"kind": kind_of(value), **fields} if fields else kind_of(value)
+    if isinstance(value, tuple):
+        if value and all(is_named_part(item) for item in value):
+            named = {name: to_dict(part) for name, part in value}
+            # A dict has no order and no name twice; where these matter it stays a tuple of pairs.
+            if list(named) == sorted(name for name, _ in value):
+                return named
+        return tuple(to_dict(item) for item in value)
+    return value
+
+
+def fields_dict(value: Settings) -> dict[str, Any]:
+    """The fields of an object as `to_dict` has them; several parts of one family by name."""
+    fields: dict[str, Any] = {}
+    cls: Any = type(value)
+    for name, expected in hints(cls).items():
+        item = getattr(value, name)
+        fields[name] = parts_dict(item) if are_parts(expected) else to_dict(item)
+    return fields
+
+
+def are_parts(expected: Any) -> bool:
+    """Whether a field is of several parts of one family."""
+    items = typing.get_args(expected)
+    of_tuple = typing.get_origin(expected) is tuple and bool(items)
+    return of_tuple and isinstance(items[0], type) and issubclass(items[0], Settings)
+
+
+def is_named_part(item: Any) -> bool:
+    """Whether an item of a tuple is a (name, part) pair."""
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Settings)
+
+
+def parts_dict(parts: tuple[Settings, ...]) -> dict[str, Any]:
+    """Parts of one family by name: the last word of the kind, numbered where it comes twice."""
+    named: dict[str, Any] = {}
+    for part in parts:
+        kind = kind_of(part)
+        name = kind.partition(":")[2] or kind
+        while name in named:
+            stem, _, number = name.partition("__")
+            name = f"{stem}__{int(number or 1) + 1}"
+        named[name] = {"kind": kind, **fields_dict(part)}
+    return named
+
+
+@dataclasses.dataclass(frozen=True)
+class InFamily:
+    """The type of a part of a family whose base class is above `config` in the order of imports."""
+
+    family: str
+
+
+def build(expected: Any, value: Any, path: str, *, trust: bool = True) -> Any:
+    """Makes an object of a user's values.
 
     Args:
-      config: a (nested) mapping of settings; a field that is absent keeps its default.
-
-    Returns:
-      The experiment's settings, checked against each other.
+      expected: the type of a field: a subclass of `Settings`, a tuple of them, or a plain type.
+      value: what the user wrote.
+      path: of the setting, for messages.
+      trust: whether modules outside this library may be imported for their kinds.
 
     Raises:
       ValueError: an unknown field, a value of another type, or settings that break a rule.
     """
-    if isinstance(config, ml_collections.ConfigDict):
-        config = config.to_dict()
-    return build(ExperimentConfig, config, "config")
+    origin, items = typing.get_origin(expected), typing.get_args(expected)
+    if isinstance(expected, InFamily):
+        if isinstance(value, Settings):
+            return value
+        return build_settings(expected.family, value, path, trust)
+    if origin is types.UnionType:  # `X | None`, or X and what is made an X
+        if value is None:
+            return None
+        return build(items[0], value, path, trust=trust)
+    if isinstance(expected, type) and issubclass(expected, Settings):
+        if isinstance(value, Settings):
+            require(isinstance(value, expected), f"{path} is a {expected.__name__}", repr(value),
+                    "Pass one")  # fmt: skip
+            return value
+        return build_settings(expected.family or expected, value, path, trust)
+    if are_parts(expected):
+        return build_parts(items[0], value, path, trust)
+    if origin is tuple:
+        return build_tuple(items, value, path, trust)
+    return convert(value, expected, path)
 
 
-def build(cls: type[Config], values: Mapping[str, Any], path: str) -> Config:
-    """Makes a config dataclass, recursively, from a mapping of its fields."""
-    is_mapping = isinstance(values, Mapping)
-    require(is_mapping, f"{path} is a section of settings", repr(values), "Set its fields")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    types = typing.get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            refuse_field(path, name, fields)
-        field_path = f"{path}.{name}"
-        if dataclasses.is_dataclass(types[name]):
-            arguments[name] = build(types[name], value, field_path)
-        else:
-            arguments[name] = convert(value, types[name], field_path)
-    return cls(**arguments)
+def build_settings(of: str | type[Settings], value: Any, path: str, trust: bool) -> Settings:
+    """A section of a class, or a part of a family, of the kind that the value names."""
+    if isinstance(value, str) and isinstance(of, str):
+        value = {"kind": value}
+    require(
+        isinstance(value, Mapping), f"{path} is a section of settings", repr(value),
+        "Set its fields",
+    )  # fmt: skip
+    value = dict(value)
+    if isinstance(of, str):
+        kind = value.pop("kind", None)
+        require(isinstance(kind, str), f"{path} names its kind", f"kind={kind!r}", "Set the kind")
+        require(
+            trust or not is_foreign(kind),
+            f"{path} is of a kind outside this library, whose module runs when it is imported",
+            f"kind={kind!r}",
+            "Pass --trust if you know where this config comes from",
+        )
+        cls = with_path(load_kind, path)(of, kind)
+    else:
+        cls = of
+    types_, arguments = hints(cls), {}
+    for name, item in value.items():
+        if name not in types_:
+            refuse_field(path, name, types_)
+        arguments[name] = build(types_[name], item, f"{path}.{name}", trust=trust)
+    return with_path(cls, path)(**arguments)
+
+
+def with_path(function: Any, path: str) -> Any:
+    """The function, whose `ValueError` says of which setting it speaks."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return checked
+
+
+@functools.cache
+def hints(cls: Any) -> dict[str, Any]:
+    """The type of every field of a class; of a family that is not imported yet, `InFamily`."""
+    types_ = typing.get_type_hints(cls)
+    return {
+        field.name: InFamily(field.metadata["family"])
+        if "family" in field.metadata
+        else types_[field.name]
+        for field in dataclasses.fields(cls)
+    }
+
+
+def build_parts(cls: type[Settings], value: Any, path: str, trust: bool) -> tuple[Any, ...]:
+    """Parts of one family: of a dict by name, in the order of the names, or of a sequence."""
+    if not isinstance(value, Mapping):
+        require(
+            isinstance(value, list | tuple), f"{path} has parts by name", repr(value),
+            "Pass a dict of parts",
+        )  # fmt: skip
+        return tuple(
+            build(cls, item, f"{path}[{index}]", trust=trust) for index, item in enumerate(value)
+        )
+    parts = []
+    for name in sorted(value):
+        item = value[name]
+        if isinstance(item, Mapping) and "kind" not in item:
+            item = {"kind": name, **item}
+        parts.append(build(cls, item, f"{path}.{name}", trust=trust))
+    return tuple(parts)
+
+
+def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: bool) -> tuple[Any, ...]:
+    """A tuple, or (name, value) pairs out of a dict by name."""
+    pairs = items[-1] is Ellipsis and typing.get_origin(items[0]) is tuple
+    if pairs and isinstance(value, Mapping):
+        value = sorted(value.items())
+        inner = typing.get_args(items[0])[1]
+        return tuple(
+            (name, build(inner, item, f"{path}.{name}", trust=trust)) for name, item in value
+        )
+    require(isinstance(value, list | tuple), f"{path} is a tuple", repr(value), "Pass a tuple")
+    inner_types = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
+    require(
+        len(inner_types) == len(value), f"{path} has {len(inner_types)} items", repr(value),
+        "Correct it",
+    )  # fmt: skip
+    return tuple(
+        build(t, v, f"{path}[{i}]", trust=trust)
+        for i, (v, t) in enumerate(zip(value, inner_types, strict=True))
+    )
 
 
 def refuse_field(path: str, name: str, fields: Iterable[str]) -> NoReturn:
@@ -62,18 +233,9 @@ def refuse_field(path: str, name: str, fields: Iterable[str]) -> NoReturn:
 
 
 def convert(value: Any, expected: Any, path: str) -> Any:
-    """Checks a value against a field's type; lists become tuples, integers may stand for floats."""
-    origin = typing.get_origin(expected)
-    if origin is tuple:
-        items = typing.get_args(expected)
-        require(isinstance(value, list | tuple), f"{path} is a tuple", repr(value), "Pass a tuple")
-        inner = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
-        require(
-            len(inner) == len(value), f"{path} has {len(inner)} items", repr(value), "Correct it"
-        )
-        return tuple(
-            convert(v, t, f"{path}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True))
-        )
+    """Checks a value against a plain type; integers may stand for floats."""
+    if expected is Any:
+        return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     require(
@@ -83,6 +245,54 @@ def convert(value: Any, expected: Any, path: str) -> Any:
         f"Pass a {expected.__name__}",
     )
     return value
+
+
+def foreign_kinds(value: Any) -> set[str]:
+    """The kinds outside this library that an object is made of."""
+    if isinstance(value, Settings):
+        own = {kind_of(value)} if value.family else set()
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return {kind for kind in own if is_foreign(kind)}.union(*map(foreign_kinds, fields))
+    if isinstance(value, tuple):
+        return set().union(*map(foreign_kinds, value))
+    return set()
+
+
+def write_config(config: Settings) -> dict[str, Any]:
+    """A config as `config.json` has it: settings, format, and the sources of foreign kinds."""
+    sources = {kind: source_hash(kind) for kind in sorted(foreign_kinds(config))}
+    return {"format": FORMAT, "sources": sources, **to_dict(config)}
+
+
+def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: bool = False) -> Config:
+    """The object that `write_config` wrote.
+
+    Args:
+      written: the content of a `config.json`.
+      cls: what it is of.
+      trust: whether modules outside this library may be imported for their kinds.
+
+    Raises:
+      ValueError: it is of the layout before parts, or names a foreign kind without trust.
+    """
+    check_format(written)
+    values = {name: value for name, value in written.items() if name not in ("format", "sources")}
+    return build(cls, values, "config", trust=trust)
+
+
+def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
+    """Refuses a config of another layout.
+
+    Raises:
+      ValueError: naming `where` it is from.
+    """
+    version = written.get("format", 1)
+    require(
+        version == FORMAT,
+        f"a config is read in the layout of format {FORMAT}",
+        f"{where} is of format {version}",
+        "Use the release that wrote it, or start the run anew",
+    )
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:

@@ -3,29 +3,29 @@
 import dataclasses
 import math
 
-from moe_jax.config.check import require, require_at_least
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
 
 AXES = ("data", "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """How many devices share what; the product of the sizes is the number of devices.
 
     Results do not depend on it, so that a run may resume on another mesh. One size may be -1: it
     takes the devices that the others leave.
     """
 
-    slices: int = 1  # TPU slices, joined by the data-centre network; copies of the model
+    slices: int = setting(1, at_least=1)  # TPU slices on a data-centre network; copies of the model
     data: int = -1  # copies of the model, each on its share of the batch
     fsdp: int = 1  # parameters and optimizer state split over so many, gathered layer by layer
     expert: int = 1  # experts split over so many; a divisor of moe.num_experts
     tensor: int = 1  # heads and hidden dims split over so many
     experts_span_slices: bool = False  # split the experts over slices x expert, not over expert
 
-    def __post_init__(self) -> None:
-        """Checks the sizes."""
-        require_at_least("mesh.slices", self.slices, 1)
+    def check(self) -> None:
+        """See `Settings`."""
         sizes = self.sizes
         require(
             all(size == -1 or size >= 1 for size in sizes),

@@ -1,33 +1,45 @@
 """The dense feed-forward layer: one expert's maths, for every token (legend: `moe_jax.moe`)."""
 
-import flax.linen as nn
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ModelConfig
-from moe_jax.moe.experts import Shared, ffn
-from moe_jax.moe.parameters import ParameterSpec, ffn_specs
+from moe_jax.config.settings import setting
+from moe_jax.costs import Cost, ffn_cost
+from moe_jax.moe.experts import Activation, Experts, Relu
+from moe_jax.parameters import SHARED, ffn_specs
+from moe_jax.part import Call, Dims, Output, Own, Part
 
 
-def feed_forward_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """The parameters of the dense FFN."""
-    return ffn_specs(
-        config.model_dim,
-        config.ffn_dim,
-        gated=config.gated,
-        use_bias=config.ffn_bias,
-        init_scale=config.init_scale,
-    )
+@dataclasses.dataclass(frozen=True)
+class Mlp(Part):
+    """MLP or GLU."""
 
+    dim: int = setting(512, at_least=1)  # H: hidden units
+    activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
+    use_bias: bool = False
+    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
 
-class FeedForward(nn.Module):
-    """MLP or GLU of `model.ffn_dim` hidden units."""
+    def specs(self, dims: Dims) -> dict[str, Any]:
+        """`wi`, `wo`, `wg` if gated, and biases; see `ffn_specs`."""
+        return dict(
+            ffn_specs(
+                dims.model_dim, self.dim, "dense_ffn", gated=self.activation.gated,
+                use_bias=self.use_bias, init_scale=self.init_scale,
+            )
+        )  # fmt: skip
 
-    config: ModelConfig
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Part`."""
+        return False
 
-    @nn.compact
-    def __call__(self, x_BLM: jax.Array) -> jax.Array:
-        """[B, L, M] -> [B, L, M], to be added to the residual."""
-        specs = feed_forward_specs(self.config)
-        params = {name: self.param(name, s.init, s.shape, jnp.float32) for name, s in specs.items()}
-        return ffn(x_BLM, params, self.config.activation, Shared())
+    def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
+        """See `Part`: a trace would not split hidden units over `tensor`."""
+        size = jnp.dtype(dtype).itemsize
+        return (ffn_cost(dims.model_dim, self.dim, gated=self.activation.gated, itemsize=size),)
+
+    def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
+        """See `Part`."""
+        return Experts(self.activation)(x_BLM, params, SHARED), None, None

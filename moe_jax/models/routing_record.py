@@ -3,15 +3,33 @@
 import functools
 import pathlib
 import zipfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig
-from moe_jax.models.decoder import Decoder, DecoderOutput
-from moe_jax.moe.routing.replay import Choices
+from moe_jax.config.check import require
+from moe_jax.models.model import LanguageModel
+from moe_jax.moe.routing import Choices
+from moe_jax.part import Aux, Call
+
+OF_TOKENS = ("tokens", "positions", "segments")  # arrays of a file that belong to no part
+
+
+class PartRecord(NamedTuple):
+    """What the layers of one MoE part decided.
+
+    Attributes:
+      layers: where in the model each of its X layers is.
+      num_experts: E; experts that compute nothing are counted, as the last.
+      choices: NumPy arrays [X, B, L, K], before drops; those of padding do not count.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    choices: Choices
 
 
 class RoutingRecord(NamedTuple):
@@ -20,72 +38,66 @@ class RoutingRecord(NamedTuple):
     Attributes:
       tokens_BL: int32 token ids.
       positions_BL: int32, restarting in every document.
-      segment_ids_BL: int32, document within the sequence; 0 is padding.
-      layers_X: int32, where in the model each MoE layer is.
-      num_experts: E, int32 scalar; experts that compute nothing are counted, as the last.
-      expert_index_XBLK: int32 in [0, E), the choices of a token, best first.
-      chosen_XBLK: bool, which choices count: none of padding, and with some routers not all K.
-      gate_XBLK: float32, weights before drops, 0 where a choice does not count.
-      kept_XBLK: bool, which choices found a slot.
+      segments_BL: int32, document within the sequence; 0 is padding.
+      parts: of each MoE part of the model, by name.
     """
 
     tokens_BL: np.ndarray
     positions_BL: np.ndarray
-    segment_ids_BL: np.ndarray
-    layers_X: np.ndarray
-    num_experts: np.ndarray
-    expert_index_XBLK: np.ndarray
-    chosen_XBLK: np.ndarray
-    gate_XBLK: np.ndarray
-    kept_XBLK: np.ndarray
+    segments_BL: np.ndarray
+    parts: dict[str, PartRecord]
 
-    def choices(self, config: ModelConfig) -> Choices:
-        """What `Decoder` takes as `replay`.
+    def replay(self, model: LanguageModel) -> dict[str, Choices]:
+        """What `LanguageModel.run` takes as `replay`.
 
         Args:
-          config: the model that is to take them.
+          model: that is to take them.
 
         Raises:
           ValueError: it has other experts, or other MoE layers.
         """
-        check_model(self, config)
-        return Choices(jnp.asarray(self.expert_index_XBLK), jnp.asarray(self.chosen_XBLK))
+        check_model(self, model)
+        return {
+            name: Choices(jnp.asarray(part.choices.expert_index), jnp.asarray(part.choices.chosen))
+            for name, part in self.parts.items()
+        }
 
-    def batch_fields(self, config: ModelConfig) -> dict[str, np.ndarray]:
+    def batch_fields(self, model: LanguageModel) -> dict[str, np.ndarray]:
         """What to add to a batch of these sequences, so that training or evaluation replays them.
 
-        Dims are [B, L, X, K]: like everything in a batch these can be cut by sequences. Argument
-        and errors are those of `choices`.
+        `replay/PART/expert_index` and `replay/PART/chosen` are [B, L, X, K]: like everything in a
+        batch these can be cut by sequences. Argument and errors are those of `replay`.
         """
-        check_model(self, config)
-        fields = {"expert_index": self.expert_index_XBLK, "chosen": self.chosen_XBLK}
-        return {name: np.moveaxis(value, 0, 2) for name, value in fields.items()}
+        check_model(self, model)
+        return {
+            f"replay/{name}/{field}": np.moveaxis(getattr(part.choices, field), 0, 2)
+            for name, part in self.parts.items()
+            for field in ("expert_index", "chosen")
+        }
 
 
 def record_routing(
+    model: LanguageModel,
     params: Any,
-    router_bias_XE: jax.Array | None,
     tokens_BL: np.ndarray | jax.Array,
-    config: ModelConfig,
+    state: Mapping[str, Any] | None = None,
     *,
     positions_BL: np.ndarray | jax.Array | None = None,
-    segment_ids_BL: np.ndarray | jax.Array | None = None,
-    capacity_factor: float = 0.0,
+    segments_BL: np.ndarray | jax.Array | None = None,
+    capacity: float | None = 0.0,
     step: jax.Array | None = None,
-    input_factor_BLM: jax.Array | None = None,
 ) -> RoutingRecord:
     """Runs a model as in evaluation and records its routing.
 
     Args:
-      params: parameters of the model.
-      router_bias_XE: selection biases of loss-free balancing, or None.
+      model: the model.
+      params: its parameters.
       tokens_BL: int32 token ids.
-      config: the model.
+      state: of its parts, such as selection biases; or None.
       positions_BL: int32 positions; None: each sequence is one document.
-      segment_ids_BL: int32 documents, 0 for padding; None: each sequence is one, without padding.
-      capacity_factor: of every MoE layer; 0 is dropless.
+      segments_BL: int32 documents, 0 for padding; None: each sequence is one, without padding.
+      capacity: slots over the mean load, 0 for dropless; None: each part's own of evaluation.
       step: of training, for settings of the router that are annealed; None: at their ends.
-      input_factor_BLM: multiplies the embedded tokens, to see what noise on them does; or None.
 
     Returns:
       The `RoutingRecord`.
@@ -93,69 +105,86 @@ def record_routing(
     Raises:
       ValueError: the model has no MoE layers.
     """
-    if not config.moe_layers:
-        raise ValueError(
-            "routing is recorded of a model with MoE layers: model.moe.layer_period="
-            f"{config.moe.layer_period}, model.moe.layers={config.moe.layers}. Use such a model."
-        )
+    call = recording_call(tokens_BL, positions_BL, segments_BL, step, capacity=capacity)
+    return record_of(model, call, recorded_pass(params, state, call, model=model))
+
+
+def recording_call(
+    tokens_BL: np.ndarray | jax.Array,
+    positions_BL: np.ndarray | jax.Array | None,
+    segments_BL: np.ndarray | jax.Array | None,
+    step: jax.Array | None,
+    *,
+    capacity: float | None = 0.0,
+) -> Call:
+    """An evaluation that records; arguments are those of `record_routing`."""
     shape = tokens_BL.shape
     if positions_BL is None:
-        positions_BL = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    if segment_ids_BL is None:
-        segment_ids_BL = np.ones(shape, np.int32)
-    tokens, positions, segments = (
-        np.asarray(values, np.int32) for values in (tokens_BL, positions_BL, segment_ids_BL)
+        positions_BL = np.broadcast_to(np.arange(shape[1]), shape)
+    if segments_BL is None:
+        segments_BL = np.ones(shape)
+    positions, segments, tokens = (
+        jnp.asarray(values, jnp.int32) for values in (positions_BL, segments_BL, tokens_BL)
     )
-    output = recorded_pass(
-        params, router_bias_XE, tokens, positions, segments, step, input_factor_BLM,
-        config=config, capacity_factor=capacity_factor,
-    )  # fmt: skip
-    assert output.aux is not None and output.aux.choices is not None
-    index, chosen, gate, kept = (np.asarray(value) for value in output.aux.choices)
-    return RoutingRecord(
-        tokens_BL=tokens,
-        positions_BL=positions,
-        segment_ids_BL=segments,
-        layers_X=np.asarray(config.moe_layers, np.int32),
-        num_experts=np.asarray(config.moe.num_options, np.int32),
-        expert_index_XBLK=index,
-        chosen_XBLK=chosen,
-        gate_XBLK=gate.astype(np.float32),
-        kept_XBLK=kept,
-    )
+    return Call(positions, segments, tokens, step=step, capacity=capacity, record=True)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity_factor"))
+@functools.partial(jax.jit, static_argnames="model")
 def recorded_pass(
-    params: Any,
-    router_bias_XE: jax.Array | None,
-    tokens_BL: jax.Array,
-    positions_BL: jax.Array,
-    segment_ids_BL: jax.Array,
-    step: jax.Array | None = None,
-    input_factor_BLM: jax.Array | None = None,
-    *,
-    config: ModelConfig,
-    capacity_factor: float,
-) -> DecoderOutput:
-    """The model's output with `aux.choices`."""
-    return Decoder(config).apply(
-        {"params": params},
-        tokens_BL,
-        positions_BL,
-        segment_ids_BL,
-        router_bias_XE=router_bias_XE,
-        capacity_factor=capacity_factor,
-        record=True,
-        step=step,
-        input_factor_BLM=input_factor_BLM,
+    params: Any, state: Mapping[str, Any] | None, call: Call, *, model: LanguageModel
+) -> dict[str, Choices]:
+    """The choices of every part that makes some."""
+    return choices_of(model.run(params, call, state=state).aux)
+
+
+def choices_of(aux: Mapping[str, Aux]) -> dict[str, Choices]:
+    """The choices by part, of the parts that have any."""
+    return {name: own.choices for name, own in aux.items() if own.choices is not None}
+
+
+def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) -> RoutingRecord:
+    """The record of a call.
+
+    Args:
+      model: that was called.
+      call: of `recording_call`.
+      choices: by part, of `choices_of`.
+
+    Raises:
+      ValueError: the model has no MoE layers.
+    """
+    moes, layers = model.moe_parts, model.moe_layers
+    require(
+        bool(moes),
+        "routing is recorded of a model with MoE layers",
+        f"the parts of this one are {sorted(model.part)}",
+        "Use a model with a part of kind 'moe'",
     )
+    parts = {
+        name: PartRecord(
+            layers=layers[name],
+            num_experts=moe.num_options,
+            choices=jax.tree.map(np.asarray, choices[name]),
+        )
+        for name, moe in moes.items()
+    }
+    tokens, positions, segments = map(
+        np.asarray, (call.tokens_BL, call.positions_BL, call.segments_BL)
+    )
+    return RoutingRecord(tokens, positions, segments, parts)
 
 
 def save_record(record: RoutingRecord, path: str | pathlib.Path) -> None:
-    """Writes a record as one compressed `.npz`, an array a field."""
+    """Writes a record as one compressed `.npz`: an array a field, `tokens` or `PART/gate`."""
+    arrays: dict[str, Any] = dict(zip(OF_TOKENS, record[:3], strict=True))
+    for name, part in record.parts.items():
+        arrays |= {
+            f"{name}/layers": np.asarray(part.layers, np.int32),
+            f"{name}/num_experts": np.asarray(part.num_experts, np.int32),
+        }
+        arrays |= {f"{name}/{field}": value for field, value in part.choices._asdict().items()}
     with pathlib.Path(path).open("wb") as stream:
-        np.savez_compressed(stream, **record._asdict())
+        np.savez_compressed(stream, **arrays)
 
 
 def load_record(path: str | pathlib.Path) -> RoutingRecord:
@@ -165,31 +194,48 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
       ValueError: the file is not a record, or what it holds cannot be replayed.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            fields = {name: arrays[name] for name in RoutingRecord._fields}
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        tokens, positions, segments = (arrays.pop(name) for name in OF_TOKENS)
+        parts = {
+            name: PartRecord(
+                layers=tuple(arrays[f"{name}/layers"].tolist()),
+                num_experts=int(arrays[f"{name}/num_experts"]),
+                choices=Choices(*(arrays[f"{name}/{field}"] for field in Choices._fields)),
+            )
+            for name in sorted({name.rpartition("/")[0] for name in arrays})
+        }
     except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"a record of routing is an .npz with the arrays {RoutingRecord._fields}: {path} is "
-            f"not ({error}). Write it by save_record."
+            f"a record of routing is an .npz with the arrays {OF_TOKENS} and, by part, layers, "
+            f"num_experts and {Choices._fields}: {path} is not ({error}). Write it by save_record."
         ) from error
-    record = RoutingRecord(**fields)
+    record = RoutingRecord(tokens, positions, segments, parts)
     check_record(record)
     return record
 
 
-def check_model(record: RoutingRecord, config: ModelConfig) -> None:
+def check_model(record: RoutingRecord, model: LanguageModel) -> None:
     """Refuses to have a model replay the record of one with other experts or other MoE layers.
 
     Raises:
-      ValueError: their numbers of experts, or the places of their MoE layers, differ.
+      ValueError: their MoE parts, the numbers of experts, or the places of the layers differ.
     """
-    num_experts, layers = int(record.num_experts), tuple(record.layers_X.tolist())
-    if (num_experts, layers) != (config.moe.num_options, config.moe_layers):
-        raise ValueError(
-            "a record is replayed by a model with the same experts in the same layers: the record "
-            f"is of {num_experts} experts in the layers {layers}, the model has "
-            f"{config.moe.num_options} (those that compute nothing included) in "
-            f"{config.moe_layers}. Record anew with this model."
+    moes, layers = model.moe_parts, model.moe_layers
+    require(
+        set(record.parts) == set(layers),
+        "a record is replayed by a model with the same MoE parts",
+        f"the record is of {sorted(record.parts)}, the model has {sorted(layers)}",
+        "Record anew with this model",
+    )
+    for name, part in record.parts.items():
+        num_experts = moes[name].num_options
+        require(
+            (part.num_experts, part.layers) == (num_experts, layers[name]),
+            "a record is replayed by a model with the same experts in the same layers",
+            f"the record of {name!r} is of {part.num_experts} experts in the layers {part.layers}, "
+            f"the model has {num_experts} (those that compute nothing included) in {layers[name]}",
+            "Record anew with this model",
         )
 
 
@@ -199,24 +245,36 @@ def check_record(record: RoutingRecord) -> None:
     Raises:
       ValueError: shapes differ, an expert is out of range, or a token chooses one twice.
     """
-    index, expected = record.expert_index_XBLK, (len(record.layers_X), *record.tokens_BL.shape)
-    shapes = {value.shape for value in record[5:]}
-    if len(shapes) != 1 or index.ndim != 4 or index.shape[:3] != expected:
-        raise ValueError(
-            "the arrays of a record are [layers, batch, length, choices], for the layers and "
-            f"tokens that it names: got {sorted(shapes)} for {expected}. Record anew."
-        )
-    num_experts = int(record.num_experts)
-    if index.min(initial=0) < 0 or index.max(initial=0) >= num_experts:
-        raise ValueError(
-            f"the experts of a record lie in 0..num_experts - 1: got {index.min()}..{index.max()} "
-            f"with num_experts={num_experts}. Correct them; chosen=False leaves a choice out."
-        )
-    ordered = np.sort(np.where(record.chosen_XBLK, index, -1 - np.arange(index.shape[-1])))
-    twice = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
-    if twice.any():
-        place = tuple(int(i) for i in np.argwhere(twice)[0])
-        raise ValueError(
-            "a token chooses an expert once: the token at [layer, sequence, position] = "
-            f"{list(place)} has the experts {index[place].tolist()}. Leave one out by chosen=False."
-        )
+    for name, part in record.parts.items():
+        check_part(name, part, record.tokens_BL.shape)
+
+
+def check_part(name: str, part: PartRecord, batch_shape: tuple[int, ...]) -> None:
+    """`check_record` of one part; `batch_shape` is (B, L)."""
+    index, expected = np.asarray(part.choices.expert_index), (len(part.layers), *batch_shape)
+    shapes = {np.asarray(value).shape for value in part.choices}
+    require(
+        len(shapes) == 1 and index.ndim == 4 and index.shape[:3] == expected,
+        "the arrays of a record are [layers, batch, length, choices], for the layers and tokens "
+        "that it names",
+        f"got {sorted(shapes)} for {expected} of {name!r}",
+        "Record anew",
+    )
+    require(
+        0 <= index.min(initial=0) and index.max(initial=0) < part.num_experts,
+        "the experts of a record lie in 0..num_experts - 1",
+        f"got {index.min()}..{index.max()} with num_experts={part.num_experts} of {name!r}",
+        "Correct them; chosen=False leaves a choice out",
+    )
+    ordered = np.sort(
+        np.where(np.asarray(part.choices.chosen), index, -1 - np.arange(index.shape[-1]))
+    )
+    twice = np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=-1))
+    place = tuple(twice[0].tolist()) if len(twice) else ()
+    require(
+        not place,
+        "a token chooses an expert once",
+        f"the token at [layer, sequence, position] = {list(place)} has the experts "
+        f"{index[place].tolist() if place else []} of {name!r}",
+        "Leave one out by chosen=False",
+    )

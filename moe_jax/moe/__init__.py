@@ -1,8 +1,8 @@
 """The MoE block and its parts: pure functions over arrays, usable without Flax.
 
-The way of a token: `routing` chooses its experts, `capacity` gives it slots, `dispatch` carries it
-to its experts and back, `experts` computes, and `block` puts these together. `balance` keeps the
-load of the experts even and measures it.
+The way of a token: `routing` chooses its experts, `capacity` gives it slots, `run_experts` carries
+it to its experts and back, `experts` computes, and `block` puts these together. `part` has the
+settings. `balance` and `bias` keep the load of the experts even, `statistics` measures it.
 
 Legend of shapes, for names (`x_GSM`) and einsums, one meaning a letter in the whole repository:
 

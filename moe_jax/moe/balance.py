@@ -1,133 +1,435 @@
-"""Balance: the losses that keep expert load even; the bias is in `bias` (legend: `moe_jax.moe`)."""
+"""Balance losses: what keeps expert load even by a gradient; the bias is in `bias`.
 
+A loss measures sums in every call of a block, and makes a number of them over all layers that use
+it.
+Legend: `moe_jax.moe`; U is the units over which a mean is taken.
+"""
+
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.routing import Routing
-from moe_jax.moe.routing.token_choice import choose, top_k
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.moe.routing import Routing, choose, top_k
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
+
+SCOPES = ("group", "sequence", "microbatch", "global")
+BatchShape = tuple[int, int]  # B, L
+Sums = Mapping[str, jax.Array]
 
 
-def load_balance_loss(
-    assigned_UKE: jax.Array, prob_sum_UE: jax.Array, tokens_U: jax.Array, convention: str
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class BalanceLoss(Settings):
+    """A loss of the routing of all layers that share it.
+
+    Attributes:
+      metric: its name in metrics.
+    """
+
+    family: ClassVar[str] = "balance_loss"
+    metric: ClassVar[str] = "balance_loss"
+
+    weight: float = setting(0.0, at_least=0)  # in the training loss; 0: measured only
+
+    @property
+    def needs_batch_sums(self) -> bool:
+        """Whether `loss` needs the sums of the whole batch."""
+        return False
+
+    def check_block(self, moe: "MoE") -> None:
+        """Checks the block that the loss is for.
+
+        Raises:
+          ValueError: by `require`.
+        """
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """What adds up over the calls of a batch.
+
+        Args:
+          routing: of one layer.
+          valid_GS: bool, False for padding.
+          shape: B and L of the tokens.
+
+        Returns:
+          Arrays by name; `total`, a mean over tokens times their number, is enough for most losses.
+        """
+        raise NotImplementedError
+
+    def measure_sequences(
+        self, routing: Routing, valid_GS: jax.Array, shape: BatchShape
+    ) -> dict[str, Any]:
+        """What stays with the sequences of the call: arrays by name with a leading B."""
+        del routing, valid_GS, shape
+        return {}
+
+    def by_layer(self, sums: Sums, num_tokens: jax.Array) -> jax.Array:
+        """The unweighted loss of each layer, float32 [X].
+
+        Args:
+          sums: what was measured, with a leading dim of layers.
+          num_tokens: float32 scalar, valid tokens of the whole batch.
+        """
+        return sums["total"] / num_tokens
+
+    def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
+        """The unweighted loss over all layers; those of the parts of a batch add up.
+
+        Args:
+          sums: of a microbatch, sequences included, with a leading dim of layers.
+          num_tokens: float32 scalar, valid tokens of the whole batch.
+          batch: sums of the whole batch, if `needs_batch_sums`; None: this is all of it.
+        """
+        del batch
+        return jnp.mean(self.by_layer(sums, num_tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadBalance(BalanceLoss):
     """E * sum_e f_e * P_e: the share of an expert in the choices times its mean probability.
 
-    Counts are taken before any drop and carry no gradient.
+    f_e is over all K choices, before any drop, divided by their number: 1 at uniform routing for
+    every K. Beside a selection bias or groups the K best by the scores alone are counted, so that
+    the loss goes by what its gradient can change. P_e is the mean of the full distribution. No
+    gradient flows through f.
 
-    Args:
-      assigned_UKE: counts, how many tokens of a unit have expert e as their choice k, of the
-        choices that `statistics.balanced_choices` names.
-      prob_sum_UE: float32, sum of the full router distribution over the valid tokens of a unit.
-      tokens_U: valid tokens of a unit.
-      convention: what f_e is, and so the value at uniform routing:
-        "megatron": all choices over their number, K * tokens where tokens do not differ in how many
-          they make: 1 for every K (ours). Beside a selection bias or groups these are the K best by
-          the scores alone (DeepSeek-V3's sequence-wise loss, arXiv:2412.19437; Megatron-LM's
-          `compute_routing_scores_for_aux_loss`), where OLMo-core counts the choices made;
-        "switch": first choices over tokens: 1 (Mesh TensorFlow, GShard, V-MoE);
-        "flaxformer": all K choices over tokens: K (also MaxText);
-        "huggingface": as flaxformer, K. There f and P are means over all layers before they are
-          multiplied: the trained loss is that of `training.loss.load_balance`, and what this
-          function says of one layer is for the metrics.
+    Scopes: f and P are means over a group, a sequence, a microbatch, or the global batch; units are
+    weighted by their tokens.
 
-    Returns:
-      float32 scalar: the mean over units, each weighted by its tokens, so that a batch gives the
-      same loss however it is cut.
-
-    Source: Fedus et al. 2021, arXiv:2101.03961, eqs. 4-6.
+    Source: Fedus et al. 2021, arXiv:2101.03961, eqs. 4-6; the counts: DeepSeek-V3's sequence-wise
+      loss, arXiv:2412.19437, and Megatron-LM's `compute_routing_scores_for_aux_loss`, where
+      OLMo-core counts the choices made.
     """
-    num_experts = prob_sum_UE.shape[-1]
-    safe_tokens_U1 = jnp.maximum(tokens_U, 1).astype(jnp.float32)[:, None]
-    load_UE = load_share(assigned_UKE, tokens_U, convention)
-    loss_U = num_experts * jnp.sum(load_UE * prob_sum_UE / safe_tokens_U1, axis=-1)
-    weight_U = tokens_U / jnp.maximum(jnp.sum(tokens_U), 1)
-    return jnp.sum(loss_U * weight_U)
+
+    metric: ClassVar[str] = "load_balance_loss"
+
+    scope: str = setting("global", choices=SCOPES)  # f_e and P_e are means over so much
+
+    @property
+    def needs_batch_sums(self) -> bool:
+        """See `BalanceLoss`."""
+        return self.scope == "global"
+
+    def counted(self, routing: Routing) -> jax.Array:
+        """The choices that are counted, int32 [G, S, K]."""
+        return routing.expert_index_GSK if routing.unbiased_GSK is None else routing.unbiased_GSK
+
+    def share(self, counted_KE: jax.Array, tokens: jax.Array) -> jax.Array:
+        """f_e: float32 [..., E] from counts [..., K, E] and tokens [...]."""
+        del tokens
+        counted_E = jnp.sum(counted_KE, axis=-2)
+        return over(counted_E, jnp.sum(counted_E, axis=-1))
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`: counts and probabilities, and the total of scopes within the call."""
+        counted_GSKE = count_choices(self.counted(routing), routing, valid_GS)
+        probs_GSE = routing.probs_GSE.astype(jnp.float32) * valid_GS[..., None]
+        sums = {
+            "counted_KE": jnp.sum(counted_GSKE, axis=(0, 1)),
+            "prob_sum_E": jnp.sum(probs_GSE, axis=(0, 1)),
+        }
+        if self.scope == "global":
+            return sums
+        units = {"group": valid_GS.shape[:1], "sequence": shape[:1], "microbatch": (1,)}[self.scope]
+        counted_UKE = jnp.sum(counted_GSKE.reshape(*units, -1, *counted_GSKE.shape[2:]), axis=1)
+        prob_sum_UE = jnp.sum(probs_GSE.reshape(*units, -1, probs_GSE.shape[-1]), axis=1)
+        tokens_U = jnp.sum(valid_GS.reshape(*units, -1), axis=1)
+        load_UE = self.share(counted_UKE, tokens_U)
+        num_experts = probs_GSE.shape[-1]
+        # tokens_U * mean probability is the sum of probabilities
+        return sums | {"total": num_experts * jnp.sum(load_UE * prob_sum_UE)}
+
+    def by_layer(self, sums: Sums, num_tokens: jax.Array) -> jax.Array:
+        """See `BalanceLoss`."""
+        if "total" in sums:
+            return sums["total"] / num_tokens
+        return self.product(sums, sums, num_tokens)
+
+    def product(self, counts: Sums, sums: Sums, num_tokens: jax.Array) -> jax.Array:
+        """E * sum_e f_e * P_e of each layer, f of `counts` and P of `sums`, over `num_tokens`."""
+        load_XE = self.share(counts["counted_KE"], num_tokens)
+        prob_XE = sums["prob_sum_E"] / num_tokens
+        return prob_XE.shape[-1] * jnp.sum(load_XE * prob_XE, axis=-1)
+
+    def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
+        """See `BalanceLoss`."""
+        if self.scope != "global":
+            return jnp.mean(self.by_layer(sums, num_tokens))
+        return jnp.mean(self.product(batch or sums, sums, num_tokens))
 
 
-def load_share(assigned_KE: jax.Array, tokens: jax.Array, convention: str) -> jax.Array:
-    """f_e of `load_balance_loss`: float32 [..., E] from counts [..., K, E] and tokens [...]."""
-    counted = assigned_KE[..., 0, :] if convention == "switch" else jnp.sum(assigned_KE, axis=-2)
-    total = jnp.sum(counted, axis=-1) if convention == "megatron" else tokens
-    denominator = jnp.maximum(total, 1).astype(jnp.float32)
-    return jax.lax.stop_gradient(counted.astype(jnp.float32) / denominator[..., None])
+@dataclasses.dataclass(frozen=True)
+class SwitchLoadBalance(LoadBalance):
+    """`LoadBalance` with f_e as first choices over tokens: 1 at uniform routing.
 
-
-def router_z_loss(logits_GSE: jax.Array, valid_GS: jax.Array) -> jax.Array:
-    """Mean over valid tokens of logsumexp(logits)^2, float32, >= 0.
-
-    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5. Padding is left out of the mean (as
-      in Mesh TensorFlow and Megatron; flaxformer counts it).
+    Source: Fedus et al. 2021, arXiv:2101.03961, eq. 5 (Mesh TensorFlow, GShard, V-MoE).
     """
-    lse_GS = jax.nn.logsumexp(logits_GSE.astype(jnp.float32), axis=-1)
-    weight_GS = valid_GS.astype(jnp.float32)
-    return jnp.sum(lse_GS**2 * weight_GS) / jnp.maximum(jnp.sum(weight_GS), 1)
+
+    def counted(self, routing: Routing) -> jax.Array:
+        """See `LoadBalance`."""
+        return routing.expert_index_GSK
+
+    def share(self, counted_KE: jax.Array, tokens: jax.Array) -> jax.Array:
+        """See `LoadBalance`."""
+        return over(counted_KE[..., 0, :], tokens)
 
 
-def importance_loss(routing: Routing, valid_GS: jax.Array) -> jax.Array:
-    """CV^2 of the importance of the experts, which is the sum of their gates over valid tokens.
+@dataclasses.dataclass(frozen=True)
+class FlaxformerLoadBalance(LoadBalance):
+    """`LoadBalance` with f_e as all K choices over tokens: K at uniform routing (also MaxText)."""
 
-    Returns:
-      float32 scalar in [0, E - 1], 0 where all experts weigh the same.
+    def counted(self, routing: Routing) -> jax.Array:
+        """See `LoadBalance`."""
+        return routing.expert_index_GSK
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538, eqs. 6-7.
+    def share(self, counted_KE: jax.Array, tokens: jax.Array) -> jax.Array:
+        """See `LoadBalance`."""
+        return over(jnp.sum(counted_KE, axis=-2), tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceLoadBalance(FlaxformerLoadBalance):
+    """f_e and P_e as means over all layers before they are multiplied: K at uniform routing.
+
+    Source: `load_balancing_loss_func` of transformers' Mixtral and its successors. The value of one
+      layer, in metrics, is that of `FlaxformerLoadBalance`.
     """
-    num_experts = routing.logits_GSE.shape[-1]
-    choice_GSKE = jax.nn.one_hot(routing.expert_index_GSK, num_experts, dtype=jnp.float32)
-    gate_GSK = routing.gate_GSK.astype(jnp.float32) * valid_GS[..., None]
-    return squared_variation(jnp.einsum("GSK,GSKE->E", gate_GSK, choice_GSKE))
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            self.scope in ("microbatch", "global"),
+            "the loss of Hugging Face takes means over all layers and tokens: its scope is "
+            "'microbatch' or 'global'",
+            f"scope={self.scope!r}",
+            "Change the scope or the kind",
+        )
+
+    def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
+        """See `BalanceLoss`."""
+        own = jnp.sum(sums["counted_KE"][0, 0]) if self.scope == "microbatch" else None
+        tokens = num_tokens if own is None else jnp.maximum(own, 1).astype(jnp.float32)
+        counts = sums if self.scope == "microbatch" else batch or sums
+        load_E = jnp.mean(self.share(counts["counted_KE"], tokens), axis=0)
+        prob_E = jnp.mean(sums["prob_sum_E"], axis=0) / num_tokens
+        return prob_E.shape[-1] * jnp.sum(load_E * prob_E)
 
 
-def load_loss(routing: Routing, valid_GS: jax.Array) -> jax.Array:
-    """CV^2 of the smooth loads: of how many tokens would choose an expert if its noise came anew.
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceSwitchLoadBalance(BalanceLoss):
+    """Switch's loss as transformers computes it: layers joined along each sequence before f * P.
+
+    f_e is the share of first choices and P_e the mean probability, over the tokens of a sequence in
+    all layers; the loss is the mean over sequences, by their tokens: 1 at uniform routing.
+
+    Source: `SwitchTransformersForConditionalGeneration._unpack_router_logits` and
+      `load_balancing_loss_func` of transformers' Switch.
+    """
+
+    metric: ClassVar[str] = "load_balance_loss"
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`: the loss of a layer by itself, for metrics."""
+        by_sequence = self.measure_sequences(routing, valid_GS, shape)
+        tokens_B = jnp.maximum(by_sequence["tokens_B"], 1)
+        load_BE = over(by_sequence["first_BE"], tokens_B)
+        num_experts = load_BE.shape[-1]
+        return {"total": num_experts * jnp.sum(load_BE * by_sequence["prob_sum_BE"])}
+
+    def measure_sequences(
+        self, routing: Routing, valid_GS: jax.Array, shape: BatchShape
+    ) -> dict[str, Any]:
+        """See `BalanceLoss`."""
+        first_GS1E = count_choices(routing.expert_index_GSK, routing, valid_GS)[:, :, :1]
+        probs_GSE = routing.probs_GSE.astype(jnp.float32) * valid_GS[..., None]
+        num_experts = probs_GSE.shape[-1]
+        return {
+            "first_BE": jnp.sum(first_GS1E.reshape(*shape, num_experts), axis=1),
+            "prob_sum_BE": jnp.sum(probs_GSE.reshape(*shape, num_experts), axis=1),
+            "tokens_B": jnp.sum(valid_GS.reshape(shape), axis=1),
+        }
+
+    def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
+        """See `BalanceLoss`."""
+        del batch
+        tokens_XB = jnp.maximum(sums["tokens_B"], 1)
+        load_BE = jnp.mean(over(sums["first_BE"], tokens_XB), axis=0)
+        prob_sum_BE = jnp.mean(sums["prob_sum_BE"], axis=0)
+        return load_BE.shape[-1] * jnp.sum(load_BE * prob_sum_BE) / num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterZ(BalanceLoss):
+    """Mean over valid tokens of logsumexp(logits)^2.
+
+    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5 (weight 1e-3). Padding is left out of
+      the mean (as in Mesh TensorFlow and Megatron; flaxformer counts it).
+    """
+
+    metric: ClassVar[str] = "router_z_loss"
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`."""
+        lse_GS = jax.nn.logsumexp(routing.logits_GSE.astype(jnp.float32), axis=-1)
+        return {"total": jnp.sum(lse_GS**2 * valid_GS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance(BalanceLoss):
+    """CV^2 of the importance of the experts: the sum of their gates over a microbatch.
+
+    In [0, E - 1], 0 where all experts weigh the same.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, eqs. 6-7 (weight 0.1).
+    """
+
+    metric: ClassVar[str] = "importance_loss"
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `BalanceLoss`."""
+        require_learning(self, moe)
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`."""
+        num_experts = routing.probs_GSE.shape[-1]
+        choice_GSKE = jax.nn.one_hot(routing.expert_index_GSK, num_experts, dtype=jnp.float32)
+        gate_GSK = routing.gate_GSK.astype(jnp.float32) * valid_GS[..., None]
+        variation = squared_variation(jnp.einsum("GSK,GSKE->E", gate_GSK, choice_GSKE))
+        return {"total": jnp.sum(valid_GS) * variation}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load(BalanceLoss):
+    """CV^2 of the smooth loads: expected tokens per expert under resampled noise, of a microbatch.
 
     P(x, e) = Phi((clean_e - T_e) / deviation_e), where T_e is the K-th largest of the other
     experts' noisy logits: what expert e has to exceed. The load of e is the sum of P over tokens.
 
-    Args:
-      routing: plain top-K choices by noisy logits; without noise the loss is 0.
-      valid_GS: bool, False for padding.
-
-    Returns:
-      float32 scalar >= 0, differentiable in the logits and the deviation.
-
     Source: Shazeer et al. 2017, arXiv:1701.06538, app. A, eqs. 8-11.
     """
-    num_selected, num_experts = routing.gate_GSK.shape[-1], routing.logits_GSE.shape[-1]
-    clean_GSE, std_GSE = routing.clean_GSE, routing.noise_std_GSE
-    if clean_GSE is None or std_GSE is None or num_selected == num_experts:
-        return jnp.zeros((), jnp.float32)
-    noisy_GSE = routing.logits_GSE
-    best_GSK = top_k(jax.lax.stop_gradient(noisy_GSE), num_selected + 1)[1]
-    is_best_GSKE = jax.nn.one_hot(best_GSK[..., :num_selected], num_experts, dtype=jnp.bool_)
-    is_selected_GSE = jnp.any(is_best_GSKE, axis=-2)
-    last_GS2 = choose(noisy_GSE, best_GSK[..., num_selected - 1 :])
-    threshold_GSE = jnp.where(is_selected_GSE, last_GS2[..., 1:], last_GS2[..., :1])
-    # A learned deviation may underflow, and the gradient has its square as a divisor.
-    safe_std_GSE = jnp.maximum(std_GSE.astype(jnp.float32), 1e-10)
-    margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / safe_std_GSE
-    chosen_GSE = jax.scipy.stats.norm.cdf(margin_GSE) * valid_GS[..., None]
-    return squared_variation(jnp.sum(chosen_GSE, axis=(0, 1)))
+
+    metric: ClassVar[str] = "load_loss"
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `BalanceLoss`."""
+        require(
+            moe.router.has_smooth_load and moe.bias is None,
+            "the load loss needs a router that selects the plain best of logits that are noisy at "
+            "every step",
+            f"router={moe.router}, bias={moe.bias}",
+            "Drop the loss; or add 'gaussian' or 'learned' noise, without bias, groups or draws",
+        )
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`; 0 without noise, in evaluation, and where all experts are selected."""
+        num_selected, num_experts = routing.gate_GSK.shape[-1], routing.logits_GSE.shape[-1]
+        clean_GSE, std_GSE = routing.clean_GSE, routing.noise_std_GSE
+        if clean_GSE is None or std_GSE is None or num_selected == num_experts:
+            return {"total": jnp.zeros((), jnp.float32)}
+        noisy_GSE = routing.logits_GSE
+        best_GSK = top_k(jax.lax.stop_gradient(noisy_GSE), num_selected + 1)[1]
+        is_best_GSKE = jax.nn.one_hot(best_GSK[..., :num_selected], num_experts, dtype=jnp.bool_)
+        is_selected_GSE = jnp.any(is_best_GSKE, axis=-2)
+        last_GS2 = choose(noisy_GSE, best_GSK[..., num_selected - 1 :])
+        threshold_GSE = jnp.where(is_selected_GSE, last_GS2[..., 1:], last_GS2[..., :1])
+        # A learned deviation may underflow, and the gradient has its square as a divisor.
+        safe_std_GSE = jnp.maximum(std_GSE.astype(jnp.float32), 1e-10)
+        margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / safe_std_GSE
+        chosen_GSE = jax.scipy.stats.norm.cdf(margin_GSE) * valid_GS[..., None]
+        variation = squared_variation(jnp.sum(chosen_GSE, axis=(0, 1)))
+        return {"total": jnp.sum(valid_GS) * variation}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEntropy(BalanceLoss):
+    """The mean entropy of a token's distribution, in nats: sharpens it."""
+
+    metric: ClassVar[str] = "token_entropy_loss"
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `BalanceLoss`."""
+        require_learning(self, moe)
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`."""
+        return {"total": jnp.sum(entropy(routing.probs_GSE.astype(jnp.float32)) * valid_GS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchEntropy(BalanceLoss):
+    """What a microbatch's mean distribution lacks in entropy: max(0, target - H), in nats.
+
+    A target of log n asks for n experts in use, however evenly.
+
+    Source: Shen et al. 2023, ModuleFormer, arXiv:2306.04640, whose mutual-information loss is this
+      and `TokenEntropy`; with a target: Mustafa et al. 2022, LIMoE, arXiv:2206.02770.
+    """
+
+    metric: ClassVar[str] = "batch_entropy_loss"
+
+    target: float = setting(0.0, at_least=0)  # nats, log of so many experts; 0: log E
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `BalanceLoss`."""
+        require_learning(self, moe)
+        require(
+            self.target <= math.log(moe.num_options),
+            "target is at most the log of the number of experts, the most entropy there is",
+            f"target={self.target}, {moe.num_options} experts, log {math.log(moe.num_options):.4f}",
+            "Lower it, or set it to 0 for that log",
+        )
+
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `BalanceLoss`."""
+        probs_GSE = routing.probs_GSE.astype(jnp.float32) * valid_GS[..., None]
+        tokens = jnp.sum(valid_GS)
+        mean_prob_E = jnp.sum(probs_GSE, axis=(0, 1)) / jnp.maximum(tokens, 1)
+        target = self.target or math.log(probs_GSE.shape[-1])
+        return {"total": tokens * jnp.maximum(target - entropy(mean_prob_E), 0.0)}
+
+
+def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss]]:
+    """Losses by the name of their metric; a second one of a name gets a number."""
+    named: dict[str, BalanceLoss] = {}
+    for loss in losses:
+        number = sum(name.split("#")[0] == loss.metric for name in named)
+        named[f"{loss.metric}#{number + 1}" if number else loss.metric] = loss
+    return list(named.items())
+
+
+def require_learning(loss: BalanceLoss, moe: "MoE") -> None:
+    """Refuses a loss whose gradient would reach no router."""
+    require(
+        moe.router.learns,
+        f"{loss.metric} needs a router whose probabilities learn",
+        f"router={moe.router}",
+        "Drop the loss",
+    )
+
+
+def count_choices(index_GSK: jax.Array, routing: Routing, valid_GS: jax.Array) -> jax.Array:
+    """One-hot choices, int32 [G, S, K, E], 0 for padding and where a choice does not count."""
+    choice_GSKE = jax.nn.one_hot(index_GSK, routing.probs_GSE.shape[-1], dtype=jnp.int32)
+    return choice_GSKE * (valid_GS[..., None] & routing.chosen_GSK)[..., None]
+
+
+def over(counted_E: jax.Array, total: jax.Array) -> jax.Array:
+    """Counts [..., E] over totals [...] (at least 1): float32, without gradient."""
+    denominator = jnp.maximum(total, 1).astype(jnp.float32)
+    return jax.lax.stop_gradient(counted_E.astype(jnp.float32) / denominator[..., None])
 
 
 def entropy(probs: jax.Array) -> jax.Array:
     """Of distributions over the last dim, in nats; the gradient is finite where one is 0."""
     smallest = jnp.finfo(probs.dtype).tiny
     return -jnp.sum(probs * jnp.log(jnp.maximum(probs, smallest)), axis=-1)
-
-
-def batch_entropy_loss(mean_prob_E: jax.Array, target: float) -> jax.Array:
-    """What the mean distribution of many tokens lacks in entropy: max(0, target - H), in nats.
-
-    A target of log n asks for n experts in use, however evenly; 0 stands for log E, all of them.
-
-    Source: Shen et al. 2023, ModuleFormer, arXiv:2306.04640, whose mutual-information loss is this
-      and the mean entropy of the tokens' own distributions; with a target: Mustafa et al. 2022,
-      LIMoE, arXiv:2206.02770.
-    """
-    target = target or math.log(mean_prob_E.shape[-1])
-    return jnp.maximum(target - entropy(mean_prob_E), 0.0)
 
 
 def squared_variation(values_E: jax.Array) -> jax.Array:

@@ -4,75 +4,190 @@ The bias enters the choice of experts and never their gates. It is no parameter:
 is updated once, from what the routers of the whole batch decided.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import BalanceConfig
-from moe_jax.moe.routing.token_choice import top_k
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.moe.routing import Routing, top_k
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
 
 NUM_BINS = 1000  # Q, of a histogram of one expert, over the range that `histogram_range` gives
+SCHEDULES = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + jnp.cos(jnp.pi * progress)) / 2,
+}
 
 
-def update_router_bias(
-    bias_E: jax.Array,
-    assigned_E: jax.Array,
-    rate: float | jax.Array,
-    *,
-    by: str = "sign",
-    centered: bool = False,
-) -> jax.Array:
-    """One step of loss-free balancing: an overloaded expert's bias falls, another's rises.
+@dataclasses.dataclass(frozen=True)
+class BiasUpdate(Settings):
+    """How the selection bias moves after a step."""
 
-    Args:
-      bias_E: float32 [..., E], selection bias.
-      assigned_E: int32 [..., E], choices of the whole global batch, before drops.
-      rate: u, the size of the step.
-      by: "sign": u for every expert below the mean load, -u for every one above; "error": u times
-        1 - load / mean, which is u for an expert without any load too, and less near balance.
-      centered: subtract the mean step, so that biases do not drift together.
+    family: ClassVar[str] = "bias_update"
 
-    Returns:
-      float32 [..., E].
+    rate: float = setting(1e-3, above=0)  # size of a step (DeepSeek-V3: 1e-3)
+    schedule: str = setting("constant", choices=tuple(SCHEDULES))  # of the rate, to 0
+    frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last share of steps, without steps
 
-    Source: Wang et al. 2024, Auxiliary-loss-free load balancing, arXiv:2408.15664, alg. 1 and, by
-      error, table 3; relative to the mean load here, so that a rate does not depend on the batch.
-      Centred steps: torchtitan's load-balancing hook.
+    def check_block(self, moe: "MoE") -> None:
+        """Checks the block that the bias is of.
+
+        Raises:
+          ValueError: by `require`.
+        """
+        require(
+            moe.router.takes_bias,
+            "a selection bias needs a router that selects by scores",
+            f"router={moe.router}, bias={self}",
+            "Set bias=None",
+        )
+
+    def measure(
+        self, routing: Routing, bias_E: jax.Array, valid_GS: jax.Array
+    ) -> dict[str, jax.Array]:
+        """What the update needs beside counts of choices: arrays that add up over a batch."""
+        del routing, bias_E, valid_GS
+        return {}
+
+    def update(
+        self,
+        bias_E: jax.Array,
+        assigned_E: jax.Array,
+        measured: Mapping[str, Any],
+        rate: float | jax.Array,
+        num_selected: int,
+    ) -> jax.Array:
+        """The bias after a step, float32 [..., E].
+
+        Args:
+          bias_E: float32 [..., E], before.
+          assigned_E: int32 [..., E], choices of the whole global batch, before drops.
+          measured: what `measure` gave of the whole batch.
+          rate: of this step.
+          num_selected: K.
+        """
+        raise NotImplementedError
+
+    def rate_at(self, step: jax.Array, num_steps: int) -> jax.Array:
+        """The rate of a step: float32 scalar, 0 in the last share of the steps.
+
+        Linear and cosine schedules fall from the rate to 0 at the first step that is frozen.
+
+        Args:
+          step: int32 scalar, 0 for the first.
+          num_steps: of the run.
+
+        Source: DeepSeek-V3, arXiv:2412.19437: 0.001 for the first 14.3T tokens, 0 for the last
+        500B,
+          which is a frozen fraction of 0.034.
+        """
+        moving = round(num_steps * (1 - self.frozen_fraction))
+        progress = jnp.minimum(step / max(moving, 1), 1.0)
+        return self.rate * jnp.where(step < moving, SCHEDULES[self.schedule](progress), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignUpdate(BiasUpdate):
+    """Up by the rate for every expert below the mean load, down for every one above.
+
+    Source: Wang et al. 2024, Auxiliary-loss-free load balancing, arXiv:2408.15664, alg. 1. Centred
+      steps: torchtitan's load-balancing hook.
     """
-    num_experts = assigned_E.shape[-1]
-    total = jnp.sum(assigned_E, axis=-1, keepdims=True)
-    if by == "error":
-        load_E = assigned_E.astype(jnp.float32) / jnp.maximum(total, 1)
-        step_E = jnp.where(total > 0, 1 - num_experts * load_E, 0.0)
-    else:
+
+    centered: bool = False  # subtract the mean step, so that the biases' sum stays 0
+
+    def direction(self, assigned_E: jax.Array) -> jax.Array:
+        """The step at rate 1, float32 [..., E]."""
         # In integers: float32 means of large counts could turn the sign.
+        num_experts = assigned_E.shape[-1]
+        total = jnp.sum(assigned_E, axis=-1, keepdims=True)
         below_mean_E = assigned_E < -(-total // num_experts)
         above_mean_E = assigned_E > total // num_experts
-        step_E = below_mean_E.astype(jnp.float32) - above_mean_E.astype(jnp.float32)
-    if centered:
-        step_E -= jnp.mean(step_E, axis=-1, keepdims=True)
-    return bias_E + rate * step_E
+        return below_mean_E.astype(jnp.float32) - above_mean_E.astype(jnp.float32)
+
+    def update(
+        self,
+        bias_E: jax.Array,
+        assigned_E: jax.Array,
+        measured: Mapping[str, Any],
+        rate: float | jax.Array,
+        num_selected: int,
+    ) -> jax.Array:
+        """See `BiasUpdate`."""
+        step_E = self.direction(assigned_E)
+        if self.centered:
+            step_E -= jnp.mean(step_E, axis=-1, keepdims=True)
+        return bias_E + rate * step_E
 
 
-def update_rate(config: BalanceConfig, step: jax.Array, num_steps: int) -> jax.Array:
-    """The bias update rate of a step: float32 scalar, 0 in the last share of the steps.
+@dataclasses.dataclass(frozen=True)
+class ErrorUpdate(SignUpdate):
+    """By the rate times 1 - load / mean: the rate for an expert without load, less near balance.
 
-    Args:
-      config: its `bias_update_rate`, `bias_update_schedule` and `bias_frozen_fraction`. Linear and
-        cosine schedules fall from the rate to 0 at the first step that is frozen.
-      step: int32 scalar, 0 for the first.
-      num_steps: of the run.
-
-    Source: DeepSeek-V3, arXiv:2412.19437: 0.001 for the first 14.3T tokens, 0 for the last 500B,
-      which is a frozen fraction of 0.034.
+    Source: Wang et al. 2024, arXiv:2408.15664, table 3; relative to the mean load here, so that a
+      rate does not depend on the batch.
     """
-    moving = round(num_steps * (1 - config.bias_frozen_fraction))
-    progress = jnp.minimum(step / max(moving, 1), 1.0)
-    share = {
-        "constant": jnp.ones_like(progress),
-        "linear": 1 - progress,
-        "cosine": (1 + jnp.cos(jnp.pi * progress)) / 2,
-    }[config.bias_update_schedule]
-    return config.bias_update_rate * jnp.where(step < moving, share, 0.0)
+
+    def direction(self, assigned_E: jax.Array) -> jax.Array:
+        """See `SignUpdate`."""
+        total = jnp.sum(assigned_E, axis=-1, keepdims=True)
+        load_E = assigned_E.astype(jnp.float32) / jnp.maximum(total, 1)
+        return jnp.where(total > 0, 1 - assigned_E.shape[-1] * load_E, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantileUpdate(BiasUpdate):
+    """The share `rate` of the way to the bias with which each expert would have had its share.
+
+    Source: see `count_needed_biases`.
+    """
+
+    rate: float = setting(1.0, above=0, at_most=1)  # 1: the quantile itself; less: moving average
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `BiasUpdate`."""
+        super().check_block(moe)
+        require(
+            moe.num_selected_experts < moe.num_options,
+            "the quantile update compares with the best expert that is not selected",
+            f"num_selected_experts={moe.num_selected_experts}, {moe.num_options} experts",
+            "Lower num_selected_experts, or set bias=None: all are selected",
+        )
+        require(
+            moe.router.has_independent_scores,
+            "the quantile update counts scores in a thousand bins between 0 and 1, too coarse for "
+            "a softmax over many experts",
+            f"router={moe.router}",
+            "Use router.score='sigmoid' without groups, or another bias update",
+        )
+
+    def measure(
+        self, routing: Routing, bias_E: jax.Array, valid_GS: jax.Array
+    ) -> dict[str, jax.Array]:
+        """See `BiasUpdate`."""
+        num_selected = routing.expert_index_GSK.shape[-1]
+        assert routing.scores_GSE is not None, "has_independent_scores"
+        needed_EQ = count_needed_biases(routing.scores_GSE, bias_E, num_selected, valid_GS)
+        return {"needed_EQ": needed_EQ}
+
+    def update(
+        self,
+        bias_E: jax.Array,
+        assigned_E: jax.Array,
+        measured: Mapping[str, Any],
+        rate: float | jax.Array,
+        num_selected: int,
+    ) -> jax.Array:
+        """See `BiasUpdate`."""
+        target_E = quantile_bias(bias_E, measured["needed_EQ"], num_selected)
+        return bias_E + rate * (target_E - bias_E)
 
 
 def count_needed_biases(

@@ -1,14 +1,17 @@
 """Capacity: how many slots an expert has in a group, and who gets them (legend: `moe_jax.moe`)."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import CapacityConfig
-from moe_jax.moe.routing import Routing
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.moe.presets import preset_fields
+from moe_jax.moe.routing import Options, Routing
 
 ROUNDING: dict[str, Callable[[float], int]] = {
     "ceil": math.ceil,
@@ -37,126 +40,142 @@ class Assignment(NamedTuple):
     num_experts: int
 
 
-def num_slots(
-    tokens: int, num_experts: int, num_selected: int, factor: float, config: CapacityConfig
-) -> int:
-    """The slots of one expert in a group.
+@dataclasses.dataclass(frozen=True)
+class Queue(Settings):
+    """Who is served first when an expert is full: the order of the choices of a group."""
 
-    Args:
-      tokens: S, tokens of the group.
-      num_experts: E.
-      num_selected: K.
-      factor: capacity factor; 0 means dropless, which S slots guarantee.
-      config: the rule; presets named after systems are in `moe_jax.config.CAPACITY_PRESETS`.
+    family: ClassVar[str] = "queue"
+    needs_rng: ClassVar[bool] = False
 
-    Returns:
-      C >= 1. No more than S, rounded up to `multiple_of`: more could never be filled.
-    """
-    multiple = config.multiple_of
-    enough = -(-tokens // multiple) * multiple
-    if factor == 0:
-        return enough
-    # With per="choice" the rule is applied to one choice, and each of the K gets as many slots.
-    mean_load = tokens * (num_selected if config.per == "assignment" else 1) / num_experts
-    if config.round_mean_up:
-        mean_load = math.ceil(mean_load)
-    # The product is rounded to 9 decimals first: 100 * 1.1 is 110, not 110.00000000000001.
-    slots = ROUNDING[config.rounding](round(mean_load * factor, 9))
-    slots *= num_selected if config.per == "choice" else 1
-    slots = -(-slots // multiple) * multiple
-    return min(max(slots, config.minimum), enough)
+    def looks_ahead(self, num_selected: int) -> bool:
+        """Whether the slots of a token can depend on later tokens of its group, with K choices."""
+        del num_selected
+        return True
+
+    def places(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """How many choices the same expert serves before each choice, int32 [G, S, K].
+
+        Args:
+          routing: its probabilities and gates may rank tokens.
+          expert_index_GSK: int32; an index of E (padding, not chosen) stands in no queue.
+          rng: key of a random order.
+        """
+        raise NotImplementedError
 
 
-def assign_slots(
-    routing: Routing,
-    factor: float,
-    config: CapacityConfig,
-    *,
-    valid_GS: jax.Array | None = None,
-    rng: jax.Array | None = None,
-    slots: int | None = None,
-) -> Assignment:
-    """Gives the slots of every expert to the choices of a group, first come, first served.
+@dataclasses.dataclass(frozen=True)
+class TokenMajor(Queue):
+    """Token by token, the choices of a token best first (MaxText)."""
 
-    Args:
-      routing: the router's choices.
-      factor: capacity factor of this call; 0: dropless, every valid choice is kept.
-      config: the capacity rule and the queue order.
-      valid_GS: bool, False for padding, which takes no slot; None: all tokens are valid.
-      rng: key of the "random" queue order.
-      slots: C; None: `num_slots` for the choices that a token has at most.
+    def looks_ahead(self, num_selected: int) -> bool:
+        """See `Queue`."""
+        return False
 
-    Returns:
-      The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone. A
-      choice that does not count (`Routing.chosen_GSK`) is like one of padding.
-    """
-    _, tokens, num_selected = routing.expert_index_GSK.shape
-    num_experts = routing.logits_GSE.shape[-1]
-    capacity = slots or num_slots(tokens, num_experts, num_selected, factor, config)
-    expert_index_GSK = routing.expert_index_GSK
-    # An expert index of E is nobody's: its one-hot row is zero.
-    if valid_GS is not None:
-        expert_index_GSK = jnp.where(valid_GS[..., None], expert_index_GSK, num_experts)
-    if routing.chosen_GSK is not None:
-        expert_index_GSK = jnp.where(routing.chosen_GSK, expert_index_GSK, num_experts)
-    order = "token_major" if factor == 0 else config.queue_order
-    slot_GSK = place_in_queue(expert_index_GSK, routing, order, rng)
-    kept_GSK = (slot_GSK < capacity) & (expert_index_GSK < num_experts)
-    if factor == 0:
-        kept_GSK = expert_index_GSK < num_experts
-    gate_GSK = jnp.where(kept_GSK, routing.gate_GSK, 0)
-    return Assignment(routing.expert_index_GSK, gate_GSK, slot_GSK, kept_GSK, capacity, num_experts)
-
-
-def place_in_queue(
-    expert_index_GSK: jax.Array, routing: Routing, order: str, rng: jax.Array | None
-) -> jax.Array:
-    """How many choices are served before each choice by the same expert.
-
-    Args:
-      expert_index_GSK: int32; an index of E (padding, not chosen) stands in no queue.
-      routing: its probabilities and gates rank tokens in the orders that need them.
-      order: "token_major": token by token, the choices of a token best first (MaxText);
-        "choice_major": all first choices, then all second ones (GShard, Switch, V-MoE);
-        "batch_prioritized": choice-major with tokens by falling best probability (Riquelme et al.
-        2021, arXiv:2106.05974, sec. 4.1; of the experts that compute); "probability": by falling
-        gate (Megatron "probs"); "random": at random (DeepSpeed's random token selection).
-      rng: key of the "random" order.
-
-    Returns:
-      int32 [G, S, K].
-    """
-    groups, tokens, choices = expert_index_GSK.shape
-    num_experts = routing.logits_GSE.shape[-1]
-    if order == "token_major":
-        # The choices of a token are different experts, so that whole tokens can be counted.
+    def places(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `Queue`: whole tokens are counted, whose choices are different experts."""
+        num_experts = routing.probs_GSE.shape[-1]
         mask_GSE = jnp.sum(jax.nn.one_hot(expert_index_GSK, num_experts, dtype=jnp.int32), axis=2)
         before_GSE = jnp.cumsum(mask_GSE, axis=1) - mask_GSE
         index_GSK = jnp.minimum(expert_index_GSK, num_experts - 1)
         return jnp.take_along_axis(before_GSE, index_GSK, axis=-1)
 
-    place_GA = jnp.arange(tokens * choices).reshape(1, tokens, choices)
-    if order == "batch_prioritized":
-        by_worth_GS = jnp.argsort(-jnp.max(routing.probs_GSE, axis=-1), axis=-1, stable=True)
-        place_GA = place_GA[0][by_worth_GS]
-    if order in ("choice_major", "batch_prioritized"):
-        place_GA = place_GA.swapaxes(1, 2).reshape(-1, tokens * choices)
-    elif order == "probability":
-        gate_GA = routing.gate_GSK.reshape(groups, -1)
-        place_GA = jnp.argsort(-gate_GA, axis=-1, stable=True)
-    elif order == "random":
-        if rng is None:
-            raise ValueError(
-                "queue_order='random' needs a random key: rng=None. Pass rng to the MoE block."
-            )
-        place_GA = jnp.argsort(jax.random.uniform(rng, (groups, tokens * choices)), axis=-1)
-    place_GA = jnp.broadcast_to(place_GA, (groups, tokens * choices))
 
-    expert_GA = expert_index_GSK.reshape(groups, -1)
-    queue_GA = jnp.take_along_axis(expert_GA, place_GA, axis=-1)
-    mask_GAE = jax.nn.one_hot(queue_GA, num_experts, dtype=jnp.int32)
-    before_GA = jnp.sum((jnp.cumsum(mask_GAE, axis=1) - mask_GAE) * mask_GAE, axis=-1)
-    slot_GA = jnp.put_along_axis(
-        jnp.zeros_like(expert_GA), place_GA, before_GA, axis=-1, inplace=False
+@dataclasses.dataclass(frozen=True)
+class Capacity(Settings):
+    """How many slots an expert has in a group of tokens, and who gets them."""
+
+    train_factor: float = setting(1.25, at_least=0)  # slots over mean load in training; 0: dropless
+    eval_factor: float = setting(2.0, at_least=0)  # the same for capacity-limited evaluation
+    slots: int = setting(0, at_least=0)  # so many in place of a factor's; 0: by the factor
+    preset: str = ""  # a system's rule and queue, from `presets.PRESETS`; "": the fields below
+    per: str = setting("assignment", choices=("assignment", "token", "choice"))  # see `num_slots`
+    rounding: str = setting("ceil", choices=tuple(ROUNDING))  # of the product; "nearest": to even
+    round_mean_up: bool = False  # round the mean load up before the factor is applied (MaxText)
+    multiple_of: int = setting(1, at_least=1)  # then up to a multiple of this
+    minimum: int = setting(1, at_least=1)  # and no fewer slots than this
+    queue: Queue = TokenMajor()  # who is served first when an expert is full
+
+    def check(self) -> None:
+        """See `Settings`; fills in a preset."""
+        for name, value in preset_fields(self, self.preset).items():
+            object.__setattr__(self, name, value)
+        require(
+            not self.queue.needs_rng or self.eval_factor == 0,
+            "a random queue draws from a key, which an evaluation has not",
+            f"queue={self.queue}, eval_factor={self.eval_factor}",
+            "Set capacity.eval_factor=0: dropless evaluation only",
+        )
+        require(
+            self.slots == 0 or (self.train_factor > 0 and self.eval_factor > 0),
+            "slots stand in place of those of a factor > 0",
+            f"slots={self.slots}, train_factor={self.train_factor}, eval_factor={self.eval_factor}",
+            "Leave the factors at their defaults, or set slots=0",
+        )
+
+    def num_slots(self, tokens: int, num_experts: int, num_selected: int, factor: float) -> int:
+        """The slots of one expert in a group.
+
+        Args:
+          tokens: S, tokens of the group.
+          num_experts: E.
+          num_selected: K.
+          factor: capacity factor; 0 means dropless, which S slots guarantee.
+
+        Returns:
+          C >= 1, the product of factor and mean load, rounded. The mean load counts K * tokens
+          (`per="assignment"`), tokens ("token"), or tokens for each of K equal shares ("choice").
+          No more than S, rounded up to `multiple_of`: more could never be filled.
+        """
+        multiple = self.multiple_of
+        enough = -(-tokens // multiple) * multiple
+        if factor == 0:
+            return enough
+        if self.slots:
+            return min(self.slots, enough)
+        mean_load = tokens * (num_selected if self.per == "assignment" else 1) / num_experts
+        if self.round_mean_up:
+            mean_load = math.ceil(mean_load)
+        # The product is rounded to 9 decimals first: 100 * 1.1 is 110, not 110.00000000000001.
+        slots = ROUNDING[self.rounding](round(mean_load * factor, 9))
+        slots *= num_selected if self.per == "choice" else 1
+        slots = -(-slots // multiple) * multiple
+        return min(max(slots, self.minimum), enough)
+
+
+def assign_slots(
+    routing: Routing,
+    queue: Queue,
+    options: Options,
+    valid_GS: jax.Array | None = None,
+    rng: jax.Array | None = None,
+) -> Assignment:
+    """Gives the slots of every expert to the choices of a group, first come, first served.
+
+    Args:
+      routing: the choices of experts that compute.
+      queue: who comes first.
+      options: its `slots`; if it is `dropless`, every valid choice is kept.
+      valid_GS: bool, False for padding, which takes no slot; None: all tokens are valid.
+      rng: key of a random queue.
+
+    Returns:
+      The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone. A
+      choice that does not count (`Routing.chosen_GSK`) is like one of padding.
+    """
+    num_experts = routing.probs_GSE.shape[-1]
+    counts_GSK = routing.chosen_GSK
+    if valid_GS is not None:
+        counts_GSK &= valid_GS[..., None]
+    # An expert index of E is nobody's: its one-hot row is zero.
+    expert_index_GSK = jnp.where(counts_GSK, routing.expert_index_GSK, num_experts)
+    queue = TokenMajor() if options.dropless else queue
+    slot_GSK = queue.places(routing, expert_index_GSK, rng)
+    kept_GSK = counts_GSK if options.dropless else counts_GSK & (slot_GSK < options.slots)
+    gate_GSK = jnp.where(kept_GSK, routing.gate_GSK, 0)
+    return Assignment(
+        routing.expert_index_GSK, gate_GSK, slot_GSK, kept_GSK, options.slots, num_experts
     )
-    return slot_GA.reshape(groups, tokens, choices)

@@ -1,100 +1,85 @@
-"""What an expert computes, and the parameters it needs (legend: `moe_jax.moe`).
+"""What an expert computes (legend: `moe_jax.moe`).
 
-The maths is written once. A `Layout` says how rows meet the weights of their expert: one FFN for
-all rows, slots of every expert side by side, or rows sorted by expert.
+The maths is written once. A `Layout` (`moe_jax.parameters`) says how rows meet the weights of their
+expert: one FFN for all rows, slots of every expert side by side, or rows sorted by expert.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-Weights = Mapping[str, jax.Array]
-# The weights of experts, and the names of their dims in `parallel.rules`.
-EXPERT_AXES = {
-    "wi": ("expert", "model", "hidden"),
-    "wg": ("expert", "model", "hidden"),
-    "wo": ("expert", "hidden", "model"),
-    "bi": ("expert", "hidden"),
-    "bg": ("expert", "hidden"),
-    "bo": ("expert", "model"),
-}
-EXPERT_WEIGHTS = tuple(EXPERT_AXES)
+from moe_jax.config.settings import Settings
+from moe_jax.parameters import Layout, dense, grouped
+
+Weights = Mapping[str, Any]  # arrays, or `Weight`s, by name
 
 
-class Layout(Protocol):
-    """How rows `x[..., I]` meet weights.
+@dataclasses.dataclass(frozen=True)
+class Activation(Settings):
+    """Between the two products of a feed-forward network.
 
     Attributes:
-      rng: key for what is random in these rows, or None.
+      gated: whether there is a third matrix, for the gate.
     """
 
-    rng: jax.Array | None
+    family: ClassVar[str] = "activation"
+    gated: ClassVar[bool] = False
 
-    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """`x[..., I] @ weight[I, O]`, with the weight of each row's own expert."""
+    def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """The hidden units.
 
-    def expand(self, bias: jax.Array) -> jax.Array:
-        """`bias[O]` of each row's own expert, in a shape that adds to the rows."""
-
-
-# What experts compute, each row by itself: (rows [..., M], weights, layout) -> rows [..., M].
-Experts = Callable[[jax.Array, Weights, Layout], jax.Array]
-
-
-class Shared:
-    """Every row meets the same weights [I, O]: a dense FFN, or shared experts."""
-
-    rng: jax.Array | None = None
-
-    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """[..., I] @ [I, O] -> [..., O]."""
-        return jnp.matmul(x, weight)
-
-    def expand(self, bias: jax.Array) -> jax.Array:
-        """[O], which broadcasts."""
-        return bias
+        Args:
+          inner: x wi, [..., H].
+          gate: x wg, likewise, of a gated activation; else None.
+        """
+        raise NotImplementedError
 
 
-def ffn(
-    x: jax.Array,
-    weights: Weights,
-    activation: str,
-    layout: Layout,
-    *,
-    dropout_rate: float = 0.0,
-) -> jax.Array:
-    """A feed-forward network, for whichever rows and experts the layout holds.
+@dataclasses.dataclass(frozen=True)
+class Relu(Activation):
+    """max(x wi, 0)."""
 
-    Args:
-      x: rows [..., M]; computed in their dtype.
-      weights: `wi` and `wo`, `wg` if gated, and biases `bi`, `bg`, `bo` if there are any.
-      activation: "relu", "gelu": act(x wi) wo; "swiglu", "geglu": (act(x wg) * x wi) wo
-        (Shazeer 2020, arXiv:2002.05202). GELU is the exact one.
-      layout: how rows meet weights.
+    def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """See `Activation`."""
+        return jax.nn.relu(inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A feed-forward network for whichever rows and experts a layout holds.
+
+    Attributes:
+      activation: between its products.
       dropout_rate: on the hidden units; off if the layout has no random key.
-
-    Returns:
-      Rows [..., M] in the dtype of `x`.
     """
 
-    def linear(rows: jax.Array, name: str) -> jax.Array:
-        out = layout.matmul(rows, weights["w" + name].astype(x.dtype))
-        bias = weights.get("b" + name)
-        return out if bias is None else out + layout.expand(bias.astype(x.dtype))
+    activation: Activation
+    dropout_rate: float = 0.0
 
-    if activation in ("swiglu", "geglu"):
-        gate = jax.nn.silu if activation == "swiglu" else exact_gelu
-        hidden = gate(linear(x, "g")) * linear(x, "i")
-    else:
-        hidden = (jax.nn.relu if activation == "relu" else exact_gelu)(linear(x, "i"))
-    if dropout_rate > 0 and layout.rng is not None:
-        keep = jax.random.bernoulli(layout.rng, 1 - dropout_rate, hidden.shape)
-        hidden = jnp.where(keep, hidden / (1 - dropout_rate), 0)
-    return linear(hidden, "o")
+    def __call__(self, x: jax.Array, weights: Weights, layout: Layout) -> jax.Array:
+        """(activation(x wi, x wg)) wo, each row by itself.
 
+        Args:
+          x: rows [..., M]; computed in their dtype.
+          weights: `wi` and `wo`, `wg` if gated, and biases `bi`, `bg`, `bo` if there are any.
+          layout: how rows meet weights.
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function, as in PyTorch; JAX's own default is the tanh form."""
-    return jax.nn.gelu(x, approximate=False)
+        Returns:
+          Rows [..., M] in the dtype of `x`.
+        """
+
+        def product(rows: jax.Array, name: str) -> jax.Array:
+            out = grouped(rows, weights["w" + name], layout)
+            bias = weights.get("b" + name)
+            return out if bias is None else out + layout.expand(dense(bias).astype(x.dtype))
+
+        with jax.named_scope("experts"):
+            gate = product(x, "g") if self.activation.gated else None
+            hidden = self.activation.apply(product(x, "i"), gate)
+            if self.dropout_rate > 0 and layout.rng is not None:
+                keep = jax.random.bernoulli(layout.rng, 1 - self.dropout_rate, hidden.shape)
+                hidden = jnp.where(keep, hidden / (1 - self.dropout_rate), 0)
+            return product(hidden, "o")

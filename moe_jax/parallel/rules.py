@@ -82,7 +82,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays an array on the mesh in use as the table says; without a mesh, nothing.
 
     Args:
-      x: an array of the whole program (outside `jax.shard_map`).
+      x: an array of the whole program. Inside `jax.shard_map` axes that it made manual are left
+        out.
       *names: of its dims; None for a dim that is not split.
 
     Raises:
@@ -99,4 +100,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
                 f"{num_shards(name, mesh)} devices ({mesh_axes(name, mesh)}), array {x.shape}. "
                 "Change config.mesh or the size."
             )
-    return jax.lax.with_sharding_constraint(x, partition_spec(names, mesh))
+    automatic = [
+        tuple(axis for axis in mesh_axes(name, mesh) if axis not in mesh.manual_axes) or None
+        for name in names
+    ]
+    if len(mesh.manual_axes) == len(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*automatic))

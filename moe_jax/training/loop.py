@@ -1,28 +1,24 @@
-"""A training run, from a config and a directory to checkpoints, metrics and a report."""
+"""A training run, from a config and a directory to checkpoints, metrics and an evaluation."""
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.analysis.report import write_report
-from moe_jax.config import ExperimentConfig, config_dict
+from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.data import open_tokenizer, train_batches
-from moe_jax.inference import continue_text
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, require_same
-from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
-from moe_jax.planning.hardware import peak_flops
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loss import Batch
 from moe_jax.training.metrics import MetricWriter, write_atomically, write_run_record
-from moe_jax.training.placement import BATCH_AXES, compile_train_step, new_state
+from moe_jax.training.placement import BATCH_AXES, check_run, compile_train_step, new_state
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
@@ -33,13 +29,19 @@ from moe_jax.training.step import StepMetrics
 from moe_jax.training.workdir import check_workdir, only_run
 
 
-def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig,
+    workdir: str | pathlib.Path,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Trains a model, or goes on with the run in `workdir`.
 
     Args:
       config: the run. Steps, data order, dropout and noise are functions of it alone.
       workdir: holds the run: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`,
-        `evaluation.json`, `sample.txt`, `report/`.
+        `evaluation.json`.
+      facts: more to record in `run.json`. With "forward_flops_per_token" {"model"} and
+        "peak_flops", of one device, the share of the peak is measured too.
 
     Returns:
       The last evaluation, as `evaluation.json` has it.
@@ -50,15 +52,16 @@ def train(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, An
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    require_same("config", json.loads(config_dict(config).to_json()))
+    require_same("config", write_config(config))
     config = config.on_devices(jax.device_count())
     mesh = make_mesh(config.mesh)
+    check_run(config, mesh)
     check_workdir(config, workdir)
     check_vocabulary(config)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
-        return train_in(workdir, config, mesh, checkpoints)
+        return train_in(workdir, config, mesh, checkpoints, dict(facts or {}))
 
 
 class Run(NamedTuple):
@@ -77,7 +80,7 @@ class Run(NamedTuple):
         with self.rates.paused():
             return evaluate(
                 state.params,
-                state.router_bias_XE,
+                state.model_state,
                 self.config,
                 mesh=self.mesh,
                 max_batches=max_batches,
@@ -86,23 +89,18 @@ class Run(NamedTuple):
 
 
 def train_in(
-    workdir: pathlib.Path, config: ExperimentConfig, mesh: Mesh, checkpoints: Checkpoints
+    workdir: pathlib.Path,
+    config: ExperimentConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains in a directory that nobody else writes to; see `train`."""
     restored = restore(config, checkpoints, mesh)
     state = new_state(config, mesh) if restored is None else restored
     start = int(state.step)
-    length = config.data.sequence_length
-    parameters, flops = count_parameters(config.model, length), count_flops(config.model, length)
-    peak = peak_flops()
-    facts = {
-        "parameters": {"total": parameters.total, "active": parameters.active},
-        "forward_flops_per_token": {"model": flops.model, "computed": flops.computed},
-        "peak_flops": peak,
-    }
     record = write_run_record(workdir, config, start_step=start, facts=facts)
     if jax.process_index() == 0:
-        print(summary(config.model, length), flush=True)
         print(describe_mesh(mesh), flush=True)
         if start:
             print(f"resuming after step {start} of {config.training.num_steps}", flush=True)
@@ -114,13 +112,15 @@ def train_in(
     )
     # Devices of a CPU share its cores, whether the mesh has all of them or not.
     num_devices = jax.device_count() if on_cpu else mesh.size
-    rates = Rates(config, 3 * flops.model, peak and peak * num_devices)
+    flops = facts.get("forward_flops_per_token", {}).get("model", 0.0)
+    peak = facts.get("peak_flops")
+    rates = Rates(config, 3 * flops, peak and peak * num_devices)
     with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
         run = Run(config, mesh, checkpoints, writer, progress, rates, signals)
         state, said = run_steps(run, state, start)
     if said is None:
         said = run.evaluate(state, None)
-    return finish(config, workdir, state, said)
+    return finish(workdir, state, said)
 
 
 def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any] | None]:
@@ -144,7 +144,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
         (step, metrics), pending = pending, None
         check_finite(step, metrics, saved, run.checkpoints.directory)
         if step % training.log_every == 0 or step == training.num_steps:
-            row = metrics_row(metrics, config.model.moe_layers) | run.rates.measure(step)
+            row = metrics_row(metrics, config.model.layers_of) | run.rates.measure(step)
             run.writer.write(step, row)
             run.progress.update(step, row)
         else:
@@ -203,29 +203,11 @@ def global_batches(config: ExperimentConfig, mesh: Mesh, start: int) -> Iterator
         yield from_shares(share, mesh, BATCH_AXES)
 
 
-def finish(
-    config: ExperimentConfig, workdir: pathlib.Path, state: TrainState, said: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes the evaluation on the whole held-out split, a sample, and the report."""
+def finish(workdir: pathlib.Path, state: TrainState, said: dict[str, Any]) -> dict[str, Any]:
+    """Writes the evaluation on the whole held-out split."""
     said = {"step": int(state.step), **said}
-    training = config.training
-    text = ""
-    if training.sample_prompt:
-        text = continue_text(
-            state.params,
-            state.router_bias_XE,
-            config,
-            training.sample_prompt,
-            num_tokens=training.sample_tokens,
-            step=state.step,
-        )
-    if jax.process_index() != 0:
-        return said
-    write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
-    if training.sample_prompt:
-        write_atomically(workdir / "sample.txt", training.sample_prompt + text + "\n")
-        print(f"\nsample:\n{training.sample_prompt}{text}\n")
-    print(f"report: {write_report(workdir)}", flush=True)
+    if jax.process_index() == 0:
+        write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
     return said
 
 
@@ -252,6 +234,6 @@ def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib
             where = f"checkpoint of step {saved} in {directory}" if saved else "no checkpoint yet"
             raise FloatingPointError(
                 f"train/{name} is {value} at step {step}; last good state: {where}. Lower "
-                "optimizer.learning_rate, lengthen the warm-up, or raise "
-                "model.moe.balance.router_z_loss_weight; then start in another workdir."
+                "optimizer.learning_rate, lengthen the warm-up, or raise the weight of the "
+                "router_z loss; then start in another workdir."
             )

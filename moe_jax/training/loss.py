@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.config import ModelConfig
-from moe_jax.models import Decoder
-from moe_jax.moe import balance
-from moe_jax.moe.routing.replay import Choices
-from moe_jax.moe.statistics import MoEAux
+from moe_jax.models.model import LanguageModel
+from moe_jax.moe.routing import Choices
+from moe_jax.part import Aux, Call
 
 Batch = Mapping[str, jax.Array]
+REPLAY = "replay/"  # fields of a batch: replay/PART/expert_index and replay/PART/chosen
 
 
 class Totals(NamedTuple):
@@ -22,12 +21,12 @@ class Totals(NamedTuple):
     Attributes:
       loss_weight: float32 scalar, sum of the loss weights of its targets.
       tokens: float32 scalar, its valid tokens.
-      load_XE: float32, f_e of the whole batch for scope "global", or None to take this part's.
+      sums: of the whole batch, by part, where a loss needs them; None: the part is all of it.
     """
 
     loss_weight: jax.Array
     tokens: jax.Array
-    load_XE: jax.Array | None = None
+    sums: dict[str, Any] | None = None
 
 
 class LossParts(NamedTuple):
@@ -35,11 +34,11 @@ class LossParts(NamedTuple):
 
     Attributes:
       cross_entropy: float32 scalar, nats a target.
-      aux: what the MoE layers said of this part, or None.
+      aux: what the model's parts said, by part.
     """
 
     cross_entropy: jax.Array
-    aux: MoEAux | None
+    aux: dict[str, Aux]
 
 
 def batch_totals(batch: Batch) -> Totals:
@@ -49,16 +48,33 @@ def batch_totals(batch: Batch) -> Totals:
     return Totals(jnp.maximum(weight, 1e-9), jnp.maximum(tokens, 1))
 
 
-def replayed_choices(batch: Batch) -> Choices | None:
-    """The choices that a batch tells the routers to take, if it does.
+def replayed_choices(batch: Batch) -> dict[str, Choices]:
+    """The choices that a batch tells routers to take, by part, [X, B, L, K].
 
-    Its `expert_index` (int32) and, where not all choices count, `chosen` (bool) are [B, L, X, K],
-    as `models.routing_record` has them.
+    Its `replay/PART/expert_index` (int32) and, where not all choices count, `replay/PART/chosen`
+    (bool) are [B, L, X, K]: like everything in a batch they can be cut by sequences.
     """
-    if "expert_index" not in batch:
-        return None
-    chosen = jnp.moveaxis(batch["chosen"], 2, 0) if "chosen" in batch else None
-    return Choices(jnp.moveaxis(batch["expert_index"], 2, 0), chosen)
+    replay = {}
+    for name in batch:
+        part, _, field = name.removeprefix(REPLAY).rpartition("/")
+        if name.startswith(REPLAY) and field == "expert_index":
+            index = jnp.moveaxis(batch[name], 2, 0)
+            chosen = batch.get(f"{REPLAY}{part}/chosen")
+            counts = jnp.ones(index.shape, jnp.bool_)
+            if chosen is not None:
+                counts = jnp.moveaxis(chosen, 2, 0)
+            replay[part] = Choices(index, counts)
+    return replay
+
+
+def call_of(batch: Batch, **settings: Any) -> Call:
+    """What a model is told of a batch."""
+    return Call(
+        tokens_BL=batch["inputs"],
+        positions_BL=batch["positions"],
+        segments_BL=batch["segment_ids"],
+        **settings,
+    )
 
 
 def target_nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
@@ -72,9 +88,9 @@ def partial_loss(
     params: Any,
     part: Batch,
     totals: Totals,
-    config: ModelConfig,
+    model: LanguageModel,
     *,
-    router_bias_XE: jax.Array | None,
+    model_state: Mapping[str, Any],
     rng: jax.Array,
     step: jax.Array | None = None,
 ) -> tuple[jax.Array, LossParts]:
@@ -88,63 +104,17 @@ def partial_loss(
       part: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32 [B, L],
         and perhaps what `replayed_choices` reads.
       totals: of the whole batch.
-      config: the model.
-      router_bias_XE: selection biases, or None.
+      model: the model.
+      model_state: state by part.
       rng: key of dropout, jitter and noise.
-      step: int32 scalar, for settings of the router that are annealed; None: at their ends.
+      step: int32 scalar, for settings that are annealed; None: at their ends.
 
     Returns:
       The share of the total loss (differentiate this), and its parts.
     """
-    dropout_key, router_key = jax.random.split(rng)
-    output = Decoder(config).apply(
-        {"params": params},
-        part["inputs"],
-        part["positions"],
-        part["segment_ids"],
-        router_bias_XE=router_bias_XE,
-        train=True,
-        capacity_factor=config.moe.capacity.train_factor,
-        replay=replayed_choices(part),
-        step=step,
-        rngs={"dropout": dropout_key, "router": router_key},
-    )
+    call = call_of(part, rng=rng, step=step)
+    output = model.run(params, call, state=model_state, replay=replayed_choices(part))
     nats_BL = target_nats(output.logits_BLV, part["targets"])
     cross_entropy = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
-    loss = cross_entropy
-    if output.aux is not None:
-        settings = config.moe.balance
-        share = jnp.sum(part["segment_ids"] > 0) / totals.tokens
-        loss += settings.load_balance_weight * share * load_balance(output.aux, config, totals)
-        loss += settings.router_z_loss_weight * share * jnp.mean(output.aux.router_z_loss)
-        loss += settings.importance_loss_weight * share * jnp.mean(output.aux.importance_loss)
-        loss += settings.load_loss_weight * share * jnp.mean(output.aux.load_loss)
-        loss += settings.token_entropy_weight * share * jnp.mean(output.aux.router_entropy)
-        if settings.batch_entropy_weight > 0:
-            lacking_X = balance.batch_entropy_loss(
-                output.aux.mean_prob_E, settings.batch_entropy_target
-            )
-            loss += settings.batch_entropy_weight * share * jnp.mean(lacking_X)
-        predictor_weight = config.moe.router.predictor_loss_weight
-        loss += predictor_weight * share * jnp.mean(output.aux.predictor_loss)
+    loss = cross_entropy + model.loss(output.aux, totals.tokens, totals.sums)
     return loss, LossParts(cross_entropy, output.aux)
-
-
-def load_balance(aux: MoEAux, config: ModelConfig, totals: Totals) -> jax.Array:
-    """The load-balance loss of some sequences, averaged over layers.
-
-    Scope "global" uses the load of the whole batch, `totals.load_XE`. Convention "huggingface"
-    averages loads and probabilities over layers before it multiplies them.
-    """
-    settings = config.moe.balance
-    pooled = settings.load_balance_convention == "huggingface"
-    if settings.load_balance_scope != "global" and not pooled:
-        return jnp.mean(aux.load_balance_loss)
-    load_XE = totals.load_XE
-    if load_XE is None:
-        tokens_X = aux.num_tokens
-        load_XE = balance.load_share(aux.balanced_KE, tokens_X, settings.load_balance_convention)
-    prob_XE = aux.mean_prob_E
-    if pooled:
-        load_XE, prob_XE = jnp.mean(load_XE, axis=0), jnp.mean(prob_XE, axis=0)
-    return jnp.mean(config.moe.num_options * jnp.sum(load_XE * prob_XE, axis=-1))

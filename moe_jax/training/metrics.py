@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from moe_jax.config import ExperimentConfig, config_dict
+from moe_jax.config import ExperimentConfig, write_config
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -174,7 +174,7 @@ def write_run_record(
     if jax.process_index() != 0:
         return record
     directory.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(config_dict(config).to_json())
+    settings = write_config(config)
     if start_step > 0 and (directory / RUN_FILE).exists():
         last = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
         record["earlier"] = [*last.pop("earlier", []), last]

@@ -3,16 +3,35 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from moe_jax.config import ExperimentConfig
-from moe_jax.models.parameters import key_path, parameter_axes
-from moe_jax.parallel.rules import named_sharding
+from moe_jax.parallel.rules import RULES, named_sharding, num_shards
+from moe_jax.parameters import ParameterSpec
+from moe_jax.part import RunShape
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
 
 # Microbatches follow each other; the sequences of each are split over the devices.
 BATCH_AXES = (None, "batch", None)
+
+
+def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a batch or a mesh that the model cannot be split over.
+
+    Raises:
+      ValueError: with the sizes and what to change.
+    """
+    shards = {name: num_shards(name, mesh) for name in RULES}
+    sequences = config.training.batch_size // config.training.num_microbatches
+    if sequences % shards["batch"]:
+        raise ValueError(
+            "a microbatch is split over slices * data * fsdp * expert devices, in whole sequences: "
+            f"{sequences} sequences (batch_size={config.training.batch_size}, num_microbatches="
+            f"{config.training.num_microbatches}), over {shards['batch']} devices. Use a multiple "
+            f"of {shards['batch']} sequences a microbatch."
+        )
+    config.model.check_run(RunShape(sequences, config.data.sequence_length, shards))
 
 
 def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
@@ -22,27 +41,36 @@ def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
       ValueError: a parameter's dim cannot be split evenly.
     """
     abstract = abstract_state(config)
-    shapes = {
-        key_path(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract.params)
-    }
+    specs = {path: spec for path, spec in jax.tree_util.tree_leaves_with_path(config.model.specs())}
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        # Moments are stored under the dict keys of their parameter.
-        name = key_path(path)
-        if name not in shapes:
+        found = parameter_of(path, specs)
+        if found is None:
             return named_sharding((None,) * leaf.ndim, mesh)
-        axes = axes_of_moment(parameter_axes(name, config.model), shapes[name], leaf.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = axes_of_moment(found.axes, found.shape, leaf.shape)
         placed = named_sharding(axes, mesh)
         try:
             placed.shard_shape(leaf.shape)
         except ValueError as error:
             raise ValueError(
-                f"The mesh splits every parameter evenly: {'/'.join(name)} {leaf.shape} with dims "
+                f"The mesh splits every parameter evenly: {name} {leaf.shape} with dims "
                 f"{axes} over {placed.spec} of {dict(mesh.shape)}. Change config.mesh or the size."
             ) from error
         return placed
 
     return jax.tree_util.tree_map_with_path(sharding, abstract)
+
+
+def parameter_of(path: tuple[Any, ...], specs: dict[Any, ParameterSpec]) -> ParameterSpec | None:
+    """The spec of the parameter that an array of the state is, or is a moment of; or None.
+
+    The path of a moment has the path of its parameter in it, from its first dict key on.
+    """
+    is_key = [isinstance(entry, jax.tree_util.DictKey) for entry in path]
+    path = path[is_key.index(True) :] if any(is_key) else ()
+    ends = range(len(path), 0, -1)
+    return next((specs[path[:end]] for end in ends if path[:end] in specs), None)
 
 
 def axes_of_moment(
@@ -88,7 +116,7 @@ def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str] | N
 
     libtpu compiles an all-to-all as synchronous by default, and then chunks overlap nothing.
     """
-    in_chunks = bool(config.model.moe_layers) and config.model.moe.exchange_chunks > 1
+    in_chunks = any(getattr(one, "exchange_chunks", 1) > 1 for one in config.model.part.values())
     if in_chunks and mesh.devices.flat[0].platform == "tpu":
         return {"xla_tpu_enable_async_all_to_all": "true"}
     return None

@@ -1,4 +1,4 @@
-"""One training step: microbatches, gradient, optimizer, router bias (legend: `moe_jax.moe`)."""
+"""One training step: microbatches, gradient, optimizer, state of parts (legend: `moe_jax.moe`)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax.config import ExperimentConfig, ModelConfig
-from moe_jax.moe import balance, bias
-from moe_jax.moe.statistics import MoEAux, merge_aux
+from moe_jax.config import ExperimentConfig
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from moe_jax.training.state import TrainState
@@ -20,18 +20,17 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: float32 scalar, nats a target: cross-entropy alone.
-      total_loss: float32 scalar, with the balance losses: what was differentiated.
+      total_loss: float32 scalar, with what the parts add: what was differentiated.
       grad_norm: float32 scalar, global norm before clipping.
       learning_rate: float32 scalar.
-      aux: of the MoE layers over the whole batch, leading dim X, without the counts of single
-        sequences (`assigned_BE` is None); None for a dense model.
+      of_parts: metrics of the parts over the whole batch, PART/NAME, with a leading dim of layers.
     """
 
     loss: jax.Array
     total_loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
-    aux: MoEAux | None
+    of_parts: dict[str, jax.Array]
 
 
 def make_train_step(
@@ -41,10 +40,10 @@ def make_train_step(
 
     The batch holds arrays [num_microbatches, batch_size / num_microbatches, L]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
-    drawn anew for each microbatch, and for losses that are of a microbatch: load-balance scope
-    "microbatch", the importance, load and batch-entropy losses (not linear in its sums).
+    drawn anew for each microbatch, and for losses that are of a microbatch (not linear in its
+    sums).
     """
-    optimizer = make_optimizer(config.optimizer, config.training.num_steps)
+    optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
     model, num_parts = config.model, config.training.num_microbatches
 
@@ -55,76 +54,67 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        aux = None if said.aux is None else merge_aux(said.aux, model.moe)
-        bias_XE = state.router_bias_XE
-        if bias_XE is not None and aux is not None:
-            bias_XE = next_router_bias(bias_XE, aux, state.step, config)
-            aux = aux._replace(needed_bias_EQ=None)  # large, and of no more use
-        new_state = TrainState(state.step + 1, params, opt_state, bias_XE, state.key_data)
+        aux = merge_aux(said.aux)
+        sums = {name: of_part.sums for name, of_part in aux.items()}
+        num_steps = config.training.num_steps
+        model_state = model.next_state(state.model_state, sums, state.step, num_steps)
+        new_state = TrainState(state.step + 1, params, opt_state, model_state, state.key_data)
         metrics = StepMetrics(
             loss=jnp.sum(said.cross_entropy),
             total_loss=loss,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
-            aux=aux,
+            of_parts=model.metrics(aux),
         )
         return new_state, metrics
 
     return train_step
 
 
-def next_router_bias(
-    bias_XE: jax.Array, aux: MoEAux, step: jax.Array, config: ExperimentConfig
-) -> jax.Array:
-    """The selection biases after a step, from what its MoE layers said of the whole batch."""
-    moe, settings = config.model.moe, config.model.moe.balance
-    rate = bias.update_rate(settings, step, config.training.num_steps)
-    if settings.bias_update == "quantile":
-        assert aux.needed_bias_EQ is not None, "counted in training"
-        target_XE = bias.quantile_bias(bias_XE, aux.needed_bias_EQ, moe.num_selected_experts)
-        return bias_XE + rate * (target_XE - bias_XE)
-    return bias.update_router_bias(
-        bias_XE,
-        jnp.sum(aux.assigned_KE, axis=-2),
-        rate,
-        by=settings.bias_update,
-        centered=settings.bias_update_centered,
-    )
+def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:
+    """What was said of the parts of a batch (leading dim), as if they had been one.
+
+    Sums add up, of maxima the largest counts; what stays with sequences is left out.
+    """
+    return {
+        name: Aux(
+            sums=jax.tree.map(lambda a: jnp.sum(a, axis=0), aux.sums),
+            maxima=jax.tree.map(lambda a: jnp.max(a, axis=0), aux.maxima),
+        )
+        for name, aux in parts.items()
+    }
 
 
 def gradient(
-    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: ModelConfig
+    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: LanguageModel
 ) -> tuple[jax.Array, Any, LossParts]:
     """Loss and gradient of a batch, one part after another.
 
     Args:
-      state: parameters and router biases.
+      state: parameters and the state of the model's parts.
       parts: the batch, with a leading dim of parts.
       keys: a random key for each part.
       totals: denominators of the whole batch.
-      model: its config.
+      model: the model.
 
     Returns:
       The loss, its gradient, and what every part said (leading dim of parts).
     """
     loss_and_grad = jax.value_and_grad(partial_loss, has_aux=True)
-
-    def of_part(part: Batch, key: jax.Array, totals: Totals) -> tuple[Any, Any]:
-        bias_XE = state.router_bias_XE
-        return loss_and_grad(
-            state.params, part, totals, model, router_bias_XE=bias_XE, rng=key, step=state.step
-        )
-
+    settings = {"model_state": state.model_state, "step": state.step}
     if len(keys) == 1:
         only = {name: value[0] for name, value in parts.items()}
-        (loss, said), grads = of_part(only, keys[0], totals)
+        outcome = loss_and_grad(state.params, only, totals, model, rng=keys[0], **settings)
+        (loss, said), grads = outcome
         return loss, grads, jax.tree.map(lambda x: x[None], said)
 
-    if model.moe_layers and model.moe.balance.load_balance_scope == "global":
-        totals = totals._replace(load_XE=whole_load(state, parts, keys, totals, model))
+    if model.needs_batch_sums:
+        totals = totals._replace(sums=batch_sums(state, parts, keys, totals, model))
 
     def accumulate(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
-        (loss, said), grads = of_part(*inputs, totals)
+        part, key = inputs
+        outcome = loss_and_grad(state.params, part, totals, model, rng=key, **settings)
+        (loss, said), grads = outcome
         return jax.tree.map(jnp.add, carry, (loss, grads)), said
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -132,24 +122,22 @@ def gradient(
     return loss, grads, said
 
 
-def whole_load(
-    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: ModelConfig
-) -> jax.Array:
-    """Every expert's share in what the load-balance loss counts of the whole batch, float32 [X, E].
+def batch_sums(
+    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: LanguageModel
+) -> dict[str, Any]:
+    """Sums of the whole batch, by part of the model.
 
-    The gradient of the global load-balance loss needs it before the first backward pass, so that
-    accumulation in scope "global" runs the layers forward once more.
+    The gradient of a loss of the whole batch needs them before the first backward pass, so that
+    accumulation runs the layers forward once more.
     """
 
-    def counts(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Any, Any]]:
+    def measure(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, Any]:
         part, key = inputs
-        bias_XE = state.router_bias_XE
         _, said = partial_loss(
-            state.params, part, totals, model, router_bias_XE=bias_XE, rng=key, step=state.step
-        )
-        assert said.aux is not None
-        return carry, (said.aux.balanced_KE, said.aux.num_tokens)
+            state.params, part, totals, model,
+            model_state=state.model_state, rng=key, step=state.step,
+        )  # fmt: skip
+        return carry, said.aux
 
-    _, (balanced, tokens) = jax.lax.scan(counts, None, (parts, keys))
-    convention = model.moe.balance.load_balance_convention
-    return balance.load_share(jnp.sum(balanced, axis=0), jnp.sum(tokens, axis=0), convention)
+    _, said = jax.lax.scan(measure, None, (parts, keys))
+    return {name: aux.sums for name, aux in merge_aux(said).items()}

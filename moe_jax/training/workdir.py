@@ -4,33 +4,46 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import re
 import secrets
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
-from moe_jax.config import ExperimentConfig, config_dict, difference
+from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
+from moe_jax.config.convert import check_format
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.metrics import CONFIG_FILE
 
 LOCK_FILE = ".lock"
 # What does not change the results of a run, and so may change while it goes on.
-PLACEMENT = ("config.mesh.", "config.model.moe.exchange", "config.model.moe.dispatch:")
+PLACEMENT = re.compile(
+    r"config\.mesh\.|config\.model\.parts\.[^:]+\.(run_experts|exchange|exchange_chunks):"
+)
 
 
 def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
     """Refuses a directory that holds a run of another config.
 
+    Configs are compared as objects: a setting that did not exist when the run was started is at its
+    default.
+
     Raises:
-      ValueError: with every setting that differs.
+      ValueError: with every setting that differs; or the config is of an older layout.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    new = json.loads(config_dict(config).to_json())
-    lines = [line for line in difference(old, new) if not line.startswith(PLACEMENT)]
+    written = json.loads(path.read_text(encoding="utf-8"))
+    check_format(written, str(path))
+    lines = changed_sources(written.get("sources", {}), write_config(config)["sources"])
+    if not lines:
+        # Modules outside the library are those that the given config names too.
+        old = read_config(written, ExperimentConfig, trust=True)
+        lines = difference(to_dict(old), to_dict(config))
+        lines = [line for line in lines if not PLACEMENT.match(line)]
     if lines:
         raise ValueError(
             "A workdir holds one run, of one config: "
@@ -38,6 +51,15 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
             + "\n  ".join(lines)
             + "\nUse another --workdir, or the config that it was started with."
         )
+
+
+def changed_sources(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each kind outside the library that changed, came or went."""
+    return [
+        f"source of {kind}: {old.get(kind, 'not there')} -> {new.get(kind, 'not there')}"
+        for kind in sorted({*old, *new})
+        if old.get(kind) != new.get(kind)
+    ]
 
 
 @contextlib.contextmanager

@@ -1,61 +1,276 @@
-"""Routers: which experts take which token. One name a family, `router.kind`."""
+"""Routers: which experts take which token, and with what weight (legend: `moe_jax.moe`).
 
-from collections.abc import Mapping
+A router is a part: one class with its settings, parameters, checks and maths. `Router` is the base
+class, `TokenChoice` the default.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig
-from moe_jax.moe.routing.assignment import base_routing, sinkhorn_routing
-from moe_jax.moe.routing.expert_choice import expert_choice_routing, fills_slots
-from moe_jax.moe.routing.fixed import (
-    hash_routing,
-    random_routing,
-    replayed_routing,
-    uniform_routing,
-)
-from moe_jax.moe.routing.token_choice import RouterInputs, Routing, route, single_expert
+from moe_jax.config.settings import Settings, setting
+from moe_jax.parallel.rules import mesh_in_use, partition_spec
+from moe_jax.part import Dims, RunShape
 
-FIXED_ROUTERS = {"hash": hash_routing, "random": random_routing, "uniform": uniform_routing}
-GROUP_ROUTERS = {
-    "expert_choice": expert_choice_routing, "sinkhorn": sinkhorn_routing, "base": base_routing,
-}  # fmt: skip
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
+
+DTYPES = ("float32", "bfloat16")
 
 
-def route_tokens(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
-) -> Routing:
-    """Chooses the experts of every token by the router that the config names.
+class Choices(NamedTuple):
+    """Who went where: the choices of experts of some tokens, recorded or to be replayed.
 
-    Args:
-      x_GSM: token representations, any float dtype.
-      params: of the block; those of the router are read.
-      config: the block's settings.
-      inputs: what else the routers need.
+    Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] of
+    the layers of a model.
 
-    Returns:
-      The `Routing`.
+    Attributes:
+      expert_index: int32 in [0, E), the choices of a token, best first; those that count are all
+        different.
+      chosen: bool, which choices count.
+      gate: float32, weight of each choice in the token's output before drops, 0 where it does not
+        count. Not replayed: gates are computed anew.
+      kept: bool, which choices found a slot. Not replayed: queues are formed anew.
     """
-    if config.num_options == 1:
-        return single_expert(x_GSM, config.router)
-    if config.router.kind in FIXED_ROUTERS:
-        if inputs.replay is not None:
-            return replayed_routing(inputs.replay, config)
-        return FIXED_ROUTERS[config.router.kind](x_GSM, config, inputs)
-    if config.router.kind in GROUP_ROUTERS:
-        return GROUP_ROUTERS[config.router.kind](x_GSM, params, config, inputs)
-    return route(
-        x_GSM,
-        params,
-        config.num_selected_experts,
-        config.router,
-        bias_E=inputs.bias_E,
-        rng=inputs.rng,
-        replay=inputs.replay,
-        step=inputs.step,
+
+    expert_index: jax.Array
+    chosen: jax.Array
+    gate: jax.Array | None = None
+    kept: jax.Array | None = None
+
+
+class Mixing(NamedTuple):
+    """How tokens and slots mix where a router fills the slots itself (Soft MoE).
+
+    Attributes:
+      dispatch_GSEC: weights of the tokens in a slot; 0 for padding.
+      combine_GSEC: weights of the slots in a token's output; 0 for padding.
+    """
+
+    dispatch_GSEC: jax.Array
+    combine_GSEC: jax.Array
+
+
+class Routing(NamedTuple):
+    """What a router decided.
+
+    Attributes:
+      logits_GSE: router logits, noise included.
+      probs_GSE: >= 0, each row sums to 1: what the balance losses see.
+      expert_index_GSK: int32 in [0, E), the choices of a token, best first, all different.
+      gate_GSK: the weight of each choice in the token's output, >= 0; 0 where it does not count.
+      chosen_GSK: bool, which choices count. The others take no slot, compute nothing and are in no
+        statistic.
+      scores_GSE: what experts are selected by, without bias; None where there is no such thing.
+      unbiased_GSK: int32, the K best by the scores alone, where a selection bias or a limit to
+        groups of experts is in the choices; None where it is not.
+      clean_GSE: the logits without noise, or None if they have none.
+      noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
+      loss_GS: float32 >= 0, what the router adds to the training loss of each token, weighted;
+      None:
+        nothing.
+      mixing: how tokens mix in slots, if the router filled them; the choices are then for
+        statistics alone.
+    """
+
+    logits_GSE: jax.Array
+    probs_GSE: jax.Array
+    expert_index_GSK: jax.Array
+    gate_GSK: jax.Array
+    chosen_GSK: jax.Array
+    scores_GSE: jax.Array | None = None
+    unbiased_GSK: jax.Array | None = None
+    clean_GSE: jax.Array | None = None
+    noise_std_GSE: jax.Array | None = None
+    loss_GS: jax.Array | None = None
+    mixing: Mixing | None = None
+
+
+class Options(NamedTuple):
+    """What a router chooses among; Python ints.
+
+    Attributes:
+      num_experts: E, experts that compute.
+      num_options: those, and behind them the experts that compute nothing.
+      num_selected: K, the most choices of a token.
+      slots: C, slots of an expert in a group.
+      dropless: whether every choice is kept; C is then no less than S.
+    """
+
+    num_experts: int
+    num_options: int
+    num_selected: int
+    slots: int
+    dropless: bool = False
+
+
+class RouterInputs(NamedTuple):
+    """What a router is told besides the tokens' representations.
+
+    Attributes:
+      options: what it chooses among.
+      valid_GS: bool, False for padding.
+      positions_GS: int32, of each token in its document.
+      tokens_GS: int32 token ids, or None if the block was not given them.
+      previous_GS: int32, the id before each token in its document, -1 at the start; or None.
+      bias_E: float32 selection bias, or None.
+      rng: key; None in evaluation, which is how a router tells it from training.
+      step: int32 scalar, of training, for settings that are annealed; None: at their ends.
+      replay: the choices to take, or None: the router's own.
+    """
+
+    options: Options
+    valid_GS: jax.Array
+    positions_GS: jax.Array
+    tokens_GS: jax.Array | None = None
+    previous_GS: jax.Array | None = None
+    bias_E: jax.Array | None = None
+    rng: jax.Array | None = None
+    step: jax.Array | None = None
+    replay: Choices | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Router(Settings):
+    """From tokens to their experts and gates.
+
+    A router of the user's overrides `route`, and declares what is true of it.
+
+    Attributes:
+      replays: whether `route` takes `inputs.replay` in place of its own choices.
+      learns: whether a gradient reaches its parameters through its probabilities.
+      takes_bias: whether it adds `inputs.bias_E` to what it selects by.
+      mixes: whether it fills slots with mixtures of tokens, so that no row is moved (`Mixing`).
+      has_smooth_load: whether it selects the plain best of noisy logits at every training step.
+      has_independent_scores: whether it selects the best scores of all experts, each in [0, 1] and
+        of its own logit alone.
+    """
+
+    family: ClassVar[str] = "router"
+    replays: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+    scaling_factor: float = setting(1.0, above=0)  # multiplies gates last (DeepSeek-V3: 2.5)
+    dtype: str = setting("float32", choices=DTYPES)  # of logits and gates; others are for studies
+
+    @property
+    def has_smooth_load(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def has_independent_scores(self) -> bool:
+        """See the class."""
+        return False
+
+    def looks_ahead(self, training: bool) -> bool:
+        """Whether a token's choices or gates can depend on later tokens of its group."""
+        del training
+        return True
+
+    def fills_slots(self, training: bool) -> bool:
+        """Whether experts choose tokens for all their slots, so that there must be a capacity."""
+        del training
+        return False
+
+    def num_choices(self, options: Options) -> int:
+        """K of the arrays in `Routing`."""
+        return options.num_selected
+
+    def mean_experts(self, options: Options, group_size: int) -> float:
+        """Choices of a token that count, in the mean: what its active parameters are."""
+        del group_size
+        return options.num_selected
+
+    def check_block(self, moe: "MoE") -> None:
+        """Checks the block that the router is for.
+
+        Raises:
+          ValueError: by `require`.
+        """
+
+    def check_run(self, moe: "MoE", run: RunShape) -> None:
+        """Checks the batch that the block is to run on; see `Part.check_run`.
+
+        Raises:
+          ValueError: by `require`.
+        """
+
+    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """The parameters: nested dicts of `ParameterSpec`, of component "router"."""
+        del dims, options
+        return {}
+
+    def only_option(self, x_GSM: jax.Array) -> Routing:
+        """The routing of a layer with one option: every token, gate 1, scaled."""
+        index_GS1 = jnp.zeros((*x_GSM.shape[:-1], 1), jnp.int32)
+        gate_GS1 = jnp.full(index_GS1.shape, self.scaling_factor, self.dtype)
+        return routing_of(index_GS1, 1, gate_GS1)
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """Chooses the experts of every token.
+
+        Args:
+          params: arrays in the tree that `specs` declares.
+          x_GSM: token representations, any float dtype.
+          inputs: what else there is to know.
+        """
+        raise NotImplementedError
+
+
+def routing_of(
+    expert_index_GSK: jax.Array, num_options: int, gate_GSK: jax.Array | None = None
+) -> Routing:
+    """A `Routing` of choices made without logits: all count, with equal gates unless given.
+
+    Probabilities are the gates' shares of the chosen experts, logits are 0.
+    """
+    num_choices = expert_index_GSK.shape[-1]
+    if gate_GSK is None:
+        gate_GSK = jnp.full(expert_index_GSK.shape, 1 / num_choices, jnp.float32)
+    chosen_GSKE = jax.nn.one_hot(expert_index_GSK, num_options, dtype=gate_GSK.dtype)
+    probs_GSE = jnp.sum(chosen_GSKE, axis=-2) / num_choices
+    return Routing(
+        logits_GSE=jnp.zeros_like(probs_GSE),
+        probs_GSE=probs_GSE,
+        expert_index_GSK=expert_index_GSK.astype(jnp.int32),
+        gate_GSK=gate_GSK,
+        chosen_GSK=jnp.ones(expert_index_GSK.shape, jnp.bool_),
     )
 
 
+def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:
+    """The values of the selected experts, [G, S, K].
+
+    A one-hot product, which fuses into a sum: the gradient of an indexed read would be a scatter,
+    slow on every platform.
+    """
+    chosen_GSKE = jax.nn.one_hot(expert_index_GSK, values_GSE.shape[-1], dtype=values_GSE.dtype)
+    return jnp.sum(chosen_GSKE * values_GSE[..., None, :], axis=-1)
+
+
+def top_k(values_GSE: jax.Array, k: int) -> Sequence[jax.Array]:
+    """The k largest values of each token and their indices, [G, S, k]; no gradient.
+
+    Ties go to the lower index, those of 0 and -0 too. On a mesh each device looks at its own
+    tokens: the compiler would gather everyone's.
+    """
+    values_GSE = jnp.where(values_GSE == 0, 0, values_GSE)  # -0 sorts below 0
+    mesh = mesh_in_use()
+    if mesh is None:
+        return jax.lax.top_k(values_GSE, k)
+    tokens = partition_spec(("group", None, None), mesh)
+    own_top_k = functools.partial(jax.lax.top_k, k=k)
+    return jax.shard_map(own_top_k, mesh=mesh, in_specs=tokens, out_specs=tokens)(values_GSE)
+
+
 __all__ = [
-    "FIXED_ROUTERS", "RouterInputs", "Routing", "fills_slots", "route", "route_tokens",
-    "single_expert",
+    "Choices", "Mixing", "Options", "Router", "RouterInputs", "Routing", "choose", "routing_of",
+    "top_k",
 ]  # fmt: skip

@@ -5,108 +5,118 @@ looks at one token at a time. On a mesh nothing leaves a group. Both assignments
 float32 whatever the router's dtype: bfloat16 does not tell their last steps apart.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig
+from moe_jax.config.check import require
+from moe_jax.moe.routing import RouterInputs, Routing, choose, top_k
 from moe_jax.moe.routing.auction import balanced_assignment
-from moe_jax.moe.routing.logits import router_logits
-from moe_jax.moe.routing.selection import only
-from moe_jax.moe.routing.token_choice import (
-    RouterInputs,
-    Routing,
-    choose,
-    gates,
-    route,
-    score_logits,
-    top_k,
-)
+from moe_jax.moe.routing.logits import Score, check_gate
+from moe_jax.moe.routing.token_choice import LogitRouter, Softmax, plain_gates
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
 
 # Sinkhorn's iteration ends when no expert's share in the plan is further from 1 / E, or after so
 # many rounds.
 SHARE_TOLERANCE, MAX_ROUNDS = 0.01, 200
 
 
-def sinkhorn_routing(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
-) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class Sinkhorn(LogitRouter):
     """In training the K experts of most weight in a balanced plan; gates are those of token choice.
 
-    Args:
-      x_GSM: tokens, any float dtype.
-      params: of the router, as `parameters.router_specs` declares them.
-      config: the block's settings.
-      inputs: its `rng`, without which experts are chosen by their scores; `valid_GS`.
-
-    Returns:
-      The `Routing`. Loads are nearly even, not exactly: the plan is, its largest entries need not.
+    Loads are nearly even, not exactly: the plan is, its largest entries need not.
 
     Source: Clark et al. 2022, arXiv:2202.01169 (Sinkhorn-BASE: a plan between tokens and experts,
       regularised by its entropy); choices by the plan and gates by the logits as in Megatron-LM's
       `sinkhorn_load_balancing`.
     """
-    router = config.router
-    if inputs.replay is not None:
-        num_selected = config.num_selected_experts
-        return route(
-            x_GSM, params, num_selected, router,
-            rng=inputs.rng, replay=inputs.replay, step=inputs.step,
+
+    score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
+    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
+
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Router`."""
+        return training
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        check_gate(self.score, self.renormalize, moe)
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """See `Router`; without a key experts are chosen by their logits."""
+        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
+        scores_GSE = self.score.scores(logits_GSE, probs_GSE)
+        if inputs.replay is None:
+            selection_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
+            if inputs.rng is not None:
+                potential_GE = by_group(sinkhorn_potentials, selection_GSE, inputs.valid_GS)
+                selection_GSE += potential_GE[:, None]
+            expert_index_GSK = top_k(selection_GSE, inputs.options.num_selected)[1]
+            chosen_GSK = jnp.ones(expert_index_GSK.shape, jnp.bool_)
+        else:
+            expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
+        gate_GSK = plain_gates(
+            self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK,
+            jnp.ones(expert_index_GSK.shape, jnp.bool_),
         )  # fmt: skip
-    logits_GSE, clean_GSE, noise_std_GSE = router_logits(
-        x_GSM, params, router, inputs.rng, inputs.step
-    )
-    scores_GSE, probs_GSE = score_logits(logits_GSE, router)
-    selection_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
-    if inputs.rng is not None:
-        potential_GE = by_group(sinkhorn_potentials, selection_GSE, inputs.valid_GS)
-        selection_GSE += potential_GE[:, None]
-    expert_index_GSK = top_k(selection_GSE, config.num_selected_experts)[1]
-    gate_GSK, chosen_GSK = gates(
-        logits_GSE, scores_GSE, probs_GSE, expert_index_GSK, router, inputs.rng
-    )
-    return Routing(
-        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE
-    )
+        gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor
+        return Routing(
+            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
+            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE,
+        )  # fmt: skip
 
 
-def base_routing(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
-) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class Base(LogitRouter):
     """In training the balanced assignment of most affinity; the gate is the affinity's sigmoid.
 
-    Args:
-      x_GSM: tokens, any float dtype.
-      params: of the router, as `parameters.router_specs` declares them.
-      config: the block's settings; K = 1.
-      inputs: its `rng`, without which a token gets its best expert; `valid_GS`.
-
-    Returns:
-      The `Routing`. In training no expert has more than ceil(tokens / E) tokens of a group.
+    In training no expert has more than ceil(tokens / E) tokens of a group.
 
     Source: Lewis et al. 2021, BASE layers, arXiv:2103.16716 (linear assignment in training, greedy
       in evaluation); its expert adds to the token what it computes, as the residual does here.
     """
-    logits_GSE, clean_GSE, noise_std_GSE = router_logits(
-        x_GSM, params, config.router, inputs.rng, inputs.step
-    )
-    scores_GSE = jax.nn.sigmoid(logits_GSE)
-    affinity_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
-    chosen_GSK = None
-    if inputs.replay is not None:
-        expert_index_GSK, chosen_GSK = inputs.replay
-    elif inputs.rng is None:
-        expert_index_GSK = top_k(affinity_GSE, 1)[1]
-    else:
-        expert_index_GSK = by_group(balanced_assignment, affinity_GSE, inputs.valid_GS)[..., None]
-    gate_GSK = only(chosen_GSK, choose(scores_GSE, expert_index_GSK), 0)
-    gate_GSK *= config.router.scaling_factor
-    probs_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE), axis=-1)
-    return Routing(
-        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE
-    )
+
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Router`."""
+        return training
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        require(
+            moe.num_selected_experts == moe.num_selected(training=False) == 1,
+            "a balanced assignment gives a token one expert",
+            f"router='base', num_selected_experts={moe.num_selected_experts}, "
+            f"eval_num_selected_experts={moe.eval_num_selected_experts}",
+            "Set num_selected_experts=1, or router='sinkhorn'",
+        )
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """See `Router`; without a key a token gets its best expert."""
+        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        affinity_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
+        chosen_GSK = jnp.ones((*x_GSM.shape[:2], 1), jnp.bool_)
+        if inputs.replay is not None:
+            expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
+        elif inputs.rng is None:
+            expert_index_GSK = top_k(affinity_GSE, 1)[1]
+        else:
+            expert_index_GSK = by_group(balanced_assignment, affinity_GSE, inputs.valid_GS)
+            expert_index_GSK = expert_index_GSK[..., None]
+        gate_GSK = choose(jax.nn.sigmoid(logits_GSE), expert_index_GSK)
+        gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor
+        probs_GSE = jax.nn.softmax(jax.nn.log_sigmoid(logits_GSE), axis=-1)
+        return Routing(
+            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK,
+            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE,
+        )  # fmt: skip
 
 
 def sinkhorn_potentials(logits_SE: jax.Array, valid_S: jax.Array) -> jax.Array:

@@ -5,87 +5,133 @@ predictor, learned beside it, tells from a token alone which experts would take 
 evaluation and generation causal. On a mesh nothing leaves a group.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig, RouterConfig
-from moe_jax.moe.routing.logits import project, router_logits
-from moe_jax.moe.routing.selection import only
-from moe_jax.moe.routing.token_choice import Replay, RouterInputs, Routing, choose, top_k
+from moe_jax.config.check import require
+from moe_jax.config.settings import setting
+from moe_jax.moe.routing import Options, RouterInputs, Routing, choose, top_k
+from moe_jax.moe.routing.logits import project, router_matrix, router_vector
+from moe_jax.moe.routing.token_choice import LogitRouter
+from moe_jax.part import Dims
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
 
 
-def fills_slots(config: MoEConfig, *, training: bool) -> bool:
-    """Whether experts choose tokens for all their slots, so that there must be a capacity.
-
-    A single expert has no choice: it is given every token.
-    """
-    by_predictor = config.router.predictor_loss_weight > 0 and not training
-    return config.router.kind == "expert_choice" and config.num_options > 1 and not by_predictor
-
-
-def expert_choice_routing(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
-) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class ExpertChoice(LogitRouter):
     """Fills the slots of every expert with the tokens it scores best; ties to the earlier token.
 
-    Args:
-      x_GSM: tokens, any float dtype.
-      params: of the router, as `parameters.router_specs` declares them.
-      config: the block's settings. Over the places of a group, a token is taken by
-        `num_selected_experts` times the capacity factor experts in the mean, by none or by all.
-        Slots are reckoned with padding, so that the tokens of a padded group get more: where there
-        are no more of them than slots, every expert takes every one.
-      inputs: its `slots` C, `valid_GS` (padding is not taken) and `rng`; without this and with a
-        predictor, the experts that it foretells take a token, however many tokens that are.
-
-    Returns:
-      A `Routing` in which a token has up to K = `max_experts` choices (E without that limit), those
-      of its best probabilities. Gates are probabilities; no more than C tokens choose an expert.
+    Over the places of a group, a token is taken by `num_selected_experts` times the capacity factor
+    experts in the mean, by none or by all. Slots are reckoned with padding, so that the tokens of a
+    padded group get more: where there are no more of them than slots, every expert takes every one.
 
     Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2, eq. 1-2: S = softmax(x W) over experts,
       then the top C of every column. The limit takes a token's best experts after the choice and
       leaves the slots of the others empty, where the paper's (sec. 3.3) fills them again. The
       predictor: Raposo et al. 2024, Mixture-of-depths, arXiv:2404.02258, sec. 3.5, linear here.
     """
-    router, num_experts = config.router, config.num_experts
-    logits_GSE, clean_GSE, noise_std_GSE = router_logits(
-        x_GSM, params, router, inputs.rng, inputs.step
-    )
-    probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
-    scores_GSE = jnp.where(inputs.valid_GS[..., None], jax.lax.stop_gradient(probs_GSE), -1)
-    nats_GS = None
-    if fills_slots(config, training=inputs.rng is not None):
-        is_taken_GSE = best_of_columns(scores_GSE, inputs.slots)
-        if router.predictor_loss_weight > 0:
-            foretold_GSE = predictor_logits(x_GSM, params, router)
-            nats_GSE = jax.nn.softplus(foretold_GSE) - foretold_GSE * is_taken_GSE
-            nats_GS = jnp.mean(nats_GSE.astype(jnp.float32), axis=-1)
-    else:
-        is_taken_GSE = predictor_logits(x_GSM, params, router) > 0
-    is_taken_GSE &= inputs.valid_GS[..., None]
 
-    best = top_k(jnp.where(is_taken_GSE, scores_GSE, -1), router.max_experts or num_experts)
-    expert_index_GSK, chosen_GSK = inputs.replay or Replay(best[1], best[0] >= 0)
-    gate_GSK = only(chosen_GSK, choose(probs_GSE, expert_index_GSK), 0)
-    gate_GSK *= router.scaling_factor
-    return Routing(
-        logits_GSE, probs_GSE, expert_index_GSK, gate_GSK, chosen_GSK, clean_GSE, noise_std_GSE,
-        nats_GS,
-    )  # fmt: skip
+    max_experts: int = setting(0, at_least=0)  # the most experts of a token, its best; 0: all E
+    predictor_loss_weight: float = setting(0.0, at_least=0)  # > 0: learns what evaluation uses
 
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Router`."""
+        return self.fills_slots(training)
 
-def predictor_logits(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: RouterConfig
-) -> jax.Array:
-    """Above 0 for an expert that is likely to take the token; [G, S, E] in `config.dtype`.
+    def fills_slots(self, training: bool) -> bool:
+        """See `Router`: unless the predictor stands in."""
+        return training or self.predictor_loss_weight == 0
 
-    Only the predictor learns from it: the token carries no gradient.
-    """
-    x_GSM = jax.lax.stop_gradient(x_GSM).astype(config.dtype)
-    bias_E = params["router_predictor_bias"].astype(config.dtype)
-    return project(x_GSM, params["router_predictor"]) + bias_E
+    def num_choices(self, options: Options) -> int:
+        """See `Router`."""
+        return self.max_experts or options.num_experts
+
+    def mean_experts(self, options: Options, group_size: int) -> float:
+        """See `Router`: every slot is filled."""
+        filled = options.num_experts * options.slots / group_size
+        return min(filled, self.num_choices(options))
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        require(
+            moe.capacity.train_factor > 0,
+            "experts choose as many tokens as they have slots, so that expert choice needs a "
+            "capacity",
+            f"capacity.train_factor={moe.capacity.train_factor}",
+            "Set it above 0; the mean number of experts a token is it times num_selected_experts",
+        )
+        require(
+            self.max_experts <= moe.num_experts,
+            "router.max_experts is at most num_experts",
+            f"max_experts={self.max_experts}, num_experts={moe.num_experts}",
+            "Lower it, or set it to 0 for no limit",
+        )
+        queue = moe.capacity.queue
+        require(
+            self.predictor_loss_weight == 0
+            or moe.capacity.eval_factor == 0
+            or not queue.looks_ahead(self.max_experts or moe.num_experts),
+            "router.predictor_loss_weight makes evaluation causal, which needs a causal queue too",
+            f"predictor_loss_weight={self.predictor_loss_weight}, capacity.queue={queue}, "
+            f"capacity.eval_factor={moe.capacity.eval_factor}",
+            "Use capacity.queue='token_major', or eval_factor=0",
+        )
+
+    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """Beside those of the logits `predictor`: `weight` [M, E], `bias` [E], from 0."""
+        specs = super().specs(dims, options)
+        if self.predictor_loss_weight > 0:
+            specs["predictor"] = {
+                "weight": router_matrix(dims.model_dim, options.num_options, 0),
+                "bias": router_vector(options.num_options),
+            }
+        return specs
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """A `Routing` in which a token has up to `max_experts` choices, its best; see `Router`.
+
+        Gates are probabilities; no more than C tokens choose an expert. In evaluation with a
+        predictor, the experts that it foretells take a token, however many tokens that are.
+        """
+        logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
+        probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
+        valid_GS1 = inputs.valid_GS[..., None]
+        scores_GSE = jnp.where(valid_GS1, jax.lax.stop_gradient(probs_GSE), -1)
+        loss_GS = None
+        if self.fills_slots(training=inputs.rng is not None):
+            is_taken_GSE = best_of_columns(scores_GSE, inputs.options.slots)
+            if self.predictor_loss_weight > 0:
+                foretold_GSE = self.foretell(params, x_GSM)
+                nats_GSE = jax.nn.softplus(foretold_GSE) - foretold_GSE * is_taken_GSE
+                nats_GS = jnp.mean(nats_GSE.astype(jnp.float32), axis=-1)
+                loss_GS = self.predictor_loss_weight * nats_GS
+        else:
+            is_taken_GSE = self.foretell(params, x_GSM) > 0
+        is_taken_GSE &= valid_GS1
+
+        best = top_k(jnp.where(is_taken_GSE, scores_GSE, -1), self.num_choices(inputs.options))
+        expert_index_GSK, chosen_GSK = best[1], best[0] >= 0
+        if inputs.replay is not None:
+            expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
+        gate_GSK = jnp.where(chosen_GSK, choose(probs_GSE, expert_index_GSK), 0)
+        return Routing(
+            logits_GSE, probs_GSE, expert_index_GSK, gate_GSK * self.scaling_factor, chosen_GSK,
+            clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE, loss_GS=loss_GS,
+        )  # fmt: skip
+
+    def foretell(self, params: Any, x_GSM: jax.Array) -> jax.Array:
+        """Above 0 for an expert that is likely to take the token; [G, S, E] in `dtype`.
+
+        Only the predictor learns from it: the token carries no gradient.
+        """
+        x_GSM = jax.lax.stop_gradient(x_GSM).astype(self.dtype)
+        predictor = params["predictor"]
+        return project(x_GSM, predictor["weight"]) + predictor["bias"].astype(self.dtype)
 
 
 def best_of_columns(scores_GSE: jax.Array, slots: int) -> jax.Array:

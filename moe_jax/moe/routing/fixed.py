@@ -4,105 +4,174 @@ Nothing is learned, gates are 1 / K, the same table serves every layer. All are 
 depends on a token's id, the one before it, its place, and a key.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoEConfig, RouterConfig
-from moe_jax.moe.routing.selection import only
-from moe_jax.moe.routing.token_choice import Replay, RouterInputs, Routing, top_k
+from moe_jax.config.check import require
+from moe_jax.config.settings import setting
+from moe_jax.moe.routing import Options, Router, RouterInputs, Routing, routing_of, top_k
+from moe_jax.part import Dims
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
+
+HASH_BY = ("token", "modulo", "table", "position", "bigram")
 
 
-def hash_routing(x_GSM: jax.Array, config: MoEConfig, inputs: RouterInputs) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class FixedRouter(Router):
+    """A router that learns nothing; the next class says which experts it chooses."""
+
+    replays: ClassVar[bool] = True
+
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Router`."""
+        return False
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        require(
+            moe.num_options == moe.num_experts,
+            "zero and copy experts are chosen by tokens",
+            f"num_zero_experts={moe.num_zero_experts}, num_copy_experts={moe.num_copy_experts}",
+            "Set both to 0, or router='token_choice'",
+        )
+
+    def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """Integers [G, S, K]."""
+        raise NotImplementedError
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """Gates and probabilities 1 / K, logits 0; see `Router`."""
+        options, replay = inputs.options, inputs.replay
+        index_GSK = self.expert_index(x_GSM, inputs) if replay is None else replay.expert_index
+        gate = self.scaling_factor / options.num_selected
+        gate_GSK = jnp.full(index_GSK.shape, gate, self.dtype)
+        routing = routing_of(index_GSK, options.num_options, gate_GSK)
+        if replay is None:
+            return routing
+        gate_GSK = jnp.where(replay.chosen, gate_GSK, 0)
+        return routing._replace(gate_GSK=gate_GSK, chosen_GSK=replay.chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hash(FixedRouter):
     """The experts that a token's id, position or bigram stands for, whatever its content.
-
-    Args:
-      x_GSM: tokens; only their shape and number matter.
-      config: the block's settings; `router.hash_by`: "token": K experts at random for each id;
-        "position": for each position in the document; "bigram": for each pair of a token and the
-        one before it; "modulo": id, id + 1, ... modulo E, which is balanced over the ids; "table":
-        the same from the expert that `router.hash_table` gives, see `balanced_table`.
-      inputs: `tokens_GS`, `previous_GS` or `positions_GS`.
-
-    Returns:
-      The `Routing`.
-
-    Raises:
-      ValueError: the block was not given the token ids.
 
     Source: Roller et al. 2021, Hash layers, arXiv:2106.04426.
     """
-    router, num_experts = config.router, config.num_experts
-    if router.hash_by == "position":
-        return scored(hash_scores((inputs.positions_GS,), num_experts, router), config)
-    if inputs.tokens_GS is None:
-        raise ValueError(
-            "router.kind='hash' needs the token ids: tokens_BL=None. Pass tokens_BL to the MoE "
-            "block, or hash by 'position'."
+
+    by: str = setting(
+        "token", choices=HASH_BY
+    )  # id at random, id modulo E, table, position, bigram
+    seed: int = setting(0, at_least=0, below=2**32)  # another number, another random table
+    table: tuple[int, ...] = ()  # of by="table": the first expert of every id, see `balanced_table`
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            (self.by == "table") == bool(self.table),
+            "table goes with by='table'",
+            f"by={self.by!r}, {len(self.table)} entries",
+            "Set both or none",
         )
-    if router.hash_by == "token":
-        return scored(hash_scores((inputs.tokens_GS,), num_experts, router), config)
-    if router.hash_by == "bigram":
-        assert inputs.previous_GS is not None, "comes with tokens_GS"
-        pair = (inputs.tokens_GS, inputs.previous_GS)
-        return scored(hash_scores(pair, num_experts, router), config)
-    first_GS = inputs.tokens_GS
-    if router.hash_by == "table":
-        first_GS = jnp.asarray(router.hash_table, jnp.int32)[inputs.tokens_GS]
-    return in_turn(first_GS, config)
+        require(
+            self.seed == 0 or self.by not in ("modulo", "table"),
+            "seed is of hashes that are drawn, and nothing else reads it",
+            f"seed={self.seed}, by={self.by!r}",
+            "Drop it",
+        )
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        super().check_block(moe)
+        require(
+            all(0 <= expert < moe.num_experts for expert in self.table),
+            "router.table has experts in 0..num_experts - 1",
+            f"num_experts={moe.num_experts}, table={self.table}",
+            "Correct it",
+        )
+
+    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """None; refuses a table of another vocabulary."""
+        require(
+            not self.table or not dims.vocab_size or len(self.table) == dims.vocab_size,
+            "router.table has the expert of every token id",
+            f"{len(self.table)} entries, vocab_size={dims.vocab_size}",
+            "Make it anew, say by moe.routing.fixed.balanced_table",
+        )
+        return {}
+
+    def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """See `FixedRouter`.
+
+        Raises:
+          ValueError: the block was not given the token ids.
+        """
+        if self.by == "position":
+            return best_hashed((inputs.positions_GS,), inputs.options, self.seed)
+        if inputs.tokens_GS is None:
+            raise ValueError(
+                "router='hash' needs the token ids: tokens_BL=None. Pass tokens_BL in the block's "
+                "Call, or hash by 'position'."
+            )
+        if self.by == "token":
+            return best_hashed((inputs.tokens_GS,), inputs.options, self.seed)
+        if self.by == "bigram":
+            assert inputs.previous_GS is not None, "comes with tokens_GS"
+            return best_hashed((inputs.tokens_GS, inputs.previous_GS), inputs.options, self.seed)
+        first_GS = inputs.tokens_GS
+        if self.by == "table":
+            first_GS = jnp.asarray(self.table, jnp.int32)[inputs.tokens_GS]
+        return in_turn(first_GS, inputs.options)
 
 
-def random_routing(x_GSM: jax.Array, config: MoEConfig, inputs: RouterInputs) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class Random(FixedRouter):
     """K experts at random for every token anew; without a key, those of its place in the group."""
-    shape = (*x_GSM.shape[:-1], config.num_experts)
-    if inputs.rng is not None:
-        return scored(jax.random.uniform(inputs.rng, shape), config)
-    place_GS = jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
-    return scored(hash_scores((place_GS,), config.num_experts, config.router), config)
+
+    seed: int = setting(0, at_least=0, below=2**32)  # of evaluation
+
+    def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """See `FixedRouter`."""
+        shape = (*x_GSM.shape[:-1], inputs.options.num_experts)
+        if inputs.rng is not None:
+            scores_GSE = jax.random.uniform(inputs.rng, shape)
+            return top_k(scores_GSE, inputs.options.num_selected)[1]
+        place_GS = jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
+        return best_hashed((place_GS,), inputs.options, self.seed)
 
 
-def uniform_routing(x_GSM: jax.Array, config: MoEConfig, inputs: RouterInputs) -> Routing:
+@dataclasses.dataclass(frozen=True)
+class Uniform(FixedRouter):
     """The experts in turn: token s takes s K, ..., s K + K - 1 modulo E. For benchmarks.
 
     Within a group no two experts differ by more than one in their load, whatever the tokens.
     """
-    del inputs
-    place_GS = jnp.broadcast_to(jnp.arange(x_GSM.shape[1]), x_GSM.shape[:2])
-    return in_turn(place_GS * config.num_selected_experts, config)
+
+    def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
+        """See `FixedRouter`."""
+        place_GS = jnp.broadcast_to(jnp.arange(x_GSM.shape[1]), x_GSM.shape[:2])
+        return in_turn(place_GS * inputs.options.num_selected, inputs.options)
 
 
-def replayed_routing(replay: Replay, config: MoEConfig) -> Routing:
-    """Experts fixed even before that, by a record."""
-    routing = with_equal_gates(replay.expert_index_GSK, config)
-    gate_GSK = only(replay.chosen_GSK, routing.gate_GSK, 0)
-    return routing._replace(gate_GSK=gate_GSK, chosen_GSK=replay.chosen_GSK)
-
-
-def scored(scores_GSE: jax.Array, config: MoEConfig) -> Routing:
-    """The K experts of the largest scores."""
-    return with_equal_gates(top_k(scores_GSE, config.num_selected_experts)[1], config)
-
-
-def in_turn(first_GS: jax.Array, config: MoEConfig) -> Routing:
+def in_turn(first_GS: jax.Array, options: Options) -> jax.Array:
     """An expert, taken modulo E, and the K - 1 that follow it."""
-    following_K = jnp.arange(config.num_selected_experts)
-    return with_equal_gates((first_GS[..., None] + following_K) % config.num_experts, config)
+    following_K = jnp.arange(options.num_selected)
+    return (first_GS[..., None] + following_K) % options.num_experts
 
 
-def with_equal_gates(expert_index_GSK: jax.Array, config: MoEConfig) -> Routing:
-    """Gates and probabilities 1 / K, logits 0."""
-    dtype = jnp.dtype(config.router.dtype)
-    share = 1 / config.num_selected_experts
-    gate_GSK = jnp.full(expert_index_GSK.shape, share * config.router.scaling_factor, dtype)
-    chosen_GSKE = jax.nn.one_hot(expert_index_GSK, config.num_experts, dtype=dtype)
-    probs_GSE = share * jnp.sum(chosen_GSKE, axis=-2)
-    expert_index_GSK = expert_index_GSK.astype(jnp.int32)
-    return Routing(jnp.zeros_like(probs_GSE), probs_GSE, expert_index_GSK, gate_GSK)
+def best_hashed(keys: Sequence[jax.Array], options: Options, seed: int) -> jax.Array:
+    """K experts of each key, all different and each as likely as any other."""
+    return top_k(hash_scores(keys, options.num_experts, seed), options.num_selected)[1]
 
 
-def hash_scores(keys: Sequence[jax.Array], num_experts: int, config: RouterConfig) -> jax.Array:
+def hash_scores(keys: Sequence[jax.Array], num_experts: int, seed: int) -> jax.Array:
     """A number for each key and expert that looks random: float32 [G, S, E] in [0, 1).
 
     The K largest are K different experts, each as likely as any other, without a table.
@@ -110,10 +179,10 @@ def hash_scores(keys: Sequence[jax.Array], num_experts: int, config: RouterConfi
     Args:
       keys: integers [G, S]; all of them together are the key.
       num_experts: E.
-      config: its `hash_seed`.
+      seed: another number, another table.
     """
     # Mixed before the keys: seed s at key k would else be seed 0 at key k ^ s, the same table.
-    mixed = mix(jnp.uint32(config.hash_seed))
+    mixed = mix(jnp.uint32(seed))
     for key_GS in keys:
         mixed = mix(mixed ^ key_GS.astype(jnp.uint32))
     mixed_GSE = mix(mixed[..., None] + jnp.arange(num_experts, dtype=jnp.uint32))
@@ -132,7 +201,7 @@ def mix(values: jax.Array) -> jax.Array:
 
 
 def balanced_table(counts_V: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """A `router.hash_table` under which experts get nearly the same number of tokens.
+    """A `router.table` under which experts get nearly the same number of tokens.
 
     Args:
       counts_V: how often each token id occurs, >= 0.

@@ -1,21 +1,23 @@
-"""Router logits: what a token has to do with each expert (legend: `moe_jax.moe`)."""
+"""What routers with logits are made of: projections, noise, scores (legend: `moe_jax.moe`)."""
 
-import math
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import RouterConfig
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings
+from moe_jax.moe.routing import Options
+from moe_jax.parameters import ParameterSpec, grouped, truncated_normal_init, zeros
+from moe_jax.part import Dims
 
-# A cosine router's learned temperature does not fall below 1 / 100 (as in Tutel): gradients of the
-# logits stay finite.
-MAX_LOG_SCALE = math.log(100.0)
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
 
 
 class Logits(NamedTuple):
-    """Logits over the experts, and what is known of their noise.
+    """Logits over the options, and what is known of their noise.
 
     Attributes:
       logits_GSE: noise included.
@@ -28,100 +30,160 @@ class Logits(NamedTuple):
     noise_std_GSE: jax.Array | None = None
 
 
-def router_logits(
-    x_GSM: jax.Array,
-    params: Mapping[str, jax.Array],
-    config: RouterConfig,
-    rng: jax.Array | None,
-    step: jax.Array | None = None,
-) -> Logits:
-    """Logits over the experts, jitter, temperature and noise included.
+@dataclasses.dataclass(frozen=True)
+class Projection(Settings):
+    """From tokens to clean logits."""
 
-    Args:
-      x_GSM: tokens, any float dtype; jitter goes on a copy in `config.dtype`.
-      params: of the router, as `parameters.router_specs` declares them.
-      config: the options.
-      rng: key for jitter and noise; None switches both off.
-      step: int32 scalar, of training: where annealed settings are; None: at their ends.
+    family: ClassVar[str] = "projection"
 
-    Returns:
-      The `Logits` in `config.dtype`: x W / temperature + N(0, 1) * deviation, where the deviation
-      is the square root of logit_noise_std^2 + softplus(x W_noise)^2, as far as they are on.
+    def specs(self, dims: Dims, options: Options, init_stddev: float) -> dict[str, Any]:
+        """The parameters, of component "router"."""
+        raise NotImplementedError
 
-    Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 4 (learned noise).
-    """
-    dtype = jnp.dtype(config.dtype)
-    router_input_GSM = x_GSM.astype(dtype)
-    if rng is not None and is_on("input_jitter", config):
-        jitter = annealed("input_jitter", config, step)
-        key = jax.random.fold_in(rng, 0)
-        router_input_GSM *= jax.random.uniform(key, x_GSM.shape, dtype, 1 - jitter, 1 + jitter)
-    if config.cosine_dim > 0:
-        logits_GSE = cosine_logits(router_input_GSM, params, config.temperature)
-    else:
-        logits_GSE = project(router_input_GSM, params["router"])
-        if config.temperature != 1 or config.start_of("temperature") != 1:
-            logits_GSE /= annealed("temperature", config, step)
-    has_noise = is_on("logit_noise_std", config)
-    if rng is None or not (has_noise or config.learned_noise):
-        return Logits(logits_GSE)
-    std_GSE = jnp.full((1, 1, 1), annealed("logit_noise_std", config, step), dtype)
-    if config.learned_noise:
-        learned_GSE = jax.nn.softplus(project(router_input_GSM, params["router_noise"]))
-        std_GSE = jnp.sqrt(std_GSE**2 + learned_GSE**2) if has_noise else learned_GSE
-    noise_GSE = jax.random.normal(jax.random.fold_in(rng, 1), logits_GSE.shape, dtype)
-    return Logits(logits_GSE + std_GSE * noise_GSE, logits_GSE, std_GSE)
+    def logits(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array:
+        """[G, S, E] in the dtype of `x_GSM`; `step` is for annealed settings, None at their ends.
+
+        Without a step in evaluation and outside training.
+        """
+        raise NotImplementedError
 
 
-def annealed(name: str, config: RouterConfig, step: jax.Array | None) -> float | jax.Array:
-    """A setting at a step: linear from `anneal_from` to its value at `anneal_steps`, then that."""
-    start, end = config.start_of(name), getattr(config, name)
-    if step is None or start == end:
-        return end
-    share = jnp.minimum(step / config.anneal_steps, 1.0).astype(config.dtype)
-    return start * (1 - share) + end * share
+@dataclasses.dataclass(frozen=True)
+class Noise(Settings):
+    """What is random in training: on the router's own copy of the token, or on its logits."""
+
+    family: ClassVar[str] = "noise"
+
+    @property
+    def least_std(self) -> float:
+        """A lower bound > 0 of the deviation on logits at every step; 0 if there is none."""
+        return 0.0
+
+    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """The parameters, of component "router"."""
+        del dims, options
+        return {}
+
+    def on_tokens(self, x_GSM: jax.Array, rng: jax.Array, step: jax.Array | None) -> jax.Array:
+        """The tokens that the router looks at."""
+        del rng, step
+        return x_GSM
+
+    def std(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array | None:
+        """Standard deviation of Gaussian noise on the logits, broadcastable to GSE, or None."""
+        del params, x_GSM, step
+        return None
 
 
-def is_on(name: str, config: RouterConfig) -> bool:
-    """Whether a setting is above 0 at any step."""
-    return max(config.start_of(name), getattr(config, name)) > 0
+@dataclasses.dataclass(frozen=True)
+class Score(Settings):
+    """From logits to what experts are selected by, and to gates."""
+
+    family: ClassVar[str] = "score"
+    over_selected: ClassVar[bool] = False  # gates are made of the selected logits alone
+    independent: ClassVar[bool] = False  # a score is of its own logit alone, in [0, 1]
+
+    def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
+        """The logs of the scores, up to a number a token.
+
+        Scores are divided by their sum as a softmax of these, with a finite gradient where all of
+        them underflow.
+        """
+        raise NotImplementedError
+
+    def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
+        """The scores, of which the K largest are selected; `probs_GSE` are they over their sum."""
+        raise NotImplementedError
 
 
-def project(x_GSI: jax.Array, weight_IO: jax.Array) -> jax.Array:
-    """[G, S, I] x [I, O] in the dtype of `x_GSI`."""
-    return jnp.einsum(
-        "GSI,IO->GSO",
-        x_GSI,
-        weight_IO.astype(x_GSI.dtype),
-        precision=jax.lax.Precision.HIGHEST,  # a TPU would multiply in bfloat16
+@dataclasses.dataclass(frozen=True)
+class SoftmaxOverSelected(Score):
+    """Selection by the logits, softmax over the selected ones only (Mixtral)."""
+
+    over_selected: ClassVar[bool] = True
+
+    def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
+        """See `Score`."""
+        return logits_GSE
+
+    def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
+        """See `Score`."""
+        return logits_GSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Score):
+    """Sigmoid of each logit (DeepSeek-V3)."""
+
+    independent: ClassVar[bool] = True
+
+    def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
+        """See `Score`."""
+        return jax.nn.log_sigmoid(logits_GSE)
+
+    def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
+        """See `Score`."""
+        return jax.nn.sigmoid(logits_GSE)
+
+
+def check_gate(score: Score, renormalize: bool, moe: "MoE") -> None:
+    """Refuses a gate that is always 1, which gives the router no gradient."""
+    require(
+        moe.num_options == 1
+        or moe.num_selected_experts > 1
+        or not (renormalize or score.over_selected),
+        "with num_selected_experts=1 the gate is the router's own probability: renormalised, or as "
+        "a softmax over the one selected logit, it is always 1 and the router gets no gradient "
+        "from the task",
+        f"router.renormalize={renormalize}, router.score={score}",
+        "Set renormalize=False and score='softmax' or 'sigmoid', or use more than one expert a "
+        "token",
     )
 
 
-def cosine_logits(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], temperature: float
-) -> jax.Array:
-    """Cosines of the projected token with every expert, over a learned temperature.
-
-    Args:
-      x_GSM: tokens in the router's dtype.
-      params: `router_projection` [M, D], `router` [D, E] and `router_log_scale` [1], 0 at first.
-      temperature: the temperature at first (the paper's "gating temperature": 0.3 with softmax,
-        0.07 with sigmoid gates, sec. 4.1); never below 1 / 100.
-
-    Returns:
-      [G, S, E] in [-1, 1] / temperature.
-
-    Source: Chi et al. 2022, On the representation collapse of sparse mixture of experts,
-      arXiv:2204.09179, sec. 3.1, eqs. 6-7.
-    """
-    dtype = x_GSM.dtype
-    token_GSD = unit(project(x_GSM, params["router_projection"]), axis=-1)
-    expert_DE = unit(params["router"].astype(dtype), axis=0)
-    log_scale = params["router_log_scale"].astype(dtype) - math.log(temperature)
-    return project(token_GSD, expert_DE) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))
+def annealed(start: float, end: float, num_steps: int, step: jax.Array | None) -> float | jax.Array:
+    """A setting at a step: linear from `start` to `end` in `num_steps`, then `end`."""
+    if step is None or num_steps == 0:
+        return end
+    share = jnp.minimum(step / num_steps, 1.0).astype(jnp.float32)
+    return start * (1 - share) + end * share
 
 
-def unit(values: jax.Array, axis: int) -> jax.Array:
-    """Vectors of length 1 along an axis; 0 stays 0, with a finite gradient."""
-    square = jnp.sum(values**2, axis=axis, keepdims=True)
-    return values * jax.lax.rsqrt(square + 1e-12)
+def check_annealing(start: float, unused: float, num_steps: int) -> None:
+    """Refuses a start without steps: nothing would read it."""
+    require(
+        num_steps > 0 or start == unused,
+        "anneal_from is where annealing in anneal_steps > 0 starts",
+        f"anneal_from={start}, anneal_steps={num_steps}",
+        "Set both or none",
+    )
+
+
+def router_matrix(inward: int, outward: int, stddev: float) -> ParameterSpec:
+    """The spec of a matrix [M, O] of a router; a standard deviation of 0 starts it from 0."""
+    init = truncated_normal_init(stddev) if stddev else zeros
+    return ParameterSpec((inward, outward), ("model", None), init, "router")
+
+
+def router_vector(size: int) -> ParameterSpec:
+    """The spec of a vector of a router that starts from 0 and does not decay."""
+    return ParameterSpec((size,), (None,), zeros, "router", decays=False)
+
+
+class HighestPrecision:
+    """The layout of a router's products: a TPU would multiply float32 in bfloat16."""
+
+    rng: jax.Array | None = None
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[G, S, I] @ [I, O] -> [G, S, O]."""
+        return jnp.einsum("GSI,IO->GSO", x, weight, precision=jax.lax.Precision.HIGHEST)
+
+    def expand(self, bias: jax.Array) -> jax.Array:
+        """[O], which broadcasts."""
+        return bias
+
+
+def project(x_GSI: jax.Array, weight_IO: Any) -> jax.Array:
+    """[G, S, I] x [I, O] in the dtype of `x_GSI`, at the highest precision."""
+    return grouped(x_GSI, weight_IO, HighestPrecision())

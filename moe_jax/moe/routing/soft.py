@@ -4,67 +4,122 @@ Nothing is chosen, dropped or queued. Not causal: every slot has a little of eve
 group, later ones included.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig
-from moe_jax.moe.routing.logits import project, unit
-from moe_jax.moe.routing.token_choice import RouterInputs, Routing
+from moe_jax.config.check import require
+from moe_jax.config.settings import setting
+from moe_jax.moe.routing import Mixing, Options, Router, RouterInputs, Routing
+from moe_jax.moe.routing.cosine import unit
+from moe_jax.moe.routing.logits import project, router_matrix
+from moe_jax.parameters import ParameterSpec, dense, ones
+from moe_jax.part import Dims, RunShape
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
 
 
-class SoftRouting(NamedTuple):
-    """How tokens and slots mix.
-
-    Attributes:
-      dispatch_GSEC: weights of the tokens in a slot, which sum to 1 over them; 0 for padding.
-      combine_GSEC: weights of the slots in a token's output, which sum to the scaling factor over
-        all of them; 0 for padding.
-      routing: what statistics say of it: the logits of slots, a token's combine weights summed by
-        expert as its probabilities, and the expert of the most weight as its one choice. The
-        probabilities carry no gradient: there is no load to balance.
-    """
-
-    dispatch_GSEC: jax.Array
-    combine_GSEC: jax.Array
-    routing: Routing
-
-
-def soft_routing(
-    x_GSM: jax.Array, params: Mapping[str, jax.Array], config: MoEConfig, inputs: RouterInputs
-) -> SoftRouting:
+@dataclasses.dataclass(frozen=True)
+class Soft(Router):
     """Softmax over the tokens of a slot, and softmax over the slots of a token, of the same logits.
-
-    Args:
-      x_GSM: tokens, any float dtype.
-      params: `router` [M, P], a vector for each slot, those of an expert side by side, and
-        `router_scale` [1].
-      config: the block's settings; arithmetic is in `router.dtype`.
-      inputs: its `valid_GS`.
-
-    Returns:
-      The `SoftRouting`. A group of padding alone fills its slots with zeros.
 
     Source: Puigcerver et al. 2023, From sparse to soft mixtures of experts, arXiv:2308.00951: the
       logits are x . phi, both of length 1, times a learned scale that starts from 1, as in V-MoE's
       projects/soft_moe/router.py.
     """
-    router, num_experts = config.router, config.num_experts
-    dtype = jnp.dtype(router.dtype)
-    slots_MP = unit(params["router"].astype(dtype), axis=0) * params["router_scale"].astype(dtype)
-    logits_GSP = project(unit(x_GSM.astype(dtype), axis=-1), slots_MP)
 
-    valid_GS1 = inputs.valid_GS[..., None]
-    of_tokens_GSP = jnp.where(valid_GS1, logits_GSP, jnp.finfo(dtype).min)
-    dispatch_GSP = jnp.where(valid_GS1, jax.nn.softmax(of_tokens_GSP, axis=1), 0)
-    combine_GSP = jnp.where(valid_GS1, jax.nn.softmax(logits_GSP, axis=-1), 0)
-    by_expert = (*logits_GSP.shape[:2], num_experts, -1)
-    dispatch_GSEC, combine_GSEC = dispatch_GSP.reshape(by_expert), combine_GSP.reshape(by_expert)
+    mixes: ClassVar[bool] = True
 
-    probs_GSE = jax.lax.stop_gradient(jnp.sum(combine_GSEC, axis=-1))
-    best_GS1 = jnp.argmax(probs_GSE, axis=-1, keepdims=True).astype(jnp.int32)
-    gate_GS1 = jnp.max(probs_GSE, axis=-1, keepdims=True)
-    routing = Routing(logits_GSP, probs_GSE, best_GS1, gate_GS1)
-    return SoftRouting(dispatch_GSEC, combine_GSEC * router.scaling_factor, routing)
+    init_stddev: float = setting(0.02, above=0)  # of slot vectors: truncated normal
+
+    def fills_slots(self, training: bool) -> bool:
+        """See `Router`: always those of training."""
+        return True
+
+    def num_choices(self, options: Options) -> int:
+        """See `Router`: one, for statistics: the expert of the most combine weight."""
+        return 1
+
+    def mean_experts(self, options: Options, group_size: int) -> float:
+        """See `Router`: every slot is filled."""
+        return options.num_experts * options.slots / group_size
+
+    def check_block(self, moe: "MoE") -> None:
+        """See `Router`."""
+        require(
+            moe.group_size > 0 and moe.capacity.train_factor > 0,
+            "Soft MoE learns its slots, num_selected_experts * group_size * train_factor / "
+            "num_experts an expert, whatever the sequence",
+            f"group_size={moe.group_size}, capacity.train_factor={moe.capacity.train_factor}",
+            "Set both above 0; group_size to data.sequence_length, or to a divisor of it",
+        )
+        require(
+            moe.run_experts == "auto" and moe.exchange == "auto" and not moe.gate_on_input,
+            "Soft MoE drops nothing, and has one way to run its experts",
+            f"run_experts={moe.run_experts!r}, exchange={moe.exchange!r}, "
+            f"gate_on_input={moe.gate_on_input}",
+            "Leave them at 'auto', 'auto' and False",
+        )
+        require(
+            moe.capacity.queue == type(moe.capacity)().queue,
+            "Soft MoE queues nothing",
+            f"capacity.queue={moe.capacity.queue}",
+            "Leave it at 'token_major'",
+        )
+        require(
+            moe.eval_num_selected_experts == 0,
+            "Soft MoE learns slots for num_selected_experts, and has them in evaluation too",
+            f"eval_num_selected_experts={moe.eval_num_selected_experts}",
+            "Set it to 0",
+        )
+        require(
+            moe.num_options == moe.num_experts,
+            "zero and copy experts are chosen by tokens",
+            f"num_zero_experts={moe.num_zero_experts}, num_copy_experts={moe.num_copy_experts}",
+            "Set both to 0, or router='token_choice'",
+        )
+
+    def check_run(self, moe: "MoE", run: RunShape) -> None:
+        """See `Router`."""
+        require(
+            run.length % moe.group_size == 0,
+            "Soft MoE learns the slots of group_size tokens, and a text is generated alone, so "
+            "that group_size divides data.sequence_length",
+            f"group_size={moe.group_size}, sequence_length={run.length}",
+            f"Set group_size to {run.length}, or to a divisor of it",
+        )
+
+    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """`weight` [M, P], a vector for each slot, those of an expert side by side; `scale` [1]."""
+        slots = options.num_experts * options.slots
+        scale = ParameterSpec((1,), (None,), ones, "router", decays=False)
+        return {"weight": router_matrix(dims.model_dim, slots, self.init_stddev), "scale": scale}
+
+    def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
+        """Mixes; see `Router`.
+
+        Its probabilities are a token's combine weights summed by expert, without gradient: there is
+        no load to balance. A group of padding alone fills its slots with zeros.
+        """
+        dtype = jnp.dtype(self.dtype)
+        slots_MP = unit(dense(params["weight"]).astype(dtype), axis=0)
+        slots_MP *= params["scale"].astype(dtype)
+        logits_GSP = project(unit(x_GSM.astype(dtype), axis=-1), slots_MP)
+
+        valid_GS1 = inputs.valid_GS[..., None]
+        of_tokens_GSP = jnp.where(valid_GS1, logits_GSP, jnp.finfo(dtype).min)
+        dispatch_GSP = jnp.where(valid_GS1, jax.nn.softmax(of_tokens_GSP, axis=1), 0)
+        combine_GSP = jnp.where(valid_GS1, jax.nn.softmax(logits_GSP, axis=-1), 0)
+        by_expert = (*logits_GSP.shape[:2], inputs.options.num_experts, -1)
+        dispatch_GSEC, combine_GSEC = (
+            mix_GSP.reshape(by_expert) for mix_GSP in (dispatch_GSP, combine_GSP)
+        )
+        probs_GSE = jax.lax.stop_gradient(jnp.sum(combine_GSEC, axis=-1))
+        best_GS1 = jnp.argmax(probs_GSE, axis=-1, keepdims=True).astype(jnp.int32)
+        gate_GS1 = jnp.max(probs_GSE, axis=-1, keepdims=True)
+        mixing = Mixing(dispatch_GSEC, combine_GSEC * self.scaling_factor)
+        chosen_GS1 = jnp.ones(best_GS1.shape, jnp.bool_)
+        return Routing(logits_GSP, probs_GSE, best_GS1, gate_GS1, chosen_GS1, mixing=mixing)

@@ -11,42 +11,54 @@ expert); Meituan 2025, LongCat-Flash, arXiv:2509.01322 (copy experts alone).
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import MoEConfig
-from moe_jax.moe.routing.token_choice import Routing
+from moe_jax.moe.routing import Options, Routing
 
 
-def computing_choices(routing: Routing, config: MoEConfig) -> Routing:
-    """The choices of experts that compute: what is given slots and dispatched.
+def computing_choices(routing: Routing, options: Options) -> Routing:
+    """The choices of experts that compute: what is given slots and run.
 
     Probabilities are cut to these experts as well, so that a queue ranks a token by what it has to
     do with an expert that can be full.
     """
-    num_experts = config.num_experts
-    if config.num_options == num_experts:
+    num_experts = options.num_experts
+    if num_experts == options.num_options:
         return routing
-    computes_GSK = routing.expert_index_GSK < num_experts
-    if routing.chosen_GSK is not None:
-        computes_GSK &= routing.chosen_GSK
     return routing._replace(
         logits_GSE=routing.logits_GSE[..., :num_experts],
         probs_GSE=routing.probs_GSE[..., :num_experts],
         expert_index_GSK=jnp.minimum(routing.expert_index_GSK, num_experts - 1),
-        chosen_GSK=computes_GSK,
+        chosen_GSK=routing.chosen_GSK & (routing.expert_index_GSK < num_experts),
     )
 
 
-def free_choices(routing: Routing, config: MoEConfig, valid_GS: jax.Array) -> jax.Array:
-    """The choices that compute nothing and so are never dropped, bool [G, S, K]."""
-    is_free_GSK = (routing.expert_index_GSK >= config.num_experts) & valid_GS[..., None]
-    return is_free_GSK if routing.chosen_GSK is None else is_free_GSK & routing.chosen_GSK
+def add_free_choices(
+    x_GSM: jax.Array,
+    y_GSM: jax.Array,
+    routing: Routing,
+    kept_GSK: jax.Array,
+    valid_GS1: jax.Array,
+    options: Options,
+    first_copy: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the choices that compute nothing and so are never dropped.
 
+    Args:
+      x_GSM: tokens.
+      y_GSM: what experts gave them.
+      routing: all choices.
+      kept_GSK: bool, which choices of experts that compute were kept.
+      valid_GS1: bool, False for padding.
+      options: what was chosen among.
+      first_copy: index of the first copy expert; those after it are all copy experts.
 
-def copied_tokens(
-    x_GSM: jax.Array, routing: Routing, is_free_GSK: jax.Array, config: MoEConfig
-) -> jax.Array:
-    """What copy experts add, [G, S, M]: the token times its gates for them."""
-    is_copy_GSK = is_free_GSK & (
-        routing.expert_index_GSK >= config.num_experts + config.num_zero_experts
-    )
-    share_GS1 = jnp.sum(jnp.where(is_copy_GSK, routing.gate_GSK, 0), axis=-1, keepdims=True)
-    return share_GS1.astype(x_GSM.dtype) * x_GSM
+    Returns:
+      `y_GSM` with every token times its gates for copy experts, and `kept_GSK` with the choices of
+      zero and copy experts.
+    """
+    if options.num_experts == options.num_options:
+        return y_GSM, kept_GSK
+    index_GSK = routing.expert_index_GSK
+    is_free_GSK = (index_GSK >= options.num_experts) & valid_GS1 & routing.chosen_GSK
+    gate_GSK = jnp.where(is_free_GSK & (index_GSK >= first_copy), routing.gate_GSK, 0)
+    share_GS1 = jnp.sum(gate_GSK, axis=-1, keepdims=True)
+    return y_GSM + share_GS1.astype(x_GSM.dtype) * x_GSM, kept_GSK | is_free_GSK

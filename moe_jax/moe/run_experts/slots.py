@@ -1,7 +1,7 @@
-"""Dispatch by indices into capacity slots (legend: `moe_jax.moe`).
+"""Experts on capacity slots: those of every expert side by side (legend: `moe_jax.moe`).
 
-Every backward pass is a gather as well: the gradient that JAX would derive for reading rows is a
-scatter-add, which is slow on every platform.
+`run_gather` fills them by indices. Every backward pass is a gather as well: the gradient that JAX
+would derive for reading rows is a scatter-add, which is slow on every platform.
 """
 
 import functools
@@ -11,13 +11,48 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.exchange import BY_CONSTRAINT, Exchange
-from moe_jax.moe.dispatch.rows import gate_gradient, sum_choices, take_or_zero
-from moe_jax.moe.dispatch.slots import through_experts
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
+from moe_jax.moe.run_experts.summing import gate_gradient, sum_choices, take_or_zero
 
 
-def gather_dispatch(
+class Slots:
+    """Rows `[E, G, C, I]`: the slots of expert e meet its weights `[e, I, O]`."""
+
+    def __init__(self, rng: jax.Array | None):
+        self.rng = rng
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[E, G, C, I] x [E, I, O] -> [E, G, C, O]."""
+        return jnp.einsum("EGCI,EIO->EGCO", x, weight)
+
+    def expand(self, bias: jax.Array) -> jax.Array:
+        """[E, O] -> [E, 1, 1, O]."""
+        return bias[:, None, None, :]
+
+
+def through_experts(
+    x_EGCM: jax.Array,
+    weights: Weights,
+    experts: Experts,
+    rng: jax.Array | None,
+    exchange: Exchange,
+) -> jax.Array:
+    """Carries slots to their experts, computes them, and carries the outputs back, [E, G, C, M].
+
+    In several chunks the slots of an expert are cut; no chunk waits for another, so that a compiler
+    with asynchronous collectives overlaps them.
+    """
+    num_chunks = min(exchange.num_chunks, x_EGCM.shape[2])
+    outputs = []
+    for i, chunk_EGCM in enumerate(jnp.array_split(x_EGCM, num_chunks, axis=2)):
+        key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
+        chunk_EGCM = exchange.to_experts(chunk_EGCM)
+        outputs.append(exchange.to_tokens(experts(chunk_EGCM, weights, Slots(key))))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def run_gather(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
@@ -47,12 +82,12 @@ def gather_dispatch(
     choice_GP = jax.vmap(functools.partial(choice_in_slot, num_slots=num_slots))(slot_GSK)
 
     # Group by group, so that on a mesh each device reads its own tokens.
-    x_GPM = jax.vmap(_fill)(x_GSM, choice_GP, slot_GSK, assignment.kept_GSK)
+    x_GPM = jax.vmap(fill)(x_GSM, choice_GP, slot_GSK, assignment.kept_GSK)
     x_EGCM = x_GPM.reshape(groups, num_experts, capacity, model_dim).swapaxes(0, 1)
     y_EGCM = through_experts(x_EGCM, weights, experts, rng, exchange)
     y_GPM = y_EGCM.swapaxes(0, 1).reshape(groups, num_slots, model_dim)
     gates = (assignment.gate_GSK, choice_GP, slot_GSK, assignment.kept_GSK)
-    return jax.vmap(_combine)(y_GPM, *gates)
+    return jax.vmap(combine)(y_GPM, *gates)
 
 
 def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
@@ -63,9 +98,7 @@ def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def _fill(
-    x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
-) -> jax.Array:
+def fill(x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array) -> jax.Array:
     """[S, M] -> [P, M]; empty slots are 0."""
     num_rows, num_choices = slot_SK.size, slot_SK.shape[1]
     return take_or_zero(x_SM, choice_P // num_choices, choice_P < num_rows)
@@ -74,7 +107,7 @@ def _fill(
 def _fill_forward(
     x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
 ) -> tuple[jax.Array, Any]:
-    return _fill(x_SM, choice_P, slot_SK, kept_SK), (slot_SK, kept_SK)
+    return fill(x_SM, choice_P, slot_SK, kept_SK), (slot_SK, kept_SK)
 
 
 def _fill_backward(residuals: Any, dx_PM: jax.Array) -> tuple[Any, ...]:
@@ -84,11 +117,11 @@ def _fill_backward(residuals: Any, dx_PM: jax.Array) -> tuple[Any, ...]:
     return dx_SM.astype(dx_PM.dtype), None, None, None
 
 
-_fill.defvjp(_fill_forward, _fill_backward)
+fill.defvjp(_fill_forward, _fill_backward)
 
 
 @jax.custom_vjp
-def _combine(
+def combine(
     y_PM: jax.Array, gate_SK: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
 ) -> jax.Array:
     """[P, M] and gates -> [S, M]."""
@@ -98,7 +131,7 @@ def _combine(
 def _combine_forward(
     y_PM: jax.Array, gate_SK: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
 ) -> tuple[jax.Array, Any]:
-    y_SM = _combine(y_PM, gate_SK, choice_P, slot_SK, kept_SK)
+    y_SM = combine(y_PM, gate_SK, choice_P, slot_SK, kept_SK)
     return y_SM, (y_PM, gate_SK, choice_P, slot_SK, kept_SK)
 
 
@@ -112,4 +145,4 @@ def _combine_backward(residuals: Any, dy_SM: jax.Array) -> tuple[Any, ...]:
     return dy_PM.astype(y_PM.dtype), dgate_SK, None, None, None
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+combine.defvjp(_combine_forward, _combine_backward)

@@ -1,4 +1,4 @@
-"""Experts one after another on blocks of their rows: the ragged dispatcher's way on a CPU.
+"""Experts one after another on blocks of their rows: how a CPU runs sorted rows.
 
 The whole expert runs inside one loop, on rows gathered on the spot: neither the sorted tokens nor
 the hidden activations are ever stored, and the backward pass computes the hidden activations again.
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from moe_jax.moe.dispatch.rows import gate_gradient, sum_choices
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.summing import gate_gradient, sum_choices
 
 # Block sizes in eighths of the mean group: fine where sizes are likely.
 LADDER = (1, 2, 4, 6, 8, 9, 10)
@@ -120,27 +121,50 @@ def _backward(experts: Experts, residuals: Any, dy_JM: jax.Array) -> tuple[Any, 
     token_R = choice_R // gate_JK.shape[1]
     gate_R = gate_JK.reshape(-1)[choice_R]
 
-    def body(carry: Any, weights_e: Weights, block: Block) -> Any:
+    # Integers, such as quantised weights, have no gradient.
+    arrays, tree = jax.tree.flatten(weights)
+    learns = [jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays]
+    learned = select(arrays, learns)
+
+    def body(carry: Any, arrays_e: list[jax.Array], block: Block) -> Any:
         dx_RM, dweights = carry
         gate_W = lax.dynamic_slice_in_dim(gate_R, block.start, block.rows)
         dy_WM = _gather_rows(dy_JM, token_R, block) * gate_W[:, None]
         x_WM = _gather_rows(x_JM, token_R, block)
         layout = OneExpert(rng, block.start)
-        _, vjp = jax.vjp(lambda x, w: experts(x, w, layout), x_WM, weights_e)
+
+        def compute(x_WM: jax.Array, learned_e: list[jax.Array]) -> jax.Array:
+            weights_e = jax.tree.unflatten(tree, replace(arrays_e, learns, learned_e))
+            return experts(x_WM, weights_e, layout)
+
+        _, vjp = jax.vjp(compute, x_WM, select(arrays_e, learns))
         dx_WM, dweights_e = vjp(dy_WM.astype(x_JM.dtype))
         dx_RM = lax.dynamic_update_slice_in_dim(dx_RM, dx_WM, block.start, 0)
         return dx_RM, jax.tree.map(functools.partial(_store, block=block), dweights, dweights_e)
 
-    dweights = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
+    dweights = [jnp.zeros_like(array, jnp.float32) for array in learned]
     carry = (jnp.zeros_like(y_RM), dweights)
-    dx_RM, dweights = for_each_block(group_sizes_E, blocks, carry, weights, body)
-    dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
+    dx_RM, dweights = for_each_block(group_sizes_E, blocks, carry, arrays, body)
+    dweights = [d.astype(array.dtype) for d, array in zip(dweights, learned, strict=True)]
     dx_JM = sum_choices(dx_RM, row_JK, jnp.ones_like(gate_JK), kept_JK).astype(x_JM.dtype)
     dgate_JK = gate_gradient(y_RM, row_JK, dy_JM, kept_JK).astype(gate_JK.dtype)
+    no_gradient = [np.zeros(array.shape, jax.dtypes.float0) for array in arrays]
+    dweights = jax.tree.unflatten(tree, replace(no_gradient, learns, dweights))
     return dweights, None, dx_JM, dgate_JK, None, None, None, None
 
 
 expert_loop.defvjp(_forward, _backward)
+
+
+def select(values: list[Any], chosen: list[bool]) -> list[Any]:
+    """Those of some values that are chosen."""
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+
+def replace(values: list[Any], chosen: list[bool], others: list[Any]) -> list[Any]:
+    """The values, with others in the place of those that are chosen."""
+    remaining = iter(others)
+    return [next(remaining) if c else v for v, c in zip(values, chosen, strict=True)]
 
 
 def _gather_rows(x_JM: jax.Array, token_R: jax.Array, block: Block) -> jax.Array:
@@ -193,7 +217,7 @@ def for_each_block(
     largest = sizes[-1]
 
     def one_expert(expert: jax.Array, carry: Any) -> Any:
-        operand = jax.tree.map(lambda leaf: leaf[expert], operands_E)
+        operand = jax.tree.map(lambda leaf: jnp.asarray(leaf)[expert], operands_E)
         start, size = starts_E[expert], group_sizes_E[expert]
         end = start + size
         head = (size - 1) % largest + 1  # 1 .. largest, for size >= 1

@@ -1,35 +1,41 @@
-"""Dispatch with explicit collectives: one program for each device, under `jax.shard_map`."""
+"""Experts on a mesh with explicit collectives: one program for each device, by `jax.shard_map`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.einsum import einsum_dispatch
-from moe_jax.moe.dispatch.exchange import ByAllToAll
-from moe_jax.moe.dispatch.gather import gather_dispatch
-from moe_jax.moe.dispatch.ragged import ragged_dispatch
-from moe_jax.moe.dispatch.ragged_exchange import most_received_rows, through_ragged_exchange
-from moe_jax.moe.experts import EXPERT_AXES, Experts, Weights
+from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.einsum import run_einsum
+from moe_jax.moe.run_experts.exchange import (
+    ByAllToAll,
+    most_received_rows,
+    through_ragged_exchange,
+)
+from moe_jax.moe.run_experts.rows import num_experts_of, run_sorted_rows
+from moe_jax.moe.run_experts.slots import run_gather
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
+from moe_jax.parameters import Axes, weight_axes
 
 TOKEN_AXES = ("group", None, None)
-SLOT_DISPATCHERS = {"einsum": einsum_dispatch, "gather": gather_dispatch}
+SLOT_WAYS = {"einsum": run_einsum, "gather": run_gather}
 
 
-def expert_parallel_dispatch(
+def run_parallel(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
+    axes: Mapping[str, Axes],
     experts: Experts,
     rng: jax.Array | None = None,
     *,
-    name: str,
+    rows: str,
     num_chunks: int = 1,
 ) -> jax.Array:
-    """Runs a dispatcher on each device's own tokens, with explicit collectives in between.
+    """Runs experts on each device's own tokens, with explicit collectives in between.
 
     Tokens are split over every mesh axis but `tensor`, experts over the expert axes; a device
     gathers its experts' matrices over `fsdp` and keeps its part of their hidden dim under `tensor`,
@@ -39,10 +45,11 @@ def expert_parallel_dispatch(
       x_GSM: tokens of all devices.
       assignment: the kept choices, their slots and gates.
       weights: of the experts, by name, leading dim E.
-      experts: computes rows; see the dispatchers.
+      axes: the names of their dims in `parallel.rules`, by name.
+      experts: computes rows.
       rng: key for the experts, or None. Each device draws from its own, so that what is random in
         the experts depends on the mesh.
-      name: "einsum" or "gather", with `jax.lax.all_to_all` of slots; "ragged", with
+      rows: "einsum" or "gather", with `jax.lax.all_to_all` of slots; "ragged", with
         `jax.lax.ragged_all_to_all` of rows.
       num_chunks: in how many parts slots (or, for "ragged", tokens) travel.
 
@@ -56,15 +63,27 @@ def expert_parallel_dispatch(
     assert mesh is not None, "with one device there is nothing to exchange"
     check_even("groups of tokens", x_GSM.shape[0], num_shards("group", mesh))
     check_even("experts", assignment.num_experts, num_shards("expert", mesh))
-    weights = {key: value.astype(x_GSM.dtype) for key, value in weights.items()}
     tokens = partition_spec(TOKEN_AXES, mesh)
-    weight_specs = {key: partition_spec(EXPERT_AXES[key], mesh) for key in weights}
     expert_axes = mesh_axes("expert", mesh)
+    # A weight may be several arrays: each has axes of its own.
+    arrays, tree = jax.tree.flatten(dict(weights))
+    names = jax.tree.leaves(
+        {name: weight_axes(axes[name], weight) for name, weight in weights.items()},
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    added_last = [
+        is_added_last(axes[path[0].key])
+        for path, _ in jax.tree_util.tree_leaves_with_path(dict(weights))
+    ]
+    arrays = [in_compute_dtype(array, x_GSM.dtype) for array in arrays]
 
     def on_device(
-        x_GSM: jax.Array, choices: tuple[jax.Array, ...], weights: Weights, rng: jax.Array | None
+        x_GSM: jax.Array,
+        choices: tuple[jax.Array, ...],
+        arrays: list[jax.Array],
+        rng: jax.Array | None,
     ) -> jax.Array:
-        weights = {key: on_every_device(key, value) for key, value in weights.items()}
+        own_weights = jax.tree.unflatten(tree, map(as_used, arrays, names, added_last))
         if rng is not None:
             split = tuple(axis for axis, size in mesh.shape.items() if size > 1)
             rng = jax.random.fold_in(rng, jax.lax.axis_index(split))
@@ -73,13 +92,13 @@ def expert_parallel_dispatch(
         own = assignment._replace(
             expert_index_GSK=index_GSK, gate_GSK=gate_GSK, slot_GSK=slot_GSK, kept_GSK=kept_GSK
         )
-        if name == "ragged" and not expert_axes:
-            y_GSM = ragged_dispatch(x_GSM, own, weights, experts, rng)
-        elif name == "ragged":
-            y_GSM = _ragged(x_GSM, own, weights, experts, rng, expert_axes, num_chunks)
+        if rows == "ragged" and not expert_axes:
+            y_GSM = run_sorted_rows(x_GSM, own, own_weights, experts, rng)
+        elif rows == "ragged":
+            y_GSM = exchange_rows(x_GSM, own, own_weights, experts, rng, expert_axes, num_chunks)
         else:
             exchange = ByAllToAll(expert_axes, num_chunks)
-            y_GSM = SLOT_DISPATCHERS[name](x_GSM, own, weights, experts, rng, exchange)
+            y_GSM = SLOT_WAYS[rows](x_GSM, own, own_weights, experts, rng, exchange)
         return jax.lax.psum(y_GSM, mesh_axes("hidden", mesh))
 
     if mesh.shape["fsdp"] > 1:
@@ -87,10 +106,10 @@ def expert_parallel_dispatch(
     sharded = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(tokens, (tokens,) * 4, weight_specs, jax.P()),
+        in_specs=(tokens, (tokens,) * 4, [partition_spec(one, mesh) for one in names], jax.P()),
         out_specs=tokens,
     )
-    return sharded(x_GSM, tuple(assignment[:4]), weights, rng)
+    return sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -104,22 +123,31 @@ def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("all_gather", "pvary")
 
 
-def on_every_device(name: str, weight: jax.Array) -> jax.Array:
-    """A weight of this device's experts as it is used: gathered over fsdp; marked as varying.
+def in_compute_dtype(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """An array in the dtype of the tokens; integers stay what they are."""
+    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
-    The gradient is scattered over fsdp and summed over the axes that have the same experts. The
-    output's bias counts once, not once for each part of the hidden dim.
+
+def is_added_last(axes: Axes) -> bool:
+    """Whether a weight is a vector of each expert that is added behind the hidden dim."""
+    return len(axes) == 2 and "hidden" not in axes
+
+
+def as_used(array: jax.Array, axes: Axes, added_last: bool) -> jax.Array:
+    """An array of this device's experts as it is used: gathered over fsdp; marked as varying.
+
+    The gradient is scattered over fsdp and summed over the axes that have the same experts. What is
+    added behind the hidden dim counts once, not once for each part of that dim.
     """
-    if "model" in EXPERT_AXES[name] and jax.lax.axis_size("fsdp") > 1:
-        dim = EXPERT_AXES[name].index("model")
-        weight = jax.lax.all_gather(weight, "fsdp", axis=dim, tiled=True)
-    weight = vary(weight, EXPERT_AXES[name])
-    if name == "bo" and jax.lax.axis_size("tensor") > 1:
-        weight *= (jax.lax.axis_index("tensor") == 0).astype(weight.dtype)
-    return weight
+    if "model" in axes and jax.lax.axis_size("fsdp") > 1:
+        array = jax.lax.all_gather(array, "fsdp", axis=axes.index("model"), tiled=True)
+    array = vary(array, axes)
+    if added_last and jax.lax.axis_size("tensor") > 1:
+        array *= (jax.lax.axis_index("tensor") == 0).astype(array.dtype)
+    return array
 
 
-def _ragged(
+def exchange_rows(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
@@ -131,7 +159,7 @@ def _ragged(
     """The tokens of one device, in chunks, through `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
     num_choices = assignment.kept_GSK.shape[-1]
-    num_own = next(iter(weights.values())).shape[0]
+    num_own = num_experts_of(weights)
     choices = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
     rows = [x_GSM.reshape(-1, model_dim), *(value.reshape(-1, num_choices) for value in choices)]
     outputs = []
@@ -157,5 +185,5 @@ def check_even(what: str, count: int, shards: int) -> None:
     if count % shards:
         raise ValueError(
             f"The mesh splits {what} evenly: {count} over {shards} devices. Change config.mesh, "
-            "training.batch_size or moe.num_experts."
+            "training.batch_size or num_experts."
         )

@@ -1,4 +1,4 @@
-"""Reading and summing rows, shared by the index dispatchers (legend: `moe_jax.moe`)."""
+"""Reading rows, and summing them by token (legend: `moe_jax.moe`)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,15 +1,19 @@
-"""Dispatch by one-hot tensors: the reference (legend: `moe_jax.moe`)."""
+"""Experts on capacity slots by one-hot tensors [G, S, E, C]: the reference, as GShard writes it.
+
+Soft MoE fills and reads its slots in the same way. Legend: `moe_jax.moe`.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.exchange import BY_CONSTRAINT, Exchange
-from moe_jax.moe.dispatch.slots import through_experts
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.routing import Mixing
+from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
+from moe_jax.moe.run_experts.slots import through_experts
 
 
-def einsum_dispatch(
+def run_einsum(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
@@ -40,29 +44,29 @@ def einsum_dispatch(
     gate_GSK = assignment.gate_GSK.astype(x_GSM.dtype)
     dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
     combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
-    return through_slots(x_GSM, dispatch_GSEC, combine_GSEC, weights, experts, rng, exchange)
+    mixing = Mixing(dispatch_GSEC, combine_GSEC)
+    return mix_slots(x_GSM, mixing, weights, experts, rng, exchange)
 
 
-def through_slots(
+def mix_slots(
     x_GSM: jax.Array,
-    dispatch_GSEC: jax.Array,
-    combine_GSEC: jax.Array,
+    mixing: Mixing,
     weights: Weights,
     experts: Experts,
-    rng: jax.Array | None,
-    exchange: Exchange,
+    rng: jax.Array | None = None,
+    exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:
     """Fills slots with weighted tokens, and tokens with weighted outputs of slots: [G, S, M].
 
     Args:
       x_GSM: tokens.
-      dispatch_GSEC: what each token gives to each slot, in the dtype of `x_GSM`.
-      combine_GSEC: what it gets back of the slot's output, likewise.
-      weights: of the experts; see `einsum_dispatch`, as for the others.
+      mixing: what each token gives to each slot and gets back of its output.
+      weights: of the experts; see `run_einsum`, as for the others.
       experts: computes rows [E, G, C, M].
       rng: key for the experts, or None.
       exchange: the way between the devices of tokens and of experts.
     """
+    dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
     y_EGCM = through_experts(x_EGCM, weights, experts, rng, exchange)
     return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

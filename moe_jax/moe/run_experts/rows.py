@@ -1,12 +1,15 @@
-"""Dispatch of rows sorted by expert: kept choices only, no padding (legend: `moe_jax.moe`)."""
+"""Rows sorted by expert: kept choices only, no padding (legend: `moe_jax.moe`).
+
+Reading and summing rows is shared with the slots of `gather`.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch.expert_loop import expert_loop
-from moe_jax.moe.dispatch.rows import sum_choices
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.cpu_loop import expert_loop
+from moe_jax.moe.run_experts.summing import sum_choices
 from moe_jax.parallel.rules import platform
 
 
@@ -32,7 +35,7 @@ class SortedRows:
         return jnp.take(bias, self.expert_R, axis=0, mode="clip")
 
 
-def ragged_dispatch(
+def run_sorted_rows(
     x_GSM: jax.Array,
     assignment: Assignment,
     weights: Weights,
@@ -75,9 +78,9 @@ def through_sorted_rows(
     experts: Experts,
     rng: jax.Array | None,
 ) -> jax.Array:
-    """`ragged_dispatch` without groups: [J, M] -> [J, M] in the dtype of `x_JM`."""
+    """`run_sorted_rows` without groups: [J, M] -> [J, M] in the dtype of `x_JM`."""
     num_choices = kept_JK.shape[-1]
-    num_experts = next(iter(weights.values())).shape[0]
+    num_experts = num_experts_of(weights)
     choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
     if platform() == "cpu":
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
@@ -110,7 +113,7 @@ def sort_by_expert(
         raise ValueError(
             "(num_experts + 1) * tokens * num_selected_experts fits in int32: "
             f"num_experts={num_experts}, tokens * num_selected_experts={num_rows}. Use more "
-            "microbatches, or dispatch='gather'."
+            "microbatches, or run_experts='gather'."
         )
     key_JK = jnp.where(kept_JK, expert_JK, num_experts)
     rows_R = jnp.arange(num_rows, dtype=jnp.int32)
@@ -121,3 +124,8 @@ def sort_by_expert(
     is_expert_JKE = key_JK[..., None] == jnp.arange(num_experts)
     group_sizes_E = jnp.sum(is_expert_JKE, axis=(0, 1), dtype=jnp.int32)
     return choice_R, row_R.reshape(key_JK.shape), group_sizes_E
+
+
+def num_experts_of(weights: Weights) -> int:
+    """The leading dim of the weights of experts."""
+    return jax.tree.leaves(dict(weights))[0].shape[0]

@@ -1,0 +1,149 @@
+"""Checks a part: `python -m moe_jax.check_part package.module:Class --field=value ...`.
+
+    python -m moe_jax.check_part my_package.routers:RoundRobin --offset=2
+    python -m moe_jax.check_part router.token_choice --projection.temperature=0.5
+
+Builds a tiny model around the part, and prints a line for each check: the part serialises, its
+specs and values are sound, it sees later tokens only if it says so, every parameter gets a
+gradient, padding changes nothing, a mesh of eight CPU devices computes what one device computes, a
+scan what single layers compute. The exit code is 1 if a check fails. Values are Python literals, or
+else strings; the fields of a part inside the part stand behind a dot.
+"""
+
+import ast
+import dataclasses
+import importlib
+import sys
+import textwrap
+from typing import Any
+
+import jax
+
+from moe_jax.config.settings import Settings
+
+NUM_DEVICES = 8
+USAGE = "usage: python -m moe_jax.check_part package.module:Class | FAMILY.KIND [--field=value ...]"
+WORDS = {True: "ok", False: "FAILED", None: "-"}
+
+
+def main(arguments: list[str]) -> int:
+    """Checks the part that the arguments name; returns the exit code."""
+    if not arguments or arguments[0].startswith("-"):
+        print(USAGE if not arguments else f"{USAGE}\n\n{__doc__}")
+        return 2
+    # Before JAX starts: the same machine checks meshes that it does not have.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    from moe_jax.checks import CHECKS, Trial, check
+
+    try:
+        trial = Trial(part_of(arguments[0], arguments[1:]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    around = dict(trial.model.parts)["checked"]
+    where = "" if around == trial.part else f", in {brief(around)}"
+    print(f"{trial.part.family} {brief(trial.part)}{where}, in a model of two layers\n")
+    failed = []
+    for name in CHECKS:
+        result = check(name, trial)
+        print(line(name, result.passed, result.text), flush=True)
+        failed += [name] if result.passed is False else []
+    print(f"\n{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}" if failed
+          else f"\n{len(CHECKS)} checks: none failed")  # fmt: skip
+    return 1 if failed else 0
+
+
+def brief(part: Any) -> str:
+    """A part with the fields that are not at their defaults."""
+    if not isinstance(part, Settings):
+        return repr(part)
+    fields = (
+        f"{field.name}={brief(getattr(part, field.name))}"
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) != field.default
+    )
+    return f"{type(part).__name__}({', '.join(fields)})"
+
+
+def line(name: str, passed: bool | None, text: str) -> str:
+    """One line of the report, wrapped behind its name."""
+    head = f"{WORDS[passed]:7}{name:23}"
+    return textwrap.fill(text, 100, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def part_of(name: str, flags: list[str]) -> Any:
+    """Builds a part.
+
+    Args:
+      name: "package.module:Class", or "family.kind" of `moe_jax.config.kinds.KINDS`.
+      flags: "--field=value".
+
+    Raises:
+      ValueError: there is no such part, or its settings break a rule.
+    """
+    from moe_jax.config.convert import InFamily, build
+    from moe_jax.config.kinds import KINDS
+
+    family, _, kind = name.partition(".")
+    if ":" in name:
+        family, kind = family_of(name), name
+    if family not in KINDS:
+        raise ValueError(
+            f"A part is named by 'package.module:Class' or 'family.kind': {name!r}. "
+            f"Families are {sorted(KINDS)}."
+        )
+    values = defaults(family, kind)
+    for flag in flags:
+        field, equals, text = flag.removeprefix("--").partition("=")
+        if not equals or not flag.startswith("--"):
+            raise ValueError(f"A field is set by --field=value: {flag!r}. Correct it.")
+        inner = values
+        *sections, last = field.split(".")
+        for section in sections:
+            if not isinstance(inner.setdefault(section, {}), dict):
+                inner[section] = {"kind": inner[section]}
+            inner = inner[section]
+        inner[last] = literal(text)
+    return build(InFamily(family), values, name)
+
+
+def defaults(family: str, kind: str) -> dict[str, Any]:
+    """The kind and the default fields of a part; the kind alone if a field has no default."""
+    from moe_jax.config.convert import to_dict
+    from moe_jax.config.kinds import load_kind
+
+    try:
+        written = to_dict(load_kind(family, kind)())
+    except TypeError:
+        return {"kind": kind}
+    return {"kind": written} if isinstance(written, str) else dict(written)
+
+
+def family_of(path: str) -> str:
+    """The family that a class says it is of.
+
+    Raises:
+      ValueError: it cannot be imported, or is of none.
+    """
+    module, _, name = path.partition(":")
+    try:
+        family = getattr(importlib.import_module(module), name).family
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"A part is a class that can be imported, derived from the base class of its family: "
+            f"{path!r} gives {error!r}. Correct the path, or put its folder on PYTHONPATH."
+        ) from error
+    return str(family)
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,299 @@
+"""What is true of every part, whatever its kind: the checks of `python -m moe_jax.check_part`.
+
+Each check looks at a `Trial`, a part in a tiny model, and returns a `Result`.
+"""
+
+import dataclasses
+import json
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checks.around import FAMILIES, model_around
+from moe_jax.checks.trial import NUM_SUFFIXES, SPLIT, Computed, Trial
+from moe_jax.config.convert import InFamily, build, to_dict
+from moe_jax.config.settings import Settings
+from moe_jax.moe.routing import Choices
+from moe_jax.parallel.rules import RULES
+from moe_jax.parameters import ParameterSpec
+from moe_jax.part import Call
+
+# What is computed in another order differs by a few roundings (epsilon 1.2e-7) of the largest
+# number of an array; a token that gains or loses an expert moves by about 1.
+ROUNDING, MOVED = 2e-5, 1e-4
+
+
+class Result(NamedTuple):
+    """What a check found.
+
+    Attributes:
+      passed: whether all is well; None: the check does not apply.
+      text: what was looked at, or what is wrong.
+    """
+
+    passed: bool | None
+    text: str
+
+
+def serialises(trial: Trial) -> Result:
+    """`to_dict` and `build` give the part back, through JSON, with each plain field changed too."""
+    part, wrong = trial.part, list(undeclared(type(trial.part)))
+    if wrong:
+        return Result(False, "; ".join(wrong))
+    changed = [part, *changed_parts(part)]
+    for one in changed:
+        written = json.loads(json.dumps(to_dict(one)))
+        again = build(InFamily(part.family), written, type(part).__name__)
+        if again != one or hash(again) != hash(one):
+            wrong.append(f"{one} is written as {written}, which builds {again}")
+    if wrong:
+        return Result(False, "; ".join(wrong))
+    return Result(True, f"as it is, and with each of {len(changed) - 1} plain fields changed")
+
+
+def undeclared(cls: type) -> Iterator[str]:
+    """Settings that a config cannot have: annotated, but no fields of the dataclass."""
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    for base in cls.__mro__:
+        for name, annotation in vars(base).get("__annotations__", {}).items():
+            if name not in fields and typing.get_origin(annotation) is not typing.ClassVar:
+                yield (
+                    f"{base.__name__}.{name} is no setting: decorate the class with "
+                    "@dataclasses.dataclass(frozen=True), or annotate a ClassVar"
+                )
+
+
+def changed_parts(part: Settings) -> Iterator[Settings]:
+    """The part with one plain field changed, where its own checks accept that."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        bounds = field.metadata.get("bounds")
+        if bounds is not None and bounds.choices is not None:
+            others = [choice for choice in bounds.choices if choice != value]
+        elif isinstance(value, bool):
+            others = [not value]
+        elif isinstance(value, int | float):
+            others = [value + 1, value / 2 if isinstance(value, float) else value * 2]
+        else:
+            others = []
+        for other in others:
+            try:
+                yield dataclasses.replace(part, **{field.name: other})
+                break
+            except ValueError:
+                continue
+
+
+def specs_hold(trial: Trial) -> Result:
+    """Specs are complete, and initial values are finite and the same twice."""
+    wrong, leaves = [], jax.tree_util.tree_leaves_with_path(trial.specs)
+    for path, spec in leaves:
+        name = named(path)
+        if not isinstance(spec, ParameterSpec):
+            wrong.append(f"{name} is no ParameterSpec: {spec!r}")
+        elif len(spec.axes) != len(spec.shape) or not set(spec.axes) <= {*RULES, None}:
+            wrong.append(f"{name} of shape {spec.shape} has the axes {spec.axes}")
+        elif not spec.component:
+            wrong.append(f"{name} has no component")
+    if wrong:
+        return Result(False, "; ".join(wrong))
+    for (path, spec), value in zip(leaves, jax.tree.leaves(trial.drawn), strict=True):
+        if value.shape != spec.shape or value.dtype != spec.dtype:
+            wrong.append(f"{named(path)} starts as {value.dtype}{value.shape}, unlike its spec")
+    wrong += [f"{name} starts from numbers that are not finite" for name in not_finite(trial.drawn)]
+    # The program that draws them is the same each time, with the numbers that it is made of.
+    programs = [jax.make_jaxpr(trial.draw)(jax.random.key(0)) for _ in range(2)]
+    constants = (program.consts for program in programs)
+    if str(programs[0]) != str(programs[1]) or differences(*constants):
+        wrong.append("initial values are others each time, with one key")
+    num_state = len(jax.tree.leaves(trial.specs["state"]))
+    found = f"{len(leaves) - num_state} parameters and {num_state} arrays of state of the model"
+    return Result(not wrong, "; ".join(wrong) or f"{found}; initial values are finite, same twice")
+
+
+def values_hold(trial: Trial) -> Result:
+    """Outputs, losses, metrics and the next state are finite, and the state keeps its shape."""
+    wrong = []
+    for name, computed in (("training", trial.training), ("evaluation", trial.evaluation)):
+        wrong += [f"{what} of {name}" for what in not_finite(computed._asdict())]
+    following = trial.training.state
+    shapes = [
+        jax.tree.map(lambda a, skip=skip: (a.shape[skip:], a.dtype), state)
+        for skip, state in ((1, following), (0, trial.state))
+    ]
+    if shapes[0] != shapes[1]:
+        wrong.append(f"the next state {shapes[0]}, where the state is {shapes[1]},")
+    dtype = jax.eval_shape(lambda: output_dtype(trial)).dtype
+    if dtype != jnp.bfloat16:
+        wrong.append(f"the residual of {dtype}, made of one of bfloat16,")
+    if wrong:
+        return Result(False, f"not as they should be: {', '.join(wrong)}")
+    return Result(True, "outputs, losses, metrics and state are finite, dtypes are kept")
+
+
+def output_dtype(trial: Trial) -> jax.Array:
+    """The residual stream behind the layers in bfloat16."""
+    model = dataclasses.replace(trial.model, compute_dtype="bfloat16", scan_layers=False)
+    tokens_BL = trial.batches.tokens_PBL[0]
+    call = Call(tokens_BL=tokens_BL).with_defaults(tokens_BL[..., None])
+    x_BLM = model.embed(trial.params, tokens_BL).astype(jnp.bfloat16)
+    return model.decoder.apply(trial.params["stack"], x_BLM, call, state=trial.state)[0]
+
+
+def not_finite(values: Any) -> list[str]:
+    """The names of the arrays with a number that is not finite."""
+    return [
+        named(path)
+        for path, value in jax.tree_util.tree_leaves_with_path(values)
+        if jnp.issubdtype(value.dtype, jnp.inexact) and not np.isfinite(value).all()
+    ]
+
+
+def causality(trial: Trial, *, training: bool) -> Result:
+    """Other suffixes of a sequence leave the outputs before them alone, unless it looks ahead."""
+    computed = trial.training if training else trial.evaluation
+    logits_PLV = computed.logits_PBLV[: NUM_SUFFIXES + 1, -1]
+    moved_PL = np.abs(logits_PLV[1:] - logits_PLV[:1]).max(axis=-1) / np.abs(logits_PLV).max()
+    largest = moved_PL[:, :SPLIT].max()
+    found = f"outputs before {NUM_SUFFIXES} other suffixes move by {largest:.0e} of the largest"
+    if trial.model.looks_ahead(training):
+        seen = "" if largest > MOVED else ", so that none was seen to look ahead"
+        return Result(True, f"declared to look ahead; {found}{seen}")
+    return Result(bool(largest <= MOVED), f"declared causal; {found}")
+
+
+def causal_in_training(trial: Trial) -> Result:
+    """See `causality`."""
+    return causality(trial, training=True)
+
+
+def causal_in_evaluation(trial: Trial) -> Result:
+    """See `causality`."""
+    return causality(trial, training=False)
+
+
+def gradients_arrive(trial: Trial) -> Result:
+    """Gradients are finite, and every parameter that is declared has one."""
+    wrong = not_finite(trial.training.gradients)
+    if wrong:
+        return Result(False, f"not finite: {', '.join(wrong)}")
+    leaves = jax.tree_util.tree_leaves_with_path(trial.training.gradients)
+    zero = [named(path) for path, value in leaves if not value.any()]
+    if zero:
+        return Result(False, f"always 0, so that these are not learned: {', '.join(zero)}")
+    return Result(True, f"finite, and not 0 for any of {len(leaves)} parameters")
+
+
+def padding_is_ignored(trial: Trial) -> Result:
+    """Other tokens in the place of padding change no output, loss or gradient."""
+    valid_BL = trial.batches.segments_PBL[-1] > 0
+    wrong = []
+    for name, computed in (("training", trial.training), ("evaluation", trial.evaluation)):
+        padded, other = (
+            (computed.logits_PBLV[i][valid_BL], computed.loss_P[i],
+             jax.tree.map(lambda a, i=i: a[i], computed.gradients))
+            for i in (-2, -1)
+        )  # fmt: skip
+        wrong += [f"{what} in {name}" for what in differences(padded, other)]
+    if wrong:
+        return Result(False, f"other tokens in the padding move {', '.join(wrong)}")
+    return Result(True, "other tokens in the padding move no output, loss or gradient")
+
+
+def equal_on_a_mesh(trial: Trial) -> Result:
+    """Devices that share the work compute what one computes."""
+    if jax.device_count() == 1:
+        return Result(None, "there is one device")
+    try:
+        mesh = trial.mesh_config
+    except ValueError as error:
+        return Result(False, str(error))
+    sizes = {name: getattr(mesh, name) for name in ("data", "fsdp", "expert", "tensor")}
+    shape = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    return equal(trial.on_mesh, trial.training, f"on {shape} and on one device")
+
+
+def equal_unrolled(trial: Trial) -> Result:
+    """Layers in a scan compute what they compute one after another."""
+    return equal(trial.unrolled, trial.training, "in a scan and one after another")
+
+
+def equal(given: Computed, expected: Computed, where: str) -> Result:
+    """Compares the first batch of two passes."""
+    first = (jax.tree.map(lambda a: a[0], computed[:3]) for computed in (given, expected))
+    wrong = differences(*first)
+    if wrong:
+        return Result(False, f"{where} these differ: {', '.join(wrong)}")
+    return Result(True, f"outputs, loss and gradients are the same {where}")
+
+
+def differences(given: Any, expected: Any) -> list[str]:
+    """The names of the arrays that differ by more than rounding."""
+    wrong, leaves = [], jax.tree_util.tree_leaves_with_path(expected)
+    largest = max((np.abs(value).max() for _, value in leaves), default=0)
+    for (path, value), own in zip(leaves, jax.tree.leaves(given), strict=True):
+        # What cancels to nearly nothing is rounded like what it is made of.
+        scale = max(np.abs(value).max(initial=0), 0.1 * largest)
+        if not np.abs(value - own).max(initial=0) <= ROUNDING * scale:
+            wrong.append(named(path))
+    return wrong
+
+
+def replays(trial: Trial) -> Result:
+    """A router that declares it takes choices in the place of its own."""
+    routers = {name: part.router for name, part in trial.model.moe_parts.items()}
+    if not any(router.replays for router in routers.values()):
+        return Result(None, "no router in the model declares it")
+
+    own = jax.tree.map(lambda a: a[0], trial.evaluation.choices)
+    # Those of other sequences, which are another router's as far as this one knows.
+    other = jax.tree.map(lambda a: np.roll(a, 1, axis=1), own)
+    wrong = []
+    for replay in (own, other):
+        given = {name: Choices(*value[:2]) for name, value in replay.items()}
+        computed = trial.compute(trial.model, trial.first, training=False, replay=given)
+        for name, value in computed.choices.items():
+            if not np.array_equal(value.expert_index[0], given[name].expert_index):
+                wrong.append("other experts are chosen than those that are replayed")
+        if replay is own and differences(computed[:2], jax.tree.map(
+            lambda a: a[:1], trial.evaluation[:2]
+        )):  # fmt: skip
+            wrong.append("replaying its own choices moves the output")
+    return Result(not wrong, "; ".join(wrong) or "its own choices and others are taken as given")
+
+
+CHECKS: dict[str, Callable[[Trial], Result]] = {
+    "serialises": serialises,
+    "specs": specs_hold,
+    "values": values_hold,
+    "causality, training": causal_in_training,
+    "causality, evaluation": causal_in_evaluation,
+    "gradients": gradients_arrive,
+    "padding": padding_is_ignored,
+    "mesh": equal_on_a_mesh,
+    "scan": equal_unrolled,
+    "replay": replays,
+}
+
+
+def check(name: str, trial: Trial) -> Result:
+    """Runs a check of `CHECKS`; what raises has failed."""
+    try:
+        return CHECKS[name](trial)
+    except Exception as error:  # a part of the user's may raise anything
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}:{last.lineno}"
+        return Result(False, f"{type(error).__name__} at {where}: {error}")
+
+
+def named(path: Any) -> str:
+    """A path in a tree, a/b/c."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+__all__ = ["CHECKS", "FAMILIES", "Computed", "Result", "Trial", "check", "model_around"]

@@ -1,0 +1,240 @@
+"""A tiny model around a part, its values, and what it computes, for `moe_jax.checks`."""
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checks.around import LENGTH, VOCAB_SIZE, model_around
+from moe_jax.config import MeshConfig
+from moe_jax.config.settings import Settings
+from moe_jax.models.model import LanguageModel
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import RULES, named_sharding, num_shards
+from moe_jax.parameters import init_parameters
+from moe_jax.part import Call, RunShape
+
+SPLIT = 5  # perturbed suffixes begin here
+NUM_SUFFIXES = 32
+STEP = 3
+
+
+class Batches(NamedTuple):
+    """Batches of equal shape, with a leading dim of batches.
+
+    Attributes:
+      tokens_PBL: int32.
+      segments_PBL: int32, 0 for padding.
+    """
+
+    tokens_PBL: Any
+    segments_PBL: Any
+
+
+class Computed(NamedTuple):
+    """What a pass gives, with a leading dim of batches.
+
+    Attributes:
+      logits_PBLV: float32.
+      loss_P: float32, a linear function of the logits of valid tokens, and what the parts add.
+      gradients: of it, in the tree of the parameters; None in evaluation.
+      choices: who went where, by part; empty in training.
+      metrics: of the aux of the parts, by name.
+      state: after a step, by part.
+    """
+
+    logits_PBLV: Any
+    loss_P: Any
+    gradients: Any
+    choices: Any
+    metrics: Any
+    state: Any
+
+
+def mesh_shapes(num_devices: int) -> list[MeshConfig]:
+    """Meshes of so many devices, the one that splits most first."""
+    shapes = [MeshConfig(data=num_devices)]
+    if num_devices % 2 == 0:
+        shapes.insert(0, MeshConfig(data=num_devices // 2, expert=2))
+    if num_devices % 8 == 0:
+        shapes.insert(0, MeshConfig(data=num_devices // 8, fsdp=2, expert=2, tensor=2))
+    return shapes
+
+
+class Trial:
+    """A part in a model; passes are compiled when a check first asks for them.
+
+    Attributes:
+      part: that is checked.
+      model: around it.
+      params: initial values and noise, so that nothing is 0 and routers decide clearly.
+      state: of the parts, likewise.
+    """
+
+    def __init__(self, part: Settings):
+        self.part = part
+        self.model = model_around(part)
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Any]:
+        """Of `parameters` and of `state`."""
+        return {"parameters": self.model.specs(), "state": self.model.state_specs()}
+
+    def draw(self, key: jax.Array) -> Any:
+        """Initial values in the tree of `specs`."""
+        return init_parameters(key, self.specs)
+
+    @functools.cached_property
+    def drawn(self) -> Any:
+        """Initial values of one key."""
+        return jax.device_get(jax.jit(self.draw)(jax.random.key(0)))
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """See the class."""
+        return noisy(self.drawn["parameters"], seed=0)
+
+    @functools.cached_property
+    def state(self) -> Any:
+        """See the class."""
+        return noisy(self.drawn["state"], seed=1)
+
+    @functools.cached_property
+    def batch_size(self) -> int:
+        """Sequences of a batch: a mesh of all devices splits them, and some have padding."""
+        return max(4, jax.device_count())
+
+    @functools.cached_property
+    def batches(self) -> Batches:
+        """One batch; with other suffixes of its last sequence; with padding; with other padding."""
+        random, rows = np.random.default_rng(0), self.batch_size
+        shape = (NUM_SUFFIXES + 3, rows, LENGTH)
+        tokens, segments = random.integers(1, VOCAB_SIZE, shape), np.ones(shape)
+        others = tokens[1:].copy()
+        tokens[1:] = tokens[0]
+        tokens[1:-2, -1, SPLIT:] = others[:-2, -1, SPLIT:]
+        lengths = np.resize([LENGTH, LENGTH - 3, 0, 2], rows)
+        segments[-2:] = np.arange(LENGTH) < lengths[:, None]
+        tokens[-1] = np.where(segments[-1] > 0, tokens[0], others[-1])
+        return Batches(tokens.astype(np.int32), segments.astype(np.int32))
+
+    @property
+    def first(self) -> Batches:
+        """The first batch alone."""
+        return Batches(*(array[:1] for array in self.batches))
+
+    @functools.cached_property
+    def training(self) -> Computed:
+        """Training on one device, all batches."""
+        return self.compute(self.model, self.batches, training=True)
+
+    @functools.cached_property
+    def evaluation(self) -> Computed:
+        """Evaluation on one device, all batches."""
+        return self.compute(self.model, self.batches, training=False)
+
+    @functools.cached_property
+    def unrolled(self) -> Computed:
+        """Training of the first batch with the layers one after another."""
+        model = dataclasses.replace(self.model, scan_layers=False)
+        return self.compute(model, self.first, training=True)
+
+    @functools.cached_property
+    def mesh_config(self) -> MeshConfig:
+        """The mesh of all devices that splits most, of those that the part can be split over.
+
+        Raises:
+          ValueError: it can be split over none.
+        """
+        errors = []
+        for shape in mesh_shapes(jax.device_count()):
+            mesh = make_mesh(shape)
+            shards = {name: num_shards(name, mesh) for name in RULES}
+            try:
+                self.model.check_run(RunShape(self.batch_size, LENGTH, shards))
+            except ValueError as error:
+                errors.append(error)
+            else:
+                return shape
+        raise errors[-1]
+
+    @functools.cached_property
+    def on_mesh(self) -> Computed:
+        """Training of the first batch on `mesh_config`."""
+        return self.compute(self.model, self.first, training=True, mesh_config=self.mesh_config)
+
+    def compute(
+        self,
+        model: LanguageModel,
+        batches: Batches,
+        *,
+        training: bool,
+        mesh_config: MeshConfig | None = None,
+        replay: Any = None,
+    ) -> Computed:
+        """Runs batches one after another in one program; gradients in training only."""
+        params, state = self.params, self.state
+        in_use: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if mesh_config is not None:
+            mesh = make_mesh(mesh_config)
+            params = placed(params, self.specs["parameters"], mesh)
+            state = placed(state, self.specs["state"], mesh)
+            in_use = jax.set_mesh(mesh)
+        # A linear function of the logits whose gradient is not small.
+        weights_BLV = np.random.default_rng(2).normal(size=(self.batch_size, LENGTH, VOCAB_SIZE))
+
+        def objective(params: Any, batch: Batches) -> tuple[jax.Array, Any]:
+            tokens_BL, segments_BL = batch
+            call = Call(
+                tokens_BL=tokens_BL, segments_BL=segments_BL, step=jnp.int32(STEP),
+                rng=jax.random.key(3) if training else None, record=not training,
+            )  # fmt: skip
+            output = model.run(params, call, state=state, replay=replay)
+            valid_BL1 = (segments_BL > 0)[..., None]
+            num_tokens = jnp.sum(valid_BL1).astype(jnp.float32)
+            sums = {name: aux.sums for name, aux in output.aux.items()}
+            loss = jnp.sum(output.logits_BLV * weights_BLV * valid_BL1) / num_tokens
+            loss += model.loss(output.aux, num_tokens, jax.lax.stop_gradient(sums))
+            choices = {name: aux.choices for name, aux in output.aux.items() if aux.choices}
+            following = model.next_state(state, sums, jnp.int32(STEP), 10) if training else {}
+            said = (output.logits_BLV, choices, model.metrics(output.aux), following)
+            return loss, said
+
+        def one(params: Any, batch: Batches) -> Computed:
+            gradients = None
+            if training:
+                gradient = jax.value_and_grad(objective, has_aux=True)
+                (loss, said), gradients = gradient(params, batch)
+            else:
+                loss, said = objective(params, batch)
+            logits_BLV, *others = said
+            return Computed(logits_BLV, loss, gradients, *others)
+
+        def run(params: Any, batches: Batches) -> Computed:
+            return jax.lax.map(functools.partial(one, params), batches)
+
+        with in_use:
+            return jax.device_get(jax.jit(run)(params, batches))
+
+
+def noisy(values: Any, seed: int) -> Any:
+    """Floats with noise of deviation 0.3."""
+    random = np.random.default_rng(seed)
+
+    def add(value: np.ndarray) -> np.ndarray:
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            return value
+        return value + (0.3 * random.normal(size=value.shape)).astype(value.dtype)
+
+    return jax.tree.map(add, values)
+
+
+def placed(values: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Arrays on a mesh, as their specs say."""
+    return jax.tree.map(
+        lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)), specs, values
+    )

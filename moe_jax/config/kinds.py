@@ -1,0 +1,159 @@
+"""The open sets: short names of the kinds of every family, and how any other kind is named.
+
+A kind is a short name of its family's table, or "package.module:Class" for a class of the user's.
+Nothing else in the library lists kinds. Classes are imported when they are first asked for.
+"""
+
+import functools
+import hashlib
+import importlib
+import inspect
+import pathlib
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings
+
+KINDS: dict[str, dict[str, str]] = {
+    "model": {"language_model": "moe_jax.models.model:LanguageModel"},
+    "part": {
+        "layer": "moe_jax.models.layer:Layer",
+        "parallel_layer": "moe_jax.models.layer:ParallelLayer",
+        "attention": "moe_jax.layers.attention:Attention",
+        "mlp": "moe_jax.layers.feed_forward:Mlp",
+        "moe": "moe_jax.moe.part:MoE",
+    },
+    "norm": {
+        "rmsnorm": "moe_jax.layers.norms:RMSNorm",
+        "layernorm": "moe_jax.layers.norms:LayerNorm",
+    },
+    "activation": {
+        "relu": "moe_jax.moe.experts:Relu",
+        "gelu": "moe_jax.moe.activations:Gelu",
+        "gelu_tanh": "moe_jax.moe.activations:GeluTanh",
+        "silu": "moe_jax.moe.activations:Silu",
+        "swiglu": "moe_jax.moe.activations:SwiGLU",
+        "geglu": "moe_jax.moe.activations:GeGLU",
+        "geglu_tanh": "moe_jax.moe.activations:GeGLUTanh",
+    },
+    "router": {
+        "token_choice": "moe_jax.moe.routing.token_choice:TokenChoice",
+        "expert_choice": "moe_jax.moe.routing.expert_choice:ExpertChoice",
+        "soft": "moe_jax.moe.routing.soft:Soft",
+        "sinkhorn": "moe_jax.moe.routing.assignment:Sinkhorn",
+        "base": "moe_jax.moe.routing.assignment:Base",
+        "hash": "moe_jax.moe.routing.fixed:Hash",
+        "random": "moe_jax.moe.routing.fixed:Random",
+        "uniform": "moe_jax.moe.routing.fixed:Uniform",
+    },
+    "projection": {
+        "linear": "moe_jax.moe.routing.token_choice:Linear",
+        "cosine": "moe_jax.moe.routing.cosine:Cosine",
+    },
+    "noise": {
+        "jitter": "moe_jax.moe.routing.noise:Jitter",
+        "gaussian": "moe_jax.moe.routing.noise:Gaussian",
+        "learned": "moe_jax.moe.routing.noise:Learned",
+    },
+    "score": {
+        "softmax": "moe_jax.moe.routing.token_choice:Softmax",
+        "softmax_over_selected": "moe_jax.moe.routing.logits:SoftmaxOverSelected",
+        "sigmoid": "moe_jax.moe.routing.logits:Sigmoid",
+    },
+    "selection": {
+        "sampled": "moe_jax.moe.routing.selection:Sampled",
+        "sampled_rest": "moe_jax.moe.routing.selection:SampledRest",
+    },
+    "choice_policy": {
+        "first": "moe_jax.moe.routing.selection:FirstChoice",
+        "threshold": "moe_jax.moe.routing.selection:Threshold",
+        "random": "moe_jax.moe.routing.selection:RandomChoices",
+    },
+    "queue": {
+        "token_major": "moe_jax.moe.capacity:TokenMajor",
+        "choice_major": "moe_jax.moe.queues:ChoiceMajor",
+        "batch_prioritized": "moe_jax.moe.queues:BatchPrioritized",
+        "probability": "moe_jax.moe.queues:ByProbability",
+        "random": "moe_jax.moe.queues:RandomOrder",
+    },
+    "balance_loss": {
+        "load_balance": "moe_jax.moe.balance:LoadBalance",
+        "switch_load_balance": "moe_jax.moe.balance:SwitchLoadBalance",
+        "flaxformer_load_balance": "moe_jax.moe.balance:FlaxformerLoadBalance",
+        "huggingface_load_balance": "moe_jax.moe.balance:HuggingFaceLoadBalance",
+        "huggingface_switch_load_balance": "moe_jax.moe.balance:HuggingFaceSwitchLoadBalance",
+        "router_z": "moe_jax.moe.balance:RouterZ",
+        "importance": "moe_jax.moe.balance:Importance",
+        "load": "moe_jax.moe.balance:Load",
+        "token_entropy": "moe_jax.moe.balance:TokenEntropy",
+        "batch_entropy": "moe_jax.moe.balance:BatchEntropy",
+    },
+    "bias_update": {
+        "sign": "moe_jax.moe.bias:SignUpdate",
+        "error": "moe_jax.moe.bias:ErrorUpdate",
+        "quantile": "moe_jax.moe.bias:QuantileUpdate",
+    },
+}
+
+
+@functools.cache
+def load_kind(family: str, kind: str) -> type[Settings]:
+    """The class of a kind.
+
+    Args:
+      family: a key of `KINDS`.
+      kind: a name of its table, or "package.module:Class".
+
+    Raises:
+      ValueError: the name is unknown, the module cannot be imported, or the class is of another
+        family.
+    """
+    table = KINDS[family]
+    require(
+        kind in table or ":" in kind,
+        f"a kind of {family} is one of {sorted(table)}, or 'package.module:Class'",
+        f"kind={kind!r}",
+        "Use a known name, or the import path of your class",
+    )
+    path = table.get(kind, kind)
+    module_name, _, name = path.partition(":")
+    require(
+        module_name != "__main__",
+        "a kind is imported by every process that uses it, which '__main__' is not",
+        f"kind={kind!r}",
+        "Move the class to a module",
+    )
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"a kind 'package.module:Class' can be imported: kind={kind!r} gives {error!r}. "
+            "Correct the path, or put its folder on PYTHONPATH."
+        ) from error
+    require(
+        isinstance(cls, type) and issubclass(cls, Settings) and cls.family == family,
+        f"a kind of {family} is a class derived from the base class of that family",
+        f"kind={kind!r} is {cls!r}",
+        "Name another class",
+    )
+    return cls
+
+
+def kind_of(value: Settings | type[Settings]) -> str:
+    """The name by which `load_kind` finds the class of an object: the short one if there is one."""
+    cls = value if isinstance(value, type) else type(value)
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    short = (name for name, known in KINDS.get(cls.family, {}).items() if known == path)
+    return next(short, path)
+
+
+def is_foreign(kind: str) -> bool:
+    """Whether a kind is named by an import path outside this library."""
+    return ":" in kind and kind.partition(".")[0] != "moe_jax"
+
+
+@functools.cache
+def source_hash(kind: str) -> str:
+    """SHA-256 of the source file of a foreign kind's module: what runs and processes agree on."""
+    module = importlib.import_module(kind.partition(":")[0])
+    path = inspect.getsourcefile(module)
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ""

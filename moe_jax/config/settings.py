@@ -1,0 +1,100 @@
+"""Settings that check themselves: the base class of every config section and of every part."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from moe_jax.config.check import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What values a setting may have; None: no such bound. NaN and infinity are never allowed."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] | None = None
+
+    def describe(self) -> str:
+        """The rule in words: "lies in [0, 1)", "is one of ['ceil', 'floor']"."""
+        if self.choices is not None:
+            return f"is one of {list(self.choices)}"
+        low = "(-inf" if self.above is None else f"({self.above:g}"
+        low = low if self.at_least is None else f"[{self.at_least:g}"
+        high = "inf)" if self.below is None else f"{self.below:g})"
+        high = high if self.at_most is None else f"{self.at_most:g}]"
+        return f"lies in {low}, {high}"
+
+    def allow(self, value: Any) -> bool:
+        """Whether a value keeps to them."""
+        if self.choices is not None:
+            return value in self.choices
+        return (
+            float("-inf") < value < float("inf")
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: Sequence[Any] | None = None,
+    default_factory: Callable[[], Any] | None = None,
+) -> Any:
+    """A field of `Settings` with bounds, which are checked when an object is made.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Noise(Settings):
+    ...     std: float = setting(0.1, at_least=0)
+    >>> Noise(std=-1.0)
+    Traceback (most recent call last):
+    ValueError: std lies in [0, inf): std=-1.0. Change it.
+    """
+    known = None if choices is None else tuple(choices)
+    metadata = {"bounds": Bounds(at_least, above, at_most, below, known)}
+    if default_factory is not None:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A frozen dataclass whose fields are settings.
+
+    Attributes:
+      family: the table of kinds (`config.kinds`) that a subclass belongs to; "" for a section of
+        which there is one kind only.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Checks every bounded field, then what `check` says."""
+        for field in dataclasses.fields(self):
+            bounds, value = field.metadata.get("bounds"), getattr(self, field.name)
+            if bounds is None or value is None:
+                continue
+            values = value if isinstance(value, tuple) else (value,)
+            require(
+                all(bounds.allow(one) for one in values),
+                f"{field.name} {bounds.describe()}",
+                f"{field.name}={value!r}",
+                "Change it",
+            )
+        self.check()
+
+    def check(self) -> None:
+        """Checks fields against each other.
+
+        Raises:
+          ValueError: they break a rule; by `require`.
+        """

@@ -1,0 +1,310 @@
+"""What a part costs in training: FLOPs, memory and traffic of one token in one layer.
+
+`Part.costs` says it, by default by tracing `Part.apply` (`traced_costs`). What does not add up over
+parts (the memory's peak, collectives, the optimizer) is in `planning`. Legend: `moe_jax.moe`.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.parallel.rules import RULES, without_mesh
+from moe_jax.parameters import ParameterSpec
+from moe_jax.part import Call, Dims, Own, Part
+
+FLOAT32 = 4  # bytes
+# What the parameters of a component are used for; of other components, "other".
+KIND_OF_COMPONENT = {
+    "embedding": "head", "head": "head", "attention": "attention", "norms": "attention",
+    "dense_ffn": "dense_ffn", "shared_experts": "dense_ffn", "experts": "experts",
+    "router": "routing",
+}  # fmt: skip
+
+
+class Bytes(NamedTuple):
+    """Bytes on one device, of which `split` are divided over the mesh's `tensor`."""
+
+    whole: float = 0.0
+    split: float = 0.0
+
+    def on(self, tensor: int) -> float:
+        """Bytes where `tensor` devices share what can be split."""
+        return self.whole + self.split / tensor
+
+    def times(self, factor: float) -> "Bytes":
+        """So many times as much."""
+        return Bytes(self.whole * factor, self.split * factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one stage of a part costs: forward, of one token in one layer, by the slots of training.
+
+    Attributes:
+      kind: "attention", "dense_ffn", "experts", "routing" or "other".
+      flops: that the mathematics needs, a multiply-add being two.
+      padding: FLOPs on slots that no token fills; below 0 where there are fewer slots than choices,
+        so that some are sure to be dropped.
+      dispatch: FLOPs of contractions with one-hot dispatch and combine tensors.
+      batched: whether its products have a batch dim, so that remat "dots" computes them again.
+      saved: what the backward pass reads, if nothing is computed again.
+      saved_dots: outputs of products without a batch dim: what remat "dots" saves.
+      largest: the largest array, whose gradient the backward pass holds beside what was saved.
+      traffic: what products read and write in main memory, weights not counted.
+      sums: the rows that are summed over `tensor`, bytes.
+      ends_layer: whether nothing in the layer follows its result: remat needs no sum again.
+      exchanged: the rows that go to experts, one way, bytes.
+      slots: the rows that have a place in memory on that way, bytes.
+      buffers: further arrays on that way, bytes.
+      cache: what decoding keeps of a token.
+      inactive: parameters of the layer that a token does not use.
+    """
+
+    kind: str
+    flops: float = 0.0
+    padding: float = 0.0
+    dispatch: float = 0.0
+    batched: bool = False
+    saved: Bytes = Bytes()
+    saved_dots: Bytes = Bytes()
+    largest: Bytes = Bytes()
+    traffic: Bytes = Bytes()
+    sums: float = 0.0
+    ends_layer: bool = False
+    exchanged: float = 0.0
+    slots: float = 0.0
+    buffers: float = 0.0
+    cache: Bytes = Bytes()
+    inactive: float = 0.0
+
+    @property
+    def computed(self) -> float:
+        """FLOPs with padding and dispatch."""
+        return self.flops + self.padding + self.dispatch
+
+
+class Saving(NamedTuple):
+    """A change of a part's settings that needs less memory.
+
+    Attributes:
+      changes: new values, by the path of the setting.
+      costs: what it costs in speed or in the result.
+      keeps_result: whether training ends the same but for rounding.
+    """
+
+    changes: Mapping[str, Any]
+    costs: str
+    keeps_result: bool
+
+
+def ffn_cost(model_dim: int, hidden_dim: int, *, gated: bool, itemsize: int) -> Cost:
+    """A feed-forward network of every token, of kind "dense_ffn".
+
+    Saved are the hidden units before and after the activation: three times H if gated, or two.
+    """
+    matrices = 3 if gated else 2
+    return Cost(
+        "dense_ffn",
+        flops=2 * model_dim * hidden_dim * matrices,
+        saved=Bytes(split=matrices * hidden_dim * itemsize),
+        saved_dots=Bytes(model_dim * itemsize, (matrices - 1) * hidden_dim * itemsize),
+        largest=Bytes(split=hidden_dim * itemsize),
+        traffic=Bytes(model_dim, hidden_dim).times(matrices * itemsize),
+        sums=model_dim * itemsize,
+    )
+
+
+class Product(NamedTuple):
+    """A product in a trace.
+
+    Attributes:
+      flops: a multiply-add being two.
+      read: bytes of its operands that depend on the tokens.
+      written: bytes of its result.
+      batched: whether remat "dots" computes it again.
+    """
+
+    flops: float
+    read: float
+    written: float
+    batched: bool
+
+
+@functools.lru_cache(maxsize=256)
+def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
+    """The costs of a part from its trace on one sequence; nothing is compiled or computed.
+
+    The two stages are products without and with a batch dim, in the kind of most of the part's
+    parameters. Loops whose number of rounds a trace does not know count once, of branches the
+    largest counts, and nothing is taken to be split over `tensor`.
+
+    Args:
+      part: its `apply` is traced in training, its backward pass too.
+      dims: what it is lent.
+      length: L.
+      dtype: of the tokens.
+    """
+    specs = part.specs(dims)
+    params, state = (
+        jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), tree)
+        for tree in (specs, part.state_specs(dims))
+    )
+    x_BLM = jax.ShapeDtypeStruct((1, length, dims.model_dim), dtype)
+
+    def run(params: Any, x_BLM: jax.Array) -> jax.Array:
+        call = Call(
+            tokens_BL=jnp.zeros((1, length), jnp.int32),
+            step=jnp.zeros((), jnp.int32),
+            rng=jax.random.key(0),
+        ).with_defaults(x_BLM)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+        return part.apply(params, x_BLM, call, Own(jnp.zeros((), jnp.int32), zeros or None))[0]
+
+    with without_mesh():
+        forward = jax.make_jaxpr(run)(params, x_BLM).jaxpr
+        backward = jax.make_jaxpr(lambda p, x: jax.vjp(run, p, x)[1])(params, x_BLM).jaxpr
+    found = list(products(forward, last_only(forward)))
+    plain, batched = ([p for p in found if p.batched is which] for which in (False, True))
+    axes = [name for spec in jax.tree.leaves(specs) for name in spec.axes if name]
+    is_split = any("tensor" in RULES[name] for name in axes)
+    kind = kind_of(specs)
+    return (
+        Cost(
+            kind,
+            flops=sum(p.flops for p in plain) / length,
+            saved=Bytes(residual_bytes(backward) / length),
+            saved_dots=Bytes(sum(p.written for p in plain) / length),
+            largest=Bytes(max((p.written for p in found), default=0.0) / length),
+            traffic=Bytes(sum(p.read + p.written for p in plain) / length),
+            sums=dims.model_dim * x_BLM.dtype.itemsize * is_split,
+            cache=cache_bytes(part.cache_specs(dims, 1, length)).times(1 / length),
+        ),
+        Cost(
+            kind,
+            flops=sum(p.flops for p in batched) / length,
+            batched=True,
+            traffic=Bytes(sum(p.read + p.written for p in batched) / length),
+        ),
+    )
+
+
+def kind_of(specs: Any) -> str:
+    """The kind of the component that most parameters are of."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for spec in jax.tree.leaves(specs):
+        sizes[spec.component] += spec.size
+    return KIND_OF_COMPONENT.get(max(sizes, key=sizes.__getitem__, default=""), "other")
+
+
+def cache_bytes(specs: Any) -> Bytes:
+    """Bytes of a tree of specs; what a mesh splits over `tensor` apart."""
+    whole = split = 0.0
+    for spec in jax.tree.leaves(specs):
+        assert isinstance(spec, ParameterSpec)
+        size = spec.size * jnp.dtype(spec.dtype).itemsize
+        is_split = any(name and "tensor" in RULES[name] for name in spec.axes)
+        whole, split = (whole, split + size) if is_split else (whole + size, split)
+    return Bytes(whole, split)
+
+
+def array_bytes(variable: Any) -> float:
+    """Bytes of an array in a trace; random keys count nothing."""
+    aval = variable.aval
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+        return 0.0
+    return float(math.prod(aval.shape) * aval.dtype.itemsize)
+
+
+def last_only(jaxpr: Any) -> list[bool]:
+    """For every argument of a trace, whether it is the last: the tokens."""
+    return [variable is jaxpr.invars[-1] for variable in jaxpr.invars]
+
+
+def dependent(jaxpr: Any, is_given: list[bool]) -> set[Any]:
+    """The variables that depend on the given arguments."""
+    found = {v for v, given in zip(jaxpr.invars, is_given, strict=True) if given}
+    for eqn in jaxpr.eqns:
+        if any(v in found for v in eqn.invars if not hasattr(v, "val")):
+            found.update(eqn.outvars)
+    return found
+
+
+def residual_bytes(jaxpr: Any) -> float:
+    """Bytes that the trace of a forward pass returns for the backward pass: of the tokens' making.
+
+    Parameters, and what is made of them alone, are not counted, nor the tokens themselves.
+    """
+    of_tokens = dependent(jaxpr, last_only(jaxpr)) - {jaxpr.invars[-1]}
+    return sum(map(array_bytes, {v for v in jaxpr.outvars if not hasattr(v, "val")} & of_tokens))
+
+
+def products(jaxpr: Any, is_of_tokens: list[bool]) -> Iterator[Product]:
+    """Every product of a trace, those of a loop as often as it runs."""
+    of_tokens = dependent(jaxpr, is_of_tokens)
+    for eqn in jaxpr.eqns:
+        flags = [not hasattr(v, "val") and v in of_tokens for v in eqn.invars]
+        flops = product_flops(eqn)
+        if flops:
+            read = sum(array_bytes(v) for v, flag in zip(eqn.invars, flags, strict=True) if flag)
+            yield Product(flops, read, array_bytes(eqn.outvars[0]), is_batched(eqn))
+            continue
+        yield from inner_products(eqn, flags)
+
+
+def inner_products(eqn: Any, flags: list[bool]) -> Iterator[Product]:
+    """The products of the traces that an equation runs."""
+    name, params = eqn.primitive.name, eqn.params
+    times = params["length"] if name == "scan" else 1
+    if name in ("scan", "while") and any(flags):
+        # What is carried depends on the tokens after the first round.
+        first = params.get("num_consts", params.get("body_nconsts", 0))
+        first += params.get("cond_nconsts", 0)
+        end = first + params["num_carry"] if name == "scan" else len(flags)
+        flags = [flag or first <= i < end for i, flag in enumerate(flags)]
+    found = []
+    for inner in sub_jaxprs(params):
+        # Further arguments, such as the number of a branch, stand in front.
+        own = flags[len(flags) - len(inner.invars) :]
+        if len(own) == len(inner.invars):
+            found.append(list(products(inner, own)))
+    if name == "cond":
+        found = [max(found, key=lambda branch: sum(p.flops for p in branch))]
+    for product in (product for trace in found for product in trace):
+        flops, read, written, batched = product
+        yield Product(times * flops, times * read, times * written, batched)
+
+
+def sub_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+    """The traces in the parameters of an equation."""
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            one = getattr(one, "jaxpr", one)  # of a closed one, the open one
+            if hasattr(one, "eqns"):
+                yield one
+
+
+def product_flops(eqn: Any) -> float:
+    """FLOPs of an equation that is a product; 0 for any other."""
+    name, params = eqn.primitive.name, eqn.params
+    if name not in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
+        return 0.0
+    outputs = math.prod(eqn.outvars[0].aval.shape)
+    left, right = (v.aval.shape for v in eqn.invars[:2])
+    if name == "conv_general_dilated":
+        features = right[params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * outputs * math.prod(right) / features
+    numbers = params.get("dimension_numbers")
+    if name == "ragged_dot_general":
+        numbers = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return 2.0 * outputs * math.prod(left[dim] for dim in numbers[0][0])
+
+
+def is_batched(eqn: Any) -> bool:
+    """Whether remat "dots" computes a product again: all but plain ones without a batch dim."""
+    return eqn.primitive.name != "dot_general" or bool(eqn.params["dimension_numbers"][1][0])

@@ -1,0 +1,305 @@
+"""A language model: embeddings, a stack of layers, an output head (legend: `moe_jax.moe`)."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.norms import Norm, RMSNorm
+from moe_jax.models.layer import PLACEMENTS, Layer, dropout
+from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout
+from moe_jax.moe.part import MoE
+from moe_jax.parallel.rules import constrain
+from moe_jax.parameters import ParameterSpec, dense, normal_init, rows
+from moe_jax.part import Aux, Call, Dims, Part, RunShape, check_even
+
+DTYPES = ("float32", "bfloat16")
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns.
+
+    Attributes:
+      logits_BLV: float32, unnormalised log-probabilities of the next token.
+      aux: what its parts say, by part, each with a leading dim of layers.
+      cache: the new caches by position; empty without a cache.
+    """
+
+    logits_BLV: jax.Array
+    aux: dict[str, Aux]
+    cache: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Settings):
+    """A decoder-only Transformer made of parts.
+
+    A name in the layers of `stack` is one of `parts`.
+    """
+
+    family: ClassVar[str] = "model"
+
+    vocab_size: int = setting(384, at_least=1)  # at least the tokenizer's; 384 for bytes
+    model_dim: int = setting(128, at_least=1)  # M
+    parts: tuple[tuple[str, Part], ...] | Mapping[str, Part] = (
+        ("attention", Attention()),
+        ("moe", MoE()),
+    )  # by name; kept as pairs, sorted
+    stack: StackLayout = StackLayout()  # which layers there are, by the names of their parts
+    norm: Norm = RMSNorm()  # before every branch and before the head: "rmsnorm", "layernorm"
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # in layers: before branches, behind
+    residual_multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
+    tie_embeddings: bool = True  # the output head is the input embedding, transposed
+    embedding_multiplier: float | None = None  # of embedded tokens; None: sqrt(model_dim)
+    dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
+    compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
+    scan_layers: bool = True  # compile the repeated layers once
+    remat: str = setting("none", choices=tuple(REMAT))  # recomputed: all but the "dots", "full"
+
+    def check(self) -> None:
+        """See `Settings`."""
+        object.__setattr__(self, "parts", tuple(sorted(dict(self.parts).items())))
+        names, used = set(dict(self.parts)), self.stack.names
+        require(
+            used <= names,
+            "a name in the layers of stack is one of parts",
+            f"{sorted(used - names)}, parts {sorted(names)}",
+            "Add the part, or correct the name",
+        )
+        require(
+            names <= used,
+            "every part is used by a layer",
+            f"{sorted(names - used)} in no layer of {self.stack}",
+            "Remove the part, or name it in a layer",
+        )
+        bare = sorted(name for name in set(self.stack.layers) if isinstance(name, str))
+        require(
+            all(isinstance(dict(self.parts)[name], Layer) for name in bare),
+            "a bare name in stack is of a part that is a whole layer",
+            f"{bare} of {self.stack}",
+            "Write the names of a layer's branches as a tuple: ('attention', 'mlp')",
+        )
+        branches = self.decoder.named_parts()
+        twice = sorted({name for name, part in branches if part != self.part[name]})
+        require(
+            not twice,
+            "parts of one name are the same part, in whole layers too",
+            f"{twice} differ between layers",
+            "Rename a branch",
+        )
+        in_unit = {name for layer in self.decoder.unit for name, _ in layer.named}
+        require(
+            set(self.stack.tied) <= in_unit,
+            "stack.tied names branches of the unit",
+            f"tied={self.stack.tied}, the unit has {sorted(in_unit)}",
+            "Correct the name",
+        )
+        if not self.stack.allow_lookahead:
+            self.decoder.check_causality()
+        self.specs()  # where parts refuse sizes of the model that do not fit theirs
+
+    @property
+    def dims(self) -> Dims:
+        """What parts are lent."""
+        return Dims(self.model_dim, self.vocab_size)
+
+    @property
+    def part(self) -> dict[str, Part]:
+        """Parts by name, the branches of parts that are whole layers included."""
+        return {**dict(self.parts), **self.decoder.parts()}
+
+    @functools.cached_property
+    def decoder(self) -> Stack:
+        """The layers."""
+        layout, part = self.stack, dict(self.parts)
+
+        def layer(names: str | tuple[str, ...]) -> Any:
+            if isinstance(names, str):
+                return part[names]
+            return Layer(
+                branches=tuple((name, part[name]) for name in names),
+                norm=self.norm,
+                placement=self.norm_placement,
+                multiplier=self.residual_multiplier,
+                dropout_rate=self.dropout_rate,
+            )
+
+        segments = {name: tuple(map(layer, getattr(layout, name))) for name in SEGMENTS}
+        return Stack(
+            **segments,
+            repeats=layout.repeats,
+            shared=tuple((name, part[name]) for name in layout.shared),
+            tied=layout.tied,
+            causal=layout.causal,
+            scan=self.scan_layers,
+            remat=self.remat,
+        )
+
+    @property
+    def layers_of(self) -> dict[str, tuple[int, ...]]:
+        """The layers that use each part, in order."""
+        return self.decoder.layer_indices()
+
+    @property
+    def moe_parts(self) -> dict[str, Any]:
+        """The parts that route tokens to experts, by name: `MoE`, or with the same settings."""
+        return {name: part for name, part in self.part.items() if part.routes}
+
+    @property
+    def moe_layers(self) -> dict[str, tuple[int, ...]]:
+        """The layers of those parts, in order."""
+        layers = self.layers_of
+        return {name: layers[name] for name in self.moe_parts}
+
+    def specs(self) -> dict[str, Any]:
+        """`embedding` [V, M], `head` [M, V] if it is not tied, `final_norm`, `stack`."""
+        vocab, model = self.vocab_size, self.model_dim
+        init = normal_init(model**-0.5)
+        specs: dict[str, Any] = {
+            "embedding": ParameterSpec(
+                (vocab, model), ("vocab", "model"), init, "embedding", decays=False
+            ),
+            "final_norm": self.norm.specs(model),
+            "stack": self.decoder.specs(self.dims),
+        }
+        if not self.tie_embeddings:
+            specs["head"] = ParameterSpec((model, vocab), ("model", "vocab"), init, "head")
+        return specs
+
+    def state_specs(self) -> dict[str, Any]:
+        """State by part, with a leading dim of layers."""
+        return self.decoder.state_specs(self.dims)
+
+    def looks_ahead(self, training: bool) -> bool:
+        """Whether a logit can depend on later tokens."""
+        return any(part.looks_ahead(training) for part in self.part.values())
+
+    def check_run(self, run: RunShape) -> None:
+        """Refuses a batch or a mesh that a part, or the vocabulary, cannot be split over.
+
+        Raises:
+          ValueError: with the sizes and what to change.
+        """
+        check_even({name: own for name, own in self.specs().items() if name != "stack"}, run)
+        self.decoder.check_run(self.dims, run)
+
+    def run(
+        self,
+        params: Any,
+        call: Call,
+        *,
+        state: Mapping[str, Any] | None = None,
+        replay: Mapping[str, Any] | None = None,
+        cache: Any = None,
+    ) -> ModelOutput:
+        """Predicts the next token at every position.
+
+        Args:
+          params: in the tree that `specs` declares.
+          call: with `tokens_BL`.
+          state: by part, as `state_specs` declares it, or None.
+          replay: choices to take in place of the routers' own, by part, [X, B, L, K]; or None.
+          cache: by position, or None.
+        """
+        assert call.tokens_BL is not None
+        x_BLM = self.embed(params, call.tokens_BL)
+        return self.run_embedded(params, x_BLM, call, state=state, replay=replay, cache=cache)
+
+    def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
+        """The embedded tokens in float32, [B, L, M]."""
+        # Gathered over fsdp as a whole: left to itself, the compiler would replicate the batch. In
+        # float32, so that the gradient sums a frequent token's many rows in it.
+        table_VM = constrain(dense(params["embedding"]), "vocab", None)
+        multiplier = self.embedding_multiplier
+        return rows(table_VM, tokens_BL) * (
+            self.model_dim**0.5 if multiplier is None else multiplier
+        )
+
+    def run_embedded(
+        self,
+        params: Any,
+        x_BLM: jax.Array,
+        call: Call,
+        *,
+        state: Mapping[str, Any] | None = None,
+        replay: Mapping[str, Any] | None = None,
+        cache: Any = None,
+    ) -> ModelOutput:
+        """`run` from embedded tokens on."""
+        call = call.with_defaults(x_BLM)
+        x_BLM = constrain(x_BLM.astype(self.compute_dtype), "batch", None, None)
+        key = None if call.rng is None else jax.random.fold_in(call.rng, self.stack.num_layers)
+        x_BLM = dropout(x_BLM, self.dropout_rate, key)
+        self.check_replay(replay)
+        x_BLM, aux, cache = self.decoder.apply(
+            params["stack"], x_BLM, call, state=state, replay=replay, cache=cache
+        )
+        return ModelOutput(self.logits(params, x_BLM), aux, cache)
+
+    def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
+        """The head on the normed residual: float32 [B, L, V]."""
+        x_BLM = self.norm.apply(params["final_norm"], x_BLM)
+        tied = self.tie_embeddings
+        head_MV = dense(params["embedding"]).T if tied else dense(params["head"])
+        logits_BLV = jnp.matmul(
+            x_BLM, head_MV.astype(self.compute_dtype), preferred_element_type=jnp.float32
+        )
+        return constrain(logits_BLV, "batch", None, "vocab")
+
+    def check_replay(self, replay: Mapping[str, Any] | None) -> None:
+        """Refuses choices of other parts or of another number of layers.
+
+        Raises:
+          ValueError: with what was given and what the model has.
+        """
+        layers = {name: len(found) for name, found in self.layers_of.items()}
+        for name, choices in (replay or {}).items():
+            shapes = [leaf.shape for leaf in jax.tree.leaves(choices)]
+            require(
+                all(len(shape) == 4 and shape[0] == layers.get(name) for shape in shapes),
+                "replayed choices of a part are [layers, batch, length, choices of a token]",
+                f"{name!r}: {shapes}, and the model has {layers.get(name, 0)} layers of {name!r}",
+                "Record them with the same model",
+            )
+
+    def next_state(
+        self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int
+    ) -> Any:
+        """The state by part after a step, from the sums by part of its whole batch."""
+        return {
+            name: self.part[name].next_state(own, sums[name], step, num_steps)
+            for name, own in state.items()
+        }
+
+    @property
+    def has_capacity(self) -> bool:
+        """See `Part`."""
+        return any(part.has_capacity for part in self.part.values())
+
+    @property
+    def needs_batch_sums(self) -> bool:
+        """See `Part`."""
+        return any(part.needs_batch_sums for part in self.part.values())
+
+    def loss(
+        self, aux: Mapping[str, Aux], num_tokens: jax.Array, batch: Mapping[str, Any] | None
+    ) -> jax.Array | float:
+        """What the parts add to the training loss; see `Part`, arguments by part."""
+        return sum(
+            self.part[name].loss(own, num_tokens, None if batch is None else batch[name])
+            for name, own in aux.items()
+        )
+
+    def metrics(self, aux: Mapping[str, Aux]) -> dict[str, jax.Array]:
+        """What is logged of a step, by part and name: PART/NAME, with a leading dim of layers."""
+        return {
+            f"{name}/{metric}": value
+            for name, own in aux.items()
+            for metric, value in self.part[name].metrics(own).items()
+        }

@@ -1,0 +1,157 @@
+"""What an MoE block costs: of its slots, some of which no token fills (legend: `moe_jax.moe`).
+
+A trace would not know how many choices count, and takes loops over sorted rows once.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
+from moe_jax.moe.routing import Options
+from moe_jax.moe.run_experts import plan_experts
+from moe_jax.part import Dims
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
+
+
+def moe_costs(moe: "MoE", dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
+    """The router, the way to the experts and back, the experts, the shared expert; see `Part`."""
+    width, itemsize = dims.model_dim, jnp.dtype(dtype).itemsize
+    stages = [router_cost(moe, dims), moving_cost(moe, width, length, itemsize)]
+    stages.append(experts_cost(moe, dims, length, itemsize))
+    if moe.shared_expert_dim > 0:
+        gated = moe.activation.gated
+        stages.append(ffn_cost(width, moe.shared_expert_dim, gated=gated, itemsize=itemsize))
+    return tuple(stages)
+
+
+def router_cost(moe: "MoE", dims: Dims) -> Cost:
+    """The products of the router, in float32; saved are they, and the probabilities made of them.
+
+    Probabilities are of the options; of routers that mix tokens, of every slot, twice.
+    """
+    flops, outputs = router_products(moe, dims)
+    probabilities = moe.num_options if outputs else 0
+    if moe.router.mixes:
+        probabilities = 2 * outputs
+    return Cost(
+        "routing",
+        flops=flops,
+        saved=Bytes(FLOAT32 * (outputs + probabilities)),
+        saved_dots=Bytes(FLOAT32 * outputs),
+    )
+
+
+def router_products(moe: "MoE", dims: Dims) -> tuple[float, int]:
+    """FLOPs of a token in the router, and the numbers that they give it.
+
+    Every matrix of the router multiplies a token: beside its own, those of noise, a projection, a
+    predictor; of Soft MoE one column a slot.
+    """
+    specs = jax.tree.leaves(moe.specs(dims).get("router", {}))
+    shapes = [spec.shape for spec in specs if len(spec.shape) == 2]
+    return sum(2.0 * inward * outward for inward, outward in shapes), sum(o for _, o in shapes)
+
+
+def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
+    """The way of rows to their experts and back.
+
+    The contractions of routers that mix tokens in slots are no dispatch but the model itself. Slots
+    are written and read, twice; by index, outputs are read choice by choice. Gates on the input
+    make a token of every choice, to all of which one-hot tensors have entries.
+    """
+    options, rows = training_options(moe, length), expert_rows(moe, length)
+    way, choices = plan_experts(moe).rows, moe.router.num_choices(options)
+    entries = moe.num_experts * options.slots
+    copies = choices if moe.gate_on_input else 1
+    contractions = 2 * 2 * entries * width
+    by_contraction = way == "einsum" or moe.router.mixes
+    traffic = width + router_products(moe, Dims(width))[1] + 4 * rows * width
+    if by_contraction:
+        traffic += 2 * entries * copies + 2 * width
+    else:
+        traffic += max(choices - rows, 0) * width
+    buffers = 2 * entries * copies * by_contraction + copies * width * moe.gate_on_input
+    return Cost(
+        "routing",
+        flops=contractions if moe.router.mixes else 0,
+        dispatch=contractions * copies if by_contraction and not moe.router.mixes else 0,
+        batched=True,
+        traffic=Bytes(traffic * itemsize),
+        exchanged=rows * width * itemsize,
+        slots=memory_rows(moe, length) * width * itemsize,
+        buffers=buffers * itemsize,
+    )
+
+
+def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
+    """The routed experts; saved are rows in and out, and hidden units, two or three times."""
+    width, hidden, matrices = dims.model_dim, moe.expert_dim, 3 if moe.activation.gated else 2
+    rows, used = expert_rows(moe, length), mean_experts(moe, length)
+    cost = ffn_cost(width, hidden, gated=moe.activation.gated, itemsize=itemsize)
+    size = sum(spec.size for spec in jax.tree.leaves(moe.specs(dims)["experts"]))
+    return Cost(
+        "experts",
+        flops=used * cost.flops,
+        padding=(rows - used) * cost.flops,
+        batched=True,
+        saved=Bytes(2 * width, matrices * hidden).times(memory_rows(moe, length) * itemsize),
+        largest=cost.largest.times(rows),
+        traffic=cost.traffic.times(rows),
+        sums=rows * cost.sums,
+        inactive=size * (1 - used / moe.num_experts),
+    )
+
+
+def training_options(moe: "MoE", length: int) -> Options:
+    """What the router chooses among in training."""
+    return moe.options(moe.group_size or length, training=True)
+
+
+def slots_of_a_token(moe: "MoE", length: int) -> float:
+    """Slots of all experts in training, over the tokens that share them: E C / S."""
+    slots = moe.num_experts * training_options(moe, length).slots
+    return slots / (moe.group_size or length)
+
+
+def expert_rows(moe: "MoE", length: int) -> float:
+    """Rows that experts compute for a token in training.
+
+    Every slot, filled or not; of the sorted rows of "ragged", which has no slots, those of choices
+    that are kept: no more than there are slots.
+    """
+    slots = slots_of_a_token(moe, length)
+    is_sorted = plan_experts(moe).rows == "ragged"
+    return min(slots, mean_experts(moe, length)) if is_sorted else slots
+
+
+def memory_rows(moe: "MoE", length: int) -> float:
+    """Rows that have a place in memory for a token: of sorted rows, one for every choice."""
+    if plan_experts(moe).rows == "ragged" and not moe.router.mixes:
+        return moe.router.num_choices(training_options(moe, length))
+    return expert_rows(moe, length)
+
+
+def mean_experts(moe: "MoE", length: int) -> float:
+    """Experts that compute a token in training, in the mean over tokens that are no padding.
+
+    The choices of `Router.mean_experts`, of which zero and copy experts have their part if loads
+    are even; where experts fill their slots, they choose among those that compute.
+    """
+    options = training_options(moe, length)
+    choices = moe.router.mean_experts(options, moe.group_size or length)
+    if moe.router.fills_slots(training=True):
+        return choices
+    return choices * moe.num_experts / moe.num_options
+
+
+def moe_savings(moe: "MoE") -> Iterator[Saving]:
+    """Fewer slots, and no one-hot tensors; see `Part.savings`."""
+    if moe.capacity.train_factor > 1:
+        yield Saving({"capacity.train_factor": 1.0}, "drops more tokens", False)
+    if moe.run_experts == "einsum":
+        yield Saving({"run_experts": "gather"}, "reads and writes rows by index", True)

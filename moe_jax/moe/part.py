@@ -1,0 +1,252 @@
+"""The MoE block as a part: its settings, and all that depends on them (legend: `moe_jax.moe`).
+
+What it computes is `block.moe_block`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import setting
+from moe_jax.costs import Cost, Saving
+from moe_jax.moe import statistics
+from moe_jax.moe.balance import BalanceLoss, LoadBalance, RouterZ, named_losses
+from moe_jax.moe.bias import BiasUpdate
+from moe_jax.moe.block import moe_block, tokens_per_group
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.costs import moe_costs, moe_savings
+from moe_jax.moe.experts import Activation, Experts, Relu
+from moe_jax.moe.routing import Options, Router
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.moe.run_experts import EXCHANGES, WAYS, plan_experts
+from moe_jax.parameters import Axes, ParameterSpec, ffn_specs, truncated_normal_init, zeros
+from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_even
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE(Part):
+    """A mixture-of-experts block.
+
+    >>> import jax
+    >>> from moe_jax.parameters import init_parameters
+    >>> moe = MoE(num_experts=4, num_selected_experts=2, expert_dim=8)
+    >>> params = init_parameters(jax.random.key(0), moe.specs(Dims(model_dim=16)))
+    >>> y_BLM, aux = moe_block(params, jnp.ones((2, 6, 16)), moe)
+    >>> y_BLM.shape, aux.sums["assigned_KE"].shape
+    ((2, 6, 16), (2, 4))
+    """
+
+    routes: ClassVar[bool] = True
+
+    num_experts: int = setting(8, at_least=1, at_most=512)  # E: routed experts
+    num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses
+    eval_num_selected_experts: int = setting(0, at_least=0)  # K of evaluation, if higher; 0: same
+    num_zero_experts: int = setting(0, at_least=0)  # further choices that add and cost nothing
+    num_copy_experts: int = setting(0, at_least=0)  # the same, but add the token itself
+    expert_dim: int = setting(512, at_least=1)  # H: hidden dim of one expert
+    activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
+    use_bias: bool = False  # biases in the experts
+    shared_expert_dim: int = setting(
+        0, at_least=0
+    )  # hidden dim of the expert of every token; 0: none
+    shared_expert_gate: bool = False  # scale the shared output by sigmoid(x . w) (Qwen)
+    gate_on_input: bool = False  # gates multiply what experts get, not what they give (Llama 4)
+    expert_dropout_rate: float = setting(0.0, at_least=0, below=1)  # on hidden units (Switch: 0.4)
+    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in (Switch: 0.1)
+    identical_init: bool = False  # every expert starts from the same weights (V-MoE)
+    group_size: int = setting(0, at_least=0)  # tokens that share a capacity; 0: one sequence
+    router: Router = TokenChoice()  # from tokens to experts and gates
+    losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
+    bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
+    capacity: Capacity = Capacity()  # slots of an expert, and who gets them
+    run_experts: str = setting(
+        "auto", choices=WAYS
+    )  # "einsum", "gather", "ragged"; "auto": fastest
+    exchange: str = setting("auto", choices=EXCHANGES)  # between devices: constraints, shard_map
+    exchange_chunks: int = setting(1, at_least=1)  # parts that travel one by one, to overlap
+
+    def check(self) -> None:
+        """See `Settings`."""
+        object.__setattr__(self, "losses", tuple(sorted(self.losses, key=repr)))
+        require(
+            self.num_selected_experts <= self.num_experts,
+            "num_selected_experts lies in 1..num_experts",
+            f"num_selected_experts={self.num_selected_experts}, num_experts={self.num_experts}",
+            "Lower num_selected_experts or raise num_experts",
+        )
+        selected = self.eval_num_selected_experts
+        require(
+            selected == 0 or self.num_selected_experts <= selected <= self.num_experts,
+            "eval_num_selected_experts is 0, or lies in num_selected_experts..num_experts",
+            f"eval_num_selected_experts={selected}, num_selected_experts="
+            f"{self.num_selected_experts}, num_experts={self.num_experts}",
+            "Set it to 0 for as many as in training",
+        )
+        require(
+            self.run_experts != "ragged" or self.exchange != "compiler",
+            "run_experts='ragged' exchanges rows by explicit collectives",
+            f"exchange={self.exchange!r}",
+            "Set exchange='auto' or 'explicit'",
+        )
+        require(
+            not self.shared_expert_gate or self.shared_expert_dim > 0,
+            "shared_expert_gate needs shared_expert_dim > 0",
+            f"shared_expert_dim={self.shared_expert_dim}",
+            "Add a shared expert or drop the gate",
+        )
+        self.router.check_block(self)
+        for checked in (*self.losses, *(() if self.bias is None else (self.bias,))):
+            checked.check_block(self)
+
+    @property
+    def num_options(self) -> int:
+        """What a router chooses among: E experts, and those that compute nothing."""
+        return self.num_experts + self.num_zero_experts + self.num_copy_experts
+
+    def num_selected(self, training: bool) -> int:
+        """K, in training or in evaluation."""
+        return self.num_selected_experts if training else (
+            self.eval_num_selected_experts or self.num_selected_experts
+        )  # fmt: skip
+
+    def capacity_factor(self, training: bool, factor: float | None = None) -> float:
+        """Slots over the mean load, 0 for dropless; `factor` is what a call asks for, if it does.
+
+        Experts that choose tokens need a capacity: without one each would take every token.
+        """
+        if factor is None:
+            factor = self.capacity.train_factor if training else self.capacity.eval_factor
+        if factor == 0 and self.num_options > 1 and self.router.fills_slots(training):
+            return self.capacity.train_factor
+        return factor
+
+    def options(self, group_size: int, training: bool, factor: float | None = None) -> Options:
+        """What the router chooses among, in groups of so many tokens."""
+        selected = self.num_selected(training)
+        factor = self.capacity_factor(training, factor)
+        slots = self.capacity.num_slots(group_size, self.num_options, selected, factor)
+        return Options(self.num_experts, self.num_options, selected, slots, factor == 0)
+
+    @property
+    def experts(self) -> Experts:
+        """What the routed experts compute."""
+        return Experts(self.activation, self.expert_dropout_rate)
+
+    def expert_axes(self, model_dim: int) -> dict[str, Axes]:
+        """The names of the dims of every weight of the experts."""
+        return {name: spec.axes for name, spec in self.specs(Dims(model_dim))["experts"].items()}
+
+    def specs(self, dims: Dims) -> dict[str, Any]:
+        """`experts` with a leading E; `router`, if there is a choice; `shared`, with its `gate`."""
+        ffn: dict[str, Any] = {
+            "gated": self.activation.gated,
+            "use_bias": self.use_bias,
+            "init_scale": self.init_scale,
+        }
+        specs: dict[str, Any] = {
+            "experts": ffn_specs(
+                dims.model_dim, self.expert_dim, "experts", num_experts=self.num_experts,
+                identical_init=self.identical_init, **ffn,
+            )
+        }  # fmt: skip
+        options = self.options(self.group_size or 1, training=True)
+        router = self.router.specs(dims, options) if self.num_options > 1 else {}
+        specs |= {"router": router} if router else {}
+        if self.shared_expert_dim > 0:
+            component = "shared_experts"
+            specs["shared"] = ffn_specs(dims.model_dim, self.shared_expert_dim, component, **ffn)
+            if self.shared_expert_gate:
+                init = truncated_normal_init(0.02)
+                gate = ParameterSpec((dims.model_dim, 1), ("model", None), init, component)
+                specs["shared"]["gate"] = gate
+        return specs
+
+    def state_specs(self, dims: Dims) -> dict[str, Any]:
+        """`bias_E`, the selection bias of loss-free balancing."""
+        if self.bias is None:
+            return {}
+        return {"bias_E": ParameterSpec((self.num_options,), (None,), zeros, "router", False)}
+
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Part`: by its router, or by a queue where choices can be dropped."""
+        if self.num_options > 1 and self.router.looks_ahead(training):
+            return True
+        num_choices = self.router.num_choices(self.options(self.group_size or 1, training))
+        can_drop = self.capacity_factor(training) > 0
+        return can_drop and self.capacity.queue.looks_ahead(num_choices)
+
+    def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
+        """See `Part` and `moe_block`."""
+        return *moe_block(params, x_BLM, self, call, own), None
+
+    def next_state(self, state: Any, sums: Sums, step: jax.Array, num_steps: int) -> Any:
+        """See `Part`: the bias after a step."""
+        if self.bias is None:
+            return state
+        bias_XE = self.bias.update(
+            state["bias_E"], jnp.sum(sums["assigned_KE"], axis=-2), sums["bias"],
+            self.bias.rate_at(step, num_steps), self.num_selected_experts,
+        )  # fmt: skip
+        return {"bias_E": bias_XE}
+
+    @property
+    def has_capacity(self) -> bool:
+        """See `Part`."""
+        return self.capacity.eval_factor > 0
+
+    @property
+    def needs_batch_sums(self) -> bool:
+        """See `Part`."""
+        return any(loss.weight > 0 and loss.needs_batch_sums for loss in self.losses)
+
+    def loss(self, aux: Aux, num_tokens: jax.Array, batch: Sums | None) -> jax.Array | float:
+        """See `Part`: the balance losses, and what the router adds for each token."""
+        total = jnp.mean(aux.sums["router_loss"]) / num_tokens
+        for name, loss in named_losses(self.losses):
+            sums = {**aux.sums["losses"][name], **aux.sequences["losses"][name]}
+            of_batch = None if batch is None else batch["losses"][name]
+            if loss.weight > 0:
+                total += loss.weight * loss.loss(sums, num_tokens, of_batch)
+        return total
+
+    def metrics(self, aux: Aux) -> dict[str, jax.Array]:
+        """See `Part`: of the routing, and every balance loss by layer, unweighted."""
+        num_tokens = jnp.maximum(aux.sums["num_tokens"][0], 1).astype(jnp.float32)
+        metrics = statistics.routing_metrics(aux)
+        for name, loss in named_losses(self.losses):
+            metrics[name] = loss.by_layer(aux.sums["losses"][name], num_tokens)
+        return metrics | {"router_loss": aux.sums["router_loss"] / num_tokens}
+
+    def resolved(self) -> Part:
+        """See `Part`: how experts run; a router that mixes tokens has one way only."""
+        if self.run_experts != "auto" or self.router.mixes:
+            return self
+        plan = plan_experts(self)
+        exchange = "auto" if plan.rows == "ragged" else self.exchange
+        return dataclasses.replace(self, run_experts=plan.rows, exchange=exchange)
+
+    def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
+        """See `Part` and `moe_costs`."""
+        return moe_costs(self, dims, length, dtype)
+
+    def savings(self) -> Iterable[Saving]:
+        """See `Part`."""
+        return moe_savings(self)
+
+    def check_run(self, dims: Dims, run: RunShape) -> None:
+        """See `Part`: groups fit the batch and its split over devices."""
+        self.router.check_run(self, run)
+        tokens_per_group(run.sequences, run.length, self.group_size)
+        check_even(self.specs(dims), run)
+        per_group = max(self.group_size // run.length, 1)
+        require(
+            run.sequences % (run.shards["group"] * per_group) == 0,
+            "a microbatch is split over slices * data * fsdp * expert devices, in whole sequences "
+            "and whole groups of group_size tokens",
+            f"{run.sequences} sequences, {per_group} a group, over {run.shards['group']} devices",
+            f"Use a multiple of {run.shards['group'] * per_group} sequences a microbatch",
+        )

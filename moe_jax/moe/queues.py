@@ -1,0 +1,107 @@
+"""Queues that other systems have (legend: `moe_jax.moe`)."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.capacity import Queue
+from moe_jax.moe.routing import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderedQueue(Queue):
+    """A queue that says in which order the choices of a group are served."""
+
+    def order(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """The choices (token * K + k) of each group in the order of service, int32 [G or 1, A]."""
+        raise NotImplementedError
+
+    def places(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `Queue`."""
+        groups, num_experts = expert_index_GSK.shape[0], routing.probs_GSE.shape[-1]
+        expert_GA = expert_index_GSK.reshape(groups, -1)
+        place_GA = self.order(routing, expert_index_GSK, rng)
+        place_GA = jnp.broadcast_to(place_GA, expert_GA.shape)
+        queue_GA = jnp.take_along_axis(expert_GA, place_GA, axis=-1)
+        mask_GAE = jax.nn.one_hot(queue_GA, num_experts, dtype=jnp.int32)
+        before_GA = jnp.sum((jnp.cumsum(mask_GAE, axis=1) - mask_GAE) * mask_GAE, axis=-1)
+        slot_GA = jnp.put_along_axis(
+            jnp.zeros_like(expert_GA), place_GA, before_GA, axis=-1, inplace=False
+        )
+        return slot_GA.reshape(expert_index_GSK.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChoiceMajor(OrderedQueue):
+    """All first choices, then all second ones (GShard, Switch, V-MoE).
+
+    With K > 1 a later token can evict an earlier one's second choice.
+    """
+
+    def looks_ahead(self, num_selected: int) -> bool:
+        """See `Queue`."""
+        return num_selected > 1
+
+    def order(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `OrderedQueue`."""
+        _, tokens, choices = expert_index_GSK.shape
+        return jnp.arange(tokens * choices).reshape(tokens, choices).T.reshape(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPrioritized(OrderedQueue):
+    """Choice-major, with tokens by falling best probability of the experts that compute.
+
+    Source: Riquelme et al. 2021, arXiv:2106.05974, sec. 4.1.
+    """
+
+    def order(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `OrderedQueue`."""
+        groups, tokens, choices = expert_index_GSK.shape
+        by_worth_GS = jnp.argsort(-jnp.max(routing.probs_GSE, axis=-1), axis=-1, stable=True)
+        place_GSK = jnp.arange(tokens * choices).reshape(tokens, choices)[by_worth_GS]
+        return place_GSK.swapaxes(1, 2).reshape(groups, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByProbability(OrderedQueue):
+    """By falling gate (Megatron "probs")."""
+
+    def order(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `OrderedQueue`."""
+        gate_GA = routing.gate_GSK.reshape(expert_index_GSK.shape[0], -1)
+        return jnp.argsort(-gate_GA, axis=-1, stable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomOrder(OrderedQueue):
+    """At random (DeepSpeed's random token selection)."""
+
+    needs_rng: ClassVar[bool] = True
+
+    def order(
+        self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """See `OrderedQueue`.
+
+        Raises:
+          ValueError: there is no key.
+        """
+        if rng is None:
+            raise ValueError(
+                "queue='random' needs a random key: rng=None. Pass rng in the block's Call."
+            )
+        groups, tokens, choices = expert_index_GSK.shape
+        return jnp.argsort(jax.random.uniform(rng, (groups, tokens * choices)), axis=-1)

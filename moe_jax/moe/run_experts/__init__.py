@@ -1,0 +1,166 @@
+"""Running experts: rows are moved to them, computed, and combined by token (legend: `moe_jax.moe`).
+
+A `Plan` says how. Its ways agree in value and in every gradient:
+
+  einsum  one-hot tensors of shape GSEC, contracted; the reference. Costs 4 * G*S * S*K*factor * M
+          FLOPs on top of the experts: it grows with the group.
+  gather  indices into E x C slots; no GSEC tensor.
+  ragged  rows sorted by expert; computes kept choices only, so it is the one without padding.
+
+On a mesh, rows travel between devices by one of two exchanges:
+
+  compiler  arrays are those of all devices, constraints say where they lie, and the compiler
+  inserts
+            the all-to-all. einsum and gather.
+  explicit  one program for each device, with the collectives written out. All.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.capacity import Assignment
+from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.einsum import mix_slots
+from moe_jax.moe.run_experts.exchange import ByConstraint
+from moe_jax.moe.run_experts.parallel import SLOT_WAYS, run_parallel
+from moe_jax.moe.run_experts.rows import run_sorted_rows
+from moe_jax.parallel.rules import mesh_in_use, platform
+from moe_jax.parameters import Axes
+
+if TYPE_CHECKING:
+    from moe_jax.moe.part import MoE
+
+WAYS = ("auto", "einsum", "gather", "ragged")
+EXCHANGES = ("auto", "compiler", "explicit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the experts of a block run.
+
+    >>> print(Plan("gather", "explicit", num_chunks=2))
+    gather rows, exchanged by explicit collectives in 2 chunks
+
+    Attributes:
+      rows: "einsum", "gather" or "ragged".
+      exchange: "none" on one device, "compiler" or "explicit" on a mesh.
+      num_chunks: in how many parts rows travel.
+      gate_on_input: whether gates multiply what experts get.
+    """
+
+    rows: str
+    exchange: str = "none"
+    num_chunks: int = 1
+    gate_on_input: bool = False
+
+    @property
+    def by_constraint(self) -> ByConstraint:
+        """How slots travel where the compiler exchanges them; on one device, nowhere."""
+        return ByConstraint(1 if self.exchange == "none" else self.num_chunks)
+
+    def __str__(self) -> str:
+        """One line."""
+        by = {"none": "", "compiler": ", exchanged by the compiler",
+              "explicit": ", exchanged by explicit collectives"}[self.exchange]  # fmt: skip
+        chunks = f" in {self.num_chunks} chunks" if self.num_chunks > 1 and by else ""
+        gates = ", gates on the input" if self.gate_on_input else ""
+        return f"{self.rows} rows{by}{chunks}{gates}"
+
+
+def plan_experts(moe: "MoE") -> Plan:
+    """The plan of a block for the mesh and the platform in use.
+
+    "auto" is the fastest way on one CPU, where ragged is a loop, elsewhere the one of the fewest
+    FLOPs and bytes (docs/parallelism.md): a TPU computes ragged's gradient of the weights by dense
+    products of every row with every expert. Of the exchanges the compiler's overlaps more; but
+    where experts span slices it hands slots to the network between slices whole, and not slice by
+    slice.
+    """
+    mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
+    if rows == "auto":
+        rows = "ragged" if platform() == "cpu" and mesh is None else "gather"
+    if mesh is None:
+        exchange = "none"
+    elif rows == "ragged":
+        exchange = "explicit"
+    elif exchange == "auto":
+        spans_slices = mesh.shape.get("expert_slice", 1) > 1
+        exchange = "explicit" if spans_slices else "compiler"
+    return Plan(rows, exchange, moe.exchange_chunks, moe.gate_on_input)
+
+
+def run_experts(
+    x_GSM: jax.Array,
+    assignment: Assignment,
+    weights: Weights,
+    axes: Mapping[str, Axes],
+    experts: Experts,
+    plan: Plan,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """The gated sum over the kept choices of every token.
+
+    Args:
+      x_GSM: tokens.
+      assignment: the kept choices, their slots and gates.
+      weights: of the experts, by name, leading dim E.
+      axes: the names of their dims in `parallel.rules`, by name.
+      experts: computes every row, by itself, with the weights that the layout gives it.
+      plan: how.
+      rng: key for the experts, or None.
+
+    Returns:
+      [G, S, M] in the dtype of `x_GSM`.
+    """
+    if plan.gate_on_input:
+        return gated_input(x_GSM, assignment, weights, axes, experts, plan, rng)
+    if plan.exchange == "explicit":
+        return run_parallel(
+            x_GSM, assignment, weights, axes, experts, rng,
+            rows=plan.rows, num_chunks=plan.num_chunks,
+        )  # fmt: skip
+    if plan.rows == "ragged":
+        return run_sorted_rows(x_GSM, assignment, weights, experts, rng)
+    return SLOT_WAYS[plan.rows](x_GSM, assignment, weights, experts, rng, plan.by_constraint)
+
+
+def gated_input(
+    x_GSM: jax.Array,
+    assignment: Assignment,
+    weights: Weights,
+    axes: Mapping[str, Axes],
+    experts: Experts,
+    plan: Plan,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """`run_experts` with gates on what experts get: each choice is carried as a token of its own.
+
+    Experts are not linear: half a token in is not half of what it gives. S * K tokens of one choice
+    and gate 1 are in a group; by einsum that costs K times the contractions.
+
+    Source: Llama 4, as `Llama4TextMoe` of transformers has it: the sigmoid of the best logit times
+      the token, through its expert, to which the shared expert's output is added.
+    """
+    groups, tokens, num_choices = assignment.gate_GSK.shape
+    x_GSKM = (x_GSM[:, :, None] * assignment.gate_GSK[..., None]).astype(x_GSM.dtype)
+    index_GA1, slot_GA1, kept_GA1 = (
+        values_GSK.reshape(groups, tokens * num_choices, 1)
+        for values_GSK in (assignment.expert_index_GSK, assignment.slot_GSK, assignment.kept_GSK)
+    )
+    one_by_one = assignment._replace(
+        expert_index_GSK=index_GA1,
+        gate_GSK=kept_GA1.astype(jnp.float32),
+        slot_GSK=slot_GA1,
+        kept_GSK=kept_GA1,
+    )
+    x_GAM = x_GSKM.reshape(groups, tokens * num_choices, -1)
+    plan = dataclasses.replace(plan, gate_on_input=False)
+    y_GAM = run_experts(x_GAM, one_by_one, weights, axes, experts, plan, rng)
+    return jnp.sum(y_GAM.reshape(x_GSKM.shape), axis=2, dtype=jnp.float32).astype(x_GSM.dtype)
+
+
+__all__ = ["EXCHANGES", "WAYS", "Plan", "mix_slots", "plan_experts", "run_experts"]

@@ -1,0 +1,253 @@
+"""Parameters before they exist, and the four doors by which code multiplies by a weight.
+
+A `ParameterSpec` says everything that the rest of the library needs to know of an array: nothing is
+guessed from its name. Trees of specs are nested dicts; `jax.tree.map` makes parameters, shardings
+and masks of them.
+
+A weight passes a door: `linear(x, w)` for one matrix, `grouped(x, w, layout)` for those of experts,
+`rows(w, ids)` for a table, `dense(w)` for the array itself. Behind a door stands an array or a
+`Weight`: several arrays that act as one, such as LoRA's or quantised ones. Legend: `moe_jax.moe`.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSpec:
+    """An array before it exists; a leaf of `jax.tree`.
+
+    Attributes:
+      shape: of the array.
+      axes: the name of each dim in `parallel.rules`; None for a dim that is never split.
+      init: `(key, shape, dtype) -> array`.
+      component: what it is counted as, such as "attention" or "experts".
+      decays: whether weight decay applies: matrices do, norms, biases and embeddings do not.
+      num_stacked: how many leading dims count parameters of their own (layers of a scan, experts):
+        an optimizer that looks at a whole parameter treats each by itself.
+      dtype: of the array.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    init: Initializer
+    component: str
+    decays: bool = True
+    num_stacked: int = 0
+    dtype: Any = jnp.float32
+
+    def stack(self, count: int) -> "ParameterSpec":
+        """The spec of `count` such arrays in one, with a leading dim; each is drawn by itself."""
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return jax.vmap(lambda one: self.init(one, shape[1:], dtype))(
+                jax.random.split(key, count)
+            )
+
+        return dataclasses.replace(
+            self,
+            shape=(count, *self.shape),
+            axes=(None, *self.axes),
+            init=init,
+            num_stacked=self.num_stacked + 1,
+        )
+
+    @property
+    def size(self) -> int:
+        """Numbers in the array."""
+        return math.prod(self.shape)
+
+
+Specs = Mapping[str, Any]  # nested dicts of `ParameterSpec`
+
+
+def init_parameters(key: jax.Array, specs: Any) -> Any:
+    """Draws every parameter of a tree of specs, each from a key of its own.
+
+    The key depends on the path of a parameter in the tree alone (by CRC-32, the same in every
+    process). What a `Weight` wraps as its `base` starts from the values that it had unwrapped.
+    """
+    base = jax.tree_util.GetAttrKey("base")
+
+    def draw(path: tuple[Any, ...], spec: ParameterSpec) -> jax.Array:
+        name = jax.tree_util.keystr(tuple(entry for entry in path if entry != base))
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return spec.init(own, spec.shape, spec.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, specs)
+
+
+def scaled_init(scale: float, fan_in: int, *, identical: bool = False) -> Initializer:
+    """Truncated normal of variance scale / fan_in; every expert (first dim of three) on its own.
+
+    Args:
+      scale: of the variance, not of the standard deviation (Switch, sec. 2.4: 0.1).
+      fan_in: the input dim of one matrix.
+      identical: give every expert the same values.
+    """
+    # A normal cut at two standard deviations has 0.8796 of its own standard deviation.
+    stddev = (scale / fan_in) ** 0.5 / 0.87962566103423978
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        drawn = (1, *shape[1:]) if identical else shape
+        values = stddev * jax.random.truncated_normal(key, -2.0, 2.0, drawn, dtype)
+        return jnp.broadcast_to(values, shape)
+
+    return init
+
+
+def truncated_normal_init(stddev: float) -> Initializer:
+    """Normal of this standard deviation, cut at two of them."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+
+    return init
+
+
+def normal_init(stddev: float) -> Initializer:
+    """Normal of this standard deviation."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return stddev * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The initializer of biases."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The initializer of scales."""
+    del key
+    return jnp.ones(shape, dtype)
+
+
+class Layout(Protocol):
+    """How rows `x[..., I]` meet the weights of their experts.
+
+    Attributes:
+      rng: key for what is random in these rows, or None.
+    """
+
+    rng: jax.Array | None
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """`x[..., I] @ weight[I, O]`, with the weight of each row's own expert."""
+
+    def expand(self, bias: jax.Array) -> jax.Array:
+        """`bias[O]` of each row's own expert, in a shape that adds to the rows."""
+
+
+class Shared:
+    """The layout in which every row meets the same weights [I, O]."""
+
+    rng: jax.Array | None = None
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[..., I] @ [I, O] -> [..., O]."""
+        return jnp.matmul(x, weight)
+
+    def expand(self, bias: jax.Array) -> jax.Array:
+        """[O], which broadcasts."""
+        return bias
+
+
+SHARED = Shared()
+
+
+class Weight:
+    """Several arrays that act as one weight; register a subclass as a pytree of them."""
+
+    def product(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """What `layout.matmul(x, dense(self))` gives, in the dtype of `x`."""
+        raise NotImplementedError
+
+    def dense(self) -> jax.Array:
+        """The weight as one array."""
+        raise NotImplementedError
+
+    def axes_of(self, axes: Axes) -> "Weight":
+        """The axes of each of its arrays, in a tree like this one, from those of the weight."""
+        raise NotImplementedError
+
+
+def linear(x: jax.Array, weight: jax.Array | Weight) -> jax.Array:
+    """[..., I] @ [I, O] -> [..., O], in the dtype of `x`."""
+    return grouped(x, weight, SHARED)
+
+
+def grouped(x: jax.Array, weight: jax.Array | Weight, layout: Layout) -> jax.Array:
+    """Rows times the weights of their own experts, in the dtype of `x`."""
+    if isinstance(weight, Weight):
+        return weight.product(x, layout)
+    return layout.matmul(x, weight.astype(x.dtype))
+
+
+def rows(table: jax.Array | Weight, ids: jax.Array) -> jax.Array:
+    """The rows of a table [V, M] for integers [...]: [..., M] in the dtype of the table."""
+    return jnp.asarray(dense(table))[ids]
+
+
+def dense(weight: jax.Array | Weight) -> jax.Array:
+    """The weight as one array."""
+    return weight.dense() if isinstance(weight, Weight) else weight
+
+
+def weight_axes(axes: Axes, weight: jax.Array | Weight) -> Any:
+    """The axes of the arrays that a weight is made of: a tuple, or a `Weight` of tuples."""
+    return weight.axes_of(axes) if isinstance(weight, Weight) else axes
+
+
+def ffn_specs(
+    model_dim: int,
+    hidden_dim: int,
+    component: str,
+    *,
+    gated: bool,
+    use_bias: bool,
+    init_scale: float,
+    num_experts: int | None = None,
+    identical_init: bool = False,
+) -> dict[str, ParameterSpec]:
+    """The weights of a feed-forward network (`num_experts=None`), or of E of them.
+
+    Returns:
+      `wi` and, if gated, `wg` [M, H], `wo` [H, M]; with biases also `bi`, `bg` [H] and `bo` [M].
+      Those of experts have a leading E.
+    """
+    experts = () if num_experts is None else (num_experts,)
+    names: Axes = () if num_experts is None else ("expert",)
+
+    def spec(shape: tuple[int, ...], axes: Axes, init: Initializer, decays: bool) -> ParameterSpec:
+        return ParameterSpec(
+            (*experts, *shape), (*names, *axes), init, component, decays, len(experts)
+        )
+
+    identical = identical_init and num_experts is not None
+    inward = spec(
+        (model_dim, hidden_dim), ("model", "hidden"),
+        scaled_init(init_scale, model_dim, identical=identical), True,
+    )  # fmt: skip
+    outward = spec(
+        (hidden_dim, model_dim), ("hidden", "model"),
+        scaled_init(init_scale, hidden_dim, identical=identical), True,
+    )  # fmt: skip
+    specs = {"wi": inward, "wo": outward} | ({"wg": inward} if gated else {})
+    if use_bias:
+        hidden_bias = spec((hidden_dim,), ("hidden",), zeros, False)
+        specs |= {"bi": hidden_bias} | ({"bg": hidden_bias} if gated else {})
+        specs |= {"bo": spec((model_dim,), ("model",), zeros, False)}
+    return specs
