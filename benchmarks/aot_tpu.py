@@ -1,4 +1,4 @@
-"""The MoE layer of every dispatcher, compiled for TPUs that are not here.
+"""The MoE layer by every way to run experts, compiled for TPUs that are not here.
 
     python -m benchmarks.aot_tpu [--topologies=v5e:4x4,v5p:4x4x4] [--json=FILE] [--hlo=FOLDER]
 
@@ -22,11 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import BalanceConfig, CapacityConfig, MeshConfig, MoEConfig
+from moe_jax.config import MeshConfig
+from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.parameters import ParameterSpec, moe_specs
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.experts import Relu
+from moe_jax.moe.part import MoE
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, num_shards
+from moe_jax.parameters import ParameterSpec
+from moe_jax.part import Call, Dims
 from moe_jax.planning.hlo import Program, read_program
 from moe_jax.planning.report import collective_rows
 from moe_jax.planning.roofline import roofline
@@ -40,19 +45,19 @@ BFLOAT16, FLOAT32 = 2, 4  # bytes
 class Layer:
     """An MoE layer and the tokens that a device has of its input."""
 
-    moe: MoEConfig
+    moe: MoE
     model_dim: int
     tokens: int
 
 
 LAYERS = {
     "switch": Layer(
-        MoEConfig(num_experts=128, num_selected_experts=1, expert_dim=3072, activation="relu"),
+        MoE(num_experts=128, num_selected_experts=1, expert_dim=3072, activation=Relu()),
         model_dim=768,
         tokens=8192,
     ),
     "mixtral": Layer(
-        MoEConfig(num_experts=8, num_selected_experts=2, expert_dim=14336, activation="swiglu"),
+        MoE(num_experts=8, num_selected_experts=2, expert_dim=14336, activation=SwiGLU()),
         model_dim=4096,
         tokens=4096,
     ),
@@ -61,9 +66,9 @@ LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A way of dispatch: settings of `MoEConfig`, and the capacity factor (0: dropless)."""
+    """A way to run experts: settings of `MoE`, and the capacity factor (0: dropless)."""
 
-    dispatch: str
+    run_experts: str
     exchange: str
     factor: float = 1.25
     chunks: int = 1
@@ -71,7 +76,7 @@ class Form:
     def __str__(self) -> str:
         capacity = f"{self.factor:g}" if self.factor else "dropless"
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{self.dispatch} {self.exchange}, {capacity}{chunks}"
+        return f"{self.run_experts} {self.exchange}, {capacity}{chunks}"
 
 
 FORMS = (
@@ -100,7 +105,7 @@ class Work:
     wire_bytes: float
 
 
-def mesh_for(moe: MoEConfig, num_devices: int) -> MeshConfig:
+def mesh_for(moe: MoE, num_devices: int) -> MeshConfig:
     """Experts on as many devices as they divide into, and fsdp over what is left.
 
     Then no expert's gradient is summed over copies of it, and no device holds more than its share
@@ -125,12 +130,12 @@ def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
     before they are scattered, are written and read once in bfloat16. Hidden units and slots never
     leave the chip, which no program reaches that has more of them than fit there.
     """
-    specs, d, e = moe_specs(layer.moe, layer.model_dim), layer.model_dim, layer.moe.num_experts
-    matrices = 3 if layer.moe.gated else 2
+    specs = layer.moe.specs(Dims(layer.model_dim))
+    d, e, matrices = layer.model_dim, layer.moe.num_experts, 3 if layer.moe.activation.gated else 2
     choices = layer.tokens * layer.moe.num_selected_experts
     flops = 2 * (choices * matrices * d * layer.moe.expert_dim + layer.tokens * d * e)
 
-    all_experts = sum(math.prod(spec.shape) for name, spec in specs.items() if name != "router")
+    all_experts = sum(spec.size for spec in specs["experts"].values())
     used = all_experts / mesh.expert  # by the experts of one device, gathered over fsdp
     held = used / mesh.fsdp
     tokens_sent = choices * d * BFLOAT16 * (1 - 1 / mesh.expert)
@@ -166,20 +171,19 @@ def compile_layer(
     layer: Layer, form: Form, mesh: jax.sharding.Mesh, gradient: bool
 ) -> jax.stages.Compiled:
     """`moe_block` with tokens and parameters on a mesh; with the gradient of both."""
-    config = dataclasses.replace(
+    moe = dataclasses.replace(
         layer.moe,
-        dispatch=form.dispatch,
+        run_experts=form.run_experts,
         exchange=form.exchange,
         exchange_chunks=form.chunks,
-        capacity=CapacityConfig(train_factor=form.factor),
-        balance=BalanceConfig(load_balance_weight=0.0),
+        capacity=Capacity(eval_factor=form.factor),
+        losses=(),
     )
-    specs = moe_specs(config, layer.model_dim)
 
-    def forward(params: dict[str, jax.Array], x_BLM: jax.Array) -> jax.Array:
-        return moe_block(params, x_BLM, config)[0]
+    def forward(params: Any, x_BLM: jax.Array) -> jax.Array:
+        return moe_block(params, x_BLM, moe, Call())[0]
 
-    def forward_backward(params: dict[str, jax.Array], x_BLM: jax.Array, dy_BLM: jax.Array) -> Any:
+    def forward_backward(params: Any, x_BLM: jax.Array, dy_BLM: jax.Array) -> Any:
         y_BLM, vjp = jax.vjp(forward, params, x_BLM)
         return y_BLM, vjp(dy_BLM)
 
@@ -191,8 +195,8 @@ def compile_layer(
     tokens = named_sharding(("batch", None, None), mesh)
     shape = (sequences, SEQUENCE_LENGTH, layer.model_dim)
     x_BLM = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=tokens)
-    params = {name: abstract(spec) for name, spec in specs.items()}
-    placed = {name: value.sharding for name, value in params.items()}
+    params = jax.tree.map(abstract, moe.specs(Dims(layer.model_dim)))
+    placed = jax.tree.map(lambda value: value.sharding, params)
     with jax.set_mesh(mesh):
         if gradient:
             program = jax.jit(forward_backward, out_shardings=(tokens, (placed, tokens)))
@@ -207,7 +211,7 @@ class Row:
     Attributes:
       layer: of `LAYERS`.
       topology: the machine.
-      form: the way of dispatch.
+      form: the way to run experts.
       gradient: forward+backward, or forward alone.
       work: what the program does.
       least: what it cannot do without.

@@ -5,8 +5,8 @@
 The devices share the cores of this machine, so that the best possible ratio is 1: what is above it
 is what the split costs in smaller matrix products, copies and waiting. It says nothing of devices
 that work side by side. Every step is taken in turn and divided by the one-device step of the same
-dispatcher in the same round; median of the rounds, with their range. Beside it the collectives of
-the compiled step on one device: executions and the MB of their arrays.
+way to run experts in the same round; median of the rounds, with their range. Beside it the
+collectives of the compiled step on one device: executions and the MB of their arrays.
 """
 
 import argparse
@@ -17,14 +17,11 @@ import time
 import jax
 import numpy as np
 
-from moe_jax.config import (
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    TrainingConfig,
-)
+from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.hlo import Collective, by_kind, read_program
@@ -32,12 +29,11 @@ from moe_jax.training.placement import BATCH_AXES, compile_train_step, new_state
 
 NUM_DEVICES = 8
 SEQUENCES, LENGTH = 16, 128
-MODEL = ModelConfig(
-    num_layers=2,
+EXPERTS = MoE(num_experts=8, num_selected_experts=2, expert_dim=256)
+MODEL = LanguageModel(
     model_dim=128,
-    num_heads=4,
-    head_dim=32,
-    moe=MoEConfig(num_experts=8, num_selected_experts=2, expert_dim=256),
+    parts={"attention": Attention(num_heads=4, head_dim=32), "moe": EXPERTS},
+    stack=StackLayout(repeats=2),
 )
 MESHES = {
     "data=8": MeshConfig(data=8),
@@ -71,10 +67,10 @@ def batch() -> dict[str, np.ndarray]:
 class Step:
     """A compiled training step that can be taken again and again."""
 
-    def __init__(self, mesh_config: MeshConfig, dispatch: str, exchange: str):
-        moe = dataclasses.replace(MODEL.moe, dispatch=dispatch, exchange=exchange)
+    def __init__(self, mesh_config: MeshConfig, run_experts: str, exchange: str):
+        moe = dataclasses.replace(EXPERTS, run_experts=run_experts, exchange=exchange)
         config = ExperimentConfig(
-            model=dataclasses.replace(MODEL, moe=moe),
+            model=dataclasses.replace(MODEL, parts=MODEL.part | {"moe": moe}),
             data=DataConfig(sequence_length=LENGTH),
             training=TrainingConfig(batch_size=SEQUENCES),
             mesh=mesh_config,
@@ -102,16 +98,16 @@ class Step:
 def ratios(
     one_device: dict[str, Step], sharded: dict[tuple[str, str, str], Step], rounds: int
 ) -> dict[tuple[str, str, str], list[float]]:
-    """Every sharded step over the one-device step of its dispatcher, round by round.
+    """Every sharded step over the one-device step of its way to run experts, round by round.
 
-    Each dispatcher's steps follow each other, with its one-device step before and after.
+    The steps of a way follow each other, with its one-device step before and after.
     """
     result: dict[tuple[str, str, str], list[float]] = {key: [] for key in sharded}
     for step in (*one_device.values(), *sharded.values()):
         step.take()
     for _ in range(rounds):
-        for dispatch, alone in one_device.items():
-            own = [key for key in sharded if key[1] == dispatch]
+        for run_experts, alone in one_device.items():
+            own = [key for key in sharded if key[1] == run_experts]
             before = alone.take()
             taken = [sharded[key].take() for key in own]
             floor = (before + alone.take()) / 2
@@ -133,19 +129,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    alone = {
-        dispatch: Step(ONE_DEVICE, dispatch, "auto") for dispatch in ("einsum", "gather", "ragged")
-    }
+    alone = {name: Step(ONE_DEVICE, name, "auto") for name in ("einsum", "gather", "ragged")}
     sharded = {(mesh, *way): Step(config, *way) for mesh, config in MESHES.items() for way in WAYS}
-    moe = MODEL.moe
-    print(f"{SEQUENCES} sequences of {LENGTH} tokens, {MODEL.num_layers} layers, model dim "
+    moe, num_layers = EXPERTS, MODEL.stack.num_layers
+    print(f"{SEQUENCES} sequences of {LENGTH} tokens, {num_layers} layers, model dim "
           f"{MODEL.model_dim}, {moe.num_experts} experts of {moe.expert_dim}, top "
           f"{moe.num_selected_experts}; {NUM_DEVICES} devices on one CPU")  # fmt: skip
-    print(f"{'mesh':<26}{'dispatch':<10}{'exchange':<10}{'of one device':>20}  collectives, MB")
-    for (mesh, dispatch, exchange), found in ratios(alone, sharded, arguments.rounds).items():
+    print(f"{'mesh':<26}{'rows':<10}{'exchange':<10}{'of one device':>20}  collectives, MB")
+    for (mesh, run_experts, exchange), found in ratios(alone, sharded, arguments.rounds).items():
         spread = f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}]"
-        sent = describe(sharded[mesh, dispatch, exchange].collectives)
-        print(f"{mesh:<26}{dispatch:<10}{exchange:<10}{spread:>20}  {sent}", flush=True)
+        sent = describe(sharded[mesh, run_experts, exchange].collectives)
+        print(f"{mesh:<26}{run_experts:<10}{exchange:<10}{spread:>20}  {sent}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,39 +15,75 @@ docs/planning.md shows the plan.
 
 import ml_collections
 
-from configs.base import default_config, make_smoke, parse_presets
+from configs.base import make_smoke, parse_presets
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    config_dict,
+)
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.balance import LoadBalance, RouterZ
+from moe_jax.moe.bias import SignUpdate
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.selection import ExpertGroups
+from moe_jax.moe.routing.token_choice import TokenChoice
+
+ROUTER = TokenChoice(
+    score=Sigmoid(),
+    renormalize=True,
+    scaling_factor=2.5,
+    groups=ExpertGroups(num_groups=8, num_selected=4, worth="top2_sum"),
+)
+EXPERTS = MoE(
+    num_experts=256,
+    num_selected_experts=8,
+    expert_dim=2048,
+    shared_expert_dim=2048,
+    activation=SwiGLU(),
+    router=ROUTER,
+    losses=(LoadBalance(weight=1e-4, scope="sequence"), RouterZ()),
+    bias=SignUpdate(rate=1e-3),
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The model; presets: smoke."""
     presets = parse_presets(arg)
-    config = default_config()
-    config.name = "planning_671b"
-
-    model = config.model
-    model.vocab_size, model.num_layers, model.model_dim = 129_280, 61, 7168
-    model.num_heads, model.num_kv_heads, model.head_dim = 128, 8, 128
-    model.ffn_dim, model.activation = 18_432, "swiglu"
-    model.tie_embeddings = False
-    model.compute_dtype, model.remat = "bfloat16", "full"
-    moe = model.moe
-    moe.num_experts, moe.num_selected_experts, moe.expert_dim = 256, 8, 2048
-    moe.num_shared_experts, moe.num_dense_first, moe.activation = 1, 3, "swiglu"
-    router = moe.router
-    router.score, router.renormalize, router.scaling_factor = "sigmoid", True, 2.5
-    router.num_expert_groups, router.num_selected_groups = 8, 4
-    router.group_score = "top2_sum"
-    moe.balance.bias_update_rate, moe.balance.load_balance_weight = 1e-3, 1e-4
-    moe.balance.load_balance_scope = "sequence"
-
-    config.data.sequence_length = 4096
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 2.2e-4, 2000
-    training = config.training
-    training.num_steps, training.batch_size = 500_000, 2048  # 8.4 M tokens a step
-    config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, 32, 64
-
+    config = config_dict(
+        ExperimentConfig(
+            name="planning_671b",
+            model=LanguageModel(
+                vocab_size=129_280,
+                model_dim=7168,
+                parts={
+                    "attention": Attention(num_heads=128, num_kv_heads=8, head_dim=128),
+                    "mlp": Mlp(dim=18_432, activation=SwiGLU()),
+                    "moe": EXPERTS,
+                },
+                stack=StackLayout(
+                    first=(("attention", "mlp"),) * 3, unit=(("attention", "moe"),), repeats=58
+                ),
+                tie_embeddings=False,
+                compute_dtype="bfloat16",
+                remat="full",
+            ),
+            data=DataConfig(sequence_length=4096),
+            optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000),
+            training=TrainingConfig(num_steps=500_000, batch_size=2048),  # 8.4 M tokens a step
+            mesh=MeshConfig(data=1, fsdp=32, expert=64),
+        )
+    )
     if "smoke" in presets:
         make_smoke(config)
-        router.num_expert_groups, router.num_selected_groups = 2, 1
+        groups = config.model.parts.moe.router.groups
+        groups.num_groups, groups.num_selected = 2, 1
         config.mesh.data, config.mesh.fsdp, config.mesh.expert = -1, 1, 1
     return config

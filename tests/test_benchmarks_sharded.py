@@ -7,12 +7,15 @@ import pytest
 
 from benchmarks import aot_tpu, sharded_step
 from benchmarks.aot_tpu import FORMS, LAYERS, Layer, Row, Work, fewest, line, mesh_for, work_of
-from moe_jax.config import MeshConfig, MoEConfig
-from moe_jax.moe.dispatch import DISPATCHERS
+from moe_jax.config import MeshConfig
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.experts import Relu
+from moe_jax.moe.part import MoE
+from moe_jax.moe.run_experts import WAYS
 from moe_jax.planning.hlo import Collective, Program
 
 RELU = Layer(
-    MoEConfig(num_experts=4, num_selected_experts=1, expert_dim=16, activation="relu"),
+    MoE(num_experts=4, num_selected_experts=1, expert_dim=16, activation=Relu()),
     model_dim=8,
     tokens=10,
 )
@@ -39,7 +42,7 @@ def test_least_with_the_gradient():
 
 
 def test_least_of_glu_experts_split_over_fsdp_too():
-    moe = MoEConfig(num_experts=2, num_selected_experts=2, expert_dim=16, activation="swiglu")
+    moe = MoE(num_experts=2, num_selected_experts=2, expert_dim=16, activation=SwiGLU())
     layer, mesh = Layer(moe, model_dim=8, tokens=10), MeshConfig(data=1, fsdp=4, expert=2)
     matrices = 3 * 8 * 16  # of one expert: what a device computes with
     tokens = 10 * 2 * (1 / 2) * 8 * 2  # two choices a token, half of them on the other device
@@ -107,14 +110,15 @@ def test_without_libtpu_nothing_is_compiled(monkeypatch):
         aot_tpu.main()
 
 
-def test_every_dispatcher_is_compared():
-    assert {form.dispatch for form in FORMS} == set(DISPATCHERS)
-    assert {dispatch for dispatch, _ in sharded_step.WAYS} == set(DISPATCHERS)
+def test_every_way_to_run_experts_is_compared():
+    ways = set(WAYS) - {"auto"}
+    assert {form.run_experts for form in FORMS} == ways
+    assert {run_experts for run_experts, _ in sharded_step.WAYS} == ways
     sizes = [mesh.fill(8).num_devices for mesh in sharded_step.MESHES.values()]
     assert sizes == [sharded_step.NUM_DEVICES] * 4
 
 
-def test_steps_are_divided_by_the_one_of_their_dispatcher_in_the_same_round():
+def test_steps_are_divided_by_the_one_of_their_way_in_the_same_round():
     class Taken:
         def __init__(self, *seconds):
             self.seconds = iter((99.0, *seconds))  # the first one warms up

@@ -163,8 +163,8 @@ def test_the_real_step_compiles_for_a_machine_that_is_not_here(package, topology
     slices = 2 if topology.startswith("2*") else 1
     done = command(
         "--config=configs/quickstart.py", f"--topology={topology}", "--json", "--forward",
-        "--config.model.moe.dispatch=gather", "--config.mesh.data=1", "--config.mesh.fsdp=2",
-        "--config.mesh.expert=2", f"--config.mesh.slices={slices}",
+        "--config.model.parts.moe.run_experts=gather", "--config.mesh.data=1",
+        "--config.mesh.fsdp=2", "--config.mesh.expert=2", f"--config.mesh.slices={slices}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

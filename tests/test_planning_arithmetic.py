@@ -5,35 +5,71 @@ import dataclasses
 import jax
 import pytest
 
-from moe_jax.config import CapacityConfig, ModelConfig, MoEConfig, RouterConfig
-from moe_jax.models import Decoder
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.costs import mean_experts, training_options
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.assignment import Sinkhorn
+from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.fixed import Hash
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.noise import Learned
+from moe_jax.moe.routing.selection import FirstChoice, RandomChoices, Threshold
+from moe_jax.moe.routing.soft import Soft
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.parameters import init_parameters
 from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
-from moe_jax.planning.routing import mean_experts, slots_of_an_expert
 
 # Like Mixtral: every layer MoE, top 2 of 8, gated experts, grouped queries, an untied head.
-MIXTRAL = ModelConfig(
-    vocab_size=100, num_layers=3, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=40,
-    activation="swiglu", tie_embeddings=False,
-    moe=MoEConfig(
-        num_experts=8, num_selected_experts=2, expert_dim=20, activation="swiglu",
-        router=RouterConfig(renormalize=True), capacity=CapacityConfig(train_factor=0.0),
-        dispatch="ragged",
-    ),
+MIXTRAL = LanguageModel(
+    vocab_size=100, model_dim=16, tie_embeddings=False,
+    parts={
+        "attention": Attention(num_heads=4, num_kv_heads=2, head_dim=6),
+        "moe": MoE(
+            num_experts=8, num_selected_experts=2, expert_dim=20, activation=SwiGLU(),
+            router=TokenChoice(renormalize=True), capacity=Capacity(train_factor=0.0),
+            run_experts="ragged",
+        ),
+    },
+    stack=StackLayout(repeats=3),
 )  # fmt: skip
 # Like DeepSeekMoE: the first layer dense, shared experts beside the routed ones; a tied head,
 # biases and every norm.
-DEEPSEEK = ModelConfig(
-    vocab_size=100, num_layers=3, model_dim=16, num_heads=2, head_dim=8, ffn_dim=40,
-    norm="layernorm", attention_bias=True, ffn_bias=True, qk_norm=True,
-    moe=MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=20, use_bias=True, num_dense_first=1,
-        num_shared_experts=2, shared_expert_gate=True,
-    ),
+DEEPSEEK = LanguageModel(
+    vocab_size=100, model_dim=16, norm=LayerNorm(),
+    parts={
+        "attention": Attention(
+            num_heads=2, head_dim=8, qkv_bias=True, output_bias=True, qk_norm=True
+        ),
+        "mlp": Mlp(dim=40, use_bias=True),
+        "moe": MoE(
+            num_experts=4, num_selected_experts=2, expert_dim=20, use_bias=True,
+            shared_expert_dim=40, shared_expert_gate=True,
+        ),
+    },
+    stack=StackLayout(first=(("attention", "mlp"),), repeats=2),
 )  # fmt: skip
+DENSE = dataclasses.replace(
+    MIXTRAL,
+    parts={"attention": MIXTRAL.part["attention"], "mlp": Mlp(dim=40, activation=SwiGLU())},
+    stack=StackLayout(unit=(("attention", "mlp"),), repeats=3),
+)
 
 
-def replace_moe(config, **changes):
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+def replace_moe(model, **changes):
+    moe = dataclasses.replace(model.part["moe"], **changes)
+    stack = dataclasses.replace(model.stack, allow_lookahead=True)
+    return dataclasses.replace(model, parts=model.part | {"moe": moe}, stack=stack)
+
+
+def slots_of_an_expert(model, length):
+    return training_options(model.part["moe"], length).slots
 
 
 def test_parameters_of_a_model_like_mixtral():
@@ -65,23 +101,22 @@ def test_parameters_of_a_model_like_deepseek():
 
 # Numbers of the router's matrices a layer, and of its vectors: M = 16, E = 8; 2 slots of 8 tokens.
 ROUTERS = {
-    "noise": (RouterConfig(learned_noise=True), 2 * 16 * 8, 0),
-    "cosine": (RouterConfig(cosine_dim=3), 16 * 3 + 3 * 8, 1),
-    "expert choice": (RouterConfig(kind="expert_choice"), 16 * 8, 0),
-    "predictor": (RouterConfig(kind="expert_choice", predictor_loss_weight=1.0), 2 * 16 * 8, 8),
-    "soft": (RouterConfig(kind="soft"), 16 * 8 * 2, 1),
-    "sinkhorn": (RouterConfig(kind="sinkhorn"), 16 * 8, 0),
-    "hash": (RouterConfig(kind="hash"), 0, 0),
+    "noise": (TokenChoice(noise=(Learned(),)), 2 * 16 * 8, 0),
+    "cosine": (TokenChoice(projection=Cosine(dim=3)), 16 * 3 + 3 * 8, 1),
+    "expert choice": (ExpertChoice(), 16 * 8, 0),
+    "predictor": (ExpertChoice(predictor_loss_weight=1.0), 2 * 16 * 8, 8),
+    "soft": (Soft(), 16 * 8 * 2, 1),
+    "sinkhorn": (Sinkhorn(), 16 * 8, 0),
+    "hash": (Hash(), 0, 0),
 }
 
 
 def with_router(name, **changes):
     changes = {
         "router": ROUTERS[name][0],
-        "dispatch": "auto",
+        "run_experts": "auto",
         "group_size": 8,
-        "capacity": CapacityConfig(train_factor=1.0),
-        "allow_noncausal_routing": True,
+        "capacity": Capacity(train_factor=1.0),
     } | changes
     return replace_moe(MIXTRAL, **changes)
 
@@ -99,13 +134,13 @@ def test_every_router_has_its_matrices_in_parameters_and_flops(name):
 @pytest.mark.parametrize("name", ["expert choice", "soft"])
 def test_experts_that_fill_their_slots_compute_all_of_them(name, factor, experts):
     """Of 8 tokens and 8 experts a slot each makes one expert a token; ceil(1.25 * 2) slots."""
-    config = with_router(name, capacity=CapacityConfig(train_factor=factor))
+    config = with_router(name, capacity=Capacity(train_factor=factor))
     count = count_flops(config, 16)
     assert count.experts == 3 * experts * (3 * 2 * 16 * 20)
     assert count.padding == count.dispatch == 0
     assert count_parameters(config, 16).active_experts == 3 * experts * (3 * 16 * 20)
-    limited = RouterConfig(kind="expert_choice", max_experts=1)
-    count = count_flops(with_router("expert choice", router=limited, dispatch="gather"), 16)
+    limited = ExpertChoice(max_experts=1)
+    count = count_flops(with_router("expert choice", router=limited, run_experts="gather"), 16)
     assert (count.experts, count.padding) == (3 * (3 * 2 * 16 * 20),) * 2, "one slot is left empty"
 
 
@@ -118,23 +153,20 @@ def test_zero_and_copy_experts_have_their_part_of_the_choices():
     assert parameters.experts == 8 * parameters.active_experts, "one of eight in the mean"
     assert parameters.router == 3 * 16 * 16
     # 16 tokens * 2 choices / 16 options: two slots of 8 experts, one expert a token.
-    capacity = CapacityConfig(train_factor=1.0)
-    limited = replace_moe(MIXTRAL, **free, dispatch="gather", capacity=capacity)
+    capacity = Capacity(train_factor=1.0)
+    limited = replace_moe(MIXTRAL, **free, run_experts="gather", capacity=capacity)
     assert count_flops(limited, 16).padding == 0
-    assert slots_of_an_expert(limited.moe, 16) == 2
+    assert slots_of_an_expert(limited, 16) == 2
 
 
 EVERY_ROUTER = [with_router(name) for name in ROUTERS]
 
 
-@pytest.mark.parametrize(
-    "config", [MIXTRAL, DEEPSEEK, replace_moe(MIXTRAL, layer_period=0), *EVERY_ROUTER]
-)
+@pytest.mark.parametrize("config", [MIXTRAL, DEEPSEEK, DENSE, *EVERY_ROUTER])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_every_parameter_is_counted_once(config, scan_layers):
     config = dataclasses.replace(config, scan_layers=scan_layers)
-    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
-    abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)
+    abstract = jax.eval_shape(lambda: init_parameters(jax.random.key(0), config.specs()))
     total = sum(leaf.size for leaf in jax.tree.leaves(abstract))
     assert count_parameters(config, 16).total == total
 
@@ -168,7 +200,7 @@ def test_flops_of_a_model_like_deepseek():
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "padded", "contracted"),
+    ("way", "padded", "contracted"),
     [("ragged", False, False), ("gather", True, False), ("einsum", True, True)],
 )
 @pytest.mark.parametrize(
@@ -181,13 +213,13 @@ def test_flops_of_a_model_like_deepseek():
         (0.0, 0, 16),  # dropless by slots: as many as tokens
     ],
 )
-def test_padding_and_dispatch(dispatch, padded, contracted, factor, group_size, slots):
+def test_padding_and_dispatch(way, padded, contracted, factor, group_size, slots):
     """Every slot is computed, or every choice that has one; dispatch and combine contract ECM."""
     config = replace_moe(
         MIXTRAL,
-        dispatch=dispatch,
+        run_experts=way,
         group_size=group_size,
-        capacity=CapacityConfig(train_factor=factor),
+        capacity=Capacity(train_factor=factor),
     )
     count, plain = count_flops(config, 16), count_flops(MIXTRAL, 16)
     slots_per_token = 8 * slots / (group_size or 16)
@@ -199,32 +231,32 @@ def test_padding_and_dispatch(dispatch, padded, contracted, factor, group_size, 
     assert count.computed == count.model + count.padding + count.dispatch
 
 
-@pytest.mark.parametrize(("dispatch", "copies"), [("einsum", 2), ("gather", 1)])
-def test_gates_on_the_input_make_a_token_of_every_choice(dispatch, copies):
-    config = replace_moe(MIXTRAL, dispatch=dispatch, capacity=CapacityConfig(train_factor=1.0))
-    gated = RouterConfig(score="sigmoid", gate_on_input=True)
-    count, other = (count_flops(c, 16) for c in (config, replace_moe(config, router=gated)))
+@pytest.mark.parametrize(("way", "copies"), [("einsum", 2), ("gather", 1)])
+def test_gates_on_the_input_make_a_token_of_every_choice(way, copies):
+    config = replace_moe(MIXTRAL, run_experts=way, capacity=Capacity(train_factor=1.0))
+    gated = replace_moe(config, router=TokenChoice(score=Sigmoid()), gate_on_input=True)
+    count, other = (count_flops(c, 16) for c in (config, gated))
     assert other.dispatch == copies * count.dispatch and other.model == count.model
 
 
 @pytest.mark.parametrize(
     ("settings", "experts"),
     [
-        ({"router": RouterConfig(choice_policy="none")}, 1),
-        ({"router": RouterConfig(choice_policy="none"), "num_copy_experts": 8}, 0.5),
+        ({"router": TokenChoice(choices=FirstChoice())}, 1),
+        ({"router": TokenChoice(choices=FirstChoice()), "num_copy_experts": 8}, 0.5),
         # As the data have it: the most there can be.
-        ({"router": RouterConfig(choice_policy="threshold")}, 2),
-        ({"router": RouterConfig(choice_policy="random", eval_choice_policy="none")}, 2),
-        ({"router": RouterConfig(top_p=0.5)}, 2),
+        ({"router": TokenChoice(choices=Threshold())}, 2),
+        ({"router": TokenChoice(choices=RandomChoices())}, 2),
+        ({"router": TokenChoice(top_p=0.5)}, 2),
     ],
 )
 def test_later_choices_that_never_count_cost_nothing(settings, experts):
-    capacity = CapacityConfig(train_factor=1.0)
-    config = replace_moe(MIXTRAL, dispatch="gather", capacity=capacity, **settings)
+    capacity = Capacity(train_factor=1.0)
+    config = replace_moe(MIXTRAL, run_experts="gather", capacity=capacity, **settings)
     count, expert = count_flops(config, 16), 3 * (3 * 2 * 16 * 20)
-    assert (count.experts, mean_experts(config.moe, 16)) == (experts * expert, experts)
+    assert (count.experts, mean_experts(config.part["moe"], 16)) == (experts * expert, experts)
     # Slots are reckoned with K all the same.
-    slots = 8 * slots_of_an_expert(config.moe, 16) / 16
+    slots = 8 * slots_of_an_expert(config, 16) / 16
     assert count.padding == (slots - experts) * expert
     assert count_parameters(config, 16).active_experts == experts * 3 * (3 * 16 * 20)
 
@@ -232,7 +264,7 @@ def test_later_choices_that_never_count_cost_nothing(settings, experts):
 def test_one_expert_has_no_router_and_a_dense_model_no_experts():
     one = replace_moe(MIXTRAL, num_experts=1, num_selected_experts=1)
     assert count_parameters(one, 16).router == count_flops(one, 16).router == 0
-    dense = replace_moe(MIXTRAL, layer_period=0)
+    dense = DENSE
     assert count_parameters(dense, 16).experts == count_parameters(dense, 16).active_experts == 0
     assert count_parameters(dense, 16).total == count_parameters(dense, 16).active
     assert count_flops(dense, 16).dense_ffn == 3 * (3 * 2 * 16 * 40)

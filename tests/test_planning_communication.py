@@ -4,15 +4,13 @@ import dataclasses
 
 import pytest
 
-from moe_jax.config import (
-    CapacityConfig,
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    TrainingConfig,
-)
+from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
 from moe_jax.planning.communication import Collective, collectives, crossing_share, num_islands
 from moe_jax.planning.hlo import Collective as HloCollective
 from moe_jax.planning.report import axes_of_group, collective_rows
@@ -20,13 +18,17 @@ from moe_jax.planning.workload import resolve
 
 # One dense and two MoE layers; M = 8, 2 heads and 2 key-value heads of 4, H = 16, V = 32, L = 16;
 # E = 4 of H 12, K = 2, capacity factor 1: 2 slots a token. All in bfloat16.
-MODEL = ModelConfig(
-    vocab_size=32, num_layers=3, model_dim=8, num_heads=2, head_dim=4, ffn_dim=16,
-    tie_embeddings=False, compute_dtype="bfloat16",
-    moe=MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=12, num_dense_first=1, dispatch="gather",
-        capacity=CapacityConfig(train_factor=1.0),
-    ),
+MODEL = LanguageModel(
+    vocab_size=32, model_dim=8, tie_embeddings=False, compute_dtype="bfloat16",
+    parts={
+        "attention": Attention(num_heads=2, head_dim=4),
+        "mlp": Mlp(dim=16),
+        "moe": MoE(
+            num_experts=4, num_selected_experts=2, expert_dim=12, run_experts="gather",
+            capacity=Capacity(train_factor=1.0),
+        ),
+    },
+    stack=StackLayout(first=(("attention", "mlp"),), repeats=2),
 )  # fmt: skip
 EXPERTS, ATTENTION, TABLE = 2 * 4 * 2 * 96, 3 * 4 * 64, 32 * 8
 
@@ -189,8 +191,8 @@ def test_collectives_of_a_program_are_added_by_kind_and_axes():
     ("mesh", "said"),
     [
         (MeshConfig(data=32), "a microbatch is split over"),
-        (MeshConfig(data=1, expert=8), "num_experts"),
-        (MeshConfig(data=1, fsdp=16), "model_dim"),
+        (MeshConfig(data=1, expert=8), r"'expert' of \S*experts/wi .* over 8 devices"),
+        (MeshConfig(data=1, fsdp=16), r"'model' of \S+ .* is 8, over 16 devices"),
         (MeshConfig(data=1, tensor=4), "num_heads"),
     ],
 )
@@ -199,14 +201,13 @@ def test_a_mesh_that_splits_unevenly_is_refused(mesh, said):
         messages(mesh)
 
 
-def test_dispatch_auto_is_resolved_for_the_machine():
-    moe = dataclasses.replace(MODEL.moe, dispatch="auto")
-    config = ExperimentConfig(
-        model=dataclasses.replace(MODEL, moe=moe), data=DataConfig(sequence_length=16)
-    )
-    assert resolve(config).config.model.moe.dispatch == "ragged"
-    assert resolve(config, 1, "tpu").config.model.moe.dispatch == "gather"
-    assert resolve(config, 8).config.model.moe.dispatch == "gather"
+def test_auto_is_resolved_for_the_machine():
+    auto = dataclasses.replace(MODEL.part["moe"], run_experts="auto")
+    model = dataclasses.replace(MODEL, parts=MODEL.part | {"moe": auto})
+    config = ExperimentConfig(model=model, data=DataConfig(sequence_length=16))
+    assert resolve(config).run_experts == {"moe": "ragged"}
+    assert resolve(config, 1, "tpu").run_experts == {"moe": "gather"}
+    assert resolve(config, 8).run_experts == {"moe": "gather"}
 
 
 def test_all_devices_of_a_machine_are_used():

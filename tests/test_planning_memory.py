@@ -6,17 +6,23 @@ import jax
 import pytest
 
 from moe_jax.config import (
-    BalanceConfig,
-    CapacityConfig,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
-    ModelConfig,
-    MoEConfig,
     OptimizerConfig,
-    RouterConfig,
     TrainingConfig,
 )
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.balance import LoadBalance
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.costs import expert_rows, memory_rows
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.soft import Soft
 from moe_jax.planning.flops import KINDS, count_flops, forward_flops, training_flops
 from moe_jax.planning.memory import (
     dispatch_bytes,
@@ -34,25 +40,46 @@ from moe_jax.training.state import init_state
 
 # One dense and two MoE layers; M = 8, 2 heads and 1 key-value head of 4, H = 16, V = 32, L = 10;
 # E = 4, K = 2, H of an expert 12, capacity factor 1: C = 10 * 2 / 4 = 5 slots, 2 a token.
-MODEL = ModelConfig(
-    vocab_size=32, num_layers=3, model_dim=8, num_heads=2, num_kv_heads=1, head_dim=4, ffn_dim=16,
-    tie_embeddings=False, compute_dtype="bfloat16", remat="none", activation="swiglu",
-    moe=MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=12, num_dense_first=1, dispatch="gather",
-        capacity=CapacityConfig(train_factor=1.0),
-    ),
+MODEL = LanguageModel(
+    vocab_size=32, model_dim=8, tie_embeddings=False, compute_dtype="bfloat16", remat="none",
+    parts={
+        "attention": Attention(num_heads=2, num_kv_heads=1, head_dim=4),
+        "mlp": Mlp(dim=16, activation=SwiGLU()),
+        "moe": MoE(
+            num_experts=4, num_selected_experts=2, expert_dim=12, run_experts="gather",
+            capacity=Capacity(train_factor=1.0),
+        ),
+    },
+    stack=StackLayout(first=(("attention", "mlp"),), repeats=2, allow_lookahead=True),
 )  # fmt: skip
 
 
-def workload(mesh=None, batch=8, parts=1, moe=None, optimizer="adamw", **model):
-    changed = dataclasses.replace(MODEL, **model, moe=dataclasses.replace(MODEL.moe, **(moe or {})))
+def workload(mesh=None, batch=8, microbatches=1, optimizer="adamw", parts=None, **model):
+    """The plan of the model with these settings of its parts, and of itself, changed."""
+    changed = MODEL.part
+    for name, settings in (parts or {}).items():
+        changed[name] = dataclasses.replace(changed[name], **settings)
     mesh = mesh or MeshConfig(data=1)
     config = ExperimentConfig(
-        model=changed, data=DataConfig(sequence_length=10),
-        optimizer=OptimizerConfig(name=optimizer),
-        training=TrainingConfig(batch_size=batch, num_microbatches=parts), mesh=mesh,
+        model=dataclasses.replace(MODEL, parts=changed, **model),
+        data=DataConfig(sequence_length=10), optimizer=OptimizerConfig(name=optimizer),
+        training=TrainingConfig(batch_size=batch, num_microbatches=microbatches), mesh=mesh,
     )  # fmt: skip
     return resolve(config, mesh.num_devices)
+
+
+def dense_layer(work):
+    return work.model.decoder.first[0]
+
+
+def moe_layer(work):
+    return work.model.decoder.unit[0]
+
+
+def rows(work):
+    """Rows that experts compute for a token, and those that have a place in memory."""
+    moe = work.model.part["moe"]
+    return expert_rows(moe, work.length), memory_rows(moe, work.length)
 
 
 # Of one token, bytes: 4 M = 32 numbers and 3 ND + 3 KD = 36 in bfloat16; 2 heads x 10 probabilities
@@ -64,9 +91,9 @@ MOE = ATTENTION + 2 * 2 * (16 + 24) + 4 * 8
 
 def test_without_remat_all_that_the_backward_pass_reads_is_saved():
     work = workload(batch=8)
-    assert work.tokens == 80 and work.slots_per_token == 2
-    assert layer_activations(work, is_moe=False) == 80 * DENSE
-    assert layer_activations(work, is_moe=True) == 80 * MOE
+    assert work.tokens == 80 and rows(work)[0] == 2
+    assert layer_activations(work, dense_layer(work)) == 80 * DENSE
+    assert layer_activations(work, moe_layer(work)) == 80 * MOE
     assert saved_bytes(work) == 80 * (DENSE + 2 * MOE)
 
 
@@ -78,64 +105,67 @@ def test_remat_dots_saves_projections_dense_ffn_and_router_too():
     """Input and output M each, q 8, k and v 4 each; dense 2 H + M; the router's E in float32."""
     per_token = 3 * (16 + 16) * 2 + (2 * 16 + 8) * 2 + 2 * 4 * 4
     assert saved_bytes(workload(remat="dots")) == 80 * per_token
-    shared = workload(remat="dots", moe={"num_shared_experts": 2})
+    shared = workload(remat="dots", parts={"moe": {"shared_expert_dim": 24}})
     assert saved_bytes(shared) == 80 * (per_token + 2 * 2 * (24 + 8))
 
 
 def test_microbatches_and_devices_share_the_tokens():
     whole = saved_bytes(workload())
-    assert saved_bytes(workload(parts=4)) == whole / 4
+    assert saved_bytes(workload(microbatches=4)) == whole / 4
     for mesh in (MeshConfig(data=4), MeshConfig(data=2, expert=2), MeshConfig(data=1, fsdp=4)):
         assert saved_bytes(workload(mesh)) == whole / 4
-    halved = layer_activations(workload(MeshConfig(data=1, tensor=1)), is_moe=False)
-    assert halved == 80 * DENSE
+    alone = workload(MeshConfig(data=1, tensor=1))
+    assert layer_activations(alone, dense_layer(alone)) == 80 * DENSE
 
 
 def test_the_working_set_has_gathered_weights_and_their_gradient():
     """Of an MoE layer: q, o 64 each, k, v 32 each; norms 16; router 32; experts 4 x 2 x 96."""
     own = 192 + 16 + 32 + 768
     alone, split = workload(), workload(MeshConfig(data=1, fsdp=2))
-    assert gathered_parameters(alone, is_moe=True) == pytest.approx(own + 8 / 3)  # final norm
-    assert gathered_parameters(split, is_moe=True) == gathered_parameters(alone, is_moe=True)
+    assert gathered_parameters(alone, moe_layer(alone)) == own
+    assert gathered_parameters(split, moe_layer(split)) == gathered_parameters(
+        alone, moe_layer(alone)
+    )
     by_expert = workload(MeshConfig(data=1, expert=2))
-    assert gathered_parameters(by_expert, is_moe=True) == pytest.approx(own + 8 / 3 - 384)
+    assert gathered_parameters(by_expert, moe_layer(by_expert)) == own - 384
     full = workload(remat="full")
-    weights = 2 * 2 * gathered_parameters(full, is_moe=True)
-    assert working_set(full, is_moe=True) == weights + 80 * MOE
-    assert working_set(alone, is_moe=True) == weights + 80 * 20 * 4, "gradient of the scores"
+    weights = 2 * 2 * gathered_parameters(full, moe_layer(full))
+    assert working_set(full, moe_layer(full)) == weights + 80 * MOE
+    assert working_set(alone, moe_layer(alone)) == weights + 80 * 20 * 4, "gradient of the scores"
 
 
 def test_dispatch_buffers():
     """Two slots of 8 a token, in and out: 32 numbers; twice where they travel; GSEC for einsum."""
-    assert dispatch_bytes(workload()) == 80 * 2 * 2 * 8 * 2
-    split = workload(MeshConfig(data=1, expert=2))
-    assert dispatch_bytes(split) == 40 * 4 * 2 * 8 * 2
-    einsum = workload(moe={"dispatch": "einsum"})
-    assert dispatch_bytes(einsum) == 80 * (2 * 2 * 8 + 2 * 4 * 5) * 2
-    assert workload(moe={"dispatch": "ragged"}).slots_per_token == 2
+    alone, split = workload(), workload(MeshConfig(data=1, expert=2))
+    assert dispatch_bytes(alone, moe_layer(alone)) == 80 * 2 * 2 * 8 * 2
+    assert dispatch_bytes(split, moe_layer(split)) == 40 * 4 * 2 * 8 * 2
+    assert dispatch_bytes(alone, dense_layer(alone)) == 0
+    einsum = workload(parts={"moe": {"run_experts": "einsum"}})
+    assert dispatch_bytes(einsum, moe_layer(einsum)) == 80 * (2 * 2 * 8 + 2 * 4 * 5) * 2
+    assert rows(workload(parts={"moe": {"run_experts": "ragged"}}))[0] == 2
 
 
 def test_sorted_rows_have_a_place_for_each_choice_of_expert_choice():
     """All 4 experts, or `max_experts`; 10 tokens fill 5 slots of each, so that 2 are computed."""
-    router = RouterConfig(kind="expert_choice", predictor_loss_weight=1.0)
-    settings = {"router": router, "dispatch": "ragged", "allow_noncausal_routing": True}
-    work = workload(moe=settings)
-    assert (work.slots_per_token, work.rows_per_token) == (2, 4)
-    assert dispatch_bytes(work) == 80 * 2 * 4 * 8 * 2
+    settings = {"router": ExpertChoice(predictor_loss_weight=1.0), "run_experts": "ragged"}
+    work = workload(parts={"moe": settings})
+    assert rows(work) == (2, 4)
+    assert dispatch_bytes(work, moe_layer(work)) == 80 * 2 * 4 * 8 * 2
     # Beside the rows, logits, the predictor's and probabilities.
-    assert layer_activations(work, is_moe=True) == 80 * (ATTENTION + 4 * 2 * (16 + 24) + 3 * 4 * 4)
-    one = dataclasses.replace(router, max_experts=1)
-    assert workload(moe=settings | {"router": one}).rows_per_token == 1
+    expected = 80 * (ATTENTION + 4 * 2 * (16 + 24) + 3 * 4 * 4)
+    assert layer_activations(work, moe_layer(work)) == expected
+    one = ExpertChoice(predictor_loss_weight=1.0, max_experts=1)
+    assert rows(workload(parts={"moe": settings | {"router": one}}))[1] == 1
 
 
 def test_soft_slots_have_weights_for_each_token():
     """5 slots of each of 4 experts: logits and two softmaxes of 20 in float32."""
-    settings = {"router": RouterConfig(kind="soft"), "group_size": 10}
-    settings |= {"allow_noncausal_routing": True, "dispatch": "auto"}
-    work = workload(moe=settings)
-    assert layer_activations(work, is_moe=True) == 80 * (ATTENTION + 2 * 2 * (16 + 24) + 3 * 20 * 4)
-    assert dispatch_bytes(work) == 80 * (2 * 2 * 8 + 2 * 20) * 2
-    assert saved_bytes(workload(moe=settings, remat="dots")) == 80 * (
+    settings = {"moe": {"router": Soft(), "group_size": 10, "run_experts": "auto"}}
+    work = workload(parts=settings)
+    expected = 80 * (ATTENTION + 2 * 2 * (16 + 24) + 3 * 20 * 4)
+    assert layer_activations(work, moe_layer(work)) == expected
+    assert dispatch_bytes(work, moe_layer(work)) == 80 * (2 * 2 * 8 + 2 * 20) * 2
+    assert saved_bytes(workload(parts=settings, remat="dots")) == 80 * (
         3 * (16 + 16) * 2 + (2 * 16 + 8) * 2 + 2 * 20 * 4
     )
 
@@ -146,7 +176,7 @@ def test_state_is_three_float32_numbers_a_parameter_and_gradients_one():
     size = sum(leaf.size for leaf in leaves)
     memory = estimate_memory(work)
     assert (memory.parameters, memory.optimizer, memory.gradients) == (4 * size, 8 * size, 4 * size)
-    assert estimate_memory(workload(parts=2)).gradients == 8 * size
+    assert estimate_memory(workload(microbatches=2)).gradients == 8 * size
     assert memory.logits == 2 * 80 * 32 * 4
     state = 16 * size + memory.saved_activations
     assert memory.total == state + max(memory.logits, memory.layer + memory.dispatch)
@@ -156,10 +186,13 @@ def test_state_is_three_float32_numbers_a_parameter_and_gradients_one():
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
     """But for counters and optax's placeholders of one number."""
-    wide = {"model_dim": 128, "ffn_dim": 160, "head_dim": 64, "vocab_size": 200}
-    work = workload(
-        optimizer=name, scan_layers=scan_layers, moe={"expert_dim": 144, "use_bias": True}, **wide
-    )
+    wide = {
+        "attention": {"head_dim": 64},
+        "mlp": {"dim": 160},
+        "moe": {"expert_dim": 144, "use_bias": True},
+    }
+    sizes = {"model_dim": 128, "vocab_size": 200}
+    work = workload(optimizer=name, scan_layers=scan_layers, parts=wide, **sizes)
     state = jax.eval_shape(lambda: init_state(work.config))
     sizes = [leaf.size for leaf in jax.tree.leaves(state.opt_state)]
     placeholders = 4 * sum(size for size in sizes if size <= 8)
@@ -169,9 +202,9 @@ def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
 
 def test_the_cache_of_keys_and_values():
     """Keys and values, 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
-    assert kv_cache_bytes(MODEL, MeshConfig(data=1), 6, 100, 2) == 2 * 3 * 6 * 100 * 4 * 2
-    assert kv_cache_bytes(MODEL, MeshConfig(data=3), 6, 100, 2) == 2 * 3 * 2 * 100 * 4 * 2
-    assert kv_cache_bytes(MODEL, MeshConfig(data=8), 6, 100, 2) == 2 * 3 * 1 * 100 * 4 * 2
+    assert kv_cache_bytes(workload(MeshConfig(data=1), batch=24), 6, 100) == 2 * 3 * 6 * 100 * 4 * 2
+    assert kv_cache_bytes(workload(MeshConfig(data=3), batch=24), 6, 100) == 2 * 3 * 2 * 100 * 4 * 2
+    assert kv_cache_bytes(workload(MeshConfig(data=8), batch=24), 6, 100) == 2 * 3 * 1 * 100 * 4 * 2
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -192,7 +225,7 @@ def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
 
 def test_the_dispatch_tensor_has_no_gradient():
     """Of the two contractions, one has two products in the backward pass, the other one."""
-    config = workload(moe={"dispatch": "einsum"}).config.model
+    config = workload(parts={"moe": {"run_experts": "einsum"}}).model
     count = count_flops(config, 10)
     assert count.dispatch == 2 * 2 * (2 * 4 * 5 * 8)
     assert training_flops(config, 10)["routing"] == 3 * count.router + 5 * count.dispatch / 2
@@ -202,11 +235,11 @@ def test_loads_of_several_microbatches_are_counted_in_a_forward_pass_of_their_ow
     """For the load-balance loss of the whole batch, which is the default scope."""
     forward, one, four = forward_flops(MODEL, 10), *(training_flops(MODEL, 10, n) for n in (1, 4))
     assert four == {kind: one[kind] + forward[kind] * (kind != "head") for kind in KINDS}
-    balance = BalanceConfig(load_balance_scope="microbatch")
-    each = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, balance=balance))
-    assert training_flops(each, 10, 4) == one
-    assert workload(parts=4).extra_forward_passes == 1
-    assert workload(parts=4, moe={"balance": balance}).extra_forward_passes == 0
+    losses = (LoadBalance(weight=0.01, scope="microbatch"),)
+    each = workload(microbatches=4, parts={"moe": {"losses": losses}})
+    assert training_flops(each.model, 10, 4) == one
+    assert workload(microbatches=4).extra_forward_passes == 1
+    assert each.extra_forward_passes == 0
 
 
 def test_memory_traffic_of_the_experts():

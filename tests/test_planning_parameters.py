@@ -1,42 +1,63 @@
 """Parameters under the three conventions, and a device's share of them."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
 
-from moe_jax.config import MeshConfig, ModelConfig, MoEConfig, RouterConfig
-from moe_jax.models.parameters import key_path, parameter_axes
+from moe_jax.config import MeshConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import LayerNorm
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.planning.parameters import (
     count_parameters,
     local_parameters,
-    parameter_leaves,
+    local_size,
+    num_parts,
+    parameter_specs,
     shards_of,
 )
 
 
 def published(layers, model, heads, kv_heads, experts, selected, hidden, vocab, qk_norm=False):
     """A decoder of SwiGLU experts in every layer, head dim 128, an untied head."""
-    return ModelConfig(
-        vocab_size=vocab, num_layers=layers, model_dim=model, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=128, tie_embeddings=False, qk_norm=qk_norm,
-        moe=MoEConfig(
-            num_experts=experts, num_selected_experts=selected, expert_dim=hidden,
-            activation="swiglu", router=RouterConfig(renormalize=True),
-        ),
+    return LanguageModel(
+        vocab_size=vocab, model_dim=model, tie_embeddings=False,
+        parts={
+            "attention": Attention(
+                num_heads=heads, num_kv_heads=kv_heads, head_dim=128, qk_norm=qk_norm
+            ),
+            "moe": MoE(
+                num_experts=experts, num_selected_experts=selected, expert_dim=hidden,
+                activation=SwiGLU(), router=TokenChoice(renormalize=True),
+            ),
+        },
+        stack=StackLayout(repeats=layers),
     )  # fmt: skip
 
 
 MIXTRAL_8X7B = published(32, 4096, 32, 8, 8, 2, 14336, 32000)
-SMALL = ModelConfig(
-    vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=32,
-    tie_embeddings=False, attention_bias=True, qk_norm=True, norm="layernorm",
-    moe=MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=24, use_bias=True, num_dense_first=1,
-        num_shared_experts=1, shared_expert_gate=True,
-    ),
+SMALL = LanguageModel(
+    vocab_size=64, model_dim=16, tie_embeddings=False, norm=LayerNorm(),
+    parts={
+        "attention": Attention(
+            num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, output_bias=True, qk_norm=True
+        ),
+        "mlp": Mlp(dim=32),
+        "moe": MoE(
+            num_experts=4, num_selected_experts=2, expert_dim=24, use_bias=True,
+            shared_expert_dim=24, shared_expert_gate=True,
+        ),
+    },
+    stack=StackLayout(first=(("attention", "mlp"),), repeats=3),
 )  # fmt: skip
 
 
@@ -94,20 +115,12 @@ def test_a_device_holds_what_its_shardings_say(mesh, scan_layers):
     config = dataclasses.replace(SMALL, scan_layers=scan_layers)
     real = make_mesh(mesh, jax.devices())
     held = 0
-    for leaf in parameter_leaves(config):
-        sharding = named_sharding(leaf.axes, real)
-        local = sharding.shard_shape(leaf.shape)
-        assert leaf.local_size(mesh) == jax.numpy.prod(jax.numpy.asarray(local))
-        assert leaf.shards(mesh) * leaf.local_size(mesh) == leaf.size
-        held += leaf.local_size(mesh)
+    for spec in parameter_specs(config):
+        local = named_sharding(spec.axes, real).shard_shape(spec.shape)
+        assert local_size(spec, mesh) == math.prod(local)
+        assert num_parts(spec, mesh) * local_size(spec, mesh) == spec.size
+        held += local_size(spec, mesh)
     assert sum(local_parameters(config, mesh).values()) == held
-
-
-def test_leaves_are_those_of_the_model_with_the_dims_it_declares():
-    for leaf in parameter_leaves(SMALL):
-        declared = parameter_axes(leaf.path, SMALL)
-        assert leaf.axes[-len(declared) :] == declared and len(leaf.axes) == len(leaf.shape)
-    assert key_path(()) == ()
 
 
 def test_by_hand():

@@ -6,15 +6,14 @@ import math
 
 import pytest
 
-from moe_jax.config import (
-    CapacityConfig,
-    DataConfig,
-    ExperimentConfig,
-    MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    TrainingConfig,
-)
+from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
 from moe_jax.planning import sweep as sweeping
 from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
 from moe_jax.planning.figures import memory_parts, write_figures
@@ -39,13 +38,17 @@ from moe_jax.planning.workload import resolve
 GIB = 1024**3
 V5P = parse_topology("v5p:2x2x1")
 CONFIG = ExperimentConfig(
-    model=ModelConfig(
-        vocab_size=1024, num_layers=3, model_dim=256, num_heads=4, head_dim=64, ffn_dim=512,
-        tie_embeddings=False, compute_dtype="bfloat16", activation="swiglu",
-        moe=MoEConfig(
-            num_experts=8, num_selected_experts=2, expert_dim=128, num_dense_first=1,
-            capacity=CapacityConfig(train_factor=1.0), dispatch="gather",
-        ),
+    model=LanguageModel(
+        vocab_size=1024, model_dim=256, tie_embeddings=False, compute_dtype="bfloat16",
+        parts={
+            "attention": Attention(num_heads=4, head_dim=64),
+            "mlp": Mlp(dim=512, activation=SwiGLU()),
+            "moe": MoE(
+                num_experts=8, num_selected_experts=2, expert_dim=128, run_experts="gather",
+                capacity=Capacity(train_factor=1.0),
+            ),
+        },
+        stack=StackLayout(first=(("attention", "mlp"),), repeats=2),
     ),
     data=DataConfig(sequence_length=128),
     training=TrainingConfig(batch_size=32),
@@ -56,8 +59,14 @@ LARGE = dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(
         CONFIG.model,
-        num_layers=13, model_dim=2048, ffn_dim=4096,
-        moe=dataclasses.replace(CONFIG.model.moe, expert_dim=8192, capacity=CapacityConfig()),
+        model_dim=2048,
+        parts=CONFIG.model.part | {
+            "mlp": Mlp(dim=4096, activation=SwiGLU()),
+            "moe": dataclasses.replace(
+                CONFIG.model.part["moe"], expert_dim=8192, capacity=Capacity()
+            ),
+        },
+        stack=dataclasses.replace(CONFIG.model.stack, repeats=12),
     ),
     mesh=MeshConfig(data=4),
 )  # fmt: skip
@@ -147,6 +156,21 @@ def test_what_does_not_fit_is_said_with_what_takes_the_memory_and_what_to_change
     assert "--config.mesh.data=1 --config.mesh.fsdp=4" in text
     assert not any("remat" in change and "none" in change for change in by_change)
     assert describe(plan)["fits"] is False and describe(plan)["remedies"]
+
+
+def test_a_part_says_which_of_its_settings_would_need_less():
+    def with_moe(**changes):
+        moe = dataclasses.replace(CONFIG.model.part["moe"], **changes)
+        model = dataclasses.replace(CONFIG.model, parts=CONFIG.model.part | {"moe": moe})
+        return resolve(dataclasses.replace(CONFIG, model=model), 4)
+
+    many = Capacity(train_factor=4.0)
+    found = {one.change: one for one in remedies(with_moe(run_experts="einsum", capacity=many))}
+    fewer = found["--config.model.parts.moe.capacity.train_factor=1.0"]
+    assert fewer.total_bytes == estimate_memory(with_moe(run_experts="einsum")).total
+    by_index = found["--config.model.parts.moe.run_experts=gather"]
+    assert by_index.total_bytes == estimate_memory(with_moe(capacity=many)).total
+    assert by_index.keeps_result and not fewer.keeps_result
 
 
 def test_changes_are_put_together_until_it_fits():
@@ -246,9 +270,9 @@ def test_the_compiler_has_the_last_word_on_the_best(monkeypatch):
 
 
 def test_a_dense_model_has_no_expert_axis():
-    dense = dataclasses.replace(
-        CONFIG.model, moe=dataclasses.replace(CONFIG.model.moe, layer_period=0)
-    )
+    parts = {name: CONFIG.model.part[name] for name in ("attention", "mlp")}
+    layers = StackLayout(unit=(("attention", "mlp"),), repeats=3)
+    dense = dataclasses.replace(CONFIG.model, parts=parts, stack=layers)
     config = dataclasses.replace(CONFIG, model=dense, mesh=MeshConfig())
     found = sweep(config, parse_topology("v5p:2x2x1"))
     assert {one.work.mesh.expert for one in found.fitting} == {1}

@@ -1,5 +1,6 @@
 """The real programs, compiled for a machine that is not here."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.models import Decoder
+from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
+from moe_jax.part import Call
 from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
 from moe_jax.planning.hlo import read_program
 from moe_jax.planning.topology import Topology, devices
@@ -35,27 +37,33 @@ def compile_forward(work: Workload, topology: Topology) -> Compiled:
 
     As in evaluation, without dropout and noise, but with the capacity of training.
     """
-    model, training = work.config.model, work.config.training
+    model, training = with_training_capacity(work.model), work.config.training
     mesh = make_mesh(work.mesh, devices(topology))
     shardings = state_shardings(work.config, mesh)
     state = abstract_state(work.config)
     batch = abstract_batch((training.batch_size // training.num_microbatches, work.length))
 
-    def forward(params: Any, bias_XE: Any, batch: Any) -> jax.Array:
-        output = Decoder(model).apply(
-            {"params": params},
-            batch["inputs"],
-            batch["positions"],
-            batch["segment_ids"],
-            router_bias_XE=bias_XE,
-            capacity_factor=model.moe.capacity.train_factor,
+    def forward(params: Any, model_state: Any, batch: Any) -> jax.Array:
+        call = Call(
+            tokens_BL=batch["inputs"],
+            positions_BL=batch["positions"],
+            segments_BL=batch["segment_ids"],
         )
-        return output.logits_BLV
+        return model.run(params, call, state=model_state).logits_BLV
 
     rows = named_sharding(BATCH_AXES[1:], mesh)
-    program = jax.jit(forward, in_shardings=(shardings.params, shardings.router_bias_XE, rows))
+    program = jax.jit(forward, in_shardings=(shardings.params, shardings.model_state, rows))
     with jax.set_mesh(mesh):
-        return _compile(lambda: program.lower(state.params, state.router_bias_XE, batch))
+        return _compile(lambda: program.lower(state.params, state.model_state, batch))
+
+
+def with_training_capacity(model: LanguageModel) -> LanguageModel:
+    """The model with as many slots in evaluation as in training."""
+    parts = model.part
+    for name, part in model.moe_parts.items():
+        capacity = dataclasses.replace(part.capacity, eval_factor=part.capacity.train_factor)
+        parts[name] = dataclasses.replace(part, capacity=capacity)
+    return dataclasses.replace(model, parts=tuple(parts.items()))
 
 
 def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -9,8 +9,11 @@ import itertools
 from collections.abc import Iterator
 
 from moe_jax.config import MeshConfig
+from moe_jax.costs import KIND_OF_COMPONENT
 from moe_jax.parallel.rules import mesh_axes
-from moe_jax.planning.parameters import Leaf, abstract_mesh, parameter_leaves
+from moe_jax.parameters import ParameterSpec
+from moe_jax.planning.flops import KINDS
+from moe_jax.planning.parameters import abstract_mesh, local_size, parameter_specs
 from moe_jax.planning.workload import Workload
 
 # Bytes that a device sends in one direction, over the bytes of the array, for a group of n.
@@ -20,11 +23,6 @@ WIRE = {
     "all-reduce": lambda n: 2 * (n - 1) / n,  # a reduce-scatter and an all-gather
     "all-to-all": lambda n: (n - 1) / n,  # of the device's own buffer
 }
-KIND_OF_COMPONENT = {
-    "embedding": "head", "head": "head", "attention": "attention", "norms": "attention",
-    "dense_ffn": "dense_ffn", "shared_experts": "dense_ffn", "experts": "experts",
-    "router": "routing",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,20 +103,20 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
     mesh, parts = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
-    for leaf in parameter_leaves(work.config.model):
-        kind = KIND_OF_COMPONENT[leaf.component]
-        name = leaf.component.replace("_", " ")
-        split = _axes_of(leaf, mesh)
-        local = leaf.local_size(mesh) * work.itemsize * parts
+    for spec in parameter_specs(work.model):
+        kind = KIND_OF_COMPONENT.get(spec.component, "other")
+        name = spec.component.replace("_", " ")
+        split = _axes_of(spec, mesh)
+        local = local_size(spec, mesh) * work.itemsize * parts
         if "fsdp" in split:
             whole = local * sizes["fsdp"]
             gathered = whole
-            if leaf.component == "embedding":
+            if spec.component == "embedding":
                 # A lookup may send rows of tokens instead of the table.
-                rows = work.tokens * work.config.model.model_dim * work.itemsize * parts
+                rows = work.tokens * work.model.model_dim * work.itemsize * parts
                 gathered = min(whole, rows)
-            times = 1 if leaf.component == "embedding" else 2
-            times += work.extra_forward_passes * (leaf.component != "head")
+            times = 1 if spec.component == "embedding" else 2
+            times += work.extra_forward_passes * (spec.component != "head")
             yield Collective(
                 f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
             )
@@ -136,45 +134,43 @@ def _of_slots(work: Workload) -> Iterator[Collective]:
     Forward there and back, backward there and back; once more where remat computes the layer
     again.
     """
-    model, mesh = work.config.model, work.mesh
     axes = tuple(
         axis
-        for axis in mesh_axes("expert", abstract_mesh(mesh))
-        if abstract_mesh(mesh).shape[axis] > 1
+        for axis in mesh_axes("expert", abstract_mesh(work.mesh))
+        if abstract_mesh(work.mesh).shape[axis] > 1
     )
-    a_way = work.tokens * work.slots_per_token * model.model_dim * work.itemsize
-    a_way *= work.num_moe_layers * work.config.training.num_microbatches
-    passes = (2 if model.remat == "none" else 3) + work.extra_forward_passes
+    a_way = work.tokens * work.total(lambda cost: cost.exchanged)
+    a_way *= work.config.training.num_microbatches
+    passes = (2 if work.model.remat == "none" else 3) + work.extra_forward_passes
+    n = work.mesh.expert_shards
     for name in ("dispatch", "combine"):
-        yield Collective(name, "routing", "all-to-all", axes, mesh.expert_shards, passes * a_way)
+        yield Collective(name, "routing", "all-to-all", axes, n, passes * a_way)
 
 
 def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
     """Sums over `tensor` of what heads and hidden units add to a token: T x M, or slots x M.
 
-    One forward (the output), one backward (the input's gradient); the attention's is computed
-    again by remat "full". Head and embedding: one each.
+    One forward (the output), one backward (the input's gradient); remat "full" computes those again
+    that something in their layer waits for. Head and embedding: one each.
     """
-    model, n = work.config.model, work.mesh.tensor
-    num_moe = work.num_moe_layers
-    tokens = work.tokens * model.model_dim * work.itemsize * work.config.training.num_microbatches
-    shared = num_moe if model.moe.num_shared_experts else 0
-    passes = 2 + work.extra_forward_passes
-    times = {
-        "attention": model.num_layers * (passes + (model.remat == "full")),
-        "dense_ffn": passes * (model.num_layers - num_moe + shared),
-        "experts": passes * num_moe * work.slots_per_token,
-        "head": 2,
-    }
-    for kind, count in times.items():
-        name = f"{kind.replace('_', ' ')} output"
-        yield Collective(name, kind, "all-reduce", ("tensor",), n, count * tokens)
+    model, passes = work.model, 2 + work.extra_forward_passes
+    full = model.remat == "full"
+
+    def of_kind(kind: str) -> float:
+        return work.total(lambda c: c.sums * (passes + (full and not c.ends_layer)), kind)
+
+    sums = {kind: of_kind(kind) for kind in KINDS}
+    sums["head"] = 2 * model.model_dim * work.itemsize
+    for kind, size in sums.items():
+        name, tokens = f"{kind.replace('_', ' ')} output", work.tokens
+        size *= tokens * work.config.training.num_microbatches
+        yield Collective(name, kind, "all-reduce", ("tensor",), work.mesh.tensor, size)
 
 
-def _axes_of(leaf: Leaf, mesh: MeshConfig) -> tuple[str, ...]:
+def _axes_of(spec: ParameterSpec, mesh: MeshConfig) -> tuple[str, ...]:
     """The mesh axes, larger than one, that a parameter is split over."""
     sizes = abstract_mesh(mesh)
-    names = (axis for dim in leaf.axes for axis in mesh_axes(dim, sizes))
+    names = (axis for dim in spec.axes for axis in mesh_axes(dim, sizes))
     return tuple(axis for axis in names if sizes.shape[axis] > 1)
 
 

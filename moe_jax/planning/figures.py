@@ -105,6 +105,7 @@ def roofline_figure(times_by_kind: Mapping[str, Roofline], title: str) -> Figure
       times_by_kind: the roofline of each kind.
       title: of the figure.
     """
+    times_by_kind = {kind: times for kind, times in times_by_kind.items() if times.seconds > 0}
     shown = {name: label for name, label in RESOURCES.items() if _any(times_by_kind, name)}
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()

@@ -1,16 +1,14 @@
-"""FLOPs of a model, counted from its config (legend: `moe_jax.moe`)."""
+"""FLOPs of a model, from the costs of its parts (legend: `moe_jax.moe`)."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
-from moe_jax.config import ModelConfig
-from moe_jax.moe.dispatch import dispatcher_name
-from moe_jax.planning.routing import (
-    dispatched_copies,
-    expert_rows,
-    mean_experts,
-    router_flops,
-    slots_of_an_expert,
-)
+from moe_jax.costs import Cost
+from moe_jax.models.layer import Layer
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Part
+
+KINDS = ("attention", "dense_ffn", "experts", "routing", "other", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +19,13 @@ class FlopCount:
       attention: projections, scores and weighted values; the whole L x L square is counted, as it
         is computed.
       dense_ffn: FFNs of dense layers, and shared experts.
-      experts: the experts that compute a token: K, or by `routing.mean_experts`.
+      experts: the experts that compute a token.
       padding: expert FLOPs on slots that no token fills; below 0 where there are fewer slots than
         choices, so that some are sure to be dropped.
       dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
       router: router logits, and what else a router computes by matrices; of Soft MoE also its
         contractions, which are no dispatch but the model itself.
+      other: parts of components that the library does not know.
       head: output logits.
     """
 
@@ -36,12 +35,14 @@ class FlopCount:
     padding: float
     dispatch: float
     router: float
+    other: float
     head: float
 
     @property
     def model(self) -> float:
         """What the mathematics of the model needs: no padding, no dispatch. MFU counts these."""
-        return self.attention + self.dense_ffn + self.experts + self.router + self.head
+        by_component = (self.attention, self.dense_ffn, self.experts, self.router, self.other)
+        return sum(by_component) + self.head
 
     @property
     def computed(self) -> float:
@@ -49,81 +50,85 @@ class FlopCount:
         return self.model + self.padding + self.dispatch
 
 
-def count_flops(config: ModelConfig, sequence_length: int) -> FlopCount:
+def different_layers(model: LanguageModel) -> Iterator[tuple[Layer, int]]:
+    """The layers of the stack that are written once, and how often each runs."""
+    for segment, layers in model.decoder.segments():
+        for layer in layers:
+            yield layer, model.decoder.repeats if segment == "unit" else 1
+
+
+def model_costs(model: LanguageModel, length: int) -> Iterator[tuple[Cost, int]]:
+    """Every stage of the layers, and of parts that run once, and how often it is there."""
+    runs: list[tuple[Part, int]] = [*different_layers(model)]
+    runs += [(part, 1) for _, part in model.decoder.shared]
+    for part, count in runs:
+        for cost in part.costs(model.dims, length, model.compute_dtype):
+            yield cost, count
+
+
+def total(
+    model: LanguageModel, length: int, of: Callable[[Cost], float], kind: str | None = None
+) -> float:
+    """A number of every stage, of one kind or of all, summed over the model."""
+    costs = model_costs(model, length)
+    return sum(count * of(cost) for cost, count in costs if kind in (None, cost.kind))
+
+
+def count_flops(model: LanguageModel, sequence_length: int) -> FlopCount:
     """Counts the forward FLOPs of a token, with the experts and slots of training.
 
     Args:
-      config: the model.
+      model: the model.
       sequence_length: L.
     """
-    c, moe = config, config.moe
-    num_moe = len(c.moe_layers)
-    num_dense = c.num_layers - num_moe
-    heads, kv_heads = c.num_heads * c.head_dim, c.kv_heads * c.head_dim
-    projections = 2 * c.model_dim * (2 * heads + 2 * kv_heads)
-    scores = 2 * 2 * sequence_length * heads
-
-    slots = slots_of_an_expert(moe, sequence_length)
-    expert = 2 * c.model_dim * moe.expert_dim * (3 if moe.gated else 2)
-    experts = mean_experts(moe, sequence_length)
-    by_contraction = dispatcher_name(moe.dispatch) == "einsum" and not moe.has_soft_slots
-    contractions = 2 * 2 * moe.num_experts * slots * c.model_dim
-    router = router_flops(moe, c.model_dim) + contractions * moe.has_soft_slots
-    shared = moe.num_shared_experts * expert
-    dense = 2 * c.model_dim * c.ffn_dim * (3 if c.gated else 2)
+    names = {"routing": "router"}
+    by_kind = {
+        names.get(kind, kind): total(model, sequence_length, lambda cost: cost.flops, kind)
+        for kind in KINDS
+    }
     return FlopCount(
-        attention=c.num_layers * (projections + scores),
-        dense_ffn=num_dense * dense + num_moe * shared,
-        experts=num_moe * experts * expert,
-        padding=num_moe * (expert_rows(moe, sequence_length) - experts) * expert,
-        dispatch=num_moe * contractions * by_contraction * dispatched_copies(moe),
-        router=num_moe * router,
-        head=2 * c.model_dim * c.vocab_size,
+        **by_kind | {"head": 2 * model.model_dim * model.vocab_size},
+        padding=total(model, sequence_length, lambda cost: cost.padding),
+        dispatch=total(model, sequence_length, lambda cost: cost.dispatch),
     )
 
 
-KINDS = ("attention", "dense_ffn", "experts", "routing", "head")
-
-
-def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+def forward_flops(model: LanguageModel, sequence_length: int) -> dict[str, float]:
     """Computed forward FLOPs a token by `KINDS`: padding is with the experts."""
-    count = count_flops(config, sequence_length)
-    return {
-        "attention": count.attention,
-        "dense_ffn": count.dense_ffn,
-        "experts": count.experts + count.padding,
-        "routing": count.router + count.dispatch,
-        "head": count.head,
+    by_kind = {
+        kind: total(model, sequence_length, lambda cost: cost.computed, kind) for kind in KINDS
     }
+    return by_kind | {"head": 2 * model.model_dim * model.vocab_size}
 
 
 def training_flops(
-    config: ModelConfig, sequence_length: int, num_microbatches: int = 1
+    model: LanguageModel, sequence_length: int, num_microbatches: int = 1
 ) -> dict[str, float]:
     """Computed FLOPs a token of a training step by `KINDS`.
 
     Forward once; backward twice that (one product for the input's gradient, one for the weight's;
     only the first for the contraction with the dispatch tensor, which has no gradient); and what
     `model.remat` computes again: "full" every layer's forward pass, "dots" the products with a
-    batch dim (attention scores and values, experts, dispatch). Several microbatches whose
-    load-balance loss is that of the whole batch run the layers forward once more, to count loads.
+    batch dim (attention scores and values, experts, dispatch). Several microbatches with a loss of
+    the whole batch run the layers forward once more, for its sums.
     """
-    forward, count = forward_flops(config, sequence_length), count_flops(config, sequence_length)
+    forward = forward_flops(model, sequence_length)
+    in_layers = forward | {"head": 0.0}
     again = dict.fromkeys(KINDS, 0.0)
-    if config.remat == "full":
-        again |= {name: value for name, value in forward.items() if name != "head"}
-    elif config.remat == "dots":
-        heads = config.num_heads * config.head_dim
-        again["attention"] = config.num_layers * 4 * sequence_length * heads
-        products = len(config.moe_layers) * router_flops(config.moe, config.model_dim)
-        again["experts"], again["routing"] = forward["experts"], forward["routing"] - products
-    if counts_loads_first(config, num_microbatches):
-        again = {name: again[name] + forward[name] * (name != "head") for name in KINDS}
-    again["routing"] -= count.dispatch / 2  # half of it is combined
-    return {name: 3 * forward[name] + again[name] for name in KINDS}
+    if model.remat == "full":
+        again = dict(in_layers)
+    elif model.remat == "dots":
+        again = {
+            kind: total(model, sequence_length, lambda cost: cost.batched * cost.computed, kind)
+            for kind in KINDS
+        }
+    if measures_first(model, num_microbatches):
+        again = {kind: again[kind] + in_layers[kind] for kind in KINDS}
+    dispatch = total(model, sequence_length, lambda cost: cost.dispatch)
+    again["routing"] -= dispatch / 2  # half of it is combined
+    return {kind: 3 * forward[kind] + again[kind] for kind in KINDS}
 
 
-def counts_loads_first(config: ModelConfig, num_microbatches: int) -> bool:
+def measures_first(model: LanguageModel, num_microbatches: int) -> bool:
     """Whether a step runs the layers forward before it differentiates; `training.step` says why."""
-    scope = config.moe.balance.load_balance_scope
-    return bool(config.moe_layers) and num_microbatches > 1 and scope == "global"
+    return num_microbatches > 1 and model.needs_batch_sums

@@ -5,16 +5,16 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
-from moe_jax.config import MeshConfig, ModelConfig
-from moe_jax.models import Decoder
-from moe_jax.models.parameters import key_path, parameter_axes
+from moe_jax.config import MeshConfig
+from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import num_shards
-from moe_jax.planning.routing import mean_experts
+from moe_jax.parameters import ParameterSpec
+from moe_jax.planning.flops import total
 
 COMPONENTS = (
     "embedding", "head", "attention", "dense_ffn", "experts", "shared_experts", "router", "norms",
+    "other",
 )  # fmt: skip
 CONVENTIONS = ("with both embeddings", "without the input embedding", "without embeddings")
 
@@ -29,11 +29,11 @@ class ParameterCount:
       attention: projections, their biases and QK-norms.
       dense_ffn: FFNs of dense layers.
       experts: routed experts, all E of every layer.
-      active_experts: routed experts that a token uses, of every layer as many as
-        `routing.mean_experts` says.
+      active_experts: routed experts that a token uses, in the mean.
       shared_experts: shared experts and their gates.
       router: routers.
       norms: the norms of the residual stream.
+      other: components that the library does not know.
     """
 
     embedding: int
@@ -45,6 +45,7 @@ class ParameterCount:
     shared_experts: int
     router: int
     norms: int
+    other: int
 
     @property
     def total(self) -> int:
@@ -73,46 +74,33 @@ class ParameterCount:
     def _outside_experts(self) -> int:
         return (
             self.embedding + self.head + self.attention + self.dense_ffn
-            + self.shared_experts + self.router + self.norms
+            + self.shared_experts + self.router + self.norms + self.other
         )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """An array of parameters.
-
-    Attributes:
-      path: where it is in the parameters of `Decoder`.
-      shape: of the whole array.
-      axes: the name of each dim in `parallel.rules`, None for one that is never split.
-      component: one of `COMPONENTS`.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    component: str
-
-    @property
-    def size(self) -> int:
-        """Numbers in the whole array."""
-        return math.prod(self.shape)
-
-    def shards(self, mesh: MeshConfig) -> int:
-        """In how many parts the mesh splits it, copies not counted."""
-        return math.prod(shards_of(axis, mesh) for axis in self.axes)
-
-    def local_size(self, mesh: MeshConfig) -> int:
-        """Numbers that a device holds of it; a dim that does not divide is rounded up."""
-        parts = (shards_of(axis, mesh) for axis in self.axes)
-        return math.prod(-(-size // part) for size, part in zip(self.shape, parts, strict=True))
+def num_parts(spec: ParameterSpec, mesh: MeshConfig) -> int:
+    """In how many parts the mesh splits an array, copies not counted."""
+    return math.prod(shards_of(axis, mesh) for axis in spec.axes)
 
 
-def abstract_mesh(mesh: MeshConfig) -> jax.sharding.AbstractMesh:
+def local_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
+    """Numbers that a device holds of an array; a dim that does not divide is rounded up."""
+    parts = (shards_of(axis, mesh) for axis in spec.axes)
+    return math.prod(-(-size // part) for size, part in zip(spec.shape, parts, strict=True))
+
+
+def gathered_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
+    """Those, once it is gathered over fsdp."""
+    return local_size(spec, mesh) * (mesh.fsdp if "model" in spec.axes else 1)
+
+
+def abstract_mesh(
+    mesh: MeshConfig, device: jax.sharding.AbstractDevice | None = None
+) -> jax.sharding.AbstractMesh:
     """The axes of a mesh without its devices; the mesh has no -1."""
     outer = "expert_slice" if mesh.experts_span_slices else "slice"
-    sizes = (mesh.slices, *mesh.sizes)
-    return jax.sharding.AbstractMesh(sizes, (outer, "data", "fsdp", "expert", "tensor"))
+    names = (outer, "data", "fsdp", "expert", "tensor")
+    return jax.sharding.AbstractMesh((mesh.slices, *mesh.sizes), names, abstract_device=device)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,51 +110,33 @@ def shards_of(axis: str | None, mesh: MeshConfig) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def parameter_leaves(config: ModelConfig) -> tuple[Leaf, ...]:
-    """The parameters of the real model, abstractly: no memory is used."""
-    tokens = jax.ShapeDtypeStruct((1, max(config.moe.group_size, 2)), jnp.int32)
-    abstract = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, tokens)
-    leaves = []
-    for tree_path, leaf in jax.tree_util.tree_leaves_with_path(abstract["params"]):
-        path = key_path(tree_path)
-        axes = parameter_axes(path, config)
-        # Norms of stacked layers have a leading dim more than they are declared with.
-        axes = (None,) * (leaf.ndim - len(axes)) + axes
-        leaves.append(Leaf(path, leaf.shape, axes, _component(path)))
-    return tuple(leaves)
+def parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
+    """The parameters of the model before they exist; layers of a scan are stacked."""
+    return tuple(jax.tree.leaves(model.specs()))
 
 
-def count_parameters(config: ModelConfig, sequence_length: int) -> ParameterCount:
-    """Counts the leaves of the real model.
+def component(spec: ParameterSpec) -> str:
+    """What an array is counted as: one of `COMPONENTS`."""
+    return spec.component if spec.component in COMPONENTS else "other"
+
+
+def count_parameters(model: LanguageModel, sequence_length: int) -> ParameterCount:
+    """Counts the parameters of a model.
 
     Args:
-      config: the model.
+      model: the model.
       sequence_length: L, on which it depends how many tokens an expert chooses.
     """
     counts = dict.fromkeys(COMPONENTS, 0)
-    for leaf in parameter_leaves(config):
-        counts[leaf.component] += leaf.size
-    share = mean_experts(config.moe, sequence_length) / config.moe.num_experts
-    return ParameterCount(active_experts=round(counts["experts"] * share), **counts)
+    for spec in parameter_specs(model):
+        counts[component(spec)] += spec.size
+    inactive = total(model, sequence_length, lambda cost: cost.inactive)
+    return ParameterCount(active_experts=round(counts["experts"] - inactive), **counts)
 
 
-def local_parameters(config: ModelConfig, mesh: MeshConfig) -> dict[str, int]:
+def local_parameters(model: LanguageModel, mesh: MeshConfig) -> dict[str, int]:
     """Parameters that one device holds, by component."""
     counts = dict.fromkeys(COMPONENTS, 0)
-    for leaf in parameter_leaves(config):
-        counts[leaf.component] += leaf.local_size(mesh)
+    for spec in parameter_specs(model):
+        counts[component(spec)] += local_size(spec, mesh)
     return counts
-
-
-def _component(path: tuple[str, ...]) -> str:
-    """The component that a parameter belongs to, from its path in the model."""
-    name = path[-1]
-    if name in ("embedding", "head"):
-        return name
-    if name.startswith("router"):
-        return "router"
-    if "attention" in path:
-        return "attention"
-    if "moe" in path:
-        return "shared_experts" if name.startswith("shared_") else "experts"
-    return "dense_ffn" if "ffn" in path else "norms"

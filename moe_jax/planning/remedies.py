@@ -98,10 +98,10 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
                 f"mesh.{target}": sizes[target] * part,
             }
             yield moved, f"splits more over {target}", True
-    if model.moe_layers and model.moe.capacity.train_factor > 1:
-        yield {"model.moe.capacity.train_factor": 1.0}, "drops more tokens", False
-    if model.moe_layers and model.moe.dispatch == "einsum":
-        yield {"model.moe.dispatch": "gather"}, "reads and writes rows by index", True
+    for name, part in model.parts:
+        for changes, costs, keeps_result in part.savings():
+            changed = {f"model.parts.{name}.{path}": value for path, value in changes.items()}
+            yield changed, costs, keeps_result
     if config.optimizer.name == "adamw":
         yield {"optimizer.name": "adafactor"}, "another optimizer: other results", False
 
@@ -114,5 +114,7 @@ def _with(config: ExperimentConfig, changes: Mapping[str, object]) -> Experiment
 
 def _replace(node: Any, path: list[str], value: object) -> Any:
     name, *rest = path
+    if isinstance(node, tuple):  # named parts
+        return tuple((n, _replace(part, rest, value) if n == name else part) for n, part in node)
     inner = _replace(getattr(node, name), rest, value) if rest else value
     return dataclasses.replace(node, **{name: inner})

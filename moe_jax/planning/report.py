@@ -178,13 +178,13 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
     """What follows from the config and its mesh alone."""
     work = plan.work
     config, training = work.config, work.config.training
-    parameters = count_parameters(config.model, work.length)
-    flops = count_flops(config.model, work.length)
+    parameters = count_parameters(work.model, work.length)
+    flops = count_flops(work.model, work.length)
     return {
         "config": config.name,
         "mesh": dataclasses.asdict(work.mesh),
         "num_devices": work.mesh.num_devices,
-        "dispatch": config.model.moe.dispatch if config.model.moe_layers else None,
+        "run_experts": work.run_experts,
         "tokens_per_step": training.batch_size * work.length,
         "tokens_per_device_and_microbatch": work.tokens,
         "num_microbatches": training.num_microbatches,
@@ -198,9 +198,7 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
         "model_flops": model_flops(work),
         "computed_flops": computed_flops(work),
         "memory_estimate": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
-        "kv_cache_bytes": kv_cache_bytes(
-            config.model, work.mesh, training.batch_size, work.length, work.itemsize
-        ),
+        "kv_cache_bytes": kv_cache_bytes(work, training.batch_size, work.length),
         "hbm_traffic_estimate": hbm_traffic(work),
         "collectives_estimate": [
             dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in collectives(work)

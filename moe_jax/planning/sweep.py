@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.planning.memory import Memory, estimate_memory
+from moe_jax.planning.parameters import parameter_specs
 from moe_jax.planning.remedies import largest
 from moe_jax.planning.roofline import Roofline, estimate, model_flops
 from moe_jax.planning.text import table
@@ -85,9 +86,10 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
     uneven: dict[str, int] = {}
+    has_experts = any("expert" in spec.axes for spec in parameter_specs(config.model))
     for mesh in meshes(topology.num_devices, topology.slices):
         mesh = dataclasses.replace(mesh, experts_span_slices=config.mesh.experts_span_slices)
-        if mesh.expert > 1 and not config.model.moe_layers:
+        if mesh.expert > 1 and not has_experts:
             continue
         try:
             changed = dataclasses.replace(config, mesh=mesh)

@@ -42,7 +42,8 @@ def plan_text(plan: Plan) -> str:
 def header(plan: Plan) -> str:
     """What is planned."""
     work = plan.work
-    training, moe = work.config.training, work.config.model.moe
+    training, model = work.config.training, work.model
+    ways = ", ".join(dict.fromkeys(work.run_experts.values()))
     mesh = ", ".join(
         f"{name} {size}"
         for name, size in dataclasses.asdict(work.mesh).items()
@@ -52,8 +53,7 @@ def header(plan: Plan) -> str:
         f"{work.config.name}: {training.batch_size * work.length:,} tokens a step on "
         f"{work.mesh.num_devices:,} devices ({mesh or 'one'})",
         f"  {work.tokens:,.0f} tokens a device and microbatch, {training.num_microbatches} "
-        f"microbatches, dispatch {moe.dispatch if work.num_moe_layers else '-'}, "
-        f"remat {work.config.model.remat}, {work.config.model.compute_dtype}",
+        f"microbatches, run_experts {ways or '-'}, remat {model.remat}, {model.compute_dtype}",
     ]
     if plan.topology is not None:
         chip, share = plan.topology.chip, plan.topology.chip.devices
@@ -71,7 +71,7 @@ def header(plan: Plan) -> str:
 
 def parameters_text(plan: Plan) -> str:
     """Parameters by component and convention."""
-    count = count_parameters(plan.work.config.model, plan.work.length)
+    count = count_parameters(plan.work.model, plan.work.length)
     parts = [(n, f"{v:,}") for n, v in dataclasses.asdict(count).items() if v]
     conventions = [
         (name, f"{total:,}", f"{active:,}")
@@ -89,7 +89,7 @@ def parameters_text(plan: Plan) -> str:
 def flops_text(plan: Plan) -> str:
     """FLOPs a token and a step."""
     work = plan.work
-    count = count_flops(work.config.model, work.length)
+    count = count_flops(work.model, work.length)
     parts = [
         (name, f"{value / 1e6:,.3f}") for name, value in dataclasses.asdict(count).items() if value
     ]
@@ -109,9 +109,7 @@ def memory_text(plan: Plan) -> str:
     work, memory = plan.work, plan.memory
     parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
     training = work.config.training
-    cache = kv_cache_bytes(
-        work.config.model, work.mesh, training.batch_size, work.length, work.itemsize
-    )
+    cache = kv_cache_bytes(work, training.batch_size, work.length)
     return "\n".join(
         [
             "memory of one device, estimated",
@@ -146,7 +144,7 @@ def estimate_text(plan: Plan) -> str:
     assert plan.topology is not None
     by_kind = estimate_by_kind(plan.work, plan.topology)
     head = ("milliseconds a step, estimated", *RESOURCES)
-    rows = [_times(kind, times) for kind, times in by_kind.items()]
+    rows = [_times(kind, times) for kind, times in by_kind.items() if times.seconds > 0]
     whole = estimate(plan.work, plan.topology)
     return "\n".join([*table([head, *rows, _times("all", whole)], indent=0), _mfu(whole, plan)])
 

@@ -3,13 +3,17 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, MeshConfig
-from moe_jax.moe.routing.replay import most_choices
-from moe_jax.planning.flops import counts_loads_first
-from moe_jax.planning.routing import expert_rows, slots_of_an_expert
+from moe_jax.costs import Cost
+from moe_jax.models.model import LanguageModel
+from moe_jax.planning.flops import measures_first, model_costs
+from moe_jax.planning.parameters import abstract_mesh
+from moe_jax.training.placement import check_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Workload:
     """A config on a mesh; sizes are of one device and one microbatch unless they say otherwise.
 
     Attributes:
-      config: with `moe.dispatch` resolved (but for Soft MoE, which has none) and its mesh filled.
+      config: with its parts resolved (`Part.resolved`) and its mesh filled.
     """
 
     config: ExperimentConfig
@@ -49,31 +53,30 @@ class Workload:
         return jnp.dtype(self.config.model.compute_dtype).itemsize
 
     @property
-    def num_moe_layers(self) -> int:
-        """X."""
-        return len(self.config.model.moe_layers)
+    def model(self) -> LanguageModel:
+        """The model, resolved."""
+        model = self.config.model
+        assert isinstance(model, LanguageModel)
+        return model
+
+    @property
+    def run_experts(self) -> dict[str, str]:
+        """How experts run, by the parts that have any."""
+        return {name: part.run_experts for name, part in self.model.moe_parts.items()}
 
     @property
     def extra_forward_passes(self) -> int:
         """Forward passes over the layers that a step makes before it differentiates."""
-        parts = self.config.training.num_microbatches
-        return int(counts_loads_first(self.config.model, parts))
+        return int(measures_first(self.model, self.config.training.num_microbatches))
 
     @functools.cached_property
-    def slots(self) -> int:
-        """C: slots of an expert in a group."""
-        return slots_of_an_expert(self.config.model.moe, self.length)
+    def costs(self) -> tuple[tuple[Cost, int], ...]:
+        """Every stage of the model, and how often it is there."""
+        return tuple(model_costs(self.model, self.length))
 
-    @property
-    def slots_per_token(self) -> float:
-        """Rows that experts compute for a token: with padding, but for sorted rows."""
-        return expert_rows(self.config.model.moe, self.length)
-
-    @property
-    def rows_per_token(self) -> float:
-        """Rows that have a place in memory for a token: of sorted rows, one for every choice."""
-        moe = self.config.model.moe
-        return most_choices(moe) if moe.dispatch == "ragged" else self.slots_per_token
+    def total(self, of: Callable[[Cost], float], kind: str | None = None) -> float:
+        """A number of every stage, of one kind or of all, summed over the model."""
+        return sum(count * of(cost) for cost, count in self.costs if kind in (None, cost.kind))
 
 
 def resolve(
@@ -84,7 +87,7 @@ def resolve(
     Args:
       config: its mesh may have a -1, which takes the devices that are left.
       num_devices: how many there are; None: as many as the mesh needs with 1 for -1.
-      platform: "cpu", "tpu" or "gpu", for dispatch "auto".
+      platform: "cpu", "tpu" or "gpu", for settings "auto".
 
     Raises:
       ValueError: the mesh does not fit the devices, or does not split the arrays evenly.
@@ -100,9 +103,10 @@ def resolve(
                 f"the mesh uses all devices of a topology: {mesh.num_devices} of {num_devices}. "
                 "Set one size of config.mesh to -1, or name a smaller topology."
             )
-    moe = config.model.moe
-    if moe.dispatch == "auto" and not moe.has_soft_slots:
-        alone = mesh.num_devices == 1 and platform == "cpu"
-        moe = dataclasses.replace(moe, dispatch="ragged" if alone else "gather")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-    return Workload(dataclasses.replace(config, mesh=mesh))
+    device = jax.sharding.AbstractDevice("planned", None, platform)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
+        parts = tuple((name, part.resolved()) for name, part in config.model.parts)
+    model = dataclasses.replace(config.model, parts=parts)
+    config = dataclasses.replace(config, mesh=mesh, model=model)
+    check_run(config, abstract_mesh(mesh))
+    return Workload(config)
