@@ -85,4 +85,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "min_count", DEFAULT.min_count, "Occurrences of a token id that is listed.", lower_bound=1
     )
+    command_line.define_trust_flag()
     command_line.run(main, required=("workdir",))

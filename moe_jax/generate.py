@@ -10,10 +10,12 @@ from moe_jax.training.saved import load_run
 
 def main() -> None:
     """Loads the newest checkpoint and samples."""
-    config, state = load_run(flags.FLAGS.workdir, command_line.mesh_of_flag())
+    config, state = load_run(
+        flags.FLAGS.workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust
+    )
     text = continue_text(
         state.params,
-        state.router_bias_XE,
+        state.model_state,
         config,
         flags.FLAGS.prompt,
         num_tokens=flags.FLAGS.tokens,
@@ -28,6 +30,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
+    command_line.define_trust_flag()
     flags.DEFINE_string("prompt", None, "The text to continue.")
     flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
     flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0.0)

@@ -17,22 +17,22 @@ from moe_jax.analysis.checkpoint import (
     write_analysis,
 )
 from moe_jax.analysis.measures import Scope, measure_layers
-from moe_jax.analysis.routed import flatten, route_batches
+from moe_jax.analysis.routed import flatten, route_batches, routed_layers
 from moe_jax.analysis.routing_figures import routing_figures
+from moe_jax.analysis.similarity import BlockWeights
 from moe_jax.analysis.summary import summary_table, text_table
 from moe_jax.analyze import said
 from moe_jax.data import domain_names, heldout_batches, open_tokenizer
-from moe_jax.models import RoutingRecord
+from moe_jax.models.routing_record import PartRecord, RoutingRecord
+from moe_jax.moe.routing import Choices
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.saved import CHECKPOINTS
-from tests.tiny_run import files, tiny_state, tiny_training
+from tests.tiny_run import DENSE, files, tiny_moe, tiny_state, tiny_training
 
 # Four experts, and one that adds nothing.
-CONFIG = tiny_training(
-    {"model": {"moe": {"num_zero_experts": 1, "capacity": {"eval_factor": 0.0}}}}
-)
+CONFIG = tiny_training(tiny_moe(num_zero_experts=1, capacity={"eval_factor": 0.0}))
 ALL = 10**9
 OPTIONS = Options(tokens=2000, shuffles=20, min_count=2)
 
@@ -62,7 +62,7 @@ def test_choices_are_those_that_an_evaluation_counts():
     state = tiny_state(CONFIG)
     batches = list(heldout_batches(CONFIG.data, batch_size=4))
     routed = route_batches(state, CONFIG.model, batches, ALL)
-    shares = evaluate(state.params, state.router_bias_XE, CONFIG)["domain_expert_share"]
+    shares = evaluate(state.params, state.model_state, CONFIG)["domain_expert_share"]
     for layer, expert_JK in zip(shares.values(), routed.expert_XJK, strict=True):
         for name, share_E in layer.items():
             is_of_domain_J = routed.domain_J == domain_names(CONFIG.data).index(name)
@@ -87,13 +87,8 @@ def test_a_record_is_flattened_without_its_padding():
     record = RoutingRecord(
         tokens_BL=np.array([[7, 8, 9], [6, 0, 0]]),
         positions_BL=np.zeros((2, 3), np.int32),
-        segment_ids_BL=segments_BL,
-        layers_X=np.array([5]),
-        num_experts=np.array(12),
-        expert_index_XBLK=index,
-        chosen_XBLK=chosen,
-        gate_XBLK=index / 10,
-        kept_XBLK=chosen,
+        segments_BL=segments_BL,
+        parts={"moe": PartRecord((5,), 12, Choices(index, chosen, index / 10, chosen))},
     )
     routed = flatten(record, np.array([4, 2]))
     assert routed.expert_XJK.tolist() == [[[0, 1], [2, -1], [4, 5], [6, 7]]]
@@ -101,6 +96,48 @@ def test_a_record_is_flattened_without_its_padding():
     assert routed.domain_J.tolist() == [4, 4, 4, 2]
     same = routed.document_J[1:] == routed.document_J[:-1]
     assert same.tolist() == [True, False, False]
+
+
+def test_parts_of_other_sizes_are_joined_in_the_order_of_the_model():
+    """Layers 1 and 2 of a part of one choice, layers 0 and 2 of one of two."""
+    segments_BL = np.array([[1, 1, 0]], np.int32)
+
+    def part(layers, num_experts, num_choices):
+        index = np.arange(len(layers) * 3 * num_choices, dtype=np.int32) % num_experts
+        index = index.reshape(len(layers), 1, 3, num_choices)
+        chosen = np.ones(index.shape, bool)
+        return PartRecord(layers, num_experts, Choices(index, chosen, index / 10, chosen))
+
+    parts = {"one": part((1, 2), 2, 1), "two": part((0, 2), 12, 2)}
+    assert [tuple(layer) for layer in routed_layers({n: p.layers for n, p in parts.items()})] == [
+        ("layer_00", "two", 0), ("layer_01", "one", 0),
+        ("layer_02_one", "one", 1), ("layer_02_two", "two", 1),
+    ]  # fmt: skip
+    record = RoutingRecord(segments_BL, segments_BL, segments_BL, parts)
+    routed = flatten(record, np.array([0]))
+    assert routed.expert_XJK.tolist() == [
+        [[0, 1], [2, 3]], [[0, -1], [1, -1]], [[1, -1], [0, -1]], [[6, 7], [8, 9]],
+    ]  # fmt: skip
+    np.testing.assert_allclose(routed.gate_XJK[1], [[0, 0], [0.1, 0]])
+
+
+def test_a_run_with_parts_of_other_sizes_is_analysed(tmp_path):
+    """Four experts, top 2, and one of six, top 1; every figure, and the page, has both."""
+    six = {"kind": "moe", "num_experts": 6, "expert_dim": 8}
+    unit = [["attention", "moe"], ["attention", "six"]]
+    config = tiny_training({"model": {"parts": {"six": six}, "stack": {"unit": unit}}})
+    states = {step: tiny_state(config, seed=step) for step in (1, 2)}
+    make_run(tmp_path, states, config)
+    analysis = analyze_run(tmp_path, Options(tokens=500, shuffles=1, min_count=2))
+    sizes = [len(layer["load"]["share"]) for layer in analysis.layers.values()]
+    assert sizes == [4, 6, 4, 6]
+    choices = [layer["choices_per_token"] for layer in analysis.layers.values()]
+    assert choices == [2, 1, 2, 1]
+    parts = analysis.settings["parts"]
+    assert {name: part["layers"] for name, part in parts.items()} == {"moe": [0, 2], "six": [1, 3]}
+    page = write_analysis(analysis, tmp_path / "analysis")[0].read_text(encoding="utf-8")
+    assert "4 or 6 experts a layer" in page and "50.0% or 16.7% at random" in page
+    assert page.count("data:image/png;base64,") == 8
 
 
 def test_earlier_checkpoints_are_compared_with_the_last(analysis):
@@ -161,8 +198,9 @@ def test_numbers_are_in_their_ranges_and_beside_their_baselines(analysis):
 
 def test_of_one_choice_a_token_nothing_is_said_of_two(analysis):
     one = analysis.routed._replace(expert_XJK=analysis.routed.expert_XJK[..., :1])
-    weights = {name: {"wi": np.ones((4, 2, 2))} for name in analysis.layers}
-    scope = Scope(5, analysis.domains, analysis.tokenizer, num_shuffles=1)
+    block = BlockWeights(5, {"wi": np.ones((4, 2, 2))}, None)
+    weights = dict.fromkeys(analysis.layers, block)
+    scope = Scope(analysis.domains, analysis.tokenizer, num_shuffles=1)
     layers = measure_layers(one, {}, {}, weights, scope)
     assert layers["layer_00"]["coactivation"]["random"] == 0
     assert summary_table(layers)[0][-1] == "repeated first"
@@ -223,20 +261,25 @@ def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, 
         "data": {
             "corpus": f"jsonl:{tmp_path}/mine", "tokenizer": f"sentencepiece:{tmp_path}/x.model",
         },
-        "model": {"moe": {
-            "allow_noncausal_routing": True, "router": {"kind": "expert_choice"},
-            "balance": {"bias_update_rate": 0}, "capacity": {"train_factor": 1.5},
-        }},
+        "model": {
+            "stack": {"allow_lookahead": True},
+            "parts": {"moe": {
+                "router": "expert_choice", "bias": None, "capacity": {"train_factor": 1.5},
+            }},
+        },
     }  # fmt: skip
     options = Options(text=(f"{tmp_path}/one.txt",))
     found = settings_of(tmp_path / "run", tiny_training(choice), options, 1, [], analysis.routed)
-    assert found["capacity"] == "that of training, factor 1.5"
+    assert found["parts"]["moe"]["capacity"] == "that of training, factor 1.5"
     assert (found["run"], found["text"], found["files"]) == ("run", "one.txt", ["one.txt"])
     assert found["tokenizer"] == "sentencepiece:x.model"
     heldout = settings_of(tmp_path, tiny_training(choice), Options(), 1, [], analysis.routed)
     assert heldout["text"] == "the held-out split of jsonl:mine"
     assert str(tmp_path.parent) not in json.dumps([found, heldout])
-    assert analysis.settings["capacity"] == "dropless"
+    assert analysis.settings["parts"]["moe"] == {
+        "layers": [0, 1], "num_experts": 5, "of_which_compute_nothing": 1,
+        "num_selected_experts": 2, "router": "token_choice", "capacity": "dropless",
+    }  # fmt: skip
 
 
 def test_any_checkpoint_can_be_analysed_while_a_run_deletes_others(workdir, monkeypatch, caplog):
@@ -253,18 +296,17 @@ def test_any_checkpoint_can_be_analysed_while_a_run_deletes_others(workdir, monk
 def test_what_cannot_be_analysed_is_refused_or_left_out(workdir, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"holds config\.json: there is none"):
         analyze_run(tmp_path)
-    dense = tiny_training({"model": {"moe": {"layer_period": 0}}})
+    dense = tiny_training(DENSE)
     make_run(tmp_path / "dense", {1: tiny_state(dense)}, dense)
-    with pytest.raises(ValueError, match=r"MoE layers: .*moe\.layer_period=0.*Pass the --workdir"):
+    with pytest.raises(ValueError, match=r"MoE layers: .*'attention', 'mlp'.*Pass the --workdir"):
         analyze_run(tmp_path / "dense")
-    soft = {
-        "allow_noncausal_routing": True,
-        "router": {"kind": "soft", "input_jitter": 0.0},
-        "group_size": 16,
-    }
-    mixed = tiny_training({"model": {"moe": {**soft, "balance": {"bias_update_rate": 0}}}})
+    soft = {"router": "soft", "bias": None, "group_size": 16}
+    stack = {"allow_lookahead": True}
+    mixed = tiny_training({"model": {"parts": {"moe": soft}, "stack": stack}})
     make_run(tmp_path / "soft", {1: tiny_state(mixed)}, mixed)
-    with pytest.raises(ValueError, match=r"choose experts .*kind='soft', which mixes .*Pass the"):
+    with pytest.raises(
+        ValueError, match=r"choose experts .*moe\.router='soft', which mixes .*Pass the"
+    ):
         analyze_run(tmp_path / "soft")
     (workdir / CHECKPOINTS / "3" / "manifest.json").write_text("{}")
     small = Options(tokens=2000, shuffles=1)

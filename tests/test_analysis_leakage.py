@@ -6,8 +6,7 @@ import pytest
 
 from moe_jax.analysis.leakage import compare_futures, score_cut
 from moe_jax.data import heldout_batches, open_tokenizer
-from moe_jax.models import Decoder
-from moe_jax.training.loss import target_nats
+from moe_jax.training.loss import call_of, target_nats
 from tests.tiny_run import tiny_state, tiny_training
 
 CUT = 6
@@ -15,13 +14,9 @@ CUT = 6
 
 def make(queue="token_major", **moe):
     """A model of tight capacity."""
-    settings = {
-        "allow_noncausal_routing": True,
-        "balance": {"bias_update_rate": 0.0},
-        "capacity": {"queue_order": queue},
-        **moe,
-    }
-    config = tiny_training({"model": {"moe": settings}})
+    settings = {"bias": None, "capacity": {"queue": queue}, **moe}
+    stack = {"allow_lookahead": True}
+    config = tiny_training({"model": {"parts": {"moe": settings}, "stack": stack}})
     return config, tiny_state(config).params
 
 
@@ -37,7 +32,7 @@ def causal():
 
 def test_the_future_is_nothing_to_a_token_major_queue(causal):
     config, params = causal
-    said = compare_futures(params, None, config, capacity_factor=0.5, cuts=(2, 9), num_sequences=8)
+    said = compare_futures(params, None, config, capacity=0.5, cuts=(2, 9), num_sequences=8)
     assert said.moved == 0
     assert said.teacher_forced == said.prefix_by_prefix == said.other_future
     assert said.num_targets > 8
@@ -47,11 +42,9 @@ def test_the_loss_is_that_of_a_text_that_ends_there(causal):
     """A causal dropless model does not know whether padding or nothing comes after a token."""
     config, params = causal
     batch = batch_of(config)
-    said = score_cut(params, None, batch, CUT, config=config.model, factor=0.0)
+    said = score_cut(params, None, batch, CUT, model=config.model, capacity=0.0)
     cut = {name: value[:, : CUT + 1] for name, value in batch.items()}
-    output = Decoder(config.model).apply(
-        {"params": params}, cut["inputs"], cut["positions"], cut["segment_ids"]
-    )
+    output = config.model.run(params, call_of(cut, capacity=0.0))
     expected_B = target_nats(output.logits_BLV, cut["targets"])[:, -1]
     for nats_B in said.nats_3B:
         np.testing.assert_allclose(nats_B, expected_B, rtol=1e-5)
@@ -62,16 +55,16 @@ def test_the_loss_is_that_of_a_text_that_ends_there(causal):
 )
 def test_the_future_moves_what_looks_ahead(queue, kind):
     config, params = make(queue, router={"kind": kind})
-    said = compare_futures(params, None, config, capacity_factor=0.5, cuts=(2, 9), num_sequences=8)
+    said = compare_futures(params, None, config, capacity=0.5, cuts=(2, 9), num_sequences=8)
     assert said.moved > 0.01
     assert said.prefix_by_prefix != said.teacher_forced != said.other_future
 
 
 def test_bits_are_those_of_the_scored_targets(causal):
     config, params = causal
-    said = compare_futures(params, None, config, capacity_factor=0.0, cuts=(CUT,), num_sequences=4)
+    said = compare_futures(params, None, config, capacity=0.0, cuts=(CUT,), num_sequences=4)
     batch = batch_of(config)
-    nats_B = score_cut(params, None, batch, CUT, config=config.model, factor=0.0).nats_3B[0]
+    nats_B = score_cut(params, None, batch, CUT, model=config.model, capacity=0.0).nats_3B[0]
     weight_B = batch["loss_weights"][:, CUT]
     num_bytes = open_tokenizer("byte").token_bytes_V[batch["targets"][:, CUT]] @ weight_B
     bits = float(nats_B @ weight_B) / num_bytes / np.log(2)
@@ -84,10 +77,10 @@ def test_bits_are_those_of_the_scored_targets(causal):
     [
         ((15,), {}, r"from 0 to 14: got \[15\]"),
         ((), {}, "places with a token after them"),
-        ((2,), {"model": {"moe": {"group_size": 32}}}, "moe.group_size=32"),
+        ((2,), {"model": {"parts": {"moe": {"group_size": 32}}}}, "moe.group_size=32"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(cuts, settings, says):
     config = tiny_training(settings)
     with pytest.raises(ValueError, match=says):
-        compare_futures(None, None, config, capacity_factor=1.0, cuts=cuts, num_sequences=4)
+        compare_futures(None, None, config, capacity=1.0, cuts=cuts, num_sequences=4)

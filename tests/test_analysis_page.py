@@ -152,8 +152,8 @@ def said_of(title):
         "flips": {title: {"first": 0.1, "set": 0.2}},
     }  # fmt: skip
     settings = {
-        "config": title, "step": 3, "num_tokens": 10, "text": title, "num_experts": 4,
-        "commit": None, "min_count": 3,
+        "config": title, "step": 3, "num_tokens": 10, "text": title,
+        "parts": {"moe": {"layers": [0, 1], "router": title}}, "commit": None, "min_count": 3,
     }  # fmt: skip
     return {"settings": settings, "layers": {"layer_00": layer, "layer_01": layer}}
 

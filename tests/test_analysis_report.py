@@ -12,27 +12,32 @@ import pytest
 from matplotlib.image import imread
 
 from moe_jax.analysis.report import main, read_run, write_report
-from moe_jax.config import ExperimentConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
+from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
 from moe_jax.training.metrics import MetricWriter, write_run_record
 
 DOMAINS = ("drama", "folio1623", "multilingual", "prose", "python", "speech")
 MAX_BYTES = 150_000
 
 
-def moe_metrics(rng, layer: str, progress: float, num_experts: int) -> dict:
+def moe_metrics(rng, layer: str, progress: float, num_experts: int, part: str = "moe") -> dict:
     """A router that starts uneven and is balanced by and by."""
     logits = np.random.default_rng(len(layer) + int(layer[-2:])).standard_normal(num_experts)
     load = np.exp(logits * (0.15 + 1.2 * np.exp(-6 * progress)))
     load = load / load.sum() + 0.004 * rng.standard_normal(num_experts) / num_experts**0.5
     load = np.maximum(load, 0) / np.maximum(load, 0).sum()
     return {
-        f"moe/{layer}/expert_load": load.astype(np.float32),
-        f"moe/{layer}/expert_load_max": load.max(),
-        f"moe/{layer}/max_violation": load.max() * num_experts - 1,
-        f"moe/{layer}/dropped_fraction": float(np.maximum(load - 1.25 / num_experts, 0).sum()),
-        f"moe/{layer}/router_entropy": np.log(num_experts) * (0.98 - 0.5 * progress**0.3),
-        f"moe/{layer}/load_balance_loss": float(num_experts * (load**2).sum()),
-        f"moe/{layer}/router_z_loss": 4.2,
+        f"{part}/{layer}/expert_load": load.astype(np.float32),
+        f"{part}/{layer}/expert_load_max": load.max(),
+        f"{part}/{layer}/max_violation": load.max() * num_experts - 1,
+        f"{part}/{layer}/dropped_fraction": float(np.maximum(load - 1.25 / num_experts, 0).sum()),
+        f"{part}/{layer}/router_entropy": np.log(num_experts) * (0.98 - 0.5 * progress**0.3),
+        f"{part}/{layer}/load_balance_loss": float(num_experts * (load**2).sum()),
+        f"{part}/{layer}/router_z_loss": 4.2,
     }
 
 
@@ -50,10 +55,14 @@ def make_run(
 ) -> None:
     """The files of a run of a MoE model, or, without layers, of a dense one."""
     rng = np.random.default_rng(0)
-    moe = MoEConfig(num_experts=num_experts, layers=layers, layer_period=2 if layers else 0)
+    num_layers = max([4, *(i + 1 for i in layers)])
+    names = [("attention", "moe" if i in layers else "mlp") for i in range(num_layers)]
+    layout = StackLayout.of(names)
+    parts = {"attention": Attention(), "mlp": Mlp(), "moe": MoE(num_experts=num_experts)}
+    parts = {name: part for name, part in parts.items() if name in layout.names}
     config = ExperimentConfig(
         name="quickstart",
-        model=ModelConfig(num_layers=max([4, *(i + 1 for i in layers)]), moe=moe),
+        model=LanguageModel(parts=parts, stack=layout),
         optimizer=OptimizerConfig(warmup_steps=1),
         training=TrainingConfig(num_steps=num_steps),
     )
@@ -106,7 +115,8 @@ def test_report_of_a_moe_run(tmp_path):
     assert "| python | 1.9000 |" in text
     assert "3,456,789 in all, 9 used by a token" in text
     assert "| time in training steps | 200 s |" in text
-    assert "config.model.moe.layers: [] -> [1, 3]" in text
+    unit = "[['attention', 'mlp'], ['attention', 'moe']]"
+    assert f"config.model.stack.unit: [['attention', 'moe']] -> {unit}" in text
     assert "````text\nThe whale\n```python" in text
     assert "| layer_03 |" in text
 
@@ -129,7 +139,7 @@ def test_report_of_a_dense_run_has_no_moe_figures(tmp_path):
     text, images = report_of(tmp_path)
     assert images == {"loss.png"}
     assert "Routing" not in text and "capacity-limited" not in text
-    assert "config.model.moe.layer_period: 1 -> 0" in text
+    assert "config.model.stack.unit: [['attention', 'moe']] -> [['attention', 'mlp']]" in text
 
 
 def test_report_of_a_run_that_is_still_going(tmp_path):
@@ -151,6 +161,40 @@ def test_unused_experts_and_nan_losses_are_drawn(tmp_path):
         load = {"moe/layer_00/expert_load": [1.0, 0.0, 0.0, 0.0]}
         writer.write(200, {"train/loss": float("nan"), **load})
     report_of(tmp_path)
+
+
+def test_layers_of_several_parts_are_in_the_order_of_the_model(tmp_path):
+    """Four experts in layers 1 and 2, six in layers 0 and 2, and one hundred layers above."""
+    make_run(tmp_path, layers=(1,), num_experts=4, num_steps=200)
+    places = {"six/layer_00": 6, "six/layer_02": 6, "moe/layer_02": 4, "moe/layer_100": 4}
+    metrics = {}
+    for place, num_experts in places.items():
+        part, layer = place.split("/")
+        metrics |= moe_metrics(np.random.default_rng(0), layer, 1.0, num_experts, part)
+    with MetricWriter(tmp_path, start_step=190) as writer:
+        last = moe_metrics(np.random.default_rng(0), "layer_01", 1.0, 4)
+        writer.write(200, {"train/loss": 1.0, "domain/layer_03": 1.0} | last | metrics)
+    run = read_run(tmp_path)
+    assert run.layers == {
+        "layer_00": "six/layer_00", "layer_01": "moe/layer_01", "layer_02_moe": "moe/layer_02",
+        "layer_02_six": "six/layer_02", "layer_100": "moe/layer_100",
+    }  # fmt: skip
+    assert list(run.num_experts.values()) == [6, 4, 4, 6, 4]
+    text, images = report_of(tmp_path)
+    assert {"expert_load.png", "router.png"} < images
+    fullest = 6 * metrics["six/layer_02/expert_load_max"]
+    assert f"| layer_02_six | {fullest:.2f} |" in text
+
+
+def test_a_run_with_parts_of_the_users_is_reported_without_importing_them(tmp_path):
+    make_run(tmp_path, num_steps=10)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["parameters"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["sources"] = {"no_such_module:Part": "0"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert "| parameters | not recorded |" in report_of(tmp_path)[0]
 
 
 def test_parameters_are_counted_if_they_were_not_recorded(tmp_path):

@@ -1,8 +1,8 @@
 """The measures of routing: tables worked by hand, and routing at random against its formulas."""
 
-import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,8 +25,11 @@ from moe_jax.analysis.similarity import (
     router_similarity,
 )
 from moe_jax.analysis.vocabulary import RoutedToken, most_frequent_ids, most_routed_tokens
-from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.models.pattern import find_pattern
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
 
 # Six tokens, two choices of four experts; the fourth token has one choice, the last has none.
 EXPERT_JK = np.array([[0, 1], [0, 2], [1, 0], [2, -1], [2, 0], [-1, -1]])
@@ -180,27 +183,83 @@ def test_cosine_similarity_by_hand():
 def test_expert_similarity_is_of_all_matrices_and_of_nothing_else():
     rng = np.random.default_rng(0)
     wi, wo = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 4, 3))
-    weights = {"wi": wi, "wo": wo, "bi": np.full((2, 4), 1e6), "router": np.eye(3, 2)}
+    weights = {"wi": wi, "wo": wo, "bi": np.full((2, 4), 1e6)}
     flat = [np.concatenate([wi[e].ravel(), wo[e].ravel()]) for e in range(2)]
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
     assert expert_similarity(weights)[0, 1] == pytest.approx(cosine)
-    np.testing.assert_array_equal(router_similarity(weights), np.eye(2))
-    assert router_similarity({"wi": wi, "wo": wo}) is None
+    np.testing.assert_array_equal(router_similarity(np.eye(3, 2)), np.eye(2))
+    assert router_similarity(None) is None
+
+
+def model_of(**stack):
+    """MoE parts of four and of two experts."""
+    parts = {
+        "attention": Attention(),
+        "mlp": Mlp(),
+        "moe": MoE(num_experts=4),
+        "pair": MoE(num_experts=2),
+    }
+    layout = StackLayout(**stack)
+    return LanguageModel(
+        parts={name: part for name, part in parts.items() if name in layout.names}, stack=layout
+    )
+
+
+def block(value, num_experts=4):
+    return {
+        "experts": {"wi": np.full((num_experts, 1, 1), value)},
+        "router": {"weight": np.full((1, num_experts), value)},
+    }
 
 
 def test_the_blocks_of_a_model_come_in_the_order_of_its_layers():
-    """Layers of which 1, 3 and 5 are MoE, scanned two by two, and the last on its own."""
-    config = ModelConfig(num_layers=7, moe=MoEConfig(layers=(1, 3, 5)))
-    assert find_pattern((False, True) * 3 + (False,)).suffix == (False,)
+    """Layers of which 1, 3 and 5 are MoE, repeated two by two, and the last on its own."""
+    dense, sparse = ("attention", "mlp"), ("attention", "moe")
+    model = model_of(unit=(dense, sparse), repeats=3, last=(dense,))
+    repeated = np.stack([block(v)["experts"]["wi"] for v in (10, 30, 50)])
+    routers = np.stack([block(v)["router"]["weight"] for v in (10, 30, 50)])
+    stack = {
+        "first": {},
+        "unit": {
+            "0": {"mlp": {}},
+            "1": {"moe": {"experts": {"wi": repeated}, "router": {"weight": routers}}},
+        },
+        "last": {"0": {"mlp": {}}},
+    }
+    blocks = moe_weights({"stack": stack}, model)
+    assert list(blocks) == ["layer_01", "layer_03", "layer_05"]
+    for own, value in zip(blocks.values(), (10, 30, 50), strict=True):
+        assert own.num_experts == 4
+        np.testing.assert_array_equal(own.experts["wi"], np.full((4, 1, 1), value))
+        np.testing.assert_array_equal(own.router_IE, np.full((1, 4), value))
+    # One after another, not repeated.
+    plain = model_of(first=(dense, sparse) * 3 + (dense,), unit=(), repeats=0)
+    first = {str(i): {"moe": block(10 * i)} for i in range(7)}
+    same = moe_weights({"stack": {"first": first, "unit": {}, "last": {}}}, plain)
+    np.testing.assert_equal(same, blocks)
 
-    def params(*moe):
-        return {"layer_0": {"ffn": {}}, **{f"layer_{1 + i}": {"moe": m} for i, m in enumerate(moe)}}
 
-    scanned = {"repeated": params({"wi": np.array([[10], [30], [50]])}), "first": {}, "last": {}}
-    assert moe_weights(scanned, config) == [{"wi": [10]}, {"wi": [30]}, {"wi": [50]}]
-    plain = {f"layer_{i}": {"moe": {"wi": np.array([10 * i])}} for i in range(7)}
-    unrolled = dataclasses.replace(config, scan_layers=False)
-    assert moe_weights({"first": plain}, unrolled) == moe_weights(scanned, config)
+def test_blocks_of_several_parts_are_named_by_layer_and_tied_ones_repeat():
+    model = model_of(
+        first=(("attention", "pair"),), unit=(("moe", "pair"), ("attention", "moe")), repeats=2
+    )
+    both, alone = block(1), block(2)
+    twice = [jax.tree.map(lambda a: np.stack([a, 10 * a]), one) for one in (both, alone)]
+    pair = jax.tree.map(lambda *a: np.stack(a), block(5, 2), block(6, 2))
+    unit = {"0": {"moe": twice[0], "pair": pair}, "1": {"moe": twice[1]}}
+    stack = {"first": {"0": {"pair": block(7, 2)}}, "unit": unit, "last": {}}
+    blocks = moe_weights({"stack": stack}, model)
+    values = {name: int(own.router_IE[0, 0]) for name, own in blocks.items()}
+    assert values == {
+        "layer_00": 7, "layer_01_moe": 1, "layer_01_pair": 5, "layer_02": 2,
+        "layer_03_moe": 10, "layer_03_pair": 6, "layer_04": 20,
+    }  # fmt: skip
+    assert [own.num_experts for own in blocks.values()] == [2, 4, 2, 4, 4, 2, 4]
+    # One copy for all repeats.
+    tied = model_of(unit=(("attention", "moe"),), repeats=3, tied=("moe",))
+    stack = {"first": {}, "unit": {"0": {}}, "last": {}, "tied": {"moe": block(3)}}
+    blocks = moe_weights({"stack": stack}, tied)
+    assert [own.router_IE[0, 0] for own in blocks.values()] == [3, 3, 3]
 
 
 @settings(max_examples=25, deadline=None)

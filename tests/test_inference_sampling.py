@@ -7,18 +7,19 @@ import pytest
 
 from moe_jax.data import open_tokenizer
 from moe_jax.inference import continue_text, sampling
-from moe_jax.models import Decoder
+from moe_jax.part import Call
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 TOKENIZER = open_tokenizer("byte")
-BIAS_XE = jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])
+BIAS = {"kind": "sign", "rate": 0.1}
+STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
 
 
 @pytest.fixture(scope="module")
 def config():
     # Capacity so tight that routing with it would show: generation is dropless.
-    moe = {"capacity": {"train_factor": 0.25}, "balance": {"bias_update_rate": 0.1}}
-    return tiny_config({"model": {"tie_embeddings": False, "moe": moe}})
+    moe = {"capacity": {"train_factor": 0.25}, "bias": BIAS}
+    return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +33,21 @@ def params(config):
 
 
 def sample(params, config, prompt, **settings):
-    return continue_text(params, BIAS_XE, config, prompt, **{"num_tokens": 8, **settings})
+    return continue_text(params, STATE, config, prompt, **{"num_tokens": 8, **settings})
 
 
 def test_greedy_is_the_argmax_of_a_teacher_forced_forward(params, config):
     text = sample(params, config, "ab", temperature=0.0)
     assert len(text) == 8 and len(set(text)) > 2
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab" + text).tolist()]
-    tokens_1L = jnp.array([ids])
-    output = quick_jit(Decoder(config.model).apply)(
-        {"params": params},
-        tokens_1L,
-        jnp.arange(len(ids))[None],
-        jnp.ones_like(tokens_1L),
-        router_bias_XE=BIAS_XE,
-    )
+    call = Call(tokens_BL=jnp.array([ids]), capacity=0.0)
+    output = quick_jit(config.model.run)(params, call, state=STATE)
     likeliest = np.argmax(output.logits_BLV[0], axis=-1)
     np.testing.assert_array_equal(likeliest[2:-1], ids[3:])
 
 
 def test_the_router_bias_is_used(params, config):
-    steered = 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)
+    steered = {"moe": {"bias_E": 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)}}
     other = continue_text(params, steered, config, "ab", num_tokens=8, temperature=0.0)
     assert other != sample(params, config, "ab", temperature=0.0)
 
@@ -83,7 +78,7 @@ def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
     """The beginning of a document, the prompt, padding; of more than 16 tokens, the last 16."""
     shown = []
 
-    def next_token(params, bias, window_L, length, *args, **kwargs):
+    def next_token(params, state, window_L, length, *args, **kwargs):
         shown.append(window_L[: int(length)].tolist())
         assert window_L.shape == (16,) and not np.any(window_L[int(length) :])
         return jnp.int32(TOKENIZER.encode("z")[0])
@@ -111,10 +106,21 @@ def test_nothing_is_added_when_nothing_is_asked_for(params, config):
 @pytest.mark.parametrize("group_size", [8, 64])
 def test_groups_do_not_matter(params, config, group_size):
     """Half a window, and four: generation has one sequence, and is dropless."""
-    moe = {"group_size": group_size, "balance": {"bias_update_rate": 0.1}}
-    other = tiny_config({"model": {"tie_embeddings": False, "moe": moe}})
+    moe = {"group_size": group_size, "bias": BIAS}
+    other = tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
     expected = sample(params, config, "ab", temperature=0.0)
     assert sample(params, other, "ab", temperature=0.0) == expected
+
+
+def test_groups_are_of_the_window_unless_there_are_parameters_for_those_of_training():
+    def model_of(**moe):
+        stack = {"allow_lookahead": True}
+        return tiny_config({"model": {"parts": {"moe": moe}, "stack": stack}}).model
+
+    soft = model_of(router="soft", group_size=8)
+    assert sampling.in_groups_of(16, soft) == soft
+    choice = model_of(router="expert_choice", group_size=8)
+    assert sampling.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"num_tokens": -1}])

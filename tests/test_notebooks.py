@@ -70,14 +70,15 @@ def test_reading_a_study_computes_its_verdict(tmp_path):
     assert "| Switch, E = 16 | 1 |" in said
     # Of part of the arms and seeds, as while a study is running.
     study = load_study("switch_against_dense")
-    for arm, seed in (("dense", 0), ("dense", 1), ("switch_8", 0)):
+    for arm, seed in [*(("dense", seed) for seed in range(5)), ("switch_8", 0)]:
         append_result(tmp_path / RESULTS_FILE, {
             "study": study.name, "size": "small", "arm": arm, "seed": seed, "minutes": 1.0,
             "config": study.settings("small", arm, seed),
+            "data": {"corpus_sha256": "a", "tokenizer_sha256": "b"},
             "measures": {LOSS: 2 - 0.1 * seed}, "curve": {"step": [1, 2], LOSS: [3, 2]},
         })  # fmt: skip
     said = run("reading_a_study", **where)
-    assert "3 of 17 runs, size small" in said and "noise floor: 0.0707" in said
+    assert "6 of 17 runs, size small" in said and "noise floor: 0.1581" in said
     assert "Switch, E = 8: {0: 0.0}" in said and "verdict: inconclusive" in said
 
 

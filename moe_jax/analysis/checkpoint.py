@@ -18,8 +18,9 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, domain_names, heldout_batches, open_tokenizer
-from moe_jax.moe.routing import fills_slots
+from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
 from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
@@ -42,6 +43,7 @@ class Options:
     noise: float = 0.01  # relative, on the input, to see whose choices flip
     shuffles: int = 5  # of the routing over the tokens, for the baseline
     min_count: int = 10  # occurrences of a token id that is listed with an expert
+    trust: bool = False  # import the modules that the run's config names for parts of its own
 
 
 class Analysis(NamedTuple):
@@ -81,54 +83,59 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
         f"--tokens={options.tokens} for {len(options.text)} files of --text",
         "Raise --tokens, or give fewer files",
     )
-    config, state = load_run(workdir, step=options.step)
-    moe = config.model.moe
-    require(
-        bool(config.model.moe_layers),
-        "An analysis of routing is of a model with MoE layers",
-        f"the run in {workdir} has moe.layer_period={moe.layer_period}, moe.layers={moe.layers}",
-        "Pass the --workdir of a MoE run",
-    )
-    require(
-        not moe.has_soft_slots,
-        "An analysis of routing is of tokens that choose experts or are chosen",
-        f"the run in {workdir} has moe.router.kind={moe.router.kind!r}, which mixes all tokens",
-        "Pass the --workdir of a run with another router",
-    )
+    config, state = load_run(workdir, step=options.step, trust=options.trust)
+    check_model(config.model, workdir)
     tokenizer = open_tokenizer(config.data.tokenizer)
     domains, batches = batches_of(config, tokenizer, options)
     last = int(state.step)
     routed = route_batches(state, config.model, batches, options.tokens)
-    names = [f"layer_{layer:02d}" for layer in config.model.moe_layers]
     varied = route_variations(state, config.model, batches, options.tokens, options.noise)
-    weights = dict(zip(names, moe_weights(state.params, config.model), strict=True))
+    weights = moe_weights(state.params, config.model)
     del state  # an earlier one takes as much memory
     earlier: dict[int, Routed] = {}
     steps = [step for step in kept_steps(workdir) if step < last]
     for step in spread(steps, options.checkpoints):
-        before = load_if_whole(workdir, step)
+        before = load_if_whole(workdir, step, options.trust)
         if before is not None:
             earlier[step] = route_batches(before, config.model, batches, options.tokens)
             del before
     if earlier:
         before_last = max(earlier)
         varied[f"step {before_last:,}"] = earlier[before_last]
-    scope = Scope(
-        moe.num_options, domains, tokenizer, num_shuffles=options.shuffles,
-        min_count=options.min_count,
-    )  # fmt: skip
+    scope = Scope(domains, tokenizer, num_shuffles=options.shuffles, min_count=options.min_count)
     layers = measure_layers(routed, earlier, varied, weights, scope)
     settings = settings_of(workdir, config, options, last, list(earlier), routed)
     return Analysis(settings, layers, routed, domains, tokenizer)
 
 
-def load_if_whole(workdir: str | pathlib.Path, step: int) -> TrainState | None:
+def check_model(model: LanguageModel, workdir: str | pathlib.Path) -> None:
+    """Refuses a model of which there is nothing to analyse.
+
+    Raises:
+      ValueError: it is dense, or the experts of a part mix all tokens.
+    """
+    require(
+        bool(model.moe_parts),
+        "An analysis of routing is of a model with MoE layers",
+        f"the run in {workdir} has the parts {sorted(model.part)}",
+        "Pass the --workdir of a MoE run",
+    )
+    for name, moe in model.moe_parts.items():
+        require(
+            moe.router.replays or not moe.router.fills_slots(training=False),
+            "An analysis of routing is of tokens that choose experts or are chosen",
+            f"the run in {workdir} has {name}.router={kind_of(moe.router)!r}, which mixes them",
+            "Pass the --workdir of a run with another router",
+        )
+
+
+def load_if_whole(workdir: str | pathlib.Path, step: int, trust: bool) -> TrainState | None:
     """A checkpoint of a run; None, with a warning, if it is damaged or gone.
 
     A run that is training deletes old ones, also while they are read.
     """
     try:
-        return load_run(workdir, step=step)[1]
+        return load_run(workdir, step=step, trust=trust)[1]
     except (DamagedCheckpointError, ValueError, OSError) as error:
         if damage(pathlib.Path(workdir) / CHECKPOINTS / str(step)) is None:
             raise
@@ -191,7 +198,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """What an analysis was made of, as JSON can hold it; names of files without their places."""
     record, run = run_record(), pathlib.Path(workdir).resolve() / RUN_FILE
-    corpus, moe = without_directory(config.data.corpus), config.model.moe.in_evaluation()
+    corpus = without_directory(config.data.corpus)
     files = file_names(options.text)
     return {
         "config": config.name,
@@ -203,13 +210,7 @@ def settings_of(
         "tokenizer": without_directory(config.data.tokenizer),
         "num_tokens": len(routed.token_J),
         "sequence_length": config.data.sequence_length,
-        "num_experts": moe.num_options,
-        "of_which_compute_nothing": moe.num_options - moe.num_experts,
-        "num_selected_experts": moe.num_selected_experts,
-        "router": moe.router.kind,
-        "capacity": f"that of training, factor {moe.capacity.train_factor}"
-        if fills_slots(moe, training=False)
-        else "dropless",
+        "parts": {name: part_settings(config.model, name) for name in config.model.moe_parts},
         "shuffles": options.shuffles,
         "min_count": options.min_count,
         "run_commit": json.loads(run.read_text(encoding="utf-8"))["commit"]
@@ -218,6 +219,20 @@ def settings_of(
         "commit": record["commit"],
         "uncommitted_changes": record["dirty"],
         "versions": record["versions"],
+    }
+
+
+def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
+    """What is said of an MoE part, as JSON can hold it."""
+    moe = model.moe_parts[name]
+    factor = moe.capacity_factor(training=False, factor=0.0)
+    return {
+        "layers": list(model.moe_layers[name]),
+        "num_experts": moe.num_options,
+        "of_which_compute_nothing": moe.num_options - moe.num_experts,
+        "num_selected_experts": moe.num_selected(training=False),
+        "router": kind_of(moe.router),
+        "capacity": f"that of training, factor {factor}" if factor else "dropless",
     }
 
 

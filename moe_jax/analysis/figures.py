@@ -113,10 +113,10 @@ def domain_figure(
     """
     layers = spread(list(share_by_layer), MAX_PANELS)
     domains = list(dict.fromkeys(name for layer in layers for name in share_by_layer[layer]))
-    num_experts = len(next(iter(share_by_layer[layers[0]].values())))
     figure, axes = panels(len(layers), columns=2, size=(5, 0.8 + 0.26 * len(domains)))
     for axis, layer in zip(axes, layers, strict=True):
         rows = share_by_layer[layer]
+        num_experts = len(next(iter(rows.values())))
         share = np.array([rows.get(name, [np.nan] * num_experts) for name in domains])
         mesh = axis.pcolormesh(visible(share * num_experts), **multiple_scale())
         axis.set_title(layer_title(layer), fontsize=10)
@@ -141,7 +141,7 @@ def router_figure(
     dropped: Mapping[str, Curve],
     entropy: Mapping[str, Curve],
     largest: Mapping[str, Curve],
-    num_experts: int,
+    num_experts: Mapping[str, int],
 ) -> Figure:
     """The health of the routers over the steps, a line a layer.
 
@@ -149,7 +149,7 @@ def router_figure(
       dropped: share of the assignments that found no slot, by layer.
       entropy: mean entropy of a token's router distribution, nats, by layer.
       largest: load of the fullest expert, as a multiple of an even split, by layer.
-      num_experts: E, for the entropy of an even distribution.
+      num_experts: E by layer, for the entropy of an even distribution.
     """
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -166,7 +166,8 @@ def router_figure(
                 axis.plot(*_thin(curves[layer]), color=color, linewidth=1.2)
     axes[0].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes[0].set_ylim(0, max(0.01, axes[0].get_ylim()[1]))
-    reference_line(axes[1], float(np.log(num_experts)), f"ln {num_experts}, even")
+    for size in sorted(set(num_experts.values())):
+        reference_line(axes[1], float(np.log(size)), f"ln {size}, even")
     reference_line(axes[2], 1.0, "even")
     layer_legend(figure, layers)
     return figure

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.analysis.routed import Routed, route_batches
-from moe_jax.config import ModelConfig
 from moe_jax.data import Example
+from moe_jax.models.model import LanguageModel
 from moe_jax.training.state import TrainState
 
 
@@ -55,7 +55,7 @@ def flips(expert_JK: np.ndarray, other_JK: np.ndarray) -> Flips:
 
 def route_variations(
     state: TrainState,
-    config: ModelConfig,
+    model: LanguageModel,
     batches: Sequence[Example],
     max_tokens: int,
     noise: float,
@@ -64,7 +64,7 @@ def route_variations(
 
     Args:
       state: as of `route_batches`.
-      config: of its model.
+      model: its model.
       batches: of the tokens.
       max_tokens: where to stop.
       noise: of `route_batches`.
@@ -73,15 +73,23 @@ def route_variations(
       By what was varied: "input noise 0.01"; "compute in bfloat16" and "router in bfloat16", or
       float32 for what is in bfloat16.
     """
-    router = dataclasses.replace(config.moe.router, dtype=other_dtype(config.moe.router.dtype))
-    other_router = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
-    other_compute = dataclasses.replace(config, compute_dtype=other_dtype(config.compute_dtype))
+    routers = {
+        name: dataclasses.replace(moe.router, dtype=other_dtype(moe.router.dtype))
+        for name, moe in model.moe_parts.items()
+    }
+    parts = model.part | {
+        name: dataclasses.replace(moe, router=routers[name])
+        for name, moe in model.moe_parts.items()
+    }
+    other_router = dataclasses.replace(model, parts=tuple(parts.items()))
+    other_compute = dataclasses.replace(model, compute_dtype=other_dtype(model.compute_dtype))
+    dtypes = " and ".join(dict.fromkeys(router.dtype for router in routers.values()))
     return {
-        f"input noise {noise:g}": route_batches(state, config, batches, max_tokens, noise),
+        f"input noise {noise:g}": route_batches(state, model, batches, max_tokens, noise),
         f"compute in {other_compute.compute_dtype}": route_batches(
             state, other_compute, batches, max_tokens
         ),
-        f"router in {router.dtype}": route_batches(state, other_router, batches, max_tokens),
+        f"router in {dtypes}": route_batches(state, other_router, batches, max_tokens),
     }
 
 

@@ -1,16 +1,17 @@
 """Whether a model's predictions depend on later tokens, and what it gains by it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ExperimentConfig, ModelConfig
+from moe_jax.config import ExperimentConfig
 from moe_jax.data import heldout_batches, open_tokenizer
-from moe_jax.models import Decoder
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Call
 from moe_jax.training.loss import Batch, target_nats
 
 BATCH = 16  # sequences: what three sets of their logits are kept of at a time
@@ -39,10 +40,10 @@ class Futures(NamedTuple):
 
 def compare_futures(
     params: Any,
-    router_bias_XE: jax.Array | None,
+    state: Mapping[str, Any] | None,
     config: ExperimentConfig,
     *,
-    capacity_factor: float,
+    capacity: float,
     cuts: Sequence[int],
     num_sequences: int,
 ) -> Futures:
@@ -52,10 +53,10 @@ def compare_futures(
 
     Args:
       params: parameters of the model.
-      router_bias_XE: selection biases of loss-free balancing, or None.
+      state: of its parts, such as selection biases; or None.
       config: of the run. A routing group is one sequence, or tokens would compete with those of
         other sequences too.
-      capacity_factor: at which the MoE layers are evaluated; 0 is dropless.
+      capacity: slots over the mean load, at which MoE layers are evaluated; 0 is dropless.
       cuts: places t in [0, L - 2]: the target of each is scored, and what is after it exchanged.
       num_sequences: held-out sequences to use, in batches of `BATCH`; at most so many.
 
@@ -65,17 +66,19 @@ def compare_futures(
     Raises:
       ValueError: cuts that are no such places, or a group of several sequences.
     """
-    length, group_size = config.data.sequence_length, config.model.moe.group_size
+    length = config.data.sequence_length
     if not cuts or min(cuts) < 0 or max(cuts) > length - 2:
         raise ValueError(
             f"cuts are places with a token after them, from 0 to {length - 2}: got {list(cuts)}. "
             "Leave the others out."
         )
-    if group_size > length:
-        raise ValueError(
-            "Futures are exchanged between sequences, each a routing group of its own: "
-            f"moe.group_size={group_size}, data.sequence_length={length}. Use moe.group_size=0."
-        )
+    for name, moe in config.model.moe_parts.items():
+        if moe.group_size > length:
+            raise ValueError(
+                "Futures are exchanged between sequences, each a routing group of its own: "
+                f"{name}.group_size={moe.group_size}, data.sequence_length={length}. Use "
+                f"{name}.group_size=0."
+            )
     token_bytes_V = open_tokenizer(config.data.tokenizer).token_bytes_V
     nats, num_bytes, num_targets, moved = np.zeros(3), 0.0, 0.0, 0.0
     rows = min(num_sequences, BATCH)
@@ -83,9 +86,7 @@ def compare_futures(
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items() if name != "domain"}
         for cut in cuts:
-            said = score_cut(
-                params, router_bias_XE, arrays, cut, config=config.model, factor=capacity_factor
-            )
+            said = score_cut(params, state, arrays, cut, model=config.model, capacity=capacity)
             weight_B = np.asarray(arrays["loss_weights"][:, cut], np.float64)
             nats += np.asarray(said.nats_3B, np.float64) @ weight_B
             num_bytes += float(token_bytes_V[np.asarray(batch["targets"])[:, cut]] @ weight_B)
@@ -102,33 +103,23 @@ class CutScores(NamedTuple):
     moved: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "factor"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def score_cut(
     params: Any,
-    router_bias_XE: jax.Array | None,
+    state: Mapping[str, Any] | None,
     batch: Batch,
     cut: jax.Array | int,
     *,
-    config: ModelConfig,
-    factor: float,
+    model: LanguageModel,
+    capacity: float,
 ) -> CutScores:
     """Scores the targets at `cut` with the own, with no and with another sequence's future."""
     inputs_BL, segments_BL = batch["inputs"], batch["segment_ids"]
     is_later_L = jnp.arange(inputs_BL.shape[1]) > cut
 
-    def logits(tokens_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        return (
-            Decoder(config)
-            .apply(
-                {"params": params},
-                tokens_BL,
-                batch["positions"],
-                segment_ids_BL,
-                router_bias_XE=router_bias_XE,
-                capacity_factor=factor,
-            )
-            .logits_BLV
-        )
+    def logits(tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        call = Call(batch["positions"], segments_BL, tokens_BL, capacity=capacity)
+        return model.run(params, call, state=state).logits_BLV
 
     own_BLV = logits(inputs_BL, segments_BL)
     none_BLV = logits(inputs_BL, jnp.where(is_later_L, 0, segments_BL))

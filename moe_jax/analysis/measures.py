@@ -23,7 +23,7 @@ from moe_jax.analysis.reading import token_name
 from moe_jax.analysis.repetition import expected_repetition, repetition
 from moe_jax.analysis.routed import Routed
 from moe_jax.analysis.saturation import router_saturation
-from moe_jax.analysis.similarity import expert_similarity, router_similarity
+from moe_jax.analysis.similarity import BlockWeights, expert_similarity, router_similarity
 from moe_jax.analysis.vocabulary import most_frequent_ids, most_routed_tokens
 from moe_jax.data import Tokenizer
 
@@ -35,7 +35,6 @@ class Scope:
     """What is measured, and against what.
 
     Attributes:
-      num_experts: E, with those that compute nothing, which are the last.
       domains: names of the domains.
       tokenizer: of the model.
       num_shuffles: how often routing is shuffled over the tokens for a baseline; at least 1.
@@ -44,7 +43,6 @@ class Scope:
       num_rows: the most frequent token ids, of which the share of every expert is given.
     """
 
-    num_experts: int
     domains: tuple[str, ...]
     tokenizer: Tokenizer
     num_shuffles: int = 5
@@ -57,7 +55,7 @@ def measure_layers(
     routed: Routed,
     earlier: Mapping[int, Routed],
     varied: Mapping[str, Routed],
-    weights: Mapping[str, Mapping[str, np.ndarray]],
+    weights: Mapping[str, BlockWeights],
     scope: Scope,
 ) -> dict[str, Json]:
     """Measures every MoE layer.
@@ -66,7 +64,7 @@ def measure_layers(
       routed: the choices at the last checkpoint.
       earlier: those of the same tokens at other checkpoints, by step.
       varied: those of the same tokens with something else changed, by what it was.
-      weights: parameters of the block, by layer, in the order of the layers of `routed`.
+      weights: of the block, by layer, in the order of the layers of `routed`.
       scope: see `Scope`.
 
     Returns:
@@ -78,23 +76,23 @@ def measure_layers(
     """
     found = {}
     for index, (layer, own) in enumerate(weights.items()):
-        expert_JK = routed.expert_XJK[index]
+        expert_JK, num_experts = routed.expert_XJK[index], own.num_experts
         settling = {step: part.expert_XJK[index] for step, part in earlier.items()}
         found[layer] = {
             "choices_per_token": _choices_per_token(expert_JK),
-            "load": _load(expert_JK, scope),
-            "domains": _domains(expert_JK, routed, scope),
-            "tokens": _tokens(expert_JK, routed, scope),
-            "repetition": _repetition(expert_JK, routed, scope),
-            "coactivation": _coactivation(expert_JK, scope),
-            "saturation": _saturation(settling, expert_JK, scope),
+            "load": _load(expert_JK, num_experts),
+            "domains": _domains(expert_JK, num_experts, routed, scope),
+            "tokens": _tokens(expert_JK, num_experts, routed, scope),
+            "repetition": _repetition(expert_JK, num_experts, routed, scope),
+            "coactivation": _coactivation(expert_JK, num_experts),
+            "saturation": _saturation(settling, expert_JK, num_experts),
             "flips": {
                 name: plain(flips(expert_JK, part.expert_XJK[index])._asdict())
                 for name, part in varied.items()
             },
             "similarity": {
-                "experts": plain(expert_similarity(own)),
-                "router": plain(router_similarity(own)),
+                "experts": plain(expert_similarity(own.experts)),
+                "router": plain(router_similarity(own.router_IE)),
             },
         }
     return found
@@ -117,8 +115,8 @@ def _choices_per_token(expert_JK: np.ndarray) -> float:
     return float(np.count_nonzero(expert_JK >= 0) / len(expert_JK))
 
 
-def _load(expert_JK: np.ndarray, scope: Scope) -> Json:
-    load = expert_load(expert_JK, scope.num_experts)
+def _load(expert_JK: np.ndarray, num_experts: int) -> Json:
+    load = expert_load(expert_JK, num_experts)
     return {
         "share": plain(load.share_E),
         "fullest": plain(load.fullest),
@@ -127,9 +125,13 @@ def _load(expert_JK: np.ndarray, scope: Scope) -> Json:
 
 
 def _information(
-    category_J: np.ndarray, num_categories: int, expert_JK: np.ndarray, scope: Scope
+    category_J: np.ndarray,
+    num_categories: int,
+    expert_JK: np.ndarray,
+    num_experts: int,
+    scope: Scope,
 ) -> Json:
-    sizes = (num_categories, scope.num_experts)
+    sizes = (num_categories, num_experts)
     counts_IE = choice_counts(category_J, expert_JK, *sizes)
     shuffled = shuffled_information(category_J, expert_JK, *sizes, num_shuffles=scope.num_shuffles)
     mean_choices = _choices_per_token(expert_JK)
@@ -140,25 +142,27 @@ def _information(
         "shuffled": plain(float(shuffled.mean())),
         "shuffled_largest": plain(float(shuffled.max())),
         "random": plain(chance),
-        "at_most": plain(math.log2(scope.num_experts / mean_choices)),
+        "at_most": plain(math.log2(num_experts / mean_choices)),
     }
 
 
-def _domains(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
-    counts_DE = choice_counts(routed.domain_J, expert_JK, len(scope.domains), scope.num_experts)
+def _domains(expert_JK: np.ndarray, num_experts: int, routed: Routed, scope: Scope) -> Json:
+    counts_DE = choice_counts(routed.domain_J, expert_JK, len(scope.domains), num_experts)
     occurrences_D = np.bincount(routed.domain_J, minlength=len(scope.domains))
     rows = zip(scope.domains, counts_DE, occurrences_D, strict=True)
     there = [(name, counts_E, int(n)) for name, counts_E, n in rows if counts_E.sum()]
     return {
         "num_tokens": {name: n for name, _, n in there},
         "share": {name: plain(counts_E / counts_E.sum()) for name, counts_E, _ in there},
-        "information": _information(routed.domain_J, len(scope.domains), expert_JK, scope),
+        "information": _information(
+            routed.domain_J, len(scope.domains), expert_JK, num_experts, scope
+        ),
     }
 
 
-def _tokens(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
+def _tokens(expert_JK: np.ndarray, num_experts: int, routed: Routed, scope: Scope) -> Json:
     num_ids = int(routed.token_J.max()) + 1
-    counts_VE = choice_counts(routed.token_J, expert_JK, num_ids, scope.num_experts)
+    counts_VE = choice_counts(routed.token_J, expert_JK, num_ids, num_experts)
     occurrences_V = np.bincount(routed.token_J, minlength=num_ids)
     best = most_routed_tokens(
         counts_VE, occurrences_V, min_count=scope.min_count, num_tokens=scope.num_listed
@@ -166,7 +170,7 @@ def _tokens(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
     frequent = most_frequent_ids(occurrences_V, scope.num_rows)
     return {
         "num_ids": int(np.count_nonzero(occurrences_V)),
-        "information": _information(routed.token_J, num_ids, expert_JK, scope),
+        "information": _information(routed.token_J, num_ids, expert_JK, num_experts, scope),
         "most_routed": [
             [
                 {
@@ -188,18 +192,18 @@ def _tokens(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
             }
             for token in frequent
         ],
-        "random": plain(_choices_per_token(expert_JK) / scope.num_experts),
+        "random": plain(_choices_per_token(expert_JK) / num_experts),
     }
 
 
-def _repetition(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
+def _repetition(expert_JK: np.ndarray, num_experts: int, routed: Routed, scope: Scope) -> Json:
     expert_JK = expert_JK[:, :2]  # "first or second choice"
     rng = np.random.default_rng(0)
     shuffled = [
         repetition(rng.permutation(expert_JK, axis=0), routed.document_J)
         for _ in range(scope.num_shuffles)
     ]
-    first, shared = expected_repetition(expert_JK, routed.document_J, scope.num_experts)
+    first, shared = expected_repetition(expert_JK, routed.document_J, num_experts)
     by_domain = {
         name: repetition(expert_JK[routed.domain_J == d], routed.document_J[routed.domain_J == d])
         for d, name in enumerate(scope.domains)
@@ -217,17 +221,17 @@ def _repetition(expert_JK: np.ndarray, routed: Routed, scope: Scope) -> Json:
     }
 
 
-def _coactivation(expert_JK: np.ndarray, scope: Scope) -> Json:
+def _coactivation(expert_JK: np.ndarray, num_experts: int) -> Json:
     choices_J = np.count_nonzero(expert_JK >= 0, axis=1)
     pairs = choices_J @ (choices_J - 1) / choices_J.sum()
     return {
-        "share": plain(coactivation(expert_JK, scope.num_experts)),
-        "random": plain(float(pairs / max(scope.num_experts - 1, 1))),
+        "share": plain(coactivation(expert_JK, num_experts)),
+        "random": plain(float(pairs / max(num_experts - 1, 1))),
     }
 
 
 def _saturation(
-    settling: Mapping[int, np.ndarray], last_JK: np.ndarray, scope: Scope
+    settling: Mapping[int, np.ndarray], last_JK: np.ndarray, num_experts: int
 ) -> Json | None:
     """None with one checkpoint: there is nothing to compare it with."""
     if not settling:
@@ -240,7 +244,7 @@ def _saturation(
             for way, cut in ways.items()
         },
         "random": {
-            way: plain(_choices_per_token(last_JK[:, cut]) / scope.num_experts)
+            way: plain(_choices_per_token(last_JK[:, cut]) / num_experts)
             for way, cut in ways.items()
         },
     }

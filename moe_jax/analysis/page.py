@@ -72,12 +72,15 @@ def analysis_page(
     """
     settings, layers = said["settings"], said["layers"]
     template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
-    first = next(iter(layers.values()))
+    # By the number of experts, the share that chance gives a token of the first such layer.
+    chance: dict[int, str] = {}
+    for measures in layers.values():
+        chance.setdefault(_num_experts(measures), f"{measures['tokens']['random']:.1%}")
     return template.substitute(
         title=html.escape(f"Routing of {settings['config']}"),
         facts=html.escape(
             f"Checkpoint of step {settings['step']:,}; {settings['num_tokens']:,} tokens of "
-            f"{settings['text']}; {settings['num_experts']} experts a layer; "
+            f"{settings['text']}; {' or '.join(map(str, chance))} experts a layer; "
             f"commit {settings['commit'] or 'unknown'}."
         ),
         summary=_table(summary_table(layers)),
@@ -87,7 +90,7 @@ def analysis_page(
         passages="\n".join(_passage_html(passage, tokenizer) for passage in passages),
         figures="\n".join(_figure(name, *figure) for name, figure in figures.items()),
         min_count=settings["min_count"],
-        chance_share=f"{first['tokens']['random']:.1%}",
+        chance_share=" or ".join(dict.fromkeys(chance.values())),
         tokens="\n".join(_tokens_of(layer, measures) for layer, measures in layers.items()),
         shares="\n".join(
             _shares_of(layer, measures, MAX_CELLS // len(layers))
@@ -95,17 +98,16 @@ def analysis_page(
         ),
         settings=_table([["setting", "value"], *([k, _plain(v)] for k, v in settings.items())]),
         # "<" could end the script element.
-        data=json.dumps(_page_data(passages, list(layers), settings, tokenizer)).replace(
-            "<", "\\u003c"
-        ),
+        data=json.dumps(_page_data(passages, layers, tokenizer)).replace("<", "\\u003c"),
     )
 
 
+def _num_experts(measures: Mapping[str, Any]) -> int:
+    return len(measures["tokens"]["most_routed"])
+
+
 def _page_data(
-    passages: Sequence[Passage],
-    layers: list[str],
-    settings: Mapping[str, Any],
-    tokenizer: Tokenizer,
+    passages: Sequence[Passage], layers: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """What the script reads: the experts and gates of all tokens, passage after passage."""
     expert_XJK = np.concatenate([passage.routed.expert_XJK for passage in passages], axis=1)
@@ -113,7 +115,7 @@ def _page_data(
     tokens = np.concatenate([passage.routed.token_J for passage in passages])
     return {
         "layers": [layer_title(layer) for layer in layers],
-        "num_experts": settings["num_experts"],
+        "num_experts": [_num_experts(measures) for measures in layers.values()],
         "choices": expert_XJK.shape[2],
         "colors": EXPERT_COLORS,
         "names": [token_name(tokenizer, int(token)) for token in tokens],
@@ -150,7 +152,7 @@ def _shown(text: str) -> str:
 def _plain(value: Any) -> str:
     """A setting without the signs of Python."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {part}" for name, part in value.items())
+        return "; ".join(f"{name} {_plain(part)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -8,10 +8,10 @@ a run that is still going:
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import png_bytes
-from moe_jax.config import ExperimentConfig, config_dict, difference, from_config_dict
+from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
-LAYER_METRIC = re.compile(r"moe/(?P<layer>[^/]+)/(?P<metric>[^/]+)")
+LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expert_load")
 HELDOUT_METRIC = re.compile(
     r"heldout/(?P<way>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
 )
@@ -56,11 +56,25 @@ class Run:
         """The last step that has metrics."""
         return int(self.rows[-1]["step"])
 
+    @functools.cached_property
+    def layers(self) -> dict[str, str]:
+        """The MoE layers that have metrics, in order: "layer_01" and where its metrics are.
+
+        That is such as "moe/layer_01". A layer with several parts that route is named after both.
+        """
+        names = {name for row in self.rows for name in row}
+        matches = map(LOAD_METRIC.fullmatch, names)
+        found = sorted((int(m["number"]), m["part"], m["layer"]) for m in matches if m)
+        numbers = [number for number, *_ in found]
+        return {
+            (f"{layer}_{part}" if numbers.count(number) > 1 else layer): f"{part}/{layer}"
+            for number, part, layer in found
+        }
+
     @property
-    def layers(self) -> list[str]:
-        """The names of the MoE layers that have metrics, such as "layer_01", in order."""
-        found = (LAYER_METRIC.fullmatch(name) for row in self.rows for name in row)
-        return sorted({match["layer"] for match in found if match})
+    def num_experts(self) -> dict[str, int]:
+        """How many experts each of these layers has, with those that compute nothing."""
+        return {name: len(self.last(f"{place}/expert_load")) for name, place in self.layers.items()}
 
     def curve(self, name: str) -> figures.Curve:
         """The steps and values of a metric, where it was written."""
@@ -178,7 +192,7 @@ def _draw_loss(run: Run) -> Figure:
 
 
 def _draw_load(run: Run) -> Figure | None:
-    names = {layer: f"moe/{layer}/expert_load" for layer in run.layers}
+    names = {layer: f"{place}/expert_load" for layer, place in run.layers.items()}
     rows = [row for row in run.rows if all(name in row for name in names.values())]
     if not rows:
         return None
@@ -192,19 +206,15 @@ def _draw_domains(run: Run) -> Figure | None:
     return figures.domain_figure(shares) if shares else None
 
 
-def _num_experts(run: Run) -> int:
-    """With those that compute nothing, which runs of earlier versions had not."""
-    names = ("num_experts", "num_zero_experts", "num_copy_experts")
-    return sum(run.settings["model"]["moe"].get(name, 0) for name in names)
-
-
 def _draw_router(run: Run) -> Figure:
-    num_experts = _num_experts(run)
+    num_experts = run.num_experts
 
     def curves(metric: str) -> dict[str, figures.Curve]:
-        return {layer: run.curve(f"moe/{layer}/{metric}") for layer in run.layers}
+        return {layer: run.curve(f"{place}/{metric}") for layer, place in run.layers.items()}
 
-    largest = {name: (x, y * num_experts) for name, (x, y) in curves("expert_load_max").items()}
+    largest = {
+        name: (x, y * num_experts[name]) for name, (x, y) in curves("expert_load_max").items()
+    }
     return figures.router_figure(
         curves("dropped_fraction"), curves("router_entropy"), largest, num_experts
     )
@@ -250,29 +260,33 @@ def _result(run: Run) -> str:
 
 def _layer_table(run: Run) -> str:
     """What the routers did at the last step that was logged."""
-    num_experts = _num_experts(run)
-    columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        "fullest expert, x even": ("expert_load_max", lambda value: f"{value * num_experts:.2f}"),
-        "max violation": ("max_violation", lambda value: f"{value:.2f}"),
-        "dropped": ("dropped_fraction", lambda value: f"{value:.2%}"),
-        "entropy, nats": ("router_entropy", lambda value: f"{value:.3f}"),
-        "load-balance loss": ("load_balance_loss", lambda value: f"{value:.4f}"),
-        "z-loss": ("router_z_loss", lambda value: f"{value:.3f}"),
+    columns: dict[str, tuple[str, str]] = {
+        "fullest expert, x even": ("expert_load_max", ".2f"),
+        "max violation": ("max_violation", ".2f"),
+        "dropped": ("dropped_fraction", ".2%"),
+        "entropy, nats": ("router_entropy", ".3f"),
+        "load-balance loss": ("load_balance_loss", ".4f"),
+        "z-loss": ("router_z_loss", ".3f"),
     }
     rows = []
-    for layer in run.layers:
-        values = [(run.last(f"moe/{layer}/{name}"), show) for name, show in columns.values()]
-        rows.append([layer, *("" if value is None else show(value) for value, show in values)])
+    for layer, place in run.layers.items():
+        values = {name: run.last(f"{place}/{name}") for name, _ in columns.values()}
+        if values["expert_load_max"] is not None:
+            values["expert_load_max"] *= run.num_experts[layer]
+        cells = (
+            "" if values[name] is None else format(values[name], spec)
+            for name, spec in columns.values()
+        )
+        rows.append([layer, *cells])
     return "At the last logged step:\n\n" + _table(["layer", *columns], rows)
 
 
 def _facts(run: Run) -> str:
     """Size, speed, versions."""
     record = run.record
-    total, active = _parameters(run)
     commit = record.get("commit") or "not run from a checkout"
     facts = {
-        "parameters": f"{total:,} in all, {active:,} used by a token",
+        "parameters": _parameters(run),
         "time in training steps": f"{_seconds(run):,.0f} s",
         **_speed(run),
         "commit": commit + (" with uncommitted changes" if record.get("dirty") else ""),
@@ -289,13 +303,16 @@ def _facts(run: Run) -> str:
     return "## Run\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
 
 
-def _parameters(run: Run) -> tuple[int, int]:
+def _parameters(run: Run) -> str:
     """Parameters in all and used by a token: as recorded, or counted from the config."""
-    if "parameters" in run.record:
-        return run.record["parameters"]["total"], run.record["parameters"]["active"]
-    config = from_config_dict(run.settings)
-    count = count_parameters(config.model, config.data.sequence_length)
-    return count.total, count.active
+    recorded = run.record.get("parameters")
+    if recorded is None:
+        if run.settings["sources"]:  # parts outside the library, which a report does not import
+            return "not recorded"
+        config = read_config(run.settings, ExperimentConfig)
+        count = count_parameters(config.model, config.data.sequence_length)
+        recorded = {"total": count.total, "active": count.active}
+    return f"{recorded['total']:,} in all, {recorded['active']:,} used by a token"
 
 
 def _seconds(run: Run) -> float:
@@ -318,7 +335,7 @@ def _speed(run: Run) -> dict[str, str]:
 
 
 def _config(run: Run) -> str:
-    defaults = json.loads(config_dict(ExperimentConfig()).to_json())
+    defaults = json.loads(json.dumps(write_config(ExperimentConfig())))
     lines = difference(defaults, run.settings)
     text = "\n".join(lines) or "no differences"
     return f"## Settings that differ from the defaults\n\n```text\n{text}\n```"

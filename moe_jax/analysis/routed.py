@@ -3,24 +3,66 @@
 Shapes: X MoE layers, J tokens without padding, K choices of a token (see `moe_jax.moe`).
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from moe_jax.config import ModelConfig
 from moe_jax.data import Example, RawWindow, Tokenizer
 from moe_jax.data.objectives import causal_lm
-from moe_jax.models import RoutingRecord, record_routing
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.routing_record import (
+    RoutingRecord,
+    choices_of,
+    record_of,
+    recorded_pass,
+    recording_call,
+)
+from moe_jax.moe.routing import Choices
+from moe_jax.part import Call
 from moe_jax.training.state import TrainState
+
+
+class RoutedLayer(NamedTuple):
+    """A layer that routes tokens.
+
+    Attributes:
+      name: such as "layer_03", or "layer_03_PART" where several parts of the layer route.
+      part: the name of its part.
+      row: which of the layers of this part it is, from 0.
+    """
+
+    name: str
+    part: str
+    row: int
+
+
+def routed_layers(layers_of: Mapping[str, Sequence[int]]) -> list[RoutedLayer]:
+    """The layers of all MoE parts in the order of the model.
+
+    Args:
+      layers_of: the layers of each MoE part, such as `LanguageModel.moe_layers`.
+    """
+    found = sorted(
+        (layer, part, row) for part, layers in layers_of.items() for row, layer in enumerate(layers)
+    )
+    places = [layer for layer, *_ in found]
+    return [
+        RoutedLayer(
+            f"layer_{layer:02d}" + (f"_{part}" if places.count(layer) > 1 else ""), part, row
+        )
+        for layer, part, row in found
+    ]
 
 
 class Routed(NamedTuple):
     """The choices of the tokens of some text, before drops.
 
     Attributes:
-      expert_XJK: int32 in [0, E), best first; -1 is a choice that does not count.
+      expert_XJK: int32 in [0, E) of the layer, best first; -1 is a choice that does not count.
+        Layers are those of all MoE parts, in the order of the model; K is the most of any of them.
       gate_XJK: float32, weight of each choice in the token's output; 0 where it does not count.
       token_J: int32 ids.
       domain_J: int32, an index into the domains, of each token's sequence.
@@ -37,7 +79,7 @@ class Routed(NamedTuple):
 
 def route_batches(
     state: TrainState,
-    config: ModelConfig,
+    model: LanguageModel,
     batches: Iterable[Example],
     max_tokens: int,
     input_noise: float = 0.0,
@@ -47,8 +89,8 @@ def route_batches(
     Experts that choose have the capacity of training, without which each would take every token.
 
     Args:
-      state: of a run; parameters, selection biases and the step are read.
-      config: of its model.
+      state: of a run; parameters, the state of parts and the step are read.
+      model: its model.
       batches: of one shape, as `data.heldout_batches` yields them.
       max_tokens: where to stop; padding is not counted.
       input_noise: relative size of noise on the input: every number of a token's embedding is
@@ -63,17 +105,15 @@ def route_batches(
     parts: list[Routed] = []
     missing = max_tokens
     for index, batch in enumerate(batches):
-        record = record_routing(
-            state.params,
-            state.router_bias_XE,
-            batch["inputs"],
-            config,
-            positions_BL=batch["positions"],
-            segment_ids_BL=batch["segment_ids"],
-            step=state.step,
-            input_factor_BLM=noise_factor(batch["inputs"].shape, config, input_noise, index),
-        )
-        part = flatten(record, batch["domain"])
+        call = recording_call(batch["inputs"], batch["positions"], batch["segment_ids"], state.step)
+        of_model = (state.params, state.model_state, call)
+        if input_noise:
+            shape = (*batch["inputs"].shape, model.model_dim)
+            factor_BLM = 1 + input_noise * jax.random.normal(jax.random.key(index), shape)
+            choices = noisy_pass(*of_model, factor_BLM, model=model)
+        else:
+            choices = recorded_pass(*of_model, model=model)
+        part = flatten(record_of(model, call, choices), batch["domain"])
         # Documents of other batches have other numbers.
         parts.append(part._replace(document_J=part.document_J + index * 2**32))
         missing -= len(part.token_J)
@@ -86,13 +126,19 @@ def route_batches(
     return first_tokens(joined, max_tokens)
 
 
-def noise_factor(
-    shape: tuple[int, ...], config: ModelConfig, size: float, seed: int
-) -> jax.Array | None:
-    """What multiplies the embeddings of [B, L] tokens; None without noise."""
-    if not size:
-        return None
-    return 1 + size * jax.random.normal(jax.random.key(seed), (*shape, config.model_dim))
+@functools.partial(jax.jit, static_argnames="model")
+def noisy_pass(
+    params: Any,
+    state: Mapping[str, Any] | None,
+    call: Call,
+    factor_BLM: jax.Array,
+    *,
+    model: LanguageModel,
+) -> dict[str, Choices]:
+    """`recorded_pass` with the embedded tokens multiplied by a factor."""
+    assert call.tokens_BL is not None
+    x_BLM = model.embed(params, call.tokens_BL) * factor_BLM
+    return choices_of(model.run_embedded(params, x_BLM, call, state=state).aux)
 
 
 def first_tokens(routed: Routed, num_tokens: int) -> Routed:
@@ -108,18 +154,33 @@ def flatten(record: RoutingRecord, domain_B: np.ndarray) -> Routed:
       record: of some sequences.
       domain_B: int32, the domain of each.
     """
-    segments_BL = record.segment_ids_BL
+    segments_BL = record.segments_BL
     is_token_BL = segments_BL > 0
     rows, length = segments_BL.shape
     document_BL = np.arange(rows)[:, None] * (length + 1) + segments_BL.astype(np.int64)
-    expert_XBLK = np.where(record.chosen_XBLK, record.expert_index_XBLK, -1)
+    experts, gates = [], []
+    for layer in routed_layers({name: part.layers for name, part in record.parts.items()}):
+        choices = jax.tree.map(lambda a, i=layer.row: a[i], record.parts[layer.part].choices)
+        experts.append(np.where(choices.chosen, choices.expert_index, -1)[is_token_BL])
+        gates.append(choices.gate[is_token_BL])
     return Routed(
-        expert_XJK=expert_XBLK[:, is_token_BL],
-        gate_XJK=record.gate_XBLK[:, is_token_BL],
+        expert_XJK=joined_layers(experts, -1),
+        gate_XJK=joined_layers(gates, 0),
         token_J=record.tokens_BL[is_token_BL],
         domain_J=np.broadcast_to(domain_B[:, None], segments_BL.shape)[is_token_BL],
         document_J=document_BL[is_token_BL],
     )
+
+
+def joined_layers(layers: Sequence[np.ndarray], filler: int) -> np.ndarray:
+    """Arrays [J, K] as one, [X, J, K]; those of fewer choices are filled up."""
+    longest = max(values_JK.shape[1] for values_JK in layers)
+    return np.stack([
+        np.pad(
+            values_JK, ((0, 0), (0, longest - values_JK.shape[1])), constant_values=filler
+        )
+        for values_JK in layers
+    ])  # fmt: skip
 
 
 def text_batches(

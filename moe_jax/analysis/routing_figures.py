@@ -90,10 +90,13 @@ def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
 
 def load_map(layers: Layers) -> Figure:
     """Experts across, layers down: the share of choices, as multiples of an even split."""
-    share_XE = np.array([said["load"]["share"] for said in layers.values()])
-    num_layers, num_experts = share_XE.shape
+    shares = [np.array(said["load"]["share"]) for said in layers.values()]
+    num_layers, num_experts = len(shares), max(map(len, shares))
+    multiple_XE = np.full((num_layers, num_experts), np.nan)  # layers may have fewer experts
+    for row_E, share_E in zip(multiple_XE, shares, strict=True):
+        row_E[: len(share_E)] = share_E * len(share_E)
     figure, (axis,) = panels(1, columns=1, size=(8, 0.8 + 0.28 * num_layers))
-    mesh = axis.pcolormesh(visible(share_XE * num_experts), **multiple_scale())
+    mesh = axis.pcolormesh(visible(multiple_XE), **multiple_scale())
     _expert_ticks(axis, num_experts)
     step = 1 + (num_layers - 1) // 16
     names = [layer_title(layer) for layer in layers]
@@ -101,7 +104,7 @@ def load_map(layers: Layers) -> Figure:
     axis.invert_yaxis()
     axis.set_xlabel("expert")
     if num_experts <= 16:
-        write_multiples(axis, share_XE * num_experts)
+        write_multiples(axis, multiple_XE)
     multiple_bar(figure, mesh, [axis], "load, multiple of an even split")
     figure.suptitle("Expert load", fontweight="bold", fontsize=11)
     return figure
@@ -169,11 +172,22 @@ def saturation_figure(layers: Layers) -> Figure:
         for color, said in zip(layer_colors(len(layers)), layers.values(), strict=True):
             found = said["saturation"]
             axis.plot(found["step"], found[kind], "o-", color=color, markersize=4, linewidth=1.4)
-        reference_line(axis, found["random"][kind], "unrelated routing")
+        for label, chance in _unrelated(layers, kind).items():
+            reference_line(axis, chance, label)
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axis.set_ylim(0, 1)
     layer_legend(figure, list(layers))
     return figure
+
+
+def _unrelated(layers: Layers, kind: str) -> dict[str, float]:
+    """What unrelated routing gives for `saturation`, by label: a line a number of experts."""
+    chance = {
+        len(said["load"]["share"]): said["saturation"]["random"][kind] for said in layers.values()
+    }
+    if len(chance) == 1:
+        return {"unrelated routing": next(iter(chance.values()))}
+    return {f"unrelated, {size} experts": value for size, value in sorted(chance.items())}
 
 
 def coactivation_figure(layers: Layers) -> Figure:

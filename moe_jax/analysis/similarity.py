@@ -1,14 +1,28 @@
 """How alike the weights of experts are (legend: `moe_jax.moe`)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from moe_jax.config import ModelConfig
-from moe_jax.models.pattern import Pattern, find_pattern
+from moe_jax.analysis.routed import routed_layers
+from moe_jax.models.model import LanguageModel
+from moe_jax.parameters import dense
 
-MATRICES = ("wi", "wg", "wo")
+
+class BlockWeights(NamedTuple):
+    """The weights of one MoE block.
+
+    Attributes:
+      num_experts: E, with those that compute nothing, which are the last and have no matrices.
+      experts: of the experts that compute, by name, each with a leading dim of experts.
+      router_IE: a column for each expert; None of a router that has no such weights.
+    """
+
+    num_experts: int
+    experts: Mapping[str, np.ndarray]
+    router_IE: np.ndarray | None
 
 
 def cosine_similarity(rows_EI: np.ndarray) -> np.ndarray:
@@ -27,7 +41,7 @@ def cosine_similarity(rows_EI: np.ndarray) -> np.ndarray:
     return unit_EI @ unit_EI.T
 
 
-def expert_similarity(weights: Mapping[str, np.ndarray]) -> np.ndarray:
+def expert_similarity(experts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Cosine of the experts' matrices, each expert's flattened into one row.
 
     Hidden units of an expert can change places without changing what it computes: experts that
@@ -35,41 +49,56 @@ def expert_similarity(weights: Mapping[str, np.ndarray]) -> np.ndarray:
     one matrix (upcycled, or initialised alike) are near 1 until they have moved apart.
 
     Args:
-      weights: of a block; its matrices [E, M, H] and [E, H, M] are read.
+      experts: of a block; its matrices [E, M, H] and [E, H, M] are read.
 
     Returns:
       float64 [E, E].
     """
-    rows = [weights[name].reshape(len(weights[name]), -1) for name in MATRICES if name in weights]
+    rows = [weight.reshape(len(weight), -1) for weight in experts.values() if weight.ndim == 3]
     return cosine_similarity(np.concatenate(rows, axis=1))
 
 
-def router_similarity(weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
+def router_similarity(router_IE: np.ndarray | None) -> np.ndarray | None:
     """Cosine of the router's columns, float64 [E, E]; None of a router that has no weights."""
-    return cosine_similarity(weights["router"].T) if "router" in weights else None
+    return None if router_IE is None else cosine_similarity(router_IE.T)
 
 
-def moe_weights(params: Mapping[str, Any], config: ModelConfig) -> list[dict[str, np.ndarray]]:
-    """The parameters of each MoE block of a model, by name, in the order of the layers.
+def moe_weights(params: Mapping[str, Any], model: LanguageModel) -> dict[str, BlockWeights]:
+    """The weights of each MoE block of a model, by layer, in the order of the model.
 
     Args:
-      params: of `Decoder`; the repeated layers are taken apart.
-      config: of the model.
+      params: of the model; its repeated layers are taken apart.
+      model: the model.
     """
-    is_moe = tuple(i in config.moe_layers for i in range(config.num_layers))
-    pattern = find_pattern(is_moe) if config.scan_layers else Pattern(is_moe, (), 0, ())
+    blocks = {name: blocks_of(params["stack"], model, name) for name in model.moe_parts}
+    return {
+        layer.name: block_weights(blocks[layer.part][layer.row], model.moe_parts[layer.part])
+        for layer in routed_layers(model.moe_layers)
+    }
 
-    def of_stack(name: str, layers: tuple[bool, ...], repeat: int | None) -> list[dict[str, Any]]:
-        return [
-            {
-                key: np.asarray(value if repeat is None else value[repeat])
-                for key, value in params[name][f"layer_{i}"]["moe"].items()
-            }
-            for i, moe in enumerate(layers)
-            if moe
-        ]
 
-    blocks = of_stack("first", pattern.prefix, None)
-    for repeat in range(pattern.repeats):
-        blocks += of_stack("repeated", pattern.unit, repeat)
-    return blocks + of_stack("last", pattern.suffix, None)
+def blocks_of(stack: Mapping[str, Any], model: LanguageModel, part: str) -> list[Any]:
+    """The parameters of each layer of a part, in order, out of those of the stack."""
+    tied = stack.get("tied", {})
+    blocks = []
+    for segment in ("first", "unit", "last"):
+        places = [p for p in model.decoder.places()[part] if p.segment == segment]
+        for repeat in range(model.decoder.repeats if segment == "unit" else 1):
+            for place in places:
+                own = stack[segment][place.layer].get(place.branch)
+                if own is None:
+                    own = tied[place.branch]
+                elif segment == "unit":
+                    own = jax.tree.map(lambda a, i=repeat: a[i], own)
+                blocks.append(own)
+    return blocks
+
+
+def block_weights(params: Mapping[str, Any], moe: Any) -> BlockWeights:
+    """The weights of a block with these parameters."""
+    weight = params.get("router", {}).get("weight")
+    router_IE = None if weight is None else np.asarray(dense(weight))
+    if router_IE is not None and router_IE.shape[-1] != moe.num_options:
+        router_IE = None
+    experts = {name: np.asarray(dense(weight)) for name, weight in params["experts"].items()}
+    return BlockWeights(moe.num_options, experts, router_IE)

@@ -2,21 +2,23 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ExperimentConfig, ModelConfig
+from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_tokenizer
-from moe_jax.models import Decoder
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Call
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("model",))
 def next_token(
     params: Any,
-    router_bias_XE: jax.Array | None,
+    state: Mapping[str, Any] | None,
     window_L: jax.Array,
     length: jax.Array,
     temperature: jax.Array,
@@ -24,7 +26,7 @@ def next_token(
     index: jax.Array,
     step: jax.Array | None = None,
     *,
-    config: ModelConfig,
+    model: LanguageModel,
 ) -> jax.Array:
     """Samples the token after `window_L[:length]`; int32 scalar.
 
@@ -34,17 +36,14 @@ def next_token(
     text is there; random and uniform experts are those of the place in the window.
     """
     positions = jnp.arange(window_L.shape[0])
-    tokens_1L = window_L[None]
-    segments_1L = (positions < length).astype(jnp.int32)[None]
-    output = Decoder(config).apply(
-        {"params": params},
-        tokens_1L,
-        positions[None],
-        segments_1L,
-        router_bias_XE=router_bias_XE,
-        capacity_factor=0.0,
+    call = Call(
+        tokens_BL=window_L[None],
+        positions_BL=positions[None],
+        segments_BL=(positions < length).astype(jnp.int32)[None],
         step=step,
+        capacity=0.0,
     )
+    output = model.run(params, call, state=state)
     logits_V = output.logits_BLV[0, length - 1]
     rng = jax.random.fold_in(jax.random.key(seed), index)
     greedy = jnp.argmax(logits_V)
@@ -54,7 +53,7 @@ def next_token(
 
 def continue_text(
     params: Any,
-    router_bias_XE: jax.Array | None,
+    state: Mapping[str, Any] | None,
     config: ExperimentConfig,
     prompt: str,
     *,
@@ -67,7 +66,7 @@ def continue_text(
 
     Args:
       params: parameters of the model.
-      router_bias_XE: selection biases, or None.
+      state: of its parts, such as selection biases; or None.
       config: of the run.
       prompt: any text; of a long one, the last `sequence_length` tokens are seen.
       num_tokens: how many tokens to add at most; the end of a document ends it.
@@ -87,14 +86,9 @@ def continue_text(
             f"temperature={temperature}, num_tokens={num_tokens}. Use temperature=0 for the "
             "likeliest token."
         )
-    moe = config.model.moe
-    if not moe.has_soft_slots:
-        # One sequence is the group that always fits. Where tokens choose, a dropless layer computes
-        # the same in any; otherwise `next_token` says what the window decides.
-        moe = dataclasses.replace(moe, group_size=0)
-    model = dataclasses.replace(config.model, moe=moe)
     tokenizer = open_tokenizer(config.data.tokenizer)
     window = config.data.sequence_length
+    model = in_groups_of(window, config.model)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     start = len(ids)
     for i in range(num_tokens):
@@ -103,16 +97,35 @@ def continue_text(
         window_L[: len(seen)] = seen
         token = next_token(
             params,
-            router_bias_XE,
+            state,
             window_L,
             np.int32(len(seen)),
             np.float32(temperature),
             np.uint32(seed),
             np.int32(i),
             step,
-            config=model,
+            model=model,
         )
         if int(token) == tokenizer.eos_id:
             break
         ids.append(int(token))
     return tokenizer.decode(ids[start:])
+
+
+def in_groups_of(window: int, model: LanguageModel) -> LanguageModel:
+    """The model with routing groups of so many tokens, where its parameters allow it.
+
+    One sequence is the group that always fits. Where tokens choose, a dropless layer computes the
+    same in any; otherwise `next_token` says what the window decides. Soft MoE has parameters for
+    the slots of a group, and keeps the groups that it was trained with.
+    """
+
+    def shapes(part: Any) -> Any:
+        return jax.tree.map(lambda spec: spec.shape, part.specs(model.dims))
+
+    def regrouped(moe: Any) -> Any:
+        one_group = dataclasses.replace(moe, group_size=window)
+        return one_group if shapes(one_group) == shapes(moe) else moe
+
+    parts = model.part | {name: regrouped(moe) for name, moe in model.moe_parts.items()}
+    return dataclasses.replace(model, parts=tuple(parts.items()))
