@@ -1,28 +1,32 @@
-"""The MoE layer of every dispatcher against a dense FFN of equal active FLOPs.
+"""The MoE layer, its experts run in every way, against a dense FFN of equal active FLOPs.
 
-    python -m benchmarks.moe_layer [--shape=a] [--peers]
+    python -m benchmarks.moe_layer [--shape=a] [--peers] [--against=DIR]
 
 Prints, for forward and forward+backward, the time over that of the dense FFN (M -> K * H -> M) in
 the same interleaved run, median of the rounds with their range, and the peak temporary memory of
 forward+backward as the compiler states it. Routing is part of an MoE layer's time; the gradient is
 with respect to input, router and experts. `--peers` adds layers of other systems that are installed
 (transformers' grouped_mm experts, st-moe-pytorch); without a GLU of equal size, transformers' runs
-with two thirds of H, which costs the same.
+with two thirds of H, which costs the same. `--against` also prints the time of every form over that
+of the same form of another checkout of this repository, in the same way.
 """
 
 import argparse
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig
+from benchmarks.timing import Checkout, Run, cell, ratios
+from moe_jax.config.kinds import load_kind
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.experts import Shared, ffn
-from moe_jax.moe.parameters import ffn_specs, init_parameters, moe_specs
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.experts import Activation, Experts
+from moe_jax.moe.part import MoE
+from moe_jax.parameters import SHARED, ffn_specs, init_parameters
+from moe_jax.part import Call, Dims
 
 SEQUENCES, LENGTH, MODEL_DIM = 8, 512, 256
 
@@ -43,7 +47,7 @@ SHAPES = {
     "c": Shape(32, 2, 1024, "relu"),
     "d": Shape(64, 8, 256, "swiglu"),
 }
-# name: (dispatcher, capacity factor)
+# name: (how experts are run, capacity factor)
 FORMS = {
     "einsum, factor 1.25": ("einsum", 1.25),
     "gather, factor 1.25": ("gather", 1.25),
@@ -51,7 +55,15 @@ FORMS = {
     "ragged, dropless": ("ragged", 0.0),
 }
 
-Run = Callable[[], None]
+PROGRAMS = ("forward", "forward_backward")
+OTHER_PROGRAMS = """
+from benchmarks.moe_layer import SHAPES, candidates
+programs = {{
+    f"{{name}}/{{program}}": getattr(candidate, program)
+    for name, candidate in candidates(SHAPES[{shape!r}]).items()
+    for program in {programs}
+}}
+"""
 
 
 @dataclasses.dataclass
@@ -80,36 +92,44 @@ def jax_candidate(function: Callable[..., jax.Array], *operands: object) -> Cand
     )
 
 
-def moe_config(shape: Shape, dispatch: str, factor: float) -> MoEConfig:
+def activation_of(shape: Shape) -> Activation:
+    """The activation that the shape names."""
+    activation = load_kind("activation", shape.activation)()
+    assert isinstance(activation, Activation)
+    return activation
+
+
+def moe_layer(shape: Shape, run_experts: str, factor: float) -> MoE:
     """The layer's settings; balance losses are left out, as in the peers' layers."""
-    return MoEConfig(
+    return MoE(
         num_experts=shape.num_experts,
         num_selected_experts=shape.num_selected,
         expert_dim=shape.expert_dim,
-        activation=shape.activation,
-        dispatch=dispatch,
-        capacity=CapacityConfig(train_factor=factor),
-        balance=BalanceConfig(load_balance_weight=0.0),
+        activation=activation_of(shape),
+        run_experts=run_experts,
+        capacity=Capacity(train_factor=factor),
+        losses=(),
     )
 
 
 def candidates(shape: Shape) -> dict[str, Candidate]:
-    """The dense floor first, then our dispatchers and perfectly balanced experts alone."""
+    """The dense floor first, then our forms and perfectly balanced experts alone."""
     key = jax.random.key(0)
     x_BLM = jax.random.normal(jax.random.fold_in(key, 1), (SEQUENCES, LENGTH, MODEL_DIM))
-    gated = shape.activation == "swiglu"
+    experts = Experts(activation_of(shape))
 
-    def dense_params(num_experts: int | None, hidden: int) -> dict[str, jax.Array]:
+    def dense_params(num_experts: int | None, hidden: int) -> Any:
         specs = ffn_specs(
-            MODEL_DIM, hidden, gated=gated, use_bias=False, init_scale=1.0, num_experts=num_experts
-        )
+            MODEL_DIM, hidden, "experts", gated=experts.activation.gated, use_bias=False,
+            init_scale=1.0, num_experts=num_experts,
+        )  # fmt: skip
         return init_parameters(key, specs)
 
-    def dense(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        return ffn(x, params, shape.activation, Shared())
+    def dense(params: Any, x: jax.Array) -> jax.Array:
+        return experts(x, params, SHARED)
 
-    def balanced(params: dict[str, jax.Array], x_EJM: jax.Array) -> jax.Array:
-        return jax.vmap(lambda p, x: ffn(x, p, shape.activation, Shared()))(params, x_EJM)
+    def balanced(params: Any, x_EJM: jax.Array) -> jax.Array:
+        return jax.vmap(dense)(params, x_EJM)
 
     made = {
         "dense FFN": jax_candidate(
@@ -120,49 +140,44 @@ def candidates(shape: Shape) -> dict[str, Candidate]:
     x_EJM = jax.random.normal(key, (shape.num_experts, rows, MODEL_DIM))
     params = dense_params(shape.num_experts, shape.expert_dim)
     made["balanced experts alone"] = jax_candidate(balanced, params, x_EJM)
-    for name, (dispatch, factor) in FORMS.items():
-        config = moe_config(shape, dispatch, factor)
-        params = init_parameters(key, moe_specs(config, MODEL_DIM))
+    for name, (run_experts, factor) in FORMS.items():
+        moe = moe_layer(shape, run_experts, factor)
+        params = init_parameters(key, moe.specs(Dims(MODEL_DIM)))
 
-        def layer(p: dict[str, jax.Array], x: jax.Array, c: MoEConfig = config) -> jax.Array:
-            return moe_block(p, x, c)[0]
+        def layer(p: Any, x: jax.Array, moe: MoE = moe, factor: float = factor) -> jax.Array:
+            return moe_block(p, x, moe, Call(capacity=factor))[0]
 
         made[name] = jax_candidate(layer, params, x_BLM)
     return made
-
-
-def ratios(made: dict[str, Candidate], rounds: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Times every candidate right after the dense floor, in turn, and divides."""
-    names = list(made)
-    result: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
-    for program in (0, 1):
-
-        def seconds(name: str, program: int = program) -> float:
-            run = made[name].forward_backward if program else made[name].forward
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-
-        for name in names:
-            seconds(name)
-        for _ in range(rounds):
-            for name in names:
-                before = seconds(names[0])
-                taken = seconds(name)
-                floor = (before + seconds(names[0])) / 2
-                result[name][program].append(taken / floor)
-    return result
 
 
 def show(title: str, made: dict[str, Candidate], rounds: int) -> None:
     """Prints the table of one shape."""
     print(f"\n{title}")
     print(f"{'form':<28}{'forward':>22}{'forward+backward':>22}{'temp MB':>10}")
-    for name, programs in ratios(made, rounds).items():
-        cells = [f"{statistics.median(r):.2f} [{min(r):.2f}, {max(r):.2f}]" for r in programs]
-        megabytes = made[name].megabytes
-        memory = "" if megabytes is None else f"{megabytes:.0f}"
-        print(f"{name:<28}{cells[0]:>22}{cells[1]:>22}{memory:>10}", flush=True)
+    floor = next(iter(made.values()))
+    forward = ratios({name: (c.forward, floor.forward) for name, c in made.items()}, rounds)
+    backward = ratios(
+        {name: (c.forward_backward, floor.forward_backward) for name, c in made.items()}, rounds
+    )
+    for name, candidate in made.items():
+        memory = "" if candidate.megabytes is None else f"{candidate.megabytes:.0f}"
+        cells = f"{cell(forward[name]):>22}{cell(backward[name]):>22}"
+        print(f"{name:<28}{cells}{memory:>10}", flush=True)
+
+
+def show_against(directory: str, shape: str, made: dict[str, Candidate], rounds: int) -> None:
+    """Prints what every form takes, over what it takes in another checkout."""
+    other = Checkout(directory, OTHER_PROGRAMS.format(shape=shape, programs=PROGRAMS))
+
+    def pair(name: str, program: str) -> tuple[Run, Run]:
+        return getattr(made[name], program), lambda: other.run(f"{name}/{program}")
+
+    tables = [ratios({name: pair(name, program) for name in made}, rounds) for program in PROGRAMS]
+    other.close()
+    print(f"over {directory}")
+    for name in made:
+        print(f"{name:<28}" + "".join(f"{cell(table[name]):>22}" for table in tables), flush=True)
 
 
 def main() -> None:
@@ -171,15 +186,19 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), help="one shape only")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peers", action="store_true", help="layers of other installed systems")
+    parser.add_argument("--against", help="directory of another checkout, timed in the same run")
     arguments = parser.parse_args()
     for name in [arguments.shape] if arguments.shape else sorted(SHAPES):
         made = candidates(SHAPES[name])
+        ours = dict(made)
         if arguments.peers:
             from benchmarks.moe_layer_peers import peer_candidates
 
             peers = peer_candidates(SHAPES[name], SEQUENCES, LENGTH, MODEL_DIM)
             made |= {key: Candidate(*programs) for key, programs in peers.items()}
         show(f"({name}) {SHAPES[name]}", made, arguments.rounds)
+        if arguments.against:
+            show_against(arguments.against, name, ours, arguments.rounds)
 
 
 if __name__ == "__main__":

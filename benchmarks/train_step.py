@@ -1,11 +1,12 @@
 """The training step of the quickstart model: speed, share of the matmul rate, where the time goes.
 
-    python -m benchmarks.train_step [--config=configs/quickstart.py] [--rounds=7]
+    python -m benchmarks.train_step [--config=configs/quickstart.py] [--rounds=7] [--against=DIR]
 
 The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
 share is that of the model FLOPs (attention squares counted whole, no padding, no dispatch, three
 times forward). "Without" leaves one part of the model out of the step, so that the difference is
-what it costs with all that waits for it; the parts need not add up.
+what it costs with all that waits for it; the parts need not add up. `--against` also prints the
+time of a step over that of another checkout of this repository, taken in turn with it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import moe_jax.layers.attention
-import moe_jax.models.decoder
+from benchmarks.timing import Checkout, cell, ratios
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.data import train_batches
 from moe_jax.planning.arithmetic import count_flops, count_parameters
@@ -30,14 +31,15 @@ from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 
 
-def load(path: str, presets: str, **changes: str) -> ExperimentConfig:
-    """The experiment of a config file, with some settings changed (dots as double underscores)."""
+def load(path: str, presets: str, run_experts: str = "auto") -> ExperimentConfig:
+    """The experiment of a config file, with its experts run in one way."""
     spec = importlib.util.spec_from_file_location("config_file", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     settings = module.get_config(presets)
-    settings.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    if run_experts != "auto":
+        settings.model.parts.moe.run_experts = run_experts
     return from_config_dict(settings)
 
 
@@ -50,6 +52,12 @@ def without(part: str) -> Iterator[None]:
     no_rotary = mock.patch.object(moe_jax.layers.attention, "rotate", lambda x, positions, base: x)
     with {"attention scores": no_attention, "rotary positions": no_rotary}[part]:
         yield
+
+
+OTHER_PROGRAMS = """
+from benchmarks.train_step import Step, load
+programs = {{"moe": Step(load({path!r}, "")).take, "dense": Step(load({path!r}, "dense")).take}}
+"""
 
 
 class Step:
@@ -78,14 +86,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--against", help="directory of another checkout, timed in the same run")
     arguments = parser.parse_args()
     path = str(pathlib.Path(arguments.config))
     config = load(path, "")
     makers: dict[str, Callable[[], Step]] = {
         "moe": lambda: Step(config),
         "dense": lambda: Step(load(path, "dense")),
-        "moe, einsum dispatch": lambda: Step(load(path, "", model__moe__dispatch="einsum")),
-        "moe, gather dispatch": lambda: Step(load(path, "", model__moe__dispatch="gather")),
+        "moe, einsum dispatch": lambda: Step(load(path, "", "einsum")),
+        "moe, gather dispatch": lambda: Step(load(path, "", "gather")),
     }
     steps = {name: make() for name, make in makers.items()}
     for part in ("attention scores", "rotary positions"):
@@ -114,6 +123,15 @@ def main() -> None:
         share = f"{flops * tokens / seconds / rate:.0%}" if "without" not in name else ""
         print(f"{name:<32}{seconds * 1e3:>8.0f}{tokens / seconds:>10,.0f}{share:>8}"
               f"{step.compile_seconds:>11.1f}{seconds / moe:>8.2f}")  # fmt: skip
+    if arguments.against:
+        other = Checkout(arguments.against, OTHER_PROGRAMS.format(path=path))
+        pairs = {
+            name: (steps[name].take, lambda name=name: other.run(name)) for name in ("moe", "dense")
+        }
+        print(f"over {arguments.against}")
+        for name, found in ratios(pairs, arguments.rounds).items():
+            print(f"{name:<32}{cell(found):>22}")
+        other.close()
 
 
 if __name__ == "__main__":

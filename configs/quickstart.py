@@ -14,35 +14,55 @@ for the router, and the same data in the same order. Numbers: experiments/moe_ag
 
 import ml_collections
 
-from configs.base import default_config, make_smoke, parse_presets
+from configs.base import make_smoke, parse_presets
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    config_dict,
+)
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.token_choice import TokenChoice
+
+EXPERTS = MoE(
+    num_experts=8,
+    num_selected_experts=2,
+    expert_dim=512,
+    router=TokenChoice(renormalize=True),
+    capacity=Capacity(train_factor=2.0),  # of one sequence's mean load; 1.25 drops a tenth early on
+)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The quickstart model; presets: dense, smoke."""
     presets = parse_presets(arg, {"dense"})
-    config = default_config()
-    config.name = "quickstart"
-
-    model = config.model
-    model.num_layers, model.model_dim, model.ffn_dim = 2, 256, 1024
-    model.num_heads, model.head_dim = 2, 64
-    model.scan_layers = False  # two layers compile fast, and run faster unrolled on a CPU
-    moe = model.moe
-    moe.num_experts, moe.num_selected_experts, moe.expert_dim = 8, 2, 512
-    moe.router.renormalize = True
-    moe.capacity.train_factor = 2.0  # of one sequence's mean load; 1.25 drops a tenth early on
-
-    config.data.sequence_length = 256
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 50
-    training = config.training
-    training.num_steps, training.batch_size = 700, 16  # 2.9 M tokens, half an epoch
-    training.evaluate_every, training.checkpoint_every = 100, 350
-    training.evaluation_batches = 5
-
-    if "dense" in presets:
-        config.name = "quickstart_dense"
-        moe.layer_period = 0
+    name, ffn = ("mlp", Mlp(dim=1024)) if "dense" in presets else ("moe", EXPERTS)
+    config = config_dict(
+        ExperimentConfig(
+            name="quickstart_dense" if "dense" in presets else "quickstart",
+            model=LanguageModel(
+                model_dim=256,
+                parts={"attention": Attention(num_heads=2, head_dim=64), name: ffn},
+                stack=StackLayout(unit=(("attention", name),), repeats=2),
+                scan_layers=False,  # two layers compile fast, and run faster unrolled on a CPU
+            ),
+            data=DataConfig(sequence_length=256),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+            training=TrainingConfig(
+                num_steps=700,  # 2.9 M tokens, half an epoch
+                batch_size=16,
+                evaluate_every=100,
+                evaluation_batches=5,
+                checkpoint_every=350,
+            ),
+        )
+    )
     if "smoke" in presets:
         make_smoke(config)
     return config

@@ -128,11 +128,11 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
     once more, on the sample that the evaluations before it used.
     """
     curve = {row["step"]: row[CURVE] for row in rows if CURVE in row}
-    config, state = load_run(workdir)
+    config, state = load_run(workdir, trust=True)  # a study may bring parts of its own
     if config.training.evaluation_batches:
         said = evaluate(
             state.params,
-            state.router_bias_XE,
+            state.model_state,
             config,
             max_batches=config.training.evaluation_batches,
             step=state.step,

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from experiments.study import Study
 from moe_jax.config.check import require
-from moe_jax.moe.routing import fills_slots
+from moe_jax.models.model import LanguageModel
 from moe_jax.planning.arithmetic import count_flops, count_parameters
-from moe_jax.planning.routing import slots_of_a_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Cost:
     Attributes:
       active: forward FLOPs a token that the mathematics needs, router included.
       computed: with padded slots and dispatch contractions; what is matched.
-      slots: expert slots a token in an MoE layer, in training; 0 for a dense arm, None without
-        a limit.
+      slots: expert slots a token in an MoE layer, in training, of the most that a part has; 0 for
+        a dense arm, None without a limit.
       total_parameters: all of them.
       active_parameters: those that a token uses.
     """
@@ -37,15 +36,24 @@ def cost_of(study: Study, size: str, arm: str) -> Cost:
     config = study.experiment(size, arm, 0)
     model, length = config.model, config.data.sequence_length
     flops, parameters = count_flops(model, length), count_parameters(model, length)
-    has_slots = model.moe.capacity.train_factor or fills_slots(model.moe, training=True)
-    slots = slots_of_a_token(model.moe, length) if has_slots else None
     return Cost(
         active=flops.model,
         computed=flops.computed,
-        slots=slots if model.moe_layers else 0.0,
+        slots=slots_of_a_token(model, length),
         total_parameters=parameters.total,
         active_parameters=parameters.active,
     )
+
+
+def slots_of_a_token(model: LanguageModel, length: int) -> float | None:
+    """Slots of all experts in training over the tokens that share them, E C / S; see `Cost`."""
+    slots = [0.0]
+    for moe in model.moe_parts.values():
+        if moe.capacity_factor(training=True) == 0:
+            return None
+        group = moe.group_size or length
+        slots.append(moe.num_experts * moe.options(group, training=True).slots / group)
+    return max(slots)
 
 
 def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:

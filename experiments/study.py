@@ -2,9 +2,13 @@
 
     STUDY = Study(name="NAME", question=..., arms=..., expect=..., ...)
 
-An override is a dotted path of a config and its value, `{"model.moe.num_experts": 8}`. They are
-applied in this order: the config file, the study's `base`, the size, the arm, the seed. A value may
-be a function of the config, for a setting that follows others: those are applied last.
+An override is a dotted path of a config and its value: a setting, or a whole part.
+
+    {"model.parts.moe.num_experts": 8, "model.parts.moe.router": Hash(by="position")}
+
+They are applied in this order: the config file, the study's `base`, the size, the arm, the seed. A
+value may be a function of the config, for a setting that follows others: those are applied last.
+Parts that no layer of an arm names are left out of its model.
 """
 
 import dataclasses
@@ -15,12 +19,23 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_collections
+from ml_collections import ConfigDict
 
+from experiments import before_parts
 from experiments.results import Results, Row
 from experiments.verdict import MIN_SEEDS, NOISE_SEEDS, Claim
-from moe_jax.config import ExperimentConfig, difference, from_config_dict
+from moe_jax.config import (
+    ExperimentConfig,
+    build,
+    difference,
+    from_config_dict,
+    read_config,
+    to_dict,
+    write_config,
+)
 from moe_jax.config.check import require
+from moe_jax.config.settings import Settings
+from moe_jax.models.stack import StackLayout
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "base")
@@ -32,7 +47,18 @@ BPE_8K = {
 }
 BYTES = {"data.tokenizer": "byte", "model.vocab_size": 384}
 EMBEDDED_CORPUS = {"data.corpus": "embedded", **BYTES}
+MLP_LAYER, MOE_LAYER = ("attention", "mlp"), ("attention", "moe")
+LOOKS_AHEAD = {"model.stack.allow_lookahead": True}
 Overrides = Mapping[str, Any]
+
+
+def without_experts(config: ConfigDict) -> StackLayout:
+    """As many layers, with the part "mlp" in place of "moe"."""
+    layers = layout_of(config).layers
+    return StackLayout.of([tuple("mlp" if p == "moe" else p for p in layer) for layer in layers])
+
+
+NO_EXPERTS = {"model.stack": without_experts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,20 +197,33 @@ class Study:
     def experiment(self, size: str, arm: str, seed: int, corpus: str = CORPUS) -> ExperimentConfig:
         """The settings of one run; `corpus` is the directory of the large corpus."""
         require(size in SIZES, f"a size is one of {list(SIZES)}", repr(size), "Correct --size")
-        file, _, presets = self.config.partition(":")
-        config = importlib.import_module(f"configs.{file}").get_config(presets)
-        overrides = {**self.base, **self.sizes[size], **self.arm(arm).overrides}
-        for path, value in sorted(overrides.items(), key=lambda item: callable(item[1])):
-            override(config, path, value)
+        config = self.overridden(size, arm)
         for path in ("data.corpus", "data.tokenizer"):
             override(config, path, lambda c, p=path: read(c, p).replace(CORPUS, corpus))
         config.name = f"{self.name}_{size}_{arm}"
         config.seed = config.data.seed = seed
+        used = layout_of(config).names
+        with config.unlocked():
+            for name in set(config.model.parts) - used:
+                del config.model.parts[name]
         return from_config_dict(config)
+
+    def overridden(self, size: str, arm: str) -> ConfigDict:
+        """The config file with all overrides, and with the parts that no layer uses."""
+        file, _, presets = self.config.partition(":")
+        config = importlib.import_module(f"configs.{file}").get_config(presets)
+        overrides: dict[str, Any] = {}
+        for given in (self.base, self.sizes[size], self.arm(arm).overrides):
+            for path, value in given.items():
+                overrides.pop(path, None)  # what comes later is also applied later
+                overrides[path] = value
+        for path, value in sorted(overrides.items(), key=lambda item: callable(item[1])):
+            override(config, path, value)
+        return config
 
     def settings(self, size: str, arm: str, seed: int) -> dict[str, Any]:
         """What a line of results keeps of the settings: all but where corpus and devices are."""
-        settings = dataclasses.asdict(self.experiment(size, arm, seed))
+        settings = write_config(self.experiment(size, arm, seed))
         settings.pop("mesh")
         settings["data"].pop("cache_dir")
         return json.loads(json.dumps(settings))
@@ -197,11 +236,8 @@ class Study:
         Raises:
           ValueError: naming the settings.
         """
-        was = dataclasses.asdict(from_config_dict(row["config"]))
-        now = dataclasses.asdict(
-            from_config_dict(self.settings(row["size"], row["arm"], row["seed"]))
-        )
-        changed = difference(was, now)
+        now = self.settings(row["size"], row["arm"], row["seed"])
+        changed = difference(*(to_dict(read_settings(config)) for config in (row["config"], now)))
         require(
             not changed,
             "results of a study are all of the settings that it has now",
@@ -211,8 +247,12 @@ class Study:
 
     def overrides(self, size: str, arm: str) -> dict[str, Any]:
         """What an arm changes in the common base, functions replaced by their values."""
-        config = self.experiment(size, arm, 0)
-        return {path: read(config, path) for path in self.arm(arm).overrides}
+        config = self.overridden(size, arm)
+        values = {path: read(config, path) for path in self.arm(arm).overrides}
+        return {
+            path: value.to_dict() if isinstance(value, ConfigDict) else value
+            for path, value in values.items()
+        }
 
     @property
     def directory(self) -> pathlib.Path:
@@ -220,22 +260,48 @@ class Study:
         return HERE / self.name
 
 
-def read(config: Any, path: str) -> Any:
+def read_settings(config: Mapping[str, Any]) -> ExperimentConfig:
+    """The experiment that a line of results is of, be it from before models had parts."""
+    if "format" in config:
+        return read_config(config, ExperimentConfig, trust=True)
+    return before_parts.experiment_of(config)
+
+
+def layout_of(config: ConfigDict) -> StackLayout:
+    """The layers of a model."""
+    return build(StackLayout, config.model.stack.to_dict(), "config.model.stack")
+
+
+def read(config: ConfigDict, path: str) -> Any:
     """The value of a setting by its dotted path."""
     for name in path.split("."):
-        config = getattr(config, name)
+        config = config[name]
     return config
 
 
-def override(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
-    """Sets a setting by its dotted path; a function is called with the config first."""
+def override(config: ConfigDict, path: str, value: Any) -> None:
+    """Sets a setting by its dotted path; a function is called with the config first.
+
+    A part takes the place of what is there, or is added under a new name.
+    """
+    if callable(value):
+        value = value(config)
     *sections, name = path.split(".")
     section = config
     for part in sections:
-        require(part in section, "an override names a setting", path, "Correct its path")
-        section = section[part]
-    require(name in section, "an override names a setting", path, "Correct its path")
-    section[name] = value(config) if callable(value) else value
+        section = section[part] if isinstance(section, ConfigDict) and part in section else None
+    is_part = isinstance(value, Settings)
+    require(
+        isinstance(section, ConfigDict) and (is_part or name in section),
+        "an override names a setting",
+        path,
+        "Correct its path",
+    )
+    if is_part:
+        with section.unlocked(), section.ignore_type():
+            section[name] = to_dict(value)
+    else:
+        section[name] = value
 
 
 def study_names() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from moe_jax.config import ExperimentConfig, config_dict, from_config_dict
+from moe_jax.config import config_dict, from_config_dict
 from moe_jax.data import train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
@@ -58,18 +58,10 @@ def test_every_preset_builds_and_initialises(name, preset):
 @pytest.mark.parametrize(("name", "preset"), CASES)
 def test_every_field_is_there_and_an_unknown_one_refused(name, preset):
     config = get_config(name)(preset)
-    everything = config_dict(ExperimentConfig())
-    assert set(flat(config)) == set(flat(everything))
-    with pytest.raises((AttributeError, KeyError), match="num_layerz"):
-        config.model.num_layerz = 3
-
-
-def flat(config, prefix=""):
-    for name, value in config.items():
-        if hasattr(value, "items"):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+    assert config.to_dict() == config_dict(from_config_dict(config)).to_dict()
+    for section in (config.model, *config.model.parts.values()):
+        with pytest.raises((AttributeError, KeyError), match="num_layerz"):
+            section.num_layerz = 3
 
 
 @pytest.mark.parametrize(("name", "preset"), SMOKE)
@@ -94,7 +86,7 @@ def test_smoke_is_small_and_trains(name, preset):
 def test_presets_may_be_joined():
     config = get_config("quickstart")("dense,smoke")
     assert config.name == "quickstart_dense_smoke"
-    assert config.model.moe.layer_period == 0 and config.training.num_steps <= MAX_SMOKE_STEPS
+    assert "moe" not in config.model.parts and config.training.num_steps <= MAX_SMOKE_STEPS
 
 
 # ml_collections reads a config file the old way.
@@ -105,27 +97,31 @@ def test_settings_can_be_overridden_by_flags(monkeypatch):
     arguments = [
         "train",
         f"--config={ROOT}/configs/quickstart.py:smoke",
-        "--config.model.moe.num_experts=16",
+        "--config.model.parts.moe.num_experts=16",
+        "--config.model.parts.moe.losses.load_balance.weight=0.5",
         "--config.optimizer.learning_rate=0.5",
-        "--config.model.moe.layers=(0,)",
+        "--config.model.stack.repeats=3",
         "--config.data.domain_weights=(('prose', 1.0),)",
         "--config.training.sample_prompt=It was",
     ]
     monkeypatch.setattr(sys, "argv", arguments)  # config_flags finds overrides there
     values(arguments)
     config = from_config_dict(values.config)
-    assert config.model.moe.num_experts == 16
+    moe = config.model.part["moe"]
+    assert moe.num_experts == 16
+    assert [loss.weight for loss in moe.losses] == [0.5, 0.0]
     assert config.optimizer.learning_rate == 0.5
-    assert config.model.moe_layers == (0,)
+    assert config.model.moe_layers == {"moe": (0, 1, 2)}
     assert config.data.domain_weights == (("prose", 1.0),)
     assert config.training.sample_prompt == "It was"
     assert config.training.num_steps <= MAX_SMOKE_STEPS
 
 
 def test_a_config_file_imports_nothing_that_trains():
-    """Reading settings is quick: config files import the settings and each other."""
+    """Reading settings is quick: config files import settings, parts and each other."""
     for name in FILES:
         source = (ROOT / "configs" / f"{name}.py").read_text()
         imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))
         allowed = {"collections.abc", "ml_collections", "moe_jax.config"}
-        assert {name for name in imported if not name.startswith("configs.")} <= allowed, name
+        parts = ("configs.", "moe_jax.moe.", "moe_jax.layers.", "moe_jax.models.")
+        assert {name for name in imported if not name.startswith(parts)} <= allowed, name

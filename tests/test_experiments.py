@@ -74,11 +74,11 @@ def test_a_report_in_the_repository_is_that_of_its_results():
 def test_the_arms_differ_in_their_ffns_alone():
     moe, dense = (run.quickstart.get_config(run.ARMS[arm]).to_dict() for arm in ("moe", "dense"))
     assert moe.pop("name") != dense.pop("name")
-    assert moe["model"]["moe"].pop("layer_period") > 0
-    assert dense["model"]["moe"].pop("layer_period") == 0
+    experts, mlp = moe["model"]["parts"].pop("moe"), dense["model"]["parts"].pop("mlp")
+    assert moe["model"]["stack"].pop("unit") == (("attention", "moe"),)
+    assert dense["model"]["stack"].pop("unit") == (("attention", "mlp"),)
     assert moe == dense
     # Equal FLOPs a token but for the router: the experts of a token are as wide as the dense FFN.
-    model = moe["model"]
-    width = model["moe"]["num_selected_experts"] * model["moe"]["expert_dim"]
-    assert width == model["ffn_dim"]
-    assert model["moe"]["activation"] == model["activation"]
+    assert experts["num_selected_experts"] * experts["expert_dim"] == mlp["dim"]
+    for name in ("activation", "use_bias", "init_scale"):
+        assert experts[name] == mlp[name]

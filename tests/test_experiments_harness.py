@@ -14,17 +14,30 @@ from experiments import arm, report, run
 from experiments.budget import budget_table, check_budget, cost_of
 from experiments.results import LOSS, append_result, check_same_text, read_results
 from experiments.run import Board, Job, jobs_of, run_in_turn, run_side_by_side
-from experiments.study import EMBEDDED_CORPUS, Arm, Published, Study, load_study, study_names
+from experiments.study import (
+    EMBEDDED_CORPUS,
+    MOE_LAYER,
+    NO_EXPERTS,
+    Arm,
+    Published,
+    Study,
+    load_study,
+    study_names,
+)
 from experiments.verdict import Claim, lower
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.moe.routing.fixed import Hash
+from tests.foreign import RoundRobin
 from tests.tiny_run import ROOT
 
 TINY = {
     **EMBEDDED_CORPUS,
-    "model.num_layers": 2,
+    "model.stack.unit": (MOE_LAYER,),
+    "model.stack.repeats": 2,
     "model.model_dim": 16,
-    "model.ffn_dim": 32,
-    "model.moe.expert_dim": lambda config: config.model.ffn_dim,
-    "model.moe.dispatch": "ragged",
+    "model.parts.mlp": Mlp(dim=32),
+    "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim,
+    "model.parts.moe.run_experts": "ragged",
 }
 
 
@@ -34,10 +47,10 @@ def make_study(**changes):
         "question": "Is it lower?",
         "published": (Published("loss", "low", "a paper, table 1", lambda results: "as here"),),
         "base": TINY,
-        "sizes": {"smoke": {}, "small": {}, "base": {"model.ffn_dim": 64}},
+        "sizes": {"smoke": {}, "small": {}, "base": {"model.parts.mlp.dim": 64}},
         "arms": (
-            Arm("dense", "dense", {"model.moe.layer_period": 0}),
-            Arm("moe", "eight experts", {"model.moe.num_experts": 8}),
+            Arm("dense", "dense", NO_EXPERTS),
+            Arm("moe", "eight experts", {"model.parts.moe.num_experts": 8}),
         ),
         "baseline": "dense",
         "expect": (Claim("It is lower.", lower("moe", "dense")),),
@@ -84,9 +97,14 @@ def line(arm, seed, loss, study=STUDY):
         ({"noise_seeds": (0, 1, 2, 3)}, r"5 or more .*noise_seeds=\(0, 1, 2, 3\)"),
         ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', 'base'\]"),
         ({"expect": ()}, "a study has a criterion: made_up. Write Study.expect"),
-        ({"base": {**TINY, "model.moe.num_expertz": 1}}, "names a setting: model.moe.num_expertz"),
+        (
+            {"base": {**TINY, "model.parts.moe.num_expertz": 1}},
+            "names a setting: model.parts.moe.num_expertz",
+        ),
         ({"base": {**TINY, "model.moee.x": 1}}, "names a setting: model.moee.x"),
-        ({"base": {**TINY, "model.num_layers": 0}}, "model.num_layers is at least 1"),
+        ({"base": {**TINY, "model.moee.x": Mlp()}}, "names a setting: model.moee.x"),
+        ({"base": {**TINY, "model.mlp": Mlp()}}, r"config.model has the fields .*config.model.mlp"),
+        ({"base": {**TINY, "model.model_dim": 0}}, r"config.model: model_dim lies in \[1, inf\)"),
         ({"base": {**TINY, "data.corpus": "jsonl:CORPUS"}}, "smoke uses the embedded corpus"),
     ],
 )
@@ -97,13 +115,43 @@ def test_a_study_that_breaks_a_rule_is_refused_when_it_is_read(changes, error):
 
 def test_settings_of_an_arm():
     config = STUDY.experiment("base", "moe", 3)
-    assert config.model.ffn_dim == config.model.moe.expert_dim == 64  # a function is called last
-    assert config.model.moe.num_experts == 8
+    moe = config.model.part["moe"]
+    assert moe.expert_dim == 64  # that of the MLP at this size: a function is called last
+    assert moe.num_experts == 8
+    assert set(config.model.part) == {"attention", "moe"}  # no layer has the MLP
     assert config.seed == config.data.seed == 3
-    assert STUDY.overrides("base", "moe") == {"model.moe.num_experts": 8}
+    assert STUDY.overrides("base", "moe") == {"model.parts.moe.num_experts": 8}
     large = load_study("switch_against_dense").experiment("base", "dense", 0, "/some/where").data
     assert large.corpus == "jsonl:/some/where"
     assert large.tokenizer == "sentencepiece:/some/where/bpe8192.model"
+
+
+def test_an_arm_without_experts_has_an_mlp_in_every_layer():
+    model = STUDY.experiment("base", "dense", 0).model
+    assert model.stack.layers == (("attention", "mlp"),) * 2
+    assert model.part["mlp"].dim == 64 and "moe" not in model.part
+
+
+def test_an_arm_may_bring_a_part():
+    """A whole part takes the place of another, and its own settings can be set after it."""
+    path = "model.parts.moe.router"
+    hashed = Arm("hash", "hash", {path: Hash(by="position"), f"{path}.scaling_factor": 2.0})
+    study = make_study(arms=(*STUDY.arms, hashed))
+    router = study.experiment("small", "hash", 0).model.part["moe"].router
+    assert router == Hash(by="position", scaling_factor=2.0)
+    said = json.loads(json.dumps(study.overrides("small", "hash")))
+    assert said[path]["kind"] == "hash" and said[path]["by"] == "position"
+    assert study.settings("small", "hash", 0)["model"]["parts"]["moe"]["router"] == said[path]
+
+
+def test_an_arm_may_bring_a_part_of_its_own(tmp_path):
+    path = "model.parts.moe.router"
+    study = make_study(arms=(*STUDY.arms, Arm("turns", "in turn", {path: RoundRobin()})))
+    assert isinstance(study.experiment("small", "turns", 0).model.part["moe"].router, RoundRobin)
+    assert "tests.foreign:RoundRobin" in json.dumps(study.overrides("small", "turns"))
+    append_result(tmp_path / "results.jsonl", line("turns", 0, 1.0, study))
+    assert len(report.results_of(study, "small", tmp_path).rows) == 1
+    assert "| turns | equal | " in budget_table(study, "small")
 
 
 def test_arms_share_the_order_of_the_data_by_seed():
@@ -114,7 +162,7 @@ def test_arms_share_the_order_of_the_data_by_seed():
 
 def test_arms_of_one_budget_must_match():
     check_budget(make_study(tolerance=0.1), "small")
-    wide = Arm("wide", "wide", {"model.moe.layer_period": 0, "model.ffn_dim": 512})
+    wide = Arm("wide", "wide", {**NO_EXPERTS, "model.parts.mlp.dim": 512})
     with pytest.raises(ValueError, match=r"budget 'equal': wide .* dense .* more\. Change the"):
         check_budget(make_study(arms=(*STUDY.arms, wide), tolerance=0.1), "small")
     other = dataclasses.replace(wide, budget="twice")
@@ -122,7 +170,7 @@ def test_arms_of_one_budget_must_match():
 
 
 def test_padding_and_dispatch_count():
-    einsum = make_study(base={**TINY, "model.moe.dispatch": "einsum"})
+    einsum = make_study(base={**TINY, "model.parts.moe.run_experts": "einsum"})
     assert cost_of(einsum, "small", "moe").active == cost_of(STUDY, "small", "moe").active
     with pytest.raises(ValueError, match="padding and dispatch included"):
         check_budget(dataclasses.replace(einsum, tolerance=0.1), "small")
@@ -167,7 +215,10 @@ def test_results_of_other_settings_are_refused(tmp_path):
 
 def test_results_outlive_a_new_setting_at_its_default(tmp_path):
     row = line("moe", 1, 1.0)
-    del row["config"]["optimizer"]["learning_rate"], row["config"]["model"]["moe"]["router"]
+    del (
+        row["config"]["optimizer"]["learning_rate"],
+        row["config"]["model"]["parts"]["moe"]["router"],
+    )
     append_result(tmp_path / "results.jsonl", row)
     assert "moe_seed1" not in plan(tmp_path)
     assert len(report.results_of(STUDY, "small", tmp_path).rows) == 1

@@ -1,5 +1,6 @@
 """The studies themselves: what their criteria say of made-up results, and that they run."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,10 +11,11 @@ import pytest
 
 from experiments import arm as experiments_arm
 from experiments import run
-from experiments.budget import check_budget
-from experiments.results import LOSS, Results, read_results
+from experiments.budget import check_budget, cost_of
+from experiments.results import LOSS, RESULTS_FILE, Results, read_results
 from experiments.study import SIZES, load_study, study_names
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.training import loop
 from moe_jax.training.signals import Interrupted
 from tests.tiny_run import CACHE, ROOT
@@ -26,6 +28,44 @@ STEPS = [100, 200, 300, 400, 500, 600]
 @pytest.mark.parametrize("name", study_names())
 def test_arms_cost_the_same(name, size):
     check_budget(load_study(name), size)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_arms_are_the_models_that_they_were(name):
+    """Every arm at every size has the counts by component of commit f891836.
+
+    `arms.jsonl` was written by its code, before models had parts; zeros are left out.
+    """
+    study = load_study(name)
+    lines = read_results(ROOT / "tests/golden/arms.jsonl")
+    lines = [line for line in lines if line["study"] == name]
+    assert len(lines) == len(SIZES) * len(study.arms)
+    for line in lines:
+        config = study.experiment(line["size"], line["arm"], 0)
+        for counts, count in (("parameters", count_parameters), ("flops", count_flops)):
+            counted = dataclasses.asdict(count(config.model, config.data.sequence_length))
+            assert {k: v for k, v in counted.items() if v} == line[counts], line
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_lines_of_results_are_of_the_arms_of_today(name):
+    study = load_study(name)
+    for line in read_results(study.directory / RESULTS_FILE):
+        study.check_row(line)  # of its settings
+        cost = cost_of(study, line["size"], line["arm"])
+        parameters, flops = line["parameters"], line["forward_flops_per_token"]
+        assert parameters == {"total": cost.total_parameters, "active": cost.active_parameters}
+        assert flops == {"active": cost.active, "computed": cost.computed}
+
+
+def test_a_line_of_results_from_before_models_had_parts_is_compared_as_well():
+    study = load_study("switch_against_dense")
+    line = read_results(study.directory / RESULTS_FILE)[-1]
+    assert "format" not in line["config"]
+    line["config"]["model"]["moe"]["capacity"]["train_factor"] = 1.5
+    changed = r"config.model.parts.moe.capacity.train_factor: 1.5 -> 1.25\. Bring the study back"
+    with pytest.raises(ValueError, match=changed):
+        study.check_row(line)
 
 
 def row(arm, seed, final, curve=(), **measures):

@@ -9,16 +9,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.results import LOSS, Results, measured
-from experiments.study import Arm, Published, Study
+from experiments.study import NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
 from moe_jax.analysis.information import mutual_information
+from moe_jax.moe.balance import Importance, Load
+from moe_jax.moe.bias import SignUpdate
+from moe_jax.moe.routing.noise import Learned
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 
 RATES = ("1e-4", "1e-3", "1e-2")
 EARLY, LATE = 0.25, 0.5  # of the steps: before the first, after the second
 COLLAPSE = "Without balancing, routing collapses onto a few experts."
-NOISY = {"model.moe.router.learned_noise": True}
+NOISY = {"model.parts.moe.router.noise.learned": Learned()}
 # What balances, and the same without: every row of Shazeer's table has noise on the logits.
 UNBALANCED = {
     "switch_global_0.01": "none", "importance_load_0.1": "none_noisy", "loss_free_1e-3": "none",
@@ -93,8 +96,8 @@ def microbatches(config: ConfigDict) -> int:
 def loss_arm(scope: str, weight: float) -> Arm:
     """The load-balance loss over the batch, or over small microbatches of it."""
     overrides = {
-        "model.moe.balance.load_balance_weight": weight,
-        "model.moe.balance.load_balance_scope": scope,
+        "model.parts.moe.losses.load_balance.weight": weight,
+        "model.parts.moe.losses.load_balance.scope": scope,
     }
     if scope == "microbatch":
         overrides |= {
@@ -134,25 +137,25 @@ STUDY = Study(
         ),
     ),
     base={
-        **{k: v for k, v in SWITCH.base.items() if k != "model.moe.group_size"},
+        **SWITCH.base,
         "data.heldout_fraction": 0.01,
-        "model.moe.num_experts": 16,
-        "model.moe.num_selected_experts": 2,
-        "model.moe.expert_dim": lambda config: config.model.ffn_dim // 2,
-        "model.moe.router.renormalize": True,
+        "model.parts.moe.num_experts": 16,
+        "model.parts.moe.num_selected_experts": 2,
+        "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // 2,
+        "model.parts.moe.router.renormalize": True,
         # Dropless: nothing but the balance itself is at work.
-        "model.moe.group_size": 0,
-        "model.moe.capacity.train_factor": 0.0,
-        "model.moe.capacity.eval_factor": 0.0,
-        "model.moe.balance.load_balance_weight": 0.0,
+        "model.parts.moe.group_size": 0,
+        "model.parts.moe.capacity.train_factor": 0.0,
+        "model.parts.moe.capacity.eval_factor": 0.0,
+        "model.parts.moe.losses.load_balance.weight": 0.0,
     },
     sizes={
-        "smoke": {**SWITCH.sizes["smoke"], "model.moe.num_experts": 8},
+        "smoke": {**SWITCH.sizes["smoke"], "model.parts.moe.num_experts": 8},
         "small": {**SWITCH.sizes["small"], "training.num_steps": 1000},
-        "base": {**SWITCH.sizes["base"], "model.moe.group_size": 0},
+        "base": {**SWITCH.sizes["base"], "model.parts.moe.group_size": 0},
     },
     arms=(
-        Arm("dense", "dense", {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}),
+        Arm("dense", "dense", NO_EXPERTS),
         Arm("none", "no balancing", {}),
         Arm("none_noisy", "no balancing, noisy top-2", NOISY),
         loss_arm("global", 0.01),
@@ -164,15 +167,15 @@ STUDY = Study(
             "importance and load losses, 0.1 each, noisy top-2",
             {
                 **NOISY,
-                "model.moe.balance.importance_loss_weight": 0.1,
-                "model.moe.balance.load_loss_weight": 0.1,
+                "model.parts.moe.losses.importance": Importance(weight=0.1),
+                "model.parts.moe.losses.load": Load(weight=0.1),
             },
         ),
         *(
             Arm(
                 f"loss_free_{rate}",
                 f"loss-free, rate {rate}",
-                {"model.moe.balance.bias_update_rate": float(rate)},
+                {"model.parts.moe.bias": SignUpdate(rate=float(rate))},
             )
             for rate in RATES
         ),

@@ -7,11 +7,12 @@ import statistics
 import jax
 
 from experiments.results import Results, measured
-from experiments.study import Arm, Published, Study
+from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, evaluate_batch
@@ -30,7 +31,8 @@ SAMPLES = 4  # times training.evaluation_batches, for the crossing of capacity f
 def crossed(workdir: pathlib.Path) -> dict[str, float]:
     """Held-out bits a byte of one checkpoint at every capacity factor, on one sample."""
     config, state = load_run(workdir)
-    if config.model.moe.num_experts == 1 or not config.model.moe_layers:
+    moe = config.model.part.get("moe")
+    if moe is None or moe.num_experts == 1:
         return {}
     return {f"evaluated_at_{factor}": loss_at(factor, config, state) for factor in FACTORS}
 
@@ -49,11 +51,11 @@ def loss_at(factor: float, config: ExperimentConfig, state: TrainState) -> float
         with jax.set_mesh(mesh):
             said = evaluate_batch(
                 state.params,
-                state.router_bias_XE,
+                state.model_state,
                 from_whole(batch, mesh, ("batch", None)),
                 open_tokenizer(config.data.tokenizer).token_bytes_V,
-                config=config.model,
-                capacity_factor=factor,
+                model=config.model,
+                capacity=factor,
             )
         sums.add(said, domain_B)
     return sums.losses()["bits_per_byte"]
@@ -141,19 +143,19 @@ def family_arms(family: str) -> tuple[Arm, ...]:
     """
     selected = 1 if family == "top1" else 2
     by_token = {
-        "model.moe.capacity.per": "token",
-        "model.moe.capacity.queue_order": "choice_major",
-        "model.moe.allow_noncausal_routing": True,
+        "model.parts.moe.capacity.per": "token",
+        "model.parts.moe.capacity.queue": ChoiceMajor(),
+        **LOOKS_AHEAD,
     }
     return tuple(
         Arm(
             f"{family}_{factor}",
             f"{family.replace('_', ' per ')}, factor {factor}",
             {
-                "model.moe.num_selected_experts": selected,
-                "model.moe.router.renormalize": selected > 1,
-                "model.moe.capacity.train_factor": factor,
-                "model.moe.capacity.eval_factor": factor,
+                "model.parts.moe.num_selected_experts": selected,
+                "model.parts.moe.router.renormalize": selected > 1,
+                "model.parts.moe.capacity.train_factor": factor,
+                "model.parts.moe.capacity.eval_factor": factor,
                 **(by_token if family == "top2_token" else {}),
             },
             budget=f"experts: {experts_of_a_token(family, factor)}",
@@ -165,16 +167,17 @@ def family_arms(family: str) -> tuple[Arm, ...]:
 
 def dense_arms() -> tuple[Arm, ...]:
     """A dense model, and wider ones: an FFN in place of the experts that cost as much as it."""
-    none = {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}
-    dense = Arm(DENSE[1.0], "dense, cost of one expert", none, budget="experts: 1.0")
+    dense = Arm(DENSE[1.0], "dense, cost of one expert", NO_EXPERTS, budget="experts: 1.0")
     return dense, *(
         Arm(
             name,
             f"dense, cost of {cost:g} experts",
             {
-                "model.moe.num_experts": 1,
-                "model.moe.num_selected_experts": 1,
-                "model.moe.expert_dim": lambda config, cost=cost: int(cost * config.model.ffn_dim),
+                "model.parts.moe.num_experts": 1,
+                "model.parts.moe.num_selected_experts": 1,
+                "model.parts.moe.expert_dim": lambda config, cost=cost: int(
+                    cost * config.model.parts.mlp.dim
+                ),
             },
             budget=f"experts: {cost}",
         )
@@ -208,7 +211,7 @@ STUDY = Study(
     ),
     base={
         **SWITCH.base,
-        "model.moe.num_experts": 16,
+        "model.parts.moe.num_experts": 16,
     },
     sizes={
         "smoke": {**SWITCH.sizes["smoke"], "training.evaluation_batches": 0},

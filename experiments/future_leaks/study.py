@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable
 
 from experiments.results import Results, measured
-from experiments.study import Arm, Published, Study
+from experiments.study import LOOKS_AHEAD, MOE_LAYER, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import (
     Claim,
@@ -16,6 +16,10 @@ from experiments.verdict import (
     too_few_for_the_noise,
 )
 from moe_jax.analysis.leakage import compare_futures
+from moe_jax.moe.capacity import Queue, TokenMajor
+from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.soft import Soft
 from moe_jax.training.saved import load_run
 
 STILL, MOVED = 1e-4, 1e-2  # change of a logit: rounding, and more than that
@@ -42,12 +46,12 @@ PLACES = 12
 def futures(workdir: pathlib.Path) -> dict[str, float]:
     """The probe, and the loss under three futures, of one checkpoint."""
     config, state = load_run(workdir)
-    length = config.data.sequence_length
+    length, moe = config.data.sequence_length, config.model.part.get("moe")
     said = compare_futures(
         state.params,
-        state.router_bias_XE,
+        state.model_state,
         config,
-        capacity_factor=config.model.moe.capacity.eval_factor if config.model.moe_layers else 0,
+        capacity=0.0 if moe is None else moe.capacity.eval_factor,
         cuts=[(place + 1) * length // (PLACES + 1) for place in range(PLACES)],
         num_sequences=SEQUENCES,
     )
@@ -97,24 +101,17 @@ def rises(arm: str, measure: str, times: float) -> Callable[[Results], Finding]:
     return judge
 
 
-TOP2 = {
-    "model.moe.router.renormalize": True,
-    "model.moe.allow_noncausal_routing": True,  # what is measured
-}
-EXPERT_CHOICE = {
-    "model.moe.allow_noncausal_routing": True,
-    "model.moe.router.kind": "expert_choice",
-    "model.moe.balance.load_balance_weight": 0.0,
-}
+NO_LOSS = {"model.parts.moe.losses.load_balance.weight": 0.0}
 
 
-def queue(order: str, factor: float) -> dict[str, object]:
+def top2(queue: Queue, factor: float) -> dict[str, object]:
     """Top-2 with a queue and a capacity factor, the same in training and evaluation."""
     return {
-        **TOP2,
-        "model.moe.capacity.queue_order": order,
-        "model.moe.capacity.train_factor": factor,
-        "model.moe.capacity.eval_factor": factor,
+        **LOOKS_AHEAD,  # what is measured
+        "model.parts.moe.router.renormalize": True,
+        "model.parts.moe.capacity.queue": queue,
+        "model.parts.moe.capacity.train_factor": factor,
+        "model.parts.moe.capacity.eval_factor": factor,
     }
 
 
@@ -137,34 +134,37 @@ STUDY = Study(
     ),
     base={
         **SWITCH.base,
-        "model.moe.layer_period": 1,
-        "model.moe.layer_offset": 0,
+        "model.stack.unit": (MOE_LAYER,),
         # A sequence competes with itself alone, so that all that can leak is its own future.
-        "model.moe.group_size": lambda config: config.data.sequence_length,
-        "model.moe.num_experts": 8,
-        "model.moe.num_selected_experts": 2,
-        "model.moe.expert_dim": lambda config: config.model.ffn_dim // 2,
-        "model.moe.capacity.train_factor": 1.0,
-        "model.moe.capacity.eval_factor": 1.0,
+        "model.parts.moe.group_size": lambda config: config.data.sequence_length,
+        "model.parts.moe.num_experts": 8,
+        "model.parts.moe.num_selected_experts": 2,
+        "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // 2,
+        "model.parts.moe.capacity.train_factor": 1.0,
+        "model.parts.moe.capacity.eval_factor": 1.0,
     },
     sizes={
         "smoke": SWITCH.sizes["smoke"],
         "small": {
             **SWITCH.sizes["small"],
-            "model.num_layers": 2,
             "training.num_steps": 800,
             "training.evaluate_every": 100,
         },
-        "base": SWITCH.sizes["base"] | {"model.moe.group_size": 1024, "training.num_steps": 5000},
+        "base": {
+            **SWITCH.sizes["base"],
+            "model.stack.repeats": 12,
+            "model.parts.moe.group_size": 1024,
+            "training.num_steps": 5000,
+        },
     },
     arms=(
-        Arm("dense", CAUSAL["dense"], {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}),
-        Arm("token_major_1.0", CAUSAL["token_major_1.0"], queue("token_major", 1.0)),
+        Arm("dense", CAUSAL["dense"], NO_EXPERTS),
+        Arm("token_major_1.0", CAUSAL["token_major_1.0"], top2(TokenMajor(), 1.0)),
         *(
             Arm(
                 name,
                 LEAKS.get(name, f"top-2, choice-major queue, factor {factor}"),
-                queue("choice_major", factor),
+                top2(ChoiceMajor(), factor),
             )
             for factor in (1.0, 1.25, 2.0)
             for name in [f"choice_major_{factor}"]
@@ -172,30 +172,31 @@ STUDY = Study(
         Arm(
             "batch_prioritized_1.0",
             LEAKS["batch_prioritized_1.0"],
-            queue("batch_prioritized", 1.0),
+            top2(BatchPrioritized(), 1.0),
         ),
         Arm(
             "expert_choice",
             LEAKS["expert_choice"],
-            EXPERT_CHOICE,
+            {**LOOKS_AHEAD, **NO_LOSS, "model.parts.moe.router": ExpertChoice()},
         ),
         Arm(
             "expert_choice_safe",
             CAUSAL["expert_choice_safe"],
             {
-                **EXPERT_CHOICE,
-                "model.moe.router.predictor_loss_weight": 0.01,
-                "model.moe.capacity.eval_factor": 0.0,
+                **LOOKS_AHEAD,
+                **NO_LOSS,
+                "model.parts.moe.router": ExpertChoice(predictor_loss_weight=0.01),
+                "model.parts.moe.capacity.eval_factor": 0.0,
             },
         ),
         Arm(
             "soft",
             LEAKS["soft"],
             {
-                "model.moe.router.kind": "soft",
-                "model.moe.allow_noncausal_routing": True,
-                "model.moe.balance.load_balance_weight": 0.0,
-                "model.moe.dispatch": "auto",
+                **LOOKS_AHEAD,
+                **NO_LOSS,
+                "model.parts.moe.router": Soft(),
+                "model.parts.moe.run_experts": "auto",
             },
             budget="soft",  # mixing tokens into slots and back costs more than the experts
         ),

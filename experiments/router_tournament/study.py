@@ -6,135 +6,157 @@ from ml_collections import ConfigDict
 
 from experiments.balance.study import within
 from experiments.results import LOSS, measured
-from experiments.study import Arm, Published, Study
+from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, every, lower, not_above
+from moe_jax.moe.balance import Importance, Load
+from moe_jax.moe.bias import SignUpdate
+from moe_jax.moe.queues import BatchPrioritized
+from moe_jax.moe.routing import Router
+from moe_jax.moe.routing.assignment import Base, Sinkhorn
+from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.fixed import Hash, Random, Uniform
+from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.noise import Jitter, Learned
+from moe_jax.moe.routing.selection import (
+    ExpertGroups,
+    FirstChoice,
+    RandomChoices,
+    Sampled,
+    SampledRest,
+    Threshold,
+)
+from moe_jax.moe.routing.soft import Soft
+from moe_jax.moe.routing.token_choice import TokenChoice
 
-NO_LOSS = {"model.moe.balance.load_balance_weight": 0.0}
-LOOKS_AHEAD = {"model.moe.allow_noncausal_routing": True}
+NO_LOSS = {"model.parts.moe.losses.load_balance.weight": 0.0}
 
 
-def router(**fields: Any) -> dict[str, Any]:
-    """Overrides of `model.moe.router`."""
-    return {f"model.moe.router.{name}": value for name, value in fields.items()}
+def router(part: Router) -> dict[str, Any]:
+    """Another router."""
+    return {"model.parts.moe.router": part}
 
 
-def capacity(factor: float, queue: str = "token_major") -> dict[str, Any]:
+def top2(**settings: Any) -> dict[str, Any]:
+    """Token choice whose gates sum to 1."""
+    return router(TokenChoice(renormalize=True, **settings))
+
+
+def fixed(part: Router) -> dict[str, Any]:
+    """A router that learns nothing, and so has nothing to balance."""
+    return router(part) | NO_LOSS
+
+
+def capacity(factor: float) -> dict[str, Any]:
     """A capacity, in training and evaluation."""
     return {
-        "model.moe.capacity.train_factor": factor,
-        "model.moe.capacity.eval_factor": factor,
-        "model.moe.capacity.queue_order": queue,
+        "model.parts.moe.capacity.train_factor": factor,
+        "model.parts.moe.capacity.eval_factor": factor,
     }
 
 
-def bias_rate(config: ConfigDict) -> float:
+def bias(config: ConfigDict) -> SignUpdate:
     """DeepSeek-V3's 1e-3, or more where there are too few steps for a bias to travel at that."""
-    return min(0.01, max(0.001, 6 / config.training.num_steps))
-
-
-def fixed(kind: str, **fields: Any) -> dict[str, Any]:
-    """A router that learns nothing, and so has nothing to balance."""
-    return router(kind=kind, renormalize=False, **fields) | NO_LOSS
+    return SignUpdate(rate=min(0.01, max(0.001, 6 / config.training.num_steps)))
 
 
 TOP1 = {
-    "model.moe.num_selected_experts": 1,
-    "model.moe.num_experts": 8,
-    "model.moe.expert_dim": lambda config: config.model.ffn_dim,
-    **router(renormalize=False),
+    "model.parts.moe.num_selected_experts": 1,
+    "model.parts.moe.num_experts": 8,
+    "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim,
+    **router(TokenChoice()),
 }
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     # Token choice.
     "switch": ("Switch: top-1 of 8 whole experts", TOP1),
     "top2": ("top-2, softmax", {}),
-    "top2_raw": ("top-2, gates not renormalised", router(renormalize=False)),
+    "top2_raw": ("top-2, gates not renormalised", router(TokenChoice())),
     "mixtral": (
         "top-2, softmax of the selected",
-        router(score_before_topk=False, renormalize=False),
+        router(TokenChoice(score=SoftmaxOverSelected())),
     ),
     "sigmoid_loss_free": (
         "top-2, sigmoid, loss-free",
-        {**router(score="sigmoid"), **NO_LOSS, "model.moe.balance.bias_update_rate": bias_rate},
+        {**top2(score=Sigmoid()), **NO_LOSS, "model.parts.moe.bias": bias},
     ),
     "noisy": (
         "noisy top-2, importance and load losses (Shazeer)",
         {
-            **router(learned_noise=True),
+            **top2(noise=(Learned(),)),
             **NO_LOSS,
-            "model.moe.balance.importance_loss_weight": 0.1,
-            "model.moe.balance.load_loss_weight": 0.1,
+            "model.parts.moe.losses.importance": Importance(weight=0.1),
+            "model.parts.moe.losses.load": Load(weight=0.1),
         },
     ),
-    "sampled": ("top-2, sampled in training", router(selection="sampled")),
-    "sampled_rest": ("top-2, second sampled", router(selection="sampled_rest")),
-    "threshold": ("top-2, second by threshold", router(choice_policy="threshold")),
-    "random_second": ("top-2, second at random (ST-MoE)", router(choice_policy="random")),
-    "jitter": ("top-2, input jitter 0.01", router(input_jitter=0.01)),
+    "sampled": ("top-2, sampled in training", top2(selection=Sampled())),
+    "sampled_rest": ("top-2, second sampled", top2(selection=SampledRest())),
+    "threshold": ("top-2, second by threshold", top2(choices=Threshold(0.2))),
+    "random_second": ("top-2, second at random (ST-MoE)", top2(choices=RandomChoices(0.2))),
+    "jitter": ("top-2, input jitter 0.01", top2(noise=(Jitter(epsilon=0.01),))),
     "group_limited": (
         "top-2 of 2 in 4 groups (DeepSeek-V2)",
-        router(num_expert_groups=4, num_selected_groups=2),
+        top2(groups=ExpertGroups(num_groups=4, num_selected=2)),
     ),
     "top_p": (
         "top-p 0.4, 4 at most",
-        {"model.moe.num_selected_experts": 4, **router(top_p=0.4)},
+        {"model.parts.moe.num_selected_experts": 4, **top2(top_p=0.4)},
     ),
-    "cosine": ("top-2, cosine router", router(cosine_dim=8, temperature=0.3)),
-    "first_only": ("first of top-2 alone, in training", router(choice_policy="none")),
-    "zero_experts": ("top-2 of 16 and 4 that give 0", {"model.moe.num_zero_experts": 4}),
+    "cosine": ("top-2, cosine router", top2(projection=Cosine(dim=8, temperature=0.3))),
+    "first_only": ("first of top-2 alone, in training", top2(choices=FirstChoice())),
+    "zero_experts": ("top-2 of 16 and 4 that give 0", {"model.parts.moe.num_zero_experts": 4}),
     "copy_experts": (
         "top-2 of 16 and 4 that copy (MoE++)",
-        {"model.moe.num_copy_experts": 4},
+        {"model.parts.moe.num_copy_experts": 4},
     ),
     "batch_prioritized": (
         "top-2, batch-prioritised, factor 1 (looks ahead)",
-        {**capacity(1.0, "batch_prioritized"), **LOOKS_AHEAD},
+        {
+            **capacity(1.0),
+            "model.parts.moe.capacity.queue": BatchPrioritized(),
+            **LOOKS_AHEAD,
+        },
     ),
     # Expert choice and Soft MoE.
     "expert_choice": (
         "expert choice (looks ahead)",
-        {
-            **router(kind="expert_choice", renormalize=False),
-            **NO_LOSS,
-            **capacity(1.0),
-            **LOOKS_AHEAD,
-        },
+        {**router(ExpertChoice()), **NO_LOSS, **capacity(1.0), **LOOKS_AHEAD},
     ),
     "expert_choice_safe": (
         "expert choice, by predictor in evaluation",
         {
-            **router(kind="expert_choice", renormalize=False, predictor_loss_weight=0.01),
+            **router(ExpertChoice(predictor_loss_weight=0.01)),
             **NO_LOSS,
             **LOOKS_AHEAD,
-            "model.moe.capacity.train_factor": 1.0,
+            "model.parts.moe.capacity.train_factor": 1.0,
         },
     ),
     "soft": (
         "Soft MoE (looks ahead)",
         {
-            **router(kind="soft", renormalize=False),
+            **router(Soft()),
             **NO_LOSS,
             **capacity(1.0),
             **LOOKS_AHEAD,
-            "model.moe.group_size": lambda config: config.data.sequence_length,
-            "model.moe.dispatch": "auto",
+            "model.parts.moe.group_size": lambda config: config.data.sequence_length,
+            "model.parts.moe.run_experts": "auto",
         },
     ),
     # Assignments.
     "sinkhorn": (
         "Sinkhorn, top-1 of 8",
-        {**TOP1, **router(kind="sinkhorn"), **NO_LOSS, **LOOKS_AHEAD},
+        {**TOP1, **router(Sinkhorn()), **NO_LOSS, **LOOKS_AHEAD},
     ),
     "base": (
         "BASE, balanced assignment, 1 of 8",
-        {**TOP1, **router(kind="base"), **NO_LOSS, **LOOKS_AHEAD},
+        {**TOP1, **router(Base()), **NO_LOSS, **LOOKS_AHEAD},
     ),
-    "hash_token": ("hash by token id", fixed("hash")),
-    "hash_modulo": ("token id modulo experts", fixed("hash", hash_by="modulo")),
-    "hash_position": ("hash by position", fixed("hash", hash_by="position")),
-    "hash_bigram": ("hash by two token ids", fixed("hash", hash_by="bigram")),
-    "random": ("at random", fixed("random")),
-    "uniform": ("in turn", fixed("uniform")),
+    "hash_token": ("hash by token id", fixed(Hash())),
+    "hash_modulo": ("token id modulo experts", fixed(Hash(by="modulo"))),
+    "hash_position": ("hash by position", fixed(Hash(by="position"))),
+    "hash_bigram": ("hash by two token ids", fixed(Hash(by="bigram"))),
+    "random": ("at random", fixed(Random())),
+    "uniform": ("in turn", fixed(Uniform())),
 }
 # What costs more or less than the others: mixing tokens into slots and back, up to four experts,
 # choices that compute nothing, and second choices that are thinned out in training.
@@ -168,22 +190,26 @@ STUDY = Study(
     ),
     base={
         **SWITCH.base,
-        "model.moe.num_experts": 16,
-        "model.moe.num_selected_experts": 2,
-        "model.moe.expert_dim": lambda config: config.model.ffn_dim // 2,
-        "model.moe.router.renormalize": True,
-        "model.moe.group_size": 0,
+        "model.parts.moe.num_experts": 16,
+        "model.parts.moe.num_selected_experts": 2,
+        "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // 2,
+        "model.parts.moe.router": TokenChoice(renormalize=True),
+        "model.parts.moe.group_size": 0,
         # Dropless, but for the schemes that are made of capacity.
-        "model.moe.capacity.train_factor": 0.0,
-        "model.moe.capacity.eval_factor": 0.0,
+        "model.parts.moe.capacity.train_factor": 0.0,
+        "model.parts.moe.capacity.eval_factor": 0.0,
     },
     sizes={
-        "smoke": SWITCH.sizes["smoke"] | {"training.evaluate_every": 6, "model.moe.num_experts": 8},
+        "smoke": {
+            **SWITCH.sizes["smoke"],
+            "training.evaluate_every": 6,
+            "model.parts.moe.num_experts": 8,
+        },
         "small": SWITCH.sizes["small"] | {"training.num_steps": 600},
-        "base": SWITCH.sizes["base"] | {"model.moe.group_size": 0},
+        "base": SWITCH.sizes["base"] | {"model.parts.moe.group_size": 0},
     },
     arms=(
-        Arm("dense", "dense", {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}),
+        Arm("dense", "dense", NO_EXPERTS),
         *(
             Arm(name, label, overrides, budget=BUDGETS.get(name, "equal"))
             for name, (label, overrides) in SCHEMES.items()

@@ -1,7 +1,18 @@
 """Switch against dense: more experts at equal active FLOPs, and the steps that they save."""
 
 from experiments.results import LOSS, Results, measured
-from experiments.study import BPE_8K, BYTES, EMBEDDED_CORPUS, LARGE_CORPUS, Arm, Published, Study
+from experiments.study import (
+    BPE_8K,
+    BYTES,
+    EMBEDDED_CORPUS,
+    LARGE_CORPUS,
+    MLP_LAYER,
+    MOE_LAYER,
+    NO_EXPERTS,
+    Arm,
+    Published,
+    Study,
+)
 from experiments.verdict import (
     INCONCLUSIVE,
     MIN_SEEDS,
@@ -15,6 +26,7 @@ from experiments.verdict import (
     step_ratio,
     too_few,
 )
+from moe_jax.layers.feed_forward import Mlp
 
 EXPERTS = (2, 4, 8, 16)
 ORDERED = ("dense", "switch_2", "switch_4", "switch_8")
@@ -68,13 +80,13 @@ STUDY = Study(
         "data.heldout_fraction": 0.005,
         "data.sequence_length": 256,
         "model.scan_layers": False,
-        "model.moe.layer_period": 2,
-        "model.moe.layer_offset": 1,
-        "model.moe.expert_dim": lambda config: config.model.ffn_dim,
-        "model.moe.dispatch": "ragged",
+        "model.stack.unit": (MLP_LAYER, MOE_LAYER),
+        "model.parts.mlp": Mlp(),
+        "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim,
+        "model.parts.moe.run_experts": "ragged",
         # Capacity over the whole batch, as Switch's groups of thousands of tokens.
-        "model.moe.group_size": lambda c: c.training.batch_size * c.data.sequence_length,
-        "model.moe.capacity.train_factor": 1.25,
+        "model.parts.moe.group_size": lambda c: c.training.batch_size * c.data.sequence_length,
+        "model.parts.moe.capacity.train_factor": 1.25,
         # A step means the same in a short run and in a long one.
         "optimizer.schedule": "constant",
         "training.sample_prompt": "",
@@ -84,13 +96,12 @@ STUDY = Study(
             **EMBEDDED_CORPUS,
             "data.heldout_fraction": 0.001,
             "data.sequence_length": 32,
-            "model.num_layers": 1,
-            "model.moe.layer_period": 1,
-            "model.moe.layer_offset": 0,
+            "model.stack.unit": (MOE_LAYER,),
+            "model.stack.repeats": 1,
             "model.model_dim": 32,
-            "model.ffn_dim": 128,
-            "model.num_heads": 2,
-            "model.head_dim": 16,
+            "model.parts.mlp.dim": 128,
+            "model.parts.attention.num_heads": 2,
+            "model.parts.attention.head_dim": 16,
             "optimizer.warmup_steps": 2,
             "training.num_steps": 6,
             "training.batch_size": 4,
@@ -102,11 +113,11 @@ STUDY = Study(
         },
         "small": {
             **BYTES,
-            "model.num_layers": 4,
+            "model.stack.repeats": 2,
             "model.model_dim": 64,
-            "model.ffn_dim": 256,
-            "model.num_heads": 2,
-            "model.head_dim": 32,
+            "model.parts.mlp.dim": 256,
+            "model.parts.attention.num_heads": 2,
+            "model.parts.attention.head_dim": 32,
             "optimizer.learning_rate": 4e-3,
             "optimizer.warmup_steps": 100,
             "training.num_steps": 2400,
@@ -118,15 +129,15 @@ STUDY = Study(
         "base": {
             **BPE_8K,
             "data.sequence_length": 1024,
-            "model.num_layers": 12,
+            "model.stack.repeats": 6,
             "model.model_dim": 768,
-            "model.ffn_dim": 3072,
-            "model.num_heads": 12,
-            "model.head_dim": 64,
+            "model.parts.mlp.dim": 3072,
+            "model.parts.attention.num_heads": 12,
+            "model.parts.attention.head_dim": 64,
             "model.compute_dtype": "bfloat16",
             "model.scan_layers": True,
             # 8,192 tokens: rows of several devices must not share a group.
-            "model.moe.group_size": 8192,
+            "model.parts.moe.group_size": 8192,
             "optimizer.learning_rate": 6e-4,
             "optimizer.warmup_steps": 500,
             "training.num_steps": 10_000,
@@ -137,8 +148,11 @@ STUDY = Study(
         },
     },
     arms=(
-        Arm("dense", "dense (E = 1)", {"model.moe.layer_period": 0, "model.moe.layer_offset": 0}),
-        *(Arm(f"switch_{e}", f"Switch, E = {e}", {"model.moe.num_experts": e}) for e in EXPERTS),
+        Arm("dense", "dense (E = 1)", NO_EXPERTS),
+        *(
+            Arm(f"switch_{e}", f"Switch, E = {e}", {"model.parts.moe.num_experts": e})
+            for e in EXPERTS
+        ),
     ),
     baseline="dense",
     measures=("capacity_limited", "dropped_fraction", "max_violation"),
