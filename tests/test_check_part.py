@@ -1,0 +1,327 @@
+"""The checks of a part: every registered kind passes them, and each finds the fault it is for."""
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.check_part import brief, line, part_of
+from moe_jax.checks import CHECKS, FAMILIES, Trial, check
+from moe_jax.config.kinds import KINDS, load_kind
+from moe_jax.config.settings import Settings
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.moe.bias import SignUpdate
+from moe_jax.moe.experts import Activation
+from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
+from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.parallel.rules import mesh_in_use
+from moe_jax.parameters import ParameterSpec, linear, ones, scaled_init
+from moe_jax.part import Part
+from tests.foreign import GatedRecurrence, Peakedness, RoundRobin, SquaredRelu
+from tests.tiny_run import ROOT
+
+OWN = [(family, kind) for family in KINDS if family != "model" for kind in KINDS[family]]
+FOREIGN = [RoundRobin(), GatedRecurrence(), Peakedness(), SquaredRelu()]
+
+
+# What these do on a mesh, or what a scan does to them, is not what a quick test is for.
+ON_A_MESH = ("part", "router", "queue", "balance_loss")
+
+
+def assert_passes(part, names=tuple(CHECKS)):
+    trial = Trial(part)
+    for name in names:
+        result = check(name, trial)
+        assert result.passed is not False, f"{name}: {result.text}"
+        assert "none was seen to look ahead" not in result.text
+    jax.clear_caches()
+
+
+def is_quick(name, family):
+    """Whether a check is made of every kind of a family in a quick run of the tests."""
+    return {"mesh": family in ON_A_MESH, "scan": family == "part"}.get(name, True)
+
+
+def test_the_families_that_are_checked_are_those_of_the_table():
+    assert set(FAMILIES) == set(KINDS) - {"model"}
+
+
+@pytest.mark.parametrize(("family", "kind"), OWN)
+def test_every_registered_kind_passes(family, kind):
+    names = [name for name in CHECKS if is_quick(name, family)]
+    assert_passes(load_kind(family, kind)(), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), OWN)
+def test_every_registered_kind_passes_the_rest(family, kind):
+    names = [name for name in CHECKS if not is_quick(name, family)]
+    assert_passes(load_kind(family, kind)(), names)
+
+
+@pytest.mark.parametrize("part", FOREIGN, ids=lambda part: type(part).__name__)
+def test_parts_from_outside_pass(part):
+    assert_passes(part)
+
+
+def test_what_looks_ahead_is_seen_to():
+    result = check("causality, training", Trial(part_of("router.expert_choice", [])))
+    assert result.passed
+    assert re.match(
+        r"declared to look ahead; outputs before 32 other suffixes move by", result.text
+    )
+
+
+def test_several_parts_of_a_family_serialise_in_any_order():
+    router = TokenChoice(noise=(Learned(), Gaussian(stddev=0.5), Jitter()))
+    assert check("serialises", Trial(router)).passed
+    assert router == TokenChoice(noise=(Jitter(), Learned(), Gaussian(stddev=0.5)))
+
+
+# Parts with a fault each.
+
+
+@dataclasses.dataclass(frozen=True)
+class SeesTheGroup(TokenChoice):
+    """Declared causal, and adds the mean of the group to every token."""
+
+    def route(self, params, x_GSM, inputs):
+        return super().route(params, x_GSM + jnp.mean(x_GSM, axis=1, keepdims=True), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer(Part):
+    """A sound mixer of one matrix, to be spoiled."""
+
+    def specs(self, dims):
+        shape, init = (dims.model_dim, dims.model_dim), scaled_init(1.0, dims.model_dim)
+        return {"weight": ParameterSpec(shape, ("model", None), init, "mixer")}
+
+    def looks_ahead(self, training):
+        return False
+
+    def apply(self, params, x_BLM, call, own):
+        return linear(x_BLM, params["weight"]), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class IgnoresParameter(Mixer):
+    """Declares a scale, and does not use it."""
+
+    def specs(self, dims):
+        scale = ParameterSpec((dims.model_dim,), (None,), ones, "mixer", decays=False)
+        return {**super().specs(dims), "scale": scale}
+
+
+class Undecorated(Mixer):
+    """Has a setting that no config can set: it is no dataclass."""
+
+    width: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LosesKind(Mixer):
+    """Holds a part in a field whose type does not say so: what is built from its dict is a dict."""
+
+    inner: Any = Linear(temperature=2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgets(Mixer):
+    """Has a field that is not among the arguments of its class."""
+
+    width: int = dataclasses.field(default=3, init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class StartsAnew(Mixer):
+    """Draws initial values from a generator that no key sets."""
+
+    def specs(self, dims):
+        def init(key, shape, dtype):
+            return jnp.asarray(np.random.default_rng().normal(size=shape), dtype)
+
+        spec = super().specs(dims)["weight"]
+        return {"weight": dataclasses.replace(spec, init=init)}
+
+
+@dataclasses.dataclass(frozen=True)
+class NamesNoAxis(Mixer):
+    """Splits a dim by a name that no rule knows."""
+
+    def specs(self, dims):
+        spec = super().specs(dims)["weight"]
+        return {"weight": dataclasses.replace(spec, axes=("embed", None))}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadsPadding(Mixer):
+    """Adds the mean of a sequence, its padding included."""
+
+    def looks_ahead(self, training):
+        return True
+
+    def apply(self, params, x_BLM, call, own):
+        mean_B1M = jnp.mean(x_BLM, axis=1, keepdims=True)
+        return linear(x_BLM + mean_B1M, params["weight"]), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class CountsDevices(Mixer):
+    """Multiplies by the number of devices."""
+
+    def apply(self, params, x_BLM, call, own):
+        mesh = mesh_in_use()
+        y_BLM, aux, cache = super().apply(params, x_BLM, call, own)
+        return y_BLM * (1 if mesh is None else mesh.size), aux, cache
+
+
+CALLS = itertools.count(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountsCalls(Mixer):
+    """Is another function each time it is traced."""
+
+    def apply(self, params, x_BLM, call, own):
+        y_BLM, aux, cache = super().apply(params, x_BLM, call, own)
+        return y_BLM * next(CALLS), aux, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetsItsDtype(Mixer):
+    """Gives float32 whatever it gets."""
+
+    def apply(self, params, x_BLM, call, own):
+        y_BLM, aux, cache = super().apply(params, x_BLM, call, own)
+        return y_BLM.astype(jnp.float32), aux, cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Raises(Mixer):
+    """Does not run."""
+
+    def apply(self, params, x_BLM, call, own):
+        raise KeyError("no such parameter")
+
+
+@dataclasses.dataclass(frozen=True)
+class IgnoresReplay(TokenChoice):
+    """Declares that it replays, and chooses by itself."""
+
+    def route(self, params, x_GSM, inputs):
+        return super().route(params, x_GSM, inputs._replace(replay=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class LosesItsState(SignUpdate):
+    """Gives one bias for all layers."""
+
+    def update(self, bias_E, assigned_E, measured, rate, num_selected):
+        return super().update(bias_E, assigned_E, measured, rate, num_selected)[:1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflows(Activation):
+    """Divides by 0."""
+
+    def apply(self, inner, gate):
+        return inner / jnp.zeros_like(inner)
+
+
+FAULTS = [
+    (SeesTheGroup(), "causality, training", r"declared causal; .* move by \d"),
+    (SeesTheGroup(), "causality, evaluation", r"declared causal; .* move by \d"),
+    (IgnoresParameter(), "gradients", r"always 0.*: stack/unit/0/checked/scale$"),
+    (Undecorated(), "serialises", r"Undecorated\.width is no setting: decorate"),
+    (LosesKind(), "serialises", r"LosesKind.*is written as.*which builds LosesKind"),
+    (Forgets(), "serialises", r"Forgets\.width is no setting"),
+    (StartsAnew(), "specs", r"initial values are others each time, with one key"),
+    (NamesNoAxis(), "specs", r"checked/weight of shape \(2, 8, 8\) has the axes .*'embed'"),
+    (ReadsPadding(), "padding", r"other tokens in the padding move .*in training.*in evaluation"),
+    (CountsDevices(), "mesh", r"on fsdp=2, expert=2, tensor=2 and on one device these differ"),
+    (CountsCalls(), "scan", r"in a scan and one after another these differ"),
+    (ForgetsItsDtype(), "values", r"the residual of float32, made of one of bfloat16"),
+    (Raises(), "values", r"KeyError at .*test_check_part\.py:\d+: 'no such parameter'"),
+    (IgnoresReplay(), "replay", r"other experts are chosen than those that are replayed"),
+    (LosesItsState(), "values", r"the next state .* where the state is"),
+    (Overflows(), "values", r"logits_PBLV of training, loss_P of training"),
+]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "message"), FAULTS, ids=[f"{type(p).__name__}-{n}" for p, n, _ in FAULTS]
+)
+def test_a_fault_is_found_by_the_check_that_is_for_it(part, name, message):
+    result = check(name, Trial(part))
+    assert result.passed is False
+    assert re.search(message, result.text), result.text
+
+
+def test_a_sound_mixer_passes_what_its_spoiled_copies_fail():
+    assert_passes(Mixer())
+
+
+@dataclasses.dataclass(frozen=True)
+class OfNoFamily(Settings):
+    """No part."""
+
+
+def test_a_class_of_no_family_is_refused():
+    with pytest.raises(ValueError, match=r"OfNoFamily is of ''\. Derive it from"):
+        Trial(OfNoFamily())
+
+
+# The command.
+
+
+def test_a_part_is_named_by_its_path_or_its_kind_and_flags_set_fields():
+    flags = ["--projection.temperature=0.5", "--score=sigmoid", "--renormalize=True"]
+    expected = part_of("moe_jax.moe.routing.token_choice:TokenChoice", flags)
+    assert part_of("router.token_choice", flags) == expected
+    assert (expected.projection.temperature, expected.renormalize) == (0.5, True)
+    assert part_of("tests.foreign:RoundRobin", ["--offset=2"]) == RoundRobin(offset=2)
+    assert part_of("router.token_choice", ["--selection.kind=sampled"]).selection is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("nothing", [], r"named by 'package\.module:Class' or 'family\.kind': 'nothing'"),
+        ("router.nothing", [], r"a kind of router is one of"),
+        ("tests.foreign:Nothing", [], r"a class that can be imported.*has no attribute 'Nothing'"),
+        ("part.mlp", ["--dim"], r"A field is set by --field=value: '--dim'"),
+        ("part.mlp", ["--dim=0"], r"dim lies in \[1, inf\): dim=0"),
+        ("part.mlp", ["--dims=8"], r"Did you mean 'dim'\?"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said(name, flags, message):
+    with pytest.raises(ValueError, match=message):
+        part_of(name, flags)
+
+
+def test_a_part_is_shown_by_what_is_not_at_its_default():
+    router = TokenChoice(projection=Linear(temperature=0.5))
+    assert brief(router) == "TokenChoice(projection=Linear(temperature=0.5))"
+    assert brief(Mlp()) == "Mlp()"
+    assert line("mesh", None, "there is one device") == f"{'-':7}{'mesh':23}there is one device"
+
+
+def test_the_command_prints_a_line_a_check_and_fails_if_one_does():
+    outcome = subprocess.run(
+        [sys.executable, "-m", "moe_jax.check_part", "tests.test_check_part:IgnoresParameter"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 1, outcome.stderr
+    for name in CHECKS:
+        word = {"gradients": "FAILED", "replay": "-"}.get(name, "ok")
+        assert re.search(rf"^{word} +{name} ", outcome.stdout, re.MULTILINE), outcome.stdout
+    assert outcome.stdout.endswith("1 of 10 checks failed: gradients\n")
+    assert len(outcome.stdout.splitlines()) < 40

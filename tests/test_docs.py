@@ -1,0 +1,123 @@
+"""The code in docs/ runs, and is what the docs say."""
+
+import dataclasses
+import importlib
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import Call, Dims, MoE, init_parameters, moe_block
+from moe_jax.checks import CHECKS, Trial, check
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def code_of(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_block_in_plain_numpy_is_the_block():
+    [code] = code_of("block.md")
+    assert len(code.splitlines()) <= 65
+    names = {}
+    exec(code, names)
+    moe = MoE(num_experts=4, num_selected_experts=2, expert_dim=8, run_experts="einsum")
+    params = init_parameters(jax.random.key(0), moe.specs(Dims(16)))
+    params["router"]["weight"] *= 20  # decided, so that some experts are full
+    x, dy = np.random.default_rng(1).normal(size=(2, 3, 12, 16)).astype(np.float32)
+
+    def plain(params, x):
+        y, aux = names["block"](params, x, moe.num_selected_experts, moe.capacity.train_factor)
+        return jnp.sum(y * dy) + 0.01 * aux["load_balance_loss"], (y, aux)
+
+    def library(params, x):
+        y, aux = moe_block(params, x, moe, Call(rng=jax.random.key(2)))
+        of_layers = aux._replace(
+            sums=jax.tree.map(lambda a: a[None], aux.sums), sequences={"losses": empty(aux)}
+        )
+        loss = moe.loss(of_layers, jnp.float32(36), of_layers.sums)
+        sums = {name: aux.sums[name] for name in ("assigned_KE", "kept_KE", "prob_sum_E")}
+        metric = moe.metrics(of_layers._replace(maxima=add_layer(aux.maxima)))
+        sums["load_balance_loss"] = metric["load_balance_loss"][0]
+        return jnp.sum(y * dy) + loss, (y, sums)
+
+    outputs = [
+        jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))(params, x)
+        for function in (plain, library)
+    ]
+    kept, assigned = (outputs[0][0][1][1][name].sum() for name in ("kept_KE", "assigned_KE"))
+    assert kept < assigned
+    assert jax.tree.structure(outputs[0]) == jax.tree.structure(outputs[1])
+    for given, expected in zip(*map(jax.tree.leaves, outputs), strict=True):
+        scale = np.abs(expected).max()
+        assert scale > 0
+        np.testing.assert_allclose(given, expected, rtol=0, atol=1e-6 * scale)
+
+
+def add_layer(tree):
+    return jax.tree.map(lambda a: a[None], tree)
+
+
+def empty(aux):
+    return {name: add_layer(value) for name, value in aux.sequences["losses"].items()}
+
+
+@pytest.fixture(scope="module")
+def my_parts(tmp_path_factory):
+    """The classes of the page as the module that it speaks of."""
+    *classes, _ = code_of("extending.md")
+    directory = tmp_path_factory.mktemp("extending")
+    (directory / "my_parts.py").write_text("\n\n".join(classes), encoding="utf-8")
+    sys.path.insert(0, str(directory))
+    yield importlib.import_module("my_parts")
+    sys.path.remove(str(directory))
+    del sys.modules["my_parts"]
+
+
+def test_a_config_names_the_parts_of_the_page(my_parts):
+    names = {}
+    exec(code_of("extending.md")[-1], names)
+    parts = names["config"].model.part
+    assert parts["mixer"] == my_parts.MovingAverage(window=8)
+    assert parts["moe"].router == my_parts.RoundRobin(offset=1)
+    assert parts["moe"].losses == (my_parts.Peakedness(weight=0.01),)
+    queued = dataclasses.replace(
+        parts["moe"],
+        capacity=dataclasses.replace(parts["moe"].capacity, queue=my_parts.LastFirst()),
+    )
+    parts = {**parts, "moe": queued}
+    with pytest.raises(ValueError, match="must not depend on later tokens"):
+        dataclasses.replace(names["config"].model, parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("MovingAverage", set()),
+        ("RoundRobin", {"scan"}),
+        ("Peakedness", {"mesh", "scan"}),
+        ("SquaredRelu", {"mesh", "scan"}),
+        ("LastFirst", {"mesh", "scan"}),
+    ],
+)
+def test_the_parts_of_the_page_pass_the_checks(my_parts, name, left_out):
+    trial = Trial(getattr(my_parts, name)())
+    for one in CHECKS:
+        if one in left_out:
+            continue
+        result = check(one, trial)
+        assert result.passed is not False, f"{one}: {result.text}"
+        assert "none was seen to look ahead" not in result.text
+
+
+def test_the_page_lists_the_checks():
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    section = text[text.index("## Check it") :]
+    listed = re.findall(r"^\| (\w+) \|", section, re.MULTILINE)
+    assert listed == ["check", *dict.fromkeys(name.split(",")[0] for name in CHECKS)]
