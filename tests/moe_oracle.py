@@ -1,8 +1,8 @@
 """An MoE block in float64, written to be read and not to be fast.
 
 It loops over groups, tokens and choices, and shares no code with `moe_jax`: settings are read from
-the attributes of a config, everything else is NumPy. Jitter, noise, dropout and the random queue
-are left out; they are tested by their properties.
+the attributes of the parts and the names of their classes, everything else is NumPy. Jitter, noise,
+dropout and the random queue are left out; they are tested by their properties.
 """
 
 import functools
@@ -14,6 +14,33 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+QUEUES = {
+    "TokenMajor": "token_major",
+    "ChoiceMajor": "choice_major",
+    "BatchPrioritized": "batch_prioritized",
+    "ByProbability": "probability",
+}
+SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+CONVENTIONS = {
+    "LoadBalance": "megatron",
+    "SwitchLoadBalance": "switch",
+    "FlaxformerLoadBalance": "flaxformer",
+    "HuggingFaceLoadBalance": "huggingface",
+}
+
+
+def kind(part):
+    """The name of a part's class."""
+    return type(part).__name__
+
+
+def load_balance(config):
+    """Convention and scope of the block's load-balance loss; those of the default without one."""
+    for loss in config.losses:
+        if kind(loss) in CONVENTIONS:
+            return CONVENTIONS[kind(loss)], loss.scope
+    return "megatron", "global"
 
 
 def best_first(values, count):
@@ -30,23 +57,35 @@ def sigmoid(values):
     return 1 / (1 + np.exp(-np.asarray(values)))
 
 
-def route_token(x_M, router_ME, num_selected, config, bias_E=None):
-    """Logits, probabilities, choices and gates of one token."""
+def route_token(x_M, router_ME, num_selected, config, bias_E=None, logit_bias_E=None):
+    """Logits, probabilities, choices and gates of one token.
+
+    Args:
+      x_M: the token.
+      router_ME: weights of its logits.
+      num_selected: K.
+      config: a `TokenChoice`.
+      bias_E: of the selection.
+      logit_bias_E: of the logits.
+    """
     num_experts = router_ME.shape[1]
     logits = [float(np.dot(x_M, router_ME[:, e])) for e in range(num_experts)]
-    scores = sigmoid(logits) if config.score == "sigmoid" else softmax(logits)
+    if logit_bias_E is not None:
+        logits = [logit + float(bias) for logit, bias in zip(logits, logit_bias_E, strict=True)]
+    scores = sigmoid(logits) if kind(config.score) == "Sigmoid" else softmax(logits)
     probs = scores / scores.sum()
-    after_topk = config.score == "softmax" and not config.score_before_topk
+    after_topk = kind(config.score) == "SoftmaxOverSelected"
 
     worth = np.array(logits if after_topk else scores)
     if bias_E is not None:
         worth = worth + np.asarray(bias_E, np.float64)
-    if config.num_selected_groups < config.num_expert_groups:
-        size = num_experts // config.num_expert_groups
-        groups = [worth[g * size : (g + 1) * size] for g in range(config.num_expert_groups)]
-        summed = 2 if config.group_score == "top2_sum" else 1
+    limit = config.groups
+    if limit is not None:
+        size = num_experts // limit.num_groups
+        groups = [worth[g * size : (g + 1) * size] for g in range(limit.num_groups)]
+        summed = 2 if limit.worth == "top2_sum" else 1
         group_worth = [sum(sorted(group)[-summed:]) for group in groups]
-        allowed = best_first(group_worth, config.num_selected_groups)
+        allowed = best_first(group_worth, limit.num_selected)
         worth = np.array([w if e // size in allowed else -np.inf for e, w in enumerate(worth)])
     chosen = best_first(worth, num_selected)
 
@@ -60,6 +99,8 @@ def capacity(tokens, num_experts, num_selected, factor, config):
     """Slots of an expert in a group, in exact arithmetic."""
     if factor == 0:
         return math.inf
+    if config.slots:
+        return config.slots
     per_choice = Fraction(tokens, num_experts)
     mean = per_choice * num_selected if config.per == "assignment" else per_choice
     if config.round_mean_up:
@@ -109,14 +150,35 @@ def gelu(values):
     return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in values])
 
 
+def gelu_tanh(values):
+    return np.array(
+        [0.5 * v * (1 + math.tanh(SQRT_2_OVER_PI * (v + 0.044715 * v**3))) for v in values]
+    )
+
+
+def silu(values):
+    return values * sigmoid(values)
+
+
+ACTIVATIONS = {
+    "Relu": lambda values: np.maximum(values, 0),
+    "Gelu": gelu,
+    "GeluTanh": gelu_tanh,
+    "Silu": silu,
+    "SwiGLU": silu,
+    "GeGLU": gelu,
+    "GeGLUTanh": gelu_tanh,
+}
+
+
 def ffn_row(x_M, weights, activation):
     """One row through one FFN."""
+    act = ACTIVATIONS[kind(activation)]
     inner = x_M @ weights["wi"] + weights.get("bi", 0)
-    if activation in ("swiglu", "geglu"):
-        gate = x_M @ weights["wg"] + weights.get("bg", 0)
-        hidden = (gate * sigmoid(gate) if activation == "swiglu" else gelu(gate)) * inner
+    if "wg" in weights:
+        hidden = act(x_M @ weights["wg"] + weights.get("bg", 0)) * inner
     else:
-        hidden = np.maximum(inner, 0) if activation == "relu" else gelu(inner)
+        hidden = act(inner)
     return hidden @ weights["wo"] + weights.get("bo", 0)
 
 
@@ -174,8 +236,11 @@ def balance_units(scope, batch, length, group_size, valid_T):
 
 
 def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bias_E=None):
-    """The whole block; returns its output and everything it has to say about its routing."""
-    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    """The whole block; returns its output and everything it has to say about its routing.
+
+    Without a `capacity_factor` it is that of training.
+    """
+    params = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
     x_BLM = np.asarray(x_BLM, np.float64)
     batch, length, _ = x_BLM.shape
     factor = config.capacity.train_factor if capacity_factor is None else capacity_factor
@@ -191,15 +256,16 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
     if E > 1:
         for t in range(T):
             logits_TE[t], probs_TE[t], index_TK[t], gate_TK[t] = route_token(
-                x_TM[t], params["router"], K, config.router, bias_E
-            )
+                x_TM[t], params["router"]["weight"], K, config.router, bias_E,
+                params["router"].get("bias"),
+            )  # fmt: skip
             unbiased_TK[t] = best_first(probs_TE[t], K)
 
     slots = capacity(group_size, E, K, factor, config.capacity)
     kept_TK = np.zeros((T, K), bool)
     for start in range(0, T, group_size):
         group = slice(start, start + group_size)
-        order = config.capacity.queue_order if factor else "token_major"
+        order = QUEUES[kind(config.capacity.queue)] if factor else "token_major"
         pairs = queue(order, probs_TE[group], gate_TK[group])
         kept_TK[group], _ = serve(index_TK[group], pairs, slots, valid_T[group])
 
@@ -207,10 +273,10 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
     for t in range(T):
         for k in range(K):
             if kept_TK[t, k]:
-                expert = {n: params[n][index_TK[t, k]] for n in params if n[0] in "wb"}
+                expert = {n: w[index_TK[t, k]] for n, w in params["experts"].items()}
                 y_TM[t] += gate_TK[t, k] * ffn_row(x_TM[t], expert, config.activation)
-        if config.num_shared_experts and valid_T[t]:
-            shared = {n.removeprefix("shared_"): params[n] for n in params if n[:7] == "shared_"}
+        if config.shared_expert_dim and valid_T[t]:
+            shared = params["shared"]
             scale = sigmoid(x_TM[t] @ shared["gate"]) if config.shared_expert_gate else 1
             y_TM[t] += scale * ffn_row(x_TM[t], shared, config.activation)
 
@@ -224,13 +290,13 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
             assigned_BE[t // length, index_TK[t, k]] += 1
             kept_KE[k, index_TK[t, k]] += kept_TK[t, k]
     # Megatron's loss counts the best by the scores, whatever a bias or groups made of them.
-    by_scores = config.balance.load_balance_convention == "megatron"
+    convention, scope = load_balance(config)
+    by_scores = convention == "megatron"
     balanced_TK = unbiased_TK if by_scores else index_TK
     balanced_KE = np.zeros((K, E), int)
     for t, k in itertools.product(real, range(K)):
         balanced_KE[k, balanced_TK[t, k]] += 1
     loads = assigned_KE.sum(axis=0)
-    scope = config.balance.load_balance_scope
     return SimpleNamespace(
         y_BLM=y_TM.reshape(x_BLM.shape),
         index_TK=index_TK,
@@ -244,11 +310,9 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
             balanced_TK,
             probs_TE,
             balance_units(scope, batch, length, group_size, valid_T),
-            config.balance.load_balance_convention,
+            convention,
         ),
-        importance_loss=0.0,  # as where their weights are 0
-        load_loss=0.0,
-        predictor_loss=0.0,
+        router_loss=0.0,
         router_z_loss=sum(np.log(np.exp(logits_TE[t]).sum()) ** 2 for t in real) / count,
         assigned_KE=assigned_KE,
         kept_KE=kept_KE,
@@ -271,7 +335,7 @@ def dense_block(params, x_TM, config, fixed):
     that automatic differentiation of this gives every gradient of the block.
 
     Args:
-      params: by name, as the block takes them.
+      params: in a tree, as the block takes them.
       x_TM: all tokens.
       config: the block's settings.
       fixed: arrays made by `decisions`.
@@ -280,41 +344,46 @@ def dense_block(params, x_TM, config, fixed):
       The output [T, M], the load-balance loss and the z-loss, in the dtype of `params`.
     """
     E, K, router = config.num_experts, config.num_selected_experts, config.router
-    convention = config.balance.load_balance_convention
+    convention, _ = load_balance(config)
     chosen_TKE, balanced_TKE, kept_TK, valid_T, unit_UT = fixed
 
-    logits_TE = x_TM @ params["router"] if E > 1 else jnp.zeros((len(x_TM), 1), x_TM.dtype)
+    logits_TE = jnp.zeros((len(x_TM), 1), x_TM.dtype)
+    if E > 1:
+        logits_TE = x_TM @ params["router"]["weight"] + params["router"].get("bias", 0)
     exp_TE = jnp.exp(logits_TE)
-    sigmoids = router.score == "sigmoid" and E > 1
+    sigmoids = kind(router.score) == "Sigmoid" and E > 1
     scores_TE = exp_TE / (1 + exp_TE) if sigmoids else exp_TE / exp_TE.sum(1)[:, None]
     probs_TE = scores_TE / scores_TE.sum(1)[:, None]
     gate_TK = (scores_TE[:, None, :] * chosen_TKE).sum(-1)
     # A softmax over the selected logits is a softmax over all of them, renormalized.
-    if router.renormalize or (router.score == "softmax" and not router.score_before_topk):
+    if router.renormalize or kind(router.score) == "SoftmaxOverSelected":
         gate_TK = gate_TK / gate_TK.sum(1)[:, None]
     gate_TK = gate_TK * router.scaling_factor * kept_TK
 
     def act(values):
-        if config.activation == "relu":
+        name = kind(config.activation)
+        if name == "Relu":
             return values * (values > 0)
-        if config.activation == "swiglu":
+        if name in ("Silu", "SwiGLU"):
             return values / (1 + jnp.exp(-values))
+        if name in ("GeluTanh", "GeGLUTanh"):
+            return values * (1 + jnp.tanh(SQRT_2_OVER_PI * (values + 0.044715 * values**3))) / 2
         return values * (1 + jax.scipy.special.erf(values / math.sqrt(2))) / 2
 
     def ffn(w):
         """x[T, M] through weights with or without a leading dim of experts."""
         biases = {name: w[name][..., None, :] for name in w if name[0] == "b"}
         inner = x_TM @ w["wi"] + biases.get("bi", 0)
-        if config.activation in ("swiglu", "geglu"):
+        if "wg" in w:
             hidden = act(x_TM @ w["wg"] + biases.get("bg", 0)) * inner
         else:
             hidden = act(inner)
         return hidden @ w["wo"] + biases.get("bo", 0)
 
-    y_ETM = ffn({name: params[name] for name in params if name[0] in "wb"})
+    y_ETM = ffn(params["experts"])
     y_TM = ((gate_TK[:, :, None] * chosen_TKE).sum(1).T[:, :, None] * y_ETM).sum(0)
-    if config.num_shared_experts:
-        shared = {n.removeprefix("shared_"): params[n] for n in params if n[:7] == "shared_"}
+    if config.shared_expert_dim:
+        shared = params["shared"]
         scale = 1 / (1 + jnp.exp(-x_TM @ shared["gate"])) if config.shared_expert_gate else 1
         y_TM += scale * ffn(shared) * valid_T[:, None]
 
@@ -329,7 +398,7 @@ def dense_block(params, x_TM, config, fixed):
 
 def decisions(decided, config, batch, length):
     """What `dense_block` holds fixed, from what `moe_block` returned."""
-    scope, group_size = config.balance.load_balance_scope, config.group_size or length
+    (_, scope), group_size = load_balance(config), config.group_size or length
     units = balance_units(scope, batch, length, group_size, decided.valid_T)
     unit_UT = np.zeros((len(units), batch * length))
     for row, unit in zip(unit_UT, units, strict=True):
@@ -353,17 +422,16 @@ def gradients(params, x_BLM, config, decided, dy_BLM, balance_weight=0.0, z_weig
     """sum(y * dy) + weighted losses in float64, and its gradients.
 
     Returns:
-      The value, gradients by parameter name, and the gradient of the input.
+      The value, gradients in the tree of `params`, and the gradient of the input.
     """
     batch, length, model_dim = x_BLM.shape
     with jax.enable_x64(True):
         value, (grads, dx_TM) = _dense_gradients(
-            {name: np.asarray(value, np.float64) for name, value in params.items()},
+            jax.tree.map(lambda value: np.asarray(value, np.float64), params),
             np.asarray(x_BLM, np.float64).reshape(-1, model_dim),
             decisions(decided, config, batch, length),
             np.asarray(dy_BLM, np.float64).reshape(-1, model_dim),
             np.array([balance_weight, z_weight]),
             config,
         )
-    grads = {name: np.asarray(grad) for name, grad in grads.items()}
-    return float(value), grads, np.asarray(dx_TM).reshape(x_BLM.shape)
+    return float(value), jax.tree.map(np.asarray, grads), np.asarray(dx_TM).reshape(x_BLM.shape)

@@ -1,125 +1,187 @@
 """The causality probe: perturb the suffix of a sequence, and the outputs before it must not move.
 
-Every queue order is probed with tight capacity, in training mode, with every kind of gate, and
-every router in training and in evaluation. What `queue_is_causal` and `RouterConfig.causality`
-declare causal passes; for what they do not, the probe finds a perturbation that moves the prefix,
-and the config refuses it.
+Every registered queue, router and part is probed, with every kind of gate, in training and in
+evaluation. What `looks_ahead` declares causal passes; for what it does not, the probe finds a
+perturbation that moves the prefix, and a causal stack refuses it.
 """
 
+import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import (
-    CapacityConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    queue_is_causal,
-)
-from moe_jax.config.capacity import QUEUE_ORDERS
-from moe_jax.config.router import ROUTER_KINDS
-from moe_jax.models import Decoder
+from moe_jax.config.kinds import KINDS, kind_of, load_kind
+from moe_jax.config.settings import Settings
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.parameters import moe_specs
+from moe_jax.moe.capacity import Capacity, TokenMajor
+from moe_jax.moe.part import MoE
+from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder
+from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
+from moe_jax.moe.routing.selection import (
+    ExpertGroups,
+    RandomChoices,
+    Sampled,
+    SampledRest,
+    Threshold,
+)
+from moe_jax.moe.routing.soft import Soft
+from moe_jax.moe.routing.token_choice import Linear, Softmax, TokenChoice
+from moe_jax.part import Call, Dims, Own
 
 # The same tokens in the same slots come out bit-equal or differ by the order of a few float32
 # sums; a token that loses or gains an expert moves by about 1.
 STILL, MOVED = 1e-5, 1e-2
 
 LENGTH, SPLIT, MODEL_DIM = 8, 5, 4
+DIMS = Dims(MODEL_DIM)
 PERTURBATIONS = 32
 
+QUEUES = {kind: load_kind("queue", kind)() for kind in KINDS["queue"]}
 GATES = {
-    "softmax": RouterConfig(),
-    "softmax renormalized": RouterConfig(renormalize=True),
-    "softmax after top-k": RouterConfig(score_before_topk=False),
-    "sigmoid": RouterConfig(score="sigmoid"),
-    "noisy": RouterConfig(input_jitter=0.1, logit_noise_std=0.1),
-    "group-limited": RouterConfig(num_expert_groups=2, num_selected_groups=1),
-    "top-p": RouterConfig(top_p=0.7, temperature=0.5),
-    "random second": RouterConfig(selection="sampled_rest", choice_policy="random"),
-    "cosine, learned noise": RouterConfig(cosine_dim=3, learned_noise=True),
+    "softmax": TokenChoice(projection=Linear(), score=Softmax()),
+    "softmax renormalized": TokenChoice(renormalize=True),
+    "softmax after top-k": TokenChoice(score=SoftmaxOverSelected(), choices=Threshold()),
+    "sigmoid": TokenChoice(score=Sigmoid()),
+    "noisy": TokenChoice(noise=(Jitter(epsilon=0.1), Gaussian(stddev=0.1))),
+    "group-limited": TokenChoice(groups=ExpertGroups(num_groups=2, num_selected=1)),
+    "top-p": TokenChoice(top_p=0.7, projection=Linear(temperature=0.5), selection=Sampled()),
+    "random second": TokenChoice(selection=SampledRest(), choices=RandomChoices()),
+    "cosine, learned noise": TokenChoice(projection=Cosine(dim=3), noise=(Learned(),)),
+}
+# A kind that is registered and in none of these gates gets one of its own, with the default queue.
+FIELD_OF = {
+    "projection": "projection",
+    "noise": "noise",
+    "score": "score",
+    "selection": "selection",
+    "choice_policy": "choices",
+}
+
+
+def kinds_in(value):
+    """(family, kind) of everything that settings are made of."""
+    found = set()
+    if isinstance(value, Settings):
+        found = {(value.family, kind_of(value))} if value.family else set()
+        value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+    if isinstance(value, tuple):
+        found = found.union(*map(kinds_in, value))
+    return found
+
+
+def gate_of(family, kind):
+    one = load_kind(family, kind)()
+    return TokenChoice(**{FIELD_OF[family]: (one,) if family == "noise" else one})
+
+
+OTHER_GATES = {
+    f"{family} {kind}": gate_of(family, kind)
+    for family in FIELD_OF
+    for kind in KINDS[family]
+    if (family, kind) not in kinds_in(tuple(GATES.values()))
 }
 ONE_CHOICE = ("softmax", "sigmoid", "noisy", "group-limited")
 CASES = [
-    (order, choices, gate)
-    for order in QUEUE_ORDERS
+    (queue, choices, gate)
+    for queue in QUEUES
     for choices in (1, 2)
     for gate in GATES
     if choices > 1 or gate in ONE_CHOICE
-]
+] + [("token_major", 2, gate) for gate in OTHER_GATES]
 
 
-def make_config(order, choices, router=None, *, allow=True, factor=0.5, **settings):
-    router = router or RouterConfig()
+def make_block(queue, choices, router=None, *, factor=0.5, eval_factor=0.0, **settings):
+    router = router or TokenChoice()
     settings = {"num_experts": 4, "expert_dim": 8, "init_scale": 4.0} | settings
-    if router.kind == "soft":
+    if isinstance(router, Soft):
         settings |= {"group_size": LENGTH}
     else:
-        settings = {"dispatch": "einsum"} | settings
-    return MoEConfig(
+        settings = {"run_experts": "einsum"} | settings
+    return MoE(
         num_selected_experts=choices,
-        allow_noncausal_routing=allow,
         router=router,
-        capacity=CapacityConfig(queue_order=order, train_factor=factor, eval_factor=0),
+        capacity=Capacity(queue=queue, train_factor=factor, eval_factor=eval_factor),
         **settings,
     )
 
 
-def make_values(config, sequences=1):
+def make_values(part, sequences=1):
     """Parameters, batches of tokens, and other suffixes for their last sequence."""
     random = np.random.default_rng(0)
-    specs = moe_specs(config, MODEL_DIM)
-    params = {name: random.normal(size=s.shape).astype(np.float32) for name, s in specs.items()}
+    params = jax.tree.map(
+        lambda spec: random.normal(size=spec.shape).astype(np.float32), part.specs(DIMS)
+    )
     x = random.normal(size=(PERTURBATIONS, sequences, LENGTH, MODEL_DIM)).astype(np.float32)
     suffixes = random.normal(size=(PERTURBATIONS, LENGTH - SPLIT, MODEL_DIM)).astype(np.float32)
     return params, x, 2 * suffixes
 
 
-@functools.partial(jax.jit, static_argnames=("config", "training"))
-def outputs(params, x_PBLM, config, training):
+@functools.partial(jax.jit, static_argnames=("part", "training", "capacity", "causal"))
+def outputs(params, x_PBLM, part, training, capacity, causal):
     # The same draws of jitter, noise and random queue in every call.
-    rng = jax.random.key(3) if training else None
-    return jax.vmap(lambda x_BLM: moe_block(params, x_BLM, config, rng=rng)[0])(x_PBLM)
+    call = Call(rng=jax.random.key(3) if training else None, capacity=capacity, causal=causal)
+    return jax.vmap(lambda x: part.apply(params, x, call.with_defaults(x), Own())[0])(x_PBLM)
 
 
-def prefix_movements(config, sequences=1, *, training=True):
+def prefix_movements(part, sequences=1, *, training=True, capacity=None, causal=True):
     """How far outputs before SPLIT move, perturbation by perturbation.
 
     Only the last sequence's suffix is perturbed, and only its own prefix is looked at.
     """
-    params, x, suffixes = make_values(config, sequences)
+    params, x, suffixes = make_values(part, sequences)
     perturbed = x.copy()
     perturbed[:, -1, SPLIT:] = suffixes
-    moved = np.abs(
-        outputs(params, perturbed, config, training) - outputs(params, x, config, training)
-    )
+    settings = (part, training, capacity, causal)
+    moved = np.abs(outputs(params, perturbed, *settings) - outputs(params, x, *settings))
     assert moved[:, -1, SPLIT:].max() > MOVED
     return moved[:, -1, :SPLIT].max(axis=(1, 2))
 
 
-@pytest.mark.parametrize(("order", "choices", "gate"), CASES)
-def test_probe_agrees_with_the_declaration(order, choices, gate):
-    config = make_config(order, choices, GATES[gate])
-    movements = prefix_movements(config)
-    if queue_is_causal(order, choices):
-        assert movements.max() < STILL
-    else:
+def assert_declared(movements, looks_ahead):
+    if looks_ahead:
         assert movements.max() > MOVED
+    else:
+        assert movements.max() < STILL
 
 
-ROUTERS = {kind: RouterConfig(kind=kind) for kind in ROUTER_KINDS} | {
-    # By token id it is probed in a decoder, in test_moe_routing_fixed.
-    "hash": RouterConfig(kind="hash", hash_by="position"),
-    "base": RouterConfig(kind="base"),
-    "expert_choice, predictor": RouterConfig(kind="expert_choice", predictor_loss_weight=1.0),
-    "expert_choice, predictor, limited": RouterConfig(
-        kind="expert_choice", predictor_loss_weight=1.0, max_experts=1
-    ),
+@pytest.mark.parametrize(("queue", "choices", "gate"), CASES)
+def test_probe_agrees_with_the_declaration(queue, choices, gate):
+    moe = make_block(QUEUES[queue], choices, (GATES | OTHER_GATES)[gate])
+    assert moe.looks_ahead(training=True) == QUEUES[queue].looks_ahead(choices)
+    assert_declared(prefix_movements(moe), moe.looks_ahead(training=True))
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("queue", [name for name, one in QUEUES.items() if not one.needs_rng])
+def test_probe_agrees_with_the_declaration_of_a_queue_in_evaluation(queue, choices):
+    moe = make_block(QUEUES[queue], choices, factor=0.0, eval_factor=0.5)
+    assert not moe.looks_ahead(training=True)
+    assert moe.looks_ahead(training=False) == QUEUES[queue].looks_ahead(choices)
+    assert_declared(prefix_movements(moe, training=False), moe.looks_ahead(training=False))
+
+
+def test_every_kind_of_what_routers_are_made_of_is_probed():
+    registered = {(family, kind) for family in FIELD_OF for kind in KINDS[family]}
+    assert registered <= kinds_in((*GATES.values(), *OTHER_GATES.values()))
+
+
+# What a router needs beside its defaults; by token id it is probed in test_moe_routing_fixed.
+ROUTER_SETTINGS = {"hash": {"by": "position"}}
+CHOICES_OF = {"base": 1}
+ROUTERS = {
+    kind: load_kind("router", kind)(**ROUTER_SETTINGS.get(kind, {})) for kind in KINDS["router"]
+} | {
+    "expert_choice, predictor": ExpertChoice(predictor_loss_weight=1.0),
+    "expert_choice, predictor, limited": ExpertChoice(predictor_loss_weight=1.0, max_experts=1),
 }
 
 
@@ -127,85 +189,132 @@ ROUTERS = {kind: RouterConfig(kind=kind) for kind in ROUTER_KINDS} | {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_probe_agrees_with_the_declaration_of_every_router(name, training):
     router = ROUTERS[name]
-    causal = router.causality.training if training else router.causality.evaluation
-    choices = 1 if router.kind == "base" else 2
-    config = make_config("token_major", choices, router, factor=1.0)
-    movements = prefix_movements(config, training=training)
-    if causal:
-        assert movements.max() < STILL
-    else:
-        assert movements.max() > MOVED
+    moe = make_block(TokenMajor(), CHOICES_OF.get(name, 2), router, factor=1.0)
+    assert moe.looks_ahead(training) == router.looks_ahead(training)
+    movements = prefix_movements(moe, training=training, capacity=1.0)
+    assert_declared(movements, moe.looks_ahead(training))
+
+
+# Parts that say nothing of themselves at their defaults, and those that are too large.
+PART_SETTINGS = {
+    "attention": {"num_heads": 2, "head_dim": 4},
+    "mlp": {"dim": 8},
+    "moe": {"num_experts": 4, "expert_dim": 8, "init_scale": 4.0},
+    "layer": {"branches": (("attention", Attention(num_heads=2, head_dim=4)), ("mlp", Mlp(dim=8)))},
+}
+PART_SETTINGS["parallel_layer"] = PART_SETTINGS["layer"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS["part"])
+def test_probe_agrees_with_the_declaration_of_every_part(kind, training):
+    part = load_kind("part", kind)(**PART_SETTINGS.get(kind, {}))
+    assert_declared(prefix_movements(part, training=training), part.looks_ahead(training))
+
+
+def test_the_probe_sees_attention_of_an_encoder_look_ahead():
+    attention = Attention(**PART_SETTINGS["attention"])
+    assert prefix_movements(attention, training=False, causal=False).max() > MOVED
+
+
+def stack_of(moe, *, allow=False):
+    """A model of one layer of this block, causal, with or without permission to look ahead."""
+    layout = StackLayout(unit=(("moe",),), repeats=1, allow_lookahead=allow)
+    return LanguageModel(model_dim=MODEL_DIM, parts={"moe": moe}, stack=layout)
+
+
+def assert_refused_unless_allowed(moe):
+    stack_of(moe, allow=True)
+    modes = [
+        name
+        for name, training in (("training", True), ("evaluation", False))
+        if moe.looks_ahead(training)
+    ]
+    if not modes:
+        stack_of(moe)
+        return
+    message = (
+        rf"must not depend on later tokens: the part 'moe' looks at them in {' and '.join(modes)}: "
+        r"MoE\(.*\. Use .*stack\.allow_lookahead=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        stack_of(moe)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_router_that_is_not_causal_in_training_is_refused_unless_allowed(name):
-    causal = ROUTERS[name].causality
-    make_config("token_major", 1, ROUTERS[name], allow=True)
-    if all(causal):
-        make_config("token_major", 1, ROUTERS[name], allow=False)
-        return
-    where = ", which sees them in training only" if causal.evaluation else ""
-    message = rf"later tokens: router\.kind='{ROUTERS[name].kind}'{where}\. Use .*allow_noncausal"
-    with pytest.raises(ValueError, match=message):
-        make_config("token_major", 1, ROUTERS[name], allow=False)
+def test_a_router_that_looks_ahead_is_refused_unless_allowed(name):
+    assert_refused_unless_allowed(make_block(TokenMajor(), 1, ROUTERS[name]))
 
 
 @pytest.mark.parametrize(
-    ("order", "choices", "causal"),
+    ("queue", "choices", "causal"),
     [
-        ("token_major", 1, True),
-        ("token_major", 2, True),
-        ("choice_major", 1, True),
-        ("choice_major", 2, False),  # a later first choice evicts an earlier second choice
-        ("batch_prioritized", 1, False),
-        ("batch_prioritized", 2, False),
-        ("probability", 1, False),
-        ("probability", 2, False),
-        ("random", 1, False),
-        ("random", 2, False),
+        (TokenMajor(), 1, True),
+        (TokenMajor(), 2, True),
+        (ChoiceMajor(), 1, True),
+        (ChoiceMajor(), 2, False),  # a later first choice evicts an earlier second choice
+        (BatchPrioritized(), 1, False),
+        (BatchPrioritized(), 2, False),
+        (ByProbability(), 1, False),
+        (ByProbability(), 2, False),
+        (RandomOrder(), 1, False),
+        (RandomOrder(), 2, False),
     ],
 )
-def test_declaration_by_name(order, choices, causal):
-    assert queue_is_causal(order, choices) == causal
+def test_declaration_by_name(queue, choices, causal):
+    assert queue.looks_ahead(choices) == (not causal)
 
 
-@pytest.mark.parametrize("order", QUEUE_ORDERS)
+@pytest.mark.parametrize(
+    ("router", "training", "evaluation"),
+    [
+        (TokenChoice(), False, False),
+        (ExpertChoice(), True, True),
+        (ExpertChoice(predictor_loss_weight=1.0), True, False),
+        (Soft(), True, True),
+        (ROUTERS["sinkhorn"], True, False),
+        (ROUTERS["base"], True, False),
+        (ROUTERS["hash"], False, False),
+        (ROUTERS["random"], False, False),
+        (ROUTERS["uniform"], False, False),
+    ],
+    ids=repr,
+)
+def test_declaration_of_routers_by_name(router, training, evaluation):
+    assert (router.looks_ahead(True), router.looks_ahead(False)) == (training, evaluation)
+
+
+@pytest.mark.parametrize("queue", QUEUES)
 @pytest.mark.parametrize("choices", [1, 2])
-def test_what_is_not_causal_is_refused_unless_allowed(order, choices):
-    make_config(order, choices, allow=True)
-    if queue_is_causal(order, choices):
-        make_config(order, choices, allow=False)
-    else:
-        with pytest.raises(ValueError, match=r"must not depend on later tokens.*allow_noncausal"):
-            make_config(order, choices, allow=False)
+def test_a_queue_that_looks_ahead_is_refused_unless_allowed(queue, choices):
+    assert_refused_unless_allowed(make_block(QUEUES[queue], choices))
 
 
-@pytest.mark.parametrize("order", QUEUE_ORDERS)
-def test_dropless_is_causal_whatever_the_queue_and_needs_no_permission(order):
-    config = make_config(order, 2, allow=False, factor=0)
-    movements = prefix_movements(config)
-    assert np.max(movements) < STILL
+@pytest.mark.parametrize("queue", QUEUES)
+def test_dropless_is_causal_whatever_the_queue_and_needs_no_permission(queue):
+    moe = make_block(QUEUES[queue], 2, factor=0.0)
+    stack_of(moe)
+    assert prefix_movements(moe).max() < STILL
 
 
 def test_a_capacity_limited_evaluation_needs_a_causal_queue_too():
-    capacity = CapacityConfig(queue_order="choice_major", train_factor=0, eval_factor=2.0)
-    with pytest.raises(ValueError, match="must not depend on later tokens"):
-        MoEConfig(num_selected_experts=2, capacity=capacity)
+    capacity = Capacity(queue=ChoiceMajor(), train_factor=0, eval_factor=2.0)
+    with pytest.raises(ValueError, match="the part 'moe' looks at them in evaluation"):
+        stack_of(MoE(num_selected_experts=2, capacity=capacity))
 
 
 @pytest.mark.parametrize("group_size", [4, LENGTH, 2 * LENGTH])
 def test_token_major_is_causal_for_every_group_size(group_size):
-    config = make_config("token_major", 2, group_size=group_size)
-    movements = prefix_movements(config, sequences=2)
-    assert np.max(movements) < STILL
+    moe = make_block(TokenMajor(), 2, group_size=group_size)
+    assert prefix_movements(moe, sequences=2).max() < STILL
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "ragged"])
-def test_every_dispatcher_is_causal(dispatch):
+@pytest.mark.parametrize("way", ["gather", "ragged"])
+def test_every_way_of_running_experts_is_causal(way):
     # Not through vmap, under which a loop over experts would be another program.
-    config = make_config("token_major", 2, dispatch=dispatch)
-    params, x, suffixes = make_values(config)
-    output = jax.jit(lambda x_BLM: moe_block(params, x_BLM, config)[0])
+    moe = make_block(TokenMajor(), 2, run_experts=way)
+    params, x, suffixes = make_values(moe)
+    output = jax.jit(lambda x_BLM: moe_block(params, x_BLM, moe, Call(capacity=0.5))[0])
     for x_BLM, suffix in zip(x[:8], suffixes[:8], strict=True):
         perturbed = x_BLM.copy()
         perturbed[0, SPLIT:] = suffix
@@ -213,31 +322,31 @@ def test_every_dispatcher_is_causal(dispatch):
         assert moved[:, :SPLIT].max() < STILL
 
 
-@pytest.mark.parametrize("order", ["token_major", "choice_major"])
-def test_probe_of_a_whole_decoder_in_training(order):
-    moe = make_config(order, 2)
-    model = ModelConfig(
-        vocab_size=17, num_layers=2, model_dim=8, num_heads=2, head_dim=4, ffn_dim=8,
-        dropout_rate=0.1, moe=moe,
-    )  # fmt: skip
+@pytest.mark.parametrize("queue", [TokenMajor(), ChoiceMajor()], ids=kind_of)
+def test_probe_of_a_whole_model_in_training(queue):
+    model = LanguageModel(
+        vocab_size=17,
+        model_dim=8,
+        parts={"attention": Attention(num_heads=2, head_dim=4), "moe": make_block(queue, 2)},
+        stack=StackLayout(repeats=2, allow_lookahead=True),
+        dropout_rate=0.1,
+    )
     tokens = jax.random.randint(jax.random.key(0), (1, LENGTH), 0, 17)
-    positions, segments = jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32)
-    decoder = Decoder(model)
-    params = decoder.init(jax.random.key(1), tokens, positions, segments)
+    random = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda spec: random.normal(size=spec.shape).astype(np.float32), model.specs()
+    )
 
     @jax.jit
     def logits(tokens):
-        rngs = {"dropout": jax.random.key(2), "router": jax.random.key(3)}
-        return decoder.apply(
-            params, tokens, positions, segments, train=True, capacity_factor=0.5, rngs=rngs
-        ).logits_BLV
+        call = Call(tokens_BL=tokens, capacity=0.5, rng=jax.random.key(2))
+        return model.run(params, call).logits_BLV
 
     movements = []
     for seed in range(16):
         suffix = jax.random.randint(jax.random.key(seed), (LENGTH - SPLIT,), 0, 17)
         moved = logits(tokens.at[0, SPLIT:].set(suffix)) - logits(tokens)
         movements.append(np.abs(moved[:, :SPLIT]).max())
-    if order == "token_major":
-        assert max(movements) < STILL
-    else:
-        assert max(movements) > MOVED
+    looks_ahead = model.looks_ahead(training=True)
+    assert looks_ahead == queue.looks_ahead(2)
+    assert_declared(np.array(movements), looks_ahead)

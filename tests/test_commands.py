@@ -165,10 +165,30 @@ def test_a_wrong_setting_is_answered_with_its_name_value_and_fix(tmp_path):
         ("--config=configs/quickstart.py:smok", workdir): (
             r"\['smok'\]", r"\['dense', .*'smoke'.*\]", "Write them after the colon",
         ),
-        (smoke, "--config.model.num_layer=3", workdir): ("num_layer", 'Did you mean "num_layers"'),
-        (smoke, "--config.model.num_layers=many", workdir): ("config.model.num_layers", "many"),
-        (smoke, "--config.model.moe.num_selected_experts=9", workdir): (
-            "num_selected_experts=9", "num_experts=8", "Lower num_selected_experts",
+        (smoke, "--config.model.stack.repeat=3", workdir): ("'repeat'", "Did you mean 'repeats'"),
+        (smoke, "--config.model.part.moe.num_experts=4", workdir): (
+            "'part'", "Did you mean 'parts'",
+        ),
+        (smoke, "--config.model.stack.repeats=many", workdir): (
+            "config.model.stack.repeats", "many",
+        ),
+        (smoke, "--config.model.parts.moe.num_selected_experts=9", workdir): (
+            "error: config.model.parts.moe: num_selected_experts", "num_selected_experts=9",
+            "num_experts=8", "Lower num_selected_experts",
+        ),
+        (smoke, "--config.model.parts.moe.kind=mlp", workdir): (
+            "error: flags set fields, and the kind of a part comes from the config file",
+            r"--config\.model\.parts\.moe\.kind=mlp", "Change the config file",
+        ),
+        (smoke, "--config.model.parts.moe.bias=sing", workdir): (
+            r"config\.model\.parts\.moe\.bias", r"\['error', 'quantile', 'sign'\]", "kind='sing'",
+        ),
+        (smoke, "--config.model.parts.moe.bias.rate=0.1", workdir): (
+            "error: flags set fields", 'field "bias" is None',
+        ),
+        (smoke, "--config.model.parts.moe.router=soft", workdir): (
+            "error: flags set fields, and the kind of a part comes from the config file",
+            r"router=soft",
         ),
         (smoke, "--config.data.tokenizer=sentencepiece:none.model", workdir): (
             "none.model", "moe_jax.data.train_tokenizer",

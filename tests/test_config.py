@@ -1,35 +1,81 @@
 """Settings: round trips, and every way to be refused."""
 
 import dataclasses
+import json
 
 import ml_collections
 import pytest
 
 from configs import base
 from moe_jax.config import (
-    CAPACITY_PRESETS,
-    BalanceConfig,
-    CapacityConfig,
+    DataConfig,
     ExperimentConfig,
     MeshConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    build,
     config_dict,
     difference,
     from_config_dict,
+    read_config,
+    to_dict,
+    write_config,
 )
+from moe_jax.config.kinds import KINDS, kind_of, load_kind
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import LayerNorm, RMSNorm
+from moe_jax.models.layer import Layer
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.balance import (
+    BatchEntropy,
+    HuggingFaceLoadBalance,
+    Importance,
+    Load,
+    LoadBalance,
+    RouterZ,
+    TokenEntropy,
+)
+from moe_jax.moe.bias import QuantileUpdate, SignUpdate
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.moe.presets import PRESETS
+from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder
+from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.expert_choice import ExpertChoice
+from moe_jax.moe.routing.fixed import Hash
+from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
+from moe_jax.moe.routing.selection import (
+    ExpertGroups,
+    RandomChoices,
+    Sampled,
+    SampledRest,
+    Threshold,
+)
+from moe_jax.moe.routing.soft import Soft
+from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.planning.parameters import abstract_mesh
+from moe_jax.training.placement import check_run
 
 
 def changed():
     """A config with a value different from its default in every section."""
     config = config_dict(ExperimentConfig())
     config.name, config.seed = "other", 3
-    config.model.moe.num_selected_experts = 2
-    config.model.moe.router.renormalize = True
-    config.model.moe.balance.load_balance_convention = "switch"
-    config.model.moe.capacity.preset = "maxtext"
-    config.model.moe.layers = (1, 3)
+    moe = config.model.parts.moe
+    moe.num_selected_experts = 2
+    moe.activation = "swiglu"
+    moe.router.renormalize = True
+    moe.router.noise = {"jitter": {"epsilon": 0.1}, "learned": {}}
+    moe.router.groups = {"num_groups": 4}
+    moe.losses.load_balance.weight = 0.5
+    moe.bias = "sign"
+    moe.capacity.preset = "maxtext"
+    config.model.stack.first, config.model.stack.repeats = (("attention", "moe"),), 2
     config.data.domain_weights = (("en", 0.5), ("code", 2.0))
     config.optimizer.learning_rate = 3e-4
     config.training.batch_size = 32
@@ -45,10 +91,36 @@ def test_defaults_survive_the_round_trip():
 def test_changes_survive_the_round_trip():
     config = from_config_dict(changed())
     assert config != ExperimentConfig()
-    assert config.model.moe.layers == (1, 3)
+    moe = config.model.part["moe"]
+    assert moe == MoE(
+        num_selected_experts=2,
+        activation=SwiGLU(),
+        router=TokenChoice(
+            renormalize=True, noise=(Jitter(epsilon=0.1), Learned()), groups=ExpertGroups(4)
+        ),
+        losses=(LoadBalance(weight=0.5), RouterZ()),
+        bias=SignUpdate(),
+        capacity=Capacity(preset="maxtext"),
+    )
+    assert config.model.moe_layers == {"moe": (0, 1, 2)}
     assert config.data.domain_weights == (("en", 0.5), ("code", 2.0))
     assert from_config_dict(config_dict(config)) == config
-    assert from_config_dict(dataclasses.asdict(config)) == config
+    assert from_config_dict(to_dict(config)) == config
+
+
+ALL = [(family, kind) for family, kinds in KINDS.items() for kind in kinds]
+
+
+@pytest.mark.parametrize(("family", "kind"), ALL)
+def test_every_registered_kind_is_built_by_its_name_and_goes_back(family, kind):
+    cls = load_kind(family, kind)
+    part = cls()
+    assert kind_of(part) == kind_of(cls) == kind
+    assert cls.family == family
+    assert build(cls, kind, "config") == build(cls, {"kind": kind}, "config") == part
+    assert build(cls, to_dict(part), "config") == part
+    assert build(cls, json.loads(json.dumps(to_dict(part))), "config") == part
+    assert len({part, cls()}) == 1  # hashable, so that jit can tell it apart
 
 
 def test_configs_are_hashable_so_that_jit_can_tell_them_apart():
@@ -58,32 +130,59 @@ def test_configs_are_hashable_so_that_jit_can_tell_them_apart():
 
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ExperimentConfig().model.num_layers = 3
+        ExperimentConfig().model.model_dim = 3
 
 
 def test_a_config_dict_is_locked():
     with pytest.raises(AttributeError, match="num_expert"):
-        config_dict(ExperimentConfig()).model.moe.num_expert = 4
+        config_dict(ExperimentConfig()).model.parts.moe.num_expert = 4
 
 
 def test_absent_fields_keep_their_defaults():
-    config = from_config_dict({"model": {"moe": {"num_experts": 4}}})
-    assert config.model.moe == MoEConfig(num_experts=4)
+    parts = {"attention": "attention", "moe": {"kind": "moe", "num_experts": 4}}
+    config = from_config_dict({"model": {"kind": "language_model", "parts": parts}})
+    assert config.model.part["moe"] == MoE(num_experts=4)
+    assert config.model.part["attention"] == Attention()
     assert config.training == ExperimentConfig().training
 
 
 def test_integers_may_stand_for_floats_and_lists_for_tuples():
+    stack = {"first": [["attention", "moe"]], "repeats": 1}
     config = from_config_dict(
         {
             "optimizer": {"learning_rate": 1},
-            "model": {"moe": {"layers": [1, 3]}},
+            "model": {"kind": "language_model", "stack": stack},
             "data": {"domain_weights": [["en", 1]]},
         }
     )
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
-    assert config.model.moe.layers == (1, 3)
+    assert config.model.stack.first == (("attention", "moe"),)
     assert config.data.domain_weights == (("en", 1.0),)
+
+
+def test_several_parts_of_one_family_go_by_name_whatever_their_order():
+    parts = (RouterZ(weight=0.1), LoadBalance(weight=0.2), LoadBalance(weight=0.3, scope="group"))
+    moe = MoE(losses=parts)
+    assert moe == MoE(losses=parts[::-1])
+    written = to_dict(moe)["losses"]
+    assert sorted(written) == ["load_balance", "load_balance__2", "router_z"]
+    assert build(MoE, to_dict(moe), "config") == moe
+    # A name is the kind unless another one is given.
+    named = {"ours": {"kind": "load_balance", "weight": 0.2}, "router_z": {"weight": 0.1}}
+    assert build(MoE, {"kind": "moe", "losses": named}, "config").losses == (
+        MoE(losses=(RouterZ(weight=0.1), LoadBalance(weight=0.2))).losses
+    )
+
+
+def model(moe=None, **settings):
+    """Settings of a model as a user writes them, with these of its block."""
+    parts = {"attention": "attention", "moe": {"kind": "moe"} | (moe or {})}
+    return {"model": {"kind": "language_model", "parts": parts} | settings}
+
+
+def router(**settings):
+    return model({"router": {"kind": "token_choice"} | settings})
 
 
 @pytest.mark.parametrize(
@@ -91,8 +190,8 @@ def test_integers_may_stand_for_floats_and_lists_for_tuples():
     [
         ({"sed": 1}, r"config has the fields .*: config\.sed\. Did you mean 'seed'\?"),
         (
-            {"model": {"moe": {"num_expert": 4}}},
-            r"config\.model\.moe\.num_expert\. Did you mean 'num_experts'\?",
+            model({"num_expert": 4}),
+            r"config\.model\.parts\.moe\.num_expert\. Did you mean 'num_experts'\?",
         ),
         ({"zzz": 1}, r"config\.zzz\. Remove the field\."),
         ({"seed": "1"}, r"config\.seed is of type int: '1' of type str\. Pass a int\."),
@@ -101,14 +200,39 @@ def test_integers_may_stand_for_floats_and_lists_for_tuples():
         ({"name": 3}, r"config\.name is of type str: 3 of type int"),
         ({"optimizer": {"b1": True}}, r"optimizer\.b1 is of type float: True of type bool"),
         ({"optimizer": {"b1": "x"}}, r"optimizer\.b1 is of type float: 'x' of type str"),
-        (
-            {"model": {"moe": {"router": {"renormalize": 1}}}},
-            r"router\.renormalize is of type bool: 1 of type int",
-        ),
-        ({"model": {"moe": {"layers": 3}}}, r"moe\.layers is a tuple: 3\. Pass a tuple"),
-        ({"model": {"moe": {"layers": [1, "3"]}}}, r"moe\.layers\[1\] is of type int: '3'"),
+        (router(renormalize=1), r"moe\.router\.renormalize is of type bool: 1 of type int"),
+        ({"data": {"domain_weights": 3}}, r"domain_weights is a tuple: 3\. Pass a tuple"),
         ({"data": {"domain_weights": [["en"]]}}, r"domain_weights\[0\] has 2 items: \['en'\]"),
+        (
+            model(stack={"shared": ["a", 3]}),
+            r"config\.model\.stack\.shared\[1\] is of type str: 3 of type int",
+        ),
         ({"model": 3}, r"config\.model is a section of settings: 3\. Set its fields"),
+        ({"model": {"model_dim": 8}}, r"config\.model names its kind: kind=None\. Set the kind"),
+        (model({"router": 3}), r"parts\.moe\.router is a section of settings: 3"),
+        (model({"losses": 3}), r"parts\.moe\.losses has parts by name: 3\. Pass a dict"),
+        (
+            router(kind="token_chioce"),
+            r"parts\.moe\.router: a kind of router is one of \['base', .*\], or 'package\.module:"
+            r"Class': kind='token_chioce'",
+        ),
+        (
+            router(kind="no_such_module:Router"),
+            r"router: a kind .* can be imported: kind='no_such_module:Router' gives Module",
+        ),
+        (
+            router(kind="moe_jax.moe.experts:Relu"),
+            r"router: a kind of router is a class derived from .*moe\.experts:Relu' is ",
+        ),
+        (router(kind="__main__:Router"), r"which '__main__' is not: .*Move the class to a module"),
+        (
+            router(top_p=2.0),
+            r"config\.model\.parts\.moe\.router: top_p lies in \(0, 1\]: top_p=2\.0\. Change it",
+        ),
+        (
+            model({"losses": {"load_balance": {"weight": -1.0}}}),
+            r"config\.model\.parts\.moe\.losses\.load_balance: weight lies in \[0, inf\)",
+        ),
     ],
 )
 def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
@@ -116,335 +240,345 @@ def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
         from_config_dict(settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+def refuses(cases):
+    """Parametrizes a test with classes, settings and the message by which they are refused."""
+    return pytest.mark.parametrize(("cls", "settings", "message"), cases)
+
+
+@refuses(
     [
-        ({"score": "tanh"}, r"router\.score is one of \['sigmoid', 'softmax'\]: .*'tanh'"),
-        ({"group_score": "sum"}, r"router\.group_score is one of .*'sum'"),
-        ({"dtype": "float16"}, r"router\.dtype is one of \['bfloat16', 'float32'\]"),
-        ({"input_jitter": 1.0}, r"router\.input_jitter lies in \[0, 1\): .*=1\.0"),
-        ({"input_jitter": -0.1}, r"router\.input_jitter lies in \[0, 1\)"),
-        ({"logit_noise_std": -1.0}, r"router\.logit_noise_std is at least 0"),
-        ({"num_selected_groups": 0}, r"router\.num_selected_groups is at least 1"),
-        ({"temperature": 0.0}, r"router\.temperature is positive"),
-        ({"cosine_dim": -1}, r"router\.cosine_dim is at least 0"),
-        ({"anneal_steps": 5}, r"with router\.anneal_steps > 0: anneal_from=\(\), anneal_steps=5"),
-        ({"anneal_from": (("temperature", 2.0),)}, r"names each field once, .*anneal_steps=0"),
-        ({"anneal_from": (("top_p", 0.5),), "anneal_steps": 5}, r"anneal_from is one of .*'top_p'"),
+        (TokenChoice, {"dtype": "float16"}, r"dtype is one of \['float32', 'bfloat16'\]: .*16'"),
+        (ExpertGroups, {"worth": "sum"}, r"worth is one of .*'sum'"),
+        (Jitter, {"epsilon": 1.0}, r"epsilon lies in \[0, 1\): epsilon=1\.0"),
+        (Jitter, {"epsilon": -0.1}, r"epsilon lies in \[0, 1\)"),
+        (Gaussian, {"stddev": -1.0}, r"stddev lies in \[0, inf\)"),
+        (ExpertGroups, {"num_selected": 0}, r"num_selected lies in \[1, inf\)"),
+        (Linear, {"temperature": 0.0}, r"temperature lies in \(0, inf\): temperature=0\.0"),
+        (Cosine, {"dim": 0}, r"dim lies in \[1, inf\)"),
+        (Cosine, {"temperature": 0.0}, r"temperature lies in \(0, inf\)"),
         (
-            {"anneal_from": (("temperature", 0.0),), "anneal_steps": 5},
-            r"router\.temperature in router\.anneal_from is positive",
+            Linear,
+            {"anneal_from": 2.0},
+            r"in anneal_steps > 0 starts: anneal_from=2\.0, anneal_steps=0\. Set both or none",
         ),
+        (Linear, {"anneal_from": 0.0, "anneal_steps": 5}, r"anneal_from lies in \(0, inf\)"),
+        (Jitter, {"anneal_from": 0.5}, r"anneal_from=0\.5, anneal_steps=0"),
+        (Jitter, {"anneal_from": 1.0, "anneal_steps": 5}, r"anneal_from lies in \[0, 1\)"),
+        (Gaussian, {"anneal_from": -1.0, "anneal_steps": 5}, r"anneal_from lies in \[0, inf\)"),
+        (TokenChoice, {"top_p": 0.0}, r"top_p lies in \(0, 1\]: top_p=0\.0"),
+        (TokenChoice, {"top_p": 1.5}, r"top_p lies in \(0, 1\]"),
+        (TokenChoice, {"top_p": float("nan")}, r"top_p lies in \(0, 1\]: top_p=nan"),
+        (TokenChoice, {"eval_choices": RandomChoices()}, r"has no random key: eval_choices=Random"),
+        (Threshold, {"threshold": 0.0}, r"threshold lies in \(0, inf\)"),
         (
-            {"anneal_from": (("input_jitter", 1.0),), "anneal_steps": 5},
-            r"router\.input_jitter in router\.anneal_from lies in \[0, 1\)",
+            ExpertGroups,
+            {"num_groups": 2, "num_selected": 3},
+            r"num_selected is at most num_groups: 3 of 2",
         ),
-        (
-            {"anneal_from": (("temperature", 2.0),), "anneal_steps": 5, "cosine_dim": 4},
-            r"learns its temperature.*cosine_dim=4",
-        ),
-        ({"top_p": 0.0}, r"router\.top_p lies in \(0, 1\]: router\.top_p=0\.0\. Set it to 1"),
-        ({"top_p": 1.5}, r"router\.top_p lies in \(0, 1\]"),
-        ({"selection": "worst"}, r"router\.selection is one of \['best', 'sampled', "),
-        ({"choice_policy": "most"}, r"router\.choice_policy is one of \['all', 'none', 'random'"),
-        ({"eval_choice_policy": "random"}, r"\.eval_choice_policy is one of .*='random'\. Use"),
-        ({"choice_threshold": 0.0}, r"router\.choice_threshold is positive"),
-        ({"choice_threshold": 0.5}, r"choice_threshold is of .*=0\.5, choice_policy='all'"),
-        ({"group_score": "top2_sum"}, r"group_score is of .*='top2_sum', .*_expert_groups=1"),
-        ({"max_experts": 2}, r"'token_choice' does not use router\.max_experts: max_experts=2\. D"),
-        (
-            {"num_expert_groups": 2, "num_selected_groups": 3},
-            r"num_selected_groups is at most router\.num_expert_groups: 3 of 2",
-        ),
-        ({"scaling_factor": 0.0}, r"router\.scaling_factor is positive and finite: .*=0\.0"),
-    ],
+        (TokenChoice, {"scaling_factor": 0.0}, r"scaling_factor lies in \(0, inf\): .*=0\.0"),
+        (ExpertChoice, {"max_experts": -1}, r"max_experts lies in \[0, inf\)"),
+    ]
 )
-def test_router_refuses(settings, message):
+def test_router_refuses(cls, settings, message):
     with pytest.raises(ValueError, match=message):
-        RouterConfig(**settings)
+        cls(**settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+@refuses(
     [
-        ({"load_balance_convention": "gshard"}, r"balance\.load_balance_convention is one of"),
-        ({"load_balance_scope": "layer"}, r"balance\.load_balance_scope is one of"),
-        ({"load_balance_weight": -1.0}, r"balance\.load_balance_weight is at least 0"),
-        ({"importance_loss_weight": -1.0}, r"balance\.importance_loss_weight is at least 0"),
-        ({"load_loss_weight": -1.0}, r"balance\.load_loss_weight is at least 0"),
-        ({"router_z_loss_weight": -1.0}, r"balance\.router_z_loss_weight is at least 0"),
-        ({"bias_update_rate": -1.0}, r"balance\.bias_update_rate is at least 0"),
-        ({"bias_update": "median"}, r"balance\.bias_update is one of"),
-        ({"bias_update": "error"}, r"needs a selection bias that moves: bias_update='error'"),
-        ({"bias_frozen_fraction": 0.1}, r"moves: bias_frozen_fraction=0\.1, bias_update_rate=0"),
-        ({"bias_update_rate": 1.0, "bias_frozen_fraction": 1.0}, r"lies in \[0, 1\)"),
-        ({"bias_update_rate": 1.0, "bias_update_schedule": "rsqrt"}, r"schedule is one of"),
+        (LoadBalance, {"scope": "layer"}, r"scope is one of \['group', 'sequence', "),
+        (LoadBalance, {"weight": -1.0}, r"weight lies in \[0, inf\)"),
+        (Importance, {"weight": -1.0}, r"weight lies in \[0, inf\)"),
+        (Load, {"weight": -1.0}, r"weight lies in \[0, inf\)"),
+        (RouterZ, {"weight": -1.0}, r"weight lies in \[0, inf\)"),
+        (TokenEntropy, {"weight": -1.0}, r"weight lies in \[0, inf\)"),
+        (SignUpdate, {"rate": -1.0}, r"rate lies in \(0, inf\)"),
+        (SignUpdate, {"frozen_fraction": 1.0}, r"frozen_fraction lies in \[0, 1\)"),
+        (SignUpdate, {"schedule": "rsqrt"}, r"schedule is one of"),
+        (QuantileUpdate, {"rate": 2.0}, r"rate lies in \(0, 1\]: rate=2\.0"),
         (
-            {"bias_update_rate": 2.0, "bias_update": "quantile"},
-            r"of the way to the quantile: bias_update_rate=2\.0",
+            HuggingFaceLoadBalance,
+            {"scope": "sequence"},
+            r"its scope is 'microbatch' or 'global': scope='sequence'",
         ),
-        (
-            {"bias_update_rate": 1.0, "bias_update": "quantile", "bias_update_centered": True},
-            r"centres its biases by itself",
-        ),
-        ({"token_entropy_weight": -1.0}, r"balance\.token_entropy_weight is at least 0"),
-        ({"batch_entropy_target": 1.0}, r"batch_entropy_target=1\.0, batch_entropy_weight=0"),
-        (
-            {"load_balance_convention": "huggingface", "load_balance_scope": "sequence"},
-            r"its scope is 'microbatch' or 'global': load_balance_scope='sequence'",
-        ),
-    ],
+    ]
 )
-def test_balance_refuses(settings, message):
+def test_balance_refuses(cls, settings, message):
     with pytest.raises(ValueError, match=message):
-        BalanceConfig(**settings)
-
-
-QUANTILE = BalanceConfig(bias_update="quantile", bias_update_rate=1.0)
+        cls(**settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "gshard"}, r"capacity\.preset is one of \['', 'axlearn'"),
-        ({"per": "expert"}, r"capacity\.per is one of"),
-        ({"rounding": "up"}, r"capacity\.rounding is one of"),
-        ({"queue_order": "fifo"}, r"capacity\.queue_order is one of"),
-        ({"multiple_of": 0}, r"capacity\.multiple_of is at least 1"),
-        ({"minimum": 0}, r"capacity\.minimum is at least 1"),
-        ({"train_factor": -1.0}, r"capacity\.train_factor is at least 0"),
-        ({"train_factor": float("inf")}, r"train_factor is at least 0 and finite: .*=inf"),
-        ({"eval_factor": -1.0}, r"capacity\.eval_factor is at least 0"),
+        ({"preset": "gshard"}, r"preset is one of \['axlearn'"),
+        ({"per": "expert"}, r"per is one of"),
+        ({"rounding": "up"}, r"rounding is one of"),
+        ({"multiple_of": 0}, r"multiple_of lies in \[1, inf\)"),
+        ({"minimum": 0}, r"minimum lies in \[1, inf\)"),
+        ({"train_factor": -1.0}, r"train_factor lies in \[0, inf\)"),
+        ({"train_factor": float("inf")}, r"train_factor lies in \[0, inf\): .*=inf"),
+        ({"eval_factor": -1.0}, r"eval_factor lies in \[0, inf\)"),
+        ({"slots": -1}, r"slots lies in \[0, inf\)"),
+        ({"slots": 6, "train_factor": 0}, r"slots=6, train_factor=0, eval_factor=2\.0\. Leave"),
         (
-            {"queue_order": "random"},
-            r"draws from a key, which an evaluation has not: capacity\.eval_factor=2\.0",
+            {"queue": RandomOrder()},
+            r"draws from a key, which an evaluation has not: queue=Random.*, eval_factor=2\.0",
         ),
     ],
 )
 def test_capacity_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
-        CapacityConfig(**settings)
+        Capacity(**settings)
 
 
-@pytest.mark.parametrize("preset", CAPACITY_PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_capacity_preset_fills_in_its_fields_and_leaves_the_rest(preset):
-    config = CapacityConfig(preset=preset, train_factor=1.5)
-    for field in dataclasses.fields(config):
+    capacity = Capacity(preset=preset, train_factor=1.5)
+    for field in dataclasses.fields(capacity):
         default = {"preset": preset, "train_factor": 1.5}.get(field.name, field.default)
-        assert getattr(config, field.name) == CAPACITY_PRESETS[preset].get(field.name, default)
+        value = getattr(capacity, field.name)
+        value = kind_of(value) if field.name == "queue" else value
+        default = kind_of(default) if field.name == "queue" else default
+        assert value == PRESETS[preset].get(field.name, default)
 
 
 def test_a_capacity_preset_may_be_repeated_but_not_contradicted():
-    CapacityConfig(preset="vmoe", multiple_of=4, queue_order="choice_major")
-    with pytest.raises(ValueError, match=r"preset='vmoe' sets capacity\.multiple_of=4: .*=8 as"):
-        CapacityConfig(preset="vmoe", multiple_of=8)
-    with pytest.raises(ValueError, match=r"preset='vmoe' sets .*queue_order='choice_major'"):
-        CapacityConfig(preset="vmoe", queue_order="probability")
+    Capacity(preset="vmoe", multiple_of=4, queue=ChoiceMajor())
+    with pytest.raises(ValueError, match=r"preset='vmoe' sets multiple_of=4: multiple_of=8 as"):
+        Capacity(preset="vmoe", multiple_of=8)
+    with pytest.raises(ValueError, match=r"preset='vmoe' sets queue=ChoiceMajor\(\)"):
+        Capacity(preset="vmoe", queue=ByProbability())
 
 
 def test_fields_that_a_preset_leaves_alone_may_be_set():
-    assert CapacityConfig(preset="megatron", minimum=4).minimum == 4
+    assert Capacity(preset="megatron", minimum=4).minimum == 4
+
+
+def stack_of(moe, **settings):
+    return LanguageModel(
+        parts={"moe": moe}, stack=StackLayout(unit=(("moe",),), repeats=1, **settings)
+    )
 
 
 def test_a_preset_with_a_queue_that_leaks_is_refused_like_the_queue():
-    with pytest.raises(ValueError, match=r"queue_order='probability'.*allow_noncausal_routing"):
-        MoEConfig(capacity=CapacityConfig(preset="megatron"))
-    MoEConfig(capacity=CapacityConfig(preset="megatron"), allow_noncausal_routing=True)
-    MoEConfig(capacity=CapacityConfig(preset="vmoe"))  # choice-major with one choice
-    with pytest.raises(ValueError, match=r"'choice_major' with num_selected_experts=2"):
-        MoEConfig(num_selected_experts=2, capacity=CapacityConfig(preset="vmoe"))
+    megatron = MoE(capacity=Capacity(preset="megatron"))
+    with pytest.raises(ValueError, match=r"later tokens: .*ByProbability.*allow_lookahead=True"):
+        stack_of(megatron)
+    stack_of(megatron, allow_lookahead=True)
+    stack_of(megatron, causal=False)
+    vmoe = Capacity(preset="vmoe")  # choice-major with one choice
+    stack_of(MoE(capacity=vmoe))
+    with pytest.raises(ValueError, match=r"later tokens: .*num_selected_experts=2"):
+        stack_of(MoE(num_selected_experts=2, capacity=vmoe))
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        (
+            {"eval_num_selected_experts": 2, "capacity": Capacity(queue=ChoiceMajor())},
+            r"the part 'moe' looks at them in evaluation: ",
+        ),
+        (
+            {"capacity": Capacity(queue=BatchPrioritized())},
+            r"must not depend on later tokens: .*in training and evaluation: .*BatchPrioritized",
+        ),
+    ],
+)
+def test_a_causal_stack_refuses(moe, message):
+    with pytest.raises(ValueError, match=message):
+        stack_of(MoE(**moe))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 0}, r"moe\.num_experts lies in 1\.\.512: .*=0\. .*layer_period=0"),
-        ({"num_experts": 513}, r"moe\.num_experts lies in 1\.\.512"),
-        ({"num_selected_experts": 0}, r"num_selected_experts lies in 1\.\.num_experts: .*=0"),
+        ({"num_experts": 0}, r"num_experts lies in \[1, 512\]: num_experts=0"),
+        ({"num_experts": 513}, r"num_experts lies in \[1, 512\]"),
+        ({"num_selected_experts": 0}, r"num_selected_experts lies in \[1, inf\): .*=0"),
         (
             {"num_experts": 2, "num_selected_experts": 3},
             r"lies in 1\.\.num_experts: num_selected_experts=3, num_experts=2",
         ),
-        ({"activation": "silu"}, r"moe\.activation is one of"),
-        ({"dispatch": "sort"}, r"moe\.dispatch is one of"),
-        ({"exchange": "all_to_all"}, r"moe\.exchange is one of \['auto', 'compiler', 'explicit'\]"),
-        ({"exchange_chunks": 0}, r"moe\.exchange_chunks is at least 1"),
+        ({"run_experts": "sort"}, r"run_experts is one of"),
+        ({"exchange": "all_to_all"}, r"exchange is one of \['auto', 'compiler', 'explicit'\]"),
+        ({"exchange_chunks": 0}, r"exchange_chunks lies in \[1, inf\)"),
         (
-            {"dispatch": "ragged", "exchange": "compiler"},
-            r"'ragged' exchanges rows by explicit collectives: moe\.exchange='compiler'\. Set",
+            {"run_experts": "ragged", "exchange": "compiler"},
+            r"'ragged' exchanges rows by explicit collectives: exchange='compiler'\. Set",
         ),
         (
             {"num_selected_experts": 2, "eval_num_selected_experts": 1},
             r"lies in num_selected_experts\.\.num_experts: eval_.*=1, num_selected_experts=2",
         ),
         ({"eval_num_selected_experts": 9}, r"eval_num_selected_experts=9, .*num_experts=8"),
+        ({"expert_dropout_rate": 1.0}, r"expert_dropout_rate lies in \[0, 1\)"),
+        ({"expert_dim": 0}, r"expert_dim lies in \[1, inf\)"),
+        ({"shared_expert_dim": -1}, r"shared_expert_dim lies in \[0, inf\)"),
+        ({"group_size": -1}, r"group_size lies in \[0, inf\)"),
+        ({"init_scale": -1.0}, r"init_scale lies in \(0, inf\)"),
+        ({"shared_expert_gate": True}, r"shared_expert_gate needs shared_expert_dim > 0"),
+        ({"router": TokenChoice(renormalize=True)}, r"always 1 .*router\.renormalize=True"),
         (
-            {
-                "eval_num_selected_experts": 2,
-                "capacity": CapacityConfig(queue_order="choice_major"),
-            },
-            r"with moe\.eval_num_selected_experts=2 evaluation is refused: .*later tokens",
-        ),
-        ({"expert_dropout_rate": 1.0}, r"moe\.expert_dropout_rate lies in \[0, 1\)"),
-        ({"expert_dim": 0}, r"moe\.expert_dim is at least 1"),
-        ({"num_shared_experts": -1}, r"moe\.num_shared_experts is at least 0"),
-        ({"group_size": -1}, r"moe\.group_size is at least 0"),
-        ({"layer_period": -1}, r"moe\.layer_period is at least 0"),
-        ({"layer_offset": -1}, r"moe\.layer_offset is at least 0"),
-        ({"layer_offset": 2, "layer_period": 2}, r"layer_offset is a layer of the period: .*=2,"),
-        ({"init_scale": -1.0}, r"moe\.init_scale is positive and finite"),
-        ({"num_dense_first": -1}, r"moe\.num_dense_first is at least 0"),
-        ({"shared_expert_gate": True}, r"shared_expert_gate needs moe\.num_shared_experts > 0"),
-        ({"router": RouterConfig(renormalize=True)}, r"always 1 .*router\.renormalize=True"),
-        ({"router": RouterConfig(score_before_topk=False)}, r"always 1 .*before_topk=False"),
-        (
-            {
-                "router": RouterConfig(selection="sampled"),
-                "balance": BalanceConfig(bias_update_rate=0.1),
-            },
-            r"draws experts by their probability.*selection='sampled', .*_rate=0\.1\. Set",
+            {"router": TokenChoice(score=SoftmaxOverSelected())},
+            r"always 1 .*router\.score=SoftmaxOverSelected",
         ),
         (
-            {"balance": BalanceConfig(load_loss_weight=0.1)},
-            r"load_loss_weight needs noise on the logits.*load_loss_weight=0\.1, .*std=0\. Set",
+            {"router": TokenChoice(selection=Sampled()), "bias": SignUpdate()},
+            r"draws experts by their probability.*selection=Sampled\(\), bias=SignUpdate.*Set",
+        ),
+        (
+            {"losses": (Load(weight=0.1),)},
+            r"a router that selects the plain best of logits that are noisy at every step: ",
         ),
         *(
             (
                 {
-                    "balance": BalanceConfig(load_loss_weight=0.1, **balance),
-                    "router": RouterConfig(learned_noise=True, **router),
-                },
-                rf"among the best of all by its noisy logit.*load_loss_weight=0\.1, .*{value}",
+                    "losses": (Load(weight=0.1),),
+                    "router": TokenChoice(noise=(Learned(),), **router_settings),
+                }
+                | moe_settings,
+                rf"logits that are noisy at every step: .*{value}",
             )
-            for balance, router, value in (
-                ({"bias_update_rate": 0.2}, {}, r"bias_update_rate=0\.2"),
-                ({}, {"num_expert_groups": 4, "num_selected_groups": 2}, "_groups=2 of 4"),
-                ({}, {"selection": "sampled_rest"}, "selection='sampled_rest'"),
+            for moe_settings, router_settings, value in (
+                ({"bias": SignUpdate(rate=0.2)}, {}, r"bias=SignUpdate\(rate=0\.2"),
+                ({}, {"groups": ExpertGroups(4, 2)}, "num_groups=4"),
+                ({}, {"selection": SampledRest()}, "selection=SampledRest"),
             )
         ),
         (
             {
-                "balance": BalanceConfig(load_loss_weight=0.1),
-                "router": RouterConfig(
-                    logit_noise_std=0.5, anneal_from=(("logit_noise_std", 0.0),), anneal_steps=5
+                "losses": (Load(weight=0.1),),
+                "router": TokenChoice(
+                    noise=(Gaussian(stddev=0.0, anneal_from=0.5, anneal_steps=5),)
                 ),
             },
-            r"noise on the logits at every step.*least router\.logit_noise_std=0\. Set",
+            r"noisy at every step: .*stddev=0\.0, anneal_from=0\.5",
         ),
         (
-            {
-                "balance": BalanceConfig(token_entropy_weight=0.1),
-                "router": RouterConfig(kind="hash"),
-            },
-            r"probabilities learn: router\.kind='hash', balance\.token_entropy_weight=0\.1",
+            {"losses": (TokenEntropy(weight=0.1),), "router": Hash()},
+            r"token_entropy_loss needs a router whose probabilities learn: router=Hash",
         ),
         (
-            {"balance": QUANTILE, "num_selected_experts": 8},
+            {"bias": QuantileUpdate(rate=1.0), "num_selected_experts": 8},
             r"best expert that is not selected: num_selected_experts=8, 8 experts",
         ),
         (
-            {
-                "balance": QUANTILE,
-                "num_selected_experts": 2,
-            },
-            r"too coarse for a softmax over many: router\.score='softmax', .*=1 of 1",
+            {"bias": QuantileUpdate(rate=1.0), "num_selected_experts": 2},
+            r"too coarse for a softmax over many experts: .*score=Softmax\(\)",
         ),
         (
-            {"balance": BalanceConfig(batch_entropy_weight=0.1, batch_entropy_target=2.5)},
-            r"batch_entropy_target=2\.5, 8 experts, log 2\.0794",
+            {"losses": (BatchEntropy(weight=0.1, target=2.5),)},
+            r"target=2\.5, 8 experts, log 2\.0794",
         ),
         (
-            {"router": RouterConfig(num_expert_groups=3)},
-            r"num_expert_groups divides moe\.num_experts: num_expert_groups=3, num_experts=8",
+            {"router": TokenChoice(groups=ExpertGroups(3, 1))},
+            r"num_groups divides num_experts: num_groups=3, num_experts=8",
         ),
         (
-            {"num_selected_experts": 3, "router": RouterConfig(num_expert_groups=4)},
-            r"hold at least moe\.num_selected_experts experts: 1 groups of 2 experts, .*=3",
+            {"num_selected_experts": 3, "router": TokenChoice(groups=ExpertGroups(4, 1))},
+            r"hold at least num_selected_experts experts: 1 groups of 2 experts, .*=3",
         ),
         (
-            {"router": RouterConfig(num_expert_groups=8, group_score="top2_sum")},
+            {"router": TokenChoice(groups=ExpertGroups(8, 1, "top2_sum"))},
             r"'top2_sum' needs groups of two experts or more: groups of 1",
         ),
         (
-            {"capacity": CapacityConfig(queue_order="batch_prioritized")},
-            r"must not depend on later tokens: .*'batch_prioritized' with num_selected_experts=1",
+            {"bias": SignUpdate(), "router": ExpertChoice()},
+            r"needs a router that selects by scores",
         ),
     ],
 )
 def test_moe_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
-        MoEConfig(**settings)
+        MoE(**settings)
 
 
 def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
     # One expert has no router; two choices make the gates depend on the logits.
-    MoEConfig(num_experts=1, router=RouterConfig(renormalize=True))
-    MoEConfig(num_selected_experts=2, router=RouterConfig(renormalize=True))
-    MoEConfig(router=RouterConfig(score="sigmoid", score_before_topk=False))
+    MoE(num_experts=1, router=TokenChoice(renormalize=True))
+    MoE(num_selected_experts=2, router=TokenChoice(renormalize=True))
+    MoE(router=TokenChoice(score=Sigmoid()))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
+@refuses(
     [
-        ({"vocab_size": 0}, r"model\.vocab_size is at least 1"),
-        ({"num_layers": 0}, r"model\.num_layers is at least 1"),
-        ({"norm_epsilon": 0.0}, r"model\.norm_epsilon is positive"),
-        ({"moe": MoEConfig(num_dense_first=4)}, r"some layer is MoE unless moe\.layer_period is 0"),
-        ({"model_dim": 0}, r"model\.model_dim is at least 1"),
-        ({"num_heads": 0}, r"model\.num_heads is at least 1"),
-        ({"ffn_dim": 0}, r"model\.ffn_dim is at least 1"),
-        ({"head_dim": 0}, r"model\.head_dim is at least 2"),
-        ({"head_dim": 5}, r"rotary positions need an even model\.head_dim: head_dim=5"),
-        ({"activation": "tanh"}, r"model\.activation is one of"),
-        ({"norm": "batchnorm"}, r"model\.norm is one of"),
-        ({"compute_dtype": "float16"}, r"model\.compute_dtype is one of"),
-        ({"remat": "all"}, r"model\.remat is one of"),
-        ({"dropout_rate": 1.0}, r"model\.dropout_rate lies in \[0, 1\)"),
-        ({"num_kv_heads": 3}, r"num_kv_heads divides model\.num_heads: .*num_kv_heads=3"),
-        ({"num_kv_heads": 8}, r"num_kv_heads divides model\.num_heads"),
-        ({"num_kv_heads": -1}, r"num_kv_heads divides model\.num_heads"),
-        ({"moe": MoEConfig(layers=(4,))}, r"moe\.layers=\(4,\), num_layers=4"),
-        ({"moe": MoEConfig(layers=(2, 1))}, r"moe\.layers are increasing layer indices"),
-        ({"moe": MoEConfig(layers=(1, 1))}, r"moe\.layers are increasing layer indices"),
-    ],
+        (LanguageModel, {"vocab_size": 0}, r"vocab_size lies in \[1, inf\)"),
+        (LanguageModel, {"model_dim": 0}, r"model_dim lies in \[1, inf\)"),
+        (LanguageModel, {"compute_dtype": "float16"}, r"compute_dtype is one of"),
+        (LanguageModel, {"remat": "all"}, r"remat is one of"),
+        (LanguageModel, {"norm_placement": "behind"}, r"norm_placement is one of"),
+        (LanguageModel, {"dropout_rate": 1.0}, r"dropout_rate lies in \[0, 1\)"),
+        (LanguageModel, {"residual_multiplier": 0.0}, r"residual_multiplier lies in \(0, inf\)"),
+        (StackLayout, {"repeats": 0}, r"a unit is repeated at least once"),
+        (StackLayout, {"repeats": -1}, r"repeats lies in \[0, inf\)"),
+        (RMSNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
+        (LayerNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
+        (Mlp, {"dim": 0}, r"dim lies in \[1, inf\)"),
+        (Mlp, {"init_scale": 0.0}, r"init_scale lies in \(0, inf\)"),
+        (Attention, {"num_heads": 0}, r"num_heads lies in \[1, inf\)"),
+        (Attention, {"head_dim": 0}, r"head_dim lies in \[1, inf\)"),
+        (Attention, {"head_dim": 5}, r"rotary positions need an even head_dim: head_dim=5"),
+        (Attention, {"num_kv_heads": 3}, r"num_kv_heads divides num_heads: .*num_kv_heads=3"),
+        (Attention, {"num_kv_heads": 8}, r"num_kv_heads divides num_heads"),
+        (Attention, {"num_kv_heads": -1}, r"num_kv_heads lies in \[0, inf\)"),
+        (Layer, {"placement": "behind"}, r"placement is one of"),
+    ]
 )
-def test_model_refuses(settings, message):
+def test_model_refuses(cls, settings, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**settings)
+        cls(**settings)
 
 
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
+def test_a_table_of_another_vocabulary_is_refused():
+    hashed = MoE(router=Hash(by="table", table=(0, 1, 2)))
+    layout = StackLayout(unit=(("moe",),), repeats=1)
+    LanguageModel(vocab_size=3, parts={"moe": hashed}, stack=layout)
+    with pytest.raises(ValueError, match=r"3 entries, vocab_size=4\. Make it anew"):
+        LanguageModel(vocab_size=4, parts={"moe": hashed}, stack=layout)
+
+
+@refuses(
     [
-        ("data", {"objective": "mlm"}, r"data\.objective is one of"),
-        ("data", {"sequence_length": 1}, r"data\.sequence_length is at least 2"),
-        ("data", {"corpus": "c4"}, r"data\.corpus is 'embedded', .*data\.corpus='c4'"),
-        ("data", {"corpus": "jsonl"}, r"data\.corpus is 'embedded'"),
-        ("data", {"tokenizer": "bpe"}, r"data\.tokenizer is 'byte' or"),
-        ("data", {"heldout_fraction": 0.0}, r"data\.heldout_fraction lies in \(0, 1\)"),
-        ("data", {"domain_weights": (("en", 0.0),)}, r"data\.domain_weights are positive"),
-        ("optimizer", {"name": "sgd"}, r"optimizer\.name is one of"),
-        ("optimizer", {"schedule": "step"}, r"optimizer\.schedule is one of"),
-        ("optimizer", {"learning_rate": 0.0}, r"optimizer\.learning_rate is positive"),
-        ("optimizer", {"warmup_steps": -1}, r"optimizer\.warmup_steps is at least 0"),
-        ("optimizer", {"final_fraction": -1.0}, r"optimizer\.final_fraction is at least 0"),
-        ("optimizer", {"weight_decay": -1.0}, r"optimizer\.weight_decay is at least 0"),
-        ("optimizer", {"clip_norm": -1.0}, r"optimizer\.clip_norm is at least 0"),
-        ("optimizer", {"schedule": "rsqrt", "warmup_steps": 0}, r"decays from the end of the"),
-        ("optimizer", {"warmup_steps": 1001}, r"warmup_steps is at most training\.num_steps"),
+        (DataConfig, {"objective": "mlm"}, r"objective is one of"),
+        (DataConfig, {"sequence_length": 1}, r"sequence_length lies in \[2, inf\)"),
+        (DataConfig, {"corpus": "c4"}, r"data\.corpus is 'embedded', .*data\.corpus='c4'"),
+        (DataConfig, {"corpus": "jsonl"}, r"data\.corpus is 'embedded'"),
+        (DataConfig, {"tokenizer": "bpe"}, r"data\.tokenizer is 'byte' or"),
+        (DataConfig, {"heldout_fraction": 0.0}, r"heldout_fraction lies in \(0, 1\)"),
+        (DataConfig, {"domain_weights": (("en", 0.0),)}, r"data\.domain_weights are positive"),
+        (OptimizerConfig, {"name": "sgd"}, r"name is one of"),
+        (OptimizerConfig, {"schedule": "step"}, r"schedule is one of"),
+        (OptimizerConfig, {"learning_rate": 0.0}, r"learning_rate lies in \(0, inf\)"),
+        (OptimizerConfig, {"warmup_steps": -1}, r"warmup_steps lies in \[0, inf\)"),
+        (OptimizerConfig, {"final_fraction": -1.0}, r"final_fraction lies in \[0, 1\]"),
+        (OptimizerConfig, {"weight_decay": -1.0}, r"weight_decay lies in \[0, inf\)"),
+        (OptimizerConfig, {"clip_norm": -1.0}, r"clip_norm lies in \[0, inf\)"),
+        (OptimizerConfig, {"schedule": "rsqrt", "warmup_steps": 0}, r"decays from the end of the"),
         *(
-            ("training", {name: 0}, rf"training\.{name} is at least 1")
+            (TrainingConfig, {name: 0}, rf"{name} lies in \[1, inf\)")
             for name in (
                 "num_steps", "batch_size", "num_microbatches", "log_every", "evaluate_every",
                 "checkpoint_every", "keep_checkpoints",
             )
         ),
-        ("training", {"num_microbatches": 3}, r"num_microbatches divides training\.batch_size"),
-    ],
+        (TrainingConfig, {"num_microbatches": 3}, r"num_microbatches divides training\.batch_size"),
+        (ExperimentConfig, {"seed": -1}, r"seed lies in \[0, "),
+    ]
 )  # fmt: skip
-def test_run_refuses(section, settings, message):
+def test_run_refuses(cls, settings, message):
     with pytest.raises(ValueError, match=message):
-        from_config_dict({section: settings})
+        cls(**settings)
+
+
+def test_a_warm_up_ends_within_the_run():
+    with pytest.raises(ValueError, match=r"config: .*warmup_steps is at most training\.num_steps"):
+        from_config_dict({"optimizer": {"warmup_steps": 1001}})
+
+
+def one_device(config):
+    return check_run(config, abstract_mesh(MeshConfig(data=1)))
 
 
 @pytest.mark.parametrize(
@@ -458,57 +592,73 @@ def test_run_refuses(section, settings, message):
     ],
 )  # fmt: skip
 def test_groups_fit_the_tokens_of_a_microbatch(group_size, fits):
-    settings = {
-        "model": {"moe": {"group_size": group_size}},
-        "data": {"sequence_length": 256},
-        "training": {"batch_size": 16, "num_microbatches": 2},
-    }
+    config = from_config_dict(
+        model({"group_size": group_size})
+        | {
+            "data": {"sequence_length": 256},
+            "training": {"batch_size": 16, "num_microbatches": 2},
+        }
+    )
     if fits:
-        assert from_config_dict(settings).model.moe.group_size == group_size
+        one_device(config)
         return
-    message = rf"group_size={group_size}, sequence_length=256, .*=2048 \(8 sequences\)"
+    message = rf"group_size={group_size}, batch of 8 sequences of 256 tokens"
     with pytest.raises(ValueError, match=message):
-        from_config_dict(settings)
+        one_device(config)
 
 
 @pytest.mark.parametrize("group_size", [96, 512])
 def test_groups_of_soft_moe_fit_in_one_sequence(group_size):
     """Two whole sequences would train, and then not generate."""
-    moe = {"allow_noncausal_routing": True, "router": {"kind": "soft"}, "num_selected_experts": 2}
-    message = rf"group_size={group_size}, sequence_length=256\. Set moe\.group_size to 256, or"
+
+    def config(group_size):
+        moe = {"router": "soft", "num_selected_experts": 2, "group_size": group_size}
+        return from_config_dict(model(moe, stack={"allow_lookahead": True}))
+
+    message = rf"group_size={group_size}, sequence_length=256\. Set group_size to 256, or"
     with pytest.raises(ValueError, match=message):
-        from_config_dict({"model": {"moe": moe | {"group_size": group_size}}})
-    assert from_config_dict({"model": {"moe": moe | {"group_size": 128}}})
+        one_device(config(group_size))
+    one_device(config(128))
+    assert config(128).model.part["moe"].router == Soft()
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "einsum", "gather"])
+@pytest.mark.parametrize("way", ["auto", "einsum", "gather"])
 @pytest.mark.parametrize("exchange", ["auto", "compiler", "explicit"])
-def test_slots_travel_by_either_exchange(dispatch, exchange):
-    MoEConfig(dispatch=dispatch, exchange=exchange, exchange_chunks=4)
+def test_slots_travel_by_either_exchange(way, exchange):
+    MoE(run_experts=way, exchange=exchange, exchange_chunks=4)
 
 
 def test_rows_travel_by_explicit_collectives():
-    MoEConfig(dispatch="ragged", exchange="explicit")
-    MoEConfig(dispatch="ragged")
+    MoE(run_experts="ragged", exchange="explicit")
+    MoE(run_experts="ragged")
 
 
 # Sizes that have nothing in common, so that each can be told from what divides it.
 SPLIT = {
-    "model": {
-        "model_dim": 10, "num_heads": 42, "num_kv_heads": 21, "vocab_size": 384, "ffn_dim": 66,
-        "moe": {"num_experts": 8, "expert_dim": 12, "num_dense_first": 1},
-    },
-    "data": {"sequence_length": 8},
-    "training": {"batch_size": 60, "num_microbatches": 2},
-}  # fmt: skip
+    "attention": Attention(num_heads=42, num_kv_heads=21, head_dim=2),
+    "mlp": Mlp(dim=66),
+    "moe": MoE(num_experts=8, expert_dim=12),
+}
+DENSE, ROUTED = ("attention", "mlp"), ("attention", "moe")
 
 
-def split(mesh, model=None, moe=None):
-    """An experiment on a mesh, with these settings of the model changed."""
-    moe = SPLIT["model"]["moe"] | (moe or {})
-    return from_config_dict(
-        SPLIT | {"mesh": {"data": 1} | mesh, "model": SPLIT["model"] | (model or {}) | {"moe": moe}}
+def split(mesh, mlp=None, moe=None, layers=(DENSE, ROUTED)):
+    """An experiment on a mesh, with these settings of its parts changed."""
+    changes = {"mlp": mlp or {}, "moe": moe or {}}
+    used = {name for layer in layers for name in layer}
+    parts = {
+        name: dataclasses.replace(part, **changes.get(name, {}))
+        for name, part in SPLIT.items()
+        if name in used
+    }
+    config = ExperimentConfig(
+        model=LanguageModel(model_dim=10, parts=parts, stack=StackLayout.of(layers)),
+        data=DataConfig(sequence_length=8),
+        training=TrainingConfig(batch_size=60, num_microbatches=2),
+        mesh=MeshConfig(**{"data": 1} | mesh),
     )
+    check_run(config, abstract_mesh(config.mesh))
+    return config
 
 
 @pytest.mark.parametrize(
@@ -527,90 +677,74 @@ def test_a_mesh_that_divides_everything_is_accepted(mesh):
     assert config.on_devices(config.mesh.num_devices) == config
 
 
+UNEVEN = "The mesh splits every parameter evenly: dim "
+
+
 @pytest.mark.parametrize(
-    ("mesh", "model", "moe", "message"),
+    ("mesh", "mlp", "moe", "message"),
     [
         (
             {"data": 4},
             {},
             {},
             r"over slices \* data \* fsdp \* expert devices, .*: 30 sequences \(batch_size=60, "
-            r"num_microbatches=2\), 1 a group, over 4 devices\. Use a multiple of 4 sequences",
+            r"num_microbatches=2\), over 4 devices\. Use a multiple of 4 sequences",
         ),
         ({"data": 2, "fsdp": 2, "expert": 2}, {}, {}, r"over 8 devices\. Use a multiple of 8 "),
         ({"slices": 2, "data": 30}, {}, {}, r"over 60 devices"),
         # Groups of two sequences are not cut: 15 of them are split, not 30 sequences.
         ({"data": 30}, {}, {"group_size": 16}, r"2 a group, over 30 .*multiple of 60 sequences"),
-        ({"fsdp": 3}, {}, {}, r"mesh fsdp divides model\.model_dim: fsdp=3, model\.model_dim=10"),
-        ({"tensor": 5}, {}, {}, r"mesh tensor divides model\.num_heads: tensor=5, .*=42\. Change"),
+        ({"fsdp": 3}, {}, {}, rf"{UNEVEN}'model' of .* is 10, over 3 devices"),
+        ({"tensor": 5}, {}, {}, rf"{UNEVEN}'vocab' of embedding \(384, 10\) is 384, over 5"),
+        ({"tensor": 2}, {}, {}, r"divides the heads \(num_kv_heads\): tensor=2, 21 heads\. Change"),
+        ({"tensor": 4}, {}, {}, rf"{UNEVEN}'heads' of wk \(10, 42\) is 42, over 4"),
+        ({"tensor": 7}, {}, {}, rf"{UNEVEN}'vocab' of embedding .* is 384, over 7"),
+        ({"tensor": 3}, {"dim": 64}, {}, rf"{UNEVEN}'hidden' of wi \(10, 64\) is 64, over 3"),
         (
-            {"tensor": 2},
+            {"tensor": 3},
             {},
-            {},
-            r"divides key and value heads \(model\.num_kv_heads\): tensor=2, .*=21",
+            {"expert_dim": 16},
+            rf"{UNEVEN}'hidden' of experts/wi \(8, 10, 16\) is 16, over 3",
         ),
-        ({"tensor": 7}, {}, {}, r"divides model\.vocab_size: tensor=7, model\.vocab_size=384"),
-        ({"tensor": 3}, {"ffn_dim": 64}, {}, r"divides model\.ffn_dim: tensor=3, .*=64"),
-        ({"tensor": 3}, {}, {"expert_dim": 16}, r"divides moe\.expert_dim: tensor=3, .*=16"),
-        ({"expert": 3}, {}, {}, r"mesh expert divides moe\.num_experts: expert=3, .*=8"),
+        ({"expert": 3}, {}, {}, rf"{UNEVEN}'expert' of experts/wi \(8, 10, 12\) is 8, over 3"),
         (
             {"slices": 3, "expert": 2, "experts_span_slices": True},
             {},
             {},
-            r"mesh slices \* expert divides moe\.num_experts: slices \* expert=6, .*=8",
+            rf"{UNEVEN}'expert' of .* is 8, over 6 devices",
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_run_is_refused(mesh, model, moe, message):
+def test_a_mesh_that_does_not_divide_the_run_is_refused(mesh, mlp, moe, message):
     with pytest.raises(ValueError, match=message):
-        split(mesh, model, moe)
+        split(mesh, mlp, moe)
 
 
 def test_only_what_the_model_has_is_divided():
-    all_moe = {"num_dense_first": 0}
-    split({"tensor": 3}, {"ffn_dim": 64}, all_moe)
-    dense = {"layer_period": 0, "num_dense_first": 0}
-    split({"tensor": 3}, {}, dense | {"expert_dim": 16})
-    split({"expert": 3}, {}, dense)
-    split({"data": 30}, {}, dense | {"group_size": 16})
+    split({"tensor": 3}, layers=(ROUTED, ROUTED))
+    split({"expert": 3}, layers=(DENSE, DENSE))
 
 
 def test_a_mesh_is_filled_before_it_is_checked():
-    config = split({"data": -1})
+    config = dataclasses.replace(split({}), mesh=MeshConfig(data=-1))
     assert config.on_devices(15).mesh == MeshConfig(data=15)
     with pytest.raises(ValueError, match=r"30 sequences .* over 8 devices"):
-        config.on_devices(8)
+        check_run(config, make_mesh(config.on_devices(8).mesh))
     with pytest.raises(ValueError, match=r"need 30, there are 8"):
         split({"data": 30}).on_devices(8)
 
 
-@pytest.mark.parametrize(
-    ("settings", "layers"),
-    [
-        ({}, (0, 1, 2, 3, 4, 5)),
-        ({"layer_period": 0}, ()),
-        ({"layer_period": 2}, (0, 2, 4)),
-        ({"layer_period": 2, "layer_offset": 1}, (1, 3, 5)),
-        ({"layer_period": 4, "layer_offset": 3}, (3,)),
-        ({"num_dense_first": 1}, (1, 2, 3, 4, 5)),
-        ({"num_dense_first": 1, "layer_period": 2, "layer_offset": 1}, (2, 4)),
-        ({"layers": (1, 5)}, (1, 5)),
-        ({"layers": (1, 5), "layer_period": 0}, (1, 5)),
-    ],
-)
-def test_moe_layers_of_six(settings, layers):
-    assert ModelConfig(num_layers=6, moe=MoEConfig(**settings)).moe_layers == layers
-
-
 def test_difference_names_each_setting_that_changed():
-    old, new = dataclasses.asdict(ExperimentConfig()), dataclasses.asdict(ExperimentConfig())
+    old, new = to_dict(ExperimentConfig()), to_dict(ExperimentConfig())
     assert difference(old, new) == []
     new["seed"] = 1
-    new["model"]["moe"]["capacity"]["train_factor"] = 2.0
+    new["model"]["parts"]["moe"]["capacity"]["train_factor"] = 2.0
+    new["model"]["parts"]["moe"]["activation"] = "swiglu"
     new["data"]["domain_weights"] = (("en", 1.0),)
     assert difference(old, new) == [
         "config.data.domain_weights: () -> (('en', 1.0),)",
-        "config.model.moe.capacity.train_factor: 1.25 -> 2.0",
+        "config.model.parts.moe.activation: 'relu' -> 'swiglu'",
+        "config.model.parts.moe.capacity.train_factor: 1.25 -> 2.0",
         "config.seed: 0 -> 1",
     ]
 
@@ -620,6 +754,40 @@ def test_difference_shows_fields_that_only_one_side_has():
         "config.a: 1 -> None",
         "config.b: None -> {'c': 2}",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class DoublesGates(TokenChoice):
+    """A router from outside the library."""
+
+    factor: float = 2.0
+
+
+FOREIGN = "tests.test_config:DoublesGates"
+
+
+def test_a_config_is_written_and_read_again():
+    config = from_config_dict(changed())
+    written = json.loads(json.dumps(write_config(config)))
+    assert written["format"] == 2 and written["sources"] == {}
+    assert read_config(written, ExperimentConfig) == config
+
+
+def test_a_config_of_the_layout_before_parts_is_refused():
+    with pytest.raises(ValueError, match=r"layout of format 2: this one is of format 1\. Use the"):
+        read_config({"name": "old", "model": {"num_layers": 4}}, ExperimentConfig)
+
+
+def test_a_foreign_kind_is_named_by_its_import_path_and_read_with_trust_only():
+    config = from_config_dict(model({"router": {"kind": FOREIGN, "factor": 3}}))
+    router = config.model.part["moe"].router
+    assert kind_of(router) == FOREIGN and router.factor == 3.0
+    written = json.loads(json.dumps(write_config(config)))
+    assert list(written["sources"]) == [FOREIGN] and len(written["sources"][FOREIGN]) == 64
+    assert read_config(written, ExperimentConfig, trust=True) == config
+    message = r"config\.model\.parts\.moe\.router is of a kind outside this library.*Pass --trust"
+    with pytest.raises(ValueError, match=message):
+        read_config(written, ExperimentConfig)
 
 
 def test_base_config_is_every_default():

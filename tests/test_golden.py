@@ -4,8 +4,8 @@ import pytest
 
 from tests.golden.make import HERE, NUM_STEPS, RUNS, losses
 
-# Ten steps of Adam carry differences in rounding, between machines or dispatchers, this far; a
-# change of what is computed shows in the third digit or before.
+# Ten steps of Adam carry differences in rounding, between machines or ways to run experts, this
+# far; a change of what is computed shows in the third digit or before.
 RELATIVE_TOLERANCE = 1e-4
 
 
@@ -14,7 +14,7 @@ def test_each_run_has_a_file_and_each_file_a_run():
 
 
 @pytest.mark.parametrize(
-    ("run", "dispatch"),
+    ("run", "run_experts"),
     [
         ("top1", "einsum"),
         pytest.param("top1", "gather", marks=pytest.mark.slow),
@@ -24,14 +24,14 @@ def test_each_run_has_a_file_and_each_file_a_run():
         ("top2_shared", "ragged"),
     ],
 )
-def test_losses_are_those_on_record(run, dispatch):
+def test_losses_are_those_on_record(run, run_experts):
     path = HERE / f"{run}.txt"
     golden = [
         (int(step), float(loss)) for step, loss in map(str.split, path.read_text().splitlines())
     ]
     assert [step for step, _ in golden] == list(range(1, NUM_STEPS + 1))
-    for (step, expected), loss in zip(golden, losses(run, dispatch), strict=True):
+    for (step, expected), loss in zip(golden, losses(run, run_experts), strict=True):
         assert abs(loss - expected) <= RELATIVE_TOLERANCE * expected, (
-            f"step {step} of {run} by {dispatch}: loss {loss:.6f}, on record {expected:.6f}. If it "
-            "is meant to change, run `python -m tests.golden.make` and say why in the commit."
+            f"step {step} of {run} by {run_experts}: loss {loss:.6f}, on record {expected:.6f}. If "
+            "it is meant to change, run `python -m tests.golden.make` and say why in the commit."
         )

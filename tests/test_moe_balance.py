@@ -1,4 +1,4 @@
-"""Balance losses by their limits, the selection bias by its arithmetic."""
+"""Balance losses by their limits, by loops, and by the oracle."""
 
 import functools
 
@@ -7,14 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
-from moe_jax.config.balance import LOAD_BALANCE_CONVENTIONS
 from moe_jax.moe import balance
+from moe_jax.moe.balance import (
+    BatchEntropy,
+    FlaxformerLoadBalance,
+    HuggingFaceLoadBalance,
+    HuggingFaceSwitchLoadBalance,
+    Importance,
+    Load,
+    LoadBalance,
+    RouterZ,
+    SwitchLoadBalance,
+    named_losses,
+)
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.capacity import assign_slots
-from moe_jax.moe.parameters import moe_specs
-from moe_jax.moe.routing import Routing
-from moe_jax.moe.statistics import describe
+from moe_jax.moe.capacity import TokenMajor, assign_slots
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing import Options, Routing
+from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.noise import Learned
+from moe_jax.moe.routing.selection import ExpertGroups
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.moe.statistics import dropped_fraction, routing_aux
+from moe_jax.part import Call, Dims, Own
 from tests import moe_oracle
 
 # A few float32 sums and one softmax.
@@ -23,12 +38,40 @@ FLOAT32 = 2e-6
 E, K = 8, 2
 
 
+CONVENTIONS = {
+    "megatron": LoadBalance,
+    "switch": SwitchLoadBalance,
+    "flaxformer": FlaxformerLoadBalance,
+    "huggingface": HuggingFaceLoadBalance,
+}
+
+
 def loss_of(counts_KE, prob_sum_E, tokens, convention):
     """The loss of one unit."""
     counts, probs = jnp.asarray(counts_KE), jnp.asarray(prob_sum_E, jnp.float32)
-    return float(
-        balance.load_balance_loss(counts[None], probs[None], jnp.asarray([tokens]), convention)
-    )
+    sums = {"counted_KE": counts[None], "prob_sum_E": probs[None]}
+    num_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
+    loss = CONVENTIONS[convention]()
+    by_layer = loss.by_layer(sums, num_tokens)
+    np.testing.assert_allclose(loss.loss(sums, num_tokens, sums), by_layer[0], rtol=FLOAT32)
+    return float(by_layer[0])
+
+
+def make_routing(probs_GSE, index_GSK, gate_GSK=None, chosen_GSK=None, logits_GSE=None, **more):
+    """A `Routing` of choices all of which count, with the probabilities as gates."""
+    probs, index = jnp.asarray(probs_GSE, jnp.float32), jnp.asarray(index_GSK)
+    if gate_GSK is None:
+        gate_GSK = jnp.take_along_axis(probs, index, axis=-1)
+    if chosen_GSK is None:
+        chosen_GSK = jnp.ones(index.shape, jnp.bool_)
+    logits = jnp.log(probs) if logits_GSE is None else logits_GSE
+    return Routing(logits, probs, index, gate_GSK, chosen_GSK, **more)
+
+
+def mean_of(loss, routing, valid):
+    """What a loss measures of one call, over its tokens."""
+    total = loss.measure(routing, valid, valid.shape)["total"]
+    return total / jnp.maximum(jnp.sum(valid), 1)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +84,7 @@ def test_uniform_routing_gives_the_value_of_the_convention(convention, value):
     assert loss_of(counts, np.full(E, 10.0), 80, convention) == pytest.approx(value, rel=FLOAT32)
 
 
-@pytest.mark.parametrize("convention", LOAD_BALANCE_CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_uniform_routing_to_one_expert_a_token_gives_one(convention):
     assert loss_of(np.full((1, E), 10), np.full(E, 10.0), 80, convention) == pytest.approx(1)
 
@@ -70,20 +113,22 @@ def test_collapsed_routing_gives_the_largest_value(convention, value):
 def test_collapse_to_one_expert_gives_the_number_of_experts():
     counts, prob_sum = np.zeros((1, E), int), np.zeros(E)
     counts[0, 3] = prob_sum[3] = 80
-    for convention in LOAD_BALANCE_CONVENTIONS:
+    for convention in CONVENTIONS:
         assert loss_of(counts, prob_sum, 80, convention) == pytest.approx(E)
 
 
 def test_units_are_weighted_by_their_tokens():
     # One unit collapsed (8) with 30 tokens, one balanced (1) with 10, one of padding: 6.25.
-    counts, probs = np.zeros((3, 1, E), int), np.zeros((3, E), np.float32)
-    counts[0, 0, 0], probs[0, 0] = 30, 30
-    counts[1, 0], probs[1] = [2, 2, 1, 1, 1, 1, 1, 1], 10 / 8
-    loss = balance.load_balance_loss(counts, probs, jnp.array([30, 10, 0]), "switch")
+    probs, index = np.full((3, 30, E), 1 / 8), np.zeros((3, 30, 1), int)
+    probs[0] = np.eye(E)[0]
+    index[1, :10, 0] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    valid = jnp.arange(30) < jnp.array([[30], [10], [0]])
+    routing = make_routing(probs, index)
+    loss = mean_of(SwitchLoadBalance(scope="sequence"), routing, valid)
     assert float(loss) == pytest.approx((8 * 30 + 1 * 10) / 40, rel=FLOAT32)
 
 
-@pytest.mark.parametrize("convention", LOAD_BALANCE_CONVENTIONS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 def test_no_tokens_at_all_give_zero_and_no_nan(convention):
     assert loss_of(np.zeros((K, E), int), np.zeros(E), 0, convention) == 0
 
@@ -94,28 +139,46 @@ SCOPES = {"group": 3, "sequence": 0, "microbatch": 0, "global": 12}  # and a gro
 
 
 def make_block(convention, scope, choices=K):
-    config = MoEConfig(
-        num_experts=5, num_selected_experts=choices, expert_dim=3, dispatch="einsum",
-        group_size=SCOPES[scope],
-        balance=BalanceConfig(load_balance_convention=convention, load_balance_scope=scope),
+    loss = CONVENTIONS[convention](weight=0.01, scope=scope)
+    moe = MoE(
+        num_experts=5, num_selected_experts=choices, expert_dim=3, run_experts="einsum",
+        group_size=SCOPES[scope], losses=(loss, RouterZ()),
     )  # fmt: skip
     random = np.random.default_rng(0)
-    specs = moe_specs(config, MODEL_DIM)
-    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
-    return config, params, random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+    params = jax.tree.map(
+        lambda spec: random.normal(size=spec.shape).astype(np.float32), moe.specs(Dims(MODEL_DIM))
+    )
+    return moe, params, random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "field"))
-def loss_and_gradient(params, x, valid, config, field):
+def loss_named(aux, moe, name):
+    """An unweighted loss of a block that is a whole model, its batch one microbatch."""
+    of_layers = jax.tree.map(lambda leaf: leaf[None], aux)
+    num_tokens = jnp.maximum(aux.sums["num_tokens"], 1).astype(jnp.float32)
+    sums = of_layers.sums["losses"][name] | of_layers.sequences["losses"][name]
+    return dict(named_losses(moe.losses))[name].loss(sums, num_tokens, sums)
+
+
+def in_segments(valid):
+    return None if valid is None else jnp.asarray(valid, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("moe", "name"))
+def loss_and_gradient(params, x, valid, moe, name):
     def loss(params, x):
-        return getattr(moe_block(params, x, config, valid_BL=valid)[1], field)
+        call = Call(segments_BL=in_segments(valid), capacity=moe.capacity.train_factor)
+        return loss_named(moe_block(params, x, moe, call)[1], moe, name)
 
     return jax.value_and_grad(loss, argnums=(0, 1))(params, x)
 
 
+def router_of(grads):
+    return grads["router"]["weight"]
+
+
 ALL = [
     (convention, scope)
-    for convention in LOAD_BALANCE_CONVENTIONS
+    for convention in CONVENTIONS
     for scope in SCOPES
     if convention != "huggingface" or scope in ("microbatch", "global")
 ]
@@ -123,23 +186,23 @@ ALL = [
 
 @pytest.mark.parametrize(("convention", "scope"), ALL)
 def test_every_convention_and_scope_equals_the_oracle(convention, scope):
-    config, params, x = make_block(convention, scope)
-    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, "load_balance_loss")
-    decided = moe_oracle.moe_block(params, x, config, valid_BL=VALID)
+    moe, params, x = make_block(convention, scope)
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, moe, "load_balance_loss")
+    decided = moe_oracle.moe_block(params, x, moe, valid_BL=VALID)
     assert float(loss) == pytest.approx(decided.load_balance_loss, rel=FLOAT32)
     # The oracle's gradient is that of sum(f * P) with f a constant.
-    _, expected, expected_dx = moe_oracle.gradients(params, x, config, decided, 0 * x, 1.0)
-    assert np.abs(expected["router"]).max() > 0.01
-    for name, grad in grads.items():
-        np.testing.assert_allclose(grad, expected[name], atol=FLOAT32)
+    _, expected, expected_dx = moe_oracle.gradients(params, x, moe, decided, 0 * x, 1.0)
+    assert np.abs(router_of(expected)).max() > 0.01
+    for grad, wanted in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=FLOAT32)
     np.testing.assert_allclose(dx, expected_dx, atol=FLOAT32)
 
 
 def test_scopes_differ_where_sequences_do():
     values = set()
     for scope in ("group", "sequence", "microbatch"):
-        config, params, x = make_block("megatron", scope)
-        loss, _ = loss_and_gradient(params, x, VALID, config, "load_balance_loss")
+        moe, params, x = make_block("megatron", scope)
+        loss, _ = loss_and_gradient(params, x, VALID, moe, "load_balance_loss")
         values.add(round(float(loss), 4))
     assert len(values) == 3
 
@@ -147,59 +210,65 @@ def test_scopes_differ_where_sequences_do():
 @pytest.mark.parametrize("field", ["load_balance_loss", "router_z_loss"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_padding_has_no_part_in_a_loss_or_its_gradient(field, scope):
-    config, params, x = make_block("megatron", scope)
-    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, field)
+    moe, params, x = make_block("megatron", scope)
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, moe, field)
     other = np.where(VALID[..., None], x, 3.0).astype(np.float32)
-    changed, (changed_grads, _) = loss_and_gradient(params, other, VALID, config, field)
+    changed, (changed_grads, _) = loss_and_gradient(params, other, VALID, moe, field)
     assert float(loss) == float(changed)
-    np.testing.assert_array_equal(grads["router"], changed_grads["router"])
+    np.testing.assert_array_equal(router_of(grads), router_of(changed_grads))
     assert not np.asarray(dx)[~VALID].any()
     assert np.asarray(dx)[VALID].any(axis=-1).all()
 
 
 def test_losses_do_not_reach_the_experts():
-    config, params, x = make_block("megatron", "global")
+    moe, params, x = make_block("megatron", "global")
     for field in ("load_balance_loss", "router_z_loss"):
-        _, (grads, _) = loss_and_gradient(params, x, VALID, config, field)
-        assert not any(np.any(grad) for name, grad in grads.items() if name != "router")
+        _, (grads, _) = loss_and_gradient(params, x, VALID, moe, field)
+        assert not any(np.any(grad) for grad in grads["experts"].values())
 
 
 def test_loads_are_counted_before_drops():
     # Descending the loss must not be cheaper because an overloaded expert is cut off.
-    config, params, x = make_block("megatron", "global")
-    run = jax.jit(lambda f: moe_block(params, x, config, capacity_factor=f)[1], static_argnums=0)
+    moe, params, x = make_block("megatron", "global")
+    run = jax.jit(lambda f: moe_block(params, x, moe, Call(capacity=f))[1], static_argnums=0)
     tight, dropless = run(0.3), run(0.0)
-    assert tight.dropped_fraction_K.max() > 0.2 and not np.any(dropless.dropped_fraction_K)
-    assert float(tight.load_balance_loss) == float(dropless.load_balance_loss)
+    dropped = [
+        dropped_fraction(a.sums["assigned_KE"], a.sums["kept_KE"]) for a in (tight, dropless)
+    ]
+    assert dropped[0].max() > 0.2 and not np.any(dropped[1])
+    losses = [float(loss_named(aux, moe, "load_balance_loss")) for aux in (tight, dropless)]
+    assert losses[0] == losses[1]
 
 
 def test_choices_that_do_not_count_are_in_no_statistic():
     # Two tokens, three experts: token 0 chooses 0 and 1, token 1 chooses 1 and, not counting, 2.
-    probs = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]])
-    routing = Routing(
-        jnp.log(probs),
-        probs,
-        jnp.array([[[0, 1], [1, 2]]]),
+    routing = make_routing(
+        [[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]],
+        [[[0, 1], [1, 2]]],
         jnp.array([[[0.5, 0.3], [0.6, 0.0]]]),
         jnp.array([[[True, True], [True, False]]]),
     )
-    config = MoEConfig(num_experts=3, num_selected_experts=2, capacity=CapacityConfig())
-    assignment = assign_slots(routing, 0.75, config.capacity)  # one slot: 1 loses expert 1
-    aux = describe(routing, assignment.kept_GSK, jnp.ones((1, 2), jnp.bool_), (1, 2), config)
-    assert aux.assigned_KE.tolist() == [[1, 1, 0], [0, 1, 0]]
-    assert aux.kept_KE.tolist() == [[1, 0, 0], [0, 1, 0]]
-    assert aux.assigned_BE.tolist() == [[1, 2, 0]]
-    np.testing.assert_allclose(aux.dropped_fraction_K, [0.5, 0.0])
+    one_slot = Options(3, 3, 2, 1)  # expert 1 has room for token 0 only
+    assignment = assign_slots(routing, TokenMajor(), one_slot)
+    valid = jnp.ones((1, 2), jnp.bool_)
+    aux = routing_aux(routing, assignment.kept_GSK, valid, (1, 2))
+    assigned_KE, kept_KE = aux.sums["assigned_KE"], aux.sums["kept_KE"]
+    assert assigned_KE.tolist() == [[1, 1, 0], [0, 1, 0]]
+    assert kept_KE.tolist() == [[1, 0, 0], [0, 1, 0]]
+    assert aux.sequences["assigned_BE"].tolist() == [[1, 2, 0]]
+    np.testing.assert_allclose(dropped_fraction(assigned_KE, kept_KE), [0.5, 0.0])
     # Loads 1, 2, 0 of 3 choices; mean probabilities .3, .45, .25: 3 * (.3 / 3 + .45 * 2 / 3).
-    np.testing.assert_allclose(aux.load_balance_loss, 1.2, rtol=FLOAT32)
-    np.testing.assert_allclose(aux.max_violation, 2 / 1 - 1, rtol=FLOAT32)
+    loss = mean_of(LoadBalance(scope="microbatch"), routing, valid)
+    np.testing.assert_allclose(loss, 1.2, rtol=FLOAT32)
+    violation = balance.max_violation(assigned_KE.sum(axis=0))
+    np.testing.assert_allclose(violation, 2 / 1 - 1, rtol=FLOAT32)
 
 
 @pytest.mark.parametrize(
     ("router", "bias", "made"),
     [
-        ({"score": "sigmoid"}, [0, 0, 0.9, 0.9], [[0, 0, 3, 0], [0, 0, 0, 3]]),
-        ({"num_expert_groups": 2, "num_selected_groups": 1, "group_score": "top2_sum"}, None,
+        ({"score": Sigmoid()}, [0, 0, 0.9, 0.9], [[0, 0, 3, 0], [0, 0, 0, 3]]),
+        ({"groups": ExpertGroups(2, 1, "top2_sum")}, None,
          [[1, 0, 2, 0], [0, 1, 0, 2]]),
     ],
 )  # fmt: skip
@@ -209,23 +278,108 @@ def test_megatrons_loss_counts_the_best_scores_whatever_bias_and_groups_select(r
     x = logits[[0, 1, 1]][None]
     bias = None if bias is None else jnp.array(bias)
     for convention, counted in (("megatron", [[3, 0, 0, 0], [0, 1, 2, 0]]), ("flaxformer", made)):
-        settings = BalanceConfig(load_balance_convention=convention, load_balance_scope="sequence")
-        config = MoEConfig(
-            num_experts=4, num_selected_experts=2, expert_dim=1, dispatch="einsum",
-            router=RouterConfig(**router), balance=settings,
+        moe = MoE(
+            num_experts=4, num_selected_experts=2, expert_dim=1, run_experts="einsum",
+            router=TokenChoice(**router), losses=(CONVENTIONS[convention](scope="sequence"),),
         )  # fmt: skip
-        params = {n: jnp.zeros(s.shape) for n, s in moe_specs(config, 4).items()}
-        aux = moe_block(params | {"router": jnp.eye(4)}, x, config, bias_E=bias)[1]
-        assert aux.assigned_KE.tolist() == made and aux.balanced_KE.tolist() == counted
+        params = jax.tree.map(lambda spec: jnp.zeros(spec.shape), moe.specs(Dims(4)))
+        params["router"] = {"weight": jnp.eye(4)}
+        own = Own(state=None if bias is None else {"bias_E": bias})
+        aux = moe_block(params, x, moe, Call(), own)[1]
+        measured = aux.sums["losses"]["load_balance_loss"]
+        assert aux.sums["assigned_KE"].tolist() == made
+        assert measured["counted_KE"].tolist() == counted
         share = np.sum(counted, axis=0) / (6 if convention == "megatron" else 3)
-        expected = 4 * share @ np.asarray(aux.mean_prob_E)
-        np.testing.assert_allclose(aux.load_balance_loss, expected, rtol=FLOAT32)
+        expected = 4 * share @ np.asarray(aux.sums["prob_sum_E"]) / 3
+        got = loss_named(aux, moe, "load_balance_loss")
+        np.testing.assert_allclose(got, expected, rtol=FLOAT32)
+
+
+def huggingface_switch(logits_XBLE, valid_BL):
+    """The loss and its gradient by the logits in loops, in float64.
+
+    The router probabilities of all layers are joined along the sequence; of a sequence f is the
+    mean one-hot first choice and P the mean probability, both over the valid tokens of all layers;
+    its loss is E * sum(f * P), and that of the batch the mean, by tokens. f has no gradient.
+    """
+    layers, batch, length, experts = logits_XBLE.shape
+    total, gradient = 0.0, np.zeros(logits_XBLE.shape)
+    for b in range(batch):
+        joined = [(x, s) for x in range(layers) for s in range(length) if valid_BL[b, s]]
+        share, mean_prob, prob_of = np.zeros(experts), np.zeros(experts), {}
+        for x, s in joined:
+            prob = np.exp(logits_XBLE[x, b, s]) / np.exp(logits_XBLE[x, b, s]).sum()
+            prob_of[x, s] = prob
+            share[np.argmax(prob)] += 1 / len(joined)
+            mean_prob += prob / len(joined)
+        weight = valid_BL[b].sum() / valid_BL.sum()
+        total += experts * share @ mean_prob * weight
+        for place, prob in prob_of.items():
+            by_prob = experts * share / len(joined) * weight
+            gradient[place[0], b, place[1]] = prob * (by_prob - prob @ by_prob)
+    return total, gradient
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_switchs_loss_as_hugging_face_has_it_joins_the_layers_of_a_sequence(padded):
+    """Two layers that route differently, with two choices of which the first counts."""
+    moe = MoE(
+        num_experts=5, num_selected_experts=2, expert_dim=3, run_experts="einsum",
+        losses=(HuggingFaceSwitchLoadBalance(weight=0.5),),
+    )  # fmt: skip
+    assert not moe.needs_batch_sums
+    random = np.random.default_rng(2)
+    specs = {name: moe.specs(Dims(MODEL_DIM)) for name in "ab"}
+    params = jax.tree.map(lambda spec: random.normal(size=spec.shape).astype(np.float32), specs)
+    x = random.normal(size=(2, BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+    valid = VALID if padded else np.ones_like(VALID)
+    num_tokens = jnp.float32(valid.sum())
+
+    def run(params, rows):
+        call = Call(segments_BL=jnp.asarray(valid[rows], jnp.int32))
+        said = [
+            moe_block(params[name], tokens[rows], moe, call)[1]
+            for name, tokens in zip("ab", x, strict=True)
+        ]
+        aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *said)
+        return moe.loss(aux, num_tokens, None), aux
+
+    whole = slice(None)
+    (loss, aux), grads = jax.value_and_grad(run, has_aux=True)(params, whole)
+    weights = [params[name]["router"]["weight"].astype(np.float64) for name in "ab"]
+    logits = np.stack([tokens @ weight for tokens, weight in zip(x, weights, strict=True)])
+    expected, by_logits = huggingface_switch(logits, valid)
+    np.testing.assert_allclose(loss, 0.5 * expected, rtol=FLOAT32)
+    for name, tokens, by in zip("ab", x, by_logits, strict=True):
+        wanted = 0.5 * np.einsum("blm,ble->me", tokens, by)
+        assert np.abs(wanted).max() > 0.01
+        np.testing.assert_allclose(grads[name]["router"]["weight"], wanted, atol=FLOAT32)
+    # Joining matters: the mean over layers is another number, the one of the metrics.
+    apart = [huggingface_switch(layer[None], valid)[0] for layer in logits]
+    np.testing.assert_allclose(moe.metrics(aux)["load_balance_loss"], apart, rtol=FLOAT32)
+    assert abs(np.mean(apart) - expected) > 0.01
+    # Microbatches of one sequence add up to the batch.
+    parts = [run(params, slice(b, b + 1))[0] for b in range(BATCH)]
+    np.testing.assert_allclose(sum(parts), loss, rtol=FLOAT32)
+
+
+def test_hugging_faces_switch_loss_is_one_at_uniform_routing_and_e_at_collapse():
+    index = np.arange(2 * 2 * E).reshape(2, 2 * E, 1) % E
+    uniform = make_routing(np.full((2, 2 * E, E), 1 / E), index)
+    collapsed = make_routing(np.broadcast_to(np.eye(E)[3], (2, 2 * E, E)), np.full_like(index, 3))
+    valid, loss = jnp.ones((2, 2 * E), bool), HuggingFaceSwitchLoadBalance()
+    for routing, value in ((uniform, 1), (collapsed, E)):
+        sums = loss.measure_sequences(routing, valid, valid.shape)
+        sums = jax.tree.map(lambda leaf: leaf[None], sums)
+        assert float(loss.loss(sums, jnp.float32(4 * E), None)) == pytest.approx(value)
+        assert float(mean_of(loss, routing, valid)) == pytest.approx(value)
+    nothing = loss.measure_sequences(uniform, ~valid, valid.shape)
+    assert loss.loss(jax.tree.map(lambda leaf: leaf[None], nothing), jnp.float32(1), None) == 0
 
 
 def test_importance_loss_is_the_squared_variation_of_the_gates():
     # Gates by expert .5 + 0, .3 + .6, .1 of three experts; the third token is padding.
-    routing = Routing(
-        jnp.zeros((1, 3, 3)),
+    routing = make_routing(
         jnp.full((1, 3, 3), 1 / 3),
         jnp.array([[[0, 1], [1, 2], [0, 1]]]),
         jnp.array([[[0.5, 0.3], [0.6, 0.1], [0.9, 0.9]]]),
@@ -233,8 +387,8 @@ def test_importance_loss_is_the_squared_variation_of_the_gates():
     valid = jnp.array([[True, True, False]])
     sums = np.array([0.5, 0.9, 0.1])
     expected = sums.var() / sums.mean() ** 2
-    np.testing.assert_allclose(balance.importance_loss(routing, valid), expected, rtol=FLOAT32)
-    assert balance.importance_loss(routing, jnp.zeros((1, 3), bool)) == 0
+    np.testing.assert_allclose(mean_of(Importance(), routing, valid), expected, rtol=FLOAT32)
+    assert mean_of(Importance(), routing, jnp.zeros((1, 3), bool)) == 0
 
 
 def noisy_routing(clean, std, num_selected, key=0):
@@ -243,7 +397,9 @@ def noisy_routing(clean, std, num_selected, key=0):
     noisy = clean + std * jax.random.normal(jax.random.key(key), clean.shape)
     gate, index = jax.lax.top_k(jax.nn.softmax(noisy), num_selected)
     std = jnp.full((1, 1, 1), std)
-    return Routing(noisy, jax.nn.softmax(noisy), index, gate, None, clean, std)
+    return make_routing(
+        jax.nn.softmax(noisy), index, gate, logits_GSE=noisy, clean_GSE=clean, noise_std_GSE=std
+    )
 
 
 def test_smooth_load_is_the_chance_of_an_expert_to_be_chosen_with_new_noise():
@@ -255,7 +411,7 @@ def test_smooth_load_is_the_chance_of_an_expert_to_be_chosen_with_new_noise():
         np.mean(np.sum(np.delete(noisy, e) > draws[:, e, None], axis=1) < choices) for e in range(4)
     ]
     expected = np.var(chance) / np.mean(chance) ** 2
-    loss = balance.load_loss(routing, jnp.ones((1, 1), bool))
+    loss = mean_of(Load(), routing, jnp.ones((1, 1), bool))
     np.testing.assert_allclose(loss, expected, rtol=0.05)
 
 
@@ -265,7 +421,7 @@ def test_load_loss_gradient_equals_finite_differences():
 
     @jax.jit
     def loss(clean):
-        return balance.load_loss(noisy_routing(clean, 0.8, 2), valid)
+        return mean_of(Load(), noisy_routing(clean, 0.8, 2), valid)
 
     grad = np.asarray(jax.grad(loss)(clean))
     assert not grad[1, 3:].any() and np.abs(grad[0]).max() > 0.01
@@ -281,7 +437,7 @@ def test_load_loss_has_a_finite_gradient_where_a_deviation_underflows():
 
     def loss(std):
         routing = noisy_routing(clean, 0.5, 2)._replace(noise_std_GSE=std)
-        return balance.load_loss(routing, jnp.ones((1, 1), bool))
+        return mean_of(Load(), routing, jnp.ones((1, 1), bool))
 
     assert np.isfinite(jax.grad(loss)(jnp.array([[[0.5, 1e-25, 1e-30, 0.0]]]))).all()
 
@@ -289,30 +445,32 @@ def test_load_loss_has_a_finite_gradient_where_a_deviation_underflows():
 def test_load_loss_is_zero_without_noise_and_where_all_are_chosen():
     valid = jnp.ones((1, 3), bool)
     clean = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
-    assert balance.load_loss(noisy_routing(clean, 0.5, 2), valid) == 0
+    assert mean_of(Load(), noisy_routing(clean, 0.5, 2), valid) == 0
     calm = noisy_routing(clean, 0.5, 1)._replace(clean_GSE=None, noise_std_GSE=None)
-    assert balance.load_loss(calm, valid) == 0
+    assert mean_of(Load(), calm, valid) == 0
 
 
-def test_a_block_says_the_variation_losses_that_are_weighted():
-    settings = BalanceConfig(importance_loss_weight=0.1, load_loss_weight=0.1)
-    router = RouterConfig(learned_noise=True, score_before_topk=False)
-    config = MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=3, dispatch="einsum", router=router,
-        balance=settings,
+def test_a_block_says_the_variation_losses():
+    router = TokenChoice(noise=(Learned(),), score=SoftmaxOverSelected())
+    moe = MoE(
+        num_experts=4, num_selected_experts=2, expert_dim=3, run_experts="einsum", router=router,
+        losses=(Importance(weight=0.1), Load(weight=0.1)),
     )  # fmt: skip
     random = np.random.default_rng(0)
-    params = {n: random.normal(size=s.shape) for n, s in moe_specs(config, MODEL_DIM).items()}
+    params = jax.tree.map(lambda spec: random.normal(size=spec.shape), moe.specs(Dims(MODEL_DIM)))
     x = random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
 
     def total(params, rng):
-        aux = moe_block(params, x, config, rng=rng)[1]
-        return aux.importance_loss + aux.load_loss, aux
+        aux = moe_block(params, x, moe, Call(rng=rng))[1]
+        said = {name: loss_named(aux, moe, name) for name in ("importance_loss", "load_loss")}
+        return said["importance_loss"] + said["load_loss"], said
 
-    grads, aux = jax.grad(total, has_aux=True)(params, jax.random.key(0))
-    assert aux.importance_loss > 0.01 and aux.load_loss > 0.01
-    assert np.abs(grads["router"]).max() > 0.01 and np.abs(grads["router_noise"]).max() > 0.001
-    assert total(params, None)[1].load_loss == 0
+    grads, said = jax.grad(total, has_aux=True)(params, jax.random.key(0))
+    assert said["importance_loss"] > 0.01 and said["load_loss"] > 0.01
+    router = grads["router"]
+    assert np.abs(router["weight"]).max() > 0.01
+    assert np.abs(router["noise"]["0"]["weight"]).max() > 0.001
+    assert total(params, None)[1]["load_loss"] == 0
 
 
 def test_what_a_mean_distribution_lacks_in_entropy():
@@ -325,7 +483,8 @@ def test_what_a_mean_distribution_lacks_in_entropy():
         ([1, 0, 0, 0], half / 2, half / 2),
     ]
     for probs, target, loss in table:
-        got = balance.batch_entropy_loss(jnp.array(probs, jnp.float32), target)
+        routing = make_routing(np.array(probs)[None, None], np.zeros((1, 1, 1), int))
+        got = mean_of(BatchEntropy(target=target), routing, jnp.ones((1, 1), bool))
         np.testing.assert_allclose(got, loss, atol=FLOAT32)
 
 
@@ -339,26 +498,32 @@ def test_z_loss_is_the_mean_square_of_the_log_normalizer():
     logits = jnp.array([[[1.0] * 4, [-2.0] * 4, [50.0] * 4]])
     valid = jnp.array([[True, True, False]])
     expected = ((1 + np.log(4)) ** 2 + (-2 + np.log(4)) ** 2) / 2
-    assert float(balance.router_z_loss(logits, valid)) == pytest.approx(expected, rel=FLOAT32)
+    assert float(z_loss(logits, valid)) == pytest.approx(expected, rel=FLOAT32)
+
+
+def z_loss(logits, valid):
+    index = jnp.zeros((*logits.shape[:2], 1), jnp.int32)
+    routing = make_routing(jax.nn.softmax(logits), index, logits_GSE=logits)
+    return mean_of(RouterZ(), routing, valid)
 
 
 def test_z_loss_survives_large_logits():
-    loss = balance.router_z_loss(jnp.array([[[1000.0, 0.0]]]), jnp.array([[True]]))
+    loss = z_loss(jnp.array([[[1000.0, 0.0]]]), jnp.array([[True]]))
     assert float(loss) == pytest.approx(1e6)
 
 
 def test_z_loss_of_padding_alone_is_zero():
-    assert float(balance.router_z_loss(jnp.ones((1, 2, 4)), jnp.zeros((1, 2), bool))) == 0
+    assert float(z_loss(jnp.ones((1, 2, 4)), jnp.zeros((1, 2), bool))) == 0
 
 
 def test_z_loss_gradient_equals_the_oracle():
-    config, params, x = make_block("megatron", "global")
-    loss, (grads, dx) = loss_and_gradient(params, x, VALID, config, "router_z_loss")
-    decided = moe_oracle.moe_block(params, x, config, valid_BL=VALID)
-    _, expected, expected_dx = moe_oracle.gradients(params, x, config, decided, 0 * x, 0.0, 1.0)
+    moe, params, x = make_block("megatron", "global")
+    loss, (grads, dx) = loss_and_gradient(params, x, VALID, moe, "router_z_loss")
+    decided = moe_oracle.moe_block(params, x, moe, valid_BL=VALID)
+    _, expected, expected_dx = moe_oracle.gradients(params, x, moe, decided, 0 * x, 0.0, 1.0)
     assert float(loss) == pytest.approx(decided.router_z_loss, rel=FLOAT32)
-    scale = np.abs(expected["router"]).max()
-    np.testing.assert_allclose(grads["router"] / scale, expected["router"] / scale, atol=FLOAT32)
+    scale = np.abs(router_of(expected)).max()
+    np.testing.assert_allclose(router_of(grads) / scale, router_of(expected) / scale, atol=FLOAT32)
     np.testing.assert_allclose(dx / scale, expected_dx / scale, atol=FLOAT32)
 
 

@@ -7,28 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import BalanceConfig, MoEConfig, RouterConfig
 from moe_jax.moe.balance import max_violation
 from moe_jax.moe.bias import (
+    ErrorUpdate,
+    QuantileUpdate,
+    SignUpdate,
     count_needed_biases,
     histogram_range,
     quantile_bias,
-    update_rate,
-    update_router_bias,
 )
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.parameters import moe_specs
-from moe_jax.moe.statistics import merge_aux
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing import Options, RouterInputs
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.selection import ExpertGroups
+from moe_jax.moe.routing.token_choice import Softmax, TokenChoice
+from moe_jax.part import Call, Dims, Own
 from tests.tiny_run import quick_jit
 
 count = quick_jit(count_needed_biases, static_argnums=2)
 solve = quick_jit(quantile_bias, static_argnums=2)
 
 
-def update(counts, rate=0.001, bias=None, **how):
+SIGN = SignUpdate()
+
+
+def update(counts, rate=0.001, bias=None, how=SIGN):
     counts = jnp.asarray(counts, jnp.int32)
     bias = jnp.zeros(counts.shape, jnp.float32) if bias is None else bias
-    return update_router_bias(bias, counts, rate, **how)
+    return how.update(bias, counts, {}, rate, 1)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +80,20 @@ def test_bias_balances_a_router_that_prefers_one_expert():
 
 
 def test_bias_steps_by_the_error_relative_to_the_mean_load():
-    steps = update([[1, 2, 3], [0, 0, 6], [4, 4, 4], [0, 0, 0]], rate=0.5, by="error")
+    steps = update([[1, 2, 3], [0, 0, 6], [4, 4, 4], [0, 0, 0]], rate=0.5, how=ErrorUpdate())
     np.testing.assert_allclose(
         steps, [[0.25, 0, -0.25], [0.5, 0.5, -1], [0, 0, 0], [0, 0, 0]], atol=1e-7
     )
     # A batch a hundred times as large makes the same step.
-    np.testing.assert_allclose(update([100, 200, 300], rate=0.5, by="error"), steps[0])
+    np.testing.assert_allclose(update([100, 200, 300], rate=0.5, how=ErrorUpdate()), steps[0])
 
 
 def test_centred_steps_leave_the_sum_of_the_biases():
     counts = [0, 0, 4]  # signs 1, 1, -1 of mean 1/3
-    np.testing.assert_allclose(update(counts, rate=3.0, centered=True), [2, 2, -4], rtol=1e-6)
+    centered = SignUpdate(centered=True)
+    np.testing.assert_allclose(update(counts, rate=3.0, how=centered), [2, 2, -4], rtol=1e-6)
     start = jnp.array([0.25, -0.5, 0.25])
-    moved = update(counts, rate=0.1, bias=start, centered=True)
+    moved = update(counts, rate=0.1, bias=start, how=centered)
     assert float(jnp.sum(moved)) == pytest.approx(0, abs=1e-7) and moved[2] < 0.25
 
 
@@ -98,13 +106,11 @@ def test_centred_steps_leave_the_sum_of_the_biases():
     ],
 )
 def test_rate_over_the_steps_of_a_run(schedule, rates):
-    config = BalanceConfig(
-        bias_update_rate=0.5, bias_update_schedule=schedule, bias_frozen_fraction=0.2
-    )
-    got = [update_rate(config, jnp.int32(step), 10) for step in (0, 2, 4, 7, 8, 9)]
+    falling = SignUpdate(rate=0.5, schedule=schedule, frozen_fraction=0.2)
+    got = [falling.rate_at(jnp.int32(step), 10) for step in (0, 2, 4, 7, 8, 9)]
     np.testing.assert_allclose(got, 0.5 * np.array(rates), atol=1e-7)
-    always = BalanceConfig(bias_update_rate=0.5)
-    assert [float(update_rate(always, jnp.int32(step), 10)) for step in (0, 9)] == [0.5, 0.5]
+    always = SignUpdate(rate=0.5)
+    assert [float(always.rate_at(jnp.int32(step), 10)) for step in (0, 9)] == [0.5, 0.5]
 
 
 def test_needed_biases_by_hand():
@@ -158,29 +164,64 @@ def test_quantiles_balance_a_router_that_prefers_one_expert():
 
 def test_parts_of_a_batch_count_what_the_whole_counts():
     """Over microbatches, and over groups: what moves the bias is a sum over tokens."""
-    config = MoEConfig(
-        num_experts=4, num_selected_experts=2, expert_dim=3, dispatch="einsum",
-        router=RouterConfig(score="sigmoid"),
-        balance=BalanceConfig(bias_update="quantile", bias_update_rate=1.0),
+    moe = MoE(
+        num_experts=4, num_selected_experts=2, expert_dim=3, run_experts="einsum",
+        router=TokenChoice(score=Sigmoid()), bias=QuantileUpdate(),
     )  # fmt: skip
     random = np.random.default_rng(0)
-    params = {n: random.normal(size=s.shape) for n, s in moe_specs(config, 4).items()}
+    params = jax.tree.map(lambda spec: random.normal(size=spec.shape), moe.specs(Dims(4)))
     x = jnp.asarray(random.normal(size=(4, 6, 4)), jnp.float32)
     valid, bias = jnp.asarray(random.uniform(size=(4, 6)) < 0.7), jnp.array([0.1, 0, -0.2, 0.3])
 
     @functools.partial(jax.jit, static_argnames="training")
     def say(x, valid, training=True):
         rng = jax.random.key(0) if training else None
-        return moe_block(params, x, config, valid_BL=valid, bias_E=bias, rng=rng)[1]
+        call = Call(segments_BL=valid.astype(jnp.int32), rng=rng)
+        return moe_block(params, x, moe, call, Own(state={"bias_E": bias}))[1].sums
 
     whole = say(x, valid)
-    parts = jax.tree.map(
-        lambda *a: jnp.stack(a), *(say(x[i : i + 2], valid[i : i + 2]) for i in (0, 2))
-    )
-    counts = merge_aux(parts, config).needed_bias_EQ
-    np.testing.assert_array_equal(counts, whole.needed_bias_EQ)
+    first, second = (say(x[i : i + 2], valid[i : i + 2]) for i in (0, 2))
+    summed = jax.tree.map(jnp.add, first, second)
+    counts = summed["bias"]["needed_EQ"]
+    np.testing.assert_array_equal(counts, whole["bias"]["needed_EQ"])
     np.testing.assert_array_equal(counts.sum(axis=1), [valid.sum()] * 4)
+    layers = jax.tree.map(lambda leaf: leaf[None], summed)
+    state = moe.next_state({"bias_E": bias[None]}, layers, jnp.int32(0), 10)
+    np.testing.assert_allclose(state["bias_E"][0], solve(bias, counts, 2), atol=1e-6)
     bias = solve(bias, counts, 2)
     assert float(jnp.sum(bias)) == pytest.approx(0, abs=1e-6) and jnp.ptp(bias) > 0.01
-    assert say(x, valid, training=False).needed_bias_EQ is None
+    assert say(x, valid, training=False)["bias"] == {}
     np.testing.assert_array_equal(solve(bias, 0 * counts, 2), bias)
+
+
+def test_the_quantile_reads_the_scores_that_the_router_selects_by():
+    """Nothing beside a `Routing` is looked at: other scores in it give other counts."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 5, 4)), jnp.float32)
+    valid, bias = jnp.arange(5) < jnp.array([[5], [3]]), jnp.array([0.1, 0, -0.2, 0.3])
+    inputs = RouterInputs(Options(4, 4, 2, 5), valid, jnp.zeros((2, 5), jnp.int32), bias_E=bias)
+    routing = TokenChoice(score=Sigmoid()).route({"weight": jnp.eye(4)}, x, inputs)
+    np.testing.assert_allclose(routing.scores_GSE, 1 / (1 + np.exp(-x)), rtol=1e-6)
+    measured = QuantileUpdate().measure(routing, bias, valid)["needed_EQ"]
+    np.testing.assert_array_equal(measured, count_needed_biases(routing.scores_GSE, bias, 2, valid))
+    turned = routing._replace(scores_GSE=routing.scores_GSE[..., ::-1])
+    other = QuantileUpdate().measure(turned, bias, valid)["needed_EQ"]
+    np.testing.assert_array_equal(other, count_needed_biases(turned.scores_GSE, bias, 2, valid))
+    assert np.any(other != measured)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router": TokenChoice(score=Softmax())}, r"too coarse for a softmax"),
+        (
+            {"router": TokenChoice(score=Sigmoid(), groups=ExpertGroups(2, 1))},
+            r"too coarse for a softmax",
+        ),
+        ({"num_selected_experts": 4}, r"best expert that is not selected: num_selected_experts=4"),
+    ],
+)
+def test_what_the_quantile_cannot_count_is_refused(settings, message):
+    settings = {"num_selected_experts": 2, "router": TokenChoice(score=Sigmoid())} | settings
+    with pytest.raises(ValueError, match=message):
+        MoE(num_experts=4, bias=QuantileUpdate(), **settings)

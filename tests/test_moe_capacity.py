@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.config import CAPACITY_PRESETS, CapacityConfig
-from moe_jax.moe.capacity import assign_slots, num_slots
-from moe_jax.moe.routing import Routing
+from moe_jax.config.kinds import KINDS, load_kind
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.capacity import Capacity, assign_slots
+from moe_jax.moe.part import MoE
+from moe_jax.moe.presets import PRESETS
+from moe_jax.moe.routing import Options, Routing
+from moe_jax.part import Call, Dims
 from tests import moe_oracle
 
 RANKED_ORDERS = ("token_major", "choice_major", "batch_prioritized", "probability")
+QUEUES = {name: load_kind("queue", name)() for name in KINDS["queue"]}
 PROPERTIES = settings(deadline=None, max_examples=40, derandomize=True)
 
 # Each system's rule on 100 tokens, 8 experts, 2 choices, factor 1.25: the mean load is 25 choices,
@@ -57,24 +62,24 @@ BY_HAND = [
 
 
 def test_every_preset_has_its_row_in_the_table():
-    assert sorted(OF_25) == sorted(CAPACITY_PRESETS)
+    assert sorted(OF_25) == sorted(PRESETS)
 
 
 @pytest.mark.parametrize(("preset", "slots"), OF_25.items())
 def test_preset_gives_the_slots_of_its_system(preset, slots):
-    assert num_slots(100, 8, 2, 1.25, CapacityConfig(preset=preset)) == slots
+    assert Capacity(preset=preset).num_slots(100, 8, 2, 1.25) == slots
 
 
 @pytest.mark.parametrize(("preset", "tokens", "experts", "choices", "factor", "slots"), BY_HAND)
 def test_preset_by_hand(preset, tokens, experts, choices, factor, slots):
-    assert num_slots(tokens, experts, choices, factor, CapacityConfig(preset=preset)) == slots
+    assert Capacity(preset=preset).num_slots(tokens, experts, choices, factor) == slots
 
 
 def test_default_rule_is_factor_times_mean_load_rounded_up():
-    rule = CapacityConfig()
-    assert num_slots(100, 8, 1, 1.25, rule) == 16  # ceil(15.625)
-    assert num_slots(100, 8, 2, 1.25, rule) == 32  # ceil(31.25)
-    assert num_slots(100, 8, 2, 0.01, rule) == 1  # never none
+    rule = Capacity()
+    assert rule.num_slots(100, 8, 1, 1.25) == 16  # ceil(15.625)
+    assert rule.num_slots(100, 8, 2, 1.25) == 32  # ceil(31.25)
+    assert rule.num_slots(100, 8, 2, 0.01) == 1  # never none
 
 
 @pytest.mark.parametrize(
@@ -83,18 +88,59 @@ def test_default_rule_is_factor_times_mean_load_rounded_up():
 )
 def test_rounding_ignores_float_noise(tokens, factor, rounding, slots):
     # In floats 100 * 1.1 = 110.00000000000001 and 100 * 0.29 = 28.999999999999996.
-    assert num_slots(tokens, 10, 1, factor, CapacityConfig(rounding=rounding)) == slots
+    assert Capacity(rounding=rounding).num_slots(tokens, 10, 1, factor) == slots
 
 
 def test_there_are_no_more_slots_than_tokens():
-    assert num_slots(4, 2, 2, 8.0, CapacityConfig()) == 4
-    assert num_slots(4, 2, 2, 8.0, CapacityConfig(minimum=100)) == 4
-    assert num_slots(4, 2, 2, 8.0, CapacityConfig(multiple_of=8)) == 8
+    assert Capacity().num_slots(4, 2, 2, 8.0) == 4
+    assert Capacity(minimum=100).num_slots(4, 2, 2, 8.0) == 4
+    assert Capacity(multiple_of=8).num_slots(4, 2, 2, 8.0) == 8
 
 
 def test_factor_zero_has_room_for_every_token():
-    assert num_slots(7, 4, 2, 0, CapacityConfig()) == 7
-    assert num_slots(7, 4, 2, 0, CapacityConfig(multiple_of=4)) == 8
+    assert Capacity().num_slots(7, 4, 2, 0) == 7
+    assert Capacity(multiple_of=4).num_slots(7, 4, 2, 0) == 8
+
+
+def test_slots_can_be_given_as_a_number():
+    """No more than the tokens, whatever the factor; dropless stays dropless."""
+    rule = Capacity(slots=6)
+    assert [rule.num_slots(100, 8, 2, factor) for factor in (0.1, 1.25, 9.0)] == [6, 6, 6]
+    assert rule.num_slots(4, 8, 2, 1.25) == 4
+    assert rule.num_slots(100, 8, 2, 0) == 100
+    assert rule.num_slots(100, 64, 1, 1.25) == rule.num_slots(100, 2, 1, 1.25) == 6
+
+
+def test_a_block_of_six_slots_keeps_what_the_oracle_keeps():
+    moe = MoE(num_experts=3, num_selected_experts=2, expert_dim=3, run_experts="einsum",
+              capacity=Capacity(slots=6))  # fmt: skip
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda spec: random.normal(size=spec.shape).astype(np.float32), moe.specs(Dims(4))
+    )
+    x = random.normal(size=(2, 12, 4)).astype(np.float32)
+    decided = moe_oracle.moe_block(params, x, moe)
+    assert decided.kept_KE.sum(axis=0).max() == 12 < decided.assigned_KE.sum(axis=0).max()
+    for rng in (None, jax.random.key(0)):  # in evaluation and in training
+        y, aux = moe_block(params, x, moe, Call(rng=rng))
+        np.testing.assert_array_equal(aux.sums["kept_KE"], decided.kept_KE)
+        np.testing.assert_allclose(y, decided.y_BLM, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slots": 6, "train_factor": 0}, r"slots stand in place of .*: slots=6, train_factor=0"),
+        ({"slots": 6, "eval_factor": 0}, r"slots stand in place of .*eval_factor=0"),
+        ({"slots": -1}, r"slots lies in \[0, inf\): slots=-1"),
+        ({"queue": QUEUES["random"]}, r"a random queue draws from a key.*eval_factor=2\.0"),
+        ({"preset": "vmoe", "multiple_of": 8}, r"preset='vmoe' sets multiple_of=4: multiple_of=8"),
+        ({"preset": "best"}, r"preset is one of \['axlearn', .*: preset='best'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Capacity(**settings)
 
 
 @PROPERTIES
@@ -110,10 +156,10 @@ def test_factor_zero_has_room_for_every_token():
     minimum=st.sampled_from([1, 4]),
 )
 def test_rule_equals_exact_arithmetic(tokens, experts, choices, factor, **rule):
-    config = CapacityConfig(**rule)
+    config = Capacity(**rule)
     exact = moe_oracle.capacity(tokens, experts, choices, factor, config)
     enough = -(-tokens // config.multiple_of) * config.multiple_of
-    assert num_slots(tokens, experts, choices, factor, config) == min(exact, enough)
+    assert config.num_slots(tokens, experts, choices, factor) == min(exact, enough)
 
 
 # Three tokens (rows) with their probabilities for experts A, B, C, and their two choices:
@@ -128,14 +174,22 @@ CHOICES = np.array([[A, B], [A, C], [B, A]], np.int32)
 def routing_of(probs, choices):
     probs, choices = jnp.asarray(probs)[None], jnp.asarray(choices)[None]
     gates = jnp.take_along_axis(probs, choices, axis=-1)
-    return Routing(jnp.log(probs), probs, choices, gates)
+    return Routing(jnp.log(probs), probs, choices, gates, jnp.ones(choices.shape, jnp.bool_))
+
+
+def serve(routing, order, factor, valid=None, rng=None):
+    """Slots by the default rule: a factor of 0 is dropless."""
+    _, tokens, choices = routing.expert_index_GSK.shape
+    experts = routing.probs_GSE.shape[-1]
+    slots = Capacity().num_slots(tokens, experts, choices, factor)
+    options = Options(experts, experts, choices, slots, factor == 0)
+    return assign_slots(routing, QUEUES[order], options, valid, rng)
 
 
 def assign(order, factor, probs=PROBS, choices=CHOICES, valid=None, rng=None):
     """Kept and slots as lists; factor 0.5 is one slot an expert here, 1.0 two, 1.5 three."""
     valid = None if valid is None else jnp.asarray(valid)[None]
-    capacity = CapacityConfig(queue_order=order, eval_factor=0)
-    out = assign_slots(routing_of(probs, choices), factor, capacity, valid_GS=valid, rng=rng)
+    out = serve(routing_of(probs, choices), order, factor, valid, rng)
     return np.asarray(out.kept_GSK[0], int).tolist(), np.asarray(out.slot_GSK[0]).tolist()
 
 
@@ -211,27 +265,13 @@ def test_padding_takes_no_slot(order, kept):
 def test_a_choice_that_does_not_count_takes_no_slot(order, kept):
     chosen = jnp.array([[[False, True], [True, True], [False, True]]])
     routing = routing_of(PROBS, CHOICES)._replace(chosen_GSK=chosen)
-    out = assign_slots(routing, 0.5, CapacityConfig(queue_order=order))
+    out = serve(routing, order, 0.5)
     assert np.asarray(out.kept_GSK[0], int).tolist() == kept
     # With room for all, everything that counts is kept and nothing else.
     for factor in (0.0, 1.5):
-        out = assign_slots(routing, factor, CapacityConfig(queue_order=order))
+        out = serve(routing, order, factor)
         np.testing.assert_array_equal(out.kept_GSK, chosen)
         np.testing.assert_array_equal(out.gate_GSK, np.where(chosen, routing.gate_GSK, 0))
-
-
-@pytest.mark.parametrize("order", [*RANKED_ORDERS, "random"])
-def test_all_choices_counting_is_the_same_as_no_mask(order):
-    routing = routing_of(PROBS, CHOICES)
-    masked = routing._replace(chosen_GSK=jnp.ones((1, 3, 2), jnp.bool_))
-    for factor in (0.0, 0.5, 1.0):
-        valid = np.array([[True, False, True]])
-        plain = assign_jit(routing, valid, jax.random.key(0), order, factor)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            plain,
-            assign_jit(masked, valid, jax.random.key(0), order, factor),
-        )
 
 
 def test_an_overflowing_choice_keeps_no_slot_for_a_later_one():
@@ -242,7 +282,7 @@ def test_an_overflowing_choice_keeps_no_slot_for_a_later_one():
 
 def test_gates_of_kept_choices_stay_and_of_dropped_ones_are_exactly_zero():
     routing = routing_of(PROBS, CHOICES)
-    out = assign_slots(routing, 0.5, CapacityConfig())
+    out = serve(routing, "token_major", 0.5)
     # No renormalisation after a drop: token 1 keeps 0.30 for C, not 1.
     expected = np.array([[0.50, 0.45], [0, 0.30], [0, 0]], np.float32)
     np.testing.assert_array_equal(out.gate_GSK[0], expected)
@@ -259,16 +299,15 @@ def test_dropless_keeps_every_valid_choice_whatever_the_queue(order):
 
 
 def test_random_order_needs_a_key():
-    with pytest.raises(ValueError, match=r"queue_order='random' needs a random key: rng=None"):
+    with pytest.raises(ValueError, match=r"queue='random' needs a random key: rng=None"):
         assign("random", 0.5)
 
 
 def test_random_order_gives_every_token_a_chance_and_depends_on_the_key_alone():
-    config = CapacityConfig(queue_order="random", eval_factor=0)
     routing = routing_of(np.full((4, 4), 0.25, np.float32), np.full((4, 1), 2, np.int32))
 
     def kept(key):
-        return assign_slots(routing, 1.0, config, rng=key).kept_GSK[0, :, 0]
+        return serve(routing, "random", 1.0, rng=key).kept_GSK[0, :, 0]
 
     draws = np.asarray(jax.vmap(kept)(jax.random.split(jax.random.key(0), 400)))
     assert (draws.sum(axis=1) == 1).all()  # one slot, one winner
@@ -283,8 +322,7 @@ FACTORS = (0.4, 1.0, 3.0)
 
 @functools.partial(jax.jit, static_argnames=("order", "factor"))
 def assign_jit(routing, valid, key, order, factor):
-    config = CapacityConfig(queue_order=order, eval_factor=0)
-    return assign_slots(routing, factor, config, valid_GS=valid, rng=key)
+    return serve(routing, order, factor, valid, key)
 
 
 @pytest.mark.parametrize("order", [*RANKED_ORDERS, "random"])
@@ -303,10 +341,10 @@ def test_slots_have_one_owner_and_go_to_whom_the_oracle_serves(order, shape, fac
     index = np.argsort(-probs, axis=-1, kind="stable")[..., :choices].astype(np.int32)
     gate = np.take_along_axis(probs, index, axis=-1)
     valid = random.random((groups, tokens)) >= padding
-    routing = Routing(np.log(probs), probs, index, gate)
+    routing = Routing(np.log(probs), probs, index, gate, np.ones(index.shape, bool))
     out = assign_jit(routing, valid, jax.random.key(seed), order, factor)
     kept, slot, capacity = np.asarray(out.kept_GSK), np.asarray(out.slot_GSK), int(out.capacity)
-    assert capacity == num_slots(tokens, experts, choices, factor, CapacityConfig())
+    assert capacity == Capacity().num_slots(tokens, experts, choices, factor)
 
     assert not kept[~valid].any()
     np.testing.assert_array_equal(out.gate_GSK, np.where(kept, gate, 0))
@@ -333,7 +371,8 @@ def test_groups_do_not_see_each_other(order):
     random = np.random.default_rng(0)
     probs = random.random((2, 9, 5)).astype(np.float32)
     index = np.argsort(-probs, axis=-1)[..., :3].astype(np.int32)
-    routing = Routing(np.log(probs), probs, index, np.take_along_axis(probs, index, axis=-1))
+    gate = np.take_along_axis(probs, index, axis=-1)
+    routing = Routing(np.log(probs), probs, index, gate, np.ones(index.shape, bool))
     valid = np.ones((2, 9), bool)
     both = assign_jit(routing, valid, jax.random.key(0), order, 0.4)
     swapped = jax.tree.map(lambda a: a[::-1], routing)

@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import CapacityConfig, MoEConfig, RouterConfig
+from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.dispatch import DISPATCHERS
-from moe_jax.moe.parameters import moe_specs
-from tests.tiny_run import quick_jit
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.soft import Soft
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.moe.run_experts import WAYS
+from moe_jax.part import Call, Dims
 
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
 LENGTH, MODEL_DIM, E, K, SLOTS = 8, 4, 4, 2, 3
@@ -18,38 +22,42 @@ VALID = np.arange(2 * LENGTH).reshape(2, LENGTH) < 14
 
 def test_a_token_of_llama_4_by_hand():
     """Two numbers a token: the first is 2 or 4, the second a logit of odds 3 : 1."""
-    router = RouterConfig(score="sigmoid", gate_on_input=True)
-    config = MoEConfig(
-        num_experts=2, expert_dim=1, use_bias=True, dispatch="einsum", router=router,
-        num_shared_experts=1, capacity=CapacityConfig(train_factor=1.0),
+    moe = MoE(
+        num_experts=2, expert_dim=1, use_bias=True, run_experts="einsum", shared_expert_dim=1,
+        router=TokenChoice(score=Sigmoid()), gate_on_input=True,
     )  # fmt: skip
     params = {
-        "router": np.array([[0, 0], [1, -1]]),
-        "wi": np.array([[[1], [0]], [[0], [0]]]), "bi": np.array([[-1], [0]]),
-        "wo": np.array([[[10, 0]], [[0, 0]]]), "bo": np.array([[0.5, 0], [9, 9]]),
-        "shared_wi": np.array([[1], [0]]), "shared_bi": np.zeros(1),
-        "shared_wo": np.array([[0, 1]]), "shared_bo": np.zeros(2),
+        "router": {"weight": np.array([[0, 0], [1, -1]])},
+        "experts": {
+            "wi": np.array([[[1], [0]], [[0], [0]]]), "bi": np.array([[-1], [0]]),
+            "wo": np.array([[[10, 0]], [[0, 0]]]), "bo": np.array([[0.5, 0], [9, 9]]),
+        },
+        "shared": {
+            "wi": np.array([[1], [0]]), "bi": np.zeros(1),
+            "wo": np.array([[0, 1]]), "bo": np.zeros(2),
+        },
     }  # fmt: skip
-    params = {name: value.astype(np.float32) for name, value in params.items()}
+    params = jax.tree.map(lambda value: value.astype(np.float32), params)
     x = np.array([[[2, np.log(3)], [4, np.log(3)]]], np.float32)
-    y, aux = moe_block(params, x, config)
+    y, aux = moe_block(params, x, moe, Call(capacity=1.0))
     # 3/4 of the token is 1.5, the expert gives 10 relu(1.5 - 1) + 0.5; the shared one gets it all.
     # The second token finds the expert full, whose bias it must not get either.
     np.testing.assert_allclose(y, [[[5.5, 2], [0, 4]]], rtol=1e-6)
-    assert aux.kept_KE.tolist() == [[1, 0]]
+    assert aux.sums["kept_KE"].tolist() == [[1, 0]]
 
 
-def make_block(dispatch):
-    config = MoEConfig(
-        num_experts=E, num_selected_experts=K, expert_dim=5, activation="swiglu", use_bias=True,
-        dispatch=dispatch, capacity=CapacityConfig(train_factor=0.75),
-        router=RouterConfig(score="sigmoid", scaling_factor=1.5, gate_on_input=True),
+def make_block(way):
+    moe = MoE(
+        num_experts=E, num_selected_experts=K, expert_dim=5, activation=SwiGLU(), use_bias=True,
+        run_experts=way, capacity=Capacity(train_factor=0.75), gate_on_input=True,
+        router=TokenChoice(score=Sigmoid(), scaling_factor=1.5),
     )  # fmt: skip
     random = np.random.default_rng(0)
-    specs = moe_specs(config, MODEL_DIM)
-    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
+    params = jax.tree.map(
+        lambda s: random.normal(size=s.shape).astype(np.float32), moe.specs(Dims(MODEL_DIM))
+    )
     x, dy = random.normal(size=(2, 2, LENGTH, MODEL_DIM)).astype(np.float32)
-    return config, params, x, dy
+    return moe, params, x, dy
 
 
 def expert(x, w, e, np=np):
@@ -59,14 +67,15 @@ def expert(x, w, e, np=np):
 
 def loops(params, x):
     """Output, choices and which are kept, token by token in float64."""
-    w = {name: value.astype(np.float64) for name, value in params.items()}
+    params = jax.tree.map(lambda value: value.astype(np.float64), params)
+    w, router = params["experts"], params["router"]["weight"]
     y, index = np.zeros(x.shape), np.zeros((2, LENGTH, K), int)
     kept = np.zeros(index.shape, bool)
     for b in range(2):
         load = np.zeros(E, int)
         for s in range(LENGTH):
             token = x[b, s].astype(np.float64)
-            logits = token @ w["router"]
+            logits = token @ router
             index[b, s] = np.argsort(-logits)[:K]
             for k, e in enumerate(index[b, s]):
                 kept[b, s, k] = VALID[b, s] and load[e] < SLOTS
@@ -78,35 +87,36 @@ def loops(params, x):
 
 def dense(params, x, index, kept):
     """The same, smooth: every expert computes every token, the decisions are held fixed."""
-    gates = 1.5 * jax.nn.sigmoid(x @ params["router"])
+    gates = 1.5 * jax.nn.sigmoid(x @ params["router"]["weight"])
     y = 0
     for e in range(E):
         is_used = jnp.any((index == e) & kept, axis=-1)[..., None]
-        y += is_used * expert(gates[..., e, None] * x, params, e, jnp)
+        y += is_used * expert(gates[..., e, None] * x, params["experts"], e, jnp)
     return y
 
 
-@pytest.mark.parametrize("dispatch", DISPATCHERS)
-def test_values_and_gradients(dispatch):
-    config, params, x, dy = make_block(dispatch)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "auto"])
+def test_values_and_gradients(way):
+    moe, params, x, dy = make_block(way)
     expected_y, index, kept = loops(params, x)
     assert 0 < kept.sum() < K * VALID.sum()
 
+    call = Call(segments_BL=jnp.asarray(VALID, jnp.int32), capacity=0.75)
+
     def objective(params, x):
-        y, aux = moe_block(params, x, config, valid_BL=VALID)
+        y, aux = moe_block(params, x, moe, call)
         return jnp.sum(y * dy), (y, aux)
 
-    grads, (y, aux) = quick_jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, x)
+    grads, (y, aux) = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))(params, x)
     np.testing.assert_allclose(y, expected_y, **FLOAT32)
-    assert aux.kept_KE.sum() == kept.sum()
+    assert aux.sums["kept_KE"].sum() == kept.sum()
     by_dense = jax.grad(lambda p, x: jnp.sum(dense(p, x, index, kept) * dy), argnums=(0, 1))
     expected = by_dense(params, x)
-    assert np.abs(expected[0]["router"]).max() > 0.1
+    assert np.abs(expected[0]["router"]["weight"]).max() > 0.1
     for got, wanted in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
         np.testing.assert_allclose(got, wanted, **FLOAT32)
 
 
-@pytest.mark.parametrize("kind", ["soft", "hash"])
-def test_where_there_is_no_gate_of_a_choice_to_learn_it_is_refused(kind):
-    with pytest.raises(ValueError, match=rf"'{kind}' does not use router\.gate_on_input: .*True"):
-        RouterConfig(kind=kind, gate_on_input=True)
+def test_where_there_is_no_gate_of_a_choice_it_is_refused():
+    with pytest.raises(ValueError, match=r"one way to run its experts: .*gate_on_input=True\."):
+        MoE(router=Soft(), group_size=LENGTH, gate_on_input=True)

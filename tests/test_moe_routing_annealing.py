@@ -7,44 +7,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import RouterConfig
-from moe_jax.moe.routing.logits import annealed, router_logits
+from moe_jax.moe.routing import Options, RouterInputs
+from moe_jax.moe.routing.logits import annealed
+from moe_jax.moe.routing.noise import Gaussian, Jitter
+from moe_jax.moe.routing.token_choice import Linear, TokenChoice
 from moe_jax.training.evaluation import evaluate_batch
 from moe_jax.training.loss import batch_totals
 from moe_jax.training.step import gradient
 from tests.tiny_run import cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
-ANNEALED = RouterConfig(
-    anneal_from=(("temperature", 4.0), ("logit_noise_std", 0.8), ("input_jitter", 0.5)),
-    anneal_steps=10,
-    logit_noise_std=0.2,
+ANNEALED = TokenChoice(
+    projection=Linear(anneal_from=4.0, anneal_steps=10),
+    noise=(
+        Gaussian(stddev=0.2, anneal_from=0.8, anneal_steps=10),
+        Jitter(epsilon=0.0, anneal_from=0.5, anneal_steps=10),
+    ),
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "values"),
+    ("start", "end", "values"),
     [  # at steps 0, 5, 10, 1000
-        ("temperature", [4, 2.5, 1, 1]),
-        ("logit_noise_std", [0.8, 0.5, 0.2, 0.2]),
-        ("input_jitter", [0.5, 0.25, 0, 0]),
+        (4.0, 1.0, [4, 2.5, 1, 1]),
+        (0.8, 0.2, [0.8, 0.5, 0.2, 0.2]),
+        (0.5, 0.0, [0.5, 0.25, 0, 0]),
     ],
 )
-def test_settings_move_linearly_and_then_stay(name, values):
-    got = [annealed(name, ANNEALED, jnp.int32(step)) for step in (0, 5, 10, 1000)]
+def test_settings_move_linearly_and_then_stay(start, end, values):
+    got = [annealed(start, end, 10, jnp.int32(step)) for step in (0, 5, 10, 1000)]
     np.testing.assert_allclose(got, values, rtol=1e-6)
     assert got[-1] == np.float32(values[-1]), "exactly the configured value"
-    assert annealed(name, ANNEALED, None) == getattr(ANNEALED, name)
-    assert annealed(name, RouterConfig(), jnp.int32(5)) == getattr(RouterConfig(), name)
+    assert annealed(start, end, 10, None) == end
+    assert annealed(start, end, 0, jnp.int32(5)) == end
+
+
+@pytest.mark.parametrize("kind", [Linear, Gaussian, Jitter])
+def test_a_start_without_steps_is_refused(kind):
+    with pytest.raises(
+        ValueError, match=r"anneal_from is where .*: anneal_from=0\.5, anneal_steps=0"
+    ):
+        kind(anneal_from=0.5)
 
 
 def test_logits_follow_the_step():
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(1, 500, 4)), jnp.float32)
-    params = {"router": jnp.asarray(random.normal(size=(4, 3)), jnp.float32)}
-    plain = router_logits(x, params, RouterConfig(), None).logits_GSE
+    params = {"weight": jnp.asarray(random.normal(size=(4, 3)), jnp.float32)}
+    places = jnp.zeros((1, 500), jnp.int32)
+    inputs = RouterInputs(Options(3, 3, 1, 500), places == 0, places)
+    plain = TokenChoice().logits(params, x, inputs).logits_GSE
 
     def at(step, key=None):
-        return router_logits(x, params, ANNEALED, key, jnp.int32(step))
+        return ANNEALED.logits(params, x, inputs._replace(rng=key, step=jnp.int32(step)))
 
     for step, temperature in ((0, 4), (5, 2.5), (10, 1)):
         assert at(step).noise_std_GSE is None, "evaluation has no noise"
@@ -57,8 +71,9 @@ def test_logits_follow_the_step():
     assert np.abs(4 * early.clean_GSE - plain).max() > 0.1
 
 
-def make(**router):
-    config = tiny_config({"model": {"moe": {"router": router}}})
+def make(**projection):
+    router = {"kind": "token_choice", "projection": {"kind": "linear", **projection}}
+    config = tiny_config({"model": {"parts": {"moe": {"router": router}}}})
     return config, tiny_state(config)
 
 
@@ -71,7 +86,7 @@ def training_loss(state, batch, model):
 
 def test_the_step_reaches_training_and_evaluation_without_another_program():
     hot, state = make(temperature=3.0)
-    config, _ = make(anneal_from=(("temperature", 3.0),), anneal_steps=4)
+    config, _ = make(anneal_from=3.0, anneal_steps=4)
     batch = tiny_batch()
     expected = training_loss(state, batch, hot.model)
     programs = training_loss._cache_size()
@@ -85,8 +100,10 @@ def test_the_step_reaches_training_and_evaluation_without_another_program():
 
     def nats(config, step):
         token_bytes = jnp.ones(config.model.vocab_size)
-        settings = {"config": config.model, "capacity_factor": 0.0}
-        return evaluate_batch(state.params, None, batch, token_bytes, step, **settings).nats_B
+        settings = {"model": config.model, "capacity": 0.0}
+        return evaluate_batch(
+            state.params, state.model_state, batch, token_bytes, step, **settings
+        ).nats_B
 
     np.testing.assert_allclose(nats(config, jnp.int32(0)), nats(hot, None), rtol=2e-5)
     assert np.abs(nats(config, jnp.int32(0)) - nats(config, jnp.int32(4))).max() > 1e-3

@@ -1,19 +1,22 @@
 """BASE and Sinkhorn: the assignments against SciPy and NumPy, and the routers that use them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from moe_jax.config import BalanceConfig, CapacityConfig, MoEConfig, RouterConfig
+from moe_jax.config import build
+from moe_jax.moe.balance import Load
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.parameters import moe_specs
-from moe_jax.moe.routing import RouterInputs, auction, route_tokens
-from moe_jax.moe.routing.assignment import SHARE_TOLERANCE, sinkhorn_potentials
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing import Router, RouterInputs, auction
+from moe_jax.moe.routing.assignment import SHARE_TOLERANCE, Base, Sinkhorn, sinkhorn_potentials
 from moe_jax.moe.routing.auction import balanced_assignment
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.noise import Learned
+from moe_jax.part import Call, Dims
 from tests.tiny_run import quick_jit
 
 TOKENS, E, MODEL_DIM = 30, 4, 5
@@ -84,25 +87,22 @@ def test_potentials_balance_the_plan_of_the_tokens_that_are_no_padding(name):
     np.testing.assert_allclose(plan, expected, atol=SHARE_TOLERANCE)
 
 
-def make_config(kind, num_selected=1, **settings):
-    settings = {"num_experts": E, "expert_dim": 6, "allow_noncausal_routing": True} | settings
-    router = settings.pop("router", {})
-    return MoEConfig(
-        num_selected_experts=num_selected, router=RouterConfig(kind=kind, **router), **settings
-    )
+def make_moe(router, num_selected=1, **settings):
+    settings = {"num_experts": E, "expert_dim": 6} | settings
+    return MoE(num_selected_experts=num_selected, router=router, **settings)
 
 
-def route(logits_SE, config, *, training, valid=None):
-    shape = (1, len(logits_SE))
-    valid = np.ones(shape, bool) if valid is None else valid[None]
+def route(logits_SE, router, *, training, valid=None, num_selected=1):
+    tokens = len(logits_SE)
+    valid = np.ones((1, tokens), bool) if valid is None else valid[None]
     rng = jax.random.key(0) if training else None
-    places = jnp.zeros(shape, jnp.int32)
-    inputs = RouterInputs(None, rng, jnp.asarray(valid), len(logits_SE), places, None, None)
-    params = {"router": jnp.eye(E)}
-    return route_tokens(jnp.asarray(logits_SE, jnp.float32)[None], params, config, inputs)
+    options = make_moe(router, num_selected).options(tokens, training)
+    places = jnp.zeros((1, tokens), jnp.int32)
+    inputs = RouterInputs(options, jnp.asarray(valid), places, rng=rng)
+    return router.route({"weight": jnp.eye(E)}, jnp.asarray(logits_SE, jnp.float32)[None], inputs)
 
 
-@pytest.mark.parametrize("kind", ["sinkhorn", "base"])
+@pytest.mark.parametrize("kind", [Sinkhorn, Base])
 def test_a_bfloat16_router_has_the_assignment_of_its_logits_in_float32(kind):
     """Half the tokens are certain of expert 0: steps of the search vanish beside their logits."""
     random = np.random.default_rng(5)
@@ -110,7 +110,7 @@ def test_a_bfloat16_router_has_the_assignment_of_its_logits_in_float32(kind):
     logits = np.asarray(jnp.asarray(logits + [3, 0, 0, 0], jnp.bfloat16), np.float32)
     by_dtype = {}
     for dtype in ("float32", "bfloat16"):
-        routing = route(logits, make_config(kind, router={"dtype": dtype}), training=True)
+        routing = route(logits, kind(dtype=dtype), training=True)
         assert routing.logits_GSE.dtype == routing.gate_GSK.dtype == dtype
         by_dtype[dtype] = np.asarray(routing.expert_index_GSK)
     np.testing.assert_array_equal(by_dtype["bfloat16"], by_dtype["float32"])
@@ -118,11 +118,11 @@ def test_a_bfloat16_router_has_the_assignment_of_its_logits_in_float32(kind):
 
 
 def test_base_assigns_in_training_and_takes_the_best_in_evaluation():
-    config = make_config("base", router={"scaling_factor": 2.0})
+    router = Base(scaling_factor=2.0)
     logits = AFFINITIES["all want one"]
     valid = np.arange(TOKENS) < 26
     for training in (True, False):
-        routing = route(logits, config, training=training, valid=valid)
+        routing = route(logits, router, training=training, valid=valid)
         expert = np.asarray(routing.expert_index_GSK)[0, :, 0]
         if training:
             assert np.bincount(expert[valid]).max() == 7
@@ -135,11 +135,11 @@ def test_base_assigns_in_training_and_takes_the_best_in_evaluation():
 
 @pytest.mark.parametrize("num_selected", [1, 2])
 def test_sinkhorn_takes_the_most_of_the_plan_in_training_and_the_best_in_evaluation(num_selected):
-    config = make_config("sinkhorn", num_selected, router={"score": "sigmoid"})
+    router = Sinkhorn(score=Sigmoid())
     logits = AFFINITIES["all want the same two"]
     plan = sinkhorn_plan(logits)
     for training, worth in ((True, plan), (False, logits)):
-        routing = route(logits, config, training=training)
+        routing = route(logits, router, training=training, num_selected=num_selected)
         index = np.asarray(routing.expert_index_GSK)[0]
         np.testing.assert_array_equal(index, np.argsort(-worth, axis=1)[:, :num_selected])
         scores = 1 / (1 + np.exp(-np.take_along_axis(logits, index, axis=1)))
@@ -150,53 +150,48 @@ def test_sinkhorn_takes_the_most_of_the_plan_in_training_and_the_best_in_evaluat
     assert load.max() < 1.5, "training nearly does"
 
 
-@pytest.mark.parametrize("kind", ["sinkhorn", "base"])
+@pytest.mark.parametrize("kind", [Sinkhorn, Base])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_router_learns_from_its_gates_and_a_group_of_padding_does_no_harm(kind, dtype):
-    config = make_config(
-        kind, dispatch="einsum", capacity=CapacityConfig(train_factor=0), router={"dtype": dtype}
-    )
-    specs = moe_specs(config, MODEL_DIM)
+    moe = make_moe(kind(dtype=dtype), run_experts="einsum", capacity=Capacity(train_factor=0))
     random = np.random.default_rng(1)
-    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
+    params = jax.tree.map(
+        lambda spec: random.normal(size=spec.shape).astype(np.float32), moe.specs(Dims(MODEL_DIM))
+    )
     x = random.normal(size=(2, 6, MODEL_DIM)).astype(np.float32)
     valid = np.array([[True] * 6, [False] * 6])
 
     def total(params):
-        y, aux = moe_block(params, x, config, valid_BL=valid, rng=jax.random.key(0))
+        call = Call(segments_BL=valid.astype(np.int32), rng=jax.random.key(0))
+        y, aux = moe_block(params, x, moe, call)
         return jnp.sum(y**2), (y, aux)
 
     grads, (y, aux) = quick_jit(jax.grad(total, has_aux=True))(params)
-    assert np.abs(grads["router"]).max() > 1e-3
+    assert np.abs(grads["router"]["weight"]).max() > 1e-3
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((grads, y, aux)))
-    assert not np.any(y[1]) and aux.assigned_KE.sum() == 6
-    if kind == "base":
-        assert aux.assigned_KE.max() == 2
+    assert not np.any(y[1]) and aux.sums["assigned_KE"].sum() == 6
+    if kind is Base:
+        assert aux.sums["assigned_KE"].max() == 2
+
+
+def test_only_training_looks_ahead():
+    for router in (Sinkhorn(), Base()):
+        moe = make_moe(router)
+        assert moe.looks_ahead(training=True) and not moe.looks_ahead(training=False)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_config("base", 2), r"gives a token one expert: .*num_selected_experts=2"),
+        (lambda: make_moe(Base(), 2), r"gives a token one expert: .*num_selected_experts=2"),
+        (lambda: make_moe(Sinkhorn(renormalize=True)), r"gate is the router's own probability"),
         (
-            lambda: make_config("base", allow_noncausal_routing=False),
-            r"later tokens: router\.kind='base', which sees them in training only",
+            lambda: make_moe(Sinkhorn(noise=(Learned(),)), losses=(Load(weight=0.1),)),
+            r"the load loss .* selects the plain best .*: router=Sinkhorn\(",
         ),
         (
-            lambda: make_config("sinkhorn", router={"renormalize": True}),
-            r"gate is the router's own probability",
-        ),
-        (
-            lambda: make_config(
-                "sinkhorn",
-                router={"learned_noise": True},
-                balance=BalanceConfig(load_loss_weight=0.1),
-            ),
-            r"load_loss_weight is of token choice: router\.kind='sinkhorn'",
-        ),
-        (
-            lambda: dataclasses.replace(RouterConfig(kind="base"), score="sigmoid"),
-            r"'base' does not use router\.score",
+            lambda: build(Router, {"kind": "base", "score": "sigmoid"}, "config.router"),
+            r"config\.router has the fields \[.*\]: config\.router\.score\. Remove the field",
         ),
     ],
 )

@@ -23,7 +23,6 @@ from moe_jax.parallel.collectives import (
 )
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import partition_spec
-from tests.tiny_run import quick_jit
 
 # Rows of a device's operand and output, and their width; a run has no more than LONGEST rows.
 SENT, RECEIVED, WIDTH, LONGEST = 12, 40, 3, 4
@@ -127,7 +126,7 @@ def compiled(name):
         own = (argument[0] for argument in arguments)
         return emulated_ragged_all_to_all(*own, axis_name=axes)[None]
 
-    @quick_jit
+    @jax.jit
     def run(operand, output, *runs_and_dy):
         *runs, dy = runs_and_dy
         y, vjp = jax.vjp(lambda *rows: on_devices(*rows, *runs), operand, output)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import MeshConfig, from_config_dict
 from moe_jax.parallel import mesh as mesh_module
 from moe_jax.parallel.mesh import arrange, describe_mesh, make_mesh
 from moe_jax.parallel.rules import named_sharding, num_shards
@@ -52,8 +52,8 @@ def test_a_mesh_without_minus_one_may_leave_devices_unused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"slices": 0}, r"mesh\.slices is at least 1"),
-        ({"slices": -1}, r"mesh\.slices is at least 1"),
+        ({"slices": 0}, r"slices lies in \[1, inf\): slices=0\. Change it"),
+        ({"slices": -1}, r"slices lies in \[1, inf\): slices=-1\."),
         ({"data": 0}, r"at least 1, or -1 for .*: mesh\.data=0, mesh\.fsdp=1"),
         ({"fsdp": -2}, r"at least 1, or -1 .*mesh\.fsdp=-2"),
         ({"expert": 0}, r"at least 1, or -1 .*mesh\.expert=0"),
@@ -67,6 +67,8 @@ def test_a_mesh_without_minus_one_may_leave_devices_unused():
 def test_sizes_that_mean_nothing_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MeshConfig(**settings)
+    with pytest.raises(ValueError, match=rf"^config\.mesh: .*{message}"):
+        from_config_dict({"mesh": settings})
 
 
 @pytest.mark.parametrize(

@@ -7,46 +7,40 @@ import pytest
 
 from moe_jax.config import MeshConfig
 from moe_jax.data import domain_names, heldout_batches, open_tokenizer
-from moe_jax.models import Decoder
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
+from moe_jax.training.loss import call_of
 from moe_jax.training.placement import state_shardings
-from tests.tiny_run import quick_jit, tiny_state, tiny_training
+from tests.tiny_run import DENSE, quick_jit, tiny_moe, tiny_state, tiny_training
 
 FLOAT32 = {"rtol": 1e-5}  # logits of a small model, in float32
 NUM_BATCHES = 5
-BIAS_XE = jnp.array([[0.0, 0.2, 0.0, 0.0], [0.1, 0.0, 0.0, -0.1]])
+BIAS = {"moe": {"bias_E": jnp.array([[0.0, 0.2, 0.0, 0.0], [0.1, 0.0, 0.0, -0.1]])}}
 
 
 def make(eval_factor=0.5, **moe):
-    config = tiny_training({"model": {"moe": {**moe, "capacity": {"eval_factor": eval_factor}}}})
+    config = tiny_training(tiny_moe(**moe, capacity={"eval_factor": eval_factor}))
     return config, tiny_state(config)
 
 
 @pytest.fixture(scope="module")
 def said():
     config, state = make()
-    return evaluate(state.params, BIAS_XE, config, max_batches=NUM_BATCHES)
+    return evaluate(state.params, BIAS, config, max_batches=NUM_BATCHES)
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("dropless", 0.0), ("capacity_limited", 0.5)])
 def test_losses_are_those_of_numpy(said, kind, factor):
     config, state = make()
-    apply = quick_jit(Decoder(config.model).apply, static_argnames="capacity_factor")
+    run = quick_jit(config.model.run)
     sums = dict.fromkeys(domain_names(config.data), np.zeros(3))
     token_bytes_V = open_tokenizer("byte").token_bytes_V
     for batch in heldout_batches(config.data, batch_size=4, max_batches=NUM_BATCHES):
-        output = apply(
-            {"params": state.params},
-            batch["inputs"],
-            batch["positions"],
-            batch["segment_ids"],
-            router_bias_XE=BIAS_XE,
-            capacity_factor=factor,
-        )
+        domain_B = batch.pop("domain")
+        output = run(state.params, call_of(batch, capacity=factor), state=BIAS)
         logits = np.asarray(output.logits_BLV, np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for row, domain in enumerate(batch["domain"]):
+        for row, domain in enumerate(domain_B):
             name = domain_names(config.data)[domain]
             for position, target in enumerate(batch["targets"][row]):
                 weight = batch["loss_weights"][row, position]
@@ -81,7 +75,7 @@ def test_capacity_that_is_tight_shows_and_ample_capacity_does_not(said):
     gap = said["dropless"]["nats_per_token"] - said["capacity_limited"]["nats_per_token"]
     assert abs(gap) > 1e-3
     config, state = make(eval_factor=4.0)  # as many slots as tokens, for each of 4 experts
-    ample = evaluate(state.params, BIAS_XE, config, max_batches=NUM_BATCHES)
+    ample = evaluate(state.params, BIAS, config, max_batches=NUM_BATCHES)
     assert ample["capacity_limited"] == ample["dropless"]
 
 
@@ -97,15 +91,15 @@ def test_shares_of_experts_are_of_every_layer_and_domain(said):
 
 
 def test_a_dense_model_has_neither_a_limit_nor_experts():
-    config, state = make(layer_period=0)
-    said = evaluate(state.params, None, config, max_batches=1)
+    config = tiny_training(DENSE)
+    said = evaluate(tiny_state(config).params, {}, config, max_batches=1)
     assert set(said) == {"dropless", "domain_expert_share"}
     assert said["domain_expert_share"] == {}
 
 
 def test_an_eval_factor_of_zero_is_dropless_only():
     config, state = make(eval_factor=0.0)
-    assert "capacity_limited" not in evaluate(state.params, BIAS_XE, config, max_batches=1)
+    assert "capacity_limited" not in evaluate(state.params, BIAS, config, max_batches=1)
 
 
 def test_sums_by_domain_by_hand():
@@ -113,25 +107,37 @@ def test_sums_by_domain_by_hand():
     assigned_XBE = jnp.array([[[3, 1], [0, 4], [1, 0]]])
     batch = SequenceSums(
         jnp.array([2.0, 4.0, 1.0]), jnp.array([2.0, 4.0, 1.0]), jnp.array([1.0, 4.0, 1.0]),
-        assigned_XBE,
+        {"moe": assigned_XBE},
     )  # fmt: skip
     sums.add(batch, np.array([0, 2, 0]))
     losses = sums.losses()
     assert losses["nats_per_token"] == 1 and losses["tokens"] == 7
     np.testing.assert_allclose(losses["domains"]["a"]["bits_per_byte"], 3 / 2 / np.log(2))
     assert set(losses["domains"]) == {"a", "c"}, "nothing is said of a domain without targets"
-    shares = sums.expert_share((5,))
-    assert shares == {"layer_05": {"a": [0.8, 0.2], "c": [0.0, 1.0]}}
+    by_domain = {"a": [0.8, 0.2], "c": [0.0, 1.0]}
+    assert sums.expert_share({"moe": (5,)}) == {"layer_05": by_domain}
+
+
+def test_shares_of_two_parts_that_route_are_told_apart():
+    """By the layer alone where one of them is in it, else by the part too."""
+    sums = DomainSums(("a",))
+    of_a_batch = jnp.ones(1), jnp.ones(1), jnp.ones(1)
+    assigned = {"small": jnp.array([[[1, 3]], [[1, 0]]]), "large": jnp.array([[[2, 1, 1]]])}
+    sums.add(SequenceSums(*of_a_batch, assigned), np.array([0]))
+    assert sums.expert_share({"small": (0, 1), "large": (1,)}) == {
+        "layer_00": {"a": [0.25, 0.75]},
+        "layer_01_small": {"a": [1.0, 0.0]},
+        "layer_01_large": {"a": [0.5, 0.25, 0.25]},
+    }
 
 
 def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):
     """An evaluation takes as many rows at once as a microbatch has."""
     _, state = make()
     config = tiny_training({
-        "model": {"moe": {"capacity": {"eval_factor": 0.5}}},
-        "training": {"num_microbatches": 2},
+        **tiny_moe(capacity={"eval_factor": 0.5}), "training": {"num_microbatches": 2},
     })  # fmt: skip
-    halves = evaluate(state.params, BIAS_XE, config, max_batches=2 * NUM_BATCHES)
+    halves = evaluate(state.params, BIAS, config, max_batches=2 * NUM_BATCHES)
     for kind in ("dropless", "capacity_limited"):
         np.testing.assert_allclose(
             halves[kind]["nats_per_token"], said[kind]["nats_per_token"], **FLOAT32
@@ -150,7 +156,7 @@ def test_an_evaluation_on_a_mesh_is_that_on_one_device(said, mesh):
     config, state = make()
     mesh = make_mesh(mesh)
     params = jax.device_put(state.params, state_shardings(config, mesh).params)
-    on_mesh = evaluate(params, BIAS_XE, config, mesh=mesh, max_batches=NUM_BATCHES)
+    on_mesh = evaluate(params, BIAS, config, mesh=mesh, max_batches=NUM_BATCHES)
     assert set(on_mesh) == set(said)
     for kind in ("dropless", "capacity_limited"):
         assert on_mesh[kind]["tokens"] == said[kind]["tokens"]

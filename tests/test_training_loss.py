@@ -5,36 +5,50 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.models import Decoder
-from moe_jax.moe.statistics import MoEAux
-from moe_jax.training.loss import Totals, batch_totals, load_balance, partial_loss, target_nats
-from tests.tiny_run import quick_jit, tiny_batch, tiny_config, tiny_state
+from moe_jax.moe.balance import (
+    FlaxformerLoadBalance,
+    HuggingFaceLoadBalance,
+    LoadBalance,
+    SwitchLoadBalance,
+)
+from moe_jax.training.loss import (
+    batch_totals,
+    call_of,
+    partial_loss,
+    replayed_choices,
+    target_nats,
+)
+from tests.tiny_run import DENSE, quick_jit, tiny_batch, tiny_config, tiny_moe, tiny_state
 
 FLOAT32 = {"rtol": 2e-5, "atol": 1e-6}  # sums of some hundred float32 terms, in another order
-NO_AUX = {"load_balance_weight": 0.0, "router_z_loss_weight": 0.0}
+NO_LOSSES = {"losses": {}}
+CONVENTIONS = {
+    "load_balance": LoadBalance,
+    "switch_load_balance": SwitchLoadBalance,
+    "flaxformer_load_balance": FlaxformerLoadBalance,
+    "huggingface_load_balance": HuggingFaceLoadBalance,
+}
 NUM_VALID = 16 + 13 + 0 + 5  # tokens of tiny_batch()
 
 
-def make(balance=None, **moe):
-    config = tiny_config({"model": {"moe": {**moe, "balance": balance or {}}}})
+def make(**moe):
+    config = tiny_config(tiny_moe(**moe))
     return config.model, tiny_state(config)
 
 
-def loss_of(params, batch, model, bias=None):
-    return partial_loss(
-        params, batch, batch_totals(batch), model, router_bias_XE=bias, rng=jax.random.key(1)
-    )
+def loss_of(params, batch, model, state=None):
+    totals = batch_totals(batch)
+    return partial_loss(params, batch, totals, model, model_state=state, rng=jax.random.key(1))
 
 
 def forward(params, batch, model):
     """The same forward pass by the model itself; without noise, training is deterministic."""
-    return Decoder(model).apply(
-        {"params": params},
-        batch["inputs"],
-        batch["positions"],
-        batch["segment_ids"],
-        capacity_factor=model.moe.capacity.train_factor,
-    )
+    return model.run(params, call_of(batch, capacity=model.part["moe"].capacity.train_factor))
+
+
+def router_of(params):
+    """The routers of both layers, [X, M, E]."""
+    return params["stack"]["unit"]["0"]["moe"]["router"]["weight"]
 
 
 def weighted_mean_nats(logits_BLV, batch):
@@ -59,27 +73,31 @@ def test_totals_count_weights_and_valid_tokens():
     totals = batch_totals(batch)
     np.testing.assert_allclose(totals.loss_weight, batch["loss_weights"].sum())
     assert totals.tokens == NUM_VALID
-    assert totals.load_XE is None
+    assert totals.sums is None
 
 
 def test_weights_above_zero_enter_the_gradient():
     """The gradient is that of `ce + sum of weight * term`, with the terms differentiated alone."""
-    weights = {
-        "load_balance_weight": 0.3, "router_z_loss_weight": 0.2, "token_entropy_weight": 0.4,
-        "batch_entropy_weight": 0.7,
-    }  # fmt: skip
-    model, state = make(weights)
+    weights = {"load_balance": 0.3, "router_z": 0.2, "token_entropy": 0.4, "batch_entropy": 0.7}
+    model, state = make(losses={name: {"weight": weight} for name, weight in weights.items()})
     batch = tiny_batch()
 
     def terms(params):
-        logits_BLV, aux = forward(params, batch, model)
-        counts_XE = jnp.sum(aux.assigned_KE, axis=1)
+        logits_BLV, aux, _ = forward(params, batch, model)
+        sums = aux["moe"].sums
+        counts_XE = jnp.sum(sums["assigned_KE"], axis=1)
         share_XE = counts_XE / jnp.sum(counts_XE, axis=1, keepdims=True)
-        balance = jnp.mean(4 * jnp.sum(share_XE * aux.mean_prob_E, axis=1))
-        entropy_X = -jnp.sum(aux.mean_prob_E * jnp.log(aux.mean_prob_E), axis=-1)
+        # Its `prob_sum_E` is without gradient; that of the load-balance loss is not.
+        mean_prob_XE = sums["losses"]["load_balance_loss"]["prob_sum_E"] / NUM_VALID
+        balance = jnp.mean(4 * jnp.sum(share_XE * mean_prob_XE, axis=1))
+        entropy_X = -jnp.sum(mean_prob_XE * jnp.log(mean_prob_XE), axis=-1)
+        means = {
+            name: jnp.mean(sums["losses"][name]["total"]) / NUM_VALID
+            for name in ("router_z_loss", "token_entropy_loss")
+        }
         return (
-            weighted_mean_nats(logits_BLV, batch), balance, jnp.mean(aux.router_z_loss),
-            jnp.mean(aux.router_entropy), jnp.log(4) - jnp.mean(entropy_X),
+            weighted_mean_nats(logits_BLV, batch), balance, means["router_z_loss"],
+            means["token_entropy_loss"], jnp.log(4) - jnp.mean(entropy_X),
         )  # fmt: skip
 
     @quick_jit
@@ -94,8 +112,8 @@ def test_weights_above_zero_enter_the_gradient():
     np.testing.assert_allclose(said.cross_entropy, values[0], **FLOAT32)
     np.testing.assert_allclose(loss, total(*values), **FLOAT32)
     for term in term_grads[1:]:
-        for layer in ("layer_0", "layer_1"):
-            norm = jnp.linalg.norm(term["first"][layer]["moe"]["router"])
+        for router_ME in router_of(term):
+            norm = jnp.linalg.norm(router_ME)
             assert norm > 1e-3, "the comparison would not see the term"
     jax.tree.map(
         lambda g, *of_terms: np.testing.assert_allclose(g, total(*of_terms), **FLOAT32),
@@ -106,12 +124,12 @@ def test_weights_above_zero_enter_the_gradient():
 
 def test_without_balance_losses_the_router_learns_from_the_task_alone():
     """Also with one expert a token, where a renormalised gate would be constant."""
-    model, state = make(NO_AUX, num_selected_experts=1)
+    model, state = make(**NO_LOSSES, num_selected_experts=1)
     function = quick_jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=2)
     (loss, said), grads = function(state.params, tiny_batch(), model)
     assert loss == said.cross_entropy
-    for layer in ("layer_0", "layer_1"):
-        assert jnp.linalg.norm(grads["first"][layer]["moe"]["router"]) > 1e-4
+    for router_ME in router_of(grads):
+        assert jnp.linalg.norm(router_ME) > 1e-4
 
     nothing = jax.tree.map(jnp.zeros_like, tiny_batch())
     (loss, _), grads = function(state.params, nothing, model)
@@ -121,31 +139,45 @@ def test_without_balance_losses_the_router_learns_from_the_task_alone():
 
 def test_the_loss_of_a_predictor_enters_with_its_weight():
     router = {"kind": "expert_choice", "predictor_loss_weight": 0.5}
-    model, state = make(NO_AUX, router=router, allow_noncausal_routing=True)
+    settings = tiny_moe(**NO_LOSSES, router=router)
+    settings["model"]["stack"] = {"allow_lookahead": True}
+    config = tiny_config(settings)
+    model, state = config.model, tiny_state(config)
     loss, said = quick_jit(loss_of, static_argnums=2)(state.params, tiny_batch(), model)
-    assert np.all(said.aux.predictor_loss > 0.1)
-    extra = 0.5 * np.mean(said.aux.predictor_loss)
-    np.testing.assert_allclose(loss, said.cross_entropy + extra, **FLOAT32)
+    # The router's own loss is weighted where it is made.
+    router_loss_X = said.aux["moe"].sums["router_loss"] / NUM_VALID
+    assert np.all(router_loss_X > 0.5 * 0.1)
+    np.testing.assert_allclose(loss, said.cross_entropy + np.mean(router_loss_X), **FLOAT32)
+
+    settings["model"]["parts"]["moe"]["router"]["predictor_loss_weight"] = 1.0
+    model = tiny_config(settings).model
+    _, twice = quick_jit(loss_of, static_argnums=2)(state.params, tiny_batch(), model)
+    twice_X = twice.aux["moe"].sums["router_loss"] / NUM_VALID
+    np.testing.assert_allclose(twice_X, 2 * router_loss_X, **FLOAT32)
 
 
 def test_a_dense_model_has_its_cross_entropy_only():
-    config = tiny_config({"model": {"moe": {"layer_period": 0}}})
+    config = tiny_config(DENSE)
     function = quick_jit(loss_of, static_argnums=2)
     loss, said = function(tiny_state(config).params, tiny_batch(), config.model)
-    assert loss == said.cross_entropy and said.aux is None
+    assert loss == said.cross_entropy and said.aux == {}
 
 
 def test_a_uniform_router_costs_the_weight_times_1():
     """K in the conventions that count all K choices; here K = 2."""
-    at_uniform = {"megatron": 1.0, "switch": 1.0, "flaxformer": 2.0, "huggingface": 2.0}
+    at_uniform = dict(zip(CONVENTIONS, (1.0, 1.0, 2.0, 2.0), strict=True))
     models = {}
     for convention in at_uniform:
-        for scope in ("group", "global") if convention != "huggingface" else ("global",):
-            balance = {"load_balance_scope": scope, "load_balance_convention": convention}
-            model, state = make({"load_balance_weight": 0.5, **balance}, group_size=8)
+        pooled = convention == "huggingface_load_balance"
+        for scope in ("global",) if pooled else ("group", "global"):
+            losses = {convention: {"weight": 0.5, "scope": scope}, "router_z": {}}
+            model, state = make(losses=losses, group_size=8)
             models[convention, scope] = model
     params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.zeros_like(leaf) if path[-1].key == "router" else leaf, state.params
+        lambda path, leaf: (
+            jnp.zeros_like(leaf) if "'router'" in jax.tree_util.keystr(path) else leaf
+        ),
+        state.params,
     )
 
     @quick_jit
@@ -161,46 +193,86 @@ def test_a_uniform_router_costs_the_weight_times_1():
         np.testing.assert_allclose(value, expected, rtol=1e-5, err_msg=name)
 
 
-def made_up_aux(assigned_XKE, prob_XE):
+def made_up_sums(counted_XKE, prob_XE):
     """What layers would say of four tokens."""
-    said = dict.fromkeys(MoEAux._fields, jnp.zeros(len(prob_XE)))
-    said["balanced_KE"], said["mean_prob_E"] = jnp.array(assigned_XKE), jnp.array(prob_XE)
-    return MoEAux(**said | {"num_tokens": jnp.full(len(prob_XE), 4)})
+    return {"counted_KE": jnp.array(counted_XKE), "prob_sum_E": 4 * jnp.array(prob_XE)}
 
 
 def test_huggingface_pools_over_layers_and_the_others_do_not():
     """Two layers that collapse on different experts look balanced when they are pooled."""
-    totals = Totals(jnp.float32(1), jnp.float32(4))
-    opposite = made_up_aux([[[4, 0]], [[0, 4]]], [[1.0, 0.0], [0.0, 1.0]])
+    opposite = made_up_sums([[[4, 0]], [[0, 4]]], [[1.0, 0.0], [0.0, 1.0]])
     # By layer (2 * 1 + 1) / 2; pooled 2 * (0.75 * 0.75 + 0.25 * 0.25).
-    uneven = made_up_aux([[[4, 0]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5]])
-    for aux, by_layer, pooled in ((opposite, 2, 1), (uneven, 1.5, 1.25)):
-        values = {}
-        for convention in ("megatron", "switch", "flaxformer", "huggingface"):
-            moe = {"num_experts": 2, "num_selected_experts": 1}
-            model, _ = make({"load_balance_convention": convention}, **moe)
-            values[convention] = float(load_balance(aux, model, totals))
-        assert values.pop("huggingface") == pooled
+    uneven = made_up_sums([[[4, 0]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5]])
+    for sums, by_layer, pooled in ((opposite, 2, 1), (uneven, 1.5, 1.25)):
+        values = {
+            name: float(convention(weight=1.0).loss(sums, jnp.float32(4), sums))
+            for name, convention in CONVENTIONS.items()
+        }
+        assert values.pop("huggingface_load_balance") == pooled
         assert set(values.values()) == {by_layer}
 
 
-def test_scope_global_takes_the_load_of_the_whole_batch_when_it_is_given():
-    aux = made_up_aux([[[4, 0]], [[4, 0]]], [[0.75, 0.25], [0.5, 0.5]])
-    model, _ = make(num_experts=2, num_selected_experts=1)
-    load_XE = jnp.array([[0.5, 0.5], [0.25, 0.75]])
-    totals = Totals(jnp.float32(1), jnp.float32(4), load_XE)
+def test_scope_global_takes_the_load_of_the_whole_batch():
+    sums = made_up_sums([[[4, 0]], [[4, 0]]], [[0.75, 0.25], [0.5, 0.5]])
+    batch = made_up_sums([[[4, 4]], [[2, 6]]], [[0.0, 0.0], [0.0, 0.0]])
+    loss = LoadBalance(weight=1.0)
     # Layer 0: 2 * (0.5 * 0.75 + 0.5 * 0.25) = 1; layer 1: 2 * 0.5 = 1. Its own load: 1.5 and 1.
-    assert float(load_balance(aux, model, totals)) == 1.0
-    assert float(load_balance(aux, model, totals._replace(load_XE=None))) == 1.25
+    assert float(loss.loss(sums, jnp.float32(4), batch)) == 1.0
+    assert float(loss.loss(sums, jnp.float32(4), sums)) == 1.25
+
+
+def test_the_loss_of_a_part_of_a_batch_goes_by_the_sums_of_the_batch_when_they_are_given():
+    model, state = make(losses={"load_balance": {"weight": 1.0}})
+    batch = tiny_batch()
+
+    @quick_jit
+    def losses(params):
+        _, said = loss_of(params, batch, model)
+        own = {name: aux.sums for name, aux in said.aux.items()}
+        evened = jax.tree.map(jnp.ones_like, own)  # every expert has the same load
+        totals = batch_totals(batch)
+        return said, [
+            partial_loss(
+                params, batch, totals._replace(sums=sums), model,
+                model_state={}, rng=jax.random.key(1),
+            )[0]
+            for sums in (None, own, evened)
+        ]  # fmt: skip
+
+    said, (alone, with_own, with_evened) = losses(state.params)
+    assert alone == with_own
+    assert said.cross_entropy + 1.04 < alone
+    np.testing.assert_allclose(with_evened, said.cross_entropy + 1, **FLOAT32)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_the_selection_bias_steers_each_layer(scan_layers):
-    moe = {"num_selected_experts": 1}
-    config = tiny_config({"model": {"scan_layers": scan_layers, "moe": moe}})
-    bias_XE = 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)
+    settings = tiny_moe(num_selected_experts=1, bias="sign")
+    settings["model"]["scan_layers"] = scan_layers
+    config = tiny_config(settings)
+    state = {"moe": {"bias_E": 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)}}
     function = quick_jit(loss_of, static_argnums=2)
-    _, said = function(tiny_state(config).params, tiny_batch(), config.model, bias_XE)
+    _, said = function(tiny_state(config).params, tiny_batch(), config.model, state)
     np.testing.assert_array_equal(
-        said.aux.assigned_KE[:, 0], [[0, NUM_VALID, 0, 0], [0, 0, 0, NUM_VALID]]
+        said.aux["moe"].sums["assigned_KE"][:, 0], [[0, NUM_VALID, 0, 0], [0, 0, 0, NUM_VALID]]
     )
+
+
+def test_choices_to_replay_are_read_by_part_and_cut_by_sequences():
+    random = np.random.default_rng(0)
+    index_BLXK = jnp.asarray(random.integers(0, 4, (4, 16, 2, 2)), jnp.int32)
+    chosen_BLXK = jnp.asarray(random.integers(0, 2, (4, 16, 2, 2)), jnp.bool_)
+    batch = tiny_batch()
+    assert replayed_choices(batch) == {}
+    batch |= {
+        "replay/moe/expert_index": index_BLXK,
+        "replay/moe/chosen": chosen_BLXK,
+        "replay/other/expert_index": index_BLXK[:, :, :1],
+    }
+    replay = replayed_choices({name: value[:2] for name, value in batch.items()})
+    assert set(replay) == {"moe", "other"}
+    for layer in range(2):
+        np.testing.assert_array_equal(replay["moe"].expert_index[layer], index_BLXK[:2, :, layer])
+        np.testing.assert_array_equal(replay["moe"].chosen[layer], chosen_BLXK[:2, :, layer])
+    assert replay["other"].expert_index.shape == (1, 2, 16, 2)
+    assert np.all(replay["other"].chosen), "without a field, all choices count"

@@ -122,7 +122,10 @@ def test_run_files_keep_earlier_sessions(tmp_path):
     config = ExperimentConfig(name="one")
     facts = {"parameters": {"total": 10, "active": 4}}
     write_run_record(tmp_path, config, facts=facts)
-    assert json.loads((tmp_path / "config.json").read_text())["model"]["moe"]["num_experts"] == 8
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["model"]["parts"]["moe"]["num_experts"]
+        == 8
+    )
     assert json.loads((tmp_path / "run.json").read_text())["parameters"]["active"] == 4
 
     write_run_record(tmp_path, config, start_step=50)

@@ -1,7 +1,9 @@
 """Schedules by value, which parameters decay, and the optimizers against optax."""
 
+import dataclasses
 import functools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.config import OptimizerConfig
-from moe_jax.training.optimizers import (
-    decay_mask,
-    learning_rate_schedule,
-    make_optimizer,
-    per_parameter,
-)
+from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.parameters import ParameterSpec, init_parameters, normal_init
+from moe_jax.part import Part
+from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer, per_parameter
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 FLOAT32 = {"rtol": 1e-6, "atol": 1e-9}  # the same operations, fused otherwise
@@ -26,6 +27,18 @@ def adamw(**settings):
     return OptimizerConfig(
         **{"learning_rate": PEAK, "schedule": "constant", "warmup_steps": 0, **settings}
     )
+
+
+def spec(shape, decays, num_stacked=0):
+    axes = (None,) * len(shape)
+    return ParameterSpec(shape, axes, normal_init(1.0), "test", decays, num_stacked)
+
+
+def optimizer_of(settings, specs):
+    """The optimizer of a run of ten steps of a model with these parameters."""
+    model = types.SimpleNamespace(specs=lambda: specs)
+    training = TrainingConfig(num_steps=10)
+    return make_optimizer(types.SimpleNamespace(optimizer=settings, model=model, training=training))
 
 
 @pytest.mark.parametrize(
@@ -50,61 +63,129 @@ def test_schedules(schedule, warmup, expected):
 
 
 EVERYTHING = {
-    "num_layers": 3,
-    "attention_bias": True,
-    "ffn_bias": True,
-    "qk_norm": True,
-    "norm": "layernorm",
     "tie_embeddings": False,
-    "activation": "swiglu",
-    "moe": {
-        "layer_period": 2,
-        "activation": "swiglu",
-        "use_bias": True,
-        "num_shared_experts": 1,
-        "shared_expert_gate": True,
+    "norm": "layernorm",
+    "parts": {
+        "attention": {"qkv_bias": True, "output_bias": True, "qk_norm": True},
+        "mlp": {"kind": "mlp", "dim": 32, "activation": "swiglu", "use_bias": True},
+        "moe": {
+            "activation": "swiglu", "use_bias": True,
+            "shared_expert_dim": 32, "shared_expert_gate": True,
+        },
     },
-}
+    "stack": {
+        "first": [["attention", "mlp"]], "unit": [["attention", "moe"]], "repeats": 3,
+        "last": [["attention", "moe"]],
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_matrices_decay_and_norms_biases_and_embeddings_do_not(scan_layers):
-    """A decoder with every kind of parameter; with three layers alike a scan stacks them."""
-    moe = EVERYTHING["moe"] | ({"layer_period": 1} if scan_layers else {})
-    config = tiny_config({"model": EVERYTHING | {"scan_layers": scan_layers, "moe": moe}})
-    params = tiny_state(config).params
+def decayed(config, params):
+    """By parameter, whether a step without a gradient changes it."""
+    optimizer = make_optimizer(config)
+
+    @quick_jit
+    def update(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optimizer.update(zeros, optimizer.init(params), params)[0]
+
+    return {
+        tuple(entry.key for entry in path): bool(np.any(leaf))
+        for path, leaf in jax.tree.leaves_with_path(update(params))
+    }
+
+
+def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
+    """A model with every kind of parameter, in layers that are repeated and in others."""
+    config = tiny_config({"model": EVERYTHING})
     names = {True: set(), False: set()}
-    for path, decays in jax.tree.leaves_with_path(decay_mask(params)):
-        names[decays].add("/".join(entry.key for entry in path[-2:]))
+    for path, decays in decayed(config, tiny_state(config).params).items():
+        names[decays].add("/".join(path[-2:]))
     matrices = {f"attention/w{x}" for x in "qkvo"} | {
-        "head", "moe/router", "moe/wi", "moe/wg", "moe/wo",
-        "moe/shared_wi", "moe/shared_wg", "moe/shared_wo", "moe/shared_gate",
+        "head", "router/weight", "experts/wi", "experts/wg", "experts/wo",
+        "shared/wi", "shared/wg", "shared/wo", "shared/gate", "mlp/wi", "mlp/wg", "mlp/wo",
     }  # fmt: skip
     others = {f"attention/b{x}" for x in "qkvo"} | {
-        "embedding", "moe/bi", "moe/bg", "moe/bo",
-        "moe/shared_bi", "moe/shared_bg", "moe/shared_bo",
+        "embedding", "experts/bi", "experts/bg", "experts/bo",
+        "shared/bi", "shared/bg", "shared/bo", "mlp/bi", "mlp/bg", "mlp/bo",
     }  # fmt: skip
-    norms = ("attention_norm", "ffn_norm", "final_norm")
+    norms = ("attention_norm", "mlp_norm", "moe_norm", "final_norm")
     others |= {f"{norm}/{name}" for norm in norms for name in ("scale", "bias")}
     others |= {"q_norm/scale", "k_norm/scale"}
-    if not scan_layers:
-        matrices |= {"ffn/wi", "ffn/wg", "ffn/wo"}
-        others |= {"ffn/bi", "ffn/bg", "ffn/bo"}
     assert names == {True: matrices, False: others}
 
 
-def is_shape(node):
-    return isinstance(node, tuple)
+@dataclasses.dataclass(frozen=True)
+class Mixer(Part):
+    """A part of a user's, whose parameters have names that mean something else elsewhere."""
+
+    def specs(self, dims):
+        matrix, stacked = (dims.model_dim, 3), (5, dims.model_dim, 3)
+        return {
+            "router_mlp": spec(matrix, decays=True),
+            "norm": spec(matrix, decays=True),
+            "embedding": spec(stacked, decays=True, num_stacked=1),
+            "wi": spec(matrix, decays=False),
+        }
+
+    def looks_ahead(self, training):
+        return False
+
+    def apply(self, params, x_BLM, call, own):
+        return x_BLM, None, None
+
+
+def mixers(**optimizer):
+    stack = StackLayout(first=(("mixer",),), unit=(("mixer",),), repeats=2)
+    model = LanguageModel(model_dim=4, parts={"mixer": Mixer()}, stack=stack)
+    return ExperimentConfig(model=model, optimizer=adamw(**optimizer))
+
+
+def test_what_decays_is_what_the_specs_say_whatever_its_name():
+    config = mixers()
+    params = init_parameters(jax.random.key(0), config.model.specs())
+    of_mixers = {
+        path[1:]: decays
+        for path, decays in decayed(config, params).items()
+        if path[-2:-1] == ("mixer",)
+    }
+    assert of_mixers == {
+        (segment, "0", "mixer", name): name != "wi"
+        for segment in ("first", "unit")
+        for name in ("router_mlp", "norm", "embedding", "wi")
+    }
+
+
+def test_what_is_stacked_is_what_the_specs_say():
+    """Five matrices in one array are five parameters, and so are those of each repeated layer."""
+    config = mixers(name="adafactor", weight_decay=0.0, clip_norm=0.0)
+    params = init_parameters(jax.random.key(0), config.model.specs())
+    optimizer = make_optimizer(config)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    dims = {"router_mlp": 0, "norm": 0, "embedding": 1, "wi": 0}
+    for segment, layers in (("first", 0), ("unit", 1)):
+        for name, own in dims.items():
+            update = np.asarray(updates["stack"][segment]["0"]["mixer"][name])
+            param = np.asarray(params["stack"][segment]["0"]["mixer"][name])
+            for index in np.ndindex(param.shape[: layers + own]):
+                # The gradient over its root mean square is 1; the step is relative to the scale.
+                rms = math.sqrt(np.mean(np.square(param[index])))
+                np.testing.assert_allclose(update[index], -PEAK * rms, rtol=1e-4, err_msg=name)
 
 
 def some_params():
     rng = np.random.default_rng(0)
-    shapes = {"embedding": (5, 3), "ffn": {"wi": (3, 4), "bi": (4,)}, "norm": {"scale": (3,)}}
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
-        shapes,
-        is_leaf=is_shape,
+        lambda one: jnp.asarray(rng.normal(size=one.shape), jnp.float32), SOME_SPECS
     )
+
+
+SOME_SPECS = {
+    "embedding": spec((5, 3), decays=False),
+    "ffn": {"wi": spec((3, 4), decays=True), "bi": spec((4,), decays=False)},
+    "norm": {"scale": spec((3,), decays=False)},
+}
 
 
 @functools.partial(quick_jit, static_argnums=(0, 2))
@@ -128,14 +209,14 @@ def test_adamw_is_optax_adamw():
         learning_rate_schedule(config, 10), b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.3, mask=mask
     )
     params = some_params()
-    got, expected = train(make_optimizer(config, 10), params), train(reference, params)
+    got, expected = train(optimizer_of(config, SOME_SPECS), params), train(reference, params)
     assert jnp.any(got["ffn"]["wi"] != params["ffn"]["wi"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), got, expected)
 
 
 def test_decay_is_the_weight_times_rate_and_parameter():
     """With no gradient, a step multiplies a matrix by 1 - rate * weight_decay."""
-    optimizer = make_optimizer(adamw(learning_rate=0.1, weight_decay=0.5), 10)
+    optimizer = optimizer_of(adamw(learning_rate=0.1, weight_decay=0.5), SOME_SPECS)
     params = some_params()
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -148,8 +229,9 @@ def test_decay_is_the_weight_times_rate_and_parameter():
 @pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, 1 / 13), (13.0, 1), (20.0, 1), (0.0, 1)])
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, scale):
     """Norm 13 over two arrays. Epsilon is huge, so that Adam is linear in the gradient."""
-    optimizer = make_optimizer(
-        adamw(learning_rate=1.0, clip_norm=clip_norm, epsilon=1e6, weight_decay=0.0), 10
+    optimizer = optimizer_of(
+        adamw(learning_rate=1.0, clip_norm=clip_norm, epsilon=1e6, weight_decay=0.0),
+        {"wa": spec((2,), decays=True), "wb": spec((1,), decays=True)},
     )
     params = {"wa": jnp.zeros(2), "wb": jnp.zeros(1)}
     grads = {"wa": jnp.array([3.0, 4.0]), "wb": jnp.array([12.0])}
@@ -163,7 +245,7 @@ def test_adafactor_is_optax_adafactor_on_one_matrix():
     rng = np.random.default_rng(0)
     params = {"wi": jnp.asarray(rng.normal(size=(128, 130)), jnp.float32)}
     config = adamw(name="adafactor", learning_rate=0.01, clip_norm=0.0, weight_decay=0.0)
-    optimizer = make_optimizer(config, 10)
+    optimizer = optimizer_of(config, {"wi": spec((128, 130), decays=True)})
     reference = optax.adafactor(0.01, multiply_by_parameter_scale=True)
     factored = [leaf.size for leaf in jax.tree.leaves(optimizer.init(params))]
     assert max(factored) == 130, "the second moments are a row and a column"
@@ -172,56 +254,71 @@ def test_adafactor_is_optax_adafactor_on_one_matrix():
 
 
 def test_stacked_parameters_are_transformed_one_by_one():
-    """Experts of scanned layers; their biases, which have two dims; norms of scanned layers."""
+    """Experts of repeated layers; their biases, which have two dims; norms of repeated layers."""
     rng = np.random.default_rng(0)
-    shapes = {
-        "first": {"moe": {"wi": (2, 3, 4), "bi": (2, 4), "router": (3, 2), "shared_bi": (4,)}},
-        "repeated": {
-            "moe": {"wi": (5, 2, 3, 4), "bi": (5, 2, 4), "router": (5, 3, 2), "shared_bi": (5, 4)},
-            "ffn_norm": {"scale": (5, 3)},
+    stacked = {
+        "first": {
+            "experts": {"wi": ((2, 3, 4), 1), "bi": ((2, 4), 1)},
+            "router": {"weight": ((3, 2), 0)},
+            "shared": {"bi": ((4,), 0)},
+        },
+        "unit": {
+            "experts": {"wi": ((5, 2, 3, 4), 2), "bi": ((5, 2, 4), 2)},
+            "router": {"weight": ((5, 3, 2), 1)},
+            "shared": {"bi": ((5, 4), 1)},
+            "moe_norm": {"scale": ((5, 3), 1)},
         },
     }
-    stacked = {"wi": 1, "bi": 1}  # dims of experts
+
+    def is_pair(node):
+        return isinstance(node, tuple)
+
+    counts = jax.tree.map(lambda pair: pair[1], stacked, is_leaf=is_pair)
     params = jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32), shapes, is_leaf=is_shape
+        lambda pair: jnp.asarray(rng.normal(size=pair[0]), jnp.float32), stacked, is_leaf=is_pair
     )
     # It knows one array from another: the root mean square of the whole parameter.
     transform = optax.scale_by_param_block_rms()
-    wrapped = per_parameter(transform)
+    wrapped = per_parameter(transform, counts)
     grads = jax.tree.map(jnp.ones_like, params)
     got, _ = wrapped.update(grads, wrapped.init(params), params)
-    for path, update in jax.tree.leaves_with_path(got):
-        names = [entry.key for entry in path]
-        dims = (names[0] == "repeated") + stacked.get(names[-1], 0)
-        param = params
-        for name in names:
-            param = param[name]
-        for index in np.ndindex(param.shape[:dims]):
+    leaves = zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(params), jax.tree.leaves(counts),
+        strict=True,
+    )  # fmt: skip
+    for (path, update), param, count in leaves:
+        for index in np.ndindex(param.shape[:count]):
             rms = math.sqrt(np.mean(np.square(param[index])))
-            np.testing.assert_allclose(update[index], rms, rtol=1e-5, err_msg=str(names))
+            np.testing.assert_allclose(update[index], rms, rtol=1e-5, err_msg=str(path))
 
 
-def test_adafactor_trains_scanned_layers_like_layers_one_by_one():
+def test_adafactor_trains_repeated_layers_like_layers_one_by_one():
     """Every parameter, norms and biases of experts included."""
+    layer = ["attention", "moe"]
     model = {
-        "num_layers": 2, "model_dim": 128, "attention_bias": True,
-        "moe": {"num_experts": 2, "expert_dim": 136, "use_bias": True},
-    }  # fmt: skip
-    plain = tiny_config({"model": model})
-    params = dict(tiny_state(plain).params)
-    optimizer = make_optimizer(
-        adamw(name="adafactor", learning_rate=0.01, clip_norm=0.0), num_steps=10
-    )
+        "model_dim": 128,
+        "parts": {
+            "attention": {"qkv_bias": True, "output_bias": True},
+            "moe": {"num_experts": 2, "expert_dim": 136, "use_bias": True},
+        },
+    }
+    optimizer = {"name": "adafactor", "learning_rate": 0.01, "clip_norm": 0.0}
+    settings = {"model": model, "optimizer": optimizer, "training": {"num_steps": 10}}
 
-    def scan(tree):
-        layers = tree["first"].values()
-        stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), *layers)
-        rest = {name: value for name, value in tree.items() if name != "first"}
-        return rest | {"repeated": {"layer_0": stacked}}
+    def in_stack(**stack):
+        return tiny_config(settings | {"model": model | {"stack": stack}})
 
-    scanned = tiny_config({"model": model | {"scan_layers": True}})
-    abstract = jax.eval_shape(lambda: tiny_state(scanned).params)
-    assert jax.tree.structure(scan(params)) == jax.tree.structure(abstract)
-    expected = scan(train(optimizer, params, 2))
-    got = train(optimizer, scan(params), 2)
+    plain = in_stack(first=[layer, layer], unit=[], repeats=0)
+    repeated = in_stack(unit=[layer], repeats=2)
+    params = tiny_state(plain).params
+
+    def stack(tree):
+        layers = tree["stack"]["first"]
+        unit = {"0": jax.tree.map(lambda a, b: jnp.stack([a, b]), layers["0"], layers["1"])}
+        return tree | {"stack": {"first": {}, "unit": unit, "last": {}}}
+
+    abstract = jax.eval_shape(lambda: tiny_state(repeated).params)
+    assert jax.tree.structure(stack(params)) == jax.tree.structure(abstract)
+    expected = stack(train(make_optimizer(plain), params, 2))
+    got = train(make_optimizer(repeated), stack(params), 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)

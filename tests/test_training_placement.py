@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.models.parameters import key_path, parameter_axes
+from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
+from moe_jax.parameters import Weight
 from moe_jax.training.placement import (
     axes_of_moment,
     compiler_options,
@@ -19,10 +20,10 @@ from moe_jax.training.placement import (
     state_shardings,
 )
 from moe_jax.training.state import init_state
-from tests.tiny_run import tiny_config
+from tests.tiny_run import tiny_config, tiny_moe
 
-# A parameter by its module (or, of a norm, its kind) and name. Vectors that are added along the
-# model dim lie as it does; norms, and the router's experts, are on every device.
+# A parameter by its part (or, of a norm, its kind) and name. Vectors that are added along the model
+# dim lie as it does; norms, and the router's experts, are on every device.
 AXES = {
     ("", "embedding"): ("vocab", "model"),
     ("", "head"): ("model", "vocab"),
@@ -36,74 +37,80 @@ AXES = {
     ("attention", "bk"): ("heads",),
     ("attention", "bv"): ("heads",),
     ("attention", "bo"): ("model",),
-    ("ffn", "wi"): ("model", "hidden"),
-    ("ffn", "wg"): ("model", "hidden"),
-    ("ffn", "wo"): ("hidden", "model"),
-    ("ffn", "bi"): ("hidden",),
-    ("ffn", "bg"): ("hidden",),
-    ("ffn", "bo"): ("model",),
-    ("moe", "router"): ("model", None),
-    ("moe", "wi"): ("expert", "model", "hidden"),
-    ("moe", "wg"): ("expert", "model", "hidden"),
-    ("moe", "wo"): ("expert", "hidden", "model"),
-    ("moe", "bi"): ("expert", "hidden"),
-    ("moe", "bg"): ("expert", "hidden"),
-    ("moe", "bo"): ("expert", "model"),
-    ("moe", "shared_wi"): ("model", "hidden"),
-    ("moe", "shared_wg"): ("model", "hidden"),
-    ("moe", "shared_wo"): ("hidden", "model"),
-    ("moe", "shared_bi"): ("hidden",),
-    ("moe", "shared_bg"): ("hidden",),
-    ("moe", "shared_bo"): ("model",),
-    ("moe", "shared_gate"): ("model", None),
-}
-EVERYTHING = {
-    "model": {
-        "num_layers": 4,
-        "tie_embeddings": False,
-        "attention_bias": True,
-        "ffn_bias": True,
-        "qk_norm": True,
-        "norm": "layernorm",
-        "activation": "swiglu",
-        "moe": {
-            "num_dense_first": 1,
-            "activation": "geglu",
-            "use_bias": True,
-            "num_shared_experts": 2,
-            "shared_expert_gate": True,
-            "balance": {"bias_update_rate": 0.1},
-        },
-    }
+    ("mlp", "wi"): ("model", "hidden"),
+    ("mlp", "wg"): ("model", "hidden"),
+    ("mlp", "wo"): ("hidden", "model"),
+    ("mlp", "bi"): ("hidden",),
+    ("mlp", "bg"): ("hidden",),
+    ("mlp", "bo"): ("model",),
+    ("router", "weight"): ("model", None),
+    ("experts", "wi"): ("expert", "model", "hidden"),
+    ("experts", "wg"): ("expert", "model", "hidden"),
+    ("experts", "wo"): ("expert", "hidden", "model"),
+    ("experts", "bi"): ("expert", "hidden"),
+    ("experts", "bg"): ("expert", "hidden"),
+    ("experts", "bo"): ("expert", "model"),
+    ("shared", "wi"): ("model", "hidden"),
+    ("shared", "wg"): ("model", "hidden"),
+    ("shared", "wo"): ("hidden", "model"),
+    ("shared", "bi"): ("hidden",),
+    ("shared", "bg"): ("hidden",),
+    ("shared", "bo"): ("model",),
+    ("shared", "gate"): ("model", None),
 }
 MIXED = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 
 
-def everything(scan_layers=True, **sections):
-    settings = {"model": EVERYTHING["model"] | {"scan_layers": scan_layers}}
-    return tiny_config(settings | sections)
+def everything(head_dim=8, hidden_dim=32, **changed):
+    """One dense and three MoE layers with every kind of parameter."""
+    parts = {
+        "attention": {
+            "head_dim": head_dim, "qkv_bias": True, "output_bias": True, "qk_norm": True,
+        },
+        "mlp": {"kind": "mlp", "dim": hidden_dim, "activation": "swiglu", "use_bias": True},
+        "moe": {
+            "expert_dim": hidden_dim, "activation": "geglu", "use_bias": True,
+            "shared_expert_dim": 2 * hidden_dim, "shared_expert_gate": True,
+            "bias": {"kind": "sign", "rate": 0.1},
+        },
+    }  # fmt: skip
+    model = {
+        "model_dim": changed.pop("model_dim", 16),
+        "tie_embeddings": False,
+        "norm": "layernorm",
+        "parts": parts,
+        "stack": {"first": [["attention", "mlp"]], "unit": [["attention", "moe"]], "repeats": 3},
+    }
+    return tiny_config({"model": model, **changed})
 
 
 def abstract_state(config):
     return jax.eval_shape(functools.partial(init_state, config))
 
 
+def keys_of(path):
+    """The keys of dicts in a path: those of a parameter, in a moment of it too."""
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
 def axes_by_hand(path):
     """The names of a parameter's dims, and the row of the table."""
-    module = path[-2] if len(path) > 1 else ""
-    row = ("norm" if module.endswith("norm") else module, path[-1])
-    scanned = (None,) if "repeated" in path else ()
-    return scanned + AXES[row], row
+    part = path[-2] if len(path) > 1 else ""
+    row = ("norm" if part.endswith("norm") else part, path[-1])
+    stacked = (None,) if "unit" in path else ()
+    return stacked + AXES[row], row
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-def test_the_axes_of_every_parameter(scan_layers):
-    config = everything(scan_layers)
+def test_the_axes_of_every_parameter():
+    config = everything()
     seen = set()
-    for path, leaf in jax.tree.leaves_with_path(abstract_state(config).params):
-        expected, row = axes_by_hand(key_path(path))
-        assert parameter_axes(key_path(path), config.model) == expected, path
+    abstract = jax.tree.leaves(abstract_state(config).params)
+    specs = jax.tree.leaves_with_path(config.model.specs())
+    for (path, spec), leaf in zip(specs, abstract, strict=True):
+        expected, row = axes_by_hand(keys_of(path))
+        assert spec.axes == expected, path
         assert len(expected) == leaf.ndim, path
+        assert (spec.shape, spec.dtype) == (leaf.shape, leaf.dtype), path
         seen.add(row)
     assert seen == set(AXES)
 
@@ -115,38 +122,88 @@ def test_parameters_lie_as_the_table_says_and_adams_moments_with_them():
     for tree in (placed.params, adam.mu, adam.nu):
         assert jax.tree.structure(tree) == jax.tree.structure(placed.params)
         for path, sharding in jax.tree.leaves_with_path(tree):
-            expected, _ = axes_by_hand(key_path(path))
+            expected, _ = axes_by_hand(keys_of(path))
             assert sharding == named_sharding(expected, mesh), path
     # In numbers, for one of them: layers, half the experts, half of M, half of H.
-    wi = placed.params["repeated"]["layer_0"]["moe"]["wi"]
+    wi = placed.params["stack"]["unit"]["0"]["moe"]["experts"]["wi"]
     assert wi.shard_shape((3, 4, 16, 32)) == (3, 2, 8, 16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank(Weight):
+    """base + a b."""
+
+    base: object
+    a: object
+    b: object
+
+
+class LowRankModel(LanguageModel):
+    """A model whose matrices of attention are `LowRank`."""
+
+    def specs(self):
+        def wrap(spec):
+            if spec.component != "attention" or not spec.decays:
+                return spec
+            *stacked, inward, outward = zip(spec.shape, spec.axes, strict=True)
+
+            def factor(*dims):
+                shape, axes = zip(*stacked, *dims, strict=True)
+                return dataclasses.replace(spec, shape=shape, axes=axes)
+
+            return LowRank(spec, factor(inward, (2, None)), factor((2, None), outward))
+
+        return jax.tree.map(wrap, super().specs())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_moments_of_the_arrays_of_a_weight_lie_with_their_arrays(optimizer):
+    config, mesh = everything(optimizer={"name": optimizer}), make_mesh(MIXED)
+    fields = {
+        field.name: getattr(config.model, field.name) for field in dataclasses.fields(LanguageModel)
+    }
+    config = dataclasses.replace(config, model=LowRankModel(**fields))
+    placed = state_shardings(config, mesh)
+    wq = placed.params["stack"]["unit"]["0"]["attention"]["wq"]
+    expected = LowRank(
+        named_sharding((None, "model", "heads"), mesh),
+        named_sharding((None, "model", None), mesh),
+        named_sharding((None, None, "heads"), mesh),
+    )
+    assert wq == expected
+    found = 0
+    moments = jax.tree.leaves_with_path(placed.opt_state)
+    sizes = jax.tree.leaves(abstract_state(config).opt_state)
+    for (path, sharding), leaf in zip(moments, sizes, strict=True):
+        keys, names = keys_of(path), [getattr(entry, "name", "") for entry in path]
+        of_wq = keys[1:] == ("unit", "0", "attention", "wq")
+        if of_wq and ("v" in names or "mu" in names or "nu" in names):
+            (array,) = {"base", "a", "b"} & set(names)
+            assert sharding.is_equivalent_to(getattr(expected, array), leaf.ndim), path
+            found += 1
+    assert found == {"adamw": 6, "adafactor": 3}[optimizer]
 
 
 def test_the_rest_of_the_state_is_on_every_device():
     placed = state_shardings(everything(), make_mesh(MIXED))
-    rest = (placed.step, placed.router_bias_XE, placed.key_data, placed.opt_state[1].count)
+    bias_XE = placed.model_state["moe"]["bias_E"]
+    rest = (placed.step, bias_XE, placed.key_data, placed.opt_state[1].count)
     assert all(sharding.is_fully_replicated for sharding in rest)
 
 
 def test_adafactors_factored_moments_lie_with_the_dims_that_they_keep():
     """Every kind of dim has a size of its own, large enough to be factored, that tells it."""
     sizes = {128: "model", 160: "heads", 256: "hidden", 512: "hidden", 384: "vocab", 4: "expert"}
-    config = everything(optimizer={"name": "adafactor"})
-    model = dataclasses.replace(
-        config.model,
-        model_dim=128,
-        head_dim=80,
-        ffn_dim=256,
-        moe=dataclasses.replace(config.model.moe, expert_dim=256),
-    )
-    config, mesh = dataclasses.replace(config, model=model), make_mesh(MIXED)
+    config = everything(model_dim=128, head_dim=80, hidden_dim=256, optimizer={"name": "adafactor"})
+    mesh = make_mesh(MIXED)
     abstract = abstract_state(config)
-    shapes = {key_path(path): p.shape for path, p in jax.tree.leaves_with_path(abstract.params)}
+    shapes = {keys_of(path): p.shape for path, p in jax.tree.leaves_with_path(abstract.params)}
     moments = jax.tree.leaves_with_path(abstract.opt_state)
     shardings = jax.tree.leaves(state_shardings(config, mesh).opt_state)
     factored = set()
     for (path, moment), sharding in zip(moments, shardings, strict=True):
-        name, kind = key_path(path), getattr(path[-1], "name", "")
+        name, kind = keys_of(path), getattr(path[-1], "name", "")
         if kind not in ("v_row", "v_col", "v"):
             continue
         axes, row = axes_by_hand(name)
@@ -154,11 +211,14 @@ def test_adafactors_factored_moments_lie_with_the_dims_that_they_keep():
             axes = (None,) * moment.ndim  # a stand-in for nothing
         if kind != "v" and moment.shape[-1] > 1:
             factored.add((row, kind))
-            layers = 1 if "repeated" in name else 0
+            layers = 1 if "unit" in name else 0
             axes = (None,) * layers + tuple(sizes[size] for size in moment.shape[layers:])
         assert sharding.is_equivalent_to(named_sharding(axes, mesh), moment.ndim), path
-    matrices = {row for row, axes in AXES.items() if len(axes) > 1 and row[1][0] in "ehw"}
-    matrices |= {("moe", f"shared_{name}") for name in ("wi", "wg", "wo")}
+    small = {("router", "weight"), ("shared", "gate")}  # of a dim with too few numbers
+    matrices = {
+        row for row, axes in AXES.items()
+        if len(axes) > 1 and row[1][0] in "ehw" and row not in small
+    }  # fmt: skip
     assert factored == {(row, kind) for row in matrices for kind in ("v_row", "v_col")}
 
 
@@ -182,12 +242,18 @@ def test_the_axes_of_a_moment(moment_shape, axes):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(data=1, fsdp=3), r"embedding \(384, 16\) with dims \('vocab', 'model'\) over"),
+        (
+            MeshConfig(data=1, fsdp=3),
+            r"embedding \(384, 16\) with dims \('vocab', 'model'\) over",
+        ),
         (
             MeshConfig(data=1, expert=8),
-            r"repeated/layer_0/moe/bg \(3, 4, 32\) .*'expert': 8.*Change",
+            r"params/stack/unit/0/moe/experts/bg \(3, 4, 32\) .*'expert': 8.*Change",
         ),
-        (MeshConfig(data=1, tensor=5), r"splits every parameter evenly: embedding \(384, 16\)"),
+        (
+            MeshConfig(data=1, tensor=5),
+            r"every parameter evenly: params/embedding \(384, 16\)",
+        ),
     ],
 )
 def test_a_parameter_that_is_not_split_evenly_is_named(mesh, message):
@@ -239,7 +305,7 @@ def test_a_new_state_is_the_same_on_every_mesh(mesh, of_one_device):
 )
 def test_chunks_may_overlap_on_a_tpu(platform, num_chunks, options):
     """All-to-alls that libtpu compiles wait for each other unless it is told otherwise."""
-    config = tiny_config({"model": {"moe": {"exchange_chunks": num_chunks}}})
+    config = tiny_config(tiny_moe(exchange_chunks=num_chunks))
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))
     assert compiler_options(config, mesh) == options

@@ -15,9 +15,10 @@ from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.placement import state_shardings
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
-from tests.tiny_run import files, tiny_config, tiny_state
+from tests.tiny_run import files, tiny_config, tiny_moe, tiny_state
 
-CONFIG = tiny_config({"model": {"moe": {"balance": {"bias_update_rate": 0.1}}}})
+BIAS = {"kind": "sign", "rate": 0.1}
+CONFIG = tiny_config(tiny_moe(bias=BIAS))
 
 
 def make_run(workdir, *steps):
@@ -97,10 +98,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_another_model_is_refused(tmp_path):
     make_run(tmp_path, 2)
-    model = dataclasses.replace(
-        CONFIG.model, ffn_dim=48, moe=dataclasses.replace(CONFIG.model.moe, expert_dim=48)
-    )
-    write_run_record(tmp_path, dataclasses.replace(CONFIG, model=model))
+    write_run_record(tmp_path, tiny_config(tiny_moe(bias=BIAS, expert_dim=48)))
     with pytest.raises(ValueError, match=r"into a state of the same arrays: .*wi: float32"):
         load_run(tmp_path)
 
@@ -124,7 +122,7 @@ SPANNED = MeshConfig(slices=2, data=1, expert=2, tensor=2, experts_span_slices=T
 def test_a_state_moves_to_another_mesh(tmp_path, optimizer, saved_on, restored_on):
     config = tiny_config(
         {
-            "model": {"moe": {"num_experts": 8, "balance": {"bias_update_rate": 0.1}}},
+            **tiny_moe(num_experts=8, bias=BIAS),
             "optimizer": {"name": optimizer},
             "training": {"batch_size": 8},
         }
@@ -180,5 +178,5 @@ def test_a_mesh_that_does_not_fit_the_run_is_refused(tmp_path):
     make_run(tmp_path, 2)
     with pytest.raises(ValueError, match=r"4 sequences .* over 8 devices"):
         load_run(tmp_path, EXPERT_8)
-    with pytest.raises(ValueError, match=r"mesh tensor divides model\.num_heads: tensor=4, .*=2"):
+    with pytest.raises(ValueError, match=r"mesh\.tensor divides the heads .*: tensor=4, 2 heads"):
         load_run(tmp_path, MeshConfig(data=1, tensor=4))

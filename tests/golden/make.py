@@ -15,26 +15,27 @@ from tests.tiny_run import cut, quick_jit, tiny_training
 
 HERE = pathlib.Path(__file__).parent
 NUM_STEPS = 10
-# Runs whose losses are pinned. Noise is off: dispatchers may draw it for other rows.
+# Runs whose losses are pinned. Noise is off: the ways to run experts may draw it for other rows.
 RUNS = {
     "top1": {"num_selected_experts": 1},
     "top2_shared": {
         "num_selected_experts": 2,
-        "num_shared_experts": 1,
+        "shared_expert_dim": 32,
         "activation": "swiglu",
-        "router": {"renormalize": True, "input_jitter": 0.0},
-        "balance": {"router_z_loss_weight": 0.001, "bias_update_rate": 0.01},
+        "router": {"renormalize": True},
+        "losses": {"load_balance": {"weight": 0.01}, "router_z": {"weight": 0.001}},
+        "bias": {"kind": "sign", "rate": 0.01},
     },
 }
 
 
-def losses(run: str, dispatch: str) -> list[float]:
+def losses(run: str, run_experts: str) -> list[float]:
     """Cross-entropy before each of the first steps, nats a target."""
-    router = {"input_jitter": 0.0}
-    moe = {"dispatch": dispatch, "capacity": {"train_factor": 1.0}, "router": router, **RUNS[run]}
+    moe = {"run_experts": run_experts, "capacity": {"train_factor": 1.0}, **RUNS[run]}
+    moe["router"] = {**moe.get("router", {}), "noise": ()}
     config = tiny_training(
         {
-            "model": {"moe": moe, "dropout_rate": 0.0},
+            "model": {"parts": {"moe": moe}, "dropout_rate": 0.0},
             "optimizer": {"learning_rate": 0.01},
             "training": {"num_microbatches": 2},
         }

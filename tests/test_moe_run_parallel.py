@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 from typing import NamedTuple
 from unittest import mock
 
@@ -11,26 +12,20 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from moe_jax.config import CapacityConfig, MeshConfig, MoEConfig, RouterConfig
+from moe_jax.config import MeshConfig
+from moe_jax.moe.activations import GeGLU, Gelu, SwiGLU
 from moe_jax.moe.block import moe_block
-from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch import (
-    DISPATCHERS,
-    choose_dispatch,
-    dispatcher_name,
-    exchange_name,
-    expert_loop,
-    expert_parallel,
-    ragged,
-)
-from moe_jax.moe.dispatch.einsum import einsum_dispatch
-from moe_jax.moe.dispatch.exchange import ByAllToAll, ByConstraint
-from moe_jax.moe.dispatch.expert_parallel import expert_parallel_dispatch
-from moe_jax.moe.dispatch.ragged_exchange import most_received_rows
-from moe_jax.moe.parameters import moe_specs
+from moe_jax.moe.capacity import Assignment, Capacity
+from moe_jax.moe.experts import Relu
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.moe.run_experts import Plan, cpu_loop, parallel, plan_experts, rows, run_experts
+from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint, most_received_rows
+from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
-from tests.tiny_run import quick_jit
+from moe_jax.part import Call, Dims
 
 # On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
 # of the largest entry.
@@ -49,9 +44,9 @@ MESHES = {
 
 
 class Way(NamedTuple):
-    """How tokens travel, and what the ragged dispatcher takes the platform to be."""
+    """How tokens travel, and what the platform of sorted rows is taken to be."""
 
-    dispatch: str
+    rows: str
     exchange: str
     computes_as_on: str = "cpu"
 
@@ -77,30 +72,31 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case({"activation": "relu", "use_bias": True}, 1.0, True),
+    Case({"activation": Relu(), "use_bias": True}, 1.0, True),
     Case(
-        {"num_selected_experts": 2, "activation": "gelu", "use_bias": True, "group_size": 6},
+        {"num_selected_experts": 2, "activation": Gelu(), "use_bias": True, "group_size": 6},
         0.0,
         False,
     ),
     Case(
         {
             "num_selected_experts": 2,
-            "activation": "swiglu",
+            "activation": SwiGLU(),
             "use_bias": True,
-            "num_shared_experts": 2,
+            "shared_expert_dim": 2 * HIDDEN,
             "shared_expert_gate": True,
         },
         1.25,
         True,
     ),
-    Case({"activation": "geglu", "num_shared_experts": 1}, 0.0, False),
+    Case({"activation": GeGLU(), "shared_expert_dim": HIDDEN}, 0.0, False),
     Case(
         {
             "num_selected_experts": 2,
-            "activation": "swiglu",
+            "activation": SwiGLU(),
             "use_bias": True,
-            "router": RouterConfig(score="sigmoid", gate_on_input=True),
+            "router": TokenChoice(score=Sigmoid()),
+            "gate_on_input": True,
         },
         0.75,
         True,
@@ -110,59 +106,60 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def one_size_of_blocks(monkeypatch):
-    """In place of seven: the ragged loop compiles at once, `test_moe_expert_loop` has them all."""
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
+    """In place of seven, so that the loop compiles at once; `test_moe_cpu_loop` has them all."""
+    monkeypatch.setattr(cpu_loop, "LADDER", (1,))
 
 
-def block_config(case, way, num_chunks=1):
-    return MoEConfig(
+def make_block(case, way, num_chunks=1):
+    return MoE(
         num_experts=NUM_EXPERTS,
         expert_dim=HIDDEN,
-        dispatch=way.dispatch,
+        run_experts=way.rows,
         exchange=way.exchange,
         exchange_chunks=num_chunks,
-        capacity=CapacityConfig(train_factor=case.factor),
+        capacity=Capacity(train_factor=case.factor),
         **case.settings,
     )
 
 
-def block_inputs(config):
+def block_inputs(moe):
     """Parameters, tokens, their gradient from above, and which are no padding."""
     random = np.random.default_rng(0)
-    params = {
-        name: (random.normal(size=spec.shape) / 2).astype(np.float32)
-        for name, spec in moe_specs(config, MODEL_DIM).items()
-    }
+    params = jax.tree.map(
+        lambda spec: (random.normal(size=spec.shape) / 2).astype(np.float32),
+        moe.specs(Dims(MODEL_DIM)),
+    )
     x, dy = random.normal(size=(2, BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
     return params, x, dy, random.random((BATCH, LENGTH)) < 0.8
 
 
-def run_block(config, mesh=None, computes_as_on="cpu"):
+def run_block(moe, mesh=None, computes_as_on="cpu"):
     """Output and gradients by name, and everything the block says of its routing."""
-    params, x, dy, valid = block_inputs(config)
+    params, x, dy, valid = block_inputs(moe)
+    call = Call(segments_BL=jnp.asarray(valid, jnp.int32), capacity=moe.capacity.train_factor)
 
     def objective(params, x):
-        y, aux = moe_block(params, x, config, valid_BL=valid)
-        losses = aux.load_balance_loss + aux.router_z_loss
-        return jnp.sum(y * dy) + losses, (y, aux)
+        y, aux = moe_block(params, x, moe, call)
+        metrics = moe.metrics(jax.tree.map(lambda a: a[None], aux))
+        losses = metrics["load_balance_loss"] + metrics["router_z_loss"]
+        return jnp.sum(y * dy) + losses[0], (y, aux, metrics)
 
     in_use = contextlib.nullcontext()
     if mesh is not None:
         in_use = jax.set_mesh(mesh)
-        specs = moe_specs(config, MODEL_DIM)
-        params = {
-            name: jax.device_put(value, named_sharding(specs[name].axes, mesh))
-            for name, value in params.items()
-        }
-    with in_use, mock.patch.object(ragged, "platform", lambda: computes_as_on):
-        run = quick_jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
-        (d_params, d_x), (y, aux) = run(params, x)
-    return jax.tree.map(np.asarray, ({"output": y, "x": d_x} | d_params, aux))
+        params = jax.tree.map(
+            lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
+            moe.specs(Dims(MODEL_DIM)), params,
+        )  # fmt: skip
+    with in_use, mock.patch.object(rows, "platform", lambda: computes_as_on):
+        run = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
+        (d_params, d_x), (y, aux, metrics) = run(params, x)
+    return jax.tree.map(np.asarray, ({"output": y, "x": d_x, "params": d_params}, aux, metrics))
 
 
 @functools.cache
 def on_one_device(case_index):
-    return run_block(block_config(CASES[case_index], WAYS["einsum by constraint"]))
+    return run_block(make_block(CASES[case_index], WAYS["einsum by constraint"]))
 
 
 def every_way_on_every_mesh():
@@ -181,21 +178,28 @@ def every_way_on_every_mesh():
 @pytest.mark.parametrize(("way", "mesh", "num_chunks", "case_index"), every_way_on_every_mesh())
 def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
     case, way = CASES[case_index], WAYS[way]
-    exact_gelu = case.settings["activation"] in ("gelu", "geglu")
+    exact_gelu = isinstance(case.settings["activation"], Gelu | GeGLU)
     if exact_gelu and way.exchange == "explicit" and jax.__version_info__ >= (0, 12):
         pytest.skip("from jax 0.12.0 on, erf does not pass the checks of jax.shard_map")
-    expected, expected_aux = on_one_device(case_index)
-    assert (expected_aux.kept_KE.sum() < expected_aux.assigned_KE.sum()) == case.drops
-    config = block_config(case, way, num_chunks)
-    got, aux = run_block(config, make_mesh(MESHES[mesh]), way.computes_as_on)
-    assert set(got) == set(expected)
-    for name in expected:
-        assert np.abs(expected[name]).max() > 1e-3, f"{name}: nothing to compare"
-        compare(got[name], expected[name], name)
-    for name, value, wanted in zip(aux._fields, aux, expected_aux, strict=True):
-        if wanted is None:
-            assert value is None, name
-        elif np.issubdtype(wanted.dtype, np.integer):
+    expected, *said = on_one_device(case_index)
+    counts = said[0].sums
+    assert (counts["kept_KE"].sum() < counts["assigned_KE"].sum()) == case.drops
+    moe = make_block(case, way, num_chunks)
+    got, *got_said = run_block(moe, make_mesh(MESHES[mesh]), way.computes_as_on)
+    for path, value in jax.tree.leaves_with_path(expected):
+        assert np.abs(value).max() > 1e-3, f"{jax.tree_util.keystr(path)}: nothing to compare"
+    assert_same(got, expected)
+    assert_same(got_said, said)
+
+
+def assert_same(got, expected):
+    """Integers exactly, the rest to rounding."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, wanted), value in zip(
+        jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if np.issubdtype(wanted.dtype, np.integer):
             np.testing.assert_array_equal(value, wanted, err_msg=name)
         else:
             compare(value, wanted, name)
@@ -231,7 +235,7 @@ def all_to_all(mesh, axes):
         y_EGCM = exchange.to_experts(x_EGCM)
         return y_EGCM[None], exchange.to_tokens(y_EGCM)
 
-    return quick_jit(there_and_back)
+    return jax.jit(there_and_back)
 
 
 SPANNED = MeshConfig(slices=2, data=1, expert=4, experts_span_slices=True)
@@ -268,8 +272,8 @@ def test_constraints_lay_slots_with_their_experts_and_back(mesh):
     mesh = make_mesh(MESHES[mesh])
     slots = numbered_slots(8)
     with jax.set_mesh(mesh):
-        there = quick_jit(ByConstraint().to_experts)(slots)
-        back = quick_jit(ByConstraint().to_tokens)(there)
+        there = jax.jit(ByConstraint().to_experts)(slots)
+        back = jax.jit(ByConstraint().to_tokens)(there)
     with_experts = named_sharding(("expert", "expert_group", None, None), mesh)
     assert there.sharding.is_equivalent_to(with_experts, 4)
     assert back.sharding.is_equivalent_to(named_sharding((None, "group", None, None), mesh), 4)
@@ -321,7 +325,10 @@ def test_no_device_receives_more_rows_than_there_is_room_for(num_own, num_choice
     assert rows_received(np.stack([worst_JK] * num_devices), num_experts, slots)[2] == most
 
 
-def dispatch_everything_to_two_experts(mesh, way, num_chunks=1):
+AXES = {"wi": ("expert", "model", "hidden")}
+
+
+def run_everything_on_two_experts(mesh, way, num_chunks=1):
     """Output of experts on one device of many, each token with gates of its own; and the oracle's.
 
     Experts 0 and 1 are one device's if the mesh has expert=4, which then receives all that there
@@ -342,12 +349,12 @@ def dispatch_everything_to_two_experts(mesh, way, num_chunks=1):
         def linear(rows, weights, layout):
             return layout.matmul(rows, weights["wi"])
 
-        return expert_parallel_dispatch(
-            x, assignment, weights, linear, name=way.dispatch, num_chunks=num_chunks
+        return run_parallel(
+            x, assignment, weights, AXES, linear, rows=way.rows, num_chunks=num_chunks
         )
 
-    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
-        y = quick_jit(output)(x, index, gate, slot, weights)
+    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
+        y = jax.jit(output)(x, index, gate, slot, weights)
     mixed = gate[..., 0, None] * (x @ weights["wi"][0]) + gate[..., 1, None] * (
         x @ weights["wi"][1]
     )
@@ -357,7 +364,7 @@ def dispatch_everything_to_two_experts(mesh, way, num_chunks=1):
 @pytest.mark.parametrize("name", EXPLICIT)
 def test_every_token_may_go_to_one_device(name):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
-    y, expected = dispatch_everything_to_two_experts(mesh, WAYS[name])
+    y, expected = run_everything_on_two_experts(mesh, WAYS[name])
     compare(y, expected, "output")
 
 
@@ -366,9 +373,9 @@ def test_with_room_for_one_row_less_a_row_would_be_lost():
     mesh = make_mesh(MeshConfig(data=2, expert=4))
     way = WAYS["ragged elsewhere"]
     with mock.patch.object(
-        expert_parallel, "most_received_rows", lambda **sizes: most_received_rows(**sizes) - 1
+        parallel, "most_received_rows", lambda **sizes: most_received_rows(**sizes) - 1
     ):
-        y, expected = dispatch_everything_to_two_experts(mesh, way)
+        y, expected = run_everything_on_two_experts(mesh, way)
     wrong = np.abs(y - expected).max(axis=-1) > 1e-3
     assert wrong.sum() == 2  # one in each copy of the model
 
@@ -392,14 +399,14 @@ def draw_from_experts(name, config, seed, num_chunks=1):
     def output(x, index, slot, weights, rng):
         ones = jnp.ones(index.shape)
         assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
-        return expert_parallel_dispatch(
-            x, assignment, weights, draw, rng, name=way.dispatch, num_chunks=num_chunks
+        return run_parallel(
+            x, assignment, weights, AXES, draw, rng, rows=way.rows, num_chunks=num_chunks
         )
 
     x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
     weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}
-    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
-        run = quick_jit(output)
+    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
+        run = jax.jit(output)
         return [np.asarray(run(x, index, slot, weights, jax.random.key(s))) for s in seed]
 
 
@@ -416,13 +423,12 @@ def test_no_two_devices_draw_the_same_and_equal_keys_do(name):
 
 def run_with_dropout(way, mesh=None):
     case = Case({"num_selected_experts": 2, "expert_dropout_rate": 0.5}, 1.25, True)
-    config = block_config(case, way)
-    params, x, _, valid = block_inputs(config)
+    moe = make_block(case, way)
+    params, x, _, valid = block_inputs(moe)
+    call = Call(segments_BL=jnp.asarray(valid, jnp.int32), rng=jax.random.key(0))
     in_use = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with in_use:
-        run = quick_jit(
-            lambda *args: moe_block(*args, config, valid_BL=valid, rng=jax.random.key(0))
-        )
+        run = jax.jit(lambda *args: moe_block(*args, moe, call))
         return np.asarray(run(params, x)[0])
 
 
@@ -441,7 +447,7 @@ def test_what_the_compiler_places_is_dropped_as_on_one_device():
     ("groups", "num_experts", "message"),
     [
         (6, 8, r"splits groups of tokens evenly: 6 over 8 devices\. Change config\.mesh, training"),
-        (8, 6, r"splits experts evenly: 6 over 8 devices\. .* or moe\.num_experts"),
+        (8, 6, r"splits experts evenly: 6 over 8 devices\. .* or num_experts"),
     ],
 )
 def test_what_the_mesh_does_not_split_evenly_is_refused(groups, num_experts, message):
@@ -450,15 +456,13 @@ def test_what_the_mesh_does_not_split_evenly_is_refused(groups, num_experts, mes
     x = jnp.zeros((groups, LENGTH, MODEL_DIM))
     weights = {"wi": jnp.zeros((num_experts, MODEL_DIM, HIDDEN))}
     with jax.set_mesh(make_mesh(MESHES["expert 8"])), pytest.raises(ValueError, match=message):
-        expert_parallel_dispatch(x, assignment, weights, lambda rows, *_: rows, name="gather")
+        run_parallel(x, assignment, weights, AXES, lambda rows, *_: rows, rows="gather")
 
 
 def test_without_a_mesh_there_is_no_expert_parallelism():
     assignment = Assignment(*[jnp.zeros((1, 1, 1), jnp.int32)] * 4, 1, 1)
     with pytest.raises(AssertionError, match="one device there is nothing to exchange"):
-        expert_parallel_dispatch(
-            jnp.zeros((1, 1, 1)), assignment, {}, lambda rows, *_: rows, name="gather"
-        )
+        run_parallel(jnp.zeros((1, 1, 1)), assignment, {}, {}, lambda rows, *_: rows, rows="gather")
 
 
 # What the backward pass keeps.
@@ -467,21 +471,20 @@ def test_without_a_mesh_there_is_no_expert_parallelism():
 def kept_matrices(name, num_chunks):
     """The shapes of the expert matrices that the backward pass is given, over all devices."""
     way = WAYS[name]
-    config = MoEConfig(
-        num_experts=4, expert_dim=20, activation="swiglu", use_bias=True,
-        dispatch=way.dispatch, exchange="explicit", exchange_chunks=num_chunks,
+    moe = MoE(
+        num_experts=4, expert_dim=20, activation=SwiGLU(), use_bias=True,
+        run_experts=way.rows, exchange="explicit", exchange_chunks=num_chunks,
     )  # fmt: skip
-    params = {
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
-        for name, spec in moe_specs(config, MODEL_DIM).items()
-    }
+    params = jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), moe.specs(Dims(MODEL_DIM))
+    )
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, MODEL_DIM), jnp.float32)
 
     def backward(params, x):
-        return jax.vjp(lambda params, x: moe_block(params, x, config)[0], params, x)[1]
+        return jax.vjp(lambda params, x: moe_block(params, x, moe)[0], params, x)[1]
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
-    with jax.set_mesh(mesh), mock.patch.object(ragged, "platform", lambda: way.computes_as_on):
+    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
         kept = jax.tree.leaves(jax.eval_shape(backward, params, x))
     matrices = [leaf.shape for leaf in kept if sorted(leaf.shape[1:]) == [MODEL_DIM, 20]]
     return sorted(matrices)
@@ -491,7 +494,7 @@ SPLIT = [(4, 8, 20), (4, 8, 20), (4, 20, 8)]  # wi, wg and wo: each entry on one
 GATHERED = [(16, 8, 20), (16, 8, 20), (16, 20, 8)]  # each on the four of fsdp
 
 
-# JAX keeps whatever goes into a loop: so the matrices of the ragged dispatcher on a CPU, whose
+# JAX keeps whatever goes into a loop: so the matrices of sorted rows on a CPU, whose
 # devices have one memory anyway.
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("name", [name for name in EXPLICIT if name != "ragged"])
@@ -500,11 +503,11 @@ def test_gathered_matrices_are_not_kept_for_the_backward_pass(name, num_chunks):
 
 
 def test_without_the_rule_gathered_matrices_would_be_kept():
-    with mock.patch.object(expert_parallel, "all_but_gathered", lambda *_, **__: True):
+    with mock.patch.object(parallel, "all_but_gathered", lambda *_, **__: True):
         assert kept_matrices("gather", 1) == GATHERED
 
 
-# Which dispatcher and which exchange.
+# Which rows and which exchange.
 
 
 def devices_of(platform):
@@ -515,18 +518,18 @@ def devices_of(platform):
 
 
 def test_auto_is_ragged_on_one_cpu_and_gather_elsewhere():
-    assert dispatcher_name("auto") == "ragged"
+    assert plan_experts(MoE()).rows == "ragged"
     with mock.patch.object(jax, "default_backend", lambda: "tpu"):
-        assert dispatcher_name("auto") == "gather"
+        assert plan_experts(MoE()).rows == "gather"
     for platform in ("cpu", "tpu", "cuda"):
         with devices_of(platform):
-            assert dispatcher_name("auto") == "gather"
-            for name in DISPATCHERS:
-                assert dispatcher_name(name) == name
+            assert plan_experts(MoE()).rows == "gather"
+            for name in ("einsum", "gather", "ragged"):
+                assert plan_experts(MoE(run_experts=name)).rows == name
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "exchange", "resolved"),
+    ("rows", "exchange", "resolved"),
     [
         ("einsum", "auto", "compiler"),
         ("gather", "auto", "compiler"),
@@ -541,26 +544,51 @@ def test_auto_is_ragged_on_one_cpu_and_gather_elsewhere():
         ("ragged", "explicit", "explicit"),
     ],
 )
-def test_the_exchange_that_is_chosen(dispatch, exchange, resolved):
-    config = MoEConfig(dispatch=dispatch, exchange=exchange, exchange_chunks=3)
+def test_the_exchange_that_is_chosen(rows, exchange, resolved):
+    moe = MoE(run_experts=rows, exchange=exchange, exchange_chunks=3)
     with devices_of("cpu"):
-        assert exchange_name(config) == resolved
-        chosen = choose_dispatch(config)
-    name = "gather" if dispatch == "auto" else dispatch
-    if resolved == "explicit":
-        assert chosen.func is expert_parallel_dispatch
-        assert chosen.keywords == {"name": name, "num_chunks": 3}
-    else:
-        assert chosen.func is DISPATCHERS[name]
-        assert isinstance(chosen.keywords["exchange"], ByConstraint)
-        assert chosen.keywords["exchange"].num_chunks == 3
+        plan = plan_experts(moe)
+    assert plan == Plan("gather" if rows == "auto" else rows, resolved, num_chunks=3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "by", "chunks"),
+    [
+        (Plan("gather", "explicit", 3), "run_parallel", 3),
+        (Plan("ragged", "explicit", 3), "run_parallel", 3),
+        (Plan("gather", "compiler", 3), "gather", 3),
+        (Plan("einsum", "compiler", 3), "einsum", 3),
+        # On one device nothing travels.
+        (Plan("einsum", "none", 3), "einsum", 1),
+        (Plan("ragged", "none", 3), "run_sorted_rows", None),
+    ],
+    ids=str,
+)
+def test_a_plan_is_followed(plan, by, chunks):
+    told = {}
+
+    def follow(name):
+        def run(*args, **kwargs):
+            told[name] = kwargs["num_chunks"] if kwargs else getattr(args[-1], "num_chunks", None)
+
+        return run
+
+    module = importlib.import_module("moe_jax.moe.run_experts")
+    with (
+        mock.patch.object(module, "run_parallel", follow("run_parallel")),
+        mock.patch.object(module, "run_sorted_rows", follow("run_sorted_rows")),
+        mock.patch.dict(module.SLOT_WAYS, {n: follow(n) for n in ("einsum", "gather")}),
+    ):
+        run_experts(None, None, {}, {}, None, plan)
+    assert told == {by: chunks}
 
 
 @pytest.mark.parametrize("exchange", ["auto", "compiler", "explicit"])
 def test_on_one_device_nothing_is_exchanged(exchange):
-    assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
+    moe = MoE(run_experts="einsum", exchange=exchange)
+    assert plan_experts(moe) == Plan("einsum")
     with jax.set_mesh(make_mesh(MeshConfig(data=1))):
-        assert choose_dispatch(MoEConfig(dispatch="einsum", exchange=exchange)) is einsum_dispatch
+        assert plan_experts(moe) == Plan("einsum")
 
 
 def test_auto_is_explicit_where_experts_span_slices():
@@ -569,6 +597,21 @@ def test_auto_is_explicit_where_experts_span_slices():
     for outer, resolved in (("expert_slice", "explicit"), ("slice", "compiler")):
         mesh = AbstractMesh((2, 4), (outer, "expert"), abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            assert exchange_name(MoEConfig()) == resolved
+            assert plan_experts(MoE()).exchange == resolved
             for name in ("compiler", "explicit"):
-                assert exchange_name(MoEConfig(exchange=name)) == name
+                assert plan_experts(MoE(exchange=name)).exchange == name
+
+
+@pytest.mark.parametrize(
+    ("plan", "line"),
+    [
+        (Plan("ragged"), "ragged rows"),
+        (Plan("einsum", "compiler"), "einsum rows, exchanged by the compiler"),
+        (
+            Plan("gather", "explicit", 2, gate_on_input=True),
+            "gather rows, exchanged by explicit collectives in 2 chunks, gates on the input",
+        ),
+    ],
+)
+def test_a_plan_prints(plan, line):
+    assert str(plan) == line

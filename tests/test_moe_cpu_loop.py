@@ -1,4 +1,4 @@
-"""The kernels of the ragged dispatcher: rows sorted by expert, any sizes, any garbage.
+"""Kernels of rows sorted by expert: any sizes, any garbage.
 
 `expert_loop` is the CPU's, `SortedRows` the one of other platforms, which a CPU can run too.
 """
@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.moe.dispatch.expert_loop import block_sizes, expert_loop, for_each_block
-from moe_jax.moe.dispatch.ragged import SortedRows, sort_by_expert
-from moe_jax.moe.experts import ffn
+from moe_jax.moe.experts import Experts, Relu
+from moe_jax.moe.run_experts.cpu_loop import block_sizes, expert_loop, for_each_block
+from moe_jax.moe.run_experts.rows import SortedRows, sort_by_expert
 from tests import moe_oracle
 
 # Sums of up to a few hundred float32 products, relative to the largest.
@@ -40,9 +40,7 @@ LARGE = {
     "a multiple of the largest block": [2 * LARGEST, 0, 0, 200],
 }
 
-
-def relu_expert(rows, weights, layout):
-    return ffn(rows, weights, "relu", layout)
+EXPERT = Experts(Relu())
 
 
 def make_values(num_rows, seed=0):
@@ -59,13 +57,13 @@ def make_values(num_rows, seed=0):
 def loop(x, gate, weights, expert, kept):
     """`expert_loop` on one choice a token."""
     operands = (x, gate, kept, *sort_by_expert(expert, kept, EXPERTS))
-    return expert_loop(relu_expert, weights, None, *operands)
+    return expert_loop(EXPERT, weights, None, *operands)
 
 
 def sorted_rows(x, gate, weights, expert, kept):
     """The same by `SortedRows`."""
     choice_R, row_R1, sizes_E = sort_by_expert(expert, kept, EXPERTS)
-    y = relu_expert(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R)))[row_R1[:, 0]]
+    y = EXPERT(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R)))[row_R1[:, 0]]
     return jnp.where(kept, y * gate, 0)
 
 
@@ -213,7 +211,7 @@ def test_choices_are_sorted_by_expert_then_token_and_dropped_ones_come_last():
 def test_more_choices_than_int32_can_sort_are_refused():
     expert = jax.ShapeDtypeStruct((2**23, 1), jnp.int32)
     kept = jax.ShapeDtypeStruct((2**23, 1), jnp.bool_)
-    with pytest.raises(ValueError, match=r"fits in int32: num_experts=512.*dispatch='gather'"):
+    with pytest.raises(ValueError, match=r"fits in int32: num_experts=512.*run_experts='gather'"):
         jax.eval_shape(lambda e, k: sort_by_expert(e, k, 512), expert, kept)
 
 

@@ -1,6 +1,6 @@
-"""All dispatchers carry tokens alike, in value and in every gradient.
+"""Every way of running experts carries tokens alike, in value and in every gradient.
 
-Who is kept, and in which slot, comes from the oracle, so that these tests see nothing but dispatch.
+Who is kept, and in which slot, comes from the oracle, so that these tests see nothing else.
 """
 
 import functools
@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from moe_jax.moe.capacity import Assignment
-from moe_jax.moe.dispatch import DISPATCHERS, ragged
-from moe_jax.moe.experts import ffn
+from moe_jax.moe.experts import Experts, Relu
+from moe_jax.moe.run_experts import rows
+from moe_jax.moe.run_experts.einsum import run_einsum
+from moe_jax.moe.run_experts.rows import run_sorted_rows
+from moe_jax.moe.run_experts.slots import run_gather
 from tests import moe_oracle
 
 # Sums of a few products of numbers near 1 in float32 (epsilon 1.2e-7), against float64.
@@ -31,24 +34,21 @@ SIZES = [
 ]
 
 
-# On a CPU the ragged dispatcher loops over experts; elsewhere it uses `jax.lax.ragged_dot`, which
-# a CPU can run too, so that both ways are tested here.
+WAYS = {"einsum": run_einsum, "gather": run_gather, "ragged": run_sorted_rows}
+# On a CPU sorted rows run in a loop over experts; elsewhere by `jax.lax.ragged_dot`, which a CPU
+# can run too, so that both are tested here.
 ELSEWHERE = "ragged elsewhere"
 
 
-def every_dispatcher(test):
-    return pytest.mark.parametrize("name", [*DISPATCHERS, ELSEWHERE])(test)
+def every_way(test):
+    return pytest.mark.parametrize("name", [*WAYS, ELSEWHERE])(test)
 
 
-def run_dispatcher(name, *args):
+def run_way(name, *args):
     if name != ELSEWHERE:
-        return DISPATCHERS[name](*args)
-    with mock.patch.object(ragged, "platform", lambda: "tpu"):
-        return DISPATCHERS["ragged"](*args)
-
-
-def relu_expert(rows, weights, layout):
-    return ffn(rows, weights, "relu", layout)
+        return WAYS[name](*args)
+    with mock.patch.object(rows, "platform", lambda: "tpu"):
+        return WAYS["ragged"](*args)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype"))
@@ -60,7 +60,7 @@ def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, c
         assignment = Assignment(
             index_GSK, jnp.where(kept_GSK, gate_GSK, 0), slot_GSK, kept_GSK, capacity, num_experts
         )
-        y_GSM = run_dispatcher(name, x_GSM.astype(dtype), assignment, weights, relu_expert)
+        y_GSM = run_way(name, x_GSM.astype(dtype), assignment, weights, Experts(Relu()))
         assert y_GSM.dtype == dtype
         return y_GSM
 
@@ -116,7 +116,7 @@ def oracle(x, weights, index, gate, kept, dy):
 
 
 def check(name, case, values, tolerance=FLOAT32, dtype="float32"):
-    """Compares a dispatcher with the oracle; returns its output and gradients."""
+    """Compares one way with the oracle; returns its output and gradients."""
     (index, gate, slot, kept, slots), (x, weights, dy) = case, values
     y, grads = run(name, x, weights, index, gate, slot, kept, dy, slots, dtype)
     expected_y, expected_grads = oracle(x, weights, index, gate, kept, dy)
@@ -134,7 +134,7 @@ def compare(got, expected, what, tolerance):
     assert difference <= tolerance, f"{what}: off by {difference:.2e} of {scale:.3g}"
 
 
-@every_dispatcher
+@every_way
 @pytest.mark.parametrize(("num_experts", "num_selected"), SIZES)
 def test_every_size_order_and_padding_agrees_with_the_oracle(name, num_experts, num_selected):
     values = make_values(num_experts)
@@ -147,7 +147,7 @@ def test_every_size_order_and_padding_agrees_with_the_oracle(name, num_experts, 
     assert dropped > 0  # by overflow or as padding: the cases are not trivial
 
 
-@every_dispatcher
+@every_way
 @pytest.mark.parametrize(("num_experts", "num_selected"), [(5, 2), (8, 8)])
 def test_dropless_agrees_with_the_oracle(name, num_experts, num_selected):
     case = make_case(num_experts, num_selected, slots=TOKENS)
@@ -155,7 +155,7 @@ def test_dropless_agrees_with_the_oracle(name, num_experts, num_selected):
     check(name, case, make_values(num_experts))
 
 
-@every_dispatcher
+@every_way
 @pytest.mark.parametrize("slots", [1, TOKENS])
 def test_all_tokens_may_choose_one_expert_and_leave_the_others_empty(name, slots):
     index, gate, slot, kept, _ = make_case(5, 1)
@@ -170,7 +170,7 @@ def test_all_tokens_may_choose_one_expert_and_leave_the_others_empty(name, slots
         assert grads[weight][3].any()
 
 
-@every_dispatcher
+@every_way
 def test_no_choice_kept_gives_zeros_everywhere(name):
     index, gate, slot, kept, slots = make_case(5, 2, padding=1.0)
     assert not kept.any()
@@ -179,7 +179,7 @@ def test_no_choice_kept_gives_zeros_everywhere(name):
     assert not any(grad.any() for grad in grads.values())
 
 
-@every_dispatcher
+@every_way
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fully_dropped_token_gets_exactly_zero_and_gives_no_gradient(name, dtype):
     index, gate, slot, kept, slots = make_case(8, 2, "random", padding=0.3)
@@ -192,7 +192,7 @@ def test_a_fully_dropped_token_gets_exactly_zero_and_gives_no_gradient(name, dty
     assert np.asarray(y)[~dropped].all(axis=-1).all()
 
 
-@every_dispatcher
+@every_way
 def test_a_dropped_choice_contributes_exactly_zero(name):
     index, gate, slot, kept, slots = make_case(5, 2)
     x, weights, dy = make_values(5)
@@ -209,7 +209,7 @@ def test_a_dropped_choice_contributes_exactly_zero(name):
     np.testing.assert_array_equal(changed, y)
 
 
-@every_dispatcher
+@every_way
 def test_a_gate_that_underflowed_to_zero_keeps_its_slot(name):
     # A mask made of "combine > 0" would lose this choice, and with it the gradient of its gate.
     index, gate, slot, kept, slots = make_case(5, 2)
@@ -219,7 +219,7 @@ def test_a_gate_that_underflowed_to_zero_keeps_its_slot(name):
     assert np.abs(grads["gate"][zeroed]).min() > 0
 
 
-@every_dispatcher
+@every_way
 @pytest.mark.parametrize(("num_experts", "num_selected"), [(5, 2), (8, 7)])
 def test_bfloat16_agrees_with_the_oracle(name, num_experts, num_selected):
     # The oracle gets the inputs as bfloat16 has them, so that only arithmetic differs.
@@ -230,7 +230,7 @@ def test_bfloat16_agrees_with_the_oracle(name, num_experts, num_selected):
     check(name, case, rounded, BFLOAT16, "bfloat16")
 
 
-@every_dispatcher
+@every_way
 def test_slots_may_be_used_in_any_order(name):
     index, gate, slot, kept, slots = make_case(5, 2)
     values = make_values(5)

@@ -1,0 +1,246 @@
+"""Kinds: every name of every table, classes of the user's own, and what is refused."""
+
+import importlib
+import inspect
+import sys
+
+import pytest
+
+from moe_jax.config import (
+    ExperimentConfig,
+    build,
+    config_dict,
+    from_config_dict,
+    read_config,
+    to_dict,
+    write_config,
+)
+from moe_jax.config.convert import InFamily
+from moe_jax.config.kinds import KINDS, is_foreign, kind_of, load_kind, source_hash
+from moe_jax.config.settings import Settings
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.balance import LoadBalance, RouterZ, SwitchLoadBalance
+from moe_jax.moe.bias import ErrorUpdate
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.moe.queues import ChoiceMajor
+from moe_jax.moe.routing import Router
+from moe_jax.moe.routing.cosine import Cosine
+from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
+from moe_jax.moe.routing.selection import ExpertGroups, FirstChoice, RandomChoices, Sampled
+from moe_jax.moe.routing.token_choice import TokenChoice
+
+ALL = [(family, kind) for family, table in KINDS.items() for kind in table]
+
+
+@pytest.mark.parametrize(("family", "kind"), ALL)
+def test_every_kind_loads_and_its_defaults_survive_the_round_trip(family, kind):
+    cls = load_kind(family, kind)
+    assert issubclass(cls, Settings) and cls.family == family and cls.__doc__
+    assert kind_of(cls) == kind and not is_foreign(kind)
+    part = cls()
+    assert kind_of(part) == kind
+    assert build(InFamily(family), to_dict(part), "part") == part
+    # The name alone will do, and the import path stands for it.
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    assert build(InFamily(family), kind, "part") == part
+    assert load_kind(family, path) is cls and build(InFamily(family), path, "part") == part
+    assert hash(part) == hash(cls())
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_table_lists_every_class_of_its_family_that_a_config_can_name(family):
+    """A class that is forgotten could be named by its import path alone."""
+    listed = {load_kind(family, kind) for kind in KINDS[family]}
+    modules = {inspect.getmodule(cls) for cls in listed}
+    for module in modules:
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if cls.__module__ != module.__name__ or getattr(cls, "family", "") != family:
+                continue
+            is_base = any(cls is not other and issubclass(other, cls) for other in listed)
+            assert cls in listed or is_base, cls
+
+
+BLOCKS = {
+    "every option": MoE(
+        num_experts=4,
+        num_selected_experts=2,
+        activation=SwiGLU(),
+        router=TokenChoice(
+            projection=Cosine(dim=8, temperature=0.3),
+            score=Sigmoid(),
+            groups=ExpertGroups(num_groups=2, num_selected=1),
+            selection=Sampled(),
+            choices=RandomChoices(0.25),
+            eval_choices=FirstChoice(),
+        ),
+        capacity=Capacity(slots=6, queue=ChoiceMajor()),
+    ),
+    "several parts of one family": MoE(
+        num_selected_experts=2,
+        router=TokenChoice(noise=(Learned(), Jitter(epsilon=0.1), Gaussian(), Learned())),
+        losses=(
+            RouterZ(weight=1e-3),
+            SwitchLoadBalance(weight=0.1),
+            LoadBalance(weight=0.2, scope="sequence"),
+            LoadBalance(weight=0.1, scope="global"),
+        ),
+        bias=ErrorUpdate(rate=0.01, centered=True),
+    ),
+    "none": MoE(losses=()),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_survive_the_round_trip(name):
+    moe = BLOCKS[name]
+    assert build(InFamily("part"), to_dict(moe), "moe") == moe
+    assert build(InFamily("part"), config_dict(moe).to_dict(), "moe") == moe
+
+
+def test_the_order_in_which_parts_of_a_family_are_given_does_not_matter():
+    """A config has them by name, parameters and metrics by place."""
+    noise = (Learned(), Gaussian(stddev=0.5), Jitter())
+    assert TokenChoice(noise=noise) == TokenChoice(noise=noise[::-1])
+    losses = (RouterZ(weight=0.1), LoadBalance(weight=0.2), LoadBalance(weight=0.1))
+    assert MoE(losses=losses) == MoE(losses=losses[::-1])
+
+
+def test_a_part_of_several_is_named_by_its_kind_unless_another_is_given():
+    losses = {"router_z": {"weight": 0.1}, "first": {"kind": "load_balance", "weight": 0.2}}
+    moe = build(InFamily("part"), {"kind": "moe", "losses": losses}, "moe")
+    assert moe.losses == (LoadBalance(weight=0.2), RouterZ(weight=0.1))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "message"),
+    [
+        ("router", "best", r"a kind of router is one of \['base', .*: kind='best'\. Use a known"),
+        ("queue", "TokenMajor", r"a kind of queue is one of \['batch_prioritized', "),
+        ("router", "__main__:Mine", r"'__main__' is not: kind='__main__:Mine'\. Move the class"),
+        (
+            "router",
+            "no.such:Router",
+            r"kind='no\.such:Router' gives ModuleNotFound.*PYTHONPATH",
+        ),
+        ("router", "moe_jax.moe.routing.soft:Hard", r"gives AttributeError"),
+        (
+            "router",
+            "moe_jax.moe.balance:RouterZ",
+            r"a kind of router is a class .*kind='moe_jax\.",
+        ),
+        ("router", "moe_jax.moe.routing:top_k", r"a kind of router is a class derived from"),
+        ("score", "moe_jax.moe.capacity:Capacity", r"a kind of score is a class derived from"),
+    ],
+)
+def test_what_is_no_kind_of_the_family_is_refused_in_one_sentence(family, kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_kind(family, kind)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, r"^r names its kind: kind=None\. Set the kind\.$"),
+        ({"kind": 3}, r"^r names its kind: kind=3\."),
+        ("best", r"^r: a kind of router is one of"),
+        (7, r"^r is a section of settings: 7\."),
+        (
+            {"kind": "uniform", "top_p": 0.5},
+            r"^r has the fields .*: r\.top_p\. Remove the field",
+        ),
+        ({"kind": "token_choice", "renormalise": True}, r"Did you mean 'renormalize'\?$"),
+        ({"kind": "token_choice", "top_p": 2.0}, r"^r: top_p lies in \(0, 1\]: top_p=2\.0\."),
+        ({"kind": "token_choice", "top_p": "1"}, r"^r\.top_p is of type float: '1' of type str\."),
+        ({"kind": "token_choice", "score": "best"}, r"^r\.score: a kind of score is one of"),
+        ({"kind": "token_choice", "noise": {"loud": {}}}, r"^r\.noise\.loud: a kind of noise is"),
+        (
+            {"kind": "token_choice", "noise": {"jitter": {"std": 1}}},
+            r"^r\.noise\.jitter has the fields",
+        ),
+    ],
+)
+def test_a_message_says_which_setting_is_wrong(value, message):
+    with pytest.raises(ValueError, match=message):
+        build(Router, value, "r")
+
+
+FOREIGN = '''
+"""A queue of the user's."""
+import dataclasses
+from moe_jax.config.settings import setting
+from moe_jax.moe.capacity import TokenMajor
+
+IMPORTED = []
+
+@dataclasses.dataclass(frozen=True)
+class Mine(TokenMajor):
+    """First come, first served, with a setting that nothing reads."""
+
+    patience: int = setting(3, at_least=0)
+'''
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A module outside the library: its name, and the file."""
+    path = tmp_path / "kinds_of_mine.py"
+    path.write_text(FOREIGN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    yield "kinds_of_mine", path
+    sys.modules.pop("kinds_of_mine", None)
+    load_kind.cache_clear()
+    source_hash.cache_clear()
+
+
+def with_queue(queue):
+    config = config_dict(ExperimentConfig())
+    moe = config.model.parts.moe
+    with config.unlocked(), config.ignore_type():
+        moe.capacity.queue = queue
+    return config
+
+
+def test_a_class_of_the_users_is_named_by_its_import_path(foreign):
+    module, path = foreign
+    kind = f"{module}:Mine"
+    assert is_foreign(kind)
+    config = from_config_dict(with_queue({"kind": kind, "patience": 5}))
+    queue = config.model.part["moe"].capacity.queue
+    assert queue == load_kind("queue", kind)(patience=5) and kind_of(queue) == kind
+    assert from_config_dict(config_dict(config)) == config
+    with pytest.raises(ValueError, match=r"queue: patience lies in \[0, inf\): patience=-1\."):
+        from_config_dict(with_queue({"kind": kind, "patience": -1}))
+    written = source_hash(kind)
+    path.write_text(FOREIGN + "\n")
+    source_hash.cache_clear()
+    assert source_hash(kind) != written
+
+
+def test_a_written_config_imports_a_foreign_module_with_trust_alone(foreign):
+    module, _ = foreign
+    kind = f"{module}:Mine"
+    config = from_config_dict(with_queue({"kind": kind, "patience": 5}))
+    written = write_config(config)
+    assert written["sources"] == {kind: source_hash(kind)}
+    sys.modules.pop(module)
+    load_kind.cache_clear()
+    with pytest.raises(ValueError, match=rf"queue is of a kind outside .*'{kind}'\. Pass --trust"):
+        read_config(written, ExperimentConfig)
+    assert module not in sys.modules, "nothing of it has run"
+    read = read_config(written, ExperimentConfig, trust=True)
+    assert module in sys.modules and to_dict(read) == to_dict(config)
+
+
+def test_a_written_config_of_the_library_needs_no_trust():
+    written = write_config(ExperimentConfig())
+    assert written["sources"] == {}
+    assert read_config(written, ExperimentConfig) == ExperimentConfig()
+
+
+def test_a_config_of_the_layout_before_parts_is_refused():
+    with pytest.raises(ValueError, match=r"the layout of format 2: this one is of format 1"):
+        read_config({"model": {"num_layers": 2}}, ExperimentConfig)

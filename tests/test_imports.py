@@ -1,0 +1,55 @@
+"""Who imports whom: one way, from what is described by parts to what is made of them."""
+
+import ast
+import pathlib
+
+import pytest
+
+import moe_jax
+
+FOLDER = pathlib.Path(moe_jax.__file__).parent
+PARTS = {"config", "costs", "parallel", "parameters", "part"}
+MODELS = PARTS | {"layers", "models", "moe"}
+TRAINING = MODELS | {"data", "training"}
+# A package, and the others of moe_jax that it may import, in functions and for types too.
+MAY_IMPORT = {
+    "config": set(),
+    "parallel": {"config"},
+    "moe": PARTS,
+    "layers": PARTS | {"moe"},
+    "models": PARTS | {"layers", "moe"},
+    "checks": MODELS,
+    "data": {"config"},
+    "training": MODELS | {"data"},
+    "inference": TRAINING,
+    "planning": TRAINING,
+    "analysis": TRAINING | {"planning"},
+}
+
+
+def imported(path):
+    """The modules and packages of moe_jax that a file imports, by their first name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "moe_jax":
+                yield rest[0] if rest else "__init__"
+
+
+def test_every_package_is_in_the_table():
+    assert {path.parent.name for path in FOLDER.glob("*/__init__.py")} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_one_way(package):
+    """Training imports neither planning nor analysis nor inference, for one."""
+    for path in (FOLDER / package).rglob("*.py"):
+        others = set(imported(path)) - {package}
+        assert others <= MAY_IMPORT[package], f"{path.name} imports {others - MAY_IMPORT[package]}"

@@ -1,0 +1,62 @@
+"""`python -m moe_jax.train`, in this process: what it writes beside what training does."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from moe_jax import train
+from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.saved import load_run
+from tests.tiny_run import files, tiny_moe, tiny_training
+
+CONFIG = tiny_training({"training": {"num_steps": 3, "evaluate_every": 3}})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.run(CONFIG, workdir)
+    return workdir
+
+
+def test_a_sample_and_a_report(finished):
+    said = json.loads((finished / "evaluation.json").read_text())
+    assert said["step"] == 3
+    assert (finished / "sample.txt").read_text().startswith("The ")
+    report = (finished / "report" / "report.md").read_text()
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+\.png)\)", report)
+    assert figures and all((finished / "report" / name).stat().st_size > 0 for name in figures)
+    assert f"{said['dropless']['bits_per_byte']:.4f}" in report
+
+
+def test_what_is_known_of_the_model_is_recorded(finished):
+    record = json.loads((finished / RUN_FILE).read_text())
+    state = load_run(finished)[1]
+    total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert record["parameters"]["total"] == total > record["parameters"]["active"]
+    flops = record["forward_flops_per_token"]
+    assert 0 < flops["model"] <= flops["computed"]
+    rows = read_metrics(finished / METRICS_FILE)
+    assert any("perf/mfu" in row for row in rows) == bool(record["peak_flops"])
+
+
+def test_a_finished_run_writes_the_same_sample_again(finished):
+    before = files(finished)
+    assert train.run(CONFIG, finished)["step"] == 3
+    after = files(finished)
+    for name in ("sample.txt", "evaluation.json", METRICS_FILE):
+        assert after[name] == before[name], name
+
+
+@pytest.mark.parametrize("group_size", [pytest.param(8, marks=pytest.mark.slow), 32])
+def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
+    """Half a sequence, and two: the sample and the counts have no such groups."""
+    config = tiny_training(
+        {
+            **tiny_moe(group_size=group_size),
+            "training": {"num_steps": 2, "num_microbatches": 2},
+        }
+    )
+    assert train.run(config, tmp_path)["step"] == 2
