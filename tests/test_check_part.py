@@ -32,7 +32,7 @@ FOREIGN = [RoundRobin(), GatedRecurrence(), Peakedness(), SquaredRelu()]
 
 
 # What these do on a mesh, or what a scan does to them, is not what a quick test is for.
-ON_A_MESH = ("part", "router", "queue", "balance_loss")
+ON_A_MESH = ("part", "router")
 
 
 def assert_passes(part, names=tuple(CHECKS)):

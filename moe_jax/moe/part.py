@@ -50,9 +50,7 @@ class MoE(Part):
     expert_dim: int = setting(512, at_least=1)  # H: hidden dim of one expert
     activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
     use_bias: bool = False  # biases in the experts
-    shared_expert_dim: int = setting(
-        0, at_least=0
-    )  # hidden dim of the expert of every token; 0: none
+    shared_expert_dim: int = setting(0, at_least=0)  # hidden dim of every token's expert; 0: none
     shared_expert_gate: bool = False  # scale the shared output by sigmoid(x . w) (Qwen)
     gate_on_input: bool = False  # gates multiply what experts get, not what they give (Llama 4)
     expert_dropout_rate: float = setting(0.0, at_least=0, below=1)  # on hidden units (Switch: 0.4)
@@ -63,9 +61,7 @@ class MoE(Part):
     losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
     bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
     capacity: Capacity = Capacity()  # slots of an expert, and who gets them
-    run_experts: str = setting(
-        "auto", choices=WAYS
-    )  # "einsum", "gather", "ragged"; "auto": fastest
+    run_experts: str = setting("auto", choices=WAYS)  # how rows meet experts; "auto": the fastest
     exchange: str = setting("auto", choices=EXCHANGES)  # between devices: constraints, shard_map
     exchange_chunks: int = setting(1, at_least=1)  # parts that travel one by one, to overlap
 
