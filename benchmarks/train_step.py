@@ -3,8 +3,8 @@
     python -m benchmarks.train_step [--config=configs/quickstart.py] [--rounds=7] [--against=DIR]
 
 The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
-share is that of the model FLOPs (attention squares counted whole, no padding, no dispatch, three
-times forward). "Without" leaves one part of the model out of the step, so that the difference is
+share is that of the model FLOPs: attention squares counted whole, three times forward, without
+padding and one-hot contractions. "Without" leaves one part of the model out of the step, so that the difference is
 what it costs with all that waits for it; the parts need not add up. `--against` also prints the
 time of a step over that of another checkout of this repository, taken in turn with it.
 """
@@ -93,8 +93,8 @@ def main() -> None:
     makers: dict[str, Callable[[], Step]] = {
         "moe": lambda: Step(config),
         "dense": lambda: Step(load(path, "dense")),
-        "moe, einsum dispatch": lambda: Step(load(path, "", "einsum")),
-        "moe, gather dispatch": lambda: Step(load(path, "", "gather")),
+        "moe, einsum": lambda: Step(load(path, "", "einsum")),
+        "moe, gather": lambda: Step(load(path, "", "gather")),
     }
     steps = {name: make() for name, make in makers.items()}
     for part in ("attention scores", "rotary positions"):

@@ -12,7 +12,7 @@ A weight passes a door: `linear(x, w)` for one matrix, `grouped(x, w, layout)` f
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -65,9 +65,6 @@ class ParameterSpec:
     def size(self) -> int:
         """Numbers in the array."""
         return math.prod(self.shape)
-
-
-Specs = Mapping[str, Any]  # nested dicts of `ParameterSpec`
 
 
 def init_parameters(key: jax.Array, specs: Any) -> Any:

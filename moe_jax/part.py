@@ -2,8 +2,8 @@
 
 A `Part` is a frozen dataclass of settings with pure functions as methods. A model is a tree of
 parts; the step, checkpoints, planning and analysis ask parts and never test their kind. Defaults
-are unsafe until a part declares otherwise: one that says nothing of later tokens is taken to look
-at them. Legend of shapes: `moe_jax.moe`.
+assume the worst: a part that says nothing of later tokens is taken to look at them. Legend of
+shapes: `moe_jax.moe`.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Sums = Mapping[str, Any]
 NOTHING: dict[str, Any] = {}
+DTYPES = ("float32", "bfloat16")  # of activations
 
 
 class Dims(NamedTuple):
@@ -273,10 +274,10 @@ class Part(Settings):
         Raises:
           ValueError: with the sizes and what to change.
         """
-        check_even(self.specs(dims), run)
+        check_divides(self.specs(dims), run)
 
 
-def check_even(specs: Any, run: RunShape) -> None:
+def check_divides(specs: Any, run: RunShape) -> None:
     """Refuses a mesh that does not split a parameter evenly.
 
     Raises:

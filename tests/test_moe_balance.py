@@ -469,7 +469,7 @@ def test_a_block_says_the_variation_losses():
     assert said["importance_loss"] > 0.01 and said["load_loss"] > 0.01
     router = grads["router"]
     assert np.abs(router["weight"]).max() > 0.01
-    assert np.abs(router["noise"]["0"]["weight"]).max() > 0.001
+    assert np.abs(router["noise"]["learned"]["weight"]).max() > 0.001
     assert total(params, None)[1]["load_loss"] == 0
 
 

@@ -342,7 +342,7 @@ def test_learned_noise_has_the_deviation_that_the_token_asks_for():
     # Two tokens of 3000 copies each; softplus(x W_noise) is softplus(0) and softplus(3).
     x = np.repeat(np.eye(2, dtype=np.float32), 3000, axis=0)[None]
     learned = {"weight": jnp.array([[0.0, 0.0], [3.0, 3.0]])}
-    params = {"weight": jnp.eye(2), "noise": {"0": learned}}
+    params = {"weight": jnp.eye(2), "noise": {"learned": learned}}
     config = TokenChoice(noise=(Learned(),))
     routing = route(x, params, 1, config, rng=jax.random.key(0))
     noise = np.asarray(routing.logits_GSE - x).reshape(2, -1)
@@ -350,7 +350,6 @@ def test_learned_noise_has_the_deviation_that_the_token_asks_for():
     close(routing.clean_GSE, x)
     # With noise of a fixed deviation besides, variances add up.
     both = TokenChoice(noise=(Gaussian(stddev=2.0), Learned()))
-    params["noise"] = {"1": learned}
     noise = np.asarray(route(x, params, 1, both, rng=jax.random.key(0)).logits_GSE - x)
     np.testing.assert_allclose(noise[0, :3000].std(), (np.log(2) ** 2 + 4) ** 0.5, rtol=0.05)
     # Without a key, in evaluation, there is none.
@@ -386,11 +385,11 @@ def test_two_learned_noises_have_parameters_of_their_own_and_their_variances_add
     x = np.repeat(np.eye(2, dtype=np.float32), 3000, axis=0)[None]
     router = TokenChoice(noise=(Learned(), Learned()))
     specs = router.specs(Dims(2), Options(2, 2, 1, 1))
-    assert sorted(specs["noise"]) == ["0", "1"]
+    assert sorted(specs["noise"]) == ["learned", "learned__2"]
     weights = [jnp.array([[1.0, 1.0], [0.0, 0.0]]), jnp.array([[2.0, 2.0], [-1.0, -1.0]])]
     params = {
         "weight": jnp.eye(2),
-        "noise": {str(i): {"weight": weight} for i, weight in enumerate(weights)},
+        "noise": {name: {"weight": w} for name, w in zip(specs["noise"], weights, strict=True)},
     }
     rng = jax.random.key(0)
     routing = route(x, params, 1, router, rng=rng)
@@ -400,7 +399,7 @@ def test_two_learned_noises_have_parameters_of_their_own_and_their_variances_add
     noise = np.asarray(routing.logits_GSE - x).reshape(2, -1)
     np.testing.assert_allclose(noise.std(axis=1), expected, rtol=0.05)
     grad = jax.grad(lambda p: jnp.sum(route(x, p, 1, router, rng=rng).noise_std_GSE))(params)
-    first, second = (grad["noise"][name]["weight"] for name in "01")
+    first, second = (grad["noise"][name]["weight"] for name in specs["noise"])
     assert np.abs(first).min() > 0.01 and np.abs(second - first).max() > 0.01
 
 

@@ -1,4 +1,4 @@
-"""Expert choice, by hand-worked tables, by its invariants and with every dispatcher."""
+"""Expert choice, by hand-worked tables, by its invariants and with every way to run experts."""
 
 import jax
 import jax.numpy as jnp

@@ -17,7 +17,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from moe_jax.config.check import require
-from moe_jax.config.kinds import is_foreign, kind_of, load_kind, source_hash
+from moe_jax.config.kinds import by_kind, is_foreign, kind_of, load_kind, source_hash
 from moe_jax.config.settings import Settings
 
 FORMAT = 2  # of a written config; 1 had no parts
@@ -79,16 +79,9 @@ def is_named_part(item: Any) -> bool:
 
 
 def parts_dict(parts: tuple[Settings, ...]) -> dict[str, Any]:
-    """Parts of one family by name: the last word of the kind, numbered where it comes twice."""
-    named: dict[str, Any] = {}
-    for part in parts:
-        kind = kind_of(part)
-        name = kind.partition(":")[2] or kind
-        while name in named:
-            stem, _, number = name.partition("__")
-            name = f"{stem}__{int(number or 1) + 1}"
-        named[name] = {"kind": kind, **fields_dict(part)}
-    return named
+    """Parts of one family, as `by_kind` names them."""
+    named = by_kind(parts)
+    return {name: {"kind": kind_of(part), **fields_dict(part)} for name, part in named.items()}
 
 
 @dataclasses.dataclass(frozen=True)

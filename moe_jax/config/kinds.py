@@ -9,9 +9,13 @@ import hashlib
 import importlib
 import inspect
 import pathlib
+from collections.abc import Iterable
+from typing import TypeVar
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings
+
+Part = TypeVar("Part", bound=Settings)
 
 KINDS: dict[str, dict[str, str]] = {
     "model": {"language_model": "moe_jax.models.model:LanguageModel"},
@@ -144,6 +148,19 @@ def kind_of(value: Settings | type[Settings]) -> str:
     path = f"{cls.__module__}:{cls.__qualname__}"
     short = (name for name, known in KINDS.get(cls.family, {}).items() if known == path)
     return next(short, path)
+
+
+def by_kind(parts: Iterable[Part]) -> dict[str, Part]:
+    """Parts of one family by the last word of their kinds, numbered where one comes twice."""
+    named: dict[str, Part] = {}
+    for part in parts:
+        kind = kind_of(part)
+        name = kind.partition(":")[2] or kind
+        while name in named:
+            stem, _, number = name.partition("__")
+            name = f"{stem}__{int(number or 1) + 1}"
+        named[name] = part
+    return named
 
 
 def is_foreign(kind: str) -> bool:

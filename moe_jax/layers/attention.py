@@ -14,7 +14,7 @@ from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import rotate
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, dense, linear, scaled_init, zeros
-from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_even
+from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Attention(Part):
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`: heads stay whole."""
-        check_even(self.specs(dims), run)
+        check_divides(self.specs(dims), run)
         for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
             require(
                 heads % run.shards["heads"] == 0,

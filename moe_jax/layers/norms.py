@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings, setting
-from moe_jax.parameters import ParameterSpec, ones, zeros
+from moe_jax.parameters import ParameterSpec, dense, ones, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RMSNorm(Norm):
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """See `Norm`."""
-        return rms_norm(x, params["scale"], self.epsilon)
+        return rms_norm(x, dense(params["scale"]), self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LayerNorm(Norm):
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """See `Norm`."""
-        return layer_norm(x, params["scale"], params["bias"], self.epsilon)
+        return layer_norm(x, dense(params["scale"]), dense(params["bias"]), self.epsilon)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

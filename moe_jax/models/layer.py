@@ -79,16 +79,16 @@ class Layer(Part):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Part`; returns the residual stream, and aux and caches by branch."""
-        said = Said(self, params, call, own)
+        branches = Branches(self, params, call, own)
         for name, part in self.named:
             normed_BLM = x_BLM
             if self.placement != "post":
                 normed_BLM = self.norm.apply(params[f"{name}_norm"], x_BLM)
-            x_BLM += said.of(name, part, normed_BLM)
-        return x_BLM, *said.collected
+            x_BLM += branches.output(name, part, normed_BLM)
+        return x_BLM, *branches.collected
 
 
-class Said:
+class Branches:
     """Runs the branches of a layer, and keeps what they say and cache by name."""
 
     def __init__(self, layer: Layer, params: Any, call: Call, own: Own):
@@ -96,7 +96,7 @@ class Said:
         self.numbers = {name: number for number, (name, _) in enumerate(layer.named)}
         self.collected: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
-    def of(self, name: str, part: Part, x_BLM: jax.Array) -> jax.Array:
+    def output(self, name: str, part: Part, x_BLM: jax.Array) -> jax.Array:
         """What a branch adds to the residual: normed, multiplied, with dropout."""
         auxes, caches = self.collected
         own = self.own.of(name, self.numbers[name])
@@ -138,11 +138,11 @@ class ParallelLayer(Layer):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Layer`."""
-        said = Said(self, params, call, own)
+        branches = Branches(self, params, call, own)
         normed_BLM = self.norm.apply(params["norm"], x_BLM)
         for name, part in self.named:
-            x_BLM += said.of(name, part, normed_BLM)
-        return x_BLM, *said.collected
+            x_BLM += branches.output(name, part, normed_BLM)
+        return x_BLM, *branches.collected
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -17,9 +17,7 @@ from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, dense, normal_init, rows
-from moe_jax.part import Aux, Call, Dims, Part, RunShape, check_even
-
-DTYPES = ("float32", "bfloat16")
+from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
 
 
 class ModelOutput(NamedTuple):
@@ -186,7 +184,7 @@ class LanguageModel(Settings):
         Raises:
           ValueError: with the sizes and what to change.
         """
-        check_even({name: own for name, own in self.specs().items() if name != "stack"}, run)
+        check_divides({name: own for name, own in self.specs().items() if name != "stack"}, run)
         self.decoder.check_run(self.dims, run)
 
     def run(

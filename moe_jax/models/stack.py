@@ -41,9 +41,7 @@ class StackLayout(Settings):
     repeats: int = setting(4, at_least=0)  # how often
     last: tuple[Any, ...] = ()  # layers after it
     shared: tuple[str, ...] = ()  # parts that run once before the layers; `Call.shared` has them
-    tied: tuple[
-        str, ...
-    ] = ()  # parts of the unit with one copy of their parameters for all repeats
+    tied: tuple[str, ...] = ()  # parts of the unit with one copy of parameters for all repeats
     causal: bool = True  # no token sees later ones
     allow_lookahead: bool = False  # accept parts that look at later tokens in a causal stack
 

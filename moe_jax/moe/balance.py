@@ -1,28 +1,27 @@
 """Balance losses: what keeps expert load even by a gradient; the bias is in `bias`.
 
-A loss measures sums in every call of a block, and makes a number of them over all layers that use
-it.
-Legend: `moe_jax.moe`; U is the units over which a mean is taken.
+A loss measures sums in every call of a block. It makes one number of them, over all layers that use
+it. Legend: `moe_jax.moe`; U is the units over which a mean is taken.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
+from moe_jax.config.kinds import by_kind
 from moe_jax.config.settings import Settings, setting
 from moe_jax.moe.routing import Routing, choose, top_k
+from moe_jax.part import Sums
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
 SCOPES = ("group", "sequence", "microbatch", "global")
 BatchShape = tuple[int, int]  # B, L
-Sums = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,12 +395,12 @@ class BatchEntropy(BalanceLoss):
 
 
 def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss]]:
-    """Losses by the name of their metric; a second one of a name gets a number."""
-    named: dict[str, BalanceLoss] = {}
-    for loss in losses:
-        number = sum(name.split("#")[0] == loss.metric for name in named)
-        named[f"{loss.metric}#{number + 1}" if number else loss.metric] = loss
-    return list(named.items())
+    """Losses by their metric; those that share one by their kinds."""
+    metrics = [loss.metric for loss in losses]
+    return [
+        (loss.metric if metrics.count(loss.metric) == 1 else f"{kind}_loss", loss)
+        for kind, loss in by_kind(losses).items()
+    ]
 
 
 def require_learning(loss: BalanceLoss, moe: "MoE") -> None:

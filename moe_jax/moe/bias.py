@@ -85,8 +85,7 @@ class BiasUpdate(Settings):
           num_steps: of the run.
 
         Source: DeepSeek-V3, arXiv:2412.19437: 0.001 for the first 14.3T tokens, 0 for the last
-        500B,
-          which is a frozen fraction of 0.034.
+          500B, which is a frozen fraction of 0.034.
         """
         moving = round(num_steps * (1 - self.frozen_fraction))
         progress = jnp.minimum(step / max(moving, 1), 1.0)

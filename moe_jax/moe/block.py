@@ -41,11 +41,13 @@ def moe_block(
     """
     call, own = (call or Call()).with_defaults(x_BLM), own or Own()
     rng = own.key(call)
-    keys = [None] * 3 if rng is None else list(jax.random.split(rng, 3))
-    x_GSM, inputs = in_groups(x_BLM, moe, call, own, keys[0])
+    router_key, queue_key, experts_key = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+    x_GSM, inputs = in_groups(x_BLM, moe, call, own, router_key)
 
     routing = route(params, x_GSM, moe, inputs)
-    y_GSM, kept_GSK = through_experts(params["experts"], x_GSM, routing, moe, inputs, keys[1:])
+    y_GSM, kept_GSK = through_experts(
+        params["experts"], x_GSM, routing, moe, inputs, queue_key, experts_key
+    )
     y_GSM = constrain(y_GSM, "group", None, None)
     if moe.shared_expert_dim > 0:
         y_GSM += shared_expert(params["shared"], x_GSM, moe) * inputs.valid_GS[..., None]
@@ -96,7 +98,8 @@ def through_experts(
     routing: Routing,
     moe: "MoE",
     inputs: RouterInputs,
-    keys: list[Any],
+    queue_key: jax.Array | None,
+    experts_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What experts give every token, and which choices were kept.
 
@@ -106,20 +109,23 @@ def through_experts(
       routing: their choices, or the slots that the router filled.
       moe: the settings.
       inputs: what the router was told.
-      keys: of a random queue and of the experts, or None twice.
+      queue_key: of a random queue, or None.
+      experts_key: of dropout in the experts, or None.
 
     Returns:
       [G, S, M] in the dtype of `x_GSM`, and bool [G, S, K].
     """
     valid_GS1, plan = inputs.valid_GS[..., None], plan_experts(moe)
     if routing.mixing is not None:
-        y_GSM = mix_slots(x_GSM, routing.mixing, weights, moe.experts, keys[1], plan.by_constraint)
-        return y_GSM, valid_GS1
+        y_GSM = mix_slots(
+            x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint
+        )
+        return y_GSM, valid_GS1  # every token is in every slot: none is dropped
     computing = computing_choices(routing, inputs.options)
     queue = moe.capacity.queue
-    assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, keys[0])
+    assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, queue_key)
     axes = moe.expert_axes(x_GSM.shape[-1])
-    y_GSM = run_experts(x_GSM, assignment, weights, axes, moe.experts, plan, keys[1])
+    y_GSM = run_experts(x_GSM, assignment, weights, axes, moe.experts, plan, experts_key)
     return add_free_choices(
         x_GSM, y_GSM, routing, assignment.kept_GSK, valid_GS1, inputs.options,
         first_copy=moe.num_experts + moe.num_zero_experts,

@@ -24,7 +24,7 @@ from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import EXCHANGES, WAYS, plan_experts
 from moe_jax.parameters import Axes, ParameterSpec, ffn_specs, truncated_normal_init, zeros
-from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_even
+from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_divides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +237,7 @@ class MoE(Part):
         """See `Part`: groups fit the batch and its split over devices."""
         self.router.check_run(self, run)
         tokens_per_group(run.sequences, run.length, self.group_size)
-        check_even(self.specs(dims), run)
+        check_divides(self.specs(dims), run)
         per_group = max(self.group_size // run.length, 1)
         require(
             run.sequences % (run.shards["group"] * per_group) == 0,

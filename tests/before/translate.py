@@ -244,10 +244,10 @@ ROUTER = {
 }  # fmt: skip
 
 
-def block_path(name: str, noise_place: int) -> str:
+def block_path(name: str) -> str:
     """Where a parameter of the old block is in the tree of the new one."""
     if name == "router_noise":
-        return f"router/noise/{noise_place}/weight"
+        return "router/noise/learned/weight"
     if name in ROUTER:
         return f"router/{ROUTER[name]}"
     if name.startswith("shared_"):
@@ -257,11 +257,9 @@ def block_path(name: str, noise_place: int) -> str:
 
 def block_parameters(arrays: Mapping[str, np.ndarray], block: MoE) -> dict[str, Any]:
     """The parameters, or gradients, of a block by their old names, in the new tree."""
-    noises = getattr(block.router, "noise", ())
-    places = [i for i, one in enumerate(noises) if isinstance(one, noise.Learned)]
     tree: dict[str, Any] = {}
     for name, value in arrays.items():
-        put(tree, block_path(name, *(places or [0])), value)
+        put(tree, block_path(name), value)
     return tree
 
 
@@ -307,7 +305,7 @@ def layer_path(path: str, layer: tuple[str, ...], new: LanguageModel) -> str:
     if branch == "moe":
         block = new.part["moe"]
         assert isinstance(block, MoE)
-        return f"moe/{block_path(rest, 0)}"
+        return f"moe/{block_path(rest)}"
     return path
 
 

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings, setting
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
-from moe_jax.part import Dims, RunShape
+from moe_jax.part import DTYPES, Dims, RunShape
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
-
-DTYPES = ("float32", "bfloat16")
 
 
 class Choices(NamedTuple):
@@ -71,8 +69,7 @@ class Routing(NamedTuple):
       clean_GSE: the logits without noise, or None if they have none.
       noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
       loss_GS: float32 >= 0, what the router adds to the training loss of each token, weighted;
-      None:
-        nothing.
+        None: nothing.
       mixing: how tokens mix in slots, if the router filled them; the choices are then for
         statistics alone.
     """

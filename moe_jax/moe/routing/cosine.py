@@ -42,7 +42,7 @@ class Cosine(Projection):
         """In [-1, 1] / temperature; see `Projection`."""
         token_GSD = unit(project(x_GSM, params["projection"]), axis=-1)
         expert_DE = unit(dense(params["weight"]).astype(x_GSM.dtype), axis=0)
-        log_scale = params["log_scale"].astype(x_GSM.dtype) - math.log(self.temperature)
+        log_scale = dense(params["log_scale"]).astype(x_GSM.dtype) - math.log(self.temperature)
         return project(token_GSD, expert_DE) * jnp.exp(jnp.minimum(log_scale, MAX_LOG_SCALE))
 
 

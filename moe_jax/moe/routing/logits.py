@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings
 from moe_jax.moe.routing import Options
-from moe_jax.parameters import ParameterSpec, grouped, truncated_normal_init, zeros
+from moe_jax.parameters import ParameterSpec, Shared, grouped, truncated_normal_init, zeros
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class Projection(Settings):
         raise NotImplementedError
 
     def logits(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array:
-        """[G, S, E] in the dtype of `x_GSM`; `step` is for annealed settings, None at their ends.
+        """[G, S, E] in the dtype of `x_GSM`; `step` is for annealed settings.
 
-        Without a step in evaluation and outside training.
+        Without a step, in evaluation and outside training, they are at their ends.
         """
         raise NotImplementedError
 
@@ -170,20 +170,17 @@ def router_vector(size: int) -> ParameterSpec:
     return ParameterSpec((size,), (None,), zeros, "router", decays=False)
 
 
-class HighestPrecision:
-    """The layout of a router's products: a TPU would multiply float32 in bfloat16."""
-
-    rng: jax.Array | None = None
+class HighestPrecision(Shared):
+    """`Shared` at the highest precision: a TPU would multiply float32 in bfloat16."""
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[G, S, I] @ [I, O] -> [G, S, O]."""
         return jnp.einsum("GSI,IO->GSO", x, weight, precision=jax.lax.Precision.HIGHEST)
 
-    def expand(self, bias: jax.Array) -> jax.Array:
-        """[O], which broadcasts."""
-        return bias
+
+HIGHEST = HighestPrecision()
 
 
 def project(x_GSI: jax.Array, weight_IO: Any) -> jax.Array:
     """[G, S, I] x [I, O] in the dtype of `x_GSI`, at the highest precision."""
-    return grouped(x_GSI, weight_IO, HighestPrecision())
+    return grouped(x_GSI, weight_IO, HIGHEST)

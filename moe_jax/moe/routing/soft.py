@@ -106,7 +106,7 @@ class Soft(Router):
         """
         dtype = jnp.dtype(self.dtype)
         slots_MP = unit(dense(params["weight"]).astype(dtype), axis=0)
-        slots_MP *= params["scale"].astype(dtype)
+        slots_MP *= dense(params["scale"]).astype(dtype)
         logits_GSP = project(unit(x_GSM.astype(dtype), axis=-1), slots_MP)
 
         valid_GS1 = inputs.valid_GS[..., None]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
+from moe_jax.config.kinds import by_kind
 from moe_jax.config.settings import setting
 from moe_jax.moe.routing import Options, Router, RouterInputs, Routing, choose, top_k
 from moe_jax.moe.routing.logits import (
@@ -23,6 +24,7 @@ from moe_jax.moe.routing.logits import (
     router_vector,
 )
 from moe_jax.moe.routing.selection import ChoicePolicy, ExpertGroups, Selection, within_top_p
+from moe_jax.parameters import dense
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Linear(Projection):
         """See `Projection`."""
         logits_GSE = project(x_GSM, params["weight"])
         if self.use_bias:
-            logits_GSE += params["bias"].astype(x_GSM.dtype)
+            logits_GSE += dense(params["bias"]).astype(x_GSM.dtype)
         if self.temperature == 1 and self.anneal_steps == 0:
             return logits_GSE
         return logits_GSE / annealed(self.anneal_from, self.temperature, self.anneal_steps, step)
@@ -88,9 +90,9 @@ class LogitRouter(Router):
         object.__setattr__(self, "noise", tuple(sorted(self.noise, key=repr)))
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """Those of the projection, and of each noise that learns, by its place, under `noise`."""
+        """Those of the projection, and of each noise that learns, by its kind, under `noise`."""
         specs = self.projection.specs(dims, options, self.init_stddev)
-        noise = {str(i): one.specs(dims, options) for i, one in enumerate(self.noise)}
+        noise = {name: one.specs(dims, options) for name, one in by_kind(self.noise).items()}
         noise = {name: own for name, own in noise.items() if own}
         return {**specs, "noise": noise} if noise else specs
 
@@ -106,7 +108,8 @@ class LogitRouter(Router):
             x_GSM = noise.on_tokens(x_GSM, jax.random.fold_in(rng, 0), step)
         clean_GSE = self.projection.logits(params, x_GSM, step)
         learned = params.get("noise", {})
-        found = (one.std(learned.get(str(i)), x_GSM, step) for i, one in enumerate(self.noise))
+        named = by_kind(self.noise).items()
+        found = (noise.std(learned.get(name), x_GSM, step) for name, noise in named)
         stds = [std for std in found if std is not None]
         if not stds:
             return Logits(clean_GSE)
@@ -235,6 +238,7 @@ class TokenChoice(LogitRouter):
             chosen_GSK = inputs.replay.chosen
         elif self.top_p < 1:
             chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), self.top_p)
+        # What a policy leaves out, in a replay too, has been in the sum of the others' gates.
         counted_GSK = chosen_GSK if self.top_p < 1 else jnp.ones_like(chosen_GSK)
         gate_GSK = plain_gates(
             self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK, counted_GSK

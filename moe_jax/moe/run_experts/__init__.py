@@ -9,9 +9,8 @@ A `Plan` says how. Its ways agree in value and in every gradient:
 
 On a mesh, rows travel between devices by one of two exchanges:
 
-  compiler  arrays are those of all devices, constraints say where they lie, and the compiler
-  inserts
-            the all-to-all. einsum and gather.
+  compiler  arrays are those of all devices, constraints say where they lie, and the
+            compiler inserts the all-to-all. einsum and gather.
   explicit  one program for each device, with the collectives written out. All.
 """
 

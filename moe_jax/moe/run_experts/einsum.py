@@ -10,7 +10,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.routing import Mixing
 from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
-from moe_jax.moe.run_experts.slots import through_experts
+from moe_jax.moe.run_experts.slots import run_slots
 
 
 def run_einsum(
@@ -68,5 +68,5 @@ def mix_slots(
     """
     dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
-    y_EGCM = through_experts(x_EGCM, weights, experts, rng, exchange)
+    y_EGCM = run_slots(x_EGCM, weights, experts, rng, exchange)
     return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)

@@ -1,7 +1,7 @@
-"""Experts on capacity slots: those of every expert side by side (legend: `moe_jax.moe`).
+"""Experts on capacity slots [E, G, C, M], filled by indices (legend: `moe_jax.moe`).
 
-`run_gather` fills them by indices. Every backward pass is a gather as well: the gradient that JAX
-would derive for reading rows is a scatter-add, which is slow on every platform.
+Every backward pass of `run_gather` is a gather as well: the gradient that JAX would derive for
+reading rows is a scatter-add, which is slow on every platform.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Slots:
         return bias[:, None, None, :]
 
 
-def through_experts(
+def run_slots(
     x_EGCM: jax.Array,
     weights: Weights,
     experts: Experts,
@@ -84,7 +84,7 @@ def run_gather(
     # Group by group, so that on a mesh each device reads its own tokens.
     x_GPM = jax.vmap(fill)(x_GSM, choice_GP, slot_GSK, assignment.kept_GSK)
     x_EGCM = x_GPM.reshape(groups, num_experts, capacity, model_dim).swapaxes(0, 1)
-    y_EGCM = through_experts(x_EGCM, weights, experts, rng, exchange)
+    y_EGCM = run_slots(x_EGCM, weights, experts, rng, exchange)
     y_GPM = y_EGCM.swapaxes(0, 1).reshape(groups, num_slots, model_dim)
     gates = (assignment.gate_GSK, choice_GP, slot_GSK, assignment.kept_GSK)
     return jax.vmap(combine)(y_GPM, *gates)
