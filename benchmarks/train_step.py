@@ -4,9 +4,9 @@
 
 The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
 share is that of the model FLOPs: attention squares counted whole, three times forward, without
-padding and one-hot contractions. "Without" leaves one part of the model out of the step, so that the difference is
-what it costs with all that waits for it; the parts need not add up. `--against` also prints the
-time of a step over that of another checkout of this repository, taken in turn with it.
+padding and one-hot contractions. "Without" leaves one part of the model out of the step, so that
+the difference is what it costs with all that waits for it; the parts need not add up. `--against`
+also prints the time of a step over that of another checkout of this repository, taken in turn.
 """
 
 import argparse

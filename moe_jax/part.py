@@ -8,7 +8,7 @@ shapes: `moe_jax.moe`.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -248,6 +248,10 @@ class Part(Settings):
     def resolved(self) -> "Part":
         """The part with its settings "auto" as the mesh and the platform in use decide them."""
         return self
+
+    def map_branches(self, change: Callable[["Part"], "Part"]) -> "Part":
+        """The part changed; of a whole layer, each of its branches."""
+        return change(self)
 
     def costs(self, dims: Dims, length: int, dtype: str) -> "tuple[Cost, ...]":
         """What one layer of the part costs a token in training, stage by stage.

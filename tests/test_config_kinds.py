@@ -1,8 +1,10 @@
 """Kinds: every name of every table, classes of the user's own, and what is refused."""
 
+import dataclasses
 import importlib
 import inspect
 import sys
+from typing import Literal, Optional
 
 import pytest
 
@@ -18,8 +20,11 @@ from moe_jax.config import (
 from moe_jax.config.convert import InFamily
 from moe_jax.config.kinds import KINDS, is_foreign, kind_of, load_kind, source_hash
 from moe_jax.config.settings import Settings
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.layer import Layer
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.balance import LoadBalance, RouterZ, SwitchLoadBalance
+from moe_jax.moe.balance import LoadBalance, RouterZ, SwitchLoadBalance, named_losses
 from moe_jax.moe.bias import ErrorUpdate
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
@@ -116,6 +121,7 @@ def test_a_part_of_several_is_named_by_its_kind_unless_another_is_given():
 @pytest.mark.parametrize(
     ("family", "kind", "message"),
     [
+        ("router", ":Mine", r"named 'package\.module:Class': kind=':Mine'\. Write both halves"),
         ("router", "best", r"a kind of router is one of \['base', .*: kind='best'\. Use a known"),
         ("queue", "TokenMajor", r"a kind of queue is one of \['batch_prioritized', "),
         ("router", "__main__:Mine", r"'__main__' is not: kind='__main__:Mine'\. Move the class"),
@@ -244,3 +250,61 @@ def test_a_written_config_of_the_library_needs_no_trust():
 def test_a_config_of_the_layout_before_parts_is_refused():
     with pytest.raises(ValueError, match=r"the layout of format 2: this one is of format 1"):
         read_config({"model": {"num_layers": 2}}, ExperimentConfig)
+
+
+def test_branches_keep_their_order_and_are_not_a_dict():
+    layer = Layer(branches=(("self", Attention()), ("mlp", Mlp())))
+    assert build(InFamily("part"), config_dict(layer).to_dict(), "block") == layer
+    branches = {"self": "attention", "mlp": "mlp"}
+    with pytest.raises(ValueError, match=r"block\.branches is in order, which a dict is not"):
+        build(InFamily("part"), {"kind": "layer", "branches": branches}, "block")
+
+
+@pytest.mark.parametrize("value", [MoE(), Capacity()])
+def test_a_part_of_another_family_is_refused(value):
+    with pytest.raises(ValueError, match=r"config\.model is a model"):
+        from_config_dict({"model": value})
+
+
+def test_what_cannot_be_none_is_refused():
+    with pytest.raises(ValueError, match=r"config\.model\.parts"):
+        from_config_dict({"model": {"kind": "language_model", "parts": None}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed(Settings):
+    """Settings of types that the library's own do not have."""
+
+    size: Optional[int] = None  # noqa: UP045
+    width: int | str = 1
+    mode: Literal["a", "b"] = "a"
+
+
+def test_settings_of_a_users_part_may_be_unions_and_literals():
+    read = build(Typed, {"size": 3, "width": "wide", "mode": "b"}, "mine")
+    assert read == Typed(3, "wide", "b")
+    assert build(Typed, {"size": None}, "mine") == Typed()
+    with pytest.raises(ValueError, match=r"mine\.mode is one of \['a', 'b'\]: 'c'"):
+        build(Typed, {"mode": "c"}, "mine")
+    with pytest.raises(ValueError, match=r"mine\.size is of type int"):
+        build(Typed, {"size": "x"}, "mine")
+
+
+def test_trust_may_be_in_some_kinds_alone(foreign):
+    module, _ = foreign
+    kind = f"{module}:Mine"
+    written = write_config(from_config_dict(with_queue({"kind": kind, "patience": 5})))
+    sys.modules.pop(module)
+    load_kind.cache_clear()
+    with pytest.raises(ValueError, match=r"kind outside this library"):
+        read_config(written, ExperimentConfig, trust=frozenset({"another:Kind"}))
+    assert module not in sys.modules
+    assert read_config(written, ExperimentConfig, trust=frozenset({kind}))
+
+
+def test_losses_of_one_kind_are_ordered_by_what_they_measure():
+    for weights in ((0.01, 0.1), (0.2, 0.1)):
+        losses = (LoadBalance(weights[0], "sequence"), LoadBalance(weights[1], "global"))
+        named = dict(named_losses(MoE(losses=losses).losses))
+        assert named["load_balance_loss"].scope == "global"
+        assert named["load_balance__2_loss"].scope == "sequence"

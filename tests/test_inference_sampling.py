@@ -7,6 +7,11 @@ import pytest
 
 from moe_jax.data import open_tokenizer
 from moe_jax.inference import continue_text, sampling
+from moe_jax.layers.attention import Attention
+from moe_jax.models.layer import Layer
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
 from moe_jax.part import Call
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
@@ -112,13 +117,16 @@ def test_groups_do_not_matter(params, config, group_size):
     assert sample(params, other, "ab", temperature=0.0) == expected
 
 
-def test_groups_are_of_the_window_unless_there_are_parameters_for_those_of_training():
+def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_training():
     def model_of(**moe):
         stack = {"allow_lookahead": True}
         return tiny_config({"model": {"parts": {"moe": moe}, "stack": stack}}).model
 
     soft = model_of(router="soft", group_size=8)
     assert sampling.in_groups_of(16, soft) == soft
+    # Parameters may have the shape of another group's, and are not of it.
+    same_shapes = model_of(router="soft", group_size=8, capacity={"slots": 2})
+    assert sampling.in_groups_of(16, same_shapes) == same_shapes
     choice = model_of(router="expert_choice", group_size=8)
     assert sampling.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
 
@@ -127,3 +135,11 @@ def test_groups_are_of_the_window_unless_there_are_parameters_for_those_of_train
 def test_negative_settings_are_refused(params, config, wrong):
     with pytest.raises(ValueError, match=r"are not negative: temperature=.*, num_tokens=.*\. Use"):
         sample(params, config, "ab", **wrong)
+
+
+def test_branches_of_whole_layers_are_regrouped_too():
+    moe = MoE(num_experts=2, expert_dim=3, group_size=4)
+    block = Layer(branches=(("attention", Attention(num_heads=1, head_dim=2)), ("moe", moe)))
+    layout = StackLayout(unit=("block",), repeats=2)
+    model = LanguageModel(vocab_size=7, model_dim=4, parts={"block": block}, stack=layout)
+    assert sampling.in_groups_of(16, model).moe_parts["moe"].group_size == 16

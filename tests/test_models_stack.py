@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.config import ExperimentConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.norms import LayerNorm, RMSNorm
@@ -587,3 +588,29 @@ def test_a_layer_says_what_its_branches_say():
     assert not layer.looks_ahead(training=True)
     assert Layer(branches=(("mean", Mean()),)).looks_ahead(training=False)
     assert isinstance(Stack(first=(layer,)).specs(DIMS)["first"]["0"], dict)
+
+
+def test_a_shared_part_has_neither_state_nor_experts():
+    parts = {"attention": PARTS["attention"], "moe": moe(2, 1)}
+    layout = StackLayout(unit=(("attention",),), repeats=2, shared=("moe",))
+    with pytest.raises(ValueError, match=r"routes no tokens and has no state: \['moe'\]"):
+        make_model(layout, parts)
+
+
+def test_a_whole_layer_is_no_branch_of_another():
+    parts = {"attention": PARTS["attention"], "block": Layer(branches=(("mlp", PARTS["mlp"]),))}
+    with pytest.raises(ValueError, match=r"adds to the residual itself.*\['block'\]"):
+        make_model(StackLayout(unit=(("attention", "block"),), repeats=2), parts)
+
+
+def test_a_model_that_sees_later_tokens_says_so_and_is_not_trained_to_predict_them():
+    layout = StackLayout(unit=(("attention", "mlp"),), repeats=2, causal=False)
+    model = make_model(layout)
+    assert model.looks_ahead(training=True) and not make_model(LAYOUT).looks_ahead(training=True)
+    with pytest.raises(ValueError, match=r"no objective for a model that sees it"):
+        ExperimentConfig(model=model)
+
+
+def test_layers_of_no_names_are_refused():
+    with pytest.raises(ValueError, match=r"a layer is a tuple of names.*unit=\(None,\)"):
+        StackLayout(unit=(None,))

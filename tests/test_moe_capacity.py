@@ -379,3 +379,16 @@ def test_groups_do_not_see_each_other(order):
     back = assign_jit(swapped, valid, jax.random.key(0), order, 0.4)
     np.testing.assert_array_equal(both.slot_GSK, back.slot_GSK[::-1])
     np.testing.assert_array_equal(both.kept_GSK, back.kept_GSK[::-1])
+
+
+def test_a_call_that_asks_for_a_factor_gets_it_where_slots_are_fixed():
+    moe = MoE(num_experts=4, num_selected_experts=1, capacity=Capacity(slots=2))
+    assert moe.options(16, training=True).slots == 2
+    assert moe.options(16, training=True, factor=1.0).slots == 4
+    assert moe.options(16, training=False, factor=0.0).dropless
+
+
+@pytest.mark.parametrize("unused", [{"multiple_of": 8}, {"per": "token"}, {"train_factor": 3.0}])
+def test_settings_that_fixed_slots_would_ignore_are_refused(unused):
+    with pytest.raises(ValueError, match=rf"slots=6, {next(iter(unused))}="):
+        Capacity(slots=6, **unused)

@@ -597,3 +597,34 @@ def test_every_choice_of_a_token_is_another_expert():
         index = np.asarray(route(x, {"weight": router}, choices, TokenChoice()).expert_index_GSK)
         for g, s in itertools.product(range(3), range(7)):
             assert len(set(index[g, s])) == choices
+
+
+def test_noises_on_tokens_are_independent():
+    x = np.ones((1, 2000, 4), np.float32)
+    router = TokenChoice(noise=(Jitter(0.1), Jitter(0.1)))
+    params = {"weight": jnp.eye(4)}
+    once = route(x, params, 1, TokenChoice(noise=(Jitter(0.1),)), rng=jax.random.key(0))
+    twice = route(x, params, 1, router, rng=jax.random.key(0)).logits_GSE
+    first = np.asarray(once.logits_GSE)
+    second = np.asarray(twice) / first
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.05
+
+
+def test_an_annealed_router_stays_in_its_dtype():
+    linear = Linear(anneal_from=2.0, anneal_steps=10)
+    router = TokenChoice(dtype="bfloat16", projection=linear)
+    options = Options(3, 3, 2, 4)
+    params = {"weight": jnp.ones((5, 3))}
+    x = jnp.ones((1, 4, 5))
+    inputs = RouterInputs(
+        options, jnp.ones((1, 4), bool), jnp.zeros((1, 4), jnp.int32), step=jnp.int32(3)
+    )
+    routing = router.route(params, x, inputs)
+    assert routing.logits_GSE.dtype == routing.gate_GSK.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("given", [{"anneal_from": 0.1}, {"anneal_steps": 10}])
+def test_annealing_has_a_start_and_steps(given):
+    for kind in (Jitter, Gaussian, Linear):
+        with pytest.raises(ValueError, match=r"anneal_from=.*, anneal_steps=.*Set both or none"):
+            kind(**given)

@@ -10,7 +10,7 @@ from moe_jax.moe.balance import max_violation
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity, assign_slots
 from moe_jax.moe.part import MoE
-from moe_jax.moe.queues import ChoiceMajor
+from moe_jax.moe.queues import ChoiceMajor, RandomOrder
 from moe_jax.moe.routing import Options, Router, RouterInputs
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.run_experts import WAYS
@@ -236,6 +236,10 @@ def test_it_looks_ahead_unless_a_predictor_stands_in():
         (
             {"router": ExpertChoice(), "capacity": Capacity(train_factor=0, eval_factor=0)},
             r"expert choice needs a capacity: capacity\.train_factor=0",
+        ),
+        (
+            {"router": ExpertChoice(), "capacity": Capacity(queue=RandomOrder(), eval_factor=0)},
+            r"a random queue no key there: capacity\.queue=RandomOrder",
         ),
         (
             {"router": ExpertChoice(max_experts=9)},

@@ -11,6 +11,8 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import BatchPrioritized
+from moe_jax.moe.routing.assignment import Sinkhorn
+from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.fixed import Hash
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -164,6 +166,11 @@ def test_the_selection_bias_is_of_all_options():
             {"router": Hash()},
             r"are chosen by tokens: num_zero_experts=1, num_copy_experts=2",
         ),
+        (
+            {"router": ExpertChoice()},
+            r"are chosen by tokens: num_zero_experts=1, num_copy_experts=2, router=ExpertChoice",
+        ),
+        ({"router": Sinkhorn()}, r"are chosen by tokens: .*router=Sinkhorn"),
         (
             {"router": TokenChoice(groups=ExpertGroups(3, 2))},
             r"belong to no group of experts: .*router\.groups=ExpertGroups\(num_groups=3",

@@ -135,3 +135,12 @@ def test_by_hand():
     assert local["embedding"] == local["head"] == 64 * 16 // 4
     assert local["router"] == 3 * 16 * 4 // 2, "split over fsdp; every device routes its own tokens"
     assert local["norms"] == 2 * 16 * (4 * 2 + 1), "never split"
+
+
+def test_experts_of_a_tied_block_are_counted_once():
+    moe = MoE(num_experts=4, num_selected_experts=1, expert_dim=8)
+    parts = {"attention": Attention(num_heads=1, head_dim=4), "moe": moe}
+    layout = StackLayout(unit=(("attention", "moe"),), repeats=2, tied=("moe",))
+    model = LanguageModel(vocab_size=8, model_dim=4, parts=parts, stack=layout)
+    count = count_parameters(model, 16)
+    assert (count.experts, count.active_experts) == (4 * 2 * 4 * 8, 2 * 4 * 8)

@@ -276,3 +276,11 @@ def test_choices_to_replay_are_read_by_part_and_cut_by_sequences():
         np.testing.assert_array_equal(replay["moe"].chosen[layer], chosen_BLXK[:2, :, layer])
     assert replay["other"].expert_index.shape == (1, 2, 16, 2)
     assert np.all(replay["other"].chosen), "without a field, all choices count"
+
+
+@pytest.mark.parametrize(
+    "name", ["replay/expert_index", "replay/moe/experts", "replay/moe/chosen", "replay/moe"]
+)
+def test_a_field_to_replay_that_nothing_would_read_is_refused(name):
+    with pytest.raises(ValueError, match=rf"expert_index and, beside it.*'{name}'"):
+        replayed_choices(tiny_batch() | {name: jnp.zeros((4, 16, 2, 2), jnp.int32)})

@@ -5,7 +5,7 @@ Always of the same tokens, token by token.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,17 +73,17 @@ def route_variations(
       By what was varied: "input noise 0.01"; "compute in bfloat16" and "router in bfloat16", or
       float32 for what is in bfloat16.
     """
-    routers = {
-        name: dataclasses.replace(moe.router, dtype=other_dtype(moe.router.dtype))
-        for name, moe in model.moe_parts.items()
-    }
-    parts = model.part | {
-        name: dataclasses.replace(moe, router=routers[name])
-        for name, moe in model.moe_parts.items()
-    }
-    other_router = dataclasses.replace(model, parts=tuple(parts.items()))
+
+    def with_other_router(part: Any) -> Any:
+        if not part.routes:
+            return part
+        router = dataclasses.replace(part.router, dtype=other_dtype(part.router.dtype))
+        return dataclasses.replace(part, router=router)
+
+    other_router = model.map_parts(with_other_router)
     other_compute = dataclasses.replace(model, compute_dtype=other_dtype(model.compute_dtype))
-    dtypes = " and ".join(dict.fromkeys(router.dtype for router in routers.values()))
+    routers = (moe.router for moe in other_router.moe_parts.values())
+    dtypes = " and ".join(dict.fromkeys(router.dtype for router in routers))
     return {
         f"input noise {noise:g}": route_batches(state, model, batches, max_tokens, noise),
         f"compute in {other_compute.compute_dtype}": route_batches(

@@ -22,6 +22,7 @@ from moe_jax.config.settings import Settings
 
 FORMAT = 2  # of a written config; 1 had no parts
 Config = TypeVar("Config")
+Trust = bool | frozenset[str]  # of modules outside the library: all, none, those of these kinds
 
 
 def config_dict(config: Settings) -> ml_collections.ConfigDict:
@@ -62,7 +63,12 @@ def fields_dict(value: Settings) -> dict[str, Any]:
     cls: Any = type(value)
     for name, expected in hints(cls).items():
         item = getattr(value, name)
-        fields[name] = parts_dict(item) if are_parts(expected) else to_dict(item)
+        if are_parts(expected):
+            fields[name] = parts_dict(item)
+        elif isinstance(expected, Ordered):
+            fields[name] = tuple((key, to_dict(part)) for key, part in item)
+        else:
+            fields[name] = to_dict(item)
     return fields
 
 
@@ -91,14 +97,21 @@ class InFamily:
     family: str
 
 
-def build(expected: Any, value: Any, path: str, *, trust: bool = True) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Ordered:
+    """The type of (name, part) pairs of which the order counts."""
+
+    of: Any
+
+
+def build(expected: Any, value: Any, path: str, *, trust: Trust = True) -> Any:
     """Makes an object of a user's values.
 
     Args:
       expected: the type of a field: a subclass of `Settings`, a tuple of them, or a plain type.
       value: what the user wrote.
       path: of the setting, for messages.
-      trust: whether modules outside this library may be imported for their kinds.
+      trust: whether modules outside this library may be imported, or for which kinds.
 
     Raises:
       ValueError: an unknown field, a value of another type, or settings that break a rule.
@@ -106,12 +119,19 @@ def build(expected: Any, value: Any, path: str, *, trust: bool = True) -> Any:
     origin, items = typing.get_origin(expected), typing.get_args(expected)
     if isinstance(expected, InFamily):
         if isinstance(value, Settings):
+            require(value.family == expected.family, f"{path} is a {expected.family}", repr(value),
+                    "Pass one")  # fmt: skip
             return value
         return build_settings(expected.family, value, path, trust)
-    if origin is types.UnionType:  # `X | None`, or X and what is made an X
-        if value is None:
-            return None
-        return build(items[0], value, path, trust=trust)
+    if isinstance(expected, Ordered):
+        require(not isinstance(value, Mapping), f"{path} is in order, which a dict is not",
+                repr(value), "Write pairs: (('attention', ...), ('mlp', ...))")  # fmt: skip
+        return build(expected.of, value, path, trust=trust)
+    if origin in (types.UnionType, typing.Union):
+        return build_union(items, value, path, trust)
+    if origin is typing.Literal:
+        require(value in items, f"{path} is one of {list(items)}", repr(value), "Change it")
+        return value
     if isinstance(expected, type) and issubclass(expected, Settings):
         if isinstance(value, Settings):
             require(isinstance(value, expected), f"{path} is a {expected.__name__}", repr(value),
@@ -125,7 +145,21 @@ def build(expected: Any, value: Any, path: str, *, trust: bool = True) -> Any:
     return convert(value, expected, path)
 
 
-def build_settings(of: str | type[Settings], value: Any, path: str, trust: bool) -> Settings:
+def build_union(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> Any:
+    """What the first of several types that takes the value makes of it."""
+    if value is None and types.NoneType in items:
+        return None
+    errors = []
+    for item in items:
+        if item is not types.NoneType:
+            try:
+                return build(item, value, path, trust=trust)
+            except ValueError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def build_settings(of: str | type[Settings], value: Any, path: str, trust: Trust) -> Settings:
     """A section of a class, or a part of a family, of the kind that the value names."""
     if isinstance(value, str) and isinstance(of, str):
         value = {"kind": value}
@@ -137,8 +171,9 @@ def build_settings(of: str | type[Settings], value: Any, path: str, trust: bool)
     if isinstance(of, str):
         kind = value.pop("kind", None)
         require(isinstance(kind, str), f"{path} names its kind", f"kind={kind!r}", "Set the kind")
+        trusted = trust if isinstance(trust, bool) else kind in trust
         require(
-            trust or not is_foreign(kind),
+            trusted or not is_foreign(kind),
             f"{path} is of a kind outside this library, whose module runs when it is imported",
             f"kind={kind!r}",
             "Pass --trust if you know where this config comes from",
@@ -168,17 +203,18 @@ def with_path(function: Any, path: str) -> Any:
 
 @functools.cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The type of every field of a class; of a family that is not imported yet, `InFamily`."""
+    """The type of every field of a class, or `InFamily` or `Ordered` for what a type cannot say."""
     types_ = typing.get_type_hints(cls)
-    return {
-        field.name: InFamily(field.metadata["family"])
-        if "family" in field.metadata
-        else types_[field.name]
-        for field in dataclasses.fields(cls)
-    }
+
+    def hint(field: Any) -> Any:
+        if "family" in field.metadata:
+            return InFamily(field.metadata["family"])
+        return Ordered(types_[field.name]) if "ordered" in field.metadata else types_[field.name]
+
+    return {field.name: hint(field) for field in dataclasses.fields(cls)}
 
 
-def build_parts(cls: type[Settings], value: Any, path: str, trust: bool) -> tuple[Any, ...]:
+def build_parts(cls: type[Settings], value: Any, path: str, trust: Trust) -> tuple[Any, ...]:
     """Parts of one family: of a dict by name, in the order of the names, or of a sequence."""
     if not isinstance(value, Mapping):
         require(
@@ -197,7 +233,7 @@ def build_parts(cls: type[Settings], value: Any, path: str, trust: bool) -> tupl
     return tuple(parts)
 
 
-def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: bool) -> tuple[Any, ...]:
+def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> tuple[Any, ...]:
     """A tuple, or (name, value) pairs out of a dict by name."""
     pairs = items[-1] is Ellipsis and typing.get_origin(items[0]) is tuple
     if pairs and isinstance(value, Mapping):
@@ -257,13 +293,13 @@ def write_config(config: Settings) -> dict[str, Any]:
     return {"format": FORMAT, "sources": sources, **to_dict(config)}
 
 
-def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: bool = False) -> Config:
+def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust = False) -> Config:
     """The object that `write_config` wrote.
 
     Args:
       written: the content of a `config.json`.
       cls: what it is of.
-      trust: whether modules outside this library may be imported for their kinds.
+      trust: whether modules outside this library may be imported, or for which kinds.
 
     Raises:
       ValueError: it is of the layout before parts, or names a foreign kind without trust.

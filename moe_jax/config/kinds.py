@@ -121,6 +121,12 @@ def load_kind(family: str, kind: str) -> type[Settings]:
     path = table.get(kind, kind)
     module_name, _, name = path.partition(":")
     require(
+        bool(module_name and name),
+        "a kind is named 'package.module:Class'",
+        f"kind={kind!r}",
+        "Write both halves",
+    )
+    require(
         module_name != "__main__",
         "a kind is imported by every process that uses it, which '__main__' is not",
         f"kind={kind!r}",

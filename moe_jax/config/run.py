@@ -1,6 +1,7 @@
 """Settings of a run: data, optimizer, training, evaluation."""
 
 import dataclasses
+import math
 from typing import Any
 
 from moe_jax.config.check import require
@@ -42,8 +43,8 @@ class DataConfig(Settings):
             "Correct it",
         )
         require(
-            all(weight > 0 for _, weight in self.domain_weights),
-            "data.domain_weights are positive",
+            all(0 < weight < math.inf for _, weight in self.domain_weights),
+            "data.domain_weights are positive and finite",
             f"data.domain_weights={self.domain_weights}",
             "Leave a domain out to give it no weight",
         )
@@ -118,6 +119,12 @@ class ExperimentConfig(Settings):
 
     def check(self) -> None:
         """Checks settings of different sections against each other."""
+        require(
+            self.data.objective != "causal_lm" or self.model.stack.causal,
+            "the next token is no objective for a model that sees it",
+            f"data.objective={self.data.objective!r}, model.stack.causal=False",
+            "Set model.stack.causal=True",
+        )
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             "optimizer.warmup_steps is at most training.num_steps",

@@ -113,19 +113,15 @@ def continue_text(
 
 
 def in_groups_of(window: int, model: LanguageModel) -> LanguageModel:
-    """The model with routing groups of so many tokens, where its parameters allow it.
+    """The model with routing groups of so many tokens, where its routers allow it.
 
     One sequence is the group that always fits. Where tokens choose, a dropless layer computes the
-    same in any; otherwise `next_token` says what the window decides. Soft MoE has parameters for
-    the slots of a group, and keeps the groups that it was trained with.
+    same in any; otherwise `next_token` says what the window decides. A router that mixes tokens
+    (Soft MoE) has learned the slots of a group, and keeps the groups that it was trained with.
     """
 
-    def shapes(part: Any) -> Any:
-        return jax.tree.map(lambda spec: spec.shape, part.specs(model.dims))
+    def regrouped(part: Any) -> Any:
+        keeps = not part.routes or part.router.mixes
+        return part if keeps else dataclasses.replace(part, group_size=window)
 
-    def regrouped(moe: Any) -> Any:
-        one_group = dataclasses.replace(moe, group_size=window)
-        return one_group if shapes(one_group) == shapes(moe) else moe
-
-    parts = model.part | {name: regrouped(moe) for name, moe in model.moe_parts.items()}
-    return dataclasses.replace(model, parts=tuple(parts.items()))
+    return model.map_parts(regrouped)

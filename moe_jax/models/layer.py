@@ -1,6 +1,7 @@
 """Layers: branches on the residual stream (legend: `moe_jax.moe`)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,11 +24,23 @@ class Layer(Part):
       branches: (name of the part, part), in order; a part may come twice.
     """
 
-    branches: tuple[tuple[str, Part], ...] = ()
+    branches: tuple[tuple[str, Part], ...] = dataclasses.field(
+        default=(), metadata={"ordered": True}
+    )
     norm: Norm = RMSNorm()  # each branch has its own
     placement: str = setting("pre", choices=PLACEMENTS)  # of norms: before, behind, or both
     multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on what a branch adds
+
+    def check(self) -> None:
+        """See `Settings`."""
+        layers = [name for name, part in self.branches if isinstance(part, Layer)]
+        require(
+            not layers,
+            "a whole layer adds to the residual itself, and is no branch of a layer",
+            f"{layers} of branches {[name for name, _ in self.branches]}",
+            "Name it alone in the stack, or name its branches",
+        )
 
     @property
     def named(self) -> list[tuple[str, Part]]:
@@ -61,6 +74,11 @@ class Layer(Part):
     def looks_ahead(self, training: bool) -> bool:
         """See `Part`: if a branch does."""
         return any(part.looks_ahead(training) for _, part in self.branches)
+
+    def map_branches(self, change: Callable[[Part], Part]) -> Part:
+        """See `Part`."""
+        branches = tuple((name, change(part)) for name, part in self.branches)
+        return dataclasses.replace(self, branches=branches)
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`."""
@@ -123,6 +141,7 @@ class ParallelLayer(Layer):
 
     def check(self) -> None:
         """See `Settings`."""
+        super().check()
         require(
             self.placement == "pre",
             "a parallel layer has one norm before all branches",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -91,6 +91,14 @@ class LanguageModel(Settings):
             f"{twice} differ between layers",
             "Rename a branch",
         )
+        alone = {name: dict(self.parts)[name] for name in self.stack.shared}
+        keep = [n for n, part in alone.items() if part.routes or part.state_specs(self.dims)]
+        require(
+            not keep,
+            "a shared part gives layers its output alone: it routes no tokens and has no state",
+            f"{keep} of stack.shared={self.stack.shared}",
+            "Put it in the layers",
+        )
         in_unit = {name for layer in self.decoder.unit for name, _ in layer.named}
         require(
             set(self.stack.tied) <= in_unit,
@@ -149,6 +157,11 @@ class LanguageModel(Settings):
         """The parts that route tokens to experts, by name: `MoE`, or with the same settings."""
         return {name: part for name, part in self.part.items() if part.routes}
 
+    def map_parts(self, change: Callable[[Part], Part]) -> "LanguageModel":
+        """The model with every part changed, branches of whole layers too."""
+        parts = tuple((name, part.map_branches(change)) for name, part in dict(self.parts).items())
+        return dataclasses.replace(self, parts=parts)
+
     @property
     def moe_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers of those parts, in order."""
@@ -176,7 +189,8 @@ class LanguageModel(Settings):
 
     def looks_ahead(self, training: bool) -> bool:
         """Whether a logit can depend on later tokens."""
-        return any(part.looks_ahead(training) for part in self.part.values())
+        parts = self.part.values()
+        return not self.stack.causal or any(part.looks_ahead(training) for part in parts)
 
     def check_run(self, run: RunShape) -> None:
         """Refuses a batch or a mesh that a part, or the vocabulary, cannot be split over.
@@ -271,7 +285,7 @@ class LanguageModel(Settings):
     ) -> Any:
         """The state by part after a step, from the sums by part of its whole batch."""
         return {
-            name: self.part[name].next_state(own, sums[name], step, num_steps)
+            name: self.part[name].next_state(own, sums.get(name, {}), step, num_steps)
             for name, own in state.items()
         }
 

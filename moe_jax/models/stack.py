@@ -41,18 +41,24 @@ class StackLayout(Settings):
     repeats: int = setting(4, at_least=0)  # how often
     last: tuple[Any, ...] = ()  # layers after it
     shared: tuple[str, ...] = ()  # parts that run once before the layers; `Call.shared` has them
-    tied: tuple[str, ...] = ()  # parts of the unit with one copy of parameters for all repeats
+    tied: tuple[str, ...] = ()  # parts of the unit with one copy of parameters in all layers
     causal: bool = True  # no token sees later ones
     allow_lookahead: bool = False  # accept parts that look at later tokens in a causal stack
 
     def check(self) -> None:
         """See `Settings`; lists become tuples."""
         for segment in SEGMENTS:
-            layers = tuple(
-                layer if isinstance(layer, str) else tuple(layer)
-                for layer in getattr(self, segment)
+            layers = getattr(self, segment)
+            require(
+                all(isinstance(layer, str | tuple | list) for layer in layers),
+                "a layer is a tuple of names of parts, or one name",
+                f"{segment}={layers}",
+                "Correct it",
             )
+            layers = tuple(one if isinstance(one, str) else tuple(one) for one in layers)
             object.__setattr__(self, segment, layers)
+        for names in ("shared", "tied"):
+            object.__setattr__(self, names, tuple(getattr(self, names)))
         require(
             self.num_layers >= 1 and bool(self.unit) == (self.repeats > 0),
             "a stack has layers, and a unit is repeated at least once",
@@ -119,7 +125,7 @@ class Stack:
       repeats: how often.
       last: layers after it.
       shared: (name, part) that run once before the layers.
-      tied: branches of the unit with one copy of their parameters for all repeats.
+      tied: branches of the unit with one copy of their parameters in all layers.
       causal: whether no token sees later ones.
       scan: whether the repeated layers are compiled once.
       remat: what the backward pass computes again: a key of `REMAT`.
@@ -134,6 +140,11 @@ class Stack:
     causal: bool = True
     scan: bool = True
     remat: str = "none"
+
+    @property
+    def num_layers(self) -> int:
+        """All layers; the random key of that place is the embedding's, then come shared parts'."""
+        return len(self.first) + len(self.unit) * self.repeats + len(self.last)
 
     def segments(self) -> Iterator[tuple[str, tuple[Layer, ...]]]:
         """`first`, `unit` and `last` with their layers."""
@@ -294,8 +305,8 @@ class Stack:
         """
         call = dataclasses.replace(call, causal=self.causal)
         shared = {
-            name: part.apply(params["shared"][name], x_BLM, call, Own())[0]
-            for name, part in self.shared
+            name: part.apply(params["shared"][name], x_BLM, call, Own(jnp.int32(place)))[0]
+            for place, (name, part) in enumerate(self.shared, self.num_layers + 1)
         }
         call = dataclasses.replace(call, shared=shared)
         run = functools.partial(self._run, call=call, tied=params.get("tied", {}))
@@ -385,8 +396,11 @@ class Stack:
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """Refuses a batch or a mesh that a part cannot be split over; see `Part.check_run`."""
-        for part in (*self.parts().values(), *(part for _, part in self.shared)):
-            part.check_run(dims, run)
+        for name, part in (*self.parts().items(), *self.shared):
+            try:
+                part.check_run(dims, run)
+            except ValueError as error:
+                raise ValueError(f"part {name!r}: {error}") from error
 
 
 def unstacked(tree: Any, count: int) -> list[Any]:

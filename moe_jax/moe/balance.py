@@ -394,6 +394,15 @@ class BatchEntropy(BalanceLoss):
         return {"total": tokens * jnp.maximum(target - entropy(mean_prob_E), 0.0)}
 
 
+def by_settings(losses: tuple[BalanceLoss, ...]) -> tuple[BalanceLoss, ...]:
+    """Losses in the order of their kinds and settings; the weight counts between equals alone."""
+
+    def place(loss: BalanceLoss) -> tuple[str, float]:
+        return repr(dataclasses.replace(loss, weight=0.0)), loss.weight
+
+    return tuple(sorted(losses, key=place))
+
+
 def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss]]:
     """Losses by their metric; those that share one by their kinds."""
     metrics = [loss.metric for loss in losses]
@@ -406,10 +415,10 @@ def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss
 def require_learning(loss: BalanceLoss, moe: "MoE") -> None:
     """Refuses a loss whose gradient would reach no router."""
     require(
-        moe.router.learns,
+        moe.router.learns or loss.weight == 0,
         f"{loss.metric} needs a router whose probabilities learn",
-        f"router={moe.router}",
-        "Drop the loss",
+        f"router={moe.router}, weight={loss.weight}",
+        "Drop the loss, or set its weight to 0 to measure it",
     )
 
 

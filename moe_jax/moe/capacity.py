@@ -109,11 +109,16 @@ class Capacity(Settings):
             f"queue={self.queue}, eval_factor={self.eval_factor}",
             "Set capacity.eval_factor=0: dropless evaluation only",
         )
+        ignored = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name not in ("slots", "queue") and getattr(self, field.name) != field.default
+        ]
         require(
-            self.slots == 0 or (self.train_factor > 0 and self.eval_factor > 0),
-            "slots stand in place of those of a factor > 0",
-            f"slots={self.slots}, train_factor={self.train_factor}, eval_factor={self.eval_factor}",
-            "Leave the factors at their defaults, or set slots=0",
+            self.slots == 0 or not ignored,
+            "slots stand in place of what a factor and its rounding give",
+            f"slots={self.slots}, {', '.join(ignored)}",
+            "Leave these at their defaults, or set slots=0",
         )
 
     def num_slots(self, tokens: int, num_experts: int, num_selected: int, factor: float) -> int:

@@ -14,7 +14,7 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import setting
 from moe_jax.costs import Cost, Saving
 from moe_jax.moe import statistics
-from moe_jax.moe.balance import BalanceLoss, LoadBalance, RouterZ, named_losses
+from moe_jax.moe.balance import BalanceLoss, LoadBalance, RouterZ, by_settings, named_losses
 from moe_jax.moe.bias import BiasUpdate
 from moe_jax.moe.block import moe_block, tokens_per_group
 from moe_jax.moe.capacity import Capacity
@@ -67,7 +67,7 @@ class MoE(Part):
 
     def check(self) -> None:
         """See `Settings`."""
-        object.__setattr__(self, "losses", tuple(sorted(self.losses, key=repr)))
+        object.__setattr__(self, "losses", by_settings(self.losses))
         require(
             self.num_selected_experts <= self.num_experts,
             "num_selected_experts lies in 1..num_experts",
@@ -93,6 +93,13 @@ class MoE(Part):
             "shared_expert_gate needs shared_expert_dim > 0",
             f"shared_expert_dim={self.shared_expert_dim}",
             "Add a shared expert or drop the gate",
+        )
+        require(
+            self.num_options == self.num_experts or self.router.takes_free_experts,
+            "zero and copy experts are chosen by tokens",
+            f"num_zero_experts={self.num_zero_experts}, num_copy_experts={self.num_copy_experts}, "
+            f"router={self.router}",
+            "Set both to 0, or router='token_choice'",
         )
         self.router.check_block(self)
         for checked in (*self.losses, *(() if self.bias is None else (self.bias,))):
@@ -123,8 +130,11 @@ class MoE(Part):
     def options(self, group_size: int, training: bool, factor: float | None = None) -> Options:
         """What the router chooses among, in groups of so many tokens."""
         selected = self.num_selected(training)
+        capacity = self.capacity
+        if factor and capacity.slots:  # what a call asks for goes before a fixed number
+            capacity = dataclasses.replace(capacity, slots=0)
         factor = self.capacity_factor(training, factor)
-        slots = self.capacity.num_slots(group_size, self.num_options, selected, factor)
+        slots = capacity.num_slots(group_size, self.num_options, selected, factor)
         return Options(self.num_experts, self.num_options, selected, slots, factor == 0)
 
     @property

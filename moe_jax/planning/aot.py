@@ -59,11 +59,14 @@ def compile_forward(work: Workload, topology: Topology) -> Compiled:
 
 def with_training_capacity(model: LanguageModel) -> LanguageModel:
     """The model with as many slots in evaluation as in training."""
-    parts = model.part
-    for name, part in model.moe_parts.items():
+
+    def as_in_training(part: Any) -> Any:
+        if not part.routes:
+            return part
         capacity = dataclasses.replace(part.capacity, eval_factor=part.capacity.train_factor)
-        parts[name] = dataclasses.replace(part, capacity=capacity)
-    return dataclasses.replace(model, parts=tuple(parts.items()))
+        return dataclasses.replace(part, capacity=capacity)
+
+    return model.map_parts(as_in_training)
 
 
 def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,5 +1,6 @@
 """Parameters of a model by component, and what a device of a mesh holds of them."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -10,7 +11,8 @@ from moe_jax.config import MeshConfig
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import num_shards
 from moe_jax.parameters import ParameterSpec
-from moe_jax.planning.flops import total
+from moe_jax.part import Part
+from moe_jax.planning.flops import different_layers, total
 
 COMPONENTS = (
     "embedding", "head", "attention", "dense_ffn", "experts", "shared_experts", "router", "norms",
@@ -130,8 +132,24 @@ def count_parameters(model: LanguageModel, sequence_length: int) -> ParameterCou
     counts = dict.fromkeys(COMPONENTS, 0)
     for spec in parameter_specs(model):
         counts[component(spec)] += spec.size
-    inactive = total(model, sequence_length, lambda cost: cost.inactive)
+    inactive = inactive_parameters(model, sequence_length)
     return ParameterCount(active_experts=round(counts["experts"] - inactive), **counts)
+
+
+def inactive_parameters(model: LanguageModel, sequence_length: int) -> float:
+    """Parameters that a token does not use; those of tied branches once, as they are stored."""
+    tied: dict[str, Part] = {}
+    uses = collections.Counter[str]()
+    for layer, count in different_layers(model):
+        own = {name: part for name, part in layer.named if name in model.stack.tied}
+        tied |= own
+        uses.update(dict.fromkeys(own, count))
+    again = sum(
+        (uses[name] - 1) * cost.inactive
+        for name, part in tied.items()
+        for cost in part.costs(model.dims, sequence_length, model.compute_dtype)
+    )
+    return total(model, sequence_length, lambda cost: cost.inactive) - again
 
 
 def local_parameters(model: LanguageModel, mesh: MeshConfig) -> dict[str, int]:

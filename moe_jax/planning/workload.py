@@ -105,8 +105,7 @@ def resolve(
             )
     device = jax.sharding.AbstractDevice("planned", None, platform)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
-        parts = tuple((name, part.resolved()) for name, part in config.model.parts)
-    model = dataclasses.replace(config.model, parts=parts)
+        model = config.model.map_parts(lambda part: part.resolved())
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
     return Workload(config)

@@ -57,6 +57,12 @@ def replayed_choices(batch: Batch) -> dict[str, Choices]:
     replay = {}
     for name in batch:
         part, _, field = name.removeprefix(REPLAY).rpartition("/")
+        known = part and field in ("expert_index", "chosen")
+        if name.startswith(REPLAY) and (not known or f"{REPLAY}{part}/expert_index" not in batch):
+            raise ValueError(
+                f"Choices to replay are {REPLAY}PART/expert_index and, beside it, "
+                f"{REPLAY}PART/chosen: {name!r}. Correct the name of the field."
+            )
         if name.startswith(REPLAY) and field == "expert_index":
             index = jnp.moveaxis(batch[name], 2, 0)
             chosen = batch.get(f"{REPLAY}{part}/chosen")

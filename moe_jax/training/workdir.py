@@ -38,10 +38,11 @@ def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
         return
     written = json.loads(path.read_text(encoding="utf-8"))
     check_format(written, str(path))
-    lines = changed_sources(written.get("sources", {}), write_config(config)["sources"])
+    given = write_config(config)["sources"]
+    lines = changed_sources(written.get("sources", {}), given)
     if not lines:
-        # Modules outside the library are those that the given config names too.
-        old = read_config(written, ExperimentConfig, trust=True)
+        # No module is imported that the given config does not name itself.
+        old = read_config(written, ExperimentConfig, trust=frozenset(given))
         lines = difference(to_dict(old), to_dict(config))
         lines = [line for line in lines if not PLACEMENT.match(line)]
     if lines:

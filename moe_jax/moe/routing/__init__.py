@@ -141,6 +141,7 @@ class Router(Settings):
       replays: whether `route` takes `inputs.replay` in place of its own choices.
       learns: whether a gradient reaches its parameters through its probabilities.
       takes_bias: whether it adds `inputs.bias_E` to what it selects by.
+      takes_free_experts: whether experts that compute nothing can be among its options.
       mixes: whether it fills slots with mixtures of tokens, so that no row is moved (`Mixing`).
       has_smooth_load: whether it selects the plain best of noisy logits at every training step.
       has_independent_scores: whether it selects the best scores of all experts, each in [0, 1] and
@@ -151,6 +152,7 @@ class Router(Settings):
     replays: ClassVar[bool] = False
     learns: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
+    takes_free_experts: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
 
     scaling_factor: float = setting(1.0, above=0)  # multiplies gates last (DeepSeek-V3: 2.5)

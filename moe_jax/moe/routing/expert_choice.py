@@ -73,6 +73,12 @@ class ExpertChoice(LogitRouter):
         )
         queue = moe.capacity.queue
         require(
+            not queue.needs_rng,
+            "expert choice has a capacity in every evaluation, and a random queue no key there",
+            f"capacity.queue={queue}",
+            "Use another queue",
+        )
+        require(
             self.predictor_loss_weight == 0
             or moe.capacity.eval_factor == 0
             or not queue.looks_ahead(self.max_experts or moe.num_experts),

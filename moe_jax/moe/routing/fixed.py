@@ -33,15 +33,6 @@ class FixedRouter(Router):
         """See `Router`."""
         return False
 
-    def check_block(self, moe: "MoE") -> None:
-        """See `Router`."""
-        require(
-            moe.num_options == moe.num_experts,
-            "zero and copy experts are chosen by tokens",
-            f"num_zero_experts={moe.num_zero_experts}, num_copy_experts={moe.num_copy_experts}",
-            "Set both to 0, or router='token_choice'",
-        )
-
     def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
         """Integers [G, S, K]."""
         raise NotImplementedError

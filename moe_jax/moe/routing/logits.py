@@ -141,18 +141,20 @@ def check_gate(score: Score, renormalize: bool, moe: "MoE") -> None:
     )
 
 
-def annealed(start: float, end: float, num_steps: int, step: jax.Array | None) -> float | jax.Array:
+def annealed(
+    start: float | None, end: float, num_steps: int, step: jax.Array | None
+) -> float | jax.Array:
     """A setting at a step: linear from `start` to `end` in `num_steps`, then `end`."""
-    if step is None or num_steps == 0:
+    if step is None or start is None:
         return end
     share = jnp.minimum(step / num_steps, 1.0).astype(jnp.float32)
     return start * (1 - share) + end * share
 
 
-def check_annealing(start: float, unused: float, num_steps: int) -> None:
-    """Refuses a start without steps: nothing would read it."""
+def check_annealing(start: float | None, num_steps: int) -> None:
+    """Refuses a start without steps, and steps without a start."""
     require(
-        num_steps > 0 or start == unused,
+        (num_steps > 0) == (start is not None),
         "anneal_from is where annealing in anneal_steps > 0 starts",
         f"anneal_from={start}, anneal_steps={num_steps}",
         "Set both or none",

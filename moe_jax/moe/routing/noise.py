@@ -17,12 +17,12 @@ class Jitter(Noise):
     """Multiplies the router's copy of a token by U(1 - epsilon, 1 + epsilon) (Switch: 0.01)."""
 
     epsilon: float = setting(0.01, at_least=0, below=1)
-    anneal_from: float = setting(0.0, at_least=0, below=1)  # epsilon at the first step
+    anneal_from: float | None = setting(None, at_least=0, below=1)  # epsilon at the first step
     anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
-        check_annealing(self.anneal_from, 0.0, self.anneal_steps)
+        check_annealing(self.anneal_from, self.anneal_steps)
 
     def on_tokens(self, x_GSM: jax.Array, rng: jax.Array, step: jax.Array | None) -> jax.Array:
         """See `Noise`."""
@@ -36,17 +36,17 @@ class Gaussian(Noise):
     """Adds N(0, stddev) to every logit."""
 
     stddev: float = setting(1.0, at_least=0)
-    anneal_from: float = setting(0.0, at_least=0)  # standard deviation at the first step
+    anneal_from: float | None = setting(None, at_least=0)  # deviation at the first step
     anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
-        check_annealing(self.anneal_from, 0.0, self.anneal_steps)
+        check_annealing(self.anneal_from, self.anneal_steps)
 
     @property
     def least_std(self) -> float:
         """See `Noise`."""
-        return self.stddev if self.anneal_steps == 0 else min(self.stddev, self.anneal_from)
+        return self.stddev if self.anneal_from is None else min(self.stddev, self.anneal_from)
 
     def std(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array | None:
         """See `Noise`."""

@@ -75,12 +75,6 @@ class Soft(Router):
             f"eval_num_selected_experts={moe.eval_num_selected_experts}",
             "Set it to 0",
         )
-        require(
-            moe.num_options == moe.num_experts,
-            "zero and copy experts are chosen by tokens",
-            f"num_zero_experts={moe.num_zero_experts}, num_copy_experts={moe.num_copy_experts}",
-            "Set both to 0, or router='token_choice'",
-        )
 
     def check_run(self, moe: "MoE", run: RunShape) -> None:
         """See `Router`."""

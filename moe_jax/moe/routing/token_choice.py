@@ -37,12 +37,12 @@ class Linear(Projection):
 
     use_bias: bool = False  # a bias that is part of the logits (gpt-oss), not of the selection only
     temperature: float = setting(1.0, above=0)  # divides the logits
-    anneal_from: float = setting(1.0, above=0)  # ... from this at the first step
+    anneal_from: float | None = setting(None, above=0)  # ... from this at the first step
     anneal_steps: int = setting(0, at_least=0)  # ... linearly, by this step; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
-        check_annealing(self.anneal_from, 1.0, self.anneal_steps)
+        check_annealing(self.anneal_from, self.anneal_steps)
 
     def specs(self, dims: Dims, options: Options, init_stddev: float) -> dict[str, Any]:
         """`weight` [M, E], and `bias` [E]."""
@@ -58,7 +58,8 @@ class Linear(Projection):
             logits_GSE += dense(params["bias"]).astype(x_GSM.dtype)
         if self.temperature == 1 and self.anneal_steps == 0:
             return logits_GSE
-        return logits_GSE / annealed(self.anneal_from, self.temperature, self.anneal_steps, step)
+        divisor = annealed(self.anneal_from, self.temperature, self.anneal_steps, step)
+        return logits_GSE / jnp.asarray(divisor, logits_GSE.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,10 @@ class LogitRouter(Router):
         x_GSM, rng, step = x_GSM.astype(self.dtype), inputs.rng, inputs.step
         if rng is None or not self.noise:
             return Logits(self.projection.logits(params, x_GSM, step))
-        for noise in self.noise:
-            x_GSM = noise.on_tokens(x_GSM, jax.random.fold_in(rng, 0), step)
+        token_key = jax.random.fold_in(rng, 0)
+        for i, noise in enumerate(self.noise):
+            key = jax.random.fold_in(token_key, i) if i else token_key
+            x_GSM = noise.on_tokens(x_GSM, key, step)
         clean_GSE = self.projection.logits(params, x_GSM, step)
         learned = params.get("noise", {})
         named = by_kind(self.noise).items()
@@ -129,6 +132,7 @@ class TokenChoice(LogitRouter):
     """
 
     takes_bias: ClassVar[bool] = True
+    takes_free_experts: ClassVar[bool] = True
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
     renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
