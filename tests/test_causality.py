@@ -24,7 +24,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder
 from moe_jax.moe.routing.cosine import Cosine
 from moe_jax.moe.routing.expert_choice import ExpertChoice
-from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.logits import Linear, Sigmoid, Softmax, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
 from moe_jax.moe.routing.selection import (
     ExpertGroups,
@@ -34,7 +34,7 @@ from moe_jax.moe.routing.selection import (
     Threshold,
 )
 from moe_jax.moe.routing.soft import Soft
-from moe_jax.moe.routing.token_choice import Linear, Softmax, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims, Own
 
 # The same tokens in the same slots come out bit-equal or differ by the order of a few float32

@@ -19,8 +19,9 @@ from moe_jax.config.settings import Settings
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.experts import Activation
+from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
-from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.parallel.rules import mesh_in_use
 from moe_jax.parameters import ParameterSpec, linear, ones, scaled_init
 from moe_jax.part import Part

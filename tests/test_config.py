@@ -46,7 +46,7 @@ from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, Ran
 from moe_jax.moe.routing.cosine import Cosine
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.fixed import Hash
-from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
 from moe_jax.moe.routing.selection import (
     ExpertGroups,
@@ -56,7 +56,7 @@ from moe_jax.moe.routing.selection import (
     Threshold,
 )
 from moe_jax.moe.routing.soft import Soft
-from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.parameters import abstract_mesh
 from moe_jax.training.placement import check_run

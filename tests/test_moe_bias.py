@@ -19,9 +19,9 @@ from moe_jax.moe.bias import (
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Options, RouterInputs
-from moe_jax.moe.routing.logits import Sigmoid
+from moe_jax.moe.routing.logits import Sigmoid, Softmax
 from moe_jax.moe.routing.selection import ExpertGroups
-from moe_jax.moe.routing.token_choice import Softmax, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims, Own
 from tests.tiny_run import quick_jit
 

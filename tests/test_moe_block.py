@@ -20,9 +20,9 @@ from moe_jax.moe.block import moe_block, tokens_per_group
 from moe_jax.moe.capacity import Capacity, TokenMajor
 from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor
-from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.selection import ExpertGroups
-from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import WAYS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own

@@ -13,7 +13,7 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Choices, Options, RouterInputs, top_k
 from moe_jax.moe.routing.cosine import Cosine
-from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
+from moe_jax.moe.routing.logits import Linear, Sigmoid, Softmax, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
 from moe_jax.moe.routing.selection import (
     ExpertGroups,
@@ -23,7 +23,7 @@ from moe_jax.moe.routing.selection import (
     SampledRest,
     Threshold,
 )
-from moe_jax.moe.routing.token_choice import Linear, Softmax, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims
 from tests import moe_oracle
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moe_jax.moe.routing import Options, RouterInputs
-from moe_jax.moe.routing.logits import annealed
+from moe_jax.moe.routing.logits import Linear, annealed
 from moe_jax.moe.routing.noise import Gaussian, Jitter
-from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.training.evaluation import evaluate_batch
 from moe_jax.training.loss import batch_totals
 from moe_jax.training.step import gradient

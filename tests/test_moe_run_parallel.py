@@ -21,8 +21,8 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import Plan, cpu_loop, parallel, plan_experts, rows, run_experts
-from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint, most_received_rows
-from moe_jax.moe.run_experts.parallel import run_parallel
+from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.run_experts.parallel import most_received_rows, run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
 from moe_jax.part import Call, Dims

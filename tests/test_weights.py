@@ -17,8 +17,8 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.cosine import Cosine
-from moe_jax.moe.routing.logits import Sigmoid
-from moe_jax.moe.routing.token_choice import Linear, TokenChoice
+from moe_jax.moe.routing.logits import Linear, Sigmoid
+from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import cpu_loop
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding

@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, str]] = {
         "uniform": "moe_jax.moe.routing.fixed:Uniform",
     },
     "projection": {
-        "linear": "moe_jax.moe.routing.token_choice:Linear",
+        "linear": "moe_jax.moe.routing.logits:Linear",
         "cosine": "moe_jax.moe.routing.cosine:Cosine",
     },
     "noise": {
@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, str]] = {
         "learned": "moe_jax.moe.routing.noise:Learned",
     },
     "score": {
-        "softmax": "moe_jax.moe.routing.token_choice:Softmax",
+        "softmax": "moe_jax.moe.routing.logits:Softmax",
         "softmax_over_selected": "moe_jax.moe.routing.logits:SoftmaxOverSelected",
         "sigmoid": "moe_jax.moe.routing.logits:Sigmoid",
     },

@@ -49,7 +49,7 @@ def logit_settings(old: Old) -> dict[str, Any]:
         noises.append(noise.Gaussian(old["logit_noise_std"], **annealed("logit_noise_std")))
     if old["learned_noise"]:
         noises.append(noise.Learned())
-    projection: Any = token_choice.Linear(temperature=old["temperature"], **annealed("temperature"))
+    projection: Any = logits.Linear(temperature=old["temperature"], **annealed("temperature"))
     if old["cosine_dim"]:
         projection = Cosine(dim=old["cosine_dim"], temperature=old["temperature"])
     return {
@@ -64,7 +64,7 @@ def score(old: Old) -> logits.Score:
     if old["score"] == "sigmoid":
         return logits.Sigmoid()
     over_selected = not old["score_before_topk"]
-    return logits.SoftmaxOverSelected() if over_selected else token_choice.Softmax()
+    return logits.SoftmaxOverSelected() if over_selected else logits.Softmax()
 
 
 def policy(name: str, threshold: float) -> Any:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.moe.routing import RouterInputs, Routing, choose, top_k
 from moe_jax.moe.routing.auction import balanced_assignment
-from moe_jax.moe.routing.logits import Score, check_gate
-from moe_jax.moe.routing.token_choice import LogitRouter, Softmax, plain_gates
+from moe_jax.moe.routing.logits import LogitRouter, Score, Softmax, check_gate
+from moe_jax.moe.routing.token_choice import plain_gates
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.config.settings import setting
 from moe_jax.moe.routing import Options, RouterInputs, Routing, choose, top_k
-from moe_jax.moe.routing.logits import project, router_matrix, router_vector
-from moe_jax.moe.routing.token_choice import LogitRouter
+from moe_jax.moe.routing.logits import LogitRouter, project, router_matrix, router_vector
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:

@@ -1,125 +1,19 @@
 """Token choice: every token selects its K best experts (legend: `moe_jax.moe`)."""
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
-from moe_jax.config.kinds import by_kind
 from moe_jax.config.settings import setting
-from moe_jax.moe.routing import Options, Router, RouterInputs, Routing, choose, top_k
-from moe_jax.moe.routing.logits import (
-    Logits,
-    Noise,
-    Projection,
-    Score,
-    annealed,
-    check_annealing,
-    check_gate,
-    project,
-    router_matrix,
-    router_vector,
-)
+from moe_jax.moe.routing import Options, RouterInputs, Routing, choose, top_k
+from moe_jax.moe.routing.logits import LogitRouter, Score, Softmax, check_gate
 from moe_jax.moe.routing.selection import ChoicePolicy, ExpertGroups, Selection, within_top_p
-from moe_jax.parameters import dense
-from moe_jax.part import Dims
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear(Projection):
-    """x W / temperature, plus a bias if there is one."""
-
-    use_bias: bool = False  # a bias that is part of the logits (gpt-oss), not of the selection only
-    temperature: float = setting(1.0, above=0)  # divides the logits
-    anneal_from: float | None = setting(None, above=0)  # ... from this at the first step
-    anneal_steps: int = setting(0, at_least=0)  # ... linearly, by this step; 0: constant
-
-    def check(self) -> None:
-        """See `Settings`."""
-        check_annealing(self.anneal_from, self.anneal_steps)
-
-    def specs(self, dims: Dims, options: Options, init_stddev: float) -> dict[str, Any]:
-        """`weight` [M, E], and `bias` [E]."""
-        specs = {"weight": router_matrix(dims.model_dim, options.num_options, init_stddev)}
-        if self.use_bias:
-            specs["bias"] = router_vector(options.num_options)
-        return specs
-
-    def logits(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array:
-        """See `Projection`."""
-        logits_GSE = project(x_GSM, params["weight"])
-        if self.use_bias:
-            logits_GSE += dense(params["bias"]).astype(x_GSM.dtype)
-        if self.temperature == 1 and self.anneal_steps == 0:
-            return logits_GSE
-        divisor = annealed(self.anneal_from, self.temperature, self.anneal_steps, step)
-        return logits_GSE / jnp.asarray(divisor, logits_GSE.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Softmax(Score):
-    """Softmax over all experts (Switch)."""
-
-    def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
-        """See `Score`."""
-        return logits_GSE
-
-    def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
-        """See `Score`."""
-        return probs_GSE
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitRouter(Router):
-    """A router that learns logits over the experts."""
-
-    learns: ClassVar[bool] = True
-    replays: ClassVar[bool] = True
-
-    projection: Projection = Linear()  # from a token to its logits: "linear", "cosine"
-    noise: tuple[Noise, ...] = ()  # in training: "jitter", "gaussian", "learned"
-    init_stddev: float = setting(0.02, above=0)  # of weights: truncated normal
-
-    def check(self) -> None:
-        """See `Settings`; noise is in the order that a config, which names it, gives."""
-        object.__setattr__(self, "noise", tuple(sorted(self.noise, key=repr)))
-
-    def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """Those of the projection, and of each noise that learns, by its kind, under `noise`."""
-        specs = self.projection.specs(dims, options, self.init_stddev)
-        noise = {name: one.specs(dims, options) for name, one in by_kind(self.noise).items()}
-        noise = {name: own for name, own in noise.items() if own}
-        return {**specs, "noise": noise} if noise else specs
-
-    def logits(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Logits:
-        """Logits over the options in `dtype`; noise in training, its variances added up.
-
-        Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 4.
-        """
-        x_GSM, rng, step = x_GSM.astype(self.dtype), inputs.rng, inputs.step
-        if rng is None or not self.noise:
-            return Logits(self.projection.logits(params, x_GSM, step))
-        token_key = jax.random.fold_in(rng, 0)
-        for i, noise in enumerate(self.noise):
-            key = jax.random.fold_in(token_key, i) if i else token_key
-            x_GSM = noise.on_tokens(x_GSM, key, step)
-        clean_GSE = self.projection.logits(params, x_GSM, step)
-        learned = params.get("noise", {})
-        named = by_kind(self.noise).items()
-        found = (noise.std(learned.get(name), x_GSM, step) for name, noise in named)
-        stds = [std for std in found if std is not None]
-        if not stds:
-            return Logits(clean_GSE)
-        variance_GSE = functools.reduce(jnp.add, (std**2 for std in stds))
-        std_GSE = stds[0] if len(stds) == 1 else jnp.sqrt(variance_GSE)
-        draw_GSE = jax.random.normal(jax.random.fold_in(rng, 1), clean_GSE.shape, clean_GSE.dtype)
-        return Logits(clean_GSE + std_GSE * draw_GSE, clean_GSE, std_GSE)
 
 
 @dataclasses.dataclass(frozen=True)

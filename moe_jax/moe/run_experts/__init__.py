@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
-from moe_jax.moe.run_experts.einsum import mix_slots
 from moe_jax.moe.run_experts.exchange import ByConstraint
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, run_parallel
 from moe_jax.moe.run_experts.rows import run_sorted_rows
+from moe_jax.moe.run_experts.slots import mix_slots
 from moe_jax.parallel.rules import mesh_in_use, platform
 from moe_jax.parameters import Axes
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.moe.experts import Experts, Weights
-from moe_jax.moe.run_experts.summing import gate_gradient, sum_choices
+from moe_jax.moe.run_experts.slots import gate_gradient, sum_choices
 
 # Block sizes in eighths of the mean group: fine where sizes are likely.
 LADDER = (1, 2, 4, 6, 8, 9, 10)

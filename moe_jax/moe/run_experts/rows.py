@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.cpu_loop import expert_loop
-from moe_jax.moe.run_experts.summing import sum_choices
+from moe_jax.moe.run_experts.slots import sum_choices
 from moe_jax.parallel.rules import platform
 
 

@@ -1,7 +1,8 @@
-"""Experts on capacity slots [E, G, C, M], filled by indices (legend: `moe_jax.moe`).
+"""Experts on capacity slots [E, G, C, M], filled by one-hot tensors or by indices.
 
-Every backward pass of `run_gather` is a gather as well: the gradient that JAX would derive for
-reading rows is a scatter-add, which is slow on every platform.
+`run_einsum` is the reference, as GShard writes it; Soft MoE fills and reads its slots in the same
+way. Every backward pass of `run_gather` is a gather as well: the gradient that JAX would derive for
+reading rows is a scatter-add, which is slow on every platform. Legend: `moe_jax.moe`.
 """
 
 import functools
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.routing import Mixing
 from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
-from moe_jax.moe.run_experts.summing import gate_gradient, sum_choices, take_or_zero
 
 
 class Slots:
@@ -50,6 +51,65 @@ def run_slots(
         chunk_EGCM = exchange.to_experts(chunk_EGCM)
         outputs.append(exchange.to_tokens(experts(chunk_EGCM, weights, Slots(key))))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def run_einsum(
+    x_GSM: jax.Array,
+    assignment: Assignment,
+    weights: Weights,
+    experts: Experts,
+    rng: jax.Array | None = None,
+    exchange: Exchange = BY_CONSTRAINT,
+) -> jax.Array:
+    """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
+
+    Args:
+      x_GSM: tokens.
+      assignment: the kept choices, their slots and gates.
+      weights: of the experts, by name, leading dim E (inside `jax.shard_map`: of this device).
+      experts: computes rows [E, G, C, M] in the `Slots` layout.
+      rng: key for the experts, or None; the layout carries it.
+      exchange: the way between the devices of tokens and of experts.
+
+    Returns:
+      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+
+    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
+      indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
+    """
+    expert_index_GSK, num_experts = assignment.expert_index_GSK, assignment.num_experts
+    expert_GSKE = jax.nn.one_hot(expert_index_GSK, num_experts, dtype=x_GSM.dtype)
+    slot_GSK = jnp.where(assignment.kept_GSK, assignment.slot_GSK, assignment.capacity)
+    slot_GSKC = jax.nn.one_hot(slot_GSK, assignment.capacity, dtype=x_GSM.dtype)
+    gate_GSK = assignment.gate_GSK.astype(x_GSM.dtype)
+    dispatch_GSEC = jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC)
+    combine_GSEC = jnp.einsum("GSK,GSKE,GSKC->GSEC", gate_GSK, expert_GSKE, slot_GSKC)
+    mixing = Mixing(dispatch_GSEC, combine_GSEC)
+    return mix_slots(x_GSM, mixing, weights, experts, rng, exchange)
+
+
+def mix_slots(
+    x_GSM: jax.Array,
+    mixing: Mixing,
+    weights: Weights,
+    experts: Experts,
+    rng: jax.Array | None = None,
+    exchange: Exchange = BY_CONSTRAINT,
+) -> jax.Array:
+    """Fills slots with weighted tokens, and tokens with weighted outputs of slots: [G, S, M].
+
+    Args:
+      x_GSM: tokens.
+      mixing: what each token gives to each slot and gets back of its output.
+      weights: of the experts; see `run_einsum`, as for the others.
+      experts: computes rows [E, G, C, M].
+      rng: key for the experts, or None.
+      exchange: the way between the devices of tokens and of experts.
+    """
+    dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)
+    x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
+    y_EGCM = run_slots(x_EGCM, weights, experts, rng, exchange)
+    return jnp.einsum("GSEC,EGCM->GSM", combine_GSEC, y_EGCM)
 
 
 def run_gather(
@@ -146,3 +206,41 @@ def _combine_backward(residuals: Any, dy_SM: jax.Array) -> tuple[Any, ...]:
 
 
 combine.defvjp(_combine_forward, _combine_backward)
+
+
+def take_or_zero(x: jax.Array, index: jax.Array, valid: jax.Array) -> jax.Array:
+    """`x[index]` along the first dim where valid, else 0; an invalid index may be out of range."""
+    return jnp.where(valid[..., None], x.at[index].get(mode="clip"), 0)
+
+
+def sum_choices(
+    y_RM: jax.Array, row_JK: jax.Array, weight_JK: jax.Array, kept_JK: jax.Array
+) -> jax.Array:
+    """sum_k weight[j, k] * y[row[j, k]] over kept choices.
+
+    Args:
+      y_RM: rows in any float dtype; only those of kept choices are read.
+      row_JK: int32, where the row of each choice is.
+      weight_JK: float32.
+      kept_JK: bool.
+
+    Returns:
+      float32 [J, M]; choice by choice, so that no [J, K, M] array is made.
+    """
+    y_JM = jnp.zeros((row_JK.shape[0], y_RM.shape[1]), jnp.float32)
+    for k in range(row_JK.shape[1]):
+        y_k_JM = take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32)
+        y_JM = y_JM + y_k_JM * weight_JK[:, k, None]
+    return y_JM
+
+
+def gate_gradient(
+    y_RM: jax.Array, row_JK: jax.Array, dy_JM: jax.Array, kept_JK: jax.Array
+) -> jax.Array:
+    """The gradient of `sum_choices` with respect to its weights: float32 [J, K]."""
+    dy_JM = dy_JM.astype(jnp.float32)
+    columns = [
+        jnp.sum(take_or_zero(y_RM, row_JK[:, k], kept_JK[:, k]).astype(jnp.float32) * dy_JM, -1)
+        for k in range(row_JK.shape[1])
+    ]
+    return jnp.stack(columns, axis=1)
