@@ -72,7 +72,7 @@ class Call:
       shared: what the stack's shared parts gave, by name.
       causal: whether a token must not see later ones; the stack sets it.
       capacity: slots over the mean load, 0 for dropless; None: each part's own, of training or of
-        evaluation.
+        evaluation. A part with a fixed number of slots keeps it, except if dropless.
       record: whether `Aux.choices` has the choices of every token.
     """
 

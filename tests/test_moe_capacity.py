@@ -381,10 +381,10 @@ def test_groups_do_not_see_each_other(order):
     np.testing.assert_array_equal(both.kept_GSK, back.kept_GSK[::-1])
 
 
-def test_a_call_that_asks_for_a_factor_gets_it_where_slots_are_fixed():
+def test_fixed_slots_stand_in_place_of_every_factor_but_0():
     moe = MoE(num_experts=4, num_selected_experts=1, capacity=Capacity(slots=2))
     assert moe.options(16, training=True).slots == 2
-    assert moe.options(16, training=True, factor=1.0).slots == 4
+    assert moe.options(16, training=False, factor=1.0).slots == 2
     assert moe.options(16, training=False, factor=0.0).dropless
 
 

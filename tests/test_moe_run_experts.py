@@ -14,8 +14,9 @@ import pytest
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Relu
 from moe_jax.moe.run_experts import rows
+from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
-from moe_jax.moe.run_experts.slots import run_einsum, run_gather
+from moe_jax.moe.run_experts.slots import run_einsum
 from tests import moe_oracle
 
 # Sums of a few products of numbers near 1 in float32 (epsilon 1.2e-7), against float64.

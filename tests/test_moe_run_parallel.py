@@ -20,7 +20,7 @@ from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import Plan, cpu_loop, parallel, plan_experts, rows, run_experts
+from moe_jax.moe.run_experts import Plan, parallel, plan_experts, rows, run_experts
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
 from moe_jax.moe.run_experts.parallel import most_received_rows, run_parallel
 from moe_jax.parallel.mesh import make_mesh
@@ -106,8 +106,8 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def one_size_of_blocks(monkeypatch):
-    """In place of seven, so that the loop compiles at once; `test_moe_cpu_loop` has them all."""
-    monkeypatch.setattr(cpu_loop, "LADDER", (1,))
+    """In place of seven, so that the loop compiles at once; `test_moe_sorted_rows` has them all."""
+    monkeypatch.setattr(rows, "LADDER", (1,))
 
 
 def make_block(case, way, num_chunks=1):

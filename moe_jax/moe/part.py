@@ -130,11 +130,8 @@ class MoE(Part):
     def options(self, group_size: int, training: bool, factor: float | None = None) -> Options:
         """What the router chooses among, in groups of so many tokens."""
         selected = self.num_selected(training)
-        capacity = self.capacity
-        if factor and capacity.slots:  # what a call asks for goes before a fixed number
-            capacity = dataclasses.replace(capacity, slots=0)
         factor = self.capacity_factor(training, factor)
-        slots = capacity.num_slots(group_size, self.num_options, selected, factor)
+        slots = self.capacity.num_slots(group_size, self.num_options, selected, factor)
         return Options(self.num_experts, self.num_options, selected, slots, factor == 0)
 
     @property

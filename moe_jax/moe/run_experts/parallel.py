@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import ByAllToAll
+from moe_jax.moe.run_experts.gather import run_gather, sum_choices
 from moe_jax.moe.run_experts.rows import (
     num_experts_of,
     run_sorted_rows,
     sort_by_expert,
     through_sorted_rows,
 )
-from moe_jax.moe.run_experts.slots import run_einsum, run_gather, sum_choices
+from moe_jax.moe.run_experts.slots import run_einsum
 from moe_jax.parallel.collectives import axes_size, ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes

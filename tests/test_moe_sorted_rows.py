@@ -14,8 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.moe.experts import Experts, Relu
-from moe_jax.moe.run_experts.cpu_loop import block_sizes, expert_loop, for_each_block
-from moe_jax.moe.run_experts.rows import SortedRows, sort_by_expert
+from moe_jax.moe.run_experts.rows import (
+    SortedRows,
+    block_sizes,
+    expert_loop,
+    for_each_block,
+    sort_by_expert,
+)
 from tests import moe_oracle
 
 # Sums of up to a few hundred float32 products, relative to the largest.
