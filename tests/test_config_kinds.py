@@ -17,7 +17,7 @@ from moe_jax.config import (
     to_dict,
     write_config,
 )
-from moe_jax.config.convert import InFamily
+from moe_jax.config.convert import InFamily, difference
 from moe_jax.config.kinds import KINDS, is_foreign, kind_of, load_kind, source_hash
 from moe_jax.config.settings import Settings
 from moe_jax.layers.attention import Attention
@@ -308,3 +308,15 @@ def test_losses_of_one_kind_are_ordered_by_what_they_measure():
         named = dict(named_losses(MoE(losses=losses).losses))
         assert named["load_balance_loss"].scope == "global"
         assert named["load_balance__2_loss"].scope == "sequence"
+
+
+def test_differences_of_branches_are_named_and_their_order_is_one():
+    attention, mlp = ("attention", {"dim": 1}), ("mlp", {"dim": 2})
+    wider = ("mlp", {"dim": 3})
+    old = {"branches": (attention, mlp)}
+    assert difference(old, {"branches": (attention, wider)}, "layer") == [
+        "layer.branches.mlp.dim: 2 -> 3"
+    ]
+    assert difference(old, {"branches": (attention, mlp)}, "layer") == []
+    assert len(difference(old, {"branches": (mlp, attention)}, "layer")) == 1
+    assert len(difference({"unit": (("a", "b"),)}, {"unit": (("a", "c"),)}, "stack")) == 1

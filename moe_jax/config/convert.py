@@ -324,13 +324,25 @@ def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
     )
 
 
+def branches_by_name(value: Any) -> Any:
+    """(Name, section) pairs as a dict, where no name comes twice; anything else as it is."""
+    if not isinstance(value, tuple):
+        return value
+    is_pair = (isinstance(one, tuple) and len(one) == 2 for one in value)
+    if not all(is_pair) or not all(isinstance(section, Mapping) for _, section in value):
+        return value
+    return dict(value) if len(dict(value)) == len(value) else value
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
     """One line for each setting in which two (nested) configs differ: "path: old -> new"."""
     lines = []
     for name in sorted({*old, *new}):
         a, b = old.get(name), new.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += difference(a, b, f"{path}.{name}")
+        sections = branches_by_name(a), branches_by_name(b)
+        are_sections = all(isinstance(section, Mapping) for section in sections)
+        if are_sections and (isinstance(a, Mapping) or list(sections[0]) == list(sections[1])):
+            lines += difference(*sections, f"{path}.{name}")
         elif a != b:
             lines.append(f"{path}.{name}: {a!r} -> {b!r}")
     return lines
