@@ -146,6 +146,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
       ValueError: see `read_run`.
     """
     run = read_run(directory)
+    closing = [_facts(run), _config(run), _sample(run)]  # a config that is refused writes nothing
     place = pathlib.Path(directory) / "report"
     place.mkdir(exist_ok=True)
     sections = [_heading(run), _result(run), _figure(place, "loss", "Loss", _draw_loss(run))]
@@ -157,7 +158,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
             _figure(place, "router", "Drops, entropy, fullest expert", _draw_router(run)),
             _layer_table(run),
         ]
-    sections += [_facts(run), _config(run), _sample(run)]
+    sections += closing
     path = place / "report.md"
     path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return path
