@@ -229,3 +229,15 @@ def test_the_command_as_a_process_warns_of_nothing(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "moe_jax.analysis.report", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_a_config_that_is_refused_writes_no_report(tmp_path):
+    make_run(tmp_path)
+    record, config = (json.loads((tmp_path / n).read_text()) for n in ("run.json", "config.json"))
+    record.pop("parameters", None)  # so that they are counted from the config
+    config["model"]["model_dim"] = 0
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model_dim lies in .*model_dim=0"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report").exists()
