@@ -76,6 +76,40 @@ def test_round_trip_is_bit_exact(tmp_path):
     assert key == jax.random.fold_in(jax.random.key(7), 3)
 
 
+def test_metadata_is_published_with_the_state_and_read_back(tmp_path):
+    said = {"config": {"seed": 3, "mesh": None}, "corpus": "sha256:ab"}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(1), metadata=said)
+        said["corpus"] = "changed while the save is running"
+        checkpoints.save(2, make_state(2))
+        checkpoints.wait()
+        assert checkpoints.metadata(1) == {
+            "config": {"seed": 3, "mesh": None},
+            "corpus": "sha256:ab",
+        }
+        assert checkpoints.metadata(2) == {}, "saved without, as old checkpoints are"
+        with pytest.raises(ValueError, match=r"there is none of step 3 in .*, but \[1, 2\]"):
+            checkpoints.metadata(3)
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            checkpoints.save(3, make_state(3), metadata={"path": tmp_path})
+    with Checkpoints(tmp_path, keep=None) as reader:
+        assert reader.metadata(1)["corpus"] == "sha256:ab"
+
+
+def test_metadata_is_covered_by_the_manifest(tmp_path):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), metadata={"seed": step})
+        checkpoints.wait()
+        (tmp_path / "2" / "metadata.json").write_text('{"seed": 7}')
+        with pytest.raises(DamagedCheckpointError, match=r"of .*/2 metadata.json has 11 bytes in"):
+            checkpoints.metadata(2)
+        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        (tmp_path / "1" / "metadata.json").unlink()
+        with pytest.raises(DamagedCheckpointError, match=r"metadata\.json is missing"):
+            checkpoints.metadata(1)
+
+
 def test_the_newest_are_kept(tmp_path):
     write_steps(tmp_path, [2, 4, 6, 8], keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "8"]

@@ -5,6 +5,10 @@ temporary name and renames it when it is complete, so a killed process leaves th
 were complete before. A bit that flips on a disk, or a file that is cut short by a power failure,
 can restore without an error; each checkpoint therefore carries `manifest.json`, the size and
 SHA-256 of its files, written just before the rename, and what does not match it is not used.
+
+    <directory>/<step>/state/           the arrays, as Orbax writes them
+    <directory>/<step>/metadata.json    what the caller says of them, such as the config; optional
+    <directory>/<step>/manifest.json    size and SHA-256 of all of these
 """
 
 import contextlib
@@ -12,7 +16,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +28,7 @@ from jax.experimental import multihost_utils
 logger = logging.getLogger(__name__)
 
 ITEM = "state"
+METADATA = "metadata.json"
 MANIFEST = "manifest.json"
 NO_STEP = -1
 ALL_DAMAGED = -2
@@ -59,6 +64,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()
         self._read_only = keep is None
         self._saving: int | None = None
+        self._metadata: str | None = None
         with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -92,7 +98,14 @@ class Checkpoints:
             if path.name.isdecimal() and path.is_dir()
         )
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        wait: bool = False,
+    ) -> bool:
         """Writes a checkpoint in the background; not when only reading.
 
         The arrays are copied before this returns, so the next step may donate them. A save that
@@ -101,6 +114,8 @@ class Checkpoints:
         Args:
           step: the number of finished training steps.
           state: a pytree of `jax.Array`s.
+          metadata: what else to keep with the state, as JSON can hold it, such as the config of
+            the run. It is published with the state and covered by the manifest.
           wait: whether to return only when the checkpoint is complete on disk.
 
         Returns:
@@ -108,6 +123,7 @@ class Checkpoints:
 
         Raises:
           ValueError: there is a checkpoint of a later step.
+          TypeError: JSON cannot hold the metadata.
         """
         assert not self._read_only, "opened for reading"
         self.wait()
@@ -120,12 +136,36 @@ class Checkpoints:
         if newest == step:
             return False
         self._saving = step
+        self._metadata = None if metadata is None else json.dumps(dict(metadata), indent=1) + "\n"
         self._manager.save(
             step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}), force=True
         )
         if wait:
             self.wait()
         return True
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the state; any process, at any time.
+
+        Args:
+          step: one of `steps()`.
+
+        Returns:
+          The metadata; {} if the checkpoint was saved without, as old ones are.
+
+        Raises:
+          DamagedCheckpointError: its file does not match the manifest.
+          ValueError: there is no checkpoint of this step.
+        """
+        path = self._path_of(step)
+        reason = damage(path, only=METADATA)
+        if reason is not None:
+            raise DamagedCheckpointError(
+                f"metadata is used if it matches the manifest: of {path} {reason}. "
+                "Use another step."
+            )
+        file = path / METADATA
+        return json.loads(file.read_bytes()) if file.exists() else {}
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Restores the newest checkpoint that is whole.
@@ -165,20 +205,24 @@ class Checkpoints:
           DamagedCheckpointError: it does not match its manifest.
           ValueError: there is none of this step, or see `restore_latest`.
         """
+        path = self._path_of(step)
+        reason = damage(path)
+        if reason is not None:
+            raise DamagedCheckpointError(
+                f"a checkpoint is used if it matches its manifest: of {path} {reason}. "
+                "Use another step."
+            )
+        _require_shardings(abstract_state)
+        self._manager.reload()
+        return self._restore(step, abstract_state)
+
+    def _path_of(self, step: int) -> pathlib.Path:
         if step not in self.steps():
             raise ValueError(
                 "A checkpoint is one that was kept (training.keep_checkpoints): there is none of "
                 f"step {step} in {self.directory}, but {self.steps()}. Pass one of them."
             )
-        reason = damage(self.directory / str(step))
-        if reason is not None:
-            raise DamagedCheckpointError(
-                f"a checkpoint is used if it matches its manifest: of {self.directory / str(step)} "
-                f"{reason}. Use another step."
-            )
-        _require_shardings(abstract_state)
-        self._manager.reload()
-        return self._restore(step, abstract_state)
+        return self.directory / str(step)
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         self._require_same_arrays(step, abstract_state)
@@ -201,9 +245,13 @@ class Checkpoints:
         self.close()
 
     def _add_manifest(self) -> None:
-        """Writes the manifest into the checkpoint that is about to be published."""
-        if jax.process_index() == 0:
-            write_manifest(self.directory / f"{self._saving}.orbax-checkpoint-tmp")
+        """Writes metadata and manifest into the checkpoint that is about to be published."""
+        if jax.process_index() != 0:
+            return
+        path = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
+        if self._metadata is not None:
+            (path / METADATA).write_text(self._metadata)
+        write_manifest(path)
 
     def _newest_whole_step(self) -> int:
         """The newest undamaged step or `NO_STEP`, decided by process 0 for all of them."""
@@ -263,13 +311,14 @@ def _no_warning_of_reading() -> Iterator[None]:
 
 
 def write_manifest(path: pathlib.Path) -> None:
-    """Writes the size and SHA-256 of the files of a checkpoint's state beside them.
+    """Writes the size and SHA-256 of the files of a checkpoint's state and metadata beside them.
 
     Args:
-      path: the checkpoint's directory. Its own files but for the state's are left out: Orbax
-        writes them after the manifest, and restoring does not need them.
+      path: the checkpoint's directory. Orbax's own files in it are left out: Orbax writes them
+        after the manifest, and restoring does not need them.
     """
-    files = [file for file in sorted((path / ITEM).rglob("*")) if file.is_file()]
+    files = [path / METADATA, *sorted((path / ITEM).rglob("*"))]
+    files = [file for file in files if file.is_file()]
     manifest = {
         file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in files
@@ -277,15 +326,18 @@ def write_manifest(path: pathlib.Path) -> None:
     (path / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
 
 
-def damage(path: pathlib.Path) -> str | None:
+def damage(path: pathlib.Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint, or None if all its files match its manifest.
 
     Args:
       path: the checkpoint's directory.
+      only: the name of the one file to check; none if the manifest does not name it.
     """
     try:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
         for name, expected in files.items():
+            if only not in (None, name):
+                continue
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes in place of {expected['bytes']}"
