@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from moe_jax.config import DataConfig
-from moe_jax.data import train_batches
+from moe_jax.data import open_data, train_batches
 
 REPETITIONS = 5
 SECONDS = 2.0  # Of each repetition.
@@ -21,7 +21,7 @@ SECONDS = 2.0  # Of each repetition.
 
 def measure(config: DataConfig, batch_size: int) -> list[float]:
     """Returns tokens per second, one figure a repetition, after a first batch that is not timed."""
-    batches = train_batches(config, global_batch_size=batch_size)
+    batches = train_batches(open_data(config), global_batch_size=batch_size)
     next(batches)
     figures = []
     for _ in range(REPETITIONS):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import moe_jax.layers.attention
 from benchmarks.timing import Checkout, cell, ratios
 from moe_jax.config import ExperimentConfig, from_config_dict
-from moe_jax.data import train_batches
+from moe_jax.data import open_data, train_batches
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.planning.hardware import measured_matmul_rate
 from moe_jax.training.state import init_state
@@ -64,7 +64,8 @@ class Step:
     """A compiled training step that can be taken again and again."""
 
     def __init__(self, config: ExperimentConfig):
-        batch = next(train_batches(config.data, global_batch_size=config.training.batch_size))
+        data = open_data(config.data)
+        batch = next(train_batches(data, global_batch_size=config.training.batch_size))
         self.batch = {name: jnp.asarray(v)[None] for name, v in batch.items() if name != "domain"}
         self.state = jax.jit(init_state, static_argnums=0)(config)
         step = jax.jit(make_train_step(config), donate_argnums=0)

@@ -19,8 +19,7 @@ from experiments.results import LOSS, append_result
 from experiments.study import Study, load_study
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.config import ExperimentConfig
-from moe_jax.data import open_tokenizer
-from moe_jax.data.corpora import open_corpus
+from moe_jax.data import open_data
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
@@ -61,7 +60,7 @@ def run_arm(
     except FloatingPointError as error:  # a result as well: run again it would end alike
         print(error, file=sys.stderr)
         outcome = divergence_of(workdir)
-    cost = cost_of(study, size, arm)
+    cost, data = cost_of(study, size, arm), open_data(config.data)
     row = {
         "study": study.name,
         "size": size,
@@ -79,9 +78,9 @@ def run_arm(
         **outcome,
         "data": {
             "corpus": config.data.corpus.partition(":")[0],
-            "corpus_sha256": open_corpus(config.data.corpus).fingerprint(),
+            "corpus_sha256": data.fingerprints["corpus"],
             "tokenizer": config.data.tokenizer.partition(":")[0],
-            "tokenizer_sha256": open_tokenizer(config.data.tokenizer).fingerprint(),
+            "tokenizer_sha256": data.fingerprints["tokenizer"],
         },
         **circumstances(workdir),
     }
@@ -134,6 +133,7 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
             state.params,
             state.model_state,
             config,
+            open_data(config.data),
             max_batches=config.training.evaluation_batches,
             step=state.step,
         )

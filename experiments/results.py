@@ -11,8 +11,7 @@ from typing import Any
 
 from moe_jax.config import DataConfig
 from moe_jax.config.check import require
-from moe_jax.data import open_tokenizer
-from moe_jax.data.corpora import open_corpus
+from moe_jax.data import open_data
 from moe_jax.training.metrics import write_atomically
 
 RESULTS_FILE = "results.jsonl"
@@ -75,9 +74,8 @@ def check_same_text(rows: Iterable[Row], config: DataConfig | None = None) -> No
     """
     hashes = {(row["data"]["corpus_sha256"], row["data"]["tokenizer_sha256"]) for row in rows}
     if hashes and config:
-        hashes.add((
-            open_corpus(config.corpus).fingerprint(), open_tokenizer(config.tokenizer).fingerprint()
-        ))  # fmt: skip
+        now = open_data(config).fingerprints
+        hashes.add((now["corpus"], now["tokenizer"]))
     require(
         len(hashes) <= 1,
         "runs that are compared are of the same corpus and tokenizer",

@@ -22,7 +22,7 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import BlockWeights
 from moe_jax.analysis.summary import summary_table, text_table
 from moe_jax.analyze import said
-from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.data import heldout_batches, open_data, open_tokenizer
 from moe_jax.models.routing_record import PartRecord, RoutingRecord
 from moe_jax.moe.routing import Choices
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
@@ -59,13 +59,13 @@ def analysis(workdir):
 
 
 def test_choices_are_those_that_an_evaluation_counts():
-    state = tiny_state(CONFIG)
-    batches = list(heldout_batches(CONFIG.data, batch_size=4))
+    state, data = tiny_state(CONFIG), open_data(CONFIG.data)
+    batches = list(heldout_batches(data, batch_size=4))
     routed = route_batches(state, CONFIG.model, batches, ALL)
-    shares = evaluate(state.params, state.model_state, CONFIG)["domain_expert_share"]
+    shares = evaluate(state.params, state.model_state, CONFIG, data)["domain_expert_share"]
     for layer, expert_JK in zip(shares.values(), routed.expert_XJK, strict=True):
         for name, share_E in layer.items():
-            is_of_domain_J = routed.domain_J == domain_names(CONFIG.data).index(name)
+            is_of_domain_J = routed.domain_J == data.domains.index(name)
             counts_E = np.bincount(expert_JK[is_of_domain_J].ravel(), minlength=5)
             np.testing.assert_allclose(counts_E / counts_E.sum(), share_E, rtol=1e-12)
         assert len(layer) == len(np.unique(routed.domain_J)) > 1

@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax.analysis.instability import flips, route_variations
 from moe_jax.analysis.routed import route_batches
-from moe_jax.data import heldout_batches
+from moe_jax.data import heldout_batches, open_data
 from tests.tiny_run import tiny_state, tiny_training
 
 EXPERT_JK = np.array([[0, 1], [2, 3], [1, 0]])
@@ -48,7 +48,8 @@ def test_choices_of_other_tokens_are_refused():
 
 def test_more_noise_flips_more_and_none_flips_nothing():
     config = tiny_training()
-    state, batches = tiny_state(config), list(heldout_batches(config.data, batch_size=4))[:4]
+    state = tiny_state(config)
+    batches = list(heldout_batches(open_data(config.data), batch_size=4))[:4]
     own = route_batches(state, config.model, batches, 10**9)
 
     def first(routed):

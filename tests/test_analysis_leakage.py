@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_jax.analysis.leakage import compare_futures, score_cut
-from moe_jax.data import heldout_batches, open_tokenizer
+from moe_jax.data import heldout_batches, open_data, open_tokenizer
 from moe_jax.training.loss import call_of, target_nats
 from tests.tiny_run import tiny_state, tiny_training
 
@@ -21,7 +21,7 @@ def make(queue="token_major", **moe):
 
 
 def batch_of(config):
-    batch = next(iter(heldout_batches(config.data, batch_size=4, max_batches=1)))
+    batch = next(iter(heldout_batches(open_data(config.data), batch_size=4, max_batches=1)))
     return {name: jnp.asarray(value) for name, value in batch.items() if name != "domain"}
 
 

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from moe_jax.config import config_dict, from_config_dict
-from moe_jax.data import train_batches
+from moe_jax.data import open_data, train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 from tests.tiny_run import CACHE, ROOT, cut, quick_jit
@@ -73,7 +73,7 @@ def test_smoke_is_small_and_trains(name, preset):
     assert config.data.corpus == "embedded"
     state = quick_jit(init_state, static_argnums=0)(config)
     step = quick_jit(make_train_step(config))
-    batches = train_batches(config.data, global_batch_size=config.training.batch_size)
+    batches = train_batches(open_data(config.data), global_batch_size=config.training.batch_size)
     for expected_step in (1, 2):
         batch = next(batches)
         batch.pop("domain")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
-from moe_jax.data import corpora, pipeline, token_files, tokenizers
+from moe_jax.data import corpora, open_data, pipeline, token_files, tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,14 @@ def config(tmp_path_factory):
     return DataConfig(
         corpus="embedded", sequence_length=64, cache_dir=str(tmp_path_factory.mktemp("cache"))
     )
+
+
+def train_batches(config, **how):
+    return pipeline.train_batches(open_data(config), **how)
+
+
+def heldout_batches(config, **how):
+    return pipeline.heldout_batches(open_data(config), **how)
 
 
 def take(batches, count):
@@ -34,7 +42,7 @@ def assert_equal(left, right):
 
 
 def test_a_batch_has_the_documented_arrays(config):
-    batch = next(pipeline.train_batches(config, global_batch_size=8))
+    batch = next(train_batches(config, global_batch_size=8))
     types = {name: (array.shape, array.dtype.name) for name, array in batch.items()}
     assert types == {
         "inputs": ((8, 64), "int32"),
@@ -47,35 +55,35 @@ def test_a_batch_has_the_documented_arrays(config):
 
 
 def test_the_stream_is_a_function_of_the_config(config):
-    first = take(pipeline.train_batches(config, global_batch_size=8), 5)
-    assert_equal(first, take(pipeline.train_batches(config, global_batch_size=8), 5))
+    first = take(train_batches(config, global_batch_size=8), 5)
+    assert_equal(first, take(train_batches(config, global_batch_size=8), 5))
     reseeded = dataclasses.replace(config, seed=1)
-    other = take(pipeline.train_batches(reseeded, global_batch_size=8), 5)
+    other = take(train_batches(reseeded, global_batch_size=8), 5)
     assert not np.array_equal(first[0]["inputs"], other[0]["inputs"])
 
 
 @settings(max_examples=10, deadline=None)
 @given(step=st.integers(0, 40))
 def test_the_stream_resumes_exactly_at_any_step(config, step):
-    whole = take(pipeline.train_batches(config, global_batch_size=8), step + 3)
-    resumed = take(pipeline.train_batches(config, global_batch_size=8, start_step=step), 3)
+    whole = take(train_batches(config, global_batch_size=8), step + 3)
+    resumed = take(train_batches(config, global_batch_size=8, start_step=step), 3)
     assert_equal(whole[step:], resumed)
 
 
 def test_the_stream_resumes_exactly_after_many_epochs(config):
     few_windows = dataclasses.replace(config, domain_weights=(("multilingual", 1.0),))
     start = 10_000  # Over a hundred epochs of 3,978 windows.
-    first = take(pipeline.train_batches(few_windows, global_batch_size=64, start_step=start), 3)
-    later = pipeline.train_batches(few_windows, global_batch_size=64, start_step=start + 2)
+    first = take(train_batches(few_windows, global_batch_size=64, start_step=start), 3)
+    later = train_batches(few_windows, global_batch_size=64, start_step=start + 2)
     assert_equal(first[2:], take(later, 1))
 
 
 @pytest.mark.parametrize("host_count", [1, 2, 4, 8])
 def test_hosts_side_by_side_hold_the_global_batch(config, host_count):
-    whole = take(pipeline.train_batches(config, global_batch_size=16, start_step=7), 3)
+    whole = take(train_batches(config, global_batch_size=16, start_step=7), 3)
     hosts = [
         take(
-            pipeline.train_batches(
+            train_batches(
                 config, global_batch_size=16, host_index=host, host_count=host_count, start_step=7
             ),
             3,
@@ -93,8 +101,8 @@ def test_domain_shares_are_exact(config):
     weighted = dataclasses.replace(
         config, domain_weights=(("python", 5.0), ("prose", 3.0), ("drama", 2.0))
     )
-    names = pipeline.domain_names(config)
-    batches = take(pipeline.train_batches(weighted, global_batch_size=100), 10)
+    names = open_data(config).domains
+    batches = take(train_batches(weighted, global_batch_size=100), 10)
     for batch in batches:
         counts = np.bincount(batch["domain"], minlength=len(names))
         assert dict(zip(names, counts, strict=True)) == {
@@ -103,7 +111,7 @@ def test_domain_shares_are_exact(config):
 
 
 def test_domain_shares_default_to_the_tokens(config):
-    batches = take(pipeline.train_batches(config, global_batch_size=500), 4)
+    batches = take(train_batches(config, global_batch_size=500), 4)
     counts = np.bincount(np.concatenate([batch["domain"] for batch in batches]), minlength=6)
     files = token_files.prepare_token_files(
         corpora.EmbeddedCorpus(), tokenizers.ByteTokenizer(),
@@ -136,7 +144,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path
     # 40 documents of 8 tokens: 39 whole windows, for the last has no target for its last input.
     windows = [
         tuple(batch["inputs"][0])
-        for batch in take(pipeline.train_batches(config, global_batch_size=1), 2 * 39)
+        for batch in take(train_batches(config, global_batch_size=1), 2 * 39)
     ]
     assert len(set(windows[:39])) == 39
     assert set(windows[:39]) == set(windows[39:])
@@ -155,9 +163,7 @@ def test_every_heldout_token_counts_once(config, host_count):
                 expected += np.bincount(ids, minlength=tokenizer.vocab_size)
     counted = np.zeros_like(expected)
     for host in range(host_count):
-        for batch in pipeline.heldout_batches(
-            config, batch_size=24, host_index=host, host_count=host_count
-        ):
+        for batch in heldout_batches(config, batch_size=24, host_index=host, host_count=host_count):
             assert batch["inputs"].shape == (24 // host_count, 64)
             targets = batch["targets"][batch["loss_weights"] == 1]
             counted += np.bincount(targets, minlength=tokenizer.vocab_size)
@@ -165,7 +171,7 @@ def test_every_heldout_token_counts_once(config, host_count):
 
 
 def test_the_last_heldout_batch_is_filled_up_with_rows_of_no_weight(config):
-    *_, last = pipeline.heldout_batches(config, batch_size=1000)
+    *_, last = heldout_batches(config, batch_size=1000)
     rows = (last["segment_ids"] > 0).any(axis=1)
     assert 0 < rows.sum() < 1000
     assert not last["loss_weights"][~rows].any()
@@ -175,8 +181,8 @@ def test_the_last_heldout_batch_is_filled_up_with_rows_of_no_weight(config):
 def test_the_heldout_pass_is_the_same_whatever_the_seed_and_the_weights(config):
     changed = dataclasses.replace(config, seed=9, domain_weights=(("prose", 1.0),))
     assert_equal(
-        list(pipeline.heldout_batches(config, batch_size=32, max_batches=4)),
-        list(pipeline.heldout_batches(changed, batch_size=32, max_batches=4)),
+        list(heldout_batches(config, batch_size=32, max_batches=4)),
+        list(heldout_batches(changed, batch_size=32, max_batches=4)),
     )
 
 
@@ -184,10 +190,10 @@ def test_a_shortened_heldout_pass_samples_all_domains_in_proportion(config):
     whole = np.concatenate(
         [
             batch["domain"][batch["segment_ids"][:, 0] > 0]
-            for batch in pipeline.heldout_batches(config, batch_size=50)
+            for batch in heldout_batches(config, batch_size=50)
         ]
     )
-    (first,) = pipeline.heldout_batches(config, batch_size=200, max_batches=1)
+    (first,) = heldout_batches(config, batch_size=200, max_batches=1)
     shares = np.bincount(whole, minlength=6) / len(whole)
     assert np.allclose(np.bincount(first["domain"], minlength=6), 200 * shares, atol=1.01)
 
@@ -197,12 +203,12 @@ def test_heldout_windows_never_train(config):
     config = dataclasses.replace(config, sequence_length=256)
     train = {
         bytes(row)
-        for batch in take(pipeline.train_batches(config, global_batch_size=100), 205)
+        for batch in take(train_batches(config, global_batch_size=100), 205)
         for row in batch["inputs"]
     }
     heldout = [
         row
-        for batch in pipeline.heldout_batches(config, batch_size=100)
+        for batch in heldout_batches(config, batch_size=100)
         for row, weights in zip(batch["inputs"], batch["loss_weights"], strict=True)
         if weights.all()
     ]
@@ -213,25 +219,25 @@ def test_heldout_windows_never_train(config):
 
 def test_hosts_that_do_not_divide_the_batch_are_refused(config):
     with pytest.raises(ValueError, match=r"batch_size=10, host_count=4.*multiple of 4"):
-        pipeline.train_batches(config, global_batch_size=10, host_index=0, host_count=4)
+        train_batches(config, global_batch_size=10, host_index=0, host_count=4)
 
 
 def test_an_unknown_domain_is_refused(config):
     wrong = dataclasses.replace(config, domain_weights=(("pros", 1.0),))
     with pytest.raises(ValueError, match=r"'prose'.*got \['pros'\]"):
-        pipeline.train_batches(wrong, global_batch_size=8)
+        train_batches(wrong, global_batch_size=8)
 
 
 def test_a_domain_too_small_for_one_window_is_refused(config):
     long = dataclasses.replace(config, sequence_length=500_000)
     with pytest.raises(ValueError, match=r"\['multilingual'\] have fewer"):
-        pipeline.train_batches(long, global_batch_size=8)
+        train_batches(long, global_batch_size=8)
 
 
 def test_nothing_held_out_is_refused(config):
     nothing = dataclasses.replace(config, heldout_fraction=1e-9)
     with pytest.raises(ValueError, match=r"heldout_fraction=1e-09.*Raise"):
-        pipeline.heldout_batches(nothing, batch_size=8)
+        heldout_batches(nothing, batch_size=8)
 
 
 def test_importing_the_package_imports_no_tensorflow():

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from moe_jax.config import DataConfig
-from moe_jax.data import corpora, pipeline, tfds_text
+from moe_jax.data import corpora, open_data, pipeline, tfds_text
 from moe_jax.data.documents import SPLITS
 
 
@@ -137,8 +137,9 @@ def test_a_tfds_dataset_trains_and_evaluates(tales, tmp_path):
     config = DataConfig(
         corpus=f"tfds:{tales['parquet']}", sequence_length=32, cache_dir=str(tmp_path)
     )
-    assert next(pipeline.train_batches(config, global_batch_size=4))["inputs"].shape == (4, 32)
-    counted = sum(b["loss_weights"].sum() for b in pipeline.heldout_batches(config, batch_size=4))
+    data = open_data(config)
+    assert next(pipeline.train_batches(data, global_batch_size=4))["inputs"].shape == (4, 32)
+    counted = sum(b["loss_weights"].sum() for b in pipeline.heldout_batches(data, batch_size=4))
     texts = [f"validation tale \u00e9 {i}" for i in range(20)]
     assert counted == sum(len(text.encode()) + 1 for text in texts)
 

@@ -10,6 +10,7 @@ from moe_jax import plan
 from moe_jax.analysis.checkpoint import Options, analyze_run
 from moe_jax.config import config_dict, from_config_dict, read_config, to_dict
 from moe_jax.config.run import ExperimentConfig
+from moe_jax.data import open_data
 from moe_jax.inference import continue_text
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.train import run
@@ -128,8 +129,8 @@ def test_evaluation_is_the_same_on_a_mesh(trained):
     for mesh in MESHES:
         config, state = load_run(trained("one device"), foreign_config(mesh).mesh, trust=True)
         said = evaluate(
-            state.params, state.model_state, config, mesh=make_mesh(config.mesh),
-            max_batches=1, step=state.step,
+            state.params, state.model_state, config, open_data(config.data),
+            mesh=make_mesh(config.mesh), max_batches=1, step=state.step,
         )  # fmt: skip
         losses.append(said["dropless"]["nats_per_token"])
     np.testing.assert_allclose(*losses, rtol=1e-5)

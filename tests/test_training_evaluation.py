@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.data import heldout_batches, open_data
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
 from moe_jax.training.loss import call_of
@@ -23,25 +23,30 @@ def make(eval_factor=0.5, **moe):
     return config, tiny_state(config)
 
 
+def score(params, model_state, config, **how):
+    return evaluate(params, model_state, config, open_data(config.data), **how)
+
+
 @pytest.fixture(scope="module")
 def said():
     config, state = make()
-    return evaluate(state.params, BIAS, config, max_batches=NUM_BATCHES)
+    return score(state.params, BIAS, config, max_batches=NUM_BATCHES)
 
 
 @pytest.mark.parametrize(("kind", "factor"), [("dropless", 0.0), ("capacity_limited", 0.5)])
 def test_losses_are_those_of_numpy(said, kind, factor):
     config, state = make()
     run = quick_jit(config.model.run)
-    sums = dict.fromkeys(domain_names(config.data), np.zeros(3))
-    token_bytes_V = open_tokenizer("byte").token_bytes_V
-    for batch in heldout_batches(config.data, batch_size=4, max_batches=NUM_BATCHES):
+    data = open_data(config.data)
+    sums = dict.fromkeys(data.domains, np.zeros(3))
+    token_bytes_V = data.tokenizer.token_bytes_V
+    for batch in heldout_batches(data, batch_size=4, max_batches=NUM_BATCHES):
         domain_B = batch.pop("domain")
         output = run(state.params, call_of(batch, capacity=factor), state=BIAS)
         logits = np.asarray(output.logits_BLV, np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         for row, domain in enumerate(domain_B):
-            name = domain_names(config.data)[domain]
+            name = data.domains[domain]
             for position, target in enumerate(batch["targets"][row]):
                 weight = batch["loss_weights"][row, position]
                 nats = -log_probs[row, position, target]
@@ -75,7 +80,7 @@ def test_capacity_that_is_tight_shows_and_ample_capacity_does_not(said):
     gap = said["dropless"]["nats_per_token"] - said["capacity_limited"]["nats_per_token"]
     assert abs(gap) > 1e-3
     config, state = make(eval_factor=4.0)  # as many slots as tokens, for each of 4 experts
-    ample = evaluate(state.params, BIAS, config, max_batches=NUM_BATCHES)
+    ample = score(state.params, BIAS, config, max_batches=NUM_BATCHES)
     assert ample["capacity_limited"] == ample["dropless"]
 
 
@@ -92,14 +97,14 @@ def test_shares_of_experts_are_of_every_layer_and_domain(said):
 
 def test_a_dense_model_has_neither_a_limit_nor_experts():
     config = tiny_training(DENSE)
-    said = evaluate(tiny_state(config).params, {}, config, max_batches=1)
+    said = score(tiny_state(config).params, {}, config, max_batches=1)
     assert set(said) == {"dropless", "domain_expert_share"}
     assert said["domain_expert_share"] == {}
 
 
 def test_an_eval_factor_of_zero_is_dropless_only():
     config, state = make(eval_factor=0.0)
-    assert "capacity_limited" not in evaluate(state.params, BIAS, config, max_batches=1)
+    assert "capacity_limited" not in score(state.params, BIAS, config, max_batches=1)
 
 
 def test_sums_by_domain_by_hand():
@@ -137,7 +142,7 @@ def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):
     config = tiny_training({
         **tiny_moe(capacity={"eval_factor": 0.5}), "training": {"num_microbatches": 2},
     })  # fmt: skip
-    halves = evaluate(state.params, BIAS, config, max_batches=2 * NUM_BATCHES)
+    halves = score(state.params, BIAS, config, max_batches=2 * NUM_BATCHES)
     for kind in ("dropless", "capacity_limited"):
         np.testing.assert_allclose(
             halves[kind]["nats_per_token"], said[kind]["nats_per_token"], **FLOAT32
@@ -156,7 +161,7 @@ def test_an_evaluation_on_a_mesh_is_that_on_one_device(said, mesh):
     config, state = make()
     mesh = make_mesh(mesh)
     params = jax.device_put(state.params, state_shardings(config, mesh).params)
-    on_mesh = evaluate(params, BIAS, config, mesh=mesh, max_batches=NUM_BATCHES)
+    on_mesh = score(params, BIAS, config, mesh=mesh, max_batches=NUM_BATCHES)
     assert set(on_mesh) == set(said)
     for kind in ("dropless", "capacity_limited"):
         assert on_mesh[kind]["tokens"] == said[kind]["tokens"]

@@ -11,7 +11,7 @@ from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
 from moe_jax.config import ExperimentConfig
-from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.data import Data, heldout_batches, open_data
 from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
@@ -34,14 +34,15 @@ def crossed(workdir: pathlib.Path) -> dict[str, float]:
     moe = config.model.part.get("moe")
     if moe is None or moe.num_experts == 1:
         return {}
-    return {f"evaluated_at_{factor}": loss_at(factor, config, state) for factor in FACTORS}
+    data = open_data(config.data)
+    return {f"evaluated_at_{factor}": loss_at(factor, config, data, state) for factor in FACTORS}
 
 
-def loss_at(factor: float, config: ExperimentConfig, state: TrainState) -> float:
+def loss_at(factor: float, config: ExperimentConfig, data: Data, state: TrainState) -> float:
     """Held-out bits a byte at a capacity factor, on a sample that is the same for all."""
-    sums = DomainSums(domain_names(config.data))
+    sums = DomainSums(data.domains)
     batches = heldout_batches(
-        config.data,
+        data,
         batch_size=config.training.batch_size,
         max_batches=SAMPLES * config.training.evaluation_batches or None,
     )
@@ -53,7 +54,7 @@ def loss_at(factor: float, config: ExperimentConfig, state: TrainState) -> float
                 state.params,
                 state.model_state,
                 from_whole(batch, mesh, ("batch", None)),
-                open_tokenizer(config.data.tokenizer).token_bytes_V,
+                data.tokenizer.token_bytes_V,
                 model=config.model,
                 capacity=factor,
             )

@@ -19,7 +19,7 @@ from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.kinds import kind_of
-from moe_jax.data import Example, Tokenizer, domain_names, heldout_batches, open_tokenizer
+from moe_jax.data import Example, Tokenizer, heldout_batches, open_data, open_tokenizer
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
 from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
@@ -157,12 +157,13 @@ def batches_of(
             max_tokens=options.tokens,
         )
     batches, missing = [], options.tokens
-    for batch in heldout_batches(config.data, batch_size=rows):
+    data = open_data(config.data)
+    for batch in heldout_batches(data, batch_size=rows):
         batches.append(batch)
         missing -= int((batch["segment_ids"] > 0).sum())
         if missing <= 0:
             break
-    return domain_names(config.data), batches
+    return data.domains, batches
 
 
 def file_names(paths: Sequence[str]) -> tuple[str, ...]:

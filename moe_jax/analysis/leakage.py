@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig
-from moe_jax.data import heldout_batches, open_tokenizer
+from moe_jax.data import heldout_batches, open_data
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Call
 from moe_jax.training.loss import Batch, target_nats
@@ -79,10 +79,11 @@ def compare_futures(
                 f"{name}.group_size={moe.group_size}, data.sequence_length={length}. Use "
                 f"{name}.group_size=0."
             )
-    token_bytes_V = open_tokenizer(config.data.tokenizer).token_bytes_V
+    data = open_data(config.data)
+    token_bytes_V = data.tokenizer.token_bytes_V
     nats, num_bytes, num_targets, moved = np.zeros(3), 0.0, 0.0, 0.0
     rows = min(num_sequences, BATCH)
-    batches = heldout_batches(config.data, batch_size=rows, max_batches=num_sequences // rows)
+    batches = heldout_batches(data, batch_size=rows, max_batches=num_sequences // rows)
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items() if name != "domain"}
         for cut in cuts:

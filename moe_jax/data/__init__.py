@@ -2,13 +2,14 @@
 
 The way of a text: a document (`documents`) of a corpus (`corpora`) is encoded (`tokenizers`) into
 token files (`token_files`), read back in windows (`windows`), turned into examples (`objectives`),
-mixed and batched (`pipeline`).
+mixed and batched (`pipeline`). `opened` opens all of it once for a run.
 """
 
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import Corpus, Document
 from moe_jax.data.objectives import OBJECTIVES, Example, RawWindow
-from moe_jax.data.pipeline import domain_names, heldout_batches, train_batches
+from moe_jax.data.opened import Data, open_data
+from moe_jax.data.pipeline import check_data, heldout_batches, train_batches
 from moe_jax.data.token_files import TokenFiles, prepare_token_files
 from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer, open_tokenizer
 
@@ -16,14 +17,16 @@ __all__ = [
     "OBJECTIVES",
     "ByteTokenizer",
     "Corpus",
+    "Data",
     "Document",
     "Example",
     "RawWindow",
     "TokenFiles",
     "Tokenizer",
-    "domain_names",
+    "check_data",
     "heldout_batches",
     "open_corpus",
+    "open_data",
     "open_tokenizer",
     "prepare_token_files",
     "train_batches",

@@ -14,31 +14,17 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import HELDOUT, TRAIN
 from moe_jax.data.objectives import Example, get_objective
-from moe_jax.data.token_files import TokenFiles, prepare_token_files
-from moe_jax.data.tokenizers import open_tokenizer
+from moe_jax.data.opened import Data
 from moe_jax.data.windows import Windows
 
 # Batches read ahead by one background thread while the device computes.
 _PREFETCH_BATCHES = 4
 
 
-def domain_names(config: DataConfig) -> tuple[str, ...]:
-    """Names of the corpus's domains; the `domain` of an example is an index into them.
-
-    Args:
-        config: of which only `corpus` is read.
-
-    Returns:
-        The names, whether or not `config.domain_weights` leaves some out of training.
-    """
-    return open_corpus(config.corpus).domains()
-
-
 def train_batches(
-    config: DataConfig,
+    data: Data,
     *,
     global_batch_size: int,
     host_index: int = 0,
@@ -52,7 +38,7 @@ def train_batches(
     [h * B / H, (h + 1) * B / H) of the global batch of B rows, which is the same for every H.
 
     Args:
-        config: what to read.
+        data: what to read.
         global_batch_size: B, rows of a batch over all hosts.
         host_index: h, in [0, host_count).
         host_count: H, a divisor of B.
@@ -64,14 +50,14 @@ def train_batches(
 
     Raises:
         ValueError: if H does not divide B, `domain_weights` names an unknown domain, a domain
-            has too few tokens, or the corpus, tokenizer or objective cannot be opened.
+            has too few tokens, or there is no such objective.
     """
     rows = _rows_of_host(global_batch_size, host_index, host_count)
-    sources = _windows(config, TRAIN, keep_partial=False)
-    weights = _domain_weights(config, sources)
+    sources = _windows(data, TRAIN, keep_partial=False)
+    weights = _domain_weights(data.config, sources)
     datasets = [
         grain.MapDataset.source(sources[domain])
-        .seed(_domain_seed(config.seed, domain_id))
+        .seed(_domain_seed(data.config.seed, domain_id))
         .shuffle()
         .repeat()
         for domain_id, domain in enumerate(sources)
@@ -90,7 +76,7 @@ def train_batches(
 
 
 def heldout_batches(
-    config: DataConfig,
+    data: Data,
     *,
     batch_size: int,
     max_batches: int | None = None,
@@ -104,7 +90,7 @@ def heldout_batches(
     them. The last batch is filled up with rows of `segment_ids` and `loss_weights` 0.
 
     Args:
-        config: what to read; `domain_weights` and `seed` have no effect.
+        data: what to read; `domain_weights` and `seed` of its config have no effect.
         batch_size: B, rows of a batch over all hosts.
         max_batches: number of batches at most; None for all.
         host_index: h, in [0, host_count).
@@ -114,16 +100,16 @@ def heldout_batches(
         Iterator of dicts of arrays [B / H, L] and `domain` [B / H], as `train_batches`.
 
     Raises:
-        ValueError: if H does not divide B, nothing is held out, or the corpus, tokenizer or
-            objective cannot be opened.
+        ValueError: if H does not divide B, nothing is held out, or there is no such objective.
     """
     rows = _rows_of_host(batch_size, host_index, host_count)
-    sources = list(_windows(config, HELDOUT, keep_partial=True).values())
+    sources = list(_windows(data, HELDOUT, keep_partial=True).values())
     order = _interleave([len(source) for source in sources])
     if not order:
         raise ValueError(
-            f"No text of {config.corpus!r} is held out at heldout_fraction="
-            f"{config.heldout_fraction}. Raise config.data.heldout_fraction, or do not evaluate."
+            f"No text of {data.config.corpus!r} is held out at heldout_fraction="
+            f"{data.config.heldout_fraction}. Raise config.data.heldout_fraction, or do not "
+            "evaluate."
         )
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
@@ -131,6 +117,24 @@ def heldout_batches(
     return _read_heldout(
         sources, order, [b * batch_size + host_index * rows for b in range(num_batches)], rows
     )
+
+
+def check_data(data: Data, *, evaluates: bool = True) -> None:
+    """Refuses data that a run could not train on, or not evaluate on, before its first step.
+
+    Makes the token files if the cache has none.
+
+    Args:
+        data: of the run.
+        evaluates: whether the run reads the held-out split at all.
+
+    Raises:
+        ValueError: `domain_weights` names an unknown domain, a domain has too few tokens, nothing
+            is held out though it `evaluates`, or a document of the corpus is refused.
+    """
+    _domain_weights(data.config, _windows(data, TRAIN, keep_partial=False))
+    if evaluates:
+        heldout_batches(data, batch_size=1, max_batches=0)
 
 
 def _read_heldout(
@@ -185,27 +189,20 @@ class DomainMixture(grain.transforms.DatasetSelectionMap):
         return len(shares) - 1, index
 
 
-def _windows(config: DataConfig, split: str, *, keep_partial: bool) -> dict[str, Windows]:
+def _windows(data: Data, split: str, *, keep_partial: bool) -> dict[str, Windows]:
     """Windows of every domain, by name, in the order of the domains' ids."""
-    tokenizer = open_tokenizer(config.tokenizer)
-    objective = get_objective(config.objective)
-    files: TokenFiles = prepare_token_files(
-        open_corpus(config.corpus),
-        tokenizer,
-        heldout_fraction=config.heldout_fraction,
-        cache_dir=config.cache_dir,
-    )
+    objective = get_objective(data.config.objective)
     return {
         domain: Windows(
-            files,
+            data.files,
             split,
             domain,
-            sequence_length=config.sequence_length,
+            sequence_length=data.config.sequence_length,
             objective=objective,
-            pad_id=tokenizer.pad_id,
+            pad_id=data.tokenizer.pad_id,
             keep_partial=keep_partial,
         )
-        for domain in files.domains
+        for domain in data.domains
     }
 
 

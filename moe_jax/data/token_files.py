@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from moe_jax.config.check import require
 from moe_jax.data.documents import SPLITS, Corpus
 from moe_jax.data.tokenizers import Tokenizer
 
@@ -72,7 +73,12 @@ class TokenFiles:
 
 
 def prepare_token_files(
-    corpus: Corpus, tokenizer: Tokenizer, *, heldout_fraction: float, cache_dir: str = ""
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    heldout_fraction: float,
+    cache_dir: str = "",
+    corpus_sha256: str = "",
 ) -> TokenFiles:
     """Opens the token files of a corpus, making them first if the cache has none.
 
@@ -84,12 +90,13 @@ def prepare_token_files(
         tokenizer: what encodes them.
         heldout_fraction: share of the text to hold out, in [0, 1).
         cache_dir: '' for `$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax`.
+        corpus_sha256: of the corpus as the caller knows it; '' for as it is now.
 
     Returns:
         The token files.
 
     Raises:
-        ValueError: if `heldout_fraction` is out of range.
+        ValueError: if `heldout_fraction` is out of range, or the corpus changed while it was read.
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(
@@ -98,7 +105,7 @@ def prepare_token_files(
         )
     source = {
         "format_version": FORMAT_VERSION,
-        "corpus_sha256": corpus.fingerprint(),
+        "corpus_sha256": corpus_sha256 or corpus.fingerprint(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "heldout_fraction": heldout_fraction,
     }
@@ -162,6 +169,12 @@ def _build(
             domain_counts = _write_domain(partial, corpus, tokenizer, domain, heldout_fraction)
             for split, count in domain_counts.items():
                 counts[split][domain] = dataclasses.asdict(count)
+        require(
+            corpus.fingerprint() == manifest["corpus_sha256"],
+            "A corpus stays as it is while it is read",
+            f"{corpus.name!r} has changed since it was opened",
+            "Start again when it is complete",
+        )
         contents = manifest | {"domains": corpus.domains(), "counts": counts}
         with (partial / _MANIFEST).open("w") as file:
             json.dump(contents, file, indent=1)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig
-from moe_jax.data import domain_names, heldout_batches, open_tokenizer
+from moe_jax.data import Data, heldout_batches
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
@@ -123,6 +123,7 @@ def evaluate(
     params: Any,
     model_state: Any,
     config: ExperimentConfig,
+    data: Data,
     *,
     mesh: Mesh | None = None,
     max_batches: int | None = None,
@@ -134,6 +135,7 @@ def evaluate(
       params: parameters of the model.
       model_state: state by part, such as selection biases.
       config: of the run.
+      data: of the run, opened once.
       mesh: that the parameters lie on; None: one device.
       max_batches: held-out batches to use; None: all.
       step: finished steps, for settings of the router that are annealed; None: at their ends.
@@ -144,14 +146,13 @@ def evaluate(
       `domain_expert_share`, by layer and domain, of the dropless pass.
     """
     mesh = mesh or make_mesh(MeshConfig(data=1))
-    token_bytes_V = open_tokenizer(config.data.tokenizer).token_bytes_V
-    domains = domain_names(config.data)
+    token_bytes_V = data.tokenizer.token_bytes_V
     capacities: dict[str, float | None] = {"dropless": 0.0}
     if config.model.has_capacity:
         capacities["capacity_limited"] = None  # each part's own
-    totals = {name: DomainSums(domains) for name in capacities}
+    totals = {name: DomainSums(data.domains) for name in capacities}
     rows = config.training.batch_size // config.training.num_microbatches
-    batches = heldout_batches(config.data, batch_size=rows, max_batches=max_batches)
+    batches = heldout_batches(data, batch_size=rows, max_batches=max_batches)
     for index, batch in enumerate(batches):
         batch = dict(batch)
         domain_B = batch.pop("domain")

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, write_config
-from moe_jax.data import open_tokenizer, train_batches
+from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, require_same
@@ -47,7 +47,8 @@ def train(
       The last evaluation, as `evaluation.json` has it.
 
     Raises:
-      ValueError: the workdir is of another config, or the vocabulary does not fit.
+      ValueError: the workdir is of another config, the vocabulary does not fit, or there is no text
+        to train or to evaluate on.
       FloatingPointError: the loss or the gradient is not finite.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
@@ -57,17 +58,20 @@ def train(
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     check_workdir(config, workdir)
-    check_vocabulary(config)
+    data = open_data(config.data)
+    check_vocabulary(config, data.tokenizer)
+    check_data(data)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
-        return train_in(workdir, config, mesh, checkpoints, dict(facts or {}))
+        return train_in(workdir, config, data, mesh, checkpoints, dict(facts or {}))
 
 
 class Run(NamedTuple):
     """A run while it goes: what it is, and where it writes."""
 
     config: ExperimentConfig
+    data: Data
     mesh: Mesh
     checkpoints: Checkpoints
     writer: MetricWriter
@@ -82,6 +86,7 @@ class Run(NamedTuple):
                 state.params,
                 state.model_state,
                 self.config,
+                self.data,
                 mesh=self.mesh,
                 max_batches=max_batches,
                 step=state.step,
@@ -91,6 +96,7 @@ class Run(NamedTuple):
 def train_in(
     workdir: pathlib.Path,
     config: ExperimentConfig,
+    data: Data,
     mesh: Mesh,
     checkpoints: Checkpoints,
     facts: dict[str, Any],
@@ -116,7 +122,7 @@ def train_in(
     peak = facts.get("peak_flops")
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
     with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
-        run = Run(config, mesh, checkpoints, writer, progress, rates, signals)
+        run = Run(config, data, mesh, checkpoints, writer, progress, rates, signals)
         state, said = run_steps(run, state, start)
     if said is None:
         said = run.evaluate(state, None)
@@ -131,7 +137,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
     """
     config, training = run.config, run.config.training
     step_function = compile_train_step(config, run.mesh)
-    batches = global_batches(config, run.mesh, start)
+    batches = global_batches(config, run.data, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
     said: dict[str, Any] | None = None
     saved = start
@@ -180,7 +186,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
     return state, said
 
 
-def global_batches(config: ExperimentConfig, mesh: Mesh, start: int) -> Iterator[Batch]:
+def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int) -> Iterator[Batch]:
     """The batches of the steps after `start`, cut into microbatches, on the mesh.
 
     Every process reads its rows of each microbatch; which sequences a step sees depends neither on
@@ -190,7 +196,7 @@ def global_batches(config: ExperimentConfig, mesh: Mesh, start: int) -> Iterator
     rows = config.training.batch_size // num_parts
     host_index, host_count = host_share(mesh, rows)
     parts = train_batches(
-        config.data,
+        data,
         global_batch_size=rows,
         host_index=host_index,
         host_count=host_count,
@@ -211,9 +217,9 @@ def finish(workdir: pathlib.Path, state: TrainState, said: dict[str, Any]) -> di
     return said
 
 
-def check_vocabulary(config: ExperimentConfig) -> None:
+def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
     """Refuses a model whose vocabulary is smaller than the tokenizer's."""
-    size = open_tokenizer(config.data.tokenizer).vocab_size
+    size = tokenizer.vocab_size
     if config.model.vocab_size < size:
         raise ValueError(
             "model.vocab_size is at least the tokenizer's: "

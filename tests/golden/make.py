@@ -8,7 +8,7 @@ initialisation, another order of the data), and say why in the commit.
 
 import pathlib
 
-from moe_jax.data import train_batches
+from moe_jax.data import open_data, train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 from tests.tiny_run import cut, quick_jit, tiny_training
@@ -42,7 +42,7 @@ def losses(run: str, run_experts: str) -> list[float]:
     )
     state = quick_jit(init_state, static_argnums=0)(config)
     step = quick_jit(make_train_step(config))
-    batches = train_batches(config.data, global_batch_size=config.training.batch_size)
+    batches = train_batches(open_data(config.data), global_batch_size=config.training.batch_size)
     values = []
     for _ in range(NUM_STEPS):
         batch = next(batches)

@@ -1,0 +1,67 @@
+"""The data of a run, opened once: corpus, tokenizer and token files, with their checksums."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from moe_jax.config import DataConfig
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.documents import Corpus
+from moe_jax.data.token_files import TokenFiles, prepare_token_files
+from moe_jax.data.tokenizers import Tokenizer, open_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run reads, as it was when it was opened.
+
+    Batches for training and evaluation come from this one object, so that a corpus that is edited
+    while a run goes changes none of them.
+
+    Attributes:
+        config: what was opened.
+        corpus: the documents.
+        tokenizer: what encodes them.
+        domains: names of the domains; the `domain` of an example is an index into them, whether or
+            not `config.domain_weights` leaves some out of training.
+        fingerprints: hexadecimal sha256 of the contents, by "corpus" and "tokenizer".
+    """
+
+    config: DataConfig
+    corpus: Corpus
+    tokenizer: Tokenizer
+    domains: tuple[str, ...]
+    fingerprints: Mapping[str, str]
+
+    @functools.cached_property
+    def files(self) -> TokenFiles:
+        """The token files, found in the cache or made when first asked for.
+
+        Raises:
+            ValueError: the corpus is not what it was when it was opened, or a document is refused.
+        """
+        return prepare_token_files(
+            self.corpus,
+            self.tokenizer,
+            heldout_fraction=self.config.heldout_fraction,
+            cache_dir=self.config.cache_dir,
+            corpus_sha256=self.fingerprints["corpus"],
+        )
+
+
+def open_data(config: DataConfig) -> Data:
+    """Opens and checksums the corpus and the tokenizer.
+
+    Args:
+        config: which of them, and how they are read.
+
+    Returns:
+        The data. Token files are made when they are first needed.
+
+    Raises:
+        ValueError: there is no such corpus or tokenizer.
+    """
+    corpus, tokenizer = open_corpus(config.corpus), open_tokenizer(config.tokenizer)
+    fingerprints = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    return Data(config, corpus, tokenizer, corpus.domains(), MappingProxyType(fingerprints))

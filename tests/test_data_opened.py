@@ -1,0 +1,87 @@
+"""The data of a run is opened once, and checked before anything depends on it."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from moe_jax.config import DataConfig
+from moe_jax.data import check_data, heldout_batches, open_data, train_batches
+
+
+def write(directory, word, num_documents=60):
+    directory.mkdir(exist_ok=True)
+    lines = (
+        json.dumps({"id": f"page-{i}", "text": f"{word} {i}. " * 12}) + "\n"
+        for i in range(num_documents)
+    )
+    (directory / "web.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def config(tmp_path):
+    write(tmp_path / "corpus", "cats")
+    return DataConfig(
+        corpus=f"jsonl:{tmp_path}/corpus",
+        sequence_length=32,
+        heldout_fraction=0.2,
+        cache_dir=str(tmp_path / "cache"),
+    )
+
+
+def all_inputs(batches):
+    return np.concatenate([batch["inputs"] for batch in batches])
+
+
+def test_a_corpus_that_is_edited_while_a_run_goes_changes_no_later_score(config, tmp_path):
+    data = open_data(config)
+    before = all_inputs(heldout_batches(data, batch_size=4))
+    write(tmp_path / "corpus", "dogs and")
+    np.testing.assert_array_equal(all_inputs(heldout_batches(data, batch_size=4)), before)
+    assert open_data(config).fingerprints["corpus"] != data.fingerprints["corpus"]
+
+
+def test_a_corpus_that_changes_between_its_checksum_and_its_reading_is_refused(config, tmp_path):
+    data = open_data(config)
+    write(tmp_path / "corpus", "dogs and")
+    with pytest.raises(ValueError, match=r"jsonl:.*corpus' has changed since it was opened"):
+        check_data(data)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_fingerprints_are_of_contents_and_not_of_paths(config, tmp_path):
+    write(tmp_path / "copy", "cats")
+    moved = dataclasses.replace(config, corpus=f"jsonl:{tmp_path}/copy")
+    assert open_data(moved).fingerprints == open_data(config).fingerprints
+    of_file = hashlib.sha256((tmp_path / "corpus/web.jsonl").read_bytes()).digest()
+    expected = hashlib.sha256(b"web\0" + of_file).hexdigest()
+    assert open_data(config).fingerprints["corpus"] == expected
+
+
+def test_data_that_can_train_and_evaluate_passes_the_check(config):
+    data = open_data(config)
+    check_data(data)
+    next(train_batches(data, global_batch_size=2))
+    next(heldout_batches(data, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domain_weights": (("wob", 1.0),)}, r"\['web'\]: got \['wob'\]"),
+        ({"sequence_length": 100_000}, r"\['web'\] have fewer"),
+        ({"heldout_fraction": 1e-6}, r"No text .* is held out at heldout_fraction=1e-06"),
+    ],
+)
+def test_data_that_cannot_is_refused_before_a_step(config, changes, message):
+    data = open_data(dataclasses.replace(config, **changes))
+    with pytest.raises(ValueError, match=message):
+        check_data(data)
+
+
+def test_a_run_that_does_not_evaluate_needs_nothing_held_out(config):
+    data = open_data(dataclasses.replace(config, heldout_fraction=1e-6))
+    check_data(data, evaluates=False)
+    next(train_batches(data, global_batch_size=2))
