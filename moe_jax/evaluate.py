@@ -12,11 +12,10 @@ import jax
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.data import open_data
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_atomically
-from moe_jax.training.saved import load_run
+from moe_jax.training.saved import load_run, open_run_data
 
 
 def table(said: dict[str, Any]) -> str:
@@ -45,7 +44,7 @@ def main() -> None:
         state.params,
         state.model_state,
         config,
-        open_data(config.data),
+        open_run_data(workdir, config),
         mesh=make_mesh(config.mesh),
         max_batches=flags.FLAGS.batches or None,
         step=state.step,

@@ -5,9 +5,11 @@ The same command again goes on where the run was stopped. Any setting can be ove
 `--config=configs/quickstart.py:smoke`.
 """
 
+import contextlib
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -39,12 +41,24 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
         print(summary(config.model, config.data.sequence_length), flush=True)
-    said = train(config, workdir, facts_of(config))
+    evaluation = train(config, workdir, facts_of(config))
     if config.training.sample_prompt:
-        write_sample(config, workdir)
+        with failure_is_a_warning("sample"):
+            write_sample(config, workdir)
     if jax.process_index() == 0:
-        print(f"report: {write_report(workdir)}", flush=True)
-    return said
+        with failure_is_a_warning("report"):
+            print(f"report: {write_report(workdir)}", flush=True)
+    return evaluation
+
+
+@contextlib.contextmanager
+def failure_is_a_warning(what: str) -> Iterator[None]:
+    """Warns of an error in a block: the run is trained and saved, and does not fail by it."""
+    try:
+        yield
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:

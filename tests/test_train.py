@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import pytest
@@ -40,6 +41,23 @@ def test_what_is_known_of_the_model_is_recorded(finished):
     assert 0 < flops["model"] <= flops["computed"]
     rows = read_metrics(finished / METRICS_FILE)
     assert any("perf/mfu" in row for row in rows) == bool(record["peak_flops"])
+
+
+def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
+    finished, tmp_path, monkeypatch, capsys
+):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no font")
+
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(train, "write_sample", fail)
+    monkeypatch.setattr(train, "write_report", fail)
+    assert train.run(CONFIG, workdir)["step"] == 3
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line for line in warnings if "the run is saved" in line] == [
+        f"warning: the run is saved, but there is no {what}: RuntimeError: no font"
+        for what in ("sample", "report")
+    ]
 
 
 def test_a_finished_run_writes_the_same_sample_again(finished):
