@@ -1,10 +1,16 @@
 """Packaging of moe_jax; tool settings are in pyproject.toml."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+INIT = pathlib.Path(__file__).parent / "moe_jax" / "__init__.py"
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)
 
 setup(
     name="moe_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Mixture-of-experts language models in JAX and Flax, for research on TPUs and GPUs",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,4 +1,4 @@
-"""The code in docs/ runs, and is what the docs say."""
+"""The code in docs/ runs, is what the docs say, and the pages hang together."""
 
 import dataclasses
 import importlib
@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
+from docs.make_api import PAGE, make_page
 from moe_jax import Call, Dims, MoE, init_parameters, moe_block
 from moe_jax.checks import CHECKS, Trial, check
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("experiments/**/*.md")])
 
 
 def code_of(page):
@@ -121,3 +125,47 @@ def test_the_page_lists_the_checks():
     section = text[text.index("## Check it") :]
     listed = re.findall(r"^\| (\w+) \|", section, re.MULTILINE)
     assert listed == ["check", *dict.fromkeys(name.split(",")[0] for name in CHECKS)]
+
+
+def test_the_api_page_is_what_its_tool_writes():
+    assert PAGE.read_text(encoding="utf-8") == make_page(), "run: python -m docs.make_api"
+
+
+def anchors(text):
+    """The anchors of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.M)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_check_of_links_sees_headings_and_not_code():
+    page = "# One\n## The 675B `model`, on 2,048 chips\n```\n# a comment\n```\n"
+    assert anchors(page) == {"one", "the-675b-model-on-2048-chips"}
+
+
+def test_the_index_lists_every_page():
+    linked = re.findall(r"\]\(([\w.]+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8"))
+    assert {path.name for path in DOCS.glob("*.md")} - {"index.md"} <= set(linked)
+
+
+@pytest.mark.parametrize("name", ["test", "weekly"])
+def test_workflows_run_what_continuous_integration_runs(name):
+    text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    [job] = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    if name == "test":  # on the oldest Python that the package takes
+        oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())
+        assert oldest and job["steps"][1]["with"]["python-version"] == oldest[1]

@@ -8,8 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 import moe_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", [name for name in moe_jax.__all__ if name != "__version__"])
@@ -32,9 +35,12 @@ def test_an_unknown_name_is_refused():
         operator.attrgetter("nothing")(moe_jax)
 
 
-def test_the_version_is_that_of_the_package():
-    setup = (pathlib.Path(__file__).parent.parent / "setup.py").read_text(encoding="utf-8")
-    assert f'version="{moe_jax.__version__}"' in setup
+def test_the_version_is_that_of_the_package_and_of_the_citation():
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == moe_jax.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == moe_jax.__version__
 
 
 def test_importing_the_package_alone_imports_neither_jax_nor_flax():
