@@ -1,4 +1,4 @@
-"""What the arms of a study cost: active FLOPs a token, and whether they match."""
+"""What the arms of a study cost: active FLOPs per token, and whether they match."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ class Cost:
     """Of one arm.
 
     Attributes:
-      active: forward FLOPs a token that the mathematics needs, router included.
+      active: forward FLOPs per token that the mathematics needs, router included.
       computed: with padded slots and dispatch contractions; what is matched.
-      slots: expert slots a token in an MoE layer, in training, of the most that a part has; 0 for
+      slots: expert slots per token in an MoE layer, in training, of the most that a part has; 0 for
         a dense arm, None without a limit.
       total_parameters: all of them.
       active_parameters: those that a token uses.
@@ -59,7 +59,7 @@ def slots_of_a_token(model: LanguageModel, length: int) -> float | None:
 def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:
     """The costs of the arms as a Markdown table."""
     lines = [
-        "| arm | budget | active FLOPs a token | with padding, dispatch | slots a token "
+        "| arm | budget | active FLOPs per token | with padding, dispatch | slots per token "
         "| total parameters | active parameters |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -91,7 +91,7 @@ def check_budget(study: Study, size: str) -> None:
         apart = costs[most] / costs[least] - 1
         require(
             apart <= study.tolerance,
-            f"arms of one budget have equal active FLOPs a token within {study.tolerance:.1%}, "
+            f"arms of one budget have equal active FLOPs per token within {study.tolerance:.1%}, "
             "padding and dispatch included",
             f"{study.name} ({size}), budget {budget!r}: {most} {costs[most]:,.0f}, "
             f"{least} {costs[least]:,.0f}, {apart:.1%} more",

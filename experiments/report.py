@@ -81,13 +81,13 @@ def study_page(study: Study, size: str, results: Results) -> str:
     if results.rows:
         parts += [
             "## Results",
-            "Held-out bits a byte on the whole held-out split after the last step, dropless; mean "
-            f"+- standard deviation over seeds. Difference: to `{study.baseline}`, or the arm that "
-            f"is named, of the same seeds. Noise floor, the spread of `{study.baseline}`: "
+            "Held-out bits per byte on the whole held-out split after the last step, dropless; "
+            f"mean +- standard deviation over seeds. Difference: to `{study.baseline}`, or the arm "
+            f"that is named, of the same seeds. Noise floor, the spread of `{study.baseline}`: "
             f"{spread(results.values(study.baseline).values()):.4f} over "
             f"{len(results.values(study.baseline))} seeds.",
             results_table(study, results),
-            f"![Held-out bits a byte by step and at the end]({figure_name(size)})",
+            f"![Held-out bits per byte by step and at the end]({figure_name(size)})",
         ]
     parts += ["## Run", f"    {command}", circumstances_text(results)]
     if study.notes:
@@ -157,7 +157,7 @@ def circumstances_text(results: Results) -> str:
         key = (
             ", ".join(commit[:12] for commit in row["commits"]) + marks,
             f"{hardware['num_devices']} x {hardware['device_kind']} ({hardware['platform']}, "
-            f"{hardware['machine']}, {hardware['cores']} cores a run)",
+            f"{hardware['machine']}, {hardware['cores']} cores per run)",
             ", ".join(f"{name} {version}" for name, version in sorted(row["versions"].items())),
         )
         counts[key] = counts.get(key, 0) + 1

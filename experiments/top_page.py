@@ -1,4 +1,4 @@
-"""The top page of the experiments: one line a study, one line a common claim."""
+"""The top page of the experiments: one line per study, one per common claim."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from experiments.verdict import NOT_RUN, Finding, overall
 HEAD = """\
 # Experiments
 
-A study is a folder with one file, `study.py`: the question, the published figures, the arms, and
-the criterion, all written before it is run. `python -m experiments.run STUDY` runs it and appends
-to `results.jsonl`; `python -m experiments.report` writes its page, and this one, from those.
-Verdicts are computed. Studies compose the library; none adds a setting to it.
+A study is a folder with one file, `study.py`. It holds the question, the published figures, the
+arms and the criterion, all written before it is run. `python -m experiments.run STUDY` runs it and
+appends to `results.jsonl`. `python -m experiments.report` writes its page and this one from the
+results, and computes the verdicts. Studies compose the library. None adds a setting to it.
 
     python -m moe_jax.data.build --out=runs/corpus
     python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \\
@@ -21,10 +21,10 @@ Verdicts are computed. Studies compose the library; none adds a setting to it.
     python -m experiments.run switch_against_dense --jobs=2
     python -m experiments.report switch_against_dense
 
-Stopped, the same command goes on where it was. `--smoke` runs every arm for some steps.
-A direction counts if the mean difference of paired seeds is more than twice the noise: the larger
-of the arms' pooled standard deviation and that of the baseline over five seeds. Nothing is
-concluded before every arm has all of its seeds. `small` is the size for a CPU.
+After a stop, the same command resumes. `--smoke` runs every arm for some steps. `small` is the size
+for a CPU. A direction counts if the mean difference of paired seeds is more than twice the noise.
+The noise is the larger of two standard deviations: the arms' pooled one, and that of the baseline
+over five seeds. Nothing is concluded before every arm has all of its seeds.
 """
 
 

@@ -344,7 +344,7 @@ def test_a_report_says_what_its_results_say_and_always_the_same(moe, verdict, tm
     mean = sum(moe) / 3
     row = f"| eight experts | 3 | {mean:.4f} +- 0.1000 | {mean - 1.1:+.4f} +- 0.0000 | 2.0 |"
     assert row in text.splitlines()
-    assert "| 0123456789ab | 1 x cpu (cpu, x, 1 cores a run) | jax 1, python 3 | 8 |" in text
+    assert "| 0123456789ab | 1 x cpu (cpu, x, 1 cores per run) | jax 1, python 3 | 8 |" in text
 
 
 def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
