@@ -1,7 +1,8 @@
-"""What a part costs in training: FLOPs, memory and traffic of one token in one layer.
+"""The costs of a part in training: FLOPs, memory and traffic of one token in one layer.
 
-`Part.costs` says it, by default by tracing `Part.apply` (`traced_costs`). What does not add up over
-parts (the memory's peak, collectives, the optimizer) is in `planning`. Legend: `moe_jax.moe`.
+`Part.costs` returns them, by default by tracing `Part.apply` (`traced_costs`). `planning` has the
+costs that do not add up over parts: the memory's peak, collectives, the optimizer. Legend:
+`moe_jax.moe`.
 """
 
 import collections
@@ -95,7 +96,7 @@ class Saving(NamedTuple):
     Attributes:
       changes: new values, by the path of the setting.
       costs: what it costs in speed or in the result.
-      keeps_result: whether training ends the same but for rounding.
+      keeps_result: whether training gives the same result except for rounding.
     """
 
     changes: Mapping[str, Any]
@@ -146,7 +147,7 @@ def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost,
 
     Args:
       part: its `apply` is traced in training, its backward pass too.
-      dims: what it is lent.
+      dims: sizes of the model.
       length: L.
       dtype: of the tokens.
     """

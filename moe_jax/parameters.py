@@ -1,8 +1,8 @@
 """Parameters before they exist, and the four doors by which code multiplies by a weight.
 
-A `ParameterSpec` says everything that the rest of the library needs to know of an array: nothing is
-guessed from its name. Trees of specs are nested dicts; `jax.tree.map` makes parameters, shardings
-and masks of them.
+A `ParameterSpec` holds all that the library needs to know about an array. Nothing is guessed from a
+name. Trees of specs are nested dicts, and `jax.tree.map` turns them into parameters, shardings and
+masks.
 
 A weight passes a door: `linear(x, w)` for one matrix, `grouped(x, w, layout)` for those of experts,
 `rows(w, ids)` for a table, `dense(w)` for the array itself. Behind a door stands an array or a
@@ -24,16 +24,16 @@ Axes = tuple[str | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
-    """An array before it exists; a leaf of `jax.tree`.
+    """The description of a parameter before it exists; a leaf of `jax.tree`.
 
     Attributes:
       shape: of the array.
       axes: the name of each dim in `parallel.rules`; None for a dim that is never split.
       init: `(key, shape, dtype) -> array`.
-      component: what it is counted as, such as "attention" or "experts".
+      component: what it counts as in parameter counts, such as "attention" or "experts".
       decays: whether weight decay applies: matrices do, norms, biases and embeddings do not.
-      num_stacked: how many leading dims count parameters of their own (layers of a scan, experts):
-        an optimizer that looks at a whole parameter treats each by itself.
+      num_stacked: number of leading dims that stack separate parameters, such as layers of a scan
+        or experts. An optimizer that looks at a whole parameter treats each by itself.
       dtype: of the array.
     """
 
@@ -46,7 +46,7 @@ class ParameterSpec:
     dtype: Any = jnp.float32
 
     def stack(self, count: int) -> "ParameterSpec":
-        """The spec of `count` such arrays in one, with a leading dim; each is drawn by itself."""
+        """The spec of `count` such arrays stacked along a leading dim; each is drawn by itself."""
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             return jax.vmap(lambda one: self.init(one, shape[1:], dtype))(
@@ -63,15 +63,22 @@ class ParameterSpec:
 
     @property
     def size(self) -> int:
-        """Numbers in the array."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def init_parameters(key: jax.Array, specs: Any) -> Any:
-    """Draws every parameter of a tree of specs, each from a key of its own.
+    """Draws every parameter of a tree of specs, each with a key of its own.
 
-    The key depends on the path of a parameter in the tree alone (by CRC-32, the same in every
-    process). What a `Weight` wraps as its `base` starts from the values that it had unwrapped.
+    The key depends only on the path of a parameter in the tree, by CRC-32, so it is the same in
+    every process. The `base` of a `Weight` starts from the values that it would have unwrapped.
+
+    Args:
+      key: random key.
+      specs: a tree of `ParameterSpec`, such as `MoE.specs` returns.
+
+    Returns:
+      Arrays in the same tree.
     """
     base = jax.tree_util.GetAttrKey("base")
 

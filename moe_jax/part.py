@@ -1,9 +1,9 @@
-"""What every part of a model is: its settings, and everything that depends on its kind.
+"""The base class of every part of a model, and the types of its inputs and outputs.
 
 A `Part` is a frozen dataclass of settings with pure functions as methods. A model is a tree of
-parts; the step, checkpoints, planning and analysis ask parts and never test their kind. Defaults
-assume the worst: a part that says nothing of later tokens is taken to look at them. Legend of
-shapes: `moe_jax.moe`.
+parts. The step, checkpoints, planning and analysis call methods of parts and never test their
+kind. Defaults assume the worst: a part that does not override `looks_ahead` counts as looking at
+later tokens. Legend of shapes: `moe_jax.moe`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16")  # of activations
 
 
 class Dims(NamedTuple):
-    """The sizes that a model lends to its parts.
+    """Sizes of a model that its parts depend on.
 
     Attributes:
       model_dim: M.
@@ -38,12 +38,12 @@ class Dims(NamedTuple):
 
 
 class RunShape(NamedTuple):
-    """The batch and the mesh that a model is to run on.
+    """The batch and the mesh of a run.
 
     Attributes:
-      sequences: of a microbatch, over all devices.
-      length: L, tokens.
-      shards: in how many parts the mesh splits a dim, by its name in `parallel.rules`.
+      sequences: number in a microbatch, over all devices.
+      length: L, tokens of a sequence.
+      shards: number of parts that the mesh splits a dim into, by its name in `parallel.rules`.
     """
 
     sequences: int
@@ -58,22 +58,21 @@ class RunShape(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What every layer of a model is told alike.
+    """Inputs that are the same for every layer of a model.
 
     Attributes:
-      positions_BL: int32, of tokens in their documents; None: in their sequences.
-      segments_BL: int32, document of a token within its sequence, 0 for padding; None: one document
-        without padding.
-      tokens_BL: int32 token ids, or None outside a model.
-      step: int32 scalar, finished steps of training, for settings that are annealed; None: at their
-        ends.
-      rng: key of a training pass, for dropout and noise; None: evaluation, which is deterministic.
-      memory: [B, T, M], the encoder's output; None without one.
-      shared: what the stack's shared parts gave, by name.
+      positions_BL: int32, position of a token in its document; None: in its sequence.
+      segments_BL: int32, number of a token's document within its sequence, 0 for padding; None: one
+        document without padding.
+      tokens_BL: int32 token ids; None outside a model.
+      step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
+      rng: random key of a training pass, for dropout and noise; None: a deterministic evaluation.
+      memory: [B, T, M], the encoder's output; None without an encoder.
+      shared: outputs of the stack's shared parts, by name.
       causal: whether a token must not see later ones; the stack sets it.
-      capacity: slots over the mean load, 0 for dropless; None: each part's own, of training or of
+      capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
         evaluation. A part with a fixed number of slots keeps it, except if dropless.
-      record: whether `Aux.choices` has the choices of every token.
+      record: whether `Aux.choices` gets the choices of every token.
     """
 
     positions_BL: jax.Array | None = None
@@ -89,11 +88,11 @@ class Call:
 
     @property
     def training(self) -> bool:
-        """Whether this is a pass of training."""
+        """Whether this is a training pass."""
         return self.rng is not None
 
     def with_defaults(self, x_BLM: jax.Array) -> "Call":
-        """Positions and segments filled in for these tokens."""
+        """This call with positions and segments filled in for these tokens."""
         shape = x_BLM.shape[:2]
         positions, segments = self.positions_BL, self.segments_BL
         if positions is None:
@@ -110,14 +109,14 @@ class Call:
 )
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """What one layer is told alone; of a layer, trees by its branches.
+    """Inputs of one layer alone. Those of a whole layer are trees by branch.
 
     Attributes:
-      index: int32 scalar, which layer it is; None outside a stack.
-      state: as `Part.state_specs` declares it, or None.
-      cache: as `Part.cache_specs` declares it, or None.
-      replay: choices to take in place of the router's own, or None.
-      branch: which branch of the layer it is, so that each has noise of its own.
+      index: int32 scalar, number of the layer; None outside a stack.
+      state: arrays as `Part.state_specs` declares them, or None.
+      cache: arrays as `Part.cache_specs` declares them, or None.
+      replay: choices to use instead of the router's own, or None.
+      branch: number of the branch in its layer, which gives each branch noise of its own.
     """
 
     index: jax.Array | None = None
@@ -127,27 +126,27 @@ class Own:
     branch: int = 0
 
     def of(self, name: str, number: int) -> "Own":
-        """What one branch of the layer is told."""
+        """The inputs of one branch of the layer."""
         state, cache, replay = (
             (tree or {}).get(name) for tree in (self.state, self.cache, self.replay)
         )
         return Own(self.index, state, cache, replay, number)
 
     def key(self, call: Call) -> jax.Array | None:
-        """The branch's own random key; None in evaluation."""
+        """The random key of this branch; None in evaluation."""
         if call.rng is None or self.index is None:
             return call.rng
         return jax.random.fold_in(jax.random.fold_in(call.rng, self.index), self.branch)
 
 
 class Aux(NamedTuple):
-    """What a part says of one call, beside its output.
+    """What a part reports of one call besides its output.
 
     Attributes:
-      sums: numbers and arrays that add up over the parts of a batch and over devices.
-      maxima: those of which the largest counts.
-      sequences: those with a leading dim of sequences, which stay with the call.
-      choices: of every token, where `Call.record` asks for them; else None.
+      sums: arrays that add up over microbatches and devices.
+      maxima: arrays of which microbatches and devices keep the maximum.
+      sequences: arrays with a leading dim of sequences, which are not reduced.
+      choices: the choices of every token if `Call.record` is set, else None.
     """
 
     sums: Sums = NOTHING
@@ -177,7 +176,7 @@ class Part(Settings):
         return {}
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
-        """What decoding keeps of earlier tokens."""
+        """Arrays that decoding keeps of earlier tokens."""
         del dims, batch, length
         return {}
 
@@ -195,12 +194,12 @@ class Part(Settings):
         Args:
           params: arrays in the tree that `specs` declares.
           x_BLM: normed tokens in the compute dtype.
-          call: what all layers are told; its positions and segments are arrays.
-          own: what this one is told.
+          call: inputs of all layers; its positions and segments are arrays.
+          own: inputs of this layer alone.
 
         Returns:
-          y_BLM in the dtype of `x_BLM`, to be added to the residual; what it says, or None; the new
-          cache, or None.
+          Three values: y_BLM in the dtype of `x_BLM`, to be added to the residual; an `Aux` or
+          None; the new cache or None.
         """
         raise NotImplementedError
 
@@ -209,23 +208,23 @@ class Part(Settings):
 
         Args:
           state: arrays with a leading dim of layers.
-          sums: of the whole batch, likewise.
-          step: int32 scalar, 0 for the first.
-          num_steps: of the run.
+          sums: `Aux.sums` of the whole batch, with a leading dim of layers.
+          step: int32 scalar, 0 for the first step.
+          num_steps: steps of the run.
         """
         del sums, step, num_steps
         return state
 
     def loss(self, aux: Aux, num_tokens: jax.Array, batch: Sums | None) -> jax.Array | float:
-        """What the part adds to the training loss, weighted, over all of its layers.
+        """The weighted loss of all layers of the part, which is added to the training loss.
 
         Args:
           aux: of a microbatch, with a leading dim of layers; the gradient flows through it.
           num_tokens: float32 scalar >= 1, valid tokens of the whole batch.
-          batch: sums of the whole batch where `needs_batch_sums`; None: this is all of it.
+          batch: sums of the whole batch if `needs_batch_sums`; None: `aux` is of the whole batch.
 
         Returns:
-          Scalar. The losses of the microbatches add up to the loss of the batch.
+          Scalar. The losses of microbatches add up to the loss of the batch.
         """
         del aux, num_tokens, batch
         return 0.0
@@ -246,26 +245,26 @@ class Part(Settings):
         return False
 
     def metrics(self, aux: Aux) -> dict[str, jax.Array]:
-        """What is logged of a step: arrays with a leading dim of layers, from the whole batch's."""
+        """What is logged of a step: arrays with a leading dim of layers, from a whole batch."""
         del aux
         return {}
 
     def resolved(self) -> "Part":
-        """The part with its settings "auto" as the mesh and the platform in use decide them."""
+        """The part with its settings "auto" replaced by those for the mesh and platform in use."""
         return self
 
     def map_branches(self, change: Callable[["Part"], "Part"]) -> "Part":
-        """The part changed; of a whole layer, each of its branches."""
+        """The part after `change`; a whole layer changes each of its branches."""
         return change(self)
 
     def costs(self, dims: Dims, length: int, dtype: str) -> "tuple[Cost, ...]":
-        """What one layer of the part costs a token in training, stage by stage.
+        """What a token costs in one layer of the part in training, stage by stage.
 
-        By default traced from `apply`. A part says it itself where a trace does not know it: slots
-        that stay empty, loops of unknown length, what is split over `tensor`.
+        The default traces `apply`. A part overrides this if a trace cannot know its costs: slots
+        that stay empty, loops of unknown length, splits over `tensor`.
 
         Args:
-          dims: what it is lent.
+          dims: sizes of the model.
           length: L, tokens of a sequence.
           dtype: of activations.
         """
@@ -274,11 +273,11 @@ class Part(Settings):
         return traced_costs(self, dims, length, dtype)
 
     def savings(self) -> "Iterable[Saving]":
-        """Changes of settings by which training needs less memory."""
+        """Changes of settings that save memory in training."""
         return ()
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """Refuses a batch or a mesh that the part cannot be split over.
+        """Checks that the batch and the mesh can be split as the part needs.
 
         Raises:
           ValueError: with the sizes and what to change.
@@ -287,7 +286,7 @@ class Part(Settings):
 
 
 def check_divides(specs: Any, run: RunShape) -> None:
-    """Refuses a mesh that does not split a parameter evenly.
+    """Checks that the mesh splits every parameter evenly.
 
     Raises:
       ValueError: naming the parameter, its dim and the shards.
@@ -298,7 +297,7 @@ def check_divides(specs: Any, run: RunShape) -> None:
             shards = 1 if name is None else run.shards[name]
             if size % shards:
                 raise ValueError(
-                    f"The mesh splits every parameter evenly: dim {name!r} of "
+                    f"The mesh must split every parameter evenly: dim {name!r} of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')} {spec.shape} is "
                     f"{size}, over {shards} devices. Change config.mesh or the size."
                 )

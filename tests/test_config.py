@@ -259,7 +259,7 @@ def refuses(cases):
         (
             Linear,
             {"anneal_from": 2.0},
-            r"in anneal_steps > 0 starts: anneal_from=2\.0, anneal_steps=0\. Set both or none",
+            r"must be set together: anneal_from=2\.0, anneal_steps=0\. Set both or none",
         ),
         (Linear, {"anneal_from": 0.0, "anneal_steps": 5}, r"anneal_from lies in \(0, inf\)"),
         (Jitter, {"anneal_from": 0.5}, r"anneal_from=0\.5, anneal_steps=0"),
@@ -273,7 +273,7 @@ def refuses(cases):
         (
             ExpertGroups,
             {"num_groups": 2, "num_selected": 3},
-            r"num_selected is at most num_groups: 3 of 2",
+            r"num_selected must be at most num_groups: 3 of 2",
         ),
         (TokenChoice, {"scaling_factor": 0.0}, r"scaling_factor lies in \(0, inf\): .*=0\.0"),
         (ExpertChoice, {"max_experts": -1}, r"max_experts lies in \[0, inf\)"),
@@ -299,7 +299,7 @@ def test_router_refuses(cls, settings, message):
         (
             HuggingFaceLoadBalance,
             {"scope": "sequence"},
-            r"its scope is 'microbatch' or 'global': scope='sequence'",
+            r"its scope must be 'microbatch' or 'global': scope='sequence'",
         ),
     ]
 )
@@ -323,7 +323,7 @@ def test_balance_refuses(cls, settings, message):
         ({"slots": 6, "train_factor": 0}, r"slots=6, train_factor=0\. Leave"),
         (
             {"queue": RandomOrder()},
-            r"draws from a key, which an evaluation has not: queue=Random.*, eval_factor=2\.0",
+            r"needs a random key, and an evaluation has none: queue=Random.*, eval_factor=2\.0",
         ),
     ],
 )
@@ -399,18 +399,18 @@ def test_a_causal_stack_refuses(moe, message):
         ({"num_selected_experts": 0}, r"num_selected_experts lies in \[1, inf\): .*=0"),
         (
             {"num_experts": 2, "num_selected_experts": 3},
-            r"lies in 1\.\.num_experts: num_selected_experts=3, num_experts=2",
+            r"lie in 1\.\.num_experts: num_selected_experts=3, num_experts=2",
         ),
         ({"run_experts": "sort"}, r"run_experts is one of"),
         ({"exchange": "all_to_all"}, r"exchange is one of \['auto', 'compiler', 'explicit'\]"),
         ({"exchange_chunks": 0}, r"exchange_chunks lies in \[1, inf\)"),
         (
             {"run_experts": "ragged", "exchange": "compiler"},
-            r"'ragged' exchanges rows by explicit collectives: exchange='compiler'\. Set",
+            r"'ragged' cannot use .*needs explicit collectives: exchange='compiler'\. Set",
         ),
         (
             {"num_selected_experts": 2, "eval_num_selected_experts": 1},
-            r"lies in num_selected_experts\.\.num_experts: eval_.*=1, num_selected_experts=2",
+            r"lie in num_selected_experts\.\.num_experts: eval_.*=1, num_selected_experts=2",
         ),
         ({"eval_num_selected_experts": 9}, r"eval_num_selected_experts=9, .*num_experts=8"),
         ({"expert_dropout_rate": 1.0}, r"expert_dropout_rate lies in \[0, 1\)"),
@@ -419,18 +419,18 @@ def test_a_causal_stack_refuses(moe, message):
         ({"group_size": -1}, r"group_size lies in \[0, inf\)"),
         ({"init_scale": -1.0}, r"init_scale lies in \(0, inf\)"),
         ({"shared_expert_gate": True}, r"shared_expert_gate needs shared_expert_dim > 0"),
-        ({"router": TokenChoice(renormalize=True)}, r"always 1 .*router\.renormalize=True"),
+        ({"router": TokenChoice(renormalize=True)}, r"always 1, .*router\.renormalize=True"),
         (
             {"router": TokenChoice(score=SoftmaxOverSelected())},
-            r"always 1 .*router\.score=SoftmaxOverSelected",
+            r"always 1, .*router\.score=SoftmaxOverSelected",
         ),
         (
             {"router": TokenChoice(selection=Sampled()), "bias": SignUpdate()},
-            r"draws experts by their probability.*selection=Sampled\(\), bias=SignUpdate.*Set",
+            r"draws experts cannot be combined with.*selection=Sampled\(\), bias=SignUpdate.*Set",
         ),
         (
             {"losses": (Load(weight=0.1),)},
-            r"a router that selects the plain best of logits that are noisy at every step: ",
+            r"a router that takes the K best of logits with noise at every step: ",
         ),
         *(
             (
@@ -439,7 +439,7 @@ def test_a_causal_stack_refuses(moe, message):
                     "router": TokenChoice(noise=(Learned(),), **router_settings),
                 }
                 | moe_settings,
-                rf"logits that are noisy at every step: .*{value}",
+                rf"logits with noise at every step: .*{value}",
             )
             for moe_settings, router_settings, value in (
                 ({"bias": SignUpdate(rate=0.2)}, {}, r"bias=SignUpdate\(rate=0\.2"),
@@ -454,7 +454,7 @@ def test_a_causal_stack_refuses(moe, message):
                     noise=(Gaussian(stddev=0.0, anneal_from=0.5, anneal_steps=5),)
                 ),
             },
-            r"noisy at every step: .*stddev=0\.0, anneal_from=0\.5",
+            r"noise at every step: .*stddev=0\.0, anneal_from=0\.5",
         ),
         (
             {"losses": (TokenEntropy(weight=0.1),), "router": Hash()},
@@ -462,7 +462,7 @@ def test_a_causal_stack_refuses(moe, message):
         ),
         (
             {"bias": QuantileUpdate(rate=1.0), "num_selected_experts": 8},
-            r"best expert that is not selected: num_selected_experts=8, 8 experts",
+            r"needs an expert that is not selected: num_selected_experts=8, 8 experts",
         ),
         (
             {"bias": QuantileUpdate(rate=1.0), "num_selected_experts": 2},
@@ -474,7 +474,7 @@ def test_a_causal_stack_refuses(moe, message):
         ),
         (
             {"router": TokenChoice(groups=ExpertGroups(3, 1))},
-            r"num_groups divides num_experts: num_groups=3, num_experts=8",
+            r"num_groups must divide num_experts: num_groups=3, num_experts=8",
         ),
         (
             {"num_selected_experts": 3, "router": TokenChoice(groups=ExpertGroups(4, 1))},
@@ -511,7 +511,7 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
         (LanguageModel, {"norm_placement": "behind"}, r"norm_placement is one of"),
         (LanguageModel, {"dropout_rate": 1.0}, r"dropout_rate lies in \[0, 1\)"),
         (LanguageModel, {"residual_multiplier": 0.0}, r"residual_multiplier lies in \(0, inf\)"),
-        (StackLayout, {"repeats": 0}, r"a unit is repeated at least once"),
+        (StackLayout, {"repeats": 0}, r"a unit needs repeats of at least 1"),
         (StackLayout, {"repeats": -1}, r"repeats lies in \[0, inf\)"),
         (RMSNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
         (LayerNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
@@ -520,8 +520,8 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
         (Attention, {"num_heads": 0}, r"num_heads lies in \[1, inf\)"),
         (Attention, {"head_dim": 0}, r"head_dim lies in \[1, inf\)"),
         (Attention, {"head_dim": 5}, r"rotary positions need an even head_dim: head_dim=5"),
-        (Attention, {"num_kv_heads": 3}, r"num_kv_heads divides num_heads: .*num_kv_heads=3"),
-        (Attention, {"num_kv_heads": 8}, r"num_kv_heads divides num_heads"),
+        (Attention, {"num_kv_heads": 3}, r"num_kv_heads must divide num_heads: .*num_kv_heads=3"),
+        (Attention, {"num_kv_heads": 8}, r"num_kv_heads must divide num_heads"),
         (Attention, {"num_kv_heads": -1}, r"num_kv_heads lies in \[0, inf\)"),
         (Layer, {"placement": "behind"}, r"placement is one of"),
     ]
@@ -535,7 +535,7 @@ def test_a_table_of_another_vocabulary_is_refused():
     hashed = MoE(router=Hash(by="table", table=(0, 1, 2)))
     layout = StackLayout(unit=(("moe",),), repeats=1)
     LanguageModel(vocab_size=3, parts={"moe": hashed}, stack=layout)
-    with pytest.raises(ValueError, match=r"3 entries, vocab_size=4\. Make it anew"):
+    with pytest.raises(ValueError, match=r"3 entries, vocab_size=4\. Make a new one"):
         LanguageModel(vocab_size=4, parts={"moe": hashed}, stack=layout)
 
 
@@ -677,7 +677,7 @@ def test_a_mesh_that_divides_everything_is_accepted(mesh):
     assert config.on_devices(config.mesh.num_devices) == config
 
 
-UNEVEN = "The mesh splits every parameter evenly: dim "
+UNEVEN = "The mesh must split every parameter evenly: dim "
 
 
 @pytest.mark.parametrize(
@@ -693,10 +693,15 @@ UNEVEN = "The mesh splits every parameter evenly: dim "
         ({"data": 2, "fsdp": 2, "expert": 2}, {}, {}, r"over 8 devices\. Use a multiple of 8 "),
         ({"slices": 2, "data": 30}, {}, {}, r"over 60 devices"),
         # Groups of two sequences are not cut: 15 of them are split, not 30 sequences.
-        ({"data": 30}, {}, {"group_size": 16}, r"2 a group, over 30 .*multiple of 60 sequences"),
+        ({"data": 30}, {}, {"group_size": 16}, r"2 per group, over 30 .*multiple of 60 sequences"),
         ({"fsdp": 3}, {}, {}, rf"{UNEVEN}'model' of .* is 10, over 3 devices"),
         ({"tensor": 5}, {}, {}, rf"{UNEVEN}'vocab' of embedding \(384, 10\) is 384, over 5"),
-        ({"tensor": 2}, {}, {}, r"divides the heads \(num_kv_heads\): tensor=2, 21 heads\. Change"),
+        (
+            {"tensor": 2},
+            {},
+            {},
+            r"divide the heads \(num_kv_heads\): tensor=2, 21 heads\. Change",
+        ),
         ({"tensor": 4}, {}, {}, rf"{UNEVEN}'heads' of wk \(10, 42\) is 42, over 4"),
         ({"tensor": 7}, {}, {}, rf"{UNEVEN}'vocab' of embedding .* is 384, over 7"),
         ({"tensor": 3}, {"dim": 64}, {}, rf"{UNEVEN}'hidden' of wi \(10, 64\) is 64, over 3"),

@@ -130,10 +130,10 @@ def test_a_block_of_six_slots_keeps_what_the_oracle_keeps():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"slots": 6, "train_factor": 0}, r"slots stand in place of .*: slots=6, train_factor=0"),
-        ({"slots": 6, "eval_factor": 0}, r"slots stand in place of .*eval_factor=0"),
+        ({"slots": 6, "train_factor": 0}, r"slots replaces .*: slots=6, train_factor=0"),
+        ({"slots": 6, "eval_factor": 0}, r"slots replaces .*eval_factor=0"),
         ({"slots": -1}, r"slots lies in \[0, inf\): slots=-1"),
-        ({"queue": QUEUES["random"]}, r"a random queue draws from a key.*eval_factor=2\.0"),
+        ({"queue": QUEUES["random"]}, r"a random queue needs a random key.*eval_factor=2\.0"),
         ({"preset": "vmoe", "multiple_of": 8}, r"preset='vmoe' sets multiple_of=4: multiple_of=8"),
         ({"preset": "best"}, r"preset is one of \['axlearn', .*: preset='best'"),
     ],

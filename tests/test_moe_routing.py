@@ -578,7 +578,7 @@ def test_router_learns_from_the_task_alone_or_is_refused(score, choices, renorma
 @pytest.mark.parametrize("score", SCORES)
 def test_one_renormalized_choice_is_refused(score):
     router = TokenChoice(score=score, renormalize=True)
-    with pytest.raises(ValueError, match="it is always 1 and the router gets no gradient"):
+    with pytest.raises(ValueError, match="is always 1, and the router gets no gradient"):
         MoE(num_selected_experts=1, router=router)
 
 

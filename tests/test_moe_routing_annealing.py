@@ -44,7 +44,8 @@ def test_settings_move_linearly_and_then_stay(start, end, values):
 @pytest.mark.parametrize("kind", [Linear, Gaussian, Jitter])
 def test_a_start_without_steps_is_refused(kind):
     with pytest.raises(
-        ValueError, match=r"anneal_from is where .*: anneal_from=0\.5, anneal_steps=0"
+        ValueError,
+        match=r"anneal_from and anneal_steps > 0 must be .*: anneal_from=0\.5, anneal_steps=0",
     ):
         kind(anneal_from=0.5)
 

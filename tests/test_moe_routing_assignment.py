@@ -184,10 +184,10 @@ def test_only_training_looks_ahead():
     ("make", "message"),
     [
         (lambda: make_moe(Base(), 2), r"gives a token one expert: .*num_selected_experts=2"),
-        (lambda: make_moe(Sinkhorn(renormalize=True)), r"gate is the router's own probability"),
+        (lambda: make_moe(Sinkhorn(renormalize=True)), r"a renormalised gate"),
         (
             lambda: make_moe(Sinkhorn(noise=(Learned(),)), losses=(Load(weight=0.1),)),
-            r"the load loss .* selects the plain best .*: router=Sinkhorn\(",
+            r"the load loss .* takes the K best .*: router=Sinkhorn\(",
         ),
         (
             lambda: build(Router, {"kind": "base", "score": "sigmoid"}, "config.router"),

@@ -221,7 +221,7 @@ def of_dict(**values):
         (lambda: of_dict(kind="uniform", seed=1), r"config\.router\.seed\."),
         (
             lambda: Hash(by="modulo", seed=1),
-            r"seed is of hashes that are drawn, .*: seed=1, by='modulo'",
+            r"seed has no effect with .*: seed=1, by='modulo'",
         ),
         (
             lambda: make_moe(ROUTERS["table"], experts=3),

@@ -151,16 +151,16 @@ def test_a_single_expert_computes_the_tokens_themselves():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_size": 0}, r"Soft MoE learns its slots.*group_size=0.*group_size to data"),
-        ({"capacity": Capacity(train_factor=0)}, r"learns its slots.*train_factor=0"),
+        ({"group_size": 0}, r"Soft MoE needs group_size.*group_size=0.*group_size to data"),
+        ({"capacity": Capacity(train_factor=0)}, r"needs group_size.*train_factor=0"),
         ({"capacity": Capacity(queue=RandomOrder(), eval_factor=0)}, r"queues .*=RandomOrder"),
         ({"run_experts": "gather"}, r"one way to run its experts: run_experts='gather'"),
         ({"exchange": "explicit"}, r"one way to run its experts: .*exchange='explicit'"),
         ({"gate_on_input": True}, r"one way to run its experts: .*gate_on_input=True"),
         ({"losses": (Importance(weight=0.1),)}, r"importance_loss needs a router whose prob"),
         ({"bias": SignUpdate(rate=0.1)}, r"needs a router that selects"),
-        ({"eval_num_selected_experts": 3}, r"slots for num_selected_experts"),
-        ({"num_zero_experts": 1}, r"zero and copy experts are chosen by tokens"),
+        ({"eval_num_selected_experts": 3}, r"the same slots in training and in evaluation"),
+        ({"num_zero_experts": 1}, r"zero and copy experts need a router in which tokens choose"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):

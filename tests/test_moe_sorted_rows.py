@@ -216,7 +216,7 @@ def test_choices_are_sorted_by_expert_then_token_and_dropped_ones_come_last():
 def test_more_choices_than_int32_can_sort_are_refused():
     expert = jax.ShapeDtypeStruct((2**23, 1), jnp.int32)
     kept = jax.ShapeDtypeStruct((2**23, 1), jnp.bool_)
-    with pytest.raises(ValueError, match=r"fits in int32: num_experts=512.*run_experts='gather'"):
+    with pytest.raises(ValueError, match=r"fit in int32: num_experts=512.*run_experts='gather'"):
         jax.eval_shape(lambda e, k: sort_by_expert(e, k, 512), expert, kept)
 
 

@@ -178,5 +178,5 @@ def test_a_mesh_that_does_not_fit_the_run_is_refused(tmp_path):
     make_run(tmp_path, 2)
     with pytest.raises(ValueError, match=r"4 sequences .* over 8 devices"):
         load_run(tmp_path, EXPERT_8)
-    with pytest.raises(ValueError, match=r"mesh\.tensor divides the heads .*: tensor=4, 2 heads"):
+    with pytest.raises(ValueError, match=r"mesh\.tensor must divide the heads .*: tensor=4, 2"):
         load_run(tmp_path, MeshConfig(data=1, tensor=4))

@@ -19,7 +19,7 @@ from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_divides
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Part):
-    """Multi-head attention within documents; causal where the stack is.
+    """Multi-head attention within documents; causal if the stack is.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, GQA, arXiv:2305.13245;
       QK-norm: Henry et al. 2020, arXiv:2010.04245.
@@ -46,7 +46,7 @@ class Attention(Part):
         )
         require(
             self.num_kv_heads <= self.num_heads and self.num_heads % self.kv_heads == 0,
-            "num_kv_heads divides num_heads",
+            "num_kv_heads must divide num_heads",
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}",
             "Use a divisor",
         )
@@ -136,14 +136,14 @@ class Attention(Part):
         for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
             require(
                 heads % run.shards["heads"] == 0,
-                f"mesh.tensor divides the heads ({name})",
+                f"mesh.tensor must divide the heads ({name})",
                 f"tensor={run.shards['heads']}, {heads} heads",
                 "Change one of them",
             )
 
 
 def affine(x: jax.Array, params: Mapping[str, Any], name: str) -> jax.Array:
-    """[..., I] -> [..., O] by the weight and, if there is one, the bias of a name."""
+    """[..., I] -> [..., O] by the weight `w{name}` and, if there is one, the bias."""
     out = linear(x, params[f"w{name}"])
     bias = params.get(f"b{name}")
     return out if bias is None else out + dense(bias).astype(x.dtype)

@@ -37,14 +37,14 @@ class Layer(Part):
         layers = [name for name, part in self.branches if isinstance(part, Layer)]
         require(
             not layers,
-            "a whole layer adds to the residual itself, and is no branch of a layer",
+            "a whole layer cannot be a branch of a layer: it adds to the residual itself",
             f"{layers} of branches {[name for name, _ in self.branches]}",
             "Name it alone in the stack, or name its branches",
         )
 
     @property
     def named(self) -> list[tuple[str, Part]]:
-        """Branches by names of their own: the part's, numbered where it comes twice."""
+        """Branches by unique names: the part's, numbered if it comes twice."""
         names = [name for name, _ in self.branches]
         return [
             (name if names.count(name) == 1 else f"{name}_{names[:i].count(name)}", part)
@@ -107,7 +107,7 @@ class Layer(Part):
 
 
 class Branches:
-    """Runs the branches of a layer, and keeps what they say and cache by name."""
+    """Runs the branches of a layer, and keeps their aux and caches by name."""
 
     def __init__(self, layer: Layer, params: Any, call: Call, own: Own):
         self.layer, self.params, self.call, self.own = layer, params, call, own
@@ -115,7 +115,7 @@ class Branches:
         self.collected: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
     def output(self, name: str, part: Part, x_BLM: jax.Array) -> jax.Array:
-        """What a branch adds to the residual: normed, multiplied, with dropout."""
+        """A branch's contribution to the residual: normed, multiplied, with dropout."""
         auxes, caches = self.collected
         own = self.own.of(name, self.numbers[name])
         y_BLM, aux, cache = part.apply(self.params[name], x_BLM, self.call, own)
@@ -144,7 +144,7 @@ class ParallelLayer(Layer):
         super().check()
         require(
             self.placement == "pre",
-            "a parallel layer has one norm before all branches",
+            "a parallel layer needs placement='pre': it has one norm before all branches",
             f"placement={self.placement!r}",
             "Leave it at 'pre'",
         )

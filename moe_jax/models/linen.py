@@ -13,7 +13,11 @@ from moe_jax.part import Aux, Call, Dims, Own
 
 
 class LinenModel(nn.Module):
-    """A `LanguageModel` as a Linen module; `apply({"params": params}, call)`."""
+    """A `LanguageModel` as a Linen module.
+
+    `init(key, call)` draws the parameters, and `apply(variables, call)` does what
+    `LanguageModel.run` does.
+    """
 
     model: LanguageModel
 
@@ -24,7 +28,11 @@ class LinenModel(nn.Module):
 
 
 class LinenMoE(nn.Module):
-    """An MoE block as a Linen module."""
+    """An MoE block as a Linen module.
+
+    `init(key, x_BLM)` draws the parameters, and `apply(variables, x_BLM, call)` does what
+    `moe_block` does.
+    """
 
     moe: MoE
 

@@ -21,11 +21,11 @@ from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
 
 
 class ModelOutput(NamedTuple):
-    """What a model returns.
+    """The output of a model.
 
     Attributes:
       logits_BLV: float32, unnormalised log-probabilities of the next token.
-      aux: what its parts say, by part, each with a leading dim of layers.
+      aux: the `Aux` of its parts, by part, each with a leading dim of layers.
       cache: the new caches by position; empty without a cache.
     """
 
@@ -38,7 +38,7 @@ class ModelOutput(NamedTuple):
 class LanguageModel(Settings):
     """A decoder-only Transformer made of parts.
 
-    A name in the layers of `stack` is one of `parts`.
+    The layers of `stack` name entries of `parts`.
     """
 
     family: ClassVar[str] = "model"
@@ -67,20 +67,20 @@ class LanguageModel(Settings):
         names, used = set(dict(self.parts)), self.stack.names
         require(
             used <= names,
-            "a name in the layers of stack is one of parts",
+            "a name in the layers of stack must be one of parts",
             f"{sorted(used - names)}, parts {sorted(names)}",
             "Add the part, or correct the name",
         )
         require(
             names <= used,
-            "every part is used by a layer",
+            "every part must be used by a layer",
             f"{sorted(names - used)} in no layer of {self.stack}",
             "Remove the part, or name it in a layer",
         )
         bare = sorted(name for name in set(self.stack.layers) if isinstance(name, str))
         require(
             all(isinstance(dict(self.parts)[name], Layer) for name in bare),
-            "a bare name in stack is of a part that is a whole layer",
+            "a bare name in stack must name a part that is a whole layer",
             f"{bare} of {self.stack}",
             "Write the names of a layer's branches as a tuple: ('attention', 'mlp')",
         )
@@ -88,7 +88,7 @@ class LanguageModel(Settings):
         twice = sorted({name for name, part in branches if part != self.part[name]})
         require(
             not twice,
-            "parts of one name are the same part, in whole layers too",
+            "parts of one name must be the same part, in whole layers too",
             f"{twice} differ between layers",
             "Rename a branch",
         )
@@ -96,14 +96,14 @@ class LanguageModel(Settings):
         keep = [n for n, part in alone.items() if part.routes or part.state_specs(self.dims)]
         require(
             not keep,
-            "a shared part gives layers its output alone: it routes no tokens and has no state",
+            "a shared part cannot route tokens or have state",
             f"{keep} of stack.shared={self.stack.shared}",
             "Put it in the layers",
         )
         in_unit = {name for layer in self.decoder.unit for name, _ in layer.named}
         require(
             set(self.stack.tied) <= in_unit,
-            "stack.tied names branches of the unit",
+            "stack.tied must name branches of the unit",
             f"tied={self.stack.tied}, the unit has {sorted(in_unit)}",
             "Correct the name",
         )
@@ -113,12 +113,12 @@ class LanguageModel(Settings):
 
     @property
     def dims(self) -> Dims:
-        """What parts are lent."""
+        """The sizes that parts depend on."""
         return Dims(self.model_dim, self.vocab_size)
 
     @property
     def part(self) -> dict[str, Part]:
-        """Parts by name, the branches of parts that are whole layers included."""
+        """Parts by name, with the branches of parts that are whole layers."""
         return {**dict(self.parts), **self.decoder.parts()}
 
     @functools.cached_property
@@ -155,11 +155,11 @@ class LanguageModel(Settings):
 
     @property
     def moe_parts(self) -> dict[str, Any]:
-        """The parts that route tokens to experts, by name: `MoE`, or with the same settings."""
+        """The parts that route tokens to experts, by name: `MoE`, or parts with its settings."""
         return {name: part for name, part in self.part.items() if part.routes}
 
     def map_parts(self, change: Callable[[Part], Part]) -> "LanguageModel":
-        """The model with every part changed, branches of whole layers too."""
+        """The model with `change` applied to every part, also to branches of whole layers."""
         parts = tuple((name, part.map_branches(change)) for name, part in dict(self.parts).items())
         return dataclasses.replace(self, parts=parts)
 
@@ -194,7 +194,7 @@ class LanguageModel(Settings):
         return not self.stack.causal or any(part.looks_ahead(training) for part in parts)
 
     def check_run(self, run: RunShape) -> None:
-        """Refuses a batch or a mesh that a part, or the vocabulary, cannot be split over.
+        """Checks that the batch and the mesh can be split as the parts and the vocabulary need.
 
         Raises:
           ValueError: with the sizes and what to change.
@@ -217,7 +217,7 @@ class LanguageModel(Settings):
           params: in the tree that `specs` declares.
           call: with `tokens_BL`.
           state: by part, as `state_specs` declares it, or None.
-          replay: choices to take in place of the routers' own, by part, [X, B, L, K]; or None.
+          replay: choices to use instead of the routers' own, by part, [X, B, L, K]; or None.
           cache: by position, or None.
         """
         assert call.tokens_BL is not None
@@ -244,7 +244,7 @@ class LanguageModel(Settings):
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
     ) -> ModelOutput:
-        """`run` from embedded tokens on."""
+        """`run`, starting from embedded tokens."""
         call = call.with_defaults(x_BLM)
         x_BLM = constrain(x_BLM.astype(self.compute_dtype), "batch", None, None)
         key = None if call.rng is None else jax.random.fold_in(call.rng, self.stack.num_layers)
@@ -256,7 +256,7 @@ class LanguageModel(Settings):
         return ModelOutput(self.logits(params, x_BLM), aux, cache)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
-        """The head on the normed residual: float32 [B, L, V]."""
+        """The output head on the normed residual: float32 [B, L, V]."""
         x_BLM = self.norm.apply(params["final_norm"], x_BLM)
         tied = self.tie_embeddings
         head_MV = dense(params["embedding"]).T if tied else dense(params["head"])
@@ -266,17 +266,18 @@ class LanguageModel(Settings):
         return constrain(logits_BLV, "batch", None, "vocab")
 
     def check_replay(self, replay: Mapping[str, Any] | None) -> None:
-        """Refuses choices of other parts or of another number of layers.
+        """Checks that replayed choices are of the same parts and as many layers.
 
         Raises:
-          ValueError: with what was given and what the model has.
+          ValueError: with the given shapes and the layers of the model.
         """
         layers = {name: len(found) for name, found in self.layers_of.items()}
         for name, choices in (replay or {}).items():
             shapes = [leaf.shape for leaf in jax.tree.leaves(choices)]
             require(
                 all(len(shape) == 4 and shape[0] == layers.get(name) for shape in shapes),
-                "replayed choices of a part are [layers, batch, length, choices of a token]",
+                "replayed choices of a part must have the shape [layers, batch, length, choices "
+                "per token]",
                 f"{name!r}: {shapes}, and the model has {layers.get(name, 0)} layers of {name!r}",
                 "Record them with the same model",
             )
@@ -284,7 +285,7 @@ class LanguageModel(Settings):
     def next_state(
         self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int
     ) -> Any:
-        """The state by part after a step, from the sums by part of its whole batch."""
+        """The state by part after a step, from the sums of its whole batch by part."""
         return {
             name: self.part[name].next_state(own, sums.get(name, {}), step, num_steps)
             for name, own in state.items()
@@ -308,14 +309,14 @@ class LanguageModel(Settings):
     def loss(
         self, aux: Mapping[str, Aux], num_tokens: jax.Array, batch: Mapping[str, Any] | None
     ) -> jax.Array | float:
-        """What the parts add to the training loss; see `Part`, arguments by part."""
+        """The loss of all parts, which is added to the training loss; see `Part.loss`."""
         return sum(
             self.part[name].loss(own, num_tokens, None if batch is None else batch[name])
             for name, own in aux.items()
         )
 
     def metrics(self, aux: Mapping[str, Aux]) -> dict[str, jax.Array]:
-        """What is logged of a step, by part and name: PART/NAME, with a leading dim of layers."""
+        """Metrics of a step as PART/NAME, each with a leading dim of layers."""
         return {
             f"{name}/{metric}": value
             for name, own in aux.items()

@@ -13,7 +13,11 @@ from moe_jax.part import Aux, Call, Dims, Own
 
 
 class NNXModel(nnx.Module):
-    """A `LanguageModel` as an NNX module."""
+    """A `LanguageModel` as an NNX module.
+
+    `NNXModel(model, rngs=nnx.Rngs(0))` draws the parameters. A call does what `LanguageModel.run`
+    does.
+    """
 
     def __init__(self, model: LanguageModel, *, rngs: nnx.Rngs):
         self.model = model
@@ -25,7 +29,11 @@ class NNXModel(nnx.Module):
 
 
 class NNXMoE(nnx.Module):
-    """An MoE block as an NNX module."""
+    """An MoE block as an NNX module.
+
+    `NNXMoE(moe, model_dim, rngs=nnx.Rngs(0))` draws the parameters. A call does what `moe_block`
+    does.
+    """
 
     def __init__(self, moe: MoE, model_dim: int, *, rngs: nnx.Rngs):
         self.moe = moe

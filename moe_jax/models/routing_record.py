@@ -1,4 +1,4 @@
-"""Records of routing: which experts every token of some sequences chose (legend: `moe_jax.moe`)."""
+"""Records of the experts that the tokens of some sequences chose (legend: `moe_jax.moe`)."""
 
 import functools
 import pathlib
@@ -19,10 +19,10 @@ OF_TOKENS = ("tokens", "positions", "segments")  # arrays of a file that belong 
 
 
 class PartRecord(NamedTuple):
-    """What the layers of one MoE part decided.
+    """The choices of the layers of one MoE part.
 
     Attributes:
-      layers: where in the model each of its X layers is.
+      layers: the index in the model of each of its X layers.
       num_experts: E; experts that compute nothing are counted, as the last.
       choices: NumPy arrays [X, B, L, K], before drops; those of padding do not count.
     """
@@ -33,7 +33,7 @@ class PartRecord(NamedTuple):
 
 
 class RoutingRecord(NamedTuple):
-    """What the routers of a model decided, as NumPy arrays.
+    """The choices of all routers of a model, as NumPy arrays.
 
     Attributes:
       tokens_BL: int32 token ids.
@@ -48,10 +48,10 @@ class RoutingRecord(NamedTuple):
     parts: dict[str, PartRecord]
 
     def replay(self, model: LanguageModel) -> dict[str, Choices]:
-        """What `LanguageModel.run` takes as `replay`.
+        """The choices as the argument `replay` of `LanguageModel.run`.
 
         Args:
-          model: that is to take them.
+          model: the model that replays them.
 
         Raises:
           ValueError: it has other experts, or other MoE layers.
@@ -63,7 +63,7 @@ class RoutingRecord(NamedTuple):
         }
 
     def batch_fields(self, model: LanguageModel) -> dict[str, np.ndarray]:
-        """What to add to a batch of these sequences, so that training or evaluation replays them.
+        """Fields to add to a batch of these sequences, so that training or evaluation replays them.
 
         `replay/PART/expert_index` and `replay/PART/chosen` are [B, L, X, K]: like everything in a
         batch these can be cut by sequences. Argument and errors are those of `replay`.
@@ -143,12 +143,12 @@ def choices_of(aux: Mapping[str, Aux]) -> dict[str, Choices]:
 
 
 def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) -> RoutingRecord:
-    """The record of a call.
+    """Makes the record of a call.
 
     Args:
-      model: that was called.
-      call: of `recording_call`.
-      choices: by part, of `choices_of`.
+      model: the model that was called.
+      call: from `recording_call`.
+      choices: by part, from `choices_of`.
 
     Raises:
       ValueError: the model has no MoE layers.
@@ -156,7 +156,7 @@ def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) 
     moes, layers = model.moe_parts, model.moe_layers
     require(
         bool(moes),
-        "routing is recorded of a model with MoE layers",
+        "a record of routing needs a model with MoE layers",
         f"the parts of this one are {sorted(model.part)}",
         "Use a model with a part of kind 'moe'",
     )
@@ -175,7 +175,7 @@ def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) 
 
 
 def save_record(record: RoutingRecord, path: str | pathlib.Path) -> None:
-    """Writes a record as one compressed `.npz`: an array a field, `tokens` or `PART/gate`."""
+    """Writes a record as one compressed `.npz`: one array per field, `tokens` or `PART/gate`."""
     arrays: dict[str, Any] = dict(zip(OF_TOKENS, record[:3], strict=True))
     for name, part in record.parts.items():
         arrays |= {
@@ -216,7 +216,7 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
 
 
 def check_model(record: RoutingRecord, model: LanguageModel) -> None:
-    """Refuses to have a model replay the record of one with other experts or other MoE layers.
+    """Checks that a record is of a model with the same experts and MoE layers.
 
     Raises:
       ValueError: their MoE parts, the numbers of experts, or the places of the layers differ.
@@ -224,7 +224,7 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
     moes, layers = model.moe_parts, model.moe_layers
     require(
         set(record.parts) == set(layers),
-        "a record is replayed by a model with the same MoE parts",
+        "a record needs a model with the same MoE parts",
         f"the record is of {sorted(record.parts)}, the model has {sorted(layers)}",
         "Record anew with this model",
     )
@@ -232,7 +232,7 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
         num_experts = moes[name].num_options
         require(
             (part.num_experts, part.layers) == (num_experts, layers[name]),
-            "a record is replayed by a model with the same experts in the same layers",
+            "a record needs a model with the same experts in the same layers",
             f"the record of {name!r} is of {part.num_experts} experts in the layers {part.layers}, "
             f"the model has {num_experts} (those that compute nothing included) in {layers[name]}",
             "Record anew with this model",
@@ -240,7 +240,7 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
 
 
 def check_record(record: RoutingRecord) -> None:
-    """Refuses a record, say of another engine, whose arrays do not fit each other.
+    """Checks that the arrays of a record, such as one from another engine, fit each other.
 
     Raises:
       ValueError: shapes differ, an expert is out of range, or a token chooses one twice.
@@ -255,14 +255,14 @@ def check_part(name: str, part: PartRecord, batch_shape: tuple[int, ...]) -> Non
     shapes = {np.asarray(value).shape for value in part.choices}
     require(
         len(shapes) == 1 and index.ndim == 4 and index.shape[:3] == expected,
-        "the arrays of a record are [layers, batch, length, choices], for the layers and tokens "
-        "that it names",
+        "the arrays of a record must be [layers, batch, length, choices], for the layers and "
+        "tokens that it names",
         f"got {sorted(shapes)} for {expected} of {name!r}",
         "Record anew",
     )
     require(
         0 <= index.min(initial=0) and index.max(initial=0) < part.num_experts,
-        "the experts of a record lie in 0..num_experts - 1",
+        "the experts of a record must lie in 0..num_experts - 1",
         f"got {index.min()}..{index.max()} with num_experts={part.num_experts} of {name!r}",
         "Correct them; chosen=False leaves a choice out",
     )
@@ -273,7 +273,7 @@ def check_part(name: str, part: PartRecord, batch_shape: tuple[int, ...]) -> Non
     place = tuple(twice[0].tolist()) if len(twice) else ()
     require(
         not place,
-        "a token chooses an expert once",
+        "a token must not choose an expert twice",
         f"the token at [layer, sequence, position] = {list(place)} has the experts "
         f"{index[place].tolist() if place else []} of {name!r}",
         "Leave one out by chosen=False",

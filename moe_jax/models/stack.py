@@ -31,9 +31,9 @@ LayerNames = tuple[str, ...] | str
 
 @dataclasses.dataclass(frozen=True)
 class StackLayout(Settings):
-    """Which layers a stack has, by the names of their parts.
+    """The layers of a stack, by the names of their parts.
 
-    A layer is a tuple of names, one a branch; a bare name is of a part that is a whole layer.
+    A layer is a tuple of names, one per branch. A bare name is a part that is a whole layer.
     """
 
     first: tuple[Any, ...] = ()  # layers before the repetition
@@ -51,7 +51,7 @@ class StackLayout(Settings):
             layers = getattr(self, segment)
             require(
                 all(isinstance(layer, str | tuple | list) for layer in layers),
-                "a layer is a tuple of names of parts, or one name",
+                "a layer must be a tuple of names of parts, or one name",
                 f"{segment}={layers}",
                 "Correct it",
             )
@@ -61,7 +61,7 @@ class StackLayout(Settings):
             object.__setattr__(self, names, tuple(getattr(self, names)))
         require(
             self.num_layers >= 1 and bool(self.unit) == (self.repeats > 0),
-            "a stack has layers, and a unit is repeated at least once",
+            "a stack needs layers, and a unit needs repeats of at least 1",
             f"first={self.first}, unit={self.unit}, repeats={self.repeats}, last={self.last}",
             "Set unit and repeats together",
         )
@@ -151,7 +151,7 @@ class Stack:
         yield from ((name, getattr(self, name)) for name in SEGMENTS)
 
     def check_causality(self) -> None:
-        """Refuses parts that look at later tokens in a causal stack.
+        """Checks that no part of a causal stack looks at later tokens.
 
         Raises:
           ValueError: naming the part, and whether it looks ahead in training or in evaluation.
@@ -301,7 +301,7 @@ class Stack:
           cache: by position, or None.
 
         Returns:
-          The residual stream; what the parts say, by part; the new caches, by position.
+          The residual stream; the `Aux` of the parts, by part; the new caches, by position.
         """
         call = dataclasses.replace(call, causal=self.causal)
         shared = {
@@ -340,11 +340,11 @@ class Stack:
         for i, layer in enumerate(layers):
             place = str(i)
             index = jnp.asarray(start + i, jnp.int32)
-            told = Own(index, *(tree.get(place) for tree in own))
+            mine = Own(index, *(tree.get(place) for tree in own))
             apply = layer.apply
             if self.remat != "none":
                 apply = jax.checkpoint(layer.apply, policy=REMAT[self.remat])
-            x_BLM, auxes[place], caches[place] = apply({**tied, **params[place]}, x_BLM, call, told)
+            x_BLM, auxes[place], caches[place] = apply({**tied, **params[place]}, x_BLM, call, mine)
             x_BLM = constrain(x_BLM, "batch", None, None)
         return x_BLM, auxes, caches
 
@@ -395,7 +395,7 @@ class Stack:
         return x_BLM, auxes, cache if has_cache else caches
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """Refuses a batch or a mesh that a part cannot be split over; see `Part.check_run`."""
+        """Checks that the batch and the mesh can be split as every part needs; see `Part`."""
         for name, part in (*self.parts().items(), *self.shared):
             try:
                 part.check_run(dims, run)

@@ -1,7 +1,7 @@
-"""Balance losses: what keeps expert load even by a gradient; the bias is in `bias`.
+"""Balance losses, which keep expert loads even by a gradient; the bias is in `bias`.
 
-A loss measures sums in every call of a block. It makes one number of them, over all layers that use
-it. Legend: `moe_jax.moe`; U is the units over which a mean is taken.
+A loss measures sums in every call of a block, and turns them into one number over all layers that
+use it. Legend: `moe_jax.moe`; U is the units over which a mean is taken.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ BatchShape = tuple[int, int]  # B, L
 
 @dataclasses.dataclass(frozen=True)
 class BalanceLoss(Settings):
-    """A loss of the routing of all layers that share it.
+    """A loss on the routing of all layers that share it.
 
     Attributes:
-      metric: its name in metrics.
+      metric: name of the loss in metrics.
     """
 
     family: ClassVar[str] = "balance_loss"
@@ -55,7 +55,7 @@ class BalanceLoss(Settings):
         """
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
-        """What adds up over the calls of a batch.
+        """Measures one call of a block; the arrays add up over the calls of a batch.
 
         Args:
           routing: of one layer.
@@ -63,14 +63,14 @@ class BalanceLoss(Settings):
           shape: B and L of the tokens.
 
         Returns:
-          Arrays by name; `total`, a mean over tokens times their number, is enough for most losses.
+          Arrays by name. Most losses need only `total`, the sum of a number over valid tokens.
         """
         raise NotImplementedError
 
     def measure_sequences(
         self, routing: Routing, valid_GS: jax.Array, shape: BatchShape
     ) -> dict[str, Any]:
-        """What stays with the sequences of the call: arrays by name with a leading B."""
+        """Arrays by name with a leading B, which stay with the sequences of the call."""
         del routing, valid_GS, shape
         return {}
 
@@ -78,18 +78,18 @@ class BalanceLoss(Settings):
         """The unweighted loss of each layer, float32 [X].
 
         Args:
-          sums: what was measured, with a leading dim of layers.
+          sums: what `measure` returned, with a leading dim of layers.
           num_tokens: float32 scalar, valid tokens of the whole batch.
         """
         return sums["total"] / num_tokens
 
     def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
-        """The unweighted loss over all layers; those of the parts of a batch add up.
+        """The unweighted loss over all layers; the losses of microbatches add up.
 
         Args:
           sums: of a microbatch, sequences included, with a leading dim of layers.
           num_tokens: float32 scalar, valid tokens of the whole batch.
-          batch: sums of the whole batch, if `needs_batch_sums`; None: this is all of it.
+          batch: sums of the whole batch if `needs_batch_sums`; None: `sums` is the whole batch.
         """
         del batch
         return jnp.mean(self.by_layer(sums, num_tokens))
@@ -215,7 +215,7 @@ class HuggingFaceLoadBalance(FlaxformerLoadBalance):
         """See `Settings`."""
         require(
             self.scope in ("microbatch", "global"),
-            "the loss of Hugging Face takes means over all layers and tokens: its scope is "
+            "the Hugging Face loss takes means over all layers and tokens, so its scope must be "
             "'microbatch' or 'global'",
             f"scope={self.scope!r}",
             "Change the scope or the kind",
@@ -332,10 +332,10 @@ class Load(BalanceLoss):
         """See `BalanceLoss`."""
         require(
             moe.router.has_smooth_load and moe.bias is None,
-            "the load loss needs a router that selects the plain best of logits that are noisy at "
-            "every step",
+            "the load loss needs a router that takes the K best of logits with noise at every step",
             f"router={moe.router}, bias={moe.bias}",
-            "Drop the loss; or add 'gaussian' or 'learned' noise, without bias, groups or draws",
+            "Drop the loss, or add 'gaussian' or 'learned' noise and drop bias, groups and "
+            "selection",
         )
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
@@ -393,7 +393,7 @@ class BatchEntropy(BalanceLoss):
         require_learning(self, moe)
         require(
             self.target <= math.log(moe.num_options),
-            "target is at most the log of the number of experts, the most entropy there is",
+            "target must be at most the log of the number of experts, the largest entropy there is",
             f"target={self.target}, {moe.num_options} experts, log {math.log(moe.num_options):.4f}",
             "Lower it, or set it to 0 for that log",
         )
@@ -426,7 +426,7 @@ def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss
 
 
 def require_learning(loss: BalanceLoss, moe: "MoE") -> None:
-    """Refuses a loss whose gradient would reach no router."""
+    """Checks that the gradient of a loss reaches a router."""
     require(
         moe.router.learns or loss.weight == 0,
         f"{loss.metric} needs a router whose probabilities learn",

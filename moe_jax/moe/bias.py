@@ -1,7 +1,7 @@
-"""The selection bias of loss-free balancing, and how it moves (legend: `moe_jax.moe`).
+"""The selection bias of loss-free balancing, and its updates (legend: `moe_jax.moe`).
 
-The bias enters the choice of experts and never their gates. It is no parameter: after each step it
-is updated once, from what the routers of the whole batch decided.
+The bias enters the choice of experts and never their gates. It is not a parameter. After each step
+it is updated once, from the choices of the whole batch.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SCHEDULES = {
 
 @dataclasses.dataclass(frozen=True)
 class BiasUpdate(Settings):
-    """How the selection bias moves after a step."""
+    """A rule that updates the selection bias after each step."""
 
     family: ClassVar[str] = "bias_update"
 
@@ -37,7 +37,7 @@ class BiasUpdate(Settings):
     frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last share of steps, without steps
 
     def check_block(self, moe: "MoE") -> None:
-        """Checks the block that the bias is of.
+        """Checks the block that has this bias.
 
         Raises:
           ValueError: by `require`.
@@ -52,7 +52,7 @@ class BiasUpdate(Settings):
     def measure(
         self, routing: Routing, bias_E: jax.Array, valid_GS: jax.Array
     ) -> dict[str, jax.Array]:
-        """What the update needs beside counts of choices: arrays that add up over a batch."""
+        """Arrays that the update needs beside counts of choices; they add up over a batch."""
         del routing, bias_E, valid_GS
         return {}
 
@@ -69,8 +69,8 @@ class BiasUpdate(Settings):
         Args:
           bias_E: float32 [..., E], before.
           assigned_E: int32 [..., E], choices of the whole global batch, before drops.
-          measured: what `measure` gave of the whole batch.
-          rate: of this step.
+          measured: what `measure` returned, summed over the whole batch.
+          rate: learning rate of the bias in this step.
           num_selected: K.
         """
         raise NotImplementedError
@@ -94,7 +94,7 @@ class BiasUpdate(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SignUpdate(BiasUpdate):
-    """Up by the rate for every expert below the mean load, down for every one above.
+    """Adds the rate for every expert below the mean load, subtracts it for every one above.
 
     Source: Wang et al. 2024, Auxiliary-loss-free load balancing, arXiv:2408.15664, alg. 1. Centred
       steps: torchtitan's load-balancing hook.
@@ -128,7 +128,7 @@ class SignUpdate(BiasUpdate):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorUpdate(SignUpdate):
-    """By the rate times 1 - load / mean: the rate for an expert without load, less near balance.
+    """Adds the rate times 1 - load / mean: the whole rate for an expert without load.
 
     Source: Wang et al. 2024, arXiv:2408.15664, table 3; relative to the mean load here, so that a
       rate does not depend on the batch.
@@ -143,7 +143,7 @@ class ErrorUpdate(SignUpdate):
 
 @dataclasses.dataclass(frozen=True)
 class QuantileUpdate(BiasUpdate):
-    """The share `rate` of the way to the bias with which each expert would have had its share.
+    """Goes the share `rate` of the way to the bias that would have given equal loads.
 
     Source: see `count_needed_biases`.
     """
@@ -155,7 +155,7 @@ class QuantileUpdate(BiasUpdate):
         super().check_block(moe)
         require(
             moe.num_selected_experts < moe.num_options,
-            "the quantile update compares with the best expert that is not selected",
+            "the quantile update needs an expert that is not selected",
             f"num_selected_experts={moe.num_selected_experts}, {moe.num_options} experts",
             "Lower num_selected_experts, or set bias=None: all are selected",
         )

@@ -29,15 +29,15 @@ def moe_block(
       params: arrays in the tree that `moe.specs` declares.
       x_BLM: tokens, in the compute dtype.
       moe: the settings.
-      call: what all layers are told; None: an evaluation of whole sequences without padding.
-      own: what this layer is told alone: its index, `{"bias_E": ...}`, choices [B, L, K] to replay.
+      call: inputs of all layers; None: an evaluation of whole sequences without padding.
+      own: inputs of this layer alone: its index, `{"bias_E": ...}`, choices [B, L, K] to replay.
 
     Returns:
-      y_BLM in the dtype of `x_BLM`, to be added to the residual (a token all of whose choices were
-      dropped gets 0 from the routed experts), and the `Aux` that `measure` describes.
+      y_BLM in the dtype of `x_BLM`, to be added to the residual, and the `Aux` that `measure`
+      describes. A token whose choices were all dropped gets 0 from the routed experts.
 
     Raises:
-      ValueError: the group size, or what is to be replayed, does not fit the tokens.
+      ValueError: the group size, or the choices to replay, do not fit the tokens.
     """
     call, own = (call or Call()).with_defaults(x_BLM), own or Own()
     rng = own.key(call)
@@ -58,7 +58,7 @@ def moe_block(
 def in_groups(
     x_BLM: jax.Array, moe: "MoE", call: Call, own: Own, rng: jax.Array | None
 ) -> tuple[jax.Array, RouterInputs]:
-    """Tokens in groups that share a capacity, and what the router is told of them."""
+    """Tokens in groups that share a capacity, and the router's other inputs."""
     batch, length, model_dim = x_BLM.shape
     group_size = tokens_per_group(batch, length, moe.group_size)
     x_GSM = constrain(jnp.asarray(x_BLM).reshape(-1, group_size, model_dim), "group", None, None)
@@ -101,14 +101,14 @@ def through_experts(
     queue_key: jax.Array | None,
     experts_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What experts give every token, and which choices were kept.
+    """The experts' output for every token, and which choices were kept.
 
     Args:
       weights: of the experts, by name.
       x_GSM: tokens.
       routing: their choices, or the slots that the router filled.
       moe: the settings.
-      inputs: what the router was told.
+      inputs: of the router.
       queue_key: of a random queue, or None.
       experts_key: of dropout in the experts, or None.
 
@@ -134,7 +134,7 @@ def through_experts(
 
 @jax.named_scope("shared_expert")
 def shared_expert(params: Any, x_GSM: jax.Array, moe: "MoE") -> jax.Array:
-    """What every token gets, whatever its routing: [G, S, M]."""
+    """The output of the shared expert, which every token uses: [G, S, M]."""
     y_GSM = Experts(moe.activation)(x_GSM, params, SHARED)
     if moe.shared_expert_gate:
         y_GSM *= jax.nn.sigmoid(linear(x_GSM, params["gate"]))
@@ -151,8 +151,8 @@ def tokens_per_group(batch: int, length: int, group_size: int) -> int:
     fits = batch * length % group_size == 0
     if not fits or (length % group_size and group_size % length):
         raise ValueError(
-            "group_size divides the sequence, or is a number of whole sequences that divides the "
-            f"batch: group_size={group_size}, batch of {batch} sequences of {length} tokens. Set "
-            "group_size=0 for one sequence, or to a divisor."
+            "group_size must divide the sequence, or be a number of whole sequences that divides "
+            f"the batch: group_size={group_size}, batch of {batch} sequences of {length} tokens. "
+            "Set group_size=0 for one sequence, or to a divisor."
         )
     return group_size

@@ -42,7 +42,7 @@ class Assignment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Queue(Settings):
-    """Who is served first when an expert is full: the order of the choices of a group."""
+    """The order in which the choices of a group get slots, which decides who is dropped."""
 
     family: ClassVar[str] = "queue"
     needs_rng: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class TokenMajor(Queue):
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Settings):
-    """How many slots an expert has in a group of tokens, and who gets them."""
+    """The number of slots of an expert in a group of tokens, and who gets them."""
 
     train_factor: float = setting(1.25, at_least=0)  # slots over mean load in training; 0: dropless
     eval_factor: float = setting(2.0, at_least=0)  # the same for capacity-limited evaluation
@@ -105,7 +105,7 @@ class Capacity(Settings):
             object.__setattr__(self, name, value)
         require(
             not self.queue.needs_rng or self.eval_factor == 0,
-            "a random queue draws from a key, which an evaluation has not",
+            "a random queue needs a random key, and an evaluation has none",
             f"queue={self.queue}, eval_factor={self.eval_factor}",
             "Set capacity.eval_factor=0: dropless evaluation only",
         )
@@ -116,7 +116,8 @@ class Capacity(Settings):
         ]
         require(
             self.slots == 0 or not ignored,
-            "slots stand in place of what a factor and its rounding give",
+            "slots replaces the capacity factors and their rounding, which must stay at their "
+            "defaults",
             f"slots={self.slots}, {', '.join(ignored)}",
             "Leave these at their defaults, or set slots=0",
         )
@@ -163,13 +164,13 @@ def assign_slots(
     Args:
       routing: the choices of experts that compute.
       queue: who comes first.
-      options: its `slots`; if it is `dropless`, every valid choice is kept.
+      options: `slots` is the capacity; if `dropless`, every valid choice is kept.
       valid_GS: bool, False for padding, which takes no slot; None: all tokens are valid.
       rng: key of a random queue.
 
     Returns:
-      The `Assignment`. A dropped choice has gate 0, and the gates of the others are left alone. A
-      choice that does not count (`Routing.chosen_GSK`) is like one of padding.
+      The `Assignment`. A dropped choice has gate 0, and the other gates do not change. A choice
+      that does not count (`Routing.chosen_GSK`) is treated like padding.
     """
     num_experts = routing.probs_GSE.shape[-1]
     counts_GSK = routing.chosen_GSK

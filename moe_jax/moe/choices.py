@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def record_choices(
     routing: Routing, kept_GSK: jax.Array, valid_GS: jax.Array, batch_shape: tuple[int, int]
 ) -> Choices:
-    """What a block decided, token by token: arrays [B, L, K]."""
+    """The choices of a block for every token: arrays [B, L, K]."""
     chosen_GSK = routing.chosen_GSK & valid_GS[..., None]
     gate_GSK = jnp.where(chosen_GSK, jax.lax.stop_gradient(routing.gate_GSK), 0)
     fields = (routing.expert_index_GSK, chosen_GSK, gate_GSK.astype(jnp.float32), kept_GSK)
@@ -39,7 +39,7 @@ def replay_in_groups(
         return None
     require(
         moe.router.replays,
-        "choices are replayed by routers that take them in place of their own",
+        "this router cannot replay choices",
         f"router={moe.router}",
         "Drop the replay",
     )
@@ -47,13 +47,13 @@ def replay_in_groups(
     index, chosen = choices.expert_index, choices.chosen
     require(
         index.shape == expected == chosen.shape,
-        "replayed choices are [batch, length, choices of a token] in each MoE layer",
+        "replayed choices must have the shape [batch, length, choices per token] in each MoE layer",
         f"expert_index {index.shape}, chosen {chosen.shape}, but the batch needs {expected}",
         "Record them with the same batch and model",
     )
     require(
         jnp.issubdtype(index.dtype, jnp.integer),
-        "replayed choices are indices of experts",
+        "replayed choices must be integer indices of experts",
         f"expert_index is {index.dtype}",
         "Pass int32",
     )

@@ -1,6 +1,6 @@
-"""What an MoE block costs: of its slots, some of which no token fills (legend: `moe_jax.moe`).
+"""The costs of an MoE block, with slots that no token fills (legend: `moe_jax.moe`).
 
-A trace would not know how many choices count, and takes loops over sorted rows once.
+A trace does not know how many choices count, and counts loops over sorted rows once.
 """
 
 from collections.abc import Iterator
@@ -108,7 +108,7 @@ def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
 
 
 def training_options(moe: "MoE", length: int) -> Options:
-    """What the router chooses among in training."""
+    """The options of the router in training."""
     return moe.options(moe.group_size or length, training=True)
 
 
@@ -137,7 +137,7 @@ def memory_rows(moe: "MoE", length: int) -> float:
 
 
 def mean_experts(moe: "MoE", length: int) -> float:
-    """Experts that compute a token in training, in the mean over tokens that are no padding.
+    """Mean number of experts that compute a token in training, padding left out.
 
     The choices of `Router.mean_experts`, of which zero and copy experts have their part if loads
     are even; where experts fill their slots, they choose among those that compute.

@@ -19,7 +19,7 @@ Weights = Mapping[str, Any]  # arrays, or `Weight`s, by name
 
 @dataclasses.dataclass(frozen=True)
 class Activation(Settings):
-    """Between the two products of a feed-forward network.
+    """The function between the two products of a feed-forward network.
 
     Attributes:
       gated: whether there is a third matrix, for the gate.
@@ -49,7 +49,7 @@ class Relu(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A feed-forward network for whichever rows and experts a layout holds.
+    """A feed-forward network on the rows and experts of any layout.
 
     Attributes:
       activation: between its products.

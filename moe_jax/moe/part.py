@@ -1,6 +1,6 @@
-"""The MoE block as a part: its settings, and all that depends on them (legend: `moe_jax.moe`).
+"""The MoE block as a part: its settings, and what depends on them (legend: `moe_jax.moe`).
 
-What it computes is `block.moe_block`.
+`block.moe_block` computes it.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, che
 
 @dataclasses.dataclass(frozen=True)
 class MoE(Part):
-    """A mixture-of-experts block.
+    """The settings of a mixture-of-experts block; `moe_block` computes it.
 
-    >>> import jax
-    >>> from moe_jax.parameters import init_parameters
+    >>> import jax, jax.numpy as jnp
+    >>> from moe_jax import Dims, MoE, init_parameters, moe_block
     >>> moe = MoE(num_experts=4, num_selected_experts=2, expert_dim=8)
     >>> params = init_parameters(jax.random.key(0), moe.specs(Dims(model_dim=16)))
     >>> y_BLM, aux = moe_block(params, jnp.ones((2, 6, 16)), moe)
@@ -45,7 +45,7 @@ class MoE(Part):
     num_experts: int = setting(8, at_least=1, at_most=512)  # E: routed experts
     num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses
     eval_num_selected_experts: int = setting(0, at_least=0)  # K of evaluation, if higher; 0: same
-    num_zero_experts: int = setting(0, at_least=0)  # further choices that add and cost nothing
+    num_zero_experts: int = setting(0, at_least=0)  # further options that add and cost nothing
     num_copy_experts: int = setting(0, at_least=0)  # the same, but add the token itself
     expert_dim: int = setting(512, at_least=1)  # H: hidden dim of one expert
     activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
@@ -73,21 +73,21 @@ class MoE(Part):
         object.__setattr__(self, "losses", by_settings(self.losses))
         require(
             self.num_selected_experts <= self.num_experts,
-            "num_selected_experts lies in 1..num_experts",
+            "num_selected_experts must lie in 1..num_experts",
             f"num_selected_experts={self.num_selected_experts}, num_experts={self.num_experts}",
             "Lower num_selected_experts or raise num_experts",
         )
         selected = self.eval_num_selected_experts
         require(
             selected == 0 or self.num_selected_experts <= selected <= self.num_experts,
-            "eval_num_selected_experts is 0, or lies in num_selected_experts..num_experts",
+            "eval_num_selected_experts must be 0, or lie in num_selected_experts..num_experts",
             f"eval_num_selected_experts={selected}, num_selected_experts="
             f"{self.num_selected_experts}, num_experts={self.num_experts}",
             "Set it to 0 for as many as in training",
         )
         require(
             self.run_experts != "ragged" or self.exchange != "compiler",
-            "run_experts='ragged' exchanges rows by explicit collectives",
+            "run_experts='ragged' cannot use exchange='compiler': it needs explicit collectives",
             f"exchange={self.exchange!r}",
             "Set exchange='auto' or 'explicit'",
         )
@@ -99,7 +99,7 @@ class MoE(Part):
         )
         require(
             self.num_options == self.num_experts or self.router.takes_free_experts,
-            "zero and copy experts are chosen by tokens",
+            "zero and copy experts need a router in which tokens choose",
             f"num_zero_experts={self.num_zero_experts}, num_copy_experts={self.num_copy_experts}, "
             f"router={self.router}",
             "Set both to 0, or router='token_choice'",
@@ -110,19 +110,19 @@ class MoE(Part):
 
     @property
     def num_options(self) -> int:
-        """What a router chooses among: E experts, and those that compute nothing."""
+        """The options of the router: E experts, and those that compute nothing."""
         return self.num_experts + self.num_zero_experts + self.num_copy_experts
 
     def num_selected(self, training: bool) -> int:
-        """K, in training or in evaluation."""
+        """K, experts per token, in training or in evaluation."""
         return self.num_selected_experts if training else (
             self.eval_num_selected_experts or self.num_selected_experts
         )  # fmt: skip
 
     def capacity_factor(self, training: bool, factor: float | None = None) -> float:
-        """Slots over the mean load, 0 for dropless; `factor` is what a call asks for, if it does.
+        """The capacity factor, 0 for dropless; `factor` is the one that a call asks for.
 
-        Experts that choose tokens need a capacity: without one each would take every token.
+        Experts that choose tokens always have a capacity: without it each would take every token.
         """
         if factor is None:
             factor = self.capacity.train_factor if training else self.capacity.eval_factor
@@ -131,7 +131,7 @@ class MoE(Part):
         return factor
 
     def options(self, group_size: int, training: bool, factor: float | None = None) -> Options:
-        """What the router chooses among, in groups of so many tokens."""
+        """The options of the router in groups of `group_size` tokens."""
         selected = self.num_selected(training)
         factor = self.capacity_factor(training, factor)
         slots = self.capacity.num_slots(group_size, self.num_options, selected, factor)
@@ -139,11 +139,11 @@ class MoE(Part):
 
     @property
     def experts(self) -> Experts:
-        """What the routed experts compute."""
+        """The network of the routed experts."""
         return Experts(self.activation, self.expert_dropout_rate)
 
     def expert_axes(self, model_dim: int) -> dict[str, Axes]:
-        """The names of the dims of every weight of the experts."""
+        """Names of the dims of every weight of the experts."""
         return {name: spec.axes for name, spec in self.specs(Dims(model_dim))["experts"].items()}
 
     def specs(self, dims: Dims) -> dict[str, Any]:
@@ -256,8 +256,8 @@ class MoE(Part):
         per_group = max(self.group_size // run.length, 1)
         require(
             run.sequences % (run.shards["group"] * per_group) == 0,
-            "a microbatch is split over slices * data * fsdp * expert devices, in whole sequences "
-            "and whole groups of group_size tokens",
-            f"{run.sequences} sequences, {per_group} a group, over {run.shards['group']} devices",
-            f"Use a multiple of {run.shards['group'] * per_group} sequences a microbatch",
+            "a microbatch must split over slices * data * fsdp * expert devices, in whole "
+            "sequences and whole groups of group_size tokens",
+            f"{run.sequences} sequences, {per_group} per group, over {run.shards['group']} devices",
+            f"Use a multiple of {run.shards['group'] * per_group} sequences per microbatch",
         )

@@ -1,6 +1,6 @@
-"""What a block says of its routing: sums over tokens, and the metrics they make.
+"""What a block reports of its routing: sums over tokens, and the metrics made of them.
 
-Legend: `moe_jax.moe`. E counts experts that compute nothing too: behind the others, everywhere.
+Legend: `moe_jax.moe`. Here E includes experts that compute nothing, behind the others.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,12 @@ def measure(
     inputs: RouterInputs,
     shape: tuple[int, ...],
 ) -> Aux:
-    """What the block says of one call, whose tokens are of this shape [B, L, M].
+    """The `Aux` of one call of a block, with tokens of shape [B, L, M].
 
     Returns:
-      The `Aux` of `routing_aux`; its sums also have `losses`, what each balance loss
-      measures, by name, `router_loss`, what the router adds to the loss, summed over tokens, and
-      `bias`, what the bias update measures in training.
+      The `Aux` of `routing_aux`, with three more sums: `losses`, what each balance loss measures,
+      by name; `router_loss`, what the router adds to the loss, summed over tokens; and `bias`, what
+      the bias update measures in training.
     """
     valid_GS, batch_shape = inputs.valid_GS, (shape[0], shape[1])
     kept_GSK = jnp.broadcast_to(kept_GSK, routing.chosen_GSK.shape)

@@ -1,1 +1,1 @@
-"""Arithmetic about a model before it runs: parameters, FLOPs, rates of hardware."""
+"""The cost of a run before it starts: parameters, FLOPs, memory, communication, hardware."""

@@ -1,4 +1,4 @@
-"""The real programs, compiled for a machine that is not here."""
+"""The real programs, compiled for a machine that is not present."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ from moe_jax.training.state import abstract_state
 
 
 def compile_training_step(work: Workload, topology: Topology) -> Compiled:
-    """Compiles what `moe_jax.train` runs, state and batch laid out as it lays them out."""
+    """Compiles the training step of `moe_jax.train`, with its layout of state and batch."""
     mesh = make_mesh(work.mesh, devices(topology))
     state = abstract_state(work.config)
     training = work.config.training
@@ -89,14 +89,14 @@ def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
         if refused is None:
             raise
         return Compiled(None, None, *spent(), refused=refused)
-    said, text = compiled.memory_analysis(), compiled.as_text()
-    assert said is not None and text is not None
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
     memory = CompilerMemory(
-        said.argument_size_in_bytes,
-        said.output_size_in_bytes,
-        said.alias_size_in_bytes,
-        said.temp_size_in_bytes,
-        said.generated_code_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
     )
     cost = compiled.cost_analysis()
     program = read_program(text)

@@ -1,4 +1,4 @@
-"""Bytes that a training step sends between devices: the fewest its mesh allows.
+"""The fewest bytes that a training step must send between devices on its mesh.
 
 Legend of shapes: `moe_jax.moe`.
 """
@@ -30,10 +30,10 @@ class Collective:
     """One kind of message of a training step.
 
     Attributes:
-      name: what it carries.
+      name: what is sent.
       layer_kind: one of `flops.KINDS`.
       kind: one of `WIRE`.
-      axes: mesh axes that it goes over.
+      axes: mesh axes that it spans.
       group_size: n, devices of a group.
       array_bytes: of the array as `WIRE` takes it, on one device, all layers and microbatches of
         a step together.
@@ -48,11 +48,11 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that one device sends a step."""
+        """Bytes that one device sends per step."""
         return WIRE[self.kind](self.group_size) * self.array_bytes
 
     def crossing_bytes(self, mesh: MeshConfig, devices_per_island: int) -> float:
-        """Those of them that must leave the slice or node."""
+        """The part of `wire_bytes` that must leave the slice or node."""
         islands = num_islands(mesh, self.axes, devices_per_island)
         return crossing_share(self.kind, islands, self.group_size) * self.array_bytes
 
@@ -84,7 +84,7 @@ def num_islands(mesh: MeshConfig, axes: tuple[str, ...], devices_per_island: int
 
 
 def collectives(work: Workload) -> list[Collective]:
-    """All messages of a training step on one device, with one row a purpose."""
+    """All messages of a training step on one device, one row per purpose."""
     found = [*_of_weights(work), *_of_slots(work), *_of_tensor_parallel(work)]
     merged: dict[tuple[str, str, tuple[str, ...]], Collective] = {}
     for one in found:

@@ -1,4 +1,4 @@
-"""What a compiler said of a program."""
+"""A compiled program: its memory and its work, as the compiler reports them."""
 
 import dataclasses
 import re
@@ -10,13 +10,13 @@ UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 @dataclasses.dataclass(frozen=True)
 class CompilerMemory:
-    """Bytes on one device, by the compiler.
+    """Bytes on one device, as the compiler reports them.
 
     Attributes:
-      arguments: what the program is given: state and batch.
-      outputs: what it returns.
+      arguments: inputs of the program: state and batch.
+      outputs: results.
       aliased: outputs that are written over arguments.
-      temporaries: everything between.
+      temporaries: everything else.
       generated_code: the program itself.
     """
 
@@ -28,7 +28,7 @@ class CompilerMemory:
 
     @property
     def total(self) -> int:
-        """At the peak: outputs written over arguments need no room of their own."""
+        """Bytes at the peak: outputs written over arguments need no room of their own."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.generated_code
 
 
@@ -37,8 +37,8 @@ class Compiled:
     """A program for one device of a machine.
 
     Attributes:
-      memory: what it needs; None if the compiler refused it for want of memory.
-      program: what it does; None likewise.
+      memory: the bytes that it needs; None if the compiler refused it for lack of memory.
+      program: the work that it does; None if refused.
       seconds: to trace, lower, compile and read it, by the clock.
       cpu_seconds: the same on one core: a busy machine changes it less.
       cost_analysis_flops: the compiler's own count, which takes the body of a loop once; None if
@@ -55,7 +55,7 @@ class Compiled:
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
-    """Bytes needed and bytes available, from the compiler's message; None if it says another thing.
+    """Bytes needed and bytes available, from the compiler's message; None for other messages.
 
     >>> out_of_memory("RESOURCE_EXHAUSTED: ... temporaries (96.12G) exceeds available HBM (15.75G)")
     (103208064122.88, 16911433728.0)

@@ -13,7 +13,7 @@ KINDS = ("attention", "dense_ffn", "experts", "routing", "other", "head")
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Forward FLOPs a token, a multiply-add being two; a training step costs three times as much.
+    """Forward FLOPs per token, two per multiply-add; a training step costs three times as much.
 
     Attributes:
       attention: projections, scores and weighted values; the whole L x L square is counted, as it
@@ -40,13 +40,13 @@ class FlopCount:
 
     @property
     def model(self) -> float:
-        """What the mathematics of the model needs: no padding, no dispatch. MFU counts these."""
+        """FLOPs that the model needs, without padding and dispatch. MFU counts these."""
         by_component = (self.attention, self.dense_ffn, self.experts, self.router, self.other)
         return sum(by_component) + self.head
 
     @property
     def computed(self) -> float:
-        """What is computed: with padded slots and dispatch contractions."""
+        """FLOPs that are computed, with padded slots and dispatch contractions."""
         return self.model + self.padding + self.dispatch
 
 
@@ -94,7 +94,7 @@ def count_flops(model: LanguageModel, sequence_length: int) -> FlopCount:
 
 
 def forward_flops(model: LanguageModel, sequence_length: int) -> dict[str, float]:
-    """Computed forward FLOPs a token by `KINDS`: padding is with the experts."""
+    """Computed forward FLOPs per token by `KINDS`; padding counts as experts."""
     by_kind = {
         kind: total(model, sequence_length, lambda cost: cost.computed, kind) for kind in KINDS
     }
@@ -104,7 +104,7 @@ def forward_flops(model: LanguageModel, sequence_length: int) -> dict[str, float
 def training_flops(
     model: LanguageModel, sequence_length: int, num_microbatches: int = 1
 ) -> dict[str, float]:
-    """Computed FLOPs a token of a training step by `KINDS`.
+    """Computed FLOPs per token of a training step by `KINDS`.
 
     Forward once; backward twice that (one product for the input's gradient, one for the weight's;
     only the first for the contraction with the dispatch tensor, which has no gradient); and what

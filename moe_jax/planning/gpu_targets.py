@@ -64,7 +64,7 @@ device_description_str: "{kind}"
 
 
 def target_config(chip: Chip) -> str:
-    """The text that stands for a GPU when a program is compiled for it."""
+    """The text that describes a GPU to the compiler."""
     processor = PROCESSORS[chip.name]
     major, minor = processor.capability
     return TEMPLATE.format(

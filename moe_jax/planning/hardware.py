@@ -12,24 +12,24 @@ GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What the maker says of one chip (a GPU is one chip); every rate is per chip.
+    """Published facts of one chip (a GPU is one chip); every rate is per chip.
 
     Attributes:
-      name: as topologies are named, "v5p", "h100".
+      name: as in the name of a topology: "v5p", "h100".
       platform: "tpu" or "gpu".
       device_kinds: the `device_kind` of its JAX devices; compared whole, so that no other chip of
         a similar name gets its rates.
-      devices: JAX devices a chip; each has an equal share of everything.
+      devices: JAX devices per chip; each has an equal share of everything.
       flops: dense bfloat16 FLOP/s, without sparsity.
       hbm_bytes: memory.
-      usable_hbm_bytes: what the compiler lets a program have of it.
+      usable_hbm_bytes: memory that the compiler lets a program use.
       hbm_bandwidth: bytes/s between memory and chip.
       interconnect: bytes/s that the chip can send to chips of its slice (TPU) or node (GPU), all
         its links together, one direction: half of a published bidirectional rate. A collective
         over one axis of a torus reaches a part of it only.
       network: bytes/s that it can send to other slices or nodes, one direction.
-      source: where the numbers stand.
-      assumed: the fields that no maker's page gives, and why this value.
+      source: where the numbers are published.
+      assumed: fields that no maker publishes, and the reason for their values.
     """
 
     name: str
@@ -123,7 +123,7 @@ SAME_FLOPS = {"NVIDIA A100-SXM4-40GB": "a100"}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip whose devices JAX calls so, or None if the table does not have it."""
+    """The chip with this `device_kind`, or None if the table does not have it."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
 
 

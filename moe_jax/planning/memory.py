@@ -1,8 +1,7 @@
 """Bytes that a training step needs on one device, by component (legend: `moe_jax.moe`).
 
-An estimate from shapes, not from a program: a compiler keeps less where it fuses, and more where it
-does not. State is exact; activations are those of the formulas below, each of which says what it
-counts.
+This is an estimate from shapes, not from a program. A compiler keeps less where it fuses, and more
+where it does not. State is exact. Activations follow the formulas below.
 """
 
 import dataclasses
@@ -35,10 +34,10 @@ class Memory:
       parameters: float32.
       optimizer: moments, float32.
       gradients: float32; of several microbatches, the sum and the newest part.
-      saved_activations: what the forward pass of a microbatch leaves for the backward pass.
+      saved_activations: what the forward pass of a microbatch saves for the backward pass.
       logits: float32 logits and their gradient.
-      layer: working set of the layer that needs most: its activations where they are computed
-        again, its weights gathered over fsdp, and their gradient before it is split again.
+      layer: working set of the largest layer: its activations if they are computed again, its
+        weights gathered over fsdp, and their gradient before it is split again.
       dispatch: slots of that layer on their way to the experts and back, and one-hot tensors.
     """
 
@@ -75,7 +74,7 @@ def estimate_memory(work: Workload) -> Memory:
 
 
 def optimizer_bytes(work: Workload) -> float:
-    """Moments on one device, bytes.
+    """Bytes of the optimizer's moments on one device.
 
     AdamW: two numbers a parameter. Adafactor: a row and a column of every matrix with at least
     128 of each (each expert's on its own, arXiv:1804.04235 sec. 3), one number a parameter
@@ -97,7 +96,7 @@ def _factored_size(spec: ParameterSpec, mesh: MeshConfig) -> float:
 
 
 def saved_bytes(work: Workload) -> float:
-    """Activations of all layers that one microbatch leaves for its backward pass, bytes.
+    """Bytes of activations that one microbatch saves for its backward pass, over all layers.
 
     By `model.remat`: "none": all that the stages save; "dots": a layer's input and the outputs of
     its matmuls without a batch dim (projections, dense FFN, router: not scores, not experts);
@@ -118,7 +117,7 @@ def layer_costs(work: Workload, layer: Layer) -> tuple[Cost, ...]:
 
 
 def layer_activations(work: Workload, layer: Layer) -> float:
-    """Everything that one layer's backward pass reads, bytes of one microbatch.
+    """Bytes that the backward pass of one layer reads, of one microbatch.
 
     The costs of its parts say what that is; a branch adds its residual and the normed copy.
     """
@@ -126,7 +125,7 @@ def layer_activations(work: Workload, layer: Layer) -> float:
 
 
 def working_set(work: Workload, layer: Layer) -> float:
-    """What the backward pass of one layer needs beyond what was saved, bytes.
+    """Bytes that the backward pass of one layer needs beyond what was saved.
 
     Its weights in the compute dtype, gathered over fsdp, and their gradient, as large; with remat
     its activations, computed again; without, the gradient of the largest of them, such as scores in
@@ -146,7 +145,7 @@ def gathered_parameters(work: Workload, layer: Layer) -> float:
 
 
 def dispatch_bytes(work: Workload, layer: Layer) -> float:
-    """Buffers of one layer between tokens and experts, bytes.
+    """Bytes of one layer's buffers between tokens and experts.
 
     Slots before and after the exchange between devices, there and back (4 M a slot; 2 M where
     experts are not split), and one-hot tensors.
@@ -157,7 +156,7 @@ def dispatch_bytes(work: Workload, layer: Layer) -> float:
 
 
 def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
-    """What a batch has on one device while it generates, such as keys and values, bytes.
+    """Bytes of the cache of a generating batch on one device, such as keys and values.
 
     Sequences are split over all but tensor (no fewer than one a device), heads over tensor.
     """

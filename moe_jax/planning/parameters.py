@@ -1,4 +1,4 @@
-"""Parameters of a model by component, and what a device of a mesh holds of them."""
+"""Parameters of a model by component, and the share of each device of a mesh."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ class ParameterCount:
       attention: projections, their biases and QK-norms.
       dense_ffn: FFNs of dense layers.
       experts: routed experts, all E of every layer.
-      active_experts: routed experts that a token uses, in the mean.
+      active_experts: routed experts that a token uses on average.
       shared_experts: shared experts and their gates.
       router: routers.
       norms: the norms of the residual stream.
@@ -81,7 +81,7 @@ class ParameterCount:
 
 
 def num_parts(spec: ParameterSpec, mesh: MeshConfig) -> int:
-    """In how many parts the mesh splits an array, copies not counted."""
+    """Number of parts that the mesh splits an array into, not counting copies."""
     return math.prod(shards_of(axis, mesh) for axis in spec.axes)
 
 
@@ -92,7 +92,7 @@ def local_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
 
 
 def gathered_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
-    """Those, once it is gathered over fsdp."""
+    """Numbers that a device holds of an array gathered over fsdp."""
     return local_size(spec, mesh) * (mesh.fsdp if "model" in spec.axes else 1)
 
 
@@ -107,7 +107,7 @@ def abstract_mesh(
 
 @functools.lru_cache(maxsize=4096)
 def shards_of(axis: str | None, mesh: MeshConfig) -> int:
-    """In how many parts the mesh splits a dim, by its name in `parallel.rules`."""
+    """Number of parts that the mesh splits a dim into, by its name in `parallel.rules`."""
     return 1 if axis is None else num_shards(axis, abstract_mesh(mesh))
 
 
@@ -118,7 +118,7 @@ def parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
 
 
 def component(spec: ParameterSpec) -> str:
-    """What an array is counted as: one of `COMPONENTS`."""
+    """The component that an array counts as: one of `COMPONENTS`."""
     return spec.component if spec.component in COMPONENTS else "other"
 
 

@@ -1,4 +1,4 @@
-"""What to change in a config that does not fit, each change with what it would need then."""
+"""Changes to a config that does not fit, each with the memory that it would then need."""
 
 import dataclasses
 import itertools
@@ -18,10 +18,10 @@ class Remedy:
 
     Attributes:
       change: as flags of the command.
-      total_bytes: on a device, by arithmetic, with it.
-      saved_bytes: by it.
+      total_bytes: bytes per device with the change, by arithmetic.
+      saved_bytes: bytes that the change saves.
       costs: what it costs in speed or in the result.
-      keeps_result: whether training ends the same but for rounding.
+      keeps_result: whether training gives the same result except for rounding.
     """
 
     change: str
@@ -74,7 +74,7 @@ def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:
 
 
 def largest(memory: Memory) -> list[tuple[str, float]]:
-    """What takes the memory, by component, the most first."""
+    """Memory by component, largest first."""
     parts = dataclasses.asdict(memory)
     return sorted(parts.items(), key=lambda part: -part[1])
 

@@ -1,4 +1,4 @@
-"""Everything that is known of a config before it runs, as one record and as one JSON object."""
+"""The plan of a config: all that is known before it runs, as a record and as JSON."""
 
 import dataclasses
 import math
@@ -154,10 +154,10 @@ def describe_roofline(times: Roofline, plan: Plan) -> dict[str, Any]:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as one JSON object; bytes, FLOPs and seconds of one device and one step."""
-    said = describe_arithmetic(plan)
+    described = describe_arithmetic(plan)
     if plan.topology is not None:
-        said["topology"] = _describe_topology(plan.topology)
-        said["estimate"] = describe_roofline(estimate(plan.work, plan.topology), plan) | {
+        described["topology"] = _describe_topology(plan.topology)
+        described["estimate"] = describe_roofline(estimate(plan.work, plan.topology), plan) | {
             "seconds_by_kind": {
                 kind: dataclasses.asdict(times)
                 for kind, times in estimate_by_kind(plan.work, plan.topology).items()
@@ -165,13 +165,13 @@ def describe(plan: Plan) -> dict[str, Any]:
         }
     for name, compiled in (("compiled_step", plan.step), ("compiled_forward", plan.forward)):
         if compiled is not None:
-            said[name] = describe_compiled(compiled, plan, is_step=name == "compiled_step")
-    said["needed_bytes"] = plan.needed
-    said["available_bytes"] = plan.available if plan.topology else None
-    said["fits"] = plan.fits if plan.topology else None
+            described[name] = describe_compiled(compiled, plan, is_step=name == "compiled_step")
+    described["needed_bytes"] = plan.needed
+    described["available_bytes"] = plan.available if plan.topology else None
+    described["fits"] = plan.fits if plan.topology else None
     if not plan.fits:
-        said["remedies"] = [dataclasses.asdict(one) for one in remedies(plan.work)]
-    return said
+        described["remedies"] = [dataclasses.asdict(one) for one in remedies(plan.work)]
+    return described
 
 
 def describe_arithmetic(plan: Plan) -> dict[str, Any]:
@@ -210,16 +210,16 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
     """A compiled program, checked against arithmetic where it is the training step."""
     work, topology = plan.work, plan.topology
     assert topology is not None
-    said: dict[str, Any] = {
+    described: dict[str, Any] = {
         "compile_seconds": compiled.seconds,
         "compile_cpu_seconds": compiled.cpu_seconds,
     }
     if compiled.memory is None or compiled.program is None:
         needed, available = compiled.refused or (math.nan, math.nan)
-        return said | {"refused": {"needed_bytes": needed, "available_bytes": available}}
+        return described | {"refused": {"needed_bytes": needed, "available_bytes": available}}
     program = compiled.program
     rows = collective_rows(program.collectives, work.mesh, topology.devices_per_island)
-    said |= {
+    described |= {
         "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total},
         "flops": program.flops,
         "hbm_bytes": program.hbm_bytes,
@@ -229,9 +229,9 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
         "cost_analysis_flops": compiled.cost_analysis_flops,
     }
     if is_step:
-        said["flops_over_arithmetic"] = program.flops / sum(computed_flops(work).values())
-        said["roofline"] = describe_roofline(compiled_roofline(compiled, work, topology), plan)
-    return said
+        described["flops_over_arithmetic"] = program.flops / sum(computed_flops(work).values())
+        described["roofline"] = describe_roofline(compiled_roofline(compiled, work, topology), plan)
+    return described
 
 
 def _describe_topology(topology: Topology) -> dict[str, Any]:

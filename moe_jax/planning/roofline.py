@@ -11,7 +11,7 @@ from moe_jax.planning.workload import Workload
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that a device needs for each kind of work if that kind were all.
+    """Seconds that a device needs for each kind of work, each taken alone.
 
     Attributes:
       compute: FLOPs at the bfloat16 matmul rate.
@@ -27,17 +27,17 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """If everything overlaps: the slowest alone. No run can be faster."""
+        """Seconds if everything overlaps: the slowest alone. No run can be faster."""
         return max(dataclasses.astuple(self))
 
     @property
     def seconds_in_turn(self) -> float:
-        """If nothing overlaps: the sum."""
+        """Seconds if nothing overlaps: the sum."""
         return sum(dataclasses.astuple(self))
 
     @property
     def bound(self) -> str:
-        """What takes longest: "compute", "memory", "interconnect" or "network"."""
+        """The resource that takes longest: "compute", "memory", "interconnect" or "network"."""
         times = dataclasses.asdict(self)
         return max(times, key=lambda name: times[name])
 
@@ -61,7 +61,7 @@ def roofline(
 
 
 def model_flops(work: Workload) -> float:
-    """FLOPs a step and device that the mathematics of training needs: what MFU counts.
+    """FLOPs per step and device that training needs, which MFU counts.
 
     Three times the forward pass, without padding, dispatch and what remat computes again.
     """
@@ -70,7 +70,7 @@ def model_flops(work: Workload) -> float:
 
 
 def computed_flops(work: Workload) -> dict[str, float]:
-    """FLOPs a step and device as they are computed, by kind of layer."""
+    """Computed FLOPs per step and device, by kind of layer."""
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     parts = work.config.training.num_microbatches
     by_kind = training_flops(work.model, work.length, parts)

@@ -27,8 +27,8 @@ class Candidate:
       memory: by arithmetic.
       times: the roofline of a step, by arithmetic.
       mfu: model FLOP utilisation if all overlaps.
-      fits: whether the memory is there.
-      compiled_bytes: on a device by the compiler, if it was asked; infinite if it refused.
+      fits: whether a device has enough memory.
+      compiled_bytes: bytes per device by the compiler, if it ran; infinite if it refused.
     """
 
     work: Workload
@@ -45,9 +45,9 @@ class Sweep:
 
     Attributes:
       topology: the machine.
-      fitting: those with room.
-      too_large: those without.
-      uneven: how many do not split the arrays or the batch evenly, by the rule that they break.
+      fitting: meshes with enough memory.
+      too_large: meshes without.
+      uneven: number of meshes that do not split arrays or batch evenly, by the rule they break.
     """
 
     topology: Topology
@@ -79,7 +79,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     Args:
       config: its mesh is not used, but for `experts_span_slices`.
       topology: the machine.
-      compile_best: compile the step on so many of the fastest that should fit.
+      compile_best: compile the step on this many of the fastest meshes that should fit.
     """
     chip = topology.chip
     available = chip.usable_hbm_bytes / chip.devices
@@ -115,7 +115,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
 
 
 def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
-    """Asks the compiler what the step needs."""
+    """Compiles the step, to know the memory that it needs."""
     from moe_jax.planning.aot import compile_training_step
 
     compiled = compile_training_step(candidate.work, topology)

@@ -1,4 +1,4 @@
-"""A plan as text for a person."""
+"""A plan as text."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
 
 
 def plan_text(plan: Plan) -> str:
-    """All that a plan says, section by section."""
+    """All sections of a plan."""
     sections = [header(plan), parameters_text(plan), flops_text(plan), memory_text(plan)]
     sections.append(collectives_text(plan))
     if plan.topology is not None:
@@ -87,7 +87,7 @@ def parameters_text(plan: Plan) -> str:
 
 
 def flops_text(plan: Plan) -> str:
-    """FLOPs a token and a step."""
+    """FLOPs per token and per step."""
     work = plan.work
     count = count_flops(work.model, work.length)
     parts = [
@@ -150,13 +150,13 @@ def estimate_text(plan: Plan) -> str:
 
 
 def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) -> str:
-    """What the compiler made of it."""
+    """Memory and work of the compiled program."""
     assert plan.topology is not None
     lines = [f"{title} in {compiled.seconds:,.1f} s ({compiled.cpu_seconds:,.1f} s of CPU)"]
     if compiled.memory is None or compiled.program is None:
         needed, available = compiled.refused or (float("nan"), float("nan"))
-        said = f"refused: needs {_gib(needed)} of {_gib(available)}"
-        return "\n".join([*lines, f"  {said}"])
+        lines.append(f"  refused: needs {_gib(needed)} of {_gib(available)}")
+        return "\n".join(lines)
     program, memory = compiled.program, compiled.memory
     parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
     lines += table([*parts, ("at the peak", _gib(memory.total))])
@@ -196,10 +196,10 @@ def _work(compiled: Compiled, program: Program, step: Plan | None) -> Iterator[s
 
 
 def _cost_analysis(compiled: Compiled) -> str:
-    said = compiled.cost_analysis_flops
-    if said is None:
+    flops = compiled.cost_analysis_flops
+    if flops is None:
         return "; the compiler gives no cost analysis"
-    return f"; its own cost analysis says {said / 1e12:,.3f}: it counts the body of a loop once"
+    return f"; its own cost analysis says {flops / 1e12:,.3f}: it counts the body of a loop once"
 
 
 def verdict(plan: Plan) -> str:

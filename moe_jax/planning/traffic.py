@@ -11,7 +11,7 @@ from moe_jax.planning.workload import Workload
 
 
 def hbm_traffic(work: Workload) -> dict[str, float]:
-    """Bytes a step on one device, by `flops.KINDS` and "optimizer".
+    """Bytes per step on one device, by `flops.KINDS` and "optimizer".
 
     Forward, a product of rows [T, I] by weights [I, O] moves T I + I O + T O numbers in the compute
     dtype; backward twice that (for the input's gradient and the weight's), and once more what remat

@@ -1,4 +1,4 @@
-"""What one device has of a training step: its tokens, slots and shares (legend: `moe_jax.moe`)."""
+"""One device's share of a training step: its tokens and slots (legend: `moe_jax.moe`)."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from moe_jax.training.placement import check_run
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A config on a mesh; sizes are of one device and one microbatch unless they say otherwise.
+    """A config on a mesh; sizes are per device and microbatch unless noted.
 
     Attributes:
       config: with its parts resolved (`Part.resolved`) and its mesh filled.
@@ -28,7 +28,7 @@ class Workload:
 
     @property
     def mesh(self) -> MeshConfig:
-        """Without -1."""
+        """The mesh, without -1."""
         return self.config.mesh
 
     @property
@@ -85,9 +85,9 @@ def resolve(
     """A config on its own mesh.
 
     Args:
-      config: its mesh may have a -1, which takes the devices that are left.
+      config: its mesh may have a -1, which takes the remaining devices.
       num_devices: how many there are; None: as many as the mesh needs with 1 for -1.
-      platform: "cpu", "tpu" or "gpu", for settings "auto".
+      platform: "cpu", "tpu" or "gpu", which decides settings "auto".
 
     Raises:
       ValueError: the mesh does not fit the devices, or does not split the arrays evenly.
@@ -100,8 +100,8 @@ def resolve(
         mesh = mesh.fill(num_devices)
         if mesh.num_devices != num_devices:
             raise ValueError(
-                f"the mesh uses all devices of a topology: {mesh.num_devices} of {num_devices}. "
-                "Set one size of config.mesh to -1, or name a smaller topology."
+                f"the mesh must use all devices of a topology: {mesh.num_devices} of "
+                f"{num_devices}. Set one size of config.mesh to -1, or name a smaller topology."
             )
     device = jax.sharding.AbstractDevice("planned", None, platform)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):

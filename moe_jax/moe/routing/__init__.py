@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Choices(NamedTuple):
-    """Who went where: the choices of experts of some tokens, recorded or to be replayed.
+    """The experts that some tokens chose, recorded or to be replayed.
 
-    Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] of
+    Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] for
     the layers of a model.
 
     Attributes:
@@ -88,7 +88,7 @@ class Routing(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a router chooses among; Python ints.
+    """The options of a router, as Python ints.
 
     Attributes:
       num_experts: E, experts that compute.
@@ -106,18 +106,18 @@ class Options(NamedTuple):
 
 
 class RouterInputs(NamedTuple):
-    """What a router is told besides the tokens' representations.
+    """Inputs of a router besides the tokens' representations.
 
     Attributes:
-      options: what it chooses among.
+      options: the experts to choose among.
       valid_GS: bool, False for padding.
       positions_GS: int32, of each token in its document.
-      tokens_GS: int32 token ids, or None if the block was not given them.
+      tokens_GS: int32 token ids, or None if the call has none.
       previous_GS: int32, the id before each token in its document, -1 at the start; or None.
       bias_E: float32 selection bias, or None.
-      rng: key; None in evaluation, which is how a router tells it from training.
-      step: int32 scalar, of training, for settings that are annealed; None: at their ends.
-      replay: the choices to take, or None: the router's own.
+      rng: random key in training; None in evaluation.
+      step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
+      replay: choices to use; None: the router chooses.
     """
 
     options: Options
@@ -135,17 +135,17 @@ class RouterInputs(NamedTuple):
 class Router(Settings):
     """From tokens to their experts and gates.
 
-    A router of the user's overrides `route`, and declares what is true of it.
+    A subclass overrides `route`, and declares the attributes that are true for it.
 
     Attributes:
-      replays: whether `route` takes `inputs.replay` in place of its own choices.
+      replays: whether `route` uses `inputs.replay` instead of its own choices.
       learns: whether a gradient reaches its parameters through its probabilities.
-      takes_bias: whether it adds `inputs.bias_E` to what it selects by.
-      takes_free_experts: whether experts that compute nothing can be among its options.
-      mixes: whether it fills slots with mixtures of tokens, so that no row is moved (`Mixing`).
-      has_smooth_load: whether it selects the plain best of noisy logits at every training step.
-      has_independent_scores: whether it selects the best scores of all experts, each in [0, 1] and
-        of its own logit alone.
+      takes_bias: whether it adds `inputs.bias_E` to the scores that it selects by.
+      takes_free_experts: whether its options can include experts that compute nothing.
+      mixes: whether it fills slots with mixtures of tokens, so that no row moves (`Mixing`).
+      has_smooth_load: whether it takes the K best of logits with noise at every training step.
+      has_independent_scores: whether it selects the best scores of all experts, where each score is
+        in [0, 1] and depends on its own logit alone.
     """
 
     family: ClassVar[str] = "router"
@@ -174,16 +174,16 @@ class Router(Settings):
         return True
 
     def fills_slots(self, training: bool) -> bool:
-        """Whether experts choose tokens for all their slots, so that there must be a capacity."""
+        """Whether experts choose tokens for all of their slots, which needs a capacity."""
         del training
         return False
 
     def num_choices(self, options: Options) -> int:
-        """K of the arrays in `Routing`."""
+        """K of the arrays in the `Routing` that it returns."""
         return options.num_selected
 
     def mean_experts(self, options: Options, group_size: int) -> float:
-        """Choices of a token that count, in the mean: what its active parameters are."""
+        """The mean number of choices per token that count, which sets the active parameters."""
         del group_size
         return options.num_selected
 
@@ -218,7 +218,10 @@ class Router(Settings):
         Args:
           params: arrays in the tree that `specs` declares.
           x_GSM: token representations, any float dtype.
-          inputs: what else there is to know.
+          inputs: valid tokens, ids, positions, bias, random key and replay.
+
+        Returns:
+          The `Routing` of every token.
         """
         raise NotImplementedError
 

@@ -1,8 +1,8 @@
 """Balanced assignments in training, every token's best in evaluation (legend: `moe_jax.moe`).
 
-Training is not causal: which expert a token gets depends on all tokens of its group. Evaluation
-looks at one token at a time. On a mesh nothing leaves a group. Both assignments are sought in
-float32 whatever the router's dtype: bfloat16 does not tell their last steps apart.
+Training is not causal: a token's expert depends on all tokens of its group. Evaluation looks at one
+token at a time. On a mesh nothing leaves a group. Both assignments are computed in float32
+whatever the router's dtype, since bfloat16 cannot resolve their last steps.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class Base(LogitRouter):
         """See `Router`."""
         require(
             moe.num_selected_experts == moe.num_selected(training=False) == 1,
-            "a balanced assignment gives a token one expert",
+            "a balanced assignment needs one expert per token",
             f"router='base', num_selected_experts={moe.num_selected_experts}, "
             f"eval_num_selected_experts={moe.eval_num_selected_experts}",
             "Set num_selected_experts=1, or router='sinkhorn'",
@@ -120,7 +120,7 @@ class Base(LogitRouter):
 
 
 def sinkhorn_potentials(logits_SE: jax.Array, valid_S: jax.Array) -> jax.Array:
-    """What, added to the logits of an expert, makes a softmax over experts a balanced plan.
+    """Numbers per expert that, added to the logits, make a softmax a balanced plan.
 
     Args:
       logits_SE: float32.

@@ -62,7 +62,7 @@ def auction(
     price_E: jax.Array,
     step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One auction, in rounds in which all bid who have no place.
+    """One auction, in rounds in which every token without a place bids.
 
     Args:
       affinity_SE: what a token gets from an expert, finite.
@@ -109,7 +109,7 @@ def auction(
 def fill_places(
     expert_S: jax.Array, bidding_S: jax.Array, places: jax.Array, num_experts: int
 ) -> jax.Array:
-    """Puts who has no place after an auction that was cut short into free ones; 0 for padding."""
+    """Gives free places to tokens left over by an auction cut short; 0 for padding."""
     free_E = places - jnp.bincount(expert_S, length=num_experts)
     waits_S = bidding_S & (expert_S == num_experts)
     number_S = jnp.cumsum(waits_S)

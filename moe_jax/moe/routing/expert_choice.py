@@ -1,8 +1,8 @@
 """Expert choice: every expert takes the tokens of the group it scores best (legend: `moe_jax.moe`).
 
 Not causal: whether an expert takes a token depends on the scores of all tokens of the group. A
-predictor, learned beside it, tells from a token alone which experts would take it, and makes
-evaluation and generation causal. On a mesh nothing leaves a group.
+learned predictor guesses from a token alone which experts would take it. It makes evaluation and
+generation causal. On a mesh nothing leaves a group.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class ExpertChoice(LogitRouter):
     """Fills the slots of every expert with the tokens it scores best; ties to the earlier token.
 
-    Over the places of a group, a token is taken by `num_selected_experts` times the capacity factor
-    experts in the mean, by none or by all. Slots are reckoned with padding, so that the tokens of a
-    padded group get more: where there are no more of them than slots, every expert takes every one.
+    A token is taken by `num_selected_experts` times the capacity factor experts on average, and by
+    any number between none and all. Slots are counted with padding, so the tokens of a padded group
+    get more experts: if there are no more tokens than slots, every expert takes every token.
 
     Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2, eq. 1-2: S = softmax(x W) over experts,
       then the top C of every column. The limit takes a token's best experts after the choice and
@@ -59,21 +59,21 @@ class ExpertChoice(LogitRouter):
         """See `Router`."""
         require(
             moe.capacity.train_factor > 0,
-            "experts choose as many tokens as they have slots, so that expert choice needs a "
-            "capacity",
+            "expert choice needs a capacity: experts choose as many tokens as they have slots",
             f"capacity.train_factor={moe.capacity.train_factor}",
-            "Set it above 0; the mean number of experts a token is it times num_selected_experts",
+            "Set it above 0: a token gets train_factor * num_selected_experts experts on average",
         )
         require(
             self.max_experts <= moe.num_experts,
-            "router.max_experts is at most num_experts",
+            "router.max_experts must be at most num_experts",
             f"max_experts={self.max_experts}, num_experts={moe.num_experts}",
             "Lower it, or set it to 0 for no limit",
         )
         queue = moe.capacity.queue
         require(
             not queue.needs_rng,
-            "expert choice has a capacity in every evaluation, and a random queue no key there",
+            "expert choice cannot use a random queue: its evaluations have a capacity but no "
+            "random key",
             f"capacity.queue={queue}",
             "Use another queue",
         )
@@ -101,7 +101,7 @@ class ExpertChoice(LogitRouter):
         """A `Routing` in which a token has up to `max_experts` choices, its best; see `Router`.
 
         Gates are probabilities; no more than C tokens choose an expert. In evaluation with a
-        predictor, the experts that it foretells take a token, however many tokens that are.
+        predictor, the experts that it predicts take a token, however many tokens that are.
         """
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
@@ -111,12 +111,12 @@ class ExpertChoice(LogitRouter):
         if self.fills_slots(training=inputs.rng is not None):
             is_taken_GSE = best_of_columns(scores_GSE, inputs.options.slots)
             if self.predictor_loss_weight > 0:
-                foretold_GSE = self.foretell(params, x_GSM)
-                nats_GSE = jax.nn.softplus(foretold_GSE) - foretold_GSE * is_taken_GSE
+                predicted_GSE = self.predict(params, x_GSM)
+                nats_GSE = jax.nn.softplus(predicted_GSE) - predicted_GSE * is_taken_GSE
                 nats_GS = jnp.mean(nats_GSE.astype(jnp.float32), axis=-1)
                 loss_GS = self.predictor_loss_weight * nats_GS
         else:
-            is_taken_GSE = self.foretell(params, x_GSM) > 0
+            is_taken_GSE = self.predict(params, x_GSM) > 0
         is_taken_GSE &= valid_GS1
 
         best = top_k(jnp.where(is_taken_GSE, scores_GSE, -1), self.num_choices(inputs.options))
@@ -129,7 +129,7 @@ class ExpertChoice(LogitRouter):
             clean_GSE=clean_GSE, noise_std_GSE=noise_std_GSE, loss_GS=loss_GS,
         )  # fmt: skip
 
-    def foretell(self, params: Any, x_GSM: jax.Array) -> jax.Array:
+    def predict(self, params: Any, x_GSM: jax.Array) -> jax.Array:
         """Above 0 for an expert that is likely to take the token; [G, S, E] in `dtype`.
 
         Only the predictor learns from it: the token carries no gradient.

@@ -1,7 +1,7 @@
 """Experts fixed beforehand: by hash, at random, in turn (legend: `moe_jax.moe`).
 
-Nothing is learned, gates are 1 / K, the same table serves every layer. All are causal: a choice
-depends on a token's id, the one before it, its place, and a key.
+Nothing is learned, gates are 1 / K, and one table serves all layers. All are causal: a choice
+depends on a token's id, the id before it, its position, and a key.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HASH_BY = ("token", "modulo", "table", "position", "bigram")
 
 @dataclasses.dataclass(frozen=True)
 class FixedRouter(Router):
-    """A router that learns nothing; the next class says which experts it chooses."""
+    """A router that learns nothing; a subclass chooses the experts."""
 
     replays: ClassVar[bool] = True
 
@@ -52,7 +52,7 @@ class FixedRouter(Router):
 
 @dataclasses.dataclass(frozen=True)
 class Hash(FixedRouter):
-    """The experts that a token's id, position or bigram stands for, whatever its content.
+    """Experts by a hash of a token's id, position or bigram.
 
     Source: Roller et al. 2021, Hash layers, arXiv:2106.04426.
     """
@@ -67,13 +67,13 @@ class Hash(FixedRouter):
         """See `Settings`."""
         require(
             (self.by == "table") == bool(self.table),
-            "table goes with by='table'",
+            "table and by='table' must be set together",
             f"by={self.by!r}, {len(self.table)} entries",
             "Set both or none",
         )
         require(
             self.seed == 0 or self.by not in ("modulo", "table"),
-            "seed is of hashes that are drawn, and nothing else reads it",
+            "seed has no effect with by='modulo' or by='table'",
             f"seed={self.seed}, by={self.by!r}",
             "Drop it",
         )
@@ -83,7 +83,7 @@ class Hash(FixedRouter):
         super().check_block(moe)
         require(
             all(0 <= expert < moe.num_experts for expert in self.table),
-            "router.table has experts in 0..num_experts - 1",
+            "router.table must hold experts in 0..num_experts - 1",
             f"num_experts={moe.num_experts}, table={self.table}",
             "Correct it",
         )
@@ -92,9 +92,9 @@ class Hash(FixedRouter):
         """None; refuses a table of another vocabulary."""
         require(
             not self.table or not dims.vocab_size or len(self.table) == dims.vocab_size,
-            "router.table has the expert of every token id",
+            "router.table must have one expert per token id",
             f"{len(self.table)} entries, vocab_size={dims.vocab_size}",
-            "Make it anew, say by moe.routing.fixed.balanced_table",
+            "Make a new one, for example by moe.routing.fixed.balanced_table",
         )
         return {}
 
@@ -124,7 +124,7 @@ class Hash(FixedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Random(FixedRouter):
-    """K experts at random for every token anew; without a key, those of its place in the group."""
+    """K random experts for every token in every call; without a key, by its place in the group."""
 
     seed: int = setting(0, at_least=0, below=2**32)  # of evaluation
 
@@ -163,12 +163,12 @@ def best_hashed(keys: Sequence[jax.Array], options: Options, seed: int) -> jax.A
 
 
 def hash_scores(keys: Sequence[jax.Array], num_experts: int, seed: int) -> jax.Array:
-    """A number for each key and expert that looks random: float32 [G, S, E] in [0, 1).
+    """A pseudo-random number for each key and expert: float32 [G, S, E] in [0, 1).
 
     The K largest are K different experts, each as likely as any other, without a table.
 
     Args:
-      keys: integers [G, S]; all of them together are the key.
+      keys: integers [G, S], one array per part of the key.
       num_experts: E.
       seed: another number, another table.
     """

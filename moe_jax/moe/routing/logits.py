@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Logits(NamedTuple):
-    """Logits over the options, and what is known of their noise.
+    """Logits over the options, and their noise.
 
     Attributes:
       logits_GSE: noise included.
@@ -52,7 +52,7 @@ class Projection(Settings):
     def logits(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array:
         """[G, S, E] in the dtype of `x_GSM`; `step` is for annealed settings.
 
-        Without a step, in evaluation and outside training, they are at their ends.
+        Without a step, as in an evaluation outside training, they have their end values.
         """
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class Linear(Projection):
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Settings):
-    """What is random in training: on the router's own copy of the token, or on its logits."""
+    """Noise in training, on the router's own copy of the token or on its logits."""
 
     family: ClassVar[str] = "noise"
 
@@ -117,14 +117,14 @@ class Noise(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Settings):
-    """From logits to what experts are selected by, and to gates."""
+    """Turns logits into the scores that select experts, and into gates."""
 
     family: ClassVar[str] = "score"
     over_selected: ClassVar[bool] = False  # gates are made of the selected logits alone
     independent: ClassVar[bool] = False  # a score is of its own logit alone, in [0, 1]
 
     def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
-        """The logs of the scores, up to a number a token.
+        """The logs of the scores, up to one constant per token.
 
         Scores are divided by their sum as a softmax of these, with a finite gradient where all of
         them underflow.
@@ -180,17 +180,15 @@ class Sigmoid(Score):
 
 
 def check_gate(score: Score, renormalize: bool, moe: "MoE") -> None:
-    """Refuses a gate that is always 1, which gives the router no gradient."""
+    """Checks that the gate is not always 1, which gives the router no gradient."""
     require(
         moe.num_options == 1
         or moe.num_selected_experts > 1
         or not (renormalize or score.over_selected),
-        "with num_selected_experts=1 the gate is the router's own probability: renormalised, or as "
-        "a softmax over the one selected logit, it is always 1 and the router gets no gradient "
-        "from the task",
+        "with num_selected_experts=1 a renormalised gate, or a softmax over the selected logit, "
+        "is always 1, and the router gets no gradient from the task",
         f"router.renormalize={renormalize}, router.score={score}",
-        "Set renormalize=False and score='softmax' or 'sigmoid', or use more than one expert a "
-        "token",
+        "Set renormalize=False and score='softmax' or 'sigmoid', or use several experts per token",
     )
 
 
@@ -205,10 +203,10 @@ def annealed(
 
 
 def check_annealing(start: float | None, num_steps: int) -> None:
-    """Refuses a start without steps, and steps without a start."""
+    """Checks that annealing has both a start and steps, or neither."""
     require(
         (num_steps > 0) == (start is not None),
-        "anneal_from is where annealing in anneal_steps > 0 starts",
+        "anneal_from and anneal_steps > 0 must be set together",
         f"anneal_from={start}, anneal_steps={num_steps}",
         "Set both or none",
     )

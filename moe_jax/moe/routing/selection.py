@@ -1,6 +1,6 @@
-"""Which experts a token gets besides plainly its K best: drawn ones, and fewer than K.
+"""Other choices than a token's K best experts: drawn ones, and fewer than K.
 
-Legend: `moe_jax.moe`. Everything here looks at one token at a time: nothing can see a later one.
+Legend: `moe_jax.moe`. Everything here looks at one token at a time, so nothing sees a later one.
 """
 
 import dataclasses
@@ -83,23 +83,23 @@ class ExpertGroups(Settings):
         """See `Settings`."""
         require(
             self.num_selected <= self.num_groups,
-            "num_selected is at most num_groups",
+            "num_selected must be at most num_groups",
             f"{self.num_selected} of {self.num_groups}",
             "Lower num_selected, or set router.groups=None for selection among all experts",
         )
 
     def check_block(self, moe: "MoE") -> None:
-        """Checks the experts that the groups are of."""
+        """Checks the block whose experts form the groups."""
         size, remainder = divmod(moe.num_experts, self.num_groups)
         require(
             remainder == 0,
-            "router.groups.num_groups divides num_experts",
+            "router.groups.num_groups must divide num_experts",
             f"num_groups={self.num_groups}, num_experts={moe.num_experts}",
             "Use a divisor",
         )
         require(
             self.num_selected * size >= moe.num_selected(training=False),
-            "the selected groups hold at least num_selected_experts experts",
+            "the selected groups must hold at least num_selected_experts experts",
             f"{self.num_selected} groups of {size} experts, num_selected_experts="
             f"{moe.num_selected(training=False)}",
             "Raise router.groups.num_selected",
@@ -112,7 +112,7 @@ class ExpertGroups(Settings):
         )
         require(
             moe.num_options == moe.num_experts,
-            "zero and copy experts belong to no group of experts",
+            "groups of experts cannot be combined with zero and copy experts",
             f"num_zero_experts={moe.num_zero_experts}, num_copy_experts={moe.num_copy_experts}, "
             f"router.groups={self}",
             "Set router.groups=None",
@@ -136,7 +136,7 @@ class ExpertGroups(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class ChoicePolicy(Settings):
-    """Which of the choices after the first count; the gates of those that do are left alone.
+    """Decides which choices after the first count; their gates do not change.
 
     A renormalised first gate stays below 1. Names: Mesh TensorFlow.
     """
@@ -145,7 +145,7 @@ class ChoicePolicy(Settings):
     is_random: ClassVar[bool] = False
 
     def mean_choices(self, num_selected: int) -> float:
-        """The most choices of a token that can count, where the data decide."""
+        """The mean number of choices that count; the most if the data decide."""
         return num_selected
 
     def counts(self, gate_GSK: jax.Array, rng: jax.Array | None) -> jax.Array:

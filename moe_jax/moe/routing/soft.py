@@ -1,7 +1,7 @@
 """Soft MoE: slots hold mixtures of tokens, tokens get mixtures of slots (legend: `moe_jax.moe`).
 
-Nothing is chosen, dropped or queued. Not causal: every slot has a little of every token of its
-group, later ones included.
+Nothing is chosen, dropped or queued. Not causal: every slot mixes all tokens of its group, later
+ones included.
 """
 
 import dataclasses
@@ -51,27 +51,27 @@ class Soft(Router):
         """See `Router`."""
         require(
             moe.group_size > 0 and moe.capacity.train_factor > 0,
-            "Soft MoE learns its slots, num_selected_experts * group_size * train_factor / "
-            "num_experts an expert, whatever the sequence",
+            "Soft MoE needs group_size and capacity.train_factor above 0: an expert learns "
+            "num_selected_experts * group_size * train_factor / num_experts slots",
             f"group_size={moe.group_size}, capacity.train_factor={moe.capacity.train_factor}",
             "Set both above 0; group_size to data.sequence_length, or to a divisor of it",
         )
         require(
             moe.run_experts == "auto" and moe.exchange == "auto" and not moe.gate_on_input,
-            "Soft MoE drops nothing, and has one way to run its experts",
+            "Soft MoE has one way to run its experts, and no gates on their input",
             f"run_experts={moe.run_experts!r}, exchange={moe.exchange!r}, "
             f"gate_on_input={moe.gate_on_input}",
             "Leave them at 'auto', 'auto' and False",
         )
         require(
             moe.capacity.queue == type(moe.capacity)().queue,
-            "Soft MoE queues nothing",
+            "Soft MoE has no queue",
             f"capacity.queue={moe.capacity.queue}",
             "Leave it at 'token_major'",
         )
         require(
             moe.eval_num_selected_experts == 0,
-            "Soft MoE learns slots for num_selected_experts, and has them in evaluation too",
+            "Soft MoE must have the same slots in training and in evaluation",
             f"eval_num_selected_experts={moe.eval_num_selected_experts}",
             "Set it to 0",
         )
@@ -80,8 +80,8 @@ class Soft(Router):
         """See `Router`."""
         require(
             run.length % moe.group_size == 0,
-            "Soft MoE learns the slots of group_size tokens, and a text is generated alone, so "
-            "that group_size divides data.sequence_length",
+            "group_size of Soft MoE must divide data.sequence_length, since a text is generated "
+            "alone",
             f"group_size={moe.group_size}, sequence_length={run.length}",
             f"Set group_size to {run.length}, or to a divisor of it",
         )

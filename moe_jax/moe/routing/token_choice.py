@@ -41,7 +41,7 @@ class TokenChoice(LogitRouter):
         super().check()
         require(
             self.eval_choices is None or not self.eval_choices.is_random,
-            "eval_choices draws nothing: an evaluation has no random key",
+            "eval_choices cannot be random: an evaluation has no random key",
             f"eval_choices={self.eval_choices}",
             "Use None, 'first' or 'threshold'",
         )
@@ -73,7 +73,7 @@ class TokenChoice(LogitRouter):
             self.groups.check_block(moe)
         require(
             self.selection is None or moe.bias is None,
-            "a selection that draws experts by their probability leaves a selection bias alone",
+            "a selection that draws experts cannot be combined with a selection bias",
             f"router.selection={self.selection}, bias={moe.bias}",
             "Set one of them to None",
         )
@@ -82,8 +82,8 @@ class TokenChoice(LogitRouter):
         """Selects K experts for every token; ties go to the expert of the lower index.
 
         The selection bias is added to the scores for the selection only, never to the gates
-        (DeepSeek-V3, eq. 16); no gradient flows to it. Replayed choices take the place of the best
-        ones: the gradient reaches the router through their gates.
+        (DeepSeek-V3, eq. 16); no gradient flows to it. Replayed choices replace the best ones, and
+        the gradient reaches the router through their gates.
         """
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
@@ -107,7 +107,7 @@ class TokenChoice(LogitRouter):
     def select_by(
         self, scores_GSE: jax.Array, probs_GSE: jax.Array, inputs: RouterInputs
     ) -> jax.Array:
-        """What a token selects its K experts by, [G, S, E]: bias, groups and draws included."""
+        """The numbers that a token selects by, [G, S, E], with bias, groups and draws."""
         selection_GSE = scores_GSE
         if inputs.bias_E is not None:
             bias_E = jax.lax.stop_gradient(inputs.bias_E)
@@ -147,11 +147,11 @@ class TokenChoice(LogitRouter):
         return jnp.where(chosen_GSK, gate_GSK, 0), chosen_GSK
 
     def check_replay(self) -> None:
-        """Refuses to replay what a record does not tell apart."""
+        """Checks that a record holds all that a replay needs."""
         require(
             self.top_p == 1 or self.choices is self.eval_choices is None,
-            "gates are renormalised over what top_p leaves, before a policy thins it out, and a "
-            "record does not keep the two apart",
+            "a replay cannot combine top_p with choices or eval_choices: gates are renormalised "
+            "between the two",
             f"router.top_p={self.top_p}, choices={self.choices}, eval_choices={self.eval_choices}",
             "Replay with one of them",
         )

@@ -1,8 +1,7 @@
-"""Experts that compute nothing, as further choices of a token (legend: `moe_jax.moe`).
+"""Experts that compute nothing, as further options of a token (legend: `moe_jax.moe`).
 
-Behind the E experts that compute, a router may choose among zero experts, which add nothing to the
-token, and after these copy experts, which add the token itself. They take no slot, are never full,
-and every device has them.
+Behind the E experts that compute come zero experts, which add nothing to the token, and then copy
+experts, which add the token itself. They take no slot, are never full, and every device has them.
 
 Source: Jin et al. 2024, MoE++, arXiv:2410.07348, sec. 3.1 (of its kinds, without the constant
 expert); Meituan 2025, LongCat-Flash, arXiv:2509.01322 (copy experts alone).
@@ -15,10 +14,10 @@ from moe_jax.moe.routing import Options, Routing
 
 
 def computing_choices(routing: Routing, options: Options) -> Routing:
-    """The choices of experts that compute: what is given slots and run.
+    """The choices of experts that compute, which get slots and run.
 
-    Probabilities are cut to these experts as well, so that a queue ranks a token by what it has to
-    do with an expert that can be full.
+    Probabilities are cut to these experts as well, so a queue ranks a token only by experts that
+    can be full.
     """
     num_experts = options.num_experts
     if num_experts == options.num_options:
@@ -44,7 +43,7 @@ def add_free_choices(
 
     Args:
       x_GSM: tokens.
-      y_GSM: what experts gave them.
+      y_GSM: outputs of the experts for them.
       routing: all choices.
       kept_GSK: bool, which choices of experts that compute were kept.
       valid_GS1: bool, False for padding.

@@ -5,7 +5,7 @@ A `Plan` says how. Its ways agree in value and in every gradient:
   einsum  one-hot tensors of shape GSEC, contracted; the reference. Costs 4 * G*S * S*K*factor * M
           FLOPs on top of the experts: it grows with the group.
   gather  indices into E x C slots; no GSEC tensor.
-  ragged  rows sorted by expert; computes kept choices only, so it is the one without padding.
+  ragged  rows sorted by expert; computes kept choices only, without padding.
 
 On a mesh, rows travel between devices by one of two exchanges:
 
@@ -73,11 +73,10 @@ class Plan:
 def plan_experts(moe: "MoE") -> Plan:
     """The plan of a block for the mesh and the platform in use.
 
-    "auto" is the fastest way on one CPU, where ragged is a loop, elsewhere the one of the fewest
+    "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
     FLOPs and bytes (docs/parallelism.md): a TPU computes ragged's gradient of the weights by dense
-    products of every row with every expert. Of the exchanges the compiler's overlaps more; but
-    where experts span slices it hands slots to the network between slices whole, and not slice by
-    slice.
+    products of every row with every expert. The compiler's exchange overlaps more. If experts span
+    slices, though, it sends whole slots between slices, and not slice by slice.
     """
     mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
     if rows == "auto":
@@ -108,8 +107,8 @@ def run_experts(
       assignment: the kept choices, their slots and gates.
       weights: of the experts, by name, leading dim E.
       axes: the names of their dims in `parallel.rules`, by name.
-      experts: computes every row, by itself, with the weights that the layout gives it.
-      plan: how.
+      experts: computes each row by itself, with the weights that the layout gives it.
+      plan: how experts run.
       rng: key for the experts, or None.
 
     Returns:
@@ -136,10 +135,10 @@ def gated_input(
     plan: Plan,
     rng: jax.Array | None,
 ) -> jax.Array:
-    """`run_experts` with gates on what experts get: each choice is carried as a token of its own.
+    """`run_experts` with gates on the experts' input: each choice travels as a token of its own.
 
-    Experts are not linear: half a token in is not half of what it gives. S * K tokens of one choice
-    and gate 1 are in a group; by einsum that costs K times the contractions.
+    Experts are not linear, so a gate on the input differs from one on the output. A group then has
+    S * K tokens with one choice and gate 1. By einsum that costs K times the contractions.
 
     Source: Llama 4, as `Llama4TextMoe` of transformers has it: the sigmoid of the best logit times
       the token, through its expert, to which the shared expert's output is added.

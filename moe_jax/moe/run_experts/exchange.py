@@ -13,7 +13,7 @@ from moe_jax.parallel.rules import constrain
 
 
 class Exchange(Protocol):
-    """A way between tokens and experts.
+    """A way to carry slots between the devices of tokens and those of experts.
 
     Attributes:
       num_chunks: in how many parts the slots travel; while one part is computed, another can be
@@ -30,7 +30,7 @@ class Exchange(Protocol):
 
 
 class ByConstraint:
-    """Says where slots lie before and after; the compiler inserts the all-to-all.
+    """States where slots lie before and after; the compiler inserts the all-to-all.
 
     Without a mesh this is the way of a single device.
     """

@@ -1,6 +1,6 @@
 """Experts on a mesh with explicit collectives: one program for each device, by `jax.shard_map`.
 
-Slots travel whole; of rows sorted by expert go as many as there are. Legend: `moe_jax.moe`; here
+Slots travel whole, filled or not; rows sorted by expert travel alone. Legend: `moe_jax.moe`; here
 also Q, devices that share the experts, and W, rows that a device receives.
 """
 
@@ -118,12 +118,11 @@ def run_parallel(
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """What the backward pass finds again: everything but matrices gathered over fsdp.
+    """What the backward pass keeps: everything except matrices gathered over fsdp.
 
-    They are gathered anew, as parameters that the compiler splits would be: kept, those of all
-    layers would lie on every device. A checkpoint keeps the compiler from fusing across what it
-    keeps (3.1 times the fewest bytes of memory traffic in place of 2.0 in a Switch layer on v5e),
-    so that there is none where nothing is gathered.
+    They are gathered again, since kept matrices of all layers would lie on every device. A
+    checkpoint keeps the compiler from fusing across what it keeps: 3.1 times the fewest bytes of
+    memory traffic instead of 2.0 in a Switch layer on v5e. So there is none if nothing is gathered.
     """
     return primitive.name not in ("all_gather", "pvary")
 
@@ -186,11 +185,11 @@ def exchange_rows(
 
 
 def check_even(what: str, count: int, shards: int) -> None:
-    """Raises `ValueError` unless a mesh splits something evenly."""
+    """Raises `ValueError` if the mesh does not split something evenly."""
     if count % shards:
         raise ValueError(
-            f"The mesh splits {what} evenly: {count} over {shards} devices. Change config.mesh, "
-            "training.batch_size or num_experts."
+            f"The mesh must split {what} evenly: {count} over {shards} devices. Change "
+            "config.mesh, training.batch_size or num_experts."
         )
 
 

@@ -124,7 +124,7 @@ def sort_by_expert(
     num_rows = expert_JK.size
     if (num_experts + 1) * num_rows > jnp.iinfo(jnp.int32).max:
         raise ValueError(
-            "(num_experts + 1) * tokens * num_selected_experts fits in int32: "
+            "(num_experts + 1) * tokens * num_selected_experts must fit in int32: "
             f"num_experts={num_experts}, tokens * num_selected_experts={num_rows}. Use more "
             "microbatches, or run_experts='gather'."
         )
