@@ -100,19 +100,21 @@ def run_experts(
     plan: Plan,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """The gated sum over the kept choices of every token.
+    """Carries every kept choice to its expert and back, and adds up the outputs by token.
+
+    All ways below have these arguments and this result; their docstrings say what differs.
 
     Args:
-      x_GSM: tokens.
+      x_GSM: tokens, in the compute dtype.
       assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E.
-      axes: the names of their dims in `parallel.rules`, by name.
+      weights: of the experts, by name, leading dim E; inside `jax.shard_map` those of this device.
+      axes: names of the dims of each weight in `parallel.rules`, by name.
       experts: computes each row by itself, with the weights that the layout gives it.
       plan: how experts run.
-      rng: key for the experts, or None.
+      rng: random key of the experts, which the layout carries, or None.
 
     Returns:
-      [G, S, M] in the dtype of `x_GSM`.
+      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
     """
     if plan.gate_on_input:
         return gated_input(x_GSM, assignment, weights, axes, experts, plan, rng)

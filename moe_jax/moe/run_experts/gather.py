@@ -26,16 +26,8 @@ def run_gather(
 ) -> jax.Array:
     """Fills the slots of every group by reading its tokens, and reads the outputs back by slot.
 
-    Args:
-      x_GSM: tokens.
-      assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E (inside `jax.shard_map`: of this device).
-      experts: computes rows [E, G, C, M] in the `Slots` layout.
-      rng: key for the experts, or None; the layout carries it.
-      exchange: the way between the devices of tokens and of experts.
-
-    Returns:
-      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+    Arguments and result are those of `run_experts`. Experts compute rows [E, G, C, M] in the
+    `Slots` layout, and `exchange` carries these between the devices of tokens and of experts.
     """
     groups, _, model_dim = x_GSM.shape
     num_experts, capacity = assignment.num_experts, assignment.capacity

@@ -42,24 +42,15 @@ def run_parallel(
 ) -> jax.Array:
     """Runs experts on each device's own tokens, with explicit collectives in between.
 
-    Tokens are split over every mesh axis but `tensor`, experts over the expert axes; a device
-    gathers its experts' matrices over `fsdp` and keeps its part of their hidden dim under `tensor`,
-    whose partial outputs are summed last, by token.
+    Tokens are split over every mesh axis except `tensor`, experts over the expert axes. A device
+    gathers its experts' matrices over `fsdp`. Under `tensor` it keeps its part of their hidden dim,
+    and partial outputs are summed last, by token.
 
-    Args:
-      x_GSM: tokens of all devices.
-      assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E.
-      axes: the names of their dims in `parallel.rules`, by name.
-      experts: computes rows.
-      rng: key for the experts, or None. Each device draws from its own, so that what is random in
-        the experts depends on the mesh.
-      rows: "einsum" or "gather", with `jax.lax.all_to_all` of slots; "ragged", with
-        `jax.lax.ragged_all_to_all` of rows.
-      num_chunks: in how many parts slots (or, for "ragged", tokens) travel.
-
-    Returns:
-      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+    Arguments and result are those of `run_experts`, for the arrays of all devices. Each device
+    draws from a key of its own, so what is random in the experts depends on the mesh. `rows` is
+    "einsum" or "gather", with `jax.lax.all_to_all` of slots, or "ragged", with
+    `jax.lax.ragged_all_to_all` of rows. `num_chunks` is the number of parts in which slots (or, for
+    "ragged", tokens) travel.
 
     Raises:
       ValueError: the mesh does not divide the groups of tokens, or the experts.
@@ -218,7 +209,7 @@ def through_ragged_exchange(
       experts: computes rows; see `run_sorted_rows`.
       rng: key for the experts, or None.
       axes: mesh axes that the experts are split over.
-      max_rows: W, which no device ever receives more rows than.
+      max_rows: W, the most rows that a device can receive.
 
     Returns:
       [J, M] in the dtype of `x_JM`: the gated sum over a token's kept choices.

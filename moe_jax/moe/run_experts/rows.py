@@ -57,17 +57,9 @@ def run_sorted_rows(
 ) -> jax.Array:
     """Sorts the kept choices by expert, computes them, and sums them by token.
 
-    Args:
-      x_GSM: tokens.
-      assignment: the kept choices and their gates; slots are not used.
-      weights: of the experts, by name, leading dim E.
-      experts: computes rows by the layout it is given: `SortedRows` through `jax.lax.ragged_dot`,
-        which TPUs have a kernel for; on a CPU, where that would be a masked product of every row
-        with every expert, block by block (`expert_loop`). It acts on each row by itself.
-      rng: key for the experts, or None; the layout carries it.
-
-    Returns:
-      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+    Arguments and result are those of `run_experts`; slots are not used. Experts compute
+    `SortedRows` through `jax.lax.ragged_dot`, for which TPUs have a kernel. On a CPU that would
+    multiply every row with every expert, so experts run block by block (`expert_loop`).
     """
     num_choices = assignment.kept_GSK.shape[-1]
     y_JM = through_sorted_rows(

@@ -58,16 +58,8 @@ def run_einsum(
 ) -> jax.Array:
     """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
 
-    Args:
-      x_GSM: tokens.
-      assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E (inside `jax.shard_map`: of this device).
-      experts: computes rows [E, G, C, M] in the `Slots` layout.
-      rng: key for the experts, or None; the layout carries it.
-      exchange: the way between the devices of tokens and of experts.
-
-    Returns:
-      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+    Arguments and result are those of `run_experts`. Experts compute rows [E, G, C, M] in the
+    `Slots` layout, and `exchange` carries these between the devices of tokens and of experts.
 
     Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
       indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
@@ -91,15 +83,10 @@ def mix_slots(
     rng: jax.Array | None = None,
     exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:
-    """Fills slots with weighted tokens, and tokens with weighted outputs of slots: [G, S, M].
+    """Fills slots with weighted tokens, and adds up the weighted outputs of slots by token.
 
-    Args:
-      x_GSM: tokens.
-      mixing: what each token gives to each slot and gets back of its output.
-      weights: of the experts; see `run_einsum`, as for the others.
-      experts: computes rows [E, G, C, M].
-      rng: key for the experts, or None.
-      exchange: the way between the devices of tokens and of experts.
+    Arguments and result are those of `run_einsum`, with `mixing` in place of an assignment: the
+    weights of the tokens in each slot, and of the slots in each token's output.
     """
     dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)
     x_EGCM = jnp.einsum("GSEC,GSM->EGCM", dispatch_GSEC, x_GSM)
