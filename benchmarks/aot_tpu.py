@@ -320,7 +320,7 @@ def main() -> None:
     if unknown:
         parser.error(f"the layers are {sorted(LAYERS)}: got {unknown}. Correct --layers.")
     if importlib.util.find_spec("libtpu") is None:
-        sys.exit("Nothing compiled: this needs libtpu. pip install 'moe_jax[tpu]' (no TPU needed).")
+        sys.exit("Nothing compiled: this needs libtpu. pip install -e '.[tpu]' (no TPU needed).")
     if arguments.hlo is not None:
         arguments.hlo.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

@@ -118,5 +118,5 @@ def test_values_and_gradients(way):
 
 
 def test_where_there_is_no_gate_of_a_choice_it_is_refused():
-    with pytest.raises(ValueError, match=r"one way to run its experts: .*gate_on_input=True\."):
+    with pytest.raises(ValueError, match=r"one way to run its experts, .*gate_on_input=True\."):
         MoE(router=Soft(), group_size=LENGTH, gate_on_input=True)

@@ -183,7 +183,7 @@ def test_only_training_looks_ahead():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_moe(Base(), 2), r"gives a token one expert: .*num_selected_experts=2"),
+        (lambda: make_moe(Base(), 2), r"needs one expert per token: .*num_selected_experts=2"),
         (lambda: make_moe(Sinkhorn(renormalize=True)), r"a renormalised gate"),
         (
             lambda: make_moe(Sinkhorn(noise=(Learned(),)), losses=(Load(weight=0.1),)),

@@ -209,7 +209,10 @@ def of_dict(**values):
         ),
         (lambda: Hash(by="name"), r"by is one of \['token', 'modulo'.*: by='name'"),
         (lambda: Hash(seed=-1), r"seed lies in \[0, .*: seed=-1"),
-        (lambda: Hash(by="table"), r"table goes with by='table': by='table', 0 entries"),
+        (
+            lambda: Hash(by="table"),
+            r"must be set together: by='table', 0 entries",
+        ),
         (
             lambda: of_dict(kind="hash", renormalize=True),
             r"config\.router has the fields \[.*\]: config\.router\.renormalize\.",
@@ -225,11 +228,11 @@ def of_dict(**values):
         ),
         (
             lambda: make_moe(ROUTERS["table"], experts=3),
-            r"router\.table has experts in 0\.\.num_experts - 1: num_experts=3",
+            r"router\.table must hold experts in 0\.\.num_experts - 1: num_experts=3",
         ),
         (
             lambda: make_model(make_moe(ROUTERS["table"]), vocab_size=7),
-            r"router\.table has the expert of every token id: 6 entries, vocab_size=7",
+            r"router\.table must have one expert per token id: 6 entries, vocab_size=7",
         ),
     ],
 )

@@ -153,10 +153,13 @@ def test_a_single_expert_computes_the_tokens_themselves():
     [
         ({"group_size": 0}, r"Soft MoE needs group_size.*group_size=0.*group_size to data"),
         ({"capacity": Capacity(train_factor=0)}, r"needs group_size.*train_factor=0"),
-        ({"capacity": Capacity(queue=RandomOrder(), eval_factor=0)}, r"queues .*=RandomOrder"),
-        ({"run_experts": "gather"}, r"one way to run its experts: run_experts='gather'"),
-        ({"exchange": "explicit"}, r"one way to run its experts: .*exchange='explicit'"),
-        ({"gate_on_input": True}, r"one way to run its experts: .*gate_on_input=True"),
+        (
+            {"capacity": Capacity(queue=RandomOrder(), eval_factor=0)},
+            r"has no queue: .*=RandomOrder",
+        ),
+        ({"run_experts": "gather"}, r"one way to run its experts, .*: run_experts='gather'"),
+        ({"exchange": "explicit"}, r"one way to run its experts, .*exchange='explicit'"),
+        ({"gate_on_input": True}, r"one way to run its experts, .*gate_on_input=True"),
         ({"losses": (Importance(weight=0.1),)}, r"importance_loss needs a router whose prob"),
         ({"bias": SignUpdate(rate=0.1)}, r"needs a router that selects"),
         ({"eval_num_selected_experts": 3}, r"the same slots in training and in evaluation"),

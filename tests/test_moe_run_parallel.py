@@ -446,8 +446,12 @@ def test_what_the_compiler_places_is_dropped_as_on_one_device():
 @pytest.mark.parametrize(
     ("groups", "num_experts", "message"),
     [
-        (6, 8, r"splits groups of tokens evenly: 6 over 8 devices\. Change config\.mesh, training"),
-        (8, 6, r"splits experts evenly: 6 over 8 devices\. .* or num_experts"),
+        (
+            6,
+            8,
+            r"split groups of tokens evenly: 6 over 8 devices\. Change config\.mesh, training",
+        ),
+        (8, 6, r"must split experts evenly: 6 over 8 devices\. .* or num_experts"),
     ],
 )
 def test_what_the_mesh_does_not_split_evenly_is_refused(groups, num_experts, message):

@@ -164,16 +164,16 @@ def test_the_selection_bias_is_of_all_options():
         ({"num_zero_experts": -1}, r"num_zero_experts lies in \[0, inf\): num_zero_experts=-1"),
         (
             {"router": Hash()},
-            r"are chosen by tokens: num_zero_experts=1, num_copy_experts=2",
+            r"a router in which tokens choose: num_zero_experts=1, num_copy_experts=2",
         ),
         (
             {"router": ExpertChoice()},
-            r"are chosen by tokens: num_zero_experts=1, num_copy_experts=2, router=ExpertChoice",
+            r"a router in which tokens choose: .*num_copy_experts=2, router=ExpertChoice",
         ),
-        ({"router": Sinkhorn()}, r"are chosen by tokens: .*router=Sinkhorn"),
+        ({"router": Sinkhorn()}, r"a router in which tokens choose: .*router=Sinkhorn"),
         (
             {"router": TokenChoice(groups=ExpertGroups(3, 2))},
-            r"belong to no group of experts: .*router\.groups=ExpertGroups\(num_groups=3",
+            r"zero and copy experts: .*router\.groups=ExpertGroups\(num_groups=3",
         ),
         (
             {"num_experts": 1, "num_selected_experts": 1},

@@ -37,7 +37,7 @@ class Layer(Part):
         layers = [name for name, part in self.branches if isinstance(part, Layer)]
         require(
             not layers,
-            "a whole layer cannot be a branch of a layer: it adds to the residual itself",
+            "a whole layer cannot be a branch of a layer, since it adds to the residual itself",
             f"{layers} of branches {[name for name, _ in self.branches]}",
             "Name it alone in the stack, or name its branches",
         )
@@ -144,7 +144,7 @@ class ParallelLayer(Layer):
         super().check()
         require(
             self.placement == "pre",
-            "a parallel layer needs placement='pre': it has one norm before all branches",
+            "a parallel layer needs placement='pre', since it has one norm before all branches",
             f"placement={self.placement!r}",
             "Leave it at 'pre'",
         )

@@ -87,7 +87,7 @@ class MoE(Part):
         )
         require(
             self.run_experts != "ragged" or self.exchange != "compiler",
-            "run_experts='ragged' cannot use exchange='compiler': it needs explicit collectives",
+            "run_experts='ragged' needs explicit collectives",
             f"exchange={self.exchange!r}",
             "Set exchange='auto' or 'explicit'",
         )

@@ -59,7 +59,8 @@ class ExpertChoice(LogitRouter):
         """See `Router`."""
         require(
             moe.capacity.train_factor > 0,
-            "expert choice needs a capacity: experts choose as many tokens as they have slots",
+            "expert choice needs a capacity, since experts choose as many tokens as they have "
+            "slots",
             f"capacity.train_factor={moe.capacity.train_factor}",
             "Set it above 0: a token gets train_factor * num_selected_experts experts on average",
         )
@@ -72,8 +73,8 @@ class ExpertChoice(LogitRouter):
         queue = moe.capacity.queue
         require(
             not queue.needs_rng,
-            "expert choice cannot use a random queue: its evaluations have a capacity but no "
-            "random key",
+            "expert choice cannot use a random queue, since its evaluations have a capacity but "
+            "no random key",
             f"capacity.queue={queue}",
             "Use another queue",
         )

@@ -51,7 +51,7 @@ class Soft(Router):
         """See `Router`."""
         require(
             moe.group_size > 0 and moe.capacity.train_factor > 0,
-            "Soft MoE needs group_size and capacity.train_factor above 0: an expert learns "
+            "Soft MoE needs group_size and capacity.train_factor above 0, since an expert learns "
             "num_selected_experts * group_size * train_factor / num_experts slots",
             f"group_size={moe.group_size}, capacity.train_factor={moe.capacity.train_factor}",
             "Set both above 0; group_size to data.sequence_length, or to a divisor of it",

@@ -41,7 +41,7 @@ class TokenChoice(LogitRouter):
         super().check()
         require(
             self.eval_choices is None or not self.eval_choices.is_random,
-            "eval_choices cannot be random: an evaluation has no random key",
+            "eval_choices cannot be random, since an evaluation has no random key",
             f"eval_choices={self.eval_choices}",
             "Use None, 'first' or 'threshold'",
         )
@@ -150,8 +150,8 @@ class TokenChoice(LogitRouter):
         """Checks that a record holds all that a replay needs."""
         require(
             self.top_p == 1 or self.choices is self.eval_choices is None,
-            "a replay cannot combine top_p with choices or eval_choices: gates are renormalised "
-            "between the two",
+            "a replay cannot combine top_p with choices or eval_choices, since gates are "
+            "renormalised between the two",
             f"router.top_p={self.top_p}, choices={self.choices}, eval_choices={self.eval_choices}",
             "Replay with one of them",
         )
