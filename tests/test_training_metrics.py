@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.training import metrics as metrics_module
@@ -20,18 +19,6 @@ from moe_jax.training.progress import Progress, progress_line
 
 def steps(path: pathlib.Path) -> list[int]:
     return [row["step"] for row in read_metrics(path / "metrics.jsonl")]
-
-
-def events(path: pathlib.Path) -> list:
-    """The TensorBoard events in a directory: records of a length, its checksum, data, checksum."""
-    found = []
-    for file in sorted((path / "tensorboard").iterdir()):
-        content = file.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            found.append(event_pb2.Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return found
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -56,13 +43,6 @@ def test_float32_reads_back_as_the_same_float32(tmp_path):
     assert jnp.bfloat16(row["y"]) == jnp.bfloat16(0.1)
 
 
-def test_tensorboard_has_the_scalars(tmp_path):
-    with MetricWriter(tmp_path) as writer:
-        writer.write(7, {"train/loss": 1.5, "moe/layer_00/expert_load": [0.5, 0.5]})
-    values = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
-    assert values == [(7, "train/loss", 1.5)]
-
-
 @pytest.mark.parametrize("cut", [0, 5, 12])
 def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, cut):
     writer = MetricWriter(tmp_path)
@@ -77,9 +57,6 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, cut):
         for step in (30, 40, 50):
             writer.write(step, {"train/loss": 2.0})
     assert steps(tmp_path) == [10, 20, 30, 40, 50]
-    # TensorBoard is told to forget the steps that are run again.
-    starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
-    assert starts == [1, 26]
 
 
 def damaged(directory, caplog, change, saved=None):

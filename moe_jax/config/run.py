@@ -11,6 +11,7 @@ from moe_jax.config.settings import Settings, setting
 
 OBJECTIVES = ("causal_lm",)
 OPTIMIZERS = ("adamw", "adafactor")
+TRACKERS = ("tensorboard", "csv", "wandb")
 SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
 
 
@@ -83,6 +84,8 @@ class TrainingConfig(Settings):
     num_steps: int = setting(1000, at_least=1)
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
+    # What shows the metrics beside metrics.jsonl.
+    trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
     log_every: int = setting(10, at_least=1, changes_results=False)  # steps
     # Steps, and after the last; 0: never.
     evaluate_every: int = setting(500, at_least=0, changes_results=False)

@@ -32,6 +32,7 @@ from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import StepMetrics
+from moe_jax.training.trackers import check_trackers, open_trackers
 from moe_jax.training.workdir import check_workdir, only_run
 
 
@@ -63,6 +64,7 @@ def train(
     config = config.on_devices(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
+    check_trackers(config.training.trackers)
     data = open_data(config.data)
     require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
@@ -157,7 +159,8 @@ def train_in(
     flops = facts.get("forward_flops_per_token", {}).get("model", 0.0)
     peak = facts.get("peak_flops")
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
-    with MetricWriter(workdir, start, saved.get("metrics")) as writer:
+    trackers = open_trackers(config, workdir, start)
+    with MetricWriter(workdir, start, saved.get("metrics"), trackers) as writer:
         with progress, SignalFlag() as signals:
             run = Run(workdir, config, data, mesh, checkpoints, writer, progress, rates, signals)
             run_steps(run, state, start)

@@ -1,7 +1,7 @@
 """What a run writes about itself: its metrics, step by step, and what it was run with.
 
 `metrics.jsonl` is the record: one JSON object a write, each step once even if the run was killed
-and resumed. TensorBoard events are written beside it for looking at while a run goes.
+and resumed. Trackers (`moe_jax.training.trackers`) show the same rows while a run goes.
 """
 
 import datetime
@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def digest(lines: Sequence[bytes]) -> str:
 
 
 class MetricWriter:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard events.
+    """Appends metrics to `metrics.jsonl`, and hands them to trackers.
 
     Write the metrics of a step before its checkpoint is saved: then whatever step a killed run
     resumes from, the file has all metrics up to that step, and each step once. Only process 0
@@ -135,6 +135,7 @@ class MetricWriter:
       directory: the run's directory, made if absent.
       start_step: the step the run starts or resumes from.
       saved: see `MetricsFile`.
+      trackers: that show each row once it is in the file; None: none do.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class MetricWriter:
         directory: str | pathlib.Path,
         start_step: int = 0,
         saved: Mapping[str, Any] | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -149,20 +151,14 @@ class MetricWriter:
         path = pathlib.Path(directory) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(path, start_step, saved)
-        self._events = tensorboardX.SummaryWriter(
-            str(path.parent / "tensorboard"),
-            purge_step=start_step + 1,
-            flush_secs=10,
-            filename_suffix=f".from_{start_step}",
-        )
+        self._trackers = trackers or Trackers()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step; what was written survives a kill.
 
         Args:
           step: the number of finished training steps.
-          metrics: numbers, scalar arrays or vectors by name. Vectors, such as the load of each
-            expert, are left out of the TensorBoard events.
+          metrics: numbers, scalar arrays or vectors by name.
 
         Raises:
           ValueError: a metric is called "step", or is neither a number nor a vector of numbers.
@@ -172,9 +168,8 @@ class MetricWriter:
         row: dict[str, int | float | list[Any]] = {"step": int(step)}
         row.update({name: _plain(name, value) for name, value in metrics.items()})
         self._file.append(row)
-        for name, value in row.items():
-            if name != "step" and not isinstance(value, list):
-                self._events.add_scalar(name, value, global_step=step)
+        del row["step"]
+        self._trackers.write(int(step), row)
 
     def state(self) -> dict[str, Any] | None:
         """See `MetricsFile`; None on other processes."""
@@ -188,7 +183,7 @@ class MetricWriter:
         """Closes the files."""
         if self._writes:
             self._file.close()
-            self._events.close()
+            self._trackers.close()
 
     def __enter__(self) -> "MetricWriter":
         return self
