@@ -190,10 +190,7 @@ def main() -> None:
     for name in ("study", "size", "arm", "workdir", "results", "corpus"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seed", required=True, type=int)
-    parser.add_argument("--cores", default="", help="only these, with commas between")
     args = parser.parse_args()
-    if args.cores:  # before JAX counts them
-        os.sched_setaffinity(0, [int(core) for core in args.cores.split(",")])
     flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
     try:
         run_arm(

@@ -18,14 +18,10 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import rich.console
-import rich.progress
 from absl import flags
 
 from experiments.arm import run_arm
@@ -34,10 +30,11 @@ from experiments.results import RESULTS_FILE, check_same_text, read_results, run
 from experiments.study import CORPUS, SIZES, Study, load_study
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.config.check import require
+from moe_jax.jobs.places import add_xla_flag, this_machine
+from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.signals import Interrupted
 
-ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
 COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
 
 
@@ -63,7 +60,7 @@ class Job:
         """All of it but the study, which has functions: they do not travel to another process."""
         return {name: value for name, value in vars(self).items() if name != "study"}
 
-    def has_its_line(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether it is finished, be it by another process."""
         return (self.size, self.arm, self.seed) in map(run_of, read_results(self.results))
 
@@ -78,13 +75,12 @@ class Job:
         rows = read_metrics(path) if path.exists() else []
         return rows[-1]["step"] if rows else 0
 
-    def command(self, cores: Sequence[int] = ()) -> list[str]:
-        """The process that runs it, on these cores or on all."""
+    def command(self) -> list[str]:
+        """The process that runs it."""
         return [
             sys.executable, "-m", "experiments.arm", f"--study={self.study.name}",
             f"--size={self.size}", f"--arm={self.arm}", f"--seed={self.seed}",
             f"--workdir={self.workdir}", f"--results={self.results}", f"--corpus={self.corpus}",
-            f"--cores={','.join(map(str, cores))}",
         ]  # fmt: skip
 
     def run_here(self) -> None:
@@ -155,116 +151,6 @@ def check_corpus(study: Study, size: str, corpus: str) -> None:
         f"{build}, then `python -m moe_jax.data.train_tokenizer --corpus=jsonl:{corpus} "
         f"--out={model}`",
     )
-
-
-class Board:
-    """Shows arms side by side; a line for each that begins or ends where there is no terminal."""
-
-    def __init__(self, jobs: list[Job]) -> None:
-        self._console = rich.console.Console()
-        self._bar = rich.progress.Progress(
-            "{task.description}",
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._arms = self._bar.add_task("arms and seeds", total=len(jobs))
-        self._tasks: dict[Job, rich.progress.TaskID] = {}
-        self._count, self._total = 0, len(jobs)
-
-    def __enter__(self) -> "Board":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def begin(self, job: Job) -> None:
-        """A job starts or goes on."""
-        steps = job.finished_steps()
-        self._tasks[job] = self._bar.add_task(job.name, total=job.num_steps, completed=steps)
-        self.say(f"{job.name}: " + (f"goes on after step {steps}" if steps else "starts"))
-
-    def look(self) -> None:
-        """Reads how far the running jobs are."""
-        if not self._bar.disable:
-            for job, task in self._tasks.items():
-                self._bar.update(task, completed=job.finished_steps())
-
-    def end(self, job: Job, problem: str = "") -> None:
-        """A job has ended."""
-        self._bar.remove_task(self._tasks.pop(job))
-        self._bar.advance(self._arms)
-        self._count += 1
-        self.say(f"{job.name}: {problem or 'finished'} ({self._count} of {self._total})")
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def run_side_by_side(jobs: list[Job], num_jobs: int, board: Board) -> list[Job]:
-    """Runs each job as a process, so many at a time; several have a core or more each.
-
-    A signal that ends this process is handed on, once: every arm saves its state and ends.
-
-    Returns:
-      The jobs that failed; their output is in `log.txt` of their directories.
-    """
-    waiting, running, failed = list(jobs), {}, []
-    free = list(range(num_jobs))
-    try:
-        while waiting or running:
-            while waiting and free:
-                job = waiting.pop(0)
-                board.begin(job)
-                if job.has_its_line():
-                    board.end(job)
-                    continue
-                place = free.pop(0)
-                running[job] = (start(job, place, num_jobs), place)
-            time.sleep(0.2)
-            board.look()
-            for job, (process, place) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[job]
-                free.append(place)
-                problem = f"failed, see {job.workdir / 'log.txt'}" if process.returncode else ""
-                failed += [job] if problem else []
-                board.end(job, problem)
-    finally:
-        for process, _ in running.values():
-            process.send_signal(signal.SIGTERM)
-        for process, _ in running.values():
-            process.wait()
-    return failed
-
-
-def start(job: Job, place: int, num_jobs: int) -> subprocess.Popen:
-    """Starts a job's process on its share of the cores, away from the terminal's Ctrl-C."""
-    environment = dict(os.environ)
-    cores: list[int] = []
-    if num_jobs > 1 and hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))[place::num_jobs]
-    if len(cores) == 1:
-        add_xla_flag(environment, ONE_CORE)
-    job.workdir.mkdir(parents=True, exist_ok=True)
-    with (job.workdir / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            job.command(cores),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def add_xla_flag(environment: MutableMapping[str, str], flag: str) -> None:
-    """Adds a flag of the compiler, which is read when the first array is made."""
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
@@ -349,9 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
             data = study.experiment(args.size, study.baseline, 0, args.corpus).data
             check_same_text(read_results(results, args.size), data)
         stop_on_signals()
-        with Board(jobs) as board:
+        with Board(jobs, "arms and seeds") as board:
             if args.size != "smoke":
-                failed = run_side_by_side(jobs, args.jobs, board)
+                places = this_machine("cpu").places(args.jobs)
+                failed = run_side_by_side(jobs, places, board)
             elif args.jobs > 1 and len(jobs) > 1:
                 failed = run_in_workers(jobs, args.jobs, board)
             else:
@@ -359,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Interrupted):
+    except (KeyboardInterrupt, Interrupted, Stopped):
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     print(f"results: {results}")

@@ -25,6 +25,7 @@ from experiments.study import (
     study_names,
 )
 from experiments.verdict import Claim, lower
+from moe_jax.jobs.places import this_machine
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.moe.routing.fixed import Hash
 from tests.foreign import RoundRobin
@@ -266,8 +267,7 @@ class FakeJob(Job):
 
     script: str = ""
 
-    def command(self, cores=()):
-        assert len(cores) <= 1
+    def command(self):
         return [sys.executable, "-c", self.script]
 
 
@@ -288,12 +288,13 @@ def test_processes_run_side_by_side_and_a_failure_stops_no_other(tmp_path, capsy
     scripts = [meet.format([a, b]), meet.format([b, a]), "import sys; sys.exit('no')", "print(1)"]
     jobs = fake_jobs(tmp_path, *scripts)
     with Board(jobs) as board:
-        failed = run_side_by_side(jobs, 2, board)
+        failed = run_side_by_side(jobs, this_machine("cpu").places(2), board)
     assert [job.seed for job in failed] == [2]
-    assert (tmp_path / "2" / "log.txt").read_text() == "no\n"
+    why = "the process ended by exit code 1; the lines above may say why"
+    assert (tmp_path / "2" / "log.txt").read_text() == f"no\n\nerror: {why}\n"
     assert (tmp_path / "0" / "log.txt").read_text() == "met\n"
     said = capsys.readouterr().out
-    assert f"moe_seed2: failed, see {tmp_path / '2' / 'log.txt'}" in said
+    assert f"moe_seed2: failed: {why} ({tmp_path / '2' / 'log.txt'})" in said
     assert "(4 of 4)" in said
 
 
@@ -313,7 +314,7 @@ def test_a_signal_is_handed_on_to_every_arm_and_waited_for(tmp_path, monkeypatch
     monkeypatch.setattr(Board, "look", look)
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Board(jobs) as board:
-        run_side_by_side(jobs, 2, board)
+        run_side_by_side(jobs, this_machine("cpu").places(2), board)
     assert all((job.workdir / "saved").exists() for job in jobs)
     assert time.monotonic() - begin < 50
 

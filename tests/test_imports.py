@@ -15,6 +15,7 @@ TRAINING = MODELS | {"data", "training"}
 MAY_IMPORT = {
     "config": set(),
     "parallel": {"config"},
+    "jobs": {"config"},
     "moe": PARTS,
     "layers": PARTS | {"moe"},
     "models": PARTS | {"layers", "moe"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "training": MODELS | {"data"},
     "inference": TRAINING,
     "planning": TRAINING,
-    "analysis": TRAINING | {"planning"},
+    "analysis": TRAINING | {"jobs", "planning"},
 }
 
 

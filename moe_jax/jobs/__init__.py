@@ -1,0 +1,1 @@
+"""Processes side by side: runs of a sweep, arms of a study."""

@@ -1,0 +1,136 @@
+"""Where processes run side by side: each has its share of the cores, or of the accelerators."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+from moe_jax.config.check import require
+
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+# What tells a process which GPUs it sees.
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+PROBE = """
+import json, jax
+version = jax.devices()[0].client.platform_version
+print(json.dumps([jax.default_backend(), jax.local_device_count(), version]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What processes share.
+
+    Attributes:
+      platform: "cpu", "cuda", "rocm", or another accelerator, such as "tpu".
+      num_devices: accelerators; 0 on a CPU.
+      cores: that this process may use; () where the system does not say.
+    """
+
+    platform: str
+    num_devices: int
+    cores: tuple[int, ...]
+
+    def places(self, num_jobs: int, devices_per_job: int = 1) -> list["Place"]:
+        """So many places; 0: as many as there are cores or, with GPUs, as jobs of that size fit.
+
+        More jobs than GPUs share them, and their memory. Another accelerator than a GPU belongs to
+        one process.
+
+        Raises:
+          ValueError: several jobs on an accelerator of one process.
+        """
+        is_gpu = self.platform in VISIBLE
+        if self.platform != "cpu" and not is_gpu:
+            require(num_jobs < 2, f"a {self.platform} belongs to one process",
+                    f"--jobs={num_jobs}", "Use --jobs=1")  # fmt: skip
+        if not num_jobs:
+            num_jobs = len(self.cores) or os.cpu_count() or 1
+            if self.platform != "cpu":
+                num_jobs = max(1, self.num_devices // devices_per_job) if is_gpu else 1
+        variables = self._gpus_of(num_jobs) if is_gpu else [{}] * num_jobs
+        shares = [self.cores[place::num_jobs] if num_jobs > 1 else () for place in range(num_jobs)]
+        return [Place(*one) for one in zip(shares, variables, strict=True)]
+
+    def _gpus_of(self, num_jobs: int) -> list[dict[str, str]]:
+        """The variables that give each job its GPUs, and its part of the memory of a shared one."""
+        name = VISIBLE[self.platform]
+        known = [one for one in os.environ.get(name, "").split(",") if one]
+        names = known or [str(number) for number in range(self.num_devices)]
+        if num_jobs <= len(names):
+            each = len(names) // num_jobs
+            return [{name: ",".join(names[i * each : (i + 1) * each])} for i in range(num_jobs)]
+        fraction = 0.9 / -(-num_jobs // len(names))
+        return [
+            {name: names[place % len(names)], MEMORY: os.environ.get(MEMORY, f"{fraction:.2f}")}
+            for place in range(num_jobs)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What one of several processes has for itself.
+
+    Attributes:
+      cores: that it runs on; (): on all.
+      variables: of its environment.
+    """
+
+    cores: tuple[int, ...] = ()
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of its process."""
+        environment = dict(os.environ) | dict(self.variables)
+        if len(self.cores) == 1:
+            add_xla_flag(environment, ONE_CORE)
+        return environment
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Within it, a process that is started runs on these cores: it inherits them."""
+        if not self.cores or not hasattr(os, "sched_setaffinity"):
+            yield
+            return
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cores)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, own)
+
+
+def this_machine(platform: str = "") -> Machine:
+    """What there is here, found by a process of its own: this one takes no accelerator.
+
+    Args:
+      platform: what JAX_PLATFORMS says; "cpu" needs no such process.
+
+    Raises:
+      ValueError: JAX finds no device.
+    """
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    if platform == "cpu":
+        return Machine("cpu", 0, cores)
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    require(
+        done.returncode == 0,
+        "the runs of a sweep need a device",
+        "JAX finds none: " + " ".join(done.stderr.splitlines()[-1:]),
+        "Set JAX_PLATFORMS=cpu to use the CPU",
+    )
+    backend, count, version = json.loads(done.stdout.splitlines()[-1])
+    if backend == "cpu":
+        return Machine("cpu", 0, cores)
+    if backend == "gpu":
+        backend = "rocm" if "rocm" in version.lower() else "cuda"
+    return Machine(backend, count, cores)
+
+
+def add_xla_flag(environment: MutableMapping[str, str], flag: str) -> None:
+    """Adds a flag of the compiler, which is read when the first array is made."""
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()

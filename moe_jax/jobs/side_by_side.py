@@ -1,0 +1,211 @@
+"""Runs jobs as processes, some at a time, shows how far they are, and stops them so that they save.
+
+A job is a process with a directory. What it prints goes to `log.txt` there; where it fails, the
+last line of that file says why, and begins with "error: ".
+"""
+
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import rich.console
+import rich.progress
+
+from moe_jax.jobs.log import ERROR, LOG_FILE, failure
+from moe_jax.jobs.places import Place
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a terminal that is gone
+
+
+class Job(Hashable, Protocol):
+    """Something to run.
+
+    Attributes:
+      name: for people.
+      workdir: its directory.
+      num_steps: of its training.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def workdir(self) -> pathlib.Path: ...  # noqa: D102
+
+    @property
+    def num_steps(self) -> int: ...  # noqa: D102
+
+    def finished_steps(self) -> int:
+        """How far it is."""
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing to do, be it that another process did it."""
+
+    def command(self) -> list[str]:
+        """Its process; the same again goes on where it was stopped."""
+
+
+class Board:
+    """Shows jobs side by side; a line for each that begins or ends where there is no terminal."""
+
+    def __init__(self, jobs: Sequence[Job], what: str = "runs") -> None:
+        self._console = rich.console.Console()
+        self._bar = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._all = self._bar.add_task(what, total=len(jobs))
+        self._tasks: dict[Job, rich.progress.TaskID] = {}
+        self._count, self._total = 0, len(jobs)
+
+    def __enter__(self) -> "Board":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def begin(self, job: Job) -> None:
+        """A job starts or goes on."""
+        steps = job.finished_steps()
+        name = rich.markup.escape(job.name)
+        self._tasks[job] = self._bar.add_task(name, total=job.num_steps, completed=steps)
+        self.say(f"{job.name}: " + (f"goes on after step {steps}" if steps else "starts"))
+
+    def look(self) -> None:
+        """Reads how far the running jobs are."""
+        if not self._bar.disable:
+            for job, task in self._tasks.items():
+                self._bar.update(task, completed=job.finished_steps())
+
+    def end(self, job: Job, problem: str = "") -> None:
+        """A job has ended."""
+        self._bar.remove_task(self._tasks.pop(job))
+        self._bar.advance(self._all)
+        self._count += 1
+        self.say(f"{job.name}: {problem or 'finished'} ({self._count} of {self._total})")
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Stopped(Exception):
+    """A signal came; the jobs that ran have saved and ended."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopFlag:
+    """Remembers the signals that would end this process, so that no job is lost between two."""
+
+    def __init__(self) -> None:
+        self.count, self.number = 0, 0
+
+    @contextmanager
+    def listening(self) -> Iterator["StopFlag"]:
+        """Takes the signals within it."""
+        old = {number: signal.signal(number, self._take) for number in STOPPING}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        del frame
+        self.count, self.number = self.count + 1, number
+
+
+def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board) -> list[Job]:
+    """Runs each job as a process, as many at a time as there are places.
+
+    A signal that ends this process is handed on to every job, which saves its state and ends; a
+    second one too, which ends a job at once.
+
+    Returns:
+      The jobs that failed.
+
+    Raises:
+      Stopped: by a signal.
+    """
+    waiting, free = list(jobs), list(places)
+    running: dict[Job, tuple[subprocess.Popen[Any], Place]] = {}
+    failed: list[Job] = []
+    with StopFlag().listening() as stop:
+        try:
+            while (waiting or running) and not stop.count:
+                while waiting and free:
+                    job = waiting.pop(0)
+                    board.begin(job)
+                    if job.is_finished():
+                        board.end(job)
+                        continue
+                    place = free.pop(0)
+                    running[job] = (start(job, place), place)
+                time.sleep(0.2)
+                board.look()
+                for job, (process, place) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        free.append(place)
+                        problem = failure_of(job, process.returncode)
+                        failed += [job] * bool(problem)
+                        board.end(job, problem)
+        finally:
+            end_all([process for process, _ in running.values()], stop)
+        if stop.count:
+            raise Stopped(stop.number)
+    return failed
+
+
+def start(job: Job, place: Place) -> subprocess.Popen[Any]:
+    """Starts a job's process in a place, away from the terminal's Ctrl-C."""
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    with place.entered(), (job.workdir / LOG_FILE).open("a") as log:
+        return subprocess.Popen(
+            job.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=place.environment(),
+            start_new_session=True,
+        )
+
+
+def end_all(processes: Sequence[subprocess.Popen[Any]], stop: StopFlag) -> None:
+    """Asks processes to end, waits for them, and asks again for every signal that still comes."""
+    asked = -1
+    while any(process.poll() is None for process in processes):
+        if asked < stop.count:
+            asked = stop.count
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+
+
+def failure_of(job: Job, code: int) -> str:
+    """What is said of a job that ended with this exit code; "" if it did its work.
+
+    The log gets a last line that begins with "error: ", if it has none.
+    """
+    if code == 0:
+        return ""
+    path = job.workdir / LOG_FILE
+    found = failure(job.workdir)
+    if not found:
+        found = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        found = f"the process ended by {found}; the lines above may say why"
+        with path.open("a", encoding="utf-8") as log:
+            log.write(f"\n{ERROR}{found}\n")
+    return f"failed: {found} ({path})"
