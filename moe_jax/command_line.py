@@ -18,9 +18,10 @@ KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config
 
 
 def run(
-    main: Callable[[], None],
+    main: Callable[..., None],
     required: Sequence[str],
     *,
+    arguments: str = "",
     several_processes: bool = False,
     saves_on_sigterm: bool = False,
 ) -> None:
@@ -29,20 +30,24 @@ def run(
     Args:
       main: does the work; one of `USER_ERRORS` ends the process with its message and exit code 1.
       required: the flags that must be given.
+      arguments: what stands without a flag, one or more, such as "RUN"; `main` is called with the
+        list of them. "": nothing does.
       several_processes: whether the command can be one of several processes; defines their flags.
       saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
         `processes.start`.
     """
 
     def checked(argv: list[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+        if arguments and len(argv) == 1:
+            fail(f"error: the command works on what it is given: no {arguments}. Pass one or more.")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
             if several_processes:
                 start_processes(saves_on_sigterm)
-            main()
+            main(argv[1:]) if arguments else main()
             processes.wait_for_all()
         except USER_ERRORS as error:
             fail(f"error: {error}")

@@ -46,14 +46,14 @@ def loss_figure(
     left, right = figure.subplots(1, 2)
     plain_axes(left, "Loss", "nats/token")
     left.plot(*train, color=COLORS[0], alpha=0.25, linewidth=0.8)
-    left.plot(train[0], _smooth(train[1]), color=COLORS[0], linewidth=1.6, label="train")
+    left.plot(train[0], smooth(train[1]), color=COLORS[0], linewidth=1.6, label="train")
     for (name, curve), color, style in zip(
         heldout.items(), (COLORS[1], BLACK), ("o-", "x--"), strict=False
     ):
         left.plot(
             *curve, style, color=color, markersize=4.5, linewidth=1.2, label=f"held-out, {name}"
         )
-    _cut_the_start(left, [train, *heldout.values()])
+    cut_the_start(left, [train, *heldout.values()])
     left.legend(frameon=False)
 
     plain_axes(right, "Held-out text, dropless", "bits/byte")
@@ -65,7 +65,7 @@ def loss_figure(
     if "all" in bits_per_byte:
         right.plot(*bits_per_byte["all"], "o-", color=BLACK, linewidth=2.2, label="all")
     if bits_per_byte:
-        _cut_the_start(right, list(bits_per_byte.values()))
+        cut_the_start(right, list(bits_per_byte.values()))
         right.legend(frameon=False, fontsize=8, ncols=1 + len(bits_per_byte) // 8)
     else:
         right.text(0.5, 0.5, "not evaluated", ha="center", transform=right.transAxes, color=GREY)
@@ -173,7 +173,7 @@ def router_figure(
     return figure
 
 
-def _cut_the_start(axis: Axes, curves: list[Curve]) -> None:
+def cut_the_start(axis: Axes, curves: list[Curve]) -> None:
     """Leaves the steep fall of the first steps out of the picture, for the sake of the rest."""
     tops, bottoms = [], []
     for _, values in curves:
@@ -186,7 +186,7 @@ def _cut_the_start(axis: Axes, curves: list[Curve]) -> None:
         axis.set_ylim(min(bottoms) - margin, max(tops) + margin)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
+def smooth(values: np.ndarray) -> np.ndarray:
     """A centred moving average over a fiftieth of the points."""
     width = max(1, len(values) // 50)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")

@@ -1,0 +1,361 @@
+"""Runs side by side: in which settings they differ, what came out, what may not be compared.
+
+Held-out bits a byte compare over tokenizers, nats a token do not. Neither compares over different
+held-out text. Runs that differ in their seeds alone are one line of a table of means.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moe_jax.analysis.report import WAYS
+from moe_jax.analysis.runs import FINISHED, Entry
+from moe_jax.analysis.table import Column, printable
+from moe_jax.config.check import require
+
+MAX_SETTINGS = 12  # columns of a table
+SEEDS = ("config.seed", "config.data.seed")
+# Settings that change no result, so that runs which differ in them alone are one group of seeds.
+WITHOUT_EFFECT = ("config.name", "config.data.cache_dir", "config.training.trackers")
+UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
+ORDERS = (*UNITS, "name", "tokens_per_s")
+SECTION = "set"  # stands for a section that has no kind
+SAME_TEXT = 1e-3  # of the bytes, that the first token of a domain, never a target, may make
+Settings = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Some runs, in order.
+
+    Attributes:
+      entries: the runs, the best of each held-out text first, then those without a final score.
+      texts: which held-out text each is scored on, "A", "B", ...; "" without a score.
+    """
+
+    entries: tuple[Entry, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """The different ones."""
+        return list(dict.fromkeys(entry.tokenizer for entry in self.entries if entry.settings))
+
+    @property
+    def ways(self) -> list[str]:
+        """Of evaluation, that some run has."""
+        return [way for way in WAYS if any(way in entry.score.losses for entry in self.entries)]
+
+    @property
+    def columns(self) -> list[Column]:
+        """The table of the runs."""
+        entries = self.entries
+        columns = [
+            Column("run", "run", tuple(printable(entry.name) for entry in entries)),
+            Column("state", "state", tuple(entry.state for entry in entries)),
+            *self.settings_columns,
+            Column("parameters", "parameters", self._parameters("total"), ","),
+            Column("active_parameters", "active", self._parameters("active"), ","),
+            Column("steps", "steps", tuple(entry.step for entry in entries), ",",
+                   tuple(steps_left(entry) for entry in entries)),
+            Column("num_steps", "of", tuple(entry.num_steps for entry in entries), ","),
+            *self.loss_columns,
+            Column("tokens_per_s", "tokens/s", tuple(entry.tokens_per_s for entry in entries),
+                   ",.0f"),
+            Column("heldout_text", "text", self.texts),
+            Column("note", "note", tuple(printable(entry.note) for entry in entries)),
+        ]  # fmt: skip
+        return columns
+
+    @property
+    def shown_columns(self) -> list[Column]:
+        """The columns without those that say nothing here, and of many settings the first."""
+        hidden = {"num_steps", *self.hidden_settings}
+        hidden |= {"heldout_text"} if len(set(self.texts) - {""}) < 2 else set()
+        hidden |= {"note"} if not any(entry.note for entry in self.entries) else set()
+        return [column for column in self.columns if column.name not in hidden]
+
+    @property
+    def hidden_settings(self) -> list[str]:
+        """The settings that are left to the CSV file, by name."""
+        return [column.name for column in self.settings_columns[MAX_SETTINGS:]]
+
+    @property
+    def settings_columns(self) -> list[Column]:
+        """The settings in which the runs differ, by their whole names."""
+        settings = [entry.settings for entry in self.entries]
+        return [
+            Column(path, f"--{path}", values)
+            for path, values in differing(settings).items()
+            if path not in WITHOUT_EFFECT
+        ]
+
+    @property
+    def loss_columns(self) -> list[Column]:
+        """The held-out losses, by way of evaluation and unit."""
+        marks = tuple("" if is_final(entry) else "~" for entry in self.entries)
+        columns = []
+        for way in self.ways:
+            for unit, title in UNITS.items():
+                values = tuple(entry.score.loss(way, unit) for entry in self.entries)
+                shown = tuple(
+                    mark * (value is not None) for mark, value in zip(marks, values, strict=True)
+                )
+                name = f"heldout/{way}/{unit}"
+                columns.append(Column(name, f"{WAYS[way]}, {title}", values, ".4f", shown))
+        return columns
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The runs of each config that was run with several seeds, by their places."""
+        places: dict[str, list[int]] = {}
+        for place, entry in enumerate(self.entries):
+            if entry.settings:
+                places.setdefault(without_seeds(entry.settings), []).append(place)
+        return [group for group in places.values() if len(self._by_seed(group)) > 1]
+
+    def _by_seed(self, group: list[int]) -> dict[tuple[Any, ...], int]:
+        """A run of each seed; one with a final score, if there is any."""
+        ordered = sorted(group, key=lambda place: is_final(self.entries[place]))
+        return {seeds_of(self.entries[place].settings): place for place in ordered}
+
+    @property
+    def seed_columns(self) -> list[Column]:
+        """The table of means over seeds; [] where no two runs differ in their seeds alone."""
+        groups = self.groups
+        if not groups:
+            return []
+        firsts = [group[0] for group in groups]
+        columns = [
+            Column(column.name, column.title, tuple(column.values[place] for place in firsts))
+            for column in self.settings_columns[:MAX_SETTINGS]
+            if column.name not in SEEDS
+        ] or [Column("run", "runs like", tuple(self.entries[place].name for place in firsts))]
+        done = [self._comparable(group) for group in groups]
+        planned = [len(self._by_seed(group)) for group in groups]
+        missing = tuple(
+            f" of {all_}" * (all_ > len(used)) for all_, used in zip(planned, done, strict=True)
+        )
+        columns.append(Column("n", "n", tuple(map(len, done)), "", missing))
+        for column in self.loss_columns:
+            found = [[column.values[place] for place in group] for group in done]
+            values = [[value for value in some if value is not None] for some in found]
+            columns += [
+                Column(f"{column.name}/mean", f"{column.title}, mean", tuple(map(mean, values)),
+                       ".4f"),
+                Column(f"{column.name}/sd", "sd", tuple(map(deviation, values)), ".4f"),
+            ]  # fmt: skip
+        return columns
+
+    def _comparable(self, group: list[int]) -> list[int]:
+        """A run of each seed that has a final score, all on the same held-out text."""
+        seeds = sorted(self._by_seed(group).values())
+        done = [place for place in seeds if is_final(self.entries[place])]
+        return [place for place in done if self.texts[place] == self.texts[done[0]]]
+
+    def _parameters(self, kind: str) -> tuple[int | None, ...]:
+        return tuple(entry.parameters.get(kind) for entry in self.entries)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader has to know before comparing, a sentence or two each."""
+        found = []
+        if len(self.tokenizers) > 1:
+            found.append(
+                f"The runs have {len(self.tokenizers)} tokenizers: nats/token of different "
+                "tokenizers do not compare. Compare bits/byte."
+            )
+        letters = sorted(set(self.texts) - {""})
+        if len(letters) > 1:
+            found.append(
+                "The runs were scored on different held-out text, "
+                + "; ".join(f"{letter}: {self._text(letter)}" for letter in letters)
+                + ". Losses compare within one text only."
+            )
+        if any(not is_final(entry) and entry.score.losses for entry in self.entries):
+            found.append(
+                "~: no final score. It is of an earlier step, of a sample of the held-out split "
+                "(training.evaluation_batches), or of a damaged run."
+            )
+        if self.hidden_settings:
+            found.append(
+                f"The runs differ in {len(self.hidden_settings)} more settings, which --csv lists: "
+                f"{', '.join(self.hidden_settings)}."
+            )
+        if any(looks_ahead(entry) for entry in self.entries):
+            names = ", ".join(printable(e.name) for e in self.entries if looks_ahead(e))
+            found.append(
+                f"Routing may look at later tokens (stack.allow_lookahead) in {names}: its losses "
+                "are not those of a causal model."
+            )
+        return found
+
+    def _text(self, letter: str) -> str:
+        entry = self.entries[self.texts.index(letter)]
+        data = entry.settings.get("data", {})
+        size = f"{entry.score.num_bytes:,} bytes" if entry.score.num_bytes else "size not recorded"
+        fraction = data.get("heldout_fraction")
+        return f"{size} of data.corpus={data.get('corpus')!r}, data.heldout_fraction={fraction}"
+
+
+def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Comparison:
+    """Puts runs in order.
+
+    Args:
+      entries: at least one.
+      order: one of `ORDERS`; losses are those of the first way of evaluation that there is, best
+        first, among the runs that are scored on one text.
+
+    Raises:
+      ValueError: nats a token of different tokenizers are to be ranked.
+    """
+    require(order in ORDERS, f"runs are sorted by one of {list(ORDERS)}", repr(order), "Correct it")
+    texts = dict(zip(map(id, entries), heldout_texts(entries), strict=True))
+    ways = [way for way in WAYS if any(way in entry.score.losses for entry in entries)]
+
+    def key(entry: Entry) -> tuple[Any, ...]:
+        if order == "name":
+            return ()
+        if order == "tokens_per_s":
+            return (-(entry.tokens_per_s or 0.0),)
+        loss = entry.score.loss(ways[0], order) if ways and is_final(entry) else None
+        if loss is None or not math.isfinite(loss):
+            return (1, "", 0.0)
+        return (0, texts[id(entry)], loss)
+
+    found = Comparison(tuple(entries), ())
+    require(
+        order != "nats_per_token" or len(found.tokenizers) < 2,
+        "nats a token rank runs of one tokenizer",
+        f"the runs have {len(found.tokenizers)}: {', '.join(found.tokenizers)}",
+        "Sort by bits_per_byte",
+    )
+    ordered = sorted(entries, key=key)
+    return Comparison(tuple(ordered), tuple(texts[id(entry)] for entry in ordered))
+
+
+def heldout_texts(entries: Iterable[Entry]) -> list[str]:
+    """A letter for the held-out text of each run; "" without a score.
+
+    Runs are scored on one text if their corpus and held-out fraction are the same and the whole
+    split has as many bytes; those of another tokenizer may lack the first token of each domain.
+    """
+    known: list[Entry] = []
+    letters = []
+    for entry in entries:
+        if not entry.score.losses:
+            letters.append("")
+            continue
+        place = next((i for i, one in enumerate(known) if same_text(one, entry)), len(known))
+        known += [entry] * (place == len(known))
+        letters.append(letter_of(place))
+    return letters
+
+
+def same_text(a: Entry, b: Entry) -> bool:
+    """Whether two runs are scored on the same held-out text, as far as their files say."""
+    if text_settings(a) != text_settings(b):
+        return False
+    sizes = a.score.num_bytes, b.score.num_bytes
+    if not all(sizes) or not (a.score.whole and b.score.whole):
+        return True
+    tolerance = SAME_TEXT * max(sizes) if a.tokenizer != b.tokenizer else 0
+    return abs(sizes[0] - sizes[1]) <= tolerance
+
+
+def text_settings(entry: Entry) -> tuple[Any, ...]:
+    """What decides on the held-out text: the corpus, by its content if recorded, and the share."""
+    data = entry.settings.get("data", {})
+    corpus = entry.run.record.get("data", {}).get("corpus_sha256") or data.get("corpus")
+    return corpus, data.get("heldout_fraction")
+
+
+def letter_of(place: int) -> str:
+    """A, B, ..., Z, A1, B1, ...: a name for one of a few."""
+    return chr(ord("A") + place % 26) + str(place // 26) * (place >= 26)
+
+
+def is_final(entry: Entry) -> bool:
+    """Whether its score is of its last step and the whole held-out split."""
+    return entry.state == FINISHED and entry.score.whole
+
+
+def looks_ahead(entry: Entry) -> bool:
+    """Whether its routing may look at later tokens."""
+    model = entry.settings.get("model")
+    stack = model.get("stack") if isinstance(model, Mapping) else None
+    return bool(isinstance(stack, Mapping) and stack.get("allow_lookahead"))
+
+
+def steps_left(entry: Entry) -> str:
+    """Such as " of 1,000", of a run that has not taken all its steps."""
+    total = entry.num_steps
+    return "" if total is None or entry.step >= total else f" of {total:,}"
+
+
+def differing(settings: Sequence[Settings]) -> dict[str, tuple[Any, ...]]:
+    """The settings in which configs differ, by path; None where a config has no such setting.
+
+    A part is its kind, and then its fields are compared among the configs with that kind. An empty
+    config, which could not be read, differs in nothing.
+    """
+    columns: dict[str, tuple[Any, ...]] = {}
+
+    def visit(path: str, values: dict[int, Any], among: int) -> None:
+        labels = {place: label(value) for place, value in values.items()}
+        is_section = all(one == SECTION for one in labels.values())
+        same = len(values) == among and len({json.dumps(one) for one in labels.values()}) == 1
+        if not same and not is_section:
+            columns[path] = tuple(labels.get(place) for place in range(len(settings)))
+        sections = {place: value for place, value in values.items() if isinstance(value, Mapping)}
+        for kind in dict.fromkeys(labels[place] for place in sections):
+            alike = {place: value for place, value in sections.items() if labels[place] == kind}
+            for name in dict.fromkeys(name for value in alike.values() for name in value):
+                if name != "kind":
+                    inner = {place: v[name] for place, v in alike.items() if name in v}
+                    visit(f"{path}.{name}", inner, len(alike))
+
+    present = {place: one for place, one in enumerate(settings) if one}
+    visit("config", present, len(present))
+    return columns
+
+
+def label(value: Any) -> Any:
+    """What stands for a value in a table: of a section its kind."""
+    if isinstance(value, Mapping):
+        return value.get("kind", SECTION)
+    return json.dumps(value) if isinstance(value, list | tuple) else value
+
+
+def without_seeds(settings: Settings) -> str:
+    """The settings that decide on a result, but for the seeds."""
+
+    def copy(value: Any, path: str) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        inner = {name: f"{path}.{name}" for name in value}
+        left_out = (*SEEDS, *WITHOUT_EFFECT)
+        return {
+            name: copy(value[name], path) for name, path in inner.items() if path not in left_out
+        }
+
+    return json.dumps(copy(settings, "config"), sort_keys=True)
+
+
+def seeds_of(settings: Settings) -> tuple[Any, ...]:
+    """The seeds of a run."""
+    return settings.get("seed"), settings.get("data", {}).get("seed")
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return statistics.fmean(values) if values else None
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample; None of fewer than two, or if one is not finite."""
+    finite = all(map(math.isfinite, values))
+    return statistics.stdev(values) if len(values) > 1 and finite else None

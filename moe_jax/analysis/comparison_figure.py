@@ -1,0 +1,158 @@
+"""The figure of a comparison: held-out and training loss of every run, against four measures."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from moe_jax.analysis.comparison import Comparison, is_final
+from moe_jax.analysis.drawing import COLORS, GREY, plain_axes, png_bytes
+from moe_jax.analysis.figures import Curve, cut_the_start, smooth
+from moe_jax.analysis.runs import Entry
+from moe_jax.analysis.table import cut, printable
+
+HELDOUT, TRAIN = "heldout/dropless/bits_per_byte", "train/loss"
+MAX_NAMES = 24  # in the legend
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Curves in rows (held-out, training) and columns (steps, tokens, FLOPs, time).
+
+    Runs that differ in their seeds alone have one colour. A held-out curve is of one text: where
+    the evaluations during a run are of a sample of the split, the final score is a dot.
+    """
+    entries = comparison.entries
+    colors, firsts = colors_of(comparison)
+    names = [legend_name(entries[place], comparison, place) for place in firsts[:MAX_NAMES]]
+    figure = Figure(figsize=(15, 7 + 0.16 * len(names)), layout="constrained")
+    axes = figure.subplots(2, 4, sharey="row")
+    several = len(comparison.tokenizers) > 1
+    rows: tuple[tuple[str, str], ...] = (
+        ("Held-out text, dropless", "bits/byte"),
+        ("Training" + ", tokenizers differ" * several, "nats/token"),
+    )
+    for row, (title, unit) in enumerate(rows):
+        for axis, (x_label, measure) in zip(axes[row], MEASURES.items(), strict=True):
+            plain_axes(axis, title if axis is axes[row][0] else "", unit, x_label)
+            axis.xaxis.set_major_formatter(EngFormatter())
+            axis.label_outer(remove_inner_ticks=False)
+            axis.set_xlabel(x_label)
+            draw = draw_heldout if row == 0 else draw_training
+            curves = [draw(axis, e, measure, c) for e, c in zip(entries, colors, strict=True)]
+            cut_the_start(axis, [curve for curve in curves if len(curve[0])])
+            if not axis.lines:
+                axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes,
+                          color=GREY)  # fmt: skip
+    handles = [Line2D([], [], color=colors[place], linewidth=2) for place in firsts[:MAX_NAMES]]
+    left_out = len(firsts) - len(names)
+    figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8,
+                  title=f"and {left_out} more" if left_out else None)  # fmt: skip
+    return figure
+
+
+def steps_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
+    """The steps themselves."""
+    del entry
+    return steps.astype(np.float64)
+
+
+def tokens_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
+    """Tokens trained on after so many steps."""
+    tokens = entry.tokens_per_step
+    return None if tokens is None else steps * float(tokens)
+
+
+def flops_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
+    """Model FLOPs of the training after so many steps."""
+    tokens, flops = tokens_of(entry, steps), entry.flops_per_token
+    return None if tokens is None or flops is None else tokens * flops
+
+
+def seconds_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
+    """Seconds of the training steps until then; evaluation and checkpoints are left out."""
+    logged, seconds = entry.run.curve("perf/seconds_per_step")
+    if not len(logged):
+        return None
+    return np.interp(steps, np.append(0, logged), np.append(0, elapsed(logged, seconds)))
+
+
+def elapsed(steps: np.ndarray, seconds_per_step: np.ndarray) -> np.ndarray:
+    """Seconds after each logged step: a logged time is of the steps since the one before.
+
+    >>> elapsed(np.array([10, 20, 40]), np.array([1.0, 2.0, 1.0])).tolist()
+    [10.0, 30.0, 50.0]
+    """
+    return np.cumsum(np.diff(steps, prepend=0) * np.nan_to_num(seconds_per_step))
+
+
+Measure = Callable[[Entry, np.ndarray], np.ndarray | None]
+MEASURES: dict[str, Measure] = {
+    "training step": steps_of,
+    "tokens": tokens_of,
+    "model FLOPs": flops_of,
+    "seconds of training steps": seconds_of,
+}
+
+
+def draw_heldout(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
+    """A curve of one text and, where it is another, the final score as a dot."""
+    steps, losses = entry.run.curve(HELDOUT)
+    final = entry.score.loss("dropless", "bits_per_byte") if is_final(entry) else None
+    if final is not None:
+        last = np.array([entry.score.step])
+        if entry.settings.get("training", {}).get("evaluation_batches"):
+            during = steps < entry.score.step
+            steps, losses = steps[during], losses[during]
+            x = measure(entry, last)
+            if x is not None:
+                axis.plot(x, [final], "o", color=color, markersize=5)
+        elif not len(steps):
+            steps, losses = last, np.array([final])
+    x = measure(entry, steps)
+    if x is None or not len(steps):
+        return np.array([]), np.array([])
+    axis.plot(x, losses, ".-", color=color, linewidth=1.2, markersize=4)
+    return x, np.append(losses, [] if final is None else [final])
+
+
+def draw_training(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
+    """The loss of the training batches, smoothed."""
+    steps, losses = entry.run.curve(TRAIN)
+    x = measure(entry, steps)
+    if x is None or not len(steps):
+        return np.array([]), np.array([])
+    axis.plot(x, smooth(losses), color=color, linewidth=1.2)
+    return x, losses
+
+
+def colors_of(comparison: Comparison) -> tuple[list[str], list[int]]:
+    """A colour for every run, and the place of the first run of each colour."""
+    group_of = {place: group[0] for group in comparison.groups for place in group}
+    places = range(len(comparison.entries))
+    firsts = [place for place in places if group_of.get(place, place) == place]
+    palette: Sequence[str] = COLORS
+    if len(firsts) > len(COLORS):
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(firsts)))
+        palette = [matplotlib.colors.to_hex(shade) for shade in shades]
+    by_first = dict(zip(firsts, palette, strict=False))
+    return [by_first[group_of.get(place, place)] for place in places], firsts
+
+
+def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
+    """Its name, with the number of runs that share its colour; nothing in it is mathematics."""
+    group = next((group for group in comparison.groups if place in group), [place])
+    several = f" and {len(group) - 1} other seeds" if len(group) > 1 else ""
+    state = "" if is_final(entry) else f" ({entry.state})"
+    return (cut(printable(entry.name), 80) + several + state).replace("$", r"\$")
+
+
+def comparison_png(comparison: Comparison) -> bytes:
+    """The figure as a PNG file; letters that the font lacks are boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        return png_bytes(comparison_figure(comparison), dpi=100)

@@ -1,0 +1,266 @@
+"""The runs under some paths, each as far as it can be read: finished, unfinished, failed, damaged.
+
+A report refuses a run that lacks a file. A comparison shows it, and says what is wrong with it.
+"""
+
+import dataclasses
+import functools
+import glob
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.analysis.report import EVALUATION_FILE, WAYS, Run, last_evaluation
+from moe_jax.config import ExperimentConfig, read_config, to_dict
+from moe_jax.config.check import require
+from moe_jax.jobs.log import LOG_FILE, failure
+from moe_jax.planning.arithmetic import count_flops, count_parameters
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+
+BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
+FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
+FAILED, DAMAGED = "failed", "damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Held-out losses of a run.
+
+    Attributes:
+      step: they were measured after.
+      whole: on the whole held-out split; else on its first `training.evaluation_batches` batches.
+      losses: by way of evaluation, "nats_per_token" and "bits_per_byte".
+      num_bytes: bytes of text that were scored; 0 where that was not recorded.
+    """
+
+    step: int
+    whole: bool
+    losses: dict[str, dict[str, float]]
+    num_bytes: int
+
+    def loss(self, way: str, unit: str) -> float | None:
+        """One of the losses, None if it was not measured."""
+        return self.losses.get(way, {}).get(unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A run in a comparison.
+
+    Attributes:
+      name: that tells it from the others.
+      directory: of the run.
+      run: what could be read; files that are missing or damaged are empty in it.
+      settings: resolved where its config can be read, else as written; {} without.
+      problems: what could not be read, and why.
+    """
+
+    name: str
+    directory: pathlib.Path
+    run: Run
+    settings: dict[str, Any]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def num_steps(self) -> int | None:
+        """Of its training, as its config says."""
+        return self.settings.get("training", {}).get("num_steps")
+
+    @property
+    def step(self) -> int:
+        """The last step that it has metrics or an evaluation of."""
+        return max([row["step"] for row in self.run.rows[-1:]] + [self.score.step], default=0)
+
+    @property
+    def state(self) -> str:
+        """One of the five words above."""
+        if self.problems:
+            return DAMAGED
+        if self.num_steps is not None and self.step >= self.num_steps:
+            return FINISHED if self.score.step >= self.num_steps else NOT_EVALUATED
+        return FAILED if failure(self.directory) else UNFINISHED
+
+    @property
+    def note(self) -> str:
+        """What is wrong with it, in a line; "" where nothing is."""
+        return "; ".join(self.problems) or (failure(self.directory) if self.state == FAILED else "")
+
+    @functools.cached_property
+    def score(self) -> Score:
+        """Its newest held-out losses."""
+        training = self.settings.get("training", {})
+        found, rows = self.run.evaluation, last_evaluation(self.run.rows)
+        whole = True
+        if rows.get("step", 0) > found.get("step", 0):
+            whole = not training.get("evaluation_batches") or rows["step"] == self.num_steps
+            found = rows
+        losses = {way: found[way] for way in WAYS if isinstance(found.get(way), dict)}
+        return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens that a step trains on."""
+        try:
+            return (
+                self.settings["training"]["batch_size"] * self.settings["data"]["sequence_length"]
+            )
+        except (KeyError, TypeError):
+            return None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters "total" and "active", as recorded or counted; {} if neither can be."""
+        return self.run.record.get("parameters") or self._counted(
+            lambda config: {
+                name: getattr(count_parameters(config.model, config.data.sequence_length), name)
+                for name in ("total", "active")
+            }
+        )
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Model FLOPs of a training step, a token: three times those of the forward pass."""
+        forward = self.run.record.get("forward_flops_per_token") or self._counted(
+            lambda config: {"model": count_flops(config.model, config.data.sequence_length).model}
+        )
+        return 3 * forward["model"] if forward else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Median over the logged steps."""
+        _, values = self.run.curve("perf/tokens_per_s")
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    @property
+    def tokenizer(self) -> str:
+        """By its recorded content, or by its name."""
+        recorded = self.run.record.get("data", {}).get("tokenizer_sha256")
+        return recorded or str(self.settings.get("data", {}).get("tokenizer"))
+
+    def _counted(self, count: Callable[[ExperimentConfig], dict[str, Any]]) -> dict[str, Any]:
+        """What is counted of the config; {} where it has parts that a reader does not import."""
+        try:
+            return count(read_config(self.run.settings, ExperimentConfig))
+        except (ValueError, TypeError, AttributeError, KeyError):
+            return {}
+
+
+def scored_bytes(losses: dict[str, Any]) -> int:
+    """How many bytes of text a loss is of: total nats over nats a byte; 0 if it cannot be said.
+
+    >>> scored_bytes({"nats_per_token": math.log(2), "bits_per_byte": 0.5, "tokens": 100.0})
+    200
+    """
+    try:
+        nats = losses["nats_per_token"] * losses["tokens"]
+        return round(nats / (losses["bits_per_byte"] * math.log(2)))
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError):
+        return 0
+
+
+def find_runs(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
+    """The directories of runs, each once, by name.
+
+    Args:
+      paths: of runs, of folders with runs in them at any depth, or patterns such as "runs/lr*".
+
+    Raises:
+      ValueError: nothing is there, or no run is in it.
+    """
+    found: dict[pathlib.Path, pathlib.Path] = {}
+    for path in paths:
+        places = [pathlib.Path(path)]
+        if not places[0].exists():
+            places = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
+        require(
+            bool(places), "a comparison is of the workdirs of runs", f"there is no {path}",
+            "Pass a workdir, a folder of workdirs, or a pattern",
+        )  # fmt: skip
+        runs = [run for place in places for run in runs_in(place)]
+        require(
+            bool(runs),
+            f"the workdir of a run has {CONFIG_FILE} and {METRICS_FILE}",
+            f"there is none in {path}",
+            "Pass the --workdir of a run, or a folder of them",
+        )
+        found |= {run.resolve(): run for run in runs}
+    return sorted(found.values(), key=natural_key)
+
+
+def runs_in(place: pathlib.Path) -> list[pathlib.Path]:
+    """The runs in a folder, which may be one itself; a run that has begun has no other inside."""
+    if not place.is_dir() or place.name.startswith("."):
+        return []
+    if any((place / name).is_file() for name in BEGUN):
+        return [place]
+    found = [run for child in sorted(place.iterdir()) for run in runs_in(child)]
+    return found or [place] * (place / CONFIG_FILE).is_file()
+
+
+def natural_key(path: pathlib.Path) -> list[tuple[int, str]]:
+    """Orders names with numbers as people do: 2 before 10."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece)
+            for piece in re.split(r"(\d+)", str(path))]  # fmt: skip
+
+
+def read_entries(directories: Sequence[pathlib.Path]) -> list[Entry]:
+    """Reads runs; what cannot be read is said in `Entry.problems`."""
+    names = short_names(directories)
+    return [read_entry(path, name) for path, name in zip(directories, names, strict=True)]
+
+
+def short_names(directories: Sequence[pathlib.Path]) -> list[str]:
+    """The paths without the folders that all of them are in."""
+    parts = [path.absolute().parts for path in directories]
+    shared = 0
+    while all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
+        shared += 1
+    return ["/".join(one[shared:]) for one in parts]
+
+
+def read_entry(directory: pathlib.Path, name: str) -> Entry:
+    """Reads a run, as far as it can be."""
+    problems: list[str] = []
+
+    def read(file: str, reader: Callable[[pathlib.Path], Any], empty: Any, required: bool) -> Any:
+        path = directory / file
+        if not path.exists():
+            problems.extend([f"no {file}"] * required)
+            return empty
+        try:
+            found = reader(path)
+        except (ValueError, OSError) as error:
+            problems.append(f"{file} cannot be read: {' '.join(str(error).split())}")
+            return empty
+        if isinstance(found, type(empty)):
+            return found
+        problems.append(f"{file} cannot be read: it is no JSON object")
+        return empty
+
+    written = read(CONFIG_FILE, read_json, {}, True)
+    rows = read(METRICS_FILE, read_metrics, [], False)
+    record = read(RUN_FILE, read_json, {}, False)
+    evaluation = read(EVALUATION_FILE, read_json, {}, False)
+    run = Run(rows=rows, record=record, settings=written, evaluation=evaluation, sample=None)
+    return Entry(name, directory, run, resolved(written), tuple(problems))
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def resolved(written: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config: those it lacks are at their defaults, where it can be built."""
+    if not written:
+        return {}
+    try:
+        return json.loads(json.dumps(to_dict(read_config(written, ExperimentConfig))))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return {name: item for name, item in written.items() if name not in ("format", "sources")}

@@ -1,0 +1,89 @@
+"""A table as columns of values: for a terminal, for a page, for a CSV file."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the tables.
+
+    Attributes:
+      name: in a CSV file; of a setting, its flag without the dashes.
+      title: for people.
+      values: one a row; None where there is none.
+      spec: of the numbers, for people.
+      marks: what is put behind the value of a row, for people.
+    """
+
+    name: str
+    title: str
+    values: tuple[Any, ...]
+    spec: str = ""
+    marks: tuple[str, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is aligned to the left."""
+        return any(isinstance(value, str) for value in self.values)
+
+    def cells(self) -> list[str]:
+        """The values as people read them."""
+        marks = self.marks or ("",) * len(self.values)
+        return [
+            plain(value, self.spec) + mark for value, mark in zip(self.values, marks, strict=True)
+        ]
+
+
+def plain(value: Any, spec: str = "") -> str:
+    """A value as people read it."""
+    if value is None or value == "":
+        return "-"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return format(value, spec) if is_number else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """A text of the user's without characters that would move the cursor or break the line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def csv_text(columns: Sequence[Column]) -> str:
+    """A table as the text of a CSV file: a header, a row a run, numbers in full."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([column.name for column in columns])
+    writer.writerows(zip(*(column.values for column in columns), strict=True))
+    return stream.getvalue()
+
+
+def text_of(columns: Sequence[Column], most: int = 48) -> str:
+    """A table for a terminal: titles broken at dots, cells cut, numbers to the right."""
+    cells = [[cut(cell, most) for cell in column.cells()] for column in columns]
+    titles = [broken(column.title) for column in columns]
+    height = max(map(len, titles))
+    heads = [[""] * (height - len(title)) + title for title in titles]
+    lines: list[list[str]] = [[] for _ in range(height + max(map(len, cells)))]
+    for column, head, body in zip(columns, heads, cells, strict=True):
+        width = max(map(len, [*head, *body]))
+        for line, cell in zip(lines, [*head, *body], strict=True):
+            line.append(cell.ljust(width) if column.is_text else cell.rjust(width))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def broken(title: str, most: int = 24) -> list[str]:
+    """A title in lines: after dots and commas where it is long."""
+    lines = [""]
+    for piece in title.replace(".", ".\0").replace(", ", ", \0").split("\0"):
+        if lines[-1] and len(lines[-1] + piece) > most:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def cut(cell: str, most: int) -> str:
+    """A cell of at most so many characters, the middle left out."""
+    return cell if len(cell) <= most else f"{cell[: most // 2 - 1]}...{cell[-most // 2 + 2 :]}"

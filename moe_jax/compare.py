@@ -1,0 +1,74 @@
+"""Compares runs: `python -m moe_jax.compare RUN... [--csv=FILE] [--out=DIR]`.
+
+A RUN is a workdir, a folder with workdirs in it, or a pattern in quotes. Prints a table: a row a
+run, the settings in which they differ, what came out, and means over seeds. Unfinished, failed and
+damaged runs are shown as what they are. --out writes a page (compare.html) and its figure
+(compare.png). docs/runs.md says what each column is.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from moe_jax import command_line
+from moe_jax.analysis.comparison import ORDERS, Comparison, compare
+from moe_jax.analysis.runs import find_runs, read_entries
+from moe_jax.analysis.table import csv_text, text_of
+from moe_jax.training.metrics import write_atomically
+
+PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
+
+
+def said(comparison: Comparison) -> str:
+    """What the command prints."""
+    seeds = comparison.seed_columns
+    parts = [
+        text_of(comparison.shown_columns),
+        f"Means over seeds:\n{text_of(seeds)}" if seeds else "",
+        "\n".join(comparison.notes),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def write(comparison: Comparison, out: pathlib.Path) -> pathlib.Path:
+    """Writes the page and the figure into a directory, made if absent; returns the page's path."""
+    from moe_jax.analysis.comparison_figure import comparison_png
+    from moe_jax.analysis.comparison_page import comparison_page
+
+    png = comparison_png(comparison)
+    page = comparison_page(comparison, png)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FIGURE_FILE).write_bytes(png)
+    write_atomically(out / PAGE_FILE, page)
+    return out / PAGE_FILE
+
+
+def run(paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str) -> None:
+    """Prints the comparison of runs, and writes what is asked for.
+
+    Raises:
+      ValueError: no run is there, or they cannot be sorted like this.
+    """
+    comparison = compare(read_entries(find_runs(paths)), order)
+    print(said(comparison))
+    if csv:
+        pathlib.Path(csv).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(pathlib.Path(csv), csv_text(comparison.columns))
+        print(f"wrote {csv}")
+    if out:
+        page = write(comparison, pathlib.Path(out))
+        print(f"wrote {page} and {FIGURE_FILE}")
+
+
+def main(paths: Sequence[str]) -> None:
+    """Compares the runs that the command line names."""
+    values = flags.FLAGS
+    run(paths, values.sort, values.csv, values.out)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("sort", ORDERS[0], ORDERS, "What the runs are ordered by.")
+    flags.DEFINE_string("csv", "", "A file for the table of the runs, numbers in full.")
+    flags.DEFINE_string("out", "", "A directory for the page and its figure.")
+    command_line.run(main, required=(), arguments="RUN")
