@@ -152,13 +152,13 @@ def mesh_of_flag() -> MeshConfig | None:
     return build(MeshConfig, sizes, "mesh")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags; what is wrong with one ends the process with a message and exit code 1."""
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Reads flags; what is wrong with one ends the process with a message and exit code 1."""
     kinds = [arg for arg in argv if re.match(r"--?config\.[\w.]*\bkind\b", arg)]
     if kinds:
         sys.exit(f"error: {KIND_OF_A_FLAG}: {kinds[0]}. Change the config file, or write a preset.")
     try:
-        return flags.FLAGS(argv)
+        return values(argv)
     except flags.Error as error:
         # Where a config file raised an error, its traceback is in between.
         lines = str(error).splitlines()

@@ -79,16 +79,20 @@ class Entry:
     @property
     def state(self) -> str:
         """One of the five words above."""
+        done = self.num_steps is not None and self.step >= self.num_steps
+        if not done and failure(self.directory):
+            return FAILED
         if self.problems:
             return DAMAGED
-        if self.num_steps is not None and self.step >= self.num_steps:
-            return FINISHED if self.score.step >= self.num_steps else NOT_EVALUATED
-        return FAILED if failure(self.directory) else UNFINISHED
+        if not done:
+            return UNFINISHED
+        return FINISHED if self.score.step >= (self.num_steps or 0) else NOT_EVALUATED
 
     @property
     def note(self) -> str:
         """What is wrong with it, in a line; "" where nothing is."""
-        return "; ".join(self.problems) or (failure(self.directory) if self.state == FAILED else "")
+        why = failure(self.directory) if self.state == FAILED else ""
+        return "; ".join([*[why] * bool(why), *self.problems])
 
     @functools.cached_property
     def score(self) -> Score:

@@ -52,9 +52,15 @@ class Machine:
             num_jobs = len(self.cores) or os.cpu_count() or 1
             if self.platform != "cpu":
                 num_jobs = max(1, self.num_devices // devices_per_job) if is_gpu else 1
-        variables = self._gpus_of(num_jobs) if is_gpu else [{}] * num_jobs
         shares = [self.cores[place::num_jobs] if num_jobs > 1 else () for place in range(num_jobs)]
-        return [Place(*one) for one in zip(shares, variables, strict=True)]
+        if not is_gpu:
+            return [Place(cores, self.num_devices) for cores in shares]
+        variables = self._gpus_of(num_jobs)
+        name = VISIBLE[self.platform]
+        return [
+            Place(cores, own[name].count(",") + 1, own)
+            for cores, own in zip(shares, variables, strict=True)
+        ]
 
     def _gpus_of(self, num_jobs: int) -> list[dict[str, str]]:
         """The variables that give each job its GPUs, and its part of the memory of a shared one."""
@@ -77,10 +83,12 @@ class Place:
 
     Attributes:
       cores: that it runs on; (): on all.
+      num_devices: accelerators that it sees; 0 on a CPU.
       variables: of its environment.
     """
 
     cores: tuple[int, ...] = ()
+    num_devices: int = 0
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def environment(self) -> dict[str, str]:

@@ -1,0 +1,319 @@
+"""Trains a grid of settings and seeds: `python -m moe_jax.sweep --config=FILE --out=DIR --set ...`.
+
+    python -m moe_jax.sweep --config=configs/quickstart.py:smoke --out=runs/sweep \
+        --set optimizer.learning_rate=1e-3,3e-3,1e-2 --set seed,data.seed=0,1 --jobs=2
+
+Each run is a process of its own, `python -m moe_jax.train`, with the workdir DIR/NAME, where NAME
+says what differs: learning_rate=0.001,seed=0. All configs are built and checked before the first
+run starts. The same command goes on where it was stopped; with other values it adds runs. At the
+end the runs are compared, on the terminal and in DIR/compare.html. docs/runs.md says more.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from moe_jax import command_line, compare
+from moe_jax.analysis.runs import BEGUN, resolved, runs_in
+from moe_jax.config import ExperimentConfig, from_config_dict, to_dict
+from moe_jax.config.check import require
+from moe_jax.data import check_data, open_data
+from moe_jax.jobs.grid import (
+    NO_PRESET,
+    PRESETS,
+    Axis,
+    check_names,
+    grid,
+    names_of,
+    parse_axis,
+)
+from moe_jax.jobs.log import failure
+from moe_jax.jobs.places import Machine, Place, this_machine
+from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
+from moe_jax.planning.workload import resolve
+from moe_jax.training.loop import check_vocabulary
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, read_metrics
+from moe_jax.training.trackers import check_trackers
+from moe_jax.training.workdir import check_workdir
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingRun:
+    """A point of the grid.
+
+    Attributes:
+      name: what differs.
+      workdir: of the run.
+      config: of the run.
+      arguments: the flags that give this config.
+    """
+
+    name: str
+    workdir: pathlib.Path
+    config: ExperimentConfig
+    arguments: tuple[str, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Of its training."""
+        return self.config.training.num_steps
+
+    def finished_steps(self) -> int:
+        """How far it is, from the metrics that it has written."""
+        try:
+            rows = read_metrics(self.workdir / METRICS_FILE)
+        except (OSError, ValueError):
+            return 0
+        return int(rows[-1]["step"]) if rows else 0
+
+    def is_finished(self) -> bool:
+        """Whether its last state is evaluated on the whole held-out split."""
+        try:
+            text = (self.workdir / "evaluation.json").read_text(encoding="utf-8")
+            return int(json.loads(text)["step"]) >= self.num_steps
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+
+    def command(self) -> list[str]:
+        """Its process; the same again goes on from its newest checkpoint."""
+        where = f"--workdir={self.workdir}"
+        return [sys.executable, "-m", "moe_jax.train", *self.arguments, where]
+
+
+def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> list[TrainingRun]:
+    """The runs of a grid, their configs built; nothing is written.
+
+    Args:
+      arguments: the flags --config and --config.NAME that all runs share.
+      sets: what each --set says.
+      out: directory of the runs. One that is there already with the same config keeps its name.
+
+    Raises:
+      ValueError: a name is no setting, or a config breaks a rule.
+    """
+    axes = [parse_axis(text) for text in sets]
+    base = load(arguments)
+    settings = set(paths_of(base))
+    check_names(axes, settings)
+    given = {argument.partition("=")[0] for argument in arguments}
+    for axis in axes:
+        for name in axis.names:
+            require(f"--config.{name}" not in given, "a setting is given once",
+                    f"{name} in --set and in --config.{name}", "Remove one")  # fmt: skip
+    points = list(grid(axes))
+    flags_of = [with_values(arguments, point) for point in points]
+    dicts = [load(one) for one in flags_of]
+    configs = [from_config_dict(one.to_dict()) for one in dicts]
+    values = [
+        {name: point[name] if name == PRESETS else read(config, name) for name in point}
+        for point, config in zip(points, dicts, strict=True)
+    ]
+    check_different(axes, points, configs)
+    there = known_runs(out)
+    return [
+        TrainingRun(name, there.get(key_of(config), out / name), config, tuple(own))
+        for name, config, own in zip(names_of(axes, values), configs, flags_of, strict=True)
+    ]
+
+
+def load(arguments: Sequence[str]) -> ConfigDict:
+    """The config that the flags of a training run give."""
+    argv = ["sweep", *arguments]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    command_line.parse(argv, values)
+    return values.config
+
+
+def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]:
+    """The flags of one point: those that all share, with its values."""
+    found = list(arguments)
+    presets = point.get(PRESETS, NO_PRESET)
+    if presets != NO_PRESET:
+        place = next(i for i, one in enumerate(found) if one.startswith("--config="))
+        found[place] += ("," if ":" in found[place] else ":") + presets.replace("+", ",")
+    return found + [f"--config.{name}={value}" for name, value in point.items() if name != PRESETS]
+
+
+def shared_arguments(argv: Sequence[str]) -> list[str]:
+    """The flags of a command line that give the config, each as one word."""
+    found: list[str] = []
+    left = list(argv)
+    while left:
+        argument = left.pop(0)
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or name.removeprefix("no").split(".")[0] != "config":
+            continue
+        values = flags.FLAGS
+        takes_next = not equals and name in values and not values[name].boolean
+        found.append(f"--{argument.lstrip('-')}" + (f"={left.pop(0)}" if takes_next else ""))
+    return found
+
+
+def paths_of(config: Any, path: str = "") -> list[str]:
+    """The dotted paths of all settings of a config."""
+    if not isinstance(config, ConfigDict):
+        return [path]
+    inner = (f"{path}.{name}" if path else name for name in config)
+    names = zip(config, inner, strict=True)
+    return [one for name, where in names for one in paths_of(config[name], where)]
+
+
+def read(config: Any, name: str) -> Any:
+    """The value of a setting by its dotted path."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def check_different(
+    axes: Sequence[Axis], points: Sequence[Mapping[str, str]], configs: Sequence[ExperimentConfig]
+) -> None:
+    """Refuses a grid in which two points are one run, such as 1e-3 and 0.001.
+
+    Raises:
+      ValueError: with both.
+    """
+    first: dict[str, int] = {}
+    for place, config in enumerate(configs):
+        same = first.setdefault(key_of(config), place)
+        require(
+            same == place, "the runs of a grid differ",
+            f"{dict(points[same])} and {dict(points[place])} give the same config",
+            f"Remove a value of {', '.join(axes[-1].names)}" if len(axes) == 1 else "Remove one",
+        )  # fmt: skip
+
+
+def key_of(config: ExperimentConfig) -> str:
+    """What two configs have in common only if they are equal."""
+    return json.dumps(to_dict(config), sort_keys=True)
+
+
+def known_runs(out: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The runs in a directory by their configs; those that cannot be read are not known."""
+    found = {}
+    for run in runs_in(out) if out.is_dir() else []:
+        try:
+            written = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
+            found[json.dumps(resolved(written), sort_keys=True)] = run
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> None:
+    """Checks what a run checks before its first step, for all of them, before any starts.
+
+    Makes the token files if the cache has none, so that the runs do not do so side by side.
+
+    Raises:
+      ValueError: naming the run.
+    """
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
+    checked = set()
+    for run in runs:
+        try:
+            config = run.config.on_devices(num_devices)
+            resolve(config, config.mesh.num_devices, platform)
+            check_workdir(run.config, run.workdir)
+            check_trackers(run.config.training.trackers)
+            data = open_data(run.config.data)
+            check_vocabulary(run.config, data.tokenizer)
+            if run.config.data not in checked:
+                check_data(data)
+                checked.add(run.config.data)
+        except ValueError as error:
+            raise ValueError(f"{run.name}: {error}") from error
+
+
+def places_for(runs: Sequence[TrainingRun], machine: Machine, num_jobs: int) -> list[Place]:
+    """Where the runs go: no more places than runs, each with the devices that a mesh needs."""
+    meshes = [run.config.mesh for run in runs]
+    needed = max(mesh.slices * math.prod(n for n in mesh.sizes if n != -1) for mesh in meshes)
+    places = machine.places(num_jobs, needed)
+    if len(places) > len(runs):
+        places = machine.places(len(runs), needed)
+    return places
+
+
+def sweep(
+    runs: Sequence[TrainingRun], places: Sequence[Place], *, skip_failed: bool = False
+) -> list[TrainingRun]:
+    """Runs what is not finished; returns the runs that failed, now or before.
+
+    Raises:
+      Stopped: by a signal; the runs have saved.
+    """
+    left = [run for run in runs if not run.is_finished()]
+    skipped = [run for run in left if skip_failed and failure(run.workdir)]
+    left = [run for run in left if run not in skipped]
+    print(
+        f"{len(runs)} runs: {len(runs) - len(left) - len(skipped)} finished before, "
+        f"{len(skipped)} failed before and are skipped, {len(left)} to do, "
+        f"{min(len(places), len(left))} at a time",
+        flush=True,
+    )
+    with Board(left) as board:
+        failed = run_side_by_side(left, places, board)
+    return [run for run in runs if run in failed or run in skipped]
+
+
+def main() -> None:
+    """Trains the grid that the flags say, and compares its runs."""
+    # The processes take the accelerators; this one only checks.
+    jax.config.update("jax_platforms", "cpu")
+    values = flags.FLAGS
+    out = pathlib.Path(values.out)
+    runs = plan(shared_arguments(sys.argv[1:]), values.set, out)
+    machine = this_machine(os.environ.get("JAX_PLATFORMS", ""))
+    places = places_for(runs, machine, values.jobs)
+    check(runs, machine, places[0].num_devices or jax.device_count())
+    try:
+        failed = sweep(runs, places, skip_failed=values.skip_failed)
+    except Stopped as stopped:
+        print(
+            f"\nstopped by {stopped}; the runs that were going have saved. To go on, run again:\n  "
+            + shlex.join(sys.orig_argv),
+            flush=True,
+        )
+        sys.exit(128 + stopped.number)
+    begun = [run.workdir for run in runs if any((run.workdir / name).exists() for name in BEGUN)]
+    print()
+    compare.run(begun, "bits_per_byte", str(out / "compare.csv"), str(out))
+    if failed:
+        names = ", ".join(run.name for run in failed)
+        print(
+            f"\n{len(failed)} of {len(runs)} runs failed: {names}. The same command tries them "
+            "again, with --skip_failed it does not.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
+    flags.DEFINE_multi_string(
+        "set", None, "NAME=VALUE,VALUE of a setting to vary; may be given again. NAME,NAME=... "
+        "sets several alike; presets=none,a,b+c varies the presets of --config.",
+    )  # fmt: skip
+    flags.DEFINE_string("out", None, "Directory of the runs, each in a folder of its own.")
+    flags.DEFINE_integer(
+        "jobs", 0, "Runs side by side. 0: a core or a GPU each, and one on another accelerator.", 0
+    )
+    flags.DEFINE_boolean("skip_failed", False, "Leave out the runs that failed before.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, required=("config", "set", "out"))
