@@ -14,7 +14,7 @@ from absl import flags
 from moe_jax import command_line
 from moe_jax.analysis.comparison import ORDERS, Comparison, compare
 from moe_jax.analysis.runs import find_runs, read_entries
-from moe_jax.analysis.table import csv_text, text_of
+from moe_jax.analysis.table import csv_text, printable, text_of
 from moe_jax.training.metrics import write_atomically
 
 PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
@@ -22,10 +22,13 @@ PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
 
 def said(comparison: Comparison) -> str:
     """What the command prints."""
+    columns = [column for column in comparison.shown_columns if column.name != "note"]
     seeds = comparison.seed_columns
+    wrong = [entry for entry in comparison.entries if entry.note]
     parts = [
-        text_of(comparison.shown_columns),
+        text_of(columns),
         f"Means over seeds:\n{text_of(seeds)}" if seeds else "",
+        "\n".join(f"{entry.state}: {printable(f'{entry.name}: {entry.note}')}" for entry in wrong),
         "\n".join(comparison.notes),
     ]
     return "\n\n".join(filter(None, parts))

@@ -257,12 +257,14 @@ def sweep(
     left = [run for run in runs if not run.is_finished()]
     skipped = [run for run in left if skip_failed and failure(run.workdir)]
     left = [run for run in left if run not in skipped]
-    print(
-        f"{len(runs)} runs: {len(runs) - len(left) - len(skipped)} finished before, "
-        f"{len(skipped)} failed before and are skipped, {len(left)} to do, "
-        f"{min(len(places), len(left))} at a time",
-        flush=True,
-    )
+    counts = {
+        "finished before": len(runs) - len(left) - len(skipped),
+        "failed before and skipped": len(skipped),
+        "to do": len(left),
+        "at a time": min(len(places), len(left)),
+    }
+    text = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(f"{len(runs)} runs: {text}", flush=True)
     with Board(left) as board:
         failed = run_side_by_side(left, places, board)
     return [run for run in runs if run in failed or run in skipped]

@@ -144,9 +144,9 @@ def colors_of(comparison: Comparison) -> tuple[list[str], list[int]]:
 
 
 def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
-    """Its name, with the number of runs that share its colour; nothing in it is mathematics."""
+    """Its name and how many runs have its colour; a dollar in it begins no mathematics."""
     group = next((group for group in comparison.groups if place in group), [place])
-    several = f" and {len(group) - 1} other seeds" if len(group) > 1 else ""
+    several = f" ({len(group)} seeds)" if len(group) > 1 else ""
     state = "" if is_final(entry) else f" ({entry.state})"
     return (cut(printable(entry.name), 80) + several + state).replace("$", r"\$")
 

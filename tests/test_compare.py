@@ -1,0 +1,300 @@
+"""Runs side by side: what differs, what came out, what may not be compared, what is wrong."""
+
+import csv
+import dataclasses
+import html
+import json
+import math
+import statistics
+
+import pytest
+from matplotlib.image import imread
+
+from moe_jax import compare as command
+from moe_jax.analysis.comparison import compare, differing
+from moe_jax.analysis.comparison_figure import comparison_figure
+from moe_jax.analysis.comparison_page import comparison_page
+from moe_jax.analysis.runs import find_runs, read_entries
+from moe_jax.analysis.table import Column, csv_text, text_of
+from moe_jax.config import MeshConfig, write_config
+from tests.tiny_run import DENSE, tiny_config
+
+NUM_STEPS = 20
+
+
+def losses(bits, *, bytes_per_token=1.0, tokens=1000.0):
+    """A score of so many bits a byte on a text of `tokens * bytes_per_token` bytes."""
+    nats = bits * math.log(2) * bytes_per_token
+    return {"nats_per_token": nats, "bits_per_byte": bits, "tokens": tokens, "domains": {}}
+
+
+def make_run(directory, bits=2.0, *, settings=None, steps=NUM_STEPS, score=None, config=None):
+    """A run by its files: finished with this loss, or after `steps` of its steps."""
+    directory.mkdir(parents=True)
+    training = {"num_steps": NUM_STEPS, "evaluation_batches": 1}
+    config = config or tiny_config({"training": training, **(settings or {})})
+    (directory / "config.json").write_text(json.dumps(write_config(config)))
+    record = {
+        "parameters": {"total": 1000, "active": 400}, "forward_flops_per_token": {"model": 100.0},
+    }  # fmt: skip
+    (directory / "run.json").write_text(json.dumps(record))
+    rows = []
+    for step in range(5, steps + 1, 5):
+        speed = {"perf/tokens_per_s": 100.0 + step, "perf/seconds_per_step": 2.0}
+        rows.append({"step": step, "train/loss": 3.0 - step / 20, **speed})
+        if step % 10 == 0:
+            rows.append({"step": step, "heldout/dropless/bits_per_byte": bits + 0.1})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if steps >= NUM_STEPS:
+        found = {"step": NUM_STEPS, "dropless": score or losses(bits)}
+        (directory / "evaluation.json").write_text(json.dumps(found))
+    return directory
+
+
+def comparison_of(*paths, order="bits_per_byte"):
+    return compare(read_entries(find_runs(paths)), order)
+
+
+def column(columns, name):
+    (found,) = [column for column in columns if column.name == name]
+    return list(found.values)
+
+
+def learning_rate(value, **more):
+    return {"optimizer": {"learning_rate": value, "warmup_steps": 0}, **more}
+
+
+def test_the_settings_that_differ_are_columns_and_the_best_run_is_first(tmp_path):
+    make_run(tmp_path / "a", 2.5, settings=learning_rate(0.001))
+    make_run(tmp_path / "b", 2.0, settings=learning_rate(0.01))
+    found = comparison_of(tmp_path)
+    assert column(found.columns, "run") == ["b", "a"]
+    assert [c.name for c in found.settings_columns] == ["config.optimizer.learning_rate"]
+    assert column(found.columns, "config.optimizer.learning_rate") == [0.01, 0.001]
+    assert column(found.columns, "heldout/dropless/bits_per_byte") == [2.0, 2.5]
+    nats = column(found.columns, "heldout/dropless/nats_per_token")
+    assert nats == pytest.approx([2.0 * math.log(2), 2.5 * math.log(2)])
+    assert column(found.columns, "tokens_per_s") == [112.5, 112.5]  # median of 105, 110, 115, 120
+    assert column(found.columns, "parameters") == [1000, 1000]
+    assert column(found.columns, "active_parameters") == [400, 400]
+    assert not any("capacity" in c.name for c in found.columns) and found.notes == []
+    text = text_of(found.shown_columns)
+    assert "--config.optimizer." in text and "learning_rate" in text and "112" in text
+
+
+def test_parts_differ_by_kind_and_then_by_the_fields_of_those_alike():
+    dense = {"model": {"parts": {"mlp": {"kind": "mlp", "dim": 8}}}, "seed": 0}
+    experts = [
+        {"model": {"parts": {"moe": {"kind": "moe", "num_experts": n, "bias": bias}}}, "seed": 0}
+        for n, bias in ((4, None), (8, {"kind": "sign", "rate": 0.1}))
+    ]
+    assert differing([dense, *experts, {}]) == {
+        "config.model.parts.mlp": ("mlp", None, None, None),
+        "config.model.parts.moe": (None, "moe", "moe", None),
+        "config.model.parts.moe.num_experts": (None, 4, 8, None),
+        "config.model.parts.moe.bias": (None, None, "sign", None),
+    }
+    assert differing([experts[0], experts[0]]) == {}
+    assert differing([{"a": {"x": 1}}, {}]) == {}
+
+
+def test_runs_that_differ_in_seeds_alone_have_a_mean(tmp_path):
+    for seed, bits in enumerate((2.0, 2.2, 2.7)):
+        both = {"seed": seed, "data": {"sequence_length": 16, "seed": seed}, "name": f"run {seed}"}
+        make_run(tmp_path / f"low_{seed}", bits, settings=learning_rate(0.001, **both))
+    make_run(tmp_path / "low_3", steps=10, settings=learning_rate(0.001, seed=3))
+    make_run(tmp_path / "again", 9.0, settings=learning_rate(0.001, seed=2, name="run 2",
+             data={"sequence_length": 16, "seed": 2}), steps=15)  # fmt: skip
+    make_run(tmp_path / "high", 2.1, settings=learning_rate(0.01))
+    seeds = comparison_of(tmp_path).seed_columns
+    assert column(seeds, "config.optimizer.learning_rate") == [0.001]
+    assert column(seeds, "n") == [3]
+    assert [c.cells() for c in seeds if c.name == "n"] == [["3 of 4"]]
+    name = "heldout/dropless/bits_per_byte"
+    assert column(seeds, f"{name}/mean") == pytest.approx([2.3])
+    assert column(seeds, f"{name}/sd") == pytest.approx([statistics.stdev((2.0, 2.2, 2.7))])
+    assert "config.seed" not in {c.name for c in seeds}
+
+
+def test_the_same_config_and_seed_twice_is_no_spread(tmp_path):
+    make_run(tmp_path / "a", 2.0)
+    make_run(tmp_path / "b", 2.0)
+    assert comparison_of(tmp_path).seed_columns == []
+
+
+def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
+    make_run(tmp_path / "done", 2.0)
+    make_run(tmp_path / "going", 1.0, steps=10)
+    unscored = make_run(tmp_path / "unscored")  # killed in its last evaluation
+    (unscored / "evaluation.json").unlink()
+    rows = (unscored / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (unscored / "metrics.jsonl").write_text("".join(rows[:-1]))
+    failed = make_run(tmp_path / "failed", steps=5)
+    (failed / "log.txt").write_text("step 5/20\nerror: train/loss is nan at step 6\n\n")
+    torn = make_run(tmp_path / "torn", 1.0)
+    (torn / "metrics.jsonl").write_text('{"step": 5}\ngarbage\n{"step": 10}\n')
+    cut = make_run(tmp_path / "cut", 1.0)
+    (cut / "config.json").write_text('{"seed": ')
+    never = tmp_path / "never"
+    never.mkdir()
+    (never / "log.txt").write_text("error: no such corpus\n")
+    found = comparison_of(tmp_path)
+    states = dict(zip(column(found.columns, "run"), column(found.columns, "state"), strict=True))
+    assert states == {
+        "done": "finished", "going": "unfinished", "unscored": "not evaluated",
+        "failed": "failed", "torn": "damaged", "cut": "damaged", "never": "failed",
+    }  # fmt: skip
+    assert column(found.columns, "run")[0] == "done"  # a better loss that is not final is no rank
+    marks = {c.name: c.cells() for c in found.columns}
+    going = column(found.columns, "run").index("going")
+    assert marks["steps"][going] == "10 of 20"
+    assert marks["heldout/dropless/bits_per_byte"][going] == "1.1000~"
+    command.run([tmp_path], "bits_per_byte", "", "")
+    said = capsys.readouterr().out
+    assert "failed: failed: train/loss is nan at step 6\n" in said
+    assert "damaged: cut: config.json cannot be read: Expecting value" in said
+    assert "line 2 is b'garbage'" in said and "~: no final score." in said
+    assert "failed: never: no such corpus; no config.json" in said
+
+
+def test_an_extended_run_is_unfinished_and_its_old_score_is_not_final(tmp_path):
+    run = make_run(tmp_path / "run", 2.0)
+    longer = tiny_config({"training": {"num_steps": 40, "evaluation_batches": 1}})
+    (run / "config.json").write_text(json.dumps(write_config(longer)))
+    (entry,) = comparison_of(run).entries
+    assert entry.state == "unfinished" and entry.score.step == NUM_STEPS
+
+
+def test_nats_of_different_tokenizers_are_not_ranked(tmp_path):
+    make_run(tmp_path / "bytes", 2.0)
+    data = {"sequence_length": 16, "tokenizer": "sentencepiece:other.model"}
+    score = losses(1.9, bytes_per_token=4.0, tokens=249.9)  # of 999.6 bytes
+    make_run(tmp_path / "pieces", settings={"data": data}, score=score)
+    found = comparison_of(tmp_path)
+    assert column(found.columns, "run") == ["pieces", "bytes"]
+    assert found.texts == ("A", "A")
+    assert any("nats/token of different tokenizers do not compare" in n for n in found.notes)
+    with pytest.raises(ValueError, match=r"one tokenizer: the runs have 2: .*Sort by bits_per_byt"):
+        comparison_of(tmp_path, order="nats_per_token")
+
+
+@pytest.mark.parametrize("change", ["fraction", "content"])
+def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, change):
+    make_run(tmp_path / "one", 3.0)
+    make_run(tmp_path / "two", 2.0)
+    settings, score = {"data": {"sequence_length": 16, "heldout_fraction": 0.5}}, losses(1.0)
+    if change == "content":  # the same path, and other text behind it
+        settings, score = {}, losses(1.0, tokens=1001.0)
+    make_run(tmp_path / "zoo", settings=settings, score=score)
+    found = comparison_of(tmp_path)
+    assert dict(zip(column(found.columns, "run"), found.texts, strict=True)) == {
+        "one": "A", "two": "A", "zoo": "B",
+    }  # fmt: skip
+    assert column(found.columns, "run") == ["two", "one", "zoo"]
+    (note,) = [note for note in found.notes if "different held-out text" in note]
+    assert "A: 1,000 bytes of data.corpus='embedded'" in note
+    assert "heldout_text" in {c.name for c in found.shown_columns}
+
+
+def test_a_model_that_may_look_ahead_is_marked(tmp_path):
+    stack = {"unit": [["attention", "moe"]], "repeats": 2, "allow_lookahead": True}
+    make_run(tmp_path / "leaks", settings={"model": {"stack": stack}})
+    make_run(tmp_path / "causal")
+    (note,) = comparison_of(tmp_path).notes
+    assert "look at later tokens" in note and "in leaks:" in note
+
+
+def test_where_runs_are_found(tmp_path):
+    for name in ("a/lr2", "a/lr10", "b/one"):
+        make_run(tmp_path / name)
+    (tmp_path / "a" / "config.json").write_text("{}")  # of something else
+    (tmp_path / "a" / "lr2" / "checkpoints" / "5").mkdir(parents=True)
+    (tmp_path / "a" / "lr2" / "checkpoints" / "5" / "config.json").write_text("{}")
+
+    def names(*paths):
+        return [str(path.relative_to(tmp_path)) for path in find_runs(paths)]
+
+    assert names(tmp_path) == ["a/lr2", "a/lr10", "b/one"]
+    assert names(tmp_path / "a" / "lr2", tmp_path / "a") == ["a/lr2", "a/lr10"]
+    assert names(f"{tmp_path}/*/lr*") == ["a/lr2", "a/lr10"]
+    assert [e.name for e in read_entries(find_runs([tmp_path / "a"]))] == ["lr2", "lr10"]
+    with pytest.raises(ValueError, match=r"there is no .*nowhere\. Pass a workdir"):
+        find_runs([tmp_path / "nowhere"])
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match=r"config.json and metrics.jsonl: there is none in .*/c"):
+        find_runs([tmp_path / "a", tmp_path / "c"])
+
+
+def test_names_with_mathematics_and_markup_are_text(tmp_path):
+    odd = ["_a$b^$", "<script>alert(1)</script>".replace("/", "|"), "c\x1b[31m\nd", "文$x"]
+    for number, name in enumerate(odd):
+        make_run(tmp_path / name, 2.0 + number, settings={"optimizer": {
+            "learning_rate": 0.001 * (number + 1), "warmup_steps": 0}})  # fmt: skip
+    page = command.write(comparison_of(tmp_path), tmp_path / "out").read_text()
+    assert "<script>" not in page and html.escape(odd[1]) in page
+    assert "\x1b" not in page and "c\\x1b[31m\\nd" in page
+    pixels = imread(tmp_path / "out" / "compare.png")
+    assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.05
+    assert len(find_runs([tmp_path])) == 4  # what is written is no run
+
+
+def test_the_figure_has_every_run_against_every_measure(tmp_path):
+    make_run(tmp_path / "a", 2.0, settings=learning_rate(0.001))
+    make_run(tmp_path / "b", 2.5, settings=learning_rate(0.01))
+    make_run(tmp_path / "later", steps=0, settings=learning_rate(0.1))
+    figure = comparison_figure(comparison_of(tmp_path))
+    heldout, training = figure.axes[:4], figure.axes[4:]
+    ends = [axis.lines[0].get_xdata()[-1] for axis in training]
+    assert ends == [20, 20 * 4 * 16, 20 * 4 * 16 * 300, 40.0]
+    # A line of the sample during the run, a dot of the whole split at the end.
+    dot, line = heldout[0].lines[0], heldout[0].lines[1]
+    assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([20], [2.0])
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([10], [2.1])
+    assert all(len(axis.lines) == 2 for axis in training)
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        "a", "b", "later (unfinished)",
+    ]  # fmt: skip
+
+
+def test_the_csv_file_has_numbers_in_full_and_every_run(tmp_path):
+    make_run(tmp_path / "a, b", 2.0 / 3, settings=learning_rate(1e-5))
+    make_run(tmp_path / "c", steps=10, settings=learning_rate(1e-4))
+    command.run([tmp_path], "name", str(tmp_path / "out" / "runs.csv"), "")
+    with (tmp_path / "out" / "runs.csv").open(newline="") as stream:
+        first, second = csv.DictReader(stream)
+    assert first["run"] == "a, b" and second["state"] == "unfinished"
+    assert float(first["heldout/dropless/bits_per_byte"]) == 2.0 / 3
+    assert float(first["config.optimizer.learning_rate"]) == 1e-5
+    assert (second["steps"], second["num_steps"]) == ("10", "20")
+
+
+def test_runs_of_different_kinds_are_one_table(tmp_path):
+    training = {"training": {"num_steps": NUM_STEPS}}
+    make_run(tmp_path / "dense", 2.0, config=tiny_config({**DENSE, **training}))
+    moe = tiny_config(training)
+    make_run(tmp_path / "moe", 1.0, config=moe)
+    make_run(
+        tmp_path / "mesh", 1.0, config=dataclasses.replace(moe, mesh=MeshConfig(data=1, expert=2))
+    )
+    score = json.loads((tmp_path / "moe" / "evaluation.json").read_text())
+    score["capacity_limited"] = losses(1.5)
+    (tmp_path / "moe" / "evaluation.json").write_text(json.dumps(score))
+    found = comparison_of(tmp_path)
+    runs = column(found.columns, "run")
+    limited = column(found.columns, "heldout/capacity_limited/bits_per_byte")
+    assert dict(zip(runs, limited, strict=True)) == {"dense": None, "moe": 1.5, "mesh": None}
+    assert {"config.model.parts.moe", "config.model.parts.mlp", "config.mesh.expert"} <= {
+        c.name for c in found.settings_columns
+    }
+    assert "<table>" in comparison_page(found, b"")
+
+
+def test_tables():
+    columns = [
+        Column("name", "name", ("a", "long")),
+        Column("n", "how many, of all", (1, None), "", (" of 3", "")),
+    ]
+    assert (
+        text_of(columns) == "name  how many, of all\na               1 of 3\nlong                 -"
+    )
+    assert csv_text(columns) == "name,n\na,1\nlong,\n"
