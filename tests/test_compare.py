@@ -196,12 +196,25 @@ def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, c
     assert "heldout_text" in {c.name for c in found.shown_columns}
 
 
-def test_a_model_that_may_look_ahead_is_marked(tmp_path):
+def test_a_loss_that_is_not_causal_is_marked_and_ranked_apart(tmp_path):
     stack = {"unit": [["attention", "moe"]], "repeats": 2, "allow_lookahead": True}
-    make_run(tmp_path / "leaks", settings={"model": {"stack": stack}})
-    make_run(tmp_path / "causal")
-    (note,) = comparison_of(tmp_path).notes
-    assert "look at later tokens" in note and "in leaks:" in note
+    make_run(tmp_path / "old", 1.0, settings={"model": {"stack": stack}})  # says nothing of it
+    for name, label, mark in (
+        ("leaks", "slots of training", "sees later tokens"),
+        ("trained", "dropless", "saw later tokens in training"),
+        ("causal", "dropless", ""),
+    ):
+        run = make_run(tmp_path / name, 1.0 + 0.1 * len(name), settings={"model": {"stack": stack}})
+        said = {"losses": {"dropless": {"label": label, "mark": mark}}}
+        (run / "run.json").write_text(json.dumps(said))
+    found = comparison_of(tmp_path)
+    assert column(found.columns, "run") == ["causal", "trained", "old", "leaks"]
+    bits = next(c for c in found.columns if c.name == "heldout/dropless/bits_per_byte")
+    assert bits.title == "dropless or slots of training, bits/byte"
+    assert bits.cells() == ["1.6000", "1.7000*", "1.0000*", "1.5000*"]
+    saw, sees = found.notes
+    assert saw == "*: saw later tokens in training: trained."
+    assert sees.startswith("*: sees later tokens, so that ") and sees.endswith(": old, leaks.")
 
 
 def test_where_runs_are_found(tmp_path):

@@ -11,8 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.analysis.report import WAYS
-from moe_jax.analysis.runs import FINISHED, Entry
+from moe_jax.analysis.runs import FINISHED, SEES, WAYS, Entry
 from moe_jax.analysis.table import Column, printable
 from moe_jax.config.check import require
 
@@ -22,6 +21,7 @@ SEEDS = ("config.seed", "config.data.seed")
 WITHOUT_EFFECT = ("config.name", "config.data.cache_dir", "config.training.trackers")
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
 ORDERS = (*UNITS, "name", "tokens_per_s")
+NOT_CAUSAL = ", so that its loss is not that of a causal model and is ranked apart"
 SECTION = "set"  # stands for a section that has no kind
 SAME_TEXT = 1e-3  # of the bytes, that the first token of a domain, never a target, may make
 Settings = Mapping[str, Any]
@@ -96,16 +96,20 @@ class Comparison:
     @property
     def loss_columns(self) -> list[Column]:
         """The held-out losses, by way of evaluation and unit."""
-        marks = tuple("" if is_final(entry) else "~" for entry in self.entries)
         columns = []
         for way in self.ways:
+            there = [entry for entry in self.entries if way in entry.score.losses]
+            label = " or ".join(dict.fromkeys(printable(entry.label(way)) for entry in there))
             for unit, title in UNITS.items():
                 values = tuple(entry.score.loss(way, unit) for entry in self.entries)
-                shown = tuple(
-                    mark * (value is not None) for mark, value in zip(marks, values, strict=True)
+                marks = tuple(
+                    ""
+                    if value is None
+                    else "~" * (not is_final(entry)) + "*" * bool(entry.mark(way))
+                    for entry, value in zip(self.entries, values, strict=True)
                 )
                 name = f"heldout/{way}/{unit}"
-                columns.append(Column(name, f"{WAYS[way]}, {title}", values, ".4f", shown))
+                columns.append(Column(name, f"{label}, {title}", values, ".4f", marks))
         return columns
 
     @property
@@ -185,12 +189,14 @@ class Comparison:
                 f"The runs differ in {len(self.hidden_settings)} more settings, which --csv lists: "
                 f"{', '.join(self.hidden_settings)}."
             )
-        if any(looks_ahead(entry) for entry in self.entries):
-            names = ", ".join(printable(e.name) for e in self.entries if looks_ahead(e))
-            found.append(
-                f"Routing may look at later tokens (stack.allow_lookahead) in {names}: its losses "
-                "are not those of a causal model."
-            )
+        marks: dict[str, list[str]] = {}
+        for entry in self.entries:
+            for mark in dict.fromkeys(filter(None, map(entry.mark, entry.score.losses))):
+                marks.setdefault(mark, []).append(entry.name)
+        found += [
+            f"*: {printable(mark)}{NOT_CAUSAL * (mark == SEES)}: {printable(', '.join(names))}."
+            for mark, names in marks.items()
+        ]
         return found
 
     def _text(self, letter: str) -> str:
@@ -223,8 +229,8 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
             return (-(entry.tokens_per_s or 0.0),)
         loss = entry.score.loss(ways[0], order) if ways and is_final(entry) else None
         if loss is None or not math.isfinite(loss):
-            return (1, "", 0.0)
-        return (0, texts[id(entry)], loss)
+            return (1, "", False, 0.0)
+        return (0, texts[id(entry)], entry.mark(ways[0]) == SEES, loss)
 
     found = Comparison(tuple(entries), ())
     require(
@@ -281,13 +287,6 @@ def letter_of(place: int) -> str:
 def is_final(entry: Entry) -> bool:
     """Whether its score is of its last step and the whole held-out split."""
     return entry.state == FINISHED and entry.score.whole
-
-
-def looks_ahead(entry: Entry) -> bool:
-    """Whether its routing may look at later tokens."""
-    model = entry.settings.get("model")
-    stack = model.get("stack") if isinstance(model, Mapping) else None
-    return bool(isinstance(stack, Mapping) and stack.get("allow_lookahead"))
 
 
 def steps_left(entry: Entry) -> str:

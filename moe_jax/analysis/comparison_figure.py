@@ -32,8 +32,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(15, 7 + 0.16 * len(names)), layout="constrained")
     axes = figure.subplots(2, 4, sharey="row")
     several = len(comparison.tokenizers) > 1
+    labels = dict.fromkeys(in_figure(entry.label("dropless")) for entry in entries)
     rows: tuple[tuple[str, str], ...] = (
-        ("Held-out text, dropless", "bits/byte"),
+        (f"Held-out text, {' or '.join(labels)}", "bits/byte"),
         ("Training" + ", tokenizers differ" * several, "nats/token"),
     )
     for row, (title, unit) in enumerate(rows):
@@ -148,7 +149,13 @@ def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
     group = next((group for group in comparison.groups if place in group), [place])
     several = f" ({len(group)} seeds)" if len(group) > 1 else ""
     state = "" if is_final(entry) else f" ({entry.state})"
-    return (cut(printable(entry.name), 80) + several + state).replace("$", r"\$")
+    star = "*" * bool(entry.mark("dropless"))
+    return in_figure(cut(entry.name, 80)) + star + several + state
+
+
+def in_figure(text: str) -> str:
+    """A text of the user's in which a dollar begins no mathematics."""
+    return printable(text).replace("$", r"\$")
 
 
 def comparison_png(comparison: Comparison) -> bytes:

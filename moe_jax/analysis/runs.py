@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.report import EVALUATION_FILE, WAYS, Run, last_evaluation
+from moe_jax.analysis.report import EVALUATION_FILE, Run, last_evaluation
 from moe_jax.config import ExperimentConfig, read_config, to_dict
 from moe_jax.config.check import require
 from moe_jax.jobs.log import LOG_FILE, failure
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
 
+WAYS = ("dropless", "capacity_limited")  # of evaluation, by the names of metrics
+SEES = "sees later tokens"  # the mark of a loss that is not that of a causal language model
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
 FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
@@ -40,7 +42,7 @@ class Score:
 
     step: int
     whole: bool
-    losses: dict[str, dict[str, float]]
+    losses: dict[str, dict[str, Any]]
     num_bytes: int
 
     def loss(self, way: str, unit: str) -> float | None:
@@ -105,6 +107,23 @@ class Entry:
             found = rows
         losses = {way: found[way] for way in WAYS if isinstance(found.get(way), dict)}
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
+
+    def label(self, way: str) -> str:
+        """What a way of evaluation is called in this run."""
+        return str(self._said(way).get("label") or way.replace("_", "-"))
+
+    def mark(self, way: str) -> str:
+        """What a reader has to know of losses of this kind: `SEES`, or that it did in training."""
+        model = self.settings.get("model")
+        stack = model.get("stack") if isinstance(model, dict) else None
+        allowed = isinstance(stack, dict) and bool(stack.get("allow_lookahead"))
+        return str(self._said(way).get("mark", SEES if allowed else ""))
+
+    def _said(self, way: str) -> dict[str, Any]:
+        """What the run has written of a way; runs of earlier versions did not."""
+        recorded = self.run.record.get("losses", {})
+        found = recorded.get(way) if isinstance(recorded, dict) else None
+        return found if isinstance(found, dict) else self.score.losses.get(way, {})
 
     @property
     def tokens_per_step(self) -> int | None:
