@@ -25,9 +25,9 @@ from ml_collections import ConfigDict, config_flags
 
 from moe_jax import command_line, compare
 from moe_jax.analysis.runs import BEGUN, resolved, runs_in
-from moe_jax.config import ExperimentConfig, from_config_dict, to_dict
+from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
 from moe_jax.config.check import require
-from moe_jax.data import check_data, open_data
+from moe_jax.data import Data, check_data, open_data
 from moe_jax.jobs.grid import (
     NO_PRESET,
     PRESETS,
@@ -220,18 +220,20 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
       ValueError: naming the run.
     """
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
-    checked = set()
+    opened: dict[DataConfig, Data] = {}
     for run in runs:
         try:
+            check_workdir(run.config, run.workdir)
+            if run.is_finished():
+                continue
             config = run.config.on_devices(num_devices)
             resolve(config, config.mesh.num_devices, platform)
-            check_workdir(run.config, run.workdir)
-            check_trackers(run.config.training.trackers)
-            data = open_data(run.config.data)
-            check_vocabulary(run.config, data.tokenizer)
-            if run.config.data not in checked:
-                check_data(data)
-                checked.add(run.config.data)
+            check_trackers(config.training.trackers)
+            of_any_seed = dataclasses.replace(config.data, seed=0)
+            if of_any_seed not in opened:
+                opened[of_any_seed] = open_data(of_any_seed)
+                check_data(opened[of_any_seed])
+            check_vocabulary(config, opened[of_any_seed].tokenizer)
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
 

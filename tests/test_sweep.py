@@ -96,6 +96,17 @@ def test_presets_may_be_varied(tmp_path):
     assert dense.arguments[0] == "--config=configs/quickstart.py:smoke,dense"
 
 
+def test_values_with_commas(tmp_path):
+    weights = "data.domain_weights=(('prose',1.0),),(('prose',1.0),('python',2.0)),()"
+    trackers = "training.trackers=('csv',),('csv', 'tensorboard')"
+    runs = sweep.plan(FLAGS, [weights, trackers], tmp_path)
+    assert [run.config.data.domain_weights for run in runs[::2]] == [
+        (("prose", 1.0),), (("prose", 1.0), ("python", 2.0)), (),
+    ]  # fmt: skip
+    assert runs[1].config.training.trackers == ("csv", "tensorboard")
+    assert len({run.name for run in runs}) == 6
+
+
 @pytest.mark.parametrize(
     ("sets", "error"),
     [
