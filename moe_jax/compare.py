@@ -8,19 +8,20 @@ damaged runs are shown as what they are. --out writes a page (compare.html) and 
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.analysis.comparison import ORDERS, Comparison, compare
-from moe_jax.analysis.runs import find_runs, read_entries
-from moe_jax.analysis.table import csv_text, printable, text_of
-from moe_jax.training.metrics import write_atomically
+from moe_jax.analysis.table import ORDERS, csv_text, printable, text_of
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from moe_jax.analysis.comparison import Comparison
 
 PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
 
 
-def said(comparison: Comparison) -> str:
+def said(comparison: "Comparison") -> str:
     """What the command prints."""
     columns = [column for column in comparison.shown_columns if column.name != "note"]
     seeds = comparison.seed_columns
@@ -34,10 +35,11 @@ def said(comparison: Comparison) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def write(comparison: Comparison, out: pathlib.Path) -> pathlib.Path:
+def write(comparison: "Comparison", out: pathlib.Path) -> pathlib.Path:
     """Writes the page and the figure into a directory, made if absent; returns the page's path."""
     from moe_jax.analysis.comparison_figure import comparison_png
     from moe_jax.analysis.comparison_page import comparison_page
+    from moe_jax.training.metrics import write_atomically
 
     png = comparison_png(comparison)
     page = comparison_page(comparison, png)
@@ -53,6 +55,10 @@ def run(paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str) -> 
     Raises:
       ValueError: no run is there, or they cannot be sorted like this.
     """
+    from moe_jax.analysis.comparison import compare
+    from moe_jax.analysis.runs import find_runs, read_entries
+    from moe_jax.training.metrics import write_atomically
+
     comparison = compare(read_entries(find_runs(paths)), order)
     print(said(comparison))
     if csv:
@@ -70,8 +76,13 @@ def main(paths: Sequence[str]) -> None:
     run(paths, values.sort, values.csv, values.out)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_enum("sort", ORDERS[0], ORDERS, "What the runs are ordered by.")
     flags.DEFINE_string("csv", "", "A file for the table of the runs, numbers in full.")
     flags.DEFINE_string("out", "", "A directory for the page and its figure.")
+
+
+if __name__ == "__main__":
+    define_flags()
     command_line.run(main, required=(), arguments="RUN")

@@ -19,32 +19,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax import command_line, compare
-from moe_jax.analysis.runs import BEGUN, resolved, runs_in
-from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
+from moe_jax.config import ExperimentConfig, from_config_dict, to_dict
 from moe_jax.config.check import require
-from moe_jax.data import Data, check_data, open_data
-from moe_jax.jobs.grid import (
-    NO_PRESET,
-    PRESETS,
-    Axis,
-    check_names,
-    grid,
-    names_of,
-    parse_axis,
-)
+from moe_jax.jobs.grid import NO_PRESET, PRESETS, Axis, check_names, grid, names_of, parse_axis
 from moe_jax.jobs.log import failure
 from moe_jax.jobs.places import Machine, Place, this_machine
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
-from moe_jax.planning.workload import resolve
-from moe_jax.training.loop import check_vocabulary
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, read_metrics
-from moe_jax.training.trackers import check_trackers
-from moe_jax.training.workdir import check_workdir
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +54,8 @@ class TrainingRun:
 
     def finished_steps(self) -> int:
         """How far it is, from the metrics that it has written."""
+        from moe_jax.training.metrics import METRICS_FILE, read_metrics
+
         try:
             rows = read_metrics(self.workdir / METRICS_FILE)
         except (OSError, ValueError):
@@ -201,6 +187,8 @@ def key_of(config: ExperimentConfig) -> str:
 
 def known_runs(out: pathlib.Path) -> dict[str, pathlib.Path]:
     """The runs in a directory by their configs; those that cannot be read are not known."""
+    from moe_jax.analysis.runs import CONFIG_FILE, resolved, runs_in
+
     found = {}
     for run in runs_in(out) if out.is_dir() else []:
         try:
@@ -219,8 +207,14 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
     Raises:
       ValueError: naming the run.
     """
+    from moe_jax.data import check_data, open_data
+    from moe_jax.planning.workload import resolve
+    from moe_jax.training.loop import check_vocabulary
+    from moe_jax.training.trackers import check_trackers
+    from moe_jax.training.workdir import check_workdir
+
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
-    opened: dict[DataConfig, Data] = {}
+    opened: dict[Any, Any] = {}  # data by its config
     for run in runs:
         try:
             check_workdir(run.config, run.workdir)
@@ -274,6 +268,8 @@ def sweep(
 
 def main() -> None:
     """Trains the grid that the flags say, and compares its runs."""
+    import jax
+
     # The processes take the accelerators; this one only checks.
     jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
@@ -291,7 +287,7 @@ def main() -> None:
             flush=True,
         )
         sys.exit(128 + stopped.number)
-    begun = [run.workdir for run in runs if any((run.workdir / name).exists() for name in BEGUN)]
+    begun = [run.workdir for run in runs if run.workdir.exists()]
     print()
     compare.run(begun, "bits_per_byte", str(out / "compare.csv"), str(out))
     if failed:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_jax.analysis.runs import FINISHED, SEES, WAYS, Entry
-from moe_jax.analysis.table import Column, printable
+from moe_jax.analysis.table import ORDERS, Column, printable
 from moe_jax.config.check import require
 
 MAX_SETTINGS = 12  # columns of a table
@@ -20,7 +20,6 @@ SEEDS = ("config.seed", "config.data.seed")
 # Settings that change no result, so that runs which differ in them alone are one group of seeds.
 WITHOUT_EFFECT = ("config.name", "config.data.cache_dir", "config.training.trackers")
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
-ORDERS = (*UNITS, "name", "tokens_per_s")
 NOT_CAUSAL = ", so that its loss is not that of a causal model and is ranked apart"
 SECTION = "set"  # stands for a section that has no kind
 SAME_TEXT = 1e-3  # of the bytes, that the first token of a domain, never a target, may make

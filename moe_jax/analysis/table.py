@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+ORDERS = ("bits_per_byte", "nats_per_token", "name", "tokens_per_s")  # of the runs in a comparison
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
