@@ -246,6 +246,8 @@ def test_names_with_mathematics_and_markup_are_text(tmp_path):
     page = command.write(comparison_of(tmp_path), tmp_path / "out").read_text()
     assert "<script>" not in page and html.escape(odd[1]) in page
     assert "\x1b" not in page and "c\\x1b[31m\\nd" in page
+    legend = comparison_figure(comparison_of(*(tmp_path / name for name in odd))).legends[0]
+    assert len(legend.texts) == 4 and legend.texts[0].get_text().strip() == r"_a\$b^\$"
     pixels = imread(tmp_path / "out" / "compare.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.05
     assert len(find_runs([tmp_path])) == 4  # what is written is no run
