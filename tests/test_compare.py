@@ -157,6 +157,31 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
     assert "failed: never: no such corpus; no config.json" in said
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "wrong"),
+    [
+        ("config.json", '{"training": {"num_steps": "ten"}}', "training.num_steps is 'ten'"),
+        ("config.json", "[]", "it is no JSON object"),
+        ("config.json", '{"model": 3, "data": 4}', "data is 4"),
+        ("run.json", '{"parameters": 3}', "parameters is 3"),
+        ("run.json", '{"parameters": {"total": "x"}}', "parameters.total is 'x'"),
+        ("evaluation.json", '{"step": null}', "step is None"),
+        ("evaluation.json", '{"dropless": {"bits_per_byte": "1"}}', "bits_per_byte is '1'"),
+        ("metrics.jsonl", '{"step": 5, "train/loss": [1]}', "train/loss is [1]"),
+        ("metrics.jsonl", "\0" * 200, "every line of a metrics file is a JSON object"),
+    ],
+)
+def test_a_file_with_other_things_in_it_damages_its_run_and_no_other(tmp_path, file, text, wrong):
+    make_run(tmp_path / "good")
+    rest = '\n{"step": 20}\n' if file == "metrics.jsonl" else ""
+    (make_run(tmp_path / "odd") / file).write_text(text + rest)
+    found = comparison_of(tmp_path)
+    odd = next(entry for entry in found.entries if entry.name == "odd")
+    assert odd.state == "damaged" and wrong in odd.note and "\n" not in odd.note
+    assert column(found.columns, "run")[0] == "good"
+    assert "damaged: odd: " in command.said(found)
+
+
 def test_an_extended_run_is_unfinished_and_its_old_score_is_not_final(tmp_path):
     run = make_run(tmp_path / "run", 2.0)
     longer = tiny_config({"training": {"num_steps": 40, "evaluation_batches": 1}})
@@ -238,7 +263,13 @@ def test_where_runs_are_found(tmp_path):
         find_runs([tmp_path / "a", tmp_path / "c"])
 
 
-def test_names_with_mathematics_and_markup_are_text(tmp_path):
+def test_names_with_mathematics_and_markup_are_text(tmp_path, monkeypatch):
+    drawn = []
+    draw = comparison_figure
+    monkeypatch.setattr(
+        "moe_jax.analysis.comparison_figure.comparison_figure",
+        lambda comparison: drawn.append(draw(comparison)) or drawn[0],
+    )
     odd = ["_a$b^$", "<script>alert(1)</script>".replace("/", "|"), "c\x1b[31m\nd", "文$x"]
     for number, name in enumerate(odd):
         make_run(tmp_path / name, 2.0 + number, settings={"optimizer": {
@@ -246,8 +277,8 @@ def test_names_with_mathematics_and_markup_are_text(tmp_path):
     page = command.write(comparison_of(tmp_path), tmp_path / "out").read_text()
     assert "<script>" not in page and html.escape(odd[1]) in page
     assert "\x1b" not in page and "c\\x1b[31m\\nd" in page
-    legend = comparison_figure(comparison_of(*(tmp_path / name for name in odd))).legends[0]
-    assert len(legend.texts) == 4 and legend.texts[0].get_text().strip() == r"_a\$b^\$"
+    shown = [text.get_text().strip() for text in drawn[0].legends[0].texts]
+    assert len(shown) == 4 and shown[0] == r"_a\$b^\$"
     pixels = imread(tmp_path / "out" / "compare.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.05
     assert len(find_runs([tmp_path])) == 4  # what is written is no run

@@ -28,6 +28,30 @@ BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
 FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
 
+NUMBER = (int, float, type(None))
+# What is read of each file and may be absent, by its path, and the types it may have.
+SHAPES: dict[str, dict[str, Any]] = {
+    CONFIG_FILE: {
+        "training": dict, "training.num_steps": int, "training.batch_size": int,
+        "training.evaluation_batches": int, "data": dict, "data.sequence_length": int,
+    },
+    METRICS_FILE: dict.fromkeys(
+        ("train/loss", "heldout/dropless/bits_per_byte", "perf/tokens_per_s",
+         "perf/seconds_per_step"), NUMBER,
+    ),
+    RUN_FILE: {
+        "parameters": dict, "parameters.total": int, "parameters.active": int,
+        "forward_flops_per_token": dict, "forward_flops_per_token.model": NUMBER,
+        "data": dict, "losses": dict,
+    },
+    EVALUATION_FILE: {"step": int} | {
+        f"{way}{unit}": kind for way in WAYS for unit, kind in (
+            ("", dict), (".nats_per_token", NUMBER), (".bits_per_byte", NUMBER),
+            (".tokens", NUMBER),
+        )
+    },
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -105,7 +129,7 @@ class Entry:
         if rows.get("step", 0) > found.get("step", 0):
             whole = not training.get("evaluation_batches") or rows["step"] == self.num_steps
             found = rows
-        losses = {way: found[way] for way in WAYS if isinstance(found.get(way), dict)}
+        losses = {way: found[way] for way in WAYS if way in found}
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
 
     def label(self, way: str) -> str:
@@ -261,10 +285,9 @@ def read_entry(directory: pathlib.Path, name: str) -> Entry:
         except (ValueError, OSError) as error:
             problems.append(f"{file} cannot be read: {' '.join(str(error).split())}")
             return empty
-        if isinstance(found, type(empty)):
-            return found
-        problems.append(f"{file} cannot be read: it is no JSON object")
-        return empty
+        wrong = misshapen(found if file == METRICS_FILE else [found], SHAPES[file])
+        problems.extend([f"{file} cannot be read: {wrong}"] * bool(wrong))
+        return empty if wrong else found
 
     written = read(CONFIG_FILE, read_json, {}, True)
     rows = read(METRICS_FILE, read_metrics, [], False)
@@ -272,6 +295,23 @@ def read_entry(directory: pathlib.Path, name: str) -> Entry:
     evaluation = read(EVALUATION_FILE, read_json, {}, False)
     run = Run(rows=rows, record=record, settings=written, evaluation=evaluation, sample=None)
     return Entry(name, directory, run, resolved(written), tuple(problems))
+
+
+def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
+    """What has another type than it should in some JSON objects; "" if nothing has.
+
+    >>> misshapen([{"a": {"b": "2"}}], {"a": dict, "a.b": int})
+    "a.b is '2'"
+    """
+    for found in objects:
+        if not isinstance(found, dict):
+            return "it is no JSON object"
+        for path, kind in shape.items():
+            section, dot, name = path.rpartition(".")
+            inside = found.get(section, {}) if dot else found
+            if name in inside and not isinstance(inside[name], kind):
+                return f"{path} is {inside[name]!r:.40}"
+    return ""
 
 
 def read_json(path: pathlib.Path) -> Any:
