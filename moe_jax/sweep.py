@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from moe_jax import command_line, compare
-from moe_jax.config import ExperimentConfig, from_config_dict, to_dict
+from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
 from moe_jax.config.check import require
 from moe_jax.jobs.grid import NO_PRESET, PRESETS, Axis, check_names, grid, names_of, parse_axis
 from moe_jax.jobs.log import failure
@@ -63,7 +63,9 @@ class TrainingRun:
         return int(rows[-1]["step"]) if rows else 0
 
     def is_finished(self) -> bool:
-        """Whether its last state is evaluated on the whole held-out split."""
+        """Whether its last state is saved, and evaluated on the whole held-out split if it is."""
+        if not self.config.training.evaluate_every:
+            return (self.workdir / "checkpoints" / str(self.num_steps)).is_dir()
         try:
             text = (self.workdir / "evaluation.json").read_text(encoding="utf-8")
             return int(json.loads(text)["step"]) >= self.num_steps
@@ -207,27 +209,26 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
     Raises:
       ValueError: naming the run.
     """
-    from moe_jax.data import check_data, open_data
+    from moe_jax.data import Data, check_data, open_data
     from moe_jax.planning.workload import resolve
     from moe_jax.training.loop import check_vocabulary
     from moe_jax.training.trackers import check_trackers
     from moe_jax.training.workdir import check_workdir
 
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
-    opened: dict[Any, Any] = {}  # data by its config
+    opened: dict[DataConfig, Data] = {}
     for run in runs:
         try:
-            check_workdir(run.config, run.workdir)
-            if run.is_finished():
-                continue
             config = run.config.on_devices(num_devices)
             resolve(config, config.mesh.num_devices, platform)
             check_trackers(config.training.trackers)
             of_any_seed = dataclasses.replace(config.data, seed=0)
-            if of_any_seed not in opened:
-                opened[of_any_seed] = open_data(of_any_seed)
-                check_data(opened[of_any_seed])
-            check_vocabulary(config, opened[of_any_seed].tokenizer)
+            data = opened.get(of_any_seed)
+            if data is None:
+                data = opened[of_any_seed] = open_data(of_any_seed)
+                check_data(data, evaluates=config.training.evaluate_every > 0)
+            check_vocabulary(config, data.tokenizer)
+            check_workdir(config, run.workdir, data.fingerprints)
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
 

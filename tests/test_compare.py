@@ -116,6 +116,13 @@ def test_runs_that_differ_in_seeds_alone_have_a_mean(tmp_path):
     assert "config.seed" not in {c.name for c in seeds}
 
 
+def test_settings_that_change_no_result_make_no_other_group(tmp_path):
+    often = {"num_steps": NUM_STEPS, "evaluation_batches": 1, "log_every": 1}
+    make_run(tmp_path / "a", 2.0, settings={"seed": 0})
+    make_run(tmp_path / "b", 3.0, settings={"seed": 1, "training": often})
+    assert column(comparison_of(tmp_path).seed_columns, "n") == [2]
+
+
 def test_the_same_config_and_seed_twice_is_no_spread(tmp_path):
     make_run(tmp_path / "a", 2.0)
     make_run(tmp_path / "b", 2.0)
@@ -203,14 +210,36 @@ def test_nats_of_different_tokenizers_are_not_ranked(tmp_path):
         comparison_of(tmp_path, order="nats_per_token")
 
 
-@pytest.mark.parametrize("change", ["fraction", "content"])
+def bind(run, **content):
+    """Records what a run was bound to, as `training.workdir` does."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"content": content}))
+
+
+def test_the_same_content_at_another_path_is_the_same(tmp_path):
+    for name, corpus in (("a", "jsonl:one"), ("b", "jsonl:two")):
+        data = {"sequence_length": 16, "corpus": corpus, "tokenizer": f"sentencepiece:{name}.model"}
+        run = make_run(tmp_path / name, settings={"data": data})
+        bind(run, corpus="c" * 64, tokenizer="t" * 64)
+    # One of an earlier release, which did not record it.
+    make_run(tmp_path / "old", settings={"data": data})
+    found = comparison_of(tmp_path / "a", tmp_path / "b")
+    assert found.notes == [] and found.texts == ("A", "A")
+    found = comparison_of(tmp_path / "b", tmp_path / "old")
+    assert found.notes == [] and found.texts == ("A", "A")
+
+
+@pytest.mark.parametrize("change", ["fraction", "bytes", "content"])
 def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, change):
     make_run(tmp_path / "one", 3.0)
     make_run(tmp_path / "two", 2.0)
     settings, score = {"data": {"sequence_length": 16, "heldout_fraction": 0.5}}, losses(1.0)
-    if change == "content":  # the same path, and other text behind it
-        settings, score = {}, losses(1.0, tokens=1001.0)
+    if change != "fraction":  # the same path, and other text behind it
+        settings, score = {}, losses(1.0, tokens=1000.0 + (change == "bytes"))
     make_run(tmp_path / "zoo", settings=settings, score=score)
+    if change == "content":
+        for run, sign in (("one", "a"), ("two", "a"), ("zoo", "b")):
+            bind(tmp_path / run, corpus=sign * 64)
     found = comparison_of(tmp_path)
     assert dict(zip(column(found.columns, "run"), found.texts, strict=True)) == {
         "one": "A", "two": "A", "zoo": "B",

@@ -136,6 +136,7 @@ def test_a_directory_of_other_runs_is_refused_before_any_starts(tmp_path):
     runs[0].workdir.mkdir()
     other = json.dumps(write_config(tiny_config()))
     (runs[0].workdir / "config.json").write_text(other)
+    (runs[0].workdir / "metrics.jsonl").write_text('{"step": 1}\n')
     before = files(tmp_path)
     with pytest.raises(ValueError, match=r"^seed=5: A workdir holds one run"):
         sweep.check(runs, Machine("cpu", 0, (0,)), 1)

@@ -17,8 +17,8 @@ from moe_jax.config.check import require
 
 MAX_SETTINGS = 12  # columns of a table
 SEEDS = ("config.seed", "config.data.seed")
-# Settings that change no result, so that runs which differ in them alone are one group of seeds.
-WITHOUT_EFFECT = ("config.name", "config.data.cache_dir", "config.training.trackers")
+# Settings that say nothing of a run, and make no column.
+UNINTERESTING = ("config.name", "config.data.cache_dir", "config.training.trackers")
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
 NOT_CAUSAL = ", so that its loss is not that of a causal model and is ranked apart"
 SECTION = "set"  # stands for a section that has no kind
@@ -40,8 +40,12 @@ class Comparison:
 
     @property
     def tokenizers(self) -> list[str]:
-        """The different ones."""
-        return list(dict.fromkeys(entry.tokenizer for entry in self.entries if entry.settings))
+        """The different ones, by name."""
+        known: list[Entry] = []
+        for entry in self.entries:
+            if entry.settings and not any(entry.same(one, "tokenizer") for one in known):
+                known.append(entry)
+        return [entry.named("tokenizer") for entry in known]
 
     @property
     def ways(self) -> list[str]:
@@ -89,7 +93,7 @@ class Comparison:
         return [
             Column(path, f"--{path}", values)
             for path, values in differing(settings).items()
-            if path not in WITHOUT_EFFECT
+            if path not in UNINTERESTING
         ]
 
     @property
@@ -117,7 +121,7 @@ class Comparison:
         places: dict[str, list[int]] = {}
         for place, entry in enumerate(self.entries):
             if entry.settings:
-                places.setdefault(without_seeds(entry.settings), []).append(place)
+                places.setdefault(without_seeds(entry.deciding), []).append(place)
         return [group for group in places.values() if len(self._by_seed(group)) > 1]
 
     def _by_seed(self, group: list[int]) -> dict[tuple[Any, ...], int]:
@@ -262,20 +266,14 @@ def heldout_texts(entries: Iterable[Entry]) -> list[str]:
 
 def same_text(a: Entry, b: Entry) -> bool:
     """Whether two runs are scored on the same held-out text, as far as their files say."""
-    if text_settings(a) != text_settings(b):
+    fractions = [entry.settings.get("data", {}).get("heldout_fraction") for entry in (a, b)]
+    if not a.same(b, "corpus") or fractions[0] != fractions[1]:
         return False
     sizes = a.score.num_bytes, b.score.num_bytes
     if not all(sizes) or not (a.score.whole and b.score.whole):
         return True
-    tolerance = SAME_TEXT * max(sizes) if a.tokenizer != b.tokenizer else 0
+    tolerance = 0 if a.same(b, "tokenizer") else SAME_TEXT * max(sizes)
     return abs(sizes[0] - sizes[1]) <= tolerance
-
-
-def text_settings(entry: Entry) -> tuple[Any, ...]:
-    """What decides on the held-out text: the corpus, by its content if recorded, and the share."""
-    data = entry.settings.get("data", {})
-    corpus = entry.run.record.get("data", {}).get("corpus_sha256") or data.get("corpus")
-    return corpus, data.get("heldout_fraction")
 
 
 def letter_of(place: int) -> str:
@@ -335,7 +333,7 @@ def without_seeds(settings: Settings) -> str:
         if not isinstance(value, Mapping):
             return value
         inner = {name: f"{path}.{name}" for name in value}
-        left_out = (*SEEDS, *WITHOUT_EFFECT)
+        left_out = (*SEEDS, *UNINTERESTING)
         return {
             name: copy(value[name], path) for name, path in inner.items() if path not in left_out
         }

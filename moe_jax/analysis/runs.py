@@ -29,11 +29,13 @@ FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
 
 NUMBER = (int, float, type(None))
+NO_SETTINGS = ("format", "sources", "content")  # that config.json has beside them
 # What is read of each file and may be absent, by its path, and the types it may have.
 SHAPES: dict[str, dict[str, Any]] = {
     CONFIG_FILE: {
         "training": dict, "training.num_steps": int, "training.batch_size": int,
         "training.evaluation_batches": int, "data": dict, "data.sequence_length": int,
+        "content": dict,
     },
     METRICS_FILE: dict.fromkeys(
         ("train/loss", "heldout/dropless/bits_per_byte", "perf/tokens_per_s",
@@ -42,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     RUN_FILE: {
         "parameters": dict, "parameters.total": int, "parameters.active": int,
         "forward_flops_per_token": dict, "forward_flops_per_token.model": NUMBER,
-        "data": dict, "losses": dict,
+        "losses": dict,
     },
     EVALUATION_FILE: {"step": int} | {
         f"{way}{unit}": kind for way in WAYS for unit, kind in (
@@ -184,11 +186,21 @@ class Entry:
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else None
 
+    def same(self, other: "Entry", what: str) -> bool:
+        """Whether two runs have one "corpus" or "tokenizer": by content if both recorded it."""
+        hashes = [one.run.settings.get("content", {}).get(what) for one in (self, other)]
+        if all(hashes):
+            return bool(hashes[0] == hashes[1])
+        return self.named(what) == other.named(what)
+
+    def named(self, what: str) -> str:
+        """The "corpus" or the "tokenizer" as its config has it."""
+        return str(self.settings.get("data", {}).get(what))
+
     @property
-    def tokenizer(self) -> str:
-        """By its recorded content, or by its name."""
-        recorded = self.run.record.get("data", {}).get("tokenizer_sha256")
-        return recorded or str(self.settings.get("data", {}).get("tokenizer"))
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide on a result, as far as it is known which do."""
+        return resolved(self.run.settings, only_results=True)
 
     def _counted(self, count: Callable[[ExperimentConfig], dict[str, Any]]) -> dict[str, Any]:
         """What is counted of the config; {} where it has parts that a reader does not import."""
@@ -319,11 +331,17 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def resolved(written: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config: those it lacks are at their defaults, where it can be built."""
+def resolved(written: dict[str, Any], *, only_results: bool = False) -> dict[str, Any]:
+    """The settings of a config: those it lacks are at their defaults, where it can be built.
+
+    Args:
+      written: the content of `config.json`.
+      only_results: leave out what does not change results, where it can be built.
+    """
     if not written:
         return {}
     try:
-        return json.loads(json.dumps(to_dict(read_config(written, ExperimentConfig))))
+        config = read_config(written, ExperimentConfig)
+        return json.loads(json.dumps(to_dict(config, only_results=only_results)))
     except (ValueError, TypeError, AttributeError, KeyError):
-        return {name: item for name, item in written.items() if name not in ("format", "sources")}
+        return {name: item for name, item in written.items() if name not in NO_SETTINGS}
