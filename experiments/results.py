@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.config import DataConfig
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text, numbers
 from moe_jax.data import open_data
 from moe_jax.training.metrics import write_atomically
 
@@ -108,6 +109,9 @@ def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        for name in ("measures", "curve"):
+            row[name] = {key: numbers(value) for key, value in row[name].items()}
     return [row for row in rows if size in (None, row["size"])]
 
 
@@ -122,4 +126,4 @@ def append_result(path: pathlib.Path, row: Row) -> None:
         if any(run_of(other) == run_of(row) for other in read_results(path)):
             return
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        write_atomically(path, old + json.dumps(row, sort_keys=True) + "\n")
+        write_atomically(path, old + json_text(row, sort_keys=True) + "\n")

@@ -4,7 +4,6 @@ Prints nats a token and bits a byte, overall and by domain, dropless and capacit
 side, and writes them to `DIR/evaluation.json`.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.config.json_text import json_text
 from moe_jax.data import open_data
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import evaluate
@@ -56,7 +56,7 @@ def main() -> None:
     print(f"step {said['step']}")
     print(table(said))
     if not flags.FLAGS.batches:
-        write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
+        write_atomically(workdir / "evaluation.json", json_text(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":

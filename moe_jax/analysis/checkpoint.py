@@ -18,6 +18,7 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_data, open_tokenizer
 from moe_jax.models.model import LanguageModel
@@ -263,7 +264,7 @@ def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.
     page = analysis_page(said, figures, passages, analysis.tokenizer)
     paths = [out / PAGE_FILE, out / JSON_FILE, *(out / f"{name}.png" for name in figures)]
     write_atomically(paths[0], page)
-    write_atomically(paths[1], json.dumps(said, indent=1, allow_nan=False) + "\n")
+    write_atomically(paths[1], json_text(said, indent=1) + "\n")
     for path, (png, _) in zip(paths[2:], figures.values(), strict=True):
         path.write_bytes(png)
     return paths

@@ -1,6 +1,5 @@
 """A training run, from a config and a directory to checkpoints, metrics and an evaluation."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
@@ -213,7 +213,7 @@ def finish(workdir: pathlib.Path, state: TrainState, said: dict[str, Any]) -> di
     """Writes the evaluation on the whole held-out split."""
     said = {"step": int(state.step), **said}
     if jax.process_index() == 0:
-        write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
+        write_atomically(workdir / "evaluation.json", json_text(said, indent=2) + "\n")
     return said
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import tensorboardX
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.json_text import json_text, numbers
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -51,7 +52,7 @@ class MetricWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(path, "".join(json_text(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = tensorboardX.SummaryWriter(
             str(path.parent / "tensorboard"),
@@ -75,7 +76,7 @@ class MetricWriter:
             return
         row: dict[str, int | float | list[Any]] = {"step": int(step)}
         row.update({name: _plain(name, value) for name, value in metrics.items()})
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json_text(row) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "step" and not isinstance(value, list):
@@ -101,8 +102,8 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
       path: a `metrics.jsonl`. A last line that a kill cut short is left out.
 
     Returns:
-      One dict a line, in the order of writing: "step" and the metrics by name. Values are floats
-      (nan and inf included), integers or lists of them.
+      One dict a line, in the order of writing: "step" and the metrics by name. Values are floats,
+      integers or lists of them; null, which stands for what was not finite, is read as nan.
 
     Raises:
       ValueError: another line than the last is not a JSON object with a step.
@@ -120,7 +121,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
                 f'every line of a metrics file is a JSON object with a "step": {path} line '
                 f"{number} is {line[:60]!r}. Repair or remove the line."
             ) from error
-        rows.append(row)
+        rows.append({name: numbers(value) for name, value in row.items()})
     return rows
 
 
@@ -178,8 +179,8 @@ def write_run_record(
     if start_step > 0 and (directory / RUN_FILE).exists():
         last = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
         record["earlier"] = [*last.pop("earlier", []), last]
-    write_atomically(directory / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-    write_atomically(directory / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_atomically(directory / CONFIG_FILE, json_text(settings, indent=2) + "\n")
+    write_atomically(directory / RUN_FILE, json_text(record, indent=2) + "\n")
     return record
 
 
