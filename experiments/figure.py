@@ -2,10 +2,10 @@
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from experiments.results import Results, finite
 from experiments.study import Study
+from moe_jax.analysis.drawing import Figure
 
 
 def draw(study: Study, results: Results) -> Figure:

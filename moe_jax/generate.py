@@ -1,11 +1,14 @@
 """Continues a text: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`."""
 
+import sys
+
 import jax
 from absl import flags
 
 from moe_jax import command_line
 from moe_jax.inference import continue_text
 from moe_jax.training.saved import load_run
+from moe_jax.training.ways import notes_of, ways_of
 
 
 def main() -> None:
@@ -13,6 +16,10 @@ def main() -> None:
     config, state = load_run(
         flags.FLAGS.workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust
     )
+    if jax.process_index() == 0:
+        mark = ways_of(config.model)["dropless"].mark
+        for note in notes_of([mark]):
+            print(f"note: the model {mark}; a text has none yet. {note}", file=sys.stderr)
     text = continue_text(
         state.params,
         state.model_state,

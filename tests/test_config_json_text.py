@@ -23,8 +23,8 @@ def refuse(word):
         (NAN, None),
         (-INF, None),
         (np.float64("nan"), None),
-        ({"a": {"b": [1.5, INF, (NAN, 2)]}, "c": "NaN"}, {"a": {"b": [1.5, None, [None, 2]]}, "c": "NaN"}),
-        ([True, None, 7, 0.1, "é"], [True, None, 7, 0.1, "é"]),
+        ({"a": {"b": [1.5, INF, (NAN, 2)]}}, {"a": {"b": [1.5, None, [None, 2]]}}),
+        ([True, None, 7, 0.1, "NaN"], [True, None, 7, 0.1, "NaN"]),
     ],
 )  # fmt: skip
 def test_what_is_not_finite_is_null(value, expected):

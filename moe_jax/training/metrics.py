@@ -21,6 +21,7 @@ import tensorboardX
 
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.json_text import json_text, numbers
+from moe_jax.training.ways import ways_of
 
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
@@ -171,7 +172,8 @@ def write_run_record(
       The record.
     """
     directory = pathlib.Path(directory)
-    record = {"start_step": start_step, **run_record(), **(facts or {})}
+    ways = {name: way._asdict() for name, way in ways_of(config.model).items()}
+    record = {"start_step": start_step, **run_record(), "losses": ways, **(facts or {})}
     if jax.process_index() != 0:
         return record
     directory.mkdir(parents=True, exist_ok=True)
