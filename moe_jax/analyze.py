@@ -22,6 +22,7 @@ from moe_jax.analysis.summary import (
     summary_table,
     text_table,
 )
+from moe_jax.training.ways import notes_of
 
 
 def said(analysis: Analysis) -> str:
@@ -38,6 +39,7 @@ def said(analysis: Analysis) -> str:
         f"{settings['config']}, step {settings['step']:,}: {settings['num_tokens']:,} tokens of "
         f"{settings['text']}",
         saturation,
+        *(f"the model {settings['mark']}. {note}" for note in notes_of([settings["mark"]])),
         "",
         text_table(summary_table(analysis.layers)),
         "",

@@ -5,9 +5,11 @@ The same command again goes on where the run was stopped. Any setting can be ove
 `--config=configs/quickstart.py:smoke`.
 """
 
+import contextlib
 import pathlib
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,11 +42,28 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     if jax.process_index() == 0:
         print(summary(config.model, config.data.sequence_length), flush=True)
     said = train(config, workdir, facts_of(config))
+    place = shlex.quote(str(workdir))
     if config.training.sample_prompt:
-        write_sample(config, workdir)
+        with only_warns("no sample was written", f"python -m moe_jax.generate --workdir={place}"):
+            write_sample(config, workdir)
     if jax.process_index() == 0:
-        print(f"report: {write_report(workdir)}", flush=True)
+        with only_warns("no report was written", f"python -m moe_jax.analysis.report {place}"):
+            print(f"report: {write_report(workdir)}", flush=True)
     return said
+
+
+@contextlib.contextmanager
+def only_warns(outcome: str, again: str) -> Iterator[None]:
+    """Turns an error of what comes after a run into a warning: the run is whole without it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(
+            f"warning: {outcome}, the run itself is saved: {reason}. Try again: {again}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:

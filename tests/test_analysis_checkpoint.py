@@ -270,7 +270,7 @@ def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, 
     }  # fmt: skip
     options = Options(text=(f"{tmp_path}/one.txt",))
     found = settings_of(tmp_path / "run", tiny_training(choice), options, 1, [], analysis.routed)
-    assert found["parts"]["moe"]["capacity"] == "that of training, factor 1.5"
+    assert found["parts"]["moe"]["capacity"] == "slots of training, factor 1.5"
     assert (found["run"], found["text"], found["files"]) == ("run", "one.txt", ["one.txt"])
     assert found["tokenizer"] == "sentencepiece:x.model"
     heldout = settings_of(tmp_path, tiny_training(choice), Options(), 1, [], analysis.routed)

@@ -14,6 +14,7 @@ from moe_jax.analysis.page import MAX_NUMBERS, MAX_TOKENS, Passage, analysis_pag
 from moe_jax.analysis.reading import Cell, readable_cells, token_name
 from moe_jax.analysis.routed import Routed, text_batches
 from moe_jax.data import ByteTokenizer, corpora, open_tokenizer, train_tokenizer
+from moe_jax.training.ways import SEES
 
 BYTE = ByteTokenizer()
 NASTY = "</script><script>alert('é')</script>&amp; <b>\"ü\"\n\t\0</b> ${title} $title"
@@ -154,6 +155,7 @@ def said_of(title):
     settings = {
         "config": title, "step": 3, "num_tokens": 10, "text": title,
         "parts": {"moe": {"layers": [0, 1], "router": title}}, "commit": None, "min_count": 3,
+        "mark": SEES,
     }  # fmt: skip
     return {"settings": settings, "layers": {"layer_00": layer, "layer_01": layer}}
 

@@ -15,7 +15,7 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def in_figure(name: str) -> str:
+def in_figure(name: str, longest: int = LONGEST) -> str:
     r"""A name as matplotlib draws it: not mathematics, not hidden, and short.
 
     Between two "$" matplotlib reads mathematics, and a legend leaves out what starts with "_". A
@@ -27,8 +27,8 @@ def in_figure(name: str) -> str:
     drawn = "".join(
         c if ord(c) in _characters_of_fonts() else ascii(c)[1:-1] for c in printable(name)
     )
-    if len(drawn) > LONGEST:
-        half = LONGEST // 2
+    if len(drawn) > longest:
+        half = longest // 2
         drawn = f"{drawn[:half]}...{drawn[len(drawn) - half + 3 :]}"
     drawn = drawn.replace("$", r"\$")
     return f" {drawn}" if drawn.startswith("_") else drawn

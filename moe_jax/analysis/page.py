@@ -18,6 +18,7 @@ from moe_jax.analysis.routed import Routed
 from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, flips_table, summary_table
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Tokenizer
+from moe_jax.training.ways import notes_of
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 # Paul Tol's scheme "light": told apart by the colour-blind, and black letters can be read on it.
@@ -82,6 +83,7 @@ def analysis_page(
             f"Checkpoint of step {settings['step']:,}; {settings['num_tokens']:,} tokens of "
             f"{settings['text']}; {' or '.join(map(str, chance))} experts a layer; "
             f"commit {settings['commit'] or 'unknown'}."
+            + "".join(f" {note}" for note in notes_of([settings["mark"]]))
         ),
         summary=_table(summary_table(layers)),
         note=html.escape(NOTE),
