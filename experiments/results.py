@@ -123,7 +123,7 @@ def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for row in rows:
-        for name in ("measures", "curve"):
+        for name in {"measures", "curve"} & row.keys():
             row[name] = {key: numbers(value) for key, value in row[name].items()}
     return [row for row in rows if size in (None, row["size"])]
 

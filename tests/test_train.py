@@ -50,6 +50,20 @@ def test_a_finished_run_writes_the_same_sample_again(finished):
         assert after[name] == before[name], name
 
 
+def fail(*arguments, **settings):
+    raise RuntimeError("no\nspace")
+
+
+def test_a_sample_or_a_report_that_fails_is_a_warning(finished, monkeypatch, capsys):
+    monkeypatch.setattr(train, "continue_text", fail)
+    monkeypatch.setattr(train, "write_report", fail)
+    assert train.run(CONFIG, finished)["step"] == 3
+    sample, report = capsys.readouterr().err.splitlines()[-2:]
+    reason = "the run itself is saved: RuntimeError: no space. Try again: python -m moe_jax."
+    assert sample.startswith(f"warning: no sample was written, {reason}generate --workdir=")
+    assert report == f"warning: no report was written, {reason}analysis.report {finished}"
+
+
 @pytest.mark.parametrize("group_size", [pytest.param(8, marks=pytest.mark.slow), 32])
 def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
     """Half a sequence, and two: the sample and the counts have no such groups."""

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -373,7 +374,7 @@ def _sample(run: Run) -> str:
 
 
 def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
