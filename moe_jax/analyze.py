@@ -18,11 +18,11 @@ from moe_jax.analysis.checkpoint import Analysis, Options, analyze_run, write_an
 from moe_jax.analysis.summary import (
     FLIPS_NOTE,
     NOTE,
+    SIGHT,
     flips_table,
     summary_table,
     text_table,
 )
-from moe_jax.training.ways import notes_of
 
 
 def said(analysis: Analysis) -> str:
@@ -39,7 +39,7 @@ def said(analysis: Analysis) -> str:
         f"{settings['config']}, step {settings['step']:,}: {settings['num_tokens']:,} tokens of "
         f"{settings['text']}",
         saturation,
-        *(f"the model {settings['mark']}. {note}" for note in notes_of([settings["mark"]])),
+        *filter(None, [SIGHT[settings["mark"]]]),
         "",
         text_table(summary_table(analysis.layers)),
         "",

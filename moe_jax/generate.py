@@ -8,7 +8,7 @@ from absl import flags
 from moe_jax import command_line
 from moe_jax.inference import continue_text
 from moe_jax.training.saved import load_run
-from moe_jax.training.ways import notes_of, ways_of
+from moe_jax.training.ways import SEES, ways_of
 
 
 def main() -> None:
@@ -18,8 +18,10 @@ def main() -> None:
     )
     if jax.process_index() == 0:
         mark = ways_of(config.model)["dropless"].mark
-        for note in notes_of([mark]):
-            print(f"note: the model {mark}; a text has none yet. {note}", file=sys.stderr)
+        if mark:
+            note = f"note: the model {mark}; when it writes a text there are none"
+            note += ", and a loss with them is not that of a causal language model" * (mark == SEES)
+            print(f"{note}.", file=sys.stderr)
     text = continue_text(
         state.params,
         state.model_state,

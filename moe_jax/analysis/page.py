@@ -15,10 +15,9 @@ import numpy as np
 from moe_jax.analysis.drawing import layer_title
 from moe_jax.analysis.reading import readable_cells, token_name
 from moe_jax.analysis.routed import Routed
-from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, flips_table, summary_table
+from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, SIGHT, flips_table, summary_table
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Tokenizer
-from moe_jax.training.ways import notes_of
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
 # Paul Tol's scheme "light": told apart by the colour-blind, and black letters can be read on it.
@@ -83,7 +82,7 @@ def analysis_page(
             f"Checkpoint of step {settings['step']:,}; {settings['num_tokens']:,} tokens of "
             f"{settings['text']}; {' or '.join(map(str, chance))} experts a layer; "
             f"commit {settings['commit'] or 'unknown'}."
-            + "".join(f" {note}" for note in notes_of([settings["mark"]]))
+            f" {SIGHT[settings['mark']]}"
         ),
         summary=_table(summary_table(layers)),
         note=html.escape(NOTE),

@@ -207,7 +207,7 @@ def _draw_loss(run: Run) -> Figure:
     names = {f"heldout/dropless/domain/{name}/bits_per_byte": name for name in domains}
     names["heldout/dropless/bits_per_byte"] = "all"
     bits = {title: run.curve(name) for name, title in names.items() if run.last(name) is not None}
-    ways = {"train_label": run.ways["train"].name, "bits_label": run.ways["dropless"].name}
+    ways = {"train_label": run.ways["train"].name, "bits_label": run.ways["dropless"].label}
     return figures.loss_figure(run.curve("train/loss"), heldout, bits, **ways)
 
 
