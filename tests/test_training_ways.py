@@ -6,6 +6,7 @@ import math
 import pytest
 
 from moe_jax.evaluate import table
+from moe_jax.generate import note_on
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.rows import evaluation_line
 from moe_jax.training.ways import SAW, SEES, Way, notes_of, way_of, ways_of
@@ -68,6 +69,13 @@ def test_evaluate_marks_what_it_prints():
     assert lines[5:] == notes_of([SEES]) and "not that of a causal" in lines[5]
     assert "dropless" not in table(said)
     assert evaluation_line(3, said).startswith(f"held-out after step 3: slots of training ({SEES})")
+
+
+def test_generate_says_what_later_tokens_mean_for_a_text():
+    assert note_on(tiny_config().model) == ""
+    note = note_on(config_of(**SOFT).model)
+    assert note.startswith(f"note: the model {SEES}; when it writes") and note.count("\n") == 1
+    assert "causal" in note and "causal" not in note_on(config_of(**PREDICTED).model)
 
 
 def test_an_evaluation_of_an_earlier_version_is_read_as_it_was():

@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -388,7 +389,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Writes the report of the run in the directory that is given."""
     parser = argparse.ArgumentParser(description="Writes DIR/report/ from the files of a run.")
     parser.add_argument("directory", metavar="DIR", help="the workdir of a run")
-    print(write_report(parser.parse_args(arguments).directory))
+    try:
+        print(write_report(parser.parse_args(arguments).directory))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
