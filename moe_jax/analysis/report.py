@@ -205,7 +205,8 @@ def _draw_loss(run: Run) -> Figure:
     }
     matches = (HELDOUT_METRIC.fullmatch(name) for row in run.rows for name in row)
     domains = sorted({match["domain"] for match in matches if match and match["domain"]})
-    names = {f"heldout/dropless/domain/{name}/bits_per_byte": name for name in domains}
+    metric = "heldout/dropless/domain/{}/bits_per_byte"
+    names = {metric.format(name): name + " (domain)" * (name == "all") for name in domains}
     names["heldout/dropless/bits_per_byte"] = "all"
     bits = {title: run.curve(name) for name, title in names.items() if run.last(name) is not None}
     ways = {"train_label": run.ways["train"].name, "bits_label": run.ways["dropless"].label}
