@@ -215,8 +215,6 @@ def test_a_file_that_is_cut_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"started": ')
     with pytest.raises(ValueError, match=r"reads JSON .*run\.json has none .*Restore the file\."):
         read_run(tmp_path)
-    with pytest.raises(SystemExit, match=r"^error: a report reads JSON "):
-        main([str(tmp_path)])
 
 
 def test_layers_of_several_parts_are_in_the_order_of_the_model(tmp_path):

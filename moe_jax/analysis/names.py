@@ -44,6 +44,13 @@ def in_markdown(name: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table of Markdown; all columns but the first are aligned right if many."""
+    align = ["---"] + ["---:" if len(header) > 2 else "---"] * (len(header) - 1)
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def fenced(text: str) -> str:
     """A text as a block of code, within a fence longer than any in it."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))

@@ -13,7 +13,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import Figure, png_bytes, stamp
-from moe_jax.analysis.names import fenced, in_code, in_markdown
+from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
@@ -283,7 +282,7 @@ def _result(run: Run) -> str:
         for name, losses in rows
     ]  # fmt: skip
     lines += [f"Held-out text at step {run.evaluation['step']:,}:", ""]
-    return "\n".join([*lines, _table(["domain", *header], cells), *notes])
+    return "\n".join([*lines, table(["domain", *header], cells), *notes])
 
 
 def _layer_table(run: Run) -> str:
@@ -306,7 +305,7 @@ def _layer_table(run: Run) -> str:
             for name, spec in columns.values()
         )
         rows.append([in_markdown(layer), *cells])
-    return "At the last logged step:\n\n" + _table(["layer", *columns], rows)
+    return "At the last logged step:\n\n" + table(["layer", *columns], rows)
 
 
 def _facts(run: Run) -> str:
@@ -328,7 +327,7 @@ def _facts(run: Run) -> str:
     if earlier:
         starts = ", ".join(f"{step:,}" for step in [*earlier, record["start_step"]])
         facts["sessions"] = f"{len(earlier) + 1}, starting at steps {starts}"
-    return "## Run\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
+    return "## Run\n\n" + table(["", ""], [[name, value] for name, value in facts.items()])
 
 
 def _parameters(run: Run) -> str:
@@ -379,21 +378,11 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table of Markdown; all columns but the first are aligned right if many."""
-    align = ["---"] + ["---:" if len(header) > 2 else "---"] * (len(header) - 1)
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Writes the report of the run in the directory that is given."""
     parser = argparse.ArgumentParser(description="Writes DIR/report/ from the files of a run.")
     parser.add_argument("directory", metavar="DIR", help="the workdir of a run")
-    try:
-        print(write_report(parser.parse_args(arguments).directory))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    print(write_report(parser.parse_args(arguments).directory))
 
 
 if __name__ == "__main__":
