@@ -23,7 +23,7 @@ from moe_jax.data import open_data
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
-from moe_jax.training.saved import load_run
+from moe_jax.training.saved import load_run, open_run_data
 from moe_jax.training.signals import Interrupted
 
 CURVE = f"heldout/dropless/{LOSS}"
@@ -133,7 +133,7 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
             state.params,
             state.model_state,
             config,
-            open_data(config.data),
+            open_run_data(workdir, config),
             max_batches=config.training.evaluation_batches,
             step=state.step,
         )

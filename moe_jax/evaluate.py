@@ -13,11 +13,10 @@ from absl import flags
 from moe_jax import command_line
 from moe_jax.analysis.names import printable
 from moe_jax.config.json_text import json_text
-from moe_jax.data import open_data
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_atomically
-from moe_jax.training.saved import load_run
+from moe_jax.training.saved import load_run, open_run_data
 from moe_jax.training.ways import CAPACITIES, notes_of, way_of
 
 UNITS = {"bits/B": "bits_per_byte", "nats/tok": "nats_per_token"}
@@ -52,7 +51,7 @@ def main() -> None:
         state.params,
         state.model_state,
         config,
-        open_data(config.data),
+        open_run_data(workdir, config),
         mesh=make_mesh(config.mesh),
         max_batches=flags.FLAGS.batches or None,
         step=state.step,

@@ -236,6 +236,11 @@ class Part(Settings):
         return False
 
     @property
+    def depends_on_microbatches(self) -> bool:
+        """Whether a step depends, beyond noise and rounding, on how its batch is cut."""
+        return type(self).loss is not Part.loss
+
+    @property
     def has_capacity(self) -> bool:
         """Whether an evaluation within its own capacity differs from a dropless one."""
         return False

@@ -41,29 +41,24 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
         print(summary(config.model, config.data.sequence_length), flush=True)
-    said = train(config, workdir, facts_of(config))
-    place = shlex.quote(str(workdir))
+    evaluation = train(config, workdir, facts_of(config))
     if config.training.sample_prompt:
-        with only_warns("no sample was written", f"python -m moe_jax.generate --workdir={place}"):
+        with failure_is_a_warning("sample"):
             write_sample(config, workdir)
     if jax.process_index() == 0:
-        with only_warns("no report was written", f"python -m moe_jax.analysis.report {place}"):
+        with failure_is_a_warning("report"):
             print(f"report: {write_report(workdir)}", flush=True)
-    return said
+    return evaluation
 
 
 @contextlib.contextmanager
-def only_warns(outcome: str, again: str) -> Iterator[None]:
-    """Turns an error of what comes after a run into a warning: the run is whole without it."""
+def failure_is_a_warning(what: str) -> Iterator[None]:
+    """Warns of an error in a block: the run is trained and saved, and does not fail by it."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(
-            f"warning: {outcome}, the run itself is saved: {reason}. Try again: {again}",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+        print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
     one.write_text("é" * 20)
     other.write_text("x" * 500)
     options = Options(text=(str(one), str(other)), tokens=200)
-    names, batches = batches_of(CONFIG, open_tokenizer("byte"), options)
+    names, batches = batches_of("", CONFIG, open_tokenizer("byte"), options)
     assert names == ("one.txt", "other.txt")
     tokens = [
         np.sum((b["segment_ids"] > 0).sum(1) * (b["domain"] == d)) for b in batches for d in (0, 1)
@@ -253,7 +253,7 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
     assert file_names(alike) == ("x.txt", "x.txt (2)", "x.txt (2) (2)", "x.txt (3)")
     one.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"a file of UTF-8 text: .*one\.txt: .*Convert it"):
-        batches_of(CONFIG, open_tokenizer("byte"), options)
+        batches_of("", CONFIG, open_tokenizer("byte"), options)
 
 
 def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, tmp_path):
@@ -298,7 +298,7 @@ def test_any_checkpoint_can_be_analysed_while_a_run_deletes_others(workdir, monk
 
 
 def test_what_cannot_be_analysed_is_refused_or_left_out(workdir, tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"holds config\.json: there is none"):
+    with pytest.raises(ValueError, match=r"there is neither in"):
         analyze_run(tmp_path)
     dense = tiny_training(DENSE)
     make_run(tmp_path / "dense", {1: tiny_state(dense)}, dense)

@@ -559,7 +559,7 @@ def test_a_table_of_another_vocabulary_is_refused():
         *(
             (TrainingConfig, {name: 0}, rf"{name} lies in \[1, inf\)")
             for name in (
-                "num_steps", "batch_size", "num_microbatches", "log_every", "evaluate_every",
+                "num_steps", "batch_size", "num_microbatches", "log_every",
                 "checkpoint_every", "keep_checkpoints",
             )
         ),

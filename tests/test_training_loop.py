@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from moe_jax.training import loop
 from moe_jax.training.checkpoints import DamagedCheckpointError
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
-from moe_jax.training.saved import CHECKPOINTS, load_run
+from moe_jax.training.saved import CHECKPOINTS, load_run, open_run_data
 from moe_jax.training.signals import Interrupted
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.workdir import check_workdir
@@ -98,7 +99,7 @@ def test_a_run_that_crashes_and_is_stopped_ends_like_one_that_was_not(
     assert "resuming after step 7 of 12" in capsys.readouterr().out
     assert_same_run(tmp_path, finished)
     record = json.loads((tmp_path / RUN_FILE).read_text())
-    assert [session["start_step"] for session in record["earlier"]] == [0, 3]
+    assert [session["start_step"] for session in record["earlier"]] == [0, 4]
     assert record["start_step"] == 7
 
 
@@ -116,6 +117,83 @@ def test_a_signal_during_an_evaluation_saves_that_step(finished, tmp_path, monke
     steps = [row["step"] for row in read_metrics(tmp_path / METRICS_FILE)]
     assert steps == [1, 2, 3, 4, 4]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_step_is_saved_before_its_evaluation_which_a_restart_makes_up_for(
+    step, finished, tmp_path, monkeypatch
+):
+    real = loop.evaluate
+
+    def evaluate(*args, **kwargs):
+        if int(kwargs["step"]) == step:
+            raise RuntimeError("out of memory")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(loop, "evaluate", evaluate)
+        train(CONFIG, tmp_path)
+    assert load_run(tmp_path)[1].step == step
+    train(CONFIG, tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_run_without_evaluation(tmp_path):
+    """Its corpus need hold nothing out: c.f. the refusal below."""
+    config = of_documents(tmp_path, 1, evaluate_every=0, num_steps=2)
+    assert train(config, tmp_path / "run") == {}
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+
+
+def of_documents(directory, number, **training):
+    """A run on a corpus of so many documents, of which none is held out."""
+    lines = [
+        json.dumps({"id": f"chapter-{n}", "text": "A dark night. " * 30}) for n in range(number)
+    ]
+    (directory / "corpus").mkdir()
+    (directory / "corpus" / "book.jsonl").write_text("\n".join(lines) + "\n")
+    data = {
+        "corpus": f"jsonl:{directory / 'corpus'}",
+        "cache_dir": str(directory / "cache"),
+        "heldout_fraction": 1e-9,
+    }
+    return tiny_training({"data": data, "training": training})
+
+
+@pytest.mark.slow
+def test_a_run_is_extended(tmp_path):
+    """Under a schedule that does not know the end, as if it had been as long from the start."""
+
+    def steps(number):
+        settings = {"num_steps": number, "evaluate_every": 0, "sample_prompt": ""}
+        return tiny_training({"optimizer": {"schedule": "constant"}, "training": settings})
+
+    train(steps(5), tmp_path / "extended")
+    train(steps(8), tmp_path / "extended")
+    train(steps(8), tmp_path / "at_once")
+    states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    rows = read_metrics(tmp_path / "extended" / METRICS_FILE)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_a_run_stays_with_the_text_it_was_started_with(tmp_path):
+    """The corpus is rebuilt at the same path, and moved."""
+    config = of_documents(tmp_path, 3, evaluate_every=0, num_steps=2)
+    train(config, tmp_path / "run")
+    corpus = tmp_path / "corpus"
+    corpus.rename(tmp_path / "moved")
+    data = dataclasses.replace(config.data, corpus=f"jsonl:{tmp_path / 'moved'}")
+    moved = dataclasses.replace(config, data=data)
+    train(moved, tmp_path / "run")
+    file = tmp_path / "moved" / "book.jsonl"
+    file.write_text(file.read_text().replace("dark", "bright"))
+    before = files(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"content of corpus: sha256 \w{12} -> \w{12}\n"):
+        train(moved, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"with the data it was trained on: since .*of corpus"):
+        open_run_data(tmp_path / "run", moved)
+    assert files(tmp_path / "run") == before
 
 
 def test_a_finished_run_does_not_train_again(copy, monkeypatch):
@@ -141,10 +219,10 @@ def test_another_config_is_refused_before_anything_happens(copy, monkeypatch):
     for name in ("restore", "new_state", "Checkpoints", "write_run_record"):
         monkeypatch.setattr(loop, name, not_called)
     before = files(copy)
-    other = tiny_training({"training": {"num_steps": 13}, **tiny_moe(num_experts=8)})
+    other = tiny_training({"training": {"num_steps": 11}, **tiny_moe(num_experts=8)})
     with pytest.raises(ValueError) as error:
         train(other, copy)
-    assert "config.training.num_steps: 12 -> 13" in str(error.value)
+    assert "config.training.num_steps: 12 -> 11" in str(error.value)
     assert "config.model.parts.moe.num_experts: 4 -> 8" in str(error.value)
     assert "Use another --workdir" in str(error.value)
     assert files(copy) == before

@@ -52,10 +52,8 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     path.write_text('{"step": 1, "train/loss": NaN, "load": [Infinity, 0.5]}\n')  # as it once was
     with MetricWriter(tmp_path, start_step=1) as writer:
         writer.write(2, {"train/loss": jnp.float32("nan"), "load": [0.5, float("nan")]})
-    assert path.read_text().splitlines() == [
-        '{"step": 1, "train/loss": null, "load": [null, 0.5]}',
-        '{"step": 2, "train/loss": null, "load": [0.5, null]}',
-    ]
+    written = path.read_text().splitlines()[-1]
+    assert written == '{"step": 2, "train/loss": null, "load": [0.5, null]}'
     for row, place in zip(read_metrics(path), (0, 1), strict=True):
         assert math.isnan(row["train/loss"])
         assert [math.isnan(value) for value in row["load"]] == [i == place for i in range(2)]
@@ -94,6 +92,58 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, cut):
     # TensorBoard is told to forget the steps that are run again.
     starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
     assert starts == [1, 26]
+
+
+def damaged(directory, caplog, change, saved=None):
+    """Resumes after step 30 on a metrics file of four rows that was changed; what is warned of."""
+    with MetricWriter(directory) as writer:
+        for step in (10, 20, 30, 40):
+            writer.write(step, {"train/loss": 1.0})
+            saved = writer.state() if step == 30 else saved
+    path = directory / "metrics.jsonl"
+    change(path)
+    caplog.clear()
+    with MetricWriter(directory, start_step=30, saved=saved) as writer:
+        writer.write(40, {"train/loss": 2.0})
+        assert writer.state()["rows"] == len(steps(directory))
+    return " ".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "kept"),
+    [
+        (lambda path: None, "", [10, 20, 30]),
+        (lambda path: path.unlink(), "is missing: 0 rows of 3 are kept", []),
+        (lambda path: path.write_bytes(b""), "0 rows of 3 are kept", []),
+        (lambda path: path.write_bytes(bytes(100)), "0 rows of 3 are kept", []),
+        (
+            lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[1:])),
+            "is not what the checkpoint of step 30 was saved with: 2 rows of 3 are kept",
+            [20, 30],
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b'{"step": 20', b"{", 1)),
+            "is damaged in line 2: 2 rows of 3 are kept",
+            [10, 30],
+        ),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"1.0", b"7.0", 1)),
+            "is not what the checkpoint of step 30 was saved with: 3 rows of 3 are kept",
+            [10, 20, 30],
+        ),
+    ],
+    ids=["whole", "deleted", "empty", "zeroed", "a row less", "a bad line", "another value"],
+)
+def test_lost_rows_are_reported_and_a_damaged_file_is_set_aside(
+    change, message, kept, tmp_path, caplog
+):
+    warned = damaged(tmp_path, caplog, change)
+    assert message in warned
+    assert bool(warned) == bool(message)
+    assert steps(tmp_path) == [*kept, 40]
+    aside = tmp_path / "damaged-metrics.jsonl"
+    assert aside.exists() == ("damaged-metrics.jsonl" in warned)
+    assert aside.exists() == (bool(message) and "is missing" not in message)
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
@@ -146,6 +196,13 @@ def test_run_files_keep_earlier_sessions(tmp_path):
     write_run_record(tmp_path, config, start_step=80)
     record = json.loads((tmp_path / "run.json").read_text())
     assert [earlier["start_step"] for earlier in record["earlier"]] == [0, 50]
+
+    # It is only a record: a damaged one is set aside.
+    (tmp_path / "run.json").write_text('{"start')
+    write_run_record(tmp_path, config, start_step=90)
+    assert json.loads((tmp_path / "run.json").read_text())["earlier"] == []
+    assert (tmp_path / "damaged-run.json").read_text() == '{"start'
+    (tmp_path / "damaged-run.json").unlink()
 
     # Started again from the beginning, it is another run.
     write_run_record(tmp_path, config)

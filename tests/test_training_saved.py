@@ -88,7 +88,7 @@ def test_an_earlier_state_comes_back_by_its_step(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"holds config.json: there is none in .*Pass the"):
+    with pytest.raises(ValueError, match=r"knows its config: there is neither in .*Pass the"):
         load_run(tmp_path)
     write_run_record(tmp_path, CONFIG)
     with pytest.raises(ValueError, match=r"there is none yet in .*checkpoints. Wait for the first"):

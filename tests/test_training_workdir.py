@@ -5,20 +5,22 @@ import json
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 
-from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.config import ExperimentConfig, MeshConfig, write_config
 from moe_jax.config.kinds import load_kind, source_hash
 from moe_jax.layers.attention import Attention
 from moe_jax.models.layer import ParallelLayer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
+from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import write_run_record
-from moe_jax.training.saved import load_run
+from moe_jax.training.metrics import MetricWriter, write_run_record
+from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.workdir import check_workdir
-from tests.tiny_run import files, tiny_config, tiny_training
+from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_training
 
 CONFIG = tiny_training()
 # As it was written before models were made of parts.
@@ -29,6 +31,13 @@ OLD_LAYOUT = {
 }
 
 
+def begin(workdir, config, content=None):
+    """What a run leaves that was killed before its first checkpoint."""
+    write_run_record(workdir, config, content=content)
+    with MetricWriter(workdir) as writer:
+        writer.write(1, {"train/loss": 6.0})
+
+
 def edit(workdir, change):
     """Changes what `config.json` says."""
     path = workdir / "config.json"
@@ -37,15 +46,15 @@ def edit(workdir, change):
     path.write_text(json.dumps(written))
 
 
-def refusal(config, workdir):
+def refusal(config, workdir, content=None):
     with pytest.raises(ValueError) as error:
-        check_workdir(config, workdir)
+        check_workdir(config, workdir, content)
     return str(error.value)
 
 
 def test_the_same_config_goes_on(tmp_path):
     check_workdir(CONFIG, tmp_path)
-    write_run_record(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
     check_workdir(CONFIG, tmp_path)
 
 
@@ -63,7 +72,7 @@ def test_a_directory_of_the_old_layout_is_refused(tmp_path):
 
 
 def test_a_setting_that_the_library_got_since_is_at_its_default(tmp_path):
-    write_run_record(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
 
     def drop(written):
         del written["model"]["parts"]["moe"]["gate_on_input"]
@@ -83,7 +92,7 @@ def test_a_setting_that_the_library_got_since_is_at_its_default(tmp_path):
 
 
 def test_every_setting_that_differs_is_named(tmp_path):
-    write_run_record(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
     router = {"kind": "token_choice", "noise": {"jitter": {"epsilon": 0.1}}, "top_p": 0.5}
     other = tiny_training({"seed": 1, "model": {"parts": {"moe": {"router": router}}}})
     message = refusal(other, tmp_path)
@@ -118,7 +127,7 @@ def test_how_a_run_is_placed_may_change(tmp_path):
     }
     for name, make in makers.items():
         workdir = tmp_path / name
-        write_run_record(workdir, make())
+        begin(workdir, make())
         check_workdir(dataclasses.replace(make(**placement), mesh=mesh), workdir)
         message = refusal(make(**placement, group_size=8), workdir)
         lines = [line for line in message.splitlines() if line.startswith("  ")]
@@ -151,7 +160,7 @@ def test_a_part_from_outside_whose_source_changed_is_refused(tmp_path, monkeypat
     config = tiny_config({"model": {"parts": parts, "stack": stack}})
     workdir = tmp_path / "run"
     try:
-        write_run_record(workdir, config)
+        begin(workdir, config)
         check_workdir(config, workdir)
         with pytest.raises(ValueError, match=r"outside this library.*Pass --trust"):
             load_run(workdir)
@@ -161,12 +170,120 @@ def test_a_part_from_outside_whose_source_changed_is_refused(tmp_path, monkeypat
         source_hash.cache_clear()
         message = refusal(config, workdir)
         (line,) = [line for line in message.splitlines() if "source of" in line]
-        old, new = line.removeprefix(f"  source of {kind}: ").split(" -> ")
-        assert len(old) == len(new) == 64 and old != new
+        old, new = line.removeprefix(f"  source of {kind}: sha256 ").split(" -> ")
+        assert len(old) == len(new) == 12 and old != new
 
         # A run without the part is another one too.
-        assert f"source of {kind}: {old} -> not there" in refusal(tiny_config(), workdir)
+        assert f"source of {kind}: sha256 {old} -> not there" in refusal(tiny_config(), workdir)
     finally:
         load_kind.cache_clear()
         source_hash.cache_clear()
         sys.modules.pop("a_mixer_of_somebody", None)
+
+
+def with_training(config, **settings):
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **settings))
+
+
+def test_a_directory_without_steps_takes_another_run(tmp_path):
+    write_run_record(tmp_path, CONFIG)
+    other = dataclasses.replace(CONFIG, seed=1)
+    check_workdir(other, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    check_workdir(other, tmp_path)
+    begin(tmp_path, CONFIG)
+    assert "config.seed: 0 -> 1" in refusal(other, tmp_path)
+
+
+def test_what_does_not_change_results_may_change(tmp_path):
+    begin(tmp_path, CONFIG)
+    training = {
+        "log_every": 5, "evaluate_every": 0, "evaluation_batches": 1, "checkpoint_every": 7,
+        "keep_checkpoints": 5, "sample_prompt": "", "sample_tokens": 1,
+    }  # fmt: skip
+    other = with_training(dataclasses.replace(CONFIG, name="renamed"), **training)
+    model = dataclasses.replace(other.model, remat="full", scan_layers=True)
+    check_workdir(dataclasses.replace(other, model=model), tmp_path)
+
+
+def test_a_run_is_extended_but_not_shortened(tmp_path):
+    begin(tmp_path, CONFIG)
+    check_workdir(with_training(CONFIG, num_steps=24), tmp_path)
+    message = refusal(with_training(CONFIG, num_steps=6), tmp_path)
+    assert "config.training.num_steps: 12 -> 6" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "may_change"),
+    [
+        ({}, True),
+        (tiny_moe(losses={"router_z": {"weight": 0.1}, "load_balance": {"weight": 0.1}}), True),
+        (tiny_moe(losses={"importance": {"weight": 0.1}}), False),
+        (tiny_moe(losses={"load_balance": {"weight": 0.1, "scope": "microbatch"}}), False),
+        (tiny_moe(router={"kind": "token_choice", "noise": {"jitter": JITTER}}), False),
+        ({"model": {"dropout_rate": 0.1}}, False),
+    ],
+    ids=["plain", "losses that add up", "importance", "microbatch", "noise", "dropout"],
+)
+def test_microbatches_may_change_where_a_step_does_not_depend_on_them(
+    settings, may_change, tmp_path
+):
+    config = tiny_config(settings)
+    begin(tmp_path, config)
+    other = with_training(config, num_microbatches=2)
+    if may_change:
+        check_workdir(other, tmp_path)
+    else:
+        assert "config.training.num_microbatches: 1 -> 2" in refusal(other, tmp_path)
+
+
+def test_a_run_is_bound_to_what_its_corpus_and_tokenizer_hold_not_to_their_paths(tmp_path):
+    content = {"corpus": "aaaa", "tokenizer": "bbbb"}
+    begin(tmp_path, CONFIG, content)
+    check_workdir(CONFIG, tmp_path, content)
+    moved = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, corpus="jsonl:elsewhere", cache_dir="")
+    )
+    check_workdir(moved, tmp_path, content)
+    assert "content of corpus: sha256 aaaa -> cccc" in refusal(
+        CONFIG, tmp_path, content | {"corpus": "cccc"}
+    )
+    assert "content of tokenizer: sha256 bbbb -> cccc" in refusal(
+        CONFIG, tmp_path, content | {"tokenizer": "cccc"}
+    )
+    # Where nothing is known of the content, the path counts.
+    begin(tmp_path, CONFIG)
+    assert "config.data.corpus: 'embedded' -> 'jsonl:elsewhere'" in refusal(
+        moved, tmp_path, content
+    )
+
+
+def save(workdir, step, **metadata):
+    with Checkpoints(workdir / CHECKPOINTS, keep=5) as checkpoints:
+        checkpoints.save(step, {"x": np.zeros(3)}, metadata=metadata)
+
+
+def test_a_checkpoint_knows_its_own_run(tmp_path):
+    save(tmp_path, 3, run=write_config(CONFIG))
+    other = dataclasses.replace(CONFIG, seed=1)
+    check_workdir(CONFIG, tmp_path)
+    message = refusal(other, tmp_path)  # there is no config.json
+    assert "config.seed: 0 -> 1" in message and str(tmp_path / CHECKPOINTS / "3") in message
+    for text in ("{", json.dumps(write_config(other))):
+        (tmp_path / "config.json").write_text(text)
+        check_workdir(CONFIG, tmp_path)
+        assert "config.seed: 0 -> 1" in refusal(other, tmp_path)
+
+    # A checkpoint whose record is damaged leaves it to the one before.
+    save(tmp_path, 6, run=write_config(other))
+    (tmp_path / CHECKPOINTS / "6" / "metadata.json").write_text("{}")
+    check_workdir(CONFIG, tmp_path)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    begin(tmp_path, CONFIG)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text()[:-20])
+    assert f"{path} is damaged: it is no JSON" in refusal(CONFIG, tmp_path)
+    path.unlink()
+    assert "neither a config.json nor a checkpoint with a record" in refusal(CONFIG, tmp_path)

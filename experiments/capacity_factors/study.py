@@ -11,12 +11,12 @@ from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
 from moe_jax.config import ExperimentConfig
-from moe_jax.data import Data, heldout_batches, open_data
+from moe_jax.data import Data, heldout_batches
 from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, evaluate_batch
-from moe_jax.training.saved import load_run
+from moe_jax.training.saved import load_run, open_run_data
 from moe_jax.training.state import TrainState
 
 FACTORS = (1.0, 1.25, 2.0)
@@ -34,7 +34,7 @@ def crossed(workdir: pathlib.Path) -> dict[str, float]:
     moe = config.model.part.get("moe")
     if moe is None or moe.num_experts == 1:
         return {}
-    data = open_data(config.data)
+    data = open_run_data(workdir, config)
     return {f"evaluated_at_{factor}": loss_at(factor, config, data, state) for factor in FACTORS}
 
 

@@ -20,11 +20,11 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
-from moe_jax.data import Example, Tokenizer, heldout_batches, open_data, open_tokenizer
+from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
 from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
-from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
+from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
 from moe_jax.training.ways import ways_of
 
@@ -88,7 +88,7 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     config, state = load_run(workdir, step=options.step, trust=options.trust)
     check_model(config.model, workdir)
     tokenizer = open_tokenizer(config.data.tokenizer)
-    domains, batches = batches_of(config, tokenizer, options)
+    domains, batches = batches_of(workdir, config, tokenizer, options)
     last = int(state.step)
     routed = route_batches(state, config.model, batches, options.tokens)
     varied = route_variations(state, config.model, batches, options.tokens, options.noise)
@@ -146,7 +146,7 @@ def load_if_whole(workdir: str | pathlib.Path, step: int, trust: bool) -> TrainS
 
 
 def batches_of(
-    config: ExperimentConfig, tokenizer: Tokenizer, options: Options
+    workdir: str | pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer, options: Options
 ) -> tuple[tuple[str, ...], list[Example]]:
     """The names of the domains, and batches with at least `options.tokens` tokens if there are."""
     rows = config.training.batch_size // config.training.num_microbatches
@@ -159,7 +159,7 @@ def batches_of(
             max_tokens=options.tokens,
         )
     batches, missing = [], options.tokens
-    data = open_data(config.data)
+    data = open_run_data(workdir, config)
     for batch in heldout_batches(data, batch_size=rows):
         batches.append(batch)
         missing -= int((batch["segment_ids"] > 0).sum())

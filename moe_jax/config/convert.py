@@ -21,6 +21,7 @@ from moe_jax.config.kinds import by_kind, is_foreign, kind_of, load_kind, source
 from moe_jax.config.settings import Settings
 
 FORMAT = 2  # of a written config; 1 had no parts
+HEADER = ("format", "sources", "content")  # of a written config, beside its settings
 Config = TypeVar("Config")
 Trust = bool | frozenset[str]  # of modules outside the library: all, none, those of these kinds
 
@@ -40,35 +41,47 @@ def open_none(value: Any) -> Any:
     return placeholder(object) if value is None else value
 
 
-def to_dict(value: Any) -> Any:
-    """Plain dicts, tuples and numbers that `build` makes the same object of."""
+def to_dict(value: Any, *, only_results: bool = False) -> Any:
+    """Plain dicts, tuples and numbers that `build` makes the same object of.
+
+    Args:
+      value: an object, or what a field holds.
+      only_results: whether to leave out the settings that do not change the results of a run.
+    """
     if isinstance(value, Settings):
-        fields = fields_dict(value)
+        fields = fields_dict(value, only_results)
         if not value.family:
             return fields
         return {"kind": kind_of(value), **fields} if fields else kind_of(value)
     if isinstance(value, tuple):
         if value and all(is_named_part(item) for item in value):
-            named = {name: to_dict(part) for name, part in value}
+            named = {name: to_dict(part, only_results=only_results) for name, part in value}
             # A dict has no order and no name twice; where these matter it stays a tuple of pairs.
             if list(named) == sorted(name for name, _ in value):
                 return named
-        return tuple(to_dict(item) for item in value)
+        return tuple(to_dict(item, only_results=only_results) for item in value)
     return value
 
 
-def fields_dict(value: Settings) -> dict[str, Any]:
+def fields_dict(value: Settings, only_results: bool = False) -> dict[str, Any]:
     """The fields of an object as `to_dict` has them; several parts of one family by name."""
     fields: dict[str, Any] = {}
     cls: Any = type(value)
+    changes = {
+        field.name: field.metadata.get("changes_results", True) for field in dataclasses.fields(cls)
+    }
     for name, expected in hints(cls).items():
         item = getattr(value, name)
+        if only_results and not changes[name]:
+            continue
         if are_parts(expected):
-            fields[name] = parts_dict(item)
+            fields[name] = parts_dict(item, only_results)
         elif isinstance(expected, Ordered):
-            fields[name] = tuple((key, to_dict(part)) for key, part in item)
+            fields[name] = tuple(
+                (key, to_dict(part, only_results=only_results)) for key, part in item
+            )
         else:
-            fields[name] = to_dict(item)
+            fields[name] = to_dict(item, only_results=only_results)
     return fields
 
 
@@ -84,10 +97,12 @@ def is_named_part(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Settings)
 
 
-def parts_dict(parts: tuple[Settings, ...]) -> dict[str, Any]:
+def parts_dict(parts: tuple[Settings, ...], only_results: bool = False) -> dict[str, Any]:
     """Parts of one family, as `by_kind` names them."""
-    named = by_kind(parts)
-    return {name: {"kind": kind_of(part), **fields_dict(part)} for name, part in named.items()}
+    return {
+        name: {"kind": kind_of(part), **fields_dict(part, only_results)}
+        for name, part in by_kind(parts).items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,10 +302,17 @@ def foreign_kinds(value: Any) -> set[str]:
     return set()
 
 
-def write_config(config: Settings) -> dict[str, Any]:
-    """A config as `config.json` has it: settings, format, and the sources of foreign kinds."""
+def write_config(config: Settings, content: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A config as `config.json` has it: settings, format, and what they name by hash.
+
+    Args:
+      config: the settings.
+      content: sha256 of what the settings name by a path, such as {"corpus": "01ab..."}; the
+        sources of foreign kinds are added.
+    """
     sources = {kind: source_hash(kind) for kind in sorted(foreign_kinds(config))}
-    return {"format": FORMAT, "sources": sources, **to_dict(config)}
+    header = {"format": FORMAT, "sources": sources, "content": dict(content or {})}
+    return {**header, **to_dict(config)}
 
 
 def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust = False) -> Config:
@@ -305,7 +327,7 @@ def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust =
       ValueError: it is of the layout before parts, or names a foreign kind without trust.
     """
     check_format(written)
-    values = {name: value for name, value in written.items() if name not in ("format", "sources")}
+    values = {name: value for name, value in written.items() if name not in HEADER}
     return build(cls, values, "config", trust=trust)
 
 

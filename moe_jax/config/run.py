@@ -25,7 +25,8 @@ class DataConfig(Settings):
     objective: str = setting("causal_lm", choices=OBJECTIVES)
     heldout_fraction: float = setting(0.03, above=0, below=1)  # of the documents, never trained on
     seed: int = setting(0, at_least=0, below=2**32)  # of the order of the sequences
-    cache_dir: str = ""  # of token files; "": the user's cache directory
+    # Of token files; "": the user's cache directory.
+    cache_dir: str = setting("", changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -82,13 +83,17 @@ class TrainingConfig(Settings):
     num_steps: int = setting(1000, at_least=1)
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
-    log_every: int = setting(10, at_least=1)  # steps
-    evaluate_every: int = setting(500, at_least=1)  # steps, and after the last
-    evaluation_batches: int = setting(0, at_least=0)  # held-out batches to use; 0: all
-    checkpoint_every: int = setting(200, at_least=1)  # steps, and after the last
-    keep_checkpoints: int = setting(2, at_least=1)
-    sample_prompt: str = "The "  # continued at the end of a run; "": no sample
-    sample_tokens: int = setting(200, at_least=0)
+    log_every: int = setting(10, at_least=1, changes_results=False)  # steps
+    # Steps, and after the last; 0: never.
+    evaluate_every: int = setting(500, at_least=0, changes_results=False)
+    # Held-out batches to use before the last step; 0: all.
+    evaluation_batches: int = setting(0, at_least=0, changes_results=False)
+    # Steps; also before every evaluation and after the last step.
+    checkpoint_every: int = setting(200, at_least=1, changes_results=False)
+    keep_checkpoints: int = setting(2, at_least=1, changes_results=False)
+    # Continued at the end of a run; "": no sample.
+    sample_prompt: str = setting("The ", changes_results=False)
+    sample_tokens: int = setting(200, at_least=0, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -109,13 +114,13 @@ def default_model() -> Any:
 class ExperimentConfig(Settings):
     """Everything a run depends on; equal configs give equal runs."""
 
-    name: str = "experiment"
+    name: str = setting("experiment", changes_results=False)
     seed: int = setting(0, at_least=0, below=2**32)  # of parameters, dropout and router noise
     model: Any = dataclasses.field(default_factory=default_model, metadata={"family": "model"})
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = setting(MeshConfig(), changes_results=False)
 
     def check(self) -> None:
         """Checks settings of different sections against each other."""

@@ -49,8 +49,12 @@ def setting(
     below: float | None = None,
     choices: Sequence[Any] | None = None,
     default_factory: Callable[[], Any] | None = None,
+    changes_results: bool = True,
 ) -> Any:
     """A field of `Settings` with bounds, which are checked when an object is made.
+
+    `changes_results=False` declares that a run may go on with another value, such as another mesh:
+    its steps are the same beyond rounding.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Noise(Settings):
@@ -60,7 +64,10 @@ def setting(
     ValueError: std lies in [0, inf): std=-1.0. Change it.
     """
     known = None if choices is None else tuple(choices)
-    metadata = {"bounds": Bounds(at_least, above, at_most, below, known)}
+    bounds = Bounds(at_least, above, at_most, below, known)
+    metadata: dict[str, Any] = {"changes_results": changes_results}
+    if bounds != Bounds():
+        metadata["bounds"] = bounds
     if default_factory is not None:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -57,8 +57,9 @@ class LanguageModel(Settings):
     embedding_multiplier: float | None = None  # of embedded tokens; None: sqrt(model_dim)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
-    scan_layers: bool = True  # compile the repeated layers once
-    remat: str = setting("none", choices=tuple(REMAT))  # recomputed: all but the "dots", "full"
+    scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
+    # Recomputed: all but the "dots", "full".
+    remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -293,6 +294,11 @@ class LanguageModel(Settings):
     def has_capacity(self) -> bool:
         """See `Part`."""
         return any(part.has_capacity for part in self.part.values())
+
+    @property
+    def depends_on_microbatches(self) -> bool:
+        """See `Part`."""
+        return any(part.depends_on_microbatches for part in self.part.values())
 
     @property
     def needs_batch_sums(self) -> bool:

@@ -42,6 +42,11 @@ class BalanceLoss(Settings):
         """Whether `loss` needs the sums of the whole batch."""
         return False
 
+    @property
+    def is_of_microbatch(self) -> bool:
+        """Whether the sum over the microbatches depends on how the batch is cut."""
+        return True
+
     def check_block(self, moe: "MoE") -> None:
         """Checks the block that the loss is for.
 
@@ -115,6 +120,11 @@ class LoadBalance(BalanceLoss):
     def needs_batch_sums(self) -> bool:
         """See `BalanceLoss`."""
         return self.scope == "global"
+
+    @property
+    def is_of_microbatch(self) -> bool:
+        """See `BalanceLoss`."""
+        return self.scope == "microbatch"
 
     def counted(self, routing: Routing) -> jax.Array:
         """The choices that are counted, int32 [G, S, K]."""
@@ -233,6 +243,7 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
     """
 
     metric: ClassVar[str] = "load_balance_loss"
+    is_of_microbatch = False
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
         """See `BalanceLoss`: the loss of a layer by itself, for metrics."""
@@ -273,6 +284,7 @@ class RouterZ(BalanceLoss):
     """
 
     metric: ClassVar[str] = "router_z_loss"
+    is_of_microbatch = False
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
         """See `BalanceLoss`."""
@@ -351,6 +363,7 @@ class TokenEntropy(BalanceLoss):
     """The mean entropy of a token's distribution, in nats: sharpens it."""
 
     metric: ClassVar[str] = "token_entropy_loss"
+    is_of_microbatch = False
 
     def check_block(self, moe: "MoE") -> None:
         """See `BalanceLoss`."""

@@ -61,9 +61,12 @@ class MoE(Part):
     losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
     bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
     capacity: Capacity = Capacity()  # slots of an expert, and who gets them
-    run_experts: str = setting("auto", choices=WAYS)  # how rows meet experts; "auto": the fastest
-    exchange: str = setting("auto", choices=EXCHANGES)  # between devices: constraints, shard_map
-    exchange_chunks: int = setting(1, at_least=1)  # parts that travel one by one, to overlap
+    # How rows meet experts; "auto": the fastest.
+    run_experts: str = setting("auto", choices=WAYS, changes_results=False)
+    # Between devices: constraints, shard_map.
+    exchange: str = setting("auto", choices=EXCHANGES, changes_results=False)
+    # Parts that travel one by one, to overlap.
+    exchange_chunks: int = setting(1, at_least=1, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -200,6 +203,11 @@ class MoE(Part):
     def has_capacity(self) -> bool:
         """See `Part`; a router that mixes tokens has the slots that it learned in any case."""
         return self.capacity.eval_factor > 0 and not self.router.mixes
+
+    @property
+    def depends_on_microbatches(self) -> bool:
+        """See `Part`."""
+        return any(loss.weight > 0 and loss.is_of_microbatch for loss in self.losses)
 
     @property
     def needs_batch_sums(self) -> bool:

@@ -1,5 +1,6 @@
 """A training run, from a config and a directory to checkpoints, metrics and an evaluation."""
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,11 +14,17 @@ from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
-from moe_jax.parallel.processes import compile_in_all, require_same
+from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loss import Batch
-from moe_jax.training.metrics import MetricWriter, write_atomically, write_run_record
+from moe_jax.training.metrics import (
+    EVALUATION_FILE,
+    MetricWriter,
+    read_json,
+    write_atomically,
+    write_run_record,
+)
 from moe_jax.training.placement import BATCH_AXES, check_run, compile_train_step, new_state
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
@@ -44,11 +51,11 @@ def train(
         "peak_flops", of one device, the share of the peak is measured too.
 
     Returns:
-      The last evaluation, as `evaluation.json` has it.
+      The last evaluation, as `evaluation.json` has it; {} without one.
 
     Raises:
-      ValueError: the workdir is of another config, the vocabulary does not fit, or there is no text
-        to train or to evaluate on.
+      ValueError: the workdir is of another run, the vocabulary does not fit, or there is no text
+        to train or to evaluate on. Nothing has been written then.
       FloatingPointError: the loss or the gradient is not finite.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
@@ -57,10 +64,11 @@ def train(
     config = config.on_devices(jax.device_count())
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
-    check_workdir(config, workdir)
     data = open_data(config.data)
+    require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
-    check_data(data)
+    check_workdir(config, workdir, data.fingerprints)
+    check_data(data, evaluates=config.training.evaluate_every > 0)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
@@ -70,6 +78,7 @@ def train(
 class Run(NamedTuple):
     """A run while it goes: what it is, and where it writes."""
 
+    workdir: pathlib.Path
     config: ExperimentConfig
     data: Data
     mesh: Mesh
@@ -79,18 +88,43 @@ class Run(NamedTuple):
     rates: Rates
     signals: SignalFlag
 
-    def evaluate(self, state: TrainState, max_batches: int | None) -> dict[str, Any]:
-        """Scores the held-out split, in time that does not count for the speed."""
+    def is_last(self, step: int) -> bool:
+        """Whether it is the last step of the run."""
+        return step == self.config.training.num_steps
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out split is scored after a step."""
+        every = self.config.training.evaluate_every
+        return every > 0 and (self.is_last(step) or step % every == 0)
+
+    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        """Saves a checkpoint that knows its run, once a step, after the metrics of the step."""
+        metadata = {
+            "run": write_config(self.config, self.data.fingerprints),
+            "metrics": self.writer.state(),
+        }
         with self.rates.paused():
-            return evaluate(
+            self.checkpoints.save(step, state, metadata=metadata, wait=wait)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Scores the held-out split, all of it after the last step, and writes what it finds."""
+        some = None if self.is_last(step) else self.config.training.evaluation_batches or None
+        with self.rates.paused():
+            evaluation = evaluate(
                 state.params,
                 state.model_state,
                 self.config,
                 self.data,
                 mesh=self.mesh,
-                max_batches=max_batches,
+                max_batches=some,
                 step=state.step,
             )
+        if self.is_last(step) and jax.process_index() == 0:
+            content = {"step": step, **evaluation}
+            write_atomically(self.workdir / EVALUATION_FILE, json_text(content, indent=2) + "\n")
+        # Now that nothing of the evaluation can be lost, it counts as made.
+        self.writer.write(step, evaluation_row(evaluation))
+        self.progress.print(evaluation_line(step, evaluation))
 
 
 def train_in(
@@ -105,7 +139,10 @@ def train_in(
     restored = restore(config, checkpoints, mesh)
     state = new_state(config, mesh) if restored is None else restored
     start = int(state.step)
-    record = write_run_record(workdir, config, start_step=start, facts=facts)
+    saved = checkpoints.metadata(start) if start else {}
+    record = write_run_record(
+        workdir, config, start_step=start, content=data.fingerprints, facts=facts
+    )
     if jax.process_index() == 0:
         print(describe_mesh(mesh), flush=True)
         if start:
@@ -121,25 +158,23 @@ def train_in(
     flops = facts.get("forward_flops_per_token", {}).get("model", 0.0)
     peak = facts.get("peak_flops")
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
-    with MetricWriter(workdir, start) as writer, progress, SignalFlag() as signals:
-        run = Run(config, data, mesh, checkpoints, writer, progress, rates, signals)
-        state, said = run_steps(run, state, start)
-    if said is None:
-        said = run.evaluate(state, None)
-    return finish(workdir, state, said)
+    with MetricWriter(workdir, start, saved.get("metrics")) as writer:
+        with progress, SignalFlag() as signals:
+            run = Run(workdir, config, data, mesh, checkpoints, writer, progress, rates, signals)
+            run_steps(run, state, start)
+    path = workdir / EVALUATION_FILE
+    return read_json(path) if path.exists() else {}
 
 
-def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict[str, Any] | None]:
-    """Takes the steps from `start` on, and writes down what they say.
+def run_steps(run: Run, state: TrainState, start: int) -> None:
+    """Takes the steps from `start` on.
 
-    Returns:
-      The last state and its evaluation (None if there was no step left to take).
+    A step is saved before it is evaluated. A run that was stopped in between evaluates first.
     """
     config, training = run.config, run.config.training
     step_function = compile_train_step(config, run.mesh)
     batches = global_batches(config, run.data, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
-    said: dict[str, Any] | None = None
     saved = start
 
     def settle() -> None:
@@ -156,6 +191,8 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
         else:
             run.progress.update(step)
 
+    if start and run.evaluates_after(start) and not is_evaluated(run, start):
+        run.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
         with jax.set_mesh(run.mesh):
             batch = next(batches)
@@ -168,22 +205,24 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, dict
         settle()
         pending = (step, metrics)
 
-        last = step == training.num_steps
-        if last or step % training.evaluate_every == 0:
-            settle()
-            said = run.evaluate(state, None if last else training.evaluation_batches or None)
-            run.writer.write(step, evaluation_row(said))
-            run.progress.print(evaluation_line(step, said))
-        stopped = run.signals.stops_after(step)  # once a step: a signal may come at any time
-        if last or stopped or step % training.checkpoint_every == 0:
+        last, evaluates = run.is_last(step), run.evaluates_after(step)
+        if last or evaluates or step % training.checkpoint_every == 0:
             # The metrics first: a run that resumes here has all of them.
             settle()
-            with run.rates.paused():
-                run.checkpoints.save(step, state, wait=last or stopped is not None)
+            run.save(step, state, wait=last)
             saved = step
+        if evaluates:
+            run.evaluate(step, state)
+        stopped = run.signals.stops_after(step)  # once a step: a signal may come at any time
         if stopped:
+            settle()
+            run.save(step, state, wait=True)
             raise Interrupted(stopped, step)
-    return state, said
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether the metrics have an evaluation of a step, as process 0 tells all of them."""
+    return bool(json.loads(gather(json.dumps(run.writer.has_evaluation(step)))[0]))
 
 
 def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int) -> Iterator[Batch]:
@@ -207,14 +246,6 @@ def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int)
         share = {name: np.stack([part[name] for part in some]) for name in some[0]}
         share.pop("domain")
         yield from_shares(share, mesh, BATCH_AXES)
-
-
-def finish(workdir: pathlib.Path, state: TrainState, said: dict[str, Any]) -> dict[str, Any]:
-    """Writes the evaluation on the whole held-out split."""
-    said = {"step": int(state.step), **said}
-    if jax.process_index() == 0:
-        write_atomically(workdir / "evaluation.json", json_text(said, indent=2) + "\n")
-    return said
 
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:

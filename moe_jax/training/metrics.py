@@ -5,14 +5,17 @@ and resumed. TensorBoard events are written beside it for looking at while a run
 """
 
 import datetime
+import hashlib
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +26,104 @@ from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.json_text import json_text, numbers
 from moe_jax.training.ways import ways_of
 
+logger = logging.getLogger(__name__)
+
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
+EVALUATION_FILE = "evaluation.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class DamagedFileError(ValueError):
+    """A file that a run wrote is not as it was written."""
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a row a line, each step once.
+
+    Args:
+      path: of the file, made if absent.
+      start_step: the step the run starts or resumes from. Rows of later steps, which will be run
+        again, are dropped.
+      saved: `state` when the checkpoint of `start_step` was saved; None: not known. Rows that were
+        lost since are reported, and a damaged file is set aside.
+    """
+
+    def __init__(
+        self, path: pathlib.Path, start_step: int = 0, saved: Mapping[str, Any] | None = None
+    ) -> None:
+        lines = recover_rows(path, start_step, saved)
+        text = b"".join(line + b"\n" for line in lines)
+        write_atomically(path, text.decode())
+        self._file = path.open("a", encoding="utf-8")
+        self._num_rows, self._sha256 = len(lines), hashlib.sha256(text)
+        self.evaluated = {row["step"] for row in map(json.loads, lines) if is_evaluation(row)}
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Appends a row, which survives a kill from now on, and a power failure from `state` on."""
+        line = json_text(row) + "\n"
+        self._file.write(line)
+        self._file.flush()
+        self._num_rows += 1
+        self._sha256.update(line.encode())
+
+    def state(self) -> dict[str, Any]:
+        """Number and sha256 of the rows so far; they are on the disk."""
+        os.fsync(self._file.fileno())
+        return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics is of the held-out split."""
+    return any(name.startswith("heldout/") for name in row)
+
+
+def recover_rows(
+    path: pathlib.Path, start_step: int, saved: Mapping[str, Any] | None
+) -> list[bytes]:
+    """The lines of a metrics file up to a step; warns of lost rows, and sets a damaged file aside.
+
+    A last line that a kill cut short is no damage.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if lines and step_of(lines[-1]) is None:
+        lines.pop()
+    steps = [step_of(line) for line in lines]
+    rows = [(line, step) for line, step in zip(lines, steps, strict=True) if step is not None]
+    kept = [line for line, step in rows if step <= start_step]
+    if not path.exists():
+        problem = "is missing" if start_step else ""
+    elif None in steps:
+        problem = f"is damaged in line {steps.index(None) + 1}"
+    elif saved and digest(lines[: saved["rows"]]) != saved["sha256"]:
+        problem = f"is not what the checkpoint of step {start_step} was saved with"
+    elif start_step and not lines:
+        problem = "has no rows"
+    else:
+        problem = ""
+    if problem:
+        lost = f" of {saved['rows']}" if saved else ""
+        aside = f" The damaged file is {set_aside(path)}." if path.exists() else ""
+        logger.warning("%s %s: %d rows%s are kept.%s", path, problem, len(kept), lost, aside)
+    return kept
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of a metrics file; None if the line is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def digest(lines: Sequence[bytes]) -> str:
+    """Sha256 of lines with their ends."""
+    return hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
 
 
 class MetricWriter:
@@ -38,23 +135,22 @@ class MetricWriter:
 
     Args:
       directory: the run's directory, made if absent.
-      start_step: the step the run starts or resumes from. What the file has of later steps, which
-        will be run again, is dropped.
-
-    Raises:
-      ValueError: the file that is there is not a metrics file.
+      start_step: the step the run starts or resumes from.
+      saved: see `MetricsFile`.
     """
 
-    def __init__(self, directory: str | pathlib.Path, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        start_step: int = 0,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         path = pathlib.Path(directory) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= start_step]
-            write_atomically(path, "".join(json_text(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = MetricsFile(path, start_step, saved)
         self._events = tensorboardX.SummaryWriter(
             str(path.parent / "tensorboard"),
             purge_step=start_step + 1,
@@ -77,11 +173,18 @@ class MetricWriter:
             return
         row: dict[str, int | float | list[Any]] = {"step": int(step)}
         row.update({name: _plain(name, value) for name, value in metrics.items()})
-        self._file.write(json_text(row) + "\n")
-        self._file.flush()
+        self._file.append(row)
         for name, value in row.items():
             if name != "step" and not isinstance(value, list):
                 self._events.add_scalar(name, value, global_step=step)
+
+    def state(self) -> dict[str, Any] | None:
+        """See `MetricsFile`; None on other processes."""
+        return self._file.state() if self._writes else None
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation of a step is written; False on other processes."""
+        return self._writes and step in self._file.evaluated
 
     def close(self) -> None:
         """Closes the files."""
@@ -155,6 +258,7 @@ def write_run_record(
     config: ExperimentConfig,
     *,
     start_step: int = 0,
+    content: Mapping[str, str] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes `config.json` and `run.json` into a run's directory; process 0 only.
@@ -166,6 +270,7 @@ def write_run_record(
       directory: the run's directory, made if absent.
       config: the resolved settings.
       start_step: the step the run starts or resumes from.
+      content: sha256 of the corpus and the tokenizer.
       facts: more to record, as JSON can hold it, such as {"parameters": {"total": 1, "active": 1}}.
 
     Returns:
@@ -177,13 +282,47 @@ def write_run_record(
     if jax.process_index() != 0:
         return record
     directory.mkdir(parents=True, exist_ok=True)
-    settings = write_config(config)
+    settings = write_config(config, content)
     if start_step > 0 and (directory / RUN_FILE).exists():
-        last = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-        record["earlier"] = [*last.pop("earlier", []), last]
+        record["earlier"] = earlier_sessions(directory / RUN_FILE)
     write_atomically(directory / CONFIG_FILE, json_text(settings, indent=2) + "\n")
     write_atomically(directory / RUN_FILE, json_text(record, indent=2) + "\n")
     return record
+
+
+def earlier_sessions(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The sessions that a `run.json` has; it is only a record, so a damaged one is set aside."""
+    try:
+        last = dict(read_json(path))
+    except DamagedFileError as error:
+        logger.warning("%s It is set aside as %s.", error, set_aside(path))
+        return []
+    return [*last.pop("earlier", []), last]
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads an object from a JSON file.
+
+    Raises:
+      DamagedFileError: with its path.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{path} is damaged: it is no JSON ({error}). Bring back a copy of it."
+        ) from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is damaged: it has no object. Bring back a copy of it.")
+    return content
+
+
+def set_aside(path: pathlib.Path) -> str:
+    """Renames a damaged file; returns the new name, `damaged-NAME` or `damaged-NAME-2`, ..."""
+    names = (f"damaged-{path.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    name = next(name for name in names if not path.with_name(name).exists())
+    path.rename(path.with_name(name))
+    return name
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

@@ -1,21 +1,20 @@
 """A trained model out of its run's directory."""
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig, read_config
-from moe_jax.config.convert import check_format
+from moe_jax.data import Data, open_data, open_tokenizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import check_run, state_shardings
 from moe_jax.training.state import TrainState, abstract_state
-
-CHECKPOINTS = "checkpoints"
+from moe_jax.training.workdir import CHECKPOINTS, Record, changed_hashes, recorded_run
 
 
 def load_run(
@@ -35,20 +34,21 @@ def load_run(
       trust: whether modules outside the library may be imported for the parts that they define.
 
     Raises:
-      ValueError: the directory holds no run, or a run without a checkpoint or without this one; or
-        the mesh does not split the run's batch or model evenly.
+      ValueError: the directory holds no run, or a run without a checkpoint or without this one; the
+        mesh does not split the run's batch or model evenly; or the tokenizer has changed.
       DamagedCheckpointError: the checkpoint of this step is damaged, or all are.
     """
     workdir = pathlib.Path(workdir)
-    path = workdir / CONFIG_FILE
-    if not path.exists():
+    record, _ = recorded_run(workdir, step)
+    if not record:
         raise ValueError(
-            f"The workdir of a run holds {CONFIG_FILE}: there is none in {workdir}. Pass the "
-            "--workdir that `python -m moe_jax.train` was given."
+            f"The workdir of a run holds {CONFIG_FILE} or a checkpoint that knows its config: "
+            f"there is neither in {workdir}. Pass the --workdir that `python -m moe_jax.train` "
+            "was given."
         )
-    written = json.loads(path.read_text(encoding="utf-8"))
-    check_format(written, str(path))
-    config = read_config(written, ExperimentConfig, trust=trust)
+    config = read_config(record, ExperimentConfig, trust=trust)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    check_content(record, {"tokenizer": tokenizer.fingerprint()}, workdir)
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
@@ -61,6 +61,42 @@ def load_run(
             "Wait for the first one (training.checkpoint_every)."
         )
     return config, restored
+
+
+def open_run_data(workdir: str | pathlib.Path, config: ExperimentConfig) -> Data:
+    """The data of a run, if it is still what the run was started with.
+
+    Args:
+      workdir: of the run.
+      config: of the run, as `load_run` returns it.
+
+    Raises:
+      ValueError: the corpus or the tokenizer has another content, or cannot be opened.
+    """
+    workdir = pathlib.Path(workdir)
+    data = open_data(config.data)
+    check_content(recorded_run(workdir)[0], data.fingerprints, workdir)
+    return data
+
+
+def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Path) -> None:
+    """Refuses data of another content than a run was started with.
+
+    Args:
+      record: of the run. Runs of earlier releases recorded no content, and are not checked.
+      found: sha256 of the data in use.
+      workdir: of the run, for the message.
+
+    Raises:
+      ValueError: with what changed.
+    """
+    known = record.get("content", {})
+    lines = changed_hashes("content", {name: known.get(name) for name in found}, found)
+    if known and lines:
+        raise ValueError(
+            f"a run is used with the data it was trained on: since {workdir} was started, "
+            f"{'; '.join(lines)}. Bring back the data, or pass what it is to be used with."
+        )
 
 
 def kept_steps(workdir: str | pathlib.Path) -> list[int]:

@@ -12,7 +12,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.part import Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, abstract_state
 
 
 class StepMetrics(NamedTuple):
@@ -69,6 +69,29 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def depends_on_microbatches(config: ExperimentConfig) -> bool:
+    """Whether the steps of a run depend, beyond rounding, on `training.num_microbatches`.
+
+    They do if a loss is of a microbatch, or if anything is drawn: each microbatch has its own key.
+    The step is traced to see whether it draws; nothing is computed.
+    """
+    if config.model.depends_on_microbatches:
+        return True
+    rows = config.training.batch_size // config.training.num_microbatches
+    tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
+    batch["loss_weights"] = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    state = abstract_state(config)
+
+    def loss(params: Any, model_state: Any, batch: Batch, key_data: jax.Array) -> jax.Array:
+        key, step = jax.random.wrap_key_data(key_data), jnp.zeros((), jnp.int32)
+        settings = {"model_state": model_state, "rng": key, "step": step}
+        return partial_loss(params, batch, batch_totals(batch), config.model, **settings)[0]
+
+    program = jax.make_jaxpr(loss)(state.params, state.model_state, batch, state.key_data)
+    return "random_bits" in str(program)
 
 
 def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:

@@ -2,12 +2,10 @@
 
 import contextlib
 import fcntl
-import json
 import pathlib
-import re
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,51 +13,128 @@ import jax
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
 from moe_jax.config.convert import check_format
 from moe_jax.parallel.processes import all_or_none, gather
-from moe_jax.training.metrics import CONFIG_FILE
+from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, DamagedFileError, read_json
+from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
-# What does not change the results of a run, and so may change while it goes on.
-PLACEMENT = re.compile(
-    r"config\.mesh\.|config\.model\.parts\.[^:]+\.(run_experts|exchange|exchange_chunks):"
-)
+CHECKPOINTS = "checkpoints"
+# What a run is of, as `write_config` has it: in `config.json` and in each checkpoint.
+Record = Mapping[str, Any]
 
 
-def check_workdir(config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Refuses a directory that holds a run of another config.
+def recorded_run(workdir: pathlib.Path, step: int | None = None) -> tuple[Record, str]:
+    """What the run in a directory is of, and the path that says so.
 
-    Configs are compared as objects: a setting that did not exist when the run was started is at its
-    default.
+    A checkpoint knows its own run. `config.json` counts where it does not: before the first
+    checkpoint, and beside checkpoints of earlier releases.
+
+    Args:
+      workdir: of the run.
+      step: of a checkpoint; None: the newest that is whole.
+
+    Returns:
+      The record and its path; ({}, "") if there is none.
 
     Raises:
-      ValueError: with every setting that differs; or the config is of an older layout.
+      DamagedFileError: `config.json` is needed and cannot be read.
+      ValueError: it is of an older layout.
     """
-    path = workdir / CONFIG_FILE
+    directory, path = workdir / CHECKPOINTS, workdir / CONFIG_FILE
+    if directory.is_dir():
+        with Checkpoints(directory, keep=None) as checkpoints:
+            for one in reversed(checkpoints.steps() if step is None else [step]):
+                with contextlib.suppress(DamagedCheckpointError, ValueError):
+                    if "run" in (metadata := checkpoints.metadata(one)):
+                        return metadata["run"], str(directory / str(one))
+                    break
     if not path.exists():
+        return {}, ""
+    record = read_json(path)
+    check_format(record, str(path))
+    return record, str(path)
+
+
+def has_steps(workdir: pathlib.Path) -> bool:
+    """Whether a step was made in a directory: it left a checkpoint, damaged or not, or metrics."""
+    checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_FILE
+    has_checkpoint = checkpoints.is_dir() and any(
+        path.name.removeprefix("damaged-").isdecimal() for path in checkpoints.iterdir()
+    )
+    return has_checkpoint or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def check_workdir(
+    config: ExperimentConfig, workdir: pathlib.Path, content: Mapping[str, str] | None = None
+) -> None:
+    """Refuses a directory that holds another run.
+
+    Configs are compared as objects: a setting that did not exist when the run was started is at its
+    default. Settings that do not change results may differ, and `training.num_steps` may rise. A
+    directory in which no step was made takes any run.
+
+    Args:
+      config: of the run that is to go on.
+      workdir: its directory.
+      content: sha256 of its corpus and its tokenizer; paths may differ where these agree.
+
+    Raises:
+      ValueError: with every setting, source and content that differs; or the record is of an older
+        layout.
+    """
+    try:
+        record, path = recorded_run(workdir)
+    except DamagedFileError:
+        if has_steps(workdir):
+            raise
+    if not has_steps(workdir):
         return
-    written = json.loads(path.read_text(encoding="utf-8"))
-    check_format(written, str(path))
-    given = write_config(config)["sources"]
-    lines = changed_sources(written.get("sources", {}), given)
-    if not lines:
-        # No module is imported that the given config does not name itself.
-        old = read_config(written, ExperimentConfig, trust=frozenset(given))
-        lines = difference(to_dict(old), to_dict(config))
-        lines = [line for line in lines if not PLACEMENT.match(line)]
+    if not record:
+        raise ValueError(
+            f"a workdir with steps says what run it holds: there is neither a {CONFIG_FILE} nor a "
+            f"checkpoint with a record in {workdir}. Bring back {CONFIG_FILE}, or use another "
+            "--workdir."
+        )
+    lines = changes(record, config, content or {})
     if lines:
         raise ValueError(
-            "A workdir holds one run, of one config: "
-            f"{workdir} was started with another (old -> new):\n  "
+            f"A workdir holds one run: {path} is of another (old -> new):\n  "
             + "\n  ".join(lines)
-            + "\nUse another --workdir, or the config that it was started with."
+            + "\nUse another --workdir, or what the run was started with."
         )
 
 
-def changed_sources(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each kind outside the library that changed, came or went."""
+def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]) -> list[str]:
+    """One line for each difference by which a config is not of the recorded run."""
+    given = write_config(config)["sources"]
+    lines = changed_hashes("source", record.get("sources", {}), given)
+    known = record.get("content", {})
+    if known and content:
+        lines += changed_hashes("content", known, content)
+    if lines:
+        return lines
+    # No module is imported that the given config does not name itself.
+    old = read_config(record, ExperimentConfig, trust=frozenset(given))
+    allowed = {"config.data.corpus", "config.data.tokenizer"} if known and content else set()
+    if config.training.num_steps > old.training.num_steps:
+        allowed.add("config.training.num_steps")
+    lines = difference(to_dict(old, only_results=True), to_dict(config, only_results=True))
+    lines = [line for line in lines if line.partition(":")[0] not in allowed]
+    cut = [line for line in lines if line.startswith("config.training.num_microbatches:")]
+    if cut and not depends_on_microbatches(config):
+        lines.remove(*cut)
+    return lines
+
+
+def changed_hashes(
+    what: str, old: Mapping[str, str | None], new: Mapping[str, str | None]
+) -> list[str]:
+    """One line for each named hash that changed, came or went."""
     return [
-        f"source of {kind}: {old.get(kind, 'not there')} -> {new.get(kind, 'not there')}"
-        for kind in sorted({*old, *new})
-        if old.get(kind) != new.get(kind)
+        f"{what} of {name}: sha256 {(old.get(name) or 'not there')[:12]} -> "
+        f"{(new.get(name) or 'not there')[:12]}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
     ]
 
 
