@@ -40,7 +40,9 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6.170.15",
+            "ipykernel>=6.30",
             "mypy>=2.4.1",
+            "nbclient>=0.10",
             "pytest>=9.2.0",
             "pytest-xdist>=3.8.0",
             "pyyaml>=6.0.3",

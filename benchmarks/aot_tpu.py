@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import pathlib
 import re
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
+from moe_jax.config.json_text import json_text
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
@@ -335,7 +335,7 @@ def main() -> None:
             print(line(rows[-1]), flush=True)
             if arguments.json is not None:
                 found = [dataclasses.asdict(row) for row in rows]
-                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+                arguments.json.write_text(json_text(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

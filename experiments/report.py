@@ -6,6 +6,7 @@ from `study.py` and `results.jsonl`: the same results give the same bytes.
 """
 
 import argparse
+import itertools
 import pathlib
 import statistics
 import sys
@@ -24,8 +25,10 @@ from experiments.results import (
 from experiments.study import HERE, SIZES, Study, load_study, study_names
 from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, difference, overall, spread
+from moe_jax.analysis.names import in_markdown
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.training.metrics import write_atomically
+from moe_jax.training.ways import notes_of
 
 
 def figure_name(size: str) -> str:
@@ -59,7 +62,7 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
     for row in rows:
         study.check_row(row)
     check_same_text(rows)
-    return Results(tuple(rows), study.baseline)
+    return Results(tuple(rows), study.baseline, study.ways(size))
 
 
 def study_page(study: Study, size: str, results: Results) -> str:
@@ -79,14 +82,17 @@ def study_page(study: Study, size: str, results: Results) -> str:
         budget_table(study, size).rstrip(),
     ]
     if results.rows:
+        arms, losses = [arm.name for arm in study.arms], [LOSS, *study.measures]
         parts += [
             "## Results",
-            "Held-out bits per byte on the whole held-out split after the last step, dropless; "
-            f"mean +- standard deviation over seeds. Difference: to `{study.baseline}`, or the arm "
-            f"that is named, of the same seeds. Noise floor, the spread of `{study.baseline}`: "
+            "Held-out bits per byte on the whole held-out split after the last step, "
+            f"{way_text(results)}; mean +- standard deviation over seeds. Difference: to "
+            f"`{study.baseline}`, or the arm that is named, of the same seeds. Noise floor, the "
+            f"spread of `{study.baseline}`: "
             f"{spread(results.values(study.baseline).values()):.4f} over "
             f"{len(results.values(study.baseline))} seeds.",
             results_table(study, results),
+            *notes_of(itertools.starmap(results.mark, itertools.product(arms, losses))),
             f"![Held-out bits per byte by step and at the end]({figure_name(size)})",
         ]
     parts += ["## Run", f"    {command}", circumstances_text(results)]
@@ -125,8 +131,13 @@ def results_table(study: Study, results: Results) -> str:
         if not values:
             continue
         diverged = len(values) - len(finite(values))
-        cells = [arm.label, f"{len(values)}" + f", {diverged} diverged" * bool(diverged)]
-        cells += [mean_and_spread(results.values(arm.name, name)) for name in names]
+        label = in_markdown(arm.label) + marked(results.mark(arm.name))
+        cells = [label, f"{len(values)}" + f", {diverged} diverged" * bool(diverged)]
+        cells += [
+            mean_and_spread(results.values(arm.name, name))
+            + marked(results.mark(arm.name, name)) * (name != LOSS)
+            for name in names
+        ]
         other = arm.against or study.baseline
         found = difference(results, arm.name, other)
         text = mean_and_spread(found.by_seed, "+.4f")
@@ -136,6 +147,17 @@ def results_table(study: Study, results: Results) -> str:
         cells.append(f"{statistics.fmean(minutes):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def way_text(results: Results) -> str:
+    """How the arms are evaluated: dropless, but for those whose experts fill their slots."""
+    filled = [arm for arm, ways in results.ways.items() if ways["dropless"].label != "dropless"]
+    return f"dropless (with the slots of training: {', '.join(filled)})" if filled else "dropless"
+
+
+def marked(mark: str) -> str:
+    """A mark as it stands behind a label or a number."""
+    return f" ({mark})" if mark else ""
 
 
 def mean_and_spread(by_seed: Mapping[int, float], spec: str = ".4f") -> str:

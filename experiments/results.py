@@ -11,11 +11,13 @@ from typing import Any
 
 from moe_jax.config import DataConfig
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text, numbers
 from moe_jax.data import open_data
 from moe_jax.training.metrics import write_atomically
+from moe_jax.training.ways import Way
 
 RESULTS_FILE = "results.jsonl"
-LOSS = "bits_per_byte"  # held-out, dropless, on the whole split, after the last step
+LOSS = "bits_per_byte"  # held-out, the way "dropless", on the whole split, after the last step
 Row = Mapping[str, Any]
 
 
@@ -26,10 +28,22 @@ class Results:
     Attributes:
       rows: a dict a run, as `experiments.arm` writes them.
       baseline: the arm whose spread is the noise floor.
+      ways: how the losses of each arm are measured; arms without an entry are not marked.
     """
 
     rows: tuple[Row, ...]
     baseline: str
+    ways: Mapping[str, Mapping[str, Way]] = dataclasses.field(default_factory=dict)
+
+    def mark(self, arm: str, measure: str = LOSS) -> str:
+        """What a loss of an arm saw of later tokens, "" for nothing; see `training.ways`."""
+        kind = "dropless" if measure == LOSS else measure
+        return self.ways.get(arm, {}).get(kind, Way(kind, "")).mark
+
+    def named(self, arm: str, measure: str = LOSS) -> str:
+        """An arm with the mark of a loss of it, if there is one."""
+        mark = self.mark(arm, measure)
+        return f"{arm} ({mark})" if mark else arm
 
     def values(self, arm: str, measure: str = LOSS) -> dict[int, float]:
         """A measure of an arm by seed, infinite where it diverged; not of seeds without it."""
@@ -94,7 +108,7 @@ def measured(measure: str, *arms: str, digits: str = ".4f") -> Callable[[Results
         found = {arm: values for arm in arms if (values := results.values(arm, measure))}
         seeds = set.intersection(*(set(values) for values in found.values())) if found else ()
         cells = [
-            f"{arm} {statistics.fmean(values[seed] for seed in seeds):{digits}}"
+            f"{results.named(arm, measure)} {statistics.fmean(map(values.get, seeds)):{digits}}"
             for arm, values in found.items()
             if seeds
         ]
@@ -108,6 +122,9 @@ def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        for name in {"measures", "curve"} & row.keys():
+            row[name] = {key: numbers(value) for key, value in row[name].items()}
     return [row for row in rows if size in (None, row["size"])]
 
 
@@ -122,4 +139,4 @@ def append_result(path: pathlib.Path, row: Row) -> None:
         if any(run_of(other) == run_of(row) for other in read_results(path)):
             return
         old = path.read_text(encoding="utf-8") if path.exists() else ""
-        write_atomically(path, old + json.dumps(row, sort_keys=True) + "\n")
+        write_atomically(path, old + json_text(row, sort_keys=True) + "\n")

@@ -36,6 +36,7 @@ from moe_jax.config import (
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings
 from moe_jax.models.stack import StackLayout
+from moe_jax.training.ways import Way, ways_of
 
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "base")
@@ -244,6 +245,10 @@ class Study:
             f"{self.name}, arm {row['arm']}, seed {row['seed']}: " + "; ".join(changed),
             "Bring the study back, or remove that line of results and run it again",
         )
+
+    def ways(self, size: str) -> dict[str, dict[str, Way]]:
+        """How the losses of each arm are measured."""
+        return {arm.name: ways_of(self.experiment(size, arm.name, 0).model) for arm in self.arms}
 
     def overrides(self, size: str, arm: str) -> dict[str, Any]:
         """What an arm changes in the common base, functions replaced by their values."""

@@ -123,8 +123,9 @@ def mean_difference(
             return too_few(f"{arm} and {other}", len(found.by_seed))
         if math.isnan(noise_floor(results)):
             return too_few_for_the_noise(results)
+        names = f"{results.named(arm, measure)} less {results.named(other, measure)}"
         because = (
-            f"{arm} less {other}: {found.mean:+.4f} {measure} over {len(found.by_seed)} seeds, "
+            f"{names}: {found.mean:+.4f} {measure} over {len(found.by_seed)} seeds, "
             f"noise {found.noise:.4f}"
         )
         noise = found.noise if math.isfinite(found.mean) else 0.0

@@ -18,6 +18,7 @@ from moe_jax.analysis.checkpoint import Analysis, Options, analyze_run, write_an
 from moe_jax.analysis.summary import (
     FLIPS_NOTE,
     NOTE,
+    SIGHT,
     flips_table,
     summary_table,
     text_table,
@@ -38,6 +39,7 @@ def said(analysis: Analysis) -> str:
         f"{settings['config']}, step {settings['step']:,}: {settings['num_tokens']:,} tokens of "
         f"{settings['text']}",
         saturation,
+        *filter(None, [SIGHT[settings["mark"]]]),
         "",
         text_table(summary_table(analysis.layers)),
         "",

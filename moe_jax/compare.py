@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.analysis.table import ORDERS, csv_text, printable, text_of
+from moe_jax.analysis.names import printable
+from moe_jax.analysis.table import ORDERS, csv_text, text_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from moe_jax.analysis.comparison import Comparison

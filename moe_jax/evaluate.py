@@ -1,10 +1,9 @@
 """Scores a trained model on the held-out text: `python -m moe_jax.evaluate --workdir=DIR`.
 
 Prints nats a token and bits a byte, overall and by domain, dropless and capacity-limited side by
-side, and writes them to `DIR/evaluation.json`.
+side, and writes them to `DIR/evaluation.json`. Losses of a model that sees later tokens are marked.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -12,28 +11,36 @@ import jax
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.analysis.names import printable
+from moe_jax.config.json_text import json_text
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_atomically
 from moe_jax.training.saved import load_run, open_run_data
+from moe_jax.training.ways import CAPACITIES, notes_of, way_of
+
+UNITS = {"bits/B": "bits_per_byte", "nats/tok": "nats_per_token"}
 
 
 def table(said: dict[str, Any]) -> str:
     """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind."""
-    kinds = [kind for kind in ("dropless", "capacity_limited") if kind in said]
-    names = [
-        f"{kind.replace('_', ' ')} {unit}" for kind in kinds for unit in ("bits/B", "nats/tok")
-    ]
+    kinds = [kind for kind in CAPACITIES if kind in said]
     rows = [("all", [said[kind] for kind in kinds])]
     rows += [
-        (domain, [said[kind]["domains"][domain] for kind in kinds])
+        (printable(domain), [said[kind]["domains"][domain] for kind in kinds])
         for domain in said[kinds[0]]["domains"]
     ]
-    lines = [" ".join([f"{'domain':<16}", *(f"{name:>27}" for name in names)])]
+    width = max(16, *(len(name) for name, _ in rows))
+    ways = [way_of(kind, said[kind]) for kind in kinds]
+    names = [f"{way.label} {unit}" for way in ways for unit in UNITS]
+    lines = [" ".join([f"{'domain':<{width}}", *(f"{name:>27}" for name in names)])]
+    if any(way.mark for way in ways):
+        marks = [f"{way.mark:>27}" for way in ways for _ in UNITS]
+        lines.append(" ".join([" " * width, *marks]))
     for domain, losses in rows:
-        values = [loss[key] for loss in losses for key in ("bits_per_byte", "nats_per_token")]
-        lines.append(" ".join([f"{domain:<16}", *(f"{value:>27.4f}" for value in values)]))
-    return "\n".join(lines)
+        values = [loss[key] for loss in losses for key in UNITS.values()]
+        lines.append(" ".join([f"{domain:<{width}}", *(f"{value:>27.4f}" for value in values)]))
+    return "\n".join([*lines, *notes_of(way.mark for way in ways)])
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
     print(f"step {said['step']}")
     print(table(said))
     if not flags.FLAGS.batches:
-        write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
+        write_atomically(workdir / "evaluation.json", json_text(said, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,22 @@
 """Continues a text: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`."""
 
+import sys
+
 import jax
 from absl import flags
 
 from moe_jax import command_line
 from moe_jax.inference import continue_text
+from moe_jax.models.model import LanguageModel
 from moe_jax.training.saved import load_run
+from moe_jax.training.ways import SEES, ways_of
+
+
+def note_on(model: LanguageModel) -> str:
+    """A line on a model that looks, or has looked, at later tokens; empty for a causal one."""
+    mark = ways_of(model)["dropless"].mark
+    loss = ", and a loss with them is not that of a causal language model" * (mark == SEES)
+    return f"note: the model {mark}; when it writes a text there are none{loss}.\n" if mark else ""
 
 
 def main() -> None:
@@ -13,6 +24,8 @@ def main() -> None:
     config, state = load_run(
         flags.FLAGS.workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust
     )
+    if jax.process_index() == 0:
+        print(note_on(config.model), end="", file=sys.stderr)
     text = continue_text(
         state.params,
         state.model_state,

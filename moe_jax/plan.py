@@ -8,7 +8,6 @@ Exit code 0: it fits, or no machine was named. 3: it does not fit. 1: an error.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -18,6 +17,7 @@ from ml_collections import config_flags
 
 from moe_jax import command_line
 from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.config.json_text import json_text
 from moe_jax.planning.report import Plan, describe
 from moe_jax.planning.sweep import describe_sweep, sweep, sweep_text
 from moe_jax.planning.text import plan_text
@@ -54,10 +54,10 @@ def run(config: ExperimentConfig, options: Options) -> int:
     if options.sweep:
         assert topology is not None
         found = sweep(config, topology, compile_best=options.compile_best)
-        print(json.dumps(describe_sweep(found)) if options.json else sweep_text(found))
+        print(json_text(describe_sweep(found)) if options.json else sweep_text(found))
         return 0 if found.fitting else DOES_NOT_FIT
     plan = make_plan(config, topology, options)
-    print(json.dumps(describe(plan), allow_nan=False) if options.json else plan_text(plan))
+    print(json_text(describe(plan)) if options.json else plan_text(plan))
     if options.figures:
         from moe_jax.planning.figures import write_figures  # matplotlib takes a second to import
 

@@ -57,7 +57,7 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
         print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
 
 

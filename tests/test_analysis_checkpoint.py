@@ -20,7 +20,7 @@ from moe_jax.analysis.measures import Scope, measure_layers
 from moe_jax.analysis.routed import flatten, route_batches, routed_layers
 from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import BlockWeights
-from moe_jax.analysis.summary import summary_table, text_table
+from moe_jax.analysis.summary import SIGHT, summary_table, text_table
 from moe_jax.analyze import said
 from moe_jax.data import heldout_batches, open_data, open_tokenizer
 from moe_jax.models.routing_record import PartRecord, RoutingRecord
@@ -29,6 +29,7 @@ from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.saved import CHECKPOINTS
+from moe_jax.training.ways import SEES
 from tests.tiny_run import DENSE, files, tiny_moe, tiny_state, tiny_training
 
 # Four experts, and one that adds nothing.
@@ -270,7 +271,10 @@ def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, 
     }  # fmt: skip
     options = Options(text=(f"{tmp_path}/one.txt",))
     found = settings_of(tmp_path / "run", tiny_training(choice), options, 1, [], analysis.routed)
-    assert found["parts"]["moe"]["capacity"] == "that of training, factor 1.5"
+    assert found["parts"]["moe"]["capacity"] == "slots of training, factor 1.5"
+    assert found["mark"] == SEES and analysis.settings["mark"] == ""
+    marked = analysis._replace(settings=analysis.settings | {"mark": SEES})
+    assert SIGHT[SEES] in said(marked) and "later tokens" not in said(analysis)
     assert (found["run"], found["text"], found["files"]) == ("run", "one.txt", ["one.txt"])
     assert found["tokenizer"] == "sentencepiece:x.model"
     heldout = settings_of(tmp_path, tiny_training(choice), Options(), 1, [], analysis.routed)

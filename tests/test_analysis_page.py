@@ -13,7 +13,9 @@ from moe_jax.analysis import page as page_module
 from moe_jax.analysis.page import MAX_NUMBERS, MAX_TOKENS, Passage, analysis_page, choose_passages
 from moe_jax.analysis.reading import Cell, readable_cells, token_name
 from moe_jax.analysis.routed import Routed, text_batches
+from moe_jax.analysis.summary import SIGHT
 from moe_jax.data import ByteTokenizer, corpora, open_tokenizer, train_tokenizer
+from moe_jax.training.ways import SEES
 
 BYTE = ByteTokenizer()
 NASTY = "</script><script>alert('é')</script>&amp; <b>\"ü\"\n\t\0</b> ${title} $title"
@@ -154,6 +156,7 @@ def said_of(title):
     settings = {
         "config": title, "step": 3, "num_tokens": 10, "text": title,
         "parts": {"moe": {"layers": [0, 1], "router": title}}, "commit": None, "min_count": 3,
+        "mark": SEES,
     }  # fmt: skip
     return {"settings": settings, "layers": {"layer_00": layer, "layer_01": layer}}
 
@@ -167,6 +170,7 @@ def test_nothing_in_a_text_or_a_name_can_break_the_page(kind, bpe):
     page = Page(text)
     assert page.tags.count("script") == 2 and "b" not in page.tags
     assert page.sources == ["data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()]
+    assert SIGHT[SEES] in text
     assert "http:" not in text and "https:" not in text and "default-src 'none'" in text
 
     shown = "".join(cell for _, cell in page.cells)

@@ -19,6 +19,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.training.metrics import MetricWriter, write_run_record
+from moe_jax.training.ways import NOTES, SEES
 
 DOMAINS = ("drama", "folio1623", "multilingual", "prose", "python", "speech")
 MAX_BYTES = 150_000
@@ -161,6 +162,59 @@ def test_unused_experts_and_nan_losses_are_drawn(tmp_path):
         load = {"moe/layer_00/expert_load": [1.0, 0.0, 0.0, 0.0]}
         writer.write(200, {"train/loss": float("nan"), **load})
     report_of(tmp_path)
+
+
+def test_domains_of_any_name_are_reported(tmp_path):
+    """With what matplotlib, Markdown and HTML would read as markup; null and NaN are no number."""
+    make_run(tmp_path, layers=(), num_steps=20)
+    names = ("a$b^$", "<script>alert(1)</script>", "*|*", "中文" * 100)
+    heldout = {f"heldout/dropless/domain/{name}/bits_per_byte": 2.0 for name in names}
+    heldout |= {f"heldout/dropless/domain/{name}/nats_per_token": float("nan") for name in names}
+    with MetricWriter(tmp_path, start_step=10) as writer:
+        writer.write(20, {"train/loss": 1.0, "heldout/dropless/nats_per_token": 2.0, **heldout})
+    (tmp_path / "evaluation.json").unlink()
+    text, _ = report_of(tmp_path)
+    assert (
+        "<script" not in text and "| &lt;script&gt;alert(1)&lt;/script&gt; | - | 2.0000 |" in text
+    )
+    assert r"| a\$b^\$ | - | 2.0000 |" in text and r"| \*\|\* | - | 2.0000 |" in text
+
+
+def test_a_report_marks_what_saw_later_tokens(tmp_path):
+    make_run(tmp_path, layers=(1,), num_steps=200)
+    plain, _ = report_of(tmp_path)
+    assert "dropless, nats/token" in plain and "later tokens" not in plain
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["losses"] = {
+        "train": {"label": "train", "mark": SEES},
+        "dropless": {"label": "slots of training", "mark": SEES},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    before = (tmp_path / "report" / "router.png").read_bytes()
+    text, _ = report_of(tmp_path)
+    assert f"slots of training ({SEES}), nats/token" in text and "dropless" not in text
+    assert f"nats/token ({SEES})." in text and text.count(NOTES[SEES]) == 1
+    assert (tmp_path / "report" / "router.png").read_bytes() != before
+    assert read_run(tmp_path).ways["train"].name == f"train ({SEES})"
+
+
+def test_what_a_run_did_not_record_of_later_tokens_is_told_by_its_config(tmp_path):
+    make_run(tmp_path, num_steps=10)
+    record, config = (json.loads((tmp_path / n).read_text()) for n in ("run.json", "config.json"))
+    del record["losses"]
+    moe = config["model"]["parts"]["moe"]
+    moe["router"] = {"kind": "expert_choice"}
+    config["model"]["stack"]["allow_lookahead"] = True
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_run(tmp_path).ways["dropless"].mark == SEES
+
+
+def test_a_file_that_is_cut_is_named(tmp_path):
+    make_run(tmp_path, num_steps=10)
+    (tmp_path / "run.json").write_text('{"started": ')
+    with pytest.raises(ValueError, match=r"reads JSON .*run\.json has none .*Restore the file\."):
+        read_run(tmp_path)
 
 
 def test_layers_of_several_parts_are_in_the_order_of_the_model(tmp_path):

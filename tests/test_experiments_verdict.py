@@ -1,12 +1,14 @@
 """Verdicts of studies, worked out by hand: fixed results in, verdict out."""
 
+import dataclasses
 import math
 
 import pytest
 
 from experiments import verdict
-from experiments.results import LOSS, Results
+from experiments.results import LOSS, Results, measured
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
+from moe_jax.training.ways import SAW, SEES, Way
 
 
 def row(arm, seed, loss=1.0, curve=(), **measures):
@@ -29,6 +31,21 @@ DENSE = (1.0, 1.1, 1.2, 1.0, 1.2)  # the first three and all five: standard devi
 def results(**losses):
     rows = [row(arm, s, loss) for arm, values in losses.items() for s, loss in enumerate(values)]
     return Results(tuple(rows), "dense")
+
+
+def test_arms_that_saw_later_tokens_are_marked_in_findings():
+    """Where the loss is one that saw them: the second is evaluated without a capacity."""
+    losses = dict.fromkeys(("dense", "soft", "queue"), DENSE)
+    ways = {
+        "soft": {"dropless": Way("slots of training", SEES)},
+        "queue": {"dropless": Way("dropless", SAW), "capacity_limited": Way("-", SEES)},
+    }
+    found = dataclasses.replace(results(**losses), ways=ways)
+    said = verdict.lower("soft", "dense")(found).because
+    assert said.startswith(f"soft ({SEES}) less dense: +0.0000 bits_per_byte")
+    assert verdict.lower("queue", "dense")(found).because.startswith(f"queue ({SAW}) less dense")
+    assert found.mark("queue", "capacity_limited") == SEES
+    assert f"dense 1.1000, soft ({SEES}) 1.1000" in measured(LOSS, "dense", "soft")(found)
 
 
 # Standard deviations: (2.0, 2.2, 2.4) 0.2; of an arm of equal values 0.

@@ -1,11 +1,14 @@
 """Sampling: greedy against a teacher-forced forward, seeds, windows, ends and errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.data import open_tokenizer
+from moe_jax.data import open_tokenizer, train_tokenizer
+from moe_jax.data.corpora import open_corpus
 from moe_jax.inference import continue_text, sampling
 from moe_jax.layers.attention import Attention
 from moe_jax.models.layer import Layer
@@ -143,3 +146,29 @@ def test_branches_of_whole_layers_are_regrouped_too():
     layout = StackLayout(unit=("block",), repeats=2)
     model = LanguageModel(vocab_size=7, model_dim=4, parts={"block": block}, stack=layout)
     assert sampling.in_groups_of(16, model).moe_parts["moe"].group_size == 16
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padded_ids_are_never_sampled(params, config, temperature):
+    """A vocabulary of 512 for the 384 ids of bytes, and the padding is far likelier than any."""
+    padded = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
+    wider = {
+        "embedding": jnp.pad(params["embedding"], ((0, 128), (0, 0))),
+        "head": jnp.pad(params["head"], ((0, 0), (0, 128)), constant_values=1e4),
+    }
+    settings = {"temperature": temperature, "seed": 3}
+    text = sample({**params, **wider}, padded, "ab", **settings)
+    assert text == sample(params, config, "ab", **settings) != ""
+
+
+def test_a_padded_vocabulary_of_pieces_samples_text(tmp_path):
+    """Untrained, of 2,048 ids for a tokenizer of 600: most of what it would say is padding."""
+    path = tmp_path / "pieces.model"
+    train_tokenizer.train(
+        open_corpus("embedded"), str(path), vocab_size=600, heldout_fraction=0.03, max_bytes=60_000
+    )
+    padded = tiny_config({
+        "model": {"vocab_size": 2048}, "data": {"tokenizer": f"sentencepiece:{path}"}
+    })  # fmt: skip
+    state = tiny_state(padded)
+    assert continue_text(state.params, None, padded, "The ", num_tokens=10, temperature=5.0)

@@ -19,53 +19,73 @@ def cells_of(path):
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
-def run(name, **variables):
-    """Runs all code of a notebook as one program, warnings being errors; returns what it prints."""
-    code = [
-        "".join(cell["source"])
-        for cell in cells_of(ROOT / "notebooks" / f"{name}.ipynb")
-        if cell["cell_type"] == "code"
-    ]
-    # As a Jupyter kernel is started: absl flags, which some libraries read, were never parsed.
-    program = "\n".join([*code, "print('all cells ran')"])
+EXECUTE = """
+import sys, nbclient, nbformat
+_, path, seconds, out = sys.argv
+notebook = nbformat.read(path, 4)
+strict = "import warnings; warnings.simplefilter('error')"
+notebook.cells.insert(0, nbformat.v4.new_code_cell(strict))
+nbclient.NotebookClient(notebook, timeout=int(seconds)).execute(cwd=".")
+nbformat.write(notebook, out)
+"""
+
+
+def run(name, directory, **variables):
+    """Executes a notebook in Jupyter, warnings being errors.
+
+    Returns:
+      What it prints, and the PNG images that it shows.
+    """
     environment = os.environ | {
-        "MPLBACKEND": "agg",
+        "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
         **{key: str(value) for key, value in variables.items()},
     }
+    environment.pop("MPLBACKEND", None)  # a kernel has its own
+    path, out = ROOT / "notebooks" / f"{name}.ipynb", directory / f"{name}.ipynb"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-c", EXECUTE, str(path), str(LIMIT_SECONDS), str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("all cells ran\n")
-    return done.stdout
+    outputs = [output for cell in cells_of(out) for output in cell.get("outputs", ())]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    return text, [output["data"]["image/png"] for output in outputs if is_image(output)]
+
+
+def is_image(output):
+    return "image/png" in output.get("data", {})
 
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
     """A run that the notebook on routers trained, and what the notebook said of it."""
-    workdir = tmp_path_factory.mktemp("notebooks") / "run"
-    return workdir, run("looking_into_a_router", RUN=workdir)
+    directory = tmp_path_factory.mktemp("notebooks")
+    workdir = directory / "run"
+    return workdir, *run("looking_into_a_router", directory, RUN=workdir)
 
 
 @pytest.mark.slow
 def test_looking_into_a_router_trains_and_shows_where_tokens_go(looked):
-    workdir, said = looked
+    workdir, said, images = looked
+    assert len(images) == 5
     assert "settled at step 10" in said and "at random 12.5%, 46.4%" in said
     assert "expert 0:" in said and "expert 7:" in said
     assert (workdir / "analysis" / "analysis.html").exists()
 
 
 @pytest.mark.slow
-def test_look_at_a_run_reads_a_finished_run(looked):
-    run("look_at_a_run", RUN=looked[0])
+def test_look_at_a_run_reads_a_finished_run(looked, tmp_path):
+    _, images = run("look_at_a_run", tmp_path, RUN=looked[0])
+    assert len(images) == 3
 
 
 @pytest.mark.slow
 def test_reading_a_study_computes_its_verdict(tmp_path):
     where = {"STUDY": "switch_against_dense", "RESULTS": tmp_path, "RUNS": tmp_path / "runs"}
-    said = run("reading_a_study", **where)  # of a smoke run, as there are no results
+    # Of a smoke run, as there are no results.
+    said, images = run("reading_a_study", tmp_path, **where)
+    assert len(images) == 1
     assert "2 of 17 runs, size smoke" in said and "noise floor: nan" in said
     assert "| Switch, E = 16 | 1 |" in said
     # Of part of the arms and seeds, as while a study is running.
@@ -77,7 +97,7 @@ def test_reading_a_study_computes_its_verdict(tmp_path):
             "data": {"corpus_sha256": "a", "tokenizer_sha256": "b"},
             "measures": {LOSS: 2 - 0.1 * seed}, "curve": {"step": [1, 2], LOSS: [3, 2]},
         })  # fmt: skip
-    said = run("reading_a_study", **where)
+    said, _ = run("reading_a_study", tmp_path, **where)
     assert "6 of 17 runs, size small" in said and "noise floor: 0.1581" in said
     assert "Switch, E = 8: {0: 0.0}" in said and "verdict: inconclusive" in said
 

@@ -129,7 +129,7 @@ def test_a_model_is_evaluated_and_sampled_on_the_mesh_of_several_processes(expec
     arguments = (f"--workdir={expected}", "--mesh=fsdp=2,expert=-1")
     with Job(tmp_path, 2, 2, "evaluate", *arguments) as job:
         job.succeed()
-    assert "capacity limited" in job.printed(0) and not job.printed(1)
+    assert "capacity-limited" in job.printed(0) and not job.printed(1)
     again = json.loads((expected / "evaluation.json").read_text())["dropless"]
     assert again["tokens"] == whole["tokens"]
     np.testing.assert_allclose(again["bits_per_byte"], whole["bits_per_byte"], rtol=LOSS_TOLERANCE)

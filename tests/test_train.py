@@ -47,7 +47,7 @@ def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
     finished, tmp_path, monkeypatch, capsys
 ):
     def fail(*args, **kwargs):
-        raise RuntimeError("no font")
+        raise RuntimeError("no\nfont")
 
     workdir = shutil.copytree(finished, tmp_path / "run")
     monkeypatch.setattr(train, "write_sample", fail)

@@ -34,6 +34,18 @@ def test_what_is_written_is_read(tmp_path):
     assert math.isnan(second["train/loss"])
 
 
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": NaN, "load": [Infinity, 0.5]}\n')  # as it once was
+    with MetricWriter(tmp_path, start_step=1) as writer:
+        writer.write(2, {"train/loss": jnp.float32("nan"), "load": [0.5, float("nan")]})
+    written = path.read_text().splitlines()[-1]
+    assert written == '{"step": 2, "train/loss": null, "load": [0.5, null]}'
+    for row, place in zip(read_metrics(path), (0, 1), strict=True):
+        assert math.isnan(row["train/loss"])
+        assert [not math.isfinite(value) for value in row["load"]] == [i == place for i in range(2)]
+
+
 def test_float32_reads_back_as_the_same_float32(tmp_path):
     values = np.random.default_rng(0).standard_normal(100).astype(np.float32) * 1e-5
     with MetricWriter(tmp_path) as writer:

@@ -240,7 +240,7 @@ STUDY = Study(
   claim is of the second. It was added before the first run, when a smoke run had shown the loss of
   untrained models to fall without a future, for the fewer tokens that compete.
 * "moved" is the largest change of a logit, in nats, at any place before the exchanged tokens.
-* The column bits per byte is dropless, as in every study; the scheme as trained is
+* The column bits per byte asks for no capacity, as in every study; the scheme as trained is
   "teacher forced", on its sample.
 * Expert choice by predictor looks ahead in training still: only evaluation and generation are
   free of it.

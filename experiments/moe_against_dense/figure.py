@@ -4,10 +4,10 @@ import pathlib
 
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
 from experiments.moe_against_dense.run import ARMS, HERE, SEEDS
 from moe_jax import command_line
+from moe_jax.analysis.drawing import Figure
 from moe_jax.analysis.report import read_run
 
 COLORS = {"moe": "#0072B2", "dense": "#D55E00"}

@@ -8,6 +8,7 @@ from absl import flags
 from configs import quickstart
 from moe_jax import command_line
 from moe_jax.config import from_config_dict
+from moe_jax.config.json_text import json_text
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import RUN_FILE, read_metrics, write_atomically
 
@@ -91,7 +92,7 @@ def main() -> None:
     for seed in SEEDS:
         for arm in ARMS:
             results[arm][str(seed)] = run_arm(arm, seed, runs / f"{arm}_seed{seed}")
-    write_atomically(HERE / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(HERE / "results.json", json_text(results, indent=2) + "\n")
     write_atomically(HERE / "report.md", report(results))
     print(report(results))
 

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moe_jax.analysis.drawing import png_bytes, spread
+from moe_jax.analysis.drawing import png_bytes, spread, stamp
 from moe_jax.analysis.instability import route_variations
 from moe_jax.analysis.measures import Scope, measure_layers
 from moe_jax.analysis.page import analysis_page, choose_passages
@@ -18,6 +18,7 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer
 from moe_jax.models.model import LanguageModel
@@ -25,6 +26,7 @@ from moe_jax.training.checkpoints import DamagedCheckpointError, damage
 from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
+from moe_jax.training.ways import ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +213,7 @@ def settings_of(
         "tokenizer": without_directory(config.data.tokenizer),
         "num_tokens": len(routed.token_J),
         "sequence_length": config.data.sequence_length,
+        "mark": ways_of(config.model)["dropless"].mark,
         "parts": {name: part_settings(config.model, name) for name in config.model.moe_parts},
         "shuffles": options.shuffles,
         "min_count": options.min_count,
@@ -233,7 +236,7 @@ def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
         "of_which_compute_nothing": moe.num_options - moe.num_experts,
         "num_selected_experts": moe.num_selected(training=False),
         "router": kind_of(moe.router),
-        "capacity": f"that of training, factor {factor}" if factor else "dropless",
+        "capacity": f"slots of training, factor {factor}" if factor else "dropless",
     }
 
 
@@ -254,7 +257,7 @@ def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.
     out.mkdir(parents=True, exist_ok=True)
     said: Mapping[str, Any] = {"settings": analysis.settings, "layers": analysis.layers}
     figures = {
-        name: (png_bytes(figure), sentence)
+        name: (png_bytes(stamp(figure, analysis.settings["mark"])), sentence)
         for name, (figure, sentence) in routing_figures(
             analysis.layers, analysis.settings["text"]
         ).items()
@@ -263,7 +266,7 @@ def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.
     page = analysis_page(said, figures, passages, analysis.tokenizer)
     paths = [out / PAGE_FILE, out / JSON_FILE, *(out / f"{name}.png" for name in figures)]
     write_atomically(paths[0], page)
-    write_atomically(paths[1], json.dumps(said, indent=1, allow_nan=False) + "\n")
+    write_atomically(paths[1], json_text(said, indent=1) + "\n")
     for path, (png, _) in zip(paths[2:], figures.values(), strict=True):
         path.write_bytes(png)
     return paths

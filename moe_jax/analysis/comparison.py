@@ -11,9 +11,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.analysis.runs import FINISHED, SEES, WAYS, Entry
-from moe_jax.analysis.table import ORDERS, Column, printable
+from moe_jax.analysis.names import printable
+from moe_jax.analysis.runs import FINISHED, Entry
+from moe_jax.analysis.table import ORDERS, Column
 from moe_jax.config.check import require
+from moe_jax.training.ways import CAPACITIES, SEES
 
 MAX_SETTINGS = 12  # columns of a table
 SEEDS = ("config.seed", "config.data.seed")
@@ -50,7 +52,9 @@ class Comparison:
     @property
     def ways(self) -> list[str]:
         """Of evaluation, that some run has."""
-        return [way for way in WAYS if any(way in entry.score.losses for entry in self.entries)]
+        return [
+            way for way in CAPACITIES if any(way in entry.score.losses for entry in self.entries)
+        ]
 
     @property
     def columns(self) -> list[Column]:
@@ -223,7 +227,7 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
     """
     require(order in ORDERS, f"runs are sorted by one of {list(ORDERS)}", repr(order), "Correct it")
     texts = dict(zip(map(id, entries), heldout_texts(entries), strict=True))
-    ways = [way for way in WAYS if any(way in entry.score.losses for entry in entries)]
+    ways = [way for way in CAPACITIES if any(way in entry.score.losses for entry in entries)]
 
     def key(entry: Entry) -> tuple[Any, ...]:
         if order == "name":

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from moe_jax.analysis.comparison import Comparison, is_final
-from moe_jax.analysis.drawing import COLORS, GREY, plain_axes, png_bytes
+from moe_jax.analysis.drawing import COLORS, GREY, Figure, plain_axes, png_bytes
 from moe_jax.analysis.figures import Curve, cut_the_start, smooth
+from moe_jax.analysis.names import in_figure
 from moe_jax.analysis.runs import Entry
-from moe_jax.analysis.table import cut, printable
 
 HELDOUT, TRAIN = "heldout/dropless/bits_per_byte", "train/loss"
 MAX_NAMES = 24  # in the legend
@@ -145,17 +144,12 @@ def colors_of(comparison: Comparison) -> tuple[list[str], list[int]]:
 
 
 def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
-    """Its name and how many runs have its colour; a dollar in it begins no mathematics."""
+    """Its name and how many runs have its colour."""
     group = next((group for group in comparison.groups if place in group), [place])
     several = f" ({len(group)} seeds)" if len(group) > 1 else ""
     state = "" if is_final(entry) else f" ({entry.state})"
     star = "*" * bool(entry.mark("dropless"))
-    return in_figure(cut(entry.name, 80)) + star + several + state
-
-
-def in_figure(text: str) -> str:
-    """A text of the user's in which a dollar begins no mathematics."""
-    return printable(text).replace("$", r"\$")
+    return in_figure(entry.name, 80) + star + several + state
 
 
 def comparison_png(comparison: Comparison) -> bytes:

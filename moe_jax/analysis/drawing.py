@@ -10,18 +10,28 @@ from collections.abc import Collection
 from typing import Any
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
+
+from moe_jax.analysis.names import in_figure
 
 BLACK = "#000000"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
 GREY = "#8A8A8A"
 MAX_PANELS = 6  # layers that one figure shows
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that notebooks show although pyplot, whose state is global, does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        """What Jupyter shows of the last value of a cell."""
+        return png_bytes(self)
 
 
 def png_bytes(figure: Figure, dpi: int = 110) -> bytes:
@@ -119,6 +129,18 @@ def layer_title(layer: str) -> str:
     return f"{name} {int(number)}" if number.isdecimal() else layer
 
 
+def layer_label(layer: str) -> str:
+    """`layer_title` as a figure can show it: the name of a part may be in it."""
+    return in_figure(layer_title(layer))
+
+
+def stamp(figure: Figure, text: str) -> Figure:
+    """Writes what is true of all of a figure into its corner; nothing if the text is empty."""
+    if text:
+        figure.text(0.995, 0.995, text, ha="right", va="top", fontsize=8, color=COLORS[1])
+    return figure
+
+
 def shown_of(layers: Collection[str], among: Collection[str]) -> str:
     """What a title says of layers that were left out."""
     return "" if len(layers) == len(among) else f" ({len(layers)} of {len(among)} MoE layers)"
@@ -134,5 +156,5 @@ def layer_legend(figure: Figure, layers: list[str]) -> None:
     colors = layer_colors(len(layers))
     shown = spread(list(range(len(layers))), 6)
     handles = [matplotlib.lines.Line2D([], [], color=colors[index], linewidth=2) for index in shown]
-    names = [layer_title(layers[index]) for index in shown]
+    names = [layer_label(layers[index]) for index in shown]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)

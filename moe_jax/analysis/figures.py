@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from moe_jax.analysis.drawing import (
@@ -12,10 +11,11 @@ from moe_jax.analysis.drawing import (
     COLORS,
     GREY,
     MAX_PANELS,
+    Figure,
     label_bottom,
     layer_colors,
+    layer_label,
     layer_legend,
-    layer_title,
     multiple_bar,
     multiple_scale,
     panels,
@@ -26,6 +26,7 @@ from moe_jax.analysis.drawing import (
     visible,
     write_multiples,
 )
+from moe_jax.analysis.names import in_figure
 
 MAX_CELLS = 10_000  # of one heat map
 MAX_COLUMNS = 160  # points along the steps; more are averaged
@@ -33,7 +34,12 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps and values, both [points]
 
 
 def loss_figure(
-    train: Curve, heldout: Mapping[str, Curve], bits_per_byte: Mapping[str, Curve]
+    train: Curve,
+    heldout: Mapping[str, Curve],
+    bits_per_byte: Mapping[str, Curve],
+    *,
+    train_label: str = "train",
+    bits_label: str = "dropless",
 ) -> Figure:
     """The loss over the steps: nats/token on the left, held-out bits/byte on the right.
 
@@ -41,12 +47,14 @@ def loss_figure(
       train: loss on the training batches, nats/token.
       heldout: loss on held-out text by the way of evaluation, nats/token.
       bits_per_byte: of held-out text, by domain; the name "all" is the whole text.
+      train_label: what the loss on training batches is called (see `training.ways`).
+      bits_label: the way that held-out text was evaluated for `bits_per_byte`.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plain_axes(left, "Loss", "nats/token")
     left.plot(*train, color=COLORS[0], alpha=0.25, linewidth=0.8)
-    left.plot(train[0], smooth(train[1]), color=COLORS[0], linewidth=1.6, label="train")
+    left.plot(train[0], smooth(train[1]), color=COLORS[0], linewidth=1.6, label=train_label)
     for (name, curve), color, style in zip(
         heldout.items(), (COLORS[1], BLACK), ("o-", "x--"), strict=False
     ):
@@ -56,12 +64,13 @@ def loss_figure(
     cut_the_start(left, [train, *heldout.values()])
     left.legend(frameon=False)
 
-    plain_axes(right, "Held-out text, dropless", "bits/byte")
+    plain_axes(right, f"Held-out text, {bits_label}", "bits/byte")
     styles = ("-", "--", ":")
     names = [name for name in bits_per_byte if name != "all"]
     for index, name in enumerate(names):
         color, style = COLORS[index % len(COLORS)], styles[index // len(COLORS) % len(styles)]
-        right.plot(*bits_per_byte[name], style, color=color, marker=".", linewidth=1.2, label=name)
+        label = in_figure(name)
+        right.plot(*bits_per_byte[name], style, color=color, marker=".", linewidth=1.2, label=label)
     if "all" in bits_per_byte:
         right.plot(*bits_per_byte["all"], "o-", color=BLACK, linewidth=2.2, label="all")
     if bits_per_byte:
@@ -91,7 +100,7 @@ def load_figure(steps: np.ndarray, load_by_layer: Mapping[str, np.ndarray]) -> F
             visible(load.T * num_experts),
             **multiple_scale(),
         )
-        axis.set_title(layer_title(layer), fontsize=10)
+        axis.set_title(layer_label(layer), fontsize=10)
         axis.set_ylabel("expert")
         axis.set_yticks(np.arange(0, num_experts, max(1, num_experts // 4)))
         axis.invert_yaxis()
@@ -119,8 +128,8 @@ def domain_figure(
         num_experts = len(next(iter(rows.values())))
         share = np.array([rows.get(name, [np.nan] * num_experts) for name in domains])
         mesh = axis.pcolormesh(visible(share * num_experts), **multiple_scale())
-        axis.set_title(layer_title(layer), fontsize=10)
-        axis.set_yticks(np.arange(len(domains)) + 0.5, domains)
+        axis.set_title(layer_label(layer), fontsize=10)
+        axis.set_yticks(np.arange(len(domains)) + 0.5, [in_figure(name) for name in domains])
         axis.tick_params(length=0)
         axis.invert_yaxis()
         ticks = np.arange(0, num_experts, 1 if num_experts <= 16 else num_experts // 8)
@@ -130,7 +139,7 @@ def domain_figure(
     label_bottom(axes, 2, "expert")
     multiple_bar(figure, mesh, axes, "share of assignments, multiple of an even split")
     figure.suptitle(
-        f"Experts of each domain, {text}{shown_of(layers, share_by_layer)}",
+        f"Experts of each domain, {in_figure(text)}{shown_of(layers, share_by_layer)}",
         fontweight="bold",
         fontsize=11,
     )

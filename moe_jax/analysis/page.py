@@ -5,7 +5,6 @@ Whatever comes from a text, a config or a file name is escaped; data for the scr
 
 import base64
 import html
-import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ import numpy as np
 from moe_jax.analysis.drawing import layer_title
 from moe_jax.analysis.reading import readable_cells, token_name
 from moe_jax.analysis.routed import Routed
-from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, flips_table, summary_table
+from moe_jax.analysis.summary import FLIPS_NOTE, NOTE, SIGHT, flips_table, summary_table
+from moe_jax.config.json_text import json_text
 from moe_jax.data import Tokenizer
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
@@ -82,6 +82,7 @@ def analysis_page(
             f"Checkpoint of step {settings['step']:,}; {settings['num_tokens']:,} tokens of "
             f"{settings['text']}; {' or '.join(map(str, chance))} experts a layer; "
             f"commit {settings['commit'] or 'unknown'}."
+            f" {SIGHT[settings['mark']]}"
         ),
         summary=_table(summary_table(layers)),
         note=html.escape(NOTE),
@@ -98,7 +99,7 @@ def analysis_page(
         ),
         settings=_table([["setting", "value"], *([k, _plain(v)] for k, v in settings.items())]),
         # "<" could end the script element.
-        data=json.dumps(_page_data(passages, layers, tokenizer)).replace("<", "\\u003c"),
+        data=json_text(_page_data(passages, layers, tokenizer)).replace("<", "\\u003c"),
     )
 
 

@@ -53,7 +53,8 @@ def readable_cells(pieces: Sequence[bytes], begins: Sequence[bool]) -> list[Cell
 def token_name(tokenizer: Tokenizer, id_: int) -> str:
     """A token by itself, white space made visible: `e`, `␣the`, `<C3>`, `[eos]`."""
     specials = {tokenizer.bos_id: "[bos]", tokenizer.eos_id: "[eos]", tokenizer.pad_id: "[pad]"}
-    piece = tokenizer.bytes_of(id_)
+    # Ids beyond the tokenizer's are padding of the model's vocabulary.
+    piece = tokenizer.bytes_of(id_) if id_ < tokenizer.vocab_size else b""
     if not piece:
         return specials.get(id_, f"[{id_}]")
     try:

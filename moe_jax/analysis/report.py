@@ -10,18 +10,21 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from moe_jax.analysis import figures
-from moe_jax.analysis.drawing import png_bytes
+from moe_jax.analysis.drawing import Figure, png_bytes, stamp
+from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
@@ -29,7 +32,6 @@ LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expe
 HELDOUT_METRIC = re.compile(
     r"heldout/(?P<way>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
 )
-WAYS = {"dropless": "dropless", "capacity_limited": "capacity-limited"}
 Row = dict[str, Any]
 
 
@@ -55,6 +57,15 @@ class Run:
     def step(self) -> int:
         """The last step that has metrics."""
         return int(self.rows[-1]["step"])
+
+    @functools.cached_property
+    def ways(self) -> dict[str, Way]:
+        """How its losses are measured: as recorded, or by the config if that needs no import."""
+        recorded = self.record.get("losses", {})
+        if not recorded and not self.settings["sources"]:
+            model = read_config(self.settings, ExperimentConfig).model
+            recorded = {kind: way._asdict() for kind, way in ways_of(model).items()}
+        return {kind: way_of(kind, recorded.get(kind, {})) for kind in ("train", *CAPACITIES)}
 
     @functools.cached_property
     def layers(self) -> dict[str, str]:
@@ -149,13 +160,13 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
     closing = [_facts(run), _config(run), _sample(run)]  # a config that is refused writes nothing
     place = pathlib.Path(directory) / "report"
     place.mkdir(exist_ok=True)
-    sections = [_heading(run), _result(run), _figure(place, "loss", "Loss", _draw_loss(run))]
+    sections = [_heading(run), _result(run), _figure(run, place, "loss", "Loss", _draw_loss)]
     if run.layers:
         sections += [
             "## Routing",
-            _figure(place, "expert_load", "Expert load by layer", _draw_load(run)),
-            _figure(place, "domain_experts", "Experts of each domain", _draw_domains(run)),
-            _figure(place, "router", "Drops, entropy, fullest expert", _draw_router(run)),
+            _figure(run, place, "expert_load", "Expert load by layer", _draw_load),
+            _figure(run, place, "domain_experts", "Experts of each domain", _draw_domains),
+            _figure(run, place, "router", "Drops, entropy, fullest expert", _draw_router),
             _layer_table(run),
         ]
     sections += closing
@@ -165,31 +176,40 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
 
 
 def _read_json(path: pathlib.Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"a report reads JSON that a run wrote: {path} has none ({error}). Restore the file."
+        ) from error
 
 
-def _figure(place: pathlib.Path, name: str, title: str, figure: Figure | None) -> str:
+def _figure(
+    run: Run, place: pathlib.Path, name: str, title: str, draw: Callable[[Run], Figure | None]
+) -> str:
     """Saves a figure and returns the line that shows it; removes an older one if there is none."""
-    path = place / f"{name}.png"
+    path, figure = place / f"{name}.png", draw(run)
     if figure is None:
         path.unlink(missing_ok=True)
         return ""
-    path.write_bytes(png_bytes(figure))
+    path.write_bytes(png_bytes(stamp(figure, run.ways["dropless"].mark)))
     return f"![{title}]({path.name})"
 
 
 def _draw_loss(run: Run) -> Figure:
     heldout = {
-        title: run.curve(f"heldout/{way}/nats_per_token")
-        for way, title in WAYS.items()
+        run.ways[way].name: run.curve(f"heldout/{way}/nats_per_token")
+        for way in CAPACITIES
         if run.last(f"heldout/{way}/nats_per_token") is not None
     }
     matches = (HELDOUT_METRIC.fullmatch(name) for row in run.rows for name in row)
     domains = sorted({match["domain"] for match in matches if match and match["domain"]})
-    names = {f"heldout/dropless/domain/{name}/bits_per_byte": name for name in domains}
+    metric = "heldout/dropless/domain/{}/bits_per_byte"
+    names = {metric.format(name): name + " (domain)" * (name == "all") for name in domains}
     names["heldout/dropless/bits_per_byte"] = "all"
     bits = {title: run.curve(name) for name, title in names.items() if run.last(name) is not None}
-    return figures.loss_figure(run.curve("train/loss"), heldout, bits)
+    ways = {"train_label": run.ways["train"].name, "bits_label": run.ways["dropless"].label}
+    return figures.loss_figure(run.curve("train/loss"), heldout, bits, **ways)
 
 
 def _draw_load(run: Run) -> Figure | None:
@@ -226,26 +246,32 @@ def _heading(run: Run) -> str:
     tokens = run.step * training["batch_size"] * data["sequence_length"]
     state = "" if run.step >= training["num_steps"] else f" of {training['num_steps']:,}"
     return (
-        f"# {run.settings['name']}\n\n"
+        f"# {in_markdown(run.settings['name'])}\n\n"
         f"{run.step:,}{state} steps, {tokens:,} tokens, on {run.record['num_devices']} x "
         f"{run.record['device_kind']} ({run.record['platform']}), started {run.record['started']}."
     )
 
 
 def _result(run: Run) -> str:
-    """The losses: overall and by domain, dropless and capacity-limited side by side."""
-    ways = [way for way in WAYS if way in run.evaluation]
+    """The losses: overall and by domain, in all ways side by side, and what their marks mean."""
+    ways = [way for way in CAPACITIES if way in run.evaluation]
     loss = run.last("train/loss")
     lines = ["## Result", ""]
     if loss is not None:
-        lines += [f"Training loss at the last logged step: {loss:.4f} nats/token.", ""]
+        mark = run.ways["train"].mark and f" ({run.ways['train'].mark})"
+        lines += [f"Training loss at the last logged step: {loss:.4f} nats/token{mark}.", ""]
+    notes = [f"\n{note}" for note in notes_of(way.mark for way in run.ways.values())]
     if not ways:
-        return "\n".join([*lines, "Held-out text was not evaluated."])
-    header = [f"{WAYS[way]}, {unit}" for way in ways for unit in ("nats/token", "bits/byte")]
+        return "\n".join([*lines, "Held-out text was not evaluated.", *notes])
+    units = ("nats/token", "bits/byte")
+    header = [f"{run.ways[way].name}, {unit}" for way in ways for unit in units]
     domains = dict.fromkeys(name for way in ways for name in run.evaluation[way].get("domains", {}))
     rows = [("**all**", {way: run.evaluation[way] for way in ways})]
     rows += [
-        (name, {way: run.evaluation[way].get("domains", {}).get(name, {}) for way in ways})
+        (
+            in_markdown(name),
+            {way: run.evaluation[way].get("domains", {}).get(name, {}) for way in ways},
+        )
         for name in domains
     ]
     cells = [
@@ -256,7 +282,7 @@ def _result(run: Run) -> str:
         for name, losses in rows
     ]  # fmt: skip
     lines += [f"Held-out text at step {run.evaluation['step']:,}:", ""]
-    return "\n".join([*lines, _table(["domain", *header], cells)])
+    return "\n".join([*lines, table(["domain", *header], cells), *notes])
 
 
 def _layer_table(run: Run) -> str:
@@ -278,8 +304,8 @@ def _layer_table(run: Run) -> str:
             "" if values[name] is None else format(values[name], spec)
             for name, spec in columns.values()
         )
-        rows.append([layer, *cells])
-    return "At the last logged step:\n\n" + _table(["layer", *columns], rows)
+        rows.append([in_markdown(layer), *cells])
+    return "At the last logged step:\n\n" + table(["layer", *columns], rows)
 
 
 def _facts(run: Run) -> str:
@@ -291,7 +317,7 @@ def _facts(run: Run) -> str:
         "time in training steps": f"{_seconds(run):,.0f} s",
         **_speed(run),
         "commit": commit + (" with uncommitted changes" if record.get("dirty") else ""),
-        "command": f"`{' '.join(record['command'])}`",
+        "command": in_code(" ".join(record["command"])),
         "versions": ", ".join(
             f"{name} {version}"
             for name, version in {"python": record["python"], **record["versions"]}.items()
@@ -301,7 +327,7 @@ def _facts(run: Run) -> str:
     if earlier:
         starts = ", ".join(f"{step:,}" for step in [*earlier, record["start_step"]])
         facts["sessions"] = f"{len(earlier) + 1}, starting at steps {starts}"
-    return "## Run\n\n" + _table(["", ""], [[name, value] for name, value in facts.items()])
+    return "## Run\n\n" + table(["", ""], [[name, value] for name, value in facts.items()])
 
 
 def _parameters(run: Run) -> str:
@@ -339,26 +365,17 @@ def _config(run: Run) -> str:
     defaults = json.loads(json.dumps(write_config(ExperimentConfig())))
     lines = difference(defaults, run.settings)
     text = "\n".join(lines) or "no differences"
-    return f"## Settings that differ from the defaults\n\n```text\n{text}\n```"
+    return f"## Settings that differ from the defaults\n\n{fenced(text)}"
 
 
 def _sample(run: Run) -> str:
     if run.sample is None:
         return ""
-    # A fence longer than any in the text.
-    fence = "`" * (1 + max([2, *map(len, re.findall("`+", run.sample))]))
-    return f"## Sample\n\n{fence}text\n{run.sample.rstrip()}\n{fence}"
+    return f"## Sample\n\n{fenced(run.sample.rstrip())}"
 
 
 def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right if they are many."""
-    align = ["---"] + ["---:" if len(header) > 2 else "---"] * (len(header) - 1)
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from moe_jax.analysis.drawing import (
@@ -16,10 +15,11 @@ from moe_jax.analysis.drawing import (
     COLORS,
     GREY,
     MAX_PANELS,
+    Figure,
     label_bottom,
     layer_colors,
+    layer_label,
     layer_legend,
-    layer_title,
     multiple_bar,
     multiple_scale,
     panels,
@@ -31,6 +31,7 @@ from moe_jax.analysis.drawing import (
     write_multiples,
 )
 from moe_jax.analysis.figures import domain_figure
+from moe_jax.analysis.names import in_figure
 from moe_jax.analysis.summary import has_several_choices
 
 Layers = Mapping[str, Mapping[str, Any]]
@@ -99,7 +100,7 @@ def load_map(layers: Layers) -> Figure:
     mesh = axis.pcolormesh(visible(multiple_XE), **multiple_scale())
     _expert_ticks(axis, num_experts)
     step = 1 + (num_layers - 1) // 16
-    names = [layer_title(layer) for layer in layers]
+    names = [layer_label(layer) for layer in layers]
     axis.set_yticks(np.arange(0, num_layers, step) + 0.5, names[::step])
     axis.invert_yaxis()
     axis.set_xlabel("expert")
@@ -154,7 +155,7 @@ def repetition_figure(layers: Layers) -> Figure:
             values = [said["domains"].get(name, {}).get(kind) for said in found]
             axis.plot(
                 place, np.array(values, float), "o:", color=COLORS[index % len(COLORS)],
-                markersize=4, lw=1, label=name,
+                markersize=4, lw=1, label=in_figure(name),
             )  # fmt: skip
         axis.plot(place, [s[kind] for s in found], "o-", color=BLACK, markersize=6, label="all")
         axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -238,7 +239,7 @@ def _square_panels(matrices: Mapping[str, Any]) -> tuple[Figure, dict[Axes, str]
     columns = min(3, len(layers))
     figure, axes = panels(len(layers), columns=columns, size=(3.5, 3.3))
     for axis, layer in zip(axes, layers, strict=True):
-        axis.set_title(layer_title(layer), fontsize=10)
+        axis.set_title(layer_label(layer), fontsize=10)
         axis.set_aspect("equal")
         axis.set_facecolor("#EEEEEE")
         _expert_ticks(axis, len(matrices[layer]))
@@ -276,7 +277,7 @@ def _legend_below(figure: Figure, axis: Axes, columns: int = 7) -> None:
 def _layer_axes(axis: Axes, layers: Layers, title: str, unit: str) -> None:
     """Axes with the MoE layers across."""
     plain_axes(axis, title, unit, x_label="layer of the model")
-    numbers = [layer_title(layer).split()[-1] for layer in layers]
+    numbers = [layer_label(layer).split()[-1] for layer in layers]
     step = 1 + (len(layers) - 1) // 12
     axis.set_xticks(range(0, len(layers), step), numbers[::step])
     axis.set_xlim(-0.6, len(layers) - 0.4)

@@ -21,9 +21,8 @@ from moe_jax.config.check import require
 from moe_jax.jobs.log import LOG_FILE, failure
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.ways import CAPACITIES, SEES
 
-WAYS = ("dropless", "capacity_limited")  # of evaluation, by the names of metrics
-SEES = "sees later tokens"  # the mark of a loss that is not that of a causal language model
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
 FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
@@ -47,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "losses": dict,
     },
     EVALUATION_FILE: {"step": int} | {
-        f"{way}{unit}": kind for way in WAYS for unit, kind in (
+        f"{way}{unit}": kind for way in CAPACITIES for unit, kind in (
             ("", dict), (".nats_per_token", NUMBER), (".bits_per_byte", NUMBER),
             (".tokens", NUMBER),
         )
@@ -131,7 +130,7 @@ class Entry:
         if rows.get("step", 0) > found.get("step", 0):
             whole = not training.get("evaluation_batches") or rows["step"] == self.num_steps
             found = rows
-        losses = {way: found[way] for way in WAYS if way in found}
+        losses = {way: found[way] for way in CAPACITIES if way in found}
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
 
     def label(self, way: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.analysis.drawing import layer_title
+from moe_jax.training.ways import SAW, SEES
 
 Layer = Mapping[str, Any]
 
@@ -17,6 +18,13 @@ FLIPS_NOTE = (
     "Tokens whose first choice is another, and in brackets whose choices are not the same experts, "
     "when something else changes: noise on the embeddings, the precision, the checkpoint."
 )
+
+
+SIGHT = {
+    SEES: "The model sees later tokens: so do the choices of experts that are shown here.",
+    SAW: "The model saw later tokens in training; the choices that are shown here do not.",
+    "": "",
+}
 
 
 def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:

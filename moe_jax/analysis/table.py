@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.analysis.names import printable
+
 ORDERS = ("bits_per_byte", "nats_per_token", "name", "tokens_per_s")  # of the runs in a comparison
 
 
@@ -46,11 +48,6 @@ def plain(value: Any, spec: str = "") -> str:
         return "-"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return format(value, spec) if is_number else printable(str(value))
-
-
-def printable(text: str) -> str:
-    """A text of the user's without characters that would move the cursor or break the line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def csv_text(columns: Sequence[Column]) -> str:

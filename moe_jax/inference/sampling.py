@@ -15,7 +15,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.part import Call
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
+@functools.partial(jax.jit, static_argnames=("model", "num_ids"))
 def next_token(
     params: Any,
     state: Mapping[str, Any] | None,
@@ -27,8 +27,12 @@ def next_token(
     step: jax.Array | None = None,
     *,
     model: LanguageModel,
+    num_ids: int | None = None,
 ) -> jax.Array:
-    """Samples the token after `window_L[:length]`; int32 scalar.
+    """Samples the token after `window_L[:length]`; int32 scalar, below `num_ids` if given.
+
+    A vocabulary may be padded, so that it divides over devices: ids from `num_ids` on, the
+    tokenizer's vocab_size, have logits but are no tokens.
 
     What stands behind `length` is padding, which no layer sees; routing is dropless where tokens
     choose. Groups are of the whole window: where experts choose tokens without a predictor, and in
@@ -45,6 +49,8 @@ def next_token(
     )
     output = model.run(params, call, state=state)
     logits_V = output.logits_BLV[0, length - 1]
+    if num_ids is not None:
+        logits_V = jnp.where(jnp.arange(logits_V.shape[0]) < num_ids, logits_V, -jnp.inf)
     rng = jax.random.fold_in(jax.random.key(seed), index)
     greedy = jnp.argmax(logits_V)
     sampled = jax.random.categorical(rng, logits_V / jnp.maximum(temperature, 1e-6))
@@ -105,6 +111,7 @@ def continue_text(
             np.int32(i),
             step,
             model=model,
+            num_ids=tokenizer.vocab_size,
         )
         if int(token) == tokenizer.eos_id:
             break

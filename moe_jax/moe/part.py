@@ -201,8 +201,8 @@ class MoE(Part):
 
     @property
     def has_capacity(self) -> bool:
-        """See `Part`."""
-        return self.capacity.eval_factor > 0
+        """See `Part`; a router that mixes tokens has the slots that it learned in any case."""
+        return self.capacity.eval_factor > 0 and not self.router.mixes
 
     @property
     def depends_on_microbatches(self) -> bool:

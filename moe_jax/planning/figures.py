@@ -25,7 +25,8 @@ RESOURCES = {
 def write_figures(plan: Plan, directory: pathlib.Path) -> list[pathlib.Path]:
     """Writes `memory.png` and, if a machine is named, `roofline.png`; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    title = plan.work.config.name + (f" on {plan.topology.name}" if plan.topology else "")
+    name = plan.work.config.name.replace("$", r"\$")  # between two, matplotlib reads mathematics
+    title = name + (f" on {plan.topology.name}" if plan.topology else "")
     bars = {"estimate": memory_parts(plan.memory)}
     if plan.step is not None and plan.step.memory is not None:
         said = plan.step.memory

@@ -1,4 +1,4 @@
-"""Held-out loss, overall and by domain, dropless and capacity-limited (legend: `moe_jax.moe`)."""
+"""Held-out loss, overall and by domain, in each of the `ways` (legend: `moe_jax.moe`)."""
 
 import functools
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
 from moe_jax.training.loss import Batch, call_of, replayed_choices, target_nats
+from moe_jax.training.ways import CAPACITIES, ways_of
 
 
 class SequenceSums(NamedTuple):
@@ -46,7 +47,7 @@ def evaluate_batch(
     model: LanguageModel,
     capacity: float | None,
 ) -> SequenceSums:
-    """Scores the sequences of a batch; `capacity` 0 is dropless, None each part's own."""
+    """Scores the sequences of a batch; `capacity` 0 asks for none, None for each part's own."""
     call = call_of(batch, step=step, capacity=capacity)
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
@@ -142,30 +143,28 @@ def evaluate(
 
     Returns:
       `dropless` and, for a model with experts of limited capacity, `capacity_limited`, each with
-      `nats_per_token`, `bits_per_byte`, `tokens` and the same by domain under `domains`; and
-      `domain_expert_share`, by layer and domain, of the dropless pass.
+      `nats_per_token`, `bits_per_byte`, `tokens` and the same by domain under `domains`, and with
+      its `label` and `mark` (see `ways`); and `domain_expert_share`, by layer and domain, of the
+      first.
     """
     mesh = mesh or make_mesh(MeshConfig(data=1))
     token_bytes_V = data.tokenizer.token_bytes_V
-    capacities: dict[str, float | None] = {"dropless": 0.0}
-    if config.model.has_capacity:
-        capacities["capacity_limited"] = None  # each part's own
-    totals = {name: DomainSums(data.domains) for name in capacities}
+    ways = ways_of(config.model)
+    totals = {name: DomainSums(data.domains) for name in CAPACITIES if name in ways}
     rows = config.training.batch_size // config.training.num_microbatches
     batches = heldout_batches(data, batch_size=rows, max_batches=max_batches)
     for index, batch in enumerate(batches):
         batch = dict(batch)
         domain_B = batch.pop("domain")
         arrays = from_whole(batch, mesh, ("batch", None))
-        for name, capacity in capacities.items():
+        for name, total in totals.items():
             inputs = (params, model_state, arrays, token_bytes_V, step)
-            static = {"model": config.model, "capacity": capacity}
+            static = {"model": config.model, "capacity": CAPACITIES[name]}
             with jax.set_mesh(mesh):
                 if index == 0:
                     compile_in_all(evaluate_batch, *inputs, **static)
                 sums = evaluate_batch(*inputs, **static)
-            totals[name].add(sums, domain_B)
+            total.add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
-    return {name: total.losses() for name, total in totals.items()} | {
-        "domain_expert_share": shares
-    }
+    said = {name: ways[name]._asdict() | total.losses() for name, total in totals.items()}
+    return said | {"domain_expert_share": shares}

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
@@ -122,7 +123,7 @@ class Run(NamedTuple):
             )
         if self.is_last(step) and jax.process_index() == 0:
             content = {"step": step, **evaluation}
-            write_atomically(self.workdir / EVALUATION_FILE, json.dumps(content, indent=2) + "\n")
+            write_atomically(self.workdir / EVALUATION_FILE, json_text(content, indent=2) + "\n")
         # Now that nothing of the evaluation can be lost, it counts as made.
         self.writer.write(step, evaluation_row(evaluation))
         self.progress.print(evaluation_line(step, evaluation))

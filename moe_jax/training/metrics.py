@@ -22,7 +22,9 @@ import jax
 import numpy as np
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.json_text import json_text, numbers
 from moe_jax.training.trackers import Trackers
+from moe_jax.training.ways import ways_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Appends a row, which survives a kill from now on, and a power failure from `state` on."""
-        line = json.dumps(row) + "\n"
+        line = json_text(row) + "\n"
         self._file.write(line)
         self._file.flush()
         self._num_rows += 1
@@ -199,8 +201,8 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
       path: a `metrics.jsonl`. A last line that a kill cut short is left out.
 
     Returns:
-      One dict a line, in the order of writing: "step" and the metrics by name. Values are floats
-      (nan and inf included), integers or lists of them.
+      One dict a line, in the order of writing: "step" and the metrics by name. Values are floats,
+      integers or lists of them; null, which stands for what was not finite, is read as nan.
 
     Raises:
       ValueError: another line than the last is not a JSON object with a step.
@@ -218,7 +220,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
                 f'every line of a metrics file is a JSON object with a "step": {path} line '
                 f"{number} is {line[:60]!r}. Repair or remove the line."
             ) from error
-        rows.append(row)
+        rows.append({name: numbers(value) for name, value in row.items()})
     return rows
 
 
@@ -270,15 +272,16 @@ def write_run_record(
       The record.
     """
     directory = pathlib.Path(directory)
-    record = {"start_step": start_step, **run_record(), **(facts or {})}
+    ways = {name: way._asdict() for name, way in ways_of(config.model).items()}
+    record = {"start_step": start_step, **run_record(), "losses": ways, **(facts or {})}
     if jax.process_index() != 0:
         return record
     directory.mkdir(parents=True, exist_ok=True)
     settings = write_config(config, content)
     if start_step > 0 and (directory / RUN_FILE).exists():
         record["earlier"] = earlier_sessions(directory / RUN_FILE)
-    write_atomically(directory / CONFIG_FILE, json.dumps(settings, indent=2) + "\n")
-    write_atomically(directory / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    write_atomically(directory / CONFIG_FILE, json_text(settings, indent=2) + "\n")
+    write_atomically(directory / RUN_FILE, json_text(record, indent=2) + "\n")
     return record
 
 

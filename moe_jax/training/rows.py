@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.training.step import StepMetrics
+from moe_jax.training.ways import CAPACITIES, way_of
 
 
 def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
 def evaluation_row(said: Mapping[str, Any]) -> dict[str, float]:
     """An evaluation by the names of `metrics.jsonl`."""
     row = {}
-    for kind in ("dropless", "capacity_limited"):
+    for kind in CAPACITIES:
         if kind not in said:
             continue
         for name in ("nats_per_token", "bits_per_byte"):
@@ -44,11 +45,11 @@ def evaluation_row(said: Mapping[str, Any]) -> dict[str, float]:
 def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
     """An evaluation as one line of text."""
     cells = [f"held-out after step {step}:"]
-    for kind in ("dropless", "capacity_limited"):
+    for kind in CAPACITIES:
         if kind in said:
             loss = said[kind]
             cells.append(
-                f"{kind.replace('_', ' ')} {loss['nats_per_token']:.4f} nats/token, "
+                f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token, "
                 f"{loss['bits_per_byte']:.4f} bits/byte;"
             )
     return " ".join(cells).rstrip(";")

@@ -1,0 +1,87 @@
+"""The ways a loss is measured: what each is called, and whether later tokens were seen.
+
+Expert choice, Soft MoE, and queues that serve later tokens first can tell a prediction something of
+the tokens that it is of. `LanguageModel.looks_ahead` says so; here it gets the words that stand
+beside every number of such a model.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from moe_jax.models.model import LanguageModel
+from moe_jax.moe.capacity import Capacity
+from moe_jax.part import Part
+
+SEES, SAW = "sees later tokens", "saw later tokens in training"
+NOTES = {
+    SEES: "Sees later tokens: such a loss is not that of a causal language model, and cannot be "
+    "compared with one.",
+    SAW: "Saw later tokens in training: such a held-out loss is that of a causal language model, "
+    "the training loss is not.",
+}
+CAPACITIES = {"dropless": 0.0, "capacity_limited": None}  # what each asks for; None: parts' own
+
+
+class Way(NamedTuple):
+    """A way a loss is measured.
+
+    Attributes:
+      label: what it is called.
+      mark: `SEES`, `SAW`, or "" of a model that is causal in training and here.
+    """
+
+    label: str
+    mark: str
+
+    @property
+    def name(self) -> str:
+        """The label and the mark."""
+        return f"{self.label} ({self.mark})" if self.mark else self.label
+
+
+def ways_of(model: LanguageModel) -> dict[str, Way]:
+    """How the losses of a model are measured.
+
+    Returns:
+      By the names of metrics: "train", "dropless", and "capacity_limited" if experts have a
+      capacity in evaluation. "dropless" asks for no capacity. Experts that fill their slots keep
+      those of training then, so that it is called "slots of training".
+    """
+    in_training = model.looks_ahead(training=True)
+    models = {"dropless": without_capacity(model)}
+    models |= {"capacity_limited": model} if model.has_capacity else {}
+    fills = any(moe.capacity_factor(False, 0.0) > 0 for moe in model.moe_parts.values())
+    labels = {
+        "dropless": "slots of training" if fills else "dropless",
+        "capacity_limited": "capacity-limited",
+    }
+    ways = {"train": Way("train", SEES if in_training else "")}
+    for name, one in models.items():
+        mark = SEES if one.looks_ahead(training=False) else SAW if in_training else ""
+        ways[name] = Way(labels[name], mark)
+    return ways
+
+
+def without_capacity(model: LanguageModel) -> LanguageModel:
+    """The model as it is when an evaluation asks for no capacity."""
+
+    def unlimited(part: Part) -> Part:
+        if not part.routes:
+            return part
+        own = part.capacity  # type: ignore[attr-defined]
+        capacity = Capacity(train_factor=own.train_factor, eval_factor=0.0, queue=own.queue)
+        return dataclasses.replace(part, capacity=capacity)  # type: ignore[call-arg]
+
+    return model.map_parts(unlimited)
+
+
+def way_of(kind: str, said: Mapping[str, Any]) -> Way:
+    """How a loss that was written down was measured; files of earlier versions do not say it."""
+    return Way(said.get("label", kind.replace("_", "-")), said.get("mark", ""))
+
+
+def notes_of(marks: Iterable[str]) -> list[str]:
+    """What the marks mean, a sentence each."""
+    found = set(marks)
+    return [note for mark, note in NOTES.items() if mark in found]

@@ -1,0 +1,91 @@
+"""How losses are called, and which of them saw later tokens."""
+
+import dataclasses
+import math
+
+import pytest
+
+from moe_jax.evaluate import table
+from moe_jax.generate import note_on
+from moe_jax.training.metrics import write_run_record
+from moe_jax.training.rows import evaluation_line
+from moe_jax.training.ways import SAW, SEES, Way, notes_of, way_of, ways_of
+from tests.tiny_run import DENSE, tiny_config, tiny_moe
+
+EXPERT_CHOICE = {"router": "expert_choice", "bias": None}
+PREDICTED = {"router": {"kind": "expert_choice", "predictor_loss_weight": 0.1}, "bias": None}
+SOFT = {"router": "soft", "bias": None, "group_size": 16}
+QUEUE = {"queue": "batch_prioritized", "train_factor": 1.0, "eval_factor": 1.0}
+
+
+def config_of(**moe):
+    settings = tiny_moe(**moe)
+    settings["model"]["stack"] = {"allow_lookahead": True}
+    return tiny_config(settings)
+
+
+# What is trained, what is evaluated without a capacity, and within the parts' own.
+@pytest.mark.parametrize(
+    ("moe", "train", "dropless", "limited"),
+    [
+        ({}, "", ("dropless", ""), ""),
+        (EXPERT_CHOICE, SEES, ("slots of training", SEES), SEES),
+        (PREDICTED, SEES, ("dropless", SAW), SAW),
+        (SOFT, SEES, ("slots of training", SEES), None),
+        ({"capacity": QUEUE}, SEES, ("dropless", SAW), SEES),
+        ({"capacity": QUEUE | {"eval_factor": 0.0}}, SEES, ("dropless", SAW), None),
+        ({"capacity": QUEUE | {"train_factor": 0.0}}, "", ("dropless", ""), SEES),
+        ({"capacity": {"slots": 3, "queue": "choice_major"}}, SEES, ("dropless", SAW), SEES),
+    ],
+)
+def test_marks_are_what_the_model_says_of_itself(moe, train, dropless, limited):
+    expected = {"train": Way("train", train), "dropless": Way(*dropless)}
+    if limited is not None:
+        expected["capacity_limited"] = Way("capacity-limited", limited)
+    assert ways_of(config_of(**moe).model) == expected
+
+
+def test_a_stack_that_is_not_causal_sees_later_tokens():
+    model = tiny_config(DENSE).model
+    encoder = dataclasses.replace(model, stack=dataclasses.replace(model.stack, causal=False))
+    assert ways_of(encoder)["dropless"] == Way("dropless", SEES)
+    assert ways_of(model) == {
+        "train": Way("train", ""),
+        "dropless": Way("dropless", ""),
+    }
+
+
+def losses(nats, **way):
+    loss = {"nats_per_token": nats, "bits_per_byte": nats, "tokens": 1.0}
+    return {**loss, "domains": {"a" * 30: loss, "<b>\n": loss}, **way}
+
+
+def test_evaluate_marks_what_it_prints():
+    said = {"dropless": losses(1.5, label="slots of training", mark=SEES)}
+    lines = table(said).splitlines()
+    assert "slots of training bits/B" in lines[0] and lines[1].count(SEES) == 2
+    assert lines[2].split() == ["all", "1.5000", "1.5000"]
+    assert lines[4].startswith("<b>\\n ") and len({len(line) for line in lines[:5]}) == 1
+    assert lines[5:] == notes_of([SEES]) and "not that of a causal" in lines[5]
+    assert "dropless" not in table(said)
+    assert evaluation_line(3, said).startswith(f"held-out after step 3: slots of training ({SEES})")
+
+
+def test_generate_says_what_later_tokens_mean_for_a_text():
+    assert note_on(tiny_config().model) == ""
+    note = note_on(config_of(**SOFT).model)
+    assert note.startswith(f"note: the model {SEES}; when it writes") and note.count("\n") == 1
+    assert "causal" in note and "causal" not in note_on(config_of(**PREDICTED).model)
+
+
+def test_an_evaluation_of_an_earlier_version_is_read_as_it_was():
+    said = {"dropless": losses(1.5), "capacity_limited": losses(math.nan)}
+    assert table(said).splitlines()[0].split()[1:3] == ["dropless", "bits/B"]
+    assert way_of("capacity_limited", said["capacity_limited"]).name == "capacity-limited"
+    assert "sees" not in table(said)
+
+
+def test_a_run_records_how_its_losses_are_measured(tmp_path):
+    record = write_run_record(tmp_path, config_of(**EXPERT_CHOICE))
+    assert record["losses"]["dropless"] == {"label": "slots of training", "mark": SEES}
+    assert record["losses"]["train"]["mark"] == SEES
