@@ -152,7 +152,8 @@ def start(
 ) -> None:
     """Joins the processes of this run; call it before anything asks for a device.
 
-    Several processes on CPUs talk over gloo, JAX's default.
+    Several processes on CPUs talk over gloo, JAX's default, and compile every program themselves:
+    JAX's cache of compiled programs is off, see `_compile_anew_on_cpu`.
 
     Args:
       processes: "1": this one is alone, and nothing is done. "auto": read from the environment:
@@ -177,6 +178,7 @@ def start(
     if place is None and processes != "auto":
         return
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
+    _compile_anew_on_cpu()
     limits = {
         "initialization_timeout": startup_seconds,
         "heartbeat_timeout_seconds": lost_after_seconds,
@@ -278,6 +280,21 @@ def all_or_none() -> Iterator[None]:
     for process, message in enumerate(gather("")):
         if message:
             raise ValueError(f"process {process}: {message}")
+
+
+def _compile_anew_on_cpu() -> None:
+    """Turns off JAX's persistent cache of compiled programs where a CPU may run them.
+
+    Gloo matches the collectives of two processes by their order alone. XLA's CPU runtime runs
+    independent operations side by side, but keeps collectives in order: they all write one resource
+    of their program. A program that is read from the cache has a resource for each collective
+    (jaxlib 0.10.2), and no order: an all-reduce of the batch's totals then meets one inside the
+    loop over microbatches, and both processes abort ("Received data size doesn't match expected
+    size. Is there a distributed collective mismatch in your code?").
+    """
+    platforms = (jax.config.jax_platforms or "cpu").split(",")
+    if platforms[0] == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _join(place: Place, limits: dict[str, Any]) -> None:
