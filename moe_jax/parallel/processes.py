@@ -286,11 +286,11 @@ def _compile_anew_on_cpu() -> None:
     """Turns off JAX's persistent cache of compiled programs where a CPU may run them.
 
     Gloo matches the collectives of two processes by their order alone. XLA's CPU runtime runs
-    independent operations side by side, but keeps collectives in order: they all write one resource
-    of their program. A program that is read from the cache has a resource for each collective
-    (jaxlib 0.10.2), and no order: an all-reduce of the batch's totals then meets one inside the
-    loop over microbatches, and both processes abort ("Received data size doesn't match expected
-    size. Is there a distributed collective mismatch in your code?").
+    independent operations side by side, but keeps collectives in order: all of a program write one
+    resource. In a program that is read from the cache, what is inside a loop has another resource
+    than what is around it (jaxlib 0.10.2), so that the order is lost: an all-reduce of the batch's
+    totals runs beside one inside the loop over microbatches, and the processes abort ("Received
+    data size doesn't match expected size. Is there a distributed collective mismatch?").
     """
     platforms = (jax.config.jax_platforms or "cpu").split(",")
     if platforms[0] == "cpu":

@@ -27,6 +27,8 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
+from moe_jax import interrupts
+
 logger = logging.getLogger(__name__)
 
 ITEM = "state"
@@ -68,6 +70,8 @@ class Checkpoints:
         self._saving: int | None = None
         self._failed = False
         absl_logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
+        if not self._read_only:
+            interrupts.say_before_end(self._last_good_after_save)
         self._metadata: str | None = None
         with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
@@ -271,6 +275,12 @@ class Checkpoints:
                 f"{_reason(error)}; {self.last_good}. Put that right, then start again: the run "
                 "goes on from there."
             ) from error
+
+    def _last_good_after_save(self) -> str:
+        """`last_good`, when a save that is running is complete: the process is about to end."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        return self.last_good
 
     @property
     def last_good(self) -> str:
