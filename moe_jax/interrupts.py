@@ -45,6 +45,7 @@ def catch_in_command() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
+    threading.excepthook = _end_by_error_of_thread
 
 
 def _watch(reader: int) -> None:
@@ -78,6 +79,21 @@ def end_by(number: int) -> None:
         show = SHOW_CURSOR if sys.stderr.isatty() else ""
         os.write(2, f"{show}\n{said}\n".encode())
     os._exit(128 + number)
+
+
+def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Ends the process at an error of the system, such as a full disk, in a thread of others.
+
+    The writer of TensorBoard's events is one: when it is dead, whoever gives it an event waits.
+    """
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+        return
+    said = [f"error: {failed.exc_value}"]
+    with contextlib.suppress(Exception):
+        said += [text for text in [said_before_end()] if text]
+    os.write(2, ("\n" + "; ".join(said) + "\n").encode())
+    _end(1)
 
 
 @contextlib.contextmanager

@@ -87,6 +87,19 @@ def test_an_error_does_not_wait_for_threads_of_others():
     assert (process.returncode, said) == (1, "error: full\n")
 
 
+def test_a_full_disk_in_a_thread_of_others_ends_the_command():
+    code = (
+        "import errno, threading, time\nfrom moe_jax import interrupts\n"
+        "interrupts.say_before_end(lambda: 'last good step: 7')\n"
+        "def write(): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "threading.Thread(target=write).start(); time.sleep(60)"
+    )
+    with start(command(code)) as process:
+        said, _ = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert said == "\nerror: [Errno 28] No space left on device; last good step: 7\n"
+
+
 def deferring(code):
     """A command with something unsaved until the first signal, which it then takes its time for."""
     return command(

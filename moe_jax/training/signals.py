@@ -40,12 +40,13 @@ class SignalFlag:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "SignalFlag":
+        # Several processes agree on a step, however early the signal comes.
+        self._exit.enter_context(interrupts.deferring(lambda: self._several or self._unsaved))
         if self._several:
             self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
             return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._old[number] = signal.signal(number, self._handle)
-        self._exit.enter_context(interrupts.deferring(lambda: self._unsaved))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,7 +65,7 @@ class SignalFlag:
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """A signal acts at once in this block, which comes after a save; of one process."""
+        """A signal to a single process acts at once in this block, which comes after a save."""
         if self._received is not None:
             signal.raise_signal(self._received)
         before, self._unsaved = self._unsaved, False
