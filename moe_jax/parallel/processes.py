@@ -178,7 +178,6 @@ def start(
     if place is None and processes != "auto":
         return
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
-    _compile_anew_on_cpu()
     limits = {
         "initialization_timeout": startup_seconds,
         "heartbeat_timeout_seconds": lost_after_seconds,
@@ -194,6 +193,7 @@ def start(
         )
         _join(place, limits)
     _require_equal_devices()
+    _compile_anew_on_cpu()  # before anything is compiled: JAX decides on its cache once
     # While all are at the same place: gloo gives up on a group of devices that some come to 30 s
     # after the others, but waits without end in a group that has met.
     wait_for_all()
@@ -283,7 +283,7 @@ def all_or_none() -> Iterator[None]:
 
 
 def _compile_anew_on_cpu() -> None:
-    """Turns off JAX's persistent cache of compiled programs where a CPU may run them.
+    """Turns off JAX's persistent cache of compiled programs where CPUs run them.
 
     Gloo matches the collectives of two processes by their order alone. XLA's CPU runtime runs
     independent operations side by side, but keeps collectives in order: all of a program write one
@@ -292,8 +292,7 @@ def _compile_anew_on_cpu() -> None:
     totals runs beside one inside the loop over microbatches, and the processes abort ("Received
     data size doesn't match expected size. Is there a distributed collective mismatch?").
     """
-    platforms = (jax.config.jax_platforms or "cpu").split(",")
-    if platforms[0] == "cpu":
+    if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
 
 
