@@ -10,6 +10,8 @@ The public names are imported when they are first used, so that `import moe_jax`
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moe_jax import interrupts
+
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig as ExperimentConfig
     from moe_jax.config import config_dict as config_dict
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from moe_jax.part import Part as Part
 
 __version__ = "0.1.0"
+
+interrupts.catch_in_command()
 
 MODULES = {
     "moe_jax.config": ("ExperimentConfig", "config_dict", "from_config_dict"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags, logging
 
+from moe_jax import interrupts
 from moe_jax.config import MeshConfig, build
 from moe_jax.parallel import processes
 from moe_jax.training.checkpoints import DamagedCheckpointError
@@ -50,7 +51,9 @@ def run(
             main(argv[1:]) if arguments else main()
             processes.wait_for_all()
         except USER_ERRORS as error:
-            fail(f"error: {error}")
+            saved = interrupts.said_before_end() if isinstance(error, OSError) else ""
+            known = not saved or saved in str(error)
+            fail(f"error: {error}" if known else f"error: {error}; {saved}")
         except Exception:
             if not jax.distributed.is_initialized():
                 raise
@@ -64,7 +67,8 @@ def run(
     if several_processes:
         define_process_flags()
     flags.mark_flags_as_required(required)
-    app.run(checked, flags_parser=parse)
+    with interrupts.ending_at_once():
+        app.run(checked, flags_parser=parse)
 
 
 def fail(message: str) -> None:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": PARTS | {"layers", "moe"},
     "checks": MODELS,
     "data": {"config"},
-    "training": MODELS | {"data"},
+    "training": MODELS | {"data", "interrupts"},
     "inference": TRAINING,
     "planning": TRAINING,
     "analysis": TRAINING | {"jobs", "planning"},

@@ -240,3 +240,18 @@ def test_one_that_leaves_early_does_not_leave_the_others_hanging():
     assert all(done.code != 0 for done in dones)
     assert re.search(r"^mine alone$", dones[2].said, re.MULTILINE)
     assert "Shutdown barrier" in dones[0].said
+
+
+def test_processes_on_cpus_read_no_program_from_the_cache(tmp_path):
+    """What is read from it runs its collectives in no order: see `_compile_anew_on_cpu`."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    assert finish([spawn("sum", "1", **cache)])[0].code == 0
+    alone = set(tmp_path.iterdir())
+    place = f"localhost:{free_port()}"
+    for done in finish([spawn("sum", 2, index, place, **cache) for index in range(2)]):
+        assert done.code == 0, done.said
+    assert alone and set(tmp_path.iterdir()) == alone, "one process keeps its cache, two have none"

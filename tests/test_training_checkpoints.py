@@ -1,12 +1,15 @@
 """Checkpoints: bit-exact, resharded, damaged and killed."""
 
+import errno
 import logging
+import os
 import pathlib
 import random
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +276,51 @@ def test_half_written_checkpoints_are_removed(tmp_path):
         assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
         checkpoints.save(2, make_state(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_save_that_fails_says_the_last_good_step_once(tmp_path, monkeypatch, caplog, number):
+    def fail(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, make_state(1), wait=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_jax.training.checkpoints.write_manifest", fail)
+        checkpoints.save(2, make_state(2))
+        with pytest.raises(OSError, match=r"^The checkpoint of step 2 cannot be written to") as one:
+            checkpoints.wait()
+    assert f"{os.strerror(number)}; last good step: 1. Put that right" in str(one.value)
+    assert "\n" not in str(one.value)
+    assert not [record for record in caplog.records if record.exc_info]
+    checkpoints.close()  # as it is said already
+    # Once there is space, the same goes on from the step that is whole.
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        checkpoints.save(2, make_state(2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_no_thread_waits_for_a_checkpoint_whose_directory_cannot_be_made(tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(1), wait=True)
+        with monkeypatch.context() as patched:
+            patched.setattr("orbax.checkpoint._src.path.atomicity._create_tmp_directory", fail)
+            with pytest.raises(OSError, match="Read-only file system; last good step: 1"):
+                checkpoints.save(2, make_state(2))
+    assert not [one.name for one in threading.enumerate() if "Signaling" in type(one).__name__]
+
+
+def test_a_directory_that_was_moved_away_is_noticed_at_the_next_save(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(1, make_state(1), wait=True)
+        (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="removed or renamed; no checkpoint is complete"):
+            checkpoints.save(2, make_state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"], "not made again"
 
 
 def kill_while_saving(directory: pathlib.Path, seconds: float) -> int:

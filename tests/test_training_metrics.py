@@ -222,3 +222,11 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_the_name_of_utilization():
     line = progress_line(5, 10, {"perf/mfu": 0.333}, "of measured peak")
     assert line == "step  5/10  of measured peak 33%"
+
+
+def test_a_file_that_was_moved_away_is_noticed_at_the_next_write(tmp_path):
+    with MetricWriter(tmp_path / "run") as writer:
+        writer.write(1, {"loss": 1.0})
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match=r"removed or renamed in the run: '.*metrics\.jsonl'"):
+            writer.write(2, {"loss": 1.0})

@@ -152,7 +152,8 @@ def start(
 ) -> None:
     """Joins the processes of this run; call it before anything asks for a device.
 
-    Several processes on CPUs talk over gloo, JAX's default.
+    Several processes on CPUs talk over gloo, JAX's default, and compile every program themselves:
+    JAX's cache of compiled programs is off, see `_compile_anew_on_cpu`.
 
     Args:
       processes: "1": this one is alone, and nothing is done. "auto": read from the environment:
@@ -192,6 +193,7 @@ def start(
         )
         _join(place, limits)
     _require_equal_devices()
+    _compile_anew_on_cpu()  # before anything is compiled: JAX decides on its cache once
     # While all are at the same place: gloo gives up on a group of devices that some come to 30 s
     # after the others, but waits without end in a group that has met.
     wait_for_all()
@@ -278,6 +280,20 @@ def all_or_none() -> Iterator[None]:
     for process, message in enumerate(gather("")):
         if message:
             raise ValueError(f"process {process}: {message}")
+
+
+def _compile_anew_on_cpu() -> None:
+    """Turns off JAX's persistent cache of compiled programs where CPUs run them.
+
+    Gloo matches the collectives of two processes by their order alone. XLA's CPU runtime runs
+    independent operations side by side, but keeps collectives in order: all of a program write one
+    resource. In a program that is read from the cache, what is inside a loop has another resource
+    than what is around it (jaxlib 0.10.2), so that the order is lost: an all-reduce of the batch's
+    totals runs beside one inside the loop over microbatches, and the processes abort ("Received
+    data size doesn't match expected size. Is there a distributed collective mismatch?").
+    """
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _join(place: Place, limits: dict[str, Any]) -> None:

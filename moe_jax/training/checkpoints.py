@@ -12,9 +12,11 @@ SHA-256 of its files, written just before the rename, and what does not match it
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
+
+from moe_jax import interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,10 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()
         self._read_only = keep is None
         self._saving: int | None = None
+        self._failed = False
+        absl_logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
+        if not self._read_only:
+            interrupts.say_before_end(self._last_good_after_save)
         self._metadata: str | None = None
         with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
@@ -76,7 +84,12 @@ class Checkpoints:
                     cleanup_tmp_directories=not self._read_only,
                     lightweight_initialize=True,
                     # Orbax runs this when all files are written, before the rename that publishes.
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._add_manifest),
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=self._add_manifest,
+                        # In the background, a directory that cannot be made leaves threads that
+                        # wait for it and keep the process alive for minutes.
+                        create_directories_asynchronously=False,
+                    ),
                 ),
             )
 
@@ -124,6 +137,8 @@ class Checkpoints:
         Raises:
           ValueError: there is a checkpoint of a later step.
           TypeError: JSON cannot hold the metadata.
+          OSError: this save or the one before cannot be written, such as on a full disk, or the
+            directory is no longer there. What was complete before is whole.
         """
         assert not self._read_only, "opened for reading"
         self.wait()
@@ -135,11 +150,14 @@ class Checkpoints:
             )
         if newest == step:
             return False
-        self._saving = step
         self._metadata = None if metadata is None else json.dumps(dict(metadata), indent=1) + "\n"
-        self._manager.save(
-            step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}), force=True
-        )
+        self._saving = step
+        with self._or_say_last_good():
+            if not self.directory.is_dir():  # Orbax would make it again
+                raise FileNotFoundError(errno.ENOENT, "the directory was removed or renamed")
+            self._manager.save(
+                step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}), force=True
+            )
         if wait:
             self.wait()
         return True
@@ -230,13 +248,45 @@ class Checkpoints:
         return self._manager.restore(step, args=args)[ITEM]
 
     def wait(self) -> None:
-        """Returns when no save is running; raises the error of a save that failed."""
-        self._manager.wait_until_finished()
+        """Returns when no save is running.
+
+        Raises:
+          OSError: the save failed; see `save`.
+        """
+        if not self._failed:
+            with self._or_say_last_good():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for a running save and ends the background threads."""
         self.wait()
-        self._manager.close()
+        if not self._failed:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _or_say_last_good(self) -> Iterator[None]:
+        """Turns what Orbax and its libraries raise of a save into one line, raised once."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            raise OSError(
+                f"The checkpoint of step {self._saving} cannot be written to {self.directory}: "
+                f"{_reason(error)}; {self.last_good}. Put that right, then start again: the run "
+                "goes on from there."
+            ) from error
+
+    def _last_good_after_save(self) -> str:
+        """`last_good`, when a save that is running is complete: the process is about to end."""
+        with contextlib.suppress(OSError):
+            self.wait()
+        return self.last_good
+
+    @property
+    def last_good(self) -> str:
+        """What a run can go on from, for a message."""
+        step = self.latest_step
+        return "no checkpoint is complete" if step is None else f"last good step: {step}"
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -308,6 +358,22 @@ def _no_warning_of_reading() -> Iterator[None]:
         yield
     finally:
         absl_logging.set_verbosity(verbosity)
+
+
+def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback, in several threads, of an error that it raises as well."""
+    return not (record.exc_info and "/orbax/" in record.pathname)
+
+
+def _reason(error: BaseException) -> str:
+    """An error of the system as the system says it, out of whatever carries it; one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split())
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        if os.strerror(number) in said:
+            return os.strerror(number)
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 def write_manifest(path: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ and resumed. Trackers (`moe_jax.training.trackers`) show the same rows while a r
 """
 
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -150,7 +151,7 @@ class MetricWriter:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        path = pathlib.Path(directory) / METRICS_FILE
+        self._path = path = pathlib.Path(directory) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(path, start_step, saved)
         self._trackers = trackers or Trackers()
@@ -164,9 +165,12 @@ class MetricWriter:
 
         Raises:
           ValueError: a metric is called "step", or is neither a number nor a vector of numbers.
+          OSError: the file cannot be written, or is no longer there.
         """
         if not self._writes:
             return
+        if not self._path.exists():  # what is written to a removed file goes nowhere
+            raise FileNotFoundError(errno.ENOENT, "removed or renamed in the run", str(self._path))
         row: dict[str, int | float | list[Any]] = {"step": int(step)}
         row.update({name: _plain(name, value) for name, value in metrics.items()})
         self._file.append(row)

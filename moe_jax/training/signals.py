@@ -1,10 +1,14 @@
 """SIGTERM and Ctrl-C: a run ends after the step it is in, the same step in all its processes."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from moe_jax import interrupts
 
 
 class Interrupted(Exception):
@@ -17,7 +21,11 @@ class Interrupted(Exception):
 
 
 class SignalFlag:
-    """Remembers SIGTERM or Ctrl-C until the step that runs is over; a second one kills at once.
+    """Remembers SIGTERM or Ctrl-C until the step that runs is over; a second one acts at once.
+
+    So does one that finds nothing to save: before the first step is over, and in `nothing_to_save`.
+    To act is what the handler does that was there before: a command ends with one line
+    (`moe_jax.interrupts`), a program of the user's gets its KeyboardInterrupt.
 
     Of several processes, which are never in the same step, JAX hands SIGTERM on from one to all
     and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
@@ -28,8 +36,12 @@ class SignalFlag:
         self._several = jax.process_count() > 1
         self._received: int | None = None
         self._old: dict[int, Any] = {}
+        self._unsaved = False
+        self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "SignalFlag":
+        # Several processes agree on a step, however early the signal comes.
+        self._exit.enter_context(interrupts.deferring(lambda: self._several or self._unsaved))
         if self._several:
             self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
             return self
@@ -45,16 +57,30 @@ class SignalFlag:
 
     def stops_after(self, step: int) -> int | None:
         """The signal that ends the run after this step, or None; all processes ask after each."""
+        self._unsaved = True
         if self._several:
             reached = multihost_utils.reached_preemption_sync_point(step)
             return signal.SIGTERM if reached else None
         return self._received
+
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """A signal to a single process acts at once in this block, which comes after a save."""
+        if self._received is not None:
+            signal.raise_signal(self._received)
+        before, self._unsaved = self._unsaved, False
+        try:
+            yield
+        finally:
+            self._unsaved = before
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
         self._received = number
         for each, handler in self._old.items():
             signal.signal(each, handler)
+        if not self._unsaved:
+            signal.raise_signal(number)
 
     def _pass_on(self, number: int, frame: object) -> None:
         del frame

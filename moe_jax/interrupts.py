@@ -1,0 +1,144 @@
+"""Ctrl-C and SIGTERM in a command: one line, what was saved, exit code 128 + signal; at any moment.
+
+Python's own way, KeyboardInterrupt, is a traceback from wherever the command is, does not come
+while XLA compiles, and takes the interpreter down around the threads of XLA, Orbax and Grain, which
+sometimes is a segmentation fault. A command holds no unfinished file that the next start does not
+replace, so it ends at once, by `os._exit`. While training has a step to save it `defer`s that.
+
+Only a command is treated so: `import moe_jax` in a program leaves its signals alone.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+COMMANDS = ("-m", "moe-jax")  # sys.argv[0] while `python -m moe_jax.NAME` is found, and as a script
+SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
+
+SAME_SECONDS = 0.5
+
+_caught = False
+_lock = threading.RLock()  # a handler may interrupt a handler
+_ending_since: float | None = None
+_unsaved: Callable[[], bool] | None = None
+_num_deferred = 0
+_before_end: Callable[[], str] | None = None
+
+
+def catch_in_command() -> None:
+    """Installs the handlers, if this process is a command; before anything slow is imported."""
+    global _caught
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name not in COMMANDS or threading.current_thread() is not threading.main_thread():
+        return
+    _caught = True
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: end_by(number))
+    # The handlers wait for the main thread to come back from XLA; this thread does not.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
+    threading.excepthook = _end_by_error_of_thread
+
+
+def _watch(reader: int) -> None:
+    global _num_deferred
+    while numbers := os.read(reader, 1):
+        if numbers[0] not in SIGNALS:
+            continue
+        if _unsaved is None or not _unsaved() or _num_deferred:
+            end_by(numbers[0])
+        _num_deferred += 1
+
+
+def end_by(number: int) -> None:
+    """Ends the process, with a line on standard error that names the signal.
+
+    What waits for a running save ends at a second signal. The handler and `_watch` both come here
+    with each signal: what follows within `SAME_SECONDS` is the same one.
+    """
+    global _ending_since
+    now = time.monotonic()
+    with _lock:
+        first, since = _ending_since is None, _ending_since or now
+        _ending_since = since
+    if not first:
+        if now - since > SAME_SECONDS:
+            os._exit(128 + number)
+        return
+    with contextlib.suppress(Exception):
+        said = said_before_end()
+        said = f"stopped by {signal.Signals(number).name}" + (f"; {said}" if said else "")
+        show = SHOW_CURSOR if sys.stderr.isatty() else ""
+        os.write(2, f"{show}\n{said}\n".encode())
+    os._exit(128 + number)
+
+
+def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Ends the process at an error of the system, such as a full disk, in a thread of others.
+
+    The writer of TensorBoard's events is one: when it is dead, whoever gives it an event waits.
+    """
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
+        return
+    said = [f"error: {failed.exc_value}"]
+    with contextlib.suppress(Exception):
+        said += [text for text in [said_before_end()] if text]
+    os.write(2, ("\n" + "; ".join(said) + "\n").encode())
+    _end(1)
+
+
+@contextlib.contextmanager
+def deferring(unsaved: Callable[[], bool]) -> Iterator[None]:
+    """While this lasts, the first signal is left to its handler if `unsaved()` when it comes."""
+    global _unsaved, _num_deferred
+    _unsaved, _num_deferred = unsaved, 0
+    try:
+        yield
+    finally:
+        _unsaved = None
+
+
+def say_before_end(text: Callable[[], str]) -> None:
+    """Sets what to wait for, and then to say, when the process ends by a signal or an error."""
+    global _before_end
+    _before_end = text
+
+
+def said_before_end() -> str:
+    """What was set to be said; "" if nothing was."""
+    return "" if _before_end is None else _before_end()
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ends a command that failed without waiting for threads of others, which may wait for ever."""
+    try:
+        yield
+    except SystemExit as end:
+        if not _caught or end.code in (None, 0):
+            raise
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        _end(end.code if isinstance(end.code, int) else 1)
+    except Exception:
+        if not _caught:
+            raise
+        traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+    os._exit(code)
