@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import HELDOUT, TRAIN, Corpus
-from moe_jax.data.tokenizers import SentencePieceTokenizer
+from moe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 # 256 bytes, pad, bos, eos, unk, newline and tab; above it at least some merges.
 _MIN_VOCAB_SIZE = 300
