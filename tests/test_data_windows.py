@@ -1,6 +1,7 @@
 """Windows: what they cut, and that they say where documents begin."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -102,3 +103,15 @@ def test_indices_out_of_range_raise(tmp_path):
     for index in (-1, 2):
         with pytest.raises(IndexError, match="of 2"):
             source[index]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(tmp_path):
+    files = make_files(tmp_path, ["abc" * 4000])
+    source = make_windows(files, 8, keep_partial=False)
+    source[0]
+    path = files.tokens_path("train", "only")
+    path.chmod(0o644)
+    os.truncate(path, 4096)
+    source[100]
+    with pytest.raises(OSError, match=r"only\.tokens\.npy was cut"):
+        source[len(source) - 1]

@@ -134,7 +134,8 @@ class TfdsTextCorpus(Corpus):
         except (ValueError, AssertionError, KeyError) as error:
             raise ValueError(
                 f"A TFDS dataset trains on a part of its splits {sorted(splits)}: "
-                f"{self._train_split!r}: {error}. Correct config.data.corpus={self.name!r}."
+                f"{self._train_split!r}: {' '.join(str(error).split())} Correct "
+                f"config.data.corpus={self.name!r}."
             ) from None
         ranges = [
             (
@@ -263,10 +264,10 @@ class TfdsTextCorpus(Corpus):
         return (
             f"A TFDS dataset must have been prepared before it is read: there is no "
             f"{self._dataset!r} in {directory}. Where there is a network and "
-            f"tensorflow_datasets{installed}, run\n"
-            f'  python -c "{imports}import tensorflow_datasets as tfds; '
+            f"tensorflow_datasets{installed}, run "
+            f'python -c "{imports}import tensorflow_datasets as tfds; '
             f"tfds.builder('{self._dataset}', file_format='array_record').download_and_prepare()\""
-            "\nand set the environment variable TFDS_DATA_DIR to where the result is."
+            " and set the environment variable TFDS_DATA_DIR to where the result is."
         )
 
 

@@ -33,7 +33,10 @@ PATTERNS: Mapping[int, str] = MappingProxyType(
     {50_256: _GPT2, 50_257: _GPT2, 50_280: _GPT2, 100_256: _CL100K, 199_998: _O200K}
 )
 # Ids that OpenAI gives to <|endoftext|>; in other files it comes after the last rank.
-END_OF_TEXT: Mapping[int, int] = MappingProxyType({100_256: 100_257, 199_998: 199_999})
+END_OF_TEXT: Mapping[int, int] = MappingProxyType(
+    {50_280: 50_256, 100_256: 100_257, 199_998: 199_999}
+)
+_MAX_GAPS = 16  # ranks that a file may leave to special tokens
 
 
 class TiktokenTokenizer(PieceTokenizer):
@@ -69,7 +72,7 @@ class TiktokenTokenizer(PieceTokenizer):
         end = END_OF_TEXT.get(len(ranks), max(ranks.values()) + 1)
         specials = {"<|endoftext|>": end}
         self.bos_id, self.eos_id = special_ids(specials, file, bos_token, eos_token)
-        self.vocab_size = end + 1
+        self.vocab_size = max(end, *ranks.values()) + 1
         self._pattern = PATTERNS.get(len(ranks), _CL100K)
         self._encoding = tiktoken.Encoding(
             file.stem, pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=specials
@@ -108,7 +111,7 @@ def _read_ranks(data: bytes, path: pathlib.Path) -> dict[bytes, int]:
             ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     require(
-        not missing and sorted(ranks.values()) == list(range(len(ranks))),
+        not missing and len(set(ranks.values())) == len(ranks) > max(ranks.values()) - _MAX_GAPS,
         "A .tiktoken file ranks every byte, and its ranks are 0, 1, 2, ...",
         f"{path} has {len(ranks)} ranks and lacks {len(missing)} bytes",
         "Copy it again",
