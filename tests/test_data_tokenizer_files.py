@@ -176,7 +176,9 @@ def without_a_byte(path):
     spec = json.loads(path.read_text())
     del spec["model"]["vocab"]["a"]
     spec["model"]["merges"] = []
-    spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if len(t) == 1}
+    spec["model"]["vocab"] = {
+        t: i for t, i in spec["model"]["vocab"].items() if len(t) == 1 or "|" in t
+    }
     path.write_text(json.dumps(spec))
 
 
