@@ -139,6 +139,18 @@ def test_ids_are_those_of_the_packages(files, opened):
     ]  # fmt: skip
 
 
+def test_an_added_token_that_is_no_special_one_is_text(files, tmp_path):
+    path = tmp_path / "t.json"
+    path.write_bytes(pathlib.Path(files["byte level"]).read_bytes())
+    theirs = hugging_face.Tokenizer.from_file(str(path))
+    theirs.add_tokens(["[caf\u00e9]"])
+    theirs.save(str(path))
+    tokenizer = open_tokenizer(str(path))
+    ids = tokenizer.encode("a [caf\u00e9] b")
+    assert tokenizer.vocab_size - 1 in ids.tolist()
+    assert tokenizer.decode(ids) == "a [caf\u00e9] b" and tokenizer.token_bytes_V[ids].sum() == 11
+
+
 def test_a_long_text_is_cut_after_lines(opened, monkeypatch):
     text = "some words\n" * 30
     whole = opened["byte level"].encode(text)
@@ -182,6 +194,12 @@ def without_a_byte(path):
     path.write_text(json.dumps(spec))
 
 
+def with_a_token_that_takes_spaces(path):
+    tokenizer = hugging_face.Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([hugging_face.AddedToken("[name]", lstrip=True)])
+    tokenizer.save(str(path))
+
+
 def without_vocabulary(path):
     path.write_text(json.dumps({"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}))
 
@@ -197,6 +215,7 @@ def word_piece(path):
         (without_a_byte, r"has a token for every byte: .* has none for \[b'a'\]"),
         (word_piece, r"is a WordPiece with the decoder \[\]"),
         (lambda path: path.write_text(path.read_text()[:-9]), r"json, \d+ bytes, is cut short or"),
+        (with_a_token_that_takes_spaces, r"takes no space .* has \['\[name\]'\]"),
         (without_vocabulary, "is cut short or something else"),
         (lambda path: path.write_text("[]"), "it has no model"),
     ],

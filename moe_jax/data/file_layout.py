@@ -7,7 +7,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_jax.config.check import require
 from moe_jax.data.documents import HELDOUT, TRAIN
@@ -90,7 +90,10 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     if path.is_file():
         kind = kind or _kind_of(path.name)
         require(
-            bool(kind), f"A corpus file is one of {ALL_SUFFIXES}", str(path), "Convert or rename it"
+            bool(kind),
+            f"A corpus file is one of {ALL_SUFFIXES}",
+            str(path),
+            f"Convert it, or name its kind, as in config.data.corpus=text:{path}",
         )
         return Layout(
             kind, (_stem(path.name, kind),), {TRAIN: {_stem(path.name, kind): (path,)}, HELDOUT: {}}
@@ -165,34 +168,41 @@ def _parts(path: pathlib.Path, folder: pathlib.Path, kind: str) -> tuple[str, ..
 def _dataset_files(folder: pathlib.Path) -> list[_File]:
     """The arrow files of a Hugging Face dataset, as `save_to_disk` writes it; [] if it is none."""
     if (folder / "dataset_dict.json").is_file():
-        names = _json(folder / "dataset_dict.json").get("splits", [])
+        splits = _listed(folder / "dataset_dict.json", "splits")
         return [
-            _File(file.path, (str(name),))
-            for name in names
-            for file in _dataset_files(folder / str(name))
+            _File(file.path, (str(split),))
+            for split in splits
+            for file in _dataset_files(folder / str(split))
         ]
     if not (folder / "state.json").is_file():
         return []
-    listed = _json(folder / "state.json").get("_data_files", [])
-    files = [_File(folder / str(entry["filename"]), ()) for entry in listed]
+    entries = _listed(folder / "state.json", "_data_files")
+    names = [entry["filename"] for entry in entries if isinstance(entry, dict)]
+    return [_File(folder / str(name), ()) for name in names]
+
+
+def _listed(path: pathlib.Path, name: str) -> list[Any]:
+    """What a Hugging Face dataset lists, each of which is there.
+
+    Raises:
+        ValueError: the file is damaged, or something is not there.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))[name]
+        files = [entry["filename"] if isinstance(entry, dict) else str(entry) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        entries, files = [], []
+    require(
+        bool(files), f"A Hugging Face dataset lists its {name}", f"{path} does not", "Copy it again"
+    )
     for file in files:
         require(
-            file.path.is_file(),
-            "A Hugging Face dataset has the files that its state.json lists",
-            f"there is no {file.path}",
+            (path.parent / file).exists(),
+            f"A Hugging Face dataset has what its {path.name} lists",
+            f"there is no {path.parent / file}",
             "Copy or save the dataset again",
         )
-    return files
-
-
-def _json(path: pathlib.Path) -> dict:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"A Hugging Face dataset has a {path.name} of JSON: {path}: {error}. Copy it again."
-        ) from None
-    return contents if isinstance(contents, dict) else {}
+    return list(entries)
 
 
 def _check_reached_once(files: list[_File]) -> None:

@@ -40,59 +40,48 @@ class HuggingFaceTokenizer(PieceTokenizer):
         Raises:
             ValueError: there is no such tokenizer, or it cannot serve.
         """
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(
-                "A tokenizer.json is read by the package tokenizers, which is not installed: "
-                f"config.data.tokenizer={path!r}. Run: pip install tokenizers."
-            ) from None
         self.name = f"tokenizers:{path}"
         file = pathlib.Path(path).expanduser()
         self._data = read_tokenizer_file(file, "Correct config.data.tokenizer")
         spec = _parse(self._data, file)
-        is_byte_level = _types(spec.get("decoder")) >= {"ByteLevel"}
+        decoders = _types(spec.get("decoder"))
+        is_byte_level = "ByteLevel" in decoders
         require(
             spec["model"].get("type") == "BPE"
             and (is_byte_level or bool(spec["model"].get("byte_fallback"))),
             "A tokenizer is a BPE that falls back on bytes, so that the bytes of a token are known",
-            f"{file} is a {spec['model'].get('type')} with the decoder "
-            f"{sorted(_types(spec.get('decoder')))}",
+            f"{file} is a {spec['model'].get('type')} with the decoder {sorted(decoders)}",
             _FIX,
         )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_exact(spec)))
-        except Exception as error:  # The package raises nothing narrower.
-            raise _no_tokenizer(file, self._data, str(error)) from None
-        self._tokenizer.encode_special_tokens = True
-        added = {int(t["id"]): t for t in spec.get("added_tokens") or ()}
+        self._tokenizer = _load(spec, file, self._data)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
-        pieces = [b""] * self.vocab_size
-        for token, id_ in ids.items():
-            if id_ not in added:
-                pieces[id_] = _byte_level(token) if is_byte_level else _byte_fallback(token)
-            elif not added[id_].get("special"):
-                pieces[id_] = token.encode()
-        self.pieces = pieces
-        specials = {t["content"]: id_ for id_, t in added.items()}
-        self.bos_id, self.eos_id = special_ids(specials or ids, file, bos_token, eos_token)
-        self._space_ids = [] if is_byte_level else [ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
-        for special in {
-            *(i for i, t in added.items() if t.get("special")),
-            self.bos_id,
-            self.eos_id,
-        }:
-            pieces[special] = b""
         self.pad_id = 0  # Padding is recognised by its weight and segment.
+        added = {token["content"]: token for token in spec.get("added_tokens") or ()}
+        specials = {token: ids[token] for token, says in added.items() if says.get("special")}
+        self.bos_id, self.eos_id = special_ids(specials, file, bos_token, eos_token)
+        pieces = [b""] * self.vocab_size
+        for token in ids.keys() - specials.keys():
+            if token in added:
+                pieces[ids[token]] = token.encode()
+            else:
+                pieces[ids[token]] = _byte_level(token) if is_byte_level else _byte_fallback(token)
+        self.pieces = pieces
         self.token_bytes_V = np.array([len(piece) for piece in pieces], np.int32)
-        missing = {bytes([b]) for b in range(256)} - set(pieces)
         # 0xc0, 0xc1 and 0xf5 to 0xff are in no UTF-8.
-        unknown = [b for b in sorted(missing) if b[0] not in (0xC0, 0xC1, *range(0xF5, 0x100))]
+        needed = {bytes([b]) for b in range(0xF5) if b not in (0xC0, 0xC1)}
         require(
-            not unknown,
+            needed <= set(pieces),
             "A tokenizer has a token for every byte",
-            f"{file} has none for {unknown[:8]}",
+            f"{file} has none for {sorted(needed - set(pieces))[:8]}",
+            _FIX,
+        )
+        self._space_ids = [] if is_byte_level else [ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
+        strips = [t for t, says in added.items() if says.get("lstrip") or says.get("rstrip")]
+        require(
+            set(strips) <= specials.keys(),
+            "An added token takes no space from the text around it",
+            f"{file} has {strips}",
             _FIX,
         )
         self.check_keeps_bytes(file, _FIX)
@@ -120,6 +109,23 @@ def pieces_of(text: str) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = max(stop, start + 1)
+
+
+def _load(spec: dict[str, Any], path: pathlib.Path, data: bytes) -> Any:
+    """The tokenizer of the package, which takes the names of special tokens in a text for text."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ValueError(
+            "A tokenizer.json is read by the package tokenizers, which is not installed: "
+            f"{path}. Run: pip install tokenizers."
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_exact(spec)))
+    except Exception as error:  # The package raises nothing narrower.
+        raise _no_tokenizer(path, data, str(error)) from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def _parse(data: bytes, path: pathlib.Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ def check_file(path: pathlib.Path, what: str) -> None:
         OSError: it cannot be read.
     """
     require(path.exists(), f"{what} is a file", f"there is none at {str(path)!r}", "Correct it")
-    require(path.is_file(), f"{what} is a file", f"{path} is a folder", "Name the file in it")
+    found = "a folder" if path.is_dir() else "a device or pipe"
+    require(path.is_file(), f"{what} is a file", f"{path} is {found}", "Name a file")
     with path.open("rb") as file:
         start = file.read(len(_LFS))
     require(

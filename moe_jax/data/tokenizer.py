@@ -155,7 +155,7 @@ def special_ids(
     """Finds the ids that begin and end a document.
 
     Args:
-        ids: special tokens, or all, with their ids.
+        ids: of the special tokens.
         path: of the tokenizer.
         bos_token: "": the first of `BOS_TOKENS` that there is.
         eos_token: "": the first of `EOS_TOKENS` that there is.
@@ -169,7 +169,7 @@ def special_ids(
     for field, token in (("bos_token", bos_token), ("eos_token", eos_token)):
         require(
             not token or token in ids,
-            f"data.{field} is a token of the tokenizer",
+            f"data.{field} is a special token of the tokenizer",
             f"{path} has no {token!r}",
             f"Set config.data.{field}, for instance to one of {list(ids)[:12]}",
         )
@@ -178,7 +178,7 @@ def special_ids(
     bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
     if bos is None or eos is None:
         raise ValueError(
-            f"A tokenizer has a token that begins or ends a document: {path} has none of "
+            f"A tokenizer has a special token that begins or ends a document: {path} has none of "
             f"{[*BOS_TOKENS, *EOS_TOKENS]}. Set config.data.bos_token and config.data.eos_token, "
             f"for instance to one of {list(ids)[:12]}."
         )
