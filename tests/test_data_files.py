@@ -1,9 +1,11 @@
 """Corpora of files: which are read, what is a domain, what is held out, what is refused."""
 
 import codecs
+import errno
 import gzip
 import json
 import os
+import pathlib
 import tracemalloc
 
 import pyarrow as pa
@@ -258,6 +260,17 @@ def test_fields_of_text_without_records_are_refused(tmp_path):
     for name in ("embedded", f"text:{tmp_path}"):
         with pytest.raises(ValueError, match="Text without records has no fields"):
             open_corpus(name, Fields(text="body"))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    corpus = open_corpus(str(write_lines(tmp_path / "web.jsonl", {"text": "t"})))
+    monkeypatch.setattr(pathlib.Path, "open", forbidden)
+    for read in (corpus.fingerprint, lambda: texts(corpus)):
+        with pytest.raises(OSError, match=r"readable: .*web\.jsonl: Permission denied.*chmod \+r"):
+            read()
 
 
 def test_a_document_has_a_size_limit(tmp_path, monkeypatch):

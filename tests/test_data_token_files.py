@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -196,6 +197,15 @@ def test_a_damaged_cache_is_made_again_and_said(corpus, tmp_path, caplog, damage
     caplog.clear()
     prepare(corpus, tmp_path / "cache")
     assert not caplog.messages
+
+
+def test_files_of_another_corpus_in_its_place_are_made_again(corpus, tmp_path, caplog):
+    files = prepare(corpus, tmp_path / "cache")
+    other = prepare(corpus, tmp_path / "cache", fraction=0.5)
+    shutil.rmtree(files.directory)
+    shutil.copytree(other.directory, files.directory)
+    assert prepare(corpus, tmp_path / "cache") == files
+    assert "manifest.json is not as it was written" in caplog.text
 
 
 def test_files_are_read_only(corpus, tmp_path):

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from moe_jax.data.documents import HELDOUT, SPLITS, TRAIN, Corpus, Document, split_documents
 from moe_jax.data.file_layout import Layout, layout_of
+from moe_jax.data.open_file import check_file
 from moe_jax.data.read_lines import read_lines
 from moe_jax.data.read_tables import read_arrow, read_parquet
 from moe_jax.data.read_text import read_text
@@ -69,6 +70,7 @@ class FileCorpus(Corpus):
             digest.update(f"{layout.kind}{self._fields.names}\0".encode())
         for split, domain in ((split, domain) for split in SPLITS for domain in layout.domains):
             for path in layout.files[split].get(domain, ()):
+                check_file(path, "A corpus file")
                 with path.open("rb") as file:
                     label = domain if split == TRAIN else f"{HELDOUT}/{domain}"
                     digest.update(f"{label}\0".encode())

@@ -27,8 +27,13 @@ def check_file(path: pathlib.Path, what: str) -> None:
     require(path.exists(), f"{what} is a file", f"there is none at {str(path)!r}", "Correct it")
     found = "a folder" if path.is_dir() else "a device or pipe"
     require(path.is_file(), f"{what} is a file", f"{path} is {found}", "Name a file")
-    with path.open("rb") as file:
-        start = file.read(len(_LFS))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except PermissionError as error:
+        raise OSError(
+            f"{what} is readable: {path}: {error.strerror}. Permit it: chmod +r {path}."
+        ) from None
     require(
         start != _LFS,
         f"{what} is a file with its contents",

@@ -132,33 +132,33 @@ def prepare_token_files(
     cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     directory = cache / f"{_slug(corpus.name)}-{_slug(tokenizer.name)}-{key}"
     try:
-        return open_token_files(directory)
-    except FileNotFoundError as missing:
-        if directory.exists():  # As it never is but for damage: it appears whole.
-            logger.warning("%s", missing)
+        return open_token_files(directory, source)
+    except FileNotFoundError:
+        pass
     except DamagedTokenFilesError as damage:
         logger.warning("%s", damage)
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock")):
             with contextlib.suppress(FileNotFoundError, DamagedTokenFilesError):
-                return open_token_files(directory)  # Another process made it.
+                return open_token_files(directory, source)  # Another process made it.
             names = {"corpus": corpus.name, "tokenizer": tokenizer.name}
             _build(directory, corpus, tokenizer, source | names)
-    return open_token_files(directory)
+    return open_token_files(directory, source)
 
 
 class DamagedTokenFilesError(Exception):
     """Token files are not as they were written."""
 
 
-def open_token_files(directory: pathlib.Path) -> TokenFiles:
+def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFiles:
     """Opens a directory that `prepare_token_files` made, and compares its checksums.
 
     Reads every byte once: about a second for 1 to 2 GB of tokens.
 
     Args:
         directory: the finished directory.
+        source: what its manifest must say that it was made from.
 
     Returns:
         The token files.
@@ -178,6 +178,7 @@ def open_token_files(directory: pathlib.Path) -> TokenFiles:
         dtype, sha256 = np.dtype(manifest["dtype"]), dict(manifest["sha256"])
         files = TokenFiles(directory, tuple(manifest["domains"]), counts, dtype)
         whole = digest_of_manifest(manifest) == manifest["manifest_sha256"]
+        whole = whole and {name: manifest.get(name) for name in source} == source
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
