@@ -14,7 +14,13 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.documents import HELDOUT, TRAIN, hash_unit_interval
+from moe_jax.data.documents import (
+    HELDOUT,
+    TRAIN,
+    hash_unit_interval,
+    heldout_digests,
+    text_digest,
+)
 from moe_jax.data.objectives import Example, get_objective
 from moe_jax.data.opened import Data
 from moe_jax.data.windows import Windows
@@ -220,9 +226,9 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
     if empty:
         raise ValueError(
             "A domain needs at least sequence_length + 1 tokens to train on: "
-            f"{empty} have fewer (sequence_length={config.sequence_length}), what is held out "
-            "aside. Lower config.data.sequence_length, or give config.data.domain_weights without "
-            "them."
+            f"{empty} have fewer (sequence_length={config.sequence_length}), what is held out or "
+            "repeats it aside. Lower config.data.sequence_length, or give "
+            "config.data.domain_weights without them."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
 
@@ -236,10 +242,14 @@ def _way_to_hold_out(data: Data) -> str:
         rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
         fractions.insert(0, next((f for f in rounded if f <= places[1]), sum(places) / 2))
     for fraction in (f for f in fractions if f > data.config.heldout_fraction):
-        splits = (
-            split for domain in data.domains for split, _ in data.corpus.documents(domain, fraction)
-        )
-        if set(splits) == {TRAIN, HELDOUT}:
+        never_trains = heldout_digests(data.corpus, fraction)
+        splits = {
+            split
+            for domain in data.domains
+            for split, document in data.corpus.documents(domain, fraction)
+            if split == HELDOUT or text_digest(document.text) not in never_trains
+        }
+        if splits == {TRAIN, HELDOUT}:
             return f"Set config.data.heldout_fraction={fraction}"
     return "Add documents, of ids or groups that differ"
 
