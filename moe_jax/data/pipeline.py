@@ -114,7 +114,8 @@ def heldout_batches(
     if not order:
         raise ValueError(
             f"No text of {data.config.corpus!r} is held out at heldout_fraction="
-            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}, or do not evaluate."
+            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}, or set "
+            "config.training.evaluate_every=0."
         )
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
