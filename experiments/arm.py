@@ -20,6 +20,7 @@ from experiments.study import Study, load_study
 from moe_jax.command_line import USER_ERRORS
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
+from moe_jax.data.corpora import form_of
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
@@ -77,9 +78,9 @@ def run_arm(
         "minutes": minutes_of(read_metrics(workdir / METRICS_FILE), config.training.log_every),
         **outcome,
         "data": {
-            "corpus": config.data.corpus.partition(":")[0],
+            "corpus": form_of(config.data.corpus),
             "corpus_sha256": data.fingerprints["corpus"],
-            "tokenizer": config.data.tokenizer.partition(":")[0],
+            "tokenizer": form_of(config.data.tokenizer),
             "tokenizer_sha256": data.fingerprints["tokenizer"],
         },
         **circumstances(workdir),

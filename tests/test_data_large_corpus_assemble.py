@@ -34,7 +34,7 @@ def test_texts_become_records_of_a_jsonl_corpus(tmp_path):
     assert records(tmp_path, "x") == [{"id": "words/a", "text": f"{LONG} one", "group": "page"}]
     corpus = corpora.open_corpus(f"jsonl:{tmp_path / 'out'}")
     assert corpus.domains() == ("x", "y")
-    ((_, document),) = corpus.documents("x", 0.1)
+    ((_, document),) = corpus.documents("x", 0.0)
     assert (document.id, document.group) == ("words/a", "page")
     (_, head), (_, tail) = corpus.documents("y", 0.1)
     assert head.text + tail.text == tailed.text

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,3 +86,45 @@ def test_a_run_that_does_not_evaluate_needs_nothing_held_out(config):
     data = open_data(dataclasses.replace(config, heldout_fraction=1e-6))
     check_data(data, evaluates=False)
     next(train_batches(data, global_batch_size=2))
+
+
+@pytest.mark.parametrize("num_documents", [2, 10])
+def test_the_way_to_hold_out_some_text_can_be_followed(tmp_path, num_documents):
+    """Few documents, of which the hash holds out none at the default."""
+    write(tmp_path / "few", "chapter", num_documents)
+    config = DataConfig(
+        corpus=str(tmp_path / "few"),
+        sequence_length=32,
+        heldout_fraction=1e-4,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(ValueError, match="is held out at") as refused:
+        check_data(open_data(config))
+    fraction = float(re.search(r"heldout_fraction=([0-9.]+), or", str(refused.value))[1])
+    data = open_data(dataclasses.replace(config, heldout_fraction=fraction))
+    check_data(data)
+    assert data.files.counts["heldout"]["web"].documents == 1
+
+
+def test_documents_of_one_group_can_not_be_held_out(tmp_path):
+    path = tmp_path / "web.jsonl"
+    path.write_text("".join(json.dumps({"id": 1, "text": "a" * 99}) + "\n" for _ in range(9)))
+    config = DataConfig(corpus=str(path), sequence_length=32, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"held out at .*Add documents, of ids or groups that dif"):
+        check_data(open_data(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"corpus": "gs://bucket/corpus"}, r"data\.corpus is on a file system.*'gs://bucket/corp"),
+        ({"corpus": "jsonl:s3://bucket"}, "buckets and URLs are not read yet"),
+        ({"tokenizer": "https://host/tokenizer.json"}, r"data\.tokenizer is on a file system"),
+        ({"cache_dir": "gs://bucket"}, r"data\.cache_dir is on a file system"),
+        ({"corpus": ""}, r"data\.corpus is not empty: .*'embedded'"),
+        ({"domain_weights": (("a", 1.0), ("b", 1.0), ("a", 2.0))}, "names each domain once"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)

@@ -15,6 +15,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from moe_jax.config import DataConfig
 from moe_jax.data import corpora, open_data, pipeline, tfds_text
 from moe_jax.data.documents import SPLITS
+from moe_jax.data.records import Fields
 
 
 class TalesWithoutSplit(tfds.core.GeneratorBasedBuilder):
@@ -176,7 +177,9 @@ def test_a_dataset_without_text_is_refused(tmp_path):
                 yield number, {"number": number}
 
     corpus = corpora.open_corpus(f"tfds:{prepare(Numbers, tmp_path, 'array_record')}")
-    with pytest.raises(ValueError, match=r"has \['number'\]\. Add its name"):
+    with pytest.raises(
+        ValueError, match=r"has the features \['number'\]\. It has no field of text"
+    ):
         list(corpus.documents("numbers", 0.1))
 
 
@@ -216,3 +219,80 @@ def test_fingerprints_are_sha256(tales):
     fingerprint = corpora.open_corpus(f"tfds:{tales['parquet']}").fingerprint()
     assert len(fingerprint) == len(hashlib.sha256().hexdigest())
     assert fingerprint == corpora.open_corpus(f"tfds:{tales['parquet']}").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("train+validation", "split 'validation' of a TFDS dataset is held out and never trains"),
+        ("validation", "split 'validation' of a TFDS dataset is held out and never trains"),
+        ("train[:5%]+validation[:1]", "split 'validation' of a TFDS dataset is held out"),
+        ("all", "split 'validation' of a TFDS dataset is held out"),
+        ("train[:60%]+train[50%:]", r"holds some of 'train' twice"),
+        ("trian", r"a part of its splits \['train', 'validation'\]: 'trian'"),
+        ("train[", r"a part of its splits \['train', 'validation'\]: 'train\['"),
+    ],
+)
+def test_a_part_that_would_train_on_what_is_held_out_is_refused(tales, part, message):
+    corpus = corpora.open_corpus(f"tfds:{tales['array_record']}@{part}")
+    with pytest.raises(ValueError, match=message) as refused:
+        corpus.fingerprint()
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ValueError, match=message):
+        list(corpus.documents("tales", 0.5))
+
+
+def test_the_fingerprint_follows_the_files(tales, tmp_path):
+    copy = shutil.copytree(tales["array_record"], tmp_path / "tales" / "1.0.0")
+    corpus = corpora.open_corpus(f"tfds:{copy}")
+    before = corpus.fingerprint()
+    assert before == corpora.open_corpus(f"tfds:{tales['array_record']}").fingerprint()
+    (path,) = copy.glob("*train*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert corpus.fingerprint() != before
+
+
+FEATURES = {
+    "ids": ({"text": tfds.features.Sequence(np.int32)}, {"text": [5, 6]}, "Sequence of int32"),
+    "sentences": (
+        {"text": tfds.features.Sequence(tfds.features.Text()), "title": tfds.features.Text()},
+        {"text": ["One.", "Two."], "title": "t"},
+        r"'text' as Sequence of object\. Set config\.data\.text_field, here to one of \['title'\]",
+    ),
+    "nested": (
+        {"document": {"title": tfds.features.Text(), "html": tfds.features.Text()}},
+        {"document": {"title": "t", "html": "h"}},
+        "'document' as FeaturesDict of ",
+    ),
+}
+
+
+def prepare_features(name, directory):
+    features, value, _ = FEATURES[name]
+
+    def info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def examples(self, split, count):
+        for number in range(3):
+            yield f"{number:04d}", value
+
+    members = {"VERSION": tfds.core.Version("1.0.0"), "_info": info, "_generate_examples": examples}
+    with tfds.core.registered.skip_registration():
+        odd = type(name.title(), (TalesWithoutSplit,), members)
+    return prepare(odd, directory, "array_record")
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_that_is_no_text_is_refused_by_name_and_type(name, tmp_path):
+    corpus = corpora.open_corpus(f"tfds:{prepare_features(name, tmp_path)}")
+    with pytest.raises(ValueError, match=FEATURES[name][2]):
+        list(corpus.documents(name, 0.1))
+
+
+def test_another_feature_may_be_the_text(tmp_path):
+    path = prepare_features("sentences", tmp_path)
+    corpus = corpora.open_corpus(f"tfds:{path}", Fields(text="title"))
+    assert [document.text for _, document in corpus.documents("sentences", 0.0)] == ["t"] * 3

@@ -1,7 +1,11 @@
 """Token files: contents, cache keys, and what a kill or a second builder leaves behind."""
 
+import errno
 import itertools
 import json
+import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data import corpora, token_files, tokenizers
+from moe_jax.data.documents import split_of
 
 BYTE = tokenizers.ByteTokenizer()
 
@@ -23,7 +28,7 @@ def corpus(tmp_path):
     for domain in ("one", "two"):
         lines = [json.dumps({"id": f"{i}", "text": f"{domain} é {i}"}) for i in range(100)]
         (directory / f"{domain}.jsonl").write_text("\n".join(lines))
-    return corpora.JsonlCorpus(str(directory))
+    return corpora.open_corpus(f"jsonl:{directory}")
 
 
 def prepare(corpus, cache, fraction=0.2, tokenizer=BYTE):
@@ -79,15 +84,17 @@ KILLED_BUILDER = """
     import os, signal, sys
     from moe_jax.data import corpora, token_files, tokenizers
 
-    class Killed(corpora.JsonlCorpus):
+    class Killed(corpora.FileCorpus):
         def documents(self, domain, heldout_fraction):
             for number, item in enumerate(super().documents(domain, heldout_fraction)):
-                if (domain, number) == ("two", 50):
+                self.passes = getattr(self, "passes", 0) + (number == 0)
+                if (self.passes, number) == (4, 50):  # of two domains, the second time
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield item
 
     token_files.prepare_token_files(
-        Killed(sys.argv[1]), tokenizers.ByteTokenizer(), heldout_fraction=0.2, cache_dir=sys.argv[2]
+        Killed(f"jsonl:{sys.argv[1]}", sys.argv[1]), tokenizers.ByteTokenizer(),
+        heldout_fraction=0.2, cache_dir=sys.argv[2],
     )
 """
 
@@ -114,12 +121,12 @@ def test_a_kill_leaves_no_half_cache_and_the_next_start_repairs(corpus, tmp_path
 
 
 def test_an_error_while_building_leaves_nothing(corpus, tmp_path):
-    class Broken(corpora.JsonlCorpus):
+    class Broken(corpora.FileCorpus):
         def documents(self, domain, heldout_fraction):
             yield from super().documents(domain, heldout_fraction)
             raise OSError("disk gone")
 
-    broken = Broken(corpus.name.removeprefix("jsonl:"))
+    broken = Broken(corpus.name, corpus.name.removeprefix("jsonl:"))
     with pytest.raises(OSError, match="disk gone"):
         prepare(broken, tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -128,7 +135,7 @@ def test_an_error_while_building_leaves_nothing(corpus, tmp_path):
 def test_concurrent_builders_make_the_files_once(corpus, tmp_path):
     passes = []
 
-    class Counted(corpora.JsonlCorpus):
+    class Counted(corpora.FileCorpus):
         def documents(self, domain, heldout_fraction):
             passes.append(domain)
             return super().documents(domain, heldout_fraction)
@@ -136,7 +143,7 @@ def test_concurrent_builders_make_the_files_once(corpus, tmp_path):
     results = []
 
     def build():
-        counted = Counted(corpus.name.removeprefix("jsonl:"))
+        counted = Counted(corpus.name, corpus.name.removeprefix("jsonl:"))
         results.append(prepare(counted, tmp_path / "cache"))
 
     threads = [threading.Thread(target=build) for _ in range(4)]
@@ -146,15 +153,146 @@ def test_concurrent_builders_make_the_files_once(corpus, tmp_path):
         thread.join()
     assert len(results) == 4
     assert all(result == results[0] for result in results)
-    assert sorted(passes) == ["one", "two"]
+    assert sorted(passes) == ["one", "one", "two", "two"]  # for held-out text, then for all
 
 
-def test_files_of_another_format_version_are_refused(corpus, tmp_path):
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def other_counts(path):
+    path.chmod(0o644)
+    path.write_text(re.sub(r'"tokens": (\d)', r'"tokens": 9\1', path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (flip, "train/two.tokens.npy"),
+        (flip, "heldout/one.tokens.npy"),
+        (flip, "train/one.offsets.npy"),
+        (cut, "train/two.tokens.npy"),
+        (pathlib.Path.unlink, "heldout/two.offsets.npy"),
+        (cut, "manifest.json"),
+        (other_counts, "manifest.json"),
+        (pathlib.Path.unlink, "manifest.json"),
+    ],
+)
+def test_a_damaged_cache_is_made_again_and_said(corpus, tmp_path, caplog, damage, name):
     files = prepare(corpus, tmp_path / "cache")
-    manifest_path = files.directory / "manifest.json"
-    manifest_path.write_text(manifest_path.read_text().replace('version": 1', 'version": 0'))
-    with pytest.raises(ValueError, match=r"format version 1: .* has 0\. Delete the directory"):
+    whole = {p: p.read_bytes() for p in files.directory.rglob("*") if p.is_file()}
+    damage(files.directory / name)
+    assert prepare(corpus, tmp_path / "cache") == files
+    assert {p: p.read_bytes() for p in files.directory.rglob("*") if p.is_file()} == whole
+    (message,) = caplog.messages
+    assert "\n" not in message and f"damaged: {name} is not as it was written" in message
+    caplog.clear()
+    prepare(corpus, tmp_path / "cache")
+    assert not caplog.messages
+
+
+def test_files_of_another_corpus_in_its_place_are_made_again(corpus, tmp_path, caplog):
+    files = prepare(corpus, tmp_path / "cache")
+    other = prepare(corpus, tmp_path / "cache", fraction=0.5)
+    shutil.rmtree(files.directory)
+    shutil.copytree(other.directory, files.directory)
+    assert prepare(corpus, tmp_path / "cache") == files
+    assert "manifest.json is not as it was written" in caplog.text
+
+
+def test_files_are_read_only(corpus, tmp_path):
+    files = prepare(corpus, tmp_path / "cache")
+    modes = {p.stat().st_mode & 0o777 for p in files.directory.rglob("*") if p.is_file()}
+    assert modes == {0o444}
+
+
+def test_a_training_document_that_repeats_a_heldout_text_is_left_out(tmp_path, caplog):
+    """Under another id, in another domain, with other white space around it."""
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    texts = {f"{i}": f"tale {i}" for i in range(50)}
+    heldout = [id_ for id_ in texts if split_of(id_, 0.2) == "heldout"]
+    copies = {
+        f"copy {i}": texts[i] + "\n" for i in heldout if split_of(f"copy {i}", 0.2) == "train"
+    }
+    assert len(heldout) > 4 < len(copies)
+    for domain, documents in (("one", texts), ("two", copies | {"fresh": "another"})):
+        lines = [json.dumps({"id": id_, "text": text}) for id_, text in documents.items()]
+        (directory / f"{domain}.jsonl").write_text("\n".join(lines))
+    files = prepare(corpora.open_corpus(str(directory)), tmp_path / "cache")
+    assert split_of("fresh", 0.2) == "train" and files.counts["train"]["two"].documents == 1
+    assert files.counts["train"]["one"].documents == 50 - len(heldout)
+    assert f"{len(copies)} training documents" in caplog.text
+
+
+def test_a_corpus_of_one_text_again_and_again_trains_on_it_with_a_warning(tmp_path, caplog):
+    records = [{"id": i, "text": "It was a dark and stormy night."} for i in range(10)]
+    path = tmp_path / "web.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    files = prepare(corpora.open_corpus(str(path)), tmp_path / "cache", fraction=0.5)
+    assert sum(files.counts[split]["web"].documents for split in ("train", "heldout")) == 10
+    assert "All 10 documents" in caplog.text and "held out and trains too" in caplog.text
+
+
+def test_a_whole_copy_of_a_document_of_which_the_end_is_held_out_does_not_train(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(50))
+    records = [{"text": text, "heldout": "tail"}, {"text": text}, {"text": "short"}]
+    path = tmp_path / "web.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    files = prepare(corpora.open_corpus(str(path)), tmp_path / "cache", fraction=0.1)
+    tokens = np.load(files.tokens_path("train", "web"))
+    assert "line 48" in BYTE.decode(np.load(files.tokens_path("heldout", "web")))
+    assert BYTE.decode(tokens).count("line 0\n") == 1 and "line 48" not in BYTE.decode(tokens)
+
+
+def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"written to a cache: .*file.*set config\.data\.cache_dir"):
+        prepare(corpus, tmp_path / "file")
+
+
+def test_a_full_disk_is_named(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_files, "_flush_to_disk", full)
+    with pytest.raises(OSError, match=r"cache: No space left on device\. Make room"):
         prepare(corpus, tmp_path / "cache")
+
+
+class ManyIds(tokenizers.ByteTokenizer):
+    """Bytes as ids above 65,535."""
+
+    name = "many"
+    vocab_size = 70_384
+
+    def encode(self, text):
+        return super().encode(text).astype(np.uint32) + 70_000
+
+    def fingerprint(self):
+        return "many"
+
+
+def test_ids_beyond_65535_are_kept(corpus, tmp_path):
+    files = prepare(corpus, tmp_path / "cache", tokenizer=ManyIds())
+    tokens = np.load(files.tokens_path("train", "one"))
+    assert tokens.dtype == files.dtype == np.uint32
+    assert tokens[1] == 70_003 + ord("o") and tokens[0] == BYTE.bos_id
+    assert prepare(corpus, tmp_path / "cache", tokenizer=ManyIds()) == files
+
+
+def test_a_corpus_of_no_text_is_refused(tmp_path):
+    (tmp_path / "web.jsonl").write_text('{"text": ""}\n\n{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"has text: '.*web\.jsonl' has none in \['web'\]"):
+        prepare(corpora.open_corpus(f"{tmp_path}/web.jsonl"), tmp_path / "cache")
 
 
 def test_a_fraction_out_of_range_is_refused(corpus, tmp_path):

@@ -44,8 +44,8 @@ def test_a_character_cut_in_two_decodes_to_the_replacement_character():
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(ValueError, match="'byte' or 'sentencepiece:PATH': got 'bytes'"):
-        tokenizers.open_tokenizer("bytes")
+    with pytest.raises(ValueError, match=r"'byte', a \.model, .*: got 'bites'"):
+        tokenizers.open_tokenizer("bites")
 
 
 @pytest.fixture(scope="module")

@@ -61,3 +61,10 @@ def test_the_command_asks_for_out():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "--out=PATH is required" in done.stdout + done.stderr
+
+
+def test_what_a_user_can_put_right_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "moe_jax.data.train_tokenizer", f"--out={tmp_path}/a.model"]
+    done = subprocess.run([*command, f"--corpus={tmp_path}/no"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: A corpus is 'embedded', the path of")

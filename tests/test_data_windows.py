@@ -1,6 +1,7 @@
 """Windows: what they cut, and that they say where documents begin."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -18,7 +19,7 @@ def make_files(directory, texts):
     lines = [json.dumps({"id": str(i), "text": text}) for i, text in enumerate(texts)]
     (directory / "only.jsonl").write_text("\n".join(lines))
     return token_files.prepare_token_files(
-        corpora.JsonlCorpus(str(directory)),
+        corpora.open_corpus(f"jsonl:{directory}"),
         TOKENIZER,
         heldout_fraction=0.0,
         cache_dir=str(directory / "cache"),
@@ -57,7 +58,10 @@ def test_the_rest_is_dropped_in_training_and_kept_in_evaluation(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=8), length=st.integers(2, 20))
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8),
+    length=st.integers(2, 20),
+)
 def test_every_token_but_bos_is_a_weighted_target_once(tmp_path_factory, texts, length):
     files = make_files(tmp_path_factory.mktemp("corpus"), texts)
     stream = np.concatenate([TOKENIZER.encode_document(text) for text in texts])
@@ -70,7 +74,10 @@ def test_every_token_but_bos_is_a_weighted_target_once(tmp_path_factory, texts, 
 
 
 @settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=8), length=st.integers(2, 20))
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8),
+    length=st.integers(2, 20),
+)
 def test_segments_and_positions_restart_exactly_at_bos(tmp_path_factory, texts, length):
     source = make_windows(make_files(tmp_path_factory.mktemp("corpus"), texts), length, True)
     for index in range(len(source)):
@@ -96,3 +103,15 @@ def test_indices_out_of_range_raise(tmp_path):
     for index in (-1, 2):
         with pytest.raises(IndexError, match="of 2"):
             source[index]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(tmp_path):
+    files = make_files(tmp_path, ["abc" * 4000])
+    source = make_windows(files, 8, keep_partial=False)
+    source[0]
+    path = files.tokens_path("train", "only")
+    path.chmod(0o644)
+    os.truncate(path, 4096)
+    source[100]
+    with pytest.raises(OSError, match=r"only\.tokens\.npy was cut"):
+        source[len(source) - 1]

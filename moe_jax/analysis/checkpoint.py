@@ -20,7 +20,7 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
-from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer
+from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer_of
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
 from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
@@ -87,7 +87,7 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     )
     config, state = load_run(workdir, step=options.step, trust=options.trust)
     check_model(config.model, workdir)
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer_of(config.data)
     domains, batches = batches_of(workdir, config, tokenizer, options)
     last = int(state.step)
     routed = route_batches(state, config.model, batches, options.tokens)
@@ -243,8 +243,9 @@ def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
 def without_directory(name: str) -> str:
     """The name of a corpus or tokenizer, such as `jsonl:DIR`, with the last part of its path."""
     kind, colon, path = name.partition(":")
-    is_path = kind in ("jsonl", "sentencepiece")
-    return f"{kind}{colon}{pathlib.Path(path).resolve().name}" if is_path else name
+    if not colon:
+        return pathlib.Path(name).resolve().name
+    return name if kind == "tfds" else f"{kind}:{pathlib.Path(path).resolve().name}"
 
 
 def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.Path]:

@@ -19,8 +19,13 @@ SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
 class DataConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
-    corpus: str = "embedded"  # "embedded", "jsonl:DIR", "tfds:NAME"
-    tokenizer: str = "byte"  # "byte", "sentencepiece:MODEL_FILE"
+    corpus: str = "embedded"  # "embedded", the path of a file or folder, "tfds:NAME"
+    text_field: str = ""  # of a record of the corpus; "": "text"
+    id_field: str = ""  # that names a document; "": "id", where there is one
+    group_field: str = ""  # of what is held out together; "": "group", where there is one
+    tokenizer: str = "byte"  # "byte", the path of a .model, tokenizer.json or .tiktoken file
+    bos_token: str = ""  # begins a document; "": the usual one of the tokenizer
+    eos_token: str = ""  # ends a document; "": the usual one of the tokenizer
     sequence_length: int = setting(256, at_least=2)  # L, tokens
     domain_weights: tuple[tuple[str, float], ...] = ()  # share of each domain; (): by its tokens
     objective: str = setting("causal_lm", choices=OBJECTIVES)
@@ -31,18 +36,27 @@ class DataConfig(Settings):
 
     def check(self) -> None:
         """See `Settings`."""
-        kind = self.corpus.split(":", 1)[0]
+        for name in ("corpus", "tokenizer", "cache_dir"):
+            value = getattr(self, name)
+            require(
+                "://" not in value and "\0" not in value,
+                f"data.{name} is on a file system: buckets and URLs are not read yet",
+                f"data.{name}={value!r}",
+                "Copy or mount it, and give that path",
+            )
+            require(
+                bool(value) or name == "cache_dir",
+                f"data.{name} is not empty",
+                f"data.{name}={value!r}",
+                "Set it, for example to "
+                + ("'embedded' or the path of a folder" if name == "corpus" else "'byte'"),
+            )
+        names = [name for name, _ in self.domain_weights]
         require(
-            self.corpus == "embedded" or (kind in ("jsonl", "tfds") and ":" in self.corpus),
-            "data.corpus is 'embedded', 'jsonl:DIR' or 'tfds:NAME'",
-            f"data.corpus={self.corpus!r}",
-            "Correct it",
-        )
-        require(
-            self.tokenizer == "byte" or self.tokenizer.startswith("sentencepiece:"),
-            "data.tokenizer is 'byte' or 'sentencepiece:MODEL_FILE'",
-            f"data.tokenizer={self.tokenizer!r}",
-            "Correct it",
+            len(set(names)) == len(names),
+            "data.domain_weights names each domain once",
+            f"data.domain_weights={self.domain_weights}",
+            "Add the weights up",
         )
         require(
             all(0 < weight < math.inf for _, weight in self.domain_weights),

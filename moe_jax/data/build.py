@@ -10,6 +10,7 @@ the same --work. Some of the text is under the GPL, LGPL or CC-BY-SA: keep to th
 """
 
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import rich.console
@@ -125,10 +126,10 @@ def main(argv: Sequence[str]) -> None:
     work = pathlib.Path(options.work) if options.work else default_cache_dir() / "packages"
     try:
         archives = fetch_packages(SOURCES, work, skip_missing=options.skip_missing)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
-    packages.warn_of_changes(archives)
-    sizes = build(SOURCES, archives, out, max_code_mb=options.max_code_mb)
+        packages.warn_of_changes(archives)
+        sizes = build(SOURCES, archives, out, max_code_mb=options.max_code_mb)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     rich.console.Console().print(_size_table(sizes))
 
 

@@ -3,11 +3,14 @@
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
 
 TRAIN = "train"
 HELDOUT = "heldout"
 SPLITS = (TRAIN, HELDOUT)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Document:
 
     Attributes:
         domain: name of the domain, usable as a file name.
-        id: unique within the domain.
+        id: names the document within the domain.
         text: not empty.
         group: documents of one group (translations of a page, editions of a play) fall on the
             same side of the held-out split. The document's own id when it stands alone.
@@ -45,6 +48,8 @@ class Corpus(abc.ABC):
     def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
         """Yields (split, document) in an order that depends on nothing but the corpus.
 
+        Of a document whose end is held out, the two parts follow each other.
+
         Args:
             domain: one of `domains()`.
             heldout_fraction: share of the text to hold out, in [0, 1).
@@ -56,6 +61,40 @@ class Corpus(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal sha256 that changes whenever the documents do."""
+
+
+def split_documents(
+    documents: Iterable[tuple[Document, bool]], heldout_fraction: float
+) -> Iterator[tuple[str, Document]]:
+    """Splits the documents of a domain by the hash of their group, each by itself.
+
+    Args:
+        documents: of one domain, each with whether its end is held out rather than the whole. The
+            end of a document that is alone always is.
+        heldout_fraction: in [0, 1).
+
+    Yields:
+        `train` or `heldout`, and the document or a part of it.
+    """
+    rest = iter(documents)
+    first = list(itertools.islice(rest, 2))
+    for document, has_tail in itertools.chain(first, rest):
+        if has_tail or len(first) == 1:
+            yield from split_tail(document, heldout_fraction)
+        else:
+            yield split_of(document.group, heldout_fraction), document
+
+
+def split_tail(document: Document, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
+    """Yields the head as `train` and the tail as `heldout`; joined, they are the text."""
+    start = round(len(document.text) * (1 - heldout_fraction))
+    line_end = document.text.find("\n", start)
+    # A tail that is all one line is cut where it stands, rather than not at all.
+    cut = line_end + 1 if 0 <= line_end < len(document.text) - 1 else start
+    parts = ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:]))
+    for split, text in parts:
+        if text:
+            yield split, dataclasses.replace(document, text=text)
 
 
 def split_of(group: str, heldout_fraction: float) -> str:
@@ -74,3 +113,40 @@ def split_of(group: str, heldout_fraction: float) -> str:
 def hash_unit_interval(text: str) -> float:
     """A number in [0, 1), the same for the same text on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def text_digest(text: str) -> bytes:
+    """16 bytes that are equal for equal texts, white space around them aside."""
+    return hashlib.sha256(text.strip().encode()).digest()[:16]
+
+
+def heldout_digests(corpus: Corpus, heldout_fraction: float) -> frozenset[bytes]:
+    """Digests of all text that is held out, in any domain; what has one of them must not train.
+
+    Of a document whose end is held out both the end and the whole: the whole may come again. Takes
+    about 100 bytes of memory a held-out document.
+
+    Returns:
+        The digests; none, with a warning, of a corpus that is one text again and again, such as one
+        made to try things out: there is no other text to train on.
+    """
+    digests: set[bytes] = set()
+    first, differs, count = b"", False, 0
+    for domain in corpus.domains():
+        before: tuple[str, Document | None] = ("", None)
+        for split, document in corpus.documents(domain, heldout_fraction):
+            digest = text_digest(document.text)
+            first, count = first or digest, count + 1
+            differs = differs or digest != first
+            if split == HELDOUT:
+                digests.add(digest)
+                if before[0] == TRAIN and before[1] and before[1].id == document.id:
+                    digests.add(text_digest(before[1].text + document.text))
+            before = (split, document)
+    if digests and not differs and count > 1:
+        logger.warning(
+            "All %d documents of %r are one text: it is held out and trains too.",
+            count, corpus.name,
+        )  # fmt: skip
+        return frozenset()
+    return frozenset(digests)

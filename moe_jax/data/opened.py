@@ -8,6 +8,7 @@ from types import MappingProxyType
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import Corpus
+from moe_jax.data.records import Fields
 from moe_jax.data.token_files import TokenFiles, prepare_token_files
 from moe_jax.data.tokenizers import Tokenizer, open_tokenizer
 
@@ -50,6 +51,11 @@ class Data:
         )
 
 
+def open_tokenizer_of(config: DataConfig) -> Tokenizer:
+    """Opens the tokenizer of a run, without its corpus."""
+    return open_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
+
+
 def open_data(config: DataConfig) -> Data:
     """Opens and checksums the corpus and the tokenizer.
 
@@ -62,6 +68,8 @@ def open_data(config: DataConfig) -> Data:
     Raises:
         ValueError: there is no such corpus or tokenizer.
     """
-    corpus, tokenizer = open_corpus(config.corpus), open_tokenizer(config.tokenizer)
+    fields = Fields(config.text_field, config.id_field, config.group_field)
+    corpus = open_corpus(config.corpus, fields)
+    tokenizer = open_tokenizer_of(config)
     fingerprints = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint()}
     return Data(config, corpus, tokenizer, corpus.domains(), MappingProxyType(fingerprints))

@@ -14,7 +14,13 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.documents import HELDOUT, TRAIN
+from moe_jax.data.documents import (
+    HELDOUT,
+    TRAIN,
+    hash_unit_interval,
+    heldout_digests,
+    text_digest,
+)
 from moe_jax.data.objectives import Example, get_objective
 from moe_jax.data.opened import Data
 from moe_jax.data.windows import Windows
@@ -108,8 +114,8 @@ def heldout_batches(
     if not order:
         raise ValueError(
             f"No text of {data.config.corpus!r} is held out at heldout_fraction="
-            f"{data.config.heldout_fraction}. Raise config.data.heldout_fraction, or do not "
-            "evaluate."
+            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}, or set "
+            "config.training.evaluate_every=0."
         )
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
@@ -221,10 +227,32 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
     if empty:
         raise ValueError(
             "A domain needs at least sequence_length + 1 tokens to train on: "
-            f"{empty} have fewer (sequence_length={config.sequence_length}). Lower "
-            "config.data.sequence_length, or give config.data.domain_weights without them."
+            f"{empty} have fewer (sequence_length={config.sequence_length}), what is held out or "
+            "repeats it aside. Lower config.data.sequence_length, or give "
+            "config.data.domain_weights without them."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
+
+
+def _way_to_hold_out(data: Data) -> str:
+    """What makes some text held out and leaves some to train on."""
+    documents = (doc for domain in data.domains for _, doc in data.corpus.documents(domain, 0.0))
+    places = sorted({hash_unit_interval(document.group) for document in documents})[:2]
+    fractions = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.
+    if len(places) == 2:
+        rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
+        fractions.insert(0, next((f for f in rounded if f <= places[1]), sum(places) / 2))
+    for fraction in (f for f in fractions if f > data.config.heldout_fraction):
+        never_trains = heldout_digests(data.corpus, fraction)
+        splits = {
+            split
+            for domain in data.domains
+            for split, document in data.corpus.documents(domain, fraction)
+            if split == HELDOUT or text_digest(document.text) not in never_trains
+        }
+        if splits == {TRAIN, HELDOUT}:
+            return f"Set config.data.heldout_fraction={fraction}"
+    return "Add documents, of ids or groups that differ"
 
 
 def _rows_of_host(batch_size: int, host_index: int, host_count: int) -> int:

@@ -17,9 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 import grain
+import numpy as np
 import tensorflow_datasets as tfds
 
-from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, Document, split_of
+from moe_jax.config.check import require
+from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, Document, split_documents
+from moe_jax.data.open_file import decode
+from moe_jax.data.records import Fields, choose_text_field, document_of
 
 # Names that builders give the main text, the first that is present is read.
 TEXT_FEATURES = ("text", "book_text", "passage", "article", "document", "content")
@@ -63,11 +67,11 @@ class TfdsTextCorpus(Corpus):
     """A prepared TFDS dataset as a corpus of one domain.
 
     The split `validation` is held out, or `test` where there is no `validation`, and
-    `heldout_fraction` has no effect. Where there is neither, documents of the training split
-    are held out by the hash of their index.
+    `heldout_fraction` has no effect; a part to train on that holds some of it is refused. Where
+    there is neither, documents of the training split are held out by the hash of their index.
     """
 
-    def __init__(self, spec: str):
+    def __init__(self, spec: str, fields: Fields | None = None):
         """Describes the dataset; reads nothing.
 
         Args:
@@ -75,7 +79,9 @@ class TfdsTextCorpus(Corpus):
                 (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`), or the path of a prepared
                 version's directory; then optionally `@` and the part to train on, such as
                 `@train[:1%]`.
+            fields: features that are read; by default the text is the first of `TEXT_FEATURES`.
         """
+        self._fields = fields or Fields()
         self.name = f"tfds:{spec}"
         self._dataset, _, train_split = spec.partition("@")
         self._train_split = train_split or "train"
@@ -89,22 +95,71 @@ class TfdsTextCorpus(Corpus):
     def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
         """Yields (split, document); see the class for the rule, `Corpus` for the contract."""
         heldout_split = self._heldout_split()
-        for document in self._read(self._train_split, domain):
-            by_hash = split_of(document.id, heldout_fraction)
-            yield TRAIN if heldout_split else by_hash, document
-        if heldout_split:
-            for document in self._read(heldout_split, domain):
-                yield HELDOUT, document
+        self._check_split(heldout_split)
+        training = ((document, False) for document in self._read(self._train_split, domain))
+        if not heldout_split:
+            yield from split_documents(training, heldout_fraction)
+            return
+        for document, _ in training:
+            yield TRAIN, document
+        for document in self._read(heldout_split, domain):
+            yield HELDOUT, document
 
     def fingerprint(self) -> str:
-        """Sha256 of the name, version, files and sizes that TFDS has on record."""
-        info = self._builder.info
+        """Sha256 of what TFDS has on record, and of the files that are read."""
+        info, heldout_split = self._builder.info, self._heldout_split()
+        read = self._check_split(heldout_split) | ({heldout_split} if heldout_split else set())
         splits = {
             name: (split.num_examples, split.num_bytes, split.shard_lengths)
             for name, split in info.splits.items()
         }
-        record = [info.full_name, str(info.file_format), self._train_split, splits]
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        names = [self._text_feature(), *self._fields.names[1:]]
+        record = [info.full_name, str(info.file_format), self._train_split, splits, names]
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+        for path in (path for name in sorted(read) for path in info.splits[name].filepaths):
+            if pathlib.Path(path).is_file():
+                with pathlib.Path(path).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _check_split(self, heldout_split: str) -> set[str]:
+        """The splits that the part to train on is of.
+
+        Raises:
+            ValueError: there is no such split, or one document would train twice or be held out.
+        """
+        splits = self._builder.info.splits
+        try:
+            parts = tfds.core.ReadInstruction.from_spec(self._train_split).to_absolute(splits)
+        except (ValueError, AssertionError, KeyError) as error:
+            raise ValueError(
+                f"A TFDS dataset trains on a part of its splits {sorted(splits)}: "
+                f"{self._train_split!r}: {' '.join(str(error).split())} Correct "
+                f"config.data.corpus={self.name!r}."
+            ) from None
+        ranges = [
+            (
+                part.splitname,
+                part.from_ or 0,
+                splits[part.splitname].num_examples if part.to is None else part.to,
+            )
+            for part in parts
+        ]
+        for index, (name, start, stop) in enumerate(ranges):
+            require(
+                name != heldout_split,
+                f"The split {heldout_split!r} of a TFDS dataset is held out and never trains",
+                f"config.data.corpus={self.name!r}",
+                "Leave it out of what follows the @",
+            )
+            for other, other_start, other_stop in ranges[:index]:
+                require(
+                    name != other or stop <= other_start or other_stop <= start,
+                    "A part of a TFDS dataset holds each document once",
+                    f"{self._train_split!r} holds some of {name!r} twice",
+                    f"Correct config.data.corpus={self.name!r}",
+                )
+        return {name for name, _, _ in ranges}
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -134,13 +189,18 @@ class TfdsTextCorpus(Corpus):
         return next((name for name in ("validation", "test") if name in splits), "")
 
     def _read(self, split: str, domain: str) -> Iterator[Document]:
+        names = self._fields.names
         feature = self._text_feature()
         for index, example in enumerate(self._examples(split)):
-            id_ = f"{split}/{index:09d}"
-            text = example[feature]
-            text = text.decode() if isinstance(text, bytes) else str(text)
-            if text:
-                yield Document(domain, id_, text, id_)
+            where = f"{split}/{index:09d}"
+            # An id and a group only where they are asked for: the index is the id otherwise.
+            record = {"text": _decoded(example[feature], f"{self.name} {where}"), "id": where}
+            for key, name in zip(("id", "group"), names[1:], strict=True):
+                if getattr(self._fields, key):
+                    record[key] = _decoded(example[name], f"{self.name} {where}")
+            document = document_of(record, where, domain, Fields())
+            if document.text:
+                yield document
 
     def _examples(self, split: str) -> Iterator[Mapping[str, Any]]:
         info = self._builder.info
@@ -175,13 +235,27 @@ class TfdsTextCorpus(Corpus):
 
     def _text_feature(self) -> str:
         features = self._builder.info.features
-        for name in TEXT_FEATURES:
-            if name in features:
-                return name
-        raise ValueError(
-            f"A text dataset has a feature named one of {TEXT_FEATURES}: {self._dataset!r} has "
-            f"{sorted(features)}. Add its name to moe_jax.data.tfds_text.TEXT_FEATURES."
+        wanted = self._fields.text
+        name = wanted or next((name for name in TEXT_FEATURES if name in features), "")
+        texts = sorted(key for key in features if _is_text(features[key]))
+        require(
+            name in texts,
+            f"A document has its text in a feature of text, {repr(wanted) if wanted else 'one of'}"
+            f"{'' if wanted else ' ' + ', '.join(TEXT_FEATURES)}",
+            f"{self._dataset!r} has {name!r} as {type(features[name]).__name__} "
+            f"of {features[name].np_dtype}"
+            if name in features
+            else f"{self._dataset!r} has the features {sorted(features)}",
+            choose_text_field(texts),
         )
+        for named in filter(None, (self._fields.id, self._fields.group)):
+            require(
+                named in features,
+                f"Every record has the field {named!r} that the config names",
+                f"{self._dataset!r} has the features {sorted(features)}",
+                "Correct config.data.id_field or config.data.group_field",
+            )
+        return name
 
     def _not_prepared(self, directory: str) -> str:
         known = DATASETS.get(self._base_name, Needs((), "", ""))
@@ -190,8 +264,20 @@ class TfdsTextCorpus(Corpus):
         return (
             f"A TFDS dataset must have been prepared before it is read: there is no "
             f"{self._dataset!r} in {directory}. Where there is a network and "
-            f"tensorflow_datasets{installed}, run\n"
-            f'  python -c "{imports}import tensorflow_datasets as tfds; '
+            f"tensorflow_datasets{installed}, run "
+            f'python -c "{imports}import tensorflow_datasets as tfds; '
             f"tfds.builder('{self._dataset}', file_format='array_record').download_and_prepare()\""
-            "\nand set the environment variable TFDS_DATA_DIR to where the result is."
+            " and set the environment variable TFDS_DATA_DIR to where the result is."
         )
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a value of a feature is one text."""
+    return feature.shape == () and feature.np_dtype in (np.object_, np.str_, np.bytes_)
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """A value of TFDS as Python has it: text for bytes, int for NumPy's."""
+    if isinstance(value, bytes):
+        return decode(value, where)
+    return value.item() if isinstance(value, (np.integer, np.str_)) else value

@@ -2,36 +2,48 @@
 
 A directory of token files, `CACHE/<corpus>-<tokenizer>-<key>/`:
 
-    manifest.json                    what it was made from, and its counts
-    train/<domain>.tokens.npy        uint16 [N], the documents one after the other
+    manifest.json                    what it was made from, its counts, sha256 of its files
+    train/<domain>.tokens.npy        uint16 or uint32 [N], the documents one after the other
     train/<domain>.offsets.npy       int64 [documents + 1], where each begins; the last is N
     heldout/<domain>...              the same for the held-out split
 
 The key is a hash of all that decides the contents, so a directory is never out of date. It is
 written under a temporary name and renamed when whole: a kill leaves no directory of that name.
+Files are read-only, and their checksums are compared when they are opened: damaged ones are made
+again.
 """
 
+import array
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from moe_jax.config.check import require
-from moe_jax.data.documents import SPLITS, Corpus
+from moe_jax.data.documents import (
+    SPLITS,
+    TRAIN,
+    Corpus,
+    Document,
+    heldout_digests,
+    text_digest,
+)
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +69,16 @@ class TokenFiles:
         directory: where it is.
         domains: names of the domains; a domain's id is its index here.
         counts: by split, then by domain.
+        dtype: of the tokens, uint16 or uint32.
     """
 
     directory: pathlib.Path
     domains: tuple[str, ...]
     counts: dict[str, dict[str, Counts]]
+    dtype: np.dtype
 
     def tokens_path(self, split: str, domain: str) -> pathlib.Path:
-        """Path of a uint16 [N] .npy file."""
+        """Path of a .npy file of `dtype` [N]."""
         return self.directory / split / f"{domain}.tokens.npy"
 
     def offsets_path(self, split: str, domain: str) -> pathlib.Path:
@@ -80,10 +94,12 @@ def prepare_token_files(
     cache_dir: str = "",
     corpus_sha256: str = "",
 ) -> TokenFiles:
-    """Opens the token files of a corpus, making them first if the cache has none.
+    """Opens the token files of a corpus, making them first if the cache has none that are whole.
 
     Safe under concurrent calls: one makes the files while the others wait for it. Processes
     that share a cache directory must see each other's `flock`.
+
+    Training documents whose text is held out too, in any domain, are left out.
 
     Args:
         corpus: the documents.
@@ -96,7 +112,9 @@ def prepare_token_files(
         The token files.
 
     Raises:
-        ValueError: if `heldout_fraction` is out of range, or the corpus changed while it was read.
+        ValueError: if `heldout_fraction` is out of range, the corpus has no text, or it changed
+            while it was read.
+        OSError: the cache cannot be written.
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(
@@ -108,50 +126,112 @@ def prepare_token_files(
         "corpus_sha256": corpus_sha256 or corpus.fingerprint(),
         "tokenizer_sha256": tokenizer.fingerprint(),
         "heldout_fraction": heldout_fraction,
+        "dtype": tokenizer.dtype.name,
     }
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
-    cache = pathlib.Path(cache_dir) if cache_dir else default_cache_dir()
+    cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     directory = cache / f"{_slug(corpus.name)}-{_slug(tokenizer.name)}-{key}"
-    if not directory.exists():
+    try:
+        return open_token_files(directory, source)
+    except FileNotFoundError:
+        pass
+    except DamagedTokenFilesError as damage:
+        logger.warning("%s", damage)
+    with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock")):
-            if not directory.exists():
-                names = {"corpus": corpus.name, "tokenizer": tokenizer.name}
-                _build(directory, corpus, tokenizer, source | names)
-    return open_token_files(directory)
+            with contextlib.suppress(FileNotFoundError, DamagedTokenFilesError):
+                return open_token_files(directory, source)  # Another process made it.
+            names = {"corpus": corpus.name, "tokenizer": tokenizer.name}
+            _build(directory, corpus, tokenizer, source | names)
+    return open_token_files(directory, source)
 
 
-def open_token_files(directory: pathlib.Path) -> TokenFiles:
-    """Opens a directory that `prepare_token_files` made.
+class DamagedTokenFilesError(Exception):
+    """Token files are not as they were written."""
+
+
+def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFiles:
+    """Opens a directory that `prepare_token_files` made, and compares its checksums.
+
+    Reads every byte once: about a second for 1 to 2 GB of tokens.
 
     Args:
         directory: the finished directory.
+        source: what its manifest must say that it was made from.
 
     Returns:
         The token files.
 
     Raises:
-        ValueError: if the directory has no manifest of this format version.
+        FileNotFoundError: there is no such directory.
+        DamagedTokenFilesError: with what is damaged.
     """
-    manifest_path = directory / _MANIFEST
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"Token files need a {_MANIFEST} of format version {FORMAT_VERSION}: "
-            f"{directory} has {manifest.get('format_version', 'none')}. "
-            "Delete the directory; it is made anew at the next start."
-        )
-    counts = {
-        split: {domain: Counts(**count) for domain, count in domains.items()}
-        for split, domains in manifest["counts"].items()
-    }
-    return TokenFiles(directory, tuple(manifest["domains"]), counts)
+    if not directory.exists():
+        raise FileNotFoundError(f"There are no token files in {directory}.")
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
+        counts = {
+            split: {domain: Counts(**count) for domain, count in domains.items()}
+            for split, domains in manifest["counts"].items()
+        }
+        dtype, sha256 = np.dtype(manifest["dtype"]), dict(manifest["sha256"])
+        files = TokenFiles(directory, tuple(manifest["domains"]), counts, dtype)
+        whole = digest_of_manifest(manifest) == manifest["manifest_sha256"]
+        whole = whole and {name: manifest.get(name) for name in source} == source
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise _damage(directory, _MANIFEST)
+    for name, expected in sha256.items():
+        path = directory / name
+        if not path.is_file() or _sha256(path) != expected:
+            raise _damage(directory, name)
+    return files
+
+
+def digest_of_manifest(manifest: dict[str, Any]) -> str:
+    """Sha256 of all that a manifest says but this."""
+    rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _damage(directory: pathlib.Path, name: str) -> DamagedTokenFilesError:
+    return DamagedTokenFilesError(
+        f"The token files in {directory} are damaged: {name} is not as it was written. They are "
+        "made again."
+    )
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_cache_dir() -> pathlib.Path:
     """`$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax` where that variable is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "moe_jax"
+
+
+@contextlib.contextmanager
+def _writing_to(cache: pathlib.Path) -> Iterator[None]:
+    """Says of an error in writing to the cache where it was, and what to do.
+
+    Raises:
+        OSError: in one line.
+    """
+    try:
+        yield
+    except OSError as error:
+        # A write that fails names no file; one with a message of our own has no number.
+        elsewhere = error.filename and not str(error.filename).startswith(str(cache))
+        if error.errno is None or elsewhere:
+            raise
+        raise OSError(
+            f"Token files are written to a cache: {cache}: {error.strerror}. Make room or give "
+            "permission there, or set config.data.cache_dir to another folder."
+        ) from error
 
 
 def _build(
@@ -163,56 +243,107 @@ def _build(
         shutil.rmtree(abandoned, ignore_errors=True)  # Its builder was killed: we have the lock.
     partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     try:
-        heldout_fraction = manifest["heldout_fraction"]
-        counts: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
-        for domain in corpus.domains():
-            domain_counts = _write_domain(partial, corpus, tokenizer, domain, heldout_fraction)
-            for split, count in domain_counts.items():
-                counts[split][domain] = dataclasses.asdict(count)
+        manifest = manifest | _write_domains(partial, corpus, tokenizer, manifest)
         require(
             corpus.fingerprint() == manifest["corpus_sha256"],
             "A corpus stays as it is while it is read",
             f"{corpus.name!r} has changed since it was opened",
             "Start again when it is complete",
         )
-        contents = manifest | {"domains": corpus.domains(), "counts": counts}
-        with (partial / _MANIFEST).open("w") as file:
-            json.dump(contents, file, indent=1)
+        manifest |= {"manifest_sha256": digest_of_manifest(json.loads(json.dumps(manifest)))}
+        with (partial / _MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
             _flush_to_disk(file)
+        for path in partial.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o444)
         partial.chmod(0o755)  # mkdtemp is private; a cache may be shared.
+        if directory.exists():
+            shutil.rmtree(directory)  # Damaged; who reads it keeps what is open.
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _write_domain(
-    directory: pathlib.Path,
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    domain: str,
-    heldout_fraction: float,
-) -> dict[str, Counts]:
-    """Writes one domain's files, in memory that does not grow with its tokens."""
-    with contextlib.ExitStack() as stack:
-        tokens, offsets, num_bytes = {}, {split: [0] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
-        for split in SPLITS:
-            (directory / split).mkdir(exist_ok=True)
-            path = directory / split / f"{domain}.tokens.npy"
-            tokens[split] = stack.enter_context(_NpyWriter.open(path, np.dtype(np.uint16)))
-        for split, document in corpus.documents(domain, heldout_fraction):
-            ids = tokenizer.encode_document(document.text)
-            tokens[split].append(ids)
-            offsets[split].append(offsets[split][-1] + len(ids))
-            num_bytes[split] += len(document.text.encode())
-    for split in SPLITS:
-        with (directory / split / f"{domain}.offsets.npy").open("wb") as file:
-            np.save(file, np.asarray(offsets[split], np.int64))
-            _flush_to_disk(file)
+def _write_domains(
+    directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, manifest: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes all files but the manifest, and returns what it says of them."""
+    fraction = manifest["heldout_fraction"]
+    never_trains = heldout_digests(corpus, fraction)
+    counts: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
+    repeats: dict[str, int] = {}
+    for domain in corpus.domains():
+        writer = _DomainWriter(directory, tokenizer, domain)
+        repeats[domain] = writer.write(corpus.documents(domain, fraction), never_trains)
+        for split, count in writer.counts().items():
+            counts[split][domain] = dataclasses.asdict(count)
+    require(
+        any(count["documents"] for domains in counts.values() for count in domains.values()),
+        "A corpus has text",
+        f"{corpus.name!r} has none in {list(corpus.domains())}",
+        "Correct config.data.corpus",
+    )
+    if any(repeats.values()):
+        logger.warning(
+            "%d training documents of %r repeat a held-out text and are left out.",
+            sum(repeats.values()),
+            corpus.name,
+        )
+    paths = sorted(directory.rglob("*.npy"))
     return {
-        split: Counts(len(offsets[split]) - 1, offsets[split][-1], num_bytes[split])
-        for split in SPLITS
+        "domains": corpus.domains(),
+        "counts": counts,
+        "repeats_left_out": repeats,
+        "sha256": {path.relative_to(directory).as_posix(): _sha256(path) for path in paths},
     }
+
+
+class _DomainWriter:
+    """Writes one domain's files, in memory that does not grow with its tokens."""
+
+    def __init__(self, directory: pathlib.Path, tokenizer: Tokenizer, domain: str):
+        self._directory, self._tokenizer, self._domain = directory, tokenizer, domain
+        self._offsets = {split: array.array("q", [0]) for split in SPLITS}
+        self._bytes = dict.fromkeys(SPLITS, 0)
+
+    def write(
+        self, documents: Iterable[tuple[str, Document]], never_trains: frozenset[bytes]
+    ) -> int:
+        """Writes the documents but those that may not train; returns how many of these there were.
+
+        Args:
+            documents: of the domain, with their split.
+            never_trains: digests of held-out text.
+        """
+        repeats = 0
+        with contextlib.ExitStack() as stack:
+            tokens = {}
+            for split in SPLITS:
+                (self._directory / split).mkdir(exist_ok=True)
+                path = self._directory / split / f"{self._domain}.tokens.npy"
+                tokens[split] = stack.enter_context(_NpyWriter.open(path, self._tokenizer.dtype))
+            for split, document in documents:
+                if split == TRAIN and text_digest(document.text) in never_trains:
+                    repeats += 1
+                    continue
+                ids = self._tokenizer.encode_document(document.text)
+                tokens[split].append(ids)
+                self._offsets[split].append(self._offsets[split][-1] + len(ids))
+                self._bytes[split] += len(document.text.encode())
+        for split, offsets in self._offsets.items():
+            path = self._directory / split / f"{self._domain}.offsets.npy"
+            with path.open("wb") as file:
+                np.save(file, np.asarray(offsets, np.int64))
+                _flush_to_disk(file)
+        return repeats
+
+    def counts(self) -> dict[str, Counts]:
+        """What was written, by split."""
+        return {
+            split: Counts(len(offsets) - 1, offsets[-1], self._bytes[split])
+            for split, offsets in self._offsets.items()
+        }
 
 
 class _NpyWriter:

@@ -9,6 +9,7 @@ only, the same number of bytes of each domain, and is the same for the same corp
 import io
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import sentencepiece
@@ -16,8 +17,9 @@ from absl import app, flags, logging
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
-from moe_jax.data.documents import HELDOUT, TRAIN, Corpus
-from moe_jax.data.tokenizers import SentencePieceTokenizer
+from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, heldout_digests, text_digest
+from moe_jax.data.records import Fields
+from moe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 # 256 bytes, pad, bos, eos, unk, newline and tab; above it at least some merges.
 _MIN_VOCAB_SIZE = 300
@@ -80,7 +82,7 @@ def train(
         raise ValueError(
             "The vocabulary must hold the characters of the text, and the text must yield the "
             f"merges of the vocabulary: {vocab_size} ids, {max_bytes} bytes of {corpus.name!r}. "
-            f"Change --vocab_size or --max_mb as SentencePiece says: {error}"
+            "Change --vocab_size or --max_mb as SentencePiece says: " + " ".join(str(error).split())
         ) from error
     partial = pathlib.Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +94,11 @@ def train(
 def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> Iterator[str]:
     """Yields training texts: from each domain its share of `max_bytes`, or all it has."""
     domains = corpus.domains()
+    never_trains = heldout_digests(corpus, heldout_fraction)
     for domain in domains:
         budget = max_bytes // len(domains)
         for split, document in corpus.documents(domain, heldout_fraction):
-            if split == TRAIN and document.text:
+            if split == TRAIN and text_digest(document.text) not in never_trains:
                 text = document.text.encode()[:budget].decode(errors="ignore")
                 budget -= len(text.encode())
                 yield text
@@ -104,11 +107,27 @@ def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> 
 
 
 def main(argv: Sequence[str]) -> None:
+    """Trains; what a user can put right ends the process with one line."""
+    if len(argv) > 1 or not flags.FLAGS.out:
+        raise app.UsageError("--out=PATH is required, and there are no positional arguments.")
+    try:
+        _run()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _run() -> None:
     """Reads the flags, trains, and logs how many bytes a token stands for."""
     options = flags.FLAGS
-    if len(argv) > 1 or not options.out:
-        raise app.UsageError("--out=PATH is required, and there are no positional arguments.")
-    corpus = open_corpus(options.corpus)
+    # Checked as the settings of a run are.
+    data = DataConfig(
+        corpus=options.corpus,
+        text_field=options.text_field,
+        group_field=options.group_field,
+        id_field=options.id_field,
+        heldout_fraction=options.heldout_fraction,
+    )
+    corpus = open_corpus(data.corpus, Fields(data.text_field, data.id_field, data.group_field))
     tokenizer = train(
         corpus,
         options.out,
@@ -127,7 +146,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _define_flags() -> None:
     # Not at import: several commands are imported into one test process.
-    flags.DEFINE_string("corpus", "embedded", "As config.data.corpus.")
+    for name in ("corpus", "text_field", "id_field", "group_field"):
+        flags.DEFINE_string(name, getattr(DataConfig, name), f"As config.data.{name}.")
     flags.DEFINE_integer("vocab_size", 8192, "Number of ids, at most 65536.")
     flags.DEFINE_string("out", "", "Path of the .model file to write.")
     flags.DEFINE_float("max_mb", 14.0, "Megabytes of text to train on, over all domains.")

@@ -1,7 +1,8 @@
 """Fixed-length windows over the token files of one domain, by index."""
 
 import functools
-import pathlib
+import os
+import weakref
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,14 @@ class Windows:
                 tokens that fill no window are left out.
         """
         self._tokens_path = files.tokens_path(split, domain)
+        self._dtype = files.dtype
         self._offsets_path = files.offsets_path(split, domain)
         self._domain_id = files.domains.index(domain)
         self._sequence_length = sequence_length
         self._objective = objective
         self._pad_id = pad_id
-        num_tokens = files.counts[split][domain].tokens
-        num_targets = max(num_tokens - 1, 0)
+        self._num_tokens = files.counts[split][domain].tokens
+        num_targets = max(self._num_tokens - 1, 0)
         self._length = num_targets // sequence_length
         if keep_partial and num_targets % sequence_length:
             self._length += 1
@@ -75,11 +77,12 @@ class Windows:
 
         Raises:
             IndexError: if the index is out of range.
+            OSError: if the file was cut after it was opened.
         """
         if not 0 <= index < self._length:
             raise IndexError(f"window {index} of {self._length} in {self._tokens_path}")
         start = index * self._sequence_length
-        tokens = self._tokens[start : start + self._sequence_length + 1].astype(np.int32)
+        tokens = self._tokens(start, self._sequence_length + 1).astype(np.int32)
         stop = start + len(tokens)
         # Documents that begin after the window's first token and within it.
         first, last = np.searchsorted(self._offsets, (start, stop - 1), side="right")
@@ -93,22 +96,39 @@ class Windows:
             domain=self._domain_id,
         )
 
+    def _tokens(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), fewer at the end of the file.
+
+        Read rather than mapped: of a mapped file that is cut the process dies without a word.
+        """
+        file, header_bytes = self._tokens_file
+        count = min(count, self._num_tokens - start)
+        size = self._dtype.itemsize
+        data = os.pread(file, count * size, header_bytes + start * size)
+        if len(data) != count * size:
+            raise OSError(
+                f"Token files stay as they are while they are read: {self._tokens_path} was cut. "
+                "Start again: they are made anew."
+            )
+        return np.frombuffer(data, self._dtype)
+
     @functools.cached_property
-    def _tokens(self) -> np.ndarray:
-        return _map_array(self._tokens_path)
+    def _tokens_file(self) -> tuple[int, int]:
+        """Descriptor of the open file, and the bytes before its first token."""
+        descriptor = os.open(self._tokens_path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        with self._tokens_path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            return descriptor, file.tell()
 
     @functools.cached_property
     def _offsets(self) -> np.ndarray:
-        return _map_array(self._offsets_path)
+        return np.load(self._offsets_path)  # Eight bytes a document.
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("_tokens", "_offsets")
+        opened = ("_tokens_file", "_offsets")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __repr__(self) -> str:
         return f"Windows({str(self._tokens_path)!r}, {self._length} of {self._sequence_length})"
-
-
-def _map_array(path: pathlib.Path) -> np.ndarray:
-    # A plain ndarray over the map: indexing np.memmap itself is several times slower.
-    return np.asarray(np.load(path, mmap_mode="r"))

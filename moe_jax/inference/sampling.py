@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig
-from moe_jax.data import open_tokenizer
+from moe_jax.data import open_tokenizer_of
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Call
 
@@ -92,7 +92,7 @@ def continue_text(
             f"temperature={temperature}, num_tokens={num_tokens}. Use temperature=0 for the "
             "likeliest token."
         )
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer_of(config.data)
     window = config.data.sequence_length
     model = in_groups_of(window, config.model)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig, read_config
-from moe_jax.data import Data, open_data, open_tokenizer
+from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
@@ -47,7 +47,7 @@ def load_run(
             "was given."
         )
     config = read_config(record, ExperimentConfig, trust=trust)
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = open_tokenizer_of(config.data)
     check_content(record, {"tokenizer": tokenizer.fingerprint()}, workdir)
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())

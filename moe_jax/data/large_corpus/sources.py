@@ -6,7 +6,7 @@ from typing import NamedTuple
 from moe_jax.data.large_corpus import readers, text
 from moe_jax.data.large_corpus.packages import Package
 
-# How the text of a domain is held out; `moe_jax.data.corpora.JsonlCorpus` applies it.
+# How the text of a domain is held out; `moe_jax.data.file_corpus.FileCorpus` applies it.
 BY_GROUP = "group"
 BY_TAIL = "tail"
 

@@ -1,0 +1,292 @@
+"""Which files of a path are a corpus, and which domain and split each belongs to."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from moe_jax.config.check import require
+from moe_jax.data.documents import HELDOUT, TRAIN
+
+SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "text": (".txt", ".md"),
+        "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+        "parquet": (".parquet",),
+        "arrow": (".arrow",),
+    }
+)
+ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+# Names of files and folders that say which split they are; the first that is there is held out.
+HELDOUT_NAMES = ("validation", "valid", "val", "dev", "eval", "heldout", "test")
+_SHARD = re.compile(r"-\d{5,}$|-\d+-of-\d+$")
+
+
+class _File(NamedTuple):
+    """A file, and the parts of its name that say what it is: folders, then its own without suffix.
+
+    The own name of a text file is that of a document, and no part.
+    """
+
+    path: pathlib.Path
+    parts: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The files of a corpus.
+
+    Attributes:
+        kind: a key of `SUFFIXES`.
+        domains: names of the domains, in the order of their first files.
+        files: by split, then by domain. Without files under `heldout`, documents are held out by
+            hash or their ends are.
+    """
+
+    kind: str
+    domains: tuple[str, ...]
+    files: Mapping[str, Mapping[str, tuple[pathlib.Path, ...]]]
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether files of their own are held out."""
+        return bool(self.files[HELDOUT])
+
+
+def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
+    """Finds the files of a corpus.
+
+    * One file is one domain, named after it.
+    * In a folder of text files, those directly in it are one domain, named after the folder.
+    * In a folder of JSON lines or tables each file is a domain; `NAME-00000-of-00009.parquet` is a
+      part of the domain NAME.
+    * A subfolder is one domain, whatever is in it.
+    * Where some files or folders are called `train` and others `validation` (or as
+      `HELDOUT_NAMES` has it), these are splits and not domains: the first trains, the second is
+      held out.
+    * A Hugging Face dataset is one domain, or its splits are, by the same rule.
+
+    Hidden files, `._x` of macOS among them, are left out; so are .md files beside data.
+
+    Args:
+        path: of a file or folder.
+        kind: a key of `SUFFIXES`; "": found out.
+
+    Raises:
+        ValueError: there is nothing of that kind, there are several kinds, or a file is reached
+            twice.
+        OSError: a folder cannot be read.
+    """
+    require(
+        path.exists(),
+        "A corpus is 'embedded', the path of a file or folder, or 'tfds:NAME'",
+        f"there is no {str(path)!r}",
+        "Correct config.data.corpus",
+    )
+    if path.is_file():
+        kind = kind or _kind_of(path.name)
+        require(
+            bool(kind),
+            f"A corpus file is one of {ALL_SUFFIXES}",
+            str(path),
+            f"Convert it, or name its kind, as in config.data.corpus=text:{path}",
+        )
+        return Layout(
+            kind, (_stem(path.name, kind),), {TRAIN: {_stem(path.name, kind): (path,)}, HELDOUT: {}}
+        )
+    dataset = _dataset_files(path) if kind in ("", "arrow") else []
+    if dataset:
+        kind, files = "arrow", dataset
+    else:
+        kind, files = _choose_kind(path, _walk(path), kind)
+    _check_reached_once(files)
+    return _sort_by_split(path, kind, files)
+
+
+def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All files below a folder that are not hidden, in the order of their names."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, entered = [], {folder.resolve()}
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        for name in visible:
+            target = pathlib.Path(parent, name).resolve()
+            require(
+                target not in entered,
+                "A corpus reaches each folder once",
+                f"{parent}/{name} is {target} again",
+                "Remove the link",
+            )
+            entered.add(target)
+        folders[:] = visible
+        found += [pathlib.Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def _choose_kind(
+    folder: pathlib.Path, paths: list[pathlib.Path], kind: str
+) -> tuple[str, list[_File]]:
+    by_kind: dict[str, list[pathlib.Path]] = {}
+    for path in paths:
+        by_kind.setdefault(_kind_of(path.name), []).append(path)
+    by_kind.pop("", None)
+    if not kind and len(by_kind) > 1 and all(p.suffix == ".md" for p in by_kind.get("text", ())):
+        by_kind.pop("text", None)  # A README beside the data.
+    examples = [f"{paths[0].relative_to(folder)} ({kind})" for kind, paths in by_kind.items()]
+    require(
+        bool(kind) or len(by_kind) <= 1,
+        "The files of a corpus are of one kind",
+        f"{str(folder)!r} has {', '.join(examples)}",
+        "Move the others away, or name the kind, as in "
+        f"config.data.corpus={min(by_kind, default='')}:{folder}",
+    )
+    kind = kind or next(iter(by_kind), "")
+    is_prepared = (folder / "features.json").exists()
+    require(
+        bool(by_kind.get(kind)),
+        f"A corpus has files of text, one of {', '.join(SUFFIXES.get(kind, (ALL_SUFFIXES,)))}",
+        f"none in {str(folder)!r}",
+        f"Set config.data.corpus=tfds:{folder}: it looks like a prepared TFDS dataset"
+        if is_prepared
+        else "Correct config.data.corpus, or set it to 'embedded'",
+    )
+    return kind, [_File(path, _parts(path, folder, kind)) for path in by_kind[kind]]
+
+
+def _parts(path: pathlib.Path, folder: pathlib.Path, kind: str) -> tuple[str, ...]:
+    folders = path.relative_to(folder).parts[:-1]
+    return folders if kind == "text" else (*folders, _SHARD.sub("", _stem(path.name, kind)))
+
+
+def _dataset_files(folder: pathlib.Path) -> list[_File]:
+    """The arrow files of a Hugging Face dataset, as `save_to_disk` writes it; [] if it is none."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _listed(folder / "dataset_dict.json", "splits")
+        return [
+            _File(file.path, (str(split),))
+            for split in splits
+            for file in _dataset_files(folder / str(split))
+        ]
+    if not (folder / "state.json").is_file():
+        return []
+    entries = _listed(folder / "state.json", "_data_files")
+    names = [entry["filename"] for entry in entries if isinstance(entry, dict)]
+    return [_File(folder / str(name), ()) for name in names]
+
+
+def _listed(path: pathlib.Path, name: str) -> list[Any]:
+    """What a Hugging Face dataset lists, each of which is there.
+
+    Raises:
+        ValueError: the file is damaged, or something is not there.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))[name]
+        files = [entry["filename"] if isinstance(entry, dict) else str(entry) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        entries, files = [], []
+    require(
+        bool(files), f"A Hugging Face dataset lists its {name}", f"{path} does not", "Copy it again"
+    )
+    for file in files:
+        require(
+            (path.parent / file).exists(),
+            f"A Hugging Face dataset has what its {path.name} lists",
+            f"there is no {path.parent / file}",
+            "Copy or save the dataset again",
+        )
+    return list(entries)
+
+
+def _check_reached_once(files: list[_File]) -> None:
+    seen: dict[pathlib.Path, pathlib.Path] = {}
+    for file in files:
+        target = file.path.resolve()
+        require(
+            target not in seen,
+            "A corpus reaches each file once",
+            f"{file.path} and {seen.get(target)} are the same",
+            "Remove one of them",
+        )
+        seen[target] = file.path
+        require(
+            file.path.name.isprintable() and _is_unicode(str(file.path)),
+            "Names of corpus files are printable UTF-8",
+            ascii(str(file.path)),
+            "Rename the file",
+        )
+
+
+def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layout:
+    """Splits by name where both sides are there, else everything under `train`."""
+    names = {part for file in files for part in file.parts}
+    heldout = next((name for name in HELDOUT_NAMES if name in names), "")
+    splits = ("train", *HELDOUT_NAMES) if heldout and "train" in names else ()
+    sorted_files: dict[str, dict[str, list[pathlib.Path]]] = {TRAIN: {}, HELDOUT: {}}
+    domains: dict[str, None] = {}
+    for file in files:
+        split = next((part for part in file.parts if part in splits), "")
+        require(
+            bool(split) or not splits,
+            f"A corpus with the splits train and {heldout} has no other files",
+            str(file.path),
+            f"Move it away, or set config.data.corpus={folder / 'train'}",
+        )
+        if split not in ("", "train", heldout):
+            continue
+        rest = [part for part in file.parts if part != split or not split]
+        domain = rest[0] if rest else folder.resolve().name or "text"
+        side = HELDOUT if split and split == heldout else TRAIN
+        sorted_files[side].setdefault(domain, []).append(file.path)
+        domains[domain] = None
+    _check_loose_files(folder, kind, files, domains)
+    by_split = {
+        side: {domain: tuple(paths) for domain, paths in by_domain.items()}
+        for side, by_domain in sorted_files.items()
+    }
+    return Layout(kind, tuple(domains), by_split)
+
+
+def _check_loose_files(
+    folder: pathlib.Path, kind: str, files: list[_File], domains: dict[str, None]
+) -> None:
+    """Refuses a domain that is both a subfolder and what lies beside the subfolders."""
+    depth = 0 if kind == "text" else 1
+    loose = {
+        (file.parts[0] if file.parts else folder.resolve().name): file.path
+        for file in files
+        if len(file.parts) == depth
+    }
+    inside = {file.parts[0]: file.path for file in files if len(file.parts) > depth}
+    for domain in domains:
+        require(
+            domain not in loose or domain not in inside,
+            "A domain is a file or a folder",
+            f"{loose.get(domain)} and {inside.get(domain)} are both {domain!r}",
+            "Rename one of them",
+        )
+
+
+def _kind_of(name: str) -> str:
+    lower = name.lower()
+    return next((kind for kind, ends in SUFFIXES.items() if lower.endswith(ends)), "")
+
+
+def _stem(name: str, kind: str) -> str:
+    ends = [suffix for suffix in SUFFIXES[kind] if name.lower().endswith(suffix)]
+    return name[: -len(max(ends, key=len))] if ends else pathlib.Path(name).stem
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""Opens a file that a user named, and says in one line what is wrong with it."""
+
+import contextlib
+import gzip
+import io
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+from moe_jax.config.check import require
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def check_file(path: pathlib.Path, what: str) -> None:
+    """Refuses what is no file with contents, before anything parses it.
+
+    Args:
+        path: of the file.
+        what: it should be, such as "a tokenizer".
+
+    Raises:
+        ValueError: naming the path, what is there, and what to do.
+        OSError: it cannot be read.
+    """
+    require(path.exists(), f"{what} is a file", f"there is none at {str(path)!r}", "Correct it")
+    found = "a folder" if path.is_dir() else "a device or pipe"
+    require(path.is_file(), f"{what} is a file", f"{path} is {found}", "Name a file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+    except PermissionError as error:
+        raise OSError(
+            f"{what} is readable: {path}: {error.strerror}. Permit it: chmod +r {path}."
+        ) from None
+    require(
+        start != _LFS,
+        f"{what} is a file with its contents",
+        f"{path} is a Git LFS pointer",
+        "Run `git lfs pull` where it came from",
+    )
+
+
+@contextlib.contextmanager
+def open_stream(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file of a corpus, unpacking .gz and .zst as it is read.
+
+    Raises:
+        ValueError: it is no such file, or damaged; errors of the body that reads it included.
+    """
+    check_file(path, "A corpus file")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".gz":
+            with gzip.open(path, "rb") as stream:
+                yield cast(BinaryIO, stream)
+        elif suffix == ".zst":
+            import pyarrow as pa
+
+            with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
+                yield io.BufferedReader(stream, 2**20)
+        else:
+            with path.open("rb") as stream:
+                yield stream
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from None
+    except OSError as error:
+        if suffix != ".zst" or error.errno is not None:
+            raise
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
+    said = " ".join(str(error).split())
+    return ValueError(
+        f"A corpus file is whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
+        "Copy or make it again."
+    )
+
+
+def decode(data: bytes, where: str) -> str:
+    """Decodes UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is of another encoding; with the command that converts it.
+    """
+    path = where.partition(" line ")[0]
+    for mark, name in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
+        require(
+            not data.startswith(mark),
+            "A corpus is UTF-8 text",
+            f"{where} is {name}",
+            f"Convert it: iconv -f {name} -t UTF-8 {path}",
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        at = where if " line " in where else f"{where} line {line}"
+        raise ValueError(
+            f"A corpus is UTF-8 text: {at} has the byte 0x{data[error.start]:02x}. Convert the "
+            f"file, from the encoding that it has: iconv -f LATIN1 -t UTF-8 {path}."
+        ) from None

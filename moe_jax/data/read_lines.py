@@ -1,0 +1,51 @@
+"""Files of JSON lines as documents."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+from moe_jax.config.check import require
+from moe_jax.data.documents import Document
+from moe_jax.data.open_file import decode, open_stream
+from moe_jax.data.records import MAX_DOCUMENT_BYTES, TOO_LARGE, Fields, document_of
+
+
+def read_lines(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tuple[Document, bool]]:
+    """Reads a .jsonl file, also .gz or .zst, a line at a time; blank lines are skipped.
+
+    Args:
+        path: of the file.
+        domain: that it belongs to.
+        fields: of a line that are read.
+
+    Yields:
+        The document, and whether the line says `"heldout": "tail"`.
+
+    Raises:
+        ValueError: naming the file, the line and what is wrong with it.
+    """
+    with open_stream(path) as stream:
+        number = 0
+        # JSON escapes take up to six bytes for one of the text.
+        while line := stream.readline(6 * MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            where = f"{path} line {number}"
+            require(len(line) <= 6 * MAX_DOCUMENT_BYTES, TOO_LARGE, where, "Cut it up")
+            text = decode(line, where)
+            if text.strip():
+                record = _parse(text, where)
+                has_tail = record.get("heldout") == "tail"
+                yield document_of(record, where, domain, fields), has_tail
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(
+            'Each line of a .jsonl corpus is a JSON object such as {"text": "..."}: '
+            f"{where} is {line[:60]!r}. Repair or rebuild it."
+        )
+    return record

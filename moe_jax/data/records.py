@@ -1,0 +1,132 @@
+"""A record of a corpus, such as a line of JSON or a row of a table, as a document."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.data.documents import Document
+
+# A document is held in memory, and several times while it is encoded.
+MAX_DOCUMENT_BYTES = 2**28
+TOO_LARGE = f"A document has at most {MAX_DOCUMENT_BYTES >> 20} MiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Names of the fields of a record.
+
+    Attributes:
+        text: of the text; "": `text`.
+        id: of the document's name, text or an integer; "": `id`, where there is one.
+        group: of what must not be split (translations of a page), text or an integer; "": `group`,
+            where there is one.
+    """
+
+    text: str = ""
+    id: str = ""
+    group: str = ""
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The fields that are read: of text, id and group."""
+        return self.text or "text", self.id or "id", self.group or "group"
+
+
+def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fields) -> Document:
+    """Makes a document of a record.
+
+    A record without a group is its own, by its id. One without an id is named by its place, and
+    falls to the split by the hash of its text, as its copies do.
+
+    Args:
+        record: values by field.
+        where: file and line or row, for messages.
+        domain: that the document belongs to.
+        fields: that are read.
+
+    Returns:
+        The document; its text may be empty.
+
+    Raises:
+        ValueError: a field that was named is missing, or a value is of the wrong type.
+    """
+    text_field, id_field, group_field = fields.names
+    text = record.get(text_field)
+    require(
+        text_field in record,
+        f"A document has its text in the field {text_field!r}",
+        f"{where} has the fields {sorted(record)}",
+        choose_text_field(text_fields(record)),
+    )
+    require(
+        isinstance(text, str),
+        f"A document's text is text: field {text_field!r}",
+        f"{where} has {_described(text)}",
+        "Leave the record out of the corpus"
+        if text is None
+        else choose_text_field(text_fields(record)),
+    )
+    check_text(str(text), where)
+    id_ = _name(record, id_field, bool(fields.id), where)
+    group = _name(record, group_field, bool(fields.group), where)
+    if not group:
+        group = id_ or hashlib.sha256(str(text).encode()).hexdigest()
+    return Document(domain, id_ or where, str(text), group)
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses text that UTF-8 cannot express, or that is too long.
+
+    Raises:
+        ValueError: naming the place.
+    """
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Text is what UTF-8 can express: {where} has a lone surrogate "
+            f"{text[error.start]!a} at character {error.start}. Repair it, for instance by "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from None
+    require(
+        num_bytes <= MAX_DOCUMENT_BYTES, TOO_LARGE, f"{where} has {num_bytes >> 20}", "Cut it up"
+    )
+
+
+def text_fields(record: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that hold text, and not the name of a document."""
+    names = (name for name, value in record.items() if isinstance(value, str))
+    return sorted(name for name in names if name not in ("id", "group", "heldout"))
+
+
+def choose_text_field(names: list[str]) -> str:
+    """What to do where the text is in another field, if any."""
+    if not names:
+        return "It has no field of text: use another corpus"
+    return f"Set config.data.text_field, here to one of {names}"
+
+
+def _name(record: Mapping[str, Any], field: str, named: bool, where: str) -> str:
+    value = record.get(field)
+    require(
+        not named or value is not None,
+        f"Every record has the field {field!r} that the config names",
+        f"{where} has {'null' if field in record else sorted(record)}",
+        "Correct config.data.id_field or config.data.group_field, or the record",
+    )
+    require(
+        value is None or (isinstance(value, (str, int)) and not isinstance(value, bool)),
+        f"Field {field!r} names a document by text or an integer",
+        f"{where} has {_described(value)}",
+        f"Correct it, or set config.data.{'id' if field == 'id' else 'group'}_field",
+    )
+    if value is None:
+        return ""
+    check_text(str(value), f"{where}, field {field!r},")
+    return str(value)
+
+
+def _described(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
