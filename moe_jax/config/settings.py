@@ -1,15 +1,23 @@
 """Settings that check themselves: the base class of every config section and of every part."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
+
+import numpy as np
 
 from moe_jax.config.check import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What values a setting may have; None: no such bound. NaN and infinity are never allowed."""
+    """What values a setting may have; None: no such bound.
+
+    NaN and infinity are never allowed, nor an integer beyond 32 bits with a sign, unless `below`
+    or `at_most` says so. A float keeps to them as the float32 that it becomes on a device, too:
+    1 - 1e-9 is 1 there.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -31,7 +39,16 @@ class Bounds:
         """Whether a value keeps to them."""
         if self.choices is not None:
             return value in self.choices
-        return (
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        if isinstance(value, numbers.Integral):
+            bounded = self.below is not None or self.at_most is not None
+            return self._contain(value) and (bounded or abs(value) < 2**31)
+        with np.errstate(over="ignore"):
+            return self._contain(value) and self._contain(np.float32(value))
+
+    def _contain(self, value: Any) -> bool:
+        return bool(
             float("-inf") < value < float("inf")
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)

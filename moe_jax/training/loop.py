@@ -31,7 +31,7 @@ from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
 from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, evaluation_params
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.workdir import check_workdir, only_run
 
@@ -111,7 +111,7 @@ class Run(NamedTuple):
         some = None if self.is_last(step) else self.config.training.evaluation_batches or None
         with self.rates.paused():
             evaluation = evaluate(
-                state.params,
+                evaluation_params(state),
                 state.model_state,
                 self.config,
                 self.data,
