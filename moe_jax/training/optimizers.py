@@ -25,8 +25,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     - constant: 1
     - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: 1 - (1 - F) t, with t = (s - W) / (N - W)
     - rsqrt: sqrt(W / s)
-    - wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395; linear as in Hägele et al. 2024,
-      arXiv:2405.18392): 1 until D = max(decay_fraction N, 1) steps are left, then on a line to F.
+    - wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395): 1 until D =
+      max(decay_fraction N, 1) steps are left, then on a line to F (arXiv:2405.18392).
 
     The last step, N, uses F * P exactly where the schedule has F.
 
@@ -44,7 +44,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
             return jnp.clip((step - start) / max(num_steps - start, 1), 0, 1)
 
         decays = {
-            "constant": lambda: 1.0,
+            "constant": lambda: jnp.ones(()),
             "cosine": lambda: final + (1 - final) * (1 + jnp.cos(jnp.pi * since(warmup))) / 2,
             "linear": lambda: 1 - (1 - final) * since(warmup),
             "rsqrt": lambda: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
@@ -181,11 +181,11 @@ class ParameterAverage(NamedTuple):
     """The state of `average_parameters`.
 
     Attributes:
-      count: int32 scalar, finished steps.
+      steps: int32 scalar, finished ones.
       average: of the parameters after them.
     """
 
-    count: jax.Array
+    steps: jax.Array
     average: Any
 
 
@@ -200,12 +200,12 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
         return ParameterAverage(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
 
     def update(updates: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, Any]:
-        count = state.count + 1
-        share = jnp.maximum(1 - decay, 1 / count.astype(jnp.float32))
+        steps = state.steps + 1
+        share = jnp.maximum(1 - decay, 1 / steps.astype(jnp.float32))
         average = jax.tree.map(
             lambda old, p, u: old + share * (p + u - old), state.average, params, updates
         )
-        return updates, ParameterAverage(count, average)
+        return updates, ParameterAverage(steps, average)
 
     return optax.GradientTransformation(init, update)
 
