@@ -211,7 +211,10 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def moments_of(settings: OptimizerConfig, spec: ParameterSpec) -> int:
-    """How many arrays of a parameter's own shape the optimizer keeps for it."""
+    """How many arrays of a parameter's own shape the optimizer keeps for it.
+
+    Adafactor's factors, and the moments of what it does not factor, are not counted.
+    """
     of_name = {"adamw": 2, "adafactor": 0, "lion": 1, "schedule_free": 2}
     of_name["muon"] = 1 if is_matrix(spec) else 2
     return of_name[settings.name] + (settings.ema_decay > 0)
