@@ -82,7 +82,7 @@ def optimizer_bytes(work: Workload) -> float:
     elsewhere.
     """
     optimizer, specs = work.config.optimizer, parameter_specs(work.model)
-    total = sum(moments_of(optimizer, spec) * local_size(spec, work.mesh) for spec in specs)
+    total: float = sum(moments_of(optimizer, spec) * local_size(spec, work.mesh) for spec in specs)
     if optimizer.name == "adafactor":
         total += sum(_factored_size(spec, work.mesh) for spec in specs)
     return FLOAT32 * total
