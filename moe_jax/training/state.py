@@ -55,7 +55,7 @@ def evaluation_params(state: TrainState) -> Any:
     if isinstance(last, ParameterAverage):
         return last.average
     if isinstance(last, optax.contrib.ScheduleFreeState):
-        return optax.contrib.schedule_free_eval_params(last, state.params)
+        return jax.jit(optax.contrib.schedule_free_eval_params)(last, state.params)
     return state.params
 
 
