@@ -89,7 +89,7 @@ class OptimizerConfig(Settings):
     epsilon: float = setting(1e-8, above=0)
     momentum: float = setting(0.95, at_least=0, below=1)  # muon: decay of a matrix's momentum
     ns_steps: int = setting(5, at_least=1, at_most=20)  # muon: iterations of Newton-Schulz
-    match_adamw: bool = True  # muon: 0.2 sqrt(max(I, O)) scales an update; else sqrt(max(1, O / I))
+    match_adamw: bool = True  # muon: scaled to AdamW's learning rate (arXiv:2502.16982) or Jordan's
     adamw_share: float = setting(1.0, above=0)  # muon: of the learning rate, for all but matrices
     weight_decay: float = setting(0.1, at_least=0)  # decoupled, on matrices only
     clip_value: float = setting(0.0, at_least=0)  # of each entry of the gradient; 0: no clipping

@@ -23,12 +23,13 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
     the first step of a run without one. Later steps use P times
 
     - constant: 1
-    - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: 1 - (1 - F) t, with t = (s - W) / (N - W)
+    - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: F + (1 - F) (1 - t), with
+      t = (s - W) / (N - W)
     - rsqrt: sqrt(W / s)
     - wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395): 1 until D =
       max(decay_fraction N, 1) steps are left, then on a line to F (arXiv:2405.18392).
 
-    The last step, N, uses F * P exactly where the schedule has F.
+    The last step, N, uses F P where the schedule has F; a run that is all warm-up ends at P.
 
     Returns:
       The rate as a function of the number of finished steps, s - 1, as optax counts.
@@ -40,15 +41,15 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         step = jnp.asarray(count, jnp.float32) + 1
 
         def since(start: float) -> jax.Array:
-            """The share of the time from a step to the last that is over."""
+            """The share of the time from a step to the last that is over; 0 before it."""
             return jnp.clip((step - start) / max(num_steps - start, 1), 0, 1)
 
         decays = {
             "constant": lambda: jnp.ones(()),
             "cosine": lambda: final + (1 - final) * (1 + jnp.cos(jnp.pi * since(warmup))) / 2,
-            "linear": lambda: 1 - (1 - final) * since(warmup),
+            "linear": lambda: final + (1 - final) * (1 - since(warmup)),
             "rsqrt": lambda: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
-            "wsd": lambda: 1 - (1 - final) * since(stable),
+            "wsd": lambda: final + (1 - final) * (1 - since(stable)),
         }
         return peak * jnp.minimum(step / warmup, 1) * decays[config.schedule]()
 
@@ -71,11 +72,10 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
     """
     settings, specs = config.optimizer, config.model.specs()
     schedule = learning_rate_schedule(settings, config.training.num_steps)
+    by_value, by_norm = settings.clip_value, settings.clip_norm
     clip = optax.chain(
-        optax.clip(settings.clip_value) if settings.clip_value > 0 else optax.identity(),
-        optax.clip_by_global_norm(settings.clip_norm)
-        if settings.clip_norm > 0
-        else optax.identity(),
+        optax.clip(by_value) if by_value else optax.identity(),
+        optax.clip_by_global_norm(by_norm) if by_norm else optax.identity(),
     )
     descend = [
         precondition(settings, specs),
@@ -129,8 +129,9 @@ def muon(settings: OptimizerConfig, spec: ParameterSpec) -> optax.GradientTransf
 
     Jordan 2024, kellerjordan.github.io/posts/muon, scales an update by sqrt(max(1, O / I)), which
     wants a learning rate of its own, near 0.02. Liu et al. 2025 (Moonlight), arXiv:2502.16982
-    eq. 4, by 0.2 sqrt(max(I, O)), whose root mean square is AdamW's: one learning rate and one
-    weight decay serve both.
+    sec. 2.2, scales it by 0.2 sqrt(max(I, O)), to AdamW's root mean square: one learning rate and
+    one weight decay serve both. A step has this size whatever the gradient's, so that an expert
+    that no token reaches moves on along its momentum.
     """
     inputs, outputs = spec.shape[spec.num_stacked :]
     jordan, moonlight = max(1, outputs / inputs) ** 0.5, 0.2 * max(inputs, outputs) ** 0.5
