@@ -110,4 +110,6 @@ def test_a_float_is_in_range_on_the_device_too():
         OptimizerConfig(epsilon=1e-50)
     with pytest.raises(ValueError, match=r"num_steps=4294967296, beyond int32\."):
         TrainingConfig(num_steps=2**32)
+    with pytest.raises(ValueError, match=r"b2=nan\. Change it\.$"):
+        OptimizerConfig(b2=math.nan)
     assert OptimizerConfig(b2=0.999999).b2 == 0.999999

@@ -64,7 +64,7 @@ def on_device(value: Any) -> Any:
 
 def rounded(value: Any) -> str:
     """What a number is on a device, where that is another: ", in float32 1"."""
-    if not isinstance(value, numbers.Real) or value in (on_device(value), float("inf")):
+    if not isinstance(value, numbers.Real) or on_device(value) == value or value != value:
         return ""
     integral = isinstance(value, numbers.Integral)
     return ", beyond int32" if integral else f", in float32 {on_device(value):g}"
