@@ -243,6 +243,20 @@ def test_adamw_is_optax_adamw():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), got, expected)
 
 
+def test_the_state_is_laid_out_as_in_the_checkpoints_of_earlier_releases():
+    """Empty states too: Orbax restores nothing into another tree."""
+    params = some_params()
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=jax.tree.map(lambda one: one.decays, SOME_SPECS)),
+        optax.scale_by_learning_rate(optax.constant_schedule(0.1)),
+    )
+    for settings in (adamw(), adamw(clip_norm=0.0, clip_value=1.0), adamw(schedule="wsd")):
+        state = optimizer_of(settings, SOME_SPECS).init(params)
+        assert jax.tree.structure(state) == jax.tree.structure(reference.init(params))
+
+
 def test_decay_is_the_weight_times_rate_and_parameter():
     """With no gradient, a step multiplies a matrix by 1 - rate * weight_decay."""
     optimizer = optimizer_of(adamw(learning_rate=0.1, weight_decay=0.5), SOME_SPECS)
