@@ -14,7 +14,7 @@ from moe_jax.parallel import processes
 from moe_jax.training.checkpoints import DamagedCheckpointError
 
 # What a user can put right, by another setting, file or directory.
-USER_ERRORS = (ValueError, FloatingPointError, OSError, DamagedCheckpointError)
+USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, DamagedCheckpointError)
 KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
 
 

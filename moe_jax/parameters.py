@@ -30,7 +30,8 @@ class ParameterSpec:
       shape: of the array.
       axes: the name of each dim in `parallel.rules`; None for a dim that is never split.
       init: `(key, shape, dtype) -> array`.
-      component: what it counts as in parameter counts, such as "attention" or "experts".
+      component: what it counts as in parameter counts, such as "attention" or "experts". Muon
+        leaves "embedding", "head" and "router" to AdamW.
       decays: whether weight decay applies: matrices do, norms, biases and embeddings do not.
       num_stacked: number of leading dims that stack separate parameters, such as layers of a scan
         or experts. An optimizer that looks at a whole parameter treats each by itself.

@@ -512,7 +512,7 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
         (LanguageModel, {"dropout_rate": 1.0}, r"dropout_rate lies in \[0, 1\)"),
         (LanguageModel, {"residual_multiplier": 0.0}, r"residual_multiplier lies in \(0, inf\)"),
         (StackLayout, {"repeats": 0}, r"a unit needs repeats of at least 1"),
-        (StackLayout, {"repeats": -1}, r"repeats lies in \[0, inf\)"),
+        (StackLayout, {"repeats": -1}, r"repeats lies in \[0, 10000\]"),
         (RMSNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
         (LayerNorm, {"epsilon": 0.0}, r"epsilon lies in \(0, inf\)"),
         (Mlp, {"dim": 0}, r"dim lies in \[1, inf\)"),
@@ -556,6 +556,19 @@ def test_a_table_of_another_vocabulary_is_refused():
         (OptimizerConfig, {"weight_decay": -1.0}, r"weight_decay lies in \[0, inf\)"),
         (OptimizerConfig, {"clip_norm": -1.0}, r"clip_norm lies in \[0, inf\)"),
         (OptimizerConfig, {"schedule": "rsqrt", "warmup_steps": 0}, r"decays from the end of the"),
+        (OptimizerConfig, {"name": "lion", "epsilon": 0.1}, r"epsilon is a setting of .* adamw"),
+        (OptimizerConfig, {"momentum": 0.9}, r"momentum is a setting of optimizer\.name muon"),
+        (OptimizerConfig, {"decay_fraction": 0.1}, r"a setting of optimizer\.schedule wsd: sch"),
+        (OptimizerConfig, {"name": "schedule_free"}, r"Set optimizer\.schedule='constant'"),
+        (
+            OptimizerConfig,
+            {"name": "schedule_free", "schedule": "constant", "ema_decay": 0.9},
+            r"averages parameters by b1 above 0, and not again: b1=0\.9, ema_decay=0\.9",
+        ),
+        (DataConfig, {"domain_weights": (("en", 1.0), ("en", 2.0))}, r"one weight for a domain"),
+        (TrainingConfig, {"profile_steps": (3,)}, r"the first and the last step to trace"),
+        (TrainingConfig, {"profile_steps": (3, 2)}, r"the first and the last step to trace"),
+        (TrainingConfig, {"profile_steps": (9, 1001)}, r"profile_steps=.*, num_steps=1000"),
         *(
             (TrainingConfig, {name: 0}, rf"{name} lies in \[1, inf\)")
             for name in (

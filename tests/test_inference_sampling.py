@@ -134,10 +134,18 @@ def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_trainin
     assert sampling.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"num_tokens": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"num_tokens": -1}]
+)
 def test_negative_settings_are_refused(params, config, wrong):
     with pytest.raises(ValueError, match=r"are not negative: temperature=.*, num_tokens=.*\. Use"):
         sample(params, config, "ab", **wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_beyond_32_bits_is_refused(params, config, seed):
+    with pytest.raises(ValueError, match=rf"a seed lies in 0\.\.2\*\*32 - 1: seed={seed}\. Use"):
+        sample(params, config, "ab", seed=seed)
 
 
 def test_branches_of_whole_layers_are_regrouped_too():

@@ -41,25 +41,54 @@ def optimizer_of(settings, specs):
     return make_optimizer(types.SimpleNamespace(optimizer=settings, model=model, training=training))
 
 
+# By step, of 100: the first, the last of the warm-up, the last, and some that are easy to work out.
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
-        ("constant", 0, {0: 1, 50: 1, 100: 1}),
-        ("constant", 10, {0: 0, 5: 0.5, 10: 1, 100: 1}),
+        ("constant", 0, {1: 1, 50: 1, 100: 1}),
+        ("constant", 10, {1: 0.1, 5: 0.5, 10: 1, 100: 1}),
         # Half a cosine from 1 to 0.1: in the middle 0.55, at a third 0.1 + 0.9 * 0.75.
-        ("cosine", 0, {0: 1, 50: 0.55, 100: 0.1, 120: 0.1}),
-        ("cosine", 10, {0: 0, 1: 0.1, 10: 1, 40: 0.1 + 0.9 * 0.75, 55: 0.55, 100: 0.1}),
-        ("linear", 0, {0: 1, 50: 0.55, 100: 0.1}),
-        ("linear", 10, {0: 0, 5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
-        ("rsqrt", 10, {0: 0, 5: 0.5, 10: 1, 40: 0.5, 90: 1 / 3, 1000: 0.1}),
-        ("cosine", 100, {0: 0, 99: 0.99, 100: 1}),
+        ("cosine", 0, {1: 1, 34: 0.1 + 0.9 * 0.75, 100: 0.1, 120: 0.1}),
+        ("cosine", 1, {1: 1, 34: 0.1 + 0.9 * 0.75, 100: 0.1}),
+        ("cosine", 10, {1: 0.1, 9: 0.9, 10: 1, 40: 0.1 + 0.9 * 0.75, 55: 0.55, 100: 0.1}),
+        ("linear", 0, {1: 1, 34: 0.7, 67: 0.4, 100: 0.1}),
+        ("linear", 10, {1: 0.1, 5: 0.5, 10: 1, 55: 0.55, 100: 0.1}),
+        ("rsqrt", 10, {1: 0.1, 5: 0.5, 10: 1, 40: 0.5, 90: 1 / 3, 100: 0.1**0.5, 1000: 0.1}),
+        ("wsd", 0, {1: 1, 80: 1, 90: 0.55, 100: 0.1}),
+        ("wsd", 10, {1: 0.1, 10: 1, 80: 1, 85: 0.775, 100: 0.1}),
+        ("cosine", 100, {1: 0.01, 99: 0.99, 100: 1}),
     ],
 )
 def test_schedules(schedule, warmup, expected):
-    config = adamw(schedule=schedule, warmup_steps=warmup)
-    rate = learning_rate_schedule(config, 100)
+    rate = learning_rate_schedule(adamw(schedule=schedule, warmup_steps=warmup), 100)
     for step, share in expected.items():
-        np.testing.assert_allclose(rate(jnp.int32(step)), PEAK * share, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(rate(jnp.int32(step - 1)), PEAK * share, rtol=1e-6, atol=1e-9)
+
+
+def test_a_decay_shorter_than_a_step_is_at_the_last_step():
+    rate = learning_rate_schedule(adamw(schedule="wsd", decay_fraction=1e-3), 100)
+    np.testing.assert_allclose([rate(97), rate(98), rate(99)], [PEAK, PEAK, 0.1 * PEAK], rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "wsd"])
+def test_a_run_of_one_step_takes_it_with_a_finite_rate(schedule):
+    rate = float(learning_rate_schedule(adamw(schedule=schedule), 1)(0))
+    assert rate in (PEAK, pytest.approx(0.1 * PEAK))
+
+
+def test_each_step_uses_the_rate_of_its_number():
+    """A step of Lion without decay is the learning rate in size."""
+    settings = adamw(
+        name="lion", schedule="linear", warmup_steps=2, final_fraction=0.25, weight_decay=0.0
+    )
+    optimizer = optimizer_of(settings, {"w": spec((1,), decays=True)})
+    params = {"w": jnp.zeros(1)}
+    state, sizes = optimizer.init(params), []
+    for _ in range(10):
+        updates, state = optimizer.update({"w": jnp.ones(1)}, state, params)
+        sizes.append(-float(updates["w"][0]))
+    expected = [0.5, *np.linspace(1, 0.25, 9)]
+    np.testing.assert_allclose(sizes, PEAK * np.array(expected), rtol=1e-5)
 
 
 EVERYTHING = {
@@ -214,6 +243,20 @@ def test_adamw_is_optax_adamw():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **FLOAT32), got, expected)
 
 
+def test_the_state_is_laid_out_as_in_the_checkpoints_of_earlier_releases():
+    """Empty states too: Orbax restores nothing into another tree."""
+    params = some_params()
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=jax.tree.map(lambda one: one.decays, SOME_SPECS)),
+        optax.scale_by_learning_rate(optax.constant_schedule(0.1)),
+    )
+    for settings in (adamw(), adamw(clip_norm=0.0, clip_value=1.0), adamw(schedule="wsd")):
+        state = optimizer_of(settings, SOME_SPECS).init(params)
+        assert jax.tree.structure(state) == jax.tree.structure(reference.init(params))
+
+
 def test_decay_is_the_weight_times_rate_and_parameter():
     """With no gradient, a step multiplies a matrix by 1 - rate * weight_decay."""
     optimizer = optimizer_of(adamw(learning_rate=0.1, weight_decay=0.5), SOME_SPECS)
@@ -274,12 +317,13 @@ def test_stacked_parameters_are_transformed_one_by_one():
         return isinstance(node, tuple)
 
     counts = jax.tree.map(lambda pair: pair[1], stacked, is_leaf=is_pair)
+    specs = jax.tree.map(lambda pair: spec(pair[0], True, pair[1]), stacked, is_leaf=is_pair)
     params = jax.tree.map(
         lambda pair: jnp.asarray(rng.normal(size=pair[0]), jnp.float32), stacked, is_leaf=is_pair
     )
     # It knows one array from another: the root mean square of the whole parameter.
     transform = optax.scale_by_param_block_rms()
-    wrapped = per_parameter(transform, counts)
+    wrapped = per_parameter(lambda _: transform, specs)
     grads = jax.tree.map(jnp.ones_like, params)
     got, _ = wrapped.update(grads, wrapped.init(params), params)
     leaves = zip(

@@ -157,7 +157,7 @@ class LowRankModel(LanguageModel):
         return jax.tree.map(wrap, super().specs())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_moments_of_the_arrays_of_a_weight_lie_with_their_arrays(optimizer):
     config, mesh = everything(optimizer={"name": optimizer}), make_mesh(MIXED)
     fields = {
@@ -182,7 +182,7 @@ def test_moments_of_the_arrays_of_a_weight_lie_with_their_arrays(optimizer):
             (array,) = {"base", "a", "b"} & set(names)
             assert sharding.is_equivalent_to(getattr(expected, array), leaf.ndim), path
             found += 1
-    assert found == {"adamw": 6, "adafactor": 3}[optimizer]
+    assert found == {"adamw": 6, "adafactor": 3, "muon": 3}[optimizer]
 
 
 def test_the_rest_of_the_state_is_on_every_device():

@@ -109,7 +109,7 @@ FSDP_AND_EXPERT = MeshConfig(data=1, fsdp=4, expert=2)
 SPANNED = MeshConfig(slices=2, data=1, expert=2, tensor=2, experts_span_slices=True)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 @pytest.mark.parametrize(
     ("saved_on", "restored_on"),
     [
@@ -154,6 +154,30 @@ def test_a_state_moves_to_another_mesh(tmp_path, optimizer, saved_on, restored_o
         name = jax.tree_util.keystr(path)
         np.testing.assert_array_equal(leaf, expected, strict=True, err_msg=name)
         assert leaf.sharding == sharding, name
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"ema_decay": 0.9}, {"name": "schedule_free", "schedule": "constant"}]
+)
+def test_a_loaded_run_has_the_parameters_to_evaluate(tmp_path, optimizer):
+    """The average, or what Schedule-Free makes of z; both are twice the parameters here."""
+    config = tiny_config({"optimizer": optimizer})
+    state = tiny_state(config)
+    twice = jax.tree.map(lambda p: 2 * p, state.params)
+    kept = {"average": twice} if "ema_decay" in optimizer else {"z": twice, "b1": jnp.float32(0.9)}
+    state = state._replace(
+        step=jnp.int32(7), opt_state=(*state.opt_state[:-1], state.opt_state[-1]._replace(**kept))
+    )
+    write_run_record(tmp_path, config)
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(7, state)
+    _, loaded = load_run(tmp_path)
+    share = 2.0 if "ema_decay" in optimizer else (1 - 0.1 * 2) / 0.9  # (y - (1 - b1) z) / b1
+    jax.tree.map(
+        lambda got, p: np.testing.assert_allclose(got, share * p, rtol=1e-5, atol=1e-6),
+        loaded.params,
+        state.params,
+    )
 
 
 def test_a_state_is_read_straight_to_where_it_goes(tmp_path, monkeypatch):

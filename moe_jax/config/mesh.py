@@ -18,10 +18,12 @@ class MeshConfig(Settings):
     """
 
     slices: int = setting(1, at_least=1)  # TPU slices on a data-centre network; copies of the model
-    data: int = -1  # copies of the model, each on its share of the batch
-    fsdp: int = 1  # parameters and optimizer state split over so many, gathered layer by layer
-    expert: int = 1  # experts split over so many; a divisor of moe.num_experts
-    tensor: int = 1  # heads and hidden dims split over so many
+    data: int = setting(-1, at_least=-1)  # copies of the model, each on its share of the batch
+    fsdp: int = setting(
+        1, at_least=-1
+    )  # parameters and optimizer state split over so many, gathered layer by layer
+    expert: int = setting(1, at_least=-1)  # experts split over so many; divides moe.num_experts
+    tensor: int = setting(1, at_least=-1)  # heads and hidden dims split over so many
     experts_span_slices: bool = False  # split the experts over slices x expert, not over expert
 
     def check(self) -> None:

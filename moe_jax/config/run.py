@@ -10,9 +10,22 @@ from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import Settings, setting
 
 OBJECTIVES = ("causal_lm",)
-OPTIMIZERS = ("adamw", "adafactor")
 TRACKERS = ("tensorboard", "csv", "wandb")
-SCHEDULES = ("constant", "cosine", "linear", "rsqrt")
+# The settings of `OptimizerConfig` that only some optimizers and schedules have.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw": ("b1", "b2", "epsilon"),
+    "adafactor": (),
+    "lion": ("b1", "b2"),
+    "muon": ("b1", "b2", "epsilon", "momentum", "ns_steps", "match_adamw", "adamw_share"),
+    "schedule_free": ("b1", "b2", "epsilon"),
+}
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final_fraction",),
+    "linear": ("final_fraction",),
+    "rsqrt": (),
+    "wsd": ("final_fraction", "decay_fraction"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +77,84 @@ class DataConfig(Settings):
             f"data.domain_weights={self.domain_weights}",
             "Leave a domain out to give it no weight",
         )
+        require(
+            len(dict(self.domain_weights)) == len(self.domain_weights),
+            "data.domain_weights has one weight for a domain",
+            f"data.domain_weights={self.domain_weights}",
+            "Keep one of the weights",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Settings):
-    """The optimizer and the schedule of its learning rate."""
+    """The optimizer and the schedule of its learning rate.
 
-    name: str = setting("adamw", choices=OPTIMIZERS)
+    A setting that the chosen optimizer or schedule does not have keeps its default. Which
+    parameters decay, and which are matrices, is what their specs say; see `training.optimizers`.
+    """
+
+    name: str = setting("adamw", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(1e-3, above=0)  # peak
-    schedule: str = setting("cosine", choices=SCHEDULES)  # after warm-up
-    warmup_steps: int = setting(100, at_least=0)  # linear from 0
+    schedule: str = setting("cosine", choices=tuple(SCHEDULES))  # after warm-up
+    warmup_steps: int = setting(100, at_least=0)  # linear from 0; the last of them uses the peak
     final_fraction: float = setting(0.1, at_least=0, at_most=1)  # of the peak, at the last step
+    decay_fraction: float = setting(0.2, above=0, at_most=1)  # wsd: of all steps, at the end
     b1: float = setting(0.9, at_least=0, below=1)  # decay of the first moment
-    b2: float = setting(0.95, at_least=0, below=1)  # decay of the second moment
+    b2: float = setting(0.95, at_least=0, below=1)  # decay of the second moment; of Lion's only one
     epsilon: float = setting(1e-8, above=0)
+    momentum: float = setting(0.95, at_least=0, below=1)  # muon: decay of a matrix's momentum
+    ns_steps: int = setting(5, at_least=1, at_most=20)  # muon: iterations of Newton-Schulz
+    match_adamw: bool = True  # muon: scaled to AdamW's learning rate (arXiv:2502.16982) or Jordan's
+    adamw_share: float = setting(1.0, above=0)  # muon: of the learning rate, for all but matrices
     weight_decay: float = setting(0.1, at_least=0)  # decoupled, on matrices only
-    clip_norm: float = setting(1.0, at_least=0)  # global norm of the gradient; 0: no clipping
+    clip_value: float = setting(0.0, at_least=0)  # of each entry of the gradient; 0: no clipping
+    clip_norm: float = setting(1.0, at_least=0)  # global norm, after that; 0: no clipping
+    ema_decay: float = setting(0.0, at_least=0, below=1)  # of parameters to evaluate; 0: the last
 
     def check(self) -> None:
         """See `Settings`."""
+        self.check_used("name", OPTIMIZERS)
+        self.check_used("schedule", SCHEDULES)
         require(
             self.schedule != "rsqrt" or self.warmup_steps > 0,
             "optimizer.schedule='rsqrt' decays from the end of the warm-up",
             f"optimizer.warmup_steps={self.warmup_steps}",
             "Set warmup_steps to at least 1",
         )
+        if self.name == "schedule_free":
+            require(
+                self.schedule == "constant",
+                "optimizer.name='schedule_free' has a constant learning rate after the warm-up",
+                f"optimizer.schedule={self.schedule!r}",
+                "Set optimizer.schedule='constant'",
+            )
+            require(
+                self.ema_decay == 0 and self.b1 > 0,
+                "optimizer.name='schedule_free' averages parameters by b1 above 0, and not again",
+                f"b1={self.b1}, ema_decay={self.ema_decay}",
+                "Set ema_decay=0 and b1=0.9",
+            )
+
+    def check_used(self, chooser: str, table: dict[str, tuple[str, ...]]) -> None:
+        """Refuses a setting that the chosen optimizer or schedule ignores.
+
+        Args:
+          chooser: the setting that chooses.
+          table: the settings that each choice has.
+
+        Raises:
+          ValueError: with the choices that have the setting.
+        """
+        chosen = getattr(self, chooser)
+        for field in dataclasses.fields(self):
+            have = [choice for choice, names in table.items() if field.name in names]
+            value = getattr(self, field.name)
+            require(
+                not have or chosen in have or value == field.default,
+                f"optimizer.{field.name} is a setting of optimizer.{chooser} {', '.join(have)}",
+                f"{chooser}={chosen!r}, {field.name}={value!r}",
+                f"Leave it out, or change optimizer.{chooser}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +177,8 @@ class TrainingConfig(Settings):
     # Continued at the end of a run; "": no sample.
     sample_prompt: str = setting("The ", changes_results=False)
     sample_tokens: int = setting(200, at_least=0, changes_results=False)
+    # First and last step to trace; (): none.
+    profile_steps: tuple[int, ...] = setting((), at_least=1, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -119,6 +187,16 @@ class TrainingConfig(Settings):
             "training.num_microbatches divides training.batch_size",
             f"batch_size={self.batch_size}, num_microbatches={self.num_microbatches}",
             "Use a divisor",
+        )
+        require(
+            not self.profile_steps
+            or (
+                len(self.profile_steps) == 2
+                and self.profile_steps[0] <= self.profile_steps[1] <= self.num_steps
+            ),
+            "training.profile_steps are the first and the last step to trace",
+            f"profile_steps={self.profile_steps}, num_steps={self.num_steps}",
+            "Pass two steps of the run, such as (10, 12)",
         )
 
 
@@ -152,6 +230,14 @@ class ExperimentConfig(Settings):
             "optimizer.warmup_steps is at most training.num_steps",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}",
             "Shorten the warm-up",
+        )
+        stable = self.training.num_steps * (1 - self.optimizer.decay_fraction)
+        require(
+            self.optimizer.schedule != "wsd" or self.optimizer.warmup_steps <= stable,
+            "optimizer.schedule='wsd' warms up before it decays",
+            f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}, "
+            f"decay_fraction={self.optimizer.decay_fraction}",
+            "Lower warmup_steps or decay_fraction",
         )
 
     def on_devices(self, num_devices: int) -> "ExperimentConfig":

@@ -1,15 +1,22 @@
 """Settings that check themselves: the base class of every config section and of every part."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
+
+import numpy as np
 
 from moe_jax.config.check import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What values a setting may have; None: no such bound. NaN and infinity are never allowed."""
+    """What values a setting may have; None: no such bound.
+
+    NaN and infinity are never allowed, nor an integer beyond int32 without an upper bound. A float
+    keeps to them as the float32 that it becomes on a device, too: 1 - 1e-9 is 1 there.
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -31,13 +38,36 @@ class Bounds:
         """Whether a value keeps to them."""
         if self.choices is not None:
             return value in self.choices
-        return (
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        bounded = self.below is not None or self.at_most is not None
+        as_used = value if bounded and isinstance(value, numbers.Integral) else on_device(value)
+        return self._contain(value) and self._contain(as_used)
+
+    def _contain(self, value: Any) -> bool:
+        return bool(
             float("-inf") < value < float("inf")
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+
+def on_device(value: Any) -> Any:
+    """A number as int32 or float32; infinite or 0 where it is beyond them."""
+    if isinstance(value, numbers.Integral):
+        return value if abs(int(value)) < 2**31 else float("inf")
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
+
+
+def rounded(value: Any) -> str:
+    """What a number is on a device, where that is another: ", in float32 1"."""
+    if not isinstance(value, numbers.Real) or on_device(value) == value or value != value:
+        return ""
+    integral = isinstance(value, numbers.Integral)
+    return ", beyond int32" if integral else f", in float32 {on_device(value):g}"
 
 
 def setting(
@@ -91,10 +121,11 @@ class Settings:
             if bounds is None or value is None:
                 continue
             values = value if isinstance(value, tuple) else (value,)
+            bad = [one for one in values if not bounds.allow(one)]
             require(
-                all(bounds.allow(one) for one in values),
+                not bad,
                 f"{field.name} {bounds.describe()}",
-                f"{field.name}={value!r}",
+                f"{field.name}={value!r}{''.join(map(rounded, bad))}",
                 "Change it",
             )
         self.check()

@@ -84,14 +84,16 @@ def continue_text(
       The continuation, without the prompt.
 
     Raises:
-      ValueError: a negative temperature or number of tokens.
+      ValueError: a negative temperature or number of tokens, or a seed beyond 32 bits.
     """
-    if temperature < 0 or num_tokens < 0:
+    if not 0 <= temperature < float("inf") or num_tokens < 0:
         raise ValueError(
-            "temperature and num_tokens are not negative: "
+            "temperature, which is finite, and num_tokens are not negative: "
             f"temperature={temperature}, num_tokens={num_tokens}. Use temperature=0 for the "
             "likeliest token."
         )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"a seed lies in 0..2**32 - 1: seed={seed}. Use another.")
     tokenizer = open_tokenizer_of(config.data)
     window = config.data.sequence_length
     model = in_groups_of(window, config.model)

@@ -54,7 +54,9 @@ class LanguageModel(Settings):
     norm_placement: str = setting("pre", choices=PLACEMENTS)  # in layers: before branches, behind
     residual_multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
     tie_embeddings: bool = True  # the output head is the input embedding, transposed
-    embedding_multiplier: float | None = None  # of embedded tokens; None: sqrt(model_dim)
+    embedding_multiplier: float | None = setting(
+        None, above=0
+    )  # of embedded tokens; None: sqrt(model_dim)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once

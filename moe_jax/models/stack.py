@@ -38,7 +38,7 @@ class StackLayout(Settings):
 
     first: tuple[Any, ...] = ()  # layers before the repetition
     unit: tuple[Any, ...] = (("attention", "moe"),)  # layers that are repeated together
-    repeats: int = setting(4, at_least=0)  # how often
+    repeats: int = setting(4, at_least=0, at_most=10_000)  # how often
     last: tuple[Any, ...] = ()  # layers after it
     shared: tuple[str, ...] = ()  # parts that run once before the layers; `Call.shared` has them
     tied: tuple[str, ...] = ()  # parts of the unit with one copy of parameters in all layers

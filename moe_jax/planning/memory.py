@@ -22,6 +22,7 @@ from moe_jax.planning.parameters import (
     shards_of,
 )
 from moe_jax.planning.workload import Workload
+from moe_jax.training.optimizers import moments_of
 
 MIN_FACTORED = 128  # optax.scale_by_factored_rms factors matrices of at least this many rows
 
@@ -76,14 +77,15 @@ def estimate_memory(work: Workload) -> Memory:
 def optimizer_bytes(work: Workload) -> float:
     """Bytes of the optimizer's moments on one device.
 
-    AdamW: two numbers a parameter. Adafactor: a row and a column of every matrix with at least
-    128 of each (each expert's on its own, arXiv:1804.04235 sec. 3), one number a parameter
+    What `moments_of` says of each parameter. Adafactor: a row and a column of every matrix with at
+    least 128 of each (each expert's on its own, arXiv:1804.04235 sec. 3), one number a parameter
     elsewhere.
     """
-    specs = parameter_specs(work.model)
-    if work.config.optimizer.name == "adamw":
-        return 2 * FLOAT32 * sum(local_size(spec, work.mesh) for spec in specs)
-    return FLOAT32 * sum(_factored_size(spec, work.mesh) for spec in specs)
+    optimizer, specs = work.config.optimizer, parameter_specs(work.model)
+    total: float = sum(moments_of(optimizer, spec) * local_size(spec, work.mesh) for spec in specs)
+    if optimizer.name == "adafactor":
+        total += sum(_factored_size(spec, work.mesh) for spec in specs)
+    return FLOAT32 * total
 
 
 def _factored_size(spec: ParameterSpec, mesh: MeshConfig) -> float:

@@ -102,7 +102,7 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
         for changes, costs, keeps_result in part.savings():
             changed = {f"model.parts.{name}.{path}": value for path, value in changes.items()}
             yield changed, costs, keeps_result
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name != "adafactor":
         yield {"optimizer.name": "adafactor"}, "another optimizer: other results", False
 
 

@@ -6,8 +6,9 @@ elementwise work is taken to be fused with them. Legend of shapes: `moe_jax.moe`
 
 from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes
 from moe_jax.planning.flops import KINDS
-from moe_jax.planning.parameters import gathered_size, local_parameters, parameter_specs
+from moe_jax.planning.parameters import gathered_size, local_size, parameter_specs
 from moe_jax.planning.workload import Workload
+from moe_jax.training.optimizers import moments_of
 
 
 def hbm_traffic(work: Workload) -> dict[str, float]:
@@ -37,9 +38,13 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     numbers = work.tokens * model.model_dim + weights["head"]
     logits = Bytes(split=work.tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
     total["head"] = parts * (3 * work.itemsize * numbers + 4 * logits)
-    own = sum(local_parameters(model, mesh).values())
-    arrays = 7 if work.config.optimizer.name == "adamw" else 4
-    return total | {"optimizer": arrays * own * FLOAT32}
+    optimizer = work.config.optimizer
+    passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step
+    total["optimizer"] = FLOAT32 * sum(
+        (passes_of_gradient + 2 + 2 * moments_of(optimizer, spec)) * local_size(spec, mesh)
+        for spec in parameter_specs(model)
+    )
+    return total
 
 
 def _gathered(work: Workload) -> dict[str, float]:

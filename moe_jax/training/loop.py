@@ -18,6 +18,7 @@ from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.loss import Batch
+from moe_jax.training.memory import check_memory, out_of_memory_explained
 from moe_jax.training.metrics import (
     EVALUATION_FILE,
     MetricWriter,
@@ -26,12 +27,13 @@ from moe_jax.training.metrics import (
     write_run_record,
 )
 from moe_jax.training.placement import BATCH_AXES, check_run, compile_train_step, new_state
+from moe_jax.training.profiling import Profile
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
 from moe_jax.training.rows import evaluation_line, evaluation_row, metrics_row
 from moe_jax.training.saved import CHECKPOINTS, restore
 from moe_jax.training.signals import Interrupted, SignalFlag
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, evaluation_params
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.trackers import check_trackers, open_trackers
 from moe_jax.training.workdir import check_workdir, only_run
@@ -66,6 +68,7 @@ def train(
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     check_trackers(config.training.trackers)
+    check_memory(config, mesh)
     data = open_data(config.data)
     require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
@@ -73,7 +76,11 @@ def train(
     check_data(data, evaluates=config.training.evaluate_every > 0)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
-    with only_run(workdir), Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
+    with (
+        only_run(workdir),
+        out_of_memory_explained(config, mesh, workdir),
+        Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints,
+    ):
         return train_in(workdir, config, data, mesh, checkpoints, dict(facts or {}))
 
 
@@ -89,6 +96,7 @@ class Run(NamedTuple):
     progress: Progress
     rates: Rates
     signals: SignalFlag
+    profile: Profile
 
     def is_last(self, step: int) -> bool:
         """Whether it is the last step of the run."""
@@ -113,7 +121,7 @@ class Run(NamedTuple):
         some = None if self.is_last(step) else self.config.training.evaluation_batches or None
         with self.rates.paused():
             evaluation = evaluate(
-                state.params,
+                evaluation_params(state),
                 state.model_state,
                 self.config,
                 self.data,
@@ -161,9 +169,12 @@ def train_in(
     peak = facts.get("peak_flops")
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
     trackers = open_trackers(config, workdir, start)
+    profile = Profile(config.training.profile_steps, workdir)
     with MetricWriter(workdir, start, saved.get("metrics"), trackers) as writer:
-        with progress, SignalFlag() as signals:
-            run = Run(workdir, config, data, mesh, checkpoints, writer, progress, rates, signals)
+        with progress, SignalFlag() as signals, profile:
+            run = Run(
+                workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile
+            )
             run_steps(run, state, start)
     path = workdir / EVALUATION_FILE
     return read_json(path) if path.exists() else {}
@@ -197,6 +208,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     if start and run.evaluates_after(start) and not is_evaluated(run, start):
         run.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
+        run.profile.at(step, state)
         with jax.set_mesh(run.mesh):
             batch = next(batches)
             if step == start + 1:

@@ -1,77 +1,169 @@
 """Optimizers and learning-rate schedules, out of optax parts."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from moe_jax.config import ExperimentConfig, OptimizerConfig
+from moe_jax.parameters import ParameterSpec
+
+# What Muon leaves to AdamW although it has two dims: its rows or columns are read one by one.
+NOT_MATRICES = ("embedding", "head", "router")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate of a step: a linear warm-up from 0, then the named decay.
+    """The learning rate of every step.
 
-    cosine and linear reach `final_fraction` of the peak at `num_steps`; rsqrt is
-    peak * sqrt(warmup_steps / step); constant stays at the peak.
+    Steps count from 1. With the peak P, W = max(warmup_steps, 1), N = num_steps and the final
+    fraction F, step s <= W uses P s / W: the last step of the warm-up uses the peak, and so does
+    the first step of a run without one. Later steps use P times
+
+    - constant: 1
+    - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: F + (1 - F) (1 - t), with
+      t = (s - W) / (N - W)
+    - rsqrt: sqrt(W / s)
+    - wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395): 1 until D =
+      max(decay_fraction N, 1) steps are left, then on a line to F (arXiv:2405.18392).
+
+    The last step, N, uses F P where the schedule has F; a run that is all warm-up ends at P.
+
+    Returns:
+      The rate as a function of the number of finished steps, s - 1, as optax counts.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    decay_steps = max(num_steps - warmup, 1)
-    decays = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
-        "linear": optax.linear_schedule(peak, peak * config.final_fraction, decay_steps),
-        "rsqrt": lambda step: peak * jnp.sqrt(warmup / (step + warmup)),
-    }
-    if warmup == 0:
-        return decays[config.schedule]
-    rise = optax.linear_schedule(0.0, peak, warmup)
-    return optax.join_schedules([rise, decays[config.schedule]], [warmup])
+    peak, final, warmup = config.learning_rate, config.final_fraction, max(config.warmup_steps, 1)
+    stable = num_steps - max(num_steps * config.decay_fraction, 1)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+
+        def since(start: float) -> jax.Array:
+            """The share of the time from a step to the last that is over; 0 before it."""
+            return jnp.clip((step - start) / max(num_steps - start, 1), 0, 1)
+
+        decays = {
+            "constant": lambda: jnp.ones(()),
+            "cosine": lambda: final + (1 - final) * (1 + jnp.cos(jnp.pi * since(warmup))) / 2,
+            "linear": lambda: final + (1 - final) * (1 - since(warmup)),
+            "rsqrt": lambda: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
+            "wsd": lambda: final + (1 - final) * (1 - since(stable)),
+        }
+        return peak * jnp.minimum(step / warmup, 1) * decays[config.schedule]()
+
+    return schedule
 
 
 def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-    """Clipping, preconditioning, decoupled weight decay and the schedule, in this order.
+    """Clipping, preconditioning, decoupled weight decay, the schedule, averaging, in this order.
 
-    "adamw": Loshchilov and Hutter 2019, arXiv:1711.05101. "adafactor": Shazeer and Stern 2018,
-    arXiv:1804.04235, factored second moments, update clipping at 1, steps relative to the scale
-    of a parameter; each expert, and each of scanned layers, has parameters of its own. What decays,
-    and what is stacked, is what the specs of the model's parameters say.
+    - "adamw": Loshchilov and Hutter 2019, arXiv:1711.05101.
+    - "adafactor": Shazeer and Stern 2018, arXiv:1804.04235, factored second moments, update
+      clipping at 1, steps relative to the scale of a parameter.
+    - "lion": Chen et al. 2023, arXiv:2302.06675.
+    - "muon": `muon`.
+    - "schedule_free": AdamW with averaging in place of a decay, Defazio et al. 2024,
+      arXiv:2405.15682.
+
+    Each expert, and each of scanned layers, has parameters of its own. What decays, is stacked, or
+    is a matrix for Muon, is what the specs of the model's parameters say.
     """
     settings, specs = config.optimizer, config.model.specs()
-    if settings.name == "adamw":
-        precondition = optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon)
-    else:
-        precondition = per_parameter(
-            optax.chain(
-                optax.scale_by_factored_rms(),
-                optax.clip_by_block_rms(1.0),
-                optax.scale_by_param_block_rms(),
-            ),
-            jax.tree.map(lambda spec: spec.num_stacked, specs),
-        )
-    clip_norm = settings.clip_norm
-    parts = [
-        optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity(),
-        precondition,
+    schedule = learning_rate_schedule(settings, config.training.num_steps)
+    descend = [
+        precondition(settings, specs),
         optax.add_decayed_weights(
             settings.weight_decay, mask=jax.tree.map(lambda spec: spec.decays, specs)
         ),
-        optax.scale_by_learning_rate(learning_rate_schedule(settings, config.training.num_steps)),
+        optax.scale_by_learning_rate(schedule),
     ]
-    return optax.chain(*parts)
+    if settings.name == "schedule_free":
+        # Its count starts at 1; the weight of a step is by the rate that the step uses.
+        averaged = optax.contrib.schedule_free(
+            optax.chain(*descend), lambda count: schedule(count - 1), settings.b1
+        )
+        return optax.chain(clip(settings), averaged)
+    average = [average_parameters(settings.ema_decay)] if settings.ema_decay > 0 else []
+    return optax.chain(clip(settings), *descend, *average)
+
+
+def clip(settings: OptimizerConfig) -> optax.GradientTransformation:
+    """Clips every entry of the gradient, then its global norm.
+
+    One transform, not a chain of two, whose empty states would not be those of older checkpoints.
+    """
+    by_value, by_norm = settings.clip_value, settings.clip_norm
+
+    def update(grads: Any, params: Any = None) -> Any:
+        if by_value > 0:
+            grads = jax.tree.map(lambda g: jnp.clip(g, -by_value, by_value), grads)
+        if by_norm > 0:
+            grads, _ = optax.clip_by_global_norm(by_norm).update(grads, optax.EmptyState())
+        return grads
+
+    return optax.stateless(update)
+
+
+def precondition(settings: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
+    """From clipped gradients to the direction of a step."""
+    b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
+    adam = optax.scale_by_adam(b1, b2, epsilon)
+    if settings.name == "adamw":
+        return adam
+    if settings.name == "lion":
+        return optax.scale_by_lion(b1, b2)
+    if settings.name == "schedule_free":
+        return optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False, bias_correction=True)
+    if settings.name == "muon":
+        rest = optax.chain(adam, optax.scale(settings.adamw_share))
+        return per_parameter(lambda spec: muon(settings, spec) if is_matrix(spec) else rest, specs)
+    adafactor = optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    return per_parameter(lambda spec: adafactor, specs)
+
+
+def is_matrix(spec: ParameterSpec) -> bool:
+    """Whether Muon trains a parameter: a matrix [I, O] between hidden activations.
+
+    Not embeddings, heads and routers, nor what does not decay, such as biases.
+    """
+    dims = spec.shape[spec.num_stacked :]
+    return spec.decays and len(dims) == 2 and min(dims) > 1 and spec.component not in NOT_MATRICES
+
+
+def muon(settings: OptimizerConfig, spec: ParameterSpec) -> optax.GradientTransformation:
+    """Muon of one matrix [I, O]: momentum, made nearly orthogonal by Newton-Schulz.
+
+    Jordan 2024, kellerjordan.github.io/posts/muon, scales an update by sqrt(max(1, O / I)), which
+    wants a learning rate of its own, near 0.02. Liu et al. 2025 (Moonlight), arXiv:2502.16982
+    sec. 2.2, scales it by 0.2 sqrt(max(I, O)), to AdamW's root mean square: one learning rate and
+    one weight decay serve both. A step has this size whatever the gradient's, so that an expert
+    that no token reaches moves on along its momentum.
+    """
+    inputs, outputs = spec.shape[spec.num_stacked :]
+    jordan, moonlight = max(1, outputs / inputs) ** 0.5, 0.2 * max(inputs, outputs) ** 0.5
+    return optax.chain(
+        optax.contrib.scale_by_muon(ns_steps=settings.ns_steps, beta=settings.momentum),
+        optax.scale(moonlight if settings.match_adamw else jordan),
+    )
 
 
 def per_parameter(
-    transform: optax.GradientTransformation, num_stacked: Any
+    transform_of: Callable[[ParameterSpec], optax.GradientTransformation], specs: Any
 ) -> optax.GradientTransformation:
-    """Applies a transform to each of stacked parameters as if it were alone.
+    """Applies to every parameter its own transform, to each of stacked ones as if it were alone.
 
     Optax factors the two largest dims of an array, which in [E, M, H] may be E and H, and takes
     root mean squares over all of it.
 
     Args:
-      transform: of one parameter.
-      num_stacked: for every array, how many leading dims count parameters.
+      transform_of: the transform of a parameter of this spec, without what it is stacked by.
+      specs: of the parameters.
     """
 
     def over_stack(function: Any, count: int) -> Any:
@@ -80,13 +172,15 @@ def per_parameter(
         return function
 
     def init(params: Any) -> Any:
-        return jax.tree.map(lambda p, n: over_stack(transform.init, n)(p), params, num_stacked)
+        return jax.tree.map(
+            lambda spec, p: over_stack(transform_of(spec).init, spec.num_stacked)(p), specs, params
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         outcomes = jax.tree.map(
-            lambda g, n, s, p: over_stack(transform.update, n)(g, s, p),
+            lambda spec, g, s, p: over_stack(transform_of(spec).update, spec.num_stacked)(g, s, p),
+            specs,
             updates,
-            num_stacked,
             state,
             params,
         )
@@ -94,3 +188,46 @@ def per_parameter(
         return new_updates, jax.tree.map(lambda _, outcome: outcome[1], updates, outcomes)
 
     return optax.GradientTransformation(init, update)
+
+
+class ParameterAverage(NamedTuple):
+    """The state of `average_parameters`.
+
+    Attributes:
+      steps: int32 scalar, finished ones.
+      average: of the parameters after them.
+    """
+
+    steps: jax.Array
+    average: Any
+
+
+def average_parameters(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters; the last transform of a chain.
+
+    After step t it moves by max(1 - decay, 1 / t) towards the parameters: the plain mean of the
+    first 1 / (1 - decay) steps, without the initial values.
+    """
+
+    def init(params: Any) -> ParameterAverage:
+        return ParameterAverage(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, Any]:
+        steps = state.steps + 1
+        share = jnp.maximum(1 - decay, 1 / steps.astype(jnp.float32))
+        average = jax.tree.map(
+            lambda old, p, u: old + share * (p + u - old), state.average, params, updates
+        )
+        return updates, ParameterAverage(steps, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def moments_of(settings: OptimizerConfig, spec: ParameterSpec) -> int:
+    """How many arrays of a parameter's own shape the optimizer keeps for it.
+
+    Adafactor's factors, and the moments of what it does not factor, are not counted.
+    """
+    of_name = {"adamw": 2, "adafactor": 0, "lion": 1, "schedule_free": 2}
+    of_name["muon"] = 1 if is_matrix(spec) else 2
+    return of_name[settings.name] + (settings.ema_decay > 0)

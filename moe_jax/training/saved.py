@@ -13,7 +13,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import check_run, state_shardings
-from moe_jax.training.state import TrainState, abstract_state
+from moe_jax.training.state import TrainState, abstract_state, evaluation_params
 from moe_jax.training.workdir import CHECKPOINTS, Record, changed_hashes, recorded_run
 
 
@@ -24,7 +24,9 @@ def load_run(
     *,
     trust: bool = False,
 ) -> tuple[ExperimentConfig, TrainState]:
-    """The config and a checkpoint of a run, which may be training.
+    """The config and a checkpoint of a run, which may be training, to evaluate or to sample from.
+
+    The parameters of the state are `evaluation_params`; `restore` has those of the last step.
 
     Args:
       workdir: of the run.
@@ -60,7 +62,7 @@ def load_run(
             f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
             "Wait for the first one (training.checkpoint_every)."
         )
-    return config, restored
+    return config, restored._replace(params=evaluation_params(restored))
 
 
 def open_run_data(workdir: str | pathlib.Path, config: ExperimentConfig) -> Data:

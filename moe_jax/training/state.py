@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax.contrib
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.parameters import init_parameters
-from moe_jax.training.optimizers import make_optimizer
+from moe_jax.training.optimizers import ParameterAverage, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -17,7 +18,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar; also the position in the data.
       params: parameters, in the tree of the model's specs.
-      opt_state: moments of the optimizer.
+      opt_state: what the optimizer keeps: moments, and averages of parameters.
       model_state: what the model's parts update outside the optimizer, by part, such as selection
         biases; {} where there is nothing.
       key_data: uint32, the run's random key; a step uses what it and the step give.
@@ -42,6 +43,20 @@ def init_state(config: ExperimentConfig) -> TrainState:
         model_state=init_parameters(param_key, model.state_specs()),
         key_data=jax.random.key_data(run_key),
     )
+
+
+def evaluation_params(state: TrainState) -> Any:
+    """The parameters to evaluate and to sample from, in the tree of the model's specs.
+
+    What the optimizer averages: `optimizer.ema_decay`, or Schedule-Free's x (arXiv:2405.15682);
+    without an average, the parameters of the last step.
+    """
+    last = state.opt_state[-1]
+    if isinstance(last, ParameterAverage):
+        return last.average
+    if isinstance(last, optax.contrib.ScheduleFreeState):
+        return jax.jit(optax.contrib.schedule_free_eval_params)(last, state.params)
+    return state.params
 
 
 @functools.lru_cache(maxsize=64)

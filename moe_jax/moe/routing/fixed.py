@@ -61,7 +61,9 @@ class Hash(FixedRouter):
         "token", choices=HASH_BY
     )  # id at random, id modulo E, table, position, bigram
     seed: int = setting(0, at_least=0, below=2**32)  # another number, another random table
-    table: tuple[int, ...] = ()  # of by="table": the first expert of every id, see `balanced_table`
+    table: tuple[int, ...] = setting(
+        (), at_least=0
+    )  # of by="table": the first expert of every id, see `balanced_table`
 
     def check(self) -> None:
         """See `Settings`."""

@@ -1,0 +1,154 @@
+"""What a training step needs of the devices' memory, before it starts and when it runs out."""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.parallel.rules import num_shards
+from moe_jax.training.placement import state_shardings
+from moe_jax.training.state import abstract_state
+
+PROFILE_FILE = "memory.prof"
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+FLOAT32 = 4
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
+    """Bytes on one device that no compiler saves, by what they are of.
+
+    Returns:
+      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest part)
+      and `logits` of a microbatch, float32. Activations come on top.
+    """
+    state, shardings = abstract_state(config), state_shardings(config, mesh)
+
+    def local(of: Any, placed: Any) -> int:
+        sizes = jax.tree.map(
+            lambda leaf, where: math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            of,
+            placed,
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    parameters = local(state.params, shardings.params)
+    parts = config.training.num_microbatches
+    sequences = config.training.batch_size // parts // num_shards("batch", mesh)
+    vocab = config.model.vocab_size // num_shards("vocab", mesh)
+    return {
+        "parameters": parameters,
+        "optimizer": local(state.opt_state, shardings.opt_state),
+        "gradients": parameters * (2 if parts > 1 else 1),
+        "logits": sequences * config.data.sequence_length * vocab * FLOAT32,
+    }
+
+
+def available_bytes(mesh: Mesh) -> int | None:
+    """The memory of one device of this process, or None where nothing says it.
+
+    Devices of a CPU share its memory, and what a container may have of it.
+    """
+    devices = mesh.local_devices
+    if devices[0].platform != "cpu":
+        return (devices[0].memory_stats() or {}).get("bytes_limit")
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in map(pathlib.Path, CGROUP_LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits) // len(devices)
+
+
+def check_memory(config: ExperimentConfig, mesh: Mesh) -> None:
+    """Refuses a model or a batch that the devices cannot hold; takes a fraction of a second.
+
+    Raises:
+      ValueError: with what takes the memory, what there is, and which settings to change.
+    """
+    needed, available = needed_bytes(config, mesh), available_bytes(mesh)
+    if available is None or sum(needed.values()) <= available:
+        return
+    of_state = 2 * needed["logits"] < sum(needed.values())
+    fix = f"For the state, {smaller_state(config)}" if of_state else smaller_step(config)
+    raise ValueError(
+        f"a training step does not fit the memory of its devices: {describe(needed)}, and "
+        f"activations, on {each(mesh)} of {in_units(available)}. {fix[0].upper()}{fix[1:]}."
+    )
+
+
+def each(mesh: Mesh) -> str:
+    """The devices in words."""
+    return "one device" if mesh.size == 1 else f"each of {mesh.size} devices"
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(
+    config: ExperimentConfig, mesh: Mesh, workdir: pathlib.Path
+) -> Iterator[None]:
+    """A context in which running out of a device's memory is one line.
+
+    Raises:
+      MemoryError: with what takes the memory, which settings to change, and where the profile of
+        the memory is: `memory.prof` in the workdir, which `pprof` reads.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            raise
+        needed, available = needed_bytes(config, mesh), available_bytes(mesh)
+        size = "" if available is None else f" of {in_units(available)}"
+        rest = smaller_step(config)
+        raise MemoryError(
+            f"a training step ran out of memory: {text.splitlines()[0].rstrip('.')}; it needs "
+            f"{describe(needed)}, and activations, on {each(mesh)}{size}. For activations, {rest}. "
+            f"For the state, {smaller_state(config)}.{profile(workdir)}"
+        ) from error
+
+
+def profile(workdir: pathlib.Path) -> str:
+    """Writes what is in the memory now, and says where; nothing where that fails too."""
+    path = workdir / PROFILE_FILE
+    try:
+        jax.profiler.save_device_memory_profile(str(path))
+    except (OSError, RuntimeError):
+        return ""
+    return f" What is in it: {path} (pprof)."
+
+
+def smaller_step(config: ExperimentConfig) -> str:
+    """Which settings lower what a step needs beyond the state."""
+    training, changes = config.training, []
+    if training.num_microbatches < training.batch_size // config.mesh.batch_shards:
+        changes.append(f"raise training.num_microbatches (now {training.num_microbatches})")
+    if config.model.remat != "full":
+        changes.append(f"set model.remat='full' (now {config.model.remat!r})")
+    return ", or ".join([*changes, "lower training.batch_size or data.sequence_length"])
+
+
+def smaller_state(config: ExperimentConfig) -> str:
+    """Which settings lower the state on a device."""
+    name, spec = max(
+        jax.tree_util.tree_leaves_with_path(config.model.specs()), key=lambda pair: pair[1].size
+    )
+    largest = f"{jax.tree_util.keystr(name, simple=True, separator='/')} {spec.shape}"
+    split = "mesh.data=1 and mesh.fsdp=-1" if config.mesh.data > 1 else "mesh.fsdp on more devices"
+    return f"split it by {split}, or lower sizes of config.model (its largest array: {largest})"
+
+
+def describe(needed: dict[str, int]) -> str:
+    """For example "parameters 1.5 GiB, optimizer 3.0 GiB"."""
+    return ", ".join(f"{name} {in_units(size)}" for name, size in needed.items())
+
+
+def in_units(size: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    index = min(int(math.log(max(size, 1), 1024)), len(UNITS) - 1)
+    return f"{size / 1024**index:.1f} {UNITS[index]}"

@@ -1,0 +1,65 @@
+"""The trace of chosen steps: a file that TensorBoard opens, with the names of the scopes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.training.loop import train
+from moe_jax.training.profiling import PROFILE, Profile
+from tests.tiny_run import tiny_training
+
+
+@jax.jit
+def step(x):
+    with jax.named_scope("moe"), jax.named_scope("run_experts"):
+        return jnp.tanh(x @ x)
+
+
+def traces(workdir):
+    return list((workdir / PROFILE).rglob("*.xplane.pb"))
+
+
+def run(workdir, steps, first=1, last=5):
+    """Steps with a trace; after each step, whether a trace is written by now."""
+    written, x = [], jnp.eye(8)
+    with Profile(steps, workdir) as profile:
+        for number in range(first, last + 1):
+            profile.at(number, x)
+            x = step(x)
+            written.append(bool(traces(workdir)))
+    return written
+
+
+def test_the_trace_has_the_scopes_of_the_model(tmp_path, capsys):
+    assert run(tmp_path, (2, 3)) == [False, False, False, True, True]
+    (path,) = traces(tmp_path)
+    assert b"moe/run_experts" in path.read_bytes()
+    assert f"tensorboard --logdir={tmp_path / PROFILE}" in capsys.readouterr().out
+
+
+def test_a_run_that_starts_inside_or_ends_with_the_steps_has_a_trace(tmp_path):
+    assert not any(run(tmp_path, (2, 5), first=4)), "it is written behind the last step"
+    assert len(traces(tmp_path)) == 1
+
+
+def test_a_run_that_fails_ends_its_trace(tmp_path):
+    with pytest.raises(ZeroDivisionError), Profile((1, 9), tmp_path) as profile:
+        profile.at(1, None)
+        step(jnp.eye(8))
+        raise ZeroDivisionError
+    assert len(traces(tmp_path)) == 1
+    assert run(tmp_path / "next", (1, 1))[-1], "another can start"
+
+
+@pytest.mark.parametrize(("steps", "first"), [((), 1), ((1, 2), 3)])
+def test_no_trace_without_steps_to_trace(tmp_path, steps, first):
+    run(tmp_path, steps, first)
+    assert not (tmp_path / PROFILE).exists()
+
+
+@pytest.mark.slow
+def test_a_run_writes_the_trace_of_its_steps(tmp_path):
+    train(tiny_training({"training": {"profile_steps": (3, 4), "num_steps": 5}}), tmp_path)
+    (path,) = traces(tmp_path)
+    found = path.read_bytes()
+    assert all(name in found for name in (b"moe", b"attention", b"run_experts"))
