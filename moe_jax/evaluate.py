@@ -6,16 +6,12 @@ side, and writes them to `DIR/evaluation.json`.
 
 import json
 import pathlib
+import sys
 from typing import Any
 
-import jax
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.evaluation import evaluate
-from moe_jax.training.metrics import write_atomically
-from moe_jax.training.saved import load_run, open_run_data
 
 
 def table(said: dict[str, Any]) -> str:
@@ -38,6 +34,13 @@ def table(said: dict[str, Any]) -> str:
 
 def main() -> None:
     """Loads the newest checkpoint and evaluates it."""
+    import jax
+
+    from moe_jax.parallel.mesh import make_mesh
+    from moe_jax.training.evaluation import evaluate
+    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.saved import load_run, open_run_data
+
     workdir = pathlib.Path(flags.FLAGS.workdir)
     config, state = load_run(workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust)
     said = evaluate(
@@ -58,9 +61,15 @@ def main() -> None:
         write_atomically(workdir / "evaluation.json", json.dumps(said, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
     command_line.define_trust_flag()
     flags.DEFINE_integer("batches", 0, "Held-out batches to use; 0: all.", lower_bound=0)
-    command_line.run(main, required=("workdir",), several_processes=True)
+
+
+command = command_line.Command(main, define_flags, required=("workdir",), several_processes=True)
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

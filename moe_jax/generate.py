@@ -1,15 +1,19 @@
 """Continues a text: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`."""
 
-import jax
+import sys
+
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.inference import continue_text
-from moe_jax.training.saved import load_run
 
 
 def main() -> None:
     """Loads the newest checkpoint and samples."""
+    import jax
+
+    from moe_jax.inference import continue_text
+    from moe_jax.training.saved import load_run
+
     config, state = load_run(
         flags.FLAGS.workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust
     )
@@ -27,7 +31,8 @@ def main() -> None:
         print(flags.FLAGS.prompt + text)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
     command_line.define_trust_flag()
@@ -35,4 +40,11 @@ if __name__ == "__main__":
     flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
     flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Equal seeds give equal texts.")
-    command_line.run(main, required=("workdir", "prompt"), several_processes=True)
+
+
+command = command_line.Command(
+    main, define_flags, required=("workdir", "prompt"), several_processes=True
+)
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

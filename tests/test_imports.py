@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "layers": PARTS | {"moe"},
     "models": PARTS | {"layers", "moe"},
     "checks": MODELS,
-    "data": {"config"},
+    "data": {"config", "command_line"},  # for its two commands
     "training": MODELS | {"data"},
     "inference": TRAINING,
     "planning": TRAINING,

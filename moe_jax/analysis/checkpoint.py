@@ -1,6 +1,5 @@
 """The analysis of a run's routers, from its checkpoints to numbers, figures and a page."""
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from moe_jax.analysis.drawing import png_bytes, spread
 from moe_jax.analysis.instability import route_variations
 from moe_jax.analysis.measures import Scope, measure_layers
+from moe_jax.analysis.options import Options
 from moe_jax.analysis.page import analysis_page, choose_passages
 from moe_jax.analysis.routed import Routed, route_batches, text_batches
 from moe_jax.analysis.routing_figures import routing_figures
@@ -30,20 +30,6 @@ logger = logging.getLogger(__name__)
 
 JSON_FILE = "analysis.json"
 PAGE_FILE = "analysis.html"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is analysed, and how much of it; the flags of the command."""
-
-    step: int | None = None  # whose checkpoint, of those that were kept; None: the newest whole one
-    tokens: int = 32_768  # at most; padding is not counted
-    text: tuple[str, ...] = ()  # files of text; (): the held-out split of the run's corpus
-    checkpoints: int = 8  # earlier ones at most, for saturation; evenly spaced ones of more
-    noise: float = 0.01  # relative, on the input, to see whose choices flip
-    shuffles: int = 5  # of the routing over the tokens, for the baseline
-    min_count: int = 10  # occurrences of a token id that is listed with an expert
-    trust: bool = False  # import the modules that the run's config names for parts of its own
 
 
 class Analysis(NamedTuple):

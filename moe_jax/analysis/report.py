@@ -6,12 +6,13 @@ a run that is still going:
     python -m moe_jax.analysis.report DIR
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import pathlib
 import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import png_bytes
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
+from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
 
@@ -361,12 +363,19 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Writes the report of the run in the directory that is given."""
-    parser = argparse.ArgumentParser(description="Writes DIR/report/ from the files of a run.")
-    parser.add_argument("directory", metavar="DIR", help="the workdir of a run")
-    print(write_report(parser.parse_args(arguments).directory))
+def main(arguments: Sequence[str]) -> int:
+    """Writes the report of the run in the directory that is given; returns the exit code."""
+    if list(arguments) in (["--help"], ["-h"]) or len(arguments) != 1:
+        print("usage: python -m moe_jax.analysis.report DIR   (DIR: the workdir of a run)")
+        return 0 if arguments in (["--help"], ["-h"]) else 1
+    try:
+        require_local("DIR", arguments[0])
+        print(write_report(arguments[0]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
