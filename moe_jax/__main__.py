@@ -2,11 +2,12 @@
 
 import difflib
 import importlib
+import importlib.util
 import os
 import sys
 
 from moe_jax import __version__
-from moe_jax.config.installed import home, in_checkout
+from moe_jax.config.installed import home
 
 # What each command is: module and function, which takes arguments and returns the exit code.
 COMMANDS = {
@@ -43,11 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it: for parts and configs of the user
     path, _, function = COMMANDS[name][0].partition(":")
     if path.startswith("experiments."):
-        if not in_checkout():
-            print(f"error: studies run from a checkout of moe_jax: {home()} has no experiments/. "
-                  "Clone the repository.", file=sys.stderr)  # fmt: skip
-            return 1
         sys.path.append(str(home()))
+        if importlib.util.find_spec("experiments") is None:
+            print(
+                f"error: studies run in a checkout of moe_jax: {os.getcwd()} and {home()} have no "
+                "folder experiments. Clone the repository.",
+                file=sys.stderr,
+            )
+            return 1
     code: int = getattr(importlib.import_module(path), function)(others)
     return code
 

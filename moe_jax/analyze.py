@@ -75,9 +75,7 @@ def define_flags() -> None:
     default = Options()
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_string("out", "", "Where to write; by default WORKDIR/analysis.")
-    flags.DEFINE_integer(
-        "step", default.step, "Step of a checkpoint that was kept; by default the newest.", 0
-    )
+    command_line.define_step_flag()
     flags.DEFINE_integer("tokens", default.tokens, "How many tokens at most.", lower_bound=1)
     flags.DEFINE_multi_string(
         "text", [], "A file of text in place of the held-out split; may be given again."

@@ -90,7 +90,6 @@ class Command:
 
 def run(command: Command) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
-    logging.use_absl_handler()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
@@ -171,7 +170,7 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
         matches = [within] if within in paths else matches
         return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
 
-    return re.sub(r"(?<![\w./'\"-])((?:\w+\.)*\w+)(=?)", whole, message)
+    return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
@@ -377,6 +376,16 @@ def define_trust_flag() -> None:
         "trust", False,
         "Import the modules that the run's config names for parts of its own: they run code.",
     )  # fmt: skip
+
+
+def define_step_flag() -> None:
+    """Defines --step."""
+    flags.DEFINE_integer(
+        "step",
+        None,
+        "Step of a checkpoint that was kept (training.keep_checkpoints); by default the newest.",
+        lower_bound=0,
+    )
 
 
 def define_mesh_flag() -> None:

@@ -8,14 +8,17 @@ from moe_jax import command_line
 
 
 def main() -> None:
-    """Loads the newest checkpoint and samples."""
+    """Loads a checkpoint and samples."""
     import jax
 
     from moe_jax.inference import continue_text
     from moe_jax.training.saved import load_run
 
     config, state = load_run(
-        flags.FLAGS.workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust
+        flags.FLAGS.workdir,
+        command_line.mesh_of_flag(),
+        flags.FLAGS.step,
+        trust=flags.FLAGS.trust,
     )
     text = continue_text(
         state.params,
@@ -36,10 +39,13 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
     command_line.define_trust_flag()
+    command_line.define_step_flag()
     flags.DEFINE_string("prompt", None, "The text to continue.")
     flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
     flags.DEFINE_float("temperature", 0.8, "0 takes the likeliest token.", lower_bound=0.0)
-    flags.DEFINE_integer("seed", 0, "Equal seeds give equal texts.")
+    flags.DEFINE_integer(
+        "seed", 0, "Equal seeds give equal texts.", lower_bound=0, upper_bound=2**32 - 1
+    )
 
 
 command = command_line.Command(

@@ -128,7 +128,8 @@ def line_of(error: BaseException, path: pathlib.Path) -> str:
     """The line of a file at which an exception passed it, as ", line 3"; or nothing."""
     if isinstance(error, SyntaxError):
         elsewhere = error.filename if error.filename != str(path) else None
-        return f"{f' imports {elsewhere}' if elsewhere else ''}, line {error.lineno}"
+        line = f", line {error.lineno}" if error.lineno else ""
+        return f" imports {elsewhere}{line}" if elsewhere else line
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
@@ -223,9 +224,7 @@ def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
     if isinstance(text, bool):
         if wanted is bool:
             return text
-        raise ValueError(
-            f"{flag} needs a value of type {wanted.__name__}: it has none. Add =VALUE."
-        )
+        raise ValueError(f"{flag} is of type {wanted.__name__}: it has no value. Add =VALUE.")
     try:
         if wanted is bool:
             return BOOLEANS[text.lower()]
