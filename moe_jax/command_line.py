@@ -79,6 +79,7 @@ class Command:
             if "--helpfull" in arguments:
                 print(flags.FLAGS.get_help())
                 return 0
+            check_environment(os.environ)  # before a config file imports JAX
             parse(arguments, own, self.required)
             return run(self)
         except USER_ERRORS as error:  # of the flags
@@ -92,13 +93,10 @@ def run(command: Command) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
-        check_environment(os.environ)
-        import jax
+    import jax
 
-        from moe_jax.parallel import processes
-    except USER_ERRORS as error:
-        fail(error)
+    from moe_jax.parallel import processes
+
     try:
         if command.several_processes:
             start_processes(command.saves_on_sigterm)
@@ -205,10 +203,11 @@ def check_devices() -> None:
         jax.devices()
     except RuntimeError as error:
         wanted = os.environ.get("JAX_PLATFORMS", "")
-        extra = "tpu" if "tpu" in wanted else "cuda"
+        extra = next((name for name in ("tpu", "cuda") if name in wanted), None)
+        install = f", or install the backend: {install_command(extra)}" if extra else ""
         raise ValueError(
-            f"JAX finds no device: JAX_PLATFORMS={wanted}: {str(error).rstrip('.')}. Unset it, set "
-            f"it to cpu, or install the backend: {install_command(extra)}."
+            f"JAX finds no device: JAX_PLATFORMS={wanted}: {str(error).rstrip('.')}. Unset it, or "
+            f"set it to cpu{install}."
         ) from error
 
 

@@ -30,6 +30,7 @@ class Options:
     step: int | None = None
     text: Sequence[str] = ()
     corpus: str = ""
+    heldout_fraction: float | None = None
     batches: int = 0
     batch_size: int | None = None
 
@@ -40,6 +41,10 @@ class Options:
             raise ValueError(
                 f"--text and --corpus both name the text: --text={self.text[0]}, "
                 f"--corpus={self.corpus}. Leave one out."
+            )
+        if self.heldout_fraction is not None and not self.corpus:
+            raise ValueError(
+                "--heldout_fraction is of another --corpus: --corpus is not given. Leave it out."
             )
 
 
@@ -85,7 +90,10 @@ def evaluate_run(
     else:
         settings = config.data
         if options.corpus:
-            settings = dataclasses.replace(settings, corpus=options.corpus, domain_weights=())
+            fraction = options.heldout_fraction or settings.heldout_fraction
+            settings = dataclasses.replace(
+                settings, corpus=options.corpus, heldout_fraction=fraction, domain_weights=()
+            )
         data = open_data(settings)
         tokenizer, domains = data.tokenizer, data.domains
         batches = heldout_batches(data, batch_size=rows, max_batches=some)
@@ -132,6 +140,9 @@ def define_flags() -> None:
         "",
         "Another corpus, in the forms of data.corpus: its held-out split, by the same rule as "
         "the run's own.",
+    )
+    flags.DEFINE_float(
+        "heldout_fraction", None, "Of another --corpus; by default the run's.", lower_bound=0.0
     )
     flags.DEFINE_integer("batches", 0, "Batches to use; 0: all.", lower_bound=0)
     flags.DEFINE_integer(

@@ -18,6 +18,7 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.config.file import read_json
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer
 from moe_jax.models.model import LanguageModel
@@ -200,13 +201,20 @@ def settings_of(
         "parts": {name: part_settings(config.model, name) for name in config.model.moe_parts},
         "shuffles": options.shuffles,
         "min_count": options.min_count,
-        "run_commit": json.loads(run.read_text(encoding="utf-8"))["commit"]
-        if run.exists()
-        else None,
+        "run_commit": commit_of(run),
         "commit": record["commit"],
         "uncommitted_changes": record["dirty"],
         "versions": record["versions"],
     }
+
+
+def commit_of(record: pathlib.Path) -> str | None:
+    """The commit in the record of a run; None if it is missing or damaged: it is only a record."""
+    try:
+        commit = read_json(record).get("commit")
+    except (ValueError, OSError):
+        return None
+    return None if commit is None else str(commit)
 
 
 def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
