@@ -6,6 +6,8 @@ import importlib.util
 import os
 import sys
 
+from absl import flags
+
 from moe_jax import __version__
 from moe_jax.config.installed import home
 
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it: for parts and configs of the user
+    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
     path, _, function = COMMANDS[name][0].partition(":")
     if path.startswith("experiments."):
         sys.path.append(str(home()))

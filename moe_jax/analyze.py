@@ -64,8 +64,10 @@ def main() -> None:
     names = [field.name for field in dataclasses.fields(Options)]
     given = {name: getattr(values, name) for name in names}
     options = Options(**given | {"text": tuple(values.text or ())})
+    out = values.out or str(pathlib.Path(values.workdir) / "analysis")
+    command_line.require_folder("out", out)
     analysis = analyze_run(values.workdir, options)
-    paths = write_analysis(analysis, values.out or pathlib.Path(values.workdir) / "analysis")
+    paths = write_analysis(analysis, out)
     print(said(analysis))
     print(f"\nwrote {paths[0]}, {paths[1].name} and {len(paths) - 2} figures")
 

@@ -5,16 +5,17 @@ What takes seconds to import (JAX, and all that is made of it) is imported in `m
 --help and a wrong flag are answered at once.
 """
 
+import argparse
 import dataclasses
 import difflib
-import errno
 import math
 import os
+import pathlib
 import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -22,25 +23,18 @@ from absl import flags, logging
 from moe_jax.config import MeshConfig, build
 from moe_jax.config.file import load_config, override, settings_of
 from moe_jax.config.installed import install_command, require_local
+from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
-# What a user can put right, by another setting, file or directory.
-USER_ERRORS = (ValueError, FloatingPointError, OSError)
 HELP = ("--help", "-help", "-h", "--helpshort")
 TEXT_FLAGS = ("prompt",)  # in which "://" is no path
-FIX_PERMISSIONS = "Pass a path that this user may read and write, or change its permissions"
-FIX_FOLDER = "A file stands where a folder is needed: pass another path"
-FIXES = {
-    errno.EACCES: FIX_PERMISSIONS,
-    errno.EPERM: FIX_PERMISSIONS,
-    errno.EROFS: "Pass a path on a file system that can be written",
-    errno.ENOENT: "Correct the path",
-    errno.ENOTDIR: FIX_FOLDER,
-    errno.EEXIST: FIX_FOLDER,
-    errno.EISDIR: "A folder stands where a file is needed: pass another path",
-    errno.ENAMETOOLONG: "Shorten the path",
-    errno.ENOSPC: "Free some space, and run the same command again",
-    errno.EDQUOT: "Free some space, and run the same command again",
-}
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command with positional arguments: what is wrong is one line, and exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        self.exit(1, f"error: {message}. --help lists the arguments.\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,43 +126,6 @@ def fail(error: Exception) -> NoReturn:
     settings = {} if given is None or isinstance(given, str) else settings_of(given)
     print(f"error: {whole_flags(describe(error), settings)}", file=sys.stderr, flush=True)
     sys.exit(1)
-
-
-def describe(error: Exception) -> str:
-    """What is wrong, the values and the fix, on one line."""
-    if isinstance(error, OSError) and error.errno is not None:
-        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
-        fix = FIXES.get(error.errno)
-        text = ": ".join([error.strerror or type(error).__name__, *paths])
-        return f"{text}. {fix}." if fix else text
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    joined = "".join(f"{line} " if line[-1] in ".:;," else f"{line}; " for line in lines)
-    return joined.removesuffix("; ").strip() or type(error).__name__
-
-
-def whole_flags(message: str, settings: Iterable[str]) -> str:
-    """A message in which settings are named by their whole flags.
-
-    Args:
-      message: may name a setting as the library does: `training.batch_size`, or `batch_size=7`.
-      settings: the dotted paths of all settings.
-
-    >>> whole_flags("Lower training.batch_size: batch_size=7.", ["config.training.batch_size"])
-    'Lower --config.training.batch_size: --config.training.batch_size=7.'
-    """
-    paths = set(settings)
-    scope = re.match(r"config[\w.]*(?=: )", message)
-
-    def whole(found: re.Match[str]) -> str:
-        name, equals = found.groups()
-        if not equals and "." not in name:
-            return found[0]
-        within = f"{scope[0]}.{name}" if scope else name
-        matches = [path for path in paths if f".{path}".endswith(f".{name}")]
-        matches = [within] if within in paths else matches
-        return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
-
-    return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
@@ -290,6 +247,22 @@ def check_values(own: Sequence[str]) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and name not in TEXT_FLAGS:
                 require_local(f"--{name}", text)
+
+
+def require_folder(flag: str, path: str) -> None:
+    """Refuses a folder that cannot be made or written to, before the work whose results it gets.
+
+    Raises:
+      ValueError: naming what stands in the way.
+    """
+    place = pathlib.Path(path).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"--{flag} is a folder: {there} is a file, --{flag}={path}. Change it.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--{flag} can be written to: --{flag}={path}, {there} cannot. {FIX_PERMISSIONS}."
+        )
 
 
 def help_text(command: Command, own: Sequence[str], arguments: Sequence[str]) -> str:

@@ -95,6 +95,8 @@ def main() -> int:
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: getattr(values, name) for name in names})
+    if options.figures:
+        command_line.require_folder("figures", options.figures)
     return run(from_config_dict(values.config.to_dict()), options)
 
 

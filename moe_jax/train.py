@@ -96,6 +96,7 @@ def main() -> None:
     from moe_jax.training.signals import Interrupted
 
     config = from_config_dict(flags.FLAGS.config.to_dict())
+    command_line.require_folder("workdir", flags.FLAGS.workdir)
     try:
         run(config, flags.FLAGS.workdir)
     except Interrupted as interruption:

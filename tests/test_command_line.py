@@ -9,11 +9,11 @@ from absl import flags
 
 from moe_jax import __main__ as entry
 from moe_jax import __version__, command_line
-from moe_jax.command_line import describe, whole_flags
 from moe_jax.config import ExperimentConfig, from_config_dict, installed
 from moe_jax.config.describe import comments_of, describe_settings
 from moe_jax.config.file import load_config, override, read_json, settings_of
 from moe_jax.moe.part import MoE
+from moe_jax.user_errors import describe, whole_flags
 from tests.tiny_run import ROOT
 
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"

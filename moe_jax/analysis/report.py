@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import png_bytes
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
+from moe_jax.config.file import read_json
 from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
@@ -167,7 +168,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
 
 
 def _read_json(path: pathlib.Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _figure(place: pathlib.Path, name: str, title: str, figure: Figure | None) -> str:
