@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from moe_jax.config import MeshConfig, build
-from moe_jax.config.file import load_config, override, settings_of
+from moe_jax.config.file import load_config, override, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
@@ -46,15 +46,18 @@ class Command:
         It may return an exit code.
       define_flags: defines the flags of the command, in `absl.flags.FLAGS`.
       required: the flags that must be given.
+      positional: what stands without a flag, one or more, such as "RUN"; `main` is called with the
+        list of them. "": nothing does.
       uses_devices: whether it computes on the devices of the process.
       several_processes: whether the command can be one of several processes; defines their flags.
       saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
         `processes.start`.
     """
 
-    main: Callable[[], int | None]
+    main: Callable[..., int | None]
     define_flags: Callable[[], None]
     required: Sequence[str] = ()
+    positional: str = ""
     uses_devices: bool = True
     several_processes: bool = False
     saves_on_sigterm: bool = False
@@ -74,8 +77,7 @@ class Command:
                 print(flags.FLAGS.get_help())
                 return 0
             check_environment(os.environ)  # before a config file imports JAX
-            parse(arguments, own, self.required)
-            return run(self)
+            return run(self, parse(self, arguments, own))
         except USER_ERRORS as error:  # of the flags
             fail(error)
         finally:
@@ -83,7 +85,7 @@ class Command:
                 delattr(flags.FLAGS, name)
 
 
-def run(command: Command) -> int:
+def run(command: Command, positional: list[str]) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -96,7 +98,7 @@ def run(command: Command) -> int:
             start_processes(command.saves_on_sigterm)
         if command.uses_devices:
             check_devices()
-        code = command.main()
+        code = command.main(positional) if command.positional else command.main()
         processes.wait_for_all()
         return code or 0
     except BrokenPipeError:  # of `| head`
@@ -168,8 +170,16 @@ def check_devices() -> None:
         ) from error
 
 
-def parse(arguments: Sequence[str], own: Sequence[str], required: Sequence[str]) -> None:
+def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> list[str]:
     """Reads the flags into `flags.FLAGS`, and the config that they name.
+
+    Args:
+      command: whose flags are defined.
+      arguments: of the command line.
+      own: the names of its flags.
+
+    Returns:
+      The arguments without a flag.
 
     Raises:
       ValueError: a flag is unknown, missing or of a wrong value; by its name, with the nearest.
@@ -185,12 +195,14 @@ def parse(arguments: Sequence[str], own: Sequence[str], required: Sequence[str])
         raise ValueError(f"there is no flag --{error.flagname}. {fix}") from error
     except flags.Error as error:
         raise ValueError(f"{str(error).rstrip('.')}. Correct it.") from error
-    if positional:
+    if positional and not command.positional:
         raise ValueError(
             f"flags are written as --NAME=VALUE: unexpected arguments: {positional}. Remove them, "
             "or quote a value that has spaces."
         )
-    missing = [name for name in required if values[name].value in (None, "")]
+    if command.positional and not positional:
+        raise ValueError(f"{command.positional} must be given, one or more: there is none. Add it.")
+    missing = [name for name in command.required if values[name].value in (None, "")]
     if missing:
         names = ", ".join(f"--{name}" for name in missing)
         raise ValueError(f"{names} must be given: {values[missing[0]].help} See --help.")
@@ -205,33 +217,7 @@ def parse(arguments: Sequence[str], own: Sequence[str], required: Sequence[str])
         values.config = config
     elif overrides:
         raise ValueError(f"--config must be given with --{overrides[0][0]}: it is not. Add it.")
-
-
-def split_overrides(
-    arguments: Sequence[str],
-) -> tuple[list[str], list[tuple[str, str | bool]]]:
-    """The arguments without the settings of the config, and those as (path, text) pairs.
-
-    >>> split_overrides(["--config=a.py", "--config.seed", "3", "--noconfig.model.scan_layers"])
-    (['--config=a.py'], [('config.seed', '3'), ('config.model.scan_layers', False)])
-    """
-    plain: list[str] = []
-    overrides: list[tuple[str, str | bool]] = []
-    left = list(arguments)
-    while left:
-        argument = left.pop(0)
-        found = re.match(r"--?(no)?(config\.[^=]*)(=?)(.*)", argument, re.DOTALL)
-        if argument == "--":
-            return [*plain, argument, *left], overrides
-        if not found:
-            plain.append(argument)
-        elif found[3] or found[1]:
-            overrides.append((found[2], found[4] if found[3] else False))
-        elif left and not re.match(r"-+[a-zA-Z]", left[0]):
-            overrides.append((found[2], left.pop(0)))
-        else:
-            overrides.append((found[2], True))
-    return plain, overrides
+    return list(positional)
 
 
 def check_values(own: Sequence[str]) -> None:

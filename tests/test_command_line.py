@@ -11,7 +11,7 @@ from moe_jax import __main__ as entry
 from moe_jax import __version__, command_line
 from moe_jax.config import ExperimentConfig, from_config_dict, installed
 from moe_jax.config.describe import comments_of, describe_settings
-from moe_jax.config.file import load_config, override, read_json, settings_of
+from moe_jax.config.file import load_config, override, read_json, settings_of, split_overrides
 from moe_jax.moe.part import MoE
 from moe_jax.user_errors import describe, whole_flags
 from tests.tiny_run import ROOT
@@ -118,7 +118,7 @@ def test_settings_are_overridden_by_their_types():
 
 def test_flags_of_the_config_may_stand_apart_from_their_values():
     written = ["--config=a", "--config.seed", "-3", "--noconfig.x", "--config.y", "--z=1"]
-    plain, overrides = command_line.split_overrides(written)
+    plain, overrides = split_overrides(written)
     assert plain == ["--config=a", "--z=1"]
     assert overrides == [("config.seed", "-3"), ("config.x", False), ("config.y", True)]
 
@@ -278,6 +278,22 @@ def test_the_environment_cannot_change_what_a_config_means(name, value):
     with pytest.raises(ValueError, match=rf"{name}={value}.*Unset {name}"):
         command_line.check_environment({name: value})
     command_line.check_environment({"JAX_DEFAULT_PRNG_IMPL": "threefry2x32", "JAX_ENABLE_X64": ""})
+
+
+def test_a_command_may_take_arguments_without_flags(capsys):
+    given = []
+    command = command_line.Command(given.extend, lambda: None, positional="RUN", uses_devices=False)
+    assert command(["a", "b"]) == 0 and given == ["a", "b"]
+    with pytest.raises(SystemExit):
+        command([])
+    assert "error: RUN must be given, one or more" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    command_line.require_folder("out", str(tmp_path / "new" / "folder"))
+    with pytest.raises(ValueError, match=rf"--out is a folder: {tmp_path}/file is a file"):
+        command_line.require_folder("out", str(tmp_path / "file" / "folder"))
 
 
 def test_one_entry_has_all_commands(capsys):

@@ -10,10 +10,11 @@ import difflib
 import inspect
 import json
 import pathlib
+import re
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -143,6 +144,33 @@ def settings_of(config: Mapping[str, Any], path: str = CONFIG) -> dict[str, Any]
         inner = isinstance(value, Mapping | ml_collections.ConfigDict) and len(value) > 0
         settings |= settings_of(value, f"{path}.{name}") if inner else {f"{path}.{name}": value}
     return settings
+
+
+def split_overrides(
+    arguments: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str | bool]]]:
+    """The arguments without the settings of the config, and those as (path, text) pairs.
+
+    >>> split_overrides(["--config=a.py", "--config.seed", "3", "--noconfig.model.scan_layers"])
+    (['--config=a.py'], [('config.seed', '3'), ('config.model.scan_layers', False)])
+    """
+    plain: list[str] = []
+    overrides: list[tuple[str, str | bool]] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        found = re.match(r"--?(no)?(config\.[^=]*)(=?)(.*)", argument, re.DOTALL)
+        if argument == "--":
+            return [*plain, argument, *left], overrides
+        if not found:
+            plain.append(argument)
+        elif found[3] or found[1]:
+            overrides.append((found[2], found[4] if found[3] else False))
+        elif left and not re.match(r"-+[a-zA-Z]", left[0]):
+            overrides.append((found[2], left.pop(0)))
+        else:
+            overrides.append((found[2], True))
+    return plain, overrides
 
 
 def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> None:
