@@ -19,7 +19,7 @@ from moe_jax import command_line
 
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
-    from moe_jax.data import Example
+    from moe_jax.data import Data, Example
     from moe_jax.training.state import TrainState
 
 
@@ -67,15 +67,16 @@ def table(said: dict[str, Any]) -> str:
 
 
 def evaluate_run(
-    config: "ExperimentConfig", state: "TrainState", options: Options
+    workdir: pathlib.Path, config: "ExperimentConfig", state: "TrainState", options: Options
 ) -> dict[str, Any]:
     """Scores the text that the options name; the result says which it was, and of which step."""
     from moe_jax.analysis.checkpoint import file_names, read_text
     from moe_jax.analysis.routed import text_batches
-    from moe_jax.data import heldout_batches, open_data, open_tokenizer
+    from moe_jax.data import heldout_batches, open_tokenizer
     from moe_jax.parallel.mesh import make_mesh
     from moe_jax.training.evaluation import score
     from moe_jax.training.placement import inference_rows
+    from moe_jax.training.saved import open_run_data
 
     mesh = make_mesh(config.mesh)
     rows = inference_rows(config, mesh, options.batch_size)
@@ -88,20 +89,26 @@ def evaluate_run(
         batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
         named = f"the text of {', '.join(options.text)}"
     else:
-        settings = config.data
-        if options.corpus:
-            fraction = options.heldout_fraction or settings.heldout_fraction
-            settings = dataclasses.replace(
-                settings, corpus=options.corpus, heldout_fraction=fraction, domain_weights=()
-            )
-        data = open_data(settings)
+        data = open_other(config, options) if options.corpus else open_run_data(workdir, config)
         tokenizer, domains = data.tokenizer, data.domains
         batches = heldout_batches(data, batch_size=rows, max_batches=some)
-        named = f"the held-out split of {settings.corpus}"
+        named = f"the held-out split of {data.config.corpus}"
     of_model = (state.params, state.model_state, config)
     losses = score(*of_model, batches, domains, tokenizer.token_bytes_V, mesh, state.step)
     part = f"{options.batches} batches of {rows} sequences of " if options.batches else ""
     return {"step": int(state.step), "text": part + named, **losses}
+
+
+def open_other(config: "ExperimentConfig", options: Options) -> "Data":
+    """The data of --corpus, with the tokenizer and the length of the run."""
+    from moe_jax.data import open_data
+
+    fraction = options.heldout_fraction or config.data.heldout_fraction
+    return open_data(
+        dataclasses.replace(
+            config.data, corpus=options.corpus, heldout_fraction=fraction, domain_weights=()
+        )
+    )
 
 
 def main() -> None:
@@ -116,7 +123,7 @@ def main() -> None:
     options = Options(**{name: getattr(values, name) for name in names})
     workdir = pathlib.Path(values.workdir)
     config, state = load_run(workdir, command_line.mesh_of_flag(), options.step, trust=values.trust)
-    found = evaluate_run(config, state, options)
+    found = evaluate_run(workdir, config, state, options)
     if jax.process_index() != 0:
         return
     print(f"step {found['step']}: {found.pop('text')}")

@@ -66,7 +66,7 @@ def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
     text = tmp_path / "own.txt"
     text.write_text(TEXT)
     config, state = load_run(finished)
-    found = evaluate.evaluate_run(config, state, evaluate.Options(text=(str(text),)))
+    found = evaluate.evaluate_run(finished, config, state, evaluate.Options(text=(str(text),)))
     losses = found["dropless"]
     num_bytes = len(TEXT.encode())
     assert num_bytes == 3 * 54 and losses["tokens"] == num_bytes + 1
@@ -119,4 +119,4 @@ def test_a_damaged_config_is_named(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.command([f"--workdir={tmp_path}", "--prompt=x"])
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'config.json'} is JSON, written whole" in said
+    assert f"{tmp_path / 'config.json'} is damaged: it is no JSON" in said

@@ -18,12 +18,11 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.config.file import read_json
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
-from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
+from moe_jax.training.metrics import RUN_FILE, read_json, run_record, write_atomically
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
 

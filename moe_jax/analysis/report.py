@@ -21,10 +21,15 @@ from matplotlib.figure import Figure
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import png_bytes
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
-from moe_jax.config.file import read_json
 from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_json,
+    read_metrics,
+)
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
@@ -112,9 +117,9 @@ def read_run(directory: str | pathlib.Path) -> Run:
     evaluation, sample = directory / EVALUATION_FILE, directory / SAMPLE_FILE
     return Run(
         rows=rows,
-        record=_read_json(directory / RUN_FILE),
-        settings=_read_json(directory / CONFIG_FILE),
-        evaluation=_read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
+        record=read_json(directory / RUN_FILE),
+        settings=read_json(directory / CONFIG_FILE),
+        evaluation=read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
     )
 
@@ -165,10 +170,6 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
     path = place / "report.md"
     path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return path
-
-
-def _read_json(path: pathlib.Path) -> Row:
-    return read_json(path)
 
 
 def _figure(place: pathlib.Path, name: str, title: str, figure: Figure | None) -> str:

@@ -8,7 +8,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import json
 import pathlib
 import re
 import sys
@@ -276,23 +275,3 @@ EXAMPLES = {
     float: "Write a number, such as 0.1 or 3e-4.",
     tuple: "Write a tuple, such as \"(('prose', 1.0),)\", in quotes that keep the shell off it.",
 }
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      ValueError: naming the file: it is cut, or is no JSON object.
-      OSError: it cannot be read.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(
-            f"{path} is JSON, written whole: {error}. Bring back a copy of the file."
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} is a JSON object: it is a {type(value).__name__}. Bring back a copy."
-        )
-    return value

@@ -8,8 +8,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig, read_config
-from moe_jax.data import Data, open_data, open_tokenizer
 from moe_jax.config.installed import require_local
+from moe_jax.data import Data, open_data, open_tokenizer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
