@@ -14,7 +14,10 @@ setup(
     description="Mixture-of-experts language models in JAX and Flax, for research on TPUs and GPUs",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_jax", "moe_jax.*"]),
+    # The configs, which an installed command finds as configs/NAME.py.
+    packages=[*find_packages(include=["moe_jax", "moe_jax.*"]), "moe_jax.shipped.configs"],
+    package_dir={"moe_jax.shipped.configs": "configs"},
+    entry_points={"console_scripts": ["moe-jax = moe_jax.__main__:main"]},
     package_data={
         "moe_jax": ["py.typed"],
         "moe_jax.analysis": ["*.html"],

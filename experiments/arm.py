@@ -17,7 +17,6 @@ from absl import flags
 from experiments.budget import cost_of
 from experiments.results import LOSS, append_result
 from experiments.study import Study, load_study
-from moe_jax.command_line import USER_ERRORS
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
 from moe_jax.data.corpora import form_of
@@ -26,6 +25,7 @@ from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import load_run, open_run_data
 from moe_jax.training.signals import Interrupted
+from moe_jax.user_errors import USER_ERRORS
 
 CURVE = f"heldout/dropless/{LOSS}"
 LATE = 0.5  # routing is averaged over the logged steps after this share of the run

@@ -5,7 +5,6 @@ Of each study `README.md` and, once it has results, `curves.png` (of the size ba
 from `study.py` and `results.jsonl`: the same results give the same bytes.
 """
 
-import argparse
 import itertools
 import pathlib
 import statistics
@@ -26,9 +25,10 @@ from experiments.study import HERE, SIZES, Study, load_study, study_names
 from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, difference, overall, spread
 from moe_jax.analysis.names import in_markdown
-from moe_jax.command_line import USER_ERRORS
+from moe_jax.command_line import Parser
 from moe_jax.training.metrics import write_atomically
 from moe_jax.training.ways import notes_of
+from moe_jax.user_errors import USER_ERRORS, describe
 
 
 def figure_name(size: str) -> str:
@@ -220,7 +220,7 @@ def findings_of(study: Study) -> dict[str, list[Finding]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the report of one study or of all, and the top page; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("study", nargs="?", help="one study; all by default")
     parser.add_argument("--out", help="directory with results; the study's own by default")
     args = parser.parse_args(arguments)
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
             findings = {study.name: findings_of(study) for study in studies}
             write_atomically(HERE / "README.md", top_page(studies, findings))
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     return 0
 

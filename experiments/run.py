@@ -28,12 +28,14 @@ from experiments.arm import run_arm
 from experiments.budget import budget_table, check_budget
 from experiments.results import RESULTS_FILE, check_same_text, read_results, run_of
 from experiments.study import CORPUS, SIZES, Study, load_study
-from moe_jax.command_line import USER_ERRORS
+from moe_jax.command_line import Parser
 from moe_jax.config.check import require
+from moe_jax.config.installed import require_local
 from moe_jax.jobs.places import add_xla_flag, this_machine
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.signals import Interrupted
+from moe_jax.user_errors import USER_ERRORS, describe
 
 COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
 
@@ -198,9 +200,7 @@ def stop_on_signals() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what the command line asks for; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study")
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--smoke", action="store_true", help="--size=smoke --seeds=1")
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", default="runs/corpus", help="directory of the large corpus")
     args = parser.parse_args(arguments)
     if args.smoke:
-        args.size, args.seeds = "smoke", args.seeds or 1
+        args.size, args.seeds = "smoke", 1 if args.seeds is None else args.seeds
     if args.jobs is None:
         args.jobs = 2 if args.size == "smoke" else 1
     if args.size == "smoke":
@@ -220,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, value in (("--jobs", args.jobs), ("--seeds", args.seeds)):
             require(value is None or value > 0, f"{name} is 1 or more", str(value), "Correct it")
+        for name in ("out", "runs", "corpus"):
+            require_local(f"--{name}", getattr(args, name) or "")
         study, runs = load_study(args.study), pathlib.Path(args.runs)
         out = study.directory if args.size != "smoke" else runs / study.name / "smoke"
         results = pathlib.Path(args.out or out) / RESULTS_FILE
@@ -244,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 failed = run_in_turn(jobs, board)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted, Stopped):
         print("stopped; the same command goes on from here", file=sys.stderr)

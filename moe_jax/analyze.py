@@ -9,24 +9,30 @@ each token in the colour of its expert. docs/analysis.md says what each number i
 
 import dataclasses
 import pathlib
+import sys
 import textwrap
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.analysis.checkpoint import Analysis, Options, analyze_run, write_analysis
-from moe_jax.analysis.summary import (
-    FLIPS_NOTE,
-    NOTE,
-    SIGHT,
-    flips_table,
-    summary_table,
-    text_table,
-)
+from moe_jax.analysis.options import Options
+
+if TYPE_CHECKING:
+    from moe_jax.analysis.checkpoint import Analysis
 
 
-def said(analysis: Analysis) -> str:
+def said(analysis: "Analysis") -> str:
     """What the command prints."""
+    from moe_jax.analysis.summary import (
+        FLIPS_NOTE,
+        NOTE,
+        SIGHT,
+        flips_table,
+        summary_table,
+        text_table,
+    )
+
     settings = analysis.settings
     earlier = [f"{step:,}" for step in settings["earlier_steps"]]
     saturation = (
@@ -54,38 +60,46 @@ def said(analysis: Analysis) -> str:
 
 def main() -> None:
     """Analyses what the flags say."""
+    from moe_jax.analysis.checkpoint import analyze_run, write_analysis
+
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
     given = {name: getattr(values, name) for name in names}
     options = Options(**given | {"text": tuple(values.text or ())})
+    out = values.out or str(pathlib.Path(values.workdir) / "analysis")
+    command_line.require_folder("out", out)
     analysis = analyze_run(values.workdir, options)
-    paths = write_analysis(analysis, values.out or pathlib.Path(values.workdir) / "analysis")
+    paths = write_analysis(analysis, out)
     print(said(analysis))
     print(f"\nwrote {paths[0]}, {paths[1].name} and {len(paths) - 2} figures")
 
 
-if __name__ == "__main__":
-    DEFAULT = Options()
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    default = Options()
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_string("out", "", "Where to write; by default WORKDIR/analysis.")
-    flags.DEFINE_integer(
-        "step", DEFAULT.step, "Step of a checkpoint that was kept; by default the newest.", 0
-    )
-    flags.DEFINE_integer("tokens", DEFAULT.tokens, "How many tokens at most.", lower_bound=1)
+    command_line.define_step_flag()
+    flags.DEFINE_integer("tokens", default.tokens, "How many tokens at most.", lower_bound=1)
     flags.DEFINE_multi_string(
         "text", [], "A file of text in place of the held-out split; may be given again."
     )
     flags.DEFINE_integer(
-        "checkpoints", DEFAULT.checkpoints, "Earlier checkpoints at most, for saturation.", 0
+        "checkpoints", default.checkpoints, "Earlier checkpoints at most, for saturation.", 0
     )
     flags.DEFINE_float(
-        "noise", DEFAULT.noise, "Relative, on the embeddings, to see whose choices flip.", 0.0
+        "noise", default.noise, "Relative, on the embeddings, to see whose choices flip.", 0.0
     )
     flags.DEFINE_integer(
-        "shuffles", DEFAULT.shuffles, "Of routing over tokens, for the baseline.", lower_bound=1
+        "shuffles", default.shuffles, "Of routing over tokens, for the baseline.", lower_bound=1
     )
     flags.DEFINE_integer(
-        "min_count", DEFAULT.min_count, "Occurrences of a token id that is listed.", lower_bound=1
+        "min_count", default.min_count, "Occurrences of a token id that is listed.", lower_bound=1
     )
     command_line.define_trust_flag()
-    command_line.run(main, required=("workdir",))
+
+
+command = command_line.Command(main, define_flags, required=("workdir",))
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -12,13 +12,16 @@ else strings; the fields of a part inside the part stand behind a dot.
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
-import jax
-
+from moe_jax.config.convert import InFamily, build, to_dict
+from moe_jax.config.describe import describe_kind, kinds_text
+from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
 
 NUM_DEVICES = 8
@@ -29,26 +32,40 @@ WORDS = {True: "ok", False: "FAILED", None: "-"}
 def main(arguments: list[str]) -> int:
     """Checks the part that the arguments name; returns the exit code."""
     if not arguments or arguments[0].startswith("-"):
-        print(USAGE if not arguments else f"{USAGE}\n\n{__doc__}")
-        return 2
+        print(f"{USAGE}\n\n{__doc__}\nFamilies and kinds:\n{kinds_text()}")
+        return 0 if set(arguments) & {"--help", "-h"} else 2
+    if {"--help", "-h"} & set(arguments[1:]):
+        return report_errors(lambda: print(describe_kind(*names_of(arguments[0]))))
+    return report_errors(lambda: check_part(arguments[0], arguments[1:]))
+
+
+def report_errors(work: Callable[[], int | None]) -> int:
+    """Does the work; what a user can put right is one line, and exit code 1."""
+    try:
+        return work() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def check_part(name: str, flags: list[str]) -> int:
+    """Checks a part, and prints a line for each check; returns the exit code."""
+    import jax
+
     # Before JAX starts: the same machine checks meshes that it does not have.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     from moe_jax.checks import CHECKS, Trial, check
 
-    try:
-        trial = Trial(part_of(arguments[0], arguments[1:]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    trial = Trial(part_of(name, flags))
     around = dict(trial.model.parts)["checked"]
     where = "" if around == trial.part else f", in {brief(around)}"
     print(f"{trial.part.family} {brief(trial.part)}{where}, in a model of two layers\n")
     failed = []
-    for name in CHECKS:
-        result = check(name, trial)
-        print(line(name, result.passed, result.text), flush=True)
-        failed += [name] if result.passed is False else []
+    for one in CHECKS:
+        result = check(one, trial)
+        print(line(one, result.passed, result.text), flush=True)
+        failed += [one] if result.passed is False else []
     print(f"\n{len(failed)} of {len(CHECKS)} checks failed: {', '.join(failed)}" if failed
           else f"\n{len(CHECKS)} checks: none failed")  # fmt: skip
     return 1 if failed else 0
@@ -82,17 +99,7 @@ def part_of(name: str, flags: list[str]) -> Any:
     Raises:
       ValueError: there is no such part, or its settings break a rule.
     """
-    from moe_jax.config.convert import InFamily, build
-    from moe_jax.config.kinds import KINDS
-
-    family, _, kind = name.partition(".")
-    if ":" in name:
-        family, kind = family_of(name), name
-    if family not in KINDS:
-        raise ValueError(
-            f"A part is named by 'package.module:Class' or 'family.kind': {name!r}. "
-            f"Families are {sorted(KINDS)}."
-        )
+    family, kind = names_of(name)
     values = defaults(family, kind)
     for flag in flags:
         field, equals, text = flag.removeprefix("--").partition("=")
@@ -108,11 +115,27 @@ def part_of(name: str, flags: list[str]) -> Any:
     return build(InFamily(family), values, name)
 
 
+def names_of(name: str) -> tuple[str, str]:
+    """The family and the kind of a part.
+
+    Raises:
+      ValueError: there is no such family or kind, with the nearest.
+    """
+    family, _, kind = name.partition(".")
+    if ":" in name:
+        return family_of(name), name
+    known = [f"{family}.{kind}" for family, kinds in KINDS.items() for kind in kinds]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"Did you mean {near[0]!r}?" if near else "--help lists families and kinds."
+        raise ValueError(
+            f"A part is named by 'package.module:Class' or 'family.kind': {name!r}. {fix}"
+        )
+    return family, kind
+
+
 def defaults(family: str, kind: str) -> dict[str, Any]:
     """The kind and the default fields of a part; the kind alone if a field has no default."""
-    from moe_jax.config.convert import to_dict
-    from moe_jax.config.kinds import load_kind
-
     try:
         written = to_dict(load_kind(family, kind)())
     except TypeError:

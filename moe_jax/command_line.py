@@ -1,80 +1,304 @@
-"""What the commands share: quiet logs, errors of the user as one message, several processes."""
+"""What the commands share: flags, help, errors of the user as one line, several processes.
 
+A command is a module with `define_flags()`, `main()`, and `command = Command(main, define_flags)`.
+What takes seconds to import (JAX, and all that is made of it) is imported in `main`, so that
+--help and a wrong flag are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import pathlib
 import re
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
 from moe_jax import interrupts
 from moe_jax.config import MeshConfig, build
-from moe_jax.parallel import processes
-from moe_jax.training.checkpoints import DamagedCheckpointError
+from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.config.installed import install_command, require_local
+from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
-# What a user can put right, by another setting, file or directory.
-USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError, DamagedCheckpointError)
-KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
+HELP = ("--help", "-help", "-h", "--helpshort")
+TEXT_FLAGS = ("prompt",)  # in which "://" is no path
 
 
-def run(
-    main: Callable[..., None],
-    required: Sequence[str],
-    *,
-    arguments: str = "",
-    several_processes: bool = False,
-    saves_on_sigterm: bool = False,
-) -> None:
-    """Runs a command.
+class Parser(argparse.ArgumentParser):
+    """Of a command with positional arguments: what is wrong is one line, and exit code 1."""
 
-    Args:
+    def error(self, message: str) -> NoReturn:
+        """Ends the process."""
+        self.exit(1, f"error: {message}. --help lists the arguments.\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command: called with arguments, it runs and returns the exit code.
+
+    Attributes:
       main: does the work; one of `USER_ERRORS` ends the process with its message and exit code 1.
+        It may return an exit code.
+      define_flags: defines the flags of the command, in `absl.flags.FLAGS`.
       required: the flags that must be given.
-      arguments: what stands without a flag, one or more, such as "RUN"; `main` is called with the
+      positional: what stands without a flag, one or more, such as "RUN"; `main` is called with the
         list of them. "": nothing does.
+      uses_devices: whether it computes on the devices of the process.
       several_processes: whether the command can be one of several processes; defines their flags.
       saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
         `processes.start`.
     """
 
-    def checked(argv: list[str]) -> None:
-        if len(argv) > 1 and not arguments:
-            raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-        if arguments and len(argv) == 1:
-            fail(f"error: the command works on what it is given: no {arguments}. Pass one or more.")
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
+    main: Callable[..., int | None]
+    define_flags: Callable[[], None]
+    required: Sequence[str] = ()
+    positional: str = ""
+    uses_devices: bool = True
+    several_processes: bool = False
+    saves_on_sigterm: bool = False
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Parses the flags, and runs; ends the process where that fails."""
+        before = set(flags.FLAGS)
+        self.define_flags()
+        if self.several_processes:
+            define_process_flags()
+        own = [name for name in flags.FLAGS if name not in before]
         try:
-            if several_processes:
-                start_processes(saves_on_sigterm)
-            main(argv[1:]) if arguments else main()
-            processes.wait_for_all()
-        except USER_ERRORS as error:
-            saved = interrupts.said_before_end() if isinstance(error, OSError) else ""
-            known = not saved or saved in str(error)
-            fail(f"error: {error}" if known else f"error: {error}; {saved}")
-        except Exception:
-            if not jax.distributed.is_initialized():
-                raise
-            fail(
-                f"{traceback.format_exc()}If another process was lost, start all of them again: "
-                "a training run goes on from its newest checkpoint."
-            )
+            with interrupts.ending_at_once():
+                return self.answer(arguments, own)
         finally:
-            processes.leave()
+            for name in own:
+                delattr(flags.FLAGS, name)
 
-    if several_processes:
-        define_process_flags()
-    flags.mark_flags_as_required(required)
-    with interrupts.ending_at_once():
-        app.run(checked, flags_parser=parse)
+    def answer(self, arguments: Sequence[str], own: Sequence[str]) -> int:
+        """Helps, or parses the flags and runs; `own` are the names of the command's flags."""
+        if set(arguments) & set(HELP):
+            print(help_text(self, own, arguments))
+            return 0
+        if "--helpfull" in arguments:
+            print(flags.FLAGS.get_help())
+            return 0
+        try:
+            check_environment(os.environ)  # before a config file imports JAX
+            return run(self, parse(self, arguments, own))
+        except USER_ERRORS as error:  # of the flags
+            fail(error)
 
 
-def fail(message: str) -> None:
+def run(command: Command, positional: list[str]) -> int:
+    """Runs a command whose flags are parsed; see `Command`."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    import jax
+
+    from moe_jax.parallel import processes
+
+    try:
+        if command.several_processes:
+            start_processes(command.saves_on_sigterm)
+        if command.uses_devices:
+            check_devices()
+        code = command.main(positional) if command.positional else command.main()
+        processes.wait_for_all()
+        return code or 0
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except USER_ERRORS as error:
+        fail(error)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        print(
+            f"{traceback.format_exc()}If another process was lost, start all of them again: "
+            "a training run goes on from its newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+    finally:
+        processes.leave()
+
+
+def fail(error: Exception) -> NoReturn:
     """Ends the process; says why at once, before the other processes are waited for."""
-    print(message, file=sys.stderr, flush=True)
+    if logging.get_verbosity() > logging.INFO:  # --verbosity=1
+        traceback.print_exception(error)
+    given = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    settings = {} if given is None or isinstance(given, str) else settings_of(given)
+    text = whole_flags(describe(error), settings)
+    saved = interrupts.said_before_end() if isinstance(error, OSError) else ""
+    text = text if saved in text else f"{text}; {saved}"
+    print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuses settings of JAX under which equal configs would not give equal runs.
+
+    Raises:
+      ValueError: naming the variable.
+    """
+    wanted = {
+        "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+        "JAX_THREEFRY_PARTITIONABLE": ("1", "true", "t", "yes", "y", "on"),
+        "JAX_ENABLE_X64": ("0", "false", "f", "no", "n", "off"),
+    }
+    for name, values in wanted.items():
+        value = environment.get(name, "")
+        if value and value.lower() not in values:
+            raise ValueError(
+                f"Runs use one random generator and one precision, whatever the environment: "
+                f"{name}={value}, {values[0]} is used. Unset {name}."
+            )
+
+
+def check_devices() -> None:
+    """Refuses a backend that is not there, before anything else asks for a device.
+
+    Raises:
+      ValueError: naming the variable that asks for it, and how it is installed.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        extra = next((name for name in ("tpu", "cuda") if name in wanted), None)
+        install = f", or install the backend: {install_command(extra)}" if extra else ""
+        raise ValueError(
+            f"JAX finds no device: JAX_PLATFORMS={wanted}: {str(error).rstrip('.')}. Unset it, or "
+            f"set it to cpu{install}."
+        ) from error
+
+
+def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Reads the flags into `flags.FLAGS`, and the config that they name.
+
+    Args:
+      command: whose flags are defined.
+      arguments: of the command line.
+      own: the names of its flags.
+
+    Returns:
+      The arguments without a flag.
+
+    Raises:
+      ValueError: a flag is unknown, missing or of a wrong value; by its name, with the nearest.
+    """
+    values = flags.FLAGS
+    arguments = values.read_flags_from_files(list(arguments))
+    plain, overrides = split_overrides(arguments) if "config" in own else (arguments, [])
+    try:
+        positional = values(["command", *plain])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, [*own, "help"], n=1)
+        fix = f"Did you mean --{near[0]}?" if near else "--help lists the flags."
+        raise ValueError(f"there is no flag --{error.flagname}. {fix}") from error
+    except flags.Error as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Correct it.") from error
+    if positional and not command.positional:
+        raise ValueError(
+            f"flags are written as --NAME=VALUE: unexpected arguments: {positional}. Remove them, "
+            "or quote a value that has spaces."
+        )
+    if command.positional and not positional:
+        raise ValueError(f"{command.positional} must be given, one or more: there is none. Add it.")
+    missing = [name for name in command.required if values[name].value in (None, "")]
+    if missing:
+        names = ", ".join(f"--{name}" for name in missing)
+        raise ValueError(f"{names} must be given: {values[missing[0]].help} See --help.")
+    check_values(own)
+    if "config" in own and values.config is not None:
+        config = load_config(values.config)
+        for name, text in overrides:
+            override(config, name, text)
+        for name, value in settings_of(config).items():
+            if name.startswith("config.data.") and isinstance(value, str):
+                require_local(f"--{name}", value)
+        values.config = config
+    elif overrides:
+        raise ValueError(f"--config must be given with --{overrides[0][0]}: it is not. Add it.")
+    return list(positional)
+
+
+def check_values(own: Sequence[str]) -> None:
+    """Refuses numbers that are none, and URLs in place of paths.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    for name in own:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name} is a finite number: --{name}={value}. Correct it.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and name not in TEXT_FLAGS:
+                require_local(f"--{name}", text)
+
+
+def require_folder(flag: str, path: str) -> None:
+    """Refuses a folder that cannot be made or written to, before the work whose results it gets.
+
+    Raises:
+      ValueError: naming what stands in the way.
+    """
+    place = pathlib.Path(path).absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"--{flag} is a folder: {there} is a file, --{flag}={path}. Change it.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--{flag} can be written to: --{flag}={path}, {there} cannot. {FIX_PERMISSIONS}."
+        )
+
+
+def help_text(command: Command, own: Sequence[str], arguments: Sequence[str]) -> str:
+    """What --help prints: the command's docstring, its flags, and the settings of its config."""
+    module = sys.modules[command.main.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    for name in own:
+        flag = flags.FLAGS[name]
+        needed = " (needed)" if name in command.required else ""
+        default = "" if flag.default in (None, "", [], False) else f"={flag.default}"
+        text = f"--{'[no]' if flag.boolean else ''}{name}{default}{needed}: {flag.help}"
+        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * 6))
+    if "config" in own:
+        lines += ["", settings_help(arguments)]
+    return "\n".join([*lines, "", "--helpfull lists the flags of the libraries as well."])
+
+
+def settings_help(arguments: Sequence[str]) -> str:
+    """Every setting of the config that the arguments name, or else of the default one."""
+    from moe_jax.config import ExperimentConfig, from_config_dict
+    from moe_jax.config.describe import describe_settings, settings_text
+
+    named = [text.partition("=")[2] for text in arguments if re.match(r"--?config=", text)]
+    config = from_config_dict(load_config(named[-1])) if named else ExperimentConfig()
+    source = f"of {named[-1]}" if named else "and their defaults; --config=FILE --help has a file's"
+    return (
+        f"Settings {source}:\n{settings_text(describe_settings(config))}\n\n"
+        "A part of another kind has other settings. `python -m moe_jax.check_part --help` lists "
+        "the kinds, `python -m moe_jax.check_part FAMILY.KIND --help` the settings of one."
+    )
+
+
+def define_config_flag() -> None:
+    """Defines --config; --config.SECTION.FIELD=VALUE sets a field of it."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The experiment: FILE or FILE:PRESET,PRESET. FILE is looked for from the current folder, "
+        "then beside the library. --config.SECTION.FIELD=VALUE changes a setting.",
+    )
 
 
 def define_process_flags() -> None:
@@ -101,6 +325,8 @@ def define_process_flags() -> None:
 
 def start_processes(saves_on_sigterm: bool) -> None:
     """Joins the other processes of this command, if its flags say that there are any."""
+    from moe_jax.parallel import processes
+
     values = flags.FLAGS
     processes.start(
         values.processes,
@@ -120,6 +346,16 @@ def define_trust_flag() -> None:
     )  # fmt: skip
 
 
+def define_step_flag() -> None:
+    """Defines --step."""
+    flags.DEFINE_integer(
+        "step",
+        None,
+        "Step of a checkpoint that was kept (training.keep_checkpoints); by default the newest.",
+        lower_bound=0,
+    )
+
+
 def define_mesh_flag() -> None:
     """Defines --mesh, for a trained model; training has config.mesh."""
     flags.DEFINE_string(
@@ -136,6 +372,8 @@ def mesh_of_flag() -> MeshConfig | None:
     Raises:
       ValueError: it is not of the form NAME=SIZE,NAME=SIZE, or a mesh has no such size.
     """
+    import jax
+
     text = flags.FLAGS.mesh
     if not text:
         if jax.process_count() > 1:
@@ -153,30 +391,6 @@ def mesh_of_flag() -> MeshConfig | None:
             raise ValueError(
                 f"--mesh is NAME=SIZE,NAME=SIZE: got {part!r} in --mesh={text}. Correct it."
             ) from error
-    return build(MeshConfig, sizes, "mesh")
-
-
-def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Reads flags; what is wrong with one ends the process with a message and exit code 1."""
-    kinds = [arg for arg in argv if re.match(r"--?config\.[\w.]*\bkind\b", arg)]
-    if kinds:
-        sys.exit(f"error: {KIND_OF_A_FLAG}: {kinds[0]}. Change the config file, or write a preset.")
-    try:
-        return values(argv)
-    except flags.Error as error:
-        # Where a config file raised an error, its traceback is in between.
-        lines = str(error).splitlines()
-        message = " ".join([lines[0], *lines[1:][-1:]])
-        if "as a ConfigDict:" in message:
-            message = f"{KIND_OF_A_FLAG}: {message}"
-        sys.exit(f"error: {message}")
-    except (AttributeError, KeyError) as error:  # --config.FIELD or --config.SECTION.FIELD
-        sys.exit(f"error: unknown setting in --config or --config.FIELD: {unknown_name(error)}")
-    except ValueError as error:  # a field of a part that is None
-        sys.exit(f"error: {KIND_OF_A_FLAG}: {error}")
-
-
-def unknown_name(error: Exception) -> str:
-    """The name that a `ConfigDict` does not have, and the nearest that it has."""
-    found = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error))
-    return f"{found[2]!r}. Did you mean {found[1]!r}?" if found else str(error)
+    mesh: Any = build(MeshConfig, sizes, "--mesh")
+    assert isinstance(mesh, MeshConfig)
+    return mesh

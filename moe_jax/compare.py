@@ -7,6 +7,7 @@ damaged runs are shown as what they are. --out writes a page (compare.html) and 
 """
 
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", "", "A directory for the page and its figure.")
 
 
+command = command_line.Command(main, define_flags, positional="RUN", uses_devices=False)
+
 if __name__ == "__main__":
-    define_flags()
-    command_line.run(main, required=(), arguments="RUN")
+    sys.exit(command(sys.argv[1:]))

@@ -1,29 +1,60 @@
-"""Scores a trained model on the held-out text: `python -m moe_jax.evaluate --workdir=DIR`.
+"""Scores a trained model on text: `python -m moe_jax.evaluate --workdir=DIR`.
 
 Prints nats a token and bits a byte, overall and by domain, dropless and capacity-limited side by
-side, and writes them to `DIR/evaluation.json`. Losses of a model that sees later tokens are marked.
+side. The text is the held-out split of the run, or of another --corpus, or files of --text. The
+score of the whole held-out split of the run at its newest checkpoint is written to
+`DIR/evaluation.json`. Losses of a model that sees later tokens are marked.
 """
 
+import dataclasses
 import pathlib
-from typing import Any
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 
 from moe_jax import command_line
-from moe_jax.analysis.names import printable
 from moe_jax.config.json_text import json_text
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.evaluation import evaluate
-from moe_jax.training.metrics import write_atomically
-from moe_jax.training.saved import load_run, open_run_data
-from moe_jax.training.ways import CAPACITIES, notes_of, way_of
+
+if TYPE_CHECKING:
+    from moe_jax.config import ExperimentConfig
+    from moe_jax.data import Data, Example
+    from moe_jax.training.state import TrainState
 
 UNITS = {"bits/B": "bits_per_byte", "nats/tok": "nats_per_token"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is scored: flags of the command, which says what each is."""
+
+    step: int | None = None
+    text: Sequence[str] = ()
+    corpus: str = ""
+    heldout_fraction: float | None = None
+    batches: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks them against each other; a flag of several values gives a list."""
+        object.__setattr__(self, "text", tuple(self.text))
+        if self.text and self.corpus:
+            raise ValueError(
+                f"--text and --corpus both name the text: --text={self.text[0]}, "
+                f"--corpus={self.corpus}. Leave one out."
+            )
+        if self.heldout_fraction is not None and not self.corpus:
+            raise ValueError(
+                "--heldout_fraction is of another --corpus: --corpus is not given. Leave it out."
+            )
+
+
 def table(said: dict[str, Any]) -> str:
     """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind."""
+    from moe_jax.analysis.names import printable
+    from moe_jax.training.ways import CAPACITIES, notes_of, way_of
+
     kinds = [kind for kind in CAPACITIES if kind in said]
     rows = [("all", [said[kind] for kind in kinds])]
     rows += [
@@ -43,31 +74,101 @@ def table(said: dict[str, Any]) -> str:
     return "\n".join([*lines, *notes_of(way.mark for way in ways)])
 
 
-def main() -> None:
-    """Loads the newest checkpoint and evaluates it."""
-    workdir = pathlib.Path(flags.FLAGS.workdir)
-    config, state = load_run(workdir, command_line.mesh_of_flag(), trust=flags.FLAGS.trust)
-    said = evaluate(
-        state.params,
-        state.model_state,
-        config,
-        open_run_data(workdir, config),
-        mesh=make_mesh(config.mesh),
-        max_batches=flags.FLAGS.batches or None,
-        step=state.step,
+def evaluate_run(
+    workdir: pathlib.Path, config: "ExperimentConfig", state: "TrainState", options: Options
+) -> dict[str, Any]:
+    """Scores the text that the options name; the result says which it was, and of which step."""
+    from moe_jax.analysis.checkpoint import file_names, read_text
+    from moe_jax.analysis.routed import text_batches
+    from moe_jax.data import heldout_batches, open_tokenizer
+    from moe_jax.parallel.mesh import make_mesh
+    from moe_jax.training.evaluation import score
+    from moe_jax.training.placement import inference_rows
+    from moe_jax.training.saved import open_run_data
+
+    mesh = make_mesh(config.mesh)
+    rows = inference_rows(config, mesh, options.batch_size)
+    some = options.batches or None
+    batches: Iterable[Example]
+    if options.text:
+        tokenizer, domains = open_tokenizer(config.data.tokenizer), file_names(options.text)
+        texts = [read_text(path) for path in options.text]
+        length = config.data.sequence_length
+        batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
+        named = f"the text of {', '.join(options.text)}"
+    else:
+        data = open_other(config, options) if options.corpus else open_run_data(workdir, config)
+        tokenizer, domains = data.tokenizer, data.domains
+        batches = heldout_batches(data, batch_size=rows, max_batches=some)
+        named = f"the held-out split of {data.config.corpus}"
+    of_model = (state.params, state.model_state, config)
+    losses = score(*of_model, batches, domains, tokenizer.token_bytes_V, mesh, state.step)
+    part = f"{options.batches} batches of {rows} sequences of " if options.batches else ""
+    return {"step": int(state.step), "text": part + named, **losses}
+
+
+def open_other(config: "ExperimentConfig", options: Options) -> "Data":
+    """The data of --corpus, with the tokenizer and the length of the run."""
+    from moe_jax.data import open_data
+
+    fraction = options.heldout_fraction or config.data.heldout_fraction
+    return open_data(
+        dataclasses.replace(
+            config.data, corpus=options.corpus, heldout_fraction=fraction, domain_weights=()
+        )
     )
-    said = {"step": int(state.step), **said}
+
+
+def main() -> None:
+    """Loads a checkpoint, evaluates it, and prints what came out."""
+    import jax
+
+    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.saved import load_run
+
+    values = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Options)]
+    options = Options(**{name: getattr(values, name) for name in names})
+    workdir = pathlib.Path(values.workdir)
+    config, state = load_run(workdir, command_line.mesh_of_flag(), options.step, trust=values.trust)
+    found = evaluate_run(workdir, config, state, options)
     if jax.process_index() != 0:
         return
-    print(f"step {said['step']}")
-    print(table(said))
-    if not flags.FLAGS.batches:
-        write_atomically(workdir / "evaluation.json", json_text(said, indent=2) + "\n")
+    print(f"step {found['step']}: {found.pop('text')}")
+    print(table(found))
+    if options == Options(batch_size=options.batch_size):
+        write_atomically(workdir / "evaluation.json", json_text(found, indent=2) + "\n")
+        print(f"wrote {workdir / 'evaluation.json'}")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     command_line.define_mesh_flag()
     command_line.define_trust_flag()
-    flags.DEFINE_integer("batches", 0, "Held-out batches to use; 0: all.", lower_bound=0)
-    command_line.run(main, required=("workdir",), several_processes=True)
+    command_line.define_step_flag()
+    flags.DEFINE_multi_string(
+        "text", [], "A file of text in place of the held-out split; may be given again."
+    )
+    flags.DEFINE_string(
+        "corpus",
+        "",
+        "Another corpus, in the forms of data.corpus: its held-out split, by the same rule as "
+        "the run's own.",
+    )
+    flags.DEFINE_float(
+        "heldout_fraction", None, "Of another --corpus; by default the run's.", lower_bound=0.0
+    )
+    flags.DEFINE_integer("batches", 0, "Batches to use; 0: all.", lower_bound=0)
+    flags.DEFINE_integer(
+        "batch_size",
+        None,
+        "Sequences at once, or as few more as the mesh takes; by default a microbatch of training.",
+        lower_bound=1,
+    )
+
+
+command = command_line.Command(main, define_flags, required=("workdir",), several_processes=True)
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -10,19 +10,17 @@ Exit code 0: it fits, or no machine was named. 3: it does not fit. 1: an error.
 import dataclasses
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import command_line
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.config.json_text import json_text
-from moe_jax.planning.report import Plan, describe
-from moe_jax.planning.sweep import describe_sweep, sweep, sweep_text
-from moe_jax.planning.text import plan_text
-from moe_jax.planning.topology import Topology, parse_topology
-from moe_jax.planning.workload import resolve
+
+if TYPE_CHECKING:
+    from moe_jax.planning.report import Plan
+    from moe_jax.planning.topology import Topology
 
 DOES_NOT_FIT = 3
 
@@ -50,6 +48,11 @@ class Options:
 
 def run(config: ExperimentConfig, options: Options) -> int:
     """Prints the plan of a config, or the sweep of its meshes; returns the exit code."""
+    from moe_jax.planning.report import describe
+    from moe_jax.planning.sweep import describe_sweep, sweep, sweep_text
+    from moe_jax.planning.text import plan_text
+    from moe_jax.planning.topology import parse_topology
+
     topology = parse_topology(options.topology) if options.topology else None
     if options.sweep:
         assert topology is not None
@@ -66,8 +69,11 @@ def run(config: ExperimentConfig, options: Options) -> int:
     return 0 if plan.fits else DOES_NOT_FIT
 
 
-def make_plan(config: ExperimentConfig, topology: Topology | None, options: Options) -> Plan:
+def make_plan(config: ExperimentConfig, topology: "Topology | None", options: Options) -> "Plan":
     """Arithmetic, and the compiled programs if there is a machine to compile for."""
+    from moe_jax.planning.report import Plan
+    from moe_jax.planning.workload import resolve
+
     if topology is None:
         return Plan(resolve(config))
     work = resolve(config, topology.num_devices, topology.chip.platform)
@@ -80,18 +86,23 @@ def make_plan(config: ExperimentConfig, topology: Topology | None, options: Opti
     return Plan(work, topology, step, forward)
 
 
-def main() -> None:
+def main() -> int:
     """Plans what the flags say."""
+    import jax
+
     # Compilers for other machines are at work; arrays, were there any, would be on the CPU.
     jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: getattr(values, name) for name in names})
-    sys.exit(run(from_config_dict(values.config.to_dict()), options))
+    if options.figures:
+        command_line.require_folder("figures", options.figures)
+    return run(from_config_dict(values.config.to_dict()), options)
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    command_line.define_config_flag()
     flags.DEFINE_string("topology", "", "The machine, such as v5p:8x16x16, 2*v5e:16x16, h100:4x8.")
     flags.DEFINE_bool("compile", True, "Compile the training step for the machine.")
     flags.DEFINE_bool("forward", False, "Compile the forward pass of a microbatch as well.")
@@ -99,4 +110,9 @@ if __name__ == "__main__":
     flags.DEFINE_bool("sweep", False, "Try all meshes of the machine by arithmetic, best first.")
     flags.DEFINE_integer("compile_best", 0, "Of a sweep: compile so many of the best.", 0)
     flags.DEFINE_string("figures", "", "Directory for figures of memory and roofline.")
-    command_line.run(main, required=("config",))
+
+
+command = command_line.Command(main, define_flags, required=("config",), uses_devices=False)
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -14,17 +14,19 @@ import json
 import math
 import os
 import pathlib
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from moe_jax import command_line, compare
 from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
 from moe_jax.config.check import require
+from moe_jax.config.file import load_config, override, settings_of
 from moe_jax.jobs.grid import NO_PRESET, PRESETS, Axis, check_names, grid, names_of, parse_axis
 from moe_jax.jobs.log import failure
 from moe_jax.jobs.places import Machine, Place, this_machine
@@ -91,7 +93,7 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
     """
     axes = [parse_axis(text) for text in sets]
     base = load(arguments)
-    settings = set(paths_of(base))
+    settings = {name.removeprefix("config.") for name in settings_of(base)}
     check_names(axes, settings)
     given = {argument.partition("=")[0] for argument in arguments}
     for axis in axes:
@@ -116,11 +118,11 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
 
 def load(arguments: Sequence[str]) -> ConfigDict:
     """The config that the flags of a training run give."""
-    argv = ["sweep", *arguments]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    command_line.parse(argv, values)
-    return values.config
+    (spec,), overrides = command_line.split_overrides(arguments)
+    config = load_config(spec.removeprefix("--config="))
+    for name, text in overrides:
+        override(config, name, text)
+    return config
 
 
 def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]:
@@ -135,26 +137,16 @@ def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]
 
 def shared_arguments(argv: Sequence[str]) -> list[str]:
     """The flags of a command line that give the config, each as one word."""
-    found: list[str] = []
-    left = list(argv)
-    while left:
-        argument = left.pop(0)
-        name, equals, _ = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or name.removeprefix("no").split(".")[0] != "config":
-            continue
-        values = flags.FLAGS
-        takes_next = not equals and name in values and not values[name].boolean
-        found.append(f"--{argument.lstrip('-')}" + (f"={left.pop(0)}" if takes_next else ""))
-    return found
-
-
-def paths_of(config: Any, path: str = "") -> list[str]:
-    """The dotted paths of all settings of a config."""
-    if not isinstance(config, ConfigDict):
-        return [path]
-    inner = (f"{path}.{name}" if path else name for name in config)
-    names = zip(config, inner, strict=True)
-    return [one for name, where in names for one in paths_of(config[name], where)]
+    plain, overrides = command_line.split_overrides(argv)
+    found = []
+    for word, following in zip(plain, [*plain[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", word):
+            found = [f"--config={following if match[1] is None else match[1]}"]
+    # A flag without a value is a boolean, in lower case as a flag has it.
+    return found + [
+        f"--{name}={str(text).lower() if isinstance(text, bool) else text}"
+        for name, text in overrides
+    ]
 
 
 def read(config: Any, name: str) -> Any:
@@ -303,7 +295,7 @@ def main() -> None:
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
+    command_line.define_config_flag()
     flags.DEFINE_multi_string(
         "set", None, "NAME=VALUE,VALUE of a setting to vary; may be given again. NAME,NAME=... "
         "sets several alike; presets=none,a,b+c varies the presets of --config.",
@@ -315,6 +307,9 @@ def define_flags() -> None:
     flags.DEFINE_boolean("skip_failed", False, "Leave out the runs that failed before.")
 
 
+command = command_line.Command(
+    main, define_flags, required=("config", "set", "out"), uses_devices=False
+)
+
 if __name__ == "__main__":
-    define_flags()
-    command_line.run(main, required=("config", "set", "out"))
+    sys.exit(command(sys.argv[1:]))

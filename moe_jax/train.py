@@ -12,20 +12,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from absl import flags
-from ml_collections import config_flags
 
 from moe_jax import command_line
-from moe_jax.analysis.report import write_report
 from moe_jax.config import ExperimentConfig, from_config_dict
-from moe_jax.inference import continue_text
-from moe_jax.planning.arithmetic import count_flops, count_parameters, summary
-from moe_jax.planning.hardware import peak_flops
-from moe_jax.training.loop import train
-from moe_jax.training.metrics import write_atomically
-from moe_jax.training.saved import load_run
-from moe_jax.training.signals import Interrupted
 
 
 def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -38,6 +28,12 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     Returns:
       The last evaluation.
     """
+    import jax
+
+    from moe_jax.analysis.report import write_report
+    from moe_jax.planning.arithmetic import summary
+    from moe_jax.training.loop import train
+
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
         print(summary(config.model, config.data.sequence_length), flush=True)
@@ -63,6 +59,9 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:
     """What is known of a run before it starts: parameters, FLOPs, the peak of a device."""
+    from moe_jax.planning.arithmetic import count_flops, count_parameters
+    from moe_jax.planning.hardware import peak_flops
+
     length = config.data.sequence_length
     parameters, flops = count_parameters(config.model, length), count_flops(config.model, length)
     return {
@@ -74,6 +73,12 @@ def facts_of(config: ExperimentConfig) -> dict[str, Any]:
 
 def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
     """Continues the prompt of the config with the trained model."""
+    import jax
+
+    from moe_jax.inference import continue_text
+    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.saved import load_run
+
     trained, state = load_run(workdir, config.mesh, trust=True)
     prompt, num_tokens = config.training.sample_prompt, config.training.sample_tokens
     text = continue_text(
@@ -86,7 +91,12 @@ def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
 
 def main() -> None:
     """Checks the config and trains."""
+    import jax
+
+    from moe_jax.training.signals import Interrupted
+
     config = from_config_dict(flags.FLAGS.config.to_dict())
+    command_line.require_folder("workdir", flags.FLAGS.workdir)
     try:
         run(config, flags.FLAGS.workdir)
     except Interrupted as interruption:
@@ -101,9 +111,19 @@ def main() -> None:
         sys.exit(128 + interruption.signal_number)
 
 
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment: FILE or FILE:PRESET,PRESET.")
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    command_line.define_config_flag()
     flags.DEFINE_string("workdir", None, "Directory of the run; made if absent.")
-    command_line.run(
-        main, required=("config", "workdir"), several_processes=True, saves_on_sigterm=True
-    )
+
+
+command = command_line.Command(
+    main,
+    define_flags,
+    required=("config", "workdir"),
+    several_processes=True,
+    saves_on_sigterm=True,
+)
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from moe_jax.config import config_dict, from_config_dict
+from moe_jax.config.file import load_config, override
 from moe_jax.data import open_data, train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
@@ -89,24 +88,18 @@ def test_presets_may_be_joined():
     assert "moe" not in config.model.parts and config.training.num_steps <= MAX_SMOKE_STEPS
 
 
-# ml_collections reads a config file the old way.
-@pytest.mark.filterwarnings(r"ignore:the load_module\(\) method:DeprecationWarning")
-def test_settings_can_be_overridden_by_flags(monkeypatch):
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    arguments = [
-        "train",
-        f"--config={ROOT}/configs/quickstart.py:smoke",
-        "--config.model.parts.moe.num_experts=16",
-        "--config.model.parts.moe.losses.load_balance.weight=0.5",
-        "--config.optimizer.learning_rate=0.5",
-        "--config.model.stack.repeats=3",
-        "--config.data.domain_weights=(('prose', 1.0),)",
-        "--config.training.sample_prompt=It was",
-    ]
-    monkeypatch.setattr(sys, "argv", arguments)  # config_flags finds overrides there
-    values(arguments)
-    config = from_config_dict(values.config)
+def test_settings_can_be_overridden_by_flags():
+    loaded = load_config(f"{ROOT}/configs/quickstart.py:smoke")
+    for flag, text in {
+        "model.parts.moe.num_experts": "16",
+        "model.parts.moe.losses.load_balance.weight": "0.5",
+        "optimizer.learning_rate": "0.5",
+        "model.stack.repeats": "3",
+        "data.domain_weights": "(('prose', 1.0),)",
+        "training.sample_prompt": "It was",
+    }.items():
+        override(loaded, f"config.{flag}", text)
+    config = from_config_dict(loaded)
     moe = config.model.part["moe"]
     assert moe.num_experts == 16
     assert [loss.weight for loss in moe.losses] == [0.5, 0.0]

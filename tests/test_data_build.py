@@ -67,11 +67,11 @@ def run_command(*arguments):
 def test_the_command_asks_for_out():
     done = run_command()
     assert done.returncode != 0
-    assert "--out=DIR is required" in done.stdout + done.stderr
+    assert "--out must be given" in done.stdout + done.stderr
 
 
 def test_the_command_refuses_an_existing_directory_before_it_fetches(tmp_path):
     done = run_command(f"--out={tmp_path}", f"--work={tmp_path}/work")
     assert done.returncode != 0
-    assert "exists: choose another" in done.stdout + done.stderr
+    assert "exists. Choose another" in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())

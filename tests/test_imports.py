@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "layers": PARTS | {"moe"},
     "models": PARTS | {"layers", "moe"},
     "checks": MODELS,
-    "data": {"config"},
+    "data": {"config", "command_line"},  # for its two commands
     "training": MODELS | {"data", "interrupts"},
     "inference": TRAINING,
     "planning": TRAINING,

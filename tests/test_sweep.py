@@ -19,7 +19,6 @@ from moe_jax.jobs.places import MEMORY, ONE_CORE, Machine, Place
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
 from tests.tiny_run import CACHE, ROOT, files, tiny_config, tiny_flags
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # of ml_collections
 FLAGS = tiny_flags(num_steps=10, checkpoint_every=5, evaluate_every=5, sample_tokens=0)
 RATES = "optimizer.learning_rate=1e-3,0.01"
 
@@ -87,6 +86,14 @@ def test_the_runs_of_a_grid(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_flags_that_runs_share_are_taken_from_the_command_line():
+    argv = ["--config", "a b.py:x", "--out=o", "--config.seed", "3", "--noconfig.model.scan_layers"]
+    assert sweep.shared_arguments(argv) == [
+        "--config=a b.py:x", "--config.seed=3", "--config.model.scan_layers=false",
+    ]  # fmt: skip
+    assert sweep.shared_arguments(["-config=a.py"]) == ["--config=a.py"]
+
+
 def test_presets_may_be_varied(tmp_path):
     flags = ["--config=configs/quickstart.py:smoke"]
     moe, dense = sweep.plan(flags, ["presets=none,dense"], tmp_path)
@@ -119,7 +126,7 @@ def test_values_with_commas(tmp_path):
 def test_a_grid_is_refused_whole(tmp_path, sets, error):
     with pytest.raises(ValueError, match=error):
         sweep.plan(FLAGS, sets, tmp_path)
-    with pytest.raises(SystemExit, match="invalid literal for int"):
+    with pytest.raises(ValueError, match=r"--config.seed is of type int: 'one' is not"):
         sweep.plan(FLAGS, ["seed=0,one"], tmp_path)
 
 

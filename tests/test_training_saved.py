@@ -200,7 +200,7 @@ def test_a_state_is_read_straight_to_where_it_goes(tmp_path, monkeypatch):
 
 def test_a_mesh_that_does_not_fit_the_run_is_refused(tmp_path):
     make_run(tmp_path, 2)
-    with pytest.raises(ValueError, match=r"4 sequences .* over 8 devices"):
+    with pytest.raises(ValueError, match=r"dim 'expert' of .* is 4, over 8 devices"):
         load_run(tmp_path, EXPERT_8)
     with pytest.raises(ValueError, match=r"mesh\.tensor must divide the heads .*: tensor=4, 2"):
         load_run(tmp_path, MeshConfig(data=1, tensor=4))

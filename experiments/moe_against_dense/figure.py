@@ -1,6 +1,7 @@
 """Draws the study: `python -m experiments.moe_against_dense.figure --runs=DIR`."""
 
 import pathlib
+import sys
 
 import numpy as np
 from absl import flags
@@ -44,6 +45,10 @@ def main() -> None:
     draw(pathlib.Path(flags.FLAGS.runs)).savefig(HERE / "result.png", dpi=110)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("runs", "runs/moe_against_dense", "Directory of the runs.")
-    command_line.run(main, required=())
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.Command(main, define_flags)(sys.argv[1:]))

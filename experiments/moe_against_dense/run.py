@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -97,6 +98,10 @@ def main() -> None:
     print(report(results))
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("runs", "runs/moe_against_dense", "Directory of the runs.")
-    command_line.run(main, required=())
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.Command(main, define_flags)(sys.argv[1:]))

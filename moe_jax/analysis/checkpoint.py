@@ -1,8 +1,6 @@
 """The analysis of a run's routers, from its checkpoints to numbers, figures and a page."""
 
-import dataclasses
 import itertools
-import json
 import logging
 import pathlib
 import textwrap
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 from moe_jax.analysis.drawing import png_bytes, spread, stamp
 from moe_jax.analysis.instability import route_variations
 from moe_jax.analysis.measures import Scope, measure_layers
+from moe_jax.analysis.options import Options
 from moe_jax.analysis.page import analysis_page, choose_passages
 from moe_jax.analysis.routed import Routed, route_batches, text_batches
 from moe_jax.analysis.routing_figures import routing_figures
@@ -23,7 +22,7 @@ from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer_of
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.checkpoints import DamagedCheckpointError, damage
-from moe_jax.training.metrics import RUN_FILE, run_record, write_atomically
+from moe_jax.training.metrics import RUN_FILE, read_json, run_record, write_atomically
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
 from moe_jax.training.ways import ways_of
@@ -32,20 +31,6 @@ logger = logging.getLogger(__name__)
 
 JSON_FILE = "analysis.json"
 PAGE_FILE = "analysis.html"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is analysed, and how much of it; the flags of the command."""
-
-    step: int | None = None  # whose checkpoint, of those that were kept; None: the newest whole one
-    tokens: int = 32_768  # at most; padding is not counted
-    text: tuple[str, ...] = ()  # files of text; (): the held-out split of the run's corpus
-    checkpoints: int = 8  # earlier ones at most, for saturation; evenly spaced ones of more
-    noise: float = 0.01  # relative, on the input, to see whose choices flip
-    shuffles: int = 5  # of the routing over the tokens, for the baseline
-    min_count: int = 10  # occurrences of a token id that is listed with an expert
-    trust: bool = False  # import the modules that the run's config names for parts of its own
 
 
 class Analysis(NamedTuple):
@@ -217,13 +202,20 @@ def settings_of(
         "parts": {name: part_settings(config.model, name) for name in config.model.moe_parts},
         "shuffles": options.shuffles,
         "min_count": options.min_count,
-        "run_commit": json.loads(run.read_text(encoding="utf-8"))["commit"]
-        if run.exists()
-        else None,
+        "run_commit": commit_of(run),
         "commit": record["commit"],
         "uncommitted_changes": record["dirty"],
         "versions": record["versions"],
     }
+
+
+def commit_of(record: pathlib.Path) -> str | None:
+    """The commit in the record of a run; None if it is missing or damaged: it is only a record."""
+    try:
+        commit = read_json(record).get("commit")
+    except (ValueError, OSError):
+        return None
+    return None if commit is None else str(commit)
 
 
 def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:

@@ -6,14 +6,14 @@ a run that is still going:
     python -m moe_jax.analysis.report DIR
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,15 @@ from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import Figure, png_bytes, stamp
 from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
+from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_json,
+    read_metrics,
+)
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
 EVALUATION_FILE = "evaluation.json"
@@ -120,9 +127,9 @@ def read_run(directory: str | pathlib.Path) -> Run:
     evaluation, sample = directory / EVALUATION_FILE, directory / SAMPLE_FILE
     return Run(
         rows=rows,
-        record=_read_json(directory / RUN_FILE),
-        settings=_read_json(directory / CONFIG_FILE),
-        evaluation=_read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
+        record=read_json(directory / RUN_FILE),
+        settings=read_json(directory / CONFIG_FILE),
+        evaluation=read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
     )
 
@@ -173,15 +180,6 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
     path = place / "report.md"
     path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
     return path
-
-
-def _read_json(path: pathlib.Path) -> Row:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"a report reads JSON that a run wrote: {path} has none ({error}). Restore the file."
-        ) from error
 
 
 def _figure(
@@ -378,12 +376,19 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Writes the report of the run in the directory that is given."""
-    parser = argparse.ArgumentParser(description="Writes DIR/report/ from the files of a run.")
-    parser.add_argument("directory", metavar="DIR", help="the workdir of a run")
-    print(write_report(parser.parse_args(arguments).directory))
+def main(arguments: Sequence[str]) -> int:
+    """Writes the report of the run in the directory that is given; returns the exit code."""
+    if list(arguments) in (["--help"], ["-h"]) or len(arguments) != 1:
+        print("usage: python -m moe_jax.analysis.report DIR   (DIR: the workdir of a run)")
+        return 0 if arguments in (["--help"], ["-h"]) else 1
+    try:
+        require_local("DIR", arguments[0])
+        print(write_report(arguments[0]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

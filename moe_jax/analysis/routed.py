@@ -189,7 +189,7 @@ def text_batches(
     *,
     sequence_length: int,
     batch_size: int,
-    max_tokens: int,
+    max_tokens: int | None = None,
 ) -> list[Example]:
     """Texts as batches, cut into windows like the documents that a model is trained on.
 
@@ -199,13 +199,15 @@ def text_batches(
       sequence_length: L.
       batch_size: B; the last batch is filled up with padding.
       max_tokens: of all texts; each may have an equal part of them, and what is longer is cut.
+        None: all of them.
 
     Returns:
       Batches as `data.heldout_batches` yields them; `domain` is an index into the texts.
     """
     examples = []
+    part = None if max_tokens is None else max_tokens // len(texts) + 1
     for domain, text in enumerate(texts):
-        document = tokenizer.encode_document(text).astype(np.int32)[: max_tokens // len(texts) + 1]
+        document = tokenizer.encode_document(text).astype(np.int32)[:part]
         for start in range(0, len(document) - 1, sequence_length):
             tokens = document[start : start + sequence_length + 1]
             positions = np.arange(len(tokens), dtype=np.int32)

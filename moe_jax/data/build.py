@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import rich.console
 import rich.progress
 import rich.table
-from absl import app, flags
+from absl import flags
 
+from moe_jax.command_line import Command
+from moe_jax.config.check import require
 from moe_jax.data.large_corpus import packages
 from moe_jax.data.large_corpus.assemble import SourceSize, assemble
 from moe_jax.data.large_corpus.packages import Downloader, Package
@@ -115,34 +117,32 @@ def _size_table(sizes: Sequence[SourceSize]) -> rich.table.Table:
     return table
 
 
-def main(argv: Sequence[str]) -> None:
-    """Reads the flags, fetches, builds, and prints the sizes."""
+def main() -> None:
+    """Fetches, builds, and prints the sizes."""
     options = flags.FLAGS
-    if len(argv) > 1 or not options.out:
-        raise app.UsageError("--out=DIR is required, and there are no positional arguments.")
+    require(options.max_code_mb > 0, "--max_code_mb is above 0", f"--max_code_mb="
+            f"{options.max_code_mb:g}", "Raise it")  # fmt: skip
     out = pathlib.Path(options.out)
-    if out.exists():
-        raise app.UsageError(f"--out={out} exists: choose another, or delete it first.")
+    require(not out.exists(), "--out names a folder that is made", f"--out={out} exists",
+            "Choose another, or delete it first")  # fmt: skip
     work = pathlib.Path(options.work) if options.work else default_cache_dir() / "packages"
-    try:
-        archives = fetch_packages(SOURCES, work, skip_missing=options.skip_missing)
-        packages.warn_of_changes(archives)
-        sizes = build(SOURCES, archives, out, max_code_mb=options.max_code_mb)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    archives = fetch_packages(SOURCES, work, skip_missing=options.skip_missing)
+    packages.warn_of_changes(archives)
+    sizes = build(SOURCES, archives, out, max_code_mb=options.max_code_mb)
     rich.console.Console().print(_size_table(sizes))
 
 
-def _define_flags() -> None:
-    # Not at import: several commands are imported into one test process.
-    flags.DEFINE_string("out", "", "Directory to make, of one .jsonl file a domain.")
-    flags.DEFINE_string("work", "", "Directory of the downloads; '': in the user's cache.")
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("out", None, "Directory to make, of one .jsonl file a domain.")
+    flags.DEFINE_string("work", "", "Directory of the downloads; by default in the user's cache.")
     flags.DEFINE_float("max_code_mb", 10.0, "Megabytes of text a language of code.")
     flags.DEFINE_boolean(
         "skip_missing", False, "Build without the domains whose packages cannot be had."
     )
 
 
+command = Command(main, define_flags, required=("out",), uses_devices=False)
+
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit(command(sys.argv[1:]))

@@ -10,12 +10,14 @@ import io
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import sentencepiece
-from absl import app, flags, logging
+from absl import flags
 
+from moe_jax.command_line import Command
 from moe_jax.config import DataConfig
+from moe_jax.config.check import require
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, heldout_digests, text_digest
 from moe_jax.data.records import Fields
@@ -57,6 +59,15 @@ def train(
             f"vocab_size lies in [{_MIN_VOCAB_SIZE}, 65536]: got {vocab_size}. "
             "Set --vocab_size, e.g. to 8192."
         )
+    require(0 <= heldout_fraction < 1, "--heldout_fraction lies in [0, 1)",
+            f"--heldout_fraction={heldout_fraction:g}", "Correct it")  # fmt: skip
+    require(max_bytes > 0, "--max_mb is above 0", f"--max_mb={max_bytes / 1e6:g}", "Raise it")
+    require(not pathlib.Path(path).is_dir(), "--out names a file", f"--out={path} is a folder",
+            "Name a file, such as bpe8192.model")  # fmt: skip
+    # Before minutes of training: whether the file can be written.
+    partial = pathlib.Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.touch()
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -79,13 +90,12 @@ def train(
             minloglevel=2,
         )
     except RuntimeError as error:
+        partial.unlink()
         raise ValueError(
             "The vocabulary must hold the characters of the text, and the text must yield the "
             f"merges of the vocabulary: {vocab_size} ids, {max_bytes} bytes of {corpus.name!r}. "
             "Change --vocab_size or --max_mb as SentencePiece says: " + " ".join(str(error).split())
         ) from error
-    partial = pathlib.Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_bytes(model.getvalue())
     partial.replace(path)
     return SentencePieceTokenizer(path)
@@ -106,18 +116,8 @@ def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> 
                 break
 
 
-def main(argv: Sequence[str]) -> None:
-    """Trains; what a user can put right ends the process with one line."""
-    if len(argv) > 1 or not flags.FLAGS.out:
-        raise app.UsageError("--out=PATH is required, and there are no positional arguments.")
-    try:
-        _run()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _run() -> None:
-    """Reads the flags, trains, and logs how many bytes a token stands for."""
+def main() -> None:
+    """Trains, and prints how many bytes a token stands for."""
     options = flags.FLAGS
     # Checked as the settings of a run are.
     data = DataConfig(
@@ -140,16 +140,16 @@ def _run() -> None:
         heldout = [document.text for split, document in documents if split == HELDOUT]
         num_tokens = sum(len(tokenizer.encode(text)) for text in heldout)
         num_bytes = sum(len(text.encode()) for text in heldout)
-        logging.info("%-16s %.2f held-out bytes per token", domain, num_bytes / max(num_tokens, 1))
-    logging.info("wrote %s", options.out)
+        print(f"{domain:<16} {num_bytes / max(num_tokens, 1):.2f} held-out bytes per token")
+    print(f"wrote {options.out}")
 
 
-def _define_flags() -> None:
-    # Not at import: several commands are imported into one test process.
+def define_flags() -> None:
+    """Defines the flags of the command."""
     for name in ("corpus", "text_field", "id_field", "group_field"):
         flags.DEFINE_string(name, getattr(DataConfig, name), f"As config.data.{name}.")
     flags.DEFINE_integer("vocab_size", 8192, "Number of ids, at most 65536.")
-    flags.DEFINE_string("out", "", "Path of the .model file to write.")
+    flags.DEFINE_string("out", None, "Path of the .model file to write.")
     flags.DEFINE_float("max_mb", 14.0, "Megabytes of text to train on, over all domains.")
     flags.DEFINE_float(
         "heldout_fraction",
@@ -158,6 +158,7 @@ def _define_flags() -> None:
     )
 
 
+command = Command(main, define_flags, required=("out",), uses_devices=False)
+
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit(command(sys.argv[1:]))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
+from moe_jax.config.installed import install_command
 from moe_jax.planning.gpu_targets import target_config
 from moe_jax.planning.hardware import CHIPS, Chip
 
@@ -146,7 +147,7 @@ def devices(topology: Topology) -> list[jax.Device]:
         raise ValueError(
             f"compiling for {topology.name} needs the {platform.upper()} compiler, though no "
             f"{platform.upper()}: the package {module!r} is not installed. "
-            f"pip install 'moe_jax[{extra}]', or plan by arithmetic alone with --nocompile."
+            f"{install_command(extra)}, or plan by arithmetic alone with --nocompile."
         )
     shape = "x".join(str(size) for size in topology.shape)
     if platform == "gpu":

@@ -38,7 +38,7 @@ NO_STEP = -1
 ALL_DAMAGED = -2
 
 
-class DamagedCheckpointError(RuntimeError):
+class DamagedCheckpointError(ValueError):
     """No checkpoint of a run passes its integrity check."""
 
 

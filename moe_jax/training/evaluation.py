@@ -1,7 +1,7 @@
 """Held-out loss, overall and by domain, in each of the `ways` (legend: `moe_jax.moe`)."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
 from moe_jax.training.loss import Batch, call_of, replayed_choices, target_nats
+from moe_jax.training.placement import inference_rows
 from moe_jax.training.ways import CAPACITIES, ways_of
 
 
@@ -128,6 +129,7 @@ def evaluate(
     *,
     mesh: Mesh | None = None,
     max_batches: int | None = None,
+    batch_size: int | None = None,
     step: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Scores the held-out split.
@@ -139,6 +141,40 @@ def evaluate(
       data: of the run, opened once.
       mesh: that the parameters lie on; None: one device.
       max_batches: held-out batches to use; None: all.
+      batch_size: sequences at once; None: as many as a microbatch of training. See
+        `placement.inference_rows`.
+      step: finished steps, for settings of the router that are annealed; None: at their ends.
+
+    Returns:
+      See `score`.
+    """
+    mesh = mesh or make_mesh(MeshConfig(data=1))
+    rows = inference_rows(config, mesh, batch_size)
+    batches = heldout_batches(data, batch_size=rows, max_batches=max_batches)
+    token_bytes_V = data.tokenizer.token_bytes_V
+    return score(params, model_state, config, batches, data.domains, token_bytes_V, mesh, step)
+
+
+def score(
+    params: Any,
+    model_state: Any,
+    config: ExperimentConfig,
+    batches: Iterable[Mapping[str, Any]],
+    domains: tuple[str, ...],
+    token_bytes_V: np.ndarray,
+    mesh: Mesh,
+    step: jax.Array | None = None,
+) -> dict[str, Any]:
+    """Scores batches of text.
+
+    Args:
+      params: parameters of the model.
+      model_state: state by part, such as selection biases.
+      config: of the run.
+      batches: of one shape, as `data.heldout_batches` yields them, of `placement.inference_rows`.
+      domains: that their `domain` is an index into.
+      token_bytes_V: bytes of text that each token stands for.
+      mesh: that the parameters lie on.
       step: finished steps, for settings of the router that are annealed; None: at their ends.
 
     Returns:
@@ -147,12 +183,8 @@ def evaluate(
       its `label` and `mark` (see `ways`); and `domain_expert_share`, by layer and domain, of the
       first.
     """
-    mesh = mesh or make_mesh(MeshConfig(data=1))
-    token_bytes_V = data.tokenizer.token_bytes_V
     ways = ways_of(config.model)
-    totals = {name: DomainSums(data.domains) for name in CAPACITIES if name in ways}
-    rows = config.training.batch_size // config.training.num_microbatches
-    batches = heldout_batches(data, batch_size=rows, max_batches=max_batches)
+    totals = {name: DomainSums(domains) for name in CAPACITIES if name in ways}
     for index, batch in enumerate(batches):
         batch = dict(batch)
         domain_B = batch.pop("domain")

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
 from moe_jax.parallel.batches import from_shares, host_share
@@ -62,6 +63,7 @@ def train(
       FloatingPointError: the loss or the gradient is not finite.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
     """
+    require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
     require_same("config", write_config(config))
     config = config.on_devices(jax.device_count())

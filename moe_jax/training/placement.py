@@ -1,5 +1,6 @@
 """Where the state of a run lies on the mesh, and the training step compiled for it."""
 
+import math
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ BATCH_AXES = (None, "batch", None)
 
 
 def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a batch or a mesh that the model cannot be split over.
+    """Refuses a training batch or a mesh that the model cannot be split over.
 
     Raises:
       ValueError: with the sizes and what to change.
@@ -32,6 +33,29 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
             f"of {shards['batch']} sequences a microbatch."
         )
     config.model.check_run(RunShape(sequences, config.data.sequence_length, shards))
+
+
+def inference_rows(
+    config: ExperimentConfig, mesh: Mesh | AbstractMesh, at_least: int | None = None
+) -> int:
+    """Sequences of a batch that is not trained on, in whole rows of devices and whole groups.
+
+    Args:
+      config: of the run.
+      mesh: that the model lies on, whatever mesh it was trained on.
+      at_least: so many, or as few more as the mesh takes; None: a microbatch of training.
+
+    Raises:
+      ValueError: the mesh does not split the model evenly.
+    """
+    shards = {name: num_shards(name, mesh) for name in RULES}
+    length, training = config.data.sequence_length, config.training
+    groups = [getattr(part, "group_size", 0) // length for part in config.model.part.values()]
+    multiple = shards["batch"] * math.lcm(*(max(sequences, 1) for sequences in groups))
+    wanted = at_least or training.batch_size // training.num_microbatches
+    rows = -(-wanted // multiple) * multiple
+    config.model.check_run(RunShape(rows, length, shards))
+    return rows
 
 
 def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:

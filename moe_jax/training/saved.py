@@ -8,11 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig, read_config
+from moe_jax.config.installed import require_local
 from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.metrics import CONFIG_FILE
-from moe_jax.training.placement import check_run, state_shardings
+from moe_jax.training.placement import inference_rows, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, evaluation_params
 from moe_jax.training.workdir import CHECKPOINTS, Record, changed_hashes, recorded_run
 
@@ -37,9 +38,10 @@ def load_run(
 
     Raises:
       ValueError: the directory holds no run, or a run without a checkpoint or without this one; the
-        mesh does not split the run's batch or model evenly; or the tokenizer has changed.
+        mesh does not split the model evenly; or the tokenizer has changed.
       DamagedCheckpointError: the checkpoint of this step is damaged, or all are.
     """
+    require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
     record, _ = recorded_run(workdir, step)
     if not record:
@@ -54,7 +56,7 @@ def load_run(
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
-    check_run(config, placed_on)
+    inference_rows(config, placed_on)  # the mesh splits the model
     with Checkpoints(workdir / CHECKPOINTS, keep=None) as checkpoints:
         restored = restore(config, checkpoints, placed_on, step)
     if restored is None:

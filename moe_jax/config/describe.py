@@ -1,0 +1,136 @@
+"""Every setting of a config with its value and its comment, as the source of its class has it."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from moe_jax.config.convert import are_parts, hints, is_named_part, to_dict
+from moe_jax.config.kinds import KINDS, by_kind, load_kind
+from moe_jax.config.settings import Settings
+
+
+class Setting(NamedTuple):
+    """A setting as it is listed.
+
+    Attributes:
+      path: "config.training.num_steps"; of a section, its path.
+      value: as a flag or a config file writes it; None of a section.
+      comment: what it is; of a section, the first line of its class.
+    """
+
+    path: str
+    value: str | None
+    comment: str
+
+
+@functools.cache
+def comments_of(cls: type[Settings]) -> dict[str, str]:
+    """The comment beside each field of a class, "" without one; of inherited fields too."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            comments |= {name: text or comments.get(name, "") for name, text in written_in(base)}
+    return {
+        field.name: comments.get(field.name) or choices_of(field)
+        for field in dataclasses.fields(cls)
+    }
+
+
+def choices_of(field: dataclasses.Field[Any]) -> str:
+    """What a field without a comment may be set to, if that is a list."""
+    bounds = field.metadata.get("bounds")
+    return f"one of {', '.join(map(str, bounds.choices))}" if bounds and bounds.choices else ""
+
+
+def written_in(cls: type) -> Iterator[tuple[str, str]]:
+    """The fields that a class itself writes, each with the comment on its last line."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):  # made at run time
+        return
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            text = by_line.get(node.end_lineno or node.lineno, "")
+            yield node.target.id, "" if text.startswith("fmt:") else text
+
+
+def describe_settings(value: Settings, path: str = "config") -> Iterator[Setting]:
+    """Every setting of an object, and of the objects in it, in the order of the source."""
+    summary = (type(value).__doc__ or "").strip().partition("\n")[0]
+    yield Setting(path, None, summary)
+    cls: Any = type(value)
+    comments = comments_of(cls)
+    sections: list[tuple[str, Settings]] = []
+    for name, expected in hints(cls).items():
+        item = getattr(value, name)
+        inner = parts_in(item, expected)
+        written = to_dict(item)
+        if isinstance(item, Settings) and not isinstance(written, str):
+            sections.append((f"{path}.{name}", item))
+        elif inner:
+            sections += [(f"{path}.{name}.{key}", part) for key, part in inner]
+        else:
+            yield Setting(f"{path}.{name}", literal(written), comments[name])
+    for where, section in sections:
+        yield from describe_settings(section, where)
+
+
+def parts_in(item: Any, expected: Any) -> list[tuple[str, Settings]]:
+    """The parts of a field by name, if it is a field of several."""
+    if are_parts(expected):
+        return list(by_kind(item).items())
+    is_dict = isinstance(item, tuple) and item and all(is_named_part(one) for one in item)
+    return list(item) if is_dict and isinstance(to_dict(item), dict) else []
+
+
+def literal(value: Any) -> str:
+    """A value as a flag writes it."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
+    """A line for each setting, paste-able: the flag, and its comment behind #."""
+    lines = []
+    for setting in settings:
+        if setting.value is None:
+            lines.append(f"\n{setting.path}: {setting.comment}")
+            continue
+        flag = f"  {prefix}{setting.path}={setting.value}"
+        lines.append(f"{flag:<58}  # {setting.comment}" if setting.comment else flag)
+    return "\n".join(lines)
+
+
+def kinds_text() -> str:
+    """The kinds of every family, a line each."""
+    width = max(map(len, KINDS))
+    return "\n".join(f"  {family:<{width}}  {', '.join(kinds)}" for family, kinds in KINDS.items())
+
+
+def describe_kind(family: str, kind: str) -> str:
+    """The fields of a kind with their types, defaults and comments."""
+    cls: Any = load_kind(family, kind)
+    comments = comments_of(cls)
+    lines = [f"{family}.{kind}: {(cls.__doc__ or '').strip().partition(chr(10))[0]}"]
+    for field in dataclasses.fields(cls):
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = None if field.default_factory is dataclasses.MISSING else (
+                field.default_factory()
+            )  # fmt: skip
+        flag = f"  --{field.name}={literal(to_dict(default))}"
+        lines.append(f"{flag:<58}  # {comments[field.name]}" if comments[field.name] else flag)
+    return "\n".join(lines)

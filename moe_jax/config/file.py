@@ -1,0 +1,277 @@
+"""Config files: found, run, and overridden by flags of the form --config.SECTION.FIELD=VALUE.
+
+A config file is Python with a function `get_config()`, or `get_config(presets)`, that returns a
+`ml_collections.ConfigDict`. It runs with the rights of the user.
+"""
+
+import ast
+import contextlib
+import difflib
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from moe_jax.config.installed import home, is_lfs_pointer, require_local
+
+CONFIG = "config"  # the flag
+KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+MODULE = "__config_file__"  # while a config file runs
+
+
+def load_config(name: str) -> ml_collections.ConfigDict:
+    """The config of `FILE` or `FILE:PRESET,PRESET`.
+
+    Raises:
+      ValueError: there is no such file, it fails, or it returns no config; by file and line.
+      OSError: it cannot be read.
+    """
+    require_local("--config", name)
+    written, colon, presets = name.partition(":")
+    path = find_file(written)
+    code = compile_file(path)
+    # Config files import each other as `configs.NAME`, from whatever folder the command runs in.
+    if str(home()) not in sys.path:
+        sys.path.append(str(home()))
+    module = types.ModuleType(MODULE)
+    module.__file__ = str(path)
+    sys.modules[MODULE] = module  # dataclasses look for it
+    try:
+        with blamed_on(path):
+            exec(code, module.__dict__)
+            get_config = getattr(module, "get_config", None)
+            if not callable(get_config):
+                raise ValueError("a config file defines get_config(): it does not. Add it")
+            takes_presets = bool(inspect.signature(get_config).parameters)
+            if colon and not takes_presets:
+                raise ValueError(f"its get_config() takes no presets: {presets!r}. Leave them out")
+            config = get_config(presets) if colon else get_config()
+            if not isinstance(config, ml_collections.ConfigDict):
+                raise ValueError(
+                    "get_config() returns a ml_collections.ConfigDict: it returned "
+                    f"{type(config).__name__}. Return moe_jax.config.config_dict(...)"
+                )
+    finally:
+        del sys.modules[MODULE]
+    return config.lock()
+
+
+def find_file(name: str) -> pathlib.Path:
+    """A config file by its path, from the current folder or from where the library's own stand.
+
+    Raises:
+      ValueError: there is none, with where it was looked for and what is there.
+    """
+    folders = [pathlib.Path.cwd()]
+    folders += [home()] if home() != folders[0] else []
+    paths = [folder / pathlib.Path(name).expanduser() for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise ValueError(f"--config is a Python file: {path} is a folder. {ours()}")
+    looked = " and ".join(dict.fromkeys(map(str, paths)))
+    raise ValueError(f"--config is a Python file: there is none at {looked}. {ours()}")
+
+
+def ours() -> str:
+    """The configs of the library, as a message proposes them."""
+    names = sorted(path.name for path in (home() / "configs").glob("[a-z]*.py"))
+    return f"Pass the path of one, such as {', '.join(f'configs/{name}' for name in names)}."
+
+
+def compile_file(path: pathlib.Path) -> types.CodeType:
+    """The code of a config file.
+
+    Raises:
+      ValueError: it is no Python, with the line.
+    """
+    data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise ValueError(
+            f"{path} is a Git LFS pointer in place of the file. Run `git lfs pull` in its folder."
+        )
+    if path.suffix != ".py":
+        raise ValueError(f"--config is a Python file, *.py: {path} is not. {ours()}")
+    with blamed_on(path):
+        return compile(data, path, "exec", dont_inherit=True)
+
+
+@contextlib.contextmanager
+def blamed_on(path: pathlib.Path) -> Iterator[None]:
+    """Whatever a config file raises becomes a ValueError of one line, with its file and line.
+
+    Raises:
+      ValueError: in place of any exception but those that end the process.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        said = " ".join(message.split()) or "no message"
+        if type(error) is not ValueError:
+            said = f"{type(error).__name__}: {said}"
+        if isinstance(error, ImportError):
+            said += ". Install it, or put its folder on PYTHONPATH"
+        where = f"{path}{line_of(error, path)}"
+        raise ValueError(f"{where}: {said}{'' if said.endswith('.') else '.'}") from error
+
+
+def line_of(error: BaseException, path: pathlib.Path) -> str:
+    """The line of a file at which an exception passed it, as ", line 3"; or nothing."""
+    if isinstance(error, SyntaxError):
+        elsewhere = error.filename if error.filename != str(path) else None
+        line = f", line {error.lineno}" if error.lineno else ""
+        return f" imports {elsewhere}{line}" if elsewhere else line
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def settings_of(config: Mapping[str, Any], path: str = CONFIG) -> dict[str, Any]:
+    """Every setting of a (nested) config by its dotted path, "config.training.num_steps"."""
+    settings: dict[str, Any] = {}
+    for name in config:
+        value = config[name]
+        inner = isinstance(value, Mapping | ml_collections.ConfigDict) and len(value) > 0
+        settings |= settings_of(value, f"{path}.{name}") if inner else {f"{path}.{name}": value}
+    return settings
+
+
+def split_overrides(
+    arguments: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str | bool]]]:
+    """The arguments without the settings of the config, and those as (path, text) pairs.
+
+    >>> split_overrides(["--config=a.py", "--config.seed", "3", "--noconfig.model.scan_layers"])
+    (['--config=a.py'], [('config.seed', '3'), ('config.model.scan_layers', False)])
+    """
+    plain: list[str] = []
+    overrides: list[tuple[str, str | bool]] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        found = re.match(r"--?(no)?(config\.[^=]*)(=?)(.*)", argument, re.DOTALL)
+        if argument == "--":
+            return [*plain, argument, *left], overrides
+        if not found:
+            plain.append(argument)
+        elif found[3] or found[1]:
+            overrides.append((found[2], found[4] if found[3] else False))
+        elif left and not re.match(r"-+[a-zA-Z]", left[0]):
+            overrides.append((found[2], left.pop(0)))
+        else:
+            overrides.append((found[2], True))
+    return plain, overrides
+
+
+def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> None:
+    """Sets a field of a config to what a flag says.
+
+    Args:
+      config: of which the field is changed in place.
+      flag: such as "config.training.num_steps".
+      text: of the value; a bool for a flag without one, --config.FIELD or --noconfig.FIELD.
+
+    Raises:
+      ValueError: there is no such setting, with the nearest; or the value is of another type.
+    """
+    *sections, last = flag.split(".")[1:]
+    if "kind" in (*sections, last):
+        raise ValueError(f"{KIND_OF_A_FLAG}: --{flag}. Change the config file, or write a preset.")
+    section, path = config, CONFIG
+    for name in sections:
+        require_field(flag, path, section, name, config)
+        section, path = section[name], f"{path}.{name}"
+    require_field(flag, path, section, last, config)
+    if isinstance(section[last], ml_collections.ConfigDict):
+        raise ValueError(
+            f"{KIND_OF_A_FLAG}: --{flag}={text} would replace a section, of "
+            f"{fields_of(section[last])}. Set one of these, or change the config file."
+        )
+    section[last] = parse_value(f"--{flag}", text, section.get_type(last))
+
+
+def require_field(flag: str, path: str, section: Any, name: str, config: Any) -> None:
+    """Refuses a flag that names a field which is not there, with the nearest that is.
+
+    Args:
+      flag: the whole of it.
+      path: of the section.
+      section: what the path leads to.
+      name: of the field.
+      config: all of it: a setting may be in another section.
+
+    Raises:
+      ValueError: the section has no such field, or is none.
+    """
+    if not isinstance(section, ml_collections.ConfigDict):
+        if section is None or isinstance(section, str):  # a part without fields, or none
+            raise ValueError(
+                f"{KIND_OF_A_FLAG}: --{path}={section} has no fields, which --{flag} needs. "
+                "Change the config file, or write a preset."
+            )
+        raise ValueError(f"--{path} is one value, {section!r}: --{flag}. Set --{path}.")
+    if name in section:
+        return
+    names, settings = flag.split("."), settings_of(config)
+    rest = names[path.count(".") + 2 :]
+    near = difflib.get_close_matches(name, list(section), n=1)
+    proposed = [".".join([path, *near, *rest])] if near else []
+    proposed += [other for other in settings if other.split(".")[-1] == names[-1]]
+    proposed = [other for other in proposed if other in settings] or proposed
+    fix = f"Did you mean --{proposed[0]}?" if proposed else "--help lists every setting."
+    known = "" if proposed else f", {fields_of(section)}"
+    raise ValueError(f"there is no setting --{flag}: {name!r} is no field of {path}{known}. {fix}")
+
+
+def fields_of(section: ml_collections.ConfigDict) -> str:
+    """The names in a section."""
+    return str([name for name in section if name != "kind"])
+
+
+def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
+    """The value that a flag gives to a field.
+
+    Args:
+      flag: for messages.
+      text: what stands behind "="; a bool for a flag without.
+      wanted: the type of the field; `object` of one that is None now and takes anything.
+
+    Raises:
+      ValueError: it cannot be read as that type.
+    """
+    if isinstance(text, bool):
+        if wanted is bool:
+            return text
+        raise ValueError(f"{flag} is of type {wanted.__name__}: it has no value. Add =VALUE.")
+    try:
+        if wanted is bool:
+            return BOOLEANS[text.lower()]
+        if wanted in (int, float, str):
+            return wanted(text)
+        value = ast.literal_eval(text)
+    except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        if wanted in (object, types.NoneType):
+            return text
+        raise ValueError(
+            f"{flag} is of type {wanted.__name__}: {text!r} is not. {EXAMPLES.get(wanted, '')}"
+        ) from error
+    if wanted is tuple:
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return value
+
+
+EXAMPLES = {
+    bool: "Write true or false.",
+    int: "Write a whole number, such as 16.",
+    float: "Write a number, such as 0.1 or 3e-4.",
+    tuple: "Write a tuple, such as \"(('prose', 1.0),)\", in quotes that keep the shell off it.",
+}

@@ -1,0 +1,59 @@
+"""What a user can put right, as one line: what is wrong, the values, the fix."""
+
+import errno
+import re
+from collections.abc import Iterable
+
+# What a user can put right, by another setting, file or directory.
+USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError)
+FIX_PERMISSIONS = "Pass a path that this user may read and write, or change its permissions"
+FIX_FOLDER = "A file stands where a folder is needed: pass another path"
+FIXES = {
+    errno.EACCES: FIX_PERMISSIONS,
+    errno.EPERM: FIX_PERMISSIONS,
+    errno.EROFS: "Pass a path on a file system that can be written",
+    errno.ENOENT: "Correct the path",
+    errno.ENOTDIR: FIX_FOLDER,
+    errno.EEXIST: FIX_FOLDER,
+    errno.EISDIR: "A folder stands where a file is needed: pass another path",
+    errno.ENAMETOOLONG: "Shorten the path",
+    errno.ENOSPC: "Free some space, and run the same command again",
+    errno.EDQUOT: "Free some space, and run the same command again",
+}
+
+
+def describe(error: Exception) -> str:
+    """What is wrong, the values and the fix, on one line."""
+    if isinstance(error, OSError) and error.errno is not None:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        fix = FIXES.get(error.errno)
+        text = ": ".join([error.strerror or type(error).__name__, *paths])
+        return f"{text}. {fix}." if fix else text
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    joined = "".join(f"{line} " if line[-1] in ".:;," else f"{line}; " for line in lines)
+    return joined.removesuffix("; ").strip() or type(error).__name__
+
+
+def whole_flags(message: str, settings: Iterable[str]) -> str:
+    """A message in which settings are named by their whole flags.
+
+    Args:
+      message: may name a setting as the library does: `training.batch_size`, or `batch_size=7`.
+      settings: the dotted paths of all settings.
+
+    >>> whole_flags("Lower training.batch_size: batch_size=7.", ["config.training.batch_size"])
+    'Lower --config.training.batch_size: --config.training.batch_size=7.'
+    """
+    paths = set(settings)
+    scope = re.match(r"config[\w.]*(?=: )", message)
+
+    def whole(found: re.Match[str]) -> str:
+        name, equals = found.groups()
+        if not equals and "." not in name:
+            return found[0]
+        within = f"{scope[0]}.{name}" if scope else name
+        matches = [path for path in paths if f".{path}".endswith(f".{name}")]
+        matches = [within] if within in paths else matches
+        return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
+
+    return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)

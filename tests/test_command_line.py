@@ -1,0 +1,305 @@
+"""What commands answer to flags: in this process, before anything is computed."""
+
+import errno
+import importlib
+import re
+
+import pytest
+from absl import flags
+
+from moe_jax import __main__ as entry
+from moe_jax import __version__, command_line
+from moe_jax.config import ExperimentConfig, from_config_dict, installed
+from moe_jax.config.describe import comments_of, describe_settings
+from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.moe.part import MoE
+from moe_jax.user_errors import describe, whole_flags
+from tests.tiny_run import ROOT
+
+SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
+WITH_FLAGS = [name for name, (path, _) in entry.COMMANDS.items() if path.endswith(":command")]
+
+
+def command_of(name):
+    module, _, function = entry.COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def refused(capsys, name, *arguments):
+    """The message with which a command refuses its arguments: one line and exit code 1."""
+    with pytest.raises(SystemExit) as ended:
+        command_of(name)(arguments)
+    printed = capsys.readouterr()
+    assert ended.value.code == 1 and not printed.out
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    return printed.err
+
+
+def flags_of(name, kind):
+    """The flags of a command that take values of a type."""
+    before = set(flags.FLAGS)
+    command = command_of(name)
+    command.define_flags()
+    own = [flag for flag in flags.FLAGS if flag not in before]
+    try:
+        return [f for f in own if flags.FLAGS[f].flag_type() in (kind, f"multi {kind}")]
+    finally:
+        for flag in own:
+            delattr(flags.FLAGS, flag)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        ([SMOKE], ["--workdir must be given: Directory of the run"]),
+        ([SMOKE, "--workdir="], ["--workdir must be given"]),
+        ([], ["--config, --workdir must be given"]),
+        ([SMOKE, "--workdir=w", "--wokdir=x"], ["no flag --wokdir. Did you mean --workdir"]),
+        ([SMOKE, "--workdir=w", "--hlp"], ["no flag --hlp. Did you mean --help"]),
+        ([SMOKE, "--workdir=w", "more"], [r"--NAME=VALUE: unexpected arguments: \['more'\]"]),
+        ([SMOKE, "--workdir=w", "--startup_seconds=x"], ["--startup_seconds=x", "Correct it"]),
+        (["--workdir=w", "--config.seed=1"], ["--config, .*must be given|--config must be given"]),
+        ([SMOKE.replace("smoke", "smok"), "--workdir=w"], [r"quickstart\.py, line", r"\['smok'\]"]),
+    ],
+)
+def test_a_wrong_flag_is_named_with_the_fix(capsys, arguments, patterns):
+    message = refused(capsys, "train", *arguments)
+    for pattern in patterns:
+        assert re.search(pattern, message), message
+
+
+@pytest.mark.parametrize(
+    ("flag", "patterns"),
+    [
+        ("modle.model_dim=16", ["--config.modle.model_dim", "mean --config.model.model_dim"]),
+        ("model.part.moe.num_experts=4", ["mean --config.model.parts.moe.num_experts"]),
+        ("model.parts.mo.num_experts=4", ["mean --config.model.parts.moe.num_experts"]),
+        ("model.parts.moe.num_expert=4", ["mean --config.model.parts.moe.num_experts"]),
+        ("training.num_step=4", ["mean --config.training.num_steps"]),
+        ("num_steps=4", ["mean --config.training.num_steps"]),
+        ("zzz=4", ["'zzz' is no field of config, .*'training'", "--help lists every setting"]),
+        ("training.num_steps=abc", ["--config.training.num_steps is of type int: 'abc'"]),
+        ("training.num_steps=1.5", ["--config.training.num_steps is of type int: '1.5'"]),
+        ("training.num_steps", ["--config.training.num_steps is of type int: it has no value"]),
+        ("training.num_steps.x=3", ["--config.training.num_steps is one value, 20"]),
+        ("optimizer.learning_rate=fast", ["is of type float: 'fast'", "3e-4"]),
+        ("model.scan_layers=perhaps", ["is of type bool: 'perhaps'", "true or false"]),
+        ("data.domain_weights=(('a',", ["--config.data.domain_weights is of type tuple"]),
+        ("model=3", ["flags set fields", "--config.model=3 would replace a section"]),
+        ("model.parts.moe.router=soft", ["flags set fields", "router=soft"]),
+        ("model.parts.moe.kind=mlp", ["flags set fields", "--config.model.parts.moe.kind"]),
+        ("model.parts.moe.bias.rate=0.1", ["flags set fields", "bias=None has no fields"]),
+        ("data.corpus=jsonl:gs://b/c", ["--config.data.corpus=jsonl:gs://b/c is a URL", "Mount"]),
+    ],
+)
+def test_a_wrong_setting_is_named_as_a_whole_flag(capsys, flag, patterns):
+    message = refused(capsys, "train", SMOKE, "--workdir=w", f"--config.{flag}")
+    for pattern in patterns:
+        assert re.search(pattern, message), message
+
+
+def test_settings_are_overridden_by_their_types():
+    config = load_config(f"{ROOT}/configs/quickstart.py:smoke")
+    for flag, text, expected in [
+        ("training.num_steps", "7", 7),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("model.scan_layers", "TRUE", True),
+        ("model.tie_embeddings", False, False),
+        ("data.domain_weights", "(('prose', 1.0),)", (("prose", 1.0),)),
+        ("training.sample_prompt", "2", "2"),
+        ("model.parts.moe.bias", "sign", "sign"),
+        ("model.embedding_multiplier", "2.5", 2.5),
+    ]:
+        override(config, f"config.{flag}", text)
+        found = settings_of(config)[f"config.{flag}"]
+        assert found == expected and type(found) is type(expected), flag
+    from_config_dict(config)
+
+
+def test_flags_of_the_config_may_stand_apart_from_their_values():
+    written = ["--config=a", "--config.seed", "-3", "--noconfig.x", "--config.y", "--z=1"]
+    plain, overrides = split_overrides(written)
+    assert plain == ["--config=a", "--z=1"]
+    assert overrides == [("config.seed", "-3"), ("config.x", False), ("config.y", True)]
+
+
+FILES = {
+    "raises.py": ("x = 1\ndef get_config():\n    return 1 / 0\n", "line 3: ZeroDivisionError"),
+    "exits.py": ("def get_config():\n    raise KeyError('a')\n", "line 2: KeyError: 'a'"),
+    "syntax.py": ("\ndef get_config(\n", r"syntax\.py, line 2: SyntaxError"),
+    "none.py": ("def get_config():\n    pass\n", "it returned NoneType"),
+    "nothing.py": ("x = 1\n", r"defines get_config\(\): it does not"),
+    "imports.py": ("import not_there\n", "line 1: ModuleNotFoundError.*Install it"),
+    "lfs.py": ("version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+    "zero.py": ("\0", r"zero\.py.*null bytes"),
+    "config.json": ("{}", r"Python file, \*\.py"),
+    "refused.py": (
+        "from moe_jax.config import TrainingConfig\n"
+        "def get_config():\n    return TrainingConfig(num_steps=0)\n",
+        r"refused\.py, line 3: num_steps lies in \[1, inf\): num_steps=0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_file_that_fails_is_named_with_its_line(capsys, tmp_path, name):
+    content, pattern = FILES[name]
+    (tmp_path / name).write_text(content)
+    message = refused(capsys, "train", f"--config={tmp_path / name}", "--workdir=w")
+    assert re.search(pattern, message) and str(tmp_path / name) in message, message
+
+
+def test_presets_of_a_file_without_any_are_refused(tmp_path):
+    path = tmp_path / "plain.py"
+    path.write_text("import configs.base\nget_config = lambda: configs.base.get_config()\n")
+    assert load_config(str(path)).training.num_steps == 1000
+    with pytest.raises(ValueError, match="takes no presets: 'smoke'"):
+        load_config(f"{path}:smoke")
+
+
+def test_config_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    """And `configs.base`, which they import; a file of the folder itself comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/quickstart.py:smoke").name == "quickstart_smoke"
+    (tmp_path / "configs").mkdir()
+    own = tmp_path / "configs" / "quickstart.py"
+    own.write_text(
+        "from configs.base import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.name = 'own'\n    return c\n"
+    )
+    assert load_config("configs/quickstart.py").name == "own"
+    with pytest.raises(ValueError, match=rf"none at {tmp_path}/configs/none\.py and {ROOT}/") as e:
+        load_config("configs/none.py")
+    assert "configs/quickstart.py" in str(e.value)
+    with pytest.raises(ValueError, match="is a folder"):
+        load_config("configs")
+
+
+def test_messages_tell_how_to_install_an_extra_where_the_library_stands(monkeypatch, tmp_path):
+    assert installed.install_command("tpu") == f"pip install -e '{ROOT}[tpu]'"
+    monkeypatch.setattr(installed, "PACKAGE", tmp_path / "moe_jax")
+    assert installed.install_command("tpu") == "pip install 'moe_jax[tpu]'"
+    assert installed.home() == tmp_path / "moe_jax" / "shipped"
+
+
+@pytest.mark.parametrize("name", WITH_FLAGS)
+def test_every_path_of_every_command_refuses_a_bucket(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    needed = [f"--{flag}=x" for flag in command_of(name).required if flag != "config"]
+    config = [SMOKE] if "config" in command_of(name).required else []
+    for flag in flags_of(name, "string"):
+        if flag not in command_line.TEXT_FLAGS:
+            message = refused(capsys, name, *config, *needed, f"--{flag}=gs://bucket/run")
+            assert f"--{flag}=gs://bucket/run is a URL. Mount the bucket" in message
+    assert not list(tmp_path.iterdir()), "no folder gs: is made"
+
+
+@pytest.mark.parametrize("name", WITH_FLAGS)
+def test_every_number_of_every_command_is_finite(capsys, name):
+    needed = [f"--{flag}=x" for flag in command_of(name).required if flag != "config"]
+    config = [SMOKE] if "config" in command_of(name).required else []
+    for flag in flags_of(name, "float"):
+        for value in ("nan", "inf"):
+            message = refused(capsys, name, *config, *needed, f"--{flag}={value}")
+            assert f"--{flag}" in message and value in message
+
+
+@pytest.mark.parametrize("name", WITH_FLAGS)
+def test_help_lists_the_flags_of_a_command(capsys, name):
+    assert command_of(name)(["--help"]) == 0
+    said = capsys.readouterr().out
+    for kind in ("string", "int", "float", "bool"):
+        for flag in flags_of(name, kind):
+            assert re.search(rf"^  --(\[no\])?{flag}\b", said, re.MULTILINE), flag
+    assert "--alsologtostderr" not in said
+
+
+def test_help_lists_every_setting_with_its_comment(capsys):
+    assert command_of("train")([SMOKE, "--help"]) == 0
+    said = capsys.readouterr().out
+    for flag in settings_of(load_config(SMOKE.removeprefix("--config="))):
+        part = flag.endswith(".kind") or said.count(f"  --{flag}=") == 1
+        assert part or flag.split(".")[-1] in ("losses", "noise"), flag
+    assert re.search(r"--config.training.batch_size=8 +# sequences a step, over all devices", said)
+    assert re.search(r"--config.data.objective=causal_lm +# one of causal_lm", said)
+    # Of a part within a part, from the source of its class.
+    assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
+
+
+def test_comments_are_those_of_the_source():
+    assert comments_of(MoE)["use_bias"] == "biases in the experts"
+    assert comments_of(MoE)["num_experts"] == "E: routed experts"
+    paths = [setting.path for setting in describe_settings(ExperimentConfig())]
+    assert len(paths) == len(set(paths))
+
+
+def test_messages_name_settings_as_whole_flags():
+    settings = ["config.training.batch_size", "config.model.parts.moe.num_experts",
+                "config.name", "config.optimizer.name", "config.mesh.data"]  # fmt: skip
+    for said, expected in [
+        ("batch_size=7 is odd.", "--config.training.batch_size=7 is odd."),
+        ("Lower training.batch_size.", "Lower --config.training.batch_size."),
+        ("config.training.batch_size is", "--config.training.batch_size is"),
+        ("config.model.parts.moe: num_experts=4", "config.model.parts.moe: "
+         "--config.model.parts.moe.num_experts=4"),
+        ("the batch_size of", "the batch_size of"),
+        ("name=x could be two", "name=x could be two"),
+        ("in runs/training.batch_size and --mesh=data=16", "in runs/training.batch_size and "
+         "--mesh=data=16"),
+    ]:  # fmt: skip
+        assert whole_flags(said, settings) == expected
+
+
+def test_errors_are_one_line_and_those_of_the_system_have_a_fix(tmp_path):
+    assert describe(ValueError("two differ:\n  a: 1 -> 2\n  b: 3\nChange them.")) == (
+        "two differ: a: 1 -> 2; b: 3; Change them."
+    )
+    with pytest.raises(OSError) as raised:
+        (tmp_path / "none").read_text()
+    said = describe(raised.value)
+    assert said == f"No such file or directory: {tmp_path / 'none'}. Correct the path."
+    assert "permissions" in describe(PermissionError(errno.EACCES, "Permission denied", "/x"))
+    assert "space" in describe(OSError(errno.ENOSPC, "No space left on device", "/x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_DEFAULT_PRNG_IMPL", "rbg"),
+        ("JAX_DEFAULT_PRNG_IMPL", "none"),
+        ("JAX_ENABLE_X64", "1"),
+        ("JAX_THREEFRY_PARTITIONABLE", "false"),
+    ],
+)
+def test_the_environment_cannot_change_what_a_config_means(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value}.*Unset {name}"):
+        command_line.check_environment({name: value})
+    command_line.check_environment({"JAX_DEFAULT_PRNG_IMPL": "threefry2x32", "JAX_ENABLE_X64": ""})
+
+
+def test_a_command_may_take_arguments_without_flags(capsys):
+    given = []
+    command = command_line.Command(given.extend, lambda: None, positional="RUN", uses_devices=False)
+    assert command(["a", "b"]) == 0 and given == ["a", "b"]
+    with pytest.raises(SystemExit):
+        command([])
+    assert "error: RUN must be given, one or more" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    command_line.require_folder("out", str(tmp_path / "new" / "folder"))
+    with pytest.raises(ValueError, match=rf"--out is a folder: {tmp_path}/file is a file"):
+        command_line.require_folder("out", str(tmp_path / "file" / "folder"))
+
+
+def test_one_entry_has_all_commands(capsys):
+    for name in entry.COMMANDS:
+        assert callable(command_of(name))
+    assert entry.main(["--version"]) == 0 and capsys.readouterr().out == f"moe_jax {__version__}\n"
+    assert entry.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} ", said, re.MULTILINE) for name in entry.COMMANDS)
+    assert entry.main(["trian"]) == 1
+    assert "Did you mean 'train'" in capsys.readouterr().err
+    assert entry.main([]) == 2

@@ -1,0 +1,122 @@
+"""`evaluate` and `generate` of a trained model: which text, which step, on which devices."""
+
+import json
+import re
+
+import pytest
+
+from moe_jax import evaluate, generate
+from moe_jax.data import open_tokenizer
+from moe_jax.training.loop import train
+from tests.tiny_run import files, tiny_training
+
+TEXT = "It was the best of times, it was the wörst of times.\n" * 3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Checkpoints of steps 2 and 4; four sequences a microbatch, of sixteen tokens."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    steps = {"num_steps": 4, "checkpoint_every": 2, "evaluate_every": 4, "evaluation_batches": 1}
+    train(tiny_training({"training": steps}), workdir)
+    return workdir
+
+
+@pytest.fixture
+def score(finished, capsys):
+    """Runs evaluate; returns its first line and the dropless bits a byte of each row."""
+
+    def run(*arguments):
+        assert evaluate.command([f"--workdir={finished}", *arguments]) == 0
+        first, _, *rows = capsys.readouterr().out.splitlines()
+        found = (re.match(r"(.*\S) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$", row) for row in rows)
+        return first, {match[1]: float(match[2]) for match in found if match}
+
+    return run
+
+
+def test_another_text_step_or_part_is_said_and_leaves_the_evaluation_of_the_run(
+    finished, score, tmp_path
+):
+    before = files(finished)
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    documents = [json.dumps({"id": str(n), "text": TEXT, "heldout": "tail"}) for n in range(3)]
+    (corpus / "letters.jsonl").write_text("\n".join(documents) + "\n")
+
+    said, whole = score("--batches=2")
+    assert said == "step 4: 2 batches of 4 sequences of the held-out split of embedded"
+    said, early = score("--batches=2", "--step=2")
+    assert said.startswith("step 2: 2 batches of") and early["all"] != whole["all"]
+    said, own = score(f"--text={text}", f"--text={text}")
+    assert said == f"step 4: the text of {text}, {text}"
+    assert own["own.txt"] == own["own.txt (2)"] == own["all"]
+    said, other = score(f"--corpus=jsonl:{corpus}", "--heldout_fraction=0.3")
+    assert said == f"step 4: the held-out split of jsonl:{corpus}"
+    assert set(other) == {"all", "letters"}
+    assert files(finished) == before
+
+
+def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
+    """53 characters of 54 bytes, three times, each a target; the end of the document is another."""
+    from moe_jax.training.saved import load_run
+
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT)
+    config, state = load_run(finished)
+    found = evaluate.evaluate_run(finished, config, state, evaluate.Options(text=(str(text),)))
+    losses = found["dropless"]
+    num_bytes = len(TEXT.encode())
+    assert num_bytes == 3 * 54 and losses["tokens"] == num_bytes + 1
+    nats = losses["nats_per_token"] * losses["tokens"]
+    assert losses["bits_per_byte"] == pytest.approx(nats / num_bytes / 0.6931471805599453)
+    assert open_tokenizer(config.data.tokenizer).vocab_size <= config.model.vocab_size
+
+
+def test_inference_has_its_own_batch(score, finished, capsys):
+    """Four sequences a microbatch do not split over eight devices, and need not."""
+    _, one = score("--batches=2")
+    said, eight = score("--batches=1", "--mesh=fsdp=8")
+    assert said == "step 4: 1 batches of 8 sequences of the held-out split of embedded"
+    assert eight == pytest.approx(one, abs=2e-4)
+    said, _ = score("--batches=1", "--mesh=data=2", "--batch_size=5")
+    assert "1 batches of 6 sequences" in said, "as few more as the mesh takes"
+    arguments = [f"--workdir={finished}", "--prompt=The ", "--tokens=3"]
+    texts = []
+    for more in ([], ["--mesh=fsdp=8"], ["--step=4"]):
+        assert generate.command([*arguments, *more]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("The ") and texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--mesh=data=16"], "no more devices than there are: .* need 16, there are 8"),
+        (["--step=3"], r"none of step 3 in .*, but \[2, 4\]"),
+        (["--text=a", "--corpus=embedded"], "--text=a, --corpus=embedded. Leave one out"),
+        (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
+        (["--corpus=embeded"], "embeded"),
+        (["--heldout_fraction=0.3"], "--heldout_fraction is of another --corpus"),
+        (["--corpus=embedded", "--heldout_fraction=2"], r"heldout_fraction lies in \(0, 1\)"),
+        (["--batch_size=0"], "--batch_size=0"),
+        (["--mesh=dta=2"], "Did you mean 'data'"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_in_one_line(finished, capsys, arguments, pattern):
+    before = files(finished)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.command([f"--workdir={finished}", *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.count("\n") == 1 and re.search(pattern, said), said
+    assert files(finished) == before
+
+
+def test_a_damaged_config_is_named(finished, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        generate.command([f"--workdir={tmp_path}", "--prompt=x"])
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'config.json'} is damaged: it is no JSON" in said
