@@ -121,7 +121,7 @@ class Run(NamedTuple):
     def evaluate(self, step: int, state: TrainState) -> None:
         """Scores the held-out split, all of it after the last step, and writes what it finds."""
         some = None if self.is_last(step) else self.config.training.evaluation_batches or None
-        with self.rates.paused():
+        with self.rates.paused(), self.signals.nothing_to_save():
             evaluation = evaluate(
                 evaluation_params(state),
                 state.model_state,
