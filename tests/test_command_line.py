@@ -9,9 +9,19 @@ from absl import flags
 
 from moe_jax import __main__ as entry
 from moe_jax import __version__, command_line
-from moe_jax.config import ExperimentConfig, from_config_dict, installed
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    from_config_dict,
+    installed,
+)
 from moe_jax.config.describe import comments_of, describe_settings
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.config.kinds import KINDS, load_kind
+from moe_jax.config.settings import Settings
 from moe_jax.moe.part import MoE
 from moe_jax.user_errors import describe, whole_flags
 from tests.tiny_run import ROOT
@@ -229,8 +239,21 @@ def test_help_lists_every_setting_with_its_comment(capsys):
 def test_comments_are_those_of_the_source():
     assert comments_of(MoE)["use_bias"] == "biases in the experts"
     assert comments_of(MoE)["num_experts"] == "E: routed experts"
+    assert comments_of(DataConfig)["cache_dir"].startswith("Of token files")  # it stands above
     paths = [setting.path for setting in describe_settings(ExperimentConfig())]
     assert len(paths) == len(set(paths))
+
+
+def test_every_setting_has_a_comment():
+    sections = [ExperimentConfig, DataConfig, OptimizerConfig, TrainingConfig, MeshConfig]
+    kinds = [load_kind(family, kind) for family, kinds in KINDS.items() for kind in kinds]
+    none = [
+        f"{cls.__name__}.{name}"
+        for cls in [*sections, *kinds]
+        for name, comment in comments_of(cls).items()
+        if not comment and not isinstance(getattr(cls, name, None), Settings)
+    ]
+    assert not none
 
 
 def test_messages_name_settings_as_whole_flags():

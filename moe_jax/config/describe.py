@@ -49,23 +49,30 @@ def choices_of(field: dataclasses.Field[Any]) -> str:
 
 
 def written_in(cls: type) -> Iterator[tuple[str, str]]:
-    """The fields that a class itself writes, each with the comment on its last line."""
+    """The fields that a class itself writes, each with the comment beside it or else above it."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # made at run time
         return
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    by_line = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
+    comments = [token for token in tokens if token.type == tokenize.COMMENT]
+    beside = {token.start[0]: token.string.lstrip("# ") for token in comments}
+    above = {line: text for line, text in beside.items() if is_alone(source, line)}
     (definition,) = ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
     for node in definition.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            text = by_line.get(node.end_lineno or node.lineno, "")
-            yield node.target.id, "" if text.startswith("fmt:") else text
+            text = beside.get(node.end_lineno or node.lineno, "").partition("fmt:")[0]
+            first = node.lineno
+            while first - 1 in above:
+                first -= 1
+            lines = [above[line] for line in range(first, node.lineno)]
+            yield node.target.id, text or " ".join(lines)
+
+
+def is_alone(source: str, line: int) -> bool:
+    """Whether a line, counted from 1, has nothing but a comment."""
+    return source.splitlines()[line - 1].lstrip().startswith("#")
 
 
 def describe_settings(value: Settings, path: str = "config") -> Iterator[Setting]:

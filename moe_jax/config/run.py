@@ -161,7 +161,7 @@ class OptimizerConfig(Settings):
 class TrainingConfig(Settings):
     """How long, on how much at once, and what is written when."""
 
-    num_steps: int = setting(1000, at_least=1)
+    num_steps: int = setting(1000, at_least=1)  # optimizer steps in all
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
     # What shows the metrics beside metrics.jsonl.
@@ -173,10 +173,10 @@ class TrainingConfig(Settings):
     evaluation_batches: int = setting(0, at_least=0, changes_results=False)
     # Steps; also before every evaluation and after the last step.
     checkpoint_every: int = setting(200, at_least=1, changes_results=False)
-    keep_checkpoints: int = setting(2, at_least=1, changes_results=False)
+    keep_checkpoints: int = setting(2, at_least=1, changes_results=False)  # the newest
     # Continued at the end of a run; "": no sample.
     sample_prompt: str = setting("The ", changes_results=False)
-    sample_tokens: int = setting(200, at_least=0, changes_results=False)
+    sample_tokens: int = setting(200, at_least=0, changes_results=False)  # at most
     # First and last step to trace; (): none.
     profile_steps: tuple[int, ...] = setting((), at_least=1, changes_results=False)
 

@@ -16,7 +16,7 @@ class Norm(Settings):
 
     family: ClassVar[str] = "norm"
 
-    epsilon: float = setting(1e-6, above=0)
+    epsilon: float = setting(1e-6, above=0)  # added to the mean square or the variance
 
     def specs(self, dim: int, component: str = "norms") -> dict[str, Any]:
         """The parameters of a norm of vectors of this dim."""

@@ -24,6 +24,7 @@ class Layer(Part):
       branches: (name of the part, part), in order; a part may come twice.
     """
 
+    # (Name, part), in order.
     branches: tuple[tuple[str, Part], ...] = dataclasses.field(
         default=(), metadata={"ordered": True}
     )

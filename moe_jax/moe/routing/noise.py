@@ -16,7 +16,7 @@ from moe_jax.part import Dims
 class Jitter(Noise):
     """Multiplies the router's copy of a token by U(1 - epsilon, 1 + epsilon) (Switch: 0.01)."""
 
-    epsilon: float = setting(0.01, at_least=0, below=1)
+    epsilon: float = setting(0.01, at_least=0, below=1)  # factors lie in 1 +- epsilon
     anneal_from: float | None = setting(None, at_least=0, below=1)  # epsilon at the first step
     anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
 
@@ -35,7 +35,7 @@ class Jitter(Noise):
 class Gaussian(Noise):
     """Adds N(0, stddev) to every logit."""
 
-    stddev: float = setting(1.0, at_least=0)
+    stddev: float = setting(1.0, at_least=0)  # in units of logits
     anneal_from: float | None = setting(None, at_least=0)  # deviation at the first step
     anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
 

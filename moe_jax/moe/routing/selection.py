@@ -180,7 +180,7 @@ class FirstChoice(ChoicePolicy):
 class Threshold(ChoicePolicy):
     """Later choices whose gate reaches a threshold (ST-MoE, arXiv:2202.08906, table 21)."""
 
-    threshold: float = setting(0.2, above=0)
+    threshold: float = setting(0.2, above=0)  # smallest gate that counts
 
     def counts(self, gate_GSK: jax.Array, rng: jax.Array | None) -> jax.Array:
         """See `ChoicePolicy`."""
@@ -196,7 +196,7 @@ class RandomChoices(ChoicePolicy):
 
     is_random: ClassVar[bool] = True
 
-    threshold: float = setting(0.5, above=0)
+    threshold: float = setting(0.5, above=0)  # gate that always counts
 
     def counts(self, gate_GSK: jax.Array, rng: jax.Array | None) -> jax.Array:
         """See `ChoicePolicy`."""
