@@ -101,7 +101,7 @@ class OptimizerConfig(Settings):
     decay_fraction: float = setting(0.2, above=0, at_most=1)  # wsd: of all steps, at the end
     b1: float = setting(0.9, at_least=0, below=1)  # decay of the first moment
     b2: float = setting(0.95, at_least=0, below=1)  # decay of the second moment; of Lion's only one
-    epsilon: float = setting(1e-8, above=0)
+    epsilon: float = setting(1e-8, above=0)  # added to the root of the second moment
     momentum: float = setting(0.95, at_least=0, below=1)  # muon: decay of a matrix's momentum
     ns_steps: int = setting(5, at_least=1, at_most=20)  # muon: iterations of Newton-Schulz
     match_adamw: bool = True  # muon: scaled to AdamW's learning rate (arXiv:2502.16982) or Jordan's
@@ -209,8 +209,9 @@ def default_model() -> Any:
 class ExperimentConfig(Settings):
     """Everything a run depends on; equal configs give equal runs."""
 
-    name: str = setting("experiment", changes_results=False)
+    name: str = setting("experiment", changes_results=False)  # in reports and comparisons
     seed: int = setting(0, at_least=0, below=2**32)  # of parameters, dropout and router noise
+    # Parts, stack and head.
     model: Any = dataclasses.field(default_factory=default_model, metadata={"family": "model"})
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
