@@ -164,7 +164,7 @@ def of_documents(directory, number, **training):
 
 
 @pytest.mark.slow
-def test_a_run_is_extended(tmp_path):
+def test_a_run_is_extended(tmp_path, capsys):
     """Under a schedule that does not know the end, as if it had been as long from the start."""
 
     def steps(number):
@@ -172,7 +172,10 @@ def test_a_run_is_extended(tmp_path):
         return tiny_training({"optimizer": {"schedule": "constant"}, "training": settings})
 
     train(steps(5), tmp_path / "extended")
+    capsys.readouterr()
     train(steps(8), tmp_path / "extended")
+    said = "resuming after step 5 of 8, extended from 5: schedules follow from here"
+    assert said in capsys.readouterr().out
     train(steps(8), tmp_path / "at_once")
     states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]
     jax.tree.map(np.testing.assert_array_equal, *states)

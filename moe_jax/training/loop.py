@@ -152,15 +152,15 @@ def train_in(
     state = new_state(config, mesh) if restored is None else restored
     start = int(state.step)
     saved = checkpoints.metadata(start) if start else {}
+    num_steps = config.training.num_steps
     record = write_run_record(
         workdir, config, start_step=start, content=data.fingerprints, facts=facts
     )
     if jax.process_index() == 0:
         print(describe_mesh(mesh), flush=True)
         if start:
-            print(f"resuming after step {start} of {config.training.num_steps}", flush=True)
+            print(f"resuming after step {start} of {num_steps}{extension(saved, num_steps)}")
 
-    num_steps = config.training.num_steps
     on_cpu = record["platform"] == "cpu"
     progress = Progress(
         num_steps, start_step=start, utilization="of matmul peak" if on_cpu else "mfu"
@@ -235,6 +235,12 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
             settle()
             run.save(step, state, wait=True)
             raise Interrupted(stopped, step)
+
+
+def extension(saved: Mapping[str, Any], num_steps: int) -> str:
+    """What is said of a run that gets more steps than its checkpoint was saved with."""
+    before = saved.get("run", {}).get("training", {}).get("num_steps", num_steps)
+    return f", extended from {before}: schedules follow from here" if before != num_steps else ""
 
 
 def is_evaluated(run: Run, step: int) -> bool:
