@@ -213,7 +213,9 @@ def test_what_a_run_did_not_record_of_later_tokens_is_told_by_its_config(tmp_pat
 def test_a_file_that_is_cut_is_named(tmp_path):
     make_run(tmp_path, num_steps=10)
     (tmp_path / "run.json").write_text('{"started": ')
-    with pytest.raises(ValueError, match=r"reads JSON .*run\.json has none .*Restore the file\."):
+    with pytest.raises(
+        ValueError, match=r"run\.json is damaged: it is no JSON .*Bring back a copy"
+    ):
         read_run(tmp_path)
 
 

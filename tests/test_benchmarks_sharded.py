@@ -106,7 +106,7 @@ def test_the_table_shows_ratios_and_failures():
 def test_without_libtpu_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["aot_tpu"])
-    with pytest.raises(SystemExit, match=r"pip install 'moe_jax\[tpu\]'"):
+    with pytest.raises(SystemExit, match=r"pip install -e '\.\[tpu\]'"):
         aot_tpu.main()
 
 

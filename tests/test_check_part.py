@@ -298,7 +298,7 @@ def test_a_part_is_named_by_its_path_or_its_kind_and_flags_set_fields():
     ("name", "flags", "message"),
     [
         ("nothing", [], r"named by 'package\.module:Class' or 'family\.kind': 'nothing'"),
-        ("router.nothing", [], r"a kind of router is one of"),
+        ("router.nothing", [], r"'router\.nothing'\. Did you mean 'router\.\w+'"),
         ("tests.foreign:Nothing", [], r"a class that can be imported.*has no attribute 'Nothing'"),
         ("part.mlp", ["--dim"], r"A field is set by --field=value: '--dim'"),
         ("part.mlp", ["--dim=0"], r"dim lies in \[1, inf\): dim=0"),

@@ -197,9 +197,11 @@ def test_every_path_of_every_command_refuses_a_bucket(capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     needed = [f"--{flag}=x" for flag in command_of(name).required if flag != "config"]
     config = [SMOKE] if "config" in command_of(name).required else []
+    operands = ["x"] if command_of(name).positional else []
     for flag in flags_of(name, "string"):
         if flag not in command_line.TEXT_FLAGS:
-            message = refused(capsys, name, *config, *needed, f"--{flag}=gs://bucket/run")
+            arguments = (*config, *needed, f"--{flag}=gs://bucket/run", *operands)
+            message = refused(capsys, name, *arguments)
             assert f"--{flag}=gs://bucket/run is a URL. Mount the bucket" in message
     assert not list(tmp_path.iterdir()), "no folder gs: is made"
 

@@ -46,11 +46,15 @@ def json_writers(path):
 
 # Here no number is written that was computed: hashes, round trips, counts, texts of a corpus.
 OTHERS = (
+    "moe_jax/analysis/comparison.py",  # keys of settings
     "moe_jax/analysis/report.py",
+    "moe_jax/analysis/runs.py",
     "moe_jax/checks/",
     "moe_jax/config/json_text.py",
     "moe_jax/data/",
     "moe_jax/parallel/processes.py",
+    "moe_jax/sweep.py",
+    "benchmarks/clean_starts.py",  # counts and seconds
     "moe_jax/training/checkpoints.py",
     "moe_jax/training/loop.py",  # what processes tell each other
     "experiments/study.py",

@@ -55,7 +55,7 @@ def test_a_mesh_without_minus_one_may_leave_devices_unused():
         ({"slices": 0}, r"slices lies in \[1, inf\): slices=0\. Change it"),
         ({"slices": -1}, r"slices lies in \[1, inf\): slices=-1\."),
         ({"data": 0}, r"at least 1, or -1 for .*: mesh\.data=0, mesh\.fsdp=1"),
-        ({"fsdp": -2}, r"at least 1, or -1 .*mesh\.fsdp=-2"),
+        ({"fsdp": -2}, r"fsdp lies in \[-1, .*: fsdp=-2"),
         ({"expert": 0}, r"at least 1, or -1 .*mesh\.expert=0"),
         ({"tensor": 0}, r"at least 1, or -1 .*mesh\.tensor=0\. Correct"),
         (

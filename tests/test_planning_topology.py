@@ -1,7 +1,6 @@
 """Names of machines: what is read, what is refused before a compiler could end the process."""
 
 import importlib.util
-import re
 import subprocess
 import sys
 
@@ -69,7 +68,7 @@ def test_what_does_not_exist_is_refused_with_rule_value_and_fix(name, said):
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda")])
 def test_without_the_compiler_the_error_names_the_extra(monkeypatch, name, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    with pytest.raises(ValueError, match=re.escape(f"pip install 'moe_jax[{extra}]'")):
+    with pytest.raises(ValueError, match=rf"pip install .*\[{extra}\]'"):
         topology.devices(parse_topology(name))
 
 

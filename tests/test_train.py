@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from moe_jax import train
+from moe_jax.analysis import report
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import load_run
 from tests.tiny_run import files, tiny_moe, tiny_training
@@ -51,7 +52,7 @@ def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
 
     workdir = shutil.copytree(finished, tmp_path / "run")
     monkeypatch.setattr(train, "write_sample", fail)
-    monkeypatch.setattr(train, "write_report", fail)
+    monkeypatch.setattr(report, "write_report", fail)
     assert train.run(CONFIG, workdir)["step"] == 3
     warnings = capsys.readouterr().err.splitlines()
     assert [line for line in warnings if "the run is saved" in line] == [

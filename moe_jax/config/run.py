@@ -77,12 +77,6 @@ class DataConfig(Settings):
             f"data.domain_weights={self.domain_weights}",
             "Leave a domain out to give it no weight",
         )
-        require(
-            len(dict(self.domain_weights)) == len(self.domain_weights),
-            "data.domain_weights has one weight for a domain",
-            f"data.domain_weights={self.domain_weights}",
-            "Keep one of the weights",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
