@@ -26,7 +26,7 @@ from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, difference, overall, spread
 from moe_jax.analysis.names import in_markdown
 from moe_jax.command_line import Parser
-from moe_jax.training.metrics import write_atomically
+from moe_jax.training.files import write_atomically
 from moe_jax.training.ways import notes_of
 from moe_jax.user_errors import USER_ERRORS, describe
 

@@ -41,7 +41,7 @@ def write(comparison: "Comparison", out: pathlib.Path) -> pathlib.Path:
     """Writes the page and the figure into a directory, made if absent; returns the page's path."""
     from moe_jax.analysis.comparison_figure import comparison_png
     from moe_jax.analysis.comparison_page import comparison_page
-    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.files import write_atomically
 
     png = comparison_png(comparison)
     page = comparison_page(comparison, png)
@@ -59,7 +59,7 @@ def run(paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str) -> 
     """
     from moe_jax.analysis.comparison import compare
     from moe_jax.analysis.runs import find_runs, read_entries
-    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.files import write_atomically
 
     comparison = compare(read_entries(find_runs(paths)), order)
     print(said(comparison))

@@ -123,7 +123,7 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
-    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS

@@ -76,7 +76,7 @@ def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
     import jax
 
     from moe_jax.inference import continue_text
-    from moe_jax.training.metrics import write_atomically
+    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     trained, state = load_run(workdir, config.mesh, trust=True)

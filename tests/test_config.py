@@ -29,17 +29,10 @@ from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.balance import (
-    BatchEntropy,
-    HuggingFaceLoadBalance,
-    Importance,
-    Load,
-    LoadBalance,
-    RouterZ,
-    TokenEntropy,
-)
+from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, TokenEntropy
 from moe_jax.moe.bias import QuantileUpdate, SignUpdate
 from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.load_balance import HuggingFaceLoadBalance, LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.presets import PRESETS
 from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor, RandomOrder

@@ -24,9 +24,10 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.layer import Layer
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.balance import LoadBalance, RouterZ, SwitchLoadBalance, named_losses
+from moe_jax.moe.balance import RouterZ, named_losses
 from moe_jax.moe.bias import ErrorUpdate
 from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.load_balance import LoadBalance, SwitchLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.moe.routing import Router

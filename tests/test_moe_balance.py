@@ -8,20 +8,16 @@ import numpy as np
 import pytest
 
 from moe_jax.moe import balance
-from moe_jax.moe.balance import (
-    BatchEntropy,
+from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, named_losses
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.capacity import TokenMajor, assign_slots
+from moe_jax.moe.load_balance import (
     FlaxformerLoadBalance,
     HuggingFaceLoadBalance,
     HuggingFaceSwitchLoadBalance,
-    Importance,
-    Load,
     LoadBalance,
-    RouterZ,
     SwitchLoadBalance,
-    named_losses,
 )
-from moe_jax.moe.block import moe_block
-from moe_jax.moe.capacity import TokenMajor, assign_slots
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Options, Routing
 from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected

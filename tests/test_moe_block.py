@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from moe_jax.moe.activations import GeGLU, Gelu, SwiGLU
-from moe_jax.moe.balance import (
-    FlaxformerLoadBalance,
-    HuggingFaceLoadBalance,
-    LoadBalance,
-    RouterZ,
-    SwitchLoadBalance,
-)
+from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.block import moe_block, tokens_per_group
 from moe_jax.moe.capacity import Capacity, TokenMajor
+from moe_jax.moe.load_balance import (
+    FlaxformerLoadBalance,
+    HuggingFaceLoadBalance,
+    LoadBalance,
+    SwitchLoadBalance,
+)
 from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor
 from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected

@@ -9,9 +9,10 @@ import pytest
 
 from moe_jax.config import MeshConfig
 from moe_jax.config.kinds import KINDS, load_kind
-from moe_jax.moe.balance import LoadBalance, RouterZ
+from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.parallel.mesh import make_mesh

@@ -18,9 +18,9 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
-from moe_jax.moe.balance import LoadBalance
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.costs import expert_rows, memory_rows
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft

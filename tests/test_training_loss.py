@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.moe.balance import (
+from moe_jax.moe.load_balance import (
     FlaxformerLoadBalance,
     HuggingFaceLoadBalance,
     LoadBalance,

@@ -10,8 +10,9 @@ from configs import quickstart
 from moe_jax import command_line
 from moe_jax.config import from_config_dict
 from moe_jax.config.json_text import json_text
+from moe_jax.training.files import write_atomically
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import RUN_FILE, read_metrics, write_atomically
+from moe_jax.training.metrics import RUN_FILE, read_metrics
 
 HERE = pathlib.Path(__file__).parent
 ARMS = {"moe": "", "dense": "dense"}

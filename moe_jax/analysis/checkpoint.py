@@ -21,8 +21,9 @@ from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer_of
 from moe_jax.models.model import LanguageModel
-from moe_jax.training.checkpoints import DamagedCheckpointError, damage
-from moe_jax.training.metrics import RUN_FILE, read_json, run_record, write_atomically
+from moe_jax.training.checkpoints import DamagedCheckpointError
+from moe_jax.training.files import damage, read_json, write_atomically
+from moe_jax.training.metrics import RUN_FILE, run_record
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run, open_run_data
 from moe_jax.training.state import TrainState
 from moe_jax.training.ways import ways_of

@@ -24,13 +24,8 @@ from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
-from moe_jax.training.metrics import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    RUN_FILE,
-    read_json,
-    read_metrics,
-)
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
 EVALUATION_FILE = "evaluation.json"

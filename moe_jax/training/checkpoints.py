@@ -13,7 +13,6 @@ SHA-256 of its files, written just before the rename, and what does not match it
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -28,12 +27,10 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
+from moe_jax.training.files import METADATA, STATE, damage, set_aside, write_manifest
 
 logger = logging.getLogger(__name__)
 
-ITEM = "state"
-METADATA = "metadata.json"
-MANIFEST = "manifest.json"
 NO_STEP = -1
 ALL_DAMAGED = -2
 
@@ -76,7 +73,7 @@ class Checkpoints:
         with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers={ITEM: ocp.StandardCheckpointHandler()},
+                item_handlers={STATE: ocp.StandardCheckpointHandler()},
                 options=ocp.CheckpointManagerOptions(
                     read_only=self._read_only,
                     create=not self._read_only,
@@ -156,7 +153,7 @@ class Checkpoints:
             if not self.directory.is_dir():  # Orbax would make it again
                 raise FileNotFoundError(errno.ENOENT, "the directory was removed or renamed")
             self._manager.save(
-                step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}), force=True
+                step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}), force=True
             )
         if wait:
             self.wait()
@@ -244,8 +241,8 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         self._require_same_arrays(step, abstract_state)
-        args = ocp.args.Composite(**{ITEM: ocp.args.StandardRestore(abstract_state)})
-        return self._manager.restore(step, args=args)[ITEM]
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
+        return self._manager.restore(step, args=args)[STATE]
 
     def wait(self) -> None:
         """Returns when no save is running.
@@ -326,14 +323,15 @@ class Checkpoints:
                 # Only now that there is something to go on from.
                 if not self._read_only:
                     for other in damaged:
-                        _quarantine(other)
+                        name = set_aside(other)
+                        logger.warning("Damaged checkpoint %s is kept as %s.", other, name)
                 return step
             logger.warning("Checkpoint %s is damaged and not used: %s.", path, reason)
             damaged.append(path)
         return ALL_DAMAGED if damaged else NO_STEP
 
     def _require_same_arrays(self, step: int, abstract_state: Any) -> None:
-        saved = _describe(self._manager.item_metadata(step)[ITEM].tree)
+        saved = _describe(self._manager.item_metadata(step)[STATE].tree)
         wanted = _describe(abstract_state)
         names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
         if names:
@@ -374,63 +372,6 @@ def _reason(error: BaseException) -> str:
         if os.strerror(number) in said:
             return os.strerror(number)
     return f"{type(error).__name__}: {said[:300]}"
-
-
-def write_manifest(path: pathlib.Path) -> None:
-    """Writes the size and SHA-256 of the files of a checkpoint's state and metadata beside them.
-
-    Args:
-      path: the checkpoint's directory. Orbax's own files in it are left out: Orbax writes them
-        after the manifest, and restoring does not need them.
-    """
-    files = [path / METADATA, *sorted((path / ITEM).rglob("*"))]
-    files = [file for file in files if file.is_file()]
-    manifest = {
-        file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in files
-    }
-    (path / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
-
-
-def damage(path: pathlib.Path, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint, or None if all its files match its manifest.
-
-    Args:
-      path: the checkpoint's directory.
-      only: the name of the one file to check; none if the manifest does not name it.
-    """
-    try:
-        files = json.loads((path / MANIFEST).read_bytes())["files"]
-        for name, expected in files.items():
-            if only not in (None, name):
-                continue
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes in place of {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
-                return f"the content of {name} has changed"
-    except FileNotFoundError as error:
-        return f"{pathlib.Path(error.filename).relative_to(path)} is missing"
-    except OSError as error:
-        return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be understood ({error!r})"
-    return None if files else f"{MANIFEST} names no files"
-
-
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _quarantine(path: pathlib.Path) -> None:
-    """Renames the directory of a damaged checkpoint; the same step may have been damaged before."""
-    target, count = path.with_name(f"damaged-{path.name}"), 1
-    while target.exists():
-        count += 1
-        target = path.with_name(f"damaged-{path.name}-{count}")
-    path.rename(target)
-    logger.warning("Damaged checkpoint %s is kept as %s.", path, target.name)
 
 
 def _describe(tree: Any) -> dict[str, str]:

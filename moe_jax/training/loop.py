@@ -18,15 +18,10 @@ from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
+from moe_jax.training.files import read_json, write_atomically
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
-from moe_jax.training.metrics import (
-    EVALUATION_FILE,
-    MetricWriter,
-    read_json,
-    write_atomically,
-    write_run_record,
-)
+from moe_jax.training.metrics import EVALUATION_FILE, MetricWriter, write_run_record
 from moe_jax.training.placement import BATCH_AXES, check_run, compile_train_step, new_state
 from moe_jax.training.profiling import Profile
 from moe_jax.training.progress import Progress

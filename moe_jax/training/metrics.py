@@ -8,7 +8,6 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.json_text import json_text, numbers
+from moe_jax.training.files import DamagedFileError, read_json, set_aside, write_atomically
 from moe_jax.training.trackers import Trackers
 from moe_jax.training.ways import ways_of
 
@@ -34,10 +34,6 @@ RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-class DamagedFileError(ValueError):
-    """A file that a run wrote is not as it was written."""
 
 
 class MetricsFile:
@@ -297,41 +293,6 @@ def earlier_sessions(path: pathlib.Path) -> list[dict[str, Any]]:
         logger.warning("%s It is set aside as %s.", error, set_aside(path))
         return []
     return [*last.pop("earlier", []), last]
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads an object from a JSON file.
-
-    Raises:
-      DamagedFileError: with its path.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(
-            f"{path} is damaged: it is no JSON ({error}). Bring back a copy of it."
-        ) from error
-    if not isinstance(content, dict):
-        raise DamagedFileError(f"{path} is damaged: it has no object. Bring back a copy of it.")
-    return content
-
-
-def set_aside(path: pathlib.Path) -> str:
-    """Renames a damaged file; returns the new name, `damaged-NAME` or `damaged-NAME-2`, ..."""
-    names = (f"damaged-{path.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
-    name = next(name for name in names if not path.with_name(name).exists())
-    path.rename(path.with_name(name))
-    return name
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file by one with this text; a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _plain(name: str, value: Any) -> int | float | list[Any]:

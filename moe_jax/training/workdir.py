@@ -14,7 +14,8 @@ from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, w
 from moe_jax.config.convert import check_format
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, DamagedFileError, read_json
+from moe_jax.training.files import DamagedFileError, read_json
+from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE
 from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"

@@ -11,6 +11,7 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe import balance, bias
+from moe_jax.moe import load_balance as conventions
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import assignment, fixed, logits, noise, selection, token_choice
@@ -19,10 +20,10 @@ from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
 
 CONVENTIONS = {
-    "megatron": balance.LoadBalance,
-    "switch": balance.SwitchLoadBalance,
-    "flaxformer": balance.FlaxformerLoadBalance,
-    "huggingface": balance.HuggingFaceLoadBalance,
+    "megatron": conventions.LoadBalance,
+    "switch": conventions.SwitchLoadBalance,
+    "flaxformer": conventions.FlaxformerLoadBalance,
+    "huggingface": conventions.HuggingFaceLoadBalance,
 }
 UPDATES = {
     "sign": bias.SignUpdate, "error": bias.ErrorUpdate, "quantile": bias.QuantileUpdate,
