@@ -316,7 +316,7 @@ def huggingface_switch(logits_XBLE, valid_BL):
     return total, gradient
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_switchs_loss_as_hugging_face_has_it_joins_the_layers_of_a_sequence(padded):
     """Two layers that route differently, with two choices of which the first counts."""
     moe = MoE(

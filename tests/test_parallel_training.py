@@ -35,15 +35,16 @@ WAYS = [
     ("gather", "explicit"),
     ("ragged", "explicit"),
 ]
-# Compiling is what takes time: the other ways, and most of them on some meshes, are slow tests.
-QUICK = [("einsum", "compiler"), ("gather", "explicit"), ("ragged", "explicit")]
-QUICK_MESHES = ["data=2 expert=4", "fsdp=2 expert=2 tensor=2"]
+# Compiling is what takes time: all other ways on all other meshes are slow tests.
+QUICK = [
+    ("data=2 expert=4", "ragged", "explicit"),
+    ("fsdp=2 expert=2 tensor=2", "gather", "explicit"),
+]
 
 
 def case(mesh, way):
     """One worker runs all tests of a mesh, so that each program is compiled once."""
-    quick = way in (QUICK if mesh in QUICK_MESHES else QUICK[:1])
-    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * (not quick)
+    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * ((mesh, *way) not in QUICK)
     return pytest.param(mesh, *way, marks=marks)
 
 

@@ -122,7 +122,7 @@ def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypa
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize("step", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_step_is_saved_before_its_evaluation_which_a_restart_makes_up_for(
     step, finished, tmp_path, monkeypatch
 ):
@@ -340,7 +340,7 @@ def stopped(tmp_path_factory):
     "mesh",
     [
         MeshConfig(data=1, fsdp=4, expert=2),
-        MeshConfig(data=1),
+        pytest.param(MeshConfig(data=1), marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
     ],
 )
