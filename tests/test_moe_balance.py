@@ -461,7 +461,7 @@ def test_a_block_says_the_variation_losses():
         said = {name: loss_named(aux, moe, name) for name in ("importance_loss", "load_loss")}
         return said["importance_loss"] + said["load_loss"], said
 
-    grads, said = jax.grad(total, has_aux=True)(params, jax.random.key(0))
+    grads, said = jax.jit(jax.grad(total, has_aux=True))(params, jax.random.key(0))
     assert said["importance_loss"] > 0.01 and said["load_loss"] > 0.01
     router = grads["router"]
     assert np.abs(router["weight"]).max() > 0.01
