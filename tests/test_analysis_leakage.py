@@ -51,7 +51,11 @@ def test_the_loss_is_that_of_a_text_that_ends_there(causal):
 
 
 @pytest.mark.parametrize(
-    ("queue", "kind"), [("choice_major", "token_choice"), ("token_major", "expert_choice")]
+    ("queue", "kind"),
+    [
+        pytest.param("choice_major", "token_choice", marks=pytest.mark.slow),
+        ("token_major", "expert_choice"),
+    ],
 )
 def test_the_future_moves_what_looks_ahead(queue, kind):
     config, params = make(queue, router={"kind": kind})

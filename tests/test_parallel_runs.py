@@ -145,7 +145,12 @@ def test_a_model_is_evaluated_and_sampled_on_the_mesh_of_several_processes(expec
     ("of_all", "of_process_1", "message"),
     [
         pytest.param(["--config.training.batch_size=6"], [], "batch", marks=pytest.mark.slow),
-        ([], ["--config.seed=1"], r"process 1 differs.*config\.seed: 0 -> 1"),
+        pytest.param(
+            [],
+            ["--config.seed=1"],
+            r"process 1 differs.*config\.seed: 0 -> 1",
+            marks=pytest.mark.slow,
+        ),
         ([], ["--workdir={elsewhere}"], r"is not in .*elsewhere of .* that all machines share"),
         pytest.param(
             ["--config.mesh.data=2"], [], r"config\.mesh has 2 of 4", marks=pytest.mark.slow

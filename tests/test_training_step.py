@@ -202,6 +202,7 @@ def test_scanned_layers_are_the_same_layers():
     assert_close(got, expected, **FLOAT32)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_change_nothing():
     config, state = make(all_balance())
     batch = tiny_batch()
