@@ -130,12 +130,14 @@ def test_evaluation_of_a_model_is_that_of_before(name):
 
 
 # A scan for an unrolled stack and the other way round, and what the backward pass computes again.
+# `test_models_stack` has a quick test of it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
         ("deepseek_v3", {"scan_layers": False, "remat": "dots"}),
-        pytest.param("bias_quantile", {"scan_layers": False}, marks=pytest.mark.slow),
-        pytest.param("llama4", {"remat": "full"}, marks=pytest.mark.slow),
+        ("bias_quantile", {"scan_layers": False}),
+        ("llama4", {"remat": "full"}),
     ],
 )
 def test_how_layers_are_executed_changes_nothing(name, settings):

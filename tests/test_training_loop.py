@@ -336,12 +336,14 @@ def stopped(tmp_path_factory):
     return workdir
 
 
+# `test_training_saved` moves a state, and `test_training_workdir` compares configs, quickly.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
         MeshConfig(data=1, fsdp=4, expert=2),
-        pytest.param(MeshConfig(data=1), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
+        MeshConfig(data=1),
+        MeshConfig(data=2, expert=2, tensor=2),
     ],
 )
 def test_a_run_goes_on_on_another_mesh(mesh, stopped, tmp_path, capsys):
@@ -364,6 +366,7 @@ def test_a_run_goes_on_on_another_mesh(mesh, stopped, tmp_path, capsys):
     np.testing.assert_allclose(said, wanted, **FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_workdir_takes_another_mesh_but_no_other_model(stopped):
     workdir = stopped / "stopped"
     mesh = {"slices": 2, "data": 1, "expert": 4, "experts_span_slices": True}
