@@ -32,10 +32,10 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 test-all: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv* .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

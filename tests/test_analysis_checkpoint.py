@@ -122,6 +122,7 @@ def test_parts_of_other_sizes_are_joined_in_the_order_of_the_model():
     np.testing.assert_allclose(routed.gate_XJK[1], [[0, 0], [0.1, 0]])
 
 
+@pytest.mark.slow
 def test_a_run_with_parts_of_other_sizes_is_analysed(tmp_path):
     """Four experts, top 2, and one of six, top 1; every figure, and the page, has both."""
     six = {"kind": "moe", "num_experts": 6, "expert_dim": 8}

@@ -22,14 +22,14 @@ from moe_jax.training.loss import batch_totals, call_of
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import gradient, merge_aux
 from tests.before import translate
+from tests.slow import slow_but
 
 HERE = pathlib.Path(__file__).parent / "before"
 FILES = sorted(path.stem for path in HERE.glob("*.npz"))
 MODELS = [name for name in FILES if not name.startswith("block_")]
-# Trained in a quick run of the tests; the others are evaluated in it.
+# Those of a quick run of the tests.
 QUICK = {
-    "bias_quantile", "deepseek_v3", "expert_choice", "llama4", "mesh_tensorflow_top2", "mixtral",
-    "soft", "switch", "zero_and_copy",
+    "deepseek_v3", "expert_choice", "soft", "switch", "block_dropout_einsum", "block_replay"
 }  # fmt: skip
 BLOCKS = [name for name in FILES if name.startswith("block_")]
 # Of the largest entry of an array, or of 1: float32 sums in another order.
@@ -89,9 +89,7 @@ def sgd_step(params, model_state, batch, step, config):
     return loss, jnp.sum(said.cross_entropy), grads, aux, metrics, params, model_state
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
 def test_ten_steps_of_a_model_are_those_of_before(name):
     saved = read(name)
     config, params = saved_model(name)
@@ -120,7 +118,7 @@ def evaluate(params, model_state, batch, model, capacity):
     return model.run(params, call, state=model_state).logits_BLV
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(QUICK, MODELS))
 def test_evaluation_of_a_model_is_that_of_before(name):
     saved = read(name)
     config, params = saved_model(name)
@@ -132,6 +130,8 @@ def test_evaluation_of_a_model_is_that_of_before(name):
 
 
 # A scan for an unrolled stack and the other way round, and what the backward pass computes again.
+# `test_models_stack` has a quick test of it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -168,7 +168,7 @@ def run_block(params, x_BLM, weight_BLM, call, own, moe):
     return jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, x_BLM)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", slow_but(QUICK, BLOCKS))
 def test_a_random_block_is_that_of_before(name):
     saved = read(name)
     moe = translate.moe(json.loads(str(saved["config"])))

@@ -189,6 +189,7 @@ def test_a_wrong_setting_is_answered_with_its_name_value_and_fix(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_directory_of_another_config_is_refused_and_left_as_it_is(finished):
     before = files(finished)
     outcome = run("train", *TINY, "--config.training.num_steps=29", f"--workdir={finished}")

@@ -14,6 +14,7 @@ from moe_jax.config.file import load_config, override
 from moe_jax.data import open_data, train_batches
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
+from tests.slow import slow_but
 from tests.tiny_run import CACHE, ROOT, cut, quick_jit
 
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -63,7 +64,11 @@ def test_every_field_is_there_and_an_unknown_one_refused(name, preset):
             section.num_layerz = 3
 
 
-@pytest.mark.parametrize(("name", "preset"), SMOKE)
+# `test_readme` trains quickstart:smoke.
+QUICK = [("base", "smoke"), ("quickstart", "dense,smoke")]
+
+
+@pytest.mark.parametrize(("name", "preset"), slow_but(QUICK, SMOKE))
 def test_smoke_is_small_and_trains(name, preset):
     settings = get_config(name)(preset)
     settings.data.cache_dir = str(CACHE / "moe_jax")

@@ -95,6 +95,7 @@ def test_a_flag_sets_a_field_of_a_foreign_part():
     assert (built.part["in_turn"].router.offset, built.part["mixer"].dim) == (3, 4)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_on_a_mesh(trained):
     one, several = (read_metrics(trained(mesh) / METRICS_FILE) for mesh in MESHES)
     losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (one, several)]

@@ -28,6 +28,7 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims, Own
 from moe_jax.training.loss import batch_totals, call_of
 from moe_jax.training.step import gradient
+from tests.slow import slow_but
 from tests.tiny_run import DENSE, MLP, cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
 BATCH, LENGTH, MODEL_DIM = 2, 6, 4
@@ -46,6 +47,7 @@ ROUTERS = {
     "hashed": Hash(),
 }
 BALANCED = ("expert choice", "a balanced plan")
+QUICK = ("softmax after top-k", "sampled sigmoids", "expert choice", "hashed")
 
 
 def make_block(router=None, seed=0):
@@ -81,7 +83,7 @@ def run_block(params, x, moe, replay=None, record=False):
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", slow_but(QUICK, ROUTERS))
 def test_a_block_told_its_own_choices_does_the_same(name):
     moe, params, x = make_block(ROUTERS[name])
     grads, (y, aux) = run_block(params, x, moe, record=True)
@@ -283,6 +285,7 @@ def test_a_record_of_another_model_is_refused():
         record_routing(dense.model, tiny_state(dense).params, batch["inputs"])
 
 
+@pytest.mark.slow
 def test_parts_of_other_sizes_are_recorded_and_replayed_beside_each_other(tmp_path):
     """Four experts, top 2, and one of two, top 1, in the order in which the model has them."""
     pair = {"kind": "moe", "num_experts": 2, "expert_dim": 8}

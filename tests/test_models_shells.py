@@ -23,6 +23,7 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
+from tests.slow import slow_but
 
 MOE = MoE(
     num_experts=4,
@@ -136,7 +137,7 @@ def arguments(name):
     return (call_of_model(),) if name == "model" else (X,)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["block"], CASES))
 def test_nnx_gives_the_values_and_the_training_step_of_the_pure_functions(name):
     specs, _, _, make, run, loss = CASES[name]
     output, params, after, value = pure(name)

@@ -195,7 +195,13 @@ def unrolled():
 
 
 @pytest.mark.parametrize(
-    ("scan", "remat"), [(True, "none"), (True, "dots"), (True, "full"), (False, "full")]
+    ("scan", "remat"),
+    [
+        (True, "none"),
+        pytest.param(True, "dots", marks=pytest.mark.slow),
+        pytest.param(True, "full", marks=pytest.mark.slow),
+        (False, "full"),
+    ],
 )
 def test_scan_and_remat_change_neither_values_nor_gradients(scan, remat):
     model = make_model(scan_layers=scan, remat=remat)
@@ -218,7 +224,7 @@ def test_scan_and_remat_change_neither_values_nor_gradients(scan, remat):
     "layout",
     [
         StackLayout(first=(("small",),), unit=(("attention", "mlp"),), repeats=2),
-        StackLayout(unit=(("attention", "mlp"),), repeats=2),
+        pytest.param(StackLayout(unit=(("attention", "mlp"),), repeats=2), marks=pytest.mark.slow),
     ],
     ids=["MoE in front only", "all dense"],
 )

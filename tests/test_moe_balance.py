@@ -316,7 +316,7 @@ def huggingface_switch(logits_XBLE, valid_BL):
     return total, gradient
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_switchs_loss_as_hugging_face_has_it_joins_the_layers_of_a_sequence(padded):
     """Two layers that route differently, with two choices of which the first counts."""
     moe = MoE(
@@ -461,7 +461,7 @@ def test_a_block_says_the_variation_losses():
         said = {name: loss_named(aux, moe, name) for name in ("importance_loss", "load_loss")}
         return said["importance_loss"] + said["load_loss"], said
 
-    grads, said = jax.grad(total, has_aux=True)(params, jax.random.key(0))
+    grads, said = jax.jit(jax.grad(total, has_aux=True))(params, jax.random.key(0))
     assert said["importance_loss"] > 0.01 and said["load_loss"] > 0.01
     router = grads["router"]
     assert np.abs(router["weight"]).max() > 0.01

@@ -27,6 +27,7 @@ from moe_jax.moe.run_experts import WAYS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 from tests import moe_oracle
+from tests.slow import slow_but
 
 # Relative to the largest entry: sums of products in float32, through router and experts.
 FLOAT32 = 5e-6
@@ -164,7 +165,13 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+QUICK_BLOCKS = [
+    "plain", "one expert", "sigmoid", "grouped", "geglu, biases", "shared, gated", "prioritized",
+    "dropless", "small groups", "flaxformer",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK_BLOCKS, BLOCKS))
 def test_output_aux_and_every_gradient_equal_the_oracle(name):
     moe = make_block(**BLOCKS[name])
     params, x, dy = make_values(moe)
@@ -196,7 +203,10 @@ def test_the_tight_blocks_drop_and_the_dropless_does_not():
 
 
 @pytest.mark.parametrize("way", ["gather", "ragged"])
-@pytest.mark.parametrize("name", ["shared, gated", "probability", "small groups", "large groups"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(QUICK_BLOCKS, ["shared, gated", "probability", "small groups", "large groups"]),
+)
 def test_experts_run_in_any_way_serve_the_whole_block(name, way):
     moe = make_block(**BLOCKS[name], run_experts=way)
     params, x, dy = make_values(moe)
@@ -407,7 +417,7 @@ def test_aux_of_parts_merges_to_the_aux_of_the_whole(loss):
     assert_merged(moe, parts, whole)
 
 
-@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("scope", slow_but(["global"], ["global", "group"]))
 def test_aux_of_parts_with_layers_merges_layer_by_layer(scope):
     moe = make_block(losses=(LoadBalance(weight=0.1, scope=scope), RouterZ()))
     params, x, _ = make_values(moe, batch=4)

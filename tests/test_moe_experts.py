@@ -18,6 +18,7 @@ from moe_jax.moe.run_experts import WAYS
 from moe_jax.parameters import SHARED, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 from tests import moe_oracle
+from tests.slow import slow_but
 
 # Sums of a few float32 products near 1, and an exponential or error function.
 FLOAT32 = 2e-6
@@ -83,7 +84,7 @@ def run(params, x, moe, rng=None):
     return moe_block(params, x, moe, Call(capacity=0.0, rng=rng))[0]
 
 
-@pytest.mark.parametrize("way", RUN)
+@pytest.mark.parametrize("way", slow_but(["ragged"], RUN))
 def test_expert_dropout_needs_a_key_and_keeps_the_mean(way):
     moe, params, x = make_block(expert_dropout_rate=0.4, run_experts=way)
     calm_moe, *_ = make_block(run_experts=way)
@@ -98,7 +99,7 @@ def test_expert_dropout_needs_a_key_and_keeps_the_mean(way):
     assert errors.max() < 5
 
 
-@pytest.mark.parametrize("way", RUN)
+@pytest.mark.parametrize("way", slow_but(["einsum", "gather"], RUN))
 def test_expert_dropout_gradient_is_that_of_the_units_kept(way):
     # Along a line through the parameters: a backward pass with other units dropped would differ.
     moe, params, x = make_block(expert_dropout_rate=0.5, run_experts=way)
@@ -203,7 +204,7 @@ def test_a_shared_expert_has_any_width():
     assert specs["shared"]["wo"].shape == (31, 16)
 
 
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("kind", slow_but(["relu", "swiglu"], ACTIVATIONS))
 @pytest.mark.parametrize("way", RUN)
 def test_one_expert_without_router_is_the_dense_ffn_exactly(way, kind):
     activation = ACTIVATIONS[kind]

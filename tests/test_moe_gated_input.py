@@ -14,6 +14,7 @@ from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import WAYS
 from moe_jax.part import Call, Dims
+from tests.slow import slow_but
 
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
 LENGTH, MODEL_DIM, E, K, SLOTS = 8, 4, 4, 2, 3
@@ -95,7 +96,7 @@ def dense(params, x, index, kept):
     return y
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "auto"])
+@pytest.mark.parametrize("way", slow_but(["einsum", "ragged"], [w for w in WAYS if w != "auto"]))
 def test_values_and_gradients(way):
     moe, params, x, dy = make_block(way)
     expected_y, index, kept = loops(params, x)

@@ -18,6 +18,7 @@ from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
 from tests import moe_oracle
+from tests.slow import slow_but
 
 # Sums of a few products of numbers near 1 in float32 (epsilon 1.2e-7), against float64.
 FLOAT32 = 2e-6
@@ -32,6 +33,7 @@ SIZES = [
     *((8, 1), (8, 2), (8, 7), (8, 8)),
     *((64, 1), (64, 6), (64, 64)),
 ]
+QUICK_SIZES = [(1, 1), (5, 2), (8, 8), (64, 6)]
 
 
 WAYS = {"einsum": run_einsum, "gather": run_gather, "ragged": run_sorted_rows}
@@ -135,7 +137,7 @@ def compare(got, expected, what, tolerance):
 
 
 @every_way
-@pytest.mark.parametrize(("num_experts", "num_selected"), SIZES)
+@pytest.mark.parametrize(("num_experts", "num_selected"), slow_but(QUICK_SIZES, SIZES))
 def test_every_size_order_and_padding_agrees_with_the_oracle(name, num_experts, num_selected):
     values = make_values(num_experts)
     dropped = 0
@@ -180,7 +182,7 @@ def test_no_choice_kept_gives_zeros_everywhere(name):
 
 
 @every_way
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "bfloat16"]))
 def test_a_fully_dropped_token_gets_exactly_zero_and_gives_no_gradient(name, dtype):
     index, gate, slot, kept, slots = make_case(8, 2, "random", padding=0.3)
     x, weights, dy = make_values(8)
@@ -220,7 +222,7 @@ def test_a_gate_that_underflowed_to_zero_keeps_its_slot(name):
 
 
 @every_way
-@pytest.mark.parametrize(("num_experts", "num_selected"), [(5, 2), (8, 7)])
+@pytest.mark.parametrize(("num_experts", "num_selected"), slow_but([(5, 2)], [(5, 2), (8, 7)]))
 def test_bfloat16_agrees_with_the_oracle(name, num_experts, num_selected):
     # The oracle gets the inputs as bfloat16 has them, so that only arithmetic differs.
     rounded = jax.tree.map(

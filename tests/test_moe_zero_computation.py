@@ -19,6 +19,7 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import WAYS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.part import Call, Dims, Own
+from tests.slow import slow_but
 from tests.tiny_run import quick_jit
 
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}
@@ -77,7 +78,7 @@ def dense(params, x, index, kept):
     return jnp.einsum("bsk,bske,bsem->bsm", gate, chosen, outputs)
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("way", slow_but(["gather", "ragged"], WAYS[1:]))
 def test_values_gradients_and_counts(way):
     moe = make_moe(run_experts=way)
     params, x = make_values(moe)

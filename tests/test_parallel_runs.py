@@ -144,10 +144,17 @@ def test_a_model_is_evaluated_and_sampled_on_the_mesh_of_several_processes(expec
 @pytest.mark.parametrize(
     ("of_all", "of_process_1", "message"),
     [
-        (["--config.training.batch_size=6"], [], "batch"),
-        ([], ["--config.seed=1"], r"process 1 differs.*config\.seed: 0 -> 1"),
+        pytest.param(["--config.training.batch_size=6"], [], "batch", marks=pytest.mark.slow),
+        pytest.param(
+            [],
+            ["--config.seed=1"],
+            r"process 1 differs.*config\.seed: 0 -> 1",
+            marks=pytest.mark.slow,
+        ),
         ([], ["--workdir={elsewhere}"], r"is not in .*elsewhere of .* that all machines share"),
-        (["--config.mesh.data=2"], [], r"config\.mesh has 2 of 4"),
+        pytest.param(
+            ["--config.mesh.data=2"], [], r"config\.mesh has 2 of 4", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_all(tmp_path, of_all, of_process_1, message):

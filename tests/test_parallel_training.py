@@ -17,6 +17,7 @@ from moe_jax.planning.hlo import by_kind, read_program
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
+from tests.slow import slow_but
 from tests.tiny_run import MLP, cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
 MESHES = {
@@ -35,19 +36,12 @@ WAYS = [
     ("gather", "explicit"),
     ("ragged", "explicit"),
 ]
-# Compiling is what takes time: the other ways, and most of them on some meshes, are slow tests.
-QUICK = [("einsum", "compiler"), ("gather", "explicit"), ("ragged", "explicit")]
-QUICK_MESHES = ["data=2 expert=4", "fsdp=2 expert=2 tensor=2"]
-
-
-def case(mesh, way):
-    """One worker runs all tests of a mesh, so that each program is compiled once."""
-    quick = way in (QUICK if mesh in QUICK_MESHES else QUICK[:1])
-    marks = [pytest.mark.xdist_group(mesh)] + [pytest.mark.slow] * (not quick)
-    return pytest.param(mesh, *way, marks=marks)
-
-
-CASES = [case(mesh, way) for mesh in MESHES for way in WAYS]
+# Compiling is what takes time: all other ways on all other meshes are slow tests.
+QUICK = [
+    ("data=2 expert=4", "ragged", "explicit"),
+    ("fsdp=2 expert=2 tensor=2", "gather", "explicit"),
+]
+CASES = slow_but(QUICK, [(mesh, *way) for mesh in MESHES for way in WAYS])
 
 # float32 sums in another order (epsilon 1.2e-7); gradients are sums over some thousand terms,
 # relative to the largest entry of each array.
@@ -151,7 +145,8 @@ def test_one_step_is_that_of_one_device(mesh, run_experts, exchange):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "run_experts", "exchange"), [case("data=2 expert=4", way) for way in WAYS]
+    ("mesh", "run_experts", "exchange"),
+    slow_but(QUICK, [("data=2 expert=4", *way) for way in WAYS]),
 )
 def test_microbatches_are_those_of_one_device(mesh, run_experts, exchange):
     got = on_mesh((mesh, run_experts, exchange), 1, parts=2)
@@ -211,12 +206,15 @@ def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, run_experts, exc
 
 @pytest.mark.parametrize(
     ("mesh", "run_experts", "exchange"),
-    [
-        case(mesh, way)
-        for mesh in ("expert=8", "data=2 expert=4", "fsdp=2 expert=2 tensor=2")
-        for way in WAYS
-        if way[0] != "ragged"
-    ],
+    slow_but(
+        QUICK,
+        [
+            (mesh, *way)
+            for mesh in ("expert=8", "data=2 expert=4", "fsdp=2 expert=2 tensor=2")
+            for way in WAYS
+            if way[0] != "ragged"
+        ],
+    ),
 )
 def test_slots_travel_by_two_all_to_alls_forward_and_two_backward(mesh, run_experts, exchange):
     """Two MoE layers; each slot has model_dim floats."""

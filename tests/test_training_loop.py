@@ -122,7 +122,7 @@ def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypa
     assert_same_run(tmp_path, finished)
 
 
-@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize("step", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_step_is_saved_before_its_evaluation_which_a_restart_makes_up_for(
     step, finished, tmp_path, monkeypatch
 ):
@@ -336,12 +336,14 @@ def stopped(tmp_path_factory):
     return workdir
 
 
+# `test_training_saved` moves a state, and `test_training_workdir` compares configs, quickly.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
         MeshConfig(data=1, fsdp=4, expert=2),
         MeshConfig(data=1),
-        pytest.param(MeshConfig(data=2, expert=2, tensor=2), marks=pytest.mark.slow),
+        MeshConfig(data=2, expert=2, tensor=2),
     ],
 )
 def test_a_run_goes_on_on_another_mesh(mesh, stopped, tmp_path, capsys):
@@ -364,6 +366,7 @@ def test_a_run_goes_on_on_another_mesh(mesh, stopped, tmp_path, capsys):
     np.testing.assert_allclose(said, wanted, **FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_workdir_takes_another_mesh_but_no_other_model(stopped):
     workdir = stopped / "stopped"
     mesh = {"slices": 2, "data": 1, "expert": 4, "experts_span_slices": True}

@@ -163,6 +163,7 @@ def test_a_dense_model_has_its_cross_entropy_only():
     assert loss == said.cross_entropy and said.aux == {}
 
 
+@pytest.mark.slow
 def test_a_uniform_router_costs_the_weight_times_1():
     """K in the conventions that count all K choices; here K = 2."""
     at_uniform = dict(zip(CONVENTIONS, (1.0, 1.0, 2.0, 2.0), strict=True))

@@ -272,7 +272,10 @@ def of_one_device():
     "mesh",
     [
         MIXED,
-        MeshConfig(slices=2, data=1, fsdp=2, expert=2, experts_span_slices=True),
+        pytest.param(
+            MeshConfig(slices=2, data=1, fsdp=2, expert=2, experts_span_slices=True),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(MeshConfig(data=8), marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=2, expert=4), marks=pytest.mark.slow),
         pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow),

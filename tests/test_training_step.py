@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.training.loss import batch_totals, call_of
 from moe_jax.training.step import gradient, make_train_step, merge_aux
+from tests.slow import slow_but
 from tests.tiny_run import DENSE, cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
 FLOAT32 = {"rtol": 2e-5, "atol": 1e-6}  # sums of some hundred float32 terms, in another order
@@ -76,17 +77,10 @@ CUTS = [
     if scope == "global" or convention != "huggingface_load_balance"
     for num_parts in (2, 4)
 ]
-QUICK = {
-    ("group", "load_balance", 4),
-    ("global", "load_balance", 2),
-    ("global", "load_balance", 4),
-    ("global", "huggingface_load_balance", 4),
-}
 
 
 @pytest.mark.parametrize(
-    ("scope", "convention", "num_parts"),
-    [pytest.param(*cut, marks=() if cut in QUICK else pytest.mark.slow) for cut in CUTS],
+    ("scope", "convention", "num_parts"), slow_but([("global", "load_balance", 4)], CUTS)
 )
 def test_loss_and_gradient_do_not_depend_on_the_number_of_parts(scope, convention, num_parts):
     """Though rows have 16, 13, 0 and 5 valid tokens, and uneven loss weights."""
@@ -180,6 +174,7 @@ def test_no_bias_without_an_update_or_an_moe_layer():
     assert tiny_state(tiny_config(DENSE)).model_state == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"remat": "full"}, {"remat": "dots"}])
 def test_remat_changes_neither_counts_nor_gradient(changed):
     """Counts that were a side effect of the forward pass would double."""
@@ -193,6 +188,7 @@ def test_remat_changes_neither_counts_nor_gradient(changed):
     np.testing.assert_array_equal(counts_XKE.sum(axis=(1, 2)), 2 * NUM_VALID)
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_the_same_layers():
     """A scan is a choice of execution: the same tree, the same values."""
     plain, state = make(all_balance())
@@ -205,6 +201,7 @@ def test_scanned_layers_are_the_same_layers():
     assert_close(got, expected, **FLOAT32)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_change_nothing():
     config, state = make(all_balance())
     batch = tiny_batch()
@@ -264,6 +261,7 @@ def test_what_a_step_says():
     assert all(len(value) == 2 for value in says.of_parts.values()), "a leading dim of layers"
 
 
+@pytest.mark.slow
 def test_a_bfloat16_step_is_finite_and_near_with_float32_parameters():
     losses = []
     for dtype in ("float32", "bfloat16"):

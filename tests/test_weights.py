@@ -24,6 +24,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import Axes, Layout, Weight, dense, init_parameters, rows, weight_axes
 from moe_jax.part import Call, Dims, Own
+from tests.slow import slow_but
 
 # The dense weight is rounded once more than the product of its factors, and sums on a mesh are in
 # another order: a few roundings (epsilon 1.2e-7) of the largest entry.
@@ -216,8 +217,11 @@ def one_size_of_blocks(monkeypatch):
     monkeypatch.setattr(sorted_rows, "LADDER", (1,))
 
 
+QUICK_BLOCKS = ["einsum", "ragged", "expert 8, gather", "mixed, ragged"]
+
+
 @pytest.mark.parametrize("leaf", LEAVES)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", slow_but(QUICK_BLOCKS, BLOCKS))
 def test_a_block_with_such_weights_is_the_block_with_dense_ones(name, leaf):
     part, mesh = BLOCKS[name]
     assert_equal(part, leaf, mesh)
