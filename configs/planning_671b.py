@@ -30,8 +30,8 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.balance import RouterZ
-from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.bias import SignUpdate
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.selection import ExpertGroups
