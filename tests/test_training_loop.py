@@ -202,6 +202,26 @@ def test_a_run_stays_with_the_text_it_was_started_with(tmp_path):
     assert files(tmp_path / "run") == before
 
 
+def test_a_run_is_used_from_another_folder_and_with_data_that_moved(tmp_path, monkeypatch):
+    of_documents(tmp_path, 3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = {"evaluate_every": 0, "num_steps": 2}
+    data = {"corpus": "corpus", "cache_dir": "", "heldout_fraction": 1e-9}
+    config = tiny_training({"data": data, "training": settings})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    train(config, "run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_run_data("../run", load_run("../run")[0]).domains == ("book",)
+    # The checkpoint has the path of then; `config.json` may say the one of now.
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="corpus"):
+        open_run_data("../run", load_run("../run")[0])
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace("/corpus", "/moved"))
+    assert open_run_data("../run", load_run("../run")[0]).domains == ("book",)
+
+
 def test_a_finished_run_does_not_train_again(copy, monkeypatch):
     def no_step(config, mesh):
         def step(state, batch):

@@ -52,7 +52,7 @@ def adamw_steps(param, decay=DECAY, share=1.0):
         g = gradient(param, t - 1)
         m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g**2
         adam = (m / (1 - B1**t)) / (np.sqrt(v / (1 - B2**t)) + EPSILON)
-        param = param - RATE * (share * adam + decay * param)
+        param = param - share * RATE * (adam + decay * param)
     return param
 
 

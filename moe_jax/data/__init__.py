@@ -8,7 +8,7 @@ mixed and batched (`pipeline`). `opened` opens all of it once for a run.
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import Corpus, Document
 from moe_jax.data.objectives import OBJECTIVES, Example, RawWindow
-from moe_jax.data.opened import Data, open_data, open_tokenizer_of
+from moe_jax.data.opened import Data, open_data, open_tokenizer_of, with_whole_paths
 from moe_jax.data.pipeline import check_data, heldout_batches, train_batches
 from moe_jax.data.token_files import TokenFiles, prepare_token_files
 from moe_jax.data.tokenizers import ByteTokenizer, Tokenizer, open_tokenizer
@@ -31,4 +31,5 @@ __all__ = [
     "open_tokenizer_of",
     "prepare_token_files",
     "train_batches",
+    "with_whole_paths",
 ]

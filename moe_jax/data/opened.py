@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
@@ -54,6 +56,18 @@ class Data:
 def open_tokenizer_of(config: DataConfig) -> Tokenizer:
     """Opens the tokenizer of a run, without its corpus."""
     return open_tokenizer(config.tokenizer, config.bos_token, config.eos_token)
+
+
+def with_whole_paths(config: DataConfig) -> DataConfig:
+    """The config with the paths of its data from the root on, for use from another folder."""
+
+    def whole(name: str) -> str:
+        form, colon, path = name.rpartition(":")
+        is_path = name not in ("embedded", "byte", "bytes") and pathlib.Path(path).exists()
+        return f"{form}{colon}{pathlib.Path(path).absolute()}" if is_path else name
+
+    paths: Any = {name: whole(getattr(config, name)) for name in ("corpus", "tokenizer")}
+    return dataclasses.replace(config, **paths)
 
 
 def open_data(config: DataConfig) -> Data:

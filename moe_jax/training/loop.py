@@ -1,5 +1,6 @@
 """A training run, from a config and a directory to checkpoints, metrics and an evaluation."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
-from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches
+from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches, with_whole_paths
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
@@ -71,6 +72,7 @@ def train(
     check_vocabulary(config, data.tokenizer)
     check_workdir(config, workdir, data.fingerprints)
     check_data(data, evaluates=config.training.evaluate_every > 0)
+    config = dataclasses.replace(config, data=with_whole_paths(config.data))
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with (

@@ -77,6 +77,7 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(
             settings.weight_decay, mask=jax.tree.map(lambda spec: spec.decays, specs)
         ),
+        *([share_of_rest(settings.adamw_share, specs)] if settings.name == "muon" else []),
         optax.scale_by_learning_rate(schedule),
     ]
     if settings.name == "schedule_free":
@@ -117,14 +118,22 @@ def precondition(settings: OptimizerConfig, specs: Any) -> optax.GradientTransfo
     if settings.name == "schedule_free":
         return optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False, bias_correction=True)
     if settings.name == "muon":
-        rest = optax.chain(adam, optax.scale(settings.adamw_share))
-        return per_parameter(lambda spec: muon(settings, spec) if is_matrix(spec) else rest, specs)
+        return per_parameter(lambda spec: muon(settings, spec) if is_matrix(spec) else adam, specs)
     adafactor = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),
     )
     return per_parameter(lambda spec: adafactor, specs)
+
+
+def share_of_rest(share: float, specs: Any) -> optax.GradientTransformation:
+    """Beside Muon, gives what is no matrix this share of the learning rate, decay included."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda u, spec: u if is_matrix(spec) else share * u, updates, specs)
+
+    return optax.stateless(update)
 
 
 def is_matrix(spec: ParameterSpec) -> bool:

@@ -1,21 +1,33 @@
 """A trained model out of its run's directory."""
 
+import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, MeshConfig, read_config
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    read_config,
+    write_config,
+)
 from moe_jax.config.installed import require_local
 from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.files import read_json
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import inference_rows, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, evaluation_params
 from moe_jax.training.workdir import CHECKPOINTS, Record, changed_hashes, recorded_run
+
+logger = logging.getLogger(__name__)
 
 
 def load_run(
@@ -51,8 +63,9 @@ def load_run(
             "was given."
         )
     config = read_config(record, ExperimentConfig, trust=trust)
-    tokenizer = open_tokenizer_of(config.data)
-    check_content(record, {"tokenizer": tokenizer.fingerprint()}, workdir)
+    config = dataclasses.replace(config, data=newest_places(workdir, record, config.data))
+    warn_of_sources(record, config, workdir)
+    check_content(record, {"tokenizer": tokenizer_of(workdir, config)}, workdir)
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
@@ -65,6 +78,43 @@ def load_run(
             "Wait for the first one (training.checkpoint_every)."
         )
     return config, restored._replace(params=evaluation_params(restored))
+
+
+def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> DataConfig:
+    """Where the data of a run is: as `config.json` says, if that is of the same content.
+
+    A run that goes on with data that was moved writes the new paths there, and a user may.
+    """
+    path = workdir / CONFIG_FILE
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        newer = read_json(path)
+        if record.get("content") and newer.get("content") == record["content"]:
+            names = ("corpus", "tokenizer", "cache_dir")
+            paths: dict[str, Any] = {name: newer["data"][name] for name in names}
+            return dataclasses.replace(data, **paths)
+    return data
+
+
+def tokenizer_of(workdir: pathlib.Path, config: ExperimentConfig) -> str:
+    """The sha256 of the tokenizer of a run.
+
+    Raises:
+      ValueError: it cannot be opened.
+    """
+    try:
+        return open_tokenizer_of(config.data).fingerprint()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the tokenizer of {workdir} cannot be opened: {error} If it was moved, write its path "
+            f"into {workdir / CONFIG_FILE}, as data.tokenizer."
+        ) from error
+
+
+def warn_of_sources(record: Record, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Warns of parts outside the library whose source is not that of the run."""
+    lines = changed_hashes("source", record.get("sources", {}), write_config(config)["sources"])
+    if lines:
+        logger.warning("Since %s was saved, %s: results may differ.", workdir, "; ".join(lines))
 
 
 def open_run_data(workdir: str | pathlib.Path, config: ExperimentConfig) -> Data:
