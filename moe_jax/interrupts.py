@@ -28,6 +28,7 @@ _lock = threading.RLock()  # a handler may interrupt a handler
 _ending_since: float | None = None
 _unsaved: Callable[[], bool] | None = None
 _num_deferred = 0
+_left_to_handlers = False
 _before_end: Callable[[], str] | None = None
 
 
@@ -51,7 +52,7 @@ def catch_in_command() -> None:
 def _watch(reader: int) -> None:
     global _num_deferred
     while numbers := os.read(reader, 1):
-        if numbers[0] not in SIGNALS:
+        if numbers[0] not in SIGNALS or _left_to_handlers:
             continue
         if _unsaved is None or not _unsaved() or _num_deferred:
             end_by(numbers[0])
@@ -105,6 +106,17 @@ def deferring(unsaved: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _unsaved = None
+
+
+@contextlib.contextmanager
+def left_to_handlers() -> Iterator[None]:
+    """While this lasts, every signal is left to its handler, as of a process that ends others."""
+    global _left_to_handlers
+    _left_to_handlers = True
+    try:
+        yield
+    finally:
+        _left_to_handlers = False
 
 
 def say_before_end(text: Callable[[], str]) -> None:

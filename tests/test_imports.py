@@ -15,7 +15,7 @@ TRAINING = MODELS | {"data", "training"}
 MAY_IMPORT = {
     "config": set(),
     "parallel": {"config"},
-    "jobs": {"config"},
+    "jobs": {"config", "interrupts"},
     "moe": PARTS,
     "layers": PARTS | {"moe"},
     "models": PARTS | {"layers", "moe"},

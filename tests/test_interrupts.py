@@ -100,6 +100,24 @@ def test_a_full_disk_in_a_thread_of_others_ends_the_command():
     assert said == "\nerror: [Errno 28] No space left on device; last good step: 7\n"
 
 
+def test_signals_are_left_to_a_process_that_ends_others():
+    code = (
+        "import signal, time\nfrom moe_jax import interrupts\n"
+        "signals = []\n"
+        "with interrupts.left_to_handlers():\n"
+        "    signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))\n"
+        "    print('here', flush=True)\n"
+        "    while not signals: time.sleep(0.01)\n"
+        "    time.sleep(0.2)\n"
+        "print('ended the others', flush=True)"
+    )
+    with start(command(code)) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=50)
+    assert (process.returncode, said) == (0, "ended the others\n")
+
+
 def deferring(code):
     """A command with something unsaved until the first signal, which it then takes its time for."""
     return command(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import rich.console
 import rich.progress
 
+from moe_jax import interrupts
 from moe_jax.jobs.log import ERROR, LOG_FILE, failure
 from moe_jax.jobs.places import Place
 
@@ -142,7 +143,7 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
     waiting, free = list(jobs), list(places)
     running: dict[Job, tuple[subprocess.Popen[Any], Place]] = {}
     failed: list[Job] = []
-    with StopFlag().listening() as stop:
+    with interrupts.left_to_handlers(), StopFlag().listening() as stop:
         try:
             while (waiting or running) and not stop.count:
                 while waiting and free:
