@@ -7,6 +7,7 @@ score of the whole held-out split of the run at its newest checkpoint is written
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from moe_jax.data import Data, Example
     from moe_jax.training.state import TrainState
 
+FIELDS = ("text_field", "id_field", "group_field")
 UNITS = {"bits/B": "bits_per_byte", "nats/tok": "nats_per_token"}
 
 
@@ -33,6 +35,9 @@ class Options:
     text: Sequence[str] = ()
     corpus: str = ""
     heldout_fraction: float | None = None
+    text_field: str = ""
+    id_field: str = ""
+    group_field: str = ""
     batches: int = 0
     batch_size: int | None = None
 
@@ -44,10 +49,11 @@ class Options:
                 f"--text and --corpus both name the text: --text={self.text[0]}, "
                 f"--corpus={self.corpus}. Leave one out."
             )
-        if self.heldout_fraction is not None and not self.corpus:
-            raise ValueError(
-                "--heldout_fraction is of another --corpus: --corpus is not given. Leave it out."
-            )
+        for name in ("heldout_fraction", *FIELDS):
+            if getattr(self, name) not in (None, "") and not self.corpus:
+                raise ValueError(
+                    f"--{name} is of another --corpus: --corpus is not given. Leave it out."
+                )
 
 
 def table(said: dict[str, Any]) -> str:
@@ -80,7 +86,7 @@ def evaluate_run(
     """Scores the text that the options name; the result says which it was, and of which step."""
     from moe_jax.analysis.checkpoint import file_names, read_text
     from moe_jax.analysis.routed import text_batches
-    from moe_jax.data import heldout_batches, open_tokenizer
+    from moe_jax.data import heldout_batches, open_tokenizer_of
     from moe_jax.parallel.mesh import make_mesh
     from moe_jax.training.evaluation import score
     from moe_jax.training.placement import inference_rows
@@ -91,15 +97,21 @@ def evaluate_run(
     some = options.batches or None
     batches: Iterable[Example]
     if options.text:
-        tokenizer, domains = open_tokenizer(config.data.tokenizer), file_names(options.text)
+        tokenizer, domains = open_tokenizer_of(config.data), file_names(options.text)
         texts = [read_text(path) for path in options.text]
         length = config.data.sequence_length
         batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
         named = f"the text of {', '.join(options.text)}"
     else:
-        data = open_other(config, options) if options.corpus else open_run_data(workdir, config)
+        try:
+            data = open_other(config, options) if options.corpus else open_run_data(workdir, config)
+            batches = heldout_batches(data, batch_size=rows, max_batches=some)
+        except ValueError as error:
+            if not options.corpus:
+                raise
+            # What is a setting of a run is a flag of this command.
+            raise ValueError(str(error).replace("config.data.", "--")) from error
         tokenizer, domains = data.tokenizer, data.domains
-        batches = heldout_batches(data, batch_size=rows, max_batches=some)
         named = f"the held-out split of {data.config.corpus}"
     of_model = (state.params, state.model_state, config)
     losses = score(*of_model, batches, domains, tokenizer.token_bytes_V, mesh, state.step)
@@ -111,19 +123,44 @@ def open_other(config: "ExperimentConfig", options: Options) -> "Data":
     """The data of --corpus, with the tokenizer and the length of the run."""
     from moe_jax.data import open_data
 
-    fraction = options.heldout_fraction or config.data.heldout_fraction
+    fraction = options.heldout_fraction
+    if fraction is None:
+        fraction = config.data.heldout_fraction
+    fields = {name: getattr(options, name) for name in FIELDS}
     return open_data(
         dataclasses.replace(
-            config.data, corpus=options.corpus, heldout_fraction=fraction, domain_weights=()
+            config.data,
+            corpus=options.corpus,
+            heldout_fraction=fraction,
+            domain_weights=(),
+            **fields,
         )
     )
+
+
+def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
+    """Writes `evaluation.json`, unless a run that goes on has written that of a later step.
+
+    Returns:
+        What was done, in words.
+    """
+    from moe_jax.training.files import write_atomically
+
+    path = workdir / "evaluation.json"
+    try:
+        there = int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        there = -1  # None, or none that can be read.
+    if there > found["step"]:
+        return f"left {path}: it is of step {there}"
+    write_atomically(path, json_text(found, indent=2) + "\n")
+    return f"wrote {path}"
 
 
 def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
-    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -137,8 +174,7 @@ def main() -> None:
     print(f"step {found['step']}: {found.pop('text')}")
     print(table(found))
     if options == Options(batch_size=options.batch_size):
-        write_atomically(workdir / "evaluation.json", json_text(found, indent=2) + "\n")
-        print(f"wrote {workdir / 'evaluation.json'}")
+        print(write_evaluation(workdir, found))
 
 
 def define_flags() -> None:
@@ -159,6 +195,8 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "heldout_fraction", None, "Of another --corpus; by default the run's.", lower_bound=0.0
     )
+    for name in FIELDS:
+        flags.DEFINE_string(name, "", f"Of another --corpus, as data.{name}.")
     flags.DEFINE_integer("batches", 0, "Batches to use; 0: all.", lower_bound=0)
     flags.DEFINE_integer(
         "batch_size",

@@ -163,6 +163,46 @@ def test_files_called_train_and_validation_are_splits(tmp_path, kind):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "heldout"),
+    [
+        # Of WikiText and PTB.
+        (["train.txt", "valid.txt", "test.txt"], {"mine": ["train.txt"]}, {"mine": ["valid.txt"]}),
+        (["p.train.txt", "p.test.txt"], {"mine": ["p.train.txt"]}, {"mine": ["p.test.txt"]}),
+        (["en/train.txt", "en/test.txt"], {"en": ["en/train.txt"]}, {"en": ["en/test.txt"]}),
+        (["train/test.txt", "dev/a.txt"], {"mine": ["train/test.txt"]}, {"mine": ["dev/a.txt"]}),
+        (
+            ["Train.jsonl", "Validation.jsonl"],
+            {"mine": ["Train.jsonl"]},
+            {"mine": ["Validation.jsonl"]},
+        ),
+        (
+            ["a.train.jsonl", "a.valid.jsonl", "b_train.jsonl"],
+            {"a": ["a.train.jsonl"], "b": ["b_train.jsonl"]},
+            {"a": ["a.valid.jsonl"]},
+        ),
+        (["dev/train.txt", "dev/val.txt"], {"dev": ["dev/train.txt"]}, {"dev": ["dev/val.txt"]}),
+        (
+            ["train/a.txt", "valid/a.txt", "test/train.txt"],
+            {"mine": ["train/a.txt"]},
+            {"mine": ["valid/a.txt"]},
+        ),
+        # No pair: files like any other.
+        (["train/a.txt", "train/test.txt"], {"train": ["train/a.txt", "train/test.txt"]}, {}),
+        (["night-train.txt", "test.txt"], {"mine": ["night-train.txt", "test.txt"]}, {}),
+        (["a.txt", "test.txt"], {"mine": ["a.txt", "test.txt"]}, {}),
+    ],
+)  # fmt: skip
+def test_names_of_splits_in_any_case_and_after_a_name_are_splits(tmp_path, names, train, heldout):
+    for name in names:
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    expected = {("train", domain): t for domain, t in train.items()}
+    expected |= {("heldout", domain): t for domain, t in heldout.items()}
+    assert texts(open_corpus(str(tmp_path / "mine"))) == expected
+
+
 def test_a_file_of_no_split_beside_splits_is_refused(tmp_path):
     for name in ("train", "test", "code"):
         write_lines(tmp_path / f"{name}.jsonl", {"text": name})

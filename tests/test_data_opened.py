@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import DataConfig
 from moe_jax.data import check_data, heldout_batches, open_data, train_batches
+from moe_jax.data.documents import split_of
 
 
 def write(directory, word, num_documents=60):
@@ -114,13 +115,42 @@ def test_documents_of_one_group_can_not_be_held_out(tmp_path):
         check_data(open_data(config))
 
 
+def test_a_lone_document_whose_group_is_held_out_does_not_train(tmp_path):
+    """`p7` of `en` is held out, so its translation is, though `fr` has nothing else."""
+    fraction = 0.5
+    heldout = next(f"p{n}" for n in range(99) if split_of(f"p{n}", fraction) == "heldout")
+    trains = next(f"p{n}" for n in range(99) if split_of(f"p{n}", fraction) == "train")
+    english = [{"group": group, "text": f"page {group} " * 30} for group in (heldout, trains)]
+    lines = {"en": english, "fr": [{"group": heldout, "text": "une page\n" * 30}]}
+    for name, records in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = DataConfig(
+        corpus=str(tmp_path),
+        sequence_length=32,
+        heldout_fraction=fraction,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    data = open_data(config)
+    sides = {s: d.text for s, d in data.corpus.documents("fr", fraction)}
+    assert sides == {"heldout": "une page\n" * 30}
+    with pytest.raises(
+        ValueError, match=r"\['fr'\] have fewer .*aside\. Give config\.data\.domain_weights without"
+    ):
+        check_data(data)
+    check_data(open_data(dataclasses.replace(config, domain_weights=(("en", 1.0),))))
+    alone = open_data(dataclasses.replace(config, corpus=str(tmp_path / "fr.jsonl")))
+    with pytest.raises(ValueError, match=r"aside\. Add documents, of ids or groups that differ\."):
+        check_data(alone)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"corpus": "gs://bucket/corpus"}, r"data\.corpus is on a file system.*'gs://bucket/corp"),
-        ({"corpus": "jsonl:s3://bucket"}, "buckets and URLs are not read yet"),
-        ({"tokenizer": "https://host/tokenizer.json"}, r"data\.tokenizer is on a file system"),
-        ({"cache_dir": "gs://bucket"}, r"data\.cache_dir is on a file system"),
+        ({"corpus": "gs://bucket/corpus"}, r"data\.corpus=gs://bucket/corpus is a URL\. Mount"),
+        ({"corpus": "jsonl:s3://bucket"}, r"data\.corpus=jsonl:s3://bucket is a URL"),
+        ({"tokenizer": "https://host/tokenizer.json"}, r"data\.tokenizer=https://host/.* a URL"),
+        ({"cache_dir": "gs://bucket"}, r"data\.cache_dir=gs://bucket is a URL"),
+        ({"corpus": "a\0b"}, r"data\.corpus has no NUL byte"),
         ({"corpus": ""}, r"data\.corpus is not empty: .*'embedded'"),
         ({"domain_weights": (("a", 1.0), ("b", 1.0), ("a", 2.0))}, "names each domain once"),
     ],

@@ -46,6 +46,21 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_refused(tmp_path, vocab_size
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_left_of_a_training_that_a_document_or_a_person_stops(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "corpus.jsonl").write_text('{"text": null}\n')
+    corpus = corpora.open_corpus(str(tmp_path / "corpus.jsonl"))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="has null"):
+        train_tokenizer.train(corpus, f"{out}/a.model", vocab_size=1000, heldout_fraction=0.03)
+    monkeypatch.setattr(train_tokenizer, "_balanced_texts", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(out / "a.model")
+    assert not list(out.iterdir())
+
+
 def test_the_command_writes_a_model(tmp_path):
     out = tmp_path / "new" / "bpe.model"
     command = [sys.executable, "-W", "error", "-m", "moe_jax.data.train_tokenizer"]

@@ -8,7 +8,7 @@ import pytest
 from moe_jax import evaluate, generate
 from moe_jax.data import open_tokenizer
 from moe_jax.training.loop import train
-from tests.tiny_run import files, tiny_training
+from tests.tiny_run import files, tiny_state, tiny_training
 
 TEXT = "It was the best of times, it was the wörst of times.\n" * 3
 
@@ -59,6 +59,67 @@ def test_another_text_step_or_part_is_said_and_leaves_the_evaluation_of_the_run(
     assert files(finished) == before
 
 
+def other_corpus(tmp_path, **record):
+    path = tmp_path / "letters.jsonl"
+    path.write_text("".join(json.dumps(record | {"id": n}) + "\n" for n in range(3)))
+    return str(path)
+
+
+def test_another_corpus_has_fields_and_a_fraction_of_its_own(tmp_path):
+    """Those of a run that reads `body` of its records say nothing of another corpus."""
+    data = {"corpus": "x.jsonl", "text_field": "body", "id_field": "key", "group_field": "page"}
+    config = tiny_training({"data": data})
+    corpus = other_corpus(tmp_path, text=TEXT)
+    found = evaluate.open_other(config, evaluate.Options(corpus=corpus))
+    assert [d.id for _, d in found.corpus.documents("letters", 0.0)] == ["0", "1", "2"]
+    assert found.config.heldout_fraction == config.data.heldout_fraction
+    with pytest.raises(ValueError, match=r"heldout_fraction lies in \(0, 1\).*0"):
+        evaluate.open_other(config, evaluate.Options(corpus=corpus, heldout_fraction=0.0))
+    corpus = other_corpus(tmp_path, letter=TEXT)
+    options = evaluate.Options(corpus=corpus, text_field="letter", heldout_fraction=0.3)
+    found = evaluate.open_other(config, options)
+    assert {d.text for _, d in found.corpus.documents("letters", 0.0)} == {TEXT}
+
+
+def test_advice_on_another_corpus_names_flags_of_the_command(tmp_path):
+    config = tiny_training()
+    for record, pattern in (
+        ({"letter": TEXT}, r"Set --text_field, here to one of \['letter'\]"),
+        ({"text": TEXT}, r"at heldout_fraction=1e-05\. Set --heldout_fraction=0\.\d+\.$"),
+    ):
+        corpus = other_corpus(tmp_path, **record)
+        options = evaluate.Options(corpus=corpus, heldout_fraction=1e-5)
+        with pytest.raises(ValueError, match=pattern):
+            evaluate.evaluate_run(tmp_path, config, tiny_state(config), options)
+
+
+def test_a_text_is_encoded_with_the_special_tokens_of_the_run(tmp_path, monkeypatch):
+    class OpenedError(Exception):
+        pass
+
+    def opened(*arguments):
+        raise OpenedError(arguments)
+
+    data = {"tokenizer": "a.json", "bos_token": "<b>", "eos_token": "<e>"}
+    config = tiny_training({"data": data})
+    monkeypatch.setattr("moe_jax.data.opened.open_tokenizer", opened)
+    with pytest.raises(OpenedError, match=r"'a\.json', '<b>', '<e>'"):
+        evaluate.evaluate_run(
+            tmp_path, config, tiny_state(config), evaluate.Options(text=("a.txt",))
+        )
+
+
+def test_the_evaluation_of_a_later_step_stays(tmp_path):
+    path = tmp_path / "evaluation.json"
+    assert evaluate.write_evaluation(tmp_path, {"step": 4}) == f"wrote {path}"
+    assert evaluate.write_evaluation(tmp_path, {"step": 2}) == f"left {path}: it is of step 4"
+    assert json.loads(path.read_text()) == {"step": 4}
+    for there in ('{"step": 2}', "{", '{"step": null}'):
+        path.write_text(there)
+        evaluate.write_evaluation(tmp_path, {"step": 4})
+        assert json.loads(path.read_text()) == {"step": 4}
+
+
 def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
     """53 characters of 54 bytes, three times, each a target; the end of the document is another."""
     from moe_jax.training.saved import load_run
@@ -100,6 +161,7 @@ def test_inference_has_its_own_batch(score, finished, capsys):
         (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
         (["--corpus=embeded"], "embeded"),
         (["--heldout_fraction=0.3"], "--heldout_fraction is of another --corpus"),
+        (["--text_field=body"], "--text_field is of another --corpus"),
         (["--corpus=embedded", "--heldout_fraction=2"], r"heldout_fraction lies in \(0, 1\)"),
         (["--batch_size=0"], "--batch_size=0"),
         (["--mesh=dta=2"], "Did you mean 'data'"),

@@ -36,7 +36,7 @@ def require_local(name: str, path: str) -> None:
     if "://" in path:
         raise ValueError(
             f"Paths are on a mounted file system: {name}={path} is a URL. "
-            "Mount the bucket (gcsfuse, mountpoint-s3, s3fs) and pass its folder."
+            "Mount the bucket (gcsfuse, mountpoint-s3, s3fs) or copy it, and pass that path."
         )
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from moe_jax.config.check import require
+from moe_jax.config.installed import require_local
 from moe_jax.config.kinds import load_kind
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import Settings, setting
@@ -51,11 +52,12 @@ class DataConfig(Settings):
         """See `Settings`."""
         for name in ("corpus", "tokenizer", "cache_dir"):
             value = getattr(self, name)
+            require_local(f"data.{name}", value)
             require(
-                "://" not in value and "\0" not in value,
-                f"data.{name} is on a file system: buckets and URLs are not read yet",
+                "\0" not in value,
+                f"data.{name} has no NUL byte",
                 f"data.{name}={value!r}",
-                "Copy or mount it, and give that path",
+                "Correct it",
             )
             require(
                 bool(value) or name == "cache_dir",

@@ -23,12 +23,14 @@ class Document:
         text: not empty.
         group: documents of one group (translations of a page, editions of a play) fall on the
             same side of the held-out split. The document's own id when it stands alone.
+        has_group: whether the group was given: other documents may be of it.
     """
 
     domain: str
     id: str
     text: str
     group: str
+    has_group: bool = False
 
 
 class Corpus(abc.ABC):
@@ -70,7 +72,7 @@ def split_documents(
 
     Args:
         documents: of one domain, each with whether its end is held out rather than the whole. The
-            end of a document that is alone always is.
+            end of a document that is alone is too, unless its group is held out: the whole then.
         heldout_fraction: in [0, 1).
 
     Yields:
@@ -79,10 +81,12 @@ def split_documents(
     rest = iter(documents)
     first = list(itertools.islice(rest, 2))
     for document, has_tail in itertools.chain(first, rest):
-        if has_tail or len(first) == 1:
+        split = split_of(document.group, heldout_fraction)
+        is_alone = len(first) == 1 and not (document.has_group and split == HELDOUT)
+        if has_tail or is_alone:
             yield from split_tail(document, heldout_fraction)
         else:
-            yield split_of(document.group, heldout_fraction), document
+            yield split, document
 
 
 def split_tail(document: Document, heldout_fraction: float) -> Iterator[tuple[str, Document]]:

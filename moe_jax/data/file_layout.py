@@ -23,17 +23,26 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 # Names of files and folders that say which split they are; the first that is there is held out.
 HELDOUT_NAMES = ("validation", "valid", "val", "dev", "eval", "heldout", "test")
+# Of `wiki.train`: what stands before the split, and the split; of `train`, the split alone.
+_SPLIT = re.compile(rf"(?:(.+)[._-])?(train|{'|'.join(HELDOUT_NAMES)})", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5,}$|-\d+-of-\d+$")
 
 
 class _File(NamedTuple):
     """A file, and the parts of its name that say what it is: folders, then its own without suffix.
 
-    The own name of a text file is that of a document, and no part.
+    The own name of a text file is that of a document: it names no domain, but may name a split.
     """
 
     path: pathlib.Path
     parts: tuple[str, ...]
+    document: str = ""
+
+    @property
+    def splits(self) -> list[tuple[str, str, str]]:
+        """(part, what stands before the split in it, split) of each part that names a split."""
+        named = ((part, _SPLIT.fullmatch(part)) for part in (*self.parts, self.document))
+        return [(part, match[1] or "", match[2].lower()) for part, match in named if match]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     * A subfolder is one domain, whatever is in it.
     * Where some files or folders are called `train` and others `validation` (or as
       `HELDOUT_NAMES` has it), these are splits and not domains: the first trains, the second is
-      held out.
+      held out. So are `wiki.train` and `wiki.validation`, which are of the domain `wiki`.
     * A Hugging Face dataset is one domain, or its splits are, by the same rule.
 
     Hidden files, `._x` of macOS among them, are left out; so are .md files beside data.
@@ -157,12 +166,13 @@ def _choose_kind(
         if is_prepared
         else "Correct config.data.corpus, or set it to 'embedded'",
     )
-    return kind, [_File(path, _parts(path, folder, kind)) for path in by_kind[kind]]
+    return kind, [_file_of(path, folder, kind) for path in by_kind[kind]]
 
 
-def _parts(path: pathlib.Path, folder: pathlib.Path, kind: str) -> tuple[str, ...]:
+def _file_of(path: pathlib.Path, folder: pathlib.Path, kind: str) -> _File:
     folders = path.relative_to(folder).parts[:-1]
-    return folders if kind == "text" else (*folders, _SHARD.sub("", _stem(path.name, kind)))
+    name = _SHARD.sub("", _stem(path.name, kind))
+    return _File(path, folders, name) if kind == "text" else _File(path, (*folders, name))
 
 
 def _dataset_files(folder: pathlib.Path) -> list[_File]:
@@ -226,23 +236,32 @@ def _check_reached_once(files: list[_File]) -> None:
 
 def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layout:
     """Splits by name where both sides are there, else everything under `train`."""
-    names = {part for file in files for part in file.parts}
-    heldout = next((name for name in HELDOUT_NAMES if name in names), "")
-    splits = ("train", *HELDOUT_NAMES) if heldout and "train" in names else ()
+    splits = [file.splits for file in files]
+    # A folder `eval` around all files tells none apart.
+    shared = set(splits[0]).intersection(*splits[1:])
+    splits = [[said for said in of_file if said not in shared] for of_file in splits]
+    # Both sides have the same before the split: `bullet-train` and `crash-test` are no splits.
+    names = {(before.lower(), split) for of_file in splits for _, before, split in of_file}
+    training = {before for before, split in names if split == "train"}
+    paired = {split for before, split in names if before in training}
+    heldout = next((name for name in HELDOUT_NAMES if name in paired), "")
     sorted_files: dict[str, dict[str, list[pathlib.Path]]] = {TRAIN: {}, HELDOUT: {}}
     domains: dict[str, None] = {}
-    for file in files:
-        split = next((part for part in file.parts if part in splits), "")
+    for file, of_file in zip(files, splits, strict=True):
+        # Of a file `test` in a folder `train` the folder counts: the outermost that names a split.
+        named = of_file if heldout else []
+        split = named[0][2] if named else ""
         require(
-            bool(split) or not splits,
+            bool(split) or not heldout,
             f"A corpus with the splits train and {heldout} has no other files",
             str(file.path),
-            f"Move it away, or set config.data.corpus={folder / 'train'}",
+            "Move it away, or set config.data.corpus to the file or folder to train on",
         )
         if split not in ("", "train", heldout):
             continue
-        rest = [part for part in file.parts if part != split or not split]
-        domain = rest[0] if rest else folder.resolve().name or "text"
+        without = {part: before for part, before, said in named if said == split}
+        rest = [without.get(part, part) for part in file.parts]
+        domain = next(filter(None, rest), "") or folder.resolve().name or "text"
         side = HELDOUT if split and split == heldout else TRAIN
         sorted_files[side].setdefault(domain, []).append(file.path)
         domains[domain] = None

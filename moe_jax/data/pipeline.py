@@ -114,8 +114,7 @@ def heldout_batches(
     if not order:
         raise ValueError(
             f"No text of {data.config.corpus!r} is held out at heldout_fraction="
-            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}, or set "
-            "config.training.evaluate_every=0."
+            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}."
         )
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
@@ -140,7 +139,12 @@ def check_data(data: Data, *, evaluates: bool = True) -> None:
     """
     _domain_weights(data.config, _windows(data, TRAIN, keep_partial=False))
     if evaluates:
-        heldout_batches(data, batch_size=1, max_batches=0)
+        try:
+            heldout_batches(data, batch_size=1, max_batches=0)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).rstrip('.')}, or set config.training.evaluate_every=0."
+            ) from None
 
 
 def _read_heldout(
@@ -225,11 +229,15 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
         weights = {domain: len(windows) for domain, windows in sources.items()}
     empty = [domain for domain in sources if domain in weights and not len(sources[domain])]
     if empty:
+        shorter = "lower config.data.sequence_length"
+        fixes = [shorter] if all(sources[name].num_tokens > 2 for name in empty) else []
+        if len(empty) < len(sources):
+            fixes.append("give config.data.domain_weights without them")
+        fix = ", or ".join(fixes) or "add documents, of ids or groups that differ"
         raise ValueError(
             "A domain needs at least sequence_length + 1 tokens to train on: "
             f"{empty} have fewer (sequence_length={config.sequence_length}), what is held out or "
-            "repeats it aside. Lower config.data.sequence_length, or give "
-            "config.data.domain_weights without them."
+            f"repeats it aside. {fix[0].upper()}{fix[1:]}."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
 

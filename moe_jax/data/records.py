@@ -71,9 +71,8 @@ def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fiel
     check_text(str(text), where)
     id_ = _name(record, id_field, bool(fields.id), where)
     group = _name(record, group_field, bool(fields.group), where)
-    if not group:
-        group = id_ or hashlib.sha256(str(text).encode()).hexdigest()
-    return Document(domain, id_ or where, str(text), group)
+    own = id_ or hashlib.sha256(str(text).encode()).hexdigest()
+    return Document(domain, id_ or where, str(text), group or own, has_group=bool(group))
 
 
 def check_text(text: str, where: str) -> None:

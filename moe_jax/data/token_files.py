@@ -41,7 +41,7 @@ from moe_jax.data.documents import (
 )
 from moe_jax.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
 _MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 

@@ -89,15 +89,16 @@ def train(
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
+        partial.write_bytes(model.getvalue())
+        partial.replace(path)
     except RuntimeError as error:
-        partial.unlink()
         raise ValueError(
             "The vocabulary must hold the characters of the text, and the text must yield the "
             f"merges of the vocabulary: {vocab_size} ids, {max_bytes} bytes of {corpus.name!r}. "
             "Change --vocab_size or --max_mb as SentencePiece says: " + " ".join(str(error).split())
         ) from error
-    partial.write_bytes(model.getvalue())
-    partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return SentencePieceTokenizer(path)
 
 

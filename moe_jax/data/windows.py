@@ -51,8 +51,8 @@ class Windows:
         self._sequence_length = sequence_length
         self._objective = objective
         self._pad_id = pad_id
-        self._num_tokens = files.counts[split][domain].tokens
-        num_targets = max(self._num_tokens - 1, 0)
+        self.num_tokens = files.counts[split][domain].tokens
+        num_targets = max(self.num_tokens - 1, 0)
         self._length = num_targets // sequence_length
         if keep_partial and num_targets % sequence_length:
             self._length += 1
@@ -102,7 +102,7 @@ class Windows:
         Read rather than mapped: of a mapped file that is cut the process dies without a word.
         """
         file, header_bytes = self._tokens_file
-        count = min(count, self._num_tokens - start)
+        count = min(count, self.num_tokens - start)
         size = self._dtype.itemsize
         data = os.pread(file, count * size, header_bytes + start * size)
         if len(data) != count * size:
