@@ -124,6 +124,7 @@ def main() -> None:
     import jax
 
     from moe_jax.training.files import write_atomically
+    from moe_jax.training.metrics import EVALUATION_FILE
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -137,8 +138,8 @@ def main() -> None:
     print(f"step {found['step']}: {found.pop('text')}")
     print(table(found))
     if options == Options(batch_size=options.batch_size):
-        write_atomically(workdir / "evaluation.json", json_text(found, indent=2) + "\n")
-        print(f"wrote {workdir / 'evaluation.json'}")
+        write_atomically(workdir / EVALUATION_FILE, json_text(found, indent=2) + "\n")
+        print(f"wrote {workdir / EVALUATION_FILE}")
 
 
 def define_flags() -> None:
