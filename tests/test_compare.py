@@ -5,6 +5,7 @@ import dataclasses
 import html
 import json
 import math
+import os
 import statistics
 
 import pytest
@@ -401,3 +402,16 @@ def test_tables():
         text_of(columns) == "name  how many, of all\na               1 of 3\nlong                 -"
     )
     assert csv_text(columns) == "name,n\na,1\nlong,\n"
+
+
+def test_a_figure_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    found = comparison_of(make_run(tmp_path / "run"))
+    (tmp_path / "compare.png").write_bytes(b"old")
+    monkeypatch.setattr("moe_jax.analysis.comparison_figure.comparison_png", lambda _: b"new")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        command.write(found, tmp_path)
+    assert (tmp_path / "compare.png").read_bytes() == b"old"

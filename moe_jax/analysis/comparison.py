@@ -202,8 +202,8 @@ class Comparison:
             )
         if any(entry.run.extended for entry in self.entries):
             found.append(
-                "Extended runs followed the schedules of fewer steps at first. Means over seeds keep "
-                "them apart from runs that had all their steps from the start."
+                "Extended runs followed the schedules of fewer steps at first. Means over seeds "
+                "keep them apart from runs that had all their steps from the start."
             )
         if self.hidden_settings:
             found.append(
