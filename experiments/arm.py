@@ -5,7 +5,6 @@ newest checkpoint.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -21,6 +20,7 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
 from moe_jax.data.corpora import form_of
 from moe_jax.training.evaluation import evaluate
+from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import load_run, open_run_data
@@ -165,7 +165,7 @@ def minutes_of(rows: list[dict[str, Any]], log_every: int) -> float:
 
 def circumstances(workdir: pathlib.Path) -> dict[str, Any]:
     """Commit, versions and hardware, from the record of the run."""
-    record = json.loads((workdir / RUN_FILE).read_text(encoding="utf-8"))
+    record = read_json(workdir / RUN_FILE)
     sessions = [*record.get("earlier", []), record]
     return {
         "commit": record["commit"],

@@ -46,7 +46,7 @@ def write(comparison: "Comparison", out: pathlib.Path) -> pathlib.Path:
     png = comparison_png(comparison)
     page = comparison_page(comparison, png)
     out.mkdir(parents=True, exist_ok=True)
-    (out / FIGURE_FILE).write_bytes(png)
+    write_atomically(out / FIGURE_FILE, png)
     write_atomically(out / PAGE_FILE, page)
     return out / PAGE_FILE
 

@@ -161,6 +161,11 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
+<<<<<<< HEAD
+=======
+    from moe_jax.training.files import write_atomically
+    from moe_jax.training.metrics import EVALUATION_FILE
+>>>>>>> fix-runs
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -174,7 +179,12 @@ def main() -> None:
     print(f"step {found['step']}: {found.pop('text')}")
     print(table(found))
     if options == Options(batch_size=options.batch_size):
+<<<<<<< HEAD
         print(write_evaluation(workdir, found))
+=======
+        write_atomically(workdir / EVALUATION_FILE, json_text(found, indent=2) + "\n")
+        print(f"wrote {workdir / EVALUATION_FILE}")
+>>>>>>> fix-runs
 
 
 def define_flags() -> None:

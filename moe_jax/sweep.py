@@ -24,8 +24,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from moe_jax import command_line, compare
-from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, to_dict
+from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, read_config, to_dict
 from moe_jax.config.check import require
+from moe_jax.config.convert import foreign_kinds
 from moe_jax.config.file import load_config, override, settings_of
 from moe_jax.jobs.grid import NO_PRESET, PRESETS, Axis, check_names, grid, names_of, parse_axis
 from moe_jax.jobs.log import failure
@@ -66,11 +67,14 @@ class TrainingRun:
 
     def is_finished(self) -> bool:
         """Whether its last state is saved, and evaluated on the whole held-out split if it is."""
+        from moe_jax.training.files import read_json
+        from moe_jax.training.metrics import EVALUATION_FILE
+        from moe_jax.training.workdir import CHECKPOINTS
+
         if not self.config.training.evaluate_every:
-            return (self.workdir / "checkpoints" / str(self.num_steps)).is_dir()
+            return (self.workdir / CHECKPOINTS / str(self.num_steps)).is_dir()
         try:
-            text = (self.workdir / "evaluation.json").read_text(encoding="utf-8")
-            return int(json.loads(text)["step"]) >= self.num_steps
+            return int(read_json(self.workdir / EVALUATION_FILE)["step"]) >= self.num_steps
         except (OSError, ValueError, LookupError, TypeError):
             return False
 
@@ -86,7 +90,7 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
     Args:
       arguments: the flags --config and --config.NAME that all runs share.
       sets: what each --set says.
-      out: directory of the runs. One that is there already with the same config keeps its name.
+      out: directory of the runs. One that is there already keeps its name; see `workdirs_of`.
 
     Raises:
       ValueError: a name is no setting, or a config breaks a rule.
@@ -109,10 +113,11 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
         for point, config in zip(points, dicts, strict=True)
     ]
     check_different(axes, points, configs)
-    there = known_runs(out)
+    names = names_of(axes, values)
+    workdirs = workdirs_of(out, names, configs)
     return [
-        TrainingRun(name, there.get(key_of(config), out / name), config, tuple(own))
-        for name, config, own in zip(names_of(axes, values), configs, flags_of, strict=True)
+        TrainingRun(name, workdir, config, tuple(own))
+        for name, workdir, config, own in zip(names, workdirs, configs, flags_of, strict=True)
     ]
 
 
@@ -137,6 +142,7 @@ def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]
 
 def shared_arguments(argv: Sequence[str]) -> list[str]:
     """The flags of a command line that give the config, each as one word."""
+    argv = flags.FLAGS.read_flags_from_files(list(argv))  # of --flagfile
     plain, overrides = command_line.split_overrides(argv)
     found = []
     for word, following in zip(plain, [*plain[1:], ""], strict=True):
@@ -174,22 +180,47 @@ def check_different(
         )  # fmt: skip
 
 
-def key_of(config: ExperimentConfig) -> str:
-    """What two configs have in common only if they are equal."""
-    return json.dumps(to_dict(config), sort_keys=True)
+def key_of(config: ExperimentConfig, *, only_results: bool = False) -> str:
+    """What two configs have in common only if they are equal, or equal in what decides results."""
+    return json.dumps(to_dict(config, only_results=only_results), sort_keys=True)
 
 
-def known_runs(out: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The runs in a directory by their configs; those that cannot be read are not known."""
-    from moe_jax.analysis.runs import CONFIG_FILE, resolved, runs_in
+def workdirs_of(
+    out: pathlib.Path, names: Sequence[str], configs: Sequence[ExperimentConfig]
+) -> list[pathlib.Path]:
+    """Where each run is: under its name, or where a run of its results is already, each once.
+
+    The config that a run has written has its mesh filled, and its settings of logging, for example,
+    may have changed: what does not change results is not compared.
+    """
+    known = known_runs(out, frozenset().union(*map(foreign_kinds, configs)))
+    found = [out / name for name in names]
+    for i, config in enumerate(configs):
+        key = key_of(config, only_results=True)
+        if known.get(found[i]) != key:
+            same = (run for run, other in known.items() if other == key and run not in found)
+            found[i] = next(same, found[i])
+    return found
+
+
+def known_runs(out: pathlib.Path, trust: frozenset[str]) -> dict[pathlib.Path, str]:
+    """What decides the results of each run in a directory; one that cannot be read is left out.
+
+    Args:
+      out: the directory, which may be absent.
+      trust: the kinds whose modules may be imported.
+    """
+    from moe_jax.analysis.runs import runs_in
+    from moe_jax.training.files import read_json
+    from moe_jax.training.metrics import CONFIG_FILE
 
     found = {}
-    for run in runs_in(out) if out.is_dir() else []:
+    for run in runs_in(out):
         try:
-            written = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
-            found[json.dumps(resolved(written), sort_keys=True)] = run
-        except (OSError, ValueError):
+            config = read_config(read_json(run / CONFIG_FILE), ExperimentConfig, trust=trust)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
             continue
+        found[run] = key_of(config, only_results=True)
     return found
 
 

@@ -12,12 +12,13 @@ import pytest
 from matplotlib.image import imread
 
 from moe_jax.analysis.report import main, read_run, write_report
-from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
+from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig, read_config
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
+from moe_jax.training.files import read_json
 from moe_jax.training.metrics import MetricWriter, write_run_record
 from moe_jax.training.ways import NOTES, SEES
 
@@ -178,6 +179,21 @@ def test_domains_of_any_name_are_reported(tmp_path):
         "<script" not in text and "| &lt;script&gt;alert(1)&lt;/script&gt; | - | 2.0000 |" in text
     )
     assert r"| a\$b^\$ | - | 2.0000 |" in text and r"| \*\|\* | - | 2.0000 |" in text
+
+
+def test_an_extended_run_says_so_and_shows_its_newest_held_out_losses(tmp_path):
+    make_run(tmp_path, layers=(), num_steps=20)  # its evaluation.json is of step 20
+    config = read_config(read_json(tmp_path / "config.json"), ExperimentConfig)
+    longer = dataclasses.replace(config.training, num_steps=50)
+    write_run_record(tmp_path, dataclasses.replace(config, training=longer), start_step=20)
+    with MetricWriter(tmp_path, start_step=20) as writer:
+        writer.write(30, {"train/loss": 1.0})
+    text, _ = report_of(tmp_path)
+    assert "30 of 50 steps (extended from 20), " in text and "Held-out text at step 20:" in text
+    with MetricWriter(tmp_path, start_step=30) as writer:
+        writer.write(40, {"train/loss": 1.0, "heldout/dropless/nats_per_token": 0.125})
+    text, _ = report_of(tmp_path)
+    assert "Held-out text at step 40:" in text and "| 0.1250 |" in text
 
 
 def test_a_report_marks_what_saw_later_tokens(tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import html
 import json
 import math
+import os
 import statistics
 
 import pytest
@@ -159,7 +160,7 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
     command.run([tmp_path], "bits_per_byte", "", "")
     said = capsys.readouterr().out
     assert "failed: failed: train/loss is nan at step 6\n" in said
-    assert "damaged: cut: config.json cannot be read: Expecting value" in said
+    assert "config.json is damaged: it is no JSON (Expecting value" in said
     assert "line 2 is b'garbage'" in said and "~: no final score." in said
     assert "failed: never: no such corpus; no config.json" in said
 
@@ -168,10 +169,12 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
     ("file", "text", "wrong"),
     [
         ("config.json", '{"training": {"num_steps": "ten"}}', "training.num_steps is 'ten'"),
-        ("config.json", "[]", "it is no JSON object"),
+        ("config.json", "[]", "config.json is damaged: it has no object"),
         ("config.json", '{"model": 3, "data": 4}', "data is 4"),
         ("run.json", '{"parameters": 3}', "parameters is 3"),
         ("run.json", '{"parameters": {"total": "x"}}', "parameters.total is 'x'"),
+        ("run.json", '{"earlier": [3]}', "it is no JSON object"),
+        ("run.json", '{"earlier": [{"num_steps": "9"}]}', "num_steps is '9'"),
         ("evaluation.json", '{"step": null}', "step is None"),
         ("evaluation.json", '{"dropless": {"bits_per_byte": "1"}}', "bits_per_byte is '1'"),
         ("metrics.jsonl", '{"step": 5, "train/loss": [1]}', "train/loss is [1]"),
@@ -195,6 +198,32 @@ def test_an_extended_run_is_unfinished_and_its_old_score_is_not_final(tmp_path):
     (run / "config.json").write_text(json.dumps(write_config(longer)))
     (entry,) = comparison_of(run).entries
     assert entry.state == "unfinished" and entry.score.step == NUM_STEPS
+
+
+def extend(run, before, start):
+    """Records that it had so many steps before it had them all."""
+    record = json.loads((run / "run.json").read_text())
+    earlier = [{"start_step": 0, "num_steps": before}]
+    record |= {"start_step": start, "num_steps": NUM_STEPS, "earlier": earlier}
+    (run / "run.json").write_text(json.dumps(record))
+
+
+def test_extended_runs_are_marked_and_not_averaged_with_straight_ones(tmp_path):
+    for seed, bits in enumerate((2.0, 2.2, 3.0)):
+        run = make_run(tmp_path / f"seed_{seed}", bits, settings={"seed": seed})
+    extend(run, 10, start=10)
+    found = comparison_of(tmp_path)
+    name = "heldout/dropless/bits_per_byte/mean"
+    assert column(found.seed_columns, name) == pytest.approx([2.1])
+    assert column(found.columns, "note") == ["", "", "extended from 10"]
+    assert any(note.startswith("Extended runs followed the schedules") for note in found.notes)
+    assert "finished: seed_2: extended from 10" in command.said(found)
+
+    extend(make_run(tmp_path / "seed_3", 3.2, settings={"seed": 3}), 10, start=10)
+    extend(make_run(tmp_path / "seed_4", 9.0, settings={"seed": 4}), 15, start=10)
+    seeds = comparison_of(tmp_path).seed_columns
+    assert column(seeds, name) == pytest.approx([2.1, 3.1])
+    assert column(seeds, "extended") == ["", "extended from 10"]
 
 
 def test_nats_of_different_tokenizers_are_not_ranked(tmp_path):
@@ -373,3 +402,16 @@ def test_tables():
         text_of(columns) == "name  how many, of all\na               1 of 3\nlong                 -"
     )
     assert csv_text(columns) == "name,n\na,1\nlong,\n"
+
+
+def test_a_figure_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError("no space left on device")
+
+    found = comparison_of(make_run(tmp_path / "run"))
+    (tmp_path / "compare.png").write_bytes(b"old")
+    monkeypatch.setattr("moe_jax.analysis.comparison_figure.comparison_png", lambda _: b"new")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        command.write(found, tmp_path)
+    assert (tmp_path / "compare.png").read_bytes() == b"old"

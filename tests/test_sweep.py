@@ -17,6 +17,7 @@ from moe_jax.config import MeshConfig, write_config
 from moe_jax.jobs.grid import Axis, check_names, grid, names_of, parse_axis, split_values
 from moe_jax.jobs.places import MEMORY, ONE_CORE, Machine, Place
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
+from moe_jax.training.metrics import write_run_record
 from tests.tiny_run import CACHE, ROOT, files, tiny_config, tiny_flags
 
 FLAGS = tiny_flags(num_steps=10, checkpoint_every=5, evaluate_every=5, sample_tokens=0)
@@ -94,6 +95,12 @@ def test_the_flags_that_runs_share_are_taken_from_the_command_line():
     assert sweep.shared_arguments(["-config=a.py"]) == ["--config=a.py"]
 
 
+def test_the_flags_that_runs_share_may_be_in_a_file(tmp_path):
+    (tmp_path / "flags").write_text("--config=a.py\n--config.seed=3\n--out=o\n")
+    found = sweep.shared_arguments([f"--flagfile={tmp_path / 'flags'}", "--config.name=x"])
+    assert found == ["--config=a.py", "--config.seed=3", "--config.name=x"]
+
+
 def test_presets_may_be_varied(tmp_path):
     flags = ["--config=configs/quickstart.py:smoke"]
     moe, dense = sweep.plan(flags, ["presets=none,dense"], tmp_path)
@@ -130,12 +137,28 @@ def test_a_grid_is_refused_whole(tmp_path, sets, error):
         sweep.plan(FLAGS, ["seed=0,one"], tmp_path)
 
 
+def begin(run):
+    """Writes what training writes at its start, on the machine of the tests."""
+    write_run_record(run.workdir, run.config.on_devices(8))
+
+
 def test_a_run_is_known_by_its_config_whatever_the_grid_calls_it(tmp_path):
     (run,) = sweep.plan(FLAGS, ["seed=5"], tmp_path)
-    run.workdir.mkdir()
-    (run.workdir / "config.json").write_text(json.dumps(write_config(run.config)))
+    begin(run)
     first, second = sweep.plan(FLAGS, ["seed=5,6", "optimizer.b1=0.9"], tmp_path)
     assert first.workdir == run.workdir and second.workdir == tmp_path / "seed=6,b1=0.9"
+
+
+def test_runs_that_differ_in_what_changes_no_result_have_a_workdir_each(tmp_path):
+    rates = sweep.plan(FLAGS, [RATES], tmp_path)
+    begin(rates[0])
+    flags = [flag for flag in FLAGS if "checkpoint_every" not in flag]
+    sets = ["optimizer.learning_rate=1e-3", "training.checkpoint_every=7,8"]
+    both = sweep.plan(flags, sets, tmp_path)
+    assert both[0].workdir == rates[0].workdir and both[1].workdir == tmp_path / both[1].name
+    begin(both[1])
+    again = sweep.plan(flags, sets, tmp_path)
+    assert [run.workdir for run in again] == [run.workdir for run in both]
 
 
 def test_a_directory_of_other_runs_is_refused_before_any_starts(tmp_path):

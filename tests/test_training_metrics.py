@@ -13,8 +13,16 @@ import pytest
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.training import metrics as metrics_module
-from moe_jax.training.metrics import MetricWriter, read_metrics, run_record, write_run_record
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import (
+    MetricWriter,
+    extensions,
+    read_metrics,
+    run_record,
+    write_run_record,
+)
 from moe_jax.training.progress import Progress, progress_line
+from tests.tiny_run import tiny_config
 
 
 def steps(path: pathlib.Path) -> list[int]:
@@ -185,6 +193,25 @@ def test_run_files_keep_earlier_sessions(tmp_path):
     write_run_record(tmp_path, config)
     assert "earlier" not in json.loads((tmp_path / "run.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
+def test_a_run_says_where_it_got_more_steps(tmp_path):
+    def session(start, num_steps):
+        config = tiny_config({"training": {"num_steps": num_steps}, "mesh": {"data": 2}})
+        write_run_record(tmp_path, config, start_step=start)
+        return read_json(tmp_path / "run.json")
+
+    record = session(0, 10)
+    assert (record["num_steps"], record["num_microbatches"], record["mesh"]["data"]) == (10, 1, 2)
+    assert extensions(record) == []
+    assert extensions(session(10, 10)) == []  # the same command again
+    assert extensions(session(10, 30)) == [(10, 10)]
+    assert extensions(session(20, 40)) == [(10, 10), (20, 30)]
+    assert extensions(session(10, 10)) == []  # its later steps are lost
+    # A release that did not record the number.
+    del record["num_steps"]
+    assert extensions(record) == []
+    assert extensions({"start_step": 10, "num_steps": 20, "earlier": [record]}) == []
 
 
 METRICS = {"train/loss": 2.0, "perf/tokens_per_s": 950.0, "perf/seconds_per_step": 60.0}

@@ -145,6 +145,17 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(tmp_path, wandb,
     assert [row["step"] for row in table(tmp_path)] == ["1", "2"]
 
 
+@pytest.mark.parametrize("bad", ["x1,2.0", "\0\0", ""])
+def test_a_damaged_csv_file_is_set_aside_at_a_resume(tmp_path, capsys, bad):
+    text = f"step,train/loss\n1,2.0\n{bad}\n" if bad else "step,train/loss\n1,2.0\n\xff\n"
+    (tmp_path / "metrics.csv").write_bytes(text.encode("latin-1"))
+    with writer(tmp_path, "csv", start=1) as record:
+        record.write(2, {"train/loss": 1.0})
+    assert table(tmp_path) == [{"step": "2", "train/loss": "1.0"}]
+    assert (tmp_path / "damaged-metrics.csv").read_bytes() == text.encode("latin-1")
+    assert "the tracker csv failed" not in capsys.readouterr().err
+
+
 def test_a_csv_file_of_somebody_else_is_said_and_left_alone(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with writer(tmp_path, "csv") as record:

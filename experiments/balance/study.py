@@ -1,6 +1,5 @@
 """Balance: none, losses, loss-free; over the global batch and over microbatches of one domain."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from moe_jax.analysis.information import mutual_information
 from moe_jax.moe.balance import Importance, Load
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.routing.noise import Learned
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 
 RATES = ("1e-4", "1e-3", "1e-2")
 EARLY, LATE = 0.25, 0.5  # of the steps: before the first, after the second
@@ -58,7 +58,7 @@ def loads(workdir: pathlib.Path) -> dict[str, float]:
 
 def heldout_counts(workdir: pathlib.Path) -> np.ndarray:
     """Choices by MoE layer, domain and expert on the held-out split, [X, D, E]; scaled alike."""
-    said = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+    said = read_json(workdir / EVALUATION_FILE)
     domains = said["dropless"]["domains"]
     return np.array(
         [

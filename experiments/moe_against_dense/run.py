@@ -1,6 +1,5 @@
 """Runs the study and writes its report; see README.md beside this file."""
 
-import json
 import pathlib
 import sys
 
@@ -10,9 +9,9 @@ from configs import quickstart
 from moe_jax import command_line
 from moe_jax.config import from_config_dict
 from moe_jax.config.json_text import json_text
-from moe_jax.training.files import write_atomically
+from moe_jax.training.files import read_json, write_atomically
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import RUN_FILE, read_metrics
+from moe_jax.training.metrics import EVALUATION_FILE, RUN_FILE, read_metrics
 
 HERE = pathlib.Path(__file__).parent
 ARMS = {"moe": "", "dense": "dense"}
@@ -25,8 +24,8 @@ def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | s
     with settings.unlocked():
         settings.seed = settings.data.seed = seed
     train(from_config_dict(settings), directory)
-    said = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
-    record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    said = read_json(directory / EVALUATION_FILE)
+    record = read_json(directory / RUN_FILE)
     rows = read_metrics(directory / "metrics.jsonl")
     seconds = sum(row.get("perf/seconds_per_step", 0) for row in rows)
     return {

@@ -15,6 +15,7 @@ from moe_jax.analysis.names import printable
 from moe_jax.analysis.runs import FINISHED, Entry
 from moe_jax.analysis.table import ORDERS, Column
 from moe_jax.config.check import require
+from moe_jax.training.metrics import extensions
 from moe_jax.training.ways import CAPACITIES, SEES
 
 MAX_SETTINGS = 12  # columns of a table
@@ -121,11 +122,16 @@ class Comparison:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The runs of each config that was run with several seeds, by their places."""
+        """The runs of each config that was run with several seeds, by their places.
+
+        Those that were extended, alike, are a group of their own.
+        """
         places: dict[str, list[int]] = {}
         for place, entry in enumerate(self.entries):
             if entry.settings:
-                places.setdefault(without_seeds(entry.deciding), []).append(place)
+                # A run that was extended may differ from one that had as many steps from the start.
+                key = f"{without_seeds(entry.deciding)} {extensions(entry.run.record)}"
+                places.setdefault(key, []).append(place)
         return [group for group in places.values() if len(self._by_seed(group)) > 1]
 
     def _by_seed(self, group: list[int]) -> dict[tuple[Any, ...], int]:
@@ -145,6 +151,9 @@ class Comparison:
             for column in self.settings_columns[:MAX_SETTINGS]
             if column.name not in SEEDS
         ] or [Column("run", "runs like", tuple(self.entries[place].name for place in firsts))]
+        extended = tuple(self.entries[place].run.extended for place in firsts)
+        if any(extended):
+            columns.append(Column("extended", "extended", extended))
         done = [self._comparable(group) for group in groups]
         planned = [len(self._by_seed(group)) for group in groups]
         missing = tuple(
@@ -190,6 +199,11 @@ class Comparison:
             found.append(
                 "~: no final score. It is of an earlier step, of a sample of the held-out split "
                 "(training.evaluation_batches), or of a damaged run."
+            )
+        if any(entry.run.extended for entry in self.entries):
+            found.append(
+                "Extended runs followed the schedules of fewer steps at first. Means over seeds "
+                "keep them apart from runs that had all their steps from the start."
             )
         if self.hidden_settings:
             found.append(

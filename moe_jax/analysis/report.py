@@ -20,21 +20,24 @@ import numpy as np
 
 from moe_jax.analysis import figures
 from moe_jax.analysis.drawing import Figure, png_bytes, stamp
+from moe_jax.analysis.heldout import HELDOUT_METRIC, Row, newest_heldout
 from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.files import read_json
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    extensions,
+    read_metrics,
+)
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
-EVALUATION_FILE = "evaluation.json"
 SAMPLE_FILE = "sample.txt"
 LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expert_load")
-HELDOUT_METRIC = re.compile(
-    r"heldout/(?P<way>[^/]+)/(domain/(?P<domain>.+)/)?(?P<metric>nats_per_token|bits_per_byte)"
-)
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Run:
       rows: of metrics.jsonl, at least one.
       record: of run.json.
       settings: of config.json, nested.
-      evaluation: of evaluation.json, or the last held-out losses among the metrics; may be empty.
+      evaluation: of evaluation.json; {} if there is none.
       sample: of sample.txt, None if there is none.
     """
 
@@ -59,6 +62,17 @@ class Run:
     def step(self) -> int:
         """The last step that has metrics."""
         return int(self.rows[-1]["step"])
+
+    @functools.cached_property
+    def heldout(self) -> Row:
+        """Its newest held-out losses, in the form of evaluation.json; {} without any."""
+        return newest_heldout(self.evaluation, self.rows)
+
+    @property
+    def extended(self) -> str:
+        """Such as "extended from 1,000" steps, of a run that got more later on; else ""."""
+        before = " and ".join(f"{num_steps:,}" for _, num_steps in extensions(self.record))
+        return f"extended from {before}" * bool(before)
 
     @functools.cached_property
     def ways(self) -> dict[str, Way]:
@@ -124,25 +138,9 @@ def read_run(directory: str | pathlib.Path) -> Run:
         rows=rows,
         record=read_json(directory / RUN_FILE),
         settings=read_json(directory / CONFIG_FILE),
-        evaluation=read_json(evaluation) if evaluation.exists() else last_evaluation(rows),
+        evaluation=read_json(evaluation) if evaluation.exists() else {},
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
     )
-
-
-def last_evaluation(rows: list[Row]) -> Row:
-    """The newest held-out losses among the metrics, in the form of evaluation.json."""
-    for row in reversed(rows):
-        found = [(HELDOUT_METRIC.fullmatch(name), value) for name, value in row.items()]
-        evaluation: Row = {"step": row["step"]}
-        for match, value in found:
-            if match:
-                losses = evaluation.setdefault(match["way"], {"domains": {}})
-                if match["domain"]:
-                    losses = losses["domains"].setdefault(match["domain"], {})
-                losses[match["metric"]] = value
-        if len(evaluation) > 1:
-            return evaluation
-    return {}
 
 
 def write_report(directory: str | pathlib.Path) -> pathlib.Path:
@@ -216,7 +214,7 @@ def _draw_load(run: Run) -> Figure | None:
 
 
 def _draw_domains(run: Run) -> Figure | None:
-    shares = run.evaluation.get("domain_expert_share")
+    shares = run.heldout.get("domain_expert_share")
     return figures.domain_figure(shares) if shares else None
 
 
@@ -238,16 +236,17 @@ def _heading(run: Run) -> str:
     data, training = run.settings["data"], run.settings["training"]
     tokens = run.step * training["batch_size"] * data["sequence_length"]
     state = "" if run.step >= training["num_steps"] else f" of {training['num_steps']:,}"
+    extended = f" ({run.extended})" if run.extended else ""
     return (
         f"# {in_markdown(run.settings['name'])}\n\n"
-        f"{run.step:,}{state} steps, {tokens:,} tokens, on {run.record['num_devices']} x "
+        f"{run.step:,}{state} steps{extended}, {tokens:,} tokens, on {run.record['num_devices']} x "
         f"{run.record['device_kind']} ({run.record['platform']}), started {run.record['started']}."
     )
 
 
 def _result(run: Run) -> str:
     """The losses: overall and by domain, in all ways side by side, and what their marks mean."""
-    ways = [way for way in CAPACITIES if way in run.evaluation]
+    ways = [way for way in CAPACITIES if way in run.heldout]
     loss = run.last("train/loss")
     lines = ["## Result", ""]
     if loss is not None:
@@ -258,12 +257,12 @@ def _result(run: Run) -> str:
         return "\n".join([*lines, "Held-out text was not evaluated.", *notes])
     units = ("nats/token", "bits/byte")
     header = [f"{run.ways[way].name}, {unit}" for way in ways for unit in units]
-    domains = dict.fromkeys(name for way in ways for name in run.evaluation[way].get("domains", {}))
-    rows = [("**all**", {way: run.evaluation[way] for way in ways})]
+    domains = dict.fromkeys(name for way in ways for name in run.heldout[way].get("domains", {}))
+    rows = [("**all**", {way: run.heldout[way] for way in ways})]
     rows += [
         (
             in_markdown(name),
-            {way: run.evaluation[way].get("domains", {}).get(name, {}) for way in ways},
+            {way: run.heldout[way].get("domains", {}).get(name, {}) for way in ways},
         )
         for name in domains
     ]
@@ -274,7 +273,7 @@ def _result(run: Run) -> str:
         )]
         for name, losses in rows
     ]  # fmt: skip
-    lines += [f"Held-out text at step {run.evaluation['step']:,}:", ""]
+    lines += [f"Held-out text at step {run.heldout['step']:,}:", ""]
     return "\n".join([*lines, table(["domain", *header], cells), *notes])
 
 

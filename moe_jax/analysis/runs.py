@@ -15,12 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.report import EVALUATION_FILE, Run, last_evaluation
+from moe_jax.analysis.report import Run
 from moe_jax.config import ExperimentConfig, read_config, to_dict
 from moe_jax.config.check import require
+from moe_jax.config.convert import HEADER
 from moe_jax.jobs.log import LOG_FILE, failure
 from moe_jax.planning.arithmetic import count_flops, count_parameters
-from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    read_metrics,
+)
 from moe_jax.training.ways import CAPACITIES, SEES
 
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
@@ -28,7 +36,6 @@ FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
 
 NUMBER = (int, float, type(None))
-NO_SETTINGS = ("format", "sources", "content")  # that config.json has beside them
 # What is read of each file and may be absent, by its path, and the types it may have.
 SHAPES: dict[str, dict[str, Any]] = {
     CONFIG_FILE: {
@@ -43,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     RUN_FILE: {
         "parameters": dict, "parameters.total": int, "parameters.active": int,
         "forward_flops_per_token": dict, "forward_flops_per_token.model": NUMBER,
-        "losses": dict,
+        "losses": dict, "earlier": list, "start_step": int, "num_steps": int,
     },
     EVALUATION_FILE: {"step": int} | {
         f"{way}{unit}": kind for way in CAPACITIES for unit, kind in (
@@ -117,19 +124,20 @@ class Entry:
 
     @property
     def note(self) -> str:
-        """What is wrong with it, in a line; "" where nothing is."""
+        """What is wrong with it, and that it was extended, in a line; "" where nothing is."""
         why = failure(self.directory) if self.state == FAILED else ""
-        return "; ".join([*[why] * bool(why), *self.problems])
+        return "; ".join(filter(None, [why, *self.problems, self.run.extended]))
 
     @functools.cached_property
     def score(self) -> Score:
         """Its newest held-out losses."""
         training = self.settings.get("training", {})
-        found, rows = self.run.evaluation, last_evaluation(self.run.rows)
-        whole = True
-        if rows.get("step", 0) > found.get("step", 0):
-            whole = not training.get("evaluation_batches") or rows["step"] == self.num_steps
-            found = rows
+        found = self.run.heldout
+        whole = (
+            found is self.run.evaluation
+            or not training.get("evaluation_batches")
+            or found["step"] == self.num_steps
+        )
         losses = {way: found[way] for way in CAPACITIES if way in found}
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
 
@@ -296,7 +304,7 @@ def read_entry(directory: pathlib.Path, name: str) -> Entry:
         except (ValueError, OSError) as error:
             problems.append(f"{file} cannot be read: {' '.join(str(error).split())}")
             return empty
-        wrong = misshapen(found if file == METRICS_FILE else [found], SHAPES[file])
+        wrong = misshapen(objects_in(found, file), SHAPES[file])
         problems.extend([f"{file} cannot be read: {wrong}"] * bool(wrong))
         return empty if wrong else found
 
@@ -306,6 +314,14 @@ def read_entry(directory: pathlib.Path, name: str) -> Entry:
     evaluation = read(EVALUATION_FILE, read_json, {}, False)
     run = Run(rows=rows, record=record, settings=written, evaluation=evaluation, sample=None)
     return Entry(name, directory, run, resolved(written), tuple(problems))
+
+
+def objects_in(found: Any, file: str) -> list[Any]:
+    """The JSON objects of a file that have its shape: rows, sessions, or it is one."""
+    if file == METRICS_FILE:
+        return list(found)
+    earlier = found.get("earlier") if file == RUN_FILE else None
+    return [found, *(earlier if isinstance(earlier, list) else [])]
 
 
 def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
@@ -325,11 +341,6 @@ def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
     return ""
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def resolved(written: dict[str, Any], *, only_results: bool = False) -> dict[str, Any]:
     """The settings of a config: those it lacks are at their defaults, where it can be built.
 
@@ -343,4 +354,4 @@ def resolved(written: dict[str, Any], *, only_results: bool = False) -> dict[str
         config = read_config(written, ExperimentConfig)
         return json.loads(json.dumps(to_dict(config, only_results=only_results)))
     except (ValueError, TypeError, AttributeError, KeyError):
-        return {name: item for name, item in written.items() if name not in NO_SETTINGS}
+        return {name: item for name, item in written.items() if name not in HEADER}

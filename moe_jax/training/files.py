@@ -16,11 +16,11 @@ class DamagedFileError(ValueError):
     """A file that a run wrote is not as it was written."""
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replaces a file by one with this text; a kill leaves the old one or the new one."""
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Replaces a file by one with this content; a kill leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with temporary.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)

@@ -8,6 +8,7 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config import ExperimentConfig, to_dict, write_config
 from moe_jax.config.json_text import json_text, numbers
 from moe_jax.training.files import DamagedFileError, read_json, set_aside, write_atomically
 from moe_jax.training.trackers import Trackers
@@ -258,8 +259,9 @@ def write_run_record(
 ) -> dict[str, Any]:
     """Writes `config.json` and `run.json` into a run's directory; process 0 only.
 
-    A run that resumes keeps the records of its earlier sessions under "earlier". Its settings are
-    the same: `check_workdir` has refused any other.
+    A run that resumes keeps the records of its earlier sessions under "earlier". `config.json` has
+    the newest settings. What `check_workdir` lets change and may matter is in the record of each
+    session: "num_steps", "num_microbatches", "mesh".
 
     Args:
       directory: the run's directory, made if absent.
@@ -273,7 +275,15 @@ def write_run_record(
     """
     directory = pathlib.Path(directory)
     ways = {name: way._asdict() for name, way in ways_of(config.model).items()}
-    record = {"start_step": start_step, **run_record(), "losses": ways, **(facts or {})}
+    record = {
+        "start_step": start_step,
+        "num_steps": config.training.num_steps,
+        "num_microbatches": config.training.num_microbatches,
+        "mesh": to_dict(config.mesh),
+        **run_record(),
+        "losses": ways,
+        **(facts or {}),
+    }
     if jax.process_index() != 0:
         return record
     directory.mkdir(parents=True, exist_ok=True)
@@ -293,6 +303,31 @@ def earlier_sessions(path: pathlib.Path) -> list[dict[str, Any]]:
         logger.warning("%s It is set aside as %s.", error, set_aside(path))
         return []
     return [*last.pop("earlier", []), last]
+
+
+def extensions(record: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Where a run got another number of steps than it had until then.
+
+    A session whose steps were all lost, and run again by a later one, does not count; nor does one
+    of an earlier release, which did not record its number.
+
+    Args:
+      record: the content of a `run.json`.
+
+    Returns:
+      The step from which on it had another number, and the number before, in order.
+
+    >>> extensions({"start_step": 9, "num_steps": 20,
+    ...             "earlier": [{"start_step": 0, "num_steps": 10}]})
+    [(9, 10)]
+    """
+    planned: list[tuple[int, int]] = []
+    for session in (*record.get("earlier", []), record):
+        if "num_steps" in session:
+            start = session["start_step"]
+            planned = [one for one in planned if one[0] < start] + [(start, session["num_steps"])]
+    pairs = itertools.pairwise(planned)
+    return [(start, old) for (_, old), (start, new) in pairs if new != old]
 
 
 def _plain(name: str, value: Any) -> int | float | list[Any]:

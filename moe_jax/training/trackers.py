@@ -8,6 +8,7 @@ import contextlib
 import csv
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import secrets
@@ -21,6 +22,9 @@ import tensorboardX
 
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.check import require
+from moe_jax.training.files import set_aside
+
+logger = logging.getLogger(__name__)
 
 CSV_FILE = "metrics.csv"
 WANDB_ID_FILE = "wandb_id.txt"
@@ -112,10 +116,11 @@ class CsvFile:
         self._names = ["step"]
         rows: list[dict[str, Any]] = []
         if self._path.exists():
-            with self._path.open(encoding="utf-8", newline="") as stream:
-                reader = csv.DictReader(stream)
-                rows = [row for row in reader if int(row["step"]) <= start_step]
-                self._names = list(reader.fieldnames or self._names)
+            try:
+                self._names, rows = read_table(self._path, start_step)
+            except (ValueError, TypeError, csv.Error) as error:
+                aside = set_aside(self._path)
+                logger.warning("%s is damaged (%s): it is now %s.", self._path, error, aside)
         self._rewrite(rows)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -141,6 +146,19 @@ class CsvFile:
             writer.writeheader()
             writer.writerows(rows)
         temporary.replace(self._path)
+
+
+def read_table(path: pathlib.Path, last_step: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns of a `metrics.csv`, and its rows up to a step.
+
+    Raises:
+      KeyError: it has no column "step", and is somebody else's.
+      ValueError, TypeError, csv.Error: it is damaged.
+    """
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        rows = [row for row in reader if int(row["step"]) <= last_step]
+        return list(reader.fieldnames or ["step"]), rows
 
 
 class WeightsAndBiases:
