@@ -145,8 +145,9 @@ def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
         What was done, in words.
     """
     from moe_jax.training.files import write_atomically
+    from moe_jax.training.metrics import EVALUATION_FILE
 
-    path = workdir / "evaluation.json"
+    path = workdir / EVALUATION_FILE
     try:
         there = int(json.loads(path.read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -161,11 +162,6 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
-<<<<<<< HEAD
-=======
-    from moe_jax.training.files import write_atomically
-    from moe_jax.training.metrics import EVALUATION_FILE
->>>>>>> fix-runs
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -179,12 +175,7 @@ def main() -> None:
     print(f"step {found['step']}: {found.pop('text')}")
     print(table(found))
     if options == Options(batch_size=options.batch_size):
-<<<<<<< HEAD
         print(write_evaluation(workdir, found))
-=======
-        write_atomically(workdir / EVALUATION_FILE, json_text(found, indent=2) + "\n")
-        print(f"wrote {workdir / EVALUATION_FILE}")
->>>>>>> fix-runs
 
 
 def define_flags() -> None:

@@ -9,6 +9,7 @@ Only a command is treated so: `import moe_jax` in a program leaves its signals a
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COMMANDS = ("-m", "moe-jax")  # sys.argv[0] while `python -m moe_jax.NAME` is found, and as a script
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 SAME_SECONDS = 0.5
 
@@ -83,14 +85,16 @@ def end_by(number: int) -> None:
 
 
 def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """Ends the process at an error of the system, such as a full disk, in a thread of others.
+    """Ends the process at a disk that cannot be written to, in a thread of others.
 
     The writer of TensorBoard's events is one: when it is dead, whoever gives it an event waits.
+    Other errors, such as a connection that breaks in a tracker, end only their thread.
     """
-    if not isinstance(failed.exc_value, OSError):
+    error = failed.exc_value
+    if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
         threading.__excepthook__(failed)
         return
-    said = [f"error: {failed.exc_value}"]
+    said = [f"error: {error}"]
     with contextlib.suppress(Exception):
         said += [text for text in [said_before_end()] if text]
     os.write(2, ("\n" + "; ".join(said) + "\n").encode())

@@ -118,6 +118,21 @@ def test_signals_are_left_to_a_process_that_ends_others():
     assert (process.returncode, said) == (0, "ended the others\n")
 
 
+@pytest.mark.parametrize("error", ["ConnectionResetError(104, 'reset')", "TimeoutError('slow')"])
+def test_a_connection_that_breaks_in_a_thread_of_others_does_not(error):
+    """A tracker never fails a run."""
+    code = (
+        "import threading, time\nfrom moe_jax import interrupts\n"
+        f"def send(): raise {error}\n"
+        "one = threading.Thread(target=send); one.start(); one.join()\n"
+        "print('goes on', flush=True)"
+    )
+    with start(command(code)) as process:
+        said, _ = process.communicate(timeout=50)
+    assert process.returncode == 0
+    assert said.endswith("goes on\n")
+
+
 def deferring(code):
     """A command with something unsaved until the first signal, which it then takes its time for."""
     return command(

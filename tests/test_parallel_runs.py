@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -121,6 +122,16 @@ def test_a_signal_to_one_or_all_saves_one_step_of_all(tmp_path, to):
     assert len(losses(workdir)) == step
     assert "run all 2 processes again, this one as" in job.said(0)
     assert shlex.split(job.printed(0).splitlines()[-1])[1:] == job.commands[0][1:]
+
+
+@pytest.mark.slow
+def test_a_workdir_that_only_one_process_sees_is_refused_on_resume_too(expected, tmp_path):
+    workdir = shutil.copytree(expected, tmp_path / "run")
+    arguments = ("train", *TINY, *MESH, f"--workdir={workdir}")
+    with Job(tmp_path, 2, 2, *arguments, last=[f"--workdir={tmp_path / 'elsewhere'}"]) as job:
+        assert job.wait() == [1, 1], job.said(0) + job.said(1)
+    for process in range(2):
+        assert "elsewhere of" in job.said(process) and "Traceback" not in job.said(process)
 
 
 @pytest.mark.slow

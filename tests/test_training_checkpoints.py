@@ -99,6 +99,20 @@ def test_metadata_is_published_with_the_state_and_read_back(tmp_path):
         assert reader.metadata(1)["corpus"] == "sha256:ab"
 
 
+def test_what_says_that_a_checkpoint_is_whole_is_on_the_disk(tmp_path, monkeypatch):
+    """Older ones are deleted now, and a power failure may come."""
+    synced, fsync = set(), os.fsync
+
+    def noting(descriptor):
+        synced.add(pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, make_state(1), metadata={"a": 1})
+    assert synced >= {"manifest.json", "metadata.json"}
+
+
 def test_metadata_is_covered_by_the_manifest(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):

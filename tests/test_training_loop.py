@@ -103,9 +103,12 @@ def test_a_run_that_crashes_and_is_stopped_ends_like_one_that_was_not(
     assert record["start_step"] == 7
 
 
-def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypatch, request):
     """The step is saved already; a restart makes up for the evaluation."""
-    real, before = loop.evaluate, signal.getsignal(signal.SIGINT)
+    real, before = loop.evaluate, signal.default_int_handler
+    # A shell that starts the tests in the background has SIGINT ignored.
+    replaced = signal.signal(signal.SIGINT, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, replaced))
 
     def evaluate(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -252,6 +255,17 @@ def test_another_config_is_refused_before_anything_happens(copy, monkeypatch):
     assert "config.model.parts.moe.num_experts: 4 -> 8" in str(error.value)
     assert "Use another --workdir" in str(error.value)
     assert files(copy) == before
+
+
+def test_a_run_that_began_while_this_one_built_its_data_is_not_continued(
+    finished, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(loop, "check_data", lambda *_, **__: shutil.copytree(finished, workdir))
+    other = tiny_training(tiny_moe(num_experts=8))
+    with pytest.raises(ValueError, match=r"parts\.moe\.num_experts: 4 -> 8"):
+        train(other, workdir)
+    assert files(workdir).keys() - files(finished).keys() <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The record of a run: metrics that survive kills, what it was run with, and what it shows."""
 
+import errno
 import io
 import json
 import math
@@ -131,6 +132,19 @@ def test_lost_rows_are_reported_and_a_damaged_file_is_set_aside(
     assert aside.exists() == (bool(message) and "is missing" not in message)
 
 
+def test_a_run_that_begins_anew_sets_the_metrics_of_the_one_before_aside(tmp_path, caplog):
+    """Its checkpoints were moved away, or it was killed before the first."""
+    with MetricWriter(tmp_path) as writer:
+        for step in (0, 10, 20):
+            writer.write(step, {"train/loss": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with MetricWriter(tmp_path) as writer:
+        writer.write(10, {"train/loss": 2.0})
+    assert "has 2 rows of later steps, but there is no checkpoint: 1 rows are kept" in caplog.text
+    assert (tmp_path / "damaged-metrics.jsonl").read_bytes() == before
+    assert steps(tmp_path) == [0, 10]
+
+
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"loss": 3}\n{"step": 2}\n')
@@ -249,6 +263,21 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_the_name_of_utilization():
     line = progress_line(5, 10, {"perf/mfu": 0.333}, "of measured peak")
     assert line == "step  5/10  of measured peak 33%"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_that_is_closed_does_not_fail_a_run(terminal, monkeypatch):
+    class Closed(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(10, file=Closed()) as progress:
+        progress.update(5, METRICS)
+        progress.print("held-out [0.5]")
 
 
 def test_a_file_that_was_moved_away_is_noticed_at_the_next_write(tmp_path):

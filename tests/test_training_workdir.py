@@ -18,8 +18,8 @@ from moe_jax.moe.part import MoE
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import MetricWriter, write_run_record
-from moe_jax.training.saved import CHECKPOINTS, load_run
-from moe_jax.training.workdir import check_workdir
+from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
+from moe_jax.training.workdir import check_workdir, recorded_run
 from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_training
 
 CONFIG = tiny_training()
@@ -277,6 +277,19 @@ def test_a_checkpoint_knows_its_own_run(tmp_path):
     # A checkpoint whose record is damaged leaves it to the one before.
     save(tmp_path, 6, run=write_config(other))
     (tmp_path / CHECKPOINTS / "6" / "metadata.json").write_text("{}")
+    check_workdir(CONFIG, tmp_path)
+
+
+def test_a_record_is_read_by_one_process_alone(tmp_path, monkeypatch):
+    """Orbax's manager meets the other processes, which may not see the directory."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a manager is made")
+
+    save(tmp_path, 3, run=write_config(CONFIG))
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", refuse)
+    assert recorded_run(tmp_path)[1] == str(tmp_path / CHECKPOINTS / "3")
+    assert kept_steps(tmp_path) == [3]
     check_workdir(CONFIG, tmp_path)
 
 

@@ -27,16 +27,23 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
-from moe_jax.training.files import METADATA, STATE, damage, set_aside, write_manifest
+from moe_jax.training.files import (
+    METADATA,
+    STATE,
+    DamagedCheckpointError,
+    complete_steps,
+    damage,
+    metadata_of,
+    path_of_whole,
+    set_aside,
+    write_manifest,
+    write_synced,
+)
 
 logger = logging.getLogger(__name__)
 
 NO_STEP = -1
 ALL_DAMAGED = -2
-
-
-class DamagedCheckpointError(ValueError):
-    """No checkpoint of a run passes its integrity check."""
 
 
 class Checkpoints:
@@ -99,14 +106,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """The steps whose checkpoints are complete on disk, unchecked, in order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(
-            int(path.name)
-            for path in self.directory.iterdir()
-            if path.name.isdecimal() and path.is_dir()
-        )
+        """See `complete_steps`."""
+        return complete_steps(self.directory)
 
     def save(
         self,
@@ -160,27 +161,8 @@ class Checkpoints:
         return True
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state; any process, at any time.
-
-        Args:
-          step: one of `steps()`.
-
-        Returns:
-          The metadata; {} if the checkpoint was saved without, as old ones are.
-
-        Raises:
-          DamagedCheckpointError: its file does not match the manifest.
-          ValueError: there is no checkpoint of this step.
-        """
-        path = self._path_of(step)
-        reason = damage(path, only=METADATA)
-        if reason is not None:
-            raise DamagedCheckpointError(
-                f"metadata is used if it matches the manifest: of {path} {reason}. "
-                "Use another step."
-            )
-        file = path / METADATA
-        return json.loads(file.read_bytes()) if file.exists() else {}
+        """See `metadata_of`."""
+        return metadata_of(self.directory, step)
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Restores the newest checkpoint that is whole.
@@ -207,7 +189,7 @@ class Checkpoints:
         return None if step == NO_STEP else (step, self._restore(step, abstract_state))
 
     def restore(self, step: int, abstract_state: Any) -> Any:
-        """Restores the checkpoint of a step; one process, which only reads.
+        """Restores the checkpoint of a step; all processes together, as always.
 
         Args:
           step: one of `steps()`.
@@ -220,24 +202,10 @@ class Checkpoints:
           DamagedCheckpointError: it does not match its manifest.
           ValueError: there is none of this step, or see `restore_latest`.
         """
-        path = self._path_of(step)
-        reason = damage(path)
-        if reason is not None:
-            raise DamagedCheckpointError(
-                f"a checkpoint is used if it matches its manifest: of {path} {reason}. "
-                "Use another step."
-            )
+        path_of_whole(self.directory, step)
         _require_shardings(abstract_state)
         self._manager.reload()
         return self._restore(step, abstract_state)
-
-    def _path_of(self, step: int) -> pathlib.Path:
-        if step not in self.steps():
-            raise ValueError(
-                "A checkpoint is one that was kept (training.keep_checkpoints): there is none of "
-                f"step {step} in {self.directory}, but {self.steps()}. Pass one of them."
-            )
-        return self.directory / str(step)
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
         self._require_same_arrays(step, abstract_state)
@@ -297,7 +265,7 @@ class Checkpoints:
             return
         path = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
         if self._metadata is not None:
-            (path / METADATA).write_text(self._metadata)
+            write_synced(path / METADATA, self._metadata)
         write_manifest(path)
 
     def _newest_whole_step(self) -> int:

@@ -16,14 +16,23 @@ class DamagedFileError(ValueError):
     """A file that a run wrote is not as it was written."""
 
 
+class DamagedCheckpointError(ValueError):
+    """No checkpoint of a run passes its integrity check."""
+
+
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """Replaces a file by one with this content; a kill leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
+    write_synced(temporary, content)
+    temporary.replace(path)
+
+
+def write_synced(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file that is on the disk when this returns: a power failure leaves it whole."""
+    with path.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def write_manifest(path: pathlib.Path) -> None:
         file.relative_to(path).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in files
     }
-    (path / MANIFEST).write_text(json.dumps({"files": manifest}, indent=1) + "\n")
+    write_synced(path / MANIFEST, json.dumps({"files": manifest}, indent=1) + "\n")
 
 
 def damage(path: pathlib.Path, only: str | None = None) -> str | None:
@@ -91,6 +100,53 @@ def damage(path: pathlib.Path, only: str | None = None) -> str | None:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be understood ({error!r})"
     return None if files else f"{MANIFEST} names no files"
+
+
+def complete_steps(directory: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints are complete on disk, unchecked, in order; [] if there are none.
+
+    Any process may ask, alone: Orbax's manager is not made, which all processes make together.
+    """
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()
+    )
+
+
+def metadata_of(directory: pathlib.Path, step: int) -> dict[str, Any]:
+    """What `Checkpoints.save` was given beside the state; any process, at any time.
+
+    Args:
+      directory: of the checkpoints.
+      step: one of `complete_steps`.
+
+    Returns:
+      The metadata; {} if the checkpoint was saved without, as old ones are.
+
+    Raises:
+      DamagedCheckpointError: its file does not match the manifest.
+      ValueError: there is no checkpoint of this step.
+    """
+    file = path_of_whole(directory, step, only=METADATA) / METADATA
+    return json.loads(file.read_bytes()) if file.exists() else {}
+
+
+def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -> pathlib.Path:
+    """The path of a checkpoint that matches its manifest, or of which one file does."""
+    path, steps = directory / str(step), complete_steps(directory)
+    if step not in steps:
+        raise ValueError(
+            "A checkpoint is one that was kept (training.keep_checkpoints): there is none of "
+            f"step {step} in {directory}, but {steps}. Pass one of them."
+        )
+    reason = damage(path, only)
+    if reason is not None:
+        raise DamagedCheckpointError(
+            f"a checkpoint is used if it matches its manifest: of {path} {reason}. "
+            "Use another step."
+        )
+    return path
 
 
 def _sha256(file: pathlib.Path) -> str:

@@ -57,7 +57,7 @@ def train(
       ValueError: the workdir is of another run, the vocabulary does not fit, or there is no text
         to train or to evaluate on. Nothing has been written then.
       FloatingPointError: the loss or the gradient is not finite.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
     """
     require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
@@ -72,15 +72,13 @@ def train(
     check_vocabulary(config, data.tokenizer)
     check_workdir(config, workdir, data.fingerprints)
     check_data(data, evaluates=config.training.evaluate_every > 0)
-    config = dataclasses.replace(config, data=with_whole_paths(config.data))
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
-    with (
-        only_run(workdir),
-        out_of_memory_explained(config, mesh, workdir),
-        Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints,
-    ):
-        return train_in(workdir, config, data, mesh, checkpoints, dict(facts or {}))
+    with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
+        check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
+        config = dataclasses.replace(config, data=with_whole_paths(config.data))
+        with Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
+            return train_in(workdir, config, data, mesh, checkpoints, dict(facts or {}))
 
 
 class Run(NamedTuple):
@@ -207,12 +205,13 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     if start and run.evaluates_after(start) and not is_evaluated(run, start):
         run.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
-        run.profile.at(step, state)
+        run.profile.before(step, state)
         with jax.set_mesh(run.mesh):
             batch = next(batches)
             if step == start + 1:
                 compile_in_all(step_function, state, batch)
             state, metrics = step_function(state, batch)
+        run.profile.after(step, state)
         if step == start + 1:
             jax.block_until_ready(metrics)  # compilation is not part of the speed
             run.rates.start(step)

@@ -86,7 +86,8 @@ def recover_rows(
 ) -> list[bytes]:
     """The lines of a metrics file up to a step; warns of lost rows, and sets a damaged file aside.
 
-    A last line that a kill cut short is no damage.
+    A last line that a kill cut short is no damage. A run that begins anew, such as after its
+    checkpoints were moved away, sets the file of the one before aside.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     if lines and step_of(lines[-1]) is None:
@@ -102,11 +103,13 @@ def recover_rows(
         problem = f"is not what the checkpoint of step {start_step} was saved with"
     elif start_step and not lines:
         problem = "has no rows"
+    elif not start_step and len(kept) < len(rows):
+        problem = f"has {len(rows) - len(kept)} rows of later steps, but there is no checkpoint"
     else:
         problem = ""
     if problem:
         lost = f" of {saved['rows']}" if saved else ""
-        aside = f" The damaged file is {set_aside(path)}." if path.exists() else ""
+        aside = f" The file is set aside as {set_aside(path)}." if path.exists() else ""
         logger.warning("%s %s: %d rows%s are kept.%s", path, problem, len(kept), lost, aside)
     return kept
 

@@ -1,6 +1,9 @@
 """A trace of some steps, which TensorBoard and Perfetto open."""
 
+import contextlib
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +15,7 @@ class Profile:
     """Traces the steps of `training.profile_steps` into `WORKDIR/profile`, on process 0.
 
     An XPlane trace: what runs on the devices when, under the names of the model's scopes. A context
-    that ends the trace however the run ends.
+    that ends the trace however the run ends. A trace that fails never fails the run.
 
     Args:
       steps: the first and the last step to trace; (): none.
@@ -24,18 +27,23 @@ class Profile:
         self._directory = workdir / PROFILE
         self._traces = False
 
-    def at(self, step: int, state: Any) -> None:
+    def before(self, step: int, state: Any) -> None:
         """To be called before each step, with the state before it."""
-        inside = self._first <= step <= self._last and jax.process_index() == 0
-        if inside == self._traces:
+        if self._traces or not self._first <= step <= self._last or jax.process_index() != 0:
             return
-        jax.block_until_ready(state)  # steps are still running: they are in the trace, or not
-        if inside:
+        jax.block_until_ready(state)  # steps that still run are not in the trace
+        with self._without():
+            # First: JAX starts no trace after one that it could not write.
+            self._directory.mkdir(parents=True, exist_ok=True)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # each Python call would be an event
             jax.profiler.start_trace(self._directory, profiler_options=options)
             self._traces = True
-        else:
+
+    def after(self, step: int, state: Any) -> None:
+        """To be called after each step, with the state after it."""
+        if self._traces and step >= self._last:
+            jax.block_until_ready(state)  # the step still runs
             self._stop()
 
     def __enter__(self) -> "Profile":
@@ -47,5 +55,22 @@ class Profile:
 
     def _stop(self) -> None:
         self._traces = False
-        jax.profiler.stop_trace()
-        print(f"profile: {self._directory} (tensorboard --logdir={self._directory})", flush=True)
+        with self._without():
+            jax.profiler.stop_trace()
+            print(
+                f"profile: {self._directory} (tensorboard --logdir={self._directory})", flush=True
+            )
+
+    @contextlib.contextmanager
+    def _without(self) -> Iterator[None]:
+        """Goes on without a trace that fails, and says so once."""
+        try:
+            yield
+        except Exception as error:  # the profiler's own, whatever is wrong
+            self._first, self._last = 0, -1
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            print(
+                f"warning: no trace in {self._directory}, and the run goes on without it: {why}",
+                file=sys.stderr,
+                flush=True,
+            )

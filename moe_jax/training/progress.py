@@ -1,8 +1,10 @@
 """What a run shows while it goes: a bar on a terminal, plain lines in a log file."""
 
+import contextlib
 import datetime
+import sys
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 import jax
 import rich.console
@@ -13,7 +15,8 @@ class Progress:
     """Shows how far a run is; a context manager.
 
     On a terminal there is one bar; elsewhere, such as in a log file, a plain line at each update
-    that has metrics. Processes other than the first show nothing.
+    that has metrics. Processes other than the first show nothing. A terminal that is gone takes
+    no line, and does not fail the run.
 
     Args:
       num_steps: steps of the whole run.
@@ -34,7 +37,7 @@ class Progress:
         self._num_steps = num_steps
         self._utilization = utilization
         self._quiet = jax.process_index() != 0
-        self._console = rich.console.Console(file=file)
+        self._console = rich.console.Console(file=cast(TextIO, _Shown(file or sys.stdout)))
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=None),
             rich.progress.TextColumn("{task.description}", markup=False),
@@ -78,6 +81,24 @@ class Progress:
             print(text, file=self._console.file, flush=True)
         else:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Shown:
+    """A file whose errors fail nobody: a run goes on, or saves, when its terminal is closed."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def progress_line(

@@ -21,7 +21,7 @@ from moe_jax.config.installed import require_local
 from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import read_json
+from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import inference_rows, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, evaluation_params
@@ -155,8 +155,7 @@ def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Pat
 
 def kept_steps(workdir: str | pathlib.Path) -> list[int]:
     """The steps of a run whose checkpoints are complete on disk, whole or damaged, in order."""
-    with Checkpoints(pathlib.Path(workdir) / CHECKPOINTS, keep=None) as checkpoints:
-        return checkpoints.steps()
+    return complete_steps(pathlib.Path(workdir) / CHECKPOINTS)
 
 
 def restore(

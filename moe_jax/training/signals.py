@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run ends after the step it is in, the same step in all its processes."""
+"""SIGTERM, Ctrl-C, SIGHUP: a run ends after the step it is in, the same in all its processes."""
 
 import contextlib
 import signal
@@ -21,11 +21,13 @@ class Interrupted(Exception):
 
 
 class SignalFlag:
-    """Remembers SIGTERM or Ctrl-C until the step that runs is over; a second one acts at once.
+    """Remembers SIGTERM, Ctrl-C or SIGHUP until the step that runs is over; a second acts at once.
 
     So does one that finds nothing to save: before the first step is over, and in `nothing_to_save`.
     To act is what the handler does that was there before: a command ends with one line
-    (`moe_jax.interrupts`), a program of the user's gets its KeyboardInterrupt.
+    (`moe_jax.interrupts`), a program of the user's gets its KeyboardInterrupt. A checkpoint that
+    is being written is complete before. SIGHUP comes when a terminal is closed; it stays ignored
+    under `nohup`.
 
     Of several processes, which are never in the same step, JAX hands SIGTERM on from one to all
     and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
@@ -45,8 +47,9 @@ class SignalFlag:
         if self._several:
             self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
             return self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._old[number] = signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -67,7 +70,7 @@ class SignalFlag:
     def nothing_to_save(self) -> Iterator[None]:
         """A signal to a single process acts at once in this block, which comes after a save."""
         if self._received is not None:
-            signal.raise_signal(self._received)
+            self._act(self._received)
         before, self._unsaved = self._unsaved, False
         try:
             yield
@@ -80,7 +83,12 @@ class SignalFlag:
         for each, handler in self._old.items():
             signal.signal(each, handler)
         if not self._unsaved:
-            signal.raise_signal(number)
+            self._act(number)
+
+    def _act(self, number: int) -> None:
+        with contextlib.suppress(Exception):
+            interrupts.said_before_end()  # waits for a save: SIGTERM may kill, with no `finally`
+        signal.raise_signal(number)
 
     def _pass_on(self, number: int, frame: object) -> None:
         del frame

@@ -13,8 +13,13 @@ import jax
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
 from moe_jax.config.convert import check_format
 from moe_jax.parallel.processes import all_or_none, gather
-from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
-from moe_jax.training.files import DamagedFileError, read_json
+from moe_jax.training.files import (
+    DamagedCheckpointError,
+    DamagedFileError,
+    complete_steps,
+    metadata_of,
+    read_json,
+)
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE
 from moe_jax.training.step import depends_on_microbatches
 
@@ -42,13 +47,11 @@ def recorded_run(workdir: pathlib.Path, step: int | None = None) -> tuple[Record
       ValueError: it is of an older layout.
     """
     directory, path = workdir / CHECKPOINTS, workdir / CONFIG_FILE
-    if directory.is_dir():
-        with Checkpoints(directory, keep=None) as checkpoints:
-            for one in reversed(checkpoints.steps() if step is None else [step]):
-                with contextlib.suppress(DamagedCheckpointError, ValueError):
-                    if "run" in (metadata := checkpoints.metadata(one)):
-                        return metadata["run"], str(directory / str(one))
-                    break
+    for one in reversed(complete_steps(directory) if step is None else [step]):
+        with contextlib.suppress(DamagedCheckpointError, ValueError):
+            if "run" in (metadata := metadata_of(directory, one)):
+                return metadata["run"], str(directory / str(one))
+            break
     if not path.exists():
         return {}, ""
     record = read_json(path)
