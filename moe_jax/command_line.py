@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags, logging
@@ -27,6 +27,7 @@ from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
 HELP = ("--help", "-help", "-h", "--helpshort")
+XLA_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 TEXT_FLAGS = ("prompt",)  # in which "://" is no path
 
 
@@ -96,6 +97,7 @@ def run(command: Command, positional: list[str]) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    order_collectives(os.environ)
     import jax
 
     from moe_jax.parallel import processes
@@ -158,6 +160,19 @@ def check_environment(environment: Mapping[str, str]) -> None:
                 f"Runs use one random generator and one precision, whatever the environment: "
                 f"{name}={value}, {values[0]} is used. Unset {name}."
             )
+
+
+def order_collectives(environment: MutableMapping[str, str]) -> None:
+    """Has XLA take the collectives of several CPU devices in one order.
+
+    By default it starts independent ones at once, each device in its own order. With fewer threads
+    than that needs, they wait for each other without end (jaxlib 0.10.2: four devices, unrolled
+    layers, two microbatches). XLA reads this option from the environment alone.
+    """
+    several = environment.get("JAX_NUM_CPU_DEVICES", "1") not in ("", "1")
+    flags_of_xla = environment.get("XLA_FLAGS", "")
+    if several and XLA_ORDER not in flags_of_xla:
+        environment["XLA_FLAGS"] = f"{flags_of_xla} --{XLA_ORDER}=false".strip()
 
 
 def check_devices() -> None:

@@ -246,6 +246,23 @@ def test_comments_are_those_of_the_source():
     assert len(paths) == len(set(paths))
 
 
+def test_several_cpu_devices_take_collectives_in_one_order():
+    option = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    for given, expected in [
+        ({}, {}),
+        ({"JAX_NUM_CPU_DEVICES": "1"}, {"JAX_NUM_CPU_DEVICES": "1"}),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": option}),
+        (
+            {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": "--xla_a=1"},
+            {"JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": f"--xla_a=1 {option}"},
+        ),
+    ]:
+        command_line.order_collectives(given)
+        assert given == expected
+        command_line.order_collectives(given)
+        assert given == expected
+
+
 def test_every_setting_has_a_comment():
     sections = [ExperimentConfig, DataConfig, OptimizerConfig, TrainingConfig, MeshConfig]
     kinds = [load_kind(family, kind) for family, kinds in KINDS.items() for kind in kinds]

@@ -135,18 +135,12 @@ def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     )
 
 
-def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str | bool] | None:
-    """What the compiler is told beyond the program.
+def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler is told beyond the program: to overlap the chunks of an exchange on a TPU.
 
-    On a TPU, to overlap the chunks of an exchange: libtpu compiles an all-to-all as synchronous by
-    default, and then chunks overlap nothing. On CPUs, to take collectives in one order: XLA starts
-    independent ones at once, each device of a process in its own order, and with fewer threads
-    than collectives they wait for each other without end (jaxlib 0.10.2).
+    libtpu compiles an all-to-all as synchronous by default, and then chunks overlap nothing.
     """
-    platform = mesh.devices.flat[0].platform
-    if platform == "cpu" and mesh.size > 1:
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     in_chunks = any(getattr(one, "exchange_chunks", 1) > 1 for one in config.model.part.values())
-    if in_chunks and platform == "tpu":
+    if in_chunks and mesh.devices.flat[0].platform == "tpu":
         return {"xla_tpu_enable_async_all_to_all": "true"}
     return None
