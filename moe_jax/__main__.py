@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from moe_jax import __version__
+from moe_jax.command_help import print_help
 from moe_jax.config.installed import home
 
 # What each command is: module and function, which takes arguments and returns the exit code.
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe_jax {__version__}")
         return 0
     if name in ("", "--help", "-h", "help"):
-        print(usage())
+        print_help(usage())
         return 0 if name else 2
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

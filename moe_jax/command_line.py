@@ -11,9 +11,7 @@ import difflib
 import math
 import os
 import pathlib
-import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -21,6 +19,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from moe_jax import interrupts
+from moe_jax.command_help import help_text, leave_stdout, print_help
 from moe_jax.config import MeshConfig, build
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
@@ -80,11 +79,9 @@ class Command:
     def answer(self, arguments: Sequence[str], own: Sequence[str]) -> int:
         """Helps, or parses the flags and runs; `own` are the names of the command's flags."""
         if set(arguments) & set(HELP):
-            print(help_text(self, own, arguments))
-            return 0
+            return print_help(help_text(self, own, arguments))
         if "--helpfull" in arguments:
-            print(flags.FLAGS.get_help())
-            return 0
+            return print_help(flags.FLAGS.get_help())
         try:
             check_environment(os.environ)  # before a config file imports JAX
             return run(self, parse(self, arguments, own))
@@ -106,10 +103,11 @@ def run(command: Command, positional: list[str]) -> int:
         if command.uses_devices:
             check_devices()
         code = command.main(positional) if command.positional else command.main()
+        sys.stdout.flush()
         processes.wait_for_all()
         return code or 0
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_stdout()
         return 1
     except USER_ERRORS as error:
         fail(error)
@@ -212,10 +210,14 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
         )
     if command.positional and not positional:
         raise ValueError(f"{command.positional} must be given, one or more: there is none. Add it.")
-    missing = [name for name in command.required if values[name].value in (None, "")]
+    empty = [name for name in command.required if values[name].value == ""]
+    if empty:
+        raise ValueError(f"--{empty[0]} is empty: --{empty[0]}=. Give it a value.")
+    missing = [name for name in command.required if values[name].value is None]
     if missing:
         names = ", ".join(f"--{name}" for name in missing)
-        raise ValueError(f"{names} must be given: {values[missing[0]].help} See --help.")
+        what = values[missing[0]].help.partition(";\n")[0].partition(". ")[0].rstrip(".")
+        raise ValueError(f"{names} must be given: {what}. See --help.")
     check_values(own)
     if "config" in own and values.config is not None:
         config = load_config(values.config)
@@ -259,36 +261,6 @@ def require_folder(flag: str, path: str) -> None:
         raise ValueError(
             f"--{flag} can be written to: --{flag}={path}, {there} cannot. {FIX_PERMISSIONS}."
         )
-
-
-def help_text(command: Command, own: Sequence[str], arguments: Sequence[str]) -> str:
-    """What --help prints: the command's docstring, its flags, and the settings of its config."""
-    module = sys.modules[command.main.__module__]
-    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
-    for name in own:
-        flag = flags.FLAGS[name]
-        needed = " (needed)" if name in command.required else ""
-        default = "" if flag.default in (None, "", [], False) else f"={flag.default}"
-        text = f"--{'[no]' if flag.boolean else ''}{name}{default}{needed}: {flag.help}"
-        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * 6))
-    if "config" in own:
-        lines += ["", settings_help(arguments)]
-    return "\n".join([*lines, "", "--helpfull lists the flags of the libraries as well."])
-
-
-def settings_help(arguments: Sequence[str]) -> str:
-    """Every setting of the config that the arguments name, or else of the default one."""
-    from moe_jax.config import ExperimentConfig, from_config_dict
-    from moe_jax.config.describe import describe_settings, settings_text
-
-    named = [text.partition("=")[2] for text in arguments if re.match(r"--?config=", text)]
-    config = from_config_dict(load_config(named[-1])) if named else ExperimentConfig()
-    source = f"of {named[-1]}" if named else "and their defaults; --config=FILE --help has a file's"
-    return (
-        f"Settings {source}:\n{settings_text(describe_settings(config))}\n\n"
-        "A part of another kind has other settings. `python -m moe_jax.check_part --help` lists "
-        "the kinds, `python -m moe_jax.check_part FAMILY.KIND --help` the settings of one."
-    )
 
 
 def define_config_flag() -> None:

@@ -2,7 +2,10 @@
 
 import errno
 import importlib
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -62,7 +65,7 @@ def flags_of(name, kind):
     ("arguments", "patterns"),
     [
         ([SMOKE], ["--workdir must be given: Directory of the run"]),
-        ([SMOKE, "--workdir="], ["--workdir must be given"]),
+        ([SMOKE, "--workdir="], ["--workdir is empty: --workdir=. Give it a value"]),
         ([], ["--config, --workdir must be given"]),
         ([SMOKE, "--workdir=w", "--wokdir=x"], ["no flag --wokdir. Did you mean --workdir"]),
         ([SMOKE, "--workdir=w", "--hlp"], ["no flag --hlp. Did you mean --help"]),
@@ -238,6 +241,26 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
 
 
+def test_a_flag_that_is_missing_or_empty_is_one_sentence(capsys):
+    message = refused(capsys, "sweep", SMOKE, "--out=o")
+    assert message == (
+        "error: --set must be given: NAME=VALUE,VALUE of a setting to vary; may be given again. "
+        "See --help.\n"
+    )
+    assert "--prompt is empty: --prompt=. Give" in refused(
+        capsys, "generate", "--workdir=w", "--prompt="
+    )
+
+
+def test_help_that_nobody_reads_to_its_end_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys, moe_jax.train as t; sys.exit(t.command(['--help']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_comments_are_those_of_the_source():
     assert comments_of(MoE)["use_bias"] == "biases in the experts"
     assert comments_of(MoE)["num_experts"] == "E: routed experts"
@@ -277,13 +300,14 @@ def test_messages_name_settings_as_whole_flags():
 
 def test_errors_are_one_line_and_those_of_the_system_have_a_fix(tmp_path):
     assert describe(ValueError("two differ:\n  a: 1 -> 2\n  b: 3\nChange them.")) == (
-        "two differ: a: 1 -> 2; b: 3; Change them."
+        "two differ: a: 1 -> 2; b: 3. Change them."
     )
     with pytest.raises(OSError) as raised:
         (tmp_path / "none").read_text()
     said = describe(raised.value)
     assert said == f"No such file or directory: {tmp_path / 'none'}. Correct the path."
     assert "permissions" in describe(PermissionError(errno.EACCES, "Permission denied", "/x"))
+    assert describe(ValueError("Two:\nMesh=1\nData.size=2")) == "Two: Mesh=1; Data.size=2"
     assert "space" in describe(OSError(errno.ENOSPC, "No space left on device", "/x"))
 
 
