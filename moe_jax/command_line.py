@@ -253,14 +253,27 @@ def require_folder(flag: str, path: str) -> None:
     Raises:
       ValueError: naming what stands in the way.
     """
-    place = pathlib.Path(path).absolute()
+    _require_writable(f"--{flag} is a folder", f"--{flag}={path}", path)
+
+
+def require_file(flag: str, path: str) -> None:
+    """Refuses a file that cannot be written, before the work whose results it gets.
+
+    Raises:
+      ValueError: naming what stands in the way.
+    """
+    if pathlib.Path(path).is_dir():
+        raise ValueError(f"--{flag} is a file: --{flag}={path} is a folder. Name a file in it.")
+    _require_writable(f"--{flag} is a file in a folder", f"--{flag}={path}", os.path.dirname(path))
+
+
+def _require_writable(rule: str, given: str, folder: str) -> None:
+    place = pathlib.Path(folder).absolute()
     there = next(each for each in (place, *place.parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"--{flag} is a folder: {there} is a file, --{flag}={path}. Change it.")
+        raise ValueError(f"{rule}: {there} is a file, {given}. Change it.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--{flag} can be written to: --{flag}={path}, {there} cannot. {FIX_PERMISSIONS}."
-        )
+        raise ValueError(f"{rule} that can be written: {there} cannot, {given}. {FIX_PERMISSIONS}.")
 
 
 def define_config_flag() -> None:

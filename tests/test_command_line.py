@@ -340,6 +340,29 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     command_line.require_folder("out", str(tmp_path / "new" / "folder"))
     with pytest.raises(ValueError, match=rf"--out is a folder: {tmp_path}/file is a file"):
         command_line.require_folder("out", str(tmp_path / "file" / "folder"))
+    command_line.require_file("csv", str(tmp_path / "new" / "x.csv"))
+    command_line.require_file("csv", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=rf"--csv is a file: --csv={tmp_path} is a folder"):
+        command_line.require_file("csv", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"--csv is .*in a folder: {tmp_path}/file is a file"):
+        command_line.require_file("csv", str(tmp_path / "file" / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "pattern"),
+    [
+        ("compare", ["{folder}", "--out={file}"], "--out is a folder: .*/file is a file"),
+        ("compare", ["{folder}", "--csv={folder}"], "--csv is a file: "),
+        ("sweep", [SMOKE, "--set=seed=0", "--out={file}"], "--out is a folder: "),
+        ("analyze", ["--workdir={file}"], "--workdir is a folder: "),
+        ("analyze", ["--workdir={folder}", "--out={file}"], "--out is a folder: "),
+    ],
+)
+def test_where_results_go_is_checked_before_the_work(tmp_path, capsys, name, arguments, pattern):
+    (tmp_path / "file").touch()
+    places = {"folder": tmp_path, "file": tmp_path / "file"}
+    given = [argument.format(**places) for argument in arguments]
+    assert re.search(pattern, refused(capsys, name, *given))
 
 
 def test_one_entry_has_all_commands(capsys):
