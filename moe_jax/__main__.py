@@ -52,11 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     if path.startswith("experiments."):
         sys.path.append(str(home()))
         if importlib.util.find_spec("experiments") is None:
-            print(
-                f"error: studies run in a checkout of moe_jax: {os.getcwd()} and {home()} have no "
-                "folder experiments. Clone the repository.",
-                file=sys.stderr,
+            rule = (
+                f"studies run in a checkout of moe_jax: {os.getcwd()} and {home()} have no "
+                "folder experiments. Clone the repository."
             )
+            if {"--help", "-h"} & set(others):
+                return print_help(f"{name}: {COMMANDS[name][1]}\n\nNot here: {rule}")
+            print(f"error: {rule}", file=sys.stderr)
             return 1
     code: int = getattr(importlib.import_module(path), function)(others)
     return code

@@ -8,6 +8,7 @@ What takes seconds to import (JAX, and all that is made of it) is imported in `m
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import pathlib
@@ -16,7 +17,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from moe_jax import interrupts
 from moe_jax.command_help import help_text, leave_stdout, print_help
@@ -92,7 +94,8 @@ class Command:
 def run(command: Command, positional: list[str]) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    show_warnings()
     import jax
 
     from moe_jax.parallel import processes
@@ -125,9 +128,24 @@ def run(command: Command, positional: list[str]) -> int:
         processes.leave()
 
 
+class _Lines(logging.Formatter):
+    """As errors are printed: "warning: ..."."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+def show_warnings() -> None:
+    """Prints what libraries log on standard error, unless the program has a place for it."""
+    if not logging.root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Lines())
+        logging.root.addHandler(handler)
+
+
 def fail(error: Exception) -> NoReturn:
     """Ends the process; says why at once, before the other processes are waited for."""
-    if logging.get_verbosity() > logging.INFO:  # --verbosity=1
+    if absl_logging.get_verbosity() > absl_logging.INFO:  # --verbosity=1
         traceback.print_exception(error)
     given = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     settings = {} if given is None or isinstance(given, str) else settings_of(given)

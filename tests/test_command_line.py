@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import logging
 import os
 import re
 import subprocess
@@ -324,6 +325,24 @@ def test_the_environment_cannot_change_what_a_config_means(name, value):
     with pytest.raises(ValueError, match=rf"{name}={value}.*Unset {name}"):
         command_line.check_environment({name: value})
     command_line.check_environment({"JAX_DEFAULT_PRNG_IMPL": "threefry2x32", "JAX_ENABLE_X64": ""})
+
+
+def test_warnings_of_a_command_are_printed_as_its_errors_are(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    command = command_line.Command(
+        lambda: logging.getLogger("moe_jax.x").warning("%d rows are kept.", 3),
+        lambda: None, uses_devices=False,
+    )  # fmt: skip
+    assert command([]) == command([]) == 0
+    assert capsys.readouterr().err == "warning: 3 rows are kept.\n" * 2
+
+
+def test_a_study_has_help_where_it_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+    assert entry.main(["study", "--help"]) == 0
+    assert "Clone the repository" in capsys.readouterr().out
+    assert entry.main(["study"]) == 1
+    assert "error: studies run in a checkout" in capsys.readouterr().err
 
 
 def test_a_command_may_take_arguments_without_flags(capsys):
