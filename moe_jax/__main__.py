@@ -9,6 +9,7 @@ import sys
 from absl import flags
 
 from moe_jax import __version__
+from moe_jax.command_help import print_help
 from moe_jax.config.installed import home
 
 # What each command is: module and function, which takes arguments and returns the exit code.
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"moe_jax {__version__}")
         return 0
     if name in ("", "--help", "-h", "help"):
-        print(usage())
+        print_help(usage())
         return 0 if name else 2
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -51,11 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
     if path.startswith("experiments."):
         sys.path.append(str(home()))
         if importlib.util.find_spec("experiments") is None:
-            print(
-                f"error: studies run in a checkout of moe_jax: {os.getcwd()} and {home()} have no "
-                "folder experiments. Clone the repository.",
-                file=sys.stderr,
+            rule = (
+                f"studies run in a checkout of moe_jax: {os.getcwd()} and {home()} have no "
+                "folder experiments. Clone the repository."
             )
+            if {"--help", "-h"} & set(others):
+                return print_help(f"{name}: {COMMANDS[name][1]}\n\nNot here: {rule}")
+            print(f"error: {rule}", file=sys.stderr)
             return 1
     code: int = getattr(importlib.import_module(path), function)(others)
     return code

@@ -66,6 +66,8 @@ def main() -> None:
     names = [field.name for field in dataclasses.fields(Options)]
     given = {name: getattr(values, name) for name in names}
     options = Options(**given | {"text": tuple(values.text or ())})
+    if not values.out:
+        command_line.require_folder("workdir", values.workdir)
     out = values.out or str(pathlib.Path(values.workdir) / "analysis")
     command_line.require_folder("out", out)
     analysis = analyze_run(values.workdir, options)

@@ -19,6 +19,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from moe_jax.command_help import print_help
 from moe_jax.config.convert import InFamily, build, to_dict
 from moe_jax.config.describe import describe_kind, kinds_text
 from moe_jax.config.kinds import KINDS, load_kind
@@ -32,10 +33,10 @@ WORDS = {True: "ok", False: "FAILED", None: "-"}
 def main(arguments: list[str]) -> int:
     """Checks the part that the arguments name; returns the exit code."""
     if not arguments or arguments[0].startswith("-"):
-        print(f"{USAGE}\n\n{__doc__}\nFamilies and kinds:\n{kinds_text()}")
+        print_help(f"{USAGE}\n\n{__doc__}\nFamilies and kinds:\n{kinds_text()}")
         return 0 if set(arguments) & {"--help", "-h"} else 2
     if {"--help", "-h"} & set(arguments[1:]):
-        return report_errors(lambda: print(describe_kind(*names_of(arguments[0]))))
+        return report_errors(lambda: print_help(describe_kind(*names_of(arguments[0]))))
     return report_errors(lambda: check_part(arguments[0], arguments[1:]))
 
 

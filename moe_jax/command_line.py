@@ -8,26 +8,27 @@ What takes seconds to import (JAX, and all that is made of it) is imported in `m
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import pathlib
-import re
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from moe_jax import interrupts
+from moe_jax.command_help import help_text, leave_stdout, print_help
 from moe_jax.config import MeshConfig, build
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
+from moe_jax.environment import check_environment, order_collectives
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
 HELP = ("--help", "-help", "-h", "--helpshort")
-XLA_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 TEXT_FLAGS = ("prompt",)  # in which "://" is no path
 
 
@@ -81,11 +82,9 @@ class Command:
     def answer(self, arguments: Sequence[str], own: Sequence[str]) -> int:
         """Helps, or parses the flags and runs; `own` are the names of the command's flags."""
         if set(arguments) & set(HELP):
-            print(help_text(self, own, arguments))
-            return 0
+            return print_help(help_text(self, own, arguments))
         if "--helpfull" in arguments:
-            print(flags.FLAGS.get_help())
-            return 0
+            return print_help(flags.FLAGS.get_help())
         try:
             check_environment(os.environ)  # before a config file imports JAX
             return run(self, parse(self, arguments, own))
@@ -96,7 +95,8 @@ class Command:
 def run(command: Command, positional: list[str]) -> int:
     """Runs a command whose flags are parsed; see `Command`."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    show_warnings()
     order_collectives(os.environ)
     import jax
 
@@ -108,10 +108,11 @@ def run(command: Command, positional: list[str]) -> int:
         if command.uses_devices:
             check_devices()
         code = command.main(positional) if command.positional else command.main()
+        sys.stdout.flush()
         processes.wait_for_all()
         return code or 0
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        leave_stdout()
         return 1
     except USER_ERRORS as error:
         fail(error)
@@ -129,9 +130,24 @@ def run(command: Command, positional: list[str]) -> int:
         processes.leave()
 
 
+class _Lines(logging.Formatter):
+    """As errors are printed: "warning: ..."."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {super().format(record)}"
+
+
+def show_warnings() -> None:
+    """Prints what libraries log on standard error, unless the program has a place for it."""
+    if not logging.root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Lines())
+        logging.root.addHandler(handler)
+
+
 def fail(error: Exception) -> NoReturn:
     """Ends the process; says why at once, before the other processes are waited for."""
-    if logging.get_verbosity() > logging.INFO:  # --verbosity=1
+    if absl_logging.get_verbosity() > absl_logging.INFO:  # --verbosity=1
         traceback.print_exception(error)
     given = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     settings = {} if given is None or isinstance(given, str) else settings_of(given)
@@ -140,39 +156,6 @@ def fail(error: Exception) -> NoReturn:
     text = text if saved in text else f"{text}; {saved}"
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(1)
-
-
-def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses settings of JAX under which equal configs would not give equal runs.
-
-    Raises:
-      ValueError: naming the variable.
-    """
-    wanted = {
-        "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
-        "JAX_THREEFRY_PARTITIONABLE": ("1", "true", "t", "yes", "y", "on"),
-        "JAX_ENABLE_X64": ("0", "false", "f", "no", "n", "off"),
-    }
-    for name, values in wanted.items():
-        value = environment.get(name, "")
-        if value and value.lower() not in values:
-            raise ValueError(
-                f"Runs use one random generator and one precision, whatever the environment: "
-                f"{name}={value}, {values[0]} is used. Unset {name}."
-            )
-
-
-def order_collectives(environment: MutableMapping[str, str]) -> None:
-    """Has XLA take the collectives of several CPU devices in one order.
-
-    By default it starts independent ones at once, each device in its own order. With fewer threads
-    than that needs, they wait for each other without end (jaxlib 0.10.2: four devices, unrolled
-    layers, two microbatches). XLA reads this option from the environment alone.
-    """
-    several = environment.get("JAX_NUM_CPU_DEVICES", "1") not in ("", "1")
-    flags_of_xla = environment.get("XLA_FLAGS", "")
-    if several and XLA_ORDER not in flags_of_xla:
-        environment["XLA_FLAGS"] = f"{flags_of_xla} --{XLA_ORDER}=false".strip()
 
 
 def check_devices() -> None:
@@ -227,10 +210,14 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
         )
     if command.positional and not positional:
         raise ValueError(f"{command.positional} must be given, one or more: there is none. Add it.")
-    missing = [name for name in command.required if values[name].value in (None, "")]
+    empty = [name for name in command.required if values[name].value == ""]
+    if empty:
+        raise ValueError(f"--{empty[0]} is empty: --{empty[0]}=. Give it a value.")
+    missing = [name for name in command.required if values[name].value is None]
     if missing:
         names = ", ".join(f"--{name}" for name in missing)
-        raise ValueError(f"{names} must be given: {values[missing[0]].help} See --help.")
+        what = values[missing[0]].help.partition(";\n")[0].partition(". ")[0].rstrip(".")
+        raise ValueError(f"{names} must be given: {what}. See --help.")
     check_values(own)
     if "config" in own and values.config is not None:
         config = load_config(values.config)
@@ -266,44 +253,27 @@ def require_folder(flag: str, path: str) -> None:
     Raises:
       ValueError: naming what stands in the way.
     """
-    place = pathlib.Path(path).absolute()
+    _require_writable(f"--{flag} is a folder", f"--{flag}={path}", path)
+
+
+def require_file(flag: str, path: str) -> None:
+    """Refuses a file that cannot be written, before the work whose results it gets.
+
+    Raises:
+      ValueError: naming what stands in the way.
+    """
+    if pathlib.Path(path).is_dir():
+        raise ValueError(f"--{flag} is a file: --{flag}={path} is a folder. Name a file in it.")
+    _require_writable(f"--{flag} is a file in a folder", f"--{flag}={path}", os.path.dirname(path))
+
+
+def _require_writable(rule: str, given: str, folder: str) -> None:
+    place = pathlib.Path(folder).absolute()
     there = next(each for each in (place, *place.parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"--{flag} is a folder: {there} is a file, --{flag}={path}. Change it.")
+        raise ValueError(f"{rule}: {there} is a file, {given}. Change it.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"--{flag} can be written to: --{flag}={path}, {there} cannot. {FIX_PERMISSIONS}."
-        )
-
-
-def help_text(command: Command, own: Sequence[str], arguments: Sequence[str]) -> str:
-    """What --help prints: the command's docstring, its flags, and the settings of its config."""
-    module = sys.modules[command.main.__module__]
-    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
-    for name in own:
-        flag = flags.FLAGS[name]
-        needed = " (needed)" if name in command.required else ""
-        default = "" if flag.default in (None, "", [], False) else f"={flag.default}"
-        text = f"--{'[no]' if flag.boolean else ''}{name}{default}{needed}: {flag.help}"
-        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * 6))
-    if "config" in own:
-        lines += ["", settings_help(arguments)]
-    return "\n".join([*lines, "", "--helpfull lists the flags of the libraries as well."])
-
-
-def settings_help(arguments: Sequence[str]) -> str:
-    """Every setting of the config that the arguments name, or else of the default one."""
-    from moe_jax.config import ExperimentConfig, from_config_dict
-    from moe_jax.config.describe import describe_settings, settings_text
-
-    named = [text.partition("=")[2] for text in arguments if re.match(r"--?config=", text)]
-    config = from_config_dict(load_config(named[-1])) if named else ExperimentConfig()
-    source = f"of {named[-1]}" if named else "and their defaults; --config=FILE --help has a file's"
-    return (
-        f"Settings {source}:\n{settings_text(describe_settings(config))}\n\n"
-        "A part of another kind has other settings. `python -m moe_jax.check_part --help` lists "
-        "the kinds, `python -m moe_jax.check_part FAMILY.KIND --help` the settings of one."
-    )
+        raise ValueError(f"{rule} that can be written: {there} cannot, {given}. {FIX_PERMISSIONS}.")
 
 
 def define_config_flag() -> None:

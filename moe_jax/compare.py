@@ -75,6 +75,10 @@ def run(paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str) -> 
 def main(paths: Sequence[str]) -> None:
     """Compares the runs that the command line names."""
     values = flags.FLAGS
+    if values.csv:
+        command_line.require_file("csv", values.csv)
+    if values.out:
+        command_line.require_folder("out", values.out)
     run(paths, values.sort, values.csv, values.out)
 
 

@@ -297,6 +297,7 @@ def main() -> None:
     # The processes take the accelerators; this one only checks.
     jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
+    command_line.require_folder("out", values.out)
     out = pathlib.Path(values.out)
     runs = plan(shared_arguments(sys.argv[1:]), values.set, out)
     machine = this_machine(os.environ.get("JAX_PLATFORMS", ""))

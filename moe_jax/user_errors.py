@@ -30,8 +30,17 @@ def describe(error: Exception) -> str:
         text = ": ".join([error.strerror or type(error).__name__, *paths])
         return f"{text}. {fix}." if fix else text
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    joined = "".join(f"{line} " if line[-1] in ".:;," else f"{line}; " for line in lines)
-    return joined.removesuffix("; ").strip() or type(error).__name__
+    joined = ""
+    for line in lines:
+        joined += _between(joined, line) + line
+    return joined or type(error).__name__
+
+
+def _between(text: str, line: str) -> str:
+    """What joins a line to the text before it: a sentence begins with a capital."""
+    if not text or text[-1] in ".:;,":
+        return " " if text else ""
+    return ". " if re.match(r"[A-Z](?![\w.]*[=:])", line) else "; "
 
 
 def whole_flags(message: str, settings: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from moe_jax.analysis.checkpoint import (
     analyze_run,
     batches_of,
     file_names,
+    read_text,
     settings_of,
     write_analysis,
 )
@@ -252,9 +253,20 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
         analyze_run(tmp_path, dataclasses.replace(options, tokens=1))
     alike = ("/a/x.txt", "/b/x.txt", "/b/x.txt (2)", "/c/x.txt")
     assert file_names(alike) == ("x.txt", "x.txt (2)", "x.txt (2) (2)", "x.txt (3)")
-    one.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"a file of UTF-8 text: .*one\.txt: .*Convert it"):
-        batches_of("", CONFIG, open_tokenizer("byte"), options)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"--text is a file of text: the file .*x\.txt has no text\. Name another"),
+        ("un\ncafé".encode("latin-1"), r"x\.txt line 2 has the byte 0xe9.*iconv -f LATIN1"),
+        (b"\xff\xfe", r"x\.txt is UTF-16.*iconv -f UTF-16"),
+    ],
+)
+def test_a_file_without_text_is_refused(tmp_path, data, message):
+    (tmp_path / "x.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_text(str(tmp_path / "x.txt"))
 
 
 def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, tmp_path):

@@ -291,8 +291,9 @@ def test_a_directory_without_a_run_is_an_error(tmp_path):
 
 def test_the_command(tmp_path, capsys):
     make_run(tmp_path, num_steps=20)
-    main([str(tmp_path)])
-    assert capsys.readouterr().out == f"{tmp_path}/report/report.md\n"
+    for argument in (str(tmp_path), f"--workdir={tmp_path}"):
+        assert main([argument]) == 0
+        assert capsys.readouterr().out == f"{tmp_path}/report/report.md\n"
 
 
 @pytest.mark.slow

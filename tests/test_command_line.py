@@ -2,7 +2,11 @@
 
 import errno
 import importlib
+import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -62,7 +66,7 @@ def flags_of(name, kind):
     ("arguments", "patterns"),
     [
         ([SMOKE], ["--workdir must be given: Directory of the run"]),
-        ([SMOKE, "--workdir="], ["--workdir must be given"]),
+        ([SMOKE, "--workdir="], ["--workdir is empty: --workdir=. Give it a value"]),
         ([], ["--config, --workdir must be given"]),
         ([SMOKE, "--workdir=w", "--wokdir=x"], ["no flag --wokdir. Did you mean --workdir"]),
         ([SMOKE, "--workdir=w", "--hlp"], ["no flag --hlp. Did you mean --help"]),
@@ -238,6 +242,26 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
 
 
+def test_a_flag_that_is_missing_or_empty_is_one_sentence(capsys):
+    message = refused(capsys, "sweep", SMOKE, "--out=o")
+    assert message == (
+        "error: --set must be given: NAME=VALUE,VALUE of a setting to vary; may be given again. "
+        "See --help.\n"
+    )
+    assert "--prompt is empty: --prompt=. Give" in refused(
+        capsys, "generate", "--workdir=w", "--prompt="
+    )
+
+
+def test_help_that_nobody_reads_to_its_end_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys, moe_jax.train as t; sys.exit(t.command(['--help']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_comments_are_those_of_the_source():
     assert comments_of(MoE)["use_bias"] == "biases in the experts"
     assert comments_of(MoE)["num_experts"] == "E: routed experts"
@@ -294,13 +318,14 @@ def test_messages_name_settings_as_whole_flags():
 
 def test_errors_are_one_line_and_those_of_the_system_have_a_fix(tmp_path):
     assert describe(ValueError("two differ:\n  a: 1 -> 2\n  b: 3\nChange them.")) == (
-        "two differ: a: 1 -> 2; b: 3; Change them."
+        "two differ: a: 1 -> 2; b: 3. Change them."
     )
     with pytest.raises(OSError) as raised:
         (tmp_path / "none").read_text()
     said = describe(raised.value)
     assert said == f"No such file or directory: {tmp_path / 'none'}. Correct the path."
     assert "permissions" in describe(PermissionError(errno.EACCES, "Permission denied", "/x"))
+    assert describe(ValueError("Two:\nMesh=1\nData.size=2")) == "Two: Mesh=1; Data.size=2"
     assert "space" in describe(OSError(errno.ENOSPC, "No space left on device", "/x"))
 
 
@@ -319,6 +344,24 @@ def test_the_environment_cannot_change_what_a_config_means(name, value):
     command_line.check_environment({"JAX_DEFAULT_PRNG_IMPL": "threefry2x32", "JAX_ENABLE_X64": ""})
 
 
+def test_warnings_of_a_command_are_printed_as_its_errors_are(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    command = command_line.Command(
+        lambda: logging.getLogger("moe_jax.x").warning("%d rows are kept.", 3),
+        lambda: None, uses_devices=False,
+    )  # fmt: skip
+    assert command([]) == command([]) == 0
+    assert capsys.readouterr().err == "warning: 3 rows are kept.\n" * 2
+
+
+def test_a_study_has_help_where_it_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+    assert entry.main(["study", "--help"]) == 0
+    assert "Clone the repository" in capsys.readouterr().out
+    assert entry.main(["study"]) == 1
+    assert "error: studies run in a checkout" in capsys.readouterr().err
+
+
 def test_a_command_may_take_arguments_without_flags(capsys):
     given = []
     command = command_line.Command(given.extend, lambda: None, positional="RUN", uses_devices=False)
@@ -333,6 +376,29 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     command_line.require_folder("out", str(tmp_path / "new" / "folder"))
     with pytest.raises(ValueError, match=rf"--out is a folder: {tmp_path}/file is a file"):
         command_line.require_folder("out", str(tmp_path / "file" / "folder"))
+    command_line.require_file("csv", str(tmp_path / "new" / "x.csv"))
+    command_line.require_file("csv", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match=rf"--csv is a file: --csv={tmp_path} is a folder"):
+        command_line.require_file("csv", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"--csv is .*in a folder: {tmp_path}/file is a file"):
+        command_line.require_file("csv", str(tmp_path / "file" / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "pattern"),
+    [
+        ("compare", ["{folder}", "--out={file}"], "--out is a folder: .*/file is a file"),
+        ("compare", ["{folder}", "--csv={folder}"], "--csv is a file: "),
+        ("sweep", [SMOKE, "--set=seed=0", "--out={file}"], "--out is a folder: "),
+        ("analyze", ["--workdir={file}"], "--workdir is a folder: "),
+        ("analyze", ["--workdir={folder}", "--out={file}"], "--out is a folder: "),
+    ],
+)
+def test_where_results_go_is_checked_before_the_work(tmp_path, capsys, name, arguments, pattern):
+    (tmp_path / "file").touch()
+    places = {"folder": tmp_path, "file": tmp_path / "file"}
+    given = [argument.format(**places) for argument in arguments]
+    assert re.search(pattern, refused(capsys, name, *given))
 
 
 def test_one_entry_has_all_commands(capsys):

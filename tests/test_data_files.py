@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pathlib
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -236,6 +237,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n
         ({"x.txt": b"a", "y.jsonl": b"{}"}, r"x\.txt \(text\), y\.jsonl \(jsonl\)\. Move .*jsonl:"),
         ({"x.parquet": b"a", "y.jsonl": b"{}"}, r"x\.parquet \(parquet\), y\.jsonl \(jsonl\)"),
         ({"x.txt": "café".encode("latin-1")}, r"x\.txt line 1 has the byte 0xe9.*iconv -f LATIN1"),
+        ({"x.txt": random.Random(0).randbytes(999)}, r"file is text: .* 999 bytes of .*x\.txt are"),
         ({"x.txt": "a".encode("utf-16")}, r"x\.txt is UTF-16.*iconv -f UTF-16 -t UTF-8"),
         ({"x.txt": b"a\nb\0c"}, r"x\.txt has a NUL byte in line 2"),
         ({"x.txt": LFS}, r"x\.txt is a Git LFS pointer.*git lfs pull"),

@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -149,6 +150,16 @@ def test_an_added_token_that_is_no_special_one_is_text(files, tmp_path):
     ids = tokenizer.encode("a [caf\u00e9] b")
     assert tokenizer.vocab_size - 1 in ids.tolist()
     assert tokenizer.decode(ids) == "a [caf\u00e9] b" and tokenizer.token_bytes_V[ids].sum() == 11
+
+
+def test_a_tokenizer_without_special_tokens_gets_one_as_the_error_says(tmp_path):
+    path = byte_level(tmp_path / "none.json", special_tokens=())
+    with pytest.raises(ValueError, match=r"none\.json has no special token\. Add one") as refused:
+        open_tokenizer(path)
+    command = re.search(r'python -c "(.*)"\.$', str(refused.value))[1]
+    exec(command, {})
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.vocab_size - 1
 
 
 def test_a_long_text_is_cut_after_lines(opened, monkeypatch):

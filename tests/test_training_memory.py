@@ -79,9 +79,14 @@ def test_a_device_that_does_not_say_its_memory_refuses_nothing(monkeypatch):
         ),
         (
             {"training": {"batch_size": 10**8}},
-            r"logits 2\.2 TiB, .*\. Raise training\.num_microbatches \(now 1\), or set model",
+            r"logits 2\.2 TiB, .*\. Raise training\.num_microbatches \(now 1\), or lower training"
+            r"\.batch_size \(now 100000000\), or lower data",
         ),
-        ({"data": {"sequence_length": 10**9}}, r"or lower training\.batch_size or data\.sequence"),
+        (
+            {"data": {"sequence_length": 10**9}},
+            r"GiB\. Lower data\.sequence_length \(now 1000000000\): the logits of one sequence are "
+            r"1\.4 TiB\.$",
+        ),
     ],
 )
 def test_a_size_that_cannot_be_is_refused_before_anything_is_written(tmp_path, settings, message):

@@ -14,7 +14,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.placement import state_shardings
-from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
+from moe_jax.training.saved import CHECKPOINTS, check_content, kept_steps, load_run
 from tests.tiny_run import files, tiny_config, tiny_moe, tiny_state
 
 BIAS = {"kind": "sign", "rate": 0.1}
@@ -94,6 +94,15 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is none yet in .*checkpoints. Wait for the first"):
         load_run(tmp_path)
     assert not (tmp_path / CHECKPOINTS).exists()
+
+
+def test_changed_data_is_refused_with_the_flags_that_name_other_text(tmp_path):
+    record = {"content": {"corpus": "a" * 64, "tokenizer": "b" * 64}}
+    check_content(record, {"corpus": "a" * 64, "tokenizer": "b" * 64}, tmp_path)
+    with pytest.raises(ValueError, match=r"Bring back the data, or name other text: --text or --c"):
+        check_content(record, {"corpus": "c" * 64, "tokenizer": "b" * 64}, tmp_path)
+    with pytest.raises(ValueError, match=r"content of tokenizer: .*\. Bring back the data\.$"):
+        check_content(record, {"tokenizer": "c" * 64}, tmp_path)
 
 
 def test_another_model_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import kind_of
 from moe_jax.data import Example, Tokenizer, heldout_batches, open_tokenizer_of
+from moe_jax.data.open_file import decode
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.files import DamagedCheckpointError, damage, read_json, write_atomically
 from moe_jax.training.metrics import RUN_FILE, run_record
@@ -164,16 +165,15 @@ def file_names(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_text(path: str) -> str:
-    """A file of text.
+    """A file of text, with line ends as on Unix.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is not UTF-8.
+      ValueError: it is empty, or not UTF-8.
     """
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text is a file of UTF-8 text: {path}: {error}. Convert it.") from error
+    text = decode(pathlib.Path(path).read_bytes(), path).replace("\r\n", "\n")
+    require(text != "", "--text is a file of text", f"the file {path} has no text", "Name another")
+    return text
 
 
 def settings_of(

@@ -375,9 +375,10 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments) in (["--help"], ["-h"]) or len(arguments) != 1:
         print("usage: python -m moe_jax.analysis.report DIR   (DIR: the workdir of a run)")
         return 0 if arguments in (["--help"], ["-h"]) else 1
+    directory = arguments[0].removeprefix("--workdir=")
     try:
-        require_local("DIR", arguments[0])
-        print(write_report(arguments[0]))
+        require_local("DIR", directory)
+        print(write_report(directory))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,6 +10,8 @@ from typing import BinaryIO, cast
 
 from moe_jax.config.check import require
 
+# Control characters that no text has, whatever its encoding of one byte a character.
+_CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -83,13 +85,13 @@ def decode(data: bytes, where: str) -> str:
     """Decodes UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is of another encoding; with the command that converts it.
+        ValueError: it is no text, or of another encoding; with the command that converts it.
     """
     path = where.partition(" line ")[0]
     for mark, name in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         require(
             not data.startswith(mark),
-            "A corpus is UTF-8 text",
+            "Text is read as UTF-8",
             f"{where} is {name}",
             f"Convert it: iconv -f {name} -t UTF-8 {path}",
         )
@@ -98,7 +100,14 @@ def decode(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         at = where if " line " in where else f"{where} line {line}"
+        num_controls = len(data) - len(data.translate(None, _CONTROLS))
+        require(
+            100 * num_controls < len(data),
+            "A text file is text",
+            f"{num_controls:,} of the {len(data):,} bytes of {where} are control characters",
+            "Name a file of text, or leave it out",
+        )
         raise ValueError(
-            f"A corpus is UTF-8 text: {at} has the byte 0x{data[error.start]:02x}. Convert the "
+            f"Text is read as UTF-8: {at} has the byte 0x{data[error.start]:02x}. Convert the "
             f"file, from the encoding that it has: iconv -f LATIN1 -t UTF-8 {path}."
         ) from None

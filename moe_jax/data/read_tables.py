@@ -128,7 +128,7 @@ def _documents(
                 }
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"A corpus is UTF-8 text: {where} has the byte "
+                    f"Text is read as UTF-8: {where} has the byte "
                     f"0x{error.object[error.start]:02x}. Write the file again from decoded text."
                 ) from None
             yield document_of(record, where, domain, fields), False

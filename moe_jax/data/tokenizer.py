@@ -166,6 +166,13 @@ def special_ids(
     Raises:
         ValueError: a token that was named is not there, or no usual one.
     """
+    require(
+        bool(ids),
+        "A tokenizer has a special token that begins or ends a document",
+        f"{path} has no special token",
+        'Add one: python -c "import tokenizers; t = tokenizers.Tokenizer.from_file'
+        f"('{path}'); t.add_special_tokens(['{EOS_TOKENS[0]}']); t.save('{path}')\"",
+    )
     for field, token in (("bos_token", bos_token), ("eos_token", eos_token)):
         require(
             not token or token in ids,

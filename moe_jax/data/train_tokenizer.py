@@ -9,6 +9,7 @@ only, the same number of bytes of each domain, and is the same for the same corp
 import io
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -68,10 +69,17 @@ def train(
     partial = pathlib.Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
-    model = io.BytesIO()
+    model, num_bytes = io.BytesIO(), 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_bytes
+        for text in _balanced_texts(corpus, heldout_fraction, max_bytes):
+            num_bytes += len(text.encode())
+            yield text
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_balanced_texts(corpus, heldout_fraction, max_bytes),
+            sentence_iterator=counted(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -94,12 +102,22 @@ def train(
     except RuntimeError as error:
         raise ValueError(
             "The vocabulary must hold the characters of the text, and the text must yield the "
-            f"merges of the vocabulary: {vocab_size} ids, {max_bytes} bytes of {corpus.name!r}. "
-            "Change --vocab_size or --max_mb as SentencePiece says: " + " ".join(str(error).split())
+            f"merges of the vocabulary: --vocab_size={vocab_size}, {num_bytes} bytes of "
+            f"{corpus.name!r}. {_fix(str(error))}."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
     return SentencePieceTokenizer(path)
+
+
+def _fix(error: str) -> str:
+    """What to change, out of an error of SentencePiece."""
+    if most := re.search(r"too high .* <= (\d+)", error):
+        return f"Set --vocab_size to at most {most[1]}, or train on more text"
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"Set --vocab_size to more than {least[1]}, or --max_mb to fewer megabytes"
+    said = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] ", "", " ".join(error.split())).rstrip(".")
+    return f"Change --vocab_size or --max_mb as SentencePiece says: {said}"
 
 
 def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> Iterator[str]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,7 +75,10 @@ def check_memory(config: ExperimentConfig, mesh: Mesh) -> None:
     if available is None or sum(needed.values()) <= available:
         return
     of_state = 2 * needed["logits"] < sum(needed.values())
-    fix = f"For the state, {smaller_state(config)}" if of_state else smaller_step(config)
+    if of_state:
+        fix = f"For the state, {smaller_state(config)}"
+    else:
+        fix = smaller_logits(config, mesh, needed, available)
     raise ValueError(
         f"a training step does not fit the memory of its devices: {describe(needed)}, and "
         f"activations, on {each(mesh)} of {in_units(available)}. {fix[0].upper()}{fix[1:]}."
@@ -121,6 +124,22 @@ def profile(workdir: pathlib.Path) -> str:
     except (OSError, RuntimeError):
         return ""
     return f" What is in it: {path} (pprof)."
+
+
+def smaller_logits(
+    config: ExperimentConfig, mesh: Mesh, needed: Mapping[str, int], available: int
+) -> str:
+    """Which settings lower the logits: of one sequence, if that alone does not fit."""
+    training, length = config.training, config.data.sequence_length
+    shorter = f"lower data.sequence_length (now {length})"
+    sequences = training.batch_size // training.num_microbatches // num_shards("batch", mesh)
+    one, rest = needed["logits"] // sequences, sum(needed.values()) - needed["logits"]
+    if one + rest > available:
+        return f"{shorter}: the logits of one sequence are {in_units(one)}"
+    return (
+        f"raise training.num_microbatches (now {training.num_microbatches}), or lower "
+        f"training.batch_size (now {training.batch_size}), or {shorter}"
+    )
 
 
 def smaller_step(config: ExperimentConfig) -> str:

@@ -147,9 +147,11 @@ def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Pat
     known = record.get("content", {})
     lines = changed_hashes("content", {name: known.get(name) for name in found}, found)
     if known and lines:
+        corpus_changed = known.get("corpus") != found.get("corpus", known.get("corpus"))
+        other = ", or name other text: --text or --corpus of evaluate, --text of analyze"
         raise ValueError(
             f"a run is used with the data it was trained on: since {workdir} was started, "
-            f"{'; '.join(lines)}. Bring back the data, or pass what it is to be used with."
+            f"{'; '.join(lines)}. Bring back the data{other if corpus_changed else ''}."
         )
 
 

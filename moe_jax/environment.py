@@ -1,0 +1,38 @@
+"""What commands make of environment variables, before JAX reads them."""
+
+from collections.abc import Mapping, MutableMapping
+
+XLA_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Refuses settings of JAX under which equal configs would not give equal runs.
+
+    Raises:
+      ValueError: naming the variable.
+    """
+    wanted = {
+        "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
+        "JAX_THREEFRY_PARTITIONABLE": ("1", "true", "t", "yes", "y", "on"),
+        "JAX_ENABLE_X64": ("0", "false", "f", "no", "n", "off"),
+    }
+    for name, values in wanted.items():
+        value = environment.get(name, "")
+        if value and value.lower() not in values:
+            raise ValueError(
+                f"Runs use one random generator and one precision, whatever the environment: "
+                f"{name}={value}, {values[0]} is used. Unset {name}."
+            )
+
+
+def order_collectives(environment: MutableMapping[str, str]) -> None:
+    """Has XLA take the collectives of several CPU devices in one order.
+
+    By default it starts independent ones at once, each device in its own order. With fewer threads
+    than that needs, they wait for each other without end (jaxlib 0.10.2: four devices, unrolled
+    layers, two microbatches). XLA reads this option from the environment alone.
+    """
+    several = environment.get("JAX_NUM_CPU_DEVICES", "1") not in ("", "1")
+    flags_of_xla = environment.get("XLA_FLAGS", "")
+    if several and XLA_ORDER not in flags_of_xla:
+        environment["XLA_FLAGS"] = f"{flags_of_xla} --{XLA_ORDER}=false".strip()
