@@ -68,7 +68,11 @@ def test_a_real_command_is_one_from_its_first_import_on():
 
 
 def test_a_program_that_imports_the_library_keeps_its_signals():
-    code = "import moe_jax, time; print('here', flush=True); time.sleep(60)"
+    code = (
+        "import moe_jax, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's `&` ignores it
+        "print('here', flush=True); time.sleep(60)"
+    )
     with start([sys.executable, "-c", code]) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
