@@ -276,7 +276,7 @@ def test_what_cannot_be_none_is_refused():
 class Typed(Settings):
     """Settings of types that the library's own do not have."""
 
-    size: Optional[int] = None  # noqa: UP045
+    size: Optional[int] = None  # noqa: UP045 (the old spelling is what is tested)
     width: int | str = 1
     mode: Literal["a", "b"] = "a"
 

@@ -42,5 +42,6 @@ def require_local(name: str, path: str) -> None:
 
 def is_lfs_pointer(text: str | bytes) -> bool:
     """Whether a file holds the pointer that Git LFS leaves where it did not fetch the content."""
-    sign = LFS_SIGN if isinstance(text, str) else LFS_SIGN.encode()
-    return text.startswith(sign)  # type: ignore[arg-type]
+    if isinstance(text, str):
+        return text.startswith(LFS_SIGN)
+    return text.startswith(LFS_SIGN.encode())

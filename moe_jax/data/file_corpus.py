@@ -66,6 +66,7 @@ class FileCorpus(Corpus):
         """Sha256 over the domains, splits and contents of the files, and what is read of them."""
         digest = hashlib.sha256()
         layout = self._layout
+        # JSON lines with the usual fields have the sum that earlier releases recorded in runs.
         if layout.kind != "jsonl" or self._fields != Fields():
             digest.update(f"{layout.kind}{self._fields.names}\0".encode())
         for split, domain in ((split, domain) for split in SPLITS for domain in layout.domains):

@@ -31,6 +31,7 @@ class Job(Hashable, Protocol):
       num_steps: of its training.
     """
 
+    # The class says what these are.
     @property
     def name(self) -> str: ...  # noqa: D102
 
