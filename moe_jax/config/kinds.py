@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, str]] = {
         "parallel_layer": "moe_jax.models.layer:ParallelLayer",
         "attention": "moe_jax.layers.attention:Attention",
         "mlp": "moe_jax.layers.feed_forward:Mlp",
+        "mamba": "moe_jax.layers.mamba:Mamba",
         "moe": "moe_jax.moe.part:MoE",
     },
     "norm": {
