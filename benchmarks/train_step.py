@@ -21,10 +21,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-import moe_jax.layers.attention
 from benchmarks.timing import Checkout, cell, ratios
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.data import open_data, train_batches
+from moe_jax.layers.rotary import Rotary
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.planning.hardware import measured_matmul_rate
 from moe_jax.training.state import init_state
@@ -49,7 +49,7 @@ def without(part: str) -> Iterator[None]:
     no_attention = mock.patch.object(
         jax.nn, "dot_product_attention", lambda q, k, v, **options: q + 0 * (k + v)
     )
-    no_rotary = mock.patch.object(moe_jax.layers.attention, "rotate", lambda x, positions, base: x)
+    no_rotary = mock.patch.object(Rotary, "rotate", lambda self, x, *where: x)
     with {"attention scores": no_attention, "rotary positions": no_rotary}[part]:
         yield
 

@@ -512,7 +512,11 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
         (Mlp, {"init_scale": 0.0}, r"init_scale lies in \(0, inf\)"),
         (Attention, {"num_heads": 0}, r"num_heads lies in \[1, inf\)"),
         (Attention, {"head_dim": 0}, r"head_dim lies in \[1, inf\)"),
-        (Attention, {"head_dim": 5}, r"rotary positions need an even head_dim: head_dim=5"),
+        (
+            Attention,
+            {"head_dim": 5},
+            r"rotary positions need an even head_dim, at most head_dim: head_dim=5",
+        ),
         (Attention, {"num_kv_heads": 3}, r"num_kv_heads must divide num_heads: .*num_kv_heads=3"),
         (Attention, {"num_kv_heads": 8}, r"num_kv_heads must divide num_heads"),
         (Attention, {"num_kv_heads": -1}, r"num_kv_heads lies in \[0, inf\)"),
@@ -777,12 +781,14 @@ FOREIGN = "tests.test_config:DoublesGates"
 def test_a_config_is_written_and_read_again():
     config = from_config_dict(changed())
     written = json.loads(json.dumps(write_config(config)))
-    assert written["format"] == 2 and written["sources"] == {}
+    assert written["format"] == 3 and written["sources"] == {}
     assert read_config(written, ExperimentConfig) == config
 
 
 def test_a_config_of_the_layout_before_parts_is_refused():
-    with pytest.raises(ValueError, match=r"layout of format 2: this one is of format 1\. Use the"):
+    with pytest.raises(
+        ValueError, match=r"layouts of formats 2 to 3: this one is of format 1\. Use the"
+    ):
         read_config({"name": "old", "model": {"num_layers": 4}}, ExperimentConfig)
 
 

@@ -10,6 +10,7 @@ from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingCon
 from moe_jax.costs import Bytes, traced_costs
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.layer import Layer, ParallelLayer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
@@ -36,7 +37,7 @@ LENGTH = 12
     "part",
     [
         Attention(num_heads=4, head_dim=6),
-        Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True, qkv_bias=True),
+        Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=RMSNorm(), biases=tuple("qkv")),
         Mlp(dim=40),
         Mlp(dim=40, activation=SwiGLU(), use_bias=True),
         Mlp(dim=40, activation=Gelu()),

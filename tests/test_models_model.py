@@ -11,7 +11,6 @@ import pytest
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.norms import LayerNorm, RMSNorm
-from moe_jax.layers.rotary import rotate
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import SEGMENTS, StackLayout
 from moe_jax.moe.activations import GeGLU, Gelu, SwiGLU
@@ -21,7 +20,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Gaussian, Jitter
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.statistics import dropped_fraction
-from moe_jax.part import Call, Dims, Own
+from moe_jax.part import Call
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 
 # Logits near 1 after a few layers of float32 sums, in two orders of the same operations.
@@ -145,88 +144,6 @@ def test_parameters_are_where_the_layout_says(name):
     assert model.layers_of["attention"] == tuple(range(len(is_moe)))
 
 
-def attention_oracle(x_LM, params, config, positions_L, segments_L, causal=True):
-    """One sequence through attention, position by position and head by head, in float64."""
-    params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    half, shared = config.head_dim // 2, config.num_heads // config.kv_heads
-
-    def heads(name, count):
-        out = x_LM @ params["w" + name] + params.get("b" + name, 0)
-        return out.reshape(len(x_LM), count, config.head_dim)
-
-    def turned(x_D, position, norm):
-        if config.qk_norm:
-            x_D = x_D / np.sqrt(np.mean(x_D**2) + config.norm_epsilon) * params[norm]["scale"]
-        if not config.rotary:
-            return x_D
-        angles = position * config.rope_base ** (-np.arange(half) / half)
-        pairs = (x_D[:half] + 1j * x_D[half:]) * np.exp(1j * angles)
-        return np.concatenate([pairs.real, pairs.imag])
-
-    q, k, v = heads("q", config.num_heads), heads("k", config.kv_heads), heads("v", config.kv_heads)
-    out = np.zeros((len(x_LM), config.num_heads, config.head_dim))
-    for t in range(len(x_LM)):
-        before = range(t + 1 if causal else len(x_LM))
-        seen = [s for s in before if segments_L[s] == segments_L[t]]
-        for n in range(config.num_heads):
-            query = turned(q[t, n], positions_L[t], "q_norm")
-            scores = np.array(
-                [query @ turned(k[s, n // shared], positions_L[s], "k_norm") for s in seen]
-            )
-            weights = np.exp(scores / config.head_dim**0.5)
-            weights /= weights.sum()
-            out[t, n] = sum(w * v[s, n // shared] for w, s in zip(weights, seen, strict=True))
-    return out.reshape(len(x_LM), -1) @ params["wo"] + params.get("bo", 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "causal"),
-    [
-        ({}, True),
-        ({"num_kv_heads": 1}, True),
-        ({"num_heads": 4, "num_kv_heads": 2, "qk_norm": True}, True),
-        ({"qkv_bias": True, "output_bias": True, "rope_base": 100.0}, True),
-        (
-            {"qkv_bias": True, "output_bias": True, "qk_norm": True}
-            | {"num_kv_heads": 1, "num_heads": 3},
-            True,
-        ),
-        ({"qkv_bias": True}, True),
-        ({"output_bias": True, "rotary": False}, True),
-        ({"rotary": False, "head_dim": 3}, True),
-        # An encoder's.
-        ({"qk_norm": True}, False),
-        ({"rotary": False, "num_kv_heads": 1}, False),
-    ],
-)
-def test_attention_equals_the_oracle(options, causal):
-    attention = Attention(**{"num_heads": 2, "head_dim": 4} | options)
-    random = np.random.default_rng(3)
-    params = jax.tree.map(
-        lambda spec: random.normal(size=spec.shape).astype(np.float32) / 3,
-        attention.specs(Dims(8)),
-    )
-    names = {"wq", "wk", "wv", "wo"}
-    names |= {"bq", "bk", "bv"} if attention.qkv_bias else set()
-    names |= {"bo"} if attention.output_bias else set()
-    names |= {"q_norm", "k_norm"} if attention.qk_norm else set()
-    assert set(params) == names
-    x = random.normal(size=(BATCH, LENGTH, 8)).astype(np.float32)
-    # Documents within a sequence restart their positions; the second ends in padding.
-    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]])
-    positions = np.array([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
-    call = Call(positions_BL=positions, segments_BL=segments, causal=causal)
-    y, aux, cache = jax.jit(lambda p: attention.apply(p, x, call, Own()))(params)
-    assert aux is None and cache is None
-    expected = [
-        attention_oracle(
-            x[b].astype(np.float64), params, attention, positions[b], segments[b], causal
-        )
-        for b in range(BATCH)
-    ]
-    close(y, np.stack(expected))
-
-
 def test_shared_key_and_value_heads_equal_repeated_ones():
     shared = make_model(attention={"num_heads": 4, "num_kv_heads": 2})
     full = make_model(attention={"num_heads": 4})
@@ -242,34 +159,6 @@ def test_shared_key_and_value_heads_equal_repeated_ones():
 
     repeated = each_layer(repeat, params)
     close(run(params, shared).logits_BLV, run(repeated, full).logits_BLV)
-
-
-def test_rotary_scores_depend_on_the_distance_alone():
-    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 3, 8)).astype(np.float32)
-
-    def score(query_position, key_position):
-        turned = [
-            rotate(jnp.asarray(x), jnp.array([[p]]), 10_000.0)
-            for x, p in ((q, query_position), (k, key_position))
-        ]
-        return np.asarray(jnp.sum(turned[0] * turned[1], axis=-1))
-
-    for distance in (0, 1, 5):
-        near = score(distance, 0)
-        # Angles of some thousand radians have a float32 spacing of 2e-4.
-        np.testing.assert_allclose(score(3000 + distance, 3000), near, atol=5e-3)
-        np.testing.assert_allclose(score(7 + distance, 7), near, atol=FLOAT32)
-    assert np.abs(score(5, 0) - score(0, 5)).max() > 0.1
-
-
-def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 8)), jnp.float32)
-    turned = rotate(x, jnp.array([[0, 11]]), 10_000.0)
-    np.testing.assert_array_equal(turned[:, 0], x[:, 0])
-    np.testing.assert_allclose(
-        jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=FLOAT32
-    )
-    assert rotate(x.astype(jnp.bfloat16), jnp.array([[0, 11]]), 10_000.0).dtype == jnp.bfloat16
 
 
 def test_a_tied_head_is_the_embedding_transposed():
@@ -292,7 +181,7 @@ def test_embedded_tokens_are_multiplied_as_the_config_says():
 def test_norms_and_biases_are_where_the_config_says(norm, bias):
     model = make_model(
         (DENSE, ROUTED), norm=norm, mlp={"use_bias": bias},
-        attention={"qkv_bias": bias, "output_bias": bias},
+        attention={"biases": tuple("qkvo") if bias else ()},
     )  # fmt: skip
     params = init(model)
     dense, moe = in_order(model, params)
@@ -500,7 +389,7 @@ COUNTED = {
     "scanned": {"scan_layers": True, "layers": (DENSE,) + (ROUTED,) * 4},
     "everything": {
         "layers": (ROUTED, DENSE) * 2,
-        "attention": {"qkv_bias": True, "output_bias": True, "qk_norm": True, "num_kv_heads": 1},
+        "attention": {"biases": tuple("qkvo"), "qk_norm": RMSNorm(), "num_kv_heads": 1},
         "mlp": {"use_bias": True, "activation": GeGLU()},
         "norm": LayerNorm(),
         "tie_embeddings": False,
@@ -529,7 +418,7 @@ def test_parameters_by_hand():
     model = make_model(
         (DENSE, ROUTED),
         moe={"activation": SwiGLU(), "shared_expert_dim": 6, "shared_expert_gate": True},
-        attention={"num_kv_heads": 1, "qk_norm": True}, mlp={"activation": Gelu()},
+        attention={"num_kv_heads": 1, "qk_norm": RMSNorm()}, mlp={"activation": Gelu()},
     )  # fmt: skip
     count = count_parameters(model, LENGTH)
     assert count.embedding == 17 * 8 and count.head == 0

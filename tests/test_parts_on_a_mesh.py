@@ -11,6 +11,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import RMSNorm
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims, Own
@@ -23,7 +24,7 @@ MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 # What a part needs beside its defaults, to be small and to split evenly.
 BRANCHES = (("attention", Attention(num_heads=2, head_dim=2)), ("mlp", Mlp(dim=6)))
 SETTINGS = {
-    "attention": {"num_heads": 2, "head_dim": 2, "qkv_bias": True, "qk_norm": True},
+    "attention": {"num_heads": 2, "head_dim": 2, "biases": tuple("qkv"), "qk_norm": RMSNorm()},
     "mlp": {"dim": 6, "use_bias": True},
     "moe": {"num_experts": 4, "num_selected_experts": 2, "expert_dim": 6, "run_experts": "gather"},
     "layer": {"branches": BRANCHES},

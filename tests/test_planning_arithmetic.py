@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
-from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.norms import LayerNorm, RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
@@ -45,7 +45,7 @@ DEEPSEEK = LanguageModel(
     vocab_size=100, model_dim=16, norm=LayerNorm(),
     parts={
         "attention": Attention(
-            num_heads=2, head_dim=8, qkv_bias=True, output_bias=True, qk_norm=True
+            num_heads=2, head_dim=8, biases=tuple("qkvo"), qk_norm=RMSNorm()
         ),
         "mlp": Mlp(dim=40, use_bias=True),
         "moe": MoE(

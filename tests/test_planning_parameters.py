@@ -9,7 +9,7 @@ import pytest
 from moe_jax.config import MeshConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
-from moe_jax.layers.norms import LayerNorm
+from moe_jax.layers.norms import LayerNorm, RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
@@ -27,7 +27,7 @@ from moe_jax.planning.parameters import (
 )
 
 
-def published(layers, model, heads, kv_heads, experts, selected, hidden, vocab, qk_norm=False):
+def published(layers, model, heads, kv_heads, experts, selected, hidden, vocab, qk_norm=None):
     """A decoder of SwiGLU experts in every layer, head dim 128, an untied head."""
     return LanguageModel(
         vocab_size=vocab, model_dim=model, tie_embeddings=False,
@@ -49,7 +49,7 @@ SMALL = LanguageModel(
     vocab_size=64, model_dim=16, tie_embeddings=False, norm=LayerNorm(),
     parts={
         "attention": Attention(
-            num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, output_bias=True, qk_norm=True
+            num_heads=4, num_kv_heads=2, head_dim=8, biases=tuple("qkvo"), qk_norm=RMSNorm()
         ),
         "mlp": Mlp(dim=32),
         "moe": MoE(
@@ -67,7 +67,7 @@ SMALL = LanguageModel(
         (MIXTRAL_8X7B, 46_702_792_704, (12.88, 12.75, 12.62)),
         # Qwen3-30B-A3B, DBRX
         (
-            published(48, 2048, 32, 4, 128, 8, 768, 151936, qk_norm=True),
+            published(48, 2048, 32, 4, 128, 8, 768, 151936, qk_norm=RMSNorm()),
             30_532_122_624,
             (3.35, 3.04, 2.73),
         ),

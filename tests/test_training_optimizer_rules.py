@@ -170,7 +170,7 @@ def test_what_muon_trains_is_what_the_specs_of_a_model_say():
     """Matrices between hidden activations: not embeddings, heads, routers, gates, norms, biases."""
     moe = {"activation": "swiglu", "use_bias": True, "shared_expert_dim": 8}
     moe["shared_expert_gate"] = True
-    model = {"tie_embeddings": False, "parts": {"moe": moe, "attention": {"qkv_bias": True}}}
+    model = {"tie_embeddings": False, "parts": {"moe": moe, "attention": {"biases": tuple("qkv")}}}
     specs = tiny_config({"model": model}).model.specs()
     found = {
         jax.tree_util.keystr(path[-2:], simple=True, separator="/")

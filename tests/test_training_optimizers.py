@@ -95,7 +95,7 @@ EVERYTHING = {
     "tie_embeddings": False,
     "norm": "layernorm",
     "parts": {
-        "attention": {"qkv_bias": True, "output_bias": True, "qk_norm": True},
+        "attention": {"biases": tuple("qkvo"), "qk_norm": "rmsnorm"},
         "mlp": {"kind": "mlp", "dim": 32, "activation": "swiglu", "use_bias": True},
         "moe": {
             "activation": "swiglu", "use_bias": True,
@@ -342,7 +342,7 @@ def test_adafactor_trains_repeated_layers_like_layers_one_by_one():
     model = {
         "model_dim": 128,
         "parts": {
-            "attention": {"qkv_bias": True, "output_bias": True},
+            "attention": {"biases": tuple("qkvo")},
             "moe": {"num_experts": 2, "expert_dim": 136, "use_bias": True},
         },
     }

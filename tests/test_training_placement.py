@@ -65,7 +65,7 @@ def everything(head_dim=8, hidden_dim=32, **changed):
     """One dense and three MoE layers with every kind of parameter."""
     parts = {
         "attention": {
-            "head_dim": head_dim, "qkv_bias": True, "output_bias": True, "qk_norm": True,
+            "head_dim": head_dim, "biases": tuple("qkvo"), "qk_norm": "rmsnorm",
         },
         "mlp": {"kind": "mlp", "dim": hidden_dim, "activation": "swiglu", "use_bias": True},
         "moe": {

@@ -230,7 +230,7 @@ def test_a_block_with_such_weights_is_the_block_with_dense_ones(name, leaf):
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("mesh", [ONE, MIXED], ids=["one device", "mixed"])
 def test_attention_likewise(mesh, leaf):
-    assert_equal(Attention(num_heads=2, head_dim=4, qkv_bias=True), leaf, mesh)
+    assert_equal(Attention(num_heads=2, head_dim=4, biases=tuple("qkv")), leaf, mesh)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

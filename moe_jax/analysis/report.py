@@ -24,6 +24,7 @@ from moe_jax.analysis.heldout import HELDOUT_METRIC, Row, newest_heldout
 from moe_jax.analysis.names import fenced, in_code, in_markdown, table
 from moe_jax.config import ExperimentConfig, difference, read_config, write_config
 from moe_jax.config.installed import require_local
+from moe_jax.config.upgrade import upgrade
 from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.training.files import read_json
 from moe_jax.training.metrics import (
@@ -137,7 +138,7 @@ def read_run(directory: str | pathlib.Path) -> Run:
     return Run(
         rows=rows,
         record=read_json(directory / RUN_FILE),
-        settings=read_json(directory / CONFIG_FILE),
+        settings=dict(upgrade(read_json(directory / CONFIG_FILE))),
         evaluation=read_json(evaluation) if evaluation.exists() else {},
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
     )

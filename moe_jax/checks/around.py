@@ -9,6 +9,7 @@ from moe_jax.config.settings import Settings
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.norms import Norm, RMSNorm
+from moe_jax.layers.rotary import Rotary
 from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
@@ -85,7 +86,11 @@ BLOCKS_AROUND: dict[str, Callable[[Any], Makes]] = {
     **{name: in_router(name) for name in ("projection", "score", "selection")},
     "noise": lambda part: blocks(router=TokenChoice(noise=(part,))),
 }
-FAMILIES = ("part", "norm", *BLOCKS_AROUND)
+ATTENTION_AROUND: dict[str, Callable[[Any], Attention]] = {
+    "rotary": lambda part: Attention(num_heads=2, head_dim=4, rotary=part),
+    "rotary_scaling": lambda part: ATTENTION_AROUND["rotary"](Rotary(scaling=part)),
+}
+FAMILIES = ("part", "norm", *BLOCKS_AROUND, *ATTENTION_AROUND)
 
 
 def model_around(part: Settings) -> LanguageModel:
@@ -107,6 +112,8 @@ def model_around(part: Settings) -> LanguageModel:
         checked, unit = dataclasses.replace(part, branches=part.branches or branches), ("checked",)
     elif part.family in BLOCKS_AROUND:
         checked = first_accepted(BLOCKS_AROUND[part.family](part))
+    elif part.family in ATTENTION_AROUND:
+        checked = ATTENTION_AROUND[part.family](part)
     elif not isinstance(part, Part):
         raise ValueError(
             f"A checked part is of one of the families {FAMILIES}: {type(part).__name__} is of "

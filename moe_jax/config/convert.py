@@ -19,8 +19,8 @@ from ml_collections.config_dict import placeholder
 from moe_jax.config.check import require
 from moe_jax.config.kinds import by_kind, is_foreign, kind_of, load_kind, source_hash
 from moe_jax.config.settings import Settings
+from moe_jax.config.upgrade import FORMAT, upgrade
 
-FORMAT = 2  # of a written config; 1 had no parts
 HEADER = ("format", "sources", "content")  # of a written config, beside its settings
 Config = TypeVar("Config")
 Trust = bool | frozenset[str]  # of modules outside the library: all, none, those of these kinds
@@ -316,7 +316,7 @@ def write_config(config: Settings, content: Mapping[str, str] | None = None) -> 
 
 
 def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust = False) -> Config:
-    """The object that `write_config` wrote.
+    """The object that `write_config` wrote, here or in an earlier release with parts.
 
     Args:
       written: the content of a `config.json`.
@@ -326,24 +326,8 @@ def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust =
     Raises:
       ValueError: it is of the layout before parts, or names a foreign kind without trust.
     """
-    check_format(written)
-    values = {name: value for name, value in written.items() if name not in HEADER}
+    values = {name: value for name, value in upgrade(written).items() if name not in HEADER}
     return build(cls, values, "config", trust=trust)
-
-
-def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
-    """Refuses a config of another layout.
-
-    Raises:
-      ValueError: naming `where` it is from.
-    """
-    version = written.get("format", 1)
-    require(
-        version == FORMAT,
-        f"a config is read in the layout of format {FORMAT}",
-        f"{where} is of format {version}",
-        "Use the release that wrote it, or start the run anew",
-    )
 
 
 def branches_by_name(value: Any) -> Any:

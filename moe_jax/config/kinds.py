@@ -31,6 +31,14 @@ KINDS: dict[str, dict[str, str]] = {
         "rmsnorm": "moe_jax.layers.norms:RMSNorm",
         "layernorm": "moe_jax.layers.norms:LayerNorm",
     },
+    "rotary": {"rotary": "moe_jax.layers.rotary:Rotary"},
+    "rotary_scaling": {
+        "linear": "moe_jax.layers.rotary_scaling:LinearScaling",
+        "dynamic": "moe_jax.layers.rotary_scaling:DynamicScaling",
+        "llama3": "moe_jax.layers.rotary_scaling:Llama3Scaling",
+        "yarn": "moe_jax.layers.rotary_scaling:Yarn",
+        "longrope": "moe_jax.layers.rotary_scaling:LongRope",
+    },
     "activation": {
         "relu": "moe_jax.moe.experts:Relu",
         "gelu": "moe_jax.moe.activations:Gelu",
@@ -39,11 +47,9 @@ KINDS: dict[str, dict[str, str]] = {
         "swiglu": "moe_jax.moe.activations:SwiGLU",
         "geglu": "moe_jax.moe.activations:GeGLU",
         "geglu_tanh": "moe_jax.moe.activations:GeGLUTanh",
-        "clamped_swiglu": "moe_jax.moe.activations:ClampedSwiGLU",
     },
     "router": {
         "token_choice": "moe_jax.moe.routing.token_choice:TokenChoice",
-        "sparse_mixer": "moe_jax.moe.routing.sparse_mixer:SparseMixer",
         "expert_choice": "moe_jax.moe.routing.expert_choice:ExpertChoice",
         "soft": "moe_jax.moe.routing.soft:Soft",
         "sinkhorn": "moe_jax.moe.routing.assignment:Sinkhorn",

@@ -8,18 +8,41 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
-from moe_jax.config.settings import setting
+from moe_jax.config.settings import Settings, setting
 from moe_jax.costs import FLOAT32, Bytes, Cost
-from moe_jax.layers.norms import RMSNorm
-from moe_jax.layers.rotary import rotate
+from moe_jax.layers.dot_product import attend
+from moe_jax.layers.masks import visible
+from moe_jax.layers.norms import Norm
+from moe_jax.layers.rotary import Rotary
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import ParameterSpec, dense, linear, scaled_init, zeros
+from moe_jax.parameters import ParameterSpec, dense, linear, normal_init, scaled_init, zeros
 from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_divides
+
+QK_NORM_AT = ("heads", "projection", "rotated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature(Settings):
+    """Queries of later positions made longer: times ln(1 + floor((i + 1) / floor)) * scale + 1.
+
+    Source: Nakanishi 2025, arXiv:2501.19399; Llama 4, in layers without rotary positions.
+    """
+
+    floor: int = setting(8192, at_least=1)  # positions i < floor - 1 are unchanged
+    scale: float = setting(0.1, at_least=0)
+
+    def factors(self, positions_BL: jax.Array) -> jax.Array:
+        """float32 [B, L], at least 1."""
+        whole_BL = jnp.floor((positions_BL.astype(jnp.float32) + 1) / self.floor)
+        return jnp.log1p(whole_BL) * self.scale + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Part):
     """Multi-head attention within documents; causal if the stack is.
+
+    In order: projections; `qk_norm` at the projection or the heads; `clip_qkv`; rotary positions;
+    `qk_norm` at what is rotated; `temperature`; scores, scaled, capped and with the position bias.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, GQA, arXiv:2305.13245;
       QK-norm: Henry et al. 2020, arXiv:2010.04245.
@@ -28,22 +51,26 @@ class Attention(Part):
     num_heads: int = setting(4, at_least=1)  # N: query heads
     num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
     head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim need not be model_dim
-    qkv_bias: bool = False  # biases on queries, keys and values
-    output_bias: bool = False  # a bias on the output
-    qk_norm: bool = False  # RMSNorm of queries and keys, per head
-    norm_epsilon: float = setting(1e-6, above=0)  # of qk_norm
-    rotary: bool = True  # turn queries and keys by their positions
-    rope_base: float = setting(10_000.0, above=0)  # base of the rotary frequencies
+    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # the projections that have one
+    qk_norm: Norm | None = None  # of queries and keys
+    # Per head (Qwen3), over all heads (OLMoE), or per head after rotary positions (Llama 4).
+    qk_norm_at: str = setting("heads", choices=QK_NORM_AT)
+    clip_qkv: float | None = setting(None, above=0)  # queries, keys, values to [-clip, clip]
+    clip_first: bool = False  # before qk_norm, as the OLMo code has it; else behind
+    rotary: Rotary | None = Rotary()  # turns queries and keys by their positions
+    temperature: Temperature | None = None  # by which queries grow with their positions
+    scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5
+    window: int | None = setting(None, at_least=1)  # W: a query sees W keys; see `masks.visible`
+    chunk: int | None = setting(None, at_least=1)  # C: and only those of its C positions
+    softcap: float | None = setting(None, above=0)  # c: scores become c * tanh(score / c)
+    sink: bool = False  # a learned score per head in the denominator of the softmax (gpt-oss)
+    position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
 
     def check(self) -> None:
         """See `Settings`."""
-        require(
-            self.head_dim % 2 == 0 or not self.rotary,
-            "rotary positions need an even head_dim",
-            f"head_dim={self.head_dim}",
-            "Change head_dim, or set rotary=False",
-        )
+        if self.rotary is not None:
+            self.rotary.check_head_dim(self.head_dim)
         require(
             self.num_kv_heads <= self.num_heads and self.num_heads % self.kv_heads == 0,
             "num_kv_heads must divide num_heads",
@@ -57,7 +84,7 @@ class Attention(Part):
         return self.num_kv_heads or self.num_heads
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """`wq`, `wk`, `wv` [M, ND], `wo` [ND, M], their biases `bq` ..., `q_norm`, `k_norm`."""
+        """`wq`, `wk`, `wv` [M, ND], `wo` [ND, M], their biases `bq` ..., norms, `sink` [N]."""
         heads, kv_heads = (n * self.head_dim for n in (self.num_heads, self.kv_heads))
         specs: dict[str, Any] = {}
         for name, dim in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -65,16 +92,22 @@ class Attention(Part):
             specs[f"w{name}"] = ParameterSpec(
                 (dims.model_dim, dim), ("model", "heads"), init, "attention"
             )
-            if self.qkv_bias:
+            if name in self.biases:
                 specs[f"b{name}"] = ParameterSpec((dim,), ("heads",), zeros, "attention", False)
         init = scaled_init(self.init_scale, heads)
         specs["wo"] = ParameterSpec((heads, dims.model_dim), ("heads", "model"), init, "attention")
-        if self.output_bias:
+        if "o" in self.biases:
             shape = (dims.model_dim,)
             specs["bo"] = ParameterSpec(shape, ("model",), zeros, "attention", False)
-        if self.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                specs[name] = RMSNorm(self.norm_epsilon).specs(self.head_dim, "attention")
+        if self.qk_norm is not None:
+            for name, dim in (("q_norm", heads), ("k_norm", kv_heads)):
+                whole = self.qk_norm_at == "projection"
+                sizes = (dim, "attention", "heads") if whole else (self.head_dim, "attention", None)
+                specs[name] = self.qk_norm.specs(*sizes)
+        if self.sink:
+            specs["sink"] = ParameterSpec(
+                (self.num_heads,), ("heads",), normal_init(0.02), "attention", False
+            )
         return specs
 
     def looks_ahead(self, training: bool) -> bool:
@@ -84,8 +117,9 @@ class Attention(Part):
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part`: projections; scores and weighted values, of the whole L x L square.
 
-        Saved are queries, keys and values before and after rotation, the output of the heads, and
-        a row of probabilities for each head, in float32 and in `dtype`.
+        Windows and chunks are masks, which leave the square as it is. Saved are queries, keys and
+        values before and after rotation, the output of the heads, and a row of probabilities for
+        each head, in float32 and in `dtype`; of capped scores, as many tangents in float32.
         """
         size, width = jnp.dtype(dtype).itemsize, dims.model_dim
         heads, kv_heads = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
@@ -99,11 +133,13 @@ class Attention(Part):
             sums=width * size,
             cache=Bytes(split=2 * kv_heads * size),
         )
+        rounded = size if size != FLOAT32 else 0
+        capped = 0 if self.softcap is None else FLOAT32
         scores = Cost(
             "attention",
             flops=2 * 2 * length * heads,
             batched=True,
-            saved=Bytes(split=probs * (FLOAT32 + (size if size != FLOAT32 else 0))),
+            saved=Bytes(split=probs * (FLOAT32 + rounded + capped)),
             largest=Bytes(split=probs * FLOAT32),
             traffic=Bytes(split=2 * probs * FLOAT32),
         )
@@ -111,24 +147,73 @@ class Attention(Part):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """Attends to tokens of the same document, in a causal stack to earlier ones; see `Part`."""
-        assert call.segments_BL is not None and call.positions_BL is not None, "with_defaults"
-        q_BLND, k_BTND, v_BTND = (
-            split_heads(affine(x_BLM, params, name), self.head_dim) for name in "qkv"
-        )
-        if self.qk_norm:
-            norm = RMSNorm(self.norm_epsilon)
-            q_BLND = norm.apply(params["q_norm"], q_BLND)
-            k_BTND = norm.apply(params["k_norm"], k_BTND)
-        if self.rotary:
-            q_BLND = rotate(q_BLND, call.positions_BL, self.rope_base)
-            k_BTND = rotate(k_BTND, call.positions_BL, self.rope_base)
-        segments = call.segments_BL
-        same_B1LT = segments[:, None, :, None] == segments[:, None, None, :]
-        out_BLND = jax.nn.dot_product_attention(
-            q_BLND, k_BTND, v_BTND, mask=same_B1LT, is_causal=call.causal
+        positions, segments = call.positions_BL, call.segments_BL
+        assert segments is not None and positions is not None, "with_defaults"
+        q_BLND, k_BTND, v_BTND = self.projected(params, x_BLM)
+        if self.rotary is not None:
+            q_BLND = self.rotary.rotate(q_BLND, positions, segments)
+            k_BTND = self.rotary.rotate(k_BTND, positions, segments)
+        if self.qk_norm_at == "rotated":
+            q_BLND, k_BTND = self.normed(params, q_BLND, k_BTND)
+        if self.temperature is not None:
+            factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
+            q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
+        out_BLND = attend(
+            q_BLND,
+            k_BTND,
+            v_BTND,
+            visible(positions, segments, causal=call.causal, window=self.window, chunk=self.chunk),
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            bias_BNLT=self.bias_of(call),
+            softcap=self.softcap,
+            sink_N=dense(params["sink"]) if self.sink else None,
         )
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, None
+
+    def projected(self, params: Any, x_BLM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, L, N, D], keys and values [B, L, K, D], before positions."""
+        q, k, v = (affine(x_BLM, params, name) for name in "qkv")
+        if self.clip_first:
+            q, k, v = self.clipped(q, k, v)
+        if self.qk_norm_at == "projection":
+            q, k = self.normed(params, q, k)
+        q, k, v = (split_heads(x, self.head_dim) for x in (q, k, v))
+        if self.qk_norm_at == "heads":
+            q, k = self.normed(params, q, k)
+        return (q, k, v) if self.clip_first else self.clipped(q, k, v)
+
+    def normed(self, params: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries and keys after `qk_norm`, if there is one."""
+        if self.qk_norm is None:
+            return q, k
+        return self.qk_norm.apply(params["q_norm"], q), self.qk_norm.apply(params["k_norm"], k)
+
+    def clipped(
+        self, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values after `clip_qkv`, if there is one."""
+        limit = self.clip_qkv
+        if limit is None:
+            return q, k, v
+        return jnp.clip(q, -limit, limit), jnp.clip(k, -limit, limit), jnp.clip(v, -limit, limit)
+
+    def bias_of(self, call: Call) -> jax.Array | None:
+        """The output of the shared part `position_bias`, [1 or B, N, L, T]; None without one.
+
+        Raises:
+          ValueError: the stack has no shared part of that name.
+        """
+        if self.position_bias is None:
+            return None
+        shared = call.shared or {}
+        require(
+            self.position_bias in shared,
+            "position_bias must name a shared part of the stack",
+            f"{self.position_bias!r}, stack.shared={sorted(shared)}",
+            "Add the part to stack.shared, or correct the name",
+        )
+        return shared[self.position_bias]
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`: heads stay whole."""

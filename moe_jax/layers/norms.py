@@ -17,10 +17,13 @@ class Norm(Settings):
     family: ClassVar[str] = "norm"
 
     epsilon: float = setting(1e-6, above=0)  # added to the mean square or the variance
+    use_scale: bool = True  # a weight per feature; without, the norm has none
 
-    def specs(self, dim: int, component: str = "norms") -> dict[str, Any]:
-        """The parameters of a norm of vectors of this dim."""
-        return {"scale": ParameterSpec((dim,), (None,), ones, component, decays=False)}
+    def specs(self, dim: int, component: str = "norms", axis: str | None = None) -> dict[str, Any]:
+        """The parameters of a norm of vectors of this dim, which has this name in `parallel`."""
+        if not self.use_scale:
+            return {}
+        return {"scale": ParameterSpec((dim,), (axis,), ones, component, decays=False)}
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """[..., dim] -> [..., dim], same dtype."""
@@ -36,7 +39,8 @@ class RMSNorm(Norm):
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """See `Norm`."""
-        return rms_norm(x, dense(params["scale"]), self.epsilon)
+        x32 = x.astype(jnp.float32)
+        return weighted(params, x32 * inverse_root(x32, self.epsilon)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,26 +50,29 @@ class LayerNorm(Norm):
     Source: Ba et al. 2016, arXiv:1607.06450, eq. 4.
     """
 
-    def specs(self, dim: int, component: str = "norms") -> dict[str, Any]:
+    use_bias: bool = True  # not in DBRX
+
+    def specs(self, dim: int, component: str = "norms", axis: str | None = None) -> dict[str, Any]:
         """See `Norm`."""
-        bias = ParameterSpec((dim,), (None,), zeros, component, decays=False)
-        return {**super().specs(dim, component), "bias": bias}
+        specs = super().specs(dim, component, axis)
+        if self.use_bias:
+            specs["bias"] = ParameterSpec((dim,), (axis,), zeros, component, decays=False)
+        return specs
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         """See `Norm`."""
-        return layer_norm(x, dense(params["scale"]), dense(params["bias"]), self.epsilon)
+        x32 = x.astype(jnp.float32)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        return weighted(params, centered * inverse_root(centered, self.epsilon)).astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """RMSNorm over the last dim; float32 inside, the dtype of `x` outside."""
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+def inverse_root(x32: jax.Array, epsilon: float) -> jax.Array:
+    """1 / sqrt(mean square + epsilon) over the last dim: [..., 1]."""
+    return jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """LayerNorm over the last dim; float32 inside, the dtype of `x` outside."""
-    x32 = x.astype(jnp.float32)
-    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
-    return (centered * jax.lax.rsqrt(variance + epsilon) * scale + bias).astype(x.dtype)
+def weighted(params: Any, x32: jax.Array) -> jax.Array:
+    """Times the scale, plus the bias, of those that there are."""
+    if "scale" in params:
+        x32 *= dense(params["scale"])
+    return x32 + dense(params["bias"]) if "bias" in params else x32

@@ -1,26 +1,90 @@
 """Rotary positions (legend: `moe_jax.moe`)."""
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.layers.rotary_scaling import RotaryScaling
 
-def rotate(x_BLND: jax.Array, positions_BL: jax.Array, base: float) -> jax.Array:
-    """Turns pairs of features (d, d + D/2) by an angle that grows with the position.
 
-    Args:
-      x_BLND: queries or keys; D is even.
-      positions_BL: int32 positions, restarting at 0 in every document.
-      base: the slowest pair turns by about 1 / base radian a position.
+@dataclasses.dataclass(frozen=True)
+class Rotary(Settings):
+    """Turns pairs of features of queries and keys by an angle that grows with the position.
 
-    Returns:
-      [B, L, N, D] in the dtype of `x_BLND`; angles in float32.
-
-    Source: Su et al. 2021, arXiv:2104.09864, eq. 34, with the halves layout of GPT-NeoX and Llama.
+    Source: Su et al. 2021, arXiv:2104.09864, eq. 34 (interleaved pairs); halves: GPT-NeoX, Llama.
     """
-    half = x_BLND.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BLND.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLND.dtype)
+
+    family: ClassVar[str] = "rotary"
+
+    base: float = setting(10_000.0, above=1)  # the slowest pair turns about 1 / base a position
+    dim: int | None = setting(None, at_least=2)  # the first dims of a head turn; None: all
+    interleaved: bool = False  # pairs (2j, 2j + 1); else (j, j + dim / 2)
+    scaling: RotaryScaling | None = None  # of frequencies, for longer contexts
+
+    def check(self) -> None:
+        """See `Settings`."""
+        if self.dim is not None:
+            self.check_head_dim(self.dim)
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Refuses a head of which these dims cannot turn, as `ValueError`."""
+        turning = head_dim if self.dim is None else self.dim
+        name = "head_dim" if self.dim is None else "rotary.dim"
+        require(
+            turning % 2 == 0 and turning <= head_dim,
+            f"rotary positions need an even {name}, at most head_dim",
+            f"{name}={turning}, head_dim={head_dim}",
+            "Change it, or set rotary=None",
+        )
+        if self.scaling is not None:
+            self.scaling.check_dim(turning)
+
+    @property
+    def softmax_factor(self) -> float:
+        """What DeepSeek's latent attention multiplies its scale by: of YaRN with mscale_all_dim.
+
+        `Attention` leaves it out, as the models do that have plain attention.
+        """
+        return 1.0 if self.scaling is None else self.scaling.softmax_factor
+
+    def rotate(
+        self, x_BLND: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array | None = None
+    ) -> jax.Array:
+        """Queries or keys, turned.
+
+        Args:
+          x_BLND: queries or keys.
+          positions_BL: int32 positions, restarting at 0 in every document.
+          segments_BL: int32, the documents of a row, of which some scalings need the length; None:
+            a row is one document.
+
+        Returns:
+          [B, L, N, D] in the dtype of `x_BLND`; angles in float32.
+        """
+        turning = x_BLND.shape[-1] if self.dim is None else self.dim
+        half = turning // 2
+        frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        factor = 1.0
+        if self.scaling is not None:
+            frequency = self.scaling.scaled(frequency, self.base, positions_BL, segments_BL)
+            factor = self.scaling.cos_sin_factor
+        angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        x32, rest = x_BLND[..., :turning].astype(jnp.float32), x_BLND[..., turning:]
+        if self.interleaved:
+            first, second = x32[..., ::2], x32[..., 1::2]
+        else:
+            first, second = jnp.split(x32, 2, axis=-1)
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        if self.interleaved:
+            turned = jnp.stack(pair, axis=-1).reshape(x32.shape)
+        else:
+            turned = jnp.concatenate(pair, axis=-1)
+        turned = turned.astype(x_BLND.dtype)
+        return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

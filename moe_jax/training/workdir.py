@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
-from moe_jax.config.convert import check_format
+from moe_jax.config.upgrade import check_format
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.files import (
     DamagedCheckpointError,

@@ -8,6 +8,8 @@ import numpy as np
 from moe_jax.config.kinds import load_kind
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.rotary import Rotary
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe import balance, bias
@@ -206,11 +208,9 @@ def model(old: Old) -> LanguageModel:
             num_heads=old["num_heads"],
             num_kv_heads=old["num_kv_heads"],
             head_dim=old["head_dim"],
-            qkv_bias=old["attention_bias"],
-            output_bias=old["attention_bias"],
-            qk_norm=old["qk_norm"],
-            norm_epsilon=old["norm_epsilon"],
-            rope_base=old["rope_base"],
+            biases=tuple("qkvo") if old["attention_bias"] else (),
+            qk_norm=RMSNorm(old["norm_epsilon"]) if old["qk_norm"] else None,
+            rotary=Rotary(base=old["rope_base"]),
             init_scale=old["init_scale"],
         )
     }

@@ -117,10 +117,7 @@ class Noise(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Settings):
-    """Turns logits into the scores that select experts, and into gates.
-
-    In each token the expert of the larger logit has the larger score, or an equal one.
-    """
+    """Turns logits into the scores that select experts, and into gates."""
 
     family: ClassVar[str] = "score"
     over_selected: ClassVar[bool] = False  # gates are made of the selected logits alone

@@ -1,0 +1,58 @@
+"""Written configs of earlier layouts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.check import require
+
+# Of a written config. 1 had no parts. 2 had other settings of attention: `rotary` on or off,
+# `rope_base`, `qkv_bias`, `output_bias`, `qk_norm` on or off, `norm_epsilon`.
+FORMAT = 3
+OLDEST = 2
+
+
+def upgrade(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A written config in the layout of today.
+
+    Raises:
+      ValueError: it is of a layout that cannot be read.
+    """
+    check_format(written)
+    if written["format"] == FORMAT:
+        return written
+    return {**upgrade_sections(written), "format": FORMAT}
+
+
+def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
+    """Refuses a config of a layout that cannot be read.
+
+    Raises:
+      ValueError: naming `where` it is from.
+    """
+    version = written.get("format", 1)
+    require(
+        version in range(OLDEST, FORMAT + 1),
+        f"a config is read in the layouts of formats {OLDEST} to {FORMAT}",
+        f"{where} is of format {version}",
+        "Use the release that wrote it, or start the run anew",
+    )
+
+
+def upgrade_sections(value: Any) -> Any:
+    """A section of format 2, and all sections in it, in format 3."""
+    if isinstance(value, list | tuple):
+        return type(value)(upgrade_sections(one) for one in value)
+    if not isinstance(value, Mapping):
+        return value
+    section = {name: upgrade_sections(one) for name, one in value.items()}
+    # By its fields: a class of the user's, derived from `Attention`, has them too.
+    return attention_of_format_2(section) if "rope_base" in section else section
+
+
+def attention_of_format_2(section: dict[str, Any]) -> dict[str, Any]:
+    """Settings of attention in format 3; what was left out had its default."""
+    base, epsilon = section.pop("rope_base"), section.pop("norm_epsilon", 1e-6)
+    biases = "qkv" * section.pop("qkv_bias", False) + "o" * section.pop("output_bias", False)
+    norm = {"kind": "rmsnorm", "epsilon": epsilon} if section.pop("qk_norm", False) else None
+    rotary = {"kind": "rotary", "base": base} if section.pop("rotary", True) else None
+    return {**section, "biases": list(biases), "qk_norm": norm, "rotary": rotary}

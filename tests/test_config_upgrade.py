@@ -1,0 +1,128 @@
+"""Configs that were written in earlier layouts are read as those of today."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import ExperimentConfig, read_config
+from moe_jax.config.convert import write_config
+from moe_jax.config.upgrade import FORMAT, upgrade
+from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.rotary import Rotary
+from moe_jax.training import loop, metrics
+from moe_jax.training.files import read_json
+from moe_jax.training.loop import train
+from moe_jax.training.saved import load_run
+from moe_jax.training.workdir import changes
+from tests.tiny_run import tiny_config, tiny_training
+
+# The settings of attention as format 2 wrote them, at their defaults.
+OLD = {
+    "kind": "attention", "num_heads": 4, "num_kv_heads": 0, "head_dim": 32, "qkv_bias": False,
+    "output_bias": False, "qk_norm": False, "norm_epsilon": 1e-6, "rotary": True,
+    "rope_base": 10_000.0, "init_scale": 1.0,
+}  # fmt: skip
+
+
+def old_config(**settings):
+    """A config of today with attention and norms as format 2 had them, through JSON."""
+    written = json.loads(json.dumps(write_config(ExperimentConfig())))
+    written["format"] = 2
+    written["model"]["parts"]["attention"] = OLD | settings
+    written["model"]["norm"] = {"kind": "rmsnorm", "epsilon": 1e-6}
+    return written
+
+
+def attention_of(**settings):
+    return read_config(old_config(**settings), ExperimentConfig).model.part["attention"]
+
+
+def test_a_config_of_format_2_is_that_of_today():
+    assert read_config(old_config(), ExperimentConfig) == ExperimentConfig()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"qkv_bias": True}, {"biases": ("q", "k", "v")}),
+        ({"output_bias": True}, {"biases": ("o",)}),
+        ({"qkv_bias": True, "output_bias": True}, {"biases": tuple("qkvo")}),
+        ({"qk_norm": True}, {"qk_norm": RMSNorm(1e-6)}),
+        ({"qk_norm": True, "norm_epsilon": 1e-5}, {"qk_norm": RMSNorm(1e-5)}),
+        ({"norm_epsilon": 1e-5}, {"qk_norm": None}),
+        ({"rope_base": 500.0}, {"rotary": Rotary(base=500.0)}),
+        ({"rotary": False}, {"rotary": None}),
+    ],
+)
+def test_settings_of_attention(old, new):
+    attention = attention_of(**old)
+    assert {name: getattr(attention, name) for name in new} == new
+    assert attention.qk_norm_at == "heads"
+
+
+def test_attention_inside_other_parts_is_upgraded_too():
+    written = old_config()
+    branches = [["attention", OLD | {"rope_base": 7.0}], ["mlp", {"kind": "mlp"}]]
+    written["model"]["parts"] = {"whole": {"kind": "layer", "branches": branches}}
+    written["model"]["stack"]["unit"] = ["whole"]
+    config = read_config(written, ExperimentConfig)
+    assert config.model.part["attention"].rotary == Rotary(base=7.0)
+
+
+def test_a_config_of_today_is_left_as_it_is():
+    written = write_config(ExperimentConfig())
+    assert written["format"] == FORMAT and upgrade(written) is written
+    with pytest.raises(ValueError, match="formats 2 to 3: this one is of format 4"):
+        upgrade(written | {"format": 4})
+
+
+def test_parameters_have_the_names_and_shapes_that_they_had():
+    specs = attention_of(qkv_bias=True, output_bias=True, qk_norm=True, head_dim=6).specs(
+        ExperimentConfig().model.dims._replace(model_dim=8)
+    )
+    assert jax.tree.map(lambda spec: spec.shape, specs) == {
+        "wq": (8, 24), "wk": (8, 24), "wv": (8, 24), "wo": (24, 8),
+        "bq": (24,), "bk": (24,), "bv": (24,), "bo": (8,),
+        "q_norm": {"scale": (6,)}, "k_norm": {"scale": (6,)},
+    }  # fmt: skip
+
+
+def write_as_before(config, content=None):
+    """`write_config` of the release before, of a config with default attention but for its size."""
+    written = json.loads(json.dumps(write_config(config, content)))
+    attention = written["model"]["parts"]["attention"]
+    sizes = {name: attention[name] for name in ("num_heads", "head_dim")}
+    written["model"]["parts"]["attention"] = OLD | sizes
+    written["model"]["norm"].pop("use_scale")
+    return written | {"format": 2}
+
+
+@pytest.mark.slow
+def test_a_run_of_format_2_goes_on(tmp_path, monkeypatch, capsys):
+    """Its checkpoints and config.json have the old layout; five steps and three are eight."""
+
+    def config(steps):
+        training = {"num_steps": steps, "evaluate_every": 0, "sample_prompt": ""}
+        return tiny_training({"optimizer": {"schedule": "constant"}, "training": training})
+
+    with monkeypatch.context() as earlier:
+        for module in (metrics, loop):
+            earlier.setattr(module, "write_config", write_as_before)
+        train(config(5), tmp_path / "old")
+    assert read_json(tmp_path / "old" / "config.json")["format"] == 2
+    capsys.readouterr()
+    train(config(8), tmp_path / "old")
+    assert "resuming after step 5 of 8" in capsys.readouterr().out
+    train(config(8), tmp_path / "new")
+    states = [load_run(tmp_path / name)[1] for name in ("old", "new")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_run_of_format_2_is_compared_setting_by_setting():
+    config = tiny_config()
+    record = write_as_before(config)
+    assert changes(record, config, {}) == []
+    other = tiny_config({"model": {"parts": {"attention": {"sink": True}}}})
+    assert changes(record, other, {}) == ["config.model.parts.attention.sink: False -> True"]

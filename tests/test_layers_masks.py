@@ -1,0 +1,78 @@
+"""Which keys a query sees, as tables: a row per query, a column per key, 1 for seen."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.layers.masks import visible
+
+
+def table(positions, segments=None, **rules):
+    positions = jnp.asarray([positions], jnp.int32)
+    segments = jnp.ones_like(positions) if segments is None else jnp.asarray([segments], jnp.int32)
+    seen = visible(positions, segments, **rules)
+    assert seen.dtype == bool and seen.shape == (1, 1, positions.size, positions.size)
+    return ["".join(str(int(one)) for one in row) for row in np.asarray(seen[0, 0])]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ({"causal": False}, ["11111", "11111", "11111", "11111", "11111"]),
+        ({"causal": True}, ["10000", "11000", "11100", "11110", "11111"]),
+        # The query's own key and the one before.
+        ({"causal": True, "window": 2}, ["10000", "11000", "01100", "00110", "00011"]),
+        ({"causal": True, "window": 1}, ["10000", "01000", "00100", "00010", "00001"]),
+        # Of an encoder: one key on either side.
+        ({"causal": False, "window": 2}, ["11000", "11100", "01110", "00111", "00011"]),
+        ({"causal": True, "chunk": 3}, ["10000", "11000", "11100", "00010", "00011"]),
+        ({"causal": False, "chunk": 3}, ["11100", "11100", "11100", "00011", "00011"]),
+        # Both rules hold.
+        ({"causal": True, "chunk": 3, "window": 2}, ["10000", "11000", "01100", "00010", "00011"]),
+    ],
+)
+def test_rules(rules, expected):
+    assert table(range(5), **rules) == expected
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 2}, {"chunk": 2}])
+def test_documents_of_a_row_see_what_they_see_alone(rule):
+    """Three tokens, then four, then padding; their chunks begin with the document."""
+    row = table([0, 1, 2, 0, 1, 2, 3, 0], [1, 1, 1, 2, 2, 2, 2, 0], causal=True, **rule)
+    first, second = (table(range(n), causal=True, **rule) for n in (3, 4))
+    assert [line[:3] for line in row[:3]] == first
+    assert [line[3:7] for line in row[3:7]] == second
+    seen = sum(line.count("1") for line in row)
+    assert seen == sum(line.count("1") for line in first + second) + 1, "nothing across documents"
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 2}, {"chunk": 2}])
+def test_padding_on_the_left_changes_nothing(rule):
+    row = table([0, 0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1], causal=True, **rule)
+    assert [line[3:] for line in row[3:]] == table(range(4), causal=True, **rule)
+    # Positions count real tokens: the same by places in the row would begin chunks elsewhere.
+    if "chunk" in rule:
+        by_place = table(range(7), [0, 0, 0, 1, 1, 1, 1], causal=True, **rule)
+        assert by_place != row
+
+
+def test_every_query_sees_a_key_so_that_no_softmax_is_of_nothing():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        segments = np.sort(random.integers(0, 4, 9))
+        positions = random.integers(-1, 9, 9)
+        seen = table(positions, segments, causal=True, window=1, chunk=2)
+        assert all(line[i] == "1" for i, line in enumerate(seen))
+
+
+def test_keys_of_a_cache_are_seen_by_their_positions():
+    """Two rows, of 4 and 2 tokens, each with one more; an empty place is of no document."""
+    seen = visible(
+        jnp.array([[4], [2]]),
+        jnp.array([[1], [1]]),
+        jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]),
+        jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        causal=True,
+        window=3,
+    )
+    assert seen[:, 0, 0].astype(int).tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]
