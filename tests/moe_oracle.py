@@ -92,6 +92,8 @@ def route_token(x_M, router_ME, num_selected, config, bias_E=None, logit_bias_E=
     gates = softmax([logits[e] for e in chosen]) if after_topk else scores[chosen]
     if config.renormalize:
         gates = gates / gates.sum()
+    if config.norm_order is not None:
+        gates = gates / (gates**config.norm_order).sum() ** (1 / config.norm_order)
     return logits, probs, chosen, gates * config.scaling_factor
 
 
@@ -173,8 +175,13 @@ ACTIVATIONS = {
 
 def ffn_row(x_M, weights, activation):
     """One row through one FFN."""
-    act = ACTIVATIONS[kind(activation)]
     inner = x_M @ weights["wi"] + weights.get("bi", 0)
+    if kind(activation) == "ClampedSwiGLU":
+        gate = np.minimum(x_M @ weights["wg"] + weights.get("bg", 0), activation.limit)
+        up = np.maximum(np.minimum(inner, activation.limit), -activation.limit)
+        hidden = (up + 1) * gate * sigmoid(activation.alpha * gate)
+        return hidden @ weights["wo"] + weights.get("bo", 0)
+    act = ACTIVATIONS[kind(activation)]
     if "wg" in weights:
         hidden = act(x_M @ weights["wg"] + weights.get("bg", 0)) * inner
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.kinds import KINDS, load_kind
-from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.activations import ClampedSwiGLU, SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.part import MoE
@@ -64,6 +64,23 @@ def test_gate_is_activated_and_the_other_branch_is_linear():
     weights = {"wg": jnp.full((1, 1), 3.0), "wi": jnp.full((1, 1), -2.0), "wo": jnp.ones((1, 1))}
     y = Experts(SwiGLU())(jnp.ones((1, 1)), weights, SHARED)
     assert float(y[0, 0]) == pytest.approx(-2 * 3 / (1 + math.exp(-3)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "expected"),
+    [
+        # sigmoid(1.702) is .845796.
+        (1.0, 0.5, 1.5 * 0.845796),
+        (9.0, 0.5, 1.5 * 2.0 / (1 + math.exp(-3.404))),  # the gate is clamped at 2 ...
+        (-9.0, 0.5, 1.5 * -9.0 / (1 + math.exp(15.318))),  # ... from above only
+        (1.0, 9.0, 3 * 0.845796),
+        (1.0, -9.0, -0.845796),
+    ],
+)
+def test_a_clamped_gate_by_hand(gate, up, expected):
+    weights = {"wg": jnp.full((1, 1), gate), "wi": jnp.full((1, 1), up), "wo": jnp.ones((1, 1))}
+    y = Experts(ClampedSwiGLU(limit=2.0))(jnp.ones((1, 1)), weights, SHARED)
+    assert float(y[0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_are_computed_in_their_own_dtype():

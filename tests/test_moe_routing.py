@@ -86,12 +86,29 @@ def test_choices_come_best_first_and_ties_go_to_the_lower_index():
         # sigmoid(log p) = p / (1 + p).
         ({"score": Sigmoid()}, [[4 / 14, 3 / 13], [3 / 13, 3 / 13]]),
         ({"score": Sigmoid(), "renormalize": True}, [[52 / 94, 42 / 94], [1 / 2, 1 / 2]]),
+        # Over an L_p norm: .7; .5, of 3, 4, 5; the same for any multiple of the scores.
+        ({"norm_order": 1.0}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
+        ({"norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
+        ({"score": SoftmaxOverSelected(), "norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
     ],
 )
 def test_gates_of_two_choices_by_hand(options, expected):
     routing = route_logits(LOGITS, 2, TokenChoice(**options))
     assert indices(routing) == [[3, 2], [0, 1]]
     close(gates(routing), expected)
+
+
+def test_gates_are_over_one_norm_or_the_other():
+    with pytest.raises(ValueError, match=r"renormalize=True, norm_order=2\.0.*norm_order=1 is"):
+        TokenChoice(renormalize=True, norm_order=2.0)
+
+
+@pytest.mark.parametrize("score", [Sigmoid(), Softmax()], ids=["sigmoid", "softmax"])
+def test_experts_whose_scores_round_to_the_same_number_are_selected_by_their_logits(score):
+    # Sigmoids of 30 and more are 1 in float32, those of -200 are 0, and so are such softmaxes.
+    logits = np.array([[30.0, 31.0, 60.0, 32.0], [0.0, -202.0, -201.0, -200.0]], np.float32)
+    routing = route_logits(logits, 3, TokenChoice(score=score))
+    assert indices(routing) == [[2, 3, 1], [0, 3, 2]]
 
 
 def test_probabilities_are_the_full_softmax_whatever_the_gates():

@@ -47,9 +47,11 @@ KINDS: dict[str, dict[str, str]] = {
         "swiglu": "moe_jax.moe.activations:SwiGLU",
         "geglu": "moe_jax.moe.activations:GeGLU",
         "geglu_tanh": "moe_jax.moe.activations:GeGLUTanh",
+        "clamped_swiglu": "moe_jax.moe.activations:ClampedSwiGLU",
     },
     "router": {
         "token_choice": "moe_jax.moe.routing.token_choice:TokenChoice",
+        "sparse_mixer": "moe_jax.moe.routing.sparse_mixer:SparseMixer",
         "expert_choice": "moe_jax.moe.routing.expert_choice:ExpertChoice",
         "soft": "moe_jax.moe.routing.soft:Soft",
         "sinkhorn": "moe_jax.moe.routing.assignment:Sinkhorn",

@@ -4,7 +4,9 @@ import dataclasses
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
+from moe_jax.config.settings import setting
 from moe_jax.moe.experts import Activation
 
 
@@ -69,3 +71,23 @@ class GeGLUTanh(Activation):
         """See `Activation`."""
         assert gate is not None
         return jax.nn.gelu(gate, approximate=True) * inner
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiGLU(Activation):
+    """(x wi + 1) * gate * sigmoid(alpha gate), with gate = x wg, both clamped (gpt-oss).
+
+    The gate is clamped from above only, x wi on both sides.
+    """
+
+    gated: ClassVar[bool] = True
+
+    limit: float = setting(7.0, above=0)  # gate <= limit, -limit <= x wi <= limit
+    alpha: float = setting(1.702, above=0)  # in the sigmoid; 1.702 is close to GELU
+
+    def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """See `Activation`."""
+        assert gate is not None
+        gate = jnp.minimum(gate, self.limit)
+        inner = jnp.clip(inner, -self.limit, self.limit)
+        return (inner + 1) * gate * jax.nn.sigmoid(self.alpha * gate)

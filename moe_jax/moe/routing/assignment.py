@@ -64,7 +64,7 @@ class Sinkhorn(LogitRouter):
         else:
             expert_index_GSK, chosen_GSK = inputs.replay.expert_index, inputs.replay.chosen
         gate_GSK = plain_gates(
-            self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK,
+            self.score, 1.0 if self.renormalize else None, logits_GSE, scores_GSE, expert_index_GSK,
             jnp.ones(expert_index_GSK.shape, jnp.bool_),
         )  # fmt: skip
         gate_GSK = jnp.where(chosen_GSK, gate_GSK, 0) * self.scaling_factor

@@ -117,7 +117,10 @@ class Noise(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Score(Settings):
-    """Turns logits into the scores that select experts, and into gates."""
+    """Turns logits into the scores that select experts, and into gates.
+
+    In each token the expert of the larger logit has the larger score, or an equal one.
+    """
 
     family: ClassVar[str] = "score"
     over_selected: ClassVar[bool] = False  # gates are made of the selected logits alone

@@ -30,6 +30,7 @@ class TokenChoice(LogitRouter):
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
     renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
+    norm_order: float | None = setting(None, above=0)  # ... by their L_p norm of this p (DBRX)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
     top_p: float = setting(1.0, above=0, at_most=1)  # as few experts as have so much probability
@@ -44,6 +45,12 @@ class TokenChoice(LogitRouter):
             "eval_choices cannot be random, since an evaluation has no random key",
             f"eval_choices={self.eval_choices}",
             "Use None, 'first' or 'threshold'",
+        )
+        require(
+            self.norm_order is None or not self.renormalize,
+            "gates are divided by their sum or by their L_p norm, not by both",
+            f"renormalize={self.renormalize}, norm_order={self.norm_order}",
+            "Set renormalize=False; norm_order=1 is the sum",
         )
 
     @property
@@ -68,7 +75,7 @@ class TokenChoice(LogitRouter):
 
     def check_block(self, moe: "MoE") -> None:
         """See `Router`."""
-        check_gate(self.score, self.renormalize, moe)
+        check_gate(self.score, self.renormalize or self.norm_order is not None, moe)
         if self.groups is not None:
             self.groups.check_block(moe)
         require(
@@ -90,7 +97,7 @@ class TokenChoice(LogitRouter):
         scores_GSE = self.score.scores(logits_GSE, probs_GSE)
         num_selected, replay = inputs.options.num_selected, inputs.replay
         if replay is None:
-            selection_GSE = self.select_by(scores_GSE, probs_GSE, inputs)
+            selection_GSE = self.select_by(logits_GSE, scores_GSE, probs_GSE, inputs)
             expert_index_GSK = top_k(jax.lax.stop_gradient(selection_GSE), num_selected)[1]
         else:
             expert_index_GSK = replay.expert_index
@@ -105,10 +112,19 @@ class TokenChoice(LogitRouter):
         )  # fmt: skip
 
     def select_by(
-        self, scores_GSE: jax.Array, probs_GSE: jax.Array, inputs: RouterInputs
+        self,
+        logits_GSE: jax.Array,
+        scores_GSE: jax.Array,
+        probs_GSE: jax.Array,
+        inputs: RouterInputs,
     ) -> jax.Array:
-        """The numbers that a token selects by, [G, S, E], with bias, groups and draws."""
-        selection_GSE = scores_GSE
+        """The numbers that a token selects by, [G, S, E], with bias, groups and draws.
+
+        Scores rise with the logits, which select by themselves where nothing is added to scores: a
+        sigmoid or a softmax of large logits rounds to equal numbers.
+        """
+        is_plain = inputs.bias_E is None and self.groups is None
+        selection_GSE = logits_GSE if is_plain else scores_GSE
         if inputs.bias_E is not None:
             bias_E = jax.lax.stop_gradient(inputs.bias_E)
             selection_GSE = selection_GSE + bias_E.astype(scores_GSE.dtype)
@@ -138,8 +154,9 @@ class TokenChoice(LogitRouter):
             chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), self.top_p)
         # What a policy leaves out, in a replay too, has been in the sum of the others' gates.
         counted_GSK = chosen_GSK if self.top_p < 1 else jnp.ones_like(chosen_GSK)
+        norm_order = 1.0 if self.renormalize else self.norm_order
         gate_GSK = plain_gates(
-            self.score, self.renormalize, logits_GSE, scores_GSE, expert_index_GSK, counted_GSK
+            self.score, norm_order, logits_GSE, scores_GSE, expert_index_GSK, counted_GSK
         )
         policy = self.eval_choices if inputs.rng is None else self.choices
         if policy is not None and inputs.replay is None:
@@ -159,14 +176,22 @@ class TokenChoice(LogitRouter):
 
 def plain_gates(
     score: Score,
-    renormalize: bool,
+    norm_order: float | None,
     logits_GSE: jax.Array,
     scores_GSE: jax.Array,
     expert_index_GSK: jax.Array,
     counted_GSK: jax.Array,
 ) -> jax.Array:
-    """The scores of the choices, over their sum if renormalised; [G, S, K], 0 where not counted."""
-    if renormalize or score.over_selected:
-        selected_GSK = choose(score.log_scores(logits_GSE), expert_index_GSK)
-        return jax.nn.softmax(jnp.where(counted_GSK, selected_GSK, -jnp.inf), axis=-1)
-    return jnp.where(counted_GSK, choose(scores_GSE, expert_index_GSK), 0)
+    """The scores of the choices, [G, S, K], 0 where not counted.
+
+    They are divided by their L_p norm of p = `norm_order`, 1 for their sum; None: by nothing. With
+    logs of scores this is exact where scores underflow.
+    """
+    if norm_order is None and not score.over_selected:
+        return jnp.where(counted_GSK, choose(scores_GSE, expert_index_GSK), 0)
+    selected_GSK = choose(score.log_scores(logits_GSE), expert_index_GSK)
+    selected_GSK = jnp.where(counted_GSK, selected_GSK, -jnp.inf)
+    if norm_order in (None, 1):
+        return jax.nn.softmax(selected_GSK, axis=-1)
+    log_norm_GS1 = jax.nn.logsumexp(norm_order * selected_GSK, axis=-1, keepdims=True) / norm_order
+    return jnp.exp(selected_GSK - log_norm_GS1)
