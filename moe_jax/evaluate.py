@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
+from moe_jax.config.kinds import kind_of
 
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
@@ -96,10 +98,16 @@ def evaluate_run(
     rows = inference_rows(config, mesh, options.batch_size)
     some = options.batches or None
     batches: Iterable[Example]
+    objective, length = config.data.objective, config.data.sequence_length
     if options.text:
+        require(
+            not objective.encoder_decoder,
+            "--text is scored token by token, by a decoder alone",
+            f"data.objective of the run is {kind_of(objective)!r}",
+            "Pass --corpus",
+        )
         tokenizer, domains = open_tokenizer_of(config.data), file_names(options.text)
         texts = [read_text(path) for path in options.text]
-        length = config.data.sequence_length
         batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
         named = f"the text of {', '.join(options.text)}"
     else:
@@ -114,7 +122,8 @@ def evaluate_run(
         tokenizer, domains = data.tokenizer, data.domains
         named = f"the held-out split of {data.config.corpus}"
     of_model = (state.params, state.model_state, config)
-    losses = score(*of_model, batches, domains, tokenizer.token_bytes_V, mesh, state.step)
+    token_bytes_V = objective.token_bytes(tokenizer, length)
+    losses = score(*of_model, batches, domains, token_bytes_V, mesh, state.step)
     part = f"{options.batches} batches of {rows} sequences of " if options.batches else ""
     return {"step": int(state.step), "text": part + named, **losses}
 

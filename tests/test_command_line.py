@@ -237,7 +237,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
         part = flag.endswith(".kind") or said.count(f"  --{flag}=") == 1
         assert part or flag.split(".")[-1] in ("losses", "noise"), flag
     assert re.search(r"--config.training.batch_size=8 +# sequences a step, over all devices", said)
-    assert re.search(r"--config.data.objective=causal_lm +# one of causal_lm", said)
+    assert re.search(r"--config.data.objective=causal_lm +# \"causal_lm\", \"prefix_lm\"", said)
     # Of a part within a part, from the source of its class.
     assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
 

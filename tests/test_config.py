@@ -538,7 +538,6 @@ def test_a_table_of_another_vocabulary_is_refused():
 
 @refuses(
     [
-        (DataConfig, {"objective": "mlm"}, r"objective is one of"),
         (DataConfig, {"sequence_length": 1}, r"sequence_length lies in \[2, inf\)"),
         (DataConfig, {"heldout_fraction": 0.0}, r"heldout_fraction lies in \(0, 1\)"),
         (DataConfig, {"domain_weights": (("en", 0.0),)}, r"data\.domain_weights are positive"),

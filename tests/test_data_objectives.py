@@ -1,14 +1,36 @@
-"""The causal language-modelling objective, worked by hand."""
+"""Objectives of a decoder alone, and which model takes which objective."""
+
+import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_jax.data import objectives
+from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, read_config, to_dict
+from moe_jax.config.convert import write_config
+from moe_jax.config.kinds import KINDS, load_kind
+from moe_jax.data import RawWindow, objectives, tokenizers
+from moe_jax.data.objectives import CausalLM, EncoderPrefixLM, PrefixLM, SpanCorruption
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+
+TOKENIZER = tokenizers.ByteTokenizer()
+OBJECTIVES = {kind: load_kind("objective", kind)() for kind in KINDS["objective"]}
 
 
 def window(tokens, segment_ids, positions):
     arrays = (np.asarray(a, np.int32) for a in (tokens, segment_ids, positions))
-    return objectives.RawWindow(*arrays, domain=4)
+    return RawWindow(*arrays, domain=4)
+
+
+def window_of(*sizes):
+    """Documents of so many tokens each, numbered from 10 on."""
+    return window(
+        np.arange(10, 10 + sum(sizes)),
+        np.repeat(np.arange(1, len(sizes) + 1), sizes),
+        np.concatenate([np.arange(size) for size in sizes]),
+    )
 
 
 def test_a_target_in_the_next_document_has_weight_zero():
@@ -46,6 +68,106 @@ def test_shapes_and_types_do_not_depend_on_the_padding(num_tokens):
     assert {(a.shape, a.dtype) for a in example.values()} == {((4,), np.dtype(np.int32))}
 
 
-def test_an_unknown_objective_is_refused():
-    with pytest.raises(ValueError, match=r"one of \['causal_lm'\]: got 'causal'"):
-        objectives.get_objective("causal")
+def prefix_lm(raw, objective, length, number=0):
+    return objective.example(raw, sequence_length=length, tokenizer=TOKENIZER, key=(3, number))
+
+
+def test_targets_in_the_prefix_have_weight_zero():
+    half = PrefixLM(shortest_prefix=0.5, longest_prefix=0.5)
+    # Prefixes: 10 11 12 of the first document of six tokens, 16 of the second of two.
+    example = prefix_lm(window_of(6, 2), half, length=9)
+    assert example["inputs"].tolist() == [10, 11, 12, 13, 14, 15, 16, 0, 0]
+    assert example["targets"].tolist() == [11, 12, 13, 14, 15, 16, 17, 0, 0]
+    assert example["in_prefix"].tolist() == [1, 1, 1, 0, 0, 0, 1, 0, 0]
+    # Token 16 begins a document, which is no target; 17 follows its prefix.
+    assert example["loss_weights"].tolist() == [0, 0, 1, 1, 1, 0, 1, 0, 0]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5).filter(lambda sizes: sum(sizes) > 1),
+    number=st.integers(0, 1000),
+)
+def test_every_document_has_one_prefix_and_something_to_predict(sizes, number):
+    raw, length = window_of(*sizes), sum(sizes) + 2
+    example = prefix_lm(raw, PrefixLM(), length, number)
+    causal = objectives.causal_lm(raw, sequence_length=length, pad_id=0)
+    for name in ("inputs", "targets", "segment_ids", "positions"):
+        assert np.array_equal(example[name], causal[name])
+    for document, size in enumerate(sizes, 1):
+        of_document = causal["segment_ids"] == document
+        in_prefix = example["in_prefix"][of_document]
+        weights = example["loss_weights"][of_document]
+        cut = int(in_prefix.sum())
+        assert in_prefix.tolist() == [1] * cut + [0] * (len(in_prefix) - cut)
+        if size > 1:
+            # The last token of a prefix predicts the first behind it.
+            assert 1 <= cut <= size - 1
+            assert weights[: size - 1].tolist() == [0] * (cut - 1) + [1] * (size - cut)
+    assert not (example["loss_weights"] > causal["loss_weights"]).any()
+
+
+def test_every_length_of_a_prefix_is_as_likely_as_another():
+    drawn = [
+        prefix_lm(window_of(5), PrefixLM(), 4, number)["in_prefix"].sum() for number in range(4000)
+    ]
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[0] == 0
+    assert np.abs(counts[1:] - 1000).max() < 5 * 27.4  # standard deviation of a count
+
+
+def test_prefixes_keep_to_their_shares():
+    objective = PrefixLM(shortest_prefix=0.25, longest_prefix=0.75)
+    drawn = {prefix_lm(window_of(8), objective, 7, n)["in_prefix"].sum() for n in range(200)}
+    assert drawn == {2, 3, 4, 5, 6}
+    with pytest.raises(ValueError, match=r"shortest_prefix=0\.6, longest_prefix=0\.5\. Lower"):
+        PrefixLM(shortest_prefix=0.6, longest_prefix=0.5)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_example_has_the_arrays_that_its_objective_lists(kind):
+    objective, length = OBJECTIVES[kind], 32
+    example = objective.example(
+        window_of(7, 5), sequence_length=length, tokenizer=TOKENIZER, key=(0, 0)
+    )
+    assert example.pop("domain") == 4
+    listed = objective.arrays(length)
+    assert {name: (a.shape, a.dtype) for name, a in example.items()} == listed
+    assert objective.encoder_decoder == ("encoder_inputs" in listed)
+
+
+def test_an_objective_is_named_in_a_config_by_its_kind_alone_or_with_settings():
+    for written, objective in (
+        ("causal_lm", CausalLM()),
+        ("prefix_lm", PrefixLM()),
+        ({"kind": "prefix_lm", "longest_prefix": 0.5}, PrefixLM(longest_prefix=0.5)),
+    ):
+        config = from_config_dict({"data": {"objective": written}})
+        assert config.data.objective == objective
+        assert read_config(write_config(config), ExperimentConfig) == config
+    assert DataConfig().objective == CausalLM()
+    # As configs were written when an objective was a name.
+    assert to_dict(ExperimentConfig())["data"]["objective"] == "causal_lm"
+    with pytest.raises(
+        ValueError, match=r"data\.objective: a kind of objective is one of \['causal"
+    ):
+        from_config_dict({"data": {"objective": "mlm"}})
+
+
+def test_a_decoder_alone_has_no_objective_of_an_encoder_and_the_other_way_round():
+    decoder = LanguageModel()
+    both = types.SimpleNamespace(has_encoder=True)
+    for objective in OBJECTIVES.values():
+        objective.check_model(both if objective.encoder_decoder else decoder)
+    with pytest.raises(ValueError, match=r"'span_corruption' is for a model with an encoder and"):
+        ExperimentConfig(data=DataConfig(objective=SpanCorruption()))
+    with pytest.raises(ValueError, match=r"has an encoder and a decoder\. .*'span_corruption'"):
+        CausalLM().check_model(both)
+    sees = LanguageModel(stack=StackLayout(unit=(("attention", "moe"),), repeats=1, causal=False))
+    with pytest.raises(ValueError, match=r"objective='prefix_lm', model\.stack\.causal=False"):
+        PrefixLM().check_model(sees)
+
+
+def test_bytes_of_targets_are_counted_where_they_continue_a_text():
+    for objective in (CausalLM(), PrefixLM(), EncoderPrefixLM()):
+        assert np.array_equal(objective.token_bytes(TOKENIZER, 32), TOKENIZER.token_bytes_V)
+    assert not SpanCorruption().token_bytes(TOKENIZER, 32).any()

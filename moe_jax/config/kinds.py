@@ -19,6 +19,12 @@ Part = TypeVar("Part", bound=Settings)
 
 KINDS: dict[str, dict[str, str]] = {
     "model": {"language_model": "moe_jax.models.model:LanguageModel"},
+    "objective": {
+        "causal_lm": "moe_jax.data.objectives.causal_lm:CausalLM",
+        "prefix_lm": "moe_jax.data.objectives.prefix_lm:PrefixLM",
+        "span_corruption": "moe_jax.data.objectives.span_corruption:SpanCorruption",
+        "encoder_prefix_lm": "moe_jax.data.objectives.pairs:EncoderPrefixLM",
+    },
     "part": {
         "layer": "moe_jax.models.layer:Layer",
         "parallel_layer": "moe_jax.models.layer:ParallelLayer",

@@ -10,7 +10,6 @@ from moe_jax.config.kinds import load_kind
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import Settings, setting
 
-OBJECTIVES = ("causal_lm",)
 TRACKERS = ("tensorboard", "csv", "wandb")
 # The settings of `OptimizerConfig` that only some optimizers and schedules have.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
@@ -29,6 +28,11 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def default_objective() -> Any:
+    """The next token."""
+    return load_kind("objective", "causal_lm")()
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
@@ -42,7 +46,10 @@ class DataConfig(Settings):
     eos_token: str = ""  # ends a document; "": the usual one of the tokenizer
     sequence_length: int = setting(256, at_least=2)  # L, tokens
     domain_weights: tuple[tuple[str, float], ...] = ()  # share of each domain; (): by its tokens
-    objective: str = setting("causal_lm", choices=OBJECTIVES)
+    # "causal_lm", "prefix_lm", "span_corruption", "encoder_prefix_lm", or one with its settings
+    objective: Any = dataclasses.field(
+        default_factory=default_objective, metadata={"family": "objective"}
+    )
     heldout_fraction: float = setting(0.03, above=0, below=1)  # of the documents, never trained on
     seed: int = setting(0, at_least=0, below=2**32)  # of the order of the sequences
     # Of token files; "": the user's cache directory.
@@ -209,19 +216,14 @@ class ExperimentConfig(Settings):
     seed: int = setting(0, at_least=0, below=2**32)  # of parameters, dropout and router noise
     # Parts, stack and head.
     model: Any = dataclasses.field(default_factory=default_model, metadata={"family": "model"})
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)  # text, and what is predicted
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     mesh: MeshConfig = setting(MeshConfig(), changes_results=False)
 
     def check(self) -> None:
         """Checks settings of different sections against each other."""
-        require(
-            self.data.objective != "causal_lm" or self.model.stack.causal,
-            "the next token is no objective for a model that sees it",
-            f"data.objective={self.data.objective!r}, model.stack.causal=False",
-            "Set model.stack.causal=True",
-        )
+        self.data.objective.check_model(self.model)
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             "optimizer.warmup_steps is at most training.num_steps",

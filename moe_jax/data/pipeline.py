@@ -8,7 +8,7 @@ integer that resumes it, the step, lives with the training state.
 import dataclasses
 import fractions
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -21,12 +21,13 @@ from moe_jax.data.documents import (
     heldout_digests,
     text_digest,
 )
-from moe_jax.data.objectives import Example, get_objective
+from moe_jax.data.objectives import Example
 from moe_jax.data.opened import Data
-from moe_jax.data.windows import Windows
+from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
 # Batches read ahead by one background thread while the device computes.
 _PREFETCH_BATCHES = 4
+_HELDOUT_SEED = 2**32  # of the first domain: no seed of training, all of which are below
 
 
 def train_batches(
@@ -39,9 +40,11 @@ def train_batches(
 ) -> Iterator[Example]:
     """Endless training batches.
 
-    Each domain is cut into windows of L tokens, shuffled anew every epoch; domains are then
-    interleaved window by window in exact proportion to their weights. Host h of H gets rows
-    [h * B / H, (h + 1) * B / H) of the global batch of B rows, which is the same for every H.
+    Each domain is cut into windows, shuffled anew every epoch; domains are then interleaved window
+    by window in exact proportion to their weights. What an objective draws is a function of the
+    seed, the domain and the number of the window in the domain's stream: another one in every
+    epoch. Host h of H gets rows [h * B / H, (h + 1) * B / H) of the global batch of B rows, which
+    is the same for every H.
 
     Args:
         data: what to read.
@@ -51,24 +54,22 @@ def train_batches(
         start_step: the step whose batch comes first; 0 begins the stream.
 
     Returns:
-        Iterator of dicts of arrays [B / H, L] and `domain` [B / H]; `objectives.causal_lm`
-        says what they hold.
+        Iterator of dicts of arrays [B / H, L] and `domain` [B / H], those that the `arrays` of
+        the objective list; `causal_lm` and `pack_pairs` say what they hold.
 
     Raises:
-        ValueError: if H does not divide B, `domain_weights` names an unknown domain, a domain
-            has too few tokens, or there is no such objective.
+        ValueError: if H does not divide B, `domain_weights` names an unknown domain, or a domain
+            has too few tokens.
     """
     rows = _rows_of_host(global_batch_size, host_index, host_count)
     sources = _windows(data, TRAIN, keep_partial=False)
     weights = _domain_weights(data.config, sources)
-    datasets = [
-        grain.MapDataset.source(sources[domain])
-        .seed(_domain_seed(data.config.seed, domain_id))
-        .shuffle()
-        .repeat()
-        for domain_id, domain in enumerate(sources)
-        if domain in weights
-    ]
+    datasets = []
+    for domain_id, domain in enumerate(sources):
+        seed = _domain_seed(data.config.seed, domain_id)
+        if domain in weights:
+            windows = grain.MapDataset.source(sources[domain]).seed(seed).shuffle().repeat()
+            datasets.append(windows.map_with_index(_to_examples(data, seed)))
     mixed = grain.MapDataset.select_from_datasets(datasets, DomainMixture(tuple(weights.values())))
     # Slicing batches, rather than rows, gives a host consecutive rows of the global batch.
     batches = mixed.batch(rows, drop_remainder=True)[host_index::host_count]
@@ -91,9 +92,10 @@ def heldout_batches(
 ) -> Iterator[Example]:
     """One pass over the held-out windows, the same in every run, host count and seed.
 
-    Every held-out token is a target with weight 1 once, but for each document's `bos_id`.
-    Domains are interleaved in proportion to their windows, so that `max_batches` samples all of
-    them. The last batch is filled up with rows of `segment_ids` and `loss_weights` 0.
+    With `causal_lm` every held-out token is a target with weight 1 once, but for each document's
+    `bos_id`. What another objective draws is a function of the domain and the window. Domains are
+    interleaved in proportion to their windows, so that `max_batches` samples all of them. The last
+    batch is filled up with rows of `segment_ids` and `loss_weights` 0.
 
     Args:
         data: what to read; `domain_weights` and `seed` of its config have no effect.
@@ -106,7 +108,7 @@ def heldout_batches(
         Iterator of dicts of arrays [B / H, L] and `domain` [B / H], as `train_batches`.
 
     Raises:
-        ValueError: if H does not divide B, nothing is held out, or there is no such objective.
+        ValueError: if H does not divide B, or nothing is held out.
     """
     rows = _rows_of_host(batch_size, host_index, host_count)
     sources = list(_windows(data, HELDOUT, keep_partial=True).values())
@@ -119,9 +121,14 @@ def heldout_batches(
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
-    return _read_heldout(
-        sources, order, [b * batch_size + host_index * rows for b in range(num_batches)], rows
-    )
+    to_examples = [_to_examples(data, _HELDOUT_SEED + n) for n in range(len(sources))]
+
+    def example(place: tuple[int, int]) -> Example:
+        source, index = place
+        return to_examples[source](index, sources[source][index])
+
+    starts = [b * batch_size + host_index * rows for b in range(num_batches)]
+    return _read_heldout(example, order, starts, rows)
 
 
 def check_data(data: Data, *, evaluates: bool = True) -> None:
@@ -148,12 +155,15 @@ def check_data(data: Data, *, evaluates: bool = True) -> None:
 
 
 def _read_heldout(
-    sources: Sequence[Windows], order: list[tuple[int, int]], starts: list[int], rows: int
+    example: Callable[[tuple[int, int]], Example],
+    order: list[tuple[int, int]],
+    starts: list[int],
+    rows: int,
 ) -> Iterator[Example]:
     """Yields the batch of rows [start, start + rows) of `order` for each start."""
-    padding = {name: np.zeros_like(value) for name, value in sources[order[0][0]][0].items()}
+    padding = {name: np.zeros_like(value) for name, value in example(order[0]).items()}
     for start in starts:
-        examples = [sources[s][index] for s, index in order[start : start + rows]]
+        examples = [example(place) for place in order[start : start + rows]]
         examples += [padding] * (rows - len(examples))
         yield {name: np.stack([example[name] for example in examples]) for name in padding}
 
@@ -201,19 +211,25 @@ class DomainMixture(grain.transforms.DatasetSelectionMap):
 
 def _windows(data: Data, split: str, *, keep_partial: bool) -> dict[str, Windows]:
     """Windows of every domain, by name, in the order of the domains' ids."""
-    objective = get_objective(data.config.objective)
+    objective, length = data.config.objective, data.config.sequence_length
     return {
-        domain: Windows(
-            data.files,
-            split,
-            domain,
-            sequence_length=data.config.sequence_length,
-            objective=objective,
-            pad_id=data.tokenizer.pad_id,
-            keep_partial=keep_partial,
+        domain: objective.windows(
+            DomainTokens(data.files, split, domain), length, keep_partial=keep_partial
         )
         for domain in data.domains
     }
+
+
+def _to_examples(data: Data, seed: int) -> Callable[[int, RawWindow], Example]:
+    """From the number of a window in its stream, and the window, to an example."""
+    objective, length = data.config.objective, data.config.sequence_length
+
+    def to_example(index: int, window: RawWindow) -> Example:
+        return objective.example(
+            window, sequence_length=length, tokenizer=data.tokenizer, key=(seed, index)
+        )
+
+    return to_example
 
 
 def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str, float]:
@@ -230,14 +246,15 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
     empty = [domain for domain in sources if domain in weights and not len(sources[domain])]
     if empty:
         shorter = "lower config.data.sequence_length"
-        fixes = [shorter] if all(sources[name].num_tokens > 2 for name in empty) else []
+        fixes = [shorter] if all(sources[n].tokens.num_tokens > 2 for n in empty) else []
         if len(empty) < len(sources):
             fixes.append("give config.data.domain_weights without them")
         fix = ", or ".join(fixes) or "add documents, of ids or groups that differ"
+        window = config.objective.lengths(config.sequence_length).window
         raise ValueError(
-            "A domain needs at least sequence_length + 1 tokens to train on: "
-            f"{empty} have fewer (sequence_length={config.sequence_length}), what is held out or "
-            f"repeats it aside. {fix[0].upper()}{fix[1:]}."
+            f"A domain needs at least {window} tokens to train on: {empty} have fewer "
+            f"(sequence_length={config.sequence_length}), what is held out or repeats it aside. "
+            f"{fix[0].upper()}{fix[1:]}."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
 

@@ -40,6 +40,7 @@ class Tokenizer(abc.ABC):
         eos_id: ends every document.
         token_bytes_V: int32 [V], UTF-8 bytes that each id stands for; 0 for ids that are not
             text.
+        num_sentinels: ids at the end of the vocabulary that no text encodes to.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Tokenizer(abc.ABC):
     bos_id: int
     eos_id: int
     token_bytes_V: np.ndarray
+    num_sentinels: int = 0
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -1,134 +1,227 @@
-"""Fixed-length windows over the token files of one domain, by index."""
+"""Fixed-length windows over the token files of one domain, by index.
 
+Only the tokens asked for are read. A pickle holds the paths, not the tokens.
+"""
+
+import abc
 import functools
 import os
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.data.objectives import Example, Objective, RawWindow
 from moe_jax.data.token_files import TokenFiles
 
 
-class Windows:
-    """Random access to the windows of one domain: window i begins at token i * L.
+class RawWindow(NamedTuple):
+    """A stretch of a domain's tokens, documents one after the other.
 
-    Consecutive windows share one token, the last target of one and the first input of the next,
-    so each token is a target once. Documents are cut where a window ends; a document's
-    `positions` begin at 0 in every window, for attention sees no further back.
-
-    Only the tokens asked for are read. A pickle holds the paths, not the tokens.
+    Attributes:
+        tokens: int32 [N], the ids; N is at least 1.
+        segment_ids: int32 [N], 1 for the tokens of the first document in the window, 2 for the
+            second, and so on.
+        positions: int32 [N], 0 at the start of the window and of each document.
+        domain: the domain's id.
     """
 
-    def __init__(
-        self,
-        files: TokenFiles,
-        split: str,
-        domain: str,
-        *,
-        sequence_length: int,
-        objective: Objective,
-        pad_id: int,
-        keep_partial: bool,
-    ):
-        """Describes the windows; opens no file.
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    domain: int
+
+
+class DomainTokens:
+    """Random access to the tokens of one domain in one split.
+
+    Attributes:
+        domain_id: of the domain.
+        num_tokens: of all documents, `bos_id` and `eos_id` included.
+        num_documents: that there are.
+    """
+
+    def __init__(self, files: TokenFiles, split: str, domain: str):
+        """Describes the tokens; opens no file.
 
         Args:
             files: the token files.
             split: `train` or `heldout`.
             domain: one of `files.domains`.
-            sequence_length: L, tokens a window.
-            objective: turns a `RawWindow` of at most L + 1 tokens into an example.
-            pad_id: given to the objective.
-            keep_partial: whether the last window may have fewer than L + 1 tokens; if not, the
-                tokens that fill no window are left out.
         """
-        self._tokens_path = files.tokens_path(split, domain)
+        self.path = files.tokens_path(split, domain)
         self._dtype = files.dtype
         self._offsets_path = files.offsets_path(split, domain)
-        self._domain_id = files.domains.index(domain)
-        self._sequence_length = sequence_length
-        self._objective = objective
-        self._pad_id = pad_id
+        self.domain_id = files.domains.index(domain)
         self.num_tokens = files.counts[split][domain].tokens
-        num_targets = max(self.num_tokens - 1, 0)
-        self._length = num_targets // sequence_length
-        if keep_partial and num_targets % sequence_length:
-            self._length += 1
+        self.num_documents = files.counts[split][domain].documents
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), fewer at the end of the file; int32.
+
+        Read rather than mapped: of a mapped file that is cut the process dies without a word.
+
+        Raises:
+            OSError: if the file was cut after it was opened.
+        """
+        file, header_bytes = self._file
+        count = min(stop, self.num_tokens) - start
+        size = self._dtype.itemsize
+        data = os.pread(file, count * size, header_bytes + start * size)
+        if len(data) != count * size:
+            raise OSError(
+                f"Token files stay as they are while they are read: {self.path} was cut. "
+                "Start again: they are made anew."
+            )
+        return np.frombuffer(data, self._dtype).astype(np.int32)
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """Where each document begins, and the end; int64 [documents + 1]."""
+        return np.load(self._offsets_path)  # Eight bytes a document.
+
+    @functools.cached_property
+    def _file(self) -> tuple[int, int]:
+        """Descriptor of the open file, and the bytes before its first token."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        with self.path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            return descriptor, file.tell()
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = ("_file", "offsets")
+        return {name: value for name, value in self.__dict__.items() if name not in opened}
+
+
+class Windows(abc.ABC):
+    """Random access to the windows of one domain, in an order of their own."""
+
+    def __init__(self, tokens: DomainTokens):
+        """Describes the windows; opens no file, but where a class says so."""
+        self.tokens = tokens
+
+    @abc.abstractmethod
     def __len__(self) -> int:
-        return self._length
+        """How many there are."""
 
-    def __getitem__(self, index: int) -> Example:
-        """Returns an example; for `causal_lm`, the arrays that its docstring lists."""
-        return self._objective(
-            self.raw(index), sequence_length=self._sequence_length, pad_id=self._pad_id
-        )
-
-    def raw(self, index: int) -> RawWindow:
-        """Returns a window as it is on disk.
+    @abc.abstractmethod
+    def read(self, index: int) -> RawWindow:
+        """Reads a window.
 
         Args:
             index: in [0, len(self)).
 
-        Returns:
-            The window's tokens, of which there are 2 to L + 1.
-
         Raises:
-            IndexError: if the index is out of range.
             OSError: if the file was cut after it was opened.
         """
-        if not 0 <= index < self._length:
-            raise IndexError(f"window {index} of {self._length} in {self._tokens_path}")
-        start = index * self._sequence_length
-        tokens = self._tokens(start, self._sequence_length + 1).astype(np.int32)
+
+    def __getitem__(self, index: int) -> RawWindow:
+        """`read`, of an index that may be out of range.
+
+        Raises:
+            IndexError: it is.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)} in {self.tokens.path}")
+        return self.read(index)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.tokens.path)!r}, {len(self)})"
+
+
+class DocumentWindows(Windows):
+    """Documents as they are on disk, one after the other: window i begins at token i * L.
+
+    Consecutive windows share one token, the last target of one and the first input of the next,
+    so each token is a target once. Documents are cut where a window ends; a document's
+    `positions` begin at 0 in every window, for attention sees no further back.
+    """
+
+    def __init__(self, tokens: DomainTokens, *, window: int, keep_partial: bool):
+        """Describes the windows; opens no file.
+
+        Args:
+            tokens: of the domain.
+            window: L + 1, tokens of a window.
+            keep_partial: whether the last window may have fewer tokens, though 2 at least; if not,
+                those that fill no window are left out.
+        """
+        super().__init__(tokens)
+        self._stride = window - 1
+        self._length = _num_windows(max(tokens.num_tokens - 1, 0), self._stride, keep_partial)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> RawWindow:
+        """See `Windows`: 2 to L + 1 tokens."""
+        start = index * self._stride
+        tokens = self.tokens.read(start, start + self._stride + 1)
         stop = start + len(tokens)
         # Documents that begin after the window's first token and within it.
-        first, last = np.searchsorted(self._offsets, (start, stop - 1), side="right")
+        offsets = self.tokens.offsets
+        first, last = np.searchsorted(offsets, (start, stop - 1), side="right")
         begins = np.zeros(len(tokens), np.int32)
-        begins[self._offsets[first:last] - start] = 1
+        begins[offsets[first:last] - start] = 1
         arange = np.arange(len(tokens), dtype=np.int32)
         return RawWindow(
             tokens=tokens,
             segment_ids=1 + np.cumsum(begins, dtype=np.int32),
             positions=arange - np.maximum.accumulate(arange * begins),
-            domain=self._domain_id,
+            domain=self.tokens.domain_id,
         )
 
-    def _tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), fewer at the end of the file.
 
-        Read rather than mapped: of a mapped file that is cut the process dies without a word.
+class JoinedText(Windows):
+    """The text of documents as one, with nothing between them: window i begins at token i * N.
+
+    `bos_id` and `eos_id` of the documents are left out, and a window is one segment, as T5's
+    `reduce_concat_tokens` and `split_tokens` have it.
+    """
+
+    def __init__(self, tokens: DomainTokens, *, window: int, keep_partial: bool):
+        """Describes the windows; opens no file.
+
+        Args:
+            tokens: of the domain.
+            window: N, tokens of a window.
+            keep_partial: whether the last window may have fewer tokens; if not, those that fill no
+                window are left out.
         """
-        file, header_bytes = self._tokens_file
-        count = min(count, self.num_tokens - start)
-        size = self._dtype.itemsize
-        data = os.pread(file, count * size, header_bytes + start * size)
-        if len(data) != count * size:
-            raise OSError(
-                f"Token files stay as they are while they are read: {self._tokens_path} was cut. "
-                "Start again: they are made anew."
-            )
-        return np.frombuffer(data, self._dtype)
+        super().__init__(tokens)
+        self._window = window
+        self._num_tokens = tokens.num_tokens - 2 * tokens.num_documents
+        self._length = _num_windows(self._num_tokens, window, keep_partial)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> RawWindow:
+        """See `Windows`: 1 to N tokens."""
+        start = index * self._window
+        last = min(start + self._window, self._num_tokens) - 1
+        # The documents of the first and the last token; document d has 2 d + 1 others before it.
+        offsets = self.tokens.offsets
+        first_document, last_document = (
+            np.searchsorted(self._text_offsets, (start, last), side="right") - 1
+        )
+        begin = start + 2 * int(first_document) + 1
+        tokens = self.tokens.read(begin, last + 2 * int(last_document) + 2)
+        begins = offsets[first_document + 1 : last_document + 1] - begin
+        tokens = np.delete(tokens, np.concatenate([begins - 1, begins]))  # eos and the next bos
+        return RawWindow(
+            tokens=tokens,
+            segment_ids=np.ones_like(tokens),
+            positions=np.arange(len(tokens), dtype=np.int32),
+            domain=self.tokens.domain_id,
+        )
 
     @functools.cached_property
-    def _tokens_file(self) -> tuple[int, int]:
-        """Descriptor of the open file, and the bytes before its first token."""
-        descriptor = os.open(self._tokens_path, os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)
-        with self._tokens_path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            return descriptor, file.tell()
+    def _text_offsets(self) -> np.ndarray:
+        """`offsets` in tokens of text."""
+        return self.tokens.offsets - 2 * np.arange(len(self.tokens.offsets))
 
-    @functools.cached_property
-    def _offsets(self) -> np.ndarray:
-        return np.load(self._offsets_path)  # Eight bytes a document.
 
-    def __getstate__(self) -> dict[str, Any]:
-        opened = ("_tokens_file", "_offsets")
-        return {name: value for name, value in self.__dict__.items() if name not in opened}
-
-    def __repr__(self) -> str:
-        return f"Windows({str(self._tokens_path)!r}, {self._length} of {self._sequence_length})"
+def _num_windows(num_tokens: int, stride: int, keep_partial: bool) -> int:
+    return -(-num_tokens // stride) if keep_partial else num_tokens // stride

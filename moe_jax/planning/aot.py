@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
@@ -17,7 +16,7 @@ from moe_jax.planning.hlo import read_program
 from moe_jax.planning.topology import Topology, devices
 from moe_jax.planning.workload import Workload
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
-from moe_jax.training.state import abstract_state
+from moe_jax.training.state import abstract_batch, abstract_state
 
 
 def compile_training_step(work: Workload, topology: Topology) -> Compiled:
@@ -26,7 +25,7 @@ def compile_training_step(work: Workload, topology: Topology) -> Compiled:
     state = abstract_state(work.config)
     training = work.config.training
     rows = training.batch_size // training.num_microbatches
-    batch = abstract_batch((training.num_microbatches, rows, work.length))
+    batch = abstract_batch(work.config, (training.num_microbatches, rows))
     step = compile_train_step(work.config, mesh)
     with jax.set_mesh(mesh):
         return _compile(lambda: step.lower(state, batch))
@@ -41,7 +40,7 @@ def compile_forward(work: Workload, topology: Topology) -> Compiled:
     mesh = make_mesh(work.mesh, devices(topology))
     shardings = state_shardings(work.config, mesh)
     state = abstract_state(work.config)
-    batch = abstract_batch((training.batch_size // training.num_microbatches, work.length))
+    batch = abstract_batch(work.config, (training.batch_size // training.num_microbatches,))
 
     def forward(params: Any, model_state: Any, batch: Any) -> jax.Array:
         call = Call(
@@ -67,13 +66,6 @@ def with_training_capacity(model: LanguageModel) -> LanguageModel:
         return dataclasses.replace(part, capacity=capacity)
 
     return model.map_parts(as_in_training)
-
-
-def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of sequences without its tokens."""
-    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32)
-    dtypes["loss_weights"] = jnp.float32
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered]) -> Compiled:

@@ -151,7 +151,8 @@ def evaluate(
     mesh = mesh or make_mesh(MeshConfig(data=1))
     rows = inference_rows(config, mesh, batch_size)
     batches = heldout_batches(data, batch_size=rows, max_batches=max_batches)
-    token_bytes_V = data.tokenizer.token_bytes_V
+    length = config.data.sequence_length
+    token_bytes_V = config.data.objective.token_bytes(data.tokenizer, length)
     return score(params, model_state, config, batches, data.domains, token_bytes_V, mesh, step)
 
 
@@ -173,7 +174,7 @@ def score(
       config: of the run.
       batches: of one shape, as `data.heldout_batches` yields them, of `placement.inference_rows`.
       domains: that their `domain` is an index into.
-      token_bytes_V: bytes of text that each token stands for.
+      token_bytes_V: bytes of text that each token stands for; all 0: bits per byte are nan.
       mesh: that the parameters lie on.
       step: finished steps, for settings of the router that are annealed; None: at their ends.
 

@@ -268,13 +268,19 @@ def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int)
 
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a model whose vocabulary is smaller than the tokenizer's."""
-    size = tokenizer.vocab_size
+    """Refuses a model whose vocabulary is smaller than the ids of its batches.
+
+    Raises:
+      ValueError: with the size that will do; or the objective refuses the length of sequences.
+    """
+    size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
     if config.model.vocab_size < size:
+        more = size - tokenizer.vocab_size
+        sentinels = f", data.objective adds {more} sentinels" if more else ""
         raise ValueError(
             "model.vocab_size is at least the tokenizer's: "
-            f"model.vocab_size={config.model.vocab_size}, {config.data.tokenizer!r} has {size}. "
-            f"Set model.vocab_size={size}."
+            f"model.vocab_size={config.model.vocab_size}, {config.data.tokenizer!r} has "
+            f"{tokenizer.vocab_size}{sentinels}. Set model.vocab_size={size}."
         )
 
 

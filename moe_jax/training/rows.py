@@ -1,5 +1,6 @@
 """What a step and an evaluation say, by the names of `metrics.jsonl`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,9 @@ def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
     for kind in CAPACITIES:
         if kind in said:
             loss = said[kind]
+            bits = f", {loss['bits_per_byte']:.4f} bits/byte"
             cells.append(
-                f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token, "
-                f"{loss['bits_per_byte']:.4f} bits/byte;"
+                f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token"
+                f"{bits if math.isfinite(loss['bits_per_byte']) else ''};"
             )
     return " ".join(cells).rstrip(";")

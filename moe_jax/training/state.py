@@ -59,6 +59,17 @@ def evaluation_params(state: TrainState) -> Any:
     return state.params
 
 
+def abstract_batch(
+    config: ExperimentConfig, rows: tuple[int, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of a run without its contents: shapes and dtypes, with these dims before each."""
+    arrays = config.data.objective.arrays(config.data.sequence_length)
+    return {
+        name: jax.ShapeDtypeStruct((*rows, *shape), dtype)
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
 @functools.lru_cache(maxsize=64)
 def abstract_state(config: ExperimentConfig) -> TrainState:
     """Shapes and dtypes of `init_state`; nothing is computed."""

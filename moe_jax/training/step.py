@@ -12,7 +12,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.part import Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from moe_jax.training.state import TrainState, abstract_state
+from moe_jax.training.state import TrainState, abstract_batch, abstract_state
 
 
 class StepMetrics(NamedTuple):
@@ -80,9 +80,7 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
     if config.model.depends_on_microbatches:
         return True
     rows = config.training.batch_size // config.training.num_microbatches
-    tokens = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
-    batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), tokens)
-    batch["loss_weights"] = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    batch = abstract_batch(config, (rows,))
     state = abstract_state(config)
 
     def loss(params: Any, model_state: Any, batch: Batch, key_data: jax.Array) -> jax.Array:

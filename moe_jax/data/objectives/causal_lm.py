@@ -1,33 +1,12 @@
-"""What a model is asked to predict: pure functions from a window of tokens to an example."""
+"""The next token."""
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+import dataclasses
 
 import numpy as np
 
-Example = dict[str, np.ndarray]
-
-
-class RawWindow(NamedTuple):
-    """A stretch of a domain's tokens, documents one after the other.
-
-    Attributes:
-        tokens: int32 [N], the ids; N is at least 2.
-        segment_ids: int32 [N], 1 for the tokens of the first document in the window, 2 for the
-            second, and so on.
-        positions: int32 [N], 0 at the start of the window and of each document.
-        domain: the domain's id.
-    """
-
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    domain: int
-
-
-# (window, *, sequence_length, pad_id) -> example of arrays of fixed shape.
-Objective = Callable[..., Example]
+from moe_jax.data.objectives.objective import Example, Key, Objective
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.windows import RawWindow
 
 
 def causal_lm(window: RawWindow, *, sequence_length: int, pad_id: int) -> Example:
@@ -69,25 +48,13 @@ def causal_lm(window: RawWindow, *, sequence_length: int, pad_id: int) -> Exampl
     }
 
 
-# A new objective is a function of this signature and a line here.
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType({"causal_lm": causal_lm})
+@dataclasses.dataclass(frozen=True)
+class CausalLM(Objective):
+    """Predict each token from those before it in its document; see `causal_lm`."""
 
-
-def get_objective(name: str) -> Objective:
-    """Looks an objective up by name.
-
-    Args:
-        name: a key of `OBJECTIVES`.
-
-    Returns:
-        The function (window, *, sequence_length, pad_id) -> example.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(
-            f"The objective must be one of {sorted(OBJECTIVES)}: got {name!r}. "
-            "Set config.data.objective to one of them."
-        )
-    return OBJECTIVES[name]
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """See `Objective`; nothing is drawn."""
+        del key
+        return causal_lm(window, sequence_length=sequence_length, pad_id=tokenizer.pad_id)

@@ -1,0 +1,20 @@
+"""What a model is asked to predict: from a window of tokens to an example."""
+
+from moe_jax.data.objectives.causal_lm import CausalLM, causal_lm
+from moe_jax.data.objectives.objective import Example, Key, Lengths, Objective
+from moe_jax.data.objectives.pairs import EncoderPrefixLM, Pairs
+from moe_jax.data.objectives.prefix_lm import PrefixLM
+from moe_jax.data.objectives.span_corruption import SpanCorruption
+
+__all__ = [
+    "CausalLM",
+    "EncoderPrefixLM",
+    "Example",
+    "Key",
+    "Lengths",
+    "Objective",
+    "Pairs",
+    "PrefixLM",
+    "SpanCorruption",
+    "causal_lm",
+]

@@ -1,0 +1,140 @@
+"""The base class of objectives, and what goes in and out of them."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from moe_jax.config.check import require
+from moe_jax.config.kinds import kind_of
+from moe_jax.config.settings import Settings
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.windows import DocumentWindows, DomainTokens, RawWindow, Windows
+
+Example = dict[str, np.ndarray]
+# Decides all that is drawn for an example: a seed and the number of the example, below 2^64.
+Key = tuple[int, int]
+
+
+class Lengths(NamedTuple):
+    """Sizes of an example.
+
+    Attributes:
+        window: tokens that it is made of, at most.
+        decoder: L, of what is predicted.
+        encoder: T, of what an encoder reads; 0 without one.
+    """
+
+    window: int
+    decoder: int
+    encoder: int = 0
+
+
+def generator(key: Key) -> np.random.Generator:
+    """Random numbers that are a function of the key alone."""
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(Settings):
+    """What a model is asked to predict.
+
+    Attributes:
+        encoder_decoder: whether a batch has inputs of an encoder.
+        continues_text: whether the targets are text that goes on from what the model is given, so
+            that bits per byte of them mean something.
+    """
+
+    family: ClassVar[str] = "objective"
+    encoder_decoder: ClassVar[bool] = False
+    continues_text: ClassVar[bool] = True
+
+    def lengths(self, sequence_length: int) -> Lengths:
+        """The sizes of an example, where `data.sequence_length` is this.
+
+        Raises:
+            ValueError: examples cannot be so short.
+        """
+        return Lengths(window=sequence_length + 1, decoder=sequence_length)
+
+    def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
+        """The windows of a domain.
+
+        Args:
+            tokens: of the domain.
+            sequence_length: of the data.
+            keep_partial: whether tokens that fill no window at the end make a shorter one.
+        """
+        window = self.lengths(sequence_length).window
+        return DocumentWindows(tokens, window=window, keep_partial=keep_partial)
+
+    def arrays(self, sequence_length: int) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of every array of an example but its `domain`, by name."""
+        lengths = self.lengths(sequence_length)
+        names = ("inputs", "targets", "segment_ids", "positions")
+        arrays: dict[str, tuple[tuple[int, ...], type]] = {
+            name: ((lengths.decoder,), np.int32) for name in names
+        }
+        arrays["loss_weights"] = ((lengths.decoder,), np.float32)
+        if lengths.encoder:
+            for name in ("inputs", "segment_ids", "positions"):
+                arrays[f"encoder_{name}"] = ((lengths.encoder,), np.int32)
+        return arrays
+
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """Makes an example of a window.
+
+        Args:
+            window: of at most `lengths(sequence_length).window` tokens.
+            sequence_length: of the data.
+            tokenizer: that made the tokens.
+            key: of what is drawn.
+
+        Returns:
+            The arrays that `arrays(sequence_length)` lists, and `domain`, an int32 scalar.
+        """
+        raise NotImplementedError
+
+    def vocab_size(self, tokenizer: Tokenizer, sequence_length: int) -> int:
+        """How many ids examples may have: the tokenizer's, and those that the objective adds.
+
+        Raises:
+            ValueError: the settings do not fit the length.
+        """
+        del sequence_length
+        return tokenizer.vocab_size
+
+    def token_bytes(self, tokenizer: Tokenizer, sequence_length: int) -> np.ndarray:
+        """Bytes of text that each target id stands for, int32 [`vocab_size`].
+
+        All are 0 where targets do not continue a text: bits per byte are nan then.
+        """
+        token_bytes_V = np.zeros(self.vocab_size(tokenizer, sequence_length), np.int32)
+        if self.continues_text:
+            token_bytes_V[: tokenizer.vocab_size] = tokenizer.token_bytes_V
+        return token_bytes_V
+
+    def check_model(self, model: Any) -> None:
+        """Refuses a model of another kind.
+
+        Raises:
+            ValueError: it has an encoder and the objective none, or the other way round; or a
+                decoder sees what it is to predict.
+        """
+        kind = {True: "an encoder and a decoder", False: "a decoder alone"}
+        has_encoder = bool(getattr(model, "has_encoder", False))
+        other = "span_corruption" if has_encoder else "causal_lm"
+        require(
+            has_encoder == self.encoder_decoder,
+            f"data.objective={kind_of(self)!r} is for a model with {kind[self.encoder_decoder]}",
+            f"the model has {kind[has_encoder]}",
+            f"Set data.objective, for example to {other!r}",
+        )
+        require(
+            has_encoder or model.stack.causal,
+            "the next token is no objective for a model that sees it",
+            f"data.objective={kind_of(self)!r}, model.stack.causal=False",
+            "Set model.stack.causal=True",
+        )

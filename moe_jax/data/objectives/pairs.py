@@ -1,0 +1,145 @@
+"""Objectives of an encoder-decoder: pairs of what is read and what is written, several in a row."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from moe_jax.data.objectives.objective import (
+    Example,
+    Key,
+    Lengths,
+    Objective,
+    generator,
+)
+from moe_jax.data.objectives.prefix_lm import PrefixLengths
+from moe_jax.data.packed_windows import PackedText
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.windows import DomainTokens, JoinedText, RawWindow, Windows
+
+
+class Pair(NamedTuple):
+    """What an encoder reads and a decoder writes, int32, without the `eos_id` that ends both."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+def pack_pairs(
+    pairs: Sequence[Pair], *, lengths: Lengths, pad_id: int, eos_id: int, domain: int
+) -> Example:
+    """Puts pairs into a row, one after the other.
+
+    A decoder's inputs are the targets shifted right by one within their pair, from `pad_id` on, as
+    T5's. Both sides end with `eos_id`, a target like any other.
+
+    Args:
+        pairs: that fit into the row.
+        lengths: of the row.
+        pad_id: begins a decoder's inputs, and fills the row.
+        eos_id: ends every pair on both sides.
+        domain: of the text.
+
+    Returns:
+        `encoder_inputs`, `encoder_segment_ids`, `encoder_positions`: int32 [T]; `inputs`,
+        `targets`, `segment_ids`, `positions`: int32 [L]; `loss_weights`: float32 [L], 1 of every
+        target that is no padding; `domain`: int32 scalar. A pair has the same segment number on
+        both sides, from 1 on; 0 is padding.
+    """
+    read = [np.append(pair.inputs, eos_id) for pair in pairs]
+    written = [np.append(pair.targets, eos_id) for pair in pairs]
+    shifted = [np.insert(targets[:-1], 0, pad_id) for targets in written]
+    encoder, decoder = (
+        {
+            "segment_ids": _row([np.full(len(a), n) for n, a in enumerate(side, 1)], length, 0),
+            "positions": _row([np.arange(len(a)) for a in side], length, 0),
+        }
+        for side, length in ((read, lengths.encoder), (written, lengths.decoder))
+    )
+    return {
+        "encoder_inputs": _row(read, lengths.encoder, pad_id),
+        **{f"encoder_{name}": array for name, array in encoder.items()},
+        "inputs": _row(shifted, lengths.decoder, pad_id),
+        "targets": _row(written, lengths.decoder, pad_id),
+        **decoder,
+        "loss_weights": (decoder["segment_ids"] > 0).astype(np.float32),
+        "domain": np.array(domain, np.int32),
+    }
+
+
+def _row(arrays: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
+    """The arrays one after the other and filled up, int32 [length]."""
+    row = np.full(length, filler, np.int32)
+    joined = np.concatenate(arrays)
+    row[: len(joined)] = joined
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Objective):
+    """Predict a part of a text from another one, in an encoder-decoder.
+
+    A window is text of documents without their `bos_id` and `eos_id`. It is cut from the documents
+    joined one after the other, or, where they are packed, from a single one: short pieces then
+    share a row, and nothing that is read or written is of two documents.
+    """
+
+    encoder_decoder: ClassVar[bool] = True
+
+    packed: bool = False  # several pieces of documents in a row; or windows of joined documents
+
+    def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
+        """See `Objective`; a row of packed pieces may always be partly empty."""
+        lengths = self.lengths(sequence_length)
+        if not self.packed:
+            return JoinedText(tokens, window=lengths.window, keep_partial=keep_partial)
+        return PackedText(
+            tokens,
+            window=lengths.window,
+            limits=(lengths.encoder, lengths.decoder),
+            pair_lengths=self.pair_lengths,
+        )
+
+    def pair(self, tokens_N: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Pair:
+        """Cuts a text into what is read and what is written."""
+        raise NotImplementedError
+
+    def pair_lengths(self, num_tokens: int) -> tuple[int, int]:
+        """Most tokens on the side of the encoder and of the decoder, with the `eos_id` of both."""
+        raise NotImplementedError
+
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """See `Objective`; `pack_pairs` says what the arrays hold."""
+        rng = generator(key)
+        starts = np.flatnonzero(np.diff(window.segment_ids)) + 1
+        pieces = np.split(window.tokens, starts)
+        return pack_pairs(
+            [self.pair(tokens_N, tokenizer, rng) for tokens_N in pieces],
+            lengths=self.lengths(sequence_length),
+            pad_id=tokenizer.pad_id,
+            eos_id=tokenizer.eos_id,
+            domain=window.domain,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderPrefixLM(PrefixLengths, Pairs):
+    """Predict what follows a prefix of random length, which an encoder reads."""
+
+    packed: bool = True  # several pieces of documents in a row; or windows of joined documents
+
+    def lengths(self, sequence_length: int) -> Lengths:
+        """A window of as many tokens as either side has: one side may have all but one of them."""
+        return Lengths(window=sequence_length, decoder=sequence_length, encoder=sequence_length)
+
+    def pair_lengths(self, num_tokens: int) -> tuple[int, int]:
+        """See `Pairs`: what is not on one side is on the other."""
+        return num_tokens, num_tokens
+
+    def pair(self, tokens_N: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Pair:
+        """See `Pairs`."""
+        cut = self.draw_prefix(len(tokens_N), rng)
+        return Pair(tokens_N[:cut], tokens_N[cut:])

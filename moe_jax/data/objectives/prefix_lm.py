@@ -1,0 +1,69 @@
+"""The rest of a text, from its beginning."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.data.objectives.causal_lm import causal_lm
+from moe_jax.data.objectives.objective import Example, Key, Objective, generator
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.windows import RawWindow
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLengths(Settings):
+    """How long a prefix is: every length that the two shares allow is equally likely."""
+
+    shortest_prefix: float = setting(0.0, at_least=0, at_most=1)  # of the tokens; 1 token at least
+    longest_prefix: float = setting(1.0, at_least=0, at_most=1)  # of the tokens; all but 1 at most
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            self.shortest_prefix <= self.longest_prefix,
+            "shortest_prefix is at most longest_prefix",
+            f"shortest_prefix={self.shortest_prefix}, longest_prefix={self.longest_prefix}",
+            "Lower the first",
+        )
+
+    def draw_prefix(self, num_tokens: int, rng: np.random.Generator) -> int:
+        """The length of a prefix: in [1, num_tokens - 1], and 0 of a single token.
+
+        T5's `random_prefix_noise_mask`, where the shares are 0 and 1.
+        """
+        last = num_tokens - 1
+        low = min(max(round(self.shortest_prefix * num_tokens), 1), last)
+        high = max(min(round(self.longest_prefix * num_tokens), last), low)
+        return int(rng.integers(low, high + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM(PrefixLengths, Objective):
+    """Predict what follows a prefix of random length of each document, in a decoder.
+
+    The rows are those of `causal_lm`. A document in a window, or the part of it that is there, has
+    one prefix; targets in it have loss weight 0, and `in_prefix` is 1 at its inputs. Attention
+    that does not read `in_prefix` stays causal in prefixes too.
+    """
+
+    def arrays(self, sequence_length: int) -> dict[str, Any]:
+        """See `Objective`."""
+        return super().arrays(sequence_length) | {"in_prefix": ((sequence_length,), np.int32)}
+
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """See `Objective`."""
+        rng = generator(key)
+        example = causal_lm(window, sequence_length=sequence_length, pad_id=tokenizer.pad_id)
+        sizes = np.bincount(window.segment_ids)[1:]
+        prefixes = np.array([self.draw_prefix(size, rng) for size in sizes])
+        in_prefix_N = window.positions < prefixes[window.segment_ids - 1]
+        num_inputs = len(window.tokens) - 1
+        example["in_prefix"] = np.zeros(sequence_length, np.int32)
+        example["in_prefix"][:num_inputs] = in_prefix_N[:-1]
+        example["loss_weights"][:num_inputs] *= ~in_prefix_N[1:]
+        return example

@@ -1,0 +1,94 @@
+"""Short texts that share a row."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moe_jax.data.windows import DomainTokens, RawWindow, Windows
+
+
+def pack_rows(sizes_C2: np.ndarray, limits_2: tuple[int, int]) -> np.ndarray:
+    """Puts pieces into rows in their order: a row takes the next one while both sides have room.
+
+    Args:
+        sizes_C2: int, tokens of each piece on two sides; each fits into a row.
+        limits_2: tokens of a row on both.
+
+    Returns:
+        int64 [rows + 1], the first piece of each row; the last is C.
+    """
+    ends_2C = np.cumsum(sizes_C2, axis=0).T
+    firsts = [0]
+    while firsts[-1] < len(sizes_C2):
+        first = firsts[-1]
+        used_2 = ends_2C[:, first - 1] if first else (0, 0)
+        # The pieces that end within the limits, on the side that has less room.
+        firsts.append(
+            min(
+                int(np.searchsorted(ends_C, used + limit, side="right"))
+                for ends_C, used, limit in zip(ends_2C, used_2, limits_2, strict=True)
+            )
+        )
+    return np.array(firsts, np.int64)
+
+
+class PackedText(Windows):
+    """Pieces of single documents, several of them in a row where they are short.
+
+    A document without its `bos_id` and `eos_id` is cut into pieces of N tokens and a rest; a rest
+    of one token is left out. Rows are planned once, in the order of the documents: whole pieces
+    have a row each, rests follow one another as they fit.
+    """
+
+    def __init__(
+        self,
+        tokens: DomainTokens,
+        *,
+        window: int,
+        limits: tuple[int, int],
+        pair_lengths: Callable[[int], tuple[int, int]],
+    ):
+        """Plans the rows; reads where the documents begin.
+
+        Args:
+            tokens: of the domain.
+            window: N.
+            limits: tokens of a row on the encoder's side and on the decoder's.
+            pair_lengths: tokens that a piece of so many takes of the encoder's side of a row and
+                of the decoder's.
+        """
+        super().__init__(tokens)
+        sizes_D = np.diff(tokens.offsets) - 2
+        pieces_D = -(-sizes_D // window)
+        document_C = np.repeat(np.arange(len(sizes_D)), pieces_D)
+        skipped_C = window * (
+            np.arange(len(document_C)) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
+        )
+        sizes_C = np.minimum(sizes_D[document_C] - skipped_C, window)
+        starts_C = tokens.offsets[document_C] + 1 + skipped_C
+        order = np.argsort(sizes_C < window, kind="stable")
+        order = order[sizes_C[order] > 1]
+        self._starts_C, self._sizes_C = starts_C[order], sizes_C[order]
+        table = np.array([(0, 0), *map(pair_lengths, range(1, window + 1))])
+        num_whole = int(np.sum(self._sizes_C == window))
+        rests = pack_rows(table[self._sizes_C[num_whole:]], limits)
+        self._rows = np.concatenate([np.arange(num_whole), num_whole + rests])
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def read(self, index: int) -> RawWindow:
+        """See `Windows`: a segment is a piece."""
+        pieces = slice(*self._rows[index : index + 2])
+        sizes = self._sizes_C[pieces]
+        starts = self._starts_C[pieces].tolist()
+        tokens = [
+            self.tokens.read(start, start + size)
+            for start, size in zip(starts, sizes.tolist(), strict=True)
+        ]
+        return RawWindow(
+            tokens=np.concatenate(tokens),
+            segment_ids=np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
+            positions=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+            domain=self.tokens.domain_id,
+        )
