@@ -53,7 +53,16 @@ class RunShape(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions_BL", "segments_BL", "tokens_BL", "step", "rng", "memory", "shared"],
+    data_fields=[
+        "positions_BL",
+        "segments_BL",
+        "tokens_BL",
+        "step",
+        "rng",
+        "memory",
+        "shared",
+        "cache_index",
+    ],
     meta_fields=["causal", "capacity", "record"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +70,8 @@ class Call:
     """Inputs that are the same for every layer of a model.
 
     Attributes:
-      positions_BL: int32, position of a token in its document; None: in its sequence.
+      positions_BL: int32, position of a token in its document; None: in its sequence, which begins
+        at the first slot of a cache.
       segments_BL: int32, number of a token's document within its sequence, 0 for padding; None: one
         document without padding.
       tokens_BL: int32 token ids; None outside a model.
@@ -69,6 +79,9 @@ class Call:
       rng: random key of a training pass, for dropout and noise; None: a deterministic evaluation.
       memory: [B, T, M], the encoder's output; None without an encoder.
       shared: outputs of the stack's shared parts, by name.
+      cache_index: int32 scalar, slots of the caches that earlier calls filled: tokens of this call
+        go into the slots from there on. The same for all rows, padding included; None without a
+        cache.
       causal: whether a token must not see later ones; the stack sets it.
       capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
         evaluation. A part with a fixed number of slots keeps it, except if dropless.
@@ -82,6 +95,7 @@ class Call:
     rng: jax.Array | None = None
     memory: jax.Array | None = None
     shared: Any = None
+    cache_index: jax.Array | int | None = None
     causal: bool = True
     capacity: float | None = None
     record: bool = False
@@ -96,7 +110,8 @@ class Call:
         shape = x_BLM.shape[:2]
         positions, segments = self.positions_BL, self.segments_BL
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+            start = 0 if self.cache_index is None else self.cache_index
+            positions = jnp.broadcast_to(start + jnp.arange(shape[1], dtype=jnp.int32), shape)
         if segments is None:
             segments = jnp.ones(shape, jnp.int32)
         return dataclasses.replace(self, positions_BL=positions, segments_BL=segments)

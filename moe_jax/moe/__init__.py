@@ -17,7 +17,7 @@ Legend of shapes, for names (`x_GSM`) and einsums. A letter has one meaning in t
   X  MoE layers of a model          P  slots of a group, E * C
   I  input dim of any matrix        U  units over which a balance loss is taken
   O  output dim of any matrix       W  taps of a convolution
-  Z  state of a recurrence
+  Z  state of a recurrence          F  latent of keys and values
 
 A dim of size one is written 1. Letters mean logical dims, not the shards of a device.
 """
