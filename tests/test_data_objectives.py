@@ -1,5 +1,6 @@
 """Objectives of a decoder alone, and which model takes which objective."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -7,14 +8,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, read_config, to_dict
-from moe_jax.config.convert import write_config
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    config_dict,
+    from_config_dict,
+    read_config,
+    to_dict,
+    write_config,
+)
+from moe_jax.config.file import override
 from moe_jax.config.kinds import KINDS, load_kind
-from moe_jax.data import RawWindow, objectives, tokenizers
+from moe_jax.data import RawWindow, heldout_batches, objectives, open_data, tokenizers
 from moe_jax.data.objectives import CausalLM, EncoderPrefixLM, PrefixLM, SpanCorruption
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
+from moe_jax.training.evaluation import DomainSums, SequenceSums
+from moe_jax.training.loop import check_vocabulary, train
+from moe_jax.training.rows import evaluation_line
+from moe_jax.training.ways import ways_of
+from tests.tiny_run import tiny_training
 
+WAY = ways_of(LanguageModel())["dropless"]
 TOKENIZER = tokenizers.ByteTokenizer()
 OBJECTIVES = {kind: load_kind("objective", kind)() for kind in KINDS["objective"]}
 
@@ -153,6 +168,17 @@ def test_an_objective_is_named_in_a_config_by_its_kind_alone_or_with_settings():
         from_config_dict({"data": {"objective": "mlm"}})
 
 
+def test_flags_name_an_objective_and_set_its_fields():
+    config = config_dict(ExperimentConfig())
+    override(config, "config.data.objective", "prefix_lm")
+    override(config, "config.data.objective.longest_prefix", "0.5")
+    assert from_config_dict(config).data.objective == PrefixLM(longest_prefix=0.5)
+    with pytest.raises(ValueError, match=r"Did you mean --config\.data\.objective\.longest_prefix"):
+        override(config, "config.data.objective.longest", "0.5")
+    with pytest.raises(ValueError, match=r"causal_lm has no fields"):
+        override(config_dict(ExperimentConfig()), "config.data.objective.longest_prefix", "0.5")
+
+
 def test_a_decoder_alone_has_no_objective_of_an_encoder_and_the_other_way_round():
     decoder = LanguageModel()
     both = types.SimpleNamespace(has_encoder=True)
@@ -171,3 +197,52 @@ def test_bytes_of_targets_are_counted_where_they_continue_a_text():
     for objective in (CausalLM(), PrefixLM(), EncoderPrefixLM()):
         assert np.array_equal(objective.token_bytes(TOKENIZER, 32), TOKENIZER.token_bytes_V)
     assert not SpanCorruption().token_bytes(TOKENIZER, 32).any()
+
+
+def test_a_vocabulary_without_room_for_sentinels_is_refused():
+    class Plain(tokenizers.ByteTokenizer):
+        vocab_size, num_sentinels = 259, 0
+
+    data = DataConfig(sequence_length=64, objective=SpanCorruption(), tokenizer="plain")
+
+    def config(vocab_size):
+        return types.SimpleNamespace(data=data, model=types.SimpleNamespace(vocab_size=vocab_size))
+
+    check_vocabulary(config(359), Plain())
+    message = (
+        r"model\.vocab_size=358, 'plain' has 259, data\.objective adds 100 sentinels\. "
+        r"Set model\.vocab_size=359\."
+    )
+    with pytest.raises(ValueError, match=message):
+        check_vocabulary(config(358), Plain())
+
+
+def test_bits_a_byte_are_not_said_where_targets_are_no_text():
+    sums = DomainSums(("only",))
+    sums.add(SequenceSums(np.array([6.0]), np.array([4.0]), np.array([0.0]), {}), np.array([0]))
+    said = {"dropless": {**WAY._asdict(), **sums.losses()}}
+    line = evaluation_line(20, said)
+    assert "1.5000 nats/token" in line and "byte" not in line and "nan" not in line
+
+
+@pytest.mark.slow
+def test_a_run_with_prefixes_resumes_exactly(tmp_path):
+    def config(num_steps):
+        settings = {
+            "data": {"objective": "prefix_lm"},
+            "optimizer": {"schedule": "constant"},
+            "training": {"num_steps": num_steps},
+        }
+        return tiny_training(settings)
+
+    whole = train(config(6), tmp_path / "whole")
+    train(config(3), tmp_path / "parts")
+    assert train(config(6), tmp_path / "parts") == whole
+    tokens = whole["dropless"]["tokens"]
+    all_tokens = sum(
+        batch["loss_weights"].sum()
+        for batch in heldout_batches(
+            open_data(dataclasses.replace(config(6).data, objective=CausalLM())), batch_size=4
+        )
+    )
+    assert 0.4 < tokens / all_tokens < 0.6  # of the targets, half on average

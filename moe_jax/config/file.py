@@ -18,7 +18,10 @@ from typing import Any
 
 import ml_collections
 
+from moe_jax.config.convert import InFamily, build, hints, to_dict
 from moe_jax.config.installed import home, is_lfs_pointer, require_local
+from moe_jax.config.run import ExperimentConfig
+from moe_jax.config.settings import Settings
 
 CONFIG = "config"  # the flag
 KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
@@ -189,7 +192,9 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
     section, path = config, CONFIG
     for name in sections:
         require_field(flag, path, section, name, config)
-        section, path = section[name], f"{path}.{name}"
+        path = f"{path}.{name}"
+        write_out(section, name, path)
+        section = section[name]
     require_field(flag, path, section, last, config)
     if isinstance(section[last], ml_collections.ConfigDict):
         raise ValueError(
@@ -197,6 +202,33 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
             f"{fields_of(section[last])}. Set one of these, or change the config file."
         )
     section[last] = parse_value(f"--{flag}", text, section.get_type(last))
+
+
+def write_out(section: ml_collections.ConfigDict, name: str, path: str) -> None:
+    """Gives a part that is its kind alone, where all kinds have one family, its default fields.
+
+    Args:
+      section: in which it is, changed in place.
+      name: of its field.
+      path: of it, "config.data.objective".
+
+    Raises:
+      ValueError: there is no such kind.
+    """
+    family = family_at(path)
+    if family and isinstance(section[name], str):
+        part = to_dict(build(InFamily(family), section[name], path))
+        with section.unlocked(), section.ignore_type():
+            section[name] = part
+
+
+def family_at(path: str) -> str:
+    """The family of a setting of `ExperimentConfig` that is a part; "" of any other."""
+    expected: Any = ExperimentConfig
+    for name in path.split(".")[1:]:
+        is_section = isinstance(expected, type) and issubclass(expected, Settings)
+        expected = hints(expected).get(name) if is_section else None
+    return expected.family if isinstance(expected, InFamily) else ""
 
 
 def require_field(flag: str, path: str, section: Any, name: str, config: Any) -> None:
