@@ -53,7 +53,7 @@ class Mamba(Part):
     inner_norms: bool = False  # RMSNorm of dt, B and C (Jamba)
     norm_epsilon: float = setting(1e-6, above=0)  # of inner_norms
     # Tokens whose states are in memory at one time; the backward pass computes them again.
-    chunk_size: int = setting(64, at_least=1, changes_results=False)
+    chunk_size: int = setting(32, at_least=1, changes_results=False)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
 
     def sizes(self, dims: Dims) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class DynamicScaling(RotaryScaling):
     Source: transformers, modeling_rope_utils.py, "dynamic".
     """
 
-    factor: float = setting(1.0, at_least=1)
+    factor: float = setting(1.0, at_least=1)  # of the slow frequencies
     original_length: int = setting(2048, at_least=1)  # tokens; shorter documents are unchanged
 
     def scaled(
@@ -107,7 +107,7 @@ class Llama3Scaling(RotaryScaling):
     Source: Llama 3.1; transformers, modeling_rope_utils.py, "llama3".
     """
 
-    factor: float = setting(8.0, at_least=1)
+    factor: float = setting(8.0, at_least=1)  # of the slow frequencies
     # A pair that turns fewer times within original_length is divided by the whole factor.
     low_turns: float = setting(1.0, above=0)
     high_turns: float = setting(4.0, above=0)  # one that turns more often is kept
@@ -147,7 +147,7 @@ class Yarn(RotaryScaling):
       transformers, modeling_rope_utils.py, "yarn".
     """
 
-    factor: float = setting(1.0, at_least=1)
+    factor: float = setting(1.0, at_least=1)  # of the slow frequencies
     original_length: int = setting(4096, at_least=1)  # tokens of pre-training
     fast_turns: float = setting(32.0, above=0)  # beta_fast: turns within original_length
     slow_turns: float = setting(1.0, above=0)  # beta_slow
