@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig as ExperimentConfig
     from moe_jax.config import config_dict as config_dict
     from moe_jax.config import from_config_dict as from_config_dict
+    from moe_jax.interchange.read import from_hf as from_hf
+    from moe_jax.interchange.write import to_hf as to_hf
     from moe_jax.layers.attention import Attention as Attention
     from moe_jax.layers.feed_forward import Mlp as Mlp
     from moe_jax.models.linen import LinenModel as LinenModel
     from moe_jax.models.linen import LinenMoE as LinenMoE
     from moe_jax.models.model import LanguageModel as LanguageModel
+    from moe_jax.models.network import build as build
     from moe_jax.models.nnx import NNXModel as NNXModel
     from moe_jax.models.nnx import NNXMoE as NNXMoE
     from moe_jax.models.stack import StackLayout as StackLayout
@@ -46,10 +49,13 @@ interrupts.catch_in_command()
 
 MODULES = {
     "moe_jax.config": ("ExperimentConfig", "config_dict", "from_config_dict"),
+    "moe_jax.interchange.read": ("from_hf",),
+    "moe_jax.interchange.write": ("to_hf",),
     "moe_jax.layers.attention": ("Attention",),
     "moe_jax.layers.feed_forward": ("Mlp",),
     "moe_jax.models.linen": ("LinenModel", "LinenMoE"),
     "moe_jax.models.model": ("LanguageModel",),
+    "moe_jax.models.network": ("build",),
     "moe_jax.models.nnx": ("NNXModel", "NNXMoE"),
     "moe_jax.models.stack": ("StackLayout",),
     "moe_jax.moe.balance": ("BalanceLoss",),

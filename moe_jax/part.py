@@ -85,7 +85,8 @@ class Call:
       causal: whether a token must not see later ones; the stack sets it.
       capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
         evaluation. A part with a fixed number of slots keeps it, except if dropless.
-      record: whether `Aux.choices` gets the choices of every token.
+      record: whether `Aux` gets the choices and router logits of every token, and the output of a
+        stack its residual stream after every layer.
     """
 
     positions_BL: jax.Array | None = None
@@ -162,12 +163,14 @@ class Aux(NamedTuple):
       maxima: arrays of which microbatches and devices keep the maximum.
       sequences: arrays with a leading dim of sequences, which are not reduced.
       choices: the choices of every token if `Call.record` is set, else None.
+      logits_BLE: router logits of every token, noise included, if `Call.record` is set, else None.
     """
 
     sums: Sums = NOTHING
     maxima: Mapping[str, jax.Array] = NOTHING
     sequences: Mapping[str, Any] = NOTHING
     choices: Any = None
+    logits_BLE: Any = None
 
 
 Output = tuple[jax.Array, Any, Any]  # y_BLM, `Aux` or None, the new cache or None

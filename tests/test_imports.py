@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "checks": MODELS,
     "data": {"config", "command_line"},  # for its two commands
     "training": MODELS | {"data", "interrupts"},
+    "interchange": MODELS,
     "inference": TRAINING,
     "planning": TRAINING,
     "analysis": TRAINING | {"jobs", "planning"},

@@ -149,7 +149,7 @@ def test_state_is_by_part_and_steers_its_own_layer():
     biases = {name: {"bias_E": np.zeros(shape, np.float32)} for name, shape in shapes.items()}
     biases["small"]["bias_E"][5] = [0, 50, 0, 100]
     biases["large"]["bias_E"][2, 5] = 100
-    _, aux, _ = outputs(draw(model.specs())["stack"], biases, model.decoder)
+    _, aux, *_ = outputs(draw(model.specs())["stack"], biases, model.decoder)
     valid = (SEGMENTS_BL > 0).sum()
     small_XKE, large_XKE = (aux[name].sums["assigned_KE"] for name in ("small", "large"))
     assert small_XKE[5, 0, 3] == small_XKE[5, 1, 1] == valid
@@ -175,7 +175,7 @@ def run(params, state, stack, key=None):
 
     def loss(params, x):
         call = dataclasses.replace(CALL, rng=key)
-        y, aux, _ = stack.apply(params, x, call, state=state)
+        y, aux, *_ = stack.apply(params, x, call, state=state)
         balance = sum(jnp.sum(one.sums["prob_sum_E"] ** 2) for one in aux.values())
         return jnp.sum(y * DY) + 0.01 * balance, (y, aux)
 
@@ -381,7 +381,7 @@ def test_caches_are_carried_from_call_to_call(scan):
     def apply(x, cache):
         return stack.apply(params, x, Call().with_defaults(x), cache=cache)
 
-    whole, _, recorded = apply(X, None)
+    whole, _, recorded, _ = apply(X, None)
     cache = jax.tree.map(
         lambda spec: jnp.zeros(spec.shape, spec.dtype), stack.cache_specs(DIMS, BATCH, LENGTH)
     )
@@ -389,7 +389,7 @@ def test_caches_are_carried_from_call_to_call(scan):
     assert cache["unit"]["0"] == {}
     pieces = []
     for piece in (X[:, :1], X[:, 1:4], X[:, 4:]):
-        y, _, cache = apply(piece, cache)
+        y, _, cache, _ = apply(piece, cache)
         pieces.append(y)
     close(jnp.concatenate(pieces, axis=1), whole)
     close(cache, recorded)
@@ -427,7 +427,7 @@ def test_shared_parts_run_once_before_the_layers():
     stack = make_model(layout, {"add": AddShared(), "distance": Distance()}).decoder
     params = draw(stack.specs(DIMS))
     assert set(params["shared"]) == {"distance"}
-    y, aux, _ = stack.apply(params, jnp.asarray(X), CALL)
+    y, aux, *_ = stack.apply(params, jnp.asarray(X), CALL)
     slope = params["shared"]["distance"]["slope"]
     np.testing.assert_allclose(y, X + 2 * slope * np.arange(LENGTH)[:, None], rtol=1e-5)
     assert aux == {}

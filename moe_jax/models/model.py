@@ -27,11 +27,13 @@ class ModelOutput(NamedTuple):
       logits_BLV: float32, unnormalised log-probabilities of the next token.
       aux: the `Aux` of its parts, by part, each with a leading dim of layers.
       cache: the new caches by position; empty without a cache.
+      residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
     """
 
     logits_BLV: jax.Array
     aux: dict[str, Aux]
     cache: Any = None
+    residual_XBLM: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,10 +254,11 @@ class LanguageModel(Settings):
         key = None if call.rng is None else jax.random.fold_in(call.rng, self.stack.num_layers)
         x_BLM = dropout(x_BLM, self.dropout_rate, key)
         self.check_replay(replay)
-        x_BLM, aux, cache = self.decoder.apply(
+        output = self.decoder.apply(
             params["stack"], x_BLM, call, state=state, replay=replay, cache=cache
         )
-        return ModelOutput(self.logits(params, x_BLM), aux, cache)
+        logits_BLV = self.logits(params, output.x_BLM)
+        return ModelOutput(logits_BLV, output.aux, output.cache, output.residual_XBLM)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on the normed residual: float32 [B, L, V]."""

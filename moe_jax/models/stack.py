@@ -26,6 +26,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 SEGMENTS = ("first", "unit", "last")
+RESIDUAL = ""  # beside the branches of a layer, which have names
 LayerNames = tuple[str, ...] | str
 
 
@@ -105,6 +106,22 @@ class StackLayout(Settings):
                     best = (layers[:start], unit, (end - start) // period, layers[end:])
         first, unit, repeats, last = best
         return cls(first=first, unit=unit, repeats=repeats, last=last, **settings)
+
+
+class StackOutput(NamedTuple):
+    """The output of a stack.
+
+    Attributes:
+      x_BLM: the residual stream after the last layer.
+      aux: the `Aux` of the parts, by part, each with a leading dim of layers.
+      cache: the new caches, by position.
+      residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
+    """
+
+    x_BLM: jax.Array
+    aux: dict[str, Any]
+    cache: Any
+    residual_XBLM: jax.Array | None = None
 
 
 class Place(NamedTuple):
@@ -289,7 +306,7 @@ class Stack:
         state: Mapping[str, Any] | None = None,
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
-    ) -> tuple[jax.Array, dict[str, Any], Any]:
+    ) -> StackOutput:
         """Runs all layers.
 
         Args:
@@ -299,9 +316,6 @@ class Stack:
           state: by part, as `state_specs` declares it, or None.
           replay: choices by part, with a leading dim of layers, or None.
           cache: by position, or None.
-
-        Returns:
-          The residual stream; the `Aux` of the parts, by part; the new caches, by position.
         """
         call = dataclasses.replace(call, causal=self.causal)
         shared = {
@@ -322,7 +336,21 @@ class Stack:
             outcome = how(layers, params[segment], x_BLM, start, own)
             x_BLM, auxes[segment], caches[segment] = outcome
             start += len(layers) * (self.repeats if segment == "unit" else 1)
-        return x_BLM, self.by_part(auxes), caches
+        residual_XBLM = self.residuals(auxes) if call.record else None
+        return StackOutput(x_BLM, self.by_part(auxes), caches, residual_XBLM)
+
+    def residuals(self, tree: Any) -> jax.Array:
+        """The residual stream after every layer, in order, as `_run` recorded it by position."""
+        rounds = {"first": 1, "unit": self.repeats, "last": 1}
+        pieces = []
+        for segment, layers in self.segments():
+            if not layers or not rounds[segment]:
+                continue
+            axis = 1 if segment == "unit" else 0
+            found = [tree[segment][str(i)][RESIDUAL] for i in range(len(layers))]
+            piece = jnp.stack(found, axis)
+            pieces.append(piece.reshape(-1, *piece.shape[axis + 1 :]))
+        return jnp.concatenate(pieces)
 
     def _run(
         self,
@@ -346,6 +374,8 @@ class Stack:
                 apply = jax.checkpoint(layer.apply, policy=REMAT[self.remat])
             x_BLM, auxes[place], caches[place] = apply({**tied, **params[place]}, x_BLM, call, mine)
             x_BLM = constrain(x_BLM, "batch", None, None)
+            if call.record:
+                auxes[place] = {**auxes[place], RESIDUAL: x_BLM}
         return x_BLM, auxes, caches
 
     def _repeat(

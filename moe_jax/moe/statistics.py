@@ -50,6 +50,7 @@ def measure(
         sums={**aux.sums, "losses": measured, "router_loss": router_loss, "bias": bias},
         sequences={**aux.sequences, "losses": by_sequence},
         choices=record_choices(routing, kept_GSK, valid_GS, batch_shape) if call.record else None,
+        logits_BLE=routing.logits_GSE.reshape(*batch_shape, -1) if call.record else None,
     )
 
 

@@ -1,0 +1,187 @@
+"""A family of models: how its `config.json` and its tensors are read and written."""
+
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moe_jax.config import difference, to_dict
+from moe_jax.config.check import require
+from moe_jax.interchange.rules import Rule
+from moe_jax.models.model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+Settings = Mapping[str, Any]  # of a config.json
+
+# The table of each family, by the "model_type" of its config.json.
+FAMILIES = {
+    "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
+}
+
+# Settings of a model that its `config.json` does not have: how it trains and how it runs.
+OF_TRAINING = (
+    "losses", "capacity", "group_size", "noise", "init_scale", "init_stddev", "identical_init",
+    "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
+    "exchange", "exchange_chunks", "rate", "anneal_from", "anneal_steps",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The table of one family.
+
+    Attributes:
+      name: "model_type" of its config.json.
+      architecture: the class of transformers that loads it.
+      model: the model of a config.json; it knows the defaults of what the file leaves out.
+      settings: the config.json of a model, without the class; what it cannot say is left out.
+      rules: of a model's tensors. Of several for one parameter the first is written, and the first
+        whose tensors are there is read.
+      ignored: regular expressions of tensors that hold nothing of the model, such as buffers.
+    """
+
+    name: str
+    architecture: str
+    model: Callable[["Reader"], LanguageModel]
+    settings: Callable[[LanguageModel], dict[str, Any]]
+    rules: Callable[[LanguageModel], Iterable[Rule]]
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    def read(self, settings: Settings) -> LanguageModel:
+        """The model of a config.json.
+
+        Raises:
+          ValueError: a size is missing, or a setting has no counterpart.
+        """
+        config = Reader(settings)
+        model = self.model(config)
+        config.warn_of_unread()
+        return model
+
+    def written(self, model: LanguageModel) -> dict[str, Any]:
+        """The config.json of a model, which says all that its outputs depend on.
+
+        Raises:
+          ValueError: the family has no setting for something, by name.
+        """
+        try:
+            settings = self.settings(model)
+            again = self.model(Reader(settings))
+        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"a model is written as {self.name} if it has its parts: {error!r}."
+            ) from error
+        lines = [
+            line
+            for line in difference(to_dict(model), to_dict(again), "config.model")
+            if not set(line.partition(":")[0].split(".")) & set(OF_TRAINING)
+        ]
+        require(
+            not lines,
+            f"a model is written as {self.name} if {self.name} can say all its settings",
+            "; ".join(f"{line} if read again" for line in lines),
+            "Change them, or write it as another family",
+        )
+        own = {"architectures": [self.architecture], "model_type": self.name}
+        return {**own, **settings}
+
+
+@functools.cache
+def load_family(name: str) -> Family:
+    """The family of a "model_type".
+
+    Raises:
+      ValueError: there is none.
+    """
+    require(
+        name in FAMILIES,
+        f"the architectures that can be read and written are {sorted(FAMILIES)}",
+        f"model_type={name!r}",
+        "Use one of them, or add its table to moe_jax/interchange/families",
+    )
+    module, _, attribute = FAMILIES[name].partition(":")
+    family = getattr(importlib.import_module(module), attribute)
+    assert isinstance(family, Family), name
+    return family
+
+
+def family_of(model: LanguageModel, name: str = "") -> Family:
+    """The family of this name; without one, the first that can say the model.
+
+    Raises:
+      ValueError: none can, with what each lacks.
+    """
+    if name:
+        return load_family(name)
+    reasons = []
+    for known in FAMILIES:
+        family = load_family(known)
+        try:
+            family.written(model)
+        except ValueError as error:
+            reasons.append(f"{known}: {error}")
+            continue
+        return family
+    raise ValueError("no family can say this model. " + " ".join(reasons))
+
+
+class Reader:
+    """The settings of a config.json, with their defaults; warns of those that nobody read.
+
+    Args:
+      settings: of the file.
+    """
+
+    # What no output depends on.
+    HARMLESS = frozenset(
+        ["architectures", "model_type", "dtype", "torch_dtype", "transformers_version",
+         "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
+         "output_router_logits", "router_aux_loss_coef", "max_position_embeddings",
+         "attention_dropout", "_name_or_path", "auto_map", "pretraining_tp", "hidden_dropout",
+         "resid_pdrop", "emb_pdrop", "initializer_factor", "is_encoder_decoder",
+         "output_attentions", "output_hidden_states", "return_dict"]
+    )  # fmt: skip
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.unread = set(settings) - self.HARMLESS
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        require(
+            name in self.settings,
+            "a config.json has the sizes of its model",
+            f"{name!r} is not in it",
+            "Add it",
+        )
+        return self.settings[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting, or the default where it is absent or null."""
+        self.unread.discard(name)
+        value = self.settings.get(name)
+        return default if value is None else value
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Refuses a setting of which the family knows fewer values than the file may have.
+
+        Raises:
+          ValueError: it has another value.
+        """
+        value = self[name] if name in self.settings else None
+        require(
+            value is None or value in allowed,
+            f"{name} is {' or '.join(map(repr, allowed))} in a model that can be read",
+            f"{name}={value!r}",
+            "There is no such option yet",
+        )
+
+    def warn_of_unread(self) -> None:
+        """Says which settings of the file had no effect."""
+        unread = {name: self.settings[name] for name in sorted(self.unread)}
+        unread = {name: value for name, value in unread.items() if value not in (None, False)}
+        if unread:
+            logger.warning("Settings of config.json that have no meaning here: %s", unread)

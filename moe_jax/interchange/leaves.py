@@ -1,0 +1,63 @@
+"""The parameters of a model one by one, each with the layers that it is of."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.models.model import LanguageModel
+from moe_jax.parameters import ParameterSpec
+
+STATE = "state"  # where a tree of parameters keeps what parts update outside the optimizer
+
+
+class Leaf(NamedTuple):
+    """A parameter of a model, or an array of its state.
+
+    Attributes:
+      path: in the tree of `all_specs`, such as ("stack", "unit", "0", "moe", "experts", "wi").
+      key: of a rule: the same in every layer, such as "moe/experts/wi".
+      layers: numbers of its layers; () outside the layers.
+      stacked: whether it has a leading dim of layers.
+      spec: of the array.
+    """
+
+    path: tuple[str, ...]
+    key: str
+    layers: tuple[int, ...]
+    stacked: bool
+    spec: ParameterSpec
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one layer."""
+        return self.spec.shape[1:] if self.stacked else self.spec.shape
+
+
+def all_specs(model: LanguageModel) -> dict[str, Any]:
+    """Parameters and, if the model has any, its state under "state"."""
+    state = model.state_specs()
+    return {**model.specs(), **({STATE: state} if state else {})}
+
+
+def leaves_of(model: LanguageModel) -> list[Leaf]:
+    """Every parameter and every array of the state."""
+    found = jax.tree_util.tree_leaves_with_path(all_specs(model))
+    return [leaf_at(model, tuple(entry.key for entry in path), spec) for path, spec in found]
+
+
+def leaf_at(model: LanguageModel, path: tuple[str, ...], spec: ParameterSpec) -> Leaf:
+    """The parameter at a path."""
+    if path[0] == STATE:
+        _, part, *rest = path
+        return Leaf(path, "/".join((part, *rest)), model.layers_of[part], True, spec)
+    if path[0] != "stack":
+        return Leaf(path, "/".join(path), (), False, spec)
+    _, segment, place, *rest = path
+    layout = model.stack
+    if segment not in ("first", "unit", "last"):
+        return Leaf(path, "/".join(path[1:]), (), False, spec)
+    start = {"first": 0, "unit": len(layout.first)}
+    start["last"] = start["unit"] + len(layout.unit) * layout.repeats
+    rounds = range(layout.repeats if segment == "unit" else 1)
+    layers = tuple(start[segment] + int(place) + r * len(layout.unit) for r in rounds)
+    return Leaf(path, "/".join(rest), layers, segment == "unit", spec)

@@ -1,0 +1,151 @@
+"""Models written in the layout of Hugging Face: `to_hf`."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.interchange.family import FAMILIES, Family, family_of
+from moe_jax.interchange.leaves import Leaf, leaves_of
+from moe_jax.interchange.read import CONFIG, tensor_names
+from moe_jax.interchange.rules import Rule
+from moe_jax.interchange.tensor_files import (
+    NAMES,
+    SHARD_BYTES,
+    ToWrite,
+    whole_or_absent,
+    write_tensors,
+)
+from moe_jax.models.model import LanguageModel
+
+
+def to_hf(
+    config: ExperimentConfig,
+    params: Any,
+    path: str | pathlib.Path,
+    *,
+    family: str = "",
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model as a directory that transformers loads.
+
+    Args:
+      config: whose model the parameters are of.
+      params: as `from_hf` returns them: with the state, if the model has any, under "state".
+      path: of the directory, which must not exist, or be empty.
+      family: "model_type" to write; "": the one that `config.name` names, or the first that can
+        say all settings of the model.
+      dtype: of the tensors; None: of the parameters.
+      shard_bytes: the most bytes of a file.
+
+    Raises:
+      ValueError: no family can say the model, the parameters are not of it, or there is something
+        at the path; nothing is written then.
+    """
+    model, path = config.model, pathlib.Path(path)
+    chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
+    settings = chosen.written(model)
+    leaves = leaves_of(model)
+    values = values_of(params, leaves)
+    tensors = tensors_of(chosen, model, leaves, values, dtype)
+    dtypes = {one.dtype.name for one in tensors}
+    settings["dtype"] = dtype or max(dtypes, key=[one.dtype.name for one in tensors].count)
+    with whole_or_absent(path) as directory:
+        write_tensors(directory, tensors, shard_bytes)
+        with (directory / CONFIG).open("w") as file:
+            file.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def values_of(params: Any, leaves: list[Leaf]) -> dict[tuple[str, ...], Any]:
+    """The arrays of a tree by path, checked.
+
+    Raises:
+      ValueError: one is missing, unknown or of another shape.
+    """
+    found = {
+        tuple(entry.key for entry in path): value
+        for path, value in jax.tree_util.tree_leaves_with_path(params)
+    }
+    wanted = {leaf.path: leaf.spec.shape for leaf in leaves}
+    names = ["/".join(path) for path in set(found) ^ set(wanted)]
+    require(
+        not names,
+        "the parameters are those of the model, its state under 'state'",
+        f"{sorted(names)[:5]} are in one of them alone",
+        "Pass what `from_hf` returned, or the params of a state and its model_state",
+    )
+    for one, shape in wanted.items():
+        require(
+            tuple(found[one].shape) == shape,
+            "the parameters have the sizes of the model",
+            f"{'/'.join(one)} is {tuple(found[one].shape)}, in the model {shape}",
+            "Pass the config that they are of",
+        )
+    return found
+
+
+def tensors_of(
+    family: Family,
+    model: LanguageModel,
+    leaves: list[Leaf],
+    values: Mapping[tuple[str, ...], Any],
+    dtype: str | None,
+) -> list[ToWrite]:
+    """Every tensor of the files, each made when it is written."""
+    by_key: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        by_key.setdefault(leaf.key, []).append(leaf)
+    tensors, done = [], set()
+    for rule in family.rules(model):
+        keys = [key for key in rule.parameters if key in by_key and key not in done]
+        if len(keys) < len(rule.parameters):
+            continue
+        done |= set(keys)
+        for same_layers in zip(*(by_key[key] for key in keys), strict=True):
+            tensors += of_rule(rule, same_layers, values, dtype)
+    assert done == set(by_key), f"no rule for {set(by_key) - done}"
+    return tensors
+
+
+def of_rule(
+    rule: Rule,
+    leaves: tuple[Leaf, ...],
+    values: Mapping[tuple[str, ...], Any],
+    dtype: str | None,
+) -> list[ToWrite]:
+    """The tensors that some parameters of the same layers are in."""
+    first = leaves[0]
+    experts = range(first.shape[0]) if rule.of_expert else (None,)
+    places = [(layer, expert) for layer in range(len(first.layers) or 1) for expert in experts]
+    shape = rule.shape([leaf.shape[1:] if rule.of_expert else leaf.shape for leaf in leaves])
+    wanted = np.dtype(dtype or values[first.path].dtype)
+    require(
+        wanted in NAMES,
+        f"a file holds tensors of {sorted(one.name for one in NAMES)}",
+        f"{'/'.join(first.path)} is {wanted}",
+        "Pass another dtype",
+    )
+
+    def maker(layer: int, expert: int | None) -> Callable[[], np.ndarray]:
+        def make() -> np.ndarray:
+            own = []
+            for leaf in leaves:
+                index = ((layer,) if leaf.stacked else ()) + (() if expert is None else (expert,))
+                own.append(np.asarray(values[leaf.path][index] if index else values[leaf.path]))
+            return rule.write(own)
+
+        return make
+
+    return [
+        ToWrite(name, wanted, shape, maker(layer, expert))
+        for name, (layer, expert) in zip(tensor_names(rule, first), places, strict=True)
+    ]

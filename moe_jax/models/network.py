@@ -1,0 +1,123 @@
+"""A model as one Flax module from token ids to logits: `moe_jax.build(config)`."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.models.linen import parameters
+from moe_jax.models.model import LanguageModel
+from moe_jax.moe.routing import Choices
+from moe_jax.part import Call
+
+STATE = "state"  # beside the parameters: what parts update outside the optimizer
+
+
+class Recorded(NamedTuple):
+    """What a model computed on its way to the logits.
+
+    Attributes:
+      residual_XBLM: the residual stream after every layer, before the final norm.
+      router_logits: by part, [X, B, L, E], X the layers of the part.
+      choices: by part, [X, B, L, K].
+    """
+
+    residual_XBLM: jax.Array | None
+    router_logits: dict[str, jax.Array]
+    choices: dict[str, Choices]
+
+
+class Network(nn.Module):
+    """A language model on token ids.
+
+    `init(key, tokens)` draws the parameters. `apply({"params": params}, tokens)` is an evaluation:
+    nothing is drawn, and each part has its capacity of evaluation, dropless by default. Selection
+    biases and other state of parts are under "state" in the parameters.
+
+    >>> import jax, jax.numpy as jnp, moe_jax
+    >>> network = moe_jax.build(moe_jax.ExperimentConfig())
+    >>> tokens_BL = jnp.zeros((1, 8), jnp.int32)
+    >>> variables = network.init(jax.random.key(0), tokens_BL)
+    >>> network.apply(variables, tokens_BL).shape
+    (1, 8, 384)
+    """
+
+    model: LanguageModel
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        *,
+        mask_BL: jax.Array | None = None,
+        positions_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
+        record: bool = False,
+    ) -> Any:
+        """Predicts the next token at every position.
+
+        Args:
+          tokens_BL: int token ids.
+          mask_BL: bool or 0 and 1, whether a token is no padding; None: all are. Padding may be on
+            the left or on the right. Its logits mean nothing.
+          positions_BL: int, position of each token in its document; None: counted without padding.
+          segments_BL: int, document of each token, 0 for padding, in place of `mask_BL`.
+          record: whether to return what was computed on the way.
+
+        Returns:
+          logits_BLV, float32; with `record` also a `Recorded`.
+        """
+        params = parameters(self, self.model.specs())
+        state_specs = self.model.state_specs()
+        state = parameters(self, {STATE: state_specs})[STATE] if state_specs else None
+        call = call_of(tokens_BL, mask_BL, positions_BL, segments_BL, record)
+        output = self.model.run(params, call, state=state)
+        if not record:
+            return output.logits_BLV
+        routed = {name: own for name, own in output.aux.items() if own.choices is not None}
+        return output.logits_BLV, Recorded(
+            residual_XBLM=output.residual_XBLM,
+            router_logits={name: own.logits_BLE for name, own in routed.items()},
+            choices={name: own.choices for name, own in routed.items()},
+        )
+
+
+def call_of(
+    tokens_BL: jax.Array,
+    mask_BL: jax.Array | None,
+    positions_BL: jax.Array | None,
+    segments_BL: jax.Array | None,
+    record: bool,
+) -> Call:
+    """The call of a `Network`; arguments are those of its `__call__`."""
+    if mask_BL is not None:
+        if segments_BL is not None:
+            raise ValueError("mask and segments both say what is padding: pass one of them.")
+        segments_BL = jnp.asarray(mask_BL).astype(jnp.int32)
+        if positions_BL is None:
+            positions_BL = jnp.maximum(jnp.cumsum(segments_BL, axis=-1) - 1, 0)
+    tokens, positions, segments = (
+        None if a is None else jnp.asarray(a, jnp.int32)
+        for a in (tokens_BL, positions_BL, segments_BL)
+    )
+    return Call(positions, segments, tokens, record=record)
+
+
+def build(config: ExperimentConfig | LanguageModel | Mapping[str, Any]) -> Network:
+    """The network of a config, to `init` and `apply`.
+
+    Args:
+      config: of an experiment, as an object or as a `ConfigDict`; or a model.
+
+    Raises:
+      ValueError: the settings break a rule.
+    """
+    if isinstance(config, LanguageModel):
+        return Network(config)
+    if isinstance(config, ml_collections.ConfigDict | Mapping):
+        config = from_config_dict(config)
+    return Network(config.model)

@@ -1,0 +1,103 @@
+"""Tiny models of every family: the settings of their config.json, and values for every tensor.
+
+Values are drawn by the name of a tensor, so that a saved oracle needs none of them.
+`python -m tests.save_oracles` computes the oracles with transformers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax.interchange.family import Family, Reader, load_family
+from moe_jax.interchange.leaves import leaves_of
+from moe_jax.interchange.read import CONFIG
+from moe_jax.interchange.tensor_files import ToWrite, write_tensors
+from moe_jax.interchange.write import tensors_of
+
+ORACLES = pathlib.Path(__file__).parent / "oracles"
+VOCAB = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny model of a family.
+
+    Attributes:
+      settings: its config.json.
+      batch: sequences.
+      length: tokens of a sequence.
+      scale: of matrices, in units of fan_in^-0.5.
+    """
+
+    settings: Mapping[str, Any]
+    batch: int = 2
+    length: int = 20
+    scale: float = 1.5
+
+    @property
+    def family(self) -> Family:
+        """The table of its family."""
+        return load_family(self.settings["model_type"])
+
+    def tokens(self) -> np.ndarray:
+        """int32 token ids [batch, length]."""
+        return np.random.RandomState(7).randint(3, VOCAB, (self.batch, self.length), np.int32)
+
+
+# Sizes that most families name alike.
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+
+CASES = {
+    "mixtral": Case(
+        {**SMALL, "model_type": "mixtral", "intermediate_size": 24, "num_local_experts": 4,
+         "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    ),
+}  # fmt: skip
+
+
+def tensor_values(name: str, shape: tuple[int, ...], scale: float = 1.5) -> np.ndarray:
+    """Values of a tensor, off every neutral value; a function of its name and shape."""
+    random = np.random.RandomState(zlib.crc32(name.encode()))
+    if name.endswith("A_log"):
+        return np.log(random.uniform(1, 8, shape)).astype(np.float32)
+    if len(shape) == 1 and "norm" in name and not name.endswith("bias"):
+        return random.uniform(0.5, 1.5, shape).astype(np.float32)
+    if "sinks" in name:
+        return random.normal(0, 1, shape).astype(np.float32)
+    if len(shape) == 1 or name.endswith("bias"):
+        return random.normal(0, 0.3, shape).astype(np.float32)
+    return random.normal(0, scale * shape[-1] ** -0.5, shape).astype(np.float32)
+
+
+def written_by_rules(case: Case) -> list[ToWrite]:
+    """The tensors that the rules of the family say its files have, with their values."""
+    model = case.family.model(Reader(case.settings))
+    leaves = leaves_of(model)
+    empty = {leaf.path: np.empty(0, np.float32) for leaf in leaves}
+    tensors = tensors_of(case.family, model, leaves, empty, None)
+    return [with_values(one.name, one.shape, case) for one in tensors]
+
+
+def with_values(name: str, shape: tuple[int, ...], case: Case) -> ToWrite:
+    """A tensor with its values."""
+    return ToWrite(
+        name, np.dtype(np.float32), shape, lambda: tensor_values(name, shape, case.scale)
+    )
+
+
+def write_model(directory: pathlib.Path, case: Case, **settings: Any) -> pathlib.Path:
+    """The directory of a tiny model, as Hugging Face would write it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    own = {"architectures": [case.family.architecture], "dtype": "float32"}
+    (directory / CONFIG).write_text(json.dumps({**own, **case.settings, **settings}))
+    write_tensors(directory, written_by_rules(case))
+    return directory

@@ -1,0 +1,155 @@
+"""Every family against transformers: logits, experts, gradients, files, padding.
+
+The quick tests read oracles that `python -m tests.save_oracles` saved; the slow ones run
+transformers itself.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.interchange.family import FAMILIES
+from moe_jax.interchange.leaves import leaves_of
+from moe_jax.interchange.read import read_parameters
+from moe_jax.interchange.tensor_files import TensorFiles
+from tests.hf_families import CASES, ORACLES, Case, write_model
+from tests.save_oracles import load_in_torch
+
+LOGITS = {"rtol": 2e-4, "atol": 2e-4}
+NAMES = sorted(CASES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    """Products in float32 as transformers has them."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The directory, config and parameters of a case, by name; each is read once."""
+    made = {}
+
+    def model(name: str):
+        if name not in made:
+            path = write_model(tmp_path_factory.mktemp(name) / "hf", CASES[name])
+            made[name] = (path, *moe_jax.from_hf(path))
+        return made[name]
+
+    return model
+
+
+def logits_of(config, params, tokens, **settings):
+    """Logits of a batch, jitted."""
+    apply = jax.jit(lambda p, t: moe_jax.build(config).apply({"params": p}, t, **settings))
+    return apply(params, tokens)
+
+
+def test_every_family_has_a_case():
+    assert {case.settings["model_type"] for case in CASES.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_experts_are_those_of_transformers(name, models):
+    _, config, params = models(name)
+    oracle = np.load(ORACLES / f"{name}.npz")
+    logits, recorded = logits_of(config, params, CASES[name].tokens(), record=True)
+    np.testing.assert_allclose(logits[:, -4:], oracle["logits"], **LOGITS)
+    assert recorded.residual_XBLM.shape[0] == config.model.stack.num_layers
+    np.testing.assert_array_equal(experts_in_order(config, recorded), oracle["experts"])
+
+
+def experts_in_order(config, recorded) -> np.ndarray:
+    """The experts of every token, [MoE layers in order, B * L, K], sorted for each token."""
+    by_layer = {}
+    for part, layers in config.model.moe_layers.items():
+        for layer, index in zip(layers, recorded.choices[part].expert_index, strict=True):
+            by_layer[layer] = np.sort(np.asarray(index).reshape(-1, index.shape[-1]), axis=-1)
+    return np.stack([by_layer[layer] for layer in sorted(by_layer)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unchanged_model_is_written_as_it_was_read(name, models, tmp_path):
+    path, config, params = models(name)
+    moe_jax.to_hf(config, params, tmp_path / "hf")
+    old, new = TensorFiles(path), TensorFiles(tmp_path / "hf")
+    assert set(old.tensors) == set(new.tensors)
+    for tensor in old.tensors:
+        assert old.read(tensor).tobytes() == new.read(tensor).tobytes(), tensor
+    again, _ = moe_jax.from_hf(tmp_path / "hf")
+    assert again.model == config.model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(name, side, models):
+    _, config, params = models(name)
+    tokens, padding = CASES[name].tokens()[:1], 5
+    width = ((0, 0), (padding, 0) if side == "left" else (0, padding))
+    mask = np.pad(np.ones_like(tokens), width)
+    alone = logits_of(config, params, tokens)
+    padded = logits_of(config, params, np.pad(tokens, width), mask_BL=jnp.asarray(mask))
+    np.testing.assert_allclose(padded[mask > 0], alone[0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_transformers(name, models, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, config, params = models(name)
+    tokens = CASES[name].tokens()
+    weights = np.random.RandomState(3).normal(size=(*tokens.shape, config.model.vocab_size))
+    weights = weights.astype(np.float32)
+
+    def loss(params):
+        logits = moe_jax.build(config).apply({"params": params}, tokens)
+        return jnp.sum(logits * weights) / tokens.size
+
+    ours = jax.jit(jax.grad(loss))(params)
+    theirs = gradients_in_torch(torch, path, CASES[name], weights, tmp_path / "gradients")
+    theirs = read_parameters(TensorFiles(theirs), CASES[name].family, config.model)
+    for leaf in leaves_of(config.model):
+        if leaf.path[0] == "state":
+            continue
+        a, b = (np.asarray(at(tree, leaf.path), np.float64) for tree in (ours, theirs))
+        assert np.linalg.norm(b) > 0, leaf.path
+        assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b), leaf.path
+
+
+def at(tree, path):
+    """The array at a path."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def gradients_in_torch(torch, path, case: Case, weights, folder):
+    """A directory in which every tensor is the gradient of its parameter."""
+    model = load_in_torch(path)
+    logits = model(torch.from_numpy(case.tokens()).long()).logits
+    (logits * torch.from_numpy(weights)).sum().div(case.tokens().size).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            gradient = parameter.grad
+            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_loads_what_is_written(name, models, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, config, params = models(name)
+    moe_jax.to_hf(config, params, tmp_path / "hf")
+    tokens = torch.from_numpy(CASES[name].tokens()).long()
+    with torch.no_grad():
+        old, new = (load_in_torch(one)(tokens).logits for one in (path, tmp_path / "hf"))
+    assert torch.equal(old, new)
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["model_type"] == CASES[name].settings["model_type"]
