@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.config.check import require
 from moe_jax.config.kinds import load_kind
 from moe_jax.interchange.family import Reader
-from moe_jax.interchange.rules import AS_IS, LINEAR, Rule
+from moe_jax.interchange.rules import LINEAR, Rule
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.experts import Activation
 
@@ -77,12 +77,6 @@ def gated_name(activation: Activation) -> str:
     raise ValueError(f"an activation is one of {sorted(set(GATED.values()))}: {activation}")
 
 
-def rope_theta(config: Reader, default: float) -> float:
-    """The base of the rotary frequencies, in today's spelling or the older one."""
-    rope = config.get("rope_parameters", {})
-    return float(rope.get("rope_theta") or config.get("rope_theta", default))
-
-
 def sizes(model: LanguageModel, **others: Any) -> dict[str, Any]:
     """The settings that every config.json has."""
     return {
@@ -93,9 +87,3 @@ def sizes(model: LanguageModel, **others: Any) -> dict[str, Any]:
         "rms_norm_eps": model.norm.epsilon,
         **others,
     }
-
-
-__all__ = [
-    "AS_IS", "GATED", "LAYER", "LINEAR", "OUTSIDE", "attention_rules", "fused_expert_rules",
-    "gated_activation", "gated_name", "gated_rules", "norm_rules", "rope_theta", "sizes",
-]  # fmt: skip

@@ -14,10 +14,10 @@ from moe_jax.interchange.common import (
     gated_activation,
     gated_name,
     norm_rules,
-    rope_theta,
     sizes,
 )
 from moe_jax.interchange.family import Family, Reader
+from moe_jax.interchange.rope import read_rotary, rope_settings
 from moe_jax.interchange.rules import Rule
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import RMSNorm
@@ -45,11 +45,13 @@ def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
     epsilon = config.get("rms_norm_eps", 1e-5)
     heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
     attention = Attention(
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim", config["hidden_size"] // heads),
-        rope_base=rope_theta(config, 1e6),
+        head_dim=head_dim,
+        rotary=read_rotary(config, head_dim, theta=1e6),
+        window=config.get("sliding_window"),
     )
     moe = MoE(
         num_experts=config["num_local_experts"],
@@ -79,7 +81,8 @@ def settings(model: LanguageModel) -> dict[str, Any]:
         num_attention_heads=attention.num_heads,
         num_key_value_heads=attention.kv_heads,
         head_dim=attention.head_dim,
-        rope_theta=attention.rope_base,
+        sliding_window=attention.window,
+        **rope_settings(attention.rotary, attention.head_dim),
         hidden_act=gated_name(moe.activation),
         intermediate_size=moe.expert_dim,
         num_local_experts=moe.num_experts,

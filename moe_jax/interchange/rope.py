@@ -1,0 +1,138 @@
+"""Rotary positions in a config.json: today's "rope_parameters", and "rope_theta" + "rope_scaling".
+
+Source: `modeling_rope_utils.py` of transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.interchange.family import Reader
+from moe_jax.layers.rotary import Rotary
+from moe_jax.layers.rotary_scaling import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRope,
+    RotaryScaling,
+    Yarn,
+)
+
+
+def read_rotary(
+    config: Reader, head_dim: int, *, theta: float = 10_000.0, interleaved: bool = False
+) -> Rotary:
+    """The rotary positions of a config.json.
+
+    Args:
+      config: of the model.
+      head_dim: of queries, of which a fraction may turn.
+      theta: the base, if the file has none.
+      interleaved: whether the family pairs (2j, 2j + 1).
+
+    Raises:
+      ValueError: a scaling that is not known, or without its factor.
+    """
+    older = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
+    rope = {**older, **(config.get("rope_parameters") or {})}
+    fraction = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
+    base = float(rope.get("rope_theta") or theta)
+    turning = int(head_dim * fraction)
+    dim = None if turning == head_dim else turning
+    return Rotary(base, dim, interleaved, read_scaling(config, rope))
+
+
+def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | None:
+    """The scaling of frequencies, by its "rope_type"."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    longest = config.get("max_position_embeddings", 2048)
+    outside = config.get("original_max_position_embeddings")  # Phi keeps it there
+    original = outside or rope.get("original_max_position_embeddings") or longest
+    known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+    require(kind in known, f"rope_type is one of {known}", f"{kind!r}", "Add its scaling")
+    if kind == "default":
+        return None
+    if kind == "longrope":
+        return LongRope(
+            short_factors=tuple(map(float, rope["short_factor"])),
+            long_factors=tuple(map(float, rope["long_factor"])),
+            original_length=original,
+            factor=float(rope.get("factor") or longest / original),
+            attention_factor=rope.get("attention_factor"),
+        )
+    require("factor" in rope, f"rope_type={kind!r} has a factor", f"{dict(rope)}", "Add it")
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return LinearScaling(factor)
+    if kind == "dynamic":
+        return DynamicScaling(factor, original)
+    if kind == "llama3":
+        return Llama3Scaling(
+            factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
+        )
+    return Yarn(
+        factor=factor,
+        original_length=original,
+        fast_turns=float(rope.get("beta_fast") or 32),
+        slow_turns=float(rope.get("beta_slow") or 1),
+        truncate=rope.get("truncate", True),
+        attention_factor=rope.get("attention_factor"),
+        mscale=float(rope.get("mscale") or 0),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+    )
+
+
+def rope_settings(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
+    """The settings of a config.json that say these positions; the inverse of `read_rotary`."""
+    if rotary is None:
+        return {}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
+    if rotary.dim is not None:
+        rope["partial_rotary_factor"] = rotary.dim / head_dim
+    scaling, longest = rotary.scaling, {}
+    if scaling is not None:
+        rope |= scaling_settings(scaling)
+        if "original_max_position_embeddings" in rope:
+            original = rope["original_max_position_embeddings"]
+            longest = {"max_position_embeddings": round(original * rope["factor"])}
+    return {"rope_parameters": rope, **longest}
+
+
+def scaling_settings(scaling: RotaryScaling) -> dict[str, Any]:
+    """The settings of one scaling; what is at the default of transformers is left out."""
+    original = {"original_max_position_embeddings": getattr(scaling, "original_length", 0)}
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, DynamicScaling):
+        return {"rope_type": "dynamic", "factor": scaling.factor, **original}
+    if isinstance(scaling, Llama3Scaling):
+        turns = {"low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns}
+        return {"rope_type": "llama3", "factor": scaling.factor, **turns, **original}
+    attention = {}
+    if isinstance(scaling, LongRope | Yarn) and scaling.attention_factor is not None:
+        attention = {"attention_factor": scaling.attention_factor}
+    if isinstance(scaling, LongRope):
+        return {
+            "rope_type": "longrope",
+            "short_factor": list(scaling.short_factors),
+            "long_factor": list(scaling.long_factors),
+            "factor": scaling.factor,
+            **original,
+            **attention,
+        }
+    require(
+        isinstance(scaling, Yarn), "a scaling can be written if transformers has it",
+        repr(scaling), "Use another",
+    )  # fmt: skip
+    assert isinstance(scaling, Yarn)
+    mscales = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+    return {
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "beta_fast": scaling.fast_turns,
+        "beta_slow": scaling.slow_turns,
+        "truncate": scaling.truncate,
+        **{name: value for name, value in mscales.items() if value},
+        **original,
+        **attention,
+    }
