@@ -182,6 +182,7 @@ class Part(Settings):
 
     family: ClassVar[str] = "part"
     routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
+    adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """The parameters: nested dicts of `ParameterSpec`."""

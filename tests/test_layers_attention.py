@@ -13,6 +13,7 @@ from moe_jax.layers.norms import LayerNorm, RMSNorm
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import LongRope, Yarn
 from moe_jax.part import Call, Dims, Own
+from tests.tiny_run import quick_jit
 
 # Numbers near 1 after sums of some products in float32.
 FLOAT32 = 1e-5
@@ -267,7 +268,7 @@ def test_no_number_is_lost_in_bfloat16(attention):
     segments[1] = 0
     call = Call(positions_BL=POSITIONS, segments_BL=segments)
 
-    @jax.jit
+    @quick_jit
     def run(params, x):
         y, back = jax.vjp(lambda *inputs: attention.apply(*inputs, call, Own())[0], params, x)
         return y, back(y)

@@ -176,6 +176,28 @@ def test_embedded_tokens_are_multiplied_as_the_config_says():
         np.testing.assert_allclose(embedded, factor * params["embedding"][TOKENS], rtol=1e-6)
 
 
+def test_logits_are_biased_then_multiplied_then_capped():
+    model = make_model()
+    params = init(model)
+    x = np.random.default_rng(0).normal(size=(BATCH, LENGTH, 8)).astype(np.float32)
+    plain = np.asarray(model.logits(params, x))
+    bias = np.linspace(-1, 1, VOCAB).astype(np.float32)
+
+    def logits(**settings):
+        changed = make_model(**settings)
+        spec = changed.specs().get("head_bias")
+        assert (spec is not None) == changed.head_bias
+        assert spec is None or (spec.shape, spec.axes) == ((VOCAB,), ("vocab",))
+        return changed.logits(params | {"head_bias": bias}, x)
+
+    np.testing.assert_allclose(logits(logits_multiplier=0.25), plain / 4, rtol=1e-6)
+    np.testing.assert_allclose(logits(logits_softcap=0.5), np.tanh(2 * plain) / 2, rtol=1e-5)
+    np.testing.assert_allclose(logits(head_bias=True), plain + bias, rtol=1e-5, atol=1e-6)
+    every = logits(head_bias=True, logits_multiplier=2.0, logits_softcap=3.0)
+    expected = 3 * np.tanh(2 * (plain + bias) / 3)
+    np.testing.assert_allclose(every, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", [RMSNorm(), LayerNorm()], ids=["rmsnorm", "layernorm"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_norms_and_biases_are_where_the_config_says(norm, bias):

@@ -24,7 +24,17 @@ MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 # What a part needs beside its defaults, to be small and to split evenly.
 BRANCHES = (("attention", Attention(num_heads=2, head_dim=2)), ("mlp", Mlp(dim=6)))
 SETTINGS = {
-    "attention": {"num_heads": 2, "head_dim": 2, "biases": tuple("qkv"), "qk_norm": RMSNorm()},
+    "attention": {
+        "num_heads": 2,
+        "head_dim": 2,
+        "biases": tuple("qkvo"),
+        "qk_norm": RMSNorm(),
+        "qk_norm_at": "projection",
+        "clip_qkv": 1.0,
+        "window": 4,
+        "softcap": 1.0,
+        "sink": True,
+    },
     "mlp": {"dim": 6, "use_bias": True},
     "moe": {"num_experts": 4, "num_selected_experts": 2, "expert_dim": 6, "run_experts": "gather"},
     "layer": {"branches": BRANCHES},
@@ -37,13 +47,14 @@ def run(part, mesh):
     random = np.random.default_rng(0)
     specs = part.specs(Dims(MODEL_DIM))
     params = jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32) / 2, specs)
-    x, dy = random.normal(size=(2, BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
+    x = random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
     segments = jnp.asarray(random.random((BATCH, LENGTH)) < 0.8, jnp.int32)
     call = Call(segments_BL=segments, rng=jax.random.key(0)).with_defaults(x)
 
     def objective(params, x):
         y, aux, _ = part.apply(params, x, call, Own(index=jnp.int32(0)))
-        return jnp.sum(y * dy), (y, aux)
+        weights = 2 * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(y * weights), (y, aux)
 
     in_use = contextlib.nullcontext()
     if mesh is not None:

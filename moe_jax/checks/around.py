@@ -112,6 +112,8 @@ def model_around(part: Settings) -> LanguageModel:
         checked, unit = dataclasses.replace(part, branches=part.branches or branches), ("checked",)
     elif part.family in BLOCKS_AROUND:
         checked = first_accepted(BLOCKS_AROUND[part.family](part))
+    elif isinstance(part, Part) and not part.adds_to_residual:
+        return model_with_shared(part)
     elif part.family in ATTENTION_AROUND:
         checked = ATTENTION_AROUND[part.family](part)
     elif not isinstance(part, Part):
@@ -125,6 +127,20 @@ def model_around(part: Settings) -> LanguageModel:
         parts={"checked": checked},
         stack=StackLayout(unit=unit, repeats=2, allow_lookahead=True),
         norm=norm,
+    )
+
+
+def model_with_shared(part: Part) -> LanguageModel:
+    """A language model of two layers of attention that add the output of the part to scores."""
+    heads = getattr(part, "num_heads", 2)
+    attention = Attention(num_heads=heads, head_dim=4, position_bias="checked")
+    return LanguageModel(
+        vocab_size=VOCAB_SIZE,
+        model_dim=MODEL_DIM,
+        parts={"checked": part, "attention": attention},
+        stack=StackLayout(
+            unit=(("attention",),), repeats=2, shared=("checked",), allow_lookahead=True
+        ),
     )
 
 

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, str]] = {
         "parallel_layer": "moe_jax.models.layer:ParallelLayer",
         "attention": "moe_jax.layers.attention:Attention",
         "latent_attention": "moe_jax.layers.latent_attention:LatentAttention",
+        "relative_positions": "moe_jax.layers.relative_positions:RelativePositions",
         "mlp": "moe_jax.layers.feed_forward:Mlp",
         "mamba": "moe_jax.layers.mamba:Mamba",
         "moe": "moe_jax.moe.part:MoE",

@@ -16,7 +16,7 @@ from moe_jax.models.layer import PLACEMENTS, Layer, dropout
 from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import ParameterSpec, dense, normal_init, rows
+from moe_jax.parameters import ParameterSpec, dense, normal_init, rows, zeros
 from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
 
 
@@ -59,6 +59,10 @@ class LanguageModel(Settings):
     embedding_multiplier: float | None = setting(
         None, above=0
     )  # of embedded tokens; None: sqrt(model_dim)
+    head_bias: bool = False  # of the output head (Phi-3.5)
+    # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (a tied head of T5).
+    logits_multiplier: float = setting(1.0, above=0)
+    logits_softcap: float | None = setting(None, above=0)  # c: logits become c * tanh(logit / c)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
@@ -89,6 +93,13 @@ class LanguageModel(Settings):
             "Write the names of a layer's branches as a tuple: ('attention', 'mlp')",
         )
         branches = self.decoder.named_parts()
+        aside = sorted({name for name, part in branches if not part.adds_to_residual})
+        require(
+            not aside,
+            "a part that adds nothing to the residual cannot be a branch of a layer",
+            f"{aside} in {self.stack}",
+            "Name it in stack.shared",
+        )
         twice = sorted({name for name, part in branches if part != self.part[name]})
         require(
             not twice,
@@ -174,7 +185,7 @@ class LanguageModel(Settings):
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
-        """`embedding` [V, M], `head` [M, V] if it is not tied, `final_norm`, `stack`."""
+        """`embedding` [V, M], `head` [M, V] if not tied, `head_bias` [V], `final_norm`, `stack`."""
         vocab, model = self.vocab_size, self.model_dim
         init = normal_init(model**-0.5)
         specs: dict[str, Any] = {
@@ -186,6 +197,8 @@ class LanguageModel(Settings):
         }
         if not self.tie_embeddings:
             specs["head"] = ParameterSpec((model, vocab), ("model", "vocab"), init, "head")
+        if self.head_bias:
+            specs["head_bias"] = ParameterSpec((vocab,), ("vocab",), zeros, "head", decays=False)
         return specs
 
     def state_specs(self) -> dict[str, Any]:
@@ -261,13 +274,19 @@ class LanguageModel(Settings):
         return ModelOutput(logits_BLV, output.aux, output.cache, output.residual_XBLM)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
-        """The output head on the normed residual: float32 [B, L, V]."""
+        """The output head on the normed residual: float32 [B, L, V]; biased, scaled, capped."""
         x_BLM = self.norm.apply(params["final_norm"], x_BLM)
         tied = self.tie_embeddings
         head_MV = dense(params["embedding"]).T if tied else dense(params["head"])
         logits_BLV = jnp.matmul(
             x_BLM, head_MV.astype(self.compute_dtype), preferred_element_type=jnp.float32
         )
+        if self.head_bias:
+            logits_BLV += dense(params["head_bias"])
+        if self.logits_multiplier != 1:
+            logits_BLV *= self.logits_multiplier
+        if self.logits_softcap is not None:
+            logits_BLV = self.logits_softcap * jnp.tanh(logits_BLV / self.logits_softcap)
         return constrain(logits_BLV, "batch", None, "vocab")
 
     def check_replay(self, replay: Mapping[str, Any] | None) -> None:
