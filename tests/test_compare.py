@@ -258,12 +258,13 @@ def test_the_same_content_at_another_path_is_the_same(tmp_path):
     assert found.notes == [] and found.texts == ("A", "A")
 
 
-@pytest.mark.parametrize("change", ["fraction", "bytes", "content"])
+@pytest.mark.parametrize("change", ["fraction", "objective", "bytes", "content"])
 def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, change):
     make_run(tmp_path / "one", 3.0)
     make_run(tmp_path / "two", 2.0)
-    settings, score = {"data": {"sequence_length": 16, "heldout_fraction": 0.5}}, losses(1.0)
-    if change != "fraction":  # the same path, and other text behind it
+    other = {"fraction": {"heldout_fraction": 0.5}, "objective": {"objective": "prefix_lm"}}
+    settings, score = {"data": {"sequence_length": 16, **other.get(change, {})}}, losses(1.0)
+    if change not in other:  # the same path, and other text behind it
         settings, score = {}, losses(1.0, tokens=1000.0 + (change == "bytes"))
     make_run(tmp_path / "zoo", settings=settings, score=score)
     if change == "content":

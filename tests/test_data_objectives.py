@@ -25,7 +25,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.evaluation import DomainSums, SequenceSums
 from moe_jax.training.loop import check_vocabulary, train
-from moe_jax.training.rows import evaluation_line
+from moe_jax.training.rows import evaluation_line, evaluation_row
 from moe_jax.training.ways import ways_of
 from tests.tiny_run import tiny_training
 
@@ -223,6 +223,9 @@ def test_bits_a_byte_are_not_said_where_targets_are_no_text():
     said = {"dropless": {**WAY._asdict(), **sums.losses()}}
     line = evaluation_line(20, said)
     assert "1.5000 nats/token" in line and "byte" not in line and "nan" not in line
+    assert evaluation_row(said) == {
+        "heldout/dropless/nats_per_token": 1.5, "heldout/dropless/domain/only/nats_per_token": 1.5
+    }  # fmt: skip
 
 
 @pytest.mark.slow

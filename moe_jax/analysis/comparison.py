@@ -267,8 +267,9 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
 def heldout_texts(entries: Iterable[Entry]) -> list[str]:
     """A letter for the held-out text of each run; "" without a score.
 
-    Runs are scored on one text if their corpus and held-out fraction are the same and the whole
-    split has as many bytes; those of another tokenizer may lack the first token of each domain.
+    Runs are scored on one text if their corpus, held-out fraction and objective are the same and
+    the whole split has as many bytes; those of another tokenizer may lack the first token of each
+    domain.
     """
     known: list[Entry] = []
     letters = []
@@ -284,8 +285,11 @@ def heldout_texts(entries: Iterable[Entry]) -> list[str]:
 
 def same_text(a: Entry, b: Entry) -> bool:
     """Whether two runs are scored on the same held-out text, as far as their files say."""
-    fractions = [entry.settings.get("data", {}).get("heldout_fraction") for entry in (a, b)]
-    if not a.same(b, "corpus") or fractions[0] != fractions[1]:
+    first, second = (
+        [entry.settings.get("data", {}).get(name) for name in ("heldout_fraction", "objective")]
+        for entry in (a, b)
+    )
+    if not a.same(b, "corpus") or first != second:
         return False
     sizes = a.score.num_bytes, b.score.num_bytes
     if not all(sizes) or not (a.score.whole and b.score.whole):

@@ -31,16 +31,22 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
 
 
 def evaluation_row(said: Mapping[str, Any]) -> dict[str, float]:
-    """An evaluation by the names of `metrics.jsonl`."""
+    """An evaluation by the names of `metrics.jsonl`; bits a byte only where they have a meaning."""
     row = {}
     for kind in CAPACITIES:
         if kind not in said:
             continue
-        for name in ("nats_per_token", "bits_per_byte"):
-            row[f"heldout/{kind}/{name}"] = said[kind][name]
-            for domain, values in said[kind]["domains"].items():
-                row[f"heldout/{kind}/domain/{domain}/{name}"] = values[name]
+        domains = said[kind]["domains"]
+        scored = {"": said[kind], **{f"domain/{name}/": own for name, own in domains.items()}}
+        for prefix, losses in scored.items():
+            for name in ("nats_per_token", "bits_per_byte")[: 1 + has_bits(losses)]:
+                row[f"heldout/{kind}/{prefix}{name}"] = losses[name]
     return row
+
+
+def has_bits(losses: Mapping[str, float]) -> bool:
+    """Whether targets stand for bytes of text; a loss that is not finite may have them."""
+    return math.isfinite(losses["bits_per_byte"]) or not math.isfinite(losses["nats_per_token"])
 
 
 def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
@@ -52,6 +58,6 @@ def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
             bits = f", {loss['bits_per_byte']:.4f} bits/byte"
             cells.append(
                 f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token"
-                f"{bits if math.isfinite(loss['bits_per_byte']) else ''};"
+                f"{bits if has_bits(loss) else ''};"
             )
     return " ".join(cells).rstrip(";")
