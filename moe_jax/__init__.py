@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from moe_jax.interchange.read import from_hf as from_hf
     from moe_jax.interchange.write import to_hf as to_hf
     from moe_jax.layers.attention import Attention as Attention
+    from moe_jax.layers.cross_attention import CrossAttention as CrossAttention
     from moe_jax.layers.feed_forward import Mlp as Mlp
+    from moe_jax.models.encoder_decoder import EncoderDecoder as EncoderDecoder
     from moe_jax.models.linen import LinenModel as LinenModel
     from moe_jax.models.linen import LinenMoE as LinenMoE
     from moe_jax.models.model import LanguageModel as LanguageModel
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from moe_jax.part import Aux as Aux
     from moe_jax.part import Call as Call
     from moe_jax.part import Dims as Dims
+    from moe_jax.part import EncoderInputs as EncoderInputs
     from moe_jax.part import Own as Own
     from moe_jax.part import Part as Part
 
@@ -52,7 +55,9 @@ MODULES = {
     "moe_jax.interchange.read": ("from_hf",),
     "moe_jax.interchange.write": ("to_hf",),
     "moe_jax.layers.attention": ("Attention",),
+    "moe_jax.layers.cross_attention": ("CrossAttention",),
     "moe_jax.layers.feed_forward": ("Mlp",),
+    "moe_jax.models.encoder_decoder": ("EncoderDecoder",),
     "moe_jax.models.linen": ("LinenModel", "LinenMoE"),
     "moe_jax.models.model": ("LanguageModel",),
     "moe_jax.models.network": ("build",),
@@ -64,7 +69,7 @@ MODULES = {
     "moe_jax.moe.part": ("MoE",),
     "moe_jax.moe.routing": ("Options", "Router", "RouterInputs", "Routing"),
     "moe_jax.parameters": ("ParameterSpec", "init_parameters"),
-    "moe_jax.part": ("Aux", "Call", "Dims", "Own", "Part"),
+    "moe_jax.part": ("Aux", "Call", "Dims", "EncoderInputs", "Own", "Part"),
 }
 MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
 __all__ = sorted([*MODULE_OF, "__version__"])

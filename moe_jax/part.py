@@ -31,10 +31,12 @@ class Dims(NamedTuple):
     Attributes:
       model_dim: M.
       vocab_size: V; 0 outside a model.
+      memory_length: tokens of the encoder's output that a decoder reads, for its costs; 0 without.
     """
 
     model_dim: int
     vocab_size: int = 0
+    memory_length: int = 0
 
 
 class RunShape(NamedTuple):
@@ -44,11 +46,28 @@ class RunShape(NamedTuple):
       sequences: number in a microbatch, over all devices.
       length: L, tokens of a sequence.
       shards: number of parts that the mesh splits a dim into, by its name in `parallel.rules`.
+      encoder_length: tokens of a sequence in the encoder; 0 without one.
     """
 
     sequences: int
     length: int
     shards: Mapping[str, int]
+    encoder_length: int = 0
+
+
+class EncoderInputs(NamedTuple):
+    """The text that the encoder of an encoder-decoder model reads; T tokens a sequence.
+
+    Attributes:
+      tokens_BT: int32 token ids.
+      positions_BT: int32, position of a token in its text; None: in its sequence.
+      segments_BT: int32, number of a token's text within its sequence, 0 for padding. The decoder's
+        segment of the same number reads it. None: one text without padding.
+    """
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array | None = None
+    segments_BT: jax.Array | None = None
 
 
 @functools.partial(
@@ -59,7 +78,9 @@ class RunShape(NamedTuple):
         "tokens_BL",
         "step",
         "rng",
+        "encoder",
         "memory",
+        "memory_segments_BT",
         "shared",
         "cache_index",
     ],
@@ -77,7 +98,9 @@ class Call:
       tokens_BL: int32 token ids; None outside a model.
       step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
       rng: random key of a training pass, for dropout and noise; None: a deterministic evaluation.
-      memory: [B, T, M], the encoder's output; None without an encoder.
+      encoder: what the encoder reads; None without an encoder.
+      memory: [B, T, M], the output of the encoder; None without one, or before it ran.
+      memory_segments_BT: int32, segments of the memory, as in `EncoderInputs`.
       shared: outputs of the stack's shared parts, by name.
       cache_index: int32 scalar, slots of the caches that earlier calls filled: tokens of this call
         go into the slots from there on. The same for all rows, padding included; None without a
@@ -94,7 +117,9 @@ class Call:
     tokens_BL: jax.Array | None = None
     step: jax.Array | None = None
     rng: jax.Array | None = None
+    encoder: EncoderInputs | None = None
     memory: jax.Array | None = None
+    memory_segments_BT: jax.Array | None = None
     shared: Any = None
     cache_index: jax.Array | int | None = None
     causal: bool = True
@@ -183,6 +208,7 @@ class Part(Settings):
     family: ClassVar[str] = "part"
     routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
+    reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """The parameters: nested dicts of `ParameterSpec`."""

@@ -36,7 +36,7 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
 
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
-        print(summary(config.model, config.data.sequence_length), flush=True)
+        print(summary(config.model, config.lengths), flush=True)
     evaluation = train(config, workdir, facts_of(config))
     if config.training.sample_prompt:
         with failure_is_a_warning("sample"):
@@ -58,13 +58,14 @@ def failure_is_a_warning(what: str) -> Iterator[None]:
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:
-    """What is known of a run before it starts: parameters, FLOPs, the peak of a device."""
+    """What is known of a run before it starts: tokens, parameters, FLOPs, a device's peak."""
     from moe_jax.planning.arithmetic import count_flops, count_parameters
     from moe_jax.planning.hardware import peak_flops
 
-    length = config.data.sequence_length
-    parameters, flops = count_parameters(config.model, length), count_flops(config.model, length)
+    of = (config.model, config.lengths)
+    parameters, flops = count_parameters(*of), count_flops(*of)
     return {
+        "tokens_per_step": config.training.batch_size * sum(config.lengths),
         "parameters": {"total": parameters.total, "active": parameters.active},
         "forward_flops_per_token": {"model": flops.model, "computed": flops.computed},
         "peak_flops": peak_flops(),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,7 +132,9 @@ def make_values(part, sequences=1):
 @functools.partial(jax.jit, static_argnames=("part", "training", "capacity", "causal"))
 def outputs(params, x_PBLM, part, training, capacity, causal):
     # The same draws of jitter, noise and random queue in every call.
-    call = Call(rng=jax.random.key(3) if training else None, capacity=capacity, causal=causal)
+    memory = jnp.sin(jnp.arange(x_PBLM[0].size)).reshape(x_PBLM.shape[1:])  # for cross-attention
+    rng = jax.random.key(3) if training else None
+    call = Call(rng=rng, capacity=capacity, causal=causal, memory=memory)
     return jax.vmap(lambda x: part.apply(params, x, call.with_defaults(x), Own())[0])(x_PBLM)
 
 
@@ -201,6 +204,7 @@ def test_probe_agrees_with_the_declaration_of_every_router(name, training):
 # Parts that say nothing of themselves at their defaults, and those that are too large.
 PART_SETTINGS = {
     "attention": {"num_heads": 2, "head_dim": 4},
+    "cross_attention": {"num_heads": 2, "head_dim": 4},
     "mlp": {"dim": 8},
     "moe": {"num_experts": 4, "expert_dim": 8, "init_scale": 4.0},
     "layer": {"branches": (("attention", Attention(num_heads=2, head_dim=4)), ("mlp", Mlp(dim=8)))},

@@ -35,6 +35,12 @@ SETTINGS = {
         "softcap": 1.0,
         "sink": True,
     },
+    "cross_attention": {
+        "num_heads": 2,
+        "head_dim": 2,
+        "biases": tuple("qkvo"),
+        "qk_norm": RMSNorm(),
+    },
     "mlp": {"dim": 6, "use_bias": True},
     "moe": {"num_experts": 4, "num_selected_experts": 2, "expert_dim": 6, "run_experts": "gather"},
     "layer": {"branches": BRANCHES},
@@ -49,7 +55,8 @@ def run(part, mesh):
     params = jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32) / 2, specs)
     x = random.normal(size=(BATCH, LENGTH, MODEL_DIM)).astype(np.float32)
     segments = jnp.asarray(random.random((BATCH, LENGTH)) < 0.8, jnp.int32)
-    call = Call(segments_BL=segments, rng=jax.random.key(0)).with_defaults(x)
+    memory = {"memory": x[:, ::-1], "memory_segments_BT": segments[:, ::-1]}
+    call = Call(segments_BL=segments, rng=jax.random.key(0), **memory).with_defaults(x)
 
     def objective(params, x):
         y, aux, _ = part.apply(params, x, call, Own(index=jnp.int32(0)))

@@ -11,8 +11,7 @@ import numpy as np
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import heldout_batches, open_data
 from moe_jax.models.model import LanguageModel
-from moe_jax.part import Call
-from moe_jax.training.loss import Batch, target_nats
+from moe_jax.training.loss import Batch, call_of, target_nats
 
 BATCH = 16  # sequences: what three sets of their logits are kept of at a time
 
@@ -119,7 +118,8 @@ def score_cut(
     is_later_L = jnp.arange(inputs_BL.shape[1]) > cut
 
     def logits(tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
-        call = Call(batch["positions"], segments_BL, tokens_BL, capacity=capacity)
+        changed = {**batch, "inputs": tokens_BL, "segment_ids": segments_BL}
+        call = call_of(changed, capacity=capacity)
         return model.run(params, call, state=state).logits_BLV
 
     own_BLV = logits(inputs_BL, segments_BL)

@@ -235,7 +235,8 @@ def _draw_router(run: Run) -> Figure:
 
 def _heading(run: Run) -> str:
     data, training = run.settings["data"], run.settings["training"]
-    tokens = run.step * training["batch_size"] * data["sequence_length"]
+    a_step = training["batch_size"] * data["sequence_length"]
+    tokens = run.step * run.record.get("tokens_per_step", a_step)
     state = "" if run.step >= training["num_steps"] else f" of {training['num_steps']:,}"
     extended = f" ({run.extended})" if run.extended else ""
     return (
@@ -330,7 +331,7 @@ def _parameters(run: Run) -> str:
         if run.settings["sources"]:  # parts outside the library, which a report does not import
             return "not recorded"
         config = read_config(run.settings, ExperimentConfig)
-        count = count_parameters(config.model, config.data.sequence_length)
+        count = count_parameters(config.model, config.lengths)
         recorded = {"total": count.total, "active": count.active}
     return f"{recorded['total']:,} in all, {recorded['active']:,} used by a token"
 

@@ -51,6 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "parameters": dict, "parameters.total": int, "parameters.active": int,
         "forward_flops_per_token": dict, "forward_flops_per_token.model": NUMBER,
         "losses": dict, "earlier": list, "start_step": int, "num_steps": int,
+        "tokens_per_step": int,
     },
     EVALUATION_FILE: {"step": int} | {
         f"{way}{unit}": kind for way in CAPACITIES for unit, kind in (
@@ -160,9 +161,9 @@ class Entry:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens that a step trains on."""
+        """Tokens that a step trains on, as recorded or counted; of an encoder too."""
         try:
-            return (
+            return self.run.record.get("tokens_per_step") or (
                 self.settings["training"]["batch_size"] * self.settings["data"]["sequence_length"]
             )
         except (KeyError, TypeError):
@@ -173,7 +174,7 @@ class Entry:
         """Parameters "total" and "active", as recorded or counted; {} if neither can be."""
         return self.run.record.get("parameters") or self._counted(
             lambda config: {
-                name: getattr(count_parameters(config.model, config.data.sequence_length), name)
+                name: getattr(count_parameters(config.model, config.lengths), name)
                 for name in ("total", "active")
             }
         )
@@ -182,7 +183,7 @@ class Entry:
     def flops_per_token(self) -> float | None:
         """Model FLOPs of a training step, a token: three times those of the forward pass."""
         forward = self.run.record.get("forward_flops_per_token") or self._counted(
-            lambda config: {"model": count_flops(config.model, config.data.sequence_length).model}
+            lambda config: {"model": count_flops(config.model, config.lengths).model}
         )
         return 3 * forward["model"] if forward else None
 

@@ -142,6 +142,7 @@ def output_dtype(trial: Trial) -> jax.Array:
     tokens_BL = trial.batches.tokens_PBL[0]
     call = Call(tokens_BL=tokens_BL).with_defaults(tokens_BL[..., None])
     x_BLM = model.embed(trial.params, tokens_BL).astype(jnp.bfloat16)
+    call = dataclasses.replace(call, memory=x_BLM)  # for a part that reads one
     return model.decoder.apply(trial.params["stack"], x_BLM, call, state=trial.state)[0]
 
 

@@ -10,6 +10,7 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.norms import Norm, RMSNorm
 from moe_jax.layers.rotary import Rotary
+from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
@@ -94,7 +95,7 @@ FAMILIES = ("part", "norm", *BLOCKS_AROUND, *ATTENTION_AROUND)
 
 
 def model_around(part: Settings) -> LanguageModel:
-    """A language model of two layers that have the part.
+    """A language model of two layers that have the part; with an encoder if the part reads one.
 
     Args:
       part: of a family of `FAMILIES`. A whole layer without branches gets attention and an MLP.
@@ -121,13 +122,18 @@ def model_around(part: Settings) -> LanguageModel:
             f"A checked part is of one of the families {FAMILIES}: {type(part).__name__} is of "
             f"{part.family!r}. Derive it from the base class of one of them."
         )
-    return LanguageModel(
-        vocab_size=VOCAB_SIZE,
-        model_dim=MODEL_DIM,
-        parts={"checked": checked},
-        stack=StackLayout(unit=unit, repeats=2, allow_lookahead=True),
-        norm=norm,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "model_dim": MODEL_DIM,
+        "parts": {"checked": checked},
+        "stack": StackLayout(unit=unit, repeats=2, allow_lookahead=True),
+        "norm": norm,
+    }
+    if not checked.reads_memory:
+        return LanguageModel(**settings)
+    settings["parts"]["mlp"] = Mlp(dim=16)
+    encoder = StackLayout(unit=(("mlp",),), repeats=1, causal=False)
+    return EncoderDecoder(encoder=encoder, **settings)
 
 
 def model_with_shared(part: Part) -> LanguageModel:

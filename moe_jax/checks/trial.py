@@ -16,7 +16,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Call, RunShape
+from moe_jax.part import Call, EncoderInputs, RunShape
 
 SPLIT = 5  # perturbed suffixes begin here
 NUM_SUFFIXES = 32
@@ -123,6 +123,13 @@ class Trial:
         return Batches(tokens.astype(np.int32), segments.astype(np.int32))
 
     @property
+    def encoder(self) -> EncoderInputs:
+        """What the encoder reads if the model has one: the same in every batch."""
+        shape = (self.batch_size, LENGTH)
+        tokens = np.random.default_rng(4).integers(1, VOCAB_SIZE, shape)
+        return EncoderInputs(jnp.asarray(tokens, jnp.int32))
+
+    @property
     def first(self) -> Batches:
         """The first batch alone."""
         return Batches(*(array[:1] for array in self.batches))
@@ -155,7 +162,7 @@ class Trial:
             mesh = make_mesh(shape)
             shards = {name: num_shards(name, mesh) for name in RULES}
             try:
-                self.model.check_run(RunShape(self.batch_size, LENGTH, shards))
+                self.model.check_run(RunShape(self.batch_size, LENGTH, shards, LENGTH))
             except ValueError as error:
                 errors.append(error)
             else:
@@ -192,13 +199,14 @@ class Trial:
             call = Call(
                 tokens_BL=tokens_BL, segments_BL=segments_BL, step=jnp.int32(STEP),
                 rng=jax.random.key(3) if training else None, record=not training,
+                encoder=self.encoder,
             )  # fmt: skip
             output = model.run(params, call, state=state, replay=replay)
             valid_BL1 = (segments_BL > 0)[..., None]
             num_tokens = jnp.sum(valid_BL1).astype(jnp.float32)
             sums = {name: aux.sums for name, aux in output.aux.items()}
             loss = jnp.sum(output.logits_BLV * weights_BLV * valid_BL1) / num_tokens
-            loss += model.loss(output.aux, num_tokens, jax.lax.stop_gradient(sums))
+            loss += model.loss(output.aux, num_tokens, jax.lax.stop_gradient(sums), num_tokens)
             choices = {name: aux.choices for name, aux in output.aux.items() if aux.choices}
             following = model.next_state(state, sums, jnp.int32(STEP), 10) if training else {}
             said = (output.logits_BLV, choices, model.metrics(output.aux), following)

@@ -19,7 +19,13 @@ from moe_jax.config.convert import (
     write_config,
 )
 from moe_jax.config.mesh import MeshConfig
-from moe_jax.config.run import DataConfig, ExperimentConfig, OptimizerConfig, TrainingConfig
+from moe_jax.config.run import (
+    DataConfig,
+    ExperimentConfig,
+    Lengths,
+    OptimizerConfig,
+    TrainingConfig,
+)
 
 
 def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
@@ -41,6 +47,7 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
 __all__ = [
     "DataConfig",
     "ExperimentConfig",
+    "Lengths",
     "MeshConfig",
     "OptimizerConfig",
     "TrainingConfig",

@@ -18,7 +18,10 @@ from moe_jax.config.settings import Settings
 Part = TypeVar("Part", bound=Settings)
 
 KINDS: dict[str, dict[str, str]] = {
-    "model": {"language_model": "moe_jax.models.model:LanguageModel"},
+    "model": {
+        "language_model": "moe_jax.models.model:LanguageModel",
+        "encoder_decoder": "moe_jax.models.encoder_decoder:EncoderDecoder",
+    },
     "objective": {
         "causal_lm": "moe_jax.data.objectives.causal_lm:CausalLM",
         "prefix_lm": "moe_jax.data.objectives.prefix_lm:PrefixLM",
@@ -31,6 +34,7 @@ KINDS: dict[str, dict[str, str]] = {
         "attention": "moe_jax.layers.attention:Attention",
         "latent_attention": "moe_jax.layers.latent_attention:LatentAttention",
         "relative_positions": "moe_jax.layers.relative_positions:RelativePositions",
+        "cross_attention": "moe_jax.layers.cross_attention:CrossAttention",
         "mlp": "moe_jax.layers.feed_forward:Mlp",
         "mamba": "moe_jax.layers.mamba:Mamba",
         "moe": "moe_jax.moe.part:MoE",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
@@ -203,6 +203,22 @@ class TrainingConfig(Settings):
         )
 
 
+class Lengths(NamedTuple):
+    """Tokens of a sequence in the stacks of a model.
+
+    Attributes:
+      decoder: L, of the stack whose output the head reads.
+      encoder: T, of an encoder; 0 without one.
+    """
+
+    decoder: int
+    encoder: int = 0
+
+    def of(self, stack: str) -> int:
+        """Of the stack with this name in `LanguageModel.stacks`."""
+        return self.encoder if stack == "encoder" else self.decoder
+
+
 def default_model() -> Any:
     """The language model at its defaults."""
     return load_kind("model", "language_model")()
@@ -238,6 +254,12 @@ class ExperimentConfig(Settings):
             f"decay_fraction={self.optimizer.decay_fraction}",
             "Lower warmup_steps or decay_fraction",
         )
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of a sequence in each stack of the model."""
+        lengths = self.data.objective.lengths(self.data.sequence_length)
+        return Lengths(lengths.decoder, lengths.encoder)
 
     def on_devices(self, num_devices: int) -> "ExperimentConfig":
         """This experiment with its mesh filled for so many devices.

@@ -84,7 +84,8 @@ def continue_text(
       The continuation, without the prompt.
 
     Raises:
-      ValueError: a negative temperature or number of tokens, or a seed beyond 32 bits.
+      ValueError: a negative temperature or number of tokens, a seed beyond 32 bits, or a model with
+        an encoder.
     """
     if not 0 <= temperature < float("inf") or num_tokens < 0:
         raise ValueError(
@@ -94,6 +95,11 @@ def continue_text(
         )
     if not 0 <= seed < 2**32:
         raise ValueError(f"a seed lies in 0..2**32 - 1: seed={seed}. Use another.")
+    if config.model.has_encoder:
+        raise ValueError(
+            "a text is continued by a decoder without an encoder: the model has both. Set "
+            "training.sample_prompt='' to train without a sample."
+        )
     tokenizer = open_tokenizer_of(config.data)
     window = config.data.sequence_length
     model = in_groups_of(window, config.model)

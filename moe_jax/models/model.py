@@ -12,8 +12,9 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import Norm, RMSNorm
+from moe_jax.models.checks import check_names, check_replay, check_stack
 from moe_jax.models.layer import PLACEMENTS, Layer, dropout
-from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout
+from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout, StackOutput
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, dense, normal_init, rows, zeros
@@ -72,58 +73,16 @@ class LanguageModel(Settings):
     def check(self) -> None:
         """See `Settings`."""
         object.__setattr__(self, "parts", tuple(sorted(dict(self.parts).items())))
-        names, used = set(dict(self.parts)), self.stack.names
+        check_names(self)
+        for name, stack in self.stacks.items():
+            check_stack(name, self.layouts[name], stack, self.dims)
+        blind = sorted(n for n, part in self.part.items() if part.reads_memory)
         require(
-            used <= names,
-            "a name in the layers of stack must be one of parts",
-            f"{sorted(used - names)}, parts {sorted(names)}",
-            "Add the part, or correct the name",
+            self.has_encoder or not blind,
+            "a part that reads the output of an encoder needs a model with one",
+            f"{blind} in a model without",
+            "Use the model 'encoder_decoder', or remove the part",
         )
-        require(
-            names <= used,
-            "every part must be used by a layer",
-            f"{sorted(names - used)} in no layer of {self.stack}",
-            "Remove the part, or name it in a layer",
-        )
-        bare = sorted(name for name in set(self.stack.layers) if isinstance(name, str))
-        require(
-            all(isinstance(dict(self.parts)[name], Layer) for name in bare),
-            "a bare name in stack must name a part that is a whole layer",
-            f"{bare} of {self.stack}",
-            "Write the names of a layer's branches as a tuple: ('attention', 'mlp')",
-        )
-        branches = self.decoder.named_parts()
-        aside = sorted({name for name, part in branches if not part.adds_to_residual})
-        require(
-            not aside,
-            "a part that adds nothing to the residual cannot be a branch of a layer",
-            f"{aside} in {self.stack}",
-            "Name it in stack.shared",
-        )
-        twice = sorted({name for name, part in branches if part != self.part[name]})
-        require(
-            not twice,
-            "parts of one name must be the same part, in whole layers too",
-            f"{twice} differ between layers",
-            "Rename a branch",
-        )
-        alone = {name: dict(self.parts)[name] for name in self.stack.shared}
-        keep = [n for n, part in alone.items() if part.routes or part.state_specs(self.dims)]
-        require(
-            not keep,
-            "a shared part cannot route tokens or have state",
-            f"{keep} of stack.shared={self.stack.shared}",
-            "Put it in the layers",
-        )
-        in_unit = {name for layer in self.decoder.unit for name, _ in layer.named}
-        require(
-            set(self.stack.tied) <= in_unit,
-            "stack.tied must name branches of the unit",
-            f"tied={self.stack.tied}, the unit has {sorted(in_unit)}",
-            "Correct the name",
-        )
-        if not self.stack.allow_lookahead:
-            self.decoder.check_causality()
         self.specs()  # where parts refuse sizes of the model that do not fit theirs
 
     @property
@@ -134,12 +93,32 @@ class LanguageModel(Settings):
     @property
     def part(self) -> dict[str, Part]:
         """Parts by name, with the branches of parts that are whole layers."""
-        return {**dict(self.parts), **self.decoder.parts()}
+        branches = [branch for stack in self.stacks.values() for branch in stack.named_parts()]
+        return {**dict(self.parts), **dict(branches)}
+
+    @property
+    def layouts(self) -> dict[str, StackLayout]:
+        """The layouts of the stacks, by the names of their parameters."""
+        return {"stack": self.stack}
 
     @functools.cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks by the names of their parameters, in the order that numbers the layers."""
+        return {name: self.built(layout) for name, layout in self.layouts.items()}
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether one of the stacks is an encoder."""
+        return "encoder" in self.layouts
+
+    @property
     def decoder(self) -> Stack:
-        """The layers."""
-        layout, part = self.stack, dict(self.parts)
+        """The stack whose output the head reads."""
+        return self.stacks["stack"]
+
+    def built(self, layout: StackLayout) -> Stack:
+        """The stack of a layout."""
+        part = dict(self.parts)
 
         def layer(names: str | tuple[str, ...]) -> Any:
             if isinstance(names, str):
@@ -166,7 +145,13 @@ class LanguageModel(Settings):
     @property
     def layers_of(self) -> dict[str, tuple[int, ...]]:
         """The layers that use each part, in order."""
-        return self.decoder.layer_indices()
+        indices: dict[str, tuple[int, ...]] = {}
+        start = 0
+        for stack in self.stacks.values():
+            for part, found in stack.layer_indices().items():
+                indices[part] = indices.get(part, ()) + tuple(start + i for i in found)
+            start += stack.num_layers
+        return indices
 
     @property
     def moe_parts(self) -> dict[str, Any]:
@@ -193,7 +178,7 @@ class LanguageModel(Settings):
                 (vocab, model), ("vocab", "model"), init, "embedding", decays=False
             ),
             "final_norm": self.norm.specs(model),
-            "stack": self.decoder.specs(self.dims),
+            **{name: stack.specs(self.dims) for name, stack in self.stacks.items()},
         }
         if not self.tie_embeddings:
             specs["head"] = ParameterSpec((model, vocab), ("model", "vocab"), init, "head")
@@ -203,11 +188,12 @@ class LanguageModel(Settings):
 
     def state_specs(self) -> dict[str, Any]:
         """State by part, with a leading dim of layers."""
-        return self.decoder.state_specs(self.dims)
+        specs = (stack.state_specs(self.dims) for stack in self.stacks.values())
+        return {name: own for one in specs for name, own in one.items()}
 
     def looks_ahead(self, training: bool) -> bool:
         """Whether a logit can depend on later tokens."""
-        parts = self.part.values()
+        parts = (self.part[name] for name in self.stack.names | set(self.decoder.parts()))
         return not self.stack.causal or any(part.looks_ahead(training) for part in parts)
 
     def check_run(self, run: RunShape) -> None:
@@ -216,8 +202,10 @@ class LanguageModel(Settings):
         Raises:
           ValueError: with the sizes and what to change.
         """
-        check_divides({name: own for name, own in self.specs().items() if name != "stack"}, run)
-        self.decoder.check_run(self.dims, run)
+        check_divides({k: own for k, own in self.specs().items() if k not in self.stacks}, run)
+        for name, stack in self.stacks.items():
+            own = run._replace(length=run.encoder_length) if name == "encoder" else run
+            stack.check_run(self.dims, own)
 
     def run(
         self,
@@ -262,16 +250,21 @@ class LanguageModel(Settings):
         cache: Any = None,
     ) -> ModelOutput:
         """`run`, starting from embedded tokens."""
-        call = call.with_defaults(x_BLM)
-        x_BLM = constrain(x_BLM.astype(self.compute_dtype), "batch", None, None)
-        key = None if call.rng is None else jax.random.fold_in(call.rng, self.stack.num_layers)
-        x_BLM = dropout(x_BLM, self.dropout_rate, key)
-        self.check_replay(replay)
-        output = self.decoder.apply(
-            params["stack"], x_BLM, call, state=state, replay=replay, cache=cache
-        )
+        check_replay(self.layers_of, replay)
+        trees = {"state": state, "replay": replay, "cache": cache}
+        output = self.through("stack", params, x_BLM, call, **trees)
         logits_BLV = self.logits(params, output.x_BLM)
         return ModelOutput(logits_BLV, output.aux, output.cache, output.residual_XBLM)
+
+    def through(
+        self, name: str, params: Any, x_BLM: jax.Array, call: Call, **trees: Any
+    ) -> StackOutput:
+        """Embedded tokens through the stack of this name; `trees` are those of `Stack.apply`."""
+        stack, call = self.stacks[name], call.with_defaults(x_BLM)
+        x_BLM = constrain(x_BLM.astype(self.compute_dtype), "batch", None, None)
+        key = None if call.rng is None else jax.random.fold_in(call.rng, stack.num_layers)
+        x_BLM = dropout(x_BLM, self.dropout_rate, key)
+        return stack.apply(params[name], x_BLM, call, **trees)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on the normed residual: float32 [B, L, V]; biased, scaled, capped."""
@@ -288,23 +281,6 @@ class LanguageModel(Settings):
         if self.logits_softcap is not None:
             logits_BLV = self.logits_softcap * jnp.tanh(logits_BLV / self.logits_softcap)
         return constrain(logits_BLV, "batch", None, "vocab")
-
-    def check_replay(self, replay: Mapping[str, Any] | None) -> None:
-        """Checks that replayed choices are of the same parts and as many layers.
-
-        Raises:
-          ValueError: with the given shapes and the layers of the model.
-        """
-        layers = {name: len(found) for name, found in self.layers_of.items()}
-        for name, choices in (replay or {}).items():
-            shapes = [leaf.shape for leaf in jax.tree.leaves(choices)]
-            require(
-                all(len(shape) == 4 and shape[0] == layers.get(name) for shape in shapes),
-                "replayed choices of a part must have the shape [layers, batch, length, choices "
-                "per token]",
-                f"{name!r}: {shapes}, and the model has {layers.get(name, 0)} layers of {name!r}",
-                "Record them with the same model",
-            )
 
     def next_state(
         self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int
@@ -331,9 +307,21 @@ class LanguageModel(Settings):
         return any(part.needs_batch_sums for part in self.part.values())
 
     def loss(
-        self, aux: Mapping[str, Aux], num_tokens: jax.Array, batch: Mapping[str, Any] | None
+        self,
+        aux: Mapping[str, Aux],
+        num_tokens: jax.Array,
+        batch: Mapping[str, Any] | None,
+        encoder_tokens: jax.Array | None = None,
     ) -> jax.Array | float:
-        """The loss of all parts, which is added to the training loss; see `Part.loss`."""
+        """The loss of all parts, which is added to the training loss; see `Part.loss`.
+
+        Args:
+          aux: by part.
+          num_tokens: float32 scalar, valid tokens of the whole batch.
+          batch: sums of the whole batch by part, or None.
+          encoder_tokens: float32 scalar, those that the encoder reads; None without one.
+        """
+        del encoder_tokens
         return sum(
             self.part[name].loss(own, num_tokens, None if batch is None else batch[name])
             for name, own in aux.items()

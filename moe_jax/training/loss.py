@@ -9,9 +9,10 @@ import optax
 
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Aux, Call
+from moe_jax.part import Aux, Call, EncoderInputs
 
 Batch = Mapping[str, jax.Array]
+ENCODER_INPUTS = ("encoder_inputs", "encoder_positions", "encoder_segment_ids")
 REPLAY = "replay/"  # fields of a batch: replay/PART/expert_index and replay/PART/chosen
 
 
@@ -22,11 +23,13 @@ class Totals(NamedTuple):
       loss_weight: float32 scalar, sum of the loss weights of its targets.
       tokens: float32 scalar, its valid tokens.
       sums: of the whole batch, by part, where a loss needs them; None: the part is all of it.
+      encoder_tokens: float32 scalar, valid tokens that an encoder reads; None without one.
     """
 
     loss_weight: jax.Array
     tokens: jax.Array
     sums: dict[str, Any] | None = None
+    encoder_tokens: jax.Array | None = None
 
 
 class LossParts(NamedTuple):
@@ -44,8 +47,12 @@ class LossParts(NamedTuple):
 def batch_totals(batch: Batch) -> Totals:
     """The denominators of a batch of any shape."""
     weight = jnp.sum(batch["loss_weights"].astype(jnp.float32))
-    tokens = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-    return Totals(jnp.maximum(weight, 1e-9), jnp.maximum(tokens, 1))
+    tokens, encoder_tokens = (
+        jnp.maximum(jnp.sum(batch[name] > 0).astype(jnp.float32), 1) if name in batch else None
+        for name in ("segment_ids", "encoder_segment_ids")
+    )
+    assert tokens is not None
+    return Totals(jnp.maximum(weight, 1e-9), tokens, encoder_tokens=encoder_tokens)
 
 
 def replayed_choices(batch: Batch) -> dict[str, Choices]:
@@ -74,11 +81,15 @@ def replayed_choices(batch: Batch) -> dict[str, Choices]:
 
 
 def call_of(batch: Batch, **settings: Any) -> Call:
-    """What a model is told of a batch."""
+    """What a model is told of a batch; of one with `encoder_inputs`, what its encoder reads too."""
+    encoder = None
+    if "encoder_inputs" in batch:
+        encoder = EncoderInputs(*(batch[name] for name in ENCODER_INPUTS))
     return Call(
         tokens_BL=batch["inputs"],
         positions_BL=batch["positions"],
         segments_BL=batch["segment_ids"],
+        encoder=encoder,
         **settings,
     )
 
@@ -107,8 +118,9 @@ def partial_loss(
 
     Args:
       params: parameters of the model.
-      part: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32 [B, L],
-        and perhaps what `replayed_choices` reads.
+      part: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32 [B, L];
+        for an encoder `encoder_inputs`, `encoder_segment_ids` and `encoder_positions`, int32
+        [B, T]; and perhaps what `replayed_choices` reads.
       totals: of the whole batch.
       model: the model.
       model_state: state by part.
@@ -122,5 +134,5 @@ def partial_loss(
     output = model.run(params, call, state=model_state, replay=replayed_choices(part))
     nats_BL = target_nats(output.logits_BLV, part["targets"])
     cross_entropy = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
-    loss = cross_entropy + model.loss(output.aux, totals.tokens, totals.sums)
+    loss = cross_entropy + model.loss(output.aux, totals.tokens, totals.sums, totals.encoder_tokens)
     return loss, LossParts(cross_entropy, output.aux)

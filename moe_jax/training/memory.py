@@ -46,7 +46,7 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
         "parameters": parameters,
         "optimizer": local(state.opt_state, shardings.opt_state),
         "gradients": parameters * (2 if parts > 1 else 1),
-        "logits": sequences * config.data.sequence_length * vocab * FLOAT32,
+        "logits": sequences * config.lengths.decoder * vocab * FLOAT32,
     }
 
 

@@ -32,7 +32,8 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
             f"{config.training.num_microbatches}), over {shards['batch']} devices. Use a multiple "
             f"of {shards['batch']} sequences a microbatch."
         )
-    config.model.check_run(RunShape(sequences, config.data.sequence_length, shards))
+    lengths = config.lengths
+    config.model.check_run(RunShape(sequences, lengths.decoder, shards, lengths.encoder))
 
 
 def inference_rows(
@@ -49,12 +50,16 @@ def inference_rows(
       ValueError: the mesh does not split the model evenly.
     """
     shards = {name: num_shards(name, mesh) for name in RULES}
-    length, training = config.data.sequence_length, config.training
-    groups = [getattr(part, "group_size", 0) // length for part in config.model.part.values()]
+    lengths, training = config.lengths, config.training
+    groups = [
+        getattr(part, "group_size", 0) // lengths.of(name)
+        for name, stack in config.model.stacks.items()
+        for part in stack.parts().values()
+    ]
     multiple = shards["batch"] * math.lcm(*(max(sequences, 1) for sequences in groups))
     wanted = at_least or training.batch_size // training.num_microbatches
     rows = -(-wanted // multiple) * multiple
-    config.model.check_run(RunShape(rows, length, shards))
+    config.model.check_run(RunShape(rows, lengths.decoder, shards, lengths.encoder))
     return rows
 
 

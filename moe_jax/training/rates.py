@@ -16,7 +16,7 @@ class Rates:
     """
 
     def __init__(self, config: ExperimentConfig, step_flops_per_token: float, peak: float | None):
-        self._tokens = config.training.batch_size * config.data.sequence_length
+        self._tokens = config.training.batch_size * sum(config.lengths)
         self._flops = step_flops_per_token
         self._peak = peak
         self._step, self._since = 0, 0.0

@@ -38,7 +38,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The step of a config: `(state, batch) -> (state, metrics)`, to be jitted.
 
-    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L]. How it is cut
+    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
     drawn anew for each microbatch, and for losses that are of a microbatch (not linear in its
     sums).

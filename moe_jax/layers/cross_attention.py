@@ -1,0 +1,107 @@
+"""Attention of a decoder to the output of its encoder (legend: `moe_jax.moe`)."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.settings import setting
+from moe_jax.costs import FLOAT32, Bytes, Cost
+from moe_jax.layers.attention import Attention, affine, split_heads
+from moe_jax.layers.dot_product import attend
+from moe_jax.layers.norms import Norm
+from moe_jax.parallel.rules import constrain
+from moe_jax.part import Call, Dims, Output, Own, Part, RunShape
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossAttention(Part):
+    """Multi-head attention from tokens to `Call.memory`, within segments of the same number.
+
+    A token whose segment has no memory gets 0 from the heads. Positions play no part: those of the
+    memory are of another text.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.2.3; with scale=1.0 as in T5, Raffel et
+      al. 2020, arXiv:1910.10683.
+    """
+
+    reads_memory: ClassVar[bool] = True
+
+    num_heads: int = setting(4, at_least=1)  # N: query heads
+    num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
+    head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim need not be model_dim
+    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # the projections that have one
+    qk_norm: Norm | None = None  # of queries and keys, per head
+    scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5 (T5: 1.0)
+    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+
+    def check(self) -> None:
+        """See `Settings`."""
+        assert self.attention  # which checks the heads
+
+    @property
+    def attention(self) -> Attention:
+        """Self-attention with the same parameters."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Attention(rotary=None, **fields)
+
+    def specs(self, dims: Dims) -> dict[str, Any]:
+        """Those of `Attention`: `wq`, `wk`, `wv` [M, ND], `wo` [ND, M], biases and norms."""
+        return self.attention.specs(dims)
+
+    def looks_ahead(self, training: bool) -> bool:
+        """See `Part`: the memory holds no token of the decoder."""
+        return False
+
+    def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
+        """Attends to the memory of the token's own segment; see `Part`."""
+        assert call.memory is not None and call.segments_BL is not None, "the model lacks a memory"
+        memory_BTM, memory_segments_BT = call.memory, call.memory_segments_BT
+        if memory_segments_BT is None:
+            memory_segments_BT = jnp.ones(memory_BTM.shape[:2], jnp.int32)
+        q_BLND, k_BTKD, v_BTKD = (
+            split_heads(affine(x, params, name), self.head_dim)
+            for name, x in (("q", x_BLM), ("k", memory_BTM), ("v", memory_BTM))
+        )
+        q_BLND, k_BTKD = self.attention.normed(params, q_BLND, k_BTKD)
+        same_BLT = call.segments_BL[:, :, None] == memory_segments_BT[:, None, :]
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        out_BLND = attend(q_BLND, k_BTKD, v_BTKD, same_BLT[:, None], scale=scale)
+        # A query that sees no key would get a mean over all texts of its row.
+        out_BLND = jnp.where(jnp.any(same_BLT, axis=-1)[..., None, None], out_BLND, 0)
+        out_BLND = constrain(out_BLND, "batch", None, "heads", None)
+        return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, None
+
+    def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
+        """See `Part`: all of the L x T rectangle, and T / L keys and values a token.
+
+        Without a `memory_length` the memory counts as being as long as the sequence.
+        """
+        size, width = jnp.dtype(dtype).itemsize, dims.model_dim
+        heads = self.num_heads * self.head_dim
+        kv_heads = self.attention.kv_heads * self.head_dim
+        memory = dims.memory_length or length
+        share, probs = memory / length, self.num_heads * memory
+        projections = Cost(
+            "attention",
+            flops=2 * width * 2 * (heads + share * kv_heads),
+            saved=Bytes(split=2 * (heads + share * kv_heads) * size),
+            saved_dots=Bytes(width * size, (heads + 2 * share * kv_heads) * size),
+            traffic=Bytes((2 + 2 * share) * width * size, 2 * (heads + share * kv_heads) * size),
+            sums=width * size,
+            cache=Bytes(split=2 * share * kv_heads * size),
+        )
+        scores = Cost(
+            "attention",
+            flops=2 * 2 * memory * heads,
+            batched=True,
+            saved=Bytes(split=probs * (FLOAT32 + (size if size != FLOAT32 else 0))),
+            largest=Bytes(split=probs * FLOAT32),
+            traffic=Bytes(split=2 * probs * FLOAT32),
+        )
+        return (projections, scores)
+
+    def check_run(self, dims: Dims, run: RunShape) -> None:
+        """See `Part`: heads stay whole."""
+        self.attention.check_run(dims, run)

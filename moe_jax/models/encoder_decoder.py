@@ -1,0 +1,188 @@
+"""Encoder-decoder models: a causal stack reads a bidirectional one (legend: `moe_jax.moe`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.check import require
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.cross_attention import CrossAttention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel, ModelOutput
+from moe_jax.models.stack import StackLayout
+from moe_jax.parameters import ParameterSpec, normal_init
+from moe_jax.part import Aux, Call, Part
+
+ENCODER_KEY = 2**30  # folded into the random key of the encoder; no layer has this number
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoder(LanguageModel):
+    """A Transformer of two stacks, made of one table of parts.
+
+    The encoder reads `Call.encoder`, and its normed output is the `Call.memory` that parts of the
+    decoder read. Layers are numbered through both stacks, the encoder's first.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762; T5, Raffel et al. 2020, arXiv:1910.10683.
+    """
+
+    parts: tuple[tuple[str, Part], ...] | Mapping[str, Part] = (
+        ("attention", Attention()),
+        ("cross_attention", CrossAttention()),
+        ("mlp", Mlp()),
+    )  # by name; kept as pairs, sorted; both stacks may use a part, each with its own parameters
+    encoder: StackLayout = StackLayout(unit=(("attention", "mlp"),), causal=False)  # its layers
+    # Those of the decoder.
+    stack: StackLayout = StackLayout(unit=(("attention", "cross_attention", "mlp"),))
+    share_embeddings: bool = True  # the encoder reads the decoder's embedding
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            not self.encoder.causal,
+            "an encoder sees the tokens on both sides",
+            f"encoder.causal={self.encoder.causal}",
+            "Set encoder.causal=False",
+        )
+        super().check()
+        parts = {name: stack.parts() for name, stack in self.stacks.items()}
+        blind = [name for name, part in parts["encoder"].items() if part.reads_memory]
+        require(
+            not blind,
+            "a part of the encoder cannot read the encoder's output",
+            f"{blind} in encoder={self.encoder}",
+            "Name it in the layers of stack",
+        )
+        require(
+            any(part.reads_memory for part in parts["stack"].values()),
+            "a part of the decoder must read the encoder's output",
+            f"none of {sorted(parts['stack'])} in stack={self.stack} does",
+            "Add one, such as 'cross_attention'",
+        )
+        twice = [
+            name
+            for name, part in parts["encoder"].items()
+            if name in parts["stack"]
+            and (part.routes or part.state_specs(self.dims) or type(part).loss is not Part.loss)
+        ]
+        require(
+            not twice,
+            "a part that routes tokens, has state or adds a loss belongs to one stack",
+            f"{twice} in the layers of encoder and of stack",
+            "Give each stack a part with a name of its own",
+        )
+
+    @property
+    def layouts(self) -> dict[str, StackLayout]:
+        """See `LanguageModel`."""
+        return {"encoder": self.encoder, "stack": self.stack}
+
+    def specs(self) -> dict[str, Any]:
+        """Those of `LanguageModel`, `encoder`, `encoder_norm`, any `encoder_embedding` [V, M]."""
+        vocab, model = self.vocab_size, self.model_dim
+        specs = super().specs() | {"encoder_norm": self.norm.specs(model)}
+        if not self.share_embeddings:
+            specs["encoder_embedding"] = ParameterSpec(
+                (vocab, model),
+                ("vocab", "model"),
+                normal_init(model**-0.5),
+                "embedding",
+                decays=False,
+            )
+        return specs
+
+    def encode(
+        self,
+        params: Any,
+        call: Call,
+        *,
+        state: Mapping[str, Any] | None = None,
+        replay: Mapping[str, Any] | None = None,
+    ) -> tuple[Call, dict[str, Aux]]:
+        """Runs the encoder.
+
+        Args:
+          params: of the model.
+          call: with `encoder`.
+          state: by part, or None.
+          replay: choices by part, or None.
+
+        Returns:
+          The call with its memory, and the `Aux` of the encoder's parts.
+
+        Raises:
+          ValueError: the call has no text for the encoder.
+        """
+        text = call.encoder
+        require(
+            text is not None,
+            "an encoder-decoder model needs a text for its encoder",
+            "the call has encoder=None",
+            "Set Call.encoder, or encoder_inputs in the batch",
+        )
+        assert text is not None
+        own = dataclasses.replace(
+            call,
+            tokens_BL=text.tokens_BT,
+            positions_BL=text.positions_BT,
+            segments_BL=text.segments_BT,
+            rng=None if call.rng is None else jax.random.fold_in(call.rng, ENCODER_KEY),
+            encoder=None,
+            cache_index=None,
+        )
+        table = "embedding" if self.share_embeddings else "encoder_embedding"
+        x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT)
+        output = self.through("encoder", params, x_BTM, own, state=state, replay=replay)
+        memory_BTM = self.norm.apply(params["encoder_norm"], output.x_BLM)
+        segments_BT = text.segments_BT
+        if segments_BT is None:
+            segments_BT = jnp.ones(text.tokens_BT.shape, jnp.int32)
+        return dataclasses.replace(
+            call, memory=memory_BTM, memory_segments_BT=segments_BT
+        ), output.aux
+
+    def run_embedded(
+        self,
+        params: Any,
+        x_BLM: jax.Array,
+        call: Call,
+        *,
+        state: Mapping[str, Any] | None = None,
+        replay: Mapping[str, Any] | None = None,
+        cache: Any = None,
+    ) -> ModelOutput:
+        """See `LanguageModel`; the encoder runs first, except if the call has a memory."""
+        encoded: dict[str, Aux] = {}
+        if call.memory is None:
+            call, encoded = self.encode(params, call, state=state, replay=replay)
+        output = super().run_embedded(params, x_BLM, call, state=state, replay=replay, cache=cache)
+        return output._replace(aux=joined(encoded, output.aux))
+
+    def loss(
+        self,
+        aux: Mapping[str, Aux],
+        num_tokens: jax.Array,
+        batch: Mapping[str, Any] | None,
+        encoder_tokens: jax.Array | None = None,
+    ) -> jax.Array | float:
+        """See `LanguageModel`; losses of the encoder's parts are per token of the encoder."""
+        in_encoder = self.stacks["encoder"].parts()
+        own, other = (
+            {name: of for name, of in aux.items() if (name in in_encoder) is which}
+            for which in (True, False)
+        )
+        assert encoder_tokens is not None, "batch_totals counts them"
+        return super().loss(own, encoder_tokens, batch) + super().loss(other, num_tokens, batch)
+
+
+def joined(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
+    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
+    both = {
+        name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
+        for name in encoder
+        if name in decoder
+    }
+    return {**encoder, **decoder, **both}
