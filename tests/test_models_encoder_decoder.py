@@ -18,6 +18,7 @@ from moe_jax.config import (
     from_config_dict,
     to_dict,
 )
+from moe_jax.data.objectives.pairs import EncoderPrefixLM
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
@@ -171,7 +172,7 @@ def test_packed_and_padded_pairs_give_the_logits_of_the_pairs_alone(left):
 def config_of(model=MODEL, **training):
     return ExperimentConfig(
         model=model,
-        data=DataConfig(sequence_length=ENCODER_LENGTH),
+        data=DataConfig(sequence_length=ENCODER_LENGTH, objective=EncoderPrefixLM()),
         optimizer=OptimizerConfig(warmup_steps=0, learning_rate=1e-2),
         training=TrainingConfig(**{"batch_size": 4, "num_steps": 20} | training),
         mesh=MeshConfig(data=1),

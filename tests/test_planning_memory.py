@@ -24,7 +24,13 @@ from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
-from moe_jax.planning.flops import KINDS, count_flops, forward_flops, training_flops
+from moe_jax.planning.flops import (
+    KINDS,
+    count_flops,
+    different_layers,
+    forward_flops,
+    training_flops,
+)
 from moe_jax.planning.memory import (
     dispatch_bytes,
     estimate_memory,
@@ -71,11 +77,11 @@ def workload(mesh=None, batch=8, microbatches=1, optimizer="adamw", parts=None, 
 
 
 def dense_layer(work):
-    return work.model.decoder.first[0]
+    return different_layers(work.model, work.lengths)[0]
 
 
 def moe_layer(work):
-    return work.model.decoder.unit[0]
+    return different_layers(work.model, work.lengths)[1]
 
 
 def rows(work):

@@ -10,11 +10,11 @@ import jax
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.part import Call
 from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
 from moe_jax.planning.hlo import read_program
 from moe_jax.planning.topology import Topology, devices
 from moe_jax.planning.workload import Workload
+from moe_jax.training.loss import call_of
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.state import abstract_batch, abstract_state
 
@@ -43,15 +43,10 @@ def compile_forward(work: Workload, topology: Topology) -> Compiled:
     batch = abstract_batch(work.config, (training.batch_size // training.num_microbatches,))
 
     def forward(params: Any, model_state: Any, batch: Any) -> jax.Array:
-        call = Call(
-            tokens_BL=batch["inputs"],
-            positions_BL=batch["positions"],
-            segments_BL=batch["segment_ids"],
-        )
-        return model.run(params, call, state=model_state).logits_BLV
+        return model.run(params, call_of(batch), state=model_state).logits_BLV
 
-    rows = named_sharding(BATCH_AXES[1:], mesh)
-    program = jax.jit(forward, in_shardings=(shardings.params, shardings.model_state, rows))
+    placed = named_sharding(BATCH_AXES[1:], mesh)
+    program = jax.jit(forward, in_shardings=(shardings.params, shardings.model_state, placed))
     with jax.set_mesh(mesh):
         return _compile(lambda: program.lower(state.params, state.model_state, batch))
 

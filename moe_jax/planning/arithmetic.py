@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from moe_jax.config import Lengths
 from moe_jax.models.model import LanguageModel
 from moe_jax.planning.flops import FlopCount, count_flops
 from moe_jax.planning.parameters import ParameterCount, count_parameters
@@ -10,7 +11,7 @@ from moe_jax.planning.parameters import ParameterCount, count_parameters
 __all__ = ["FlopCount", "ParameterCount", "count_flops", "count_parameters", "summary"]
 
 
-def summary(model: LanguageModel, sequence_length: int) -> str:
+def summary(model: LanguageModel, sequence_length: int | Lengths) -> str:
     """Parameters and FLOPs of a model as a table of text."""
     parameters, flops = (
         count_parameters(model, sequence_length),

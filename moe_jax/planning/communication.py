@@ -160,7 +160,8 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
         return work.total(lambda c: c.sums * (passes + (full and not c.ends_layer)), kind)
 
     sums = {kind: of_kind(kind) for kind in KINDS}
-    sums["head"] = 2 * model.model_dim * work.itemsize
+    of_head = work.decoder_tokens / work.tokens
+    sums["head"] = (1 + of_head) * model.model_dim * work.itemsize
     for kind, size in sums.items():
         name, tokens = f"{kind.replace('_', ' ')} output", work.tokens
         size *= tokens * work.config.training.num_microbatches

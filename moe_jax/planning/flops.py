@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+from moe_jax.config import Lengths
 from moe_jax.costs import Cost
-from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
-from moe_jax.part import Part
+from moe_jax.models.stack import Stack
+from moe_jax.part import Dims, Part
 
 KINDS = ("attention", "dense_ffn", "experts", "routing", "other", "head")
 
@@ -14,6 +16,9 @@ KINDS = ("attention", "dense_ffn", "experts", "routing", "other", "head")
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
     """Forward FLOPs per token, two per multiply-add; a training step costs three times as much.
+
+    A token of a model with an encoder is the mean one of both stacks: FLOPs per sequence over T +
+    L, though a token is in one stack only.
 
     Attributes:
       attention: projections, scores and weighted values; the whole L x L square is counted, as it
@@ -50,36 +55,109 @@ class FlopCount:
         return self.model + self.padding + self.dispatch
 
 
-def different_layers(model: LanguageModel) -> Iterator[tuple[Layer, int]]:
-    """The layers of the stack that are written once, and how often each runs."""
-    for segment, layers in model.decoder.segments():
-        for layer in layers:
-            yield layer, model.decoder.repeats if segment == "unit" else 1
+class InStack(NamedTuple):
+    """A stack of a model, and the tokens that it is run on.
+
+    Attributes:
+      name: in `LanguageModel.stacks`.
+      stack: the stack.
+      dims: sizes that its parts depend on.
+      length: tokens of a sequence in it.
+      share: of these tokens in those of all stacks.
+    """
+
+    name: str
+    stack: Stack
+    dims: Dims
+    length: int
+    share: float
 
 
-def model_costs(model: LanguageModel, length: int) -> Iterator[tuple[Cost, int]]:
-    """Every stage of the layers, and of parts that run once, and how often it is there."""
-    runs: list[tuple[Part, int]] = [*different_layers(model)]
-    runs += [(part, 1) for _, part in model.decoder.shared]
-    for part, count in runs:
-        for cost in part.costs(model.dims, length, model.compute_dtype):
-            yield cost, count
+class Placed(NamedTuple):
+    """A part that is written once.
+
+    Attributes:
+      part: a layer, or a part that runs once before the layers.
+      times: how often it runs.
+      within: the stack that it is in.
+    """
+
+    part: Part
+    times: int
+    within: InStack
+
+    def costs(self, model: LanguageModel) -> tuple[Cost, ...]:
+        """Its stages, of a token of its stack."""
+        return self.part.costs(self.within.dims, self.within.length, model.compute_dtype)
+
+
+def lengths_of(model: LanguageModel, length: int | Lengths) -> Lengths:
+    """Tokens of a sequence; a number is of each stack."""
+    if isinstance(length, Lengths):
+        return length
+    return Lengths(length, length if model.has_encoder else 0)
+
+
+def stacks_at(model: LanguageModel, length: int | Lengths) -> list[InStack]:
+    """The stacks of a model on sequences of a length."""
+    lengths = lengths_of(model, length)
+    dims, tokens = model.dims._replace(memory_length=lengths.encoder), sum(lengths)
+    return [
+        InStack(name, stack, dims, lengths.of(name), lengths.of(name) / tokens)
+        for name, stack in model.stacks.items()
+    ]
+
+
+def different_layers(model: LanguageModel, length: int | Lengths) -> list[Placed]:
+    """The layers that are written once."""
+    return [
+        Placed(layer, within.stack.repeats if segment == "unit" else 1, within)
+        for within in stacks_at(model, length)
+        for segment, layers in within.stack.segments()
+        for layer in layers
+    ]
+
+
+def different_parts(model: LanguageModel, length: int | Lengths) -> list[Placed]:
+    """Those layers, and the parts that run once before them."""
+    shared = [
+        Placed(part, 1, within)
+        for within in stacks_at(model, length)
+        for _, part in within.stack.shared
+    ]
+    return different_layers(model, length) + shared
+
+
+def model_costs(model: LanguageModel, length: int | Lengths) -> Iterator[tuple[Cost, float]]:
+    """Every stage, and how often the mean token meets it: a token is in one stack only."""
+    for placed in different_parts(model, length):
+        for cost in placed.costs(model):
+            yield cost, placed.times * placed.within.share
+
+
+def head_flops(model: LanguageModel, length: int | Lengths) -> float:
+    """Forward FLOPs of the head, per token: those of the encoder have none."""
+    lengths = lengths_of(model, length)
+    return 2 * model.model_dim * model.vocab_size * lengths.decoder / sum(lengths)
 
 
 def total(
-    model: LanguageModel, length: int, of: Callable[[Cost], float], kind: str | None = None
+    model: LanguageModel,
+    length: int | Lengths,
+    of: Callable[[Cost], float],
+    kind: str | None = None,
 ) -> float:
-    """A number of every stage, of one kind or of all, summed over the model."""
+    """A number of every stage, of one kind or of all, summed over what a token meets."""
     costs = model_costs(model, length)
     return sum(count * of(cost) for cost, count in costs if kind in (None, cost.kind))
 
 
-def count_flops(model: LanguageModel, sequence_length: int) -> FlopCount:
+def count_flops(model: LanguageModel, sequence_length: int | Lengths) -> FlopCount:
     """Counts the forward FLOPs of a token, with the experts and slots of training.
 
     Args:
       model: the model.
-      sequence_length: L.
+      sequence_length: L, or L and T of a model with an encoder.
     """
     names = {"routing": "router"}
     by_kind = {
@@ -87,22 +165,22 @@ def count_flops(model: LanguageModel, sequence_length: int) -> FlopCount:
         for kind in KINDS
     }
     return FlopCount(
-        **by_kind | {"head": 2 * model.model_dim * model.vocab_size},
+        **by_kind | {"head": head_flops(model, sequence_length)},
         padding=total(model, sequence_length, lambda cost: cost.padding),
         dispatch=total(model, sequence_length, lambda cost: cost.dispatch),
     )
 
 
-def forward_flops(model: LanguageModel, sequence_length: int) -> dict[str, float]:
+def forward_flops(model: LanguageModel, sequence_length: int | Lengths) -> dict[str, float]:
     """Computed forward FLOPs per token by `KINDS`; padding counts as experts."""
     by_kind = {
         kind: total(model, sequence_length, lambda cost: cost.computed, kind) for kind in KINDS
     }
-    return by_kind | {"head": 2 * model.model_dim * model.vocab_size}
+    return by_kind | {"head": head_flops(model, sequence_length)}
 
 
 def training_flops(
-    model: LanguageModel, sequence_length: int, num_microbatches: int = 1
+    model: LanguageModel, sequence_length: int | Lengths, num_microbatches: int = 1
 ) -> dict[str, float]:
     """Computed FLOPs per token of a training step by `KINDS`.
 

@@ -10,10 +10,9 @@ import math
 import jax
 
 from moe_jax.config import MeshConfig
-from moe_jax.costs import FLOAT32, Cost
-from moe_jax.models.layer import Layer
+from moe_jax.costs import FLOAT32
 from moe_jax.parameters import ParameterSpec
-from moe_jax.planning.flops import different_layers
+from moe_jax.planning.flops import Placed, different_layers, different_parts
 from moe_jax.planning.parameters import (
     gathered_size,
     local_parameters,
@@ -62,13 +61,13 @@ def estimate_memory(work: Workload) -> Memory:
     model, mesh = work.model, work.mesh
     size = sum(local_parameters(model, mesh).values())
     parts = 2 if work.config.training.num_microbatches > 1 else 1
-    layers = [layer for layer, _ in different_layers(model)]
+    layers = different_layers(model, work.lengths)
     return Memory(
         parameters=FLOAT32 * size,
         optimizer=optimizer_bytes(work),
         gradients=FLOAT32 * size * parts,
         saved_activations=saved_bytes(work),
-        logits=2 * FLOAT32 * work.tokens * model.vocab_size / mesh.tensor,
+        logits=2 * FLOAT32 * work.decoder_tokens * model.vocab_size / mesh.tensor,
         layer=max(working_set(work, layer) for layer in layers),
         dispatch=max(dispatch_bytes(work, layer) for layer in layers),
     )
@@ -107,26 +106,29 @@ def saved_bytes(work: Workload) -> float:
     model, tensor = work.model, work.mesh.tensor
     if model.remat == "none":
         return work.tokens * work.total(lambda cost: cost.saved.on(tensor))
-    inputs = work.tokens * model.stack.num_layers * float(model.model_dim) * work.itemsize
+    layers = (work.lengths.of(name) * stack.num_layers for name, stack in model.stacks.items())
+    inputs = work.sequences * sum(layers) * float(model.model_dim) * work.itemsize
     if model.remat == "full":
         return inputs
     return inputs + work.tokens * work.total(lambda cost: cost.saved_dots.on(tensor))
 
 
-def layer_costs(work: Workload, layer: Layer) -> tuple[Cost, ...]:
-    """The stages of one layer."""
-    return layer.costs(work.model.dims, work.length, work.model.compute_dtype)
+def tokens_in(work: Workload, layer: Placed) -> float:
+    """Tokens of a microbatch on one device that the layer sees."""
+    return work.sequences * layer.within.length
 
 
-def layer_activations(work: Workload, layer: Layer) -> float:
+def layer_activations(work: Workload, layer: Placed) -> float:
     """Bytes that the backward pass of one layer reads, of one microbatch.
 
     The costs of its parts say what that is; a branch adds its residual and the normed copy.
     """
-    return work.tokens * sum(cost.saved.on(work.mesh.tensor) for cost in layer_costs(work, layer))
+    return tokens_in(work, layer) * sum(
+        cost.saved.on(work.mesh.tensor) for cost in layer.costs(work.model)
+    )
 
 
-def working_set(work: Workload, layer: Layer) -> float:
+def working_set(work: Workload, layer: Placed) -> float:
     """Bytes that the backward pass of one layer needs beyond what was saved.
 
     Its weights in the compute dtype, gathered over fsdp, and their gradient, as large; with remat
@@ -135,26 +137,26 @@ def working_set(work: Workload, layer: Layer) -> float:
     """
     weights = 2 * work.itemsize * gathered_parameters(work, layer)
     if work.model.remat == "none":
-        largest = (cost.largest.on(work.mesh.tensor) for cost in layer_costs(work, layer))
-        return weights + work.tokens * max(largest, default=0.0)
+        largest = (cost.largest.on(work.mesh.tensor) for cost in layer.costs(work.model))
+        return weights + tokens_in(work, layer) * max(largest, default=0.0)
     return weights + layer_activations(work, layer)
 
 
-def gathered_parameters(work: Workload, layer: Layer) -> float:
+def gathered_parameters(work: Workload, layer: Placed) -> float:
     """Parameters of one layer on one device after they are gathered over fsdp."""
-    specs = jax.tree.leaves(layer.specs(work.model.dims))
+    specs = jax.tree.leaves(layer.part.specs(work.model.dims))
     return sum(gathered_size(spec, work.mesh) for spec in specs)
 
 
-def dispatch_bytes(work: Workload, layer: Layer) -> float:
+def dispatch_bytes(work: Workload, layer: Placed) -> float:
     """Bytes of one layer's buffers between tokens and experts.
 
     Slots before and after the exchange between devices, there and back (4 M a slot; 2 M where
     experts are not split), and one-hot tensors.
     """
     copies = 4 if work.mesh.expert_shards > 1 else 2
-    costs = layer_costs(work, layer)
-    return work.tokens * sum(copies * cost.slots + cost.buffers for cost in costs)
+    costs = layer.costs(work.model)
+    return tokens_in(work, layer) * sum(copies * cost.slots + cost.buffers for cost in costs)
 
 
 def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
@@ -163,4 +165,10 @@ def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
     Sequences are split over all but tensor (no fewer than one a device), heads over tensor.
     """
     sequences = max(1, batch_size / work.mesh.batch_shards)
-    return sequences * length * work.total(lambda cost: cost.cache.on(work.mesh.tensor))
+    caches = (
+        placed.times * cost.cache.on(work.mesh.tensor)
+        for placed in different_parts(work.model, work.lengths)
+        if placed.within.name != "encoder"
+        for cost in placed.costs(work.model)
+    )
+    return sequences * length * sum(caches)

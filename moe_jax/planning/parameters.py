@@ -7,12 +7,12 @@ import math
 
 import jax
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import Lengths, MeshConfig
+from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import num_shards
 from moe_jax.parameters import ParameterSpec
-from moe_jax.part import Part
-from moe_jax.planning.flops import different_layers, total
+from moe_jax.planning.flops import Placed, different_layers
 
 COMPONENTS = (
     "embedding", "head", "attention", "dense_ffn", "experts", "shared_experts", "router", "norms",
@@ -122,12 +122,13 @@ def component(spec: ParameterSpec) -> str:
     return spec.component if spec.component in COMPONENTS else "other"
 
 
-def count_parameters(model: LanguageModel, sequence_length: int) -> ParameterCount:
+def count_parameters(model: LanguageModel, sequence_length: int | Lengths) -> ParameterCount:
     """Counts the parameters of a model.
 
     Args:
       model: the model.
-      sequence_length: L, on which it depends how many tokens an expert chooses.
+      sequence_length: L, or L and T of a model with an encoder: on it depends how many tokens an
+        expert chooses.
     """
     counts = dict.fromkeys(COMPONENTS, 0)
     for spec in parameter_specs(model):
@@ -136,20 +137,25 @@ def count_parameters(model: LanguageModel, sequence_length: int) -> ParameterCou
     return ParameterCount(active_experts=round(counts["experts"] - inactive), **counts)
 
 
-def inactive_parameters(model: LanguageModel, sequence_length: int) -> float:
+def inactive_parameters(model: LanguageModel, sequence_length: int | Lengths) -> float:
     """Parameters that a token does not use; those of tied branches once, as they are stored."""
-    tied: dict[str, Part] = {}
-    uses = collections.Counter[str]()
-    for layer, count in different_layers(model):
-        own = {name: part for name, part in layer.named if name in model.stack.tied}
-        tied |= own
-        uses.update(dict.fromkeys(own, count))
+    tied: dict[tuple[str, str], Placed] = {}
+    uses = collections.Counter[tuple[str, str]]()
+    inactive = 0.0
+    for placed in different_layers(model, sequence_length):
+        layer, within = placed.part, placed.within
+        assert isinstance(layer, Layer)
+        inactive += placed.times * sum(cost.inactive for cost in placed.costs(model))
+        for name, part in layer.named:
+            if name in within.stack.tied:
+                tied[within.name, name] = Placed(part, 1, within)
+                uses[within.name, name] += placed.times
     again = sum(
-        (uses[name] - 1) * cost.inactive
-        for name, part in tied.items()
-        for cost in part.costs(model.dims, sequence_length, model.compute_dtype)
+        (uses[key] - 1) * cost.inactive
+        for key, placed in tied.items()
+        for cost in placed.costs(model)
     )
-    return total(model, sequence_length, lambda cost: cost.inactive) - again
+    return inactive - again
 
 
 def local_parameters(model: LanguageModel, mesh: MeshConfig) -> dict[str, int]:

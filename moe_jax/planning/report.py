@@ -178,8 +178,8 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
     """What follows from the config and its mesh alone."""
     work = plan.work
     config, training = work.config, work.config.training
-    parameters = count_parameters(work.model, work.length)
-    flops = count_flops(work.model, work.length)
+    parameters = count_parameters(work.model, work.lengths)
+    flops = count_flops(work.model, work.lengths)
     return {
         "config": config.name,
         "mesh": dataclasses.asdict(work.mesh),
@@ -198,7 +198,7 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
         "model_flops": model_flops(work),
         "computed_flops": computed_flops(work),
         "memory_estimate": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
-        "kv_cache_bytes": kv_cache_bytes(work, training.batch_size, work.length),
+        "kv_cache_bytes": kv_cache_bytes(work, training.batch_size, work.lengths.decoder),
         "hbm_traffic_estimate": hbm_traffic(work),
         "collectives_estimate": [
             dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in collectives(work)

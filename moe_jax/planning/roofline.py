@@ -66,14 +66,14 @@ def model_flops(work: Workload) -> float:
     Three times the forward pass, without padding, dispatch and what remat computes again.
     """
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
-    return 3 * count_flops(work.model, work.length).model * tokens
+    return 3 * count_flops(work.model, work.lengths).model * tokens
 
 
 def computed_flops(work: Workload) -> dict[str, float]:
     """Computed FLOPs per step and device, by kind of layer."""
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     parts = work.config.training.num_microbatches
-    by_kind = training_flops(work.model, work.length, parts)
+    by_kind = training_flops(work.model, work.lengths, parts)
     return {kind: tokens * by_kind[kind] for kind in KINDS}
 
 

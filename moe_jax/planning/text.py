@@ -71,7 +71,7 @@ def header(plan: Plan) -> str:
 
 def parameters_text(plan: Plan) -> str:
     """Parameters by component and convention."""
-    count = count_parameters(plan.work.model, plan.work.length)
+    count = count_parameters(plan.work.model, plan.work.lengths)
     parts = [(n, f"{v:,}") for n, v in dataclasses.asdict(count).items() if v]
     conventions = [
         (name, f"{total:,}", f"{active:,}")
@@ -89,7 +89,7 @@ def parameters_text(plan: Plan) -> str:
 def flops_text(plan: Plan) -> str:
     """FLOPs per token and per step."""
     work = plan.work
-    count = count_flops(work.model, work.length)
+    count = count_flops(work.model, work.lengths)
     parts = [
         (name, f"{value / 1e6:,.3f}") for name, value in dataclasses.asdict(count).items() if value
     ]
@@ -109,13 +109,13 @@ def memory_text(plan: Plan) -> str:
     work, memory = plan.work, plan.memory
     parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
     training = work.config.training
-    cache = kv_cache_bytes(work, training.batch_size, work.length)
+    cache = kv_cache_bytes(work, training.batch_size, work.lengths.decoder)
     return "\n".join(
         [
             "memory of one device, estimated",
             *table([*parts, ("at the peak", _gib(memory.total))]),
             f"keys and values while it generates {training.batch_size:,} sequences of "
-            f"{work.length:,}: {_gib(cache)}",
+            f"{work.lengths.decoder:,}: {_gib(cache)}",
         ]
     )
 

@@ -35,8 +35,8 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
         )
         for kind in KINDS
     }
-    numbers = work.tokens * model.model_dim + weights["head"]
-    logits = Bytes(split=work.tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
+    numbers = work.decoder_tokens * model.model_dim + weights["head"]
+    logits = Bytes(split=work.decoder_tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
     total["head"] = parts * (3 * work.itemsize * numbers + 4 * logits)
     optimizer = work.config.optimizer
     passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step

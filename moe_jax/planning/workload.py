@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.config import ExperimentConfig, Lengths, MeshConfig
 from moe_jax.costs import Cost
 from moe_jax.models.model import LanguageModel
 from moe_jax.planning.flops import measures_first, model_costs
@@ -32,9 +32,14 @@ class Workload:
         return self.config.mesh
 
     @property
+    def lengths(self) -> Lengths:
+        """L and, with an encoder, T."""
+        return self.config.lengths
+
+    @property
     def length(self) -> int:
-        """L, tokens."""
-        return self.config.data.sequence_length
+        """Tokens of a sequence in all stacks."""
+        return sum(self.lengths)
 
     @property
     def sequences(self) -> float:
@@ -44,8 +49,13 @@ class Workload:
 
     @property
     def tokens(self) -> float:
-        """Tokens of a microbatch on one device."""
+        """Tokens of a microbatch on one device, in all stacks."""
         return self.sequences * self.length
+
+    @property
+    def decoder_tokens(self) -> float:
+        """Those that the head reads."""
+        return self.sequences * self.lengths.decoder
 
     @property
     def itemsize(self) -> int:
@@ -70,12 +80,12 @@ class Workload:
         return int(measures_first(self.model, self.config.training.num_microbatches))
 
     @functools.cached_property
-    def costs(self) -> tuple[tuple[Cost, int], ...]:
-        """Every stage of the model, and how often it is there."""
-        return tuple(model_costs(self.model, self.length))
+    def costs(self) -> tuple[tuple[Cost, float], ...]:
+        """Every stage of the model, and how often a token meets it."""
+        return tuple(model_costs(self.model, self.lengths))
 
     def total(self, of: Callable[[Cost], float], kind: str | None = None) -> float:
-        """A number of every stage, of one kind or of all, summed over the model."""
+        """A number of every stage, of one kind or of all, summed over what a token meets."""
         return sum(count * of(cost) for cost, count in self.costs if kind in (None, cost.kind))
 
 
