@@ -38,6 +38,10 @@ LENGTH = 12
     [
         Attention(num_heads=4, head_dim=6),
         Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=RMSNorm(), biases=tuple("qkv")),
+        Attention(num_heads=4, num_kv_heads=2, head_dim=6, softcap=2.0, sink=True, window=3),
+        Attention(
+            num_heads=4, head_dim=6, clip_qkv=1.0, qk_norm=RMSNorm(), qk_norm_at="projection"
+        ),
         Mlp(dim=40),
         Mlp(dim=40, activation=SwiGLU(), use_bias=True),
         Mlp(dim=40, activation=Gelu()),

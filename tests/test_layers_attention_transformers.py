@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 # Sums of a dozen products in float32, in two libraries.
 FLOAT32 = 2e-5
 BATCH, LENGTH, WIDTH, PADDING = 2, 11, 24, 3
-LONG = {"short_factors": (1.0, 1.5, 2.0, 4.0), "long_factors": (1.0, 3.0, 8.0, 16.0)}
+SHORT = (1.0, 1.5, 2.0, 4.0)
 
 
 class Family(NamedTuple):
@@ -49,14 +49,17 @@ def rope(**settings):
 
 
 def phi(original_length, left_padding=True):
-    """Its rotary scaling is longrope, short or long by the length of the row."""
+    """Longrope, short or long by the length of a row.
+
+    Transformers has the short factors in both, and takes the longest row of a batch for all.
+    """
     scaling = LongRope(
-        **LONG, original_length=original_length, factor=4.0, attention_factor=1.2
+        short_factors=SHORT, long_factors=SHORT, original_length=original_length, factor=4.0,
+        attention_factor=1.2, long_attention_factor=0.9,
     )  # fmt: skip
     config = rope(
-        rope_type="longrope", short_factor=list(LONG["short_factors"]),
-        long_factor=list(LONG["long_factors"]), factor=4.0, short_mscale=1.2, long_mscale=1.2,
-        original_max_position_embeddings=original_length,
+        rope_type="longrope", short_factor=list(SHORT), long_factor=[3.0] * 4, factor=4.0,
+        short_mscale=1.2, long_mscale=0.9, original_max_position_embeddings=original_length,
     )  # fmt: skip
     return Family(
         "phimoe:PhimoeAttention",
@@ -143,7 +146,6 @@ FAMILIES = {
         {"rotary": Rotary(base=100.0), "scale": 0.9},
     ),
     "Phi-3.5, short": phi(original_length=16),
-    # Of the rows of a batch transformers takes the longest.
     "Phi-3.5, long": phi(original_length=8, left_padding=False),
 }  # fmt: skip
 

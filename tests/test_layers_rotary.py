@@ -208,6 +208,15 @@ def test_against_transformers(name):
     assert factor == pytest.approx(EXPECTED[name][1], rel=FLOAT32)
 
 
+def test_a_long_document_may_have_a_factor_of_its_own():
+    scaling = LongRope(original_length=6, attention_factor=1.5, long_attention_factor=0.5)
+    for length, factor in ((6, 1.5), (7, 0.5)):
+        _, factors = frequencies(Rotary(scaling=scaling), 4, length)
+        np.testing.assert_allclose(factors, factor, rtol=FLOAT32)
+    alike = LongRope(original_length=6, attention_factor=1.5)
+    np.testing.assert_allclose(frequencies(Rotary(scaling=alike), 4, 7)[1], 1.5, rtol=FLOAT32)
+
+
 def test_softmax_factors():
     """m(s) = 0.1 s ln(factor) + 1; DeepSeek multiplies its scale by m(mscale_all_dim) squared."""
     deepseek = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0)

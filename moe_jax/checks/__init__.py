@@ -75,6 +75,7 @@ def changed_parts(part: Settings) -> Iterator[Settings]:
         bounds = field.metadata.get("bounds")
         if bounds is not None and bounds.choices is not None:
             others = [choice for choice in bounds.choices if choice != value]
+            others = [(choice,) for choice in others] if isinstance(value, tuple) else others
         elif isinstance(value, bool):
             others = [not value]
         elif isinstance(value, int | float):

@@ -118,16 +118,20 @@ class Attention(Part):
         """See `Part`: projections; scores and weighted values, of the whole L x L square.
 
         Windows and chunks are masks, which leave the square as it is. Saved are queries, keys and
-        values before and after rotation, the output of the heads, and a row of probabilities for
-        each head, in float32 and in `dtype`; of capped scores, as many tangents in float32.
+        values before and after rotation, and before a norm and a clip; the output of the heads; and
+        a row of probabilities for each head, in float32 and in `dtype`. Of capped scores, as many
+        hyperbolic tangents in float32.
         """
         size, width = jnp.dtype(dtype).itemsize, dims.model_dim
         heads, kv_heads = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         probs = self.num_heads * length
+        saved = 3 * heads + 3 * kv_heads
+        saved += 0 if self.qk_norm is None else heads + kv_heads
+        saved += 0 if self.clip_qkv is None else heads + 2 * kv_heads
         projections = Cost(
             "attention",
             flops=2 * width * (2 * heads + 2 * kv_heads),
-            saved=Bytes(split=(3 * heads + 3 * kv_heads) * size),
+            saved=Bytes(split=saved * size),
             saved_dots=Bytes(width * size, (heads + 2 * kv_heads) * size),
             traffic=Bytes(4 * width * size, (3 * heads + 5 * kv_heads) * size),
             sums=width * size,

@@ -68,14 +68,13 @@ class Rotary(Settings):
         turning = x_BLND.shape[-1] if self.dim is None else self.dim
         half = turning // 2
         frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        factor = 1.0
         if self.scaling is not None:
             frequency = self.scaling.scaled(frequency, self.base, positions_BL, segments_BL)
-            factor = self.scaling.cos_sin_factor
         angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
         cos, sin = jnp.cos(angle), jnp.sin(angle)
-        if factor != 1:
-            cos, sin = cos * factor, sin * factor
+        if self.scaling is not None:
+            factors = self.scaling.cos_sin_factors(positions_BL, segments_BL)
+            cos, sin = cos * factors, sin * factors
         x32, rest = x_BLND[..., :turning].astype(jnp.float32), x_BLND[..., turning:]
         if self.interleaved:
             first, second = x32[..., ::2], x32[..., 1::2]

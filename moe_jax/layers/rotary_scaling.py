@@ -48,6 +48,12 @@ class RotaryScaling(Settings):
         """What cosines and sines are multiplied by, so scores by its square."""
         return 1.0
 
+    def cos_sin_factors(
+        self, positions_BL: jax.Array, segments_BL: jax.Array | None
+    ) -> jax.Array | float:
+        """`cos_sin_factor`, or [B, L, 1, 1] if it depends on the length of a document."""
+        return self.cos_sin_factor
+
     @property
     def softmax_factor(self) -> float:
         """What the scale of the scores is multiplied by, in a part that asks for it."""
@@ -218,6 +224,8 @@ class LongRope(RotaryScaling):
     factor: float = setting(1.0, at_least=1)  # longest context over original_length
     # Of cosines and sines; None: sqrt(1 + ln(factor) / ln(original_length)).
     attention_factor: float | None = setting(None, above=0)
+    # In long documents (long_mscale of Phi-3.5); None: as in short ones.
+    long_attention_factor: float | None = setting(None, above=0)
 
     def check_dim(self, dim: int) -> None:
         """See `RotaryScaling`."""
@@ -241,8 +249,12 @@ class LongRope(RotaryScaling):
             frequency_H / jnp.asarray(factors or (1.0,), jnp.float32)
             for factors in (self.short_factors, self.long_factors)
         )
+        return jnp.where(self.is_long(positions_BL, segments_BL), long_H, short_H)
+
+    def is_long(self, positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+        """Whether a token's document is longer than in pre-training: bool [B, L, 1, 1]."""
         length_BL = document_lengths(positions_BL, segments_BL)
-        return jnp.where((length_BL > self.original_length)[:, :, None, None], long_H, short_H)
+        return (length_BL > self.original_length)[:, :, None, None]
 
     @property
     def cos_sin_factor(self) -> float:
@@ -250,6 +262,15 @@ class LongRope(RotaryScaling):
         if self.attention_factor is not None:
             return self.attention_factor
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+    def cos_sin_factors(
+        self, positions_BL: jax.Array, segments_BL: jax.Array | None
+    ) -> jax.Array | float:
+        """See `RotaryScaling`."""
+        if self.long_attention_factor is None:
+            return self.cos_sin_factor
+        is_long = self.is_long(positions_BL, segments_BL)
+        return jnp.where(is_long, self.long_attention_factor, self.cos_sin_factor)
 
 
 def document_lengths(positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
