@@ -61,6 +61,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "wandb": ["wandb>=0.31"],
         "notebooks": ["jupyterlab>=4.4", "nbconvert>=7.16", "ipykernel>=6.30"],
+        "gguf": ["gguf>=0.19", "tokenizers>=0.23"],
         "hf": ["safetensors>=0.6", "transformers>=5.0", "torch>=2.9"],
     },
 )

@@ -194,6 +194,7 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
     """
     values = flags.FLAGS
     arguments = values.read_flags_from_files(list(arguments))
+    arguments = [with_underscores(argument, own) for argument in arguments]
     plain, overrides = split_overrides(arguments) if "config" in own else (arguments, [])
     try:
         positional = values(["command", *plain])[1:]
@@ -230,6 +231,13 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
     elif overrides:
         raise ValueError(f"--config must be given with --{overrides[0][0]}: it is not. Add it.")
     return list(positional)
+
+
+def with_underscores(argument: str, own: Sequence[str]) -> str:
+    """--from-hf=DIR as --from_hf=DIR, where that is a flag of the command."""
+    name, equals, value = argument.partition("=")
+    flag = name.lstrip("-").replace("-", "_")
+    return f"--{flag}{equals}{value}" if name.startswith("--") and flag in own else argument
 
 
 def check_values(own: Sequence[str]) -> None:

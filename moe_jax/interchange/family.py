@@ -142,6 +142,7 @@ class Reader:
          "output_router_logits", "router_aux_loss_coef", "max_position_embeddings",
          "attention_dropout", "_name_or_path", "auto_map", "pretraining_tp", "hidden_dropout",
          "resid_pdrop", "emb_pdrop", "initializer_factor", "is_encoder_decoder",
+         "router_jitter_noise",
          "output_attentions", "output_hidden_states", "return_dict"]
     )  # fmt: skip
 

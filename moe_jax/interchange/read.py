@@ -5,7 +5,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.interchange.family import Family, load_family
 from moe_jax.interchange.leaves import Leaf, all_specs, leaves_of
 from moe_jax.interchange.rules import Rule
-from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
+from moe_jax.interchange.tensor_files import FLOATS, Stored, TensorFiles
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.part import RunShape, check_divides
@@ -24,6 +24,22 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 ALIGNMENT = 64  # bytes; a buffer so aligned becomes an array of the CPU without a copy
+
+
+class Files(Protocol):
+    """Tensors by name, read when they are asked for."""
+
+    path: pathlib.Path
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Where each tensor is."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """A tensor, or one row of its first dim."""
 
 
 class Source(NamedTuple):
@@ -91,7 +107,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_parameters(
-    files: TensorFiles,
+    files: Files,
     family: Family,
     model: LanguageModel,
     dtype: str | None = None,
@@ -112,9 +128,7 @@ def read_parameters(
     return jax.tree.unflatten(structure, arrays)
 
 
-def find_sources(
-    files: TensorFiles, rules: Sequence[Rule], leaves: Sequence[Leaf]
-) -> dict[str, Source]:
+def find_sources(files: Files, rules: Sequence[Rule], leaves: Sequence[Leaf]) -> dict[str, Source]:
     """Where each parameter is, by its key; checks shapes and dtypes.
 
     Raises:
@@ -159,7 +173,7 @@ def tensor_names(rule: Rule, leaf: Leaf) -> list[str]:
 
 
 def check_unknown(
-    files: TensorFiles, family: Family, sources: Mapping[str, Source], leaves: Sequence[Leaf]
+    files: Files, family: Family, sources: Mapping[str, Source], leaves: Sequence[Leaf]
 ) -> None:
     """Refuses files with tensors that no parameter takes.
 
@@ -181,7 +195,7 @@ def check_unknown(
 
 
 def read_leaf(
-    files: TensorFiles, leaf: Leaf, source: Source, dtype: str | None, mesh: Mesh | None
+    files: Files, leaf: Leaf, source: Source, dtype: str | None, mesh: Mesh | None
 ) -> jax.Array:
     """A parameter, of all its layers; on a mesh each device gets its own part."""
     names = tensor_names(source.rule, leaf)
@@ -199,7 +213,7 @@ def read_leaf(
 
 
 def read_part(
-    files: TensorFiles,
+    files: Files,
     leaf: Leaf,
     source: Source,
     index: tuple[slice, ...],
@@ -219,7 +233,7 @@ def read_part(
 
 
 def fill_layer(
-    files: TensorFiles,
+    files: Files,
     leaf: Leaf,
     source: Source,
     layer: int | None,

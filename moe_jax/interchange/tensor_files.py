@@ -63,7 +63,7 @@ class TensorFiles:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: Mapping[str, Stored] = {}
         for file, expected in files_of(self.path).items():
             found = read_header(file)
             for name in expected - set(found):
@@ -76,7 +76,7 @@ class TensorFiles:
                     f"a tensor is in one file: {name} is in {self.tensors[name].path} and {file}. "
                     "Remove the file that is not of this model."
                 )
-            self.tensors |= found
+            self.tensors = {**self.tensors, **found}
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors

@@ -31,7 +31,8 @@ def to_hf(
     path: str | pathlib.Path,
     *,
     family: str = "",
-    dtype: str | None = None,
+    dtype: str | Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a directory that transformers loads.
@@ -42,7 +43,8 @@ def to_hf(
       path: of the directory, which must not exist, or be empty.
       family: "model_type" to write; "": the one that `config.name` names, or the first that can
         say all settings of the model.
-      dtype: of the tensors; None: of the parameters.
+      dtype: of the tensors, or of each by its name; None: of the parameters.
+      settings: for config.json besides those of the model, such as ids of special tokens.
       shard_bytes: the most bytes of a file.
 
     Raises:
@@ -51,16 +53,16 @@ def to_hf(
     """
     model, path = config.model, pathlib.Path(path)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
-    settings = chosen.written(model)
+    written = {**(settings or {}), **chosen.written(model)}
     leaves = leaves_of(model)
     values = values_of(params, leaves)
     tensors = tensors_of(chosen, model, leaves, values, dtype)
-    dtypes = {one.dtype.name for one in tensors}
-    settings["dtype"] = dtype or max(dtypes, key=[one.dtype.name for one in tensors].count)
+    dtypes = [one.dtype.name for one in tensors]
+    written["dtype"] = max(sorted(set(dtypes)), key=dtypes.count)
     with whole_or_absent(path) as directory:
         write_tensors(directory, tensors, shard_bytes)
         with (directory / CONFIG).open("w") as file:
-            file.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            file.write(json.dumps(written, indent=2, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -98,7 +100,7 @@ def tensors_of(
     model: LanguageModel,
     leaves: list[Leaf],
     values: Mapping[tuple[str, ...], Any],
-    dtype: str | None,
+    dtype: str | Mapping[str, str] | None,
 ) -> list[ToWrite]:
     """Every tensor of the files, each made when it is written."""
     by_key: dict[str, list[Leaf]] = {}
@@ -120,20 +122,14 @@ def of_rule(
     rule: Rule,
     leaves: tuple[Leaf, ...],
     values: Mapping[tuple[str, ...], Any],
-    dtype: str | None,
+    dtype: str | Mapping[str, str] | None,
 ) -> list[ToWrite]:
     """The tensors that some parameters of the same layers are in."""
     first = leaves[0]
     experts = range(first.shape[0]) if rule.of_expert else (None,)
     places = [(layer, expert) for layer in range(len(first.layers) or 1) for expert in experts]
     shape = rule.shape([leaf.shape[1:] if rule.of_expert else leaf.shape for leaf in leaves])
-    wanted = np.dtype(dtype or values[first.path].dtype)
-    require(
-        wanted in NAMES,
-        f"a file holds tensors of {sorted(one.name for one in NAMES)}",
-        f"{'/'.join(first.path)} is {wanted}",
-        "Pass another dtype",
-    )
+    own = values[first.path].dtype
 
     def maker(layer: int, expert: int | None) -> Callable[[], np.ndarray]:
         def make() -> np.ndarray:
@@ -146,6 +142,23 @@ def of_rule(
         return make
 
     return [
-        ToWrite(name, wanted, shape, maker(layer, expert))
+        ToWrite(name, file_dtype(name, dtype, own), shape, maker(layer, expert))
         for name, (layer, expert) in zip(tensor_names(rule, first), places, strict=True)
     ]
+
+
+def file_dtype(name: str, dtype: str | Mapping[str, str] | None, own: Any) -> np.dtype[Any]:
+    """The dtype of a tensor in the file.
+
+    Raises:
+      ValueError: a file cannot hold it.
+    """
+    asked = dtype if isinstance(dtype, str) else (dtype or {}).get(name)
+    wanted = np.dtype(asked or own)
+    require(
+        wanted in NAMES,
+        f"a file holds tensors of {sorted(one.name for one in NAMES)}",
+        f"{name} is {wanted}",
+        "Pass another dtype",
+    )
+    return wanted

@@ -160,6 +160,11 @@ class Checkpoints:
             self.wait()
         return True
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether the state that was saved has arrays under a name, such as "opt_state"."""
+        saved = _describe(self._manager.item_metadata(step)[STATE].tree)
+        return any(one.startswith(f"{name}/") for one in saved)
+
     def metadata(self, step: int) -> dict[str, Any]:
         """See `metadata_of`."""
         return metadata_of(self.directory, step)

@@ -179,6 +179,9 @@ def restore(
         abstract_state(config),
         state_shardings(config, mesh),
     )
+    saved = checkpoints.latest_step if step is None else step
+    if saved in checkpoints.steps() and not checkpoints.has(saved, "opt_state"):
+        abstract = abstract._replace(opt_state=())
     if step is not None and checkpoints.latest_step is not None:
         return checkpoints.restore(step, abstract)
     restored = checkpoints.restore_latest(abstract)

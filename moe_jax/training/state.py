@@ -18,7 +18,8 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar; also the position in the data.
       params: parameters, in the tree of the model's specs.
-      opt_state: what the optimizer keeps: moments, and averages of parameters.
+      opt_state: what the optimizer keeps: moments, and averages of parameters; () of a model that
+        was imported.
       model_state: what the model's parts update outside the optimizer, by part, such as selection
         biases; {} where there is nothing.
       key_data: uint32, the run's random key; a step uses what it and the step give.
@@ -51,6 +52,8 @@ def evaluation_params(state: TrainState) -> Any:
     What the optimizer averages: `optimizer.ema_decay`, or Schedule-Free's x (arXiv:2405.15682);
     without an average, the parameters of the last step.
     """
+    if not state.opt_state:  # of a model that was imported
+        return state.params
     last = state.opt_state[-1]
     if isinstance(last, ParameterAverage):
         return last.average

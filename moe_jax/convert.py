@@ -1,0 +1,190 @@
+"""Moves weights in and out: `python -m moe_jax.convert --from-hf=DIR --workdir=OUT`.
+
+--from-hf and --from-gguf make the directory of a run of 0 steps, which generate, evaluate and
+analyze take. --to-hf writes the newest checkpoint of any run as a directory that transformers
+loads. `docs/models.md` lists the families.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from moe_jax import command_line
+
+if TYPE_CHECKING:
+    from moe_jax.config import ExperimentConfig
+
+WAYS = ("from_hf", "from_gguf", "to_hf")
+
+
+def main() -> None:
+    """Does what one of the three flags says."""
+    values = flags.FLAGS
+    given = [name for name in WAYS if values[name].value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "one of --from-hf, --from-gguf and --to-hf must be given: "
+            f"{[f'--{name}' for name in given] or 'none is'}. See --help."
+        )
+    workdir = pathlib.Path(values.workdir)
+    if given == ["to_hf"]:
+        export(workdir, pathlib.Path(values.to_hf))
+    else:
+        bring_in(pathlib.Path(values[given[0]].value), workdir, given[0])
+
+
+def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
+    """Makes the directory of a run from a model; whole, or not at all."""
+    from moe_jax.interchange.gguf_files import from_gguf
+    from moe_jax.interchange.leaves import STATE
+    from moe_jax.interchange.read import from_hf
+    from moe_jax.interchange.tensor_files import whole_or_absent
+    from moe_jax.training.imported import save_imported
+
+    with whole_or_absent(workdir) as partial:
+        name, special = bring_tokenizer(source, partial, way)
+        if way == "from_hf":
+            config, params = from_hf(source, dtype="float32")
+        else:
+            config, params = from_gguf(source)
+        fields: dict[str, Any] = {"tokenizer": str(partial / name) if name else "byte", **special}
+        data = dataclasses.replace(config.data, **fields)
+        content = {}
+        if name:
+            from moe_jax.data import open_tokenizer_of
+
+            content = {"tokenizer": open_tokenizer_of(data).fingerprint()}
+            data = dataclasses.replace(data, tokenizer=str(workdir.absolute() / name))
+        config = dataclasses.replace(config, data=data)
+        state = params.pop(STATE, {})
+        save_imported(partial, config, params, state, content, origin_of(source, config, way))
+    print(f"{config.name} of {source} is the run {workdir}")
+
+
+def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
+    """What an export needs of the import: the family, settings of the file, and dtypes."""
+    from moe_jax.interchange.family import Reader
+    from moe_jax.interchange.read import read_settings
+    from moe_jax.interchange.tensor_files import TensorFiles
+
+    if way != "from_hf":
+        return {"family": config.name, "source": str(source)}
+    settings = read_settings(source)
+    others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
+    dtypes = {name: one.dtype.name for name, one in TensorFiles(source).tensors.items()}
+    return {"family": config.name, "source": str(source), "settings": others, "dtypes": dtypes}
+
+
+def bring_tokenizer(
+    source: pathlib.Path, workdir: pathlib.Path, way: str
+) -> tuple[str, dict[str, str]]:
+    """Copies the model's tokenizer; returns its path in the workdir, and its special tokens.
+
+    A model without a tokenizer that can be read gets that of bytes, with a warning.
+    """
+    import logging
+
+    from moe_jax.interchange.gguf_files import GGUFFile, tokenizer_json
+    from moe_jax.training.imported import TOKENIZER, copy_tokenizer
+
+    folder = workdir / TOKENIZER
+    beside = source if source.is_dir() else source.parent
+    names = copy_tokenizer(beside, folder)
+    found = next((one for one in ("tokenizer.json", "tokenizer.model") if one in names), "")
+    if not found and way == "from_gguf":
+        try:
+            text = tokenizer_json(GGUFFile(source))
+            folder.mkdir(exist_ok=True)
+            (folder / "tokenizer.json").write_text(text)
+            found = "tokenizer.json"
+        except (ValueError, ImportError) as error:
+            logging.getLogger(__name__).warning("The tokenizer cannot be read: %s", error)
+    if not found:
+        logging.getLogger(__name__).warning(
+            "There is no tokenizer in %s: data.tokenizer is that of bytes. Write the path of one "
+            "into config.json.", beside,
+        )  # fmt: skip
+        return "", {}
+    return f"{TOKENIZER}/{found}", special_tokens(source, folder, way)
+
+
+def special_tokens(source: pathlib.Path, folder: pathlib.Path, way: str) -> dict[str, str]:
+    """data.bos_token and data.eos_token, if the model names them."""
+    from moe_jax.interchange.gguf_files import GGUFFile
+
+    if way == "from_gguf":
+        known = GGUFFile(source).settings
+        tokens = known.get("tokenizer.ggml.tokens", [])
+        ids = {one: known.get(f"tokenizer.ggml.{one}_token_id") for one in ("bos", "eos")}
+        named = {one: tokens[i] for one, i in ids.items() if i is not None and i < len(tokens)}
+        return {f"{one}_token": text for one, text in named.items()}
+    path = folder / "tokenizer_config.json"
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    found = {}
+    for name in ("bos_token", "eos_token"):
+        token = written.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token:
+            found[name] = str(token)
+    return found
+
+
+def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
+    from moe_jax.interchange.leaves import STATE
+    from moe_jax.interchange.write import to_hf
+    from moe_jax.training.files import read_json
+    from moe_jax.training.imported import IMPORTED_FILE, TOKENIZER, copy_tokenizer
+    from moe_jax.training.saved import load_run
+
+    values = flags.FLAGS
+    config, state = load_run(workdir, step=values.step, trust=values.trust)
+    path = workdir / IMPORTED_FILE
+    origin = read_json(path) if path.exists() else {}
+    params = dict(state.params)
+    if state.model_state:
+        params[STATE] = state.model_state
+    to_hf(
+        config,
+        params,
+        target,
+        family=values.family or origin.get("family", ""),
+        dtype=values.dtype or origin.get("dtypes"),
+        settings=origin.get("settings"),
+    )
+    names = copy_tokenizer(workdir / TOKENIZER, target)
+    given = pathlib.Path(config.data.tokenizer)
+    if not names and given.is_file():
+        shutil.copyfile(given, target / given.name)
+    print(f"step {int(state.step)} of {workdir} is in {target}")
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("from_hf", None, "Directory of config.json and safetensors files to read.")
+    flags.DEFINE_string("from_gguf", None, "GGUF file of a dense Llama-like model to read.")
+    flags.DEFINE_string("to_hf", None, "New directory to write the model of the workdir to.")
+    flags.DEFINE_string(
+        "workdir", None, "Directory of the run: a new one to make, or one to read with --to-hf."
+    )
+    flags.DEFINE_string(
+        "family", "", "With --to-hf, the model_type to write; by default that of the import, or "
+        "the first that can say the model.",
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "dtype", "", ["", "float32", "bfloat16", "float16"],
+        "With --to-hf, of the tensors; by default as imported, or float32.",
+    )  # fmt: skip
+    command_line.define_step_flag()
+    command_line.define_trust_flag()
+
+
+command = command_line.Command(main, define_flags, required=("workdir",))
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

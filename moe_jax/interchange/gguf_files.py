@@ -1,0 +1,215 @@
+"""Dense models of llama.cpp: one GGUF file with settings, tensors and the tokenizer.
+
+Source: docs/gguf.md of ggml-org/ggml, and the package `gguf` of ggml-org/llama.cpp, which reads
+the file and its quantised blocks. llama.cpp pairs neighbouring features where "llama" has halves,
+and stores queries and keys in that order; `Paired` brings them back.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import DataConfig, ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.interchange.family import load_family
+from moe_jax.interchange.read import read_parameters
+from moe_jax.interchange.rules import LINEAR, Layout, Rule, Shape
+from moe_jax.interchange.tensor_files import Stored
+
+# The settings of a config.json by GGUF's names behind "ARCHITECTURE.".
+SETTINGS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "head_dim": "attention.key_length",
+}
+PAIRED = ("llama",)  # architectures whose queries and keys are stored in pairs
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired(Layout):
+    """PyTorch's layout of queries or keys, in which each head's halves alternate."""
+
+    heads: int
+
+    def shape(self, shape: Shape) -> Shape:
+        """See `Layout`."""
+        return LINEAR.shape(shape)
+
+    def read(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        """See `Layout`."""
+        paired = tensor.reshape(self.heads, -1, 2, tensor.shape[-1])
+        return LINEAR.read(paired.swapaxes(1, 2).reshape(tensor.shape), shape)
+
+    def write(self, values: np.ndarray) -> np.ndarray:
+        """See `Layout`."""
+        tensor = LINEAR.write(values)
+        halves = tensor.reshape(self.heads, 2, -1, tensor.shape[-1])
+        return halves.swapaxes(1, 2).reshape(tensor.shape)
+
+
+class GGUFFile:
+    """The settings and tensors of a GGUF file; tensors are dequantised one by one.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      ValueError: the package gguf is not there, or the file is none.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            import gguf
+        except ImportError as error:
+            raise ValueError(
+                "GGUF files are read by the package gguf: it is not installed. Run "
+                "pip install 'moe_jax[gguf]'."
+            ) from error
+        self.path, self._gguf = path, gguf
+        try:
+            reader = gguf.GGUFReader(str(path))
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no whole GGUF file: {error}. Download it again."
+            ) from error
+        self.settings = {name: field.contents() for name, field in reader.fields.items()}
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.tensors = {
+            name: Stored(path, np.dtype(np.float32), tuple(map(int, tensor.shape[::-1])), 0)
+            for name, tensor in self._tensors.items()
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """A tensor in float32, or one row of its first dim."""
+        tensor = self._tensors[name]
+        data = tensor.data if row is None else tensor.data[row]
+        shape = self.tensors[name].shape if row is None else self.tensors[name].shape[1:]
+        return self._gguf.quants.dequantize(data, tensor.tensor_type).reshape(shape)
+
+
+def from_gguf(path: str | pathlib.Path) -> tuple[ExperimentConfig, Any]:
+    """Reads a dense Llama-like model out of a GGUF file.
+
+    Args:
+      path: of the file. Quantised tensors become float32.
+
+    Returns:
+      The config and the parameters, as `from_hf` does; the model is of the family "llama".
+
+    Raises:
+      ValueError: the file is damaged, or its architecture is not one of `ARCHITECTURES`.
+    """
+    file = GGUFFile(pathlib.Path(path))
+    settings = hf_settings(file)
+    family = load_family(settings["model_type"])
+    model = family.read(settings)
+    heads = settings["num_attention_heads"], settings["num_key_value_heads"]
+    rules = gguf_rules(*heads, paired=settings["model_type"] in PAIRED)
+    family = dataclasses.replace(
+        family, rules=lambda _: rules, ignored=(r"rope_freqs\.weight", r"output\.weight")
+    )
+    params = read_parameters(file, family, model)
+    length = min(int(settings["max_position_embeddings"]), 2048)
+    data = DataConfig(sequence_length=length)
+    return ExperimentConfig(name=family.name, model=model, data=data), params
+
+
+def hf_settings(file: GGUFFile) -> dict[str, Any]:
+    """The config.json that says the same.
+
+    Raises:
+      ValueError: the architecture is another, or a size is missing.
+    """
+    architecture = file.settings.get("general.architecture")
+    require(
+        architecture in ARCHITECTURES,
+        f"the architectures of GGUF files that can be read are {list(ARCHITECTURES)}",
+        f"{architecture!r} in {file.path}",
+        "Use the model's safetensors files with --from-hf",
+    )
+    settings: dict[str, Any] = {"model_type": architecture, "hidden_act": "silu"}
+    for name, own in SETTINGS.items():
+        if (key := f"{architecture}.{own}") in file.settings:
+            settings[name] = file.settings[key]
+    settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))
+    # Stored in float32: 9.999999747378752e-06 stands for 1e-5.
+    settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")
+    settings["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    settings["tie_word_embeddings"] = "output.weight" not in file
+    scaled = "rope_freqs.weight" in file or f"{architecture}.rope.scaling.type" in file.settings
+    require(
+        not scaled,
+        "a GGUF file is read without scaled rotary positions",
+        f"{file.path} has them",
+        "Use the model's safetensors files with --from-hf",
+    )
+    return settings
+
+
+def gguf_rules(heads: int, kv_heads: int, *, paired: bool) -> tuple[Rule, ...]:
+    """The names of llama.cpp for a dense model."""
+    block = "blk.{layer}."
+    rules = [
+        Rule("token_embd.weight", "embedding"),
+        Rule("output_norm.weight", "final_norm/scale"),
+        Rule("output.weight", "head", LINEAR),
+        Rule(f"{block}attn_norm.weight", "attention_norm/scale"),
+        Rule(f"{block}ffn_norm.weight", "mlp_norm/scale"),
+        Rule(f"{block}attn_output.weight", "attention/wo", LINEAR),
+        Rule(f"{block}ffn_gate.weight", "mlp/wg", LINEAR),
+        Rule(f"{block}ffn_up.weight", "mlp/wi", LINEAR),
+        Rule(f"{block}ffn_down.weight", "mlp/wo", LINEAR),
+    ]
+    for one, count in (("q", heads), ("k", kv_heads), ("v", 0)):
+        layout = Paired(count) if paired and count else LINEAR
+        rules.append(Rule(f"{block}attn_{one}.weight", f"attention/w{one}", layout))
+        rules.append(Rule(f"{block}attn_{one}.bias", f"attention/b{one}"))
+        rules.append(Rule(f"{block}attn_{one}_norm.weight", f"attention/{one}_norm/scale"))
+    return tuple(rules)
+
+
+# How llama.cpp's "pre" splits text before its BPE: the pattern of GPT-2, digits one by one.
+PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
+
+
+def tokenizer_json(file: GGUFFile) -> str:
+    """The tokenizer as the content of a `tokenizer.json`.
+
+    Raises:
+      ValueError: it is no byte-level BPE, or splits text in a way that is not known.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    known = file.settings
+    kind, pre = known.get("tokenizer.ggml.model"), known.get("tokenizer.ggml.pre", "default")
+    require(
+        kind == "gpt2" and pre in PRE_TOKENIZERS,
+        f"the tokenizers of GGUF files that can be read are gpt2's, of {sorted(PRE_TOKENIZERS)}",
+        f"{kind!r} of {pre!r} in {file.path}",
+        "Put the model's tokenizer.json beside the file",
+    )
+    tokens = known["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ", 1)) for pair in known["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if PRE_TOKENIZERS[pre] else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, by_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # of GGUF's token types
+    types = known.get("tokenizer.ggml.token_type", [])
+    special = [token for token, one in zip(tokens, types, strict=False) if one == control]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    return str(tokenizer.to_str())

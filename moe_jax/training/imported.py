@@ -1,0 +1,61 @@
+"""The directory of a model that was not trained here: a checkpoint without optimizer state."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.metrics import CONFIG_FILE
+from moe_jax.training.state import TrainState
+from moe_jax.training.workdir import CHECKPOINTS
+
+IMPORTED_FILE = "imported.json"
+TOKENIZER = "tokenizer"  # the folder with the files of the tokenizer
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json", "vocab.json",
+    "merges.txt",
+)  # fmt: skip
+
+
+def save_imported(
+    workdir: pathlib.Path,
+    config: ExperimentConfig,
+    params: Any,
+    model_state: Mapping[str, Any],
+    content: Mapping[str, str],
+    origin: Mapping[str, Any],
+) -> None:
+    """Fills an empty directory so that `load_run` finds a run of 0 steps.
+
+    Args:
+      workdir: the directory.
+      config: of the model, and of the data that it is to be used with.
+      params: in the tree of `model.specs()`, float32.
+      model_state: in the tree of `model.state_specs()`, float32.
+      content: sha256 of the tokenizer.
+      origin: what else to keep of the import, as JSON can hold it.
+    """
+    key = jax.random.key_data(jax.random.key(config.seed))
+    state = TrainState(jnp.zeros((), jnp.int32), params, (), dict(model_state), key)
+    record = write_config(config, content)
+    with Checkpoints(workdir / CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(0, state, metadata={"run": record}, wait=True)
+    (workdir / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    (workdir / IMPORTED_FILE).write_text(json.dumps(dict(origin), indent=2) + "\n")
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+    """Copies the files of a tokenizer from one folder to another; returns their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if names:
+        target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names

@@ -1,0 +1,115 @@
+"""The command convert: models in as runs of 0 steps, and out as they came."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.__main__ import main
+from moe_jax.interchange.tensor_files import ONE_FILE
+from moe_jax.training.saved import load_run
+from tests.hf_families import CASES, write_model
+
+CASE = CASES["mixtral"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model in bfloat16, with one tensor in float32."""
+    folder = tmp_path_factory.mktemp("convert")
+    config, params = moe_jax.from_hf(write_model(folder / "wide", CASE))
+    dtypes = {"model.norm.weight": "float32"}
+    half = jax.tree.map(lambda a: a.astype("bfloat16"), params)
+    half["final_norm"] = params["final_norm"]
+    moe_jax.to_hf(config, half, folder / "hf", settings={"eos_token_id": 7, **dtypes})
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """It as the directory of a run."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["convert", f"--from-hf={model}", "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_a_run_has_the_logits_of_the_model(model, run):
+    config, state = load_run(run)
+    assert state.opt_state == () and int(state.step) == 0
+    tokens = CASE.tokens()
+    ours = moe_jax.build(config).apply({"params": state.params}, tokens)
+    read, params = moe_jax.from_hf(model)
+    assert read.model == config.model
+    theirs = moe_jax.build(read).apply({"params": params}, tokens)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_model_comes_out_as_it_came_in(model, run, tmp_path):
+    assert main(["convert", f"--workdir={run}", f"--to-hf={tmp_path / 'hf'}"]) == 0
+    assert (tmp_path / "hf" / ONE_FILE).read_bytes() == (model / ONE_FILE).read_bytes()
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert settings["eos_token_id"] == 7 and settings["dtype"] == "bfloat16"
+
+
+def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
+    broken = tmp_path / "hf"
+    broken.mkdir()
+    (broken / "config.json").write_text((model / "config.json").read_text())
+    (broken / ONE_FILE).write_bytes((model / ONE_FILE).read_bytes()[:-8])
+    with pytest.raises(SystemExit):
+        main(["convert", f"--from-hf={broken}", f"--workdir={tmp_path / 'run'}"])
+    assert "is cut" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "none is"),
+        (["--from-hf=a", "--to-hf=b"], "from_hf"),
+        (["--from-hf=no_such_folder"], "no_such_folder"),
+        (["--from-gguf=no_such_file.gguf"], "no_such_file.gguf"),
+        (["--to-hf=out"], "no_run"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["convert", "--workdir=no_run", *flags])
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import resource, sys
+from moe_jax import from_hf
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config, params = from_hf(sys.argv[1])
+import jax
+held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024, held)
+"""
+
+
+@pytest.mark.slow
+def test_reading_takes_little_more_memory_than_the_model(tmp_path):
+    """A model of 400 MB in one file: the peak is the target and less than a tenth of it more."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    case = CASE.__class__({**CASE.settings, **sizes, "num_local_experts": 8})
+    path = write_model(tmp_path / "hf", case)
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak, held = map(int, out.split())
+    assert held == (path / ONE_FILE).stat().st_size - header_bytes(path)
+    assert peak < 1.1 * held + 150e6  # compiled code and the allocator
+
+
+def header_bytes(path: pathlib.Path) -> int:
+    with (path / ONE_FILE).open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
