@@ -32,12 +32,14 @@ class Case:
       batch: sequences.
       length: tokens of a sequence.
       scale: of matrices, in units of fan_in^-0.5.
+      quick: whether it is in the quick tests; of a family at least one is.
     """
 
     settings: Mapping[str, Any]
     batch: int = 2
     length: int = 20
     scale: float = 1.5
+    quick: bool = True
 
     @property
     def family(self) -> Family:
@@ -56,7 +58,47 @@ SMALL = {
     "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
 }  # fmt: skip
 
+SCALED = {"original_max_position_embeddings": 16, "rope_theta": 1e4}
+DENSE = {**SMALL, "intermediate_size": 40}
+
 CASES = {
+    "llama": Case({**DENSE, "model_type": "llama", "rope_theta": 5e4}, quick=False),
+    "llama_biases": Case(
+        {**DENSE, "model_type": "llama", "attention_bias": True, "mlp_bias": True,
+         "head_dim": None, "hidden_act": "gelu", "tie_word_embeddings": True,
+         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                          "high_freq_factor": 4.0, **SCALED}}
+    ),
+    "llama_linear": Case(
+        {**DENSE, "model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}},
+        quick=False,
+    ),
+    "llama_dynamic": Case(
+        {**DENSE, "model_type": "llama", "max_position_embeddings": 12,
+         "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        quick=False,
+    ),
+    "llama_yarn": Case(
+        {**DENSE, "model_type": "llama", "num_key_value_heads": None,
+         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2,
+                             "beta_fast": 4.0, **SCALED}},
+        quick=False,
+    ),
+    "mistral": Case({**DENSE, "model_type": "mistral", "sliding_window": 6}),
+    "mistral_full": Case(
+        {**DENSE, "model_type": "mistral", "sliding_window": None}, quick=False
+    ),
+    "qwen2": Case({**DENSE, "model_type": "qwen2", "head_dim": 8}, quick=False),
+    "qwen2_windows": Case(
+        {**DENSE, "model_type": "qwen2", "head_dim": 8, "num_hidden_layers": 3,
+         "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
+    "qwen3": Case({**DENSE, "model_type": "qwen3", "attention_bias": True}, quick=False),
+    "qwen3_windows": Case(
+        {**DENSE, "model_type": "qwen3", "num_hidden_layers": 3, "use_sliding_window": True,
+         "sliding_window": 5,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    ),
     "mixtral": Case(
         {**SMALL, "model_type": "mixtral", "intermediate_size": 24, "num_local_experts": 4,
          "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}

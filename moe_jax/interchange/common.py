@@ -1,11 +1,15 @@
 """What most families' tables share: the names of Llama's tensors, and small readings."""
 
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_jax.config.check import require
 from moe_jax.config.kinds import load_kind
 from moe_jax.interchange.family import Reader
+from moe_jax.interchange.rope import read_rotary, rope_settings
 from moe_jax.interchange.rules import LINEAR, Rule
+from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.experts import Activation
 
@@ -36,9 +40,12 @@ def norm_rules(*branches: str, attention: str = "attention") -> tuple[Rule, ...]
 
 
 def gated_rules(prefix: str, part: str) -> tuple[Rule, ...]:
-    """A SwiGLU network under Llama's names."""
-    names = (("gate_proj", "wg"), ("up_proj", "wi"), ("down_proj", "wo"))
-    return tuple(Rule(f"{prefix}{name}.weight", f"{part}/{key}", LINEAR) for name, key in names)
+    """A SwiGLU network under Llama's names, and its biases."""
+    names = (("gate_proj", "g"), ("up_proj", "i"), ("down_proj", "o"))
+    return (
+        *(Rule(f"{prefix}{name}.weight", f"{part}/w{key}", LINEAR) for name, key in names),
+        *(Rule(f"{prefix}{name}.bias", f"{part}/b{key}") for name, key in names),
+    )
 
 
 def fused_expert_rules(prefix: str, part: str = "moe") -> tuple[Rule, ...]:
@@ -75,6 +82,85 @@ def gated_name(activation: Activation) -> str:
         if type(activation) is load_kind("activation", kind):
             return name
     raise ValueError(f"an activation is one of {sorted(set(GATED.values()))}: {activation}")
+
+
+def read_attention(
+    config: Reader,
+    *,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
+    biases: Iterable[str] = (),
+    **others: Any,
+) -> Attention:
+    """Grouped queries with rotary positions, as Llama's descendants name them.
+
+    Args:
+      config: of the model.
+      kv_heads: if the file says nothing; None: as many as query heads.
+      head_dim: if the file says nothing; None: hidden_size over the heads.
+      theta: the base of rotary positions, if the file has none.
+      interleaved: whether the family pairs (2j, 2j + 1).
+      biases: the projections that have one, of "qkvo".
+      **others: settings of `Attention`.
+    """
+    heads = config["num_attention_heads"]
+    dim = config.get("head_dim", head_dim) or config["hidden_size"] // heads
+    return Attention(
+        num_heads=heads,
+        num_kv_heads=config.or_absent("num_key_value_heads", kv_heads) or heads,
+        head_dim=dim,
+        biases=tuple(biases),
+        rotary=read_rotary(config, dim, theta=theta, interleaved=interleaved),
+        **others,
+    )
+
+
+def attention_settings(attention: Attention) -> dict[str, Any]:
+    """The settings of a config.json that `read_attention` reads, but biases."""
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
+        **rope_settings(attention.rotary, attention.head_dim),
+    }
+
+
+def by_window(
+    attention: Attention, window: int | None, types: Sequence[str]
+) -> tuple[dict[str, Attention], list[str]]:
+    """The parts of layers with and without a window, and the name of each layer's.
+
+    They are "attention" and "sliding"; without any full layer "attention" has the window.
+
+    Args:
+      attention: without a window.
+      window: of the layers that have one.
+      types: "layer_types" of a config.json, one for each layer.
+
+    Raises:
+      ValueError: another type of layer, or no window for a layer that needs one.
+    """
+    full, sliding = "full_attention", "sliding_attention"
+    require(
+        set(types) <= {full, sliding} and (window is not None or sliding not in types),
+        f"layer_types are {full!r}, or {sliding!r} of a sliding_window",
+        f"layer_types={sorted(set(types))}, sliding_window={window}",
+        "Correct one of them",
+    )
+    windowed = dataclasses.replace(attention, window=window)
+    if full not in types:
+        return {"attention": windowed}, ["attention"] * len(types)
+    parts = {"attention": attention} | ({"sliding": windowed} if sliding in types else {})
+    return parts, ["attention" if one == full else "sliding" for one in types]
+
+
+def layer_types(model: LanguageModel) -> tuple[list[str], int | None]:
+    """The "layer_types" of a config.json, and the window; the inverse of `by_window`."""
+    windows = [getattr(model.part[layer[0]], "window", None) for layer in model.stack.layers]
+    kinds = ["full_attention" if one is None else "sliding_attention" for one in windows]
+    return kinds, next((one for one in windows if one is not None), None)
 
 
 def sizes(model: LanguageModel, **others: Any) -> dict[str, Any]:

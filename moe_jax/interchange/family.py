@@ -18,6 +18,10 @@ Settings = Mapping[str, Any]  # of a config.json
 
 # The table of each family, by the "model_type" of its config.json.
 FAMILIES = {
+    "llama": "moe_jax.interchange.families.dense:LLAMA",
+    "mistral": "moe_jax.interchange.families.dense:MISTRAL",
+    "qwen2": "moe_jax.interchange.families.dense:QWEN2",
+    "qwen3": "moe_jax.interchange.families.dense:QWEN3",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
 }
 
@@ -165,6 +169,11 @@ class Reader:
         self.unread.discard(name)
         value = self.settings.get(name)
         return default if value is None else value
+
+    def or_absent(self, name: str, default: Any = None) -> Any:
+        """A setting, which may be null (None), or the default where it is absent."""
+        self.unread.discard(name)
+        return self.settings.get(name, default)
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses a setting of which the family knows fewer values than the file may have.

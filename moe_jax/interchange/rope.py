@@ -60,12 +60,12 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
             factor=float(rope.get("factor") or longest / original),
             attention_factor=rope.get("attention_factor"),
         )
-    require("factor" in rope, f"rope_type={kind!r} has a factor", f"{dict(rope)}", "Add it")
-    factor = float(rope["factor"])
+    factor = float(rope.get("factor") or (longest / original if kind == "yarn" else 0))
+    require(factor > 0, f"rope_type={kind!r} has a factor", f"{dict(rope)}", "Add it")
     if kind == "linear":
         return LinearScaling(factor)
     if kind == "dynamic":
-        return DynamicScaling(factor, original)
+        return DynamicScaling(factor, longest)  # transformers asks for no other length
     if kind == "llama3":
         return Llama3Scaling(
             factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
@@ -90,6 +90,8 @@ def rope_settings(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
     if rotary.dim is not None:
         rope["partial_rotary_factor"] = rotary.dim / head_dim
     scaling, longest = rotary.scaling, {}
+    if isinstance(scaling, DynamicScaling):
+        longest = {"max_position_embeddings": scaling.original_length}
     if scaling is not None:
         rope |= scaling_settings(scaling)
         if "original_max_position_embeddings" in rope:
@@ -104,7 +106,7 @@ def scaling_settings(scaling: RotaryScaling) -> dict[str, Any]:
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, DynamicScaling):
-        return {"rope_type": "dynamic", "factor": scaling.factor, **original}
+        return {"rope_type": "dynamic", "factor": scaling.factor}
     if isinstance(scaling, Llama3Scaling):
         turns = {"low_freq_factor": scaling.low_turns, "high_freq_factor": scaling.high_turns}
         return {"rope_type": "llama3", "factor": scaling.factor, **turns, **original}
