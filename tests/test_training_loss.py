@@ -83,7 +83,7 @@ def test_weights_above_zero_enter_the_gradient():
     batch = tiny_batch()
 
     def terms(params):
-        logits_BLV, aux, _ = forward(params, batch, model)
+        logits_BLV, aux = forward(params, batch, model)[:2]
         sums = aux["moe"].sums
         counts_XE = jnp.sum(sums["assigned_KE"], axis=1)
         share_XE = counts_XE / jnp.sum(counts_XE, axis=1, keepdims=True)

@@ -22,6 +22,7 @@ def check_names(model: "LanguageModel") -> None:
     """
     parts, layouts = dict(model.parts), model.layouts
     used = {name for layout in layouts.values() for name in layout.names}
+    used |= set(model.multi_token.layer) if model.multi_token else set()
     of = " and ".join(layouts)
     require(
         used <= set(parts),

@@ -153,8 +153,10 @@ class EncoderDecoder(LanguageModel):
         state: Mapping[str, Any] | None = None,
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
+        multi_token: bool = False,
     ) -> ModelOutput:
         """See `LanguageModel`; the encoder runs first, except if the call has a memory."""
+        del multi_token  # which a model with an encoder refuses
         encoded: dict[str, Aux] = {}
         if call.memory is None:
             call, encoded = self.encode(params, call, state=state, replay=replay)

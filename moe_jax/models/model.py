@@ -14,6 +14,7 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import Norm, RMSNorm
 from moe_jax.models.checks import check_names, check_replay, check_stack
 from moe_jax.models.layer import PLACEMENTS, Layer, dropout
+from moe_jax.models.multi_token import NAME, Modules, MultiToken, joined, separated
 from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout, StackOutput
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
@@ -29,12 +30,15 @@ class ModelOutput(NamedTuple):
       aux: the `Aux` of its parts, by part, each with a leading dim of layers.
       cache: the new caches by position; empty without a cache.
       residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
+      later_BLV: logits of the multi-token modules on request: of module k for the token k + 1
+        ahead, float32 [B, L, V].
     """
 
     logits_BLV: jax.Array
     aux: dict[str, Aux]
     cache: Any = None
     residual_XBLM: jax.Array | None = None
+    later_BLV: tuple[jax.Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class LanguageModel(Settings):
     logits_softcap: float | None = setting(None, above=0)  # c: logits become c * tanh(logit / c)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
+    multi_token: MultiToken | None = None  # modules that predict later tokens too; None: no modules
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
     # Recomputed: all but the "dots", "full".
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
@@ -83,6 +88,8 @@ class LanguageModel(Settings):
             f"{blind} in a model without",
             "Use the model 'encoder_decoder', or remove the part",
         )
+        if self.modules is not None:
+            self.modules.check(self.stack, list(dict(self.parts)), self.has_encoder)
         self.specs()  # where parts refuse sizes of the model that do not fit theirs
 
     @property
@@ -119,19 +126,7 @@ class LanguageModel(Settings):
     def built(self, layout: StackLayout) -> Stack:
         """The stack of a layout."""
         part = dict(self.parts)
-
-        def layer(names: str | tuple[str, ...]) -> Any:
-            if isinstance(names, str):
-                return part[names]
-            return Layer(
-                branches=tuple((name, part[name]) for name in names),
-                norm=self.norm,
-                placement=self.norm_placement,
-                multiplier=self.residual_multiplier,
-                dropout_rate=self.dropout_rate,
-            )
-
-        segments = {name: tuple(map(layer, getattr(layout, name))) for name in SEGMENTS}
+        segments = {name: tuple(map(self.layer, getattr(layout, name))) for name in SEGMENTS}
         return Stack(
             **segments,
             repeats=layout.repeats,
@@ -142,16 +137,45 @@ class LanguageModel(Settings):
             remat=self.remat,
         )
 
+    def layer(self, names: str | tuple[str, ...]) -> Any:
+        """The layer of these parts; a bare name is that of a whole layer."""
+        part = dict(self.parts)
+        if isinstance(names, str):
+            return part[names]
+        return Layer(
+            branches=tuple((name, part[name]) for name in names),
+            norm=self.norm,
+            placement=self.norm_placement,
+            multiplier=self.residual_multiplier,
+            dropout_rate=self.dropout_rate,
+        )
+
+    @functools.cached_property
+    def modules(self) -> Modules | None:
+        """The modules of `multi_token`."""
+        given = self.multi_token
+        if given is None:
+            return None
+        stack = Stack(unit=(self.layer(given.layer),), repeats=given.depth, remat=self.remat)
+        return Modules(given.depth, given.weight, self.norm, stack)
+
+    @property
+    def all_parts(self) -> dict[str, Any]:
+        """The parts of the stacks, and those of the multi-token modules as multi_token_NAME."""
+        if self.modules is None:
+            return {**self.part}
+        return self.part | joined(self.modules.stack.parts()) | {NAME: self.modules}
+
     @property
     def layers_of(self) -> dict[str, tuple[int, ...]]:
-        """The layers that use each part, in order."""
+        """The layers that use each part, in order; multi-token modules follow the others."""
         indices: dict[str, tuple[int, ...]] = {}
         start = 0
         for stack in self.stacks.values():
             for part, found in stack.layer_indices().items():
                 indices[part] = indices.get(part, ()) + tuple(start + i for i in found)
             start += stack.num_layers
-        return indices
+        return indices | ({} if self.modules is None else self.modules.layer_indices(start))
 
     @property
     def moe_parts(self) -> dict[str, Any]:
@@ -170,7 +194,7 @@ class LanguageModel(Settings):
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
-        """`embedding` [V, M], `head` [M, V] if not tied, `head_bias` [V], `final_norm`, `stack`."""
+        """`embedding`, `final_norm`, `stack`; perhaps `head`, `head_bias`, `multi_token`."""
         vocab, model = self.vocab_size, self.model_dim
         init = normal_init(model**-0.5)
         specs: dict[str, Any] = {
@@ -184,11 +208,15 @@ class LanguageModel(Settings):
             specs["head"] = ParameterSpec((model, vocab), ("model", "vocab"), init, "head")
         if self.head_bias:
             specs["head_bias"] = ParameterSpec((vocab,), ("vocab",), zeros, "head", decays=False)
+        if self.modules is not None:
+            specs[NAME] = self.modules.specs(self.dims)
         return specs
 
     def state_specs(self) -> dict[str, Any]:
         """State by part, with a leading dim of layers."""
-        specs = (stack.state_specs(self.dims) for stack in self.stacks.values())
+        specs = [stack.state_specs(self.dims) for stack in self.stacks.values()]
+        if self.modules is not None:
+            specs.append(joined(self.modules.stack.state_specs(self.dims)))
         return {name: own for one in specs for name, own in one.items()}
 
     def looks_ahead(self, training: bool) -> bool:
@@ -206,6 +234,8 @@ class LanguageModel(Settings):
         for name, stack in self.stacks.items():
             own = run._replace(length=run.encoder_length) if name == "encoder" else run
             stack.check_run(self.dims, own)
+        if self.modules is not None:
+            self.modules.check_run(self.dims, run)
 
     def run(
         self,
@@ -215,6 +245,7 @@ class LanguageModel(Settings):
         state: Mapping[str, Any] | None = None,
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
+        multi_token: bool = False,
     ) -> ModelOutput:
         """Predicts the next token at every position.
 
@@ -224,10 +255,12 @@ class LanguageModel(Settings):
           state: by part, as `state_specs` declares it, or None.
           replay: choices to use instead of the routers' own, by part, [X, B, L, K]; or None.
           cache: by position, or None.
+          multi_token: run the multi-token modules too; they replay nothing and have no cache.
         """
         assert call.tokens_BL is not None
         x_BLM = self.embed(params, call.tokens_BL)
-        return self.run_embedded(params, x_BLM, call, state=state, replay=replay, cache=cache)
+        trees: dict[str, Any] = {"state": state, "replay": replay, "cache": cache}
+        return self.run_embedded(params, x_BLM, call, multi_token=multi_token, **trees)
 
     def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
         """The embedded tokens in float32, [B, L, M]."""
@@ -248,13 +281,21 @@ class LanguageModel(Settings):
         state: Mapping[str, Any] | None = None,
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
+        multi_token: bool = False,
     ) -> ModelOutput:
         """`run`, starting from embedded tokens."""
-        check_replay(self.layers_of, replay)
+        check_replay({n: own for n, own in self.layers_of.items() if n in self.part}, replay)
         trees = {"state": state, "replay": replay, "cache": cache}
         output = self.through("stack", params, x_BLM, call, **trees)
-        logits_BLV = self.logits(params, output.x_BLM)
-        return ModelOutput(logits_BLV, output.aux, output.cache, output.residual_XBLM)
+        hidden_BLM = self.norm.apply(params["final_norm"], output.x_BLM)
+        found = ModelOutput(self.logits(params, hidden_BLM), *output[1:])
+        if not multi_token:
+            return found
+        assert self.modules is not None, "multi_token=None"
+        embed, call = functools.partial(self.embed, params), call.with_defaults(x_BLM)
+        later, more = self.modules.apply(params[NAME], hidden_BLM, call, embed, separated(state))
+        later_BLV = tuple(self.logits(params, one_BLM) for one_BLM in later)
+        return found._replace(aux=found.aux | joined(more), later_BLV=later_BLV)
 
     def through(
         self, name: str, params: Any, x_BLM: jax.Array, call: Call, **trees: Any
@@ -267,8 +308,7 @@ class LanguageModel(Settings):
         return stack.apply(params[name], x_BLM, call, **trees)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
-        """The output head on the normed residual: float32 [B, L, V]; biased, scaled, capped."""
-        x_BLM = self.norm.apply(params["final_norm"], x_BLM)
+        """The output head on a normed residual: float32 [B, L, V]; biased, scaled, capped."""
         tied = self.tie_embeddings
         head_MV = dense(params["embedding"]).T if tied else dense(params["head"])
         logits_BLV = jnp.matmul(
@@ -286,8 +326,9 @@ class LanguageModel(Settings):
         self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int
     ) -> Any:
         """The state by part after a step, from the sums of its whole batch by part."""
+        parts = self.all_parts
         return {
-            name: self.part[name].next_state(own, sums.get(name, {}), step, num_steps)
+            name: parts[name].next_state(own, sums.get(name, {}), step, num_steps)
             for name, own in state.items()
         }
 
@@ -299,12 +340,12 @@ class LanguageModel(Settings):
     @property
     def depends_on_microbatches(self) -> bool:
         """See `Part`."""
-        return any(part.depends_on_microbatches for part in self.part.values())
+        return any(part.depends_on_microbatches for part in self.all_parts.values())
 
     @property
     def needs_batch_sums(self) -> bool:
         """See `Part`."""
-        return any(part.needs_batch_sums for part in self.part.values())
+        return any(part.needs_batch_sums for part in self.all_parts.values())
 
     def loss(
         self,
@@ -322,15 +363,17 @@ class LanguageModel(Settings):
           encoder_tokens: float32 scalar, those that the encoder reads; None without one.
         """
         del encoder_tokens
+        parts = self.all_parts
         return sum(
-            self.part[name].loss(own, num_tokens, None if batch is None else batch[name])
+            parts[name].loss(own, num_tokens, None if batch is None else batch[name])
             for name, own in aux.items()
         )
 
     def metrics(self, aux: Mapping[str, Aux]) -> dict[str, jax.Array]:
         """Metrics of a step as PART/NAME, each with a leading dim of layers."""
+        parts = self.all_parts
         return {
             f"{name}/{metric}": value
             for name, own in aux.items()
-            for metric, value in self.part[name].metrics(own).items()
+            for metric, value in parts[name].metrics(own).items()
         }

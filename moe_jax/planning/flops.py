@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from moe_jax.config import Lengths
-from moe_jax.costs import Cost
+from moe_jax.costs import Bytes, Cost
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import NAME
 from moe_jax.models.stack import Stack
 from moe_jax.part import Dims, Part
 
@@ -30,8 +33,8 @@ class FlopCount:
       dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
       router: router logits, and what else a router computes by matrices; of Soft MoE also its
         contractions, which are no dispatch but the model itself.
-      other: parts of components that the library does not know.
-      head: output logits.
+      other: parts of components that the library does not know; projections of multi-token modules.
+      head: output logits, those of multi-token modules too.
     """
 
     attention: float
@@ -129,16 +132,49 @@ def different_parts(model: LanguageModel, length: int | Lengths) -> list[Placed]
 
 
 def model_costs(model: LanguageModel, length: int | Lengths) -> Iterator[tuple[Cost, float]]:
-    """Every stage, and how often the mean token meets it: a token is in one stack only."""
-    for placed in different_parts(model, length):
+    """Every stage of training, and how often the mean token meets it: it is in one stack only."""
+    for placed in different_parts(model, length) + module_layers(model, length):
         for cost in placed.costs(model):
             yield cost, placed.times * placed.within.share
+    if model.modules is not None:
+        yield joining_cost(model), model.modules.depth
+
+
+def module_layers(model: LanguageModel, length: int | Lengths) -> list[Placed]:
+    """The layers of the multi-token modules, which training alone runs."""
+    modules, own = model.modules, lengths_of(model, length).decoder
+    if modules is None:
+        return []
+    within = InStack(NAME, modules.stack, model.dims, own, 1.0)
+    return [Placed(layer, modules.depth, within) for layer in modules.stack.unit]
+
+
+def joining_cost(model: LanguageModel) -> Cost:
+    """Of a multi-token module beside its layer: the projection of embedding and hidden state.
+
+    Saved are the two, normed and not, and what goes into the last norm.
+    """
+    dim, itemsize = model.model_dim, jnp.dtype(model.compute_dtype).itemsize
+    return Cost(
+        "other",
+        flops=2 * 2 * dim * dim,
+        saved=Bytes(5 * dim * itemsize),
+        saved_dots=Bytes(5 * dim * itemsize),
+        largest=Bytes(2 * dim * itemsize),
+        traffic=Bytes(3 * dim * itemsize),
+    )
+
+
+def num_heads(model: LanguageModel) -> int:
+    """How often training runs the head: for the next token, and for each multi-token module."""
+    return 1 if model.modules is None else 1 + model.modules.depth
 
 
 def head_flops(model: LanguageModel, length: int | Lengths) -> float:
     """Forward FLOPs of the head, per token: those of the encoder have none."""
     lengths = lengths_of(model, length)
-    return 2 * model.model_dim * model.vocab_size * lengths.decoder / sum(lengths)
+    flops = 2 * model.model_dim * model.vocab_size * num_heads(model)
+    return flops * lengths.decoder / sum(lengths)
 
 
 def total(
@@ -153,7 +189,7 @@ def total(
 
 
 def count_flops(model: LanguageModel, sequence_length: int | Lengths) -> FlopCount:
-    """Counts the forward FLOPs of a token, with the experts and slots of training.
+    """Counts the forward FLOPs of a token in training: its experts, slots, multi-token modules.
 
     Args:
       model: the model.

@@ -12,7 +12,13 @@ import jax
 from moe_jax.config import MeshConfig
 from moe_jax.costs import FLOAT32
 from moe_jax.parameters import ParameterSpec
-from moe_jax.planning.flops import Placed, different_layers, different_parts
+from moe_jax.planning.flops import (
+    Placed,
+    different_layers,
+    different_parts,
+    module_layers,
+    num_heads,
+)
 from moe_jax.planning.parameters import (
     gathered_size,
     local_parameters,
@@ -61,13 +67,18 @@ def estimate_memory(work: Workload) -> Memory:
     model, mesh = work.model, work.mesh
     size = sum(local_parameters(model, mesh).values())
     parts = 2 if work.config.training.num_microbatches > 1 else 1
-    layers = different_layers(model, work.lengths)
+    layers = different_layers(model, work.lengths) + module_layers(model, work.lengths)
     return Memory(
         parameters=FLOAT32 * size,
         optimizer=optimizer_bytes(work),
         gradients=FLOAT32 * size * parts,
         saved_activations=saved_bytes(work),
-        logits=2 * FLOAT32 * work.decoder_tokens * model.vocab_size / mesh.tensor,
+        logits=2
+        * FLOAT32
+        * work.decoder_tokens
+        * model.vocab_size
+        * num_heads(model)
+        / mesh.tensor,
         layer=max(working_set(work, layer) for layer in layers),
         dispatch=max(dispatch_bytes(work, layer) for layer in layers),
     )
@@ -106,7 +117,8 @@ def saved_bytes(work: Workload) -> float:
     model, tensor = work.model, work.mesh.tensor
     if model.remat == "none":
         return work.tokens * work.total(lambda cost: cost.saved.on(tensor))
-    layers = (work.lengths.of(name) * stack.num_layers for name, stack in model.stacks.items())
+    layers = [work.lengths.of(name) * stack.num_layers for name, stack in model.stacks.items()]
+    layers += [one.times * one.within.length for one in module_layers(model, work.lengths)]
     inputs = work.sequences * sum(layers) * float(model.model_dim) * work.itemsize
     if model.remat == "full":
         return inputs

@@ -10,6 +10,7 @@ import jax
 from moe_jax.config import Lengths, MeshConfig
 from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import NAME
 from moe_jax.parallel.rules import num_shards
 from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import Placed, different_layers
@@ -36,6 +37,7 @@ class ParameterCount:
       router: routers.
       norms: the norms of the residual stream.
       other: components that the library does not know.
+      multi_token: the multi-token modules, which are in none of the others.
     """
 
     embedding: int
@@ -48,27 +50,29 @@ class ParameterCount:
     router: int
     norms: int
     other: int
+    multi_token: int = 0
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self._outside_experts + self.experts
+        return self._outside_experts + self.experts + self.multi_token
 
     @property
     def active(self) -> int:
-        """Parameters a token uses, both embeddings counted."""
+        """Parameters a token uses, both embeddings counted, without multi-token modules."""
         return self._outside_experts + self.active_experts
 
     def by_convention(self) -> dict[str, tuple[int, int]]:
         """Total and active parameters under the three conventions in use.
 
+        None of them counts multi-token modules, which only training runs (DeepSeek-V3's 671B).
         A tied embedding is the head, which every convention but the last counts: without the input
         embedding nothing is left out then.
         """
         first = self.embedding if self.head else 0
         left_out = (0, first, self.embedding + self.head)
         return {
-            name: (self.total - less, self.active - less)
+            name: (self.total - self.multi_token - less, self.active - less)
             for name, less in zip(CONVENTIONS, left_out, strict=True)
         }
 
@@ -130,9 +134,10 @@ def count_parameters(model: LanguageModel, sequence_length: int | Lengths) -> Pa
       sequence_length: L, or L and T of a model with an encoder: on it depends how many tokens an
         expert chooses.
     """
-    counts = dict.fromkeys(COMPONENTS, 0)
-    for spec in parameter_specs(model):
-        counts[component(spec)] += spec.size
+    counts = dict.fromkeys((*COMPONENTS, NAME), 0)
+    for name, own in model.specs().items():
+        for spec in jax.tree.leaves(own):
+            counts[NAME if name == NAME else component(spec)] += spec.size
     inactive = inactive_parameters(model, sequence_length)
     return ParameterCount(active_experts=round(counts["experts"] - inactive), **counts)
 

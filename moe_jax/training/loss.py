@@ -1,12 +1,13 @@
 """The loss of a batch, and of a part of it (legend: `moe_jax.moe`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.models import multi_token
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
 from moe_jax.part import Aux, Call, EncoderInputs
@@ -24,12 +25,14 @@ class Totals(NamedTuple):
       tokens: float32 scalar, its valid tokens.
       sums: of the whole batch, by part, where a loss needs them; None: the part is all of it.
       encoder_tokens: float32 scalar, valid tokens that an encoder reads; None without one.
+      later_D: float32, sums of the loss weights of the multi-token modules; None without them.
     """
 
     loss_weight: jax.Array
     tokens: jax.Array
     sums: dict[str, Any] | None = None
     encoder_tokens: jax.Array | None = None
+    later_D: jax.Array | None = None
 
 
 class LossParts(NamedTuple):
@@ -44,15 +47,22 @@ class LossParts(NamedTuple):
     aux: dict[str, Aux]
 
 
-def batch_totals(batch: Batch) -> Totals:
-    """The denominators of a batch of any shape."""
-    weight = jnp.sum(batch["loss_weights"].astype(jnp.float32))
+def batch_totals(batch: Batch, model: LanguageModel | None = None) -> Totals:
+    """The denominators of a batch of any shape; `model` may have multi-token modules."""
+    weights = batch["loss_weights"].astype(jnp.float32)
     tokens, encoder_tokens = (
         jnp.maximum(jnp.sum(batch[name] > 0).astype(jnp.float32), 1) if name in batch else None
         for name in ("segment_ids", "encoder_segment_ids")
     )
     assert tokens is not None
-    return Totals(jnp.maximum(weight, 1e-9), tokens, encoder_tokens=encoder_tokens)
+    weight = jnp.maximum(jnp.sum(weights), 1e-9)
+    totals = Totals(weight, tokens, encoder_tokens=encoder_tokens)
+    if model is None or model.modules is None:
+        return totals
+    depths = range(1, model.modules.depth + 1)
+    segments = batch["segment_ids"]
+    sums = [jnp.sum(multi_token.later_weights(weights, segments, k)) for k in depths]
+    return totals._replace(later_D=jnp.maximum(jnp.stack(sums), 1e-9))
 
 
 def replayed_choices(batch: Batch) -> dict[str, Choices]:
@@ -131,8 +141,27 @@ def partial_loss(
       The share of the total loss (differentiate this), and its parts.
     """
     call = call_of(part, rng=rng, step=step)
-    output = model.run(params, call, state=model_state, replay=replayed_choices(part))
+    trees = {"state": model_state, "replay": replayed_choices(part)}
+    output = model.run(params, call, multi_token=model.modules is not None, **trees)
     nats_BL = target_nats(output.logits_BLV, part["targets"])
     cross_entropy = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
-    loss = cross_entropy + model.loss(output.aux, totals.tokens, totals.sums, totals.encoder_tokens)
-    return loss, LossParts(cross_entropy, output.aux)
+    aux = output.aux
+    if output.later_BLV:
+        aux = aux | {multi_token.NAME: later_losses(output.later_BLV, part, totals)}
+    loss = cross_entropy + model.loss(aux, totals.tokens, totals.sums, totals.encoder_tokens)
+    return loss, LossParts(cross_entropy, aux)
+
+
+def later_losses(later_BLV: Sequence[jax.Array], part: Batch, totals: Totals) -> Aux:
+    """The cross-entropy of each multi-token module: its share in the mean over the batch.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, eq. 24, but for the mean, here over the targets there
+      are: the last token of a document has no module.
+    """
+    assert totals.later_D is not None, "batch_totals was told the model"
+    shares = []
+    for k, logits_BLV in enumerate(later_BLV, 1):
+        weights_BL = multi_token.later_weights(part["loss_weights"], part["segment_ids"], k)
+        nats_BL = target_nats(logits_BLV, multi_token.shift(part["targets"], k))
+        shares.append(jnp.sum(nats_BL * weights_BL))
+    return Aux(sums={"loss_D": jnp.stack(shares) / totals.later_D})

@@ -145,7 +145,9 @@ def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str] | N
 
     libtpu compiles an all-to-all as synchronous by default, and then chunks overlap nothing.
     """
-    in_chunks = any(getattr(one, "exchange_chunks", 1) > 1 for one in config.model.part.values())
+    in_chunks = any(
+        getattr(one, "exchange_chunks", 1) > 1 for one in config.model.all_parts.values()
+    )
     if in_chunks and mesh.devices.flat[0].platform == "tpu":
         return {"xla_tpu_enable_async_all_to_all": "true"}
     return None

@@ -50,7 +50,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         keys = jax.random.split(rng, num_parts)
-        loss, grads, said = gradient(state, batch, keys, batch_totals(batch), model)
+        loss, grads, said = gradient(state, batch, keys, batch_totals(batch, model), model)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -86,7 +86,8 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
     def loss(params: Any, model_state: Any, batch: Batch, key_data: jax.Array) -> jax.Array:
         key, step = jax.random.wrap_key_data(key_data), jnp.zeros((), jnp.int32)
         settings = {"model_state": model_state, "rng": key, "step": step}
-        return partial_loss(params, batch, batch_totals(batch), config.model, **settings)[0]
+        totals = batch_totals(batch, config.model)
+        return partial_loss(params, batch, totals, config.model, **settings)[0]
 
     program = jax.make_jaxpr(loss)(state.params, state.model_state, batch, state.key_data)
     return "random_bits" in str(program)

@@ -1,0 +1,200 @@
+"""Multi-token prediction: modules that predict later tokens than the next (legend: `moe_jax.moe`).
+
+Module k = 1, 2, ... has a layer of its own, and embedding and head of the model. At position j it
+joins the embedding of token j + k with what the module before it made of position j (the first:
+the model's normed residual), and predicts token j + k + 1. Only training runs the modules.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import Settings, setting
+from moe_jax.layers.norms import Norm
+from moe_jax.models.stack import Stack, StackLayout, unstacked
+from moe_jax.parameters import ParameterSpec, linear, scaled_init
+from moe_jax.part import Aux, Call, Dims, RunShape
+
+NAME = "multi_token"
+NORMS = ("embedding_norm", "hidden_norm", "final_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiToken(Settings):
+    """Which modules predict later tokens, and how their loss weighs.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, sec. 2.2.
+    """
+
+    depth: int = setting(1, at_least=1)  # modules; the last predicts the token depth + 1 ahead
+    layer: tuple[str, ...] = ("attention", "moe")  # of every module, by the names of its parts
+    weight: float = setting(0.3, at_least=0)  # of the mean of their losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """The modules of a model.
+
+    Attributes:
+      depth: D, how many.
+      weight: of the mean of their losses.
+      norm: of the embedding, of the hidden state, and before the head.
+      stack: their layers, as a unit that is repeated D times.
+    """
+
+    depth: int
+    weight: float
+    norm: Norm
+    stack: Stack
+
+    def check(self, layout: StackLayout, names: list[str], has_encoder: bool) -> None:
+        """Checks the stack and the names of the parts of the model.
+
+        Raises:
+          ValueError: by `require`.
+        """
+        require(
+            layout.causal and not layout.shared and not has_encoder,
+            "multi_token needs a causal stack without shared parts, and no encoder",
+            f"stack.causal={layout.causal}, stack.shared={layout.shared}, encoder: {has_encoder}",
+            "Set multi_token=None",
+        )
+        taken = [name for name in names if name.startswith(NAME)]
+        require(
+            not taken,
+            f"names that begin with {NAME!r} are those of the parts of multi_token",
+            f"parts {taken}",
+            "Rename them",
+        )
+        if not layout.allow_lookahead:
+            self.stack.check_causality()
+
+    def layer_indices(self, start: int) -> dict[str, tuple[int, ...]]:
+        """The layers of the modules and of their parts, numbered from `start` on."""
+        found = joined(self.stack.layer_indices()) | {NAME: range(self.depth)}
+        return {name: tuple(start + layer for layer in layers) for name, layers in found.items()}
+
+    def specs(self, dims: Dims) -> dict[str, Any]:
+        """`project` [2M, M], three norms and `stack`, each with a leading dim of modules."""
+        model_dim = dims.model_dim
+        init = scaled_init(1.0, 2 * model_dim)
+        own: dict[str, Any] = {name: self.norm.specs(model_dim) for name in NORMS}
+        own["project"] = ParameterSpec((2 * model_dim, model_dim), (None, "model"), init, NAME)
+        own = jax.tree.map(lambda spec: spec.stack(self.depth), own)
+        return own | {"stack": self.stack.specs(dims)}
+
+    depends_on_microbatches: ClassVar[bool] = False  # see `Part`
+    needs_batch_sums: ClassVar[bool] = False
+
+    def check_run(self, dims: Dims, run: RunShape) -> None:
+        """See `Part`."""
+        self.stack.check_run(dims, run)
+
+    def apply(
+        self,
+        params: Any,
+        hidden_BLM: jax.Array,
+        call: Call,
+        embed: Callable[[jax.Array], jax.Array],
+        state: Mapping[str, Any],
+    ) -> tuple[list[jax.Array], dict[str, Aux]]:
+        """Runs all modules.
+
+        Args:
+          params: in the tree that `specs` declares.
+          hidden_BLM: the model's normed residual, in the compute dtype.
+          call: of the model, with positions and segments.
+          embed: from tokens [B, L] to embeddings [B, L, M].
+          state: of the modules' parts, each with a leading dim of layers.
+
+        Returns:
+          What each module gives to the head, [B, L, M], and the `Aux` of the parts, with a leading
+          dim of layers.
+        """
+        module = dataclasses.replace(self.stack, first=self.stack.unit, unit=(), repeats=0)
+        outputs, auxes = [], []
+        for k, own in enumerate(
+            unstacked({**params, "stack": params["stack"]["unit"]}, self.depth)
+        ):
+            later = later_call(call, k + 1)
+            assert later.tokens_BL is not None
+            embedded_BLM = embed(later.tokens_BL).astype(hidden_BLM.dtype)
+            both_BLN = jnp.concatenate(
+                [
+                    self.norm.apply(own["embedding_norm"], embedded_BLM),
+                    self.norm.apply(own["hidden_norm"], hidden_BLM),
+                ],
+                axis=-1,
+            )
+            layers = {"first": own["stack"], "unit": {}, "last": {}}
+            here = jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], dict(state))
+            output = module.apply(layers, linear(both_BLN, own["project"]), later, state=here)
+            hidden_BLM = self.norm.apply(own["final_norm"], output.x_BLM)
+            outputs.append(hidden_BLM)
+            auxes.append(output.aux)
+        return outputs, jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+
+    def loss(self, aux: Aux, num_tokens: jax.Array, batch: Any) -> jax.Array:
+        """The weighted mean of the modules' losses; see `Part.loss`."""
+        return self.weight * jnp.mean(aux.sums["loss_D"])
+
+    def metrics(self, aux: Aux) -> dict[str, jax.Array]:
+        """`loss`, nats a target, of each module; see `Part.metrics`."""
+        return {"loss": aux.sums["loss_D"]}
+
+
+def shift(values: jax.Array, k: int) -> jax.Array:
+    """The values [..., L] of k positions later; 0 beyond the end."""
+    length = values.shape[-1]
+    padding = [(0, 0)] * (values.ndim - 1) + [(0, min(k, length))]
+    return jnp.pad(values[..., k:], padding)
+
+
+def in_one_document(segments: jax.Array, k: int) -> jax.Array:
+    """Whether the token k positions later is of the same document: bool, as `segments`."""
+    return (segments > 0) & (segments == shift(segments, k))
+
+
+def later_call(call: Call, k: int) -> Call:
+    """What module k is told: tokens and positions of k later; without such a token it is padding.
+
+    Its own key gives it noise of its own.
+    """
+    tokens_BL, positions_BL, segments_BL = call.tokens_BL, call.positions_BL, call.segments_BL
+    assert tokens_BL is not None and positions_BL is not None and segments_BL is not None
+    return dataclasses.replace(
+        call,
+        tokens_BL=shift(tokens_BL, k),
+        positions_BL=shift(positions_BL, k),
+        segments_BL=jnp.where(in_one_document(segments_BL, k), segments_BL, 0),
+        rng=None if call.rng is None else jax.random.fold_in(call.rng, 2**31 - k),
+    )
+
+
+def later_weights(weights: jax.Array, segments: jax.Array, k: int) -> jax.Array:
+    """The loss weights of the targets of module k: those of k later, in the same document.
+
+    A target counts where that of the model itself does too.
+
+    Args:
+      weights: float32 [..., L], of the next token.
+      segments: int32 [..., L].
+      k: of the module.
+    """
+    return jnp.where(in_one_document(segments, k) & (weights > 0), shift(weights, k), 0)
+
+
+def joined(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by part of the modules, by the names that the model has for them."""
+    return {f"{NAME}_{name}": value for name, value in parts.items()}
+
+
+def separated(parts: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The inverse of `joined`: what is not of the modules is left out."""
+    start = f"{NAME}_"
+    found = (parts or {}).items()
+    return {name.removeprefix(start): own for name, own in found if name.startswith(start)}
