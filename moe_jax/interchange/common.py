@@ -11,9 +11,11 @@ from moe_jax.interchange.rope import read_rotary, rope_settings
 from moe_jax.interchange.rules import LINEAR, Rule
 from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import Activation
 
 LAYER = "model.layers.{layer}."
+DROPLESS = Capacity(eval_factor=0.0)  # the published models serve every choice when they are used
 
 OUTSIDE = (
     Rule("model.embed_tokens.weight", "embedding"),

@@ -6,6 +6,7 @@ Source: Jiang et al. 2024, arXiv:2401.04088; `modeling_mixtral.py` of transforme
 from typing import Any
 
 from moe_jax.interchange.common import (
+    DROPLESS,
     LAYER,
     LINEAR,
     OUTSIDE,
@@ -60,6 +61,7 @@ def model(config: Reader) -> LanguageModel:
         activation=gated_activation(config),
         router=TokenChoice(renormalize=True),
         losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),),
+        capacity=DROPLESS,
     )
     return LanguageModel(
         vocab_size=config["vocab_size"],
