@@ -18,6 +18,7 @@ from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.read import CONFIG
 from moe_jax.interchange.tensor_files import ToWrite, write_tensors
 from moe_jax.interchange.write import tensors_of
+from tests.hf_deepseek import DEEPSEEK
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 VOCAB = 64
@@ -62,6 +63,10 @@ SCALED = {"original_max_position_embeddings": 16, "rope_theta": 1e4}
 DENSE = {**SMALL, "intermediate_size": 40}
 
 CASES = {
+    **{
+        name: Case(settings, quick=name in ("deepseek_v2", "deepseek_v3"))
+        for name, settings in DEEPSEEK.items()
+    },
     "llama": Case({**DENSE, "model_type": "llama", "rope_theta": 5e4}, quick=False),
     "llama_biases": Case(
         {**DENSE, "model_type": "llama", "attention_bias": True, "mlp_bias": True,
@@ -113,6 +118,8 @@ def tensor_values(name: str, shape: tuple[int, ...], scale: float = 1.5) -> np.n
         return np.log(random.uniform(1, 8, shape)).astype(np.float32)
     if len(shape) == 1 and "norm" in name and not name.endswith("bias"):
         return random.uniform(0.5, 1.5, shape).astype(np.float32)
+    if name.endswith("e_score_correction_bias"):
+        return random.normal(-0.5, 0.3, shape).astype(np.float32)  # some scores fall below 0
     if "sinks" in name:
         return random.normal(0, 1, shape).astype(np.float32)
     if len(shape) == 1 or name.endswith("bias"):

@@ -18,6 +18,8 @@ Settings = Mapping[str, Any]  # of a config.json
 
 # The table of each family, by the "model_type" of its config.json.
 FAMILIES = {
+    "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
+    "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
     "llama": "moe_jax.interchange.families.dense:LLAMA",
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
     "qwen2": "moe_jax.interchange.families.dense:QWEN2",
