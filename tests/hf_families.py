@@ -19,6 +19,7 @@ from moe_jax.interchange.read import CONFIG
 from moe_jax.interchange.tensor_files import ToWrite, write_tensors
 from moe_jax.interchange.write import tensors_of
 from tests.hf_deepseek import DEEPSEEK
+from tests.hf_others import OTHERS, QUICK
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 VOCAB = 64
@@ -63,6 +64,10 @@ SCALED = {"original_max_position_embeddings": 16, "rope_theta": 1e4}
 DENSE = {**SMALL, "intermediate_size": 40}
 
 CASES = {
+    **{
+        name: Case(settings, quick=name in QUICK)
+        for name, settings in OTHERS.items()
+    },
     **{
         name: Case(settings, quick=name in ("deepseek_v2", "deepseek_v3"))
         for name, settings in DEEPSEEK.items()

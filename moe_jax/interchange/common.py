@@ -165,6 +165,13 @@ def layer_types(model: LanguageModel) -> tuple[list[str], int | None]:
     return kinds, next((one for one in windows if one is not None), None)
 
 
+def first_attention(model: LanguageModel) -> Attention:
+    """The attention of the first layer."""
+    part = model.part[model.stack.layers[0][0]]
+    assert isinstance(part, Attention), part
+    return part
+
+
 def sizes(model: LanguageModel, **others: Any) -> dict[str, Any]:
     """The settings that every config.json has."""
     return {

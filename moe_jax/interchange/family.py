@@ -10,6 +10,7 @@ from typing import Any
 from moe_jax.config import difference, to_dict
 from moe_jax.config.check import require
 from moe_jax.interchange.rules import Rule
+from moe_jax.interchange.tensor_files import Files, TensorFiles
 from moe_jax.models.model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ FAMILIES = {
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
     "qwen2": "moe_jax.interchange.families.dense:QWEN2",
     "qwen3": "moe_jax.interchange.families.dense:QWEN3",
+    "gpt_oss": "moe_jax.interchange.families.gpt_oss:GPT_OSS",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
 }
 
@@ -47,6 +49,7 @@ class Family:
       rules: of a model's tensors. Of several for one parameter the first is written, and the first
         whose tensors are there is read.
       ignored: regular expressions of tensors that hold nothing of the model, such as buffers.
+      opened: what stands between the files and the rules, such as a dequantisation.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Family:
     settings: Callable[[LanguageModel], dict[str, Any]]
     rules: Callable[[LanguageModel], Iterable[Rule]]
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    opened: Callable[[TensorFiles], Files] = lambda files: files
 
     def read(self, settings: Settings) -> LanguageModel:
         """The model of a config.json.
@@ -171,6 +175,12 @@ class Reader:
         self.unread.discard(name)
         value = self.settings.get(name)
         return default if value is None else value
+
+    def with_settings(self, **settings: Any) -> "Reader":
+        """The same with other settings; what is read of it counts as read here."""
+        other = Reader({**self.settings, **settings})
+        other.unread = self.unread
+        return other
 
     def or_absent(self, name: str, default: Any = None) -> Any:
         """A setting, which may be null (None), or the default where it is absent."""

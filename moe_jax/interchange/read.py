@@ -5,7 +5,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.interchange.family import Family, load_family
 from moe_jax.interchange.leaves import Leaf, all_specs, leaves_of
 from moe_jax.interchange.rules import Rule
-from moe_jax.interchange.tensor_files import FLOATS, Stored, TensorFiles
+from moe_jax.interchange.tensor_files import FLOATS, Files, TensorFiles
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.part import RunShape, check_divides
@@ -24,22 +24,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 ALIGNMENT = 64  # bytes; a buffer so aligned becomes an array of the CPU without a copy
-
-
-class Files(Protocol):
-    """Tensors by name, read when they are asked for."""
-
-    path: pathlib.Path
-
-    @property
-    def tensors(self) -> Mapping[str, Stored]:
-        """Where each tensor is."""
-
-    def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
-
-    def read(self, name: str, row: int | None = None) -> np.ndarray:
-        """A tensor, or one row of its first dim."""
 
 
 class Source(NamedTuple):
@@ -79,7 +63,7 @@ def from_hf(
     settings = read_settings(path)
     family = load_family(str(settings.get("model_type")))
     model = family.read(settings)
-    files = TensorFiles(path)
+    files = family.opened(TensorFiles(path))
     params = read_parameters(files, family, model, dtype, mesh)
     length = min(int(settings.get("max_position_embeddings") or 2048), 2048)
     config = ExperimentConfig(

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -49,6 +49,22 @@ class Stored(NamedTuple):
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     start: int
+
+
+class Files(Protocol):
+    """Tensors by name, read when they are asked for."""
+
+    path: pathlib.Path
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Where each tensor is."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name."""
+
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """A tensor, or one row of its first dim."""
 
 
 class TensorFiles:

@@ -14,6 +14,7 @@ from moe_jax.interchange.common import (
     attention_rules,
     attention_settings,
     by_window,
+    first_attention,
     gated_activation,
     gated_name,
     gated_rules,
@@ -106,27 +107,20 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
     types, window = layer_types(model)
     own: dict[str, Any] = {}
     if family == "llama":
-        own = {"attention_bias": "o" in attention_of(model).biases, "mlp_bias": mlp.use_bias}
+        own = {"attention_bias": "o" in first_attention(model).biases, "mlp_bias": mlp.use_bias}
     elif family == "mistral":
         own = {"sliding_window": window}
     else:
         own = {"use_sliding_window": window is not None, "sliding_window": window}
         own |= {"layer_types": types}
-        own |= {"attention_bias": "o" in attention_of(model).biases} if family == "qwen3" else {}
+        own |= {"attention_bias": "o" in first_attention(model).biases} if family == "qwen3" else {}
     return sizes(
         model,
-        **attention_settings(attention_of(model)),
+        **attention_settings(first_attention(model)),
         **own,
         hidden_act=gated_name(mlp.activation),
         intermediate_size=mlp.dim,
     )
-
-
-def attention_of(model: LanguageModel) -> Attention:
-    """The attention of the first layer."""
-    part = model.part[model.stack.layers[0][0]]
-    assert isinstance(part, Attention), part
-    return part
 
 
 def family(name: str, architecture: str, model: Callable[[Reader], LanguageModel]) -> Family:

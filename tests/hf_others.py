@@ -1,0 +1,31 @@
+"""The settings of tiny models of families that have one model each, by name. See `hf_families`."""
+
+from typing import Any
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
+    "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+GPT_OSS = {
+    **SMALL, "model_type": "gpt_oss", "intermediate_size": 20, "num_local_experts": 8,
+    "num_experts_per_tok": 3, "sliding_window": 6,
+}  # fmt: skip
+
+QUICK = ("gpt_oss",)  # one of each family, or two that differ much
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        **GPT_OSS, "swiglu_limit": 0.5, "rope_theta": 1e4,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 16,
+        },
+    },
+    "gpt_oss_types": {
+        **GPT_OSS, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3,
+        "attention_bias": False, "swiglu_limit": 1.5, "swiglu_alpha": 1.2,
+        "tie_word_embeddings": True, "rope_parameters": PLAIN,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+}  # fmt: skip
