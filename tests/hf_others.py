@@ -13,7 +13,16 @@ GPT_OSS = {
     "num_experts_per_tok": 3, "sliding_window": 6,
 }  # fmt: skip
 
-QUICK = ("gpt_oss",)  # one of each family, or two that differ much
+PHIMOE = {
+    **SMALL, "model_type": "phimoe", "intermediate_size": 24, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "router_jitter_noise": 0.2,
+}  # fmt: skip
+LONGROPE = {
+    "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "short_mscale": 1.2,
+    "long_mscale": 1.4, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+QUICK = ("gpt_oss", "phimoe")  # one of each family, or two that differ much
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         **GPT_OSS, "swiglu_limit": 0.5, "rope_theta": 1e4,
@@ -27,5 +36,22 @@ OTHERS: dict[str, dict[str, Any]] = {
         "attention_bias": False, "swiglu_limit": 1.5, "swiglu_alpha": 1.2,
         "tie_word_embeddings": True, "rope_parameters": PLAIN,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "phimoe": {
+        **PHIMOE, "attention_bias": True, "lm_head_bias": True, "rope_theta": 1e4,
+        "original_max_position_embeddings": 16,
+        # In transformers 5 long documents have the short factors.
+        "rope_scaling": {**LONGROPE, "long_factor": LONGROPE["short_factor"]},
+    },
+    "phimoe_short": {
+        **PHIMOE, "sliding_window": 6, "rope_theta": 1e4, "hidden_act": "gelu",
+        "tie_word_embeddings": True, "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            **LONGROPE, "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "phimoe_plain": {
+        **PHIMOE, "attention_bias": True, "router_jitter_noise": 0.4, "rope_parameters": PLAIN,
     },
 }  # fmt: skip

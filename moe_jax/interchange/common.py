@@ -20,7 +20,9 @@ DROPLESS = Capacity(eval_factor=0.0)  # the published models serve every choice 
 OUTSIDE = (
     Rule("model.embed_tokens.weight", "embedding"),
     Rule("model.norm.weight", "final_norm/scale"),
+    Rule("model.norm.bias", "final_norm/bias"),
     Rule("lm_head.weight", "head", LINEAR),
+    Rule("lm_head.bias", "head_bias"),
 )
 
 
@@ -35,9 +37,12 @@ def attention_rules(part: str = "attention", module: str = "self_attn") -> tuple
 
 def norm_rules(*branches: str, attention: str = "attention") -> tuple[Rule, ...]:
     """The two norms of a pre-norm layer: before attention, and before each kind of FFN."""
-    return (
-        Rule(f"{LAYER}input_layernorm.weight", f"{attention}_norm/scale"),
-        *(Rule(f"{LAYER}post_attention_layernorm.weight", f"{one}_norm/scale") for one in branches),
+    places = {attention: "input_layernorm"} | dict.fromkeys(branches, "post_attention_layernorm")
+    keys = (("weight", "scale"), ("bias", "bias"))
+    return tuple(
+        Rule(f"{LAYER}{place}.{name}", f"{branch}_norm/{key}")
+        for branch, place in places.items()
+        for name, key in keys
     )
 
 
@@ -56,6 +61,20 @@ def fused_expert_rules(prefix: str, part: str = "moe") -> tuple[Rule, ...]:
     return (
         Rule(f"{prefix}experts.gate_up_proj", gate_up, LINEAR, axis=-2),
         Rule(f"{prefix}experts.down_proj", f"{part}/experts/wo", LINEAR),
+    )
+
+
+def block_sparse_rules(part: str = "moe") -> tuple[Rule, ...]:
+    """A router and experts as Mixtral names them, and as transformers 5 holds them."""
+    block = f"{LAYER}block_sparse_moe."
+    expert = f"{block}experts.{{expert}}."
+    return (
+        Rule(f"{block}gate.weight", f"{part}/router/weight", LINEAR),
+        Rule(f"{expert}w1.weight", f"{part}/experts/wg", LINEAR),
+        Rule(f"{expert}w3.weight", f"{part}/experts/wi", LINEAR),
+        Rule(f"{expert}w2.weight", f"{part}/experts/wo", LINEAR),
+        Rule(f"{LAYER}mlp.gate.weight", f"{part}/router/weight", LINEAR),
+        *fused_expert_rules(f"{LAYER}mlp.", part),
     )
 
 

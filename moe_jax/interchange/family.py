@@ -27,6 +27,7 @@ FAMILIES = {
     "qwen3": "moe_jax.interchange.families.dense:QWEN3",
     "gpt_oss": "moe_jax.interchange.families.gpt_oss:GPT_OSS",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
+    "phimoe": "moe_jax.interchange.families.phimoe:PHIMOE",
 }
 
 # Settings of a model that its `config.json` does not have: how it trains and how it runs.

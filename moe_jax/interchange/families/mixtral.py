@@ -7,11 +7,9 @@ from typing import Any
 
 from moe_jax.interchange.common import (
     DROPLESS,
-    LAYER,
-    LINEAR,
     OUTSIDE,
     attention_rules,
-    fused_expert_rules,
+    block_sparse_rules,
     gated_activation,
     gated_name,
     norm_rules,
@@ -19,7 +17,6 @@ from moe_jax.interchange.common import (
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.interchange.rope import read_rotary, rope_settings
-from moe_jax.interchange.rules import Rule
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.model import LanguageModel
@@ -28,18 +25,7 @@ from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 
-BLOCK = f"{LAYER}block_sparse_moe."
-RULES = (
-    *OUTSIDE,
-    *norm_rules("moe"),
-    *attention_rules(),
-    Rule(f"{BLOCK}gate.weight", "moe/router/weight", LINEAR),
-    Rule(f"{BLOCK}experts.{{expert}}.w1.weight", "moe/experts/wg", LINEAR),
-    Rule(f"{BLOCK}experts.{{expert}}.w3.weight", "moe/experts/wi", LINEAR),
-    Rule(f"{BLOCK}experts.{{expert}}.w2.weight", "moe/experts/wo", LINEAR),
-    Rule(f"{LAYER}mlp.gate.weight", "moe/router/weight", LINEAR),
-    *fused_expert_rules(f"{LAYER}mlp."),
-)
+RULES = (*OUTSIDE, *norm_rules("moe"), *attention_rules(), *block_sparse_rules())
 
 
 def model(config: Reader) -> LanguageModel:
