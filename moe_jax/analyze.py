@@ -98,6 +98,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "min_count", default.min_count, "Occurrences of a token id that is listed.", lower_bound=1
     )
+    flags.DEFINE_boolean(
+        "encoder", default.encoder, "The tokens and layers of the encoder, not of the decoder."
+    )
     command_line.define_trust_flag()
 
 

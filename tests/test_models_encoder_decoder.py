@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.analysis.routed import route_batches
+from moe_jax.analysis.similarity import moe_weights
 from moe_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -25,6 +27,7 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.linen import LinenModel
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.routing_record import load_record, record_routing, save_record
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.capacity import Capacity
@@ -33,7 +36,7 @@ from moe_jax.moe.queues import BatchPrioritized
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims, EncoderInputs, Own
-from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.loss import batch_totals, call_of, replayed_choices
 from moe_jax.training.state import init_state
 from moe_jax.training.step import (
     depends_on_microbatches,
@@ -377,3 +380,45 @@ def test_what_lacks_an_encoder_is_refused():
         ValueError, match=r"needs a text for its encoder: the call has encoder=None"
     ):
         MODEL.run(PARAMS, call_of(batch), state=STATE)
+
+
+def test_a_record_has_the_choices_of_both_sides_and_replays_them(tmp_path):
+    call = call_of(BATCH)
+    sides = {"positions_BL": call.positions_BL, "segments_BL": call.segments_BL}
+    record = record_routing(MODEL, PARAMS, call.tokens_BL, STATE, encoder=call.encoder, **sides)
+    assert set(record.parts) == {"moe"} and set(record.encoder.parts) == {"encoder_moe"}
+    assert record.encoder.parts["encoder_moe"].choices.expert_index.shape == (2, 4, 8, 1)
+    assert record.parts["moe"].layers == (2, 3)
+    np.testing.assert_array_equal(record.encoder.tokens_BL, BATCH["encoder_inputs"])
+
+    save_record(record, tmp_path / "record.npz")
+    jax.tree.map(np.testing.assert_array_equal, load_record(tmp_path / "record.npz"), record)
+    # Other parameters would choose other experts.
+    other = values_of(MODEL.specs(), seed=1)
+    fields = {name: jnp.asarray(a) for name, a in record.batch_fields(MODEL).items()}
+    batch = BATCH | fields
+    call = call_of(batch, capacity=0.0, record=True)
+    replayed = quick_jit(MODEL.run)(other, call, state=STATE, replay=replayed_choices(batch))
+    for name, part in record.all_parts.items():
+        index = replayed.aux[name].choices.expert_index
+        np.testing.assert_array_equal(
+            np.where(part.choices.chosen, index, 0),
+            np.where(part.choices.chosen, part.choices.expert_index, 0),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", [False, True])
+def test_an_analysis_routes_the_tokens_of_one_side(encoder):
+    batch = BATCH | {"domain": np.zeros(4, np.int32)}
+    few = {"max_tokens": 1000, "of_encoder": encoder}
+    state = state_of()
+    routed = route_batches(state, MODEL, [batch], **few)
+    noisy = route_batches(state, MODEL, [batch], input_noise=0.5, **few)
+    assert routed.expert_XJK.shape == noisy.expert_XJK.shape == (2, 16 if encoder else 13, 1)
+    assert (routed.expert_XJK != noisy.expert_XJK).any()
+    weights = moe_weights(PARAMS, MODEL, "encoder" if encoder else "stack")
+    assert list(weights) == (["layer_00", "layer_01"] if encoder else ["layer_02", "layer_03"])
+    name = "encoder" if encoder else "stack"
+    own = PARAMS[name]["unit"]["0"]["encoder_moe" if encoder else "moe"]["experts"]["wi"][1]
+    np.testing.assert_array_equal(list(weights.values())[1].experts["wi"], own)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.models.network import build
 from tests.t5_oracle import (
     CASES,
     SAVED,
@@ -42,6 +43,22 @@ def test_switch_equals_what_was_saved_of_it():
             [*saved[f"{name}_encoder"], *saved[f"{name}_decoder"]] for name in ("experts", "kept")
         )
         assert_same(got, saved["logits"], experts, kept)
+
+
+@pytest.mark.slow
+def test_a_network_takes_tokens_and_masks_of_both_sides():
+    case = CASES["t5"]
+    params = params_of(case, values)
+    tokens, mask, *encoder = (
+        BATCH[name]
+        for name in ("decoder_input_ids", "decoder_attention_mask", "input_ids", "attention_mask")
+    )
+    got = build(case.model).apply(
+        {"params": params}, tokens, mask_BL=mask,
+        encoder_tokens_BT=encoder[0], encoder_mask_BT=encoder[1],
+    )  # fmt: skip
+    expected = said_by_us(case.model, params, BATCH).logits
+    np.testing.assert_allclose(got[DECODER], expected[DECODER], atol=LOGITS)
 
 
 @pytest.mark.slow

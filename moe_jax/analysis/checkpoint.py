@@ -72,20 +72,21 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
         "Raise --tokens, or give fewer files",
     )
     config, state = load_run(workdir, step=options.step, trust=options.trust)
-    check_model(config.model, workdir)
+    check_model(config.model, workdir, options.stack)
     tokenizer = open_tokenizer_of(config.data)
     domains, batches = batches_of(workdir, config, tokenizer, options)
     last = int(state.step)
-    routed = route_batches(state, config.model, batches, options.tokens)
-    varied = route_variations(state, config.model, batches, options.tokens, options.noise)
-    weights = moe_weights(state.params, config.model)
+    of = {"of_encoder": options.encoder}
+    routed = route_batches(state, config.model, batches, options.tokens, **of)
+    varied = route_variations(state, config.model, batches, options.tokens, options.noise, **of)
+    weights = moe_weights(state.params, config.model, options.stack)
     del state  # an earlier one takes as much memory
     earlier: dict[int, Routed] = {}
     steps = [step for step in kept_steps(workdir) if step < last]
     for step in spread(steps, options.checkpoints):
         before = load_if_whole(workdir, step, options.trust)
         if before is not None:
-            earlier[step] = route_batches(before, config.model, batches, options.tokens)
+            earlier[step] = route_batches(before, config.model, batches, options.tokens, **of)
             del before
     if earlier:
         before_last = max(earlier)
@@ -96,17 +97,26 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     return Analysis(settings, layers, routed, domains, tokenizer)
 
 
-def check_model(model: LanguageModel, workdir: str | pathlib.Path) -> None:
+def check_model(model: LanguageModel, workdir: str | pathlib.Path, stack: str = "stack") -> None:
     """Refuses a model of which there is nothing to analyse.
 
     Raises:
-      ValueError: it is dense, or the experts of a part mix all tokens.
+      ValueError: it is dense, it has no such stack, the stack routes no tokens, or the experts of a
+        part mix all tokens.
     """
     require(
         bool(model.moe_parts),
         "An analysis of routing is of a model with MoE layers",
         f"the run in {workdir} has the parts {sorted(model.part)}",
         "Pass the --workdir of a MoE run",
+    )
+    require(
+        stack in model.stacks
+        and not model.moe_parts.keys().isdisjoint(model.stacks[stack].parts()),
+        "An analysis is of the decoder, or with --encoder of the encoder, that routes tokens",
+        f"the run in {workdir} routes in the parts {sorted(model.moe_parts)} of the "
+        f"{'other stack' if model.has_encoder else 'decoder, its only stack'}",
+        "Pass --noencoder" if stack == "encoder" else "Pass --encoder",
     )
     for name, moe in model.moe_parts.items():
         require(
@@ -148,7 +158,8 @@ def batches_of(
     data = open_run_data(workdir, config)
     for batch in heldout_batches(data, batch_size=rows):
         batches.append(batch)
-        missing -= int((batch["segment_ids"] > 0).sum())
+        side = "encoder_segment_ids" if options.encoder else "segment_ids"
+        missing -= int((batch[side] > 0).sum())
         if missing <= 0:
             break
     return data.domains, batches
@@ -193,13 +204,18 @@ def settings_of(
         "run": run.parent.name,
         "step": step,
         "earlier_steps": list(earlier),
-        "text": textwrap.shorten(", ".join(files), 80) or f"the held-out split of {corpus}",
+        "text": textwrap.shorten(", ".join(files), 80)
+        or f"the held-out split of {corpus}" + ", as the encoder reads it" * options.encoder,
         "files": list(files),
         "tokenizer": without_directory(config.data.tokenizer),
         "num_tokens": len(routed.token_J),
         "sequence_length": config.data.sequence_length,
         "mark": ways_of(config.model)["dropless"].mark,
-        "parts": {name: part_settings(config.model, name) for name in config.model.moe_parts},
+        "parts": {
+            name: part_settings(config.model, name)
+            for name in config.model.moe_parts
+            if name in config.model.stacks[options.stack].parts()
+        },
         "shuffles": options.shuffles,
         "min_count": options.min_count,
         "run_commit": commit_of(run),

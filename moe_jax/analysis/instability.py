@@ -59,6 +59,8 @@ def route_variations(
     batches: Sequence[Example],
     max_tokens: int,
     noise: float,
+    *,
+    of_encoder: bool = False,
 ) -> dict[str, Routed]:
     """Routes tokens as they might as well be routed, to be compared with `route_batches`.
 
@@ -68,6 +70,7 @@ def route_variations(
       batches: of the tokens.
       max_tokens: where to stop.
       noise: of `route_batches`.
+      of_encoder: likewise.
 
     Returns:
       By what was varied: "input noise 0.01"; "compute in bfloat16" and "router in bfloat16", or
@@ -84,12 +87,14 @@ def route_variations(
     other_compute = dataclasses.replace(model, compute_dtype=other_dtype(model.compute_dtype))
     routers = (moe.router for moe in other_router.moe_parts.values())
     dtypes = " and ".join(dict.fromkeys(router.dtype for router in routers))
+    varied = {
+        f"input noise {noise:g}": (model, noise),
+        f"compute in {other_compute.compute_dtype}": (other_compute, 0.0),
+        f"router in {dtypes}": (other_router, 0.0),
+    }
     return {
-        f"input noise {noise:g}": route_batches(state, model, batches, max_tokens, noise),
-        f"compute in {other_compute.compute_dtype}": route_batches(
-            state, other_compute, batches, max_tokens
-        ),
-        f"router in {dtypes}": route_batches(state, other_router, batches, max_tokens),
+        name: route_batches(state, one, batches, max_tokens, size, of_encoder=of_encoder)
+        for name, (one, size) in varied.items()
     }
 
 

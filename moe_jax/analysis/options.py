@@ -14,4 +14,10 @@ class Options:
     noise: float = 0.01  # relative, on the input, to see whose choices flip
     shuffles: int = 5  # of the routing over the tokens, for the baseline
     min_count: int = 10  # occurrences of a token id that is listed with an expert
+    encoder: bool = False  # the encoder's tokens and layers in place of the decoder's
     trust: bool = False  # import the modules that the run's config names for parts of its own
+
+    @property
+    def stack(self) -> str:
+        """The stack whose routers are analysed, in `LanguageModel.stacks`."""
+        return "encoder" if self.encoder else "stack"

@@ -3,11 +3,13 @@
 Shapes: X MoE layers, J tokens without padding, K choices of a token (see `moe_jax.moe`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.data import Example, RawWindow, Tokenizer
@@ -18,10 +20,10 @@ from moe_jax.models.routing_record import (
     choices_of,
     record_of,
     recorded_pass,
-    recording_call,
 )
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Call
+from moe_jax.part import Aux, Call
+from moe_jax.training.loss import call_of
 from moe_jax.training.state import TrainState
 
 
@@ -83,6 +85,8 @@ def route_batches(
     batches: Iterable[Example],
     max_tokens: int,
     input_noise: float = 0.0,
+    *,
+    of_encoder: bool = False,
 ) -> Routed:
     """Runs a model as in evaluation, dropless, and keeps what its routers chose.
 
@@ -95,6 +99,7 @@ def route_batches(
       max_tokens: where to stop; padding is not counted.
       input_noise: relative size of noise on the input: every number of a token's embedding is
         multiplied by 1 + input_noise * N(0, 1), the same at every call.
+      of_encoder: whether to keep the tokens and layers of the encoder, not those of the decoder.
 
     Returns:
       The `Routed`, of at most `max_tokens` tokens.
@@ -105,15 +110,19 @@ def route_batches(
     parts: list[Routed] = []
     missing = max_tokens
     for index, batch in enumerate(batches):
-        call = recording_call(batch["inputs"], batch["positions"], batch["segment_ids"], state.step)
+        call = call_of({name: jnp.asarray(value) for name, value in batch.items()})
+        call = dataclasses.replace(call, step=state.step, capacity=0.0, record=True)
         of_model = (state.params, state.model_state, call)
         if input_noise:
-            shape = (*batch["inputs"].shape, model.model_dim)
-            factor_BLM = 1 + input_noise * jax.random.normal(jax.random.key(index), shape)
-            choices = noisy_pass(*of_model, factor_BLM, model=model)
+            key = jax.random.key(index)
+            choices = noisy_pass(*of_model, key, np.float32(input_noise), model=model)
         else:
             choices = recorded_pass(*of_model, model=model)
-        part = flatten(record_of(model, call, choices), batch["domain"])
+        record = record_of(model, call, choices)
+        if of_encoder:
+            assert record.encoder is not None
+            record = record.encoder
+        part = flatten(record, batch["domain"])
         # Documents of other batches have other numbers.
         parts.append(part._replace(document_J=part.document_J + index * 2**32))
         missing -= len(part.token_J)
@@ -131,14 +140,25 @@ def noisy_pass(
     params: Any,
     state: Mapping[str, Any] | None,
     call: Call,
-    factor_BLM: jax.Array,
+    key: jax.Array,
+    noise: jax.Array | np.float32,
     *,
     model: LanguageModel,
 ) -> dict[str, Choices]:
-    """`recorded_pass` with the embedded tokens multiplied by a factor."""
-    assert call.tokens_BL is not None
-    x_BLM = model.embed(params, call.tokens_BL) * factor_BLM
-    return choices_of(model.run_embedded(params, x_BLM, call, state=state).aux)
+    """`recorded_pass` with the numbers of embedded tokens multiplied by 1 + noise * N(0, 1)."""
+
+    def factor(tokens: jax.Array, key: jax.Array) -> jax.Array:
+        return 1 + noise * jax.random.normal(key, (*tokens.shape, model.model_dim))
+
+    tokens_BL = call.tokens_BL
+    assert tokens_BL is not None
+    encoded: dict[str, Aux] = {}
+    if call.encoder is not None:
+        own = factor(call.encoder.tokens_BT, jax.random.fold_in(key, 1))
+        call, encoded = model.encode(params, call, state=state, factor_BTM=own)
+    x_BLM = model.embed(params, tokens_BL) * factor(tokens_BL, key)
+    aux = model.run_embedded(params, x_BLM, call, state=state).aux
+    return choices_of({**encoded, **aux})
 
 
 def first_tokens(routed: Routed, num_tokens: int) -> Routed:

@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax.analysis.routed import routed_layers
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import Stack
 from moe_jax.parameters import dense
 
 
@@ -63,29 +64,34 @@ def router_similarity(router_IE: np.ndarray | None) -> np.ndarray | None:
     return None if router_IE is None else cosine_similarity(router_IE.T)
 
 
-def moe_weights(params: Mapping[str, Any], model: LanguageModel) -> dict[str, BlockWeights]:
-    """The weights of each MoE block of a model, by layer, in the order of the model.
+def moe_weights(
+    params: Mapping[str, Any], model: LanguageModel, name: str = "stack"
+) -> dict[str, BlockWeights]:
+    """The weights of each MoE block of a stack, by layer, in the order of the model.
 
     Args:
       params: of the model; its repeated layers are taken apart.
       model: the model.
+      name: of the stack.
     """
-    blocks = {name: blocks_of(params["stack"], model, name) for name in model.moe_parts}
+    stack, moes = model.stacks[name], model.moe_parts
+    layers = {part: of for part, of in model.moe_layers.items() if part in stack.parts()}
+    blocks = {part: blocks_of(params[name], stack, part) for part in layers}
     return {
-        layer.name: block_weights(blocks[layer.part][layer.row], model.moe_parts[layer.part])
-        for layer in routed_layers(model.moe_layers)
+        layer.name: block_weights(blocks[layer.part][layer.row], moes[layer.part])
+        for layer in routed_layers(layers)
     }
 
 
-def blocks_of(stack: Mapping[str, Any], model: LanguageModel, part: str) -> list[Any]:
+def blocks_of(params: Mapping[str, Any], stack: Stack, part: str) -> list[Any]:
     """The parameters of each layer of a part, in order, out of those of the stack."""
-    tied = stack.get("tied", {})
+    tied = params.get("tied", {})
     blocks = []
     for segment in ("first", "unit", "last"):
-        places = [p for p in model.decoder.places()[part] if p.segment == segment]
-        for repeat in range(model.decoder.repeats if segment == "unit" else 1):
+        places = [p for p in stack.places()[part] if p.segment == segment]
+        for repeat in range(stack.repeats if segment == "unit" else 1):
             for place in places:
-                own = stack[segment][place.layer].get(place.branch)
+                own = params[segment][place.layer].get(place.branch)
                 if own is None:
                     own = tied[place.branch]
                 elif segment == "unit":

@@ -11,7 +11,7 @@ from moe_jax.config.check import require
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
-from moe_jax.models.model import LanguageModel, ModelOutput
+from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.parameters import ParameterSpec, normal_init
 from moe_jax.part import Aux, Call, Part
@@ -99,16 +99,16 @@ class EncoderDecoder(LanguageModel):
         params: Any,
         call: Call,
         *,
-        state: Mapping[str, Any] | None = None,
-        replay: Mapping[str, Any] | None = None,
+        factor_BTM: jax.Array | float = 1.0,
+        **trees: Any,
     ) -> tuple[Call, dict[str, Aux]]:
-        """Runs the encoder.
+        """Runs the encoder, except if the call has a memory.
 
         Args:
           params: of the model.
           call: with `encoder`.
-          state: by part, or None.
-          replay: choices by part, or None.
+          factor_BTM: multiplies the embedded tokens.
+          trees: `state` and `replay` of `Stack.apply`.
 
         Returns:
           The call with its memory, and the `Aux` of the encoder's parts.
@@ -116,6 +116,8 @@ class EncoderDecoder(LanguageModel):
         Raises:
           ValueError: the call has no text for the encoder.
         """
+        if call.memory is not None:
+            return call, {}
         text = call.encoder
         require(
             text is not None,
@@ -134,8 +136,8 @@ class EncoderDecoder(LanguageModel):
             cache_index=None,
         )
         table = "embedding" if self.share_embeddings else "encoder_embedding"
-        x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT)
-        output = self.through("encoder", params, x_BTM, own, state=state, replay=replay)
+        x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT) * factor_BTM
+        output = self.through("encoder", params, x_BTM, own, **trees)
         memory_BTM = self.norm.apply(params["encoder_norm"], output.x_BLM)
         segments_BT = text.segments_BT
         if segments_BT is None:
@@ -143,25 +145,6 @@ class EncoderDecoder(LanguageModel):
         return dataclasses.replace(
             call, memory=memory_BTM, memory_segments_BT=segments_BT
         ), output.aux
-
-    def run_embedded(
-        self,
-        params: Any,
-        x_BLM: jax.Array,
-        call: Call,
-        *,
-        state: Mapping[str, Any] | None = None,
-        replay: Mapping[str, Any] | None = None,
-        cache: Any = None,
-        multi_token: bool = False,
-    ) -> ModelOutput:
-        """See `LanguageModel`; the encoder runs first, except if the call has a memory."""
-        del multi_token  # which a model with an encoder refuses
-        encoded: dict[str, Aux] = {}
-        if call.memory is None:
-            call, encoded = self.encode(params, call, state=state, replay=replay)
-        output = super().run_embedded(params, x_BLM, call, state=state, replay=replay, cache=cache)
-        return output._replace(aux=joined(encoded, output.aux))
 
     def loss(
         self,
@@ -178,13 +161,3 @@ class EncoderDecoder(LanguageModel):
         )
         assert encoder_tokens is not None, "batch_totals counts them"
         return super().loss(own, encoder_tokens, batch) + super().loss(other, num_tokens, batch)
-
-
-def joined(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
-    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
-    both = {
-        name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
-        for name in encoder
-        if name in decoder
-    }
-    return {**encoder, **decoder, **both}

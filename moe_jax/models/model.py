@@ -285,10 +285,14 @@ class LanguageModel(Settings):
     ) -> ModelOutput:
         """`run`, starting from embedded tokens."""
         check_replay({n: own for n, own in self.layers_of.items() if n in self.part}, replay)
+        call, encoded = self.encode(params, call, state=state, replay=replay)
         trees = {"state": state, "replay": replay, "cache": cache}
         output = self.through("stack", params, x_BLM, call, **trees)
         hidden_BLM = self.norm.apply(params["final_norm"], output.x_BLM)
-        found = ModelOutput(self.logits(params, hidden_BLM), *output[1:])
+        aux = of_both(encoded, output.aux)
+        found = ModelOutput(
+            self.logits(params, hidden_BLM), aux, output.cache, output.residual_XBLM
+        )
         if not multi_token:
             return found
         assert self.modules is not None, "multi_token=None"
@@ -296,6 +300,11 @@ class LanguageModel(Settings):
         later, more = self.modules.apply(params[NAME], hidden_BLM, call, embed, separated(state))
         later_BLV = tuple(self.logits(params, one_BLM) for one_BLM in later)
         return found._replace(aux=found.aux | joined(more), later_BLV=later_BLV)
+
+    def encode(self, params: Any, call: Call, **trees: Any) -> tuple[Call, dict[str, Aux]]:
+        """What runs before the decoder: nothing, in a model without an encoder."""
+        del params, trees
+        return call, {}
 
     def through(
         self, name: str, params: Any, x_BLM: jax.Array, call: Call, **trees: Any
@@ -377,3 +386,13 @@ class LanguageModel(Settings):
             for name, own in aux.items()
             for metric, value in parts[name].metrics(own).items()
         }
+
+
+def of_both(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
+    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
+    both = {
+        name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
+        for name in encoder
+        if name in decoder
+    }
+    return {**encoder, **decoder, **both}

@@ -1,5 +1,6 @@
 """A model as one Flax module from token ids to logits: `moe_jax.build(config)`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.models.linen import parameters
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Call
+from moe_jax.part import Call, EncoderInputs
 
 STATE = "state"  # beside the parameters: what parts update outside the optimizer
 
@@ -56,6 +57,8 @@ class Network(nn.Module):
         mask_BL: jax.Array | None = None,
         positions_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
+        encoder_tokens_BT: jax.Array | None = None,
+        encoder_mask_BT: jax.Array | None = None,
         record: bool = False,
     ) -> Any:
         """Predicts the next token at every position.
@@ -66,6 +69,8 @@ class Network(nn.Module):
             the left or on the right. Its logits mean nothing.
           positions_BL: int, position of each token in its document; None: counted without padding.
           segments_BL: int, document of each token, 0 for padding, in place of `mask_BL`.
+          encoder_tokens_BT: int token ids that an encoder reads, beside those of the decoder.
+          encoder_mask_BT: whether a token of these is no padding; None: all are.
           record: whether to return what was computed on the way.
 
         Returns:
@@ -75,6 +80,11 @@ class Network(nn.Module):
         state_specs = self.model.state_specs()
         state = parameters(self, {STATE: state_specs})[STATE] if state_specs else None
         call = call_of(tokens_BL, mask_BL, positions_BL, segments_BL, record)
+        if encoder_tokens_BT is not None:
+            text = call_of(encoder_tokens_BT, encoder_mask_BT, None, None, record)
+            assert text.tokens_BL is not None
+            encoder = EncoderInputs(text.tokens_BL, text.positions_BL, text.segments_BL)
+            call = dataclasses.replace(call, encoder=encoder)
         output = self.model.run(params, call, state=state)
         if not record:
             return output.logits_BLV

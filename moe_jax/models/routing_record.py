@@ -13,9 +13,10 @@ import numpy as np
 from moe_jax.config.check import require
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Aux, Call
+from moe_jax.part import Aux, Call, EncoderInputs
 
 OF_TOKENS = ("tokens", "positions", "segments")  # arrays of a file that belong to no part
+OF_ENCODER = "encoder:"  # before the names of an encoder's arrays
 
 
 class PartRecord(NamedTuple):
@@ -39,13 +40,20 @@ class RoutingRecord(NamedTuple):
       tokens_BL: int32 token ids.
       positions_BL: int32, restarting in every document.
       segments_BL: int32, document within the sequence; 0 is padding.
-      parts: of each MoE part of the model, by name.
+      parts: of each MoE part of the stack that reads these tokens, by name.
+      encoder: the record of an encoder: its tokens and its parts; None without one.
     """
 
     tokens_BL: np.ndarray
     positions_BL: np.ndarray
     segments_BL: np.ndarray
     parts: dict[str, PartRecord]
+    encoder: "RoutingRecord | None" = None
+
+    @property
+    def all_parts(self) -> dict[str, PartRecord]:
+        """The parts of all stacks."""
+        return {**(self.encoder.parts if self.encoder else {}), **self.parts}
 
     def replay(self, model: LanguageModel) -> dict[str, Choices]:
         """The choices as the argument `replay` of `LanguageModel.run`.
@@ -59,7 +67,7 @@ class RoutingRecord(NamedTuple):
         check_model(self, model)
         return {
             name: Choices(jnp.asarray(part.choices.expert_index), jnp.asarray(part.choices.chosen))
-            for name, part in self.parts.items()
+            for name, part in self.all_parts.items()
         }
 
     def batch_fields(self, model: LanguageModel) -> dict[str, np.ndarray]:
@@ -71,7 +79,7 @@ class RoutingRecord(NamedTuple):
         check_model(self, model)
         return {
             f"replay/{name}/{field}": np.moveaxis(getattr(part.choices, field), 0, 2)
-            for name, part in self.parts.items()
+            for name, part in self.all_parts.items()
             for field in ("expert_index", "chosen")
         }
 
@@ -84,6 +92,7 @@ def record_routing(
     *,
     positions_BL: np.ndarray | jax.Array | None = None,
     segments_BL: np.ndarray | jax.Array | None = None,
+    encoder: EncoderInputs | None = None,
     capacity: float | None = 0.0,
     step: jax.Array | None = None,
 ) -> RoutingRecord:
@@ -96,6 +105,7 @@ def record_routing(
       state: of its parts, such as selection biases; or None.
       positions_BL: int32 positions; None: each sequence is one document.
       segments_BL: int32 documents, 0 for padding; None: each sequence is one, without padding.
+      encoder: what the encoder reads; None without one.
       capacity: slots over the mean load, 0 for dropless; None: each part's own of evaluation.
       step: of training, for settings of the router that are annealed; None: at their ends.
 
@@ -105,7 +115,9 @@ def record_routing(
     Raises:
       ValueError: the model has no MoE layers.
     """
-    call = recording_call(tokens_BL, positions_BL, segments_BL, step, capacity=capacity)
+    call = recording_call(
+        tokens_BL, positions_BL, segments_BL, step, encoder=encoder, capacity=capacity
+    )
     return record_of(model, call, recorded_pass(params, state, call, model=model))
 
 
@@ -115,18 +127,28 @@ def recording_call(
     segments_BL: np.ndarray | jax.Array | None,
     step: jax.Array | None,
     *,
+    encoder: EncoderInputs | None = None,
     capacity: float | None = 0.0,
 ) -> Call:
     """An evaluation that records; arguments are those of `record_routing`."""
-    shape = tokens_BL.shape
-    if positions_BL is None:
-        positions_BL = np.broadcast_to(np.arange(shape[1]), shape)
-    if segments_BL is None:
-        segments_BL = np.ones(shape)
-    positions, segments, tokens = (
-        jnp.asarray(values, jnp.int32) for values in (positions_BL, segments_BL, tokens_BL)
+
+    def filled(tokens: Any, positions: Any, segments: Any) -> EncoderInputs:
+        if positions is None:
+            positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        if segments is None:
+            segments = np.ones(tokens.shape)
+        return EncoderInputs(*(jnp.asarray(a, jnp.int32) for a in (tokens, positions, segments)))
+
+    tokens, positions, segments = filled(tokens_BL, positions_BL, segments_BL)
+    return Call(
+        positions,
+        segments,
+        tokens,
+        encoder=None if encoder is None else filled(*encoder),
+        step=step,
+        capacity=capacity,
+        record=True,
     )
-    return Call(positions, segments, tokens, step=step, capacity=capacity, record=True)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -160,31 +182,48 @@ def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) 
         f"the parts of this one are {sorted(model.part)}",
         "Use a model with a part of kind 'moe'",
     )
-    parts = {
-        name: PartRecord(
-            layers=layers[name],
-            num_experts=moe.num_options,
-            choices=jax.tree.map(np.asarray, choices[name]),
-        )
-        for name, moe in moes.items()
-    }
-    tokens, positions, segments = map(
-        np.asarray, (call.tokens_BL, call.positions_BL, call.segments_BL)
-    )
-    return RoutingRecord(tokens, positions, segments, parts)
+
+    def of_stack(stack: str, *arrays: Any) -> RoutingRecord:
+        routed = [name for name in model.stacks[stack].parts() if name in moes]
+        parts = {
+            name: PartRecord(
+                layers=layers[name],
+                num_experts=moes[name].num_options,
+                choices=jax.tree.map(np.asarray, choices[name]),
+            )
+            for name in sorted(routed)
+        }
+        tokens, positions, segments = map(np.asarray, arrays)
+        return RoutingRecord(tokens, positions, segments, parts)
+
+    record = of_stack("stack", call.tokens_BL, call.positions_BL, call.segments_BL)
+    if not model.has_encoder:
+        return record
+    assert call.encoder is not None
+    return record._replace(encoder=of_stack("encoder", *call.encoder))
 
 
 def save_record(record: RoutingRecord, path: str | pathlib.Path) -> None:
-    """Writes a record as one compressed `.npz`: one array per field, `tokens` or `PART/gate`."""
+    """Writes a record as one compressed `.npz`: one array per field, `tokens` or `PART/gate`.
+
+    The arrays of an encoder begin with `encoder:`.
+    """
+    with pathlib.Path(path).open("wb") as stream:
+        np.savez_compressed(stream, **arrays_of(record))
+
+
+def arrays_of(record: RoutingRecord) -> dict[str, Any]:
+    """The arrays of a file."""
     arrays: dict[str, Any] = dict(zip(OF_TOKENS, record[:3], strict=True))
+    if record.encoder is not None:
+        arrays |= {OF_ENCODER + name: a for name, a in arrays_of(record.encoder).items()}
     for name, part in record.parts.items():
         arrays |= {
             f"{name}/layers": np.asarray(part.layers, np.int32),
             f"{name}/num_experts": np.asarray(part.num_experts, np.int32),
         }
         arrays |= {f"{name}/{field}": value for field, value in part.choices._asdict().items()}
-    with pathlib.Path(path).open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+    return arrays
 
 
 def load_record(path: str | pathlib.Path) -> RoutingRecord:
@@ -195,24 +234,33 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        tokens, positions, segments = (arrays.pop(name) for name in OF_TOKENS)
-        parts = {
-            name: PartRecord(
-                layers=tuple(arrays[f"{name}/layers"].tolist()),
-                num_experts=int(arrays[f"{name}/num_experts"]),
-                choices=Choices(*(arrays[f"{name}/{field}"] for field in Choices._fields)),
-            )
-            for name in sorted({name.rpartition("/")[0] for name in arrays})
-        }
+            record = record_from({name: file[name] for name in file.files})
     except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
             f"a record of routing is an .npz with the arrays {OF_TOKENS} and, by part, layers, "
             f"num_experts and {Choices._fields}: {path} is not ({error}). Write it by save_record."
         ) from error
-    record = RoutingRecord(tokens, positions, segments, parts)
     check_record(record)
     return record
+
+
+def record_from(arrays: Mapping[str, Any]) -> RoutingRecord:
+    """The record of the arrays of a file; a KeyError if one is missing."""
+    of_encoder = {
+        name.removeprefix(OF_ENCODER): a for name, a in arrays.items() if OF_ENCODER in name
+    }
+    own = {name: a for name, a in arrays.items() if OF_ENCODER not in name}
+    tokens, positions, segments = (own.pop(name) for name in OF_TOKENS)
+    parts = {
+        name: PartRecord(
+            layers=tuple(own[f"{name}/layers"].tolist()),
+            num_experts=int(own[f"{name}/num_experts"]),
+            choices=Choices(*(own[f"{name}/{field}"] for field in Choices._fields)),
+        )
+        for name in sorted({name.rpartition("/")[0] for name in own})
+    }
+    encoder = record_from(of_encoder) if of_encoder else None
+    return RoutingRecord(tokens, positions, segments, parts, encoder)
 
 
 def check_model(record: RoutingRecord, model: LanguageModel) -> None:
@@ -223,12 +271,12 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
     """
     moes, layers = model.moe_parts, model.moe_layers
     require(
-        set(record.parts) == set(layers),
+        set(record.all_parts) == set(layers),
         "a record needs a model with the same MoE parts",
-        f"the record is of {sorted(record.parts)}, the model has {sorted(layers)}",
+        f"the record is of {sorted(record.all_parts)}, the model has {sorted(layers)}",
         "Record anew with this model",
     )
-    for name, part in record.parts.items():
+    for name, part in record.all_parts.items():
         num_experts = moes[name].num_options
         require(
             (part.num_experts, part.layers) == (num_experts, layers[name]),
@@ -247,6 +295,8 @@ def check_record(record: RoutingRecord) -> None:
     """
     for name, part in record.parts.items():
         check_part(name, part, record.tokens_BL.shape)
+    if record.encoder is not None:
+        check_record(record.encoder)
 
 
 def check_part(name: str, part: PartRecord, batch_shape: tuple[int, ...]) -> None:
