@@ -15,6 +15,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -62,11 +63,20 @@ class Checkpoints:
         is complete; quarantined ones (`damaged-<step>`) never are. None: only read, and leave the
         directory as it is: a run may be writing a checkpoint just now.
 
+      gigabytes_in_flight: the most that is copied at once between arrays and files, at least the
+        largest array; little saves memory, much is faster.
+
     Raises:
       ValueError: `keep` is less than 1.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int | None) -> None:
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        keep: int | None,
+        *,
+        gigabytes_in_flight: int = 96,
+    ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"a run keeps at least 1 checkpoint: keep={keep}. Raise keep.")
         self.directory = pathlib.Path(directory).resolve()
@@ -80,7 +90,12 @@ class Checkpoints:
         with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                item_handlers={STATE: ocp.StandardCheckpointHandler()},
+                item_handlers={
+                    STATE: ocp.StandardCheckpointHandler(
+                        save_concurrent_gb=gigabytes_in_flight,
+                        restore_concurrent_gb=gigabytes_in_flight,
+                    )
+                },
                 options=ocp.CheckpointManagerOptions(
                     read_only=self._read_only,
                     create=not self._read_only,
@@ -318,6 +333,12 @@ class Checkpoints:
                 f"{self.directory / str(step)} differs in {len(names)}, "
                 f"{'; '.join(lines)}. Use the config it was saved with, or another directory."
             )
+
+
+def gigabytes_of_largest(tree: Any) -> int:
+    """The size of the largest array, in whole GB: the least `gigabytes_in_flight`."""
+    sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return max(1, math.ceil(max(sizes, default=0) / 1e9))
 
 
 @contextlib.contextmanager

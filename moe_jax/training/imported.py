@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, write_config
-from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.checkpoints import Checkpoints, gigabytes_of_largest
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.state import TrainState
 from moe_jax.training.workdir import CHECKPOINTS
@@ -45,7 +45,8 @@ def save_imported(
     key = jax.random.key_data(jax.random.key(config.seed))
     state = TrainState(jnp.zeros((), jnp.int32), params, (), dict(model_state), key)
     record = write_config(config, content)
-    with Checkpoints(workdir / CHECKPOINTS, keep=1) as checkpoints:
+    path, few = workdir / CHECKPOINTS, gigabytes_of_largest(params)
+    with Checkpoints(path, keep=1, gigabytes_in_flight=few) as checkpoints:
         checkpoints.save(0, state, metadata={"run": record}, wait=True)
     (workdir / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
     (workdir / IMPORTED_FILE).write_text(json.dumps(dict(origin), indent=2) + "\n")

@@ -20,7 +20,7 @@ from moe_jax.config import (
 from moe_jax.config.installed import require_local
 from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.checkpoints import Checkpoints, gigabytes_of_largest
 from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import inference_rows, state_shardings
@@ -70,7 +70,9 @@ def load_run(
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
     inference_rows(config, placed_on)  # the mesh splits the model
-    with Checkpoints(workdir / CHECKPOINTS, keep=None) as checkpoints:
+    few = gigabytes_of_largest(abstract_state(config))
+    directory = workdir / CHECKPOINTS
+    with Checkpoints(directory, keep=None, gigabytes_in_flight=few) as checkpoints:
         restored = restore(config, checkpoints, placed_on, step)
     if restored is None:
         raise ValueError(
