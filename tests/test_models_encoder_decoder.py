@@ -21,6 +21,7 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.data.objectives.pairs import EncoderPrefixLM
+from moe_jax.inference import continue_text
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
@@ -422,3 +423,8 @@ def test_an_analysis_routes_the_tokens_of_one_side(encoder):
     name = "encoder" if encoder else "stack"
     own = PARAMS[name]["unit"]["0"]["encoder_moe" if encoder else "moe"]["experts"]["wi"][1]
     np.testing.assert_array_equal(list(weights.values())[1].experts["wi"], own)
+
+
+def test_a_text_is_not_continued_by_a_model_with_an_encoder():
+    with pytest.raises(ValueError, match=r"by a decoder without an encoder: .*sample_prompt=''"):
+        continue_text(PARAMS, STATE, config_of(), "The ", num_tokens=1)

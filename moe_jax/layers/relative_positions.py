@@ -31,7 +31,7 @@ class RelativePositions(Part):
     adds_to_residual: ClassVar[bool] = False
 
     num_heads: int = setting(4, at_least=1)  # N, those of the attention that uses it
-    num_buckets: int = setting(32, at_least=4)
+    num_buckets: int = setting(32, at_least=4)  # of distances, both directions together
     max_distance: int = setting(128, at_least=2)  # tokens; all that is as far shares a bucket
 
     def check(self) -> None:
