@@ -122,8 +122,8 @@ class Llama3Scaling(RotaryScaling):
     def check(self) -> None:
         """See `Settings`."""
         require(
-            self.low_turns < self.high_turns,
-            "low_turns must be below high_turns",
+            self.low_turns <= self.high_turns,
+            "low_turns must be at most high_turns",
             f"low_turns={self.low_turns}, high_turns={self.high_turns}",
             "Change one of them",
         )
@@ -137,7 +137,9 @@ class Llama3Scaling(RotaryScaling):
     ) -> jax.Array:
         """See `RotaryScaling`."""
         turns_H = self.original_length * frequency_H / (2 * math.pi)
-        kept_H = jnp.clip((turns_H - self.low_turns) / (self.high_turns - self.low_turns), 0, 1)
+        # Without a width, as in Llama 4 Scout, a frequency is kept or divided.
+        width = self.high_turns - self.low_turns or 1e-6
+        kept_H = jnp.clip((turns_H - self.low_turns) / width, 0, 1)
         return (1 - kept_H) * frequency_H / self.factor + kept_H * frequency_H
 
 
