@@ -77,13 +77,15 @@ class LatentAttention(Part):
         specs: dict[str, Any] = {
             "wkv_a": matrix(model, latent, "model", None),
             "kv_norm": norm.specs(self.kv_rank, "attention"),
-            "wkv_b": matrix(self.kv_rank, heads * (self.nope_dim + self.value_dim), None, "heads"),
+            "wkv_b": matrix(
+                self.kv_rank, heads * (self.nope_dim + self.value_dim), "model", "heads"
+            ),
             "wo": matrix(heads * self.value_dim, model, "heads", "model"),
         }
         if self.q_rank:
             specs["wq_a"] = matrix(model, self.q_rank, "model", None)
             specs["q_norm"] = norm.specs(self.q_rank, "attention")
-            specs["wq_b"] = matrix(self.q_rank, queries, None, "heads")
+            specs["wq_b"] = matrix(self.q_rank, queries, "model", "heads")
         else:
             specs["wq"] = matrix(model, queries, "model", "heads")
         if self.use_bias:
