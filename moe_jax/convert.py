@@ -70,13 +70,14 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
     """What an export needs of the import: the family, settings of the file, and dtypes."""
     from moe_jax.interchange.family import Reader
     from moe_jax.interchange.read import read_settings
-    from moe_jax.interchange.tensor_files import TensorFiles
+    from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
 
     if way != "from_hf":
         return {"family": config.name, "source": str(source)}
     settings = read_settings(source)
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
     dtypes = {name: one.dtype.name for name, one in TensorFiles(source).tensors.items()}
+    dtypes = {name: dtype for name, dtype in dtypes.items() if dtype in FLOATS}
     return {"family": config.name, "source": str(source), "settings": others, "dtypes": dtypes}
 
 

@@ -41,6 +41,10 @@ DEEPSEEK: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True,
         "rope_parameters": PLAIN,
     },
+    # One that predicts later tokens; its layers 2 and 3 are the modules.
+    "deepseek_v3_multi_token": {
+        **V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 2, "rope_parameters": PLAIN,
+    },
     "deepseek_v3_yarn": {
         **V3, "first_k_dense_replace": 2, "rope_theta": 1e3,
         "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},

@@ -1,7 +1,7 @@
 """Computes what transformers says of the tiny models: `python -m tests.save_oracles [NAME ...]`.
 
 Needs the extra `hf`. Each oracle is `tests/oracles/NAME.npz`: logits of the last tokens, and the
-experts of every token in every MoE layer, sorted.
+experts of every token in every MoE layer, sorted; logits of multi-token modules as "later".
 """
 
 import pathlib
@@ -25,6 +25,31 @@ def load_in_torch(directory: pathlib.Path) -> Any:
     return model.eval()
 
 
+def modules_in_torch(model: Any) -> Any:
+    """The multi-token modules of a model that was loaded from a directory."""
+    from transformers.modeling_layers import MtpModel
+
+    first, depth = model.config.num_hidden_layers, model.config.num_mtp_layers
+    # Where transformers expects the modules: it knows the published number of layers alone.
+    places = [rf"model\.layers\.{layer}\..*" for layer in range(first, first + depth)]
+    model._keys_to_ignore_on_load_unexpected = places
+    return MtpModel.from_pretrained(model).eval()
+
+
+def later_logits(modules: Any, model: Any, tokens: Any) -> list[Any]:
+    """Logits of module k for the token k + 1 ahead, [B, L - k, V]."""
+    import torch
+
+    hidden = model.model(tokens).last_hidden_state
+    found = []
+    for k in range(len(modules.layers)):
+        tokens = tokens[:, 1:]
+        positions = torch.arange(tokens.shape[1])[None] + k + 1
+        hidden = modules.forward_layer(k, hidden[:, :-1], positions, None, input_ids=tokens)
+        found.append(model.lm_head(hidden))
+    return found
+
+
 def record_experts(model: Any) -> list[np.ndarray]:
     """A list that gets the experts of every token in each MoE layer when the model runs."""
     import torch
@@ -32,10 +57,7 @@ def record_experts(model: Any) -> list[np.ndarray]:
     found: list[np.ndarray] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
-        given = output if isinstance(output, tuple) else (output,)
-        if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of the others
-            given = (given[0].topk(module.top_k).indices,)
-        for one in given:
+        for one in output if isinstance(output, tuple) else (output,):
             if isinstance(one, torch.Tensor) and one.dtype == torch.int64:
                 found.append(np.sort(one.reshape(-1, one.shape[-1]).numpy(), axis=-1))
 
@@ -51,11 +73,19 @@ def compute(case: Case) -> dict[str, np.ndarray]:
 
     with tempfile.TemporaryDirectory() as folder:
         model = load_in_torch(write_model(pathlib.Path(folder), case))
+        if case.settings.get("num_nextn_predict_layers"):
+            modules = modules_in_torch(model)
     experts = record_experts(model)
     with torch.no_grad():
         logits = model(torch.from_numpy(case.tokens()).long()).logits.numpy()
     oracle = {"logits": logits[:, -4:]}
-    return oracle | ({"experts": np.stack(experts).astype(np.int16)} if experts else {})
+    if experts:
+        oracle["experts"] = np.stack(experts).astype(np.int16)
+    if case.settings.get("num_nextn_predict_layers"):
+        with torch.no_grad():
+            later = later_logits(modules, model, torch.from_numpy(case.tokens()).long())
+        oracle["later"] = np.stack([one[:, -4:].numpy() for one in later])
+    return oracle
 
 
 def main(names: list[str]) -> None:

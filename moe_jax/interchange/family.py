@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from moe_jax.config import difference, to_dict
@@ -21,10 +21,7 @@ Settings = Mapping[str, Any]  # of a config.json
 FAMILIES = {
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
-    "jamba": "moe_jax.interchange.families.jamba:JAMBA",
     "llama": "moe_jax.interchange.families.dense:LLAMA",
-    "llama4": "moe_jax.interchange.families.llama4:LLAMA4",
-    "llama4_text": "moe_jax.interchange.families.llama4:LLAMA4",
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
     "qwen2": "moe_jax.interchange.families.dense:QWEN2",
     "qwen3": "moe_jax.interchange.families.dense:QWEN3",
@@ -37,7 +34,8 @@ FAMILIES = {
 OF_TRAINING = (
     "losses", "capacity", "group_size", "noise", "init_scale", "init_stddev", "identical_init",
     "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
-    "exchange", "exchange_chunks", "rate", "anneal_from", "anneal_steps",
+    "exchange", "exchange_chunks", "rate", "schedule", "frozen_fraction", "anneal_from",
+    "anneal_steps", "weight",
 )  # fmt: skip
 
 
@@ -52,6 +50,7 @@ class Family:
       settings: the config.json of a model, without the class; what it cannot say is left out.
       rules: of a model's tensors. Of several for one parameter the first is written, and the first
         whose tensors are there is read.
+      copies: of a model: tensors that repeat another, which is named beside them.
       ignored: regular expressions of tensors that hold nothing of the model, such as buffers.
       opened: what stands between the files and the rules, such as a dequantisation.
     """
@@ -61,16 +60,21 @@ class Family:
     model: Callable[["Reader"], LanguageModel]
     settings: Callable[[LanguageModel], dict[str, Any]]
     rules: Callable[[LanguageModel], Iterable[Rule]]
+    copies: Callable[[LanguageModel], Mapping[str, str]] = lambda model: {}
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     opened: Callable[[TensorFiles], Files] = lambda files: files
 
-    def read(self, settings: Settings) -> LanguageModel:
+    def read(self, settings: Settings, tensors: Container[str] | None = None) -> LanguageModel:
         """The model of a config.json.
+
+        Args:
+          settings: of the file.
+          tensors: names of those beside it, or None.
 
         Raises:
           ValueError: a size is missing, or a setting has no counterpart.
         """
-        config = Reader(settings)
+        config = Reader(settings, tensors)
         model = self.model(config)
         config.warn_of_unread()
         return model
@@ -147,6 +151,7 @@ class Reader:
 
     Args:
       settings: of the file.
+      tensors: names of those beside it; None: not known, and all that the settings say.
     """
 
     # What no output depends on.
@@ -160,8 +165,9 @@ class Reader:
          "output_attentions", "output_hidden_states", "return_dict"]
     )  # fmt: skip
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, tensors: Container[str] | None = None):
         self.settings = settings
+        self.tensors = tensors
         self.unread = set(settings) - self.HARMLESS
 
     def __getitem__(self, name: str) -> Any:
@@ -182,7 +188,7 @@ class Reader:
 
     def with_settings(self, **settings: Any) -> "Reader":
         """The same with other settings; what is read of it counts as read here."""
-        other = Reader({**self.settings, **settings})
+        other = Reader({**self.settings, **settings}, self.tensors)
         other.unread = self.unread
         return other
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import NAME
 from moe_jax.parameters import ParameterSpec
 
 STATE = "state"  # where a tree of parameters keeps what parts update outside the optimizer
@@ -49,7 +50,11 @@ def leaf_at(model: LanguageModel, path: tuple[str, ...], spec: ParameterSpec) ->
     """The parameter at a path."""
     if path[0] == STATE:
         _, part, *rest = path
-        return Leaf(path, "/".join((part, *rest)), model.layers_of[part], True, spec)
+        key = "/".join((part.removeprefix(f"{NAME}_"), *rest))
+        return Leaf(path, key, model.layers_of[part], True, spec)
+    if path[0] == NAME:  # a module counts as a layer, behind the others
+        inner = path[4:] if path[1] == "stack" else path
+        return Leaf(path, "/".join(inner), model.layers_of[NAME], True, spec)
     if path[0] != "stack":
         return Leaf(path, "/".join(path), (), False, spec)
     _, segment, place, *rest = path

@@ -4,7 +4,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.interchange.family import Family, load_family
-from moe_jax.interchange.leaves import Leaf, all_specs, leaves_of
+from moe_jax.interchange.leaves import STATE, Leaf, all_specs, leaves_of
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import FLOATS, Files, TensorFiles
 from moe_jax.models.model import LanguageModel
@@ -62,8 +62,8 @@ def from_hf(
     path = pathlib.Path(path)
     settings = read_settings(path)
     family = load_family(str(settings.get("model_type")))
-    model = family.read(settings)
     files = family.opened(TensorFiles(path))
+    model = family.read(settings, files.tensors)
     params = read_parameters(files, family, model, dtype, mesh)
     length = min(int(settings.get("max_position_embeddings") or 2048), 2048)
     config = ExperimentConfig(
@@ -106,7 +106,9 @@ def read_parameters(
         check_divides(all_specs(model), RunShape(0, 0, shards))
     leaves = leaves_of(model)
     sources = find_sources(files, tuple(family.rules(model)), leaves)
-    check_unknown(files, family, sources, leaves)
+    copies = dict(family.copies(model))
+    check_unknown(files, family, sources, leaves, copies)
+    check_copies(files, copies)
     structure = jax.tree.structure(all_specs(model))
     arrays = [read_leaf(files, leaf, sources[leaf.key], dtype, mesh) for leaf in leaves]
     return jax.tree.unflatten(structure, arrays)
@@ -157,7 +159,11 @@ def tensor_names(rule: Rule, leaf: Leaf) -> list[str]:
 
 
 def check_unknown(
-    files: Files, family: Family, sources: Mapping[str, Source], leaves: Sequence[Leaf]
+    files: Files,
+    family: Family,
+    sources: Mapping[str, Source],
+    leaves: Sequence[Leaf],
+    copies: Iterable[str],
 ) -> None:
     """Refuses files with tensors that no parameter takes.
 
@@ -165,6 +171,7 @@ def check_unknown(
       ValueError: with their names.
     """
     read = {name for leaf in leaves for name in tensor_names(sources[leaf.key].rule, leaf)}
+    read |= set(copies)
     left = [
         name
         for name in files.tensors
@@ -178,12 +185,34 @@ def check_unknown(
         )
 
 
+def check_copies(files: Files, copies: Mapping[str, str]) -> None:
+    """Refuses a tensor that should repeat another and does not; one that is absent is no matter.
+
+    Raises:
+      ValueError: with both names.
+    """
+    for name, original in copies.items():
+        if name not in files:
+            continue
+        shape = files.tensors[name].shape
+        same = shape == files.tensors[original].shape and all(
+            np.array_equal(files.read(name, row), files.read(original, row))
+            for row in range(shape[0])
+        )
+        if not same:
+            raise ValueError(
+                f"{name} repeats {original}: they differ in {files.path}. Remove one of them."
+            )
+
+
 def read_leaf(
     files: Files, leaf: Leaf, source: Source, dtype: str | None, mesh: Mesh | None
 ) -> jax.Array:
     """A parameter, of all its layers; on a mesh each device gets its own part."""
     names = tensor_names(source.rule, leaf)
     types = {files.tensors[name].dtype for name in names}
+    if leaf.path[0] == STATE:
+        dtype = leaf.spec.dtype  # small steps of a bias would be lost in bfloat16
     wanted = np.dtype(dtype) if dtype else np.result_type(*types)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.interchange.family import FAMILIES, Family, family_of
-from moe_jax.interchange.leaves import Leaf, leaves_of
+from moe_jax.interchange.leaves import STATE, Leaf, leaves_of
 from moe_jax.interchange.read import CONFIG, tensor_names
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import (
@@ -115,7 +115,9 @@ def tensors_of(
         for same_layers in zip(*(by_key[key] for key in keys), strict=True):
             tensors += of_rule(rule, same_layers, values, dtype)
     assert done == set(by_key), f"no rule for {set(by_key) - done}"
-    return tensors
+    by_name = {one.name: one for one in tensors}
+    copies = family.copies(model).items()
+    return tensors + [by_name[original]._replace(name=name) for name, original in copies]
 
 
 def of_rule(
@@ -130,6 +132,8 @@ def of_rule(
     places = [(layer, expert) for layer in range(len(first.layers) or 1) for expert in experts]
     shape = rule.shape([leaf.shape[1:] if rule.of_expert else leaf.shape for leaf in leaves])
     own = values[first.path].dtype
+    if first.path[0] == STATE and isinstance(dtype, str):
+        dtype = None  # small steps of a bias would be lost in bfloat16
 
     def maker(layer: int, expert: int | None) -> Callable[[], np.ndarray]:
         def make() -> np.ndarray:

@@ -8,8 +8,12 @@ Source: DeepSeek-AI 2024, arXiv:2405.04434 and arXiv:2412.19437; `modeling_deeps
   published weights. norm_topk_prob of V2 has no effect, as in transformers.
 """
 
+import dataclasses
+import logging
 from typing import Any
 
+from moe_jax.config.check import require
+from moe_jax.interchange.block_scales import BlockScaledFiles
 from moe_jax.interchange.common import (
     DROPLESS,
     LAYER,
@@ -29,6 +33,7 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.layers.latent_attention import LatentAttention
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import MultiToken
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.load_balance import LoadBalance
@@ -36,6 +41,8 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
+
+logger = logging.getLogger(__name__)
 
 ATTENTION, MLP = f"{LAYER}self_attn.", f"{LAYER}mlp."
 PROJECTIONS = (
@@ -57,6 +64,11 @@ RULES = (
     *gated_rules(f"{MLP}shared_experts.", "moe/shared"),
     *gated_rules(f"{MLP}experts.{{expert}}.", "moe/experts"),
     *fused_expert_rules(MLP),
+    # A module that predicts a later token is a layer behind the others, with a few tensors more.
+    Rule(f"{LAYER}eh_proj.weight", "multi_token/project", LINEAR),
+    Rule(f"{LAYER}enorm.weight", "multi_token/embedding_norm/scale"),
+    Rule(f"{LAYER}hnorm.weight", "multi_token/hidden_norm/scale"),
+    Rule(f"{LAYER}shared_head.norm.weight", "multi_token/final_norm/scale"),
 )
 
 
@@ -145,6 +157,13 @@ def v2(config: Reader) -> LanguageModel:
 def v3(config: Reader) -> LanguageModel:
     """DeepSeek-V3 of a config.json."""
     config.require("scoring_func", "sigmoid")
+    quantization = config.get("quantization_config", {})
+    require(
+        quantization.get("quant_method", "fp8") == "fp8",
+        "a quantised DeepSeek-V3 is read from float8 with scales of blocks, as published",
+        f"quantization_config={quantization}",
+        "Dequantise the model first",
+    )
     config.require("topk_method", "noaux_tc")
     router = TokenChoice(
         score=Sigmoid(),
@@ -153,7 +172,30 @@ def v3(config: Reader) -> LanguageModel:
         groups=groups_of(config, 8, 4, "top2_sum"),
     )
     moe = MoE(**expert_settings(config, 1), router=router, bias=SignUpdate(rate=1e-3))
-    return language_model(config, moe, num_dense=3)
+    model = language_model(config, moe, num_dense=3)
+    depth = num_modules(config)
+    return dataclasses.replace(model, multi_token=MultiToken(depth) if depth else None)
+
+
+def num_modules(config: Reader) -> int:
+    """How many multi-token modules there are; none if the files leave them out, as many do."""
+    depth, first = config.get("num_nextn_predict_layers", 1), config["num_hidden_layers"]
+    name = f"model.layers.{first}.eh_proj.weight"
+    if depth and config.tensors is not None and name not in config.tensors:
+        logger.warning("num_nextn_predict_layers=%d, but there is no %s: read without", depth, name)
+        return 0
+    assert isinstance(depth, int)
+    return depth
+
+
+def copies(model: LanguageModel) -> dict[str, str]:
+    """Embedding and head, which the published files repeat in every multi-token module."""
+    head = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
+    names = [f"model.layers.{layer}." for layer in model.layers_of.get("multi_token", ())]
+    return {
+        **{f"{name}embed_tokens.weight": "model.embed_tokens.weight" for name in names},
+        **{f"{name}shared_head.head.weight": head for name in names},
+    }
 
 
 def shared_settings(model: LanguageModel) -> dict[str, Any]:
@@ -203,9 +245,17 @@ def v3_settings(model: LanguageModel) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "norm_topk_prob": moe.router.renormalize,
         "rope_interleave": attention.rotary.interleaved,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": model.multi_token.depth if model.multi_token else 0,
     }
 
 
 DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", v2, v2_settings, lambda model: RULES)
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", v3, v3_settings, lambda model: RULES)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    v3,
+    v3_settings,
+    lambda model: RULES,
+    copies,
+    opened=BlockScaledFiles,
+)
