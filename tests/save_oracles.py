@@ -57,7 +57,10 @@ def record_experts(model: Any) -> list[np.ndarray]:
     found: list[np.ndarray] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> None:
-        for one in output if isinstance(output, tuple) else (output,):
+        given = output if isinstance(output, tuple) else (output,)
+        if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of the others
+            given = (given[0].topk(module.top_k).indices,)
+        for one in given:
             if isinstance(one, torch.Tensor) and one.dtype == torch.int64:
                 found.append(np.sort(one.reshape(-1, one.shape[-1]).numpy(), axis=-1))
 

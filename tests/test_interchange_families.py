@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.interchange.family import FAMILIES
+from moe_jax.interchange.family import FAMILIES, load_family
 from moe_jax.interchange.leaves import leaves_of
-from moe_jax.interchange.tensor_files import TensorFiles
+from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from tests.hf_families import CASES, ORACLES, Case, write_model
 from tests.save_oracles import load_in_torch
 
@@ -66,8 +66,8 @@ def logits_of(config, params, tokens, **settings):
 
 
 def test_every_family_has_a_quick_case():
-    quick = {case.settings["model_type"] for case in CASES.values() if case.quick}
-    assert quick == set(FAMILIES)
+    quick = {case.family.name for case in CASES.values() if case.quick}
+    assert quick == {load_family(name).name for name in FAMILIES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,6 +137,10 @@ def test_gradients_are_those_of_transformers(name, models, tmp_path):
             continue
         a, b = (np.asarray(at(tree, leaf.path), np.float64) for tree in (ours, theirs))
         assert np.linalg.norm(b) > 0, leaf.path
+        if name == "llama4_maverick" and leaf.key == "nope/bk":
+            # Without positions it adds the same to all scores of a query: this is rounding.
+            assert max(np.linalg.norm(a), np.linalg.norm(b)) < 1e-6
+            continue
         assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b), leaf.path
 
 
@@ -172,3 +176,23 @@ def test_transformers_loads_what_is_written(name, models, tmp_path):
     assert torch.equal(old, new)
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["model_type"] == CASES[name].settings["model_type"]
+
+
+def test_the_text_model_of_a_multimodal_llama4_is_read(models, tmp_path):
+    path, config, params = models("llama4_scout")
+    files = TensorFiles(path)
+    values = {f"language_model.{name}": files.read(name) for name in files.tensors}
+    values["vision_model.class_embedding"] = np.zeros(8, np.float32)
+    to_write = [
+        ToWrite(name, value.dtype, value.shape, lambda value=value: value)
+        for name, value in values.items()
+    ]
+    text = json.loads((path / "config.json").read_text())
+    settings = {"model_type": "llama4", "text_config": text, "vision_config": {}}
+    write_tensors(tmp_path, to_write)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    again, read = moe_jax.from_hf(tmp_path)
+    assert again.model == config.model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, read))
+    moe_jax.to_hf(again, read, tmp_path / "hf")
+    assert set(TensorFiles(tmp_path / "hf").tensors) == set(files.tensors)

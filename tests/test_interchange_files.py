@@ -227,3 +227,6 @@ def test_layouts_by_hand():
     tap = Inserted(1)
     assert tap.shape((8, 4)) == (8, 1, 4)
     np.testing.assert_array_equal(tap.read(tap.write(leaf[0]), leaf[0].shape), leaf[0])
+    turned = Inserted(1, LINEAR)  # a convolution [K 2, C 3] as PyTorch's [C, 1, K]
+    assert turned.write(leaf[0]).tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
+    np.testing.assert_array_equal(turned.read(turned.write(leaf[0]), leaf[0].shape), leaf[0])

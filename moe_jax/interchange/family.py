@@ -21,7 +21,10 @@ Settings = Mapping[str, Any]  # of a config.json
 FAMILIES = {
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
+    "jamba": "moe_jax.interchange.families.jamba:JAMBA",
     "llama": "moe_jax.interchange.families.dense:LLAMA",
+    "llama4": "moe_jax.interchange.families.llama4:LLAMA4",
+    "llama4_text": "moe_jax.interchange.families.llama4:LLAMA4",
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
     "qwen2": "moe_jax.interchange.families.dense:QWEN2",
     "qwen3": "moe_jax.interchange.families.dense:QWEN3",

@@ -72,21 +72,23 @@ class Merged(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Inserted(Layout):
-    """A dim of size 1 more in the file, such as a convolution's [C, 1, K] for [C, K]."""
+    """A dim of size 1 more than in an inner layout, such as a convolution's [C, 1, K]."""
 
     axis: int
+    inner: Layout = Layout()
 
     def shape(self, shape: Shape) -> Shape:
         """See `Layout`."""
+        shape = self.inner.shape(shape)
         return (*shape[: self.axis], 1, *shape[self.axis :])
 
     def read(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
         """See `Layout`."""
-        return tensor.squeeze(self.axis)
+        return self.inner.read(tensor.squeeze(self.axis), shape)
 
     def write(self, values: np.ndarray) -> np.ndarray:
         """See `Layout`."""
-        return np.expand_dims(values, self.axis)
+        return np.expand_dims(self.inner.write(values), self.axis)
 
 
 AS_IS, LINEAR = Layout(), Linear()
