@@ -67,7 +67,8 @@ def logits_of(config, params, tokens, **settings):
 
 def test_every_family_has_a_quick_case():
     quick = {case.family.name for case in CASES.values() if case.quick}
-    assert quick == {load_family(name).name for name in FAMILIES}
+    elsewhere = {"grok-1"}  # transformers does not have it: tests/test_interchange_grok1.py
+    assert quick | elsewhere == {load_family(name).name for name in FAMILIES}
 
 
 @pytest.mark.parametrize("name", NAMES)

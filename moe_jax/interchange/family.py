@@ -21,6 +21,7 @@ Settings = Mapping[str, Any]  # of a config.json
 FAMILIES = {
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
+    "grok-1": "moe_jax.interchange.families.grok1:GROK1",
     "jamba": "moe_jax.interchange.families.jamba:JAMBA",
     "llama": "moe_jax.interchange.families.dense:LLAMA",
     "llama4": "moe_jax.interchange.families.llama4:LLAMA4",
