@@ -7,16 +7,22 @@ of the MoE block.
     python -m moe_jax.train --config=configs/base.py:smoke --workdir=runs/base_smoke
 """
 
+import itertools
 from collections.abc import Iterable
 
 import ml_collections
 
-from moe_jax.config import ExperimentConfig, config_dict
+from moe_jax.config import ExperimentConfig, MeshConfig, config_dict
 
-# The most that a part of a smoke run has of each size.
+# The most that a part of a small model has of each size, wherever the part has it.
 SMALL = {
     "num_experts": 8, "num_selected_experts": 2, "expert_dim": 128, "shared_expert_dim": 128,
-    "dim": 128, "num_kv_heads": 2, "head_dim": 16, "group_size": 0,
+    "dim": 128, "group_size": 0, "num_groups": 4, "num_selected": 2,
+    # Attention; windows and chunks are shorter than a sequence.
+    "num_kv_heads": 2, "head_dim": 16, "q_rank": 32, "kv_rank": 32, "nope_dim": 16, "rope_dim": 8,
+    "value_dim": 16, "window": 24, "chunk": 32, "floor": 16, "original_length": 32,
+    # Mamba
+    "state_dim": 8, "dt_rank": 8, "chunk_size": 16,
 }  # fmt: skip
 SMALL_LAYERS = 4
 
@@ -42,35 +48,88 @@ def parse_presets(arg: str, known: Iterable[str] = ()) -> set[str]:
     return presets
 
 
+def make_smaller(config: ml_collections.ConfigDict, presets: set[str]) -> None:
+    """Applies the presets "tiny" and "smoke", of those given."""
+    if "tiny" in presets:
+        make_tiny(config)
+    if "smoke" in presets:
+        make_smoke(config)
+
+
+def make_tiny(config: ml_collections.ConfigDict) -> None:
+    """Shrinks a published model to one that a CPU trains in seconds, on the embedded corpus.
+
+    It has every kind of layer at least once, and every option: of two thirds of a sequence's length
+    each, windows bind. A file may change sizes and the optimizer again after that.
+    """
+    config.name += "_tiny"
+    shrink_model(config)
+    config.model.compute_dtype, config.model.remat = "float32", "none"
+    config.data.sequence_length = 96
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 20
+    training = config.training
+    training.num_steps, training.batch_size, training.num_microbatches = 150, 16, 1
+    training.log_every, training.checkpoint_every, training.evaluate_every = 10, 150, 150
+    training.evaluation_batches, training.sample_tokens = 8, 64
+
+
 def make_smoke(config: ml_collections.ConfigDict) -> None:
     """Shrinks a config to a minute on two CPU cores: same kind of model, few and small steps."""
     config.name += "_smoke"
-    model, training = config.model, config.training
-    model.model_dim, model.vocab_size = 64, 384
-    for part in model.parts.values():
-        shrink_part(part)
-    shrink_stack(model.stack)
-    config.data.corpus, config.data.tokenizer, config.data.sequence_length = "embedded", "byte", 64
-    config.data.domain_weights = ()
+    shrink_model(config)
+    config.data.sequence_length = 64
     config.optimizer.warmup_steps = 5
+    training = config.training
     training.num_steps, training.batch_size, training.num_microbatches = 20, 8, 1
     training.log_every, training.checkpoint_every, training.evaluate_every = 5, 10, 20
     training.evaluation_batches, training.sample_tokens = 4, 32
 
 
-def shrink_part(part: ml_collections.ConfigDict | str) -> None:
-    """Bounds the sizes that a part has; one without settings is its kind alone."""
-    if isinstance(part, str):
-        return
-    for name, most in SMALL.items():
-        if name in part:
-            part[name] = min(part[name], most)
+def shrink_model(config: ml_collections.ConfigDict) -> None:
+    """The same shape of model at small sizes, for bytes of the embedded corpus on any devices."""
+    config.model.model_dim, config.model.vocab_size = 64, 384
+    shrink(config.model)
+    config.data.corpus, config.data.tokenizer, config.data.domain_weights = "embedded", "byte", ()
+    config.mesh = config_dict(MeshConfig())
+
+
+def shrink(part: ml_collections.ConfigDict) -> None:
+    """Bounds the sizes of a part and of the parts in it."""
+    old = part.get("head_dim")
     if "num_heads" in part:
+        if part.get("num_kv_heads") == part.num_heads:
+            part.num_kv_heads = 0  # as many as heads
         part.num_heads = 4  # a multiple of any num_kv_heads of 2 or less
+    for name, most in SMALL.items():
+        if part.get(name) is not None:
+            part[name] = min(part[name], most)
+    if isinstance(part.get("rotary"), ml_collections.ConfigDict):
+        shrink_rotary(part.rotary, old, part)
+    if "repeats" in part:
+        shrink_stack(part)
+    for inner in part.values():
+        if isinstance(inner, ml_collections.ConfigDict):
+            shrink(inner)
+
+
+def shrink_rotary(
+    rotary: ml_collections.ConfigDict, old: int | None, part: ml_collections.ConfigDict
+) -> None:
+    """Keeps the share of a head's dims that turn; factors for each frequency are thinned out."""
+    new = part.get("head_dim", part.get("rope_dim"))
+    if rotary.dim is not None and old is not None:
+        rotary.dim = new = max(2, rotary.dim * new // old // 2 * 2)
+    scaling = rotary.scaling
+    for name in ("short_factors", "long_factors"):
+        factors = () if scaling is None else scaling.get(name, ())
+        if factors:
+            scaling[name] = factors[:: len(factors) // (new // 2)][: new // 2]
 
 
 def shrink_stack(stack: ml_collections.ConfigDict) -> None:
-    """Repeats the unit as often as `SMALL_LAYERS` allow, and once at least."""
+    """One of several equal layers in a row; the unit as often as `SMALL_LAYERS` allow, or once."""
+    for name in ("first", "unit", "last"):
+        stack[name] = tuple(layer for layer, _ in itertools.groupby(stack[name]))
     if stack.repeats:
         others = len(stack.first) + len(stack.last)
         stack.repeats = max(1, min(stack.repeats, (SMALL_LAYERS - others) // len(stack.unit)))

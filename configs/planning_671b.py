@@ -84,7 +84,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     if "smoke" in presets:
         make_smoke(config)
-        groups = config.model.parts.moe.router.groups
-        groups.num_groups, groups.num_selected = 2, 1
-        config.mesh.data, config.mesh.fsdp, config.mesh.expert = -1, 1, 1
     return config

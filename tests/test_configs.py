@@ -38,6 +38,9 @@ SMOKE = [
     for name, preset in CASES
     if preset != "smoke"
 ]
+TINY = [(name, preset) for name, preset in CASES if preset.endswith("tiny")]
+# Of published models the full sizes are in `test_published_counts`.
+SMALL = [(name, preset) for name, preset in CASES if (name, "tiny") not in TINY] + TINY
 
 
 def test_there_are_configs_and_each_has_a_smoke_preset():
@@ -45,7 +48,7 @@ def test_there_are_configs_and_each_has_a_smoke_preset():
     assert all("smoke" in presets(name) for name in FILES)
 
 
-@pytest.mark.parametrize(("name", "preset"), CASES)
+@pytest.mark.parametrize(("name", "preset"), slow_but(SMALL, CASES))
 def test_every_preset_builds_and_initialises(name, preset):
     config = from_config_dict(get_config(name)(preset))
     state = jax.eval_shape(lambda: init_state(config))
@@ -65,26 +68,48 @@ def test_every_field_is_there_and_an_unknown_one_refused(name, preset):
 
 
 # `test_readme` trains quickstart:smoke.
-QUICK = [("base", "smoke"), ("quickstart", "dense,smoke")]
+QUICK = [("base", "smoke"), ("quickstart", "dense,smoke"), ("mixtral", "tiny,smoke")]
 
 
 @pytest.mark.parametrize(("name", "preset"), slow_but(QUICK, SMOKE))
 def test_smoke_is_small_and_trains(name, preset):
+    config = config_of(name, preset)
+    assert config.training.num_steps <= MAX_SMOKE_STEPS
+    losses = train(config, 2)
+    np.testing.assert_allclose(losses, np.log(config.model.vocab_size), atol=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "preset"), TINY)
+def test_tiny_learns(name, preset):
+    config = config_of(name, preset)
+    losses = train(config, config.training.num_steps)
+    assert losses[0] > 5 and np.mean(losses[-10:]) < 3.1, "bytes by their frequency have 3.3 nats"
+
+
+def config_of(name, preset):
+    """The config of a file, whose corpus is in the cache of the tests."""
     settings = get_config(name)(preset)
     settings.data.cache_dir = str(CACHE / "moe_jax")
     config = from_config_dict(settings)
-    assert config.training.num_steps <= MAX_SMOKE_STEPS
     assert config.data.corpus == "embedded"
+    return config
+
+
+def train(config, num_steps):
+    """The losses of the first steps."""
     state = quick_jit(init_state, static_argnums=0)(config)
     step = quick_jit(make_train_step(config))
     batches = train_batches(open_data(config.data), global_batch_size=config.training.batch_size)
-    for expected_step in (1, 2):
+    losses = []
+    for expected_step in range(1, num_steps + 1):
         batch = next(batches)
         batch.pop("domain")
         state, says = step(state, cut(batch, config.training.num_microbatches))
         assert int(state.step) == expected_step
         assert np.isfinite(says.total_loss) and says.grad_norm > 0
-    np.testing.assert_allclose(says.loss, np.log(config.model.vocab_size), atol=2)
+        losses.append(float(says.loss))
+    return losses
 
 
 def test_presets_may_be_joined():
@@ -120,6 +145,6 @@ def test_a_config_file_imports_nothing_that_trains():
     for name in FILES:
         source = (ROOT / "configs" / f"{name}.py").read_text()
         imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))
-        allowed = {"collections.abc", "ml_collections", "moe_jax.config"}
+        allowed = {"collections.abc", "itertools", "ml_collections", "moe_jax.config"}
         parts = ("configs.", "moe_jax.moe.", "moe_jax.layers.", "moe_jax.models.")
         assert {name for name in imported if not name.startswith(parts)} <= allowed, name

@@ -9,6 +9,7 @@ import pytest
 from moe_jax.config import MeshConfig
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.mamba import Mamba
 from moe_jax.layers.norms import LayerNorm, RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
@@ -144,3 +145,19 @@ def test_experts_of_a_tied_block_are_counted_once():
     model = LanguageModel(vocab_size=8, model_dim=4, parts=parts, stack=layout)
     count = count_parameters(model, 16)
     assert (count.experts, count.active_experts) == (4 * 2 * 4 * 8, 2 * 4 * 8)
+
+
+def test_mamba_is_a_component_of_its_own():
+    """By hand: [4, 8] twice in, [8, 4] out, taps [4, 8] and their bias, [8, 2 + 4] to dt, B, C.
+
+    [2, 8] and a bias to the steps, [8, 2] of log A, D.
+    """
+    mamba = Mamba(state_dim=2, dt_rank=2)
+    layout = StackLayout(unit=(("mamba", "mlp"),), repeats=3)
+    model = LanguageModel(
+        vocab_size=8, model_dim=4, parts={"mamba": mamba, "mlp": Mlp(dim=8)}, stack=layout
+    )
+    count = count_parameters(model, 16)
+    assert count.mamba == 3 * (3 * 32 + 32 + 8 + 48 + 16 + 8 + 16 + 8)
+    assert count.other == count.attention == 0
+    assert count.total == count.active == sum(spec.size for spec in parameter_specs(model))

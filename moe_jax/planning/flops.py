@@ -33,7 +33,8 @@ class FlopCount:
       dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
       router: router logits, and what else a router computes by matrices; of Soft MoE also its
         contractions, which are no dispatch but the model itself.
-      other: parts of components that the library does not know; projections of multi-token modules.
+      other: Mamba; projections of multi-token modules; parts of components that the library does
+        not know.
       head: output logits, those of multi-token modules too.
     """
 

@@ -16,8 +16,8 @@ from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import Placed, different_layers
 
 COMPONENTS = (
-    "embedding", "head", "attention", "dense_ffn", "experts", "shared_experts", "router", "norms",
-    "other",
+    "embedding", "head", "attention", "mamba", "dense_ffn", "experts", "shared_experts", "router",
+    "norms", "other",
 )  # fmt: skip
 CONVENTIONS = ("with both embeddings", "without the input embedding", "without embeddings")
 
@@ -29,7 +29,8 @@ class ParameterCount:
     Attributes:
       embedding: the input embedding, which is the head too if they are tied.
       head: the output head, 0 if tied.
-      attention: projections, their biases and QK-norms.
+      attention: projections, their biases and QK-norms; in latent attention also inner norms.
+      mamba: all of Mamba's layers but the norms of the residual stream.
       dense_ffn: FFNs of dense layers.
       experts: routed experts, all E of every layer.
       active_experts: routed experts that a token uses on average.
@@ -43,6 +44,7 @@ class ParameterCount:
     embedding: int
     head: int
     attention: int
+    mamba: int
     dense_ffn: int
     experts: int
     active_experts: int
@@ -79,7 +81,7 @@ class ParameterCount:
     @property
     def _outside_experts(self) -> int:
         return (
-            self.embedding + self.head + self.attention + self.dense_ffn
+            self.embedding + self.head + self.attention + self.mamba + self.dense_ffn
             + self.shared_experts + self.router + self.norms + self.other
         )  # fmt: skip
 
