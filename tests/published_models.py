@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from configs.phi_moe import LONG, SHORT
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -34,9 +36,94 @@ MIXTRAL_8X22B = {
     "num_attention_heads": 48, "num_hidden_layers": 56, "router_aux_loss_coef": 0.001,
     "vocab_size": 32768,
 }  # fmt: skip
+GPT_OSS = {
+    "model_type": "gpt_oss", "attention_bias": True, "head_dim": 64, "hidden_act": "silu",
+    "hidden_size": 2880, "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072, "num_attention_heads": 64, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+    "quantization_config": {"quant_method": "mxfp4"}, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+        "original_max_position_embeddings": 4096, "truncate": False,
+    },
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "vocab_size": 201088,
+}  # fmt: skip
+GPT_OSS_120B = {
+    **GPT_OSS, "layer_types": ["sliding_attention", "full_attention"] * 18,
+    "num_hidden_layers": 36, "num_local_experts": 128,
+}  # fmt: skip
+JAMBA = {
+    "model_type": "jamba", "attn_layer_offset": 4, "attn_layer_period": 8,
+    "expert_layer_offset": 1, "expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096,
+    "intermediate_size": 14336, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_state": 16,
+    "mamba_dt_rank": 256, "mamba_expand": 2, "mamba_inner_layernorms": True,
+    "mamba_proj_bias": False, "max_position_embeddings": 262144, "num_attention_heads": 32,
+    "num_experts": 16, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001,
+    "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 65536,
+}  # fmt: skip
+LLAMA4 = {
+    "attention_bias": False, "attention_chunk_size": 8192, "attn_scale": 0.1,
+    "attn_temperature_tuning": True, "floor_scale": 8192, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 5120, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760,
+    "model_type": "llama4_text", "no_rope_layers": [1, 1, 1, 0] * 12, "num_attention_heads": 40,
+    "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
+    "num_local_experts": 16, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "use_qk_norm": True,
+    "vocab_size": 202048,
+}  # fmt: skip
+MAVERICK = {
+    **LLAMA4, "interleave_moe_layer_step": 2, "max_position_embeddings": 1048576,
+    "moe_layers": list(range(1, 48, 2)), "num_local_experts": 128, "rope_scaling": None,
+    "use_qk_norm": False,
+}  # fmt: skip
+PHI_MOE = {
+    "model_type": "phimoe", "attention_bias": True, "hidden_act": "silu", "hidden_size": 4096,
+    "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": True,
+    "max_position_embeddings": 131072, "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": list(LONG), "long_mscale": 1.243163121016122,
+        "original_max_position_embeddings": 4096, "short_factor": list(SHORT),
+        "short_mscale": 1.243163121016122, "type": "longrope",
+    },
+    "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01,
+    "sliding_window": 131072, "tie_word_embeddings": False, "vocab_size": 32064,
+}  # fmt: skip
+GROK1 = {
+    "model_type": "grok-1", "attn_output_multiplier": 0.08838834764831845,
+    "embedding_multiplier_scale": 78.38367176906169, "hidden_size": 6144,
+    "intermediate_size": 32768, "max_attn_value": 30.0, "max_position_embeddings": 8192,
+    "num_attention_heads": 48, "num_experts": 8, "num_experts_per_tok": 2,
+    "num_hidden_layers": 64, "num_key_value_heads": 8,
+    "output_multiplier_scale": 0.5773502691896257, "rms_norm_eps": 1e-05,
+    "router_aux_loss_coef": 0.001, "tie_word_embeddings": True, "vocab_size": 131072,
+}  # fmt: skip
 
 # By config file and preset.
 MODELS = {
+    "gpt_oss": Published(20_914_757_184, (4_187_440_704, 3_608_307_264, 3_029_173_824), GPT_OSS),
+    "gpt_oss:120b": Published(
+        116_829_156_672, (5_711_982_912, 5_132_849_472, 4_553_716_032), GPT_OSS_120B
+    ),
+    "gpt4_rumour": Published(
+        1_862_653_900_800, (548_944_435_200, 548_944_435_200, 547_403_028_480)
+    ),
+    "grok1": Published(315_684_820_992, (83_756_587_008, 83_756_587_008, 82_951_280_640), GROK1),
+    "jamba": Published(51_570_323_328, (12_110_311_296, 11_841_875_840, 11_573_440_384), JAMBA),
+    "llama4": Published(107_769_861_120, (17_172_894_720, 16_138_408_960, 15_103_923_200), LLAMA4),
+    "llama4:maverick": Published(
+        400_711_848_960, (17_184_691_200, 16_150_205_440, 15_115_719_680), MAVERICK
+    ),
+    "phi_moe": Published(41_873_153_344, (6_640_999_744, 6_509_665_600, 6_378_299_392), PHI_MOE),
     "mixtral": Published(46_702_792_704, (12_879_925_248, 12_748_853_248, 12_617_781_248), MIXTRAL),
     "mixtral:8x22b": Published(
         140_630_071_296, (39_161_468_928, 38_960_142_336, 38_758_815_744), MIXTRAL_8X22B

@@ -4,6 +4,7 @@ The quick tests read oracles that `python -m tests.save_oracles` saved; the slow
 transformers itself.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.interchange.family import FAMILIES, load_family
+from moe_jax.interchange.family import FAMILIES, Reader, load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
+from moe_jax.moe.load_balance import HuggingFaceLoadBalance
+from moe_jax.part import Call
 from tests.hf_families import CASES, ORACLES, Case, write_model
 from tests.save_oracles import load_in_torch
 
@@ -157,12 +160,50 @@ def gradients_in_torch(torch, path, case: Case, weights, folder):
     model = load_in_torch(path)
     logits = model(torch.from_numpy(case.tokens()).long()).logits
     (logits * torch.from_numpy(weights)).sum().div(case.tokens().size).backward()
+    return saved_gradients(torch, model, folder)
+
+
+def saved_gradients(torch, model, folder):
+    """The directory of a model whose tensors are the gradients of its parameters."""
     with torch.no_grad():
         for parameter in model.parameters():
             gradient = parameter.grad
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
     model.save_pretrained(folder)
     return folder
+
+
+def has_router_loss(case: Case) -> bool:
+    """Whether transformers has a loss of the routers of this family."""
+    parts = case.family.model(Reader(case.settings)).moe_parts.values()
+    return any(isinstance(loss, HuggingFaceLoadBalance) for part in parts for loss in part.losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if has_router_loss(CASES[name])])
+def test_the_router_loss_and_its_gradients_are_those_of_transformers(name, models, tmp_path):
+    torch = pytest.importorskip("torch")
+    path, config, params = models(name)
+    tokens = CASES[name].tokens()
+    whole = (HuggingFaceLoadBalance(weight=1.0),)
+    model = config.model.map_parts(
+        lambda part: dataclasses.replace(part, losses=whole) if part.routes else part
+    )
+
+    def loss(params):
+        aux = model.run(params, Call(tokens_BL=jnp.asarray(tokens))).aux
+        return model.loss(aux, jnp.float32(tokens.size), None)
+
+    ours, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    theirs = load_in_torch(path)
+    aux_loss = theirs(torch.from_numpy(tokens).long(), output_router_logits=True).aux_loss
+    np.testing.assert_allclose(ours, aux_loss.item(), rtol=2e-5)
+    aux_loss.backward()
+    _, wanted = moe_jax.from_hf(saved_gradients(torch, theirs, tmp_path / "gradients"))
+    for leaf in leaves_of(model):
+        a, b = (np.asarray(at(tree, leaf.path), np.float64) for tree in (gradients, wanted))
+        assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b) + 1e-9, leaf.path
+        assert "router" not in leaf.path or np.linalg.norm(b) > 1e-3
 
 
 @pytest.mark.slow
