@@ -23,7 +23,7 @@ from moe_jax.interchange.write import tensors_of
 
 LAYERS = flags.DEFINE_integer("layers", 8, "Layers; each is of 0.37 GB in bfloat16.")
 FOLDER = flags.DEFINE_string(
-    "folder", None, "Where the model and the run go; by default temporary."
+    "folder", None, "Where model and run go; by default temporary."
 )
 
 SETTINGS = {

@@ -223,7 +223,7 @@ def word_piece(path):
     ("change", "message"),
     [
         (lowercase, r"must keep every byte .* turns 'Ab' into 'ab'"),
-        (without_a_byte, r"has a token for every byte: .* has none for \[b'a'\]"),
+        (without_a_byte, r"token for every byte that text is made of: .* has none for \[b'a'\]"),
         (word_piece, r"is a WordPiece with the decoder \[\]"),
         (lambda path: path.write_text(path.read_text()[:-9]), r"json, \d+ bytes, is cut short or"),
         (with_a_token_that_takes_spaces, r"takes no space .* has \['\[name\]'\]"),
@@ -238,6 +238,17 @@ def test_a_tokenizer_that_cannot_serve_is_refused(files, tmp_path, change, messa
     with pytest.raises(ValueError, match=message) as refused:
         open_tokenizer(str(path))
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
+
+
+def test_a_tokenizer_may_lack_control_characters_but_no_text_loses_any(files, tmp_path):
+    path = tmp_path / "t.json"
+    spec = json.loads(pathlib.Path(files["byte level"]).read_text())
+    del spec["model"]["vocab"]["\u0104"]  # how byte-level BPE writes byte 4
+    path.write_text(json.dumps(spec))
+    tokenizer = open_tokenizer(str(path))
+    assert tokenizer.decode(tokenizer.encode("plain\ntext")) == "plain\ntext"
+    with pytest.raises(ValueError, match=r"tokens for: .* has none for \[b'\\x04'\]"):
+        tokenizer.encode("end\x04")
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n"

@@ -17,6 +17,9 @@ _FIX = (
     "(Llama 2, Mistral, Gemma)"
 )
 _SPACE = "\u2581"
+# Control characters, and the first bytes of characters beyond U+3FFFF: a tokenizer may lack them
+# (SmolLM2's does), and a text that has one is refused.
+_RARE = {bytes([byte]) for byte in {*range(0x20), 0x7F, *range(0xF1, 0xF5)} - set(b"\t\n\r")}
 # A long text is encoded in pieces that end with a line, for the memory that encoding takes.
 _PIECE = 2**20  # characters
 
@@ -70,10 +73,11 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self.token_bytes_V = np.array([len(piece) for piece in pieces], np.int32)
         # 0xc0, 0xc1 and 0xf5 to 0xff are in no UTF-8.
         needed = {bytes([b]) for b in range(0xF5) if b not in (0xC0, 0xC1)}
+        self._missing = needed - set(pieces)
         require(
-            needed <= set(pieces),
-            "A tokenizer has a token for every byte",
-            f"{file} has none for {sorted(needed - set(pieces))[:8]}",
+            self._missing <= _RARE,
+            "A tokenizer has a token for every byte that text is made of",
+            f"{file} has none for {sorted(self._missing - _RARE)[:8]}",
             _FIX,
         )
         self._space_ids = [] if is_byte_level else [ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
@@ -87,7 +91,19 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self.check_keeps_bytes(file, _FIX)
 
     def encode(self, text: str) -> np.ndarray:
-        """Encodes a text to ids [N]; see `Tokenizer.encode`."""
+        """Encodes a text to ids [N]; see `Tokenizer.encode`.
+
+        Raises:
+            ValueError: the text has a rare byte for which there is no token.
+        """
+        if self._missing:
+            lost = sorted(self._missing & {bytes([byte]) for byte in set(text.encode())})
+            require(
+                not lost,
+                "A text is made of bytes that its tokenizer has tokens for",
+                f"{self.name} has none for {lost}",
+                "Remove these characters from the text, or use another tokenizer",
+            )
         ids: list[int] = []
         for number, part in enumerate(text.split(_SPACE) if self._space_ids else [text]):
             ids += self._space_ids if number else []

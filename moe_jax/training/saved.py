@@ -139,7 +139,8 @@ def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Pat
     """Refuses data of another content than a run was started with.
 
     Args:
-      record: of the run. Runs of earlier releases recorded no content, and are not checked.
+      record: of the run. What it does not know is not checked: runs of earlier releases recorded
+        no content, a model that was imported was trained on no corpus here.
       found: sha256 of the data in use.
       workdir: of the run, for the message.
 
@@ -147,6 +148,7 @@ def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Pat
       ValueError: with what changed.
     """
     known = record.get("content", {})
+    found = {name: value for name, value in found.items() if name in known}
     lines = changed_hashes("content", {name: known.get(name) for name in found}, found)
     if known and lines:
         corpus_changed = known.get("corpus") != found.get("corpus", known.get("corpus"))
