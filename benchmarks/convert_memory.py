@@ -22,9 +22,7 @@ from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from moe_jax.interchange.write import tensors_of
 
 LAYERS = flags.DEFINE_integer("layers", 8, "Layers; each is of 0.37 GB in bfloat16.")
-FOLDER = flags.DEFINE_string(
-    "folder", None, "Where model and run go; by default temporary."
-)
+FOLDER = flags.DEFINE_string("folder", None, "Where model and run go; by default temporary.")
 
 SETTINGS = {
     "model_type": "mixtral", "vocab_size": 32_000, "hidden_size": 1024, "num_attention_heads": 16,
