@@ -54,8 +54,8 @@ def batch(sequences=8, length=16):
         "inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments,
         "positions": positions,
     }  # fmt: skip
-    whole = {name: jnp.asarray(value, jnp.int32) for name, value in whole.items()}
-    return whole | {"loss_weights": jnp.asarray(segments > 0, jnp.float32)}
+    whole = {name: value.astype(np.int32) for name, value in whole.items()}
+    return whole | {"loss_weights": (segments > 0).astype(np.float32)}
 
 
 def draw(model):
