@@ -108,6 +108,40 @@ GROK1 = {
     "router_aux_loss_coef": 0.001, "tie_word_embeddings": True, "vocab_size": 131072,
 }  # fmt: skip
 
+DEEPSEEK_YARN = {
+    "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1,
+    "original_max_position_embeddings": 4096, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+DEEPSEEK_V2 = {
+    "model_type": "deepseek_v2", "attention_bias": False, "aux_loss_alpha": 0.001, "ep_size": 1,
+    "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 5120,
+    "intermediate_size": 12288, "kv_lora_rank": 512, "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1536, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 160,
+    "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 128,
+    "num_experts_per_tok": 6, "num_hidden_layers": 60, "num_key_value_heads": 128,
+    "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": DEEPSEEK_YARN, "rope_theta": 10000, "routed_scaling_factor": 16.0,
+    "scoring_func": "softmax", "seq_aux": True, "tie_word_embeddings": False, "topk_group": 3,
+    "topk_method": "group_limited_greedy", "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
+DEEPSEEK_V2_LITE = {
+    **DEEPSEEK_V2, "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 64, "num_attention_heads": 16, "num_hidden_layers": 27,
+    "num_key_value_heads": 16, "q_lora_rank": None, "routed_scaling_factor": 1.0, "topk_group": 1,
+    "topk_method": "greedy",
+}  # fmt: skip
+DEEPSEEK_V3 = {
+    **DEEPSEEK_V2, "model_type": "deepseek_v3", "first_k_dense_replace": 3, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 8,
+    "num_hidden_layers": 61, "num_nextn_predict_layers": 1,
+    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                            "weight_block_size": [128, 128]},
+    "rope_scaling": {**DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_group": 4,
+    "topk_method": "noaux_tc", "vocab_size": 129280,
+}  # fmt: skip
+
 # By config file and preset.
 MODELS = {
     "gpt_oss": Published(20_914_757_184, (4_187_440_704, 3_608_307_264, 3_029_173_824), GPT_OSS),
@@ -124,6 +158,18 @@ MODELS = {
         400_711_848_960, (17_184_691_200, 16_150_205_440, 15_115_719_680), MAVERICK
     ),
     "phi_moe": Published(41_873_153_344, (6_640_999_744, 6_509_665_600, 6_378_299_392), PHI_MOE),
+    "deepseek_v2": Published(
+        235_741_434_880, (21_375_800_320, 20_851_512_320, 20_327_224_320), DEEPSEEK_V2
+    ),
+    "deepseek_v2:lite": Published(
+        15_706_484_224, (2_661_150_208, 2_451_435_008, 2_241_719_808), DEEPSEEK_V2_LITE
+    ),
+    # With the multi-token module, which no token that is generated uses.
+    "deepseek_v3": Published(
+        671_026_419_200 + 11_610_068_224,
+        (37_552_282_624, 36_625_603_584, 35_698_924_544),
+        DEEPSEEK_V3,
+    ),
     "mixtral": Published(46_702_792_704, (12_879_925_248, 12_748_853_248, 12_617_781_248), MIXTRAL),
     "mixtral:8x22b": Published(
         140_630_071_296, (39_161_468_928, 38_960_142_336, 38_758_815_744), MIXTRAL_8X22B
