@@ -9,15 +9,16 @@ from moe_jax.interchange.common import (
     DROPLESS,
     OUTSIDE,
     attention_rules,
+    attention_settings,
     block_sparse_rules,
+    first_attention,
     gated_activation,
     gated_name,
     norm_rules,
+    read_attention,
     sizes,
 )
 from moe_jax.interchange.family import Family, Reader
-from moe_jax.interchange.rope import read_rotary, rope_settings
-from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
@@ -30,16 +31,7 @@ RULES = (*OUTSIDE, *norm_rules("moe"), *attention_rules(), *block_sparse_rules()
 
 def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
-    epsilon = config.get("rms_norm_eps", 1e-5)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=head_dim,
-        rotary=read_rotary(config, head_dim, theta=1e6),
-        window=config.get("sliding_window"),
-    )
+    attention = read_attention(config, kv_heads=8, theta=1e6, window=config.get("sliding_window"))
     moe = MoE(
         num_experts=config["num_local_experts"],
         num_selected_experts=config["num_experts_per_tok"],
@@ -54,7 +46,7 @@ def model(config: Reader) -> LanguageModel:
         model_dim=config["hidden_size"],
         parts={"attention": attention, "moe": moe},
         stack=StackLayout(repeats=config["num_hidden_layers"]),
-        norm=RMSNorm(epsilon),
+        norm=RMSNorm(config.get("rms_norm_eps", 1e-5)),
         tie_embeddings=config.get("tie_word_embeddings", False),
         embedding_multiplier=1.0,
     )
@@ -62,15 +54,12 @@ def model(config: Reader) -> LanguageModel:
 
 def settings(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a model."""
-    attention: Any = model.part["attention"]
-    moe: Any = model.part["moe"]
+    attention, moe = first_attention(model), model.part["moe"]
+    assert isinstance(moe, MoE), moe
     return sizes(
         model,
-        num_attention_heads=attention.num_heads,
-        num_key_value_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
+        **attention_settings(attention),
         sliding_window=attention.window,
-        **rope_settings(attention.rotary, attention.head_dim),
         hidden_act=gated_name(moe.activation),
         intermediate_size=moe.expert_dim,
         num_local_experts=moe.num_experts,
