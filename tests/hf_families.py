@@ -21,6 +21,7 @@ from moe_jax.interchange.tensor_files import ToWrite, write_tensors
 from moe_jax.interchange.write import tensors_of
 from tests.hf_deepseek import DEEPSEEK
 from tests.hf_others import OTHERS, QUICK
+from tests.hf_softmax import SOFTMAX
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 VOCAB = 64
@@ -72,6 +73,10 @@ CASES = {
     **{
         name: Case(settings, quick=name in ("deepseek_v2", "deepseek_v3"))
         for name, settings in DEEPSEEK.items()
+    },
+    **{
+        name: Case(settings, quick=name == settings["model_type"])
+        for name, settings in SOFTMAX.items()
     },
     "llama": Case({**DENSE, "model_type": "llama", "rope_theta": 5e4}, quick=False),
     "llama_biases": Case(

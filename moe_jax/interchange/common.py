@@ -13,6 +13,8 @@ from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import Activation
+from moe_jax.moe.load_balance import HuggingFaceLoadBalance
+from moe_jax.moe.part import MoE
 
 LAYER = "model.layers.{layer}."
 DROPLESS = Capacity(eval_factor=0.0)  # the published models serve every choice when they are used
@@ -189,6 +191,16 @@ def first_attention(model: LanguageModel) -> Attention:
     part = model.part[model.stack.layers[0][0]]
     assert isinstance(part, Attention), part
     return part
+
+
+def aux_weight(moe: MoE) -> float:
+    """The weight of the balance loss of transformers; 0 without one."""
+    return next((one.weight for one in moe.losses if isinstance(one, HuggingFaceLoadBalance)), 0.0)
+
+
+def aux_loss_settings(moe: MoE) -> dict[str, Any]:
+    """The weight of the balance loss, as most families name it."""
+    return {"router_aux_loss_coef": aux_weight(moe)}
 
 
 def sizes(model: LanguageModel, **others: Any) -> dict[str, Any]:

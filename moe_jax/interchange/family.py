@@ -19,8 +19,11 @@ Settings = Mapping[str, Any]  # of a config.json
 
 # The table of each family, by the "model_type" of its config.json.
 FAMILIES = {
+    "dbrx": "moe_jax.interchange.families.dbrx:DBRX",
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
+    "granitemoe": "moe_jax.interchange.families.granite:GRANITE_MOE",
+    "granitemoeshared": "moe_jax.interchange.families.granite:GRANITE_MOE_SHARED",
     "grok-1": "moe_jax.interchange.families.grok1:GROK1",
     "jamba": "moe_jax.interchange.families.jamba:JAMBA",
     "llama": "moe_jax.interchange.families.dense:LLAMA",
@@ -29,8 +32,11 @@ FAMILIES = {
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
     "qwen2": "moe_jax.interchange.families.dense:QWEN2",
     "qwen3": "moe_jax.interchange.families.dense:QWEN3",
+    "qwen2_moe": "moe_jax.interchange.families.qwen_moe:QWEN2_MOE",
+    "qwen3_moe": "moe_jax.interchange.families.qwen_moe:QWEN3_MOE",
     "gpt_oss": "moe_jax.interchange.families.gpt_oss:GPT_OSS",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
+    "olmoe": "moe_jax.interchange.families.qwen_moe:OLMOE",
     "phimoe": "moe_jax.interchange.families.phimoe:PHIMOE",
 }
 
