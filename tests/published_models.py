@@ -142,8 +142,57 @@ DEEPSEEK_V3 = {
     "topk_method": "noaux_tc", "vocab_size": 129280,
 }  # fmt: skip
 
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+    "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+    "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+    "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN3_235B = {
+    **QWEN3_MOE, "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+    "num_attention_heads": 64, "num_hidden_layers": 94,
+}  # fmt: skip
+QWEN2_MOE = {
+    "model_type": "qwen2_moe", "decoder_sparse_step": 1, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 8192,
+    "max_window_layers": 21, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+    "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+    "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
+    "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+OLMOE = {
+    "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096,
+    "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64,
+    "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "vocab_size": 50304,
+}  # fmt: skip
+DBRX = {
+    "model_type": "dbrx", "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+    "d_model": 6144, "ffn_config": {"ffn_hidden_size": 10752, "moe_jitter_eps": 0,
+    "moe_loss_weight": 0.05, "moe_num_experts": 16, "moe_top_k": 4}, "max_seq_len": 32768,
+    "n_heads": 48, "n_layers": 40, "tie_word_embeddings": False, "vocab_size": 100352,
+}  # fmt: skip
+
 # By config file and preset.
 MODELS = {
+    "olmoe": Published(6_919_161_856, (1_282_017_280, 1_178_994_688, 1_075_972_096), OLMOE),
+    "dbrx": Published(131_596_523_520, (36_469_708_800, 35_853_146_112, 35_236_583_424), DBRX),
+    "qwen2_moe": Published(
+        14_315_784_192, (2_689_173_504, 2_378_008_576, 2_066_843_648), QWEN2_MOE
+    ),
+    "qwen3_moe": Published(
+        30_532_122_624, (3_353_032_704, 3_041_867_776, 2_730_702_848), QWEN3_MOE
+    ),
+    "qwen3_moe:235b": Published(
+        235_093_634_560, (22_190_763_520, 21_568_433_664, 20_946_103_808), QWEN3_235B
+    ),
     "gpt_oss": Published(20_914_757_184, (4_187_440_704, 3_608_307_264, 3_029_173_824), GPT_OSS),
     "gpt_oss:120b": Published(
         116_829_156_672, (5_711_982_912, 5_132_849_472, 4_553_716_032), GPT_OSS_120B
