@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 import yaml
 
+import moe_jax
+from docs import make_models
 from docs.make_api import PAGE, make_page
 from moe_jax import Call, Dims, MoE, init_parameters, moe_block
 from moe_jax.checks import CHECKS, Trial, check
+from moe_jax.config import from_config_dict
+from moe_jax.interchange.family import FAMILIES
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -169,3 +174,22 @@ def test_workflows_run_what_continuous_integration_runs(name):
     if name == "test":  # on the oldest Python that the package takes
         oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())
         assert oldest and job["steps"][1]["with"]["python-version"] == oldest[1]
+
+
+def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch):
+    names = {}
+    for code in code_of("architectures.md"):
+        exec(code, names)
+    family = names["MY_MODEL"]
+    monkeypatch.setitem(FAMILIES, "my_model", "the_page:MY_MODEL")
+    monkeypatch.setitem(sys.modules, "the_page", types.SimpleNamespace(MY_MODEL=family))
+    config = from_config_dict(names["get_config"]())
+    params = init_parameters(jax.random.key(0), config.model.specs())
+    moe_jax.to_hf(config, params, tmp_path / "hf", family="my_model")
+    again, same = moe_jax.from_hf(tmp_path / "hf")
+    assert again.model == config.model
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
+
+
+def test_the_table_of_models_is_that_of_the_configs():
+    assert make_models.make_page() == make_models.PAGE.read_text(encoding="utf-8")

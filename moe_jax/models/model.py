@@ -14,8 +14,9 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import Norm, RMSNorm
 from moe_jax.models.checks import check_names, check_replay, check_stack
 from moe_jax.models.layer import PLACEMENTS, Layer, dropout
+from moe_jax.models.layout import SEGMENTS, StackLayout
 from moe_jax.models.multi_token import NAME, Modules, MultiToken, joined, separated
-from moe_jax.models.stack import REMAT, SEGMENTS, Stack, StackLayout, StackOutput
+from moe_jax.models.stack import REMAT, Stack, StackOutput
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, dense, normal_init, rows, zeros
