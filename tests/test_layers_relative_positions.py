@@ -47,6 +47,7 @@ def test_what_is_ahead():
 @pytest.mark.parametrize(
     ("num_buckets", "max_distance"), [(32, 128), (8, 20), (64, 256), (33, 100), (4, 1000)]
 )
+@pytest.mark.slow
 def test_buckets_equal_those_of_transformers(num_buckets, max_distance, causal):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -119,6 +119,7 @@ def test_module_k_sees_k_tokens_ahead_and_no_more():
         assert not moved[:first].any() and moved[first]
 
 
+@pytest.mark.slow
 def test_packed_documents_are_as_single_ones():
     config, state = make()
     documents = [np.arange(3, 10), np.arange(40, 45)]
@@ -137,6 +138,7 @@ def test_packed_documents_are_as_single_ones():
             )
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_modules_and_the_cross_entropy_is_reported_alone():
     config, state = make()
     batch = tiny_batch()
@@ -310,6 +312,7 @@ def test_modules_equal_those_of_transformers():
             np.testing.assert_allclose(ours, logits, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_modules_alone_reach_embedding_head_and_layers():
     config, state = make({"tie_embeddings": False})
 

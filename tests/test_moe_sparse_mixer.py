@@ -55,6 +55,7 @@ def test_evaluation_by_hand():
     assert routing.chosen_GSK.all()
 
 
+@pytest.mark.slow
 def test_draws_stay_close_to_the_best_and_most_others_have_a_third_of_their_gate():
     number = 6000
     routing = route(np.tile(LOGITS[:1], (number, 1)), rng=jax.random.key(0))
