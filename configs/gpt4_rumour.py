@@ -33,6 +33,7 @@ from moe_jax.layers.norms import LayerNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import GeluTanh
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 
@@ -43,6 +44,7 @@ EXPERTS = MoE(
     activation=GeluTanh(),
     use_bias=True,
     router=TokenChoice(renormalize=True),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

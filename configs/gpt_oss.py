@@ -35,6 +35,7 @@ from moe_jax.layers.rotary_scaling import Yarn
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import ClampedSwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear, SoftmaxOverSelected
@@ -53,6 +54,7 @@ EXPERTS = MoE(
     use_bias=True,
     router=TokenChoice(score=SoftmaxOverSelected(), projection=Linear(use_bias=True)),
     losses=(HuggingFaceLoadBalance(weight=0.9),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

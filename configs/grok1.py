@@ -32,6 +32,7 @@ from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import GeGLUTanh
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 
@@ -44,6 +45,7 @@ EXPERTS = MoE(
     expert_dim=32_768,
     activation=GeGLUTanh(),
     losses=(HuggingFaceLoadBalance(weight=0.001),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

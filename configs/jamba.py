@@ -33,6 +33,7 @@ from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 
@@ -42,6 +43,7 @@ EXPERTS = MoE(
     expert_dim=14_336,
     activation=SwiGLU(),
     losses=(HuggingFaceLoadBalance(weight=0.001),),
+    capacity=Capacity(eval_factor=0.0),
 )
 MIXERS = ("mamba", "mamba", "mamba", "mamba", "attention", "mamba", "mamba", "mamba")
 

@@ -38,6 +38,7 @@ from moe_jax.layers.rotary_scaling import Llama3Scaling
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
@@ -72,6 +73,7 @@ def experts(count: int) -> MoE:
         gate_on_input=True,
         router=TokenChoice(score=Sigmoid()),
         losses=(LoadBalance(weight=0.001),),
+        capacity=Capacity(eval_factor=0.0),
     )
 
 

@@ -34,6 +34,7 @@ from moe_jax.layers.rotary_scaling import LongRope
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter
@@ -98,6 +99,7 @@ EXPERTS = MoE(
     activation=SwiGLU(),
     router=SparseMixer(jitter=0.01, noise=(Jitter(0.01),)),
     losses=(HuggingFaceLoadBalance(weight=0.0),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

@@ -36,8 +36,9 @@ class Network(nn.Module):
     """A language model on token ids.
 
     `init(key, tokens)` draws the parameters. `apply({"params": params}, tokens)` is an evaluation:
-    nothing is drawn, and each part has its capacity of evaluation, dropless by default. Selection
-    biases and other state of parts are under "state" in the parameters.
+    nothing is drawn, and each part has its own capacity of evaluation (`capacity.eval_factor`; 0
+    is dropless, as in models that are read from files). Selection biases and other state of parts
+    are under "state" in the parameters.
 
     >>> import jax, jax.numpy as jnp, moe_jax
     >>> network = moe_jax.build(moe_jax.ExperimentConfig())
