@@ -26,6 +26,7 @@ from moe_jax.layers.rotary import Rotary
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -40,6 +41,7 @@ EXPERTS = MoE(
     activation=SwiGLU(),
     router=TokenChoice(norm_order=1.0),
     losses=(HuggingFaceLoadBalance(weight=0.05),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

@@ -26,6 +26,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.balance import RouterZ
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 
@@ -39,6 +40,7 @@ EXPERTS = MoE(
     expert_dim=1024,
     activation=SwiGLU(),
     losses=(HuggingFaceLoadBalance(weight=0.01), RouterZ(weight=0.001)),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

@@ -26,6 +26,7 @@ from moe_jax.layers.rotary import Rotary
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 
@@ -40,6 +41,7 @@ EXPERTS = MoE(
     shared_expert_gate=True,
     activation=SwiGLU(),
     losses=(HuggingFaceLoadBalance(weight=0.001),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

@@ -30,6 +30,7 @@ from moe_jax.layers.rotary import Rotary
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -45,6 +46,7 @@ EXPERTS = MoE(
     activation=SwiGLU(),
     router=TokenChoice(renormalize=True),
     losses=(HuggingFaceLoadBalance(weight=0.001),),
+    capacity=Capacity(eval_factor=0.0),
 )
 
 

@@ -5,7 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 from moe_jax.config import from_config_dict
-from moe_jax.planning.parameters import count_parameters
+from moe_jax.planning.parameters import CONVENTIONS, count_parameters
 
 PAGE = pathlib.Path(__file__).parent / "models.md"
 BEGIN, END = "<!-- models -->\n", "<!-- end of models -->\n"
@@ -38,13 +38,19 @@ ROWS = (
     Row("Llama 4 Maverick (text)", "llama4:maverick", "experts in every 2nd layer", HF),
     Row("DeepSeek-V2", "deepseek_v2", "latent attention, 2 + 160 experts, groups", HF),
     Row("DeepSeek-V2-Lite", "deepseek_v2:lite", "queries not compressed, no groups", HF),
-    Row("DeepSeek-V3", "deepseek_v3", "sigmoid scores, loss-free bias, multi-token prediction", HF),
+    Row(
+        "DeepSeek-V3",
+        "deepseek_v3",
+        "sigmoid scores, loss-free bias; 11.6 B more to predict on",
+        HF,
+    ),
     Row("OLMoE-1B-7B", "olmoe", "64 experts, QK-norm over the whole projection", HF),
     Row("Qwen1.5-MoE-A2.7B", "qwen2_moe", "a gated shared expert", HF),
     Row("Qwen3-30B-A3B", "qwen3_moe", "QK-norm per head, 128 experts", HF),
     Row("Qwen3-235B-A22B", "qwen3_moe:235b", "the same, larger", HF),
     Row("gpt-oss-20b", "gpt_oss", "sinks, windows, clamped experts, biases throughout", HF),
     Row("gpt-oss-120b", "gpt_oss:120b", "the same, larger", HF),
+    Row("Granite 3.1 1B-A400M", "granite_moe", "four multipliers, tied head", HF),
     Row("Phi-3.5-MoE", "phi_moe", "SparseMixer, LayerNorm, LongRoPE", HF),
     Row(
         "GPT-4, a rumour",
@@ -66,10 +72,10 @@ def make_table() -> str:
         file, _, presets = row.config.partition(":")
         config = from_config_dict(importlib.import_module(f"configs.{file}").get_config(presets))
         count = count_parameters(config.model, config.data.sequence_length)
+        total, active = count.by_convention()[CONVENTIONS[0]]
         link = f"[{row.config}](../configs/{file}.py)"
         lines.append(
-            f"| {row.name} | {link} | {count.total:,} | {count.active:,} | {row.special} "
-            f"| {row.checked} |"
+            f"| {row.name} | {link} | {total:,} | {active:,} | {row.special} | {row.checked} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -165,6 +165,15 @@ QWEN2_MOE = {
     "rope_theta": 1000000.0, "shared_expert_intermediate_size": 5632, "sliding_window": 32768,
     "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
 }  # fmt: skip
+GRANITE = {
+    "model_type": "granitemoe", "attention_bias": False, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "hidden_act": "silu", "hidden_size": 1024,
+    "intermediate_size": 512, "logits_scaling": 6.0, "max_position_embeddings": 131072,
+    "num_attention_heads": 16, "num_experts_per_tok": 8, "num_hidden_layers": 24,
+    "num_key_value_heads": 8, "num_local_experts": 32, "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1500000.0,
+    "router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "vocab_size": 49155,
+}  # fmt: skip
 OLMOE = {
     "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_act": "silu",
     "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096,
@@ -182,6 +191,8 @@ DBRX = {
 
 # By config file and preset.
 MODELS = {
+    "granite_moe": Published(1_334_628_352, (428_658_688, 428_658_688, 378_323_968), GRANITE),
+    "granite_moe:3b": Published(3_298_793_472, (882_874_368, 882_874_368, 807_372_288)),
     "olmoe": Published(6_919_161_856, (1_282_017_280, 1_178_994_688, 1_075_972_096), OLMOE),
     "dbrx": Published(131_596_523_520, (36_469_708_800, 35_853_146_112, 35_236_583_424), DBRX),
     "qwen2_moe": Published(
