@@ -7,7 +7,7 @@ released model has the shared expert of the preset `shared`, which transformers 
 GraniteMoeShared; its width is made up.
 
     python -m moe_jax.train --config=configs/granite_moe.py:tiny --workdir=runs/granite_moe_tiny
-    python -m moe_jax.plan --config=configs/granite_moe.py --topology=h100:1x8
+    python -m moe_jax.plan --config=configs/granite_moe.py --topology=h100:4x8
 
 | preset | layers | total | active | without embeddings |
 | --- | --- | --- | --- | --- |
@@ -74,7 +74,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             ),
             data=DataConfig(sequence_length=4096),
             optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-            training=TrainingConfig(num_steps=500_000, batch_size=1024),
+            training=TrainingConfig(num_steps=500_000, batch_size=1024, num_microbatches=8),
             mesh=MeshConfig(data=1, fsdp=-1),
         )
     )
