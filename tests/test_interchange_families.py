@@ -206,36 +206,6 @@ def test_the_router_loss_and_its_gradients_are_those_of_transformers(name, model
         assert "router" not in leaf.path or np.linalg.norm(b) > 1e-3
 
 
-# Families for which transformers computes `load_balancing_loss_func`.
-BALANCED = [
-    name
-    for name in sorted(CASES)
-    if any(
-        isinstance(loss, HuggingFaceLoadBalance)
-        for part in CASES[name].family.model(Reader(CASES[name].settings)).moe_parts.values()
-        for loss in part.losses
-    )
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BALANCED)
-def test_the_balance_loss_is_that_of_transformers(name, models):
-    torch = pytest.importorskip("torch")
-    path, config, params = models(name)
-    tokens = CASES[name].tokens()
-    loss = HuggingFaceLoadBalance(weight=1.0, scope="microbatch")
-    model = config.model.map_parts(
-        lambda part: dataclasses.replace(part, losses=(loss,)) if part.routes else part
-    )
-    output = jax.jit(lambda p: model.run(p, Call(tokens_BL=tokens)))(params)
-    ours = model.loss(output.aux, jnp.float32(tokens.size), None)
-    theirs = load_in_torch(path)
-    given = {"output_router_logits": True, "use_cache": False}
-    wanted = theirs(torch.from_numpy(tokens).long(), **given).aux_loss
-    np.testing.assert_allclose(ours, wanted.item(), rtol=2e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_loads_what_is_written(name, models, tmp_path):
