@@ -28,6 +28,7 @@ class Row(NamedTuple):
 
 
 HF = "transformers"
+SWITCH = "top-1, capacity 1.25, span corruption"
 ROWS = (
     Row("Mixtral 8x7B", "mixtral", "softmax over the two chosen logits", HF),
     Row("Mixtral 8x22B", "mixtral:8x22b", "the same, larger", HF),
@@ -52,6 +53,15 @@ ROWS = (
     Row("gpt-oss-120b", "gpt_oss:120b", "the same, larger", HF),
     Row("Granite 3.1 1B-A400M", "granite_moe", "four multipliers, tied head", HF),
     Row("Phi-3.5-MoE", "phi_moe", "SparseMixer, LayerNorm, LongRoPE", HF),
+    Row("Switch-Base-8", "switch_base", f"encoder-decoder, {SWITCH}", "-"),
+    Row("Switch-Base-128", "switch_base:e128", "the same, 128 experts", "-"),
+    Row("Switch-Base-256", "switch_base:e256", "the same, 256 experts", "-"),
+    Row("T5-Base", "switch_base:dense", "the dense twin of Switch-Base", "-"),
+    Row("Switch-Large-128", "switch_large", "24 + 24 layers", "-"),
+    Row("Switch-XXL", "switch_xxl", "GEGLU, untied head", "-"),
+    Row("Switch-C", "switch_c", "2,048 experts in every layer", "-"),
+    Row("ST-MoE-L", "st_moe", "top-2, router z-loss, a dense FFN behind the experts", "-"),
+    Row("ST-MoE-32B", "st_moe:32b", "the same, larger", "-"),
     Row(
         "GPT-4, a rumour",
         "gpt4_rumour",

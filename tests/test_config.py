@@ -387,8 +387,8 @@ def test_a_causal_stack_refuses(moe, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 0}, r"num_experts lies in \[1, 512\]: num_experts=0"),
-        ({"num_experts": 513}, r"num_experts lies in \[1, 512\]"),
+        ({"num_experts": 0}, r"num_experts lies in \[1, 4096\]: num_experts=0"),
+        ({"num_experts": 4097}, r"num_experts lies in \[1, 4096\]"),
         ({"num_selected_experts": 0}, r"num_selected_experts lies in \[1, inf\): .*=0"),
         (
             {"num_experts": 2, "num_selected_experts": 3},

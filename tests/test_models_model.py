@@ -176,6 +176,13 @@ def test_embedded_tokens_are_multiplied_as_the_config_says():
         np.testing.assert_allclose(embedded, factor * params["embedding"][TOKENS], rtol=1e-6)
 
 
+def test_the_embedding_starts_with_the_deviation_that_the_config_says():
+    specs = (make_model(embedding_stddev=stddev).specs()["embedding"] for stddev in (None, 1.0))
+    default, unit = (spec.init(jax.random.key(0), (100, 100), jnp.float32) for spec in specs)
+    np.testing.assert_allclose(default * 8**0.5, unit, rtol=1e-5)
+    np.testing.assert_allclose(np.std(unit), 1, atol=0.03)
+
+
 def test_logits_are_biased_then_multiplied_then_capped():
     model = make_model()
     params = init(model)

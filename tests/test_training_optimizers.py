@@ -65,6 +65,14 @@ def test_schedules(schedule, warmup, expected):
         np.testing.assert_allclose(rate(jnp.int32(step - 1)), PEAK * share, rtol=1e-6, atol=1e-9)
 
 
+def test_a_constant_warm_up_uses_the_peak_from_the_first_step_on():
+    """T5's schedule: the peak times sqrt(W / max(step, W))."""
+    settings = adamw(schedule="rsqrt", warmup_steps=10, warmup="constant")
+    rate = learning_rate_schedule(settings, 100)
+    steps = jnp.asarray([1, 5, 10, 40])
+    np.testing.assert_allclose(rate(steps - 1), PEAK * np.array([1, 1, 1, 0.5]), rtol=1e-6)
+
+
 def test_a_decay_shorter_than_a_step_is_at_the_last_step():
     rate = learning_rate_schedule(adamw(schedule="wsd", decay_fraction=1e-3), 100)
     np.testing.assert_allclose([rate(97), rate(98), rate(99)], [PEAK, PEAK, 0.1 * PEAK], rtol=1e-6)

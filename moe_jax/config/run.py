@@ -99,7 +99,9 @@ class OptimizerConfig(Settings):
     name: str = setting("adamw", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(1e-3, above=0)  # peak
     schedule: str = setting("cosine", choices=tuple(SCHEDULES))  # after warm-up
-    warmup_steps: int = setting(100, at_least=0)  # linear from 0; the last of them uses the peak
+    warmup_steps: int = setting(100, at_least=0)  # the last of them uses the peak
+    # On the way there: linear from 0, or the peak (T5).
+    warmup: str = setting("linear", choices=("linear", "constant"))
     final_fraction: float = setting(0.1, at_least=0, at_most=1)  # of the peak, at the last step
     decay_fraction: float = setting(0.2, above=0, at_most=1)  # wsd: of all steps, at the end
     b1: float = setting(0.9, at_least=0, below=1)  # decay of the first moment

@@ -13,7 +13,6 @@ from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
-from moe_jax.parameters import ParameterSpec, normal_init
 from moe_jax.part import Aux, Call, Part
 
 ENCODER_KEY = 2**30  # folded into the random key of the encoder; no layer has this number
@@ -82,16 +81,9 @@ class EncoderDecoder(LanguageModel):
 
     def specs(self) -> dict[str, Any]:
         """Those of `LanguageModel`, `encoder`, `encoder_norm`, any `encoder_embedding` [V, M]."""
-        vocab, model = self.vocab_size, self.model_dim
-        specs = super().specs() | {"encoder_norm": self.norm.specs(model)}
+        specs = super().specs() | {"encoder_norm": self.norm.specs(self.model_dim)}
         if not self.share_embeddings:
-            specs["encoder_embedding"] = ParameterSpec(
-                (vocab, model),
-                ("vocab", "model"),
-                normal_init(model**-0.5),
-                "embedding",
-                decays=False,
-            )
+            specs["encoder_embedding"] = self.embedding_spec()
         return specs
 
     def encode(

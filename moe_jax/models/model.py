@@ -65,6 +65,8 @@ class LanguageModel(Settings):
     embedding_multiplier: float | None = setting(
         None, above=0
     )  # of embedded tokens; None: sqrt(model_dim)
+    # Of the embedding's initial values; None: model_dim**-0.5 (T5: 1.0).
+    embedding_stddev: float | None = setting(None, above=0)
     head_bias: bool = False  # of the output head (Phi-3.5)
     # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (a tied head of T5).
     logits_multiplier: float = setting(1.0, above=0)
@@ -199,9 +201,7 @@ class LanguageModel(Settings):
         vocab, model = self.vocab_size, self.model_dim
         init = normal_init(model**-0.5)
         specs: dict[str, Any] = {
-            "embedding": ParameterSpec(
-                (vocab, model), ("vocab", "model"), init, "embedding", decays=False
-            ),
+            "embedding": self.embedding_spec(),
             "final_norm": self.norm.specs(model),
             **{name: stack.specs(self.dims) for name, stack in self.stacks.items()},
         }
@@ -212,6 +212,12 @@ class LanguageModel(Settings):
         if self.modules is not None:
             specs[NAME] = self.modules.specs(self.dims)
         return specs
+
+    def embedding_spec(self) -> ParameterSpec:
+        """That of an input embedding, [V, M]."""
+        init = normal_init(self.embedding_stddev or self.model_dim**-0.5)
+        shape = (self.vocab_size, self.model_dim)
+        return ParameterSpec(shape, ("vocab", "model"), init, "embedding", decays=False)
 
     def state_specs(self) -> dict[str, Any]:
         """State by part, with a leading dim of layers."""

@@ -43,7 +43,7 @@ class MoE(Part):
 
     routes: ClassVar[bool] = True
 
-    num_experts: int = setting(8, at_least=1, at_most=512)  # E: routed experts
+    num_experts: int = setting(8, at_least=1, at_most=4096)  # E: routed experts
     num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses
     eval_num_selected_experts: int = setting(0, at_least=0)  # K of evaluation, if higher; 0: same
     num_zero_experts: int = setting(0, at_least=0)  # further options that add and cost nothing

@@ -20,7 +20,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
     Steps count from 1. With the peak P, W = max(warmup_steps, 1), N = num_steps and the final
     fraction F, step s <= W uses P s / W: the last step of the warm-up uses the peak, and so does
-    the first step of a run without one. Later steps use P times
+    the first step of a run without one. With warmup="constant" all of them use P. Later steps use
+    P times
 
     - constant: 1
     - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: F + (1 - F) (1 - t), with
@@ -51,7 +52,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
             "rsqrt": lambda: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
             "wsd": lambda: final + (1 - final) * (1 - since(stable)),
         }
-        return peak * jnp.minimum(step / warmup, 1) * decays[config.schedule]()
+        rises = jnp.minimum(step / warmup, 1) if config.warmup == "linear" else 1
+        return peak * rises * decays[config.schedule]()
 
     return schedule
 

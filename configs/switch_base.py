@@ -1,0 +1,204 @@
+"""Switch Transformer, Base: T5-Base with the one best of many experts in every second layer.
+
+Twelve layers a stack, of which 2, 4, ..., 12 are sparse; experts like the dense layers, two
+matrices with ReLU between. Capacity is counted in groups of eight sequences, with no factor K.
+Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8.
+
+    python -m moe_jax.train --config=configs/switch_base.py:tiny --workdir=runs/switch_base_tiny
+    python -m moe_jax.plan --config=configs/switch_base.py --topology=h100:8x1
+
+| preset | experts | total | active |
+| --- | --- | --- | --- |
+| (none) | 8 | 619,339,008 | 222,977,280 |
+| e16 | 16 | 1,072,397,568 | 223,051,008 |
+| e32 | 32 | 1,978,514,688 | 223,198,464 |
+| e64 | 64 | 3,790,748,928 | 223,493,376 |
+| e128 | 128 | 7,415,217,408 | 224,083,200 |
+| e256 | 256 | 14,664,154,368 | 225,262,848 |
+| dense | T5-Base | 222,903,552 | 222,903,552 |
+
+`dense` is the twin of equal FLOPs, `finetune` the training on a task after that. Table 9 of the
+paper prints GEGLU of 2,048 hidden units, which has as many parameters; the released models have
+ReLU of 3,072. The scale of 0.1 is of the variance of initial weights. The balance loss is the mean
+over the layers of a stack, and both stacks' are added. Dropout is on what a layer adds, and in
+fine-tuning on the hidden units of experts, not on attention.
+"""
+
+import ml_collections
+
+from configs.base import make_smaller, parse_presets
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    config_dict,
+)
+from moe_jax.data.objectives.span_corruption import SpanCorruption
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.cross_attention import CrossAttention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.relative_positions import RelativePositions
+from moe_jax.models.encoder_decoder import EncoderDecoder
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.experts import Activation, Relu
+from moe_jax.moe.load_balance import SwitchLoadBalance
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.noise import Jitter
+from moe_jax.moe.routing.token_choice import TokenChoice
+
+INIT_SCALE = 0.1
+RELU = Relu()
+SEQUENCES = 8  # a group, on either side
+ENCODER_LENGTH, DECODER_LENGTH = 512, 114  # tokens of a sequence
+EXPERTS = {"e16": 16, "e32": 32, "e64": 64, "e128": 128, "e256": 256}
+
+
+def t5_parts(num_heads: int, head_dim: int, dim: int, activation: Activation) -> dict:
+    """The parts of a T5: scores are not scaled."""
+    heads = {"num_heads": num_heads, "head_dim": head_dim, "scale": 1.0, "init_scale": INIT_SCALE}
+    return {
+        "position": RelativePositions(num_heads=num_heads, num_buckets=32, max_distance=128),
+        "attention": Attention(rotary=None, position_bias="position", **heads),
+        "cross_attention": CrossAttention(**heads),
+        "mlp": Mlp(dim=dim, activation=activation, init_scale=INIT_SCALE),
+    }
+
+
+def switch_experts(num_experts: int, dim: int, activation: Activation, length: int) -> MoE:
+    """The sparse FFN of a stack of Switch, whose sequences have this length."""
+    return MoE(
+        num_experts=num_experts,
+        num_selected_experts=1,
+        expert_dim=dim,
+        activation=activation,
+        init_scale=INIT_SCALE,
+        group_size=SEQUENCES * length,
+        router=TokenChoice(noise=(Jitter(0.01),)),
+        losses=(SwitchLoadBalance(weight=0.01, scope="group"),),
+        capacity=Capacity(preset="mesh_tensorflow", train_factor=1.25, eval_factor=2.0),
+    )
+
+
+def switch_model(
+    *,
+    model_dim: int,
+    num_heads: int,
+    head_dim: int,
+    dim: int,
+    num_experts: int,
+    layers: tuple[tuple[str, ...], ...] = (("mlp",), ("moe",)),
+    repeats: int,
+    activation: Activation = RELU,
+    tie_embeddings: bool = True,
+) -> EncoderDecoder:
+    """A Switch Transformer whose stacks repeat these FFNs, each behind its attention."""
+    sizes = (num_experts, dim, activation)
+    parts = t5_parts(num_heads, head_dim, dim, activation)
+    if ("mlp",) not in layers:
+        del parts["mlp"]
+    names = {"mlp": "mlp", "moe": "encoder_moe"}
+    return EncoderDecoder(
+        vocab_size=32_128,
+        model_dim=model_dim,
+        parts={
+            **parts,
+            "encoder_moe": switch_experts(*sizes, ENCODER_LENGTH),
+            "moe": switch_experts(*sizes, DECODER_LENGTH),
+        },
+        encoder=StackLayout(
+            unit=tuple(("attention", *(names[one] for one in ffn)) for ffn in layers),
+            repeats=repeats, shared=("position",), causal=False,
+        ),
+        stack=StackLayout(
+            unit=tuple(("attention", "cross_attention", *ffn) for ffn in layers),
+            repeats=repeats, shared=("position",),
+        ),
+        tie_embeddings=tie_embeddings,
+        embedding_multiplier=1.0,
+        embedding_stddev=1.0,
+        logits_multiplier=model_dim**-0.5 if tie_embeddings else 1.0,
+        compute_dtype="bfloat16",
+        remat="full",
+    )  # fmt: skip
+
+
+def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
+    """How T5 and its sparse successors are trained: 2**20 tokens a step for the encoder."""
+    return ExperimentConfig(
+        name=name,
+        model=model,
+        data=DataConfig(sequence_length=ENCODER_LENGTH, objective=SpanCorruption()),
+        optimizer=OptimizerConfig(
+            name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000,
+            warmup="constant", weight_decay=0.0, clip_norm=0.0,
+        ),
+        training=TrainingConfig(num_steps=500_000, batch_size=2048, sample_prompt=""),
+        mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+    )  # fmt: skip
+
+
+def make_dense(config: ml_collections.ConfigDict) -> None:
+    """In place of experts, an FFN with as many hidden units as a token uses: equal FLOPs."""
+    config.name += "_dense"
+    model, parts = config.model, config.model.parts
+    dim = parts.moe.num_selected_experts * parts.moe.expert_dim
+    new = "mlp" if dim == parts.mlp.dim else "wide_mlp"
+    with parts.unlocked():
+        parts[new] = ml_collections.ConfigDict({**parts.mlp.to_dict(), "dim": dim})
+        del parts["moe"], parts["encoder_moe"]
+    for stack in (model.encoder, model.stack):
+        unit = (
+            tuple(new if one in ("moe", "encoder_moe") else one for one in layer)
+            for layer in stack.unit
+        )
+        stack.unit = tuple(unit)
+    if len(set(model.stack.unit)) == 1:
+        for stack in (model.encoder, model.stack):
+            stack.unit, stack.repeats = stack.unit[:1], stack.repeats * len(stack.unit)
+    config.mesh.expert = 1
+
+
+def make_finetune(config: ml_collections.ConfigDict) -> None:
+    """Dropout of 0.1, in experts of 0.4, and a constant learning rate."""
+    config.name += "_finetune"
+    config.model.dropout_rate = 0.1
+    for name in {"moe", "encoder_moe"} & set(config.model.parts):
+        config.model.parts[name].expert_dropout_rate = 0.4
+    config.optimizer.schedule, config.optimizer.warmup_steps = "constant", 0
+    config.optimizer.learning_rate = 1e-3
+    config.training.num_steps = 16_000
+
+
+def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
+    """Applies the presets that all configs of T5's descendants share."""
+    make_smaller(config, presets)
+    if presets & {"tiny", "smoke"}:
+        for name in {"moe", "encoder_moe"} & set(config.model.parts):
+            config.model.parts[name].group_size = 0
+        if config.model.tie_embeddings:
+            config.model.logits_multiplier = config.model.model_dim**-0.5
+        config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.05, 20
+    if "tiny" in presets and "smoke" not in presets:
+        config.optimizer.warmup_steps = 100
+        config.training.num_steps, config.training.batch_size = 1000, 16
+        config.training.evaluate_every = config.training.checkpoint_every = 250
+    if "dense" in presets:
+        make_dense(config)
+    if "finetune" in presets:
+        make_finetune(config)
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Switch-Base-8; presets: e16, e32, e64, e128, e256, dense, finetune, tiny, smoke."""
+    presets = parse_presets(arg, {*EXPERTS, "dense", "finetune", "tiny"})
+    num_experts = max([8, *(EXPERTS[one] for one in presets & set(EXPERTS))])
+    model = switch_model(
+        model_dim=768, num_heads=12, head_dim=64, dim=3072, num_experts=num_experts, repeats=6
+    )
+    name = "switch_base" if num_experts == 8 else f"switch_base_{num_experts}"
+    config = config_dict(experiment(name, model))
+    finish(config, presets)
+    return config
