@@ -37,6 +37,8 @@ FAMILIES = {
     "gpt_oss": "moe_jax.interchange.families.gpt_oss:GPT_OSS",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
     "olmoe": "moe_jax.interchange.families.qwen_moe:OLMOE",
+    "switch_transformers": "moe_jax.interchange.families.t5:SWITCH",
+    "t5": "moe_jax.interchange.families.t5:T5",
     "phimoe": "moe_jax.interchange.families.phimoe:PHIMOE",
 }
 
@@ -171,7 +173,10 @@ class Reader:
          "output_router_logits", "router_aux_loss_coef", "max_position_embeddings",
          "attention_dropout", "_name_or_path", "auto_map", "pretraining_tp", "hidden_dropout",
          "resid_pdrop", "emb_pdrop", "initializer_factor", "is_encoder_decoder",
-         "router_jitter_noise",
+         "router_jitter_noise", "dropout_rate", "classifier_dropout", "add_router_probs",
+         "encoder_sparse_step", "decoder_sparse_step", "router_ignore_padding_tokens",
+         "is_decoder", "add_cross_attention", "decoder_start_token_id", "task_specific_params",
+         "is_gated_act", "scale_decoder_outputs", "n_positions", "output_past",
          "output_attentions", "output_hidden_states", "return_dict"]
     )  # fmt: skip
 

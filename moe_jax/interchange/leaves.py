@@ -17,7 +17,7 @@ class Leaf(NamedTuple):
     Attributes:
       path: in the tree of `all_specs`, such as ("stack", "unit", "0", "moe", "experts", "wi").
       key: of a rule: the same in every layer, such as "moe/experts/wi".
-      layers: numbers of its layers; () outside the layers.
+      layers: numbers of its layers in their stack; () outside the layers.
       stacked: whether it has a leading dim of layers.
       spec: of the array.
     """
@@ -55,14 +55,14 @@ def leaf_at(model: LanguageModel, path: tuple[str, ...], spec: ParameterSpec) ->
     if path[0] == NAME:  # a module counts as a layer, behind the others
         inner = path[4:] if path[1] == "stack" else path
         return Leaf(path, "/".join(inner), model.layers_of[NAME], True, spec)
-    if path[0] != "stack":
+    if path[0] not in model.layouts:
         return Leaf(path, "/".join(path), (), False, spec)
     _, segment, place, *rest = path
-    layout = model.stack
+    layout, prefix = model.layouts[path[0]], () if path[0] == "stack" else path[:1]
     if segment not in ("first", "unit", "last"):
-        return Leaf(path, "/".join(path[1:]), (), False, spec)
+        return Leaf(path, "/".join((*prefix, *path[1:])), (), False, spec)
     start = {"first": 0, "unit": len(layout.first)}
     start["last"] = start["unit"] + len(layout.unit) * layout.repeats
     rounds = range(layout.repeats if segment == "unit" else 1)
     layers = tuple(start[segment] + int(place) + r * len(layout.unit) for r in rounds)
-    return Leaf(path, "/".join(rest), layers, segment == "unit", spec)
+    return Leaf(path, "/".join((*prefix, *rest)), layers, segment == "unit", spec)

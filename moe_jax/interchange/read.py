@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, ExperimentConfig
+from moe_jax.config.kinds import load_kind
 from moe_jax.interchange.family import Family, load_family
 from moe_jax.interchange.leaves import STATE, Leaf, all_specs, leaves_of
 from moe_jax.interchange.rules import Rule
@@ -66,9 +67,9 @@ def from_hf(
     model = family.read(settings, files.tensors)
     params = read_parameters(files, family, model, dtype, mesh)
     length = min(int(settings.get("max_position_embeddings") or 2048), 2048)
-    config = ExperimentConfig(
-        name=family.name, model=model, data=DataConfig(sequence_length=length)
-    )
+    objective = load_kind("objective", "span_corruption" if model.has_encoder else "causal_lm")()
+    data = DataConfig(sequence_length=length, objective=objective)
+    config = ExperimentConfig(name=family.name, model=model, data=data)
     return config, params
 
 

@@ -1,0 +1,267 @@
+"""T5 and Switch Transformer: two stacks, relative positions, scores that are not scaled.
+
+Source: Raffel et al. 2020, arXiv:1910.10683; Fedus et al. 2021, arXiv:2101.03961; `modeling_t5.py`
+and `modeling_switch_transformers.py` of transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.interchange.family import Family, Reader
+from moe_jax.interchange.rules import LINEAR, Rule
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.cross_attention import CrossAttention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.relative_positions import RelativePositions
+from moe_jax.models.encoder_decoder import EncoderDecoder
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import GeGLUTanh, Gelu, Silu
+from moe_jax.moe.balance import RouterZ
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.experts import Activation, Relu
+from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.token_choice import TokenChoice
+
+# "feed_forward_proj" of T5.
+ACTIVATIONS: dict[str, type[Activation]] = {
+    "relu": Relu, "gelu": Gelu, "silu": Silu, "gated-gelu": GeGLUTanh,
+}  # fmt: skip
+CAPACITY = 64  # slots of an expert, where a config of Switch says nothing
+
+
+def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
+    """The tensors of a stack.
+
+    Args:
+      side: "encoder" or "decoder".
+      prefix: of its keys.
+      ffn: the module of a dense FFN.
+      moe: the part with the experts.
+    """
+    block = f"{side}.block.{{layer}}.layer."
+    branches = {"attention": "SelfAttention"}
+    if side == "decoder":
+        branches["cross_attention"] = "EncDecAttention"
+    last = len(branches)
+    network, sparse = f"{block}{last}.{ffn}.", f"{block}{last}.mlp."
+    rules = [
+        Rule(f"{block}{place}.{module}.{one}.weight", f"{prefix}{part}/w{one}", LINEAR)
+        for place, (part, module) in enumerate(branches.items())
+        for one in "qkvo"
+    ]
+    places = {part: place for place, part in enumerate(branches)} | {"mlp": last, moe: last}
+    return (
+        *rules,
+        *(
+            Rule(f"{block}{place}.layer_norm.weight", f"{prefix}{part}_norm/scale")
+            for part, place in places.items()
+        ),
+        Rule(f"{network}wi.weight", f"{prefix}mlp/wi", LINEAR),
+        Rule(f"{network}wo.weight", f"{prefix}mlp/wo", LINEAR),
+        Rule(f"{sparse}router.classifier.weight", f"{prefix}{moe}/router/weight", LINEAR),
+        Rule(f"{sparse}experts.expert_{{expert}}.wi.weight", f"{prefix}{moe}/experts/wi", LINEAR),
+        Rule(f"{sparse}experts.expert_{{expert}}.wo.weight", f"{prefix}{moe}/experts/wo", LINEAR),
+        Rule(
+            f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            f"{prefix}shared/position/table",
+        ),
+    )
+
+
+def gated_stack_rules(side: str, prefix: str) -> tuple[Rule, ...]:
+    """The gated FFNs of version 1.1 in a stack."""
+    network = f"{side}.block.{{layer}}.layer.{1 if prefix else 2}.DenseReluDense."
+    names = (("wi_0", "wg"), ("wi_1", "wi"), ("wo", "wo"))
+    return tuple(Rule(f"{network}{a}.weight", f"{prefix}mlp/{b}", LINEAR) for a, b in names)
+
+
+OUTSIDE = (
+    Rule("shared.weight", "embedding"),
+    Rule("encoder.final_layer_norm.weight", "encoder_norm/scale"),
+    Rule("decoder.final_layer_norm.weight", "final_norm/scale"),
+    Rule("lm_head.weight", "head", LINEAR),
+)
+
+
+def rules(model: LanguageModel) -> tuple[Rule, ...]:
+    """The tensors of a model."""
+    parts: Mapping[str, Any] = model.part
+    ffn = "mlp" if "moe" in parts else "DenseReluDense"
+    gated = "mlp" in parts and parts["mlp"].activation.gated
+    own = (
+        (*gated_stack_rules("encoder", "encoder/"), *gated_stack_rules("decoder", ""))
+        if gated
+        else ()
+    )
+    return (
+        *OUTSIDE,
+        *own,
+        *stack_rules("encoder", "encoder/", ffn, "encoder_moe"),
+        *stack_rules("decoder", "", ffn, "moe"),
+    )
+
+
+def copies(model: LanguageModel) -> dict[str, str]:
+    """Both stacks' embeddings, and a tied head."""
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+    names += ["lm_head.weight"] if model.tie_embeddings else []
+    return dict.fromkeys(names, "shared.weight")
+
+
+def read_model(
+    config: Reader, activation: Activation, experts: MoE | None, steps: tuple[int, int]
+) -> LanguageModel:
+    """The model of a config.json.
+
+    Args:
+      config: of either family.
+      activation: of its FFNs.
+      experts: the sparse FFN, if there is any.
+      steps: of which layers of the encoder and of the decoder the second one is sparse.
+    """
+    depth = config.get("num_layers", 12 if experts else 6)
+    depths = (depth, config.get("num_decoder_layers", 12 if experts else depth))
+    heads = {
+        "num_heads": config.get("num_heads", 12 if experts else 8),
+        "head_dim": config.get("d_kv", 64),
+        "scale": 1.0,
+    }
+    width = config.get("d_model", 768 if experts else 512)
+    tied = config.get("tie_word_embeddings", True)
+    # Version 1.1 says tie_word_embeddings=False; transformers 5 writes this in its place.
+    scaled = config.get("scale_decoder_outputs", tied)
+    if tied and not scaled and config.tensors is not None:
+        tied = "lm_head.weight" not in config.tensors
+    ffns = [
+        [moe if experts and (step == 1 or i % step == 1) else "mlp" for i in range(count)]
+        for moe, step, count in zip(("encoder_moe", "moe"), steps, depths, strict=True)
+    ]
+    layers = (
+        [("attention", one) for one in ffns[0]],
+        [("attention", "cross_attention", one) for one in ffns[1]],
+    )
+    used = {name for names in layers for layer in names for name in layer} | {"position"}
+    parts: dict[str, Any] = {
+        "position": RelativePositions(
+            num_heads=heads["num_heads"],
+            num_buckets=config.get("relative_attention_num_buckets", 32),
+            max_distance=config.get("relative_attention_max_distance", 128),
+        ),
+        "attention": Attention(rotary=None, position_bias="position", **heads),
+        "cross_attention": CrossAttention(**heads),
+        "mlp": Mlp(dim=config.get("d_ff", 2048), activation=activation),
+        "encoder_moe": experts,
+        "moe": experts,
+    }
+    shared = ("position",)
+    return EncoderDecoder(
+        vocab_size=config.get("vocab_size", 32_128),
+        model_dim=width,
+        parts={name: part for name, part in parts.items() if name in used},
+        encoder=StackLayout.of(layers[0], shared=shared, causal=False),
+        stack=StackLayout.of(layers[1], shared=shared),
+        norm=RMSNorm(config.get("layer_norm_epsilon", 1e-6)),
+        tie_embeddings=tied,
+        embedding_multiplier=1.0,
+        logits_multiplier=width**-0.5 if scaled else 1.0,
+    )
+
+
+def settings_of(model: LanguageModel) -> dict[str, Any]:
+    """What the config.json of both families has."""
+    attention: Any = model.part["attention"]
+    position: Any = model.part["position"]
+    return {
+        "vocab_size": model.vocab_size,
+        "d_model": model.model_dim,
+        "d_kv": attention.head_dim,
+        "num_heads": attention.num_heads,
+        "num_layers": model.layouts["encoder"].num_layers,
+        "num_decoder_layers": model.stack.num_layers,
+        "relative_attention_num_buckets": position.num_buckets,
+        "relative_attention_max_distance": position.max_distance,
+        "layer_norm_epsilon": model.norm.epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "is_encoder_decoder": True,
+    }
+
+
+def t5_model(config: Reader) -> LanguageModel:
+    """The T5 of a config.json."""
+    name = config.get("feed_forward_proj", "relu")
+    config.get("dense_act_fn")  # follows from it
+    require(
+        name in ACTIVATIONS,
+        f"feed_forward_proj is one of {list(ACTIVATIONS)}",
+        f"feed_forward_proj={name!r}",
+        "Add its activation",
+    )
+    return read_model(config, ACTIVATIONS[name](), None, (1, 1))
+
+
+def t5_settings(model: LanguageModel) -> dict[str, Any]:
+    """The config.json of a T5."""
+    mlp: Any = model.part["mlp"]
+    tied_unscaled = model.tie_embeddings and model.logits_multiplier == 1
+    names = {kind: name for name, kind in ACTIVATIONS.items()}
+    return {
+        **settings_of(model),
+        "d_ff": mlp.dim,
+        "feed_forward_proj": names[type(mlp.activation)],
+        **({"scale_decoder_outputs": False} if tied_unscaled else {}),
+    }
+
+
+def switch_model(config: Reader) -> LanguageModel:
+    """The Switch Transformer of a config.json."""
+    config.require("dense_act_fn", "relu")
+    config.require("router_bias", False)
+    config.require("router_dtype", "float32")
+    depth = config.get("num_layers", 12)
+    depths = (depth, config.get("num_decoder_layers", 12))
+    sparse = (
+        config.get("num_sparse_encoder_layers", 3),
+        config.get("num_sparse_decoder_layers", 3),
+    )
+    moe = MoE(
+        num_experts=config.get("num_experts", 8),
+        num_selected_experts=1,
+        expert_dim=config.get("d_ff", 2048),
+        router=TokenChoice(),
+        losses=(
+            HuggingFaceSwitchLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),
+            RouterZ(weight=config.get("router_z_loss_coef", 0.001)),
+        ),
+        capacity=Capacity(slots=config.get("expert_capacity", CAPACITY)),
+    )
+    steps = [count // own if own else count for count, own in zip(depths, sparse, strict=True)]
+    return read_model(config, Relu(), moe, (steps[0], steps[1]))
+
+
+def switch_settings(model: LanguageModel) -> dict[str, Any]:
+    """The config.json of a Switch Transformer."""
+    moe: Any = model.part["moe"]
+    sparse = (
+        sum("encoder_moe" in layer for layer in model.layouts["encoder"].layers),
+        sum("moe" in layer for layer in model.stack.layers),
+    )
+    return {
+        **settings_of(model),
+        "d_ff": moe.expert_dim,
+        "num_experts": moe.num_experts,
+        "expert_capacity": moe.capacity.slots or CAPACITY,
+        "num_sparse_encoder_layers": sparse[0],
+        "num_sparse_decoder_layers": sparse[1],
+        "dense_act_fn": "relu",
+    }
+
+
+T5 = Family("t5", "T5ForConditionalGeneration", t5_model, t5_settings, rules, copies)
+SWITCH = Family(
+    "switch_transformers", "SwitchTransformersForConditionalGeneration",
+    switch_model, switch_settings, rules, copies,
+)  # fmt: skip
