@@ -138,6 +138,16 @@ def test_a_tensor_in_two_files_is_named(whole, tmp_path):
     refused(tmp_path / "hf", "a tensor is in one file", "weight", "copy.safetensors")
 
 
+def test_a_tied_head_may_be_in_the_files_too(tmp_path):
+    case = next(case for case in CASES.values() if case.settings["model_type"] == "granitemoe")
+    model = write_model(tmp_path / "hf", case)
+    embedding = TensorFiles(model).read("model.embed_tokens.weight")
+    rewrite(model, **{"lm_head.weight": embedding})
+    moe_jax.from_hf(model)
+    rewrite(model, **{"lm_head.weight": embedding + 1})
+    refused(model, "lm_head.weight", "model.embed_tokens.weight", "differ")
+
+
 def test_fused_experts_are_read_as_single_ones(whole, tmp_path):
     files = TensorFiles(whole)
     fused = {name: files.read(name) for name in files.tensors if "block_sparse_moe" not in name}

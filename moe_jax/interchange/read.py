@@ -106,8 +106,9 @@ def read_parameters(
         shards = {name: num_shards(name, mesh) for name in RULES}
         check_divides(all_specs(model), RunShape(0, 0, shards))
     leaves = leaves_of(model)
-    sources = find_sources(files, tuple(family.rules(model)), leaves)
-    copies = dict(family.copies(model))
+    rules = tuple(family.rules(model))
+    sources = find_sources(files, rules, leaves)
+    copies = {**tied_heads(model, rules, sources), **family.copies(model)}
     check_unknown(files, family, sources, leaves, copies)
     check_copies(files, copies)
     structure = jax.tree.structure(all_specs(model))
@@ -184,6 +185,16 @@ def check_unknown(
             f"every tensor in the files is a parameter of the model: {', '.join(left[:5])}{more} "
             f"in {files.path} are not, by its config.json. Correct config.json, or remove them."
         )
+
+
+def tied_heads(
+    model: LanguageModel, rules: Sequence[Rule], sources: Mapping[str, Source]
+) -> dict[str, str]:
+    """The tensor of a head that is the embedding, which some files repeat, and its original."""
+    if not model.tie_embeddings:
+        return {}
+    embedding = sources["embedding"].rule.name
+    return {rule.name: embedding for rule in rules if rule.parameters == ("head",)}
 
 
 def check_copies(files: Files, copies: Mapping[str, str]) -> None:
