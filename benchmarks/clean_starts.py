@@ -2,11 +2,11 @@
 
     python -m benchmarks.clean_starts --starts=50 --results=starts.jsonl
 
-Each start is two new processes over gloo that compile and take the steps of a tiny model with two
-microbatches. Collectives that the processes run in different orders end a start within ten steps
-(docs/parallelism.md). One line a start is appended to the results: the same command again goes on
-where it was stopped, until there are so many. `--cached` keeps JAX's cache of compiled programs on,
-to see whether the installed jaxlib still mixes up their order.
+Each start is two new processes over gloo that compile and take the steps of the quickstart's smoke
+model with two microbatches. Collectives that the processes run in different orders end a start
+within ten steps (docs/parallelism.md). One line a start is appended to the results: the same
+command again goes on where it was stopped, until there are so many. `--cached` keeps JAX's cache of
+compiled programs on, to see whether the installed jaxlib still mixes up their order.
 """
 
 import argparse
@@ -27,27 +27,18 @@ LIMIT_SECONDS = 900
 def train(workdir: str, index: int, port: int, cached: bool) -> None:
     """One of the two processes."""
     from moe_jax.parallel import processes
-    from moe_jax.training.loop import train
-    from tests.tiny_run import tiny_training
+    from moe_jax.train import command
 
     if cached:
         processes._compile_anew_on_cpu = lambda: None
-    processes.start("2", index, f"localhost:{port}")
-    config = tiny_training(
-        {
-            "model": {"scan_layers": False},
-            "mesh": {"data": 2},
-            "training": {
-                "num_steps": NUM_STEPS,
-                "num_microbatches": 2,
-                "evaluate_every": NUM_STEPS,
-                "checkpoint_every": NUM_STEPS,
-            },
-        }
-    )
-    train(config, workdir)
-    processes.wait_for_all()
-    processes.leave()
+    settings = {
+        "num_microbatches": 2, "num_steps": NUM_STEPS, "evaluate_every": 0, "sample_tokens": 0,
+        "checkpoint_every": NUM_STEPS,
+    }  # fmt: skip
+    place = ["--processes=2", f"--process_id={index}", f"--coordinator=localhost:{port}"]
+    changed = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    config = f"--config={ROOT}/configs/quickstart.py:smoke"
+    sys.exit(command([config, f"--workdir={workdir}", *place, *changed]))
 
 
 def start(cached: bool, cache: str) -> dict[str, object]:

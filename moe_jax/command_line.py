@@ -23,9 +23,9 @@ from absl import logging as absl_logging
 from moe_jax import interrupts
 from moe_jax.command_help import help_text, leave_stdout, print_help
 from moe_jax.config import MeshConfig, build
+from moe_jax.config.environment import check_environment, order_collectives
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
-from moe_jax.environment import check_environment, order_collectives
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
 HELP = ("--help", "-help", "-h", "--helpshort")

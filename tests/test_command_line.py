@@ -285,6 +285,9 @@ def test_several_cpu_devices_take_collectives_in_one_order():
         assert given == expected
         command_line.order_collectives(given)
         assert given == expected
+    of_several_processes = {"JAX_NUM_CPU_DEVICES": "1"}
+    command_line.order_collectives(of_several_processes, processes=True)
+    assert of_several_processes["XLA_FLAGS"] == option
 
 
 def test_every_setting_has_a_comment():

@@ -4,13 +4,11 @@ import abc
 import dataclasses
 import hashlib
 import itertools
-import logging
 from collections.abc import Iterable, Iterator
 
 TRAIN = "train"
 HELDOUT = "heldout"
 SPLITS = (TRAIN, HELDOUT)
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,26 +129,15 @@ def heldout_digests(corpus: Corpus, heldout_fraction: float) -> frozenset[bytes]
     about 100 bytes of memory a held-out document.
 
     Returns:
-        The digests; none, with a warning, of a corpus that is one text again and again, such as one
-        made to try things out: there is no other text to train on.
+        The digests.
     """
     digests: set[bytes] = set()
-    first, differs, count = b"", False, 0
     for domain in corpus.domains():
         before: tuple[str, Document | None] = ("", None)
         for split, document in corpus.documents(domain, heldout_fraction):
-            digest = text_digest(document.text)
-            first, count = first or digest, count + 1
-            differs = differs or digest != first
             if split == HELDOUT:
-                digests.add(digest)
+                digests.add(text_digest(document.text))
                 if before[0] == TRAIN and before[1] and before[1].id == document.id:
                     digests.add(text_digest(before[1].text + document.text))
             before = (split, document)
-    if digests and not differs and count > 1:
-        logger.warning(
-            "All %d documents of %r are one text: it is held out and trains too.",
-            count, corpus.name,
-        )  # fmt: skip
-        return frozenset()
     return frozenset(digests)

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_jax.config import difference
+from moe_jax.config.environment import order_collectives
 
 # What JAX understands of the variables that a person, Ray or a job script sets, completed: it
 # reads the first by itself.
@@ -152,8 +153,9 @@ def start(
 ) -> None:
     """Joins the processes of this run; call it before anything asks for a device.
 
-    Several processes on CPUs talk over gloo, JAX's default, and compile every program themselves:
-    JAX's cache of compiled programs is off, see `_compile_anew_on_cpu`.
+    Several processes on CPUs talk over gloo, JAX's default. Their collectives come in one order
+    (`order_collectives`), and they compile every program themselves: JAX's cache of compiled
+    programs is off, see `_compile_anew_on_cpu`.
 
     Args:
       processes: "1": this one is alone, and nothing is done. "auto": read from the environment:
@@ -177,6 +179,7 @@ def start(
     place = place_of_process(processes, process_id, coordinator, os.environ)
     if place is None and processes != "auto":
         return
+    order_collectives(os.environ, processes=True)
     jax.config.update("jax_enable_preemption_service", catch_sigterm)
     limits = {
         "initialization_timeout": startup_seconds,

@@ -25,14 +25,19 @@ def check_environment(environment: Mapping[str, str]) -> None:
             )
 
 
-def order_collectives(environment: MutableMapping[str, str]) -> None:
+def order_collectives(environment: MutableMapping[str, str], processes: bool = False) -> None:
     """Has XLA take the collectives of several CPU devices in one order.
 
     By default it starts independent ones at once, each device in its own order. With fewer threads
-    than that needs, they wait for each other without end (jaxlib 0.10.2: four devices, unrolled
-    layers, two microbatches). XLA reads this option from the environment alone.
+    than that needs, the devices of a process wait for each other without end. Gloo, which matches
+    the collectives of two processes by their order, aborts both (jaxlib 0.10.2: unrolled layers,
+    two microbatches). XLA reads this option from the environment alone, before its first program.
+
+    Args:
+      environment: of the process.
+      processes: whether there are several.
     """
-    several = environment.get("JAX_NUM_CPU_DEVICES", "1") not in ("", "1")
+    several = processes or environment.get("JAX_NUM_CPU_DEVICES", "1") not in ("", "1")
     flags_of_xla = environment.get("XLA_FLAGS", "")
     if several and XLA_ORDER not in flags_of_xla:
         environment["XLA_FLAGS"] = f"{flags_of_xla} --{XLA_ORDER}=false".strip()
