@@ -28,10 +28,10 @@ class Bounds:
         """The rule in words: "lies in [0, 1)", "is one of ['ceil', 'floor']"."""
         if self.choices is not None:
             return f"is one of {list(self.choices)}"
-        low = "(-inf" if self.above is None else f"({self.above:g}"
-        low = low if self.at_least is None else f"[{self.at_least:g}"
-        high = "inf)" if self.below is None else f"{self.below:g})"
-        high = high if self.at_most is None else f"{self.at_most:g}]"
+        low = "(-inf" if self.above is None else f"({self.above:.12g}"
+        low = low if self.at_least is None else f"[{self.at_least:.12g}"
+        high = "inf)" if self.below is None else f"{self.below:.12g})"
+        high = high if self.at_most is None else f"{self.at_most:.12g}]"
         return f"lies in {low}, {high}"
 
     def allow(self, value: Any) -> bool:
@@ -40,9 +40,12 @@ class Bounds:
             return value in self.choices
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return False
+        return self._contain(value) and self._contain(self.as_used(value))
+
+    def as_used(self, value: Any) -> Any:
+        """The number on a device; an integer with an upper bound may be beyond int32."""
         bounded = self.below is not None or self.at_most is not None
-        as_used = value if bounded and isinstance(value, numbers.Integral) else on_device(value)
-        return self._contain(value) and self._contain(as_used)
+        return value if bounded and isinstance(value, numbers.Integral) else on_device(value)
 
     def _contain(self, value: Any) -> bool:
         return bool(
@@ -62,9 +65,9 @@ def on_device(value: Any) -> Any:
         return float(np.float32(value))
 
 
-def rounded(value: Any) -> str:
+def rounded(value: Any, bounds: Bounds) -> str:
     """What a number is on a device, where that is another: ", in float32 1"."""
-    if not isinstance(value, numbers.Real) or on_device(value) == value or value != value:
+    if not isinstance(value, numbers.Real) or value != value or bounds.as_used(value) == value:
         return ""
     integral = isinstance(value, numbers.Integral)
     return ", beyond int32" if integral else f", in float32 {on_device(value):g}"
@@ -125,7 +128,7 @@ class Settings:
             require(
                 not bad,
                 f"{field.name} {bounds.describe()}",
-                f"{field.name}={value!r}{''.join(map(rounded, bad))}",
+                f"{field.name}={value!r}{''.join(rounded(one, bounds) for one in bad)}",
                 "Change it",
             )
         self.check()
