@@ -41,6 +41,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
             plain_axes(axis, title if axis is axes[row][0] else "", unit, x_label)
             axis.xaxis.set_major_formatter(EngFormatter())
             axis.label_outer(remove_inner_ticks=False)
+            axis.tick_params(labelbottom=True)  # each row has its own limits
             axis.set_xlabel(x_label)
             draw = draw_heldout if row == 0 else draw_training
             curves = [draw(axis, e, measure, c) for e, c in zip(entries, colors, strict=True)]
