@@ -5,7 +5,6 @@ of its own, the peak of the resident memory above what the imports take: reading
 making a run of it (float32), and writing it back.
 """
 
-import json
 import pathlib
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
+from moe_jax.config.json_text import json_text
 from moe_jax.interchange.family import load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
@@ -53,7 +53,7 @@ def write_model(directory: pathlib.Path, layers: int) -> int:
         for one in tensors_of(family, model, leaves, empty, None)
     ]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
+    (directory / "config.json").write_text(json_text({**settings, "dtype": "bfloat16"}))
     write_tensors(directory, tensors, shard_bytes=1_000_000_000)
     return sum(one.nbytes for one in tensors)
 

@@ -66,11 +66,13 @@ class TrainingRun:
         return int(rows[-1]["step"]) if rows else 0
 
     def is_finished(self) -> bool:
-        """Whether its last state is saved, and evaluated on the whole held-out split if it is."""
+        """Whether its last state is saved, scored on all held-out text if it is, and reported."""
         from moe_jax.training.files import read_json
         from moe_jax.training.metrics import EVALUATION_FILE
         from moe_jax.training.workdir import CHECKPOINTS
 
+        if not (self.workdir / "report" / "report.md").is_file():
+            return False
         if not self.config.training.evaluate_every:
             return (self.workdir / CHECKPOINTS / str(self.num_steps)).is_dir()
         try:

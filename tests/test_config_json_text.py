@@ -52,6 +52,7 @@ OTHERS = (
     "moe_jax/checks/",
     "moe_jax/config/json_text.py",
     "moe_jax/data/",
+    "moe_jax/interchange/tensor_files.py",  # names, shapes and places
     "moe_jax/parallel/processes.py",
     "moe_jax/sweep.py",
     "benchmarks/clean_starts.py",  # counts and seconds

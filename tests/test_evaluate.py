@@ -59,9 +59,14 @@ def test_another_text_step_or_part_is_said_and_leaves_the_evaluation_of_the_run(
     assert files(finished) == before
 
 
-def other_corpus(tmp_path, **record):
+def other_corpus(tmp_path, differ=False, **record):
+    """Three records, of one text or of three."""
     path = tmp_path / "letters.jsonl"
-    path.write_text("".join(json.dumps(record | {"id": n}) + "\n" for n in range(3)))
+    records = [
+        {name: f"{n} {text}" if differ else text for name, text in record.items()} | {"id": n}
+        for n in range(3)
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
     return str(path)
 
 
@@ -87,7 +92,7 @@ def test_advice_on_another_corpus_names_flags_of_the_command(tmp_path):
         ({"letter": TEXT}, r"Set --text_field, here to one of \['letter'\]"),
         ({"text": TEXT}, r"at heldout_fraction=1e-05\. Set --heldout_fraction=0\.\d+\.$"),
     ):
-        corpus = other_corpus(tmp_path, **record)
+        corpus = other_corpus(tmp_path, differ=True, **record)
         options = evaluate.Options(corpus=corpus, heldout_fraction=1e-5)
         with pytest.raises(ValueError, match=pattern):
             evaluate.evaluate_run(tmp_path, config, tiny_state(config), options)

@@ -62,7 +62,7 @@ def test_a_directory_of_the_old_layout_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OLD_LAYOUT))
     before = files(tmp_path)
     message = (
-        r"in the layout of format 2: .*config.json is of format 1\. Use the release that wrote it"
+        r"in the layouts of formats 2 to 3: .*config.json is of format 1\. Use the release that wr"
     )
     for use in (lambda: train(CONFIG, tmp_path), lambda: load_run(tmp_path)):
         with pytest.raises(ValueError, match=message) as error:

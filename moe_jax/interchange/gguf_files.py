@@ -67,6 +67,8 @@ class GGUFFile:
     """
 
     def __init__(self, path: pathlib.Path):
+        if not path.is_file():
+            raise ValueError(f"a GGUF model is one file: there is no {path}. Correct it.")
         try:
             import gguf
         except ImportError as error:

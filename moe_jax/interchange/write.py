@@ -1,6 +1,5 @@
 """Models written in the layout of Hugging Face: `to_hf`."""
 
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text
 from moe_jax.interchange.family import FAMILIES, Family, family_of
 from moe_jax.interchange.leaves import STATE, Leaf, leaves_of
 from moe_jax.interchange.read import CONFIG, tensor_names
@@ -62,7 +62,7 @@ def to_hf(
     with whole_or_absent(path) as directory:
         write_tensors(directory, tensors, shard_bytes)
         with (directory / CONFIG).open("w") as file:
-            file.write(json.dumps(written, indent=2, sort_keys=True) + "\n")
+            file.write(json_text(written, indent=2, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -1,6 +1,7 @@
 """Which keys a query sees (legend: `moe_jax.moe`; T counts keys)."""
 
 import jax
+import jax.numpy as jnp
 
 
 def visible(
@@ -16,7 +17,9 @@ def visible(
     """Which keys each query sees: those that keep to every rule given.
 
     The rules speak of positions, never of places in a row. So a document gives the same under
-    padding on either side, packed with others, or with its keys in a cache.
+    padding on either side, packed with others, or with its keys in a cache. Among keys of its own
+    row a causal query sees no later place, too: positions that restart within a document leak
+    nothing.
 
     Args:
       positions_BL: int32, of the queries in their documents.
@@ -32,12 +35,15 @@ def visible(
     Returns:
       bool [B, 1, L, T].
     """
+    own_keys = key_positions_BT is None
     key_positions_BT = positions_BL if key_positions_BT is None else key_positions_BT
     key_segments_BT = segments_BL if key_segments_BT is None else key_segments_BT
     i, j = positions_BL[:, None, :, None], key_positions_BT[:, None, None, :]
     seen_B1LT = segments_BL[:, None, :, None] == key_segments_BT[:, None, None, :]
     if causal:
         seen_B1LT &= j <= i
+    if causal and own_keys:
+        seen_B1LT &= jnp.tri(positions_BL.shape[1], dtype=jnp.bool_)
     if window is not None:
         seen_B1LT &= i - window < j
         if not causal:

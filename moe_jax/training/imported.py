@@ -1,6 +1,5 @@
 """The directory of a model that was not trained here: a checkpoint without optimizer state."""
 
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -10,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, write_config
+from moe_jax.config.json_text import json_text
 from moe_jax.training.checkpoints import Checkpoints, gigabytes_of_largest
+from moe_jax.training.files import write_atomically
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.state import TrainState
 from moe_jax.training.workdir import CHECKPOINTS
@@ -48,8 +49,8 @@ def save_imported(
     path, few = workdir / CHECKPOINTS, gigabytes_of_largest(params)
     with Checkpoints(path, keep=1, gigabytes_in_flight=few) as checkpoints:
         checkpoints.save(0, state, metadata={"run": record}, wait=True)
-    (workdir / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    (workdir / IMPORTED_FILE).write_text(json.dumps(dict(origin), indent=2) + "\n")
+    write_atomically(workdir / CONFIG_FILE, json_text(record, indent=2) + "\n")
+    write_atomically(workdir / IMPORTED_FILE, json_text(origin, indent=2) + "\n")
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
