@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "gguf>=0.19",
             "hypothesis>=6.170.15",
             "ipykernel>=6.30",
             "mypy>=2.4.1",
