@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -49,6 +50,7 @@ def catch_in_command() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
     threading.excepthook = _end_by_error_of_thread
+    sys.excepthook = _print_unless_late
 
 
 def _watch(reader: int) -> None:
@@ -82,6 +84,19 @@ def end_by(number: int) -> None:
         show = SHOW_CURSOR if sys.stderr.isatty() else ""
         os.write(2, f"{show}\n{said}\n".encode())
     os._exit(128 + number)
+
+
+def _print_unless_late(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Prints an exception, but for one of a write that ends after the save that it is of failed.
+
+    TensorStore then calls back into an event loop that Orbax has closed, from a thread of its own.
+    The failed save is reported in one line.
+    """
+    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not late:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from moe_jax import interrupts
 from moe_jax.training.saved import CHECKPOINTS
 from tests.parallel_job import environment
 from tests.tiny_run import ROOT, tiny_flags
@@ -181,3 +182,9 @@ def test_a_run_is_stopped_at_any_moment(endless, tmp_path, seconds, number):
     folder = tmp_path / "run" / CHECKPOINTS
     if folder.exists():
         assert not [name for name in os.listdir(folder) if "tmp" in name]
+
+
+def test_a_callback_into_a_closed_event_loop_is_not_printed(capsys):
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        interrupts._print_unless_late(type(error), error, None)
+    assert capsys.readouterr().err == "RuntimeError: another\n"
