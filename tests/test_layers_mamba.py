@@ -104,10 +104,10 @@ def test_documents_that_see_each_other_are_found_out(fault, monkeypatch):
     """The planted fault: the convolution, or the state, crosses the start of a document."""
     convolution, scan = mamba.causal_convolution, mamba.selective_scan
     if fault == "convolution":
-        faulty = lambda inputs, segments, *rest: convolution(inputs, segments * 0, *rest)  # noqa: E731
+        faulty = lambda inputs, segments, *rest: convolution(inputs, segments * 0, *rest)  # noqa: E731 (a fault in one line)
         monkeypatch.setattr(mamba, "causal_convolution", faulty)
     else:
-        faulty = lambda *given: scan(*given[:5], given[5] & False, *given[6:])  # noqa: E731
+        faulty = lambda *given: scan(*given[:5], given[5] & False, *given[6:])  # noqa: E731 (a fault in one line)
         monkeypatch.setattr(mamba, "selective_scan", faulty)
     monkeypatch.setitem(globals(), "run", run.__wrapped__)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):

@@ -107,6 +107,7 @@ class TensorFiles:
         shape = stored.shape if row is None else stored.shape[1:]
         out = np.empty(shape, stored.dtype)
         start = stored.start + (row or 0) * out.nbytes
+        # NumPy's stubs for Python 3.11 do not say that an array is a buffer.
         data = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         with stored.path.open("rb", buffering=0) as file:
             done = 0
