@@ -279,7 +279,7 @@ def _require_writable(rule: str, given: str, folder: str) -> None:
     place = pathlib.Path(folder).absolute()
     there = next(each for each in (place, *place.parents) if each.exists())
     if not there.is_dir():
-        raise ValueError(f"{rule}: {there} is a file, {given}. Change it.")
+        raise ValueError(f"{rule}: {there} is a file, {given}. Name another place.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{rule} that can be written: {there} cannot, {given}. {FIX_PERMISSIONS}.")
 

@@ -344,5 +344,5 @@ def check_divides(specs: Any, run: RunShape) -> None:
                 raise ValueError(
                     f"The mesh must split every parameter evenly: dim {name!r} of "
                     f"{jax.tree_util.keystr(path, simple=True, separator='/')} {spec.shape} is "
-                    f"{size}, over {shards} devices. Change config.mesh or the size."
+                    f"{size}, over {shards} devices. Change the mesh or the size."
                 )

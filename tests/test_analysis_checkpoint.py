@@ -258,7 +258,8 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", r"--text is a file of text: the file .*x\.txt has no text\. Name another"),
+        (b"", r"--text is a file of text: the file .*x\.txt is blank\. Name another"),
+        (b" \r\n\t\n", r"the file .*x\.txt is blank\. Name another"),
         ("un\ncafé".encode("latin-1"), r"x\.txt line 2 has the byte 0xe9.*iconv -f LATIN1"),
         (b"\xff\xfe", r"x\.txt is UTF-16.*iconv -f UTF-16"),
     ],

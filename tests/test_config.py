@@ -220,7 +220,7 @@ def router(**settings):
         (router(kind="__main__:Router"), r"which '__main__' is not: .*Move the class to a module"),
         (
             router(top_p=2.0),
-            r"config\.model\.parts\.moe\.router: top_p lies in \(0, 1\]: top_p=2\.0\. Change it",
+            r"config\.model\.parts\.moe\.router: top_p lies in \(0, 1\]: top_p=2\.0\. The",
         ),
         (
             model({"losses": {"load_balance": {"weight": -1.0}}}),

@@ -164,7 +164,7 @@ def test_inference_has_its_own_batch(score, finished, capsys):
         (["--step=3"], r"none of step 3 in .*, but \[2, 4\]"),
         (["--text=a", "--corpus=embedded"], "--text=a, --corpus=embedded. Leave one out"),
         (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
-        (["--text=/dev/null"], "the file /dev/null has no text. Name another"),
+        (["--text=/dev/null"], "the file /dev/null is blank. Name another"),
         (["--corpus=embeded"], "embeded"),
         (["--heldout_fraction=0.3"], "--heldout_fraction is of another --corpus"),
         (["--text_field=body"], "--text_field is of another --corpus"),

@@ -52,7 +52,7 @@ def test_a_mesh_without_minus_one_may_leave_devices_unused():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"slices": 0}, r"slices lies in \[1, inf\): slices=0\. Change it"),
+        ({"slices": 0}, r"slices lies in \[1, inf\): slices=0\. The default is 1"),
         ({"slices": -1}, r"slices lies in \[1, inf\): slices=-1\."),
         ({"data": 0}, r"at least 1, or -1 for .*: mesh\.data=0, mesh\.fsdp=1"),
         ({"fsdp": -2}, r"fsdp lies in \[-1, .*: fsdp=-2"),
@@ -78,7 +78,7 @@ def test_sizes_that_mean_nothing_are_refused(settings, message):
             {"data": 2, "expert": 8},
             8,
             r"no more devices than there are: slices=1, data=2, .*tensor=1 need 16, there are 8\. "
-            r"Lower a size of config\.mesh, or set one to -1",
+            r"Lower a size of the mesh, or set one to -1",
         ),
         (
             {"expert": 3},
@@ -127,7 +127,7 @@ def test_other_devices_than_all_can_be_given():
 
 def test_several_processes_use_all_their_devices():
     """One that has no device of the mesh would have nothing to run."""
-    message = r"uses all their devices: config\.mesh has 4 of 8\. Set one of its sizes to -1"
+    message = r"uses all their devices: the mesh has 4 of 8\. Set one of its sizes to -1"
     with mock.patch.object(jax, "process_count", lambda: 2):
         with pytest.raises(ValueError, match=message):
             make_mesh(MeshConfig(data=4))

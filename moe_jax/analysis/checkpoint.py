@@ -180,10 +180,11 @@ def read_text(path: str) -> str:
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is empty, or not UTF-8.
+      ValueError: it is blank, or not UTF-8.
     """
     text = decode(pathlib.Path(path).read_bytes(), path).replace("\r\n", "\n")
-    require(text != "", "--text is a file of text", f"the file {path} has no text", "Name another")
+    rule = "--text is a file of text"
+    require(text.strip() != "", rule, f"the file {path} is blank", "Name another")
     return text
 
 

@@ -145,7 +145,7 @@ def build(expected: Any, value: Any, path: str, *, trust: Trust = True) -> Any:
     if origin in (types.UnionType, typing.Union):
         return build_union(items, value, path, trust)
     if origin is typing.Literal:
-        require(value in items, f"{path} is one of {list(items)}", repr(value), "Change it")
+        require(value in items, f"{path} is one of {list(items)}", repr(value), "Name one of them")
         return value
     if isinstance(expected, type) and issubclass(expected, Settings):
         if isinstance(value, Settings):

@@ -62,14 +62,14 @@ class MeshConfig(Settings):
                 known <= num_devices,
                 "the mesh has no more devices than there are",
                 f"{written} need {known}, there are {num_devices}",
-                "Lower a size of config.mesh, or set one to -1",
+                "Lower a size of the mesh, or set one to -1",
             )
             return self
         require(
             num_devices % known == 0,
             "the sizes of the mesh divide the number of devices",
             f"{written}: {known} does not divide {num_devices}",
-            "Change a size of config.mesh",
+            "Change a size of the mesh",
         )
         left = num_devices // known
         data, fsdp, expert, tensor = (left if size == -1 else size for size in self.sizes)

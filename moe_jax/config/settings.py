@@ -94,7 +94,7 @@ def setting(
     ...     std: float = setting(0.1, at_least=0)
     >>> Noise(std=-1.0)
     Traceback (most recent call last):
-    ValueError: std lies in [0, inf): std=-1.0. Change it.
+    ValueError: std lies in [0, inf): std=-1.0. The default is 0.1.
     """
     known = None if choices is None else tuple(choices)
     bounds = Bounds(at_least, above, at_most, below, known)
@@ -104,6 +104,13 @@ def setting(
     if default_factory is not None:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field[Any], bounds: Bounds) -> str:
+    """The fix of a value out of bounds: what the default is, if there is one."""
+    if field.default is dataclasses.MISSING:
+        return "Name one of them" if bounds.choices is not None else "Use a value within"
+    return f"The default is {field.default!r}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Settings:
                 not bad,
                 f"{field.name} {bounds.describe()}",
                 f"{field.name}={value!r}{''.join(rounded(one, bounds) for one in bad)}",
-                "Change it",
+                default_of(field, bounds),
             )
         self.check()
 

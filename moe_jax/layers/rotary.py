@@ -38,7 +38,7 @@ class Rotary(Settings):
             turning % 2 == 0 and turning <= head_dim,
             f"rotary positions need an even {name}, at most head_dim",
             f"{name}={turning}, head_dim={head_dim}",
-            "Change it, or set rotary=None",
+            "Use an even number, or set rotary=None",
         )
         if self.scaling is not None:
             self.scaling.check_dim(turning)

@@ -33,7 +33,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     unused = len(devices) - config.num_devices
     if unused and jax.process_count() > 1:
         raise ValueError(
-            "A run of several processes uses all their devices: config.mesh has "
+            "A run of several processes uses all their devices: the mesh has "
             f"{config.num_devices} of {len(devices)}. Set one of its sizes to -1."
         )
     arranged = arrange(config, devices[: config.num_devices])

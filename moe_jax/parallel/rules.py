@@ -98,7 +98,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
             raise ValueError(
                 f"The mesh splits a dim evenly: {name!r} of size {size} over "
                 f"{num_shards(name, mesh)} devices ({mesh_axes(name, mesh)}), array {x.shape}. "
-                "Change config.mesh or the size."
+                "Change the mesh or the size."
             )
     automatic = [
         tuple(axis for axis in mesh_axes(name, mesh) if axis not in mesh.manual_axes) or None

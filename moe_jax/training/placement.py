@@ -84,7 +84,7 @@ def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
         except ValueError as error:
             raise ValueError(
                 f"The mesh splits every parameter evenly: {name} {leaf.shape} with dims "
-                f"{axes} over {placed.spec} of {dict(mesh.shape)}. Change config.mesh or the size."
+                f"{axes} over {placed.spec} of {dict(mesh.shape)}. Change the mesh or the size."
             ) from error
         return placed
 

@@ -180,7 +180,7 @@ def check_even(what: str, count: int, shards: int) -> None:
     if count % shards:
         raise ValueError(
             f"The mesh must split {what} evenly: {count} over {shards} devices. Change "
-            "config.mesh, training.batch_size or num_experts."
+            "the mesh, training.batch_size or num_experts."
         )
 
 
