@@ -84,7 +84,7 @@ class EncoderInputs(NamedTuple):
         "shared",
         "cache_index",
     ],
-    meta_fields=["causal", "capacity", "record"],
+    meta_fields=["causal", "counts_up", "capacity", "record"],
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -106,6 +106,9 @@ class Call:
         go into the slots from there on. The same for all rows, padding included; None without a
         cache.
       causal: whether a token must not see later ones; the stack sets it.
+      counts_up: whether positions of a document grow by one from place to place, here and in
+        `encoder`, as those of `moe_jax.data` do. Kernels of attention need that: without it "auto"
+        takes the one that reads positions. Filled in where no positions are given.
       capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
         evaluation. A part with a fixed number of slots keeps it, except if dropless.
       record: whether `Aux` gets the choices and router logits of every token, and the output of a
@@ -123,6 +126,7 @@ class Call:
     shared: Any = None
     cache_index: jax.Array | int | None = None
     causal: bool = True
+    counts_up: bool = False
     capacity: float | None = None
     record: bool = False
 
@@ -135,12 +139,16 @@ class Call:
         """This call with positions and segments filled in for these tokens."""
         shape = x_BLM.shape[:2]
         positions, segments = self.positions_BL, self.segments_BL
+        given = [positions, None if self.encoder is None else self.encoder.positions_BT]
+        counts_up = self.counts_up or all(one is None for one in given)
         if positions is None:
             start = 0 if self.cache_index is None else self.cache_index
             positions = jnp.broadcast_to(start + jnp.arange(shape[1], dtype=jnp.int32), shape)
         if segments is None:
             segments = jnp.ones(shape, jnp.int32)
-        return dataclasses.replace(self, positions_BL=positions, segments_BL=segments)
+        return dataclasses.replace(
+            self, positions_BL=positions, segments_BL=segments, counts_up=counts_up
+        )
 
 
 @functools.partial(

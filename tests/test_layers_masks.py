@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.layers.masks import visible
+from moe_jax.layers.masks import Rules, Tokens, by_place, visible
 
 
 def table(positions, segments=None, **rules):
     positions = jnp.asarray([positions], jnp.int32)
     segments = jnp.ones_like(positions) if segments is None else jnp.asarray([segments], jnp.int32)
-    seen = visible(positions, segments, **rules)
+    seen = visible(Rules(**rules), Tokens(positions, segments))
     assert seen.dtype == bool and seen.shape == (1, 1, positions.size, positions.size)
     return ["".join(str(int(one)) for one in row) for row in np.asarray(seen[0, 0])]
 
@@ -68,11 +68,37 @@ def test_every_query_sees_a_key_so_that_no_softmax_is_of_nothing():
 def test_keys_of_a_cache_are_seen_by_their_positions():
     """Two rows, of 4 and 2 tokens, each with one more; an empty place is of no document."""
     seen = visible(
-        jnp.array([[4], [2]]),
-        jnp.array([[1], [1]]),
-        jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]),
-        jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-        causal=True,
-        window=3,
+        Rules(causal=True, window=3),
+        Tokens(jnp.array([[4], [2]]), jnp.array([[1], [1]])),
+        Tokens(
+            jnp.array([[0, 1, 2, 3, 4], [0, 1, 2, 0, 0]]),
+            jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        ),
     )
     assert seen[:, 0, 0].astype(int).tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rule", [{}, {"window": 2}, {"chunk": 2}, {"chunk": 3, "window": 2}])
+def test_rules_about_places_are_those_about_positions_that_count_up(rule, causal):
+    """Documents packed, padded on either side, and begun within the text."""
+    segments = jnp.array(
+        [[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1], [3, 3, 0, 1, 1, 1, 1, 1]]
+    )
+    positions = jnp.array(
+        [[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 0, 1, 2, 3, 4, 5], [7, 8, 0, 3, 4, 5, 6, 7]]
+    )
+    rules, tokens = Rules(causal, **rule), Tokens(positions, segments)
+    places = jnp.broadcast_to(jnp.arange(8), (3, 8))
+    plain, documents = by_place(rules, tokens)
+    assert plain.chunk is None
+    real = (segments > 0)[:, None, :, None] & (segments > 0)[:, None, None, :]
+    by_positions = visible(rules, tokens) & real
+    by_places = visible(plain, Tokens(places, documents)) & real
+    assert (by_places == by_positions).all()
+    # Not so with positions that restart within a document: the kernels must not be told of them.
+    odd = tokens._replace(positions_BL=positions.at[0, 6].set(0))
+    plain, documents = by_place(rules, odd)
+    if causal or rule:
+        same = visible(plain, Tokens(places, documents)) == visible(rules, odd)
+        assert not (same | ~real).all()

@@ -44,6 +44,7 @@ def next_token(
         tokens_BL=window_L[None],
         positions_BL=positions[None],
         segments_BL=(positions < length).astype(jnp.int32)[None],
+        counts_up=True,
         step=step,
         capacity=0.0,
     )

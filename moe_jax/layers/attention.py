@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
 from moe_jax.costs import FLOAT32, Bytes, Cost
-from moe_jax.layers.dot_product import attend
-from moe_jax.layers.masks import visible
+from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
+from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.layers.rotary import Rotary
 from moe_jax.parallel.rules import constrain
@@ -60,12 +60,14 @@ class Attention(Part):
     rotary: Rotary | None = Rotary()  # turns queries and keys by their positions
     temperature: Temperature | None = None  # by which queries grow with their positions
     scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5
-    window: int | None = setting(None, at_least=1)  # W: a query sees W keys; see `masks.visible`
+    window: int | None = setting(None, at_least=1)  # W: a query sees W keys; see `masks.Rules`
     chunk: int | None = setting(None, at_least=1)  # C: and only those of its C positions
     softcap: float | None = setting(None, above=0)  # c: scores become c * tanh(score / c)
     sink: bool = False  # a learned score per head in the denominator of the softmax (gpt-oss)
     position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    # What computes it; "auto": the best that can.
+    kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -162,11 +164,14 @@ class Attention(Part):
         if self.temperature is not None:
             factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
             q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
-        out_BLND = attend(
+        out_BLND = attend_by_rules(
             q_BLND,
             k_BTND,
             v_BTND,
-            visible(positions, segments, causal=call.causal, window=self.window, chunk=self.chunk),
+            Rules(call.causal, self.window, self.chunk),
+            Tokens(positions, segments),
+            kernel=self.kernel,
+            counts_up=call.counts_up,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
             bias_BNLT=self.bias_of(call),
             softcap=self.softcap,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
-from moe_jax.layers.masks import visible
+from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.parameters import Axes, ParameterSpec, zeros
 from moe_jax.part import Call
 
@@ -76,13 +76,13 @@ def write(cache: Any, call: Call, **kept: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def visible_slots(cache: Any, call: Call, **rules: Any) -> jax.Array:
+def visible_slots(cache: Any, call: Call, rules: Rules) -> jax.Array:
     """The slots that each token of a call sees: bool [B, 1, L, T].
 
     Args:
       cache: with the call's own tokens.
       call: its positions continue those of the row.
-      **rules: of `visible`, such as `window`.
+      rules: of what a query sees.
     """
     assert call.positions_BL is not None and call.segments_BL is not None, "with_defaults"
     positions_BT = cache["positions"]
@@ -90,6 +90,4 @@ def visible_slots(cache: Any, call: Call, **rules: Any) -> jax.Array:
     queries_BL, keys_BT = (
         one.astype(jnp.int32) for one in (call.segments_BL > 0, positions_BT >= 0)
     )
-    return visible(
-        call.positions_BL, queries_BL, positions_BT, keys_BT, causal=call.causal, **rules
-    )
+    return visible(rules, Tokens(call.positions_BL, queries_BL), Tokens(positions_BT, keys_BT))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from moe_jax.config.settings import setting
 from moe_jax.costs import FLOAT32, Bytes, Cost
 from moe_jax.layers.attention import Attention, affine, split_heads
-from moe_jax.layers.dot_product import attend
+from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
+from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.parallel.rules import constrain
 from moe_jax.part import Call, Dims, Output, Own, Part, RunShape
@@ -35,6 +36,8 @@ class CrossAttention(Part):
     qk_norm: Norm | None = None  # of queries and keys, per head
     scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5 (T5: 1.0)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    # What computes it; "auto": the best that can.
+    kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -65,10 +68,20 @@ class CrossAttention(Part):
             for name, x in (("q", x_BLM), ("k", memory_BTM), ("v", memory_BTM))
         )
         q_BLND, k_BTKD = self.attention.normed(params, q_BLND, k_BTKD)
-        same_BLT = call.segments_BL[:, :, None] == memory_segments_BT[:, None, :]
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        out_BLND = attend(q_BLND, k_BTKD, v_BTKD, same_BLT[:, None], scale=scale)
-        # A query that sees no key would get a mean over all texts of its row.
+        out_BLND = attend_by_rules(
+            q_BLND,
+            k_BTKD,
+            v_BTKD,
+            Rules(causal=False),
+            Tokens(jnp.zeros_like(call.segments_BL), call.segments_BL),
+            Tokens(jnp.zeros_like(memory_segments_BT), memory_segments_BT),
+            kernel=self.kernel,
+            counts_up=False,
+            scale=scale,
+        )
+        # A query that sees no key would get a mean over texts of its row.
+        same_BLT = call.segments_BL[:, :, None] == memory_segments_BT[:, None, :]
         out_BLND = jnp.where(jnp.any(same_BLT, axis=-1)[..., None, None], out_BLND, 0)
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, None

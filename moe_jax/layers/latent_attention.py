@@ -10,9 +10,10 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import setting
 from moe_jax.costs import FLOAT32, Bytes, Cost
 from moe_jax.layers.attention import affine, split_heads
+from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
 from moe_jax.layers.cache import slots, visible_slots, write
 from moe_jax.layers.dot_product import attend
-from moe_jax.layers.masks import visible
+from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary
 from moe_jax.parallel.rules import constrain
@@ -41,6 +42,8 @@ class LatentAttention(Part):
     norm_epsilon: float = setting(1e-6, above=0)  # of the norms of the latents
     use_bias: bool = False  # biases in the projections to the latents, and of the output
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    # What computes it without a cache; "auto": the best that can.
+    kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
         """See `Settings`."""
@@ -111,10 +114,13 @@ class LatentAttention(Part):
         latent_BLF, key_BLD = self.latent(params, x_BLM, call)
         cache = own.cache
         if cache is None:
-            seen_B1LT = visible(call.positions_BL, call.segments_BL, causal=call.causal)
             k_BTND, v_BTND = self.expand(params, latent_BLF, key_BLD)
             q_BLND = jnp.concatenate([nope_BLND, rope_BLND], axis=-1)
-            out_BLND = attend(q_BLND, k_BTND, v_BTND, seen_B1LT, scale=self.scale)
+            out_BLND = attend_by_rules(
+                q_BLND, k_BTND, v_BTND, Rules(call.causal),
+                Tokens(call.positions_BL, call.segments_BL),
+                kernel=self.kernel, counts_up=call.counts_up, scale=self.scale,
+            )  # fmt: skip
         else:
             cache = write(cache, call, latent=latent_BLF, rotary_key=key_BLD)
             latent_BTF, key_BTD = (
@@ -124,7 +130,7 @@ class LatentAttention(Part):
             out_BLND = absorb(
                 nope_BLND, rope_BLND, latent_BTF, key_BTD,
                 heads.reshape(self.kv_rank, self.num_heads, -1),
-                visible_slots(cache, call), scale=self.scale,
+                visible_slots(cache, call, Rules(call.causal)), scale=self.scale,
             )  # fmt: skip
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache

@@ -1,53 +1,90 @@
 """Which keys a query sees (legend: `moe_jax.moe`; T counts keys)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def visible(
-    positions_BL: jax.Array,
-    segments_BL: jax.Array,
-    key_positions_BT: jax.Array | None = None,
-    key_segments_BT: jax.Array | None = None,
-    *,
-    causal: bool,
-    window: int | None = None,
-    chunk: int | None = None,
-) -> jax.Array:
-    """Which keys each query sees: those that keep to every rule given.
+class Rules(NamedTuple):
+    """Which keys of its own document a query sees: those that keep to every rule given.
 
     The rules speak of positions, never of places in a row. So a document gives the same under
     padding on either side, packed with others, or with its keys in a cache. Among keys of its own
     row a causal query sees no later place, too: positions that restart within a document leak
     nothing.
 
-    Args:
-      positions_BL: int32, of the queries in their documents.
-      segments_BL: int32, the documents of the queries. A query sees keys of its own alone; a query
-        of padding (0) sees padding.
-      key_positions_BT: of the keys; None: as the queries.
-      key_segments_BT: of the keys; None: as the queries.
+    Attributes:
       causal: a key j is seen by queries i >= j.
       window: W; i - W < j, which is W keys in a causal stack, the query's own among them. Without
         `causal` also j < i + W: W - 1 keys on either side.
       chunk: C; i // C == j // C (Llama 4).
+    """
+
+    causal: bool
+    window: int | None = None
+    chunk: int | None = None
+
+
+class Tokens(NamedTuple):
+    """Where tokens stand: queries, or keys.
+
+    Attributes:
+      positions_BL: int32, of the tokens in their documents.
+      segments_BL: int32, the documents of the tokens. A query sees keys of its own alone; a query
+        of padding (0) sees padding.
+    """
+
+    positions_BL: jax.Array
+    segments_BL: jax.Array
+
+
+def visible(rules: Rules, queries: Tokens, keys: Tokens | None = None) -> jax.Array:
+    """Which keys each query sees.
+
+    Args:
+      rules: all of which hold.
+      queries: of L tokens.
+      keys: of T tokens; None: the queries' own.
 
     Returns:
       bool [B, 1, L, T].
     """
-    own_keys = key_positions_BT is None
-    key_positions_BT = positions_BL if key_positions_BT is None else key_positions_BT
-    key_segments_BT = segments_BL if key_segments_BT is None else key_segments_BT
-    i, j = positions_BL[:, None, :, None], key_positions_BT[:, None, None, :]
-    seen_B1LT = segments_BL[:, None, :, None] == key_segments_BT[:, None, None, :]
-    if causal:
+    own_keys, keys = keys is None, keys or queries
+    i, j = queries.positions_BL[:, None, :, None], keys.positions_BL[:, None, None, :]
+    seen_B1LT = queries.segments_BL[:, None, :, None] == keys.segments_BL[:, None, None, :]
+    if rules.causal:
         seen_B1LT &= j <= i
-    if causal and own_keys:
-        seen_B1LT &= jnp.tri(positions_BL.shape[1], dtype=jnp.bool_)
-    if window is not None:
-        seen_B1LT &= i - window < j
-        if not causal:
-            seen_B1LT &= j < i + window
-    if chunk is not None:
-        seen_B1LT &= i // chunk == j // chunk
+    if rules.causal and own_keys:
+        seen_B1LT &= jnp.tri(queries.positions_BL.shape[1], dtype=jnp.bool_)
+    if rules.window is not None:
+        seen_B1LT &= i - rules.window < j
+        if not rules.causal:
+            seen_B1LT &= j < i + rules.window
+    if rules.chunk is not None:
+        seen_B1LT &= i // rules.chunk == j // rules.chunk
     return seen_B1LT
+
+
+def by_place(rules: Rules, tokens: Tokens) -> tuple[Rules, jax.Array]:
+    """The same rules about places in the row, for tokens whose positions count up.
+
+    Two tokens of a document are then as far apart in the row as in their positions, so that causal
+    and window are rules about places. A chunk of a document becomes a document: chunks begin with
+    the document, wherever that stands. Its length bounds the window.
+
+    Args:
+      rules: about positions.
+      tokens: of which those of one document have positions that grow by one from place to place.
+
+    Returns:
+      Rules without `chunk`, and the documents, int32 [B, L].
+    """
+    chunk = rules.chunk
+    if chunk is None:
+        return rules, tokens.segments_BL
+    # The chunks of a document have one number after the other, so that so many differ.
+    count = -(-tokens.segments_BL.shape[1] // chunk) + 1
+    documents_BL = tokens.segments_BL * count + tokens.positions_BL // chunk % count
+    window = chunk if rules.window is None else min(rules.window, chunk)
+    return rules._replace(window=window, chunk=None), documents_BL

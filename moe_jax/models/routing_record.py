@@ -139,6 +139,7 @@ def recording_call(
             segments = np.ones(tokens.shape)
         return EncoderInputs(*(jnp.asarray(a, jnp.int32) for a in (tokens, positions, segments)))
 
+    given = [positions_BL, None if encoder is None else encoder.positions_BT]
     tokens, positions, segments = filled(tokens_BL, positions_BL, segments_BL)
     return Call(
         positions,
@@ -146,6 +147,7 @@ def recording_call(
         tokens,
         encoder=None if encoder is None else filled(*encoder),
         step=step,
+        counts_up=all(one is None for one in given),
         capacity=capacity,
         record=True,
     )

@@ -100,6 +100,7 @@ def call_of(batch: Batch, **settings: Any) -> Call:
         positions_BL=batch["positions"],
         segments_BL=batch["segment_ids"],
         encoder=encoder,
+        counts_up=True,
         **settings,
     )
 

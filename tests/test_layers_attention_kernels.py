@@ -1,0 +1,296 @@
+"""Which kernel computes attention, and that splash gives what a dense float64 reference gives.
+
+Splash runs in the interpreter of Pallas: it is the code of the TPU, and its arithmetic on a CPU.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.layers import attention_kernels, splash
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention_kernels import (
+    Machine,
+    Task,
+    attend_by_rules,
+    choose,
+    chosen,
+)
+from moe_jax.layers.cross_attention import CrossAttention
+from moe_jax.layers.latent_attention import LatentAttention
+from moe_jax.layers.masks import Rules, Tokens
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.part import Call, Dims, EncoderInputs, Own
+from tests.slow import slow_but
+from tests.tiny_run import quick_jit
+
+# Sums of up to 256 products of numbers near 1 in float32; gradients up to 20.
+FLOAT32 = 1e-5
+
+CAUSAL, BOTH = Rules(causal=True), Rules(causal=False)
+PLAIN = Task(counts_up=True, rules=CAUSAL)
+CPU, TPU, GPU = map(Machine, ("cpu", "tpu", "gpu"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "task", "machine", "expected"),
+    [
+        ("auto", PLAIN, CPU, "xla"),
+        ("auto", PLAIN, TPU, "splash"),
+        ("auto", PLAIN._replace(rules=Rules(True, window=4, chunk=8)), TPU, "splash"),
+        ("auto", PLAIN._replace(rules=BOTH), TPU, "splash"),
+        # Without a rule about positions, they need not count up: an encoder, cross-attention.
+        ("auto", Task(counts_up=False, rules=BOTH), TPU, "splash"),
+        ("auto", Task(counts_up=False, rules=CAUSAL), TPU, "xla"),
+        ("auto", Task(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
+        ("auto", PLAIN._replace(bias=True), TPU, "xla"),
+        ("auto", PLAIN, TPU._replace(manual=True), "xla"),
+        ("xla", PLAIN, TPU, "xla"),
+        ("splash", PLAIN, CPU, "splash"),
+    ],
+)
+def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
+    choice = choose(kernel, task, machine)
+    assert choice.kernel == expected
+    forced = kernel == "auto" and machine.platform == "tpu" and expected == "xla"
+    assert bool(choice.lacks) == forced, "what the best kernel lacks is said"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "task", "machine", "message"),
+    [
+        ("splash", PLAIN, GPU, "splash': it runs on a TPU"),
+        ("splash", PLAIN._replace(bias=True), TPU, "splash': it adds no position bias"),
+        ("splash", PLAIN._replace(counts_up=False), TPU, r"splash': .*Call\.counts_up"),
+        ("splash", PLAIN, TPU._replace(manual=True), "splash': .*inside jax.shard_map"),
+    ],
+)
+def test_a_kernel_asked_for_by_name_does_it_or_says_what_it_cannot(kernel, task, machine, message):
+    with pytest.raises(ValueError, match=message):
+        choose(kernel, task, machine)
+
+
+def test_an_accelerator_says_once_that_memory_is_quadratic(caplog):
+    attention_kernels.warn_of.cache_clear()
+    task = PLAIN._replace(bias=True)
+    device = jax.sharding.AbstractDevice("planned", None, "tpu")
+    with (
+        jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+        ),
+        caplog.at_level(logging.WARNING),
+    ):
+        assert [chosen("auto", task) for _ in range(2)] == ["xla", "xla"]
+    assert chosen("auto", task) == "xla", "on a CPU there is nothing to say"
+    (said,) = caplog.messages
+    assert "square of the length (splash: it adds no position bias" in said
+
+
+class Case(NamedTuple):
+    """Attention of two rows: documents and padding, heads and their dims."""
+
+    rules: Rules
+    softcap: float | None = None
+    sink: bool = False
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 8
+    value_dim: int = 8
+    length: int = 128
+    dtype: str = "float32"
+
+
+CASES = {
+    "grouped, sinks": Case(CAUSAL, sink=True),
+    "no whole block": Case(CAUSAL, length=200),
+    "several blocks": Case(Rules(True, window=60), sink=True, length=384),
+    "encoder": Case(BOTH, kv_heads=4, length=200),
+    "window": Case(Rules(True, window=9)),
+    "window of an encoder": Case(Rules(False, window=9), softcap=2.0),
+    "chunk": Case(Rules(True, chunk=24), length=256),
+    "chunk of an encoder": Case(Rules(False, chunk=24)),
+    "window and chunk": Case(Rules(True, window=9, chunk=24)),
+    "cap": Case(CAUSAL, softcap=1.0),
+    "cap and sinks, one key head": Case(CAUSAL, softcap=1.0, sink=True, kv_heads=1),
+    "latent": Case(CAUSAL, kv_heads=4, dim=192, value_dim=128),
+    "64": Case(CAUSAL, dim=64, value_dim=64, length=256),
+}
+
+
+def documents(length):
+    """Two packed and padding on the right; one between padding. Segments and positions."""
+    first, second = length // 3, length // 2
+    segments = np.zeros((2, length), np.int32)
+    positions = np.zeros((2, length), np.int32)
+    for row, number, start, stop in (
+        (0, 1, 0, first), (0, 2, first, first + second), (1, 1, 17, length - 13),
+    ):  # fmt: skip
+        segments[row, start:stop], positions[row, start:stop] = number, np.arange(stop - start)
+    return segments, positions
+
+
+def seen_by_hand(rules, segments, positions):
+    """Document by document, query by query."""
+    seen = np.zeros((*segments.shape, segments.shape[1]), bool)
+    for row, i, j in np.argwhere(segments[:, :, None] == segments[:, None, :]):
+        x, y = int(positions[row, i]), int(positions[row, j])
+        seen[row, i, j] = segments[row, i] > 0 and (
+            (y <= x or not rules.causal)
+            and (rules.window is None or abs(x - y) < rules.window)
+            and (rules.chunk is None or x // rules.chunk == y // rules.chunk)
+        )
+    return seen
+
+
+def dense(q, k, v, sink, seen, case, scale):
+    """The definition, head by head, in float64. A query that sees nothing gives 0."""
+    heads = []
+    for n in range(case.heads):
+        own = n // (case.heads // case.kv_heads)
+        scores = scale * q[:, :, n] @ jnp.swapaxes(k[:, :, own], 1, 2)
+        scores = scores if case.softcap is None else case.softcap * jnp.tanh(scores / case.softcap)
+        weights = jnp.where(seen, jnp.exp(scores), 0)
+        total = weights.sum(-1, keepdims=True) + (jnp.exp(sink[n]) if case.sink else 0)
+        heads.append(weights / jnp.where(total == 0, 1, total) @ v[:, :, own])
+    return jnp.stack(heads, 2)
+
+
+@functools.cache
+def compared(name, fault=None):
+    """Largest differences of output and gradients from the reference, and its largest numbers."""
+    case, random = CASES[name], np.random.default_rng(0)
+    segments, positions = documents(case.length)
+    shapes = [(case.heads, case.dim), (case.kv_heads, case.dim), (case.kv_heads, case.value_dim)]
+    arrays = [random.normal(size=(2, case.length, *shape)) for shape in shapes]
+    arrays.append(random.normal(size=case.heads))
+    weights = random.normal(size=(2, case.length, case.heads, case.value_dim))
+    weights *= (segments > 0)[..., None, None]
+    scale = case.dim**-0.5
+
+    def by_kernel(q, k, v, sink):
+        y = attend_by_rules(
+            q, k, v, case.rules, Tokens(jnp.asarray(positions), jnp.asarray(segments)),
+            kernel="splash", counts_up=True, scale=scale, softcap=case.softcap,
+            sink_N=sink if case.sink else None,
+        )  # fmt: skip
+        return jnp.sum(y * weights.astype(np.float32)), y
+
+    def by_definition(q, k, v, sink):
+        y = dense(q, k, v, sink, seen_by_hand(case.rules, segments, positions), case, scale)
+        return jnp.sum(y * weights), y
+
+    gradients = functools.partial(jax.grad, argnums=(0, 1, 2, 3), has_aux=True)
+    got = quick_jit(gradients(by_kernel))(*(jnp.asarray(x, jnp.float32) for x in arrays))
+    with jax.enable_x64():
+        expected = quick_jit(gradients(by_definition))(*map(jnp.asarray, arrays))
+        expected = jax.tree.map(np.asarray, expected)
+    assert np.isfinite(got[1]).all(), "padding too"
+    real = (segments > 0)[..., None, None]
+    pairs = [*zip(got[0], expected[0], strict=True), (got[1] * real, expected[1] * real)]
+    return [(np.abs(a - b).max(), np.abs(b).max()) for a, b in pairs]
+
+
+@pytest.mark.parametrize("name", slow_but(["grouped, sinks"], CASES))
+def test_splash_is_attention(name):
+    """Output and the gradients of queries, keys, values and sinks."""
+    for difference, largest in compared(name):
+        assert difference <= FLOAT32 * max(largest, 1)
+        assert largest > 0.1 or not CASES[name].sink
+
+
+FAULTS = {
+    "window": (
+        "mask_of",
+        lambda rules, *shape: splash.masks.LocalMask(shape, (rules.window, 0), 0),
+    ),
+    "chunk": ("filled", lambda x, value: jnp.zeros_like(x) if x.ndim == 2 else x),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_seen(name, monkeypatch):
+    """A window of one key more; documents that are not told apart."""
+    monkeypatch.setattr(splash, *FAULTS[name])
+    compared.cache_clear()
+    with pytest.raises(AssertionError):
+        test_splash_is_attention(name)
+    compared.cache_clear()
+
+
+MODEL_DIM, LENGTH = 8, 128
+PARTS = {
+    "attention": Attention(num_heads=4, num_kv_heads=2, head_dim=4, sink=True, chunk=40),
+    "latent": LatentAttention(num_heads=4, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=6),
+    "cross": CrossAttention(num_heads=4, num_kv_heads=2, head_dim=4),
+}
+
+
+def of_part(part, *, causal=True, mesh=None):
+    """Output and gradients of two layers in a scan, whose residuals are computed again."""
+    random = np.random.default_rng(0)
+    segments, positions = documents(LENGTH)
+    segments, positions = (np.concatenate([x, x]) for x in (segments, positions))
+    params = jax.tree.map(
+        lambda spec: jnp.asarray(random.normal(size=(2, *spec.shape)) / 3, jnp.float32),
+        part.specs(Dims(MODEL_DIM)),
+    )
+    x = jnp.asarray(random.normal(size=(4, LENGTH, MODEL_DIM)), jnp.float32)
+    memory = jnp.asarray(random.normal(size=(4, 70, MODEL_DIM)), jnp.float32)
+    call = Call(
+        positions, segments, causal=causal, counts_up=True, memory=memory,
+        memory_segments_BT=segments[:, ::-1][:, :70],
+    )  # fmt: skip
+    real = (segments > 0)[..., None]
+
+    @jax.checkpoint
+    def layer(x, params):
+        return x + part.apply(params, x, call, Own())[0]
+
+    def loss(params, x):
+        y, _ = jax.lax.scan(lambda x, one: (layer(x, one), None), x, params)
+        return jnp.mean(jnp.sin(y) * real), y * real
+
+    run = quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    if mesh is None:
+        return run(params, x)
+    with jax.set_mesh(mesh):
+        return run(params, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_gives_the_same_by_either_kernel(name, devices):
+    """Alone and on a mesh that splits the batch and the heads."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if devices == 8 else None
+    part = PARTS[name]
+    splash, xla = (
+        of_part(dataclasses.replace(part, kernel=kernel), mesh=mesh) for kernel in ("splash", "xla")
+    )
+    for a, b in zip(jax.tree.leaves(splash), jax.tree.leaves(xla), strict=True):
+        np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32 * np.abs(b).max())
+        assert np.abs(b).max() > 1e-6
+
+
+def test_which_calls_have_positions_that_count_up():
+    """Those without positions; those of given positions say so themselves."""
+    x, positions = jnp.zeros((1, 3, 1)), jnp.zeros((1, 3), jnp.int32)
+    given, none = EncoderInputs(positions, positions), EncoderInputs(positions)
+    for call, expected in (
+        (Call(), True),
+        (Call(segments_BL=positions), True),
+        (Call(encoder=none), True),
+        (Call(positions), False),
+        (Call(encoder=given), False),
+        (Call(positions, counts_up=True), True),
+        (Call(positions, counts_up=True, encoder=given), True),
+    ):
+        assert call.with_defaults(x).counts_up is expected
