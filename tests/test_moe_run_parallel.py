@@ -21,8 +21,9 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import Plan, parallel, plan_experts, rows, run_experts
+from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
-from moe_jax.moe.run_experts.parallel import most_received_rows, run_parallel
+from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
 from moe_jax.part import Call, Dims
@@ -351,7 +352,7 @@ def run_everything_on_two_experts(mesh, way, num_chunks=1):
 
         return run_parallel(
             x, assignment, weights, AXES, linear, rows=way.rows, num_chunks=num_chunks
-        )
+        ).y
 
     with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
         y = jax.jit(output)(x, index, gate, slot, weights)
@@ -401,7 +402,7 @@ def draw_from_experts(name, config, seed, num_chunks=1):
         assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
         return run_parallel(
             x, assignment, weights, AXES, draw, rng, rows=way.rows, num_chunks=num_chunks
-        )
+        ).y
 
     x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
     weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}
@@ -583,7 +584,7 @@ def test_a_plan_is_followed(plan, by, chunks):
         mock.patch.object(module, "run_sorted_rows", follow("run_sorted_rows")),
         mock.patch.dict(module.SLOT_WAYS, {n: follow(n) for n in ("einsum", "gather")}),
     ):
-        run_experts(None, None, {}, {}, None, plan)
+        run_experts(None, mock.Mock(), {}, {}, None, plan)
     assert told == {by: chunks}
 
 

@@ -11,7 +11,7 @@ from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
 from moe_jax.moe.run_experts import mix_slots, plan_experts, run_experts
-from moe_jax.moe.statistics import measure
+from moe_jax.moe.statistics import Buffer, measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear
 from moe_jax.part import Aux, Call, Own
@@ -45,13 +45,13 @@ def moe_block(
     x_GSM, inputs = in_groups(x_BLM, moe, call, own, router_key)
 
     routing = route(params, x_GSM, moe, inputs)
-    y_GSM, kept_GSK = through_experts(
-        params["experts"], x_GSM, routing, moe, inputs, queue_key, experts_key
+    y_GSM, kept_GSK, buffer = through_experts(
+        params["experts"], x_GSM, routing, moe, inputs, queue_key, experts_key, call.training
     )
     y_GSM = constrain(y_GSM, "group", None, None)
     if moe.shared_expert_dim > 0:
         y_GSM += shared_expert(params["shared"], x_GSM, moe) * inputs.valid_GS[..., None]
-    aux = measure(routing, kept_GSK, moe, call, inputs, x_BLM.shape)
+    aux = measure(routing, kept_GSK, moe, call, inputs, x_BLM.shape, buffer)
     return y_GSM.reshape(x_BLM.shape), aux
 
 
@@ -100,7 +100,8 @@ def through_experts(
     inputs: RouterInputs,
     queue_key: jax.Array | None,
     experts_key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+    training: bool,
+) -> tuple[jax.Array, jax.Array, Buffer | None]:
     """The experts' output for every token, and which choices were kept.
 
     Args:
@@ -111,25 +112,32 @@ def through_experts(
       inputs: of the router.
       queue_key: of a random queue, or None.
       experts_key: of dropout in the experts, or None.
+      training: whether this is a training pass.
 
     Returns:
-      [G, S, M] in the dtype of `x_GSM`, and bool [G, S, K].
+      [G, S, M] in the dtype of `x_GSM`, bool [G, S, K], and what a bounded buffer had no room for.
     """
-    valid_GS1, plan = inputs.valid_GS[..., None], plan_experts(moe)
+    valid_GS1, plan = inputs.valid_GS[..., None], plan_experts(moe, training)
     if routing.mixing is not None:
         y_GSM = mix_slots(
             x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint
         )
-        return y_GSM, valid_GS1  # every token is in every slot: none is dropped
+        return y_GSM, valid_GS1, None  # every token is in every slot: none is dropped
     computing = computing_choices(routing, inputs.options)
     queue = moe.capacity.queue
     assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, queue_key)
     axes = moe.expert_axes(x_GSM.shape[-1])
-    y_GSM = run_experts(x_GSM, assignment, weights, axes, moe.experts, plan, experts_key)
-    return add_free_choices(
-        x_GSM, y_GSM, routing, assignment.kept_GSK, valid_GS1, inputs.options,
+    y_GSM, kept_GSK, needed = run_experts(
+        x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
+    )
+    buffer = None
+    if needed is not None:
+        buffer = Buffer(jnp.sum(assignment.kept_GSK & ~kept_GSK, dtype=jnp.int32), *needed)
+    y_GSM, kept_GSK = add_free_choices(
+        x_GSM, y_GSM, routing, kept_GSK, valid_GS1, inputs.options,
         first_copy=moe.num_experts + moe.num_zero_experts,
     )  # fmt: skip
+    return y_GSM, kept_GSK, buffer
 
 
 @jax.named_scope("shared_expert")

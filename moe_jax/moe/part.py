@@ -68,6 +68,11 @@ class MoE(Part):
     exchange: str = setting("auto", choices=EXCHANGES, changes_results=False)
     # Parts that travel one by one, to overlap.
     exchange_chunks: int = setting(1, at_least=1, changes_results=False)
+    # Room for received rows over the mean of a device, in the explicit exchange of ragged rows; 0:
+    # for the worst case. What has no room is lost, and counted as `buffer_overflow`.
+    buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in training
+    eval_buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in evaluation
+    stop_at_overflow: bool = setting(False, changes_results=False)  # of training: as an error
 
     def check(self) -> None:
         """See `Settings`."""
@@ -92,6 +97,7 @@ class MoE(Part):
             f"exchange={self.exchange!r}",
             "Set exchange='auto' or 'explicit'",
         )
+        self.check_buffer()
         require(
             not self.shared_expert_gate or self.shared_expert_dim > 0,
             "shared_expert_gate needs shared_expert_dim > 0",
@@ -108,6 +114,29 @@ class MoE(Part):
         self.router.check_block(self)
         for checked in (*self.losses, *(() if self.bias is None else (self.bias,))):
             checked.check_block(self)
+
+    def check_buffer(self) -> None:
+        """Checks the settings of the buffer of received rows."""
+        for name in ("buffer_factor", "eval_buffer_factor"):
+            factor = getattr(self, name)
+            require(
+                factor == 0 or factor >= 1,
+                f"{name} is 0 (room for the worst case), or at least 1 (for equal loads)",
+                f"{name}={factor:g}",
+                "Set it to 0, or to 1 or more",
+            )
+            require(
+                factor == 0 or self.run_experts in ("auto", "ragged"),
+                f"{name} is of sorted rows, the only ones whose number is not known before",
+                f"{name}={factor:g}, run_experts={self.run_experts!r}",
+                f"Set run_experts='ragged', or {name}=0",
+            )
+        require(
+            self.buffer_factor > 0 or not self.stop_at_overflow,
+            "stop_at_overflow needs a buffer that can overflow",
+            f"stop_at_overflow=True, buffer_factor={self.buffer_factor:g}",
+            "Set buffer_factor to 1 or more, or stop_at_overflow=False",
+        )
 
     @property
     def num_options(self) -> int:
@@ -179,12 +208,24 @@ class MoE(Part):
         return {"bias_E": ParameterSpec((self.num_options,), (None,), zeros, "router", False)}
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: by its router, or by a queue where choices can be dropped."""
+        """See `Part`: by its router, or by a queue where choices can be dropped.
+
+        Or by a bounded buffer: whether it has room depends on all tokens of a batch. A run that
+        stops at an overflow makes no step of that kind.
+        """
         if self.num_options > 1 and self.router.looks_ahead(training):
+            return True
+        if self.buffer_loses(training):
             return True
         num_choices = self.router.num_choices(self.options(self.group_size or 1, training))
         can_drop = self.capacity_factor(training) > 0
         return can_drop and self.capacity.queue.looks_ahead(num_choices)
+
+    def buffer_loses(self, training: bool) -> bool:
+        """Whether rows can be lost on their way to experts, in training or in evaluation."""
+        if training:
+            return self.buffer_factor > 0 and not self.stop_at_overflow
+        return self.eval_buffer_factor > 0
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Part` and `moe_block`."""
@@ -207,8 +248,9 @@ class MoE(Part):
 
     @property
     def depends_on_microbatches(self) -> bool:
-        """See `Part`."""
-        return any(loss.weight > 0 and loss.is_of_microbatch for loss in self.losses)
+        """See `Part`; so does what a bounded buffer has room for."""
+        by_loss = any(loss.weight > 0 and loss.is_of_microbatch for loss in self.losses)
+        return by_loss or self.buffer_loses(training=True)
 
     @property
     def needs_batch_sums(self) -> bool:

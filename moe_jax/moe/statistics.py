@@ -3,7 +3,7 @@
 Legend: `moe_jax.moe`. Here E includes experts that compute nothing, behind the others.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,22 @@ from moe_jax.part import Aux, Call
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
+BUFFER = ("buffer_overflow", "buffer_rows", "buffer_factor")
+
+
+class Buffer(NamedTuple):
+    """What went through a bounded buffer of received rows.
+
+    Attributes:
+      overflow: int32, choices that were lost for want of room, on all devices.
+      rows: int32, the most rows that were sent to one device, whether they fit or not.
+      factor: float32, the same over the mean: the `buffer_factor` that would do.
+    """
+
+    overflow: jax.Array
+    rows: jax.Array
+    factor: jax.Array
+
 
 def measure(
     routing: Routing,
@@ -24,13 +40,15 @@ def measure(
     call: Call,
     inputs: RouterInputs,
     shape: tuple[int, ...],
+    buffer: Buffer | None = None,
 ) -> Aux:
     """The `Aux` of one call of a block, with tokens of shape [B, L, M].
 
     Returns:
       The `Aux` of `routing_aux`, with three more sums: `losses`, what each balance loss measures,
       by name; `router_loss`, what the router adds to the loss, summed over tokens; and `bias`, what
-      the bias update measures in training.
+      the bias update measures in training. With a bounded buffer, also the sum `buffer_overflow`
+      and the maxima `buffer_rows` and `buffer_factor` (see `Buffer`).
     """
     valid_GS, batch_shape = inputs.valid_GS, (shape[0], shape[1])
     kept_GSK = jnp.broadcast_to(kept_GSK, routing.chosen_GSK.shape)
@@ -46,8 +64,14 @@ def measure(
     by_sequence = {
         name: loss.measure_sequences(routing, valid_GS, batch_shape) for name, loss in losses
     }
+    sums = {**aux.sums, "losses": measured, "router_loss": router_loss, "bias": bias}
+    maxima = dict(aux.maxima)
+    if buffer is not None:
+        sums["buffer_overflow"] = buffer.overflow
+        maxima |= {"buffer_rows": buffer.rows, "buffer_factor": buffer.factor}
     return aux._replace(
-        sums={**aux.sums, "losses": measured, "router_loss": router_loss, "bias": bias},
+        sums=sums,
+        maxima=maxima,
         sequences={**aux.sequences, "losses": by_sequence},
         choices=record_choices(routing, kept_GSK, valid_GS, batch_shape) if call.record else None,
         logits_BLE=routing.logits_GSE.reshape(*batch_shape, -1) if call.record else None,
@@ -90,13 +114,15 @@ def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
     Returns:
       `expert_load` [X, E], the share of each expert in the choices before drops, and its largest
       and smallest; `max_violation` of it; `dropped_fraction` [X], of all choices, and by choice [X,
-      K] (0 where there was none); `router_entropy`, nats, and `router_max_logit`.
+      K] (0 where there was none); `router_entropy`, nats, and `router_max_logit`. With a bounded
+      buffer also `buffer_overflow`, `buffer_rows` and `buffer_factor`, [X] (see `Buffer`).
     """
     assigned_XKE, kept_XKE = aux.sums["assigned_KE"], aux.sums["kept_KE"]
     assigned_XE = jnp.sum(assigned_XKE, axis=1)
     total_X = jnp.maximum(jnp.sum(assigned_XE, axis=-1), 1)
     load_XE = assigned_XE / total_X[:, None]
     num_tokens_X = jnp.maximum(aux.sums["num_tokens"], 1).astype(jnp.float32)
+    measured = {**aux.sums, **aux.maxima}
     return {
         "expert_load": load_XE,
         "expert_load_max": jnp.max(load_XE, axis=-1),
@@ -106,6 +132,7 @@ def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
         "dropped_fraction_by_choice": dropped_fraction(assigned_XKE, kept_XKE),
         "router_entropy": aux.sums["entropy"] / num_tokens_X,
         "router_max_logit": aux.maxima["max_logit"],
+        **{name: measured[name] for name in BUFFER if name in measured},
     }
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import ByConstraint
-from moe_jax.moe.run_experts.parallel import SLOT_WAYS, run_parallel
+from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
 from moe_jax.parallel.rules import mesh_in_use, platform
@@ -49,12 +49,14 @@ class Plan:
       exchange: "none" on one device, "compiler" or "explicit" on a mesh.
       num_chunks: in how many parts rows travel.
       gate_on_input: whether gates multiply what experts get.
+      buffer_factor: room for received rows over their mean; 0: for the worst case.
     """
 
     rows: str
     exchange: str = "none"
     num_chunks: int = 1
     gate_on_input: bool = False
+    buffer_factor: float = 0.0
 
     @property
     def by_constraint(self) -> ByConstraint:
@@ -67,11 +69,12 @@ class Plan:
               "explicit": ", exchanged by explicit collectives"}[self.exchange]  # fmt: skip
         chunks = f" in {self.num_chunks} chunks" if self.num_chunks > 1 and by else ""
         gates = ", gates on the input" if self.gate_on_input else ""
-        return f"{self.rows} rows{by}{chunks}{gates}"
+        buffer = f", buffer of {self.buffer_factor:g} times the mean" if self.buffer_factor else ""
+        return f"{self.rows} rows{by}{chunks}{gates}{buffer}"
 
 
-def plan_experts(moe: "MoE") -> Plan:
-    """The plan of a block for the mesh and the platform in use.
+def plan_experts(moe: "MoE", training: bool = True) -> Plan:
+    """The plan of a block for the mesh and the platform in use, in training or in evaluation.
 
     "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
     FLOPs and bytes (docs/parallelism.md): a TPU computes ragged's gradient of the weights by dense
@@ -88,7 +91,11 @@ def plan_experts(moe: "MoE") -> Plan:
     elif exchange == "auto":
         spans_slices = mesh.shape.get("expert_slice", 1) > 1
         exchange = "explicit" if spans_slices else "compiler"
-    return Plan(rows, exchange, moe.exchange_chunks, moe.gate_on_input)
+    factor = moe.buffer_factor if training else moe.eval_buffer_factor
+    has_buffer = rows == "ragged" and exchange == "explicit"
+    return Plan(
+        rows, exchange, moe.exchange_chunks, moe.gate_on_input, factor if has_buffer else 0.0
+    )
 
 
 def run_experts(
@@ -99,10 +106,11 @@ def run_experts(
     experts: Experts,
     plan: Plan,
     rng: jax.Array | None = None,
-) -> jax.Array:
+) -> Combined:
     """Carries every kept choice to its expert and back, and adds up the outputs by token.
 
-    All ways below have these arguments and this result; their docstrings say what differs.
+    All ways below have these arguments, and return [G, S, M] in the dtype of `x_GSM`: the gated sum
+    over a token's kept choices. Their docstrings say what differs.
 
     Args:
       x_GSM: tokens, in the compute dtype.
@@ -114,18 +122,21 @@ def run_experts(
       rng: random key of the experts, which the layout carries, or None.
 
     Returns:
-      [G, S, M] in the dtype of `x_GSM`: the gated sum over a token's kept choices.
+      That sum, and which choices are in it.
     """
     if plan.gate_on_input:
         return gated_input(x_GSM, assignment, weights, axes, experts, plan, rng)
     if plan.exchange == "explicit":
         return run_parallel(
             x_GSM, assignment, weights, axes, experts, rng,
-            rows=plan.rows, num_chunks=plan.num_chunks,
+            rows=plan.rows, num_chunks=plan.num_chunks, buffer_factor=plan.buffer_factor,
         )  # fmt: skip
     if plan.rows == "ragged":
-        return run_sorted_rows(x_GSM, assignment, weights, experts, rng)
-    return SLOT_WAYS[plan.rows](x_GSM, assignment, weights, experts, rng, plan.by_constraint)
+        y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng)
+    else:
+        way = SLOT_WAYS[plan.rows]
+        y_GSM = way(x_GSM, assignment, weights, experts, rng, plan.by_constraint)
+    return Combined(y_GSM, assignment.kept_GSK)
 
 
 def gated_input(
@@ -136,7 +147,7 @@ def gated_input(
     experts: Experts,
     plan: Plan,
     rng: jax.Array | None,
-) -> jax.Array:
+) -> Combined:
     """`run_experts` with gates on the experts' input: each choice travels as a token of its own.
 
     Experts are not linear, so a gate on the input differs from one on the output. A group then has
@@ -159,8 +170,9 @@ def gated_input(
     )
     x_GAM = x_GSKM.reshape(groups, tokens * num_choices, -1)
     plan = dataclasses.replace(plan, gate_on_input=False)
-    y_GAM = run_experts(x_GAM, one_by_one, weights, axes, experts, plan, rng)
-    return jnp.sum(y_GAM.reshape(x_GSKM.shape), axis=2, dtype=jnp.float32).astype(x_GSM.dtype)
+    y_GAM, kept_GA1, needed = run_experts(x_GAM, one_by_one, weights, axes, experts, plan, rng)
+    y_GSM = jnp.sum(y_GAM.reshape(x_GSKM.shape), axis=2, dtype=jnp.float32).astype(x_GSM.dtype)
+    return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), needed)
 
 
 __all__ = ["EXCHANGES", "WAYS", "Plan", "mix_slots", "plan_experts", "run_experts"]

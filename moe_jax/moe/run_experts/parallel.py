@@ -5,13 +5,21 @@ also Q, devices that share the experts, and W, rows that a device receives.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.buffer import (
+    Needed,
+    buffer_rows,
+    keep_first,
+    most_received_rows,
+    rows_that_fit,
+    starts,
+)
 from moe_jax.moe.run_experts.exchange import ByAllToAll
 from moe_jax.moe.run_experts.gather import run_gather, sum_choices
 from moe_jax.moe.run_experts.rows import (
@@ -29,6 +37,21 @@ TOKEN_AXES = ("group", None, None)
 SLOT_WAYS = {"einsum": run_einsum, "gather": run_gather}
 
 
+class Combined(NamedTuple):
+    """The outputs of experts, by token.
+
+    Attributes:
+      y: [G, S, M], or of tokens of all groups [J, M], in the dtype of the tokens.
+      kept: bool, [G, S, K] or [J, K]: the choices that were computed. Those of the assignment,
+        except what a bounded buffer has no room for.
+      needed: rows for the fullest device, where the buffer is bounded; else None.
+    """
+
+    y: jax.Array
+    kept: jax.Array
+    needed: Needed | None = None
+
+
 def run_parallel(
     x_GSM: jax.Array,
     assignment: Assignment,
@@ -39,7 +62,8 @@ def run_parallel(
     *,
     rows: str,
     num_chunks: int = 1,
-) -> jax.Array:
+    buffer_factor: float = 0.0,
+) -> Combined:
     """Runs experts on each device's own tokens, with explicit collectives in between.
 
     Tokens are split over every mesh axis except `tensor`, experts over the expert axes. A device
@@ -50,7 +74,7 @@ def run_parallel(
     draws from a key of its own, so what is random in the experts depends on the mesh. `rows` is
     "einsum" or "gather", with `jax.lax.all_to_all` of slots, or "ragged", with
     `jax.lax.ragged_all_to_all` of rows. `num_chunks` is the number of parts in which slots (or, for
-    "ragged", tokens) travel.
+    "ragged", tokens) travel, and `buffer_factor` is that of `buffer_rows`, for each of them.
 
     Raises:
       ValueError: the mesh does not divide the groups of tokens, or the experts.
@@ -72,13 +96,14 @@ def run_parallel(
         for path, _ in jax.tree_util.tree_leaves_with_path(dict(weights))
     ]
     arrays = [in_compute_dtype(array, x_GSM.dtype) for array in arrays]
+    tensor = mesh_axes("hidden", mesh)
 
     def on_device(
         x_GSM: jax.Array,
         choices: tuple[jax.Array, ...],
         arrays: list[jax.Array],
         rng: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array | None, Needed | None]:
         own_weights = jax.tree.unflatten(tree, map(as_used, arrays, names, added_last))
         if rng is not None:
             split = tuple(axis for axis, size in mesh.shape.items() if size > 1)
@@ -88,14 +113,22 @@ def run_parallel(
         own = assignment._replace(
             expert_index_GSK=index_GSK, gate_GSK=gate_GSK, slot_GSK=slot_GSK, kept_GSK=kept_GSK
         )
+        needed = None
         if rows == "ragged" and not expert_axes:
             y_GSM = run_sorted_rows(x_GSM, own, own_weights, experts, rng)
         elif rows == "ragged":
-            y_GSM = exchange_rows(x_GSM, own, own_weights, experts, rng, expert_axes, num_chunks)
+            y_GSM, kept_GSK, needed = exchange_rows(
+                x_GSM, own, own_weights, experts, rng, expert_axes, num_chunks, buffer_factor
+            )
         else:
             exchange = ByAllToAll(expert_axes, num_chunks)
             y_GSM = SLOT_WAYS[rows](x_GSM, own, own_weights, experts, rng, exchange)
-        return jax.lax.psum(y_GSM, mesh_axes("hidden", mesh))
+        y_GSM = jax.lax.psum(y_GSM, tensor)
+        if needed is None:
+            return y_GSM, None, None
+        if tensor:  # these are the same along it, which a maximum tells JAX
+            kept_GSK, needed = jax.lax.pmax((kept_GSK.astype(jnp.int8), needed), tensor)
+        return y_GSM, kept_GSK > 0, jax.tree.map(lambda most: most[None], needed)
 
     if mesh.shape["fsdp"] > 1:
         on_device = jax.checkpoint(on_device, policy=all_but_gathered)
@@ -103,9 +136,12 @@ def run_parallel(
         on_device,
         mesh=mesh,
         in_specs=(tokens, (tokens,) * 4, [partition_spec(one, mesh) for one in names], jax.P()),
-        out_specs=tokens,
+        out_specs=(tokens, tokens, partition_spec(TOKEN_AXES[:1], mesh)),
     )
-    return sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
+    y_GSM, kept_GSK, needed = sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
+    if kept_GSK is None or needed is None:
+        return Combined(y_GSM, assignment.kept_GSK)
+    return Combined(y_GSM, kept_GSK, jax.tree.map(jnp.max, needed))
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -150,7 +186,8 @@ def exchange_rows(
     rng: jax.Array | None,
     axes: tuple[str, ...],
     num_chunks: int,
-) -> jax.Array:
+    buffer_factor: float,
+) -> Combined:
     """The tokens of one device, in chunks, through `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
     num_choices = assignment.kept_GSK.shape[-1]
@@ -160,7 +197,7 @@ def exchange_rows(
     outputs = []
     chunks = zip(*(jnp.array_split(value, num_chunks) for value in rows), strict=True)
     for i, (x_JM, expert_JK, gate_JK, kept_JK) in enumerate(chunks):
-        max_rows = most_received_rows(
+        most = most_received_rows(
             tokens=len(x_JM),
             num_choices=num_choices,
             num_own=num_own,
@@ -168,11 +205,20 @@ def exchange_rows(
             slots=groups * assignment.capacity,
         )
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
-        y_JM = through_ragged_exchange(
-            x_JM, expert_JK, gate_JK, kept_JK, weights, experts, key, axes=axes, max_rows=max_rows
-        )
-        outputs.append(y_JM)
-    return jnp.concatenate(outputs).reshape(groups, tokens, model_dim)
+        one = through_ragged_exchange(
+            x_JM, expert_JK, gate_JK, kept_JK, weights, experts, key,
+            axes=axes, max_rows=buffer_rows(kept_JK.size, most, buffer_factor),
+            is_bounded=buffer_factor > 0,
+        )  # fmt: skip
+        outputs.append(one)
+    y_JM = jnp.concatenate([one.y for one in outputs])
+    kept_JK = jnp.concatenate([one.kept for one in outputs])
+    needed = [one.needed for one in outputs if one.needed is not None]
+    return Combined(
+        y_JM.reshape(groups, tokens, model_dim),
+        kept_JK.reshape(groups, tokens, num_choices),
+        jax.tree.map(lambda *most: jnp.max(jnp.stack(most)), *needed) if needed else None,
+    )
 
 
 def check_even(what: str, count: int, shards: int) -> None:
@@ -195,7 +241,8 @@ def through_ragged_exchange(
     *,
     axes: tuple[str, ...],
     max_rows: int,
-) -> jax.Array:
+    is_bounded: bool = False,
+) -> Combined:
     """Carries the kept choices to their experts' devices and back, and sums them by token.
 
     Inside `jax.shard_map`; arrays are those of one device.
@@ -209,21 +256,29 @@ def through_ragged_exchange(
       experts: computes rows; see `run_sorted_rows`.
       rng: key for the experts, or None.
       axes: mesh axes that the experts are split over.
-      max_rows: W, the most rows that a device can receive.
+      max_rows: W, rows that a device can receive.
+      is_bounded: whether more rows than these may come. Those of `rows_that_fit` are sent then.
 
     Returns:
-      [J, M] in the dtype of `x_JM`: the gated sum over a token's kept choices.
+      The gated sum over a token's choices that were computed.
     """
     num_choices, num_devices = kept_JK.shape[1], axes_size(axes)
     num_own = num_experts_of(weights)
     choice_R, row_JK, rows_E = sort_by_expert(expert_JK, kept_JK, num_own * num_devices)
-    x_RM = x_JM[choice_R // num_choices]
 
-    # Rows of every expert on every device; and, summed over a device's experts, who sends how many
-    # rows to whom: sender, receiver.
+    # Rows of every expert on every device.
     rows_QE = jax.lax.all_gather(rows_E, axes, axis=0, tiled=False)
+    me, needed = jax.lax.axis_index(axes), None
+    if is_bounded:
+        most = jnp.max(jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=(0, 2)))
+        needed = Needed(most, most.astype(jnp.float32) / kept_JK.size)
+        rows_QE = rows_that_fit(rows_QE, num_own, max_rows)
+        kept_JK, choice_R, row_JK = keep_first(
+            expert_JK, kept_JK, choice_R, row_JK, rows_E, rows_QE[me]
+        )
+    x_RM = x_JM[choice_R // num_choices]
+    # Summed over a device's experts: who sends how many rows to whom; sender, receiver.
     rows_QQ = jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=-1)
-    me = jax.lax.axis_index(axes)
     sent_Q, received_Q = rows_QQ[me], rows_QQ[:, me]
     first_sent_Q, first_received_Q = starts(sent_Q), starts(received_Q)
     # Where this device's rows begin at each receiver, and those it computed at each sender.
@@ -244,6 +299,7 @@ def through_ragged_exchange(
         weights,
         experts,
         rng,
+        likely_rows=kept_JK.size,
     )
     y_RM = ragged_all_to_all(
         y_WM,
@@ -254,12 +310,8 @@ def through_ragged_exchange(
         sent_Q,
         axis_name=axes,
     )
-    return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
-
-
-def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
-    """Where each of some runs begins if they follow each other."""
-    return jnp.cumsum(sizes, axis=axis) - sizes
+    y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
+    return Combined(y_JM, kept_JK, needed)
 
 
 def expert_of_rows(rows_QE: jax.Array, max_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -277,19 +329,3 @@ def expert_of_rows(rows_QE: jax.Array, max_rows: int) -> tuple[jax.Array, jax.Ar
     row_W = jnp.arange(max_rows)
     run_W = jnp.searchsorted(ends, row_W, side="right")
     return (run_W % rows_QE.shape[1]).astype(jnp.int32), row_W < ends[-1]
-
-
-def most_received_rows(
-    tokens: int, num_choices: int, num_own: int, num_devices: int, slots: int
-) -> int:
-    """W: no device can receive more rows, whatever the router does.
-
-    Args:
-      tokens: J, of one device.
-      num_choices: K.
-      num_own: experts of one device.
-      num_devices: Q.
-      slots: of one expert, in the groups of one device: the capacity bounds W too.
-    """
-    per_sender = min(tokens * min(num_choices, num_own), num_own * slots)
-    return per_sender * num_devices

@@ -82,14 +82,18 @@ def through_sorted_rows(
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
+    likely_rows: int | None = None,
 ) -> jax.Array:
-    """`run_sorted_rows` without groups: [J, M] -> [J, M] in the dtype of `x_JM`."""
+    """`run_sorted_rows` without groups: [J, M] -> [J, M] in the dtype of `x_JM`.
+
+    `likely_rows` is how many choices are likely to be kept; None: all.
+    """
     num_choices = kept_JK.shape[-1]
     num_experts = num_experts_of(weights)
     choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
     if platform() == "cpu":
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
-        return expert_loop(experts, weights, rng, *operands)
+        return expert_loop(experts, weights, rng, *operands, likely_rows)
     layout = SortedRows(rng, group_sizes_E, len(choice_R))
     y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
     return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
@@ -169,7 +173,7 @@ class Block(NamedTuple):
     is_first: bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 9))
 def expert_loop(
     experts: Experts,
     weights: Weights,
@@ -180,6 +184,7 @@ def expert_loop(
     choice_R: jax.Array,
     row_JK: jax.Array,
     group_sizes_E: jax.Array,
+    likely_rows: int | None = None,
 ) -> jax.Array:
     """The gated sum over the kept choices of every token.
 
@@ -194,12 +199,14 @@ def expert_loop(
       choice_R: int32, the choice (token * K + k) of each row, rows sorted by expert.
       row_JK: int32, its inverse.
       group_sizes_E: int32, rows of each expert.
+      likely_rows: how many rows are likely to be some expert's, after which blocks are cut, so that
+        the room for more does not change the order of sums; None: all.
 
     Returns:
       [J, M] in the dtype of `x_JM`.
     """
     operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
-    return _forward(experts, weights, rng, *operands)[0]
+    return _forward(experts, weights, rng, *operands, likely_rows)[0]
 
 
 def _forward(
@@ -212,8 +219,9 @@ def _forward(
     choice_R: jax.Array,
     row_JK: jax.Array,
     group_sizes_E: jax.Array,
+    likely_rows: int | None,
 ) -> tuple[jax.Array, Any]:
-    blocks = block_sizes(choice_R.shape[0], group_sizes_E.shape[0])
+    blocks = block_sizes(likely_rows or choice_R.shape[0], group_sizes_E.shape[0])
     choice_R = jnp.pad(choice_R, (0, blocks[-1]))
     token_R = choice_R // gate_JK.shape[1]
 
@@ -228,9 +236,11 @@ def _forward(
     return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM)
 
 
-def _backward(experts: Experts, residuals: Any, dy_JM: jax.Array) -> tuple[Any, ...]:
+def _backward(
+    experts: Experts, likely_rows: int | None, residuals: Any, dy_JM: jax.Array
+) -> tuple[Any, ...]:
     weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM = residuals
-    blocks = block_sizes(gate_JK.size, group_sizes_E.shape[0])
+    blocks = block_sizes(likely_rows or gate_JK.size, group_sizes_E.shape[0])
     token_R = choice_R // gate_JK.shape[1]
     gate_R = gate_JK.reshape(-1)[choice_R]
 

@@ -1,0 +1,128 @@
+"""The buffer of rows that a device receives: how large it is, and which rows it has no room for.
+
+Legend: `moe_jax.moe`; here also Q, devices that share the experts, and W, rows of the buffer.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+TILE = 128  # rows: a bounded buffer is whole tiles of the grouped matmul
+
+
+class Needed(NamedTuple):
+    """What the fullest device would need a bounded buffer for.
+
+    Attributes:
+      rows: int32, rows for it, whether they fit or not.
+      factor: float32, the same over the rows of equally loaded experts.
+    """
+
+    rows: jax.Array
+    factor: jax.Array
+
+
+def most_received_rows(
+    tokens: int, num_choices: int, num_own: int, num_devices: int, slots: int
+) -> int:
+    """The worst case: no device can receive more rows, whatever the router does.
+
+    Args:
+      tokens: J, of one device.
+      num_choices: K.
+      num_own: experts of one device.
+      num_devices: Q.
+      slots: of one expert, in the groups of one device: the capacity bounds W too.
+    """
+    per_sender = min(tokens * min(num_choices, num_own), num_own * slots)
+    return per_sender * num_devices
+
+
+def buffer_rows(mean: int, most: int, factor: float) -> int:
+    """W.
+
+    >>> buffer_rows(mean=1000, most=8000, factor=1.25)
+    1280
+
+    Args:
+      mean: J K, rows that a device receives if experts are equally loaded.
+      most: `most_received_rows`.
+      factor: room over the mean, rounded up to whole tiles; 0: the worst case.
+    """
+    if factor == 0:
+        return most
+    return min(most, math.ceil(round(factor * mean, 9) / TILE) * TILE)
+
+
+def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
+    """How many rows of each sender for each expert its device has room for: max-min fair.
+
+    The runs of rows, one a sender and expert, take turns, a row at a time, until the buffer is
+    full. So all that are cut are cut at the same length, but for one row, and short ones lose
+    nothing. All devices compute this from the same counts.
+
+    Args:
+      rows_QE: int32, rows of every sender for every expert.
+      num_own: E / Q, experts of one device.
+      room: W.
+
+    Returns:
+      int32 [Q, E], at most `rows_QE`; those for the experts of one device sum to W at most.
+    """
+    senders, num_experts = rows_QE.shape
+    rows = rows_QE.reshape(senders, -1, num_own)  # sender, device of the experts, its experts
+
+    def total(rows: jax.Array) -> jax.Array:
+        return jnp.sum(rows, axis=(0, 2), keepdims=True)
+
+    # The most whole turns that there is room for, on each device, bit by bit.
+    most = jnp.zeros((1, num_experts // num_own, 1), jnp.int32)
+    for bit in reversed(range(room.bit_length())):
+        longer = most | (1 << bit)
+        most = jnp.where(total(jnp.minimum(rows, longer)) <= room, longer, most)
+    left = room - total(jnp.minimum(rows, most))
+    # In the last turn, runs come sender by sender, and expert by expert within.
+    is_longer = (rows > most).swapaxes(0, 1)
+    number = jnp.cumsum(is_longer.reshape(is_longer.shape[0], -1), axis=1)
+    number = number.reshape(is_longer.shape).swapaxes(0, 1)
+    fitting = jnp.minimum(rows, most + (number <= left))
+    return fitting.reshape(rows_QE.shape)
+
+
+def keep_first(
+    expert_JK: jax.Array,
+    kept_JK: jax.Array,
+    choice_R: jax.Array,
+    row_JK: jax.Array,
+    rows_E: jax.Array,
+    fitting_E: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keeps the first rows of every expert, and closes the gaps behind them.
+
+    Args:
+      expert_JK: int32 in [0, E).
+      kept_JK: bool.
+      choice_R: int32, the choice of each row, sorted by expert (`sort_by_expert`).
+      row_JK: int32, its inverse.
+      rows_E: int32, rows of each expert.
+      fitting_E: int32, those of them to keep.
+
+    Returns:
+      The new `kept_JK`, `choice_R` and `row_JK`; if all fit, the old ones.
+    """
+    starts_E, packed_E = starts(rows_E), starts(fitting_E)
+    place_JK = row_JK - starts_E[expert_JK]  # of a kept choice, among the rows of its expert
+    kept_JK = kept_JK & (place_JK < fitting_E[expert_JK])
+    row_JK = jnp.where(kept_JK, packed_E[expert_JK] + place_JK, row_JK)
+    rows = jnp.arange(len(choice_R))
+    expert_R = jnp.searchsorted(jnp.cumsum(fitting_E), rows, side="right")
+    expert_R = jnp.minimum(expert_R, len(rows_E) - 1)
+    moved_R = jnp.minimum(rows - packed_E[expert_R] + starts_E[expert_R], len(choice_R) - 1)
+    return kept_JK, choice_R[moved_R], row_JK
+
+
+def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
+    """Where each of some runs begins if they follow each other."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
