@@ -61,6 +61,7 @@ class Options:
 def table(said: dict[str, Any]) -> str:
     """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind."""
     from moe_jax.analysis.names import printable
+    from moe_jax.training.rows import lost_choices
     from moe_jax.training.ways import CAPACITIES, notes_of, way_of
 
     kinds = [kind for kind in CAPACITIES if kind in said]
@@ -79,6 +80,11 @@ def table(said: dict[str, Any]) -> str:
     for domain, losses in rows:
         values = [loss[key] for loss in losses for key in UNITS.values()]
         lines.append(" ".join([f"{domain:<{width}}", *(f"{value:>27.4f}" for value in values)]))
+    lines += [
+        f"{way.label}: {lost_choices(said[kind]):,} choices lost"
+        for kind, way in zip(kinds, ways, strict=True)
+        if "buffer_overflow" in said[kind]
+    ]
     return "\n".join([*lines, *notes_of(way.mark for way in ways)])
 
 

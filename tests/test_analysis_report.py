@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moe_jax.analysis.report import main, read_run, write_report
+from moe_jax.analysis.report import _layer_table, main, read_run, write_report
 from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig, read_config
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
@@ -121,6 +121,24 @@ def test_report_of_a_moe_run(tmp_path):
     assert f"config.model.stack.unit: [['attention', 'moe']] -> {unit}" in text
     assert "````text\nThe whale\n```python" in text
     assert "| layer_03 |" in text
+
+
+def test_the_report_says_what_a_bounded_buffer_lost(tmp_path):
+    make_run(tmp_path, num_steps=40)
+    assert "buffer" not in _layer_table(read_run(tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "train/loss" in row]
+    for number, row in enumerate(rows):
+        for layer, lost in (("layer_01", 0), ("layer_03", 5 * (number % 2))):
+            row[f"moe/{layer}/buffer_overflow"] = lost
+            row[f"moe/{layer}/buffer_factor"] = 1.25 + lost / 10
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = _layer_table(read_run(tmp_path))
+    assert "| lost in the buffer | buffer needed, x even |" in text
+    lost = 5 * ((len(rows) - 1) % 2)
+    assert f"| {lost} | {1.25 + lost / 10:.2f} |" in text
+    assert text.endswith(f"overflowed in {len(rows) // 2} of {len(rows)} logged steps.")
 
 
 @pytest.mark.parametrize(("layers", "num_experts"), [((1, 3), 8), (tuple(range(12)), 512)])

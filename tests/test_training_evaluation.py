@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.config import MeshConfig
 from moe_jax.data import heldout_batches, open_data
+from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, SequenceSums, evaluate
 from moe_jax.training.loss import call_of
@@ -134,6 +135,36 @@ def test_shares_of_two_parts_that_route_are_told_apart():
         "layer_01_small": {"a": [1.0, 0.0]},
         "layer_01_large": {"a": [0.5, 0.25, 0.25]},
     }
+
+
+def test_lost_choices_are_summed_over_batches_by_layer():
+    sums = DomainSums(("a",))
+    of_a_batch = jnp.ones(1), jnp.ones(1), jnp.ones(1), {}
+    assert sums.overflow({"moe": (0, 3)}) == {}
+    for lost in ([1, 0], [4, 2]):
+        sums.add(SequenceSums(*of_a_batch, {"moe": jnp.array(lost)}), np.array([0]))
+    assert sums.overflow({"moe": (0, 3)}) == {"buffer_overflow": {"layer_00": 5, "layer_03": 2}}
+
+
+@pytest.mark.slow
+def test_an_evaluation_counts_what_its_buffer_has_no_room_for(monkeypatch):
+    """Over eight devices, with tiles of one row."""
+    monkeypatch.setattr(buffer, "TILE", 1)
+    moe = {"num_experts": 8, "run_experts": "ragged", "capacity": {"eval_factor": 0.0}}
+    settings = tiny_moe(**moe)
+    settings["model"]["stack"] = {"allow_lookahead": True, "repeats": 1}
+    settings |= {"mesh": {"expert": 8, "data": 1}, "training": {"batch_size": 8}}
+    settings["model"]["parts"]["moe"]["bias"] = None
+    found = []
+    for factor in (1.0, 8.0):
+        settings["model"]["parts"]["moe"]["eval_buffer_factor"] = factor
+        config = tiny_training(settings)
+        params, mesh = tiny_state(config).params, make_mesh(config.mesh)
+        found.append(score(params, {}, config, mesh=mesh, max_batches=1)["dropless"])
+    said, expected = found
+    assert said["label"] == "bounded buffer" and said["buffer_overflow"]["layer_00"] > 0
+    assert expected["buffer_overflow"] == {"layer_00": 0}
+    assert said["nats_per_token"] != expected["nats_per_token"]
 
 
 def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):

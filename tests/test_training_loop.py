@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig
+from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.training import loop
 from moe_jax.training.checkpoints import DamagedCheckpointError
-from moe_jax.training.loop import train
+from moe_jax.training.loop import BufferOverflowError, train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run, open_run_data
 from moe_jax.training.signals import Interrupted
@@ -327,6 +328,52 @@ def test_each_metric_that_must_be_finite_is_named(name, tmp_path):
     loop.check_finite(7, metrics, 0, tmp_path)
     with pytest.raises(FloatingPointError, match=rf"train/{name} is inf at step 7.*no checkpoint"):
         loop.check_finite(7, metrics._replace(**{name: np.float32(np.inf)}), 0, tmp_path)
+
+
+STOPS = {"run_experts": "ragged", "buffer_factor": 1.5, "stop_at_overflow": True}
+
+
+def test_the_layer_that_needs_the_largest_buffer_is_named_and_the_factor_that_would_do(tmp_path):
+    config, metrics = tiny_training(tiny_moe(**STOPS)), StepMetrics(*[np.float32(1)] * 4, {})
+    said = {
+        "moe/buffer_overflow": np.array([0, 0]),
+        "moe/buffer_rows": np.array([30, 45]),
+        "moe/buffer_factor": np.array([1.0, 1.5]),
+    }
+    loop.check_overflow(7, metrics, config, 5, tmp_path)  # no buffer in use
+    loop.check_overflow(7, metrics._replace(of_parts=said), config, 5, tmp_path)
+    said |= {
+        "moe/buffer_overflow": np.array([9, 1234]),
+        "moe/buffer_rows": np.array([55, 72]),
+        "moe/buffer_factor": np.array([1.8333, 2.4], np.float32),
+    }
+    with pytest.raises(BufferOverflowError) as error:
+        loop.check_overflow(7, metrics._replace(of_parts=said), config, 5, tmp_path)
+    assert str(error.value) == (
+        "moe/layer_01 lost 1,234 choices at step 7: a device was sent 72 rows, 2.4 times the mean, "
+        "and has room for buffer_factor=1.5 times; last good state: checkpoint of step 5 in "
+        f"{tmp_path}. Set model.parts.moe.buffer_factor=2.41, or stop_at_overflow=False, and go on "
+        "in this workdir."
+    )
+    loses = tiny_moe(**STOPS | {"stop_at_overflow": False})
+    loses["model"]["stack"] = {"allow_lookahead": True}
+    loop.check_overflow(7, metrics._replace(of_parts=said), tiny_training(loses), 5, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_a_full_buffer_stopped_goes_on_with_more_room(tmp_path, monkeypatch):
+    """Tiles of one row, so that the smallest buffer has no room to spare."""
+    monkeypatch.setattr(buffer, "TILE", 1)
+    with pytest.raises(BufferOverflowError, match=r"at step 1: .* no checkpoint yet") as error:
+        train(moving({"expert": 8}, **STOPS | {"buffer_factor": 1.0}), tmp_path)
+    found = re.search(r"sent (\d+) rows, ([\d.]+) times the mean", str(error.value))
+    assert found, str(error.value)
+    # Two choices of each of the 16 tokens of a device's sequence.
+    assert int(found[1]) / 32 == pytest.approx(float(found[2]), rel=1e-3)
+    train(moving({"expert": 8}, **STOPS | {"buffer_factor": 8.0}), tmp_path)
+    rows = [row for row in read_metrics(tmp_path / METRICS_FILE) if "train/loss" in row]
+    assert [row["moe/layer_00/buffer_overflow"] for row in rows] == [0] * 6
+    assert rows[0]["moe/layer_00/buffer_rows"] == int(found[1])
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.evaluate import table
 from moe_jax.generate import note_on
 from moe_jax.training.metrics import write_run_record
-from moe_jax.training.rows import evaluation_line
+from moe_jax.training.rows import evaluation_line, evaluation_row
 from moe_jax.training.ways import SAW, SEES, Way, notes_of, way_of, ways_of
 from tests.tiny_run import DENSE, tiny_config, tiny_moe
 
@@ -43,6 +43,35 @@ def test_marks_are_what_the_model_says_of_itself(moe, train, dropless, limited):
     if limited is not None:
         expected["capacity_limited"] = Way("capacity-limited", limited)
     assert ways_of(config_of(**moe).model) == expected
+
+
+BUFFER = {"run_experts": "ragged", "buffer_factor": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("moe", "train", "dropless"),
+    [
+        (BUFFER, SEES, ("dropless", SAW)),  # an evaluation has room for all, unless it is told
+        (BUFFER | {"stop_at_overflow": True}, "", ("dropless", "")),
+        (BUFFER | {"eval_buffer_factor": 2.0}, SEES, ("bounded buffer", SEES)),
+    ],
+)
+def test_what_may_lose_choices_on_the_way_is_not_called_dropless(moe, train, dropless):
+    ways = ways_of(config_of(**moe).model)
+    assert (ways["train"].mark, ways["dropless"]) == (train, Way(*dropless))
+    limited = "capacity-limited, bounded buffer" if "eval_buffer_factor" in moe else ""
+    assert ways["capacity_limited"].label == (limited or "capacity-limited")
+
+
+def test_lost_choices_stand_beside_an_evaluation():
+    said = {
+        "dropless": losses(1.5, label="bounded buffer", mark=SEES)
+        | {"buffer_overflow": {"layer_00": 1200, "layer_01": 34}}
+    }
+    assert "\nbounded buffer: 1,234 choices lost\n" in table(said)
+    assert evaluation_line(3, said).endswith("1.5000 bits/byte, 1,234 choices lost")
+    assert evaluation_row(said)["heldout/dropless/buffer_overflow"] == 1234
+    assert "lost" not in table({"dropless": losses(1.5)})
 
 
 def test_a_stack_that_is_not_causal_sees_later_tokens():

@@ -289,6 +289,11 @@ def _layer_table(run: Run) -> str:
         "load-balance loss": ("load_balance_loss", ".4f"),
         "z-loss": ("router_z_loss", ".3f"),
     }
+    lost = [run.curve(f"{place}/buffer_overflow") for place in run.layers.values()]
+    logged = {int(step) for steps, _ in lost for step in steps}
+    if logged:  # there is a bounded buffer
+        columns["lost in the buffer"] = ("buffer_overflow", ",.0f")
+        columns["buffer needed, x even"] = ("buffer_factor", ".2f")
     rows = []
     for layer, place in run.layers.items():
         values = {name: run.last(f"{place}/{name}") for name, _ in columns.values()}
@@ -299,7 +304,11 @@ def _layer_table(run: Run) -> str:
             for name, spec in columns.values()
         )
         rows.append([in_markdown(layer), *cells])
-    return "At the last logged step:\n\n" + table(["layer", *columns], rows)
+    text = "At the last logged step:\n\n" + table(["layer", *columns], rows)
+    if logged:
+        overflowed = {int(step) for steps, counts in lost for step in steps[counts > 0]}
+        text += f"\n\nThe buffer overflowed in {len(overflowed):,} of {len(logged):,} logged steps."
+    return text
 
 
 def _facts(run: Run) -> str:

@@ -16,6 +16,7 @@ from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import compile_in_all
 from moe_jax.parallel.rules import constrain
+from moe_jax.part import NOTHING
 from moe_jax.training.loss import Batch, call_of, replayed_choices, target_nats
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.ways import CAPACITIES, ways_of
@@ -29,12 +30,15 @@ class SequenceSums(NamedTuple):
       targets_B: float32, loss weights.
       bytes_B: float32, bytes of text that the targets stand for.
       assigned_XBE: int32, choices of each expert, by part that routes and by layer of it.
+      overflow_X: int32, choices of the whole batch that a bounded buffer had no room for, by part
+        that has one and by layer of it.
     """
 
     nats_B: jax.Array
     targets_B: jax.Array
     bytes_B: jax.Array
     assigned_XBE: dict[str, jax.Array]
+    overflow_X: Mapping[str, jax.Array] = NOTHING
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -53,11 +57,17 @@ def evaluate_batch(
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
     nats_BL = target_nats(output.logits_BLV, batch["targets"]) * weight_BL
+    said = {part: output.aux[part] for part in model.moe_layers}
     sums = SequenceSums(
         nats_B=jnp.sum(nats_BL, axis=1),
         targets_B=jnp.sum(weight_BL, axis=1),
         bytes_B=jnp.sum(token_bytes_V[batch["targets"]] * weight_BL, axis=1),
-        assigned_XBE={part: output.aux[part].sequences["assigned_BE"] for part in model.moe_layers},
+        assigned_XBE={part: aux.sequences["assigned_BE"] for part, aux in said.items()},
+        overflow_X={
+            part: aux.sums["buffer_overflow"]
+            for part, aux in said.items()
+            if "buffer_overflow" in aux.sums
+        },
     )
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), sums)  # every process reads all
 
@@ -69,6 +79,7 @@ class DomainSums:
         self.domains = domains
         self.sums = np.zeros((len(domains), 3))
         self.assigned_DXE: dict[str, np.ndarray] = {}
+        self.overflow_X: dict[str, np.ndarray] = {}
 
     def add(self, sums: SequenceSums, domain_B: np.ndarray) -> None:
         """Adds the sequences of a batch; `domain_B` indexes the domains."""
@@ -78,6 +89,9 @@ class DomainSums:
             assigned_BXE = np.asarray(assigned_XBE, np.int64).swapaxes(0, 1)
             empty_DXE = np.zeros((len(self.domains), *assigned_BXE.shape[1:]), np.int64)
             np.add.at(self.assigned_DXE.setdefault(part, empty_DXE), domain_B, assigned_BXE)
+        for part, overflow_X in sums.overflow_X.items():
+            before_X = self.overflow_X.get(part, 0)
+            self.overflow_X[part] = before_X + np.asarray(overflow_X, np.int64)
 
     def losses(self) -> dict[str, Any]:
         """Nats a token and bits a byte, overall and under `domains`."""
@@ -97,19 +111,38 @@ class DomainSums:
         Args:
           moe_layers: the layers of each part that routes.
         """
-        names = [f"layer_{layer:02d}" for layers in moe_layers.values() for layer in layers]
         shares: dict[str, dict[str, list[float]]] = {}
-        for part, layers in moe_layers.items():
+        for part, names in layer_names(moe_layers).items():
             by_layer = self.assigned_DXE[part].swapaxes(0, 1)
-            for layer, assigned_DE in zip(layers, by_layer, strict=True):
-                name = f"layer_{layer:02d}"
-                name = name if names.count(name) == 1 else f"{name}_{part}"
+            for name, assigned_DE in zip(names, by_layer, strict=True):
                 shares[name] = {
                     domain: (row / row.sum()).tolist()
                     for domain, row in zip(self.domains, assigned_DE, strict=True)
                     if row.sum() > 0
                 }
         return shares
+
+    def overflow(self, moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
+        """`buffer_overflow`, by layer, the choices that were lost; {} without a bounded buffer."""
+        names = layer_names(moe_layers)
+        lost = {
+            name: int(count)
+            for part, overflow_X in self.overflow_X.items()
+            for name, count in zip(names[part], overflow_X, strict=True)
+        }
+        return {"buffer_overflow": lost} if lost else {}
+
+
+def layer_names(moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """The layers of each part that routes: `layer_03`, or `layer_03_PART` of one with several."""
+    numbers = [layer for layers in moe_layers.values() for layer in layers]
+    return {
+        part: [
+            f"layer_{layer:02d}" if numbers.count(layer) == 1 else f"layer_{layer:02d}_{part}"
+            for layer in layers
+        ]
+        for part, layers in moe_layers.items()
+    }
 
 
 def _loss(sums: np.ndarray) -> dict[str, float]:
@@ -181,8 +214,8 @@ def score(
     Returns:
       `dropless` and, for a model with experts of limited capacity, `capacity_limited`, each with
       `nats_per_token`, `bits_per_byte`, `tokens` and the same by domain under `domains`, and with
-      its `label` and `mark` (see `ways`); and `domain_expert_share`, by layer and domain, of the
-      first.
+      its `label` and `mark` (see `ways`), and with a bounded buffer `buffer_overflow`, the choices
+      that were lost, by layer; and `domain_expert_share`, by layer and domain, of the first.
     """
     ways = ways_of(config.model)
     totals = {name: DomainSums(domains) for name in CAPACITIES if name in ways}
@@ -199,5 +232,8 @@ def score(
                 sums = evaluate_batch(*inputs, **static)
             total.add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
-    said = {name: ways[name]._asdict() | total.losses() for name, total in totals.items()}
+    said = {
+        name: ways[name]._asdict() | total.losses() | total.overflow(config.model.moe_layers)
+        for name, total in totals.items()
+    }
     return said | {"domain_expert_share": shares}

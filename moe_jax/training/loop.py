@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ def train(
       ValueError: the workdir is of another run, the vocabulary does not fit, or there is no text
         to train or to evaluate on. Nothing has been written then.
       FloatingPointError: the loss or the gradient is not finite.
+      BufferOverflowError: a buffer with `stop_at_overflow` had no room for some choices.
       Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
     """
     require_local("workdir", str(workdir))
@@ -195,6 +197,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
             return
         (step, metrics), pending = pending, None
         check_finite(step, metrics, saved, run.checkpoints.directory)
+        check_overflow(step, metrics, config, saved, run.checkpoints.directory)
         if step % training.log_every == 0 or step == training.num_steps:
             row = metrics_row(metrics, config.model.layers_of) | run.rates.measure(step)
             run.writer.write(step, row)
@@ -293,9 +296,42 @@ def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib
     for name in ("loss", "total_loss", "grad_norm"):
         value = float(getattr(metrics, name))
         if not np.isfinite(value):
-            where = f"checkpoint of step {saved} in {directory}" if saved else "no checkpoint yet"
             raise FloatingPointError(
-                f"train/{name} is {value} at step {step}; last good state: {where}. Lower "
+                f"train/{name} is {value} at step {step}; {last_good(saved, directory)}. Lower "
                 "optimizer.learning_rate, lengthen the warm-up, or raise the weight of the "
                 "router_z loss; then start in another workdir."
             )
+
+
+class BufferOverflowError(ValueError):
+    """A buffer of received rows had no room for some choices, and the run is to stop then."""
+
+
+def check_overflow(
+    step: int, metrics: StepMetrics, config: ExperimentConfig, saved: int, directory: pathlib.Path
+) -> None:
+    """Stops a run that has lost choices, if its parts say so.
+
+    Raises:
+      BufferOverflowError: naming the layer that needs most, and the factor that would do.
+    """
+    for part, moe in config.model.moe_parts.items():
+        lost_X = metrics.of_parts.get(f"{part}/buffer_overflow")
+        if lost_X is None or not moe.stop_at_overflow or not np.any(lost_X):
+            continue
+        factor_X = np.asarray(metrics.of_parts[f"{part}/buffer_factor"])
+        worst = int(np.argmax(factor_X))
+        rows, layer = metrics.of_parts[f"{part}/buffer_rows"][worst], config.model.layers_of[part]
+        raise BufferOverflowError(
+            f"{part}/layer_{layer[worst]:02d} lost {int(lost_X[worst]):,} choices at step {step}: "
+            f"a device was sent {int(rows):,} rows, {factor_X[worst]:.4g} times the mean, and has "
+            f"room for buffer_factor={moe.buffer_factor:g} times; {last_good(saved, directory)}. "
+            f"Set model.parts.{part}.buffer_factor={math.ceil(100 * factor_X[worst]) / 100:g}, or "
+            f"stop_at_overflow=False, and go on in this workdir."
+        )
+
+
+def last_good(saved: int, directory: pathlib.Path) -> str:
+    """Where a run that fails can go on."""
+    where = f"checkpoint of step {saved} in {directory}" if saved else "no checkpoint yet"
+    return f"last good state: {where}"

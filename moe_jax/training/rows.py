@@ -30,9 +30,9 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
     return row
 
 
-def evaluation_row(said: Mapping[str, Any]) -> dict[str, float]:
+def evaluation_row(said: Mapping[str, Any]) -> dict[str, float | int]:
     """An evaluation by the names of `metrics.jsonl`; bits a byte only where they have a meaning."""
-    row = {}
+    row: dict[str, float | int] = {}
     for kind in CAPACITIES:
         if kind not in said:
             continue
@@ -41,12 +41,19 @@ def evaluation_row(said: Mapping[str, Any]) -> dict[str, float]:
         for prefix, losses in scored.items():
             for name in ("nats_per_token", "bits_per_byte")[: 1 + has_bits(losses)]:
                 row[f"heldout/{kind}/{prefix}{name}"] = losses[name]
+        if "buffer_overflow" in said[kind]:
+            row[f"heldout/{kind}/buffer_overflow"] = lost_choices(said[kind])
     return row
 
 
 def has_bits(losses: Mapping[str, float]) -> bool:
     """Whether targets stand for bytes of text; a loss that is not finite may have them."""
     return math.isfinite(losses["bits_per_byte"]) or not math.isfinite(losses["nats_per_token"])
+
+
+def lost_choices(losses: Mapping[str, Any]) -> int:
+    """Choices that a bounded buffer had no room for, in all layers."""
+    return sum(losses.get("buffer_overflow", {}).values())
 
 
 def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
@@ -56,8 +63,9 @@ def evaluation_line(step: int, said: Mapping[str, Any]) -> str:
         if kind in said:
             loss = said[kind]
             bits = f", {loss['bits_per_byte']:.4f} bits/byte"
+            lost = f", {lost_choices(loss):,} choices lost" if "buffer_overflow" in loss else ""
             cells.append(
                 f"{way_of(kind, loss).name} {loss['nats_per_token']:.4f} nats/token"
-                f"{bits if has_bits(loss) else ''};"
+                f"{bits if has_bits(loss) else ''}{lost};"
             )
     return " ".join(cells).rstrip(";")

@@ -47,7 +47,8 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
     Returns:
       By the names of metrics: "train", "dropless", and "capacity_limited" if experts have a
       capacity in evaluation. "dropless" asks for no capacity. Experts that fill their slots keep
-      those of training then, so that it is called "slots of training".
+      those of training then, so that it is called "slots of training". Where a bounded buffer may
+      lose choices, the labels say so: nothing is called dropless then.
     """
     in_training = model.looks_ahead(training=True)
     models = {"dropless": without_capacity(model)}
@@ -57,6 +58,9 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
         "dropless": "slots of training" if fills else "dropless",
         "capacity_limited": "capacity-limited",
     }
+    if any(isinstance(moe, MoE) and moe.eval_buffer_factor for moe in model.moe_parts.values()):
+        labels["capacity_limited"] += ", bounded buffer"
+        labels["dropless"] = "slots of training, bounded buffer" if fills else "bounded buffer"
     ways = {"train": Way("train", SEES if in_training else "")}
     for name, one in models.items():
         mark = SEES if one.looks_ahead(training=False) else SAW if in_training else ""
