@@ -1,0 +1,53 @@
+"""One prepared run for a machine with a GPU or TPU: how right and how fast the library is there.
+
+    python -m benchmarks.accelerator [--minutes=8] [--out=DIR] [--dry] [--retry]
+    python -m benchmarks.accelerator --page [--out=DIR]
+
+The first form measures, the most valuable rows first, and writes a line after each to
+DIR/accelerator.jsonl. It may be killed at any time; the same command goes on with the rows that are
+not there yet. `--retry` also measures again what has failed. The second form puts the rows of DIR
+into docs/accelerators/ and makes the page docs/accelerators.md. `--dry` measures tiny shapes on a
+CPU: it shows that the run works, and says nothing of speed.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from benchmarks.accelerator import page
+from benchmarks.accelerator.groups import BY_NAME, GROUPS
+from benchmarks.accelerator.record import ROOT, Record
+from benchmarks.accelerator.supervisor import Supervisor
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, or makes the page; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accelerator", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="that the run may take")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "accelerator")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--retry", action="store_true", help="measure again what has failed")
+    parser.add_argument("--only", nargs="*", choices=sorted(BY_NAME), help="these groups alone")
+    parser.add_argument("--page", action="store_true", help="make docs/accelerators.md")
+    given = parser.parse_args(arguments)
+    record = Record(given.out.resolve() / "accelerator.jsonl")
+    if given.page:
+        print(page.publish(record))
+        return 0
+    if given.retry:
+        record.forget_failed()
+    groups = [group for group in GROUPS if given.only is None or group.name in given.only]
+    run = Supervisor(record, given.minutes, given.dry, lambda text: print(text, flush=True))
+    try:
+        run.run(tuple(groups))
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"rows: {record.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Attention alone, forward and backward, by every kernel, at 4,096 tokens in bfloat16.
+
+Useful FLOPs are those of the pairs of query and key that see each other: two products forward,
+twice that backward, nothing for what is recomputed. So a causal form has half of the square.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.accelerator.clock import bar, compiled, rate_against
+from benchmarks.accelerator.experts import kernels_in
+from benchmarks.accelerator.groups import Row
+from benchmarks.accelerator.kernels import attention_kernels
+from moe_jax.layers.dot_product import attend
+from moe_jax.layers.masks import visible
+
+
+class Form(NamedTuple):
+    """What attention is asked for.
+
+    Attributes:
+      batch: B.
+      length: L.
+      heads: N.
+      kv_heads: of keys and values.
+      dim: of queries and keys.
+      value_dim: of values.
+      documents: packed in a row.
+      window: W keys that a query sees, or None.
+    """
+
+    batch: int = 4
+    length: int = 4096
+    heads: int = 32
+    kv_heads: int = 32
+    dim: int = 128
+    value_dim: int = 128
+    documents: int = 1
+    window: int | None = None
+
+    @property
+    def segments(self) -> np.ndarray:
+        """int32 [L]: the number of each token's document, of unequal lengths, from 1."""
+        first = self.length // (2 * self.documents)
+        ends = np.linspace(first, self.length, self.documents).astype(int)
+        return np.searchsorted(ends, np.arange(self.length), side="right").astype(np.int32) + 1
+
+    @property
+    def pairs(self) -> float:
+        """Of a query and a key that it sees, in all rows of one head."""
+        lengths = np.unique(self.segments, return_counts=True)[1]
+        return self.batch * float(sum(seen_pairs(int(one), self.window) for one in lengths))
+
+    @property
+    def flops(self) -> float:
+        """Forward and backward."""
+        return 3 * 2.0 * self.pairs * self.heads * (self.dim + self.value_dim)
+
+
+def seen_pairs(length: int, window: int | None) -> int:
+    """Pairs of a query and an earlier key or itself, at most `window` keys a query."""
+    width = length if window is None else min(window, length)
+    return width * (width + 1) // 2 + (length - width) * width
+
+
+FORMS = {
+    "causal": Form(),
+    "grouped queries": Form(kv_heads=8),
+    "documents": Form(kv_heads=8, documents=3),
+    "window": Form(kv_heads=8, window=1024),
+    "latent dims": Form(batch=1, heads=128, kv_heads=128, dim=192),
+}
+
+
+def rows(dry: bool) -> list[Row]:
+    """Every form by every kernel."""
+    found = []
+    for name, form in FORMS.items():
+        if dry:
+            form = form._replace(batch=1, length=128, heads=2, kv_heads=1, dim=24, value_dim=16,
+                                 window=form.window and 32)  # fmt: skip
+        for kernel in attention_kernels():
+            run = functools.partial(measure, form, kernel, dry)
+            found.append(Row(f"{name}/{kernel}", 10, run))
+    return found
+
+
+def measure(form: Form, kernel: str, dry: bool) -> dict[str, Any]:
+    """Times a form in turn with the matmul."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.value_dim),
+             (form.heads, form.value_dim))  # fmt: skip
+    q, k, v, dy = (
+        jax.random.normal(key, (form.batch, form.length, *size), jnp.bfloat16)
+        for key, size in zip(keys, sizes, strict=True)
+    )
+    segments_BL = jnp.broadcast_to(jnp.asarray(form.segments), (form.batch, form.length))
+    run = by_kernel(kernel, form)
+
+    def forward_backward(q: Any, k: Any, v: Any, segments_BL: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(lambda q, k, v: run(q, k, v, segments_BL), q, k, v)
+        return y, vjp(dy)
+
+    program = compiled(forward_backward, q, k, v, segments_BL, dy)
+    found = rate_against(program.timed, form.flops, *bar(dry), dry)
+    _, (dq, _, _) = program.timed.wait(program.timed.call())
+    return {**found, **program.facts, "finite": bool(jnp.isfinite(dq).all()),
+            "kernels": kernels_in(program.text), "form": form._asdict()}  # fmt: skip
+
+
+def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
+    """`(q, k, v, segments_BL) -> out` by a kernel."""
+    del kernel
+    scale = form.dim**-0.5
+
+    def run(q: Any, k: Any, v: Any, segments_BL: Any) -> jax.Array:
+        positions_BL = positions_of(segments_BL)
+        seen = visible(positions_BL, segments_BL, causal=True, window=form.window)
+        return attend(q, k, v, seen, scale=scale)
+
+    return run
+
+
+def positions_of(segments_BL: jax.Array) -> jax.Array:
+    """The position of every token in its document."""
+    place_L = jnp.arange(segments_BL.shape[1], dtype=jnp.int32)
+    is_first = jnp.diff(segments_BL, axis=1, prepend=0) != 0
+    start_BL = jax.lax.cummax(jnp.where(is_first, place_L, 0), axis=1)
+    return place_L - start_BL

@@ -1,0 +1,125 @@
+"""The three products of SwiGLU experts, forward and backward, with nothing around them.
+
+Weights, rows and gradients are bfloat16. Useful FLOPs are those of rows that reach an expert:
+padding and dropped rows count as nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.accelerator.clock import bar, compiled, rate_against
+from benchmarks.accelerator.groups import Row
+from benchmarks.accelerator.kernels import ragged, sorted_rows, usable_kernels
+from benchmarks.accelerator.shapes import (
+    FACTOR,
+    ROUTINGS,
+    SHAPES,
+    TINY,
+    Shape,
+    group_sizes,
+    kept_in_slots,
+)
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.moe.experts import Experts
+from moe_jax.moe.run_experts.slots import Slots
+from moe_jax.parameters import SHARED
+
+EXPERTS = Experts(SwiGLU())
+SLOTS = f"slots {FACTOR}"
+MARKS = ("mosaic_gpu", "triton_kernel_call", "__triton_gemm", "__cudnn", "__cublas", "gpu_pallas",
+         "tpu_custom_call", "ragged-dot")  # fmt: skip
+DENSE = "dense FFN"  # every row through the same expert: what grouping can at best cost
+
+
+class Form(NamedTuple):
+    """A way to compute the experts.
+
+    Attributes:
+      function: `(x, weights, sizes_E) -> y`.
+      x: rows, in its layout.
+      weights: by name.
+      sizes_E: rows of each expert; an operand, so that no compiler knows them.
+      rows: that reach an expert.
+    """
+
+    function: Callable[[jax.Array, dict[str, jax.Array], jax.Array], jax.Array]
+    x: jax.Array
+    weights: dict[str, jax.Array]
+    sizes_E: jax.Array
+    rows: int
+
+
+def rows(dry: bool) -> list[Row]:
+    """Mixtral's shape first; of each the kernels, then slots and the dense FFN."""
+    shapes = TINY if dry else SHAPES
+    forms = [SLOTS, *map(ragged, usable_kernels(of_products=True)), DENSE]
+    found = []
+    for routing in ROUTINGS:
+        for name, shape in shapes.items():
+            for form in forms:
+                if form == DENSE and routing != "even":
+                    continue
+                run = functools.partial(measure, shape, routing, form, dry)
+                found.append(Row(f"{name}/{routing}/{form}", 14, run))
+    return found
+
+
+def measure(shape: Shape, routing: str, form: str, dry: bool) -> dict[str, Any]:
+    """Times one form in turn with the matmul."""
+    made = make(shape, routing, form)
+    dy = jax.random.normal(jax.random.key(9), made.x.shape, made.x.dtype)
+
+    def forward_backward(x: jax.Array, weights: Any, sizes_E: jax.Array, dy: jax.Array) -> Any:
+        y, vjp = jax.vjp(lambda x, weights: made.function(x, weights, sizes_E), x, weights)
+        return y, vjp(dy)
+
+    program = compiled(forward_backward, made.x, made.weights, made.sizes_E, dy)
+    flops = shape.flops(made.rows)
+    found = rate_against(program.timed, flops, *bar(dry), dry)
+    _, (_, dweights) = program.timed.wait(program.timed.call())
+    return {
+        **found,
+        **program.facts,
+        "rows": made.rows,
+        "finite": all(bool(jnp.isfinite(one).all()) for one in dweights.values()),
+        "kernels": kernels_in(program.text),
+    }
+
+
+def make(shape: Shape, routing: str, form: str) -> Form:
+    """The form on random rows and weights."""
+    sizes_E = jnp.asarray(group_sizes(shape, routing))
+    names, dims = ("wi", "wg", "wo"), (shape.model_dim, shape.expert_dim)
+    experts = () if form == DENSE else (shape.experts,)
+    weights = {
+        name: random(i, (*experts, *(dims if name != "wo" else dims[::-1])), 0.02)
+        for i, name in enumerate(names)
+    }
+    if form == SLOTS:
+        x_EGCM = random(8, (shape.experts, 1, shape.slots, shape.model_dim))
+        kept = kept_in_slots(shape, routing)
+        return Form(lambda x, w, _: EXPERTS(x, w, Slots(None)), x_EGCM, weights, sizes_E, kept)
+    x_RM = random(8, (shape.rows, shape.model_dim))
+    if form == DENSE:
+        return Form(lambda x, w, _: EXPERTS(x, w, SHARED), x_RM, weights, sizes_E, shape.rows)
+    kernel = form.removeprefix("ragged").strip()
+
+    def run(x: jax.Array, weights: dict[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
+        return EXPERTS(x, weights, sorted_rows(kernel, sizes_E, shape.rows))
+
+    return Form(run, x_RM, weights, sizes_E, shape.rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def random(seed: int, shape: tuple[int, ...], stddev: float = 1.0) -> jax.Array:
+    """Normal numbers in bfloat16."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16) * jnp.bfloat16(stddev)
+
+
+def kernels_in(text: str) -> dict[str, int]:
+    """How often a compiled program calls what is no plain XLA, by target."""
+    return {mark: count for mark in MARKS if (count := text.count(mark))}

@@ -1,0 +1,59 @@
+"""What is measured, in order of value: groups of rows, each measured in a process of its own."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    """A measurement.
+
+    Attributes:
+      name: within its group.
+      seconds: that it takes on an accelerator, compilation included: a guess, by which a row is
+        left out when too little time is left.
+      run: measures; returns numbers and texts by name. An exception is a row that says so.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[], dict[str, Any]]
+
+
+class Group(NamedTuple):
+    """Rows that share a process.
+
+    Attributes:
+      name: of its module too.
+      share: of the run's time that it may take at first; what is left goes to those left out.
+      title: what the page calls it.
+    """
+
+    name: str
+    share: float
+    title: str
+
+    def rows(self, dry: bool) -> list[Row]:
+        """Its rows, the most valuable first.
+
+        Args:
+          dry: at sizes that a CPU computes in a moment.
+        """
+        module = importlib.import_module(f"benchmarks.accelerator.{self.name}")
+        rows: list[Row] = module.rows(dry)
+        return rows
+
+
+FACTS = Group("facts", 0.12, "The machine")
+END = Group("facts_again", 0.05, "The machine at the end")
+GROUPS = (
+    Group("parity", 0.14, "Parity with a CPU in float64"),
+    Group("experts", 0.24, "Experts alone"),
+    Group("torch_experts", 0.08, "Experts of PyTorch"),
+    Group("layers", 0.10, "A layer"),
+    Group("attention", 0.08, "Attention"),
+    Group("step", 0.20, "A training step"),
+    Group("quickstart", 0.06, "The quickstart"),
+    Group("repository_tests", 0.06, "Tests"),
+)
+BY_NAME = {group.name: group for group in (FACTS, *GROUPS, END)}

@@ -1,0 +1,77 @@
+"""configs/quickstart.py for some hundred steps, on the device and on a CPU of the same machine.
+
+The same config gives the same data in the same order and the same initial values, so that the
+losses of both should stay close.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from benchmarks.accelerator.groups import Row
+from benchmarks.accelerator.record import ROOT
+
+STEPS = 200
+SHOWN = (10, 50, 100, 150, 200)
+SMALLER = ["--config.training.evaluate_every=0", "--config.training.sample_prompt=",
+           "--config.training.trackers=()", "--config.training.evaluation_batches=5"]  # fmt: skip
+DRY = ["--config.training.batch_size=2", "--config.data.sequence_length=32",
+       "--config.data.heldout_fraction=0.004", "--config.training.evaluation_batches=1",
+       "--config.training.log_every=5", "--config.optimizer.warmup_steps=2"]  # fmt: skip
+
+
+def rows(dry: bool) -> list[Row]:
+    """The device, and the CPU to compare with."""
+    return [
+        Row("device", 75, functools.partial(train, "", dry)),
+        Row("cpu", 60, functools.partial(train, "cpu", dry)),
+    ]
+
+
+def train(platforms: str, dry: bool) -> dict[str, Any]:
+    """Trains by the command, and reads its metrics."""
+    steps = 10 if dry else STEPS
+    environment = dict(os.environ)
+    if platforms:
+        environment["JAX_PLATFORMS"] = platforms
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "-m", "moe_jax.train", "--config=configs/quickstart.py",
+                   f"--workdir={workdir}", f"--config.training.num_steps={steps}", *SMALLER,
+                   *([*DRY] if dry else [])]  # fmt: skip
+        outcome = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if outcome.returncode:
+            raise RuntimeError(reason(outcome.stderr or outcome.stdout))
+        metrics = read(pathlib.Path(workdir) / "metrics.jsonl")
+    losses = {step: row["loss"] for step, row in metrics.items() if "loss" in row}
+    shown = SHOWN if not dry else tuple(losses)
+    rates = [row["perf/tokens_per_s"] for row in metrics.values() if "perf/tokens_per_s" in row]
+    return {
+        "steps": steps,
+        "losses": {str(step): round(losses[step], 4) for step in shown if step in losses},
+        "heldout": [round(value, 4) for row in metrics.values() for name, value in row.items()
+                    if name.endswith("bits_per_byte")],
+        "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,
+    }  # fmt: skip
+
+
+def read(path: pathlib.Path) -> dict[int, dict[str, float]]:
+    """The metrics of every step that has any."""
+    found: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault(row["step"], {}).update(row)
+    return found
+
+
+def reason(text: str) -> str:
+    """The last line that names an error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "rror" in line]
+    return (telling or lines or ["it said nothing"])[-1][:250]

@@ -1,0 +1,210 @@
+"""Starts a process for each group of rows, and stops it when a row or the time runs out.
+
+This process never touches the accelerator: a kernel that aborts or hangs takes its own process
+along, the row is recorded as failed, and the next process goes on behind it.
+"""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from benchmarks.accelerator.groups import END, FACTS, GROUPS, Group
+from benchmarks.accelerator.record import FAILED, ROOT, SKIPPED, STARTED, Line, Record
+
+STARTUP = 12.0  # seconds until a process measures
+RESERVED = 25.0  # seconds for the last rows and for stopping
+POLL = 0.1
+OUT_OF_TIME = "the time was up"
+START = "start"  # the row of a process that ended before its first
+
+
+def environment_of_child(environment: Mapping[str, str], dry: bool) -> dict[str, str]:
+    """The variables of a process that measures; those that are set already stay.
+
+    Memory is not taken in advance, so that the process of PyTorch finds some, but up to 92 % of it
+    may be taken. Programs that were compiled once are kept for the next start.
+    """
+    cache = ROOT / ".cache" / "accelerator"
+    wanted = {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "PYTHONUNBUFFERED": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "1",
+    }
+    made = {**wanted, **environment}
+    platforms = "cpu" if dry else environment.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms.split(","):
+        platforms += ",cpu"  # where parity is computed in float64
+    made["JAX_PLATFORMS"] = platforms
+    made["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    return made
+
+
+class Supervisor:
+    """A run of all groups in a time.
+
+    Args:
+      record: to add to.
+      minutes: that it may take.
+      dry: at tiny sizes on a CPU.
+      say: gets a line of text for every row.
+    """
+
+    def __init__(self, record: Record, minutes: float, dry: bool, say: Callable[[str], None]):
+        self.record, self.dry, self.say = record, dry, say
+        self.seconds, self.end = minutes * 60, time.time() + minutes * 60
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = record.path.with_suffix(".log")
+        self.said = len(record.lines())
+
+    def run(self, groups: tuple[Group, ...] = GROUPS) -> None:
+        """All groups, each within its share; then, in the same order, the rows left out.
+
+        Raises:
+          RuntimeError: there is no accelerator.
+        """
+        self.run_group(FACTS, self.end)
+        self.check_machine()
+        stop = self.end - RESERVED
+        for group in groups:
+            self.run_group(group, min(stop, time.time() + STARTUP + group.share * self.seconds))
+        for group in groups:
+            if self.fits(group, stop - time.time() - STARTUP):
+                self.run_group(group, stop)
+        self.run_group(END, self.end)
+
+    def check_machine(self) -> None:
+        """Refuses to measure a CPU for an accelerator."""
+        device = self.record.last().get(("facts", "device"), {})
+        if device.get("platform") == "cpu" and not self.dry:
+            raise RuntimeError(
+                "a GPU or TPU is measured: JAX found a CPU only. Install moe_jax[cuda] or "
+                "moe_jax[tpu], or try the run with --dry."
+            )
+        if "platform" not in device:
+            raise RuntimeError(
+                f"JAX must start: {device.get('error', 'it did not')}. See {self.log}."
+            )
+
+    def fits(self, group: Group, seconds: float) -> bool:
+        """Whether a row that was left out would fit in so many seconds."""
+        last = self.record.last()
+        skipped = [line for (name, _), line in last.items()
+                   if name == group.name and line["state"] == SKIPPED]  # fmt: skip
+        reached = any(name == group.name for name, _ in last)
+        needs = [line.get("needs", 0.0) for line in skipped] if reached else [0.0]
+        return any(need < seconds for need in needs)
+
+    def run_group(self, group: Group, until: float) -> None:
+        """Measures a group, in as many processes as it takes."""
+        while time.time() + STARTUP / 2 < until or self.dry:
+            outcome = self.run_child(group, until)
+            if outcome is None:
+                return
+            row = outcome.pop("row")
+            self.record.add(group.name, row, **outcome)
+            self.tell()
+            if row == START or time.time() > until:
+                return
+
+    def run_child(self, group: Group, until: float) -> Line | None:
+        """One process. Returns the line of the row in which it ended; None: it measured all."""
+        command = [sys.executable, "-m", "benchmarks.accelerator.child", group.name]
+        command += [f"--record={self.record.path}", f"--until={until}", *["--dry"] * self.dry]
+        begin_of_log = self.log.stat().st_size if self.log.exists() else 0
+        begin = time.time()
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+                env=environment_of_child(os.environ, self.dry),
+            )  # fmt: skip
+            try:
+                stopped = self.wait(process, begin, until)
+            finally:
+                end_process(process)
+        self.tell()
+        running = self.record.running()
+        if running is None and process.returncode == 0:
+            return None
+        said = last_words(self.log, begin_of_log)
+        if running is None:
+            ended = f"its process ended with {ending(process.returncode)} before a row: {said}"
+            return {"row": START, "state": FAILED, "error": stopped or ended}
+        if stopped == OUT_OF_TIME:
+            return {"row": running["row"], "state": SKIPPED, "reason": stopped}
+        error = stopped or f"its process ended with {ending(process.returncode)}: {said}"
+        return {"row": running["row"], "state": FAILED, "error": error[:400]}
+
+    def wait(self, process: subprocess.Popen[bytes], begin: float, until: float) -> str:
+        """Waits until a process ends, or for the reason to end it."""
+        latest = begin
+        while process.poll() is None:
+            time.sleep(POLL)
+            now, running = time.time(), self.record.running()
+            self.tell()
+            if now > max(until, self.end - RESERVED / 2) and not self.dry:
+                return OUT_OF_TIME
+            if running is not None and running["at"] >= begin - 1:
+                latest = running["at"]
+                if now - latest > running["limit"]:
+                    return f"stopped after {running['limit']:.0f} s"
+            elif now - max(latest, self.last_line()) > 120:
+                return "stopped: it did nothing for 120 s"
+        return ""
+
+    def last_line(self) -> float:
+        """When the record got its last line."""
+        lines = self.record.lines()
+        return lines[-1]["at"] if lines else 0.0
+
+    def tell(self) -> None:
+        """Says what the record has got."""
+        lines = self.record.lines()
+        for line in lines[self.said :]:
+            if line["state"] != STARTED:
+                self.say(text_of(line))
+        self.said = len(lines)
+
+
+def text_of(line: Line) -> str:
+    """A line for people."""
+    hidden = ("group", "row", "state", "at", "limit", "needs", "commit", "form")
+    values = ", ".join(f"{name} {short(value)}" for name, value in line.items()
+                       if name not in hidden)  # fmt: skip
+    return f"{line['group']}/{line['row']}: {line['state']}: {values}"
+
+
+def short(value: object) -> str:
+    """A value in few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def ending(code: int) -> str:
+    """What ended a process: "signal 6 (SIGABRT)", "exit code 1"."""
+    return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def last_words(log: pathlib.Path, begin: int) -> str:
+    """What a process said last that looks like a reason."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    telling = [
+        line for line in lines if "Error" in line or "F0000" in line or "Check failed" in line
+    ]
+    return " ".join((telling or lines or ["nothing was said"])[-1].split())[:250]
