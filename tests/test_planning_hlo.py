@@ -168,61 +168,6 @@ def test_batch_dims_that_a_tpu_writes_as_a_dilated_window():
     assert read.flops == 8 * 2 * 512 * 256 * 384
 
 
-@pytest.mark.parametrize(
-    "call, flops",
-    [
-        # A GPU's result is followed by a workspace.
-        (
-            "(f32[6,32,64]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b)"
-            ', custom_call_target="__cublas$gemm", backend_config='
-            '{"gemm_backend_config":{"dot_dimension_numbers":'
-            '{"lhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}',
-            6 * 2 * 32 * 16 * 64,
-        ),
-        (
-            'f32[6,32,64]{2,1,0} custom-call(%a, %b), custom_call_target="__onednn$matmul"',
-            6 * 2 * 32 * 16 * 64,
-        ),
-        # 128 rows, each times one of 4 matrices.
-        (
-            "f32[128,24]{1,0} custom-call(%sizes, %rows, %experts)"
-            ', custom_call_target="tpu_custom_call"'
-            ', metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}',
-            2 * 128 * 40 * 24,
-        ),
-        # The gradient of the matrices: rows times rows, in 4 groups.
-        (
-            "f32[4,40,24]{2,1,0} custom-call(%sizes, %rows, %out)"
-            ', custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/tgmm.3"}',
-            2 * 128 * 40 * 24,
-        ),
-    ],
-)
-def test_library_and_grouped_matmuls_count_by_their_shapes(call, flops):
-    read = program(f"""
-        %a = f32[6,16,32]{{2,1,0}} parameter(0)
-        %b = f32[6,16,64]{{2,1,0}} parameter(1)
-        %sizes = s32[4]{{0}} parameter(2)
-        %rows = f32[128,40]{{1,0}} parameter(3)
-        %experts = f32[4,40,24]{{2,1,0}} parameter(4)
-        %out = f32[128,24]{{1,0}} parameter(5)
-        ROOT %c = {call}
-    """)
-    assert (read.flops, read.uncounted) == (flops, {})
-
-
-def test_other_custom_calls_are_listed_with_their_count():
-    read = program("""
-        %a = f32[64]{0} parameter(0)
-        %b = f32[64]{0} custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"
-        %c = f32[64]{0} custom-call(%b), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/flash_attention.2"}
-        %d = f32[64]{0} custom-call(%c), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/flash_attention.3"}
-        ROOT %e = f32[64]{0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
-    """)
-    assert read.uncounted == {"__cudnn$fmhaSoftmax": 1, "tpu_custom_call flash_attention": 2}
-    assert read.hbm_bytes == 3 * (256 + 256)
-
-
 # Text.
 
 
@@ -242,6 +187,20 @@ def test_names_and_strings_cannot_pass_for_attributes():
     (one,) = read.collectives
     assert one.group == (0, 1)
     assert one.op_name == r"jit(f)/\"q\"/{a}, replica_groups={{7}}"
+
+
+def test_what_a_kernel_says_of_itself_may_be_of_many_lines():
+    """A line of it that begins with a brace is not the end of the computation."""
+    read = program(
+        """
+        %a = f32[4,4]{1,0} parameter(0)
+        %k = f32[4,4]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/of_many_lines/pallas_call" stack_frame_id=9}
+        ROOT %d = f32[4,4]{1,0} dot(%k, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+        """
+    )
+    assert (read.flops, read.uncounted) == (128, {"tpu_custom_call of_many_lines": 1})
 
 
 def test_other_text_is_refused():

@@ -1,5 +1,6 @@
 """Names of machines: what is read, what is refused before a compiler could end the process."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_every_gpu_has_a_target_for_the_compiler(chip):
     assert text.count("{") == text.count("}") == 3
     assert f"device_memory_size: {round(chip.hbm_bytes)}\n" in text
     assert gpu_targets.PROCESSORS[chip.name].kind in chip.device_kinds
+
+
+@pytest.mark.parametrize(
+    ("installed", "written"),
+    [
+        ({"nvidia-cudnn-cu12": "9.28.0.42"}, "major: 9 minor: 28 patch: 0"),
+        ({"nvidia-cudnn-cu13": "9.31"}, "major: 9 minor: 31 patch: 0"),
+        ({}, "major: 9 minor: 10 patch: 0"),
+    ],
+)
+def test_the_compiler_is_told_of_the_installed_cudnn(installed, written, monkeypatch):
+    def version(package):
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert f"dnn_version_info {{ {written} }}" in gpu_targets.target_config(CHIPS["h100"])
+    assert ("assumed" in gpu_targets.cudnn_text()) == (not installed)
 
 
 def ahead_of_time(names):

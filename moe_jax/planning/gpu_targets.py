@@ -1,6 +1,8 @@
 """What the GPU compiler asks about a GPU that is not here, as text of its GpuTargetConfigProto."""
 
 import dataclasses
+import importlib.metadata
+import re
 
 from moe_jax.planning.hardware import Chip
 
@@ -35,6 +37,8 @@ PROCESSORS = {
     "h200": Processor("NVIDIA H200", (9, 0), 132, 50 * MIB, 228 * KIB, 1.98),
     "b200": Processor("NVIDIA B200", (10, 0), 148, 126 * MIB, 228 * KIB, 1.965),
 }
+CUDNN_PACKAGES = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+CUDNN = (9, 10, 0)  # what is assumed where none is installed: kernels of newer ones are left out
 # Same for all of these compute capabilities; a block may use all shared memory but for 1 KiB.
 TEMPLATE = """\
 gpu_device_info {{
@@ -58,7 +62,7 @@ gpu_device_info {{
   registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} patch: {dnn[2]} }}
 device_description_str: "{kind}"
 """
 
@@ -79,4 +83,24 @@ def target_config(chip: Chip) -> str:
         major=major,
         minor=minor,
         kind=processor.kind,
+        dnn=cudnn_version() or CUDNN,
     )
+
+
+def cudnn_text() -> str:
+    """Which cuDNN the compiler is told of."""
+    version, installed = cudnn_version() or CUDNN, cudnn_version() is not None
+    text = f"cuDNN {'.'.join(map(str, version))}"
+    return f"{text}, which is installed" if installed else f"{text} is assumed: none is installed"
+
+
+def cudnn_version() -> tuple[int, ...] | None:
+    """Major, minor and patch of the installed cuDNN, which is what runs; None without one."""
+    for package in CUDNN_PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        numbers = [int(digits) for digits in re.findall(r"\d+", version)]
+        return tuple([*numbers, 0, 0][:3])
+    return None

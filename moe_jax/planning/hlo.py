@@ -14,11 +14,18 @@ import re
 from collections import Counter
 
 from moe_jax.planning.hlo_collectives import KINDS, Collective, by_kind, continued, make_collective
-from moe_jax.planning.hlo_flops import custom_call_flops, kernel_name, matmul_flops
+from moe_jax.planning.hlo_flops import matmul_flops
+from moe_jax.planning.hlo_kernels import (
+    custom_call_flops,
+    is_grouped_matmul,
+    kernel_name,
+    row_tile,
+)
 from moe_jax.planning.hlo_loops import trip_count
 from moe_jax.planning.hlo_memory import bytes_moved, results
 from moe_jax.planning.hlo_text import Computation, Instruction, Module, parse_module
 
+KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 __all__ = ["Collective", "Program", "by_kind", "read_program"]
 
 
@@ -34,6 +41,9 @@ class Program:
       uncounted: custom calls whose FLOPs are not in `flops`, and how often they are executed; the
         arrays that they read and write are in `hbm_bytes`.
       unknown_loops: loops of unknown length, counted as if they ran once.
+      grouped_flops: those of `flops` that are in kernels of grouped matmuls; of all rows of their
+        buffers.
+      row_tiles: rows of a tile of these kernels, where the compiler says them, ascending.
     """
 
     flops: int
@@ -41,6 +51,8 @@ class Program:
     collectives: tuple[Collective, ...]
     uncounted: dict[str, int]
     unknown_loops: tuple[str, ...]
+    grouped_flops: int = 0
+    row_tiles: tuple[int, ...] = ()
 
 
 def read_program(text: str) -> Program:
@@ -64,6 +76,8 @@ def read_program(text: str) -> Program:
         ),
         uncounted=dict(total.uncounted),
         unknown_loops=tuple(total.unknown_loops),
+        grouped_flops=total.grouped_flops,
+        row_tiles=tuple(sorted(total.row_tiles)),
     )
 
 
@@ -76,6 +90,8 @@ class _Total:
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     uncounted: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: dict[str, None] = dataclasses.field(default_factory=dict)
+    grouped_flops: int = 0
+    row_tiles: set[int] = dataclasses.field(default_factory=set)
 
     def add(self, other: "_Total", times: int = 1) -> None:
         """Adds what another one does, several times."""
@@ -88,6 +104,8 @@ class _Total:
         for target, count in other.uncounted.items():
             self.uncounted[target] += times * count
         self.unknown_loops |= other.unknown_loops
+        self.grouped_flops += times * other.grouped_flops
+        self.row_tiles |= other.row_tiles
 
     @property
     def expense(self) -> tuple[int, int, float]:
@@ -147,10 +165,7 @@ class _Counter:
         elif opcode in KINDS:
             total.collectives[self._collective(computation, instruction, opcode, caller)] += 1
         elif opcode == "custom-call":
-            flops = custom_call_flops(instruction, computation.operands(instruction))
-            if flops is None:
-                total.uncounted[_label(instruction)] += 1
-            total.flops += flops or 0
+            _count_custom_call(total, instruction, computation.operands(instruction))
         else:
             total.flops += matmul_flops(instruction, computation.operands(instruction))
 
@@ -184,6 +199,21 @@ class _Counter:
         )
 
 
+def _count_custom_call(
+    total: _Total, instruction: Instruction, operands: list[Instruction]
+) -> None:
+    """Adds the FLOPs of a custom call, or names it as one whose FLOPs are not known."""
+    flops = custom_call_flops(instruction, operands)
+    if flops is None:
+        total.uncounted[_label(instruction)] += 1
+        return
+    total.flops += flops
+    if flops and is_grouped_matmul(instruction):
+        total.grouped_flops += flops
+        tile = row_tile(instruction)
+        total.row_tiles |= {tile} if tile else set()
+
+
 def _only_sliced(body: Computation, reduction: Instruction) -> bool:
     """Whether a computation returns a slice of an all-reduce: how a TPU writes a reduce-scatter."""
     root = body.root
@@ -193,8 +223,8 @@ def _only_sliced(body: Computation, reduction: Instruction) -> bool:
 
 
 def _label(custom_call: Instruction) -> str:
-    """The target; of hand-written TPU kernels, which share one, the kernel's name as well."""
-    if custom_call.target != "tpu_custom_call":
+    """The target; of hand-written kernels, which share one, the kernel's name as well."""
+    if not custom_call.target.startswith(KERNEL_TARGETS):
         return custom_call.target
     kernel = re.sub(r"\.\d+$", "", kernel_name(custom_call))
     return f"{custom_call.target} {kernel}"

@@ -9,17 +9,6 @@ import numpy as np
 
 from moe_jax.planning.hlo_text import Array, Instruction
 
-# Custom calls that move or reserve buffers and compute nothing.
-BOOKKEEPING = frozenset(
-    {
-        "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone",
-        "AsyncCollectiveStart", "ConcatBitcast", "PrepareAsyncCall", "Sharding",
-        "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement",
-    }
-)  # fmt: skip
-_LIBRARY_MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
-_GROUPED_MATMUL = re.compile(r"ragged.?dot|gmm|grouped.?matmul", re.IGNORECASE)
-
 
 def matmul_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int:
     """FLOPs of a dot or convolution; 0 for any other instruction, custom calls included."""
@@ -34,28 +23,6 @@ def matmul_flops(instruction: Instruction, operands: Sequence[Instruction]) -> i
             matrices = [one.arrays[0] for one in (*operands[:2], instruction)]
             return grouped_matmul_flops(matrices) or 0
     return 0
-
-
-def custom_call_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int | None:
-    """FLOPs of a custom call that is a library's matmul or a grouped matmul kernel, else None."""
-    arrays = [array for operand in operands for array in operand.arrays]
-    if instruction.target in BOOKKEEPING or "ragged-dot-metadata" in kernel_name(instruction):
-        return 0
-    if instruction.target.startswith(_LIBRARY_MATMULS):
-        written = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        out = instruction.arrays[0]
-        if written:
-            axes = [int(digits) for digits in re.findall(r"\d+", written[1])]
-            return 2 * out.elements * math.prod(arrays[0].dims[axis] for axis in axes)
-        return 2 * arrays[0].elements * out.dims[-1]
-    if _GROUPED_MATMUL.search(kernel_name(instruction)):
-        return grouped_matmul_flops([*arrays, *instruction.arrays])
-    return None
-
-
-def kernel_name(instruction: Instruction) -> str:
-    """The name of a custom kernel, the last part of where it comes from."""
-    return (instruction.op_name or instruction.name).rsplit("/", 1)[-1]
 
 
 def grouped_matmul_flops(arrays: Sequence[Array]) -> int | None:

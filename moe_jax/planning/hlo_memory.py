@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_jax.planning.hlo_collectives import continued
-from moe_jax.planning.hlo_flops import BOOKKEEPING
+from moe_jax.planning.hlo_kernels import BOOKKEEPING
 from moe_jax.planning.hlo_text import (
     Array,
     Computation,

@@ -243,9 +243,7 @@ def _parse_computation(name: str, lines: Iterator[str]) -> Computation:
     """Reads lines up to the closing brace."""
     instructions: dict[str, Instruction] = {}
     root = ""
-    for line in lines:
-        if line.startswith("}"):
-            break
+    for line in _whole_lines(lines):
         match = _INSTRUCTION.match(line)
         opcode = _OPCODE.search(line, match.end() - 1) if match else None
         if match is None or opcode is None:
@@ -263,6 +261,25 @@ def _parse_computation(name: str, lines: Iterator[str]) -> Computation:
         )
         root = match[2] if match[1] else root
     return Computation(name, instructions, root or next(reversed(instructions), ""))
+
+
+def _whole_lines(lines: Iterator[str]) -> Iterator[str]:
+    """The instructions up to the closing brace; what a kernel says of itself may be of many lines.
+
+    >>> list(_whole_lines(iter(["  a = f(), note={", '"b":"1"', "}}, more={}", "  c = g()", "}"])))
+    ['  a = f(), note={"b":"1"}}, more={}', '  c = g()']
+    """
+    whole: list[str] = []
+    for line in lines:
+        is_end = line == "}" or line.startswith("},")
+        if whole and (is_end or _INSTRUCTION.match(line)):
+            yield "".join(whole)
+            whole = []
+        if is_end:
+            return
+        whole.append(line)
+    if whole:
+        yield "".join(whole)
 
 
 def _closing(line: str, start: int) -> int:

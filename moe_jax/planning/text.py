@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from moe_jax.planning.communication import collectives
 from moe_jax.planning.compiled import Compiled
 from moe_jax.planning.flops import count_flops
+from moe_jax.planning.gpu_targets import cudnn_text
 from moe_jax.planning.hlo import Program
 from moe_jax.planning.memory import kv_cache_bytes
 from moe_jax.planning.parameters import count_parameters
@@ -66,6 +67,8 @@ def header(plan: Plan) -> str:
         )
         lines.append(f"  source: {chip.source}")
         lines.append(f"  assumed: {chip.assumed}")
+        if chip.platform == "gpu":
+            lines.append(f"  {cudnn_text()}")
     return "\n".join(lines)
 
 
