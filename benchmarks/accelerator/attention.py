@@ -16,8 +16,8 @@ from benchmarks.accelerator.clock import bar, compiled, rate_against
 from benchmarks.accelerator.experts import kernels_in
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import attention_kernels
-from moe_jax.layers.dot_product import attend
-from moe_jax.layers.masks import visible
+from moe_jax.layers.attention_kernels import attend_by_rules
+from moe_jax.layers.masks import Rules, Tokens
 
 
 class Form(NamedTuple):
@@ -79,26 +79,17 @@ FORMS = {
 
 def rows(dry: bool) -> list[Row]:
     """Every form by every kernel."""
-    found = []
+    found, usable = [], [kernel for kernel in attention_kernels() if not refusal(kernel)]
     for name, form in FORMS.items():
-        if dry:
-            form = form._replace(batch=1, length=128, heads=2, kv_heads=1, dim=24, value_dim=16,
-                                 window=form.window and 32)  # fmt: skip
-        for kernel in attention_kernels():
-            run = functools.partial(measure, form, kernel, dry)
+        for kernel in usable:
+            run = functools.partial(measure, tiny(form) if dry else form, kernel, dry)
             found.append(Row(f"{name}/{kernel}", 10, run))
     return found
 
 
 def measure(form: Form, kernel: str, dry: bool) -> dict[str, Any]:
     """Times a form in turn with the matmul."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.value_dim),
-             (form.heads, form.value_dim))  # fmt: skip
-    q, k, v, dy = (
-        jax.random.normal(key, (form.batch, form.length, *size), jnp.bfloat16)
-        for key, size in zip(keys, sizes, strict=True)
-    )
+    q, k, v, dy = draw(form, jnp.bfloat16)
     segments_BL = jnp.broadcast_to(jnp.asarray(form.segments), (form.batch, form.length))
     run = by_kernel(kernel, form)
 
@@ -113,17 +104,54 @@ def measure(form: Form, kernel: str, dry: bool) -> dict[str, Any]:
             "kernels": kernels_in(program.text), "form": form._asdict()}  # fmt: skip
 
 
+def draw(form: Form, dtype: Any) -> list[jax.Array]:
+    """Random queries, keys, values, and a gradient of the output."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.value_dim),
+             (form.heads, form.value_dim))  # fmt: skip
+    return [
+        jax.random.normal(key, (form.batch, form.length, *size), dtype)
+        for key, size in zip(keys, sizes, strict=True)
+    ]
+
+
 def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
     """`(q, k, v, segments_BL) -> out` by a kernel."""
-    del kernel
-    scale = form.dim**-0.5
+    rules, scale = Rules(causal=True, window=form.window), form.dim**-0.5
 
     def run(q: Any, k: Any, v: Any, segments_BL: Any) -> jax.Array:
-        positions_BL = positions_of(segments_BL)
-        seen = visible(positions_BL, segments_BL, causal=True, window=form.window)
-        return attend(q, k, v, seen, scale=scale)
+        tokens = Tokens(positions_of(segments_BL), segments_BL)
+        return attend_by_rules(q, k, v, rules, tokens, kernel=kernel, counts_up=True, scale=scale)
 
     return run
+
+
+def refusal(kernel: str) -> str:
+    """Why a kernel cannot run here, as the library says it; "" if it can."""
+    form = tiny(FORMS["causal"])
+    sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.dim))
+    arrays = [jax.ShapeDtypeStruct((1, form.length, *size), jnp.bfloat16) for size in sizes]
+    segments_BL = jax.ShapeDtypeStruct((1, form.length), jnp.int32)
+    try:
+        jax.eval_shape(by_kernel(kernel, form), *arrays, segments_BL)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def small(form: Form, dry: bool) -> Form:
+    """The form at a size for parity: a few heads of 512 tokens."""
+    shared, window = form.heads // form.kv_heads, form.window and 200
+    few = form._replace(batch=2, length=512, heads=2 * shared, kv_heads=2, window=window)
+    return tiny(form) if dry else few
+
+
+def tiny(form: Form) -> Form:
+    """The form at a size that a CPU computes in a moment."""
+    window = form.window and 32
+    return form._replace(
+        batch=1, length=128, heads=2, kv_heads=1, dim=24, value_dim=16, window=window
+    )
 
 
 def positions_of(segments_BL: jax.Array) -> jax.Array:

@@ -73,6 +73,7 @@ def sample(timed: Timed, repeats: int) -> float:
     begin = time.perf_counter()
     out = None
     for _ in range(repeats):
+        out = None  # its memory is free for the next
         out = timed.call()
     timed.wait(out)
     return (time.perf_counter() - begin) / repeats

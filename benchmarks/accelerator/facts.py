@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.accelerator.attention import refusal
 from benchmarks.accelerator.clock import Timed, compiled, in_turn, matmul_program, spread
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import attention_kernels, grouped_kernels
@@ -74,7 +75,8 @@ def kernels() -> dict[str, Any]:
             plans[way] = str(plan_experts(MoE(run_experts=way)))
         except ValueError as error:
             plans[way] = str(error)
-    return {"grouped": grouped_kernels(), "attention": attention_kernels(), "plans": plans}
+    attention = {kernel: refusal(kernel) for kernel in attention_kernels()}
+    return {"grouped": grouped_kernels(), "attention": attention, "plans": plans}
 
 
 def versions() -> dict[str, str]:

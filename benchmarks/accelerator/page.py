@@ -249,5 +249,5 @@ def percent(share: float | None) -> str:
 TABLES = {
     "parity": of_parity, "experts": of_speed, "torch_experts": of_speed, "layers": of_layers,
     "attention": of_speed, "step": of_steps, "quickstart": of_quickstart,
-    "repository_tests": of_tests,
+    "repository_tests": of_tests, "other_kernels": of_speed, "cudnn_fusion": of_speed,
 }  # fmt: skip

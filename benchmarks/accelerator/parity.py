@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.accelerator import attention
 from benchmarks.accelerator.groups import Row
-from benchmarks.accelerator.kernels import ragged, usable_kernels, with_kernel
+from benchmarks.accelerator.kernels import attention_kernels, ragged, usable_kernels, with_kernel
 from moe_jax.checks.around import blocks, first_accepted
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.moe.activations import SwiGLU
@@ -63,6 +64,12 @@ def rows(dry: bool) -> list[Row]:
         for precision in ("bfloat16", "float32 highest")
         for way, kernel in ways
     ]  # fmt: skip
+    found += [
+        Row(f"attention {kernel}, {name}/bfloat16", 7,
+            functools.partial(compare_attention, kernel, attention.small(form, dry), "bfloat16"))
+        for kernel in attention_kernels() if not attention.refusal(kernel)
+        for name, form in attention.FORMS.items()
+    ]  # fmt: skip
     precisions = ("float32 highest", "bfloat16", "float32")
     return found + [
         Row(f"router {kind}/{precision}", 8, functools.partial(compare_router, kind, precision))
@@ -97,7 +104,7 @@ def compare_way(way: str, kernel: str, precision: str, sizes: Sizes) -> dict[str
 
     def output(case: Case) -> jax.Array:
         own = assignment._replace(gate_GSK=case.gate_GSK)
-        return run_experts(case.x_GSM, own, case.weights, axes, moe.experts, plan)
+        return run_experts(case.x_GSM, own, case.weights, axes, moe.experts, plan).y
 
     got = on_device(functools.partial(with_gradients, output), case, precision)
     expected = in_float64(functools.partial(with_gradients, dense_sum(assignment)), case)
@@ -210,6 +217,36 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 def nan_is_largest(value: float) -> float:
     """A number to compare by."""
     return math.inf if math.isnan(value) else value
+
+
+def compare_attention(kernel: str, form: attention.Form, precision: str) -> dict[str, Any]:
+    """Attention by a kernel against a softmax written out in float64."""
+    q, k, v, dy = attention.draw(form, jnp.dtype(precision.split()[0]))
+    segments = np.broadcast_to(form.segments, (form.batch, form.length))
+    inputs = {"q": q, "k": k, "v": v, "dy": dy}
+
+    def gradients(function: Callable[..., jax.Array], inputs: dict[str, jax.Array]) -> Any:
+        y, vjp = jax.vjp(function, *(inputs[name] for name in "qkv"))
+        return {"y": y, "gradients": vjp(inputs["dy"])}
+
+    run = attention.by_kernel(kernel, form)
+    own = functools.partial(gradients, lambda q, k, v: run(q, k, v, jnp.asarray(segments)))
+    plain = functools.partial(gradients, functools.partial(softmax_of_seen, form, segments))
+    return verdict(on_device(own, inputs, precision), in_float64(plain, inputs), precision)
+
+
+def softmax_of_seen(
+    form: attention.Form, segments: np.ndarray, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
+    """Attention of [B, L, N, D], in whatever dtype it is given."""
+    place = np.arange(form.length)
+    near = place[:, None] - place[None] < (form.window or form.length)
+    seen = (segments[:, :, None] == segments[:, None]) & np.tri(form.length, dtype=bool) & near
+    shared = form.heads // form.kv_heads
+    k, v = (jnp.repeat(one, shared, axis=2) for one in (k, v))
+    scores = jnp.einsum("BLND,BTND->BNLT", q, k) * form.dim**-0.5
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)) * seen[:, None]
+    return jnp.einsum("BNLT,BTNV->BLNV", weights / weights.sum(-1, keepdims=True), v)
 
 
 def compare_router(kind: str, precision: str) -> dict[str, Any]:

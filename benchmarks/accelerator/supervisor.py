@@ -22,7 +22,9 @@ OUT_OF_TIME = "the time was up"
 START = "start"  # the row of a process that ended before its first
 
 
-def environment_of_child(environment: Mapping[str, str], dry: bool) -> dict[str, str]:
+def environment_of_child(
+    environment: Mapping[str, str], dry: bool, xla_flags: str = ""
+) -> dict[str, str]:
     """The variables of a process that measures; those that are set already stay.
 
     Memory is not taken in advance, so that the process of PyTorch finds some, but up to 92 % of it
@@ -42,6 +44,8 @@ def environment_of_child(environment: Mapping[str, str], dry: bool) -> dict[str,
     if platforms and "cpu" not in platforms.split(","):
         platforms += ",cpu"  # where parity is computed in float64
     made["JAX_PLATFORMS"] = platforms
+    if xla_flags:
+        made["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
     made["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     return made
 
@@ -69,7 +73,7 @@ class Supervisor:
         Raises:
           RuntimeError: there is no accelerator.
         """
-        self.run_group(FACTS, self.end)
+        self.run_group(FACTS, time.time() + STARTUP + FACTS.share * self.seconds)
         self.check_machine()
         stop = self.end - RESERVED
         for group in groups:
@@ -122,7 +126,7 @@ class Supervisor:
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
-                env=environment_of_child(os.environ, self.dry),
+                env=environment_of_child(os.environ, self.dry, group.xla_flags),
             )  # fmt: skip
             try:
                 stopped = self.wait(process, begin, until)

@@ -52,18 +52,18 @@ def experts(shape: Shape, routing: str, form: str, device: str) -> Callable[[], 
     """Forward and backward of the experts, on random rows and weights."""
     import torch
 
-    def draw(*size: int, stddev: float = 1.0) -> Any:
+    def draw(*size: int, stddev: float = 1.0) -> Any:  # weights as [E, out, in], as there
         values = torch.randn(*size, device=device, dtype=torch.bfloat16) * stddev
         return values.requires_grad_()
 
     experts, model, hidden = shape.experts, shape.model_dim, shape.expert_dim
     ends = torch.tensor(group_sizes(shape, routing), device=device).cumsum(0).to(torch.int32)
     x, dy = draw(shape.rows, model), draw(shape.rows, model).detach()
-    wo = draw(experts, hidden, model, stddev=0.02)
+    wo = draw(experts, model, hidden, stddev=0.02)
     if form == FUSED:
-        inward = [draw(experts, model, 2 * hidden, stddev=0.02)]
+        inward = [draw(experts, 2 * hidden, model, stddev=0.02)]
     else:
-        inward = [draw(experts, model, hidden, stddev=0.02) for _ in range(2)]
+        inward = [draw(experts, hidden, model, stddev=0.02) for _ in range(2)]
     product = grouped_product()
 
     def run() -> Any:
@@ -79,9 +79,9 @@ def experts(shape: Shape, routing: str, form: str, device: str) -> Callable[[], 
 
 
 def grouped_product() -> Callable[..., Any]:
-    """[R, I] x [E, I, O] by the ends of the groups: the public name, or the older one."""
+    """[R, I] x [E, O, I] by the ends of the groups: the public name, or the older one."""
     import torch
 
     public = getattr(torch.nn.functional, "grouped_mm", None)
     product = public or torch._grouped_mm
-    return lambda x, weight, ends: product(x, weight, offs=ends)
+    return lambda x, weight, ends: product(x, weight.transpose(-2, -1), offs=ends)
