@@ -302,8 +302,13 @@ class Part(Settings):
         del aux
         return {}
 
-    def resolved(self) -> "Part":
-        """The part with its settings "auto" replaced by those for the mesh and platform in use."""
+    def resolved(self, dtype: str) -> "Part":
+        """The part with its settings "auto" replaced by those for the mesh and platform in use.
+
+        Args:
+          dtype: of activations.
+        """
+        del dtype
         return self
 
     def map_branches(self, change: Callable[["Part"], "Part"]) -> "Part":

@@ -22,10 +22,12 @@ from moe_jax.layers.attention_kernels import (
     attend_by_rules,
     choose,
     chosen,
+    keeps_attention,
 )
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.latent_attention import LatentAttention
 from moe_jax.layers.masks import Rules, Tokens
+from moe_jax.models.stack import REMAT
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.part import Call, Dims, EncoderInputs, Own
 from tests.slow import slow_but
@@ -35,8 +37,9 @@ from tests.tiny_run import quick_jit
 FLOAT32 = 1e-5
 
 CAUSAL, BOTH = Rules(causal=True), Rules(causal=False)
-PLAIN = Task(counts_up=True, rules=CAUSAL)
-CPU, TPU, GPU = map(Machine, ("cpu", "tpu", "gpu"))
+PLAIN = Task(CAUSAL, (128, 128), "bfloat16", lengths=(256, 256))
+CPU, TPU = map(Machine, ("cpu", "tpu"))
+GPU = Machine("gpu", cudnn=92800, largest_dim=256)
 
 
 @pytest.mark.parametrize(
@@ -47,19 +50,34 @@ CPU, TPU, GPU = map(Machine, ("cpu", "tpu", "gpu"))
         ("auto", PLAIN._replace(rules=Rules(True, window=4, chunk=8)), TPU, "splash"),
         ("auto", PLAIN._replace(rules=BOTH), TPU, "splash"),
         # Without a rule about positions, they need not count up: an encoder, cross-attention.
-        ("auto", Task(counts_up=False, rules=BOTH), TPU, "splash"),
-        ("auto", Task(counts_up=False, rules=CAUSAL), TPU, "xla"),
-        ("auto", Task(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
+        ("auto", PLAIN._replace(counts_up=False, rules=BOTH), TPU, "splash"),
+        ("auto", PLAIN._replace(counts_up=False), TPU, "xla"),
+        ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
+        ("auto", PLAIN._replace(dims=(192, 128), dtype="float32", sink=True), TPU, "splash"),
         ("auto", PLAIN._replace(bias=True), TPU, "xla"),
         ("auto", PLAIN, TPU._replace(manual=True), "xla"),
         ("xla", PLAIN, TPU, "xla"),
         ("splash", PLAIN, CPU, "splash"),
+        ("auto", PLAIN, GPU, "cudnn"),
+        ("auto", PLAIN, GPU._replace(cudnn=None), "cudnn"),  # only planned here
+        ("auto", PLAIN, GPU._replace(cudnn=0), "xla"),
+        # It reads a mask, whatever the positions.
+        ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, chunk=4)), GPU, "cudnn"),
+        ("auto", PLAIN._replace(dims=(192, 128)), GPU, "cudnn"),
+        ("auto", PLAIN._replace(dims=(192, 128)), GPU._replace(largest_dim=128), "xla"),
+        ("auto", PLAIN._replace(dims=(64, 128)), GPU, "xla"),
+        ("auto", PLAIN._replace(dims=(60, 60)), GPU, "xla"),
+        ("auto", PLAIN._replace(dtype="float32"), GPU, "xla"),
+        ("auto", PLAIN._replace(lengths=(255, 255)), GPU, "xla"),
+        ("auto", PLAIN._replace(softcap=True), GPU, "xla"),
+        ("auto", PLAIN._replace(sink=True), GPU, "xla"),
+        ("auto", PLAIN._replace(bias=True), GPU, "xla"),
     ],
 )
 def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
     choice = choose(kernel, task, machine)
     assert choice.kernel == expected
-    forced = kernel == "auto" and machine.platform == "tpu" and expected == "xla"
+    forced = kernel == "auto" and machine.platform != "cpu" and expected == "xla"
     assert bool(choice.lacks) == forced, "what the best kernel lacks is said"
 
 
@@ -68,6 +86,8 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
     [
         ("splash", PLAIN, GPU, "splash': it runs on a TPU"),
         ("splash", PLAIN._replace(bias=True), TPU, "splash': it adds no position bias"),
+        ("cudnn", PLAIN, TPU, "cudnn': it runs on a GPU, here on a TPU"),
+        ("cudnn", PLAIN._replace(dtype="float32"), GPU, "in bfloat16 or float16, here in float32"),
         ("splash", PLAIN._replace(counts_up=False), TPU, r"splash': .*Call\.counts_up"),
         ("splash", PLAIN, TPU._replace(manual=True), "splash': .*inside jax.shard_map"),
     ],
@@ -77,16 +97,18 @@ def test_a_kernel_asked_for_by_name_does_it_or_says_what_it_cannot(kernel, task,
         choose(kernel, task, machine)
 
 
+def compiled_for(platform):
+    """A context in which programs are for a machine of another platform."""
+    device = jax.sharding.AbstractDevice("planned", None, platform)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    )
+
+
 def test_an_accelerator_says_once_that_memory_is_quadratic(caplog):
     attention_kernels.warn_of.cache_clear()
     task = PLAIN._replace(bias=True)
-    device = jax.sharding.AbstractDevice("planned", None, "tpu")
-    with (
-        jax.sharding.use_abstract_mesh(
-            jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-        ),
-        caplog.at_level(logging.WARNING),
-    ):
+    with compiled_for("tpu"), caplog.at_level(logging.WARNING):
         assert [chosen("auto", task) for _ in range(2)] == ["xla", "xla"]
     assert chosen("auto", task) == "xla", "on a CPU there is nothing to say"
     (said,) = caplog.messages
@@ -294,3 +316,69 @@ def test_which_calls_have_positions_that_count_up():
         (Call(positions, counts_up=True, encoder=given), True),
     ):
         assert call.with_defaults(x).counts_up is expected
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_is_resolved_for_the_machine_that_is_planned(part):
+    assert part.resolved("bfloat16").kernel == "xla", "a CPU"
+    with compiled_for("tpu"):
+        assert part.resolved("float32").kernel == "splash"
+        assert dataclasses.replace(part, kernel="xla").resolved("float32").kernel == "xla"
+        with pytest.raises(ValueError, match="cudnn': it runs on a GPU, here on a TPU"):
+            dataclasses.replace(part, kernel="cudnn").resolved("bfloat16")
+
+
+def scores(part, kernel, length=256):
+    """The cost of scores and weighted values in bfloat16."""
+    return dataclasses.replace(part, kernel=kernel).costs(Dims(64), length, "bfloat16")[1]
+
+
+def test_a_kernel_keeps_no_scores():
+    """Four heads of 32, two of keys and values: a token, by hand."""
+    part = Attention(num_heads=4, num_kv_heads=2, head_dim=32)
+    xla, splash, cudnn = (scores(part, kernel) for kernel in ("xla", "splash", "cudnn"))
+    assert xla == scores(part, "auto")
+    assert xla.flops == splash.flops == cudnn.flops == 2 * 2 * 256 * 4 * 32, "the whole square"
+    assert xla.saved.split == 256 * 4 * (4 + 2) and xla.batched and not splash.batched
+    # The logarithm of a sum, float32 a head; with remat "dots" the output beside it.
+    assert splash.saved == (0, 4 * 4) and splash.saved_dots == (0, 4 * 32 * 2 + 4 * 4)
+    # Queries and output of four heads, keys and values of two.
+    assert splash.traffic == (0, (2 * 4 + 2 * 2) * 32 * 2)
+    assert scores(part, "splash", 512).traffic == splash.traffic, "whatever the length"
+    # A row of a mask for all heads.
+    assert cudnn.traffic == (256 * 2, splash.traffic.split)
+    latent = LatentAttention(num_heads=4, nope_dim=32, rope_dim=16, value_dim=32)
+    assert scores(latent, "splash").traffic.split == 2 * 4 * (48 + 32) * 2
+    cross = CrossAttention(num_heads=4, head_dim=32)
+    costs = dataclasses.replace(cross, kernel="splash").costs(Dims(64, 0, 128), 256, "bfloat16")
+    assert costs[1].traffic.split == (1 + 128 / 256) * 2 * 4 * 32 * 2, "half as many keys"
+
+
+def residuals(remat):
+    """Shapes of what the backward pass of a layer reads, its inputs left out."""
+    part, x = Attention(num_heads=2, head_dim=4, kernel="splash"), jnp.ones((1, LENGTH, MODEL_DIM))
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), part.specs(Dims(MODEL_DIM)))
+
+    def layer(params, x):
+        return part.apply(params, x, Call().with_defaults(x), Own())[0]
+
+    policy = REMAT[remat]
+    layer = layer if remat == "none" else jax.checkpoint(layer, policy=policy)
+    kept = jax.eval_shape(lambda *args: jax.vjp(layer, *args)[1], params, x)
+    return [leaf.shape for leaf in jax.tree.leaves(kept)]
+
+
+def test_what_remat_keeps_of_a_kernel():
+    """Its output and log-sums; "full" keeps neither, so that the kernel runs twice."""
+    output, sums = (1, 2, LENGTH, 4), (1, 2, LENGTH)
+    assert output in residuals("none") and sums in residuals("none")
+    assert output in residuals("dots") and sums in residuals("dots")
+    assert not {output, sums} & set(residuals("full"))
+
+
+def test_remat_keeps_what_cudnn_gives():
+    """By the name of its primitive, which is not public."""
+    from jax._src.cudnn import fused_attention_stablehlo as of_jax
+
+    assert keeps_attention(of_jax._dot_product_attention_fwd_p_wrapper)
+    assert not keeps_attention(of_jax._dot_product_attention_bwd_p_wrapper)

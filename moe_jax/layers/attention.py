@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
-from moe_jax.costs import FLOAT32, Bytes, Cost
-from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
+from moe_jax.costs import Bytes, Cost
+from moe_jax.layers.attention_costs import scores_cost
+from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.layers.rotary import Rotary
@@ -117,16 +118,14 @@ class Attention(Part):
         return False
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-        """See `Part`: projections; scores and weighted values, of the whole L x L square.
+        """See `Part`: projections, and `scores_cost` of the whole L x L square.
 
-        Windows and chunks are masks, which leave the square as it is. Saved are queries, keys and
-        values before and after rotation, and before a norm and a clip; the output of the heads; and
-        a row of probabilities for each head, in float32 and in `dtype`. Of capped scores, as many
-        hyperbolic tangents in float32.
+        Windows and chunks leave the square as it is, though kernels leave out blocks of it. Saved
+        are queries, keys and values before and after rotation, and before a norm and a clip; and
+        the output of the heads.
         """
         size, width = jnp.dtype(dtype).itemsize, dims.model_dim
         heads, kv_heads = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
-        probs = self.num_heads * length
         saved = 3 * heads + 3 * kv_heads
         saved += 0 if self.qk_norm is None else heads + kv_heads
         saved += 0 if self.clip_qkv is None else heads + 2 * kv_heads
@@ -139,17 +138,20 @@ class Attention(Part):
             sums=width * size,
             cache=Bytes(split=2 * kv_heads * size),
         )
-        rounded = size if size != FLOAT32 else 0
-        capped = 0 if self.softcap is None else FLOAT32
-        scores = Cost(
-            "attention",
-            flops=2 * 2 * length * heads,
-            batched=True,
-            saved=Bytes(split=probs * (FLOAT32 + rounded + capped)),
-            largest=Bytes(split=probs * FLOAT32),
-            traffic=Bytes(split=2 * probs * FLOAT32),
-        )
+        scores = scores_cost(
+            self.kernel, dtype=dtype, length=length, heads=self.num_heads, kv_heads=self.kv_heads,
+            dims=(self.head_dim, self.head_dim), is_capped=self.softcap is not None,
+        )  # fmt: skip
         return (projections, scores)
+
+    def resolved(self, dtype: str) -> Part:
+        """See `Part`: the kernel."""
+        rules = Rules(True, self.window, self.chunk)
+        task = Task(
+            rules, (self.head_dim, self.head_dim), dtype, bias=self.position_bias is not None,
+            softcap=self.softcap is not None, sink=self.sink,
+        )  # fmt: skip
+        return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """Attends to tokens of the same document, in a causal stack to earlier ones; see `Part`."""

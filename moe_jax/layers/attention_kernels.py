@@ -1,28 +1,30 @@
 """Which kernel computes attention, and the way to it (legend: `moe_jax.moe`; T counts keys).
 
-  xla     products and a softmax as XLA compiles them: everything, everywhere. Writes the scores,
-          [B, N, L, T] in float32.
-  splash  Pallas kernel of a TPU: no scores in memory, and no work on blocks that no query sees.
-
-Kernels want rules about places in the row, and documents by number. No mask is made for them.
+xla     products and a softmax as XLA compiles them: everything, everywhere. Writes the scores,
+        [B, N, L, T] in float32.
+splash  Pallas kernel of a TPU: no scores in memory, and no work on blocks that no query sees.
+cudnn   library of an NVIDIA GPU: no scores in memory, but a mask [B, 1, L, T].
 """
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from moe_jax.config.check import require
+from moe_jax.layers import cudnn
 from moe_jax.layers.dot_product import attend
-from moe_jax.layers.masks import Rules, Tokens, by_place, visible
+from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.parallel.rules import mesh_in_use, partition_spec, platform
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("auto", "xla", "splash")
-BEST = {"tpu": "splash"}  # that "auto" takes, by platform
+KERNELS = ("auto", "xla", "splash", "cudnn")
+BEST = {"tpu": "splash", "gpu": "cudnn"}  # that "auto" takes, by platform
 RESIDUALS = "attention_residuals"  # name, for remat, of a kernel's output and log-sums
+KEEPS_RESIDUALS = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # a primitive of JAX
 
 
 class Machine(NamedTuple):
@@ -31,24 +33,38 @@ class Machine(NamedTuple):
     Attributes:
       platform: "cpu", "tpu" or "gpu".
       manual: whether the call is inside `jax.shard_map`.
+      cudnn: see `cudnn.version`.
+      largest_dim: see `cudnn.largest_dim`.
     """
 
     platform: str
     manual: bool = False
+    cudnn: int | None = None
+    largest_dim: int = 128
 
 
 class Task(NamedTuple):
     """What attention asks of a kernel.
 
     Attributes:
-      counts_up: see `Call`.
       rules: which keys a query sees.
+      dims: of a key and of a value, per head.
+      dtype: of both.
+      counts_up: see `Call`.
+      lengths: of queries and keys.
       bias: whether scores have one.
+      softcap: whether they are capped.
+      sink: whether heads have sinks.
     """
 
-    counts_up: bool
     rules: Rules
+    dims: tuple[int, int]
+    dtype: str
+    counts_up: bool = True
+    lengths: tuple[int, int] = (0, 0)
     bias: bool = False
+    softcap: bool = False
+    sink: bool = False
 
 
 class Choice(NamedTuple):
@@ -68,18 +84,35 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
 
     On a CPU, splash runs in the interpreter of Pallas: for tests, since it is slow.
     """
-    if kernel == "xla":
-        return ""
-    if kernel == "splash" and machine.platform == "gpu":
-        return "it runs on a TPU, here on a GPU"
-    if machine.manual:
-        return "it cannot run inside jax.shard_map"
-    if task.bias:
-        return "it adds no position bias to scores"
-    by_position = task.rules != Rules(causal=False)
-    if by_position and not task.counts_up:
-        return "it needs positions that count up (Call.counts_up)"
-    return ""
+    lacks = {
+        "xla": {},
+        "splash": {
+            "it runs on a TPU, here on a GPU": machine.platform == "gpu",
+            "it cannot run inside jax.shard_map": machine.manual,
+            "it adds no position bias to scores": task.bias,
+            "it needs positions that count up (Call.counts_up)": (
+                task.rules != Rules(causal=False) and not task.counts_up
+            ),
+        },
+        "cudnn": {
+            f"it runs on a GPU, here on a {machine.platform.upper()}": machine.platform != "gpu",
+            "cuDNN is not installed": machine.cudnn == 0,
+            f"it computes in {' or '.join(cudnn.DTYPES)}, here in {task.dtype}": (
+                task.dtype not in cudnn.DTYPES
+            ),
+            f"heads have 8, 16, ... {machine.largest_dim} dims, here {task.dims[0]}": (
+                task.dims[0] % 8 != 0 or task.dims[0] > machine.largest_dim
+            ),
+            f"values have as many dims as keys or fewer, here {task.dims}": (
+                task.dims[1] > task.dims[0]
+            ),
+            f"lengths are even, here {task.lengths}": any(one % 2 for one in task.lengths),
+            "it adds no position bias to scores": task.bias,
+            "it caps no scores": task.softcap,
+            "its heads have no sinks": task.sink,
+        },
+    }[kernel]
+    return next((what for what, is_lacking in lacks.items() if is_lacking), "")
 
 
 def choose(kernel: str, task: Task, machine: Machine) -> Choice:
@@ -107,10 +140,28 @@ def choose(kernel: str, task: Task, machine: Machine) -> Choice:
     return Choice(kernel)
 
 
+def keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """The policy of remat that keeps what a kernel gives to its backward pass.
+
+    Kept are its output and the logarithm of the sum of every row of scores, in float32. Attention
+    by xla keeps nothing. See `jax.checkpoint_policies`.
+    """
+    if primitive.name == CUDNN_FORWARD:
+        return True
+    return bool(KEEPS_RESIDUALS(primitive, *avals, **params))
+
+
+def machine_in_use() -> Machine:
+    """What the program is compiled for here."""
+    name, manual = platform(), bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if name != "gpu":
+        return Machine(name, manual)
+    return Machine(name, manual, cudnn.version(), cudnn.largest_dim())
+
+
 def chosen(kernel: str, task: Task) -> str:
     """The kernel for a task here; says so once where "auto" must take xla on an accelerator."""
-    mesh = jax.sharding.get_abstract_mesh()
-    choice = choose(kernel, task, Machine(platform(), bool(mesh.manual_axes)))
+    choice = choose(kernel, task, machine_in_use())
     if choice.lacks:
         warn_of(choice)
     return choice.kernel
@@ -163,29 +214,35 @@ def attend_by_rules(
     Raises:
       ValueError: the kernel asked for cannot do it.
     """
-    task = Task(counts_up, rules, bias_BNLT is not None)
-    if chosen(kernel, task) == "xla":
+    task = Task(
+        rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
+        (q_BLND.shape[1], k_BTKD.shape[1]),
+        bias=bias_BNLT is not None, softcap=softcap is not None, sink=sink_N is not None,
+    )  # fmt: skip
+    name = chosen(kernel, task)
+    if name == "xla":
         return attend(
             q_BLND, k_BTKD, v_BTKV, visible(rules, queries, keys),
             scale=scale, bias_BNLT=bias_BNLT, softcap=softcap, sink_N=sink_N,
         )  # fmt: skip
-    from moe_jax.layers.splash import splash  # imports Pallas, which takes half a second
+    run: Any = functools.partial(cudnn.cudnn, rules=rules, scale=scale)
+    further: tuple[Any, ...] = ()
+    if name == "splash":
+        from moe_jax.layers.splash import splash  # imports Pallas, which takes half a second
 
-    rules, documents_BL = by_place(rules, queries)
-    key_documents_BT = documents_BL if keys is None else keys.segments_BL
-    run = functools.partial(
-        splash, rules=rules, scale=scale, softcap=softcap, interpret=platform() == "cpu"
-    )
+        run = functools.partial(
+            splash, rules=rules, scale=scale, softcap=softcap, interpret=platform() == "cpu"
+        )
+        further = (sink_N,)
     mesh = mesh_in_use()
     if mesh is not None:
-        heads = partition_spec(("batch", None, "heads", None), mesh)
-        tokens = partition_spec(("batch", None), mesh)
-        of_heads = partition_spec(("heads",), mesh)
+        heads, tokens, sinks = (
+            partition_spec(names, mesh)
+            for names in (("batch", None, "heads", None), ("batch", None), ("heads",))
+        )
         # Unchecked, since kernels do not say what differs between devices. All but sinks is split;
         # the gradient of sinks is summed over the devices that have copies.
-        run = jax.shard_map(
-            run, mesh=mesh, in_specs=(heads, heads, heads, tokens, tokens, of_heads),
-            out_specs=heads, check_vma=False,
-        )  # fmt: skip
-    out_BLNV: jax.Array = run(q_BLND, k_BTKD, v_BTKV, documents_BL, key_documents_BT, sink_N)
+        specs = (heads, heads, heads, tokens, tokens, sinks)[: 5 + len(further)]
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    out_BLNV: jax.Array = run(q_BLND, k_BTKD, v_BTKV, queries, keys, *further)
     return out_BLNV

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.settings import setting
-from moe_jax.costs import FLOAT32, Bytes, Cost
+from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention import Attention, affine, split_heads
-from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
+from moe_jax.layers.attention_costs import scores_cost
+from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.parallel.rules import constrain
@@ -95,7 +96,7 @@ class CrossAttention(Part):
         heads = self.num_heads * self.head_dim
         kv_heads = self.attention.kv_heads * self.head_dim
         memory = dims.memory_length or length
-        share, probs = memory / length, self.num_heads * memory
+        share = memory / length
         projections = Cost(
             "attention",
             flops=2 * width * 2 * (heads + share * kv_heads),
@@ -105,15 +106,16 @@ class CrossAttention(Part):
             sums=width * size,
             cache=Bytes(split=2 * share * kv_heads * size),
         )
-        scores = Cost(
-            "attention",
-            flops=2 * 2 * memory * heads,
-            batched=True,
-            saved=Bytes(split=probs * (FLOAT32 + (size if size != FLOAT32 else 0))),
-            largest=Bytes(split=probs * FLOAT32),
-            traffic=Bytes(split=2 * probs * FLOAT32),
-        )
+        scores = scores_cost(
+            self.kernel, dtype=dtype, length=memory, heads=self.num_heads,
+            kv_heads=self.attention.kv_heads, dims=(self.head_dim, self.head_dim), share=share,
+        )  # fmt: skip
         return (projections, scores)
+
+    def resolved(self, dtype: str) -> Part:
+        """See `Part`: the kernel."""
+        task = Task(Rules(causal=False), (self.head_dim, self.head_dim), dtype)
+        return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`: heads stay whole."""

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import setting
-from moe_jax.costs import FLOAT32, Bytes, Cost
+from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention import affine, split_heads
-from moe_jax.layers.attention_kernels import KERNELS, attend_by_rules
+from moe_jax.layers.attention_costs import scores_cost
+from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
 from moe_jax.layers.cache import slots, visible_slots, write
 from moe_jax.layers.dot_product import attend
 from moe_jax.layers.masks import Rules, Tokens
@@ -170,14 +171,14 @@ class LatentAttention(Part):
         return jnp.concatenate([nope_BTND, rope_BTND], axis=-1), v_BTND
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-        """See `Part`: projections; scores and weighted values, of the whole L x L square.
+        """See `Part`: projections, and `scores_cost` of the whole L x L square.
 
         Saved are latents before and after their norms; queries and keys in parts and as a whole,
-        values, the output of the heads; and probabilities as in `Attention`.
+        values, and the output of the heads.
         """
         size, width, heads = jnp.dtype(dtype).itemsize, dims.model_dim, self.num_heads
         q, keys_values = heads * self.head_dim, heads * (self.nope_dim + self.value_dim)
-        latent, out, probs = self.kv_rank + self.rope_dim, heads * self.value_dim, heads * length
+        latent, out = self.kv_rank + self.rope_dim, heads * self.value_dim
         q_inputs = self.q_rank or width
         projections = Cost(
             "attention",
@@ -193,15 +194,16 @@ class LatentAttention(Part):
             sums=width * size,
             cache=Bytes(latent * size),
         )  # fmt: skip
-        scores = Cost(
-            "attention",
-            flops=2 * length * (q + out),
-            batched=True,
-            saved=Bytes(split=probs * (FLOAT32 + (size if size != FLOAT32 else 0))),
-            largest=Bytes(split=probs * FLOAT32),
-            traffic=Bytes(split=2 * probs * FLOAT32),
-        )
+        scores = scores_cost(
+            self.kernel, dtype=dtype, length=length, heads=heads, kv_heads=heads,
+            dims=(self.head_dim, self.value_dim),
+        )  # fmt: skip
         return (projections, scores)
+
+    def resolved(self, dtype: str) -> Part:
+        """See `Part`: the kernel."""
+        task = Task(Rules(causal=True), (self.head_dim, self.value_dim), dtype)
+        return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`: heads stay whole; every device has the latents."""

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from moe_jax.layers.attention_kernels import RESIDUALS
-from moe_jax.layers.masks import Rules
+from moe_jax.layers.masks import Rules, Tokens, by_place
 
 LANES = 128  # a block has a multiple of so many rows
 BLOCKS = (512, 256, 128)
@@ -25,8 +25,8 @@ def splash(
     q_BLND: jax.Array,
     k_BTKD: jax.Array,
     v_BTKV: jax.Array,
-    documents_BL: jax.Array,
-    key_documents_BT: jax.Array,
+    queries: Tokens,
+    keys: Tokens | None,
     sink_N: jax.Array | None,
     *,
     rules: Rules,
@@ -34,23 +34,14 @@ def splash(
     softcap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of one device, [B, L, N, V]; arguments beside these are those of `attend_by_rules`.
+    """Attention of one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
 
-    Rows are filled up to whole blocks by tokens of no document.
-
-    Args:
-      q_BLND: queries.
-      k_BTKD: keys.
-      v_BTKV: values.
-      documents_BL: int32, at least 0.
-      key_documents_BT: int32, at least 0.
-      sink_N: of the heads, or None.
-      rules: about places in the row, without chunks.
-      scale: of the scores.
-      softcap: of the scores, or None.
-      interpret: whether to run in the interpreter of Pallas.
+    Rows are filled up to whole blocks by tokens of no document. With `interpret` the kernel runs in
+    the interpreter of Pallas.
     """
     length, dtype = q_BLND.shape[1], q_BLND.dtype
+    rules, documents_BL = by_place(rules, queries)
+    key_documents_BT = documents_BL if keys is None else keys.segments_BL
     q_BNLD, k_BKTD, v_BKTV = (
         jnp.moveaxis(filled(x, 0), 1, 2) for x in ((q_BLND * scale).astype(dtype), k_BTKD, v_BTKV)
     )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
+from moe_jax.layers.attention_kernels import keeps_attention
 from moe_jax.models.layer import Layer
 from moe_jax.models.layout import SEGMENTS
 from moe_jax.models.layout import StackLayout as StackLayout
@@ -23,7 +24,9 @@ from moe_jax.part import Call, Dims, Own, Part, RunShape
 
 REMAT: dict[str, Callable[..., bool] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keeps_attention
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 RESIDUAL = ""  # beside the branches of a layer, which have names

@@ -115,7 +115,7 @@ def resolve(
             )
     device = jax.sharding.AbstractDevice("planned", None, platform)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
-        model = config.model.map_parts(lambda part: part.resolved())
+        model = config.model.map_parts(lambda part: part.resolved(config.model.compute_dtype))
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
     return Workload(config)
