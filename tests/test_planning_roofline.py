@@ -20,7 +20,7 @@ from moe_jax.planning.figures import memory_parts, write_figures
 from moe_jax.planning.flops import KINDS, count_flops
 from moe_jax.planning.hlo import Collective, Program
 from moe_jax.planning.memory import estimate_memory
-from moe_jax.planning.remedies import remedies, together
+from moe_jax.planning.remedies import more_devices, remedies, together
 from moe_jax.planning.report import Plan, describe
 from moe_jax.planning.roofline import (
     Roofline,
@@ -184,6 +184,50 @@ def test_changes_are_put_together_until_it_fits():
     assert all(one.total_bytes > available for one in path[:-1])
     assert all(one.keeps_result for one in path)
     assert together(work, 1 * GIB) == [], "nothing helps"
+
+
+def with_mesh(config, **sizes):
+    return resolve(dataclasses.replace(config, mesh=MeshConfig(**sizes)))
+
+
+def test_the_fewest_devices_that_are_enough_are_found():
+    """State is 16 bytes for each of 1.5 G parameters: on two devices more than a chip has."""
+    work = with_mesh(LARGE, data=1, fsdp=2)
+    assert more_devices(work, 15.75 * GIB).mesh == MeshConfig(data=1, fsdp=2, expert=2)
+    needed = {
+        sizes: estimate_memory(with_mesh(LARGE, data=1, fsdp=sizes[0], expert=sizes[1])).total
+        for sizes in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
+    }
+    assert needed[2, 1] > 15.75 * GIB
+    assert min((4, 1), (2, 2), (1, 4), key=needed.get) == (2, 2)
+    # 32 sequences split over 32 devices and no more, 8 experts over 8.
+    assert more_devices(work, 2.1 * GIB).mesh == MeshConfig(data=1, fsdp=4, expert=8)
+    assert more_devices(work, 1.5 * GIB) is None
+
+
+def test_remedies_that_are_not_enough_are_said_to_be_so_before_they_are_listed():
+    huge = dataclasses.replace(LARGE, model=dataclasses.replace(LARGE.model, vocab_size=2**23))
+    for config, said in (
+        (LARGE, "4 v5e chips would do by arithmetic: 14.486 GiB with --config.mesh.fsdp=2 "),
+        (huge, "more chips do not help: on no mesh of up to 65,536"),
+    ):
+        config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=2))
+        text = plan_text(Plan(resolve(config, 2, "tpu"), parse_topology("v5e:2x2")))
+        assert "no change of settings is enough: the best below needs" in text
+        assert text.index("no change of") < text.index(said) < text.index("change one of these")
+        described = describe(Plan(resolve(config, 2, "tpu"), parse_topology("v5e:2x2")))
+        assert not any(one["fits"] for one in described["remedies"])
+        assert (described["more_devices"] is None) == ("do not help" in said)
+
+
+def test_the_estimate_may_reach_less_where_the_compiler_needs_more():
+    machine = parse_topology("v5e:2x2")
+    work = resolve(CONFIG, 4, "tpu")
+    estimated = estimate_memory(work).total
+    assert Plan(work, machine).room == 15.75 * GIB
+    needs = CompilerMemory(round(4 * estimated), 0, 0, 0, 0)
+    plan = Plan(work, machine, Compiled(needs, PROGRAM, 1.0, 1.0))
+    assert plan.room == pytest.approx(15.75 * GIB / 4)
 
 
 def test_a_step_that_the_compiler_refused_does_not_fit_whatever_the_arithmetic_says():

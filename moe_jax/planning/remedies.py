@@ -10,6 +10,7 @@ from moe_jax.planning.memory import Memory, estimate_memory
 from moe_jax.planning.workload import Workload, resolve
 
 WORTH = 0.98  # a change that leaves more than this share of the bytes is not worth a line
+MOST_DEVICES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,39 @@ def together(work: Workload, available: float, most: int = 4) -> list[Remedy]:
         if best.total_bytes <= available:
             return taken
     return []
+
+
+def more_devices(work: Workload, available: float) -> Workload | None:
+    """The config on the fewest devices that are enough, if fsdp and expert grow by powers of two.
+
+    Args:
+      work: a step that does not fit.
+      available: bytes on a device.
+
+    Returns:
+      Of the meshes with the fewest devices on which the step fits by arithmetic the one that needs
+      least memory; None if the batch, the experts and the arrays split evenly on no such mesh of up
+      to `MOST_DEVICES`.
+    """
+    mesh, times = work.mesh, 2
+    while times * mesh.num_devices <= MOST_DEVICES:
+        fitting = []
+        for more_experts in (2**i for i in range(times.bit_length())):
+            grown = {
+                "mesh.fsdp": mesh.fsdp * times // more_experts,
+                "mesh.expert": mesh.expert * more_experts,
+            }
+            try:
+                changed = resolve(_with(work.config, grown), times * mesh.num_devices)
+            except ValueError:
+                continue
+            needed = estimate_memory(changed).total
+            if needed <= available:
+                fitting.append((needed, changed))
+        if fitting:
+            return min(fitting, key=lambda pair: pair[0])[1]
+        times *= 2
+    return None
 
 
 def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:

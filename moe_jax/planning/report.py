@@ -13,7 +13,7 @@ from moe_jax.planning.flops import count_flops
 from moe_jax.planning.hlo import Collective as HloCollective
 from moe_jax.planning.memory import Memory, estimate_memory, kv_cache_bytes
 from moe_jax.planning.parameters import abstract_mesh, count_parameters
-from moe_jax.planning.remedies import remedies
+from moe_jax.planning.remedies import more_devices, remedies
 from moe_jax.planning.roofline import (
     Roofline,
     computed_flops,
@@ -62,6 +62,11 @@ class Plan:
         if self.step.memory is None:
             return self.step.refused[0] if self.step.refused else math.nan
         return self.step.memory.total
+
+    @property
+    def room(self) -> float:
+        """Bytes that an estimate may reach, where the compiler needs more than the estimate."""
+        return self.available * min(1.0, self.memory.total / self.needed)
 
     @property
     def fits(self) -> bool:
@@ -170,7 +175,16 @@ def describe(plan: Plan) -> dict[str, Any]:
     described["available_bytes"] = plan.available if plan.topology else None
     described["fits"] = plan.fits if plan.topology else None
     if not plan.fits:
-        described["remedies"] = [dataclasses.asdict(one) for one in remedies(plan.work)]
+        described["remedies"] = [
+            dataclasses.asdict(one) | {"fits": one.total_bytes <= plan.room}
+            for one in remedies(plan.work)
+        ]
+        enough = more_devices(plan.work, plan.room)
+        described["more_devices"] = enough and {
+            "num_devices": enough.mesh.num_devices,
+            "mesh": dataclasses.asdict(enough.mesh),
+            "total_bytes": estimate_memory(enough).total,
+        }
     return described
 
 

@@ -8,9 +8,15 @@ from moe_jax.planning.compiled import Compiled
 from moe_jax.planning.flops import count_flops
 from moe_jax.planning.gpu_targets import cudnn_text
 from moe_jax.planning.hlo import Program
-from moe_jax.planning.memory import kv_cache_bytes
+from moe_jax.planning.memory import estimate_memory, kv_cache_bytes
 from moe_jax.planning.parameters import count_parameters
-from moe_jax.planning.remedies import largest, remedies, together
+from moe_jax.planning.remedies import (
+    MOST_DEVICES,
+    largest,
+    more_devices,
+    remedies,
+    together,
+)
 from moe_jax.planning.report import Plan, collective_rows, compiled_roofline
 from moe_jax.planning.roofline import (
     Roofline,
@@ -220,15 +226,35 @@ def verdict(plan: Plan) -> str:
         *table(parts),
     ]
     found = remedies(plan.work)[:MAX_REMEDIES]
+    path = together(plan.work, plan.room)
+    if not path and all(one.total_bytes > plan.room for one in found):
+        best = f": the best below needs {_gib(found[0].total_bytes)}" if found else ""
+        lines += [f"no change of settings is enough{best}", enough_text(plan)]
     if found:
         lines.append("change one of these (memory by arithmetic; the price in words)")
         lines += table(
             [(one.change, _gib(one.total_bytes), one.costs) for one in found], left={0, 2}
         )
-    path = together(plan.work, plan.available)
-    if path and plan.memory.total > plan.available:
+    if len(path) > 1:
         lines.append("these together fit, by arithmetic: " + " ".join(one.change for one in path))
     return "\n".join(lines)
+
+
+def enough_text(plan: Plan) -> str:
+    """How many chips of the kind would do."""
+    assert plan.topology is not None
+    enough, per_chip = more_devices(plan.work, plan.room), plan.topology.chip.devices
+    if enough is None:
+        return (
+            f"more chips do not help: on no mesh of up to {MOST_DEVICES // per_chip:,}, with fsdp "
+            "and expert times powers of two, do the arrays and the batch split evenly and fit"
+        )
+    mesh = enough.mesh
+    return (
+        f"{mesh.num_devices // per_chip:,} {plan.topology.chip.name} chips would do by arithmetic: "
+        f"{_gib(estimate_memory(enough).total)} with --config.mesh.fsdp={mesh.fsdp} "
+        f"--config.mesh.expert={mesh.expert}"
+    )
 
 
 def _times(name: str, times: Roofline) -> tuple[str, ...]:
