@@ -4,7 +4,6 @@ Who is kept, and in which slot, comes from the oracle, so that these tests see n
 """
 
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Relu
-from moe_jax.moe.run_experts import rows
 from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
@@ -36,21 +34,17 @@ SIZES = [
 QUICK_SIZES = [(1, 1), (5, 2), (8, 8), (64, 6)]
 
 
-WAYS = {"einsum": run_einsum, "gather": run_gather, "ragged": run_sorted_rows}
-# On a CPU sorted rows run in a loop over experts; elsewhere by `jax.lax.ragged_dot`, which a CPU
-# can run too, so that both are tested here.
-ELSEWHERE = "ragged elsewhere"
+WAYS = {
+    "einsum": run_einsum,
+    "gather": run_gather,
+    "ragged": functools.partial(run_sorted_rows, kernel="loop"),
+    # As on other platforms, by the kernel that a CPU runs soonest.
+    "ragged, dense": functools.partial(run_sorted_rows, kernel="dense"),
+}
 
 
 def every_way(test):
-    return pytest.mark.parametrize("name", [*WAYS, ELSEWHERE])(test)
-
-
-def run_way(name, *args):
-    if name != ELSEWHERE:
-        return WAYS[name](*args)
-    with mock.patch.object(rows, "platform", lambda: "tpu"):
-        return WAYS["ragged"](*args)
+    return pytest.mark.parametrize("name", WAYS)(test)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype"))
@@ -62,7 +56,7 @@ def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, c
         assignment = Assignment(
             index_GSK, jnp.where(kept_GSK, gate_GSK, 0), slot_GSK, kept_GSK, capacity, num_experts
         )
-        y_GSM = run_way(name, x_GSM.astype(dtype), assignment, weights, Experts(Relu()))
+        y_GSM = WAYS[name](x_GSM.astype(dtype), assignment, weights, Experts(Relu()))
         assert y_GSM.dtype == dtype
         return y_GSM
 

@@ -23,10 +23,12 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import Plan, parallel, plan_experts, rows, run_experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
 from moe_jax.part import Call, Dims
+from tests.slow import slow_but
 
 # On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
 # of the largest entry.
@@ -45,11 +47,11 @@ MESHES = {
 
 
 class Way(NamedTuple):
-    """How tokens travel, and what the platform of sorted rows is taken to be."""
+    """How tokens travel, and the kernel of sorted rows."""
 
     rows: str
     exchange: str
-    computes_as_on: str = "cpu"
+    kernel: str = ""
 
 
 WAYS = {
@@ -57,9 +59,8 @@ WAYS = {
     "gather by constraint": Way("gather", "compiler"),
     "einsum": Way("einsum", "explicit"),
     "gather": Way("gather", "explicit"),
-    "ragged": Way("ragged", "explicit"),
-    # Its experts by `jax.lax.ragged_dot`, its exchange still emulated.
-    "ragged elsewhere": Way("ragged", "explicit", "tpu"),
+    "ragged": Way("ragged", "explicit", "loop"),
+    "ragged, dense": Way("ragged", "explicit", "dense"),
 }
 EXPLICIT = [name for name, way in WAYS.items() if way.exchange == "explicit"]
 
@@ -118,6 +119,7 @@ def make_block(case, way, num_chunks=1):
         run_experts=way.rows,
         exchange=way.exchange,
         exchange_chunks=num_chunks,
+        grouped_matmul=way.kernel or "auto",
         capacity=Capacity(train_factor=case.factor),
         **case.settings,
     )
@@ -134,7 +136,7 @@ def block_inputs(moe):
     return params, x, dy, random.random((BATCH, LENGTH)) < 0.8
 
 
-def run_block(moe, mesh=None, computes_as_on="cpu"):
+def run_block(moe, mesh=None):
     """Output and gradients by name, and everything the block says of its routing."""
     params, x, dy, valid = block_inputs(moe)
     call = Call(segments_BL=jnp.asarray(valid, jnp.int32), capacity=moe.capacity.train_factor)
@@ -152,7 +154,7 @@ def run_block(moe, mesh=None, computes_as_on="cpu"):
             lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
             moe.specs(Dims(MODEL_DIM)), params,
         )  # fmt: skip
-    with in_use, mock.patch.object(rows, "platform", lambda: computes_as_on):
+    with in_use:
         run = jax.jit(jax.grad(objective, argnums=(0, 1), has_aux=True))
         (d_params, d_x), (y, aux, metrics) = run(params, x)
     return jax.tree.map(np.asarray, ({"output": y, "x": d_x, "params": d_params}, aux, metrics))
@@ -186,11 +188,40 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
     counts = said[0].sums
     assert (counts["kept_KE"].sum() < counts["assigned_KE"].sum()) == case.drops
     moe = make_block(case, way, num_chunks)
-    got, *got_said = run_block(moe, make_mesh(MESHES[mesh]), way.computes_as_on)
+    got, *got_said = run_block(moe, make_mesh(MESHES[mesh]))
     for path, value in jax.tree.leaves_with_path(expected):
         assert np.abs(value).max() > 1e-3, f"{jax.tree_util.keystr(path)}: nothing to compare"
     assert_same(got, expected)
     assert_same(got_said, said)
+
+
+COPYING_MESHES = {
+    "fsdp 4, expert 2": MeshConfig(data=1, fsdp=4, expert=2),
+    "data 2, expert 2, tensor 2": MeshConfig(data=2, expert=2, tensor=2),
+    "fsdp 2, expert 2, tensor 2": MESHES["fsdp 2, expert 2, tensor 2"],
+    "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
+    "data 8": MeshConfig(data=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mesh"),
+    slow_but(
+        [("megablox", "fsdp 2, expert 2, tensor 2")],
+        [(kernel, mesh) for kernel in ("megablox", "triton") for mesh in COPYING_MESHES],
+    ),
+)
+def test_gradients_of_kernels_that_are_not_checked(kernel, mesh):
+    """`jax.shard_map` cannot check how their results vary, and so not where gradients are summed.
+
+    Its matrices, biases and tokens are copied over each axis of some of these meshes.
+    """
+    assert not says_how_it_varies(kernel) and says_how_it_varies("dense")
+    case_index = 2
+    expected, _, _ = on_one_device(case_index)
+    moe = make_block(CASES[case_index], Way("ragged", "explicit", kernel))
+    got, _, _ = run_block(moe, make_mesh(COPYING_MESHES[mesh]))
+    assert_same(got, expected)
 
 
 def assert_same(got, expected):
@@ -351,10 +382,11 @@ def run_everything_on_two_experts(mesh, way, num_chunks=1):
             return layout.matmul(rows, weights["wi"])
 
         return run_parallel(
-            x, assignment, weights, AXES, linear, rows=way.rows, num_chunks=num_chunks
-        ).y
+            x, assignment, weights, AXES, linear,
+            rows=way.rows, kernel=way.kernel, num_chunks=num_chunks,
+        ).y  # fmt: skip
 
-    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
+    with jax.set_mesh(mesh):
         y = jax.jit(output)(x, index, gate, slot, weights)
     mixed = gate[..., 0, None] * (x @ weights["wi"][0]) + gate[..., 1, None] * (
         x @ weights["wi"][1]
@@ -372,7 +404,7 @@ def test_every_token_may_go_to_one_device(name):
 def test_with_room_for_one_row_less_a_row_would_be_lost():
     """So the bound above is the least one, also of the program that runs."""
     mesh = make_mesh(MeshConfig(data=2, expert=4))
-    way = WAYS["ragged elsewhere"]
+    way = WAYS["ragged, dense"]
     with mock.patch.object(
         parallel, "most_received_rows", lambda **sizes: most_received_rows(**sizes) - 1
     ):
@@ -401,12 +433,13 @@ def draw_from_experts(name, config, seed, num_chunks=1):
         ones = jnp.ones(index.shape)
         assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
         return run_parallel(
-            x, assignment, weights, AXES, draw, rng, rows=way.rows, num_chunks=num_chunks
-        ).y
+            x, assignment, weights, AXES, draw, rng,
+            rows=way.rows, kernel=way.kernel, num_chunks=num_chunks,
+        ).y  # fmt: skip
 
     x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
     weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}
-    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
+    with jax.set_mesh(mesh):
         run = jax.jit(output)
         return [np.asarray(run(x, index, slot, weights, jax.random.key(s))) for s in seed]
 
@@ -450,7 +483,7 @@ def test_what_the_compiler_places_is_dropped_as_on_one_device():
         (
             6,
             8,
-            r"split groups of tokens evenly: 6 over 8 devices\. Change config\.mesh, training",
+            r"split groups of tokens evenly: 6 over 8 devices\. Change the mesh, training",
         ),
         (8, 6, r"must split experts evenly: 6 over 8 devices\. .* or num_experts"),
     ],
@@ -479,6 +512,7 @@ def kept_matrices(name, num_chunks):
     moe = MoE(
         num_experts=4, expert_dim=20, activation=SwiGLU(), use_bias=True,
         run_experts=way.rows, exchange="explicit", exchange_chunks=num_chunks,
+        grouped_matmul=way.kernel or "auto",
     )  # fmt: skip
     params = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), moe.specs(Dims(MODEL_DIM))
@@ -489,7 +523,7 @@ def kept_matrices(name, num_chunks):
         return jax.vjp(lambda params, x: moe_block(params, x, moe)[0], params, x)[1]
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
-    with jax.set_mesh(mesh), mock.patch.object(rows, "platform", lambda: way.computes_as_on):
+    with jax.set_mesh(mesh):
         kept = jax.tree.leaves(jax.eval_shape(backward, params, x))
     matrices = [leaf.shape for leaf in kept if sorted(leaf.shape[1:]) == [MODEL_DIM, 20]]
     return sorted(matrices)
@@ -553,7 +587,8 @@ def test_the_exchange_that_is_chosen(rows, exchange, resolved):
     moe = MoE(run_experts=rows, exchange=exchange, exchange_chunks=3)
     with devices_of("cpu"):
         plan = plan_experts(moe)
-    assert plan == Plan("gather" if rows == "auto" else rows, resolved, num_chunks=3)
+    rows, kernel = "gather" if rows == "auto" else rows, "loop" if rows == "ragged" else ""
+    assert plan == Plan(rows, resolved, num_chunks=3, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +609,7 @@ def test_a_plan_is_followed(plan, by, chunks):
 
     def follow(name):
         def run(*args, **kwargs):
-            told[name] = kwargs["num_chunks"] if kwargs else getattr(args[-1], "num_chunks", None)
+            told[name] = kwargs.get("num_chunks", getattr(args[-1], "num_chunks", None))
 
         return run
 
@@ -610,7 +645,7 @@ def test_auto_is_explicit_where_experts_span_slices():
 @pytest.mark.parametrize(
     ("plan", "line"),
     [
-        (Plan("ragged"), "ragged rows"),
+        (Plan("ragged", kernel="megablox"), "ragged rows by megablox"),
         (Plan("einsum", "compiler"), "einsum rows, exchanged by the compiler"),
         (
             Plan("gather", "explicit", 2, gate_on_input=True),

@@ -1,6 +1,7 @@
-"""Kernels of rows sorted by expert: any sizes, any garbage.
+"""Rows sorted by expert: any sizes, any garbage.
 
-`expert_loop` is the CPU's, `SortedRows` the one of other platforms, which a CPU can run too.
+`expert_loop` is the CPU's way, `SortedRows` the one of other platforms. Its kernels, of which a CPU
+runs the dense one here, are tested in `test_moe_grouped_matmul`.
 """
 
 import functools
@@ -68,7 +69,9 @@ def loop(x, gate, weights, expert, kept):
 def sorted_rows(x, gate, weights, expert, kept):
     """The same by `SortedRows`."""
     choice_R, row_R1, sizes_E = sort_by_expert(expert, kept, EXPERTS)
-    y = EXPERT(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R)))[row_R1[:, 0]]
+    y = EXPERT(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R), "dense"))[
+        row_R1[:, 0]
+    ]
     return jnp.where(kept, y * gate, 0)
 
 
@@ -195,7 +198,7 @@ def test_what_a_kernel_leaves_in_rows_of_no_expert_never_leaks():
 def test_matmul_of_sorted_rows_is_zero_past_the_last_group():
     _, x, _, _ = make_values(8)
     weight = np.ones((EXPERTS, MODEL_DIM, HIDDEN), np.float32)
-    layout = SortedRows(None, jnp.array([2, 0, 3, 0]), 8)
+    layout = SortedRows(None, jnp.array([2, 0, 3, 0]), 8, "dense")
     y = np.asarray(layout.matmul(jnp.asarray(x), jnp.asarray(weight)))
     np.testing.assert_allclose(y[:5], x[:5] @ weight[0], rtol=1e-5)
     assert not y[5:].any()

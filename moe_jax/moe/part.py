@@ -23,7 +23,7 @@ from moe_jax.moe.experts import Activation, Experts, Relu
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import EXCHANGES, WAYS, plan_experts
+from moe_jax.moe.run_experts import EXCHANGES, KERNELS, WAYS, plan_experts
 from moe_jax.parameters import Axes, ParameterSpec, ffn_specs, truncated_normal_init, zeros
 from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_divides
 
@@ -64,6 +64,8 @@ class MoE(Part):
     capacity: Capacity = Capacity()  # slots of an expert, and who gets them
     # How rows meet experts; "auto": the fastest.
     run_experts: str = setting("auto", choices=WAYS, changes_results=False)
+    # What multiplies sorted rows and weights; "auto": what the platform has.
+    grouped_matmul: str = setting("auto", choices=KERNELS, changes_results=False)
     # Between devices: constraints, shard_map.
     exchange: str = setting("auto", choices=EXCHANGES, changes_results=False)
     # Parts that travel one by one, to overlap.

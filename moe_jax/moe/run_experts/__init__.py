@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import ByConstraint
+from moe_jax.moe.run_experts.grouped_matmul import KERNELS, choose_kernel, target_in_use
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
@@ -50,6 +51,7 @@ class Plan:
       num_chunks: in how many parts rows travel.
       gate_on_input: whether gates multiply what experts get.
       buffer_factor: room for received rows over their mean; 0: for the worst case.
+      kernel: of `grouped_matmul`, for ragged rows; else "".
     """
 
     rows: str
@@ -57,6 +59,7 @@ class Plan:
     num_chunks: int = 1
     gate_on_input: bool = False
     buffer_factor: float = 0.0
+    kernel: str = ""
 
     @property
     def by_constraint(self) -> ByConstraint:
@@ -70,7 +73,8 @@ class Plan:
         chunks = f" in {self.num_chunks} chunks" if self.num_chunks > 1 and by else ""
         gates = ", gates on the input" if self.gate_on_input else ""
         buffer = f", buffer of {self.buffer_factor:g} times the mean" if self.buffer_factor else ""
-        return f"{self.rows} rows{by}{chunks}{gates}{buffer}"
+        kernel = f" by {self.kernel}" if self.kernel else ""
+        return f"{self.rows} rows{kernel}{by}{chunks}{gates}{buffer}"
 
 
 def plan_experts(moe: "MoE", training: bool = True) -> Plan:
@@ -94,7 +98,12 @@ def plan_experts(moe: "MoE", training: bool = True) -> Plan:
     factor = moe.buffer_factor if training else moe.eval_buffer_factor
     has_buffer = rows == "ragged" and exchange == "explicit"
     return Plan(
-        rows, exchange, moe.exchange_chunks, moe.gate_on_input, factor if has_buffer else 0.0
+        rows,
+        exchange,
+        moe.exchange_chunks,
+        moe.gate_on_input,
+        buffer_factor=factor if has_buffer else 0.0,
+        kernel=choose_kernel(moe.grouped_matmul, target_in_use()) if rows == "ragged" else "",
     )
 
 
@@ -129,10 +138,11 @@ def run_experts(
     if plan.exchange == "explicit":
         return run_parallel(
             x_GSM, assignment, weights, axes, experts, rng,
-            rows=plan.rows, num_chunks=plan.num_chunks, buffer_factor=plan.buffer_factor,
+            rows=plan.rows, kernel=plan.kernel, num_chunks=plan.num_chunks,
+            buffer_factor=plan.buffer_factor,
         )  # fmt: skip
     if plan.rows == "ragged":
-        y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng)
+        y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng, kernel=plan.kernel)
     else:
         way = SLOT_WAYS[plan.rows]
         y_GSM = way(x_GSM, assignment, weights, experts, rng, plan.by_constraint)
@@ -175,4 +185,4 @@ def gated_input(
     return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), needed)
 
 
-__all__ = ["EXCHANGES", "WAYS", "Plan", "mix_slots", "plan_experts", "run_experts"]
+__all__ = ["EXCHANGES", "KERNELS", "WAYS", "Plan", "mix_slots", "plan_experts", "run_experts"]

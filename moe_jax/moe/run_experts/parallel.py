@@ -22,6 +22,7 @@ from moe_jax.moe.run_experts.buffer import (
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
 from moe_jax.moe.run_experts.gather import run_gather, sum_choices
+from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.rows import (
     num_experts_of,
     run_sorted_rows,
@@ -61,6 +62,7 @@ def run_parallel(
     rng: jax.Array | None = None,
     *,
     rows: str,
+    kernel: str = "",
     num_chunks: int = 1,
     buffer_factor: float = 0.0,
 ) -> Combined:
@@ -73,8 +75,9 @@ def run_parallel(
     Arguments and result are those of `run_experts`, for the arrays of all devices. Each device
     draws from a key of its own, so what is random in the experts depends on the mesh. `rows` is
     "einsum" or "gather", with `jax.lax.all_to_all` of slots, or "ragged", with
-    `jax.lax.ragged_all_to_all` of rows. `num_chunks` is the number of parts in which slots (or, for
-    "ragged", tokens) travel, and `buffer_factor` is that of `buffer_rows`, for each of them.
+    `jax.lax.ragged_all_to_all` of rows, which `kernel` of `grouped_matmul` computes. `num_chunks`
+    is the number of parts in which slots (or, for "ragged", tokens) travel, and `buffer_factor` is
+    that of `buffer_rows`, for each of them.
 
     Raises:
       ValueError: the mesh does not divide the groups of tokens, or the experts.
@@ -115,10 +118,18 @@ def run_parallel(
         )
         needed = None
         if rows == "ragged" and not expert_axes:
-            y_GSM = run_sorted_rows(x_GSM, own, own_weights, experts, rng)
+            y_GSM = run_sorted_rows(x_GSM, own, own_weights, experts, rng, kernel=kernel)
         elif rows == "ragged":
             y_GSM, kept_GSK, needed = exchange_rows(
-                x_GSM, own, own_weights, experts, rng, expert_axes, num_chunks, buffer_factor
+                x_GSM,
+                own,
+                own_weights,
+                experts,
+                rng,
+                expert_axes,
+                num_chunks,
+                buffer_factor,
+                kernel,
             )
         else:
             exchange = ByAllToAll(expert_axes, num_chunks)
@@ -137,6 +148,7 @@ def run_parallel(
         mesh=mesh,
         in_specs=(tokens, (tokens,) * 4, [partition_spec(one, mesh) for one in names], jax.P()),
         out_specs=(tokens, tokens, partition_spec(TOKEN_AXES[:1], mesh)),
+        check_vma=says_how_it_varies(kernel),
     )
     y_GSM, kept_GSK, needed = sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
     if kept_GSK is None or needed is None:
@@ -187,6 +199,7 @@ def exchange_rows(
     axes: tuple[str, ...],
     num_chunks: int,
     buffer_factor: float,
+    kernel: str,
 ) -> Combined:
     """The tokens of one device, in chunks, through `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
@@ -208,7 +221,7 @@ def exchange_rows(
         one = through_ragged_exchange(
             x_JM, expert_JK, gate_JK, kept_JK, weights, experts, key,
             axes=axes, max_rows=buffer_rows(kept_JK.size, most, buffer_factor),
-            is_bounded=buffer_factor > 0,
+            is_bounded=buffer_factor > 0, kernel=kernel,
         )  # fmt: skip
         outputs.append(one)
     y_JM = jnp.concatenate([one.y for one in outputs])
@@ -241,6 +254,7 @@ def through_ragged_exchange(
     *,
     axes: tuple[str, ...],
     max_rows: int,
+    kernel: str,
     is_bounded: bool = False,
 ) -> Combined:
     """Carries the kept choices to their experts' devices and back, and sums them by token.
@@ -257,6 +271,7 @@ def through_ragged_exchange(
       rng: key for the experts, or None.
       axes: mesh axes that the experts are split over.
       max_rows: W, rows that a device can receive.
+      kernel: of `grouped_matmul`.
       is_bounded: whether more rows than these may come. Those of `rows_that_fit` are sent then.
 
     Returns:
@@ -299,6 +314,7 @@ def through_ragged_exchange(
         weights,
         experts,
         rng,
+        kernel,
         likely_rows=kept_JK.size,
     )
     y_RM = ragged_all_to_all(

@@ -1,9 +1,9 @@
 """Rows sorted by expert: kept choices only, no padding.
 
-A CPU runs experts one after another on blocks of their rows. The whole expert runs inside one loop,
-on rows gathered on the spot: neither the sorted tokens nor the hidden activations are ever stored,
-and the backward pass computes the hidden activations again. Legend: `moe_jax.moe`; W is the rows of
-a block.
+Experts compute `SortedRows` through a kernel (`grouped_matmul`). A CPU runs them one after another
+on blocks of their rows. The whole expert runs inside one loop, on rows gathered on the spot:
+neither the sorted tokens nor the hidden activations are ever stored, and the backward pass computes
+the hidden activations again. Legend: `moe_jax.moe`; W is the rows of a block.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
-from moe_jax.parallel.rules import platform
+from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
 
 # Block sizes in eighths of the mean group: fine where sizes are likely.
 LADDER = (1, 2, 4, 6, 8, 9, 10)
@@ -27,10 +27,25 @@ MAX_STEP = 128
 
 
 class SortedRows:
-    """Rows `[R, I]` sorted by expert: the first `group_sizes_E[0]` are expert 0's, and so on."""
+    """Rows `[R, I]` sorted by expert: the first `group_sizes_E[0]` are expert 0's, and so on.
 
-    def __init__(self, rng: jax.Array | None, group_sizes_E: jax.Array, num_rows: int):
-        self.rng = rng
+    Args:
+      rng: key of the experts, or None.
+      group_sizes_E: int32, rows of each expert.
+      num_rows: R, those past the last group included.
+      kernel: of `grouped_matmul`.
+      likely_rows: how many rows groups are likely to have together; None: all.
+    """
+
+    def __init__(
+        self,
+        rng: jax.Array | None,
+        group_sizes_E: jax.Array,
+        num_rows: int,
+        kernel: str,
+        likely_rows: int | None = None,
+    ):
+        self.rng, self.kernel, self.likely_rows = rng, kernel, likely_rows or num_rows
         ends_E = jnp.cumsum(group_sizes_E)
         self.group_sizes_E = group_sizes_E
         self.in_group_R = jnp.arange(num_rows) < ends_E[-1]
@@ -40,7 +55,7 @@ class SortedRows:
         """[R, I] x [E, I, O] -> [R, O]; rows past the last group are 0, whatever they held."""
         # What a kernel leaves in rows of no group is not defined, in either direction.
         x = jnp.where(self.in_group_R[:, None], x, 0)
-        y = jax.lax.ragged_dot(x, weight, self.group_sizes_E)
+        y = grouped_matmul(x, weight, self.group_sizes_E, self.kernel, self.likely_rows)
         return jnp.where(self.in_group_R[:, None], y, 0)
 
     def expand(self, bias: jax.Array) -> jax.Array:
@@ -54,12 +69,13 @@ def run_sorted_rows(
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None = None,
+    *,
+    kernel: str,
 ) -> jax.Array:
     """Sorts the kept choices by expert, computes them, and sums them by token.
 
-    Arguments and result are those of `run_experts`; slots are not used. Experts compute
-    `SortedRows` through `jax.lax.ragged_dot`, for which TPUs have a kernel. On a CPU that would
-    multiply every row with every expert, so experts run block by block (`expert_loop`).
+    Arguments and result are those of `run_experts`; slots are not used. `kernel` multiplies rows
+    and weights (`grouped_matmul`); "loop" runs experts block by block (`expert_loop`).
     """
     num_choices = assignment.kept_GSK.shape[-1]
     y_JM = through_sorted_rows(
@@ -70,6 +86,7 @@ def run_sorted_rows(
         weights,
         experts,
         rng,
+        kernel,
     )
     return y_JM.reshape(x_GSM.shape)
 
@@ -82,6 +99,7 @@ def through_sorted_rows(
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
+    kernel: str,
     likely_rows: int | None = None,
 ) -> jax.Array:
     """`run_sorted_rows` without groups: [J, M] -> [J, M] in the dtype of `x_JM`.
@@ -91,10 +109,10 @@ def through_sorted_rows(
     num_choices = kept_JK.shape[-1]
     num_experts = num_experts_of(weights)
     choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
-    if platform() == "cpu":
+    if kernel == "loop":
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
         return expert_loop(experts, weights, rng, *operands, likely_rows)
-    layout = SortedRows(rng, group_sizes_E, len(choice_R))
+    layout = SortedRows(rng, group_sizes_E, len(choice_R), kernel, likely_rows)
     y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
     return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
 

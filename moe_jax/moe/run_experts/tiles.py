@@ -1,0 +1,113 @@
+"""Tiles of grouped matmuls, from the shapes alone (legend: `moe_jax.moe`).
+
+A kernel computes tiles of rows. A tile belongs to one expert, or is computed once for each of the
+experts that have rows in it, so the fewer rows an expert has, the smaller tiles must be. Small ones
+in turn read the weights more often.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+
+def tile_rows(
+    num_rows: int, num_experts: int, *, smallest: int, largest: int, tiles_per_expert: int = 8
+) -> int:
+    """Rows of a tile: so many that an expert of mean size has `tiles_per_expert`.
+
+    Args:
+      num_rows: R, those likely to be filled: the mean size is R / E.
+      num_experts: E.
+      smallest: the least that the hardware computes well; a power of two.
+      largest: a power of two.
+      tiles_per_expert: a power of two; 8 compute an eighth of the rows in vain, at most.
+
+    Returns:
+      A power of two from smallest to largest.
+    """
+    mean = max(num_rows // (num_experts * tiles_per_expert), 1)
+    return min(max(1 << (mean.bit_length() - 1), smallest), largest)
+
+
+def rows_computed(group_sizes_E: np.ndarray, tile: int, aligned: bool) -> int:
+    """Rows that a kernel computes for groups of these sizes, those in vain included.
+
+    Args:
+      group_sizes_E: rows of each expert.
+      tile: rows of a tile.
+      aligned: whether tiles begin at multiples of their size (megablox, libtpu), and not at the
+        first row of each expert (triton).
+    """
+    ends_E = np.cumsum(group_sizes_E)
+    starts_E = ends_E - group_sizes_E
+    if aligned:
+        tiles_E = -(-ends_E // tile) - starts_E // tile
+    else:
+        tiles_E = -(-np.asarray(group_sizes_E) // tile)
+    return int(tile * np.sum(np.where(group_sizes_E, tiles_E, 0)))
+
+
+# Of the on-chip memory that a TPU kernel gets by default, 16 MiB; the rest is for what the compiler
+# keeps beside the tiles.
+TPU_TILE_BYTES = 11 * 2**20
+LANES = 128
+TPU_SIZES = (128, 256, 512, 1024, 2048)
+
+
+def tpu_row_tiles(
+    num_rows: int, num_experts: int, inner: int, outer: int, itemsize: int
+) -> tuple[int, int, int]:
+    """Tiles of [R, I] x [E, I, O], over R, I and O: those that read the fewest bytes.
+
+    Rows are read once for each tile of O. Weights are read once if a tile has all of I, since it
+    then stays on the chip while the rows of its expert pass; else once for each tile of rows.
+
+    Args:
+      num_rows: R.
+      num_experts: E.
+      inner: I.
+      outer: O.
+      itemsize: bytes of a number.
+    """
+    rows = tile_rows(num_rows, num_experts, smallest=LANES, largest=512)
+
+    def fits(i: int, o: int) -> bool:
+        tiles = 2 * itemsize * (rows * i + i * o + rows * o)  # the next is read meanwhile
+        return tiles + 8 * rows * o <= TPU_TILE_BYTES
+
+    def bytes_read(i: int, o: int) -> float:
+        times = 1 if i >= inner else num_rows / rows / num_experts + 1
+        weights = num_experts * times * math.ceil(inner / i) * i * math.ceil(outer / o) * o
+        return weights + num_rows * inner * math.ceil(outer / o)
+
+    choices = itertools.product(_sizes(inner), _sizes(outer))
+    return rows, *min((c for c in choices if fits(*c)), key=lambda choice: bytes_read(*choice))
+
+
+def tpu_weight_tiles(
+    num_rows: int, num_experts: int, inner: int, outer: int, itemsize: int
+) -> tuple[int, int, int]:
+    """Tiles of [I, R] x [R, O] -> [E, I, O], over R, I and O; arguments as in `tpu_row_tiles`.
+
+    A tile of the result stays on the chip while the rows of its expert pass.
+    """
+    rows = tile_rows(num_rows, num_experts, smallest=LANES, largest=512)
+
+    def fits(i: int, o: int) -> bool:
+        tiles = 2 * itemsize * (rows * i + rows * o + i * o) + 8 * i * o
+        return tiles + 4 * rows * (i + o) <= TPU_TILE_BYTES
+
+    def bytes_read(i: int, o: int) -> float:
+        tiles_i, tiles_o = math.ceil(inner / i), math.ceil(outer / o)
+        written = num_experts * tiles_i * i * tiles_o * o
+        return written + num_rows * (inner * tiles_o + outer * tiles_i)
+
+    choices = itertools.product(_sizes(inner), _sizes(outer))
+    return rows, *min((c for c in choices if fits(*c)), key=lambda choice: bytes_read(*choice))
+
+
+def _sizes(dim: int) -> list[int]:
+    """Tiles of a dim: those of `TPU_SIZES` that it fills, and the whole dim."""
+    whole = -(-dim // LANES) * LANES
+    return [*(size for size in TPU_SIZES if size < whole), whole]
