@@ -173,18 +173,27 @@ def make_finetune(config: ml_collections.ConfigDict) -> None:
 
 
 def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
-    """Applies the presets that all configs of T5's descendants share."""
+    """Applies the presets that all configs of T5's descendants share.
+
+    Small models keep the groups of `SEQUENCES`, and how wide an FFN is against the model.
+    """
+    parts = config.model.parts
+    widths = parts.moe.expert_dim / config.model.model_dim
     make_smaller(config, presets)
     if presets & {"tiny", "smoke"}:
-        for name in {"moe", "encoder_moe"} & set(config.model.parts):
-            config.model.parts[name].group_size = 0
+        lengths = SpanCorruption().lengths(config.data.sequence_length)
+        hidden = int(widths * config.model.model_dim)
+        for name, length in (("encoder_moe", lengths.encoder), ("moe", lengths.decoder)):
+            parts[name].group_size, parts[name].expert_dim = SEQUENCES * length, hidden
+        if "mlp" in parts:
+            parts.mlp.dim = hidden
         if config.model.tie_embeddings:
             config.model.logits_multiplier = config.model.model_dim**-0.5
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.05, 20
     if "tiny" in presets and "smoke" not in presets:
         config.optimizer.warmup_steps = 100
-        config.training.num_steps, config.training.batch_size = 1000, 16
-        config.training.evaluate_every = config.training.checkpoint_every = 250
+        config.training.num_steps, config.training.batch_size = 1500, 16
+        config.training.evaluate_every = config.training.checkpoint_every = 500
     if "dense" in presets:
         make_dense(config)
     if "finetune" in presets:
