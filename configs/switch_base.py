@@ -175,16 +175,19 @@ def make_finetune(config: ml_collections.ConfigDict) -> None:
 def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
     """Applies the presets that all configs of T5's descendants share.
 
-    Small models keep the groups of `SEQUENCES`, and how wide an FFN is against the model.
+    Small models keep the groups of `SEQUENCES`, how wide an FFN is against the model, and the
+    spread of the first router logits, which grows with the square root of the width.
     """
     parts = config.model.parts
-    widths = parts.moe.expert_dim / config.model.model_dim
+    published_dim, published_hidden = config.model.model_dim, parts.moe.expert_dim
     make_smaller(config, presets)
     if presets & {"tiny", "smoke"}:
         lengths = SpanCorruption().lengths(config.data.sequence_length)
-        hidden = int(widths * config.model.model_dim)
+        narrower = published_dim / config.model.model_dim
+        hidden = int(published_hidden / narrower)
         for name, length in (("encoder_moe", lengths.encoder), ("moe", lengths.decoder)):
             parts[name].group_size, parts[name].expert_dim = SEQUENCES * length, hidden
+            parts[name].router.init_stddev *= narrower**0.5
         if "mlp" in parts:
             parts.mlp.dim = hidden
         if config.model.tie_embeddings:
