@@ -22,6 +22,7 @@ from moe_jax.interchange.write import tensors_of
 from tests.hf_deepseek import DEEPSEEK
 from tests.hf_others import OTHERS, QUICK
 from tests.hf_softmax import SOFTMAX
+from tests.hf_t5 import ENCODER_DECODERS
 
 ORACLES = pathlib.Path(__file__).parent / "oracles"
 VOCAB = 64
@@ -50,9 +51,19 @@ class Case:
         """The table of its family."""
         return load_family(self.settings["model_type"])
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it has one; it reads a text of its own."""
+        return bool(self.settings.get("is_encoder_decoder"))
+
     def tokens(self) -> np.ndarray:
-        """int32 token ids [batch, length]."""
+        """int32 token ids [batch, length] that the model reads, or its decoder."""
         return np.random.RandomState(7).randint(3, VOCAB, (self.batch, self.length), np.int32)
+
+    def encoder_tokens(self) -> dict[str, np.ndarray]:
+        """What `Network` reads beside them: as many tokens, if there is an encoder."""
+        tokens = np.random.RandomState(8).randint(3, VOCAB, (self.batch, self.length), np.int32)
+        return {"encoder_tokens_BT": tokens} if self.has_encoder else {}
 
 
 # Sizes that most families name alike.
@@ -77,6 +88,10 @@ CASES = {
     **{
         name: Case(settings, quick=name == settings["model_type"])
         for name, settings in SOFTMAX.items()
+    },
+    **{
+        name: Case(settings, scale=1.0, quick=name in ("t5_gated", "switch"))
+        for name, settings in ENCODER_DECODERS.items()
     },
     "llama": Case({**DENSE, "model_type": "llama", "rope_theta": 5e4}, quick=False),
     "llama_biases": Case(

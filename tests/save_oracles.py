@@ -4,6 +4,7 @@ Needs the extra `hf`. Each oracle is `tests/oracles/NAME.npz`: logits of the las
 experts of every token in every MoE layer, sorted; logits of multi-token modules as "later".
 """
 
+import json
 import pathlib
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.interchange.read import CONFIG
 from tests.hf_families import CASES, ORACLES, Case, write_model
 
 
@@ -18,11 +20,40 @@ def load_in_torch(directory: pathlib.Path) -> Any:
     """The model in transformers, in float32, with attention and experts written out."""
     import transformers
 
-    name = "AutoModelForCausalLM"
-    model = getattr(transformers, name).from_pretrained(
+    settings = json.loads((directory / CONFIG).read_text())
+    kind = "Seq2SeqLM" if settings.get("is_encoder_decoder") else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         directory, dtype="float32", attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()
+
+
+def run_in_torch(model: Any, case: Case, **settings: Any) -> Any:
+    """What the model says of the tokens of a case."""
+    import torch
+
+    tokens, encoder = torch.from_numpy(case.tokens()).long(), case.encoder_tokens()
+    if not encoder:
+        return model(tokens, **settings)
+    (read,) = encoder.values()
+    return model(torch.from_numpy(read).long(), decoder_input_ids=tokens, **settings)
+
+
+def saved_gradients(torch: Any, model: Any, folder: pathlib.Path) -> pathlib.Path:
+    """The directory of a model whose tensors are the gradients of its parameters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            gradient = parameter.grad
+            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    model.save_pretrained(folder)
+    return folder
+
+
+def at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The array at a path of a tree."""
+    for name in path:
+        tree = tree[name]
+    return tree
 
 
 def modules_in_torch(model: Any) -> Any:
@@ -60,6 +91,8 @@ def record_experts(model: Any) -> list[np.ndarray]:
         given = output if isinstance(output, tuple) else (output,)
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of the others
             given = (given[0].topk(module.top_k).indices,)
+        if type(module).__name__ == "SwitchTransformersTop1Router":  # 1 at the expert, or dropped
+            given = (given[2].argmax(-1, keepdim=True),)
         for one in given:
             if isinstance(one, torch.Tensor) and one.dtype == torch.int64:
                 found.append(np.sort(one.reshape(-1, one.shape[-1]).numpy(), axis=-1))
@@ -82,7 +115,7 @@ def compute(case: Case) -> dict[str, np.ndarray]:
             modules = modules_in_torch(model)
     experts = record_experts(model)
     with torch.no_grad():
-        logits = model(torch.from_numpy(case.tokens()).long()).logits.numpy()
+        logits = run_in_torch(model, case).logits.numpy()
     oracle = {"logits": logits[:, -4:]}
     if experts:
         oracle["experts"] = np.stack(experts).astype(np.int16)

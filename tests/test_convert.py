@@ -11,6 +11,7 @@ import pytest
 
 import moe_jax
 from moe_jax.__main__ import main
+from moe_jax.data.objectives.span_corruption import SpanCorruption
 from moe_jax.interchange.tensor_files import ONE_FILE
 from moe_jax.training.saved import load_run
 from tests.hf_families import CASES, write_model
@@ -54,6 +55,17 @@ def test_a_model_comes_out_as_it_came_in(model, run, tmp_path):
     assert (tmp_path / "hf" / ONE_FILE).read_bytes() == (model / ONE_FILE).read_bytes()
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["eos_token_id"] == 7 and settings["dtype"] == "bfloat16"
+
+
+def test_an_encoder_decoder_comes_out_as_it_came_in(tmp_path):
+    hf = write_model(tmp_path / "hf", CASES["switch"], decoder_start_token_id=0)
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={run}"]) == 0
+    assert main(["convert", f"--workdir={run}", f"--to-hf={again}"]) == 0
+    assert (again / ONE_FILE).read_bytes() == (hf / ONE_FILE).read_bytes()
+    settings = json.loads((again / "config.json").read_text())
+    assert settings["decoder_start_token_id"] == 0 and settings["is_encoder_decoder"]
+    assert load_run(run)[0].data.objective == SpanCorruption()
 
 
 def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):

@@ -20,7 +20,7 @@ from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.part import Call
 from tests.hf_families import CASES, ORACLES, Case, write_model
-from tests.save_oracles import load_in_torch
+from tests.save_oracles import at, load_in_torch, run_in_torch, saved_gradients
 
 LOGITS = {"rtol": 2e-4, "atol": 2e-4}
 NAMES = [
@@ -57,7 +57,8 @@ def outputs(models):
     @functools.cache
     def output(name: str):
         _, config, params = models(name)
-        return logits_of(config, params, CASES[name].tokens(), record=True)
+        encoder = CASES[name].encoder_tokens()
+        return logits_of(config, params, CASES[name].tokens(), record=True, **encoder)
 
     return output
 
@@ -70,8 +71,7 @@ def logits_of(config, params, tokens, **settings):
 
 def test_every_family_has_a_quick_case():
     quick = {case.family.name for case in CASES.values() if case.quick}
-    # tests/test_interchange_grok1.py, tests/test_interchange_t5.py
-    elsewhere = {"grok-1", "switch_transformers", "t5"}
+    elsewhere = {"grok-1"}  # tests/test_interchange_grok1.py
     assert quick | elsewhere == {load_family(name).name for name in FAMILIES}
 
 
@@ -82,6 +82,9 @@ def test_logits_and_experts_are_those_of_transformers(name, models, outputs):
     logits, recorded = outputs(name)
     np.testing.assert_allclose(logits[:, -4:], oracle["logits"], **LOGITS)
     assert recorded.residual_XBLM.shape[0] == config.model.stack.num_layers
+    if config.model.has_encoder:
+        layers = config.model.layouts["encoder"].num_layers
+        assert recorded.encoder_residual_XBTM.shape[0] == layers
     assert bool(config.model.moe_layers) == ("experts" in oracle)
     if "experts" in oracle:
         np.testing.assert_array_equal(experts_in_order(config, recorded), oracle["experts"])
@@ -111,11 +114,17 @@ def test_an_unchanged_model_is_written_as_it_was_read(name, models, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing(name, models, outputs):
     _, config, params = models(name)
-    row = CASES[name].tokens()[0]
     sides = ((5, 0), (0, 5))  # a row padded on the left, one on the right
-    tokens = np.stack([np.pad(row, side) for side in sides])
-    mask = np.stack([np.pad(np.ones_like(row), side) for side in sides])
-    padded = np.asarray(logits_of(config, params, tokens, mask_BL=jnp.asarray(mask)))
+
+    def padded_rows(tokens):
+        return np.stack([np.pad(tokens[0], side) for side in sides])
+
+    tokens = CASES[name].tokens()
+    mask = padded_rows(np.ones_like(tokens))
+    settings = {"mask_BL": mask}
+    for key, encoder in CASES[name].encoder_tokens().items():
+        settings |= {key: padded_rows(encoder), "encoder_mask_BT": mask}
+    padded = np.asarray(logits_of(config, params, padded_rows(tokens), **settings))
     alone = outputs(name)[0][0]
     for i in range(2):
         np.testing.assert_allclose(padded[i][mask[i] > 0], alone, rtol=2e-5, atol=2e-5)
@@ -126,12 +135,12 @@ def test_padding_changes_nothing(name, models, outputs):
 def test_gradients_are_those_of_transformers(name, models, tmp_path):
     torch = pytest.importorskip("torch")
     path, config, params = models(name)
-    tokens = CASES[name].tokens()
+    tokens, encoder = CASES[name].tokens(), CASES[name].encoder_tokens()
     weights = np.random.RandomState(3).normal(size=(*tokens.shape, config.model.vocab_size))
     weights = weights.astype(np.float32)
 
     def loss(params):
-        logits = moe_jax.build(config).apply({"params": params}, tokens)
+        logits = moe_jax.build(config).apply({"params": params}, tokens, **encoder)
         return jnp.sum(logits * weights) / tokens.size
 
     ours = jax.jit(jax.grad(loss))(params)
@@ -149,29 +158,12 @@ def test_gradients_are_those_of_transformers(name, models, tmp_path):
         assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b), leaf.path
 
 
-def at(tree, path):
-    """The array at a path."""
-    for name in path:
-        tree = tree[name]
-    return tree
-
-
 def gradients_in_torch(torch, path, case: Case, weights, folder):
     """A directory in which every tensor is the gradient of its parameter."""
     model = load_in_torch(path)
-    logits = model(torch.from_numpy(case.tokens()).long()).logits
+    logits = run_in_torch(model, case).logits
     (logits * torch.from_numpy(weights)).sum().div(case.tokens().size).backward()
     return saved_gradients(torch, model, folder)
-
-
-def saved_gradients(torch, model, folder):
-    """The directory of a model whose tensors are the gradients of its parameters."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            gradient = parameter.grad
-            parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
-    model.save_pretrained(folder)
-    return folder
 
 
 def has_router_loss(case: Case) -> bool:
@@ -213,9 +205,10 @@ def test_transformers_loads_what_is_written(name, models, tmp_path):
     torch = pytest.importorskip("torch")
     path, config, params = models(name)
     moe_jax.to_hf(config, params, tmp_path / "hf")
-    tokens = torch.from_numpy(CASES[name].tokens()).long()
     with torch.no_grad():
-        old, new = (load_in_torch(one)(tokens).logits for one in (path, tmp_path / "hf"))
+        old, new = (
+            run_in_torch(load_in_torch(one), CASES[name]).logits for one in (path, tmp_path / "hf")
+        )
     assert torch.equal(old, new)
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["model_type"] == CASES[name].settings["model_type"]

@@ -1,8 +1,9 @@
-"""T5 and Switch read and written: the tensors and settings that transformers names.
+"""What of T5 and Switch differs from other families: two lengths, older files, heads, losses.
 
-What transformers says of the Switch model is saved; `tests/t5_oracle.py` draws its values.
+The cases of `hf_families` hold both to what all families are held to.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -11,16 +12,19 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.interchange.family import Reader, load_family
+from moe_jax.interchange.family import load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
-from moe_jax.interchange.write import tensors_of
-from tests.t5_oracle import CASES, SAVED, SIZES, batch, load_in_torch, said_by_torch, values
+from moe_jax.moe.balance import RouterZ
+from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
+from moe_jax.part import Call, EncoderInputs
+from tests.hf_families import CASES, Case, write_model, written_by_rules
+from tests.hf_t5 import SWITCH, T5
+from tests.save_oracles import at, load_in_torch, run_in_torch, saved_gradients
+from tests.t5_oracle import CASES as SHORT
+from tests.t5_oracle import SAVED, SIZES, batch, values
 
-BATCH = batch()
-MASKS = {name: BATCH[name] for name in ("attention_mask", "decoder_attention_mask")}
-DECODER = MASKS["decoder_attention_mask"] > 0
-FAMILY = {"switch": "switch_transformers", "t5": "t5", "t5 v1.1": "t5"}
+TABLE = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,82 +33,146 @@ def exact_products():
         yield
 
 
-def write_case(directory, name):
-    """The directory of a case, and the config and parameters that are read from it."""
-    settings = {**SIZES, **CASES[name].settings, "model_type": FAMILY[name]}
-    family = load_family(FAMILY[name])
-    model = family.model(Reader(settings))
-    leaves = leaves_of(model)
-    empty = {leaf.path: np.empty(0, np.float32) for leaf in leaves}
-    copies = family.copies(model)
-    names = {one.name: one for one in tensors_of(family, model, leaves, empty, None)}
-    arrays = {name: values(copies.get(name, name)) for name in names}
+def write(directory, arrays, settings):
+    """A directory of these tensors."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(settings))
     tensors = [
-        ToWrite(name, np.dtype(np.float32), names[name].shape, lambda array=array: array)
+        ToWrite(name, array.dtype, array.shape, lambda array=array: array)
         for name, array in arrays.items()
     ]
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(settings))
     write_tensors(directory, tensors)
-    return moe_jax.from_hf(directory)
 
 
-def logits(config, params, arrays):
-    """Of a batch under the names of transformers."""
-    return moe_jax.build(config).apply(
+def arrays_of(directory):
+    """The tensors of a directory, by name."""
+    files = TensorFiles(directory)
+    return {name: files.read(name) for name in files.tensors}
+
+
+def test_sides_of_two_lengths_drop_the_tokens_that_transformers_drops(tmp_path):
+    settings = {**SIZES, **SHORT["switch"].settings, "model_type": "switch_transformers"}
+    names = [one.name for one in written_by_rules(Case(settings))]
+    write(tmp_path / "hf", {name: values(name) for name in names}, settings)
+    config, params = moe_jax.from_hf(tmp_path / "hf")
+    arrays = batch()
+    with np.load(SAVED) as saved:
+        assert not saved["kept_encoder"][:, arrays["attention_mask"] > 0].all()
+        wanted = saved["logits"]
+    got = moe_jax.build(config).apply(
         {"params": params}, arrays["decoder_input_ids"],
         mask_BL=arrays["decoder_attention_mask"], encoder_tokens_BT=arrays["input_ids"],
         encoder_mask_BT=arrays["attention_mask"],
     )  # fmt: skip
+    valid = arrays["decoder_attention_mask"] > 0
+    np.testing.assert_allclose(got[valid], wanted[valid], atol=2e-4, rtol=2e-4)
 
 
-def test_a_switch_that_drops_tokens_says_what_transformers_says(tmp_path):
-    config, params = write_case(tmp_path / "hf", "switch")
-    with np.load(SAVED) as saved:
-        kept = saved["kept_encoder"][:, MASKS["attention_mask"] > 0]
-        assert not kept.all(), "the capacity binds"
-        got = logits(config, params, BATCH)
-        np.testing.assert_allclose(got[DECODER], saved["logits"][DECODER], atol=2e-4, rtol=2e-4)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_model_is_written_as_it_was_read(name, tmp_path):
-    config, params = write_case(tmp_path / "hf", name)
+def test_copies_and_dead_tables_of_older_files_are_read_and_not_written(tmp_path):
+    new = write_model(tmp_path / "new", CASES["switch"])
+    arrays = arrays_of(new)
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    older = dict.fromkeys(names, arrays["shared.weight"]) | {TABLE: np.zeros((8, 4), np.float32)}
+    write(tmp_path / "old", arrays | older, CASES["switch"].settings)
+    config, params = moe_jax.from_hf(tmp_path / "old")
     moe_jax.to_hf(config, params, tmp_path / "again")
-    old, new = TensorFiles(tmp_path / "hf"), TensorFiles(tmp_path / "again")
-    assert set(old.tensors) == set(new.tensors)
-    for tensor in old.tensors:
-        assert old.read(tensor).tobytes() == new.read(tensor).tobytes(), tensor
-    assert moe_jax.from_hf(tmp_path / "again")[0].model == config.model
+    again = arrays_of(tmp_path / "again")
+    assert set(again) == set(arrays)
+    for name in again:
+        np.testing.assert_array_equal(again[name], arrays[name])
+    spoiled = {"encoder.embed_tokens.weight": arrays["shared.weight"] + 1}
+    write(tmp_path / "spoiled", arrays | spoiled, CASES["switch"].settings)
+    with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight repeats shared\.weight"):
+        moe_jax.from_hf(tmp_path / "spoiled")
 
 
-def test_padding_on_either_side_changes_nothing(tmp_path):
-    config, params = write_case(tmp_path / "hf", "switch")
-    alone = {key: value[:1, : MASKS[key.replace("input_ids", "attention_mask")][0].sum()]
-             for key, value in BATCH.items()}  # fmt: skip
-    expected = logits(config, params, alone)
-    length = expected.shape[1]
-    for side, where in (((3, 0), slice(3, None)), ((0, 3), slice(0, length))):
-        padded = {key: jnp.pad(value, ((0, 0), side)) for key, value in alone.items()}
-        got = logits(config, params, padded)[:, where]
-        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+def test_an_older_untied_switch_has_one_table_for_both_stacks(tmp_path):
+    settings = CASES["switch_untied"].settings
+    arrays = arrays_of(write_model(tmp_path / "new", CASES["switch_untied"]))
+    del arrays["encoder.embed_tokens.weight"]
+    arrays["shared.weight"] = arrays.pop("decoder.embed_tokens.weight")
+    write(tmp_path / "old", arrays, settings)
+    _, params = moe_jax.from_hf(tmp_path / "old")
+    np.testing.assert_array_equal(params["embedding"], params["encoder_embedding"])
 
 
-def test_a_head_that_is_tied_and_not_scaled_is_read_and_written():
-    """What transformers 5 writes of a version 1.1 without a head of its own."""
-    family = load_family("t5")
-    settings = {**SIZES, "scale_decoder_outputs": False, "tie_word_embeddings": True}
-    model = family.read(settings)
-    assert model.tie_embeddings and model.logits_multiplier == 1
-    assert family.written(model)["scale_decoder_outputs"] is False
-    assert not family.read(settings, {"lm_head.weight"}).tie_embeddings
+@pytest.mark.parametrize(
+    ("settings", "tensors", "tied", "scaled"),
+    [
+        ({}, None, True, True),
+        ({"tie_word_embeddings": False}, None, False, False),
+        ({"tie_word_embeddings": False}, {"lm_head.weight"}, False, False),
+        # transformers 5 ties a head that the files do not have, and never scales it then ...
+        ({"tie_word_embeddings": False}, set(), True, False),
+        # ... and writes version 1.1 in this way, with or without a head of its own.
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, set(), True, False),
+        (
+            {"tie_word_embeddings": True, "scale_decoder_outputs": False},
+            {"lm_head.weight"}, False, False,
+        ),
+    ],
+)  # fmt: skip
+def test_a_head_of_t5_is_tied_or_scaled(settings, tensors, tied, scaled):
+    model = load_family("t5").read({**T5, **settings}, tensors)
+    assert (model.tie_embeddings, model.logits_multiplier != 1) == (tied, scaled)
+    assert load_family("t5").read(load_family("t5").written(model)) == model
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers"),
+    [
+        # Every second, every third; of none transformers makes the second layer, of too many none.
+        ({"num_layers": 5, "num_sparse_encoder_layers": 2}, [1, 3]),
+        ({"num_layers": 7, "num_sparse_encoder_layers": 2}, [1, 4]),
+        ({"num_layers": 4, "num_sparse_encoder_layers": 0}, [1]),
+        ({"num_layers": 3, "num_sparse_encoder_layers": 5}, []),
+        ({"num_layers": 3, "num_sparse_encoder_layers": 3}, [0, 1, 2]),
+    ],
+)
+def test_the_sparse_layers_of_a_switch_are_those_of_transformers(sizes, layers):
+    family = load_family("switch_transformers")
+    model = family.read({**SWITCH, **sizes})
+    sparse = [i for i, one in enumerate(model.encoder.layers) if "encoder_moe" in one]
+    assert sparse == layers
+    assert family.read(family.written(model)).encoder == model.encoder
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"dense_act_fn": "tanh"}, "dense_act_fn"), ({"router_dtype": "bfloat16"}, "router_dtype")],
+)
+def test_what_a_switch_cannot_have_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        load_family("switch_transformers").read({**SWITCH, **settings})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_transformers(name, tmp_path):
-    pytest.importorskip("transformers")
-    config, params = write_case(tmp_path / "hf", name)
-    theirs = said_by_torch(load_in_torch(CASES[name]), BATCH).logits.detach().numpy()
-    got = logits(config, params, BATCH)
-    np.testing.assert_allclose(got[DECODER], theirs[DECODER], atol=2e-4, rtol=2e-4)
+@pytest.mark.parametrize("loss", ["aux_loss", "z_loss"])
+def test_the_router_losses_and_their_gradients_are_those_of_transformers(loss, tmp_path):
+    torch = pytest.importorskip("torch")
+    case = CASES["switch"]
+    path = write_model(tmp_path / "hf", case)
+    config, params = moe_jax.from_hf(path)
+    kind = HuggingFaceSwitchLoadBalance if loss == "aux_loss" else RouterZ
+    model = config.model.map_parts(
+        lambda part: dataclasses.replace(part, losses=(kind(weight=1.0),)) if part.routes else part
+    )
+    tokens = jnp.asarray(case.tokens())
+    (read,) = case.encoder_tokens().values()
+    call = Call(tokens_BL=tokens, encoder=EncoderInputs(jnp.asarray(read)))
+
+    def ours(params):
+        aux = model.run(params, call).aux
+        return model.loss(aux, jnp.float32(tokens.size), None, jnp.float32(read.size))
+
+    value, gradients = jax.jit(jax.value_and_grad(ours))(params)
+    theirs = load_in_torch(path)
+    said = run_in_torch(theirs, case, output_router_logits=True)
+    wanted = said[f"encoder_{loss}"] + said[f"decoder_{loss}"]
+    np.testing.assert_allclose(value, wanted.item(), rtol=2e-5)
+    wanted.backward()
+    _, wanted = moe_jax.from_hf(saved_gradients(torch, theirs, tmp_path / "gradients"))
+    for leaf in leaves_of(model):
+        a, b = (np.asarray(at(tree, leaf.path), np.float64) for tree in (gradients, wanted))
+        assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b) + 1e-9, leaf.path
+        assert "router" not in leaf.path or np.linalg.norm(b) > 1e-3

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from moe_jax.data.objectives.causal_lm import CausalLM
+from moe_jax.data.objectives.span_corruption import SpanCorruption
 from moe_jax.interchange.family import FAMILIES, Reader
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Call
+from moe_jax.part import Call, EncoderInputs
 from moe_jax.training.loss import batch_totals, partial_loss
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
@@ -37,13 +39,12 @@ def model_of(name):
     return CASES[name].family.model(Reader(CASES[name].settings))
 
 
-def decoders():
-    return [name for name in NAMES if not model_of(name).has_encoder]
-
-
 @functools.cache
 def batch(sequences=8, length=16):
-    """Random tokens; two documents in the first row, padding on the left of the second."""
+    """Random tokens; two documents in the first row, padding on the left of the second.
+
+    An encoder reads other tokens in the same places; a model without one does not.
+    """
     random = np.random.RandomState(1)
     tokens = random.randint(3, VOCAB, (sequences, length + 1))
     segments, positions = np.ones((sequences, length)), np.tile(np.arange(length), (sequences, 1))
@@ -52,7 +53,8 @@ def batch(sequences=8, length=16):
     positions[1, :3] = 0
     whole = {
         "inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments,
-        "positions": positions,
+        "positions": positions, "encoder_inputs": tokens[::-1, :-1],
+        "encoder_segment_ids": segments, "encoder_positions": positions,
     }  # fmt: skip
     whole = {name: value.astype(np.int32) for name, value in whole.items()}
     return whole | {"loss_weights": (segments > 0).astype(np.float32)}
@@ -91,11 +93,13 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", decoders())
+@pytest.mark.parametrize("name", NAMES)
 def test_ten_steps_in_bfloat16_are_finite_and_learn(name):
     model = dataclasses.replace(model_of(name), compute_dtype="bfloat16")
+    objective = SpanCorruption() if model.has_encoder else CausalLM()
     config = ExperimentConfig(
         model=model,
+        data=DataConfig(objective=objective),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
         training=TrainingConfig(num_steps=10, batch_size=8),
     )
@@ -111,7 +115,7 @@ def test_ten_steps_in_bfloat16_are_finite_and_learn(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", decoders())
+@pytest.mark.parametrize("name", NAMES)
 def test_eight_devices_give_the_gradients_of_one(name):
     model = model_of(name)
     params, state = draw(model)
@@ -125,7 +129,7 @@ def test_eight_devices_give_the_gradients_of_one(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", decoders())
+@pytest.mark.parametrize("name", NAMES)
 def test_unrolled_layers_give_the_gradients_of_a_scan(name):
     model = dataclasses.replace(model_of(name), scan_layers=True)
     params, state = draw(model)
@@ -137,7 +141,7 @@ def test_unrolled_layers_give_the_gradients_of_a_scan(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", decoders())
+@pytest.mark.parametrize("name", NAMES)
 def test_no_logit_depends_on_a_later_token(name):
     model = model_of(name)
     params, state = draw(model)
@@ -147,7 +151,9 @@ def test_no_logit_depends_on_a_later_token(name):
 
     @jax.jit
     def logits(tokens):
-        return model.run(params, Call(tokens_BL=tokens), state=state).logits_BLV
+        encoder = EncoderInputs(jnp.asarray(batch()["encoder_inputs"]))
+        call = Call(tokens_BL=tokens, encoder=encoder if model.has_encoder else None)
+        return model.run(params, call, state=state).logits_BLV
 
     one, other = logits(tokens), logits(changed)
     np.testing.assert_allclose(one[:, :split], other[:, :split], atol=1e-5, rtol=0)

@@ -152,10 +152,11 @@ def noisy_pass(
 
     tokens_BL = call.tokens_BL
     assert tokens_BL is not None
-    encoded: dict[str, Aux] = {}
+    encoded: Mapping[str, Aux] = {}
     if call.encoder is not None:
         own = factor(call.encoder.tokens_BT, jax.random.fold_in(key, 1))
-        call, encoded = model.encode(params, call, state=state, factor_BTM=own)
+        call, said = model.encode(params, call, state=state, factor_BTM=own)
+        encoded = said.aux
     x_BLM = model.embed(params, tokens_BL) * factor(tokens_BL, key)
     aux = model.run_embedded(params, x_BLM, call, state=state).aux
     return choices_of({**encoded, **aux})

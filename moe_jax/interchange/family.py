@@ -62,7 +62,8 @@ class Family:
       settings: the config.json of a model, without the class; what it cannot say is left out.
       rules: of a model's tensors. Of several for one parameter the first is written, and the first
         whose tensors are there is read.
-      copies: of a model: tensors that repeat another, which is named beside them.
+      copies: of a model: tensors that repeat another, which is named beside them; written too.
+      repeats: of a model: tensors that may repeat another in a file; they are not written.
       ignored: regular expressions of tensors that hold nothing of the model, such as buffers.
       opened: what stands between the files and the rules, such as a dequantisation.
     """
@@ -73,6 +74,7 @@ class Family:
     settings: Callable[[LanguageModel], dict[str, Any]]
     rules: Callable[[LanguageModel], Iterable[Rule]]
     copies: Callable[[LanguageModel], Mapping[str, str]] = lambda model: {}
+    repeats: Callable[[LanguageModel], Mapping[str, str]] = lambda model: {}
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     opened: Callable[[TensorFiles], Files] = lambda files: files
 
@@ -177,7 +179,8 @@ class Reader:
          "encoder_sparse_step", "decoder_sparse_step", "router_ignore_padding_tokens",
          "is_decoder", "add_cross_attention", "decoder_start_token_id", "task_specific_params",
          "is_gated_act", "scale_decoder_outputs", "n_positions", "output_past",
-         "output_attentions", "output_hidden_states", "return_dict"]
+         "output_attentions", "output_hidden_states", "return_dict", "tie_encoder_decoder",
+         "router_type", "batch_prioritized_routing", "num_selected_experts"]
     )  # fmt: skip
 
     def __init__(self, settings: Settings, tensors: Container[str] | None = None):

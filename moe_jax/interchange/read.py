@@ -108,7 +108,8 @@ def read_parameters(
     leaves = leaves_of(model)
     rules = tuple(family.rules(model))
     sources = find_sources(files, rules, leaves)
-    copies = {**tied_heads(model, rules, sources), **family.copies(model)}
+    tied = tied_heads(model, rules, sources)
+    copies = {**tied, **family.copies(model), **family.repeats(model)}
     check_unknown(files, family, sources, leaves, copies)
     check_copies(files, copies)
     structure = jax.tree.structure(all_specs(model))

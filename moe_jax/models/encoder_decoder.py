@@ -12,6 +12,7 @@ from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.output import Encoded
 from moe_jax.models.stack import StackLayout
 from moe_jax.part import Aux, Call, Part
 
@@ -93,7 +94,7 @@ class EncoderDecoder(LanguageModel):
         *,
         factor_BTM: jax.Array | float = 1.0,
         **trees: Any,
-    ) -> tuple[Call, dict[str, Aux]]:
+    ) -> tuple[Call, Encoded]:
         """Runs the encoder, except if the call has a memory.
 
         Args:
@@ -103,13 +104,13 @@ class EncoderDecoder(LanguageModel):
           trees: `state` and `replay` of `Stack.apply`.
 
         Returns:
-          The call with its memory, and the `Aux` of the encoder's parts.
+          The call with its memory, and what the encoder said.
 
         Raises:
           ValueError: the call has no text for the encoder.
         """
         if call.memory is not None:
-            return call, {}
+            return call, Encoded()
         text = call.encoder
         require(
             text is not None,
@@ -134,9 +135,8 @@ class EncoderDecoder(LanguageModel):
         segments_BT = text.segments_BT
         if segments_BT is None:
             segments_BT = jnp.ones(text.tokens_BT.shape, jnp.int32)
-        return dataclasses.replace(
-            call, memory=memory_BTM, memory_segments_BT=segments_BT
-        ), output.aux
+        call = dataclasses.replace(call, memory=memory_BTM, memory_segments_BT=segments_BT)
+        return call, Encoded(output.aux, output.residual_XBLM)
 
     def loss(
         self,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +16,12 @@ from moe_jax.models.checks import check_names, check_replay, check_stack
 from moe_jax.models.layer import PLACEMENTS, Layer, dropout
 from moe_jax.models.layout import SEGMENTS, StackLayout
 from moe_jax.models.multi_token import NAME, Modules, MultiToken, joined, separated
+from moe_jax.models.output import Encoded, ModelOutput, of_both
 from moe_jax.models.stack import REMAT, Stack, StackOutput
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, dense, normal_init, rows, zeros
 from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
-
-
-class ModelOutput(NamedTuple):
-    """The output of a model.
-
-    Attributes:
-      logits_BLV: float32, unnormalised log-probabilities of the next token.
-      aux: the `Aux` of its parts, by part, each with a leading dim of layers.
-      cache: the new caches by position; empty without a cache.
-      residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
-      later_BLV: logits of the multi-token modules on request: of module k for the token k + 1
-        ahead, float32 [B, L, V].
-    """
-
-    logits_BLV: jax.Array
-    aux: dict[str, Aux]
-    cache: Any = None
-    residual_XBLM: jax.Array | None = None
-    later_BLV: tuple[jax.Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,9 +278,12 @@ class LanguageModel(Settings):
         trees = {"state": state, "replay": replay, "cache": cache}
         output = self.through("stack", params, x_BLM, call, **trees)
         hidden_BLM = self.norm.apply(params["final_norm"], output.x_BLM)
-        aux = of_both(encoded, output.aux)
         found = ModelOutput(
-            self.logits(params, hidden_BLM), aux, output.cache, output.residual_XBLM
+            self.logits(params, hidden_BLM),
+            of_both(encoded.aux, output.aux),
+            output.cache,
+            output.residual_XBLM,
+            encoder_residual_XBTM=encoded.residual_XBTM,
         )
         if not multi_token:
             return found
@@ -308,10 +293,10 @@ class LanguageModel(Settings):
         later_BLV = tuple(self.logits(params, one_BLM) for one_BLM in later)
         return found._replace(aux=found.aux | joined(more), later_BLV=later_BLV)
 
-    def encode(self, params: Any, call: Call, **trees: Any) -> tuple[Call, dict[str, Aux]]:
+    def encode(self, params: Any, call: Call, **trees: Any) -> tuple[Call, Encoded]:
         """What runs before the decoder: nothing, in a model without an encoder."""
         del params, trees
-        return call, {}
+        return call, Encoded()
 
     def through(
         self, name: str, params: Any, x_BLM: jax.Array, call: Call, **trees: Any
@@ -393,13 +378,3 @@ class LanguageModel(Settings):
             for name, own in aux.items()
             for metric, value in parts[name].metrics(own).items()
         }
-
-
-def of_both(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
-    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
-    both = {
-        name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
-        for name in encoder
-        if name in decoder
-    }
-    return {**encoder, **decoder, **both}

@@ -23,11 +23,13 @@ class Recorded(NamedTuple):
 
     Attributes:
       residual_XBLM: the residual stream after every layer, before the final norm.
+      encoder_residual_XBTM: that of the encoder, before its norm; None without one.
       router_logits: by part, [X, B, L, E], X the layers of the part.
       choices: by part, [X, B, L, K].
     """
 
     residual_XBLM: jax.Array | None
+    encoder_residual_XBTM: jax.Array | None
     router_logits: dict[str, jax.Array]
     choices: dict[str, Choices]
 
@@ -92,6 +94,7 @@ class Network(nn.Module):
         routed = {name: own for name, own in output.aux.items() if own.choices is not None}
         return output.logits_BLV, Recorded(
             residual_XBLM=output.residual_XBLM,
+            encoder_residual_XBTM=output.encoder_residual_XBTM,
             router_logits={name: own.logits_BLE for name, own in routed.items()},
             choices={name: own.choices for name, own in routed.items()},
         )

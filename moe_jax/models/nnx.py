@@ -5,7 +5,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe_jax.models.model import LanguageModel, ModelOutput
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.output import ModelOutput
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.parameters import init_parameters

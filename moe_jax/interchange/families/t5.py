@@ -4,6 +4,7 @@ Source: Raffel et al. 2020, arXiv:1910.10683; Fedus et al. 2021, arXiv:2101.0396
 and `modeling_switch_transformers.py` of transformers.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,18 +19,26 @@ from moe_jax.layers.relative_positions import RelativePositions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
-from moe_jax.moe.activations import GeGLUTanh, Gelu, Silu
+from moe_jax.moe.activations import GeGLUTanh, Gelu, GeluTanh, Silu, SwiGLU
 from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import Activation, Relu
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
 from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.token_choice import TokenChoice
 
-# "feed_forward_proj" of T5.
-ACTIVATIONS: dict[str, type[Activation]] = {
-    "relu": Relu, "gelu": Gelu, "silu": Silu, "gated-gelu": GeGLUTanh,
+# "dense_act_fn" of Switch, and "feed_forward_proj" of T5, where "gated-gelu" is by the tanh. Of
+# several names the first is written.
+PLAIN: dict[str, type[Activation]] = {
+    "relu": Relu, "gelu": Gelu, "gelu_new": GeluTanh, "silu": Silu, "swish": Silu,
 }  # fmt: skip
+GATED: dict[str, type[Activation]] = {
+    "gated-gelu": GeGLUTanh, "gated-gelu_new": GeGLUTanh, "gated-silu": SwiGLU,
+    "gated-swish": SwiGLU,
+}  # fmt: skip
+# Tables of older files that no layer reads, and the embedding beside those of both stacks.
+IGNORED = (r".*\.EncDecAttention\.relative_attention_bias\.weight", r"shared\.weight")
 CAPACITY = 64  # slots of an expert, where a config of Switch says nothing
 
 
@@ -63,6 +72,7 @@ def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
         Rule(f"{network}wi.weight", f"{prefix}mlp/wi", LINEAR),
         Rule(f"{network}wo.weight", f"{prefix}mlp/wo", LINEAR),
         Rule(f"{sparse}router.classifier.weight", f"{prefix}{moe}/router/weight", LINEAR),
+        Rule(f"{sparse}router.classifier.bias", f"{prefix}{moe}/router/bias"),
         Rule(f"{sparse}experts.expert_{{expert}}.wi.weight", f"{prefix}{moe}/experts/wi", LINEAR),
         Rule(f"{sparse}experts.expert_{{expert}}.wo.weight", f"{prefix}{moe}/experts/wo", LINEAR),
         Rule(
@@ -79,8 +89,15 @@ def gated_stack_rules(side: str, prefix: str) -> tuple[Rule, ...]:
     return tuple(Rule(f"{network}{a}.weight", f"{prefix}mlp/{b}", LINEAR) for a, b in names)
 
 
-OUTSIDE = (
+SHARED = Rule("shared.weight", "embedding")
+# Of a Switch whose head is not tied, transformers 5 ties no embedding either.
+UNTIED = (
+    Rule("decoder.embed_tokens.weight", "embedding"),
     Rule("shared.weight", "embedding"),
+    Rule("encoder.embed_tokens.weight", "encoder_embedding"),
+    Rule("shared.weight", "encoder_embedding"),
+)
+OUTSIDE = (
     Rule("encoder.final_layer_norm.weight", "encoder_norm/scale"),
     Rule("decoder.final_layer_norm.weight", "final_norm/scale"),
     Rule("lm_head.weight", "head", LINEAR),
@@ -89,8 +106,9 @@ OUTSIDE = (
 
 def rules(model: LanguageModel) -> tuple[Rule, ...]:
     """The tensors of a model."""
+    assert isinstance(model, EncoderDecoder)
     parts: Mapping[str, Any] = model.part
-    ffn = "mlp" if "moe" in parts else "DenseReluDense"
+    ffn = "mlp" if {"moe", "encoder_moe"} & set(parts) else "DenseReluDense"
     gated = "mlp" in parts and parts["mlp"].activation.gated
     own = (
         (*gated_stack_rules("encoder", "encoder/"), *gated_stack_rules("decoder", ""))
@@ -98,6 +116,7 @@ def rules(model: LanguageModel) -> tuple[Rule, ...]:
         else ()
     )
     return (
+        *((SHARED,) if model.share_embeddings else UNTIED),
         *OUTSIDE,
         *own,
         *stack_rules("encoder", "encoder/", ffn, "encoder_moe"),
@@ -105,26 +124,37 @@ def rules(model: LanguageModel) -> tuple[Rule, ...]:
     )
 
 
-def copies(model: LanguageModel) -> dict[str, str]:
-    """Both stacks' embeddings, and a tied head."""
+def repeats(model: LanguageModel) -> dict[str, str]:
+    """The embeddings of both stacks and a tied head, which older files repeat."""
+    assert isinstance(model, EncoderDecoder)
+    if not model.share_embeddings:
+        return {}
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
     names += ["lm_head.weight"] if model.tie_embeddings else []
     return dict.fromkeys(names, "shared.weight")
 
 
+def is_sparse(layer: int, step: int) -> bool:
+    """Whether every `step`-th layer, this one among them, is sparse; with a step of 0 none is."""
+    return step == 1 or (step > 1 and layer % step == 1)
+
+
 def read_model(
-    config: Reader, activation: Activation, experts: MoE | None, steps: tuple[int, int]
+    config: Reader,
+    depths: tuple[int, int],
+    activation: Activation,
+    experts: MoE | None = None,
+    steps: tuple[int, int] = (0, 0),
 ) -> LanguageModel:
-    """The model of a config.json.
+    """The model of a config.json, with separate embeddings unless the head is tied.
 
     Args:
       config: of either family.
+      depths: layers of the encoder and of the decoder.
       activation: of its FFNs.
       experts: the sparse FFN, if there is any.
-      steps: of which layers of the encoder and of the decoder the second one is sparse.
+      steps: of how many layers of either the second one is sparse.
     """
-    depth = config.get("num_layers", 12 if experts else 6)
-    depths = (depth, config.get("num_decoder_layers", 12 if experts else depth))
     heads = {
         "num_heads": config.get("num_heads", 12 if experts else 8),
         "head_dim": config.get("d_kv", 64),
@@ -132,12 +162,8 @@ def read_model(
     }
     width = config.get("d_model", 768 if experts else 512)
     tied = config.get("tie_word_embeddings", True)
-    # Version 1.1 says tie_word_embeddings=False; transformers 5 writes this in its place.
-    scaled = config.get("scale_decoder_outputs", tied)
-    if tied and not scaled and config.tensors is not None:
-        tied = "lm_head.weight" not in config.tensors
     ffns = [
-        [moe if experts and (step == 1 or i % step == 1) else "mlp" for i in range(count)]
+        [moe if is_sparse(i, step) else "mlp" for i in range(count)]
         for moe, step, count in zip(("encoder_moe", "moe"), steps, depths, strict=True)
     ]
     layers = (
@@ -166,8 +192,9 @@ def read_model(
         stack=StackLayout.of(layers[1], shared=shared),
         norm=RMSNorm(config.get("layer_norm_epsilon", 1e-6)),
         tie_embeddings=tied,
+        share_embeddings=tied,
         embedding_multiplier=1.0,
-        logits_multiplier=width**-0.5 if scaled else 1.0,
+        logits_multiplier=width**-0.5 if tied else 1.0,
     )
 
 
@@ -185,53 +212,69 @@ def settings_of(model: LanguageModel) -> dict[str, Any]:
         "relative_attention_num_buckets": position.num_buckets,
         "relative_attention_max_distance": position.max_distance,
         "layer_norm_epsilon": model.norm.epsilon,
-        "tie_word_embeddings": model.tie_embeddings,
         "is_encoder_decoder": True,
     }
 
 
 def t5_model(config: Reader) -> LanguageModel:
-    """The T5 of a config.json."""
+    """The T5 of a config.json.
+
+    A head that is not scaled (version 1.1) is tied if the files have none. Without knowing them, it
+    is tied if the settings have "scale_decoder_outputs", which transformers 5 writes.
+    """
     name = config.get("feed_forward_proj", "relu")
     config.get("dense_act_fn")  # follows from it
+    known = PLAIN | GATED
     require(
-        name in ACTIVATIONS,
-        f"feed_forward_proj is one of {list(ACTIVATIONS)}",
+        name in known,
+        f"feed_forward_proj is one of {list(known)}",
         f"feed_forward_proj={name!r}",
         "Add its activation",
     )
-    return read_model(config, ACTIVATIONS[name](), None, (1, 1))
+    depth = config.get("num_layers", 6)
+    depths = (depth, config.get("num_decoder_layers", depth))
+    model = read_model(config, depths, known[name]())
+    scaled = config.get("scale_decoder_outputs", model.tie_embeddings)
+    tied = scaled or "scale_decoder_outputs" in config.settings
+    if not scaled and config.tensors is not None:
+        tied = "lm_head.weight" not in config.tensors
+    changes: dict[str, Any] = {"share_embeddings": True, "tie_embeddings": tied}
+    multiplier = model.model_dim**-0.5 if scaled else 1.0
+    return dataclasses.replace(model, logits_multiplier=multiplier, **changes)
 
 
 def t5_settings(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of a T5."""
+    """The config.json of a T5. To transformers, `tie_word_embeddings` is the scale of the head."""
     mlp: Any = model.part["mlp"]
-    tied_unscaled = model.tie_embeddings and model.logits_multiplier == 1
-    names = {kind: name for name, kind in ACTIVATIONS.items()}
+    scaled = model.logits_multiplier != 1
     return {
         **settings_of(model),
         "d_ff": mlp.dim,
-        "feed_forward_proj": names[type(mlp.activation)],
-        **({"scale_decoder_outputs": False} if tied_unscaled else {}),
+        "feed_forward_proj": name_of(mlp.activation, PLAIN | GATED),
+        "tie_word_embeddings": scaled,
+        **({"scale_decoder_outputs": False} if model.tie_embeddings and not scaled else {}),
     }
+
+
+def name_of(activation: Activation, known: Mapping[str, type[Activation]]) -> str:
+    """The first name of an activation."""
+    return next(name for name, kind in known.items() if type(activation) is kind)
 
 
 def switch_model(config: Reader) -> LanguageModel:
     """The Switch Transformer of a config.json."""
-    config.require("dense_act_fn", "relu")
-    config.require("router_bias", False)
+    config.require("dense_act_fn", *PLAIN)
     config.require("router_dtype", "float32")
     depth = config.get("num_layers", 12)
-    depths = (depth, config.get("num_decoder_layers", 12))
-    sparse = (
-        config.get("num_sparse_encoder_layers", 3),
-        config.get("num_sparse_decoder_layers", 3),
-    )
+    depths = (depth, config.or_absent("num_decoder_layers", 12) or depth)
+    sparse = [config.get(f"num_sparse_{side}_layers", 3) for side in ("encoder", "decoder")]
+    activation = PLAIN[config.get("dense_act_fn", "relu")]()
     moe = MoE(
         num_experts=config.get("num_experts", 8),
         num_selected_experts=1,
         expert_dim=config.get("d_ff", 2048),
-        router=TokenChoice(),
+        activation=activation,
+        router=TokenChoice(projection=Linear(use_bias=config.get("router_bias", False))),
         losses=(
             HuggingFaceSwitchLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),
             RouterZ(weight=config.get("router_z_loss_coef", 0.001)),
@@ -239,29 +282,39 @@ def switch_model(config: Reader) -> LanguageModel:
         capacity=Capacity(slots=config.get("expert_capacity", CAPACITY)),
     )
     steps = [count // own if own else count for count, own in zip(depths, sparse, strict=True)]
-    return read_model(config, Relu(), moe, (steps[0], steps[1]))
+    return read_model(config, depths, activation, moe, (steps[0], steps[1]))
 
 
 def switch_settings(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a Switch Transformer."""
-    moe: Any = model.part["moe"]
-    sparse = (
-        sum("encoder_moe" in layer for layer in model.layouts["encoder"].layers),
-        sum("moe" in layer for layer in model.stack.layers),
-    )
+    parts: Mapping[str, Any] = model.part
+    moe = parts["moe"] if "moe" in parts else parts["encoder_moe"]
     return {
         **settings_of(model),
         "d_ff": moe.expert_dim,
         "num_experts": moe.num_experts,
         "expert_capacity": moe.capacity.slots or CAPACITY,
-        "num_sparse_encoder_layers": sparse[0],
-        "num_sparse_decoder_layers": sparse[1],
-        "dense_act_fn": "relu",
+        "num_sparse_encoder_layers": num_sparse(model.layouts["encoder"], "encoder_moe"),
+        "num_sparse_decoder_layers": num_sparse(model.stack, "moe"),
+        "dense_act_fn": name_of(moe.activation, PLAIN),
+        "router_bias": moe.router.projection.use_bias,
+        "tie_word_embeddings": model.tie_embeddings,
     }
 
 
-T5 = Family("t5", "T5ForConditionalGeneration", t5_model, t5_settings, rules, copies)
+def num_sparse(stack: StackLayout, moe: str) -> int:
+    """What a config.json says of the sparse layers: for none of them, more than there are layers.
+
+    To transformers, 0 of them is one, the second layer.
+    """
+    return sum(moe in layer for layer in stack.layers) or stack.num_layers + 1
+
+
+T5 = Family(
+    "t5", "T5ForConditionalGeneration", t5_model, t5_settings, rules,
+    repeats=repeats, ignored=IGNORED,
+)  # fmt: skip
 SWITCH = Family(
     "switch_transformers", "SwitchTransformersForConditionalGeneration",
-    switch_model, switch_settings, rules, copies,
+    switch_model, switch_settings, rules, repeats=repeats, ignored=IGNORED,
 )  # fmt: skip

@@ -1,0 +1,52 @@
+"""What a model returns: logits, and what its parts and layers said (legend: `moe_jax.moe`)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.part import Aux
+
+
+class Encoded(NamedTuple):
+    """What an encoder says beside its output.
+
+    Attributes:
+      aux: the `Aux` of its parts, by part, each with a leading dim of layers.
+      residual_XBTM: the residual stream after every layer, if `Call.record`; else None.
+    """
+
+    aux: Mapping[str, Aux] = {}
+    residual_XBTM: jax.Array | None = None
+
+
+class ModelOutput(NamedTuple):
+    """The output of a model.
+
+    Attributes:
+      logits_BLV: float32, unnormalised log-probabilities of the next token.
+      aux: the `Aux` of its parts, by part, each with a leading dim of layers.
+      cache: the new caches by position; empty without a cache.
+      residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
+      later_BLV: logits of the multi-token modules on request: of module k for the token k + 1
+        ahead, float32 [B, L, V].
+      encoder_residual_XBTM: that of the encoder, if it ran and `Call.record`; else None.
+    """
+
+    logits_BLV: jax.Array
+    aux: dict[str, Aux]
+    cache: Any = None
+    residual_XBLM: jax.Array | None = None
+    later_BLV: tuple[jax.Array, ...] = ()
+    encoder_residual_XBTM: jax.Array | None = None
+
+
+def of_both(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
+    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
+    both = {
+        name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
+        for name in encoder
+        if name in decoder
+    }
+    return {**encoder, **decoder, **both}
