@@ -69,6 +69,14 @@ def test_a_line_that_a_kill_cut_off_is_no_line(record):
     assert states(record) == {"whole": "measured", "next": "measured"}
 
 
+def test_a_row_in_which_the_whole_run_was_killed_is_measured_again(record):
+    record.add("layers", "row", "started", limit=10.0)
+    Supervisor(record, 1, dry=True, say=print)
+    assert states(record) == {"row": "skipped"}
+    measure("layers", [Row("row", 1, lambda: {"ms": 1.0})], record, until=time.time() + 60)
+    assert states(record) == {"row": "measured"}
+
+
 GROUP = Group("layers", 0.5, "A layer")
 CHILD = """
 import os, pathlib, signal, sys, time
@@ -335,7 +343,7 @@ def test_the_page_says_what_was_left_out_and_why():
     text = page.make_page([card])
     assert "Never run" not in text
     assert "| NVIDIA H100 80GB HBM3 | 0.11.2 | abc1234 |" in text
-    assert "| mixtral_E8/even/ragged triton | 10 | 9.9 to 10.4 | 500 | 63% | 17 |" in text
+    assert "| mixtral_E8/even/ragged triton | 10 | 9.9 to 10.4 | 500 | 63% | 17 |  |" in text
     assert "- dsv3_E32/even/ragged triton: failed, stopped after 74 s" in text
 
 

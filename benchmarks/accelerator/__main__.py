@@ -12,6 +12,7 @@ CPU: it shows that the run works, and says nothing of speed.
 
 import argparse
 import pathlib
+import signal
 import sys
 
 from benchmarks.accelerator import page
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     if given.retry:
         record.forget_failed()
     groups = [group for group in GROUPS if given.only is None or group.name in given.only]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its process ends with it
     run = Supervisor(record, given.minutes, given.dry, lambda text: print(text, flush=True))
     try:
         run.run(tuple(groups))

@@ -164,10 +164,11 @@ def measured(own: dict[str, Line]) -> dict[str, Line]:
 
 def of_speed(own: dict[str, Line]) -> str:
     """Time, rate and memory of every row."""
-    head = ("row", "ms", "range", "TFLOP/s", "of the matmul rate", "temporary MB")
+    head = ("row", "ms", "range", "TFLOP/s", "of the matmul rate", "temporary MB", "error")
     lines = [
         (name, line["ms"], f"{line['ms_low']:.3g} to {line['ms_high']:.3g}", line["tflops"],
-         percent(line["share"]), line.get("temporary_mb", line.get("program_mb")))
+         percent(line["share"]), line.get("temporary_mb", line.get("program_mb")),
+         line.get("error"))
         for name, line in measured(own).items()
     ]  # fmt: skip
     return table(head, lines)

@@ -46,7 +46,7 @@ from moe_jax.training.step import make_train_step
 
 STEPS = 20
 BATCHES = 4  # that are taken in turn
-USED = 0.85  # of the memory, at most, by the estimate
+USED = 0.75  # of the memory, at most, by the estimate, which compilers exceed by a fifth
 TRIES = 3  # configurations that are compiled before a row gives up
 ENOUGH = 16_384  # tokens of a step
 REMAT = ("none", "dots", "full")

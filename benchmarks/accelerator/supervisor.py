@@ -65,6 +65,9 @@ class Supervisor:
         self.seconds, self.end = minutes * 60, time.time() + minutes * 60
         record.path.parent.mkdir(parents=True, exist_ok=True)
         self.log = record.path.with_suffix(".log")
+        running = record.running()
+        if running is not None:  # when an earlier run was killed
+            record.add(running["group"], running["row"], SKIPPED, reason="the run was killed")
         self.said = len(record.lines())
 
     def run(self, groups: tuple[Group, ...] = GROUPS) -> None:
