@@ -66,28 +66,35 @@ def rows(dry: bool) -> list[Row]:
                     continue
                 run = functools.partial(measure, shape, routing, form, dry)
                 found.append(Row(f"{name}/{routing}/{form}", 14, run))
+    name, shape = next(iter(shapes.items()))
+    for form in forms:
+        run = functools.partial(measure, shape, "even", form, dry, backward=False)
+        found.append(Row(f"{name}, forward/even/{form}", 10, run))
     return sorted(found, key=lambda row: row.name.endswith(LEAST))
 
 
-def measure(shape: Shape, routing: str, form: str, dry: bool) -> dict[str, Any]:
+def measure(
+    shape: Shape, routing: str, form: str, dry: bool, backward: bool = True
+) -> dict[str, Any]:
     """Times one form in turn with the matmul."""
     made = make(shape, routing, form)
     dy = jax.random.normal(jax.random.key(9), made.x.shape, made.x.dtype)
 
     def forward_backward(x: jax.Array, weights: Any, sizes_E: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda x, weights: made.function(x, weights, sizes_E), x, weights)
-        return y, vjp(dy)
+        return (y, vjp(dy)) if backward else y
 
     program = compiled(forward_backward, made.x, made.weights, made.sizes_E, dy)
-    flops = shape.flops(made.rows)
+    flops = shape.flops(made.rows) / (1 if backward else 3)
     found = rate_against(program.timed, flops, *bar(dry), dry)
     out = program.timed.wait(program.timed.call())
+    checks = backward and form.startswith("ragged")
     return {
         **found,
         **program.facts,
         "rows": made.rows,
         "kernels": kernels_in(program.text),
-        **(checked(made, dy, out) if form.startswith("ragged") else {}),
+        **(checked(made, dy, out) if checks else {}),
     }
 
 

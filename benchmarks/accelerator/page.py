@@ -137,6 +137,11 @@ def machine(rows: Rows) -> str:
         ("versions", f"Python {device['python']}, {versions}"),
         ("published bfloat16 rate", f"{device['peak_tflops'] or 'not known'} TFLOP/s"),
     ]
+    kernels = rows.get(("facts", "kernels"), {})
+    for what in ("grouped", "attention"):
+        unfit = kernels.get(what, {})
+        lines += [(f"{what}: {name}", why or "can run") for name, why in unfit.items() if name]
+    lines += [(f"run_experts={way!r}", plan) for way, plan in kernels.get("plans", {}).items()]
     for (group, name), line in rows.items():
         end = " at the end" if group == "facts_again" else ""
         if group.startswith("facts") and line["state"] == MEASURED:
