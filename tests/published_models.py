@@ -1,4 +1,20 @@
-"""The models of the field as published: how many parameters, and what their config.json says."""
+"""The models of the field as published: how many parameters, and what their config.json says.
+
+Settings were compared with copies of the files in public repositories:
+
+- Mixtral 8x7B and 8x22B, gpt-oss 20b and 120b, DeepSeek-V2-Lite and V3: `hf_model_configs.py` of
+  AI-Hypercomputer/maxtext, which quotes each from its page on huggingface.co. It has Qwen3-30B-A3B
+  and 235B-A22B of July 2025 too, whose sizes are these; context and theta were smaller before.
+- Grok-1: `create_config_from_xai` of TensorRT-LLM. Jamba: the file of Jamba-1.5-Mini, of equal
+  sizes. Qwen1.5-MoE, DBRX: copies in tests of other systems.
+- DeepSeek-V2: a copy with mscale=1.0, of a later release; issue 7118 of ggml-org/llama.cpp quotes
+  0.707 from the first one, which is the 0.0707 of the paper, sec. 3.1.4.
+- Llama 4 Scout: a copy of the base model, which has other rotary scaling and less context than
+  the instruct model here. Phi-3.5-MoE: the scales and the first eight factors.
+- Switch: flaxformer's t5x/configs/moe, as transformers' own conversion translates it; T5 by its
+  defaults.
+- Not found: OLMoE, Granite 3.1, Llama 4 Maverick, and the context of the first Qwen3.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -189,6 +205,27 @@ DBRX = {
     "n_heads": 48, "n_layers": 40, "tie_word_embeddings": False, "vocab_size": 100352,
 }  # fmt: skip
 
+SWITCH = {
+    "model_type": "switch_transformers", "d_ff": 3072, "d_kv": 64, "d_model": 768,
+    "dense_act_fn": "relu", "expert_capacity": 64, "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06, "num_decoder_layers": 12, "num_experts": 8, "num_heads": 12,
+    "num_layers": 12, "num_selected_experts": 1, "num_sparse_decoder_layers": 6,
+    "num_sparse_encoder_layers": 6, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32, "router_aux_loss_coef": 0.001, "router_bias": False,
+    "router_dtype": "float32", "router_z_loss_coef": 0.001, "tie_word_embeddings": True,
+    "vocab_size": 32128,
+}  # fmt: skip
+SWITCH_LARGE = {
+    **SWITCH, "d_ff": 4096, "d_model": 1024, "num_decoder_layers": 24, "num_experts": 128,
+    "num_heads": 16, "num_layers": 24, "num_sparse_decoder_layers": 12,
+    "num_sparse_encoder_layers": 12,
+}  # fmt: skip
+T5_BASE = {
+    "model_type": "t5", "d_ff": 3072, "d_kv": 64, "d_model": 768, "is_encoder_decoder": True,
+    "layer_norm_epsilon": 1e-06, "n_positions": 512, "num_heads": 12, "num_layers": 12,
+    "relative_attention_num_buckets": 32, "vocab_size": 32128,
+}  # fmt: skip
+
 # By config file and preset.
 MODELS = {
     "granite_moe": Published(1_334_628_352, (428_658_688, 428_658_688, 378_323_968), GRANITE),
@@ -234,14 +271,26 @@ MODELS = {
     "mixtral:8x22b": Published(
         140_630_071_296, (39_161_468_928, 38_960_142_336, 38_758_815_744), MIXTRAL_8X22B
     ),
-    "switch_base": Published(619_339_008, (222_977_280, 222_977_280, 198_302_976)),
-    "switch_base:e16": Published(1_072_397_568, (223_051_008, 223_051_008, 198_376_704)),
-    "switch_base:e32": Published(1_978_514_688, (223_198_464, 223_198_464, 198_524_160)),
-    "switch_base:e64": Published(3_790_748_928, (223_493_376, 223_493_376, 198_819_072)),
-    "switch_base:e128": Published(7_415_217_408, (224_083_200, 224_083_200, 199_408_896)),
-    "switch_base:e256": Published(14_664_154_368, (225_262_848, 225_262_848, 200_588_544)),
-    "switch_base:dense": Published(222_903_552, (222_903_552, 222_903_552, 198_229_248)),
-    "switch_large": Published(26_309_291_008, (740_813_824, 740_813_824, 707_914_752)),
+    "switch_base": Published(619_339_008, (222_977_280, 222_977_280, 198_302_976), SWITCH),
+    "switch_base:e16": Published(
+        1_072_397_568, (223_051_008, 223_051_008, 198_376_704), {**SWITCH, "num_experts": 16}
+    ),
+    "switch_base:e32": Published(
+        1_978_514_688, (223_198_464, 223_198_464, 198_524_160), {**SWITCH, "num_experts": 32}
+    ),
+    "switch_base:e64": Published(
+        3_790_748_928, (223_493_376, 223_493_376, 198_819_072), {**SWITCH, "num_experts": 64}
+    ),
+    "switch_base:e128": Published(
+        7_415_217_408, (224_083_200, 224_083_200, 199_408_896), {**SWITCH, "num_experts": 128}
+    ),
+    "switch_base:e256": Published(
+        14_664_154_368, (225_262_848, 225_262_848, 200_588_544), {**SWITCH, "num_experts": 256}
+    ),
+    "switch_base:dense": Published(222_903_552, (222_903_552, 222_903_552, 198_229_248), T5_BASE),
+    "switch_large": Published(
+        26_309_291_008, (740_813_824, 740_813_824, 707_914_752), SWITCH_LARGE
+    ),
     "switch_large:dense": Published(737_668_096, (737_668_096, 737_668_096, 704_769_024)),
     "switch_xxl": Published(394_675_073_024, (11_147_915_264, 11_016_318_976, 10_884_722_688)),
     "switch_xxl:dense": Published(11_135_332_352, (11_135_332_352, 11_003_736_064, 10_872_139_776)),
