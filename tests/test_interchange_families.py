@@ -29,6 +29,11 @@ NAMES = [
 ]
 
 
+def slow(*names):
+    """These as parameters of slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
     """Products in float32 as transformers has them."""
@@ -212,6 +217,28 @@ def test_transformers_loads_what_is_written(name, models, tmp_path):
     assert torch.equal(old, new)
     settings = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert settings["model_type"] == CASES[name].settings["model_type"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow("mixtral", "qwen3_moe", "olmoe_renormalized", "granitemoe", "gpt_oss", "deepseek_v3",
+         "dbrx"),
+)  # fmt: skip
+def test_one_renormalized_expert_has_a_gate_of_1(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    case = CASES[name]
+    settings = {"num_experts_per_tok": 1}
+    if name == "dbrx":
+        settings = {"ffn_config": {**case.settings["ffn_config"], "moe_top_k": 1}}
+    case = dataclasses.replace(case, settings={**case.settings, **settings})
+    path = write_model(tmp_path / "hf", case)
+    config, params = moe_jax.from_hf(path)
+    logits = logits_of(config, params, case.tokens())
+    with torch.no_grad():
+        theirs = run_in_torch(load_in_torch(path), case).logits.numpy()
+    np.testing.assert_allclose(logits, theirs, **LOGITS)
+    moe_jax.to_hf(config, params, tmp_path / "again")
+    assert moe_jax.from_hf(tmp_path / "again")[0].model == config.model
 
 
 def test_the_text_model_of_a_multimodal_llama4_is_read(models, tmp_path):

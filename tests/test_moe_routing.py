@@ -599,6 +599,12 @@ def test_one_renormalized_choice_is_refused(score):
         MoE(num_selected_experts=1, router=router)
 
 
+def test_one_renormalized_choice_has_a_gate_of_1_where_that_is_allowed():
+    router = TokenChoice(renormalize=True, allow_constant_gate=True)
+    MoE(num_selected_experts=1, router=router)
+    assert np.all(route_logits(LOGITS, 1, router).gate_GSK == 1)
+
+
 def test_the_refused_gates_would_be_constant():
     for options in ({"renormalize": True}, {"score": SoftmaxOverSelected()}):
         grad = jax.grad(

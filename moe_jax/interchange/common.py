@@ -15,9 +15,24 @@ from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import Activation
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.token_choice import TokenChoice
 
 LAYER = "model.layers.{layer}."
 DROPLESS = Capacity(eval_factor=0.0)  # the published models serve every choice when they are used
+
+
+def token_choice(config: Reader, default: int | None = None, **settings: Any) -> TokenChoice:
+    """The router of a config.json; of one expert for each token the gate may be always 1.
+
+    Args:
+      config: of the model.
+      default: `num_experts_per_tok` of a file that has none; None: the file has it.
+      **settings: of the router.
+    """
+    name = "num_experts_per_tok"
+    count = config[name] if default is None else config.get(name, default)
+    return TokenChoice(allow_constant_gate=count == 1, **settings)
+
 
 OUTSIDE = (
     Rule("model.embed_tokens.weight", "embedding"),

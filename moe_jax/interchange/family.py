@@ -47,7 +47,7 @@ OF_TRAINING = (
     "losses", "capacity", "group_size", "noise", "init_scale", "init_stddev", "identical_init",
     "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
     "exchange", "exchange_chunks", "rate", "schedule", "frozen_fraction", "anneal_from",
-    "anneal_steps", "weight", "embedding_stddev",
+    "anneal_steps", "weight", "embedding_stddev", "allow_constant_gate",
 )  # fmt: skip
 
 

@@ -85,12 +85,15 @@ def sparse(config: Reader) -> MoE:
         f"Use one of {list(GATED)}",
     )
     order = own.or_absent("moe_normalize_expert_weights", 1.0)
+    selected = own.get("moe_top_k", 1)
     return MoE(
         num_experts=own.get("moe_num_experts", 4),
-        num_selected_experts=own.get("moe_top_k", 1),
+        num_selected_experts=selected,
         expert_dim=own.get("ffn_hidden_size", 3584),
         activation=gated_activation(Reader({"hidden_act": activation["name"]})),
-        router=TokenChoice(norm_order=None if order is None else float(order)),
+        router=TokenChoice(
+            norm_order=None if order is None else float(order), allow_constant_gate=selected == 1
+        ),
         losses=(HuggingFaceLoadBalance(weight=own.get("moe_loss_weight", 0.01)),),
         capacity=DROPLESS,
     )

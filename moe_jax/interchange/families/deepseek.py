@@ -25,6 +25,7 @@ from moe_jax.interchange.common import (
     gated_rules,
     norm_rules,
     sizes,
+    token_choice,
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.interchange.rope import read_rotary, rope_settings
@@ -165,7 +166,8 @@ def v3(config: Reader) -> LanguageModel:
         "Dequantise the model first",
     )
     config.require("topk_method", "noaux_tc")
-    router = TokenChoice(
+    router = token_choice(
+        config,
         score=Sigmoid(),
         renormalize=config.get("norm_topk_prob", True),
         scaling_factor=config.get("routed_scaling_factor", 2.5),

@@ -21,6 +21,7 @@ from moe_jax.interchange.common import (
     norm_rules,
     read_attention,
     sizes,
+    token_choice,
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.interchange.mxfp4 import Mxfp4Files
@@ -32,7 +33,6 @@ from moe_jax.moe.activations import ClampedSwiGLU
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear, SoftmaxOverSelected
-from moe_jax.moe.routing.token_choice import TokenChoice
 
 # "rope_parameters", if the file has none.
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False,
@@ -90,7 +90,9 @@ def model(config: Reader) -> LanguageModel:
             config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
         ),
         use_bias=True,
-        router=TokenChoice(score=SoftmaxOverSelected(), projection=Linear(use_bias=True)),
+        router=token_choice(
+            config, 4, score=SoftmaxOverSelected(), projection=Linear(use_bias=True)
+        ),
         losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),),
         capacity=DROPLESS,
     )

@@ -24,6 +24,7 @@ from moe_jax.interchange.common import (
     norm_rules,
     read_attention,
     sizes,
+    token_choice,
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.interchange.rules import LINEAR, Rule
@@ -32,7 +33,6 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
-from moe_jax.moe.routing.token_choice import TokenChoice
 
 BLOCK = f"{LAYER}block_sparse_moe."
 GATE_UP = ("moe/experts/wg", "moe/experts/wi")
@@ -64,7 +64,7 @@ def model(config: Reader, shared_expert_dim: int = 0) -> LanguageModel:
         expert_dim=config["intermediate_size"],
         shared_expert_dim=shared_expert_dim,
         activation=gated_activation(config),
-        router=TokenChoice(renormalize=True),
+        router=token_choice(config, 2, renormalize=True),
         losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),),
         capacity=DROPLESS,
     )

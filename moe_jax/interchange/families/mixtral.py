@@ -17,6 +17,7 @@ from moe_jax.interchange.common import (
     norm_rules,
     read_attention,
     sizes,
+    token_choice,
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.layers.norms import RMSNorm
@@ -24,7 +25,6 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
-from moe_jax.moe.routing.token_choice import TokenChoice
 
 RULES = (*OUTSIDE, *norm_rules("moe"), *attention_rules(), *block_sparse_rules())
 
@@ -37,7 +37,7 @@ def model(config: Reader) -> LanguageModel:
         num_selected_experts=config["num_experts_per_tok"],
         expert_dim=config["intermediate_size"],
         activation=gated_activation(config),
-        router=TokenChoice(renormalize=True),
+        router=token_choice(config, renormalize=True),
         losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),),
         capacity=DROPLESS,
     )

@@ -27,6 +27,7 @@ from moe_jax.interchange.common import (
     norm_rules,
     read_attention,
     sizes,
+    token_choice,
 )
 from moe_jax.interchange.family import Family, Reader
 from moe_jax.interchange.rules import LINEAR, Rule
@@ -70,7 +71,7 @@ def sparse(config: Reader, *, expert_dim: str, coefficient: float = 0.001, **oth
         num_selected_experts=config["num_experts_per_tok"],
         expert_dim=config[expert_dim],
         activation=gated_activation(config),
-        router=TokenChoice(renormalize=config.get("norm_topk_prob", False)),
+        router=token_choice(config, renormalize=config.get("norm_topk_prob", False)),
         losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", coefficient)),),
         capacity=DROPLESS,
         **others,

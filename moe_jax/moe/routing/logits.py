@@ -182,16 +182,25 @@ class Sigmoid(Score):
         return jax.nn.sigmoid(logits_GSE)
 
 
-def check_gate(score: Score, renormalize: bool, moe: "MoE") -> None:
-    """Checks that the gate is not always 1, which gives the router no gradient."""
+def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | None = None) -> None:
+    """Checks that the gate is not always 1, which gives the router no gradient.
+
+    Args:
+      score: of the router.
+      renormalize: whether its gates are divided by their norm.
+      moe: the block.
+      allowed: whether the router accepts it all the same; None: it has no such setting.
+    """
     require(
-        moe.num_options == 1
+        bool(allowed)
+        or moe.num_options == 1
         or moe.num_selected_experts > 1
         or not (renormalize or score.over_selected),
         "with num_selected_experts=1 a renormalised gate, or a softmax over the selected logit, "
         "is always 1, and the router gets no gradient from the task",
         f"router.renormalize={renormalize}, router.score={score}",
-        "Set renormalize=False and score='softmax' or 'sigmoid', or use several experts per token",
+        "Set renormalize=False and score='softmax' or 'sigmoid', or use several experts per token"
+        + ("" if allowed is None else ", or set allow_constant_gate=True"),
     )
 
 

@@ -29,7 +29,8 @@ class TokenChoice(LogitRouter):
     takes_free_experts: ClassVar[bool] = True
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
-    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1
+    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1 ...
+    allow_constant_gate: bool = False  # ... but with this: its losses alone train the router then
     norm_order: float | None = setting(None, above=0)  # ... by their L_p norm of this p (DBRX)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
@@ -75,7 +76,8 @@ class TokenChoice(LogitRouter):
 
     def check_block(self, moe: "MoE") -> None:
         """See `Router`."""
-        check_gate(self.score, self.renormalize or self.norm_order is not None, moe)
+        renormalizes = self.renormalize or self.norm_order is not None
+        check_gate(self.score, renormalizes, moe, allowed=self.allow_constant_gate)
         if self.groups is not None:
             self.groups.check_block(moe)
         require(
