@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
-from moe_jax.moe.run_experts import plan_experts
+from moe_jax.moe.run_experts import way_of
+from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.part import Dims
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
     make a token of every choice, to all of which one-hot tensors have entries.
     """
     options, rows = training_options(moe, length), expert_rows(moe, length)
-    way, choices = plan_experts(moe).rows, moe.router.num_choices(options)
+    way, choices = way_of(moe)[0], moe.router.num_choices(options)
     entries = moe.num_experts * options.slots
     copies = choices if moe.gate_on_input else 1
     contractions = 2 * 2 * entries * width
@@ -76,6 +77,9 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
     else:
         traffic += max(choices - rows, 0) * width
     buffers = 2 * entries * copies * by_contraction + copies * width * moe.gate_on_input
+    # Before the exchange sorted rows have a place for every choice, behind it one in the buffer.
+    slots = memory_rows(moe, length)
+    slots = (choices + slots) / 2 if is_sorted(moe) else slots
     return Cost(
         "routing",
         flops=contractions if moe.router.mixes else 0,
@@ -83,7 +87,7 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
         batched=True,
         traffic=Bytes(traffic * itemsize),
         exchanged=rows * width * itemsize,
-        slots=memory_rows(moe, length) * width * itemsize,
+        slots=slots * width * itemsize,
         buffers=buffers * itemsize,
     )
 
@@ -100,7 +104,7 @@ def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
         padding=(rows - used) * cost.flops,
         batched=True,
         saved=Bytes(2 * width, matrices * hidden).times(memory_rows(moe, length) * itemsize),
-        largest=cost.largest.times(rows),
+        largest=cost.largest.times(memory_rows(moe, length)),
         traffic=cost.traffic.times(rows),
         sums=rows * cost.sums,
         inactive=size * (1 - used / moe.num_experts),
@@ -125,15 +129,36 @@ def expert_rows(moe: "MoE", length: int) -> float:
     that are kept: no more than there are slots.
     """
     slots = slots_of_a_token(moe, length)
-    is_sorted = plan_experts(moe).rows == "ragged"
-    return min(slots, mean_experts(moe, length)) if is_sorted else slots
+    return min(slots, mean_experts(moe, length)) if is_sorted(moe) else slots
+
+
+def is_sorted(moe: "MoE") -> bool:
+    """Whether experts compute sorted rows; a router that mixes tokens has slots in any case."""
+    return way_of(moe)[0] == "ragged" and not moe.router.mixes
 
 
 def memory_rows(moe: "MoE", length: int) -> float:
-    """Rows that have a place in memory for a token: of sorted rows, one for every choice."""
-    if plan_experts(moe).rows == "ragged" and not moe.router.mixes:
-        return moe.router.num_choices(training_options(moe, length))
-    return expert_rows(moe, length)
+    """Rows that have a place in memory for a token: of sorted rows, one for every choice.
+
+    On a mesh that splits the experts these are the rows of the buffer for what a device receives.
+    """
+    if not is_sorted(moe):
+        return expert_rows(moe, length)
+    choices, mesh = moe.router.num_choices(training_options(moe, length)), mesh_in_use()
+    shards = num_shards("expert", mesh) if mesh is not None else 1
+    if shards == 1:
+        return choices
+    worst = most_rows(moe, length, shards)
+    return min(worst, moe.buffer_factor * choices) if moe.buffer_factor else worst
+
+
+def most_rows(moe: "MoE", length: int, shards: int) -> float:
+    """`buffer.most_received_rows` for a token, of experts over so many devices."""
+    options, own = training_options(moe, length), moe.num_experts // shards
+    slots = slots_of_a_token(moe, length) / shards  # of a device's own experts
+    choices = moe.router.num_choices(options)
+    # With gates on the input every choice is a token of its own.
+    return shards * min(choices if moe.gate_on_input else min(choices, own), slots)
 
 
 def mean_experts(moe: "MoE", length: int) -> float:

@@ -136,7 +136,7 @@ def layer_activations(work: Workload, layer: Placed) -> float:
     The costs of its parts say what that is; a branch adds its residual and the normed copy.
     """
     return tokens_in(work, layer) * sum(
-        cost.saved.on(work.mesh.tensor) for cost in layer.costs(work.model)
+        cost.saved.on(work.mesh.tensor) for cost in work.costs_of(layer)
     )
 
 
@@ -149,7 +149,7 @@ def working_set(work: Workload, layer: Placed) -> float:
     """
     weights = 2 * work.itemsize * gathered_parameters(work, layer)
     if work.model.remat == "none":
-        largest = (cost.largest.on(work.mesh.tensor) for cost in layer.costs(work.model))
+        largest = (cost.largest.on(work.mesh.tensor) for cost in work.costs_of(layer))
         return weights + tokens_in(work, layer) * max(largest, default=0.0)
     return weights + layer_activations(work, layer)
 
@@ -167,7 +167,7 @@ def dispatch_bytes(work: Workload, layer: Placed) -> float:
     experts are not split), and one-hot tensors.
     """
     copies = 4 if work.mesh.expert_shards > 1 else 2
-    costs = layer.costs(work.model)
+    costs = work.costs_of(layer)
     return tokens_in(work, layer) * sum(copies * cost.slots + cost.buffers for cost in costs)
 
 
@@ -181,6 +181,6 @@ def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
         placed.times * cost.cache.on(work.mesh.tensor)
         for placed in different_parts(work.model, work.lengths)
         if placed.within.name != "encoder"
-        for cost in placed.costs(work.model)
+        for cost in work.costs_of(placed)
     )
     return sequences * length * sum(caches)

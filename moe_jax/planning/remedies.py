@@ -81,7 +81,9 @@ def more_devices(work: Workload, available: float) -> Workload | None:
                 "mesh.expert": mesh.expert * more_experts,
             }
             try:
-                changed = resolve(_with(work.config, grown), times * mesh.num_devices)
+                changed = resolve(
+                    _with(work.config, grown), times * mesh.num_devices, work.platform
+                )
             except ValueError:
                 continue
             needed = estimate_memory(changed).total
@@ -98,7 +100,7 @@ def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:
     before = estimate_memory(work).total
     for changes, costs, keeps_result in _candidates(work.config):
         try:
-            changed = resolve(_with(work.config, changes), work.mesh.num_devices)
+            changed = resolve(_with(work.config, changes), work.mesh.num_devices, work.platform)
         except ValueError:  # the mesh does not split this one evenly
             continue
         after = estimate_memory(changed).total

@@ -22,6 +22,7 @@ from moe_jax.planning.roofline import (
     model_flops,
     roofline,
 )
+from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorted_rows
 from moe_jax.planning.topology import Topology
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import Workload
@@ -137,7 +138,7 @@ def compiled_roofline(compiled: Compiled, work: Workload, topology: Topology) ->
     rows = collective_rows(compiled.program.collectives, work.mesh, topology.devices_per_island)
     return roofline(
         topology,
-        compiled.program.flops,
+        executed_flops(compiled.program, work),
         compiled.program.hbm_bytes,
         sum(row.wire_bytes for row in rows),
         sum(row.crossing_bytes for row in rows),
@@ -214,6 +215,9 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
         "memory_estimate": dataclasses.asdict(plan.memory) | {"total": plan.memory.total},
         "kv_cache_bytes": kv_cache_bytes(work, training.batch_size, work.lengths.decoder),
         "hbm_traffic_estimate": hbm_traffic(work),
+        "sorted_rows": [
+            dataclasses.asdict(rows) | {"computed": rows.computed} for rows in sorted_rows(work)
+        ],
         "collectives_estimate": [
             dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in collectives(work)
         ],
@@ -236,6 +240,8 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
     described |= {
         "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total},
         "flops": program.flops,
+        "grouped_flops": program.grouped_flops,
+        "row_tiles": list(program.row_tiles),
         "hbm_bytes": program.hbm_bytes,
         "collectives": [dataclasses.asdict(row) for row in rows],
         "uncounted": program.uncounted,
@@ -243,7 +249,10 @@ def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[
         "cost_analysis_flops": compiled.cost_analysis_flops,
     }
     if is_step:
-        described["flops_over_arithmetic"] = program.flops / sum(computed_flops(work).values())
+        executed = executed_flops(program, work)
+        described["flops_of_filled_tiles"] = executed
+        described["flops_over_arithmetic"] = executed / sum(computed_flops(work).values())
+        described["share_of_rows_in_kernels"] = share_in_kernels(program, work)
         described["roofline"] = describe_roofline(compiled_roofline(compiled, work, topology), plan)
     return described
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from moe_jax.planning.communication import collectives
 from moe_jax.planning.flops import KINDS, count_flops, training_flops
+from moe_jax.planning.sorted_rows import flops_in_vain
 from moe_jax.planning.topology import Topology
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import Workload
@@ -70,11 +71,12 @@ def model_flops(work: Workload) -> float:
 
 
 def computed_flops(work: Workload) -> dict[str, float]:
-    """Computed FLOPs per step and device, by kind of layer."""
+    """Computed FLOPs per step and device, by kind of layer, with rows that kernels fill up."""
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     parts = work.config.training.num_microbatches
     by_kind = training_flops(work.model, work.lengths, parts)
-    return {kind: tokens * by_kind[kind] for kind in KINDS}
+    flops = {kind: tokens * by_kind[kind] for kind in KINDS}
+    return flops | {"experts": flops["experts"] + flops_in_vain(work)}
 
 
 def estimate_by_kind(work: Workload, topology: Topology) -> dict[str, Roofline]:

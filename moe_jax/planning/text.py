@@ -25,15 +25,19 @@ from moe_jax.planning.roofline import (
     estimate_by_kind,
     model_flops,
 )
+from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorted_rows
 from moe_jax.planning.traffic import hbm_traffic
 
 MAX_REMEDIES = 6
+# Share of the products of sorted rows that kernels have if none is dense; remat may save some.
+WHOLE = 0.9
 RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
 
 
 def plan_text(plan: Plan) -> str:
     """All sections of a plan."""
     sections = [header(plan), parameters_text(plan), flops_text(plan), memory_text(plan)]
+    sections += rows_text(plan)
     sections.append(collectives_text(plan))
     if plan.topology is not None:
         sections.append(estimate_text(plan))
@@ -129,6 +133,36 @@ def memory_text(plan: Plan) -> str:
     )
 
 
+def rows_text(plan: Plan) -> list[str]:
+    """The sorted rows of every part that has them: their buffer, and what is computed in vain."""
+    program = None if plan.step is None else plan.step.program
+    found = sorted_rows(plan.work, () if program is None else program.row_tiles)
+    if not found:
+        return []
+    lines = ["rows sorted by expert, of one device, layer and microbatch, if equally loaded"]
+    for rows in found:
+        lines.append(f"  {rows.part}: {rows.filled:,.0f} rows for {rows.num_experts} experts")
+        size = f"{rows.buffer:,.0f} rows, {_gib(rows.buffer * rows.row_bytes)} a copy"
+        times = f"{rows.buffer / rows.filled:.2f} times as many"
+        of = (
+            f"buffer_factor; the worst case is {rows.worst:,.0f}" if rows.is_bounded else "any load"
+        )
+        lines.append(f"    room for {size}: {times} ({of})")
+        if rows.kernel == "dense":
+            lines.append(
+                f"    kernel dense: every row that there is room for meets every expert, "
+                f"{rows.factor:.2f} times the FLOPs, in the gradient of the weights too"
+            )
+        elif rows.tile:
+            lines.append(
+                f"    kernel {rows.kernel}, tiles of {rows.tile} rows: {rows.factor:.2f} times the "
+                "rows are computed"
+            )
+        else:
+            lines.append(f"    kernel {rows.kernel}")
+    return ["\n".join(lines)]
+
+
 def collectives_text(plan: Plan) -> str:
     """The fewest bytes that the mesh allows."""
     rows = [
@@ -190,13 +224,24 @@ def _work(compiled: Compiled, program: Program, step: Plan | None) -> Iterator[s
     flops = f"{program.flops / 1e12:,.3f} TFLOP"
     traffic = f"{program.hbm_bytes / 1e9:,.3f} GB to and from memory"
     if step is not None:
-        expected = sum(computed_flops(step.work).values())
-        share = f"{program.flops / expected:.3f} of the arithmetic's {expected / 1e12:,.3f}"
+        expected, executed = (
+            sum(computed_flops(step.work).values()),
+            executed_flops(program, step.work),
+        )
+        if executed < program.flops:
+            flops += f" with whole buffers, {executed / 1e12:,.3f} with the tiles that are filled"
+        share = f"{executed / expected:.3f} of the arithmetic's {expected / 1e12:,.3f}"
         flops = f"{flops}, {share}{_cost_analysis(compiled)}"
         moved = sum(hbm_traffic(step.work).values())
         traffic += f", {program.hbm_bytes / moved:.2f} of the arithmetic's {moved / 1e9:,.3f}"
     yield flops
     yield traffic
+    share_of_rows = None if step is None else share_in_kernels(program, step.work)
+    if share_of_rows is not None and share_of_rows < WHOLE:
+        yield (
+            f"kernels compute {share_of_rows:.0%} of the products of sorted rows: the others, such "
+            "as gradients of weights, are dense, of every row with every expert of the device"
+        )
     if program.uncounted:
         named = ", ".join(f"{name} x{count:,}" for name, count in program.uncounted.items())
         yield f"no FLOPs are known of calls of: {named}"

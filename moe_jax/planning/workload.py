@@ -1,9 +1,11 @@
 """One device's share of a training step: its tokens and slots (legend: `moe_jax.moe`)."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from moe_jax.config import ExperimentConfig, Lengths, MeshConfig
 from moe_jax.costs import Cost
 from moe_jax.models.model import LanguageModel
-from moe_jax.planning.flops import measures_first, model_costs
+from moe_jax.planning.flops import Placed, measures_first, model_costs
 from moe_jax.planning.parameters import abstract_mesh
 from moe_jax.training.placement import check_run
 
@@ -22,9 +24,11 @@ class Workload:
 
     Attributes:
       config: with its parts resolved (`Part.resolved`) and its mesh filled.
+      platform: "cpu", "tpu" or "gpu".
     """
 
     config: ExperimentConfig
+    platform: str = "cpu"
 
     @property
     def mesh(self) -> MeshConfig:
@@ -82,7 +86,17 @@ class Workload:
     @functools.cached_property
     def costs(self) -> tuple[tuple[Cost, float], ...]:
         """Every stage of the model, and how often a token meets it."""
-        return tuple(model_costs(self.model, self.lengths))
+        with self.on_mesh():
+            return tuple(model_costs(self.model, self.lengths))
+
+    def costs_of(self, placed: Placed) -> tuple[Cost, ...]:
+        """The stages of one part, of a token of its stack."""
+        with self.on_mesh():
+            return placed.costs(self.model)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the mesh is in use, with devices of the platform."""
+        return use_mesh(self.mesh, self.platform)
 
     def total(self, of: Callable[[Cost], float], kind: str | None = None) -> float:
         """A number of every stage, of one kind or of all, summed over what a token meets."""
@@ -118,4 +132,10 @@ def resolve(
         model = config.model.map_parts(lambda part: part.resolved(config.model.compute_dtype))
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
-    return Workload(config)
+    return Workload(config, platform)
+
+
+def use_mesh(mesh: MeshConfig, platform: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which a mesh is in use, of devices that need not be here."""
+    device = jax.sharding.AbstractDevice("planned", None, platform)
+    return jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device))

@@ -77,8 +77,8 @@ class Plan:
         return f"{self.rows} rows{kernel}{by}{chunks}{gates}{buffer}"
 
 
-def plan_experts(moe: "MoE", training: bool = True) -> Plan:
-    """The plan of a block for the mesh and the platform in use, in training or in evaluation.
+def way_of(moe: "MoE") -> tuple[str, str]:
+    """`Plan.rows` and `Plan.exchange` of a block for the mesh and the platform in use.
 
     "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
     FLOPs and bytes (docs/parallelism.md): a TPU computes ragged's gradient of the weights by dense
@@ -95,6 +95,16 @@ def plan_experts(moe: "MoE", training: bool = True) -> Plan:
     elif exchange == "auto":
         spans_slices = mesh.shape.get("expert_slice", 1) > 1
         exchange = "explicit" if spans_slices else "compiler"
+    return rows, exchange
+
+
+def plan_experts(moe: "MoE", training: bool = True) -> Plan:
+    """The plan of a block for the mesh and the platform in use, in training or in evaluation.
+
+    Raises:
+      ValueError: there is no kernel for sorted rows on the platform (`choose_kernel`).
+    """
+    rows, exchange = way_of(moe)
     factor = moe.buffer_factor if training else moe.eval_buffer_factor
     has_buffer = rows == "ragged" and exchange == "explicit"
     return Plan(
@@ -185,4 +195,13 @@ def gated_input(
     return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), needed)
 
 
-__all__ = ["EXCHANGES", "KERNELS", "WAYS", "Plan", "mix_slots", "plan_experts", "run_experts"]
+__all__ = [
+    "EXCHANGES",
+    "KERNELS",
+    "WAYS",
+    "Plan",
+    "mix_slots",
+    "plan_experts",
+    "run_experts",
+    "way_of",
+]

@@ -38,7 +38,7 @@ def rows(
     num_rows, inner = x_RI.shape
     outer = weight.shape[1 if transposed else 2]
     num_experts = len(group_sizes_E)
-    tile = tile_rows(likely_rows, num_experts, smallest=16, largest=TILE, tiles_per_expert=4)
+    tile = row_tile(likely_rows, num_experts)
     tiles = find_tiles(group_sizes_E, tile, num_rows)
     return pl.pallas_call(
         functools.partial(rows_kernel, tile=tile, transposed=transposed),
@@ -49,6 +49,11 @@ def rows(
         interpret=platform() == "cpu",
         name="grouped_rows",
     )(*tiles, x_RI, weight)
+
+
+def row_tile(likely_rows: int, num_experts: int) -> int:
+    """Rows of a tile."""
+    return tile_rows(likely_rows, num_experts, smallest=16, largest=TILE, tiles_per_expert=4)
 
 
 def weights(
