@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,12 @@ def test_the_version_of_the_tpu_compiler_is_that_of_its_package(monkeypatch):
     assert libtpu_version() == NEW
     monkeypatch.setenv("TPU_LIBRARY_PATH", "other/libtpu.so")
     assert libtpu_version() is None
+    # The package itself sets the path when JAX imports it.
+    package = types.SimpleNamespace(origin="/site/libtpu/__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    assert libtpu_version() is None
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/site/libtpu/libtpu.so")
+    assert libtpu_version() == NEW
     monkeypatch.delenv("TPU_LIBRARY_PATH")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.44.dev20260301+nightly")
     assert libtpu_version() == (0, 0, 44, 20260301)

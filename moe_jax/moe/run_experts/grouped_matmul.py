@@ -17,6 +17,7 @@ On a CPU, megablox and triton run in Pallas's interpreter: for tests. Legend: `m
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -125,13 +126,23 @@ def target_in_use() -> Target:
 
 def libtpu_version() -> tuple[int, ...] | None:
     """The version of the TPU compiler, as (0, 0, 50, 1); None where no package says it."""
-    if "TPU_LIBRARY_PATH" in os.environ:  # another compiler than the package's
+    if not is_of_package(os.environ.get("TPU_LIBRARY_PATH", "")):
         return None
     try:
         version = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return None
     return tuple(int(part) for part in re.findall(r"\d+", version)[:4])
+
+
+def is_of_package(library: str) -> bool:
+    """Whether a path, as the package libtpu puts it into the environment, is of this package."""
+    found = importlib.util.find_spec("libtpu")
+    return not library or (
+        found is not None
+        and found.origin is not None
+        and os.path.dirname(os.path.abspath(library)) == os.path.dirname(found.origin)
+    )
 
 
 def cuda_capability() -> tuple[int, int] | None:
