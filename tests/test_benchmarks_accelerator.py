@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.accelerator import attention, experts, goals, page, parity, shapes, step, supervisor
+from benchmarks.accelerator import (
+    attention,
+    experts,
+    goals,
+    page,
+    parity,
+    quickstart,
+    shapes,
+    step,
+    supervisor,
+)
 from benchmarks.accelerator.child import measure
 from benchmarks.accelerator.groups import BY_NAME, FACTS, GROUPS, Group, Row
 from benchmarks.accelerator.kernels import choices
@@ -143,6 +153,10 @@ def test_a_machine_without_an_accelerator_is_refused(record):
     record.add("facts", "device", "measured", platform="cpu", kind="cpu")
     with pytest.raises(RuntimeError, match="JAX found a CPU only"):
         Supervisor(record, 1, dry=False, say=print).check_machine()
+    assert states(record) == {"device": "skipped"}, "looked at again when there is one"
+    record.add("facts", "device", "measured", platform="cpu", kind="cpu")
+    with pytest.raises(RuntimeError, match=r"is of TPU v5e, this is cpu\. Choose another --out"):
+        Supervisor(record, 1, dry=True, say=print).check_machine("TPU v5e")
 
 
 def test_processes_keep_a_cpu_beside_the_accelerator_and_take_no_memory_in_advance():
@@ -299,6 +313,18 @@ def test_a_step_falls_and_says_its_rates():
     assert found["share"] > 0 and found["mfu"] is None
 
 
+def test_the_losses_of_the_quickstart_are_read_from_its_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/loss": 5 - step / 100, "perf/tokens_per_s": float(step)}
+            for step in range(10, 201, 10)]  # fmt: skip
+    rows.append({"step": 200, "checkpoint/seconds": 1.0})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = quickstart.summary(quickstart.read(path))
+    assert found["losses"] == {"10": 4.9, "50": 4.5, "100": 4.0, "150": 3.5, "200": 3.0}
+    assert found["tokens_per_s"] == 105
+    assert list(quickstart.summary({5: {"train/loss": 1.0}})["losses"]) == ["5"]
+
+
 def a_card(**changes):
     """Rows as a run leaves them."""
     device = {"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3", "devices": 1, "memory_gb": 73.0,
@@ -393,4 +419,6 @@ def test_the_whole_run_on_a_cpu(tmp_path):
     assert all(line["passed"] for (group, _), line in last.items() if group == "parity")
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.stdout.splitlines() == [f"rows: {record.path}"]
+    *facts, last_line = again.stdout.splitlines()
+    assert all(line.startswith("facts/device: ") for line in facts)
+    assert last_line == f"rows: {record.path}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from benchmarks.accelerator.clock import bar, compiled, rate_against
 from benchmarks.accelerator.groups import Row
+from benchmarks.accelerator.kernels import DENSE as DENSE_KERNEL
 from benchmarks.accelerator.kernels import ragged, sorted_rows, usable_kernels
 from benchmarks.accelerator.shapes import (
     FACTOR,
@@ -30,9 +31,10 @@ from moe_jax.parameters import SHARED
 
 EXPERTS = Experts(SwiGLU())
 SLOTS = f"slots {FACTOR}"
-MARKS = ("mosaic_gpu", "triton_kernel_call", "__triton_gemm", "__cudnn", "__cublas", "gpu_pallas",
-         "tpu_custom_call", "ragged-dot")  # fmt: skip
-LEAST = "ragged dense"  # every row by every expert: measured last
+MARKS = (
+    "__gpu$xla.gpu.triton", "mosaic_gpu", "tpu_custom_call", "__cudnn", "__cublas",
+    "__triton_nested_gemm_fusion", "ragged-dot",
+)  # fmt: skip
 DENSE = "dense FFN"  # every row through the same expert: what grouping can at best cost
 
 
@@ -70,7 +72,7 @@ def rows(dry: bool) -> list[Row]:
     for form in forms:
         run = functools.partial(measure, shape, "even", form, dry, backward=False)
         found.append(Row(f"{name}, forward/even/{form}", 10, run))
-    return sorted(found, key=lambda row: row.name.endswith(LEAST))
+    return sorted(found, key=lambda row: row.name.endswith(ragged(DENSE_KERNEL)))
 
 
 def measure(

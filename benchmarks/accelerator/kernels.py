@@ -9,6 +9,7 @@ from moe_jax.moe.run_experts import plan_experts
 from moe_jax.moe.run_experts.rows import SortedRows
 
 GROUPED = "grouped_matmul"  # the setting of `MoE` that names a kernel
+DENSE = "dense"  # asked for by name only: every row by every expert
 WHOLE = ("loop",)  # computes whole experts, one after another
 
 
@@ -37,13 +38,14 @@ def refusal(kernel: str) -> str:
     return ""
 
 
-def usable_kernels(of_products: bool = False) -> list[str]:
+def usable_kernels(of_products: bool = False, dense: bool = True) -> list[str]:
     """Those that can run here.
 
     Args:
       of_products: without those that compute whole experts, which have no product of their own.
+      dense: with the one that multiplies every row with every expert.
     """
-    left_out = WHOLE if of_products else ()
+    left_out = (WHOLE if of_products else ()) + (() if dense else (DENSE,))
     return [name for name, why in grouped_kernels().items() if not why and name not in left_out]
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,16 +50,18 @@ def train(platforms: str, dry: bool) -> dict[str, Any]:
         if outcome.returncode:
             raise RuntimeError(reason(outcome.stderr or outcome.stdout))
         metrics = read(pathlib.Path(workdir) / "metrics.jsonl")
-    losses = {step: row["loss"] for step, row in metrics.items() if "loss" in row}
-    shown = SHOWN if not dry else tuple(losses)
+    return {"steps": steps, **summary(metrics)}
+
+
+def summary(metrics: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """The losses at the steps of `SHOWN`, or at all of a shorter run, and the median speed."""
+    losses = {step: row["train/loss"] for step, row in metrics.items() if "train/loss" in row}
+    shown = [step for step in SHOWN if step in losses] if max(losses) >= SHOWN[-1] else losses
     rates = [row["perf/tokens_per_s"] for row in metrics.values() if "perf/tokens_per_s" in row]
     return {
-        "steps": steps,
-        "losses": {str(step): round(losses[step], 4) for step in shown if step in losses},
-        "heldout": [round(value, 4) for row in metrics.values() for name, value in row.items()
-                    if name.endswith("bits_per_byte")],
-        "tokens_per_s": sorted(rates)[len(rates) // 2] if rates else None,
-    }  # fmt: skip
+        "losses": {str(step): round(losses[step], 4) for step in shown},
+        "tokens_per_s": statistics.median(rates) if rates else None,
+    }
 
 
 def read(path: pathlib.Path) -> dict[int, dict[str, float]]:

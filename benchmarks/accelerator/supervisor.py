@@ -18,6 +18,7 @@ from benchmarks.accelerator.record import FAILED, ROOT, SKIPPED, STARTED, Line, 
 STARTUP = 12.0  # seconds until a process measures
 RESERVED = 25.0  # seconds for the last rows and for stopping
 POLL = 0.1
+DEVICE = ("facts", "device")
 OUT_OF_TIME = "the time was up"
 START = "start"  # the row of a process that ended before its first
 
@@ -76,8 +77,10 @@ class Supervisor:
         Raises:
           RuntimeError: there is no accelerator.
         """
+        before = self.record.last().get(DEVICE, {})
+        self.record.add(*DEVICE, SKIPPED, reason="looked at in every run")
         self.run_group(FACTS, time.time() + STARTUP + FACTS.share * self.seconds)
-        self.check_machine()
+        self.check_machine(before.get("kind"))
         stop = self.end - RESERVED
         for group in groups:
             self.run_group(group, min(stop, time.time() + STARTUP + group.share * self.seconds))
@@ -86,10 +89,15 @@ class Supervisor:
                 self.run_group(group, stop)
         self.run_group(END, self.end)
 
-    def check_machine(self) -> None:
-        """Refuses to measure a CPU for an accelerator."""
-        device = self.record.last().get(("facts", "device"), {})
+    def check_machine(self, before: str | None = None) -> None:
+        """Refuses to measure a CPU for an accelerator, or two kinds of device in one record.
+
+        Raises:
+          RuntimeError: in one line.
+        """
+        device = self.record.last().get(DEVICE, {})
         if device.get("platform") == "cpu" and not self.dry:
+            self.record.add(*DEVICE, SKIPPED, reason="no accelerator")
             raise RuntimeError(
                 "a GPU or TPU is measured: JAX found a CPU only. Install moe_jax[cuda] or "
                 "moe_jax[tpu], or try the run with --dry."
@@ -97,6 +105,11 @@ class Supervisor:
         if "platform" not in device:
             raise RuntimeError(
                 f"JAX must start: {device.get('error', 'it did not')}. See {self.log}."
+            )
+        if before not in (None, device["kind"]):
+            raise RuntimeError(
+                f"a record is of one kind of device: {self.record.path} is of {before}, this is "
+                f"{device['kind']}. Choose another --out."
             )
 
     def fits(self, group: Group, seconds: float) -> bool:
