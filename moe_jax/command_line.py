@@ -29,7 +29,7 @@ from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
 HELP = ("--help", "-help", "-h", "--helpshort")
-TEXT_FLAGS = ("prompt",)  # in which "://" is no path
+TEXT_FLAGS = ("prompt", "stop")  # in which "://" is no path
 
 
 class Parser(argparse.ArgumentParser):

@@ -83,8 +83,9 @@ class EncoderInputs(NamedTuple):
         "memory_segments_BT",
         "shared",
         "cache_index",
+        "previous_B",
     ],
-    meta_fields=["causal", "counts_up", "capacity", "record"],
+    meta_fields=["causal", "counts_up", "capacity", "record", "cache_length", "prefill"],
 )
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -105,6 +106,8 @@ class Call:
       cache_index: int32 scalar, slots of the caches that earlier calls filled: tokens of this call
         go into the slots from there on. The same for all rows, padding included; None without a
         cache.
+      previous_B: int32, the id before the first token of every row that goes on from a cache; None:
+        the rows begin here.
       causal: whether a token must not see later ones; the stack sets it.
       counts_up: whether positions of a document grow by one from place to place, here and in
         `encoder`, as those of `moe_jax.data` do. Kernels of attention need that: without it "auto"
@@ -113,6 +116,8 @@ class Call:
         evaluation. A part with a fixed number of slots keeps it, except if dropless.
       record: whether `Aux` gets the choices and router logits of every token, and the output of a
         stack its residual stream after every layer.
+      cache_length: T, slots of the caches; None without one.
+      prefill: whether the caches are empty, so that tokens of this call attend to each other alone.
     """
 
     positions_BL: jax.Array | None = None
@@ -125,10 +130,13 @@ class Call:
     memory_segments_BT: jax.Array | None = None
     shared: Any = None
     cache_index: jax.Array | int | None = None
+    previous_B: jax.Array | None = None
     causal: bool = True
     counts_up: bool = False
     capacity: float | None = None
     record: bool = False
+    cache_length: int | None = None
+    prefill: bool = False
 
     @property
     def training(self) -> bool:

@@ -1,182 +1,87 @@
-"""Sampling: greedy against a teacher-forced forward, seeds, windows, ends and errors."""
-
-import dataclasses
+"""From logits to tokens: tables worked by hand, transformers, and what is drawn how often."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.data import open_tokenizer, train_tokenizer
-from moe_jax.data.corpora import open_corpus
-from moe_jax.inference import continue_text, sampling
-from moe_jax.layers.attention import Attention
-from moe_jax.models.layer import Layer
-from moe_jax.models.model import LanguageModel
-from moe_jax.models.stack import StackLayout
-from moe_jax.moe.part import MoE
-from moe_jax.part import Call
-from tests.tiny_run import quick_jit, tiny_config, tiny_state
+from moe_jax.inference.sampling import Sampling, draw, filtered
 
-TOKENIZER = open_tokenizer("byte")
-BIAS = {"kind": "sign", "rate": 0.1}
-STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
+PROBS = [0.4, 0.3, 0.15, 0.1, 0.05]
+LOGITS_BV = jnp.log(jnp.array([PROBS]))
 
 
-@pytest.fixture(scope="module")
-def config():
-    # Capacity so tight that routing with it would show: generation is dropless.
-    moe = {"capacity": {"train_factor": 0.25}, "bias": BIAS}
-    return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
-
-
-@pytest.fixture(scope="module")
-def params(config):
-    """Of a model that writes small letters: only their logits are not 0."""
-    params = dict(tiny_state(config).params)
-    letters = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz")
-    is_letter = np.isin(np.arange(params["head"].shape[1]), letters)
-    params["head"] = jnp.where(is_letter, 40 * params["head"], 0)
-    return params
-
-
-def sample(params, config, prompt, **settings):
-    return continue_text(params, STATE, config, prompt, **{"num_tokens": 8, **settings})
-
-
-def test_greedy_is_the_argmax_of_a_teacher_forced_forward(params, config):
-    text = sample(params, config, "ab", temperature=0.0)
-    assert len(text) == 8 and len(set(text)) > 2
-    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab" + text).tolist()]
-    call = Call(tokens_BL=jnp.array([ids]), capacity=0.0)
-    output = quick_jit(config.model.run)(params, call, state=STATE)
-    likeliest = np.argmax(output.logits_BLV[0], axis=-1)
-    np.testing.assert_array_equal(likeliest[2:-1], ids[3:])
-
-
-def test_the_router_bias_is_used(params, config):
-    steered = {"moe": {"bias_E": 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)}}
-    other = continue_text(params, steered, config, "ab", num_tokens=8, temperature=0.0)
-    assert other != sample(params, config, "ab", temperature=0.0)
-
-
-def test_equal_seeds_give_equal_texts_and_others_others(params, config):
-    texts = [sample(params, config, "ab", temperature=2.0, seed=seed) for seed in (0, 0, 1)]
-    assert texts[0] == texts[1] != texts[2]
-    assert len(set(texts[0])) > 2, "every token has its own draw"
-
-
-def test_a_low_temperature_is_greedy(params, config):
-    greedy = sample(params, config, "ab", temperature=0.0)
-    assert sample(params, config, "ab", temperature=1e-4, seed=5) == greedy
-
-
-def test_of_a_long_prompt_the_last_window_is_seen(params, config):
-    """16 tokens: texts that agree on their last 16 bytes go on alike."""
-    end = "the quick brown "
-    assert len(end) == config.data.sequence_length
-    settings = {"temperature": 0.0, "num_tokens": 4}
-    once = sample(params, config, "x" * 40 + end, **settings)
-    assert once == sample(params, config, "something else" + end, **settings)
-    assert len(once) == 4
-
-
-@pytest.mark.parametrize("prompt", ["", "ab", "0123456789abcde", "0123456789abcdef"])
-def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
-    """The beginning of a document, the prompt, padding; of more than 16 tokens, the last 16."""
-    shown = []
-
-    def next_token(params, state, window_L, length, *args, **kwargs):
-        shown.append(window_L[: int(length)].tolist())
-        assert window_L.shape == (16,) and not np.any(window_L[int(length) :])
-        return jnp.int32(TOKENIZER.encode("z")[0])
-
-    monkeypatch.setattr(sampling, "next_token", next_token)
-    sample(params, config, prompt, num_tokens=3)
-    document = [TOKENIZER.bos_id, *TOKENIZER.encode(prompt + "zz").tolist()]
-    assert shown == [document[: len(document) - more][-16:] for more in (2, 1, 0)]
-
-
-def test_a_text_longer_than_the_window_goes_on(params, config):
-    assert len(sample(params, config, "", num_tokens=40, temperature=0.0)) == 40
-
-
-def test_the_end_of_a_document_ends_the_text(params, config, monkeypatch):
-    ids = iter([*TOKENIZER.encode("xyz").tolist(), TOKENIZER.eos_id, 100, 100])
-    monkeypatch.setattr(sampling, "next_token", lambda *args, **kwargs: jnp.int32(next(ids)))
-    assert sample(params, config, "ab") == "xyz"
-
-
-def test_nothing_is_added_when_nothing_is_asked_for(params, config):
-    assert sample(params, config, "ab", num_tokens=0) == ""
-
-
-@pytest.mark.parametrize("group_size", [8, 64])
-def test_groups_do_not_matter(params, config, group_size):
-    """Half a window, and four: generation has one sequence, and is dropless."""
-    moe = {"group_size": group_size, "bias": BIAS}
-    other = tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
-    expected = sample(params, config, "ab", temperature=0.0)
-    assert sample(params, other, "ab", temperature=0.0) == expected
-
-
-def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_training():
-    def model_of(**moe):
-        stack = {"allow_lookahead": True}
-        return tiny_config({"model": {"parts": {"moe": moe}, "stack": stack}}).model
-
-    soft = model_of(router="soft", group_size=8)
-    assert sampling.in_groups_of(16, soft) == soft
-    # Parameters may have the shape of another group's, and are not of it.
-    same_shapes = model_of(router="soft", group_size=8, capacity={"slots": 2})
-    assert sampling.in_groups_of(16, same_shapes) == same_shapes
-    choice = model_of(router="expert_choice", group_size=8)
-    assert sampling.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
+def kept(logits_BV=LOGITS_BV, seen_BV=None, **settings):
+    """The probabilities that are left, in percent."""
+    logits_BV = filtered(logits_BV, seen_BV, Sampling(**{"temperature": 1.0, **settings}))
+    return np.round(100 * jax.nn.softmax(logits_BV[0])).astype(int).tolist()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"num_tokens": -1}]
+    ("settings", "expected"),
+    [
+        ({}, [40, 30, 15, 10, 5]),
+        ({"top_k": 2}, [57, 43, 0, 0, 0]),
+        ({"top_k": 9}, [40, 30, 15, 10, 5]),
+        ({"top_p": 0.69}, [57, 43, 0, 0, 0]),
+        ({"top_p": 0.71}, [47, 35, 18, 0, 0]),  # the first two hold 0.7: one more
+        ({"top_p": 1e-6}, [100, 0, 0, 0, 0]),
+        ({"min_p": 0.3}, [47, 35, 18, 0, 0]),  # at least 0.12
+        ({"min_p": 1.0}, [100, 0, 0, 0, 0]),
+        ({"temperature": 0.5}, [56, 32, 8, 4, 1]),  # squares
+        ({"top_k": 3, "top_p": 0.5}, [57, 43, 0, 0, 0]),  # of 47, 35, 18
+    ],
 )
-def test_negative_settings_are_refused(params, config, wrong):
-    with pytest.raises(ValueError, match=r"are not negative: temperature=.*, num_tokens=.*\. Use"):
-        sample(params, config, "ab", **wrong)
+def test_filters_leave(settings, expected):
+    assert kept(**settings) == expected
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_a_seed_beyond_32_bits_is_refused(params, config, seed):
-    with pytest.raises(ValueError, match=rf"a seed lies in 0\.\.2\*\*32 - 1: seed={seed}\. Use"):
-        sample(params, config, "ab", seed=seed)
+def test_the_filters_do_not_depend_on_the_order_of_ids():
+    order = np.array([3, 0, 4, 2, 1])
+    for settings in ({"top_k": 2}, {"top_p": 0.71}, {"min_p": 0.3}):
+        shuffled = kept(LOGITS_BV[:, order], **settings)
+        assert shuffled == [kept(**settings)[i] for i in order]
 
 
-def test_branches_of_whole_layers_are_regrouped_too():
-    moe = MoE(num_experts=2, expert_dim=3, group_size=4)
-    block = Layer(branches=(("attention", Attention(num_heads=1, head_dim=2)), ("moe", moe)))
-    layout = StackLayout(unit=("block",), repeats=2)
-    model = LanguageModel(vocab_size=7, model_dim=4, parts={"block": block}, stack=layout)
-    assert sampling.in_groups_of(16, model).moe_parts["moe"].group_size == 16
+def test_a_penalty_makes_what_was_seen_less_likely_on_either_side_of_0():
+    """Logits 2 and -2 at a penalty of 2 become 1 and -4."""
+    logits_BV = jnp.array([[2.0, -2.0, 2.0, -2.0]])
+    seen_BV = jnp.array([[True, True, False, False]])
+    got = filtered(logits_BV, seen_BV, Sampling(temperature=1.0, repetition_penalty=2.0))
+    np.testing.assert_allclose(got, [[1.0, -4.0, 2.0, -2.0]])
+    greedy = Sampling(repetition_penalty=2.0)
+    assert draw(logits_BV, seen_BV, jax.random.split(jax.random.key(0), 1), greedy).tolist() == [2]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_padded_ids_are_never_sampled(params, config, temperature):
-    """A vocabulary of 512 for the 384 ids of bytes, and the padding is far likelier than any."""
-    padded = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
-    wider = {
-        "embedding": jnp.pad(params["embedding"], ((0, 128), (0, 0))),
-        "head": jnp.pad(params["head"], ((0, 0), (0, 128)), constant_values=1e4),
-    }
-    settings = {"temperature": temperature, "seed": 3}
-    text = sample({**params, **wider}, padded, "ab", **settings)
-    assert text == sample(params, config, "ab", **settings) != ""
+def test_tokens_are_drawn_as_often_as_their_probability():
+    """20,000 rows: a standard deviation is at most 0.0035."""
+    rows = 20_000
+    keys = jax.random.split(jax.random.key(0), rows)
+    logits_BV = jnp.broadcast_to(LOGITS_BV, (rows, len(PROBS)))
+    tokens = draw(logits_BV, None, keys, Sampling(temperature=1.0))
+    np.testing.assert_allclose(np.bincount(tokens, minlength=5) / rows, PROBS, atol=0.014)
+    tokens = draw(logits_BV, None, keys, Sampling(temperature=1.0, top_k=2))
+    expected = [4 / 7, 3 / 7, 0, 0, 0]
+    np.testing.assert_allclose(np.bincount(tokens, minlength=5) / rows, expected, atol=0.014)
 
 
-def test_a_padded_vocabulary_of_pieces_samples_text(tmp_path):
-    """Untrained, of 2,048 ids for a tokenizer of 600: most of what it would say is padding."""
-    path = tmp_path / "pieces.model"
-    train_tokenizer.train(
-        open_corpus("embedded"), str(path), vocab_size=600, heldout_fraction=0.03, max_bytes=60_000
-    )
-    padded = tiny_config({
-        "model": {"vocab_size": 2048}, "data": {"tokenizer": f"sentencepiece:{path}"}
-    })  # fmt: skip
-    state = tiny_state(padded)
-    assert continue_text(state.params, None, padded, "The ", num_tokens=10, temperature=5.0)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_filters_are_those_of_transformers(seed):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    random = np.random.RandomState(seed)
+    logits_BV = random.normal(0, 3, (4, 50)).astype(np.float32)
+    ids_BL = random.randint(0, 50, (4, 12))
+    chain = [
+        process.RepetitionPenaltyLogitsProcessor(1.3), process.TemperatureLogitsWarper(0.7),
+        process.TopKLogitsWarper(20), process.TopPLogitsWarper(0.9), process.MinPLogitsWarper(0.05),
+    ]  # fmt: skip
+    expected = torch.tensor(logits_BV)
+    for one in chain:
+        expected = one(torch.tensor(ids_BL), expected)
+    seen_BV = np.zeros((4, 50), bool)
+    seen_BV[np.arange(4)[:, None], ids_BL] = True
+    settings = {"repetition_penalty": 1.3, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+    got = filtered(jnp.array(logits_BV), jnp.array(seen_BV), Sampling(**settings, min_p=0.05))
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5)

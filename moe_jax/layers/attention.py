@@ -12,6 +12,7 @@ from moe_jax.config.settings import Settings, setting
 from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention_costs import scores_cost
 from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
+from moe_jax.layers.cache import in_one_document, slots, write
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.layers.rotary import Rotary
@@ -113,6 +114,16 @@ class Attention(Part):
             )
         return specs
 
+    def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
+        """See `Part`: `keys` and `values` [B, T, K, D] with their `positions`.
+
+        With a window or chunks a ring of them, which holds what a query can see.
+        """
+        shape, axes = (self.kv_heads, self.head_dim), ("heads", None)
+        spans = [span for span in (self.window, self.chunk) if span is not None]
+        span = min(spans) if spans and self.position_bias is None else None
+        return slots(batch, length, span, keys=(shape, axes), values=(shape, axes))
+
     def looks_ahead(self, training: bool) -> bool:
         """See `Part`."""
         return False
@@ -155,7 +166,7 @@ class Attention(Part):
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """Attends to tokens of the same document, in a causal stack to earlier ones; see `Part`."""
-        positions, segments = call.positions_BL, call.segments_BL
+        positions, segments, cache = call.positions_BL, call.segments_BL, own.cache
         assert segments is not None and positions is not None, "with_defaults"
         q_BLND, k_BTND, v_BTND = self.projected(params, x_BLM)
         if self.rotary is not None:
@@ -166,12 +177,19 @@ class Attention(Part):
         if self.temperature is not None:
             factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
             q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
+        queries, keys = Tokens(positions, segments), None
+        if cache is not None:
+            cache = write(cache, call, keys=k_BTND, values=v_BTND)
+            if not call.prefill:
+                k_BTND, v_BTND = (cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
+                queries, keys = in_one_document(cache, call)
         out_BLND = attend_by_rules(
             q_BLND,
             k_BTND,
             v_BTND,
             Rules(call.causal, self.window, self.chunk),
-            Tokens(positions, segments),
+            queries,
+            keys,
             kernel=self.kernel,
             counts_up=call.counts_up,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
@@ -180,7 +198,7 @@ class Attention(Part):
             sink_N=dense(params["sink"]) if self.sink else None,
         )
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
-        return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, None
+        return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache
 
     def projected(self, params: Any, x_BLM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, L, N, D], keys and values [B, L, K, D], before positions."""

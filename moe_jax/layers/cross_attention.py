@@ -14,6 +14,7 @@ from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, cho
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.parallel.rules import constrain
+from moe_jax.parameters import ParameterSpec, zeros
 from moe_jax.part import Call, Dims, Output, Own, Part, RunShape
 
 
@@ -54,6 +55,14 @@ class CrossAttention(Part):
         """Those of `Attention`: `wq`, `wk`, `wv` [M, ND], `wo` [ND, M], biases and norms."""
         return self.attention.specs(dims)
 
+    def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
+        """See `Part`: `keys` and `values` of the memory, [B, memory_length, K, D]."""
+        del length
+        shape = (batch, dims.memory_length, self.attention.kv_heads, self.head_dim)
+        axes = ("batch", None, "heads", None)
+        spec = ParameterSpec(shape, axes, zeros, "cache", decays=False)
+        return {"keys": spec, "values": spec}
+
     def looks_ahead(self, training: bool) -> bool:
         """See `Part`: the memory holds no token of the decoder."""
         return False
@@ -64,11 +73,15 @@ class CrossAttention(Part):
         memory_BTM, memory_segments_BT = call.memory, call.memory_segments_BT
         if memory_segments_BT is None:
             memory_segments_BT = jnp.ones(memory_BTM.shape[:2], jnp.int32)
-        q_BLND, k_BTKD, v_BTKD = (
-            split_heads(affine(x, params, name), self.head_dim)
-            for name, x in (("q", x_BLM), ("k", memory_BTM), ("v", memory_BTM))
-        )
-        q_BLND, k_BTKD = self.attention.normed(params, q_BLND, k_BTKD)
+        q_BLND = split_heads(affine(x_BLM, params, "q"), self.head_dim)
+        if own.cache is None or call.prefill:
+            k_BTKD, v_BTKD = (
+                split_heads(affine(memory_BTM, params, name), self.head_dim) for name in "kv"
+            )
+            q_BLND, k_BTKD = self.attention.normed(params, q_BLND, k_BTKD)
+        else:
+            k_BTKD, v_BTKD = (own.cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
+            q_BLND, _ = self.attention.normed(params, q_BLND, k_BTKD)
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         out_BLND = attend_by_rules(
             q_BLND,
@@ -85,7 +98,11 @@ class CrossAttention(Part):
         same_BLT = call.segments_BL[:, :, None] == memory_segments_BT[:, None, :]
         out_BLND = jnp.where(jnp.any(same_BLT, axis=-1)[..., None, None], out_BLND, 0)
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
-        return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, None
+        y_BLM = affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o")
+        if own.cache is None:
+            return y_BLM, None, None
+        kept = {"keys": k_BTKD, "values": v_BTKD}
+        return y_BLM, None, {n: x.astype(own.cache[n].dtype) for n, x in kept.items()}
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part`: all of the L x T rectangle, and T / L keys and values a token.

@@ -12,9 +12,9 @@ from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention import affine, split_heads
 from moe_jax.layers.attention_costs import scores_cost
 from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
-from moe_jax.layers.cache import slots, visible_slots, write
+from moe_jax.layers.cache import in_one_document, slots, write
 from moe_jax.layers.dot_product import attend
-from moe_jax.layers.masks import Rules, Tokens
+from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary
 from moe_jax.parallel.rules import constrain
@@ -114,7 +114,9 @@ class LatentAttention(Part):
         nope_BLND, rope_BLND = self.queries(params, x_BLM, call)
         latent_BLF, key_BLD = self.latent(params, x_BLM, call)
         cache = own.cache
-        if cache is None:
+        if cache is not None:
+            cache = write(cache, call, latent=latent_BLF, rotary_key=key_BLD)
+        if cache is None or call.prefill:
             k_BTND, v_BTND = self.expand(params, latent_BLF, key_BLD)
             q_BLND = jnp.concatenate([nope_BLND, rope_BLND], axis=-1)
             out_BLND = attend_by_rules(
@@ -123,7 +125,6 @@ class LatentAttention(Part):
                 kernel=self.kernel, counts_up=call.counts_up, scale=self.scale,
             )  # fmt: skip
         else:
-            cache = write(cache, call, latent=latent_BLF, rotary_key=key_BLD)
             latent_BTF, key_BTD = (
                 cache[name].astype(x_BLM.dtype) for name in ("latent", "rotary_key")
             )
@@ -131,7 +132,7 @@ class LatentAttention(Part):
             out_BLND = absorb(
                 nope_BLND, rope_BLND, latent_BTF, key_BTD,
                 heads.reshape(self.kv_rank, self.num_heads, -1),
-                visible_slots(cache, call, Rules(call.causal)), scale=self.scale,
+                visible(Rules(call.causal), *in_one_document(cache, call)), scale=self.scale,
             )  # fmt: skip
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache

@@ -112,14 +112,17 @@ class Mamba(Part):
         """
         inner, past = self.sizes(dims)[0], self.conv_kernel - 1
 
-        def spec(shape: tuple[int, ...], axes: Axes, dtype: Any) -> ParameterSpec:
-            return ParameterSpec(shape, axes, zeros, "cache", decays=False, dtype=dtype)
+        def spec(
+            shape: tuple[int, ...], axes: Axes, dtype: Any, component: str = "cache"
+        ) -> ParameterSpec:
+            return ParameterSpec(shape, axes, zeros, component, decays=False, dtype=dtype)
 
         state = (batch, inner, self.state_dim)
         return {
             "inputs": spec((batch, past, inner), ("batch", None, "hidden"), jnp.float32),
             "segments": spec((batch, past), ("batch", None), jnp.int32),
-            "state": spec(state, ("batch", "hidden", None), jnp.float32),
+            # What is summed over a text stays in float32.
+            "state": spec(state, ("batch", "hidden", None), jnp.float32, "state"),
         }
 
     def looks_ahead(self, training: bool) -> bool:

@@ -58,13 +58,17 @@ class RelativePositions(Part):
         return (Cost("attention"),)
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
-        """The biases of L queries and keys, float32 [1, N, L, L]; see `Part`.
+        """The biases of L queries and their keys, float32 [1, N, L, L or T]; see `Part`.
 
         Positions of a document count up by one, so the distance of two tokens is that of their
-        places in the row, in every row alike.
+        places in the row, or of their slots in a cache, in every row alike.
         """
-        places_1L = jnp.arange(x_BLM.shape[1], dtype=jnp.int32)[None]
-        return self.bias(params, places_1L, places_1L, causal=call.causal), None, None
+        places_1L = keys_1T = jnp.arange(x_BLM.shape[1], dtype=jnp.int32)[None]
+        if call.cache_length is not None and not call.prefill:
+            assert call.cache_index is not None, "comes with cache_length"
+            places_1L = call.cache_index + places_1L
+            keys_1T = jnp.arange(call.cache_length, dtype=jnp.int32)[None]
+        return self.bias(params, places_1L, keys_1T, causal=call.causal), None, None
 
     def bias(
         self, params: Any, positions_BL: jax.Array, key_positions_BT: jax.Array, *, causal: bool

@@ -235,6 +235,7 @@ class LanguageModel(Settings):
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
         multi_token: bool = False,
+        last_alone: bool = False,
     ) -> ModelOutput:
         """Predicts the next token at every position.
 
@@ -245,11 +246,13 @@ class LanguageModel(Settings):
           replay: choices to use instead of the routers' own, by part, [X, B, L, K]; or None.
           cache: by position, or None.
           multi_token: run the multi-token modules too; they replay nothing and have no cache.
+          last_alone: compute the logits of the last place alone, [B, 1, V].
         """
         assert call.tokens_BL is not None
         x_BLM = self.embed(params, call.tokens_BL)
         trees: dict[str, Any] = {"state": state, "replay": replay, "cache": cache}
-        return self.run_embedded(params, x_BLM, call, multi_token=multi_token, **trees)
+        trees |= {"multi_token": multi_token, "last_alone": last_alone}
+        return self.run_embedded(params, x_BLM, call, **trees)
 
     def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
         """The embedded tokens in float32, [B, L, M]."""
@@ -271,6 +274,7 @@ class LanguageModel(Settings):
         replay: Mapping[str, Any] | None = None,
         cache: Any = None,
         multi_token: bool = False,
+        last_alone: bool = False,
     ) -> ModelOutput:
         """`run`, starting from embedded tokens."""
         check_replay({n: own for n, own in self.layers_of.items() if n in self.part}, replay)
@@ -278,8 +282,9 @@ class LanguageModel(Settings):
         trees = {"state": state, "replay": replay, "cache": cache}
         output = self.through("stack", params, x_BLM, call, **trees)
         hidden_BLM = self.norm.apply(params["final_norm"], output.x_BLM)
+        scored_BLM = hidden_BLM[:, -1:] if last_alone else hidden_BLM
         found = ModelOutput(
-            self.logits(params, hidden_BLM),
+            self.logits(params, scored_BLM),
             of_both(encoded.aux, output.aux),
             output.cache,
             output.residual_XBLM,

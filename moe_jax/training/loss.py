@@ -142,7 +142,7 @@ def partial_loss(
       The share of the total loss (differentiate this), and its parts.
     """
     call = call_of(part, rng=rng, step=step)
-    trees = {"state": model_state, "replay": replayed_choices(part)}
+    trees: dict[str, Any] = {"state": model_state, "replay": replayed_choices(part)}
     output = model.run(params, call, multi_token=model.modules is not None, **trees)
     nats_BL = target_nats(output.logits_BLV, part["targets"])
     cross_entropy = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight

@@ -126,7 +126,7 @@ class Hash(FixedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Random(FixedRouter):
-    """K random experts for every token in every call; without a key, by its place in the group."""
+    """K random experts for every token in every call; without a key, by its position."""
 
     seed: int = setting(0, at_least=0, below=2**32)  # of evaluation
 
@@ -136,8 +136,7 @@ class Random(FixedRouter):
         if inputs.rng is not None:
             scores_GSE = jax.random.uniform(inputs.rng, shape)
             return top_k(scores_GSE, inputs.options.num_selected)[1]
-        place_GS = jnp.broadcast_to(jnp.arange(shape[1]), shape[:2])
-        return best_hashed((place_GS,), inputs.options, self.seed)
+        return best_hashed((inputs.positions_GS,), inputs.options, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""Continuing token ids without a cache: the whole window is read anew for every token.
+
+For models that look at later tokens, whose past changes with each token, and as the measure of what
+a cache saves.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.inference.decoding import Serving
+from moe_jax.inference.generation import Piece, check
+from moe_jax.inference.sampling import Sampling, draw
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Call
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "num_ids"))
+def next_token(
+    serving: Serving,
+    window_L: jax.Array,
+    length: jax.Array,
+    row: jax.Array,
+    index: jax.Array,
+    *,
+    model: LanguageModel,
+    sampling: Sampling,
+    num_ids: int | None = None,
+) -> jax.Array:
+    """Draws the token after `window_L[:length]`; int32 scalar, below `num_ids` if given.
+
+    What stands behind `length` is padding, which no layer sees; routing is dropless where tokens
+    choose. Groups are of the whole window: where experts choose tokens without a predictor, and in
+    Soft MoE, a token's output depends on what follows it in the window, and so on how much of the
+    text is there.
+    """
+    positions = jnp.arange(window_L.shape[0])
+    is_seen_L = positions < length
+    call = Call(
+        tokens_BL=window_L[None], positions_BL=positions[None],
+        segments_BL=is_seen_L.astype(jnp.int32)[None], counts_up=True,
+        step=serving.step, capacity=0.0,
+    )  # fmt: skip
+    output = model.run(serving.params, call, state=serving.state)
+    logits_BV = output.logits_BLV[:, length - 1]
+    if num_ids is not None:
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_ids, logits_BV, -jnp.inf)
+    seen_BV = jnp.zeros(logits_BV.shape, jnp.bool_).at[0, window_L].max(is_seen_L)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), index)
+    return draw(logits_BV, seen_BV, key[None], sampling)[0]
+
+
+def stream_anew(
+    config: ExperimentConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    context: int,
+    num_samples: int = 1,
+    stop_tokens: Sequence[int] = (),
+    state: Mapping[str, Any] | None = None,
+    step: jax.Array | None = None,
+    num_ids: int | None = None,
+    pad_id: int = 0,
+    **sampling: Any,
+) -> Iterator[Piece]:
+    """`stream_tokens`, one text after another and of the last `context` tokens at every step."""
+    check(config.model, prompts, num_tokens, num_samples, context)
+    serving, how = Serving(params, state, step), Sampling(**sampling)
+    model = in_groups_of(context, config.model)
+    for row in range(len(prompts) * num_samples):
+        ids, ended = list(prompts[row // num_samples]), False
+        for _ in range(num_tokens):
+            window_L = np.full(context, pad_id, np.int32)
+            window_L[: len(ids)] = ids[-context:]
+            token = int(
+                next_token(
+                    serving, window_L, np.int32(min(len(ids), context)), np.int32(row),
+                    np.int32(len(ids)), model=model, sampling=how, num_ids=num_ids,
+                )
+            )  # fmt: skip
+            ended = token in stop_tokens
+            yield Piece(row, [] if ended else [token], ended)
+            if ended:
+                break
+            ids.append(token)
+
+
+def in_groups_of(window: int, model: LanguageModel) -> LanguageModel:
+    """The model with routing groups of so many tokens, where its routers allow it.
+
+    One sequence is the group that always fits. Where tokens choose, a dropless layer computes the
+    same in any; otherwise `next_token` says what the window decides. A router that mixes tokens
+    (Soft MoE) has learned the slots of a group, and keeps the groups that it was trained with.
+    """
+
+    def regrouped(part: Any) -> Any:
+        keeps = not part.routes or part.router.mixes
+        return part if keeps else dataclasses.replace(part, group_size=window)
+
+    return model.map_parts(regrouped)

@@ -1,0 +1,135 @@
+"""Continuing texts: token ids by the tokenizer of the run, ends by strings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.data import open_tokenizer_of
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.inference.anew import stream_anew
+from moe_jax.inference.generation import stream_tokens
+from moe_jax.training.ways import without_capacity
+
+CUT = "\ufffd"  # what a tokenizer gives for a part of a character
+
+
+class TextPiece(NamedTuple):
+    """What was added to a text.
+
+    Attributes:
+      row: of the text: prompt i, sample s is i * num_samples + s.
+      text: in order; no part of a character, and nothing that a stop string may begin with.
+      num_tokens: how many tokens it took.
+      ended: whether the text has ended: by the end of a document, or by a stop string.
+    """
+
+    row: int
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def stream_text(
+    config: ExperimentConfig,
+    params: Any,
+    prompts: Sequence[str],
+    num_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+    num_samples: int = 1,
+    **settings: Any,
+) -> Iterator[TextPiece]:
+    """Continues prompts, and yields what is added as it comes.
+
+    A model that looks at later tokens reads its whole context anew for every token.
+
+    Args:
+      config: of the run, or of the imported model.
+      params: parameters of the model.
+      prompts: any texts. Of an encoder-decoder, what the encoder reads.
+      num_tokens: how many tokens to add to each at most; the end of a document ends it.
+      stop: strings before which a text ends.
+      tokenizer: of the model; None: that of the config.
+      context: most tokens that are seen; None: `data.sequence_length`. See `stream_tokens`.
+      num_samples: texts for each prompt.
+      **settings: other ones of `stream_tokens`, `state` and `step` among them.
+
+    Raises:
+      ValueError: see `stream_tokens`; a stop string is empty.
+    """
+    require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
+    tokenizer = tokenizer or open_tokenizer_of(config.data)
+    ids: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "stop_tokens": (tokenizer.eos_id,)}
+    context = context or config.data.sequence_length
+    if config.model.has_encoder:
+        encoded = [[*tokenizer.encode(prompt).tolist(), tokenizer.eos_id] for prompt in prompts]
+        ids["start_token"] = tokenizer.pad_id
+    else:
+        encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    stream: Any = stream_tokens
+    if without_capacity(config.model).looks_ahead(training=False):
+        stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
+    how = {"context": context, "num_samples": num_samples, **ids, **settings}
+    texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(prompts) * num_samples)]
+    for piece in stream(config, params, encoded, num_tokens, **how):
+        text = texts[piece.row]
+        if not text.ended:
+            yield TextPiece(piece.row, *text.add(piece.tokens, piece.ended))
+
+
+class Text:
+    """One text as its tokens come: what of it can be shown, and whether it has ended."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], num_tokens: int):
+        self.tokenizer, self.stop, self.num_tokens = tokenizer, stop, num_tokens
+        self.ids: list[int] = []
+        self.shown, self.ended = 0, False
+
+    def add(self, tokens: Sequence[int], ended: bool) -> tuple[str, int, bool]:
+        """What the tokens let show, how many were added, and whether the text has ended."""
+        self.ids.extend(tokens)
+        text = self.tokenizer.decode(self.ids)
+        found = [text.find(one) for one in self.stop if one in text]
+        self.ended = ended or bool(found)
+        if found:
+            text = text[: min(found)]
+        elif not ended and len(self.ids) < self.num_tokens:
+            text = text[: self.settled(text)]
+        new, self.shown = text[self.shown :], max(self.shown, len(text))
+        return new, len(tokens), self.ended
+
+    def settled(self, text: str) -> int:
+        """How many characters no later token changes: not a part of one, nor of a stop string."""
+        end = len(text.rstrip(CUT))
+        for one in self.stop:
+            begun = [n for n in range(1, len(one)) if text[:end].endswith(one[:n])]
+            end -= max(begun, default=0)
+        return end
+
+
+def continue_text(
+    params: Any,
+    state: Mapping[str, Any] | None,
+    config: ExperimentConfig,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    step: jax.Array | None = None,
+) -> str:
+    """Continues one prompt: `stream_text` in one piece.
+
+    Returns:
+      The continuation, without the prompt.
+    """
+    settings: dict[str, Any] = {
+        "state": state, "step": step, "temperature": temperature, "seed": seed
+    }  # fmt: skip
+    pieces = stream_text(config, params, [prompt], num_tokens, **settings)
+    return "".join(piece.text for piece in pieces)

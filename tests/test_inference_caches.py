@@ -1,0 +1,150 @@
+"""Going on from caches gives the logits of one pass over the whole text, in every family.
+
+Two prompts of different lengths are continued greedily, and the texts that come out are read anew.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from configs import switch_base
+from moe_jax.config import MeshConfig, from_config_dict
+from moe_jax.inference.decoding import Serving, decode, prefill
+from moe_jax.inference.generation import for_inference, mesh_of
+from moe_jax.inference.sampling import Sampling
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding
+from moe_jax.parameters import init_parameters
+from moe_jax.part import Call, EncoderInputs
+from tests.hf_families import CASES, write_model
+from tests.tiny_run import tiny_config, tiny_state
+
+CLOSE = {"rtol": 2e-4, "atol": 2e-4}
+GREEDY = Sampling()
+NO_TOKENS = jnp.zeros(0, jnp.int32)
+PROMPTS = ((5, 9, 11, 3, 17, 8, 4), (7, 21, 6))
+TOKENS = 4  # of a compiled call
+QUICK = ("gpt_oss",)  # windows, sinks, biases
+# Frequencies that follow the length of the text: a cache keeps keys as they were turned.
+BY_LENGTH = ("llama_dynamic", "phimoe")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=None):
+    """The texts and, after each call, the logits of what comes next: [calls + 1, B, V]."""
+    model, serving = for_inference(config.model), Serving(params, state)
+    length = max(map(len, prompts))
+    tokens_BL, segments_BL = np.zeros((2, len(prompts), length), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens_BL[i, length - len(prompt) :] = prompt
+        segments_BL[i, length - len(prompt) :] = 1
+    how = {"model": model, "num_slots": length + calls * TOKENS, "sampling": GREEDY}
+    texts = [list(prompt) for prompt in prompts]
+    with mesh_of(params):
+        rows = prefill(
+            serving, tokens_BL, segments_BL, np.arange(len(prompts), dtype=np.int32), encoder, **how
+        )
+        logits = [np.asarray(rows.logits_BV)]
+        for _ in range(calls):
+            rows, tokens_BN = decode(serving, rows, NO_TOKENS, num_tokens=TOKENS, **how)
+            texts = [old + new for old, new in zip(texts, tokens_BN.tolist(), strict=True)]
+            logits.append(np.asarray(rows.logits_BV))
+    return texts, np.stack(logits)
+
+
+def read_anew(config, params, text, *, state=None, encoder=None):
+    """The logits of one pass over one text, [L, V]."""
+    run = jax.jit(functools.partial(config.model.run))
+    call = Call(tokens_BL=jnp.asarray([text]), encoder=encoder, capacity=0.0)
+    return np.asarray(run(params, call, state=state).logits_BLV[0])
+
+
+def check(config, params, close=CLOSE, **more):
+    texts, logits = continued(config, params, **more)
+    state = more.get("state")
+    for i, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        expected = read_anew(config, params, text, state=state)[len(prompt) - 1 :]
+        np.testing.assert_allclose(logits[:, i], expected[::TOKENS], **close)
+        chosen = np.take_along_axis(expected[:-1], np.array(text[len(prompt) :])[:, None], -1)
+        np.testing.assert_allclose(chosen[:, 0], expected[:-1].max(-1), **close)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+     for name in sorted(CASES) if name not in BY_LENGTH],
+)  # fmt: skip
+def test_a_cache_gives_what_one_pass_gives(name, tmp_path):
+    config, params = moe_jax.from_hf(write_model(tmp_path / "hf", CASES[name]))
+    check(config, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{"scan_layers": True}, {"compute_dtype": "bfloat16"}], ids=str
+)
+def test_a_cache_under_scan_and_in_bfloat16(settings):
+    config = tiny_config({"model": settings})
+    close = {"rtol": 0, "atol": 0.05} if "compute_dtype" in settings else CLOSE
+    check(config, tiny_state(config).params, close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"kind": "hash", "by": "bigram"},
+        {"kind": "hash", "by": "position"},
+        {"kind": "random"},
+        {"kind": "expert_choice", "predictor_loss_weight": 0.1},
+    ],
+    ids=str,
+)
+def test_routers_that_look_beyond_the_token(router):
+    """At the token before, at the position, or at a predictor instead of other tokens."""
+    moe = {"router": router, "losses": {}, "num_selected_experts": 1}
+    config = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
+    check(config, tiny_state(config).params)
+
+
+@pytest.mark.slow
+def test_a_cache_on_a_mesh():
+    """Eight devices: tokens over two, experts over two, heads over two."""
+    config = tiny_config()
+    params = tiny_state(config).params
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    placed = jax.tree.map(
+        lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
+        config.model.specs(), dict(params),
+    )  # fmt: skip
+    prompts = (*PROMPTS, (8,), (9, 3))
+    texts, logits = continued(config, params, prompts)
+    on_mesh, there = continued(config, placed, prompts)
+    assert texts == on_mesh
+    np.testing.assert_allclose(logits, there, **CLOSE)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_goes_on_from_its_caches():
+    """A tiny Switch: relative positions, and keys and values of what the encoder read."""
+    config = from_config_dict(switch_base.get_config("smoke"))
+    params = init_parameters(jax.random.key(3), config.model.specs())
+    encoder = EncoderInputs(
+        jnp.array([[5, 6, 7, 8, 9], [4, 3, 9, 0, 0]]), None, jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
+    )
+    start = ((0,), (0,))
+    texts, logits = continued(config, params, start, encoder=encoder)
+    for i, text in enumerate(texts):
+        own = EncoderInputs(*(None if a is None else a[i : i + 1] for a in encoder))
+        expected = read_anew(config, params, text, encoder=own)
+        np.testing.assert_allclose(logits[:, i], expected[::TOKENS], **CLOSE)
+        assert np.argmax(expected[:-1], -1).tolist() == text[1:]

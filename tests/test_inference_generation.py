@@ -1,0 +1,116 @@
+"""Lists of token ids: batches, samples, streams, capacities and what is refused."""
+
+import collections
+
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.inference import generate_tokens, stream_anew, stream_tokens
+from moe_jax.inference.generation import CHUNK, bucket
+from tests.tiny_run import tiny_config, tiny_state
+
+PROMPTS = [[1, 7, 9], [1], [1, *range(20, 41)], [1, 4]]
+STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
+
+
+@pytest.fixture(scope="module")
+def config():
+    moe = {"bias": {"kind": "sign", "rate": 0.1}}
+    return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Of a model that is sure of some tokens and not of others."""
+    params = dict(tiny_state(config).params)
+    return {**params, "head": 10 * params["head"]}
+
+
+@pytest.fixture(scope="module")
+def generate(config, params):
+    def generate(prompts=PROMPTS, num_tokens=6, **settings):
+        return generate_tokens(config, params, prompts, num_tokens, state=STATE, **settings)
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def drawn(generate):
+    return generate(temperature=1.5, seed=3)
+
+
+def test_a_text_does_not_depend_on_its_batch(generate, drawn):
+    assert len(drawn) == 4 and all(len(set(text)) > 2 for text in drawn)
+    assert generate(temperature=1.5, seed=3, batch_size=1) == drawn
+    assert generate(temperature=1.5, seed=3, batch_size=3) == drawn
+
+
+def test_a_cache_draws_what_reading_anew_draws(config, params, drawn):
+    texts = collections.defaultdict(list)
+    settings = {"context": 32, "state": STATE, "temperature": 1.5, "seed": 3}
+    for piece in stream_anew(config, params, PROMPTS, 6, **settings):
+        texts[piece.row] += piece.tokens
+    assert [texts[row] for row in range(4)] == drawn
+
+
+def test_samples_of_a_prompt_differ_and_others_are_not_moved(generate):
+    twice = generate(PROMPTS[:2], temperature=1.5, seed=3, num_samples=2)
+    assert len({tuple(text) for text in twice}) == 4
+    assert twice == generate(PROMPTS[:2], temperature=1.5, seed=3, num_samples=2)
+    assert twice[:2] == generate(PROMPTS[:1], temperature=1.5, seed=3, num_samples=2)
+
+
+def test_a_stop_token_ends_its_text_alone(generate, drawn):
+    stop = drawn[0][2]
+    expected = [text[: text.index(stop)] if stop in text else text for text in drawn]
+    assert generate(temperature=1.5, seed=3, stop_tokens=[stop]) == expected
+
+
+def test_tokens_stream_in_chunks(config, params):
+    pieces = list(stream_tokens(config, params, [[1, 7]], CHUNK + 4, state=STATE))
+    assert [len(piece.tokens) for piece in pieces] == [CHUNK, 4]
+    assert not any(piece.ended for piece in pieces)
+
+
+def test_a_penalty_keeps_a_text_from_repeating_itself(generate):
+    """So high that no token comes twice, and none of the prompt."""
+    [text] = generate([[1, 7, 9]], repetition_penalty=1e6)
+    assert len({1, 7, 9, *text}) == 9
+
+
+def test_ids_that_are_no_tokens_are_not_drawn(generate):
+    texts = generate(temperature=50.0, num_ids=10)
+    assert max(map(max, texts)) < 10
+
+
+def test_with_a_capacity_the_batch_shares_it(generate, drawn):
+    """A quarter of a slot for each of four texts is one slot an expert: some are dropped."""
+    settings = {"temperature": 1.5, "seed": 3}
+    assert generate(capacity=100.0, **settings) == drawn
+    assert generate(capacity=0.25, **settings) != drawn
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "a prompt has at least one token: prompt 1 has none"),
+        ([[1], [4, 384]], r"token ids lie in 0\.\.383, .*: prompt 1 has 384"),
+        ([[-1]], "prompt 0 has -1"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(generate, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        generate(prompts)
+
+
+def test_a_model_that_looks_ahead_has_no_cache():
+    moe = {"router": {"kind": "expert_choice"}, "losses": {}}
+    config = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
+    with pytest.raises(ValueError, match=r"looks at later tokens .* cache: \['moe'\] do"):
+        generate_tokens(config, tiny_state(config).params, [[1]], 2)
+
+
+def test_few_lengths_are_compiled_for():
+    lengths = {bucket(n) for n in range(1, 4097)}
+    assert len(lengths) < 40
+    assert all(n <= bucket(n) <= max(1.25 * n, n + 16) for n in range(1, 4097))

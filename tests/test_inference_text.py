@@ -1,0 +1,245 @@
+"""Texts: greedy against a teacher-forced forward, seeds, contexts, ends, streams and errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.data import open_tokenizer, train_tokenizer
+from moe_jax.data.corpora import open_corpus
+from moe_jax.inference import anew, continue_text, generation, stream_text
+from moe_jax.inference.text import Text
+from moe_jax.layers.attention import Attention
+from moe_jax.models.layer import Layer
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
+from moe_jax.part import Call
+from tests.tiny_run import quick_jit, tiny_config, tiny_state
+
+TOKENIZER = open_tokenizer("byte")
+BIAS = {"kind": "sign", "rate": 0.1}
+STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
+
+
+@pytest.fixture(scope="module")
+def config():
+    # Capacity so tight that routing with it would show: generation is dropless.
+    moe = {"capacity": {"train_factor": 0.25}, "bias": BIAS}
+    return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Of a model that writes small letters: only their logits are not 0."""
+    params = dict(tiny_state(config).params)
+    letters = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz")
+    is_letter = np.isin(np.arange(params["head"].shape[1]), letters)
+    params["head"] = jnp.where(is_letter, 40 * params["head"], 0)
+    return params
+
+
+def sample(params, config, prompt, **settings):
+    return continue_text(params, STATE, config, prompt, **{"num_tokens": 8, **settings})
+
+
+def test_greedy_is_the_argmax_of_a_teacher_forced_forward(params, config):
+    text = sample(params, config, "ab", temperature=0.0)
+    assert len(text) == 8 and len(set(text)) > 2
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab" + text).tolist()]
+    call = Call(tokens_BL=jnp.array([ids]), capacity=0.0)
+    output = quick_jit(config.model.run)(params, call, state=STATE)
+    likeliest = np.argmax(output.logits_BLV[0], axis=-1)
+    np.testing.assert_array_equal(likeliest[2:-1], ids[3:])
+
+
+def test_the_router_bias_is_used(params, config):
+    steered = {"moe": {"bias_E": 10.0 * jax.nn.one_hot(jnp.array([1, 3]), 4)}}
+    other = continue_text(params, steered, config, "ab", num_tokens=8, temperature=0.0)
+    assert other != sample(params, config, "ab", temperature=0.0)
+
+
+def test_equal_seeds_give_equal_texts_and_others_others(params, config):
+    texts = [sample(params, config, "ab", temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) > 2, "every token has its own draw"
+
+
+def test_a_low_temperature_is_greedy(params, config):
+    greedy = sample(params, config, "ab", temperature=0.0)
+    assert sample(params, config, "ab", temperature=1e-4, seed=5) == greedy
+
+
+def test_of_a_long_prompt_the_last_window_is_seen(params, config):
+    """16 tokens: texts that agree on their last 16 bytes go on alike."""
+    end = "the quick brown "
+    assert len(end) == config.data.sequence_length
+    settings = {"temperature": 0.0, "num_tokens": 4}
+    once = sample(params, config, "x" * 40 + end, **settings)
+    assert once == sample(params, config, "something else" + end, **settings)
+    assert len(once) == 4
+
+
+@pytest.mark.parametrize("prompt", ["", "ab", "0123456789abcde", "0123456789abcdef"])
+def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
+    """The beginning of a document and the prompt; of more than 16 tokens, the last 16."""
+    shown = []
+
+    def prefill(serving, tokens_BL, segments_BL, *args, **kwargs):
+        shown.append(tokens_BL[segments_BL > 0].tolist())
+        assert tokens_BL.shape == (1, 16)
+        return actual(serving, tokens_BL, segments_BL, *args, **kwargs)
+
+    actual = generation.prefill
+    monkeypatch.setattr(generation, "prefill", prefill)
+    sample(params, config, prompt, num_tokens=1)
+    assert shown == [[TOKENIZER.bos_id, *TOKENIZER.encode(prompt).tolist()][-16:]]
+
+
+def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(params, config, monkeypatch):
+    """Of 16 tokens: 15 are read, the 16th is seen by the last token of this context."""
+    shown = []
+
+    def prefill(serving, tokens_BL, segments_BL, *args, **kwargs):
+        shown.append(tokens_BL[segments_BL > 0].tolist())
+        return actual(serving, tokens_BL, segments_BL, *args, **kwargs)
+
+    actual = generation.prefill
+    monkeypatch.setattr(generation, "prefill", prefill)
+    text = sample(params, config, "0123456789abcd", num_tokens=12, temperature=0.0)
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("0123456789abcd" + text).tolist()]
+    assert shown == [ids[:15], ids[9:17], ids[18:26]]
+
+
+def test_a_text_longer_than_the_window_goes_on(params, config):
+    assert len(sample(params, config, "", num_tokens=40, temperature=0.0)) == 40
+
+
+def test_the_end_of_a_document_ends_the_text(params, config):
+    """A head that likes the end of a document best, after three other tokens."""
+    text = sample(params, config, "ab", temperature=0.0)
+    third = TOKENIZER.encode(text[2])[0]
+    ends = {**params, "head": params["head"].at[:, TOKENIZER.eos_id].set(params["head"][:, third])}
+    ends["head"] = ends["head"].at[:, third].set(0)
+    assert sample(ends, config, "ab", temperature=0.0) == text[: text.index(text[2])]
+
+
+def test_a_stop_string_ends_the_text_and_is_left_out(params, config):
+    text = sample(params, config, "ab", temperature=0.0)
+    stop = text[3:5]
+    assert "".join(pieces_of(params, config, stop=[stop, "@"])) == text[: text.index(stop)]
+
+
+def pieces_of(params, config, **settings):
+    settings = {"state": STATE, "num_tokens": 8, "prompts": ["ab"], **settings}
+    return [piece.text for piece in stream_text(config, params, **settings)]
+
+
+class Letters:
+    """A tokenizer of bytes that are text."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "shown"),
+    [
+        ((), ["a", "b"], ["a", "b"]),
+        ((), ["caf\xc3", "\xa9!"], ["caf", "é!"]),  # half a character waits
+        (("END",), ["xE", "N", "yE"], ["x", "", "ENy"]),  # what may be a stop string waits
+        (("END",), ["xE", "ND more"], ["x", ""]),
+        (("b", "ab"), ["ab"], [""]),
+    ],
+)
+def test_what_of_a_text_can_be_shown(stop, tokens, shown):
+    text = Text(Letters(), stop, num_tokens=100)
+    assert [text.add(list(t.encode("latin-1")), ended=False)[0] for t in tokens] == shown
+
+
+def test_the_last_piece_keeps_nothing_back():
+    text = Text(Letters(), ("END",), num_tokens=3)
+    assert [text.add(list(t.encode()), ended=False)[0] for t in ("x", "EN")] == ["x", "EN"]
+
+
+def test_nothing_is_added_when_nothing_is_asked_for(params, config):
+    assert sample(params, config, "ab", num_tokens=0) == ""
+
+
+@pytest.mark.parametrize("group_size", [8, 64])
+def test_groups_do_not_matter(params, config, group_size):
+    """Half a window, and four: generation has one sequence, and is dropless."""
+    moe = {"group_size": group_size, "bias": BIAS}
+    other = tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
+    expected = sample(params, config, "ab", temperature=0.0)
+    assert sample(params, other, "ab", temperature=0.0) == expected
+
+
+def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_training():
+    def model_of(**moe):
+        stack = {"allow_lookahead": True}
+        return tiny_config({"model": {"parts": {"moe": moe}, "stack": stack}}).model
+
+    soft = model_of(router="soft", group_size=8)
+    assert anew.in_groups_of(16, soft) == soft
+    # Parameters may have the shape of another group's, and are not of it.
+    same_shapes = model_of(router="soft", group_size=8, capacity={"slots": 2})
+    assert anew.in_groups_of(16, same_shapes) == same_shapes
+    choice = model_of(router="expert_choice", group_size=8)
+    assert anew.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature lies in \[0, inf\): temperature=-0\.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"num_tokens": -1}, "num_tokens is at least 0: num_tokens=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"top_p": 0.0}, r"top_p lies in \(0, 1\]: top_p=0\.0"),
+        ({"num_samples": 0}, "num_samples is at least 1"),
+        ({"batch_size": 0}, "batch_size is at least 1"),
+        ({"context": 1}, "context is at least 2"),
+        ({"stop": [""]}, "a stop string has characters"),
+    ],
+)
+def test_settings_out_of_range_are_refused(params, config, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        pieces_of(params, config, **wrong)
+
+
+def test_branches_of_whole_layers_are_regrouped_too():
+    moe = MoE(num_experts=2, expert_dim=3, group_size=4)
+    block = Layer(branches=(("attention", Attention(num_heads=1, head_dim=2)), ("moe", moe)))
+    layout = StackLayout(unit=("block",), repeats=2)
+    model = LanguageModel(vocab_size=7, model_dim=4, parts={"block": block}, stack=layout)
+    assert anew.in_groups_of(16, model).moe_parts["moe"].group_size == 16
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padded_ids_are_never_sampled(params, config, temperature):
+    """A vocabulary of 512 for the 384 ids of bytes, and the padding is far likelier than any."""
+    padded = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
+    wider = {
+        "embedding": jnp.pad(params["embedding"], ((0, 128), (0, 0))),
+        "head": jnp.pad(params["head"], ((0, 0), (0, 128)), constant_values=1e4),
+    }
+    settings = {"temperature": temperature, "seed": 3}
+    text = sample({**params, **wider}, padded, "ab", **settings)
+    assert text == sample(params, config, "ab", **settings) != ""
+
+
+def test_a_padded_vocabulary_of_pieces_samples_text(tmp_path):
+    """Untrained, of 2,048 ids for a tokenizer of 600: most of what it would say is padding."""
+    path = tmp_path / "pieces.model"
+    train_tokenizer.train(
+        open_corpus("embedded"), str(path), vocab_size=600, heldout_fraction=0.03, max_bytes=60_000
+    )
+    padded = tiny_config({
+        "model": {"vocab_size": 2048}, "data": {"tokenizer": f"sentencepiece:{path}"}
+    })  # fmt: skip
+    state = tiny_state(padded)
+    assert continue_text(state.params, None, padded, "The ", num_tokens=10, temperature=5.0)
