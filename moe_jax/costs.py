@@ -264,10 +264,7 @@ def inner_products(eqn: Any, flags: list[bool]) -> Iterator[Product]:
     times = params["length"] if name == "scan" else 1
     if name in ("scan", "while") and any(flags):
         # What is carried depends on the tokens after the first round.
-        first = params.get("num_consts", params.get("body_nconsts", 0))
-        first += params.get("cond_nconsts", 0)
-        end = first + params["num_carry"] if name == "scan" else len(flags)
-        flags = [flag or first <= i < end for i, flag in enumerate(flags)]
+        flags = [flag or i in carried(eqn) for i, flag in enumerate(flags)]
     found = []
     for inner in sub_jaxprs(params):
         # Further arguments, such as the number of a branch, stand in front.
@@ -279,6 +276,27 @@ def inner_products(eqn: Any, flags: list[bool]) -> Iterator[Product]:
     for product in (product for trace in found for product in trace):
         flops, read, written, batched = product
         yield Product(times * flops, times * read, times * written, batched)
+
+
+def carried(eqn: Any) -> range:
+    """Which arguments of a scan or a while loop are carried from round to round.
+
+    A scan of jax 0.12 no longer counts them. They follow the constants, and have the shape outside
+    that they have inside, as their results do; what is scanned has one more dim outside.
+    """
+    if eqn.primitive.name == "while":
+        first = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+        return range(first, len(eqn.invars))
+    inner = eqn.params["jaxpr"].jaxpr
+    num_scanned, num_carried = (
+        sum((a.aval.shape == b.aval.shape) is same for a, b in zip(outer, within, strict=True))
+        for outer, within, same in (
+            (eqn.invars, inner.invars, False),
+            (eqn.outvars, inner.outvars, True),
+        )
+    )
+    end = len(eqn.invars) - num_scanned
+    return range(end - num_carried, end)
 
 
 def sub_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
