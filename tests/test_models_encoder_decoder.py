@@ -21,7 +21,7 @@ from moe_jax.config import (
     to_dict,
 )
 from moe_jax.data.objectives.pairs import EncoderPrefixLM
-from moe_jax.inference import continue_text
+from moe_jax.inference import generate_tokens
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
@@ -425,6 +425,9 @@ def test_an_analysis_routes_the_tokens_of_one_side(encoder):
     np.testing.assert_array_equal(list(weights.values())[1].experts["wi"], own)
 
 
-def test_a_text_is_not_continued_by_a_model_with_an_encoder():
-    with pytest.raises(ValueError, match=r"by a decoder without an encoder: .*sample_prompt=''"):
-        continue_text(PARAMS, STATE, config_of(), "The ", num_tokens=1)
+def test_what_the_encoder_reads_decides_what_is_written():
+    prompts = [[3, 9, 4], [17, 2, 8, 11, 5]]
+    both = generate_tokens(config_of(), PARAMS, prompts, 6, state=STATE)
+    assert len(both[0]) == 6 and both[0] != both[1]
+    for prompt, text in zip(prompts, both, strict=True):
+        assert generate_tokens(config_of(), PARAMS, [prompt], 6, state=STATE) == [text]

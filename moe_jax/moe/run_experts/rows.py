@@ -350,9 +350,6 @@ def for_each_block(
 
     Returns:
       The last carry.
-
-    Note: a while loop that runs at most once stands for `lax.switch`: XLA on a CPU updates a loop's
-      carry in place, and copies a conditional's.
     """
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     largest = sizes[-1]
@@ -361,22 +358,37 @@ def for_each_block(
         operand = jax.tree.map(lambda leaf: jnp.asarray(leaf)[expert], operands_E)
         start, size = starts_E[expert], group_sizes_E[expert]
         end = start + size
-        head = (size - 1) % largest + 1  # 1 .. largest, for size >= 1
+        head = (size - 1) % largest + 1  # 1 .. largest
         for smaller, rows in zip((0, *sizes[:-1]), sizes, strict=True):
             block = Block(expert, start, head, rows, is_first=True)
+            fits = (head > smaller) & (head <= rows)
 
-            def once(state: Any, block: Block = block) -> Any:
-                return jnp.zeros_like(state[0]), body(state[1], operand, block)
+            def first(carry: Any, block: Block = block) -> Any:
+                return body(carry, operand, block)
 
-            fits = (size > 0) & (head > smaller) & (head <= rows)
-            _, carry = lax.while_loop(lambda state: state[0], once, (fits, carry))
+            carry = at_most_once(fits, first, carry)
 
         def another(state: Any) -> Any:
             row, carry = state
             block = Block(expert, row, jnp.asarray(largest), largest, is_first=False)
             return row + largest, body(carry, operand, block)
 
-        state = (start + jnp.where(size > 0, head, 0), carry)
-        return lax.while_loop(lambda state: state[0] < end, another, state)[1]
+        return lax.while_loop(lambda state: state[0] < end, another, (start + head, carry))[1]
 
-    return lax.fori_loop(0, group_sizes_E.shape[0], one_expert, carry)
+    def unless_empty(expert: jax.Array, carry: Any) -> Any:
+        # Few tokens use few experts: the weights of the others are not copied.
+        return at_most_once(group_sizes_E[expert] > 0, functools.partial(one_expert, expert), carry)
+
+    return lax.fori_loop(0, group_sizes_E.shape[0], unless_empty, carry)
+
+
+def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any) -> Any:
+    """`change(carry)` on a condition; else the carry.
+
+    Not `lax.cond`: XLA on a CPU updates a loop's carry in place, and copies a conditional's.
+    """
+
+    def once(state: Any) -> Any:
+        return jnp.zeros_like(state[0]), change(state[1])
+
+    return lax.while_loop(lambda state: state[0], once, (condition, carry))[1]
