@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.accelerator.goals import GOALS
 from benchmarks.accelerator.groups import GROUPS
-from benchmarks.accelerator.record import FAILED, MEASURED, ROOT, Line, Record
+from benchmarks.accelerator.record import FAILED, MEASURED, ROOT, START, Line, Record
 
 PAGE = ROOT / "docs" / "accelerators.md"
 FOLDER = ROOT / "docs" / "accelerators"
@@ -157,7 +157,7 @@ def left_out(own: dict[str, Line]) -> str:
     lines = [
         f"- {name}: {line['state']}, {line.get('error') or line.get('reason')}\n"
         for name, line in own.items()
-        if line["state"] != MEASURED
+        if line["state"] == FAILED or (line["state"] != MEASURED and name != START)
     ]
     return "".join(lines)
 

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 STARTED, MEASURED, FAILED, SKIPPED = "started", "measured", "failed", "skipped"
+START = "start"  # the row of a process that ended before its first
 DONE = (MEASURED, FAILED)  # not measured again
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

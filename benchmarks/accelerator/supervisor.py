@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from benchmarks.accelerator.groups import END, FACTS, GROUPS, Group
-from benchmarks.accelerator.record import FAILED, ROOT, SKIPPED, STARTED, Line, Record
+from benchmarks.accelerator.record import FAILED, ROOT, SKIPPED, START, STARTED, Line, Record
 
 STARTUP = 12.0  # seconds until a process measures
 RESERVED = 25.0  # seconds for the last rows and for stopping
 POLL = 0.1
 DEVICE = ("facts", "device")
 OUT_OF_TIME = "the time was up"
-START = "start"  # the row of a process that ended before its first
 
 
 def environment_of_child(
@@ -84,7 +83,7 @@ class Supervisor:
         stop = self.end - RESERVED
         for group in groups:
             self.run_group(group, min(stop, time.time() + STARTUP + group.share * self.seconds))
-        for group in groups:
+        for group in (FACTS, *groups):
             if self.fits(group, stop - time.time() - STARTUP):
                 self.run_group(group, stop)
         self.run_group(END, self.end)
@@ -126,12 +125,18 @@ class Supervisor:
         while time.time() + STARTUP / 2 < until or self.dry:
             outcome = self.run_child(group, until)
             if outcome is None:
+                self.forget_start(group)
                 return
             row = outcome.pop("row")
             self.record.add(group.name, row, **outcome)
             self.tell()
             if row == START or time.time() > until:
                 return
+
+    def forget_start(self, group: Group) -> None:
+        """After a process that measured: an earlier one that did not start is of no interest."""
+        if self.record.last().get((group.name, START), {}).get("state") == FAILED:
+            self.record.add(group.name, START, SKIPPED, reason="a later process started")
 
     def run_child(self, group: Group, until: float) -> Line | None:
         """One process. Returns the line of the row in which it ended; None: it measured all."""
@@ -153,6 +158,8 @@ class Supervisor:
         if running is None and process.returncode == 0:
             return None
         said = last_words(self.log, begin_of_log)
+        if running is None and stopped == OUT_OF_TIME:
+            return {"row": START, "state": SKIPPED, "reason": stopped}
         if running is None:
             ended = f"its process ended with {ending(process.returncode)} before a row: {said}"
             return {"row": START, "state": FAILED, "error": stopped or ended}
@@ -170,7 +177,7 @@ class Supervisor:
             self.tell()
             if now > max(until, self.end - RESERVED / 2) and not self.dry:
                 return OUT_OF_TIME
-            if running is not None and running["at"] >= begin - 1:
+            if running is not None:
                 latest = running["at"]
                 if now - latest > running["limit"]:
                     return f"stopped after {running['limit']:.0f} s"
