@@ -173,6 +173,22 @@ def test_a_part_says_which_of_its_settings_would_need_less():
     assert by_index.keeps_result and not fewer.keeps_result
 
 
+def test_a_smaller_buffer_of_sorted_rows_is_offered_with_the_stop_that_keeps_the_result():
+    def sorted_rows(**changes):
+        changes |= {"run_experts": "ragged", "capacity": Capacity(train_factor=0.0)}
+        moe = dataclasses.replace(LARGE.model.part["moe"], **changes)
+        model = dataclasses.replace(LARGE.model, parts=LARGE.model.part | {"moe": moe})
+        mesh = MeshConfig(data=1, expert=4)
+        return resolve(dataclasses.replace(LARGE, model=model, mesh=mesh), 4)
+
+    found = {one.change: one for one in remedies(sorted_rows())}
+    bounded = found[
+        "--config.model.parts.moe.buffer_factor=1.5 --config.model.parts.moe.stop_at_overflow=True"
+    ]
+    smaller = sorted_rows(buffer_factor=1.5, stop_at_overflow=True)
+    assert bounded.total_bytes == estimate_memory(smaller).total and bounded.keeps_result
+
+
 def test_changes_are_put_together_until_it_fits():
     config = dataclasses.replace(
         LARGE, model=dataclasses.replace(LARGE.model, remat="none"), mesh=MeshConfig(data=4)

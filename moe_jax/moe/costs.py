@@ -18,6 +18,8 @@ from moe_jax.part import Dims
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
+ROOMY = 1.5  # times the mean: what `moe_savings` proposes for the buffer of sorted rows
+
 
 def moe_costs(moe: "MoE", dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
     """The router, the way to the experts and back, the experts, the shared expert; see `Part`."""
@@ -175,8 +177,12 @@ def mean_experts(moe: "MoE", length: int) -> float:
 
 
 def moe_savings(moe: "MoE") -> Iterator[Saving]:
-    """Fewer slots, and no one-hot tensors; see `Part.savings`."""
+    """Fewer slots, no one-hot tensors, and a smaller buffer of rows; see `Part.savings`."""
     if moe.capacity.train_factor > 1:
         yield Saving({"capacity.train_factor": 1.0}, "drops more tokens", False)
     if moe.run_experts == "einsum":
         yield Saving({"run_experts": "gather"}, "reads and writes rows by index", True)
+    if moe.run_experts == "ragged" and moe.buffer_factor == 0:
+        bounded = {"buffer_factor": ROOMY, "stop_at_overflow": True}
+        costs = f"stops where a device gets more than {ROOMY} times the mean of rows"
+        yield Saving(bounded, costs, True)

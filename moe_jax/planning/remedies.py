@@ -143,14 +143,20 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
 
 
 def _with(config: ExperimentConfig, changes: Mapping[str, object]) -> ExperimentConfig:
+    """The config with settings changed; those of one section at once, since it checks itself."""
+    sections: dict[str, dict[str, object]] = {}
     for path, value in changes.items():
-        config = _replace(config, path.split("."), value)
+        section, _, name = path.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    for section, values in sections.items():
+        config = _replace(config, section.split("."), values)
     return config
 
 
-def _replace(node: Any, path: list[str], value: object) -> Any:
+def _replace(node: Any, path: list[str], values: Mapping[str, object]) -> Any:
+    if not path:
+        return dataclasses.replace(node, **values)
     name, *rest = path
     if isinstance(node, tuple):  # named parts
-        return tuple((n, _replace(part, rest, value) if n == name else part) for n, part in node)
-    inner = _replace(getattr(node, name), rest, value) if rest else value
-    return dataclasses.replace(node, **{name: inner})
+        return tuple((n, _replace(part, rest, values) if n == name else part) for n, part in node)
+    return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, values)})
