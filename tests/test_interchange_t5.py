@@ -139,7 +139,11 @@ def test_the_sparse_layers_of_a_switch_are_those_of_transformers(sizes, layers):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"dense_act_fn": "tanh"}, "dense_act_fn"), ({"router_dtype": "bfloat16"}, "router_dtype")],
+    [
+        ({"dense_act_fn": "tanh"}, "dense_act_fn"),
+        ({"router_dtype": "bfloat16"}, "router_dtype"),
+        ({"num_selected_experts": 2}, "num_selected_experts"),
+    ],
 )
 def test_what_a_switch_cannot_have_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):

@@ -179,8 +179,7 @@ class Reader:
          "encoder_sparse_step", "decoder_sparse_step", "router_ignore_padding_tokens",
          "is_decoder", "add_cross_attention", "decoder_start_token_id", "task_specific_params",
          "is_gated_act", "scale_decoder_outputs", "n_positions", "output_past",
-         "output_attentions", "output_hidden_states", "return_dict", "tie_encoder_decoder",
-         "router_type", "batch_prioritized_routing", "num_selected_experts"]
+         "output_attentions", "output_hidden_states", "return_dict", "tie_encoder_decoder"]
     )  # fmt: skip
 
     def __init__(self, settings: Settings, tensors: Container[str] | None = None):

@@ -265,6 +265,7 @@ def switch_model(config: Reader) -> LanguageModel:
     """The Switch Transformer of a config.json."""
     config.require("dense_act_fn", *PLAIN)
     config.require("router_dtype", "float32")
+    config.require("num_selected_experts", 1)  # in older files alone
     depth = config.get("num_layers", 12)
     depths = (depth, config.or_absent("num_decoder_layers", 12) or depth)
     sparse = [config.get(f"num_sparse_{side}_layers", 3) for side in ("encoder", "decoder")]
