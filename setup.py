@@ -58,8 +58,16 @@ setup(
             "tokenizers>=0.23",
         ],
         "tokenizers": ["tokenizers>=0.23", "tiktoken>=0.14"],
-        "tpu": ["jax[tpu]>=0.10.2"],
-        "cuda": ["jax[cuda12]>=0.10.2"],
+        # jax 0.12.0.1 brings libtpu 0.0.50, the first with kernels for all of `ragged_dot`; jax
+        # since 0.11 needs Python 3.12. Older Pythons get megablox (`grouped_matmul.py`).
+        "tpu": [
+            "jax[tpu]>=0.12.0.1; python_version>='3.12'",
+            "jax[tpu]>=0.10.2; python_version<'3.12'",
+        ],
+        "cuda": [
+            "jax[cuda12]>=0.12.0.1; python_version>='3.12'",
+            "jax[cuda12]>=0.10.2; python_version<'3.12'",
+        ],
         "wandb": ["wandb>=0.31"],
         "notebooks": ["jupyterlab>=4.4", "nbconvert>=7.16", "ipykernel>=6.30"],
         "gguf": ["gguf>=0.19", "tokenizers>=0.23"],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.kinds import KINDS, load_kind
-from moe_jax.moe.activations import ClampedSwiGLU, SwiGLU
+from moe_jax.moe.activations import ClampedSwiGLU, SwiGLU, gelu
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.part import MoE
@@ -52,6 +52,12 @@ def test_activation_equals_the_oracle(kind, bias):
 
 
 # x Phi(x) at 2 is 2 * 0.977249868.
+def test_the_slope_of_gelu():
+    # That of x Phi(x) is Phi(x) + x phi(x): at 0, 1 and -1.
+    slopes = jax.vmap(jax.grad(gelu))(jnp.array([0.0, 1.0, -1.0]))
+    np.testing.assert_allclose(slopes, [0.5, 1.083315471, -0.083315471], atol=1e-7)
+
+
 @pytest.mark.parametrize(("kind", "value"), [("gelu", 2 * 0.977249868), ("gelu_tanh", 1.954597694)])
 def test_gelu_is_the_exact_one_unless_it_is_named_tanh(kind, value):
     one = {"wi": jnp.ones((1, 1)), "wo": jnp.ones((1, 1))}
