@@ -66,15 +66,20 @@ LAYERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A way to run experts: settings of `MoE`, and the capacity factor (0: dropless)."""
+    """A way to run experts: settings of `MoE`, and the capacity factor (0: dropless).
+
+    `buffer` is the room for received rows over their mean, 0 for the worst case.
+    """
 
     run_experts: str
     exchange: str
     factor: float = 1.25
     chunks: int = 1
+    buffer: float = 0.0
 
     def __str__(self) -> str:
         capacity = f"{self.factor:g}" if self.factor else "dropless"
+        capacity += f", buffer {self.buffer:g}" if self.buffer else ""
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
         return f"{self.run_experts} {self.exchange}, {capacity}{chunks}"
 
@@ -86,7 +91,9 @@ FORMS = (
     Form("gather", "explicit"),
     Form("gather", "explicit", chunks=2),
     Form("ragged", "explicit"),
+    Form("gather", "compiler", factor=0.0),
     Form("ragged", "explicit", factor=0.0),
+    Form("ragged", "explicit", factor=0.0, buffer=1.25),
 )
 
 
@@ -176,6 +183,7 @@ def compile_layer(
         run_experts=form.run_experts,
         exchange=form.exchange,
         exchange_chunks=form.chunks,
+        eval_buffer_factor=form.buffer,
         capacity=Capacity(eval_factor=form.factor),
         losses=(),
     )
@@ -274,7 +282,7 @@ def measure(
             f"{one.kind} {'+'.join(one.axes)}": (one.count, one.array_bytes)
             for one in collective_rows(program.collectives, config, topology.devices_per_island)
         },
-        grouped_matmuls=len(re.findall(r"%ragged-dot-none[.\d]* = ", text)),
+        grouped_matmuls=len(re.findall(r"%(?:ragged-dot-none|t?gmm)[.\d]* = ", text)),
     )
 
 

@@ -553,6 +553,22 @@ def devices_of(platform):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
+@pytest.mark.parametrize(
+    ("platform", "dropless"),
+    [("cpu", "gather"), ("tpu", "ragged"), ("cuda", "ragged"), ("metal", "gather")],
+)
+def test_auto_is_ragged_where_nothing_is_dropped_and_there_is_a_kernel(platform, dropless):
+    # Slots that drop nothing are E / K times the rows.
+    with devices_of(platform):
+        assert plan_experts(MoE(), dropless=True).rows == dropless
+        assert plan_experts(MoE(), dropless=False).rows == "gather"
+        assert plan_experts(MoE(capacity=Capacity(train_factor=0))).rows == dropless
+        only_evaluation = MoE(capacity=Capacity(eval_factor=0))
+        assert plan_experts(only_evaluation).rows == "gather"
+        assert plan_experts(only_evaluation, training=False).rows == dropless
+        assert plan_experts(MoE(exchange="compiler"), dropless=True).rows == "gather"
+
+
 def test_auto_is_ragged_on_one_cpu_and_gather_elsewhere():
     assert plan_experts(MoE()).rows == "ragged"
     with mock.patch.object(jax, "default_backend", lambda: "tpu"):

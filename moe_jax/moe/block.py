@@ -118,7 +118,8 @@ def through_experts(
     Returns:
       [G, S, M] in the dtype of `x_GSM`, bool [G, S, K], and what a bounded buffer had no room for.
     """
-    valid_GS1, plan = inputs.valid_GS[..., None], plan_experts(moe, training)
+    valid_GS1 = inputs.valid_GS[..., None]
+    plan = plan_experts(moe, training, inputs.options.dropless)
     if routing.mixing is not None:
         y_GSM = mix_slots(
             x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint

@@ -24,11 +24,16 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import ByConstraint
-from moe_jax.moe.run_experts.grouped_matmul import KERNELS, choose_kernel, target_in_use
+from moe_jax.moe.run_experts.grouped_matmul import (
+    KERNELS,
+    best_kernel,
+    choose_kernel,
+    target_in_use,
+)
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
-from moe_jax.parallel.rules import mesh_in_use, platform
+from moe_jax.parallel.rules import mesh_in_use
 from moe_jax.parameters import Axes
 
 if TYPE_CHECKING:
@@ -77,17 +82,24 @@ class Plan:
         return f"{self.rows} rows{kernel}{by}{chunks}{gates}{buffer}"
 
 
-def way_of(moe: "MoE") -> tuple[str, str]:
+def way_of(moe: "MoE", training: bool = True, dropless: bool | None = None) -> tuple[str, str]:
     """`Plan.rows` and `Plan.exchange` of a block for the mesh and the platform in use.
 
     "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
-    FLOPs and bytes (docs/parallelism.md): a TPU computes ragged's gradient of the weights by dense
-    products of every row with every expert. The compiler's exchange overlaps more. If experts span
-    slices, though, it sends whole slots between slices, and not slice by slice.
+    FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged without, since slots
+    that drop nothing are E / K times the rows. The compiler's exchange overlaps more. If experts
+    span slices, though, it sends whole slots between slices, and not slice by slice.
+
+    Args:
+      moe: the settings.
+      training: whether this is a training pass.
+      dropless: whether every choice is kept; None: as the settings say.
     """
     mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
     if rows == "auto":
-        rows = "ragged" if platform() == "cpu" and mesh is None else "gather"
+        if dropless is None:
+            dropless = moe.capacity_factor(training) == 0
+        rows = "ragged" if prefers_sorted_rows(moe, dropless) else "gather"
     if mesh is None:
         exchange = "none"
     elif rows == "ragged":
@@ -98,13 +110,13 @@ def way_of(moe: "MoE") -> tuple[str, str]:
     return rows, exchange
 
 
-def plan_experts(moe: "MoE", training: bool = True) -> Plan:
-    """The plan of a block for the mesh and the platform in use, in training or in evaluation.
+def plan_experts(moe: "MoE", training: bool = True, dropless: bool | None = None) -> Plan:
+    """The plan of a block for the mesh and the platform in use; arguments as in `way_of`.
 
     Raises:
       ValueError: there is no kernel for sorted rows on the platform (`choose_kernel`).
     """
-    rows, exchange = way_of(moe)
+    rows, exchange = way_of(moe, training, dropless)
     factor = moe.buffer_factor if training else moe.eval_buffer_factor
     has_buffer = rows == "ragged" and exchange == "explicit"
     return Plan(
@@ -115,6 +127,15 @@ def plan_experts(moe: "MoE", training: bool = True) -> Plan:
         buffer_factor=factor if has_buffer else 0.0,
         kernel=choose_kernel(moe.grouped_matmul, target_in_use()) if rows == "ragged" else "",
     )
+
+
+def prefers_sorted_rows(moe: "MoE", dropless: bool) -> bool:
+    """Whether "auto" is ragged rather than gather: see `way_of`."""
+    target = target_in_use()
+    if target.platform == "cpu":
+        return mesh_in_use() is None
+    has_kernel = moe.grouped_matmul != "auto" or best_kernel(target) is not None
+    return dropless and has_kernel and moe.exchange != "compiler"
 
 
 def run_experts(

@@ -104,14 +104,20 @@ def choose_kernel(name: str, target: Target) -> str:
                 f"grouped_matmul='auto', {by_name}."
             )
         return name
+    best = best_kernel(target)
+    if best is not None:
+        return best
     preferred = PREFERRED.get(target.platform, ())
-    for name in preferred:
-        if NEEDS[name].is_met(target):
-            return name
     needs = " or ".join(NEEDS[name].words for name in preferred) or "a CPU, a TPU or a GPU"
     raise ValueError(
         f"run_experts='ragged' needs {needs}: {found}. Set run_experts='gather', {by_name}."
     )
+
+
+def best_kernel(target: Target) -> str | None:
+    """The kernel of a target where none is named; None if there is none."""
+    preferred = PREFERRED.get(target.platform, ())
+    return next((name for name in preferred if NEEDS[name].is_met(target)), None)
 
 
 def target_in_use() -> Target:
