@@ -1,5 +1,6 @@
 """What the run on an accelerator measures: its rows at tiny sizes, its goals and its page."""
 
+import dataclasses
 import json
 from unittest import mock
 
@@ -23,6 +24,7 @@ from benchmarks.accelerator.record import Record
 from moe_jax.config.kinds import KINDS
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts import WAYS
+from moe_jax.planning.arithmetic import count_flops
 
 
 def test_loads_by_hand():
@@ -149,6 +151,16 @@ def test_what_fits_is_chosen_by_memory():
     assert small.training.batch_size * small.data.sequence_length >= step.ENOUGH
     assert large.model.stack.repeats >= small.model.stack.repeats
     assert not list(step.fitting(size, step.DEFAULT, 5e9))
+
+
+def test_half_the_square_of_attention_is_what_no_causal_query_sees():
+    size = step.TINY["tiny"]
+    config = step.config_of(size, step.DEFAULT, layers=2, batch=2, remat="none")
+    forward = count_flops(config.model, config.lengths).attention
+    longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=64))
+    # Twice as long: the square of scores and values is all that grows for a token.
+    grown = count_flops(longer.model, longer.lengths).attention - forward
+    assert step.unseen_flops(config) == 3 * grown / 2
 
 
 @pytest.mark.slow

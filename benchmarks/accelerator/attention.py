@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.accelerator.child import message_of
 from benchmarks.accelerator.clock import bar, compiled, rate_against
 from benchmarks.accelerator.experts import kernels_in
 from benchmarks.accelerator.groups import Row
@@ -127,15 +128,15 @@ def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
 
 
 def refusal(kernel: str) -> str:
-    """Why a kernel cannot run here, as the library says it; "" if it can."""
+    """Why a kernel cannot run here, as the library or JAX says it; "" if it can."""
     form = tiny(FORMS["causal"])
     sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.dim))
     arrays = [jax.ShapeDtypeStruct((1, form.length, *size), jnp.bfloat16) for size in sizes]
     segments_BL = jax.ShapeDtypeStruct((1, form.length), jnp.int32)
     try:
         jax.eval_shape(by_kernel(kernel, form), *arrays, segments_BL)
-    except ValueError as error:
-        return str(error)
+    except Exception as error:  # cuDNN that is missing is no ValueError
+        return message_of(error)
     return ""
 
 

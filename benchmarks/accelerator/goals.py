@@ -80,8 +80,8 @@ def trains_at(wanted: float) -> Callable[[Rows], tuple[str, bool] | None]:
     """Whether any training step reaches a model FLOPs utilisation."""
 
     def reached(rows: Rows) -> tuple[str, bool] | None:
-        steps = {name: line["mfu"] for name, line in of_group(rows, "step", "").items()
-                 if line.get("mfu") is not None}  # fmt: skip
+        steps = {name: line["mfu_causal"] for name, line in of_group(rows, "step", "").items()
+                 if line.get("mfu_causal") is not None}  # fmt: skip
         if not steps:
             return None
         best = max(steps, key=lambda name: steps[name])
@@ -108,5 +108,6 @@ GOALS = (
     ),
     *(Goal(f"{shape}: ahead of PyTorch's grouped_mm", ahead_of_torch(shape))
       for shape in EXPERTS_GOALS),
-    Goal(f"a training step at {MFU_GOAL:.0%} MFU", trains_at(MFU_GOAL)),
+    Goal(f"a training step at {MFU_GOAL:.0%} MFU, half of the square of attention counted",
+         trains_at(MFU_GOAL)),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from benchmarks.accelerator.child import message_of
 from moe_jax.layers.attention import Attention
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts import plan_experts
@@ -30,11 +31,11 @@ def grouped_kernels() -> dict[str, str]:
 
 
 def refusal(kernel: str) -> str:
-    """Why a kernel cannot run here, as the library says it; "" if it can."""
+    """Why a kernel cannot run here, as the library or JAX says it; "" if it can."""
     try:
         plan_experts(with_kernel(MoE(run_experts="ragged"), kernel))
-    except ValueError as error:
-        return str(error)
+    except Exception as error:
+        return message_of(error)
     return ""
 
 

@@ -209,10 +209,20 @@ def passed(line: Line) -> str:
 
 def of_steps(own: dict[str, Line]) -> str:
     """Speed of training steps."""
-    head = ("row", "what fits", "tokens/s", "MFU", "of the matmul rate", "peak MB", "loss")
+    head = (
+        "row",
+        "what fits",
+        "tokens/s",
+        "MFU",
+        "half square",
+        "of the matmul rate",
+        "peak MB",
+        "loss",
+    )
     lines = [
         (name, f"{line['parameters'] / 1e9:.2f} B, {line['config']}",
-         f"{line['tokens_per_s']:,.0f}", percent(line["mfu"]), percent(line["share"]),
+         f"{line['tokens_per_s']:,.0f}", percent(line["mfu"]), percent(line["mfu_causal"]),
+         percent(line["share"]),
          f"{line['peak_mb']:,.0f}", loss_of(line))
         for name, line in measured(own).items()
     ]  # fmt: skip

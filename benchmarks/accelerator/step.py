@@ -2,8 +2,8 @@
 
 A step is that of `moe_jax.train`: forward, backward, AdamW in float32, activations in bfloat16.
 Tokens are random with the frequencies of Zipf's law, so that the loss falls from ln V. Model FLOPs
-are three times forward, attention counted as the whole L x L square, without padding and
-recomputation (`planning.flops`).
+are three times forward, without padding and recomputation, with attention as the whole L x L square
+(`planning.flops`: `mfu`) and as the half that is seen (`mfu_causal`).
 """
 
 import dataclasses
@@ -226,6 +226,7 @@ def rates(config: ExperimentConfig, seconds: list[float], matmul_rate: float) ->
     tokens = config.training.batch_size * config.data.sequence_length
     flops = 3 * count_flops(config.model, config.lengths).model * tokens
     parameters = count_parameters(config.model, config.lengths)
+    causal = flops - unseen_flops(config) * tokens
     peak = None if jax.default_backend() == "cpu" else peak_flops()
     return {
         "tokens_per_s": tokens / median,
@@ -238,4 +239,12 @@ def rates(config: ExperimentConfig, seconds: list[float], matmul_rate: float) ->
         "share": flops / median / matmul_rate,
         "matmul_tflops": matmul_rate / 1e12,
         "mfu": None if peak is None else flops / median / peak,
+        "mfu_causal": None if peak is None else causal / median / peak,
     }
+
+
+def unseen_flops(config: ExperimentConfig) -> float:
+    """FLOPs of a token in a step, of scores and values that no query sees: half of the square."""
+    attention = config.model.part["attention"]
+    width = attention.num_heads * attention.head_dim
+    return 3 * config.model.stack.repeats * 2.0 * config.data.sequence_length * width
