@@ -1,10 +1,11 @@
-"""Which kernel computes attention, and that splash gives what a dense float64 reference gives.
+"""Which kernel computes attention, and that those of Pallas give what a float64 reference gives.
 
-Splash runs in the interpreter of Pallas: it is the code of the TPU, and its arithmetic on a CPU.
+They run in the interpreter of Pallas: it is the code of the accelerator, and arithmetic of a CPU.
 """
 
 import dataclasses
 import functools
+import itertools
 import logging
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN, TPU._replace(manual=True), "xla"),
         ("xla", PLAIN, TPU, "xla"),
         ("splash", PLAIN, CPU, "splash"),
+        ("triton", PLAIN, CPU, "triton"),
+        ("triton", PLAIN._replace(sink=True, softcap=True, dtype="float32"), GPU, "triton"),
         ("auto", PLAIN, GPU, "cudnn"),
         ("auto", PLAIN, GPU._replace(cudnn=None), "cudnn"),  # only planned here
         ("auto", PLAIN, GPU._replace(cudnn=0), "xla"),
@@ -86,6 +89,8 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
     [
         ("splash", PLAIN, GPU, "splash': it runs on a TPU"),
         ("splash", PLAIN._replace(bias=True), TPU, "splash': it adds no position bias"),
+        ("triton", PLAIN, TPU, "triton': it runs on a GPU, here on a TPU"),
+        ("triton", PLAIN._replace(counts_up=False), GPU, r"triton': .*Call\.counts_up"),
         ("cudnn", PLAIN, TPU, "cudnn': it runs on a GPU, here on a TPU"),
         ("cudnn", PLAIN._replace(dtype="float32"), GPU, "in bfloat16 or float16, here in float32"),
         ("splash", PLAIN._replace(counts_up=False), TPU, r"splash': .*Call\.counts_up"),
@@ -185,7 +190,7 @@ def dense(q, k, v, sink, seen, case, scale):
 
 
 @functools.cache
-def compared(name, fault=None):
+def compared(name, kernel):
     """Largest differences of output and gradients from the reference, and its largest numbers."""
     case, random = CASES[name], np.random.default_rng(0)
     segments, positions = documents(case.length)
@@ -199,7 +204,7 @@ def compared(name, fault=None):
     def by_kernel(q, k, v, sink):
         y = attend_by_rules(
             q, k, v, case.rules, Tokens(jnp.asarray(positions), jnp.asarray(segments)),
-            kernel="splash", counts_up=True, scale=scale, softcap=case.softcap,
+            kernel=kernel, counts_up=True, scale=scale, softcap=case.softcap,
             sink_N=sink if case.sink else None,
         )  # fmt: skip
         return jnp.sum(y * weights.astype(np.float32)), y
@@ -219,10 +224,18 @@ def compared(name, fault=None):
     return [(np.abs(a - b).max(), np.abs(b).max()) for a, b in pairs]
 
 
-@pytest.mark.parametrize("name", slow_but(["grouped, sinks"], CASES))
-def test_splash_is_attention(name):
+PALLAS = ("splash", "triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    slow_but(
+        [("grouped, sinks", kernel) for kernel in PALLAS], list(itertools.product(CASES, PALLAS))
+    ),
+)
+def test_a_kernel_is_attention(name, kernel):
     """Output and the gradients of queries, keys, values and sinks."""
-    for difference, largest in compared(name):
+    for difference, largest in compared(name, kernel):
         assert difference <= FLOAT32 * max(largest, 1)
         assert largest > 0.1 or not CASES[name].sink
 
@@ -243,7 +256,7 @@ def test_a_fault_is_seen(name, monkeypatch):
     monkeypatch.setattr(splash, *FAULTS[name])
     compared.cache_clear()
     with pytest.raises(AssertionError):
-        test_splash_is_attention(name)
+        test_a_kernel_is_attention(name, "splash")
     compared.cache_clear()
 
 
@@ -289,15 +302,16 @@ def of_part(part, *, causal=True, mesh=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("kernel", PALLAS)
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_gives_the_same_by_either_kernel(name, devices):
+def test_a_part_gives_the_same_by_a_kernel(name, kernel, devices):
     """Alone and on a mesh that splits the batch and the heads."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if devices == 8 else None
     part = PARTS[name]
-    splash, xla = (
-        of_part(dataclasses.replace(part, kernel=kernel), mesh=mesh) for kernel in ("splash", "xla")
+    got, expected = (
+        of_part(dataclasses.replace(part, kernel=one), mesh=mesh) for one in (kernel, "xla")
     )
-    for a, b in zip(jax.tree.leaves(splash), jax.tree.leaves(xla), strict=True):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32 * np.abs(b).max())
         assert np.abs(b).max() > 1e-6
 
@@ -345,6 +359,7 @@ def test_a_kernel_keeps_no_scores():
     # Queries and output of four heads, keys and values of two.
     assert splash.traffic == (0, (2 * 4 + 2 * 2) * 32 * 2)
     assert scores(part, "splash", 512).traffic == splash.traffic, "whatever the length"
+    assert splash == scores(part, "triton")
     # A row of a mask for all heads.
     assert cudnn.traffic == (256 * 2, splash.traffic.split)
     latent = LatentAttention(num_heads=4, nope_dim=32, rope_dim=16, value_dim=32)
@@ -354,9 +369,9 @@ def test_a_kernel_keeps_no_scores():
     assert costs[1].traffic.split == (1 + 128 / 256) * 2 * 4 * 32 * 2, "half as many keys"
 
 
-def residuals(remat):
+def residuals(remat, kernel):
     """Shapes of what the backward pass of a layer reads, its inputs left out."""
-    part, x = Attention(num_heads=2, head_dim=4, kernel="splash"), jnp.ones((1, LENGTH, MODEL_DIM))
+    part, x = Attention(num_heads=2, head_dim=4, kernel=kernel), jnp.ones((1, LENGTH, MODEL_DIM))
     params = jax.tree.map(lambda spec: jnp.ones(spec.shape), part.specs(Dims(MODEL_DIM)))
 
     def layer(params, x):
@@ -368,12 +383,15 @@ def residuals(remat):
     return [leaf.shape for leaf in jax.tree.leaves(kept)]
 
 
-def test_what_remat_keeps_of_a_kernel():
+@pytest.mark.parametrize(
+    ("kernel", "output"), [("splash", (1, 2, LENGTH, 4)), ("triton", (1, LENGTH, 2, 16))]
+)
+def test_what_remat_keeps_of_a_kernel(kernel, output):
     """Its output and log-sums; "full" keeps neither, so that the kernel runs twice."""
-    output, sums = (1, 2, LENGTH, 4), (1, 2, LENGTH)
-    assert output in residuals("none") and sums in residuals("none")
-    assert output in residuals("dots") and sums in residuals("dots")
-    assert not {output, sums} & set(residuals("full"))
+    sums = (1, 2, LENGTH)
+    for remat in ("none", "dots"):
+        assert {output, sums} <= set(residuals(remat, kernel))
+    assert not {output, sums} & set(residuals("full", kernel))
 
 
 def test_remat_keeps_what_cudnn_gives():

@@ -4,10 +4,12 @@ xla     products and a softmax as XLA compiles them: everything, everywhere. Wri
         [B, N, L, T] in float32.
 splash  Pallas kernel of a TPU: no scores in memory, and no work on blocks that no query sees.
 cudnn   library of an NVIDIA GPU: no scores in memory, but a mask [B, 1, L, T].
+triton  Pallas kernels for a GPU: no scores in memory, no mask. Only by name, until a GPU ran them.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ from moe_jax.parallel.rules import mesh_in_use, partition_spec, platform
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
+KERNELS = ("auto", "xla", "splash", "cudnn", "triton")
 BEST = {"tpu": "splash", "gpu": "cudnn"}  # that "auto" takes, by platform
 RESIDUALS = "attention_residuals"  # name, for remat, of a kernel's output and log-sums
 KEEPS_RESIDUALS = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
@@ -82,18 +84,19 @@ class Choice(NamedTuple):
 def lacking(kernel: str, task: Task, machine: Machine) -> str:
     """What a kernel cannot do of a task on a machine, in words; "" if it can do it.
 
-    On a CPU, splash runs in the interpreter of Pallas: for tests, since it is slow.
+    On a CPU, splash and triton run in the interpreter of Pallas: for tests, since it is slow.
     """
+    of_pallas = {
+        "it cannot run inside jax.shard_map": machine.manual,
+        "it adds no position bias to scores": task.bias,
+        "it needs positions that count up (Call.counts_up)": (
+            task.rules != Rules(causal=False) and not task.counts_up
+        ),
+    }
     lacks = {
         "xla": {},
-        "splash": {
-            "it runs on a TPU, here on a GPU": machine.platform == "gpu",
-            "it cannot run inside jax.shard_map": machine.manual,
-            "it adds no position bias to scores": task.bias,
-            "it needs positions that count up (Call.counts_up)": (
-                task.rules != Rules(causal=False) and not task.counts_up
-            ),
-        },
+        "splash": {"it runs on a TPU, here on a GPU": machine.platform == "gpu", **of_pallas},
+        "triton": {"it runs on a GPU, here on a TPU": machine.platform == "tpu", **of_pallas},
         "cudnn": {
             f"it runs on a GPU, here on a {machine.platform.upper()}": machine.platform != "gpu",
             "cuDNN is not installed": machine.cudnn == 0,
@@ -225,24 +228,45 @@ def attend_by_rules(
             q_BLND, k_BTKD, v_BTKV, visible(rules, queries, keys),
             scale=scale, bias_BNLT=bias_BNLT, softcap=softcap, sink_N=sink_N,
         )  # fmt: skip
-    run: Any = functools.partial(cudnn.cudnn, rules=rules, scale=scale)
-    further: tuple[Any, ...] = ()
-    if name == "splash":
-        from moe_jax.layers.splash import splash  # imports Pallas, which takes half a second
-
+    if name == "cudnn":
+        run: Any = functools.partial(cudnn.cudnn, rules=rules, scale=scale)
+    else:
         run = functools.partial(
-            splash, rules=rules, scale=scale, softcap=softcap, interpret=platform() == "cpu"
-        )
-        further = (sink_N,)
+            pallas_kernel(name), rules=rules, scale=scale, softcap=softcap,
+            interpret=platform() == "cpu",
+        )  # fmt: skip
+    return by_device(run, q_BLND, k_BTKD, v_BTKV, queries, keys, sink_N)
+
+
+def by_device(run: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
+    """What a kernel makes of its arrays, on a mesh on every device of its own rows and heads.
+
+    Args:
+      run: the kernel.
+      *arrays: queries, keys, values [B, L, N, D], `Tokens` of queries and keys, sinks [N].
+
+    Returns:
+      [B, L, N, V].
+    """
     mesh = mesh_in_use()
     if mesh is not None:
         heads, tokens, sinks = (
             partition_spec(names, mesh)
             for names in (("batch", None, "heads", None), ("batch", None), ("heads",))
         )
+        specs = (heads, heads, heads, tokens, tokens, sinks)
         # Unchecked, since kernels do not say what differs between devices. All but sinks is split;
         # the gradient of sinks is summed over the devices that have copies.
-        specs = (heads, heads, heads, tokens, tokens, sinks)[: 5 + len(further)]
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    out_BLNV: jax.Array = run(q_BLND, k_BTKD, v_BTKV, queries, keys, *further)
-    return out_BLNV
+    return run(*arrays)
+
+
+def pallas_kernel(name: str) -> Any:
+    """The function of a kernel in Pallas, which takes half a second to import."""
+    if name == "splash":
+        from moe_jax.layers.splash import splash
+
+        return splash
+    from moe_jax.layers.triton import flash_attention
+
+    return flash_attention

@@ -18,6 +18,7 @@ def cudnn(
     v_BTKV: jax.Array,
     queries: Tokens,
     keys: Tokens | None,
+    sink_N: None,
     *,
     rules: Rules,
     scale: float,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+NO_DOCUMENT = -1  # of tokens that fill a row up
+
 
 class Rules(NamedTuple):
     """Which keys of its own document a query sees: those that keep to every rule given.
@@ -88,3 +90,10 @@ def by_place(rules: Rules, tokens: Tokens) -> tuple[Rules, jax.Array]:
     documents_BL = tokens.segments_BL * count + tokens.positions_BL // chunk % count
     window = chunk if rules.window is None else min(rules.window, chunk)
     return rules._replace(window=window, chunk=None), documents_BL
+
+
+def filled(x: jax.Array, block: int, value: int) -> jax.Array:
+    """[B, L, ...] whose second dim is filled up to whole blocks."""
+    more = -x.shape[1] % block
+    widths = [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, constant_values=value) if more else x

@@ -14,11 +14,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from moe_jax.layers.attention_kernels import RESIDUALS
-from moe_jax.layers.masks import Rules, Tokens, by_place
+from moe_jax.layers.masks import NO_DOCUMENT, Rules, Tokens, by_place, filled
 
 LANES = 128  # a block has a multiple of so many rows
 BLOCKS = (512, 256, 128)
-NO_DOCUMENT = -1
 
 
 def splash(
@@ -43,10 +42,11 @@ def splash(
     rules, documents_BL = by_place(rules, queries)
     key_documents_BT = documents_BL if keys is None else keys.segments_BL
     q_BNLD, k_BKTD, v_BKTV = (
-        jnp.moveaxis(filled(x, 0), 1, 2) for x in ((q_BLND * scale).astype(dtype), k_BTKD, v_BTKV)
+        jnp.moveaxis(filled(x, LANES, 0), 1, 2)
+        for x in ((q_BLND * scale).astype(dtype), k_BTKD, v_BTKV)
     )
     documents_BL, key_documents_BT = (
-        filled(x, NO_DOCUMENT) for x in (documents_BL, key_documents_BT)
+        filled(x, LANES, NO_DOCUMENT) for x in (documents_BL, key_documents_BT)
     )
     mask = mask_of(rules, q_BNLD.shape[2], k_BKTD.shape[2])
     kernel = kernels.make_splash_mha(
@@ -66,13 +66,6 @@ def splash(
 
     out_BNLV = jax.vmap(of_row)(q_BNLD, k_BKTD, v_BKTV, documents_BL, key_documents_BT)
     return jnp.moveaxis(out_BNLV, 1, 2)[:, :length].astype(dtype)
-
-
-def filled(x: jax.Array, value: int) -> jax.Array:
-    """[B, L, ...] with a second dim of whole lanes."""
-    more = -x.shape[1] % LANES
-    widths = [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, constant_values=value) if more else x
 
 
 def mask_of(rules: Rules, length: int, key_length: int) -> Any:
