@@ -56,6 +56,8 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
         ("auto", PLAIN._replace(dims=(192, 128), dtype="float32", sink=True), TPU, "splash"),
         ("auto", PLAIN._replace(bias=True), TPU, "xla"),
+        ("auto", PLAIN._replace(own_keys=False), TPU, "xla"),
+        ("auto", PLAIN._replace(own_keys=False, rules=BOTH), TPU, "splash"),
         ("auto", PLAIN, TPU._replace(manual=True), "xla"),
         ("xla", PLAIN, TPU, "xla"),
         ("splash", PLAIN, CPU, "splash"),
@@ -93,6 +95,12 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
         ("triton", PLAIN._replace(counts_up=False), GPU, r"triton': .*Call\.counts_up"),
         ("cudnn", PLAIN, TPU, "cudnn': it runs on a GPU, here on a TPU"),
         ("cudnn", PLAIN._replace(dtype="float32"), GPU, "in bfloat16 or float16, here in float32"),
+        (
+            "splash",
+            PLAIN._replace(own_keys=False),
+            TPU,
+            "splash': it knows no positions of a cache",
+        ),
         ("splash", PLAIN._replace(counts_up=False), TPU, r"splash': .*Call\.counts_up"),
         ("splash", PLAIN, TPU._replace(manual=True), "splash': .*inside jax.shard_map"),
     ],
@@ -400,3 +408,41 @@ def test_remat_keeps_what_cudnn_gives():
 
     assert keeps_attention(of_jax._dot_product_attention_fwd_p_wrapper)
     assert not keeps_attention(of_jax._dot_product_attention_bwd_p_wrapper)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_a_cache_gives_the_same_by_a_kernel(name):
+    """A prompt of five tokens, of which one row has two of padding, then one token more."""
+
+    def generated(kernel):
+        part, random = dataclasses.replace(PARTS[name], kernel=kernel), np.random.default_rng(0)
+        params, cache = (
+            jax.tree.map(lambda spec: random.normal(size=spec.shape).astype(np.float32), specs)
+            for specs in (
+                part.specs(Dims(MODEL_DIM)),
+                part.cache_specs(Dims(MODEL_DIM, 0, 7), 2, 8),
+            )
+        )
+        cache = jax.tree.map(jnp.zeros_like, cache) | (
+            {"positions": jnp.full((2, 8), -1)} if "positions" in cache else {}
+        )
+        x, memory = (random.normal(size=(2, n, MODEL_DIM)).astype(np.float32) for n in (6, 7))
+        segments = jnp.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+        call = Call(
+            jnp.maximum(jnp.cumsum(segments, 1) - 1, 0), segments, counts_up=True, memory=memory,
+            memory_segments_BT=jnp.ones((2, 7), jnp.int32), cache_index=jnp.int32(0),
+            cache_length=8, prefill=True,
+        )  # fmt: skip
+        prompt, _, cache = part.apply(params, x[:, :5], call, Own(cache=cache))
+        call = dataclasses.replace(
+            call, positions_BL=jnp.array([[5], [3]]), segments_BL=jnp.ones((2, 1), jnp.int32),
+            cache_index=jnp.int32(5), prefill=False,
+        )  # fmt: skip
+        return prompt * (segments > 0)[..., None], part.apply(
+            params, x[:, 5:], call, Own(cache=cache)
+        )[0]
+
+    for got, expected in zip(generated("triton"), generated("xla"), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=FLOAT32, atol=FLOAT32 * 10)
+        assert np.abs(expected).max() > 0.1

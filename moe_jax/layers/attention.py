@@ -177,12 +177,12 @@ class Attention(Part):
         if self.temperature is not None:
             factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
             q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
-        queries, keys = Tokens(positions, segments), None
+        queries, keys, kernel = Tokens(positions, segments), None, self.kernel
         if cache is not None:
             cache = write(cache, call, keys=k_BTND, values=v_BTND)
             if not call.prefill:
                 k_BTND, v_BTND = (cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
-                queries, keys = in_one_document(cache, call)
+                (queries, keys), kernel = in_one_document(cache, call), "xla"
         out_BLND = attend_by_rules(
             q_BLND,
             k_BTND,
@@ -190,7 +190,7 @@ class Attention(Part):
             Rules(call.causal, self.window, self.chunk),
             queries,
             keys,
-            kernel=self.kernel,
+            kernel=kernel,
             counts_up=call.counts_up,
             scale=self.head_dim**-0.5 if self.scale is None else self.scale,
             bias_BNLT=self.bias_of(call),

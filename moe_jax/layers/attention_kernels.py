@@ -54,6 +54,7 @@ class Task(NamedTuple):
       dtype: of both.
       counts_up: see `Call`.
       lengths: of queries and keys.
+      own_keys: whether keys are those of the queries' own places; else of a cache or a memory.
       bias: whether scores have one.
       softcap: whether they are capped.
       sink: whether heads have sinks.
@@ -64,6 +65,7 @@ class Task(NamedTuple):
     dtype: str
     counts_up: bool = True
     lengths: tuple[int, int] = (0, 0)
+    own_keys: bool = True
     bias: bool = False
     softcap: bool = False
     sink: bool = False
@@ -86,12 +88,12 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
 
     On a CPU, splash and triton run in the interpreter of Pallas: for tests, since it is slow.
     """
+    by_position = task.rules != Rules(causal=False)
     of_pallas = {
         "it cannot run inside jax.shard_map": machine.manual,
         "it adds no position bias to scores": task.bias,
-        "it needs positions that count up (Call.counts_up)": (
-            task.rules != Rules(causal=False) and not task.counts_up
-        ),
+        "it knows no positions of a cache": by_position and not task.own_keys,
+        "it needs positions that count up (Call.counts_up)": by_position and not task.counts_up,
     }
     lacks = {
         "xla": {},
@@ -219,7 +221,7 @@ def attend_by_rules(
     """
     task = Task(
         rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
-        (q_BLND.shape[1], k_BTKD.shape[1]),
+        (q_BLND.shape[1], k_BTKD.shape[1]), keys is None,
         bias=bias_BNLT is not None, softcap=softcap is not None, sink=sink_N is not None,
     )  # fmt: skip
     name = chosen(kernel, task)

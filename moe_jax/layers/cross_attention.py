@@ -74,6 +74,7 @@ class CrossAttention(Part):
         if memory_segments_BT is None:
             memory_segments_BT = jnp.ones(memory_BTM.shape[:2], jnp.int32)
         q_BLND = split_heads(affine(x_BLM, params, "q"), self.head_dim)
+        kernel = self.kernel
         if own.cache is None or call.prefill:
             k_BTKD, v_BTKD = (
                 split_heads(affine(memory_BTM, params, name), self.head_dim) for name in "kv"
@@ -82,6 +83,7 @@ class CrossAttention(Part):
         else:
             k_BTKD, v_BTKD = (own.cache[name].astype(x_BLM.dtype) for name in ("keys", "values"))
             q_BLND, _ = self.attention.normed(params, q_BLND, k_BTKD)
+            kernel = "xla"
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         out_BLND = attend_by_rules(
             q_BLND,
@@ -90,7 +92,7 @@ class CrossAttention(Part):
             Rules(causal=False),
             Tokens(jnp.zeros_like(call.segments_BL), call.segments_BL),
             Tokens(jnp.zeros_like(memory_segments_BT), memory_segments_BT),
-            kernel=self.kernel,
+            kernel=kernel,
             counts_up=False,
             scale=scale,
         )
