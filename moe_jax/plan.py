@@ -4,6 +4,8 @@ Without a topology: parameters, FLOPs, memory and collectives of the config on i
 arithmetic. With one (v5p:8x16x16, 2*v5e:16x16, h100:4x8): also what the machine's compiler makes of
 the real training step, with no such machine present. docs/planning.md says what each number is.
 
+With --serve: what serving the model needs instead, on the chips of the topology or on all known.
+
 Exit code 0: it fits, or no machine was named. 3: it does not fit. 1: an error.
 """
 
@@ -36,6 +38,9 @@ class Options:
     sweep: bool = False
     compile_best: int = 0
     figures: str = ""
+    serve: bool = False
+    context: int = 8192
+    batch: int = 32
 
     def __post_init__(self) -> None:
         """Checks them against each other."""
@@ -54,6 +59,13 @@ def run(config: ExperimentConfig, options: Options) -> int:
     from moe_jax.planning.topology import parse_topology
 
     topology = parse_topology(options.topology) if options.topology else None
+    if options.serve:
+        from moe_jax.planning.serving import chips_of, describe_serving, serving_text
+
+        chips = chips_of("" if topology is None else topology.chip.name)
+        given = (config.model, options.context, options.batch, chips)
+        print(json_text(describe_serving(*given)) if options.json else serving_text(*given))
+        return 0
     if options.sweep:
         assert topology is not None
         found = sweep(config, topology, compile_best=options.compile_best)
@@ -110,6 +122,9 @@ def define_flags() -> None:
     flags.DEFINE_bool("sweep", False, "Try all meshes of the machine by arithmetic, best first.")
     flags.DEFINE_integer("compile_best", 0, "Of a sweep: compile so many of the best.", 0)
     flags.DEFINE_string("figures", "", "Directory for figures of memory and roofline.")
+    flags.DEFINE_bool("serve", False, "Plan serving instead of training.")
+    flags.DEFINE_integer("context", 8192, "With --serve: tokens of a text.", 1)
+    flags.DEFINE_integer("batch", 32, "With --serve: texts at once.", 1)
 
 
 command = command_line.Command(main, define_flags, required=("config",), uses_devices=False)

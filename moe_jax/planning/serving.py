@@ -1,0 +1,253 @@
+"""What serving a model needs: weights by dtype, caches, time a decoded token, devices.
+
+All of it is arithmetic on the model's parts. Multi-token modules are left out, as decoding does.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.model import LanguageModel
+from moe_jax.planning.flops import count_flops
+from moe_jax.planning.hardware import CHIPS, Chip
+from moe_jax.planning.parameters import count_parameters
+
+# Bits of a weight: of routed experts, and of everything else. Quantised ones have a bfloat16 scale
+# for every 32 weights, half a bit each.
+PRECISIONS = {
+    "float32": (32.0, 32.0),
+    "bfloat16": (16.0, 16.0),
+    "int8": (8.5, 8.5),
+    "int4 experts, rest bfloat16": (4.5, 16.0),
+    "int4": (4.5, 4.5),
+}
+CONTEXTS = (1024, 8192, 32_768, 131_072)
+BATCHES = tuple(2**i for i in range(15))
+MOST_DEVICES = 4096
+
+
+class ServingCosts(NamedTuple):
+    """What a model costs to serve, on any device.
+
+    Attributes:
+      experts: weights of routed experts, all layers.
+      rest: all other weights.
+      sparse: for each routed part, its experts E, those of a token K, and its weights.
+      context: tokens that a decoded token sees.
+      cache: bytes of the caches of a text of that length, in the compute dtype.
+      flops: FLOPs of a decoded token.
+    """
+
+    experts: int
+    rest: int
+    sparse: tuple[tuple[int, int, int], ...]
+    context: int
+    cache: int
+    flops: float
+
+    def weights(self, precision: str) -> float:
+        """Bytes of all weights."""
+        of_experts, of_rest = PRECISIONS[precision]
+        return (self.experts * of_experts + self.rest * of_rest) / 8
+
+    def read(self, precision: str, batch: int) -> float:
+        """Bytes that a decode of so many texts reads: weights of the experts that some token uses.
+
+        Choices count as independent and even: of E experts, E (1 - (1 - K / E)^B) are used.
+        """
+        of_experts, of_rest = PRECISIONS[precision]
+        used = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.sparse)
+        return (used * of_experts + self.rest * of_rest) / 8 + batch * self.cache
+
+
+def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
+    """The costs of a model whose texts have `context` tokens."""
+    model = dataclasses.replace(model, multi_token=None)
+    parameters = count_parameters(model, context)
+    sparse = []
+    for name, part in model.moe_parts.items():
+        size = sum(
+            spec.size
+            for spec in jax.tree.leaves(part.specs(model.dims).get("experts", {}))
+        )  # fmt: skip
+        layers = len(model.moe_layers[name])
+        sparse.append((part.num_experts, part.num_selected(training=False), size * layers))
+    return ServingCosts(
+        experts=parameters.experts,
+        rest=parameters.total - parameters.experts,
+        sparse=tuple(sparse),
+        context=context,
+        cache=cache_bytes(model, context),
+        flops=count_flops(model, context).model,
+    )
+
+
+def cache_bytes(model: LanguageModel, context: int) -> int:
+    """Bytes of the caches of one text of so many tokens, as `inference` keeps them."""
+    dims = model.dims._replace(memory_length=context if model.has_encoder else 0)
+    total = 0
+    for spec in jax.tree.leaves(model.decoder.cache_specs(dims, 1, context)):
+        narrowed = spec.component == "cache" and jnp.issubdtype(spec.dtype, jnp.floating)
+        dtype = model.compute_dtype if narrowed else spec.dtype
+        total += spec.size * jnp.dtype(dtype).itemsize
+    return total
+
+
+class Decoding(NamedTuple):
+    """A decode of one token of each text, on one chip with the whole model.
+
+    Attributes:
+      batch: texts.
+      memory_ms: milliseconds to read weights and caches.
+      compute_ms: milliseconds of the FLOPs.
+    """
+
+    batch: int
+    memory_ms: float
+    compute_ms: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all texts together, at best."""
+        return 1000 * self.batch / max(self.memory_ms, self.compute_ms)
+
+
+def decoding(costs: ServingCosts, chip: Chip, precision: str, batch: int) -> Decoding:
+    """The best that a chip's published rates allow, if its memory held the model."""
+    return Decoding(
+        batch,
+        memory_ms=1000 * costs.read(precision, batch) / chip.hbm_bandwidth,
+        compute_ms=1000 * batch * costs.flops / chip.flops,
+    )
+
+
+def first_compute_bound(costs: ServingCosts, chip: Chip, precision: str) -> int | None:
+    """The smallest batch, a power of two, whose FLOPs take longer than its memory; or None."""
+    for batch in BATCHES:
+        found = decoding(costs, chip, precision, batch)
+        if found.compute_ms >= found.memory_ms:
+            return batch
+    return None
+
+
+def devices_needed(
+    costs: ServingCosts, chip: Chip, precision: str, batch: int, *, experts_alone: bool
+) -> int | None:
+    """The least devices, a power of two, whose memory holds the model and its caches; or None.
+
+    Args:
+      costs: of the model.
+      chip: whose devices they are.
+      precision: of `PRECISIONS`.
+      batch: texts at once.
+      experts_alone: split experts and texts over the devices, and copy the rest to each; else
+        everything is split.
+    """
+    of_experts, of_rest = PRECISIONS[precision]
+    usable = chip.usable_hbm_bytes / chip.devices
+    rest, experts = costs.rest * of_rest / 8, costs.experts * of_experts / 8
+    count = 1
+    while count <= MOST_DEVICES:
+        copied = rest if experts_alone else rest / count
+        texts = math.ceil(batch / count) if experts_alone else batch / count
+        if copied + experts / count + texts * costs.cache <= usable:
+            return count
+        count *= 2
+    return None
+
+
+def serving_text(model: LanguageModel, context: int, batch: int, chips: Mapping[str, Chip]) -> str:
+    """The costs as tables: weights, caches, decoding, devices."""
+    costs = serving_costs(model, context)
+    return "\n\n".join(
+        "\n".join(lines)
+        for lines in (
+            weights_lines(costs),
+            cache_lines(model),
+            decoding_lines(costs, chips),
+            device_lines(costs, batch, chips),
+        )
+    )
+
+
+def weights_lines(costs: ServingCosts) -> Iterator[str]:
+    """Weights by precision."""
+    yield f"weights: {costs.experts + costs.rest:,}, {costs.experts:,} of them in routed experts"
+    for name in PRECISIONS:
+        yield f"  {name:<28}{costs.weights(name) / 1e9:>12,.2f} GB"
+
+
+def cache_lines(model: LanguageModel) -> Iterator[str]:
+    """Caches by length of the text."""
+    yield f"cache of one text, {model.compute_dtype}"
+    for context in CONTEXTS:
+        size = cache_bytes(model, context)
+        yield f"  {context:>8,} tokens{size / 1e6:>14,.2f} MB{size / context:>12,.0f} B a token"
+
+
+def decoding_lines(costs: ServingCosts, chips: Mapping[str, Chip]) -> Iterator[str]:
+    """Time of a decode by chip, in bfloat16."""
+    yield (
+        f"decoding in bfloat16 at {costs.context:,} tokens: {costs.flops / 1e9:,.2f} GFLOP and, in "
+        f"a batch of 1, {costs.read('bfloat16', 1) / 1e9:,.2f} GB a token"
+    )
+    yield "  at best, by published rates of one chip, as if its memory held the model"
+    yield "  chip     ms a token, batch 1  tokens/s, batch 64  FLOPs bind from"
+    for name, chip in chips.items():
+        one, many = (decoding(costs, chip, "bfloat16", batch) for batch in (1, 64))
+        first = first_compute_bound(costs, chip, "bfloat16")
+        bound = "never: caches" if first is None else f"batch {first:,}"
+        took = max(one.memory_ms, one.compute_ms)
+        yield f"  {name:<8}{took:>20,.2f}{many.tokens_per_second:>20,.0f}{bound:>17}"
+
+
+def device_lines(costs: ServingCosts, batch: int, chips: Mapping[str, Chip]) -> Iterator[str]:
+    """Devices by chip and precision."""
+    yield f"devices whose memory holds the model and {batch} texts of {costs.context:,} tokens:"
+    yield "  all split / experts and texts split, the rest on each"
+    for name, chip in chips.items():
+        yield f"  {name}"
+        for precision in PRECISIONS:
+            counts = (
+                devices_needed(costs, chip, precision, batch, experts_alone=alone)
+                for alone in (False, True)
+            )
+            cell = " / ".join(f"over {MOST_DEVICES}" if n is None else str(n) for n in counts)
+            yield f"    {precision:<28}{cell:>16}"
+
+
+def describe_serving(
+    model: LanguageModel, context: int, batch: int, chips: Mapping[str, Chip]
+) -> dict[str, Any]:
+    """The numbers of `serving_text`, as JSON can hold them."""
+    costs = serving_costs(model, context)
+    return {
+        "weights": {"experts": costs.experts, "rest": costs.rest},
+        "weight_bytes": {name: costs.weights(name) for name in PRECISIONS},
+        "cache_bytes": {length: cache_bytes(model, length) for length in (context, *CONTEXTS)},
+        "flops_per_token": costs.flops,
+        "bytes_per_token": costs.read("bfloat16", 1),
+        "chips": {
+            name: {
+                "decoding": [decoding(costs, chip, "bfloat16", b)._asdict() for b in (1, 64)],
+                "compute_bound_from": first_compute_bound(costs, chip, "bfloat16"),
+                "devices": {
+                    precision: {
+                        how: devices_needed(costs, chip, precision, batch, experts_alone=alone)
+                        for how, alone in (("all_split", False), ("experts_split", True))
+                    }
+                    for precision in PRECISIONS
+                },
+            }
+            for name, chip in chips.items()
+        },
+    }
+
+
+def chips_of(name: str) -> dict[str, Chip]:
+    """The chip of this name, or all for ""."""
+    return {name: CHIPS[name]} if name else dict(CHIPS)

@@ -1,0 +1,102 @@
+"""What serving costs, by hand: caches of known models, experts read in a batch, devices."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import deepseek_v3, gpt_oss, jamba, mixtral
+from moe_jax.config import from_config_dict
+from moe_jax.plan import Options, run
+from moe_jax.planning.hardware import CHIPS
+from moe_jax.planning.serving import (
+    MOST_DEVICES,
+    ServingCosts,
+    cache_bytes,
+    decoding,
+    devices_needed,
+    first_compute_bound,
+    serving_costs,
+)
+
+H100 = CHIPS["h100"]
+# A million weights of 8 experts, of which a token uses 2, and as many others.
+SMALL = ServingCosts(10**6, 10**6, ((8, 2, 10**6),), context=10, cache=1000, flops=3e6)
+
+
+def model_of(module, preset=""):
+    return from_config_dict(module.get_config(preset)).model
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "expected"),
+    [
+        # 32 layers of 2 x 8 heads x 128 dims in bfloat16, and an int32 position.
+        (model_of(mixtral), 1000, 1000 * 32 * (2 * 8 * 128 * 2 + 4)),
+        # 61 layers of a latent of 512 and a rotary key of 64.
+        (model_of(deepseek_v3), 1000, 1000 * 61 * ((512 + 64) * 2 + 4)),
+        # Half of 24 layers see 128 tokens, in a ring of 136: 2 x 8 heads x 64 dims.
+        (model_of(gpt_oss), 1000, (12 * 1000 + 12 * 136) * (2 * 8 * 64 * 2 + 4)),
+        # 4 of 32 layers attend; the others keep 3 inputs and a float32 state of 16 for 8,192 dims.
+        (model_of(jamba), 1000, 4 * 1000 * (2 * 8 * 128 * 2 + 4)
+            + 28 * (3 * 8192 * 2 + 3 * 4 + 16 * 8192 * 4)),
+    ],
+    ids=["mixtral", "deepseek_v3", "gpt_oss", "jamba"],
+)  # fmt: skip
+def test_the_cache_of_a_text(model, tokens, expected):
+    assert cache_bytes(model, tokens) == expected
+
+
+def test_a_token_alone_reads_its_own_experts():
+    """Of 8 experts 2: a quarter of them; two tokens 1 - (3/4)^2, many tokens all."""
+    assert SMALL.read("bfloat16", 1) == 2 * (0.25e6 + 1e6) + 1000
+    assert SMALL.read("bfloat16", 2) == 2 * (0.4375e6 + 1e6) + 2000
+    assert SMALL.read("bfloat16", 1000) == pytest.approx(2 * 2e6 + 1e6)
+
+
+def test_weights_by_precision():
+    """Half a bit a weight for scales."""
+    assert SMALL.weights("float32") == 8e6
+    assert SMALL.weights("int8") == 2e6 * 8.5 / 8
+    assert SMALL.weights("int4 experts, rest bfloat16") == 1e6 * 4.5 / 8 + 2e6
+
+
+def test_mixtral_reads_its_active_parameters():
+    costs = serving_costs(model_of(mixtral), 1)
+    assert costs.read("bfloat16", 1) - costs.cache == pytest.approx(2 * 12_879_925_248)
+    assert costs.experts + costs.rest == 46_702_792_704
+
+
+def test_a_long_context_is_never_bound_by_flops():
+    """A byte of cache has fewer FLOPs than the chip does while it reads one."""
+    short = SMALL._replace(cache=0)
+    bound = first_compute_bound(short, H100, "bfloat16")
+    before, after = (decoding(short, H100, "bfloat16", n) for n in (bound // 2, bound))
+    assert before.compute_ms < before.memory_ms and after.compute_ms >= after.memory_ms
+    assert first_compute_bound(SMALL._replace(cache=10**5), H100, "bfloat16") is None
+
+
+def test_devices_by_hand():
+    """Chips of 3 MB: 4 MB of bfloat16 weights and 1,000 bytes a text."""
+    chip = dataclasses.replace(H100, usable_hbm_bytes=3e6)
+    assert devices_needed(SMALL, chip, "bfloat16", 1, experts_alone=False) == 2
+    # 2 MB on each, and a share of 2 MB.
+    assert devices_needed(SMALL, chip, "bfloat16", 1, experts_alone=True) == 4
+    assert devices_needed(SMALL, chip, "int4", 1, experts_alone=True) == 1
+    assert devices_needed(SMALL, chip, "bfloat16", 8000, experts_alone=False) == 4  # 12 MB
+    small = dataclasses.replace(chip, usable_hbm_bytes=2e6)
+    assert devices_needed(SMALL, small, "bfloat16", 1, experts_alone=True) is None
+    assert MOST_DEVICES == 4096
+
+
+def test_the_command_says_it_as_text_and_as_json(capsys):
+    config = from_config_dict(mixtral.get_config())
+    options = Options(topology="h100:8x1", serve=True, context=4096, batch=4)
+    assert run(config, options) == 0
+    text = capsys.readouterr().out
+    assert "weights: 46,702,792,704, 45,097,156,608 of them in routed experts" in text
+    assert "h100" in text and "v5p" not in text
+    assert run(config, dataclasses.replace(options, json=True)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache_bytes"]["4096"] == 4096 * 131_200
+    assert found["chips"]["h100"]["devices"]["bfloat16"] == {"all_split": 2, "experts_split": 2}
