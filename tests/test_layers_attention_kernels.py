@@ -253,7 +253,7 @@ FAULTS = {
         "mask_of",
         lambda rules, *shape: splash.masks.LocalMask(shape, (rules.window, 0), 0),
     ),
-    "chunk": ("filled", lambda x, value: jnp.zeros_like(x) if x.ndim == 2 else x),
+    "chunk": ("filled", lambda x, block, value: jnp.zeros_like(x) if x.ndim == 2 else x),
 }
 
 
