@@ -8,6 +8,7 @@ score of the whole held-out split of the run at its newest checkpoint is written
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,10 @@ class Options:
 
 
 def table(said: dict[str, Any]) -> str:
-    """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind."""
+    """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind.
+
+    Targets that are no bytes of a text, such as those of span corruption, have no bits/byte.
+    """
     from moe_jax.analysis.names import printable
     from moe_jax.training.rows import lost_choices
     from moe_jax.training.ways import CAPACITIES, notes_of, way_of
@@ -79,7 +83,8 @@ def table(said: dict[str, Any]) -> str:
         lines.append(" ".join([" " * width, *marks]))
     for domain, losses in rows:
         values = [loss[key] for loss in losses for key in UNITS.values()]
-        lines.append(" ".join([f"{domain:<{width}}", *(f"{value:>27.4f}" for value in values)]))
+        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
+        lines.append(" ".join([f"{domain:<{width}}", *(f"{cell:>27}" for cell in cells)]))
     lines += [
         f"{way.label}: {lost_choices(said[kind]):,} choices lost"
         for kind, way in zip(kinds, ways, strict=True)

@@ -188,3 +188,10 @@ def test_a_damaged_config_is_named(finished, tmp_path, capsys):
         generate.command([f"--workdir={tmp_path}", "--prompt=x"])
     said = capsys.readouterr().err
     assert f"{tmp_path / 'config.json'} is damaged: it is no JSON" in said
+
+
+def test_a_table_has_a_dash_where_targets_are_no_bytes():
+    losses = {"nats_per_token": 2.5, "bits_per_byte": float("nan")}
+    said = {"dropless": {**losses, "domains": {"prose": losses}}}
+    rows = evaluate.table(said).splitlines()
+    assert [row.split() for row in rows[1:]] == [["all", "-", "2.5000"], ["prose", "-", "2.5000"]]
