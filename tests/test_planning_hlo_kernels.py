@@ -146,6 +146,29 @@ def test_the_tiles_that_the_compiler_chose_are_read():
             ),
             3 * 192 + 2 * 128,
         ),
+        # By Triton: forward, and the gradients of queries and of keys and values.
+        *(
+            (
+                f"({results}) custom-call({operands}), {TRITON}, "
+                f'metadata={{op_name="jit(f)/jvp(flash_attention_{name}_kernel)/pallas_call"}}',
+                products * 128,
+            )
+            for name, results, operands, products in (
+                (
+                    "forward",
+                    "bf16[2,1024,4,128]{3,2,1,0}, f32[2,4,1024]{2,1,0}",
+                    "%gq, %gk, %gk",
+                    2,
+                ),
+                ("query", "bf16[2,1024,4,128]{3,2,1,0}", "%gq, %gk, %gk, %i, %i, %gq, %l", 3),
+                (
+                    "key",
+                    "bf16[2,1024,4,128]{3,2,1,0}, bf16[2,1024,4,128]{3,2,1,0}",
+                    "%gq, %gk, %gk, %i, %i, %gq, %l",
+                    4,
+                ),
+            )
+        ),
         # cuDNN, with and without a bias.
         (
             "(bf16[2,4,1024,128]{3,1,2,0}, f32[2,4,1024]{2,1,0}, u8[0]{0}) custom-call"

@@ -25,6 +25,13 @@ _CUDNN_ATTENTION = "__cudnn$fmha"
 _NAMELESS = ("mosaic_gpu",)  # targets whose kernels have no name of their own
 _GROUPED_MATMUL = re.compile(r"ragged.?dot|gmm|grouped", re.IGNORECASE)
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_FLASH = re.compile(r"flash_attention_(forward|query|key)_kernel")  # of `layers/triton.py`
+# What each multiplies, as numbers of dims of a query and of a value. Backward, scores and their
+# gradient are computed again by each kernel.
+_PRODUCTS = {
+    "fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2),
+    "forward": (1, 1), "query": (2, 1), "key": (2, 2),
+}  # fmt: skip
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _TILES = re.compile(r'ragged_dot_tiling="(\d+),')
 
@@ -39,9 +46,10 @@ def custom_call_flops(instruction: Instruction, operands: Sequence[Instruction])
         return library_matmul_flops(instruction, arrays)
     if target.startswith(_CUDNN_ATTENTION):
         return cudnn_attention_flops(instruction, arrays)
-    splash = _SPLASH.search(name)
-    if splash:
-        return splash_flops(splash[1], arrays, instruction.arrays)
+    for pattern, length_dim in ((_SPLASH, -2), (_FLASH, 1)):
+        kernel = pattern.search(name)
+        if kernel:
+            return attention_flops(kernel[1], arrays, instruction.arrays, length_dim)
     if is_grouped_matmul(instruction):
         flops = grouped_matmul_flops([*arrays, *instruction.arrays])
         if flops is not None:
@@ -90,31 +98,29 @@ def library_matmul_flops(instruction: Instruction, arrays: Sequence[Array]) -> i
     return 2 * arrays[0].elements * out.dims[-1]
 
 
-def splash_flops(which: str, operands: Sequence[Array], results: Sequence[Array]) -> int | None:
-    """FLOPs of a kernel of splash attention on the whole square of queries and keys.
+def attention_flops(
+    which: str, operands: Sequence[Array], results: Sequence[Array], length_dim: int
+) -> int | None:
+    """FLOPs of a kernel of attention on the whole square of queries and keys.
 
     It leaves out blocks that no query sees, about half of a causal square: which they are does not
-    stand in the program. Backward, scores and their gradient are computed again by each kernel.
+    stand in the program.
 
     Args:
-      which: "fwd"; "dq", the gradient of queries; "dkv", of keys and values, which may have that of
-        queries too, one for each block of keys.
-      operands: among them queries [..., N, L, D], keys [..., T, D] and values [..., T, V], the
-        first floating arrays.
+      which: of `_PRODUCTS`. The gradient of keys and values may have that of queries too, one for
+        each block of keys.
+      operands: among them queries, keys and values, the first floating arrays: of splash
+        [..., N, L, D], [..., T, D] and [..., T, V], else [B, L, N, D], [B, T, K, D] and so on.
       results: of the kernel.
+      length_dim: which dim of keys is T.
     """
-    found = attention_sizes(operands, length_dim=-2)
+    found = attention_sizes(operands, length_dim)
     if found is None:
         return None
     pairs, dim, value_dim, rank = found
-    products = {
-        "fwd": dim + value_dim,
-        "dq": 2 * dim + value_dim,
-        "dkv": 2 * dim + 2 * value_dim,
-    }[which]
-    if which == "dkv" and any(len(array.dims) > rank for array in results):
-        products += dim
-    return 2 * pairs * products
+    of_queries, of_values = _PRODUCTS[which]
+    of_queries += which == "dkv" and any(len(array.dims) > rank for array in results)
+    return 2 * pairs * (of_queries * dim + of_values * value_dim)
 
 
 def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -> int | None:
