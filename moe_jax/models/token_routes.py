@@ -1,0 +1,119 @@
+"""Experts by token, as inference engines return them: [length, layers, K], -1 where there is none.
+
+vLLM gives such an array for each text of a rollout (`routed_experts`). A trainer makes a record of
+them and replays it, so that the policy that is trained chose what the policy that wrote had chosen
+(Ma 2025, arXiv:2510.11370). Legend: `moe_jax.moe`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moe_jax.config.check import require
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.routing_record import PartRecord, RoutingRecord, check_record
+from moe_jax.moe.routing import Choices
+
+ABSENT = -1
+
+
+def routes_of(record: RoutingRecord) -> list[np.ndarray]:
+    """The experts of every token of each sequence.
+
+    Returns:
+      For each sequence int32 [length, X, K]: its tokens without padding, all layers that route in
+      their order, and the experts best first; -1 behind the last, K being that of the part with
+      the most.
+    """
+    places = places_of({name: part.layers for name, part in record.parts.items()})
+    most = max(part.choices.expert_index.shape[-1] for part in record.parts.values())
+    routes = np.full((*record.tokens_BL.shape, len(places), most), ABSENT, np.int32)
+    for x, (_, name, i) in enumerate(places):
+        choices = record.parts[name].choices
+        index_BLK = np.where(choices.chosen[i], choices.expert_index[i], ABSENT)
+        routes[:, :, x, : index_BLK.shape[-1]] = index_BLK
+    is_token_BL = record.segments_BL > 0
+    return [own[is_token] for own, is_token in zip(routes, is_token_BL, strict=True)]
+
+
+def record_of_routes(
+    model: LanguageModel, texts: Sequence[Sequence[int]], routes: Sequence[np.ndarray]
+) -> RoutingRecord:
+    """The record of texts whose experts an engine has returned.
+
+    Args:
+      model: that replays them, without an encoder.
+      texts: token ids.
+      routes: for each text integers [length, layers, K]. The layers are those that route, or all of
+        the model, with -1 in the others. The last token of a text may be -1 throughout, since an
+        engine does not run it; it uses no expert then.
+
+    Returns:
+      The record, padded on the right; `batch_fields` makes fields of a batch of it. Gates are 0 and
+      every choice is kept: neither is replayed.
+
+    Raises:
+      ValueError: the arrays do not fit the texts or the model, or a token has no expert.
+    """
+    require(
+        not model.has_encoder,
+        "experts by token are of a decoder alone",
+        "the model has an encoder",
+        "Record it with record_routing",
+    )
+    require(
+        len(texts) == len(routes) > 0,
+        "every text has an array of experts",
+        f"{len(texts)} texts, {len(routes)} arrays",
+        "Pass as many",
+    )
+    length = max(map(len, texts))
+    tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
+    for i, text in enumerate(texts):
+        tokens_BL[i, : len(text)], segments_BL[i, : len(text)] = text, 1
+    positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BL.shape)
+    parts = {}
+    for name, layers in model.moe_layers.items():
+        moe = model.moe_parts[name]
+        num_choices = moe.num_selected(training=False)
+        index = np.zeros((len(layers), len(texts), length, num_choices), np.int32)
+        chosen = np.zeros(index.shape, np.bool_)
+        for i, (text, route) in enumerate(zip(texts, routes, strict=True)):
+            own = of_layers(np.asarray(route), len(text), layers, model, i)[..., :num_choices]
+            index[:, i, : len(text)] = np.maximum(own, 0)
+            chosen[:, i, : len(text)] = own != ABSENT
+        choices = Choices(index, chosen, np.zeros(index.shape, np.float32), chosen)
+        parts[name] = PartRecord(layers, moe.num_options, choices)
+    record = RoutingRecord(tokens_BL, positions_BL, segments_BL, parts)
+    check_record(record)
+    return record
+
+
+def of_layers(
+    route: np.ndarray, length: int, layers: Sequence[int], model: LanguageModel, text: int
+) -> np.ndarray:
+    """The experts of one text in some layers: [layers, length, K]."""
+    routing = [layer for layer, _, _ in places_of(model.moe_layers)]
+    sizes = (len(routing), model.stack.num_layers)
+    require(
+        route.ndim == 3 and len(route) == length and route.shape[1] in sizes,
+        f"the experts of a text are [length, layers, K], of {sizes[0]} layers that route or all "
+        f"{sizes[1]}",
+        f"text {text} has {length} tokens and an array {route.shape}",
+        "Pass the array of its own text",
+    )
+    rows = [routing.index(layer) if route.shape[1] == len(routing) else layer for layer in layers]
+    own = np.moveaxis(route[:, rows], 1, 0)
+    missing = np.argwhere((own[:, :-1] == ABSENT).all(axis=-1))
+    require(
+        not len(missing),
+        "every token but the last has experts in every layer that routes",
+        f"text {text} has none for [layer, token] {missing[0].tolist() if len(missing) else []}",
+        "Replay whole texts",
+    )
+    return own
+
+
+def places_of(layers: Mapping[str, Sequence[int]]) -> list[tuple[int, str, int]]:
+    """Layers that route in order: the layer, its part, and which of the part's layers it is."""
+    return sorted((layer, name, i) for name, own in layers.items() for i, layer in enumerate(own))
