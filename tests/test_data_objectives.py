@@ -21,6 +21,7 @@ from moe_jax.config.file import override
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.data import RawWindow, heldout_batches, objectives, open_data, tokenizers
 from moe_jax.data.objectives import CausalLM, EncoderPrefixLM, PrefixLM, SpanCorruption
+from moe_jax.data.objectives.objective import check_positions
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.evaluation import DomainSums, SequenceSums
@@ -249,3 +250,23 @@ def test_a_run_with_prefixes_resumes_exactly(tmp_path):
         )
     )
     assert 0.4 < tokens / all_tokens < 0.6  # of the targets, half on average
+
+
+@pytest.mark.parametrize(
+    ("segments", "positions", "message"),
+    [
+        ([1, 1, 2, 2, 0, 0], [0, 1, 0, 1, 0, 0], ""),
+        ([0, 3, 3, 1, 1, 1], [9, 4, 5, 0, 1, 2], ""),  # padding anywhere, the end of a document
+        ([1, 1, 1, 2, 2, 0], [0, 1, 0, 0, 1, 0], r"positions \[0, 1, 0\] \.\.\. of document 1"),
+        ([1, 2, 2, 1, 1, 0], [0, 0, 1, 1, 2, 0], "in one piece.* of document 1"),
+    ],
+)
+def test_positions_of_a_document_count_up(segments, positions, message):
+    arrays = {"segment_ids": np.array(segments), "positions": np.array(positions)}
+    encoder = {f"encoder_{name}": array for name, array in arrays.items()}
+    for example in (arrays, arrays | encoder):
+        if not message:
+            check_positions(example)
+            continue
+        with pytest.raises(ValueError, match=message):
+            check_positions(example)

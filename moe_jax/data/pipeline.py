@@ -22,6 +22,7 @@ from moe_jax.data.documents import (
     text_digest,
 )
 from moe_jax.data.objectives import Example
+from moe_jax.data.objectives.objective import check_positions
 from moe_jax.data.opened import Data
 from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
@@ -225,9 +226,11 @@ def _to_examples(data: Data, seed: int) -> Callable[[int, RawWindow], Example]:
     objective, length = data.config.objective, data.config.sequence_length
 
     def to_example(index: int, window: RawWindow) -> Example:
-        return objective.example(
+        example = objective.example(
             window, sequence_length=length, tokenizer=data.tokenizer, key=(seed, index)
         )
+        check_positions(example)
+        return example
 
     return to_example
 

@@ -93,7 +93,8 @@ class Objective(Settings):
             key: of what is drawn.
 
         Returns:
-            The arrays that `arrays(sequence_length)` lists, and `domain`, an int32 scalar.
+            The arrays that `arrays(sequence_length)` lists, and `domain`, an int32 scalar. They
+            keep to `check_positions`.
         """
         raise NotImplementedError
 
@@ -137,4 +138,31 @@ class Objective(Settings):
             "the next token is no objective for a model that sees it",
             f"data.objective={kind_of(self)!r}, model.stack.causal=False",
             "Set model.stack.causal=True",
+        )
+
+
+def check_positions(example: Example) -> None:
+    """Checks that a document stands in one piece, and that its positions grow by one.
+
+    Kernels of attention rely on it (`Call.counts_up`).
+
+    Raises:
+        ValueError: naming the array, the document and its positions.
+    """
+    for side in ("", "encoder_"):
+        if f"{side}positions" not in example:
+            continue
+        segments, positions = example[f"{side}segment_ids"], example[f"{side}positions"]
+        begins = np.flatnonzero(np.diff(segments, prepend=0))
+        documents = segments[begins][segments[begins] > 0]
+        follows = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+        wrong = segments[1:][follows & (np.diff(positions) != 1)]
+        numbers, counts = np.unique(documents, return_counts=True)
+        wrong = np.concatenate([wrong, numbers[counts > 1]])
+        first = wrong[0] if len(wrong) else 0
+        require(
+            not len(wrong),
+            "a document stands in one piece, and its positions grow by one",
+            f"{side}positions {positions[segments == first][:8].tolist()} ... of document {first}",
+            "Correct the objective",
         )
