@@ -1,4 +1,4 @@
-"""Experts by token: what an engine returns becomes a record, and a record what an engine returns."""
+"""Experts by token: the arrays of an engine become a record, and a record such arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ def record(params):
     return record_routing(CONFIG.model, params, TOKENS_BL, segments_BL=SEGMENTS_BL)
 
 
-@quick_jit
 def loss(params, replay):
     call = Call(
         tokens_BL=jnp.asarray(TOKENS_BL), segments_BL=jnp.asarray(SEGMENTS_BL), capacity=0.0
@@ -46,14 +45,14 @@ def test_a_record_goes_there_and_back(record):
 
 def test_what_is_replayed_is_what_was_computed(record, params):
     again = record_of_routes(CONFIG.model, TEXTS, routes_of(record))
-    np.testing.assert_array_equal(loss(params, again.replay(CONFIG.model)), loss(params, None))
+    replayed = quick_jit(loss)(params, again.replay(CONFIG.model))
+    np.testing.assert_array_equal(replayed, quick_jit(loss)(params, None))
 
 
 def test_layers_without_experts_may_be_there_as_minus_one(record):
     """The form of vLLM: all three layers, and the last token, which it never runs, absent."""
-    routes = [
-        np.pad(route, ((0, 0), (1, 0), (0, 0)), constant_values=-1) for route in routes_of(record)
-    ]
+    dense = ((0, 0), (1, 0), (0, 0))
+    routes = [np.pad(route, dense, constant_values=-1) for route in routes_of(record)]
     for route in routes:
         route[-1] = -1
     again = record_of_routes(CONFIG.model, TEXTS, routes)
@@ -69,8 +68,9 @@ def test_a_router_that_has_drifted_still_learns(record, params):
     unit = drifted["stack"]["unit"]["0"]["moe"]["router"]
     drifted["stack"]["unit"]["0"]["moe"]["router"] = jax.tree.map(lambda w: -w, unit)
     replay = record_of_routes(CONFIG.model, TEXTS, routes_of(record)).replay(CONFIG.model)
-    assert loss(drifted, replay) != loss(drifted, None)
-    gradient = jax.grad(loss)(drifted, replay)["stack"]["unit"]["0"]["moe"]["router"]
+    assert quick_jit(loss)(drifted, replay) != quick_jit(loss)(drifted, None)
+    gradients = quick_jit(jax.grad(loss))(drifted, replay)
+    gradient = gradients["stack"]["unit"]["0"]["moe"]["router"]
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
@@ -78,7 +78,7 @@ def test_a_router_that_has_drifted_still_learns(record, params):
     ("change", "message"),
     [
         (lambda routes: routes[:1], "2 texts, 1 arrays"),
-        (lambda routes: [routes[0][:4], routes[1]], r"text 0 has 5 tokens and an array \(4, 2, 2\)"),
+        (lambda routes: [routes[0][:4], routes[1]], r"text 0 has 5 tokens .* array \(4, 2, 2\)"),
         (lambda routes: [np.repeat(r, 2, 1) for r in routes], r"2 layers that route or all 3"),
         (lambda routes: [r + 9 * (r > 0) for r in routes], r"must lie in 0\.\.num_experts - 1"),
         (lambda routes: [0 * r for r in routes], "must not choose an expert twice"),

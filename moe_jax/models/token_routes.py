@@ -6,6 +6,7 @@ them and replays it, so that the policy that is trained chose what the policy th
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -76,13 +77,14 @@ def record_of_routes(
     for name, layers in model.moe_layers.items():
         moe = model.moe_parts[name]
         num_choices = moe.num_selected(training=False)
-        index = np.zeros((len(layers), len(texts), length, num_choices), np.int32)
-        chosen = np.zeros(index.shape, np.bool_)
+        index: Any = np.zeros((len(layers), len(texts), length, num_choices), np.int32)
+        chosen: Any = np.zeros(index.shape, np.bool_)
+        gate: Any = np.zeros(index.shape, np.float32)
         for i, (text, route) in enumerate(zip(texts, routes, strict=True)):
             own = of_layers(np.asarray(route), len(text), layers, model, i)[..., :num_choices]
             index[:, i, : len(text)] = np.maximum(own, 0)
             chosen[:, i, : len(text)] = own != ABSENT
-        choices = Choices(index, chosen, np.zeros(index.shape, np.float32), chosen)
+        choices = Choices(index, chosen, gate, chosen)
         parts[name] = PartRecord(layers, moe.num_options, choices)
     record = RoutingRecord(tokens_BL, positions_BL, segments_BL, parts)
     check_record(record)
