@@ -1,7 +1,7 @@
 """Rows sorted by expert: any sizes, any garbage.
 
-`expert_loop` is the CPU's way, `SortedRows` the one of other platforms. Its kernels, of which a CPU
-runs the dense one here, are tested in `test_moe_grouped_matmul`.
+`expert_loop` is the CPU's way, `SortedRows` the one of other platforms, with any of its kernels
+(`test_moe_grouped_matmul`).
 """
 
 import functools
@@ -23,6 +23,7 @@ from moe_jax.moe.run_experts.rows import (
     sort_by_expert,
 )
 from tests import moe_oracle
+from tests.slow import slow_but
 
 # Sums of up to a few hundred float32 products, relative to the largest.
 FLOAT32 = 5e-6
@@ -66,16 +67,18 @@ def loop(x, gate, weights, expert, kept):
     return expert_loop(EXPERT, weights, None, *operands)
 
 
-def sorted_rows(x, gate, weights, expert, kept):
+def sorted_rows(kernel, x, gate, weights, expert, kept):
     """The same by `SortedRows`."""
     choice_R, row_R1, sizes_E = sort_by_expert(expert, kept, EXPERTS)
-    y = EXPERT(x[choice_R], weights, SortedRows(None, sizes_E, len(choice_R), "dense"))[
-        row_R1[:, 0]
-    ]
+    layout = SortedRows(None, sizes_E, len(choice_R), kernel)
+    y = EXPERT(x[choice_R], weights, layout)[row_R1[:, 0]]
     return jnp.where(kept, y * gate, 0)
 
 
-WAYS = {"loop": loop, "sorted rows": sorted_rows}
+WAYS = {"loop": loop} | {
+    kernel: functools.partial(sorted_rows, kernel) for kernel in ("dense", "megablox", "triton")
+}
+every_way = pytest.mark.parametrize("way", slow_but(["loop", "dense"], WAYS))
 
 
 @functools.partial(jax.jit, static_argnames="way")
@@ -112,20 +115,20 @@ def check(way, group_sizes, num_rows):
         )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 @pytest.mark.parametrize("name", GROUPS)
 def test_values_and_gradients_of_groups_of_any_size(way, name):
     check(way, GROUPS[name], 64)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 @pytest.mark.parametrize("name", LARGE)
 def test_groups_larger_than_the_largest_block(way, name):
     assert LARGEST < max(LARGE[name]) and sum(LARGE[name]) <= 1000
     check(way, LARGE[name], 1000)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 def test_garbage_in_rows_of_no_expert_never_leaks(way):
     # Rows of dropped choices lie past the last group; they may hold NaN, as unused memory does.
     weights, x, dy, random = make_values(64)
@@ -141,7 +144,7 @@ def test_garbage_in_rows_of_no_expert_never_leaks(way):
     assert not np.asarray(y)[~kept[:, 0]].any()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@every_way
 def test_a_bad_row_of_one_expert_does_not_reach_another(way):
     # Blocks overlap the rows of the next expert: a NaN there must stay with its owner.
     weights, x, dy, _ = make_values(64)
