@@ -192,7 +192,7 @@ def test_what_a_kernel_leaves_in_rows_of_no_expert_never_leaks():
     x = np.where(kept, x, np.inf).astype(np.float32)
     clean_y, clean = run("loop", x, gate, weights, expert, kept, dy)
     with mock.patch.object(jax.lax, "ragged_dot", careless_ragged_dot):
-        y, grads = run.__wrapped__("sorted rows", x, gate, weights, expert, kept, dy)
+        y, grads = run.__wrapped__("dense", x, gate, weights, expert, kept, dy)
     np.testing.assert_allclose(y, clean_y, atol=1e-5)
     for name, grad in grads.items():
         np.testing.assert_allclose(grad, clean[name], atol=1e-5, err_msg=name)
