@@ -69,19 +69,23 @@ def test_the_kernel_of_a_target(target, kernel):
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [
-        ("auto", Target("gpu", capability=(7, 5)), "capability 8.0 or newer: on platform gpu, "),
+        (
+            "auto",
+            Target("gpu", capability=(7, 5)),
+            "capability 8.0 or newer: got platform gpu, capability 7.5",
+        ),
         ("auto", Target("gpu", capability=(0, 0)), "'ragged' needs an NVIDIA GPU"),  # AMD
-        ("auto", Target("metal"), "needs a CPU, a TPU or a GPU: on platform metal"),
+        ("auto", Target("metal"), "needs a CPU, a TPU or a GPU: got platform metal"),
         ("lax", Target("tpu", OLD), r"needs a TPU with libtpu 0.0.50 or newer \(jax\[tpu\]>=0.12"),
-        ("lax", Target("tpu", MIDDLE), r"libtpu \(0, 0, 47\)"),
+        ("lax", Target("tpu", MIDDLE), r"got platform tpu, libtpu 0.0.47. Set"),
         ("lax", Target("gpu"), "needs a TPU with libtpu"),
         ("lax", Target("cpu"), "needs a TPU with libtpu"),
         ("loop", Target("tpu", NEW), "'loop' needs a CPU"),
         ("megablox", Target("gpu"), "'megablox' needs a TPU"),
         ("triton", Target("tpu", NEW), "'triton' needs an NVIDIA GPU"),
-        ("mosaic_gpu", Target("gpu", capability=(8, 0)), "capability 9.0: on platform gpu"),
-        ("mosaic_gpu", Target("gpu", capability=(10, 0)), "capability 9.0: on platform gpu"),
-        ("mosaic_gpu", Target("cpu"), "capability 9.0: on platform cpu"),
+        ("mosaic_gpu", Target("gpu", capability=(8, 0)), "capability 9.0: got platform gpu"),
+        ("mosaic_gpu", Target("gpu", capability=(10, 0)), "capability 9.0: got platform gpu"),
+        ("mosaic_gpu", Target("cpu"), "capability 9.0: got platform cpu"),
     ],
     ids=str,
 )

@@ -52,6 +52,12 @@ class Target(NamedTuple):
     libtpu: tuple[int, ...] | None = None
     capability: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        """As in "platform tpu, libtpu 0.0.42.1"."""
+        versions = {"libtpu": self.libtpu, "capability": self.capability}
+        said = [f"{name} {'.'.join(map(str, v))}" for name, v in versions.items() if v]
+        return ", ".join([f"platform {self.platform}", *said])
+
 
 class Need(NamedTuple):
     """What a kernel needs: as a rule and in words."""
@@ -95,12 +101,11 @@ def choose_kernel(name: str, target: Target) -> str:
     Raises:
       ValueError: the target does not have what the kernel needs, or there is none for it.
     """
-    found = "on " + ", ".join(f"{key} {value}" for key, value in target._asdict().items() if value)
     by_name = "or grouped_matmul='dense' for products of every row with every expert"
     if name != "auto":
         if not NEEDS[name].is_met(target):
             raise ValueError(
-                f"grouped_matmul={name!r} needs {NEEDS[name].words}: {found}. Set "
+                f"grouped_matmul={name!r} needs {NEEDS[name].words}: got {target}. Set "
                 f"grouped_matmul='auto', {by_name}."
             )
         return name
@@ -110,7 +115,7 @@ def choose_kernel(name: str, target: Target) -> str:
     preferred = PREFERRED.get(target.platform, ())
     needs = " or ".join(NEEDS[name].words for name in preferred) or "a CPU, a TPU or a GPU"
     raise ValueError(
-        f"run_experts='ragged' needs {needs}: {found}. Set run_experts='gather', {by_name}."
+        f"run_experts='ragged' needs {needs}: got {target}. Set run_experts='gather', {by_name}."
     )
 
 
