@@ -1,14 +1,14 @@
 """Scores a trained model on text: `python -m moe_jax.evaluate --workdir=DIR`.
 
-Prints nats a token and bits a byte, overall and by domain, dropless and capacity-limited side by
-side. The text is the held-out split of the run, or of another --corpus, or files of --text. The
-score of the whole held-out split of the run at its newest checkpoint is written to
-`DIR/evaluation.json`. Losses of a model that sees later tokens are marked.
+Prints bits a byte, nats a token and perplexity a token, overall and by domain, dropless and
+capacity-limited side by side. The text is the held-out split of the run, or of another --corpus, or
+files of --text. The score of the whole held-out split of the run at its newest checkpoint is
+written to `DIR/evaluation.json`. --choices answers questions by likelihood instead. --output writes
+all that was found as JSON. What a model that sees later tokens scores is marked.
 """
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from moe_jax.training.state import TrainState
 
 FIELDS = ("text_field", "id_field", "group_field")
-UNITS = {"bits/B": "bits_per_byte", "nats/tok": "nats_per_token"}
+UNITS = ("bits/B", "nats/tok", "ppl/tok")
+TEXT_SUFFIXES = (".txt", ".md")  # what is read of a folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Options:
     text_field: str = ""
     id_field: str = ""
     group_field: str = ""
+    choices: str = ""
+    context: int | None = None
     batches: int = 0
     batch_size: int | None = None
 
@@ -57,14 +60,23 @@ class Options:
                 raise ValueError(
                     f"--{name} is of another --corpus: --corpus is not given. Leave it out."
                 )
+        if self.context and not self.choices:
+            raise ValueError("--context is of --choices: --choices is not given. Leave it out.")
+        other = next((n for n in ("text", "corpus", "batches") if getattr(self, n)), "")
+        if self.choices and other:
+            raise ValueError(
+                f"--choices is scored alone: --choices={self.choices} beside --{other}. "
+                "Leave one out."
+            )
 
 
 def table(said: dict[str, Any]) -> str:
-    """An evaluation as a table of text: a row a domain, bits/byte and nats/token by kind.
+    """An evaluation as a table of text: a row a domain, `UNITS` by kind.
 
     Targets that are no bytes of a text, such as those of span corruption, have no bits/byte.
     """
     from moe_jax.analysis.names import printable
+    from moe_jax.training.evaluation import perplexity
     from moe_jax.training.rows import lost_choices
     from moe_jax.training.ways import CAPACITIES, notes_of, way_of
 
@@ -74,23 +86,47 @@ def table(said: dict[str, Any]) -> str:
         (printable(domain), [said[kind]["domains"][domain] for kind in kinds])
         for domain in said[kinds[0]]["domains"]
     ]
-    width = max(16, *(len(name) for name, _ in rows))
     ways = [way_of(kind, said[kind]) for kind in kinds]
-    names = [f"{way.label} {unit}" for way in ways for unit in UNITS]
-    lines = [" ".join([f"{'domain':<{width}}", *(f"{name:>27}" for name in names)])]
+    first = max(16, *(len(name) for name, _ in rows))
+    width = max(29, *(len(text) for way in ways for text in way))
+    lines = [line_of("", [way.label for way in ways], first, width)]
     if any(way.mark for way in ways):
-        marks = [f"{way.mark:>27}" for way in ways for _ in UNITS]
-        lines.append(" ".join([" " * width, *marks]))
+        lines.append(line_of("", [way.mark for way in ways], first, width))
+    lines.append(line_of("domain", [cells_of(UNITS)] * len(ways), first, width))
     for domain, losses in rows:
-        values = [loss[key] for loss in losses for key in UNITS.values()]
-        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in values)
-        lines.append(" ".join([f"{domain:<{width}}", *(f"{cell:>27}" for cell in cells)]))
+        groups = []
+        for loss in losses:
+            bits, nats = (loss[key] for key in ("bits_per_byte", "nats_per_token"))
+            numbers = (f"{bits:.4f}", f"{nats:.4f}", f"{perplexity(nats):.5g}")
+            groups.append(cells_of("-" if number == "nan" else number for number in numbers))
+        lines.append(line_of(domain, groups, first, width))
     lines += [
         f"{way.label}: {lost_choices(said[kind]):,} choices lost"
         for kind, way in zip(kinds, ways, strict=True)
         if "buffer_overflow" in said[kind]
     ]
     return "\n".join([*lines, *notes_of(way.mark for way in ways)])
+
+
+def line_of(name: str, groups: Iterable[str], first: int, width: int) -> str:
+    """A line of the table: a name, and what stands below each way."""
+    return "  ".join([f"{name:<{first}}", *(f"{group:>{width}}" for group in groups)])
+
+
+def cells_of(values: Iterable[str]) -> str:
+    """The columns of one way."""
+    return " ".join(f"{value:>9}" for value in values)
+
+
+def score_of_choices(said: dict[str, Any]) -> str:
+    """What came out of --choices, as lines of text."""
+    from moe_jax.training.ways import Way, notes_of
+
+    way = Way(said["label"], said["mark"])
+    names = {"accuracy": "accuracy", "accuracy_per_byte": "accuracy per byte"}
+    lines = [f"{len(said['questions'])} questions, {way.name}"]
+    lines += [f"{name:<18}{said[key]:.4f}" for key, name in names.items()]
+    return "\n".join([*lines, *notes_of([way.mark])])
 
 
 def evaluate_run(
@@ -117,8 +153,9 @@ def evaluate_run(
             f"data.objective of the run is {kind_of(objective)!r}",
             "Pass --corpus",
         )
-        tokenizer, domains = open_tokenizer_of(config.data), file_names(options.text)
-        texts = [read_text(path) for path in options.text]
+        paths = [path for name in options.text for path in text_files(name)]
+        tokenizer, domains = open_tokenizer_of(config.data), file_names(paths)
+        texts = [read_text(path) for path in paths]
         batches = text_batches(texts, tokenizer, sequence_length=length, batch_size=rows)[:some]
         named = f"the text of {', '.join(options.text)}"
     else:
@@ -137,6 +174,21 @@ def evaluate_run(
     losses = score(*of_model, batches, domains, token_bytes_V, mesh, state.step)
     part = f"{options.batches} batches of {rows} sequences of " if options.batches else ""
     return {"step": int(state.step), "text": part + named, **losses}
+
+
+def text_files(name: str) -> list[str]:
+    """A file of --text, or in order the files of text in a folder of that name and below."""
+    folder = pathlib.Path(name)
+    if not folder.is_dir():
+        return [name]
+    found = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES)
+    require(
+        bool(found),
+        f"a folder of --text holds files of {', '.join(TEXT_SUFFIXES)}",
+        f"{folder} has none",
+        "Name the files, or pass --corpus for those of another kind",
+    )
+    return [str(path) for path in found]
 
 
 def open_other(config: "ExperimentConfig", options: Options) -> "Data":
@@ -182,19 +234,37 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
+    from moe_jax.inference.choices import choose, read_questions
+    from moe_jax.inference.generation import ROWS
+    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
     options = Options(**{name: getattr(values, name) for name in names})
+    if values.output:
+        command_line.require_file("output", values.output)
+    questions = read_questions(options.choices) if options.choices else []
     workdir = pathlib.Path(values.workdir)
     config, state = load_run(workdir, command_line.mesh_of_flag(), options.step, trust=values.trust)
-    found = evaluate_run(workdir, config, state, options)
+    found: dict[str, Any]
+    if questions:
+        found = {"step": int(state.step), "text": options.choices}
+        found |= choose(
+            config, state.params, questions,
+            state=state.model_state, step=state.step,
+            context=options.context, batch_size=options.batch_size or ROWS,
+        )  # fmt: skip
+    else:
+        found = evaluate_run(workdir, config, state, options)
     if jax.process_index() != 0:
         return
-    print(f"step {found['step']}: {found.pop('text')}")
-    print(table(found))
+    print(f"step {found['step']}: {found['text']}")
+    print(score_of_choices(found) if questions else table(found))
+    if values.output:
+        write_atomically(pathlib.Path(values.output), json_text(found, indent=2) + "\n")
     if options == Options(batch_size=options.batch_size):
+        found.pop("text")
         print(write_evaluation(workdir, found))
 
 
@@ -205,7 +275,10 @@ def define_flags() -> None:
     command_line.define_trust_flag()
     command_line.define_step_flag()
     flags.DEFINE_multi_string(
-        "text", [], "A file of text in place of the held-out split; may be given again."
+        "text",
+        [],
+        "A file of text in place of the held-out split, or a folder of .txt and .md; may be given "
+        "again.",
     )
     flags.DEFINE_string(
         "corpus",
@@ -218,11 +291,26 @@ def define_flags() -> None:
     )
     for name in FIELDS:
         flags.DEFINE_string(name, "", f"Of another --corpus, as data.{name}.")
+    flags.DEFINE_string(
+        "choices",
+        "",
+        "A .jsonl file of questions to answer by likelihood, in place of a text: lines such as "
+        '{"question": "The sky is", "choices": ["blue", "an apple"], "answer": 0}.',
+    )
+    flags.DEFINE_integer(
+        "context",
+        None,
+        "Of --choices: tokens that are read at most, the last ones; by default the sequence_length "
+        "of the run.",
+        lower_bound=2,
+    )
+    flags.DEFINE_string("output", "", "A .json file for all that was found.")
     flags.DEFINE_integer("batches", 0, "Batches to use; 0: all.", lower_bound=0)
     flags.DEFINE_integer(
         "batch_size",
         None,
-        "Sequences at once, or as few more as the mesh takes; by default a microbatch of training.",
+        "Sequences at once, or as few more as the mesh takes; by default a microbatch of training, "
+        "and of --choices 32.",
         lower_bound=1,
     )
 

@@ -145,7 +145,7 @@ def main() -> None:
     print(f"{count} tokens in {seconds:.1f} s with compilation", file=sys.stderr)
     if values.output:
         lines = [json_text(record) for record in answers.records()]
-        write_atomically(values.output, "\n".join(lines) + "\n")
+        write_atomically(pathlib.Path(values.output), "\n".join(lines) + "\n")
 
 
 def define_flags() -> None:

@@ -215,7 +215,7 @@ def test_evaluate_and_generate_read_a_run(finished):
     values = json.loads(expected)["dropless"]
     row = f"{values['bits_per_byte']:.4f} +{values['nats_per_token']:.4f}"
     named = "the held-out split of embedded"
-    assert re.search(rf"^step 30: {named}\n.*\nall +{row}", said), said
+    assert re.search(rf"^step 30: {named}\n.*\n.*\nall +{row}", said), said
     for domain, losses in values["domains"].items():
         assert re.search(rf"^{domain} +{losses['bits_per_byte']:.4f}", said, re.MULTILINE)
 

@@ -28,8 +28,8 @@ def score(finished, capsys):
 
     def run(*arguments):
         assert evaluate.command([f"--workdir={finished}", *arguments]) == 0
-        first, _, *rows = capsys.readouterr().out.splitlines()
-        found = (re.match(r"(.*\S) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$", row) for row in rows)
+        first, _, _, *rows = capsys.readouterr().out.splitlines()
+        found = (re.match(r"(.*?\S) +([\d.]+)( +[\d.]+){5}$", row) for row in rows)
         return first, {match[1]: float(match[2]) for match in found if match}
 
     return run
@@ -53,6 +53,13 @@ def test_another_text_step_or_part_is_said_and_leaves_the_evaluation_of_the_run(
     said, own = score(f"--text={text}", f"--text={text}")
     assert said == f"step 4: the text of {text}, {text}"
     assert own["own.txt"] == own["own.txt (2)"] == own["all"]
+    folder = tmp_path / "texts" / "below"
+    folder.mkdir(parents=True)
+    for name in ("b.md", "a.txt", "c.py"):
+        (folder / name).write_text(TEXT)
+    said, of_folder = score(f"--text={folder.parent}")
+    assert said == f"step 4: the text of {folder.parent}"
+    assert of_folder == dict.fromkeys(("all", "a.txt", "b.md"), own["all"])
     said, other = score(f"--corpus=jsonl:{corpus}", "--heldout_fraction=0.3")
     assert said == f"step 4: the held-out split of jsonl:{corpus}"
     assert set(other) == {"all", "letters"}
@@ -141,7 +148,7 @@ def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
     assert open_tokenizer(config.data.tokenizer).vocab_size <= config.model.vocab_size
 
 
-def test_inference_has_its_own_batch(score, finished, capsys):
+def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
     """Four sequences a microbatch do not split over eight devices, and need not."""
     _, one = score("--batches=2")
     said, eight = score("--batches=1", "--mesh=fsdp=8")
@@ -151,10 +158,13 @@ def test_inference_has_its_own_batch(score, finished, capsys):
     assert "1 batches of 6 sequences" in said, "as few more as the mesh takes"
     arguments = [f"--workdir={finished}", "--prompt=The ", "--tokens=3"]
     texts = []
-    for more in ([], ["--mesh=fsdp=8"], ["--step=4"]):
+    answers = tmp_path / "answers.jsonl"
+    for more in ([], ["--mesh=fsdp=8"], ["--step=4", f"--output={answers}"]):
         assert generate.command([*arguments, *more]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("The ") and texts[0] == texts[1] == texts[2]
+    record = json.loads(answers.read_text())
+    assert record["prompt"] + record["text"] + "\n" == texts[2]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +181,12 @@ def test_inference_has_its_own_batch(score, finished, capsys):
         (["--corpus=embedded", "--heldout_fraction=2"], r"heldout_fraction lies in \(0, 1\)"),
         (["--batch_size=0"], "--batch_size=0"),
         (["--mesh=dta=2"], "Did you mean 'data'"),
+        (["--text=launch"], r"launch has none\. Name the files, or pass --corpus"),
+        (["--output=tests"], "--output=tests is a folder"),
+        (["--context=8"], "--context is of --choices"),
+        (["--choices=a.jsonl", "--text=a.txt"], "--choices=a.jsonl beside --text"),
+        (["--choices=setup.py"], "setup.py line 1 is '"),
+        (["--choices=/nowhere.jsonl"], "No such file or directory: /nowhere.jsonl"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_in_one_line(finished, capsys, arguments, pattern):
@@ -194,4 +210,43 @@ def test_a_table_has_a_dash_where_targets_are_no_bytes():
     losses = {"nats_per_token": 2.5, "bits_per_byte": float("nan")}
     said = {"dropless": {**losses, "domains": {"prose": losses}}}
     rows = evaluate.table(said).splitlines()
-    assert [row.split() for row in rows[1:]] == [["all", "-", "2.5000"], ["prose", "-", "2.5000"]]
+    cells = ["-", "2.5000", "12.182"]
+    assert [row.split() for row in rows[2:]] == [["all", *cells], ["prose", *cells]]
+    assert max(map(len, rows)) <= 80
+
+
+def test_output_has_the_numbers_of_the_table(finished, tmp_path, capsys):
+    """And of a whole evaluation of the run what `evaluation.json` has."""
+    path = tmp_path / "found.json"
+    assert evaluate.command([f"--workdir={finished}", "--batches=1", f"--output={path}"]) == 0
+    found, said = json.loads(path.read_text()), capsys.readouterr().out.splitlines()
+    assert said[0] == f"step {found['step']}: {found['text']}"
+    numbers = [
+        f"{found[kind][name]:{form}}"
+        for kind in ("dropless", "capacity_limited")
+        for name, form in (
+            ("bits_per_byte", ".4f"), ("nats_per_token", ".4f"), ("perplexity", ".5g")
+        )
+    ]  # fmt: skip
+    assert said[3].split() == ["all", *numbers]
+    assert found["dropless"]["label"] == "dropless" and found["dropless"]["mark"] == ""
+    assert found["domain_expert_share"]["layer_00"]
+
+
+def test_questions_are_answered_by_likelihood(finished, tmp_path, capsys):
+    path, out = tmp_path / "questions.jsonl", tmp_path / "answers.json"
+    record = {"question": "It was the", "choices": ["best", "q\x00\x01 of times"], "answer": 0}
+    path.write_text(f"{json.dumps(record)}\n" * 2)
+    before = files(finished)
+    assert evaluate.command([f"--workdir={finished}", f"--choices={path}", f"--output={out}"]) == 0
+    said, found = capsys.readouterr().out.splitlines(), json.loads(out.read_text())
+    assert said[:2] == [f"step 4: {path}", "2 questions, dropless"]
+    assert said[2].split() == ["accuracy", f"{found['accuracy']:.4f}"] and len(said) == 4
+    first, second = found["questions"]
+    assert first == second and first["question"] == "It was the" and first["chosen"] == 0
+    assert (
+        first["num_tokens"] == [5, 13]
+        and first["choices"] == record["choices"]
+        and first["log_likelihoods"][0] < 0
+    )
+    assert files(finished) == before

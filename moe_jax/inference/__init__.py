@@ -1,16 +1,19 @@
-"""Inference: continuing tokens and texts."""
+"""Inference: continuing tokens and texts, and scoring continuations."""
 
 from moe_jax.inference.anew import stream_anew
 from moe_jax.inference.generation import Piece, generate_tokens, stream_tokens
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.scoring import Scored, score_continuations
 from moe_jax.inference.text import TextPiece, continue_text, stream_text
 
 __all__ = [
     "Piece",
     "Sampling",
+    "Scored",
     "TextPiece",
     "continue_text",
     "generate_tokens",
+    "score_continuations",
     "stream_anew",
     "stream_text",
     "stream_tokens",

@@ -1,6 +1,7 @@
 """Held-out loss, overall and by domain, in each of the `ways` (legend: `moe_jax.moe`)."""
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -145,10 +146,17 @@ def layer_names(moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, list[str
     }
 
 
+def perplexity(nats_per_token: float) -> float:
+    """Tokens that would be as hard to guess, were they equally likely; per token."""
+    return math.exp(nats_per_token) if not nats_per_token > 700 else math.inf
+
+
 def _loss(sums: np.ndarray) -> dict[str, float]:
     nats, targets, num_bytes = sums.tolist()
+    per_token = nats / targets if targets else float("nan")
     return {
-        "nats_per_token": nats / targets if targets else float("nan"),
+        "nats_per_token": per_token,
+        "perplexity": perplexity(per_token),
         "bits_per_byte": nats / num_bytes / float(np.log(2)) if num_bytes else float("nan"),
         "tokens": targets,
     }
@@ -213,9 +221,10 @@ def score(
 
     Returns:
       `dropless` and, for a model with experts of limited capacity, `capacity_limited`, each with
-      `nats_per_token`, `bits_per_byte`, `tokens` and the same by domain under `domains`, and with
-      its `label` and `mark` (see `ways`), and with a bounded buffer `buffer_overflow`, the choices
-      that were lost, by layer; and `domain_expert_share`, by layer and domain, of the first.
+      `nats_per_token`, `perplexity` (per token), `bits_per_byte`, `tokens` and the same by domain
+      under `domains`, and with its `label` and `mark` (see `ways`), and with a bounded buffer
+      `buffer_overflow`, the choices that were lost, by layer; and `domain_expert_share`, by layer
+      and domain, of the first.
     """
     ways = ways_of(config.model)
     totals = {name: DomainSums(domains) for name in CAPACITIES if name in ways}

@@ -1,0 +1,135 @@
+"""Multiple choice by likelihood: which answer a model finds likeliest."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.data import open_tokenizer_of
+from moe_jax.data.open_file import decode
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.inference.scoring import encode_pair, score_continuations
+from moe_jax.training.ways import ways_of
+
+EXAMPLE = '{"question": "The sky is", "choices": ["blue", "an apple"], "answer": 0}'
+
+
+class Question(NamedTuple):
+    """A question with its choices.
+
+    Attributes:
+      question: the text before a choice.
+      choices: at least two.
+      answer: the index of the right one.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a .jsonl file, of which blank lines are skipped.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not UTF-8, has no question, or a line is none.
+    """
+    lines = decode(pathlib.Path(path).read_bytes(), path).split("\n")
+    found = [
+        question_of(line, f"{path} line {i}") for i, line in enumerate(lines, 1) if line.strip()
+    ]
+    require(bool(found), "--choices is a file of questions", f"{path} is blank", "Name another")
+    return found
+
+
+def question_of(line: str, where: str) -> Question:
+    """A question out of a line of JSON; other fields are left alone."""
+    try:
+        record = json.loads(line)
+        question, choices, answer = (record[name] for name in Question._fields)
+        texts = isinstance(question, str) and isinstance(choices, list)
+        whole = texts and all(isinstance(choice, str) and choice for choice in choices)
+        good = whole and len(choices) >= 2 and type(answer) is int and 0 <= answer < len(choices)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    require(
+        good,
+        f"a line of --choices is an object such as {EXAMPLE}, with an index into choices",
+        f"{where} is {line[:60]!r}",
+        "Correct it",
+    )
+    return Question(question, tuple(choices), answer)
+
+
+def choose(
+    config: ExperimentConfig,
+    params: Any,
+    questions: Sequence[Question],
+    *,
+    tokenizer: Tokenizer | None = None,
+    context: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Takes the likeliest choice of every question, dropless.
+
+    A choice stands behind its question after a space, unless there is one, or no question.
+
+    Args:
+      config: of the run, or of the imported model.
+      params: parameters of the model.
+      questions: what to answer.
+      tokenizer: of the model; None: that of the config.
+      context: most tokens that are read; None: `data.sequence_length`. A longer question is cut
+        from the left.
+      **settings: other ones of `score_continuations`, `state` and `step` among them.
+
+    Returns:
+      `accuracy`, the share of questions whose right choice has the highest log-likelihood;
+      `accuracy_per_byte`, of log-likelihood over the UTF-8 bytes of the choice; the `label` and
+      `mark` of such scores (see `training.ways`); and `questions`, for each its own fields,
+      `log_likelihoods`, `num_tokens` and `is_greedy` by choice, and what was `chosen` and
+      `chosen_per_byte`.
+
+    Raises:
+      ValueError: see `score_continuations`.
+    """
+    tokenizer = tokenizer or open_tokenizer_of(config.data)
+    pairs = [
+        encode_pair(tokenizer, one.question, space_between(one.question, choice) + choice)
+        for one in questions
+        for choice in one.choices
+    ]
+    settings |= {"num_ids": tokenizer.vocab_size}
+    context = context or config.data.sequence_length
+    scores = iter(score_continuations(config, params, pairs, context=context, **settings))
+    records = []
+    for one in questions:
+        own = [next(scores) for _ in one.choices]
+        likely = np.array([score.log_likelihood for score in own])
+        num_bytes = [len(choice.encode()) for choice in one.choices]
+        records.append(
+            one._asdict()
+            | {
+                "log_likelihoods": likely.tolist(),
+                "num_tokens": [score.num_tokens for score in own],
+                "is_greedy": [score.is_greedy for score in own],
+                "chosen": int(np.argmax(likely)),
+                "chosen_per_byte": int(np.argmax(likely / num_bytes)),
+            }
+        )
+    shares = {
+        name: float(np.mean([record[chosen] == record["answer"] for record in records]))
+        for name, chosen in (("accuracy", "chosen"), ("accuracy_per_byte", "chosen_per_byte"))
+    }
+    return ways_of(config.model)["dropless"]._asdict() | shares | {"questions": records}
+
+
+def space_between(question: str, choice: str) -> str:
+    """The space between them, where neither has one."""
+    has_one = not question or question[-1].isspace() or choice[0].isspace()
+    return "" if has_one else " "

@@ -1,0 +1,205 @@
+"""How likely a model finds continuations of contexts (legend: `moe_jax.moe`)."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.inference.anew import in_groups_of
+from moe_jax.inference.decoding import Serving
+from moe_jax.inference.generation import ROWS, bucket, check, for_inference, mesh_of, whole_rows
+from moe_jax.models.model import LanguageModel
+from moe_jax.parallel.rules import constrain
+from moe_jax.part import Call
+from moe_jax.training.loss import target_nats
+from moe_jax.training.ways import without_capacity
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
+
+
+class Scored(NamedTuple):
+    """What a model thinks of a continuation.
+
+    Attributes:
+      log_likelihood: nats, the sum over its tokens.
+      num_tokens: of the continuation.
+      is_greedy: whether greedy decoding from the context gives it.
+    """
+
+    log_likelihood: float
+    num_tokens: int
+    is_greedy: bool
+
+
+def score_continuations(
+    config: ExperimentConfig,
+    params: Any,
+    pairs: Sequence[Pair],
+    *,
+    state: Mapping[str, Any] | None = None,
+    step: jax.Array | None = None,
+    context: int | None = None,
+    batch_size: int = ROWS,
+    num_ids: int | None = None,
+) -> list[Scored]:
+    """Scores continuations of contexts, dropless.
+
+        yes, no = score_continuations(config, params, [([1, 17, 4], [9]), ([1, 17, 4], [8, 2])])
+
+    Args:
+      config: of the run, or of the imported model.
+      params: parameters of the model; on a mesh they say which.
+      pairs: the token ids of a context and of a continuation, each at least one.
+      state: of the model's parts, such as selection biases; or None.
+      step: of training, for settings of routers that are annealed; None: at their ends.
+      context: most tokens that the model reads; a longer context is cut from the left. None: all
+        are read, whatever the model was trained on. A model that looks at later tokens needs it: it
+        always reads a window of so many places.
+      batch_size: pairs at once; what a pair gets does not depend on it.
+      num_ids: greedy decoding draws ids below it (a padded vocabulary); None: all. Likelihoods are
+        of the whole softmax, as in training.
+
+    Returns:
+      One for each pair, in order. With a model that looks at later tokens a likelihood has seen
+      what it is of: `training.ways.ways_of` has the mark for it.
+
+    Raises:
+      ValueError: a context or continuation is empty, has an id that the model does not know, or is
+        a continuation of more tokens than `context`; or the model has an encoder.
+    """
+    check_pairs(config.model, pairs, context, batch_size)
+    model, window = for_inference(config.model), 0
+    if without_capacity(model).looks_ahead(training=False):
+        assert context is not None
+        model, window = in_groups_of(context, config.model), context
+    texts = [cut(pair, context) for pair in pairs]
+    # A padded length of its own text alone: a pair gets the same beside any other.
+    lengths = [window or bucket(len(text) - 1) for text, _ in texts]
+    order = sorted(range(len(texts)), key=lambda i: lengths[i])
+    serving, ids = Serving(params, state, step), np.int32(num_ids or model.vocab_size)
+    scores: dict[int, Scored] = {}
+    with mesh_of(params):
+        rows = whole_rows(min(batch_size, max(len(texts), 1)))
+        for some in runs_of(order, lengths, rows):
+            batch = arrays_of([texts[i] for i in some], rows, lengths[some[0]])
+            sums_B, greedy_B = map(np.asarray, score_batch(serving, ids, *batch, model=model))
+            for row, i in enumerate(some):
+                scores[i] = Scored(float(sums_B[row]), texts[i][1], bool(greedy_B[row]))
+    return [scores[i] for i in range(len(texts))]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def score_batch(
+    serving: Serving,
+    num_ids: jax.Array,
+    tokens_BL: jax.Array,
+    segments_BL: jax.Array,
+    targets_BL: jax.Array,
+    counts_BL: jax.Array,
+    *,
+    model: LanguageModel,
+) -> tuple[jax.Array, jax.Array]:
+    """Scores the targets that count: float32 [B], log-likelihoods; bool [B], all are likeliest.
+
+    Args:
+      serving: parameters and state.
+      num_ids: int32 scalar; greedy decoding draws ids below it.
+      tokens_BL: int32, padded on the right.
+      segments_BL: int32, 1; 0 for padding.
+      targets_BL: int32, the token after each.
+      counts_BL: bool, whether it is of the continuation.
+      model: the model.
+    """
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    call = Call(
+        tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
+        step=serving.step, capacity=0.0,
+    )  # fmt: skip
+    logits_BLV = model.run(serving.params, call, state=serving.state).logits_BLV
+    sums_B = -jnp.sum(target_nats(logits_BLV, targets_BL) * counts_BL, axis=1)
+    is_token_V = jnp.arange(logits_BLV.shape[-1]) < num_ids
+    likeliest_BL = jnp.argmax(jnp.where(is_token_V, logits_BLV, -jnp.inf), axis=-1)
+    greedy_B = jnp.all((likeliest_BL == targets_BL) | ~counts_BL, axis=1)
+    return constrain(sums_B, None), constrain(greedy_B, None)  # every process reads all
+
+
+def check_pairs(
+    model: LanguageModel, pairs: Sequence[Pair], context: int | None, batch_size: int
+) -> None:
+    """Refuses what cannot be scored, as `ValueError`."""
+    require(
+        not model.has_encoder,
+        "continuations are scored by a decoder alone",
+        "the model has an encoder",
+        "Evaluate it on its own corpus",
+    )
+    require(
+        context is not None or not without_capacity(model).looks_ahead(training=False),
+        "a model that looks at later tokens reads windows of one size",
+        "context=None",
+        "Pass the sequence_length of its training",
+    )
+    check(model, [c for pair in pairs for c in pair], 0, 1, context, batch_size)
+    for i, (_, continuation) in enumerate(pairs):
+        require(
+            context is None or len(continuation) <= context,
+            "a continuation has at most `context` tokens",
+            f"pair {i} has {len(continuation)}, context={context}",
+            "Shorten it, or raise context",
+        )
+
+
+def cut(pair: Pair, context: int | None) -> tuple[list[int], int]:
+    """The last tokens of a text, one more than are read, and how many of them are scored."""
+    text = [*pair[0], *pair[1]]
+    return text[-(context + 1) :] if context else text, len(pair[1])
+
+
+def runs_of(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Cuts an order into runs of one length, each of so many at most."""
+    run: list[int] = []
+    for i in order:
+        if run and (len(run) == most or lengths[run[0]] != lengths[i]):
+            yield run
+            run = []
+        run.append(i)
+    if run:
+        yield run
+
+
+def arrays_of(texts: Sequence[tuple[list[int], int]], rows: int, length: int) -> tuple[Any, ...]:
+    """Tokens, segments, targets and which of them count, [B, L], padded on the right."""
+    tokens_BL, segments_BL, targets_BL = np.zeros((3, rows, length), np.int32)
+    counts_BL = np.zeros((rows, length), np.bool_)
+    for row, (text, scored) in enumerate(texts):
+        end = len(text) - 1
+        tokens_BL[row, :end], targets_BL[row, :end] = text[:-1], text[1:]
+        segments_BL[row, :end] = 1
+        counts_BL[row, end - scored : end] = True
+    return tokens_BL, segments_BL, targets_BL, counts_BL
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, bos: bool = True) -> Pair:
+    """Encodes a text as a whole, and parts it where its context ends.
+
+    Spaces at the end of the context go to the continuation, where most tokenizers have them.
+
+    Args:
+      tokenizer: of the model.
+      context: what stands before; "" with `bos`.
+      continuation: what is scored.
+      bos: whether the text begins with `bos_id`, as a document does.
+
+    Source: lm-evaluation-harness, lm_eval/api/model.py, `TemplateLM._encode_pair`.
+    """
+    kept = context.rstrip()
+    begin = [tokenizer.bos_id] if bos else []
+    whole = begin + tokenizer.encode(context + continuation).tolist()
+    length = len(begin) + len(tokenizer.encode(kept))
+    return whole[:length], whole[length:]
