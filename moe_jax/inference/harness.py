@@ -1,0 +1,217 @@
+"""Models of this library for EleutherAI's lm-evaluation-harness, the package `lm-eval`.
+
+    import lm_eval
+    from moe_jax.inference.harness import register
+
+    register()
+    lm_eval.simple_evaluate(model="moe_jax", model_args={"workdir": "runs/smollm2"}, tasks=["piqa"])
+
+On the command line `python -m moe_jax.inference.harness run --model moe_jax --model_args
+workdir=runs/smollm2 --tasks piqa`, with the flags of `lm-eval`.
+"""
+
+import collections
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.config.mesh import MeshConfig
+from moe_jax.data import open_tokenizer_of
+from moe_jax.inference.generation import ROWS, stream_tokens
+from moe_jax.inference.scoring import encode_pair, score_continuations
+from moe_jax.inference.text import Text
+from moe_jax.training.saved import load_run
+from moe_jax.training.ways import NOTES, SEES, ways_of
+
+logger = logging.getLogger(__name__)
+
+MOST = "max_gen_toks"
+SAME = ("max_new_tokens", "max_tokens", "max_completion_tokens")  # other names of it
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+class HarnessModel:
+    """Answers the three requests of the harness; `register` makes an `lm_eval` model of it.
+
+    Of a request only `args` is read. Texts are scored and continued dropless.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        step: int | None = None,
+        context: int | None = None,
+        batch_size: int | str = ROWS,
+        add_bos: bool = True,
+        trust: bool = False,
+        mesh: MeshConfig | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        """Loads a model.
+
+        Args:
+          workdir: of a run, or of an imported model.
+          step: of the checkpoint; None: the newest.
+          context: most tokens that are read; None: `data.sequence_length`.
+          batch_size: texts at once; "auto": 32.
+          add_bos: whether a text begins with `bos_id`, as a document in training does. The model
+            `hf` of the harness does what the tokenizer of the model does: GPT-2, Qwen and SmolLM2
+            put none in front, and their published scores have none.
+          trust: whether modules outside the library may be imported for parts of the model.
+          mesh: devices that share the model; None: one.
+          device: of torch, which the harness always passes; not used.
+          max_batch_size: to search for a batch size below; not used.
+
+        Raises:
+          ValueError: see `load_run`.
+        """
+        super().__init__()
+        del device, max_batch_size
+        self.config, state = load_run(workdir, mesh, step, trust=trust)
+        self.params, self.step = state.params, int(state.step)
+        self.how: dict[str, Any] = {"state": state.model_state, "step": state.step}
+        self.how["batch_size"] = ROWS if batch_size == "auto" else int(batch_size)
+        self.tokenizer = open_tokenizer_of(self.config.data)
+        self.how["num_ids"] = self.tokenizer.vocab_size
+        self.max_length = context or self.config.data.sequence_length
+        self.add_bos = add_bos
+        self.way = ways_of(self.config.model)["dropless"]
+        if self.way.mark == SEES:
+            logger.warning("%s", NOTES[SEES])
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results say of the model: among it, whether it sees later tokens."""
+        way = {"routing": self.way.label, "mark": self.way.mark}
+        return {"step": self.step, "context": self.max_length, "add_bos": self.add_bos, **way}
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each (context, continuation), and whether it is greedy."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            bos = self.add_bos or not context.strip()
+            pairs.append(encode_pair(self.tokenizer, context, continuation, bos=bos))
+        return [(one.log_likelihood, one.is_greedy) for one in self.score(pairs)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-likelihood of each text: every token once, the last window full of context."""
+        pairs, owners = [], []
+        for owner, (text,) in enumerate(request.args for request in requests):
+            ids, most = self.tokenizer.encode(text).tolist(), self.max_length
+            before = [self.tokenizer.bos_id, *ids]
+            for start in range(0, len(ids), most):
+                context = before[max(start + 1 - most, 0) : start + 1]
+                pairs.append((context, ids[start : start + most]))
+                owners.append(owner)
+        sums = [0.0] * len(requests)
+        for owner, scored in zip(owners, self.score(pairs), strict=True):
+            sums[owner] += scored.log_likelihood
+        return sums
+
+    def score(self, pairs: Sequence[Any]) -> list[Any]:
+        """`score_continuations` of this model."""
+        return score_continuations(
+            self.config, self.params, pairs, context=self.max_length, **self.how
+        )
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Continues each text of (text, settings) until a stop string."""
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = collections.defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        for settings, numbers in groups.items():
+            prompts = [requests[i].args[0] for i in numbers]
+            continued = self.continue_texts(prompts, json.loads(settings))
+            for i, answer in zip(numbers, continued, strict=True):
+                answers[i] = answer
+        return answers
+
+    def continue_texts(self, prompts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+        """Continues texts with the settings of a task; a long prompt is cut from the left."""
+        num_tokens, stop, sampling = settings_of(settings)
+        room = self.max_length - num_tokens
+        require(
+            room > 0,
+            f"{MOST} of a task is below the context",
+            f"{MOST}={num_tokens}, context={self.max_length}",
+            "Lower it with gen_kwargs, or raise context",
+        )
+        eos = self.tokenizer.eos_id
+        texts = [Text(self.tokenizer, stop, num_tokens) for _ in prompts]
+        answers = [""] * len(prompts)
+        encoded = [self.encode(prompt)[-room:] for prompt in prompts]
+        how = {"stop_tokens": (eos,), "context": self.max_length, **self.how, **sampling}
+        for piece in stream_tokens(self.config, self.params, encoded, num_tokens, **how):
+            text = texts[piece.row]
+            if not text.ended:
+                answers[piece.row] += text.add(piece.tokens, piece.ended)[0]
+        return answers
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, at least one."""
+        begin = [self.tokenizer.bos_id] if self.add_bos or not prompt else []
+        return begin + self.tokenizer.encode(prompt).tolist()
+
+
+def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+    """How a task wants its texts continued.
+
+    Args:
+      settings: `until`, strings; `max_gen_toks` or one of `SAME`; `do_sample`, without which the
+        likeliest token is taken; `temperature` and those of `SAMPLING`.
+
+    Returns:
+      Tokens at most, by default 256; the stop strings; fields of `Sampling`.
+
+    Raises:
+      ValueError: there are other settings.
+    """
+    rest = dict(settings)
+    until = rest.pop("until", None) or []
+    stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+    given = [rest.pop(name) for name in (MOST, *SAME) if name in rest]
+    temperature = float(rest.pop("temperature", 1.0)) if rest.pop("do_sample", False) else 0.0
+    rest.pop("temperature", None)
+    sampling = {name: rest.pop(name) for name in SAMPLING if name in rest}
+    require(
+        not rest,
+        f"settings of a task are until, {MOST}, do_sample, temperature, {', '.join(SAMPLING)}",
+        f"got {rest}",
+        "Leave these out with gen_kwargs, or in the file of the task",
+    )
+    return int(given[0] if given else 256), stop, {"temperature": temperature, **sampling}
+
+
+@functools.cache
+def register() -> type:
+    """Makes the harness know `moe_jax`: its `model_args` are those of `HarnessModel`.
+
+    Returns:
+      The model's class, a `lm_eval.api.model.LM`.
+
+    Raises:
+      ImportError: the package is not installed.
+    """
+    try:
+        # The harness names its own models only while it knows none.
+        import lm_eval.models  # noqa: F401
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import register_model
+    except ImportError as error:
+        raise ImportError(
+            f"the harness is the package lm-eval: {error}. Run pip install 'moe_jax[lm_eval]'."
+        ) from error
+    made: type = register_model("moe_jax")(type("MoeJax", (HarnessModel, LM), {}))
+    return made
+
+
+if __name__ == "__main__":
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
