@@ -1,24 +1,25 @@
 """Continues texts: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`.
 
 One text is printed as it comes, several of them each when it is whole, and the speed at the end on
-stderr. --output also writes them as JSON lines.
+stderr. --output also writes each as a line of JSON; a second start goes on behind those.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from moe_jax import command_line
 from moe_jax.config.check import require
-from moe_jax.config.json_text import json_text
 
 if TYPE_CHECKING:
     from moe_jax.inference import TextPiece
+    from moe_jax.inference.answers import AnswerFile, Answers
     from moe_jax.models.model import LanguageModel
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -44,7 +45,11 @@ def read_prompts(path: str) -> list[str]:
     """
     from moe_jax.data.open_file import decode
 
-    lines = decode(pathlib.Path(path).read_bytes(), path).splitlines()
+    # Not `splitlines`, which also ends a line at U+2028 and other characters of texts.
+    lines = [
+        line.removesuffix("\r")
+        for line in decode(pathlib.Path(path).read_bytes(), path).split("\n")
+    ]
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
     require(bool(numbered), "--prompts is a file of prompts", f"{path} is blank", "Name another")
     if not path.endswith(".jsonl"):
@@ -68,41 +73,103 @@ def prompt_of(line: str, where: str) -> str:
     return prompt
 
 
-class Answers:
-    """Texts as their pieces come: printed, and kept for the file."""
+class Speed:
+    """Tokens a second, of which compilation is no part.
 
-    def __init__(self, prompts: Sequence[str], num_samples: int):
-        self.prompts, self.num_samples = prompts, num_samples
-        self.texts = ["" for _ in range(len(prompts) * num_samples)]
-        self.tokens, self.ended = [0] * len(self.texts), [False] * len(self.texts)
+    JAX reports how long it traced, lowered and compiled; spans may lie within each other.
+    """
 
-    def show(self, pieces: "Iterator[TextPiece]") -> None:
-        """Prints one text as it comes, or all when they are there."""
-        alone = len(self.texts) == 1
-        if alone:
-            print(self.prompts[0], end="", flush=True)
-        for piece in pieces:
-            self.texts[piece.row] += piece.text
-            self.tokens[piece.row] += piece.num_tokens
-            self.ended[piece.row] |= piece.ended
-            if alone:
-                print(piece.text, end="", flush=True)
-        if alone:
-            print()
+    def __init__(self) -> None:
+        import jax
+
+        self.begin = time.perf_counter()
+        self.spans: list[tuple[float, float]] = []  # begin, seconds
+        jax.monitoring.register_event_duration_secs_listener(self.add)
+
+    def add(self, event: str, duration_secs: float, **_: object) -> None:
+        """Counts a span that has just ended."""
+        if not event.startswith("/jax/core/compile/"):
             return
-        for record in self.records():
-            sample = f", sample {record['sample']}" if self.num_samples > 1 else ""
-            print(f"--- prompt {record['prompt_index']}{sample}")
-            print(record["prompt"] + record["text"])
+        begin = time.perf_counter() - duration_secs
+        while self.spans and self.spans[-1][0] >= begin:
+            self.spans.pop()
+        self.spans.append((begin, duration_secs))
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """One for each text."""
-        for row, text in enumerate(self.texts):
-            index, sample = divmod(row, self.num_samples)
-            yield {
-                "prompt_index": index, "sample": sample, "prompt": self.prompts[index],
-                "text": text, "num_tokens": self.tokens[row], "ended": self.ended[row],
-            }  # fmt: skip
+    def line(self, count: int) -> str:
+        """What is said at the end."""
+        seconds = time.perf_counter() - self.begin
+        compiling = min(sum(span for _, span in self.spans), seconds)
+        rate = count / max(seconds - compiling, 1e-9)
+        return f"{count} tokens in {seconds:.1f} s, {compiling:.1f} s of it compilation: " + (
+            f"{rate:,.0f} tokens/s without it"
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(batch_size: int, context: int) -> Iterator[None]:
+    """A context in which running out of memory is one line.
+
+    Raises:
+      MemoryError: with the flags to change.
+    """
+    from moe_jax.training.memory import is_out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines() or ["MemoryError"]
+        raise MemoryError(
+            f"{batch_size} texts of at most {context} tokens, each with a cache, ran out of "
+            f"memory: {said[0].rstrip('.')}. Lower --batch_size (now {batch_size}) or --context "
+            f"(now {context}), or split the model by --mesh."
+        ) from error
+
+
+def show(pieces: "Iterator[TextPiece]", answers: "Answers", file: "AnswerFile | None") -> None:
+    """Prints one text as it comes, or each of several when it is whole; the file gets it first."""
+    alone = len(answers.texts) == 1 and not answers.first
+    if alone:
+        print(answers.prompts[0], end="", flush=True)
+    for piece in pieces:
+        for record in answers.add(piece):
+            if file:
+                file.append(record)
+            if alone:
+                continue
+            sample = f", sample {record['sample']}" if answers.num_samples > 1 else ""
+            print(f"--- prompt {record['prompt_index']}{sample}")
+            print(record["prompt"] + record["text"], flush=True)
+        if alone:
+            print(piece.text, end="", flush=True)
+    if alone:
+        print()
+
+
+def open_answers(
+    path: str, prompts: Sequence[str], settings: Mapping[str, Any]
+) -> "tuple[Answers, AnswerFile | None]":
+    """The answers to come, behind those that the file has; the first process reads and writes it.
+
+    Args:
+      path: of the file, or "".
+      prompts: to continue.
+      settings: what an answer depends on, `samples` and `tokens` among them.
+    """
+    import jax
+
+    from moe_jax.inference.answers import AnswerFile, Answers
+    from moe_jax.parallel import processes
+
+    how = (prompts, settings["samples"], settings["tokens"], settings)
+    file, first = None, 0
+    with processes.all_or_none():
+        if path and jax.process_index() == 0:
+            file = AnswerFile(pathlib.Path(path))
+            first = file.open(Answers(*how))
+    first = int(processes.gather(str(first))[0])
+    return Answers(*how, first=first), file
 
 
 def main() -> None:
@@ -110,7 +177,6 @@ def main() -> None:
     import jax
 
     from moe_jax.inference import stream_text
-    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -126,26 +192,32 @@ def main() -> None:
     config, state = load_run(
         values.workdir, command_line.mesh_of_flag(), values.step, trust=values.trust
     )
-    answers, first = Answers(prompts, values.samples), jax.process_index() == 0
-    if first:
+    context = values.context or config.data.sequence_length
+    sampling: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
+    settings = {
+        "workdir": values.workdir, "step": int(state.step), **sampling, "tokens": values.tokens,
+        "samples": values.samples, "stop": values.stop, "context": context,
+    }  # fmt: skip
+    answers, file = open_answers(values.output, prompts, settings)
+    is_first = jax.process_index() == 0
+    if is_first:
         print(note_on(config.model), end="", file=sys.stderr)
-    settings: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
+        if answers.first:
+            print(f"{answers.first} of {len(answers.texts)} answers are in {values.output}",
+                  file=sys.stderr)  # fmt: skip
     pieces = stream_text(
         config, state.params, prompts, values.tokens,
         state=state.model_state, step=state.step, num_samples=values.samples, stop=values.stop,
-        context=values.context, batch_size=values.batch_size, **settings,
+        context=context, batch_size=values.batch_size, ended=range(answers.first), **sampling,
     )  # fmt: skip
-    begin = time.perf_counter()
-    if not first:
-        for _ in pieces:
-            pass
-        return
-    answers.show(pieces)
-    seconds, count = time.perf_counter() - begin, sum(answers.tokens)
-    print(f"{count} tokens in {seconds:.1f} s with compilation", file=sys.stderr)
-    if values.output:
-        lines = [json_text(record) for record in answers.records()]
-        write_atomically(pathlib.Path(values.output), "\n".join(lines) + "\n")
+    speed = Speed()
+    with out_of_memory_explained(min(values.batch_size, len(answers.texts)), context):
+        if not is_first:
+            for _ in pieces:
+                pass
+            return
+        show(pieces, answers, file)
+    print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
 
 
 def define_flags() -> None:
@@ -158,7 +230,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "prompts", "", "A file of prompts: one a line, or .jsonl with the field prompt."
     )
-    flags.DEFINE_string("output", "", "A .jsonl file for the answers, beside what is printed.")
+    flags.DEFINE_string(
+        "output",
+        "",
+        "A .jsonl file for the answers, beside what is printed; the same command goes on behind "
+        "those that it has.",
+    )
     flags.DEFINE_integer("tokens", 200, "How many tokens to add at most.", lower_bound=0)
     flags.DEFINE_integer("samples", 1, "Texts for each prompt.", lower_bound=1)
     flags.DEFINE_multi_string("stop", [], "A string before which a text ends; may be given again.")

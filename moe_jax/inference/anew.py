@@ -6,7 +6,7 @@ a cache saves.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,7 @@ def stream_anew(
     step: jax.Array | None = None,
     num_ids: int | None = None,
     pad_id: int = 0,
+    ended: Container[int] = (),
     **sampling: Any,
 ) -> Iterator[Piece]:
     """`stream_tokens`, one text after another and of the last `context` tokens at every step."""
@@ -76,8 +77,12 @@ def stream_anew(
     serving, how = Serving(params, state, step), Sampling(**sampling)
     model = in_groups_of(context, config.model)
     for row in range(len(prompts) * num_samples):
-        ids, ended = list(prompts[row // num_samples]), False
+        ids = list(prompts[row // num_samples])
+        if not num_tokens and row not in ended:
+            yield Piece(row, [], False)
         for _ in range(num_tokens):
+            if row in ended:
+                break
             window_L = np.full(context, pad_id, np.int32)
             window_L[: len(ids)] = ids[-context:]
             token = int(
@@ -86,9 +91,9 @@ def stream_anew(
                     np.int32(len(ids)), model=model, sampling=how, num_ids=num_ids,
                 )
             )  # fmt: skip
-            ended = token in stop_tokens
-            yield Piece(row, [] if ended else [token], ended)
-            if ended:
+            stops = token in stop_tokens
+            yield Piece(row, [] if stops else [token], stops)
+            if stops:
                 break
             ids.append(token)
 

@@ -1,7 +1,7 @@
 """Continuing lists of token ids: batches, samples, contexts and streams over prefill and decode."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,7 @@ def stream_tokens(
     num_ids: int | None = None,
     start_token: int = 0,
     capacity: float = 0.0,
+    ended: Container[int] = (),
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Continues prompts, and yields what is added as it comes.
@@ -101,6 +102,8 @@ def stream_tokens(
       num_ids: ids from here on have logits but are no tokens (a padded vocabulary); None: all are.
       start_token: begins what the decoder of an encoder-decoder writes.
       capacity: capacity factor of MoE layers, whose group is then the whole batch; 0: dropless.
+      ended: rows that are not continued. Whoever reads the stream may add to a set of them as it
+        comes, such as a text that has a stop string: it gets no more, and frees its batch.
       **sampling: fields of `Sampling`.
 
     Yields:
@@ -120,10 +123,10 @@ def stream_tokens(
         "Train expert choice with a predictor, or use stream_anew, which reads all anew",
     )
     repeated = [list(prompt) for prompt in prompts for _ in range(num_samples)]
-    rows = list(enumerate(repeated))
+    rows = [(row, prompt) for row, prompt in enumerate(repeated) if row not in ended]
     serving = Serving(params, state, step)
     writer = Writer(
-        serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token
+        serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended
     )
     with mesh_of(params):
         for start in range(0, len(rows), batch_size):
@@ -192,6 +195,7 @@ class Writer:
     num_ids: int | None
     stop_tokens: tuple[int, ...]
     start_token: int
+    ended: Container[int]
 
     def write(self, texts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
         """Adds tokens to a batch of numbered prompts."""
@@ -245,6 +249,7 @@ class Writer:
                 if ends:
                     live.discard(i)
             yield count, pieces
+            live -= {i for i in live if numbers[i] in self.ended}
             if not live:
                 return
 

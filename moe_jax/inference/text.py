@@ -1,6 +1,6 @@
 """Continuing texts: token ids by the tokenizer of the run, ends by strings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,7 @@ def stream_text(
     tokenizer: Tokenizer | None = None,
     context: int | None = None,
     num_samples: int = 1,
+    ended: Iterable[int] = (),
     **settings: Any,
 ) -> Iterator[TextPiece]:
     """Continues prompts, and yields what is added as it comes.
@@ -57,6 +58,7 @@ def stream_text(
       tokenizer: of the model; None: that of the config.
       context: most tokens that are seen; None: `data.sequence_length`. See `stream_tokens`.
       num_samples: texts for each prompt.
+      ended: rows that are not continued.
       **settings: other ones of `stream_tokens`, `state` and `step` among them.
 
     Raises:
@@ -74,12 +76,16 @@ def stream_text(
     stream: Any = stream_tokens
     if without_capacity(config.model).looks_ahead(training=False):
         stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
-    how = {"context": context, "num_samples": num_samples, **ids, **settings}
+    done = set(ended)
+    how = {"context": context, "num_samples": num_samples, "ended": done, **ids, **settings}
     texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(prompts) * num_samples)]
     for piece in stream(config, params, encoded, num_tokens, **how):
         text = texts[piece.row]
         if not text.ended:
-            yield TextPiece(piece.row, *text.add(piece.tokens, piece.ended))
+            shown = TextPiece(piece.row, *text.add(piece.tokens, piece.ended))
+            if shown.ended:
+                done.add(piece.row)
+            yield shown
 
 
 class Text:

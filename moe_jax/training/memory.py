@@ -104,7 +104,7 @@ def out_of_memory_explained(
         yield
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        if not is_out_of_memory(error):
             raise
         needed, available = needed_bytes(config, mesh), available_bytes(mesh)
         size = "" if available is None else f" of {in_units(available)}"
@@ -114,6 +114,12 @@ def out_of_memory_explained(
             f"{describe(needed)}, and activations, on {each(mesh)}{size}. For activations, {rest}. "
             f"For the state, {smaller_state(config)}.{profile(workdir)}"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of the runtime says that memory ran out."""
+    text = str(error)
+    return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
 def profile(workdir: pathlib.Path) -> str:

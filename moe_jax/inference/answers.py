@@ -1,0 +1,149 @@
+"""Whole answers in the order of their prompts, and the file of JSON lines that keeps them."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text
+from moe_jax.inference.text import TextPiece
+
+FIX = "Name another file, or delete this one"
+BEGIN = b'{"prompt_index": '  # of every line
+
+
+class Answers:
+    """Texts as their pieces come.
+
+    Attributes:
+      first: rows below are answered already.
+      texts: what came, by row: prompt i, sample s is i * num_samples + s.
+      num_tokens: how many tokens each took.
+      ended: whether each has ended before `most`.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        num_samples: int,
+        most: int,
+        settings: Mapping[str, Any],
+        first: int = 0,
+    ):
+        """`most` tokens a text; `settings` of the generation are written beside every answer."""
+        self.prompts, self.num_samples, self.most = prompts, num_samples, most
+        self.settings, self.first, self._next = dict(settings), first, first
+        rows = len(prompts) * num_samples
+        self.texts, self.num_tokens, self.ended = [""] * rows, [0] * rows, [False] * rows
+
+    def add(self, piece: TextPiece) -> Iterator[dict[str, Any]]:
+        """The records that the piece makes whole, in order: one waits for those before it."""
+        self.texts[piece.row] += piece.text
+        self.num_tokens[piece.row] += piece.num_tokens
+        self.ended[piece.row] |= piece.ended
+        while self._next < len(self.texts) and self.is_whole(self._next):
+            self._next += 1
+            yield self.record(self._next - 1)
+
+    def is_whole(self, row: int) -> bool:
+        """Whether nothing more comes to a text."""
+        return self.ended[row] or self.num_tokens[row] >= self.most
+
+    def record(self, row: int) -> dict[str, Any]:
+        """What is written of a text."""
+        return {
+            **self.question(row), "text": self.texts[row], "num_tokens": self.num_tokens[row],
+            "ended": self.ended[row],
+        }  # fmt: skip
+
+    def question(self, row: int) -> dict[str, Any]:
+        """The part of a record that is known before its answer."""
+        index, sample = divmod(row, self.num_samples)
+        return {
+            "prompt_index": index, "sample": sample, "prompt": self.prompts[index],
+            "settings": self.settings,
+        }  # fmt: skip
+
+
+class AnswerFile:
+    """A .jsonl of answers that grows by whole lines: a second start goes on behind them.
+
+    Attributes:
+      path: of the file.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def open(self, answers: Answers) -> int:
+        """How many of these answers the file has; a line that a kill cut short is taken off.
+
+        A file that is not there is made.
+
+        Raises:
+          ValueError: it has something else.
+          OSError: it cannot be read or written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab"):
+            pass
+        if not self.path.is_file():  # a device
+            return 0
+        *lines, rest = self.path.read_bytes().split(b"\n")
+        rows = len(answers.texts)
+        for i, line in enumerate(lines):
+            self.require_answer(i, line, answers.question(i) if i < rows else None)
+        require(
+            BEGIN.startswith(rest) or rest.startswith(BEGIN),
+            "--output is a file of answers, or a new one",
+            f"{self.path} ends with {rest[:60]!r}",
+            FIX,
+        )
+        if rest:
+            os.truncate(self.path, sum(len(line) + 1 for line in lines))
+        return len(lines)
+
+    def require_answer(self, i: int, line: bytes, question: Mapping[str, Any] | None) -> None:
+        """Refuses a line that does not answer this question."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        where = f"{self.path} line {i + 1}"
+        is_answer = isinstance(found, dict) and "text" in found
+        require(is_answer, "--output is a file of answers, or a new one",
+                f"{where} is {line[:60]!r}", FIX)  # fmt: skip
+        expected = json.loads(json_text(question))
+        differs = difference(found, expected) if expected else "answers none of the prompts"
+        require(not differs, "--output has answers to these prompts, by these settings, or is new",
+                f"{where} {differs}", FIX)  # fmt: skip
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes an answer, so that a kill leaves it there.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        try:
+            with self.path.open("ab") as stream:
+                stream.write(json_text(record).encode() + b"\n")
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """The first of the expected fields that is another; "" if all are equal.
+
+    >>> difference({"settings": {"seed": 1}}, {"settings": {"seed": 2}})
+    'has seed=1, not 2'
+    """
+    for name, value in expected.items():
+        other = found.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and other != value:
+            return difference(other, value) or "has settings of another version"
+        if other != value:
+            return f"has {name}={other!r}, not {value!r}"
+    return ""
