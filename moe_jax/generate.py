@@ -127,11 +127,16 @@ def out_of_memory_explained(batch_size: int, context: int) -> Iterator[None]:
         ) from error
 
 
-def show(pieces: "Iterator[TextPiece]", answers: "Answers", file: "AnswerFile | None") -> None:
-    """Prints one text as it comes, or each of several when it is whole; the file gets it first."""
+def show(
+    pieces: "Iterator[TextPiece]", answers: "Answers", file: "AnswerFile | None", joint: str
+) -> None:
+    """Prints one text as it comes, or each of several when it is whole; the file gets it first.
+
+    `joint` stands between a prompt and its text.
+    """
     alone = len(answers.texts) == 1 and not answers.first
     if alone:
-        print(answers.prompts[0], end="", flush=True)
+        print(answers.prompts[0], end=joint, flush=True)
     for piece in pieces:
         for record in answers.add(piece):
             if file:
@@ -140,7 +145,7 @@ def show(pieces: "Iterator[TextPiece]", answers: "Answers", file: "AnswerFile | 
                 continue
             sample = f", sample {record['sample']}" if answers.num_samples > 1 else ""
             print(f"--- prompt {record['prompt_index']}{sample}")
-            print(record["prompt"] + record["text"], flush=True)
+            print(record["prompt"], record["text"], sep=joint, flush=True)
         if alone:
             print(piece.text, end="", flush=True)
     if alone:
@@ -216,7 +221,7 @@ def main() -> None:
             for _ in pieces:
                 pass
             return
-        show(pieces, answers, file)
+        show(pieces, answers, file, "\n" if config.model.has_encoder else "")
     print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
 
 

@@ -105,11 +105,14 @@ def test_an_error_of_the_disk_names_the_file():
         AnswerFile(pathlib.Path("/dev/full")).append({})
 
 
-@pytest.fixture
-def command(monkeypatch):
-    config = tiny_config({"model": {"tie_embeddings": False}})
+def command_on(config, monkeypatch):
     monkeypatch.setattr(saved, "load_run", lambda *args, **kwargs: (config, tiny_state(config)))
     return lambda *flags: generate.command(["--workdir=run", "--tokens=3", *flags])
+
+
+@pytest.fixture
+def command(monkeypatch):
+    return command_on(tiny_config({"model": {"tie_embeddings": False}}), monkeypatch)
 
 
 def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_path, capsys):
@@ -137,6 +140,18 @@ def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_p
     with pytest.raises(SystemExit):
         command(*flags, f"--output={cut}", "--temperature=0.7")
     assert f"{cut} line 1 has temperature=0.8, not 0.7" in capsys.readouterr().err
+
+
+def test_a_model_that_looks_ahead_writes_one_text_after_another(monkeypatch, capsys):
+    moe = {"router": {"kind": "expert_choice"}, "losses": {}}
+    config = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
+    command = command_on(config, monkeypatch)
+    assert command("--prompt=a", "--prompt=b", "--batch_size=2") == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("note: the model sees later tokens")
+    assert said.out.startswith("--- prompt 0\na") and "--- prompt 1\nb" in said.out
+    assert command("--prompt=a", "--tokens=0") == 0
+    assert capsys.readouterr().out == "a\n"
 
 
 def test_a_text_with_its_stop_string_gets_no_more_chunks(monkeypatch):

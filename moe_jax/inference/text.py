@@ -74,8 +74,10 @@ def stream_text(
     else:
         encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     stream: Any = stream_tokens
-    if without_capacity(config.model).looks_ahead(training=False):
+    looks_ahead = without_capacity(config.model).looks_ahead(training=False)
+    if looks_ahead and not config.model.has_encoder:
         stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
+        settings.pop("batch_size", None)  # it writes one text after another
     done = set(ended)
     how = {"context": context, "num_samples": num_samples, "ended": done, **ids, **settings}
     texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(prompts) * num_samples)]
