@@ -2,15 +2,19 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.data import open_tokenizer
 from moe_jax.inference import score_continuations
 from moe_jax.inference.choices import EXAMPLE, Question, choose, read_questions
 from moe_jax.inference.scoring import encode_pair
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.part import Call
+from moe_jax.training.placement import state_shardings
 from moe_jax.training.ways import SEES
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
@@ -150,6 +154,36 @@ def test_a_model_that_looks_ahead_is_scored_in_its_window_and_marked():
     assert found["mark"] == SEES
 
 
+@pytest.mark.slow
+def test_slots_of_soft_moe_are_those_of_training():
+    """A window of two groups of eight tokens; what stands beside a text moves nothing."""
+    soft = {"router": {"kind": "soft"}, "group_size": 8, "capacity": {"train_factor": 1.0}}
+    stack = {"repeats": 1, "allow_lookahead": True}
+    config = tiny_config({"model": {"stack": stack, "parts": {"moe": soft}}})
+    params = tiny_state(config).params
+    settings = {"context": 16, "batch_size": 4}
+    together = score_continuations(config, params, PAIRS, **settings)
+    other = score_continuations(config, params, PAIRS[::-1], **settings)[::-1]
+    for one, same in zip(together, other, strict=True):
+        np.testing.assert_allclose(one.log_likelihood, same.log_likelihood, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"context=12, moe\.group_size=8"):
+        score_continuations(config, params, PAIRS, context=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"scan_layers": True, "remat": "full"}], ids=str)
+def test_scores_on_a_mesh_and_under_scan(settings):
+    """Four rows, where three texts are scored, are split over two devices each way."""
+    config = tiny_config({"model": settings})
+    params = tiny_state(config).params
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    placed = jax.device_put(params, state_shardings(config, mesh).params)
+    alone = score_continuations(config, params, PAIRS[:3])
+    for one, same in zip(alone, score_continuations(config, placed, PAIRS[:3]), strict=True):
+        np.testing.assert_allclose(one.log_likelihood, same.log_likelihood, **CLOSE)
+        assert one[1:] == same[1:]
+
+
 def test_a_pair_is_encoded_as_a_whole_and_spaces_go_to_the_continuation():
     ids = lambda text: TOKENIZER.encode(text).tolist()  # noqa: E731
     assert encode_pair(TOKENIZER, "a  ", "b") == ([1, *ids("a")], ids("  b"))
@@ -181,6 +215,12 @@ def test_choices_by_hand(config, params, log_likelihood):
     assert found["accuracy"] == right / 3 and found["accuracy_per_byte"] == right_per_byte / 3
     assert right != right_per_byte, "short choices are not the same by bytes"
     assert found["label"] == "dropless" and found["mark"] == ""
+
+
+def test_a_choice_that_is_longer_than_what_is_read_is_named(config, params):
+    questions = [Question("a", ("b", "c"), 0), Question("a", ("b", "ccc"), 0)]
+    with pytest.raises(ValueError, match="'ccc' of question 2 has 4, context=3"):
+        choose(config, params, questions, context=3)
 
 
 def test_questions_are_read_from_lines_and_bad_ones_named(tmp_path):

@@ -106,6 +106,14 @@ def choose(
     ]
     settings |= {"num_ids": tokenizer.vocab_size}
     context = context or config.data.sequence_length
+    numbered = [(i, choice) for i, one in enumerate(questions, 1) for choice in one.choices]
+    for (i, choice), (_, scored) in zip(numbered, pairs, strict=True):
+        require(
+            len(scored) <= context,
+            "a choice has at most as many tokens as are read",
+            f"{choice[:40]!r} of question {i} has {len(scored)}, context={context}",
+            "Shorten it, or raise context",
+        )
     scores = iter(score_continuations(config, params, pairs, context=context, **settings))
     records = []
     for one in questions:

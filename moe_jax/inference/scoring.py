@@ -71,13 +71,15 @@ def score_continuations(
 
     Raises:
       ValueError: a context or continuation is empty, has an id that the model does not know, or is
-        a continuation of more tokens than `context`; or the model has an encoder.
+        a continuation of more tokens than `context`; or the model has an encoder, or mixes tokens
+        in groups that are no part of `context`.
     """
     check_pairs(config.model, pairs, context, batch_size)
-    model, window = for_inference(config.model), 0
-    if without_capacity(model).looks_ahead(training=False):
+    if without_capacity(config.model).looks_ahead(training=False):
         assert context is not None
         model, window = in_groups_of(context, config.model), context
+    else:
+        model, window = for_inference(config.model), 0
     texts = [cut(pair, context) for pair in pairs]
     # A padded length of its own text alone: a pair gets the same beside any other.
     lengths = [window or bucket(len(text) - 1) for text, _ in texts]
@@ -145,6 +147,15 @@ def check_pairs(
         "context=None",
         "Pass the sequence_length of its training",
     )
+    parts: Mapping[str, Any] = model.part
+    for name, part in parts.items():
+        size = part.group_size if part.routes and part.router.mixes else 0
+        require(
+            not size or (context or 0) % size == 0,
+            "a router that mixes tokens needs a context of whole groups, or texts would mix",
+            f"context={context}, {name}.group_size={size}",
+            "Pass a multiple of it",
+        )
     check(model, [c for pair in pairs for c in pair], 0, 1, context, batch_size)
     for i, (_, continuation) in enumerate(pairs):
         require(
