@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from moe_jax import command_line
+from moe_jax import command_line, interrupts
 from moe_jax.config.check import require
 
 if TYPE_CHECKING:
@@ -71,6 +71,14 @@ def prompt_of(line: str, where: str) -> str:
     )
     assert isinstance(prompt, str)
     return prompt
+
+
+def require_unicode(texts: Sequence[str]) -> None:
+    """Refuses half a character: of a flag that is not UTF-8, or escaped alone in JSON."""
+    for text in texts:
+        whole = text.encode(errors="ignore").decode()
+        require(whole == text, "prompts and stop strings are text that UTF-8 can write",
+                repr(text[:60]), "Correct it")  # fmt: skip
 
 
 class Speed:
@@ -135,8 +143,7 @@ def show(
     `joint` stands between a prompt and its text.
     """
     alone = len(answers.texts) == 1 and not answers.first
-    if alone:
-        print(answers.prompts[0], end=joint, flush=True)
+    begin = answers.prompts[0] + joint  # not before there is a piece: what is wrong is said alone
     for piece in pieces:
         for record in answers.add(piece):
             if file:
@@ -147,7 +154,8 @@ def show(
             print(f"--- prompt {record['prompt_index']}{sample}")
             print(record["prompt"], record["text"], sep=joint, flush=True)
         if alone:
-            print(piece.text, end="", flush=True)
+            print(begin + piece.text, end="", flush=True)
+            begin = ""
     if alone:
         print()
 
@@ -181,7 +189,7 @@ def main() -> None:
     """Loads a checkpoint and continues the prompts."""
     import jax
 
-    from moe_jax.inference import stream_text
+    from moe_jax.inference import Sampling, stream_text
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -192,13 +200,15 @@ def main() -> None:
         "Give one of them",
     )
     prompts = values.prompt or read_prompts(values.prompts)
+    require_unicode([*prompts, *values.stop])
+    sampling: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
+    Sampling(**sampling)  # refuses before anything is loaded
     if values.output:
         command_line.require_file("output", values.output)
     config, state = load_run(
         values.workdir, command_line.mesh_of_flag(), values.step, trust=values.trust
     )
     context = values.context or config.data.sequence_length
-    sampling: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
     settings = {
         "workdir": values.workdir, "step": int(state.step), **sampling, "tokens": values.tokens,
         "samples": values.samples, "stop": values.stop, "context": context,
@@ -221,7 +231,15 @@ def main() -> None:
             for _ in pieces:
                 pass
             return
+        if file:
+            interrupts.say_before_end(
+                lambda: (
+                    f"{answers.count} of {len(answers.texts)} answers are in {values.output}, and "
+                    "the same command goes on behind them"
+                )
+            )
         show(pieces, answers, file, "\n" if config.model.has_encoder else "")
+        interrupts.say_before_end(lambda: "")
     print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
 
 

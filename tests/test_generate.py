@@ -28,6 +28,22 @@ def test_a_line_of_prompts_ends_at_a_newline_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt=a", "--top_p=0"], "error: top_p lies in (0, 1]: top_p=0.0"),
+        (["--prompt=caf\udce9"], "UTF-8 can write: 'caf\\udce9'. Correct it."),
+        (["--prompt=a", "--stop="], "error: a stop string has characters"),
+        (["--prompt=a", "--context=1"], "--context"),
+    ],
+)
+def test_what_is_wrong_is_said_alone(command, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        command(*flags)
+    said = capsys.readouterr()
+    assert message in said.err and not said.out and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("p.txt", " \n\n", "p.txt is blank"),
@@ -52,6 +68,15 @@ def test_answers_come_whole_and_in_the_order_of_the_prompts():
     stream = answers()
     came = [[r["text"] for r in stream.add(TextPiece(*piece))] for piece in pieces]
     assert came == [[], [], ["abc", "x"], [""]]
+    assert stream.count == 3
+
+
+def test_an_answer_counts_when_its_record_is_written():
+    stream = answers()
+    records = stream.add(TextPiece(0, "a", 3, False))
+    next(records)
+    assert stream.count == 0
+    assert list(records) == [] and stream.count == 1
 
 
 def written(path, count=3):

@@ -18,7 +18,8 @@ class Answers:
     """Texts as their pieces come.
 
     Attributes:
-      first: rows below are answered already.
+      first: rows below were answered by an earlier start.
+      count: rows below are whole, and what was done with their records is done.
       texts: what came, by row: prompt i, sample s is i * num_samples + s.
       num_tokens: how many tokens each took.
       ended: whether each has ended before `most`.
@@ -34,7 +35,7 @@ class Answers:
     ):
         """`most` tokens a text; `settings` of the generation are written beside every answer."""
         self.prompts, self.num_samples, self.most = prompts, num_samples, most
-        self.settings, self.first, self._next = dict(settings), first, first
+        self.settings, self.first, self.count = dict(settings), first, first
         rows = len(prompts) * num_samples
         self.texts, self.num_tokens, self.ended = [""] * rows, [0] * rows, [False] * rows
 
@@ -43,9 +44,9 @@ class Answers:
         self.texts[piece.row] += piece.text
         self.num_tokens[piece.row] += piece.num_tokens
         self.ended[piece.row] |= piece.ended
-        while self._next < len(self.texts) and self.is_whole(self._next):
-            self._next += 1
-            yield self.record(self._next - 1)
+        while self.count < len(self.texts) and self.is_whole(self.count):
+            yield self.record(self.count)
+            self.count += 1
 
     def is_whole(self, row: int) -> bool:
         """Whether nothing more comes to a text."""
