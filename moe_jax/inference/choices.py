@@ -12,7 +12,7 @@ from moe_jax.config.check import require
 from moe_jax.data import open_tokenizer_of
 from moe_jax.data.open_file import decode
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.inference.scoring import encode_pair, score_continuations
+from moe_jax.inference.scoring import Pair, Scored, encode_pair, score_continuations
 from moe_jax.training.ways import ways_of
 
 EXAMPLE = '{"question": "The sky is", "choices": ["blue", "an apple"], "answer": 0}'
@@ -99,42 +99,47 @@ def choose(
       ValueError: see `score_continuations`.
     """
     tokenizer = tokenizer or open_tokenizer_of(config.data)
-    pairs = [
-        encode_pair(tokenizer, one.question, space_between(one.question, choice) + choice)
-        for one in questions
-        for choice in one.choices
-    ]
     settings |= {"num_ids": tokenizer.vocab_size}
     context = context or config.data.sequence_length
-    numbered = [(i, choice) for i, one in enumerate(questions, 1) for choice in one.choices]
-    for (i, choice), (_, scored) in zip(numbered, pairs, strict=True):
-        require(
-            len(scored) <= context,
-            "a choice has at most as many tokens as are read",
-            f"{choice[:40]!r} of question {i} has {len(scored)}, context={context}",
-            "Shorten it, or raise context",
-        )
+    pairs = encode_questions(tokenizer, questions, context)
     scores = iter(score_continuations(config, params, pairs, context=context, **settings))
-    records = []
-    for one in questions:
-        own = [next(scores) for _ in one.choices]
-        likely = np.array([score.log_likelihood for score in own])
-        num_bytes = [len(choice.encode()) for choice in one.choices]
-        records.append(
-            one._asdict()
-            | {
-                "log_likelihoods": likely.tolist(),
-                "num_tokens": [score.num_tokens for score in own],
-                "is_greedy": [score.is_greedy for score in own],
-                "chosen": int(np.argmax(likely)),
-                "chosen_per_byte": int(np.argmax(likely / num_bytes)),
-            }
-        )
+    records = [record_of(one, [next(scores) for _ in one.choices]) for one in questions]
     shares = {
         name: float(np.mean([record[chosen] == record["answer"] for record in records]))
         for name, chosen in (("accuracy", "chosen"), ("accuracy_per_byte", "chosen_per_byte"))
     }
     return ways_of(config.model)["dropless"]._asdict() | shares | {"questions": records}
+
+
+def encode_questions(
+    tokenizer: Tokenizer, questions: Sequence[Question], context: int
+) -> list[Pair]:
+    """Every question with each of its choices, of at most `context` tokens, in order."""
+    pairs = []
+    for i, one in enumerate(questions, 1):
+        for choice in one.choices:
+            space = space_between(one.question, choice)
+            pairs.append(encode_pair(tokenizer, one.question, space + choice))
+            require(
+                len(pairs[-1][1]) <= context,
+                "a choice has at most as many tokens as are read",
+                f"{choice[:40]!r} of question {i} has {len(pairs[-1][1])}, context={context}",
+                "Shorten it, or raise context",
+            )
+    return pairs
+
+
+def record_of(question: Question, scores: Sequence[Scored]) -> dict[str, Any]:
+    """A question with what was found of each choice, as JSON can hold it."""
+    likely = np.array([score.log_likelihood for score in scores])
+    num_bytes = [len(choice.encode()) for choice in question.choices]
+    return question._asdict() | {
+        "log_likelihoods": likely.tolist(),
+        "num_tokens": [score.num_tokens for score in scores],
+        "is_greedy": [score.is_greedy for score in scores],
+        "chosen": int(np.argmax(likely)),
+        "chosen_per_byte": int(np.argmax(likely / num_bytes)),
+    }
 
 
 def space_between(question: str, choice: str) -> str:
