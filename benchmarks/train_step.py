@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from benchmarks.timing import Checkout, cell, ratios
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.data import open_data, train_batches
+from moe_jax.layers import attention
 from moe_jax.layers.rotary import Rotary
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.planning.hardware import measured_matmul_rate
@@ -47,7 +48,7 @@ def load(path: str, presets: str, run_experts: str = "auto") -> ExperimentConfig
 def without(part: str) -> Iterator[None]:
     """Traces the model without a part."""
     no_attention = mock.patch.object(
-        jax.nn, "dot_product_attention", lambda q, k, v, **options: q + 0 * (k + v)
+        attention, "attend_by_rules", lambda q, k, v, *rules, **options: q + 0 * (k + v)
     )
     no_rotary = mock.patch.object(Rotary, "rotate", lambda self, x, *where: x)
     with {"attention scores": no_attention, "rotary positions": no_rotary}[part]:

@@ -1,6 +1,7 @@
 """Costs of parts: traced by default, and those that parts write out themselves."""
 
 import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +32,16 @@ from tests.foreign import GatedRecurrence
 
 DIMS = Dims(model_dim=16)
 LENGTH = 12
+ATTENTION = Attention(num_heads=4, head_dim=6, kernel="xla")
 
 
 @pytest.mark.parametrize(
     "part",
     [
-        Attention(num_heads=4, head_dim=6),
-        Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=RMSNorm(), biases=tuple("qkv")),
-        Attention(num_heads=4, num_kv_heads=2, head_dim=6, softcap=2.0, sink=True, window=3),
-        Attention(
-            num_heads=4, head_dim=6, clip_qkv=1.0, qk_norm=RMSNorm(), qk_norm_at="projection"
-        ),
+        ATTENTION,
+        replace(ATTENTION, num_kv_heads=2, qk_norm=RMSNorm(), biases=tuple("qkv")),
+        replace(ATTENTION, num_kv_heads=2, softcap=2.0, sink=True, window=3),
+        replace(ATTENTION, clip_qkv=1.0, qk_norm=RMSNorm(), qk_norm_at="projection"),
         Mlp(dim=40),
         Mlp(dim=40, activation=SwiGLU(), use_bias=True),
         Mlp(dim=40, activation=Gelu()),
@@ -147,8 +147,8 @@ def planned(parts, layers, mesh=None, **model):
 
 def test_a_foreign_mixer_is_planned_with_no_code():
     """Three products of 16 x 8 a token and layer; in two layers, of three."""
-    parts = {"mixer": GatedRecurrence(dim=8), "attention": Attention(num_heads=2, head_dim=8),
-             "mlp": Mlp(dim=24)}  # fmt: skip
+    attention = replace(ATTENTION, num_heads=2, head_dim=8)
+    parts = {"mixer": GatedRecurrence(dim=8), "attention": attention, "mlp": Mlp(dim=24)}
     layers = [("mixer", "mlp"), ("mixer", "mlp"), ("attention", "mlp")]
     work = planned(parts, layers)
     flops, parameters = (count(work.model, LENGTH) for count in (count_flops, count_parameters))
@@ -163,8 +163,8 @@ def test_a_foreign_mixer_is_planned_with_no_code():
     # The outputs of its products, 8 + 8 + 16 numbers, beside the other parts and the inputs.
     without = planned({"attention": parts["attention"], "mlp": Mlp(dim=24)}, layers[2:] * 3,
                       remat="dots")  # fmt: skip
-    attention = 3 * 16 + 16
-    assert saved_bytes(without) - saved_bytes(dots) == 4 * 8 * LENGTH * 2 * (attention - 32)
+    of_attention = 3 * 16 + 16
+    assert saved_bytes(without) - saved_bytes(dots) == 4 * 8 * LENGTH * 2 * (of_attention - 32)
     assert estimate_memory(work).saved_activations > 0
     assert hbm_traffic(work)["other"] > 3 * 4 * parameters.other
     assert kv_cache_bytes(work, 8, LENGTH) == 8 * LENGTH * 2 * 16 * 4, "of one attention layer"

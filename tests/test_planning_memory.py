@@ -50,7 +50,7 @@ from moe_jax.training.state import init_state
 MODEL = LanguageModel(
     vocab_size=32, model_dim=8, tie_embeddings=False, compute_dtype="bfloat16", remat="none",
     parts={
-        "attention": Attention(num_heads=2, num_kv_heads=1, head_dim=4),
+        "attention": Attention(num_heads=2, num_kv_heads=1, head_dim=4, kernel="xla"),
         "mlp": Mlp(dim=16, activation=SwiGLU()),
         "moe": MoE(
             num_experts=4, num_selected_experts=2, expert_dim=12, run_experts="gather",

@@ -24,7 +24,7 @@ def scores_cost(
     these logarithms. cudnn reads a row of a mask too, and writes its gradient.
 
     Args:
-      kernel: "xla", or as "xla" the unresolved "auto"; "splash", "cudnn".
+      kernel: of `attention_kernels.KERNELS`; an unresolved "auto" counts as "xla".
       dtype: of activations.
       length: T, of the keys.
       heads: N.

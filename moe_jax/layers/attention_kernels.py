@@ -2,6 +2,8 @@
 
 xla     products and a softmax as XLA compiles them: everything, everywhere. Writes the scores,
         [B, N, L, T] in float32.
+blocks  plain JAX in blocks of queries, for a CPU: few scores at a time, none kept, and no work on
+        keys behind a block.
 splash  Pallas kernel of a TPU: no scores in memory, and no work on blocks that no query sees.
 cudnn   library of an NVIDIA GPU: no scores in memory, but a mask [B, 1, L, T].
 triton  Pallas kernels for a GPU: no scores in memory, no mask. Only by name, until a GPU ran them.
@@ -22,8 +24,8 @@ from moe_jax.parallel.rules import mesh_in_use, partition_spec, platform
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("auto", "xla", "splash", "cudnn", "triton")
-BEST = {"tpu": "splash", "gpu": "cudnn"}  # that "auto" takes, by platform
+KERNELS = ("auto", "xla", "blocks", "splash", "cudnn", "triton")
+BEST = {"cpu": "blocks", "tpu": "splash", "gpu": "cudnn"}  # that "auto" takes, by platform
 RESIDUALS = "attention_residuals"  # name, for remat, of a kernel's output and log-sums
 KEEPS_RESIDUALS = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # a primitive of JAX
@@ -97,6 +99,10 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
     }
     lacks = {
         "xla": {},
+        "blocks": {
+            "it adds no position bias to scores": task.bias,
+            "its keys are those of the queries' own places": not task.own_keys,
+        },
         "splash": {"it runs on a TPU, here on a GPU": machine.platform == "gpu", **of_pallas},
         "triton": {"it runs on a GPU, here on a TPU": machine.platform == "tpu", **of_pallas},
         "cudnn": {
@@ -132,7 +138,7 @@ def choose(kernel: str, task: Task, machine: Machine) -> Choice:
       ValueError: a kernel asked for by name cannot do the task.
     """
     if kernel == "auto":
-        best = BEST.get(machine.platform, "xla")
+        best = BEST[machine.platform]
         lacks = lacking(best, task, machine)
         return Choice("xla", f"{best}: {lacks}") if lacks else Choice(best)
     lacks = lacking(kernel, task, machine)
@@ -166,8 +172,9 @@ def machine_in_use() -> Machine:
 
 def chosen(kernel: str, task: Task) -> str:
     """The kernel for a task here; says so once where "auto" must take xla on an accelerator."""
-    choice = choose(kernel, task, machine_in_use())
-    if choice.lacks:
+    machine = machine_in_use()
+    choice = choose(kernel, task, machine)
+    if choice.lacks and machine.platform != "cpu":
         warn_of(choice)
     return choice.kernel
 
@@ -229,6 +236,13 @@ def attend_by_rules(
         return attend(
             q_BLND, k_BTKD, v_BTKV, visible(rules, queries, keys),
             scale=scale, bias_BNLT=bias_BNLT, softcap=softcap, sink_N=sink_N,
+        )  # fmt: skip
+    if name == "blocks":
+        from moe_jax.layers.blocks import attend_in_blocks  # it names its residuals as here
+
+        return attend_in_blocks(
+            q_BLND, k_BTKD, v_BTKV, queries, sink_N,
+            rules=rules, counts_up=counts_up, scale=scale, softcap=softcap,
         )  # fmt: skip
     if name == "cudnn":
         run: Any = functools.partial(cudnn.cudnn, rules=rules, scale=scale)

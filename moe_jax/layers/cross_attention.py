@@ -133,7 +133,7 @@ class CrossAttention(Part):
 
     def resolved(self, dtype: str) -> Part:
         """See `Part`: the kernel."""
-        task = Task(Rules(causal=False), (self.head_dim, self.head_dim), dtype)
+        task = Task(Rules(causal=False), (self.head_dim, self.head_dim), dtype, own_keys=False)
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
