@@ -86,4 +86,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.name += "_shared"
         config.model.parts.moe.shared_expert_dim = 1024
     make_smaller(config, presets)
+    if "tiny" in presets:
+        config.optimizer.learning_rate = 1e-2  # multipliers of residuals and logits are below 1
     return config
