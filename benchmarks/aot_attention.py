@@ -10,7 +10,6 @@ for h100:8 the CUDA plugin with cuDNN.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import re
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
+from moe_jax.config.json_text import json_text
 from moe_jax.layers.attention_kernels import attend_by_rules
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.parallel.mesh import make_mesh
@@ -140,7 +140,7 @@ def main() -> None:
                 start = f"| {row.topology} | {row.layer} | {row.kernel} | "
                 print(start + (f"{row.error} |" if row.error else f"{done} |"), flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.json.write_text(json_text(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,17 +82,25 @@ def require_unicode(texts: Sequence[str]) -> None:
 
 
 class Speed:
-    """Tokens a second, of which compilation is no part.
+    """Tokens a second, of which compilation is no part: what is timed runs in its context.
 
     JAX reports how long it traced, lowered and compiled; spans may lie within each other.
     """
 
     def __init__(self) -> None:
-        import jax
-
         self.begin = time.perf_counter()
         self.spans: list[tuple[float, float]] = []  # begin, seconds
+
+    def __enter__(self) -> "Speed":
+        import jax
+
         jax.monitoring.register_event_duration_secs_listener(self.add)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self.add)
 
     def add(self, event: str, duration_secs: float, **_: object) -> None:
         """Counts a span that has just ended."""
@@ -193,6 +201,8 @@ def main() -> None:
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
+    if "" in values.prompt:
+        raise ValueError("--prompt is empty: --prompt=. Give it a value.")
     require(
         bool(values.prompt) != bool(values.prompts),
         "prompts come from --prompt or from --prompts",
@@ -225,8 +235,8 @@ def main() -> None:
         state=state.model_state, step=state.step, num_samples=values.samples, stop=values.stop,
         context=context, batch_size=values.batch_size, ended=range(answers.first), **sampling,
     )  # fmt: skip
-    speed = Speed()
-    with out_of_memory_explained(min(values.batch_size, len(answers.texts)), context):
+    in_memory = out_of_memory_explained(min(values.batch_size, len(answers.texts)), context)
+    with Speed() as speed, in_memory:
         if not is_first:
             for _ in pieces:
                 pass

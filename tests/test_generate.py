@@ -230,3 +230,11 @@ def test_compilation_is_no_part_of_the_speed(monkeypatch):
     now = 110.0
     expected = "70 tokens in 10.0 s, 3.0 s of it compilation: 10 tokens/s without it"
     assert speed.line(70) == expected
+
+
+def test_only_what_runs_in_its_context_is_timed():
+    event = "/jax/core/compile/backend_compile_duration"
+    with Speed() as speed:
+        jax.monitoring.record_event_duration_secs(event, 0.25)
+    jax.monitoring.record_event_duration_secs(event, 0.5)
+    assert [seconds for _, seconds in speed.spans] == [0.25]

@@ -133,7 +133,7 @@ def test_an_uneven_dim_is_refused_with_its_name_and_size():
     with jax.set_mesh(eight_devices()):
         message = (
             r"splits a dim evenly: 'batch' of size 6 over 4 devices "
-            r"\(\('data', 'expert'\)\), array \(4, 6\)\. Change config\.mesh"
+            r"\(\('data', 'expert'\)\), array \(4, 6\)\. Change the mesh"
         )
         with pytest.raises(ValueError, match=message):
             constrain(jnp.zeros((4, 6)), None, "batch")

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.accelerator.goals import GOALS
 from benchmarks.accelerator.groups import GROUPS
 from benchmarks.accelerator.record import FAILED, MEASURED, ROOT, START, Line, Record
+from moe_jax.config.json_text import json_text
 
 PAGE = ROOT / "docs" / "accelerators.md"
 FOLDER = ROOT / "docs" / "accelerators"
@@ -33,7 +34,7 @@ def publish(record: Record) -> str:
         else:
             path = FOLDER / f"{slug(device['kind'])}.json"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
+            path.write_text(json_text(list(rows.values()), indent=1) + "\n", encoding="utf-8")
             said = f"{path}: {len(rows)} rows"
     PAGE.write_text(make_page(), encoding="utf-8")
     return said
@@ -195,7 +196,7 @@ def of_parity(own: dict[str, Line]) -> str:
     """Error, tolerance and verdict."""
     head = ("row", "largest error", "of", "tolerance", "verdict")
     lines = [
-        (name, f"{line['error']:.1e}", line["of"], f"{line['tolerance']:.0e}", passed(line))
+        (name, error_of(line, "error"), line["of"], f"{line['tolerance']:.0e}", passed(line))
         for name, line in measured(own).items()
     ]
     return table(head, lines)
@@ -203,7 +204,7 @@ def of_parity(own: dict[str, Line]) -> str:
 
 def passed(line: Line) -> str:
     """The verdict on a row of parity."""
-    cpu = f", a CPU in this dtype has {line['cpu_error']:.1e}" if "cpu_error" in line else ""
+    cpu = f", a CPU in this dtype has {error_of(line, 'cpu_error')}" if "cpu_error" in line else ""
     return ("pass" if line["passed"] else "**fail**") + cpu
 
 
@@ -227,6 +228,11 @@ def of_steps(own: dict[str, Line]) -> str:
         for name, line in measured(own).items()
     ]  # fmt: skip
     return table(head, lines)
+
+
+def error_of(line: Line, name: str) -> str:
+    """A relative error; JSON has null for what is no number."""
+    return "nan" if line[name] is None else f"{line[name]:.1e}"
 
 
 def loss_of(line: Line) -> str:

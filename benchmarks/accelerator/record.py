@@ -11,6 +11,8 @@ import subprocess
 import time
 from typing import Any
 
+from moe_jax.config.json_text import json_text
+
 STARTED, MEASURED, FAILED, SKIPPED = "started", "measured", "failed", "skipped"
 START = "start"  # the row of a process that ended before its first
 DONE = (MEASURED, FAILED)  # not measured again
@@ -33,7 +35,7 @@ class Record:
     def add(self, group: str, row: str, state: str, **found: Any) -> Line:
         """Appends a line and waits until it is on the disk."""
         line = {"group": group, "row": row, "state": state, "at": round(time.time(), 1), **found}
-        text = json.dumps(line, allow_nan=True) + "\n"
+        text = json_text(line) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             # A line that a kill cut off ends here.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.config.check import require
+from moe_jax.config.json_text import json_text
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.data import open_tokenizer_of
 from moe_jax.inference.generation import ROWS, stream_tokens
@@ -123,7 +124,7 @@ class HarnessModel:
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for i, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+            groups[json_text(request.args[1], sort_keys=True)].append(i)
         for settings, numbers in groups.items():
             prompts = [requests[i].args[0] for i in numbers]
             continued = self.continue_texts(prompts, json.loads(settings))

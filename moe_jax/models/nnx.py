@@ -49,8 +49,7 @@ class NNXMoE(nnx.Module):
 
 def parameters(specs: Any, rngs: nnx.Rngs) -> Any:
     """A tree of `nnx.Param`s, drawn as the specs say."""
-    drawn = init_parameters(rngs.params(), specs)
-    return nnx.data(jax.tree.map(nnx.Param, drawn))
+    return nnx.data(jax.tree.map(nnx.Param, init_parameters(rngs.params(), specs)))
 
 
 def values(params: Any) -> Any:
