@@ -185,7 +185,9 @@ def test_scores_on_a_mesh_and_under_scan(settings):
 
 
 def test_a_pair_is_encoded_as_a_whole_and_spaces_go_to_the_continuation():
-    ids = lambda text: TOKENIZER.encode(text).tolist()  # noqa: E731
+    def ids(text):
+        return TOKENIZER.encode(text).tolist()
+
     assert encode_pair(TOKENIZER, "a  ", "b") == ([1, *ids("a")], ids("  b"))
     assert encode_pair(TOKENIZER, "", " b") == ([1], ids(" b"))
     assert encode_pair(TOKENIZER, "a", " b", bos=False) == (ids("a"), ids(" b"))

@@ -139,8 +139,11 @@ def run_block(moe, config):
 
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        place = lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh))  # noqa: E731
-        params = jax.tree.map(place, specs, params)
+        params = jax.tree.map(
+            lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
+            specs,
+            params,
+        )
         grads, (y, metrics) = jax.jit(jax.grad(objective, (0, 1), has_aux=True))(params, x)
     return jax.tree.map(np.asarray, ((y, grads), metrics))
 
