@@ -22,9 +22,9 @@ def select(specs: Any, names: Sequence[str]) -> Any:
     >>> from moe_jax.models.model import LanguageModel
     >>> specs = LanguageModel().specs()
     >>> marks = select(specs, ("moe/router", "embedding"))
-    >>> marks["embedding"], marks["stack"]["unit"][0]["moe"]["router"]["weight"]
+    >>> marks["embedding"], marks["stack"]["unit"]["0"]["moe"]["router"]["weight"]
     (True, True)
-    >>> marks["stack"]["unit"][0]["moe"]["experts"]["wi"]
+    >>> marks["stack"]["unit"]["0"]["moe"]["experts"]["wi"]
     False
 
     Args:
