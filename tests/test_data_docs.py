@@ -27,10 +27,22 @@ SMALL = {
 }
 
 
-def commands():
+def commands(section="Train on your own text"):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"## Train on your own text\n.*?```bash\n(.*?)```", text, re.DOTALL)
+    (block,) = re.findall(rf"## {section}\n(?:(?!\n## ).)*?```bash\n(.*?)```", text, re.DOTALL)
     return [shlex.split(line) for line in block.splitlines()]
+
+
+def run(command, folder, *more):
+    flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in command[3:]]
+    flags = [flag.replace("quickstart.py", "quickstart.py:smoke") for flag in flags]
+    done = subprocess.run(
+        [sys.executable, "-m", command[2], *flags, *more],
+        cwd=folder, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_three_commands_come_first():
@@ -45,15 +57,20 @@ def test_the_commands_train_on_a_folder_of_text(tmp_path):
     for number, (_, document) in enumerate(documents):
         (tmp_path / "my_texts" / f"{number}.txt").write_text(document.text, encoding="utf-8")
     for command in commands():
-        module = command[2]
-        flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in command[3:]]
-        flags = [flag.replace("quickstart.py", "quickstart.py:smoke") for flag in flags]
-        done = subprocess.run(
-            [sys.executable, "-m", module, *flags, *SMALL[module]],
-            cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = run(command, tmp_path, *SMALL[command[2]])
     said = json.loads((tmp_path / "runs/mine/evaluation.json").read_text())
     assert list(said["dropless"]["domains"]) == ["my_texts"]
     assert done.stdout.startswith("It was ")
+
+
+@pytest.mark.slow
+def test_the_commands_train_on_prompts_and_answers(tmp_path):
+    lines = [json.dumps({"prompt": f"{i} + {i} = ", "answer": str(2 * i)}) for i in range(60)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    train, evaluate, generate = commands("Prompts and answers")
+    small = [flag for flag in SMALL[train[2]] if "vocab_size" not in flag]
+    run(train, tmp_path, *small)
+    assert "held-out split of" in run(evaluate, tmp_path).stdout
+    assert run(generate, tmp_path, "--tokens=3").stdout.startswith("2 + 2 = ")
+    said = json.loads((tmp_path / "runs/sums/evaluation.json").read_text())
+    assert 2 * 2 <= said["dropless"]["tokens"] <= 30 * 4  # answers and their ends, a tenth of 60

@@ -24,6 +24,8 @@ DRAWN = {
     "prefix_lm": "5d8f02133958cd85",
     "span_corruption": "70539fc40d601a00",
     "encoder_prefix_lm": "4f68d48fadc969fb",
+    "supervised": "72fc5063cecd5281",
+    "encoder_supervised": "55378d68bcf3a43a",
     "span_corruption_packed": "3177673e585fdaa7",
     "encoder_prefix_lm_joined": "5f27a155df61e7e5",
 }
@@ -31,11 +33,26 @@ TOKENIZER = tokenizers.ByteTokenizer()
 FIRST = 383  # the first sentinel
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """800 prompts with their answers, in two domains."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, sign in (("plus", 1), ("minus", -1)):
+        lines = [
+            json.dumps({"prompt": f"{i} {name} {i % 7} = ", "answer": f"{i + sign * (i % 7)}"})
+            for i in range(400)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
 @pytest.fixture(scope="module", params=OBJECTIVES)
-def config(request, tmp_path_factory):
+def config(request, tmp_path_factory, pairs):
+    objective = OBJECTIVES[request.param]
+    corpus = {"corpus": pairs, "heldout_fraction": 0.3} if objective.reads_conversations else {}
     return DataConfig(
-        corpus="embedded", sequence_length=64, objective=OBJECTIVES[request.param],
-        cache_dir=str(tmp_path_factory.getbasetemp() / "objectives_cache"),
+        sequence_length=64, objective=objective,
+        cache_dir=str(tmp_path_factory.getbasetemp() / "objectives_cache"), **corpus,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, str]] = {
         "prefix_lm": "moe_jax.data.objectives.prefix_lm:PrefixLM",
         "span_corruption": "moe_jax.data.objectives.span_corruption:SpanCorruption",
         "encoder_prefix_lm": "moe_jax.data.objectives.pairs:EncoderPrefixLM",
+        "supervised": "moe_jax.data.objectives.supervised:Supervised",
+        "encoder_supervised": "moe_jax.data.objectives.supervised:EncoderSupervised",
     },
     "part": {
         "layer": "moe_jax.models.layer:Layer",

@@ -46,7 +46,8 @@ class DataConfig(Settings):
     eos_token: str = ""  # ends a document; "": the usual one of the tokenizer
     sequence_length: int = setting(256, at_least=2)  # L, tokens
     domain_weights: tuple[tuple[str, float], ...] = ()  # share of each domain; (): by its tokens
-    # "causal_lm", "prefix_lm", "span_corruption", "encoder_prefix_lm", or one with its settings
+    # "causal_lm", "prefix_lm", "span_corruption", "encoder_prefix_lm", "supervised",
+    # "encoder_supervised", or one with its settings
     objective: Any = dataclasses.field(
         default_factory=default_objective, metadata={"family": "objective"}
     )

@@ -22,6 +22,8 @@ class Document:
         group: documents of one group (translations of a page, editions of a play) fall on the
             same side of the held-out split. The document's own id when it stands alone.
         has_group: whether the group was given: other documents may be of it.
+        where: file and line or row, for messages; "" where it has none.
+        whole: whether it is never cut, so that its end is held out with its beginning.
     """
 
     domain: str
@@ -29,6 +31,8 @@ class Document:
     text: str
     group: str
     has_group: bool = False
+    where: str = ""
+    whole: bool = False
 
 
 class Corpus(abc.ABC):
@@ -81,7 +85,7 @@ def split_documents(
     for document, has_tail in itertools.chain(first, rest):
         split = split_of(document.group, heldout_fraction)
         is_alone = len(first) == 1 and not (document.has_group and split == HELDOUT)
-        if has_tail or is_alone:
+        if (has_tail or is_alone) and not document.whole:
             yield from split_tail(document, heldout_fraction)
         else:
             yield split, document

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
+from moe_jax.config.check import require
 from moe_jax.data.documents import HELDOUT, SPLITS, TRAIN, Corpus, Document, split_documents
 from moe_jax.data.file_layout import Layout, layout_of
 from moe_jax.data.open_file import check_file
@@ -48,6 +49,12 @@ class FileCorpus(Corpus):
         self.name = name
         self._fields = fields or Fields()
         self._layout: Layout = layout_of(pathlib.Path(path).expanduser(), kind)
+        require(
+            not self._fields.conversations or self._layout.kind == "jsonl",
+            "Prompts and answers are read from JSON lines",
+            f"data.corpus={name!r} has files of {self._layout.kind}",
+            "Set config.data.corpus to a .jsonl file or a folder of them",
+        )
 
     def domains(self) -> tuple[str, ...]:
         """Names of files or folders, in the order of the files."""

@@ -1,6 +1,7 @@
 """Which files of a path are a corpus, and which domain and split each belongs to."""
 
 import dataclasses
+import glob
 import json
 import os
 import pathlib
@@ -78,11 +79,13 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
       `HELDOUT_NAMES` has it), these are splits and not domains: the first trains, the second is
       held out. So are `wiki.train` and `wiki.validation`, which are of the domain `wiki`.
     * A Hugging Face dataset is one domain, or its splits are, by the same rule.
+    * A pattern such as `notes/*.jsonl` is the folder before its first `*`, `?` or `[`, with the
+      files that it matches.
 
     Hidden files, `._x` of macOS among them, are left out; so are .md files beside data.
 
     Args:
-        path: of a file or folder.
+        path: of a file or folder, or a pattern.
         kind: a key of `SUFFIXES`; "": found out.
 
     Raises:
@@ -90,8 +93,9 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
             twice.
         OSError: a folder cannot be read.
     """
+    matched = files_of_pattern(path)
     require(
-        path.exists(),
+        path.exists() or bool(matched),
         "A corpus is 'embedded', the path of a file or folder, or 'tfds:NAME'",
         f"there is no {str(path)!r}",
         "Correct config.data.corpus",
@@ -110,10 +114,22 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     dataset = _dataset_files(path) if kind in ("", "arrow") else []
     if dataset:
         kind, files = "arrow", dataset
+    elif matched:
+        wild = next(n for n, part in enumerate(path.parts) if glob.has_magic(part))
+        path = pathlib.Path(*path.parts[:wild])
+        kind, files = _choose_kind(path, matched, kind)
     else:
         kind, files = _choose_kind(path, _walk(path), kind)
     _check_reached_once(files)
     return _sort_by_split(path, kind, files)
+
+
+def files_of_pattern(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a pattern matches, in order; [] if there is a file of that name, or none."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return []
+    found = map(pathlib.Path, glob.glob(str(path), recursive=True))
+    return sorted(one for one in found if one.is_file())
 
 
 def _walk(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -30,6 +30,10 @@ class HuggingFaceTokenizer(PieceTokenizer):
     Encodes as the file says, with three differences that bits per byte need: no space is put in
     front of a text, it is not normalised to NFC, and the names of special tokens in a text are
     text.
+
+    Attributes:
+        path: of the file.
+        special_tokens: ids by name.
     """
 
     def __init__(self, path: str, bos_token: str = "", eos_token: str = ""):
@@ -44,7 +48,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
             ValueError: there is no such tokenizer, or it cannot serve.
         """
         self.name = f"tokenizers:{path}"
-        file = pathlib.Path(path).expanduser()
+        self.path = file = pathlib.Path(path).expanduser()
         self._data = read_tokenizer_file(file, "Correct config.data.tokenizer")
         spec = _parse(self._data, file)
         decoders = _types(spec.get("decoder"))
@@ -62,6 +66,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self.pad_id = 0  # Padding is recognised by its weight and segment.
         added = {token["content"]: token for token in spec.get("added_tokens") or ()}
         specials = {token: ids[token] for token, says in added.items() if says.get("special")}
+        self.special_tokens = specials
         self.bos_id, self.eos_id = special_ids(specials, file, bos_token, eos_token)
         pieces = [b""] * self.vocab_size
         for token in ids.keys() - specials.keys():
@@ -110,6 +115,23 @@ class HuggingFaceTokenizer(PieceTokenizer):
             for piece in pieces_of(part):
                 ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
         return np.array(ids, self.dtype)
+
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """Encodes what a chat template has written, to ids [N], as the file says it.
+
+        Names of special tokens are these tokens here, and what `encode` leaves out is done, such as
+        a space put in front.
+        """
+        return np.array(self._as_written.encode(text, add_special_tokens=False).ids, np.int64)
+
+    @functools.cached_property
+    def _as_written(self) -> Any:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_buffer(self._data)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def fingerprint(self) -> str:
         """Sha256 of the file and of the ids that begin and end a document."""

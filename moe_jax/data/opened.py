@@ -10,6 +10,7 @@ from typing import Any
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.documents import Corpus
+from moe_jax.data.file_layout import files_of_pattern
 from moe_jax.data.records import Fields
 from moe_jax.data.token_files import TokenFiles, prepare_token_files
 from moe_jax.data.tokenizers import Tokenizer, open_tokenizer
@@ -28,7 +29,8 @@ class Data:
         tokenizer: what encodes them.
         domains: names of the domains; the `domain` of an example is an index into them, whether or
             not `config.domain_weights` leaves some out of training.
-        fingerprints: hexadecimal sha256 of the contents, by "corpus" and "tokenizer".
+        fingerprints: hexadecimal sha256 of the contents, by "corpus" and "tokenizer", and by what
+            the objective reads beside them.
     """
 
     config: DataConfig
@@ -46,7 +48,7 @@ class Data:
         """
         return prepare_token_files(
             self.corpus,
-            self.tokenizer,
+            self.config.objective.encoder(self.tokenizer),
             heldout_fraction=self.config.heldout_fraction,
             cache_dir=self.config.cache_dir,
             corpus_sha256=self.fingerprints["corpus"],
@@ -63,11 +65,13 @@ def with_whole_paths(config: DataConfig) -> DataConfig:
 
     def whole(name: str) -> str:
         form, colon, path = name.rpartition(":")
-        is_path = name not in ("embedded", "byte", "bytes") and pathlib.Path(path).exists()
-        return f"{form}{colon}{pathlib.Path(path).absolute()}" if is_path else name
+        place = pathlib.Path(path)
+        is_path = place.exists() or bool(files_of_pattern(place))
+        is_path = is_path and name not in ("embedded", "byte", "bytes")
+        return f"{form}{colon}{place.absolute()}" if is_path else name
 
     paths: Any = {name: whole(getattr(config, name)) for name in ("corpus", "tokenizer")}
-    return dataclasses.replace(config, **paths)
+    return dataclasses.replace(config, objective=config.objective.with_whole_paths(), **paths)
 
 
 def open_data(config: DataConfig) -> Data:
@@ -82,8 +86,11 @@ def open_data(config: DataConfig) -> Data:
     Raises:
         ValueError: there is no such corpus or tokenizer.
     """
-    fields = Fields(config.text_field, config.id_field, config.group_field)
+    objective = config.objective
+    named = (config.text_field, config.id_field, config.group_field)
+    fields = Fields(*named, conversations=objective.reads_conversations)
     corpus = open_corpus(config.corpus, fields)
     tokenizer = open_tokenizer_of(config)
     fingerprints = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.fingerprint()}
+    fingerprints |= objective.fingerprints(tokenizer)
     return Data(config, corpus, tokenizer, corpus.domains(), MappingProxyType(fingerprints))

@@ -32,6 +32,53 @@ def pack_rows(sizes_C2: np.ndarray, limits_2: tuple[int, int]) -> np.ndarray:
     return np.array(firsts, np.int64)
 
 
+class PackedDocuments(Windows):
+    """Whole documents, several of them in a row where they are short.
+
+    Rows are planned once, in the order of the documents: a row takes the next one while it has
+    room. A segment is a document.
+    """
+
+    def __init__(
+        self,
+        tokens: DomainTokens,
+        documents_C: np.ndarray,
+        sizes_C2: np.ndarray,
+        *,
+        limits: tuple[int, int],
+        packed: bool,
+    ):
+        """Plans the rows; reads where the documents begin.
+
+        Args:
+            tokens: of the domain.
+            documents_C: int, the documents to read, in order.
+            sizes_C2: int, tokens that each takes on the two sides of a row; it fits into one.
+            limits: tokens of a row on both.
+            packed: whether documents share rows.
+        """
+        super().__init__(tokens)
+        self._documents_C = documents_C
+        rows = pack_rows(sizes_C2, limits) if packed else np.arange(len(documents_C) + 1)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def read(self, index: int) -> RawWindow:
+        """See `Windows`: documents as they are on disk, none cut."""
+        documents = self._documents_C[slice(*self._rows[index : index + 2])]
+        begins, ends = self.tokens.offsets[documents], self.tokens.offsets[documents + 1]
+        sizes = ends - begins
+        tokens = map(self.tokens.read, begins.tolist(), ends.tolist())
+        return RawWindow(
+            tokens=np.concatenate(list(tokens)),
+            segment_ids=np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
+            positions=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+            domain=self.tokens.domain_id,
+        )
+
+
 class PackedText(Windows):
     """Pieces of single documents, several of them in a row where they are short.
 

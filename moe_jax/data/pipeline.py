@@ -248,14 +248,17 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
         weights = {domain: len(windows) for domain, windows in sources.items()}
     empty = [domain for domain in sources if domain in weights and not len(sources[domain])]
     if empty:
-        shorter = "lower config.data.sequence_length"
-        fixes = [shorter] if all(sources[n].tokens.num_tokens > 2 for n in empty) else []
+        window = config.objective.lengths(config.sequence_length).window
+        needs, fixes = f"at least {window} tokens", []
+        if config.objective.reads_conversations:
+            needs = "one pair or more"
+        elif all(sources[name].tokens.num_tokens > 2 for name in empty):
+            fixes = ["lower config.data.sequence_length"]
         if len(empty) < len(sources):
             fixes.append("give config.data.domain_weights without them")
         fix = ", or ".join(fixes) or "add documents, of ids or groups that differ"
-        window = config.objective.lengths(config.sequence_length).window
         raise ValueError(
-            f"A domain needs at least {window} tokens to train on: {empty} have fewer "
+            f"A domain needs {needs} to train on: {empty} have fewer "
             f"(sequence_length={config.sequence_length}), what is held out or repeats it aside. "
             f"{fix[0].upper()}{fix[1:]}."
         )

@@ -33,19 +33,19 @@ def read_lines(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tupl
             require(len(line) <= 6 * MAX_DOCUMENT_BYTES, TOO_LARGE, where, "Cut it up")
             text = decode(line, where)
             if text.strip():
-                record = _parse(text, where)
+                record = _parse(text, where, fields.example)
                 has_tail = record.get("heldout") == "tail"
                 yield document_of(record, where, domain, fields), has_tail
 
 
-def _parse(line: str, where: str) -> dict:
+def _parse(line: str, where: str, example: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise ValueError(
-            'Each line of a .jsonl corpus is a JSON object such as {"text": "..."}: '
+            f"Each line of a .jsonl corpus is a JSON object such as {example}: "
             f"{where} is {line[:60]!r}. Repair or rebuild it."
         )
     return record

@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.check import require
+from moe_jax.data.conversations import EXAMPLE, conversation_of
 from moe_jax.data.documents import Document
 
 # A document is held in memory, and several times while it is encoded.
@@ -22,16 +24,23 @@ class Fields:
         id: of the document's name, text or an integer; "": `id`, where there is one.
         group: of what must not be split (translations of a page), text or an integer; "": `group`,
             where there is one.
+        conversations: whether a record is a prompt and an answer, or messages, in place of a text.
     """
 
     text: str = ""
     id: str = ""
     group: str = ""
+    conversations: bool = False
 
     @property
     def names(self) -> tuple[str, str, str]:
         """The fields that are read: of text, id and group."""
         return self.text or "text", self.id or "id", self.group or "group"
+
+    @property
+    def example(self) -> str:
+        """A record that has them."""
+        return EXAMPLE if self.conversations else json.dumps({self.text or "text": "..."})
 
 
 def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fields) -> Document:
@@ -53,6 +62,27 @@ def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fiel
         ValueError: a field that was named is missing, or a value is of the wrong type.
     """
     text_field, id_field, group_field = fields.names
+    if fields.conversations:
+        text = conversation_of(record, where).to_text()
+    else:
+        text = _text(record, where, text_field)
+    check_text(text, where)
+    id_ = _name(record, id_field, bool(fields.id), where)
+    group = _name(record, group_field, bool(fields.group), where)
+    own = id_ or hashlib.sha256(text.encode()).hexdigest()
+    return Document(
+        domain,
+        id_ or where,
+        text,
+        group or own,
+        has_group=bool(group),
+        where=where,
+        whole=fields.conversations,
+    )
+
+
+def _text(record: Mapping[str, Any], where: str, text_field: str) -> str:
+    """The field of a record that has its text, if it is one."""
     text = record.get(text_field)
     require(
         text_field in record,
@@ -68,11 +98,7 @@ def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fiel
         if text is None
         else choose_text_field(text_fields(record)),
     )
-    check_text(str(text), where)
-    id_ = _name(record, id_field, bool(fields.id), where)
-    group = _name(record, group_field, bool(fields.group), where)
-    own = id_ or hashlib.sha256(str(text).encode()).hexdigest()
-    return Document(domain, id_ or where, str(text), group or own, has_group=bool(group))
+    return str(text)
 
 
 def check_text(text: str, where: str) -> None:

@@ -39,7 +39,7 @@ from moe_jax.data.documents import (
     heldout_digests,
     text_digest,
 )
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizer import DocumentEncoder
 
 FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
 _MANIFEST = "manifest.json"
@@ -88,7 +88,7 @@ class TokenFiles:
 
 def prepare_token_files(
     corpus: Corpus,
-    tokenizer: Tokenizer,
+    encoder: DocumentEncoder,
     *,
     heldout_fraction: float,
     cache_dir: str = "",
@@ -103,7 +103,7 @@ def prepare_token_files(
 
     Args:
         corpus: the documents.
-        tokenizer: what encodes them.
+        encoder: what encodes them: a tokenizer, or one with what an objective marks.
         heldout_fraction: share of the text to hold out, in [0, 1).
         cache_dir: '' for `$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax`.
         corpus_sha256: of the corpus as the caller knows it; '' for as it is now.
@@ -124,13 +124,13 @@ def prepare_token_files(
     source = {
         "format_version": FORMAT_VERSION,
         "corpus_sha256": corpus_sha256 or corpus.fingerprint(),
-        "tokenizer_sha256": tokenizer.fingerprint(),
+        "tokenizer_sha256": encoder.fingerprint(),
         "heldout_fraction": heldout_fraction,
-        "dtype": tokenizer.dtype.name,
+        "dtype": encoder.dtype.name,
     }
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    directory = cache / f"{_slug(corpus.name)}-{_slug(tokenizer.name)}-{key}"
+    directory = cache / f"{_slug(corpus.name)}-{_slug(encoder.name)}-{key}"
     try:
         return open_token_files(directory, source)
     except FileNotFoundError:
@@ -142,8 +142,8 @@ def prepare_token_files(
         with _locked(directory.with_name(f".{directory.name}.lock")):
             with contextlib.suppress(FileNotFoundError, DamagedTokenFilesError):
                 return open_token_files(directory, source)  # Another process made it.
-            names = {"corpus": corpus.name, "tokenizer": tokenizer.name}
-            _build(directory, corpus, tokenizer, source | names)
+            names = {"corpus": corpus.name, "tokenizer": encoder.name}
+            _build(directory, corpus, encoder, source | names)
     return open_token_files(directory, source)
 
 
@@ -235,7 +235,7 @@ def _writing_to(cache: pathlib.Path) -> Iterator[None]:
 
 
 def _build(
-    directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, manifest: dict[str, Any]
+    directory: pathlib.Path, corpus: Corpus, encoder: DocumentEncoder, manifest: dict[str, Any]
 ) -> None:
     """Makes `directory` whole. The caller holds its lock."""
     prefix = f".{directory.name}.partial-"
@@ -243,7 +243,7 @@ def _build(
         shutil.rmtree(abandoned, ignore_errors=True)  # Its builder was killed: we have the lock.
     partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     try:
-        manifest = manifest | _write_domains(partial, corpus, tokenizer, manifest)
+        manifest = manifest | _write_domains(partial, corpus, encoder, manifest)
         require(
             corpus.fingerprint() == manifest["corpus_sha256"],
             "A corpus stays as it is while it is read",
@@ -266,7 +266,7 @@ def _build(
 
 
 def _write_domains(
-    directory: pathlib.Path, corpus: Corpus, tokenizer: Tokenizer, manifest: dict[str, Any]
+    directory: pathlib.Path, corpus: Corpus, encoder: DocumentEncoder, manifest: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes all files but the manifest, and returns what it says of them."""
     fraction = manifest["heldout_fraction"]
@@ -274,7 +274,7 @@ def _write_domains(
     counts: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
     repeats: dict[str, int] = {}
     for domain in corpus.domains():
-        writer = _DomainWriter(directory, tokenizer, domain)
+        writer = _DomainWriter(directory, encoder, domain)
         repeats[domain] = writer.write(corpus.documents(domain, fraction), never_trains)
         for split, count in writer.counts().items():
             counts[split][domain] = dataclasses.asdict(count)
@@ -302,8 +302,8 @@ def _write_domains(
 class _DomainWriter:
     """Writes one domain's files, in memory that does not grow with its tokens."""
 
-    def __init__(self, directory: pathlib.Path, tokenizer: Tokenizer, domain: str):
-        self._directory, self._tokenizer, self._domain = directory, tokenizer, domain
+    def __init__(self, directory: pathlib.Path, encoder: DocumentEncoder, domain: str):
+        self._directory, self._encoder, self._domain = directory, encoder, domain
         self._offsets = {split: array.array("q", [0]) for split in SPLITS}
         self._bytes = dict.fromkeys(SPLITS, 0)
 
@@ -322,12 +322,15 @@ class _DomainWriter:
             for split in SPLITS:
                 (self._directory / split).mkdir(exist_ok=True)
                 path = self._directory / split / f"{self._domain}.tokens.npy"
-                tokens[split] = stack.enter_context(_NpyWriter.open(path, self._tokenizer.dtype))
+                tokens[split] = stack.enter_context(_NpyWriter.open(path, self._encoder.dtype))
             for split, document in documents:
                 if split == TRAIN and text_digest(document.text) in never_trains:
                     repeats += 1
                     continue
-                ids = self._tokenizer.encode_document(document.text)
+                try:
+                    ids = self._encoder.encode_document(document.text)
+                except ValueError as error:
+                    raise ValueError(f"{document.where or document.id}: {error}") from error
                 tokens[split].append(ids)
                 self._offsets[split].append(self._offsets[split][-1] + len(ids))
                 self._bytes[split] += len(document.text.encode())

@@ -8,6 +8,7 @@ import abc
 import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -26,6 +27,28 @@ EOS_TOKENS = (
 # Leading and repeated spaces, line ends, a ligature, a full-width letter and a decomposed one that
 # Unicode normalisation would change, capitals, a rare character.
 PROBES = ("a", "Ab", " a  b\n\t\r c \ufb01\uff21 e\u0301 \U0001f41d ")
+
+
+class DocumentEncoder(Protocol):
+    """What makes the tokens of documents that are kept in files: a tokenizer is one."""
+
+    @property
+    def name(self) -> str:
+        """For the names of files."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens, uint16 or uint32."""
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The tokens of a document, of `dtype` [N].
+
+        Raises:
+            ValueError: the text cannot be encoded.
+        """
+
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 that changes whenever an encoding may."""
 
 
 class Tokenizer(abc.ABC):

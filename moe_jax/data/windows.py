@@ -35,6 +35,7 @@ class DomainTokens:
     """Random access to the tokens of one domain in one split.
 
     Attributes:
+        name: domain and split, for messages.
         domain_id: of the domain.
         num_tokens: of all documents, `bos_id` and `eos_id` included.
         num_documents: that there are.
@@ -48,6 +49,7 @@ class DomainTokens:
             split: `train` or `heldout`.
             domain: one of `files.domains`.
         """
+        self.name = f"{domain!r} ({split})"
         self.path = files.tokens_path(split, domain)
         self._dtype = files.dtype
         self._offsets_path = files.offsets_path(split, domain)

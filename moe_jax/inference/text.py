@@ -66,13 +66,15 @@ def stream_text(
     """
     require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
     tokenizer = tokenizer or open_tokenizer_of(config.data)
-    ids: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "stop_tokens": (tokenizer.eos_id,)}
+    objective = config.data.objective
+    ids: dict[str, Any] = {
+        "num_ids": tokenizer.vocab_size,
+        "stop_tokens": objective.stop_ids(tokenizer),
+    }
     context = context or config.data.sequence_length
+    encoded = [objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
     if config.model.has_encoder:
-        encoded = [[*tokenizer.encode(prompt).tolist(), tokenizer.eos_id] for prompt in prompts]
         ids["start_token"] = tokenizer.pad_id
-    else:
-        encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     stream: Any = stream_tokens
     looks_ahead = without_capacity(config.model).looks_ahead(training=False)
     if looks_ahead and not config.model.has_encoder:

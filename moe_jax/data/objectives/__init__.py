@@ -5,10 +5,12 @@ from moe_jax.data.objectives.objective import Example, Key, Lengths, Objective
 from moe_jax.data.objectives.pairs import EncoderPrefixLM, Pairs
 from moe_jax.data.objectives.prefix_lm import PrefixLM
 from moe_jax.data.objectives.span_corruption import SpanCorruption
+from moe_jax.data.objectives.supervised import EncoderSupervised, Supervised
 
 __all__ = [
     "CausalLM",
     "EncoderPrefixLM",
+    "EncoderSupervised",
     "Example",
     "Key",
     "Lengths",
@@ -16,5 +18,6 @@ __all__ = [
     "Pairs",
     "PrefixLM",
     "SpanCorruption",
+    "Supervised",
     "causal_lm",
 ]

@@ -1,14 +1,14 @@
 """The base class of objectives, and what goes in and out of them."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from moe_jax.config.check import require
 from moe_jax.config.kinds import kind_of
 from moe_jax.config.settings import Settings
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import DocumentEncoder, Tokenizer
 from moe_jax.data.windows import DocumentWindows, DomainTokens, RawWindow, Windows
 
 Example = dict[str, np.ndarray]
@@ -43,11 +43,43 @@ class Objective(Settings):
         encoder_decoder: whether a batch has inputs of an encoder.
         continues_text: whether the targets are text that goes on from what the model is given, so
             that bits per byte of them mean something.
+        reads_conversations: whether records are prompts with answers, in place of texts.
     """
 
     family: ClassVar[str] = "objective"
     encoder_decoder: ClassVar[bool] = False
     continues_text: ClassVar[bool] = True
+    reads_conversations: ClassVar[bool] = False
+
+    def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
+        """What makes the tokens of documents that `windows` reads: the tokenizer alone."""
+        return tokenizer
+
+    def fingerprints(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """Sha256 of files that it reads, by name: a run goes on with the same ones.
+
+        Raises:
+            ValueError: there is no such file, or it is of another tokenizer.
+        """
+        del tokenizer
+        return {}
+
+    def with_whole_paths(self) -> Self:
+        """The objective with its paths from the root on, for use from another folder."""
+        return self
+
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """What a model reads before it answers a prompt, as it was trained to: its encoder, or it.
+
+        Raises:
+            ValueError: the prompt cannot be encoded.
+        """
+        ids = tokenizer.encode(prompt).tolist()
+        return [*ids, tokenizer.eos_id] if self.encoder_decoder else [tokenizer.bos_id, *ids]
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The ids that end what a model writes."""
+        return (tokenizer.eos_id,)
 
     def lengths(self, sequence_length: int) -> Lengths:
         """The sizes of an example, where `data.sequence_length` is this.

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 def pack_pairs(
-    pairs: Sequence[Pair], *, lengths: Lengths, pad_id: int, eos_id: int, domain: int
+    pairs: Sequence[Pair], *, lengths: Lengths, pad_id: int, eos_id: int | None, domain: int
 ) -> Example:
     """Puts pairs into a row, one after the other.
 
@@ -38,7 +38,7 @@ def pack_pairs(
         pairs: that fit into the row.
         lengths: of the row.
         pad_id: begins a decoder's inputs, and fills the row.
-        eos_id: ends every pair on both sides.
+        eos_id: ends every pair on both sides; None: the pairs have their ends.
         domain: of the text.
 
     Returns:
@@ -47,28 +47,29 @@ def pack_pairs(
         target that is no padding; `domain`: int32 scalar. A pair has the same segment number on
         both sides, from 1 on; 0 is padding.
     """
-    read = [np.append(pair.inputs, eos_id) for pair in pairs]
-    written = [np.append(pair.targets, eos_id) for pair in pairs]
+    ends = np.array([] if eos_id is None else [eos_id], np.int32)
+    read = [np.append(pair.inputs, ends) for pair in pairs]
+    written = [np.append(pair.targets, ends) for pair in pairs]
     shifted = [np.insert(targets[:-1], 0, pad_id) for targets in written]
     encoder, decoder = (
         {
-            "segment_ids": _row([np.full(len(a), n) for n, a in enumerate(side, 1)], length, 0),
-            "positions": _row([np.arange(len(a)) for a in side], length, 0),
+            "segment_ids": row_of([np.full(len(a), n) for n, a in enumerate(side, 1)], length, 0),
+            "positions": row_of([np.arange(len(a)) for a in side], length, 0),
         }
         for side, length in ((read, lengths.encoder), (written, lengths.decoder))
     )
     return {
-        "encoder_inputs": _row(read, lengths.encoder, pad_id),
+        "encoder_inputs": row_of(read, lengths.encoder, pad_id),
         **{f"encoder_{name}": array for name, array in encoder.items()},
-        "inputs": _row(shifted, lengths.decoder, pad_id),
-        "targets": _row(written, lengths.decoder, pad_id),
+        "inputs": row_of(shifted, lengths.decoder, pad_id),
+        "targets": row_of(written, lengths.decoder, pad_id),
         **decoder,
         "loss_weights": (decoder["segment_ids"] > 0).astype(np.float32),
         "domain": np.array(domain, np.int32),
     }
 
 
-def _row(arrays: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
+def row_of(arrays: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
     """The arrays one after the other and filled up, int32 [length]."""
     row = np.full(length, filler, np.int32)
     joined = np.concatenate(arrays)

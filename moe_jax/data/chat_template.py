@@ -1,0 +1,252 @@
+"""Chat templates: conversations as the tokens that a tokenizer's own template makes of them.
+
+A template is a program in Jinja that comes with a tokenizer. It runs in a sandbox, sees the
+messages and the special tokens, and has no clock: what it renders is a function of the messages.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config.check import require
+from moe_jax.data.conversations import Message
+from moe_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from moe_jax.data.open_file import check_file, decode
+from moe_jax.data.tokenizer import Tokenizer
+
+BESIDE_TOKENIZER = "tokenizer"  # names the template in the folder of the tokenizer
+FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+_FIX = "Set config.data.objective.chat_template to the path of a .jinja file"
+# Templates mark what the model writes; they have to be read, and are not asked.
+_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+
+
+class Marked(NamedTuple):
+    """A conversation in tokens.
+
+    Attributes:
+        ids: int64 [N].
+        is_answer: bool [N], whether the token is of an answer, its end included.
+    """
+
+    ids: np.ndarray
+    is_answer: np.ndarray
+
+
+class ChatTemplate:
+    """A template with the tokenizer that reads what it renders."""
+
+    def __init__(self, source: str, path: pathlib.Path, tokenizer: HuggingFaceTokenizer):
+        """Compiles a template.
+
+        Args:
+            source: the program.
+            path: of its file, for messages.
+            tokenizer: whose special tokens it may write.
+
+        Raises:
+            ValueError: it is no template, or the package jinja2 is not installed.
+        """
+        self.path, self.tokenizer, self._source = path, tokenizer, source
+        self._names = _special_names(tokenizer)
+        self._template = _compile(source, path)
+
+    def render(self, messages: Sequence[Message], *, prompts: bool) -> str:
+        """The text of some messages; with `prompts` up to where an answer begins.
+
+        Raises:
+            ValueError: the template refuses the messages, or one of them names a special token.
+        """
+        for message in messages:
+            named = [name for name in self.tokenizer.special_tokens if name in message.content]
+            require(
+                not named,
+                "A message has no name of a special token, which a chat template would make one",
+                f"{named[0] if named else ''!r} is in that of the {message.role}",
+                "Write it in another way, or leave the line out",
+            )
+        told = [message._asdict() for message in messages]
+        try:
+            return str(
+                self._template.render(
+                    messages=told, add_generation_prompt=prompts, tools=None, documents=None,
+                    raise_exception=_refuse, **self._names,
+                )
+            )  # fmt: skip
+        except Exception as error:  # A template may raise anything.
+            said = " ".join(str(error).split())[:160]
+            raise ValueError(
+                f"A chat template renders the messages: {self.path} of the roles "
+                f"{[message.role for message in messages]}: {said}. Change the line, or leave it "
+                "out."
+            ) from error
+
+    def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
+        """The tokens before an answer to some messages."""
+        return self.tokenizer.encode_rendered(self.render(messages, prompts=True))
+
+    def encode(self, messages: Sequence[Message], *, last_only: bool = False) -> Marked:
+        """The tokens of a conversation, as `apply_chat_template` of transformers gives them.
+
+        An answer begins where the tokens of the messages before it end, with the prompt that the
+        template puts before an answer. It ends with its last special token, or where the tokens of
+        the messages up to it do.
+
+        Args:
+            messages: the conversation.
+            last_only: whether the last answer alone is marked.
+
+        Raises:
+            ValueError: the template refuses the messages, or renders an earlier message in another
+                way once there are later ones.
+        """
+        text = self.render(messages, prompts=False)
+        ids = self.tokenizer.encode_rendered(text)
+        is_answer = np.zeros(len(ids), bool)
+        answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        specials = np.fromiter(self.tokenizer.special_tokens.values(), np.int64)
+        for answer in answers[-1:] if last_only else answers:
+            before = self.render(messages[:answer], prompts=True)
+            upto = self.render(messages[: answer + 1], prompts=False)
+            for part in (before, upto):
+                require(
+                    text.startswith(part),
+                    "A chat template renders messages alike whatever comes after them",
+                    f"{self.path} does not, at message {answer + 1} of {len(messages)}",
+                    "Set config.data.objective.last_answer_only=True, and leave out what follows "
+                    "the last answer",
+                )
+            begin, end = (
+                _common(ids, self.tokenizer.encode_rendered(part)) for part in (before, upto)
+            )
+            ends = np.flatnonzero(np.isin(ids[begin:end], specials))
+            is_answer[begin : begin + ends[-1] + 1 if len(ends) else end] = True
+        return Marked(ids, is_answer)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The special token that ends an answer; () if the template writes none."""
+        ids, is_answer = self.encode((Message("user", "a"), Message("assistant", "b")))
+        last = int(ids[np.flatnonzero(is_answer)[-1]])
+        return (last,) if last in self.tokenizer.special_tokens.values() else ()
+
+    def fingerprint(self) -> str:
+        """Sha256 of the template and of the names of special tokens that it is told."""
+        told = json.dumps([self._source, self._names], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=8)
+def open_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """Opens the chat template that `name` describes.
+
+    Args:
+        name: `tokenizer`, for the `chat_template.jinja` or the `tokenizer_config.json` beside the
+            tokenizer; or the path of a file in Jinja.
+        tokenizer: that it is for, a `tokenizer.json`.
+
+    Raises:
+        ValueError: there is no template, or the tokenizer is of another kind.
+    """
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        raise ValueError(
+            "A chat template is for a tokenizer.json, whose special tokens it writes: "
+            f"config.data.tokenizer is {tokenizer.name!r}. Set "
+            "config.data.objective.chat_template='', or another config.data.tokenizer."
+        )
+    if name != BESIDE_TOKENIZER:
+        path = pathlib.Path(name).expanduser()
+        check_file(path, "A chat template")
+        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer)
+    folder = tokenizer.path.parent
+    if (folder / FILE).is_file():
+        path = folder / FILE
+        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer)
+    source = _config_beside(tokenizer).get("chat_template")
+    if isinstance(source, list):  # several by name, of earlier versions of transformers
+        by_name = {one.get("name"): one.get("template") for one in source}
+        source = by_name.get("default")
+    require(
+        isinstance(source, str),
+        f"A chat template is in {FILE} or {CONFIG_FILE} beside the tokenizer",
+        f"there is none in {folder}",
+        _FIX,
+    )
+    return ChatTemplate(str(source), folder / CONFIG_FILE, tokenizer)
+
+
+def _special_names(tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
+    """What a template calls the special tokens: `bos_token` and the like, as text."""
+    found = {}
+    for name, token in _config_beside(tokenizer).items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            found[name] = content
+    if found:
+        return found
+    by_id = {id_: token for token, id_ in tokenizer.special_tokens.items()}
+    return {"bos_token": by_id[tokenizer.bos_id], "eos_token": by_id[tokenizer.eos_id]}
+
+
+def _config_beside(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+    """What `tokenizer_config.json` says; {} if there is none."""
+    path = tokenizer.path.parent / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        said = None
+    if not isinstance(said, dict):
+        raise ValueError(f"{CONFIG_FILE} is a JSON object: {path} is none. Copy it again.")
+    return said
+
+
+def _compile(source: str, path: pathlib.Path) -> Any:
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError(
+            f"A chat template is read by the package jinja2, which is not installed: {path}. "
+            "Run: pip install jinja2."
+        ) from None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    # As a block that changes nothing, so that white space around it goes as around any other.
+    source = _MARK.sub(_neutral, source)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"A chat template is a program in Jinja: {path}: {error}. {_FIX}."
+        ) from error
+
+
+def _neutral(mark: re.Match[str]) -> str:
+    block = "endif" if "endgeneration" in mark[0] else "if true"
+    return f"{{%{mark[1]} {block} {mark[2]}%}}"
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _tojson(value: Any, **how: Any) -> str:
+    """JSON as transformers has it: without escapes for HTML."""
+    return json.dumps(value, **{"ensure_ascii": False, **how})
+
+
+def _common(left_N: np.ndarray, right_M: np.ndarray) -> int:
+    """How many tokens two texts begin with alike."""
+    length = min(len(left_N), len(right_M))
+    differ = np.flatnonzero(left_N[:length] != right_M[:length])
+    return int(differ[0]) if len(differ) else length

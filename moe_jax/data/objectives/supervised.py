@@ -1,0 +1,267 @@
+"""Answers to prompts: pairs and conversations, of which the answers alone are predicted."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from moe_jax.config.check import require
+from moe_jax.config.settings import setting
+from moe_jax.data.chat_template import BESIDE_TOKENIZER, ChatTemplate, open_chat_template
+from moe_jax.data.conversations import Conversation, pair
+from moe_jax.data.objectives.objective import Example, Key, Lengths, Objective
+from moe_jax.data.objectives.pairs import Pair, pack_pairs, row_of
+from moe_jax.data.packed_windows import PackedDocuments
+from moe_jax.data.tokenizer import DocumentEncoder, Tokenizer
+from moe_jax.data.windows import DomainTokens, RawWindow, Windows
+
+logger = logging.getLogger(__name__)
+warn_once = functools.lru_cache(maxsize=64)(logger.warning)
+
+
+class AnswerEncoder(NamedTuple):
+    """Encodes conversations: of each token twice its id, and 1 more if it is of an answer.
+
+    `objective.encoder` makes it; see `tokenizer.DocumentEncoder`.
+    """
+
+    tokenizer: Tokenizer
+    objective: "Supervised"
+
+    @property
+    def name(self) -> str:
+        """Of the tokenizer."""
+        return self.tokenizer.name
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of twice the ids."""
+        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**15 else np.uint32)
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The tokens of a conversation, as `Conversation.to_text` wrote it."""
+        ids, is_answer = self.objective.encode(Conversation.of_text(text), self.tokenizer)
+        return (2 * ids.astype(np.int64) + is_answer).astype(self.dtype)
+
+    def fingerprint(self) -> str:
+        """Sha256 of the tokenizer, the template and what is marked."""
+        template = self.objective.fingerprints(self.tokenizer).get("chat_template", "")
+        says = type(self.objective).__name__, template, self.objective.last_answer_only
+        return hashlib.sha256(f"{self.tokenizer.fingerprint()} {says}".encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised(Objective):
+    """Predict the answers to prompts, in a decoder.
+
+    A pair is `bos, prompt, answer, eos`; targets are the answer and its `eos`. Prompt and answer
+    are encoded each by itself, so that generation, which knows the prompt alone, reads the same
+    tokens. With a chat template a pair is a user's message and an assistant's, and the tokens are
+    those of the template; targets are what the assistant says, each answer with the special token
+    that ends it.
+    """
+
+    reads_conversations: ClassVar[bool] = True
+
+    # "": prompt and answer one after the other; "tokenizer": the one beside the tokenizer; or the
+    # path of a .jinja file. What is in it is recorded in the run, so that the path may change.
+    chat_template: str = setting("", changes_results=False)
+    last_answer_only: bool = False  # of a conversation: its other answers are no targets
+    packed: bool = True  # several pairs in a row, while there is room; or one
+    # What is longer than a row: is refused, loses its end, or is left out.
+    too_long: str = setting("refuse", choices=("refuse", "truncate", "leave_out"))
+
+    def template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The chat template, if there is one."""
+        return open_chat_template(self.chat_template, tokenizer) if self.chat_template else None
+
+    def encode(
+        self, conversation: Conversation, tokenizer: Tokenizer
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a conversation.
+
+        Returns:
+            Integers [N], and bool [N]: whether a token is of an answer, its end included.
+
+        Raises:
+            ValueError: the template refuses the conversation, or there is none and it needs one.
+        """
+        template = self.template(tokenizer)
+        if template is not None:
+            return template.encode(conversation.messages, last_only=self.last_answer_only)
+        require(
+            conversation.is_pair,
+            "Messages become tokens by a chat template",
+            "data.objective.chat_template=''",
+            "Set config.data.objective.chat_template=tokenizer, or the path of a .jinja file; or "
+            'make a line of a prompt and an answer: {"prompt": "...", "answer": "..."}',
+        )
+        prompt, answer = (tokenizer.encode(message.content) for message in conversation.messages)
+        before = (
+            [*prompt, tokenizer.eos_id] if self.encoder_decoder else [tokenizer.bos_id, *prompt]
+        )
+        after = [*answer, tokenizer.eos_id]
+        return np.array([*before, *after]), np.arange(len(before) + len(after)) >= len(before)
+
+    def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
+        """See `Objective`: tokens are marked where they are of an answer."""
+        return AnswerEncoder(tokenizer, self)
+
+    def fingerprints(self, tokenizer: Tokenizer) -> dict[str, str]:
+        """See `Objective`: of the chat template."""
+        template = self.template(tokenizer)
+        return {} if template is None else {"chat_template": template.fingerprint()}
+
+    def with_whole_paths(self) -> Self:
+        """See `Objective`."""
+        if self.chat_template in ("", BESIDE_TOKENIZER):
+            return self
+        path = pathlib.Path(self.chat_template).expanduser().absolute()
+        return dataclasses.replace(self, chat_template=str(path))
+
+    def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """See `Objective`: with a chat template, of a user's message."""
+        template = self.template(tokenizer)
+        if template is None:
+            return super().prompt_ids(tokenizer, prompt)
+        return template.prompt_ids(pair(prompt, "").messages[:1]).tolist()
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """See `Objective`: what ends an answer in the template, too."""
+        template = self.template(tokenizer)
+        ends = () if template is None else template.stop_ids
+        return tuple(dict.fromkeys((tokenizer.eos_id, *ends)))
+
+    def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
+        """See `Objective`: rows of whole pairs, which may always be partly empty.
+
+        Raises:
+            ValueError: a pair is longer than a row, and that is refused.
+        """
+        del keep_partial
+        lengths = self.lengths(sequence_length)
+        limits = lengths.encoder, lengths.decoder
+        sizes_D2 = self.sizes(tokens)
+        fits_D = np.all(sizes_D2 <= limits, axis=1)
+        kept_D = fits_D | (self.too_long == "truncate")
+        for document in np.flatnonzero(kept_D & ~fits_D) if not self.encoder_decoder else ():
+            begin = int(tokens.offsets[document])
+            kept_D[document] = np.any(tokens.read(begin + 1, begin + 1 + sequence_length) & 1)
+        self._say_too_long(tokens, sizes_D2[~fits_D], int(np.sum(~kept_D)), sequence_length)
+        documents_C = np.flatnonzero(kept_D)
+        sizes_C2 = np.minimum(sizes_D2, limits)[documents_C]
+        return PackedDocuments(tokens, documents_C, sizes_C2, limits=limits, packed=self.packed)
+
+    def _say_too_long(
+        self, tokens: DomainTokens, sizes_N2: np.ndarray, left_out: int, sequence_length: int
+    ) -> None:
+        """Refuses or counts the pairs that no row holds, by the tokens of their two sides."""
+        if not len(sizes_N2):
+            return
+        found = (
+            f"{len(sizes_N2)} of the {tokens.num_documents} pairs of {tokens.name} are longer "
+            f"than data.sequence_length={sequence_length}"
+        )
+        longest = int(sizes_N2.max())
+        require(
+            self.too_long != "refuse",
+            "A prompt with its answer fits into a sequence",
+            f"{found}, the longest has {longest} tokens",
+            f"Set config.data.sequence_length={longest}, or "
+            "config.data.objective.too_long='truncate' or 'leave_out'",
+        )
+        warn_once(f"{found}: {len(sizes_N2) - left_out} are cut and {left_out} left out.")
+
+    def sizes(self, tokens: DomainTokens) -> np.ndarray:
+        """Tokens that each document takes of the encoder's side of a row and of the decoder's.
+
+        Returns:
+            int64 [documents, 2].
+        """
+        sizes_D = np.diff(tokens.offsets) - 1  # the last token is a target alone
+        return np.stack([np.zeros_like(sizes_D), sizes_D], axis=1)
+
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """See `Objective`; nothing is drawn.
+
+        Inputs are the tokens of each pair but the last, targets all but the first, weight 1 where
+        the target is of an answer; a segment is a pair.
+        """
+        del key
+        pairs = [tokens[: sequence_length + 1] for tokens in _documents(window)]
+        segments = [np.full(len(tokens) - 1, n) for n, tokens in enumerate(pairs, 1)]
+        filled = functools.partial(row_of, length=sequence_length)
+        pad_id = tokenizer.pad_id
+        return {
+            "inputs": filled([tokens[:-1] >> 1 for tokens in pairs], filler=pad_id),
+            "targets": filled([tokens[1:] >> 1 for tokens in pairs], filler=pad_id),
+            "segment_ids": filled(segments, filler=0),
+            "positions": filled([np.arange(len(tokens) - 1) for tokens in pairs], filler=0),
+            "loss_weights": filled([tokens[1:] & 1 for tokens in pairs], filler=0).astype(
+                np.float32
+            ),
+            "domain": np.array(window.domain, np.int32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderSupervised(Supervised):
+    """Write the answer to a prompt that an encoder reads.
+
+    The encoder reads `prompt, eos`; the decoder writes `answer, eos`. `data.sequence_length` is
+    that of the encoder.
+    """
+
+    encoder_decoder: ClassVar[bool] = True
+
+    answer_length: int = setting(0, at_least=0)  # tokens of the decoder; 0: as many as the encoder
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            not self.chat_template,
+            "an encoder reads a prompt as it is, without a chat template",
+            f"chat_template={self.chat_template!r}",
+            "Leave it out",
+        )
+
+    def lengths(self, sequence_length: int) -> Lengths:
+        """See `Objective`."""
+        decoder = self.answer_length or sequence_length
+        return Lengths(sequence_length + decoder, decoder, sequence_length)
+
+    def sizes(self, tokens: DomainTokens) -> np.ndarray:
+        """See `Supervised`; reads all tokens."""
+        whole_D = np.diff(tokens.offsets)
+        spans = itertools.pairwise(tokens.offsets.tolist())
+        answers_D = np.array([np.sum(tokens.read(*span) & 1) for span in spans], np.int64)
+        return np.stack([whole_D - answers_D, answers_D], axis=1)
+
+    def example(
+        self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
+    ) -> Example:
+        """See `Objective`; `pack_pairs` says what the arrays hold."""
+        del key
+        lengths = self.lengths(sequence_length)
+        pairs = []
+        for tokens in _documents(window):
+            ids, is_answer = tokens >> 1, tokens % 2 == 1
+            pairs.append(
+                Pair(ids[~is_answer][: lengths.encoder], ids[is_answer][: lengths.decoder])
+            )
+        return pack_pairs(
+            pairs, lengths=lengths, pad_id=tokenizer.pad_id, eos_id=None, domain=window.domain
+        )
+
+
+def _documents(window: RawWindow) -> Sequence[np.ndarray]:
+    """The tokens of each document of a window."""
+    return np.split(window.tokens, np.flatnonzero(np.diff(window.segment_ids)) + 1)
