@@ -38,6 +38,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pyarrow>=26.0",
         "rich>=15.0.0",
+        "scipy>=1.17",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6.5",
         "tensorflow-datasets>=4.9.10",

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from experiments.budget import cost_of
-from experiments.results import LOSS, append_result
+from experiments.results import LOSS, PAIRED, append_result
 from experiments.study import Study, load_study
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
@@ -64,6 +64,7 @@ def run_arm(
     cost, data = cost_of(study, size, arm), open_data(config.data)
     row = {
         "study": study.name,
+        "rule": PAIRED,
         "size": size,
         "arm": arm,
         "seed": seed,

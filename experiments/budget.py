@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 
 from experiments.study import Study
 from moe_jax.config.check import require
@@ -54,25 +53,6 @@ def slots_of_a_token(model: LanguageModel, length: int) -> float | None:
         group = moe.group_size or length
         slots.append(moe.num_experts * moe.options(group, training=True).slots / group)
     return max(slots)
-
-
-def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:
-    """The costs of the arms as a Markdown table."""
-    lines = [
-        "| arm | budget | active FLOPs per token | with padding, dispatch | slots per token "
-        "| total parameters | active parameters |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for arm in study.arms:
-        if arms is not None and arm.name not in arms:
-            continue
-        cost = cost_of(study, size, arm.name)
-        slots = "dropless" if cost.slots is None else f"{cost.slots:.2f}"
-        lines.append(
-            f"| {arm.name} | {arm.budget} | {cost.active:,.0f} | {cost.computed:,.0f} "
-            f"| {slots} | {cost.total_parameters:,} | {cost.active_parameters:,} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def check_budget(study: Study, size: str) -> None:

@@ -8,36 +8,45 @@ from experiments.study import Study
 from moe_jax.analysis.drawing import Figure
 from moe_jax.analysis.names import in_figure
 
+WIDTH = 4.6  # inches: a phone shows it whole, with letters nearly as large as those of a text
+DPI = 150
+
 
 def draw(study: Study, results: Results) -> Figure:
-    """Curves are means over seeds; at the end a dot is a seed and a bar the mean.
+    """Curves are means over the seeds that all arms have; at the end a dot is one of them.
 
     Runs that diverged are left out.
     """
-    losses_of = {arm.name: finite(results.values(arm.name)) for arm in study.arms}
-    arms = [arm for arm in study.arms if losses_of[arm.name]]
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(arms)))
-    marks = {arm.name: results.mark(arm.name) for arm in arms}
-    labels = {
-        arm.name: in_figure(arm.label, 60) + (marks[arm.name] and f"\n({marks[arm.name]})")
-        for arm in arms
+    seeds = results.shared_seeds
+    losses_of = {
+        arm.name: {s: v for s, v in finite(results.values(arm.name)).items() if s in seeds}
+        for arm in study.arms
     }
-    height = 2.2 + 0.22 * len(arms) + 0.12 * sum(map(bool, marks.values()))
-    figure = Figure(figsize=(10, height), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    arms = [arm for arm in study.arms if losses_of[arm.name]]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(arms), 1)))
+    marks = {arm.name: results.mark(arm.name) for arm in arms}
+    ends = 1.0 + 0.42 * len(arms)
+    figure = Figure(figsize=(WIDTH, 3.2 + ends), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3.2, ends))
     for place, (arm, color) in enumerate(zip(arms, colors, strict=True)):
         values = losses_of[arm.name]
         curves = [results.curve(arm.name, seed) for seed in values]
         losses = np.mean([losses for _, losses in curves], axis=0)
-        left.plot(curves[0][0], losses, color=color, lw=1.2, label=labels[arm.name])
-        right.plot(list(values.values()), [place] * len(values), "o", color=color, ms=4)
-        right.plot(np.mean(list(values.values())), place, "|", color=color, ms=16)
-    left.set(xlabel="step", ylabel="held-out bits/byte (sample)")
-    left.legend(frameon=False, fontsize=7)
-    right.set(xlabel="held-out bits/byte after the last step")
-    right.set_yticks(range(len(arms)), [labels[arm.name] for arm in arms])
-    right.set_ylim(len(arms) - 0.5, -0.5)
-    for axis in (left, right):
+        top.plot(curves[0][0], losses, color=color, lw=1.4, ls="--" if marks[arm.name] else "-")
+        bottom.plot(list(values.values()), [place] * len(values), "o", color=color, ms=5)
+        bottom.plot(np.mean(list(values.values())), place, "|", color=color, ms=16)
+        # An arm has its name over its dots, in the colour of its curve.
+        name = in_figure(arm.label, 60) + (marks[arm.name] and f" ({marks[arm.name]})")
+        bottom.text(0.01, place - 0.28, name, color=color * np.array([0.8, 0.8, 0.8, 1]),
+                    fontsize=7, va="bottom", transform=bottom.get_yaxis_transform(),
+                    in_layout=False)  # fmt: skip
+    dashed = "step (dashed: saw or sees later tokens)"
+    top.set(xlabel=dashed if any(marks.values()) else "step")
+    top.set_ylabel("held-out bits/byte (sample)")
+    bottom.set(xlabel="held-out bits/byte after the last step", yticks=[])
+    bottom.set_ylim(len(arms) - 0.5, -0.8)
+    bottom.margins(x=0.08)
+    for axis in (top, bottom):
         axis.grid(color="#DDDDDD", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -1,34 +1,52 @@
 """Writes reports from results: `python -m experiments.report [STUDY]`.
 
 Of each study `README.md` and, once it has results, `curves.png` (of the size base `base.md` and
-`curves_base.png`); and `experiments/README.md`, one line a study. Everything in them is computed
-from `study.py` and `results.jsonl`: the same results give the same bytes.
+`curves_base.png`); without STUDY also the page of all of them, `experiments/README.md`. Everything
+in them is computed from `study.py` and `results.jsonl`: the same results give the same bytes.
 """
 
+import dataclasses
 import itertools
 import pathlib
-import statistics
 import sys
-from collections.abc import Mapping
 
-from experiments.budget import budget_table, check_budget
-from experiments.figure import draw
+from experiments.budget import check_budget
+from experiments.figure import DPI, draw
 from experiments.results import (
     LOSS,
     RESULTS_FILE,
+    UNPAIRED,
     Results,
     check_same_text,
-    finite,
     read_results,
 )
 from experiments.study import HERE, SIZES, Study, load_study, study_names
+from experiments.tables import (
+    budget_table,
+    criterion_text,
+    difference_table,
+    published_table,
+    results_table,
+)
 from experiments.top_page import page_name, top_page
-from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, difference, overall, spread
-from moe_jax.analysis.names import in_markdown
+from experiments.verdict import INCONCLUSIVE, Finding, Judged
 from moe_jax.command_line import Parser
 from moe_jax.training.files import write_atomically
 from moe_jax.training.ways import notes_of
 from moe_jax.user_errors import USER_ERRORS, describe
+
+DIFFERENCES = (
+    "Paired differences in bits per byte, of the seeds that both arms have. The interval covers "
+    "the mean with 95 %. The size is in standard deviations of a seed. p is corrected, by Holm, "
+    "for all arms that are compared with the same one; a claim above is corrected for its own "
+    "arms. Could have been seen: of studies with as many pairs, four in five would find a "
+    "difference of that size."
+)
+OLDER_RULE = (
+    "It was run while a direction asked for a mean difference of more than twice an unpaired "
+    "noise: the larger of the two arms' pooled standard deviation and that of the baseline over "
+    "five seeds. What that rule found stands beside what the paired one finds."
+)
 
 
 def figure_name(size: str) -> str:
@@ -36,19 +54,27 @@ def figure_name(size: str) -> str:
     return "curves.png" if size == "small" else f"curves_{size}.png"
 
 
-def verdict_of(study: Study, results: Results) -> tuple[str, list[Finding]]:
-    """The verdict of a study and the findings behind it; "not run" without results.
+def judged(study: Study, results: Results) -> Judged:
+    """The findings behind the verdict of a study, by the rule of today and by that of the time.
 
     Nothing is concluded while runs are missing: what they will say is not known.
     """
     if not results.rows:
-        return NOT_RUN, []
+        return Judged([], [])
+    findings = findings_by(study, results)
+    if not results.has_older_rule:
+        return Judged(findings, [])
+    return Judged(findings, findings_by(study, dataclasses.replace(results, rule=UNPAIRED)))
+
+
+def findings_by(study: Study, results: Results) -> list[Finding]:
+    """The findings of the claims by one rule."""
     findings = [claim.judge(results) for claim in study.expect]
     missing = study.missing(results)
     if missing:
         note = f" (runs are missing: {len(missing)})"
         findings = [Finding(INCONCLUSIVE, finding.because + note) for finding in findings]
-    return overall(findings), findings
+    return findings
 
 
 def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -> Results:
@@ -62,18 +88,22 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
     for row in rows:
         study.check_row(row)
     check_same_text(rows)
-    return Results(tuple(rows), study.baseline, study.ways(size))
+    return Results(tuple(rows), study.baseline, study.ways(size), study.least_seeds)
 
 
 def study_page(study: Study, size: str, results: Results) -> str:
     """The README of a study."""
-    verdict, findings = verdict_of(study, results)
+    said = judged(study, results)
+    older = said.older_verdict
     command = f"python -m experiments.run {study.name} --size={size}"
     parts = [
         f"# {study.question}",
-        f"Verdict: **{verdict}**. Written by `python -m experiments.report {study.name}`.",
+        f"Verdict: **{said.verdict}**"
+        + f"; under the rule of the time when it was run, **{older}**" * bool(older)
+        + f". Written by `python -m experiments.report {study.name}`.",
+        OLDER_RULE if older else "",
         "## Criterion",
-        criterion_text(study, findings),
+        criterion_text(study, results, said),
         "## Published and measured",
         published_table(study, results),
         "## Arms",
@@ -83,15 +113,15 @@ def study_page(study: Study, size: str, results: Results) -> str:
     ]
     if results.rows:
         arms, losses = [arm.name for arm in study.arms], [LOSS, *study.measures]
+        seeds = results.shared_seeds
         parts += [
             "## Results",
             "Held-out bits per byte on the whole held-out split after the last step, "
-            f"{way_text(results)}; mean +- standard deviation over seeds. Difference: to "
-            f"`{study.baseline}`, or the arm that is named, of the same seeds. Noise floor, the "
-            f"spread of `{study.baseline}`: "
-            f"{spread(results.values(study.baseline).values()):.4f} over "
-            f"{len(results.values(study.baseline))} seeds.",
+            f"{way_text(results)}; mean +- standard deviation over the seeds that all arms have: "
+            f"{', '.join(map(str, seeds)) or 'none'}.",
             results_table(study, results),
+            DIFFERENCES,
+            difference_table(study, results),
             *notes_of(itertools.starmap(results.mark, itertools.product(arms, losses))),
             f"![Held-out bits per byte by step and at the end]({figure_name(size)})",
         ]
@@ -101,70 +131,11 @@ def study_page(study: Study, size: str, results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def criterion_text(study: Study, findings: list[Finding]) -> str:
-    """The claims, each with what was found."""
-    lines = ["Reproduced if every claim is:", ""]
-    for number, claim in enumerate(study.expect, start=1):
-        lines.append(f"{number}. {claim.statement}")
-        if findings:
-            finding = findings[number - 1]
-            lines.append(f"   **{finding.verdict}**: {finding.because}.")
-    return "\n".join(lines)
-
-
-def published_table(study: Study, results: Results) -> str:
-    """Published figures beside ours."""
-    lines = ["| what | published | source | here |", "| --- | --- | --- | --- |"]
-    for entry in study.published:
-        here = entry.here(results) if results.rows else NOT_RUN
-        lines.append(f"| {entry.what} | {entry.figure} | {entry.source} | {here} |")
-    return "\n".join(lines)
-
-
-def results_table(study: Study, results: Results) -> str:
-    """Mean +- sd of every arm, and its paired difference to the baseline."""
-    names = [LOSS, *study.measures]
-    head = ["arm", "seeds", *(name.replace("_", " ") for name in names), "difference", "minutes"]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
-    for arm in study.arms:
-        values = results.values(arm.name)
-        if not values:
-            continue
-        diverged = len(values) - len(finite(values))
-        label = in_markdown(arm.label) + marked(results.mark(arm.name))
-        cells = [label, f"{len(values)}" + f", {diverged} diverged" * bool(diverged)]
-        cells += [
-            mean_and_spread(results.values(arm.name, name))
-            + marked(results.mark(arm.name, name)) * (name != LOSS)
-            for name in names
-        ]
-        other = arm.against or study.baseline
-        found = difference(results, arm.name, other)
-        text = mean_and_spread(found.by_seed, "+.4f")
-        text += f" ({other})" * (other != study.baseline)
-        cells.append(text if arm.name != other else "")
-        minutes = [row["minutes"] for row in results.rows if row["arm"] == arm.name]
-        cells.append(f"{statistics.fmean(minutes):.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def way_text(results: Results) -> str:
     """How the arms are evaluated: dropless, but for those whose experts fill their slots."""
     filled = [arm for arm, ways in results.ways.items() if ways["dropless"].label != "dropless"]
-    return f"dropless (with the slots of training: {', '.join(filled)})" if filled else "dropless"
-
-
-def marked(mark: str) -> str:
-    """A mark as it stands behind a label or a number."""
-    return f" ({mark})" if mark else ""
-
-
-def mean_and_spread(by_seed: Mapping[int, float], spec: str = ".4f") -> str:
-    """Such as 1.2345 +- 0.0012, of the seeds that did not diverge; empty without any."""
-    values = list(finite(by_seed).values())
-    sd = f"{spread(values):.4f}" if len(values) > 1 else "?"
-    return f"{statistics.fmean(values):{spec}} +- {sd}" if values else ""
+    arms = ", ".join(map(results.named, filled))
+    return f"dropless (with the slots of training: {arms})" if filled else "dropless"
 
 
 def circumstances_text(results: Results) -> str:
@@ -202,8 +173,8 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
     write_atomically(directory / page_name(size), study_page(study, size, results))
     if results.rows:
         path = directory / figure_name(size)
-        draw(study, results).savefig(path, dpi=110, metadata={"Software": None})
-    return verdict_of(study, results)[0]
+        draw(study, results).savefig(path, dpi=DPI, metadata={"Software": None})
+    return judged(study, results).verdict
 
 
 def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
@@ -212,10 +183,10 @@ def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
     return [size for size in SIZES if size in there or (size == "small" and directory is None)]
 
 
-def findings_of(study: Study) -> dict[str, list[Finding]]:
-    """The findings of a study by size, of those with results."""
-    found = {size: verdict_of(study, results_of(study, size))[1] for size in sizes_of(study)}
-    return {size: findings for size, findings in found.items() if findings}
+def judged_sizes(study: Study) -> dict[str, Judged]:
+    """What is said of a study by size, of those with results."""
+    found = {size: judged(study, results_of(study, size)) for size in sizes_of(study)}
+    return {size: said for size, said in found.items() if said.findings}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,13 +204,15 @@ def main(arguments: list[str] | None = None) -> int:
                 f"--out is a directory that `python -m experiments.run` wrote to: there is none at "
                 f"{directory}. Pass the --out that it was given."
             )
-        studies = [load_study(name) for name in study_names()]
-        for study in [load_study(args.study)] if args.study else studies:
+        studies = [load_study(name) for name in [args.study] if name] or [
+            load_study(name) for name in study_names()
+        ]
+        for study in studies:
             for size in sizes_of(study, directory):
                 print(f"{study.name} ({size}): {write_study(study, size, directory)}")
-        if directory is None:
-            findings = {study.name: findings_of(study) for study in studies}
-            write_atomically(HERE / "README.md", top_page(studies, findings))
+        if not args.study:
+            said = {study.name: judged_sizes(study) for study in studies}
+            write_atomically(HERE / "README.md", top_page(studies, said))
     except USER_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1

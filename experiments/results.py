@@ -5,10 +5,12 @@ import fcntl
 import json
 import math
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from moe_jax.analysis.paired import MIN_SEEDS, shared_seeds
 from moe_jax.config import DataConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text, numbers
@@ -17,6 +19,7 @@ from moe_jax.training.files import write_atomically
 from moe_jax.training.ways import Way
 
 RESULTS_FILE = "results.jsonl"
+PAIRED, UNPAIRED = "paired", "unpaired"  # rules by which directions are decided; see `verdict`
 LOSS = "bits_per_byte"  # held-out, the way "dropless", on the whole split, after the last step
 Row = Mapping[str, Any]
 
@@ -29,11 +32,25 @@ class Results:
       rows: a dict a run, as `experiments.arm` writes them.
       baseline: the arm whose spread is the noise floor.
       ways: how the losses of each arm are measured; arms without an entry are not marked.
+      least_seeds: that a comparison needs.
+      rule: by which directions are decided.
     """
 
     rows: tuple[Row, ...]
     baseline: str
     ways: Mapping[str, Mapping[str, Way]] = dataclasses.field(default_factory=dict)
+    least_seeds: int = MIN_SEEDS
+    rule: str = PAIRED
+
+    @property
+    def has_older_rule(self) -> bool:
+        """Whether some of the runs were made while directions were decided by unpaired noise."""
+        return any(row.get("rule", UNPAIRED) != PAIRED for row in self.rows)
+
+    @property
+    def shared_seeds(self) -> list[int]:
+        """The seeds that every arm with results has: what a table shows side by side."""
+        return shared_seeds(self.values(arm) for arm in sorted({row["arm"] for row in self.rows}))
 
     def mark(self, arm: str, measure: str = LOSS) -> str:
         """What a loss of an arm saw of later tokens, "" for nothing; see `training.ways`."""
@@ -44,6 +61,17 @@ class Results:
         """An arm with the mark of a loss of it, if there is one."""
         mark = self.mark(arm, measure)
         return f"{arm} ({mark})" if mark else arm
+
+    def marked(self, text: str) -> str:
+        """A text in which every arm that saw later tokens is marked where it is named.
+
+        An arm that has its mark already keeps it.
+        """
+        for arm in self.ways:
+            if mark := self.mark(arm):
+                alone = rf"(?<![\w.-]){re.escape(arm)}(?![\w-]|\.\w)(?! \((?:sees|saw) )"
+                text = re.sub(alone, lambda found, mark=mark: f"{found[0]} ({mark})", text)
+        return text
 
     def values(self, arm: str, measure: str = LOSS) -> dict[int, float]:
         """A measure of an arm by seed, infinite where it diverged; not of seeds without it."""
@@ -106,9 +134,9 @@ def measured(measure: str, *arms: str, digits: str = ".4f") -> Callable[[Results
 
     def text(results: Results) -> str:
         found = {arm: values for arm in arms if (values := results.values(arm, measure))}
-        seeds = set.intersection(*(set(values) for values in found.values())) if found else ()
+        seeds = shared_seeds(found.values())
         cells = [
-            f"{results.named(arm, measure)} {statistics.fmean(map(values.get, seeds)):{digits}}"
+            f"{results.named(arm, measure)} {statistics.fmean(values[s] for s in seeds):{digits}}"
             for arm, values in found.items()
             if seeds
         ]

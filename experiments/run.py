@@ -25,9 +25,10 @@ from typing import Any
 from absl import flags
 
 from experiments.arm import run_arm
-from experiments.budget import budget_table, check_budget
+from experiments.budget import check_budget
 from experiments.results import RESULTS_FILE, check_same_text, read_results, run_of
 from experiments.study import CORPUS, SIZES, Study, load_study
+from experiments.tables import budget_table
 from moe_jax.command_line import Parser
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from experiments import before_parts
 from experiments.results import Results, Row
-from experiments.verdict import MIN_SEEDS, NOISE_SEEDS, Claim
+from experiments.verdict import MIN_SEEDS, Claim
 from moe_jax.config import (
     ExperimentConfig,
     build,
@@ -110,13 +110,13 @@ class Study:
       base: overrides of all arms.
       sizes: overrides by size: "smoke" (seconds, embedded corpus), "small", "base".
       arms: what is compared.
-      baseline: the arm that others are compared with; its spread over `noise_seeds` is the noise
-        floor.
+      baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim of it is.
       measures: columns of the table, besides held-out bits a byte: names of a result's measures.
       measure: more to measure, from the directory of a finished run; None: nothing.
       seeds: of every arm. A seed sets parameters and the order of the data: arms share it.
-      noise_seeds: of the baseline.
+      least_seeds: that a comparison needs, three or more; fewer show nothing.
+      baseline_seeds: of the baseline, where a claim asks for its spread over more; () for `seeds`.
       tolerance: largest relative difference of active FLOPs within a budget.
       notes: what a reader should know: sizes, choices, what was tried.
     """
@@ -133,7 +133,8 @@ class Study:
     measures: tuple[str, ...] = ()
     measure: Callable[[pathlib.Path], Mapping[str, float]] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
-    noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    least_seeds: int = MIN_SEEDS
+    baseline_seeds: tuple[int, ...] = ()
     tolerance: float = 0.02
     notes: str = ""
 
@@ -160,12 +161,12 @@ class Study:
             "Add or rename sizes",
         )
         require(
-            len(set(self.seeds)) >= MIN_SEEDS
-            and len(set(self.noise_seeds)) >= NOISE_SEEDS
-            and set(self.seeds) <= set(self.noise_seeds),
-            f"a study has {MIN_SEEDS} seeds or more, which are among the {NOISE_SEEDS} or more "
-            "that the noise floor is measured with",
-            f"{self.name}: seeds={self.seeds}, noise_seeds={self.noise_seeds}",
+            MIN_SEEDS <= self.least_seeds <= len(set(self.seeds))
+            and set(self.seeds) <= set(self.baseline_seeds or self.seeds),
+            f"a study has Study.least_seeds seeds or more, {MIN_SEEDS} at the least, which are "
+            "among those of the baseline",
+            f"{self.name}: seeds={self.seeds}, least_seeds={self.least_seeds}, "
+            f"baseline_seeds={self.baseline_seeds}",
             "Add seeds",
         )
         require(bool(self.expect), "a study has a criterion", self.name, "Write Study.expect")
@@ -187,7 +188,7 @@ class Study:
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is run with."""
-        return self.noise_seeds if arm == self.baseline else self.seeds
+        return (arm == self.baseline and self.baseline_seeds) or self.seeds
 
     def missing(self, results: Results) -> list[tuple[str, int]]:
         """The arms and seeds that have no line yet."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from experiments.moe_against_dense import run as moe_against_dense
 from experiments.study import Study
-from experiments.verdict import NOT_RUN, Finding, overall
+from experiments.verdict import NOT_RUN, Judged
 
 HEAD = """\
 # Experiments
@@ -22,46 +22,40 @@ results, and computes the verdicts. Studies compose the library. None adds a set
     python -m experiments.report switch_against_dense
 
 After a stop, the same command resumes. `--smoke` runs every arm for some steps. `small` is the size
-for a CPU. A direction counts if the mean difference of paired seeds is more than twice the noise.
-The noise is the larger of two standard deviations: the arms' pooled one, and that of the baseline
-over five seeds. Nothing is concluded before every arm has all of its seeds.
+for a CPU. A direction is decided by the differences of paired seeds, by Student's t at 5 %,
+corrected for the number of arms. Nothing is concluded before every arm has all of its seeds.
 """
 
 
-def top_page(studies: list[Study], findings: Mapping[str, Mapping[str, list[Finding]]]) -> str:
+def top_page(studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]) -> str:
     """The page as Markdown.
 
     Args:
       studies: in the order of the table.
-      findings: of the claims of each, by its name and size; no size of one without results.
+      judged: the claims of each, by its name and size; no size of one without results.
     """
     lines = [HEAD, "| study | question | verdict |", "| --- | --- | --- |"]
     lines += [
         f"| [{study.name}]({study.name}/README.md) | {study.question} | "
-        f"{verdicts(study, findings[study.name])} |"
+        f"{verdicts(study, judged[study.name])} |"
         for study in studies
     ]
     lines += [earlier_study(), "", "| claim | verdict | study |", "| --- | --- | --- |"]
     for study in studies:
         for common in dict.fromkeys(claim.settles for claim in study.expect if claim.settles):
-            of_claim = {
-                size: [
-                    finding
-                    for claim, finding in zip(study.expect, found, strict=True)
-                    if claim.settles == common
-                ]
-                for size, found in findings[study.name].items()
-            }
-            said = verdicts(study, of_claim)
+            places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
+            said = verdicts(study, {size: j.of(places) for size, j in judged[study.name].items()})
             lines.append(f"| {common} | {said} | [{study.name}]({study.name}/README.md) |")
     return "\n".join(lines) + "\n"
 
 
-def verdicts(study: Study, findings: Mapping[str, list[Finding]]) -> str:
-    """Of some claims of a study together, at each size."""
+def verdicts(study: Study, judged: Mapping[str, Judged]) -> str:
+    """Of some claims of a study together, at each size, and of the rule of the time."""
     said = [
-        f"[{overall(found)}]({study.name}/{page_name(size)}) ({size})"
-        for size, found in findings.items()
+        f"[{found.verdict}]({study.name}/{page_name(size)}) ({size}"
+        + f"; {found.older_verdict} by the rule of the time" * bool(found.older_verdict)
+        + ")"
+        for size, found in judged.items()
     ]
     return ", ".join(said) or NOT_RUN
 

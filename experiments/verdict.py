@@ -1,10 +1,10 @@
-"""From results to verdicts: paired differences, the noise floor, and claims that can fail.
+"""From results to verdicts: paired differences, and claims that can fail.
 
-The ground rules: a direction is shown by a mean paired difference of more than twice the noise,
-which is the larger of the two arms' pooled standard deviation over the seeds they share and that
-of the baseline's loss over five seeds or more; "no worse" is within once the noise. Fewer than
-three paired seeds show nothing, nor does anything without the baseline's five. A run that diverged
-has an infinite loss.
+A direction is decided by the differences of the seeds that both arms have: by Student's t of their
+mean, at 5 % from both sides (`moe_jax.analysis.paired`). "Lower" asks for a mean below 0, "not
+above" for one below a standard deviation of a seed. A claim about several arms and one other is
+corrected for their number, by Holm. Fewer seeds than the study asks for show nothing. A run that
+diverged has an infinite loss.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
-from experiments.results import LOSS, Results
+from experiments import before_pairs
+from experiments.before_pairs import NOISE_SEEDS, noise_floor
+from experiments.results import LOSS, PAIRED, Results
+from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, Paired, holm, paired
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 NOT_RUN = "not run"
-MIN_SEEDS = 3
-NOISE_SEEDS = 5  # of the baseline
-MARGIN = 2.0  # times the noise
 SMOOTH = 3  # points of a held-out curve that are averaged before steps are compared
 
 
@@ -28,6 +28,37 @@ class Finding:
 
     verdict: str
     because: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What results of one size say of the claims of a study, in their order.
+
+    Attributes:
+      findings: by the rule of today; [] without results.
+      older: by the rule under which some of the runs were made, from before differences were
+        paired; [] where all are of today's.
+    """
+
+    findings: list[Finding]
+    older: list[Finding]
+
+    @property
+    def verdict(self) -> str:
+        """Of the study."""
+        return overall(self.findings) if self.findings else NOT_RUN
+
+    @property
+    def older_verdict(self) -> str:
+        """Of the study, by the rule of the time; "" if that is today's."""
+        return overall(self.older) if self.older else ""
+
+    def of(self, claims: Iterable[int]) -> "Judged":
+        """What is said of some claims, by their places."""
+        places = list(claims)
+        return Judged(
+            *([found[p] for p in places if found] for found in (self.findings, self.older))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,95 +76,104 @@ class Claim:
     settles: str = ""
 
 
+def difference(results: Results, arm: str, other: str, measure: str = LOSS) -> Paired:
+    """A measure of `arm` less that of `other`, for the seeds that both have."""
+    return paired(results.values(arm, measure), results.values(other, measure))
+
+
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """One arm less another, seed by seed.
+class Below:
+    """The claim that an arm is below another, or above it by no more than is allowed.
 
     Attributes:
-      by_seed: the differences, infinite where one of the two diverged, nan where both did.
-      noise: the larger of pooled standard deviation and noise floor; nan below two seeds, and
-        without a floor.
-    """
-
-    by_seed: Mapping[int, float]
-    noise: float
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds that both arms have."""
-        return sum(self.by_seed.values()) / len(self.by_seed) if self.by_seed else math.nan
-
-
-def spread(values: Iterable[float]) -> float:
-    """Standard deviation of the finite values of a sample; nan of fewer than two."""
-    values = [value for value in values if math.isfinite(value)]
-    return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def noise_floor(results: Results) -> float:
-    """Standard deviation of the baseline's loss over its seeds; nan of fewer than `NOISE_SEEDS`."""
-    losses = results.values(results.baseline)
-    return spread(losses.values()) if len(losses) >= NOISE_SEEDS else math.nan
-
-
-def difference(results: Results, arm: str, other: str, measure: str = LOSS) -> Difference:
-    """A measure of `arm` less that of `other`, for the seeds that both have.
-
-    Args:
-      results: of the study.
       arm: the one.
       other: the other.
-      measure: a loss in bits a byte, as the noise floor is.
-    """
-    a, b = results.values(arm, measure), results.values(other, measure)
-    seeds = sorted(a.keys() & b.keys())
-    pooled = math.hypot(spread(a[s] for s in seeds), spread(b[s] for s in seeds)) / math.sqrt(2)
-    floor = noise_floor(results)
-    noise = math.nan if math.isnan(pooled + floor) else max(pooled, floor)
-    return Difference({seed: a[seed] - b[seed] for seed in seeds}, noise)
-
-
-def lower(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], Finding]:
-    """The claim that `arm` ends below `other`, by more than twice the noise.
-
-    Above it by as much is "not reproduced"; nearer than that is "inconclusive".
-    """
-    return mean_difference(arm, other, measure, reproduced_below=-MARGIN)
-
-
-def not_above(arm: str, other: str, measure: str = LOSS) -> Callable[[Results], Finding]:
-    """The claim that `arm` ends no more than once the noise above `other`.
-
-    Above it by more than twice the noise is "not reproduced"; between the two "inconclusive".
-    """
-    return mean_difference(arm, other, measure, reproduced_below=1.0)
-
-
-def mean_difference(
-    arm: str, other: str, measure: str, *, reproduced_below: float
-) -> Callable[[Results], Finding]:
-    """The claim that the mean difference lies below a bound, in multiples of the noise.
-
-    Above `MARGIN` times the noise it is not reproduced, between the two it is inconclusive.
+      measure: of both; smaller is better.
+      allowed: standard deviations of a seed that `arm` may be above.
     """
 
-    def judge(results: Results) -> Finding:
-        found = difference(results, arm, other, measure)
-        if len(found.by_seed) < MIN_SEEDS:
-            return too_few(f"{arm} and {other}", len(found.by_seed))
+    arm: str
+    other: str
+    measure: str = LOSS
+    allowed: float = 0.0
+
+    def found(self, results: Results) -> Paired:
+        """The difference that it is about."""
+        return difference(results, self.arm, self.other, self.measure)
+
+    def p_value(self, results: Results) -> float:
+        """Of the mean difference against the bound, not corrected; nan of too few seeds."""
+        found = self.found(results)
+        if found.num_seeds < results.least_seeds:
+            return math.nan
+        return found.p_value(self._bound(found))
+
+    def __call__(self, results: Results, corrected: float | None = None, of: int = 1) -> Finding:
+        """Reproduced below the bound, not reproduced above it, if the p-value shows one of them.
+
+        Args:
+          results: of the study.
+          corrected: the p-value, if it is corrected for other comparisons.
+          of: so many comparisons.
+        """
+        found = self.found(results)
+        if found.num_seeds < results.least_seeds:
+            return too_few(f"{self.arm} and {self.other}", found.num_seeds, results.least_seeds)
+        names = f"{results.named(self.arm, self.measure)} less "
+        names += results.named(self.other, self.measure)
+        if results.rule != PAIRED:
+            return self._before_pairs(found, results, names)
+        p_value = self.p_value(results) if corrected is None else corrected
+        because = f"{names}: {in_words(found, self.measure)}"
+        if self.allowed:
+            because += f"; {self._bound(found):+.4f} is allowed"
+        because += f"; p = {p_value:.2g}" + f" (Holm, of {of})" * (of > 1)
+        shown = p_value < LEVEL  # never of nan
+        below = found.mean < self._bound(found)
+        verdict = REPRODUCED if below else NOT_REPRODUCED
+        return Finding(verdict if shown else INCONCLUSIVE, because)
+
+    def _bound(self, found: Paired) -> float:
+        return self.allowed * found.seed_sd if self.allowed else 0.0
+
+    def _before_pairs(self, found: Paired, results: Results, names: str) -> Finding:
+        """The finding of the rule of then."""
         if math.isnan(noise_floor(results)):
             return too_few_for_the_noise(results)
-        names = f"{results.named(arm, measure)} less {results.named(other, measure)}"
+        verdicts = {-1: REPRODUCED, 0: INCONCLUSIVE, 1: NOT_REPRODUCED}
         because = (
-            f"{names}: {found.mean:+.4f} {measure} over {len(found.by_seed)} seeds, "
-            f"noise {found.noise:.4f}"
+            f"{names}: {found.mean:+.4f} {self.measure} over {found.num_seeds} seeds, "
+            f"noise {before_pairs.noise(found, results):.4f}"
         )
-        noise = found.noise if math.isfinite(found.mean) else 0.0
-        if found.mean < reproduced_below * noise:
-            return Finding(REPRODUCED, because)
-        return Finding(NOT_REPRODUCED if found.mean > MARGIN * noise else INCONCLUSIVE, because)
+        return Finding(verdicts[before_pairs.direction(found, results, self.allowed)], because)
 
-    return judge
+
+def lower(arm: str, other: str, measure: str = LOSS) -> Below:
+    """The claim that `arm` ends below `other`.
+
+    Shown the other way round it is "not reproduced"; where nothing is shown, "inconclusive".
+    """
+    return Below(arm, other, measure)
+
+
+def not_above(arm: str, other: str, measure: str = LOSS) -> Below:
+    """The claim that `arm` ends above `other` by less than a standard deviation of a seed.
+
+    Shown to be above by more it is "not reproduced"; where nothing is shown, "inconclusive".
+    """
+    return Below(arm, other, measure, allowed=1.0)
+
+
+def in_words(found: Paired, measure: str) -> str:
+    """A difference with its interval, its size, and what could have been seen."""
+    low, high = found.interval
+    text = f"{found.mean:+.4f} {measure} over {found.num_seeds} seeds"
+    if math.isfinite(found.mean):
+        text += (
+            f", 95 % interval {low:+.4f} to {high:+.4f}, {abs(found.size):.1f} seed sd; "
+            f"{found.smallest_visible:.4f} could have been seen"
+        )
+    return text
 
 
 def in_every_seed(
@@ -163,14 +203,36 @@ def too_few_for_the_noise(results: Results) -> Finding:
 
 
 def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results], Finding]:
-    """The claim that all of some claims hold."""
+    """The claim that all of some claims hold.
+
+    Those of them that compare arms with one other, or one with others, are corrected for their
+    number, by Holm.
+    """
     judges = tuple(judges)
+    compared = [judge for judge in judges if isinstance(judge, Below)]
 
     def judge(results: Results) -> Finding:
-        found = [each(results) for each in judges]
+        found = []
+        for each in judges:
+            if isinstance(each, Below):
+                family = family_of(each, compared)
+                corrected = holm([one.p_value(results) for one in family])
+                found.append(each(results, corrected[family.index(each)], len(family)))
+            else:
+                found.append(each(results))
         return Finding(overall(found), "; ".join(finding.because for finding in found))
 
     return judge
+
+
+def family_of(one: Below, compared: Iterable[Below]) -> list[Below]:
+    """The comparisons that a comparison is corrected for: of one measure, with one arm in common.
+
+    Both ways of one pair, which show that it is alike, are no such family.
+    """
+    alike = [b for b in compared if (b.measure, b.allowed) == (one.measure, one.allowed)]
+    families = ([b for b in alike if b.other == one.other], [b for b in alike if b.arm == one.arm])
+    return max(families, key=len)
 
 
 def overall(findings: Iterable[Finding]) -> str:

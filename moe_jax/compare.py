@@ -1,8 +1,9 @@
-"""Compares runs: `python -m moe_jax.compare RUN... [--csv=FILE] [--out=DIR]`.
+"""Compares runs: `python -m moe_jax.compare RUN... [--baseline=RUN] [--csv=FILE] [--out=DIR]`.
 
 A RUN is a workdir, a folder with workdirs in it, or a pattern in quotes. Prints a table: a row a
-run, the settings in which they differ, what came out, and means over seeds. Unfinished, failed and
-damaged runs are shown as what they are. --out writes a page (compare.html) and its figure
+run, the settings in which they differ, what came out, and means over seeds. Configs that were run
+with the same seeds are compared with one of them, the baseline, pair by pair. Unfinished, failed
+and damaged runs are shown as what they are. --out writes a page (compare.html) and its figure
 (compare.png). docs/runs.md says what each column is.
 """
 
@@ -19,11 +20,12 @@ from moe_jax.analysis.table import ORDERS, csv_text, text_of
 
 if TYPE_CHECKING:  # it takes seconds to import
     from moe_jax.analysis.comparison import Comparison
+    from moe_jax.analysis.comparison_pairs import Pairs
 
 PAGE_FILE, FIGURE_FILE = "compare.html", "compare.png"
 
 
-def said(comparison: "Comparison") -> str:
+def said(comparison: "Comparison", pairs: "Pairs") -> str:
     """What the command prints."""
     columns = [column for column in comparison.shown_columns if column.name != "note"]
     seeds = comparison.seed_columns
@@ -31,44 +33,49 @@ def said(comparison: "Comparison") -> str:
     parts = [
         text_of(columns),
         f"Means over seeds:\n{text_of(seeds)}" if seeds else "",
+        f"Paired differences:\n{text_of(pairs.columns)}" if pairs.columns else "",
         "\n".join(f"{entry.state}: {printable(f'{entry.name}: {entry.note}')}" for entry in wrong),
-        "\n".join(comparison.notes),
+        "\n".join([*comparison.notes, *pairs.notes]),
     ]
     return "\n\n".join(filter(None, parts))
 
 
-def write(comparison: "Comparison", out: pathlib.Path) -> pathlib.Path:
+def write(comparison: "Comparison", pairs: "Pairs", out: pathlib.Path) -> pathlib.Path:
     """Writes the page and the figure into a directory, made if absent; returns the page's path."""
     from moe_jax.analysis.comparison_figure import comparison_png
     from moe_jax.analysis.comparison_page import comparison_page
     from moe_jax.training.files import write_atomically
 
     png = comparison_png(comparison)
-    page = comparison_page(comparison, png)
+    page = comparison_page(comparison, pairs, png)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / FIGURE_FILE, png)
     write_atomically(out / PAGE_FILE, page)
     return out / PAGE_FILE
 
 
-def run(paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str) -> None:
+def run(
+    paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str, baseline: str = ""
+) -> None:
     """Prints the comparison of runs, and writes what is asked for.
 
     Raises:
-      ValueError: no run is there, or they cannot be sorted like this.
+      ValueError: no run is there, they cannot be sorted like this, or there is no such baseline.
     """
     from moe_jax.analysis.comparison import compare
+    from moe_jax.analysis.comparison_pairs import pairs_of
     from moe_jax.analysis.runs import find_runs, read_entries
     from moe_jax.training.files import write_atomically
 
     comparison = compare(read_entries(find_runs(paths)), order)
-    print(said(comparison))
+    pairs = pairs_of(comparison, baseline)
+    print(said(comparison, pairs))
     if csv:
         pathlib.Path(csv).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(pathlib.Path(csv), csv_text(comparison.columns))
         print(f"wrote {csv}")
     if out:
-        page = write(comparison, pathlib.Path(out))
+        page = write(comparison, pairs, pathlib.Path(out))
         print(f"wrote {page} and {FIGURE_FILE}")
 
 
@@ -79,12 +86,16 @@ def main(paths: Sequence[str]) -> None:
         command_line.require_file("csv", values.csv)
     if values.out:
         command_line.require_folder("out", values.out)
-    run(paths, values.sort, values.csv, values.out)
+    run(paths, values.sort, values.csv, values.out, values.baseline)
 
 
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_enum("sort", ORDERS[0], ORDERS, "What the runs are ordered by.")
+    flags.DEFINE_string(
+        "baseline", "", "A run of the config that the others are compared with, seed by seed; by "
+        "default the first by name that was run with several seeds.",
+    )  # fmt: skip
     flags.DEFINE_string("csv", "", "A file for the table of the runs, numbers in full.")
     flags.DEFINE_string("out", "", "A directory for the page and its figure.")
 

@@ -15,6 +15,7 @@ from moe_jax import compare as command
 from moe_jax.analysis.comparison import compare, differing
 from moe_jax.analysis.comparison_figure import comparison_figure
 from moe_jax.analysis.comparison_page import comparison_page
+from moe_jax.analysis.comparison_pairs import pairs_of
 from moe_jax.analysis.runs import find_runs, read_entries
 from moe_jax.analysis.table import Column, csv_text, text_of
 from moe_jax.config import MeshConfig, write_config
@@ -189,7 +190,7 @@ def test_a_file_with_other_things_in_it_damages_its_run_and_no_other(tmp_path, f
     odd = next(entry for entry in found.entries if entry.name == "odd")
     assert odd.state == "damaged" and wrong in odd.note and "\n" not in odd.note
     assert column(found.columns, "run")[0] == "good"
-    assert "damaged: odd: " in command.said(found)
+    assert "damaged: odd: " in command.said(found, pairs_of(found))
 
 
 def test_an_extended_run_is_unfinished_and_its_old_score_is_not_final(tmp_path):
@@ -217,7 +218,7 @@ def test_extended_runs_are_marked_and_not_averaged_with_straight_ones(tmp_path):
     assert column(found.seed_columns, name) == pytest.approx([2.1])
     assert column(found.columns, "note") == ["", "", "extended from 10"]
     assert any(note.startswith("Extended runs followed the schedules") for note in found.notes)
-    assert "finished: seed_2: extended from 10" in command.said(found)
+    assert "finished: seed_2: extended from 10" in command.said(found, pairs_of(found))
 
     extend(make_run(tmp_path / "seed_3", 3.2, settings={"seed": 3}), 10, start=10)
     extend(make_run(tmp_path / "seed_4", 9.0, settings={"seed": 4}), 15, start=10)
@@ -333,7 +334,8 @@ def test_names_with_mathematics_and_markup_are_text(tmp_path, monkeypatch):
     for number, name in enumerate(odd):
         make_run(tmp_path / name, 2.0 + number, settings={"optimizer": {
             "learning_rate": 0.001 * (number + 1), "warmup_steps": 0}})  # fmt: skip
-    page = command.write(comparison_of(tmp_path), tmp_path / "out").read_text()
+    found = comparison_of(tmp_path)
+    page = command.write(found, pairs_of(found), tmp_path / "out").read_text()
     assert "<script>" not in page and html.escape(odd[1]) in page
     assert "\x1b" not in page and "c\\x1b[31m\\nd" in page
     shown = [text.get_text().strip() for text in drawn[0].legends[0].texts]
@@ -391,7 +393,7 @@ def test_runs_of_different_kinds_are_one_table(tmp_path):
     assert {"config.model.parts.moe", "config.model.parts.mlp", "config.mesh.expert"} <= {
         c.name for c in found.settings_columns
     }
-    assert "<table>" in comparison_page(found, b"")
+    assert "<table>" in comparison_page(found, pairs_of(found), b"")
 
 
 def test_tables():
@@ -414,5 +416,69 @@ def test_a_figure_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeyp
     monkeypatch.setattr("moe_jax.analysis.comparison_figure.comparison_png", lambda _: b"new")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
-        command.write(found, tmp_path)
+        command.write(found, pairs_of(found), tmp_path)
     assert (tmp_path / "compare.png").read_bytes() == b"old"
+
+
+def make_seeds(directory, name, losses, **settings):
+    for seed, bits in enumerate(losses):
+        both = {"seed": seed, "data": {"sequence_length": 16, "seed": seed}}
+        make_run(directory / f"{name}_{seed}", bits, settings={**both, **settings})
+
+
+LOW = {"optimizer": {"learning_rate": 0.002, "warmup_steps": 0}}
+LOWER = {"optimizer": {"learning_rate": 0.003, "warmup_steps": 0}}
+
+
+def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
+    """Differences of -0.1, -0.2 and -0.3 by hand: mean -0.2, t of two degrees of freedom."""
+    make_seeds(tmp_path, "a", (2.0, 3.0, 4.0))
+    make_seeds(tmp_path, "b", (1.9, 2.8, 3.7), **LOW)
+    make_seeds(tmp_path, "c", (1.5, 2.501, 3.5, 9.0), **LOWER)  # the fourth has no partner
+    make_run(tmp_path / "alone", 1.0, settings={"training": {"num_steps": NUM_STEPS,
+             "evaluation_batches": 1, "batch_size": 16}})  # fmt: skip
+    found = pairs_of(comparison_of(tmp_path))
+    by_name = {name[0]: place for place, name in enumerate(column(found.columns, "run"))}
+    assert set(by_name) == {"b", "c"} and "less a_0" in found.columns[0].title
+
+    def value(name, config):
+        return column(found.columns, f"heldout/paired/{name}")[by_name[config]]
+
+    assert column(found.columns, "pairs") == [3, 3]
+    assert value("mean", "b") == pytest.approx(-0.2)
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert value("low", "b") == pytest.approx(-0.2 - half)
+    assert value("high", "b") == pytest.approx(-0.2 + half)
+    # t = -2 sqrt(3): p = 1 - t / sqrt(2 + t^2) = 0.0742 of two degrees of freedom, and no other
+    # is less sure, so that Holm leaves it.
+    assert value("p", "b") == pytest.approx(1 - math.sqrt(12 / 14))
+    assert value("size", "b") == pytest.approx(-0.2 / math.sqrt((1 + 0.9**2) / 2))
+    (note,) = found.notes
+    assert "for 2 compared configs" in note and "a direction: c_0 is lower." in note
+    other = pairs_of(comparison_of(tmp_path), "b_1")
+    assert other.columns[0].title.endswith("less b_0") and len(other.others) == 2
+    with pytest.raises(ValueError, match=r"--baseline names a run that is finished.*: d\. Name"):
+        pairs_of(comparison_of(tmp_path), "d")
+
+
+def test_no_pairs_are_made_of_one_seed_or_of_different_text(tmp_path):
+    make_seeds(tmp_path, "a", (2.0, 3.0, 4.0))
+    make_seeds(tmp_path, "b", (1.9,), **LOW)
+    longer = losses(2.0, tokens=9000.0)
+    for seed in range(3):
+        make_run(tmp_path / f"c_{seed}", score=longer, settings={"seed": seed, "data": {
+            "sequence_length": 16, "seed": seed}, **LOWER})  # fmt: skip
+    found = pairs_of(comparison_of(tmp_path))
+    assert found.columns == [] and found.notes == []
+
+
+def test_a_config_that_sees_later_tokens_is_compared_with_its_mark(tmp_path):
+    make_seeds(tmp_path, "b", (2.0, 3.0, 4.0))
+    make_seeds(tmp_path, "a", (1.0, 2.0, 3.001), **LOW)
+    for path in tmp_path.glob("a_*"):
+        said = json.loads((path / "evaluation.json").read_text())
+        said["dropless"] |= {"label": "slots of training", "mark": "sees later tokens"}
+        (path / "evaluation.json").write_text(json.dumps(said))
+    found = pairs_of(comparison_of(tmp_path))
+    assert column(found.columns, "run") == ["a_0 (sees later tokens)"]
+    assert "a_0 (sees later tokens) is lower" in found.notes[0]

@@ -29,6 +29,8 @@ def test_a_gap_larger_than_both_spreads_passes():
     assert verdict["mean_moe"] == pytest.approx(2.05)
     assert verdict["mean_dense"] == pytest.approx(2.35)
     assert verdict["gap"] == pytest.approx(0.3)
+    # Gaps of 0.3, 0.25 and 0.35: 4.303 times 0.05 over the root of 3 on both sides.
+    assert (verdict["gap_low"], verdict["gap_high"]) == pytest.approx((0.1758, 0.4242), abs=1e-4)
     assert verdict["spread_moe"] == pytest.approx(0.1)
     assert verdict["spread_dense"] == pytest.approx(0.1)
 
@@ -56,7 +58,8 @@ def test_the_report_has_every_run_and_the_verdict():
         "| 2 | 2.0500 | 2.4000 | 0.3500 |",
         "| mean | 2.0500 | 2.3500 | 0.3000 |",
         "| spread | 0.1000 | 0.1000 | |",
-        "Criterion (gap larger than either spread): **passed**.",
+        "Criterion (gap larger than either spread): **passed**. It is the rule of the time when "
+        "this was run.",
         "| dense | 1 | 0123456789ab | 6.0 |",
     ):
         assert line in text.splitlines(), line

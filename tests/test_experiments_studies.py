@@ -88,10 +88,18 @@ def judged(study, results):
     return [claim.judge(results) for claim in study.expect]
 
 
+def of_seed(loss, seed, place=0):
+    """A loss whose difference to the dense one spreads by 0.001; every second arm the other way.
+
+    Of three pairs with the dense arm 0.0025 shows a direction: t = sqrt(3) 0.0025 / 0.001 = 4.33.
+    """
+    return loss + 0.01 * seed + (0.001 if place % 2 else -0.001) * (seed - 1)
+
+
 def switch_results(losses, curve, seeds=SEEDS):
     rows = [row("dense", seed, 1.0 + 0.01 * seed, DENSE) for seed in range(5)]
     for arm, loss in losses.items():
-        rows += [row(arm, seed, loss + 0.01 * seed, curve) for seed in seeds]
+        rows += [row(arm, seed, of_seed(loss, seed), curve) for seed in seeds]
     return Results(tuple(rows), "dense")
 
 
@@ -105,11 +113,11 @@ GAIN = {"switch_2": 0.95, "switch_4": 0.90, "switch_8": 0.85}
         (GAIN, SLOW, SEEDS, (REPRODUCED,) * 3),  # 600 / 400 = 1.5, which is enough
         (GAIN, DENSE, SEEDS, (NOT_REPRODUCED, REPRODUCED, REPRODUCED)),
         (GAIN, FAST, (0, 1), (INCONCLUSIVE,) * 3),
-        # 0.02 below, and the floor of five seeds is 0.0158; E = 2 and 4 swapped: 0.8, just enough.
         (
-            GAIN | {"switch_2": 0.90, "switch_4": 0.95, "switch_8": 0.98},
+            GAIN | {"switch_2": 0.90, "switch_4": 0.95, "switch_8": 0.998},
             FAST, SEEDS, (REPRODUCED, INCONCLUSIVE, NOT_REPRODUCED),
         ),
+        # E = 2 and 4 swapped: 0.8, just enough.
         (
             {"switch_2": 0.90, "switch_4": 0.95, "switch_8": 0.85},
             FAST, SEEDS, (REPRODUCED, REPRODUCED, REPRODUCED),
@@ -144,7 +152,7 @@ def capacity_results(**changes):
                 "dropped_fraction": (2.05 - factor) / 2 if by_token else 0.02 / factor,
                 **changes.get(arm.replace(".", "_"), {}),
             }
-            rows += [row(arm, s, measures["loss"] + 0.01 * s, **measures) for s in SEEDS]
+            rows += [row(arm, s, of_seed(measures["loss"], s), **measures) for s in SEEDS]
     return Results(tuple(rows), "dense")
 
 
@@ -152,7 +160,7 @@ def capacity_results(**changes):
     ("changes", "expected"),
     [
         ({}, [REPRODUCED] * 6),
-        ({"top1_2_0": {"loss": 0.99}}, [INCONCLUSIVE] + [REPRODUCED] * 5),
+        ({"top1_2_0": {"loss": 0.998}}, [INCONCLUSIVE] + [REPRODUCED] * 5),
         ({"top2_token_1_0": {"loss": 1.05}}, [NOT_REPRODUCED] + [REPRODUCED] * 5),
         (
             {"top1_1_25": {"capacity_limited": 0.9}},
@@ -184,10 +192,10 @@ def test_the_criterion_of_capacity_factors(changes, expected):
 def made_up(arms, seeds=SEEDS, **changes):
     """Five dense runs, and arms with the same measures in every seed but for these changes."""
     rows = [row("dense", seed, 1.0 + 0.01 * seed, **arms.get("dense", {})) for seed in range(5)]
-    for arm, measures in arms.items():
+    for place, (arm, measures) in enumerate(arms.items()):
         if arm != "dense":
             said = {"loss": 0.9, **measures, **changes.get(arm.replace(".", "_"), {})}
-            rows += [row(arm, seed, said["loss"] + 0.01 * seed, **said) for seed in seeds]
+            rows += [row(arm, seed, of_seed(said["loss"], seed, place), **said) for seed in seeds]
     return Results(tuple(rows), "dense")
 
 
@@ -247,9 +255,9 @@ BALANCE = {
         ({"loss_free_1e-3": {"heldout_violation": 0.11}}, {2: NOT_REPRODUCED}),
         ({"switch_global_0_01": {"heldout_violation": 0.14}}, {2: NOT_REPRODUCED}),
         ({"loss_free_1e-3": {"loss": 0.95}}, {3: NOT_REPRODUCED}),
-        ({"none_noisy": {"loss": 0.88}}, {3: INCONCLUSIVE}),
+        ({"none_noisy": {"loss": 0.89}}, {3: INCONCLUSIVE}),
         ({"loss_free_1e-2": {"max_violation": 0.3}}, {4: NOT_REPRODUCED}),
-        ({"switch_global_0_1": {"loss": 0.88}}, {5: INCONCLUSIVE}),
+        ({"switch_global_0_1": {"loss": 0.899}}, {5: INCONCLUSIVE}),
         ({"switch_micro_0_1": {"domain_information": 0.3}}, {5: NOT_REPRODUCED}),
     ],
 )
@@ -276,11 +284,11 @@ TOURNAMENT = {
     ("changes", "failed"),
     [
         ({}, {}),
-        ({"cosine": {"loss": 0.98}}, {0: INCONCLUSIVE}),
+        ({"cosine": {"loss": 0.998}}, {0: INCONCLUSIVE}),
         ({"noisy": {"loss": 1.04}}, {0: NOT_REPRODUCED}),
         ({"random": {"loss": 0.94}}, {1: NOT_REPRODUCED}),
         ({"hash_token": {"loss": 0.86}}, {2: NOT_REPRODUCED}),
-        ({"sampled": {"loss": 0.92}}, {3: INCONCLUSIVE}),
+        ({"sampled": {"loss": 0.901}}, {3: INCONCLUSIVE}),
         ({"jitter": {"loss": 0.94}}, {4: NOT_REPRODUCED}),
         ({"jitter": {"loss": 0.86}}, {4: NOT_REPRODUCED}),
         ({"base": {"max_violation": 0.02}}, {5: NOT_REPRODUCED}),

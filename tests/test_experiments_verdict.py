@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from experiments import verdict
-from experiments.results import LOSS, Results, measured
+from experiments import before_pairs, verdict
+from experiments.results import LOSS, UNPAIRED, Results, measured
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from moe_jax.training.ways import SAW, SEES, Way
 
@@ -43,37 +43,56 @@ def test_arms_that_saw_later_tokens_are_marked_in_findings():
     found = dataclasses.replace(results(**losses), ways=ways)
     said = verdict.lower("soft", "dense")(found).because
     assert said.startswith(f"soft ({SEES}) less dense: +0.0000 bits_per_byte")
+    text = "soft less dense; soft (sees later tokens) and soft_2; queue."
+    assert found.marked(text) == (
+        f"soft ({SEES}) less dense; soft ({SEES}) and soft_2; queue ({SAW})."
+    )
     assert verdict.lower("queue", "dense")(found).because.startswith(f"queue ({SAW}) less dense")
     assert found.mark("queue", "capacity_limited") == SEES
     assert f"dense 1.1000, soft ({SEES}) 1.1000" in measured(LOSS, "dense", "soft")(found)
 
 
-# Standard deviations: (2.0, 2.2, 2.4) 0.2; of an arm of equal values 0.
-def test_noise_is_the_larger_of_pooled_spread_and_floor():
-    found = verdict.difference(results(dense=DENSE, moe=(2.0, 2.2, 2.4)), "moe", "dense")
-    assert found.by_seed == pytest.approx({0: 1.0, 1: 1.1, 2: 1.2})
-    assert found.mean == pytest.approx(1.1)
-    assert found.noise == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 2))
-    # Five seeds of the baseline: the floor counts all of them, the pairs the three they share.
-    wide = results(dense=(1.0, 1.0, 1.0, 2.0, 0.0), moe=(0.5, 0.5, 0.5))
-    found = verdict.difference(wide, "moe", "dense")
-    assert set(found.by_seed) == {0, 1, 2}
-    assert found.noise == verdict.noise_floor(wide) == pytest.approx(math.sqrt(0.5))
+# The planted fault: three seeds that differ by nearly the same, and spread widely themselves.
+FAULT = {
+    "dense": (2.80, 2.85, 2.90, 2.80, 2.90),
+    "moe": (2.80 - 0.0630, 2.85 - 0.0612, 2.90 - 0.0607),
+}
+
+
+def test_three_seeds_that_differ_alike_are_a_direction():
+    """Their t is -88; the rule of before held the mean of -0.062 against twice a spread of 0.05."""
+    found = results(**FAULT)
+    finding = verdict.lower("moe", "dense")(found)
+    assert finding.verdict == REPRODUCED
+    assert finding.because == (
+        "moe less dense: -0.0616 bits_per_byte over 3 seeds, 95 % interval -0.0646 to -0.0586, "
+        "1.2 seed sd; 0.0039 could have been seen; p = 0.00013"
+    )
+    before = verdict.lower("moe", "dense")(dataclasses.replace(found, rule=UNPAIRED))
+    assert before.verdict == INCONCLUSIVE
+    assert before.because == "moe less dense: -0.0616 bits_per_byte over 3 seeds, noise 0.0506"
+
+
+def moved(by, spread=0.01):
+    """The first three dense seeds, moved by differences whose t is sqrt(3) by / spread."""
+    return tuple(
+        loss + by + noise for loss, noise in zip(DENSE[:3], (-spread, 0.0, spread), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
     ("moe", "expected"),
     [
-        ((0.79, 0.89, 0.99), REPRODUCED),  # 0.21 below, noise 0.1
-        ((0.81, 0.91, 1.01), INCONCLUSIVE),  # 0.19 below
-        ((1.0, 1.1, 1.2), INCONCLUSIVE),
-        ((1.19, 1.29, 1.39), INCONCLUSIVE),  # 0.19 above
-        ((1.21, 1.31, 1.41), NOT_REPRODUCED),  # 0.21 above
-        ((0.1, 0.2), INCONCLUSIVE),  # two seeds show nothing
+        (moved(-0.026), REPRODUCED),  # t = -4.5, and 4.303 is the limit of two degrees of freedom
+        (moved(-0.024), INCONCLUSIVE),  # t = -4.2
+        (moved(0.0), INCONCLUSIVE),
+        (moved(0.024), INCONCLUSIVE),
+        (moved(0.026), NOT_REPRODUCED),
+        (moved(-0.5)[:2], INCONCLUSIVE),  # two seeds show nothing
         ((), INCONCLUSIVE),
     ],
 )
-def test_a_direction_needs_twice_the_noise_and_three_seeds(moe, expected):
+def test_a_direction_is_shown_by_t_and_needs_three_seeds(moe, expected):
     found = verdict.lower("moe", "dense")(results(dense=DENSE, moe=moe))
     assert found.verdict == expected, found
 
@@ -81,16 +100,77 @@ def test_a_direction_needs_twice_the_noise_and_three_seeds(moe, expected):
 @pytest.mark.parametrize(
     ("moe", "expected"),
     [
-        ((0.5, 0.6, 0.7), REPRODUCED),
-        ((1.09, 1.19, 1.29), REPRODUCED),
-        ((1.11, 1.21, 1.31), INCONCLUSIVE),
-        ((1.21, 1.31, 1.41), NOT_REPRODUCED),
+        (moved(-0.5), REPRODUCED),
+        (moved(0.07), REPRODUCED),  # 0.105 is allowed, the root of (0.1^2 + 0.11^2) / 2
+        (moved(0.09), INCONCLUSIVE),
+        (moved(0.12), INCONCLUSIVE),
+        (moved(0.14), NOT_REPRODUCED),
         ((5.0,), INCONCLUSIVE),
     ],
 )
-def test_not_above_allows_the_noise(moe, expected):
+def test_not_above_allows_a_standard_deviation_of_a_seed(moe, expected):
     found = verdict.not_above("moe", "dense")(results(dense=DENSE, moe=moe))
     assert found.verdict == expected, found
+    assert len(moe) < 3 or "; +0.1051 is allowed; p = " in found.because
+
+
+def test_a_study_says_how_many_seeds_a_comparison_needs():
+    found = dataclasses.replace(results(dense=DENSE, moe=moved(-0.5)), least_seeds=4)
+    finding = verdict.lower("moe", "dense")(found)
+    assert finding == Finding(INCONCLUSIVE, "moe and dense: 3 seeds of the 4 that are needed")
+
+
+def test_several_arms_against_one_are_corrected_for():
+    """Each alone is shown with p = 0.046; of two of them Holm asks for 0.025 of the better one."""
+    found = results(dense=DENSE, a=moved(-0.026), b=moved(-0.026), c=moved(0.0))
+    alone = verdict.lower("a", "dense")
+    assert alone(found).verdict == REPRODUCED and alone(found).because.endswith("p = 0.046")
+    both = verdict.every([alone, verdict.lower("b", "dense")])(found)
+    assert both.verdict == INCONCLUSIVE and both.because.count("p = 0.092 (Holm, of 2)") == 2
+    # One arm that is below two others is corrected as well; the two ways of one pair are not.
+    reverse = verdict.every([verdict.lower("a", "dense"), verdict.lower("a", "c")])(found)
+    assert reverse.because.count("(Holm, of 2)") == 2
+    alike = verdict.every([verdict.not_above("c", "dense"), verdict.not_above("dense", "c")])
+    assert alike(found).verdict == REPRODUCED and "Holm" not in alike(found).because
+
+
+# The rule of before: the larger of the pooled standard deviation and that of five dense runs.
+@pytest.mark.parametrize(
+    ("moe", "lower", "not_above"),
+    [
+        ((0.79, 0.89, 0.99), REPRODUCED, REPRODUCED),  # 0.21 below, noise 0.1
+        ((0.81, 0.91, 1.01), INCONCLUSIVE, REPRODUCED),
+        ((1.09, 1.19, 1.29), INCONCLUSIVE, REPRODUCED),  # 0.09 above
+        ((1.11, 1.21, 1.31), INCONCLUSIVE, INCONCLUSIVE),
+        ((1.21, 1.31, 1.41), NOT_REPRODUCED, NOT_REPRODUCED),
+        ((0.1, 0.2), INCONCLUSIVE, INCONCLUSIVE),
+    ],
+)
+def test_the_rule_of_before(moe, lower, not_above):
+    found = dataclasses.replace(results(dense=DENSE, moe=moe), rule=UNPAIRED)
+    assert verdict.lower("moe", "dense")(found).verdict == lower
+    assert verdict.not_above("moe", "dense")(found).verdict == not_above
+
+
+def test_the_noise_of_before_is_the_larger_of_pooled_spread_and_floor():
+    narrow = results(dense=DENSE, moe=(2.0, 2.2, 2.4))
+    found = verdict.difference(narrow, "moe", "dense")
+    assert found.by_seed == pytest.approx({0: 1.0, 1: 1.1, 2: 1.2})
+    assert before_pairs.noise(found, narrow) == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 2))
+    # Five seeds of the baseline: the floor counts all of them, the pairs the three they share.
+    wide = results(dense=(1.0, 1.0, 1.0, 2.0, 0.0), moe=(0.5, 0.5, 0.5))
+    found = verdict.difference(wide, "moe", "dense")
+    assert before_pairs.noise(found, wide) == verdict.noise_floor(wide) == math.sqrt(0.5)
+    few = dataclasses.replace(results(dense=DENSE[:4], moe=(0, 0, 0)), rule=UNPAIRED)
+    said = verdict.lower("moe", "dense")(few).because
+    assert said == "dense, for the noise: 4 seeds of the 5 that are needed"
+
+
+def test_results_know_whether_they_are_of_the_rule_of_before():
+    old = results(dense=DENSE)
+    new = dataclasses.replace(old, rows=tuple(row | {"rule": "paired"} for row in old.rows))
+    assert old.has_older_rule and not new.has_older_rule
+    assert dataclasses.replace(new, rows=(*new.rows, old.rows[0])).has_older_rule
 
 
 @pytest.mark.parametrize(
@@ -107,18 +187,6 @@ def test_a_bound_holds_in_every_seed_or_fails(values, expected):
     assert found.verdict == expected, found
 
 
-def test_nothing_is_shown_without_the_noise_floor():
-    """Four runs of the baseline are too few, however far apart the arms are."""
-    found = verdict.lower("moe", "wide")(results(dense=DENSE[:4], moe=(0, 0, 0), wide=(9, 9, 9)))
-    assert found.verdict == INCONCLUSIVE
-    assert found.because == "dense, for the noise: 4 seeds of the 5 that are needed"
-    # A loss that the baseline does not have is judged by the noise of the one that it has.
-    rows = [*results(dense=DENSE).rows]
-    rows += [row(a, s, other=x + 0.001 * s) for a, x in (("a", 1.0), ("b", 1.15)) for s in range(3)]
-    found = verdict.lower("a", "b", "other")(Results(tuple(rows), "dense"))
-    assert (found.verdict, found.because[-6:]) == (INCONCLUSIVE, "0.1000")
-
-
 def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     rows = [*results(dense=DENSE, moe=(0.1, 0.1)).rows, diverged("moe", 2)]
     found = Results(tuple(rows), "dense")
@@ -133,6 +201,7 @@ def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     # Both, in seeds of their own and in the same one.
     both = Results((*rows, *(diverged(a, s) for a, s in (("b", 0), ("b", 2)))), "dense")
     assert math.isnan(verdict.difference(both, "moe", "b").mean)
+    assert verdict.lower("moe", "b")(both).verdict == INCONCLUSIVE
 
 
 def test_one_claim_that_fails_fails_the_study_and_one_that_is_open_leaves_it_open():

@@ -171,6 +171,33 @@ def test_run_record_says_what_it_ran_on():
     assert record == json.loads(json.dumps(record))
 
 
+def test_a_config_that_git_does_not_know_makes_a_checkout_dirty(tmp_path, monkeypatch):
+    """Untracked Python files count; results of a study, which a run appends to, do not."""
+
+    def git(*arguments):
+        user = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *user, *arguments], check=True)
+
+    here, results = tmp_path / "metrics.py", tmp_path / "experiments/one/results.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (here, results):
+        path.touch()
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(metrics_module, "__file__", str(here))
+    results.write_text("{}")
+    (tmp_path / "notes.txt").touch()
+    assert run_record()["dirty"] is False
+    (tmp_path / "configs").mkdir()
+    mine = tmp_path / "configs/mine.py"
+    mine.touch()
+    assert run_record()["dirty"] is True
+    mine.unlink()
+    here.write_text("x = 1")
+    assert run_record()["dirty"] is True
+
+
 def test_a_copy_inside_another_checkout_has_no_commit(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     copy = tmp_path / "site-packages" / "metrics.py"

@@ -219,7 +219,7 @@ STUDY = Study(
         ),
         Claim(
             "Balancing costs no quality: none of the three ends above the same without balancing "
-            "by more than the noise, nor loss-free above the load-balance loss.",
+            "by a seed's standard deviation, nor loss-free above the load-balance loss.",
             every(
                 [
                     *(not_above(arm, other) for arm, other in UNBALANCED.items()),
@@ -243,8 +243,8 @@ STUDY = Study(
         ),
         Claim(
             "At weight 0.1 the loss over the batch ends below that over microbatches of it, "
-            "sequences of one domain each, by more than twice the noise, and the domain says "
-            "twice as many bits of the expert, in every seed.",
+            "sequences of one domain each, and the domain says twice as many bits of the expert, "
+            "in every seed.",
             every(
                 [
                     lower("switch_global_0.1", "switch_micro_0.1"),

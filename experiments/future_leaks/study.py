@@ -202,6 +202,7 @@ STUDY = Study(
         ),
     ),
     baseline="dense",
+    baseline_seeds=(0, 1, 2, 3, 4),
     measures=("moved", "teacher_forced", "prefix_rise", "other_rise"),
     measure=futures,
     expect=(

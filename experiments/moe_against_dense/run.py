@@ -7,6 +7,7 @@ from absl import flags
 
 from configs import quickstart
 from moe_jax import command_line
+from moe_jax.analysis.paired import paired
 from moe_jax.config import from_config_dict
 from moe_jax.config.json_text import json_text
 from moe_jax.training.files import read_json, write_atomically
@@ -44,10 +45,14 @@ def judge(results: dict[str, dict[str, dict[str, float | str]]]) -> dict[str, fl
     mean = {arm: sum(v) / len(v) for arm, v in values.items()}
     spread = {arm: max(v) - min(v) for arm, v in values.items()}
     gap = mean["dense"] - mean["moe"]
+    by_seed = [dict(enumerate(of_arm)) for of_arm in (values["dense"], values["moe"])]
+    low, high = paired(*by_seed).interval
     return {
         "mean_moe": mean["moe"],
         "mean_dense": mean["dense"],
         "gap": gap,
+        "gap_low": low,
+        "gap_high": high,
         "spread_moe": spread["moe"],
         "spread_dense": spread["dense"],
         "passed": gap > max(spread.values()),
@@ -74,7 +79,17 @@ def report(results: dict[str, dict[str, dict[str, float | str]]]) -> str:
         f"| spread | {verdict['spread_moe']:.4f} | {verdict['spread_dense']:.4f} | |",
         "",
         f"Criterion (gap larger than either spread): "
-        f"**{'passed' if verdict['passed'] else 'failed'}**.",
+        f"**{'passed' if verdict['passed'] else 'failed'}**. It is the rule of the time when this "
+        "was run.",
+        "",
+        "By the rule of today, paired differences: "
+        + (
+            "**no direction is shown**"
+            if verdict["gap_low"] <= 0 <= verdict["gap_high"]
+            else "**a direction is shown**"
+        )
+        + f", the 95 % interval of the gap is {verdict['gap_low']:+.4f} to "
+        f"{verdict['gap_high']:+.4f}.",
         "",
         "| arm | seed | commit | minutes of training steps |",
         "| --- | --- | --- | --- |",

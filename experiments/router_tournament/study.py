@@ -221,12 +221,12 @@ STUDY = Study(
         Claim(
             "Token choice of the best experts at the full budget (Switch, top-2 with and without "
             "renormalisation, Mixtral, sigmoid loss-free, noisy, jitter, group-limited, cosine) "
-            "ends below the dense model, by more than twice the noise.",
+            "ends below the dense model.",
             every(lower(arm, "dense") for arm in LEARNED),
         ),
         Claim(
-            "Experts by position or at random are no better than the dense model, within the "
-            "noise, and worse than top-2, by more than twice that.",
+            "Experts by position or at random are no better than the dense model, by a seed's "
+            "standard deviation or more, and worse than top-2.",
             every(
                 [
                     *(not_above("dense", arm) for arm in ("hash_position", "random")),
@@ -236,17 +236,16 @@ STUDY = Study(
             settles="Learned routing is worth more than experts by position or at random.",
         ),
         Claim(
-            "Top-2 by a learned router is not above experts by hash of the token id, within the "
-            "noise.",
+            "Top-2 by a learned router is not above experts by hash of the token id, by a seed's "
+            "standard deviation or more.",
             not_above("top2", "hash_token"),
         ),
         Claim(
-            "Sampling the experts in training ends above taking the best, by more than twice the "
-            "noise.",
+            "Sampling the experts in training ends above taking the best.",
             lower("top2", "sampled"),
         ),
         Claim(
-            "Input jitter of 0.01 changes the loss by no more than the noise.",
+            "Input jitter of 0.01 changes the loss by less than a seed's standard deviation.",
             every([not_above("jitter", "top2"), not_above("top2", "jitter")]),
             settles="Router jitter makes little difference to the loss.",
         ),
@@ -263,7 +262,7 @@ STUDY = Study(
 * The loss-free arm has DeepSeek-V3's scores and its rate of 1e-3 where 6,000 steps or more are
   taken, a greater one in fewer, of 0.01 at most; not its groups and gate scale.
 * Hash layers (arXiv:2106.04426) say that a hash of the token is as good as a learned router or
-  better; DeepSeekMoE's table has it worse. The criterion asks for the latter, within noise.
+  better; DeepSeekMoE's table has it worse. The criterion asks for the latter.
 * Schemes that look ahead are marked; their loss is partly of what they saw, and
   [future_leaks](../future_leaks/README.md) says which part. It is no rank.
 * Bytes make hashing by token weak: 256 of them over 16 experts is nearly an FFN a character. `base`

@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 
 from moe_jax.analysis.comparison import Comparison
+from moe_jax.analysis.comparison_pairs import Pairs
 from moe_jax.analysis.table import Column
 
 PAGE = """<!DOCTYPE html>
@@ -24,6 +25,7 @@ img {{ max-width: 100%; }}
 {notes}
 <div>{runs}</div>
 {seeds}
+{pairs}
 <figure><img src="data:image/png;base64,{figure}" alt="Held-out and training loss of the runs">
 <figcaption>Held-out bits/byte and training loss against steps, tokens, model FLOPs and time. Seeds
 of one config have one colour. A dot is a final score on the whole held-out split, where the curve
@@ -32,21 +34,23 @@ is of a sample of it.</figcaption></figure>
 """
 
 
-def comparison_page(comparison: Comparison, png: bytes) -> str:
-    """The page: what to know first, the runs, means over seeds, the figure.
+def comparison_page(comparison: Comparison, pairs: Pairs, png: bytes) -> str:
+    """The page: what to know first, the runs, means over seeds, pairs, the figure.
 
     Args:
       comparison: what is shown.
+      pairs: the paired differences of its configs.
       png: its figure.
     """
     seeds = comparison.seed_columns
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes)
-    heading = "<h2>Means over seeds</h2>"
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in [*comparison.notes, *pairs.notes])
+    heading, paired = "<h2>Means over seeds</h2>", "<h2>Paired differences</h2>"
     return PAGE.format(
         count=len(comparison.entries),
         notes=f"<ul>{notes}</ul>" if notes else "",
         runs=html_table(comparison.shown_columns, [entry.state for entry in comparison.entries]),
         seeds=f"{heading}<div>{html_table(seeds)}</div>" if seeds else "",
+        pairs=f"{paired}<div>{html_table(pairs.columns)}</div>" if pairs.columns else "",
         figure=base64.b64encode(png).decode(),
     )
 

@@ -233,8 +233,9 @@ def run_record() -> dict[str, Any]:
 
     Returns:
       "started" (UTC), "command", "python", "versions" of the libraries, "platform", "device_kind",
-      "num_devices", "num_processes", and "commit" and "dirty" (whether tracked files differ from
-      the commit) of the checkout this package is part of, None if it is not in one.
+      "num_devices", "num_processes", and "commit" and "dirty" of the checkout this package is part
+      of, None if it is not in one. It is dirty if tracked files differ from the commit, results of
+      studies left out, or if it has Python files, such as configs, that git does not know.
     """
     device = jax.devices()[0]
     commit, dirty = _checkout()
@@ -369,6 +370,10 @@ def _checkout() -> tuple[str | None, bool | None]:
         # An installed copy may lie inside a checkout of something else, which does not track it.
         git("ls-files", "--error-unmatch", here.name)
         commit = git("rev-parse", "HEAD")
-        return commit, bool(git("status", "--porcelain", "--untracked-files=no"))
+        # A study that is run appends to its results, which decide on nothing.
+        results = ":(top,exclude)experiments/*/results.jsonl"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", results)
+        unknown = git("ls-files", "--others", "--exclude-standard", "--", ":(top)*.py")
+        return commit, bool(changed or unknown)
     except (OSError, subprocess.SubprocessError):
         return None, None

@@ -1,0 +1,157 @@
+"""Two arms over the seeds that both have: how far apart they are, and what could have been seen.
+
+Runs of one seed start from the same parameters and see the same data in the same order. Their
+difference has less noise than either loss, so that a direction is decided by the differences: by
+Student's t of their mean. A comparison of several arms with one other is corrected for their number
+(S. Holm, A simple sequentially rejective multiple test procedure, 1979).
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from scipy import special
+
+Seed = TypeVar("Seed", bound=Hashable)
+
+LEVEL = 0.05  # of a test; an interval covers the mean with 1 - LEVEL
+POWER = 0.8  # share of studies that find the smallest effect that one can see
+MIN_SEEDS = 3  # fewer show no direction
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """One arm less another, seed by seed.
+
+    >>> found = paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 1.5, 2: 2.0, 3: 9.0})
+    >>> dict(found.by_seed)
+    {0: 1.0, 1: 0.5, 2: 1.0}
+    >>> round(found.mean, 4), round(found.t(), 4), round(found.p_value(), 4)
+    (0.8333, 5.0, 0.0377)
+
+    Attributes:
+      by_seed: the differences of the shared seeds; infinite where one of the two diverged, nan
+        where both did.
+      seed_sd: standard deviation over these seeds, pooled over the two arms: the root of the mean
+        of their variances. nan below two seeds.
+    """
+
+    by_seed: Mapping[Hashable, float]
+    seed_sd: float
+
+    @property
+    def num_seeds(self) -> int:
+        """How many seeds both arms have."""
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        """Mean difference; nan without a shared seed."""
+        return sum(self.by_seed.values()) / self.num_seeds if self.by_seed else math.nan
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation of the differences; nan of fewer than two, or if one is not finite."""
+        values = list(self.by_seed.values())
+        finite = all(map(math.isfinite, values))
+        return statistics.stdev(values) if len(values) > 1 and finite else math.nan
+
+    @property
+    def size(self) -> float:
+        """The mean in standard deviations of a seed."""
+        return self.mean / self.seed_sd if self.seed_sd else math.nan
+
+    def t(self, bound: float = 0.0) -> float:
+        """Student's t of the mean less a bound, n - 1 degrees of freedom.
+
+        Infinite where the differences are equal, or where a run diverged; nan below two seeds.
+        """
+        apart = self.mean - bound
+        if self.num_seeds < 2 or math.isnan(apart):
+            return math.nan
+        if math.isinf(apart) or (self.sd == 0 and apart):
+            return math.copysign(math.inf, apart)
+        return apart / (self.sd / math.sqrt(self.num_seeds)) if self.sd else 0.0
+
+    def p_value(self, bound: float = 0.0) -> float:
+        """Two-sided: how often a mean as far from a bound would come by chance, were that its mean.
+
+        Not corrected for other comparisons; see `holm`. nan below two seeds.
+        """
+        t = self.t(bound)
+        if math.isinf(t):
+            return 0.0
+        return float(2 * special.stdtr(self.num_seeds - 1, -abs(t)))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """What covers the mean of all seeds with a probability of 1 - `LEVEL`; nan below two."""
+        half = self._critical_t * self._standard_error
+        return self.mean - half, self.mean + half
+
+    @property
+    def smallest_visible(self) -> float:
+        """The effect that as many pairs of this spread would show in `POWER` of all studies.
+
+        A mean difference of this size passes the test at `LEVEL`, uncorrected, so often. nan below
+        two seeds.
+        """
+        if not math.isfinite(self.sd):
+            return math.nan
+        noncentrality = special.nctdtrinc(self.num_seeds - 1, 1 - POWER, self._critical_t)
+        return float(noncentrality) * self._standard_error
+
+    @property
+    def _critical_t(self) -> float:
+        if self.num_seeds < 2:
+            return math.nan
+        return float(special.stdtrit(self.num_seeds - 1, 1 - LEVEL / 2))
+
+    @property
+    def _standard_error(self) -> float:
+        return self.sd / math.sqrt(self.num_seeds) if self.by_seed else math.nan
+
+
+def paired(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Paired:
+    """`a` less `b`, over the seeds that both have.
+
+    Args:
+      a: a measure of an arm by seed; infinite where it diverged.
+      b: that of the other arm.
+    """
+    seeds = shared_seeds([a, b])
+    pooled = math.hypot(spread(a[s] for s in seeds), spread(b[s] for s in seeds)) / math.sqrt(2)
+    return Paired({seed: a[seed] - b[seed] for seed in seeds}, pooled)
+
+
+def shared_seeds(arms: Iterable[Mapping[Seed, float]]) -> list[Seed]:
+    """The seeds that all arms have, in the order of the first; [] of no arms."""
+    first, *others = [*arms] or [{}]
+    return [seed for seed in first if all(seed in other for other in others)]
+
+
+def spread(values: Iterable[float]) -> float:
+    """Standard deviation of the finite values of a sample; nan of fewer than two."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.stdev(finite) if len(finite) > 1 else math.nan
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values that are corrected for their number, by Holm's steps; in their order.
+
+    The smallest of n is multiplied by n, the next by n - 1, and none is smaller than one before it.
+    A nan counts as a comparison, and stays one.
+
+    >>> [round(p, 3) for p in holm([0.04, 0.01, 0.03])]
+    [0.06, 0.03, 0.06]
+    """
+    ordered = sorted(range(len(p_values)), key=lambda place: (math.isnan(p_values[place]),
+                                                              p_values[place]))  # fmt: skip
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, place in enumerate(ordered):
+        if not math.isnan(p_values[place]):
+            largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+            adjusted[place] = largest
+    return adjusted
