@@ -21,6 +21,7 @@ COMMANDS = {
     "sweep": ("moe_jax.sweep:command", "train a grid of settings and seeds, and compare them"),
     "compare": ("moe_jax.compare:command", "a table and a page of runs side by side"),
     "convert": ("moe_jax.convert:command", "move weights in and out: Hugging Face, GGUF"),
+    "upcycle": ("moe_jax.upcycle:command", "make a dense model sparse"),
     "report": ("moe_jax.analysis.report:main", "write the report of a run again"),
     "plan": ("moe_jax.plan:command", "what a run costs and whether it fits, before it runs"),
     "check_part": ("moe_jax.check_part:main", "check a part of your own; list kinds and settings"),

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "training": MODELS | {"data", "interrupts"},
     "interchange": MODELS,
     "inference": TRAINING,
+    "finetune": TRAINING | {"interchange"},
     "planning": TRAINING,
     "analysis": TRAINING | {"jobs", "planning"},
 }

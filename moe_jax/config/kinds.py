@@ -116,6 +116,12 @@ KINDS: dict[str, dict[str, str]] = {
         "token_entropy": "moe_jax.moe.balance:TokenEntropy",
         "batch_entropy": "moe_jax.moe.balance:BatchEntropy",
     },
+    "upcycling": {
+        "noise": "moe_jax.finetune.ways:Noise",
+        "drop": "moe_jax.finetune.ways:Drop",
+        "granular": "moe_jax.finetune.ways:Granular",
+        "shared": "moe_jax.finetune.ways:Shared",
+    },
     "bias_update": {
         "sign": "moe_jax.moe.bias:SignUpdate",
         "error": "moe_jax.moe.bias:ErrorUpdate",

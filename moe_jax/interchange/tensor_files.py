@@ -292,11 +292,8 @@ def write_shard(path: pathlib.Path, tensors: list[ToWrite]) -> None:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which gets its name when it is full; what fails leaves nothing.
-
-    A killed process leaves `.NAME.partial` beside it, which the next one removes.
+def require_absent(path: pathlib.Path) -> None:
+    """Refuses a directory that is there already, except if it is empty.
 
     Raises:
       ValueError: there is something of this name.
@@ -306,6 +303,18 @@ def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
             f"a model is written to a new directory: {path} is there already. Name another, or "
             "remove it."
         )
+
+
+@contextlib.contextmanager
+def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory to fill, which gets its name when it is full; what fails leaves nothing.
+
+    A killed process leaves `.NAME.partial` beside it, which the next one removes.
+
+    Raises:
+      ValueError: there is something of this name.
+    """
+    require_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -45,10 +45,29 @@ def save_imported(
     """
     key = jax.random.key_data(jax.random.key(config.seed))
     state = TrainState(jnp.zeros((), jnp.int32), params, (), dict(model_state), key)
+    save_state(workdir, config, state, content, origin)
+
+
+def save_state(
+    workdir: pathlib.Path,
+    config: ExperimentConfig,
+    state: TrainState,
+    content: Mapping[str, str],
+    origin: Mapping[str, Any],
+) -> None:
+    """Fills an empty directory so that `load_run` finds a run of `state.step` steps.
+
+    Args:
+      workdir: the directory.
+      config: of the run.
+      state: its `opt_state` may be (), as that of a model that was imported.
+      content: sha256 of the tokenizer, and of the corpus if it was trained on one.
+      origin: where the model is from, as JSON can hold it.
+    """
     record = write_config(config, content)
-    path, few = workdir / CHECKPOINTS, gigabytes_of_largest(params)
+    path, few = workdir / CHECKPOINTS, gigabytes_of_largest(state)
     with Checkpoints(path, keep=1, gigabytes_in_flight=few) as checkpoints:
-        checkpoints.save(0, state, metadata={"run": record}, wait=True)
+        checkpoints.save(int(state.step), state, metadata={"run": record}, wait=True)
     write_atomically(workdir / CONFIG_FILE, json_text(record, indent=2) + "\n")
     write_atomically(workdir / IMPORTED_FILE, json_text(origin, indent=2) + "\n")
 

@@ -36,10 +36,12 @@ def load_run(
     step: int | None = None,
     *,
     trust: bool = False,
+    averaged: bool = True,
 ) -> tuple[ExperimentConfig, TrainState]:
     """The config and a checkpoint of a run, which may be training, to evaluate or to sample from.
 
-    The parameters of the state are `evaluation_params`; `restore` has those of the last step.
+    The parameters of the state are `evaluation_params`, or with `averaged=False` those of the last
+    step.
 
     Args:
       workdir: of the run.
@@ -47,6 +49,7 @@ def load_run(
         that is returned has it.
       step: whose checkpoint, one of `kept_steps`; None: the newest whole one.
       trust: whether modules outside the library may be imported for the parts that they define.
+      averaged: whether the parameters are the optimizer's average, where it keeps one.
 
     Raises:
       ValueError: the directory holds no run, or a run without a checkpoint or without this one; the
@@ -79,7 +82,8 @@ def load_run(
             f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
             "Wait for the first one (training.checkpoint_every)."
         )
-    return config, restored._replace(params=evaluation_params(restored))
+    params = evaluation_params(restored) if averaged else restored.params
+    return config, restored._replace(params=params)
 
 
 def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> DataConfig:

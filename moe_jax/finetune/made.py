@@ -1,0 +1,174 @@
+"""What commands that make one model of another share: the source, the check, the new directory."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.config import ExperimentConfig, MeshConfig
+from moe_jax.config.check import require
+from moe_jax.finetune.moments import remodelled_optimizer
+from moe_jax.finetune.preservation import (
+    TOLERANCE,
+    Batch,
+    Said,
+    check_preserved,
+    difference,
+    heldout_text,
+)
+from moe_jax.finetune.remodel import Remodel, remodelled, remodelled_state
+from moe_jax.interchange.tensor_files import require_absent, whole_or_absent
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training.files import read_json
+from moe_jax.training.imported import IMPORTED_FILE, TOKENIZER, copy_tokenizer, save_state
+from moe_jax.training.placement import inference_rows
+from moe_jax.training.saved import load_run
+from moe_jax.training.state import TrainState
+from moe_jax.training.workdir import recorded_run
+
+
+@dataclasses.dataclass
+class Source:
+    """A model that another is made of.
+
+    Attributes:
+      workdir: of its run.
+      config: of the run.
+      state: its arrays; those that are not needed any more are deleted while others are made.
+      mesh: that they lie on.
+      batches: text that the models are compared on.
+      said: what the model says of it.
+    """
+
+    workdir: pathlib.Path
+    config: ExperimentConfig
+    state: TrainState
+    mesh: Mesh
+    batches: Sequence[Batch]
+    said: Said
+
+
+def open_source(
+    workdir: pathlib.Path,
+    output: pathlib.Path,
+    mesh: MeshConfig | None = None,
+    step: int | None = None,
+    *,
+    trust: bool = False,
+    averaged: bool = True,
+    num_batches: int = 1,
+) -> Source:
+    """Loads a model and asks it about held-out text.
+
+    Args:
+      workdir: of its run.
+      output: the directory of the new model, which must not be there.
+      mesh: where both models lie; None: one device.
+      step: of the checkpoint; None: the newest.
+      trust: see `load_run`.
+      averaged: see `load_run`.
+      num_batches: of text.
+
+    Raises:
+      ValueError: `output` is there, or the run cannot be read.
+    """
+    require_absent(output)
+    config, state = load_run(workdir, mesh, step, trust=trust, averaged=averaged)
+    placed_on = make_mesh(config.mesh)
+    batches = heldout_text(workdir, config, placed_on, num_batches)
+    said = Said(config, state.params, state.model_state, batches, placed_on, state.step)
+    return Source(workdir, config, state, placed_on, batches, said)
+
+
+def make(
+    source: Source,
+    remodel: Remodel,
+    key: jax.Array,
+    *,
+    optimizer_state: bool = False,
+    position: bool = False,
+) -> TrainState:
+    """The state of the new model; arrays of the source are deleted.
+
+    Args:
+      source: the old one.
+      remodel: both.
+      key: of what is drawn.
+      optimizer_state: whether moments are carried.
+      position: whether the step is, and so the position in the data and the learning rate.
+
+    Raises:
+      ValueError: the source has no optimizer state, or the mesh does not split the new model.
+    """
+    state, mesh = source.state, source.mesh
+    require(
+        not optimizer_state or bool(state.opt_state),
+        "optimizer state is carried from a run that was trained",
+        f"{source.workdir} has none",
+        "Leave out --optimizer_state",
+    )
+    inference_rows(remodel.new, mesh)  # the mesh splits the new model
+    opt_state: Any = ()
+    if optimizer_state:
+        opt_state = remodelled_optimizer(remodel, state.opt_state, key, mesh, counts=position)
+    source.state = state._replace(opt_state=(), params=None)
+    params = remodelled(remodel, state.params, key, mesh, donate=True)
+    model_state = remodelled_state(remodel, state.model_state, key)
+    step = state.step if position else jnp.zeros_like(state.step)
+    return TrainState(step, params, opt_state, model_state, state.key_data)
+
+
+def compare(source: Source, remodel: Remodel, state: TrainState) -> float:
+    """How far the logits of the new model are from the old one's; see `difference`."""
+    args = (state.params, state.model_state, source.batches, source.mesh, source.state.step)
+    return difference(source.said, Said(remodel.new, *args))
+
+
+def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
+    """A sentence on the comparison.
+
+    Raises:
+      ValueError: the logits change, and `allow_change` is off.
+    """
+    check_preserved(apart, allow_change, fix)
+    verb = "preserved" if apart <= TOLERANCE else "changed"
+    return (
+        f"{verb}: logits of {source.said.num_tokens} held-out tokens differ by {apart:.3g} of the "
+        f"largest one, where {TOLERANCE:g} counts as equal"
+    )
+
+
+def save(
+    source: Source,
+    remodel: Remodel,
+    state: TrainState,
+    output: pathlib.Path,
+    origin: Mapping[str, Any],
+) -> None:
+    """Writes the directory of the new model; whole, or not at all.
+
+    Args:
+      source: the old one, whose tokenizer is copied if it is in its directory.
+      remodel: both.
+      state: of the new one.
+      output: the directory.
+      origin: how it was made, as JSON can hold it.
+    """
+    record, _ = recorded_run(source.workdir)
+    config = dataclasses.replace(remodel.new, mesh=MeshConfig())
+    imported = source.workdir / IMPORTED_FILE
+    before = read_json(imported) if imported.exists() else {}
+    kept = {"settings": before["settings"]} if "settings" in before else {}
+    with whole_or_absent(output) as partial:
+        names = copy_tokenizer(source.workdir / TOKENIZER, partial / TOKENIZER)
+        given = pathlib.Path(config.data.tokenizer)
+        if given.name in names and given.parent.name == TOKENIZER:
+            moved = output.absolute() / TOKENIZER / given.name
+            data = dataclasses.replace(config.data, tokenizer=str(moved))
+            config = dataclasses.replace(config, data=data)
+        written = {"source": str(source.workdir), "step": int(source.state.step), **origin, **kept}
+        save_state(partial, config, state, record.get("content", {}), written)

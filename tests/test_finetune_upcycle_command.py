@@ -1,0 +1,127 @@
+"""The commands upcycle, merge_experts and prune_experts: runs in, runs out, and refusals."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.__main__ import main
+from moe_jax.finetune import made
+from moe_jax.training.files import read_json
+from moe_jax.training.imported import IMPORTED_FILE, save_state
+from moe_jax.training.saved import load_run
+from moe_jax.training.state import init_state
+from tests.tiny_run import CACHE, DENSE, tiny_config, tiny_state
+
+HELD_OUT = {"heldout_fraction": 0.001, "cache_dir": str(CACHE / "moe_jax")}
+CHANGED = r"logits stay the same to 1e-05 of the largest one: they differ by ([\d.e-]+) of it"
+
+
+def save_run(workdir, config):
+    """A run of seven steps, without its training: moments are 1."""
+    state = tiny_state(config)._replace(step=jnp.int32(7))
+    abstract = jax.eval_shape(lambda: init_state(config))
+    opt_state = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract.opt_state)
+    workdir.mkdir()
+    save_state(workdir, config, state._replace(opt_state=opt_state), {}, {})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A run of two dense layers."""
+    config = tiny_config(DENSE)
+    data = dataclasses.replace(config.data, **HELD_OUT)
+    return save_run(
+        tmp_path_factory.mktemp("dense") / "run", dataclasses.replace(config, data=data)
+    )
+
+
+def refused(capsys, *arguments):
+    """What a command prints that does not go through."""
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments])
+    assert ended.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_a_run_becomes_a_sparse_run_with_its_moments_and_its_step(dense, tmp_path, capsys):
+    arguments = ["upcycle", f"--workdir={dense}", "--experts=4", "--every=2"]
+    assert main([*arguments, f"--output={tmp_path / 'new'}"]) == 0
+    said = capsys.readouterr().out
+    assert "moe: layers 1 have 4 experts of 32 hidden units, top 2" in said
+    assert re.search(r"preserved: logits of 32 held-out tokens differ by [\d.e-]+ of", said)
+    config, state = load_run(tmp_path / "new")
+    assert config.model.layers_of == {"attention": (0, 1), "mlp": (0,), "moe": (1,)}
+    assert int(state.step) == 0 and state.opt_state == ()
+    assert read_json(tmp_path / "new" / IMPORTED_FILE)["made_by"] == "upcycle"
+
+    goes_on = ["--optimizer_state", "--position", f"--output={tmp_path / 'goes_on'}"]
+    assert main([*arguments, *goes_on]) == 0
+    _, state = load_run(tmp_path / "goes_on")
+    assert int(state.step) == 7 and int(state.opt_state[3].count) == 1
+    moments = state.opt_state[1].mu["stack"]["unit"]["1"]["moe"]
+    assert (moments["experts"]["wi"] == 1).all() and not moments["router"]["weight"].any()
+
+
+def test_gates_that_do_not_preserve_are_refused_and_nothing_is_written(dense, tmp_path, capsys):
+    output = tmp_path / "deep" / "new"
+    arguments = ["upcycle", f"--workdir={dense}", f"--output={output}", "--experts=4"]
+    arguments += ["--block=router.renormalize=false"]
+    said = refused(capsys, *arguments)
+    assert float(re.search(CHANGED, said)[1]) > 1e-3 and "--allow_change" in said
+    assert not list(tmp_path.iterdir())
+    assert main([*arguments, "--allow_change"]) == 0
+    assert "changed: logits" in capsys.readouterr().out
+    assert load_run(output)[0].model.part["moe"].router.renormalize is False
+
+
+def test_an_error_of_the_user_is_found_before_anything_is_read(
+    dense, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(made, "load_run", lambda *_, **__: pytest.fail("the run was read"))
+    arguments = ["upcycle", f"--workdir={dense}", f"--output={tmp_path / 'new'}"]
+    for wrong, message in [
+        ("--way=granulated", "a kind of upcycling is one of"),
+        ("--way=drop:rate=0.5", "--way has the fields ['ratio']"),
+        ("--way=drop:ratio=2", "ratio lies in (0, 1]"),
+        ("--block=router.renormalise=true", "--block=router.renormalise"),
+        ("--top_k=9", "num_selected_experts must lie in 1..num_experts"),
+        ("--layers=1,x", "--layers is a list of numbers: 1,x"),
+        (f"--output={dense}", "is there already"),
+    ]:
+        assert message in refused(capsys, *arguments, wrong), wrong
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch):
+    """What a killed process had begun has another name, and the next one replaces it."""
+    output, begun = tmp_path / "new", tmp_path / ".new.partial"
+    save = made.save_state
+
+    def look(workdir, *rest):
+        assert workdir == begun and not output.exists()
+        save(workdir, *rest)
+        assert not output.exists()
+
+    begun.mkdir()
+    (begun / "config.json").write_text("{")
+    monkeypatch.setattr(made, "save_state", look)
+    assert main(["upcycle", f"--workdir={dense}", f"--output={output}", "--experts=2"]) == 0
+    assert load_run(output)[0].model.part["moe"].num_experts == 2
+    assert not begun.exists()
+
+
+@pytest.mark.slow
+def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
+    states = []
+    for name, flags in (("one", []), ("mesh", ["--mesh=fsdp=2,expert=2,tensor=2"])):
+        output = tmp_path / name
+        arguments = [f"--workdir={dense}", f"--output={output}", "--experts=4", "--way=noise"]
+        assert main(["upcycle", *arguments, "--allow_change", *flags]) == 0
+        states.append(load_run(output)[1])
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
