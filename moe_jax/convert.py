@@ -145,9 +145,10 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
+    config, whole = plain(config, state.params)
     path = workdir / IMPORTED_FILE
     origin = read_json(path) if path.exists() else {}
-    params = dict(state.params)
+    params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
     to_hf(
@@ -163,6 +164,18 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     if not names and given.is_file():
         shutil.copyfile(given, target / given.name)
     print(f"step {int(state.step)} of {workdir} is in {target}")
+
+
+def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
+    """A model without quantised weights; says so if it had any."""
+    from moe_jax.models.wrapping import dense_params
+
+    how = config.model.quantisation
+    if how is None:
+        return config, params
+    print(f"weights of {how.bits} bits ({', '.join(how.names)}) are written as the floats they are")
+    model = dataclasses.replace(config.model, quantisation=None)
+    return dataclasses.replace(config, model=model), dense_params(params)
 
 
 def define_flags() -> None:

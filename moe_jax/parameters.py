@@ -68,11 +68,16 @@ class ParameterSpec:
         return math.prod(self.shape)
 
 
+# Arrays of a `Weight` that are drawn with the key of the weight.
+SAME_KEY = tuple(map(jax.tree_util.GetAttrKey, ("base", "values", "scales")))
+
+
 def init_parameters(key: jax.Array, specs: Any) -> Any:
     """Draws every parameter of a tree of specs, each with a key of its own.
 
     The key depends only on the path of a parameter in the tree, by CRC-32, so it is the same in
-    every process. The `base` of a `Weight` starts from the values that it would have unwrapped.
+    every process. The `base` of a `Weight` starts from the values that it would have unwrapped, and
+    `values` and `scales` of a quantised one are of these values.
 
     Args:
       key: random key.
@@ -81,10 +86,9 @@ def init_parameters(key: jax.Array, specs: Any) -> Any:
     Returns:
       Arrays in the same tree.
     """
-    base = jax.tree_util.GetAttrKey("base")
 
     def draw(path: tuple[Any, ...], spec: ParameterSpec) -> jax.Array:
-        name = jax.tree_util.keystr(tuple(entry for entry in path if entry != base))
+        name = jax.tree_util.keystr(tuple(entry for entry in path if entry not in SAME_KEY))
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
         return spec.init(own, spec.shape, spec.dtype)
 
@@ -173,16 +177,36 @@ class Shared:
 SHARED = Shared()
 
 
+@dataclasses.dataclass(frozen=True)
+class ToLogits(Shared):
+    """The layout of an output head: float32 whatever the dtype of the rows.
+
+    Attributes:
+      tied: whether the weights are those of the input embedding, [O, I].
+    """
+
+    tied: bool
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[..., I] @ [I, O] -> [..., O], or with [O, I]; accumulated in float32."""
+        weight = weight.T if self.tied else weight
+        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+
+
 class Weight:
     """Several arrays that act as one weight; register a subclass as a pytree of them."""
 
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """What `layout.matmul(x, dense(self))` gives, in the dtype of `x`."""
+        """What `layout.matmul(x, dense(self))` gives, with the weight in the dtype of `x`."""
         raise NotImplementedError
 
     def dense(self) -> jax.Array:
         """The weight as one array."""
         raise NotImplementedError
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """What `dense(self)[ids]` gives."""
+        return self.dense()[ids]
 
     def axes_of(self, axes: Axes) -> "Weight":
         """The axes of each of its arrays, in a tree like this one, from those of the weight."""
@@ -203,7 +227,7 @@ def grouped(x: jax.Array, weight: jax.Array | Weight, layout: Layout) -> jax.Arr
 
 def rows(table: jax.Array | Weight, ids: jax.Array) -> jax.Array:
     """The rows of a table [V, M] for integers [...]: [..., M] in the dtype of the table."""
-    return jnp.asarray(dense(table))[ids]
+    return table.rows(ids) if isinstance(table, Weight) else jnp.asarray(table)[ids]
 
 
 def dense(weight: jax.Array | Weight) -> jax.Array:

@@ -9,16 +9,17 @@ import moe_jax
 
 FOLDER = pathlib.Path(moe_jax.__file__).parent
 PARTS = {"config", "costs", "parallel", "parameters", "part"}
-MODELS = PARTS | {"layers", "models", "moe"}
+MODELS = PARTS | {"layers", "models", "moe", "weights"}
 TRAINING = MODELS | {"data", "training"}
 # A package, and the others of moe_jax that it may import, in functions and for types too.
 MAY_IMPORT = {
     "config": set(),
     "parallel": {"config"},
     "jobs": {"config", "interrupts"},
+    "weights": PARTS,
     "moe": PARTS,
     "layers": PARTS | {"moe"},
-    "models": PARTS | {"layers", "moe"},
+    "models": PARTS | {"layers", "moe", "weights"},
     "checks": MODELS,
     "data": {"config", "command_line"},  # for its two commands
     "training": MODELS | {"data", "interrupts"},

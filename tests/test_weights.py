@@ -1,4 +1,4 @@
-"""Weights of several arrays: a low-rank update and int8 act as the dense weight everywhere."""
+"""Weights of several arrays: a low-rank update and int4 act as the dense weight everywhere."""
 
 import contextlib
 import dataclasses
@@ -24,6 +24,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import Axes, Layout, Weight, dense, init_parameters, rows, weight_axes
 from moe_jax.part import Call, Dims, Own
+from moe_jax.weights.quantised import TABLE, Quantised, quantise
 from tests.slow import slow_but
 
 # The dense weight is rounded once more than the product of its factors, and sums on a mesh are in
@@ -56,32 +57,6 @@ class LowRank(Weight):
         *leading, inward, outward = axes
         return LowRank(axes, (*leading, inward, None), (*leading, None, outward))
 
-    def trains(self) -> "LowRank":
-        return LowRank(False, True, True)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Int8(Weight):
-    """Integers times a scale for each output column."""
-
-    q: Any
-    scale: Any
-
-    def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        scale = layout.expand(self.scale.astype(x.dtype))
-        return layout.matmul(x, self.q.astype(x.dtype)) * scale
-
-    def dense(self) -> jax.Array:
-        return self.q * self.scale[..., None, :]
-
-    def axes_of(self, axes: Axes) -> "Int8":
-        *leading, _, outward = axes
-        return Int8(axes, (*leading, outward))
-
-    def trains(self) -> "Int8":
-        return Int8(False, True)
-
 
 def low_rank(random, spec):
     *leading, inward, outward = spec.shape
@@ -92,13 +67,12 @@ def low_rank(random, spec):
     return LowRank(base, a, b)
 
 
-def int8(random, spec):
-    q = random.integers(-127, 128, spec.shape, np.int8)
-    shape = (*spec.shape[:-2], spec.shape[-1])
-    return Int8(q, random.uniform(0.2, 1.0, shape).astype(np.float32) / 100)
+def int4(random, spec):
+    """In pairs, so that every mesh of the test cuts between groups."""
+    return quantise(jnp.asarray(random.normal(size=spec.shape) / 2, jnp.float32), 4, 2)
 
 
-LEAVES = {"low rank": low_rank, "int8": int8}
+LEAVES = {"low rank": low_rank, "int4": int4}
 
 
 def is_weight(value):
@@ -118,11 +92,17 @@ def wrapped(specs, leaf):
     return jax.tree.map(draw, specs)
 
 
+def trains(value):
+    """Whether each array of a parameter learns."""
+    if isinstance(value, LowRank):
+        return LowRank(False, True, True)
+    return jax.tree.map(lambda _: not isinstance(value, Quantised), value)
+
+
 def split(params):
     """The leaves that learn; and a function from them, or others in their place, to parameters."""
     leaves, tree = jax.tree.flatten(params)
-    marks = jax.tree.map(lambda v: v.trains() if is_weight(v) else True, params, is_leaf=is_weight)
-    marks = jax.tree.leaves(marks)
+    marks = jax.tree.leaves(jax.tree.map(trains, params, is_leaf=is_weight))
 
     def joined(learning):
         learning = iter(learning)
@@ -262,7 +242,10 @@ def test_an_embedding_and_a_head_of_such_weights(leaf):
         tie_embeddings=False,
     )
     params = wrapped(model.specs(), leaf)
-    params["embedding"] = LEAVES[leaf](np.random.default_rng(3), model.specs()["embedding"])
+    table = LEAVES["low rank"](np.random.default_rng(3), model.specs()["embedding"])
+    if leaf == "int4":
+        table = quantise(dense(table), 4, 2, TABLE)
+    params["embedding"] = table
     ids = np.random.default_rng(4).integers(0, 12, (2, 4), np.int32)
     plain = jax.tree.map(dense, params, is_leaf=is_weight)
     np.testing.assert_allclose(rows(params["embedding"], ids), plain["embedding"][ids], rtol=1e-6)

@@ -149,26 +149,38 @@ def save(
     output: pathlib.Path,
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes the directory of the new model; whole, or not at all.
+    """Writes the directory of the new model; arguments are those of `make` and `save_made`."""
+    origin = {"step": int(source.state.step), **origin}
+    save_made(source.workdir, remodel.new, state, output, origin)
+
+
+def save_made(
+    workdir: pathlib.Path,
+    config: ExperimentConfig,
+    state: TrainState,
+    output: pathlib.Path,
+    origin: Mapping[str, Any],
+) -> None:
+    """Writes the directory of a model that was made of a run's; whole, or not at all.
 
     Args:
-      source: the old one, whose tokenizer is copied if it is in its directory.
-      remodel: both.
-      state: of the new one.
+      workdir: of that run, whose tokenizer is copied if it is in there.
+      config: of the new model.
+      state: of it.
       output: the directory.
       origin: how it was made, as JSON can hold it.
     """
-    record, _ = recorded_run(source.workdir)
-    config = dataclasses.replace(remodel.new, mesh=MeshConfig())
-    imported = source.workdir / IMPORTED_FILE
+    record, _ = recorded_run(workdir)
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    imported = workdir / IMPORTED_FILE
     before = read_json(imported) if imported.exists() else {}
     kept = {"settings": before["settings"]} if "settings" in before else {}
     with whole_or_absent(output) as partial:
-        names = copy_tokenizer(source.workdir / TOKENIZER, partial / TOKENIZER)
+        names = copy_tokenizer(workdir / TOKENIZER, partial / TOKENIZER)
         given = pathlib.Path(config.data.tokenizer)
         if given.name in names and given.parent.name == TOKENIZER:
             moved = output.absolute() / TOKENIZER / given.name
             data = dataclasses.replace(config.data, tokenizer=str(moved))
             config = dataclasses.replace(config, data=data)
-        written = {"source": str(source.workdir), "step": int(source.state.step), **origin, **kept}
+        written = {"source": str(workdir), **origin, **kept}
         save_state(partial, config, state, record.get("content", {}), written)

@@ -80,9 +80,9 @@ class EncoderDecoder(LanguageModel):
         """See `LanguageModel`."""
         return {"encoder": self.encoder, "stack": self.stack}
 
-    def specs(self) -> dict[str, Any]:
+    def plain_specs(self) -> dict[str, Any]:
         """Those of `LanguageModel`, `encoder`, `encoder_norm`, any `encoder_embedding` [V, M]."""
-        specs = super().specs() | {"encoder_norm": self.norm.specs(self.model_dim)}
+        specs = super().plain_specs() | {"encoder_norm": self.norm.specs(self.model_dim)}
         if not self.share_embeddings:
             specs["encoder_embedding"] = self.embedding_spec()
         return specs

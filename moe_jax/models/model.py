@@ -18,10 +18,12 @@ from moe_jax.models.layout import SEGMENTS, StackLayout
 from moe_jax.models.multi_token import NAME, Modules, MultiToken, joined, separated
 from moe_jax.models.output import Encoded, ModelOutput, of_both
 from moe_jax.models.stack import REMAT, Stack, StackOutput
+from moe_jax.models.wrapping import wrapped
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import ParameterSpec, dense, normal_init, rows, zeros
+from moe_jax.parameters import ParameterSpec, ToLogits, dense, grouped, normal_init, rows, zeros
 from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
+from moe_jax.weights.quantised import Quantisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class LanguageModel(Settings):
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
     multi_token: MultiToken | None = None  # modules that predict later tokens too; None: no modules
+    quantisation: Quantisation | None = None  # of weights, for inference; None: none is quantised
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
     # Recomputed: all but the "dots", "full".
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
@@ -179,6 +182,10 @@ class LanguageModel(Settings):
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
+        """Those of the parameters; of a weight that is quantised, of its arrays."""
+        return wrapped(self.plain_specs(), (self.quantisation,))
+
+    def plain_specs(self) -> dict[str, Any]:
         """`embedding`, `final_norm`, `stack`; perhaps `head`, `head_bias`, `multi_token`."""
         vocab, model = self.vocab_size, self.model_dim
         init = normal_init(model**-0.5)
@@ -219,12 +226,15 @@ class LanguageModel(Settings):
         Raises:
           ValueError: with the sizes and what to change.
         """
-        check_divides({k: own for k, own in self.specs().items() if k not in self.stacks}, run)
+        outside = {k: own for k, own in self.plain_specs().items() if k not in self.stacks}
+        check_divides(outside, run)
         for name, stack in self.stacks.items():
             own = run._replace(length=run.encoder_length) if name == "encoder" else run
             stack.check_run(self.dims, own)
         if self.modules is not None:
             self.modules.check_run(self.dims, run)
+        if self.quantisation is not None:
+            check_divides(self.specs(), run)
 
     def run(
         self,
@@ -258,7 +268,7 @@ class LanguageModel(Settings):
         """The embedded tokens in float32, [B, L, M]."""
         # Gathered over fsdp as a whole: left to itself, the compiler would replicate the batch. In
         # float32, so that the gradient sums a frequent token's many rows in it.
-        table_VM = constrain(dense(params["embedding"]), "vocab", None)
+        table_VM = jax.tree.map(lambda a: constrain(a, "vocab", None), params["embedding"])
         multiplier = self.embedding_multiplier
         return rows(table_VM, tokens_BL) * (
             self.model_dim**0.5 if multiplier is None else multiplier
@@ -316,10 +326,8 @@ class LanguageModel(Settings):
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on a normed residual: float32 [B, L, V]; biased, scaled, capped."""
         tied = self.tie_embeddings
-        head_MV = dense(params["embedding"]).T if tied else dense(params["head"])
-        logits_BLV = jnp.matmul(
-            x_BLM, head_MV.astype(self.compute_dtype), preferred_element_type=jnp.float32
-        )
+        weight = params["embedding" if tied else "head"]
+        logits_BLV = grouped(x_BLM.astype(self.compute_dtype), weight, ToLogits(tied))
         if self.head_bias:
             logits_BLV += dense(params["head_bias"])
         if self.logits_multiplier != 1:

@@ -119,8 +119,8 @@ def shards_of(axis: str | None, mesh: MeshConfig) -> int:
 
 @functools.lru_cache(maxsize=64)
 def parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
-    """The parameters of the model before they exist; layers of a scan are stacked."""
-    return tuple(jax.tree.leaves(model.specs()))
+    """The plain parameters before they exist; layers of a scan are stacked."""
+    return tuple(jax.tree.leaves(model.plain_specs()))
 
 
 def component(spec: ParameterSpec) -> str:
@@ -137,7 +137,7 @@ def count_parameters(model: LanguageModel, sequence_length: int | Lengths) -> Pa
         expert chooses.
     """
     counts = dict.fromkeys((*COMPONENTS, NAME), 0)
-    for name, own in model.specs().items():
+    for name, own in model.plain_specs().items():
         for spec in jax.tree.leaves(own):
             counts[NAME if name == NAME else component(spec)] += spec.size
     inactive = inactive_parameters(model, sequence_length)

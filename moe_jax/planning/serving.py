@@ -16,8 +16,8 @@ from moe_jax.planning.flops import count_flops
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
 
-# Bits of a weight: of routed experts, and of everything else. Quantised ones have a bfloat16 scale
-# for every 32 weights, half a bit each.
+# Bits of a weight: of routed experts, and of everything else. Quantised ones have a float16 scale
+# for every 32 weights, half a bit each (`weights.quantised`).
 PRECISIONS = {
     "float32": (32.0, 32.0),
     "bfloat16": (16.0, 16.0),
@@ -84,6 +84,12 @@ def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
         cache=cache_bytes(model, context),
         flops=count_flops(model, context).model,
     )
+
+
+def stored_bytes(model: LanguageModel) -> int:
+    """Bytes of the parameters in their own dtypes: float32, and integers of quantised ones."""
+    specs = dataclasses.replace(model, multi_token=None).specs()
+    return sum(spec.size * jnp.dtype(spec.dtype).itemsize for spec in jax.tree.leaves(specs))
 
 
 def cache_bytes(model: LanguageModel, context: int) -> int:
@@ -166,7 +172,7 @@ def serving_text(model: LanguageModel, context: int, batch: int, chips: Mapping[
     return "\n\n".join(
         "\n".join(lines)
         for lines in (
-            weights_lines(costs),
+            [*weights_lines(costs), *stored_lines(model)],
             cache_lines(model),
             decoding_lines(costs, chips),
             device_lines(costs, batch, chips),
@@ -179,6 +185,12 @@ def weights_lines(costs: ServingCosts) -> Iterator[str]:
     yield f"weights: {costs.experts + costs.rest:,}, {costs.experts:,} of them in routed experts"
     for name in PRECISIONS:
         yield f"  {name:<28}{costs.weights(name) / 1e9:>12,.2f} GB"
+
+
+def stored_lines(model: LanguageModel) -> Iterator[str]:
+    """Bytes of a model that is quantised."""
+    if model.quantisation is not None:
+        yield f"  {'as model.quantisation says':<28}{stored_bytes(model) / 1e9:>12,.2f} GB"
 
 
 def cache_lines(model: LanguageModel) -> Iterator[str]:
@@ -228,6 +240,7 @@ def describe_serving(
     return {
         "weights": {"experts": costs.experts, "rest": costs.rest},
         "weight_bytes": {name: costs.weights(name) for name in PRECISIONS},
+        "stored_bytes": stored_bytes(model),
         "cache_bytes": {length: cache_bytes(model, length) for length in (context, *CONTEXTS)},
         "flops_per_token": costs.flops,
         "bytes_per_token": costs.read("bfloat16", 1),

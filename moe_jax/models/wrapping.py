@@ -1,0 +1,115 @@
+"""Weights of several arrays in the tree of a model: which parameters have them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+
+from moe_jax.config.check import require
+from moe_jax.models.selection import select
+from moe_jax.parameters import ParameterSpec, Weight, dense
+from moe_jax.weights.quantised import Quantisation, Quantised, axis_of
+
+# Components whose weights are left as they are unless a name says their word.
+NAMED_ALONE = ("embedding", "head", "router")
+
+
+class Wrapping(Protocol):
+    """A setting that puts a `Weight` in the place of some matrices.
+
+    Attributes:
+      names: which parameters, as `selection.select` reads them.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See the class."""
+
+    def wrap(self, name: str, spec: ParameterSpec, inner: Any) -> Weight:
+        """The specs of the arrays in the place of a matrix; `inner` is what is there by now."""
+
+
+def wrapped(specs: Any, wrappings: Sequence[Wrapping | None]) -> Any:
+    """The tree of a model whose matrices are wrapped, by one setting after another.
+
+    Args:
+      specs: of the plain parameters.
+      wrappings: the settings; None changes nothing.
+
+    Raises:
+      ValueError: a name chooses no matrix, or a matrix cannot be wrapped.
+    """
+    tree = specs
+    for wrapping in wrappings:
+        if wrapping is None:
+            continue
+
+        def wrap(path: Any, mark: bool, spec: Any, inner: Any, wrapping: Any = wrapping) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return wrapping.wrap(name, spec, inner) if mark else inner
+
+        tree = jax.tree_util.tree_map_with_path(wrap, chosen_by(wrapping, specs), specs, tree)
+    return tree
+
+
+def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
+    """Whether each plain parameter is wrapped: bools in their tree.
+
+    Raises:
+      ValueError: a name chooses no parameter, or all together no matrix.
+    """
+    words = {word for name in wrapping.names for word in name.split("/")}
+
+    def is_meant(mark: bool, spec: ParameterSpec) -> bool:
+        named = spec.component not in NAMED_ALONE or spec.component in words
+        return mark and named and is_matrix(spec)
+
+    marks = jax.tree.map(is_meant, select(specs, wrapping.names), specs)
+    require(
+        any(jax.tree.leaves(marks)),
+        "names choose at least one matrix",
+        f"names={wrapping.names} of {type(wrapping).__name__}",
+        "Name a component that has one, such as 'experts' or 'attention'",
+    )
+    return marks
+
+
+def is_matrix(spec: ParameterSpec) -> bool:
+    """Whether a parameter is a matrix, or a stack of them, that a product may take in pieces."""
+    dims = spec.shape[spec.num_stacked :]
+    is_weight = spec.decays or spec.component == "embedding"
+    return is_weight and len(dims) == 2 and min(dims) > 1
+
+
+def dense_params(params: Any) -> Any:
+    """The parameters as plain arrays, float32 where they were quantised."""
+    return jax.tree.map(dense, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+
+
+def quantised_params(params: Any, specs: Any, quantisation: Quantisation) -> Any:
+    """The parameters with those quantised that the setting chooses.
+
+    One after another, matrix by matrix: beside the result there is one matrix more. The arrays that
+    are quantised are deleted.
+
+    Args:
+      params: of the plain model; used up.
+      specs: of the plain model.
+      quantisation: which, and how.
+    """
+
+    def matrices(weight: jax.Array, stacked: int, axis: int) -> Quantised:
+        if stacked == 0:
+            return quantisation.apply(weight, axis)
+        return jax.lax.map(lambda one: matrices(one, stacked - 1, axis), weight)
+
+    compiled = jax.jit(matrices, static_argnums=(1, 2))
+
+    def one(mark: bool, spec: ParameterSpec, weight: jax.Array) -> Any:
+        if not mark:
+            return weight
+        found = jax.block_until_ready(compiled(weight, spec.num_stacked, axis_of(spec)))
+        weight.delete()
+        return found
+
+    return jax.tree.map(one, chosen_by(quantisation, specs), specs, params)

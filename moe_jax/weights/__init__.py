@@ -1,0 +1,1 @@
+"""Weights of several arrays: quantised ones (see `moe_jax.parameters`)."""
