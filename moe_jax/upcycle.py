@@ -61,7 +61,7 @@ def description(remodel: "Remodel") -> str:
 
     new = remodel.new.model
     lines = []
-    for name in remodel.origins:
+    for _, name in remodel.origins:
         moe: Any = new.part[name]
         shared = f", a shared one of {moe.shared_expert_dim}" if moe.shared_expert_dim else ""
         lines.append(

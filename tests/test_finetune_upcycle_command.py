@@ -116,6 +116,27 @@ def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, capsys):
+    sparse, copy, fewer = (tmp_path / name for name in ("sparse", "copy", "fewer"))
+    assert main(["upcycle", f"--workdir={dense}", f"--output={sparse}", "--experts=4"]) == 0
+    assert main(["merge_experts", f"--workdir={sparse}", f"--output={copy}"]) == 0
+    assert "mlp: layers 0, 1 are means of the experts of moe" in capsys.readouterr().out
+    (before, old), (after, new) = load_run(dense), load_run(copy)
+    assert before.model == after.model
+    for one, other in zip(*map(jax.tree.leaves, (old.params, new.params)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+    # Copies are all used; any of them can go.
+    arguments = ["prune_experts", f"--workdir={sparse}", f"--output={fewer}"]
+    assert "an expert must be dropped" in refused(capsys, *arguments)
+    assert main([*arguments, "--drop=1"]) == 0
+    said = capsys.readouterr().out
+    assert "moe: 3 of 4 experts are left; an expert axis of the mesh can have 1, 3 devices" in said
+    assert "preserved" in said and "layer 1: drops 1, " in said
+    assert load_run(fewer)[0].model.part["moe"].num_experts == 3
+
+
+@pytest.mark.slow
 def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
     states = []
     for name, flags in (("one", []), ("mesh", ["--mesh=fsdp=2,expert=2,tensor=2"])):

@@ -80,7 +80,7 @@ def remodelled_optimizer(
         if kept is None:
             return old[path]
         recipe, spec = remodel.recipes[kept.path], specs[kept.path]
-        needed = {one.path: kept.of(one.path) for row in recipe.old for one in row}
+        needed = {name: kept.of(name) for name in recipe.needed}
         sharding = named_sharding(axes_of_moment(spec.axes, spec.shape, leaf.shape), mesh)
         if (kept.is_moment and not needed) or not set(needed.values()) <= set(old):
             fresh[path] = sharding

@@ -8,6 +8,7 @@ they are made so that a large model is never there twice, is here. Legend: `moe_
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +19,11 @@ from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.interchange.leaves import Leaf, leaf_at, leaves_of
+from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import ParameterSpec, init_parameters
+from moe_jax.part import Dims, Part
 
 Path = tuple[str, ...]
 NORMS = ("_norm", "_post_norm")  # of a branch, beside it in its layer
@@ -102,24 +105,39 @@ class Place(NamedTuple):
     row: int | None
 
 
+class Row(NamedTuple):
+    """How an array of one layer of the new tree is made.
+
+    Attributes:
+      origin: of its part; None: it is carried.
+      path: of the parameter within its part.
+      old: the places of what it needs.
+      layer: its number through all stacks.
+    """
+
+    origin: Origin | None
+    path: Path
+    old: tuple[Place, ...]
+    layer: int
+
+
 class Recipe(NamedTuple):
     """How an array of the new tree is made.
 
     Attributes:
-      path: of the parameter within its part; of one that is carried not used.
-      origin: of its part; None: it is carried.
-      old: for each layer, the places of what it needs.
-      layers: their numbers through all stacks; () outside the layers.
+      rows: of its layers; one of an array outside the layers.
       stacked: whether the array has a leading dim of layers.
       unmoved: the path of the old array that the new one is, as it is; None if there is none.
     """
 
-    path: Path
-    origin: Origin | None
-    old: tuple[tuple[Place, ...], ...]
-    layers: tuple[int, ...]
+    rows: tuple[Row, ...]
     stacked: bool
     unmoved: Path | None
+
+    @property
+    def needed(self) -> collections.Counter[Path]:
+        """The old arrays that it is made of, and how often."""
+        return collections.Counter(one.path for row in self.rows for one in row.old)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +147,12 @@ class Remodel:
     Attributes:
       old: the config of the old model.
       new: of the new one.
-      origins: by the name of a part of the new model that takes the place of another.
+      origins: by the names of a part of the old model and of the new one in its place.
     """
 
     old: ExperimentConfig
     new: ExperimentConfig
-    origins: Mapping[str, Origin]
+    origins: Mapping[tuple[str, str], Origin]
 
     @functools.cached_property
     def recipes(self) -> dict[Path, Recipe]:
@@ -155,52 +173,66 @@ class Remodel:
         """How one of them is made."""
         stack = leaf.path[0]
         if stack not in start or not leaf.layers:
-            return Recipe((), None, ((Place(leaf.path, None),),), (), False, leaf.path)
-        segment, key, rest = *leaf.path[1:3], leaf.path[3:]
-        branch, *inner = rest
-        names = self.old_names(stack, segment, int(key), leaf.layers[0])
-        before, part = names.get(branch, (branch, ""))
-        origin, path = self.origins.get(part), tuple(inner)
-        needed = ((),) if origin is None else origin.needs(path)
-        wanted = [(before, *(path if origin is None else one)) for one in needed]
-        old = tuple(
-            tuple(places[stack, *one][layer] for one in wanted) for layer in leaf.layers
-        )  # fmt: skip
-        numbers = tuple(start[stack] + layer for layer in leaf.layers)
-        unmoved = None
-        if origin is None:
-            first = old[0][0]
-            of_first = [one for one in places[stack, *wanted[0]].values() if one.path == first.path]
-            same = [one for (one,) in old] == of_first and leaf.stacked == (first.row is not None)
-            unmoved = first.path if same else None
-        return Recipe(path, origin, old, numbers, leaf.stacked, unmoved)
+            row = Row(None, (), (Place(leaf.path, None),), 0)
+            return Recipe((row,), False, leaf.path)
+        segment, key, branch, *inner = leaf.path[1:]
+        layer = getattr(self.new.model.stacks[stack], segment)[int(key)]
+        rows = []
+        for number in leaf.layers:
+            before, origin = self.old_branch(stack, number, layer, branch)
+            needed = (tuple(inner),) if origin is None else origin.needs(tuple(inner))
+            old = tuple(places[stack, before, *one][number] for one in needed)
+            rows.append(Row(origin, tuple(inner), old, start[stack] + number))
+        return Recipe(tuple(rows), leaf.stacked, unmoved(rows, leaf.stacked, places))
 
-    def old_names(
-        self, stack: str, segment: str, place: int, layer: int
-    ) -> dict[str, tuple[str, str]]:
-        """By the keys of a new layer: the key in the old layer, and the part if it is a branch's.
+    def old_branch(
+        self, stack: str, number: int, layer: Any, key: str
+    ) -> tuple[str, Origin | None]:
+        """Where a branch or a norm of a new layer is in the old one, and the origin of a branch.
 
         Args:
           stack: its name.
-          segment: of the new stack.
-          place: of the layer in the segment.
-          layer: its number in the stack.
+          number: of the layer in it.
+          layer: the new one.
+          key: of its parameters in the layer.
         """
-        new = getattr(self.new.model.stacks[stack], segment)[place]
-        old = layer_of(self.old.model, stack, layer)
-        names: dict[str, tuple[str, str]] = {}
-        for (after, _), (before, _), (part, _) in zip(
-            new.named, old.named, new.branches, strict=True
-        ):
-            names |= {after + norm: (before + norm, "") for norm in NORMS}
-            names[after] = (before, part)
-        return names
+        of = self.old.model.stacks[stack]
+        old = (of.first + of.unit * of.repeats + of.last)[number]
+        branches = zip(old.named, old.branches, layer.named, layer.branches, strict=True)
+        for (before, _), (old_part, _), (after, _), (new_part, _) in branches:
+            if key == after:
+                return before, self.origins.get((old_part, new_part))
+            if key in (after + norm for norm in NORMS):
+                return before + key.removeprefix(after), None
+        return key, None
 
 
-def layer_of(model: LanguageModel, stack: str, layer: int) -> Any:
-    """The layer of this number in a stack."""
-    of = model.stacks[stack]
-    return (of.first + of.unit * of.repeats + of.last)[layer]
+def unmoved(
+    rows: Sequence[Row], stacked: bool, places: Mapping[Path, Mapping[int, Place]]
+) -> Path | None:
+    """See `Recipe`: the path of the old array that has these rows and no others, in their order."""
+    if any(row.origin is not None for row in rows):
+        return None
+    first = rows[0].old[0]
+    of_first = [one for own in places.values() for one in own.values() if one.path == first.path]
+    same = [row.old[0] for row in rows] == of_first and stacked == (first.row is not None)
+    return first.path if same else None
+
+
+def with_parts(
+    model: LanguageModel, parts: Mapping[str, Part], layouts: Mapping[str, StackLayout]
+) -> LanguageModel:
+    """A model with other stacks, and those of the parts that a layer names."""
+    used = {name for layout in layouts.values() for name in layout.names}
+    used |= set(model.multi_token.layer) if model.multi_token else set()
+    kept = {name: part for name, part in parts.items() if name in used}
+    return dataclasses.replace(model, parts=kept, **dict[str, Any](layouts))
+
+
+def with_layers(layout: StackLayout, layers: Sequence[LayerNames]) -> StackLayout:
+    """A layout with other layers, and all else as it is."""
+    names = ("shared", "tied", "causal", "allow_lookahead")
+    return StackLayout.of(layers, **{name: getattr(layout, name) for name in names})
 
 
 def places_of(model: LanguageModel) -> dict[Path, dict[int, Place]]:
@@ -243,21 +275,17 @@ def make_arrays(
     donate: bool,
 ) -> dict[Path, jax.Array]:
     """New arrays by path, of old ones by path; see `remodelled`."""
-    left = collections.Counter(
-        one.path for path in specs for layer in remodel.recipes[path].old for one in layer
-    )
+    recipes = {path: remodel.recipes[path] for path in specs}
+    left = sum((recipe.needed for recipe in recipes.values()), collections.Counter[Path]())
+    kept = {recipe.unmoved for recipe in recipes.values()}
     made: dict[Path, jax.Array] = {}
-    kept = {remodel.recipes[path].unmoved for path in specs}
-    for path, spec in specs.items():
-        recipe = remodel.recipes[path]
+    for path, recipe in recipes.items():
         if recipe.unmoved is not None:
             made[path] = arrays[recipe.unmoved]
             continue
-        sharding = named_sharding(spec.axes, mesh)
-        made[path] = made_of(recipe, arrays, key, sharding)
-        used = collections.Counter(one.path for layer in recipe.old for one in layer)
-        left -= used
-        for name in used:
+        made[path] = made_of(recipe, arrays, key, named_sharding(specs[path].axes, mesh))
+        left -= recipe.needed
+        for name in recipe.needed:
             if donate and not left[name] and name not in kept:
                 jax.block_until_ready(made[path])
                 arrays[name].delete()
@@ -283,49 +311,63 @@ def made_of(
       moment: see `Origin.make`.
       shape: of one layer, if it is not that of the parameter; see `Origin.make_other`.
     """
-    names = sorted({one.path for layer in recipe.old for one in layer})
+    names = sorted(recipe.needed)
 
     def program(key: jax.Array, *given: jax.Array) -> jax.Array:
-        gathered = gather(recipe, dict(zip(names, given, strict=True)))
-        origin, path = recipe.origin, recipe.path
-        if origin is None:
-            return gathered[0]
-
-        def one(key: jax.Array, own: jax.Array | None, *old: jax.Array) -> jax.Array:
-            if shape is not None:
-                return origin.make_other(path, old[0], own, shape)
-            return origin.make(path, old, key, own, moment)
-
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(recipe.layers))
-        own = None
-        if origin.per_layer is not None:
-            own = jnp.stack([jnp.asarray(origin.per_layer[layer]) for layer in recipe.layers])
-        if recipe.stacked:
-            return jax.vmap(one)(keys, own, *gathered)
-        return one(keys[0], None if own is None else own[0], *gathered)
+        by_name = dict(zip(names, given, strict=True))
+        pieces = [
+            rows_of(list(rows), by_name, key, moment, shape)
+            for _, rows in itertools.groupby(recipe.rows, lambda row: id(row.origin))
+        ]
+        made_X = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+        return made_X if recipe.stacked else made_X[0]
 
     with jax.set_mesh(sharding.mesh):
         return jax.jit(program, out_shardings=sharding)(key, *(arrays[name] for name in names))
 
 
-def gather(recipe: Recipe, arrays: Mapping[Path, jax.Array]) -> list[jax.Array]:
-    """What the layers of a recipe need, each with their dim in front if it is stacked."""
-    if not recipe.stacked:
-        (places,) = recipe.old
-        return [row_of(arrays[one.path], one.row) for one in places]
-    gathered = []
-    for places in zip(*recipe.old, strict=True):
-        rows = [one.row for one in places]
-        if len({one.path for one in places}) == 1 and None not in rows:
-            gathered.append(arrays[places[0].path][np.asarray(rows)])
-        else:
-            gathered.append(jnp.stack([row_of(arrays[one.path], one.row) for one in places]))
-    return gathered
+def rows_of(
+    rows: Sequence[Row],
+    arrays: Mapping[Path, jax.Array],
+    key: jax.Array,
+    moment: bool,
+    shape: tuple[int, ...] | None,
+) -> jax.Array:
+    """The arrays of some layers of one origin, with a leading dim; see `made_of`."""
+    gathered = [gather(places, arrays) for places in zip(*(row.old for row in rows), strict=True)]
+    origin, path = rows[0].origin, rows[0].path
+    if origin is None:
+        return gathered[0]
+    layers = [row.layer for row in rows]
+    own_X = None
+    if origin.per_layer is not None:
+        own_X = jnp.stack([jnp.asarray(origin.per_layer[layer]) for layer in layers])
+
+    def one(key: jax.Array, own: jax.Array | None, *old: jax.Array) -> jax.Array:
+        if shape is not None:
+            return origin.make_other(path, old[0], own, shape)
+        return origin.make(path, old, key, own, moment)
+
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(layers))
+    return jax.vmap(one)(keys, own_X, *gathered)
+
+
+def gather(places: Sequence[Place], arrays: Mapping[Path, jax.Array]) -> jax.Array:
+    """What is at some places, with a leading dim."""
+    rows = [one.row for one in places]
+    if len({one.path for one in places}) == 1 and None not in rows:
+        return arrays[places[0].path][np.asarray(rows)]
+    return jnp.stack([row_of(arrays[one.path], one.row) for one in places])
 
 
 def row_of(array: jax.Array, row: int | None) -> jax.Array:
     """A row of a stacked array; None: all of it."""
     return array if row is None else array[row]
+
+
+def specs_by_path(part: Part, dims: Dims) -> dict[Path, ParameterSpec]:
+    """The specs of the parameters of a part, by path in it."""
+    return {path_of(path): spec for path, spec in leaves_with_path(part.specs(dims))}
 
 
 def path_of(path: tuple[Any, ...]) -> Path:
@@ -345,10 +387,11 @@ def unflatten(like: Any, made: Mapping[Path, jax.Array]) -> Any:
 
 def remodelled_state(remodel: Remodel, state: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
     """What parts of the new model keep outside the optimizer, by part; see `Origin.state`."""
+    origins = {new: origin for (_, new), origin in remodel.origins.items()}
     start = init_parameters(key, remodel.new.model.state_specs())
     return {
         part: state[part]
-        if part not in remodel.origins
-        else remodel.origins[part].state(own, state.get(part), remodel.new.model.layers_of[part])
+        if part not in origins
+        else origins[part].state(own, state.get(part), remodel.new.model.layers_of[part])
         for part, own in start.items()
     }

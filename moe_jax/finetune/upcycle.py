@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
-from moe_jax.finetune.remodel import Origin, Path, Remodel, leaves_with_path, path_of
+from moe_jax.finetune.remodel import (
+    Origin,
+    Path,
+    Remodel,
+    specs_by_path,
+    with_layers,
+    with_parts,
+)
 from moe_jax.finetune.ways import OUTWARD, Copies, Way
 from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
@@ -19,7 +26,6 @@ from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import RouterInputs
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.parameters import ParameterSpec
 from moe_jax.part import Dims, Part
 
 COMPONENT = "dense_ffn"  # of the parameters of a part that becomes sparse
@@ -140,11 +146,6 @@ def settings_of(dense: Part) -> dict[str, Any]:
     return {new: getattr(dense, old) for new, old in names.items()}
 
 
-def specs_by_path(part: Part, dims: Dims) -> dict[Path, ParameterSpec]:
-    """The specs of the parameters of a part, by path in it."""
-    return {path_of(path): spec for path, spec in leaves_with_path(part.specs(dims))}
-
-
 def gates_without_preference(moe: MoE, dims: Dims) -> float:
     """The sum of a token's gates by a router whose parameters are 0; 1 if it has no such sum.
 
@@ -229,9 +230,7 @@ def sparse_layouts(model: LanguageModel, upcycling: Upcycling) -> dict[str, Stac
             f"layers {without} of {stack} have none",
             "Name others",
         )
-        names = ("shared", "tied", "causal", "allow_lookahead")
-        kept = {name: getattr(layout, name) for name in names}
-        layouts[stack] = StackLayout.of(layers, **kept)
+        layouts[stack] = with_layers(layout, layers)
         start += layout.num_layers
     require(
         all(layer < start for layer in upcycling.layers) or bool(given),
@@ -280,13 +279,14 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
     """
     model = config.model
     layouts = sparse_layouts(model, upcycling)
-    parts, origins = dict(model.parts), {}
+    parts: dict[str, Part] = dict(model.parts)
+    origins: dict[tuple[str, str], Upcycled] = {}
     for stack, layout in layouts.items():
         for dense in dense_parts(model, stack):
             name = sparse_name(model, stack, dense)
             if name in layout.names and name not in model.part:
-                origins[name] = Upcycled(model.part[dense], upcycling, model.dims)
-                parts[name] = origins[name].block
+                origin = Upcycled(model.part[dense], upcycling, model.dims)
+                origins[dense, name], parts[name] = origin, origin.block
         tied = sorted(set(layout.tied) & set(dense_parts(model, stack)))
         require(
             not tied,
@@ -301,8 +301,5 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
         f"layers {[*model.stack.layers]}",
         "Lower --every, or name the layers",
     )
-    used = {name for layout in layouts.values() for name in layout.names}
-    used |= set(model.multi_token.layer) if model.multi_token else set()
-    kept: Mapping[str, Part] = {name: part for name, part in parts.items() if name in used}
-    new = dataclasses.replace(model, parts=kept, **layouts)
-    return Remodel(config, dataclasses.replace(config, model=new), origins)
+    new = dataclasses.replace(config, model=with_parts(model, parts, layouts))
+    return Remodel(config, new, origins)

@@ -1,0 +1,240 @@
+"""Sparse models made dense, or of fewer experts (legend: `moe_jax.moe`; X layers of a part)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.finetune.remodel import (
+    Origin,
+    Path,
+    Remodel,
+    specs_by_path,
+    with_layers,
+    with_parts,
+)
+from moe_jax.finetune.upcycle import gates_without_preference
+from moe_jax.finetune.ways import HIDDEN_DIM, OUTWARD
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.part import Dims, Part
+
+Load = Mapping[str, np.ndarray]  # by part, choices of each expert in each layer, [X, E]
+
+
+class Merged(Origin):
+    """The origin of a dense network: the weighted mean of experts, and the shared expert beside it.
+
+    Exact where experts are copies of each other and the sum of a token's gates is what a router
+    without preference gives.
+    """
+
+    def __init__(self, moe: Any, dims: Dims, weights: Mapping[int, np.ndarray]):
+        """Of a block `MoE`, and by layer the weight of each expert, float32 [E], which sum to 1."""
+        self.dense = Mlp(
+            dim=moe.expert_dim + moe.shared_expert_dim,
+            activation=moe.activation,
+            use_bias=moe.use_bias,
+            init_scale=moe.init_scale,
+        )
+        self.sources = ("experts", "shared") if moe.shared_expert_dim else ("experts",)
+        self.factor = gates_without_preference(moe, dims)
+        self.spec_of = specs_by_path(self.dense, dims)
+        self.per_layer = weights
+
+    def needs(self, path: Path) -> tuple[Path, ...]:
+        """See `Origin`."""
+        return tuple((source, *path) for source in self.sources)
+
+    def make(
+        self, path: Path, old: Sequence[jax.Array], key: jax.Array, own: Any, moment: bool
+    ) -> jax.Array:
+        """See `Origin`."""
+        (name,), (experts, *shared) = path, old
+        mean = jnp.tensordot(own, experts, axes=1, precision=jax.lax.Precision.HIGHEST)
+        if name in OUTWARD and not moment:
+            mean = mean * self.factor
+        if not shared:
+            return mean
+        if name not in HIDDEN_DIM:
+            return mean + shared[0]
+        return jnp.concatenate([shared[0], mean], axis=HIDDEN_DIM[name])
+
+
+def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel:
+    """A sparse model and the dense one that the mean of its experts gives.
+
+    Args:
+      config: of the sparse model.
+      load: weighs the experts of each layer; one that no token chose counts nothing. None: all
+        alike.
+
+    Raises:
+      ValueError: there is nothing to merge, or a block has what a dense network has not.
+    """
+    model = config.model
+    parts: dict[str, Part] = dict(model.parts)
+    origins: dict[tuple[str, str], Merged] = {}
+    names: dict[str, str] = {}
+    for name, moe in routed_parts(model).items():
+        require(
+            moe.num_options == moe.num_experts and not moe.shared_expert_gate,
+            "a block becomes dense if all of its options compute, and no gate is on the shared one",
+            f"part {name!r}: num_zero_experts={moe.num_zero_experts}, num_copy_experts="
+            f"{moe.num_copy_experts}, shared_expert_gate={moe.shared_expert_gate}",
+            "Keep it sparse",
+        )
+        origin = Merged(moe, model.dims, weights_of(model, name, load))
+        # The name of an equal part, such as of the dense layers between sparse ones.
+        wanted = ("mlp", f"{name}_mlp")
+        free = (one for one in wanted if parts.get(one, origin.dense) == origin.dense)
+        names[name] = next(free, f"{name}_dense")
+        origins[name, names[name]] = origin
+        parts[names[name]] = origin.dense
+    layouts = {
+        stack: with_layers(
+            layout,
+            [
+                layer if isinstance(layer, str) else tuple(names.get(one, one) for one in layer)
+                for layer in layout.layers
+            ],
+        )
+        for stack, layout in model.layouts.items()
+    }
+    new = dataclasses.replace(config, model=with_parts(model, parts, layouts))
+    return Remodel(config, new, origins)
+
+
+def routed_parts(model: LanguageModel) -> dict[str, Any]:
+    """The blocks of a model that are parts by themselves.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = {name: part for name, part in dict(model.parts).items() if part.routes}
+    require(
+        bool(found),
+        "the model must have parts that route tokens to experts",
+        f"parts {sorted(dict(model.parts))}",
+        "Name the run of a sparse model",
+    )
+    return found
+
+
+def weights_of(model: LanguageModel, part: str, load: Load | None) -> dict[int, np.ndarray]:
+    """The weight of each expert by layer, float32 [E]; they sum to 1."""
+    layers, num_experts = model.layers_of[part], model.part[part].num_experts  # type: ignore
+    counts_XE = np.ones((len(layers), num_experts))
+    if load is not None:
+        counts_XE = np.where(load[part].sum(axis=-1, keepdims=True) > 0, load[part], counts_XE)
+    weights_XE = counts_XE / counts_XE.sum(axis=-1, keepdims=True)
+    return dict(zip(layers, weights_XE.astype(np.float32), strict=True))
+
+
+class Pruned(Origin):
+    """The origin of a block of fewer experts.
+
+    Attributes:
+      block: the new block.
+      kept: by layer the options that stay, int32, those that compute nothing behind the experts.
+    """
+
+    def __init__(self, moe: Any, dims: Dims, kept: Mapping[int, Sequence[int]]):
+        """Of a block `MoE`, and by layer the numbers of the experts that are kept."""
+        (count,) = {len(one) for one in kept.values()}
+        self.block = dataclasses.replace(moe, num_experts=count)
+        self.spec_of = specs_by_path(self.block, dims)
+        free = tuple(range(moe.num_experts, moe.num_options))
+        self.kept = {layer: np.array((*one, *free), np.int32) for layer, one in kept.items()}
+        self.per_layer = self.kept
+
+    def needs(self, path: Path) -> tuple[Path, ...]:
+        """See `Origin`."""
+        return (path,)
+
+    def make(
+        self, path: Path, old: Sequence[jax.Array], key: jax.Array, own: Any, moment: bool
+    ) -> jax.Array:
+        """See `Origin`: the rows of the dim that shrinks."""
+        (value,), shape = old, self.spec_of[path].shape
+        for dim, (before, after) in enumerate(zip(value.shape, shape, strict=True)):
+            if before != after:
+                value = jnp.take(value, own[:after], axis=dim)
+        return value
+
+    def state(self, start: Any, old: Any, layers: Sequence[int]) -> Any:
+        """See `Origin`: the biases of the options that are kept."""
+        kept_XE = jnp.stack([jnp.asarray(self.kept[layer]) for layer in layers])
+        return jax.tree.map(lambda a_XE: jnp.take_along_axis(a_XE, kept_XE, axis=-1), old)
+
+
+def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> Remodel:
+    """A sparse model and the one that has only some of its experts.
+
+    Args:
+      config: of the model.
+      kept: by part, the numbers of the experts that each layer keeps, [X, E'].
+
+    Raises:
+      ValueError: a token would select more experts than there are, or a multi-token module has the
+        part too.
+    """
+    model = config.model
+    parts: dict[str, Part] = dict(model.parts)
+    origins: dict[tuple[str, str], Pruned] = {}
+    for name, kept_XE in kept.items():
+        modules = model.multi_token
+        require(
+            modules is None or name not in modules.layer,
+            "experts are dropped from a part that no multi-token module has",
+            f"{name!r} in multi_token.layer={modules.layer if modules else ()}",
+            "Set multi_token=None before",
+        )
+        by_layer = dict(zip(model.layers_of[name], kept_XE.tolist(), strict=True))
+        origins[name, name] = origin = Pruned(model.part[name], model.dims, by_layer)
+        parts[name] = origin.block
+    new = dataclasses.replace(config, model=with_parts(model, parts, model.layouts))
+    return Remodel(config, new, origins)
+
+
+def used_experts(load: Load, at_least: Mapping[str, int], keep: int | None = None) -> Load:
+    """The experts that some text uses, by part [X, E'].
+
+    Layers of a part keep equally many, the most loaded: as many as the layer that uses most.
+
+    Args:
+      load: of the text.
+      at_least: by part, the least that a layer keeps: those that a token selects.
+      keep: so many instead.
+    """
+    kept = {}
+    for part, load_XE in load.items():
+        count = keep or max(int((load_XE > 0).sum(axis=-1).max()), at_least[part])
+        most_XE = np.argsort(-load_XE, axis=-1, kind="stable")[:, :count]
+        kept[part] = np.sort(most_XE, axis=-1)
+    return kept
+
+
+def without_experts(model: LanguageModel, dropped: Sequence[int]) -> Load:
+    """All experts but these, by part [X, E'].
+
+    Raises:
+      ValueError: a part has no expert of a number.
+    """
+    kept = {}
+    for name, moe in routed_parts(model).items():
+        unknown = [one for one in dropped if not 0 <= one < moe.num_experts]
+        require(
+            not unknown,
+            f"experts of {name} are 0 to {moe.num_experts - 1}",
+            f"drop {unknown}",
+            "Name others",
+        )
+        left = [one for one in range(moe.num_experts) if one not in dropped]
+        kept[name] = np.tile(np.array(left, np.int64), (len(model.layers_of[name]), 1))
+    return kept

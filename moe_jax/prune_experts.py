@@ -1,0 +1,128 @@
+"""Drops experts: `python -m moe_jax.prune_experts --workdir=SPARSE --output=DIR`.
+
+By default those that held-out text does not use. Layers of one part keep equally many. Logits on
+that text are compared: a model that says something else is refused without --allow_change.
+`docs/finetuning.md` says more.
+"""
+
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from moe_jax import command_line
+from moe_jax.config.check import require
+from moe_jax.merge_experts import define_shared_flags
+
+if TYPE_CHECKING:
+    from moe_jax.finetune.downcycle import Load
+    from moe_jax.finetune.made import Source
+
+FIX = "Drop experts that the text does not use, of a router whose gates they do not change"
+
+
+def main() -> None:
+    """Makes the new model, compares it with the old one, and writes it."""
+    import jax
+
+    from moe_jax.finetune import made
+    from moe_jax.finetune.downcycle import prune_experts
+
+    values = flags.FLAGS
+    require(
+        not (values.drop and values.keep),
+        "--drop and --keep both say which experts stay",
+        f"--drop={','.join(values.drop)}, --keep={values.keep}",
+        "Leave one out",
+    )
+    require(
+        all(one.isdecimal() for one in values.drop),
+        "--drop is a list of numbers",
+        ",".join(values.drop),
+        "Write such as --drop=1,3",
+    )
+    workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
+    source = made.open_source(
+        workdir, output, command_line.mesh_of_flag(), values.step,
+        trust=values.trust, num_batches=values.batches,
+    )  # fmt: skip
+    kept = experts_to_keep(source)
+    remodel = prune_experts(source.config, kept)
+    lines = description(source, kept)
+    state = made.make(source, remodel, jax.random.key(0))
+    print(lines)
+    apart = made.compare(source, remodel, state)
+    print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))
+    origin = {
+        "made_by": "prune_experts",
+        "kept": {part: kept_XE.tolist() for part, kept_XE in kept.items()},
+        "difference": apart,
+    }
+    made.save(source, remodel, state, output, origin)
+    print(f"{output} is the smaller model of {workdir}")
+
+
+def experts_to_keep(source: "Source") -> "Load":
+    """The experts that each layer keeps, by part.
+
+    Raises:
+      ValueError: all are kept, or there is none of a number.
+    """
+    from moe_jax.finetune.downcycle import routed_parts, used_experts, without_experts
+
+    values, model = flags.FLAGS, source.config.model
+    parts = routed_parts(model)
+    if values.drop:
+        kept = without_experts(model, list(map(int, values.drop)))
+    else:
+        load = {part: source.said.load[part][:, : moe.num_experts] for part, moe in parts.items()}
+        at_least = {
+            part: max(moe.num_selected_experts, moe.eval_num_selected_experts)
+            for part, moe in parts.items()
+        }
+        kept = used_experts(load, at_least, values.keep)
+    fewer = [part for part, moe in parts.items() if kept[part].shape[1] < moe.num_experts]
+    require(
+        bool(fewer),
+        "an expert must be dropped",
+        f"in some layer all of them are used by {source.said.num_tokens} tokens, or kept",
+        "Pass --drop or --keep, and perhaps --allow_change",
+    )
+    return {part: kept[part] for part in fewer}
+
+
+def description(source: "Source", kept: "Load") -> str:
+    """What each layer drops, its share of the load, and how many devices may share the rest."""
+    model = source.config.model
+    lines = []
+    for part, kept_XE in kept.items():
+        load_XE = source.said.load[part]
+        num_experts, count = model.moe_parts[part].num_experts, kept_XE.shape[1]
+        for layer, own_E, load_E in zip(model.layers_of[part], kept_XE, load_XE, strict=True):
+            dropped = [one for one in range(num_experts) if one not in own_E]
+            share = load_E[dropped].sum() / max(load_E.sum(), 1)
+            lines.append(
+                f"layer {layer}: drops {', '.join(map(str, dropped))}, {share:.2%} of the choices"
+            )
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        lines.append(
+            f"{part}: {count} of {num_experts} experts are left; an expert axis of the mesh can "
+            f"have {', '.join(map(str, divisors))} devices"
+        )
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("workdir", None, "Directory of the run of the sparse model.")
+    flags.DEFINE_string("output", None, "New directory, for the smaller model.")
+    flags.DEFINE_list("drop", [], "Numbers of experts to drop from every layer.")
+    flags.DEFINE_integer("keep", None, "So many of each layer, the most loaded.", lower_bound=1)
+    define_shared_flags()
+
+
+command = command_line.Command(main, define_flags, required=("workdir", "output"))
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

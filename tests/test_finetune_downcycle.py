@@ -1,0 +1,134 @@
+"""Sparse models made dense, and experts dropped: by hand, and where that is exact."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.finetune.downcycle import (
+    merge_experts,
+    prune_experts,
+    used_experts,
+    weights_of,
+    without_experts,
+)
+from moe_jax.finetune.preservation import TOLERANCE, Said, difference
+from moe_jax.finetune.remodel import remodelled, remodelled_state
+from moe_jax.finetune.upcycle import Upcycling, upcycle
+from moe_jax.finetune.ways import Shared
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.multi_token import MultiToken
+from moe_jax.parallel.mesh import make_mesh
+from tests.tiny_run import DENSE, tiny_batch, tiny_config, tiny_moe, tiny_state
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    """A run of two sparse layers, whose experts 1 and 3 no token chooses, and what it says."""
+    config = tiny_config(
+        {"model": {"scan_layers": True}}
+        | tiny_moe(
+            router={"kind": "token_choice", "renormalize": True},
+            bias={"kind": "sign"}, shared_expert_dim=8,
+        )
+    )  # fmt: skip
+    state, mesh = tiny_state(config), make_mesh(config.mesh)
+    bias = jnp.tile(jnp.array([0.0, -9.0, 0.0, -9.0]), (2, 1)) + jnp.arange(2.0)[:, None]
+    state = state._replace(model_state={"moe": {"bias_E": bias}})
+    batches = [tiny_batch()]
+    return config, state, mesh, batches, said_of(config, state.params, state, batches, mesh)
+
+
+def said_of(config, params, state, batches, mesh):
+    return Said(config, params, state.model_state, batches, mesh)
+
+
+def experts_of(params, name="wi"):
+    return params["stack"]["unit"]["0"]["moe"]["experts"][name]
+
+
+def test_dropping_experts_that_no_token_chooses_changes_nothing(sparse):
+    config, state, mesh, batches, said = sparse
+    assert (said.load["moe"][:, [1, 3]] == 0).all() and said.load["moe"].sum() > 0
+    kept = used_experts(said.load, {"moe": 2})
+    assert kept["moe"].tolist() == [[0, 2], [0, 2]]
+    remodel = prune_experts(config, kept)
+    assert remodel.new.model.part["moe"].num_experts == 2
+    params = remodelled(remodel, state.params, KEY, mesh)
+    np.testing.assert_array_equal(experts_of(params), experts_of(state.params)[:, [0, 2]])
+    router = params["stack"]["unit"]["0"]["moe"]["router"]["weight"]
+    old_router = state.params["stack"]["unit"]["0"]["moe"]["router"]["weight"]
+    np.testing.assert_array_equal(router, old_router[..., [0, 2]])
+    model_state = remodelled_state(remodel, state.model_state, KEY)
+    assert model_state["moe"]["bias_E"].tolist() == [[0, 0], [1, 1]]
+    new = Said(remodel.new, params, model_state, batches, mesh)
+    assert difference(said, new) <= TOLERANCE
+
+
+def test_the_most_loaded_experts_are_kept_and_as_many_in_each_layer():
+    load = {"moe": np.array([[5, 0, 3, 0], [0, 2, 2, 7]])}
+    assert used_experts(load, {"moe": 2})["moe"].tolist() == [[0, 1, 2], [1, 2, 3]]
+    assert used_experts(load, {"moe": 2}, keep=2)["moe"].tolist() == [[0, 2], [1, 3]]
+
+
+def test_each_layer_drops_its_own_experts(sparse):
+    config, state, mesh, *_ = sparse
+    remodel = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    params = remodelled(remodel, state.params, KEY, mesh)
+    old_XEMH = experts_of(state.params)
+    np.testing.assert_array_equal(experts_of(params)[0], old_XEMH[0, jnp.array([1, 2])])
+    np.testing.assert_array_equal(experts_of(params)[1], old_XEMH[1, jnp.array([0, 3])])
+
+
+def test_the_mean_is_weighted_by_load(sparse):
+    config, state, mesh, *_ = sparse
+    load = {"moe": np.array([[3, 1, 0, 0], [0, 0, 0, 0]])}
+    weights = weights_of(config.model, "moe", load)
+    assert weights[0].tolist() == [0.75, 0.25, 0, 0] and weights[1].tolist() == [0.25] * 4
+    remodel = merge_experts(config, load)
+    assert remodel.new.model.part["mlp"] == Mlp(dim=40)  # the shared expert's 8 units, then 32
+    params = remodelled(remodel, state.params, KEY, mesh)
+    wi_XMH = params["stack"]["unit"]["0"]["mlp"]["wi"]
+    shared = state.params["stack"]["unit"]["0"]["moe"]["shared"]["wi"]
+    np.testing.assert_array_equal(wi_XMH[..., :8], shared)
+    old_XEMH = experts_of(state.params)
+    expected = 0.75 * old_XEMH[0, 0] + 0.25 * old_XEMH[0, 1]
+    np.testing.assert_allclose(wi_XMH[0, :, 8:], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(wi_XMH[1, :, 8:], old_XEMH[1].mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_copies_merge_to_the_network_that_they_are_of(shared):
+    """The dense parts between sparse ones and the merged ones become one part again."""
+    config = tiny_config(DENSE)
+    state, mesh = tiny_state(config), make_mesh(config.mesh)
+    ways = (Shared(8),) if shared else ()
+    up = upcycle(config, Upcycling(layers=(1,), ways=ways))
+    params = remodelled(up, state.params, KEY, mesh)
+    down = merge_experts(up.new)
+    assert down.new.model == config.model
+    merged = remodelled(down, params, KEY, mesh)
+    for given, expected in zip(*map(jax.tree.leaves, (merged, state.params)), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_what_cannot_be_made_is_refused(sparse):
+    config = sparse[0]
+    with pytest.raises(ValueError, match="parts that route"):
+        merge_experts(tiny_config(DENSE))
+    with pytest.raises(ValueError, match="experts of moe are 0 to 3: drop \\[4\\]"):
+        without_experts(config.model, [0, 4])
+    with pytest.raises(ValueError, match="num_selected_experts"):
+        prune_experts(config, without_experts(config.model, [0, 1, 2]))
+    gated = tiny_config(tiny_moe(shared_expert_dim=8, shared_expert_gate=True))
+    with pytest.raises(ValueError, match="no gate is on the shared one"):
+        merge_experts(gated)
+    model = dataclasses.replace(tiny_config().model, multi_token=MultiToken())
+    with pytest.raises(ValueError, match="no multi-token module"):
+        prune_experts(
+            dataclasses.replace(tiny_config(), model=model), {"moe": np.array([[0, 1], [0, 1]])}
+        )
