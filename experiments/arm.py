@@ -1,21 +1,14 @@
-"""One arm of a study with one seed: trains it, measures it, appends its line of results.
+"""One arm of a study with one seed: trains it, measures it, appends its line of results."""
 
-`experiments.run` starts this as a process of its own; the same command again goes on from the
-newest checkpoint.
-"""
-
-import argparse
 import os
 import pathlib
 import platform
 import sys
 from typing import Any
 
-from absl import flags
-
 from experiments.budget import cost_of
 from experiments.results import LOSS, PAIRED, append_result
-from experiments.study import Study, load_study
+from experiments.study import Study
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
 from moe_jax.data.corpora import form_of
@@ -24,8 +17,6 @@ from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import load_run, open_run_data
-from moe_jax.training.signals import Interrupted
-from moe_jax.user_errors import USER_ERRORS
 
 CURVE = f"heldout/dropless/{LOSS}"
 LATE = 0.5  # routing is averaged over the logged steps after this share of the run
@@ -184,31 +175,3 @@ def circumstances(workdir: pathlib.Path) -> dict[str, Any]:
             else os.cpu_count(),
         },
     }
-
-
-def main() -> None:
-    """Runs the arm that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("study", "size", "arm", "workdir", "results", "corpus"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--seed", required=True, type=int)
-    args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
-    try:
-        run_arm(
-            load_study(args.study),
-            args.size,
-            args.arm,
-            args.seed,
-            workdir=pathlib.Path(args.workdir),
-            results=pathlib.Path(args.results),
-            corpus=args.corpus,
-        )
-    except Interrupted as interruption:
-        sys.exit(128 + interruption.signal_number)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -61,10 +61,10 @@ def check_budget(study: Study, size: str) -> None:
     Raises:
       ValueError: the computed FLOPs of two arms of one budget differ by more than the tolerance.
     """
-    for budget in dict.fromkeys(arm.budget for arm in study.arms):
+    for budget in dict.fromkeys(arm.budget for arm in study.arms_at(size)):
         costs = {
             arm.name: cost_of(study, size, arm.name).computed
-            for arm in study.arms
+            for arm in study.arms_at(size)
             if arm.budget == budget
         }
         least, most = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)

@@ -54,23 +54,23 @@ def figure_name(size: str) -> str:
     return "curves.png" if size == "small" else f"curves_{size}.png"
 
 
-def judged(study: Study, results: Results) -> Judged:
+def judged(study: Study, size: str, results: Results) -> Judged:
     """The findings behind the verdict of a study, by the rule of today and by that of the time.
 
     Nothing is concluded while runs are missing: what they will say is not known.
     """
     if not results.rows:
         return Judged([], [])
-    findings = findings_by(study, results)
+    findings = findings_by(study, size, results)
     if not results.has_older_rule:
         return Judged(findings, [])
-    return Judged(findings, findings_by(study, dataclasses.replace(results, rule=UNPAIRED)))
+    return Judged(findings, findings_by(study, size, dataclasses.replace(results, rule=UNPAIRED)))
 
 
-def findings_by(study: Study, results: Results) -> list[Finding]:
+def findings_by(study: Study, size: str, results: Results) -> list[Finding]:
     """The findings of the claims by one rule."""
     findings = [claim.judge(results) for claim in study.expect]
-    missing = study.missing(results)
+    missing = study.missing(size, results)
     if missing:
         note = f" (runs are missing: {len(missing)})"
         findings = [Finding(INCONCLUSIVE, finding.because + note) for finding in findings]
@@ -93,7 +93,7 @@ def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -
 
 def study_page(study: Study, size: str, results: Results) -> str:
     """The README of a study."""
-    said = judged(study, results)
+    said = judged(study, size, results)
     older = said.older_verdict
     command = f"python -m experiments.run {study.name} --size={size}"
     parts = [
@@ -174,7 +174,7 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
     if results.rows:
         path = directory / figure_name(size)
         draw(study, results).savefig(path, dpi=DPI, metadata={"Software": None})
-    return judged(study, results).verdict
+    return judged(study, size, results).verdict
 
 
 def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
@@ -185,7 +185,7 @@ def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
 
 def judged_sizes(study: Study) -> dict[str, Judged]:
     """What is said of a study by size, of those with results."""
-    found = {size: judged(study, results_of(study, size)) for size in sizes_of(study)}
+    found = {size: judged(study, size, results_of(study, size)) for size in sizes_of(study)}
     return {size: said for size, said in found.items() if said.findings}
 
 

@@ -6,92 +6,47 @@ r"""Runs a study: `python -m experiments.run STUDY`, and again to go on where it
     python -m experiments.run switch_against_dense --jobs=2
     python -m experiments.run switch_against_dense --smoke
 
-Every arm and seed is a process of its own and adds one line to `results.jsonl` beside the study
-when it is finished. Those that have their line are not run again; one that was interrupted goes on
-from its newest checkpoint. The baseline comes first, with more seeds: it is the noise floor.
+    python -m experiments.run switch_against_dense --size=gpu --corpus=runs/packed --minutes=9
+
+Every arm is a process of its own, in which its seeds share one program. A seed that is finished
+adds one line to `results.jsonl` beside the study. Those that have their line are not run again; one
+that was interrupted, or stopped by --minutes, goes on from its newest checkpoint. The baseline
+comes first.
 """
 
 import argparse
 import concurrent.futures
-import dataclasses
 import multiprocessing
 import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import flags
 
-from experiments.arm import run_arm
 from experiments.budget import check_budget
-from experiments.results import RESULTS_FILE, check_same_text, read_results, run_of
+from experiments.job import Job
+from experiments.results import RESULTS_FILE, check_same_text, read_results
 from experiments.study import CORPUS, SIZES, Study, load_study
 from experiments.tables import budget_table
 from moe_jax.command_line import Parser
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
+from moe_jax.data.packed_corpus import MANIFEST
 from moe_jax.jobs.places import add_xla_flag, this_machine
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training.placement import check_run
 from moe_jax.training.signals import Interrupted
+from moe_jax.training.state import abstract_batch, abstract_state
+from moe_jax.training.step import make_train_step
 from moe_jax.user_errors import USER_ERRORS, describe
 
 COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """An arm with a seed, and where it is run."""
-
-    study: Study
-    size: str
-    arm: str
-    seed: int
-    workdir: pathlib.Path
-    results: pathlib.Path
-    corpus: str
-
-    @property
-    def name(self) -> str:
-        """What it is called, and its directory."""
-        return f"{self.arm}_seed{self.seed}"
-
-    @property
-    def whereabouts(self) -> dict[str, Any]:
-        """All of it but the study, which has functions: they do not travel to another process."""
-        return {name: value for name, value in vars(self).items() if name != "study"}
-
-    def is_finished(self) -> bool:
-        """Whether it is finished, be it by another process."""
-        return (self.size, self.arm, self.seed) in map(run_of, read_results(self.results))
-
-    @property
-    def num_steps(self) -> int:
-        """Of its training."""
-        return self.study.experiment(self.size, self.arm, self.seed).training.num_steps
-
-    def finished_steps(self) -> int:
-        """How far it is, from the metrics that it has written."""
-        path = self.workdir / METRICS_FILE
-        rows = read_metrics(path) if path.exists() else []
-        return rows[-1]["step"] if rows else 0
-
-    def command(self) -> list[str]:
-        """The process that runs it."""
-        return [
-            sys.executable, "-m", "experiments.arm", f"--study={self.study.name}",
-            f"--size={self.size}", f"--arm={self.arm}", f"--seed={self.seed}",
-            f"--workdir={self.workdir}", f"--results={self.results}", f"--corpus={self.corpus}",
-        ]  # fmt: skip
-
-    def run_here(self) -> None:
-        """Runs it in this process."""
-        run_arm(
-            self.study, self.size, self.arm, self.seed,
-            workdir=self.workdir, results=self.results, corpus=self.corpus,
-        )  # fmt: skip
 
 
 def jobs_of(
@@ -104,7 +59,7 @@ def jobs_of(
     results: pathlib.Path,
     corpus: str = "",
 ) -> list[Job]:
-    """What there is to run: the baseline with all its seeds, then the other arms seed by seed.
+    """What there is to run: the baseline, then the other arms, each with all its seeds.
 
     Args:
       study: the study.
@@ -118,17 +73,18 @@ def jobs_of(
     Raises:
       ValueError: an unknown arm or size, or results of other settings than the study has now.
     """
-    names = [study.arm(name).name for name in arms] or [arm.name for arm in study.arms]
-    pairs = [(arm, seed) for arm in names for seed in study.seeds_of(arm)[:num_seeds]]
-    pairs.sort(key=lambda pair: (pair[0] != study.baseline, pair[1]))
+    names = [study.arm(name).name for name in arms] or [a.name for a in study.arms_at(size)]
+    names.sort(key=lambda name: name != study.baseline)
     done = {(row["arm"], row["seed"]): row for row in read_results(results, size)}
     jobs = []
-    for arm, seed in pairs:
-        if (arm, seed) not in done:
-            workdir = runs / study.name / size / f"{arm}_seed{seed}"
-            jobs.append(Job(study, size, arm, seed, workdir, results, corpus))
-            continue
-        study.check_row(done[arm, seed])
+    for arm in names:
+        seeds = study.seeds_of(arm)[:num_seeds]
+        for seed in seeds:
+            if (arm, seed) in done:
+                study.check_row(done[arm, seed])
+        left = tuple(seed for seed in seeds if (arm, seed) not in done)
+        if left:
+            jobs.append(Job(study, size, arm, left, runs / study.name / size, results, corpus))
     return jobs
 
 
@@ -139,14 +95,23 @@ def check_corpus(study: Study, size: str, corpus: str) -> None:
       ValueError: with the commands that make them.
     """
     data = study.experiment(size, study.baseline, 0).data
+    folder = pathlib.Path(corpus)
+    require(
+        data.corpus != f"packed:{CORPUS}" or (folder / MANIFEST).exists(),
+        f"at the size {size} --corpus is a folder of packed tokens",
+        f"there is no {folder / MANIFEST}",
+        f"Run `python -m moe_jax.data.pack --corpus=jsonl:CORPUS --out={corpus} "
+        f"--heldout_fraction={data.heldout_fraction} "
+        "--tokenizer=sentencepiece:CORPUS/bpe8192.model` where the large corpus is in CORPUS",
+    )
     build = f"Run `python -m moe_jax.data.build --out={corpus}`"
     require(
-        CORPUS not in data.corpus or any(pathlib.Path(corpus).glob("*.jsonl")),
+        data.corpus != f"jsonl:{CORPUS}" or any(folder.glob("*.jsonl")),
         "--corpus is the directory of the large corpus",
         f"there is no .jsonl file in {corpus}",
         build,
     )
-    model = pathlib.Path(corpus) / "bpe8192.model"
+    model = folder / "bpe8192.model"
     require(
         CORPUS not in data.tokenizer or model.exists(),
         "--corpus is the directory of the large corpus and of its tokenizer",
@@ -157,7 +122,7 @@ def check_corpus(study: Study, size: str, corpus: str) -> None:
 
 
 def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
-    """Runs the jobs in this process, one after another: arms of seconds, which `smoke` has."""
+    """Runs the jobs in this process, one after another: of seconds, or on a card that it holds."""
     for job in jobs:
         board.begin(job)
         job.run_here()
@@ -189,6 +154,40 @@ def run_named(study: str, whereabouts: Mapping[str, Any]) -> None:
     Job(load_study(study), **whereabouts).run_here()
 
 
+def stop_after(minutes: float | None) -> threading.Timer:
+    """Ends this process as SIGTERM does, after so many minutes; runs save first."""
+    timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    if minutes:
+        timer.start()
+    return timer
+
+
+def dry_run(study: Study, size: str, jobs: list[Job]) -> None:
+    """Prints what the jobs would do, after their steps were traced; nothing is computed.
+
+    Raises:
+      ValueError: a batch or a model does not fit the devices that there are.
+    """
+    for job in jobs:
+        config = study.experiment(size, job.arm, job.seeds[0], job.corpus)
+        config = config.on_devices(jax.device_count())
+        mesh = make_mesh(config.mesh)
+        check_run(config, mesh)
+        rows = config.training.batch_size // config.training.num_microbatches
+        state = abstract_state(config)
+        batch = abstract_batch(config, (config.training.num_microbatches, rows))
+        with jax.set_mesh(mesh):
+            jax.eval_shape(make_train_step(config), state, batch)
+        size_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        steps = config.training.num_steps
+        tokens = steps * config.training.batch_size * config.data.sequence_length
+        print(
+            f"{job.name}: {len(job.seeds)} x {steps:,} steps of {tokens / steps:,.0f} tokens, "
+            f"{tokens / 1e6:.1f} M; parameters and moments {size_of_state / 1e9:.2f} GB"
+        )
+
+
 def stop_on_signals() -> None:
     """Makes SIGTERM, and SIGHUP of a terminal that is gone, what Ctrl-C is."""
 
@@ -197,6 +196,25 @@ def stop_on_signals() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+
+
+def run_jobs(jobs: list[Job], size: str, num_jobs: int, minutes: float | None) -> list[Job]:
+    """Runs the jobs as their size is run; returns those that failed.
+
+    Smoke runs are of seconds, and at the size gpu one process holds the card: all arms are run in
+    it. Otherwise every arm has a process.
+    """
+    stop_on_signals()
+    timer = stop_after(minutes)
+    try:
+        with Board(jobs, "arms") as board:
+            if size not in ("smoke", "gpu"):
+                return run_side_by_side(jobs, this_machine("cpu").places(num_jobs), board)
+            if size == "smoke" and num_jobs > 1 and len(jobs) > 1:
+                return run_in_workers(jobs, num_jobs, board)
+            return run_in_turn(jobs, board)
+    finally:
+        timer.cancel()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -208,6 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, help="only so many seeds of every arm")
     parser.add_argument("--arms", default="", help="only these, with commas between")
     parser.add_argument("--jobs", type=int, help="processes side by side; 1, and 2 for a smoke run")
+    parser.add_argument("--minutes", type=float, help="stop after so many, saved, and go on later")
+    parser.add_argument("--dry", action="store_true", help="trace what would be run, and say it")
     parser.add_argument("--out", help="directory of results.jsonl; the study's own by default")
     parser.add_argument("--runs", default="runs/experiments", help="directory of the runs")
     parser.add_argument("--corpus", default="runs/corpus", help="directory of the large corpus")
@@ -221,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, value in (("--jobs", args.jobs), ("--seeds", args.seeds)):
             require(value is None or value > 0, f"{name} is 1 or more", str(value), "Correct it")
+        require(args.minutes is None or args.minutes > 0, "--minutes are above 0",
+                str(args.minutes), "Correct it")  # fmt: skip
         for name in ("out", "runs", "corpus"):
             require_local(f"--{name}", getattr(args, name) or "")
         study, runs = load_study(args.study), pathlib.Path(args.runs)
@@ -237,15 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             check_corpus(study, args.size, args.corpus)
             data = study.experiment(args.size, study.baseline, 0, args.corpus).data
             check_same_text(read_results(results, args.size), data)
-        stop_on_signals()
-        with Board(jobs, "arms and seeds") as board:
-            if args.size != "smoke":
-                places = this_machine("cpu").places(args.jobs)
-                failed = run_side_by_side(jobs, places, board)
-            elif args.jobs > 1 and len(jobs) > 1:
-                failed = run_in_workers(jobs, args.jobs, board)
-            else:
-                failed = run_in_turn(jobs, board)
+        if args.dry:
+            dry_run(study, args.size, jobs)
+            return 0
+        failed = run_jobs(jobs, args.size, args.jobs, args.minutes)
     except USER_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1

@@ -39,13 +39,15 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.training.ways import Way, ways_of
 
 HERE = pathlib.Path(__file__).parent
-SIZES = ("smoke", "small", "base")
+SIZES = ("smoke", "small", "gpu", "base")
 CORPUS = "CORPUS"  # stands in data.corpus and data.tokenizer for the directory of --corpus
 LARGE_CORPUS = {"data.corpus": f"jsonl:{CORPUS}"}
 BPE_8K = {
     "data.tokenizer": f"sentencepiece:{CORPUS}/bpe8192.model",
     "model.vocab_size": 8192,
 }
+# Tokens of `python -m moe_jax.data.pack`, with the tokenizer beside them.
+PACKED = {**BPE_8K, "data.corpus": f"packed:{CORPUS}"}
 BYTES = {"data.tokenizer": "byte", "model.vocab_size": 384}
 EMBEDDED_CORPUS = {"data.corpus": "embedded", **BYTES}
 MLP_LAYER, MOE_LAYER = ("attention", "mlp"), ("attention", "moe")
@@ -72,6 +74,7 @@ class Arm:
       overrides: what is different in it.
       budget: arms of one budget have equal active FLOPs, within the study's tolerance.
       against: the arm that a table compares it with; "": the baseline.
+      sizes: that it is run at.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Arm:
     overrides: Overrides
     budget: str = "equal"
     against: str = ""
+    sizes: tuple[str, ...] = SIZES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,8 @@ class Study:
       published: what the literature found.
       config: a file of `configs/`, by its name, with its presets after a colon.
       base: overrides of all arms.
-      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small", "base".
+      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours a
+        study), "gpu" (one card, 40 M packed tokens, minutes an arm), "base" (several accelerators).
       arms: what is compared.
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim of it is.
@@ -171,10 +176,11 @@ class Study:
         )
         require(bool(self.expect), "a study has a criterion", self.name, "Write Study.expect")
         for size in SIZES:
-            for arm in self.arms:
+            for arm in self.arms_at(size):
                 self.experiment(size, arm.name, 0)
+        at_smoke = self.arms_at("smoke")
         require(
-            all(self.experiment("smoke", n, 0).data.corpus == "embedded" for n in names),
+            all(self.experiment("smoke", a.name, 0).data.corpus == "embedded" for a in at_smoke),
             "the size smoke uses the embedded corpus",
             self.name,
             "Add EMBEDDED_CORPUS to its overrides",
@@ -186,14 +192,19 @@ class Study:
         require(name in found, f"{self.name} has the arms {list(found)}", repr(name), "Correct it")
         return found[name]
 
+    def arms_at(self, size: str) -> list[Arm]:
+        """The arms of a size."""
+        return [arm for arm in self.arms if size in arm.sizes]
+
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is run with."""
         return (arm == self.baseline and self.baseline_seeds) or self.seeds
 
-    def missing(self, results: Results) -> list[tuple[str, int]]:
+    def missing(self, size: str, results: Results) -> list[tuple[str, int]]:
         """The arms and seeds that have no line yet."""
         there = {(row["arm"], row["seed"]) for row in results.rows}
-        planned = [(arm.name, seed) for arm in self.arms for seed in self.seeds_of(arm.name)]
+        arms = [arm.name for arm in self.arms_at(size)]
+        planned = [(arm, seed) for arm in arms for seed in self.seeds_of(arm)]
         return [pair for pair in planned if pair not in there]
 
     def experiment(self, size: str, arm: str, seed: int, corpus: str = CORPUS) -> ExperimentConfig:
@@ -249,7 +260,8 @@ class Study:
 
     def ways(self, size: str) -> dict[str, dict[str, Way]]:
         """How the losses of each arm are measured."""
-        return {arm.name: ways_of(self.experiment(size, arm.name, 0).model) for arm in self.arms}
+        arms = [arm.name for arm in self.arms_at(size)]
+        return {arm: ways_of(self.experiment(size, arm, 0).model) for arm in arms}
 
     def overrides(self, size: str, arm: str) -> dict[str, Any]:
         """What an arm changes in the common base, functions replaced by their values."""

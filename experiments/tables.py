@@ -52,7 +52,7 @@ def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> 
     """What the arms cost."""
     marks = Results((), study.baseline, study.ways(size))
     rows = []
-    for arm in study.arms:
+    for arm in study.arms_at(size):
         if arms is None or arm.name in arms:
             cost = cost_of(study, size, arm.name)
             slots = "dropless" if cost.slots is None else f"{cost.slots:.2f}"

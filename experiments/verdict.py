@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from experiments import before_pairs
 from experiments.before_pairs import NOISE_SEEDS, noise_floor
 from experiments.results import LOSS, PAIRED, Results
-from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, Paired, holm, paired
+from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, Paired, holm, paired, shared_seeds
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 NOT_RUN = "not run"
@@ -162,6 +162,36 @@ def not_above(arm: str, other: str, measure: str = LOSS) -> Below:
     Shown to be above by more it is "not reproduced"; where nothing is shown, "inconclusive".
     """
     return Below(arm, other, measure, allowed=1.0)
+
+
+def slope_above(xs: Mapping[str, float], measure: str = LOSS) -> Callable[[Results], Finding]:
+    """The claim that a measure rises with a number of each arm: the slope of a line is above 0.
+
+    A line is fitted to every seed that all arms have, by least squares; the slopes are judged as
+    differences are.
+
+    Args:
+      xs: the number of each arm.
+      measure: what is fitted.
+    """
+
+    def judge(results: Results) -> Finding:
+        values = {arm: results.values(arm, measure) for arm in xs}
+        slopes = {
+            seed: statistics.linear_regression(
+                list(xs.values()), [values[arm][seed] for arm in xs]
+            ).slope
+            for seed in shared_seeds(values.values())
+        }
+        if len(slopes) < results.least_seeds:
+            return too_few(f"slope over {', '.join(xs)}", len(slopes), results.least_seeds)
+        found = paired(slopes, dict.fromkeys(slopes, 0.0))
+        p_value = found.p_value()
+        because = f"slope over {', '.join(xs)}: {in_words(found, measure)}; p = {p_value:.2g}"
+        verdict = REPRODUCED if found.mean > 0 else NOT_REPRODUCED
+        return Finding(verdict if p_value < LEVEL else INCONCLUSIVE, because)
+
+    return judge
 
 
 def in_words(found: Paired, measure: str) -> str:

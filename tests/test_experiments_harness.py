@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import time
 import pytest
 
 from experiments import arm, report, run
+from experiments import job as job_module
 from experiments.budget import check_budget, cost_of
+from experiments.job import Job
 from experiments.results import LOSS, append_result, check_same_text, read_results
-from experiments.run import Board, Job, jobs_of, run_in_turn, run_side_by_side
+from experiments.run import Board, jobs_of, run_in_turn, run_side_by_side
 from experiments.study import (
     EMBEDDED_CORPUS,
     LOOKS_AHEAD,
@@ -33,6 +36,8 @@ from moe_jax.jobs.places import this_machine
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.moe.routing.fixed import Hash
 from moe_jax.moe.routing.soft import Soft
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training.placement import compile_train_step
 from tests.foreign import RoundRobin
 from tests.tiny_run import ROOT
 
@@ -53,7 +58,7 @@ def make_study(**changes):
         "question": "Is it lower?",
         "published": (Published("loss", "low", "a paper, table 1", lambda results: "as here"),),
         "base": TINY,
-        "sizes": {"smoke": {}, "small": {}, "base": {"model.parts.mlp.dim": 64}},
+        "sizes": {"smoke": {}, "small": {}, "gpu": {}, "base": {"model.parts.mlp.dim": 64}},
         "arms": (
             Arm("dense", "dense", NO_EXPERTS),
             Arm("moe", "eight experts", {"model.parts.moe.num_experts": 8}),
@@ -102,7 +107,7 @@ def line(arm, seed, loss, study=STUDY):
         ({"least_seeds": 2}, r"3 at the least.*least_seeds=2"),
         ({"least_seeds": 4}, r"least_seeds seeds or more.*seeds=\(0, 1, 2\), least_seeds=4"),
         ({"baseline_seeds": (0, 1, 3)}, "which are among those of the baseline"),
-        ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', 'base'\]"),
+        ({"sizes": {"small": {}}}, r"has the sizes \['smoke', 'small', 'gpu', 'base'\]"),
         ({"expect": ()}, "a study has a criterion: made_up. Write Study.expect"),
         (
             {"base": {**TINY, "model.parts.moe.num_expertz": 1}},
@@ -191,7 +196,7 @@ def test_padding_and_dispatch_count():
 def plan(tmp_path, **arguments):
     results = tmp_path / "results.jsonl"
     jobs = jobs_of(STUDY, "small", runs=tmp_path, results=results, **arguments)
-    return [job.name for job in jobs]
+    return [path.name for job in jobs for path in job.workdirs.values()]
 
 
 def test_the_baseline_comes_first(tmp_path):
@@ -253,7 +258,7 @@ def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, mon
             raise KeyboardInterrupt
         append_result(results, line(arm, seed, 1.0))
 
-    monkeypatch.setattr(run, "run_arm", run_arm)
+    monkeypatch.setattr(job_module, "run_arm", run_arm)
 
     def go():
         results = tmp_path / "results.jsonl"
@@ -269,6 +274,65 @@ def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, mon
     assert len(seen) == 5
 
 
+def test_a_run_stops_after_its_minutes_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    """At the size gpu all arms are run in one process, which is stopped as by SIGTERM."""
+
+    def run_arm(study, size, arm, seed, *, workdir, results, corpus):
+        if arm == "moe":
+            time.sleep(60)
+        config = study.settings(size, arm, seed)
+        append_result(results, line(arm, seed, 1.0) | {"size": size, "config": config})
+
+    monkeypatch.setattr(job_module, "run_arm", run_arm)
+    results = tmp_path / "results.jsonl"
+    jobs = jobs_of(STUDY, "gpu", runs=tmp_path, results=results)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    begin = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.run_jobs(jobs, "gpu", 1, minutes=1 / 60)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - begin < 50
+    assert [(row["arm"], row["seed"]) for row in read_results(results)] == [
+        ("dense", seed) for seed in range(3)
+    ]
+    (left,) = jobs_of(STUDY, "gpu", runs=tmp_path, results=results)
+    assert (left.arm, left.seeds_left()) == ("moe", [0, 1, 2])
+
+
+def test_seeds_of_an_arm_have_one_program():
+    mesh = make_mesh(STUDY.experiment("small", "moe", 0).mesh)
+    programs = [
+        compile_train_step(STUDY.experiment("small", arm, seed), mesh)
+        for arm, seed in (("moe", 0), ("moe", 1), ("dense", 1))
+    ]
+    assert programs[0] is programs[1] and programs[0] is not programs[2]
+
+
+def test_the_size_of_one_card_is_traced_on_a_cpu(tmp_path, capsys):
+    arguments = ["switch_against_dense", "--size=gpu", "--dry", "--arms=switch_64"]
+    arguments += [
+        f"--corpus={tmp_path}",
+        f"--runs={tmp_path / 'runs'}",
+        f"--out={tmp_path / 'out'}",
+    ]
+    assert run.main(arguments) == 1
+    assert "at the size gpu --corpus is a folder of packed tokens" in capsys.readouterr().err
+    for name in ("manifest.json", "tokens.tar.xz", "bpe8192.model"):
+        (tmp_path / name).touch()
+    assert run.main(arguments) == 0
+    said = capsys.readouterr().out
+    # 237 M parameters with two moments each, in float32.
+    assert "switch_64 (seed 0, 1, 2): 3 x 1,200 steps of 32,768 tokens, 39.3 M; " in said
+    assert "parameters and moments 2.84 GB" in said
+    study = load_study("switch_against_dense")
+    for name in ("dense", "switch_64"):
+        assert 13e6 < cost_of(study, "gpu", name).active_parameters < 17e6
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeJob(Job):
     """A job whose process is a script."""
@@ -281,7 +345,7 @@ class FakeJob(Job):
 
 def fake_jobs(tmp_path, *scripts):
     return [
-        FakeJob(STUDY, "small", "moe", seed, tmp_path / str(seed), tmp_path / "r", "", script)
+        FakeJob(STUDY, "small", "moe", (seed,), tmp_path / str(seed), tmp_path / "r", "", script)
         for seed, script in enumerate(scripts)
     ]
 
@@ -297,12 +361,12 @@ def test_processes_run_side_by_side_and_a_failure_stops_no_other(tmp_path, capsy
     jobs = fake_jobs(tmp_path, *scripts)
     with Board(jobs) as board:
         failed = run_side_by_side(jobs, this_machine("cpu").places(2), board)
-    assert [job.seed for job in failed] == [2]
+    assert [job.seeds for job in failed] == [(2,)]
     why = "the process ended by exit code 1; the lines above may say why"
-    assert (tmp_path / "2" / "log.txt").read_text() == f"no\n\nerror: {why}\n"
-    assert (tmp_path / "0" / "log.txt").read_text() == "met\n"
+    assert (tmp_path / "2/moe_log/log.txt").read_text() == f"no\n\nerror: {why}\n"
+    assert (tmp_path / "0/moe_log/log.txt").read_text() == "met\n"
     said = capsys.readouterr().out
-    assert f"moe_seed2: failed: {why} ({tmp_path / '2' / 'log.txt'})" in said
+    assert f"moe (seed 2): failed: {why} ({tmp_path / '2/moe_log/log.txt'})" in said
     assert "(4 of 4)" in said
 
 
@@ -312,8 +376,8 @@ def test_a_signal_is_handed_on_to_every_arm_and_waited_for(tmp_path, monkeypatch
         "def stop(*_): pathlib.Path('saved').touch(); sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)"
     )
-    jobs = fake_jobs(tmp_path, *[f"import os; os.chdir({str(tmp_path / str(i))!r})\n" + script
-                                 for i in range(2)])  # fmt: skip
+    logs = [str(tmp_path / str(i) / "moe_log") for i in range(2)]
+    jobs = fake_jobs(tmp_path, *[f"import os; os.chdir({log!r})\n" + script for log in logs])
 
     def look(self):
         if all((job.workdir / "ready").exists() for job in jobs):
@@ -428,7 +492,7 @@ def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
     write_results(tmp_path, (0.7, 0.8, 0.9))
     assert report.write_study(study, "small", tmp_path) == "reproduced"
     more = make_study(tolerance=0.1, arms=(*study.arms, Arm("moe_2", "", {})))
-    said = report.judged(more, report.results_of(more, "small", tmp_path))
+    said = report.judged(more, "small", report.results_of(more, "small", tmp_path))
     assert said.verdict == "inconclusive"
     assert "(runs are missing: 3)" in said.findings[0].because
 

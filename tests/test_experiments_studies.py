@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import arm as experiments_arm
-from experiments import run
+from experiments import run, scoring
 from experiments.budget import check_budget, cost_of
 from experiments.results import LOSS, RESULTS_FILE, Results, read_results
 from experiments.study import SIZES, load_study, study_names
@@ -34,12 +36,12 @@ def test_arms_cost_the_same(name, size):
 def test_arms_are_the_models_that_they_were(name):
     """Every arm at every size has the counts by component of commit f891836.
 
-    `arms.jsonl` was written by its code, before models had parts; zeros are left out.
+    `arms.jsonl` was written by its code, before models had parts; zeros are left out. Arms, sizes
+    and studies that were added since are not in it.
     """
     study = load_study(name)
     lines = read_results(ROOT / "tests/golden/arms.jsonl")
     lines = [line for line in lines if line["study"] == name]
-    assert len(lines) == len(SIZES) * len(study.arms)
     for line in lines:
         config = study.experiment(line["size"], line["arm"], 0)
         for counts, count in (("parameters", count_parameters), ("flops", count_flops)):
@@ -300,6 +302,83 @@ def test_the_criterion_of_router_tournament(changes, failed):
     assert [finding.verdict for finding in findings] == expected, findings
 
 
+GRANULARITY = {
+    **{f"fine_{g}": {"loss": 0.88 + 0.03 * g**-0.58} for g in (1, 2, 4, 8)},
+    "shared_31": {"loss": 0.893, "shared_rise": 0.5, "routed_rise": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, {}),
+        ({"fine_8": GRANULARITY["fine_2"]}, {0: INCONCLUSIVE}),
+        ({"fine_8": {"loss": 0.95}}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
+        ({"shared_31": {"loss": 0.95}}, {2: NOT_REPRODUCED}),
+        ({"shared_31": {"shared_rise": 0.49}}, {3: NOT_REPRODUCED}),
+    ],
+)
+def test_the_criterion_of_granularity(changes, failed):
+    findings = judged(load_study("granularity"), made_up(GRANULARITY, **changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(4)]
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+TOP_K = {f"top{k}_{count}": {"loss": 0.9} for count in (16, 32) for k in (1, 2, 4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, {}),
+        ({"top8_16": {"loss": 0.998}}, {0: INCONCLUSIVE}),
+        ({"top8_16": {"loss": 1.05}}, {0: NOT_REPRODUCED}),
+        ({"top2_32": {"loss": 0.91}}, {1: INCONCLUSIVE}),
+        ({"top2_32": {"loss": 0.95}}, {1: NOT_REPRODUCED}),
+        ({"top2_32": {"loss": 0.85}}, {}),
+    ],
+)
+def test_the_criterion_of_top_k(changes, failed):
+    findings = judged(load_study("top_k"), made_up(TOP_K, **changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(2)]
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+def test_finer_experts_have_the_parameters_and_the_cost_of_coarser_ones():
+    """But for the router, which grows by its outputs alone: 64 inputs for each, in two layers."""
+    study = load_study("granularity")
+    costs = {arm.name: cost_of(study, "small", arm.name) for arm in study.arms_at("small")}
+    for granularity in (2, 4, 8):
+        more = 2 * 64 * (8 * granularity - 8)
+        fine, whole = costs[f"fine_{granularity}"], costs["fine_1"]
+        assert fine.total_parameters - whole.total_parameters == more
+        assert fine.active - whole.active == 2 * more
+    for routed, fine in ((31, 4), (63, 8)):
+        shared = costs[f"shared_{routed}"]
+        assert costs[f"fine_{fine}"].total_parameters - shared.total_parameters == 2 * 64
+    top_k = load_study("top_k")
+    pairs = (("top2_32", "top1_16"), ("top4_32", "top2_16"), ("top8_32", "top4_16"))
+    for more, fewer in pairs:
+        a, b = (cost_of(top_k, "small", arm) for arm in (more, fewer))
+        assert a.total_parameters - b.total_parameters == 2 * 64 * 16
+
+
+def test_experts_that_are_taken_out_give_nothing():
+    """A routed one and the shared one, by the sums of their last weights."""
+    study = load_study("granularity")
+    config = study.experiment("smoke", "shared_31", 0)
+    params = jax.tree.map(lambda spec: np.ones(spec.shape), config.model.specs())
+    moe = params["stack"]["unit"]["0"]["moe"]
+    without = scoring.without_routed_expert(config, params, 3)["stack"]["unit"]["0"]["moe"]
+    sums_E = without["experts"]["wo"].sum(axis=(0, 2, 3))
+    assert sums_E[3] == 0 and (np.delete(sums_E, 3) > 0).all() and len(sums_E) == 31
+    assert (without["experts"]["wi"] == moe["experts"]["wi"]).all()
+    assert without["shared"]["wo"].sum() == moe["shared"]["wo"].sum()
+    shared = scoring.without_shared_expert(config, params)["stack"]["unit"]["0"]["moe"]
+    assert shared["shared"]["wo"].sum() == 0 and shared["experts"]["wo"].all()
+    assert list(scoring.routed_experts(config, 4)) == [0, 8, 16, 24]
+
+
 def test_leaks_are_inconclusive_without_the_noise():
     """Two arms alone: no dense runs to take the noise from."""
     results = made_up(LEAKS)
@@ -368,7 +447,7 @@ def test_every_study_passes_its_smoke_run(name, tmp_path):
 
     command("experiments.run", name, "--smoke", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}")
     rows = read_results(tmp_path / "out" / "results.jsonl", "smoke")
-    assert sorted(row["arm"] for row in rows) == sorted(arm.name for arm in study.arms)
+    assert sorted(row["arm"] for row in rows) == sorted(arm.name for arm in study.arms_at("smoke"))
     columns = {name for row in rows for name in row["measures"]}
     assert columns >= {LOSS, *study.measures}
     command("experiments.report", name, f"--out={tmp_path / 'out'}")

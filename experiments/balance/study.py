@@ -152,6 +152,7 @@ STUDY = Study(
     sizes={
         "smoke": {**SWITCH.sizes["smoke"], "model.parts.moe.num_experts": 8},
         "small": {**SWITCH.sizes["small"], "training.num_steps": 1000},
+        "gpu": {**SWITCH.sizes["gpu"], "model.parts.moe.group_size": 0},
         "base": {**SWITCH.sizes["base"], "model.parts.moe.group_size": 0},
     },
     arms=(

@@ -4,20 +4,12 @@ import itertools
 import pathlib
 import statistics
 
-import jax
-
 from experiments.results import Results, measured
+from experiments.scoring import open_run, sample_loss
 from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
-from moe_jax.config import ExperimentConfig
-from moe_jax.data import Data, heldout_batches
 from moe_jax.moe.queues import ChoiceMajor
-from moe_jax.parallel.batches import from_whole
-from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.evaluation import DomainSums, evaluate_batch
-from moe_jax.training.saved import load_run, open_run_data
-from moe_jax.training.state import TrainState
 
 FACTORS = (1.0, 1.25, 2.0)
 # Slots are counted for K choices of a token ("assignment") or for one ("token", as published).
@@ -25,41 +17,18 @@ FACTORS = (1.0, 1.25, 2.0)
 FAMILIES = ("top1", "top2_assignment", "top2_token")
 ASSIGNMENTS = ("top1", "top2_assignment")
 DENSE = {1.0: "dense", 1.25: "dense_1.25", 2.0: "dense_2.0"}  # by cost, in experts a token
-SAMPLES = 4  # times training.evaluation_batches, for the crossing of capacity factors
 
 
 def crossed(workdir: pathlib.Path) -> dict[str, float]:
     """Held-out bits a byte of one checkpoint at every capacity factor, on one sample."""
-    config, state = load_run(workdir)
+    config, state, data = open_run(workdir)
     moe = config.model.part.get("moe")
     if moe is None or moe.num_experts == 1:
         return {}
-    data = open_run_data(workdir, config)
-    return {f"evaluated_at_{factor}": loss_at(factor, config, data, state) for factor in FACTORS}
-
-
-def loss_at(factor: float, config: ExperimentConfig, data: Data, state: TrainState) -> float:
-    """Held-out bits a byte at a capacity factor, on a sample that is the same for all."""
-    sums = DomainSums(data.domains)
-    batches = heldout_batches(
-        data,
-        batch_size=config.training.batch_size,
-        max_batches=SAMPLES * config.training.evaluation_batches or None,
-    )
-    mesh = make_mesh(config.mesh)
-    for batch in map(dict, batches):
-        domain_B = batch.pop("domain")
-        with jax.set_mesh(mesh):
-            said = evaluate_batch(
-                state.params,
-                state.model_state,
-                from_whole(batch, mesh, ("batch", None)),
-                data.tokenizer.token_bytes_V,
-                model=config.model,
-                capacity=factor,
-            )
-        sums.add(said, domain_B)
-    return sums.losses()["bits_per_byte"]
+    return {
+        f"evaluated_at_{factor}": sample_loss(config, data, state, capacity=factor)
+        for factor in FACTORS
+    }
 
 
 def gain(results: Results, family: str, factor: float) -> dict[int, float]:
@@ -217,6 +186,7 @@ STUDY = Study(
     sizes={
         "smoke": {**SWITCH.sizes["smoke"], "training.evaluation_batches": 0},
         "small": {**SWITCH.sizes["small"], "training.num_steps": 1200},
+        "gpu": SWITCH.sizes["gpu"],
         "base": SWITCH.sizes["base"],
     },
     arms=(

@@ -150,6 +150,11 @@ STUDY = Study(
             "training.num_steps": 800,
             "training.evaluate_every": 100,
         },
+        "gpu": {
+            **SWITCH.sizes["gpu"],
+            "model.stack.repeats": 6,
+            "model.parts.moe.group_size": 512,
+        },
         "base": {
             **SWITCH.sizes["base"],
             "model.stack.repeats": 12,

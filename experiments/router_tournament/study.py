@@ -206,6 +206,7 @@ STUDY = Study(
             "model.parts.moe.num_experts": 8,
         },
         "small": SWITCH.sizes["small"] | {"training.num_steps": 600},
+        "gpu": SWITCH.sizes["gpu"] | {"model.parts.moe.group_size": 0},
         "base": SWITCH.sizes["base"] | {"model.parts.moe.group_size": 0},
     },
     arms=(

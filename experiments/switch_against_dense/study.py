@@ -9,6 +9,8 @@ from experiments.study import (
     MLP_LAYER,
     MOE_LAYER,
     NO_EXPERTS,
+    PACKED,
+    SIZES,
     Arm,
     Published,
     Study,
@@ -28,7 +30,7 @@ from experiments.verdict import (
 from moe_jax.analysis.paired import shared_seeds
 from moe_jax.layers.feed_forward import Mlp
 
-EXPERTS = (2, 4, 8, 16)
+EXPERTS = (2, 4, 8, 16, 32, 64)
 ORDERED = ("dense", "switch_2", "switch_4", "switch_8")
 
 
@@ -126,6 +128,27 @@ STUDY = Study(
             "training.evaluation_batches": 10,
             "training.checkpoint_every": 200,
         },
+        "gpu": {
+            **PACKED,
+            "data.sequence_length": 512,
+            "model.stack.repeats": 3,
+            "model.model_dim": 384,
+            "model.parts.mlp.dim": 1536,
+            "model.parts.attention.num_heads": 6,
+            "model.parts.attention.head_dim": 64,
+            "model.compute_dtype": "bfloat16",
+            "model.scan_layers": True,
+            "model.parts.moe.group_size": 8192,
+            "optimizer.learning_rate": 1.5e-3,
+            "optimizer.warmup_steps": 100,
+            "training.num_steps": 1200,  # 39.3 M tokens
+            "training.batch_size": 64,
+            "training.evaluate_every": 50,
+            "training.evaluation_batches": 4,
+            "training.checkpoint_every": 600,
+            "training.keep_checkpoints": 1,
+            "mesh.data": 1,
+        },
         "base": {
             **BPE_8K,
             "data.sequence_length": 1024,
@@ -150,12 +173,17 @@ STUDY = Study(
     arms=(
         Arm("dense", "dense (E = 1)", NO_EXPERTS),
         *(
-            Arm(f"switch_{e}", f"Switch, E = {e}", {"model.parts.moe.num_experts": e})
+            Arm(
+                f"switch_{e}",
+                f"Switch, E = {e}",
+                {"model.parts.moe.num_experts": e},
+                # So small a model cannot train more.
+                sizes=SIZES if e <= 16 else ("gpu", "base"),
+            )
             for e in EXPERTS
         ),
     ),
     baseline="dense",
-    baseline_seeds=(0, 1, 2, 3, 4),
     measures=("capacity_limited", "dropped_fraction", "max_violation"),
     expect=(
         Claim(

@@ -6,6 +6,7 @@ A corpus is named by one string:
 * the path of a file or folder of text, JSON lines, parquet, or a Hugging Face dataset
   (`file_corpus.py`); `text:PATH`, `jsonl:PATH`, `parquet:PATH` and `arrow:PATH` name the kind of
   the files, where a folder holds several;
+* `packed:DIR`: tokens without their text, which `python -m moe_jax.data.pack` wrote;
 * `tfds:NAME`: a prepared TFDS text dataset (`tfds_text.py`), one domain.
 """
 
@@ -14,18 +15,19 @@ from moe_jax.data.documents import HELDOUT, TRAIN, Corpus
 from moe_jax.data.embedded import EmbeddedCorpus
 from moe_jax.data.file_corpus import FileCorpus
 from moe_jax.data.file_layout import SUFFIXES
+from moe_jax.data.packed_corpus import PackedCorpus
 from moe_jax.data.records import Fields
 
 __all__ = ["HELDOUT", "TRAIN", "EmbeddedCorpus", "FileCorpus", "form_of", "open_corpus"]
 
-FORMS = ("tfds", *SUFFIXES)  # that can stand before a colon
+FORMS = ("packed", "tfds", *SUFFIXES)  # that can stand before a colon
 
 
 def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
     """Opens the corpus that `name` describes.
 
     Args:
-        name: `embedded`, a path, `KIND:PATH` or `tfds:NAME`.
+        name: `embedded`, a path, `KIND:PATH`, `packed:DIR` or `tfds:NAME`.
         fields: which fields of its records are read; None: the usual ones.
 
     Returns:
@@ -58,6 +60,14 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
             repr(name),
             "Correct config.data.corpus",
         )
+    if form == "packed":
+        require(
+            fields == Fields(),
+            "Tokens without text have no fields",
+            f"data.corpus={name!r}, {fields}",
+            "Leave data.text_field, data.id_field and data.group_field empty",
+        )
+        return PackedCorpus(name, argument)
     if form == "tfds":
         # Most runs do without TFDS, so that it is imported only here.
         from moe_jax.data.tfds_text import TfdsTextCorpus

@@ -4,7 +4,9 @@ import abc
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 TRAIN = "train"
 HELDOUT = "heldout"
@@ -65,6 +67,16 @@ class Corpus(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal sha256 that changes whenever the documents do."""
+
+    def unpacked(self, cache: pathlib.Path, source: dict[str, Any]) -> pathlib.Path | None:
+        """The folder of the token files that it came with; None of a corpus of documents.
+
+        Args:
+            cache: where it is put.
+            source: what they must be made from.
+        """
+        del cache, source
+        return None
 
 
 def split_documents(

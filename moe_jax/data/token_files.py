@@ -130,6 +130,15 @@ def prepare_token_files(
     }
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    with _writing_to(cache):
+        unpacked = corpus.unpacked(cache, source)
+        if unpacked is not None:
+            try:
+                return open_token_files(unpacked, source)
+            except DamagedTokenFilesError as damage:
+                logger.warning("%s", damage)
+                shutil.rmtree(unpacked)
+                return open_token_files(corpus.unpacked(cache, source) or unpacked, source)
     directory = cache / f"{_slug(corpus.name)}-{_slug(encoder.name)}-{key}"
     try:
         return open_token_files(directory, source)

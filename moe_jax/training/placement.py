@@ -1,5 +1,7 @@
 """Where the state of a run lies on the mesh, and the training step compiled for it."""
 
+import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -127,8 +129,15 @@ def new_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
 def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     """`step.make_train_step`, jitted for the mesh; the state is donated, metrics are everywhere.
 
-    To be called (or lowered) under `jax.set_mesh(mesh)`.
+    To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names
+    and seeds alone, one after another, get the same function, which is compiled once.
     """
+    any_seed = dataclasses.replace(config.data, seed=0)
+    return _compile_train_step(dataclasses.replace(config, name="", seed=0, data=any_seed), mesh)
+
+
+@functools.lru_cache(maxsize=1)
+def _compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     state = state_shardings(config, mesh)
     everywhere = named_sharding((), mesh)
     return jax.jit(

@@ -1,0 +1,120 @@
+"""An arm of a study with its seeds, as a process.
+
+`experiments.run` starts it; the same command again goes on from the newest checkpoint.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from experiments.arm import run_arm
+from experiments.results import read_results, run_of
+from experiments.study import Study, load_study
+from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.signals import Interrupted
+from moe_jax.user_errors import USER_ERRORS
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An arm with the seeds that it lacks, one after another, and where it is run.
+
+    Its seeds have one program, which is compiled once.
+    """
+
+    study: Study
+    size: str
+    arm: str
+    seeds: tuple[int, ...]
+    runs: pathlib.Path
+    results: pathlib.Path
+    corpus: str
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{self.arm} (seed {', '.join(map(str, self.seeds))})"
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """Where its log is."""
+        return self.runs / f"{self.arm}_log"
+
+    @property
+    def workdirs(self) -> dict[int, pathlib.Path]:
+        """Of its runs, by seed."""
+        return {seed: self.runs / f"{self.arm}_seed{seed}" for seed in self.seeds}
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """All of it but the study, which has functions: they do not travel to another process."""
+        return {name: value for name, value in vars(self).items() if name != "study"}
+
+    def is_finished(self) -> bool:
+        """Whether it is finished, be it by another process."""
+        return not self.seeds_left()
+
+    def seeds_left(self) -> list[int]:
+        """The seeds that have no line yet."""
+        done = set(map(run_of, read_results(self.results)))
+        return [seed for seed in self.seeds if (self.size, self.arm, seed) not in done]
+
+    @property
+    def num_steps(self) -> int:
+        """Of its training, over all seeds."""
+        config = self.study.experiment(self.size, self.arm, self.seeds[0])
+        return len(self.seeds) * config.training.num_steps
+
+    def finished_steps(self) -> int:
+        """How far it is, from the metrics that it has written."""
+        paths = [workdir / METRICS_FILE for workdir in self.workdirs.values()]
+        rows = [read_metrics(path) if path.exists() else [] for path in paths]
+        return sum(of_run[-1]["step"] for of_run in rows if of_run)
+
+    def command(self) -> list[str]:
+        """The process that runs it."""
+        return [
+            sys.executable, "-m", "experiments.job", f"--study={self.study.name}",
+            f"--size={self.size}", f"--arm={self.arm}",
+            f"--seeds={','.join(map(str, self.seeds))}", f"--runs={self.runs}",
+            f"--results={self.results}", f"--corpus={self.corpus}",
+        ]  # fmt: skip
+
+    def run_here(self) -> None:
+        """Runs it in this process."""
+        for seed in self.seeds_left():
+            run_arm(
+                self.study, self.size, self.arm, seed,
+                workdir=self.workdirs[seed], results=self.results, corpus=self.corpus,
+            )  # fmt: skip
+
+
+def main() -> None:
+    """Runs the job that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("study", "size", "arm", "seeds", "runs", "results", "corpus"):
+        parser.add_argument(f"--{name}", required=True)
+    args = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    try:
+        Job(
+            load_study(args.study),
+            args.size,
+            args.arm,
+            tuple(map(int, args.seeds.split(","))),
+            pathlib.Path(args.runs),
+            pathlib.Path(args.results),
+            args.corpus,
+        ).run_here()
+    except Interrupted as interruption:
+        sys.exit(128 + interruption.signal_number)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

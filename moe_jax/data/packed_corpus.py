@@ -1,0 +1,114 @@
+"""A corpus of tokens without their text, small enough to travel: `packed:DIR`.
+
+    DIR/manifest.json       that of the token files, which are made of it
+    DIR/tokens.tar.xz       the token files, see `token_files.py`
+    DIR/<tokenizer>         the file of the tokenizer
+
+`python -m moe_jax.data.pack` writes it. The token files are unpacked into the cache when they are
+first asked for. Runs of it need the tokenizer and the held-out fraction that it was packed with.
+"""
+
+import fcntl
+import json
+import pathlib
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from moe_jax.config.check import require
+from moe_jax.data.documents import Corpus, Document
+from moe_jax.data.open_file import check_file
+
+MANIFEST, TOKENS = "manifest.json", "tokens.tar.xz"
+
+
+class PackedCorpus(Corpus):
+    """Token files that were packed; it has no documents."""
+
+    def __init__(self, name: str, path: str):
+        """Reads the manifest.
+
+        Args:
+            name: of the corpus.
+            path: of its folder; a leading ~ is the home of the user.
+
+        Raises:
+            ValueError: there is no such folder, or it has no whole manifest.
+        """
+        self.name = name
+        self._directory = pathlib.Path(path).expanduser()
+        manifest = self._directory / MANIFEST
+        for file in (manifest, self._directory / TOKENS):
+            check_file(file, f"A packed corpus has {file.name}, which")
+        try:
+            self._manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+            self._domains = tuple(self._manifest["domains"])
+            self._sha256 = str(self._manifest["corpus_sha256"])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"A packed corpus has a manifest as it was written: {manifest} is damaged. Copy or "
+                "pack it again."
+            ) from None
+
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains."""
+        return self._domains
+
+    def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
+        """Refused: the text is not here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"A packed corpus has tokens alone: {self.name!r}. Name the corpus that it was packed "
+            "of, to read documents."
+        )
+
+    def fingerprint(self) -> str:
+        """Hexadecimal sha256 of the corpus and of how much of it was packed."""
+        return self._sha256
+
+    def unpacked(self, cache: pathlib.Path, source: dict[str, Any]) -> pathlib.Path:
+        """The token files, unpacked into the cache if it has none of this manifest.
+
+        Args:
+            cache: the folder.
+            source: what the run makes token files from; it must be what these were made from.
+
+        Raises:
+            ValueError: the run asks for others, or the archive is damaged.
+            OSError: the cache cannot be written.
+        """
+        for name, value in source.items():
+            require(
+                self._manifest.get(name) == value,
+                f"packed tokens are of the run's {name.removesuffix('_sha256')}",
+                f"{self.name!r} has {self._manifest.get(name)}, the run {value}",
+                "Set data.tokenizer and data.heldout_fraction as it was packed, or pack it again",
+            )
+        directory = cache / f"packed-{self._manifest['manifest_sha256'][:16]}"
+        if directory.is_dir():
+            return directory
+        cache.mkdir(parents=True, exist_ok=True)
+        with directory.with_name(f".{directory.name}.lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if directory.is_dir():
+                return directory  # Another process unpacked it.
+            partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=cache))
+            try:
+                with tarfile.open(self._directory / TOKENS, "r:xz") as archive:
+                    archive.extractall(partial, filter="data")
+                shutil.copyfile(self._directory / MANIFEST, partial / MANIFEST)
+                partial.chmod(0o755)
+                partial.rename(directory)
+            except (tarfile.TarError, EOFError) as error:
+                raise ValueError(
+                    f"An archive of tokens is as it was written: {self._directory / TOKENS}: "
+                    f"{error}. Copy or pack it again."
+                ) from error
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return directory

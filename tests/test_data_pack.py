@@ -1,0 +1,113 @@
+"""Tokens that travel without their text: packed on one machine, read on another."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+
+from moe_jax.config import DataConfig
+from moe_jax.data import heldout_batches, open_data, pack, train_batches
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.train_tokenizer import train
+
+FRACTION = 0.1
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A corpus of two domains, a tokenizer, and three quarters of its tokens packed."""
+    root = tmp_path_factory.mktemp("pack")
+    (root / "corpus").mkdir()
+    for domain, word in (("a", "apple"), ("b", "berry")):
+        texts = [f"{word} {number} is {word} {number * 7}. " * 8 for number in range(60)]
+        lines = [json.dumps({"id": f"{domain}{n}", "text": text}) for n, text in enumerate(texts)]
+        (root / f"corpus/{domain}.jsonl").write_text("\n".join(lines))
+    corpus, model = f"jsonl:{root / 'corpus'}", root / "bpe.model"
+    train(open_corpus(corpus), str(model), vocab_size=320, heldout_fraction=FRACTION)
+    config = DataConfig(
+        corpus=corpus, tokenizer=f"sentencepiece:{model}", heldout_fraction=FRACTION,
+        sequence_length=16, cache_dir=str(root / "cache"),
+    )  # fmt: skip
+    data = open_data(config)
+    total = sum(count.tokens for count in data.files.counts["train"].values())
+    kept = pack.pack(data, root / "out", max_tokens=total * 3 // 4, tokenizer=model)
+    assert 0.6 * total < kept <= 0.75 * total
+    return root, data
+
+
+def config_of(root, **changes):
+    settings = {
+        "corpus": f"packed:{root / 'out'}", "tokenizer": f"sentencepiece:{root / 'out/bpe.model'}",
+        "heldout_fraction": FRACTION, "sequence_length": 16, "cache_dir": str(root / "elsewhere"),
+    }  # fmt: skip
+    return DataConfig(**{**settings, **changes})
+
+
+def test_the_held_out_split_is_whole_and_training_is_the_beginning_of_every_domain(packed):
+    root, whole = packed
+    data = open_data(config_of(root))
+    assert data.domains == whole.domains == ("a", "b")
+    for domain in data.domains:
+        ours, theirs = (np.load(d.files.tokens_path("train", domain)) for d in (data, whole))
+        assert 0 < len(ours) < len(theirs) and (ours == theirs[: len(ours)]).all()
+        offsets = np.load(data.files.offsets_path("train", domain))
+        assert offsets[-1] == len(ours) and ours[-1] == whole.tokenizer.eos_id
+        assert data.files.counts["train"][domain].tokens == len(ours)
+    batches = [heldout_batches(d, batch_size=2, max_batches=None) for d in (data, whole)]
+    for a, b in zip(*batches, strict=True):
+        assert all((a[name] == b[name]).all() for name in a)
+    assert next(train_batches(data, global_batch_size=2))["inputs"].shape == (2, 16)
+
+
+def test_its_checksum_is_its_own_and_the_same_wherever_it_lies(packed):
+    root, whole = packed
+    data = open_data(config_of(root))
+    assert data.fingerprints["corpus"] != whole.fingerprints["corpus"]
+    assert data.fingerprints["tokenizer"] == whole.fingerprints["tokenizer"]
+    moved = root / "moved"
+    moved.mkdir()
+    for path in (root / "out").iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    there = open_data(config_of(root, corpus=f"packed:{moved}"))
+    assert there.fingerprints == data.fingerprints
+
+
+def test_what_does_not_fit_is_refused(packed, tmp_path):
+    root, whole = packed
+    with pytest.raises(ValueError, match=r"packed tokens are of the run's heldout_fraction: .*0.2"):
+        _ = open_data(config_of(root, heldout_fraction=0.2)).files
+    with pytest.raises(ValueError, match=r"packed tokens are of the run's tokenizer"):
+        _ = open_data(config_of(root, tokenizer="byte")).files
+    with pytest.raises(ValueError, match=r"A packed corpus has manifest.json, which is a file"):
+        open_data(config_of(root, corpus=f"packed:{tmp_path}"))
+    with pytest.raises(ValueError, match="A packed corpus has tokens alone"):
+        next(open_corpus(f"packed:{root / 'out'}").documents("a", 0.1))
+    with pytest.raises(ValueError, match="names a folder that is made"):
+        pack.pack(whole, root / "out", max_tokens=10, tokenizer=root / "bpe.model")
+    with pytest.raises(ValueError, match=r"--max_tokens are above 0 and there: --max_tokens=\d+"):
+        pack.pack(whole, tmp_path / "x", max_tokens=10**9, tokenizer=root / "bpe.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_found(packed, tmp_path):
+    root, _ = packed
+    for path in (root / "out").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = config_of(root, corpus=f"packed:{tmp_path}", cache_dir=str(tmp_path / "cache"))
+    files = open_data(config).files
+    path = files.tokens_path("train", "a")
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
+    again = open_data(config).files  # unpacked again
+    assert np.load(again.tokens_path("train", "a"))[-1] != 0
+    archive = tmp_path / "tokens.tar.xz"
+    archive.write_bytes(archive.read_bytes()[:-200])
+    cold = config_of(root, corpus=f"packed:{tmp_path}", cache_dir=str(tmp_path / "cold"))
+    with pytest.raises(ValueError, match="An archive of tokens is as it was written"):
+        _ = open_data(cold).files
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="has a manifest as it was written"):
+        open_data(config)
+    with tarfile.open(root / "out/tokens.tar.xz") as whole:
+        assert len(whole.getnames()) == 8  # two files a domain and split
