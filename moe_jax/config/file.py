@@ -293,6 +293,8 @@ def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
     except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
         if wanted in (object, types.NoneType):
             return text
+        if wanted is tuple and re.fullmatch(r"[a-z_][\w/]*(,[a-z_][\w/]*)*", text):
+            return tuple(text.split(","))  # of names, which need no quotes
         raise ValueError(
             f"{flag} is of type {wanted.__name__}: {text!r} is not. {EXAMPLES.get(wanted, '')}"
         ) from error

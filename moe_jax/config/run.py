@@ -116,9 +116,26 @@ class OptimizerConfig(Settings):
     clip_value: float = setting(0.0, at_least=0)  # of each entry of the gradient; 0: no clipping
     clip_norm: float = setting(1.0, at_least=0)  # global norm, after that; 0: no clipping
     ema_decay: float = setting(0.0, at_least=0, below=1)  # of parameters to evaluate; 0: the last
+    # What trains, by the names of `models.selection`: "experts", "attention", "encoder/router".
+    trainable: tuple[str, ...] = ("all",)
+    frozen: tuple[str, ...] = ()  # and of that, what does not: "router", "embedding"
+    # Factors of the learning rate, such as (("router", 0.1),); (): 1 for all. Also of the decay.
+    learning_rates: tuple[tuple[str, float], ...] = ()
 
     def check(self) -> None:
         """See `Settings`."""
+        require(
+            bool(self.trainable),
+            "optimizer.trainable names what trains",
+            "optimizer.trainable=()",
+            "Name a part, or 'all'",
+        )
+        require(
+            all(0 < factor < math.inf for _, factor in self.learning_rates),
+            "optimizer.learning_rates are positive and finite",
+            f"optimizer.learning_rates={self.learning_rates}",
+            "Name a part in optimizer.frozen to keep it as it is",
+        )
         self.check_used("name", OPTIMIZERS)
         self.check_used("schedule", SCHEDULES)
         require(
@@ -140,6 +157,11 @@ class OptimizerConfig(Settings):
                 f"b1={self.b1}, ema_decay={self.ema_decay}",
                 "Set ema_decay=0 and b1=0.9",
             )
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names of what trains, of what does not, and of groups with a rate of their own."""
+        return (*self.trainable, *self.frozen, *(name for name, _ in self.learning_rates))
 
     def check_used(self, chooser: str, table: dict[str, tuple[str, ...]]) -> None:
         """Refuses a setting that the chosen optimizer or schedule ignores.
@@ -243,6 +265,7 @@ class ExperimentConfig(Settings):
     def check(self) -> None:
         """Checks settings of different sections against each other."""
         self.data.objective.check_model(self.model)
+        self.model.check_trained(self.optimizer)
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             "optimizer.warmup_steps is at most training.num_steps",

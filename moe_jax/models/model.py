@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import OptimizerConfig
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
 from moe_jax.layers.attention import Attention
@@ -18,6 +19,7 @@ from moe_jax.models.layout import SEGMENTS, StackLayout
 from moe_jax.models.multi_token import NAME, Modules, MultiToken, joined, separated
 from moe_jax.models.output import Encoded, ModelOutput, of_both
 from moe_jax.models.stack import REMAT, Stack, StackOutput
+from moe_jax.models.trained import check_trained
 from moe_jax.models.wrapping import wrapped
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
@@ -210,15 +212,25 @@ class LanguageModel(Settings):
 
     def state_specs(self) -> dict[str, Any]:
         """State by part, with a leading dim of layers."""
-        specs = [stack.state_specs(self.dims) for stack in self.stacks.values()]
+        specs = self.state_by_stack()
+        later = joined(specs.pop(NAME, {}))
+        return {name: own for one in (*specs.values(), later) for name, own in one.items()}
+
+    def state_by_stack(self) -> dict[str, Any]:
+        """State by the names of stacks, and of the modules of `multi_token`, then by part."""
+        specs = {name: stack.state_specs(self.dims) for name, stack in self.stacks.items()}
         if self.modules is not None:
-            specs.append(joined(self.modules.stack.state_specs(self.dims)))
-        return {name: own for one in specs for name, own in one.items()}
+            specs[NAME] = self.modules.stack.state_specs(self.dims)
+        return specs
 
     def looks_ahead(self, training: bool) -> bool:
         """Whether a logit can depend on later tokens."""
         parts = (self.part[name] for name in self.stack.names | set(self.decoder.parts()))
         return not self.stack.causal or any(part.looks_ahead(training) for part in parts)
+
+    def check_trained(self, optimizer: OptimizerConfig) -> None:
+        """Checks the names of what trains; see `models.trained`."""
+        check_trained(optimizer, self)
 
     def check_run(self, run: RunShape) -> None:
         """Checks that the batch and the mesh can be split as the parts and the vocabulary need.

@@ -37,6 +37,12 @@ def select(specs: Any, names: Sequence[str]) -> Any:
     Raises:
       ValueError: a name chooses nothing; lists what there is.
     """
+    check_names(specs, names)
+    return marked(specs, names)
+
+
+def check_names(specs: Any, names: Sequence[str]) -> None:
+    """Refuses names of which one chooses nothing; see `select`."""
     paths = jax.tree_util.tree_leaves_with_path(specs)
     words = [words_of(path, spec) for path, spec in paths]
     for name in names:
@@ -46,8 +52,13 @@ def select(specs: Any, names: Sequence[str]) -> Any:
             f"{name!r} chooses none",
             f"Join some of these by '/', or write {ALL!r}: {', '.join(vocabulary(specs))}",
         )
-    marks = [any(matches(name, one) for name in names) for one in words]
-    return jax.tree.unflatten(jax.tree.structure(specs), marks)
+
+
+def marked(specs: Any, names: Sequence[str]) -> Any:
+    """`select`, in which a name may choose nothing: of a part of a model."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: any(matches(name, words_of(path, spec)) for name in names), specs
+    )
 
 
 def words_of(path: tuple[Any, ...], spec: ParameterSpec) -> frozenset[str]:

@@ -8,8 +8,11 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+import jax
+
 from moe_jax.config import MeshConfig
 from moe_jax.costs import KIND_OF_COMPONENT
+from moe_jax.models.trained import training_marks
 from moe_jax.parallel.rules import mesh_axes
 from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import KINDS
@@ -103,7 +106,8 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
     mesh, parts = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
-    for spec in parameter_specs(work.model):
+    trains = jax.tree.leaves(training_marks(work.config.optimizer, work.model.specs()))
+    for spec, has_gradient in zip(parameter_specs(work.model), trains, strict=True):
         kind = KIND_OF_COMPONENT.get(spec.component, "other")
         name = spec.component.replace("_", " ")
         split = _axes_of(spec, mesh)
@@ -120,9 +124,12 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
             yield Collective(
                 f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
             )
-            yield Collective(
-                f"{name} gradient", kind, "reduce-scatter", ("fsdp",), sizes["fsdp"], whole
-            )
+            if has_gradient:
+                yield Collective(
+                    f"{name} gradient", kind, "reduce-scatter", ("fsdp",), sizes["fsdp"], whole
+                )
+        if not has_gradient:
+            continue
         copies = tuple(a for a in batch_axes if a not in split and sizes[a] > 1)
         n = _product(sizes, copies)
         yield Collective(f"{name} gradient", kind, "all-reduce", copies, n, local)

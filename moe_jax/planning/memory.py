@@ -23,8 +23,8 @@ from moe_jax.planning.parameters import (
     gathered_size,
     local_parameters,
     local_size,
-    parameter_specs,
     shards_of,
+    training_parameters,
 )
 from moe_jax.planning.workload import Workload
 from moe_jax.training.optimizers import moments_of
@@ -39,7 +39,7 @@ class Memory:
     Attributes:
       parameters: float32.
       optimizer: moments, float32.
-      gradients: float32; of several microbatches, the sum and the newest part.
+      gradients: float32, of what trains; of several microbatches, the sum and the newest part.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
       logits: float32 logits and their gradient.
       layer: working set of the largest layer: its activations if they are computed again, its
@@ -66,12 +66,13 @@ def estimate_memory(work: Workload) -> Memory:
     """The components for a config on its mesh."""
     model, mesh = work.model, work.mesh
     size = sum(local_parameters(model, mesh).values())
+    trained = sum(local_size(spec, mesh) for spec in training_parameters(work.config))
     parts = 2 if work.config.training.num_microbatches > 1 else 1
     layers = different_layers(model, work.lengths) + module_layers(model, work.lengths)
     return Memory(
         parameters=FLOAT32 * size,
         optimizer=optimizer_bytes(work),
-        gradients=FLOAT32 * size * parts,
+        gradients=FLOAT32 * trained * parts,
         saved_activations=saved_bytes(work),
         logits=2
         * FLOAT32
@@ -85,13 +86,13 @@ def estimate_memory(work: Workload) -> Memory:
 
 
 def optimizer_bytes(work: Workload) -> float:
-    """Bytes of the optimizer's moments on one device.
+    """Bytes of the optimizer's moments on one device, of the parameters that train.
 
-    What `moments_of` says of each parameter. Adafactor: a row and a column of every matrix with at
+    What `moments_of` says of each. Adafactor: a row and a column of every matrix with at
     least 128 of each (each expert's on its own, arXiv:1804.04235 sec. 3), one number a parameter
     elsewhere.
     """
-    optimizer, specs = work.config.optimizer, parameter_specs(work.model)
+    optimizer, specs = work.config.optimizer, training_parameters(work.config)
     total: float = sum(moments_of(optimizer, spec) * local_size(spec, work.mesh) for spec in specs)
     if optimizer.name == "adafactor":
         total += sum(_factored_size(spec, work.mesh) for spec in specs)

@@ -7,10 +7,11 @@ import math
 
 import jax
 
-from moe_jax.config import Lengths, MeshConfig
+from moe_jax.config import ExperimentConfig, Lengths, MeshConfig
 from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import NAME
+from moe_jax.models.trained import training_specs
 from moe_jax.parallel.rules import num_shards
 from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import Placed, different_layers
@@ -121,6 +122,11 @@ def shards_of(axis: str | None, mesh: MeshConfig) -> int:
 def parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
     """The plain parameters before they exist; layers of a scan are stacked."""
     return tuple(jax.tree.leaves(model.plain_specs()))
+
+
+def training_parameters(config: ExperimentConfig) -> tuple[ParameterSpec, ...]:
+    """The specs of those that train, which have gradients and moments."""
+    return tuple(jax.tree.leaves(training_specs(config.optimizer, config.model.specs())))
 
 
 def component(spec: ParameterSpec) -> str:

@@ -6,7 +6,12 @@ elementwise work is taken to be fused with them. Legend of shapes: `moe_jax.moe`
 
 from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes
 from moe_jax.planning.flops import KINDS
-from moe_jax.planning.parameters import gathered_size, local_size, parameter_specs
+from moe_jax.planning.parameters import (
+    gathered_size,
+    local_size,
+    parameter_specs,
+    training_parameters,
+)
 from moe_jax.planning.workload import Workload
 from moe_jax.training.optimizers import moments_of
 
@@ -17,7 +22,7 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     Forward, a product of rows [T, I] by weights [I, O] moves T I + I O + T O numbers in the compute
     dtype; backward twice that (for the input's gradient and the weight's), and once more what remat
     computes again. The head adds its float32 logits. The optimizer reads gradient, parameter and
-    moments and writes the last two.
+    moments of what trains and writes the last two.
     """
     model, mesh = work.model, work.mesh
     parts, weights = work.config.training.num_microbatches, _gathered(work)
@@ -42,7 +47,7 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step
     total["optimizer"] = FLOAT32 * sum(
         (passes_of_gradient + 2 + 2 * moments_of(optimizer, spec)) * local_size(spec, mesh)
-        for spec in parameter_specs(model)
+        for spec in training_parameters(work.config)
     )
     return total
 

@@ -15,6 +15,7 @@ from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches, with_whole_paths
+from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_shares, host_share
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
@@ -150,11 +151,13 @@ def train_in(
     start = int(state.step)
     saved = checkpoints.metadata(start) if start else {}
     num_steps = config.training.num_steps
+    facts["trained"] = count_trained(config.optimizer, config.model.specs())
     record = write_run_record(
         workdir, config, start_step=start, content=data.fingerprints, facts=facts
     )
     if jax.process_index() == 0:
         print(describe_mesh(mesh), flush=True)
+        print(describe_trained(record["trained"]), flush=True)
         if start:
             print(f"resuming after step {start} of {num_steps}{extension(saved, num_steps)}")
 

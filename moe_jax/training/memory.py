@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig
 from moe_jax.parallel.rules import num_shards
 from moe_jax.training.placement import state_shardings
-from moe_jax.training.state import abstract_state
+from moe_jax.training.state import abstract_state, trained_params
 
 PROFILE_FILE = "memory.prof"
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -39,13 +39,14 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
         return sum(jax.tree.leaves(sizes))
 
     parameters = local(state.params, shardings.params)
+    trained = local(*(trained_params(config, tree.params) for tree in (state, shardings)))
     parts = config.training.num_microbatches
     sequences = config.training.batch_size // parts // num_shards("batch", mesh)
     vocab = config.model.vocab_size // num_shards("vocab", mesh)
     return {
         "parameters": parameters,
         "optimizer": local(state.opt_state, shardings.opt_state),
-        "gradients": parameters * (2 if parts > 1 else 1),
+        "gradients": trained * (2 if parts > 1 else 1),
         "logits": sequences * config.lengths.decoder * vocab * FLOAT32,
     }
 

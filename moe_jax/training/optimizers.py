@@ -9,6 +9,7 @@ import optax
 import optax.contrib
 
 from moe_jax.config import ExperimentConfig, OptimizerConfig
+from moe_jax.models.trained import rate_factors, training_specs
 from moe_jax.parameters import ParameterSpec
 
 # What Muon leaves to AdamW although it has two dims: its rows or columns are read one by one.
@@ -70,9 +71,11 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
       arXiv:2405.15682.
 
     Each expert, and each of scanned layers, has parameters of its own. What decays, is stacked, or
-    is a matrix for Muon, is what the specs of the model's parameters say.
+    is a matrix for Muon, is what the specs of the model's parameters say. Its trees are of the
+    parameters that train (`models.trained`).
     """
-    settings, specs = config.optimizer, config.model.specs()
+    settings = config.optimizer
+    specs = training_specs(settings, config.model.specs())
     schedule = learning_rate_schedule(settings, config.training.num_steps)
     descend = [
         precondition(settings, specs),
@@ -80,6 +83,7 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
             settings.weight_decay, mask=jax.tree.map(lambda spec: spec.decays, specs)
         ),
         *([share_of_rest(settings.adamw_share, specs)] if settings.name == "muon" else []),
+        *([scale_each(rate_factors(settings, specs))] if settings.learning_rates else []),
         optax.scale_by_learning_rate(schedule),
     ]
     if settings.name == "schedule_free":
@@ -134,6 +138,15 @@ def share_of_rest(share: float, specs: Any) -> optax.GradientTransformation:
 
     def update(updates: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda u, spec: u if is_matrix(spec) else share * u, updates, specs)
+
+    return optax.stateless(update)
+
+
+def scale_each(factors: Any) -> optax.GradientTransformation:
+    """Multiplies the update of each parameter by its own factor, decay included."""
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(jnp.multiply, updates, factors)
 
     return optax.stateless(update)
 
@@ -235,7 +248,7 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def moments_of(settings: OptimizerConfig, spec: ParameterSpec) -> int:
-    """How many arrays of a parameter's own shape the optimizer keeps for it.
+    """How many arrays of a parameter's own shape the optimizer keeps for it, if it trains.
 
     Adafactor's factors, and the moments of what it does not factor, are not counted.
     """

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax.contrib
 
 from moe_jax.config import ExperimentConfig
+from moe_jax.models.trained import filled, kept, like, training_marks
 from moe_jax.parameters import init_parameters
 from moe_jax.training.optimizers import ParameterAverage, make_optimizer
 
@@ -40,25 +41,31 @@ def init_state(config: ExperimentConfig) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(config).init(params),
+        opt_state=make_optimizer(config).init(trained_params(config, params)),
         model_state=init_parameters(param_key, model.state_specs()),
         key_data=jax.random.key_data(run_key),
     )
+
+
+def trained_params(config: ExperimentConfig, params: Any) -> Any:
+    """The parameters that train, in a tree that has None in the place of the others."""
+    return kept(params, training_marks(config.optimizer, config.model.specs()))
 
 
 def evaluation_params(state: TrainState) -> Any:
     """The parameters to evaluate and to sample from, in the tree of the model's specs.
 
     What the optimizer averages: `optimizer.ema_decay`, or Schedule-Free's x (arXiv:2405.15682);
-    without an average, the parameters of the last step.
+    without an average, and of what does not train, the parameters of the last step.
     """
     if not state.opt_state:  # of a model that was imported
         return state.params
     last = state.opt_state[-1]
     if isinstance(last, ParameterAverage):
-        return last.average
+        return filled(last.average, state.params)
     if isinstance(last, optax.contrib.ScheduleFreeState):
-        return jax.jit(optax.contrib.schedule_free_eval_params)(last, state.params)
+        average = jax.jit(optax.contrib.schedule_free_eval_params)
+        return filled(average(last, like(last.z, state.params)), state.params)
     return state.params
 
 

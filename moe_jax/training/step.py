@@ -9,10 +9,11 @@ import optax
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.trained import filled, moving_state
 from moe_jax.part import Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from moe_jax.training.state import TrainState, abstract_batch, abstract_state
+from moe_jax.training.state import TrainState, abstract_batch, abstract_state, trained_params
 
 
 class StepMetrics(NamedTuple):
@@ -21,7 +22,7 @@ class StepMetrics(NamedTuple):
     Attributes:
       loss: float32 scalar, nats a target: cross-entropy alone.
       total_loss: float32 scalar, with what the parts add: what was differentiated.
-      grad_norm: float32 scalar, global norm before clipping.
+      grad_norm: float32 scalar, global norm before clipping, of what trains.
       learning_rate: float32 scalar.
       of_parts: metrics of the parts over the whole batch, PART/NAME, with a leading dim of layers.
     """
@@ -41,23 +42,29 @@ def make_train_step(
     The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
     drawn anew for each microbatch, and for losses that are of a microbatch (not linear in its
-    sums).
+    sums). Parameters that do not train, and state of parts that does not move, stay as they are.
     """
     optimizer = make_optimizer(config)
+    moving = moving_state(config.optimizer, config.model)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
     model, num_parts = config.model, config.training.num_microbatches
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         keys = jax.random.split(rng, num_parts)
-        loss, grads, said = gradient(state, batch, keys, batch_totals(batch, model), model)
+        trained = trained_params(config, state.params)
+        totals = batch_totals(batch, model)
+        loss, grads, said = gradient(state, batch, keys, totals, model, trained)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = filled(optax.apply_updates(trained, updates), state.params)
         aux = merge_aux(said.aux)
         sums = {name: of_part.sums for name, of_part in aux.items()}
         num_steps = config.training.num_steps
-        model_state = model.next_state(state.model_state, sums, state.step, num_steps)
+        moved = model.next_state(state.model_state, sums, state.step, num_steps)
+        model_state = jax.tree.map(
+            lambda moves, new, old: new if moves else old, moving, moved, state.model_state
+        )
         new_state = TrainState(state.step + 1, params, opt_state, model_state, state.key_data)
         metrics = StepMetrics(
             loss=jnp.sum(said.cross_entropy),
@@ -108,7 +115,12 @@ def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:
 
 
 def gradient(
-    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: LanguageModel
+    state: TrainState,
+    parts: Batch,
+    keys: jax.Array,
+    totals: Totals,
+    model: LanguageModel,
+    trained: Any = None,
 ) -> tuple[jax.Array, Any, LossParts]:
     """Loss and gradient of a batch, one part after another.
 
@@ -118,15 +130,22 @@ def gradient(
       keys: a random key for each part.
       totals: denominators of the whole batch.
       model: the model.
+      trained: of the parameters those that train, as `trained_params` has them; None: all.
 
     Returns:
-      The loss, its gradient, and what every part said (leading dim of parts).
+      The loss, its gradient in the tree of what trains, and what every part said (leading dim of
+      parts).
     """
-    loss_and_grad = jax.value_and_grad(partial_loss, has_aux=True)
+    trained = state.params if trained is None else trained
+
+    def loss_of(trained: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, LossParts]:
+        return partial_loss(filled(trained, state.params), *args, **kwargs)
+
+    loss_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     settings = {"model_state": state.model_state, "step": state.step}
     if len(keys) == 1:
         only = {name: value[0] for name, value in parts.items()}
-        outcome = loss_and_grad(state.params, only, totals, model, rng=keys[0], **settings)
+        outcome = loss_and_grad(trained, only, totals, model, rng=keys[0], **settings)
         (loss, said), grads = outcome
         return loss, grads, jax.tree.map(lambda x: x[None], said)
 
@@ -135,11 +154,11 @@ def gradient(
 
     def accumulate(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
         part, key = inputs
-        outcome = loss_and_grad(state.params, part, totals, model, rng=key, **settings)
+        outcome = loss_and_grad(trained, part, totals, model, rng=key, **settings)
         (loss, said), grads = outcome
         return jax.tree.map(jnp.add, carry, (loss, grads)), said
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     (loss, grads), said = jax.lax.scan(accumulate, zero, (parts, keys))
     return loss, grads, said
 

@@ -1,0 +1,149 @@
+"""Which parameters train, at which rate, and the tree of those that do.
+
+What trains is a tree like the parameters with None in the place of what does not: `jax.tree`
+passes over None, so that gradients and what an optimizer keeps exist for the rest alone. Where
+everything trains it is the tree of the parameters.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import OptimizerConfig
+from moe_jax.config.check import require
+from moe_jax.models.multi_token import NAME, joined
+from moe_jax.models.selection import check_names, marked, matches, words_of
+from moe_jax.parameters import ParameterSpec
+
+if TYPE_CHECKING:
+    from moe_jax.models.model import LanguageModel
+
+
+def training_marks(settings: OptimizerConfig, specs: Any) -> Any:
+    """Which parameters train: those of `trainable` that are not of `frozen`, and that can.
+
+    Args:
+      settings: of the optimizer.
+      specs: the tree of `ParameterSpec` of a model, or of its state.
+
+    Returns:
+      bools in the same tree.
+    """
+    chosen, frozen = marked(specs, settings.trainable), marked(specs, settings.frozen)
+    return jax.tree.map(
+        lambda spec, yes, no: yes and not no and is_continuous(spec), specs, chosen, frozen
+    )
+
+
+def is_continuous(spec: ParameterSpec) -> bool:
+    """Whether an array can have a gradient: it holds no integers, and no floats of 8 bits."""
+    dtype = jnp.dtype(spec.dtype)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+
+
+def kept(tree: Any, marks: Any) -> Any:
+    """The tree with None in the place of what is not marked."""
+    return jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, tree)
+
+
+def filled(part: Any, tree: Any) -> Any:
+    """The tree with what a part of it has, which is None elsewhere."""
+    return jax.tree.map(
+        lambda own, leaf: leaf if own is None else own, part, tree, is_leaf=lambda own: own is None
+    )
+
+
+def like(part: Any, tree: Any) -> Any:
+    """The tree with None where a part of it has None."""
+    return jax.tree.map(
+        lambda own, leaf: None if own is None else leaf, part, tree, is_leaf=lambda own: own is None
+    )
+
+
+def training_specs(settings: OptimizerConfig, specs: Any) -> Any:
+    """The specs of the parameters that train; None elsewhere."""
+    return kept(specs, training_marks(settings, specs))
+
+
+def moving_state(settings: OptimizerConfig, model: "LanguageModel") -> dict[str, Any]:
+    """Which arrays of the state of parts move, by part: bools in the tree of `state_specs`.
+
+    A selection bias is routing: it is of the component "router" and moves if the names that train
+    choose it. With frozen="router", or trainable="experts", routers and biases stay.
+    """
+    moving: dict[str, Any] = {}
+    for stack, own in model.state_by_stack().items():
+        found = training_marks(settings, {"state": {stack: own}})["state"][stack]
+        moving |= joined(found) if stack == NAME else found
+    return moving
+
+
+def rate_factors(settings: OptimizerConfig, specs: Any) -> Any:
+    """The factor of the learning rate of each parameter, in their tree."""
+
+    def factor(path: tuple[Any, ...], spec: ParameterSpec) -> float:
+        words = words_of(path, spec)
+        return next((f for name, f in settings.learning_rates if matches(name, words)), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor, specs)
+
+
+def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
+    """Checks the names of what trains against a model.
+
+    Raises:
+      ValueError: a name chooses nothing, nothing trains, or a parameter is in two groups.
+    """
+    if settings.chosen == ("all",):
+        return
+    specs = model.specs()
+    check_names({**specs, "state": model.state_by_stack()}, (*settings.trainable, *settings.frozen))
+    require(
+        any(jax.tree.leaves(training_marks(settings, specs))),
+        "some parameter must train",
+        f"optimizer.trainable={settings.trainable}, optimizer.frozen={settings.frozen}",
+        "Freeze less",
+    )
+    trained = training_specs(settings, specs)
+    names = [name for name, _ in settings.learning_rates]
+    check_names(trained, names)
+    for path, spec in jax.tree_util.tree_leaves_with_path(trained):
+        groups = [name for name in names if matches(name, words_of(path, spec))]
+        require(
+            len(groups) < 2,
+            "each parameter is in one group of optimizer.learning_rates",
+            f"{jax.tree_util.keystr(path, simple=True, separator='/')} is in {groups}",
+            "Join names by '/' to choose less",
+        )
+
+
+def count_trained(settings: OptimizerConfig, specs: Any) -> dict[str, dict[str, int]]:
+    """Parameters by component: {"experts": {"trained": 8, "total": 8}, ...}, as `run.json` has it.
+
+    Args:
+      settings: of the optimizer.
+      specs: of the parameters of a model.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    marks = jax.tree.leaves(training_marks(settings, specs))
+    for spec, mark in zip(jax.tree.leaves(specs), marks, strict=True):
+        count = counts.setdefault(spec.component, {"trained": 0, "total": 0})
+        count["total"] += spec.size
+        count["trained"] += spec.size if mark else 0
+    return counts
+
+
+def describe_trained(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """What `count_trained` found, as one line.
+
+    >>> describe_trained({"router": {"trained": 0, "total": 8}, "experts": {"trained": 64,
+    ...                   "total": 64}})
+    'trains 64 of 72 parameters: router 0 of 8, experts 64 of 64'
+    """
+    trained, total = (sum(count[key] for count in counts.values()) for key in ("trained", "total"))
+    if trained == total:
+        return f"trains all {total:,} parameters"
+    groups = (f"{name} {one['trained']:,} of {one['total']:,}" for name, one in counts.items())
+    return f"trains {trained:,} of {total:,} parameters: {', '.join(groups)}"
