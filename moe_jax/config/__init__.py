@@ -22,6 +22,7 @@ from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.run import (
     DataConfig,
     ExperimentConfig,
+    InitFrom,
     Lengths,
     OptimizerConfig,
     TrainingConfig,
@@ -47,6 +48,7 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
 __all__ = [
     "DataConfig",
     "ExperimentConfig",
+    "InitFrom",
     "Lengths",
     "MeshConfig",
     "OptimizerConfig",

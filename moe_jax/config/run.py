@@ -228,6 +228,37 @@ class TrainingConfig(Settings):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class InitFrom(Settings):
+    """The checkpoint that a run starts from, in place of parameters that are drawn.
+
+    It is read once: a run that has a checkpoint of its own goes on from that.
+    """
+
+    path: str = ""  # workdir of a run, or of a model that was imported; "": none
+    step: int | None = setting(None, at_least=0)  # of a checkpoint; None: the newest whole one
+    optimizer_state: bool = False  # take the moments too
+    data_position: bool = False  # go on at that step: in the data, the schedules and the noise
+    fresh: tuple[str, ...] = ()  # what is drawn anew, by the names of `models.selection`
+
+    def check(self) -> None:
+        """See `Settings`."""
+        fields = dataclasses.fields(self)
+        require_local("init_from.path", self.path)
+        require(
+            "\0" not in self.path,
+            "init_from.path has no NUL byte",
+            f"init_from.path={self.path!r}",
+            "Correct it",
+        )
+        require(
+            bool(self.path) or all(getattr(self, f.name) == f.default for f in fields),
+            "init_from has settings where it has a path",
+            f"{self}",
+            "Set init_from.path to the workdir of a run",
+        )
+
+
 class Lengths(NamedTuple):
     """Tokens of a sequence in the stacks of a model.
 
@@ -260,6 +291,7 @@ class ExperimentConfig(Settings):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # text, and what is predicted
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    init_from: InitFrom = InitFrom()  # a checkpoint to start from
     mesh: MeshConfig = setting(MeshConfig(), changes_results=False)
 
     def check(self) -> None:

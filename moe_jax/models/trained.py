@@ -5,7 +5,7 @@ passes over None, so that gradients and what an optimizer keeps exist for the re
 everything trains it is the tree of the parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -73,11 +73,18 @@ def moving_state(settings: OptimizerConfig, model: "LanguageModel") -> dict[str,
     A selection bias is routing: it is of the component "router" and moves if the names that train
     choose it. With frozen="router", or trainable="experts", routers and biases stay.
     """
-    moving: dict[str, Any] = {}
-    for stack, own in model.state_by_stack().items():
-        found = training_marks(settings, {"state": {stack: own}})["state"][stack]
-        moving |= joined(found) if stack == NAME else found
-    return moving
+    return over_state(model, lambda specs: training_marks(settings, specs))
+
+
+def over_state(model: "LanguageModel", mark: Callable[[Any], Any]) -> dict[str, Any]:
+    """What a function of a tree of specs says of the state of parts, by part.
+
+    It is shown the specs by the names of stacks, under "state", and returns a tree like that.
+    """
+    marks: dict[str, Any] = {}
+    for stack, own in mark({"state": model.state_by_stack()})["state"].items():
+        marks |= joined(own) if stack == NAME else own
+    return marks
 
 
 def rate_factors(settings: OptimizerConfig, specs: Any) -> Any:

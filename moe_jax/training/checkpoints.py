@@ -28,6 +28,7 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
+from moe_jax.training.arrays import by_name, describe, differences, name_of, require_shardings, some
 from moe_jax.training.files import (
     METADATA,
     STATE,
@@ -177,8 +178,11 @@ class Checkpoints:
 
     def has(self, step: int, name: str) -> bool:
         """Whether the state that was saved has arrays under a name, such as "opt_state"."""
-        saved = _describe(self._manager.item_metadata(step)[STATE].tree)
-        return any(one.startswith(f"{name}/") for one in saved)
+        return any(one.startswith(f"{name}/") for one in self.arrays(step))
+
+    def arrays(self, step: int) -> dict[str, str]:
+        """See `arrays.describe`: of what was saved."""
+        return describe(self._manager.item_metadata(step)[STATE].tree)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """See `metadata_of`."""
@@ -204,7 +208,7 @@ class Checkpoints:
           ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
         """
         self.wait()
-        _require_shardings(abstract_state)
+        require_shardings(abstract_state)
         step = self._newest_whole_step()
         return None if step == NO_STEP else (step, self._restore(step, abstract_state))
 
@@ -223,7 +227,7 @@ class Checkpoints:
           ValueError: there is none of this step, or see `restore_latest`.
         """
         path_of_whole(self.directory, step)
-        _require_shardings(abstract_state)
+        require_shardings(abstract_state)
         self._manager.reload()
         return self._restore(step, abstract_state)
 
@@ -319,20 +323,42 @@ class Checkpoints:
         return ALL_DAMAGED if damaged else NO_STEP
 
     def _require_same_arrays(self, step: int, abstract_state: Any) -> None:
-        saved = _describe(self._manager.item_metadata(step)[STATE].tree)
-        wanted = _describe(abstract_state)
-        names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
-        if names:
-            lines = [
-                f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
-                f"{wanted.get(name, 'absent')} in this run"
-                for name in names[:5]
-            ]
+        lines = differences(self.arrays(step), describe(abstract_state))
+        if lines:
             raise ValueError(
                 "a checkpoint is restored into a state of the same arrays: "
-                f"{self.directory / str(step)} differs in {len(names)}, "
-                f"{'; '.join(lines)}. Use the config it was saved with, or another directory."
+                f"{self.directory / str(step)} differs in {some(lines)}. Use the config it was "
+                "saved with, or another directory."
             )
+
+    def restore_some(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Reads some arrays of a checkpoint, by name, straight to where they lie.
+
+        Args:
+          step: of a checkpoint that is whole.
+          wanted: shape, dtype and sharding of arrays that are there; a float may change its dtype.
+        """
+        require_shardings(dict(wanted))
+        tree = self._manager.item_metadata(step)[STATE].tree
+        item = jax.tree_util.tree_map_with_path(
+            lambda path, _: wanted.get(name_of(path), ocp.PLACEHOLDER), tree
+        )
+        arguments = jax.tree.map(
+            lambda leaf: (
+                ocp.RestoreArgs()
+                if leaf is ocp.PLACEHOLDER
+                else ocp.ArrayRestoreArgs(
+                    sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+                )
+            ),
+            item,
+        )
+        args = ocp.args.PyTreeRestore(item, restore_args=arguments)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = by_name(reader.restore(self.directory / str(step) / STATE, args=args))
+        return {name: found[name] for name in wanted}
 
 
 def gigabytes_of_largest(tree: Any) -> int:
@@ -366,26 +392,3 @@ def _reason(error: BaseException) -> str:
         if os.strerror(number) in said:
             return os.strerror(number)
     return f"{type(error).__name__}: {said[:300]}"
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Dtype and shape of each leaf by its name, such as {"params/embedding": "float32[384,128]"}.
-
-    Named tuples and dicts give the same names, since Orbax remembers the former as the latter.
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _require_shardings(abstract_state: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
-        if getattr(leaf, "sharding", None) is None:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
-                f"every array is restored into a known sharding: {name} has none. Pass a "
-                "jax.ShapeDtypeStruct with a sharding for each leaf."
-            )

@@ -21,7 +21,8 @@ from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.files import read_json, write_atomically
+from moe_jax.training.files import complete_steps, read_json, write_atomically
+from moe_jax.training.init_from import Source, first_state, open_source, with_whole_path
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
 from moe_jax.training.metrics import EVALUATION_FILE, MetricWriter, write_run_record
@@ -65,7 +66,7 @@ def train(
     require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
     require_same("config", write_config(config))
-    config = config.on_devices(jax.device_count())
+    config = with_whole_path(config.on_devices(jax.device_count()))
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     check_trackers(config.training.trackers)
@@ -74,6 +75,7 @@ def train(
     require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
     check_workdir(config, workdir, data.fingerprints)
+    source = source_of(config, workdir, data)
     check_data(data, evaluates=config.training.evaluate_every > 0)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
@@ -81,7 +83,14 @@ def train(
         check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
         config = dataclasses.replace(config, data=with_whole_paths(config.data))
         with Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
-            return train_in(workdir, config, data, mesh, checkpoints, dict(facts or {}))
+            return train_in(workdir, config, data, mesh, checkpoints, source, dict(facts or {}))
+
+
+def source_of(config: ExperimentConfig, workdir: pathlib.Path, data: Data) -> Source | None:
+    """The checkpoint of another run that this one starts from; None if it has one of its own."""
+    if not config.init_from.path or complete_steps(workdir / CHECKPOINTS):
+        return None
+    return open_source(config, data.fingerprints)
 
 
 class Run(NamedTuple):
@@ -97,6 +106,7 @@ class Run(NamedTuple):
     rates: Rates
     signals: SignalFlag
     profile: Profile
+    origin: Mapping[str, Any] | None  # the checkpoint that the run started from
 
     def is_last(self, step: int) -> bool:
         """Whether it is the last step of the run."""
@@ -112,6 +122,7 @@ class Run(NamedTuple):
         metadata = {
             "run": write_config(self.config, self.data.fingerprints),
             "metrics": self.writer.state(),
+            "init_from": self.origin,
         }
         with self.rates.paused():
             self.checkpoints.save(step, state, metadata=metadata, wait=wait)
@@ -143,14 +154,23 @@ def train_in(
     data: Data,
     mesh: Mesh,
     checkpoints: Checkpoints,
+    source: Source | None,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains in a directory that nobody else writes to; see `train`."""
     restored = restore(config, checkpoints, mesh)
-    state = new_state(config, mesh) if restored is None else restored
+    if restored is not None:
+        state = restored
+    elif source is not None:
+        state = first_state(config, mesh, source)
+    else:
+        state = new_state(config, mesh)
     start = int(state.step)
-    saved = checkpoints.metadata(start) if start else {}
+    saved = checkpoints.metadata(start) if restored is not None else {}
+    is_new = restored is None and source is not None
+    begun = source.record() if is_new else saved.get("init_from")
     num_steps = config.training.num_steps
+    facts["init_from"] = begun
     facts["trained"] = count_trained(config.optimizer, config.model.specs())
     record = write_run_record(
         workdir, config, start_step=start, content=data.fingerprints, facts=facts
@@ -158,7 +178,9 @@ def train_in(
     if jax.process_index() == 0:
         print(describe_mesh(mesh), flush=True)
         print(describe_trained(record["trained"]), flush=True)
-        if start:
+        if is_new:
+            print(source.describe(), flush=True)
+        if restored is not None and start:
             print(f"resuming after step {start} of {num_steps}{extension(saved, num_steps)}")
 
     on_cpu = record["platform"] == "cpu"
@@ -172,11 +194,13 @@ def train_in(
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
     trackers = open_trackers(config, workdir, start)
     profile = Profile(config.training.profile_steps, workdir)
-    with MetricWriter(workdir, start, saved.get("metrics"), trackers) as writer:
+    rows = start if restored is not None else 0  # of metrics that go on
+    with MetricWriter(workdir, rows, saved.get("metrics"), trackers) as writer:
         with progress, SignalFlag() as signals, profile:
             run = Run(
-                workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile
-            )
+                workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile,
+                begun,
+            )  # fmt: skip
             run_steps(run, state, start)
     path = workdir / EVALUATION_FILE
     return read_json(path) if path.exists() else {}

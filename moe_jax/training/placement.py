@@ -3,20 +3,21 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
-from moe_jax.parameters import ParameterSpec
 from moe_jax.part import RunShape
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
 
 # Microbatches follow each other; the sequences of each are split over the devices.
 BATCH_AXES = (None, "batch", None)
+Kind = TypeVar("Kind")
 
 
 def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
@@ -93,8 +94,10 @@ def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
-def parameter_of(path: tuple[Any, ...], specs: dict[Any, ParameterSpec]) -> ParameterSpec | None:
-    """The spec of the parameter that an array of the state is, or is a moment of; or None.
+def parameter_of(path: tuple[Any, ...], specs: Mapping[Any, Kind]) -> Kind | None:
+    """What is known, by path, of the parameter that an array of the state is or is a moment of.
+
+    Such as its spec; None for other arrays.
 
     The path of a moment has the path of its parameter in it, from its first dict key on.
     """

@@ -1,15 +1,18 @@
 """What a training step changes, and all that a resumed run needs."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 import optax.contrib
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.models.trained import filled, kept, like, training_marks
 from moe_jax.parameters import init_parameters
+from moe_jax.training.arrays import name_of
 from moe_jax.training.optimizers import ParameterAverage, make_optimizer
 
 
@@ -45,6 +48,62 @@ def init_state(config: ExperimentConfig) -> TrainState:
         model_state=init_parameters(param_key, model.state_specs()),
         key_data=jax.random.key_data(run_key),
     )
+
+
+def state_from(
+    config: ExperimentConfig,
+    taken: Mapping[str, jax.Array],
+    step: int = 0,
+    z: Mapping[str, jax.Array] | None = None,
+    b1: float = 1.0,
+) -> TrainState:
+    """The state before the first step of a run that starts from arrays; jit-compatible.
+
+    What is not among them is as `init_state` has it, but for averages and counts of steps.
+
+    Args:
+      config: of the run.
+      taken: by name: "params/embedding", "model_state/moe/bias_E", "opt_state/1/mu/embedding".
+      step: that the run goes on from: the count of its schedules too.
+      z: Schedule-Free's z by the names of parameters, where `taken` has its y.
+      b1: between them.
+    """
+
+    def replaced(**trees: Any) -> Any:
+        values = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+        leaves = [found.get(name, value) for name, value in values.items()]
+        return jax.tree.unflatten(jax.tree.structure(trees), leaves)
+
+    found = dict(taken)
+    for name, array in (z or {}).items():
+        found[name] = (found[name] - (1 - b1) * array) / b1
+    drawn = init_state(config)
+    new = replaced(params=drawn.params, model_state=drawn.model_state)
+    trained = trained_params(config, new["params"])
+    moments = replaced(opt_state=make_optimizer(config).init(trained))["opt_state"]
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        params=new["params"],
+        opt_state=with_schedule_at(moments, step),
+        model_state=new["model_state"],
+        key_data=drawn.key_data,
+    )
+
+
+def with_schedule_at(opt_state: Any, step: int) -> Any:
+    """What the optimizer keeps, with the schedule of the learning rate at this step."""
+    count = jnp.asarray(step, jnp.int32)
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, optax.ScaleByScheduleState):
+            return node._replace(count=count)
+        if isinstance(node, optax.contrib.ScheduleFreeState):
+            inner = with_schedule_at(node.base_optimizer_state, step)
+            return node._replace(step_count=count + 1, base_optimizer_state=inner)
+        return node
+
+    kinds = (optax.ScaleByScheduleState, optax.contrib.ScheduleFreeState)
+    return jax.tree.map(moved, opt_state, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def trained_params(config: ExperimentConfig, params: Any) -> Any:

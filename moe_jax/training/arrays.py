@@ -1,0 +1,59 @@
+"""Arrays of a state by name: what a checkpoint holds, and how it differs from what is asked for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+MOST_LINES = 5  # of differences in a message
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """The name of an array, "params/stack/unit/0/attention/wq", whatever its tree is made of.
+
+    Named tuples and dicts give the same names, since Orbax remembers the former as the latter.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their names."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf by its name, {"params/embedding": "float32[384,128]"}."""
+    return {
+        name: f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+        for name, leaf in by_name(tree).items()
+    }
+
+
+def differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """What differs, an array a line."""
+    return [
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
+        f"{wanted.get(name, 'absent')} in this run"
+        for name in {**saved, **wanted}
+        if saved.get(name) != wanted.get(name)
+    ]
+
+
+def some(lines: Sequence[str]) -> str:
+    """The number of lines, and the first of them: one line."""
+    return f"{len(lines)}, {'; '.join(lines[:MOST_LINES])}"
+
+
+def require_shardings(abstract_state: Any) -> None:
+    """Refuses an array that is to be restored to an unknown place.
+
+    Raises:
+      ValueError: naming it.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
+        if getattr(leaf, "sharding", None) is None:
+            raise ValueError(
+                f"every array is restored into a known sharding: {name_of(path)} has none. Pass a "
+                "jax.ShapeDtypeStruct with a sharding for each leaf."
+            )

@@ -1,0 +1,323 @@
+"""The first state of a run that starts from a checkpoint of another.
+
+Arrays are matched by name and shape, before any device work. They are read once, straight to where
+they lie on the mesh of the new run, and what is not taken is drawn there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
+from moe_jax.config.check import require
+from moe_jax.models.selection import check_names, marked, matches
+from moe_jax.models.trained import over_state
+from moe_jax.parallel.processes import all_or_none, gather
+from moe_jax.training.arrays import by_name, describe, differences, some
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.files import MANIFEST, complete_steps, damage, path_of_whole
+from moe_jax.training.placement import parameter_of, state_shardings
+from moe_jax.training.state import TrainState, abstract_state, state_from
+from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
+
+logger = logging.getLogger(__name__)
+
+# What an optimizer averages, by the parameter: `ema_decay`, and Schedule-Free's z.
+AVERAGE = re.compile(r"opt_state/\d+/average/(.*)")
+SCHEDULE_FREE = re.compile(r"opt_state/\d+/z/(.*)")
+
+
+class Source(NamedTuple):
+    """A checkpoint, and what a run takes of it.
+
+    Attributes:
+      workdir: of the run that it is of.
+      step: of the checkpoint.
+      sha256: of its manifest, which has those of its arrays and of its config.
+      takes: names of arrays in the new state, and of the checkpoint's arrays that they are.
+      fresh: names of arrays of the new state that are drawn anew.
+    """
+
+    workdir: pathlib.Path
+    step: int
+    sha256: str
+    takes: dict[str, str]
+    fresh: list[str]
+
+    def record(self) -> dict[str, Any]:
+        """Where a run comes from, as `run.json` and its checkpoints say it."""
+        return {"path": str(self.workdir), "step": self.step, "sha256": self.sha256}
+
+    def describe(self) -> str:
+        """One line."""
+        fresh = f"; drawn anew: {some(self.fresh)}" if self.fresh else ""
+        return f"starts from step {self.step} of {self.workdir}: {len(self.takes)} arrays{fresh}"
+
+
+def with_whole_path(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the path of `init_from` from the root on, as a run records it."""
+    given = config.init_from
+    if not given.path:
+        return config
+    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).absolute()))
+    return dataclasses.replace(config, init_from=whole)
+
+
+def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
+    """Finds the checkpoint of `config.init_from`, and matches its arrays; reads none of them.
+
+    Args:
+      config: of the run that is to start.
+      content: sha256 of its corpus and its tokenizer.
+
+    Raises:
+      ValueError: there is no such checkpoint, an array does not match and is not fresh, or the
+        tokenizer or the data are others than the settings allow.
+      DamagedCheckpointError: the checkpoint is damaged.
+    """
+    workdir = pathlib.Path(config.init_from.path)
+    directory = workdir / CHECKPOINTS
+    step = whole_step(directory, config.init_from.step)
+    record, _ = recorded_run(workdir, step)
+    with Checkpoints(directory, keep=None) as checkpoints:
+        saved = checkpoints.arrays(step)
+    drawn = fresh_names(config, saved)
+    check_tokenizer(config, record, content, drawn)
+    if config.init_from.data_position:
+        check_position(config, record, content, step)
+    where = f"step {step} of {workdir}"
+    takes = match_parameters(config, saved, drawn, where)
+    if config.init_from.optimizer_state:
+        takes |= match_moments(config, saved, drawn, where)
+    manifest = (directory / str(step) / MANIFEST).read_bytes()
+    return Source(workdir, step, hashlib.sha256(manifest).hexdigest(), takes, sorted(drawn))
+
+
+def whole_step(directory: pathlib.Path, step: int | None) -> int:
+    """The step of the checkpoint to start from, of which process 0 has read every file."""
+    found = 0
+    with all_or_none():
+        if jax.process_index() == 0:
+            found = newest_whole(directory) if step is None else step
+            path_of_whole(directory, found)
+    return int(json.loads(gather(json.dumps(found))[0]))
+
+
+def newest_whole(directory: pathlib.Path) -> int:
+    """The newest step whose checkpoint is whole, or the newest if none is.
+
+    Raises:
+      ValueError: there is none.
+    """
+    steps = complete_steps(directory)
+    require(
+        bool(steps),
+        "init_from.path is the workdir of a run with a checkpoint",
+        f"there is none in {directory}",
+        "Correct the path",
+    )
+    for step in reversed(steps):
+        reason = damage(directory / str(step))
+        if reason is None:
+            return step
+        logger.warning("Checkpoint %s is damaged and not used: %s.", directory / str(step), reason)
+    return steps[-1]
+
+
+def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
+    """The arrays of the new state that `init_from.fresh` names.
+
+    Raises:
+      ValueError: a name chooses nothing, neither in the new model nor in the checkpoint.
+    """
+    model, names = config.model, config.init_from.fresh
+    known = [name for name in names if any(covers(name, one) for one in saved)]
+    specs = {**model.specs(), "state": model.state_by_stack()}
+    check_names(specs, [name for name in names if name not in known])
+    chosen = {
+        "params": marked(model.specs(), names),
+        "model_state": over_state(model, lambda tree: marked(tree, names)),
+    }
+    return {name for name, mark in by_name(chosen).items() if mark}
+
+
+def covers(name: str, saved: str) -> bool:
+    """Whether a name of `models.selection` chooses an array of a checkpoint, by its path."""
+    tree, *path = saved.split("/")
+    return tree in ("params", "model_state") and matches(name, frozenset(path))
+
+
+def match_parameters(
+    config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
+) -> dict[str, str]:
+    """Parameters and state of parts by name, and the arrays of the checkpoint that they are.
+
+    Without the moments, parameters that the optimizer averages are averages: those that the source
+    is evaluated by. The `base` of a `Weight` takes the array that it wraps.
+
+    Raises:
+      ValueError: with what differs.
+    """
+    averages = {} if config.init_from.optimizer_state else found_by(AVERAGE, saved)
+    abstract = abstract_state(config)
+    new = {"params": abstract.params, "model_state": abstract.model_state}
+    wanted = {name: one for name, one in describe(new).items() if name not in fresh}
+    takes, used, lines = {}, set(fresh), []
+    for name, text in wanted.items():
+        path = name.removeprefix("params/")
+        plain = name.removesuffix("/base")
+        source = averages.get(path) or (name if name in saved else plain)
+        used |= {name, plain}
+        if fits(saved.get(source), text):
+            takes[name] = source
+        else:
+            lines += differences({name: saved[source]} if source in saved else {}, {name: text})
+    names = config.init_from.fresh
+    left = {
+        name: one
+        for name, one in saved.items()
+        if name.startswith(("params/", "model_state/")) and name not in used
+        if not any(covers(fresh_name, name) for fresh_name in names)
+    }
+    lines += differences(left, {})
+    require(
+        not lines,
+        "init_from takes arrays of the same name and shape",
+        f"{where} differs in {some(lines)}",
+        "Name what is to be drawn anew, or left out, in init_from.fresh",
+    )
+    return takes
+
+
+def match_moments(
+    config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
+) -> dict[str, str]:
+    """The optimizer's arrays, but for those of fresh parameters; see `match_parameters`."""
+    state = abstract_state(config)
+    is_fresh = {
+        path: name in fresh
+        for (path, _), name in zip(
+            jax.tree_util.tree_leaves_with_path(state.params),
+            by_name({"params": state.params}),
+            strict=True,
+        )
+    }
+    wanted = {
+        name: text
+        for (path, _), (name, text) in zip(
+            jax.tree_util.tree_leaves_with_path(state.opt_state),
+            describe({"opt_state": state.opt_state}).items(),
+            strict=True,
+        )
+        if not parameter_of(path, is_fresh)
+    }
+    found = {name: saved[name] for name in wanted if name in saved}
+    lines = differences(found, wanted)
+    require(
+        not lines,
+        "init_from.optimizer_state takes what the optimizer keeps for all that trains",
+        f"{where} differs in {some(lines)}",
+        "Set init_from.optimizer_state=False, or use the optimizer of that run",
+    )
+    return {name: name for name in wanted}
+
+
+def found_by(pattern: re.Pattern[str], saved: Iterable[str]) -> dict[str, str]:
+    """The names that a pattern finds, by what it finds in them."""
+    return {found[1]: name for name in saved if (found := pattern.fullmatch(name))}
+
+
+def fits(saved: str | None, wanted: str) -> bool:
+    """Whether an array can be taken: of the same shape and dtype, or both of floats."""
+    if saved is None or saved == wanted:
+        return saved is not None
+    (old, old_shape), (new, new_shape) = saved.split("["), wanted.split("[")
+    return old_shape == new_shape and "float" in old and "float" in new
+
+
+def check_tokenizer(
+    config: ExperimentConfig, record: Record, content: Mapping[str, str], fresh: set[str]
+) -> None:
+    """Refuses another tokenizer, unless all that knows its ids starts fresh."""
+    known, given = record.get("content", {}).get("tokenizer"), content.get("tokenizer")
+    of_ids = (
+        name in fresh
+        for name, spec in by_name({"params": config.model.specs()}).items()
+        if spec.component in ("embedding", "head")
+    )
+    require(
+        known in (None, given) or all(of_ids),
+        "embedding and head are of one tokenizer",
+        f"sha256 {str(known)[:12]} in {config.init_from.path}, {str(given)[:12]} here",
+        "Use its data.tokenizer, or set init_from.fresh=('embedding', 'head')",
+    )
+
+
+def check_position(
+    config: ExperimentConfig, record: Record, content: Mapping[str, str], step: int
+) -> None:
+    """Refuses to go on at a position of other data, or behind the last step."""
+    require(
+        step < config.training.num_steps,
+        "with init_from.data_position training.num_steps counts the steps before",
+        f"num_steps={config.training.num_steps}, init_from is at step {step}",
+        f"Raise training.num_steps above {step}",
+    )
+    old = read_config(record, ExperimentConfig, trust=frozenset(write_config(config)["sources"]))
+    places = {name: getattr(config.data, name) for name in ("corpus", "tokenizer", "cache_dir")}
+    lines = difference(
+        to_dict(dataclasses.replace(old.data, **places)), to_dict(config.data), "config.data"
+    )
+    sizes = old.training.batch_size, config.training.batch_size
+    if sizes[0] != sizes[1]:
+        lines.append(f"config.training.batch_size: {sizes[0]} -> {sizes[1]}")
+    known = record.get("content", {}).get("corpus")
+    if known != content.get("corpus"):
+        lines.append("the content of the corpus")
+    require(
+        not lines,
+        "init_from.data_position goes on in the same data",
+        "; ".join(lines),
+        "Set init_from.data_position=False, or what the run was started with",
+    )
+
+
+def first_state(config: ExperimentConfig, mesh: Mesh, source: Source) -> TrainState:
+    """The state before the first step, with what is taken of a source; made where it lies."""
+    shardings = state_shardings(config, mesh)
+    abstract, placed = by_name(abstract_state(config)), by_name(shardings)
+
+    def struct(name: str, dtype: Any = None) -> jax.ShapeDtypeStruct:
+        leaf = abstract[name]
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=placed[name])
+
+    with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
+        saved = checkpoints.arrays(source.step)
+        taken = {of: struct(name) for name, of in source.takes.items()}
+        z = {} if config.init_from.optimizer_state else found_by(SCHEDULE_FREE, saved)
+        z = {f"params/{name}": of for name, of in z.items() if f"params/{name}" in source.takes}
+        taken |= {of: struct(name) for name, of in z.items()}
+        found = checkpoints.restore_some(source.step, taken)
+    arrays = {name: found[of] for name, of in source.takes.items()}
+    z_arrays = {name: found[of] for name, of in z.items()}
+    begin = jax.jit(
+        state_from, static_argnames=("config", "step", "b1"), out_shardings=shardings,
+        donate_argnames=("taken", "z"),
+    )  # fmt: skip
+    step = source.step if config.init_from.data_position else 0
+    b1 = b1_of(source) if z else 1.0
+    return begin(config=config, taken=arrays, z=z_arrays, step=step, b1=b1)
+
+
+def b1_of(source: Source) -> float:
+    """That of the Schedule-Free optimizer of a source."""
+    record, _ = recorded_run(source.workdir, source.step)
+    return float(record["optimizer"].get("b1", 0.9))
