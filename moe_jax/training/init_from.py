@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
@@ -21,6 +22,7 @@ from moe_jax.config.check import require
 from moe_jax.models.selection import check_names, marked, matches
 from moe_jax.models.trained import over_state
 from moe_jax.parallel.processes import all_or_none, gather
+from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.arrays import by_name, describe, differences, some
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import MANIFEST, complete_steps, damage, path_of_whole
@@ -30,9 +32,10 @@ from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
 
 logger = logging.getLogger(__name__)
 
-# What an optimizer averages, by the parameter: `ema_decay`, and Schedule-Free's z.
+# What an optimizer averages, by the parameter: `ema_decay`, and Schedule-Free's z and b1.
 AVERAGE = re.compile(r"opt_state/\d+/average/(.*)")
 SCHEDULE_FREE = re.compile(r"opt_state/\d+/z/(.*)")
+B1 = re.compile(r"opt_state/\d+/(b1)")
 
 
 class Source(NamedTuple):
@@ -96,6 +99,7 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
     where = f"step {step} of {workdir}"
     takes = match_parameters(config, saved, drawn, where)
     if config.init_from.optimizer_state:
+        check_optimizer(config, record)
         takes |= match_moments(config, saved, drawn, where)
     manifest = (directory / str(step) / MANIFEST).read_bytes()
     return Source(workdir, step, hashlib.sha256(manifest).hexdigest(), takes, sorted(drawn))
@@ -261,6 +265,17 @@ def check_tokenizer(
     )
 
 
+def check_optimizer(config: ExperimentConfig, record: Record) -> None:
+    """Refuses moments of another optimizer, whose arrays may have the same names."""
+    old = record.get("optimizer", {}).get("name", config.optimizer.name)
+    require(
+        old == config.optimizer.name,
+        "init_from.optimizer_state takes moments of the same optimizer",
+        f"optimizer.name={config.optimizer.name!r}, {old!r} in {config.init_from.path}",
+        "Set init_from.optimizer_state=False, or optimizer.name",
+    )
+
+
 def check_position(
     config: ExperimentConfig, record: Record, content: Mapping[str, str], step: int
 ) -> None:
@@ -295,29 +310,31 @@ def first_state(config: ExperimentConfig, mesh: Mesh, source: Source) -> TrainSt
     shardings = state_shardings(config, mesh)
     abstract, placed = by_name(abstract_state(config)), by_name(shardings)
 
-    def struct(name: str, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    def struct(name: str) -> jax.ShapeDtypeStruct:
         leaf = abstract[name]
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=placed[name])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
 
     with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
         saved = checkpoints.arrays(source.step)
-        taken = {of: struct(name) for name, of in source.takes.items()}
-        z = {} if config.init_from.optimizer_state else found_by(SCHEDULE_FREE, saved)
-        z = {f"params/{name}": of for name, of in z.items() if f"params/{name}" in source.takes}
-        taken |= {of: struct(name) for name, of in z.items()}
-        found = checkpoints.restore_some(source.step, taken)
-    arrays = {name: found[of] for name, of in source.takes.items()}
-    z_arrays = {name: found[of] for name, of in z.items()}
+        names = {} if config.init_from.optimizer_state else found_by(SCHEDULE_FREE, saved)
+        names = {f"params/{name}": of for name, of in names.items()}
+        z = {name: of for name, of in names.items() if name in source.takes}
+        wanted = {of: struct(name) for name, of in (*source.takes.items(), *z.items())}
+        b1 = found_by(B1, saved)["b1"] if z else None
+        if b1 is not None:
+            everywhere = named_sharding((), mesh)
+            wanted[b1] = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        found = checkpoints.restore_some(source.step, wanted)
     begin = jax.jit(
-        state_from, static_argnames=("config", "step", "b1"), out_shardings=shardings,
+        state_from,
+        static_argnames=("config", "step"),
         donate_argnames=("taken", "z"),
-    )  # fmt: skip
-    step = source.step if config.init_from.data_position else 0
-    b1 = b1_of(source) if z else 1.0
-    return begin(config=config, taken=arrays, z=z_arrays, step=step, b1=b1)
-
-
-def b1_of(source: Source) -> float:
-    """That of the Schedule-Free optimizer of a source."""
-    record, _ = recorded_run(source.workdir, source.step)
-    return float(record["optimizer"].get("b1", 0.9))
+        out_shardings=shardings,
+    )
+    return begin(
+        config=config,
+        taken={name: found[of] for name, of in source.takes.items()},
+        step=source.step if config.init_from.data_position else 0,
+        z={name: found[of] for name, of in z.items()},
+        b1=1.0 if b1 is None else found[b1],
+    )

@@ -159,6 +159,7 @@ def train_in(
 ) -> dict[str, Any]:
     """Trains in a directory that nobody else writes to; see `train`."""
     restored = restore(config, checkpoints, mesh)
+    source = source if restored is None else None
     if restored is not None:
         state = restored
     elif source is not None:
@@ -167,10 +168,9 @@ def train_in(
         state = new_state(config, mesh)
     start = int(state.step)
     saved = checkpoints.metadata(start) if restored is not None else {}
-    is_new = restored is None and source is not None
-    begun = source.record() if is_new else saved.get("init_from")
+    origin = saved.get("init_from") if source is None else source.record()
     num_steps = config.training.num_steps
-    facts["init_from"] = begun
+    facts["init_from"] = origin
     facts["trained"] = count_trained(config.optimizer, config.model.specs())
     record = write_run_record(
         workdir, config, start_step=start, content=data.fingerprints, facts=facts
@@ -178,7 +178,7 @@ def train_in(
     if jax.process_index() == 0:
         print(describe_mesh(mesh), flush=True)
         print(describe_trained(record["trained"]), flush=True)
-        if is_new:
+        if source is not None:
             print(source.describe(), flush=True)
         if restored is not None and start:
             print(f"resuming after step {start} of {num_steps}{extension(saved, num_steps)}")
@@ -199,7 +199,7 @@ def train_in(
         with progress, SignalFlag() as signals, profile:
             run = Run(
                 workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile,
-                begun,
+                origin,
             )  # fmt: skip
             run_steps(run, state, start)
     path = workdir / EVALUATION_FILE

@@ -55,7 +55,7 @@ def state_from(
     taken: Mapping[str, jax.Array],
     step: int = 0,
     z: Mapping[str, jax.Array] | None = None,
-    b1: float = 1.0,
+    b1: jax.typing.ArrayLike = 1.0,
 ) -> TrainState:
     """The state before the first step of a run that starts from arrays; jit-compatible.
 
