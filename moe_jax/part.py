@@ -8,6 +8,7 @@ later tokens. Legend of shapes: `moe_jax.moe`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -275,6 +276,11 @@ class Part(Settings):
         """
         del sums, step, num_steps
         return state
+
+    def steps_alike(self, num_steps: int) -> float:
+        """Up to which step `next_state` is the same in a run of more steps than these."""
+        del num_steps
+        return math.inf
 
     def loss(self, aux: Aux, num_tokens: jax.Array, batch: Sums | None) -> jax.Array | float:
         """The weighted loss of all layers of the part, which is added to the training loss.

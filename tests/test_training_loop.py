@@ -178,7 +178,7 @@ def test_a_run_is_extended(tmp_path, capsys):
     train(steps(5), tmp_path / "extended")
     capsys.readouterr()
     train(steps(8), tmp_path / "extended")
-    said = "resuming after step 5 of 8, extended from 5: schedules follow from here"
+    said = "resuming after step 5 of 8, extended from 5"
     assert said in capsys.readouterr().out
     train(steps(8), tmp_path / "at_once")
     states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]

@@ -8,7 +8,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from moe_jax.config import ExperimentConfig, MeshConfig, write_config
+from moe_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, write_config
 from moe_jax.config.kinds import load_kind, source_hash
 from moe_jax.layers.attention import Attention
 from moe_jax.models.layer import ParallelLayer
@@ -18,6 +18,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import MetricWriter, write_run_record
+from moe_jax.training.optimizers import learning_rate_schedule, steps_alike
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
 from moe_jax.training.workdir import check_workdir, recorded_run
 from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_training
@@ -300,3 +301,54 @@ def test_a_damaged_config_is_named(tmp_path):
     assert f"{path} is damaged: it is no JSON" in refusal(CONFIG, tmp_path)
     path.unlink()
     assert "neither a config.json nor a checkpoint with a record" in refusal(CONFIG, tmp_path)
+
+
+def made(workdir, config, step):
+    """A run with a checkpoint of this step."""
+    with Checkpoints(workdir / CHECKPOINTS, keep=5) as checkpoints:
+        checkpoints.save(step, {"x": np.zeros(3)}, metadata={"run": write_config(config)})
+
+
+def longer(config):
+    return with_training(config, num_steps=24)
+
+
+BIAS = {"kind": "sign", "frozen_fraction": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "moe", "last"),
+    [
+        ("constant", {}, 12),
+        ("rsqrt", {}, 12),
+        ("wsd", {}, 9),  # of 12 steps the last 2.4 decay
+        ("cosine", {}, 2),  # the warm-up
+        ("linear", {}, 2),
+        ("constant", {"bias": BIAS}, 9),
+        ("constant", {"bias": {"kind": "sign", "schedule": "linear"}}, 0),
+    ],
+)
+def test_a_run_is_extended_while_no_finished_step_follows_its_end(schedule, moe, last, tmp_path):
+    config = tiny_training({**tiny_moe(**moe), "optimizer": {"schedule": schedule}})
+    if last:
+        made(tmp_path, config, last)
+        check_workdir(longer(config), tmp_path)
+    if last < 12:
+        made(tmp_path, config, last + 1)
+        message = refusal(longer(config), tmp_path)
+        assert f"12 -> 24 in {tmp_path} at step {last + 1}" in message
+        assert f"follows num_steps from step {last}" in message
+        assert f"init_from.path={tmp_path} and init_from.optimizer_state=True" in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "rsqrt", "wsd"])
+def test_the_steps_that_are_alike_have_the_same_rates(schedule):
+    settings = OptimizerConfig(schedule=schedule, warmup_steps=3)
+    alike = int(min(steps_alike(settings, 20), 20))
+    steps = np.arange(20)
+    short, long = (
+        np.asarray(learning_rate_schedule(settings, n)(steps) * np.ones(20)) for n in (20, 37)
+    )
+    np.testing.assert_array_equal(short[:alike], long[:alike])
+    assert alike == 20 or short[alike] != long[alike]

@@ -5,6 +5,7 @@ it is updated once, from the choices of the whole batch.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -74,6 +75,12 @@ class BiasUpdate(Settings):
           num_selected: K.
         """
         raise NotImplementedError
+
+    def steps_alike(self, num_steps: int) -> float:
+        """Up to which step the rates are the same in a run of more steps than these."""
+        if self.schedule != "constant":
+            return 0
+        return round(num_steps * (1 - self.frozen_fraction)) if self.frozen_fraction else math.inf
 
     def rate_at(self, step: jax.Array, num_steps: int) -> jax.Array:
         """The rate of a step: float32 scalar, 0 in the last share of the steps.

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -242,6 +243,10 @@ class MoE(Part):
             self.bias.rate_at(step, num_steps), self.num_selected_experts,
         )  # fmt: skip
         return {"bias_E": bias_XE}
+
+    def steps_alike(self, num_steps: int) -> float:
+        """See `Part`: by the rate of the bias."""
+        return math.inf if self.bias is None else self.bias.steps_alike(num_steps)
 
     @property
     def has_capacity(self) -> bool:

@@ -266,7 +266,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
 def extension(saved: Mapping[str, Any], num_steps: int) -> str:
     """What is said of a run that gets more steps than its checkpoint was saved with."""
     before = saved.get("run", {}).get("training", {}).get("num_steps", num_steps)
-    return f", extended from {before}: schedules follow from here" if before != num_steps else ""
+    return f", extended from {before}" if before != num_steps else ""
 
 
 def is_evaluated(run: Run, step: int) -> bool:

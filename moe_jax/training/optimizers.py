@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules, out of optax parts."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,6 +58,15 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         return peak * rises * decays[config.schedule]()
 
     return schedule
+
+
+def steps_alike(settings: OptimizerConfig, num_steps: int) -> float:
+    """Up to which step a longer run has the same learning rates as one of this many steps."""
+    if settings.schedule in ("constant", "rsqrt"):
+        return math.inf
+    if settings.schedule == "wsd":
+        return num_steps - max(num_steps * settings.decay_fraction, 1)
+    return max(settings.warmup_steps, 1)
 
 
 def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
+from moe_jax.config.check import require
 from moe_jax.config.upgrade import check_format
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.files import (
@@ -21,6 +22,7 @@ from moe_jax.training.files import (
     read_json,
 )
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE
+from moe_jax.training.optimizers import steps_alike
 from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
@@ -74,8 +76,8 @@ def check_workdir(
     """Refuses a directory that holds another run.
 
     Configs are compared as objects: a setting that did not exist when the run was started is at its
-    default. Settings that do not change results may differ, and `training.num_steps` may rise. A
-    directory in which no step was made takes any run.
+    default. Settings that do not change results may differ, and `training.num_steps` may rise
+    where no finished step depends on it. A directory in which no step was made takes any run.
 
     Args:
       config: of the run that is to go on.
@@ -106,6 +108,36 @@ def check_workdir(
             + "\n  ".join(lines)
             + "\nUse another --workdir, or what the run was started with."
         )
+    check_extension(record, config, workdir)
+
+
+def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.Path) -> None:
+    """Refuses more steps than before, if a step that is made would have been another one.
+
+    Raises:
+      ValueError: naming what follows the number of steps.
+    """
+    given, made = config.training.num_steps, complete_steps(workdir / CHECKPOINTS)
+    before = record.get("training", {}).get("num_steps", given)
+    if given == before or not made:
+        return
+    alike = {
+        f"optimizer.schedule={config.optimizer.schedule!r}": steps_alike(config.optimizer, before),
+        **{
+            f"the selection bias of {name!r}": part.steps_alike(before)
+            for name, part in config.model.all_parts.items()
+        },
+    }
+    bent = {name: int(last) for name, last in alike.items() if last < made[-1]}
+    require(
+        not bent,
+        "training.num_steps of a run is raised where its finished steps do not depend on it",
+        f"{before} -> {given} in {workdir} at step {made[-1]}, but "
+        + ", ".join(f"{name} follows num_steps from step {last}" for name, last in bent.items()),
+        "Schedules 'constant' and 'rsqrt' can be extended, and 'wsd' before its decay; here, start "
+        f"a run in another --workdir with init_from.path={workdir} and "
+        "init_from.optimizer_state=True",
+    )
 
 
 def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]) -> list[str]:

@@ -31,6 +31,20 @@ class Jitter(Noise):
         return x_GSM * jax.random.uniform(rng, x_GSM.shape, x_GSM.dtype, low, high)
 
 
+def draw_allowed(rng: jax.Array, rate: float, num_options: int, num_selected: int) -> jax.Array:
+    """Which experts may be chosen: bool [E], False with probability `rate`, for each by itself.
+
+    Where too few would be left, those that were drawn last of all stay: at least K.
+
+    >>> allowed_E = draw_allowed(jax.random.key(0), 0.99, num_options=8, num_selected=2)
+    >>> int(allowed_E.sum())
+    2
+    """
+    drawn_E = jax.random.uniform(jax.random.fold_in(rng, 4), (num_options,))
+    least = jnp.sort(drawn_E)[num_options - num_selected]
+    return (drawn_E >= rate) | (drawn_E >= least)
+
+
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Noise):
     """Adds N(0, stddev) to every logit."""

@@ -10,6 +10,7 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import setting
 from moe_jax.moe.routing import Options, RouterInputs, Routing, choose, top_k
 from moe_jax.moe.routing.logits import LogitRouter, Score, Softmax, check_gate
+from moe_jax.moe.routing.noise import draw_allowed
 from moe_jax.moe.routing.selection import ChoicePolicy, ExpertGroups, Selection, within_top_p
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class TokenChoice(LogitRouter):
     norm_order: float | None = setting(None, above=0)  # ... by their L_p norm of this p (DBRX)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
+    # In training: chance of an expert to be left out of all choices of a layer in a step.
+    drop_rate: float = setting(0.0, at_least=0, below=1)
     top_p: float = setting(1.0, above=0, at_most=1)  # as few experts as have so much probability
     choices: ChoicePolicy | None = None  # which later choices count, in training; None: all
     eval_choices: ChoicePolicy | None = None  # the same in evaluation
@@ -57,7 +60,7 @@ class TokenChoice(LogitRouter):
     @property
     def has_smooth_load(self) -> bool:
         """See `Router`."""
-        is_plain = self.groups is None and self.selection is None
+        is_plain = self.groups is None and self.selection is None and self.drop_rate == 0
         return is_plain and any(one.least_std > 0 for one in self.noise)
 
     @property
@@ -80,6 +83,12 @@ class TokenChoice(LogitRouter):
         check_gate(self.score, renormalizes, moe, allowed=self.allow_constant_gate)
         if self.groups is not None:
             self.groups.check_block(moe)
+        require(
+            self.groups is None or self.drop_rate == 0,
+            "experts are dropped among all of them, not within groups",
+            f"router.drop_rate={self.drop_rate}, router.groups={self.groups}",
+            "Set one of them to 0 or None",
+        )
         require(
             self.selection is None or moe.bias is None,
             "a selection that draws experts cannot be combined with a selection bias",
@@ -123,7 +132,8 @@ class TokenChoice(LogitRouter):
         """The numbers that a token selects by, [G, S, E], with bias, groups and draws.
 
         Scores rise with the logits, which select by themselves where nothing is added to scores: a
-        sigmoid or a softmax of large logits rounds to equal numbers.
+        sigmoid or a softmax of large logits rounds to equal numbers. Where experts are dropped,
+        gates stay those of all.
         """
         is_plain = inputs.bias_E is None and self.groups is None
         selection_GSE = logits_GSE if is_plain else scores_GSE
@@ -132,6 +142,12 @@ class TokenChoice(LogitRouter):
             selection_GSE = selection_GSE + bias_E.astype(scores_GSE.dtype)
         if self.groups is not None:
             selection_GSE = self.groups.limit(selection_GSE)
+        if inputs.rng is not None and self.drop_rate > 0:
+            options = inputs.options
+            allowed_E = draw_allowed(
+                inputs.rng, self.drop_rate, options.num_options, options.num_selected
+            )
+            selection_GSE = jnp.where(allowed_E, selection_GSE, -jnp.inf)
         if inputs.rng is None or self.selection is None:
             return selection_GSE
         return self.selection.perturb(selection_GSE, probs_GSE, inputs.rng)
