@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,21 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(finished, tmp_path):
     said = succeed("train", *TINY, f"--workdir={workdir}")
     assert re.search(r"resuming after step \d0 of 30", said)
     assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_a_checkpoint_ends_alike_after_a_kill(finished, tmp_path):
+    """Before a checkpoint of its own it starts there again; behind one the source may be gone."""
+    source, workdir = shutil.copytree(finished, tmp_path / "source"), tmp_path / "run"
+    start = (f"--config.init_from.path={source}", "--config.init_from.fresh=router")
+    succeed("train", *TINY, *start, f"--workdir={tmp_path / 'expected'}")
+    for has_reached in ((workdir / "metrics.jsonl").exists, lambda: checkpoint_steps(workdir)):
+        with Process(tmp_path / "log", "train", *TINY, *start, f"--workdir={workdir}") as process:
+            process.wait_until(has_reached)
+            assert process.stop(signal.SIGKILL) == -signal.SIGKILL
+    shutil.rmtree(source)
+    assert "resuming after step" in succeed("train", *TINY, *start, f"--workdir={workdir}")
+    assert_same_run(workdir, tmp_path / "expected")
 
 
 @pytest.mark.slow

@@ -73,6 +73,18 @@ def test_several_processes_train_what_one_does(expected, tmp_path, count):
 
 
 @pytest.mark.slow
+def test_several_processes_start_from_a_checkpoint_as_one_does(expected, tmp_path):
+    start = (f"--config.init_from.path={expected}", "--config.init_from.optimizer_state=true")
+    subset = "--config.optimizer.frozen=router"
+    for count in (1, 2):
+        arguments = (*TINY, *MESH, *start, subset, f"--workdir={tmp_path / str(count)}")
+        with Job(tmp_path, count, 4 // count, "train", *arguments) as job:
+            job.succeed()
+            assert f"starts from step 24 of {expected}" in job.said(0)
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_when_one_is_killed_the_others_end_and_fewer_go_on(expected, tmp_path, lost):
     """Four processes, then two, then one: the losses of the run that was not killed."""

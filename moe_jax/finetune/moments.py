@@ -12,7 +12,7 @@ from moe_jax.finetune.remodel import Path, Remodel, leaves_with_path, made_of, p
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.optimizers import make_optimizer
 from moe_jax.training.placement import axes_of_moment
-from moe_jax.training.state import abstract_state
+from moe_jax.training.state import abstract_state, trained_params
 
 # States of optimizers that hold parameters, not moments: averages, and Schedule-Free's z.
 PARAMETERS = ("average", "z")
@@ -103,7 +103,8 @@ def started(
         params = jax.tree.map(
             lambda one: jnp.zeros(one.shape, one.dtype), abstract_state(config).params
         )
-        state = dict(leaves_with_path(make_optimizer(config).init(params)))
+        trained = trained_params(config, params)
+        state = dict(leaves_with_path(make_optimizer(config).init(trained)))
         return {str(place): state[path] for place, path in enumerate(shardings)}
 
     places = {str(place): sharding for place, sharding in enumerate(shardings.values())}

@@ -212,16 +212,10 @@ class LanguageModel(Settings):
 
     def state_specs(self) -> dict[str, Any]:
         """State by part, with a leading dim of layers."""
-        specs = self.state_by_stack()
-        later = joined(specs.pop(NAME, {}))
-        return {name: own for one in (*specs.values(), later) for name, own in one.items()}
-
-    def state_by_stack(self) -> dict[str, Any]:
-        """State by the names of stacks, and of the modules of `multi_token`, then by part."""
-        specs = {name: stack.state_specs(self.dims) for name, stack in self.stacks.items()}
+        specs = [stack.state_specs(self.dims) for stack in self.stacks.values()]
         if self.modules is not None:
-            specs[NAME] = self.modules.stack.state_specs(self.dims)
-        return specs
+            specs.append(joined(self.modules.stack.state_specs(self.dims)))
+        return {name: own for one in specs for name, own in one.items()}
 
     def looks_ahead(self, training: bool) -> bool:
         """Whether a logit can depend on later tokens."""

@@ -38,9 +38,8 @@ def training_marks(settings: OptimizerConfig, specs: Any) -> Any:
 
 
 def is_continuous(spec: ParameterSpec) -> bool:
-    """Whether an array can have a gradient: it holds no integers, and no floats of 8 bits."""
-    dtype = jnp.dtype(spec.dtype)
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+    """Whether small steps can change an array: not integers, floats of 8 bits, float16 scales."""
+    return jnp.dtype(spec.dtype) in (jnp.float32, jnp.bfloat16)
 
 
 def kept(tree: Any, marks: Any) -> Any:
@@ -82,9 +81,17 @@ def over_state(model: "LanguageModel", mark: Callable[[Any], Any]) -> dict[str, 
     It is shown the specs by the names of stacks, under "state", and returns a tree like that.
     """
     marks: dict[str, Any] = {}
-    for stack, own in mark({"state": model.state_by_stack()})["state"].items():
+    for stack, own in mark(state_by_stack(model))["state"].items():
         marks |= joined(own) if stack == NAME else own
     return marks
+
+
+def state_by_stack(model: "LanguageModel") -> dict[str, Any]:
+    """The specs of the state of parts, under "state" and the names of stacks."""
+    specs = {name: stack.state_specs(model.dims) for name, stack in model.stacks.items()}
+    if model.modules is not None:
+        specs[NAME] = model.modules.stack.state_specs(model.dims)
+    return {"state": specs}
 
 
 def rate_factors(settings: OptimizerConfig, specs: Any) -> Any:
@@ -106,7 +113,7 @@ def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
     if settings.chosen == ("all",):
         return
     specs = model.specs()
-    check_names({**specs, "state": model.state_by_stack()}, (*settings.trainable, *settings.frozen))
+    check_names({**specs, **state_by_stack(model)}, (*settings.trainable, *settings.frozen))
     require(
         any(jax.tree.leaves(training_marks(settings, specs))),
         "some parameter must train",

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
 from moe_jax.config.check import require
 from moe_jax.models.selection import check_names, marked, matches
-from moe_jax.models.trained import over_state
+from moe_jax.models.trained import over_state, state_by_stack
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.arrays import by_name, describe, differences, some
@@ -144,7 +144,7 @@ def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
     """
     model, names = config.model, config.init_from.fresh
     known = [name for name in names if any(covers(name, one) for one in saved)]
-    specs = {**model.specs(), "state": model.state_by_stack()}
+    specs = {**model.specs(), **state_by_stack(model)}
     check_names(specs, [name for name in names if name not in known])
     chosen = {
         "params": marked(model.specs(), names),
