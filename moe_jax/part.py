@@ -85,6 +85,7 @@ class EncoderInputs(NamedTuple):
         "shared",
         "cache_index",
         "previous_B",
+        "lengths_B",
     ],
     meta_fields=["causal", "counts_up", "capacity", "record", "cache_length", "prefill"],
 )
@@ -104,11 +105,13 @@ class Call:
       memory: [B, T, M], the output of the encoder; None without one, or before it ran.
       memory_segments_BT: int32, segments of the memory, as in `EncoderInputs`.
       shared: outputs of the stack's shared parts, by name.
-      cache_index: int32 scalar, slots of the caches that earlier calls filled: tokens of this call
-        go into the slots from there on. The same for all rows, padding included; None without a
-        cache.
+      cache_index: int32, slots of the caches that earlier calls filled, padding included: tokens of
+        this call go into the slots from there on. A scalar of all rows, or of each row, [B]; None
+        without a cache.
       previous_B: int32, the id before the first token of every row that goes on from a cache; None:
         the rows begin here.
+      lengths_B: int32, the tokens that each row's document comes to, for parts that depend on them
+        (some rotary scalings); None: those that are in `positions_BL`.
       causal: whether a token must not see later ones; the stack sets it.
       counts_up: whether positions of a document grow by one from place to place, here and in
         `encoder`, as those of `moe_jax.data` do. Kernels of attention need that: without it "auto"
@@ -132,6 +135,7 @@ class Call:
     shared: Any = None
     cache_index: jax.Array | int | None = None
     previous_B: jax.Array | None = None
+    lengths_B: jax.Array | None = None
     causal: bool = True
     counts_up: bool = False
     capacity: float | None = None
@@ -226,6 +230,9 @@ class Part(Settings):
     routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
+    # Whether tokens in its cache are taken back by writing over them (`layers.cache`). Of other
+    # caches speculative decoding keeps the one before, and reads accepted tokens again.
+    takes_back: ClassVar[bool] = False
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """The parameters: nested dicts of `ParameterSpec`."""

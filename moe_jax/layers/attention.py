@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ class Attention(Part):
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, GQA, arXiv:2305.13245;
       QK-norm: Henry et al. 2020, arXiv:2010.04245.
     """
+
+    takes_back: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
     num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
@@ -170,8 +172,8 @@ class Attention(Part):
         assert segments is not None and positions is not None, "with_defaults"
         q_BLND, k_BTND, v_BTND = self.projected(params, x_BLM)
         if self.rotary is not None:
-            q_BLND = self.rotary.rotate(q_BLND, positions, segments)
-            k_BTND = self.rotary.rotate(k_BTND, positions, segments)
+            q_BLND = self.rotary.rotate(q_BLND, positions, segments, call.lengths_B)
+            k_BTND = self.rotary.rotate(k_BTND, positions, segments, call.lengths_B)
         if self.qk_norm_at == "rotated":
             q_BLND, k_BTND = self.normed(params, q_BLND, k_BTND)
         if self.temperature is not None:

@@ -1,12 +1,17 @@
 """The cache of what attention keeps of earlier tokens (legend: `moe_jax.moe`; T counts slots).
 
-Every array has slots on its second dim, filled from the first on, as many in every row. Beside what
-a part keeps of a token stands its position in `positions` [B, T], -1 in a slot that is empty or has
-padding. Masks come from these positions alone. A row has one document.
+Every array has slots on its second dim, filled from the first on. Beside what a part keeps of a
+token stands its position in `positions` [B, T], -1 in a slot that is empty or has padding. Masks
+come from these positions alone. A row has one document.
+
+Tokens are taken back by writing over them: the next call of a row begins in the slot of the first
+one, and its own tokens reach as far. Until then no query stands behind them.
 
 Attention to a window keeps a ring: the place p of a row is in slot p modulo T.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,7 +67,7 @@ def write(cache: Any, call: Call, **kept: jax.Array) -> dict[str, jax.Array]:
     Args:
       cache: as `slots` declares it.
       call: of L tokens. Without a ring `cache_index` + L is at most T; with one, L is at most
-        `SPARE` + 1, except in a prefill.
+        `SPARE` + 1, except in a prefill. Of L tokens all but the first may be taken back.
       **kept: [B, L, ...], by name.
 
     Raises:
@@ -78,31 +83,41 @@ def write(cache: Any, call: Call, **kept: jax.Array) -> dict[str, jax.Array]:
     kept["positions"] = jnp.where(call.segments_BL > 0, call.positions_BL, EMPTY)
     num_slots = cache["positions"].shape[1]
     is_ring = call.cache_length is not None and num_slots < call.cache_length
-    put = put_in_ring if is_ring else put_behind
+    put = functools.partial(put_in_ring, prefill=call.prefill) if is_ring else put_behind
+    index: Any = call.cache_index
+    if jnp.ndim(index):
+        put = in_each_row(put)
     return {
-        name: put(cache[name], new.astype(cache[name].dtype), call) for name, new in kept.items()
+        name: put(cache[name], new.astype(cache[name].dtype), index) for name, new in kept.items()
     }
 
 
-def put_behind(old: jax.Array, new: jax.Array, call: Call) -> jax.Array:
+def put_behind(old: jax.Array, new: jax.Array, index: Any) -> jax.Array:
     """[B, T, ...] with [B, L, ...] behind what is there."""
-    index: Any = call.cache_index
     return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
 
 
-def put_in_ring(old: jax.Array, new: jax.Array, call: Call) -> jax.Array:
+def put_in_ring(old: jax.Array, new: jax.Array, index: Any, *, prefill: bool) -> jax.Array:
     """[B, T, ...] with the newest of [B, L, ...] in the place of the oldest."""
     num_slots, length = old.shape[1], new.shape[1]
-    index: Any = call.cache_index
     if length == 1:
         return jax.lax.dynamic_update_slice_in_dim(old, new, index % num_slots, axis=1)
-    if call.prefill and length >= num_slots:
+    if prefill and length >= num_slots:
         return jnp.roll(new[:, -num_slots:], length % num_slots, axis=1)
-    assert call.prefill or length <= SPARE + 1, "tokens of a call would lose what they still see"
+    assert prefill or length <= SPARE + 1, "tokens of a call would lose what they still see"
     which_T = (jnp.arange(num_slots) - index) % num_slots
     taken = jnp.take(new, jnp.minimum(which_T, length - 1), axis=1)
     is_new_T = (which_T < length).reshape(1, -1, *(1,) * (old.ndim - 2))
     return jnp.where(is_new_T, taken, old)
+
+
+def in_each_row(put: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`put` with an index of its own in each row, [B]."""
+
+    def put_one(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+        return put(old[None], new[None], index)[0]
+
+    return jax.vmap(put_one)
 
 
 def in_one_document(cache: Any, call: Call) -> tuple[Tokens, Tokens]:

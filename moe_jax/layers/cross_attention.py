@@ -30,6 +30,7 @@ class CrossAttention(Part):
     """
 
     reads_memory: ClassVar[bool] = True
+    takes_back: ClassVar[bool] = True  # its cache has no tokens of the decoder
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
     num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N

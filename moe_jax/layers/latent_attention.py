@@ -1,7 +1,7 @@
 """Latent attention: keys and values out of one small vector a token (legend: `moe_jax.moe`)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class LatentAttention(Part):
 
     Source: DeepSeek-AI 2024, arXiv:2405.04434, sec. 2.1 and appendix C; scale: YaRN of its code.
     """
+
+    takes_back: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N
     q_rank: int = setting(0, at_least=0)  # dim of the latent of queries; 0: none
@@ -159,7 +161,7 @@ class LatentAttention(Part):
     def turned(self, x_BLND: jax.Array, call: Call) -> jax.Array:
         """Rotary parts of queries or keys, turned by their positions."""
         assert call.positions_BL is not None, "with_defaults"
-        return self.rotary.rotate(x_BLND, call.positions_BL, call.segments_BL)
+        return self.rotary.rotate(x_BLND, call.positions_BL, call.segments_BL, call.lengths_B)
 
     def expand(
         self, params: Any, latent_BTF: jax.Array, key_BTD: jax.Array

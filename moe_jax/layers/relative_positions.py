@@ -58,17 +58,17 @@ class RelativePositions(Part):
         return (Cost("attention"),)
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
-        """The biases of L queries and their keys, float32 [1, N, L, L or T]; see `Part`.
+        """The biases of L queries and their keys, float32 [1 or B, N, L, L or T]; see `Part`.
 
         Positions of a document count up by one, so the distance of two tokens is that of their
-        places in the row, or of their slots in a cache, in every row alike.
+        places in the row, or of their slots in a cache; in every row alike, if as many are filled.
         """
-        places_1L = keys_1T = jnp.arange(x_BLM.shape[1], dtype=jnp.int32)[None]
+        places = keys_1T = jnp.arange(x_BLM.shape[1], dtype=jnp.int32)[None]
         if call.cache_length is not None and not call.prefill:
             assert call.cache_index is not None, "comes with cache_length"
-            places_1L = call.cache_index + places_1L
+            places = jnp.reshape(call.cache_index, (-1, 1)) + places
             keys_1T = jnp.arange(call.cache_length, dtype=jnp.int32)[None]
-        return self.bias(params, places_1L, keys_1T, causal=call.causal), None, None
+        return self.bias(params, places, keys_1T, causal=call.causal), None, None
 
     def bias(
         self, params: Any, positions_BL: jax.Array, key_positions_BT: jax.Array, *, causal: bool
@@ -77,7 +77,8 @@ class RelativePositions(Part):
         relative_BLT = key_positions_BT[:, None, :] - positions_BL[:, :, None]
         buckets_BLT = self.buckets(relative_BLT, causal=causal)
         bias_BLTN = rows(params["table"], buckets_BLT).astype(jnp.float32)
-        return constrain(jnp.moveaxis(bias_BLTN, -1, 1), None, "heads", None, None)
+        rows_axis = "batch" if bias_BLTN.shape[0] > 1 else None
+        return constrain(jnp.moveaxis(bias_BLTN, -1, 1), rows_axis, "heads", None, None)
 
     def buckets(self, relative: jax.Array, *, causal: bool) -> jax.Array:
         """The buckets of positions of keys less those of queries, int32 of the same shape."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
-from moe_jax.layers.rotary_scaling import RotaryScaling
+from moe_jax.layers.rotary_scaling import RotaryScaling, document_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,11 @@ class Rotary(Settings):
         return 1.0 if self.scaling is None else self.scaling.softmax_factor
 
     def rotate(
-        self, x_BLND: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array | None = None
+        self,
+        x_BLND: jax.Array,
+        positions_BL: jax.Array,
+        segments_BL: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
     ) -> jax.Array:
         """Queries or keys, turned.
 
@@ -61,6 +65,7 @@ class Rotary(Settings):
           positions_BL: int32 positions, restarting at 0 in every document.
           segments_BL: int32, the documents of a row, of which some scalings need the length; None:
             a row is one document.
+          lengths_B: int32, the length that each row's document comes to; None: that of the row.
 
         Returns:
           [B, L, N, D] in the dtype of `x_BLND`; angles in float32.
@@ -68,12 +73,15 @@ class Rotary(Settings):
         turning = x_BLND.shape[-1] if self.dim is None else self.dim
         half = turning // 2
         frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        length_BL = None
         if self.scaling is not None:
-            frequency = self.scaling.scaled(frequency, self.base, positions_BL, segments_BL)
+            if self.scaling.by_length:
+                length_BL = document_lengths(positions_BL, segments_BL, lengths_B)
+            frequency = self.scaling.scaled(frequency, self.base, length_BL)
         angle = positions_BL[:, :, None, None].astype(jnp.float32) * frequency
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         if self.scaling is not None:
-            factors = self.scaling.cos_sin_factors(positions_BL, segments_BL)
+            factors = self.scaling.cos_sin_factors(length_BL)
             cos, sin = cos * factors, sin * factors
         x32, rest = x_BLND[..., :turning].astype(jnp.float32), x_BLND[..., turning:]
         if self.interleaved:

@@ -19,21 +19,15 @@ class RotaryScaling(Settings):
     """A rule for the frequencies of `Rotary`, and two factors that go with it."""
 
     family: ClassVar[str] = "rotary_scaling"
+    by_length: ClassVar[bool] = False  # whether it depends on how long a document is
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """The frequencies in use.
 
         Args:
           frequency_H: float32, radians a position, from 1 down to about 1 / base.
           base: of `Rotary`.
-          positions_BL: int32, of a token in its document.
-          segments_BL: int32, the documents of a row; None: a row is one document.
+          length_BL: int32, tokens of each token's document, if `by_length`; else None.
 
         Returns:
           float32 [H], or [B, L, 1, H] if they depend on the length of a document.
@@ -48,9 +42,7 @@ class RotaryScaling(Settings):
         """What cosines and sines are multiplied by, so scores by its square."""
         return 1.0
 
-    def cos_sin_factors(
-        self, positions_BL: jax.Array, segments_BL: jax.Array | None
-    ) -> jax.Array | float:
+    def cos_sin_factors(self, length_BL: jax.Array | None) -> jax.Array | float:
         """`cos_sin_factor`, or [B, L, 1, 1] if it depends on the length of a document."""
         return self.cos_sin_factor
 
@@ -69,13 +61,7 @@ class LinearScaling(RotaryScaling):
 
     factor: float = setting(1.0, at_least=1)  # of the context's length
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
         return frequency_H / self.factor
 
@@ -87,19 +73,15 @@ class DynamicScaling(RotaryScaling):
     Source: transformers, modeling_rope_utils.py, "dynamic".
     """
 
+    by_length: ClassVar[bool] = True
+
     factor: float = setting(1.0, at_least=1)  # of the slow frequencies
     original_length: int = setting(2048, at_least=1)  # tokens; shorter documents are unchanged
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
-        length_BL = document_lengths(positions_BL, segments_BL).astype(jnp.float32)
-        stretch_BL = jnp.maximum(length_BL / self.original_length, 1.0)
+        assert length_BL is not None, "by_length"
+        stretch_BL = jnp.maximum(length_BL.astype(jnp.float32) / self.original_length, 1.0)
         growth_BL = self.factor * stretch_BL - (self.factor - 1)
         half = frequency_H.shape[0]
         exponent_H = -jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1)
@@ -128,13 +110,7 @@ class Llama3Scaling(RotaryScaling):
             "Change one of them",
         )
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
         turns_H = self.original_length * frequency_H / (2 * math.pi)
         # Without a width, as in Llama 4 Scout, a frequency is kept or divided.
@@ -173,13 +149,7 @@ class Yarn(RotaryScaling):
             "Change one of them",
         )
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
         half = frequency_H.shape[0]
         first, last = (
@@ -215,10 +185,12 @@ class Yarn(RotaryScaling):
 class LongRope(RotaryScaling):
     """Each frequency divided by a factor of its own; another set in documents that are long.
 
-    A document is long if it has more than `original_length` tokens, at the time of the call.
+    A document is long if it has, or comes to, more than `original_length` tokens.
 
     Source: Ding et al. 2024, arXiv:2402.13753; transformers, modeling_rope_utils.py, "longrope".
     """
+
+    by_length: ClassVar[bool] = True
 
     short_factors: tuple[float, ...] = setting((), above=0)  # [H]; (): all 1
     long_factors: tuple[float, ...] = setting((), above=0)  # [H]; (): all 1
@@ -239,23 +211,17 @@ class LongRope(RotaryScaling):
             "Correct them, or the dims that turn",
         )
 
-    def scaled(
-        self,
-        frequency_H: jax.Array,
-        base: float,
-        positions_BL: jax.Array,
-        segments_BL: jax.Array | None,
-    ) -> jax.Array:
+    def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
         short_H, long_H = (
             frequency_H / jnp.asarray(factors or (1.0,), jnp.float32)
             for factors in (self.short_factors, self.long_factors)
         )
-        return jnp.where(self.is_long(positions_BL, segments_BL), long_H, short_H)
+        return jnp.where(self.is_long(length_BL), long_H, short_H)
 
-    def is_long(self, positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
+    def is_long(self, length_BL: jax.Array | None) -> jax.Array:
         """Whether a token's document is longer than in pre-training: bool [B, L, 1, 1]."""
-        length_BL = document_lengths(positions_BL, segments_BL)
+        assert length_BL is not None, "by_length"
         return (length_BL > self.original_length)[:, :, None, None]
 
     @property
@@ -265,18 +231,20 @@ class LongRope(RotaryScaling):
             return self.attention_factor
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
 
-    def cos_sin_factors(
-        self, positions_BL: jax.Array, segments_BL: jax.Array | None
-    ) -> jax.Array | float:
+    def cos_sin_factors(self, length_BL: jax.Array | None) -> jax.Array | float:
         """See `RotaryScaling`."""
         if self.long_attention_factor is None:
             return self.cos_sin_factor
-        is_long = self.is_long(positions_BL, segments_BL)
+        is_long = self.is_long(length_BL)
         return jnp.where(is_long, self.long_attention_factor, self.cos_sin_factor)
 
 
-def document_lengths(positions_BL: jax.Array, segments_BL: jax.Array | None) -> jax.Array:
-    """int32 [B, L]: the last position of each token's document, plus 1."""
+def document_lengths(
+    positions_BL: jax.Array, segments_BL: jax.Array | None, lengths_B: jax.Array | None = None
+) -> jax.Array:
+    """int32 [B, L]: the last position of each token's document, plus 1; or that of its row."""
+    if lengths_B is not None:
+        return jnp.broadcast_to(lengths_B[:, None], positions_BL.shape)
     if segments_BL is None:
         longest_B1 = jnp.max(positions_BL, axis=1, keepdims=True)
         return jnp.broadcast_to(longest_B1 + 1, positions_BL.shape)

@@ -127,6 +127,7 @@ class EncoderDecoder(LanguageModel):
             rng=None if call.rng is None else jax.random.fold_in(call.rng, ENCODER_KEY),
             encoder=None,
             cache_index=None,
+            lengths_B=None,
         )
         table = "embedding" if self.share_embeddings else "encoder_embedding"
         x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT) * factor_BTM
