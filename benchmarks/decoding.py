@@ -24,8 +24,7 @@ from benchmarks.timing import seconds
 from configs import mixtral
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.inference.anew import in_groups_of, next_token
-from moe_jax.inference.decoding import Rows, Serving, decode, prefill
-from moe_jax.inference.generation import for_inference
+from moe_jax.inference.decoding import Prompts, Rows, Serving, decode, for_inference, prefill
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interchange.gguf_files import from_gguf
 from moe_jax.parameters import init_parameters
@@ -60,8 +59,9 @@ class Ours:
         self.serving, self.tokens_BL = Serving(params), tokens_BL
         num_slots = length + (rounds + 1) * TOKENS
         how = {"model": for_inference(config.model), "num_slots": num_slots, "sampling": GREEDY}
-        ones_BL, numbers_B = np.ones_like(tokens_BL), np.arange(batch, dtype=np.int32)
-        self.prefill = lambda: prefill(self.serving, tokens_BL, ones_BL, numbers_B, **how)
+        numbers_B, lengths_B = np.arange(batch), np.full(batch, num_slots)
+        prompts = Prompts(tokens_BL, np.ones_like(tokens_BL), numbers_B, lengths_B)
+        self.prefill = lambda: prefill(self.serving, prompts, **how)[0]
         self.more = lambda rows: decode(self.serving, rows, NO_TOKENS, num_tokens=TOKENS, **how)
         self.rows: Rows = self.prefill()
         window = in_groups_of(length, config.model)
@@ -76,7 +76,7 @@ class Ours:
 
         def decoded() -> float:
             def run() -> None:
-                self.rows, tokens_BN = self.more(self.rows)
+                self.rows, tokens_BN, _ = self.more(self.rows)
                 jax.block_until_ready(tokens_BN)
 
             return batch * TOKENS / seconds(run)

@@ -18,10 +18,12 @@ from moe_jax import command_line, interrupts
 from moe_jax.config.check import require
 
 if TYPE_CHECKING:
-    from moe_jax.inference import TextPiece
-    from moe_jax.inference.answers import AnswerFile, Answers
+    from moe_jax.config import ExperimentConfig
+    from moe_jax.inference import Draft, TextPiece
+    from moe_jax.inference.answers import AnswerFile, Answers, RouteFiles
     from moe_jax.models.model import LanguageModel
 
+OWN_MODULES = "multi_token"  # of --draft
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
@@ -144,16 +146,24 @@ def out_of_memory_explained(batch_size: int, context: int) -> Iterator[None]:
 
 
 def show(
-    pieces: "Iterator[TextPiece]", answers: "Answers", file: "AnswerFile | None", joint: str
+    pieces: "Iterator[TextPiece]",
+    answers: "Answers",
+    file: "AnswerFile | None",
+    joint: str,
+    routes: "RouteFiles | None" = None,
 ) -> None:
-    """Prints one text as it comes, or each of several when it is whole; the file gets it first.
+    """Prints one text as it comes, or each of several when it is whole; files get it first.
 
     `joint` stands between a prompt and its text.
     """
     alone = len(answers.texts) == 1 and not answers.first
     begin = answers.prompts[0] + joint  # not before there is a piece: what is wrong is said alone
     for piece in pieces:
+        if routes:
+            routes.add(piece)
         for record in answers.add(piece):
+            if routes:
+                routes.write(answers.count)
             if file:
                 file.append(record)
             if alone:
@@ -193,6 +203,38 @@ def open_answers(
     return Answers(*how, first=first), file
 
 
+def draft_of_flags(config: "ExperimentConfig", step: int) -> "tuple[Draft | None, dict[str, Any]]":
+    """What --draft proposes tokens with, and the settings of it that an answer depends on.
+
+    Args:
+      config: of the model.
+      step: of its checkpoint.
+
+    Raises:
+      ValueError: it does not fit the model.
+    """
+    from moe_jax.data import open_tokenizer_of
+    from moe_jax.inference import Draft
+    from moe_jax.inference.text import check_draft
+    from moe_jax.training.saved import load_run
+
+    values = flags.FLAGS
+    draft, step_of_draft = None, None
+    if values.draft == OWN_MODULES:
+        draft, step_of_draft = Draft(length=values.draft_length), step
+    elif values.draft:
+        loaded = load_run(values.draft, command_line.mesh_of_flag(), trust=values.trust)
+        draft = Draft(*loaded, length=values.draft_length)
+        step_of_draft = int(loaded[1].step)
+    check_draft(config, draft, open_tokenizer_of(config.data))
+    drawn = bool(values.draft) and values.temperature > 0
+    return draft, {
+        "draft": values.draft if drawn else None,
+        "draft_step": step_of_draft if drawn else None,
+        "draft_length": values.draft_length if drawn else None,
+    }
+
+
 def main() -> None:
     """Loads a checkpoint and continues the prompts."""
     import jax
@@ -215,6 +257,8 @@ def main() -> None:
     Sampling(**sampling)  # refuses before anything is loaded
     if values.output:
         command_line.require_file("output", values.output)
+    if values.routes:
+        command_line.require_folder("routes", values.routes)
     config, state = load_run(
         values.workdir, command_line.mesh_of_flag(), values.step, trust=values.trust
     )
@@ -223,6 +267,9 @@ def main() -> None:
         "workdir": values.workdir, "step": int(state.step), **sampling, "tokens": values.tokens,
         "samples": values.samples, "stop": values.stop, "context": context,
     }  # fmt: skip
+    draft, of_draft = draft_of_flags(config, int(state.step))
+    settings |= of_draft
+    routes = route_files(config, prompts, context) if values.routes else None
     answers, file = open_answers(values.output, prompts, settings)
     is_first = jax.process_index() == 0
     if is_first:
@@ -233,7 +280,8 @@ def main() -> None:
     pieces = stream_text(
         config, state.params, prompts, values.tokens,
         state=state.model_state, step=state.step, num_samples=values.samples, stop=values.stop,
-        context=context, batch_size=values.batch_size, ended=range(answers.first), **sampling,
+        context=context, batch_size=values.batch_size, ended=range(answers.first), draft=draft,
+        record=routes is not None, **sampling,
     )  # fmt: skip
     in_memory = out_of_memory_explained(min(values.batch_size, len(answers.texts)), context)
     with Speed() as speed, in_memory:
@@ -248,9 +296,27 @@ def main() -> None:
                     "the same command goes on behind them"
                 )
             )
-        show(pieces, answers, file, "\n" if config.model.has_encoder else "")
+        show(pieces, answers, file, "\n" if config.model.has_encoder else "", routes)
         interrupts.say_before_end(lambda: "")
     print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
+    if draft and draft.passes:
+        print(draft.line(), file=sys.stderr)
+
+
+def route_files(config: "ExperimentConfig", prompts: Sequence[str], context: int) -> "RouteFiles":
+    """Where --routes puts the experts of texts that begin with these prompts.
+
+    Raises:
+      ValueError: the model has none, or the texts do not fit into the context.
+    """
+    from moe_jax.data import open_tokenizer_of
+    from moe_jax.inference.answers import RouteFiles
+    from moe_jax.inference.generation import check_record
+
+    tokenizer, objective = open_tokenizer_of(config.data), config.data.objective
+    encoded = [objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    check_record(config.model, encoded, flags.FLAGS.tokens, context)
+    return RouteFiles(pathlib.Path(flags.FLAGS.routes), encoded, flags.FLAGS.samples)
 
 
 def define_flags() -> None:
@@ -289,6 +355,18 @@ def define_flags() -> None:
         lower_bound=2,
     )  # fmt: skip
     flags.DEFINE_integer("batch_size", 32, "Texts at once.", lower_bound=1)
+    flags.DEFINE_string(
+        "draft",
+        "",
+        f"Speculative decoding: the workdir of a smaller model of the same tokenizer, or "
+        f"{OWN_MODULES} for the modules of the model itself.",
+    )
+    flags.DEFINE_integer(
+        "draft_length", 4, "Tokens proposed before a pass of the model.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "routes", "", "A folder for the experts of every token: an .npz for each answer."
+    )
 
 
 command = command_line.Command(main, define_flags, required=("workdir",), several_processes=True)

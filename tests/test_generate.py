@@ -3,14 +3,18 @@
 import json
 import pathlib
 import time
+import types
 
 import jax
 import pytest
 
 from moe_jax import generate
+from moe_jax.data import open_tokenizer
 from moe_jax.generate import Speed, out_of_memory_explained, read_prompts
-from moe_jax.inference import TextPiece, generation, stream_text
+from moe_jax.inference import Draft, TextPiece, stream_text, text, writer
 from moe_jax.inference.answers import AnswerFile, Answers
+from moe_jax.inference.text import check_draft
+from moe_jax.models.token_routes import load_routes
 from moe_jax.training import saved
 from tests.tiny_run import tiny_config, tiny_state
 
@@ -167,6 +171,53 @@ def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_p
     assert f"{cut} line 1 has temperature=0.8, not 0.7" in capsys.readouterr().err
 
 
+def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tmp_path, capsys):
+    """A draft that is the model itself is always right, and moves nothing."""
+    flags = ["--prompt=ab", "--prompt=c", "--temperature=0"]
+    assert command(*flags) == 0
+    plain = capsys.readouterr().out
+    routes = tmp_path / "routes"
+    assert command(*flags, "--draft=small", "--draft_length=2", f"--routes={routes}") == 0
+    said = capsys.readouterr()
+    assert said.out == plain
+    assert said.err.splitlines()[-1] == (
+        "draft: 100.0% of 4 proposed tokens were accepted, 3.00 tokens a pass"
+    )
+    assert sorted(file.name for file in routes.iterdir()) == ["000000.npz", "000001.npz"]
+    tokens, experts = load_routes(routes / "000000.npz")
+    assert tokens[:3] == [1, *open_tokenizer("byte").encode("ab")] and len(tokens) == 6
+    assert experts.shape == (6, 2, 2) and (experts >= 0).all()
+    with pytest.raises(ValueError, match=r"p\.txt is not"):
+        (tmp_path / "p.txt").write_text("no")
+        load_routes(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--draft=multi_token"], "it has none, multi_token=None"),
+        (["--draft=small", "--draft_length=9"], "length=9"),
+        (["--routes=here", "--tokens=20"], "a prompt of 2 tokens, num_tokens=20, context=16"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_before_a_file_is_made(
+    command, tmp_path, monkeypatch, capsys, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command("--prompt=a", "--output=a.jsonl", *flags)
+    said = capsys.readouterr()
+    assert message in said.err and not said.out and not list(tmp_path.iterdir())
+
+
+def test_a_draft_with_another_tokenizer_is_refused(monkeypatch):
+    other = types.SimpleNamespace(fingerprint=lambda: "another")
+    monkeypatch.setattr(text, "open_tokenizer_of", lambda data: other)
+    draft = Draft(tiny_config({"data": {"tokenizer": "small.model"}}))
+    with pytest.raises(ValueError, match=r"draft 'small\.model', model 'byte'"):
+        check_draft(tiny_config(), draft, open_tokenizer("byte"))
+
+
 def test_a_model_that_looks_ahead_writes_one_text_after_another(monkeypatch, capsys):
     moe = {"router": {"kind": "expert_choice"}, "losses": {}}
     config = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
@@ -188,14 +239,14 @@ def test_a_text_with_its_stop_string_gets_no_more_chunks(monkeypatch):
         calls.append(kwargs["num_tokens"])
         return actual(*args, **kwargs)
 
-    actual = generation.decode
-    monkeypatch.setattr(generation, "decode", decode)
-    settings = {"context": 16 * generation.CHUNK, "temperature": 1.0}
-    [*pieces] = stream_text(config, params, ["a"], 2 * generation.CHUNK, **settings)
+    actual = writer.decode
+    monkeypatch.setattr(writer, "decode", decode)
+    settings = {"context": 16 * writer.CHUNK, "temperature": 1.0}
+    [*pieces] = stream_text(config, params, ["a"], 2 * writer.CHUNK, **settings)
     text = "".join(piece.text for piece in pieces)
     assert len(calls) == 2
     stop = next(c for c in text if c.isascii())
-    [*pieces] = stream_text(config, params, ["a"], 2 * generation.CHUNK, stop=[stop], **settings)
+    [*pieces] = stream_text(config, params, ["a"], 2 * writer.CHUNK, stop=[stop], **settings)
     assert "".join(piece.text for piece in pieces) == text[: text.index(stop)]
     assert len(calls) == 3 and pieces[-1].ended
 

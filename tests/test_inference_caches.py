@@ -11,9 +11,10 @@ import pytest
 import moe_jax
 from configs import switch_base
 from moe_jax.config import MeshConfig, from_config_dict
-from moe_jax.inference.decoding import Serving, decode, prefill
-from moe_jax.inference.generation import for_inference, mesh_of
+from moe_jax.inference.decoding import Serving, decode, for_inference, prefill
+from moe_jax.inference.generation import mesh_of
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.writer import prompts_of
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import init_parameters
@@ -31,8 +32,6 @@ READ = EncoderInputs(
 )
 TOKENS = 4  # of a compiled call
 QUICK = ("gpt_oss",)  # windows, sinks, biases
-# Frequencies that follow the length of the text: a cache keeps keys as they were turned.
-BY_LENGTH = ("llama_dynamic", "phimoe")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,20 +43,15 @@ def exact_products():
 def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=None):
     """The texts and, after each call, the logits of what comes next: [calls + 1, B, V]."""
     model, serving = for_inference(config.model), Serving(params, state)
-    length = max(map(len, prompts))
-    tokens_BL, segments_BL = np.zeros((2, len(prompts), length), np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens_BL[i, length - len(prompt) :] = prompt
-        segments_BL[i, length - len(prompt) :] = 1
-    how = {"model": model, "num_slots": length + calls * TOKENS, "sampling": GREEDY}
+    length, room, numbers = max(map(len, prompts)), calls * TOKENS, range(len(prompts))
+    how = {"model": model, "num_slots": length + room, "sampling": GREEDY}
     texts = [list(prompt) for prompt in prompts]
     with mesh_of(params):
-        rows = prefill(
-            serving, tokens_BL, segments_BL, np.arange(len(prompts), dtype=np.int32), encoder, **how
-        )
+        given = prompts_of(prompts, numbers, set(numbers), length, room, encoder)
+        rows, _ = prefill(serving, given, **how)
         logits = [np.asarray(rows.logits_BV)]
         for _ in range(calls):
-            rows, tokens_BN = decode(serving, rows, NO_TOKENS, num_tokens=TOKENS, **how)
+            rows, tokens_BN, _ = decode(serving, rows, NO_TOKENS, num_tokens=TOKENS, **how)
             texts = [old + new for old, new in zip(texts, tokens_BN.tolist(), strict=True)]
             logits.append(np.asarray(rows.logits_BV))
     return texts, np.stack(logits)
@@ -84,7 +78,7 @@ def check(config, params, close=CLOSE, *, state=None):
 @pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-     for name in sorted(CASES) if name not in BY_LENGTH],
+     for name in sorted(CASES)],
 )  # fmt: skip
 def test_a_cache_gives_what_one_pass_gives(name, tmp_path):
     config, params = moe_jax.from_hf(write_model(tmp_path / "hf", CASES[name]))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.inference import generate_tokens, stream_anew, stream_tokens
-from moe_jax.inference.generation import CHUNK, bucket
+from moe_jax.inference.writer import CHUNK, bucket
 from tests.tiny_run import tiny_config, tiny_state
 
 PROMPTS = [[1, 7, 9], [1], [1, *range(20, 41)], [1, 4]]

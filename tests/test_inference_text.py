@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.data import open_tokenizer, train_tokenizer
 from moe_jax.data.corpora import open_corpus
-from moe_jax.inference import anew, continue_text, generation, stream_text
+from moe_jax.inference import anew, continue_text, stream_text, writer
 from moe_jax.inference.text import Text
 from moe_jax.layers.attention import Attention
 from moe_jax.models.layer import Layer
@@ -87,13 +87,13 @@ def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
     """The beginning of a document and the prompt; of more than 16 tokens, the last 16."""
     shown = []
 
-    def prefill(serving, tokens_BL, segments_BL, *args, **kwargs):
-        shown.append(tokens_BL[segments_BL > 0].tolist())
-        assert tokens_BL.shape == (1, 16)
-        return actual(serving, tokens_BL, segments_BL, *args, **kwargs)
+    def prefill(serving, prompts, **kwargs):
+        shown.append(prompts.tokens_BL[prompts.segments_BL > 0].tolist())
+        assert prompts.tokens_BL.shape == (1, 16)
+        return actual(serving, prompts, **kwargs)
 
-    actual = generation.prefill
-    monkeypatch.setattr(generation, "prefill", prefill)
+    actual = writer.prefill
+    monkeypatch.setattr(writer, "prefill", prefill)
     sample(params, config, prompt, num_tokens=1)
     assert shown == [[TOKENIZER.bos_id, *TOKENIZER.encode(prompt).tolist()][-16:]]
 
@@ -102,12 +102,12 @@ def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(params, con
     """Of 16 tokens: 15 are read, the 16th is seen by the last token of this context."""
     shown = []
 
-    def prefill(serving, tokens_BL, segments_BL, *args, **kwargs):
-        shown.append(tokens_BL[segments_BL > 0].tolist())
-        return actual(serving, tokens_BL, segments_BL, *args, **kwargs)
+    def prefill(serving, prompts, **kwargs):
+        shown.append(prompts.tokens_BL[prompts.segments_BL > 0].tolist())
+        return actual(serving, prompts, **kwargs)
 
-    actual = generation.prefill
-    monkeypatch.setattr(generation, "prefill", prefill)
+    actual = writer.prefill
+    monkeypatch.setattr(writer, "prefill", prefill)
     text = sample(params, config, "0123456789abcd", num_tokens=12, temperature=0.0)
     ids = [TOKENIZER.bos_id, *TOKENIZER.encode("0123456789abcd" + text).tolist()]
     assert shown == [ids[:15], ids[9:17], ids[18:26]]

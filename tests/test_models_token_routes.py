@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.inference import Draft, generate_with_routes
+from moe_jax.inference.decoding import Serving
 from moe_jax.models.routing_record import record_routing
 from moe_jax.models.token_routes import record_of_routes, routes_of
 from moe_jax.part import Call
@@ -72,6 +74,80 @@ def test_a_router_that_has_drifted_still_learns(record, params):
     gradients = quick_jit(jax.grad(loss))(drifted, replay)
     gradient = gradients["stack"]["unit"]["0"]["moe"]["router"]
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.fixture(scope="module")
+def written(params):
+    """Two prompts continued by eight tokens each, and the experts of every token."""
+    prompts = [[1, 7, 9], [5]]
+    answers, routes = generate_with_routes(CONFIG, params, prompts, 8, temperature=1.0)
+    return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], routes
+
+
+def padded(texts):
+    length = max(map(len, texts))
+    tokens = np.array([[*text, *[0] * (length - len(text))] for text in texts])
+    is_token = np.arange(length) < np.array([[len(text)] for text in texts])
+    return tokens, is_token.astype(np.int32)
+
+
+def test_decoding_records_the_experts_that_a_pass_over_the_text_chooses(params, written):
+    texts, routes = written
+    tokens, segments = padded(texts)
+    expected = routes_of(record_routing(CONFIG.model, params, tokens, segments_BL=segments))
+    assert [route.shape for route in routes] == [(11, 2, 2), (9, 2, 2)]
+    for route, other in zip(routes, expected, strict=True):
+        np.testing.assert_array_equal(route, other)
+
+
+def test_a_rollout_is_replayed_by_a_trainer_whose_router_has_drifted(params, written):
+    """The logits are those of the model that wrote, and after a drift the router learns."""
+    texts, routes = written
+    tokens, segments = padded(texts)
+    replay = record_of_routes(CONFIG.model, texts, routes).replay(CONFIG.model)
+    call = Call(tokens_BL=jnp.asarray(tokens), segments_BL=jnp.asarray(segments), capacity=0.0)
+
+    def logits(params, replay):
+        output = CONFIG.model.run(params, call, replay=replay)
+        return output.logits_BLV * segments[..., None], output.aux["moe"].sums["assigned_KE"]
+
+    run = quick_jit(logits)
+    own, expected = run(params, None), run(params, replay)
+    np.testing.assert_allclose(own[0], expected[0], rtol=1e-5, atol=1e-5)
+    drifted = jax.tree_util.tree_map_with_path(
+        lambda path, p: -p if "router" in jax.tree_util.keystr(path) else p, dict(params)
+    )
+    np.testing.assert_array_equal(run(drifted, replay)[1], expected[1])
+    assert (run(drifted, None)[1] != expected[1]).any()
+    gradients = quick_jit(jax.grad(lambda p: jnp.sum(jnp.square(logits(p, replay)[0]))))(drifted)
+    router = gradients["stack"]["unit"]["0"]["moe"]["router"]
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(router))
+
+
+@pytest.mark.slow
+def test_with_a_draft_the_last_token_is_absent_and_the_others_are_the_same(params):
+    """At a temperature of 0, where texts are equal; two modules of the draft's passes."""
+    prompts = [[1, 7, 9], [5]]
+    draft = Draft(CONFIG, Serving(params), length=3)
+    answers, routes = generate_with_routes(CONFIG, params, prompts, 10)
+    again, others = generate_with_routes(CONFIG, params, prompts, 10, draft=draft, batch_size=1)
+    assert again == answers
+    for route, other in zip(routes, others, strict=True):
+        np.testing.assert_array_equal(route[:-1], other[:-1])
+        assert len(route) == len(other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 8}, "a prompt of 1 tokens, num_tokens=9, context=8"),
+        ({"num_tokens": 0}, "num_tokens=0"),
+    ],
+)
+def test_texts_whose_experts_cannot_be_told_are_refused(params, settings, message):
+    how = {"num_tokens": 9, **settings}
+    with pytest.raises(ValueError, match=message):
+        generate_with_routes(CONFIG, params, [[1]], **how)
 
 
 @pytest.mark.parametrize(

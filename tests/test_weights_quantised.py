@@ -12,8 +12,7 @@ import pytest
 import moe_jax
 from moe_jax.__main__ import main
 from moe_jax.config import MeshConfig
-from moe_jax.inference.decoding import Serving, decode, prefill
-from moe_jax.inference.generation import for_inference
+from moe_jax.inference.decoding import Prompts, Serving, decode, for_inference, prefill
 from moe_jax.inference.sampling import Sampling
 from moe_jax.models.wrapping import dense_params, quantised_params
 from moe_jax.moe.run_experts import rows as sorted_rows
@@ -231,7 +230,8 @@ def memory_of_decoding(model):
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs())
     ones, number, none = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 4), (1,), (0,)))
     serving = Serving(specs)
-    rows = jax.eval_shape(functools.partial(prefill, **settings), serving, ones, ones, number)
+    prompts = Prompts(ones, ones, number, number)
+    rows, _ = jax.eval_shape(functools.partial(prefill, **settings), serving, prompts)
     lowered = decode.lower(serving, rows, none, num_tokens=4, **settings)
     return lowered.compile().memory_analysis()
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.inference.decoding import Serving
-from moe_jax.inference.generation import Piece, check
+from moe_jax.inference.generation import check
 from moe_jax.inference.sampling import Sampling, draw
+from moe_jax.inference.writer import Piece
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Call
 

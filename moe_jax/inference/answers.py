@@ -6,9 +6,14 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
+from moe_jax.inference.generation import joined_routes
 from moe_jax.inference.text import TextPiece
+from moe_jax.models.token_routes import routes_bytes
+from moe_jax.training.files import write_atomically
 
 FIX = "Name another file, or delete this one"
 BEGIN = b'{"prompt_index": '  # of every line
@@ -133,6 +138,33 @@ class AnswerFile:
         except OSError as error:
             error.filename = error.filename or str(self.path)
             raise
+
+
+class RouteFiles:
+    """The experts of every token of the answers, a file each, written before the answer is."""
+
+    def __init__(self, folder: pathlib.Path, prompts: Sequence[Sequence[int]], num_samples: int):
+        """`prompts`: their token ids, as the model reads them."""
+        self.folder, self.prompts, self.num_samples = folder, prompts, num_samples
+        self.tokens: dict[int, list[int]] = {}
+        self.routes: dict[int, list[np.ndarray]] = {}
+
+    def add(self, piece: TextPiece) -> None:
+        """Keeps what came of a text until it is whole."""
+        self.tokens.setdefault(piece.row, []).extend(piece.tokens)
+        if piece.routes is not None:
+            self.routes.setdefault(piece.row, []).append(piece.routes)
+
+    def write(self, row: int) -> None:
+        """Writes those of a whole text, so that a kill leaves nothing half.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        tokens = [*self.prompts[row // self.num_samples], *self.tokens.pop(row)]
+        routes = joined_routes(self.routes.pop(row), len(tokens))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / f"{row:06}.npz", routes_bytes(tokens, routes))
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -14,9 +14,15 @@ import jax.numpy as jnp
 
 from moe_jax.inference.sampling import Sampling, draw
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.output import ModelOutput
+from moe_jax.models.routing_record import choices_of
+from moe_jax.models.token_routes import ABSENT
+from moe_jax.moe.routing import Choices
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, EncoderInputs
+
+Routes = dict[str, jax.Array]  # experts by part, int32 [X, B, L, K]; {} without a record
 
 
 class Serving(NamedTuple):
@@ -46,6 +52,7 @@ class Rows(NamedTuple):
       seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
       sample_B: int32, number of a row's random keys.
       memory: the output of the encoder and its segments, or None.
+      lengths_B: int32, the tokens that a text may come to; see `Call`.
     """
 
     cache: Any
@@ -57,68 +64,134 @@ class Rows(NamedTuple):
     seen_BV: jax.Array | None
     sample_B: jax.Array
     memory: tuple[jax.Array, jax.Array] | None
+    lengths_B: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_slots", "sampling", "capacity"))
+class Prompts(NamedTuple):
+    """Texts to go on with; NumPy or JAX arrays.
+
+    Attributes:
+      tokens_BL: int32, padded on the left.
+      segments_BL: int32, 1; 0 for padding, of which a row may be whole.
+      sample_B: see `Rows`.
+      lengths_B: see `Rows`.
+      encoder: what the encoder reads; None without one.
+    """
+
+    tokens_BL: Any
+    segments_BL: Any
+    sample_B: Any
+    lengths_B: Any
+    encoder: EncoderInputs | None = None
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "num_slots", "sampling", "capacity", "record")
+)
 def prefill(
     serving: Serving,
-    tokens_BL: jax.Array,
-    segments_BL: jax.Array,
-    sample_B: jax.Array,
-    encoder: EncoderInputs | None = None,
+    prompts: Prompts,
     *,
     model: LanguageModel,
     num_slots: int,
     sampling: Sampling,
     capacity: float = 0.0,
-) -> Rows:
+    record: bool = False,
+) -> tuple[Rows, Routes]:
     """Reads the prompts.
 
     Args:
       serving: parameters and state.
-      tokens_BL: int32, the prompts, padded on the left.
-      segments_BL: int32, 1; 0 for padding, of which a row may be whole.
-      sample_B: see `Rows`.
-      encoder: what the encoder reads; None without one.
+      prompts: the prompts.
       model: the model.
       num_slots: T, of the caches: L and all tokens to come.
       sampling: whether to keep count of tokens seen.
       capacity: capacity factor of MoE layers; 0: dropless.
+      record: whether to return the experts.
+
+    Returns:
+      The rows, and the experts of the prompts.
     """
-    positions_BL = jnp.maximum(jnp.cumsum(segments_BL, axis=1) - 1, 0)
-    call = Call(
-        tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
-        step=serving.step, encoder=encoder, cache_index=jnp.int32(0), cache_length=num_slots,
-        prefill=True, capacity=capacity,
-    )  # fmt: skip
-    call, _ = model.encode(serving.params, call, state=serving.state)
-    batch, memory = tokens_BL.shape[0], None
+    how: dict[str, Any] = {"num_slots": num_slots, "capacity": capacity, "record": record}
+    call, output = read(serving, prompts, model=model, last_alone=True, **how)
+    assert call.positions_BL is not None
+    memory = None
     if call.memory is not None:
         assert call.memory_segments_BT is not None
         memory = (call.memory, call.memory_segments_BT)
-    cache = empty_cache(model, batch, num_slots, 0 if memory is None else memory[0].shape[1])
-    output = model.run(serving.params, call, state=serving.state, cache=cache, last_alone=True)
-    seen_BV = None
-    if sampling.repetition_penalty != 1:
-        rows = jnp.arange(batch)[:, None]
-        seen_BV = jnp.zeros((batch, model.vocab_size), jnp.bool_)
-        seen_BV = seen_BV.at[rows, tokens_BL].max(segments_BL > 0)
-    return Rows(
+    rows = Rows(
         cache=output.cache,
-        filled=jnp.int32(tokens_BL.shape[1]),
+        filled=jnp.int32(prompts.tokens_BL.shape[1]),
         logits_BV=output.logits_BLV[:, -1],
-        positions_B=positions_BL[:, -1] + 1,
-        last_B=tokens_BL[:, -1],
-        live_B=segments_BL[:, -1] > 0,
-        seen_BV=seen_BV,
-        sample_B=sample_B,
+        positions_B=call.positions_BL[:, -1] + 1,
+        last_B=prompts.tokens_BL[:, -1],
+        live_B=prompts.segments_BL[:, -1] > 0,
+        seen_BV=seen_in(prompts, model.vocab_size, sampling),
+        sample_B=prompts.sample_B,
         memory=memory,
+        lengths_B=prompts.lengths_B,
     )
+    return rows, routes_of(model, output)
+
+
+def read(
+    serving: Serving,
+    prompts: Prompts,
+    *,
+    model: LanguageModel,
+    num_slots: int,
+    capacity: float = 0.0,
+    record: bool = False,
+    last_alone: bool = False,
+) -> tuple[Call, ModelOutput]:
+    """The prompts through a model with an empty cache; arguments are those of `prefill`."""
+    segments_BL = jnp.asarray(prompts.segments_BL)
+    call = Call(
+        tokens_BL=prompts.tokens_BL,
+        positions_BL=jnp.maximum(jnp.cumsum(segments_BL, axis=1) - 1, 0),
+        segments_BL=segments_BL, counts_up=True, step=serving.step, encoder=prompts.encoder,
+        cache_index=jnp.int32(0), cache_length=num_slots, prefill=True, capacity=capacity,
+        lengths_B=prompts.lengths_B, record=record,
+    )  # fmt: skip
+    call, _ = model.encode(serving.params, call, state=serving.state)
+    memory_length = 0 if call.memory is None else call.memory.shape[1]
+    cache = empty_cache(model, segments_BL.shape[0], num_slots, memory_length)
+    return call, model.run(
+        serving.params, call, state=serving.state, cache=cache, last_alone=last_alone
+    )
+
+
+def seen_in(prompts: Prompts, vocab_size: int, sampling: Sampling) -> jax.Array | None:
+    """The tokens of each prompt, bool [B, V]; None without a penalty on repetition."""
+    if sampling.repetition_penalty == 1:
+        return None
+    rows = jnp.arange(prompts.tokens_BL.shape[0])[:, None]
+    seen_BV = jnp.zeros((len(rows), vocab_size), jnp.bool_)
+    return seen_BV.at[rows, prompts.tokens_BL].max(prompts.segments_BL > 0)
+
+
+def routes_of(model: LanguageModel, output: ModelOutput) -> Routes:
+    """The experts that the decoder's tokens chose, by part: int32 [X, B, L, K], -1 where absent."""
+
+    def of(choices: Choices) -> jax.Array:
+        index_XBLK = jnp.where(choices.chosen, choices.expert_index, ABSENT)
+        return constrain(index_XBLK, None, None, None, None)  # every process reads all
+
+    choices = choices_of(output.aux)
+    return {name: of(choices[name]) for name in model.decoder.parts() if name in choices}
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "num_slots", "num_tokens", "sampling", "num_ids", "capacity"),
+    static_argnames=(
+        "model",
+        "num_slots",
+        "num_tokens",
+        "sampling",
+        "num_ids",
+        "capacity",
+        "record",
+    ),
     donate_argnames=("rows",),
 )
 def decode(
@@ -132,7 +205,8 @@ def decode(
     sampling: Sampling,
     num_ids: int | None = None,
     capacity: float = 0.0,
-) -> tuple[Rows, jax.Array]:
+    record: bool = False,
+) -> tuple[Rows, jax.Array, Routes]:
     """Adds tokens to every row.
 
     Args:
@@ -145,20 +219,16 @@ def decode(
       sampling: how they are drawn.
       num_ids: ids from here on have logits but are no tokens; None: all are.
       capacity: capacity factor of MoE layers; 0: dropless.
+      record: whether to return the experts.
 
     Returns:
-      The rows, and the tokens, int32 [B, num_tokens]; those behind the end of a text say nothing.
+      The rows; the tokens, int32 [B, num_tokens]; their experts. Those behind the end of a text say
+      nothing.
     """
 
-    def one(rows: Rows, _: None) -> tuple[Rows, jax.Array]:
-        logits_BV = rows.logits_BV
-        if num_ids is not None:
-            logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_ids, logits_BV, -jnp.inf)
-        key = jax.random.key(sampling.seed)
-        keys_B = jax.vmap(lambda n, i: jax.random.fold_in(jax.random.fold_in(key, n), i))(
-            rows.sample_B, rows.positions_B
-        )
-        token_B = draw(logits_BV, rows.seen_BV, keys_B, sampling)
+    def one(rows: Rows, _: None) -> tuple[Rows, tuple[jax.Array, Routes]]:
+        keys_B = keys_of(rows.sample_B, rows.positions_B, sampling)
+        token_B = draw(below(rows.logits_BV, num_ids), rows.seen_BV, keys_B, sampling)
         live_B = rows.live_B & ~jnp.any(token_B[:, None] == stop_S, axis=-1)
         memory, memory_segments_BT = rows.memory or (None, None)
         call = Call(
@@ -173,6 +243,8 @@ def decode(
             cache_index=rows.filled,
             cache_length=num_slots,
             capacity=capacity,
+            lengths_B=rows.lengths_B,
+            record=record,
         )
         output = model.run(serving.params, call, state=serving.state, cache=rows.cache)
         seen_BV = rows.seen_BV
@@ -188,11 +260,43 @@ def decode(
             seen_BV=seen_BV,
             sample_B=rows.sample_B,
             memory=rows.memory,
+            lengths_B=rows.lengths_B,
         )
-        return rows, token_B
+        return rows, (token_B, routes_of(model, output))
 
-    rows, tokens_NB = jax.lax.scan(one, rows, None, length=num_tokens)
-    return rows, constrain(tokens_NB.T, None, None)
+    rows, (tokens_NB, routes) = jax.lax.scan(one, rows, None, length=num_tokens)
+    # Of [N, X, B, 1, K] by part.
+    routes = jax.tree.map(lambda a: a[:, :, :, 0].transpose(1, 2, 0, 3), routes)
+    return rows, constrain(tokens_NB.T, None, None), routes
+
+
+def keys_of(sample_B: jax.Array, positions_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """The random key of the token in each place, [B], which depends on nothing beside its text."""
+    key = jax.random.key(sampling.seed)
+    return jax.vmap(lambda n, i: jax.random.fold_in(jax.random.fold_in(key, n), i))(
+        sample_B, positions_B
+    )
+
+
+def below(logits: jax.Array, num_ids: int | None) -> jax.Array:
+    """Logits [..., V] with -inf for ids that are no tokens."""
+    if num_ids is None:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
+
+
+def for_inference(model: LanguageModel) -> LanguageModel:
+    """The model with one sequence to a routing group, and nothing computed again."""
+    return dataclasses.replace(in_groups(model, 0), remat="none")
+
+
+def in_groups(model: LanguageModel, group_size: int) -> LanguageModel:
+    """The model with so many tokens in a routing group; 0: one sequence."""
+
+    def regrouped(part: Any) -> Any:
+        return dataclasses.replace(part, group_size=group_size) if part.routes else part
+
+    return model.map_parts(regrouped)
 
 
 def empty_cache(model: LanguageModel, batch: int, num_slots: int, memory_length: int = 0) -> Any:
@@ -201,7 +305,11 @@ def empty_cache(model: LanguageModel, batch: int, num_slots: int, memory_length:
     What is kept of tokens, the component "cache", has the compute dtype.
     """
     dims = model.dims._replace(memory_length=memory_length)
-    specs = model.decoder.cache_specs(dims, batch, num_slots)
+    return arrays_of(model.decoder.cache_specs(dims, batch, num_slots), model)
+
+
+def arrays_of(specs: Any, model: LanguageModel) -> Any:
+    """Caches before the first token, as `empty_cache` has them."""
 
     def narrowed(spec: Any) -> Any:
         is_float = jnp.issubdtype(spec.dtype, jnp.floating)

@@ -1,38 +1,23 @@
 """Continuing lists of token ids: batches, samples, contexts and streams over prefill and decode."""
 
-import dataclasses
 from collections.abc import Container, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.inference.decoding import Rows, Serving, decode, prefill
+from moe_jax.inference.decoding import Serving, for_inference
+from moe_jax.inference.draft import Draft
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.writer import Piece, Writer
 from moe_jax.models.model import LanguageModel
-from moe_jax.parallel.rules import num_shards, without_mesh
-from moe_jax.part import EncoderInputs
+from moe_jax.models.token_routes import ABSENT
+from moe_jax.parallel.rules import without_mesh
 from moe_jax.training.ways import without_capacity
 
-CHUNK = 16  # tokens between two looks at what came out
 ROWS = 32  # texts at once, unless said otherwise
-
-
-class Piece(NamedTuple):
-    """What was added to a text.
-
-    Attributes:
-      row: of the text: prompt i, sample s is i * num_samples + s.
-      tokens: ids, in order, without the one that ended the text.
-      ended: whether one did.
-    """
-
-    row: int
-    tokens: list[int]
-    ended: bool
 
 
 def generate_tokens(
@@ -52,7 +37,8 @@ def generate_tokens(
       prompts: token ids, each at least one. Of an encoder-decoder, what the encoder reads.
       num_tokens: how many to add at most.
       **settings: those of `stream_tokens`: `temperature`, `top_k`, `top_p`, `min_p`,
-        `repetition_penalty`, `seed`, `num_samples`, `stop_tokens`, `context`, `batch_size`, ...
+        `repetition_penalty`, `seed`, `num_samples`, `stop_tokens`, `context`, `batch_size`,
+        `draft`, ...
 
     Returns:
       The tokens added to prompt i, sample s, at i * num_samples + s; without the one that ended it.
@@ -64,6 +50,55 @@ def generate_tokens(
     for piece in stream_tokens(config, params, prompts, num_tokens, **settings):
         answers.setdefault(piece.row, []).extend(piece.tokens)
     return [answers[row] for row in sorted(answers)]
+
+
+def generate_with_routes(
+    config: ExperimentConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    **settings: Any,
+) -> tuple[list[list[int]], list[np.ndarray]]:
+    """`generate_tokens`, and the experts of every token.
+
+        answers, routes = generate_with_routes(config, params, prompts, num_tokens=32)
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers)]
+        record = record_of_routes(config.model, texts, routes)
+
+    Returns:
+      The answers, and for each the experts of its prompt and its own tokens, int32 [length, layers,
+      K]; -1 where a token chose fewer, and of a last token that was not read. It is what
+      `models.token_routes` reads.
+
+    Raises:
+      ValueError: see `stream_tokens`; with `num_tokens` of 0.
+    """
+    require(
+        num_tokens > 0,
+        "experts are recorded while tokens are added",
+        f"num_tokens={num_tokens}",
+        "Use record_routing on the prompts",
+    )
+    answers: dict[int, list[int]] = {}
+    routes: dict[int, list[np.ndarray]] = {}
+    settings |= {"record": True}
+    for piece in stream_tokens(config, params, prompts, num_tokens, **settings):
+        assert piece.routes is not None
+        answers.setdefault(piece.row, []).extend(piece.tokens)
+        routes.setdefault(piece.row, []).append(piece.routes)
+    samples = settings.get("num_samples", 1)
+    whole = {
+        row: joined_routes(routes[row], len(prompts[row // samples]) + len(answers[row]))
+        for row in answers
+    }
+    return [answers[row] for row in sorted(answers)], [whole[row] for row in sorted(whole)]
+
+
+def joined_routes(pieces: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """The experts of so many tokens, out of the pieces of a text; -1 for what was not read."""
+    routes = np.concatenate(pieces)
+    missing = [(0, length - len(routes)), (0, 0), (0, 0)]
+    return np.pad(routes, missing, constant_values=ABSENT)
 
 
 def stream_tokens(
@@ -82,6 +117,8 @@ def stream_tokens(
     start_token: int = 0,
     capacity: float = 0.0,
     ended: Container[int] = (),
+    draft: Draft | None = None,
+    record: bool = False,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Continues prompts, and yields what is added as it comes.
@@ -104,6 +141,9 @@ def stream_tokens(
       capacity: capacity factor of MoE layers, whose group is then the whole batch; 0: dropless.
       ended: rows that are not continued. Whoever reads the stream may add to a set of them as it
         comes, such as a text that has a stop string: it gets no more, and frees its batch.
+      draft: proposes tokens, and counts how many of them are accepted; None: nothing does. A text
+        has the same distribution with it, and at a temperature of 0 it is the same text.
+      record: whether pieces have the experts of their tokens.
       **sampling: fields of `Sampling`.
 
     Yields:
@@ -112,7 +152,8 @@ def stream_tokens(
 
     Raises:
       ValueError: a prompt is empty or has an id that the model does not know, a number is out of
-        range, or the model looks at later tokens.
+        range, or the model looks at later tokens; the draft does not fit the model; experts are
+        to be recorded of a model without any, of an encoder-decoder, or beyond the context.
     """
     how, model = Sampling(**sampling), for_inference(config.model)
     check(model, prompts, num_tokens, num_samples, context, batch_size, capacity)
@@ -122,29 +163,26 @@ def stream_tokens(
         f"{sorted(n for n, p in model.part.items() if p.looks_ahead(training=False))} do",
         "Train expert choice with a predictor, or use stream_anew, which reads all anew",
     )
+    if record:
+        check_record(model, prompts, num_tokens, context)
+    if draft is not None:
+        require(
+            not capacity,
+            "with a draft experts are dropless, since several tokens of a text are read together",
+            f"capacity={capacity}",
+            "Leave out one of them",
+        )
+        draft.drafter(model, num_ids)  # refuses before anything runs
     repeated = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     rows = [(row, prompt) for row, prompt in enumerate(repeated) if row not in ended]
     serving = Serving(params, state, step)
     writer = Writer(
-        serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended
-    )
+        serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended,
+        draft, record,
+    )  # fmt: skip
     with mesh_of(params):
         for start in range(0, len(rows), batch_size):
             yield from writer.write(rows[start : start + batch_size], num_tokens)
-
-
-def for_inference(model: LanguageModel) -> LanguageModel:
-    """The model with one sequence to a routing group, and nothing computed again."""
-    return dataclasses.replace(in_groups(model, 0), remat="none")
-
-
-def in_groups(model: LanguageModel, group_size: int) -> LanguageModel:
-    """The model with so many tokens in a routing group; 0: one sequence."""
-
-    def regrouped(part: Any) -> Any:
-        return dataclasses.replace(part, group_size=group_size) if part.routes else part
-
-    return model.map_parts(regrouped)
 
 
 def check(
@@ -177,130 +215,29 @@ def check(
         )
 
 
+def check_record(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    context: int | None,
+) -> None:
+    """Refuses texts whose experts cannot be recorded, as `ValueError`."""
+    require(
+        bool(model.moe_parts) and not model.has_encoder,
+        "experts are recorded of a decoder with MoE layers",
+        "the model has an encoder" if model.has_encoder else f"parts {sorted(model.part)}",
+        "Leave the record out",
+    )
+    longest = max(map(len, prompts), default=0)
+    require(
+        context is None or longest + num_tokens <= context + 1,
+        "experts are recorded of texts that the context holds whole",
+        f"a prompt of {longest} tokens, num_tokens={num_tokens}, context={context}",
+        "Raise context, or lower num_tokens",
+    )
+
+
 def mesh_of(params: Any) -> Any:
     """The context of the mesh that parameters lie on; of one device, that of no mesh."""
     mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
     return without_mesh() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Writer:
-    """Continues batches of texts; arguments are those of `stream_tokens`."""
-
-    serving: Serving
-    model: LanguageModel
-    sampling: Sampling
-    context: int | None
-    capacity: float
-    num_ids: int | None
-    stop_tokens: tuple[int, ...]
-    start_token: int
-    ended: Container[int]
-
-    def write(self, texts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
-        """Adds tokens to a batch of numbered prompts."""
-        numbers = [row for row, _ in texts]
-        encoder, seen = None, [prompt for _, prompt in texts]
-        if self.model.has_encoder:
-            encoder = self.read(seen)
-            seen = [[self.start_token] for _ in texts]
-        live, left = set(range(len(texts))), num_tokens
-        if not left:
-            yield from (Piece(row, [], False) for row in numbers)
-        while left and live:
-            context = self.context or max(map(len, seen)) + left
-            seen = [text[-context:] for text in seen]
-            # Of the last token of all nothing more is seen.
-            room = min(left, context + 1 - max(map(len, seen)))
-            for chunk, pieces in self.until(seen, numbers, live, room, encoder):
-                left -= chunk
-                yield from pieces
-            if left and live:
-                seen = [text[-(context // 2) :] for text in seen]
-
-    def until(
-        self,
-        seen: list[list[int]],
-        numbers: Sequence[int],
-        live: set[int],
-        room: int,
-        encoder: EncoderInputs | None,
-    ) -> Iterator[tuple[int, list[Piece]]]:
-        """Adds up to `room` tokens to every live text, in place; yields them chunk by chunk."""
-        length = bucket(max(map(len, seen)))
-        num_slots = length + -(-room // CHUNK) * CHUNK
-        rows = self.begin(seen, numbers, live, (length, num_slots), encoder)
-        stop_S = jnp.asarray(self.stop_tokens, jnp.int32)
-        for done in range(0, room, CHUNK):
-            rows, tokens_BN = decode(
-                self.serving, rows, stop_S,
-                model=self.decoding_model(rows), num_slots=num_slots, num_tokens=CHUNK,
-                sampling=self.sampling, num_ids=self.num_ids, capacity=self.capacity,
-            )  # fmt: skip
-            count = min(CHUNK, room - done)
-            pieces = []
-            for i, drawn in enumerate(np.asarray(tokens_BN)[: len(seen), :count].tolist()):
-                if i not in live:
-                    continue
-                ends = [j for j, token in enumerate(drawn) if token in self.stop_tokens]
-                kept = drawn[: ends[0]] if ends else drawn
-                seen[i] = seen[i] + kept
-                pieces.append(Piece(numbers[i], kept, bool(ends)))
-                if ends:
-                    live.discard(i)
-            yield count, pieces
-            live -= {i for i in live if numbers[i] in self.ended}
-            if not live:
-                return
-
-    def begin(
-        self,
-        seen: list[list[int]],
-        numbers: Sequence[int],
-        live: set[int],
-        sizes: tuple[int, int],
-        encoder: EncoderInputs | None,
-    ) -> Rows:
-        """Reads the texts, into so many places and slots; rows of padding fill the batch up."""
-        length, num_slots = sizes
-        batch = whole_rows(len(seen))
-        tokens_BL, segments_BL = np.zeros((2, batch, length), np.int32)
-        for i, text in enumerate(seen):
-            if i in live:
-                tokens_BL[i, length - len(text) :] = text
-                segments_BL[i, length - len(text) :] = 1
-        sample_B = np.zeros(batch, np.int32)
-        sample_B[: len(seen)] = numbers
-        return prefill(
-            self.serving, tokens_BL, segments_BL, sample_B, encoder,
-            model=self.model, num_slots=num_slots, sampling=self.sampling, capacity=self.capacity,
-        )  # fmt: skip
-
-    def decoding_model(self, rows: Rows) -> LanguageModel:
-        """The model in which, with a capacity, the tokens of the whole batch share it."""
-        batch = rows.live_B.shape[0]
-        if not self.capacity:
-            return self.model
-        return in_groups(self.model, batch)
-
-    def read(self, texts: Sequence[Sequence[int]]) -> EncoderInputs:
-        """What an encoder reads: padded on the right."""
-        tokens_BT, segments_BT = np.zeros(
-            (2, whole_rows(len(texts)), bucket(max(map(len, texts)))), np.int32
-        )
-        for i, text in enumerate(texts):
-            tokens_BT[i, : len(text)], segments_BT[i, : len(text)] = text, 1
-        return EncoderInputs(jnp.asarray(tokens_BT), None, jnp.asarray(segments_BT))
-
-
-def bucket(length: int) -> int:
-    """A length that is compiled for: at most a quarter more, or a multiple of 16."""
-    step = max(16, 2 ** max(length.bit_length() - 3, 0))
-    return -(-length // step) * step
-
-
-def whole_rows(count: int) -> int:
-    """So many rows, or as few more as the mesh in use splits evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    multiple = 1 if mesh.empty else num_shards("batch", mesh)
-    return -(-count // multiple) * multiple

@@ -82,3 +82,11 @@ def draw(
         return found_B.astype(jnp.int32)
     logits_BV = filtered(logits_BV, seen_BV, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def probabilities(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The distribution of what `draw` draws, float32 [B, V]; with a temperature of 0 one token."""
+    if sampling.temperature == 0:
+        logits_BV = penalized(logits_BV, seen_BV, sampling.repetition_penalty)
+        return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+    return jax.nn.softmax(filtered(logits_BV, seen_BV, sampling), axis=-1)

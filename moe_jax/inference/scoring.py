@@ -12,11 +12,12 @@ from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.inference.anew import in_groups_of
-from moe_jax.inference.decoding import Serving
-from moe_jax.inference.generation import ROWS, bucket, check, for_inference, mesh_of, whole_rows
+from moe_jax.inference.decoding import Serving, for_inference
+from moe_jax.inference.generation import ROWS, check, mesh_of
+from moe_jax.inference.writer import bucket, encoder_inputs, whole_rows
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import constrain
-from moe_jax.part import Call
+from moe_jax.part import Call, EncoderInputs
 from moe_jax.training.loss import target_nats
 from moe_jax.training.ways import without_capacity
 
@@ -47,6 +48,7 @@ def score_continuations(
     context: int | None = None,
     batch_size: int = ROWS,
     num_ids: int | None = None,
+    start_token: int = 0,
 ) -> list[Scored]:
     """Scores continuations of contexts, dropless.
 
@@ -55,7 +57,8 @@ def score_continuations(
     Args:
       config: of the run, or of the imported model.
       params: parameters of the model; on a mesh they say which.
-      pairs: the token ids of a context and of a continuation, each at least one.
+      pairs: the token ids of a context and of a continuation, each at least one. Of an
+        encoder-decoder the encoder reads the context, and the decoder writes the continuation.
       state: of the model's parts, such as selection biases; or None.
       step: of training, for settings of routers that are annealed; None: at their ends.
       context: most tokens that the model reads; a longer context is cut from the left. None: all
@@ -64,6 +67,7 @@ def score_continuations(
       batch_size: pairs at once; what a pair gets does not depend on it.
       num_ids: greedy decoding draws ids below it (a padded vocabulary); None: all. Likelihoods are
         of the whole softmax, as in training.
+      start_token: begins what the decoder of an encoder-decoder writes.
 
     Returns:
       One for each pair, in order. With a model that looks at later tokens a likelihood has seen
@@ -71,8 +75,8 @@ def score_continuations(
 
     Raises:
       ValueError: a context or continuation is empty, has an id that the model does not know, or is
-        a continuation of more tokens than `context`; or the model has an encoder, or mixes tokens
-        in groups that are no part of `context`.
+        a continuation of more tokens than `context`; or the model mixes tokens in groups that are
+        no part of `context`.
     """
     check_pairs(config.model, pairs, context, batch_size)
     if without_capacity(config.model).looks_ahead(training=False):
@@ -80,17 +84,27 @@ def score_continuations(
         model, window = in_groups_of(context, config.model), context
     else:
         model, window = for_inference(config.model), 0
+    read: list[list[int]] = []  # by the encoder
+    if model.has_encoder:
+        read = [list(before)[-(context or len(before)) :] for before, _ in pairs]
+        pairs = [([start_token], continuation) for _, continuation in pairs]
     texts = [cut(pair, context) for pair in pairs]
-    # A padded length of its own text alone: a pair gets the same beside any other.
-    lengths = [window or bucket(len(text) - 1) for text, _ in texts]
+    # Padded lengths of its own texts alone: a pair gets the same beside any other.
+    lengths = [
+        (window or bucket(len(text) - 1), bucket(len(read[i])) if read else 0)
+        for i, (text, _) in enumerate(texts)
+    ]
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
     serving, ids = Serving(params, state, step), np.int32(num_ids or model.vocab_size)
     scores: dict[int, Scored] = {}
     with mesh_of(params):
         rows = whole_rows(min(batch_size, max(len(texts), 1)))
         for some in runs_of(order, lengths, rows):
-            batch = arrays_of([texts[i] for i in some], rows, lengths[some[0]])
-            sums_B, greedy_B = map(np.asarray, score_batch(serving, ids, *batch, model=model))
+            batch = arrays_of([texts[i] for i in some], rows, lengths[some[0]][0])
+            encoder = encoder_inputs([read[i] for i in some], rows) if read else None
+            sums_B, greedy_B = map(
+                np.asarray, score_batch(serving, ids, *batch, encoder, model=model)
+            )
             for row, i in enumerate(some):
                 scores[i] = Scored(float(sums_B[row]), texts[i][1], bool(greedy_B[row]))
     return [scores[i] for i in range(len(texts))]
@@ -104,6 +118,7 @@ def score_batch(
     segments_BL: jax.Array,
     targets_BL: jax.Array,
     counts_BL: jax.Array,
+    encoder: EncoderInputs | None = None,
     *,
     model: LanguageModel,
 ) -> tuple[jax.Array, jax.Array]:
@@ -116,12 +131,13 @@ def score_batch(
       segments_BL: int32, 1; 0 for padding.
       targets_BL: int32, the token after each.
       counts_BL: bool, whether it is of the continuation.
+      encoder: what the encoder reads; None without one.
       model: the model.
     """
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     call = Call(
         tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
-        step=serving.step, capacity=0.0,
+        step=serving.step, capacity=0.0, encoder=encoder,
     )  # fmt: skip
     logits_BLV = model.run(serving.params, call, state=serving.state).logits_BLV
     sums_B = -jnp.sum(target_nats(logits_BLV, targets_BL) * counts_BL, axis=1)
@@ -135,12 +151,6 @@ def check_pairs(
     model: LanguageModel, pairs: Sequence[Pair], context: int | None, batch_size: int
 ) -> None:
     """Refuses what cannot be scored, as `ValueError`."""
-    require(
-        not model.has_encoder,
-        "continuations are scored by a decoder alone",
-        "the model has an encoder",
-        "Evaluate it on its own corpus",
-    )
     require(
         context is not None or not without_capacity(model).looks_ahead(training=False),
         "a model that looks at later tokens reads windows of one size",
@@ -172,8 +182,8 @@ def cut(pair: Pair, context: int | None) -> tuple[list[int], int]:
     return text[-(context + 1) :] if context else text, len(pair[1])
 
 
-def runs_of(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cuts an order into runs of one length, each of so many at most."""
+def runs_of(order: Sequence[int], lengths: Sequence[Any], most: int) -> Iterator[list[int]]:
+    """Cuts an order into runs of equal lengths, each of so many at most."""
     run: list[int] = []
     for i in order:
         if run and (len(run) == most or lengths[run[0]] != lengths[i]):
@@ -196,20 +206,32 @@ def arrays_of(texts: Sequence[tuple[list[int], int]], rows: int, length: int) ->
     return tokens_BL, segments_BL, targets_BL, counts_BL
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, bos: bool = True) -> Pair:
+def encode_pair(
+    tokenizer: Tokenizer,
+    context: str,
+    continuation: str,
+    *,
+    bos: bool = True,
+    has_encoder: bool = False,
+) -> Pair:
     """Encodes a text as a whole, and parts it where its context ends.
 
-    Spaces at the end of the context go to the continuation, where most tokenizers have them.
+    Spaces at the end of the context go to the continuation, where most tokenizers have them. Of an
+    encoder-decoder they are two texts, of which the first ends with `eos_id`.
 
     Args:
       tokenizer: of the model.
       context: what stands before; "" with `bos`.
       continuation: what is scored.
       bos: whether the text begins with `bos_id`, as a document does.
+      has_encoder: whether the model is an encoder-decoder.
 
     Source: lm-evaluation-harness, lm_eval/api/model.py, `TemplateLM._encode_pair`.
     """
     kept = context.rstrip()
+    if has_encoder:
+        rest = context[len(kept) :] + continuation
+        return [*tokenizer.encode(kept).tolist(), tokenizer.eos_id], tokenizer.encode(rest).tolist()
     begin = [tokenizer.bos_id] if bos else []
     whole = begin + tokenizer.encode(context + continuation).tolist()
     length = len(begin) + len(tokenizer.encode(kept))

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.data import open_tokenizer_of
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.inference.anew import stream_anew
+from moe_jax.inference.draft import Draft
 from moe_jax.inference.generation import stream_tokens
 from moe_jax.training.ways import without_capacity
 
@@ -24,12 +26,16 @@ class TextPiece(NamedTuple):
       text: in order; no part of a character, and nothing that a stop string may begin with.
       num_tokens: how many tokens it took.
       ended: whether the text has ended: by the end of a document, or by a stop string.
+      tokens: their ids; a stop string is part of them.
+      routes: the experts of tokens, see `Piece`.
     """
 
     row: int
     text: str
     num_tokens: int
     ended: bool
+    tokens: Sequence[int] = ()
+    routes: np.ndarray | None = None
 
 
 def stream_text(
@@ -59,10 +65,10 @@ def stream_text(
       context: most tokens that are seen; None: `data.sequence_length`. See `stream_tokens`.
       num_samples: texts for each prompt.
       ended: rows that are not continued.
-      **settings: other ones of `stream_tokens`, `state` and `step` among them.
+      **settings: other ones of `stream_tokens`, `state`, `step`, `draft` and `record` among them.
 
     Raises:
-      ValueError: see `stream_tokens`; a stop string is empty.
+      ValueError: see `stream_tokens`; a stop string is empty; the draft has another tokenizer.
     """
     require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
     tokenizer = tokenizer or open_tokenizer_of(config.data)
@@ -73,6 +79,7 @@ def stream_text(
     }
     context = context or config.data.sequence_length
     encoded = [objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    check_draft(config, settings.get("draft"), tokenizer)
     if config.model.has_encoder:
         ids["start_token"] = tokenizer.pad_id
     stream: Any = stream_tokens
@@ -80,16 +87,39 @@ def stream_text(
     if looks_ahead and not config.model.has_encoder:
         stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
         settings.pop("batch_size", None)  # it writes one text after another
+        cached = [name for name in ("draft", "record") if settings.pop(name, None)]
+        require(
+            not cached,
+            "a model that looks at later tokens reads all anew for every token",
+            f"it has no {' and no '.join(cached)}",
+            "Leave it out",
+        )
     done = set(ended)
     how = {"context": context, "num_samples": num_samples, "ended": done, **ids, **settings}
     texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(prompts) * num_samples)]
     for piece in stream(config, params, encoded, num_tokens, **how):
         text = texts[piece.row]
         if not text.ended:
-            shown = TextPiece(piece.row, *text.add(piece.tokens, piece.ended))
+            new, count, ends = text.add(piece.tokens, piece.ended)
+            shown = TextPiece(piece.row, new, count, ends, piece.tokens, piece.routes)
             if shown.ended:
                 done.add(piece.row)
             yield shown
+
+
+def check_draft(config: ExperimentConfig, draft: Draft | None, tokenizer: Tokenizer) -> None:
+    """Refuses a draft that does not fit a model and its tokenizer, as `ValueError`."""
+    if draft is None:
+        return
+    if draft.config is not None:
+        other = open_tokenizer_of(draft.config.data)
+        require(
+            other.fingerprint() == tokenizer.fingerprint(),
+            "a draft has the tokenizer of the model",
+            f"draft {draft.config.data.tokenizer!r}, model {config.data.tokenizer!r}",
+            "Use a draft that was trained with the same one",
+        )
+    draft.drafter(config.model, tokenizer.vocab_size)
 
 
 class Text:

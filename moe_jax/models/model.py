@@ -261,7 +261,7 @@ class LanguageModel(Settings):
           state: by part, as `state_specs` declares it, or None.
           replay: choices to use instead of the routers' own, by part, [X, B, L, K]; or None.
           cache: by position, or None.
-          multi_token: run the multi-token modules too; they replay nothing and have no cache.
+          multi_token: run the multi-token modules too; they replay nothing, and fill no cache.
           last_alone: compute the logits of the last place alone, [B, 1, V].
         """
         assert call.tokens_BL is not None
@@ -305,6 +305,7 @@ class LanguageModel(Settings):
             output.cache,
             output.residual_XBLM,
             encoder_residual_XBTM=encoded.residual_XBTM,
+            hidden_BLM=hidden_BLM,
         )
         if not multi_token:
             return found

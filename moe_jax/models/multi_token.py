@@ -2,7 +2,8 @@
 
 Module k = 1, 2, ... has a layer of its own, and embedding and head of the model. At position j it
 joins the embedding of token j + k with what the module before it made of position j (the first:
-the model's normed residual), and predicts token j + k + 1. Only training runs the modules.
+the model's normed residual), and predicts token j + k + 1. Training runs the modules, and
+speculative decoding, of which they are a draft.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
 from moe_jax.layers.norms import Norm
-from moe_jax.models.stack import Stack, StackLayout, unstacked
+from moe_jax.models.stack import Stack, StackLayout, StackOutput, unstacked
 from moe_jax.parameters import ParameterSpec, linear, scaled_init
 from moe_jax.part import Aux, Call, Dims, RunShape
 
@@ -115,28 +116,62 @@ class Modules:
           What each module gives to the head, [B, L, M], and the `Aux` of the parts, with a leading
           dim of layers.
         """
-        module = dataclasses.replace(self.stack, first=self.stack.unit, unit=(), repeats=0)
         outputs, auxes = [], []
-        for k, own in enumerate(
-            unstacked({**params, "stack": params["stack"]["unit"]}, self.depth)
-        ):
-            later = later_call(call, k + 1)
-            assert later.tokens_BL is not None
-            embedded_BLM = embed(later.tokens_BL).astype(hidden_BLM.dtype)
-            both_BLN = jnp.concatenate(
-                [
-                    self.norm.apply(own["embedding_norm"], embedded_BLM),
-                    self.norm.apply(own["hidden_norm"], hidden_BLM),
-                ],
-                axis=-1,
-            )
-            layers = {"first": own["stack"], "unit": {}, "last": {}}
-            here = jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], dict(state))
-            output = module.apply(layers, linear(both_BLN, own["project"]), later, state=here)
-            hidden_BLM = self.norm.apply(own["final_norm"], output.x_BLM)
+        for k, own in enumerate(self.each(params, state)):
+            output = self.run(own, hidden_BLM, later_call(call, k + 1), embed)
+            hidden_BLM = output.x_BLM
             outputs.append(hidden_BLM)
             auxes.append(output.aux)
         return outputs, jax.tree.map(lambda *a: jnp.concatenate(a), *auxes)
+
+    @property
+    def module(self) -> Stack:
+        """The stack of one module."""
+        return dataclasses.replace(self.stack, first=self.stack.unit, unit=(), repeats=0)
+
+    def each(self, params: Any, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """The parameters and the state of every module."""
+        trees = unstacked({**params, "stack": params["stack"]["unit"]}, self.depth)
+        states = [
+            jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], dict(state))
+            for k in range(self.depth)
+        ]
+        return list(zip(trees, states, strict=True))
+
+    def run(
+        self,
+        own: tuple[Any, Any],
+        hidden_BLM: jax.Array,
+        later: Call,
+        embed: Callable[[jax.Array], jax.Array],
+        cache: Any = None,
+    ) -> StackOutput:
+        """Runs one module.
+
+        Args:
+          own: its parameters and state, of `each`.
+          hidden_BLM: what the module before it gave to the head, or the model's normed residual.
+          later: the call of the module, see `later_call`.
+          embed: from tokens [B, L] to embeddings [B, L, M].
+          cache: of `module`, or None.
+
+        Returns:
+          The output of its stack, with what it gives to the head as `x_BLM`.
+        """
+        params, state = own
+        assert later.tokens_BL is not None
+        embedded_BLM = embed(later.tokens_BL).astype(hidden_BLM.dtype)
+        both_BLN = jnp.concatenate(
+            [
+                self.norm.apply(params["embedding_norm"], embedded_BLM),
+                self.norm.apply(params["hidden_norm"], hidden_BLM),
+            ],
+            axis=-1,
+        )
+        layers = {"first": params["stack"], "unit": {}, "last": {}}
+        x_BLM = linear(both_BLN, params["project"])
+        output = self.module.apply(layers, x_BLM, later, state=state, cache=cache)
+        return output._replace(x_BLM=self.norm.apply(params["final_norm"], output.x_BLM))
 
     def loss(self, aux: Aux, num_tokens: jax.Array, batch: Any) -> jax.Array:
         """The weighted mean of the modules' losses; see `Part.loss`."""

@@ -32,6 +32,7 @@ class ModelOutput(NamedTuple):
       later_BLV: logits of the multi-token modules on request: of module k for the token k + 1
         ahead, float32 [B, L, V].
       encoder_residual_XBTM: that of the encoder, if it ran and `Call.record`; else None.
+      hidden_BLM: the normed residual that the head reads, of every place.
     """
 
     logits_BLV: jax.Array
@@ -40,6 +41,7 @@ class ModelOutput(NamedTuple):
     residual_XBLM: jax.Array | None = None
     later_BLV: tuple[jax.Array, ...] = ()
     encoder_residual_XBTM: jax.Array | None = None
+    hidden_BLM: jax.Array | None = None
 
 
 def of_both(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:

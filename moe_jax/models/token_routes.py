@@ -5,6 +5,9 @@ them and replays it, so that the policy that is trained chose what the policy th
 (Ma 2025, arXiv:2510.11370). Legend: `moe_jax.moe`.
 """
 
+import io
+import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,15 +29,33 @@ def routes_of(record: RoutingRecord) -> list[np.ndarray]:
       their order, and the experts best first; -1 behind the last, K being that of the part with
       the most.
     """
-    places = places_of({name: part.layers for name, part in record.parts.items()})
-    most = max(part.choices.expert_index.shape[-1] for part in record.parts.values())
-    routes = np.full((*record.tokens_BL.shape, len(places), most), ABSENT, np.int32)
-    for x, (_, name, i) in enumerate(places):
-        choices = record.parts[name].choices
-        index_BLK = np.where(choices.chosen[i], choices.expert_index[i], ABSENT)
-        routes[:, :, x, : index_BLK.shape[-1]] = index_BLK
+    layers = {name: part.layers for name, part in record.parts.items()}
+    index = {
+        name: np.where(part.choices.chosen, part.choices.expert_index, ABSENT)
+        for name, part in record.parts.items()
+    }
     is_token_BL = record.segments_BL > 0
+    routes = by_token(layers, index)
     return [own[is_token] for own, is_token in zip(routes, is_token_BL, strict=True)]
+
+
+def by_token(layers: Mapping[str, Sequence[int]], index: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Experts by token out of those by part.
+
+    Args:
+      layers: the layers of each part.
+      index: int32 [X, B, L, K] of each, -1 where a choice does not count.
+
+    Returns:
+      int32 [B, L, layers, K], of all layers in their order.
+    """
+    places = places_of(layers)
+    batch_shape = next(iter(index.values())).shape[1:3]
+    most = max(own.shape[-1] for own in index.values())
+    routes = np.full((*batch_shape, len(places), most), ABSENT, np.int32)
+    for x, (_, name, i) in enumerate(places):
+        routes[:, :, x, : index[name].shape[-1]] = index[name][i]
+    return routes
 
 
 def record_of_routes(
@@ -89,6 +110,32 @@ def record_of_routes(
     record = RoutingRecord(tokens_BL, positions_BL, segments_BL, parts)
     check_record(record)
     return record
+
+
+def routes_bytes(tokens: Sequence[int], routes: np.ndarray) -> bytes:
+    """An `.npz` of a text: `tokens` [length], `routed_experts` [length, layers, K]."""
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream, tokens=np.asarray(tokens, np.int32), routed_experts=routes.astype(np.int32)
+    )
+    return stream.getvalue()
+
+
+def load_routes(path: str | pathlib.Path) -> tuple[list[int], np.ndarray]:
+    """The tokens of a text and their experts, as `generate --routes` writes them.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["tokens"].tolist(), file["routed_experts"]
+    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"a file of experts by token is an .npz with tokens and routed_experts: {path} is not "
+            f"({error}). Write it with generate --routes."
+        ) from error
 
 
 def of_layers(

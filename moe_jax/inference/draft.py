@@ -1,0 +1,149 @@
+"""The draft of speculative decoding: what proposes tokens, and how many of them were accepted."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.inference.decoding import Serving, for_inference
+from moe_jax.inference.drafting import Drafter, OwnModules, SmallerModel, parts_take_back
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.speculative import Speculation
+from moe_jax.layers.cache import SPARE
+from moe_jax.models.model import LanguageModel
+from moe_jax.training.ways import without_capacity
+
+
+@dataclasses.dataclass
+class Draft:
+    """What proposes tokens, and how many of them were accepted.
+
+        draft = Draft(*load_run("runs/small"), length=4)
+        answers = generate_tokens(config, params, prompts, 64, draft=draft)
+        print(draft.acceptance_rate, draft.tokens_per_pass)
+
+    Attributes:
+      config: of a smaller model of the same tokens; None: the multi-token modules of the model
+        itself propose.
+      trained: its parameters, state and step: a `TrainState`, or a `Serving`.
+      length: Y, tokens proposed before each pass of the model.
+      passes: of the model, in each text.
+      proposed: tokens, in all of them.
+      accepted: tokens that were proposed and are in the texts.
+    """
+
+    config: ExperimentConfig | None = None
+    trained: Any = None
+    length: int = 4
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The share of proposed tokens that were accepted; nan before the first pass."""
+        return self.accepted / self.proposed if self.proposed else math.nan
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """How many tokens a pass of the model adds to a text, of which one is its own."""
+        return 1 + self.accepted / self.passes if self.passes else math.nan
+
+    def line(self) -> str:
+        """What is said at the end."""
+        return (
+            f"draft: {self.acceptance_rate:.1%} of {self.proposed} proposed tokens were accepted, "
+            f"{self.tokens_per_pass:.2f} tokens a pass"
+        )
+
+    def count(self, counts_BR: np.ndarray) -> None:
+        """Counts passes by the tokens that they added; those behind the end of a text added 0."""
+        passes = int(np.count_nonzero(counts_BR))
+        self.passes += passes
+        self.proposed += passes * self.length
+        self.accepted += int(np.sum(counts_BR)) - passes
+
+    def drafter(self, model: LanguageModel, num_ids: int | None) -> Drafter:
+        """What proposes tokens to a model of so many ids.
+
+        Raises:
+          ValueError: it cannot.
+        """
+        require(
+            1 <= self.length <= SPARE,
+            f"a draft proposes 1 to {SPARE} tokens, for which a ring of a cache has room",
+            f"length={self.length}",
+            "Change it",
+        )
+        require(
+            not model.has_encoder,
+            "a draft is of decoders alone",
+            "the model has an encoder",
+            "Generate without a draft",
+        )
+        if self.config is None:
+            return self.own_modules(model)
+        own = for_inference(self.config.model)
+        ahead = sorted(n for n, part in own.part.items() if part.looks_ahead(training=False))
+        require(
+            not own.has_encoder and not without_capacity(own).looks_ahead(training=False),
+            "a draft is a causal decoder",
+            "it has an encoder" if own.has_encoder else f"its parts {ahead} look at later tokens",
+            "Use another",
+        )
+        known = model.vocab_size if num_ids is None else num_ids
+        require(
+            known <= own.vocab_size,
+            "a draft knows all tokens of the model",
+            f"vocab_size={own.vocab_size}, the model has {known} ids",
+            "Use a draft of the same tokenizer",
+        )
+        return SmallerModel(own, model.vocab_size)
+
+    def own_modules(self, model: LanguageModel) -> OwnModules:
+        """The multi-token modules of the model."""
+        modules = model.modules
+        require(
+            modules is not None,
+            "a model proposes tokens to itself by its multi-token modules",
+            "it has none, multi_token=None",
+            "Use a smaller model as draft",
+        )
+        assert modules is not None
+        drafter, stack = OwnModules(model), modules.module
+        stuck = [n for n, p in stack.parts().items() if not parts_take_back({n: p}, model.dims)]
+        require(
+            not stuck,
+            "multi-token modules propose tokens if those are taken back by writing over them",
+            f"the caches of {stuck} cannot",
+            "Use a smaller model as draft",
+        )
+        places = drafter.places(self.length)
+        require(
+            places <= SPARE + 1,
+            f"a draft of multi-token modules has length + depth of at most {SPARE + 1}",
+            f"length={self.length}, depth={modules.depth}",
+            "Lower the length",
+        )
+        return drafter
+
+    def of(
+        self,
+        model: LanguageModel,
+        serving: Serving,
+        sampling: Sampling,
+        num_ids: int | None,
+        record: bool,
+    ) -> tuple[Speculation, Serving]:
+        """How a model speculates with this draft, and the parameters and state of the draft."""
+        how = Speculation(
+            model, self.drafter(model, num_ids), self.length, sampling, num_ids, record
+        )
+        if self.config is None:
+            return how, serving
+        if isinstance(self.trained, Serving):
+            return how, self.trained
+        return how, Serving(self.trained.params, self.trained.model_state, self.trained.step)

@@ -1,0 +1,368 @@
+"""What proposes tokens to a model: a smaller model, or its own multi-token modules.
+
+Legend: `moe_jax.moe`; Y counts proposed tokens, L = Y + 1 the places of a pass of the model.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.inference.decoding import Prompts, Serving, arrays_of, read
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import NAME, Modules, later_call, separated
+from moe_jax.models.output import ModelOutput
+from moe_jax.part import Call, Dims, Part
+
+# Of logits [B, V], the tokens seen and how far ahead: a token [B], its distribution [B, V], and the
+# tokens seen with it.
+Draw = Callable[
+    [jax.Array, jax.Array | None, int | jax.Array],
+    tuple[jax.Array, jax.Array, jax.Array | None],
+]
+
+
+class Texts(NamedTuple):
+    """Texts on their way; each has a token that is drawn and not yet read.
+
+    Attributes:
+      cache: of the model, by position.
+      draft: what the `Drafter` keeps.
+      slots_B: int32, filled slots of a row, and so the place of the token to read.
+      next_B: int32, that token.
+      previous_B: int32, the one before it.
+      positions_B: int32, its position in the text.
+      left_B: int32, how many tokens are still wanted behind it.
+      live_B: bool, False for padding and for texts that have ended.
+      seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
+      sample_B: int32, number of a row's random keys.
+      lengths_B: int32, the tokens that a text may come to; see `Call`.
+    """
+
+    cache: Any
+    draft: Any
+    slots_B: jax.Array
+    next_B: jax.Array
+    previous_B: jax.Array
+    positions_B: jax.Array
+    left_B: jax.Array
+    live_B: jax.Array
+    seen_BV: jax.Array | None
+    sample_B: jax.Array
+    lengths_B: jax.Array
+
+    def call(
+        self,
+        tokens_BL: jax.Array,
+        num_slots: int,
+        *,
+        step: jax.Array | None,
+        previous_B: jax.Array | None = None,
+        ahead: int | jax.Array = 0,
+        keep_BL: jax.Array | bool = True,
+    ) -> Call:
+        """A dropless call that goes on from a cache.
+
+        Args:
+          tokens_BL: what is read.
+          num_slots: T, of the cache.
+          step: of training.
+          previous_B: the token before the first one; None: that of the token to read.
+          ahead: how far the first one is from the token to read.
+          keep_BL: bool, False for padding.
+        """
+        positions_BL = self.positions_B[:, None] + ahead + jnp.arange(tokens_BL.shape[1])
+        is_token_BL = self.live_B[:, None] & (positions_BL >= 0) & keep_BL
+        return Call(
+            tokens_BL=tokens_BL,
+            previous_B=self.previous_B if previous_B is None else previous_B,
+            positions_BL=positions_BL,
+            segments_BL=is_token_BL.astype(jnp.int32),
+            counts_up=True,
+            step=step,
+            cache_index=self.slots_B + ahead,
+            cache_length=num_slots,
+            capacity=0.0,
+            lengths_B=self.lengths_B,
+        )
+
+
+def takes_back(model: LanguageModel) -> bool:
+    """Whether all caches of a model let tokens be written over."""
+    return parts_take_back(model.decoder.parts(), model.dims)
+
+
+def parts_take_back(parts: Mapping[str, Part], dims: Dims) -> bool:
+    """Whether all parts that have a cache let tokens be written over in it."""
+    return all(part.takes_back for part in parts.values() if part.cache_specs(dims, 1, 1))
+
+
+def read_accepted(
+    model: LanguageModel,
+    serving: Serving,
+    cache: Any,
+    texts: Texts,
+    tokens_BL: jax.Array,
+    accepted_B: jax.Array,
+    num_slots: int,
+) -> Any:
+    """The cache from before a pass, with the tokens that were accepted in it and no others."""
+    keep_BL = jnp.arange(tokens_BL.shape[1]) <= accepted_B[:, None]
+    call = texts.call(tokens_BL, num_slots, step=serving.step, keep_BL=keep_BL)
+    return model.run(serving.params, call, state=serving.state, cache=cache).cache
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallerModel:
+    """A model that writes the proposed tokens one by one; it keeps its caches.
+
+    Attributes:
+      model: the model, of the same tokens.
+      vocab_size: V, of the model that it drafts for.
+    """
+
+    model: LanguageModel
+    vocab_size: int
+
+    def places(self, length: int) -> int:
+        """The fewest places of a batch of prompts."""
+        return 1
+
+    def begin(
+        self,
+        serving: Serving,
+        prompts: Prompts,
+        call: Call,
+        output: ModelOutput,
+        first_B: jax.Array,
+        num_slots: int,
+        length: int,
+    ) -> Any:
+        """What is kept after the prompts.
+
+        Args:
+          serving: parameters and state of the draft.
+          prompts: the prompts.
+          call: of the model, that read them.
+          output: of the model.
+          first_B: the first token of every row.
+          num_slots: T, of the caches.
+          length: Y.
+        """
+        return read(serving, prompts, model=self.model, num_slots=num_slots)[1].cache
+
+    def propose(
+        self, serving: Serving, texts: Texts, draw: Draw, num_slots: int, length: int
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """The proposed tokens [B, Y], their distributions [B, Y, V], and what is kept.
+
+        Args:
+          serving: parameters and state of the draft.
+          texts: what is there.
+          draw: draws a token.
+          num_slots: T, of the caches.
+          length: Y.
+        """
+
+        def one(carry: Any, ahead: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            cache, token_B, previous_B, seen_BV = carry
+            call = texts.call(
+                token_B[:, None], num_slots, step=serving.step, previous_B=previous_B, ahead=ahead
+            )
+            output = self.model.run(serving.params, call, state=serving.state, cache=cache)
+            logits_BV = as_wide(output.logits_BLV[:, -1], self.vocab_size)
+            new_B, probs_BV, seen_BV = draw(logits_BV, seen_BV, ahead + 1)
+            return (output.cache, new_B, token_B, seen_BV), (new_B, probs_BV)
+
+        carry = (texts.draft, texts.next_B, texts.previous_B, texts.seen_BV)
+        # In the last round the last token is read, and what it would propose is not used.
+        (cache, *_), (tokens, probs) = jax.lax.scan(one, carry, jnp.arange(length + 1))
+        return tokens[:-1].T, jnp.moveaxis(probs[:-1], 0, 1), cache
+
+    def settle(
+        self,
+        serving: Serving,
+        kept: Any,
+        texts: Texts,
+        tokens_BL: jax.Array,
+        added_BL: jax.Array,
+        accepted_B: jax.Array,
+        output: ModelOutput,
+        num_slots: int,
+    ) -> Any:
+        """What is kept once the model has chosen.
+
+        Args:
+          serving: parameters and state of the draft.
+          kept: what `propose` gave.
+          texts: what was there before it.
+          tokens_BL: the token to read, and the proposed ones.
+          added_BL: the accepted tokens, and behind them the one that the model drew.
+          accepted_B: how many were accepted.
+          output: of the model, on `tokens_BL`.
+          num_slots: T, of the caches.
+        """
+        if takes_back(self.model):
+            return kept
+        return read_accepted(
+            self.model, serving, texts.draft, texts, tokens_BL, accepted_B, num_slots
+        )
+
+
+class Window(NamedTuple):
+    """What multi-token modules keep; W counts the last places that the model has read.
+
+    Attributes:
+      caches: of each module that is used.
+      hidden_BWM: what the model's head read there.
+      tokens_BW: int32, the tokens one place later: the last is the token to read.
+    """
+
+    caches: tuple[Any, ...]
+    hidden_BWM: jax.Array
+    tokens_BW: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnModules:
+    """The multi-token modules of the model itself, in a chain.
+
+    Module m = 1, 2, ... proposes the token m + 1 ahead of the last place that the model has read.
+    Behind the last module, it goes on by itself: its own output stands for that of the module
+    before it, one place later (DeepSeek-AI 2024, arXiv:2412.19437, sec. 5.4.3, has one module).
+
+    Attributes:
+      model: the model.
+    """
+
+    model: LanguageModel
+
+    @property
+    def modules(self) -> Modules:
+        """Those of the model."""
+        assert self.model.modules is not None, "checked"
+        return self.model.modules
+
+    def places(self, length: int) -> int:
+        """See `SmallerModel`: W. So many places change what module D has of them."""
+        return length + min(self.modules.depth, length)
+
+    def used(self, serving: Serving, length: int) -> list[Any]:
+        """Parameters and state of the modules that are used."""
+        state = separated(serving.state)
+        return self.modules.each(serving.params[NAME], state)[: min(self.modules.depth, length)]
+
+    def run(
+        self, own: Any, serving: Serving, hidden_BLM: jax.Array, call: Call, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """One module: what it gives to the head, [B, L, M], and its new cache."""
+        embed = functools.partial(self.model.embed, serving.params)
+        output = self.modules.run(own, hidden_BLM, call, embed, cache)
+        return output.x_BLM, output.cache
+
+    def begin(
+        self,
+        serving: Serving,
+        prompts: Prompts,
+        call: Call,
+        output: ModelOutput,
+        first_B: jax.Array,
+        num_slots: int,
+        length: int,
+    ) -> Window:
+        """See `SmallerModel`."""
+        batch, hidden_BLM, caches = len(first_B), output.hidden_BLM, []
+        assert hidden_BLM is not None
+        recent, last = hidden_BLM[:, -self.places(length) :], prompts.tokens_BL
+        for k, own in enumerate(self.used(serving, length), 1):
+            specs = self.modules.module.cache_specs(self.model.dims, batch, num_slots)
+            cache = arrays_of(specs, self.model)
+            hidden_BLM, cache = self.run(own, serving, hidden_BLM, later_call(call, k), cache)
+            caches.append(cache)
+        tokens = jnp.concatenate([last, first_B[:, None]], axis=1)[:, -self.places(length) :]
+        return Window(tuple(caches), recent, tokens)
+
+    def propose(
+        self, serving: Serving, texts: Texts, draw: Draw, num_slots: int, length: int
+    ) -> tuple[jax.Array, jax.Array, Window]:
+        """See `SmallerModel`."""
+        window, width, seen_BV = texts.draft, self.places(length), texts.seen_BV
+        hidden, tokens, caches = window.hidden_BWM, window.tokens_BW, []
+        drawn: list[tuple[jax.Array, jax.Array]] = []
+        used = self.used(serving, length)
+        at = functools.partial(
+            texts.call, num_slots=num_slots, step=serving.step, previous_B=0 * texts.next_B
+        )
+        for k, (own, cache) in enumerate(zip(used, window.caches, strict=True), 1):
+            # A module has the position of its token, which is k places later.
+            call = moved(at(tokens, ahead=-width), k)
+            hidden, cache = self.run(own, serving, hidden, call, cache)
+            caches.append(cache)
+            token_B, probs_BV, seen_BV = draw(self.head(serving, hidden), seen_BV, k)
+            drawn.append((token_B, probs_BV))
+            tokens = jnp.concatenate([tokens[:, 1:], token_B[:, None]], axis=1)
+
+        def more(carry: Any, k: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            hidden, token_B, seen_BV, cache = carry
+            call = moved(at(token_B[:, None], ahead=k - 1 - len(used)), len(used))
+            hidden, cache = self.run(used[-1], serving, hidden, call, cache)
+            new_B, probs_BV, seen_BV = draw(self.head(serving, hidden), seen_BV, k)
+            return (hidden, new_B, seen_BV, cache), (new_B, probs_BV)
+
+        proposed, probs = (jnp.stack(a, axis=1) for a in zip(*drawn, strict=True))
+        if length > len(used):
+            carry = (hidden[:, -1:], proposed[:, -1], seen_BV, caches[-1])
+            ks = jnp.arange(len(used) + 1, length + 1)
+            (*_, caches[-1]), rest = jax.lax.scan(more, carry, ks)
+            proposed = jnp.concatenate([proposed, rest[0].T], axis=1)
+            probs = jnp.concatenate([probs, jnp.moveaxis(rest[1], 0, 1)], axis=1)
+        return proposed, probs, window._replace(caches=tuple(caches))
+
+    def head(self, serving: Serving, hidden_BLM: jax.Array) -> jax.Array:
+        """The logits of the last place, [B, V]."""
+        return self.model.logits(serving.params, hidden_BLM[:, -1:])[:, 0]
+
+    def settle(
+        self,
+        serving: Serving,
+        kept: Window,
+        texts: Texts,
+        tokens_BL: jax.Array,
+        added_BL: jax.Array,
+        accepted_B: jax.Array,
+        output: ModelOutput,
+        num_slots: int,
+    ) -> Window:
+        """See `SmallerModel`: the window moves on; what modules have beyond is written over."""
+
+        def last(old: jax.Array, new: jax.Array) -> jax.Array:
+            both = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+            cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=old.shape[1])
+            return jax.vmap(cut)(both, accepted_B + 1)
+
+        assert output.hidden_BLM is not None
+        return Window(
+            kept.caches,
+            last(kept.hidden_BWM, output.hidden_BLM),
+            last(kept.tokens_BW, added_BL),
+        )
+
+
+Drafter = SmallerModel | OwnModules
+
+
+def moved(call: Call, k: int) -> Call:
+    """The call with positions of k later, in the same slots."""
+    assert call.positions_BL is not None
+    return dataclasses.replace(call, positions_BL=call.positions_BL + k)
+
+
+def as_wide(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits of a vocabulary of another padded size, cut or filled up with -inf."""
+    more = vocab_size - logits_BV.shape[-1]
+    if more <= 0:
+        return logits_BV[:, :vocab_size]
+    return jnp.pad(logits_BV, ((0, 0), (0, more)), constant_values=-jnp.inf)

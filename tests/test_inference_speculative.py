@@ -1,0 +1,288 @@
+"""Speculative decoding: the rule by enumeration, shares of what is drawn, equal greedy texts."""
+
+import collections
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.inference import Draft, Sampling, generate_tokens
+from moe_jax.inference.decoding import Serving
+from moe_jax.inference.sampling import probabilities
+from moe_jax.inference.speculative import rule
+from moe_jax.part import Call
+from tests.tiny_run import MLP, quick_jit, tiny_config, tiny_state
+
+PROMPTS = [[1, 7, 9], [1], [1, *range(20, 41)], [1, 4]]
+TOKENS = 20
+MODULES = {"layer": ("attention", "moe")}
+
+
+def made(model=None, seed=0, sharper=10):
+    """A config and parameters, sure of some tokens and not of others."""
+    one_layer = {"stack": {"repeats": 1}, "tie_embeddings": False}
+    config = tiny_config({"model": {**one_layer, **(model or {})}})
+    state = tiny_state(config, seed)
+    return config, {**state.params, "head": sharper * state.params["head"]}
+
+
+def disturbed(target, length=3, noise=0.3):
+    """A draft that often agrees: the model with another head."""
+    config, params = target
+    head = params["head"]
+    moved = head + noise * jnp.std(head) * jax.random.normal(jax.random.key(1), head.shape)
+    return Draft(config, Serving({**params, "head": moved}), length)
+
+
+# ---- the rule, on three tokens
+
+
+def distributions(shape, seed):
+    """Some of which never draw some tokens, as top-k leaves them."""
+    random = np.random.default_rng(seed)
+    probs = random.dirichlet(np.ones(shape[-1]), shape[:-1]) * (random.random(shape) > 0.3)
+    probs[..., 0] += 0.05
+    return (probs / probs.sum(-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_has_the_distribution_of_the_model_whatever_the_draft_proposes(seed):
+    """Exactly: all that can be proposed, accepted and drawn in place, of three tokens each.
+
+    The next two tokens, and a third behind them, depend on those before in both models.
+    """
+    ids, length = range(3), 2
+    p = {n: distributions((3,) * n + (3,), seed * 9 + n) for n in range(3)}  # by the tokens before
+    q = {n: distributions((3,) * n + (3,), seed * 9 + n + 4) for n in range(2)}
+    outcomes = collections.Counter()
+    for proposed in itertools.product(ids, repeat=length):
+        draft = [q[n][proposed[:n]] for n in range(length)]
+        chance = np.prod([draft[n][proposed[n]] for n in range(length)])
+        if not chance:
+            continue
+        target = [p[n][proposed[:n]] for n in range(length + 1)]
+        accept, instead = (
+            np.asarray(a[0], np.float64)
+            for a in rule(*(jnp.array([a]) for a in (target, draft, proposed)))
+        )
+        for accepted in range(length + 1):
+            here = chance * np.prod(accept[:accepted])
+            here *= 1 - accept[accepted] if accepted < length else 1
+            for last in ids:
+                text = (*proposed[:accepted], last)
+                # What is not drawn in this pass comes later, from the model by the same rule.
+                for rest in itertools.product(ids, repeat=length + 1 - len(text)):
+                    whole = text + rest
+                    later = np.prod([p[n][whole[:n]][whole[n]] for n in range(len(text), 3)])
+                    outcomes[whole] += here * instead[accepted][last] * later
+    expected = {
+        text: np.prod([p[n][text[:n]][text[n]] for n in range(3)])
+        for text in itertools.product(ids, repeat=3)
+    }
+    np.testing.assert_allclose(
+        [outcomes[text] for text in expected], list(expected.values()), atol=1e-6
+    )
+
+
+def test_the_rule_by_hand():
+    """Of p = (.5, .5, 0) and q = (.25, .25, .5): token 0 is accepted, token 2 never."""
+    p, q = [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]
+    accept, instead = rule(
+        jnp.array([[p, p], [p, p]]), jnp.array([[q], [q]]), jnp.array([[0], [2]])
+    )
+    assert accept.tolist() == [[1.0], [0.0]]
+    np.testing.assert_allclose(instead, [[p, p], [p, p]])
+    # p = (.2, .8), q = (.8, .2): token 0 is accepted in a quarter of the cases; else comes token 1.
+    accept, instead = rule(
+        jnp.array([[[0.2, 0.8]] * 2]), jnp.array([[[0.8, 0.2]]]), jnp.array([[0]])
+    )
+    np.testing.assert_allclose(accept, [[0.25]])
+    np.testing.assert_allclose(instead[0, 0], [0, 1], atol=1e-6)
+
+
+def test_at_a_temperature_of_0_only_the_likeliest_is_accepted():
+    logits = jnp.array([[[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]])
+    target = jnp.stack([probabilities(one, None, Sampling()) for one in logits[0][:, None]], axis=1)
+    for proposed, accepted in (([1], 1.0), ([2], 0.0)):
+        draft = jax.nn.one_hot(jnp.array([proposed]), 3)
+        accept, instead = rule(target, draft, jnp.array([proposed]))
+        assert accept.item() == accepted
+        assert instead[0, 1].tolist() == [1, 0, 0]
+        assert accepted or instead[0, 0].tolist() == [0, 1, 0]
+
+
+# ---- whole texts
+
+
+@pytest.fixture(scope="module")
+def target():
+    return made()
+
+
+@pytest.fixture(scope="module")
+def greedy(target):
+    return generate_tokens(*target, PROMPTS, TOKENS)
+
+
+def test_greedy_texts_are_those_without_a_draft(target, greedy):
+    draft = disturbed(target)
+    assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == greedy
+    assert 0.2 < draft.acceptance_rate < 0.95
+    assert draft.proposed == 3 * draft.passes
+    np.testing.assert_allclose(draft.tokens_per_pass, 1 + 3 * draft.acceptance_rate)
+
+
+@pytest.mark.slow
+def test_a_model_that_drafts_for_itself_is_always_right(target, greedy):
+    """Four tokens a pass: 19 behind the first one in five passes."""
+    draft = Draft(target[0], Serving(target[1]), length=3)
+    assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == greedy
+    assert draft.acceptance_rate == 1.0 and draft.passes == 4 * 5
+
+
+@pytest.mark.slow
+def test_a_text_does_not_depend_on_its_batch(target):
+    """Four rows that accept numbers of their own, one alone, and one that ends by itself."""
+    how = {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3}
+    together = generate_tokens(*target, PROMPTS, TOKENS, draft=disturbed(target), **how)
+    assert len({tuple(text) for text in together}) == 4
+    one_by_one = {"draft": disturbed(target), "batch_size": 1, **how}
+    assert generate_tokens(*target, PROMPTS[:2], TOKENS, **one_by_one) == together[:2]
+    stop = together[0][6]
+    expected = [text[: text.index(stop)] if stop in text else text for text in together]
+    how |= {"stop_tokens": [stop], "draft": disturbed(target)}
+    assert generate_tokens(*target, PROMPTS, TOKENS, **how) == expected
+
+
+@pytest.mark.slow
+def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(target):
+    plain = generate_tokens(*target, PROMPTS, 40, context=24)
+    assert generate_tokens(*target, PROMPTS, 40, context=24, draft=disturbed(target)) == plain
+
+
+# ---- how often
+
+
+THREE = {"vocab_size": 3}
+PROMPT = [1, 2]
+
+
+def expected_shares(config, params, sampling):
+    """Of each text of three tokens, from the model alone."""
+    texts = list(itertools.product(range(3), repeat=3))
+    run = quick_jit(lambda tokens: config.model.run(params, Call(tokens_BL=tokens, capacity=0.0)))
+    tokens = jnp.array([[*PROMPT, *text] for text in texts])
+    logits = run(tokens).logits_BLV
+    shares = 1.0
+    for i in range(3):
+        seen = jax.nn.one_hot(tokens[:, : 2 + i], 3).any(axis=1)
+        probs = np.asarray(probabilities(logits[:, 1 + i], seen, sampling))
+        shares = shares * probs[np.arange(len(texts)), np.array(texts)[:, i]]
+    return dict(zip(texts, shares, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"top_k": 2, "repetition_penalty": 1.5},
+        {"min_p": 0.4, "repetition_penalty": 0.7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["model", "modules"])
+def test_texts_come_as_often_as_without_a_draft(kind, settings):
+    """8,000 samples: a standard deviation is at most 0.0056."""
+    samples = 8000
+    modules = {"multi_token": {"depth": 1, **MODULES}} if kind == "modules" else {}
+    config, params = made({**THREE, **modules}, sharper=1)
+    draft = Draft(length=2)
+    if kind == "model":
+        draft = disturbed((config, params), length=2, noise=1.0)
+    settings = {"temperature": 1.0, **settings}
+    texts = generate_tokens(
+        config, params, [PROMPT], 3, num_samples=samples, batch_size=samples, draft=draft,
+        **settings,
+    )  # fmt: skip
+    counts = collections.Counter(map(tuple, texts))
+    expected = expected_shares(config, params, Sampling(**settings))
+    shares = [counts[text] / samples for text in expected]
+    np.testing.assert_allclose(shares, list(expected.values()), atol=0.022)
+    assert 0.05 < draft.acceptance_rate < 0.99
+
+
+# ---- kinds of caches and drafts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_modules_of_the_model_draft_for_it(length):
+    """Two modules, of which length 1 uses one, and length 4 the last one further on."""
+    config, params = made({"multi_token": {"depth": 2, **MODULES}})
+    draft = Draft(length=length)
+    plain = generate_tokens(config, params, PROMPTS, TOKENS)
+    assert generate_tokens(config, params, PROMPTS, TOKENS, draft=draft) == plain
+    assert draft.proposed == length * draft.passes
+
+
+WINDOWED = {"parts": {"attention": {"window": 4}}}
+LATENT = {
+    "parts": {"attention": {"kind": "latent_attention", "num_heads": 2, "kv_rank": 8,
+                            "nope_dim": 8, "rope_dim": 4, "value_dim": 8}},
+}  # fmt: skip
+MAMBA = {"parts": {"mamba": {"kind": "mamba", "state_dim": 4}},
+         "stack": {"unit": [["mamba", "moe"], ["attention", "moe"]]}}  # fmt: skip
+BIASED = {
+    "parts": {"attention": {"rotary": None, "position_bias": "position"},
+              "position": {"kind": "relative_positions", "num_heads": 2}},
+    "stack": {"shared": ["position"]},
+}  # fmt: skip
+BIGRAMS = {"parts": {"moe": {"router": {"kind": "hash", "by": "bigram"}, "losses": {},
+                             "num_selected_experts": 1}}}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [WINDOWED, LATENT, MAMBA, BIASED, BIGRAMS, {"scan_layers": True}],
+                         ids=["ring", "latent", "mamba", "biases", "bigrams", "scan"])  # fmt: skip
+def test_every_cache_takes_tokens_back(model):
+    """A ring of twelve slots, relative positions of rows of their own, a state read again."""
+    target = made(model)
+    plain = generate_tokens(*target, PROMPTS, TOKENS)
+    draft = disturbed(target, length=4)
+    assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == plain
+    assert 0.1 < draft.acceptance_rate < 0.99
+
+
+@pytest.mark.slow
+def test_a_smaller_model_with_a_wider_vocabulary_drafts():
+    """Of one dense layer and 400 ids, of which 384 are the model's; and without a common text."""
+    dense = {"stack": {"unit": [["attention", "mlp"]], "repeats": 1}, "vocab_size": 400,
+             "parts": {"moe": None, "mlp": MLP}}  # fmt: skip
+    config, params = made(dense, seed=1)
+    target = made()
+    draft = Draft(config, Serving(params), length=2)
+    plain = generate_tokens(*target, PROMPTS, TOKENS)
+    assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == plain
+
+
+@pytest.mark.parametrize(
+    ("model", "draft", "settings", "message"),
+    [
+        ({}, lambda target: Draft(), {}, r"it has none, multi_token=None"),
+        ({}, lambda target: Draft(length=0), {}, r"1 to 8 tokens, .*: length=0"),
+        ({}, lambda target: Draft(length=9), {}, r"1 to 8 tokens, .*: length=9"),
+        ({}, disturbed, {"capacity": 1.0}, r"experts are dropless, .*: capacity=1\.0"),
+        ({"multi_token": {"depth": 2, **MODULES}}, lambda target: Draft(length=8), {},
+         "length=8, depth=2"),
+        ({}, lambda target: Draft(tiny_config({"model": {"vocab_size": 300}})), {},
+         r"knows all tokens of the model: vocab_size=300, the model has 384 ids"),
+    ],
+)  # fmt: skip
+def test_drafts_that_do_not_fit_are_refused(model, draft, settings, message):
+    target = made(model)
+    with pytest.raises(ValueError, match=message):
+        generate_tokens(*target, [[1]], 2, draft=draft(target), **settings)
