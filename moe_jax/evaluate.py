@@ -124,7 +124,8 @@ def score_of_choices(said: dict[str, Any]) -> str:
 
     way = Way(said["label"], said["mark"])
     names = {"accuracy": "accuracy", "accuracy_per_byte": "accuracy per byte"}
-    lines = [f"{len(said['questions'])} questions, {way.name}"]
+    count = len(said["questions"])
+    lines = [f"{count} question{'s' * (count != 1)}, {way.name}"]
     lines += [f"{name:<18}{said[key]:.4f}" for key, name in names.items()]
     return "\n".join([*lines, *notes_of([way.mark])])
 

@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from configs import switch_base
+from moe_jax.config import MeshConfig, from_config_dict
 from moe_jax.data import open_tokenizer
 from moe_jax.inference import score_continuations
 from moe_jax.inference.choices import EXAMPLE, Question, choose, read_questions
+from moe_jax.inference.decoding import for_inference
 from moe_jax.inference.scoring import encode_pair
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.part import Call
+from moe_jax.parameters import init_parameters
+from moe_jax.part import Call, EncoderInputs
 from moe_jax.training.placement import state_shardings
 from moe_jax.training.ways import SEES
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
@@ -152,6 +155,36 @@ def test_a_model_that_looks_ahead_is_scored_in_its_window_and_marked():
     np.testing.assert_allclose(alone.log_likelihood, beside.log_likelihood, rtol=1e-6)
     found = choose(config, params, [Question("a", ("b", "c"), 0)], batch_size=2)
     assert found["mark"] == SEES
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation():
+    """Against a forward without padding; choices, and a request of the harness, do the same."""
+    config = from_config_dict(switch_base.get_config("smoke"))
+    params = init_parameters(jax.random.key(3), config.model.specs())
+    run = quick_jit(for_inference(config.model).run)
+
+    def expected(context, continuation):
+        tokens = jnp.array([[TOKENIZER.pad_id, *continuation[:-1]]])
+        encoder = EncoderInputs(jnp.array([context]))
+        logits_LV = run(params, Call(tokens_BL=tokens, encoder=encoder, capacity=0.0)).logits_BLV[0]
+        chosen = jax.nn.log_softmax(logits_LV)[jnp.arange(len(continuation)), continuation]
+        return float(chosen.sum()), bool((logits_LV.argmax(-1) == jnp.array(continuation)).all())
+
+    how = {"start_token": TOKENIZER.pad_id, "batch_size": 2}
+    for scored, pair in zip(score_continuations(config, params, PAIRS, **how), PAIRS, strict=True):
+        likely, greedy = expected(*pair)
+        np.testing.assert_allclose(scored.log_likelihood, likely, rtol=1e-4)
+        assert scored[1:] == (len(pair[1]), greedy)
+    [cut] = score_continuations(config, params, [PAIRS[2]], context=8, **how)
+    np.testing.assert_allclose(
+        cut.log_likelihood, expected(PAIRS[2][0][-8:], PAIRS[2][1])[0], rtol=1e-4
+    )
+    [record] = choose(config, params, [Question("ab ", ("cd", "e"), 0)])["questions"]
+    read = [*TOKENIZER.encode("ab").tolist(), TOKENIZER.eos_id]
+    for likely, choice in zip(record["log_likelihoods"], (" cd", " e"), strict=True):
+        written = TOKENIZER.encode(choice).tolist()
+        np.testing.assert_allclose(likely, expected(read, written)[0], rtol=1e-4)
 
 
 @pytest.mark.slow

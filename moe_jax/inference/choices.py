@@ -77,7 +77,8 @@ def choose(
 ) -> dict[str, Any]:
     """Takes the likeliest choice of every question, dropless.
 
-    A choice stands behind its question after a space, unless there is one, or no question.
+    A choice stands behind its question after a space, unless there is one, or no question. An
+    encoder-decoder reads the question, and writes the choice.
 
     Args:
       config: of the run, or of the imported model.
@@ -99,9 +100,9 @@ def choose(
       ValueError: see `score_continuations`.
     """
     tokenizer = tokenizer or open_tokenizer_of(config.data)
-    settings |= {"num_ids": tokenizer.vocab_size}
+    settings |= {"num_ids": tokenizer.vocab_size, "start_token": tokenizer.pad_id}
     context = context or config.data.sequence_length
-    pairs = encode_questions(tokenizer, questions, context)
+    pairs = encode_questions(tokenizer, questions, context, config.model.has_encoder)
     scores = iter(score_continuations(config, params, pairs, context=context, **settings))
     records = [record_of(one, [next(scores) for _ in one.choices]) for one in questions]
     shares = {
@@ -112,14 +113,16 @@ def choose(
 
 
 def encode_questions(
-    tokenizer: Tokenizer, questions: Sequence[Question], context: int
+    tokenizer: Tokenizer, questions: Sequence[Question], context: int, has_encoder: bool = False
 ) -> list[Pair]:
     """Every question with each of its choices, of at most `context` tokens, in order."""
     pairs = []
     for i, one in enumerate(questions, 1):
         for choice in one.choices:
-            space = space_between(one.question, choice)
-            pairs.append(encode_pair(tokenizer, one.question, space + choice))
+            space = "" if has_encoder else space_between(one.question, choice)
+            pairs.append(
+                encode_pair(tokenizer, one.question, space + choice, has_encoder=has_encoder)
+            )
             require(
                 len(pairs[-1][1]) <= context,
                 "a choice has at most as many tokens as are read",

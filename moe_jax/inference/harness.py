@@ -81,6 +81,7 @@ class HarnessModel:
         self.how["num_ids"] = self.tokenizer.vocab_size
         self.max_length = context or self.config.data.sequence_length
         self.add_bos = add_bos
+        self.has_encoder = self.config.model.has_encoder
         self.way = ways_of(self.config.model)["dropless"]
         if self.way.mark == SEES:
             logger.warning("%s", NOTES[SEES])
@@ -95,11 +96,25 @@ class HarnessModel:
         pairs = []
         for context, continuation in (request.args for request in requests):
             bos = self.add_bos or not context.strip()
-            pairs.append(encode_pair(self.tokenizer, context, continuation, bos=bos))
+            pairs.append(
+                encode_pair(
+                    self.tokenizer, context, continuation, bos=bos, has_encoder=self.has_encoder
+                )
+            )
         return [(one.log_likelihood, one.is_greedy) for one in self.score(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """The log-likelihood of each text: every token once, the last window full of context."""
+        """The log-likelihood of each text: every token once, the last window full of context.
+
+        Raises:
+          ValueError: the model is an encoder-decoder.
+        """
+        require(
+            not self.has_encoder,
+            "a text alone is scored by a decoder",
+            "the model has an encoder, which needs a text of its own",
+            "Leave out tasks of perplexity",
+        )
         pairs, owners = [], []
         for owner, (text,) in enumerate(request.args for request in requests):
             ids, most = self.tokenizer.encode(text).tolist(), self.max_length
@@ -116,8 +131,9 @@ class HarnessModel:
     def score(self, pairs: Sequence[Any]) -> list[Any]:
         """`score_continuations` of this model."""
         return score_continuations(
-            self.config, self.params, pairs, context=self.max_length, **self.how
-        )
+            self.config, self.params, pairs, context=self.max_length,
+            start_token=self.tokenizer.pad_id, **self.how,
+        )  # fmt: skip
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continues each text of (text, settings) until a stop string."""
@@ -145,8 +161,10 @@ class HarnessModel:
         eos = self.tokenizer.eos_id
         texts = [Text(self.tokenizer, stop, num_tokens) for _ in prompts]
         answers = [""] * len(prompts)
-        encoded = [self.encode(prompt)[-room:] for prompt in prompts]
+        most = self.max_length if self.has_encoder else room
+        encoded = [self.encode(prompt)[-most:] for prompt in prompts]
         how = {"stop_tokens": (eos,), "context": self.max_length, **self.how, **sampling}
+        how["start_token"] = self.tokenizer.pad_id
         for piece in stream_tokens(self.config, self.params, encoded, num_tokens, **how):
             text = texts[piece.row]
             if not text.ended:
@@ -155,6 +173,8 @@ class HarnessModel:
 
     def encode(self, prompt: str) -> list[int]:
         """The tokens of a prompt, at least one."""
+        if self.has_encoder:
+            return [*self.tokenizer.encode(prompt).tolist(), self.tokenizer.eos_id]
         begin = [self.tokenizer.bos_id] if self.add_bos or not prompt else []
         return begin + self.tokenizer.encode(prompt).tolist()
 
