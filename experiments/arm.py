@@ -46,7 +46,7 @@ def run_arm(
     Returns:
       The line of results.
     """
-    config = study.experiment(size, arm, seed, corpus)
+    config = study.experiment(size, arm, seed, corpus, str(workdir.parent))
     try:
         outcome = outcome_of(study, config, workdir, train(config, workdir))
     except FloatingPointError as error:  # a result as well: run again it would end alike

@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.arm import run_arm
 from experiments.results import read_results, run_of
-from experiments.study import Study, load_study
+from experiments.study import Study, load_study, run_name
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.signals import Interrupted
 from moe_jax.user_errors import USER_ERRORS
@@ -47,7 +47,7 @@ class Job:
     @property
     def workdirs(self) -> dict[int, pathlib.Path]:
         """Of its runs, by seed."""
-        return {seed: self.runs / f"{self.arm}_seed{seed}" for seed in self.seeds}
+        return {seed: self.runs / run_name(self.arm, seed) for seed in self.seeds}
 
     @property
     def whereabouts(self) -> dict[str, Any]:

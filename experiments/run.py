@@ -16,6 +16,7 @@ comes first.
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -61,6 +62,8 @@ def jobs_of(
 ) -> list[Job]:
     """What there is to run: the baseline, then the other arms, each with all its seeds.
 
+    An arm that needs the runs of others comes behind all that do not.
+
     Args:
       study: the study.
       size: one of its sizes.
@@ -74,7 +77,7 @@ def jobs_of(
       ValueError: an unknown arm or size, or results of other settings than the study has now.
     """
     names = [study.arm(name).name for name in arms] or [a.name for a in study.arms_at(size)]
-    names.sort(key=lambda name: name != study.baseline)
+    names.sort(key=lambda name: (study.stage(size, name), name != study.baseline))
     done = {(row["arm"], row["seed"]): row for row in read_results(results, size)}
     jobs = []
     for arm in names:
@@ -170,6 +173,9 @@ def dry_run(study: Study, size: str, jobs: list[Job]) -> None:
       ValueError: a batch or a model does not fit the devices that there are.
     """
     for job in jobs:
+        if needed := study.needed_by(size, job.arm):
+            print(f"{job.name}: behind {', '.join(sorted(needed))}, whose runs it reads")
+            continue
         config = study.experiment(size, job.arm, job.seeds[0], job.corpus)
         config = config.on_devices(jax.device_count())
         mesh = make_mesh(config.mesh)
@@ -202,19 +208,28 @@ def run_jobs(jobs: list[Job], size: str, num_jobs: int, minutes: float | None) -
     """Runs the jobs as their size is run; returns those that failed.
 
     Smoke runs are of seconds, and at the size gpu one process holds the card: all arms are run in
-    it. Otherwise every arm has a process.
+    it. Otherwise every arm has a process. Arms whose runs others need are all run before these,
+    which are not run if one of them fails.
     """
     stop_on_signals()
     timer = stop_after(minutes)
+    failed: list[Job] = []
     try:
         with Board(jobs, "arms") as board:
-            if size not in ("smoke", "gpu"):
-                return run_side_by_side(jobs, this_machine("cpu").places(num_jobs), board)
-            if size == "smoke" and num_jobs > 1 and len(jobs) > 1:
-                return run_in_workers(jobs, num_jobs, board)
-            return run_in_turn(jobs, board)
+            for _, some in itertools.groupby(jobs, lambda job: job.study.stage(size, job.arm)):
+                failed = failed or run_stage(list(some), size, num_jobs, board)
+        return failed
     finally:
         timer.cancel()
+
+
+def run_stage(jobs: list[Job], size: str, num_jobs: int, board: Board) -> list[Job]:
+    """Runs jobs that do not need each other; returns those that failed."""
+    if size not in ("smoke", "gpu"):
+        return run_side_by_side(jobs, this_machine("cpu").places(num_jobs), board)
+    if size == "smoke" and num_jobs > 1 and len(jobs) > 1:
+        return run_in_workers(jobs, num_jobs, board)
+    return run_in_turn(jobs, board)
 
 
 def main(arguments: list[str] | None = None) -> int:

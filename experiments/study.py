@@ -9,6 +9,9 @@ An override is a dotted path of a config and its value: a setting, or a whole pa
 They are applied in this order: the config file, the study's `base`, the size, the arm, the seed. A
 value may be a function of the config, for a setting that follows others: those are applied last.
 Parts that no layer of an arm names are left out of its model.
+
+An arm may start from the run of another, or learn from it: `"init_from.path": RUN_OF + "teacher"`
+is the workdir of the arm "teacher" with the same seed, which is run before.
 """
 
 import dataclasses
@@ -41,6 +44,8 @@ from moe_jax.training.ways import Way, ways_of
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "gpu", "base")
 CORPUS = "CORPUS"  # stands in data.corpus and data.tokenizer for the directory of --corpus
+RUNS = "RUNS"  # stands for the directory of the runs of a study at one size
+RUN_OF = f"{RUNS}/"  # before the name of an arm: the workdir of its run
 LARGE_CORPUS = {"data.corpus": f"jsonl:{CORPUS}"}
 BPE_8K = {
     "data.tokenizer": f"sentencepiece:{CORPUS}/bpe8192.model",
@@ -207,12 +212,25 @@ class Study:
         planned = [(arm, seed) for arm in arms for seed in self.seeds_of(arm)]
         return [pair for pair in planned if pair not in there]
 
-    def experiment(self, size: str, arm: str, seed: int, corpus: str = CORPUS) -> ExperimentConfig:
-        """The settings of one run; `corpus` is the directory of the large corpus."""
+    def needed_by(self, size: str, arm: str) -> set[str]:
+        """The arms whose runs an arm starts from or learns from."""
+        values = strings(self.overridden(size, arm))
+        return {value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)}
+
+    def stage(self, size: str, arm: str) -> int:
+        """How many other arms, one after the other, are run before an arm: it needs them."""
+        needed = (self.stage(size, other) for other in self.needed_by(size, arm))
+        return 1 + max(needed, default=-1)
+
+    def experiment(
+        self, size: str, arm: str, seed: int, corpus: str = CORPUS, runs: str = RUNS
+    ) -> ExperimentConfig:
+        """The settings of one run; directories of the large corpus, and of the study's runs."""
         require(size in SIZES, f"a size is one of {list(SIZES)}", repr(size), "Correct --size")
         config = self.overridden(size, arm)
         for path in ("data.corpus", "data.tokenizer"):
             override(config, path, lambda c, p=path: read(c, p).replace(CORPUS, corpus))
+        place_runs(config, runs, seed)
         config.name = f"{self.name}_{size}_{arm}"
         config.seed = config.data.seed = seed
         used = layout_of(config).names
@@ -320,6 +338,28 @@ def override(config: ConfigDict, path: str, value: Any) -> None:
             section[name] = to_dict(value)
     else:
         section[name] = value
+
+
+def strings(value: Any) -> set[str]:
+    """The settings that are text."""
+    if isinstance(value, ConfigDict):
+        return set().union(*(strings(value[name]) for name in value))
+    return {value} if isinstance(value, str) else set()
+
+
+def place_runs(config: ConfigDict, runs: str, seed: int) -> None:
+    """Writes the workdirs of a seed in the place of `RUN_OF` with the name of an arm."""
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            place_runs(value, runs, seed)
+        elif isinstance(value, str) and value.startswith(RUN_OF):
+            config[name] = f"{runs}/{run_name(value.removeprefix(RUN_OF), seed)}"
+
+
+def run_name(arm: str, seed: int) -> str:
+    """What the run of an arm is called, and its directory."""
+    return f"{arm}_seed{seed}"
 
 
 def study_names() -> list[str]:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from moe_jax import Activation, BalanceLoss, ParameterSpec, Part, Router
 from moe_jax.config.settings import setting
 from moe_jax.moe.routing import routing_of
+from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import linear, scaled_init
+from moe_jax.training.loss import TrainingLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +79,23 @@ class SquaredRelu(Activation):
 
     def apply(self, inner: jax.Array, gate: Any) -> jax.Array:
         return jax.nn.relu(inner) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsure(TrainingLoss):
+    """A loss from outside the library: cross-entropy, and some of the confidence of a prior."""
+
+    weight: float = 0.5
+
+    def abstract_arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
+        where = named_sharding((None,), mesh)
+        return (jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.float32, sharding=where),)
+
+    def arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
+        (leaf,) = self.abstract_arrays(config, mesh)
+        return (jnp.full(leaf.shape, 1 / leaf.shape[0], device=leaf.sharding),)
+
+    def share(self, scored, part, totals, arrays):
+        nats_BL = -jax.nn.log_softmax(scored.logits_BLV) @ arrays[0]
+        prior = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
+        return scored.cross_entropy + self.weight * prior, {"prior_loss": prior}

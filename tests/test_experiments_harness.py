@@ -24,6 +24,7 @@ from experiments.study import (
     LOOKS_AHEAD,
     MOE_LAYER,
     NO_EXPERTS,
+    RUN_OF,
     Arm,
     Published,
     Study,
@@ -631,3 +632,17 @@ def test_a_kill_leaves_no_half_line(tmp_path):
     process.wait()
     rows = [json.loads(text) for text in pathlib.Path(path).read_text().splitlines()]
     assert rows and all(len(row["x"]) == 9999 for row in rows)
+
+
+def test_an_arm_that_needs_the_run_of_another_comes_behind_it(tmp_path):
+    needs = {**NO_EXPERTS, "init_from.path": RUN_OF + "moe", "init_from.fresh": ("mlp", "moe")}
+    made = make_study()
+    study = make_study(arms=(Arm("student", "starts from moe", needs), *made.arms))
+    assert study.needed_by("small", "student") == {"moe"}
+    assert [study.stage("small", arm.name) for arm in study.arms] == [1, 0, 0]
+    jobs = jobs_of(study, "small", num_seeds=2, runs=tmp_path, results=tmp_path / "none.jsonl")
+    assert [job.arm for job in jobs] == ["dense", "moe", "student"]
+    of_seed = study.experiment("small", "student", 1, runs=str(jobs[0].runs))
+    assert of_seed.init_from.path == str(jobs[1].workdirs[1])
+    settings = study.settings("small", "student", 1)  # of a line of results, whatever the place
+    assert settings["init_from"]["path"] == "RUNS/moe_seed1"

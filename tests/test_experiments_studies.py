@@ -23,6 +23,8 @@ from moe_jax.training.signals import Interrupted
 from tests.tiny_run import CACHE, ROOT
 
 SEEDS = (0, 1, 2)
+# Studies that are older than parts; `arms.jsonl` has what their arms were.
+BEFORE_PARTS = {line["study"] for line in read_results(ROOT / "tests/golden/arms.jsonl")}
 STEPS = [100, 200, 300, 400, 500, 600]
 
 
@@ -32,7 +34,7 @@ def test_arms_cost_the_same(name, size):
     check_budget(load_study(name), size)
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize("name", sorted(set(study_names()) & BEFORE_PARTS))
 def test_arms_are_the_models_that_they_were(name):
     """Every arm at every size has the counts by component of commit f891836.
 
@@ -134,6 +136,30 @@ def test_the_criterion_of_switch_against_dense(losses, curve, seeds, expected):
     study = load_study("switch_against_dense")
     findings = judged(study, switch_results(losses, curve, seeds))
     assert tuple(finding.verdict for finding in findings) == expected, findings
+
+
+def distillation_results(seeds=SEEDS, **losses):
+    """A gap of 0.2 to the teacher; the losses of the others are shares of it."""
+    shares = {"init": 0.0, "distilled": 0.03, "distilled_init": 0.2, "distilled_init_mixed": 0.29}
+    ends = {"dense": 1.0, "teacher": 0.8} | {a: 1 - 0.2 * s for a, s in (shares | losses).items()}
+    rows = [row(arm, seed, of_seed(loss, seed, arm == "dense")) for arm, loss in ends.items()
+            for seed in seeds]  # fmt: skip
+    return Results(tuple(rows), "dense")
+
+
+@pytest.mark.parametrize(
+    ("results", "verdicts"),
+    [
+        (distillation_results(), (REPRODUCED,) * 5),
+        (distillation_results(distilled_init_mixed=0.1),
+         (REPRODUCED, REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED, REPRODUCED)),
+        (distillation_results(init=0.2), (*(REPRODUCED,) * 4, NOT_REPRODUCED)),
+        (distillation_results(seeds=(0, 1)), (INCONCLUSIVE,) * 5),
+    ],
+)  # fmt: skip
+def test_what_distillation_shows(results, verdicts):
+    found = judged(load_study("distillation"), results)
+    assert tuple(finding.verdict for finding in found) == verdicts, found
 
 
 def capacity_results(**changes):

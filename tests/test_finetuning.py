@@ -1,5 +1,6 @@
 """The page docs/finetuning.md: its commands run, and what it says of settings holds."""
 
+import json
 import re
 import shlex
 import sys
@@ -54,6 +55,8 @@ def test_the_presets_of_the_page_are_settings():
 @pytest.mark.slow
 def test_the_commands_of_the_page_run_one_after_another(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    pairs = [{"prompt": f"{i} + {i} = ", "answer": str(2 * i)} for i in range(200)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     commands = commands_of(PAGE)
     text = "\n".join(shlex.join(shortened(line)) for line in commands)
     said = run([sys.executable, "-c", DRIVER], tmp_path, input=text)

@@ -30,6 +30,10 @@ KINDS: dict[str, dict[str, str]] = {
         "supervised": "moe_jax.data.objectives.supervised:Supervised",
         "encoder_supervised": "moe_jax.data.objectives.supervised:EncoderSupervised",
     },
+    "loss": {
+        "cross_entropy": "moe_jax.training.loss:CrossEntropy",
+        "distil": "moe_jax.finetune.distil:Distil",
+    },
     "part": {
         "layer": "moe_jax.models.layer:Layer",
         "parallel_layer": "moe_jax.models.layer:ParallelLayer",

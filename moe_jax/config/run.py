@@ -28,6 +28,11 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 }
 
 
+def default_loss() -> Any:
+    """The cross-entropy of the targets."""
+    return load_kind("loss", "cross_entropy")()
+
+
 def default_objective() -> Any:
     """The next token."""
     return load_kind("objective", "causal_lm")()
@@ -192,6 +197,8 @@ class TrainingConfig(Settings):
     num_steps: int = setting(1000, at_least=1)  # optimizer steps in all
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
+    # "cross_entropy", "distil", or one with its settings
+    loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
     # What shows the metrics beside metrics.jsonl.
     trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
     log_every: int = setting(10, at_least=1, changes_results=False)  # steps
@@ -290,7 +297,8 @@ class ExperimentConfig(Settings):
     model: Any = dataclasses.field(default_factory=default_model, metadata={"family": "model"})
     data: DataConfig = dataclasses.field(default_factory=DataConfig)  # text, and what is predicted
     optimizer: OptimizerConfig = OptimizerConfig()
-    training: TrainingConfig = TrainingConfig()
+    # How long, on how much at once, and by which loss.
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     init_from: InitFrom = InitFrom()  # a checkpoint to start from
     mesh: MeshConfig = setting(MeshConfig(), changes_results=False)
 

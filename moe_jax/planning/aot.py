@@ -27,8 +27,9 @@ def compile_training_step(work: Workload, topology: Topology) -> Compiled:
     rows = training.batch_size // training.num_microbatches
     batch = abstract_batch(work.config, (training.num_microbatches, rows))
     step = compile_train_step(work.config, mesh)
+    arrays = training.loss.abstract_arrays(work.config, mesh)
     with jax.set_mesh(mesh):
-        return _compile(lambda: step.lower(state, batch))
+        return _compile(lambda: step.lower(state, batch, *arrays))
 
 
 def compile_forward(work: Workload, topology: Topology) -> Compiled:

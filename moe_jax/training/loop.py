@@ -72,6 +72,8 @@ def train(
     check_trackers(config.training.trackers)
     check_memory(config, mesh)
     data = open_data(config.data)
+    read = config.training.loss.content(config, data.fingerprints)
+    data = dataclasses.replace(data, fingerprints={**data.fingerprints, **read})
     require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
     check_workdir(config, workdir, data.fingerprints)
@@ -213,6 +215,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     """
     config, training = run.config, run.config.training
     step_function = compile_train_step(config, run.mesh)
+    arrays = training.loss.arrays(config, run.mesh)
     batches = global_batches(config, run.data, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
     saved = start
@@ -239,8 +242,8 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
         with jax.set_mesh(run.mesh):
             batch = next(batches)
             if step == start + 1:
-                compile_in_all(step_function, state, batch)
-            state, metrics = step_function(state, batch)
+                compile_in_all(step_function, state, batch, *arrays)
+            state, metrics = step_function(state, batch, *arrays)
         run.profile.after(step, state)
         if step == start + 1:
             jax.block_until_ready(metrics)  # compilation is not part of the speed

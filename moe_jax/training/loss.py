@@ -1,16 +1,18 @@
 """The loss of a batch, and of a part of it (legend: `moe_jax.moe`)."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.config.settings import Settings
 from moe_jax.models import multi_token
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Aux, Call, EncoderInputs
+from moe_jax.part import NOTHING, Aux, Call, EncoderInputs
 
 Batch = Mapping[str, jax.Array]
 ENCODER_INPUTS = ("encoder_inputs", "encoder_positions", "encoder_segment_ids")
@@ -41,10 +43,91 @@ class LossParts(NamedTuple):
     Attributes:
       cross_entropy: float32 scalar, nats a target.
       aux: what the model's parts said, by part.
+      of_loss: float32 scalars, metrics of the training loss by name; shares too.
     """
 
     cross_entropy: jax.Array
     aux: dict[str, Aux]
+    of_loss: dict[str, jax.Array] = NOTHING
+
+
+class Scored(NamedTuple):
+    """What a model says of a part of a batch, for a training loss.
+
+    Attributes:
+      logits_BLV: float32.
+      nats_BL: float32, cross-entropy of every target, whatever its weight.
+      cross_entropy: float32 scalar, the share of the part: weighted, over `totals.loss_weight`.
+    """
+
+    logits_BLV: jax.Array
+    nats_BL: jax.Array
+    cross_entropy: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLoss(Settings):
+    """What a step differentiates, beside the losses of the parts of the model.
+
+    A loss may read arrays that are not the model's, such as the parameters of a teacher. They are
+    arguments of the step, lie on its mesh, have no gradient and are in no checkpoint. A loss of
+    yours is named by its import path: `training.loss="my_losses:Mine"`.
+    """
+
+    family: ClassVar[str] = "loss"
+
+    def content(self, config: Any, content: Mapping[str, str]) -> dict[str, str]:
+        """Sha256 of what it reads from disk, by name: a run goes on with the same.
+
+        Args:
+          config: the `ExperimentConfig` of the run.
+          content: sha256 of its corpus and its tokenizer.
+
+        Raises:
+          ValueError: what it is to read is not there, or does not fit the run.
+        """
+        del config, content
+        return {}
+
+    def abstract_arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
+        """Trees of `jax.ShapeDtypeStruct` with shardings: the arrays that it reads."""
+        del config, mesh
+        return ()
+
+    def arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
+        """The arrays, each where it is to lie; read once, before the first step."""
+        return self.abstract_arrays(config, mesh)
+
+    def share(
+        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The share of a part of a batch in the loss, and in metrics by name.
+
+        Shares add up over the parts of a batch, so that a sum over tokens is divided by a total of
+        the whole batch.
+
+        Args:
+          scored: what the model says; differentiate through `logits_BLV`.
+          part: the sequences, see `partial_loss`.
+          totals: of the whole batch.
+          arrays: as `arrays` gives them.
+
+        Returns:
+          Float32 scalars. Metrics are written as train/NAME.
+        """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(TrainingLoss):
+    """The cross-entropy of the targets by their weights, nats a target."""
+
+    def share(
+        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `TrainingLoss`."""
+        del part, totals, arrays
+        return scored.cross_entropy, {}
 
 
 def batch_totals(batch: Batch, model: LanguageModel | None = None) -> Totals:
@@ -121,6 +204,8 @@ def partial_loss(
     model_state: Mapping[str, Any],
     rng: jax.Array,
     step: jax.Array | None = None,
+    training_loss: TrainingLoss | None = None,
+    arrays: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, LossParts]:
     """The share of some sequences in the training loss of their batch.
 
@@ -137,6 +222,8 @@ def partial_loss(
       model_state: state by part.
       rng: key of dropout, jitter and noise.
       step: int32 scalar, for settings that are annealed; None: at their ends.
+      training_loss: of the run; None: cross-entropy.
+      arrays: that it reads.
 
     Returns:
       The share of the total loss (differentiate this), and its parts.
@@ -149,8 +236,10 @@ def partial_loss(
     aux = output.aux
     if output.later_BLV:
         aux = aux | {multi_token.NAME: later_losses(output.later_BLV, part, totals)}
-    loss = cross_entropy + model.loss(aux, totals.tokens, totals.sums, totals.encoder_tokens)
-    return loss, LossParts(cross_entropy, aux)
+    scored = Scored(output.logits_BLV, nats_BL, cross_entropy)
+    share, of_loss = (training_loss or CrossEntropy()).share(scored, part, totals, arrays)
+    loss = share + model.loss(aux, totals.tokens, totals.sums, totals.encoder_tokens)
+    return loss, LossParts(cross_entropy, aux, of_loss)
 
 
 def later_losses(later_BLV: Sequence[jax.Array], part: Batch, totals: Totals) -> Aux:

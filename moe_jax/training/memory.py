@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig
+from moe_jax.config.kinds import kind_of
 from moe_jax.parallel.rules import num_shards
 from moe_jax.training.placement import state_shardings
 from moe_jax.training.state import abstract_state, trained_params
@@ -25,8 +26,9 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on one device that no compiler saves, by what they are of.
 
     Returns:
-      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest part)
-      and `logits` of a microbatch, float32. Activations come on top.
+      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest part),
+      `logits` of a microbatch, float32, and what the training loss reads, by its kind, if it reads
+      any. Activations come on top.
     """
     state, shardings = abstract_state(config), state_shardings(config, mesh)
 
@@ -43,12 +45,14 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
     parts = config.training.num_microbatches
     sequences = config.training.batch_size // parts // num_shards("batch", mesh)
     vocab = config.model.vocab_size // num_shards("vocab", mesh)
+    read = config.training.loss.abstract_arrays(config, mesh)
+    of_loss = local(read, jax.tree.map(lambda leaf: leaf.sharding, read))
     return {
         "parameters": parameters,
         "optimizer": local(state.opt_state, shardings.opt_state),
         "gradients": trained * (2 if parts > 1 else 1),
         "logits": sequences * config.lengths.decoder * vocab * FLOAT32,
-    }
+    } | ({kind_of(config.training.loss): of_loss} if of_loss else {})
 
 
 def available_bytes(mesh: Mesh) -> int | None:

@@ -132,6 +132,8 @@ def new_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
 def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     """`step.make_train_step`, jitted for the mesh; the state is donated, metrics are everywhere.
 
+    Its arguments are the state, the batch, and what `training.loss` reads.
+
     To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names
     and seeds alone, one after another, get the same function, which is compiled once.
     """
@@ -143,9 +145,11 @@ def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
 def _compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     state = state_shardings(config, mesh)
     everywhere = named_sharding((), mesh)
+    arrays = config.training.loss.abstract_arrays(config, mesh)
+    of_loss = jax.tree.map(lambda leaf: leaf.sharding, arrays)
     return jax.jit(
         make_train_step(config),
-        in_shardings=(state, named_sharding(BATCH_AXES, mesh)),
+        in_shardings=(state, named_sharding(BATCH_AXES, mesh), *of_loss),
         out_shardings=(state, everywhere),
         donate_argnums=0,
         compiler_options=compiler_options(config, mesh),

@@ -22,6 +22,7 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
         "train/total_loss": metrics.total_loss,
         "train/grad_norm": metrics.grad_norm,
         "train/learning_rate": metrics.learning_rate,
+        **{f"train/{name}": value for name, value in metrics.of_loss.items()},
     }
     for name, values in metrics.of_parts.items():
         part, _, metric = name.partition("/")

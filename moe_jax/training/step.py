@@ -10,7 +10,7 @@ import optax
 from moe_jax.config import ExperimentConfig
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.trained import filled, moving_state
-from moe_jax.part import Aux
+from moe_jax.part import NOTHING, Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from moe_jax.training.state import TrainState, abstract_batch, abstract_state, trained_params
@@ -25,6 +25,7 @@ class StepMetrics(NamedTuple):
       grad_norm: float32 scalar, global norm before clipping, of what trains.
       learning_rate: float32 scalar.
       of_parts: metrics of the parts over the whole batch, PART/NAME, with a leading dim of layers.
+      of_loss: float32 scalars, metrics of the training loss by name.
     """
 
     loss: jax.Array
@@ -32,12 +33,15 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     of_parts: dict[str, jax.Array]
+    of_loss: dict[str, jax.Array] = NOTHING
 
 
 def make_train_step(
     config: ExperimentConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step of a config: `(state, batch) -> (state, metrics)`, to be jitted.
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The step of a config: `(state, batch, *arrays) -> (state, metrics)`, to be jitted.
+
+    The arrays are those that `training.loss` reads; cross-entropy reads none.
 
     The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
@@ -49,12 +53,13 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
     model, num_parts = config.model, config.training.num_microbatches
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch, *arrays: Any) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         keys = jax.random.split(rng, num_parts)
         trained = trained_params(config, state.params)
         totals = batch_totals(batch, model)
-        loss, grads, said = gradient(state, batch, keys, totals, model, trained)
+        learnt = {"training_loss": config.training.loss, "arrays": arrays}
+        loss, grads, said = gradient(state, batch, keys, totals, model, trained, **learnt)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = filled(optax.apply_updates(trained, updates), state.params)
@@ -72,6 +77,7 @@ def make_train_step(
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             of_parts=model.metrics(aux),
+            of_loss=jax.tree.map(jnp.sum, said.of_loss),
         )
         return new_state, metrics
 
@@ -121,6 +127,7 @@ def gradient(
     totals: Totals,
     model: LanguageModel,
     trained: Any = None,
+    **learnt: Any,
 ) -> tuple[jax.Array, Any, LossParts]:
     """Loss and gradient of a batch, one part after another.
 
@@ -131,6 +138,7 @@ def gradient(
       totals: denominators of the whole batch.
       model: the model.
       trained: of the parameters those that train, as `trained_params` has them; None: all.
+      **learnt: `training_loss` and `arrays` of `partial_loss`.
 
     Returns:
       The loss, its gradient in the tree of what trains, and what every part said (leading dim of
@@ -142,7 +150,7 @@ def gradient(
         return partial_loss(filled(trained, state.params), *args, **kwargs)
 
     loss_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    settings = {"model_state": state.model_state, "step": state.step}
+    settings = {"model_state": state.model_state, "step": state.step, **learnt}
     if len(keys) == 1:
         only = {name: value[0] for name, value in parts.items()}
         outcome = loss_and_grad(trained, only, totals, model, rng=keys[0], **settings)

@@ -1,0 +1,162 @@
+"""Distillation: a model learns from the probabilities of another, such as a dense one of a MoE."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moe_jax.config import ExperimentConfig, InitFrom, OptimizerConfig, read_config, write_config
+from moe_jax.config.check import require
+from moe_jax.config.installed import require_local
+from moe_jax.config.settings import setting
+from moe_jax.training.arrays import by_name, name_of
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.init_from import Source, open_source
+from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingLoss, call_of
+from moe_jax.training.placement import check_run, state_shardings
+from moe_jax.training.state import abstract_state
+from moe_jax.training.ways import without_capacity
+from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
+
+
+def soft_nats(student_BLV: jax.Array, teacher_BLV: jax.Array, temperature: float) -> jax.Array:
+    """How far a student's distribution is from its teacher's, float32 [B, L], nats.
+
+    temperature^2 * KL(teacher || student) of logits over the temperature. The square keeps the
+    gradient of the size that it has at 1 (Hinton et al., arXiv:1503.02531, section 2.1). The
+    cross-entropy with the teacher is this and the teacher's entropy, which has no gradient.
+    """
+    log_teacher = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32) / temperature)
+    log_student = jax.nn.log_softmax(student_BLV.astype(jnp.float32) / temperature)
+    difference_BLV = jnp.exp(log_teacher) * (log_teacher - log_student)
+    return temperature**2 * jnp.sum(difference_BLV, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distil(TrainingLoss):
+    """Targets that are mixed of the text's and a teacher's: hard and soft ones.
+
+    loss = (1 - weight) * cross-entropy of the targets + weight * `soft_nats`. A weight of 0.25
+    is the best mix of Switch Transformers (arXiv:2101.03961, table 6); it starts the student from
+    the teacher's parameters that are of no expert, as `init_from` does. The teacher sees the batch
+    without dropout, noise and capacity.
+    """
+
+    # Workdir of the teacher's run, or of an imported model; what is in it is recorded in the run.
+    teacher: str = setting("", changes_results=False)
+    step: int | None = setting(None, at_least=0)  # of its checkpoint; None: the newest whole one
+    weight: float = setting(0.25, at_least=0, at_most=1)  # of the soft targets
+    temperature: float = setting(1.0, above=0)  # of both models, in the soft targets
+
+    def check(self) -> None:
+        """See `Settings`."""
+        require_local("training.loss.teacher", self.teacher)
+
+    def record(self) -> Record:
+        """What the teacher is, as its workdir says it.
+
+        Raises:
+          ValueError: there is no teacher.
+        """
+        require(
+            bool(self.teacher),
+            "training.loss='distil' has a teacher",
+            "training.loss.teacher=''",
+            "Set it to the workdir of a run or of an imported model",
+        )
+        record, _ = recorded_run(pathlib.Path(self.teacher), self.step)
+        require(
+            bool(record),
+            "a teacher is the workdir of a run or of an imported model",
+            f"there is none in training.loss.teacher={self.teacher!r}",
+            "Correct the path",
+        )
+        return record
+
+    def model(self, trust: bool | frozenset[str]) -> Any:
+        """The teacher's model; `trust` is that of `read_config`."""
+        return read_config(self.record(), ExperimentConfig, trust=trust).model
+
+    def of_teacher(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The teacher's model with the data, the batch and the mesh of a run that learns from it.
+
+        Raises:
+          ValueError: there is no teacher, or it does not fit the run.
+        """
+        model = self.model(frozenset(write_config(config)["sources"]))
+        require(
+            model.vocab_size == config.model.vocab_size,
+            "a teacher has as many ids as its student",
+            f"{model.vocab_size} in {self.teacher}, {config.model.vocab_size} here",
+            f"Set model.vocab_size={model.vocab_size}, or use another teacher",
+        )
+        require(
+            not without_capacity(model).looks_ahead(training=False),
+            "a teacher does not see the tokens that it predicts",
+            f"a part of that in {self.teacher} looks ahead",
+            "Use a teacher whose routers do not",
+        )
+        return dataclasses.replace(
+            config,
+            model=model,
+            init_from=InitFrom(path=self.teacher, step=self.step),
+            optimizer=OptimizerConfig(warmup_steps=0),  # names what a teacher may not have
+            training=dataclasses.replace(config.training, loss=CrossEntropy()),
+        )
+
+    def source(self, config: ExperimentConfig) -> Source:
+        """The checkpoint of the teacher; all of its arrays are matched, none is read."""
+        return open_source(self.of_teacher(config), self.record().get("content", {}))
+
+    def content(self, config: ExperimentConfig, content: Mapping[str, str]) -> dict[str, str]:
+        """See `TrainingLoss`: of the teacher's checkpoint; its tokenizer is that of the run."""
+        known, given = self.record().get("content", {}).get("tokenizer"), content["tokenizer"]
+        require(
+            known in (None, given),
+            "a teacher and its student have one tokenizer",
+            f"sha256 {str(known)[:12]} in {self.teacher}, {given[:12]} here",
+            "Set data.tokenizer to that of the teacher",
+        )
+        return {"teacher": self.source(config).sha256}
+
+    def abstract_arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
+        """See `TrainingLoss`: parameters of the teacher, and state of its parts."""
+        teacher = self.of_teacher(config)
+        check_run(teacher, mesh)
+        abstract, placed = abstract_state(teacher), state_shardings(teacher, mesh)
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            (abstract.params, abstract.model_state),
+            (placed.params, placed.model_state),
+        )
+
+    def arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
+        """See `TrainingLoss`; parameters that the teacher averages are those averages."""
+        source, (params, state) = self.source(config), self.abstract_arrays(config, mesh)
+        wanted = {"params": params, "model_state": state}
+        named = by_name(wanted)
+        with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
+            taken = {of: named[name] for name, of in source.takes.items()}
+            found = checkpoints.restore_some(source.step, taken)
+        read = jax.tree_util.tree_map_with_path(
+            lambda path, _: found[source.takes[name_of(path)]], wanted
+        )
+        return read["params"], read["model_state"]
+
+    def share(
+        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `TrainingLoss`; the metric is `soft_loss`, nats a target."""
+        params, state = arrays
+        model = self.model(trust=True)  # `of_teacher` has refused what the run does not name
+        output = model.run(params, call_of(part, capacity=0.0), state=state)
+        soft_BL = soft_nats(scored.logits_BLV, output.logits_BLV, self.temperature)
+        soft = jnp.sum(soft_BL * part["loss_weights"]) / totals.loss_weight
+        if not self.weight:
+            return scored.cross_entropy, {"soft_loss": soft}
+        share = (1 - self.weight) * scored.cross_entropy + self.weight * soft
+        return share, {"soft_loss": soft}

@@ -1,0 +1,237 @@
+"""Distillation: the loss by hand, its gradient, the mesh, a run, what is refused."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import read_config, write_config
+from moe_jax.config.run import ExperimentConfig
+from moe_jax.data.tokenizers import ByteTokenizer
+from moe_jax.finetune.distil import Distil, soft_nats
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding
+from moe_jax.training.imported import save_imported
+from moe_jax.training.loop import train
+from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.memory import needed_bytes
+from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
+from moe_jax.training.signals import Interrupted
+from moe_jax.training.step import make_train_step
+from tests.foreign import Unsure
+from tests.test_training_loop import at_batch
+from tests.tiny_run import (
+    DENSE,
+    assert_same_run,
+    cut,
+    quick_jit,
+    tiny_batch,
+    tiny_config,
+    tiny_moe,
+    tiny_state,
+    tiny_training,
+)  # fmt: skip
+
+TOKENIZER = {"tokenizer": ByteTokenizer().fingerprint()}
+
+
+def saved(folder, config, seed=1):
+    """A model in a directory of its own, as an import leaves it; its parameters."""
+    folder.mkdir(parents=True)
+    state = tiny_state(config, seed=seed)
+    save_imported(folder, config, state.params, state.model_state, TOKENIZER, {})
+    return state.params
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A MoE teacher, overloaded in training; its directory."""
+    folder = tmp_path_factory.mktemp("distil") / "teacher"
+    saved(folder, tiny_config(tiny_moe(capacity={"train_factor": 0.5})))
+    return folder
+
+
+def student(teacher, num_microbatches=1, **loss):
+    """A dense run that learns from a teacher."""
+    loss = {"kind": "distil", "teacher": str(teacher), **loss}
+    settings = {"loss": loss, "num_microbatches": num_microbatches}
+    return tiny_config({**DENSE, "training": settings})
+
+
+def one_device(config):
+    return make_mesh(config.on_devices(1).mesh)
+
+
+@functools.cache
+def compiled(config):
+    return quick_jit(make_train_step(config))
+
+
+def stepped(config, batch, seed=0):
+    """The state and the metrics after a step on one device."""
+    arrays = config.training.loss.arrays(config, one_device(config))
+    step = compiled(config)
+    return step(tiny_state(config, seed), cut(batch, config.training.num_microbatches), *arrays)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def logits_of(model, params, call):
+    return model.run(params, call).logits_BLV
+
+
+def test_the_soft_loss_by_hand():
+    # The teacher has 1/2 and 1/2, the student 1/4 and 3/4.
+    student_V, teacher_V = jnp.array([0.0, math.log(3)]), jnp.array([5.0, 5.0])
+    by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert float(soft_nats(student_V, teacher_V, 1.0)) == pytest.approx(by_hand, rel=1e-6)
+    # At temperature 2 the student has 1 / (1 + sqrt 3) and the rest; the square of 2 is before it.
+    p = 1 / (1 + math.sqrt(3))
+    by_hand = 4 * (0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p)))
+    assert float(soft_nats(student_V, teacher_V, 2.0)) == pytest.approx(by_hand, rel=1e-6)
+    # The gradient is that of the cross-entropy with the teacher: temperature * (p - q).
+    gradient_V = jax.grad(lambda x_V: soft_nats(x_V, teacher_V, 2.0))(student_V)
+    np.testing.assert_allclose(gradient_V, [2 * (p - 0.5), 2 * (0.5 - p)], rtol=1e-5)
+
+
+def test_hard_and_soft_targets_are_mixed_over_microbatches(teacher):
+    config, batch = student(teacher, num_microbatches=2, weight=0.25, temperature=2.0), tiny_batch()
+    _, metrics = stepped(config, batch)
+    state, totals = tiny_state(config), batch_totals(batch)
+    of_teacher = tiny_config()
+    params = tiny_state(of_teacher, seed=1).params
+    # Dropless, though training has slots for half of the choices.
+    teacher_BLV = logits_of(of_teacher.model, params, call_of(batch, capacity=0.0))
+    student_BLV = logits_of(config.model, state.params, call_of(batch))
+    p, q = (np.asarray(jax.nn.softmax(x / 2), np.float64) for x in (teacher_BLV, student_BLV))
+    soft_BL = 4 * np.sum(p * np.log(p / q), axis=-1)
+    soft = float(np.sum(soft_BL * batch["loss_weights"]) / totals.loss_weight)
+    assert metrics.of_loss["soft_loss"] == pytest.approx(soft, rel=1e-4)
+    mixed = 0.75 * metrics.loss + 0.25 * soft
+    assert metrics.total_loss == pytest.approx(float(mixed), rel=1e-5)
+
+
+def test_with_weight_0_a_step_is_that_of_plain_training(teacher):
+    config, batch = student(teacher, num_microbatches=2, weight=0.0), tiny_batch()
+    plain = tiny_config({**DENSE, "training": {"num_microbatches": 2}})
+    (state, metrics), (expected, others) = (stepped(one, batch) for one in (config, plain))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert metrics.total_loss == others.total_loss == metrics.loss
+    mixed, _ = stepped(student(teacher, num_microbatches=2, weight=0.5), batch)
+    assert not np.array_equal(mixed.params["embedding"], state.params["embedding"])
+
+
+def test_a_student_that_is_its_teacher_has_no_gradient(tmp_path):
+    saved(tmp_path / "same", tiny_config(DENSE), seed=3)
+    _, metrics = stepped(student(tmp_path / "same", weight=1.0), tiny_batch(), seed=3)
+    assert abs(metrics.of_loss["soft_loss"]) < 1e-6 and metrics.grad_norm < 1e-5
+    _, metrics = stepped(student(tmp_path / "same", weight=1.0), tiny_batch(), seed=4)
+    assert metrics.of_loss["soft_loss"] > 0.1 and metrics.grad_norm > 0.1
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_is_that_on_one_device(teacher):
+    config, batch = student(teacher, weight=0.5), tiny_batch()
+    expected, metrics = stepped(config, batch)
+    config = dataclasses.replace(
+        config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=2, expert=2)
+    )
+    mesh = make_mesh(config.mesh)
+    arrays = config.training.loss.arrays(config, mesh)
+    sharded = [one for one in jax.tree.leaves(arrays) if not one.sharding.is_fully_replicated]
+    assert len(sharded) > 5  # of the teacher
+    placed = jax.device_put(tiny_state(config), state_shardings(config, mesh))
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(cut(batch), named_sharding(BATCH_AXES, mesh))
+        state, found = compile_train_step(config, mesh)(placed, batch, *arrays)
+    for name in ("loss", "total_loss", "grad_norm"):
+        assert getattr(found, name) == pytest.approx(float(getattr(metrics, name)), rel=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (state.params, expected.params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    per_device = needed_bytes(config, mesh)["distil"]
+    whole = sum(one.nbytes for one in jax.tree.leaves(arrays))
+    assert whole / 4 < per_device < whole
+
+
+def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):
+    with pytest.raises(ValueError, match=r"has a teacher: training\.loss\.teacher=''\. Set it"):
+        content_of(student(""))
+    with pytest.raises(ValueError, match=r"there is none in .*nowhere'\. Correct the path"):
+        content_of(student(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"one tokenizer: sha256 .* here\. Set data\.tokenizer"):
+        content_of(student(teacher), tokenizer="0" * 64)
+    saved(tmp_path / "wide", tiny_config({"model": {"vocab_size": 512}}))
+    with pytest.raises(ValueError, match=r"as many ids .*: 512 in .*, 384 here\. Set model\.voc"):
+        content_of(student(tmp_path / "wide"))
+    ahead = tiny_config(
+        {"model": {"parts": {"moe": {"router": "expert_choice"}},
+                   "stack": {"allow_lookahead": True}}}
+    )  # fmt: skip
+    saved(tmp_path / "ahead", ahead)
+    with pytest.raises(ValueError, match=r"does not see the tokens that it predicts.*Use a teach"):
+        content_of(student(tmp_path / "ahead"))
+    with pytest.raises(ValueError, match=r"checkpoint"):
+        content_of(student(teacher, step=7))
+
+
+def content_of(config, **content):
+    return config.training.loss.content(config, TOKENIZER | content)
+
+
+def test_a_run_records_its_teacher_and_a_config_comes_back(teacher):
+    config = student(teacher, temperature=2.0)
+    assert read_config(write_config(config), ExperimentConfig) == config
+    first = content_of(config)
+    assert list(first) == ["teacher"] and first == content_of(student(teacher, weight=0.5))
+
+
+def test_a_loss_from_outside_takes_the_same_seam():
+    loss = "tests.foreign:Unsure"
+    config = tiny_config({**DENSE, "training": {"loss": loss, "num_microbatches": 2}})
+    assert isinstance(config.training.loss, Unsure) and write_config(config)["sources"].keys() == {
+        loss
+    }
+    _, metrics = stepped(config, tiny_batch())
+    assert metrics.of_loss["prior_loss"] > math.log(384)
+    by_hand = metrics.loss + 0.5 * metrics.of_loss["prior_loss"]
+    assert metrics.total_loss == pytest.approx(float(by_hand), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_ends_like_one_that_was_not(teacher, tmp_path, monkeypatch):
+    loss = {"kind": "distil", "teacher": str(teacher)}
+    settings = {"num_steps": 6, "evaluate_every": 3, "checkpoint_every": 2, "loss": loss}
+    dense = {
+        **DENSE["model"], "parts": {**DENSE["model"]["parts"]}, "dropout_rate": 0.1
+    }  # fmt: skip
+    config = tiny_training({"model": dense, "training": settings})
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM after step 3"):
+        at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    rows = [row for row in read_metrics(tmp_path / "whole" / METRICS_FILE) if "train/loss" in row]
+    assert all(row["train/soft_loss"] > 0 for row in rows)
+    record = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert record["content"].keys() == {"corpus", "tokenizer", "teacher"}
+
+    other = tmp_path / "other"
+    saved(other, tiny_config(), seed=2)
+    changed = dataclasses.replace(config.training.loss, teacher=str(other))
+    training = dataclasses.replace(config.training, loss=changed, num_steps=8)
+    with pytest.raises(ValueError, match="content of teacher: sha256"):
+        train(dataclasses.replace(config, training=training), tmp_path / "stopped")
+
+
+def test_the_settings_have_bounds():
+    for wrong in ({"weight": 1.5}, {"weight": -0.1}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="lies in"):
+            Distil(**wrong)
