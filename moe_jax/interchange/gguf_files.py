@@ -1,8 +1,7 @@
 """Dense models of llama.cpp: one GGUF file with settings, tensors and the tokenizer.
 
 Source: docs/gguf.md of ggml-org/ggml, and the package `gguf` of ggml-org/llama.cpp, which reads
-the file and its quantised blocks. llama.cpp pairs neighbouring features where "llama" has halves,
-and stores queries and keys in that order; `Paired` brings them back.
+the file and its quantised blocks. `gguf_names.py` has the tensors.
 """
 
 import dataclasses
@@ -14,46 +13,13 @@ import numpy as np
 from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.interchange.family import load_family
+from moe_jax.interchange.gguf_metadata import SETTINGS
+from moe_jax.interchange.gguf_names import gguf_rules
 from moe_jax.interchange.read import read_parameters
-from moe_jax.interchange.rules import LINEAR, Layout, Rule, Shape
 from moe_jax.interchange.tensor_files import Stored
 
-# The settings of a config.json by GGUF's names behind "ARCHITECTURE.".
-SETTINGS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-    "head_dim": "attention.key_length",
-}
 PAIRED = ("llama",)  # architectures whose queries and keys are stored in pairs
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-
-@dataclasses.dataclass(frozen=True)
-class Paired(Layout):
-    """PyTorch's layout of queries or keys, in which each head's halves alternate."""
-
-    heads: int
-
-    def shape(self, shape: Shape) -> Shape:
-        """See `Layout`."""
-        return LINEAR.shape(shape)
-
-    def read(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-        """See `Layout`."""
-        paired = tensor.reshape(self.heads, -1, 2, tensor.shape[-1])
-        return LINEAR.read(paired.swapaxes(1, 2).reshape(tensor.shape), shape)
-
-    def write(self, values: np.ndarray) -> np.ndarray:
-        """See `Layout`."""
-        tensor = LINEAR.write(values)
-        halves = tensor.reshape(self.heads, 2, -1, tensor.shape[-1])
-        return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
 class GGUFFile:
@@ -160,28 +126,6 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
     return settings
 
 
-def gguf_rules(heads: int, kv_heads: int, *, paired: bool) -> tuple[Rule, ...]:
-    """The names of llama.cpp for a dense model."""
-    block = "blk.{layer}."
-    rules = [
-        Rule("token_embd.weight", "embedding"),
-        Rule("output_norm.weight", "final_norm/scale"),
-        Rule("output.weight", "head", LINEAR),
-        Rule(f"{block}attn_norm.weight", "attention_norm/scale"),
-        Rule(f"{block}ffn_norm.weight", "mlp_norm/scale"),
-        Rule(f"{block}attn_output.weight", "attention/wo", LINEAR),
-        Rule(f"{block}ffn_gate.weight", "mlp/wg", LINEAR),
-        Rule(f"{block}ffn_up.weight", "mlp/wi", LINEAR),
-        Rule(f"{block}ffn_down.weight", "mlp/wo", LINEAR),
-    ]
-    for one, count in (("q", heads), ("k", kv_heads), ("v", 0)):
-        layout = Paired(count) if paired and count else LINEAR
-        rules.append(Rule(f"{block}attn_{one}.weight", f"attention/w{one}", layout))
-        rules.append(Rule(f"{block}attn_{one}.bias", f"attention/b{one}"))
-        rules.append(Rule(f"{block}attn_{one}_norm.weight", f"attention/{one}_norm/scale"))
-    return tuple(rules)
-
-
 # How llama.cpp's "pre" splits text before its BPE: the pattern of GPT-2, digits one by one.
 PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
 
@@ -215,3 +159,15 @@ def tokenizer_json(file: GGUFFile) -> str:
     special = [token for token, one in zip(tokens, types, strict=False) if one == control]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return str(tokenizer.to_str())
+
+
+def tokenizer_config(file: GGUFFile) -> dict[str, Any]:
+    """What a `tokenizer_config.json` says beside the tokenizer: ends of documents, a chat."""
+    known = file.settings
+    tokens = known.get("tokenizer.ggml.tokens", [])
+    ids = {one: known.get(f"tokenizer.ggml.{one}_token_id") for one in ("bos", "eos")}
+    found: dict[str, Any] = {
+        f"{one}_token": tokens[i] for one, i in ids.items() if i is not None and i < len(tokens)
+    }
+    others = ("tokenizer.ggml.add_bos_token", "tokenizer.chat_template")
+    return found | {key.rpartition(".")[2]: known[key] for key in others if key in known}

@@ -1,0 +1,178 @@
+"""Tokenizers as metadata of a GGUF file, so that llama.cpp gives a text the same ids.
+
+A byte-level BPE is llama.cpp's "gpt2", a BPE with byte fallback its "llama". It knows patterns that
+split a text before its BPE by name alone: `PATTERNS` has those names.
+
+Sources: `src/llama-vocab.cpp` of ggml-org/llama.cpp; GGUF's token types: docs/gguf.md of ggml.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.config.check import require
+
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # token types
+SUFFIX = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+WORDS = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*" + SUFFIX
+# The patterns of a tokenizer.json in order, and llama.cpp's name for them together. "regex" is that
+# of GPT-2, "digits" splits digits one by one.
+PATTERNS: Mapping[tuple[str, ...], str] = {
+    ("regex",): "gpt-2",
+    ("digits", "regex"): "smollm",
+    (WORDS % "{1,3}",): "llama-bpe",
+    (WORDS % "",): "qwen2",
+    (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{ENDINGS}?"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{ENDINGS}?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SUFFIX,
+    ): "gpt-4o",
+    (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"): "deepseek-v3",
+}  # fmt: skip
+PREFIX = "tokenizer.ggml."
+# Without a template of its own, a model continues what is said; llama.cpp would put in another.
+PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def vocabulary(name: str, bos_id: int, eos_id: int, size: int) -> dict[str, Any]:
+    """The keys of a tokenizer.
+
+    Args:
+      name: as `Tokenizer.name`: "byte", "tokenizers:PATH" or "sentencepiece:PATH".
+      bos_id: begins every prompt, as it begins every document in training, unless the
+        `tokenizer_config.json` of an imported model has "add_bos_token": false.
+      eos_id: ends an answer.
+      size: V of the model; ids beyond those of the tokenizer are unused.
+
+    Raises:
+      ValueError: llama.cpp has no such tokenizer, or it has more ids than the model.
+    """
+    form, _, path = name.partition(":")
+    makers = {"byte": byte_tokens, "tokenizers": json_tokens, "sentencepiece": piece_tokens}
+    require(
+        form in makers,
+        "a tokenizer of a GGUF file is that of bytes, a tokenizer.json or a .model",
+        f"{name!r}",
+        "Write the model with another tokenizer, or with --to-hf",
+    )
+    keys, tokens, types = makers[form](path)
+    require(
+        len(tokens) <= size,
+        "a model has at least the ids of its tokenizer",
+        f"{len(tokens)} ids in {name}, vocab_size={size}",
+        "Correct config.data.tokenizer",
+    )
+    missing = range(len(tokens), size)
+    tokens, types = [*tokens, *(f"[PAD{i}]" for i in missing)], [*types, *(UNUSED for _ in missing)]
+    if "scores" in keys:
+        keys["scores"] = [*keys["scores"], *(0.0 for _ in missing)]
+    beside = beside_tokenizer(path)
+    keys |= {
+        "tokens": tokens, "token_type": types, "bos_token_id": bos_id, "eos_token_id": eos_id,
+        "add_bos_token": bool(beside.get("add_bos_token", True)), "add_eos_token": False,
+        "add_space_prefix": False,
+    }  # fmt: skip
+    template = beside.get("chat_template")
+    template = template if isinstance(template, str) else PLAIN
+    return {**{PREFIX + key: keys[key] for key in keys}, "tokenizer.chat_template": template}
+
+
+Tokens = tuple[dict[str, Any], list[str], list[int]]  # keys of its kind, tokens, their types
+
+
+def byte_tokens(path: str) -> Tokens:
+    """The tokenizer of bytes, as a BPE without merges; see `ByteTokenizer`."""
+    del path
+    sentinels = [f"<sentinel_{i}>" for i in range(125)]
+    tokens = ["<pad>", "<bos>", "<eos>", *byte_letters(), *sentinels]
+    types = [*[CONTROL] * 3, *[NORMAL] * 256, *[CONTROL] * 125]
+    # llama.cpp wants merges: this one never happens, for byte letters end below U+0144.
+    return {"model": "gpt2", "pre": "gpt-2", "merges": ["\u4e00 \u4e00"]}, tokens, types
+
+
+def byte_letters() -> list[str]:
+    """The letter by which a byte-level BPE of GPT-2 writes each of the 256 bytes."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
+def json_tokens(path: str) -> Tokens:
+    """A BPE of a tokenizer.json.
+
+    Raises:
+      ValueError: it splits texts in a way that llama.cpp has no name for.
+    """
+    spec = json.loads(pathlib.Path(path).expanduser().read_text())
+    model, added = spec["model"], spec.get("added_tokens") or ()
+    ids = {**model["vocab"], **{one["content"]: one["id"] for one in added}}
+    kinds = {one["content"]: CONTROL if one.get("special") else USER for one in added}
+    size = max(ids.values()) + 1
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    fallback = bool(model.get("byte_fallback"))
+    for token, id_ in ids.items():
+        byte = fallback and len(token) == 6 and token.startswith("<0x")
+        tokens[id_], types[id_] = token, kinds.get(token, BYTE if byte else NORMAL)
+    merges = [" ".join(one) if isinstance(one, list) else one for one in model["merges"]]
+    if fallback:
+        ranks = {one.replace(" ", "", 1): -float(i) for i, one in enumerate(merges)}
+        return {"model": "llama", "scores": [ranks.get(one, 0.0) for one in tokens]}, tokens, types
+    found = tuple(patterns(spec.get("pre_tokenizer") or {}))
+    require(
+        found in PATTERNS,
+        f"llama.cpp splits texts by the patterns of {sorted(PATTERNS.values())}",
+        f"pre_tokenizer of {path} has {list(found)}",
+        "Add llama.cpp's name of them to interchange/gguf_vocabulary.py",
+    )
+    return {"model": "gpt2", "pre": PATTERNS[found], "merges": merges}, tokens, types
+
+
+def patterns(part: Mapping[str, Any]) -> list[str]:
+    """What a pre-tokenizer splits a text by."""
+    kind = part.get("type")
+    if kind == "Sequence":
+        return [one for inner in part["pretokenizers"] for one in patterns(inner)]
+    if kind == "Split":
+        return [part["pattern"].get("Regex", f"the string {part['pattern'].get('String')!r}")]
+    if kind == "Digits":
+        return ["digits" if part.get("individual_digits") else "runs of digits"]
+    if kind == "ByteLevel":
+        return ["regex"] if part.get("use_regex", True) else []
+    return [str(kind)]
+
+
+def piece_tokens(path: str) -> Tokens:
+    """A BPE of SentencePiece.
+
+    Raises:
+      ValueError: it is another model of SentencePiece.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(pathlib.Path(path).expanduser().read_bytes())
+    kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
+    require(
+        kind == "BPE",
+        "a .model of SentencePiece is written if it is a BPE",
+        f"{kind} in {path}",
+        "Write the model with --to-hf",
+    )
+    pieces = [(one.piece, one.score, one.type) for one in proto.pieces]
+    tokens, scores, types = (list(column) for column in zip(*pieces, strict=True))
+    return {"model": "llama", "scores": scores}, tokens, types
+
+
+def beside_tokenizer(path: str) -> dict[str, Any]:
+    """The `tokenizer_config.json` beside a tokenizer, with the template of a chat; {} without."""
+    folder = pathlib.Path(path).expanduser().parent
+    if not path or not folder.is_dir():
+        return {}
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found | ({"chat_template": template.read_text()} if template.is_file() else {})

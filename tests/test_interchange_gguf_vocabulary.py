@@ -1,0 +1,160 @@
+"""Tokenizers of GGUF files: llama.cpp gives a text the ids that this library gives it."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks.llama_cpp import LlamaCpp
+from moe_jax.config import ExperimentConfig
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.tokenizers import open_tokenizer
+from moe_jax.data.train_tokenizer import train
+from moe_jax.interchange.gguf_vocabulary import PATTERNS, PLAIN, byte_letters, vocabulary
+from moe_jax.interchange.gguf_write import to_gguf
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.feed_forward import Mlp
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.activations import SwiGLU
+from moe_jax.parameters import init_parameters
+
+pytest.importorskip("gguf")
+tokenizers = pytest.importorskip("tokenizers")
+TEXT = (
+    "It's what we'LL learn:  two spaces,\ttabs\r\n\r\n and   lines \n 1234567 x1y22 f(a,b)=c**2;"
+    " don't caf\u00e9 na\u00efve \u00dcn\u00efC\u00f6de \u4e2d\u6587\u5b57 \u3042\u30a2"
+    " e\u0301 \u2581 _under_score HTTPServer /path/to \U0001f41d\u00a0end...  "
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The smallest model of 512 ids."""
+    config = ExperimentConfig(
+        model=LanguageModel(
+            vocab_size=512,
+            model_dim=32,
+            parts={
+                "attention": Attention(num_heads=1),
+                "mlp": Mlp(dim=32, activation=SwiGLU()),
+            },
+            stack=StackLayout(unit=(("attention", "mlp"),)),
+            embedding_multiplier=1.0,
+        )
+    )
+    return config, init_parameters(jax.random.key(0), config.model.specs())
+
+
+def check_ids(model, tokenizer, folder, text=TEXT):
+    """The ids of the text, behind the one that begins a document."""
+    words = vocabulary(tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, 512)
+    assert len(words["tokenizer.ggml.tokens"]) == len(words["tokenizer.ggml.token_type"]) == 512
+    pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
+    to_gguf(*model, folder / "model.gguf", words)
+    with LlamaCpp(folder / "model.gguf", 512) as theirs:
+        found = theirs.encode(text)
+    assert found == [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+
+
+def test_bytes(model, tmp_path):
+    every = "".join(map(chr, [*range(1, 0x180), 0x7FF, 0x800, 0xFFFD, 0x10000, 0x10FFFF]))
+    check_ids(model, open_tokenizer("byte"), tmp_path, TEXT + every)
+
+
+def test_letters_of_bytes_are_those_of_gpt2():
+    assert sorted(byte_letters()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    assert byte_letters()[ord("a")] == "a" and byte_letters()[ord(" ")] == "\u0120"
+
+
+def bpe(folder, found):
+    """A byte-level BPE with merges, that splits texts by these patterns."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    kinds = tokenizers.pre_tokenizers
+    splits = {
+        "digits": kinds.Digits(individual_digits=True),
+        "regex": kinds.ByteLevel(add_prefix_space=False),
+    }
+    parts = [
+        splits.get(one) or kinds.Split(tokenizers.Regex(one), "isolated", invert=False)
+        for one in found
+    ]
+    if "regex" not in found:
+        parts.append(kinds.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = kinds.Sequence(parts)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<s>", "</s>"], initial_alphabet=kinds.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([TEXT * 3], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return open_tokenizer(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("found", PATTERNS, ids=PATTERNS.get)
+def test_byte_level_bpe(found, model, tmp_path):
+    """Of gpt-4o, llama.cpp knows no combining marks, and no capitals beyond ASCII."""
+    text = TEXT
+    if PATTERNS[found] == "gpt-4o":
+        text = TEXT.replace("\u00dcn\u00efC\u00f6de", "").replace("e\u0301", "")
+    check_ids(model, bpe(tmp_path, found), tmp_path, text)
+
+
+def test_byte_fallback(model, tmp_path):
+    """Spaces are U+2581; what there is no token for is bytes. Merges go by rank."""
+    letters = sorted({one for one in TEXT if one.isascii() and one.isalnum()})
+    merges = [("\u2581", "a"), ("l", "e"), ("le", "a"), ("lea", "r"), ("i", "n"), ("a", "r")]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        *letters,
+    ]
+    words += ["".join(pair) for pair in merges]
+    vocab = {word: i for i, word in enumerate(words)}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    made.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    replace, fallback = (
+        tokenizers.decoders.Replace("\u2581", " "),
+        tokenizers.decoders.ByteFallback(),
+    )
+    made.decoder = tokenizers.decoders.Sequence([replace, fallback, tokenizers.decoders.Fuse()])
+    made.add_special_tokens(words[:3])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert len(tokenizer.encode(" learn")) == 3  # " ", "lear" and "n"
+    check_ids(model, tokenizer, tmp_path, TEXT.replace("\u2581", ""))
+
+
+def test_sentencepiece(model, tmp_path):
+    path = str(tmp_path / "bpe.model")
+    (tmp_path / "text.txt").write_text("\n\n".join([TEXT.replace("\r", "")] * 9))
+    corpus = open_corpus(str(tmp_path / "text.txt"))
+    tokenizer = train(corpus, path, vocab_size=400, heldout_fraction=0.1)
+    check_ids(model, tokenizer, tmp_path, TEXT.replace("\u2581", ""))
+
+
+def test_what_is_beside_the_tokenizer(tmp_path):
+    tokenizer = bpe(tmp_path, ("regex",))
+    read = lambda: vocabulary(tokenizer.name, 0, 1, 512)  # noqa: E731
+    assert read()["tokenizer.ggml.add_bos_token"] is True
+    assert read()["tokenizer.chat_template"] == PLAIN
+    said = {"add_bos_token": False, "chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert read()["tokenizer.ggml.add_bos_token"] is False
+    assert read()["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def test_what_llama_cpp_cannot_split_is_named(tmp_path):
+    tokenizer = bpe(tmp_path, (r"\p{L}+|\P{L}+",))
+    with pytest.raises(ValueError, match=r"pre_tokenizer of .* has .*P\{L\}"):
+        vocabulary(tokenizer.name, 0, 1, 512)
+    with pytest.raises(ValueError, match="tiktoken"):
+        vocabulary("tiktoken:a.tiktoken", 0, 1, 512)
+    with pytest.raises(ValueError, match="384 ids in byte, vocab_size=300"):
+        vocabulary("byte", 1, 2, 300)
