@@ -370,6 +370,70 @@ def test_the_criterion_of_top_k(changes, failed):
     assert [finding.verdict for finding in findings] == expected, findings
 
 
+TUNED = {
+    "all": 0.90, "not_moe": 0.90, "moe": 0.99, "attention": 0.92, "mlp": 0.91,
+    "router_frozen": 0.88, "moments": 0.87,
+}  # fmt: skip
+REGULARISED = {
+    "all": 0.90, "dropout_0.1": 0.90, "dropout_0.2": 0.91, "dropout_0.3": 0.93, "expert_0.4": 0.90,
+    "dropped_0.1": 0.9, "capacity_0.75": 0.90, "capacity_2.0": 0.90, "capacity_0.75_no_loss": 0.90,
+}  # fmt: skip
+
+
+def tuned_results(targets, **changes):
+    """Five seeds of arms with these held-out losses of the target, and of training."""
+    rows = [row("pretrained", seed, 1.0 + 0.01 * seed, target=3.0, train=2.0) for seed in range(5)]
+    for place, (arm, target) in enumerate(targets.items()):
+        target = changes.get(arm.replace(".", "_"), target)
+        for seed in range(5):
+            loss = of_seed(target, seed, place)
+            rows.append(row(arm, seed, loss, target=loss, train=loss))
+    return Results(tuple(rows), "pretrained")
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, {}),
+        ({"mlp": 0.999}, {0: NOT_REPRODUCED}),
+        ({"moe": 0.85}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
+        ({"not_moe": 0.95}, {2: NOT_REPRODUCED}),
+        ({"router_frozen": 0.93}, {3: NOT_REPRODUCED}),
+        ({"moments": 0.95}, {4: NOT_REPRODUCED}),
+    ],
+)
+def test_the_criterion_of_finetuning_subsets(changes, failed):
+    findings = judged(load_study("finetuning_subsets"), tuned_results(TUNED, **changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(5)]
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, {}),
+        ({"expert_0_4": 0.95}, {0: NOT_REPRODUCED}),
+        ({"capacity_0_75": 0.95}, {1: NOT_REPRODUCED, 2: NOT_REPRODUCED}),
+        ({"capacity_0_75_no_loss": 0.85}, {2: NOT_REPRODUCED}),
+    ],
+)
+def test_the_criterion_of_finetuning_regularisation(changes, failed):
+    study = load_study("finetuning_regularisation")
+    findings = judged(study, tuned_results(REGULARISED, **changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(3)]
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+def test_fine_tuned_arms_start_from_the_pretrained_one_of_their_seed():
+    study = load_study("finetuning_subsets")
+    config = study.experiment("smoke", "moe", 2, runs="some/runs")
+    assert config.init_from.path == "some/runs/pretrained_seed2"
+    assert config.data.domain_weights == (("python", 1.0),)
+    pretrained = study.experiment("smoke", "pretrained", 2)
+    assert pretrained.init_from.path == "" and "python" not in dict(pretrained.data.domain_weights)
+    assert pretrained.training.num_steps > config.training.num_steps
+
+
 def test_finer_experts_have_the_parameters_and_the_cost_of_coarser_ones():
     """But for the router, which grows by its outputs alone: 64 inputs for each, in two layers."""
     study = load_study("granularity")

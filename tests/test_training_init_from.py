@@ -15,7 +15,7 @@ from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, write_config
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.imported import save_imported
-from moe_jax.training.init_from import first_state, open_source
+from moe_jax.training.init_from import first_state, open_source, with_whole_path
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
@@ -232,6 +232,13 @@ def test_a_position_is_of_the_same_data(source, sections, content, message):
     said = refusal(started(source, {"data_position": True}, **sections), content)
     assert message in said
     open_source(started(source), content)
+
+
+def test_the_path_is_recorded_from_the_root_on(source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    config = with_whole_path(started(source.name))
+    assert config.init_from.path == str(source)
+    assert with_whole_path(config) == config and with_whole_path(config_of()) == config_of()
 
 
 def test_settings_without_a_path_are_refused():

@@ -187,6 +187,28 @@ def test_a_run_is_extended(tmp_path, capsys):
     assert [row["step"] for row in rows] == list(range(1, 9))
 
 
+@pytest.mark.slow
+def test_a_run_that_has_not_begun_to_decay_is_extended(tmp_path, monkeypatch):
+    """The steps of wsd are alike until the decay: of 8 steps until the sixth."""
+
+    def steps(number):
+        settings = {"num_steps": number, "evaluate_every": 0, "sample_prompt": ""}
+        return tiny_training({"optimizer": {"schedule": "wsd"}, "training": settings})
+
+    def crash():
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
+        at_batch(patch, 8, crash)
+        train(steps(8), tmp_path / "extended")
+    train(steps(11), tmp_path / "extended")
+    train(steps(11), tmp_path / "at_once")
+    states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    with pytest.raises(ValueError, match=r"schedule='wsd' follows num_steps from step 8"):
+        train(steps(20), tmp_path / "extended")
+
+
 def test_a_run_stays_with_the_text_it_was_started_with(tmp_path):
     """The corpus is rebuilt at the same path, and moved."""
     config = of_documents(tmp_path, 3, evaluate_every=0, num_steps=2)

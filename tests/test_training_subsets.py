@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import ExperimentConfig
+from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.config.file import parse_value
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.trained import count_trained, moving_state, training_marks, training_specs
@@ -22,6 +22,7 @@ from moe_jax.training.loop import train
 from moe_jax.training.memory import needed_bytes
 from moe_jax.training.metrics import RUN_FILE, write_run_record
 from moe_jax.training.optimizers import make_optimizer
+from moe_jax.training.placement import compile_train_step, state_shardings
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import abstract_state, evaluation_params, trained_params
 from moe_jax.training.step import make_train_step
@@ -225,6 +226,20 @@ def test_integers_never_train():
         name for name in marks if "/experts/" in name
     }
     assert not [path for path in named(abstract_state(config).opt_state) if "/experts/" in path]
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_is_that_of_one_device():
+    config = config_of(frozen=("router",), trainable=("moe", "attention"))
+    sharded = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=2, expert=2))
+    after = []
+    for one in (config, sharded):
+        mesh = make_mesh(one.mesh)
+        state = jax.device_put(tiny_state(one), state_shardings(one, mesh))
+        with jax.set_mesh(mesh):
+            after.append(named(compile_train_step(one, mesh)(state, cut(tiny_batch()))[0].params))
+    for name, value in after[0].items():
+        np.testing.assert_allclose(after[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_a_checkpoint_of_a_part_comes_back(tmp_path):

@@ -23,7 +23,7 @@ from moe_jax.models.selection import check_names, marked, matches
 from moe_jax.models.trained import over_state, state_by_stack
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.training.arrays import by_name, describe, differences, some
+from moe_jax.training.arrays import by_name, describe, differences, name_of, some
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import MANIFEST, complete_steps, damage, path_of_whole
 from moe_jax.training.placement import parameter_of, state_shardings
@@ -173,13 +173,14 @@ def match_parameters(
     averages = {} if config.init_from.optimizer_state else found_by(AVERAGE, saved)
     abstract = abstract_state(config)
     new = {"params": abstract.params, "model_state": abstract.model_state}
-    wanted = {name: one for name, one in describe(new).items() if name not in fresh}
+    unwrapped, texts = without_base(new), describe(new)
     takes, used, lines = {}, set(fresh), []
-    for name, text in wanted.items():
-        path = name.removeprefix("params/")
-        plain = name.removesuffix("/base")
-        source = averages.get(path) or (name if name in saved else plain)
-        used |= {name, plain}
+    for name, text in texts.items():
+        if name in fresh:
+            continue
+        average = averages.get(name.removeprefix("params/"))
+        source = average or (name if name in saved else unwrapped[name])
+        used |= {name, unwrapped[name]}
         if fits(saved.get(source), text):
             takes[name] = source
         else:
@@ -199,6 +200,13 @@ def match_parameters(
         "Name what is to be drawn anew, or left out, in init_from.fresh",
     )
     return takes
+
+
+def without_base(tree: Any) -> dict[str, str]:
+    """The name that each array would have if no `Weight` wrapped it, by its name."""
+    base = jax.tree_util.GetAttrKey("base")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return {name_of(path): name_of(tuple(e for e in path if e != base)) for path in paths}
 
 
 def match_moments(

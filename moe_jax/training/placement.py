@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from moe_jax.config import ExperimentConfig
+from moe_jax.config import ExperimentConfig, InitFrom
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.part import RunShape
 from moe_jax.training.state import TrainState, abstract_state, init_state
@@ -134,11 +134,12 @@ def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
 
     Its arguments are the state, the batch, and what `training.loss` reads.
 
-    To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names
-    and seeds alone, one after another, get the same function, which is compiled once.
+    To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names,
+    seeds and sources alone, one after another, get the same function, which is compiled once.
     """
+    any_run = {"name": "", "seed": 0, "init_from": InitFrom()}
     any_seed = dataclasses.replace(config.data, seed=0)
-    return _compile_train_step(dataclasses.replace(config, name="", seed=0, data=any_seed), mesh)
+    return _compile_train_step(dataclasses.replace(config, **any_run, data=any_seed), mesh)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,97 @@
+"""What regularises the fine-tuning of an MoE: dropout, experts that are dropped, capacity."""
+
+from typing import Any
+
+from experiments.finetuning_subsets.study import (
+    BASE,
+    PRETRAINED,
+    PRETRAINED_ARM,
+    SIZES,
+    on_target,
+    tuned,
+)
+from experiments.results import measured
+from experiments.study import Arm, Published, Study
+from experiments.verdict import Claim, every, not_above
+
+RATES = (0.1, 0.2, 0.3)
+EXPERT_DROPOUT = "model.parts.moe.expert_dropout_rate"
+PLAIN = ("all", *(f"dropout_{rate}" for rate in RATES))
+
+
+def capacity(factor: float, weight: float) -> Arm:
+    """A capacity, with the load-balance loss of pretraining or without."""
+    overrides: dict[str, Any] = {
+        "model.parts.moe.capacity.train_factor": factor,
+        "model.parts.moe.losses.load_balance.weight": weight,
+    }
+    name = f"capacity_{factor}" + ("" if weight else "_no_loss")
+    label = f"capacity factor {factor}, " + ("balance loss" if weight else "no balance loss")
+    return tuned(name, label, overrides, budget=f"capacity {factor}")
+
+
+STUDY = Study(
+    name="finetuning_regularisation",
+    question="What do dropout, expert dropout, dropped experts and capacity do in fine-tuning?",
+    published=(
+        Published(
+            "GLUE and SuperGLUE at dropout 0.1, 0.2, 0.3, and 0.1 with 0.4 on experts",
+            "84.7, 84.4, 83.9, 85.2 and 73.0, 73.2, 70.7, 73.0",
+            "Switch Transformers (arXiv:2101.03961), table 4",
+            measured("target", *PLAIN[1:], "expert_0.4"),
+        ),
+        Published(
+            "SuperGLUE at capacity factor 0.75 (a tenth of the tokens dropped) and 2.0",
+            "86.5, 85.8 with the balance loss; 85.7, 85.9 without",
+            "ST-MoE (arXiv:2202.08906), table 5",
+            measured("target", "capacity_0.75", "capacity_2.0", "capacity_0.75_no_loss"),
+        ),
+    ),
+    base=BASE,
+    sizes=SIZES,
+    arms=(
+        PRETRAINED_ARM,
+        tuned("all", "no dropout", {}),
+        *(
+            tuned(f"dropout_{rate}", f"dropout {rate}", {"model.dropout_rate": rate})
+            for rate in RATES
+        ),
+        tuned(
+            "expert_0.4",
+            "dropout 0.1, on experts 0.4",
+            {"model.dropout_rate": 0.1, EXPERT_DROPOUT: 0.4},
+        ),
+        tuned("dropped_0.1", "experts dropped at 0.1", {"model.parts.moe.router.drop_rate": 0.1}),
+        *(capacity(factor, weight) for factor in (0.75, 2.0) for weight in (0.01, 0.0)),
+    ),
+    baseline=PRETRAINED,
+    measures=("target", "others", "train", "dropped_fraction"),
+    measure=on_target,
+    seeds=(0, 1, 2, 3, 4),
+    expect=(
+        Claim(
+            "Dropout of 0.1 with 0.4 on experts ends above none of the plain dropouts, nor above "
+            "none at all, by a standard deviation of a seed or more.",
+            every(not_above("expert_0.4", plain, "target") for plain in PLAIN),
+            settles="Dropout on experts does no harm in fine-tuning.",
+        ),
+        Claim(
+            "With the balance loss a capacity factor of 0.75 ends above one of 2.0 by less than a "
+            "standard deviation of a seed.",
+            not_above("capacity_0.75", "capacity_2.0", "target"),
+            settles="Tokens that are dropped do no harm in fine-tuning.",
+        ),
+        Claim(
+            "At a capacity factor of 0.75 the balance loss ends above none by less than a standard "
+            "deviation of a seed.",
+            not_above("capacity_0.75", "capacity_0.75_no_loss", "target"),
+        ),
+    ),
+    notes="""\
+* The data, the model and the pretrained arm are those of
+  [finetuning_subsets](../finetuning_subsets/README.md).
+* The published margins are half a point of GLUE and less: no direction is asked for, only that the
+  recommended setting does no harm.
+* Held-out text is scored without a capacity, so that training alone differs between the arms.
+* The difference of held-out and training loss is not compared: dropout is on in training.""",
+)

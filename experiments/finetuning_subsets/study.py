@@ -1,0 +1,166 @@
+"""Which parameters to fine-tune: all, the MoE layers, the others, attention; routers or not."""
+
+import pathlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.results import LOSS, Results, measured
+from experiments.study import (
+    EMBEDDED_CORPUS,
+    MLP_LAYER,
+    MOE_LAYER,
+    RUN_OF,
+    Arm,
+    Published,
+    Study,
+)
+from experiments.switch_against_dense.study import STUDY as SWITCH
+from experiments.verdict import Claim, every, lower, not_above
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
+
+TARGET = "python"  # the domain that is fine-tuned on, and never pretrained on
+OTHERS = tuple((name, 1.0) for name in ("drama", "folio1623", "multilingual", "prose", "speech"))
+LATE = 0.9  # the training loss is the mean after this share of the steps
+PRETRAINED = "pretrained"
+
+
+def on_target(workdir: pathlib.Path) -> dict[str, float]:
+    """Held-out bits a byte of the target and of the other domains; training loss, nats a byte."""
+    domains = read_json(workdir / EVALUATION_FILE)["dropless"]["domains"]
+    rows = [row for row in read_metrics(workdir / METRICS_FILE) if "train/loss" in row]
+    late = [row["train/loss"] for row in rows if row["step"] > LATE * rows[-1]["step"]]
+    others = [said[LOSS] for name, said in domains.items() if name != TARGET]
+    return {
+        "target": domains[TARGET][LOSS],
+        "others": statistics.fmean(others),
+        "train": statistics.fmean(late),
+    }
+
+
+def steps(pretraining: int, tuning: int) -> Callable[[ConfigDict], int]:
+    """So many steps, by the domains of an arm."""
+    return lambda config: pretraining if config.data.domain_weights == OTHERS else tuning
+
+
+def tuned(name: str, label: str, overrides: dict[str, Any], budget: str = "equal") -> Arm:
+    """An arm that starts from the pretrained one and sees the target alone."""
+    tuning = {
+        "init_from.path": f"{RUN_OF}{PRETRAINED}",
+        "data.domain_weights": ((TARGET, 1.0),),
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 2,
+    }
+    return Arm(name, label, {**tuning, **overrides}, budget, against="all")
+
+
+def shown(results: Results) -> str:
+    """Held-out bits a byte of the target by subset."""
+    return measured("target", "all", "not_moe", "attention", "moe")(results)
+
+
+# One MoE layer in four, as in ST-MoE: with more of them the MoE layers alone may not be worst.
+MODEL = {"model.stack.unit": (MLP_LAYER, MLP_LAYER, MLP_LAYER, MOE_LAYER)}
+BASE = {
+    **SWITCH.base,
+    **EMBEDDED_CORPUS,
+    **MODEL,
+    "data.heldout_fraction": 0.03,
+    "data.domain_weights": OTHERS,
+    "model.parts.moe.num_experts": 8,
+    "training.keep_checkpoints": 1,
+}
+SMOKE = {**SWITCH.sizes["smoke"], **MODEL, "training.num_steps": steps(6, 4)}
+SMALL = {
+    **SWITCH.sizes["small"],
+    **EMBEDDED_CORPUS,
+    "model.stack.repeats": 1,
+    "training.num_steps": steps(1200, 400),
+}
+GPU = {
+    **SWITCH.sizes["gpu"],
+    **EMBEDDED_CORPUS,
+    "model.stack.repeats": 1,
+    "training.num_steps": steps(1200, 400),
+}
+LARGE = {
+    **SWITCH.sizes["base"],
+    **EMBEDDED_CORPUS,
+    "model.stack.repeats": 3,
+    "training.num_steps": steps(4000, 1000),
+}
+SIZES = {"smoke": SMOKE, "small": SMALL, "gpu": GPU, "base": LARGE}
+PRETRAINED_ARM = Arm(PRETRAINED, "before fine-tuning", {})
+NOT_MOE = {"optimizer.frozen": ("moe",)}
+
+STUDY = Study(
+    name="finetuning_subsets",
+    question="Which parameters of an MoE should be fine-tuned, and do routers have to be frozen?",
+    published=(
+        Published(
+            "SuperGLUE after fine-tuning all, all but the MoE layers, attention; the MoE layers",
+            "about the same; the MoE layers alone much worse",
+            "ST-MoE (arXiv:2202.08906), fig. 5",
+            shown,
+        ),
+        Published(
+            "fine-tuning with the optimizer's slots of pretraining, and with new ones",
+            "new ones worse in nearly all settings",
+            "ST-MoE (arXiv:2202.08906), table 20",
+            measured("target", "moments", "all"),
+        ),
+    ),
+    base=BASE,
+    sizes=SIZES,
+    arms=(
+        PRETRAINED_ARM,
+        tuned("all", "all parameters", {}),
+        tuned("not_moe", "all but the MoE layers", NOT_MOE),
+        tuned("moe", "MoE layers alone", {"optimizer.trainable": ("moe",)}),
+        tuned("attention", "attention alone", {"optimizer.trainable": ("attention",)}),
+        tuned("mlp", "dense feed-forward networks alone", {"optimizer.trainable": ("mlp",)}),
+        tuned("router_frozen", "all but routers", {"optimizer.frozen": ("router",)}),
+        tuned("moments", "all, moments taken", {"init_from.optimizer_state": True}),
+    ),
+    baseline=PRETRAINED,
+    measures=("target", "others", "train"),
+    measure=on_target,
+    seeds=(0, 1, 2, 3, 4),
+    expect=(
+        Claim(
+            "On the held-out text of the target all parameters, all but the MoE layers, attention "
+            "alone and dense networks alone end below the MoE layers alone.",
+            every(lower(arm, "moe", "target") for arm in ("all", "not_moe", "attention", "mlp")),
+            settles="Fine-tuning the MoE layers alone is worst.",
+        ),
+        Claim(
+            "The MoE layers alone end above all but the MoE layers in training too.",
+            lower("not_moe", "moe", "train"),
+        ),
+        Claim(
+            "All but the MoE layers end above all parameters by less than a standard deviation of "
+            "a seed.",
+            not_above("not_moe", "all", "target"),
+        ),
+        Claim(
+            "Frozen routers end below routers that train.",
+            lower("router_frozen", "all", "target"),
+            settles="Routers are better frozen in fine-tuning.",
+        ),
+        Claim(
+            "Moments of pretraining end below moments that begin anew.",
+            lower("moments", "all", "target"),
+        ),
+    ),
+    notes="""\
+* Pretraining is on five domains of the embedded corpus, fine-tuning on the sixth, `python`: 400
+  steps of 4,096 bytes at `small`, more than an epoch. "target" is that domain's held-out text,
+  "others" the mean of the five, which shows what was forgotten.
+* One learning rate for all arms, a quarter of that of pretraining; constant, so that no arm ends
+  early in its schedule.
+* One layer in four has experts. ST-MoE says of its own: 80 % of the parameters were in them.
+* The claim on routers is that of introductions to MoE; ST-MoE has no figure for it.""",
+)
