@@ -248,6 +248,16 @@ def test_settings_without_a_path_are_refused():
         InitFrom(path="gs://bucket/run")
 
 
+def test_a_float_may_have_another_dtype(tmp_path):
+    config, state = config_of(), tiny_state(config_of())
+    embedding = state.params["embedding"].astype(jnp.bfloat16)
+    args = (state.model_state, {"tokenizer": "bbbb"}, {"from": "a test"})
+    save_imported(tmp_path / "model", config, {**state.params, "embedding": embedding}, *args)
+    found = begin(started(tmp_path / "model"))["params/embedding"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, embedding.astype(jnp.float32))
+
+
 def test_an_imported_model_has_no_moments(tmp_path):
     config = config_of()
     state = tiny_state(config)

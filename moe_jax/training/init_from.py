@@ -214,23 +214,15 @@ def match_moments(
 ) -> dict[str, str]:
     """The optimizer's arrays, but for those of fresh parameters; see `match_parameters`."""
     state = abstract_state(config)
-    is_fresh = {
-        path: name in fresh
-        for (path, _), name in zip(
-            jax.tree_util.tree_leaves_with_path(state.params),
-            by_name({"params": state.params}),
-            strict=True,
-        )
-    }
-    wanted = {
-        name: text
-        for (path, _), (name, text) in zip(
-            jax.tree_util.tree_leaves_with_path(state.opt_state),
-            describe({"opt_state": state.opt_state}).items(),
-            strict=True,
-        )
-        if not parameter_of(path, is_fresh)
-    }
+    params, kept = map(jax.tree_util.tree_leaves_with_path, (state.params, state.opt_state))
+    is_fresh = {path: f"params/{name_of(path)}" in fresh for path, _ in params}
+    wanted = describe(
+        {
+            f"opt_state/{name_of(path)}": leaf
+            for path, leaf in kept
+            if not parameter_of(path, is_fresh)
+        }
+    )
     found = {name: saved[name] for name in wanted if name in saved}
     lines = differences(found, wanted)
     require(
