@@ -137,9 +137,9 @@ def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
     To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names,
     seeds and sources alone, one after another, get the same function, which is compiled once.
     """
-    any_run = {"name": "", "seed": 0, "init_from": InitFrom()}
     any_seed = dataclasses.replace(config.data, seed=0)
-    return _compile_train_step(dataclasses.replace(config, **any_run, data=any_seed), mesh)
+    any_run = dataclasses.replace(config, name="", seed=0, data=any_seed, init_from=InitFrom())
+    return _compile_train_step(any_run, mesh)
 
 
 @functools.lru_cache(maxsize=1)
