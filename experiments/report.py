@@ -28,6 +28,8 @@ from experiments.tables import (
     published_table,
     results_table,
 )
+from experiments.top_figure import NAME as FIGURE
+from experiments.top_figure import draw_all
 from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, Finding, Judged
 from moe_jax.command_line import Parser
@@ -213,6 +215,12 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.study:
             said = {study.name: judged_sizes(study) for study in studies}
             write_atomically(HERE / "README.md", top_page(studies, said))
+            found = {
+                study.name: {size: results_of(study, size) for size in said[study.name]}
+                for study in studies
+            }
+            figure = draw_all(studies, found)
+            figure.savefig(HERE / FIGURE, dpi=DPI, metadata={"Software": None})
     except USER_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1

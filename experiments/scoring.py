@@ -14,7 +14,7 @@ from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.evaluation import DomainSums, evaluate_batch
 from moe_jax.training.saved import load_run, open_run_data
-from moe_jax.training.state import TrainState, evaluation_params
+from moe_jax.training.state import TrainState
 
 SAMPLES = 4  # times training.evaluation_batches
 
@@ -53,7 +53,7 @@ def sample_loss(
         domain_B = batch.pop("domain")
         with jax.set_mesh(mesh):
             said = evaluate_batch(
-                evaluation_params(state) if params is None else params,
+                state.params if params is None else params,
                 state.model_state,
                 from_whole(batch, mesh, ("batch", None)),
                 data.tokenizer.token_bytes_V,

@@ -7,7 +7,8 @@ An override is a dotted path of a config and its value: a setting, or a whole pa
     {"model.parts.moe.num_experts": 8, "model.parts.moe.router": Hash(by="position")}
 
 They are applied in this order: the config file, the study's `base`, the size, the arm, the seed. A
-value may be a function of the config, for a setting that follows others: those are applied last.
+value may be a function of the config, for a setting that follows others, or its own value of
+before: those are applied last.
 Parts that no layer of an arm names are left out of its model.
 
 An arm may start from the run of another, or learn from it: `"init_from.path": RUN_OF + "teacher"`
@@ -15,6 +16,7 @@ is the workdir of the arm "teacher" with the same seed, which is run before.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -226,6 +228,10 @@ class Study:
         self, size: str, arm: str, seed: int, corpus: str = CORPUS, runs: str = RUNS
     ) -> ExperimentConfig:
         """The settings of one run; directories of the large corpus, and of the study's runs."""
+        return experiment_of(self, size, arm, seed, corpus, runs)
+
+    def built(self, size: str, arm: str, seed: int, corpus: str, runs: str) -> ExperimentConfig:
+        """`experiment`, made anew."""
         require(size in SIZES, f"a size is one of {list(SIZES)}", repr(size), "Correct --size")
         config = self.overridden(size, arm)
         for path in ("data.corpus", "data.tokenizer"):
@@ -243,12 +249,17 @@ class Study:
         """The config file with all overrides, and with the parts that no layer uses."""
         file, _, presets = self.config.partition(":")
         config = importlib.import_module(f"configs.{file}").get_config(presets)
-        overrides: dict[str, Any] = {}
+        values: dict[str, Any] = {}
+        functions: dict[str, Any] = {}
         for given in (self.base, self.sizes[size], self.arm(arm).overrides):
             for path, value in given.items():
-                overrides.pop(path, None)  # what comes later is also applied later
-                overrides[path] = value
-        for path, value in sorted(overrides.items(), key=lambda item: callable(item[1])):
+                functions.pop(path, None)  # what comes later is also applied later
+                if callable(value):
+                    functions[path] = value
+                else:
+                    values.pop(path, None)
+                    values[path] = value
+        for path, value in (*values.items(), *functions.items()):
             override(config, path, value)
         return config
 
@@ -294,6 +305,14 @@ class Study:
     def directory(self) -> pathlib.Path:
         """The folder of the study."""
         return HERE / self.name
+
+
+@functools.cache
+def experiment_of(
+    study: Study, size: str, arm: str, seed: int, corpus: str, runs: str
+) -> ExperimentConfig:
+    """The settings of one run, which are asked for often."""
+    return study.built(size, arm, seed, corpus, runs)
 
 
 def read_settings(config: Mapping[str, Any]) -> ExperimentConfig:

@@ -1,29 +1,74 @@
-"""The top page of the experiments: one line per study, one per common claim."""
+"""The top page of the experiments: what was found first, then the studies, then the log."""
 
 import json
 from collections.abc import Mapping
 
+from experiments.from_plans import exchange_text, memory_text, read_plans
 from experiments.moe_against_dense import run as moe_against_dense
-from experiments.study import Study
+from experiments.study import HERE, Study
+from experiments.tables import table
+from experiments.top_figure import NAME as FIGURE
 from experiments.verdict import NOT_RUN, Judged
 
-HEAD = """\
-# Experiments
+# What introductions to MoE claim, as claims of studies say it that settle them.
+CLAIMS = (
+    "A larger model is better at the same active cost.",
+    "At equal active parameters an MoE has the quality of a larger dense model.",
+    "Without balancing, routing collapses onto a few experts.",
+    "Load can be balanced without a loss of quality.",
+    "A bias balances the load more than a loss.",
+    "Finer experts are better at the same cost and parameters.",
+    "Shared experts carry general knowledge.",
+    "Experts specialise by domain or token.",
+    "Two experts a token are no worse than one, at the same cost.",
+    "Learned routing is worth more than experts by position or at random.",
+    "Router jitter makes little difference to the loss.",
+    "A router z-loss keeps logits small at no cost.",
+    "After training with little capacity, evaluating with more is better.",
+    "Expert choice, Soft MoE and batch-prioritised queues look ahead in a decoder; top-K with "
+    "token-major queues does not.",
+    "Predicting more tokens ahead is worth its cost.",
+)
+MEMORY, EXCHANGE = (
+    "An MoE pays memory for compute.",
+    "At scale the exchange of tokens, all-to-all, takes most of the time.",
+)
+HEAD = f"""\
+# What was found about mixtures of experts
 
-A study is a folder with one file, `study.py`. It holds the question, the published figures, the
-arms and the criterion, all written before it is run. `python -m experiments.run STUDY` runs it and
-appends to `results.jsonl`. `python -m experiments.report` writes its page and this one from the
-results, and computes the verdicts. Studies compose the library. None adds a setting to it.
+Each study asks one question, and its criterion was written before it was run. A failed one stays on
+this page. The size is in brackets: `small` is of two CPU cores and two hours, 0.2 M active
+parameters; `gpu` of one card, 14 M; `base` of several.
+
+![Held-out loss against active FLOPs per token]({FIGURE})
+
+A point is an arm, its mean over the seeds that all arms of its study share. Points compare within
+one colour: studies differ in tokens and in text.
+
+## Claims
+"""
+FOOT = """\
+## How a verdict is reached
+
+A direction is decided by the differences of runs that share a seed, by Student's t at 5 %,
+corrected for the number of arms. Nothing is concluded before every arm has all of its seeds. Runs
+made under an earlier rule keep its verdict beside the new one.
+[docs/studies.md](../docs/studies.md) says more, and how to write a study.
+
+## Run
 
     python -m moe_jax.data.build --out=runs/corpus
     python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \\
         --out=runs/corpus/bpe8192.model
     python -m experiments.run switch_against_dense --jobs=2
-    python -m experiments.report switch_against_dense
+    python -m experiments.report
 
-After a stop, the same command resumes. `--smoke` runs every arm for some steps. `small` is the size
-for a CPU. A direction is decided by the differences of paired seeds, by Student's t at 5 %,
-corrected for the number of arms. Nothing is concluded before every arm has all of its seeds.
+After a stop, the same command resumes. `--smoke` runs every arm for some steps. The last command
+writes all pages from results alone.
+
+## Log
+
+What was tried, and what failed.
 """
 
 
@@ -34,30 +79,49 @@ def top_page(studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]) -
       studies: in the order of the table.
       judged: the claims of each, by its name and size; no size of one without results.
     """
-    lines = [HEAD, "| study | question | verdict |", "| --- | --- | --- |"]
-    lines += [
-        f"| [{study.name}]({study.name}/README.md) | {study.question} | "
-        f"{verdicts(study, judged[study.name])} |"
+    questions = [
+        (f"[{study.name}]({study.name}/README.md)", study.question,
+         verdicts(study, judged[study.name]) or NOT_RUN)
         for study in studies
+    ]  # fmt: skip
+    parts = [
+        HEAD,
+        table(("claim", "verdict", "study"), claim_lines(studies, judged)),
+        "\n## Studies\n",
+        table(("study", "question", "verdict"), [*questions, earlier_study()]),
+        f"\n{FOOT}",
+        (HERE / "log.md").read_text(encoding="utf-8").rstrip(),
     ]
-    lines += [earlier_study(), "", "| claim | verdict | study |", "| --- | --- | --- |"]
-    for study in studies:
-        for common in dict.fromkeys(claim.settles for claim in study.expect if claim.settles):
+    return "\n".join(parts) + "\n"
+
+
+def claim_lines(
+    studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]
+) -> list[tuple[str, str, str]]:
+    """A line for each common claim: what is said of it, and by which studies."""
+    lines = []
+    for common in CLAIMS:
+        said, links = [], []
+        for study in studies:
             places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
-            said = verdicts(study, {size: j.of(places) for size, j in judged[study.name].items()})
-            lines.append(f"| {common} | {said} | [{study.name}]({study.name}/README.md) |")
-    return "\n".join(lines) + "\n"
+            if places:
+                of_claim = {size: j.of(places) for size, j in judged[study.name].items()}
+                said += [verdicts(study, of_claim)] * bool(of_claim)
+                links.append(f"[{study.name}]({study.name}/README.md)")
+        lines.append((common, "; ".join(said) or NOT_RUN, ", ".join(links)))
+    plans = read_plans()
+    plan = "[plan](from_plans.py)"
+    return [*lines, (MEMORY, memory_text(plans), plan), (EXCHANGE, exchange_text(plans), plan)]
 
 
 def verdicts(study: Study, judged: Mapping[str, Judged]) -> str:
     """Of some claims of a study together, at each size, and of the rule of the time."""
-    said = [
+    return ", ".join(
         f"[{found.verdict}]({study.name}/{page_name(size)}) ({size}"
         + f"; {found.older_verdict} by the rule of the time" * bool(found.older_verdict)
         + ")"
         for size, found in judged.items()
-    ]
-    return ", ".join(said) or NOT_RUN
+    )
 
 
 def page_name(size: str) -> str:
@@ -65,13 +129,14 @@ def page_name(size: str) -> str:
     return "README.md" if size == "small" else f"{size}.md"
 
 
-def earlier_study() -> str:
+def earlier_study() -> tuple[str, str, str]:
     """The line of the study of the quickstart, which has a script and a criterion of its own."""
     path = moe_against_dense.HERE / "results.json"
     said = moe_against_dense.judge(json.loads(path.read_text(encoding="utf-8")))
     passed = "passed" if said["passed"] else "failed"
     return (
-        "| [moe_against_dense](moe_against_dense/README.md) | Does the quickstart MoE end below "
-        f"its dense twin? | [{passed}: {said['mean_moe']:.3f} against {said['mean_dense']:.3f} "
-        "bits/byte](moe_against_dense/report.md) |"
+        "[moe_against_dense](moe_against_dense/README.md)",
+        "Does the quickstart MoE end below its dense twin?",
+        f"[{passed}: {said['mean_moe']:.3f} against {said['mean_dense']:.3f} "
+        "bits/byte](moe_against_dense/report.md)",
     )

@@ -139,6 +139,18 @@ def test_settings_of_an_arm():
     assert large.tokenizer == "sentencepiece:/some/where/bpe8192.model"
 
 
+def test_a_function_of_an_arm_sees_the_value_of_the_size():
+    twice = Arm("twice", "", {"model.parts.mlp.dim": lambda c: 2 * c.model.parts.mlp.dim})
+    whole = Arm("whole", "", {"model.parts.mlp.dim": 48})
+    study = make_study(arms=(*STUDY.arms, twice, whole), tolerance=9.0)
+    dims = [study.experiment(size, "twice", 0).model.part["moe"].expert_dim
+            for size in ("small", "base")]  # fmt: skip
+    # The width of an expert follows it, and was set before.
+    assert dims == [32, 64]
+    assert study.overrides("base", "twice") == {"model.parts.mlp.dim": 128}
+    assert study.overrides("base", "whole") == {"model.parts.mlp.dim": 48}
+
+
 def test_an_arm_without_experts_has_an_mlp_in_every_layer():
     model = STUDY.experiment("base", "dense", 0).model
     assert model.stack.layers == (("attention", "mlp"),) * 2

@@ -434,6 +434,74 @@ def test_fine_tuned_arms_start_from_the_pretrained_one_of_their_seed():
     assert pretrained.training.num_steps > config.training.num_steps
 
 
+SQUARED = {"0": 9.0, "1e-4": 6.0, "1e-3": 2.0, "1e-2": 0.5}
+Z_LOSS = {
+    **{f"z_{w}": {"squared_logsumexp": v, "router_flips": 0.01} for w, v in SQUARED.items()},
+    "z_0_fast": {"squared_logsumexp": 30.0},
+    "z_1e-3_fast": {"squared_logsumexp": 10.0},
+    "selective": {},
+}
+BITS = {"domain_bits": 0.4, "domain_shuffled": 0.1, "token_bits": 0.9, "token_shuffled": 0.2}
+SPECIALISATION = {
+    **dict.fromkeys(("switch_global_0.1", "loss_free_1e-3"), BITS),
+    "switch_micro_0.1": BITS | {"domain_bits": 0.15},
+}
+STEADY = {"noise_flips": 0.01, "checkpoint_flips": 0.2}
+INSTABILITY = {
+    **{f"top{k}": {**STEADY, "noise_flips_set": 0.01 * k} for k in (1, 2, 4)},
+    **{f"top{k}_jitter": {} for k in (1, 2)},
+}
+MULTI_TOKEN = {"plain": {}, "module": {}, "longer": {"loss": 0.898}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arms", "changes", "failed"),
+    [
+        ("router_z_loss", Z_LOSS, {}, {}),
+        ("router_z_loss", Z_LOSS, {"z_1e-4": {"squared_logsumexp": 9.5}}, {0: NOT_REPRODUCED}),
+        ("router_z_loss", Z_LOSS, {"z_0_fast": {"squared_logsumexp": 29.0}}, {0: NOT_REPRODUCED}),
+        ("router_z_loss", Z_LOSS, {"z_1e-3_fast": {"loss": 0.95}}, {1: NOT_REPRODUCED}),
+        ("router_z_loss", Z_LOSS, {"selective": {"loss": 0.95}}, {2: NOT_REPRODUCED}),
+        ("router_z_loss", Z_LOSS, {"z_0": {"router_flips": 9e-4}}, {3: NOT_REPRODUCED}),
+        ("specialisation", SPECIALISATION, {}, {}),
+        ("specialisation", SPECIALISATION, {"loss_free_1e-3": {"domain_bits": 0.29}},
+         {0: NOT_REPRODUCED}),
+        ("specialisation", SPECIALISATION, {"loss_free_1e-3": {"token_bits": 0.59}},
+         {1: NOT_REPRODUCED}),
+        ("specialisation", SPECIALISATION, {"switch_micro_0_1": {"domain_bits": 0.21}},
+         {2: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {}, {}),
+        ("router_instability", INSTABILITY, {"top4": {"noise_flips": 0.06}}, {0: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top1": {"checkpoint_flips": 0.0}},
+         {1: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top4": {"noise_flips_set": 0.015}},
+         {2: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top1_jitter": {"loss": 0.85}}, {3: NOT_REPRODUCED}),
+        ("multi_token", MULTI_TOKEN, {}, {}),
+        ("multi_token", MULTI_TOKEN, {"module": {"loss": 0.95}},
+         {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
+        ("multi_token", MULTI_TOKEN, {"longer": {"loss": 0.85}}, {1: NOT_REPRODUCED}),
+    ],
+)  # fmt: skip
+def test_the_criteria_of_the_smaller_studies(name, arms, changes, failed):
+    named = {arm.replace(".", "_"): change for arm, change in changes.items()}
+    study = load_study(name)
+    findings = judged(study, made_up(arms, **named))
+    expected = [failed.get(place, REPRODUCED) for place in range(len(study.expect))]
+    assert [finding.verdict for finding in findings] == expected, findings
+
+
+@pytest.mark.parametrize("size", ["small", "gpu", "base"])
+def test_the_cost_of_predicting_two_tokens_is_counted(size):
+    """As many training FLOPs as the arm without the module, which takes more steps."""
+    study = load_study("multi_token")
+    module, longer = (
+        cost_of(study, size, arm).active * study.experiment(size, arm, 0).training.num_steps
+        for arm in ("module", "longer")
+    )
+    assert module / longer == pytest.approx(1, abs=0.05)
+
+
 def test_finer_experts_have_the_parameters_and_the_cost_of_coarser_ones():
     """But for the router, which grows by its outputs alone: 64 inputs for each, in two layers."""
     study = load_study("granularity")

@@ -217,6 +217,7 @@ STUDY = Study(
                     times("heldout_violation", "switch_global_0.01", "loss_free_1e-3", least=3.0),
                 ]
             ),
+            settles="A bias balances the load more than a loss.",
         ),
         Claim(
             "Balancing costs no quality: none of the three ends above the same without balancing "

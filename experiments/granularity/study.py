@@ -18,7 +18,6 @@ from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, in_every_seed, lower, not_above, slope_above
 from moe_jax.analysis.paired import shared_seeds
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.training.state import evaluation_params
 
 GRANULARITIES = (1, 2, 4, 8)  # how many experts make a whole one; as many a token takes
 GAMMA = 0.58  # of Krajewski et al.: the loss falls with granularity as G^-0.58
@@ -32,7 +31,7 @@ def removals(workdir: pathlib.Path) -> dict[str, float]:
     moe = config.model.part.get("moe")
     if moe is None or not moe.shared_expert_dim:
         return {}
-    params = evaluation_params(state)
+    params = state.params
     whole = sample_loss(config, data, state)
     shared = sample_loss(config, data, state, params=without_shared_expert(config, params))
     routed = [

@@ -1,0 +1,101 @@
+"""What follows from arithmetic alone: `python -m experiments.from_plans` writes `plans.json`.
+
+Two claims about MoE are of machines that are not here: that it pays memory for compute, and that
+the exchange of tokens between devices takes most of a step at scale. `moe_jax.planning` computes
+both from a config, a mesh and the rates of a named pod.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+from typing import Any
+
+from experiments.study import HERE
+from moe_jax.config import MeshConfig, from_config_dict
+from moe_jax.config.json_text import json_text
+from moe_jax.planning.arithmetic import count_parameters
+from moe_jax.planning.communication import collectives
+from moe_jax.planning.roofline import estimate, roofline
+from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.workload import resolve
+from moe_jax.training.files import read_json, write_atomically
+
+PLANS = HERE / "plans.json"
+MEMORY = ("mixtral", "deepseek_v3", "olmoe")
+# A config on a pod, in the bfloat16 that pods are rated in: name, platform, devices, mesh.
+PODS: tuple[tuple[str, str, str, int, dict[str, int]], ...] = (
+    ("deepseek_v3", "v5p:8x16x16", "tpu", 2048, {"fsdp": 64, "expert": 32}),
+    ("deepseek_v3", "h100:256x8", "gpu", 2048, {"fsdp": 64, "expert": 32}),
+    ("deepseek_v3", "h100:256x8", "gpu", 2048, {"fsdp": 256, "expert": 8}),
+    ("mixtral", "v5p:4x4x4", "tpu", 64, {"fsdp": 8, "expert": 8}),
+    ("mixtral", "h100:8x8", "gpu", 64, {"fsdp": 8, "expert": 8}),
+)
+
+
+def config_of(name: str):
+    """An experiment of `configs/`."""
+    return from_config_dict(importlib.import_module(f"configs.{name}").get_config(""))
+
+
+def memory_of(name: str) -> dict[str, Any]:
+    """Parameters of a model, and those that a token uses."""
+    config = config_of(name)
+    counts = count_parameters(config.model, config.data.sequence_length)
+    return {"config": name, "total": counts.total, "active": counts.active}
+
+
+def exchange_of(
+    name: str, pod: str, platform: str, num_devices: int, mesh: dict[str, int]
+) -> dict[str, Any]:
+    """Seconds of a training step on a pod: all computing, and all-to-all by itself."""
+    config = dataclasses.replace(config_of(name), mesh=MeshConfig(**mesh))
+    work, topology = resolve(config, num_devices, platform), parse_topology(pod)
+    messages = [message for message in collectives(work) if message.kind == "all-to-all"]
+    crossing = sum(m.crossing_bytes(work.mesh, topology.devices_per_island) for m in messages)
+    exchange = roofline(topology, 0.0, 0.0, sum(m.wire_bytes for m in messages), crossing)
+    return {
+        "config": name,
+        "pod": pod,
+        "mesh": mesh,
+        "compute_seconds": estimate(work, topology).compute,
+        "exchange_seconds": exchange.seconds,
+    }
+
+
+def memory_text(plans: dict[str, Any]) -> str:
+    """The line of memory against compute."""
+    said = [
+        f"{one['config']} {one['total'] / 1e9:.1f} B parameters for {one['active'] / 1e9:.1f} B of "
+        "a token"
+        for one in plans["memory"]
+    ]
+    return "**by arithmetic, yes**: " + ", ".join(said)
+
+
+def exchange_text(plans: dict[str, Any]) -> str:
+    """The line of all-to-all at scale."""
+    said = [
+        f"{one['config']} on {one['pod']}, experts over {one['mesh']['expert']}: "
+        f"{one['exchange_seconds'] / one['compute_seconds']:.2f} of the time of computing"
+        for one in plans["exchange"]
+    ]
+    return "**by arithmetic, where experts span nodes of GPUs**: " + "; ".join(said)
+
+
+def read_plans() -> dict[str, Any]:
+    """What `plans.json` has."""
+    return dict(read_json(pathlib.Path(PLANS)))
+
+
+def main() -> None:
+    """Computes all of it."""
+    plans = {
+        "memory": [memory_of(name) for name in MEMORY],
+        "exchange": [exchange_of(*pod) for pod in PODS],
+    }
+    write_atomically(PLANS, json_text(plans, indent=1) + "\n")
+    print(memory_text(plans), exchange_text(plans), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

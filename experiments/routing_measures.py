@@ -1,0 +1,77 @@
+"""Measures of the routing of a finished run: what an analysis finds, averaged over layers."""
+
+import pathlib
+import statistics
+from typing import Any
+
+from moe_jax.analysis.checkpoint import analyze_run
+from moe_jax.analysis.options import Options
+from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.saved import load_run
+
+TOKENS = 16_384  # held-out
+LATE = 0.5  # metrics are averaged over the logged steps after this share of the run
+
+
+def late_metric(workdir: pathlib.Path, name: str) -> float:
+    """A metric of MoE layers, averaged over layers and the later half of the steps.
+
+    Raises:
+      ValueError: the run has no such metric.
+    """
+    rows = read_metrics(workdir / METRICS_FILE)
+    last = max(row["step"] for row in rows)
+    late = [row for row in rows if row["step"] > LATE * last]
+    values = [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
+    if not values:
+        raise ValueError(f"a run of MoE layers has the metric {name}: {workdir} has none.")
+    return statistics.fmean(values)
+
+
+def routes(workdir: pathlib.Path) -> bool:
+    """Whether a run has MoE layers."""
+    return bool(load_run(workdir)[0].model.moe_parts)
+
+
+def routing_of(workdir: pathlib.Path) -> dict[str, float]:
+    """Specialisation and instability of the routers of a run; {} of a dense one.
+
+    Returns:
+      "domain_bits" and "token_bits", the bits that the domain of a token and its id say of its
+      expert, with those of the same routing shuffled over the tokens under "..._shuffled", and the
+      difference of both in the first and the last MoE layer under "..._first" and "..._last".
+      "noise_flips", "router_flips", "compute_flips" and "checkpoint_flips": shares of tokens whose
+      first choice is another under an input noise of 0.01, with the router or all else in another
+      precision, and at the checkpoint before; "..._set" of those with any other choice. Where no
+      layer is named, it is the mean over layers.
+    """
+    if not routes(workdir):
+        return {}
+    layers = list(analyze_run(workdir, Options(tokens=TOKENS, checkpoints=1)).layers.values())
+    found: dict[str, float] = {}
+    for name, key in (("domain", "domains"), ("token", "tokens")):
+        bits = [information(layer[key]) for layer in layers]
+        found[f"{name}_bits"] = statistics.fmean(own for own, _ in bits)
+        found[f"{name}_shuffled"] = statistics.fmean(shuffled for _, shuffled in bits)
+        for place, where in ((0, "first"), (-1, "last")):
+            own, shuffled = bits[place]
+            found[f"{name}_{where}"] = own - shuffled
+    for name, start in (
+        ("noise", "input noise"), ("router", "router in"), ("compute", "compute in"),
+        ("checkpoint", "step "),
+    ):  # fmt: skip
+        flips = [
+            said
+            for layer in layers
+            for varied, said in layer["flips"].items()
+            if varied.startswith(start)
+        ]
+        if flips:
+            found[f"{name}_flips"] = statistics.fmean(said["first"] for said in flips)
+            found[f"{name}_flips_set"] = statistics.fmean(said["set"] for said in flips)
+    return found
+
+
+def information(said: dict[str, Any]) -> tuple[float, float]:
+    """The bits of a category, and those of the same routing shuffled over the tokens."""
+    return said["information"]["bits"], said["information"]["shuffled"]

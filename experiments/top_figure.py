@@ -1,0 +1,52 @@
+"""The figure of the top page: held-out loss against active FLOPs, of every study that was run."""
+
+import statistics
+from collections.abc import Mapping
+
+from matplotlib.lines import Line2D
+
+from experiments.budget import cost_of
+from experiments.figure import WIDTH
+from experiments.results import Results, finite
+from experiments.study import Study
+from moe_jax.analysis.drawing import COLORS, GREY, Figure
+
+NAME = "loss_and_flops.png"
+
+
+def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]]) -> Figure:
+    """A point an arm: dense models are circles, MoE triangles, hollow where later tokens were seen.
+
+    Args:
+      studies: in the order of the colours.
+      results: by study and size, of those that were run.
+    """
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axis, handles = figure.subplots(), []
+    run = [(study, size, found) for study in studies for size, found in results[study.name].items()]
+    for place, (study, size, found) in enumerate(run):
+        color = COLORS[place % len(COLORS)]
+        for arm in study.arms_at(size):
+            values = finite(found.values(arm.name))
+            losses = [values[seed] for seed in found.shared_seeds if seed in values]
+            if not losses:
+                continue
+            has_experts = bool(study.experiment(size, arm.name, 0).model.moe_parts)
+            marker = dict(marker="^" if has_experts else "o", color=color, ms=7, ls="none")
+            if found.mark(arm.name):
+                marker |= {"mfc": "none"}
+            axis.plot(cost_of(study, size, arm.name).active, statistics.fmean(losses), **marker)
+        tokens = max(row["tokens"] for row in found.rows)
+        label = f"{study.name}, {size}, {tokens / 1e6:.0f} M tokens"
+        handles.append(Line2D([], [], color=color, lw=3, label=label))
+    for name, marker in (
+        ("dense", {"marker": "o"}), ("MoE", {"marker": "^"}),
+        ("saw or sees later tokens", {"marker": "^", "mfc": "none"}),
+    ):  # fmt: skip
+        handles.append(Line2D([], [], color=GREY, ls="none", ms=7, label=name, **marker))
+    axis.set(xscale="log", xlabel="active FLOPs per token, forward")
+    axis.set_ylabel("held-out bits/byte")
+    axis.grid(color="#DDDDDD", lw=0.6, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(handles=handles, loc="outside lower left", fontsize=8, frameon=False)
+    return figure

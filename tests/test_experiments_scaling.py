@@ -1,0 +1,71 @@
+"""The fits of the scaling study: planted exponents come back, with their intervals."""
+
+import numpy as np
+import pytest
+
+from experiments.results import LOSS, Results
+from experiments.scaling import study as scaling
+from experiments.scaling.fits import fit_clark, fit_krajewski
+from experiments.study import load_study
+from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+
+
+def test_clark_finds_planted_exponents():
+    points = [(n, e) for n in (1e5, 2e5, 1e6) for e in (1, 4, 16)]
+    size, experts = (np.array(v, float) for v in zip(*points, strict=True))
+    n, e = np.log10(size), np.log10(experts)
+    found = fit_clark(size, experts, 10 ** (-0.08 * n - 0.1 * e + 0.01 * n * e + 1.1))
+    assert found == pytest.approx((-0.08, -0.1, 0.01, 1.1, 1.0))
+    assert found.slope_of_experts(1e5) == pytest.approx(-0.05)
+
+
+def test_krajewski_finds_planted_exponents():
+    """They lie between two of those that are tried: found to the distance of these."""
+    points = [(n, d) for n in (1e5, 3e5, 1e6, 5e6) for d in (1e6, 3e6, 1e7, 1e8)]
+    size, tokens = (np.array(v) for v in zip(*points, strict=True))
+    found = fit_krajewski(size, tokens, 0.5 + 20 / size**0.3 + 30 / tokens**0.5)
+    assert found.alpha == pytest.approx(0.3, rel=0.08)
+    assert found.beta == pytest.approx(0.5, rel=0.08)
+    assert found.c == pytest.approx(0.5, abs=0.1) and found.r_squared > 0.9999
+
+
+def grid(slope, spread=0.002, noise=0.0):
+    """Losses of the grid with a slope of experts, of three seeds."""
+    study, rng, rows = load_study("scaling"), np.random.default_rng(0), []
+    for width, factor in scaling.WIDTHS.items():
+        for experts in scaling.EXPERTS:
+            for seed in range(3):
+                size = 2e5 * factor**2
+                loss = 10 ** (1 - 0.1 * np.log10(size) + (slope + spread * (seed - 1))
+                              * np.log10(experts) + noise * rng.normal())  # fmt: skip
+                rows.append({
+                    "arm": scaling.arm_name(width, experts), "seed": seed,
+                    "measures": {LOSS: float(loss)}, "parameters": {"active": size},
+                    "curve": {"step": [100, 200, 300, 400],
+                              LOSS: [float(loss) + 30 / s for s in (100, 200, 300, 400)]},
+                })  # fmt: skip
+    return study, Results(tuple(rows), study.baseline)
+
+
+@pytest.mark.parametrize(
+    ("planted", "expected"),
+    [
+        ({"slope": -0.05}, [REPRODUCED, REPRODUCED, None, REPRODUCED]),
+        ({"slope": 0.05}, [NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
+        ({"slope": -0.001}, [INCONCLUSIVE, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
+        # 0.08 log10(16) is more than 0.1 log10(1.5^2).
+        ({"slope": -0.08}, [REPRODUCED] * 4),
+        ({"slope": -0.05, "noise": 0.05}, [None, None, None, NOT_REPRODUCED]),
+    ],
+)
+def test_the_criterion_of_scaling(planted, expected):
+    study, results = grid(**planted)
+    found = [claim.judge(results).verdict for claim in study.expect]
+    assert all(want in (None, got) for want, got in zip(expected, found, strict=True)), found
+
+
+def test_exponents_are_given_with_their_intervals():
+    study, results = grid(-0.05)
+    said = [entry.here(results) for entry in study.published]
+    assert "b -0.0500 over 3 seeds, 95 % interval -0.0550 to -0.0450" in said[0]
+    assert said[1].count("alpha") == said[1].count("beta") == 3
