@@ -27,11 +27,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import before_parts
+from experiments.overrides import layout_of, override, read, strings
 from experiments.results import Results, Row
 from experiments.verdict import MIN_SEEDS, Claim
 from moe_jax.config import (
     ExperimentConfig,
-    build,
     difference,
     from_config_dict,
     read_config,
@@ -39,7 +39,6 @@ from moe_jax.config import (
     write_config,
 )
 from moe_jax.config.check import require
-from moe_jax.config.settings import Settings
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.ways import Way, ways_of
 
@@ -320,50 +319,6 @@ def read_settings(config: Mapping[str, Any]) -> ExperimentConfig:
     if "format" in config:
         return read_config(config, ExperimentConfig, trust=True)
     return before_parts.experiment_of(config)
-
-
-def layout_of(config: ConfigDict) -> StackLayout:
-    """The layers of a model."""
-    return build(StackLayout, config.model.stack.to_dict(), "config.model.stack")
-
-
-def read(config: ConfigDict, path: str) -> Any:
-    """The value of a setting by its dotted path."""
-    for name in path.split("."):
-        config = config[name]
-    return config
-
-
-def override(config: ConfigDict, path: str, value: Any) -> None:
-    """Sets a setting by its dotted path; a function is called with the config first.
-
-    A part takes the place of what is there, or is added under a new name.
-    """
-    if callable(value):
-        value = value(config)
-    *sections, name = path.split(".")
-    section = config
-    for part in sections:
-        section = section[part] if isinstance(section, ConfigDict) and part in section else None
-    is_part = isinstance(value, Settings)
-    require(
-        isinstance(section, ConfigDict) and (is_part or name in section),
-        "an override names a setting",
-        path,
-        "Correct its path",
-    )
-    if is_part:
-        with section.unlocked(), section.ignore_type():
-            section[name] = to_dict(value)
-    else:
-        section[name] = value
-
-
-def strings(value: Any) -> set[str]:
-    """The settings that are text."""
-    if isinstance(value, ConfigDict):
-        return set().union(*(strings(value[name]) for name in value))
-    return {value} if isinstance(value, str) else set()
 
 
 def place_runs(config: ConfigDict, runs: str, seed: int) -> None:
