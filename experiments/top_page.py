@@ -10,7 +10,7 @@ from experiments.tables import table
 from experiments.top_figure import NAME as FIGURE
 from experiments.verdict import NOT_RUN, Judged
 
-# What introductions to MoE claim, as claims of studies say it that settle them.
+# What introductions to MoE claim, as claims of studies say it that settle them; more follow.
 CLAIMS = (
     "A larger model is better at the same active cost.",
     "At equal active parameters an MoE has the quality of a larger dense model.",
@@ -100,7 +100,8 @@ def claim_lines(
 ) -> list[tuple[str, str, str]]:
     """A line for each common claim: what is said of it, and by which studies."""
     lines = []
-    for common in CLAIMS:
+    settled = [claim.settles for study in studies for claim in study.expect if claim.settles]
+    for common in dict.fromkeys((*CLAIMS, *settled)):
         said, links = [], []
         for study in studies:
             places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
