@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -100,6 +101,16 @@ def test_reading_a_study_computes_its_verdict(tmp_path):
     said, _ = run("reading_a_study", tmp_path, **where)
     assert "6 of 17 runs, size small" in said and "noise floor: 0.1581" in said
     assert "Switch, E = 8: {0: 0.0}" in said and "verdict: inconclusive" in said
+
+
+@pytest.mark.slow
+def test_what_a_model_says_imports_a_model_and_shows_the_experts_of_its_text(tmp_path):
+    said, _ = run("what_a_model_says", tmp_path, RUNS=tmp_path / "runs")
+    assert "olmoe of " in said and "The old king said to his|" in said
+    share = float(re.search(r"([\d.]+)% of the choices are the same", said)[1])
+    assert share > 99
+    page = (tmp_path / "runs" / "page" / "analysis.html").read_text(encoding="utf-8")
+    assert "texts that the model wrote" in page and "The old king said to his" in page
 
 
 def test_every_notebook_is_run_above_and_committed_without_outputs():
