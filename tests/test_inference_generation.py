@@ -15,7 +15,10 @@ STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]
 
 @pytest.fixture(scope="module")
 def config():
-    moe = {"bias": {"kind": "sign", "rate": 0.1}}
+    # Trained in groups of four sequences, with a capacity so tight that routing with it would show.
+    moe = {
+        "bias": {"kind": "sign", "rate": 0.1}, "capacity": {"train_factor": 0.25}, "group_size": 64
+    }  # fmt: skip
     return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
 
 
