@@ -20,6 +20,7 @@ COMMANDS = {
     "analyze": ("moe_jax.analyze:command", "look into the routers of a trained model"),
     "sweep": ("moe_jax.sweep:command", "train a grid of settings and seeds, and compare them"),
     "compare": ("moe_jax.compare:command", "a table and a page of runs side by side"),
+    "merge_adapters": ("moe_jax.merge_adapters:command", "add low-rank adapters to their weights"),
     "quantise": ("moe_jax.quantise:command", "store weights in 8 or 4 bits"),
     "convert": ("moe_jax.convert:command", "move weights in and out: Hugging Face, GGUF"),
     "upcycle": ("moe_jax.upcycle:command", "make a dense model sparse"),

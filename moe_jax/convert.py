@@ -215,15 +215,17 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
-    """A model without quantised weights; says so if it had any."""
-    from moe_jax.models.wrapping import dense_params
+    """A model of float32 arrays alone; says what was quantised or adapted."""
+    from moe_jax.models.wrapping import dense_params, plain_model
 
-    how = config.model.quantisation
-    if how is None:
+    how, adapters = config.model.quantisation, config.model.adapters
+    if how is not None:
+        print(f"weights of {how.bits} bits ({', '.join(how.names)}) are written as floats")
+    if adapters is not None:
+        print(f"adapters ({', '.join(adapters.names)}) are merged into their matrices")
+    if how is None and adapters is None:
         return config, params
-    print(f"weights of {how.bits} bits ({', '.join(how.names)}) are written as the floats they are")
-    model = dataclasses.replace(config.model, quantisation=None)
-    return dataclasses.replace(config, model=model), dense_params(params)
+    return dataclasses.replace(config, model=plain_model(config.model)), dense_params(params)
 
 
 def define_flags() -> None:

@@ -12,7 +12,7 @@ A weight passes a door: `linear(x, w)` for one matrix, `grouped(x, w, layout)` f
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -36,6 +36,7 @@ class ParameterSpec:
       num_stacked: number of leading dims that stack separate parameters, such as layers of a scan
         or experts. An optimizer that looks at a whole parameter treats each by itself.
       dtype: of the array.
+      trains: whether it may be trained: not what is quantised, nor what an adapter wraps.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class ParameterSpec:
     decays: bool = True
     num_stacked: int = 0
     dtype: Any = jnp.float32
+    trains: bool = True
 
     def stack(self, count: int) -> "ParameterSpec":
         """The spec of `count` such arrays stacked along a leading dim; each is drawn by itself."""
@@ -212,6 +214,15 @@ class Weight:
         """The axes of each of its arrays, in a tree like this one, from those of the weight."""
         raise NotImplementedError
 
+    def of_experts(self, num_experts: int) -> "Weight":
+        """The same for E experts, of which every array has a leading dim."""
+        del num_experts
+        return self
+
+    def learns(self) -> "Weight":
+        """Whether each of its arrays has a gradient, in a tree like this one."""
+        return jax.tree.map(lambda _: True, self)
+
 
 def linear(x: jax.Array, weight: jax.Array | Weight) -> jax.Array:
     """[..., I] @ [I, O] -> [..., O], in the dtype of `x`."""
@@ -238,6 +249,29 @@ def dense(weight: jax.Array | Weight) -> jax.Array:
 def weight_axes(axes: Axes, weight: jax.Array | Weight) -> Any:
     """The axes of the arrays that a weight is made of: a tuple, or a `Weight` of tuples."""
     return weight.axes_of(axes) if isinstance(weight, Weight) else axes
+
+
+def of_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """The weights of E experts by name, with a leading dim of experts in every array."""
+    return {
+        name: weight.of_experts(num_experts) if isinstance(weight, Weight) else weight
+        for name, weight in weights.items()
+    }
+
+
+def learning(weights: Any) -> Any:
+    """Which arrays of a tree of weights have a gradient: bools in their tree.
+
+    Integers have none, and a `Weight` says which of its arrays have one.
+    """
+
+    def of_one(weight: Any) -> Any:
+        learns = weight.learns() if isinstance(weight, Weight) else True
+        return jax.tree.map(
+            lambda array, own: own and jnp.issubdtype(array.dtype, jnp.inexact), weight, learns
+        )
+
+    return jax.tree.map(of_one, weights, is_leaf=lambda leaf: isinstance(leaf, Weight))
 
 
 def ffn_specs(

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,10 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import rows as sorted_rows
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.parameters import Axes, Layout, Weight, dense, init_parameters, rows, weight_axes
+from moe_jax.parameters import Weight, dense, init_parameters, learning, rows, weight_axes
 from moe_jax.part import Call, Dims, Own
-from moe_jax.weights.quantised import TABLE, Quantised, quantise
+from moe_jax.weights.low_rank import LowRank
+from moe_jax.weights.quantised import TABLE, quantise
 from tests.slow import slow_but
 
 # The dense weight is rounded once more than the product of its factors, and sums on a mesh are in
@@ -37,34 +37,13 @@ EXPERT = MeshConfig(data=1, expert=8)
 MIXED = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank(Weight):
-    """base + a b (LoRA): the base stays as it is, a and b learn."""
-
-    base: Any
-    a: Any
-    b: Any
-
-    def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        base, a, b = (array.astype(x.dtype) for array in (self.base, self.a, self.b))
-        return layout.matmul(x, base) + layout.matmul(layout.matmul(x, a), b)
-
-    def dense(self) -> jax.Array:
-        return self.base + self.a @ self.b
-
-    def axes_of(self, axes: Axes) -> "LowRank":
-        *leading, inward, outward = axes
-        return LowRank(axes, (*leading, inward, None), (*leading, None, outward))
-
-
 def low_rank(random, spec):
     *leading, inward, outward = spec.shape
     base, a, b = (
         random.normal(size=shape).astype(np.float32) / 2
         for shape in (spec.shape, (*leading, inward, 2), (*leading, 2, outward))
     )
-    return LowRank(base, a, b)
+    return LowRank(base, a, b, scale=1.0)
 
 
 def int4(random, spec):
@@ -92,17 +71,10 @@ def wrapped(specs, leaf):
     return jax.tree.map(draw, specs)
 
 
-def trains(value):
-    """Whether each array of a parameter learns."""
-    if isinstance(value, LowRank):
-        return LowRank(False, True, True)
-    return jax.tree.map(lambda _: not isinstance(value, Quantised), value)
-
-
 def split(params):
     """The leaves that learn; and a function from them, or others in their place, to parameters."""
     leaves, tree = jax.tree.flatten(params)
-    marks = jax.tree.leaves(jax.tree.map(trains, params, is_leaf=is_weight))
+    marks = jax.tree.leaves(learning(params))
 
     def joined(learning):
         learning = iter(learning)
@@ -224,7 +196,7 @@ def test_a_cosine_router_likewise(leaf):
 def test_what_a_low_rank_weight_wraps_starts_from_the_values_that_it_had():
     specs = block("einsum").specs(DIMS)["experts"]
     spec = specs["wi"]
-    parts = LowRank(spec, dataclasses.replace(spec), dataclasses.replace(spec))
+    parts = LowRank(spec, dataclasses.replace(spec), dataclasses.replace(spec), scale=1.0)
     drawn = init_parameters(jax.random.key(0), {**specs, "wi": parts})
     plain = init_parameters(jax.random.key(0), specs)
     np.testing.assert_array_equal(drawn["wi"].base, plain["wi"])

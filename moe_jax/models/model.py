@@ -25,6 +25,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import ParameterSpec, ToLogits, dense, grouped, normal_init, rows, zeros
 from moe_jax.part import DTYPES, Aux, Call, Dims, Part, RunShape, check_divides
+from moe_jax.weights.low_rank import Adapters
 from moe_jax.weights.quantised import Quantisation
 
 
@@ -60,7 +61,8 @@ class LanguageModel(Settings):
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
     multi_token: MultiToken | None = None  # modules that predict later tokens too; None: no modules
-    quantisation: Quantisation | None = None  # of weights, for inference; None: none is quantised
+    quantisation: Quantisation | None = None  # of weights, which then do not train; None: of none
+    adapters: Adapters | None = None  # low-rank ones, which train beside weights (LoRA); None: none
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
     # Recomputed: all but the "dots", "full".
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
@@ -184,8 +186,8 @@ class LanguageModel(Settings):
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
-        """Those of the parameters; of a weight that is quantised, of its arrays."""
-        return wrapped(self.plain_specs(), (self.quantisation,))
+        """Those of the parameters; of a weight that is quantised or adapted, of its arrays."""
+        return wrapped(self.plain_specs(), (self.quantisation, self.adapters))
 
     def plain_specs(self) -> dict[str, Any]:
         """`embedding`, `final_norm`, `stack`; perhaps `head`, `head_bias`, `multi_token`."""
@@ -232,15 +234,13 @@ class LanguageModel(Settings):
         Raises:
           ValueError: with the sizes and what to change.
         """
-        outside = {k: own for k, own in self.plain_specs().items() if k not in self.stacks}
-        check_divides(outside, run)
+        check_divides({k: v for k, v in self.plain_specs().items() if k not in self.stacks}, run)
         for name, stack in self.stacks.items():
             own = run._replace(length=run.encoder_length) if name == "encoder" else run
             stack.check_run(self.dims, own)
         if self.modules is not None:
             self.modules.check_run(self.dims, run)
-        if self.quantisation is not None:
-            check_divides(self.specs(), run)
+        check_divides(self.specs(), run)
 
     def run(
         self,
@@ -332,9 +332,9 @@ class LanguageModel(Settings):
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
         """The output head on a normed residual: float32 [B, L, V]; biased, scaled, capped."""
-        tied = self.tie_embeddings
-        weight = params["embedding" if tied else "head"]
-        logits_BLV = grouped(x_BLM.astype(self.compute_dtype), weight, ToLogits(tied))
+        weight = params["embedding" if self.tie_embeddings else "head"]
+        x_BLM = x_BLM.astype(self.compute_dtype)
+        logits_BLV = grouped(x_BLM, weight, ToLogits(self.tie_embeddings))
         if self.head_bias:
             logits_BLV += dense(params["head_bias"])
         if self.logits_multiplier != 1:

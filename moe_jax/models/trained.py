@@ -16,6 +16,7 @@ from moe_jax.config.check import require
 from moe_jax.models.multi_token import NAME, joined
 from moe_jax.models.selection import check_names, marked, matches, words_of
 from moe_jax.parameters import ParameterSpec
+from moe_jax.weights.low_rank import ADAPTERS
 
 if TYPE_CHECKING:
     from moe_jax.models.model import LanguageModel
@@ -33,13 +34,13 @@ def training_marks(settings: OptimizerConfig, specs: Any) -> Any:
     """
     chosen, frozen = marked(specs, settings.trainable), marked(specs, settings.frozen)
     return jax.tree.map(
-        lambda spec, yes, no: yes and not no and is_continuous(spec), specs, chosen, frozen
+        lambda spec, yes, no: yes and not no and can_train(spec), specs, chosen, frozen
     )
 
 
-def is_continuous(spec: ParameterSpec) -> bool:
-    """Whether small steps can change an array: not integers, floats of 8 bits, float16 scales."""
-    return jnp.dtype(spec.dtype) in (jnp.float32, jnp.bfloat16)
+def can_train(spec: ParameterSpec) -> bool:
+    """Whether an array may be trained, and small steps can change it: not integers, for one."""
+    return spec.trains and jnp.dtype(spec.dtype) in (jnp.float32, jnp.bfloat16)
 
 
 def kept(tree: Any, marks: Any) -> Any:
@@ -110,6 +111,12 @@ def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
     Raises:
       ValueError: a name chooses nothing, nothing trains, or a parameter is in two groups.
     """
+    require(
+        model.adapters is None or "all" not in settings.trainable,
+        "a model with adapters names what trains",
+        f"optimizer.trainable={settings.trainable}",
+        f"Set optimizer.trainable={ADAPTERS}, or name more beside them",
+    )
     if settings.chosen == ("all",):
         return
     specs = model.specs()

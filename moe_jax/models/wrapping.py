@@ -1,14 +1,19 @@
 """Weights of several arrays in the tree of a model: which parameters have them."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config.check import require
 from moe_jax.models.selection import select
 from moe_jax.parameters import ParameterSpec, Weight, dense
-from moe_jax.weights.quantised import Quantisation, Quantised, axis_of
+from moe_jax.weights.quantised import Quantisation, axis_of
+
+if TYPE_CHECKING:
+    from moe_jax.models.model import LanguageModel
 
 # Components whose weights are left as they are unless a name says their word.
 NAMED_ALONE = ("embedding", "head", "router")
@@ -25,7 +30,7 @@ class Wrapping(Protocol):
     def names(self) -> tuple[str, ...]:
         """See the class."""
 
-    def wrap(self, name: str, spec: ParameterSpec, inner: Any) -> Weight:
+    def wrap(self, name: str, spec: ParameterSpec, inner: Any) -> Any:
         """The specs of the arrays in the place of a matrix; `inner` is what is there by now."""
 
 
@@ -82,8 +87,17 @@ def is_matrix(spec: ParameterSpec) -> bool:
 
 
 def dense_params(params: Any) -> Any:
-    """The parameters as plain arrays, float32 where they were quantised."""
-    return jax.tree.map(dense, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    """The parameters as plain arrays in float32: what was quantised, and adapters added."""
+    return jax.tree.map(
+        lambda leaf: dense(leaf).astype(jnp.float32),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Weight),
+    )
+
+
+def plain_model(model: "LanguageModel") -> "LanguageModel":
+    """The model that has those parameters."""
+    return dataclasses.replace(model, quantisation=None, adapters=None)
 
 
 def quantised_params(params: Any, specs: Any, quantisation: Quantisation) -> Any:
@@ -98,7 +112,7 @@ def quantised_params(params: Any, specs: Any, quantisation: Quantisation) -> Any
       quantisation: which, and how.
     """
 
-    def matrices(weight: jax.Array, stacked: int, axis: int) -> Quantised:
+    def matrices(weight: jax.Array, stacked: int, axis: int) -> Any:
         if stacked == 0:
             return quantisation.apply(weight, axis)
         return jax.lax.map(lambda one: matrices(one, stacked - 1, axis), weight)

@@ -13,7 +13,7 @@ from moe_jax.moe.routing.zero_computation import add_free_choices, computing_cho
 from moe_jax.moe.run_experts import mix_slots, plan_experts, run_experts
 from moe_jax.moe.statistics import Buffer, measure
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import SHARED, linear
+from moe_jax.parameters import SHARED, linear, of_experts
 from moe_jax.part import Aux, Call, Own
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def through_experts(
     """
     valid_GS1 = inputs.valid_GS[..., None]
     plan = plan_experts(moe, training, inputs.options.dropless)
+    weights = of_experts(weights, moe.num_experts)
     if routing.mixing is not None:
         y_GSM = mix_slots(
             x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint

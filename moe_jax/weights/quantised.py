@@ -33,7 +33,7 @@ from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
 from moe_jax.parameters import Axes, Layout, ParameterSpec, Weight
 
-BITS = (8, 4)
+BITS = (16, 8, 4)
 SCALE = jnp.float16
 MATRIX, TABLE = -2, -1  # the dim along which groups run: of a matrix [I, O], of a table [V, M]
 
@@ -59,13 +59,19 @@ class Quantised(Weight):
         Two packed matrices multiply every second number of the rows each: laying their rows side by
         side first takes several times as long on a CPU.
         """
-        pieces = pieces_of(self.values)
-        x_pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, len(pieces)), -1, 0)
-        products = [
-            layout.matmul(one, scaled(piece, self.scales, self.axis).astype(x.dtype))
-            for one, piece in zip(x_pieces, pieces, strict=True)
-        ]
-        return products[0] if len(products) == 1 else products[0] + products[1]
+
+        # A backward pass makes the floats again: kept, those of all layers would lie in memory.
+        @jax.checkpoint
+        def multiplied(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+            pieces = pieces_of(values)
+            x_pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, len(pieces)), -1, 0)
+            products = [
+                layout.matmul(one, scaled(piece, scales, self.axis).astype(x.dtype))
+                for one, piece in zip(x_pieces, pieces, strict=True)
+            ]
+            return products[0] if len(products) == 1 else products[0] + products[1]
+
+        return multiplied(x, self.values, jax.lax.stop_gradient(self.scales))
 
     def dense(self) -> jax.Array:
         """See `Weight`: float32."""
@@ -79,6 +85,10 @@ class Quantised(Weight):
     def axes_of(self, axes: Axes) -> "Quantised":
         """See `Weight`. One group alone is not split."""
         return Quantised(axes, scale_axes(axes, self.axis, self.scales.shape), self.axis)
+
+    def learns(self) -> "Quantised":
+        """See `Weight`: nothing does."""
+        return Quantised(False, False, self.axis)
 
 
 def scale_axes(axes: Axes, axis: int, shape: tuple[int, ...]) -> Axes:
@@ -167,16 +177,27 @@ class Quantisation(Settings):
     """
 
     names: tuple[str, ...] = ("experts",)  # of weights; "all": every matrix but these three
-    bits: int = setting(8, choices=BITS)  # of an integer
+    bits: int = setting(8, choices=BITS)  # of an integer; 16: bfloat16, which is no integer
     group_size: int = setting(32, at_least=0)  # G, weights of a scale; 0: a whole output channel
 
-    def wrap(self, name: str, spec: ParameterSpec, inner: ParameterSpec) -> Quantised:
+    def check(self) -> None:
+        """See `Settings`."""
+        require(
+            self.bits < 16 or self.group_size == 32,
+            "quantisation.group_size is of 8 and 4 bits",
+            f"bits={self.bits}, group_size={self.group_size}",
+            "Leave it out",
+        )
+
+    def wrap(self, name: str, spec: ParameterSpec, inner: ParameterSpec) -> Any:
         """The specs of the arrays that stand for a weight.
 
         Raises:
           ValueError: the groups do not divide its dim.
         """
         del inner  # the innermost
+        if self.bits == 16:
+            return dataclasses.replace(spec, dtype=jnp.bfloat16, decays=False, trains=False)
         axis = axis_of(spec)
         size = spec.shape[axis]
         group = self.group_size or size
@@ -198,7 +219,13 @@ class Quantisation(Settings):
                 return array
 
             return dataclasses.replace(
-                spec, shape=tuple(shape), axes=axes, init=init, decays=False, dtype=dtype
+                spec,
+                shape=tuple(shape),
+                axes=axes,
+                init=init,
+                decays=False,
+                dtype=dtype,
+                trains=False,
             )
 
         integer = jnp.int8 if self.bits == 8 else jnp.uint8
@@ -208,8 +235,10 @@ class Quantisation(Settings):
             axis,
         )
 
-    def apply(self, weight: jax.Array, axis: int) -> Quantised:
+    def apply(self, weight: jax.Array, axis: int) -> Any:
         """A weight, quantised."""
+        if self.bits == 16:
+            return weight.astype(jnp.bfloat16)
         return quantise(weight, self.bits, self.group_size, axis)
 
 

@@ -19,6 +19,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
+from moe_jax.parameters import learning
 
 # Block sizes in eighths of the mean group: fine where sizes are likely.
 LADDER = (1, 2, 4, 6, 8, 9, 10)
@@ -262,9 +263,8 @@ def _backward(
     token_R = choice_R // gate_JK.shape[1]
     gate_R = gate_JK.reshape(-1)[choice_R]
 
-    # Integers, such as quantised weights, have no gradient.
     arrays, tree = jax.tree.flatten(weights)
-    learns = [jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays]
+    learns = jax.tree.leaves(learning(weights))
     learned = select(arrays, learns)
 
     def body(carry: Any, arrays_e: list[jax.Array], block: Block) -> Any:
@@ -289,7 +289,11 @@ def _backward(
     dweights = [d.astype(array.dtype) for d, array in zip(dweights, learned, strict=True)]
     dx_JM = sum_choices(dx_RM, row_JK, jnp.ones_like(gate_JK), kept_JK).astype(x_JM.dtype)
     dgate_JK = gate_gradient(y_RM, row_JK, dy_JM, kept_JK).astype(gate_JK.dtype)
-    no_gradient = [np.zeros(array.shape, jax.dtypes.float0) for array in arrays]
+    no_gradient = [
+        jnp.zeros_like(array) if jnp.issubdtype(array.dtype, jnp.inexact)
+        else np.zeros(array.shape, jax.dtypes.float0)
+        for array in arrays
+    ]  # fmt: skip
     dweights = jax.tree.unflatten(tree, replace(no_gradient, learns, dweights))
     return dweights, None, dx_JM, dgate_JK, None, None, None, None
 

@@ -1,0 +1,51 @@
+"""Merges adapters into weights: `python -m moe_jax.merge_adapters --workdir=RUN --output=OUT`.
+
+The output is the directory of a run of 0 steps without adapters, in float32. What was quantised
+under an adapter is merged as the floats that it stands for. `docs/finetuning.md` describes
+adapters; --peft writes them alone, in the layout of PEFT.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from moe_jax import command_line
+
+
+def main() -> None:
+    """Reads a checkpoint, and writes the merged model, the adapter or both."""
+    import jax.numpy as jnp
+
+    from moe_jax.convert import plain
+    from moe_jax.finetune.made import save_made
+    from moe_jax.interchange.tensor_files import require_absent
+    from moe_jax.training.saved import load_run
+
+    values = flags.FLAGS
+    workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
+    require_absent(output)
+    config, state = load_run(workdir, step=values.step, trust=values.trust)
+    if config.model.adapters is None:
+        raise ValueError(
+            f"a run with adapters is merged: {workdir} has none. Train one with model.adapters."
+        )
+    step = int(state.step)
+    merged, params = plain(config, state.params)
+    state = state._replace(step=jnp.zeros_like(state.step), params=params, opt_state=())
+    save_made(workdir, merged, state, output, {"made_by": "merge_adapters", "step": step})
+    print(f"step {step} of {workdir} is in {output}, without adapters")
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("workdir", None, "Directory of the run with adapters.")
+    flags.DEFINE_string("output", None, "New directory of the merged model.")
+    command_line.define_step_flag()
+    command_line.define_trust_flag()
+
+
+command = command_line.Command(main, define_flags, required=("workdir", "output"))
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

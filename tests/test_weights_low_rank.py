@@ -1,0 +1,221 @@
+"""Low-rank adapters: what a model says before, while and after they learn."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MeshConfig
+from moe_jax.models.trained import filled, kept
+from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
+from moe_jax.moe.run_experts import rows as sorted_rows
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import named_sharding
+from moe_jax.parameters import Weight, init_parameters, learning
+from moe_jax.part import Call
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+from moe_jax.weights.low_rank import ADAPTERS, Adapters, LowRank
+from moe_jax.weights.quantised import Quantisation
+from tests.tiny_run import cut, quick_jit, tiny_batch, tiny_config, tiny_state
+
+NAMES = ("attention", "experts")
+INT4 = Quantisation(("experts",), 4, 16)
+HALF = Quantisation(("all",), 16)
+MIXED = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+TOKENS = np.random.default_rng(1).integers(3, 259, (8, 8), np.int32)
+
+
+@pytest.fixture(autouse=True)
+def one_size_of_blocks(monkeypatch):
+    """In place of seven: the ragged loop compiles at once."""
+    monkeypatch.setattr(sorted_rows, "LADDER", (1,))
+
+
+def adapted(base=None, per_expert=True, learned=True):
+    """A tiny model with adapters, and its parameters; what it was without them, and its."""
+    adapters = Adapters(NAMES, rank=4, alpha=2.0, per_expert=per_expert)
+    before = dataclasses.replace(tiny_config().model, quantisation=base)
+    params = tiny_state(tiny_config()).params
+    if base is not None:
+        params = quantised_params(params, tiny_config().model.specs(), base)
+    model = dataclasses.replace(before, adapters=adapters)
+    drawn = init_parameters(jax.random.key(0), model.specs())
+    random = np.random.default_rng(2)
+
+    def joined(one, own):
+        if not isinstance(own, LowRank):
+            return one
+        b = jnp.asarray(random.normal(size=own.b.shape), jnp.float32) if learned else own.b
+        return dataclasses.replace(own, base=one, b=b)
+
+    is_weight = lambda leaf: isinstance(leaf, LowRank)  # noqa: E731
+    with_adapters = jax.tree.map(
+        lambda own, one: joined(one, own), drawn, params, is_leaf=is_weight
+    )
+    return model, with_adapters, before, params
+
+
+def logits(model, params):
+    return quick_jit(lambda p: model.run(p, Call(tokens_BL=TOKENS)).logits_BLV)(params)
+
+
+@pytest.mark.parametrize(
+    ("base", "per_expert"),
+    [
+        (INT4, False),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param(HALF, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_model_that_gets_adapters_says_what_it_said(base, per_expert):
+    model, params, before, its = adapted(base, per_expert, learned=False)
+    np.testing.assert_array_equal(logits(model, params), logits(before, its))
+
+
+@pytest.mark.parametrize(
+    ("base", "per_expert"),
+    [
+        (None, True),
+        pytest.param(INT4, False, marks=pytest.mark.slow),
+        pytest.param(HALF, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_merged_model_says_what_the_adapted_one_says(base, per_expert):
+    model, params, before, its = adapted(base, per_expert)
+    found, expected = logits(plain_model(model), dense_params(params)), logits(model, params)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    apart = np.abs(expected - logits(before, its)).max()
+    assert apart > 0.1 * np.abs(expected).max()
+    wanted = jax.tree.map(lambda spec: (spec.shape, spec.dtype), plain_model(model).specs())
+    assert jax.tree.map(lambda array: (array.shape, array.dtype), dense_params(params)) == wanted
+
+
+def test_a_merged_matrix_by_hand():
+    """Alpha / rank = 2; of two experts that share, each gets the same."""
+    a, b = jnp.asarray([[1.0], [2.0]]), jnp.asarray([[3.0, 0.0]])
+    np.testing.assert_array_equal(LowRank(jnp.eye(2), a, b, scale=2.0).dense(), [[7, 0], [12, 1]])
+    experts = jnp.stack([jnp.zeros((2, 2)), jnp.eye(2)])
+    shared = LowRank(experts, a, b, scale=2.0, shared=True)
+    np.testing.assert_array_equal(shared.dense(), [[[6, 0], [12, 0]], [[7, 0], [12, 1]]])
+    spread = shared.of_experts(2)
+    assert spread.a.shape == (2, 2, 1) and not spread.shared
+    np.testing.assert_array_equal(spread.dense(), shared.dense())
+
+
+def gradients(model, params):
+    """Of a random function of the logits, with respect to all arrays that are floats."""
+    weights = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 384)), jnp.float32)
+    marks = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), params)
+    floats = kept(params, marks)
+
+    def loss(floats):
+        output = model.run(filled(floats, params), Call(tokens_BL=TOKENS))
+        return jnp.sum(output.logits_BLV * weights)
+
+    return jax.jit(jax.grad(loss))(floats)
+
+
+def test_what_lies_under_an_adapter_has_no_gradient():
+    model, params, _, _ = adapted(INT4)
+    layer = gradients(model, params)["stack"]["unit"]["0"]
+    marks = learning(params)["stack"]["unit"]["0"]
+    for group in (layer["attention"], layer["moe"]["experts"]):
+        for adapter in group.values():
+            assert np.abs(adapter.a).max() > 0 and np.abs(adapter.b).max() > 0
+            for array in jax.tree.leaves(adapter.base):
+                assert not np.asarray(array).any()
+    assert np.abs(layer["moe"]["router"]["weight"]).max() > 0
+    wi = marks["moe"]["experts"]["wi"]
+    assert (wi.a, wi.b, jax.tree.leaves(wi.base)) == (True, True, [False, False])
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_shared_adapter_is_the_sum_of_those_of_the_experts():
+    model, params, _, _ = adapted(per_expert=False)
+    own = dataclasses.replace(model, adapters=dataclasses.replace(model.adapters, per_expert=True))
+
+    def spread(leaf):
+        if not isinstance(leaf, LowRank) or not leaf.shared:
+            return leaf
+        a, b = (jnp.repeat(each[:, None], 4, 1) for each in (leaf.a, leaf.b))
+        return dataclasses.replace(leaf, a=a, b=b, shared=False)
+
+    each = jax.tree.map(spread, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
+    found = gradients(model, params)["stack"]["unit"]["0"]["moe"]["experts"]
+    expected = gradients(own, each)["stack"]["unit"]["0"]["moe"]["experts"]
+    for name in ("wi", "wo"):
+        for array in ("a", "b"):
+            total = getattr(expected[name], array).sum(1)
+            np.testing.assert_allclose(
+                getattr(found[name], array), total, rtol=0, atol=1e-5 * np.abs(total).max()
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_expert", [True, False])
+def test_logits_and_gradients_on_a_mesh_are_those_of_one_device(per_expert):
+    model, params, _, _ = adapted(INT4, per_expert)
+    expected = logits(model, params), gradients(model, params)
+    mesh = make_mesh(MIXED)
+    shardings = jax.tree.map(lambda spec: named_sharding(spec.axes, mesh), model.specs())
+    placed = jax.device_put(params, shardings)
+    wi = placed["stack"]["unit"]["0"]["moe"]["experts"]["wi"]
+    assert wi.b.addressable_shards[0].data.size * (4 if per_expert else 2) == wi.b.size
+    with jax.set_mesh(mesh):
+        found = logits(model, placed), gradients(model, placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(np.asarray(b)).max())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"names": ("embedding",)}, "adapters are of matrices that multiply"),
+        ({"rank": 17}, r"rank=17, .*attention/wk \(16, 16\). Use a rank of at most 16"),
+        ({"names": ("norms",)}, "names choose at least one matrix"),
+        ({"rank": 0}, "rank lies in"),
+    ],
+    ids=str,
+)
+def test_what_has_no_adapter_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny_config().model, adapters=Adapters(**settings))
+
+
+def test_routers_have_no_adapter_unless_a_name_says_so():
+    for names, expected in ((("moe",), False), (("moe", "router"), True), (("all",), False)):
+        model = dataclasses.replace(tiny_config().model, adapters=Adapters(names, rank=2))
+        router = model.specs()["stack"]["unit"]["0"]["moe"]["router"]["weight"]
+        assert isinstance(router, LowRank) == expected
+
+
+@pytest.mark.slow
+def test_adapters_alone_move_in_training():
+    """On a quantised base: a step after the first moves a, whose gradient is 0 while b is."""
+    model = adapted(INT4)[0]
+    plain = tiny_config({"optimizer": {"schedule": "constant"}})
+    optimizer = dataclasses.replace(plain.optimizer, trainable=(ADAPTERS,))
+    config = dataclasses.replace(plain, model=model, optimizer=optimizer)
+    state = init_state(config)
+    step = quick_jit(make_train_step(config))
+    after = state
+    for _ in range(2):
+        after, _ = step(after, cut(tiny_batch()))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, after.params)
+    marks = jax.tree.map(lambda spec: spec.component == ADAPTERS, config.model.specs())
+    assert moved == marks
+    kept = {leaf.shape for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim}
+    adapters = {
+        spec.shape for spec in jax.tree.leaves(config.model.specs()) if spec.component == ADAPTERS
+    }
+    assert kept == adapters
+
+
+def test_a_model_with_adapters_names_what_trains():
+    with pytest.raises(ValueError, match=r"names what trains.*Set optimizer.trainable=adapters"):
+        dataclasses.replace(tiny_config(), model=adapted()[0])
