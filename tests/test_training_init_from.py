@@ -15,11 +15,12 @@ from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, write_config
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.imported import save_imported
-from moe_jax.training.init_from import first_state, open_source, with_whole_path
+from moe_jax.training.init_from import first_state, open_source
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import evaluation_params, init_state
+from moe_jax.training.workdir import check_workdir, with_whole_path
 from tests.test_training_placement import LowRankModel
 from tests.test_training_subsets import named, with_model
 from tests.tiny_run import (
@@ -234,11 +235,17 @@ def test_a_position_is_of_the_same_data(source, sections, content, message):
     open_source(started(source), content)
 
 
-def test_the_path_is_recorded_from_the_root_on(source, monkeypatch):
+def test_the_path_is_recorded_from_the_root_on(source, tmp_path, monkeypatch):
     monkeypatch.chdir(source.parent)
     config = with_whole_path(started(source.name))
     assert config.init_from.path == str(source)
     assert with_whole_path(config) == config and with_whole_path(config_of()) == config_of()
+
+    # So a run goes on with either, and with no other source.
+    run = save_run(tmp_path / "run", config, 2)
+    check_workdir(started(source.name), run)
+    with pytest.raises(ValueError, match=r"config\.init_from\.path: .* -> .*/elsewhere'"):
+        check_workdir(started("elsewhere"), run)
 
 
 def test_settings_without_a_path_are_refused():

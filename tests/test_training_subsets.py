@@ -83,6 +83,13 @@ def test_one_flag_chooses_what_trains(flag):
     )
 
 
+def test_a_selection_bias_is_frozen_by_its_name_alone():
+    config = config_of(frozen=("bias_E",))
+    assert moving_state(config.optimizer, config.model) == {"moe": {"bias_E": False}}
+    counts = count_trained(config.optimizer, config.model.specs())
+    assert all(count["trained"] == count["total"] for count in counts.values())
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -232,12 +239,12 @@ def test_integers_never_train():
 def test_a_step_on_a_mesh_is_that_of_one_device():
     config = config_of(frozen=("router",), trainable=("moe", "attention"))
     sharded = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=2, expert=2))
-    after = []
+    after, batch = [], jax.tree.map(np.asarray, cut(tiny_batch()))
     for one in (config, sharded):
         mesh = make_mesh(one.mesh)
         state = jax.device_put(tiny_state(one), state_shardings(one, mesh))
         with jax.set_mesh(mesh):
-            after.append(named(compile_train_step(one, mesh)(state, cut(tiny_batch()))[0].params))
+            after.append(named(compile_train_step(one, mesh)(state, batch)[0].params))
     for name, value in after[0].items():
         np.testing.assert_allclose(after[1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 

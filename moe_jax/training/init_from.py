@@ -65,15 +65,6 @@ class Source(NamedTuple):
         return f"starts from step {self.step} of {self.workdir}: {len(self.takes)} arrays{fresh}"
 
 
-def with_whole_path(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the path of `init_from` from the root on, as a run records it."""
-    given = config.init_from
-    if not given.path:
-        return config
-    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).absolute()))
-    return dataclasses.replace(config, init_from=whole)
-
-
 def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
     """Finds the checkpoint of `config.init_from`, and matches its arrays; reads none of them.
 

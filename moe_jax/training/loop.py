@@ -22,7 +22,7 @@ from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.files import complete_steps, read_json, write_atomically
-from moe_jax.training.init_from import Source, first_state, open_source, with_whole_path
+from moe_jax.training.init_from import Source, first_state, open_source
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
 from moe_jax.training.metrics import EVALUATION_FILE, MetricWriter, write_run_record
@@ -36,7 +36,7 @@ from moe_jax.training.signals import Interrupted, SignalFlag
 from moe_jax.training.state import TrainState, evaluation_params
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.trackers import check_trackers, open_trackers
-from moe_jax.training.workdir import check_workdir, only_run
+from moe_jax.training.workdir import check_workdir, only_run, with_whole_path
 
 
 def train(

@@ -1,6 +1,7 @@
 """The directory of a run: one config, one run at a time."""
 
 import contextlib
+import dataclasses
 import fcntl
 import pathlib
 import secrets
@@ -154,12 +155,22 @@ def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]
     allowed = {"config.data.corpus", "config.data.tokenizer"} if known and content else set()
     if config.training.num_steps > old.training.num_steps:
         allowed.add("config.training.num_steps")
-    lines = difference(to_dict(old, only_results=True), to_dict(config, only_results=True))
+    new = with_whole_path(config)
+    lines = difference(to_dict(old, only_results=True), to_dict(new, only_results=True))
     lines = [line for line in lines if line.partition(":")[0] not in allowed]
     cut = [line for line in lines if line.startswith("config.training.num_microbatches:")]
     if cut and not depends_on_microbatches(config):
         lines.remove(*cut)
     return lines
+
+
+def with_whole_path(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the path of `init_from` from the root on, as a run records it."""
+    given = config.init_from
+    if not given.path:
+        return config
+    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).absolute()))
+    return dataclasses.replace(config, init_from=whole)
 
 
 def changed_hashes(
