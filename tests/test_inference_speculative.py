@@ -1,6 +1,7 @@
 """Speculative decoding: the rule by enumeration, shares of what is drawn, equal greedy texts."""
 
 import collections
+import functools
 import itertools
 
 import jax
@@ -230,6 +231,38 @@ def test_modules_of_the_model_draft_for_it(length):
     plain = generate_tokens(config, params, PROMPTS, TOKENS)
     assert generate_tokens(config, params, PROMPTS, TOKENS, draft=draft) == plain
     assert draft.proposed == length * draft.passes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2])
+def test_modules_propose_what_they_predict_in_training(length):
+    """Of five ids, so that they are often right: the accepted tokens are counted by hand.
+
+    Their predictions on the whole text are those of a training pass. With the token to read at
+    place `at`, module m predicts from place at - 1 the token at + m.
+    """
+    config, params = made({"vocab_size": 5, "multi_token": {"depth": 2, **MODULES}}, seed=7)
+    prompts, tokens = [[1, 2, 4], [3]], 40
+    draft = Draft(length=length)
+    answers = generate_tokens(config, params, prompts, tokens, draft=draft)
+    run = quick_jit(functools.partial(config.model.run, multi_token=True))
+    passes = accepted = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = prompt + answer
+        output = run(params, Call(tokens_BL=jnp.array([text]), capacity=0.0))
+        predicted = [logits_BLV[0].argmax(-1).tolist() for logits_BLV in output.later_BLV]
+        at = len(prompt)
+        while at < len(text) - 1:
+            right = 0
+            for m in range(1, length + 1):
+                # What would be behind the text is proposed too, and not known here.
+                if at + m >= len(text) or predicted[m - 1][at - 1] != text[at + m]:
+                    break
+                right += 1
+            passes, accepted, at = passes + 1, accepted + right, at + 1 + right
+    assert draft.passes == passes
+    assert accepted <= draft.accepted <= accepted + length * len(prompts)
+    assert 0.1 < accepted / (passes * length) < 0.9
 
 
 WINDOWED = {"parts": {"attention": {"window": 4}}}
