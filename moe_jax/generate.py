@@ -179,7 +179,10 @@ def show(
 
 
 def open_answers(
-    path: str, prompts: Sequence[str], settings: Mapping[str, Any]
+    path: str,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    routes: "RouteFiles | None" = None,
 ) -> "tuple[Answers, AnswerFile | None]":
     """The answers to come, behind those that the file has; the first process reads and writes it.
 
@@ -187,6 +190,7 @@ def open_answers(
       path: of the file, or "".
       prompts: to continue.
       settings: what an answer depends on, `samples` and `tokens` among them.
+      routes: files of experts, which are there for as many answers.
     """
     import jax
 
@@ -199,6 +203,8 @@ def open_answers(
         if path and jax.process_index() == 0:
             file = AnswerFile(pathlib.Path(path))
             first = file.open(Answers(*how))
+        if routes and jax.process_index() == 0:
+            routes.check(first, goes_on=bool(path))
     first = int(processes.gather(str(first))[0])
     return Answers(*how, first=first), file
 
@@ -268,15 +274,13 @@ def main() -> None:
         "samples": values.samples, "stop": values.stop, "context": context,
     }  # fmt: skip
     draft, of_draft = draft_of_flags(config, int(state.step))
-    settings |= of_draft
     routes = route_files(config, prompts, context) if values.routes else None
-    answers, file = open_answers(values.output, prompts, settings)
+    answers, file = open_answers(values.output, prompts, settings | of_draft, routes)
     is_first = jax.process_index() == 0
     if is_first:
         print(note_on(config.model), end="", file=sys.stderr)
         if answers.first:
-            print(f"{answers.first} of {len(answers.texts)} answers are in {values.output}",
-                  file=sys.stderr)  # fmt: skip
+            print(there(answers), file=sys.stderr)
     pieces = stream_text(
         config, state.params, prompts, values.tokens,
         state=state.model_state, step=state.step, num_samples=values.samples, stop=values.stop,
@@ -290,17 +294,18 @@ def main() -> None:
                 pass
             return
         if file:
-            interrupts.say_before_end(
-                lambda: (
-                    f"{answers.count} of {len(answers.texts)} answers are in {values.output}, and "
-                    "the same command goes on behind them"
-                )
-            )
+            more = ", and the same command goes on behind them"
+            interrupts.say_before_end(lambda: there(answers) + more)
         show(pieces, answers, file, "\n" if config.model.has_encoder else "", routes)
         interrupts.say_before_end(lambda: "")
     print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
     if draft and draft.passes:
         print(draft.line(), file=sys.stderr)
+
+
+def there(answers: "Answers") -> str:
+    """How many answers --output has."""
+    return f"{answers.count} of {len(answers.texts)} answers are in {flags.FLAGS.output}"
 
 
 def route_files(config: "ExperimentConfig", prompts: Sequence[str], context: int) -> "RouteFiles":

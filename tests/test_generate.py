@@ -6,13 +6,14 @@ import time
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from moe_jax import generate
 from moe_jax.data import open_tokenizer
 from moe_jax.generate import Speed, out_of_memory_explained, read_prompts
 from moe_jax.inference import Draft, TextPiece, stream_text, text, writer
-from moe_jax.inference.answers import AnswerFile, Answers
+from moe_jax.inference.answers import AnswerFile, Answers, RouteFiles
 from moe_jax.inference.text import check_draft
 from moe_jax.models.token_routes import load_routes
 from moe_jax.training import saved
@@ -190,6 +191,24 @@ def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tm
     with pytest.raises(ValueError, match=r"p\.txt is not"):
         (tmp_path / "p.txt").write_text("no")
         load_routes(tmp_path / "p.txt")
+
+
+def test_a_folder_of_experts_is_new_or_that_of_the_answers(tmp_path):
+    """Two answers are there; a kill came between the experts and the answer of the third."""
+    files = RouteFiles(tmp_path / "routes", [[1]] * 4, num_samples=1)
+    files.check(0, goes_on=False)
+    for row in range(3):
+        files.add(TextPiece(row, "a", 1, True, [5], np.zeros((2, 1, 1), np.int32)))
+        files.write(row)
+    files.check(2, goes_on=True)
+    assert load_routes(tmp_path / "routes" / "000002.npz")[0] == [1, 5]
+    for first, goes_on, message in (
+        (0, False, r"routes has 000000\.npz\. Name another folder\."),
+        (1, True, r"has 000002\.npz"),
+        (4, True, r"lacks 000003\.npz\. Name another folder, and another file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            files.check(first, goes_on=goes_on)
 
 
 @pytest.mark.parametrize(

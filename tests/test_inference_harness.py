@@ -53,6 +53,20 @@ def test_a_text_begins_with_bos_or_does_not(model, monkeypatch):
     assert seen == [([1, a], [b]), ([1], [b]), ([a], [b]), ([1], [b])]
 
 
+def test_an_encoder_reads_the_context_and_the_end_of_a_document(model, monkeypatch):
+    """As the model `hf` of the harness does: two texts, of which the first ends with eos."""
+    seen = []
+    monkeypatch.setattr(model, "has_encoder", True)
+    monkeypatch.setattr(model, "score", lambda pairs: seen.extend(pairs) or [])
+    a, b, space = model.tokenizer.encode("ab ").tolist()
+    model.loglikelihood(requests(("a", " b"), ("a ", "b"), ("", "b")))
+    eos = model.tokenizer.eos_id
+    assert seen == [([a, eos], [space, b]), ([a, eos], [space, b]), ([eos], [b])]
+    assert model.encode("ab") == [a, b, eos]
+    with pytest.raises(ValueError, match=r"a text alone is scored by a decoder: .*perplexity"):
+        model.loglikelihood_rolling(requests(("ab",)))
+
+
 def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
     """In groups of equal settings; a long prompt is cut, and a stop string is not shown."""
     calls = []

@@ -159,7 +159,7 @@ def test_a_model_that_looks_ahead_is_scored_in_its_window_and_marked():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation():
-    """Against a forward without padding; choices, and a request of the harness, do the same."""
+    """Against a forward without padding; choices do the same."""
     smoke = switch_base.get_config("smoke")
     smoke.model.compute_dtype = "float32"
     config = from_config_dict(smoke)

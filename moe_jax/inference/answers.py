@@ -149,6 +149,26 @@ class RouteFiles:
         self.tokens: dict[int, list[int]] = {}
         self.routes: dict[int, list[np.ndarray]] = {}
 
+    def check(self, first: int, *, goes_on: bool) -> None:
+        """Refuses a folder that is not new, and not that of the answers below `first`.
+
+        Raises:
+          ValueError: naming a file. With `goes_on`, that of `first` may be there: a kill comes
+            between it and the answer.
+        """
+        found = {path.name for path in self.folder.glob("*.npz")}
+        known = {name_of(row) for row in range(first)}
+        for what, names in (
+            ("lacks", known - found),
+            ("has", found - known - ({name_of(first)} if goes_on else set())),
+        ):
+            require(
+                not names,
+                "--routes is a new folder, or that of the answers in --output",
+                f"{self.folder} {what} {min(names, default='')}",
+                "Name another folder, and another file" if first else "Name another folder",
+            )
+
     def add(self, piece: TextPiece) -> None:
         """Keeps what came of a text until it is whole."""
         self.tokens.setdefault(piece.row, []).extend(piece.tokens)
@@ -164,7 +184,12 @@ class RouteFiles:
         tokens = [*self.prompts[row // self.num_samples], *self.tokens.pop(row)]
         routes = joined_routes(self.routes.pop(row), len(tokens))
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / f"{row:06}.npz", routes_bytes(tokens, routes))
+        write_atomically(self.folder / name_of(row), routes_bytes(tokens, routes))
+
+
+def name_of(row: int) -> str:
+    """The file of the experts of an answer."""
+    return f"{row:06}.npz"
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -89,11 +89,7 @@ def score_continuations(
         read = [list(before)[-(context or len(before)) :] for before, _ in pairs]
         pairs = [([start_token], continuation) for _, continuation in pairs]
     texts = [cut(pair, context) for pair in pairs]
-    # Padded lengths of its own texts alone: a pair gets the same beside any other.
-    lengths = [
-        (window or bucket(len(text) - 1), bucket(len(read[i])) if read else 0)
-        for i, (text, _) in enumerate(texts)
-    ]
+    lengths = padded_lengths(texts, read, window)
     order = sorted(range(len(texts)), key=lambda i: lengths[i])
     serving, ids = Serving(params, state, step), np.int32(num_ids or model.vocab_size)
     scores: dict[int, Scored] = {}
@@ -174,6 +170,19 @@ def check_pairs(
             f"pair {i} has {len(continuation)}, context={context}",
             "Shorten it, or raise context",
         )
+
+
+def padded_lengths(
+    texts: Sequence[tuple[list[int], int]], read: Sequence[list[int]], window: int
+) -> list[tuple[int, int]]:
+    """The places of each text, and of what an encoder reads for it; 0 without one.
+
+    They are of its own texts alone, so that a pair gets the same beside any other.
+    """
+    return [
+        (window or bucket(len(text) - 1), bucket(len(read[i])) if read else 0)
+        for i, (text, _) in enumerate(texts)
+    ]
 
 
 def cut(pair: Pair, context: int | None) -> tuple[list[int], int]:
