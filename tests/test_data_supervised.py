@@ -287,8 +287,8 @@ def test_a_run_that_is_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch)
     write(tmp_path / "sums" / "a.jsonl", SUMS)
     config = run_of(tmp_path / "sums")
     train(config, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM after step 3"):
-        at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM after step 4"):
+        at_batch(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train(config, tmp_path / "stopped")
     train(config, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
