@@ -262,7 +262,7 @@ def test_a_full_disk_is_named(corpus, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(token_files, "_flush_to_disk", full)
+    monkeypatch.setattr(token_files, "flush_to_disk", full)
     with pytest.raises(OSError, match=r"cache: No space left on device\. Make room"):
         prepare(corpus, tmp_path / "cache")
 

@@ -206,7 +206,8 @@ def test_a_loss_from_outside_takes_the_same_seam():
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_ends_like_one_that_was_not(teacher, tmp_path, monkeypatch):
-    loss = {"kind": "distil", "teacher": str(teacher)}
+    monkeypatch.chdir(teacher.parent)
+    loss = {"kind": "distil", "teacher": teacher.name}
     settings = {"num_steps": 6, "evaluate_every": 3, "checkpoint_every": 2, "loss": loss}
     dense = {
         **DENSE["model"], "parts": {**DENSE["model"]["parts"]}, "dropout_rate": 0.1
@@ -222,6 +223,7 @@ def test_a_run_that_is_stopped_ends_like_one_that_was_not(teacher, tmp_path, mon
     assert all(row["train/soft_loss"] > 0 for row in rows)
     record = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert record["content"].keys() == {"corpus", "tokenizer", "teacher"}
+    assert record["training"]["loss"]["teacher"] == str(teacher)
 
     other = tmp_path / "other"
     saved(other, tiny_config(), seed=2)

@@ -26,7 +26,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from moe_jax.data.documents import (
     heldout_digests,
     text_digest,
 )
+from moe_jax.data.npy_writer import NpyWriter, flush_to_disk
 from moe_jax.data.tokenizer import DocumentEncoder
 
 FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
@@ -262,7 +263,7 @@ def _build(
         manifest |= {"manifest_sha256": digest_of_manifest(json.loads(json.dumps(manifest)))}
         with (partial / _MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
-            _flush_to_disk(file)
+            flush_to_disk(file)
         for path in partial.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o444)
         partial.chmod(0o755)  # mkdtemp is private; a cache may be shared.
@@ -331,7 +332,7 @@ class _DomainWriter:
             for split in SPLITS:
                 (self._directory / split).mkdir(exist_ok=True)
                 path = self._directory / split / f"{self._domain}.tokens.npy"
-                tokens[split] = stack.enter_context(_NpyWriter.open(path, self._encoder.dtype))
+                tokens[split] = stack.enter_context(NpyWriter.open(path, self._encoder.dtype))
             for split, document in documents:
                 if split == TRAIN and text_digest(document.text) in never_trains:
                     repeats += 1
@@ -347,7 +348,7 @@ class _DomainWriter:
             path = self._directory / split / f"{self._domain}.offsets.npy"
             with path.open("wb") as file:
                 np.save(file, np.asarray(offsets, np.int64))
-                _flush_to_disk(file)
+                flush_to_disk(file)
         return repeats
 
     def counts(self) -> dict[str, Counts]:
@@ -356,41 +357,6 @@ class _DomainWriter:
             split: Counts(len(offsets) - 1, offsets[-1], self._bytes[split])
             for split, offsets in self._offsets.items()
         }
-
-
-class _NpyWriter:
-    """Appends to a one-dimensional .npy file whose length is not known beforehand."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype):
-        self._file = file
-        self._dtype = dtype
-        self._length = 0
-        self._write_header()
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, path: pathlib.Path, dtype: np.dtype) -> Iterator["_NpyWriter"]:
-        with path.open("wb") as file:
-            writer = cls(file, dtype)
-            yield writer
-            file.seek(0)
-            writer._write_header()
-            _flush_to_disk(file)
-
-    def append(self, values: np.ndarray) -> None:
-        assert values.dtype == self._dtype, values.dtype
-        self._file.write(values.tobytes())
-        self._length += len(values)
-
-    def _write_header(self) -> None:
-        # The format pads its header so that the first dimension can grow in place.
-        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-
-def _flush_to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,10 @@ class Distil(TrainingLoss):
             "Set data.tokenizer to that of the teacher",
         )
         return {"teacher": self.source(config).sha256}
+
+    def with_whole_paths(self) -> Self:
+        """See `TrainingLoss`."""
+        return dataclasses.replace(self, teacher=str(pathlib.Path(self.teacher).absolute()))
 
     def abstract_arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
         """See `TrainingLoss`: parameters of the teacher, and state of its parts."""

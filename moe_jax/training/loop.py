@@ -72,8 +72,7 @@ def train(
     check_trackers(config.training.trackers)
     check_memory(config, mesh)
     data = open_data(config.data)
-    read = config.training.loss.content(config, data.fingerprints)
-    data = dataclasses.replace(data, fingerprints={**data.fingerprints, **read})
+    data = dataclasses.replace(data, fingerprints=content_of(config, data))
     require_same("content", dict(data.fingerprints))
     check_vocabulary(config, data.tokenizer)
     check_workdir(config, workdir, data.fingerprints)
@@ -83,9 +82,19 @@ def train(
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
         check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
-        config = dataclasses.replace(config, data=with_whole_paths(config.data))
+        loss = config.training.loss.with_whole_paths()
+        config = dataclasses.replace(
+            config,
+            data=with_whole_paths(config.data),
+            training=dataclasses.replace(config.training, loss=loss),
+        )
         with Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
             return train_in(workdir, config, data, mesh, checkpoints, source, dict(facts or {}))
+
+
+def content_of(config: ExperimentConfig, data: Data) -> dict[str, str]:
+    """Sha256 of all that a run reads: its data, and what its training loss reads beside them."""
+    return {**data.fingerprints, **config.training.loss.content(config, data.fingerprints)}
 
 
 def source_of(config: ExperimentConfig, workdir: pathlib.Path, data: Data) -> Source | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,10 @@ class TrainingLoss(Settings):
         """
         del config, content
         return {}
+
+    def with_whole_paths(self) -> Self:
+        """The loss with its paths from the root on, as a run records them."""
+        return self
 
     def abstract_arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
         """Trees of `jax.ShapeDtypeStruct` with shardings: the arrays that it reads."""
