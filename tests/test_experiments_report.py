@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from experiments import arm, report
+from experiments import arm, from_plans, report, top_page
 from experiments.results import append_result, check_same_text, read_results
 from experiments.study import (
     LOOKS_AHEAD,
@@ -227,3 +227,43 @@ def test_pages_in_the_repository_are_those_of_their_results(tmp_path):
     studies = [load_study(name) for name in study_names()]
     page = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     assert page == report.top_page(studies, said)
+
+
+def test_lines_from_plans_are_what_arithmetic_gives():
+    plans = from_plans.read_plans()
+    assert plans["memory"][-1] == from_plans.memory_of("olmoe")
+    said = from_plans.memory_text(plans)
+    assert "mixtral 46.7 B parameters for 12.9 B of a token" in said  # as published
+    one = {"config": "a", "pod": "b", "mesh": {"expert": 8}}
+    plans = {"exchange": [one | {"compute_seconds": 2.0, "exchange_seconds": 0.5}]}
+    assert from_plans.exchange_text(plans).endswith(
+        "a on b, experts over 8: 0.25 of the time of computing"
+    )
+
+
+@pytest.mark.slow
+def test_the_exchange_of_a_pod_is_as_it_was_written():
+    plans = from_plans.read_plans()
+    assert len(plans["exchange"]) == len(from_plans.PODS)
+    assert plans["exchange"][3] == from_plans.exchange_of(*from_plans.PODS[3])
+
+
+def test_the_top_page_has_every_claim_and_study():
+    studies = [make_study(expect=(Claim("It is lower.", lower("moe", "dense"), "Less is more."),))]
+    page = report.top_page(studies, {"made_up": {}})
+    for text in (*top_page.CLAIMS, top_page.MEMORY, top_page.EXCHANGE):
+        assert f"| {text} | " in page
+    assert "| Less is more. | not run | [made_up](made_up/README.md) |" in page
+    assert "| [made_up](made_up/README.md) | Is it lower? | not run |" in page
+    assert page.index("## Claims") < page.index("## Studies") < page.index("## Log")
+
+
+def test_the_figure_of_the_top_page_marks_what_saw_later_tokens():
+    """Of every study in the repository that was run: a point an arm, hollow for those."""
+    studies = [load_study("future_leaks")]
+    results = {"future_leaks": {"small": report.results_of(studies[0], "small")}}
+    (axis,) = report.draw_all(studies, results).axes
+    hollow = [line for line in axis.lines if line.get_markerfacecolor() == "none"]
+    assert len(axis.lines) == len(studies[0].arms) and len(hollow) == 7
+    circles = [line for line in axis.lines if line.get_marker() == "o"]
+    assert len(circles) == 1 and circles[0] not in hollow  # the dense model

@@ -158,6 +158,7 @@ STUDY = Study(
                 for k in (1, 2)
                 for pair in ((f"top{k}", f"top{k}_jitter"), (f"top{k}_jitter", f"top{k}"))
             ),
+            settles="Router jitter makes little difference to the loss.",
         ),
     ),
     notes="""\
