@@ -482,3 +482,14 @@ def test_a_config_that_sees_later_tokens_is_compared_with_its_mark(tmp_path):
     found = pairs_of(comparison_of(tmp_path))
     assert column(found.columns, "run") == ["a_0 (sees later tokens)"]
     assert "a_0 (sees later tokens) is lower" in found.notes[0]
+
+
+def test_runs_without_a_score_make_no_pairs(tmp_path):
+    for seed in range(2):
+        run = make_run(tmp_path / f"a_{seed}", settings={"seed": seed})
+        (run / "evaluation.json").unlink()
+        rows = (run / "metrics.jsonl").read_text().splitlines()
+        kept = [row for row in rows if "heldout" not in row]
+        (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    found = comparison_of(tmp_path)
+    assert found.ways == [] and pairs_of(found).columns == []

@@ -155,7 +155,8 @@ def final_runs(comparison: Comparison, group: list[int]) -> dict[tuple[Any, ...]
     return {
         seeds_of(entries[place].settings): place
         for place in reversed(group)
-        if entries[place].settings
+        if comparison.ways
+        and entries[place].settings
         and is_final(entries[place])
         and entries[place].score.loss(comparison.ways[0], "bits_per_byte") is not None
     }
