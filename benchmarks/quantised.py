@@ -3,7 +3,7 @@
     python -m benchmarks.quantised RUN [RUN ...] [--batches=16] [--prompt=64] [--rounds=5]
 
 A RUN is the directory of a trained or an imported model. Its weights are kept as they are, and
-quantised in groups of 32: experts alone, and every matrix with the embedding. Bits per byte are of
+quantised in groups of 32: experts alone, every matrix, and the embedding too. Bits per byte are of
 --batches sequences of the held-out split. Speed is that of one text, and of a turn of 16 tokens;
 all ways take turns, and numbers are medians. Memory is that of the weights, and of the compiled
 decode step with all that it is given.
@@ -23,14 +23,12 @@ from benchmarks.decoding import GREEDY, NO_TOKENS, TOKENS
 from benchmarks.timing import seconds
 from moe_jax.config import ExperimentConfig
 from moe_jax.evaluate import Options, evaluate_run
-from moe_jax.inference.decoding import Serving, decode, prefill
+from moe_jax.inference.decoding import Prompts, Serving, decode, prefill
 from moe_jax.inference.generation import for_inference
 from moe_jax.models.wrapping import quantised_params
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState
 from moe_jax.weights.quantised import Quantisation
-
-ALL = ("all", "embedding")
 
 
 def ways(config: ExperimentConfig) -> dict[str, Quantisation | None]:
@@ -38,7 +36,8 @@ def ways(config: ExperimentConfig) -> dict[str, Quantisation | None]:
     found: dict[str, Quantisation | None] = {"float32": None}
     if config.model.moe_parts:
         found |= {f"int{bits} experts": Quantisation(("experts",), bits) for bits in (8, 4)}
-    return found | {f"int{bits} all": Quantisation(ALL, bits) for bits in (8, 4)}
+    found |= {f"int{bits} all": Quantisation(("all",), bits) for bits in (8, 4)}
+    return found | {"int4 embedding": Quantisation(("all", "embedding"), 4)}
 
 
 class Way:
@@ -64,9 +63,10 @@ class Way:
         settings: dict[str, Any] = {
             "model": model, "num_slots": prompt + TOKENS, "sampling": GREEDY
         }  # fmt: skip
-        self.read = lambda: prefill(
-            self.serving, tokens_BL, np.ones_like(tokens_BL), np.zeros(1, np.int32), **settings
+        prompts = Prompts(
+            tokens_BL, np.ones_like(tokens_BL), np.arange(1), np.full(1, prompt + TOKENS)
         )
+        self.read = lambda: prefill(self.serving, prompts, **settings)[0]
         rows = self.read()
         lowered = decode.lower(self.serving, rows, NO_TOKENS, num_tokens=TOKENS, **settings)
         self.program = lowered.compile()
@@ -102,7 +102,7 @@ def main() -> None:
     for workdir in arguments.runs:
         config, state = load_run(workdir)
         print(f"{workdir.name}: {config.name}")
-        print("weights        weights MB  decode step MB  bits/byte  prefill tok/s  decode tok/s")
+        print("weights         weights MB  decode step MB  bits/byte  prefill tok/s  decode tok/s")
         made = {
             name: Way(config, state, how, arguments.prompt) for name, how in ways(config).items()
         }
@@ -117,7 +117,7 @@ def main() -> None:
             reading, writing = (statistics.median(each) for each in zip(*rates[name], strict=True))
             stored, step = way.megabytes
             print(
-                f"{name:<14}{stored:>11.1f}{step:>16.1f}{bits:>11.4f}{reading:>15,.0f}{writing:>14,.1f}",
+                f"{name:<15}{stored:>11.1f}{step:>16.1f}{bits:>11.4f}{reading:>15,.0f}{writing:>14,.1f}",
                 flush=True,
             )
 

@@ -216,6 +216,7 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
     """A model of float32 arrays alone; says what was quantised or adapted."""
+    from moe_jax.config import InitFrom
     from moe_jax.models.wrapping import dense_params, plain_model
 
     how, adapters = config.model.quantisation, config.model.adapters
@@ -225,7 +226,16 @@ def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", 
         print(f"adapters ({', '.join(adapters.names)}) are merged into their matrices")
     if how is None and adapters is None:
         return config, params
-    return dataclasses.replace(config, model=plain_model(config.model)), dense_params(params)
+    config = dataclasses.replace(
+        config,
+        model=plain_model(config.model),
+        # What these name may be no part of the plain model.
+        optimizer=dataclasses.replace(
+            config.optimizer, trainable=("all",), frozen=(), learning_rates=()
+        ),
+        init_from=InitFrom(),
+    )
+    return config, dense_params(params)
 
 
 def define_flags() -> None:

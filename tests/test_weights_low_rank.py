@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from moe_jax.__main__ import main
+from moe_jax.config import InitFrom, MeshConfig
 from moe_jax.models.trained import filled, kept
 from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
 from moe_jax.moe.run_experts import rows as sorted_rows
@@ -15,6 +16,10 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import Weight, init_parameters, learning
 from moe_jax.part import Call
+from moe_jax.training.arrays import by_name
+from moe_jax.training.imported import save_imported
+from moe_jax.training.init_from import open_source
+from moe_jax.training.saved import load_run
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 from moe_jax.weights.low_rank import ADAPTERS, Adapters, LowRank
@@ -219,3 +224,43 @@ def test_adapters_alone_move_in_training():
 def test_a_model_with_adapters_names_what_trains():
     with pytest.raises(ValueError, match=r"names what trains.*Set optimizer.trainable=adapters"):
         dataclasses.replace(tiny_config(), model=adapted()[0])
+
+
+def test_a_run_with_adapters_starts_from_a_quantised_one(tmp_path):
+    """Every array of the base is taken as it is stored; adapters are fresh."""
+    model, _, before, its = adapted(INT4)
+    plain = tiny_config()
+    save_imported(tmp_path, dataclasses.replace(plain, model=before), its, {}, {}, {})
+    optimizer = dataclasses.replace(plain.optimizer, trainable=(ADAPTERS,))
+    given = InitFrom(str(tmp_path), fresh=(ADAPTERS,))
+    config = dataclasses.replace(plain, model=model, optimizer=optimizer, init_from=given)
+    source = open_source(config, {})
+    experts = "params/stack/unit/0/moe/experts/wi"
+    assert source.takes[f"{experts}/base/values"] == f"{experts}/values"
+    assert source.takes[f"{experts}/base/scales"] == f"{experts}/scales"
+    assert set(source.fresh) == {
+        f"params/{name}"
+        for name, spec in by_name(model.specs()).items() if spec.component == ADAPTERS
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_run_without_adapters(tmp_path, capsys):
+    model, params, _, _ = adapted(INT4)
+    plain = tiny_config()
+    optimizer = dataclasses.replace(plain.optimizer, trainable=(ADAPTERS,))
+    given = InitFrom(str(tmp_path / "gone"), fresh=(ADAPTERS,))
+    config = dataclasses.replace(plain, model=model, optimizer=optimizer, init_from=given)
+    run, output = tmp_path / "run", tmp_path / "merged"
+    run.mkdir()
+    save_imported(run, config, params, {}, {}, {})
+    assert main(["merge_adapters", f"--workdir={run}", f"--output={output}"]) == 0
+    said = capsys.readouterr().out
+    assert "weights of 4 bits (experts) are written as floats" in said and "merged" in said
+    found, state = load_run(output)
+    assert found == dataclasses.replace(plain, mesh=found.mesh)
+    jax.tree.map(np.testing.assert_array_equal, state.params, dense_params(params))
+    with pytest.raises(SystemExit):
+        main(["merge_adapters", f"--workdir={output}", f"--output={tmp_path / 'again'}"])
+    said = capsys.readouterr().err
+    assert "a run with adapters is merged" in said and said.count("\n") == 1

@@ -227,8 +227,7 @@ def memory_of_decoding(model):
     settings = {"model": model, "num_slots": 16, "sampling": Sampling()}
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs())
     ones, number, none = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 4), (1,), (0,)))
-    serving = Serving(specs)
-    prompts = Prompts(ones, ones, number, number)
+    serving, prompts = Serving(specs), Prompts(ones, ones, number, number)
     rows, _ = jax.eval_shape(functools.partial(prefill, **settings), serving, prompts)
     lowered = decode.lower(serving, rows, none, num_tokens=4, **settings)
     return lowered.compile().memory_analysis()
