@@ -8,10 +8,14 @@ import pytest
 import tokenizers as hugging_face
 from tokenizers import decoders, models, pre_tokenizers
 
+from moe_jax.data import open_tokenizer_of
 from moe_jax.data.chat_template import open_chat_template
 from moe_jax.data.conversations import Message
 from moe_jax.data.objectives import Supervised
 from moe_jax.data.tokenizers import open_tokenizer
+from moe_jax.training.imported import save_imported
+from moe_jax.training.saved import load_run
+from tests.tiny_run import tiny_config, tiny_state
 
 CHATML = """\
 {%- for message in messages %}
@@ -208,3 +212,20 @@ def test_a_tokenizer_without_a_template_is_refused(folder, tmp_path, monkeypatch
     (tmp_path / "t.jinja").write_text(CHATML)
     with pytest.raises(ValueError, match=r"jinja2, which is not installed.*pip install jinja2"):
         open_chat_template(str(tmp_path / "t.jinja"), tokenizer)
+
+
+def test_a_run_is_used_with_the_template_that_it_was_trained_with(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    objective = {"kind": "supervised", "chat_template": "tokenizer"}
+    data = {"tokenizer": str(tmp_path / "tokenizer.json"), "objective": objective}
+    config, run = tiny_config({"data": data}), tmp_path / "run"
+    tokenizer = open_tokenizer_of(config.data)
+    content = {"tokenizer": tokenizer.fingerprint()}
+    content |= config.data.objective.fingerprints(tokenizer)
+    run.mkdir()
+    save_imported(run, config, tiny_state(config).params, {}, content, {})
+    load_run(run)
+    (tmp_path / "chat_template.jinja").write_text(TURNS)
+    with pytest.raises(ValueError, match=r"content of chat_template: sha256 .* Bring back the data"):
+        load_run(run)

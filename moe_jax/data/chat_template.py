@@ -69,7 +69,7 @@ class ChatTemplate:
                 not named,
                 "A message has no name of a special token, which a chat template would make one",
                 f"{named[0] if named else ''!r} is in that of the {message.role}",
-                "Write it in another way, or leave the line out",
+                "Write it in another way",
             )
         told = [message._asdict() for message in messages]
         try:

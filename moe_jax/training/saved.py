@@ -68,7 +68,7 @@ def load_run(
     config = read_config(record, ExperimentConfig, trust=trust)
     config = dataclasses.replace(config, data=newest_places(workdir, record, config.data))
     warn_of_sources(record, config, workdir)
-    check_content(record, {"tokenizer": tokenizer_of(workdir, config)}, workdir)
+    check_content(record, encoding_of(workdir, config), workdir)
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
@@ -101,14 +101,16 @@ def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> Da
     return data
 
 
-def tokenizer_of(workdir: pathlib.Path, config: ExperimentConfig) -> str:
-    """The sha256 of the tokenizer of a run.
+def encoding_of(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, str]:
+    """The sha256 of what makes tokens of texts: the tokenizer of a run, and any chat template.
 
     Raises:
       ValueError: it cannot be opened.
     """
     try:
-        return open_tokenizer_of(config.data).fingerprint()
+        tokenizer = open_tokenizer_of(config.data)
+        read = config.data.objective.fingerprints(tokenizer)
+        return {"tokenizer": tokenizer.fingerprint(), **read}
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the tokenizer of {workdir} cannot be opened: {error} If it was moved, write its path "
