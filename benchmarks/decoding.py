@@ -1,10 +1,12 @@
 """Tokens/s of prefill and decode: cached, read anew, dense, and transformers on the same weights.
 
-    python -m benchmarks.decoding [--batches=1,8,64] [--prompt=128] [--rounds=5] [--gguf=FILE]
+    python -m benchmarks.decoding [--batches=1,8,64] [--models=moe,dense] [--prompt=128]
+        [--rounds=5] [--gguf=FILE]
 
 The models are a Mixtral and a Mistral of equal active parameters, 8 layers of 512 dims in float32,
 and, with --gguf, a model of a GGUF file such as SmolLM2's. A round takes a turn of each; numbers
-are medians. transformers runs eagerly on PyTorch, with as many threads as there are cores.
+are medians. transformers runs eagerly on PyTorch, with as many threads as this process has cores:
+`taskset -c 0` compares on one, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -97,7 +99,7 @@ class Theirs:
         import torch
         from transformers import AutoModelForCausalLM
 
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         self.tokens_BL = torch.tensor(tokens_BL, dtype=torch.long)
@@ -161,9 +163,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gguf", help="a GGUF file, as a third model")
+    parser.add_argument("--models", default="moe,dense", help="of these two")
     arguments = parser.parse_args()
     models: dict[str, tuple[ExperimentConfig, Any]] = {}
     for name, config in sparse_and_dense().items():
+        if name not in arguments.models.split(","):
+            continue
         models[name] = config, init_parameters(jax.random.key(0), config.model.specs())
     if arguments.gguf:
         models["gguf"] = from_gguf(arguments.gguf)

@@ -15,12 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.moe.experts import Experts, Relu
+from moe_jax.moe.run_experts import rows
 from moe_jax.moe.run_experts.rows import (
+    FEW_CHOICES,
     SortedRows,
     block_sizes,
     expert_loop,
     for_each_block,
+    one_by_one,
     sort_by_expert,
+    through_sorted_rows,
 )
 from tests import moe_oracle
 from tests.slow import slow_but
@@ -75,6 +79,11 @@ def sorted_rows(kernel, x, gate, weights, expert, kept):
     return jnp.where(kept, y * gate, 0)
 
 
+def each_alone(x, gate, weights, expert, kept):
+    """The same by `one_by_one`, which is for few rows."""
+    return one_by_one(x, expert, gate, kept, weights, EXPERT, None)
+
+
 WAYS = {"loop": loop} | {
     kernel: functools.partial(sorted_rows, kernel) for kernel in ("dense", "megablox", "triton")
 }
@@ -84,7 +93,7 @@ every_way = pytest.mark.parametrize("way", slow_but(["loop", "dense"], WAYS))
 @functools.partial(jax.jit, static_argnames="way")
 def run(way, x, gate, weights, expert, kept, dy):
     def output(x, gate, weights):
-        return WAYS[way](x, gate, weights, expert, kept)
+        return {**WAYS, "one by one": each_alone}[way](x, gate, weights, expert, kept)
 
     y, vjp = jax.vjp(output, x, gate, weights)
     dx, dgate, dweights = vjp(dy)
@@ -260,3 +269,27 @@ def test_block_sizes_ascend_and_are_whole_vectors(rows, experts):
     sizes = block_sizes(rows, experts)
     assert list(sizes) == sorted(set(sizes))
     assert all(size % 8 == 0 and size > 0 for size in sizes)
+
+
+def test_few_choices_one_by_one():
+    """Two rows of one expert, experts without rows, and rows that no expert gets."""
+    check("one by one", [2, 0, 1, 0], num_rows=5)
+
+
+@pytest.mark.parametrize("few", [FEW_CHOICES, 0])
+def test_few_choices_read_weights_where_they_lie(few):
+    """Of a scan over layers; a loop over experts has all experts of a layer cut out for it."""
+    layers, experts, dim = 3, 16, 32
+    weights = {"wi": np.ones((layers, experts, dim, dim), np.float32)}
+    weights["wo"] = weights["wi"]
+    x, expert, gate = np.ones((1, dim)), np.array([[3, 5]], np.int32), np.ones((1, 2), np.float32)
+
+    def layer(x, weights):
+        y = through_sorted_rows(x, expert, gate, gate > 0, weights, EXPERT, None, "loop")
+        return x + y, None
+
+    with mock.patch.object(rows, "FEW_CHOICES", few):
+        program = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).lower(x, weights)
+    of_a_layer = weights["wi"].nbytes * 2 // layers
+    copied = program.compile().memory_analysis().temp_size_in_bytes
+    assert copied < of_a_layer / 2 if few else copied >= of_a_layer

@@ -25,6 +25,10 @@ from moe_jax.parameters import learning
 LADDER = (1, 2, 4, 6, 8, 9, 10)
 # Rows in an eighth, at most: larger products gain nothing.
 MAX_STEP = 128
+# Choices that a CPU computes one by one rather than in a loop over experts: when decoding one text,
+# or a few. XLA copies the operands of a loop inside of a scan over layers: the matrices of all
+# experts of the layer.
+FEW_CHOICES = 8
 
 
 class SortedRows:
@@ -109,6 +113,8 @@ def through_sorted_rows(
     """
     num_choices = kept_JK.shape[-1]
     num_experts = num_experts_of(weights)
+    if kernel == "loop" and kept_JK.size <= FEW_CHOICES and likely_rows is None:
+        return one_by_one(x_JM, expert_JK, gate_JK, kept_JK, weights, experts, rng)
     choice_R, row_JK, group_sizes_E = sort_by_expert(expert_JK, kept_JK, num_experts)
     if kernel == "loop":
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
@@ -116,6 +122,36 @@ def through_sorted_rows(
     layout = SortedRows(rng, group_sizes_E, len(choice_R), kernel, likely_rows)
     y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
     return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
+
+
+def one_by_one(
+    x_JM: jax.Array,
+    expert_JK: jax.Array,
+    gate_JK: jax.Array,
+    kept_JK: jax.Array,
+    weights: Weights,
+    experts: Experts,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """`through_sorted_rows` of few choices: each reads the weights of its expert where they lie.
+
+    The matrices of an expert are cut out of the parameters of all layers at once.
+    """
+    y_JM = []
+    num_tokens, num_choices = kept_JK.shape
+    for j in range(num_tokens):
+        y_1M = jnp.zeros((1, x_JM.shape[1]), jnp.float32)
+        for k in range(num_choices):
+            layout = OneExpert(rng, jnp.int32(j * num_choices + k))
+            row_1M = experts(x_JM[j : j + 1], expert_of(weights, expert_JK[j, k]), layout)
+            y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32) * gate_JK[j, k], 0)
+        y_JM.append(y_1M)
+    return jnp.concatenate(y_JM).astype(x_JM.dtype)
+
+
+def expert_of(operands_E: Any, expert: jax.Array) -> Any:
+    """The entry of one expert in a pytree of arrays with leading dim E."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[expert], operands_E)
 
 
 def sort_by_expert(
@@ -359,7 +395,7 @@ def for_each_block(
     largest = sizes[-1]
 
     def one_expert(expert: jax.Array, carry: Any) -> Any:
-        operand = jax.tree.map(lambda leaf: jnp.asarray(leaf)[expert], operands_E)
+        operand = expert_of(operands_E, expert)
         start, size = starts_E[expert], group_sizes_E[expert]
         end = start + size
         head = (size - 1) % largest + 1  # 1 .. largest
