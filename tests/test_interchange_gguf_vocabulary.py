@@ -6,10 +6,12 @@ import jax
 import pytest
 
 from benchmarks.llama_cpp import LlamaCpp
+from moe_jax.__main__ import main
 from moe_jax.config import ExperimentConfig
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.tokenizers import open_tokenizer
 from moe_jax.data.train_tokenizer import train
+from moe_jax.interchange.gguf_files import GGUFFile
 from moe_jax.interchange.gguf_vocabulary import PATTERNS, PLAIN, byte_letters, vocabulary
 from moe_jax.interchange.gguf_write import to_gguf
 from moe_jax.layers.attention import Attention
@@ -18,6 +20,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.parameters import init_parameters
+from moe_jax.training.imported import save_imported
 
 pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -158,3 +161,19 @@ def test_what_llama_cpp_cannot_split_is_named(tmp_path):
         vocabulary("tiktoken:a.tiktoken", 0, 1, 512)
     with pytest.raises(ValueError, match="384 ids in byte, vocab_size=300"):
         vocabulary("byte", 1, 2, 300)
+
+
+def test_the_command(model, tmp_path, capsys):
+    """A run with the tokenizer of bytes; the model has 128 ids more."""
+    (workdir := tmp_path / "run").mkdir()
+    save_imported(workdir, *model, {}, {}, {})
+    command = ["convert", f"--workdir={workdir}", f"--to-gguf={tmp_path / 'model.gguf'}"]
+    assert main([*command, "--format=Q8_0"]) == 0
+    file = GGUFFile(tmp_path / "model.gguf")
+    assert file.settings["general.architecture"] == "llama"
+    assert file.settings["tokenizer.ggml.tokens"][384:] == [f"[PAD{i}]" for i in range(384, 512)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(command)
+    error = capsys.readouterr().err
+    assert "model.gguf is there already" in error and error.count("\n") == 1
