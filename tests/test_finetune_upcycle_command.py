@@ -10,10 +10,12 @@ import pytest
 
 from moe_jax.__main__ import main
 from moe_jax.finetune import made
+from moe_jax.interchange.read import from_hf
 from moe_jax.training.files import read_json
 from moe_jax.training.imported import IMPORTED_FILE, save_state
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import init_state
+from tests.hf_families import CASES, write_model
 from tests.tiny_run import CACHE, DENSE, tiny_config, tiny_state
 
 HELD_OUT = {"heldout_fraction": 0.001, "cache_dir": str(CACHE / "moe_jax")}
@@ -145,4 +147,44 @@ def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
         assert main(["upcycle", *arguments, "--allow_change", *flags]) == 0
         states.append(load_run(output)[1])
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def imported(folder, name, **settings):
+    """A tiny model of another library, with a vocabulary that has all bytes, as a run."""
+    case = CASES[name]
+    case = dataclasses.replace(case, settings={**case.settings, "vocab_size": 384, **settings})
+    model, run = write_model(folder / "hf", case), folder / "run"
+    assert main(["convert", f"--from-hf={model}", f"--workdir={run}"]) == 0
+    return run
+
+
+@pytest.mark.slow
+def test_an_imported_llama_becomes_a_mixtral(tmp_path):
+    run, new = imported(tmp_path, "llama"), tmp_path / "new"
+    arguments = [f"--workdir={run}", f"--output={new}", "--experts=4"]
+    arguments += ["--block=losses.router_z.weight=0"]
+    assert main(["upcycle", *arguments]) == 0
+    assert main(["convert", f"--workdir={new}", f"--to-hf={tmp_path / 'mixtral'}"]) == 0
+    assert read_json(tmp_path / "mixtral" / "config.json")["model_type"] == "mixtral"
+    config, params = from_hf(tmp_path / "mixtral")
+    assert config.model.part["moe"].num_experts == 4
+    for one, other in zip(*map(jax.tree.leaves, (params, load_run(new)[1].params)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_an_imported_t5_becomes_a_switch_and_a_t5_again(tmp_path, capsys):
+    """One expert a token, with its probability as its gate, which starts near 1 / E."""
+    run, new, back = imported(tmp_path, "t5"), tmp_path / "new", tmp_path / "back"
+    arguments = ["upcycle", f"--workdir={run}", f"--output={new}", "--experts=4", "--top_k=1"]
+    arguments += ["--every=2"]
+    assert float(re.search(CHANGED, refused(capsys, *arguments))[1]) > 1e-5
+    assert main([*arguments, "--router_stddev=0"]) == 0
+    model = load_run(new)[0].model
+    assert model.layers_of["encoder_moe"] and model.layers_of["moe"]
+    assert main(["merge_experts", f"--workdir={new}", f"--output={back}"]) == 0
+    (before, old), (after, merged) = load_run(run), load_run(back)
+    assert before.model == after.model
+    for one, other in zip(*map(jax.tree.leaves, (old.params, merged.params)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -151,7 +151,10 @@ def save(
 ) -> None:
     """Writes the directory of the new model; arguments are those of `make` and `save_made`."""
     origin = {"step": int(source.state.step), **origin}
-    save_made(source.workdir, remodel.new, state, output, origin)
+    # Another name: an export writes the family that an imported model is named after.
+    name = f"{remodel.new.name}_{origin['made_by']}"
+    config = dataclasses.replace(remodel.new, name=name)
+    save_made(source.workdir, config, state, output, origin)
 
 
 def save_made(
@@ -168,7 +171,7 @@ def save_made(
       config: of the new model.
       state: of it.
       output: the directory.
-      origin: how it was made, as JSON can hold it.
+      origin: how it was made, as JSON can hold it; `made_by` is the command.
     """
     record, _ = recorded_run(workdir)
     config = dataclasses.replace(config, mesh=MeshConfig())

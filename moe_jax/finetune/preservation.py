@@ -48,6 +48,13 @@ def heldout_text(
     )
     rows = inference_rows(config, mesh, ROWS)
     data = open_run_data(workdir, config)
+    require(
+        data.tokenizer.vocab_size <= config.model.vocab_size,
+        "a model is compared on text in tokens of its own",
+        f"vocab_size={config.model.vocab_size}, the tokenizer {config.data.tokenizer!r} has "
+        f"{data.tokenizer.vocab_size}",
+        f"Write the path of the model's tokenizer into config.json of {workdir}",
+    )
     found = heldout_batches(data, batch_size=rows, max_batches=num_batches)
     return [
         from_whole(
