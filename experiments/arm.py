@@ -47,6 +47,8 @@ def run_arm(
       The line of results.
     """
     config = study.experiment(size, arm, seed, corpus, str(workdir.parent))
+    if study.start is not None:
+        study.start(config, arm, workdir)
     try:
         outcome = outcome_of(study, config, workdir, train(config, workdir))
     except FloatingPointError as error:  # a result as well: run again it would end alike

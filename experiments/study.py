@@ -125,6 +125,8 @@ class Study:
       expect: the criterion: the study is reproduced if every claim of it is.
       measures: columns of the table, besides held-out bits a byte: names of a result's measures.
       measure: more to measure, from the directory of a finished run; None: nothing.
+      start: puts a checkpoint into the directory of a run that has none, of the run's config and
+        the name of its arm, for arms that go on from a model; None: all start anew.
       seeds: of every arm. A seed sets parameters and the order of the data: arms share it.
       least_seeds: that a comparison needs, three or more; fewer show nothing.
       baseline_seeds: of the baseline, where a claim asks for its spread over more; () for `seeds`.
@@ -143,6 +145,7 @@ class Study:
     config: str = "base"
     measures: tuple[str, ...] = ()
     measure: Callable[[pathlib.Path], Mapping[str, float]] | None = None
+    start: Callable[[ExperimentConfig, str, pathlib.Path], None] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     least_seeds: int = MIN_SEEDS
     baseline_seeds: tuple[int, ...] = ()

@@ -64,8 +64,9 @@ def test_the_commands_of_the_page_run_one_after_another(tmp_path):
     assert len(outputs) == len(commands)
     for line, output in zip(commands, outputs, strict=True):
         assert output.strip(), line
-        if "init_from.path" in line:
-            assert f"starts from step 6 of {tmp_path / 'runs' / 'first'}" in output
+        for source in re.findall(r"init_from\.path=(\S+)", line):
+            steps = 0 if source == "runs/sparse" else 6  # made of a run, with the parameters alone
+            assert f"starts from step {steps} of {tmp_path / source}" in output
     assert "extended from 6" in said
 
 

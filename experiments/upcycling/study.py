@@ -1,0 +1,268 @@
+"""Upcycled against from scratch, and against the dense model trained on, at equal tokens."""
+
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.results import Results
+from experiments.study import (
+    LARGE_CORPUS,
+    NO_EXPERTS,
+    SIZES,
+    Arm,
+    Overrides,
+    Published,
+    Study,
+)
+from experiments.switch_against_dense.study import STUDY as SWITCH
+from experiments.verdict import (
+    INCONCLUSIVE,
+    Claim,
+    Finding,
+    in_every_seed,
+    lower,
+    smoothed,
+    too_few,
+)
+from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
+from moe_jax.finetune import made
+from moe_jax.finetune.remodel import Remodel
+from moe_jax.finetune.upcycle import Upcycling, upcycle
+from moe_jax.finetune.ways import Drop, Granular, Way
+from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.training.saved import kept_steps
+from moe_jax.training.workdir import only_run
+
+# How often a run is evaluated: the dense one, and those that go on from it, of all of their steps.
+PRETRAINED, ALL = 16, 24
+BEGIN_SECONDS = 300  # that an arm waits for the dense run of its seed to begin
+WAYS: dict[str, tuple[Way, ...]] = {
+    "upcycled": (),
+    "drop": (Drop(ratio=0.5),),
+    "granular": (Granular(shards=2),),
+}
+
+
+def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
+    """Puts the checkpoint that an arm goes on from into its directory: the dense run's, upcycled.
+
+    With moments, step and position in the data, so that nothing but the model is another.
+
+    Args:
+      config: of the run.
+      arm: its name.
+      workdir: its directory; beside it is the run "dense" of the same seed.
+    """
+    if arm in ("dense", "scratch") or kept_steps(workdir):
+        return
+    dense = workdir.parent / f"dense_seed{config.seed}"
+    wait_for(dense, config.training.num_steps * PRETRAINED // ALL)
+    source = made.open_source(dense, workdir, averaged=False)
+    if arm == "dense_on":
+        remodel = Remodel(source.config, source.config, {})
+    else:
+        moe = config.model.part["moe"]
+        remodel = upcycle(source.config, Upcycling(moe, WAYS[arm]))
+    require(
+        remodel.new.model == config.model,
+        "an arm has the model that it is started with",
+        f"{arm}: {remodel.new.model}, not {config.model}",
+        "Correct its overrides",
+    )
+    key = jax.random.key(config.seed)
+    state = made.make(source, remodel, key, optimizer_state=True, position=True)
+    apart = made.compare(source, remodel, state)
+    made.judge(source, apart, allow_change=arm == "drop", fix="Correct the arm")
+    made.save(source, remodel, state, workdir, {"made_by": "upcycle", "difference": apart})
+
+
+def wait_for(workdir: pathlib.Path, step: int) -> None:
+    """Returns when a run has made a step; another process may be at it.
+
+    Raises:
+      ValueError: nobody trains it.
+    """
+    until = time.monotonic() + BEGIN_SECONDS
+    while step not in kept_steps(workdir):
+        try:
+            with only_run(workdir):
+                idle = True
+        except ValueError:
+            idle, until = False, time.monotonic() + BEGIN_SECONDS
+        require(
+            not idle or time.monotonic() < until,
+            "an arm that goes on from the dense run needs it",
+            f"{workdir} has no step {step}, and nobody trains it",
+            "Run the arm 'dense' first",
+        )
+        time.sleep(1)
+
+
+def extra(results: Results, arm: str, seed: int) -> dict[int, float]:
+    """Held-out loss by steps, without those of the dense run before it; smoothed."""
+    finished, losses = results.curve(arm, seed)
+    own = dict(zip(finished, smoothed(losses), strict=True))
+    dense_steps, _ = results.curve("dense", seed)
+    before = 0 if arm == "scratch" or not dense_steps else dense_steps[-1]
+    return {step - before: loss for step, loss in own.items() if step > before}
+
+
+def crossing(results: Results, arm: str = "upcycled") -> dict[int, float]:
+    """Steps from scratch that are as good as as many after upcycling, over the dense run's."""
+    shares = {}
+    for seed in results.values(arm):
+        scratch, on = (extra(results, one, seed) for one in ("scratch", arm))
+        dense_steps, _ = results.curve("dense", seed)
+        crossed = [step for step, loss in on.items() if scratch.get(step, float("inf")) <= loss]
+        if dense_steps and scratch:
+            shares[seed] = (min(crossed) if crossed else float("inf")) / dense_steps[-1]
+    return shares
+
+
+def ahead_at_a_quarter(results: Results) -> Finding:
+    """Upcycled less scratch, after a quarter of the dense run's steps each, in every seed."""
+    gaps = {}
+    for seed in results.values("upcycled"):
+        dense_steps, _ = results.curve("dense", seed)
+        scratch, on = (extra(results, one, seed) for one in ("scratch", "upcycled"))
+        both = sorted(set(scratch) & set(on))
+        if dense_steps and both:
+            at = min(both, key=lambda step: abs(step - dense_steps[-1] / 4))
+            gaps[seed] = on[at] - scratch[at]
+    if not gaps:
+        return too_few("upcycled and scratch", 0, results.least_seeds)
+    what = "upcycled less scratch after a quarter of the dense run's steps, bits a byte"
+    return in_every_seed(what, gaps, most=0.0)
+
+
+def measured_crossing(results: Results) -> str:
+    """`crossing`, for the table."""
+    shares = crossing(results)
+    if not shares:
+        return INCONCLUSIVE
+    written = (
+        f"{share:.0%}" if share < float("inf") else "not reached" for share in shares.values()
+    )
+    return ", ".join(written) + " of the dense run, by seed"
+
+
+def experts(granularity: int = 1) -> Overrides:
+    """Eight experts of 1 / G of the dense network, two a token, with gates that sum to 1."""
+    return {
+        "model.parts.moe.num_experts": 8,
+        "model.parts.moe.num_selected_experts": 2,
+        "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // granularity,
+        "model.parts.moe.router": TokenChoice(renormalize=True),
+    }
+
+
+def steps(evaluations: int) -> Callable[[ConfigDict], int]:
+    """Of a run that is evaluated so often."""
+    return lambda config: evaluations * config.training.evaluate_every
+
+
+def sized(size: str) -> Overrides:
+    """A size of the study of Switch, with all layers alike; its steps are those of `steps`."""
+    own = ("model.parts.moe.group_size", "model.stack.unit", "training.num_steps")
+    overrides = {name: value for name, value in SWITCH.sizes[size].items() if name not in own}
+    every = {"smoke": 1, "small": 100, "gpu": 190, "base": 625}[size]
+    return overrides | {"training.evaluate_every": every}
+
+
+STUDY = Study(
+    name="upcycling",
+    question="When is a sparse model better made of a dense one than trained from scratch, or than "
+    "the dense one trained on?",
+    published=(
+        Published(
+            "tokens from scratch until a sparse model is as good as one that was upcycled before, "
+            "over those of the dense model",
+            "120 % of the dense budget (T5), 25 % (OLMo)",
+            "Komatsuzaki et al. (arXiv:2212.05055), fig. 4; OLMoE (arXiv:2409.02060), sec. 4.1.5",
+            measured_crossing,
+        ),
+        Published(
+            "after 50 % more tokens, upcycled against dense trained on",
+            "better in every size of T5 and ViT",
+            "Komatsuzaki et al. (arXiv:2212.05055), fig. 2 and 3",
+            lambda results: (
+                ", ".join(
+                    f"{name}: {sum(values.values()) / len(values):.4f}"
+                    for name in ("upcycled", "dense_on")
+                    if (values := results.values(name))
+                )
+                or INCONCLUSIVE
+            ),
+        ),
+    ),
+    base={
+        **LARGE_CORPUS,
+        "data.heldout_fraction": 0.005,
+        "data.sequence_length": 256,
+        "model.scan_layers": False,
+        "model.parts.mlp": SWITCH.base["model.parts.mlp"],
+        "model.parts.moe.run_experts": "ragged",
+        # Dropless: the first step sees the function of the dense model.
+        "model.parts.moe.capacity.train_factor": 0.0,
+        "model.parts.moe.capacity.eval_factor": 0.0,
+        # A step means the same in a short run and in a long one.
+        "optimizer.schedule": "constant",
+        "training.num_steps": steps(ALL),
+        "training.sample_prompt": "",
+    },
+    sizes={size: sized(size) for size in SIZES},
+    arms=(
+        Arm(
+            "dense",
+            "dense, before",
+            {**NO_EXPERTS, "training.num_steps": steps(PRETRAINED)},
+            "dense",
+        ),
+        Arm("dense_on", "dense, trained on", NO_EXPERTS, "dense"),
+        Arm("upcycled", "upcycled, 8 copies", experts(), "sparse", against="dense_on"),
+        Arm("drop", "half of the units drawn anew", experts(), "sparse", against="upcycled"),
+        Arm(
+            "granular",
+            "8 halves, a virtual group of two a token",
+            experts(2),
+            "granular",
+            against="dense_on",
+        ),
+        Arm("scratch", "8 experts from scratch", experts(), "sparse", against="upcycled"),
+    ),
+    baseline="dense",
+    measures=("max_violation", "router_entropy"),
+    start=start,
+    expect=(
+        Claim(
+            "After half as many tokens again, the upcycled model is below the dense model trained "
+            "on.",
+            lower("upcycled", "dense_on"),
+        ),
+        Claim(
+            "After a quarter of the tokens of the dense run, the upcycled model is below a sparse "
+            "model that had as many from scratch, in every seed.",
+            ahead_at_a_quarter,
+        ),
+        Claim(
+            "At the cost of the dense model, experts of half the width are below the dense model "
+            "trained on.",
+            lower("granular", "dense_on"),
+        ),
+    ),
+    notes="""\
+* The dense arm is trained for two thirds of the steps. The others go on from its last checkpoint,
+  with its moments, its position in the data and its constant learning rate, for the other third.
+  `scratch` has all of the steps from a start of its own, so that its curve shows where it reaches
+  the upcycled one at as many steps after the dense run.
+* All layers become sparse. `upcycled`, `drop` and `scratch` compute two networks a token, twice the
+  dense model's; `granular` computes as much as the dense model and has a router.
+* Logits are compared before the first step, as `python -m moe_jax.upcycle` does. `drop` changes
+  them.
+* Not a claim: whether `drop` ends below `upcycled`. Drop-Upcycling (arXiv:2502.19261) finds it so
+  after hundreds of billions of tokens, and above at first.""",
+)
