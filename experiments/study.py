@@ -81,6 +81,7 @@ class Arm:
       budget: arms of one budget have equal active FLOPs, within the study's tolerance.
       against: the arm that a table compares it with; "": the baseline.
       sizes: that it is run at.
+      after: another arm whose run it goes on from by `Study.start`; "": none.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Arm:
     budget: str = "equal"
     against: str = ""
     sizes: tuple[str, ...] = SIZES
+    after: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +221,8 @@ class Study:
     def needed_by(self, size: str, arm: str) -> set[str]:
         """The arms whose runs an arm starts from or learns from."""
         values = strings(self.overridden(size, arm))
-        return {value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)}
+        named = {value.removeprefix(RUN_OF) for value in values if value.startswith(RUN_OF)}
+        return named | ({self.arm(arm).after} - {""})
 
     def stage(self, size: str, arm: str) -> int:
         """How many other arms, one after the other, are run before an arm: it needs them."""

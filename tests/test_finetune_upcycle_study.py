@@ -1,10 +1,8 @@
 """The study of upcycling: what its criteria say of made-up results."""
 
-import pytest
-
 from experiments.results import LOSS, Results
 from experiments.study import load_study
-from experiments.upcycling.study import ahead_at_a_quarter, crossing, wait_for
+from experiments.upcycling.study import ahead_at_a_quarter, crossing
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 DENSE = list(range(100, 1700, 100))  # steps at which the dense run is evaluated
@@ -53,7 +51,7 @@ def test_arms_have_the_model_that_upcycling_gives():
             assert dense.training.num_steps * 3 == config.training.num_steps * 2
 
 
-def test_an_arm_whose_dense_run_is_missing_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.upcycling.study.BEGIN_SECONDS", 0)
-    with pytest.raises(ValueError, match="Run the arm 'dense' first"):
-        wait_for(tmp_path / "dense_seed0", 16)
+def test_arms_that_go_on_come_after_the_dense_run():
+    study = load_study("upcycling")
+    stages = {arm.name: study.stage("small", arm.name) for arm in study.arms}
+    assert {name for name, stage in stages.items() if stage == 0} == {"dense", "scratch"}

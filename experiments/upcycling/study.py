@@ -1,7 +1,6 @@
 """Upcycled against from scratch, and against the dense model trained on, at equal tokens."""
 
 import pathlib
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ from experiments.study import (
     Overrides,
     Published,
     Study,
+    run_name,
 )
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import (
@@ -35,11 +35,9 @@ from moe_jax.finetune.upcycle import Upcycling, upcycle
 from moe_jax.finetune.ways import Drop, Granular, Way
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.training.saved import kept_steps
-from moe_jax.training.workdir import only_run
 
 # How often a run is evaluated: the dense one, and those that go on from it, of all of their steps.
 PRETRAINED, ALL = 16, 24
-BEGIN_SECONDS = 300  # that an arm waits for the dense run of its seed to begin
 WAYS: dict[str, tuple[Way, ...]] = {
     "upcycled": (),
     "drop": (Drop(ratio=0.5),),
@@ -57,10 +55,9 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
       arm: its name.
       workdir: its directory; beside it is the run "dense" of the same seed.
     """
-    if arm in ("dense", "scratch") or kept_steps(workdir):
+    if not STUDY.arm(arm).after or kept_steps(workdir):
         return
-    dense = workdir.parent / f"dense_seed{config.seed}"
-    wait_for(dense, config.training.num_steps * PRETRAINED // ALL)
+    dense = workdir.parent / run_name("dense", config.seed)
     source = made.open_source(dense, workdir, averaged=False)
     if arm == "dense_on":
         remodel = Remodel(source.config, source.config, {})
@@ -78,28 +75,6 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
     apart = made.compare(source, remodel, state)
     made.judge(source, apart, allow_change=arm == "drop", fix="Correct the arm")
     made.save(source, remodel, state, workdir, {"made_by": "upcycle", "difference": apart})
-
-
-def wait_for(workdir: pathlib.Path, step: int) -> None:
-    """Returns when a run has made a step; another process may be at it.
-
-    Raises:
-      ValueError: nobody trains it.
-    """
-    until = time.monotonic() + BEGIN_SECONDS
-    while step not in kept_steps(workdir):
-        try:
-            with only_run(workdir):
-                idle = True
-        except ValueError:
-            idle, until = False, time.monotonic() + BEGIN_SECONDS
-        require(
-            not idle or time.monotonic() < until,
-            "an arm that goes on from the dense run needs it",
-            f"{workdir} has no step {step}, and nobody trains it",
-            "Run the arm 'dense' first",
-        )
-        time.sleep(1)
 
 
 def extra(results: Results, arm: str, seed: int) -> dict[int, float]:
@@ -222,15 +197,30 @@ STUDY = Study(
             {**NO_EXPERTS, "training.num_steps": steps(PRETRAINED)},
             "dense",
         ),
-        Arm("dense_on", "dense, trained on", NO_EXPERTS, "dense"),
-        Arm("upcycled", "upcycled, 8 copies", experts(), "sparse", against="dense_on"),
-        Arm("drop", "half of the units drawn anew", experts(), "sparse", against="upcycled"),
+        Arm("dense_on", "dense, trained on", NO_EXPERTS, "dense", after="dense"),
+        Arm(
+            "upcycled",
+            "upcycled, 8 copies",
+            experts(),
+            "sparse",
+            against="dense_on",
+            after="dense",
+        ),
+        Arm(
+            "drop",
+            "half of the units drawn anew",
+            experts(),
+            "sparse",
+            against="upcycled",
+            after="dense",
+        ),
         Arm(
             "granular",
             "8 halves, a virtual group of two a token",
             experts(2),
             "granular",
             against="dense_on",
+            after="dense",
         ),
         Arm("scratch", "8 experts from scratch", experts(), "sparse", against="upcycled"),
     ),
