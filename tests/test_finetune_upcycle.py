@@ -311,6 +311,18 @@ def test_what_other_optimizers_keep_is_carried(dense, name):
         assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
 
 
+def test_the_schedule_of_schedule_free_begins_again(dense):
+    """It has a count of its own, from 1, by which it weighs its averages."""
+    optimizer = dataclasses.replace(dense[0].optimizer, name="schedule_free", schedule="constant")
+    config = dataclasses.replace(dense[0], optimizer=optimizer)
+    opt_state = jax.jit(lambda: init_state(config).opt_state)()
+    opt_state = (*opt_state[:-1], opt_state[-1]._replace(step_count=jnp.asarray(8, jnp.int32)))
+    remodel = upcycle(config, Upcycling(RENORMALISED))
+    for counts, expected in ((True, 8), (False, 1)):
+        made = remodelled_optimizer(remodel, opt_state, KEY, dense[2], counts=counts)
+        assert int(made[-1].step_count) == expected
+
+
 @pytest.mark.slow
 def test_factors_of_shards_are_refused(dense):
     optimizer = dataclasses.replace(dense[0].optimizer, name="adafactor")

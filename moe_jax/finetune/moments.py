@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.config import ExperimentConfig
@@ -12,7 +11,7 @@ from moe_jax.finetune.remodel import Path, Remodel, leaves_with_path, made_of, p
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.optimizers import make_optimizer
 from moe_jax.training.placement import axes_of_moment
-from moe_jax.training.state import abstract_state, trained_params
+from moe_jax.training.state import abstract_state, trained_params, with_schedule_at
 
 # States of optimizers that hold parameters, not moments: averages, and Schedule-Free's z.
 PARAMETERS = ("average", "z")
@@ -69,7 +68,7 @@ def remodelled_optimizer(
       ValueError: the optimizer's state has arrays that cannot be carried.
     """
     if not counts:
-        opt_state = restart_schedule(opt_state)
+        opt_state = with_schedule_at(opt_state, 0)
     old = dict(leaves_with_path(opt_state))
     specs = {path_of(path): spec for path, spec in leaves_with_path(remodel.new.model.specs())}
     wanted = abstract_state(remodel.new).opt_state
@@ -110,16 +109,3 @@ def started(
     places = {str(place): sharding for place, sharding in enumerate(shardings.values())}
     made = jax.jit(some, out_shardings=places)() if shardings else {}
     return {path: made[str(place)] for place, path in enumerate(shardings)}
-
-
-def restart_schedule(opt_state: Any) -> Any:
-    """The state with the learning rate at its first step."""
-
-    def is_count(one: Any) -> bool:
-        return isinstance(one, optax.ScaleByScheduleState)
-
-    return jax.tree.map(
-        lambda one: one._replace(count=jnp.zeros_like(one.count)) if is_count(one) else one,
-        opt_state,
-        is_leaf=is_count,
-    )
