@@ -202,6 +202,9 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     words = vocabulary(
         tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, run.config.model.vocab_size
     )
+    template = getattr(run.config.data.objective, "chat_template", "")
+    if template.endswith(".jinja"):  # of a run that was trained with a file of its own
+        words["tokenizer.chat_template"] = pathlib.Path(template).expanduser().read_text()
     to_gguf(
         run.config,
         run.params,

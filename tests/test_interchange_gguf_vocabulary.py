@@ -1,5 +1,6 @@
 """Tokenizers of GGUF files: llama.cpp gives a text the ids that this library gives it."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,6 +10,7 @@ from benchmarks.llama_cpp import LlamaCpp
 from moe_jax.__main__ import main
 from moe_jax.config import ExperimentConfig
 from moe_jax.data.corpora import open_corpus
+from moe_jax.data.objectives.supervised import Supervised
 from moe_jax.data.tokenizers import open_tokenizer
 from moe_jax.data.train_tokenizer import train
 from moe_jax.interchange.gguf_files import GGUFFile
@@ -164,14 +166,22 @@ def test_what_llama_cpp_cannot_split_is_named(tmp_path):
 
 
 def test_the_command(model, tmp_path, capsys):
-    """A run with the tokenizer of bytes; the model has 128 ids more."""
+    """A run with a tokenizer of fewer ids than the model, and a template of its own for chats."""
     (workdir := tmp_path / "run").mkdir()
-    save_imported(workdir, *model, {}, {}, {})
+    tokenizer, template = bpe(tmp_path, ("regex",)), tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    config, params = model
+    objective = Supervised(chat_template=str(template))
+    data = dataclasses.replace(config.data, tokenizer=tokenizer.name, objective=objective)
+    config = dataclasses.replace(config, data=data)
+    save_imported(workdir, config, params, {}, {}, {})
     command = ["convert", f"--workdir={workdir}", f"--to-gguf={tmp_path / 'model.gguf'}"]
     assert main([*command, "--format=Q8_0"]) == 0
     file = GGUFFile(tmp_path / "model.gguf")
     assert file.settings["general.architecture"] == "llama"
-    assert file.settings["tokenizer.ggml.tokens"][384:] == [f"[PAD{i}]" for i in range(384, 512)]
+    assert file.settings["tokenizer.chat_template"] == "{{ messages[0]['content'] }}"
+    names = [f"[PAD{i}]" for i in range(tokenizer.vocab_size, 512)]
+    assert file.settings["tokenizer.ggml.tokens"][tokenizer.vocab_size :] == names
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(command)
