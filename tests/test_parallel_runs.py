@@ -85,6 +85,26 @@ def test_several_processes_start_from_a_checkpoint_as_one_does(expected, tmp_pat
 
 
 @pytest.mark.slow
+def test_several_processes_learn_from_a_teacher_as_one_does(expected, tmp_path):
+    teacher = ("--config.training.loss=distil", f"--config.training.loss.teacher={expected}")
+    for count in (1, 2):
+        arguments = (
+            *TINY,
+            *MESH,
+            *teacher,
+            "--config.seed=1",
+            f"--workdir={tmp_path / str(count)}",
+        )
+        with Job(tmp_path, count, 4 // count, "train", *arguments) as job:
+            job.succeed()
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=LOSS_TOLERANCE)
+    rows = [read_metrics(tmp_path / str(count) / METRICS_FILE) for count in (1, 2)]
+    soft = [[row["train/soft_loss"] for row in each if "train/loss" in row] for each in rows]
+    np.testing.assert_allclose(soft[1], soft[0], rtol=1e-4)
+    assert soft[0][0] > soft[0][-1] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_when_one_is_killed_the_others_end_and_fewer_go_on(expected, tmp_path, lost):
     """Four processes, then two, then one: the losses of the run that was not killed."""
