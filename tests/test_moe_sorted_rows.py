@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from moe_jax.moe.experts import Experts, Relu
 from moe_jax.moe.run_experts import rows
-from moe_jax.moe.run_experts.rows import (
-    FEW_CHOICES,
-    SortedRows,
+from moe_jax.moe.run_experts.expert_loop import (
     block_sizes,
     expert_loop,
     for_each_block,
     one_by_one,
+)
+from moe_jax.moe.run_experts.rows import (
+    FEW_CHOICES,
+    SortedRows,
     sort_by_expert,
     through_sorted_rows,
 )

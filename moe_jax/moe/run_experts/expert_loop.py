@@ -1,0 +1,293 @@
+"""Experts one after another, on blocks of their rows: how a CPU computes sorted rows.
+
+The whole expert runs inside one loop, on rows gathered on the spot: neither the sorted tokens nor
+the hidden activations are ever stored, and the backward pass computes the hidden activations again.
+Legend: `moe_jax.moe`; W is the rows of a block.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
+from moe_jax.parameters import learning
+
+# Block sizes in eighths of the mean group: fine where sizes are likely.
+LADDER = (1, 2, 4, 6, 8, 9, 10)
+# Rows in an eighth, at most: larger products gain nothing.
+MAX_STEP = 128
+
+
+class OneExpert:
+    """Rows `[W, I]` of one expert meet its weights `[I, O]`; `rng` is the block's own."""
+
+    def __init__(self, rng: jax.Array | None, start: jax.Array):
+        self.rng = None if rng is None else jax.random.fold_in(rng, start)
+
+    def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """[W, I] x [I, O] -> [W, O], accumulated in float32."""
+        return jnp.dot(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def expand(self, bias: jax.Array) -> jax.Array:
+        """[O], which broadcasts."""
+        return bias
+
+
+class Block(NamedTuple):
+    """A run of rows of one expert.
+
+    Attributes:
+      expert: int32 scalar.
+      start: int32 scalar, its first row.
+      size: int32 scalar, how many of its rows are the expert's; the rest are someone else's.
+      rows: W, how many rows it has; a Python int.
+      is_first: whether it is the first of its expert; a Python bool.
+    """
+
+    expert: jax.Array
+    start: jax.Array
+    size: jax.Array
+    rows: int
+    is_first: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 9))
+def expert_loop(
+    experts: Experts,
+    weights: Weights,
+    rng: jax.Array | None,
+    x_JM: jax.Array,
+    gate_JK: jax.Array,
+    kept_JK: jax.Array,
+    choice_R: jax.Array,
+    row_JK: jax.Array,
+    group_sizes_E: jax.Array,
+    likely_rows: int | None = None,
+) -> jax.Array:
+    """The gated sum over the kept choices of every token.
+
+    Args:
+      experts: `(rows, weights of one expert, layout) -> rows`; acts on each row by itself and
+        closes over no array.
+      weights: by name, leading dim E.
+      rng: key for the experts, or None.
+      x_JM: tokens.
+      gate_JK: float32.
+      kept_JK: bool.
+      choice_R: int32, the choice (token * K + k) of each row, rows sorted by expert.
+      row_JK: int32, its inverse.
+      group_sizes_E: int32, rows of each expert.
+      likely_rows: how many rows are likely to be some expert's, after which blocks are cut, so that
+        the room for more does not change the order of sums; None: all.
+
+    Returns:
+      [J, M] in the dtype of `x_JM`.
+    """
+    operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
+    return _forward(experts, weights, rng, *operands, likely_rows)[0]
+
+
+def _forward(
+    experts: Experts,
+    weights: Weights,
+    rng: jax.Array | None,
+    x_JM: jax.Array,
+    gate_JK: jax.Array,
+    kept_JK: jax.Array,
+    choice_R: jax.Array,
+    row_JK: jax.Array,
+    group_sizes_E: jax.Array,
+    likely_rows: int | None,
+) -> tuple[jax.Array, Any]:
+    blocks = block_sizes(likely_rows or choice_R.shape[0], group_sizes_E.shape[0])
+    choice_R = jnp.pad(choice_R, (0, blocks[-1]))
+    token_R = choice_R // gate_JK.shape[1]
+
+    def body(y_RM: jax.Array, weights_e: Weights, block: Block) -> jax.Array:
+        x_WM = _gather_rows(x_JM, token_R, block)
+        y_WM = experts(x_WM, weights_e, OneExpert(rng, block.start))
+        return lax.dynamic_update_slice_in_dim(y_RM, y_WM, block.start, 0)
+
+    y_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
+    y_RM = for_each_block(group_sizes_E, blocks, y_RM, weights, body)
+    y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
+    return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM)
+
+
+def _backward(
+    experts: Experts, likely_rows: int | None, residuals: Any, dy_JM: jax.Array
+) -> tuple[Any, ...]:
+    weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM = residuals
+    blocks = block_sizes(likely_rows or gate_JK.size, group_sizes_E.shape[0])
+    token_R = choice_R // gate_JK.shape[1]
+    gate_R = gate_JK.reshape(-1)[choice_R]
+
+    arrays, tree = jax.tree.flatten(weights)
+    learns = jax.tree.leaves(learning(weights))
+    learned = select(arrays, learns)
+
+    def body(carry: Any, arrays_e: list[jax.Array], block: Block) -> Any:
+        dx_RM, dweights = carry
+        gate_W = lax.dynamic_slice_in_dim(gate_R, block.start, block.rows)
+        dy_WM = _gather_rows(dy_JM, token_R, block) * gate_W[:, None]
+        x_WM = _gather_rows(x_JM, token_R, block)
+        layout = OneExpert(rng, block.start)
+
+        def compute(x_WM: jax.Array, learned_e: list[jax.Array]) -> jax.Array:
+            weights_e = jax.tree.unflatten(tree, replace(arrays_e, learns, learned_e))
+            return experts(x_WM, weights_e, layout)
+
+        _, vjp = jax.vjp(compute, x_WM, select(arrays_e, learns))
+        dx_WM, dweights_e = vjp(dy_WM.astype(x_JM.dtype))
+        dx_RM = lax.dynamic_update_slice_in_dim(dx_RM, dx_WM, block.start, 0)
+        return dx_RM, jax.tree.map(functools.partial(_store, block=block), dweights, dweights_e)
+
+    dweights = [jnp.zeros_like(array, jnp.float32) for array in learned]
+    carry = (jnp.zeros_like(y_RM), dweights)
+    dx_RM, dweights = for_each_block(group_sizes_E, blocks, carry, arrays, body)
+    dweights = [d.astype(array.dtype) for d, array in zip(dweights, learned, strict=True)]
+    dx_JM = sum_choices(dx_RM, row_JK, jnp.ones_like(gate_JK), kept_JK).astype(x_JM.dtype)
+    dgate_JK = gate_gradient(y_RM, row_JK, dy_JM, kept_JK).astype(gate_JK.dtype)
+    no_gradient = [
+        jnp.zeros_like(array) if jnp.issubdtype(array.dtype, jnp.inexact)
+        else np.zeros(array.shape, jax.dtypes.float0)
+        for array in arrays
+    ]  # fmt: skip
+    dweights = jax.tree.unflatten(tree, replace(no_gradient, learns, dweights))
+    return dweights, None, dx_JM, dgate_JK, None, None, None, None
+
+
+expert_loop.defvjp(_forward, _backward)
+
+
+def select(values: list[Any], chosen: list[bool]) -> list[Any]:
+    """Those of some values that are chosen."""
+    return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
+
+
+def replace(values: list[Any], chosen: list[bool], others: list[Any]) -> list[Any]:
+    """The values, with others in the place of those that are chosen."""
+    remaining = iter(others)
+    return [next(remaining) if c else v for v, c in zip(values, chosen, strict=True)]
+
+
+def _gather_rows(x_JM: jax.Array, token_R: jax.Array, block: Block) -> jax.Array:
+    """The tokens of a block's rows, [W, M]; those that are not its expert's are 0."""
+    token_W = lax.dynamic_slice_in_dim(token_R, block.start, block.rows)
+    is_own_W = jnp.arange(block.rows) < block.size
+    return jnp.where(is_own_W[:, None], x_JM.at[token_W].get(mode="promise_in_bounds"), 0)
+
+
+def _store(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
+    """Sets (first block) or adds to (later ones) one expert's entry of an accumulator."""
+    if not block.is_first:
+        part = part + lax.dynamic_index_in_dim(total_E, block.expert, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total_E, part.astype(total_E.dtype), block.expert, 0)
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Ascending numbers of rows that a block may have; more of them pad less, compile longer."""
+    step = min(-(-num_rows // (64 * num_experts)) * 8, MAX_STEP)  # a multiple of 8
+    return tuple(max(step, 8) * multiple for multiple in LADDER)
+
+
+def for_each_block(
+    group_sizes_E: jax.Array,
+    sizes: tuple[int, ...],
+    carry: Any,
+    operands_E: Any,
+    body: Callable[[Any, Any, Block], Any],
+) -> Any:
+    """Folds `body` over the blocks of every group that has rows, experts ascending.
+
+    A group's first block is the smallest that leaves a multiple of the largest; the rest are of the
+    largest. Rows of a block past its `size` come again in a later block, so that a body may
+    overwrite them with anything; they lie up to `sizes[-1]` rows past the end.
+
+    Args:
+      group_sizes_E: int32.
+      sizes: ascending numbers of rows that a block may have.
+      carry: pytree of arrays, updated in place.
+      operands_E: pytree of arrays with leading dim E; a body gets its expert's, copied once.
+      body: `(carry, operand, block) -> carry`.
+
+    Returns:
+      The last carry.
+    """
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    largest = sizes[-1]
+
+    def one_expert(expert: jax.Array, carry: Any) -> Any:
+        operand = expert_of(operands_E, expert)
+        start, size = starts_E[expert], group_sizes_E[expert]
+        end = start + size
+        head = (size - 1) % largest + 1  # 1 .. largest
+        for smaller, rows in zip((0, *sizes[:-1]), sizes, strict=True):
+            block = Block(expert, start, head, rows, is_first=True)
+            fits = (head > smaller) & (head <= rows)
+
+            def first(carry: Any, block: Block = block) -> Any:
+                return body(carry, operand, block)
+
+            carry = at_most_once(fits, first, carry)
+
+        def another(state: Any) -> Any:
+            row, carry = state
+            block = Block(expert, row, jnp.asarray(largest), largest, is_first=False)
+            return row + largest, body(carry, operand, block)
+
+        return lax.while_loop(lambda state: state[0] < end, another, (start + head, carry))[1]
+
+    def unless_empty(expert: jax.Array, carry: Any) -> Any:
+        # Few tokens use few experts: the weights of the others are not copied.
+        return at_most_once(group_sizes_E[expert] > 0, functools.partial(one_expert, expert), carry)
+
+    return lax.fori_loop(0, group_sizes_E.shape[0], unless_empty, carry)
+
+
+def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any) -> Any:
+    """`change(carry)` on a condition; else the carry.
+
+    Not `lax.cond`: XLA on a CPU updates a loop's carry in place, and copies a conditional's.
+    """
+
+    def once(state: Any) -> Any:
+        return jnp.zeros_like(state[0]), change(state[1])
+
+    return lax.while_loop(lambda state: state[0], once, (condition, carry))[1]
+
+
+def one_by_one(
+    x_JM: jax.Array,
+    expert_JK: jax.Array,
+    gate_JK: jax.Array,
+    kept_JK: jax.Array,
+    weights: Weights,
+    experts: Experts,
+    rng: jax.Array | None,
+) -> jax.Array:
+    """`through_sorted_rows` of few choices: each reads the weights of its expert where they lie.
+
+    The matrices of an expert are cut out of the parameters of all layers at once.
+    """
+    y_JM = []
+    num_tokens, num_choices = kept_JK.shape
+    for j in range(num_tokens):
+        y_1M = jnp.zeros((1, x_JM.shape[1]), jnp.float32)
+        for k in range(num_choices):
+            layout = OneExpert(rng, jnp.int32(j * num_choices + k))
+            row_1M = experts(x_JM[j : j + 1], expert_of(weights, expert_JK[j, k]), layout)
+            y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32) * gate_JK[j, k], 0)
+        y_JM.append(y_1M)
+    return jnp.concatenate(y_JM).astype(x_JM.dtype)
+
+
+def expert_of(operands_E: Any, expert: jax.Array) -> Any:
+    """The entry of one expert in a pytree of arrays with leading dim E."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[expert], operands_E)
