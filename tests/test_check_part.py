@@ -29,7 +29,7 @@ from tests.foreign import GatedRecurrence, Peakedness, RoundRobin, SquaredRelu
 from tests.slow import slow_but
 from tests.tiny_run import ROOT
 
-NO_PARTS = {"model", "objective"}
+NO_PARTS = {"loss", "model", "objective", "upcycling"}
 OWN = [(family, kind) for family in KINDS if family not in NO_PARTS for kind in KINDS[family]]
 FOREIGN = [RoundRobin(), GatedRecurrence(), Peakedness(), SquaredRelu()]
 

@@ -56,6 +56,7 @@ OTHERS = (
     "moe_jax/parallel/processes.py",
     "moe_jax/sweep.py",
     "benchmarks/clean_starts.py",  # counts and seconds
+    "benchmarks/llama_cpp.py",  # ids, to a process
     "moe_jax/training/checkpoints.py",
     "moe_jax/training/files.py",  # sizes and hashes
     "moe_jax/training/loop.py",  # what processes tell each other

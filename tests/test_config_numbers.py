@@ -7,11 +7,12 @@ import typing
 
 import pytest
 
-from moe_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Bounds, Settings
 
-NAMED_SHARES = ("DataConfig", "domain_weights")  # pairs, which `check` looks at
+# Pairs of a name and a number, which `check` looks at.
+PAIRS = {("DataConfig", "domain_weights"), ("OptimizerConfig", "learning_rates")}
 
 
 def inside(hint):
@@ -35,7 +36,7 @@ def numbers():
             found = list(inside(hints[field.name]))
             waiting += [t for t in found if isinstance(t, type) and issubclass(t, Settings)]
             of = {int, float} & {t for t in found if isinstance(t, type)}
-            if of and (cls.__name__, field.name) != NAMED_SHARES:
+            if of and (cls.__name__, field.name) not in PAIRS:
                 yield cls, field, of.pop(), typing.get_origin(hints[field.name])
 
 
@@ -69,6 +70,16 @@ def outside(bounds, kind):
     if kind is int and bounds.at_most is None and bounds.below is None:
         yield 2**31
     yield from (math.nan, math.inf, -math.inf, 1e39, True, "1")
+
+
+@pytest.mark.parametrize(
+    "cls, name, word",
+    [(DataConfig, "domain_weights", "prose"), (OptimizerConfig, "learning_rates", "router")],
+)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1e39, True, "1"])
+def test_numbers_of_pairs_are_positive_and_finite(cls, name, word, value):
+    with pytest.raises(ValueError, match=rf"\.{name} are positive and finite: "):
+        cls(**{name: ((word, value),)})
 
 
 @pytest.mark.parametrize(

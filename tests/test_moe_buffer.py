@@ -13,7 +13,7 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Assignment, Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import buffer, plan_experts, rows
+from moe_jax.moe.run_experts import buffer, expert_loop, plan_experts
 from moe_jax.moe.run_experts.buffer import buffer_rows, keep_first, rows_that_fit
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.rows import sort_by_expert
@@ -30,7 +30,7 @@ NO_PADDING = np.random.default_rng(2).random((BATCH, LENGTH)) < 0.9
 def small_sizes(monkeypatch):
     """Buffers of any number of rows, and one size of blocks, so that the loop compiles at once."""
     monkeypatch.setattr(buffer, "TILE", 1)
-    monkeypatch.setattr(rows, "LADDER", (1,))
+    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 # How large a buffer is.

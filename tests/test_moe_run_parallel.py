@@ -20,7 +20,7 @@ from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import Plan, parallel, plan_experts, rows, run_experts
+from moe_jax.moe.run_experts import Plan, expert_loop, parallel, plan_experts, run_experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
@@ -109,7 +109,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def one_size_of_blocks(monkeypatch):
     """In place of seven, so that the loop compiles at once; `test_moe_sorted_rows` has them all."""
-    monkeypatch.setattr(rows, "LADDER", (1,))
+    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 def make_block(case, way, num_chunks=1):

@@ -1,14 +1,13 @@
 """Settings of a run: data, optimizer, training, evaluation."""
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
 from moe_jax.config.kinds import load_kind
 from moe_jax.config.mesh import MeshConfig
-from moe_jax.config.settings import Settings, setting
+from moe_jax.config.settings import Bounds, Settings, setting
 
 TRACKERS = ("tensorboard", "csv", "wandb")
 # The settings of `OptimizerConfig` that only some optimizers and schedules have.
@@ -87,7 +86,7 @@ class DataConfig(Settings):
             "Add the weights up",
         )
         require(
-            all(0 < weight < math.inf for _, weight in self.domain_weights),
+            all(Bounds(above=0).allow(weight) for _, weight in self.domain_weights),
             "data.domain_weights are positive and finite",
             f"data.domain_weights={self.domain_weights}",
             "Leave a domain out to give it no weight",
@@ -136,7 +135,7 @@ class OptimizerConfig(Settings):
             "Name a part, or 'all'",
         )
         require(
-            all(0 < factor < math.inf for _, factor in self.learning_rates),
+            all(Bounds(above=0).allow(factor) for _, factor in self.learning_rates),
             "optimizer.learning_rates are positive and finite",
             f"optimizer.learning_rates={self.learning_rates}",
             "Name a part in optimizer.frozen to keep it as it is",

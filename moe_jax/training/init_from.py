@@ -6,7 +6,6 @@ they lie on the mesh of the new run, and what is not taken is drawn there.
 
 import dataclasses
 import hashlib
-import json
 import logging
 import pathlib
 import re
@@ -103,7 +102,7 @@ def whole_step(directory: pathlib.Path, step: int | None) -> int:
         if jax.process_index() == 0:
             found = newest_whole(directory) if step is None else step
             path_of_whole(directory, found)
-    return int(json.loads(gather(json.dumps(found))[0]))
+    return int(gather(str(found))[0])
 
 
 def newest_whole(directory: pathlib.Path) -> int:

@@ -140,9 +140,9 @@ def packed(integers: jax.Array, axis: int) -> jax.Array:
 def quantise(weight: jax.Array, bits: int, group_size: int, axis: int = MATRIX) -> Quantised:
     """The integers and scales nearest to a weight.
 
-    >>> found = quantise(jnp.asarray([[4.0], [-1.0], [0.6], [3.9]]), bits=4, group_size=4)
+    >>> found = quantise(jnp.asarray([[4.0], [-1.0], [0.6], [-3.9]]), bits=4, group_size=4)
     >>> found.dense().T, found.scales
-    (Array([[ 4. , -1. ,  0.5,  3.5]], dtype=float32), Array([[-0.5]], dtype=float16))
+    (Array([[ 4. , -1. ,  0.5, -3.5]], dtype=float32), Array([[-0.5]], dtype=float16))
 
     Args:
       weight: float [..., I, O], or a table [..., V, M].
