@@ -289,8 +289,8 @@ def define_config_flag() -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "The experiment: FILE or FILE:PRESET,PRESET. FILE is looked for from the current folder, "
-        "then beside the library. --config.SECTION.FIELD=VALUE changes a setting.",
+        "The experiment: FILE, FILE:PRESET,PRESET or RUN/config.json. FILE is looked for from the "
+        "current folder, then beside the library. --config.SECTION.FIELD=VALUE changes a setting.",
     )
 
 

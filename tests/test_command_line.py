@@ -21,9 +21,11 @@ from moe_jax.config import (
     TrainingConfig,
     from_config_dict,
     installed,
+    write_config,
 )
 from moe_jax.config.describe import comments_of, describe_settings
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
 from moe_jax.moe.part import MoE
@@ -146,7 +148,7 @@ FILES = {
     "imports.py": ("import not_there\n", "line 1: ModuleNotFoundError.*Install it"),
     "lfs.py": ("version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
     "zero.py": ("\0", r"zero\.py.*null bytes"),
-    "config.json": ("{}", r"Python file, \*\.py"),
+    "config.yaml": ("{}", r"Python file, \*\.py"),
     "refused.py": (
         "from moe_jax.config import TrainingConfig\n"
         "def get_config():\n    return TrainingConfig(num_steps=0)\n",
@@ -169,6 +171,37 @@ def test_presets_of_a_file_without_any_are_refused(tmp_path):
     assert load_config(str(path)).training.num_steps == 1000
     with pytest.raises(ValueError, match="takes no presets: 'smoke'"):
         load_config(f"{path}:smoke")
+
+
+def test_the_recorded_config_of_a_run_is_a_config_that_flags_change(tmp_path):
+    """As of a model that was imported or upcycled, whose settings no Python file has."""
+    given = load_config("configs/deepseek_v3.py:tiny")
+    path = tmp_path / "config.json"
+    path.write_text(json_text(write_config(from_config_dict(given))))
+    found = load_config(str(path))
+    override(found, "config.model.parts.moe.num_experts", "16")
+    override(given, "config.model.parts.moe.num_experts", "16")
+    assert from_config_dict(found) == from_config_dict(given)
+    with pytest.raises(ValueError, match="takes no presets: 'tiny'"):
+        load_config(f"{path}:tiny")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "is the config.json of a run: it has list"),
+        ('{"loss": 1}', r"is the config.json of a run: it has \['loss'\]"),
+        ('{"model": {}, "sources": {"a.b:C": "0"}}', "it names a.b:C. Name the Python file"),
+        ('{"model": {}}', "read in the layouts of formats"),
+    ],
+)
+def test_other_json_is_refused_with_its_path(tmp_path, text, message):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(str(path))
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_config_files_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """Config files: found, run, and overridden by flags of the form --config.SECTION.FIELD=VALUE.
 
 A config file is Python with a function `get_config()`, or `get_config(presets)`, that returns a
-`ml_collections.ConfigDict`. It runs with the rights of the user.
+`ml_collections.ConfigDict`. It runs with the rights of the user. The `config.json` of a run does as
+well.
 """
 
 import ast
 import contextlib
 import difflib
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -18,7 +20,8 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax.config.convert import InFamily, build, hints, to_dict
+from moe_jax.config.check import require
+from moe_jax.config.convert import InFamily, build, config_dict, hints, read_config, to_dict
 from moe_jax.config.installed import home, is_lfs_pointer, require_local
 from moe_jax.config.run import ExperimentConfig
 from moe_jax.config.settings import Settings
@@ -30,7 +33,7 @@ MODULE = "__config_file__"  # while a config file runs
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
-    """The config of `FILE` or `FILE:PRESET,PRESET`.
+    """The config of `FILE`, `FILE:PRESET,PRESET` or `RUN/config.json`.
 
     Raises:
       ValueError: there is no such file, it fails, or it returns no config; by file and line.
@@ -39,6 +42,8 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     require_local("--config", name)
     written, colon, presets = name.partition(":")
     path = find_file(written)
+    if path.suffix == ".json":
+        return recorded_config(path, presets)
     code = compile_file(path)
     # Config files import each other as `configs.NAME`, from whatever folder the command runs in.
     if str(home()) not in sys.path:
@@ -66,6 +71,30 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def recorded_config(path: pathlib.Path, presets: str) -> ml_collections.ConfigDict:
+    """The config that a run, or a model that was imported or made, has recorded.
+
+    Raises:
+      ValueError: it is no such file, it has parts of a user, or presets are named.
+    """
+    with blamed_on(path):
+        require(not presets, "a recorded config takes no presets", repr(presets), "Leave them out")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        require(
+            isinstance(record, dict) and "model" in record,
+            "a JSON file given as --config is the config.json of a run",
+            f"it has {sorted(record)[:5] if isinstance(record, dict) else type(record).__name__}",
+            "Name that of a run, or a Python file",
+        )
+        require(
+            not record.get("sources"),
+            "a recorded config has parts of this library alone",
+            f"it names {', '.join(record.get('sources') or ())}",
+            "Name the Python file that the run was started with",
+        )
+        return config_dict(read_config(record, ExperimentConfig)).lock()
+
+
 def find_file(name: str) -> pathlib.Path:
     """A config file by its path, from the current folder or from where the library's own stand.
 
@@ -79,9 +108,9 @@ def find_file(name: str) -> pathlib.Path:
         if path.is_file():
             return path
         if path.is_dir():
-            raise ValueError(f"--config is a Python file: {path} is a folder. {ours()}")
+            raise ValueError(f"--config is a file: {path} is a folder. {ours()}")
     looked = " and ".join(dict.fromkeys(map(str, paths)))
-    raise ValueError(f"--config is a Python file: there is none at {looked}. {ours()}")
+    raise ValueError(f"--config is a file: there is none at {looked}. {ours()}")
 
 
 def ours() -> str:
@@ -102,7 +131,9 @@ def compile_file(path: pathlib.Path) -> types.CodeType:
             f"{path} is a Git LFS pointer in place of the file. Run `git lfs pull` in its folder."
         )
     if path.suffix != ".py":
-        raise ValueError(f"--config is a Python file, *.py: {path} is not. {ours()}")
+        raise ValueError(
+            f"--config is a Python file, *.py, or RUN/config.json: {path} is not. {ours()}"
+        )
     with blamed_on(path):
         return compile(data, path, "exec", dont_inherit=True)
 
