@@ -272,6 +272,12 @@ def test_what_does_not_fit_is_refused(dense, upcycling, message):
         upcycle(dense[0], upcycling)
 
 
+def test_a_model_without_dense_networks_is_refused(dense):
+    sparse = upcycle(dense[0], Upcycling(RENORMALISED)).new
+    with pytest.raises(ValueError, match=r"starts from a model with dense .* Start from a dense"):
+        upcycle(sparse, Upcycling(RENORMALISED))
+
+
 def test_layers_are_named_once():
     with pytest.raises(ValueError, match="named once"):
         Upcycling(every=2, layers=(1,))

@@ -275,9 +275,16 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
       Both models; `remodel.remodelled` makes the parameters.
 
     Raises:
-      ValueError: no layer becomes sparse, a tied one would, or the settings do not fit the model.
+      ValueError: nothing is dense, or becomes sparse; a tied layer would; or the settings do not
+        fit the model.
     """
     model = config.model
+    require(
+        any(dense_parts(model, stack) for stack in model.stacks),
+        "upcycling starts from a model with dense feed-forward networks",
+        f"the parts are {sorted(model.part)}",
+        "Start from a dense model",
+    )
     layouts = sparse_layouts(model, upcycling)
     parts: dict[str, Part] = dict(model.parts)
     origins: dict[tuple[str, str], Upcycled] = {}
