@@ -251,7 +251,7 @@ def test_a_kill_while_pairs_are_encoded_leaves_no_half_cache(tmp_path, monkeypat
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(supervised.AnswerEncoder, "encode_document", stop)
-        opened(tmp_path, PAIRS, Supervised()).files  # noqa: B018
+        _ = opened(tmp_path, PAIRS, Supervised()).files
     assert not list((tmp_path / "cache").glob("[!.]*"))
     assert row(opened(tmp_path, PAIRS, Supervised()))["targets"][2:4] == [X, EOS]
 

@@ -146,7 +146,10 @@ def test_sentencepiece(model, tmp_path):
 
 def test_what_is_beside_the_tokenizer(tmp_path):
     tokenizer = bpe(tmp_path, ("regex",))
-    read = lambda: vocabulary(tokenizer.name, 0, 1, 512)  # noqa: E731
+
+    def read():
+        return vocabulary(tokenizer.name, 0, 1, 512)
+
     assert read()["tokenizer.ggml.add_bos_token"] is True
     assert read()["tokenizer.chat_template"] == PLAIN
     said = {"add_bos_token": False, "chat_template": "{{ messages }}"}

@@ -56,9 +56,11 @@ def adapted(base=None, per_expert=True, learned=True):
         b = jnp.asarray(random.normal(size=own.b.shape), jnp.float32) if learned else own.b
         return dataclasses.replace(own, base=one, b=b)
 
-    is_weight = lambda leaf: isinstance(leaf, LowRank)  # noqa: E731
     with_adapters = jax.tree.map(
-        lambda own, one: joined(one, own), drawn, params, is_leaf=is_weight
+        lambda own, one: joined(one, own),
+        drawn,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, LowRank),
     )
     return model, with_adapters, before, params
 

@@ -128,7 +128,8 @@ def routed_parts(model: LanguageModel) -> dict[str, Any]:
 
 def weights_of(model: LanguageModel, part: str, load: Load | None) -> dict[int, np.ndarray]:
     """The weight of each expert by layer, float32 [E]; they sum to 1."""
-    layers, num_experts = model.layers_of[part], model.part[part].num_experts  # type: ignore
+    moe: Any = model.part[part]  # `routed_parts` found it
+    layers, num_experts = model.layers_of[part], moe.num_experts
     counts_XE = np.ones((len(layers), num_experts))
     if load is not None:
         counts_XE = np.where(load[part].sum(axis=-1, keepdims=True) > 0, load[part], counts_XE)
