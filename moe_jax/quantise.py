@@ -76,7 +76,7 @@ def define_flags() -> None:
         "Parameters to quantise, by component or part; all is every matrix except those of the "
         "embedding, the head and routers, which are quantised only if they are named.",
     )  # fmt: skip
-    flags.DEFINE_integer("bits", 8, "Bits of a weight: 8 or 4.")
+    flags.DEFINE_integer("bits", 8, "Bits of a weight: 8, 4, or 16 for bfloat16.")
     flags.DEFINE_integer(
         "group_size", 32, "Weights that share a scale; 0: a whole output channel.", lower_bound=0
     )
