@@ -26,7 +26,15 @@ from benchmarks.timing import seconds
 from configs import mixtral
 from moe_jax.config import ExperimentConfig, from_config_dict
 from moe_jax.inference.anew import in_groups_of, next_token
-from moe_jax.inference.decoding import Prompts, Rows, Serving, decode, for_inference, prefill
+from moe_jax.inference.decoding import (
+    Prompts,
+    Rows,
+    Serving,
+    decode,
+    for_inference,
+    layers_apart,
+    prefill,
+)
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interchange.gguf_files import from_gguf
 from moe_jax.parameters import init_parameters
@@ -58,19 +66,18 @@ class Ours:
 
     def __init__(self, config: ExperimentConfig, params: Any, tokens_BL: np.ndarray, rounds: int):
         batch, length = tokens_BL.shape
-        self.serving, self.tokens_BL = Serving(params), tokens_BL
+        model, self.serving = layers_apart(for_inference(config.model), Serving(params))
+        self.tokens_BL = tokens_BL
         num_slots = length + (rounds + 1) * TOKENS
-        how = {"model": for_inference(config.model), "num_slots": num_slots, "sampling": GREEDY}
+        how = {"model": model, "num_slots": num_slots, "sampling": GREEDY}
         numbers_B, lengths_B = np.arange(batch), np.full(batch, num_slots)
         prompts = Prompts(tokens_BL, np.ones_like(tokens_BL), numbers_B, lengths_B)
         self.prefill = lambda: prefill(self.serving, prompts, **how)[0]
         self.more = lambda rows: decode(self.serving, rows, NO_TOKENS, num_tokens=TOKENS, **how)
         self.rows: Rows = self.prefill()
         window = in_groups_of(length, config.model)
-        places = np.int32(length), np.int32(0), np.int32(0)
-        self.anew = lambda: next_token(
-            self.serving, tokens_BL[0], *places, model=window, sampling=GREEDY
-        )
+        places, whole = (np.int32(length), np.int32(0), np.int32(0)), Serving(params)
+        self.anew = lambda: next_token(whole, tokens_BL[0], *places, model=window, sampling=GREEDY)
 
     def turns(self) -> Turns:
         """Of a prefill, of a decode, and of a token for which the window is read anew."""

@@ -23,8 +23,14 @@ from benchmarks.decoding import GREEDY, NO_TOKENS, TOKENS
 from benchmarks.timing import seconds
 from moe_jax.config import ExperimentConfig
 from moe_jax.evaluate import Options, evaluate_run
-from moe_jax.inference.decoding import Prompts, Serving, decode, prefill
-from moe_jax.inference.generation import for_inference
+from moe_jax.inference.decoding import (
+    Prompts,
+    Serving,
+    decode,
+    for_inference,
+    layers_apart,
+    prefill,
+)
 from moe_jax.models.wrapping import quantised_params
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState
@@ -57,8 +63,10 @@ class Way:
                 config, model=dataclasses.replace(config.model, quantisation=how)
             )
         self.config, self.state = config, state._replace(params=params)
-        self.serving, self.prompt = Serving(params, state.model_state), prompt
-        model = for_inference(config.model)
+        self.prompt = prompt
+        model, self.serving = layers_apart(
+            for_inference(config.model), Serving(params, state.model_state)
+        )
         tokens_BL = np.random.RandomState(0).randint(3, 259, (1, prompt), np.int32)
         settings: dict[str, Any] = {
             "model": model, "num_slots": prompt + TOKENS, "sampling": GREEDY

@@ -11,7 +11,7 @@ import pytest
 import moe_jax
 from configs import switch_base
 from moe_jax.config import MeshConfig, from_config_dict
-from moe_jax.inference.decoding import Serving, decode, for_inference, prefill
+from moe_jax.inference.decoding import Serving, decode, for_inference, layers_apart, prefill
 from moe_jax.inference.generation import mesh_of
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writer import prompts_of
@@ -20,7 +20,7 @@ from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, EncoderInputs
 from tests.hf_families import CASES, write_model
-from tests.tiny_run import tiny_config, tiny_state
+from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 GREEDY = Sampling()
@@ -55,6 +55,30 @@ def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=N
             texts = [old + new for old, new in zip(texts, tokens_BN.tolist(), strict=True)]
             logits.append(np.asarray(rows.logits_BV))
     return texts, np.stack(logits)
+
+
+def test_layers_that_lie_apart_are_views_of_those_of_a_scan(tmp_path):
+    """With a layer before the repeated ones."""
+    layout = {"first": [["attention", "mlp"]], "unit": [["attention", "moe"]], "repeats": 3}
+    config = tiny_config({"model": {"parts": {"mlp": {"kind": "mlp"}}, "stack": layout}})
+    params = tiny_state(config).params
+    model, serving = layers_apart(for_inference(config.model), Serving(params))
+    assert (model.stack.first, model.stack.unit) == (config.model.stack.layers, ())
+    assert shapes_of(serving.params) == shapes_of(model.specs())
+    wi = params["stack"]["unit"]["0"]["moe"]["experts"]["wi"]
+    for i in range(3):
+        own = serving.params["stack"]["first"][str(i + 1)]["moe"]["experts"]["wi"]
+        np.testing.assert_array_equal(own, wi[i])
+        at = own.unsafe_buffer_pointer() - wi.unsafe_buffer_pointer()
+        assert at == i * own.nbytes, "no copy"
+    call = Call(tokens_BL=jnp.array([PROMPTS[0]]), capacity=0.0)
+    scanned = quick_jit(for_inference(config.model).run)(params, call)
+    apart = quick_jit(model.run)(serving.params, call)
+    np.testing.assert_allclose(apart.logits_BLV, scanned.logits_BLV, rtol=1e-5, atol=1e-5)
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: leaf.shape, tree)
 
 
 def read_anew(config, params, text, *, state=None, encoder=None):
@@ -93,6 +117,17 @@ def test_a_cache_under_scan_and_in_bfloat16(settings):
     config = tiny_config({"model": settings})
     close = {"rtol": 0, "atol": 0.05} if "compute_dtype" in settings else CLOSE
     check(config, tiny_state(config).params, close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"prefix": 3}, {"prefix": 2, "window": 3}], ids=str)
+def test_a_prefix_stands_before_what_is_cached(settings):
+    config = tiny_config({"model": {"parts": {"attention": settings}}})
+    params = tiny_state(config).params
+    for name in ("keys", "values"):
+        own = params["stack"]["unit"]["0"]["attention"]["prefix"]
+        own[name] = 50 * own[name]
+    check(config, params)
 
 
 @pytest.mark.slow

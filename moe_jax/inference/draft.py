@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.inference.decoding import Serving, for_inference
+from moe_jax.inference.decoding import Serving, for_inference, layers_apart
 from moe_jax.inference.drafting import Drafter, OwnModules, SmallerModel, parts_take_back
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.speculative import Speculation
@@ -139,11 +139,11 @@ class Draft:
         record: bool,
     ) -> tuple[Speculation, Serving]:
         """How a model speculates with this draft, and the parameters and state of the draft."""
-        how = Speculation(
-            model, self.drafter(model, num_ids), self.length, sampling, num_ids, record
-        )
-        if self.config is None:
-            return how, serving
-        if isinstance(self.trained, Serving):
-            return how, self.trained
-        return how, Serving(self.trained.params, self.trained.model_state, self.trained.step)
+        drafter, own = self.drafter(model, num_ids), serving
+        if isinstance(drafter, SmallerModel):
+            own = self.trained
+            if not isinstance(own, Serving):
+                own = Serving(own.params, own.model_state, own.step)
+            smaller, own = layers_apart(drafter.model, own)
+            drafter = dataclasses.replace(drafter, model=smaller)
+        return Speculation(model, drafter, self.length, sampling, num_ids, record), own

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.inference.decoding import Serving, for_inference
+from moe_jax.inference.decoding import Serving, for_inference, layers_apart
 from moe_jax.inference.draft import Draft
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writer import Piece, Writer
@@ -175,7 +175,7 @@ def stream_tokens(
         draft.drafter(model, num_ids)  # refuses before anything runs
     repeated = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     rows = [(row, prompt) for row, prompt in enumerate(repeated) if row not in ended]
-    serving = Serving(params, state, step)
+    model, serving = layers_apart(model, Serving(params, state, step))
     writer = Writer(
         serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended,
         draft, record,
