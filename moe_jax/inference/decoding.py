@@ -297,8 +297,11 @@ def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel,
     There a scan over layers copies the matrices of a layer before it multiplies by them, which
     takes half of the time of decoding (docs/results.md). The arrays are views of those of all
     layers, copied only where they do not begin at a multiple of 64 bytes. On accelerators and
-    meshes the layers stay scanned.
+    meshes the layers stay scanned, and so do those of a quantised model: of layers apart XLA makes
+    the floats of all before the first product.
     """
+    if model.quantisation is not None:
+        return model, serving
     arrays = [leaf for leaf in jax.tree.leaves(serving.params) if isinstance(leaf, jax.Array)]
     devices = {device for array in arrays for device in array.devices()}
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
