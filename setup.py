@@ -76,6 +76,6 @@ setup(
         "notebooks": ["jupyterlab>=4.4", "nbconvert>=7.16", "ipykernel>=6.30"],
         "gguf": ["gguf>=0.19", "tokenizers>=0.23"],
         "lm_eval": ["lm-eval>=0.4.13"],  # installs no torch
-        "hf": ["safetensors>=0.6", "transformers>=5.0", "torch>=2.9"],
+        "hf": ["peft>=0.21", "safetensors>=0.6", "transformers>=5.0", "torch>=2.9"],
     },
 )

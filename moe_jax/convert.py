@@ -2,7 +2,8 @@
 
 --from-hf and --from-gguf make the directory of a run of 0 steps, which generate, evaluate and
 analyze take. --to-hf writes the newest checkpoint of any run as a directory that transformers
-loads, --to-gguf as a file that llama.cpp runs. `docs/models.md` lists the families.
+loads, --to-gguf as a file that llama.cpp runs, --to-peft the adapters of a run as a directory that
+PEFT loads. `docs/models.md` lists the families.
 """
 
 import dataclasses
@@ -20,17 +21,17 @@ from moe_jax import command_line
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
 
-WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf")
+WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
 LENGTH = "max_position_embeddings"  # of a model, in a config.json
 
 
 def main() -> None:
-    """Does what one of the four flags says."""
+    """Does what one of the five flags says."""
     values = flags.FLAGS
     given = [name for name in WAYS if values[name].value is not None]
     if len(given) != 1:
         raise ValueError(
-            "one of --from-hf, --from-gguf, --to-hf and --to-gguf must be given: "
+            "one of --from-hf, --from-gguf, --to-hf, --to-gguf and --to-peft must be given: "
             f"{[f'--{name}' for name in given] or 'none is'}. See --help."
         )
     workdir = pathlib.Path(values.workdir)
@@ -38,6 +39,8 @@ def main() -> None:
         export(workdir, pathlib.Path(values.to_hf))
     elif given == ["to_gguf"]:
         export_gguf(workdir, pathlib.Path(values.to_gguf))
+    elif given == ["to_peft"]:
+        export_adapters(workdir, pathlib.Path(values.to_peft))
     else:
         bring_in(pathlib.Path(values[given[0]].value), workdir, given[0])
 
@@ -217,6 +220,27 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     print(f"step {run.step} of {workdir} is {target}, in {values.format}")
 
 
+def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
+    from moe_jax.interchange.peft import to_peft
+    from moe_jax.interchange.tensor_files import require_absent
+    from moe_jax.training.files import read_json
+    from moe_jax.training.imported import IMPORTED_FILE
+    from moe_jax.training.saved import load_run
+
+    require_absent(target)
+    values = flags.FLAGS
+    config, state = load_run(workdir, step=values.step, trust=values.trust)
+    path = pathlib.Path(config.init_from.path or workdir) / IMPORTED_FILE
+    origin = read_json(path) if path.exists() else {}
+    family = values.family or origin.get("family", "")
+    base = values.base or origin.get("source", "")
+    to_peft(config, state.params, target, family=family, base=base)
+    print(f"the adapters of step {int(state.step)} of {workdir} are in {target}")
+    if not base:
+        print("the model under them is not named: load it and pass it to PEFT, or give --base")
+
+
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
     """A model of float32 arrays alone; says what was quantised or adapted."""
     from moe_jax.config import InitFrom
@@ -247,16 +271,21 @@ def define_flags() -> None:
     flags.DEFINE_string("from_gguf", None, "GGUF file of a dense Llama-like model to read.")
     flags.DEFINE_string("to_hf", None, "New directory to write the model of the workdir to.")
     flags.DEFINE_string("to_gguf", None, "New GGUF file to write the model of the workdir to.")
+    flags.DEFINE_string("to_peft", None, "New directory to write the adapters of the workdir to.")
+    flags.DEFINE_string(
+        "base", "", "With --to-peft, name or directory of the model under the adapters, for PEFT; "
+        "by default the source of the import that the run started from.",
+    )  # fmt: skip
     flags.DEFINE_enum(
         "format", "F32", ["F32", "F16", "Q8_0", "Q4_0"], "With --to-gguf, of matrices."
     )
     flags.DEFINE_string(
-        "workdir", None, "Directory of the run: a new one to make, or one to read with --to-hf or "
-        "--to-gguf.",
+        "workdir", None, "Directory of the run: a new one to make, or one to read with --to-hf, "
+        "--to-gguf or --to-peft.",
     )  # fmt: skip
     flags.DEFINE_string(
-        "family", "", "With --to-hf and --to-gguf, the model_type to write; by default that of the "
-        "import, or the first that can say the model.",
+        "family", "", "With --to-hf, --to-gguf and --to-peft, the model_type to write; by default "
+        "that of the import, or the first that can say the model.",
     )  # fmt: skip
     flags.DEFINE_enum(
         "dtype", "", ["", "float32", "bfloat16", "float16"],

@@ -2,7 +2,7 @@
 
 The output is the directory of a run of 0 steps without adapters, in float32. What was quantised
 under an adapter is merged as the floats that it stands for. `docs/finetuning.md` describes
-adapters; --peft writes them alone, in the layout of PEFT.
+adapters; `convert --to-peft` writes them alone.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from moe_jax import command_line
 
 
 def main() -> None:
-    """Reads a checkpoint, and writes the merged model, the adapter or both."""
+    """Reads a checkpoint, and writes the merged model."""
     import jax.numpy as jnp
 
     from moe_jax.convert import plain

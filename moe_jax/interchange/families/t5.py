@@ -42,13 +42,14 @@ IGNORED = (r".*\.EncDecAttention\.relative_attention_bias\.weight", r"shared\.we
 CAPACITY = 64  # slots of an expert, where a config of Switch says nothing
 
 
-def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
+def stack_rules(side: str, prefix: str, ffn: str, gated: bool, moe: str) -> tuple[Rule, ...]:
     """The tensors of a stack.
 
     Args:
       side: "encoder" or "decoder".
       prefix: of its keys.
       ffn: the module of a dense FFN.
+      gated: whether it is the gated one of version 1.1.
       moe: the part with the experts.
     """
     block = f"{side}.block.{{layer}}.layer."
@@ -57,6 +58,9 @@ def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
         branches["cross_attention"] = "EncDecAttention"
     last = len(branches)
     network, sparse = f"{block}{last}.{ffn}.", f"{block}{last}.mlp."
+    names = (
+        (("wi_0", "wg"), ("wi_1", "wi"), ("wo", "wo")) if gated else (("wi", "wi"), ("wo", "wo"))
+    )
     rules = [
         Rule(f"{block}{place}.{module}.{one}.weight", f"{prefix}{part}/w{one}", LINEAR)
         for place, (part, module) in enumerate(branches.items())
@@ -69,8 +73,7 @@ def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
             Rule(f"{block}{place}.layer_norm.weight", f"{prefix}{part}_norm/scale")
             for part, place in places.items()
         ),
-        Rule(f"{network}wi.weight", f"{prefix}mlp/wi", LINEAR),
-        Rule(f"{network}wo.weight", f"{prefix}mlp/wo", LINEAR),
+        *(Rule(f"{network}{a}.weight", f"{prefix}mlp/{b}", LINEAR) for a, b in names),
         Rule(f"{sparse}router.classifier.weight", f"{prefix}{moe}/router/weight", LINEAR),
         Rule(f"{sparse}router.classifier.bias", f"{prefix}{moe}/router/bias"),
         Rule(f"{sparse}experts.expert_{{expert}}.wi.weight", f"{prefix}{moe}/experts/wi", LINEAR),
@@ -80,13 +83,6 @@ def stack_rules(side: str, prefix: str, ffn: str, moe: str) -> tuple[Rule, ...]:
             f"{prefix}shared/position/table",
         ),
     )
-
-
-def gated_stack_rules(side: str, prefix: str) -> tuple[Rule, ...]:
-    """The gated FFNs of version 1.1 in a stack."""
-    network = f"{side}.block.{{layer}}.layer.{1 if prefix else 2}.DenseReluDense."
-    names = (("wi_0", "wg"), ("wi_1", "wi"), ("wo", "wo"))
-    return tuple(Rule(f"{network}{a}.weight", f"{prefix}mlp/{b}", LINEAR) for a, b in names)
 
 
 SHARED = Rule("shared.weight", "embedding")
@@ -110,17 +106,11 @@ def rules(model: LanguageModel) -> tuple[Rule, ...]:
     parts: Mapping[str, Any] = model.part
     ffn = "mlp" if {"moe", "encoder_moe"} & set(parts) else "DenseReluDense"
     gated = "mlp" in parts and parts["mlp"].activation.gated
-    own = (
-        (*gated_stack_rules("encoder", "encoder/"), *gated_stack_rules("decoder", ""))
-        if gated
-        else ()
-    )
     return (
         *((SHARED,) if model.share_embeddings else UNTIED),
         *OUTSIDE,
-        *own,
-        *stack_rules("encoder", "encoder/", ffn, "encoder_moe"),
-        *stack_rules("decoder", "", ffn, "moe"),
+        *stack_rules("encoder", "encoder/", ffn, gated, "encoder_moe"),
+        *stack_rules("decoder", "", ffn, gated, "moe"),
     )
 
 
