@@ -92,9 +92,16 @@ def oracle(x_LM, params, a, causal=True, bias_NLT=None):
                 scores = a.softcap * np.tanh(scores / a.softcap)
             if bias_NLT is not None:
                 scores += [bias_NLT[n, i, j] for j in keys]
+            values = [v[j, own] for j in keys]
+            if a.prefix:
+                learned = warm * params["prefix"]["keys"][:, own].astype(np.float64) @ q[i, n]
+                learned *= a.head_dim**-0.5 if a.scale is None else a.scale
+                learned = a.softcap * np.tanh(learned / a.softcap) if a.softcap else learned
+                scores = np.concatenate([scores, learned])
+                values += list(params["prefix"]["values"][:, own])
             weights = np.exp(scores)
             weights /= weights.sum() + (np.exp(params["sink"][n]) if a.sink else 0)
-            out[i, n] = sum(w * v[j, own] for w, j in zip(weights, keys, strict=True))
+            out[i, n] = sum(w * value for w, value in zip(weights, values, strict=True))
     return out.reshape(length, -1) @ params["wo"] + params.get("bo", 0)
 
 
@@ -133,6 +140,8 @@ OPTIONS = {
     "cap": ({"softcap": 0.5}, True),
     "sink": ({"sink": True, "window": 2}, True),
     "sink of an encoder": ({"sink": True}, False),
+    "prefix": ({"prefix": 3, "window": 2, "num_kv_heads": 1}, True),
+    "prefix of an encoder": ({"prefix": 2, "softcap": 0.5, "sink": True}, False),
 }  # fmt: skip
 FIRST, SECOND, ROW = 5, 7, 14  # tokens of two documents and of a row
 
@@ -205,6 +214,8 @@ def test_parameters_are_those_of_the_options():
     whole = {"q_norm": {"scale": ((24,), ("heads",))}, "k_norm": {"scale": ((12,), ("heads",))}}
     assert shapes(qk_norm=RMSNorm(), qk_norm_at="projection") == plain | whole
     assert shapes(qk_norm=WEIGHTLESS) == plain | {"q_norm": {}, "k_norm": {}}
+    own = ((5, 2, 6), (None, "heads", None))
+    assert shapes(prefix=5) == plain | {"prefix": {"keys": own, "values": own}}
     assert shapes(sink=True, window=4, softcap=2.0) == plain | {"sink": ((4,), ("heads",))}
 
 
@@ -290,7 +301,7 @@ def test_a_position_bias_names_a_shared_part():
         attention.apply(params, jnp.asarray(x), call, Own())
 
 
-@pytest.mark.parametrize("more", [{}, {"softcap": 0.5}, {"sink": True}])
+@pytest.mark.parametrize("more", [{}, {"softcap": 0.5}, {"sink": True}, {"prefix": 2}])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_position_bias_is_added_to_scores(rows, more):
     attention, params, x = made({"position_bias": "position", "num_kv_heads": 1, **more})

@@ -63,6 +63,8 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN._replace(own_keys=False), TPU, "xla"),
         ("auto", PLAIN._replace(own_keys=False, rules=BOTH), TPU, "splash"),
         ("auto", PLAIN, TPU._replace(manual=True), "xla"),
+        ("auto", PLAIN._replace(prefix=True), CPU, "xla"),
+        ("auto", PLAIN._replace(prefix=True), TPU, "xla"),
         ("xla", PLAIN, TPU, "xla"),
         ("splash", PLAIN, CPU, "splash"),
         ("triton", PLAIN, CPU, "triton"),
@@ -96,6 +98,7 @@ def test_the_kernel_that_is_chosen(kernel, task, machine, expected):
     [
         ("splash", PLAIN, GPU, "splash': it runs on a TPU"),
         ("splash", PLAIN._replace(bias=True), TPU, "splash': it adds no position bias"),
+        ("blocks", PLAIN._replace(prefix=True), CPU, "blocks': .*without a prefix"),
         ("triton", PLAIN, TPU, "triton': it runs on a GPU, here on a TPU"),
         ("triton", PLAIN._replace(counts_up=False), GPU, r"triton': .*Call\.counts_up"),
         ("cudnn", PLAIN, TPU, "cudnn': it runs on a GPU, here on a TPU"),

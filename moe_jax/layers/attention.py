@@ -13,6 +13,7 @@ from moe_jax.costs import Bytes, Cost
 from moe_jax.layers.attention_costs import scores_cost
 from moe_jax.layers.attention_kernels import KERNELS, Task, attend_by_rules, chosen
 from moe_jax.layers.cache import in_one_document, slots, write
+from moe_jax.layers.dot_product import Prefix
 from moe_jax.layers.masks import Rules, Tokens
 from moe_jax.layers.norms import Norm
 from moe_jax.layers.rotary import Rotary
@@ -47,7 +48,8 @@ class Attention(Part):
     `qk_norm` at what is rotated; `temperature`; scores, scaled, capped and with the position bias.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, GQA, arXiv:2305.13245;
-      QK-norm: Henry et al. 2020, arXiv:2010.04245.
+      QK-norm: Henry et al. 2020, arXiv:2010.04245; prefix: Li and Liang 2021, arXiv:2101.00190,
+      without their network that makes it in training.
     """
 
     takes_back: ClassVar[bool] = True
@@ -69,6 +71,7 @@ class Attention(Part):
     softcap: float | None = setting(None, above=0)  # c: scores become c * tanh(score / c)
     sink: bool = False  # a learned score per head in the denominator of the softmax (gpt-oss)
     position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
+    prefix: int = setting(0, at_least=0)  # P: learned keys that every token sees (prefix tuning)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
     # What computes it; "auto": the best that can.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
@@ -90,7 +93,10 @@ class Attention(Part):
         return self.num_kv_heads or self.num_heads
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """`wq`, `wk`, `wv` [M, ND], `wo` [ND, M], their biases `bq` ..., norms, `sink` [N]."""
+        """`wq`, `wk`, `wv` [M, ND], `wo` [ND, M], their biases `bq` ..., norms, `sink` [N].
+
+        `prefix` has `keys` and `values` [P, K, D], which are neither normed nor rotated.
+        """
         heads, kv_heads = (n * self.head_dim for n in (self.num_heads, self.kv_heads))
         specs: dict[str, Any] = {}
         for name, dim in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
@@ -114,6 +120,12 @@ class Attention(Part):
             specs["sink"] = ParameterSpec(
                 (self.num_heads,), ("heads",), normal_init(0.02), "attention", False
             )
+        if self.prefix:
+            own = ParameterSpec(
+                (self.prefix, self.kv_heads, self.head_dim), (None, "heads", None),
+                normal_init(0.02), "attention", False,
+            )  # fmt: skip
+            specs["prefix"] = {"keys": own, "values": own}
         return specs
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
@@ -152,8 +164,9 @@ class Attention(Part):
             cache=Bytes(split=2 * kv_heads * size),
         )
         scores = scores_cost(
-            self.kernel, dtype=dtype, length=length, heads=self.num_heads, kv_heads=self.kv_heads,
-            dims=(self.head_dim, self.head_dim), is_capped=self.softcap is not None,
+            self.kernel, dtype=dtype, length=length + self.prefix, heads=self.num_heads,
+            kv_heads=self.kv_heads, dims=(self.head_dim, self.head_dim),
+            is_capped=self.softcap is not None,
         )  # fmt: skip
         return (projections, scores)
 
@@ -162,7 +175,7 @@ class Attention(Part):
         rules = Rules(True, self.window, self.chunk)
         task = Task(
             rules, (self.head_dim, self.head_dim), dtype, bias=self.position_bias is not None,
-            softcap=self.softcap is not None, sink=self.sink,
+            softcap=self.softcap is not None, sink=self.sink, prefix=self.prefix > 0,
         )  # fmt: skip
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
@@ -198,6 +211,7 @@ class Attention(Part):
             bias_BNLT=self.bias_of(call),
             softcap=self.softcap,
             sink_N=dense(params["sink"]) if self.sink else None,
+            prefix=self.prefix_of(params),
         )
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache
@@ -213,6 +227,12 @@ class Attention(Part):
         if self.qk_norm_at == "heads":
             q, k = self.normed(params, q, k)
         return (q, k, v) if self.clip_first else self.clipped(q, k, v)
+
+    def prefix_of(self, params: Any) -> Prefix | None:
+        """The learned keys and values, if there are any."""
+        if not self.prefix:
+            return None
+        return Prefix(dense(params["prefix"]["keys"]), dense(params["prefix"]["values"]))
 
     def normed(self, params: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Queries and keys after `qk_norm`, if there is one."""

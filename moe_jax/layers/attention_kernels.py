@@ -18,7 +18,7 @@ import jax
 
 from moe_jax.config.check import require
 from moe_jax.layers import cudnn
-from moe_jax.layers.dot_product import attend
+from moe_jax.layers.dot_product import Prefix, attend
 from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.parallel.rules import mesh_in_use, partition_spec, platform
 
@@ -60,6 +60,7 @@ class Task(NamedTuple):
       bias: whether scores have one.
       softcap: whether they are capped.
       sink: whether heads have sinks.
+      prefix: whether all queries see keys of no token.
     """
 
     rules: Rules
@@ -71,6 +72,7 @@ class Task(NamedTuple):
     bias: bool = False
     softcap: bool = False
     sink: bool = False
+    prefix: bool = False
 
 
 class Choice(NamedTuple):
@@ -123,6 +125,8 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
             "its heads have no sinks": task.sink,
         },
     }[kernel]
+    if kernel != "xla":
+        lacks = {**lacks, "its keys are those of tokens, without a prefix": task.prefix}
     return next((what for what, is_lacking in lacks.items() if is_lacking), "")
 
 
@@ -203,6 +207,7 @@ def attend_by_rules(
     bias_BNLT: jax.Array | None = None,
     softcap: float | None = None,
     sink_N: jax.Array | None = None,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """`attend`, of the keys that keep to rules, by the kernel for it.
 
@@ -219,6 +224,7 @@ def attend_by_rules(
       bias_BNLT: see `attend`.
       softcap: see `attend`.
       sink_N: see `attend`.
+      prefix: keys and values that every query sees besides, whatever the rules.
 
     Returns:
       [B, L, N, V] in the dtype of the values. Padding gets finite numbers.
@@ -230,11 +236,17 @@ def attend_by_rules(
         rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
         (q_BLND.shape[1], k_BTKD.shape[1]), keys is None,
         bias=bias_BNLT is not None, softcap=softcap is not None, sink=sink_N is not None,
+        prefix=prefix is not None,
     )  # fmt: skip
     name = chosen(kernel, task)
     if name == "xla":
+        seen_B1LT = visible(rules, queries, keys)
+        if prefix is not None:
+            k_BTKD, v_BTKV, seen_B1LT, bias_BNLT = prefix.before(
+                k_BTKD, v_BTKV, seen_B1LT, bias_BNLT
+            )
         return attend(
-            q_BLND, k_BTKD, v_BTKV, visible(rules, queries, keys),
+            q_BLND, k_BTKD, v_BTKV, seen_B1LT,
             scale=scale, bias_BNLT=bias_BNLT, softcap=softcap, sink_N=sink_N,
         )  # fmt: skip
     if name == "blocks":

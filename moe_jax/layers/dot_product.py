@@ -3,10 +3,41 @@
 T counts keys, K key and value heads; query head n reads key head n // (N / K). G is N / K.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config.check import require
+
+
+class Prefix(NamedTuple):
+    """Keys and values of no token, which every query sees: those of prefix tuning.
+
+    Attributes:
+      keys_PKD: P of them, as they meet queries.
+      values_PKV: theirs.
+    """
+
+    keys_PKD: jax.Array
+    values_PKV: jax.Array
+
+    def before(
+        self,
+        k_BTKD: jax.Array,
+        v_BTKV: jax.Array,
+        seen_B1LT: jax.Array,
+        bias_BNLT: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """The arguments of `attend`, with T + P keys; the prefix gets a bias of 0."""
+        keys, values = (
+            jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)).astype(x.dtype), x], 1)
+            for own, x in ((self.keys_PKD, k_BTKD), (self.values_PKV, v_BTKV))
+        )
+        before = ((0, 0), (0, 0), (0, 0), (len(self.keys_PKD), 0))
+        if bias_BNLT is not None:
+            bias_BNLT = jnp.pad(bias_BNLT, before)
+        return keys, values, jnp.pad(seen_B1LT, before, constant_values=True), bias_BNLT
 
 
 def attend(
