@@ -86,6 +86,7 @@ class EncoderInputs(NamedTuple):
         "cache_index",
         "previous_B",
         "lengths_B",
+        "in_prefix_BL",
     ],
     meta_fields=["causal", "counts_up", "capacity", "record", "cache_length", "prefill"],
 )
@@ -122,6 +123,8 @@ class Call:
         stack its residual stream after every layer.
       cache_length: T, slots of the caches; None without one.
       prefill: whether the caches are empty, so that tokens of this call attend to each other alone.
+      in_prefix_BL: bool, tokens of a prefix, which every token of their document sees; None: no
+        token sees one behind it.
     """
 
     positions_BL: jax.Array | None = None
@@ -142,6 +145,7 @@ class Call:
     record: bool = False
     cache_length: int | None = None
     prefill: bool = False
+    in_prefix_BL: jax.Array | None = None
 
     @property
     def training(self) -> bool:
@@ -229,6 +233,7 @@ class Part(Settings):
     family: ClassVar[str] = "part"
     routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
+    reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` from both sides
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
     # Whether tokens in its cache are taken back by writing over them (`layers.cache`). Of other
     # caches speculative decoding keeps the one before, and reads accepted tokens again.

@@ -22,6 +22,7 @@ from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.data import RawWindow, heldout_batches, objectives, open_data, tokenizers
 from moe_jax.data.objectives import CausalLM, EncoderPrefixLM, PrefixLM, SpanCorruption
 from moe_jax.data.objectives.objective import check_positions
+from moe_jax.layers.mamba import Mamba
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.evaluation import DomainSums, SequenceSums
@@ -89,7 +90,7 @@ def prefix_lm(raw, objective, length, number=0):
 
 
 def test_targets_in_the_prefix_have_weight_zero():
-    half = PrefixLM(shortest_prefix=0.5, longest_prefix=0.5)
+    half = PrefixLM(0.5, 0.5, bidirectional=True)
     # Prefixes: 10 11 12 of the first document of six tokens, 16 of the second of two.
     example = prefix_lm(window_of(6, 2), half, length=9)
     assert example["inputs"].tolist() == [10, 11, 12, 13, 14, 15, 16, 0, 0]
@@ -105,7 +106,7 @@ def test_targets_in_the_prefix_have_weight_zero():
 )
 def test_every_document_has_one_prefix_and_something_to_predict(sizes, number):
     raw, length = window_of(*sizes), sum(sizes) + 2
-    example = prefix_lm(raw, PrefixLM(), length, number)
+    example = prefix_lm(raw, PrefixLM(bidirectional=True), length, number)
     causal = objectives.causal_lm(raw, sequence_length=length, pad_id=0)
     for name in ("inputs", "targets", "segment_ids", "positions"):
         assert np.array_equal(example[name], causal[name])
@@ -123,8 +124,9 @@ def test_every_document_has_one_prefix_and_something_to_predict(sizes, number):
 
 
 def test_every_length_of_a_prefix_is_as_likely_as_another():
+    objective = PrefixLM(bidirectional=True)
     drawn = [
-        prefix_lm(window_of(5), PrefixLM(), 4, number)["in_prefix"].sum() for number in range(4000)
+        prefix_lm(window_of(5), objective, 4, number)["in_prefix"].sum() for number in range(4000)
     ]
     counts = np.bincount(drawn, minlength=5)
     assert counts[0] == 0
@@ -132,7 +134,7 @@ def test_every_length_of_a_prefix_is_as_likely_as_another():
 
 
 def test_prefixes_keep_to_their_shares():
-    objective = PrefixLM(shortest_prefix=0.25, longest_prefix=0.75)
+    objective = PrefixLM(0.25, 0.75, bidirectional=True)
     drawn = {prefix_lm(window_of(8), objective, 7, n)["in_prefix"].sum() for n in range(200)}
     assert drawn == {2, 3, 4, 5, 6}
     with pytest.raises(ValueError, match=r"shortest_prefix=0\.6, longest_prefix=0\.5\. Lower"):
@@ -190,6 +192,12 @@ def test_a_decoder_alone_has_no_objective_of_an_encoder_and_the_other_way_round(
     with pytest.raises(ValueError, match=r"has an encoder and a decoder\. .*'span_corruption'"):
         CausalLM().check_model(both)
     sees = LanguageModel(stack=StackLayout(unit=(("attention", "moe"),), repeats=1, causal=False))
+    with pytest.raises(
+        ValueError, match=r"must see a bidirectional prefix.*of \['mamba'\] none does"
+    ):
+        PrefixLM(bidirectional=True).check_model(
+            LanguageModel(parts={"mamba": Mamba()}, stack=StackLayout(unit=(("mamba",),)))
+        )
     with pytest.raises(ValueError, match=r"objective='prefix_lm', model\.stack\.causal=False"):
         PrefixLM().check_model(sees)
 
@@ -233,7 +241,7 @@ def test_bits_a_byte_are_not_said_where_targets_are_no_text():
 def test_a_run_with_prefixes_resumes_exactly(tmp_path):
     def config(num_steps):
         settings = {
-            "data": {"objective": "prefix_lm"},
+            "data": {"objective": {"kind": "prefix_lm", "bidirectional": True}},
             "optimizer": {"schedule": "constant"},
             "training": {"num_steps": num_steps},
         }

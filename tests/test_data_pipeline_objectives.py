@@ -15,13 +15,15 @@ from moe_jax.data.objectives import EncoderPrefixLM, PrefixLM, SpanCorruption
 
 OBJECTIVES = {
     **{kind: load_kind("objective", kind)() for kind in KINDS["objective"]},
+    "prefix_lm_bidirectional": PrefixLM(bidirectional=True),
     "span_corruption_packed": SpanCorruption(packed=True),
     "encoder_prefix_lm_joined": EncoderPrefixLM(packed=False),
 }
 # Of the first batches, by `digest`.
 DRAWN = {
     "causal_lm": "84064859ca086d46",
-    "prefix_lm": "5d8f02133958cd85",
+    "prefix_lm": "2365c45f9168772d",
+    "prefix_lm_bidirectional": "5d8f02133958cd85",
     "span_corruption": "70539fc40d601a00",
     "encoder_prefix_lm": "4f68d48fadc969fb",
     "supervised": "72fc5063cecd5281",
@@ -161,7 +163,7 @@ def test_every_epoch_shows_every_text_once_with_spans_of_its_own(words, packed):
 
 
 def test_a_window_of_prefix_lm_is_cut_elsewhere_in_the_next_epoch(words):
-    config = dataclasses.replace(words, objective=PrefixLM())
+    config = dataclasses.replace(words, objective=PrefixLM(bidirectional=True))
     batch = joined(train_batches(config, 2 * 39, global_batch_size=1))
     cuts = [
         {tuple(i): tuple(p) for i, p in zip(batch["inputs"][s], batch["in_prefix"][s], strict=True)}

@@ -47,8 +47,8 @@ def turned(x_LND, rotary):
     return np.concatenate([x, rest], -1)
 
 
-def oracle(x_LM, params, a, causal=True, bias_NLT=None):
-    """One document through attention."""
+def oracle(x_LM, params, a, causal=True, bias_NLT=None, prefix=0):
+    """One document through attention; all see its first `prefix` tokens."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     length = len(x_LM)
 
@@ -77,7 +77,7 @@ def oracle(x_LM, params, a, causal=True, bias_NLT=None):
         keys = [
             j
             for j in range(length)
-            if (j <= i or not causal)
+            if (j <= i or j < prefix or not causal)
             and (a.window is None or abs(i - j) < a.window)
             and (a.chunk is None or i // a.chunk == j // a.chunk)
         ]
@@ -178,6 +178,21 @@ def test_a_document_gives_what_it_gives_alone_packed_or_padded(name):
     for row, start, end in PLACES:
         alone = oracle(x[row, start:end].astype(np.float64), params, attention, causal)
         np.testing.assert_allclose(y[row, start:end], alone, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["grouped", "window", "chunk", "long documents"])
+def test_a_prefix_is_seen_from_both_sides(name):
+    """Of 3 tokens, in each of the documents; a window and chunks hold for it too."""
+    attention, params, x = made(OPTIONS[name][0])
+    marks = (SEGMENTS > 0) & (POSITIONS < 3)
+    call = Call(positions_BL=POSITIONS, segments_BL=SEGMENTS, in_prefix_BL=jnp.asarray(marks))
+    y, _, _ = attention.apply(params, jnp.asarray(x), call, Own())
+    for row, start, end in PLACES:
+        text = x[row, start:end].astype(np.float64)
+        both, behind = (oracle(text, params, attention, prefix=count) for count in (3, 0))
+        np.testing.assert_allclose(y[row, start:end], both, rtol=FLOAT32, atol=FLOAT32)
+        assert np.abs(both - behind)[:2].max() > 1e-3
+        np.testing.assert_array_equal(both[3:], behind[3:])
 
 
 @pytest.mark.parametrize("name", [name for name, (options, _) in OPTIONS.items() if options])

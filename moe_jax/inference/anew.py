@@ -33,6 +33,7 @@ def next_token(
     model: LanguageModel,
     sampling: Sampling,
     num_ids: int | None = None,
+    num_prefix: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the token after `window_L[:length]`; int32 scalar, below `num_ids` if given.
 
@@ -47,6 +48,7 @@ def next_token(
         tokens_BL=window_L[None], positions_BL=positions[None],
         segments_BL=is_seen_L.astype(jnp.int32)[None], counts_up=True,
         step=serving.step, capacity=0.0,
+        in_prefix_BL=None if num_prefix is None else (positions < num_prefix)[None],
     )  # fmt: skip
     output = model.run(serving.params, call, state=serving.state)
     logits_BV = output.logits_BLV[:, length - 1]
@@ -78,7 +80,8 @@ def stream_anew(
     serving, how = Serving(params, state, step), Sampling(**sampling)
     model = in_groups_of(context, config.model)
     for row in range(len(prompts) * num_samples):
-        ids = list(prompts[row // num_samples])
+        prompt = prompts[row // num_samples]
+        ids = list(prompt)
         if not num_tokens and row not in ended:
             yield Piece(row, [], False)
         for _ in range(num_tokens):
@@ -90,6 +93,7 @@ def stream_anew(
                 next_token(
                     serving, window_L, np.int32(min(len(ids), context)), np.int32(row),
                     np.int32(len(ids)), model=model, sampling=how, num_ids=num_ids,
+                    num_prefix=prefix_left(config, len(prompt), len(ids), context),
                 )
             )  # fmt: skip
             stops = token in stop_tokens
@@ -97,6 +101,15 @@ def stream_anew(
             if stops:
                 break
             ids.append(token)
+
+
+def prefix_left(
+    config: ExperimentConfig, prompt: int, length: int, context: int
+) -> np.int32 | None:
+    """How many tokens of a prompt are in the window, if they see each other from both sides."""
+    if not config.data.objective.sees_prompt:
+        return None
+    return np.int32(max(prompt - max(length - context, 0), 0))
 
 
 def in_groups_of(window: int, model: LanguageModel) -> LanguageModel:

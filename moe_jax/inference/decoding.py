@@ -77,6 +77,7 @@ class Prompts(NamedTuple):
       sample_B: see `Rows`.
       lengths_B: see `Rows`.
       encoder: what the encoder reads; None without one.
+      in_prefix_BL: bool; see `Call`.
     """
 
     tokens_BL: Any
@@ -84,6 +85,7 @@ class Prompts(NamedTuple):
     sample_B: Any
     lengths_B: Any
     encoder: EncoderInputs | None = None
+    in_prefix_BL: Any = None
 
 
 @functools.partial(
@@ -152,7 +154,7 @@ def read(
         positions_BL=jnp.maximum(jnp.cumsum(segments_BL, axis=1) - 1, 0),
         segments_BL=segments_BL, counts_up=True, step=serving.step, encoder=prompts.encoder,
         cache_index=jnp.int32(0), cache_length=num_slots, prefill=True, capacity=capacity,
-        lengths_B=prompts.lengths_B, record=record,
+        lengths_B=prompts.lengths_B, record=record, in_prefix_BL=prompts.in_prefix_BL,
     )  # fmt: skip
     call, _ = model.encode(serving.params, call, state=serving.state)
     memory_length = 0 if call.memory is None else call.memory.shape[1]

@@ -178,7 +178,7 @@ def stream_tokens(
     model, serving = layers_apart(model, Serving(params, state, step))
     writer = Writer(
         serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended,
-        draft, record,
+        draft, record, config.data.objective.sees_prompt,
     )  # fmt: skip
     with mesh_of(params):
         for start in range(0, len(rows), batch_size):

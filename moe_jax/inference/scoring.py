@@ -99,14 +99,22 @@ def score_continuations(
             batch = arrays_of([texts[i] for i in some], rows, lengths[some[0]][0])
             encoder = encoder_inputs([read[i] for i in some], rows) if read else None
             sums_B, greedy_B = map(
-                np.asarray, score_batch(serving, ids, *batch, encoder, model=model)
+                np.asarray,
+                score_batch(
+                    serving,
+                    ids,
+                    *batch,
+                    encoder,
+                    model=model,
+                    sees_prompt=config.data.objective.sees_prompt,
+                ),
             )
             for row, i in enumerate(some):
                 scores[i] = Scored(float(sums_B[row]), texts[i][1], bool(greedy_B[row]))
     return [scores[i] for i in range(len(texts))]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(jax.jit, static_argnames=("model", "sees_prompt"))
 def score_batch(
     serving: Serving,
     num_ids: jax.Array,
@@ -117,6 +125,7 @@ def score_batch(
     encoder: EncoderInputs | None = None,
     *,
     model: LanguageModel,
+    sees_prompt: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores the targets that count: float32 [B], log-likelihoods; bool [B], all are likeliest.
 
@@ -129,11 +138,14 @@ def score_batch(
       counts_BL: bool, whether it is of the continuation.
       encoder: what the encoder reads; None without one.
       model: the model.
+      sees_prompt: whether the tokens of a context see each other from both sides.
     """
+    earlier_BL = jnp.cumsum(counts_BL, axis=1) - counts_BL  # targets that count
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     call = Call(
         tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
         step=serving.step, capacity=0.0, encoder=encoder,
+        in_prefix_BL=earlier_BL == 0 if sees_prompt else None,
     )  # fmt: skip
     logits_BLV = model.run(serving.params, call, state=serving.state).logits_BLV
     sums_B = -jnp.sum(target_nats(logits_BLV, targets_BL) * counts_BL, axis=1)

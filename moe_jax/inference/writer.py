@@ -53,6 +53,7 @@ class Writer:
     ended: Container[int]
     draft: Draft | None = None
     record: bool = False
+    sees_prompt: bool = False
 
     def write(self, texts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
         """Adds tokens to a batch of numbered prompts."""
@@ -61,7 +62,7 @@ class Writer:
         if self.model.has_encoder:
             encoder = encoder_inputs(seen, whole_rows(len(seen)))
             seen = [[self.start_token] for _ in texts]
-        live, left = set(range(len(texts))), num_tokens
+        live, left, sees_prompt = set(range(len(texts))), num_tokens, self.sees_prompt
         if not left:
             yield from (Piece(row, [], False) for row in numbers)
         while left and live:
@@ -69,8 +70,8 @@ class Writer:
             seen = [text[-context:] for text in seen]
             # Of the last token of all nothing more is seen.
             room = min(left, context + 1 - max(map(len, seen)))
-            yield from self.until(seen, numbers, live, room, encoder)
-            left -= room
+            yield from self.until(seen, numbers, live, room, encoder, sees_prompt)
+            left, sees_prompt = left - room, False  # what is read again has tokens of its own
             if left and live:
                 seen = [text[-(context // 2) :] for text in seen]
 
@@ -81,13 +82,14 @@ class Writer:
         live: set[int],
         room: int,
         encoder: EncoderInputs | None,
+        sees_prompt: bool,
     ) -> Iterator[Piece]:
         """Adds `room` tokens to every live text, in place, as far as it does not end before."""
         full = [len(text) + room for text in seen]
         recorded = [0] * len(seen)
         growing = set(live)  # texts that have not got their room
         chunks = self.plain if self.draft is None else self.speculative
-        for chunk in chunks(seen, numbers, live, room, encoder):
+        for chunk in chunks(seen, numbers, live, room, encoder, sees_prompt):
             for i in sorted(growing):
                 drawn, routes = chunk[i]
                 drawn = drawn[: full[i] - len(seen[i])]
@@ -112,6 +114,7 @@ class Writer:
         live: set[int],
         room: int,
         encoder: EncoderInputs | None,
+        sees_prompt: bool,
     ) -> Iterator[list[Drawn]]:
         """What is drawn in each text, chunk by chunk."""
         length = bucket(max(map(len, seen)))
@@ -120,7 +123,7 @@ class Writer:
             "num_slots": num_slots, "sampling": self.sampling, "capacity": self.capacity,
             "record": self.record,
         }  # fmt: skip
-        prompts = prompts_of(seen, numbers, live, length, room, encoder)
+        prompts = prompts_of(seen, numbers, live, length, room, encoder, sees_prompt)
         rows, routes = prefill(self.serving, prompts, model=self.model, **how)
         read = self.routes_of(routes, seen)
         # With a capacity the tokens of the whole batch share it.
@@ -143,6 +146,7 @@ class Writer:
         live: set[int],
         room: int,
         encoder: EncoderInputs | None,
+        sees_prompt: bool,
     ) -> Iterator[list[Drawn]]:
         """What is drawn in each text, some passes at a time."""
         assert self.draft is not None and encoder is None, "checked"
@@ -151,7 +155,7 @@ class Writer:
         )
         length = bucket(max(*map(len, seen), how.drafter.places(how.length)))
         num_slots = length + whole_chunks(room) + how.length + 1
-        prompts = prompts_of(seen, numbers, live, length, room, None)
+        prompts = prompts_of(seen, numbers, live, length, room, None, sees_prompt)
         left_B = np.full(len(prompts.sample_B), room, np.int32)
         stop_S = jnp.asarray(self.stop_tokens, jnp.int32)
         texts, routes = begin(
@@ -200,10 +204,12 @@ def prompts_of(
     length: int,
     room: int,
     encoder: EncoderInputs | None,
+    sees_prompt: bool = False,
 ) -> Prompts:
     """The live texts as arrays of so many places, each to get `room` tokens more.
 
-    Rows of padding stand for the others, and fill the batch up.
+    Rows of padding stand for the others, and fill the batch up. With `sees_prompt` the tokens of a
+    text see each other from both sides.
     """
     batch = whole_rows(len(texts))
     tokens_BL, segments_BL = np.zeros((2, batch, length), np.int32)
@@ -214,7 +220,8 @@ def prompts_of(
             tokens_BL[i, length - len(text) :] = text
             segments_BL[i, length - len(text) :] = 1
             lengths_B[i] = len(text) + room
-    return Prompts(tokens_BL, segments_BL, sample_B, lengths_B, encoder)
+    in_prefix_BL = segments_BL > 0 if sees_prompt else None
+    return Prompts(tokens_BL, segments_BL, sample_B, lengths_B, encoder, in_prefix_BL)
 
 
 def encoder_inputs(texts: Sequence[Sequence[int]], rows: int) -> EncoderInputs:

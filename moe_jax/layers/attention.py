@@ -53,6 +53,7 @@ class Attention(Part):
     """
 
     takes_back: ClassVar[bool] = True
+    reads_prefix: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
     num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
@@ -175,7 +176,7 @@ class Attention(Part):
         rules = Rules(True, self.window, self.chunk)
         task = Task(
             rules, (self.head_dim, self.head_dim), dtype, bias=self.position_bias is not None,
-            softcap=self.softcap is not None, sink=self.sink, prefix=self.prefix > 0,
+            softcap=self.softcap is not None, sink=self.sink, learned_keys=self.prefix > 0,
         )  # fmt: skip
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
@@ -192,7 +193,8 @@ class Attention(Part):
         if self.temperature is not None:
             factors_BL11 = self.temperature.factors(positions)[:, :, None, None]
             q_BLND = (q_BLND * factors_BL11).astype(x_BLM.dtype)
-        queries, keys, kernel = Tokens(positions, segments), None, self.kernel
+        queries, keys = Tokens(positions, segments, call.in_prefix_BL), None
+        kernel = self.kernel
         if cache is not None:
             cache = write(cache, call, keys=k_BTND, values=v_BTND)
             if not call.prefill:

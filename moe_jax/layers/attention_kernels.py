@@ -60,7 +60,8 @@ class Task(NamedTuple):
       bias: whether scores have one.
       softcap: whether they are capped.
       sink: whether heads have sinks.
-      prefix: whether all queries see keys of no token.
+      learned_keys: whether all queries see keys of no token.
+      in_prefix: whether some tokens are seen from both sides.
     """
 
     rules: Rules
@@ -72,7 +73,8 @@ class Task(NamedTuple):
     bias: bool = False
     softcap: bool = False
     sink: bool = False
-    prefix: bool = False
+    learned_keys: bool = False
+    in_prefix: bool = False
 
 
 class Choice(NamedTuple):
@@ -126,7 +128,11 @@ def lacking(kernel: str, task: Task, machine: Machine) -> str:
         },
     }[kernel]
     if kernel != "xla":
-        lacks = {**lacks, "its keys are those of tokens, without a prefix": task.prefix}
+        lacks = {
+            **lacks,
+            "its keys are those of tokens, without a learned prefix": task.learned_keys,
+            "it sees no prefix from both sides": task.in_prefix,
+        }
     return next((what for what, is_lacking in lacks.items() if is_lacking), "")
 
 
@@ -236,7 +242,7 @@ def attend_by_rules(
         rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
         (q_BLND.shape[1], k_BTKD.shape[1]), keys is None,
         bias=bias_BNLT is not None, softcap=softcap is not None, sink=sink_N is not None,
-        prefix=prefix is not None,
+        learned_keys=prefix is not None, in_prefix=queries.in_prefix_BL is not None,
     )  # fmt: skip
     name = chosen(kernel, task)
     if name == "xla":

@@ -81,7 +81,11 @@ def keys_of(queries: slice, length: int, rules: Rules, counts_up: bool) -> slice
 
 def seen_by(tokens: Tokens, queries: slice, keys: slice, rules: Rules) -> jax.Array:
     """Which keys the queries of a block see, bool [B, 1, 1, l, t]."""
-    of_queries, of_keys = (Tokens(*(a[:, where] for a in tokens)) for where in (queries, keys))
+    assert tokens.in_prefix_BL is None, "the kernel lacks it"
+    of_queries, of_keys = (
+        Tokens(tokens.positions_BL[:, where], tokens.segments_BL[:, where])
+        for where in (queries, keys)
+    )
     seen_B1LT = visible(rules, of_queries, of_keys)
     if rules.causal:  # no later place, whatever the positions
         places_L, places_T = (jnp.arange(where.start, where.stop) for where in (queries, keys))

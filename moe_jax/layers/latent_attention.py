@@ -34,6 +34,7 @@ class LatentAttention(Part):
     """
 
     takes_back: ClassVar[bool] = True
+    reads_prefix: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N
     q_rank: int = setting(0, at_least=0)  # dim of the latent of queries; 0: none
@@ -123,7 +124,7 @@ class LatentAttention(Part):
             q_BLND = jnp.concatenate([nope_BLND, rope_BLND], axis=-1)
             out_BLND = attend_by_rules(
                 q_BLND, k_BTND, v_BTND, Rules(call.causal),
-                Tokens(call.positions_BL, call.segments_BL),
+                Tokens(call.positions_BL, call.segments_BL, call.in_prefix_BL),
                 kernel=self.kernel, counts_up=call.counts_up, scale=self.scale,
             )  # fmt: skip
         else:

@@ -35,10 +35,13 @@ class Tokens(NamedTuple):
       positions_BL: int32, of the tokens in their documents.
       segments_BL: int32, the documents of the tokens. A query sees keys of its own alone; a query
         of padding (0) sees padding.
+      in_prefix_BL: bool, tokens that are seen from both sides in spite of `Rules.causal`; None: no
+        token is.
     """
 
     positions_BL: jax.Array
     segments_BL: jax.Array
+    in_prefix_BL: jax.Array | None = None
 
 
 def visible(rules: Rules, queries: Tokens, keys: Tokens | None = None) -> jax.Array:
@@ -56,9 +59,12 @@ def visible(rules: Rules, queries: Tokens, keys: Tokens | None = None) -> jax.Ar
     i, j = queries.positions_BL[:, None, :, None], keys.positions_BL[:, None, None, :]
     seen_B1LT = queries.segments_BL[:, None, :, None] == keys.segments_BL[:, None, None, :]
     if rules.causal:
-        seen_B1LT &= j <= i
-    if rules.causal and own_keys:
-        seen_B1LT &= jnp.tri(queries.positions_BL.shape[1], dtype=jnp.bool_)
+        before_B1LT = j <= i
+        if own_keys:
+            before_B1LT &= jnp.tri(queries.positions_BL.shape[1], dtype=jnp.bool_)
+        if keys.in_prefix_BL is not None:
+            before_B1LT |= keys.in_prefix_BL[:, None, None, :]
+        seen_B1LT &= before_B1LT
     if rules.window is not None:
         seen_B1LT &= i - rules.window < j
         if not rules.causal:

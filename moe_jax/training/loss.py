@@ -188,6 +188,7 @@ def call_of(batch: Batch, **settings: Any) -> Call:
         segments_BL=batch["segment_ids"],
         encoder=encoder,
         counts_up=True,
+        in_prefix_BL=batch["in_prefix"] > 0 if "in_prefix" in batch else None,
         **settings,
     )
 

@@ -51,6 +51,11 @@ class Objective(Settings):
     continues_text: ClassVar[bool] = True
     reads_conversations: ClassVar[bool] = False
 
+    @property
+    def sees_prompt(self) -> bool:
+        """Whether the tokens of a prompt see each other from both sides, in a decoder."""
+        return False
+
     def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
         """What makes the tokens of documents that `windows` reads: the tokenizer alone."""
         return tokenizer

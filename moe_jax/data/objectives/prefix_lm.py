@@ -45,13 +45,23 @@ class PrefixLM(PrefixLengths, Objective):
     """Predict what follows a prefix of random length of each document, in a decoder.
 
     The rows are those of `causal_lm`. A document in a window, or the part of it that is there, has
-    one prefix; targets in it have loss weight 0, and `in_prefix` is 1 at its inputs. Attention
-    that does not read `in_prefix` stays causal in prefixes too.
+    one prefix; targets in it have loss weight 0. If it is `bidirectional`, `in_prefix` is 1 at its
+    inputs, and every token of the document sees the whole prefix.
+
+    Source: Raffel et al. 2020, T5, arXiv:1910.10683, sec. 3.2.1.
     """
+
+    bidirectional: bool = False  # tokens of a prefix see each other from both sides
+
+    @property
+    def sees_prompt(self) -> bool:
+        """See `Objective`."""
+        return self.bidirectional
 
     def arrays(self, sequence_length: int) -> dict[str, Any]:
         """See `Objective`."""
-        return super().arrays(sequence_length) | {"in_prefix": ((sequence_length,), np.int32)}
+        more = {"in_prefix": ((sequence_length,), np.int32)} if self.bidirectional else {}
+        return super().arrays(sequence_length) | more
 
     def example(
         self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
@@ -63,7 +73,18 @@ class PrefixLM(PrefixLengths, Objective):
         prefixes = np.array([self.draw_prefix(size, rng) for size in sizes])
         in_prefix_N = window.positions < prefixes[window.segment_ids - 1]
         num_inputs = len(window.tokens) - 1
-        example["in_prefix"] = np.zeros(sequence_length, np.int32)
-        example["in_prefix"][:num_inputs] = in_prefix_N[:-1]
         example["loss_weights"][:num_inputs] *= ~in_prefix_N[1:]
+        if self.bidirectional:
+            example["in_prefix"] = np.zeros(sequence_length, np.int32)
+            example["in_prefix"][:num_inputs] = in_prefix_N[:-1]
         return example
+
+    def check_model(self, model: Any) -> None:
+        """See `Objective`."""
+        super().check_model(model)
+        require(
+            not self.bidirectional or any(part.reads_prefix for part in model.part.values()),
+            "a part of the model must see a bidirectional prefix from both sides",
+            f"of {sorted(model.part)} none does",
+            "Use a model with attention, or set data.objective.bidirectional=False",
+        )
