@@ -68,7 +68,7 @@ def test_every_field_is_there_and_an_unknown_one_refused(name, preset):
 
 
 # `test_readme` trains quickstart:smoke.
-QUICK = [("base", "smoke"), ("quickstart", "dense,smoke"), ("mixtral", "tiny,smoke")]
+QUICK = [("quickstart", "dense,smoke"), ("mixtral", "tiny,smoke")]
 
 
 @pytest.mark.parametrize(("name", "preset"), slow_but(QUICK, SMOKE))

@@ -111,8 +111,8 @@ def test_a_config_names_the_parts_of_the_page(my_parts):
         ("MovingAverage", set()),
         ("RoundRobin", {"scan"}),
         ("Peakedness", {"mesh", "scan"}),
-        ("SquaredRelu", {"mesh", "scan"}),
-        ("LastFirst", {"mesh", "scan"}),
+        pytest.param("SquaredRelu", {"mesh", "scan"}, marks=pytest.mark.slow),
+        pytest.param("LastFirst", {"mesh", "scan"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_parts_of_the_page_pass_the_checks(my_parts, name, left_out):

@@ -118,7 +118,7 @@ def assert_same(given, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["block"], CASES))
 def test_linen_gives_the_values_and_the_training_step_of_the_pure_functions(name):
     specs, _, shell, _, run, loss = CASES[name]
     output, params, after, value = pure(name)
