@@ -43,7 +43,8 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.training.ways import Way, ways_of
 
 HERE = pathlib.Path(__file__).parent
-SIZES = ("smoke", "small", "gpu", "base")
+SIZES = ("smoke", "small", "medium", "gpu", "base")
+OPTIONAL = {"medium"}  # sizes that a study may lack
 CORPUS = "CORPUS"  # stands in data.corpus and data.tokenizer for the directory of --corpus
 RUNS = "RUNS"  # stands for the directory of the runs of a study at one size
 RUN_OF = f"{RUNS}/"  # before the name of an arm: the workdir of its run
@@ -121,7 +122,8 @@ class Study:
       config: a file of `configs/`, by its name, with its presets after a colon.
       base: overrides of all arms.
       sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours a
-        study), "gpu" (one card, 40 M packed tokens, minutes an arm), "base" (several accelerators).
+        study), perhaps "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens, minutes
+        an arm), "base" (several accelerators).
       arms: what is compared.
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim of it is.
@@ -171,8 +173,8 @@ class Study:
             "Correct it",
         )
         require(
-            set(self.sizes) == set(SIZES),
-            f"a study has the sizes {list(SIZES)}",
+            set(SIZES) - OPTIONAL <= set(self.sizes) <= set(SIZES),
+            f"a study has the sizes {list(SIZES)}, perhaps without {sorted(OPTIONAL)}",
             f"{self.name}: {sorted(self.sizes)}",
             "Add or rename sizes",
         )
@@ -186,7 +188,7 @@ class Study:
             "Add seeds",
         )
         require(bool(self.expect), "a study has a criterion", self.name, "Write Study.expect")
-        for size in SIZES:
+        for size in self.sizes:
             for arm in self.arms_at(size):
                 self.experiment(size, arm.name, 0)
         at_smoke = self.arms_at("smoke")
@@ -204,8 +206,8 @@ class Study:
         return found[name]
 
     def arms_at(self, size: str) -> list[Arm]:
-        """The arms of a size."""
-        return [arm for arm in self.arms if size in arm.sizes]
+        """The arms of a size; none of a size that the study lacks."""
+        return [arm for arm in self.arms if size in arm.sizes and size in self.sizes]
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         """The seeds that an arm is run with."""
@@ -237,7 +239,8 @@ class Study:
 
     def built(self, size: str, arm: str, seed: int, corpus: str, runs: str) -> ExperimentConfig:
         """`experiment`, made anew."""
-        require(size in SIZES, f"a size is one of {list(SIZES)}", repr(size), "Correct --size")
+        sizes = [one for one in SIZES if one in self.sizes]
+        require(size in sizes, f"{self.name} has the sizes {sizes}", repr(size), "Correct --size")
         config = self.overridden(size, arm)
         for path in ("data.corpus", "data.tokenizer"):
             override(config, path, lambda c, p=path: read(c, p).replace(CORPUS, corpus))

@@ -38,7 +38,7 @@ HEAD = f"""\
 
 Each study asks one question, and its criterion was written before it was run. A failed one stays on
 this page. The size is in brackets: `small` is of two CPU cores and two hours, 0.2 M active
-parameters; `gpu` of one card, 14 M; `base` of several.
+parameters; `medium` of two cores and a night, 0.8 M; `gpu` of one card, 14 M; `base` of several.
 
 ![Held-out loss against active FLOPs per token]({FIGURE})
 

@@ -101,6 +101,7 @@ STUDY = Study(
         # Wide enough for a router of 64 outputs to be little of it.
         "smoke": SWITCH.sizes["smoke"] | {"model.parts.mlp.dim": 1024},
         "small": SWITCH.sizes["small"] | {"training.num_steps": 1500},
+        "medium": SWITCH.sizes["medium"],
         "gpu": SWITCH.sizes["gpu"] | {"model.parts.moe.group_size": 0},
         "base": SWITCH.sizes["base"] | {"model.parts.moe.group_size": 0},
     },

@@ -128,6 +128,21 @@ STUDY = Study(
             "training.evaluation_batches": 10,
             "training.checkpoint_every": 200,
         },
+        "medium": {
+            **BYTES,
+            "model.stack.repeats": 2,
+            "model.model_dim": 128,
+            "model.parts.mlp.dim": 512,
+            "model.parts.attention.num_heads": 4,
+            "model.parts.attention.head_dim": 32,
+            "optimizer.learning_rate": 2e-3,
+            "optimizer.warmup_steps": 100,
+            "training.num_steps": 2400,  # 19.7 M bytes
+            "training.batch_size": 32,
+            "training.evaluate_every": 100,
+            "training.evaluation_batches": 5,
+            "training.checkpoint_every": 200,
+        },
         "gpu": {
             **PACKED,
             "data.sequence_length": 512,
@@ -179,7 +194,7 @@ STUDY = Study(
                 f"Switch, E = {e}",
                 {"model.parts.moe.num_experts": e},
                 # So small a model cannot train more.
-                sizes=SIZES if e <= 16 else ("gpu", "base"),
+                sizes=SIZES if e <= 16 else ("medium", "gpu", "base"),
             )
             for e in EXPERTS
         ),
@@ -203,12 +218,14 @@ STUDY = Study(
         ),
     ),
     notes="""\
-* Bytes at `small`, BPE of 8,192 ids at `base`. A head of 8,192 ids would be half of the active
-  FLOPs of so small a model, and nothing that experts could help with; and its loss still falls too
+* Bytes at `small` and `medium`, BPE of 8,192 ids at `base`. A head of 8,192 ids would be half of
+  the active FLOPs of so small a model, and nothing for experts; and its loss still falls too
   fast for a gap to save steps (width 64, 1.5 M and 2.0 M tokens: gaps of 0.06 and 0.035 nats a
   token of 5.4, where an e-fold of steps took off 0.6). With bytes a model of 0.2 M parameters is
   near what it can learn after 10 M tokens, and what is measured is what experts add. That is 5 %
   of one epoch of the corpus of 212 MB.
+* `medium` is four times as large (0.8 M active parameters) and sees twice the bytes. Its learning
+  rate is that of `small` over the width; no pilot was run.
 * One expert a token, gate as in the paper (its probability, not scaled), load-balance loss 0.01,
   capacity factor 1.25 over the tokens of a batch, experts in every second layer. Beyond E = 16
   nothing is expected at this size: experts are under-trained.

@@ -10,7 +10,6 @@ from experiments.results import Results
 from experiments.study import (
     LARGE_CORPUS,
     NO_EXPERTS,
-    SIZES,
     Arm,
     Overrides,
     Published,
@@ -140,12 +139,14 @@ def steps(evaluations: int) -> Callable[[ConfigDict], int]:
     return lambda config: evaluations * config.training.evaluate_every
 
 
+EVERY = {"smoke": 1, "small": 100, "gpu": 190, "base": 625}  # steps between evaluations, by size
+
+
 def sized(size: str) -> Overrides:
     """A size of the study of Switch, with all layers alike; its steps are those of `steps`."""
     own = ("model.parts.moe.group_size", "model.stack.unit", "training.num_steps")
     overrides = {name: value for name, value in SWITCH.sizes[size].items() if name not in own}
-    every = {"smoke": 1, "small": 100, "gpu": 190, "base": 625}[size]
-    return overrides | {"training.evaluate_every": every}
+    return overrides | {"training.evaluate_every": EVERY[size]}
 
 
 STUDY = Study(
@@ -189,7 +190,7 @@ STUDY = Study(
         "training.num_steps": steps(ALL),
         "training.sample_prompt": "",
     },
-    sizes={size: sized(size) for size in SIZES},
+    sizes={size: sized(size) for size in EVERY},
     arms=(
         Arm(
             "dense",
