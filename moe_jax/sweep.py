@@ -236,7 +236,7 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
     """
     from moe_jax.data import Data, check_data, open_data
     from moe_jax.planning.workload import resolve
-    from moe_jax.training.loop import check_vocabulary, content_of
+    from moe_jax.training.loop import check_vocabulary, content_of, source_of
     from moe_jax.training.trackers import check_trackers
     from moe_jax.training.workdir import check_workdir
 
@@ -253,7 +253,9 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
                 data = opened[of_any_seed] = open_data(of_any_seed)
                 check_data(data, evaluates=config.training.evaluate_every > 0)
             check_vocabulary(config, data.tokenizer)
-            check_workdir(config, run.workdir, content_of(config, data))
+            data = dataclasses.replace(data, fingerprints=content_of(config, data))
+            check_workdir(config, run.workdir, data.fingerprints)
+            source_of(config, run.workdir, data)
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
 

@@ -173,6 +173,9 @@ def test_a_directory_of_other_runs_is_refused_before_any_starts(tmp_path):
     with pytest.raises(ValueError, match=r"^seed=6: the mesh has no more devices"):
         meshed = sweep.plan([*FLAGS, "--config.mesh.data=4"], ["seed=6"], tmp_path)
         sweep.check(meshed, Machine("cpu", 0, (0,)), 1)
+    with pytest.raises(ValueError, match=r"^seed=7: init_from.path is the workdir of a run"):
+        begun = sweep.plan([*FLAGS, f"--config.init_from.path={tmp_path}"], ["seed=7"], tmp_path)
+        sweep.check(begun, Machine("cpu", 0, (0,)), 1)
     assert files(tmp_path) == before
 
 
