@@ -5,6 +5,9 @@ import json
 import pathlib
 import re
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from moe_jax.interchange.tensor_files import (
 )
 from moe_jax.parallel.mesh import make_mesh
 from tests.hf_families import CASES, write_model
+from tests.tiny_run import ROOT
 
 CASE = CASES["mixtral"]
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
@@ -240,3 +244,22 @@ def test_layouts_by_hand():
     turned = Inserted(1, LINEAR)  # a convolution [K 2, C 3] as PyTorch's [C, 1, K]
     assert turned.write(leaf[0]).tolist() == [[[0, 3]], [[1, 4]], [[2, 5]]]
     np.testing.assert_array_equal(turned.read(turned.write(leaf[0]), leaf[0].shape), leaf[0])
+
+
+def test_a_directory_is_whole_or_absent_when_its_writer_is_killed(tmp_path):
+    """What every command that makes a model writes with: convert, upcycle, quantise and others."""
+    code = """
+import os, pathlib, signal, sys
+from moe_jax.interchange.tensor_files import whole_or_absent
+with whole_or_absent(pathlib.Path(sys.argv[1])) as partial:
+    (partial / "half").write_text("written")
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    target = tmp_path / "made"
+    for how, code_of_exit in (("killed", -signal.SIGKILL), ("whole", 0)):
+        command = [sys.executable, "-c", code, str(target), how]
+        assert subprocess.run(command, cwd=ROOT, check=False).returncode == code_of_exit
+        assert target.exists() == (how == "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"], "what was left is removed"
+    assert (target / "half").read_text() == "written"
