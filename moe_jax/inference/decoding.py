@@ -18,6 +18,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.output import ModelOutput
 from moe_jax.models.routing_record import choices_of
 from moe_jax.models.token_routes import ABSENT
+from moe_jax.models.unrolled import unrolled, unrolled_params
 from moe_jax.moe.routing import Choices
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import init_parameters
@@ -312,7 +313,8 @@ def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel,
     def view(array: jax.Array, index: int) -> jax.Array:
         return jax.device_put(np.asarray(array)[index], may_alias=True)
 
-    return model.unrolled(), serving._replace(params=model.unrolled_params(serving.params, view))
+    params = unrolled_params(model, serving.params, view)
+    return unrolled(model), serving._replace(params=params)
 
 
 def in_groups(model: LanguageModel, group_size: int) -> LanguageModel:

@@ -1,10 +1,8 @@
 """Which layers a stack has, by the names of their parts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 from moe_jax.config.check import require
 from moe_jax.config.settings import Settings, setting
@@ -65,30 +63,6 @@ class StackLayout(Settings):
         """Every part that is used."""
         layers = ((layer,) if isinstance(layer, str) else layer for layer in self.layers)
         return {name for layer in layers for name in layer} | set(self.shared)
-
-    def unrolled(self) -> "StackLayout":
-        """The same layers with nothing repeated; with tied parts it stays as it is."""
-        if self.tied or not self.repeats:
-            return self
-        first = self.first + self.unit * self.repeats
-        return dataclasses.replace(self, first=first, unit=(), repeats=0)
-
-    def unrolled_tree(self, tree: Any, cut: Callable[[Any, int], Any]) -> Any:
-        """A tree by position of this layout as one of `unrolled`.
-
-        Args:
-          tree: such as the parameters of the stack.
-          cut: the entry at a place of an array of the unit.
-        """
-        if self.tied or not self.repeats:
-            return tree
-        first, unit = dict(tree["first"]), tree["unit"]
-        for repeat in range(self.repeats):
-            for i in range(len(self.unit)):
-                first[str(len(first))] = jax.tree.map(
-                    lambda array, at=repeat: cut(array, at), unit[str(i)]
-                )
-        return {**tree, "first": first, "unit": {}}
 
     @classmethod
     def of(cls, layers: Sequence[LayerNames], **settings: Any) -> "StackLayout":

@@ -179,18 +179,6 @@ class LanguageModel(Settings):
         parts = tuple((name, part.map_branches(change)) for name, part in dict(self.parts).items())
         return dataclasses.replace(self, parts=parts)
 
-    def unrolled(self) -> "LanguageModel":
-        """The model without repeated layers; its parameters are those of `unrolled_params`."""
-        layouts = {name: layout.unrolled() for name, layout in self.layouts.items()}
-        return dataclasses.replace(self, **dict[str, Any](layouts))
-
-    def unrolled_params(self, params: Any, cut: Callable[[Any, int], Any]) -> dict[str, Any]:
-        """The parameters of `unrolled`; see `StackLayout.unrolled_tree`."""
-        stacks = {
-            name: layout.unrolled_tree(params[name], cut) for name, layout in self.layouts.items()
-        }
-        return {**params, **stacks}
-
     @property
     def moe_layers(self) -> dict[str, tuple[int, ...]]:
         """The layers of those parts, in order."""

@@ -4,11 +4,12 @@ Slots travel whole, filled or not; rows sorted by expert travel alone. Legend: `
 also Q, devices that share the experts, and W, rows that a device receives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
@@ -88,16 +89,7 @@ def run_parallel(
     check_even("experts", assignment.num_experts, num_shards("expert", mesh))
     tokens = partition_spec(TOKEN_AXES, mesh)
     expert_axes = mesh_axes("expert", mesh)
-    # A weight may be several arrays: each has axes of its own.
-    arrays, tree = jax.tree.flatten(dict(weights))
-    names = jax.tree.leaves(
-        {name: weight_axes(axes[name], weight) for name, weight in weights.items()},
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
-    )
-    added_last = [
-        is_added_last(axes[path[0].key])
-        for path, _ in jax.tree_util.tree_leaves_with_path(dict(weights))
-    ]
+    arrays, names, as_used_here = arrays_of(weights, axes)
     arrays = [in_compute_dtype(array, x_GSM.dtype) for array in arrays]
     tensor = mesh_axes("hidden", mesh)
 
@@ -107,33 +99,19 @@ def run_parallel(
         arrays: list[jax.Array],
         rng: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None, Needed | None]:
-        own_weights = jax.tree.unflatten(tree, map(as_used, arrays, names, added_last))
-        if rng is not None:
-            split = tuple(axis for axis, size in mesh.shape.items() if size > 1)
-            rng = jax.random.fold_in(rng, jax.lax.axis_index(split))
-        x_GSM = vary(x_GSM, TOKEN_AXES)
         index_GSK, gate_GSK, slot_GSK, kept_GSK = (vary(choice, TOKEN_AXES) for choice in choices)
-        own = assignment._replace(
-            expert_index_GSK=index_GSK, gate_GSK=gate_GSK, slot_GSK=slot_GSK, kept_GSK=kept_GSK
-        )
-        needed = None
-        if rows == "ragged" and not expert_axes:
-            y_GSM = run_sorted_rows(x_GSM, own, own_weights, experts, rng, kernel=kernel)
+        sizes = (assignment.capacity, assignment.num_experts)
+        own = Assignment(index_GSK, gate_GSK, slot_GSK, kept_GSK, *sizes)
+        key = None if rng is None else own_key(rng, mesh)
+        operands = (vary(x_GSM, TOKEN_AXES), own, as_used_here(arrays), experts, key)
+        if rows == "ragged" and expert_axes:
+            how = (expert_axes, num_chunks, buffer_factor, kernel)
+            y_GSM, kept_GSK, needed = exchange_rows(*operands, *how)
         elif rows == "ragged":
-            y_GSM, kept_GSK, needed = exchange_rows(
-                x_GSM,
-                own,
-                own_weights,
-                experts,
-                rng,
-                expert_axes,
-                num_chunks,
-                buffer_factor,
-                kernel,
-            )
+            y_GSM, needed = run_sorted_rows(*operands, kernel=kernel), None
         else:
             exchange = ByAllToAll(expert_axes, num_chunks)
-            y_GSM = SLOT_WAYS[rows](x_GSM, own, own_weights, experts, rng, exchange)
+            y_GSM, needed = SLOT_WAYS[rows](*operands, exchange), None
         y_GSM = jax.lax.psum(y_GSM, tensor)
         if needed is None:
             return y_GSM, None, None
@@ -154,6 +132,36 @@ def run_parallel(
     if kept_GSK is None or needed is None:
         return Combined(y_GSM, assignment.kept_GSK)
     return Combined(y_GSM, kept_GSK, jax.tree.map(jnp.max, needed))
+
+
+def arrays_of(
+    weights: Weights, axes: Mapping[str, Axes]
+) -> tuple[list[jax.Array], list[Axes], Callable[[list[jax.Array]], Weights]]:
+    """The arrays of weights, their axes, and what makes weights of those of one device.
+
+    A weight may be several arrays: each has axes of its own.
+    """
+    arrays, tree = jax.tree.flatten(dict(weights))
+    names = jax.tree.leaves(
+        {name: weight_axes(axes[name], weight) for name, weight in weights.items()},
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    added_last = [
+        is_added_last(axes[path[0].key])
+        for path, _ in jax.tree_util.tree_leaves_with_path(dict(weights))
+    ]
+
+    def as_used_here(arrays: list[jax.Array]) -> Weights:
+        used: Weights = jax.tree.unflatten(tree, map(as_used, arrays, names, added_last))
+        return used
+
+    return arrays, names, as_used_here
+
+
+def own_key(rng: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    """The random key of this device."""
+    split = tuple(axis for axis, size in mesh.shape.items() if size > 1)
+    return jax.random.fold_in(rng, jax.lax.axis_index(split))
 
 
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -292,42 +300,42 @@ def through_ragged_exchange(
             expert_JK, kept_JK, choice_R, row_JK, rows_E, rows_QE[me]
         )
     x_RM = x_JM[choice_R // num_choices]
-    # Summed over a device's experts: who sends how many rows to whom; sender, receiver.
-    rows_QQ = jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=-1)
-    sent_Q, received_Q = rows_QQ[me], rows_QQ[:, me]
-    first_sent_Q, first_received_Q = starts(sent_Q), starts(received_Q)
-    # Where this device's rows begin at each receiver, and those it computed at each sender.
-    place_there_Q = starts(rows_QQ, axis=0)[me]
-    place_back_Q = starts(rows_QQ, axis=1)[:, me]
-
+    there, back = ways_of_rows(rows_QE, num_own, me)
     empty_WM = jnp.zeros_like(x_RM, shape=(max_rows, x_RM.shape[1]))
-    x_WM = ragged_all_to_all(
-        x_RM, empty_WM, first_sent_Q, sent_Q, place_there_Q, received_Q, axis_name=axes
-    )
+    x_WM = ragged_all_to_all(x_RM, empty_WM, *there, axis_name=axes)
     own_QE = jax.lax.dynamic_slice_in_dim(rows_QE, me * num_own, num_own, axis=1)
     expert_W, is_filled_W = expert_of_rows(own_QE, max_rows)
+    filled_W1 = is_filled_W[:, None]
     y_WM = through_sorted_rows(
-        x_WM,
-        expert_W[:, None],
-        is_filled_W[:, None].astype(jnp.float32),
-        is_filled_W[:, None],
-        weights,
-        experts,
-        rng,
-        kernel,
-        likely_rows=kept_JK.size,
-    )
-    y_RM = ragged_all_to_all(
-        y_WM,
-        jnp.zeros_like(x_RM),
-        first_received_Q,
-        received_Q,
-        place_back_Q,
-        sent_Q,
-        axis_name=axes,
-    )
+        x_WM, expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1, weights, experts, rng,
+        kernel, likely_rows=kept_JK.size,
+    )  # fmt: skip
+    y_RM = ragged_all_to_all(y_WM, jnp.zeros_like(x_RM), *back, axis_name=axes)
     y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
     return Combined(y_JM, kept_JK, needed)
+
+
+def ways_of_rows(
+    rows_QE: jax.Array, num_own: int, me: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Where a device's rows go, and those that it computed: arguments of `ragged_all_to_all`.
+
+    Args:
+      rows_QE: int32, how many rows each device sends to each expert of all devices.
+      num_own: experts of a device.
+      me: int32 scalar, the device.
+
+    Returns:
+      For the way there and for the way back, each int32 [Q]: where rows for a device begin, how
+      many are sent to it, where they begin there, and how many come from it.
+    """
+    devices = rows_QE.shape[0]
+    # Summed over a device's experts: who sends how many rows to whom; sender, receiver.
+    rows_QQ = jnp.sum(rows_QE.reshape(devices, devices, num_own), axis=-1)
+    sent_Q, received_Q = rows_QQ[me], rows_QQ[:, me]
+    there = (starts(sent_Q), sent_Q, starts(rows_QQ, axis=0)[me], received_Q)
+    back = (starts(received_Q), received_Q, starts(rows_QQ, axis=1)[:, me], sent_Q)
+    return there, back
 
 
 def expert_of_rows(rows_QE: jax.Array, max_rows: int) -> tuple[jax.Array, jax.Array]:
