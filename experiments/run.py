@@ -264,6 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
         out = study.directory if args.size != "smoke" else runs / study.name / "smoke"
         results = pathlib.Path(args.out or out) / RESULTS_FILE
         arms = tuple(name for name in args.arms.split(",") if name)
+        sizes = [size for size in SIZES if size in study.sizes]
+        require(args.size in sizes, f"{study.name} has the sizes {sizes}", repr(args.size),
+                "Correct --size")  # fmt: skip
         print(f"{study.question}\n\n{budget_table(study, args.size)}", flush=True)
         check_budget(study, args.size)
         jobs = jobs_of(

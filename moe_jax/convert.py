@@ -224,21 +224,32 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
     from moe_jax.interchange.peft import to_peft
     from moe_jax.interchange.tensor_files import require_absent
-    from moe_jax.training.files import read_json
-    from moe_jax.training.imported import IMPORTED_FILE
     from moe_jax.training.saved import load_run
 
     require_absent(target)
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
-    path = pathlib.Path(config.init_from.path or workdir) / IMPORTED_FILE
-    origin = read_json(path) if path.exists() else {}
-    family = values.family or origin.get("family", "")
-    base = values.base or origin.get("source", "")
+    origin = origin_under(pathlib.Path(config.init_from.path or workdir))
+    family, base = values.family or origin.get("family", ""), values.base
+    if not base and "dtypes" in origin:  # of a directory in the layout of Hugging Face
+        base = origin["source"]
     to_peft(config, state.params, target, family=family, base=base)
     print(f"the adapters of step {int(state.step)} of {workdir} are in {target}")
     if not base:
         print("the model under them is not named: load it and pass it to PEFT, or give --base")
+
+
+def origin_under(workdir: pathlib.Path) -> dict[str, Any]:
+    """What the import kept of the model under adapters, be it quantised since; {} if it is none."""
+    from moe_jax.training.files import read_json
+    from moe_jax.training.imported import IMPORTED_FILE
+
+    path = workdir / IMPORTED_FILE
+    origin: dict[str, Any] = read_json(path) if path.exists() else {}
+    made_by = origin.get("made_by")
+    if made_by == "quantise":
+        return origin_under(pathlib.Path(origin["source"]))
+    return {} if made_by else origin
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:

@@ -328,13 +328,14 @@ class Part(Settings):
         del aux
         return {}
 
-    def resolved(self, dtype: str) -> "Part":
+    def resolved(self, dtype: str, in_prefix: bool = False) -> "Part":
         """The part with its settings "auto" replaced by those for the mesh and platform in use.
 
         Args:
           dtype: of activations.
+          in_prefix: whether tokens of a prefix are seen from both sides; see `Call`.
         """
-        del dtype
+        del dtype, in_prefix
         return self
 
     def map_branches(self, change: Callable[["Part"], "Part"]) -> "Part":

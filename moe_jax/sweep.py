@@ -242,6 +242,7 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
 
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
     opened: dict[DataConfig, Data] = {}
+    begun: set[Any] = set()
     for run in runs:
         try:
             config = run.config.on_devices(num_devices)
@@ -255,7 +256,10 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
             check_vocabulary(config, data.tokenizer)
             data = dataclasses.replace(data, fingerprints=content_of(config, data))
             check_workdir(config, run.workdir, data.fingerprints)
-            source_of(config, run.workdir, data)
+            begins = (config.init_from, config.model, config.optimizer, of_any_seed)
+            if begins not in begun:  # a source is hashed once for all seeds
+                source_of(config, run.workdir, data)
+                begun.add(begins)
         except ValueError as error:
             raise ValueError(f"{run.name}: {error}") from error
 

@@ -162,6 +162,13 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     assert plan(tmp_path, num_seeds=2) == ["dense_seed1", "moe_seed1"]
 
 
+def test_a_size_that_a_study_lacks_is_refused(capsys):
+    assert run.main(["balance", "--size=medium"]) == 1
+    said = capsys.readouterr()
+    assert "balance has the sizes ['smoke', 'small', 'gpu', 'base']: 'medium'" in said.err
+    assert not said.out
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     other = make_study(base={**TINY, "optimizer.learning_rate": 0.5})
     append_result(tmp_path / "results.jsonl", line("moe", 1, 1.0, other))

@@ -1,14 +1,18 @@
 """Prefixes that are seen from both sides, from a batch of training to generation and scores."""
 
 import collections
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.inference import generate_tokens, stream_anew
+from moe_jax.inference.decoding import Serving
+from moe_jax.inference.draft import Draft
 from moe_jax.inference.scoring import score_continuations
 from moe_jax.part import Call
+from moe_jax.planning.workload import resolve
 from moe_jax.training.loss import call_of
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
@@ -85,6 +89,27 @@ def test_reading_anew_draws_the_same(config, params, answers):
     for piece in stream_anew(config, params, PROMPTS, 4, context=LENGTH):
         texts[piece.row] += piece.tokens
     assert [texts[row] for row in range(2)] == answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [True, False])
+def test_a_draft_reads_a_prompt_as_it_was_trained_to(config, params, answers, both):
+    """A draft that sees prompts from both sides, and a causal one whose kernel could not."""
+    model = {"stack": {"repeats": 1}, "tie_embeddings": False}
+    kernel = {"parts": {"attention": {"kernel": "auto" if both else "blocks"}}}
+    objective = {"kind": "prefix_lm", "bidirectional": both}
+    own = tiny_config({"model": model | kernel, "data": {"objective": objective}})
+    draft = Draft(own, Serving(tiny_state(own).params), length=2)
+    assert generate_tokens(config, params, PROMPTS, 4, draft=draft) == answers
+
+
+def test_a_kernel_that_sees_no_prefix_is_refused_before_a_run_begins(config):
+    attention = dataclasses.replace(config.model.part["attention"], kernel="blocks")
+    parts = {**config.model.part, "attention": attention}
+    model = dataclasses.replace(config.model, parts=parts)
+    with pytest.raises(ValueError, match="blocks': it sees no prefix from both sides"):
+        resolve(dataclasses.replace(config, model=model))
+    assert resolve(config).config.model.part["attention"].kernel == "xla"
 
 
 def test_a_context_is_the_prefix_of_a_continuation_that_is_scored(config, params, log_probs):

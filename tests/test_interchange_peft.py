@@ -139,6 +139,19 @@ def test_peft_gives_the_logits_of_the_adapted_model(name, tmp_path):
     assert np.abs(ours - without).max() > 0.1 * np.abs(ours).max()
 
 
+def test_a_family_that_cannot_say_the_model_is_refused(tmp_path):
+    """As convert --to-hf does: nothing is left out in silence."""
+    config, params = adapted(tmp_path / "hf", "mixtral", ("attention",))
+    for family in ("llama", "olmoe"):
+        with pytest.raises(ValueError, match=f"written as {family} if"):
+            to_peft(config, params, tmp_path / "peft", family=family)
+    capped = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, logits_softcap=3.0)
+    )
+    with pytest.raises(ValueError, match="logits_softcap"):
+        to_peft(capped, params, tmp_path / "peft")
+
+
 def test_what_an_adapter_cannot_say_is_refused(tmp_path):
     config, params = adapted(tmp_path / "hf", "dbrx", ("experts",))
     with pytest.raises(
@@ -175,3 +188,14 @@ def test_the_command_writes_the_adapters_of_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", f"--workdir={run}", f"--to-peft={out}"])
     assert "is there already" in capsys.readouterr().err
+    # Adapters on the quantised import are of the same model; those on one made of it are not.
+    for made_by, base in (("quantise", str(hf)), ("upcycle", None)):
+        save_imported(tmp_path / made_by, config, params, {}, {}, {
+            "made_by": made_by, "source": str(tmp_path / "base")
+        })  # fmt: skip
+        again = dataclasses.replace(config, init_from=InitFrom(str(tmp_path / made_by)))
+        save_imported(tmp_path / f"on_{made_by}", again, params, {}, {}, {})
+        out = tmp_path / f"peft_{made_by}"
+        how = ["--family=mixtral", f"--workdir={tmp_path / f'on_{made_by}'}", f"--to-peft={out}"]
+        assert main(["convert", *how]) == 0
+        assert json.loads((out / CONFIG).read_text())["base_model_name_or_path"] == base

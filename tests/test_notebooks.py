@@ -87,7 +87,7 @@ def test_reading_a_study_computes_its_verdict(tmp_path):
     # Of a smoke run, as there are no results.
     said, images = run("reading_a_study", tmp_path, **where)
     assert len(images) == 1
-    assert "2 of 17 runs, size smoke" in said and "noise floor: nan" in said
+    assert "2 of 15 runs, size smoke" in said
     assert "| Switch, E = 16 | 1 |" in said
     # Of part of the arms and seeds, as while a study is running.
     study = load_study("switch_against_dense")
@@ -99,8 +99,8 @@ def test_reading_a_study_computes_its_verdict(tmp_path):
             "measures": {LOSS: 2 - 0.1 * seed}, "curve": {"step": [1, 2], LOSS: [3, 2]},
         })  # fmt: skip
     said, _ = run("reading_a_study", tmp_path, **where)
-    assert "6 of 17 runs, size small" in said and "noise floor: 0.1581" in said
-    assert "Switch, E = 8: {0: 0.0}" in said and "verdict: inconclusive" in said
+    assert "6 of 15 runs, size small" in said and "verdict: inconclusive" in said
+    assert re.search(r"\| Switch, E = 8 \| .*0\.0000", said)
 
 
 @pytest.mark.slow

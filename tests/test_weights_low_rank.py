@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.__main__ import main
 from moe_jax.config import InitFrom, MeshConfig
+from moe_jax.inference import generate_tokens
 from moe_jax.models.trained import filled, kept
 from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
 from moe_jax.moe.run_experts import expert_loop
@@ -100,6 +101,19 @@ def test_a_merged_model_says_what_the_adapted_one_says(base, per_expert):
     assert apart > 0.1 * np.abs(expected).max()
     wanted = jax.tree.map(lambda spec: (spec.shape, spec.dtype), plain_model(model).specs())
     assert jax.tree.map(lambda array: (array.shape, array.dtype), dense_params(params)) == wanted
+
+
+def test_adapters_that_are_named_by_their_place_are_generated_with():
+    """Generation runs layers apart, where no layer is of a repeated unit."""
+    _, params, _, _ = adapted()
+    names = ("unit/0/attention", "unit/0/moe/experts")
+    model = dataclasses.replace(adapted()[0], adapters=Adapters(names, rank=4, alpha=2.0))
+    optimizer = dataclasses.replace(tiny_config().optimizer, trainable=(ADAPTERS,))
+    config = dataclasses.replace(tiny_config(), model=model, optimizer=optimizer)
+    prompt = TOKENS[0].tolist()
+    [answer] = generate_tokens(config, params, [prompt], 1)
+    call = Call(tokens_BL=jnp.array([prompt]), capacity=0.0)
+    assert answer == [int(model.run(params, call).logits_BLV[0, -1].argmax())]
 
 
 def test_a_merged_matrix_by_hand():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig
+from moe_jax.config.check import require
 from moe_jax.data import heldout_batches, open_data
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.loss import Batch, call_of, target_nats
@@ -71,6 +72,12 @@ def compare_futures(
             f"cuts are places with a token after them, from 0 to {length - 2}: got {list(cuts)}. "
             "Leave the others out."
         )
+    require(
+        not config.data.objective.sees_prompt,
+        "futures are of a model that sees none of them by intention",
+        f"data.objective={config.data.objective} shows a prefix from both sides",
+        "Use causal_lm",
+    )
     for name, moe in config.model.moe_parts.items():
         if moe.group_size > length:
             raise ValueError(

@@ -306,7 +306,7 @@ def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel,
     if model.quantisation is not None:
         return model, serving
     arrays = [leaf for leaf in jax.tree.leaves(serving.params) if isinstance(leaf, jax.Array)]
-    devices = {device for array in arrays for device in array.devices()}
+    devices = {device for array in arrays for device in array.devices()} or {jax.devices()[0]}
     if len(devices) > 1 or any(device.platform != "cpu" for device in devices):
         return model, serving
 

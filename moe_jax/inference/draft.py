@@ -101,7 +101,7 @@ class Draft:
             f"vocab_size={own.vocab_size}, the model has {known} ids",
             "Use a draft of the same tokenizer",
         )
-        return SmallerModel(own, model.vocab_size)
+        return SmallerModel(own, model.vocab_size, self.config.data.objective.sees_prompt)
 
     def own_modules(self, model: LanguageModel) -> OwnModules:
         """The multi-token modules of the model."""

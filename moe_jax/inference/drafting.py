@@ -122,10 +122,12 @@ class SmallerModel:
     Attributes:
       model: the model, of the same tokens.
       vocab_size: V, of the model that it drafts for.
+      sees_prompt: whether the tokens of a prompt see each other from both sides in it.
     """
 
     model: LanguageModel
     vocab_size: int
+    sees_prompt: bool = False
 
     def places(self, length: int) -> int:
         """The fewest places of a batch of prompts."""
@@ -152,6 +154,8 @@ class SmallerModel:
           num_slots: T, of the caches.
           length: Y.
         """
+        marks = jnp.asarray(prompts.segments_BL) > 0 if self.sees_prompt else None
+        prompts = prompts._replace(in_prefix_BL=marks)
         return read(serving, prompts, model=self.model, num_slots=num_slots)[1].cache
 
     def propose(

@@ -34,11 +34,11 @@ OUTER = "base_model.model."  # before the names of every model
 MULTIMODAL = "language_model."  # before the names of a class that is not the text model's
 # Families whose experts lie as [E, in, out] and whose class says so (`is_transposed`).
 TRANSPOSED = ("gpt_oss",)
+# Matrices whose module the class does not call, so that an adapter of it would do nothing.
+NOT_CALLED = ("mamba/dt_proj",)
 # Components that PEFT finds by the parameter in a model with experts: it takes modules that are
 # called gate_proj, w1 and the like for experts of transformers before 5, and a router is no module
 # with a matrix.
-# Matrices whose module the class does not call, so that an adapter of it would do nothing.
-NOT_CALLED = ("mamba/dt_proj",)
 OF_NETWORKS = ("experts", "shared_experts", "dense_ffn", "router")
 
 
@@ -103,6 +103,7 @@ def to_peft(
     check_nothing_else_trained(config)
     model = plain_model(config.model)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
+    chosen.written(model)  # refuses what the family cannot say
     found = all_adapted(chosen, model, params)
     joined = {one.target: one.rank for one in found if one.rank != adapters.rank}
     settings = {

@@ -171,12 +171,13 @@ class Attention(Part):
         )  # fmt: skip
         return (projections, scores)
 
-    def resolved(self, dtype: str) -> Part:
+    def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""
         rules = Rules(True, self.window, self.chunk)
         task = Task(
             rules, (self.head_dim, self.head_dim), dtype, bias=self.position_bias is not None,
             softcap=self.softcap is not None, sink=self.sink, learned_keys=self.prefix > 0,
+            in_prefix=in_prefix,
         )  # fmt: skip
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 

@@ -132,7 +132,7 @@ class CrossAttention(Part):
         )  # fmt: skip
         return (projections, scores)
 
-    def resolved(self, dtype: str) -> Part:
+    def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""
         task = Task(Rules(causal=False), (self.head_dim, self.head_dim), dtype, own_keys=False)
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))

@@ -204,9 +204,10 @@ class LatentAttention(Part):
         )  # fmt: skip
         return (projections, scores)
 
-    def resolved(self, dtype: str) -> Part:
+    def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""
-        task = Task(Rules(causal=True), (self.head_dim, self.value_dim), dtype)
+        dims = (self.head_dim, self.value_dim)
+        task = Task(Rules(causal=True), dims, dtype, in_prefix=in_prefix)
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:

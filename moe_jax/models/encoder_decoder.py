@@ -128,6 +128,7 @@ class EncoderDecoder(LanguageModel):
             encoder=None,
             cache_index=None,
             lengths_B=None,
+            in_prefix_BL=None,
         )
         table = "embedding" if self.share_embeddings else "encoder_embedding"
         x_BTM = self.embed({"embedding": params[table]}, text.tokens_BT) * factor_BTM

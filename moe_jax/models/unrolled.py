@@ -11,7 +11,11 @@ from moe_jax.models.model import LanguageModel
 
 
 def unrolled(model: LanguageModel) -> LanguageModel:
-    """The model with nothing repeated; a stack with tied parts stays as it is."""
+    """The model with nothing repeated; a stack with tied parts stays as it is.
+
+    It has no setting of adapters, whose names may be of the repeated layers; a weight with an
+    adapter is one in the parameters.
+    """
 
     def apart(layout: StackLayout) -> StackLayout:
         if not is_unrolled(layout):
@@ -20,7 +24,7 @@ def unrolled(model: LanguageModel) -> LanguageModel:
         return dataclasses.replace(layout, first=first, unit=(), repeats=0)
 
     layouts = {name: apart(layout) for name, layout in model.layouts.items()}
-    return dataclasses.replace(model, **dict[str, Any](layouts))
+    return dataclasses.replace(model, adapters=None, **dict[str, Any](layouts))
 
 
 def unrolled_params(

@@ -282,7 +282,7 @@ class MoE(Part):
             metrics[name] = loss.by_layer(aux.sums["losses"][name], num_tokens)
         return metrics | {"router_loss": aux.sums["router_loss"] / num_tokens}
 
-    def resolved(self, dtype: str) -> Part:
+    def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: how experts run; a router that mixes tokens has one way only."""
         if self.run_experts != "auto" or self.router.mixes:
             return self

@@ -129,7 +129,11 @@ def resolve(
             )
     device = jax.sharding.AbstractDevice("planned", None, platform)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
-        model = config.model.map_parts(lambda part: part.resolved(config.model.compute_dtype))
+        model = config.model.map_parts(
+            lambda part: part.resolved(
+                config.model.compute_dtype, in_prefix=config.data.objective.sees_prompt
+            )
+        )
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
     return Workload(config, platform)
