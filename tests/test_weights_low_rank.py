@@ -103,6 +103,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(base, per_expert):
     assert jax.tree.map(lambda array: (array.shape, array.dtype), dense_params(params)) == wanted
 
 
+@pytest.mark.slow
 def test_adapters_that_are_named_by_their_place_are_generated_with():
     """Generation runs layers apart, where no layer is of a repeated unit."""
     _, params, _, _ = adapted()
