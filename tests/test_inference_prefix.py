@@ -13,6 +13,7 @@ from moe_jax.inference.draft import Draft
 from moe_jax.inference.scoring import score_continuations
 from moe_jax.part import Call
 from moe_jax.planning.workload import resolve
+from moe_jax.training.loop import train
 from moe_jax.training.loss import call_of
 from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
@@ -103,12 +104,15 @@ def test_a_draft_reads_a_prompt_as_it_was_trained_to(config, params, answers, bo
     assert generate_tokens(config, params, PROMPTS, 4, draft=draft) == answers
 
 
-def test_a_kernel_that_sees_no_prefix_is_refused_before_a_run_begins(config):
+def test_a_kernel_that_sees_no_prefix_is_refused_before_a_run_begins(config, tmp_path):
     attention = dataclasses.replace(config.model.part["attention"], kernel="blocks")
     parts = {**config.model.part, "attention": attention}
     model = dataclasses.replace(config.model, parts=parts)
     with pytest.raises(ValueError, match="blocks': it sees no prefix from both sides"):
         resolve(dataclasses.replace(config, model=model))
+    with pytest.raises(ValueError, match="blocks': it sees no prefix from both sides"):
+        train(dataclasses.replace(config, model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     assert resolve(config).config.model.part["attention"].kernel == "xla"
 
 

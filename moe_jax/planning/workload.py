@@ -15,7 +15,7 @@ from moe_jax.costs import Cost
 from moe_jax.models.model import LanguageModel
 from moe_jax.planning.flops import Placed, measures_first, model_costs
 from moe_jax.planning.parameters import abstract_mesh
-from moe_jax.training.placement import check_run
+from moe_jax.training.placement import check_run, resolved_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +129,7 @@ def resolve(
             )
     device = jax.sharding.AbstractDevice("planned", None, platform)
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
-        model = config.model.map_parts(
-            lambda part: part.resolved(
-                config.model.compute_dtype, in_prefix=config.data.objective.sees_prompt
-            )
-        )
+        model = resolved_model(config)
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
     return Workload(config, platform)

@@ -26,7 +26,13 @@ from moe_jax.training.init_from import Source, first_state, open_source
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
 from moe_jax.training.metrics import EVALUATION_FILE, MetricWriter, write_run_record
-from moe_jax.training.placement import BATCH_AXES, check_run, compile_train_step, new_state
+from moe_jax.training.placement import (
+    BATCH_AXES,
+    check_run,
+    compile_train_step,
+    new_state,
+    resolved_model,
+)
 from moe_jax.training.profiling import Profile
 from moe_jax.training.progress import Progress
 from moe_jax.training.rates import Rates
@@ -69,6 +75,8 @@ def train(
     config = with_whole_path(config.on_devices(jax.device_count()))
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
+    with jax.set_mesh(mesh):
+        resolved_model(config)  # refuses a kernel that cannot do its task
     check_trackers(config.training.trackers)
     check_memory(config, mesh)
     data = open_data(config.data)

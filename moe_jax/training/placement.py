@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from moe_jax.config import ExperimentConfig, InitFrom
+from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.part import RunShape
 from moe_jax.training.state import TrainState, abstract_state, init_state
@@ -37,6 +38,16 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
         )
     lengths = config.lengths
     config.model.check_run(RunShape(sequences, lengths.decoder, shards, lengths.encoder))
+
+
+def resolved_model(config: ExperimentConfig) -> LanguageModel:
+    """The model with its settings "auto" replaced by those for the mesh and platform in use.
+
+    Raises:
+      ValueError: a kernel that was asked for by name cannot do its task.
+    """
+    dtype, in_prefix = config.model.compute_dtype, config.data.objective.sees_prompt
+    return config.model.map_parts(lambda part: part.resolved(dtype, in_prefix=in_prefix))
 
 
 def inference_rows(
