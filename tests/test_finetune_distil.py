@@ -18,9 +18,16 @@ from moe_jax.data.tokenizers import ByteTokenizer
 from moe_jax.finetune.distil import Distil, soft_nats
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
+from moe_jax.planning.communication import collectives
+from moe_jax.planning.flops import forward_flops
+from moe_jax.planning.memory import estimate_memory
+from moe_jax.planning.roofline import computed_flops, estimate, estimate_by_kind
+from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.traffic import hbm_traffic
+from moe_jax.planning.workload import resolve
 from moe_jax.training.imported import save_imported
 from moe_jax.training.loop import train
-from moe_jax.training.loss import batch_totals, call_of
+from moe_jax.training.loss import CrossEntropy, batch_totals, call_of
 from moe_jax.training.memory import needed_bytes
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
@@ -158,6 +165,43 @@ def test_a_step_on_a_mesh_is_that_on_one_device(teacher):
     per_device = needed_bytes(config, mesh)["distil"]
     whole = sum(one.nbytes for one in jax.tree.leaves(arrays))
     assert whole / 4 < per_device < whole
+
+
+def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
+    config = student(teacher)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=4))
+    work = resolve(config, 4)
+    plain = dataclasses.replace(config.training, loss=CrossEntropy())
+    alone = resolve(dataclasses.replace(config, training=plain), 4)
+    (taught,) = work.teachers
+    assert not alone.teachers and not taught.teachers
+    # Memory: as `train` counts it, and its logits beside those of the student and their gradient.
+    memory, without = estimate_memory(work), estimate_memory(alone)
+    assert memory.teacher == needed_bytes(config, make_mesh(config.mesh))["distil"]
+    assert memory.logits == 1.5 * without.logits
+    assert memory.parameters == without.parameters
+    # FLOPs and bytes: one forward pass of it, with a slot for every choice, beside the same step.
+    flops, traffic = computed_flops(work), hbm_traffic(work)
+    tokens = config.training.batch_size * work.length / 4
+    forward = sum(forward_flops(taught.model, work.length).values())
+    (moe,) = taught.model.moe_parts.values()
+    assert moe.capacity.train_factor == 0 and forward > 26_000  # 22,784 with half of the slots
+    assert flops.pop("teacher") == tokens * forward > 0 == computed_flops(alone).pop("teacher")
+    assert flops == {kind: computed_flops(alone)[kind] for kind in flops}
+    assert traffic.pop("teacher") > 0 == hbm_traffic(alone)["teacher"]
+    assert traffic == {kind: hbm_traffic(alone)[kind] for kind in traffic}
+    # Weights are gathered once, and no gradient is sent.
+    sent = [one for one in collectives(work) if one.layer_kind == "teacher"]
+    assert {one.kind for one in sent} == {"all-gather"}
+    learning = dataclasses.replace(taught, learns=True)
+    gathered = {one.name: one for one in collectives(learning) if one.kind == "all-gather"}
+    of_experts = {one.name: one.array_bytes for one in sent}["teacher's experts weights"]
+    assert 2 * of_experts == gathered["experts weights"].array_bytes
+    # The least time has all of it.
+    topology = parse_topology("v5e:2x2")
+    by_kind = estimate_by_kind(work, topology)
+    assert by_kind["teacher"].compute == tokens * forward / topology.chip.flops
+    assert estimate(work, topology).compute > estimate(alone, topology).compute
 
 
 def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):

@@ -99,7 +99,7 @@ def test_model_flops_leave_out_what_the_mathematics_does_not_need():
 def test_the_step_is_the_sum_of_its_kinds_of_layers():
     work = resolve(CONFIG, 4)
     by_kind = estimate_by_kind(work, V5P)
-    assert set(by_kind) == {*KINDS, "optimizer"}
+    assert set(by_kind) == {*KINDS, "teacher", "optimizer"}
     whole = estimate(work, V5P)
     assert whole.compute == pytest.approx(sum(computed_flops(work).values()) / 459e12)
     assert whole.memory == pytest.approx(sum(times.memory for times in by_kind.values()))

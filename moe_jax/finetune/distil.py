@@ -13,6 +13,9 @@ from moe_jax.config import ExperimentConfig, InitFrom, OptimizerConfig, read_con
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
 from moe_jax.config.settings import setting
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.part import Part
 from moe_jax.training.arrays import by_name, name_of
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.init_from import Source, open_source
@@ -108,6 +111,11 @@ class Distil(TrainingLoss):
             training=dataclasses.replace(config.training, loss=CrossEntropy()),
         )
 
+    def teachers(self, config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
+        """See `TrainingLoss`; a plan reads training capacities, so they are those of `share`."""
+        teacher = self.of_teacher(config)
+        return (dataclasses.replace(teacher, model=teacher.model.map_parts(_trained_dropless)),)
+
     def source(self, config: ExperimentConfig) -> Source:
         """The checkpoint of the teacher; all of its arrays are matched, none is read."""
         return open_source(self.of_teacher(config), self.record().get("content", {}))
@@ -164,3 +172,13 @@ class Distil(TrainingLoss):
             return scored.cross_entropy, {"soft_loss": soft}
         share = (1 - self.weight) * scored.cross_entropy + self.weight * soft
         return share, {"soft_loss": soft}
+
+
+def _trained_dropless(part: Part) -> Part:
+    """A part without a capacity in training, except where experts fill their slots."""
+    if not isinstance(part, MoE):
+        return part
+    factor = part.capacity_factor(training=False, factor=0.0)
+    if factor:
+        return part
+    return dataclasses.replace(part, capacity=Capacity(train_factor=0.0, queue=part.capacity.queue))

@@ -34,7 +34,7 @@ class Collective:
 
     Attributes:
       name: what is sent.
-      layer_kind: one of `flops.KINDS`.
+      layer_kind: one of `flops.KINDS`, or "teacher".
       kind: one of `WIRE`.
       axes: mesh axes that it spans.
       group_size: n, devices of a group.
@@ -89,6 +89,11 @@ def num_islands(mesh: MeshConfig, axes: tuple[str, ...], devices_per_island: int
 def collectives(work: Workload) -> list[Collective]:
     """All messages of a training step on one device, one row per purpose."""
     found = [*_of_weights(work), *_of_slots(work), *_of_tensor_parallel(work)]
+    for teacher in work.teachers:
+        found += (
+            dataclasses.replace(one, name=f"teacher's {one.name}", layer_kind="teacher")
+            for one in collectives(teacher)
+        )
     merged: dict[tuple[str, str, tuple[str, ...]], Collective] = {}
     for one in found:
         key = (one.name, one.kind, one.axes)
@@ -107,7 +112,8 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
     trains = jax.tree.leaves(training_marks(work.config.optimizer, work.model.specs()))
-    for spec, has_gradient in zip(parameter_specs(work.model), trains, strict=True):
+    for spec, trained in zip(parameter_specs(work.model), trains, strict=True):
+        has_gradient = work.learns and trained
         kind = KIND_OF_COMPONENT.get(spec.component, "other")
         name = spec.component.replace("_", " ")
         split = _axes_of(spec, mesh)
@@ -119,7 +125,7 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
                 # A lookup may send rows of tokens instead of the table.
                 rows = work.tokens * work.model.model_dim * work.itemsize * parts
                 gathered = min(whole, rows)
-            times = 1 if spec.component == "embedding" else 2
+            times = 2 if work.learns and spec.component != "embedding" else 1
             times += work.extra_forward_passes * (spec.component != "head")
             yield Collective(
                 f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
@@ -148,10 +154,9 @@ def _of_slots(work: Workload) -> Iterator[Collective]:
     )
     a_way = work.tokens * work.total(lambda cost: cost.exchanged)
     a_way *= work.config.training.num_microbatches
-    passes = (2 if work.model.remat == "none" else 3) + work.extra_forward_passes
     n = work.mesh.expert_shards
     for name in ("dispatch", "combine"):
-        yield Collective(name, "routing", "all-to-all", axes, n, passes * a_way)
+        yield Collective(name, "routing", "all-to-all", axes, n, work.runs_of_layers * a_way)
 
 
 def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
@@ -160,15 +165,15 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
     One forward (the output), one backward (the input's gradient); remat "full" computes those again
     that something in their layer waits for. Head and embedding: one each.
     """
-    model, passes = work.model, 2 + work.extra_forward_passes
-    full = model.remat == "full"
+    model, passes = work.model, 1 + work.learns + work.extra_forward_passes
+    full = work.learns and model.remat == "full"
 
     def of_kind(kind: str) -> float:
         return work.total(lambda c: c.sums * (passes + (full and not c.ends_layer)), kind)
 
     sums = {kind: of_kind(kind) for kind in KINDS}
     of_head = work.decoder_tokens / work.tokens
-    sums["head"] = (1 + of_head) * model.model_dim * work.itemsize
+    sums["head"] = (1 + work.learns * of_head) * model.model_dim * work.itemsize
     for kind, size in sums.items():
         name, tokens = f"{kind.replace('_', ' ')} output", work.tokens
         size *= tokens * work.config.training.num_microbatches

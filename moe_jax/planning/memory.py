@@ -38,16 +38,18 @@ class Memory:
 
     Attributes:
       parameters: float32.
+      teacher: its parameters, float32.
       optimizer: moments, float32.
       gradients: float32, of what trains; of several microbatches, the sum and the newest part.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
-      logits: float32 logits and their gradient.
+      logits: float32 logits and their gradient, and those of a teacher.
       layer: working set of the largest layer: its activations if they are computed again, its
         weights gathered over fsdp, and their gradient before it is split again.
       dispatch: slots of that layer on their way to the experts and back, and one-hot tensors.
     """
 
     parameters: float
+    teacher: float
     optimizer: float
     gradients: float
     saved_activations: float
@@ -58,31 +60,36 @@ class Memory:
     @property
     def total(self) -> float:
         """At the peak: the logits are gone when the backward pass is in the layers."""
-        state = self.parameters + self.optimizer + self.gradients
+        state = self.parameters + self.teacher + self.optimizer + self.gradients
         return state + self.saved_activations + max(self.logits, self.layer + self.dispatch)
 
 
 def estimate_memory(work: Workload) -> Memory:
     """The components for a config on its mesh."""
     model, mesh = work.model, work.mesh
-    size = sum(local_parameters(model, mesh).values())
     trained = sum(local_size(spec, mesh) for spec in training_parameters(work.config))
     parts = 2 if work.config.training.num_microbatches > 1 else 1
     layers = different_layers(model, work.lengths) + module_layers(model, work.lengths)
     return Memory(
-        parameters=FLOAT32 * size,
+        parameters=parameter_bytes(work),
+        teacher=sum(parameter_bytes(teacher) for teacher in work.teachers),
         optimizer=optimizer_bytes(work),
         gradients=FLOAT32 * trained * parts,
         saved_activations=saved_bytes(work),
-        logits=2
-        * FLOAT32
-        * work.decoder_tokens
-        * model.vocab_size
-        * num_heads(model)
-        / mesh.tensor,
+        logits=2 * num_heads(model) * logits_bytes(work) + sum(map(logits_bytes, work.teachers)),
         layer=max(working_set(work, layer) for layer in layers),
         dispatch=max(dispatch_bytes(work, layer) for layer in layers),
     )
+
+
+def parameter_bytes(work: Workload) -> float:
+    """Bytes of the parameters on one device."""
+    return FLOAT32 * sum(local_parameters(work.model, work.mesh).values())
+
+
+def logits_bytes(work: Workload) -> float:
+    """Bytes of the logits of a microbatch on one device, of one head."""
+    return FLOAT32 * work.decoder_tokens * work.model.vocab_size / work.mesh.tensor
 
 
 def optimizer_bytes(work: Workload) -> float:

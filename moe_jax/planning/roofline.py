@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_jax.planning.communication import collectives
-from moe_jax.planning.flops import KINDS, count_flops, training_flops
+from moe_jax.planning.flops import KINDS, count_flops, forward_flops, training_flops
 from moe_jax.planning.sorted_rows import flops_in_vain
 from moe_jax.planning.topology import Topology
 from moe_jax.planning.traffic import hbm_traffic
@@ -71,21 +71,28 @@ def model_flops(work: Workload) -> float:
 
 
 def computed_flops(work: Workload) -> dict[str, float]:
-    """Computed FLOPs per step and device, by kind of layer, with rows that kernels fill up."""
+    """Computed FLOPs per step and device, by kind of layer, with rows that kernels fill up.
+
+    Those of a teacher are by no kind: they are its forward pass, of all its layers.
+    """
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
-    parts = work.config.training.num_microbatches
-    by_kind = training_flops(work.model, work.lengths, parts)
+    if work.learns:
+        parts = work.config.training.num_microbatches
+        by_kind = training_flops(work.model, work.lengths, parts)
+    else:
+        by_kind = forward_flops(work.model, work.lengths)
     flops = {kind: tokens * by_kind[kind] for kind in KINDS}
-    return flops | {"experts": flops["experts"] + flops_in_vain(work)}
+    flops["experts"] += flops_in_vain(work)
+    return flops | {"teacher": sum(sum(computed_flops(one).values()) for one in work.teachers)}
 
 
 def estimate_by_kind(work: Workload, topology: Topology) -> dict[str, Roofline]:
-    """The roofline of each kind of layer, from arithmetic: `flops.KINDS` and "optimizer"."""
+    """The roofline of each kind of layer, from arithmetic; also "teacher" and "optimizer"."""
     flops, traffic = computed_flops(work), hbm_traffic(work)
     messages = collectives(work)
     island = topology.devices_per_island
     result = {}
-    for kind in (*KINDS, "optimizer"):
+    for kind in (*KINDS, "teacher", "optimizer"):
         own = [message for message in messages if message.layer_kind == kind]
         result[kind] = roofline(
             topology,

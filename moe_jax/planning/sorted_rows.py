@@ -132,14 +132,9 @@ def row_tile(kernel: str, filled: float, num_experts: int, work: Workload, hidde
     return {"lax": LANES, "mosaic_gpu": grouped_mosaic.TILES["block_m"]}.get(kernel, 0)
 
 
-def passes(work: Workload) -> int:
-    """How often a step multiplies rows by matrices: forward, twice backward, and by remat again."""
-    return 3 + (work.model.remat != "none") + work.extra_forward_passes
-
-
 def of_step(work: Workload, rows: SortedRows, count: float) -> float:
     """FLOPs of a step on so many rows of a layer and microbatch."""
-    times = rows.layers * passes(work) * work.config.training.num_microbatches
+    times = rows.layers * work.products(batched=True) * work.config.training.num_microbatches
     return count * rows.flops * times
 
 
@@ -154,15 +149,21 @@ def executed_flops(program: Program, work: Workload) -> float:
 
     `Program.flops` has whole buffers, of which kernels leave out the tiles that nothing fills.
     """
-    found = [rows for rows in sorted_rows(work, program.row_tiles) if rows.kernel != "dense"]
-    whole = sum(of_step(work, rows, rows.buffer) for rows in found)
+    found = [
+        (one, rows)
+        for one in (work, *work.teachers)
+        for rows in sorted_rows(one, program.row_tiles)
+        if rows.kernel != "dense"
+    ]
+    whole = sum(of_step(one, rows, rows.buffer) for one, rows in found)
     if not whole:
         return program.flops
-    filled = sum(of_step(work, rows, min(rows.computed, rows.buffer)) for rows in found)
+    filled = sum(of_step(one, rows, min(rows.computed, rows.buffer)) for one, rows in found)
     return program.flops - program.grouped_flops * (1 - filled / whole)
 
 
 def share_in_kernels(program: Program, work: Workload) -> float | None:
     """Share of the products of sorted rows that kernels compute; None without any such rows."""
-    whole = sum(of_step(work, rows, rows.buffer) for rows in sorted_rows(work))
+    found = ((one, rows) for one in (work, *work.teachers) for rows in sorted_rows(one))
+    whole = sum(of_step(one, rows, rows.buffer) for one, rows in found)
     return program.grouped_flops / whole if whole else None

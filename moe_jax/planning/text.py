@@ -120,7 +120,8 @@ def flops_text(plan: Plan) -> str:
 def memory_text(plan: Plan) -> str:
     """Memory by arithmetic."""
     work, memory = plan.work, plan.memory
-    parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
+    sizes = dataclasses.asdict(memory)
+    parts = [(name.replace("_", " "), _gib(size)) for name, size in sizes.items() if size]
     training = work.config.training
     cache = kv_cache_bytes(work, training.batch_size, work.lengths.decoder)
     return "\n".join(
@@ -264,7 +265,7 @@ def verdict(plan: Plan) -> str:
         return (
             f"fits: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%}), {_gib(left)} left"
         )
-    parts = [(name.replace("_", " "), _gib(size)) for name, size in largest(plan.memory)]
+    parts = [(name.replace("_", " "), _gib(size)) for name, size in largest(plan.memory) if size]
     lines = [
         f"does not fit: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%})",
         "what takes the memory, estimated",

@@ -4,7 +4,7 @@ The fewest that unfused matmuls need: every product reads its two operands and w
 elementwise work is taken to be fused with them. Legend of shapes: `moe_jax.moe`.
 """
 
-from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes
+from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes, Cost
 from moe_jax.planning.flops import KINDS
 from moe_jax.planning.parameters import (
     gathered_size,
@@ -17,32 +17,33 @@ from moe_jax.training.optimizers import moments_of
 
 
 def hbm_traffic(work: Workload) -> dict[str, float]:
-    """Bytes per step on one device, by `flops.KINDS` and "optimizer".
+    """Bytes per step on one device, by `flops.KINDS`, "teacher" and "optimizer".
 
     Forward, a product of rows [T, I] by weights [I, O] moves T I + I O + T O numbers in the compute
     dtype; backward twice that (for the input's gradient and the weight's), and once more what remat
     computes again. The head adds its float32 logits. The optimizer reads gradient, parameter and
-    moments of what trains and writes the last two.
+    moments of what trains and writes the last two. A teacher runs forward once.
     """
     model, mesh = work.model, work.mesh
     parts, weights = work.config.training.num_microbatches, _gathered(work)
 
-    def passes(batched: bool) -> int:
-        again = model.remat == "full" or (model.remat == "dots" and batched)
-        return 3 + again + work.extra_forward_passes
+    def moved(cost: Cost) -> float:
+        return work.products(cost.batched) * cost.traffic.on(mesh.tensor)
 
     total = {
         kind: parts
         * (
-            work.tokens
-            * work.total(lambda cost: passes(cost.batched) * cost.traffic.on(mesh.tensor), kind)
-            + passes(kind in ("experts", "routing")) * work.itemsize * weights[kind]
+            work.tokens * work.total(moved, kind)
+            + work.products(kind in ("experts", "routing")) * work.itemsize * weights[kind]
         )
         for kind in KINDS
     }
     numbers = work.decoder_tokens * model.model_dim + weights["head"]
     logits = Bytes(split=work.decoder_tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
+    if not work.learns:
+        return total | {"head": parts * (work.itemsize * numbers + logits)}
     total["head"] = parts * (3 * work.itemsize * numbers + 4 * logits)
+    total["teacher"] = sum(sum(hbm_traffic(teacher).values()) for teacher in work.teachers)
     optimizer = work.config.optimizer
     passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step
     total["optimizer"] = FLOAT32 * sum(

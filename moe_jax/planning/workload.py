@@ -25,10 +25,12 @@ class Workload:
     Attributes:
       config: with its parts resolved (`Part.resolved`) and its mesh filled.
       platform: "cpu", "tpu" or "gpu".
+      learns: whether the step differentiates the model and updates it; a teacher runs forward.
     """
 
     config: ExperimentConfig
     platform: str = "cpu"
+    learns: bool = True
 
     @property
     def mesh(self) -> MeshConfig:
@@ -78,10 +80,39 @@ class Workload:
         """How experts run, by the parts that have any."""
         return {name: part.run_experts for name, part in self.model.moe_parts.items()}
 
+    @functools.cached_property
+    def teachers(self) -> tuple["Workload", ...]:
+        """The models that the loss of the step runs forward on the same tokens."""
+        resolved = (
+            resolve(config, self.mesh.num_devices, self.platform)
+            for config in self.config.training.loss.teachers(self.config)
+            if self.learns
+        )
+        return tuple(dataclasses.replace(work, learns=False) for work in resolved)
+
     @property
     def extra_forward_passes(self) -> int:
         """Forward passes over the layers that a step makes before it differentiates."""
-        return int(measures_first(self.model, self.config.training.num_microbatches))
+        parts = self.config.training.num_microbatches
+        return int(self.learns and measures_first(self.model, parts))
+
+    @property
+    def runs_of_layers(self) -> int:
+        """How often a step runs a layer, forward or backward, with what remat computes again."""
+        if not self.learns:
+            return 1
+        return 2 + (self.model.remat != "none") + self.extra_forward_passes
+
+    def products(self, batched: bool) -> int:
+        """How often a step computes a product of a layer: one forward, two backward, by remat one.
+
+        Args:
+          batched: whether the product has a batch dim, which remat "dots" computes again.
+        """
+        if not self.learns:
+            return 1
+        again = self.model.remat == "full" or (self.model.remat == "dots" and batched)
+        return 3 + again + self.extra_forward_passes
 
     @functools.cached_property
     def costs(self) -> tuple[tuple[Cost, float], ...]:

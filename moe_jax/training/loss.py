@@ -93,6 +93,11 @@ class TrainingLoss(Settings):
         """The loss with its paths from the root on, as a run records them."""
         return self
 
+    def teachers(self, config: Any) -> tuple[Any, ...]:
+        """The `ExperimentConfig`s of models that every step runs forward, without a gradient."""
+        del config
+        return ()
+
     def abstract_arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
         """Trees of `jax.ShapeDtypeStruct` with shardings: the arrays that it reads."""
         del config, mesh
