@@ -11,6 +11,7 @@ import sys
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.upcycle import define_remodel_flags
 
 FIX = "Merge copies, prune experts instead"
 
@@ -26,11 +27,14 @@ def main() -> None:
     workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
-        trust=values.trust, num_batches=values.batches,
+        trust=values.trust, averaged=not values.optimizer_state, num_batches=values.batches,
     )  # fmt: skip
     load = source.said.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)
-    state = made.make(source, remodel, jax.random.key(0))
+    state = made.make(
+        source, remodel, jax.random.key(0),
+        optimizer_state=values.optimizer_state, position=values.position,
+    )  # fmt: skip
     for old, new in remodel.origins:
         layers = ", ".join(map(str, source.config.model.layers_of[old]))
         print(f"{new}: layers {layers} are means of the experts of {old}")
@@ -58,10 +62,7 @@ def define_shared_flags() -> None:
     flags.DEFINE_integer(
         "batches", 8, "Batches of held-out text to measure and to compare on.", lower_bound=1
     )
-    flags.DEFINE_boolean("allow_change", False, "Accept that the model says something else.")
-    command_line.define_mesh_flag()
-    command_line.define_step_flag()
-    command_line.define_trust_flag()
+    define_remodel_flags()
 
 
 command = command_line.Command(main, define_flags, required=("workdir", "output"))

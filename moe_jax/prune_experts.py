@@ -45,12 +45,15 @@ def main() -> None:
     workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
-        trust=values.trust, num_batches=values.batches,
+        trust=values.trust, averaged=not values.optimizer_state, num_batches=values.batches,
     )  # fmt: skip
     kept = experts_to_keep(source)
     remodel = prune_experts(source.config, kept)
     lines = description(source, kept)
-    state = made.make(source, remodel, jax.random.key(0))
+    state = made.make(
+        source, remodel, jax.random.key(0),
+        optimizer_state=values.optimizer_state, position=values.position,
+    )  # fmt: skip
     print(lines)
     apart = made.compare(source, remodel, state)
     print(made.judge(source, apart, allow_change=values.allow_change, fix=FIX))

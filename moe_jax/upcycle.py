@@ -173,8 +173,13 @@ def define_flags() -> None:
         lower_bound=0.0,
     )  # fmt: skip
     flags.DEFINE_integer("seed", 0, "Of what is drawn.", lower_bound=0)
+    define_remodel_flags()
+
+
+def define_remodel_flags() -> None:
+    """Defines the flags of every command that makes one model of another."""
     flags.DEFINE_boolean(
-        "optimizer_state", False, "Carry moments of the optimizer; experts get copies."
+        "optimizer_state", False, "Carry moments of the optimizer, made as parameters are."
     )
     flags.DEFINE_boolean(
         "position", False, "Carry the step: the position in the data and in the schedule."

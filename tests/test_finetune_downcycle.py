@@ -14,6 +14,7 @@ from moe_jax.finetune.downcycle import (
     weights_of,
     without_experts,
 )
+from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import TOLERANCE, Said, difference
 from moe_jax.finetune.remodel import remodelled, remodelled_state
 from moe_jax.finetune.upcycle import Upcycling, upcycle
@@ -21,6 +22,7 @@ from moe_jax.finetune.ways import Shared
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.multi_token import MultiToken
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training.state import init_state
 from tests.tiny_run import DENSE, tiny_batch, tiny_config, tiny_moe, tiny_state
 
 KEY = jax.random.key(0)
@@ -114,6 +116,62 @@ def test_copies_merge_to_the_network_that_they_are_of(shared):
     merged = remodelled(down, params, KEY, mesh)
     for given, expected in zip(*map(jax.tree.leaves, (merged, state.params)), strict=True):
         np.testing.assert_allclose(given, expected, rtol=1e-6, atol=1e-7)
+
+
+def numbered_optimizer(config):
+    """The optimizer's state of a model, every array of which counts up from 1."""
+    abstract = jax.eval_shape(lambda: init_state(config)).opt_state
+    return jax.tree.map(
+        lambda a: jnp.arange(1, a.size + 1).astype(a.dtype).reshape(a.shape), abstract
+    )
+
+
+def test_moments_go_where_their_parameters_go(sparse):
+    config, _, mesh, *_ = sparse
+    opt_state = numbered_optimizer(config)
+    old = opt_state[1].mu["stack"]["unit"]["0"]["moe"]
+    pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    made = remodelled_optimizer(pruned, opt_state, KEY, mesh, counts=True)
+    for moments in (made[1].mu, made[1].nu):
+        moe = moments["stack"]["unit"]["0"]["moe"]
+        for layer, kept in enumerate(([1, 2], [0, 3])):
+            for name in ("wi", "wo"):
+                expected = old["experts"][name][layer, jnp.array(kept)]
+                np.testing.assert_array_equal(moe["experts"][name][layer], expected)
+            expected = old["router"]["weight"][layer][..., jnp.array(kept)]
+            np.testing.assert_array_equal(moe["router"]["weight"][layer], expected)
+        np.testing.assert_array_equal(moe["shared"]["wi"], old["shared"]["wi"])
+
+    load = {"moe": np.array([[3, 1, 0, 0], [1, 1, 1, 1]])}
+    made = remodelled_optimizer(merge_experts(config, load), opt_state, KEY, mesh, counts=True)
+    mlp = made[1].nu["stack"]["unit"]["0"]["mlp"]
+    np.testing.assert_array_equal(mlp["wi"][..., :8], old["shared"]["wi"])
+    expected = 0.75 * old["experts"]["wi"][0, 0] + 0.25 * old["experts"]["wi"][0, 1]
+    np.testing.assert_allclose(mlp["wi"][0, :, 8:], expected, rtol=1e-6)
+    np.testing.assert_allclose(mlp["wo"][1, 8:], old["experts"]["wo"][1].mean(axis=0), rtol=1e-6)
+
+
+def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
+    """Matrices of 128 rows and more are factored, each expert's on its own."""
+    wide = {"model_dim": 128, "scan_layers": True, "parts": {"moe": {"expert_dim": 128}}}
+    config = tiny_config({"model": wide, "optimizer": {"name": "adafactor"}})
+    opt_state, mesh = numbered_optimizer(config), make_mesh(config.mesh)
+
+    def factors_of(opt_state, block):
+        layer = opt_state[1]["stack"]["unit"]["0"][block]
+        factored = layer.get("experts", layer)["wi"][0]
+        return {"rows": factored.v_row, "columns": factored.v_col}
+
+    old = factors_of(opt_state, "moe")
+    assert old["rows"].shape == old["columns"].shape == (2, 4, 128)
+    pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    made = factors_of(remodelled_optimizer(pruned, opt_state, KEY, mesh, counts=True), "moe")
+    merged = merge_experts(config)
+    mean = factors_of(remodelled_optimizer(merged, opt_state, KEY, mesh, counts=True), "mlp")
+    for name, old_XEN in old.items():
+        np.testing.assert_array_equal(made[name][0], old_XEN[0, jnp.array([1, 2])])
+        np.testing.assert_array_equal(made[name][1], old_XEN[1, jnp.array([0, 3])])
+        np.testing.assert_allclose(mean[name], old_XEN.mean(axis=1), rtol=1e-6)
 
 
 def test_what_cannot_be_made_is_refused(sparse):

@@ -139,6 +139,24 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["merge_experts", "prune_experts"])
+def test_fewer_experts_go_on_with_their_moments_and_the_step(dense, tmp_path, command):
+    sparse, fewer = tmp_path / "sparse", tmp_path / "fewer"
+    carried = ["--optimizer_state", "--position"]
+    assert (
+        main(["upcycle", f"--workdir={dense}", f"--output={sparse}", "--experts=4", *carried]) == 0
+    )
+    drop = ["--drop=1"] if command == "prune_experts" else []
+    assert main([command, f"--workdir={sparse}", f"--output={fewer}", *drop, *carried]) == 0
+    _, state = load_run(fewer)
+    assert int(state.step) == 7 and int(state.opt_state[1].count) == 1
+    layer = state.opt_state[1].mu["stack"]["unit"]["0"]
+    moments = layer["moe"]["experts"] if drop else layer["mlp"]
+    assert moments["wi"].shape == ((2, 3, 16, 32) if drop else (2, 16, 32))
+    np.testing.assert_allclose(moments["wi"], 1, rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
     states = []
     for name, flags in (("one", []), ("mesh", ["--mesh=fsdp=2,expert=2,tensor=2"])):

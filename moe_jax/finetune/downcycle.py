@@ -31,7 +31,7 @@ class Merged(Origin):
     """The origin of a dense network: the weighted mean of experts, and the shared expert beside it.
 
     Exact where experts are copies of each other and the sum of a token's gates is what a router
-    without preference gives.
+    without preference gives. Moments of the optimizer become the same mean.
     """
 
     def __init__(self, moe: Any, dims: Dims, weights: Mapping[int, np.ndarray]):
@@ -62,8 +62,14 @@ class Merged(Origin):
         if not shared:
             return mean
         if name not in HIDDEN_DIM:
-            return mean + shared[0]
+            return shared[0] if moment else mean + shared[0]  # the gradient of the sum is one's own
         return jnp.concatenate([shared[0], mean], axis=HIDDEN_DIM[name])
+
+    def make_other(self, path: Path, old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+        """See `Origin`: the mean over the experts, unless a shared one is beside them."""
+        if old.shape == (len(own), *shape) and len(self.sources) == 1:
+            return jnp.tensordot(own, old, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return super().make_other(path, old, own, shape)
 
 
 def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel:
@@ -142,12 +148,14 @@ class Pruned(Origin):
 
     Attributes:
       block: the new block.
+      num_experts: of the old one.
       kept: by layer the options that stay, int32, those that compute nothing behind the experts.
     """
 
     def __init__(self, moe: Any, dims: Dims, kept: Mapping[int, Sequence[int]]):
         """Of a block `MoE`, and by layer the numbers of the experts that are kept."""
         (count,) = {len(one) for one in kept.values()}
+        self.num_experts = moe.num_experts
         self.block = dataclasses.replace(moe, num_experts=count)
         self.spec_of = specs_by_path(self.block, dims)
         free = tuple(range(moe.num_experts, moe.num_options))
@@ -162,11 +170,20 @@ class Pruned(Origin):
         self, path: Path, old: Sequence[jax.Array], key: jax.Array, own: Any, moment: bool
     ) -> jax.Array:
         """See `Origin`: the rows of the dim that shrinks."""
-        (value,), shape = old, self.spec_of[path].shape
-        for dim, (before, after) in enumerate(zip(value.shape, shape, strict=True)):
+        return self._rows(old[0], own, self.spec_of[path].shape)
+
+    def make_other(self, path: Path, old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+        """See `Origin`: the rows of the experts that are kept."""
+        if old.ndim == len(shape) and old.shape[:1] == (self.num_experts,):
+            return self._rows(old, own, shape)
+        return super().make_other(path, old, own, shape)
+
+    @staticmethod
+    def _rows(old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
+        for dim, (before, after) in enumerate(zip(old.shape, shape, strict=True)):
             if before != after:
-                value = jnp.take(value, own[:after], axis=dim)
-        return value
+                old = jnp.take(old, own[:after], axis=dim)
+        return old
 
     def state(self, start: Any, old: Any, layers: Sequence[int]) -> Any:
         """See `Origin`: the biases of the options that are kept."""
