@@ -13,7 +13,7 @@ Settings were compared with copies of the files in public repositories:
   the instruct model here. Phi-3.5-MoE: the scales and the first eight factors.
 - Switch: flaxformer's t5x/configs/moe, as transformers' own conversion translates it; T5 by its
   defaults.
-- Llama 4 Maverick: the file with two layers, in the tests of TensorRT-LLM (test_modeling_llama4).
+- Llama 4 Maverick: the file with two layers, in the tests of TensorRT-LLM.
 - OLMoE: sizes and loss of configs/olmoe-8x1b-newhp-newds-cx5-fine1-normreorder.yml of
   allenai/OLMoE, a training run of the same sizes; it does not say epsilon and theta.
 - Granite 3.1: a copy in the tests of another project, which checks its revisions against it.
