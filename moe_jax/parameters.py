@@ -210,6 +210,11 @@ class Weight:
         """What `dense(self)[ids]` gives."""
         return self.dense()[ids]
 
+    def columns(self, choose: Callable[[jax.Array], jax.Array]) -> "Weight":
+        """What `choose(dense(self))` gives, where that takes some outputs of the last dim."""
+        chosen: Weight = jax.tree.map(choose, self)
+        return chosen
+
     def axes_of(self, axes: Axes) -> "Weight":
         """The axes of each of its arrays, in a tree like this one, from those of the weight."""
         raise NotImplementedError
@@ -244,6 +249,11 @@ def rows(table: jax.Array | Weight, ids: jax.Array) -> jax.Array:
 def dense(weight: jax.Array | Weight) -> jax.Array:
     """The weight as one array."""
     return weight.dense() if isinstance(weight, Weight) else weight
+
+
+def columns(weight: jax.Array | Weight, choose: Callable[[jax.Array], jax.Array]) -> Any:
+    """Some outputs of a matrix [..., I, O]: a matrix of fewer columns, of the same kind."""
+    return weight.columns(choose) if isinstance(weight, Weight) else choose(weight)
 
 
 def weight_axes(axes: Axes, weight: jax.Array | Weight) -> Any:

@@ -12,8 +12,10 @@ from moe_jax.costs import traced_costs
 from moe_jax.layers.latent_attention import LatentAttention, absorb
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import Yarn
-from moe_jax.parameters import init_parameters
+from moe_jax.parameters import dense, init_parameters
 from moe_jax.part import Call, Dims, Own, RunShape
+from moe_jax.weights.low_rank import LowRank
+from moe_jax.weights.quantised import quantise
 
 MODEL_DIM, LENGTH = 6, 9
 DIMS = Dims(MODEL_DIM)
@@ -151,6 +153,27 @@ def test_documents_of_a_row_do_not_see_each_other(q_rank):
     for document in (np.s_[:, :4], np.s_[:, 4:]):
         alone, _ = run(TOKENS[:1][document], part=part, params=params)
         np.testing.assert_allclose(y[document], alone, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_parting_the_matrix_is_parting_the_heads(quantised):
+    """Of many tokens the one, of few the other; weights of several arrays are parted too."""
+    part = dataclasses.replace(PART, rotary=Rotary(base=100.0), use_bias=False)
+    weight = jnp.asarray(wave((6, 27), 0.1))  # three heads of 4 + 5
+    if quantised:
+        weight = quantise(weight, 4, 2)
+        a, b = wave((6, 2), 0.2), wave((2, 27), 0.4)
+        weight = LowRank(weight, jnp.asarray(a), jnp.asarray(b), scale=0.5)
+    x_BLI = jnp.asarray(wave((2, 9, 6), 0.3))
+    heads = (x_BLI @ dense(weight)).reshape(2, 9, 3, 9)
+    for tokens in (x_BLI, x_BLI[:, :2]):  # 18 and 4 tokens, of 6 numbers
+        first, rest = part.parted(tokens, weight, 9)
+        expected = heads[:, : tokens.shape[1]]
+        np.testing.assert_allclose(first, expected[..., :4], atol=CLOSE)
+        np.testing.assert_allclose(rest, expected[..., 4:], atol=CLOSE)
+    many, few = (str(jax.make_jaxpr(lambda x: part.parted(x, weight, 9))(x))
+                 for x in (x_BLI, x_BLI[:, :2]))  # fmt: skip
+    assert many.count("dot_general") == 2 * few.count("dot_general")
 
 
 def test_one_head_of_one_dim_by_hand():

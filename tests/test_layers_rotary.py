@@ -1,7 +1,9 @@
 """Rotary positions, and the scalings of their frequencies."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,6 +73,26 @@ def test_pairs_are_halves_or_neighbours():
     (p, q), (r, s) = turned(1, 2, a), turned(3, 4, b)
     neighbours = Rotary(base=4.0, interleaved=True).rotate(x, one)
     np.testing.assert_allclose(neighbours.ravel(), [p, q, r, s], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dim", [None, 6])
+def test_neighbours_turn_alike_by_a_matrix(monkeypatch, dtype, dim):
+    """As a TPU turns them: the same numbers, and the same gradients."""
+    rotary = Rotary(base=100.0, dim=dim, interleaved=True)
+    x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
+    turn = functools.partial(rotary.rotate, positions_BL=jnp.arange(10).reshape(2, 5))
+    expected, vjp = jax.vjp(turn, x)
+    (expected_dx,) = vjp(dy)
+    monkeypatch.setattr("moe_jax.layers.rotary.platform", lambda: "tpu")
+    assert "dot_general" in str(jax.make_jaxpr(turn)(x))
+    turned, vjp = jax.vjp(turn, x)
+    assert turned.dtype == expected.dtype
+    np.testing.assert_array_equal(turned, expected)
+    # Of bfloat16 the two terms of a gradient are rounded before they are added.
+    rounding = 3 * float(jnp.finfo(dtype).eps) * np.abs(dy).max()
+    np.testing.assert_allclose(vjp(dy)[0], expected_dx, atol=rounding)
+    assert np.abs(turned - x).max() > 0.1
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

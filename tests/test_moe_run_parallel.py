@@ -20,7 +20,14 @@ from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import Plan, expert_loop, parallel, plan_experts, run_experts
+from moe_jax.moe.run_experts import (
+    Plan,
+    expert_loop,
+    gathers_weights,
+    parallel,
+    plan_experts,
+    run_experts,
+)
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
@@ -28,6 +35,7 @@ from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
 from moe_jax.part import Call, Dims
+from moe_jax.planning.hlo import read_program
 from tests.slow import slow_but
 
 # On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
@@ -190,6 +198,40 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
         assert np.abs(value).max() > 1e-3, f"{jax.tree_util.keystr(path)}: nothing to compare"
     assert_same(got, expected)
     assert_same(got_said, said)
+
+
+def test_matrices_come_to_their_slots_in_either_pass():
+    """They are gathered over fsdp forward, and again backward: none waits for it on all devices."""
+    case = Case({"activation": SwiGLU(), "num_selected_experts": 2}, 1.0, True)
+    moe = make_block(case, WAYS["gather by constraint"])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
+    params, x, dy, _ = block_inputs(moe)
+
+    def objective(params, x):
+        return jnp.sum(moe_block(params, x, moe, Call(capacity=1.0))[0] * dy)
+
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(
+            lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
+            moe.specs(Dims(MODEL_DIM)), params,
+        )  # fmt: skip
+        text = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(placed, x).compile().as_text()
+    of_an_expert_shard = 4 * NUM_EXPERTS // 2 * MODEL_DIM * HIDDEN
+    gathered = [
+        one.count
+        for one in read_program(text).collectives
+        if one.kind == "all-gather" and one.group_size == 4 and one.bytes == of_an_expert_shard
+    ]
+    assert sum(gathered) == 2 * 3  # wi, wg, wo
+
+
+def test_few_slots_come_to_the_matrices():
+    assignment = Assignment(*(jnp.zeros((8, 1, 1)),) * 4, capacity=1, num_experts=8)
+    for fsdp, model_dim, expected in ((1, 8, False), (4, 8, True), (4, 16, False)):
+        with jax.set_mesh(
+            make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=2), jax.devices()[: 2 * fsdp])
+        ):
+            assert gathers_weights(jnp.zeros((8, 1, model_dim)), assignment) == expected
 
 
 COPYING_MESHES = {

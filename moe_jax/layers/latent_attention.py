@@ -18,7 +18,7 @@ from moe_jax.layers.masks import Rules, Tokens, visible
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import Rotary
 from moe_jax.parallel.rules import constrain
-from moe_jax.parameters import Axes, ParameterSpec, dense, linear, scaled_init, zeros
+from moe_jax.parameters import Axes, ParameterSpec, columns, dense, linear, scaled_init, zeros
 from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_divides
 
 
@@ -145,11 +145,10 @@ class LatentAttention(Part):
         if self.q_rank:
             norm = RMSNorm(self.norm_epsilon)
             latent = norm.apply(params["q_norm"], affine(x_BLM, params, "q_a"))
-            q = linear(latent, params["wq_b"])
+            parts = self.parted(latent, params["wq_b"], self.head_dim)
         else:
-            q = linear(x_BLM, params["wq"])
-        q_BLND = split_heads(q, self.head_dim)
-        nope_BLND, rope_BLND = jnp.split(q_BLND, (self.nope_dim,), axis=-1)
+            parts = self.parted(x_BLM, params["wq"], self.head_dim)
+        nope_BLND, rope_BLND = parts
         return nope_BLND, self.turned(rope_BLND, call)
 
     def latent(self, params: Any, x_BLM: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
@@ -158,6 +157,28 @@ class LatentAttention(Part):
         latent_BLF, key_BLD = jnp.split(both, (self.kv_rank,), axis=-1)
         latent_BLF = RMSNorm(self.norm_epsilon).apply(params["kv_norm"], latent_BLF)
         return latent_BLF, self.turned(key_BLD[:, :, None], call)[:, :, 0]
+
+    def parted(self, x_BLI: jax.Array, weight: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
+        """The product with a matrix of heads: the first nope_dim of each head, and the others.
+
+        Many tokens meet a matrix that is parted first, since their heads are more than it; of a few
+        tokens the heads are parted.
+        """
+        batch, length, inputs = x_BLI.shape
+        if batch * length < inputs:
+            x_BLND = split_heads(linear(x_BLI, weight), head_dim)
+            first_BLND, rest_BLND = jnp.split(x_BLND, (self.nope_dim,), axis=-1)
+            return first_BLND, rest_BLND
+
+        def of_heads(part: slice) -> jax.Array:
+            def choose(matrix: jax.Array) -> jax.Array:
+                heads = matrix.reshape(*matrix.shape[:-1], -1, head_dim)[..., part]
+                return heads.reshape(*matrix.shape[:-1], -1)
+
+            return linear(x_BLI, columns(weight, choose))
+
+        first, rest = of_heads(slice(self.nope_dim)), of_heads(slice(self.nope_dim, None))
+        return split_heads(first, self.nope_dim), split_heads(rest, head_dim - self.nope_dim)
 
     def turned(self, x_BLND: jax.Array, call: Call) -> jax.Array:
         """Rotary parts of queries or keys, turned by their positions."""
@@ -168,8 +189,8 @@ class LatentAttention(Part):
         self, params: Any, latent_BTF: jax.Array, key_BTD: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Keys [B, T, N, head_dim] and values [B, T, N, value_dim] out of what is kept."""
-        both = split_heads(linear(latent_BTF, params["wkv_b"]), self.nope_dim + self.value_dim)
-        nope_BTND, v_BTND = jnp.split(both, (self.nope_dim,), axis=-1)
+        size = self.nope_dim + self.value_dim
+        nope_BTND, v_BTND = self.parted(latent_BTF, params["wkv_b"], size)
         shape = (*nope_BTND.shape[:3], self.rope_dim)
         rope_BTND = jnp.broadcast_to(key_BTD[:, :, None], shape)
         return jnp.concatenate([nope_BTND, rope_BTND], axis=-1), v_BTND
@@ -184,6 +205,8 @@ class LatentAttention(Part):
         q, keys_values = heads * self.head_dim, heads * (self.nope_dim + self.value_dim)
         latent, out = self.kv_rank + self.rope_dim, heads * self.value_dim
         q_inputs = self.q_rank or width
+        # A product with a matrix that is parted reads its rows twice; see `parted`.
+        reads = {rows: rows * (2 if length >= rows else 1) for rows in (q_inputs, self.kv_rank)}
         projections = Cost(
             "attention",
             flops=2 * (width * (self.q_rank + latent + out) + q_inputs * q
@@ -191,8 +214,8 @@ class LatentAttention(Part):
             saved=Bytes(2 * (self.q_rank + latent) * size, (2 * q + 2 * out) * size),
             saved_dots=Bytes((width + self.q_rank + latent) * size, (q + keys_values) * size),
             traffic=Bytes(
-                (2 * width + q_inputs + width * bool(self.q_rank) + self.q_rank + latent
-                 + self.kv_rank) * size,
+                (2 * width + reads[q_inputs] + width * bool(self.q_rank) + self.q_rank + latent
+                 + reads[self.kv_rank]) * size,
                 (q + keys_values + out) * size,
             ),
             sums=width * size,

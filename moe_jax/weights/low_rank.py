@@ -8,6 +8,7 @@ rank.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from moe_jax.parameters import (
     Layout,
     ParameterSpec,
     Weight,
+    columns,
     dense,
     grouped,
     scaled_init,
@@ -63,6 +65,10 @@ class LowRank(Weight):
         if self.shared:
             update = jnp.expand_dims(update, -3)
         return dense(self.base) + self.scale * update
+
+    def columns(self, choose: Callable[[jax.Array], jax.Array]) -> "LowRank":
+        """See `Weight`; a row meets all of a."""
+        return dataclasses.replace(self, base=columns(self.base, choose), b=choose(self.b))
 
     def axes_of(self, axes: Axes) -> "LowRank":
         """See `Weight`. The rank is not split."""

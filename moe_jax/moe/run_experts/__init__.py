@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import ByConstraint
+from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import (
     KERNELS,
     best_kernel,
@@ -33,7 +34,7 @@ from moe_jax.moe.run_experts.grouped_matmul import (
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
-from moe_jax.parallel.rules import mesh_in_use
+from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.parameters import Axes
 
 if TYPE_CHECKING:
@@ -172,12 +173,27 @@ def run_experts(
             rows=plan.rows, kernel=plan.kernel, num_chunks=plan.num_chunks,
             buffer_factor=plan.buffer_factor,
         )  # fmt: skip
+    if plan.exchange == "compiler" and gathers_weights(x_GSM, assignment):
+        weights = {name: Gathered(weight, axes[name]) for name, weight in weights.items()}
     if plan.rows == "ragged":
         y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng, kernel=plan.kernel)
     else:
         way = SLOT_WAYS[plan.rows]
         y_GSM = way(x_GSM, assignment, weights, experts, rng, plan.by_constraint)
     return Combined(y_GSM, assignment.kept_GSK)
+
+
+def gathers_weights(x_GSM: jax.Array, assignment: Assignment) -> bool:
+    """Whether matrices travel over fsdp to the slots of their experts, and not slots to matrices.
+
+    A matrix is about as many bytes as model_dim slots with their hidden units: training and prompts
+    have more slots, single steps of generation fewer.
+    """
+    mesh = mesh_in_use()
+    if mesh is None or num_shards("model", mesh) == 1:
+        return False
+    groups, _, model_dim = x_GSM.shape
+    return groups * assignment.capacity >= model_dim
 
 
 def gated_input(

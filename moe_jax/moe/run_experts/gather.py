@@ -56,8 +56,9 @@ def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
 @jax.custom_vjp
 def fill(x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array) -> jax.Array:
     """[S, M] -> [P, M]; empty slots are 0."""
-    num_rows, num_choices = slot_SK.size, slot_SK.shape[1]
-    return take_or_zero(x_SM, choice_P // num_choices, choice_P < num_rows)
+    # Of a row of zeros behind the tokens: there are more slots than tokens to put zeros into.
+    x_SM = jnp.concatenate([x_SM, jnp.zeros_like(x_SM, shape=(1, x_SM.shape[1]))])
+    return x_SM.at[choice_P // slot_SK.shape[1]].get(mode="clip")
 
 
 def _fill_forward(
