@@ -200,19 +200,29 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
     assert_same(got_said, said)
 
 
-def test_matrices_come_to_their_slots_in_either_pass():
-    """They are gathered over fsdp forward, and again backward: none waits for it on all devices."""
+@pytest.mark.parametrize("remat", [False, True])
+def test_matrices_come_to_their_slots_in_either_pass(remat):
+    """They are gathered over fsdp forward, and again backward: none waits for it on all devices.
+
+    With remat, the backward pass gathers once for what it computes again and for its own products.
+    """
     case = Case({"activation": SwiGLU(), "num_selected_experts": 2}, 1.0, True)
     moe = make_block(case, WAYS["gather by constraint"])
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     params, x, dy, _ = block_inputs(moe)
 
+    def block(x, params):
+        return x + moe_block(params, x, moe, Call(capacity=1.0))[0], None
+
     def objective(params, x):
-        return jnp.sum(moe_block(params, x, moe, Call(capacity=1.0))[0] * dy)
+        layer = jax.checkpoint(block, prevent_cse=False) if remat else block
+        return jnp.sum(jax.lax.scan(layer, x, params)[0] * dy)
 
     with jax.set_mesh(mesh):
         placed = jax.tree.map(
-            lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
+            lambda spec, value: jax.device_put(
+                np.stack([value, value]), named_sharding((None, *spec.axes), mesh)
+            ),
             moe.specs(Dims(MODEL_DIM)), params,
         )  # fmt: skip
         text = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(placed, x).compile().as_text()
@@ -222,7 +232,7 @@ def test_matrices_come_to_their_slots_in_either_pass():
         for one in read_program(text).collectives
         if one.kind == "all-gather" and one.group_size == 4 and one.bytes == of_an_expert_shard
     ]
-    assert sum(gathered) == 2 * 3  # wi, wg, wo
+    assert sum(gathered) == 2 * 2 * 3  # layers, passes, matrices: wi, wg, wo
 
 
 def test_few_slots_come_to_the_matrices():

@@ -1,6 +1,7 @@
 """Weights that a device has a part of, and gathers for a product (see `moe_jax.parameters`)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -29,7 +30,9 @@ class Gathered(Weight):
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
         """See `Weight`: gathered in the dtype of `x`; integers stay what they are."""
 
-        @jax.checkpoint
+        # Where remat computes the layer again, one gathering is enough for that and the backward
+        # pass: the compiler may merge them. Scanned layers' forward pass is another program.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def multiplied(x: jax.Array, weight: Any) -> jax.Array:
             if not isinstance(weight, Weight):
                 weight = weight.astype(x.dtype)
