@@ -1,7 +1,7 @@
 """Every setting at its default, and the presets that all configs share.
 
 Each field's meaning, unit and constraint stand beside its default: `moe_jax/config/` has data,
-optimizer, training and devices, and each part of a model has its own, `moe_jax/moe/block.py` those
+optimizer, training and devices, and each part of a model has its own, `moe_jax/moe/part.py` those
 of the MoE block.
 
     python -m moe_jax.train --config=configs/base.py:smoke --workdir=runs/base_smoke

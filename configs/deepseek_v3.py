@@ -13,7 +13,7 @@ module predicts the token after the next.
 | of the model | 671,026,419,200 | 37,552,282,624 | 36,625,603,584 | 35,698,924,544 |
 | of the module | 11,610,068,224 | | | |
 
-The total has the selection biases, 256 in each of 59 layers. The module is run in training alone.
+The total has the selection biases, 256 in each of 58 layers. The module is run in training alone.
 
 Source: DeepSeek-AI 2024, arXiv:2412.19437, sec. 2 and 4.2; config.json of deepseek-ai/DeepSeek-V3,
 whose positions are stretched by YaRN (pre-training had 4,096 tokens and no YaRN). The mesh is for

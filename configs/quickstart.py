@@ -1,7 +1,7 @@
 """A Switch-style MoE on the embedded corpus, and its dense twin: five minutes each on two cores.
 
 Six domains of real text, bytes as tokens; two layers, each with 8 experts under a capacity factor
-and Switch's load-balance loss. A token uses two experts of half the size, with gates that sum to 1
+and a load-balance loss. A token uses two experts of half the size, with gates that sum to 1
 as in GShard: with Switch's own single gate, which starts near 1 / 8, a run this short ends above
 its dense twin.
 

@@ -13,8 +13,8 @@ from typing import Any
 from experiments.study import HERE
 from moe_jax.config import MeshConfig, from_config_dict
 from moe_jax.config.json_text import json_text
-from moe_jax.planning.arithmetic import count_parameters
 from moe_jax.planning.communication import collectives
+from moe_jax.planning.parameters import CONVENTIONS, count_parameters
 from moe_jax.planning.roofline import estimate, roofline
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.workload import resolve
@@ -38,10 +38,11 @@ def config_of(name: str):
 
 
 def memory_of(name: str) -> dict[str, Any]:
-    """Parameters of a model, and those that a token uses."""
+    """Parameters of a model without its multi-token modules, and those that a token uses."""
     config = config_of(name)
     counts = count_parameters(config.model, config.data.sequence_length)
-    return {"config": name, "total": counts.total, "active": counts.active}
+    total, active = counts.by_convention()[CONVENTIONS[0]]
+    return {"config": name, "total": total, "active": active}
 
 
 def exchange_of(

@@ -34,7 +34,7 @@ MEMORY, EXCHANGE = (
     "At scale the exchange of tokens, all-to-all, takes most of the time.",
 )
 HEAD = f"""\
-# What was found about mixtures of experts
+# Studies of mixtures of experts
 
 Each study asks one question, and its criterion was written before it was run. A failed one stays on
 this page. The size is in brackets: `small` is of two CPU cores and two hours, 0.2 M active
