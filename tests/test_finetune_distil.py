@@ -22,6 +22,7 @@ from moe_jax.planning.communication import collectives
 from moe_jax.planning.flops import forward_flops
 from moe_jax.planning.memory import estimate_memory
 from moe_jax.planning.roofline import computed_flops, estimate, estimate_by_kind
+from moe_jax.planning.sweep import sweep
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import resolve
@@ -177,6 +178,7 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
     assert not alone.teachers and not taught.teachers
     # Memory: as `train` counts it, and its logits beside those of the student and their gradient.
     memory, without = estimate_memory(work), estimate_memory(alone)
+    assert memory.dispatch > 0 == without.dispatch, "experts of the teacher alone"
     assert memory.teacher == needed_bytes(config, make_mesh(config.mesh))["distil"]
     assert memory.logits == 1.5 * without.logits
     assert memory.parameters == without.parameters
@@ -202,6 +204,25 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
     by_kind = estimate_by_kind(work, topology)
     assert by_kind["teacher"].compute == tokens * forward / topology.chip.flops
     assert estimate(work, topology).compute > estimate(alone, topology).compute
+
+
+def test_a_plan_knows_what_else_a_teacher_has(tmp_path):
+    """Modules that never teach, a queue of tokens that are all kept, arrays that no mesh splits."""
+    moe = {"bias": {"kind": "sign"}, "capacity": {"queue": "random", "eval_factor": 0}}
+    random = {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}
+    config = tiny_config({"model": random})
+    modules = tiny_config({"model": random | {"multi_token": {"depth": 1}}})
+    saved(tmp_path / "plain", config)
+    saved(tmp_path / "modules", modules)
+    plans = [resolve(student(tmp_path / name), 1) for name in ("plain", "modules")]
+    assert computed_flops(plans[0]) == computed_flops(plans[1])
+    assert estimate_memory(plans[0]) == estimate_memory(plans[1])
+    arrays = [one.config.training.loss.arrays(one.config, one_device(one.config)) for one in plans]
+    assert jax.tree.structure(arrays[0]) == jax.tree.structure(arrays[1])
+
+    saved(tmp_path / "odd", tiny_config({"model": {"model_dim": 12}}))
+    found = sweep(student(tmp_path / "odd"), parse_topology("v5e:2x4"))
+    assert found.uneven and any(one.work.mesh.expert > 1 for one in found.fitting)
 
 
 def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):

@@ -162,16 +162,38 @@ def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
         factored = layer.get("experts", layer)["wi"][0]
         return {"rows": factored.v_row, "columns": factored.v_col}
 
+    def is_of_a_new_run(remodel, made):
+        wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
+        assert jax.tree.structure(made) == jax.tree.structure(wanted)
+        for given, expected in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
+            assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
+
     old = factors_of(opt_state, "moe")
     assert old["rows"].shape == old["columns"].shape == (2, 4, 128)
     pruned = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
-    made = factors_of(remodelled_optimizer(pruned, opt_state, KEY, mesh, counts=True), "moe")
     merged = merge_experts(config)
-    mean = factors_of(remodelled_optimizer(merged, opt_state, KEY, mesh, counts=True), "mlp")
+    of_pruned, of_merged = (
+        remodelled_optimizer(remodel, opt_state, KEY, mesh, counts=True)
+        for remodel in (pruned, merged)
+    )
+    is_of_a_new_run(pruned, of_pruned)
+    is_of_a_new_run(merged, of_merged)
+    made, mean = factors_of(of_pruned, "moe"), factors_of(of_merged, "mlp")
     for name, old_XEN in old.items():
         np.testing.assert_array_equal(made[name][0], old_XEN[0, jnp.array([1, 2])])
         np.testing.assert_array_equal(made[name][1], old_XEN[1, jnp.array([0, 3])])
         np.testing.assert_allclose(mean[name], old_XEN.mean(axis=1), rtol=1e-6)
+
+
+def test_moments_of_muon_are_merged_beside_a_shared_expert(sparse):
+    """Every expert has a count of its steps, an integer."""
+    optimizer = dataclasses.replace(sparse[0].optimizer, name="muon")
+    config = dataclasses.replace(sparse[0], optimizer=optimizer)
+    remodel = merge_experts(config)
+    made = remodelled_optimizer(remodel, numbered_optimizer(config), KEY, sparse[2], counts=True)
+    wanted = jax.eval_shape(lambda: init_state(remodel.new)).opt_state
+    for given, expected in zip(*map(jax.tree.leaves, (made, wanted)), strict=True):
+        assert (given.shape, given.dtype) == (expected.shape, expected.dtype)
 
 
 def test_what_cannot_be_made_is_refused(sparse):

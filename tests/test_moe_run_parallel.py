@@ -22,14 +22,15 @@ from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import (
     Plan,
+    as_they_travel,
     expert_loop,
-    gathers_weights,
     parallel,
     plan_experts,
     run_experts,
 )
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
@@ -202,7 +203,7 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_matrices_come_to_their_slots_in_either_pass(remat):
-    """They are gathered over fsdp forward, and again backward: none waits for it on all devices.
+    """They are gathered over fsdp forward, and again backward: none is kept for it.
 
     With remat, the backward pass gathers once for what it computes again and for its own products.
     """
@@ -235,13 +236,21 @@ def test_matrices_come_to_their_slots_in_either_pass(remat):
     assert sum(gathered) == 2 * 2 * 3  # layers, passes, matrices: wi, wg, wo
 
 
-def test_few_slots_come_to_the_matrices():
-    assignment = Assignment(*(jnp.zeros((8, 1, 1)),) * 4, capacity=1, num_experts=8)
-    for fsdp, model_dim, expected in ((1, 8, False), (4, 8, True), (4, 16, False)):
-        with jax.set_mesh(
-            make_mesh(MeshConfig(data=1, fsdp=fsdp, expert=2), jax.devices()[: 2 * fsdp])
-        ):
-            assert gathers_weights(jnp.zeros((8, 1, model_dim)), assignment) == expected
+@pytest.mark.parametrize(
+    ("mesh", "model_dim", "gathers"),
+    [
+        (MeshConfig(data=1, expert=2), 8, False),  # nothing is split
+        (MeshConfig(data=1, fsdp=4, expert=2), 8, True),
+        (MeshConfig(data=1, fsdp=4, expert=2), 16, False),
+        (MeshConfig(data=2, fsdp=4), 8, False),  # four slots among four devices, four elsewhere
+        (MeshConfig(data=2, fsdp=4), 4, True),
+    ],
+)
+def test_few_slots_come_to_the_matrices(mesh, model_dim, gathers):
+    x_GSM, weights = jnp.zeros((8, 1, model_dim)), {"wi": jnp.zeros((8, model_dim, 8))}
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.num_devices])):
+        found = as_they_travel(weights, {"wi": ("expert", "model", "hidden")}, x_GSM, slots=1)
+    assert isinstance(found["wi"], Gathered) == gathers
 
 
 COPYING_MESHES = {

@@ -13,6 +13,8 @@ from moe_jax.config import ExperimentConfig, InitFrom, OptimizerConfig, read_con
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
 from moe_jax.config.settings import setting
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import NAME
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.part import Part
@@ -81,7 +83,10 @@ class Distil(TrainingLoss):
         return record
 
     def model(self, trust: bool | frozenset[str]) -> Any:
-        """The teacher's model; `trust` is that of `read_config`."""
+        """The teacher's model as it teaches, without modules; `trust` is that of `read_config`."""
+        return without_modules(self._whole_model(trust))
+
+    def _whole_model(self, trust: bool | frozenset[str]) -> Any:
         return read_config(self.record(), ExperimentConfig, trust=trust).model
 
     def of_teacher(self, config: ExperimentConfig) -> ExperimentConfig:
@@ -90,7 +95,8 @@ class Distil(TrainingLoss):
         Raises:
           ValueError: there is no teacher, or it does not fit the run.
         """
-        model = self.model(frozenset(write_config(config)["sources"]))
+        whole = self._whole_model(frozenset(write_config(config)["sources"]))
+        model = without_modules(whole)
         require(
             model.vocab_size == config.model.vocab_size,
             "a teacher has as many ids as its student",
@@ -106,15 +112,15 @@ class Distil(TrainingLoss):
         return dataclasses.replace(
             config,
             model=model,
-            init_from=InitFrom(path=self.teacher, step=self.step),
+            init_from=InitFrom(path=self.teacher, step=self.step, fresh=names_of_modules(whole)),
             optimizer=OptimizerConfig(warmup_steps=0),  # names what a teacher may not have
             training=dataclasses.replace(config.training, loss=CrossEntropy()),
         )
 
     def teachers(self, config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
-        """See `TrainingLoss`; a plan reads training capacities, so they are those of `share`."""
+        """See `TrainingLoss`; a plan reads settings of training, so they are those of `share`."""
         teacher = self.of_teacher(config)
-        return (dataclasses.replace(teacher, model=teacher.model.map_parts(_trained_dropless)),)
+        return (dataclasses.replace(teacher, model=teacher.model.map_parts(_trained_as_run)),)
 
     def source(self, config: ExperimentConfig) -> Source:
         """The checkpoint of the teacher; all of its arrays are matched, none is read."""
@@ -174,11 +180,27 @@ class Distil(TrainingLoss):
         return share, {"soft_loss": soft}
 
 
-def _trained_dropless(part: Part) -> Part:
-    """A part without a capacity in training, except where experts fill their slots."""
+def without_modules(model: LanguageModel) -> LanguageModel:
+    """The model without multi-token modules, and the parts that they alone have."""
+    if model.multi_token is None:
+        return model
+    used = {name for layout in model.layouts.values() for name in layout.names}
+    parts = {name: part for name, part in dict(model.parts).items() if name in used}
+    return dataclasses.replace(model, parts=parts, multi_token=None)
+
+
+def names_of_modules(model: LanguageModel) -> tuple[str, ...]:
+    """What of a checkpoint is of the multi-token modules, in names of `models.selection`."""
+    if model.multi_token is None:
+        return ()
+    return (NAME, *(name for name in model.state_specs() if name.startswith(NAME)))
+
+
+def _trained_as_run(part: Part) -> Part:
+    """A part whose settings of training are those of a forward pass without a capacity."""
     if not isinstance(part, MoE):
         return part
-    factor = part.capacity_factor(training=False, factor=0.0)
-    if factor:
+    part = dataclasses.replace(part, num_selected_experts=part.num_selected(training=False))
+    if part.capacity_factor(training=False, factor=0.0):  # experts fill their slots
         return part
-    return dataclasses.replace(part, capacity=Capacity(train_factor=0.0, queue=part.capacity.queue))
+    return dataclasses.replace(part, capacity=Capacity(train_factor=0.0, eval_factor=0.0))

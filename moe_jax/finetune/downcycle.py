@@ -62,12 +62,17 @@ class Merged(Origin):
         if not shared:
             return mean
         if name not in HIDDEN_DIM:
-            return shared[0] if moment else mean + shared[0]  # the gradient of the sum is one's own
+            return shared[0] if moment else mean + shared[0]  # the sum's gradient is that of each
         return jnp.concatenate([shared[0], mean], axis=HIDDEN_DIM[name])
 
     def make_other(self, path: Path, old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
-        """See `Origin`: the mean over the experts, unless a shared one is beside them."""
-        if old.shape == (len(own), *shape) and len(self.sources) == 1:
+        """See `Origin`: the mean over the experts.
+
+        Beside a shared expert the hidden dim is longer: what is kept along it is refused.
+        """
+        if jnp.issubdtype(old.dtype, jnp.integer):
+            return jnp.max(old, axis=0)  # of steps, which the experts made together
+        if old.shape == (len(own), *shape):
             return jnp.tensordot(own, old, axes=1, precision=jax.lax.Precision.HIGHEST)
         return super().make_other(path, old, own, shape)
 

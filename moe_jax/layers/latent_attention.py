@@ -205,7 +205,8 @@ class LatentAttention(Part):
         q, keys_values = heads * self.head_dim, heads * (self.nope_dim + self.value_dim)
         latent, out = self.kv_rank + self.rope_dim, heads * self.value_dim
         q_inputs = self.q_rank or width
-        # A product with a matrix that is parted reads its rows twice; see `parted`.
+        # A product with a matrix that is parted reads its rows twice; see `parted`. One sequence
+        # decides here, all of a batch there.
         reads = {rows: rows * (2 if length >= rows else 1) for rows in (q_inputs, self.kv_rank)}
         projections = Cost(
             "attention",

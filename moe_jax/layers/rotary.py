@@ -108,8 +108,9 @@ class Rotary(Settings):
 def quarter_turn(x: jax.Array) -> jax.Array:
     """(-x1, x0) of every pair (x0, x1) of neighbours in the last dim, float32.
 
-    By a matrix of 0, 1 and -1: exact, since one product of a sum is not 0. A TPU holds the last dim
-    in its lanes, where taking every second number apart moves the array about ten times.
+    By a matrix of 0, 1 and -1: exact for finite numbers, since only one product of each sum is not
+    0. A TPU holds the last dim in its lanes, where taking every second number apart moves the array
+    about ten times.
     """
     size = x.shape[-1]
     pairs = np.kron(np.eye(size // 2), [[0, 1], [-1, 0]])

@@ -10,7 +10,7 @@ from moe_jax.moe.choices import replay_in_groups
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
-from moe_jax.moe.run_experts import mix_slots, plan_experts, run_experts
+from moe_jax.moe.run_experts import as_they_travel, mix_slots, plan_experts, run_experts
 from moe_jax.moe.statistics import Buffer, measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts
@@ -121,7 +121,9 @@ def through_experts(
     valid_GS1 = inputs.valid_GS[..., None]
     plan = plan_experts(moe, training, inputs.options.dropless)
     weights = of_experts(weights, moe.num_experts)
+    axes = moe.expert_axes(x_GSM.shape[-1])
     if routing.mixing is not None:
+        weights = as_they_travel(weights, axes, x_GSM, inputs.options.slots)
         y_GSM = mix_slots(
             x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint
         )
@@ -129,7 +131,6 @@ def through_experts(
     computing = computing_choices(routing, inputs.options)
     queue = moe.capacity.queue
     assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, queue_key)
-    axes = moe.expert_axes(x_GSM.shape[-1])
     y_GSM, kept_GSK, needed = run_experts(
         x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
     )

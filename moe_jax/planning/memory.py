@@ -69,7 +69,12 @@ def estimate_memory(work: Workload) -> Memory:
     model, mesh = work.model, work.mesh
     trained = sum(local_size(spec, mesh) for spec in training_parameters(work.config))
     parts = 2 if work.config.training.num_microbatches > 1 else 1
-    layers = different_layers(model, work.lengths) + module_layers(model, work.lengths)
+    layers = [
+        (one, layer)
+        for one in (work, *work.teachers)
+        for layer in different_layers(one.model, one.lengths)
+        + module_layers(one.model, one.lengths)
+    ]
     return Memory(
         parameters=parameter_bytes(work),
         teacher=sum(parameter_bytes(teacher) for teacher in work.teachers),
@@ -77,8 +82,8 @@ def estimate_memory(work: Workload) -> Memory:
         gradients=FLOAT32 * trained * parts,
         saved_activations=saved_bytes(work),
         logits=2 * num_heads(model) * logits_bytes(work) + sum(map(logits_bytes, work.teachers)),
-        layer=max(working_set(work, layer) for layer in layers),
-        dispatch=max(dispatch_bytes(work, layer) for layer in layers),
+        layer=max(working_set(one, layer) for one, layer in layers),
+        dispatch=max(dispatch_bytes(one, layer) for one, layer in layers),
     )
 
 
@@ -153,10 +158,10 @@ def working_set(work: Workload, layer: Placed) -> float:
 
     Its weights in the compute dtype, gathered over fsdp, and their gradient, as large; with remat
     its activations, computed again; without, the gradient of the largest of them, such as scores in
-    float32, or hidden units.
+    float32, or hidden units. A teacher has no gradient: its weights, and the largest activation.
     """
-    weights = 2 * work.itemsize * gathered_parameters(work, layer)
-    if work.model.remat == "none":
+    weights = (1 + work.learns) * work.itemsize * gathered_parameters(work, layer)
+    if work.model.remat == "none" or not work.learns:
         largest = (cost.largest.on(work.mesh.tensor) for cost in work.costs_of(layer))
         return weights + tokens_in(work, layer) * max(largest, default=0.0)
     return weights + layer_activations(work, layer)

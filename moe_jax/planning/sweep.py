@@ -1,6 +1,7 @@
 """All meshes of a machine by arithmetic, best first."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -86,7 +87,9 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
     uneven: dict[str, int] = {}
-    has_experts = any("expert" in spec.axes for spec in parameter_specs(config.model))
+    models = [config.model, *(one.model for one in config.training.loss.teachers(config))]
+    specs = itertools.chain.from_iterable(map(parameter_specs, models))
+    has_experts = any("expert" in spec.axes for spec in specs)
     for mesh in meshes(topology.num_devices, topology.slices):
         mesh = dataclasses.replace(mesh, experts_span_slices=config.mesh.experts_span_slices)
         if mesh.expert > 1 and not has_experts:

@@ -112,7 +112,7 @@ def flops_text(plan: Plan) -> str:
             "forward pass, MFLOP a token",
             *table([*parts, ("needed by the model", f"{count.model / 1e6:,.3f}")]),
             f"a training step on one device: {needed / 1e12:,.3f} TFLOP needed, "
-            f"{computed / 1e12:,.3f} computed (padding, dispatch, remat)",
+            f"{computed / 1e12:,.3f} computed (padding, dispatch, remat, teacher)",
         ]
     )
 

@@ -163,7 +163,9 @@ def resolve(
         model = resolved_model(config)
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))
-    return Workload(config, platform)
+    work = Workload(config, platform)
+    _ = work.teachers  # the mesh must split them as well
+    return work
 
 
 def use_mesh(mesh: MeshConfig, platform: str) -> contextlib.AbstractContextManager[Any]:

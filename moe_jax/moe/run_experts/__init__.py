@@ -173,8 +173,8 @@ def run_experts(
             rows=plan.rows, kernel=plan.kernel, num_chunks=plan.num_chunks,
             buffer_factor=plan.buffer_factor,
         )  # fmt: skip
-    if plan.exchange == "compiler" and gathers_weights(x_GSM, assignment):
-        weights = {name: Gathered(weight, axes[name]) for name, weight in weights.items()}
+    if plan.exchange == "compiler":
+        weights = as_they_travel(weights, axes, x_GSM, assignment.capacity)
     if plan.rows == "ragged":
         y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng, kernel=plan.kernel)
     else:
@@ -183,17 +183,28 @@ def run_experts(
     return Combined(y_GSM, assignment.kept_GSK)
 
 
-def gathers_weights(x_GSM: jax.Array, assignment: Assignment) -> bool:
-    """Whether matrices travel over fsdp to the slots of their experts, and not slots to matrices.
+def as_they_travel(
+    weights: Weights, axes: Mapping[str, Axes], x_GSM: jax.Array, slots: int
+) -> Weights:
+    """The weights, which travel over fsdp to the slots of their experts if there are many slots.
 
-    A matrix is about as many bytes as model_dim slots with their hidden units: training and prompts
-    have more slots, single steps of generation fewer.
+    A matrix is about as many bytes as model_dim slots with their hidden units. Training and prompts
+    have more slots than that among the devices that share a matrix, single steps of generation
+    fewer: then a compiler may carry slots to the parts of matrices.
+
+    Args:
+      weights: as in `run_experts`.
+      axes: likewise.
+      x_GSM: tokens.
+      slots: C, of an expert in a group.
     """
     mesh = mesh_in_use()
-    if mesh is None or num_shards("model", mesh) == 1:
-        return False
+    if mesh is None or (num_parts := num_shards("model", mesh)) == 1:
+        return weights
     groups, _, model_dim = x_GSM.shape
-    return groups * assignment.capacity >= model_dim
+    if groups * num_parts // num_shards("expert_group", mesh) * slots < model_dim:
+        return weights
+    return {name: Gathered(weight, axes[name]) for name, weight in weights.items()}
 
 
 def gated_input(
@@ -237,6 +248,7 @@ __all__ = [
     "KERNELS",
     "WAYS",
     "Plan",
+    "as_they_travel",
     "mix_slots",
     "plan_experts",
     "run_experts",

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import Axes, Layout, Weight, dense, grouped, weight_axes
@@ -17,7 +18,8 @@ class Gathered(Weight):
 
     Left to itself, a compiler may keep the parts where they are and carry sums of rows around
     instead: 32 times over in DeepSeek-V3's plan, which moved 2,300 GB more (docs/planning.md). The
-    backward pass gathers again: kept, the matrices of all layers would lie on every device.
+    backward pass gathers again: kept, the matrices of all layers would lie on every device. (Layers
+    that are neither scanned nor under remat are one program, in which a compiler may keep them.)
 
     Attributes:
       weight: an array of the whole program, or a `Weight` of such.
@@ -28,15 +30,16 @@ class Gathered(Weight):
     axes: Axes = dataclasses.field(metadata={"static": True})
 
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """See `Weight`: gathered in the dtype of `x`; integers stay what they are."""
+        """See `Weight`: float32 is gathered in the dtype of `x`, quantised arrays as they are."""
 
         # Where remat computes the layer again, one gathering is enough for that and the backward
         # pass: the compiler may merge them. Scanned layers' forward pass is another program.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def multiplied(x: jax.Array, weight: Any) -> jax.Array:
-            if not isinstance(weight, Weight):
-                weight = weight.astype(x.dtype)
-            return grouped(x, self._whole(weight), layout)
+            def cast(array: jax.Array) -> jax.Array:
+                return array.astype(x.dtype) if array.dtype == jnp.float32 else array
+
+            return grouped(x, self._whole(jax.tree.map(cast, weight)), layout)
 
         return multiplied(x, self.weight)
 
