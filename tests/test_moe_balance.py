@@ -85,6 +85,21 @@ def test_uniform_routing_to_one_expert_a_token_gives_one(convention):
     assert loss_of(np.full((1, E), 10), np.full(E, 10.0), 80, convention) == pytest.approx(1)
 
 
+def test_a_token_without_a_choice_is_a_token_of_hugging_faces_loss():
+    """Of four tokens two have one choice that counts, of E = 2 experts with probability 1/2."""
+    chosen_GSK = jnp.array([[[True], [True], [False], [False]]])
+    routing = make_routing(
+        jnp.full((1, 4, 2), 0.5), jnp.array([[[0], [1], [0], [0]]]), chosen_GSK=chosen_GSK
+    )
+    valid_GS = jnp.ones((1, 4), bool)
+    for scope in ("microbatch", "global"):
+        loss = HuggingFaceLoadBalance(scope=scope)
+        sums = loss.measure(routing, valid_GS, valid_GS.shape)
+        layers = jax.tree.map(lambda a: a[None], sums)
+        # 2 * (1/4 * 1/2 + 1/4 * 1/2)
+        assert loss.loss(layers, jnp.float32(4), layers) == pytest.approx(0.5), scope
+
+
 @pytest.mark.parametrize(
     ("convention", "value"),
     [

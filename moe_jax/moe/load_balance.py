@@ -144,9 +144,14 @@ class HuggingFaceLoadBalance(FlaxformerLoadBalance):
             "Change the scope or the kind",
         )
 
+    def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
+        """See `LoadBalance`; and the tokens, of which some may have no choice that counts."""
+        sums = super().measure(routing, valid_GS, shape)
+        return sums | {"num_valid": jnp.sum(valid_GS, dtype=jnp.int32)}
+
     def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
         """See `BalanceLoss`."""
-        own = jnp.sum(sums["counted_KE"][0, 0]) if self.scope == "microbatch" else None
+        own = sums["num_valid"][0] if self.scope == "microbatch" else None
         tokens = num_tokens if own is None else jnp.maximum(own, 1).astype(jnp.float32)
         counts = sums if self.scope == "microbatch" else batch or sums
         load_E = jnp.mean(self.share(counts["counted_KE"], tokens), axis=0)
