@@ -1,5 +1,6 @@
 """The tables of a study's page, as Markdown."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -104,12 +105,20 @@ def difference_table(study: Study, results: Results) -> str:
             low, high = of_arm.interval
             rows.append(
                 (label_of(study, results, arm_name), results.named(other), str(of_arm.num_seeds),
-                 f"{of_arm.mean:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{of_arm.size:+.1f}",
-                 f"{p_value:.2g}", f"{of_arm.smallest_visible:.4f}")
+                 known(of_arm.mean, "+.4f"),
+                 "unknown" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}",
+                 known(of_arm.size, "+.1f"),
+                 known(p_value, ".2g") + ", by signs: a run diverged" * of_arm.diverged,
+                 known(of_arm.smallest_visible, ".4f"))
             )  # fmt: skip
     head = ("arm", "less", "pairs", "difference", "95 % interval", "seed sd", "p",
             "could have been seen")  # fmt: skip
     return table(head, rows)
+
+
+def known(value: float, spec: str) -> str:
+    """A number in a table; of nan, that it is not known."""
+    return "unknown" if math.isnan(value) else format(value, spec)
 
 
 def label_of(study: Study, results: Results, arm: str) -> str:

@@ -4,7 +4,8 @@ A direction is decided by the differences of the seeds that both arms have: by S
 mean, at 5 % from both sides (`moe_jax.analysis.paired`). "Lower" asks for a mean below 0, "not
 above" for one below a standard deviation of a seed. A claim about several arms and one other is
 corrected for their number, by Holm. Fewer seeds than the study asks for show nothing. A run that
-diverged has an infinite loss.
+diverged has an infinite loss. Where one did, the signs of the differences decide, by an exact test:
+fewer than six pairs show nothing then.
 """
 
 import dataclasses
@@ -128,9 +129,9 @@ class Below:
         if self.allowed:
             because += f"; {self._bound(found):+.4f} is allowed"
         because += f"; p = {p_value:.2g}" + f" (Holm, of {of})" * (of > 1)
+        because += ", by signs: a run diverged" * found.diverged
         shown = p_value < LEVEL  # never of nan
-        below = found.mean < self._bound(found)
-        verdict = REPRODUCED if below else NOT_REPRODUCED
+        verdict = REPRODUCED if found.side(self._bound(found)) < 0 else NOT_REPRODUCED
         return Finding(verdict if shown else INCONCLUSIVE, because)
 
     def _bound(self, found: Paired) -> float:
@@ -188,7 +189,7 @@ def slope_above(xs: Mapping[str, float], measure: str = LOSS) -> Callable[[Resul
         found = paired(slopes, dict.fromkeys(slopes, 0.0))
         p_value = found.p_value()
         because = f"slope over {', '.join(xs)}: {in_words(found, measure)}; p = {p_value:.2g}"
-        verdict = REPRODUCED if found.mean > 0 else NOT_REPRODUCED
+        verdict = REPRODUCED if found.side() > 0 else NOT_REPRODUCED
         return Finding(verdict if p_value < LEVEL else INCONCLUSIVE, because)
 
     return judge

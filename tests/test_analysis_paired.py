@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moe_jax.analysis.paired import LEVEL, POWER, holm, paired, shared_seeds
+from moe_jax.analysis.paired import LEVEL, POWER, holm, paired, shared_seeds, sign_test
 
 # Seed for seed the arm is 0.06 lower, while the seeds themselves spread by 0.05.
 DENSE = {0: 2.80, 1: 2.85, 2: 2.90}
@@ -75,14 +75,58 @@ def test_too_few_seeds_say_nothing():
             assert math.isnan(value)
 
 
-def test_equal_differences_and_divergence_are_certain():
+def test_equal_differences_are_certain():
     equal = paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.5, 1: 1.5, 2: 2.5})
     assert equal.sd == 0 and equal.p_value() == 0 and equal.interval == (0.5, 0.5)
     assert paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p_value() == 1.0
-    diverged = paired({0: math.inf, 1: 2.0}, {0: 1.0, 1: 2.0})
-    assert diverged.t() == math.inf and diverged.p_value() == 0
-    both = paired({0: math.inf, 1: 2.0}, {0: math.inf, 1: 2.0})
-    assert math.isnan(both.p_value())
+
+
+def test_one_divergence_among_three_seeds_decides_nothing():
+    """The other two are on the other side: one of three is what chance gives."""
+    found = paired({0: math.inf, 1: 1.0, 2: 1.01}, {0: 2.0, 1: 2.0, 2: 2.0})
+    assert found.diverged and found.p_value() == 1.0
+    assert found.side() == -1 and found.mean == math.inf
+    for value in (found.t(), found.sd, *found.interval, found.smallest_visible):
+        assert math.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "p_value"), [(2, 1 / 2), (3, 1 / 4), (5, 1 / 16), (6, 1 / 32)]
+)
+def test_an_arm_that_always_diverges_is_shown_by_six_seeds(num_seeds, p_value):
+    """By hand: 2 in 2^n are all on one side. Five seeds do not reach 5 %."""
+    seeds = range(num_seeds)
+    found = paired(dict.fromkeys(seeds, math.inf), dict.fromkeys(seeds, 2.0))
+    assert found.p_value() == pytest.approx(p_value)
+    assert found.side() == 1
+    # An infinite difference is above any bound, one that could not be estimated too.
+    assert found.p_value(bound=math.nan) == pytest.approx(p_value)
+
+
+def test_signs_agree_with_scipy_and_count_against_the_bound():
+    below = {seed: 1.0 + seed / 10 for seed in range(9)}
+    found = paired({**below, 9: math.inf}, dict.fromkeys(range(10), 2.5))
+    assert found.p_value() == pytest.approx(stats.binomtest(1, 10).pvalue)
+    assert found.side() == -1
+    # -1.5, -1.4, ... -0.7 and infinity less -1.15: four below, six above.
+    assert found.p_value(bound=-1.15) == pytest.approx(stats.binomtest(4, 10).pvalue)
+    assert found.side(bound=-1.15) == 1
+
+
+def test_equal_pairs_have_no_sign_and_two_divergences_no_difference():
+    assert sign_test([0.0, math.inf, 1.0, 0.0]) == 0.5
+    assert sign_test([0.0, 0.0]) == 1.0
+    both = paired({0: math.inf, 1: 2.0, 2: 1.0}, {0: math.inf, 1: 2.0, 2: 2.0})
+    assert math.isnan(both.p_value()) and both.diverged
+
+
+def test_the_test_of_signs_is_wrong_as_seldom_as_it_says():
+    """Two arms of twelve seeds that are alike and diverge now and then."""
+    losses = np.random.default_rng(2).normal(size=(2000, 2, 12))
+    losses[np.random.default_rng(3).uniform(size=losses.shape) < 0.04] = math.inf
+    found = [paired(dict(enumerate(a)), dict(enumerate(b))) for a, b in losses.tolist()]
+    p_values = [one.p_value() for one in found if one.diverged]
+    assert len(p_values) > 500 and np.mean(np.array(p_values) < LEVEL) <= LEVEL
 
 
 def test_holm_by_hand():

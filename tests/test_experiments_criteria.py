@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.distillation.study import has_a_gap
 from experiments.results import Results
 from experiments.study import load_study
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
@@ -73,6 +74,14 @@ def distillation_results(seeds=SEEDS, **losses):
 def test_what_distillation_shows(results, verdicts):
     found = judged(load_study("distillation"), results)
     assert tuple(finding.verdict for finding in found) == verdicts, found
+
+
+def test_a_teacher_that_diverged_once_has_no_gap():
+    *rest, last = (row for row in distillation_results().rows if row["arm"] == "teacher")
+    dense = (row for row in distillation_results().rows if row["arm"] == "dense")
+    rows = (*dense, *rest, last | {"measures": {}, "diverged_after_step": 30})
+    found = has_a_gap(Results(rows, "dense"))
+    assert found.verdict == NOT_REPRODUCED and found.because.endswith("in 2 of 3 seeds")
 
 
 def capacity_results(**changes):

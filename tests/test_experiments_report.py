@@ -157,9 +157,13 @@ def test_a_run_that_diverged_is_a_result(tmp_path, monkeypatch):
     for row in lines:
         append_result(tmp_path / "results.jsonl", row)
     write_results(tmp_path, ())
-    assert report.write_study(study, "small", tmp_path) == "not reproduced"
+    # All of three seeds diverged, none of the other arm: two in eight, by signs.
+    assert report.write_study(study, "small", tmp_path) == "inconclusive"
     page = (tmp_path / "README.md").read_text()
     assert "| eight experts | 3, 3 diverged |" in page and "moe less dense: +inf" in page
+    assert "p = 0.25, by signs: a run diverged" in page
+    by_signs = "0.25, by signs: a run diverged"
+    assert f"| dense | 3 | +inf | unknown | unknown | {by_signs} | unknown |" in page
 
 
 def test_runs_of_different_texts_are_not_compared(tmp_path):

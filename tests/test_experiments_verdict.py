@@ -192,9 +192,12 @@ def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     found = Results(tuple(rows), "dense")
     assert found.values("moe") == found.values("moe", "whatever") | {0: 0.1, 1: 0.1}
     assert found.values("moe")[2] == math.inf
-    assert verdict.lower("moe", "dense")(found).verdict == NOT_REPRODUCED
-    assert verdict.not_above("moe", "dense")(found).verdict == NOT_REPRODUCED
-    assert verdict.lower("dense", "moe")(found).verdict == REPRODUCED
+    # Two of three seeds are lower: one that diverged shows nothing alone.
+    finding = verdict.lower("moe", "dense")(found)
+    assert finding.verdict == INCONCLUSIVE
+    assert finding.because.endswith("over 3 seeds; p = 1, by signs: a run diverged")
+    assert verdict.not_above("moe", "dense")(found).verdict == INCONCLUSIVE
+    assert verdict.lower("dense", "moe")(found).verdict == INCONCLUSIVE
     assert verdict.in_every_seed("x", found.values("moe"), least=0).verdict == NOT_REPRODUCED
     pair = Results((row("dense", 2, curve=(3, 2)), diverged("moe", 2)), "dense")
     assert math.isnan(verdict.step_ratio(pair, "moe", "dense")[2])
@@ -202,6 +205,26 @@ def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     both = Results((*rows, *(diverged(a, s) for a, s in (("b", 0), ("b", 2)))), "dense")
     assert math.isnan(verdict.difference(both, "moe", "b").mean)
     assert verdict.lower("moe", "b")(both).verdict == INCONCLUSIVE
+
+
+def test_signs_decide_where_a_run_diverged():
+    """One in 32 is 3 %: six seeds on one side are shown, and five, one in 16, are not."""
+
+    def found(num_worse, num_better=0):
+        worse = [diverged("moe", seed) for seed in range(num_worse)]
+        better = [row("moe", num_worse + i, 0.5) for i in range(num_better)]
+        dense = [row("dense", seed, 1.0 + seed / 10) for seed in range(num_worse + num_better)]
+        return Results((*worse, *better, *dense), "dense")
+
+    moe, dense = verdict.lower("moe", "dense"), verdict.lower("dense", "moe")
+    assert [moe(found(n)).verdict for n in (3, 5, 6)] == [
+        INCONCLUSIVE, INCONCLUSIVE, NOT_REPRODUCED,
+    ]  # fmt: skip
+    assert dense(found(6)).verdict == REPRODUCED
+    assert verdict.not_above("moe", "dense")(found(6)).verdict == NOT_REPRODUCED
+    # One of ten diverged and nine are lower: p = 0.02, and the mean is infinite nevertheless.
+    assert moe(found(1, 9)).verdict == REPRODUCED
+    assert dense(found(1, 9)).verdict == NOT_REPRODUCED
 
 
 def test_one_claim_that_fails_fails_the_study_and_one_that_is_open_leaves_it_open():

@@ -17,6 +17,7 @@ from experiments.verdict import (
     lower,
     too_few,
 )
+from moe_jax.analysis.paired import spread
 from moe_jax.finetune.distil import Distil
 from moe_jax.layers.feed_forward import Mlp
 
@@ -57,7 +58,7 @@ def has_a_gap(results: Results) -> Finding:
     by_seed = {seed: -value for seed, value in found.by_seed.items()}
     if len(by_seed) < results.least_seeds:
         return too_few("teacher and dense", len(by_seed), results.least_seeds)
-    least = 5 * statistics.stdev(by_seed.values())
+    least = 5 * spread(by_seed.values())
     return in_every_seed("gap of the teacher, bits a byte", by_seed, least=least)
 
 

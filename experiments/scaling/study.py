@@ -125,7 +125,7 @@ def below_zero(name: str) -> Callable[[Results], Finding]:
             return too_few(name, len(slopes), results.least_seeds)
         found = paired(slopes, dict.fromkeys(slopes, 0.0))
         p_value = found.p_value()
-        verdict = REPRODUCED if found.mean < 0 else NOT_REPRODUCED
+        verdict = REPRODUCED if found.side() < 0 else NOT_REPRODUCED
         because = f"{name}: {exponent(found)}; p = {p_value:.2g}"
         return Finding(verdict if p_value < LEVEL else INCONCLUSIVE, because)
 

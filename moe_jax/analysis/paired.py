@@ -2,8 +2,11 @@
 
 Runs of one seed start from the same parameters and see the same data in the same order. Their
 difference has less noise than either loss, so that a direction is decided by the differences: by
-Student's t of their mean. A comparison of several arms with one other is corrected for their number
-(S. Holm, A simple sequentially rejective multiple test procedure, 1979).
+Student's t of their mean. Where one of two runs diverged, their difference is infinite and has no
+t: an exact test of the signs decides (W. J. Dixon and A. M. Mood, The statistical sign test, 1946).
+It asks in how many seeds an arm is lower, not by how much. A comparison of several arms with one
+other is corrected for their number (S. Holm, A simple sequentially rejective multiple test
+procedure, 1979).
 """
 
 import dataclasses
@@ -59,6 +62,11 @@ class Paired:
         return statistics.stdev(values) if len(values) > 1 and finite else math.nan
 
     @property
+    def diverged(self) -> bool:
+        """Whether a run of some seed did."""
+        return not all(map(math.isfinite, self.by_seed.values()))
+
+    @property
     def size(self) -> float:
         """The mean in standard deviations of a seed."""
         return self.mean / self.seed_sd if self.seed_sd else math.nan
@@ -66,28 +74,41 @@ class Paired:
     def t(self, bound: float = 0.0) -> float:
         """Student's t of the mean less a bound, n - 1 degrees of freedom.
 
-        Infinite where the differences are equal, or where a run diverged; nan below two seeds.
+        Infinite where the differences are equal; nan where a run diverged, and below two seeds.
         """
         apart = self.mean - bound
-        if self.num_seeds < 2 or math.isnan(apart):
+        if math.isnan(self.sd + apart):
             return math.nan
-        if math.isinf(apart) or (self.sd == 0 and apart):
+        if self.sd == 0 and apart:
             return math.copysign(math.inf, apart)
         return apart / (self.sd / math.sqrt(self.num_seeds)) if self.sd else 0.0
 
     def p_value(self, bound: float = 0.0) -> float:
         """Two-sided: how often a mean as far from a bound would come by chance, were that its mean.
 
-        Not corrected for other comparisons; see `holm`. nan below two seeds.
+        Where a run diverged: how often so many differences on one side would, were both as likely.
+        Not corrected for other comparisons; see `holm`. nan below two seeds, and where both runs of
+        a seed diverged.
         """
+        if self.diverged:
+            return sign_test(self._apart(bound)) if self.num_seeds > 1 else math.nan
         t = self.t(bound)
         if math.isinf(t):
             return 0.0
         return float(2 * special.stdtr(self.num_seeds - 1, -abs(t)))
 
+    def side(self, bound: float = 0.0) -> int:
+        """-1 below a bound, 1 above it, 0 neither: of the mean, or of most where a run diverged."""
+        apart = self._apart(bound) if self.diverged else [self.mean - bound]
+        balance = sum(one > 0 for one in apart) - sum(one < 0 for one in apart)
+        return (balance > 0) - (balance < 0)
+
     @property
     def interval(self) -> tuple[float, float]:
-        """What covers the mean of all seeds with a probability of 1 - `LEVEL`; nan below two."""
+        """What covers the mean of all seeds with a probability of 1 - `LEVEL`.
+
+        nan below two seeds, and where a run diverged.
+        """
         half = self._critical_t * self._standard_error
         return self.mean - half, self.mean + half
 
@@ -96,12 +117,16 @@ class Paired:
         """The effect that as many pairs of this spread would show in `POWER` of all studies.
 
         A mean difference of this size passes the test at `LEVEL`, uncorrected, so often. nan below
-        two seeds.
+        two seeds, and where a run diverged.
         """
         if not math.isfinite(self.sd):
             return math.nan
         noncentrality = special.nctdtrinc(self.num_seeds - 1, 1 - POWER, self._critical_t)
         return float(noncentrality) * self._standard_error
+
+    def _apart(self, bound: float) -> list[float]:
+        """The differences less a bound; an infinite one is on its side of any, known or not."""
+        return [one if math.isinf(one) else one - bound for one in self.by_seed.values()]
 
     @property
     def _critical_t(self) -> float:
@@ -124,6 +149,20 @@ def paired(a: Mapping[Seed, float], b: Mapping[Seed, float]) -> Paired:
     seeds = shared_seeds([a, b])
     pooled = math.hypot(spread(a[s] for s in seeds), spread(b[s] for s in seeds)) / math.sqrt(2)
     return Paired({seed: a[seed] - b[seed] for seed in seeds}, pooled)
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """Exact and two-sided: how often so many on one side come by chance, if both are as likely.
+
+    Those of 0 are on neither side and do not count. nan if one is.
+
+    >>> sign_test([-math.inf, -1.0, -2.0]), sign_test([math.inf, -1.0, -2.0])
+    (0.25, 1.0)
+    """
+    if any(map(math.isnan, differences)):
+        return math.nan
+    above, below = sum(one > 0 for one in differences), sum(one < 0 for one in differences)
+    return min(1.0, 2 * float(special.bdtr(min(above, below), above + below, 0.5)))
 
 
 def shared_seeds(arms: Iterable[Mapping[Seed, float]]) -> list[Seed]:
