@@ -493,3 +493,122 @@ def test_runs_without_a_score_make_no_pairs(tmp_path):
         (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
     found = comparison_of(tmp_path)
     assert found.ways == [] and pairs_of(found).columns == []
+
+
+PAIRED = "heldout/paired"
+A, B = (2.0, 3.0, 4.0), (1.9, 2.9, 3.8999)  # b is lower in each seed, by nearly the same
+
+
+def diverge(run, step=10):
+    """A run of a sweep whose training went to infinity after so many steps."""
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[: step // 5]))
+    (run / "evaluation.json").unlink(missing_ok=True)
+    (run / "log.txt").write_text(f"error: train/loss is nan at step {step + 1}; nothing saved\n")
+
+
+def seeds_and_pairs(path):
+    """The tables of means and of pairs without their names, and the notes, in every order."""
+    found = []
+    for order in ("bits_per_byte", "name", "tokens_per_s"):
+        comparison = comparison_of(path, order=order)
+        pairs = pairs_of(comparison)
+        tables = [
+            {c.name: c.cells() for c in columns}
+            for columns in (comparison.seed_columns, pairs.columns)
+        ]
+        found.append((*tables, comparison.notes, pairs.notes))
+    return found
+
+
+def test_two_results_of_one_config_and_seed_make_no_mean_and_no_pair(tmp_path):
+    """Whichever was taken, the order of the table would decide on p, or its reader."""
+    make_seeds(tmp_path, "a", A)
+    make_seeds(tmp_path, "b", B, **LOW)
+    again = {"seed": 2, "data": {"sequence_length": 16, "seed": 2}}
+    make_run(tmp_path / "b_2_again", 9.0, settings={**again, **LOW})
+    for means, pairs, notes, _ in seeds_and_pairs(tmp_path):
+        name = "heldout/dropless/bits_per_byte/mean"
+        assert sorted(zip(means["n"], means[name], strict=True)) == [
+            ("2 of 3", "2.4000"), ("3", "3.0000"),
+        ]  # fmt: skip
+        assert pairs["pairs"] == ["2 of 3"] and pairs[f"{PAIRED}/mean"] == ["-0.1000"]
+        assert notes == [
+            "Means and pairs are of seeds with one final score. Not: b_2 and b_2_again (one config "
+            "and seed: compare one of them)."
+        ]
+    one = [tmp_path / f"{name}_{seed}" for name in "ab" for seed in range(3)]
+    chosen = pairs_of(comparison_of(*one))
+    assert column(chosen.columns, "pairs") == [3] and "b_0 is lower" in chosen.notes[0]
+
+
+def test_a_run_begun_again_gives_way_to_the_one_that_is_finished(tmp_path):
+    make_seeds(tmp_path, "a", A)
+    make_seeds(tmp_path, "b", B, **LOW)
+    again = {"seed": 2, "data": {"sequence_length": 16, "seed": 2}}
+    make_run(tmp_path / "b_2_again", 9.0, settings={**again, **LOW}, steps=10)
+    for _, pairs, _, (note,) in seeds_and_pairs(tmp_path):
+        assert pairs["pairs"] == ["3"] and "b_0 is lower" in note
+
+
+@pytest.mark.parametrize("kind", ["log", "score", "log beside a score"])
+def test_seeds_that_diverged_are_counted_and_no_direction_is_shown_without_them(tmp_path, kind):
+    """What is left was chosen by what came out."""
+    make_seeds(tmp_path, "a", (*A, 5.0, 6.0))
+    make_seeds(tmp_path, "b", (*B, 5.0, 6.0), **LOW)
+    assert "b_0 is lower" not in pairs_of(comparison_of(tmp_path)).notes[0]
+    for seed in (3, 4):
+        run = tmp_path / f"b_{seed}"
+        if kind == "score":
+            (run / "evaluation.json").write_text(
+                json.dumps({"step": NUM_STEPS, "dropless": {"nats_per_token": None,
+                            "bits_per_byte": None, "tokens": 1000.0, "domains": {}}})
+            )  # fmt: skip
+        else:
+            diverge(run)
+        if kind == "log beside a score":  # tried again, until it went well
+            again = {"seed": seed, "data": {"sequence_length": 16, "seed": seed}}
+            make_run(tmp_path / f"b_{seed}_again", 1.0, settings={**again, **LOW})
+    for means, pairs, notes, (note, lacking) in seeds_and_pairs(tmp_path):
+        assert sorted(means["n"]) == ["3 of 5", "5"]
+        assert pairs["pairs"] == ["3 of 5"] and pairs[f"{PAIRED}/mean"] == ["-0.1000"]
+        for name in ("low", "high", "p", "smallest_visible"):
+            assert pairs[f"{PAIRED}/{name}"] == ["-"]
+        assert "a direction: none here" in note
+        assert lacking.startswith("No direction is shown of b_0, with 3 of 5 pairs: b_3 ")
+        if kind != "log beside a score":
+            assert lacking.endswith(": b_3 (diverged); b_4 (diverged).")
+            assert notes[-1].endswith("Not: b_3 (diverged); b_4 (diverged).")
+    page = comparison_page(comparison_of(tmp_path), pairs_of(comparison_of(tmp_path)), b"")
+    assert "3 of 5" in page and "b_3" in page.split("No direction is shown of")[1]
+
+
+def test_a_baseline_that_diverged_and_runs_that_are_missing_are_named(tmp_path):
+    make_seeds(tmp_path, "a", A)
+    make_seeds(tmp_path, "b", B, **LOW)
+    make_seeds(tmp_path, "c", B, **LOWER)
+    diverge(tmp_path / "a_0")
+    (tmp_path / "b_1" / "log.txt").write_text("error: out of memory\n")  # of 10 steps
+    for name in ("b_1", "c_2"):
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(rows[:2]))
+        (tmp_path / name / "evaluation.json").unlink()
+    for _, pairs, _, notes in seeds_and_pairs(tmp_path):
+        assert sorted(zip(pairs["run"], pairs["pairs"], strict=True)) == [
+            ("b_0", "1 of 3"), ("c_0", "1 of 3"),
+        ]  # fmt: skip
+        assert sorted(notes[1:]) == [
+            "No direction is shown of b_0, with 1 of 3 pairs: a_0 (diverged); b_1 (failed).",
+            "No direction is shown of c_0, with 1 of 3 pairs: a_0 (diverged); c_2 (unfinished).",
+        ]
+
+
+def test_a_config_of_which_every_seed_diverged_has_its_line(tmp_path):
+    make_seeds(tmp_path, "a", A)
+    make_seeds(tmp_path, "b", B, **LOW)
+    for seed in range(3):
+        diverge(tmp_path / f"b_{seed}")
+    for means, pairs, _, (_, lacking) in seeds_and_pairs(tmp_path):
+        assert sorted(means["n"]) == ["0 of 3", "3"]
+        assert pairs["pairs"] == ["0 of 3"] and pairs[f"{PAIRED}/mean"] == ["-"]
+        assert "b_0 (diverged); b_1 (diverged); b_2 (diverged)" in lacking

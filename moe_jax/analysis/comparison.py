@@ -8,12 +8,13 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from moe_jax.analysis.comparison_seeds import SeedRuns, is_final, seed_runs, seeds_of
 from moe_jax.analysis.names import printable
-from moe_jax.analysis.runs import FINISHED, Entry
-from moe_jax.analysis.table import ORDERS, Column
+from moe_jax.analysis.runs import Entry
+from moe_jax.analysis.table import ORDERS, Column, of_all
 from moe_jax.config.check import require
 from moe_jax.training.metrics import extensions
 from moe_jax.training.ways import CAPACITIES, SEES
@@ -132,12 +133,15 @@ class Comparison:
                 # A run that was extended may differ from one that had as many steps from the start.
                 key = f"{without_seeds(entry.deciding)} {extensions(entry.run.record)}"
                 places.setdefault(key, []).append(place)
-        return [group for group in places.values() if len(self._by_seed(group)) > 1]
+        return [
+            group
+            for group in places.values()
+            if len({seeds_of(self.entries[place].settings) for place in group}) > 1
+        ]
 
-    def _by_seed(self, group: list[int]) -> dict[tuple[Any, ...], int]:
-        """A run of each seed; one with a final score, if there is any."""
-        ordered = sorted(group, key=lambda place: is_final(self.entries[place]))
-        return {seeds_of(self.entries[place].settings): place for place in ordered}
+    def by_seed(self, group: list[int]) -> SeedRuns:
+        """The runs of a config that count, in means and in pairs, and why others do not."""
+        return seed_runs(self.entries, self.texts, group)
 
     @property
     def seed_columns(self) -> list[Column]:
@@ -154,14 +158,11 @@ class Comparison:
         extended = tuple(self.entries[place].run.extended for place in firsts)
         if any(extended):
             columns.append(Column("extended", "extended", extended))
-        done = [self._comparable(group) for group in groups]
-        planned = [len(self._by_seed(group)) for group in groups]
-        missing = tuple(
-            f" of {all_}" * (all_ > len(used)) for all_, used in zip(planned, done, strict=True)
-        )
-        columns.append(Column("n", "n", tuple(map(len, done)), "", missing))
+        runs = [self.by_seed(group) for group in groups]
+        done = [list(one.counted.values()) for one in runs]
+        columns.append(of_all("n", "n", map(len, done), [len(one.seeds) for one in runs]))
         for column in self.loss_columns:
-            found = [[column.values[place] for place in group] for group in done]
+            found = [[column.values[place] for place in used] for used in done]
             values = [[value for value in some if value is not None] for some in found]
             columns += [
                 Column(f"{column.name}/mean", f"{column.title}, mean", tuple(map(mean, values)),
@@ -169,12 +170,6 @@ class Comparison:
                 Column(f"{column.name}/sd", "sd", tuple(map(deviation, values)), ".4f"),
             ]  # fmt: skip
         return columns
-
-    def _comparable(self, group: list[int]) -> list[int]:
-        """A run of each seed that has a final score, all on the same held-out text."""
-        seeds = sorted(self._by_seed(group).values())
-        done = [place for place in seeds if is_final(self.entries[place])]
-        return [place for place in done if self.texts[place] == self.texts[done[0]]]
 
     def _parameters(self, kind: str) -> tuple[int | None, ...]:
         return tuple(entry.parameters.get(kind) for entry in self.entries)
@@ -205,6 +200,8 @@ class Comparison:
                 "Extended runs followed the schedules of fewer steps at first. Means over seeds "
                 "keep them apart from runs that had all their steps from the start."
             )
+        if left_out := "; ".join(filter(None, map(self.left_out, map(self.by_seed, self.groups)))):
+            found.append(f"Means and pairs are of seeds with one final score. Not: {left_out}.")
         if self.hidden_settings:
             found.append(
                 f"The runs differ in {len(self.hidden_settings)} more settings, which --csv lists: "
@@ -219,6 +216,14 @@ class Comparison:
             for mark, names in marks.items()
         ]
         return found
+
+    def left_out(self, runs: SeedRuns, seeds: Collection[Any] | None = None) -> str:
+        """The runs of a config that do not count, and why; None: of all seeds."""
+        found = [one for seed, one in runs.left_out.items() if seeds is None or seed in seeds]
+        names = [[printable(self.entries[place].name) for place in one.places] for one in found]
+        return "; ".join(
+            f"{' and '.join(some)} ({one.why})" for some, one in zip(names, found, strict=True)
+        )
 
     def _text(self, letter: str) -> str:
         entry = self.entries[self.texts.index(letter)]
@@ -303,11 +308,6 @@ def letter_of(place: int) -> str:
     return chr(ord("A") + place % 26) + str(place // 26) * (place >= 26)
 
 
-def is_final(entry: Entry) -> bool:
-    """Whether its score is of its last step and the whole held-out split."""
-    return entry.state == FINISHED and entry.score.whole
-
-
 def steps_left(entry: Entry) -> str:
     """Such as " of 1,000", of a run that has not taken all its steps."""
     total = entry.num_steps
@@ -361,11 +361,6 @@ def without_seeds(settings: Settings) -> str:
         }
 
     return json.dumps(copy(settings, "config"), sort_keys=True)
-
-
-def seeds_of(settings: Settings) -> tuple[Any, ...]:
-    """The seeds of a run."""
-    return settings.get("seed"), settings.get("data", {}).get("seed")
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from moe_jax.analysis.comparison import Comparison, is_final
+from moe_jax.analysis.comparison import Comparison
+from moe_jax.analysis.comparison_seeds import is_final
 from moe_jax.analysis.drawing import COLORS, GREY, Figure, plain_axes, png_bytes
 from moe_jax.analysis.figures import Curve, cut_the_start, smooth
 from moe_jax.analysis.names import in_figure

@@ -4,10 +4,11 @@ import dataclasses
 import math
 from typing import Any
 
-from moe_jax.analysis.comparison import Comparison, is_final, seeds_of
+from moe_jax.analysis.comparison import Comparison
+from moe_jax.analysis.comparison_seeds import SeedRuns
 from moe_jax.analysis.names import printable
 from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, POWER, Paired, holm, paired
-from moe_jax.analysis.table import Column
+from moe_jax.analysis.table import Column, of_all
 from moe_jax.config.check import require
 from moe_jax.training.ways import SEES
 
@@ -18,40 +19,54 @@ NAME = "heldout/paired"
 class Pairs:
     """What the other configs are less the baseline, in held-out bits a byte.
 
+    A pair is of a seed that counts in both configs. A config lacks pairs if a seed that both were
+    run with does not count: it diverged, say. The pairs that are left were chosen by what came out.
+    They have a mean, but no interval, no p and no direction.
+
     Attributes:
       comparison: the runs.
-      baseline: the runs of the baseline by seed, as places in the comparison.
-      others: of each other config that shares a seed with it, on the same held-out text, alike.
+      baseline: those of the baseline.
+      others: those of each other config that was run with several of its seeds, alike, and is not
+        scored on other held-out text.
     """
 
     comparison: Comparison
-    baseline: dict[tuple[Any, ...], int]
-    others: list[dict[tuple[Any, ...], int]]
+    baseline: SeedRuns
+    others: list[SeedRuns]
 
     @property
     def found(self) -> list[Paired]:
         """The differences, a config each."""
-        ours = self._losses(self.baseline)
-        return [paired(self._losses(other), ours) for other in self.others]
+        ours = losses_of(self.comparison, self.baseline)
+        return [paired(losses_of(self.comparison, other), ours) for other in self.others]
+
+    @property
+    def tested(self) -> list[Paired]:
+        """The differences of the configs that lack no pair, and no difference of the others."""
+        return [
+            one if one.num_seeds == len(self._shared(other)) else paired({}, {})
+            for one, other in zip(self.found, self.others, strict=True)
+        ]
 
     @property
     def columns(self) -> list[Column]:
         """The table: a row a config; [] without any."""
-        found = self.found
+        found, tested = self.found, self.tested
         if not found:
             return []
-        intervals = [one.interval for one in found]
+        intervals = [one.interval for one in tested]
         return [
             Column("run", f"runs like, less {self._name(self.baseline)}",
                    tuple(map(self._name, self.others))),
-            Column("pairs", "pairs", tuple(one.num_seeds for one in found)),
+            of_all("pairs", "pairs", [one.num_seeds for one in found],
+                   [len(self._shared(other)) for other in self.others]),
             Column(f"{NAME}/mean", "bits/byte", tuple(number(one.mean) for one in found), "+.4f"),
             Column(f"{NAME}/low", "95 % from", tuple(number(low) for low, _ in intervals), "+.4f"),
             Column(f"{NAME}/high", "to", tuple(number(high) for _, high in intervals), "+.4f"),
             Column(f"{NAME}/size", "seed sd", tuple(number(one.size) for one in found), "+.1f"),
             Column(f"{NAME}/p", "p", tuple(map(number, self._p_values)), ".2g"),
             Column(f"{NAME}/smallest_visible", "could have been seen",
-                   tuple(number(one.smallest_visible) for one in found), ".4f"),
+                   tuple(number(one.smallest_visible) for one in tested), ".4f"),
         ]  # fmt: skip
 
     @property
@@ -64,29 +79,44 @@ class Pairs:
             f"Holm for {len(self.others)} compared configs. Below {LEVEL:g}, and from {MIN_SEEDS} "
             f"pairs on, it shows a direction: {', '.join(self._shown) or 'none here'}. Could have "
             f"been seen: what {POWER:.0%} of comparisons with as many pairs would find, before "
-            "the correction."
+            "the correction.",
+            *(f"No direction is shown of {lacks}." for lacks in self._lacking),
         ]
 
     @property
     def _p_values(self) -> list[float]:
-        return holm([one.p_value() for one in self.found])
+        return holm([one.p_value() for one in self.tested])
 
     @property
     def _shown(self) -> list[str]:
         """The configs that differ, with the side."""
-        pairs = zip(self.others, self.found, self._p_values, strict=True)
+        pairs = zip(self.others, self.tested, self._p_values, strict=True)
         return [
-            f"{self._name(other)} is {'lower' if one.mean < 0 else 'higher'}"
+            f"{self._name(other)} is {'lower' if one.side() < 0 else 'higher'}"
             for other, one, p_value in pairs
             if one.num_seeds >= MIN_SEEDS and p_value < LEVEL
         ]
 
-    def _losses(self, runs: dict[tuple[Any, ...], int]) -> dict[tuple[Any, ...], float]:
-        return {seed: loss_of(self.comparison, place) for seed, place in runs.items()}
+    @property
+    def _lacking(self) -> list[str]:
+        """The configs that lack pairs, and why."""
+        lacking = []
+        for other, one in zip(self.others, self.found, strict=True):
+            shared = self._shared(other)
+            if one.num_seeds < len(shared):
+                both = (self.comparison.left_out(runs, shared) for runs in (self.baseline, other))
+                why = "; ".join(filter(None, both)) or "some have no loss in bits a byte"
+                lacking.append(
+                    f"{self._name(other)}, with {one.num_seeds} of {len(shared)} pairs: {why}"
+                )
+        return lacking
 
-    def _name(self, runs: dict[tuple[Any, ...], int]) -> str:
-        """A config by its best run, with its mark."""
-        entry = self.comparison.entries[min(runs.values())]
+    def _shared(self, other: SeedRuns) -> set[Any]:
+        return self.baseline.seeds & other.seeds
+
+    def _name(self, runs: SeedRuns) -> str:
+        """A config by its first run that counts, if one does, with its mark."""
+        entry = self.comparison.entries[runs.first]
         mark = entry.mark(self.comparison.ways[0])
         return printable(entry.name) + f" ({mark})" * bool(mark)
 
@@ -102,43 +132,46 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
     Raises:
       ValueError: there is no run of this name with a final score.
     """
-    groups = [final_runs(comparison, group) for group in all_groups(comparison)]
-    groups = [group for group in groups if group]
+    configs = [comparison.by_seed(group) for group in all_groups(comparison)]
+    scored = [config for config in configs if losses_of(comparison, config)]
 
-    def key(group: dict[tuple[Any, ...], int]) -> tuple[Any, ...]:
-        entries = [comparison.entries[place] for place in group.values()]
-        return entries[0].mark(comparison.ways[0]) == SEES, min(entry.name for entry in entries)
+    def key(config: SeedRuns) -> tuple[bool, str]:
+        entry = comparison.entries[config.first]
+        return entry.mark(comparison.ways[0]) == SEES, first_name(comparison, config)
 
     if baseline:
-        named = [
-            group
-            for group in groups
-            if any(comparison.entries[place].name == baseline for place in group.values())
-        ]
+        named = [config for config in scored if baseline in names_of(comparison, config)]
+        names = sorted(first_name(comparison, config) for config in scored)
         require(
             bool(named),
             "--baseline names a run that is finished and scored on the whole held-out split",
             baseline,
-            f"Name one of {', '.join(sorted(min_name(comparison, g) for g in groups)) or 'them'}",
+            f"Name one of {', '.join(names) or 'them'}",
         )
         ours = named[0]
     else:
-        several = sorted((group for group in groups if len(group) > 1), key=key)
-        ours = several[0] if several else {}
-    texts = {comparison.texts[place] for place in ours.values()}
+        several = [config for config in scored if len(config.counted) > 1]
+        ours = min(several, key=key, default=SeedRuns({}, {}))
+    text = {comparison.texts[place] for place in ours.counted.values()}
     others = [
         other
-        for other in groups
+        for other in configs
         if other is not ours
-        and len(other.keys() & ours.keys()) > 1
-        and {comparison.texts[place] for place in other.values()} == texts
+        and len(other.seeds & ours.seeds) > 1
+        and {comparison.texts[place] for place in other.counted.values()} <= text
+        and (other in scored or not other.counted)
     ]
     return Pairs(comparison, ours, others)
 
 
-def min_name(comparison: Comparison, group: dict[tuple[Any, ...], int]) -> str:
-    """The first name of the runs of a config."""
-    return min(comparison.entries[place].name for place in group.values())
+def names_of(comparison: Comparison, config: SeedRuns) -> list[str]:
+    """The names of the runs of a config that count."""
+    return [comparison.entries[place].name for place in config.counted.values()]
+
+
+def first_name(comparison: Comparison, config: SeedRuns) -> str:
+    """The first of them."""
+    return min(names_of(comparison, config))
 
 
 def all_groups(comparison: Comparison) -> list[list[int]]:
@@ -149,23 +182,14 @@ def all_groups(comparison: Comparison) -> list[list[int]]:
     return [*grouped, *alone]
 
 
-def final_runs(comparison: Comparison, group: list[int]) -> dict[tuple[Any, ...], int]:
-    """The run of each seed that has a final score."""
-    entries = comparison.entries
-    return {
-        seeds_of(entries[place].settings): place
-        for place in reversed(group)
-        if comparison.ways
-        and entries[place].settings
-        and is_final(entries[place])
-        and entries[place].score.loss(comparison.ways[0], "bits_per_byte") is not None
-    }
-
-
-def loss_of(comparison: Comparison, place: int) -> float:
-    """The held-out bits a byte of a run, of the first way of evaluation."""
-    loss = comparison.entries[place].score.loss(comparison.ways[0], "bits_per_byte")
-    return math.nan if loss is None else float(loss)
+def losses_of(comparison: Comparison, config: SeedRuns) -> dict[Any, float]:
+    """The held-out bits a byte of the seeds that count, of the first way of evaluation."""
+    found = [
+        (seed, comparison.entries[place].score.loss(way, "bits_per_byte"))
+        for way in comparison.ways[:1]
+        for seed, place in config.counted.items()
+    ]
+    return {seed: loss for seed, loss in found if loss is not None and math.isfinite(loss)}
 
 
 def number(value: float) -> float | None:

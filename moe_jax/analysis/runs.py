@@ -34,6 +34,7 @@ from moe_jax.training.ways import CAPACITIES, SEES
 BEGUN = (METRICS_FILE, RUN_FILE, EVALUATION_FILE, LOG_FILE)
 FINISHED, NOT_EVALUATED, UNFINISHED = "finished", "not evaluated", "unfinished"
 FAILED, DAMAGED = "failed", "damaged"
+INFINITE = re.compile(r"train/\w+ is (nan|-?inf) at step")  # of `training.loop.check_finite`
 
 NUMBER = (int, float, type(None))
 # What is read of each file and may be absent, by its path, and the types it may have.
@@ -122,6 +123,15 @@ class Entry:
         if not done:
             return UNFINISHED
         return FINISHED if self.score.step >= (self.num_steps or 0) else NOT_EVALUATED
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss is not finite: the newest, or the one that its log says ended it."""
+        nats = [one.get("nats_per_token", 0.0) for one in self.score.losses.values()]
+        nats += [row["train/loss"] for row in self.run.rows[-1:] if "train/loss" in row]
+        if not all(one is not None and math.isfinite(one) for one in nats):
+            return True
+        return self.state == FAILED and bool(INFINITE.match(failure(self.directory)))
 
     @property
     def note(self) -> str:

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_jax.analysis.names import printable
@@ -40,6 +40,13 @@ class Column:
         return [
             plain(value, self.spec) + mark for value, mark in zip(self.values, marks, strict=True)
         ]
+
+
+def of_all(name: str, title: str, counts: Iterable[int], wholes: Iterable[int]) -> Column:
+    """A column such as "3 of 5"; a count that is the whole stands alone."""
+    values = tuple(counts)
+    marks = (f" of {all_}" * (one < all_) for one, all_ in zip(values, wholes, strict=True))
+    return Column(name, title, values, "", tuple(marks))
 
 
 def plain(value: Any, spec: str = "") -> str:

@@ -1,0 +1,98 @@
+"""The runs of one config, seed by seed: which of them count, in means as in pairs.
+
+A run has a result if it has a final score, or if it diverged. A seed counts if one run has a
+result, and that is a score. Of two results of one seed none counts: to take one of them, by
+whatever rule, would be a choice among results.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_jax.analysis.runs import FINISHED, Entry, natural_key
+
+CLASH = "one config and seed: compare one of them"
+DIVERGED = "diverged"
+OTHER_TEXT = "on other held-out text"
+Seeds = tuple[Any, ...]  # of a run, see `seeds_of`
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Why a seed does not count.
+
+    Attributes:
+      places: of the runs with a result; of a seed without any, of all.
+      why: in words.
+    """
+
+    places: tuple[int, ...]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedRuns:
+    """The runs of a config.
+
+    Attributes:
+      counted: the place of the run of each seed that counts; all are scored on the same text.
+      left_out: the other seeds.
+    """
+
+    counted: Mapping[Seeds, int]
+    left_out: Mapping[Seeds, LeftOut]
+
+    @property
+    def seeds(self) -> set[Seeds]:
+        """All seeds that there is a run of."""
+        return self.counted.keys() | self.left_out.keys()
+
+    @property
+    def first(self) -> int:
+        """The place of its first run that counts; of its first run, if none does."""
+        left_out = (place for one in self.left_out.values() for place in one.places)
+        return next(iter([*self.counted.values(), *left_out]))
+
+
+def seed_runs(entries: Sequence[Entry], texts: Sequence[str], group: Sequence[int]) -> SeedRuns:
+    """Sorts out the runs of one config; their order in a comparison does not matter.
+
+    Args:
+      entries: the runs of a comparison.
+      texts: which held-out text each is scored on. Of several the first counts.
+      group: the places of those of the config.
+    """
+    runs: dict[Seeds, list[int]] = {}
+    for place in sorted(group, key=lambda place: natural_key(entries[place].directory)):
+        runs.setdefault(seeds_of(entries[place].settings), []).append(place)
+    counted, left_out = {}, {}
+    for seed, places in runs.items():
+        results = [place for place in places if has_result(entries[place])]
+        why = " and ".join(dict.fromkeys(entries[place].state for place in places))
+        if len(results) > 1:
+            why = CLASH
+        elif results and entries[results[0]].diverged:
+            why = DIVERGED
+        elif results:
+            counted[seed] = results[0]
+            continue
+        left_out[seed] = LeftOut(tuple(results or places), why)
+    text = min((texts[place] for place in counted.values()), default="")
+    others = {seed: place for seed, place in counted.items() if texts[place] != text}
+    left_out |= {seed: LeftOut((place,), OTHER_TEXT) for seed, place in others.items()}
+    return SeedRuns({s: place for s, place in counted.items() if s not in others}, left_out)
+
+
+def has_result(entry: Entry) -> bool:
+    """Whether it came to an end that another run of its config and seed would come to as well."""
+    return entry.diverged or is_final(entry)
+
+
+def is_final(entry: Entry) -> bool:
+    """Whether its score is of its last step and the whole held-out split."""
+    return entry.state == FINISHED and entry.score.whole
+
+
+def seeds_of(settings: Mapping[str, Any]) -> Seeds:
+    """The seeds of a run."""
+    return settings.get("seed"), settings.get("data", {}).get("seed")
