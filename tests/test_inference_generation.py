@@ -63,6 +63,16 @@ def test_samples_of_a_prompt_differ_and_others_are_not_moved(generate):
     assert twice[:2] == generate(PROMPTS[:1], temperature=1.5, seed=3, num_samples=2)
 
 
+def test_a_text_that_outgrows_the_context_does_not_depend_on_its_batch(generate):
+    """The first is full after 15 tokens, the second after one; one that ends moves no other."""
+    prompts, how = [[1, 7], [1, *range(20, 35)], [1, 9]], {"temperature": 1.5, "seed": 3}
+    texts = generate(prompts, 30, context=16, **how)
+    assert generate(prompts, 30, context=16, batch_size=1, **how) == texts
+    stop = texts[2][12]
+    ended = [text[: text.index(stop)] if stop in text else text for text in texts]
+    assert generate(prompts, 30, context=16, stop_tokens=[stop], **how) == ended
+
+
 def test_a_stop_token_ends_its_text_alone(generate, drawn):
     stop = drawn[0][2]
     expected = [text[: text.index(stop)] if stop in text else text for text in drawn]

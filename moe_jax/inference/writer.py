@@ -38,6 +38,37 @@ class Piece(NamedTuple):
     routes: np.ndarray | None = None
 
 
+@dataclasses.dataclass
+class Growing:
+    """A text on its way.
+
+    Attributes:
+      row: see `Piece`.
+      tokens: those of the prompt, and what was added.
+      most: how many it may come to.
+      start: how many of the first ones are no longer seen.
+      full: how many it comes to before it is read again, from its last half.
+      goes_on: whether it still wants tokens.
+    """
+
+    row: int
+    tokens: list[int]
+    most: int
+    start: int = 0
+    full: int = 0
+    goes_on: bool = True
+
+    @property
+    def seen(self) -> list[int]:
+        """What is read; nothing of a text that does not go on."""
+        return self.tokens[self.start :] if self.goes_on else []
+
+    @property
+    def room(self) -> int:
+        """How many tokens it gets before it is read again."""
+        return self.full - len(self.tokens) if self.goes_on else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Writer:
     """Continues batches of texts; arguments are those of `stream_tokens`."""
@@ -55,77 +86,76 @@ class Writer:
     record: bool = False
     sees_prompt: bool = False
 
-    def write(self, texts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
-        """Adds tokens to a batch of numbered prompts."""
-        numbers = [row for row, _ in texts]
-        encoder, seen = None, [prompt for _, prompt in texts]
-        if self.model.has_encoder:
-            encoder = encoder_inputs(seen, whole_rows(len(seen)))
-            seen = [[self.start_token] for _ in texts]
-        live, left, sees_prompt = set(range(len(texts))), num_tokens, self.sees_prompt
-        if not left:
-            yield from (Piece(row, [], False) for row in numbers)
-        while left and live:
-            context = self.context or max(map(len, seen)) + left
-            seen = [text[-context:] for text in seen]
-            # Of the last token of all nothing more is seen.
-            room = min(left, context + 1 - max(map(len, seen)))
-            yield from self.until(seen, numbers, live, room, encoder, sees_prompt)
-            left, sees_prompt = left - room, False  # what is read again has tokens of its own
-            if left and live:
-                seen = [text[-(context // 2) :] for text in seen]
+    def write(self, prompts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
+        """Adds tokens to a batch of numbered prompts.
 
-    def until(
-        self,
-        seen: list[list[int]],
-        numbers: Sequence[int],
-        live: set[int],
-        room: int,
-        encoder: EncoderInputs | None,
-        sees_prompt: bool,
+        Each text is cut where it is full itself, so that what it sees depends on nothing beside
+        it. Those that are full wait for the others, and are then read again together.
+        """
+        encoder, begins = None, [prompt for _, prompt in prompts]
+        if self.model.has_encoder:
+            encoder = encoder_inputs(begins, whole_rows(len(begins)))
+            begins = [[self.start_token] for _ in prompts]
+        texts = [
+            Growing(row, list(begin), len(begin) + num_tokens)
+            for (row, _), begin in zip(prompts, begins, strict=True)
+        ]
+        if not num_tokens:
+            yield from (Piece(text.row, [], False) for text in texts)
+            return
+        context = self.context or max(text.most for text in texts)
+        for text in texts:
+            text.start = max(len(text.tokens) - context, 0)
+        sees_prompt = self.sees_prompt
+        while any(text.goes_on for text in texts):
+            for text in texts:
+                # Of the last token of all nothing more is seen.
+                text.full = min(text.start + context + 1, text.most)
+            yield from self.until_full(texts, encoder, sees_prompt)
+            sees_prompt = False  # what is read again has tokens of its own
+            for text in texts:
+                text.goes_on &= len(text.tokens) < text.most
+                text.start = len(text.tokens) - context // 2
+
+    def until_full(
+        self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[Piece]:
-        """Adds `room` tokens to every live text, in place, as far as it does not end before."""
-        full = [len(text) + room for text in seen]
-        recorded = [0] * len(seen)
-        growing = set(live)  # texts that have not got their room
+        """Fills every text, as far as it does not end before."""
+        recorded = [0] * len(texts)
         chunks = self.plain if self.draft is None else self.speculative
-        for chunk in chunks(seen, numbers, live, room, encoder, sees_prompt):
-            for i in sorted(growing):
+        for chunk in chunks(texts, encoder, sees_prompt):
+            for i, text in enumerate(texts):
+                if not text.room:
+                    continue
                 drawn, routes = chunk[i]
-                drawn = drawn[: full[i] - len(seen[i])]
+                drawn = drawn[: text.room]
                 ends = [j for j, token in enumerate(drawn) if token in self.stop_tokens]
                 kept = drawn[: ends[0]] if ends else drawn
-                seen[i] = seen[i] + kept
+                text.tokens += kept
                 if routes is not None:
-                    routes = routes[: len(seen[i]) - recorded[i]]
+                    routes = routes[: len(text.tokens) - recorded[i]]
                     recorded[i] += len(routes)
-                yield Piece(numbers[i], kept, bool(ends), routes)
-                if ends:
-                    live.discard(i)
-            live -= {i for i in live if numbers[i] in self.ended}
-            growing = {i for i in growing & live if len(seen[i]) < full[i]}
-            if not growing:
+                yield Piece(text.row, kept, bool(ends), routes)
+                text.goes_on = not ends
+            for text in texts:
+                text.goes_on &= text.row not in self.ended
+            if not any(text.room for text in texts):
                 return
 
     def plain(
-        self,
-        seen: Sequence[list[int]],
-        numbers: Sequence[int],
-        live: set[int],
-        room: int,
-        encoder: EncoderInputs | None,
-        sees_prompt: bool,
+        self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[list[Drawn]]:
         """What is drawn in each text, chunk by chunk."""
-        length = bucket(max(map(len, seen)))
-        num_slots = length + whole_chunks(room)
+        lengths = [len(text.seen) for text in texts]
+        length = bucket(max(lengths))
+        num_slots = length + whole_chunks(max(text.room for text in texts))
         how: dict[str, Any] = {
             "num_slots": num_slots, "sampling": self.sampling, "capacity": self.capacity,
             "record": self.record,
         }  # fmt: skip
-        prompts = prompts_of(seen, numbers, live, length, room, encoder, sees_prompt)
+        prompts = self.prompts(texts, length, encoder, sees_prompt)
         rows, routes = prefill(self.serving, prompts, model=self.model, **how)
-        read = self.routes_of(routes, seen)
+        read = self.routes_of(routes, lengths)
         # With a capacity the tokens of the whole batch share it.
         model = in_groups(self.model, rows.live_B.shape[0]) if self.capacity else self.model
         stop_S = jnp.asarray(self.stop_tokens, jnp.int32)
@@ -135,61 +165,66 @@ class Writer:
                 **how,
             )  # fmt: skip
             tokens = np.asarray(tokens_BN).tolist()
-            new = self.routes_of(routes, seen, CHUNK)
-            yield [(tokens[i], behind(read[i], new[i])) for i in range(len(seen))]
-            read = [None] * len(seen)
+            new = self.routes_of(routes, [CHUNK] * len(texts))
+            yield [(tokens[i], behind(read[i], new[i])) for i in range(len(texts))]
+            read = [None] * len(texts)
 
     def speculative(
-        self,
-        seen: Sequence[list[int]],
-        numbers: Sequence[int],
-        live: set[int],
-        room: int,
-        encoder: EncoderInputs | None,
-        sees_prompt: bool,
+        self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[list[Drawn]]:
         """What is drawn in each text, some passes at a time."""
         assert self.draft is not None and encoder is None, "checked"
         how, draft = self.draft.of(
             self.model, self.serving, self.sampling, self.num_ids, self.record
         )
-        length = bucket(max(*map(len, seen), how.drafter.places(how.length)))
-        num_slots = length + whole_chunks(room) + how.length + 1
-        prompts = prompts_of(seen, numbers, live, length, room, None, sees_prompt)
-        left_B = np.full(len(prompts.sample_B), room, np.int32)
+        lengths, rooms = [len(text.seen) for text in texts], [text.room for text in texts]
+        length = bucket(max(*lengths, how.drafter.places(how.length)))
+        num_slots = length + whole_chunks(max(rooms)) + how.length + 1
+        prompts = self.prompts(texts, length, None, sees_prompt)
+        left_B = np.zeros(len(prompts.sample_B), np.int32)
+        left_B[: len(texts)] = rooms
         stop_S = jnp.asarray(self.stop_tokens, jnp.int32)
-        texts, routes = begin(
+        rows, routes = begin(
             self.serving, draft, prompts, left_B, stop_S, how=how, num_slots=num_slots
         )
-        first, read = np.asarray(texts.next_B).tolist(), self.routes_of(routes, seen)
-        yield [([first[i]], read[i]) for i in range(len(seen))]
+        first, read = np.asarray(rows.next_B).tolist(), self.routes_of(routes, lengths)
+        yield [([first[i]], read[i]) for i in range(len(texts))]
         while True:
-            texts, tokens_BRL, counts_BR, routes = speculate(
-                self.serving, draft, texts, stop_S, how=how, num_slots=num_slots,
+            rows, tokens_BRL, counts_BR, routes = speculate(
+                self.serving, draft, rows, stop_S, how=how, num_slots=num_slots,
                 num_passes=max(CHUNK // (how.length + 1), 1),
             )  # fmt: skip
             tokens, counts = np.asarray(tokens_BRL), np.asarray(counts_BR)
-            self.draft.count(counts[sorted(live)])
+            self.draft.count(counts[[i for i, text in enumerate(texts) if text.goes_on]])
             is_added = np.arange(how.length + 1) < counts[..., None]
             flat = jax.tree.map(lambda a: a.reshape(*a.shape[:2], -1, a.shape[-1]), routes)
-            read = self.routes_of(flat, seen, is_added[0].size)
+            read = self.routes_of(flat, [is_added[0].size] * len(texts))
             yield [
                 (
                     tokens[i][is_added[i]].tolist(),
                     None if (own := read[i]) is None else own[is_added[i].ravel()],
                 )
-                for i in range(len(seen))
+                for i in range(len(texts))
             ]
 
-    def routes_of(
-        self, routes: Routes, seen: Sequence[list[int]], length: int | None = None
-    ) -> list[np.ndarray | None]:
-        """The experts of the last tokens of each row: so many, or those of its text."""
+    def prompts(
+        self,
+        texts: Sequence[Growing],
+        length: int,
+        encoder: EncoderInputs | None,
+        sees_prompt: bool,
+    ) -> Prompts:
+        """What is read of texts, in so many places."""
+        rows, seen, rooms = zip(*((text.row, text.seen, text.room) for text in texts), strict=True)
+        return prompts_of(seen, rows, length, rooms, encoder, sees_prompt)
+
+    def routes_of(self, routes: Routes, lengths: Sequence[int]) -> list[np.ndarray | None]:
+        """The experts of the last tokens of each row, of so many."""
         if not self.record:
-            return [None] * len(seen)
+            return [None] * len(lengths)
         layers = {name: own for name, own in self.model.moe_layers.items() if name in routes}
         rows = by_token(layers, {name: np.asarray(own) for name, own in routes.items()})
-        return [row[-(length or len(text)) :] for row, text in zip(rows, seen, strict=False)]
+        return [row[len(row) - n :] for row, n in zip(rows, lengths, strict=False)]
 
 
 def behind(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
@@ -200,26 +235,23 @@ def behind(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | Non
 def prompts_of(
     texts: Sequence[Sequence[int]],
     numbers: Sequence[int],
-    live: set[int],
     length: int,
-    room: int,
+    rooms: Sequence[int],
     encoder: EncoderInputs | None,
     sees_prompt: bool = False,
 ) -> Prompts:
-    """The live texts as arrays of so many places, each to get `room` tokens more.
+    """Texts as arrays of so many places, each to get its room of tokens more.
 
-    Rows of padding stand for the others, and fill the batch up. With `sees_prompt` the tokens of a
-    text see each other from both sides.
+    An empty text is a row of padding, and such rows fill the batch up. With `sees_prompt` the
+    tokens of a text see each other from both sides.
     """
     batch = whole_rows(len(texts))
     tokens_BL, segments_BL = np.zeros((2, batch, length), np.int32)
     sample_B, lengths_B = np.zeros((2, batch), np.int32)
     for i, text in enumerate(texts):
-        sample_B[i] = numbers[i]
-        if i in live:
-            tokens_BL[i, length - len(text) :] = text
-            segments_BL[i, length - len(text) :] = 1
-            lengths_B[i] = len(text) + room
+        sample_B[i], lengths_B[i] = numbers[i], len(text) + rooms[i]
+        tokens_BL[i, length - len(text) :] = text
+        segments_BL[i, length - len(text) :] = 1
     in_prefix_BL = segments_BL > 0 if sees_prompt else None
     return Prompts(tokens_BL, segments_BL, sample_B, lengths_B, encoder, in_prefix_BL)
 
