@@ -91,6 +91,26 @@ def test_a_penalty_keeps_a_text_from_repeating_itself(generate):
     assert len({1, 7, 9, *text}) == 9
 
 
+def test_a_penalty_is_of_the_whole_text_beyond_the_context(generate, config, params):
+    [text] = generate([[1, 7, 9]], 40, context=16, repetition_penalty=1e6)
+    assert len({1, 7, 9, *text}) == 43
+    settings = {"context": 4, "state": STATE, "repetition_penalty": 1e6}
+    pieces = stream_anew(config, params, [[1, 7, 9]], 40, **settings)
+    assert len({1, 7, 9, *(token for piece in pieces for token in piece.tokens)}) == 43
+
+
+def test_random_keys_go_on_when_the_context_moves(config, params):
+    """Of equal logits a token is its key: no context moves it, nor where a text is read from."""
+    equal = {**params, "head": 0 * params["head"]}
+    settings = {"state": STATE, "temperature": 1.0}
+    prompts = [[1], [1, *range(20, 41)]]
+    whole = generate_tokens(config, equal, prompts, 43, **settings)
+    assert generate_tokens(config, equal, prompts, 43, context=16, **settings) == whole
+    assert all(text[15:24] != text[24:33] for text in whole)
+    pieces = list(stream_anew(config, equal, prompts, 43, context=16, **settings))
+    assert [token for piece in pieces for token in piece.tokens] == whole[0] + whole[1]
+
+
 def test_ids_that_are_no_tokens_are_not_drawn(generate):
     texts = generate(temperature=50.0, num_ids=10)
     assert max(map(max, texts)) < 10

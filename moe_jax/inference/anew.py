@@ -34,8 +34,11 @@ def next_token(
     sampling: Sampling,
     num_ids: int | None = None,
     num_prefix: jax.Array | None = None,
+    seen_V: jax.Array | None = None,
 ) -> jax.Array:
     """Draws the token after `window_L[:length]`; int32 scalar, below `num_ids` if given.
+
+    A penalty on repetition is of the tokens in `seen_V`, bool.
 
     What stands behind `length` is padding, which no layer sees; routing is dropless where tokens
     choose. Groups are of the whole window: where experts choose tokens without a predictor, and in
@@ -54,7 +57,7 @@ def next_token(
     logits_BV = output.logits_BLV[:, length - 1]
     if num_ids is not None:
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_ids, logits_BV, -jnp.inf)
-    seen_BV = jnp.zeros(logits_BV.shape, jnp.bool_).at[0, window_L].max(is_seen_L)
+    seen_BV = None if seen_V is None else seen_V[None]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), index)
     return draw(logits_BV, seen_BV, key[None], sampling)[0]
 
@@ -82,6 +85,7 @@ def stream_anew(
     for row in range(len(prompts) * num_samples):
         prompt = prompts[row // num_samples]
         ids = list(prompt)
+        seen_V = np.zeros(model.vocab_size, bool)
         if not num_tokens and row not in ended:
             yield Piece(row, [], False)
         for _ in range(num_tokens):
@@ -89,11 +93,13 @@ def stream_anew(
                 break
             window_L = np.full(context, pad_id, np.int32)
             window_L[: len(ids)] = ids[-context:]
+            seen_V[ids] = True
             token = int(
                 next_token(
                     serving, window_L, np.int32(min(len(ids), context)), np.int32(row),
                     np.int32(len(ids)), model=model, sampling=how, num_ids=num_ids,
                     num_prefix=prefix_left(config, len(prompt), len(ids), context),
+                    seen_V=seen_V,
                 )
             )  # fmt: skip
             stops = token in stop_tokens

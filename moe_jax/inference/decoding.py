@@ -53,6 +53,7 @@ class Rows(NamedTuple):
       live_B: bool, False for padding and for texts that have ended.
       seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
       sample_B: int32, number of a row's random keys.
+      before_B: int32, tokens of the text that are not seen any more, before the first position.
       memory: the output of the encoder and its segments, or None.
       lengths_B: int32, the tokens that a text may come to; see `Call`.
     """
@@ -65,6 +66,7 @@ class Rows(NamedTuple):
     live_B: jax.Array
     seen_BV: jax.Array | None
     sample_B: jax.Array
+    before_B: jax.Array
     memory: tuple[jax.Array, jax.Array] | None
     lengths_B: jax.Array
 
@@ -79,6 +81,8 @@ class Prompts(NamedTuple):
       lengths_B: see `Rows`.
       encoder: what the encoder reads; None without one.
       in_prefix_BL: bool; see `Call`.
+      before_B: see `Rows`.
+      seen_BV: bool, those tokens; None: a penalty on repetition knows of none.
     """
 
     tokens_BL: Any
@@ -87,6 +91,8 @@ class Prompts(NamedTuple):
     lengths_B: Any
     encoder: EncoderInputs | None = None
     in_prefix_BL: Any = None
+    before_B: Any = 0
+    seen_BV: Any = None
 
 
 @functools.partial(
@@ -132,6 +138,7 @@ def prefill(
         live_B=prompts.segments_BL[:, -1] > 0,
         seen_BV=seen_in(prompts, model.vocab_size, sampling),
         sample_B=prompts.sample_B,
+        before_B=jnp.asarray(prompts.before_B, jnp.int32),
         memory=memory,
         lengths_B=prompts.lengths_B,
     )
@@ -166,11 +173,13 @@ def read(
 
 
 def seen_in(prompts: Prompts, vocab_size: int, sampling: Sampling) -> jax.Array | None:
-    """The tokens of each prompt, bool [B, V]; None without a penalty on repetition."""
+    """The tokens of each text so far, bool [B, V]; None without a penalty on repetition."""
     if sampling.repetition_penalty == 1:
         return None
     rows = jnp.arange(prompts.tokens_BL.shape[0])[:, None]
     seen_BV = jnp.zeros((len(rows), vocab_size), jnp.bool_)
+    if prompts.seen_BV is not None:
+        seen_BV = jnp.asarray(prompts.seen_BV)
     return seen_BV.at[rows, prompts.tokens_BL].max(prompts.segments_BL > 0)
 
 
@@ -231,7 +240,7 @@ def decode(
     """
 
     def one(rows: Rows, _: None) -> tuple[Rows, tuple[jax.Array, Routes]]:
-        keys_B = keys_of(rows.sample_B, rows.positions_B, sampling)
+        keys_B = keys_of(rows.sample_B, rows.before_B + rows.positions_B, sampling)
         token_B = draw(below(rows.logits_BV, num_ids), rows.seen_BV, keys_B, sampling)
         live_B = rows.live_B & ~jnp.any(token_B[:, None] == stop_S, axis=-1)
         memory, memory_segments_BT = rows.memory or (None, None)
@@ -263,6 +272,7 @@ def decode(
             live_B=live_B,
             seen_BV=seen_BV,
             sample_B=rows.sample_B,
+            before_B=rows.before_B,
             memory=rows.memory,
             lengths_B=rows.lengths_B,
         )
@@ -274,11 +284,14 @@ def decode(
     return rows, constrain(tokens_NB.T, None, None), routes
 
 
-def keys_of(sample_B: jax.Array, positions_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """The random key of the token in each place, [B], which depends on nothing beside its text."""
+def keys_of(sample_B: jax.Array, places_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """The random key of the token in each place, [B], which depends on nothing beside its text.
+
+    Places are counted from the beginning of the text, wherever what is seen of it begins.
+    """
     key = jax.random.key(sampling.seed)
     return jax.vmap(lambda n, i: jax.random.fold_in(jax.random.fold_in(key, n), i))(
-        sample_B, positions_B
+        sample_B, places_B
     )
 
 

@@ -39,6 +39,7 @@ class Texts(NamedTuple):
       live_B: bool, False for padding and for texts that have ended.
       seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
       sample_B: int32, number of a row's random keys.
+      before_B: int32, tokens of the text that are not seen any more, before the first position.
       lengths_B: int32, the tokens that a text may come to; see `Call`.
     """
 
@@ -52,6 +53,7 @@ class Texts(NamedTuple):
     live_B: jax.Array
     seen_BV: jax.Array | None
     sample_B: jax.Array
+    before_B: jax.Array
     lengths_B: jax.Array
 
     def call(

@@ -122,7 +122,8 @@ def begin(
     assert call.positions_BL is not None
     positions_B = call.positions_BL[:, -1] + 1
     seen_BV = seen_in(prompts, model.vocab_size, sampling)
-    keys_B = keys_of(prompts.sample_B, positions_B, sampling)
+    before_B = jnp.asarray(prompts.before_B, jnp.int32)
+    keys_B = keys_of(prompts.sample_B, before_B + positions_B, sampling)
     first_B = draw(below(output.logits_BLV[:, -1], how.num_ids), seen_BV, keys_B, sampling)
     is_text_B = jnp.asarray(prompts.segments_BL)[:, -1] > 0
     texts = Texts(
@@ -136,6 +137,7 @@ def begin(
         live_B=is_text_B & (left_B > 1) & ~jnp.any(first_B[:, None] == stop_S, axis=-1),
         seen_BV=with_token(seen_BV, first_B),
         sample_B=jnp.asarray(prompts.sample_B),
+        before_B=before_B,
         lengths_B=jnp.asarray(prompts.lengths_B),
     )
     return texts, routes_of(model, output)
@@ -270,7 +272,8 @@ def keys_at(texts: Texts, ahead: int | jax.Array, how: Speculation, purpose: int
     A place is drawn anew if a token before it is not accepted. What was drawn there before has
     moved nothing that stays, so that its keys are used again.
     """
-    keys_B = keys_of(texts.sample_B, texts.positions_B + ahead, how.sampling)
+    places_B = texts.before_B + texts.positions_B + ahead
+    keys_B = keys_of(texts.sample_B, places_B, how.sampling)
     return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys_B) if purpose else keys_B
 
 

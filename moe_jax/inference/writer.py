@@ -115,7 +115,8 @@ class Writer:
             sees_prompt = False  # what is read again has tokens of its own
             for text in texts:
                 text.goes_on &= len(text.tokens) < text.most
-                text.start = len(text.tokens) - context // 2
+                if text.goes_on:
+                    text.start = len(text.tokens) - context // 2
 
     def until_full(
         self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
@@ -214,9 +215,17 @@ class Writer:
         encoder: EncoderInputs | None,
         sees_prompt: bool,
     ) -> Prompts:
-        """What is read of texts, in so many places."""
+        """What is read of texts, in so many places, and what they have before it."""
         rows, seen, rooms = zip(*((text.row, text.seen, text.room) for text in texts), strict=True)
-        return prompts_of(seen, rows, length, rooms, encoder, sees_prompt)
+        prompts = prompts_of(seen, rows, length, rooms, encoder, sees_prompt)
+        before_B, seen_BV = np.zeros_like(prompts.sample_B), None
+        for i, text in enumerate(texts):
+            before_B[i] = text.start
+        if before_B.any() and self.sampling.repetition_penalty != 1:
+            seen_BV = np.zeros((len(before_B), self.model.vocab_size), bool)
+            for i, text in enumerate(texts):
+                seen_BV[i, text.tokens[: text.start]] = True
+        return prompts._replace(before_B=before_B, seen_BV=seen_BV)
 
     def routes_of(self, routes: Routes, lengths: Sequence[int]) -> list[np.ndarray | None]:
         """The experts of the last tokens of each row, of so many."""
