@@ -89,6 +89,22 @@ def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
     assert (other["temperature"], other["top_p"]) == (0.5, 0.9)
 
 
+def test_a_text_with_its_stop_string_is_not_decoded_any_further(model, monkeypatch):
+    seen = []
+
+    def stream(config, params, prompts, num_tokens, *, ended, **settings):
+        for text in ("x", "\n\n", "y"):
+            for row in {0, 1} - ended:
+                seen.append((row, text))
+                ids = model.tokenizer.encode(text if row == 0 else "z").tolist()
+                yield types.SimpleNamespace(row=row, tokens=ids, ended=False)
+
+    monkeypatch.setattr(harness, "stream_tokens", stream)
+    settings = {"until": "\n\n", "max_gen_toks": 6}
+    assert model.generate_until(requests(("a", settings), ("b", settings))) == ["x", "zzz"]
+    assert [text for row, text in seen if row == 0] == ["x", "\n\n"]
+
+
 def test_settings_of_a_task_that_are_not_known_are_refused(model):
     assert settings_of({}) == (256, [], {"temperature": 0.0})
     assert settings_of({"temperature": 0.7})[2] == {"temperature": 0.0}, "as the harness has it"

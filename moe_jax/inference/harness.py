@@ -159,16 +159,18 @@ class HarnessModel:
             "Lower it with gen_kwargs, or raise context",
         )
         eos = self.tokenizer.eos_id
-        texts = [Text(self.tokenizer, stop, num_tokens) for _ in prompts]
+        texts, ended = [Text(self.tokenizer, stop, num_tokens) for _ in prompts], set[int]()
         answers = [""] * len(prompts)
         most = self.max_length if self.has_encoder else room
         encoded = [self.encode(prompt)[-most:] for prompt in prompts]
         how = {"stop_tokens": (eos,), "context": self.max_length, **self.how, **sampling}
-        how["start_token"] = self.tokenizer.pad_id
+        how |= {"start_token": self.tokenizer.pad_id, "ended": ended}
         for piece in stream_tokens(self.config, self.params, encoded, num_tokens, **how):
             text = texts[piece.row]
             if not text.ended:
                 answers[piece.row] += text.add(piece.tokens, piece.ended)[0]
+                if text.ended:
+                    ended.add(piece.row)
         return answers
 
     def encode(self, prompt: str) -> list[int]:
