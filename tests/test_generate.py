@@ -182,7 +182,7 @@ def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tm
     said = capsys.readouterr()
     assert said.out == plain
     assert said.err.splitlines()[-1] == (
-        "draft: 100.0% of 4 proposed tokens were accepted, 3.00 tokens a pass"
+        "draft: 100.0% of 4 proposed tokens were accepted, 2.00 tokens a pass"
     )
     assert sorted(file.name for file in routes.iterdir()) == ["000000.npz", "000001.npz"]
     tokens, experts = load_routes(routes / "000000.npz")

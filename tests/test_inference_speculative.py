@@ -135,7 +135,29 @@ def test_greedy_texts_are_those_without_a_draft(target, greedy):
     assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == greedy
     assert 0.2 < draft.acceptance_rate < 0.95
     assert draft.proposed == 3 * draft.passes
-    np.testing.assert_allclose(draft.tokens_per_pass, 1 + 3 * draft.acceptance_rate)
+    # The first token of a text is drawn behind its prompt, before any pass.
+    np.testing.assert_allclose(draft.tokens_per_pass * draft.passes, len(PROMPTS) * (TOKENS - 1))
+
+
+def test_tokens_that_a_text_does_not_get_are_not_counted(target, greedy):
+    """A perfect draft, of which the last pass and an end of a text leave something out."""
+    draft = Draft(target[0], Serving(target[1]), length=3)
+    assert generate_tokens(*target, PROMPTS, 2, draft=draft) == [text[:2] for text in greedy]
+    assert (draft.passes, draft.proposed, draft.accepted, draft.added) == (4, 12, 4, 4)
+    assert draft.tokens_per_pass == 1
+    stop = next(token for token in greedy[0] if greedy[0].index(token) == 6)
+    draft = Draft(target[0], Serving(target[1]), length=3)
+    [text] = generate_tokens(*target, PROMPTS[:1], TOKENS, draft=draft, stop_tokens=[stop])
+    assert text == greedy[0][:6], "one behind the prompt, four of a pass, one of the next"
+    assert (draft.passes, draft.accepted, draft.added) == (2, 4, 5)
+
+
+def test_counts_by_hand():
+    """A whole pass, two that the end of a text cuts, one refused at once, one behind the end."""
+    draft = Draft(length=4)
+    draft.count(np.array([[5, 5, 5, 1, 0]]), np.array([[5, 1, 4, 1, 0]]))
+    assert (draft.passes, draft.proposed, draft.accepted, draft.added) == (4, 16, 4 + 1 + 4, 11)
+    assert draft.tokens_per_pass == 11 / 4 and draft.acceptance_rate == 9 / 16
 
 
 @pytest.mark.slow
@@ -161,9 +183,28 @@ def test_a_text_does_not_depend_on_its_batch(target):
 
 
 @pytest.mark.slow
-def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(target):
-    plain = generate_tokens(*target, PROMPTS, 40, context=24)
-    assert generate_tokens(*target, PROMPTS, 40, context=24, draft=disturbed(target)) == plain
+@pytest.mark.parametrize("penalty", [1.0, 1e6])
+def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(target, penalty):
+    how = {"context": 24, "repetition_penalty": penalty}
+    plain = generate_tokens(*target, PROMPTS, 40, **how)
+    assert generate_tokens(*target, PROMPTS, 40, draft=disturbed(target), **how) == plain
+    one_by_one = {"draft": disturbed(target), "batch_size": 1, **how}
+    assert generate_tokens(*target, PROMPTS[:2], 40, **one_by_one) == plain[:2]
+
+
+@pytest.mark.slow
+def test_random_keys_go_on_when_the_context_moves(target):
+    """Of equal logits all that is proposed is accepted, and a token is its key.
+
+    A text is read again after 16 tokens and then after nine, of which passes draw the last eight.
+    """
+    config, params = target
+    params = {**params, "head": 0 * params["head"]}
+    draft = Draft(config, Serving(params), length=3)
+    how = {"context": 16, "temperature": 1.0, "draft": draft}
+    [text] = generate_tokens(config, params, [[1]], 43, **how)
+    assert len({tuple(text[start + 1 : start + 9]) for start in (16, 25, 34)}) == 3
+    assert len({text[16], text[25], text[34]}) == 3
 
 
 # ---- how often
@@ -261,7 +302,8 @@ def test_modules_propose_what_they_predict_in_training(length):
                 right += 1
             passes, accepted, at = passes + 1, accepted + right, at + 1 + right
     assert draft.passes == passes
-    assert accepted <= draft.accepted <= accepted + length * len(prompts)
+    assert draft.accepted == accepted
+    assert draft.added == len(prompts) * (tokens - 1)
     assert 0.1 < accepted / (passes * length) < 0.9
 
 

@@ -33,6 +33,7 @@ class Draft:
       passes: of the model, in each text.
       proposed: tokens, in all of them.
       accepted: tokens that were proposed and are in the texts.
+      added: tokens that came of passes and are in the texts.
     """
 
     config: ExperimentConfig | None = None
@@ -41,16 +42,17 @@ class Draft:
     passes: int = 0
     proposed: int = 0
     accepted: int = 0
+    added: int = 0
 
     @property
     def acceptance_rate(self) -> float:
-        """The share of proposed tokens that were accepted; nan before the first pass."""
+        """The share of proposed tokens that are in the texts; nan before the first pass."""
         return self.accepted / self.proposed if self.proposed else math.nan
 
     @property
     def tokens_per_pass(self) -> float:
-        """How many tokens a pass of the model adds to a text, of which one is its own."""
-        return 1 + self.accepted / self.passes if self.passes else math.nan
+        """How many tokens a pass of the model adds to a text; nan before the first pass."""
+        return self.added / self.passes if self.passes else math.nan
 
     def line(self) -> str:
         """What is said at the end."""
@@ -59,12 +61,17 @@ class Draft:
             f"{self.tokens_per_pass:.2f} tokens a pass"
         )
 
-    def count(self, counts_BR: np.ndarray) -> None:
-        """Counts passes by the tokens that they added; those behind the end of a text added 0."""
+    def count(self, counts_BR: np.ndarray, kept_BR: np.ndarray) -> None:
+        """Counts passes, by the tokens that they drew, and how many of those are in the texts.
+
+        The last token that a pass draws is the model's own; a pass behind the end of a text draws
+        none.
+        """
         passes = int(np.count_nonzero(counts_BR))
         self.passes += passes
         self.proposed += passes * self.length
-        self.accepted += int(np.sum(counts_BR)) - passes
+        self.accepted += int(np.minimum(np.maximum(counts_BR - 1, 0), kept_BR).sum())
+        self.added += int(kept_BR.sum())
 
     def drafter(self, model: LanguageModel, num_ids: int | None) -> Drafter:
         """What proposes tokens to a model of so many ids.

@@ -132,9 +132,9 @@ def stream_tokens(
       stop_tokens: each of which ends a text.
       state: of the model's parts, such as selection biases; or None.
       step: of training, for settings of routers that are annealed; None: at their ends.
-      context: most tokens that are seen. A text that outgrows it goes on from its last half; of a
-        longer prompt the last `context` tokens are read. None: all are seen, whatever the model was
-        trained on.
+      context: most tokens that are seen. A text that outgrows it goes on from its last half, once
+        the others of its batch are full too; of a longer prompt the last `context` tokens are
+        read. None: all are seen, whatever the model was trained on.
       batch_size: texts at once; what a text gets does not depend on it.
       num_ids: ids from here on have logits but are no tokens (a padded vocabulary); None: all are.
       start_token: begins what the decoder of an encoder-decoder writes.

@@ -155,7 +155,7 @@ def speculate(
     how: Speculation,
     num_slots: int,
     num_passes: int,
-) -> tuple[Texts, jax.Array, jax.Array, Routes]:
+) -> tuple[Texts, jax.Array, jax.Array, jax.Array, Routes]:
     """Adds 1 to L tokens to every live text, so many times.
 
     Args:
@@ -168,18 +168,19 @@ def speculate(
       num_passes: of the model.
 
     Returns:
-      The texts; the tokens, int32 [B, num_passes, L]; how many each pass added to each text, int32
-      [B, num_passes], 0 once it has ended; and the experts of what the passes read, by part,
-      [X, B, num_passes, L, K]: of a token that is added the next pass has them.
+      The texts; the tokens, int32 [B, num_passes, L]; how many each pass drew for each text, int32
+      [B, num_passes], 0 once it has ended; how many of these are in it, the others being behind
+      what was wanted or a token that ends it, or that token; and the experts of what the passes
+      read, by part, [X, B, num_passes, L, K]: of a token that is added the next pass has them.
     """
 
-    def one(texts: Texts, _: None) -> tuple[Texts, tuple[jax.Array, jax.Array, Routes]]:
+    def one(texts: Texts, _: None) -> tuple[Texts, tuple[jax.Array, jax.Array, jax.Array, Routes]]:
         return one_pass(serving, draft, texts, stop_S, how, num_slots)
 
-    texts, (tokens, counts, routes) = jax.lax.scan(one, texts, None, length=num_passes)
+    texts, (tokens, counts, kept, routes) = jax.lax.scan(one, texts, None, length=num_passes)
     routes = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2), routes)
-    tokens, counts = jnp.moveaxis(tokens, 0, 1), counts.T
-    return texts, constrain(tokens, None, None, None), constrain(counts, None, None), routes
+    tokens = constrain(jnp.moveaxis(tokens, 0, 1), None, None, None)
+    return texts, tokens, constrain(counts.T, None, None), constrain(kept.T, None, None), routes
 
 
 def one_pass(
@@ -189,7 +190,7 @@ def one_pass(
     stop_S: jax.Array,
     how: Speculation,
     num_slots: int,
-) -> tuple[Texts, tuple[jax.Array, jax.Array, Routes]]:
+) -> tuple[Texts, tuple[jax.Array, jax.Array, jax.Array, Routes]]:
     """One pass of `speculate`."""
     model, length = how.model, how.length
 
@@ -212,8 +213,12 @@ def one_pass(
     padded_BL = jnp.pad(proposed_BY, ((0, 0), (0, 1)))
     added_BL = jnp.where(places < accepted_B[:, None], padded_BL, last_B[:, None])
     is_added_BL = (places <= accepted_B[:, None]) & texts.live_B[:, None]
-    stops_B = jnp.any((added_BL[..., None] == stop_S).any(axis=-1) & is_added_BL, axis=1)
-    count_B = jnp.sum(is_added_BL, axis=1, dtype=jnp.int32)
+    is_stop_BL = (added_BL[..., None] == stop_S).any(axis=-1) & is_added_BL
+    is_kept_BL = is_added_BL & (jnp.cumsum(is_stop_BL, axis=1) == 0)
+    is_kept_BL &= places < texts.left_B[:, None]
+    count_B, kept_B = (
+        jnp.sum(which_BL, axis=1, dtype=jnp.int32) for which_BL in (is_added_BL, is_kept_BL)
+    )
     cache, seen_BV = output.cache, texts.seen_BV
     if not takes_back(model):
         cache = read_accepted(model, serving, texts.cache, texts, tokens_BL, accepted_B, num_slots)
@@ -229,10 +234,10 @@ def one_pass(
         previous_B=of_each_row(tokens_BL, accepted_B),
         positions_B=texts.positions_B + count_B,
         left_B=texts.left_B - count_B,
-        live_B=texts.live_B & ~stops_B & (texts.left_B > count_B),
+        live_B=texts.live_B & ~is_stop_BL.any(axis=1) & (texts.left_B > count_B),
         seen_BV=seen_BV,
     )
-    return texts, (added_BL, count_B, routes_of(model, output))
+    return texts, (added_BL, count_B, kept_B, routes_of(model, output))
 
 
 def targets(

@@ -191,12 +191,13 @@ class Writer:
         first, read = np.asarray(rows.next_B).tolist(), self.routes_of(routes, lengths)
         yield [([first[i]], read[i]) for i in range(len(texts))]
         while True:
-            rows, tokens_BRL, counts_BR, routes = speculate(
+            rows, tokens_BRL, counts_BR, kept_BR, routes = speculate(
                 self.serving, draft, rows, stop_S, how=how, num_slots=num_slots,
                 num_passes=max(CHUNK // (how.length + 1), 1),
             )  # fmt: skip
             tokens, counts = np.asarray(tokens_BRL), np.asarray(counts_BR)
-            self.draft.count(counts[[i for i, text in enumerate(texts) if text.goes_on]])
+            going_on = [i for i, text in enumerate(texts) if text.goes_on]
+            self.draft.count(counts[going_on], np.asarray(kept_BR)[going_on])
             is_added = np.arange(how.length + 1) < counts[..., None]
             flat = jax.tree.map(lambda a: a.reshape(*a.shape[:2], -1, a.shape[-1]), routes)
             read = self.routes_of(flat, [is_added[0].size] * len(texts))
