@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -78,23 +79,23 @@ def test_the_stream_resumes_exactly_after_many_epochs(config):
     assert_equal(first[2:], take(later, 1))
 
 
-@pytest.mark.parametrize("host_count", [1, 2, 4, 8])
-def test_hosts_side_by_side_hold_the_global_batch(config, host_count):
+SHARES = [
+    [range(16)],
+    [range(8), range(8, 16)],
+    [range(0, 16, 2), range(1, 16, 2)],
+    [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]],
+    [[0, 1, 2, 15], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]],
+    [[0, 1, 8], [8, 9], [9]],  # of which some are read twice, and others by nobody
+]
+
+
+@pytest.mark.parametrize("hosts", SHARES)
+def test_each_host_has_its_rows_of_the_global_batch(config, hosts):
     whole = take(train_batches(config, global_batch_size=16, start_step=7), 3)
-    hosts = [
-        take(
-            train_batches(
-                config, global_batch_size=16, host_index=host, host_count=host_count, start_step=7
-            ),
-            3,
-        )
-        for host in range(host_count)
-    ]
-    joined = [
-        {name: np.concatenate([host[step][name] for host in hosts]) for name in whole[0]}
-        for step in range(3)
-    ]
-    assert_equal(whole, joined)
+    for rows in hosts:
+        read = take(train_batches(config, global_batch_size=16, rows=rows, start_step=7), 3)
+        of_whole = [{name: array[list(rows)] for name, array in b.items()} for b in whole]
+        assert_equal(read, of_whole)
 
 
 def test_domain_shares_are_exact(config):
@@ -151,8 +152,8 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path
     assert windows[:39] != windows[39:]
 
 
-@pytest.mark.parametrize("host_count", [1, 4])
-def test_every_heldout_token_counts_once(config, host_count):
+@pytest.mark.parametrize("hosts", [[range(24)], [range(h, 24, 4) for h in range(4)]])
+def test_every_heldout_token_counts_once(config, hosts):
     tokenizer = tokenizers.ByteTokenizer()
     expected = np.zeros(tokenizer.vocab_size, int)
     corpus = corpora.EmbeddedCorpus()
@@ -162,9 +163,9 @@ def test_every_heldout_token_counts_once(config, host_count):
                 ids = tokenizer.encode_document(document.text)[1:]
                 expected += np.bincount(ids, minlength=tokenizer.vocab_size)
     counted = np.zeros_like(expected)
-    for host in range(host_count):
-        for batch in heldout_batches(config, batch_size=24, host_index=host, host_count=host_count):
-            assert batch["inputs"].shape == (24 // host_count, 64)
+    for rows in hosts:
+        for batch in heldout_batches(config, batch_size=24, rows=rows):
+            assert batch["inputs"].shape == (len(rows), 64)
             targets = batch["targets"][batch["loss_weights"] == 1]
             counted += np.bincount(targets, minlength=tokenizer.vocab_size)
     assert np.array_equal(counted, expected)
@@ -217,9 +218,18 @@ def test_heldout_windows_never_train(config):
     assert not train & {bytes(row) for row in heldout}
 
 
-def test_hosts_that_do_not_divide_the_batch_are_refused(config):
-    with pytest.raises(ValueError, match=r"batch_size=10, host_count=4.*multiple of 4"):
-        train_batches(config, global_batch_size=10, host_index=0, host_count=4)
+@pytest.mark.parametrize("rows", [[], [9, 10], [-1, 0], [1, 0], [1, 1]])
+def test_rows_that_a_batch_does_not_have_or_not_in_this_order_are_refused(config, rows):
+    message = rf"rows={re.escape(str(rows))}, batch_size=10\. Pass some of 0 to 9"
+    with pytest.raises(ValueError, match=message):
+        train_batches(config, global_batch_size=10, rows=rows)
+    with pytest.raises(ValueError, match=message):
+        heldout_batches(config, batch_size=10, rows=rows)
+
+
+def test_a_batch_of_no_rows_is_refused(config):
+    with pytest.raises(ValueError, match="1 row or more: batch_size=0"):
+        train_batches(config, global_batch_size=0)
 
 
 def test_an_unknown_domain_is_refused(config):

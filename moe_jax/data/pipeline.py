@@ -1,14 +1,14 @@
 """Batches for training and for held-out evaluation.
 
 The training stream is a function of the configuration and the step alone: `train_batches` can
-begin at any step, and the global batch does not depend on how many hosts share it. The one
-integer that resumes it, the step, lives with the training state.
+begin at any step, and the global batch does not depend on which host reads which of its rows. The
+one integer that resumes it, the step, lives with the training state.
 """
 
 import dataclasses
 import fractions
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -35,8 +35,7 @@ def train_batches(
     data: Data,
     *,
     global_batch_size: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
 ) -> Iterator[Example]:
     """Endless training batches.
@@ -44,25 +43,23 @@ def train_batches(
     Each domain is cut into windows, shuffled anew every epoch; domains are then interleaved window
     by window in exact proportion to their weights. What an objective draws is a function of the
     seed, the domain and the number of the window in the domain's stream: another one in every
-    epoch. Host h of H gets rows [h * B / H, (h + 1) * B / H) of the global batch of B rows, which
-    is the same for every H.
+    epoch. A host reads any rows of the global batch, which is the same whoever reads it.
 
     Args:
         data: what to read.
         global_batch_size: B, rows of a batch over all hosts.
-        host_index: h, in [0, host_count).
-        host_count: H, a divisor of B.
+        rows: the R rows of it that this host reads, ascending, in [0, B); None: all.
         start_step: the step whose batch comes first; 0 begins the stream.
 
     Returns:
-        Iterator of dicts of arrays [B / H, L] and `domain` [B / H], those that the `arrays` of
-        the objective list; `causal_lm` and `pack_pairs` say what they hold.
+        Iterator of dicts of arrays [R, L] and `domain` [R], those that the `arrays` of the
+        objective list; `causal_lm` and `pack_pairs` say what they hold.
 
     Raises:
-        ValueError: if H does not divide B, `domain_weights` names an unknown domain, or a domain
-            has too few tokens.
+        ValueError: if a batch has no such rows, `domain_weights` names an unknown domain, or a
+            domain has too few tokens.
     """
-    rows = _rows_of_host(global_batch_size, host_index, host_count)
+    rows = _rows_to_read(global_batch_size, rows)
     sources = _windows(data, TRAIN, keep_partial=False)
     weights = _domain_weights(data.config, sources)
     datasets = []
@@ -72,10 +69,9 @@ def train_batches(
             windows = grain.MapDataset.source(sources[domain]).seed(seed).shuffle().repeat()
             datasets.append(windows.map_with_index(_to_examples(data, seed)))
     mixed = grain.MapDataset.select_from_datasets(datasets, DomainMixture(tuple(weights.values())))
-    # Slicing batches, rather than rows, gives a host consecutive rows of the global batch.
-    batches = mixed.batch(rows, drop_remainder=True)[host_index::host_count]
+    read = grain.MapDataset.select_from_datasets([mixed], RowsOfBatches(global_batch_size, rows))
     iterator = iter(
-        batches.to_iter_dataset(
+        read.batch(len(rows), drop_remainder=True).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH_BATCHES)
         )
     )
@@ -88,10 +84,9 @@ def heldout_batches(
     *,
     batch_size: int,
     max_batches: int | None = None,
-    host_index: int = 0,
-    host_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Example]:
-    """One pass over the held-out windows, the same in every run, host count and seed.
+    """One pass over the held-out windows, the same in every run, on all hosts, for every seed.
 
     With `causal_lm` every held-out token is a target with weight 1 once, but for each document's
     `bos_id`. What another objective draws is a function of the domain and the window. Domains are
@@ -102,16 +97,15 @@ def heldout_batches(
         data: what to read; `domain_weights` and `seed` of its config have no effect.
         batch_size: B, rows of a batch over all hosts.
         max_batches: number of batches at most; None for all.
-        host_index: h, in [0, host_count).
-        host_count: H, a divisor of B; host h gets rows [h * B / H, (h + 1) * B / H).
+        rows: the R rows of each batch that this host reads, ascending, in [0, B); None: all.
 
     Returns:
-        Iterator of dicts of arrays [B / H, L] and `domain` [B / H], as `train_batches`.
+        Iterator of dicts of arrays [R, L] and `domain` [R], as `train_batches`.
 
     Raises:
-        ValueError: if H does not divide B, or nothing is held out.
+        ValueError: if a batch has no such rows, or nothing is held out.
     """
-    rows = _rows_of_host(batch_size, host_index, host_count)
+    rows = _rows_to_read(batch_size, rows)
     sources = list(_windows(data, HELDOUT, keep_partial=True).values())
     order = _interleave([len(source) for source in sources])
     if not order:
@@ -128,8 +122,7 @@ def heldout_batches(
         source, index = place
         return to_examples[source](index, sources[source][index])
 
-    starts = [b * batch_size + host_index * rows for b in range(num_batches)]
-    return _read_heldout(example, order, starts, rows)
+    return _read_heldout(example, order, range(0, num_batches * batch_size, batch_size), rows)
 
 
 def check_data(data: Data, *, evaluates: bool = True) -> None:
@@ -158,14 +151,14 @@ def check_data(data: Data, *, evaluates: bool = True) -> None:
 def _read_heldout(
     example: Callable[[tuple[int, int]], Example],
     order: list[tuple[int, int]],
-    starts: list[int],
-    rows: int,
+    starts: Sequence[int],
+    rows: Sequence[int],
 ) -> Iterator[Example]:
-    """Yields the batch of rows [start, start + rows) of `order` for each start."""
+    """Yields the batch of these rows of `order`, counted from each start."""
     padding = {name: np.zeros_like(value) for name, value in example(order[0]).items()}
     for start in starts:
-        examples = [example(place) for place in order[start : start + rows]]
-        examples += [padding] * (rows - len(examples))
+        numbers = [start + row for row in rows]
+        examples = [example(order[n]) if n < len(order) else padding for n in numbers]
         yield {name: np.stack([example[name] for example in examples]) for name in padding}
 
 
@@ -208,6 +201,27 @@ class DomainMixture(grain.transforms.DatasetSelectionMap):
             index -= taken
             remaining -= share
         return len(shares) - 1, index
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsOfBatches(grain.transforms.DatasetSelectionMap):
+    """Picks the same rows of every batch of one endless dataset.
+
+    Attributes:
+        batch_size: rows of a whole batch.
+        rows: that are picked, in their order.
+    """
+
+    batch_size: int
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Returns 0, the dataset, and its row for row `index` of those picked."""
+        batch, place = divmod(index, len(self.rows))
+        return 0, batch * self.batch_size + self.rows[place]
 
 
 def _windows(data: Data, split: str, *, keep_partial: bool) -> dict[str, Windows]:
@@ -286,15 +300,17 @@ def _way_to_hold_out(data: Data) -> str:
     return "Add documents, of ids or groups that differ"
 
 
-def _rows_of_host(batch_size: int, host_index: int, host_count: int) -> int:
-    if batch_size < 1 or batch_size % host_count:
+def _rows_to_read(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    if batch_size < 1:
+        raise ValueError(f"A batch has 1 row or more: batch_size={batch_size}. Raise it.")
+    if rows is None:
+        return range(batch_size)
+    if not rows or sorted(set(rows)) != list(rows) or rows[0] < 0 or rows[-1] >= batch_size:
         raise ValueError(
-            "The number of hosts must divide the global batch size: "
-            f"batch_size={batch_size}, host_count={host_count}. "
-            f"Set the batch size to a multiple of {host_count}."
+            "The rows that a host reads are ascending, different, and below the batch size: "
+            f"rows={list(rows)}, batch_size={batch_size}. Pass some of 0 to {batch_size - 1}."
         )
-    assert 0 <= host_index < host_count, (host_index, host_count)
-    return batch_size // host_count
+    return rows
 
 
 def _domain_seed(seed: int, domain_id: int) -> int:

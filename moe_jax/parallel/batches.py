@@ -1,6 +1,7 @@
 """Batches of all processes, made of what each process reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,47 +10,50 @@ from jax.sharding import Mesh
 from moe_jax.parallel.rules import named_sharding
 
 
-def host_share(mesh: Mesh, num_rows: int) -> tuple[int, int]:
-    """Which of the rows of a batch this process reads: share h of H equal, consecutive ones.
+def rows_of_process(mesh: Mesh, num_rows: int) -> list[int]:
+    """Which of the rows of a batch this process reads: those that its devices hold, ascending.
 
-    Processes whose devices have the same rows (under `tensor`) have the same h.
-
-    Returns:
-      h and H.
+    They need not follow each other. A mesh of TPUs is laid along their torus, where a host has a
+    block of chips: of 256 rows over `data=256` on v5e:16x16, the first host has 0, 1, 16 and 17.
+    Several processes have the same rows where `tensor` spans them.
 
     Raises:
-      ValueError: the rows cannot be split evenly, or those of this process do not follow each
-        other.
+      ValueError: the devices of the mesh cannot share the rows evenly.
     """
     shards = named_sharding(("batch",), mesh).addressable_devices_indices_map((num_rows,))
-    spans = sorted({index[0].indices(num_rows)[:2] for index in shards.values() if index})
-    start, stop = spans[0][0], spans[-1][1]
-    size = stop - start
-    whole = sum(b - a for a, b in spans) == size
-    if not whole or num_rows % size or start % size:
-        raise ValueError(
-            "A process reads consecutive rows of a batch, as many as every other: of "
-            f"{num_rows} rows process {jax.process_index()} has {spans}. Change the sizes of "
-            "config.mesh, so that the devices of a process are neighbours along data, fsdp and "
-            "expert."
-        )
-    return start // size, num_rows // size
+    spans = {index[0].indices(num_rows) for index in shards.values() if index}
+    return sorted(row for span in spans for row in range(*span))
 
 
-def from_shares(
-    share: Mapping[str, np.ndarray], mesh: Mesh, names: tuple[str | None, ...]
+def from_rows(
+    read: Mapping[str, np.ndarray],
+    rows: Sequence[int],
+    num_rows: int,
+    mesh: Mesh,
+    names: tuple[str | None, ...],
 ) -> dict[str, jax.Array]:
-    """Global arrays from this process's share of their rows.
+    """Global arrays from the rows of them that this process reads.
 
     Args:
-      share: arrays by name, each of this process's rows along the dim named "batch".
+      read: arrays by name, each of `rows` along the dim named "batch".
+      rows: as `rows_of_process` gives them.
+      num_rows: of the global arrays.
       mesh: where they go.
-      names: of the dims of each array, as in `rules.RULES`.
+      names: of the dims of each array, as in `rules.RULES`; no other dim is split.
     """
     sharding = named_sharding(names, mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value) for key, value in share.items()
-    }
+    dim = names.index("batch")
+
+    def place(value: np.ndarray) -> jax.Array:
+        def held(index: Any) -> np.ndarray:
+            start, stop, _ = index[dim].indices(num_rows)
+            first = int(np.searchsorted(rows, start))  # the rows of a device follow each other
+            return value[(slice(None),) * dim + (slice(first, first + stop - start),)]
+
+        shape = (*value.shape[:dim], num_rows, *value.shape[dim + 1 :])
+        return jax.make_array_from_callback(shape, sharding, held)
+
+    return {key: place(value) for key, value in read.items()}
 
 
 def from_whole(

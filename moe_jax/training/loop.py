@@ -16,7 +16,7 @@ from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches, with_whole_paths
 from moe_jax.models.trained import count_trained, describe_trained
-from moe_jax.parallel.batches import from_shares, host_share
+from moe_jax.parallel.batches import from_rows, rows_of_process
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
@@ -297,24 +297,18 @@ def is_evaluated(run: Run, step: int) -> bool:
 def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int) -> Iterator[Batch]:
     """The batches of the steps after `start`, cut into microbatches, on the mesh.
 
-    Every process reads its rows of each microbatch; which sequences a step sees depends neither on
-    the mesh nor on the number of processes.
+    Every process reads the rows of each microbatch that its devices hold; which sequences a step
+    sees depends neither on the mesh nor on the processes.
     """
     num_parts = config.training.num_microbatches
-    rows = config.training.batch_size // num_parts
-    host_index, host_count = host_share(mesh, rows)
-    parts = train_batches(
-        data,
-        global_batch_size=rows,
-        host_index=host_index,
-        host_count=host_count,
-        start_step=start * num_parts,
-    )
+    num_rows = config.training.batch_size // num_parts
+    rows = rows_of_process(mesh, num_rows)
+    parts = train_batches(data, global_batch_size=num_rows, rows=rows, start_step=start * num_parts)
     while True:
         some = [next(parts) for _ in range(num_parts)]
-        share = {name: np.stack([part[name] for part in some]) for name in some[0]}
-        share.pop("domain")
-        yield from_shares(share, mesh, BATCH_AXES)
+        read = {name: np.stack([part[name] for part in some]) for name in some[0]}
+        read.pop("domain")
+        yield from_rows(read, rows, num_rows, mesh, BATCH_AXES)
 
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
