@@ -27,6 +27,10 @@ def main(scenario: str, *place: str) -> None:
             f"sum {int(jax.jit(jax.numpy.sum)(x))} of {jax.device_count()} devices,",
             f"said {processes.gather('x' * index)}",
         )
+    elif scenario == "interleaved":  # the devices of a process are no neighbours in the mesh
+        from tests import process_step
+
+        print(process_step.two_steps([0, 2, 1, 3]))
     elif scenario == "differ":
         processes.require_same("config", {"a": {"b": 1, "c": index}, "d": [index // 2]})
     elif scenario == "refuse":

@@ -1,5 +1,6 @@
 """How processes find each other, agree, and end: rules first, then real processes over gloo."""
 
+import json
 import os
 import re
 import signal
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from moe_jax.parallel import processes
 from moe_jax.parallel.processes import Place, place_of_process
+from tests.process_step import two_steps
 from tests.tiny_run import ROOT
 
 WORKER = ROOT / "tests" / "process_worker.py"
@@ -152,6 +155,20 @@ def test_processes_meet_by_the_variables_of_jax(count):
     for done in finish(spawned):
         assert done.code == 0, done.said
         assert f"of {count} devices, said" in done.said
+
+
+def test_processes_whose_rows_interleave_train_as_one_does():
+    """As on a TPU pod, where a host is a block of chips and the mesh goes along the torus."""
+    rows, whole, numbers = json.loads(two_steps(range(4)))
+    assert rows == list(range(8))
+    dones = together("interleaved", devices=2)
+    for done, mine in zip(dones, ([0, 1, 4, 5], [2, 3, 6, 7]), strict=True):
+        assert done.code == 0, done.said
+        (line,) = (line for line in done.said.splitlines() if line.startswith("[["))
+        got = json.loads(line)
+        assert got[0] == mine
+        assert got[1] == whole, "the same sequences in the same rows"
+        np.testing.assert_allclose(got[2], numbers, rtol=1e-5)
 
 
 def test_settings_that_differ_are_refused_by_all():
