@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.inference import Draft, Sampling, generate_tokens
+from moe_jax.inference import Draft, Sampling, generate_tokens, speculative, writer
 from moe_jax.inference.decoding import Serving
 from moe_jax.inference.sampling import probabilities
 from moe_jax.inference.speculative import rule
@@ -347,17 +347,38 @@ def test_a_smaller_model_with_a_wider_vocabulary_drafts():
     assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == plain
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "modules"])
-def test_on_a_mesh_texts_are_those_of_one_device(kind):
-    """Eight devices: tokens over two, experts over two, heads over two; a row of padding."""
-    modules = {"multi_token": {"depth": 1, **MODULES}} if kind == "modules" else {}
-    config, params = made(modules)
+def test_on_a_mesh_every_process_can_read_the_first_tokens(monkeypatch):
+    config, params = made({"multi_token": {"depth": 1, **MODULES}})
+    placed = on_mesh(config, params)
+    shardings = []
+
+    def begin(*arguments, **settings):
+        texts, _ = speculative.begin(*arguments, **settings)
+        shardings.append(texts.next_B.sharding)
+        raise InterruptedError  # the rest costs more to compile
+
+    monkeypatch.setattr(writer, "begin", begin)
+    with pytest.raises(InterruptedError):
+        generate_tokens(config, placed, PROMPTS[:3], 8, draft=Draft(length=2))
+    assert shardings[0].num_devices == 8 and shardings[0].is_fully_replicated
+
+
+def on_mesh(config, params):
+    """Parameters on eight devices: tokens over four, experts over two, heads over two."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-    placed = jax.tree.map(
+    return jax.tree.map(
         lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)),
         config.model.specs(), params,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "modules"])
+def test_on_a_mesh_texts_are_those_of_one_device(kind):
+    """The rows are not as many as the devices: one is padding."""
+    modules = {"multi_token": {"depth": 1, **MODULES}} if kind == "modules" else {}
+    config, params = made(modules)
+    placed = on_mesh(config, params)
 
     def draft(params):
         return Draft(length=2) if kind == "modules" else disturbed((config, params), length=2)

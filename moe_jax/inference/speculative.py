@@ -125,6 +125,7 @@ def begin(
     before_B = jnp.asarray(prompts.before_B, jnp.int32)
     keys_B = keys_of(prompts.sample_B, before_B + positions_B, sampling)
     first_B = draw(below(output.logits_BLV[:, -1], how.num_ids), seen_BV, keys_B, sampling)
+    first_B = constrain(first_B, None)  # every process reads all
     is_text_B = jnp.asarray(prompts.segments_BL)[:, -1] > 0
     texts = Texts(
         cache=output.cache,
