@@ -199,6 +199,18 @@ def test_a_shortened_heldout_pass_samples_all_domains_in_proportion(config):
     assert np.allclose(np.bincount(first["domain"], minlength=6), 200 * shares, atol=1.01)
 
 
+def test_heldout_windows_are_ordered_by_their_place_in_their_domain():
+    """Then by the domain, in float64, as a sort of Python's pairs has it."""
+    for lengths in ([], [0], [5], [3, 0, 7, 1], [6, 3, 12, 6], [1000, 998, 7, 1]):
+        pairs = sorted(
+            ((source, index) for source, length in enumerate(lengths) for index in range(length)),
+            key=lambda pair: ((pair[1] + 0.5) / lengths[pair[0]], pair[0]),
+        )
+        starts = np.cumsum([0, *lengths])
+        flat = [int(starts[source]) + index for source, index in pairs]
+        assert pipeline._interleave(lengths).tolist() == flat
+
+
 def test_heldout_windows_never_train(config):
     # Long windows: a phrase of 64 bytes may well occur twice in a language.
     config = dataclasses.replace(config, sequence_length=256)
