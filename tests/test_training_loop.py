@@ -344,6 +344,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 
+def test_before_its_first_checkpoint_a_run_has_no_good_state_of_its_own(
+    finished, tmp_path, monkeypatch
+):
+    """Also where the step of another run's checkpoint is its first."""
+
+    def no_number(config, mesh):
+        return lambda state, batch: (state, StepMetrics(*[np.float32(np.nan)] * 5))
+
+    monkeypatch.setattr(loop, "compile_train_step", no_number)
+    source = {"path": str(finished), "step": 9, "optimizer_state": True, "data_position": True}
+    with pytest.raises(FloatingPointError, match="is nan at step 10; last good state: no checkpoi"):
+        train(tiny_training({"init_from": source}), tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["loss", "total_loss", "grad_norm"])
 def test_each_metric_that_must_be_finite_is_named(name, tmp_path):
     metrics = StepMetrics(*[np.float32(1)] * 5)

@@ -235,7 +235,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     arrays = training.loss.arrays(config, run.mesh)
     batches = global_batches(config, run.data, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
-    saved = start
+    saved = run.checkpoints.latest_step or 0  # not `start`, which may be of another run
 
     def settle() -> None:
         """Checks, writes and shows the metrics of the step before: the device is on the next."""
