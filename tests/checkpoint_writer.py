@@ -18,8 +18,9 @@ def main(directory: str) -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
     )
     checkpoints = Checkpoints(directory, keep=2)
-    restored = checkpoints.restore_latest(abstract)
-    step, state = restored if restored else (0, state)
+    step = checkpoints.newest_whole() or 0
+    if step:
+        state = checkpoints.restore(step, abstract)
     while True:
         step += 1
         state = jax.tree.map(lambda x: x + 1, state)

@@ -60,6 +60,12 @@ def write_steps(directory, steps, keep=5):
             checkpoints.save(step, make_state(step))
 
 
+def restore_latest(checkpoints, abstract_state):
+    """The newest whole step and its state, or None, as a run reads them."""
+    step = checkpoints.newest_whole()
+    return None if step is None else (step, checkpoints.restore(step, abstract_state))
+
+
 def largest_file(directory: pathlib.Path) -> pathlib.Path:
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
@@ -68,10 +74,10 @@ def test_round_trip_is_bit_exact(tmp_path):
     state = make_state(3)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest_step is None
-        assert checkpoints.restore_latest(abstract(state)) is None
+        assert restore_latest(checkpoints, abstract(state)) is None
         assert checkpoints.save(3, state, wait=True)
         assert checkpoints.latest_step == 3
-        step, restored = checkpoints.restore_latest(abstract(state))
+        step, restored = restore_latest(checkpoints, abstract(state))
     assert step == 3
     assert_same_bits(restored, state)
     # A restored random key draws what the saved one would have drawn.
@@ -121,7 +127,7 @@ def test_metadata_is_covered_by_the_manifest(tmp_path):
         (tmp_path / "2" / "metadata.json").write_text('{"seed": 7}')
         with pytest.raises(DamagedCheckpointError, match=r"of .*/2 metadata.json has 11 bytes in"):
             checkpoints.metadata(2)
-        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
         (tmp_path / "1" / "metadata.json").unlink()
         with pytest.raises(DamagedCheckpointError, match=r"metadata\.json is missing"):
             checkpoints.metadata(1)
@@ -143,7 +149,7 @@ def test_a_step_is_saved_once_and_steps_increase(tmp_path):
         assert not checkpoints.save(4, make_state(5))
         with pytest.raises(ValueError, match=r"order of their steps: step=2, but .* has step 4"):
             checkpoints.save(2, make_state(2))
-        _, restored = checkpoints.restore_latest(abstract(make_state(4)))
+        _, restored = restore_latest(checkpoints, abstract(make_state(4)))
     assert_same_bits(restored, make_state(4))
 
 
@@ -154,7 +160,7 @@ def test_a_saved_array_may_be_donated(tmp_path):
         checkpoints.save(1, {"x": x})
         for _ in range(3):
             x = overwrite(x)
-        _, restored = checkpoints.restore_latest(abstract({"x": x}))
+        _, restored = restore_latest(checkpoints, abstract({"x": x}))
     np.testing.assert_array_equal(restored["x"], np.arange(200_000.0))
 
 
@@ -168,7 +174,7 @@ def test_restores_into_another_sharding(tmp_path, num_devices):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, jax.device_put(state, sharding(4)))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        _, restored = checkpoints.restore_latest(abstract(state, sharding(num_devices)))
+        _, restored = restore_latest(checkpoints, abstract(state, sharding(num_devices)))
     assert_same_bits(restored, state)
     for leaf in restored.values():
         assert leaf.sharding.is_equivalent_to(sharding(num_devices), leaf.ndim)
@@ -218,13 +224,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, capl
     harm(tmp_path / "2")
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         with caplog.at_level(logging.WARNING, "moe_jax.training.checkpoints"):
-            step, restored = checkpoints.restore_latest(abstract(make_state(1)))
+            step, restored = restore_latest(checkpoints, abstract(make_state(1)))
         assert step == 1
         assert_same_bits(restored, make_state(1))
         assert checkpoints.latest_step == 1
         # Training comes to that step again and saves it.
         assert checkpoints.save(2, make_state(2))
-        step, restored = checkpoints.restore_latest(abstract(make_state(2)))
+        step, restored = restore_latest(checkpoints, abstract(make_state(2)))
         assert step == 2
     messages = [r.getMessage() for r in caplog.records if r.name.startswith("moe_jax")]
     assert any(str(tmp_path / "2") in message for message in messages)
@@ -238,7 +244,7 @@ def test_a_step_can_be_damaged_twice(tmp_path):
         write_steps(tmp_path, [2])
         truncate(tmp_path / "2")
         with Checkpoints(tmp_path, keep=2) as checkpoints:
-            assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+            assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "damaged-2", "damaged-2-2"]
 
 
@@ -248,7 +254,7 @@ def test_orbax_own_files_may_be_lost(tmp_path):
     (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("{gar")
     (tmp_path / "1" / "commit_success.txt").unlink()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert_same_bits(checkpoints.restore_latest(abstract(make_state(1)))[1], make_state(1))
+        assert_same_bits(restore_latest(checkpoints, abstract(make_state(1)))[1], make_state(1))
 
 
 def test_all_damaged_is_an_error_and_moves_nothing(tmp_path):
@@ -258,7 +264,7 @@ def test_all_damaged_is_an_error_and_moves_nothing(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for _ in range(2):
             with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 1, 2\."):
-                checkpoints.restore_latest(abstract(make_state(1)))
+                restore_latest(checkpoints, abstract(make_state(1)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
@@ -270,24 +276,25 @@ def test_another_config_is_an_error_and_not_damage(tmp_path):
     )
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         with pytest.raises(ValueError, match=r"router_bias: float32\[2,4\] in the checkpoint"):
-            checkpoints.restore_latest(other)
+            restore_latest(checkpoints, other)
         del other["router_bias"]
         with pytest.raises(ValueError, match=r"router_bias: .*, absent in this run"):
-            checkpoints.restore_latest(other)
+            restore_latest(checkpoints, other)
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
 def test_a_sharding_is_required(tmp_path):
+    write_steps(tmp_path, [1])
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         with pytest.raises(ValueError, match=r"known sharding: params/w has none"):
-            checkpoints.restore_latest({"params": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}})
+            checkpoints.restore(1, {"params": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}})
 
 
 def test_half_written_checkpoints_are_removed(tmp_path):
     write_steps(tmp_path, [1])
     (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
         checkpoints.save(2, make_state(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
@@ -310,7 +317,7 @@ def test_a_save_that_fails_says_the_last_good_step_once(tmp_path, monkeypatch, c
     checkpoints.close()  # as it is said already
     # Once there is space, the same goes on from the step that is whole.
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert checkpoints.restore_latest(abstract(make_state(1)))[0] == 1
+        assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
         checkpoints.save(2, make_state(2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
@@ -361,7 +368,7 @@ def test_kill_9_leaves_a_whole_checkpoint(tmp_path, caplog, kills):
     for _ in range(kills):
         finished = kill_while_saving(tmp_path, rng.uniform(0.1, 0.7))
         with Checkpoints(tmp_path, keep=2) as checkpoints:
-            step, restored = checkpoints.restore_latest(abstract(state))
+            step, restored = restore_latest(checkpoints, abstract(state))
         assert step >= finished
         assert all(bool((leaf == step).all()) for leaf in restored.values())
     assert "damaged" not in caplog.text

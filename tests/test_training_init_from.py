@@ -211,6 +211,9 @@ def test_the_source_is_there_and_whole(source, tmp_path):
     assert open_source(started(copy), CONTENT).step == 2
     with pytest.raises(DamagedCheckpointError, match="Use another step"):
         open_source(started(copy, {"step": 4}), CONTENT)
+    (copy / CHECKPOINTS / "2" / "manifest.json").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 2, 4\. Bring back"):
+        open_source(started(copy), CONTENT)
 
 
 def test_another_tokenizer_needs_an_embedding_of_its_own(source):

@@ -11,10 +11,11 @@ import pytest
 
 from moe_jax.config import MeshConfig
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training import files as training_files
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.placement import state_shardings
-from moe_jax.training.saved import CHECKPOINTS, check_content, kept_steps, load_run
+from moe_jax.training.saved import CHECKPOINTS, check_content, kept_steps, load_run, restore
 from tests.tiny_run import files, tiny_config, tiny_moe, tiny_state
 
 BIAS = {"kind": "sign", "rate": 0.1}
@@ -73,6 +74,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_to_the_run_to_set_aside(tm
     assert int(loaded.step) == 2
     assert "is damaged and not used" in caplog.text
     assert files(tmp_path) == before
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:20])
+
+
+@pytest.mark.parametrize("harm", [cut_short, lambda file: file.unlink()])
+def test_nothing_is_asked_of_a_checkpoint_before_it_is_known_to_be_whole(tmp_path, harm):
+    """A power failure while what Orbax says of the arrays was on its way to the disk."""
+    make_run(tmp_path, 2, 4)
+    harm(tmp_path / CHECKPOINTS / "4" / "state" / "_METADATA")
+    assert int(load_run(tmp_path)[1].step) == 2
+    with pytest.raises(DamagedCheckpointError, match=r"of .*/4 state/_METADATA"):
+        load_run(tmp_path, step=4)
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=3) as checkpoints:
+        assert int(restore(CONFIG, checkpoints, make_mesh(CONFIG.mesh)).step) == 2
+    assert kept_steps(tmp_path) == [2]
+    assert (tmp_path / CHECKPOINTS / "damaged-4").is_dir()
+
+
+@pytest.mark.parametrize("step", [None, 2])
+def test_each_file_is_hashed_once(tmp_path, monkeypatch, step):
+    make_run(tmp_path, 2)
+    read, hashed = [], training_files._sha256
+    monkeypatch.setattr(
+        training_files, "_sha256", lambda file: read.append(file) or hashed(file)
+    )
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=None) as checkpoints:
+        restore(CONFIG, checkpoints, make_mesh(CONFIG.mesh), step)
+    assert len(read) == len(set(read)) > 1
 
 
 def test_an_earlier_state_comes_back_by_its_step(tmp_path):

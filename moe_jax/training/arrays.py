@@ -1,10 +1,13 @@
 """Arrays of a state by name: what a checkpoint holds, and how it differs from what is asked for."""
 
+import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 MOST_LINES = 5  # of differences in a message
 
@@ -28,6 +31,17 @@ def describe(tree: Any) -> dict[str, str]:
         name: f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
         for name, leaf in by_name(tree).items()
     }
+
+
+def describe_saved(path: pathlib.Path) -> dict[str, str]:
+    """See `describe`: of the arrays in a folder that Orbax wrote; any process, alone."""
+    return describe(ocp.StandardCheckpointHandler().metadata(path).tree)
+
+
+def gigabytes_of_largest(tree: Any) -> int:
+    """The size of the largest array, in whole GB: the least `gigabytes_in_flight`."""
+    sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return max(1, math.ceil(max(sizes, default=0) / 1e9))
 
 
 def differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

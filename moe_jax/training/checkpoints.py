@@ -15,8 +15,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,7 +26,16 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
-from moe_jax.training.arrays import by_name, describe, differences, name_of, require_shardings, some
+from moe_jax.parallel.processes import all_or_none
+from moe_jax.training.arrays import (
+    by_name,
+    describe,
+    describe_saved,
+    differences,
+    name_of,
+    require_shardings,
+    some,
+)
 from moe_jax.training.files import (
     METADATA,
     STATE,
@@ -41,11 +48,17 @@ from moe_jax.training.files import (
     write_manifest,
     write_synced,
 )
+from moe_jax.training.orbax_messages import (
+    no_warning_of_reading,
+    not_a_traceback_of_orbax,
+    reason_of,
+)
 
 logger = logging.getLogger(__name__)
 
 NO_STEP = -1
 ALL_DAMAGED = -2
+TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax is writing
 
 
 class Checkpoints:
@@ -84,11 +97,11 @@ class Checkpoints:
         self._read_only = keep is None
         self._saving: int | None = None
         self._failed = False
-        absl_logging.get_absl_logger().addFilter(_not_a_traceback_of_orbax)
+        absl_logging.get_absl_logger().addFilter(not_a_traceback_of_orbax)
         if not self._read_only:
             interrupts.say_before_end(self._last_good_after_save)
         self._metadata: str | None = None
-        with _no_warning_of_reading() if self._read_only else contextlib.nullcontext():
+        with no_warning_of_reading() if self._read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers={
@@ -160,7 +173,8 @@ class Checkpoints:
         if newest is not None and newest > step:
             raise ValueError(
                 f"checkpoints are saved in the order of their steps: step={step}, but "
-                f"{self.directory} has step {newest}. Restore it first, or use another directory."
+                f"{self.directory} has step {newest}. Restore it first, or use another "
+                "directory."
             )
         if newest == step:
             return False
@@ -181,57 +195,62 @@ class Checkpoints:
         return any(one.startswith(f"{name}/") for one in self.arrays(step))
 
     def arrays(self, step: int) -> dict[str, str]:
-        """See `arrays.describe`: of what was saved."""
-        return describe(self._manager.item_metadata(step)[STATE].tree)
+        """See `describe_saved`."""
+        return describe_saved(self.directory / str(step) / STATE)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """See `metadata_of`."""
         return metadata_of(self.directory, step)
 
-    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
-        """Restores the newest checkpoint that is whole.
+    def newest_whole(self) -> int | None:
+        """The newest step whose checkpoint is whole, or None; process 0 reads every file.
 
         Damaged ones that are newer are reported by a warning and, unless only read, renamed to
         `damaged-<step>`, so that training can save their steps again.
 
-        Args:
-          abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
-            that was saved. The shardings may differ from those of the run that saved it: the
-            arrays are read straight into these.
-
-        Returns:
-          The step and the state, bit for bit as saved, or None if there are no checkpoints.
-
         Raises:
           DamagedCheckpointError: there are checkpoints and all are damaged. They stay where they
             are, so that starting again does not silently begin from step 0.
-          ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
         """
         self.wait()
-        require_shardings(abstract_state)
-        step = self._newest_whole_step()
-        return None if step == NO_STEP else (step, self._restore(step, abstract_state))
+        step = _of_process_0(self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP)
+        self._manager.reload()
+        if step == ALL_DAMAGED:
+            raise DamagedCheckpointError(
+                "a run continues from a checkpoint that matches its manifest: all are damaged in "
+                f"{self.directory}: {', '.join(map(str, self.steps()))}. Bring back a copy of "
+                "one, or move them away to start from step 0."
+            )
+        return None if step == NO_STEP else step
+
+    def require_whole(self, step: int) -> None:
+        """Refuses a checkpoint that is not there or damaged; process 0 reads every file.
+
+        Raises:
+          DamagedCheckpointError: it does not match its manifest.
+          ValueError: there is none of this step; or process 0 refuses it.
+        """
+        with all_or_none():
+            if jax.process_index() == 0:
+                path_of_whole(self.directory, step)
+        self._manager.reload()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Restores the checkpoint of a step; all processes together, as always.
 
         Args:
-          step: one of `steps()`.
-          abstract_state: see `restore_latest`.
+          step: of a checkpoint that `newest_whole` or `require_whole` has found whole.
+          abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
+            that was saved. The shardings may differ from those of the run that saved it: the
+            arrays are read straight into these.
 
         Returns:
           The state, bit for bit as saved.
 
         Raises:
-          DamagedCheckpointError: it does not match its manifest.
-          ValueError: there is none of this step, or see `restore_latest`.
+          ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
         """
-        path_of_whole(self.directory, step)
         require_shardings(abstract_state)
-        self._manager.reload()
-        return self._restore(step, abstract_state)
-
-    def _restore(self, step: int, abstract_state: Any) -> Any:
         self._require_same_arrays(step, abstract_state)
         args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
         return self._manager.restore(step, args=args)[STATE]
@@ -261,7 +280,7 @@ class Checkpoints:
             self._failed = True
             raise OSError(
                 f"The checkpoint of step {self._saving} cannot be written to {self.directory}: "
-                f"{_reason(error)}; {self.last_good}. Put that right, then start again: the run "
+                f"{reason_of(error)}; {self.last_good}. Put that right, then start again: the run "
                 "goes on from there."
             ) from error
 
@@ -287,24 +306,13 @@ class Checkpoints:
         """Writes metadata and manifest into the checkpoint that is about to be published."""
         if jax.process_index() != 0:
             return
-        path = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
+        path = self._being_saved()
         if self._metadata is not None:
             write_synced(path / METADATA, self._metadata)
         write_manifest(path)
 
-    def _newest_whole_step(self) -> int:
-        """The newest undamaged step or `NO_STEP`, decided by process 0 for all of them."""
-        step = self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        self._manager.reload()
-        if step == ALL_DAMAGED:
-            raise DamagedCheckpointError(
-                "a run continues from a checkpoint that matches its manifest: all are damaged in "
-                f"{self.directory}: {', '.join(map(str, self.steps()))}. Bring back a copy of "
-                "one, or move them away to start from step 0."
-            )
-        return step
+    def _being_saved(self) -> pathlib.Path:
+        return self.directory / f"{self._saving}{TEMPORARY}"
 
     def _set_damaged_aside(self) -> int:
         damaged: list[pathlib.Path] = []
@@ -361,34 +369,8 @@ class Checkpoints:
         return {name: found[name] for name in wanted}
 
 
-def gigabytes_of_largest(tree: Any) -> int:
-    """The size of the largest array, in whole GB: the least `gigabytes_in_flight`."""
-    sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return max(1, math.ceil(max(sizes, default=0) / 1e9))
-
-
-@contextlib.contextmanager
-def _no_warning_of_reading() -> Iterator[None]:
-    """Orbax warns, twice, that what is opened for reading is only read."""
-    verbosity = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        yield
-    finally:
-        absl_logging.set_verbosity(verbosity)
-
-
-def _not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a traceback, in several threads, of an error that it raises as well."""
-    return not (record.exc_info and "/orbax/" in record.pathname)
-
-
-def _reason(error: BaseException) -> str:
-    """An error of the system as the system says it, out of whatever carries it; one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    said = " ".join(str(error).split())
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
-        if os.strerror(number) in said:
-            return os.strerror(number)
-    return f"{type(error).__name__}: {said[:300]}"
+def _of_process_0(number: int) -> int:
+    """The number that process 0 has, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

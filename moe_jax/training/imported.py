@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.json_text import json_text
-from moe_jax.training.checkpoints import Checkpoints, gigabytes_of_largest
+from moe_jax.training.arrays import gigabytes_of_largest
+from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import write_atomically
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.state import TrainState

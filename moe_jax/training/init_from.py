@@ -24,7 +24,13 @@ from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.training.arrays import by_name, describe, differences, name_of, some
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import MANIFEST, complete_steps, damage, path_of_whole
+from moe_jax.training.files import (
+    MANIFEST,
+    DamagedCheckpointError,
+    complete_steps,
+    damage,
+    path_of_whole,
+)
 from moe_jax.training.placement import parameter_of, state_shardings
 from moe_jax.training.state import TrainState, abstract_state, state_from
 from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
@@ -100,16 +106,19 @@ def whole_step(directory: pathlib.Path, step: int | None) -> int:
     found = 0
     with all_or_none():
         if jax.process_index() == 0:
-            found = newest_whole(directory) if step is None else step
-            path_of_whole(directory, found)
+            if step is None:
+                found = newest_whole(directory)
+            else:
+                found = int(path_of_whole(directory, step).name)
     return int(gather(str(found))[0])
 
 
 def newest_whole(directory: pathlib.Path) -> int:
-    """The newest step whose checkpoint is whole, or the newest if none is.
+    """The newest step whose checkpoint is whole.
 
     Raises:
       ValueError: there is none.
+      DamagedCheckpointError: all are damaged.
     """
     steps = complete_steps(directory)
     require(
@@ -123,7 +132,10 @@ def newest_whole(directory: pathlib.Path) -> int:
         if reason is None:
             return step
         logger.warning("Checkpoint %s is damaged and not used: %s.", directory / str(step), reason)
-    return steps[-1]
+    raise DamagedCheckpointError(
+        f"init_from takes a checkpoint that matches its manifest: all are damaged in {directory}: "
+        f"{', '.join(map(str, steps))}. Bring back a copy of one, or use another run."
+    )
 
 
 def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:

@@ -20,7 +20,8 @@ from moe_jax.config import (
 from moe_jax.config.installed import require_local
 from moe_jax.data import Data, open_data, open_tokenizer_of
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.checkpoints import Checkpoints, gigabytes_of_largest
+from moe_jax.training.arrays import gigabytes_of_largest
+from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import inference_rows, state_shardings
@@ -179,20 +180,27 @@ def restore(
       config: of the run.
       checkpoints: of the run.
       mesh: where the state goes.
-      step: the checkpoint of this step in place of the newest; see `Checkpoints.restore`.
+      step: the checkpoint of this step in place of the newest.
 
     Returns:
       The state, or None if there is no checkpoint.
+
+    Raises:
+      DamagedCheckpointError: see `Checkpoints.newest_whole` and `require_whole`.
+      ValueError: there is none of this step, or it has other arrays than the run.
     """
+    # Nothing is asked of a checkpoint before it is known to be whole.
+    if step is None or not checkpoints.steps():
+        step = checkpoints.newest_whole()
+    else:
+        checkpoints.require_whole(step)
+    if step is None:
+        return None
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract_state(config),
         state_shardings(config, mesh),
     )
-    saved = checkpoints.latest_step if step is None else step
-    if saved in checkpoints.steps() and not checkpoints.has(saved, "opt_state"):
+    if not checkpoints.has(step, "opt_state"):
         abstract = abstract._replace(opt_state=())
-    if step is not None and checkpoints.latest_step is not None:
-        return checkpoints.restore(step, abstract)
-    restored = checkpoints.restore_latest(abstract)
-    return None if restored is None else restored[1]
+    return checkpoints.restore(step, abstract)
