@@ -153,6 +153,22 @@ def test_a_step_is_saved_once_and_steps_increase(tmp_path):
     assert_same_bits(restored, make_state(4))
 
 
+def test_whether_a_step_is_there_is_known_without_a_listing(tmp_path, monkeypatch):
+    """Of a network file system it may lag, in one process more than in another."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(4, make_state(4), wait=True)
+        monkeypatch.setattr("moe_jax.training.checkpoints.complete_steps", lambda directory: [])
+        assert not checkpoints.save(4, make_state(5))
+        with pytest.raises(ValueError, match=r"step=2, but .* has step 4"):
+            checkpoints.save(2, make_state(2))
+        monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        step, restored = restore_latest(checkpoints, abstract(make_state(4)))
+        monkeypatch.setattr("moe_jax.training.checkpoints.complete_steps", lambda directory: [])
+        assert not checkpoints.save(step, make_state(5))
+    assert_same_bits(restored, make_state(4))
+
+
 def test_a_saved_array_may_be_donated(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:

@@ -96,6 +96,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).resolve()
         self._read_only = keep is None
         self._saving: int | None = None
+        self._newest: int | None = None  # or NO_STEP; None: not asked for yet
         self._failed = False
         absl_logging.get_absl_logger().addFilter(not_a_traceback_of_orbax)
         if not self._read_only:
@@ -169,14 +170,16 @@ class Checkpoints:
         """
         assert not self._read_only, "opened for reading"
         self.wait()
-        newest = self.latest_step
-        if newest is not None and newest > step:
+        # Known, not listed: on a network file system, processes may see different listings.
+        if self._newest is None:
+            self._newest = _of_process_0(max(self.steps(), default=NO_STEP))
+        if self._newest > step:
             raise ValueError(
                 f"checkpoints are saved in the order of their steps: step={step}, but "
-                f"{self.directory} has step {newest}. Restore it first, or use another "
+                f"{self.directory} has step {self._newest}. Restore it first, or use another "
                 "directory."
             )
-        if newest == step:
+        if self._newest == step:
             return False
         self._metadata = None if metadata is None else json.dumps(dict(metadata), indent=1) + "\n"
         self._saving = step
@@ -186,6 +189,7 @@ class Checkpoints:
             self._manager.save(
                 step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}), force=True
             )
+        self._newest = step
         if wait:
             self.wait()
         return True
@@ -221,6 +225,7 @@ class Checkpoints:
                 f"{self.directory}: {', '.join(map(str, self.steps()))}. Bring back a copy of "
                 "one, or move them away to start from step 0."
             )
+        self._newest = step
         return None if step == NO_STEP else step
 
     def require_whole(self, step: int) -> None:
@@ -277,7 +282,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._failed = True
+            self._failed, self._newest = True, None
             raise OSError(
                 f"The checkpoint of step {self._saving} cannot be written to {self.directory}: "
                 f"{reason_of(error)}; {self.last_good}. Put that right, then start again: the run "
