@@ -16,12 +16,13 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.imported import save_imported, save_state
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import MetricWriter, write_run_record
 from moe_jax.training.optimizers import learning_rate_schedule, steps_alike
 from moe_jax.training.saved import CHECKPOINTS, kept_steps, load_run
 from moe_jax.training.workdir import check_workdir, recorded_run
-from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_training
+from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_state, tiny_training
 
 CONFIG = tiny_training()
 # As it was written before models were made of parts.
@@ -133,6 +134,24 @@ def test_how_a_run_is_placed_may_change(tmp_path):
         message = refusal(make(**placement, group_size=8), workdir)
         lines = [line for line in message.splitlines() if line.startswith("  ")]
         assert len(lines) == 1 and lines[0].endswith("moe.group_size: 0 -> 8")
+
+
+def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp_path):
+    state, model = tiny_state(CONFIG), tmp_path / "model"
+    save_imported(model, CONFIG, state.params, state.model_state, {}, {"made_by": "a test"})
+    before = files(model)
+    for config in (CONFIG, dataclasses.replace(CONFIG, seed=1)):
+        with pytest.raises(ValueError) as error:
+            train(config, model)
+        assert str(error.value) == (
+            "A run goes on from a checkpoint with the optimizer's state: "
+            f"{model / CHECKPOINTS / '0'} is of a model that was made without (imported.json). "
+            f"Use another --workdir and --config.init_from.path={model}."
+        )
+    assert files(model) == before
+    # One that was made with them is a run to go on with.
+    save_state(tmp_path / "upcycled", CONFIG, state, {}, {"made_by": "a test"})
+    check_workdir(CONFIG, tmp_path / "upcycled")
 
 
 FOREIGN = """

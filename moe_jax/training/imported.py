@@ -15,9 +15,8 @@ from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import write_atomically
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.state import TrainState
-from moe_jax.training.workdir import CHECKPOINTS
+from moe_jax.training.workdir import CHECKPOINTS, IMPORTED_FILE
 
-IMPORTED_FILE = "imported.json"
 TOKENIZER = "tokenizer"  # the folder with the files of the tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",

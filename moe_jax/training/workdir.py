@@ -15,11 +15,14 @@ from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, w
 from moe_jax.config.check import require
 from moe_jax.config.upgrade import check_format
 from moe_jax.parallel.processes import all_or_none, gather
+from moe_jax.training.arrays import describe_saved
 from moe_jax.training.files import (
+    STATE,
     DamagedCheckpointError,
     DamagedFileError,
     complete_steps,
     metadata_of,
+    path_of_whole,
     read_json,
 )
 from moe_jax.training.metrics import CONFIG_FILE, METRICS_FILE
@@ -28,6 +31,7 @@ from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
+IMPORTED_FILE = "imported.json"  # beside a model that was made, not trained; see `imported`
 # What a run is of, as `write_config` has it: in `config.json` and in each checkpoint.
 Record = Mapping[str, Any]
 
@@ -102,6 +106,7 @@ def check_workdir(
             f"checkpoint with a record in {workdir}. Bring back {CONFIG_FILE}, or use another "
             "--workdir."
         )
+    require_moments(workdir)
     lines = changes(record, config, content or {})
     if lines:
         raise ValueError(
@@ -110,6 +115,29 @@ def check_workdir(
             + "\nUse another --workdir, or what the run was started with."
         )
     check_extension(record, config, workdir)
+
+
+def require_moments(workdir: pathlib.Path) -> None:
+    """Refuses to train in the directory of a model that was made without an optimizer's state.
+
+    Raises:
+      ValueError: with the setting that starts a run from it.
+    """
+    directory = workdir / CHECKPOINTS
+    steps = complete_steps(directory)
+    if not steps or not (workdir / IMPORTED_FILE).exists():
+        return
+    try:
+        newest = path_of_whole(directory, steps[-1], only=f"{STATE}/_METADATA")
+        saved = describe_saved(newest / STATE)
+    except (OSError, ValueError):
+        return  # what is damaged is dealt with when all of it is read
+    require(
+        any(name.startswith("opt_state/") for name in saved),
+        "A run goes on from a checkpoint with the optimizer's state",
+        f"{newest} is of a model that was made without ({IMPORTED_FILE})",
+        f"Use another --workdir and --config.init_from.path={workdir}",
+    )
 
 
 def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.Path) -> None:
