@@ -1,5 +1,7 @@
 """One of several processes that meet, agree and end; run by test_parallel_processes.py."""
 
+import os
+import re
 import sys
 import time
 
@@ -7,6 +9,8 @@ import jax
 import numpy as np
 
 from moe_jax.parallel import processes
+from moe_jax.training import files
+from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.signals import SignalFlag
 
 # How long gloo waits for a process that has not come to a group of devices yet.
@@ -68,6 +72,19 @@ def main(scenario: str, *place: str) -> None:
         print("sum", float(sums(x)[2]), "at once" if time.monotonic() - began < 20 else "late")
     elif scenario == "wait":  # for all, longer than anybody waits elsewhere
         time.sleep(GLOO_SECONDS + 5 if index == 0 else 0)
+    elif scenario == "checkpoint":
+        mesh = jax.make_mesh((count,), ("all",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.P("all"))
+        ones = np.ones((count, 64), np.float32)
+        x = jax.make_array_from_callback(ones.shape, sharding, lambda where: ones[where])
+        read, hashed = [], files._sha256_of_one
+        files._sha256_of_one = lambda file: read.append(str(file)) or hashed(file)
+        with Checkpoints(os.environ["DIRECTORY"], keep=2) as checkpoints:
+            first = checkpoints.save(1, {"x": x}, wait=True)
+            print("hashed", sorted(set(re.findall(r"ocdbt\.process_\d+", " ".join(read)))))
+            if index == 1:  # whose listing lags
+                Checkpoints.steps = lambda self: []
+            print("saved", first, checkpoints.save(1, {"x": x}), checkpoints.newest_whole())
     elif scenario == "alone":
         if index == count - 1:
             print("mine alone", flush=True)

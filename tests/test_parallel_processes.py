@@ -14,6 +14,7 @@ import pytest
 
 from moe_jax.parallel import processes
 from moe_jax.parallel.processes import Place, place_of_process
+from moe_jax.training.files import damage
 from tests.process_step import two_steps
 from tests.tiny_run import ROOT
 
@@ -132,11 +133,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def together(scenario, count=2, devices=1):
+def together(scenario, count=2, devices=1, **variables):
     port = free_port()
     return finish(
         [
-            spawn(scenario, count, index, f"localhost:{port}", devices=devices)
+            spawn(scenario, count, index, f"localhost:{port}", devices=devices, **variables)
             for index in range(count)
         ]
     )
@@ -169,6 +170,17 @@ def test_processes_whose_rows_interleave_train_as_one_does():
         assert got[0] == mine
         assert got[1] == whole, "the same sequences in the same rows"
         np.testing.assert_allclose(got[2], numbers, rtol=1e-5)
+
+
+def test_each_process_hashes_the_files_of_a_checkpoint_that_it_wrote(tmp_path):
+    for index, done in enumerate(together("checkpoint", DIRECTORY=str(tmp_path))):
+        assert done.code == 0, done.said
+        assert f"hashed ['ocdbt.process_{index}']" in done.said, done.said
+        assert "saved True False 1" in done.said, done.said
+    manifest = (tmp_path / "1" / "manifest.json").read_text()
+    assert "ocdbt.process_0/" in manifest and "ocdbt.process_1/" in manifest
+    assert not list((tmp_path / "1").glob("hashes*"))
+    assert damage(tmp_path / "1") is None
 
 
 def test_settings_that_differ_are_refused_by_all():

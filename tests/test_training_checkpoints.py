@@ -1,6 +1,8 @@
 """Checkpoints: bit-exact, resharded, damaged and killed."""
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -15,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
+from moe_jax.training import files
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 
 WRITER = pathlib.Path(__file__).with_name("checkpoint_writer.py")
@@ -169,6 +173,55 @@ def test_whether_a_step_is_there_is_known_without_a_listing(tmp_path, monkeypatc
     assert_same_bits(restored, make_state(4))
 
 
+def test_the_others_wait_for_hours_until_a_large_checkpoint_is_hashed(tmp_path, monkeypatch):
+    real, given = ocp.AsyncOptions, {}
+    monkeypatch.setattr(
+        ocp, "AsyncOptions", lambda **options: given.update(options) or real(**options)
+    )
+    Checkpoints(tmp_path, keep=1).close()
+    assert given["timeout_secs"] >= 2 * 3600
+
+
+def test_several_files_are_hashed_at_once(tmp_path, monkeypatch):
+    """Each of two waits until the other is read as well: when written, and when checked."""
+    (tmp_path / "state").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "state" / name).write_text(name)
+    both, hashed = threading.Barrier(2, timeout=60), files._sha256_of_one
+    monkeypatch.setattr(files, "THREADS", 2)
+    monkeypatch.setattr(files, "_sha256_of_one", lambda file: (both.wait(), hashed(file))[1])
+    files.write_manifest(tmp_path)
+    assert files.damage(tmp_path) is None
+    (tmp_path / "state" / "a").write_text("c")
+    assert files.damage(tmp_path) == "the content of state/a has changed"
+
+
+def test_a_manifest_takes_over_what_a_process_has_hashed(tmp_path):
+    """But for a file that has another size by now."""
+    for process in (0, 1):
+        (tmp_path / "state" / f"ocdbt.process_{process}").mkdir(parents=True)
+        for name in ("a", "b"):
+            (tmp_path / "state" / f"ocdbt.process_{process}" / name).write_text(name)
+    files.write_hashes(tmp_path, tmp_path / "state", 1)
+    part = tmp_path / "hashes.process_1.json"
+    assert len(json.loads(part.read_text())) == 2
+    part.write_text(part.read_text().replace(sha256("a"), "taken over").replace(sha256("b"), "old"))
+    (tmp_path / "state" / "ocdbt.process_1" / "b").write_text("longer")
+    files.write_manifest(tmp_path, processes=3)
+    said = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    assert {name: one["sha256"] for name, one in said.items()} == {
+        "state/ocdbt.process_0/a": sha256("a"),
+        "state/ocdbt.process_0/b": sha256("b"),
+        "state/ocdbt.process_1/a": "taken over",
+        "state/ocdbt.process_1/b": sha256("longer"),
+    }
+    assert not part.exists()
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_a_saved_array_may_be_donated(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -317,7 +370,7 @@ def test_half_written_checkpoints_are_removed(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_save_that_fails_says_the_last_good_step_once(tmp_path, monkeypatch, caplog, number):
-    def fail(path):
+    def fail(path, processes):
         raise OSError(number, os.strerror(number), str(path))
 
     checkpoints = Checkpoints(tmp_path, keep=2)

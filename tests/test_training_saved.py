@@ -97,9 +97,9 @@ def test_nothing_is_asked_of_a_checkpoint_before_it_is_known_to_be_whole(tmp_pat
 @pytest.mark.parametrize("step", [None, 2])
 def test_each_file_is_hashed_once(tmp_path, monkeypatch, step):
     make_run(tmp_path, 2)
-    read, hashed = [], training_files._sha256
+    read, hashed = [], training_files._sha256_of_one
     monkeypatch.setattr(
-        training_files, "_sha256", lambda file: read.append(file) or hashed(file)
+        training_files, "_sha256_of_one", lambda file: read.append(file) or hashed(file)
     )
     with Checkpoints(tmp_path / CHECKPOINTS, keep=None) as checkpoints:
         restore(CONFIG, checkpoints, make_mesh(CONFIG.mesh), step)

@@ -45,6 +45,7 @@ from moe_jax.training.files import (
     metadata_of,
     path_of_whole,
     set_aside,
+    write_hashes,
     write_manifest,
     write_synced,
 )
@@ -59,6 +60,9 @@ logger = logging.getLogger(__name__)
 NO_STEP = -1
 ALL_DAMAGED = -2
 TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax is writing
+# How long processes wait for the slowest to write and hash its share of a checkpoint. One that is
+# lost ends the others sooner, see `parallel.processes`.
+TIMEOUT_SECONDS = 6 * 3600
 
 
 class Checkpoints:
@@ -119,6 +123,8 @@ class Checkpoints:
                     lightweight_initialize=True,
                     # Orbax runs this when all files are written, before the rename that publishes.
                     async_options=ocp.AsyncOptions(
+                        timeout_secs=TIMEOUT_SECONDS,
+                        barrier_sync_fn=self._meet,
                         post_finalization_callback=self._add_manifest,
                         # In the background, a directory that cannot be made leaves threads that
                         # wait for it and keep the process alive for minutes.
@@ -314,7 +320,15 @@ class Checkpoints:
         path = self._being_saved()
         if self._metadata is not None:
             write_synced(path / METADATA, self._metadata)
-        write_manifest(path)
+        write_manifest(path, jax.process_count())
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits at a barrier of Orbax; before that of written arrays, each hashes what it wrote."""
+        if "async_write_complete" in key:
+            with contextlib.suppress(OSError):  # process 0 reads these files then
+                path = self._being_saved()
+                write_hashes(path, path / f"{STATE}{TEMPORARY}", jax.process_index())
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def _being_saved(self) -> pathlib.Path:
         return self.directory / f"{self._saving}{TEMPORARY}"
