@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.analysis.runs import read_entry
 from moe_jax.config import MeshConfig
 from moe_jax.moe.run_experts import buffer
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
@@ -340,8 +341,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     step, named = int(found[2]), int(found[3])
     assert load_run(tmp_path)[1].step == named < step
     assert found[4] == str(tmp_path / CHECKPOINTS)
-    rows = read_metrics(tmp_path / METRICS_FILE)
+    # The step that failed is written, so that a comparison knows of it.
+    *rows, last = read_metrics(tmp_path / METRICS_FILE)
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+    assert last["step"] == step
+    named = [last[f"train/{name}"] for name in ("loss", "total_loss", "grad_norm")]
+    assert not np.isfinite(named).all()
+    assert read_entry(tmp_path, "run").diverged
 
 
 def test_before_its_first_checkpoint_a_run_has_no_good_state_of_its_own(

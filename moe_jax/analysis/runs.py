@@ -128,7 +128,8 @@ class Entry:
     def diverged(self) -> bool:
         """Whether a loss is not finite: the newest, or the one that its log says ended it."""
         nats = [one.get("nats_per_token", 0.0) for one in self.score.losses.values()]
-        nats += [row["train/loss"] for row in self.run.rows[-1:] if "train/loss" in row]
+        named = ("train/loss", "train/total_loss", "train/grad_norm")
+        nats += [row[name] for row in self.run.rows[-1:] for name in named if name in row]
         if not all(one is not None and math.isfinite(one) for one in nats):
             return True
         return self.state == FAILED and bool(INFINITE.match(failure(self.directory)))

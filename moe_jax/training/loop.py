@@ -243,7 +243,13 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
         if pending is None:
             return
         (step, metrics), pending = pending, None
-        check_finite(step, metrics, saved, run.checkpoints.directory)
+        try:
+            check_finite(step, metrics, saved, run.checkpoints.directory)
+        except FloatingPointError:
+            run.writer.write(
+                step, metrics_row(metrics, config.model.layers_of)
+            )  # `compare` reads it
+            raise
         check_overflow(step, metrics, config, saved, run.checkpoints.directory)
         if step % training.log_every == 0 or step == training.num_steps:
             row = metrics_row(metrics, config.model.layers_of) | run.rates.measure(step)
