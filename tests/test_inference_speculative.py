@@ -139,6 +139,7 @@ def test_greedy_texts_are_those_without_a_draft(target, greedy):
     np.testing.assert_allclose(draft.tokens_per_pass * draft.passes, len(PROMPTS) * (TOKENS - 1))
 
 
+@pytest.mark.slow
 def test_tokens_that_a_text_does_not_get_are_not_counted(target, greedy):
     """A perfect draft, of which the last pass and an end of a text leave something out."""
     draft = Draft(target[0], Serving(target[1]), length=3)

@@ -158,6 +158,7 @@ def test_processes_meet_by_the_variables_of_jax(count):
         assert f"of {count} devices, said" in done.said
 
 
+@pytest.mark.slow
 def test_processes_whose_rows_interleave_train_as_one_does():
     """As on a TPU pod, where a host is a block of chips and the mesh goes along the torus."""
     rows, whole, numbers = json.loads(two_steps(range(4)))

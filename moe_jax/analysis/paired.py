@@ -101,7 +101,7 @@ class Paired:
         """-1 below a bound, 1 above it, 0 neither: of the mean, or of most where a run diverged."""
         apart = self._apart(bound) if self.diverged else [self.mean - bound]
         balance = sum(one > 0 for one in apart) - sum(one < 0 for one in apart)
-        return (balance > 0) - (balance < 0)
+        return int(balance > 0) - int(balance < 0)
 
     @property
     def interval(self) -> tuple[float, float]:
