@@ -28,6 +28,7 @@ from moe_jax.config.file import load_config, override, settings_of, split_overri
 from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
+LOST = 75  # the exit code where another process was lost: launchers start all of them again
 HELP = ("--help", "-help", "-h", "--helpshort")
 TEXT_FLAGS = ("prompt", "stop")  # in which "://" is no path
 
@@ -107,6 +108,7 @@ def run(command: Command, positional: list[str]) -> int:
             start_processes(command.saves_on_sigterm)
         if command.uses_devices:
             check_devices()
+            processes.require_joined("--processes=auto" if command.several_processes else "")
         code = command.main(positional) if command.positional else command.main()
         sys.stdout.flush()
         processes.wait_for_all()
@@ -125,7 +127,7 @@ def run(command: Command, positional: list[str]) -> int:
             file=sys.stderr,
             flush=True,
         )
-        return 1
+        return LOST
     finally:
         processes.leave()
 

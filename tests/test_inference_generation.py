@@ -2,11 +2,15 @@
 
 import collections
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.inference import generate_tokens, stream_anew, stream_tokens
 from moe_jax.inference.writer import CHUNK, bucket
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.training.placement import state_shardings
 from tests.tiny_run import tiny_config, tiny_state
 
 PROMPTS = [[1, 7, 9], [1], [1, *range(20, 41)], [1, 4]]
@@ -97,6 +101,15 @@ def test_a_penalty_is_of_the_whole_text_beyond_the_context(generate, config, par
     settings = {"context": 4, "state": STATE, "repetition_penalty": 1e6}
     pieces = stream_anew(config, params, [[1, 7, 9]], 40, **settings)
     assert len({1, 7, 9, *(token for piece in pieces for token in piece.tokens)}) == 43
+
+
+def test_a_text_read_anew_is_the_same_on_a_mesh(config, params):
+    """Every device that has a row reads it."""
+    settings = {"context": 16, "temperature": 0.0, "state": STATE}
+    alone = list(stream_anew(config, params, [[1, 7, 9]], 4, **settings))
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    placed = jax.device_put(params, state_shardings(config, mesh).params)
+    assert list(stream_anew(config, placed, [[1, 7, 9]], 4, **settings)) == alone
 
 
 def test_random_keys_go_on_when_the_context_moves(config, params):

@@ -171,8 +171,11 @@ def test_shards_of_the_config_are_those_that_jax_makes():
             assert len(distinct) == shards, (config, name)
 
 
-def tpu_devices():
-    return [types.SimpleNamespace(platform="tpu", id=i) for i in range(NUM_DEVICES)]
+def tpu_devices(num_slices=1):
+    return [
+        types.SimpleNamespace(platform="tpu", id=i, slice_index=i % num_slices)
+        for i in range(NUM_DEVICES)
+    ]
 
 
 def test_on_a_tpu_the_torus_decides_where_neighbours_are():
@@ -183,16 +186,31 @@ def test_on_a_tpu_the_torus_decides_where_neighbours_are():
         assert arranged is mesh_utils.create_device_mesh.return_value
         assert mesh_utils.create_device_mesh.call_args.args[0] == (1, 1, 2, 2, 2)
         config = dataclasses.replace(config, slices=2, fsdp=1)
-        arranged = arrange(config, tpu_devices())
+        arranged = arrange(config, tpu_devices(2))
         assert arranged is mesh_utils.create_hybrid_device_mesh.return_value
         within, across = mesh_utils.create_hybrid_device_mesh.call_args.args[:2]
         assert (within, across) == ((1, 1, 1, 2, 2), (2, 1, 1, 1, 1))
 
 
-def test_a_torus_that_cannot_be_arranged_is_said_and_taken_in_order(caplog):
+@pytest.mark.parametrize(("slices", "there"), [(1, 2), (2, 1), (4, 2)])
+def test_slices_that_are_not_there_are_refused_before_anything_is_arranged(slices, there):
+    config = MeshConfig(slices=slices, data=NUM_DEVICES // slices)
+    with pytest.raises(ValueError, match=rf"slices: {slices}, .* are of {there}\. Set .*={there} "):
+        arrange(config, tpu_devices(there))
+
+
+def test_gpus_lie_by_their_ids_whatever_the_order_of_processes():
+    dealt = [0, 4, 1, 5, 2, 6, 3, 7]
+    devices = [types.SimpleNamespace(platform="gpu", id=i) for i in dealt]
+    arranged = arrange(MeshConfig(data=1, fsdp=2, tensor=4), devices)
+    assert [device.id for device in arranged.flat] == list(range(8))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, AssertionError])
+def test_a_torus_that_cannot_be_arranged_is_said_and_taken_in_order(caplog, error):
     devices = tpu_devices()
     with mock.patch.object(mesh_module, "mesh_utils") as mesh_utils:
-        mesh_utils.create_device_mesh.side_effect = NotImplementedError("2x3 in 4x4")
+        mesh_utils.create_device_mesh.side_effect = error("2x3 in 4x4")
         with caplog.at_level(logging.WARNING):
             arranged = arrange(MeshConfig(data=2, expert=4), devices)
     assert "order of the devices, not of the torus: 2x3 in 4x4" in caplog.text

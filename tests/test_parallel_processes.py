@@ -285,3 +285,13 @@ def test_processes_on_cpus_read_no_program_from_the_cache(tmp_path):
     for done in finish([spawn("sum", 2, index, place, **cache) for index in range(2)]):
         assert done.code == 0, done.said
     assert alone and set(tmp_path.iterdir()) == alone, "one process keeps its cache, two have none"
+
+
+def test_a_host_of_a_slice_that_has_not_joined_is_refused(monkeypatch):
+    """Libtpu alone makes a slice of hosts, which compute together and agree on nothing else."""
+    processes.require_joined("--processes=auto")
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 64)
+    with pytest.raises(ValueError, match=r"one of 64 .* Pass --processes=auto on each"):
+        processes.require_joined("--processes=auto")
+    with pytest.raises(ValueError, match="Run this command on a machine of its own"):
+        processes.require_joined("")

@@ -3,10 +3,14 @@
 import os
 import signal
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from moe_jax.training import signals as signals_module
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import complete_steps
 from moe_jax.training.signals import SignalFlag
@@ -34,6 +38,28 @@ def test_a_signal_ends_a_run_after_its_step(number, came):
         assert signals.stops_after(2) == number and not came
     os.kill(os.getpid(), number)
     assert came == [number], "the handler before is back"
+
+
+def test_processes_that_resume_count_their_own_steps(monkeypatch):
+    """JAX counts from 1: an agreement on step 1 of the process is never met by step 5001."""
+    asked = []
+    several = types.SimpleNamespace(reached_preemption_sync_point=asked.append)
+    monkeypatch.setattr(signals_module, "multihost_utils", several)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    flag = SignalFlag(5000)
+    flag.stops_after(5001)
+    flag.stops_after(5002)
+    assert asked == [1, 2]
+
+
+def test_orbax_does_not_move_that_count(tmp_path, monkeypatch):
+    """It would ask from a thread, about a step that training has left behind."""
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail(str(step))
+    )
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, {"a": np.zeros(2)}, wait=True)
+    assert complete_steps(tmp_path) == [3]
 
 
 def test_under_nohup_a_closed_terminal_is_ignored(came):

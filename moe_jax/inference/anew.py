@@ -15,9 +15,9 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.inference.decoding import Serving
-from moe_jax.inference.generation import check
+from moe_jax.inference.generation import check, mesh_of
 from moe_jax.inference.sampling import Sampling, draw
-from moe_jax.inference.writer import Piece
+from moe_jax.inference.writer import Piece, whole_rows
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Call
 
@@ -47,14 +47,19 @@ def next_token(
     """
     positions = jnp.arange(window_L.shape[0])
     is_seen_L = positions < length
+    num_rows = whole_rows(1)  # the same text on every device that has a row
+
+    def repeated(a_L: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a_L, (num_rows, *a_L.shape))
+
     call = Call(
-        tokens_BL=window_L[None], positions_BL=positions[None],
-        segments_BL=is_seen_L.astype(jnp.int32)[None], counts_up=True,
+        tokens_BL=repeated(window_L), positions_BL=repeated(positions),
+        segments_BL=repeated(is_seen_L.astype(jnp.int32)), counts_up=True,
         step=serving.step, capacity=0.0,
-        in_prefix_BL=None if num_prefix is None else (positions < num_prefix)[None],
+        in_prefix_BL=None if num_prefix is None else repeated(positions < num_prefix),
     )  # fmt: skip
     output = model.run(serving.params, call, state=serving.state)
-    logits_BV = output.logits_BLV[:, length - 1]
+    logits_BV = output.logits_BLV[:1, length - 1]
     if num_ids is not None:
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_ids, logits_BV, -jnp.inf)
     seen_BV = None if seen_V is None else seen_V[None]
@@ -94,14 +99,14 @@ def stream_anew(
             window_L = np.full(context, pad_id, np.int32)
             window_L[: len(ids)] = ids[-context:]
             seen_V[ids] = True
-            token = int(
-                next_token(
+            with mesh_of(params):
+                drawn = next_token(
                     serving, window_L, np.int32(min(len(ids), context)), np.int32(row),
                     np.int32(len(ids)), model=model, sampling=how, num_ids=num_ids,
                     num_prefix=prefix_left(config, len(prompt), len(ids), context),
                     seen_V=seen_V,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+            token = int(drawn)
             stops = token in stop_tokens
             yield Piece(row, [] if stops else [token], stops)
             if stops:

@@ -45,8 +45,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     """Devices in an array of the mesh's shape, neighbours on the network near each other."""
     shape = (config.slices, *config.sizes)
+    if devices[0].platform == "gpu":  # by id, those of a node follow each other, as in JAX's meshes
+        devices = sorted(devices, key=lambda device: device.id)
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices != config.slices:
+        raise ValueError(
+            f"mesh.slices is the number of TPU slices: {config.slices}, and the {len(devices)} "
+            f"devices of the mesh are of {slices}. Set config.mesh.slices={slices} (--mesh=slices="
+            f"{slices} of a trained model)."
+        )
     inner = (1, *config.sizes)
     try:
         if config.slices == 1:
@@ -54,8 +63,9 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
         return mesh_utils.create_hybrid_device_mesh(
             inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
-    except NotImplementedError as error:
-        logger.warning("The mesh is in the order of the devices, not of the torus: %s", error)
+    except (NotImplementedError, AssertionError) as error:
+        reason = str(error)[:200]  # the rest lists devices
+        logger.warning("The mesh is in the order of the devices, not of the torus: %s", reason)
         return np.asarray(devices).reshape(shape)
 
 

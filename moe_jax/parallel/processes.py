@@ -208,6 +208,26 @@ def start(
     )
 
 
+def require_joined(flag: str) -> None:
+    """Refuses a host of a TPU slice that has not joined the others: libtpu alone makes one of them.
+
+    Such hosts compute together, but agree on no checkpoint and on no signal.
+
+    Args:
+      flag: of the command that joins; "" if it is for one process.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    count = jax.process_count()
+    if count > 1 and not jax.distributed.is_initialized():
+        way = f"Pass {flag} on each" if flag else "Run this command on a machine of its own"
+        raise ValueError(
+            f"This host is one of {count} of a TPU slice, and has not joined the others. {way}, or "
+            "set JAX_PLATFORMS=cpu."
+        )
+
+
 def wait_for_all() -> None:
     """Returns when all processes have called it; for the end of what all of them do."""
     if jax.distributed.is_initialized():

@@ -132,6 +132,9 @@ class Checkpoints:
                     ),
                 ),
             )
+        # Orbax asks in a thread of its own, after training has gone on: that would move JAX's count
+        # of steps back, by which processes agree on where a signal stops them (`SignalFlag`).
+        vars(self._manager)["reached_preemption"] = lambda step: False
 
     @property
     def latest_step(self) -> int | None:

@@ -215,7 +215,7 @@ def train_in(
     profile = Profile(config.training.profile_steps, workdir)
     rows = start if restored is not None else 0  # of metrics that go on
     with MetricWriter(workdir, rows, saved.get("metrics"), trackers) as writer:
-        with progress, SignalFlag() as signals, profile:
+        with progress, SignalFlag(start) as signals, profile:
             run = Run(
                 workdir, config, data, mesh, checkpoints, writer, progress, rates, signals, profile,
                 origin,

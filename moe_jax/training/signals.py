@@ -32,9 +32,13 @@ class SignalFlag:
     Of several processes, which are never in the same step, JAX hands SIGTERM on from one to all
     and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
     second one does not kill; Ctrl-C counts as SIGTERM.
+
+    Args:
+      start: the step that the run goes on from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int = 0) -> None:
+        self._start = start
         self._several = jax.process_count() > 1
         self._received: int | None = None
         self._old: dict[int, Any] = {}
@@ -62,7 +66,8 @@ class SignalFlag:
         """The signal that ends the run after this step, or None; all processes ask after each."""
         self._unsaved = True
         if self._several:
-            reached = multihost_utils.reached_preemption_sync_point(step)
+            # JAX counts the calls from 1 on, and agrees on one of them.
+            reached = multihost_utils.reached_preemption_sync_point(step - self._start)
             return signal.SIGTERM if reached else None
         return self._received
 

@@ -237,7 +237,8 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(
                 f"A workdir is written by one run at a time: another process trains in {workdir}. "
-                "Use another --workdir, or wait for that run or stop it."
+                "Use another --workdir, or wait for that run or stop it. On a network file system "
+                f"a lost machine may hold {LOCK_FILE} for minutes: try again, or delete it."
             ) from error
         yield
 
