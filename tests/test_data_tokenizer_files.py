@@ -152,6 +152,23 @@ def test_an_added_token_that_is_no_special_one_is_text(files, tmp_path):
     assert tokenizer.decode(ids) == "a [caf\u00e9] b" and tokenizer.token_bytes_V[ids].sum() == 11
 
 
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_an_added_token_that_takes_spaces_is_special(files, tmp_path, side):
+    """As `</s>` of Phi-3.5, which is declared as none."""
+    theirs = hugging_face.Tokenizer.from_file(files["byte level"])
+    theirs.add_tokens([hugging_face.AddedToken("</s>", **{side: True})])
+    theirs.save(str(tmp_path / "t.json"))
+    tokenizer = open_tokenizer(str(tmp_path / "t.json"))
+    text, name = "a  </s>  b", tokenizer.vocab_size - 1
+    ids = tokenizer.encode(text)
+    assert name not in ids.tolist() and tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes_V[ids].sum() == len(text) and tokenizer.bytes_of(name) == b""
+    rendered = tokenizer.encode_rendered(text).tolist()
+    assert rendered == theirs.encode(text, add_special_tokens=False).ids and name in rendered
+    # It begins and ends no document, though it has the name of one that does.
+    assert tokenizer.eos_id == tokenizer.special_tokens["<|endoftext|>"]
+
+
 def test_a_tokenizer_without_special_tokens_gets_one_as_the_error_says(tmp_path):
     path = byte_level(tmp_path / "none.json", special_tokens=())
     with pytest.raises(ValueError, match=r"none\.json has no special token\. Add one") as refused:
@@ -205,12 +222,6 @@ def without_a_byte(path):
     path.write_text(json.dumps(spec))
 
 
-def with_a_token_that_takes_spaces(path):
-    tokenizer = hugging_face.Tokenizer.from_file(str(path))
-    tokenizer.add_tokens([hugging_face.AddedToken("[name]", lstrip=True)])
-    tokenizer.save(str(path))
-
-
 def without_vocabulary(path):
     path.write_text(json.dumps({"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}))
 
@@ -226,7 +237,6 @@ def word_piece(path):
         (without_a_byte, r"token for every byte that text is made of: .* has none for \[b'a'\]"),
         (word_piece, r"is a WordPiece with the decoder \[\]"),
         (lambda path: path.write_text(path.read_text()[:-9]), r"json, \d+ bytes, is cut short or"),
-        (with_a_token_that_takes_spaces, r"takes no space .* has \['\[name\]'\]"),
         (without_vocabulary, "is cut short or something else"),
         (lambda path: path.write_text("[]"), "it has no model"),
     ],

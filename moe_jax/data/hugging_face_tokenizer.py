@@ -17,6 +17,7 @@ _FIX = (
     "(Llama 2, Mistral, Gemma)"
 )
 _SPACE = "\u2581"
+GENERATION_FILE = "generation_config.json"
 # Control characters, and the first bytes of characters beyond U+3FFFF: a tokenizer may lack them
 # (SmolLM2's does), and a text that has one is refused.
 _RARE = {bytes([byte]) for byte in {*range(0x20), 0x7F, *range(0xF1, 0xF5)} - set(b"\t\n\r")}
@@ -33,7 +34,8 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     Attributes:
         path: of the file.
-        special_tokens: ids by name.
+        special_tokens: ids by name; those of tokens that take spaces from the text around them are
+            among them.
     """
 
     def __init__(self, path: str, bos_token: str = "", eos_token: str = ""):
@@ -65,9 +67,10 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self.vocab_size = max(ids.values()) + 1
         self.pad_id = 0  # Padding is recognised by its weight and segment.
         added = {token["content"]: token for token in spec.get("added_tokens") or ()}
-        specials = {token: ids[token] for token, says in added.items() if says.get("special")}
+        declared = {token: ids[token] for token, says in added.items() if says.get("special")}
+        specials = {token: ids[token] for token, says in added.items() if _is_special(says)}
         self.special_tokens = specials
-        self.bos_id, self.eos_id = special_ids(specials, file, bos_token, eos_token)
+        self.bos_id, self.eos_id = special_ids(declared, file, bos_token, eos_token)
         pieces = [b""] * self.vocab_size
         for token in ids.keys() - specials.keys():
             if token in added:
@@ -86,13 +89,6 @@ class HuggingFaceTokenizer(PieceTokenizer):
             _FIX,
         )
         self._space_ids = [] if is_byte_level else [ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
-        strips = [t for t, says in added.items() if says.get("lstrip") or says.get("rstrip")]
-        require(
-            set(strips) <= specials.keys(),
-            "An added token takes no space from the text around it",
-            f"{file} has {strips}",
-            _FIX,
-        )
         self.check_keeps_bytes(file, _FIX)
 
     def encode(self, text: str) -> np.ndarray:
@@ -132,6 +128,26 @@ class HuggingFaceTokenizer(PieceTokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """See `Tokenizer`: those of the `generation_config.json` beside the file, too.
+
+        Raises:
+            ValueError: that is no JSON object.
+        """
+        path = self.path.parent / GENERATION_FILE
+        if not path.is_file():
+            return (self.eos_id,)
+        try:
+            said = json.loads(path.read_bytes()).get("eos_token_id")
+        except (ValueError, AttributeError):
+            raise ValueError(
+                f"{GENERATION_FILE} is a JSON object: {path} is none. Copy it again."
+            ) from None
+        others = said if isinstance(said, list) else [said]
+        specials = self.special_tokens.values()
+        return tuple(dict.fromkeys([self.eos_id, *(one for one in others if one in specials)]))
 
     def fingerprint(self) -> str:
         """Sha256 of the file and of the ids that begin and end a document."""
@@ -183,6 +199,11 @@ def _no_tokenizer(path: pathlib.Path, data: bytes, said: str) -> ValueError:
     )
 
 
+def _is_special(token: dict[str, Any]) -> bool:
+    """Whether an added token is none of a text: one that takes spaces has the bytes of neither."""
+    return bool(token.get("special") or token.get("lstrip") or token.get("rstrip"))
+
+
 def _exact(spec: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer without what would lose, add or cut bytes and need not be there."""
 
@@ -212,6 +233,9 @@ def _exact(spec: dict[str, Any]) -> dict[str, Any]:
         "normalizer": without(spec.get("normalizer"), {"NFC", "Prepend"}),
         "pre_tokenizer": never_prepends(spec.get("pre_tokenizer")),
         "post_processor": None,
+        "added_tokens": [
+            token | {"special": _is_special(token)} for token in spec.get("added_tokens") or ()
+        ],
         "truncation": None,
         "padding": None,
         "model": spec["model"] | {"dropout": None},

@@ -108,6 +108,11 @@ class Tokenizer(abc.ABC):
         """Hexadecimal sha256 that changes whenever an encoding may."""
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end what a model writes: `eos_id`, and others that come with a model."""
+        return (self.eos_id,)
+
+    @property
     def dtype(self) -> np.dtype:
         """Of the ids: uint16, or uint32 where there are more than 65,536."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)

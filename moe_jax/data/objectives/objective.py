@@ -84,7 +84,7 @@ class Objective(Settings):
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The ids that end what a model writes."""
-        return (tokenizer.eos_id,)
+        return tokenizer.end_ids
 
     def lengths(self, sequence_length: int) -> Lengths:
         """The sizes of an example, where `data.sequence_length` is this.
