@@ -1,5 +1,7 @@
 """Chat templates: tokens as transformers gives them, answers found by ids, what is refused."""
 
+import dataclasses
+import datetime
 import json
 import sys
 
@@ -11,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from moe_jax.data import open_tokenizer_of
 from moe_jax.data.chat_template import open_chat_template
 from moe_jax.data.conversations import Message
-from moe_jax.data.objectives import Supervised
+from moe_jax.data.objectives import CausalLM, Supervised
 from moe_jax.data.tokenizers import open_tokenizer
 from moe_jax.training.imported import save_imported
 from moe_jax.training.saved import load_run
@@ -50,6 +52,14 @@ FORGETS = """\
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+# As Phi-3.5 has it: the end of a document behind what no answer follows.
+ENDS = """\
+{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- else %}{{ '<|endoftext|>' }}{% endif %}
 """
 SPECIAL = ("<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TALK = (
@@ -115,7 +125,7 @@ def test_the_answers_and_their_ends_are_marked(tokenizer):
     assert template.stop_ids == (tokenizer.special_tokens["<|im_end|>"],)
 
 
-@pytest.mark.parametrize("source", [CHATML, TURNS])
+@pytest.mark.parametrize("source", [CHATML, TURNS, ENDS])
 def test_the_tokens_are_those_of_transformers(folder, tokenizer, tmp_path, source):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(
@@ -144,6 +154,55 @@ def test_what_ends_an_answer_may_be_the_end_of_a_document(tokenizer, tmp_path):
     answers = " 4, caf\u00e9<|im_end|> Yes<|im_end|>"
     assert shown(tokenizer, ids[is_answer]) == answers
     assert shown(tokenizer, ids).startswith("<s>[INST] What  is 2+2? [/INST] 4")
+
+
+@pytest.mark.parametrize("talk", [TALK, TALK[:3]])
+def test_the_end_of_a_document_is_of_no_answer(tokenizer, tmp_path, talk):
+    template = opened(ENDS, tokenizer, tmp_path)
+    ids, is_answer = template.encode(talk)
+    assert shown(tokenizer, ids).endswith("<|im_end|>\n<|endoftext|>")
+    answers = ["4, caf\u00e9<|im_end|>", "\n\n\nYes<|im_end|>"][: len(talk) // 2]
+    assert shown(tokenizer, ids[is_answer]) == "".join(answers)
+    last = template.encode(talk, last_only=True)
+    assert shown(tokenizer, last.ids[last.is_answer]) == answers[-1]
+    assert template.stop_ids == (tokenizer.special_tokens["<|im_end|>"],)
+
+
+def test_special_tokens_that_take_spaces_end_answers_too(folder, tmp_path):
+    """As all of Phi-3.5's do: line ends behind them are of no token."""
+    transformers = pytest.importorskip("transformers")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token | {"rstrip": True} for token in spec["added_tokens"]]
+    spec["added_tokens"][0]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path))
+    told = [message._asdict() for message in TALK]
+    expected = theirs.apply_chat_template(told, chat_template=ENDS, return_dict=False)
+    ids, is_answer = opened(ENDS, tokenizer, tmp_path).encode(TALK)
+    assert ids.tolist() == expected
+    assert shown(tokenizer, ids).endswith("assistant\n\n\nYes<|im_end|><|endoftext|>")
+    assert shown(tokenizer, ids[is_answer]) == "4, caf\u00e9<|im_end|>\n\n\nYes<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "answer"),
+    [
+        # A special token in front of what is said, and none or two behind it.
+        ("{{ '<|im_start|>' + m.content + '\\n' }}", "<|im_start|>4\n"),
+        ("{{ '<|im_start|>' + m.content | trim + '<|im_end|><s>' }}", "<|im_start|>4<|im_end|>"),
+        # An end that the answer names a part of.
+        ("{{ m.content + '4<|im_end|>' }}", "44<|im_end|>"),
+        ("{{ 'nothing' }}", ""),
+    ],
+)
+def test_an_answer_ends_behind_its_content(tokenizer, tmp_path, source, answer):
+    source = "{% for m in messages if m.role == 'assistant' %}" + source + "{% endfor %}"
+    template = opened(source, tokenizer, tmp_path)
+    ids, is_answer = template.encode((Message("user", "2+2?"), Message("assistant", "4")))
+    assert shown(tokenizer, ids[is_answer]) == (answer or "nothing")
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert template.stop_ids == ((end,) if answer.endswith("<|im_end|>") else ())
 
 
 def test_a_template_that_forgets_takes_the_last_answer_alone(tokenizer, tmp_path):
@@ -179,6 +238,52 @@ def test_what_cannot_be_rendered_is_refused_in_one_line(
 def test_a_template_has_no_clock(tokenizer, tmp_path):
     source = "{{ strftime_now('%Y') if strftime_now is defined else 'never' }}"
     assert opened(source, tokenizer, tmp_path).render(TALK, prompts=False) == "never"
+
+
+def test_a_template_is_told_the_date_of_the_objective(folder, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    (tmp_path / "t.jinja").write_text(source)
+    undated = Supervised(chat_template=str(tmp_path / "t.jinja"))
+    with pytest.raises(
+        ValueError, match=r"t\.jinja .*today's date\. Set config\.data\.objective\.d"
+    ):
+        undated.prompt_ids(tokenizer, "Hi")
+    today = datetime.date.today()
+    dated = dataclasses.replace(undated, date=today.isoformat())
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], chat_template=source, return_dict=False
+    )
+    assert dated.prompt_ids(tokenizer, "Hi") == expected
+    fixed = dataclasses.replace(undated, date="2026-01-31")
+    assert shown(tokenizer, fixed.prompt_ids(tokenizer, "Hi")) == "31 Jan 2026Hi"
+    assert fixed.fingerprints(tokenizer) != dated.fingerprints(tokenizer)
+    with pytest.raises(ValueError, match="date is YYYY-MM-DD: date='31 Jan'"):
+        Supervised(chat_template="tokenizer", date="31 Jan")
+    with pytest.raises(ValueError, match="date is told to a chat template: date='2026-01-31'"):
+        Supervised(date="2026-01-31")
+
+
+def test_what_a_model_writes_ends_where_its_generation_config_says(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    file = tmp_path / "generation_config.json"
+    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    named, end = tokenizer.special_tokens, tokenizer.eos_id
+    # A letter's id, one beyond the vocabulary and none are no special tokens.
+    for said, ids in [
+        ([named["<|im_start|>"], end, 3, 9999], (end, named["<|im_start|>"])),
+        (named["<s>"], (end, named["<s>"])),
+        (None, (end,)),
+    ]:
+        file.write_text(json.dumps({"eos_token_id": said}))
+        assert CausalLM().stop_ids(tokenizer) == ids
+        chat = Supervised(chat_template="tokenizer")
+        assert chat.stop_ids(tokenizer) == (*ids, named["<|im_end|>"])
+    file.write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is a JSON object: .*Copy it ag"):
+        CausalLM().stop_ids(tokenizer)
 
 
 def test_a_file_beside_the_tokenizer_comes_before_its_config(folder, tmp_path):

@@ -1,9 +1,11 @@
 """Chat templates: conversations as the tokens that a tokenizer's own template makes of them.
 
 A template is a program in Jinja that comes with a tokenizer. It runs in a sandbox, sees the
-messages and the special tokens, and has no clock: what it renders is a function of the messages.
+messages and the special tokens, and has no clock: what it renders is a function of the messages,
+and of a date that may be given.
 """
 
+import datetime
 import functools
 import hashlib
 import json
@@ -23,6 +25,8 @@ from moe_jax.data.tokenizer import Tokenizer
 BESIDE_TOKENIZER = "tokenizer"  # names the template in the folder of the tokenizer
 FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 _FIX = "Set config.data.objective.chat_template to the path of a .jinja file"
+# Stands for the content of a message, to find what a template writes behind it: of private use.
+_PROBE = "\ue000"
 # Templates mark what the model writes; they have to be read, and are not asked.
 _MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
@@ -42,19 +46,25 @@ class Marked(NamedTuple):
 class ChatTemplate:
     """A template with the tokenizer that reads what it renders."""
 
-    def __init__(self, source: str, path: pathlib.Path, tokenizer: HuggingFaceTokenizer):
+    def __init__(
+        self, source: str, path: pathlib.Path, tokenizer: HuggingFaceTokenizer, date: str = ""
+    ):
         """Compiles a template.
 
         Args:
             source: the program.
             path: of its file, for messages.
             tokenizer: whose special tokens it may write.
+            date: that it is told as today's, YYYY-MM-DD; "": none.
 
         Raises:
             ValueError: it is no template, or the package jinja2 is not installed.
         """
-        self.path, self.tokenizer, self._source = path, tokenizer, source
+        self.path, self.tokenizer, self.source, self._date = path, tokenizer, source, date
         self._names = _special_names(tokenizer)
+        self._clock = (
+            {"strftime_now": datetime.datetime.fromisoformat(date).strftime} if date else {}
+        )
         self._template = _compile(source, path)
 
     def render(self, messages: Sequence[Message], *, prompts: bool) -> str:
@@ -76,15 +86,18 @@ class ChatTemplate:
             return str(
                 self._template.render(
                     messages=told, add_generation_prompt=prompts, tools=None, documents=None,
-                    raise_exception=_refuse, **self._names,
+                    raise_exception=_refuse, **self._clock, **self._names,
                 )
             )  # fmt: skip
         except Exception as error:  # A template may raise anything.
             said = " ".join(str(error).split())[:160]
+            fix = "Change the line, or leave it out"
+            if "strftime_now" in said and not self._date:
+                said = "it asks for today's date"
+                fix = "Set config.data.objective.date, as in 2026-01-31"
             raise ValueError(
                 f"A chat template renders the messages: {self.path} of the roles "
-                f"{[message.role for message in messages]}: {said}. Change the line, or leave it "
-                "out."
+                f"{[message.role for message in messages]}: {said}. {fix}."
             ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
@@ -95,8 +108,8 @@ class ChatTemplate:
         """The tokens of a conversation, as `apply_chat_template` of transformers gives them.
 
         An answer begins where the tokens of the messages before it end, with the prompt that the
-        template puts before an answer. It ends with its last special token, or where the tokens of
-        the messages up to it do.
+        template puts before an answer. It ends with the first special token after its content, or
+        where the tokens of the messages up to it do.
 
         Args:
             messages: the conversation.
@@ -110,10 +123,9 @@ class ChatTemplate:
         ids = self.tokenizer.encode_rendered(text)
         is_answer = np.zeros(len(ids), bool)
         answers = [n for n, message in enumerate(messages) if message.role == "assistant"]
-        specials = np.fromiter(self.tokenizer.special_tokens.values(), np.int64)
         for answer in answers[-1:] if last_only else answers:
             before = self.render(messages[:answer], prompts=True)
-            upto = self.render(messages[: answer + 1], prompts=False)
+            upto = self._to_end(messages[: answer + 1])
             for part in (before, upto):
                 require(
                     text.startswith(part),
@@ -125,31 +137,52 @@ class ChatTemplate:
             begin, end = (
                 _common(ids, self.tokenizer.encode_rendered(part)) for part in (before, upto)
             )
-            ends = np.flatnonzero(np.isin(ids[begin:end], specials))
-            is_answer[begin : begin + ends[-1] + 1 if len(ends) else end] = True
+            is_answer[begin:end] = True
         return Marked(ids, is_answer)
+
+    def _to_end(self, messages: Sequence[Message]) -> str:
+        """The text up to the special token that ends the last message; all of it without one.
+
+        What else a template writes there, such as the end of a document, may be there only if no
+        message follows.
+        """
+        text = self.render(messages, prompts=False)
+        probe = messages[-1]._replace(content=_PROBE)
+        behind = self.render([*messages[:-1], probe], prompts=False).rpartition(_PROBE)[2]
+        end = self._special.search(behind)
+        if end is None or not text.endswith(behind):
+            return text
+        return text[: len(text) - len(behind) + end.end()]
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        """A name of a special token, the longest that begins at a place."""
+        names = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The special token that ends an answer; () if the template writes none."""
         ids, is_answer = self.encode((Message("user", "a"), Message("assistant", "b")))
-        last = int(ids[np.flatnonzero(is_answer)[-1]])
-        return (last,) if last in self.tokenizer.special_tokens.values() else ()
+        specials = self.tokenizer.special_tokens.values()
+        return tuple(last for last in ids[is_answer][-1:].tolist() if last in specials)
 
     def fingerprint(self) -> str:
-        """Sha256 of the template and of the names of special tokens that it is told."""
-        told = json.dumps([self._source, self._names], sort_keys=True)
+        """Sha256 of the template, and of the names of special tokens and the date it is told."""
+        dates = [self._date] if self._date else []
+        told = json.dumps([self.source, self._names, *dates], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
 
 @functools.lru_cache(maxsize=8)
-def open_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
+def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatTemplate:
     """Opens the chat template that `name` describes.
 
     Args:
         name: `tokenizer`, for the `chat_template.jinja` or the `tokenizer_config.json` beside the
             tokenizer; or the path of a file in Jinja.
         tokenizer: that it is for, a `tokenizer.json`.
+        date: see `ChatTemplate`.
 
     Raises:
         ValueError: there is no template, or the tokenizer is of another kind.
@@ -163,11 +196,11 @@ def open_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     if name != BESIDE_TOKENIZER:
         path = pathlib.Path(name).expanduser()
         check_file(path, "A chat template")
-        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer)
+        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer, date)
     folder = tokenizer.path.parent
     if (folder / FILE).is_file():
         path = folder / FILE
-        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer)
+        return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer, date)
     source = _config_beside(tokenizer).get("chat_template")
     if isinstance(source, list):  # several by name, of earlier versions of transformers
         by_name = {one.get("name"): one.get("template") for one in source}
@@ -178,7 +211,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
         f"there is none in {folder}",
         _FIX,
     )
-    return ChatTemplate(str(source), folder / CONFIG_FILE, tokenizer)
+    return ChatTemplate(str(source), folder / CONFIG_FILE, tokenizer, date)
 
 
 def _special_names(tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:

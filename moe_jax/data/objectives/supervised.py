@@ -1,6 +1,7 @@
 """Answers to prompts: pairs and conversations, of which the answers alone are predicted."""
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
@@ -72,14 +73,27 @@ class Supervised(Objective):
     # "": prompt and answer one after the other; "tokenizer": the one beside the tokenizer; or the
     # path of a .jinja file. What is in it is recorded in the run, so that the path may change.
     chat_template: str = setting("", changes_results=False)
+    # Today's, as `strftime_now` tells the template: YYYY-MM-DD; "": it is told none.
+    date: str = ""
     last_answer_only: bool = False  # of a conversation: its other answers are no targets
     packed: bool = True  # several pairs in a row, while there is room; or one
     # What is longer than a row: is refused, loses its end, or is left out.
     too_long: str = setting("refuse", choices=("refuse", "truncate", "leave_out"))
 
+    def check(self) -> None:
+        """See `Settings`."""
+        try:
+            datetime.date.fromisoformat(self.date or "2026-01-31")
+            rule = "" if self.chat_template or not self.date else "is told to a chat template"
+        except ValueError:
+            rule = "is YYYY-MM-DD"
+        require(not rule, f"date {rule}", f"date={self.date!r}", "Correct it, or leave it out")
+
     def template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The chat template, if there is one."""
-        return open_chat_template(self.chat_template, tokenizer) if self.chat_template else None
+        if not self.chat_template:
+            return None
+        return open_chat_template(self.chat_template, tokenizer, self.date)
 
     def encode(
         self, conversation: Conversation, tokenizer: Tokenizer
@@ -136,7 +150,7 @@ class Supervised(Objective):
         """See `Objective`: what ends an answer in the template, too."""
         template = self.template(tokenizer)
         ends = () if template is None else template.stop_ids
-        return tuple(dict.fromkeys((tokenizer.eos_id, *ends)))
+        return tuple(dict.fromkeys((*super().stop_ids(tokenizer), *ends)))
 
     def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
         """See `Objective`: rows of whole pairs, which may always be partly empty.
@@ -226,6 +240,7 @@ class EncoderSupervised(Supervised):
 
     def check(self) -> None:
         """See `Settings`."""
+        super().check()
         require(
             not self.chat_template,
             "an encoder reads a prompt as it is, without a chat template",
