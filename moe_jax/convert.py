@@ -54,20 +54,14 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     from moe_jax.training.imported import save_imported
 
     with whole_or_absent(workdir) as partial:
-        name, special = bring_tokenizer(source, partial, way)
+        fields, content = bring_tokenizer(source, partial, way)
         if way == "from_hf":
             config, params = from_hf(source, dtype="float32")
         else:
             config, params = from_gguf(source)
-        fields: dict[str, Any] = {"tokenizer": str(partial / name) if name else "byte", **special}
-        data = dataclasses.replace(config.data, **fields)
-        content = {}
-        if name:
-            from moe_jax.data import open_tokenizer_of
-
-            content = {"tokenizer": open_tokenizer_of(data).fingerprint()}
-            data = dataclasses.replace(data, tokenizer=str(workdir.absolute() / name))
-        config = dataclasses.replace(config, data=data)
+        if content:
+            fields["tokenizer"] = str(workdir.absolute() / fields["tokenizer"])
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
         state = params.pop(STATE, {})
         save_imported(partial, config, params, state, content, origin_of(source, config, way))
     print(f"{config.name} of {source} is the run {workdir}")
@@ -92,21 +86,26 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
 
 def bring_tokenizer(
     source: pathlib.Path, workdir: pathlib.Path, way: str
-) -> tuple[str, dict[str, str]]:
-    """Copies the model's tokenizer; returns its path in the workdir, and its special tokens.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Copies the model's tokenizer.
 
-    A model without a tokenizer that can be read gets that of bytes, with a warning.
+    A model without a tokenizer that can be read gets that of bytes, with a warning that says why;
+    its files are kept for an export.
+
+    Returns:
+      The fields of the data, the tokenizer as a path in the workdir; and its sha256, {} of bytes.
     """
     import logging
 
     from moe_jax.config.json_text import json_text
+    from moe_jax.data.tokenizers import open_tokenizer
     from moe_jax.interchange.gguf_files import GGUFFile, tokenizer_config, tokenizer_json
     from moe_jax.training.imported import TOKENIZER, copy_tokenizer
 
     folder = workdir / TOKENIZER
     beside = source if source.is_dir() else source.parent
-    names = copy_tokenizer(beside, folder)
-    found = next((one for one in ("tokenizer.json", "tokenizer.model") if one in names), "")
+    names, warn = copy_tokenizer(beside, folder), logging.getLogger(__name__).warning
+    found = [one for one in ("tokenizer.json", "tokenizer.model") if one in names]
     if not found and way == "from_gguf":
         try:
             file = GGUFFile(source)
@@ -114,16 +113,23 @@ def bring_tokenizer(
             folder.mkdir(exist_ok=True)
             (folder / "tokenizer.json").write_text(text)
             (folder / "tokenizer_config.json").write_text(json_text(tokenizer_config(file)) + "\n")
-            found = "tokenizer.json"
+            found = ["tokenizer.json"]
         except (ValueError, ImportError) as error:
-            logging.getLogger(__name__).warning("The tokenizer cannot be read: %s", error)
-    if not found:
-        logging.getLogger(__name__).warning(
-            "There is no tokenizer in %s: data.tokenizer is that of bytes. Write the path of one "
-            "into config.json.", beside,
-        )  # fmt: skip
-        return "", {}
-    return f"{TOKENIZER}/{found}", special_tokens(folder)
+            warn("The tokenizer cannot be read: %s", error)
+    special = special_tokens(folder)
+    for name in found:
+        try:
+            tokenizer = open_tokenizer(str(folder / name), **special)
+        except ValueError as error:
+            warn("%s cannot be used: %s", name, str(error).replace(str(folder), str(beside)))
+            continue
+        fields = {"tokenizer": f"{TOKENIZER}/{name}", **special}
+        return fields, {"tokenizer": tokenizer.fingerprint()}
+    warn(
+        "There is no tokenizer in %s that can be used: data.tokenizer is that of bytes. Write the "
+        "path of one into config.json.", beside,
+    )  # fmt: skip
+    return {"tokenizer": "byte"}, {}
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:

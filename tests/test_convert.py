@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,18 @@ import pytest
 
 import moe_jax
 from moe_jax.__main__ import main
+from moe_jax.data import open_tokenizer_of
+from moe_jax.data.corpora import open_corpus
 from moe_jax.data.objectives.span_corruption import SpanCorruption
+from moe_jax.data.train_tokenizer import train
 from moe_jax.interchange.tensor_files import ONE_FILE
 from moe_jax.training.saved import load_run
 from tests.hf_families import CASES, write_model
 
 CASE = CASES["mixtral"]
+TOKENIZER_RULE = (
+    "A tokenizer is a BPE that falls back on bytes, so that the bytes of a token are known"
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,33 @@ def test_an_encoder_decoder_comes_out_as_it_came_in(tmp_path):
     settings = json.loads((again / "config.json").read_text())
     assert settings["decoder_start_token_id"] == 0 and settings["is_encoder_decoder"]
     assert load_run(run)[0].data.objective == SpanCorruption()
+
+
+@pytest.mark.parametrize("kind", ["unusable", "with a .model"])
+def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog, kind):
+    """Its tokenizer.json is no BPE, as T5's; files go out as they came."""
+    hf, run, again = (tmp_path / name for name in ("hf", "run", "again"))
+    shutil.copytree(model, hf)
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
+    (hf / "tokenizer.json").write_text(json.dumps({"model": unigram}))
+    (hf / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    if kind == "with a .model":
+        (tmp_path / "text.txt").write_text("\n\n".join(["A text of some words."] * 9))
+        corpus = open_corpus(str(tmp_path / "text.txt"))
+        train(corpus, str(hf / "tokenizer.model"), vocab_size=300, heldout_fraction=0.1)
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={run}"]) == 0
+    assert f"tokenizer.json cannot be used: {TOKENIZER_RULE}: {hf}/tokenizer.json" in caplog.text
+    data = load_run(run)[0].data
+    if kind == "unusable":
+        assert "data.tokenizer is that of bytes" in caplog.text
+        assert (data.tokenizer, data.eos_token) == ("byte", "")
+    else:
+        assert "of bytes" not in caplog.text
+        assert data.tokenizer == str(run / "tokenizer" / "tokenizer.model")
+        assert open_tokenizer_of(data).eos_id == 2
+    assert main(["convert", f"--workdir={run}", f"--to-hf={again}"]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (again / name).read_bytes() == (hf / name).read_bytes()
 
 
 def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
