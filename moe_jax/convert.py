@@ -201,19 +201,11 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or --step, as a file of llama.cpp."""
-    from moe_jax.data import open_tokenizer_of
-    from moe_jax.interchange.gguf_vocabulary import vocabulary
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
     values, run = flags.FLAGS, newest(workdir)
-    tokenizer = open_tokenizer_of(run.config.data)
-    words = vocabulary(
-        tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, run.config.model.vocab_size
-    )
-    template = getattr(run.config.data.objective, "chat_template", "")
-    if template.endswith(".jinja"):  # of a run that was trained with a file of its own
-        words["tokenizer.chat_template"] = pathlib.Path(template).expanduser().read_text()
+    words = words_of(workdir, run)
     to_gguf(
         run.config,
         run.params,
@@ -224,6 +216,30 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
         context_length=(run.origin.get("settings") or {}).get(LENGTH, 0),
     )
     print(f"step {run.step} of {workdir} is {target}, in {values.format}")
+
+
+def words_of(workdir: pathlib.Path, run: Newest) -> dict[str, Any]:
+    """The tokenizer for llama.cpp, with prompts as the model has seen them in training."""
+    from moe_jax.data import open_tokenizer_of
+    from moe_jax.data.objectives.supervised import Supervised
+    from moe_jax.interchange.gguf_vocabulary import vocabulary
+    from moe_jax.training.files import read_json
+    from moe_jax.training.imported import IMPORTED_FILE
+
+    tokenizer, objective = open_tokenizer_of(run.config.data), run.config.data.objective
+    chat = objective.template(tokenizer) if isinstance(objective, Supervised) else None
+    path = workdir / IMPORTED_FILE
+    origin = read_json(path) if run.step == 0 and path.exists() else {}
+    as_imported = bool(origin) and "made_by" not in origin
+    words = vocabulary(
+        tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, run.config.model.vocab_size,
+        as_file=chat is not None or as_imported,
+    )  # fmt: skip
+    if chat is not None:
+        begin = objective.prompt_ids(tokenizer, "a")[:1]
+        words["tokenizer.ggml.add_bos_token"] = begin == [tokenizer.bos_id]
+        words["tokenizer.chat_template"] = chat.source
+    return words
 
 
 def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:

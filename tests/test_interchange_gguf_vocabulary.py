@@ -9,8 +9,9 @@ import pytest
 from benchmarks.llama_cpp import LlamaCpp
 from moe_jax.__main__ import main
 from moe_jax.config import ExperimentConfig
+from moe_jax.convert import Newest, words_of
 from moe_jax.data.corpora import open_corpus
-from moe_jax.data.objectives.supervised import Supervised
+from moe_jax.data.objectives import CausalLM, Supervised
 from moe_jax.data.tokenizers import open_tokenizer
 from moe_jax.data.train_tokenizer import train
 from moe_jax.interchange.gguf_files import GGUFFile
@@ -106,8 +107,8 @@ def test_byte_level_bpe(found, model, tmp_path):
     check_ids(model, bpe(tmp_path, found), tmp_path, text)
 
 
-def test_byte_fallback(model, tmp_path):
-    """Spaces are U+2581; what there is no token for is bytes. Merges go by rank."""
+def fallback(folder, normalizers=(), pre_tokenizer=None):
+    """A BPE with byte fallback and few merges, behind what changes a text before it."""
     letters = sorted({one for one in TEXT if one.isascii() and one.isalnum()})
     merges = [("\u2581", "a"), ("l", "e"), ("le", "a"), ("lea", "r"), ("i", "n"), ("a", "r")]
     words = [
@@ -123,15 +124,23 @@ def test_byte_fallback(model, tmp_path):
     made = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    made.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    replace = tokenizers.normalizers.Replace(" ", "\u2581")
+    made.normalizer = tokenizers.normalizers.Sequence([*normalizers, replace])
+    if pre_tokenizer is not None:
+        made.pre_tokenizer = pre_tokenizer
     replace, fallback = (
         tokenizers.decoders.Replace("\u2581", " "),
         tokenizers.decoders.ByteFallback(),
     )
     made.decoder = tokenizers.decoders.Sequence([replace, fallback, tokenizers.decoders.Fuse()])
     made.add_special_tokens(words[:3])
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+    made.save(str(folder / "tokenizer.json"))
+    return open_tokenizer(str(folder / "tokenizer.json"))
+
+
+def test_byte_fallback(model, tmp_path):
+    """Spaces are U+2581; what there is no token for is bytes. Merges go by rank."""
+    tokenizer = fallback(tmp_path)
     assert len(tokenizer.encode(" learn")) == 3  # " ", "lear" and "n"
     check_ids(model, tokenizer, tmp_path, TEXT.replace("\u2581", ""))
 
@@ -142,6 +151,71 @@ def test_sentencepiece(model, tmp_path):
     corpus = open_corpus(str(tmp_path / "text.txt"))
     tokenizer = train(corpus, path, vocab_size=400, heldout_fraction=0.1)
     check_ids(model, tokenizer, tmp_path, TEXT.replace("\u2581", ""))
+
+
+def metaspace(scheme):
+    return tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "space"), [("prepend", True), ("always", True), ("first", False), ("none", False)]
+)
+def test_a_chat_has_the_ids_of_training(model, tmp_path, kind, space, begins):
+    prepend = [tokenizers.normalizers.Prepend("\u2581")] if kind == "prepend" else []
+    tokenizer = fallback(
+        tmp_path, prepend, metaspace(kind) if kind in ("always", "first") else None
+    )
+    template = tmp_path / "own.jinja"
+    turn = "{{ 'learn a' + eos_token + messages[0].content }}"
+    template.write_text(("{{ bos_token }}" if begins else "{{ eos_token }}") + turn)
+    objective = Supervised(chat_template=str(template))
+    words = words_of(tmp_path, run_of(model, tokenizer, objective))
+    assert words["tokenizer.ggml.add_space_prefix"] is space
+    assert words["tokenizer.ggml.add_bos_token"] is begins
+    raw = words_of(tmp_path, run_of(model, tokenizer, CausalLM()))
+    assert raw["tokenizer.ggml.add_space_prefix"] is False
+    pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
+    ids, text = objective.prompt_ids(tokenizer, "a lear"), "learn a</s>a lear"
+    to_gguf(*model, tmp_path / "model.gguf", words)
+    with LlamaCpp(tmp_path / "model.gguf", 512) as theirs:
+        text = text if begins else "</s>" + text
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        assert theirs.ask([asked])[0]["tokens"] == ids
+
+
+def run_of(model, tokenizer, objective):
+    config, params = model
+    data = dataclasses.replace(config.data, tokenizer=tokenizer.name, objective=objective)
+    return Newest(dataclasses.replace(config, data=data), params, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("origin", "as_file"),
+    [({"family": "mixtral"}, True), ({"made_by": "upcycle"}, False), (None, False)],
+)
+def test_an_imported_model_has_the_ids_of_its_tokenizer(model, tmp_path, origin, as_file):
+    """Which puts a space in front, and no bos; what was trained here has seen the opposite."""
+    tokenizer = fallback(tmp_path, [tokenizers.normalizers.Prepend("\u2581")])
+    if origin is not None:
+        (tmp_path / "imported.json").write_text(json.dumps(origin))
+    run = run_of(model, tokenizer, CausalLM())
+
+    def said(run):
+        words = words_of(tmp_path, run)
+        return [words[f"tokenizer.ggml.add_{name}"] for name in ("space_prefix", "bos_token")]
+
+    assert said(run) == [as_file, not as_file]
+    assert said(run._replace(step=1)) == [False, True]
+    if as_file:
+        made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_id)]
+        )
+        made.save(str(tmp_path / "tokenizer.json"))
+        assert said(run) == [True, True]
+        (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+        assert said(run) == [True, False]
 
 
 def test_what_is_beside_the_tokenizer(tmp_path):
@@ -156,6 +230,15 @@ def test_what_is_beside_the_tokenizer(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     assert read()["tokenizer.ggml.add_bos_token"] is False
     assert read()["tokenizer.chat_template"] == "{{ messages }}"
+    named = [
+        {"name": "tools", "template": "{{ tools }}"},
+        {"name": "default", "template": "{{ 1 }}"},
+    ]
+    for listed, template in ((named, "{{ 1 }}"), (named[:1], PLAIN)):
+        said = {"add_bos_token": None, "chat_template": listed}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+        assert read()["tokenizer.chat_template"] == template
+        assert read()["tokenizer.ggml.add_bos_token"] is True
 
 
 def test_what_llama_cpp_cannot_split_is_named(tmp_path):

@@ -39,15 +39,19 @@ PREFIX = "tokenizer.ggml."
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def vocabulary(name: str, bos_id: int, eos_id: int, size: int) -> dict[str, Any]:
+def vocabulary(
+    name: str, bos_id: int, eos_id: int, size: int, *, as_file: bool = False
+) -> dict[str, Any]:
     """The keys of a tokenizer.
 
     Args:
       name: as `Tokenizer.name`: "byte", "tokenizers:PATH" or "sentencepiece:PATH".
       bos_id: begins every prompt, as it begins every document in training, unless the
-        `tokenizer_config.json` of an imported model has "add_bos_token": false.
+        `tokenizer_config.json` of an imported model has "add_bos_token": false, or `as_file`.
       eos_id: ends an answer.
       size: V of the model; ids beyond those of the tokenizer are unused.
+      as_file: whether the model has seen prompts as the file of the tokenizer encodes them: of a
+        chat template, or before an import. In training here a text has no space in front.
 
     Raises:
       ValueError: llama.cpp has no such tokenizer, or it has more ids than the model.
@@ -72,14 +76,32 @@ def vocabulary(name: str, bos_id: int, eos_id: int, size: int) -> dict[str, Any]
     if "scores" in keys:
         keys["scores"] = [*keys["scores"], *(0.0 for _ in missing)]
     beside = beside_tokenizer(path)
+    space, begins = in_front(form, path, bos_id) if as_file else (False, True)
+    said = beside.get("add_bos_token")
+    begins = begins if said is None else bool(said)
     keys |= {
         "tokens": tokens, "token_type": types, "bos_token_id": bos_id, "eos_token_id": eos_id,
-        "add_bos_token": bool(beside.get("add_bos_token", True)), "add_eos_token": False,
-        "add_space_prefix": False,
+        "add_bos_token": begins, "add_eos_token": False,
+        "add_space_prefix": space,
     }  # fmt: skip
     template = beside.get("chat_template")
     template = template if isinstance(template, str) else PLAIN
     return {**{PREFIX + key: keys[key] for key in keys}, "tokenizer.chat_template": template}
+
+
+def in_front(form: str, path: str, bos_id: int) -> tuple[bool, bool]:
+    """What the file of a tokenizer puts before a text: a space, behind special tokens too; bos."""
+    if form == "sentencepiece":
+        return bool(model_of(path).normalizer_spec.add_dummy_prefix), True
+    if form == "byte":
+        return False, True
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(path).expanduser()))
+    tokenizer.no_padding()
+    bos = tokenizer.id_to_token(bos_id)
+    tokens = tokenizer.encode(f"{bos}a", add_special_tokens=False).tokens
+    return tokens[1].startswith("\u2581"), tokenizer.encode("a").ids[:1] == [bos_id]
 
 
 Tokens = tuple[dict[str, Any], list[str], list[int]]  # keys of its kind, tokens, their types
@@ -152,10 +174,7 @@ def piece_tokens(path: str) -> Tokens:
     Raises:
       ValueError: it is another model of SentencePiece.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(pathlib.Path(path).expanduser().read_bytes())
+    proto = model_of(path)
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     require(
         kind == "BPE",
@@ -168,6 +187,15 @@ def piece_tokens(path: str) -> Tokens:
     return {"model": "llama", "scores": scores}, tokens, types
 
 
+def model_of(path: str) -> Any:
+    """A .model of SentencePiece as a message of protocol buffers."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(pathlib.Path(path).expanduser().read_bytes())
+    return proto
+
+
 def beside_tokenizer(path: str) -> dict[str, Any]:
     """The `tokenizer_config.json` beside a tokenizer, with the template of a chat; {} without."""
     folder = pathlib.Path(path).expanduser().parent
@@ -175,4 +203,7 @@ def beside_tokenizer(path: str) -> dict[str, Any]:
         return {}
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if isinstance(named := found.get("chat_template"), list):  # of earlier transformers
+        named = {one.get("name"): one.get("template") for one in named}
+        found["chat_template"] = named.get("default")
     return found | ({"chat_template": template.read_text()} if template.is_file() else {})
