@@ -94,6 +94,9 @@ def bring_tokenizer(
 
     Returns:
       The fields of the data, the tokenizer as a path in the workdir; and its sha256, {} of bytes.
+
+    Raises:
+      ValueError: the package that reads the tokenizer is not installed.
     """
     import logging
 
@@ -121,6 +124,8 @@ def bring_tokenizer(
         try:
             tokenizer = open_tokenizer(str(folder / name), **special)
         except ValueError as error:
+            if isinstance(error.__context__, ImportError):  # a package is missing, not the model's
+                raise
             warn("%s cannot be used: %s", name, str(error).replace(str(folder), str(beside)))
             continue
         fields = {"tokenizer": f"{TOKENIZER}/{name}", **special}

@@ -102,6 +102,22 @@ def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog
         assert (again / name).read_bytes() == (hf / name).read_bytes()
 
 
+def test_without_the_package_of_its_tokenizer_no_model_comes_in(
+    model, tmp_path, monkeypatch, capsys
+):
+    """Bytes in its place would be a model of other tokens."""
+    hf = tmp_path / "hf"
+    shutil.copytree(model, hf)
+    bpe = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+    spec = {"model": bpe, "added_tokens": [], "decoder": {"type": "ByteLevel"}}
+    (hf / "tokenizer.json").write_text(json.dumps(spec))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(SystemExit):
+        main(["convert", f"--from-hf={hf}", f"--workdir={tmp_path / 'run'}"])
+    assert "pip install tokenizers" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
     broken = tmp_path / "hf"
     broken.mkdir()
