@@ -33,13 +33,20 @@ def read_rotary(
     Raises:
       ValueError: a scaling that is not known, or without its factor.
     """
-    older = {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
-    rope = {**older, **(config.get("rope_parameters") or {})}
+    outside, own = config.get("rope_theta"), rope_of(config)
+    rope = {**own, "rope_theta": own.get("rope_theta") or outside}
     fraction = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
     base = float(rope.get("rope_theta") or theta)
     turning = int(head_dim * fraction)
     dim = None if turning == head_dim else turning
     return Rotary(base, dim, interleaved, read_scaling(config, rope))
+
+
+def rope_of(config: Reader) -> Mapping[str, Any]:
+    """The settings of rotary positions; of two dicts transformers takes the older, alone."""
+    newer, older = config.get("rope_parameters"), config.get("rope_scaling")
+    rope: Mapping[str, Any] = older or newer or {}
+    return rope
 
 
 def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | None:

@@ -27,6 +27,7 @@ from moe_jax.interchange.common import (
     sizes,
 )
 from moe_jax.interchange.family import Family, Reader
+from moe_jax.interchange.rope import rope_of
 from moe_jax.interchange.rules import Rule
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.norms import LayerNorm
@@ -92,7 +93,7 @@ def with_mscales(config: Reader, attention: Attention) -> Attention:
     scaling = rotary and rotary.scaling
     if rotary is None or scaling is None:
         return attention
-    rope = config.get("rope_parameters") or config["rope_scaling"]
+    rope: Any = rope_of(config)
     short, long = rope.get("short_mscale"), rope.get("long_mscale")
     require(
         isinstance(scaling, LongRope) and short is not None and long is not None,
