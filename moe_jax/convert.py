@@ -69,7 +69,7 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
 
 def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
     """What an export needs of the import: the family, settings of the file, and dtypes."""
-    from moe_jax.interchange.family import Reader
+    from moe_jax.interchange.family import Reader, load_family
     from moe_jax.interchange.gguf_files import GGUFFile, hf_settings
     from moe_jax.interchange.read import read_settings
     from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
@@ -78,8 +78,10 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
         length = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
         return {"family": config.name, "source": str(source), "settings": length}
     settings = read_settings(source)
+    settings |= settings.get("text_config") or {}  # Llama 4 has those of its text model there
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
-    dtypes = {name: one.dtype.name for name, one in TensorFiles(source).tensors.items()}
+    files = load_family(config.name).opened(TensorFiles(source))
+    dtypes = {name: one.dtype.name for name, one in files.tensors.items()}
     dtypes = {name: dtype for name, dtype in dtypes.items() if dtype in FLOATS}
     return {"family": config.name, "source": str(source), "settings": others, "dtypes": dtypes}
 

@@ -182,6 +182,15 @@ def test_numbers_stay_as_stored_unless_a_dtype_is_asked_for(whole, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
 
 
+def test_tensors_that_no_dtype_is_given_for_have_the_most_common_one(whole, tmp_path):
+    """As those of experts that were read side by side and are written one by one."""
+    config, params = moe_jax.from_hf(whole)
+    dtypes = {GATE: "float32", "one": "bfloat16", "two": "bfloat16"}
+    moe_jax.to_hf(config, params, tmp_path / "hf", dtype=dtypes)
+    found = {name: one.dtype.name for name, one in TensorFiles(tmp_path / "hf").tensors.items()}
+    assert found.pop(GATE) == "float32" and set(found.values()) == {"bfloat16"}
+
+
 def test_a_model_that_the_family_cannot_say_is_not_written(whole, tmp_path):
     config, params = moe_jax.from_hf(whole)
     moe = dict(config.model.parts)["moe"]

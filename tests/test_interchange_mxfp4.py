@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.__main__ import main
 from moe_jax.interchange.mxfp4 import dequantise
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
 from tests.hf_families import CASES, Case, write_model
@@ -79,3 +80,12 @@ def test_numbers_are_those_of_transformers(name):
         torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32
     )
     np.testing.assert_array_equal(dequantise(blocks, scales), theirs.numpy())
+
+
+def test_packed_experts_come_out_as_the_bfloat16_that_they_stand_for(tmp_path):
+    hf, run, again = published(tmp_path / "hf"), tmp_path / "run", tmp_path / "again"
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={run}"]) == 0
+    assert main(["convert", f"--workdir={run}", f"--to-hf={again}"]) == 0
+    for name, one in TensorFiles(again).tensors.items():
+        packed_here = name.endswith(("gate_up_proj", "down_proj"))
+        assert one.dtype.name == ("bfloat16" if packed_here else "float32"), name

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from moe_jax.__main__ import main
 from moe_jax.interchange.family import Reader
 from moe_jax.interchange.rope import read_rotary
+from moe_jax.interchange.write import config_json
 from moe_jax.layers.rotary_scaling import LinearScaling
+from tests.hf_families import CASES, Case, write_model
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
@@ -31,3 +34,35 @@ def test_the_base_and_scaling_of_positions_are_those_of_transformers(settings, b
     assert (rotary.base, rotary.scaling) == (base, scaling)
     theirs = transformers.LlamaConfig(**json.loads(json.dumps(settings))).rope_parameters
     assert theirs["rope_theta"] == base and theirs.get("factor") == (scaling and scaling.factor)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "setting"),
+    [
+        ("llama_biases", 131072, "max_position_embeddings"),  # llama3: factor 8 of 16
+        ("llama_yarn", 40, "max_position_embeddings"),
+        ("dbrx", 32768, "max_seq_len"),
+        ("llama4_scout", 10485760, "max_position_embeddings"),
+    ],
+)
+def test_the_length_of_a_context_comes_out_as_it_came_in(name, length, setting, tmp_path):
+    case = Case({**CASES[name].settings, setting: length}, quick=False)
+    hf = write_model(tmp_path / "hf", case)
+    if name == "llama4_scout":  # as published: those of the text model lie in an object
+        text = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main(["convert", f"--workdir={tmp_path / 'run'}", f"--to-hf={tmp_path / 'again'}"]) == 0
+    assert json.loads((tmp_path / "again" / "config.json").read_text())[setting] == length
+
+
+def test_dynamic_scaling_sets_the_length_itself():
+    model = {"max_position_embeddings": 12, "rope_parameters": {"rope_type": "dynamic"}}
+    assert config_json(model, {"max_position_embeddings": 99, "pad_token_id": 0}) == {
+        **model, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def test_files_that_are_not_written_are_not_named():
+    given = {"auto_map": {"AutoConfig": "a.Config"}, "torch_dtype": "float16", "dtype": "float16"}
+    assert config_json({"vocab_size": 3}, given) == {"vocab_size": 3}

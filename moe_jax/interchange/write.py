@@ -1,8 +1,9 @@
 """Models written in the layout of Hugging Face: `to_hf`."""
 
+import collections
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,11 @@ from moe_jax.interchange.tensor_files import (
 )
 from moe_jax.models.model import LanguageModel
 
+LENGTHS = ("max_position_embeddings", "max_seq_len")  # of a context, by the families' names
+# What a config.json says of the files beside it, and not of the model: Python modules, a dtype.
+OF_FILES = ("auto_map", "dtype", "torch_dtype")
+OTHERS = ""  # beside dtypes by the name of a tensor: that of all others
+
 
 def to_hf(
     config: ExperimentConfig,
@@ -43,7 +49,8 @@ def to_hf(
       path: of the directory, which must not exist, or be empty.
       family: "model_type" to write; "": the one that `config.name` names, or the first that can
         say all settings of the model.
-      dtype: of the tensors, or of each by its name; None: of the parameters.
+      dtype: of the tensors, or of each by its name, where one without a name there has the most
+        common one; None: of the parameters. Selection biases keep theirs if it is not by name.
       settings: for config.json besides those of the model, such as ids of special tokens.
       shard_bytes: the most bytes of a file.
 
@@ -53,18 +60,41 @@ def to_hf(
     """
     model, path = config.model, pathlib.Path(path)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
-    written = {**(settings or {}), **chosen.written(model)}
+    written = config_json(chosen.written(model), settings or {})
     leaves = leaves_of(model)
     values = values_of(params, leaves)
+    if isinstance(dtype, Mapping) and dtype:
+        dtype = {**dtype, OTHERS: most_common(dtype.values())}
     tensors = tensors_of(chosen, model, leaves, values, dtype)
-    dtypes = [one.dtype.name for one in tensors]
-    written["dtype"] = max(sorted(set(dtypes)), key=dtypes.count)
+    written["dtype"] = most_common(one.dtype.name for one in tensors)
     with whole_or_absent(path) as directory:
         write_tensors(directory, tensors, shard_bytes)
         with (directory / CONFIG).open("w") as file:
             file.write(json_text(written, indent=2, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def config_json(of_model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.json: what the model says, and what else is given.
+
+    The length of a context is the given one, since no output depends on it. Only where it sets
+    frequencies (dynamic scaling) is it the model's.
+
+    Args:
+      of_model: as `Family.written` has it.
+      given: settings besides.
+    """
+    rope = of_model.get("rope_parameters") or {}
+    lengths = () if rope.get("rope_type") == "dynamic" else LENGTHS
+    kept = {name: value for name, value in given.items() if name not in OF_FILES}
+    return {**kept, **of_model, **{name: kept[name] for name in lengths if name in kept}}
+
+
+def most_common(names: Iterable[str]) -> str:
+    """The name that is there most often; of several the first in order."""
+    counts = collections.Counter(names)
+    return min(counts, key=lambda name: (-counts[name], name))
 
 
 def values_of(params: Any, leaves: list[Leaf]) -> dict[tuple[str, ...], Any]:
@@ -132,8 +162,9 @@ def of_rule(
     places = [(layer, expert) for layer in range(len(first.layers) or 1) for expert in experts]
     shape = rule.shape([leaf.shape[1:] if rule.of_expert else leaf.shape for leaf in leaves])
     own = values[first.path].dtype
-    if first.path[0] == STATE and isinstance(dtype, str):
-        dtype = None  # small steps of a bias would be lost in bfloat16
+    if first.path[0] == STATE:  # small steps of a bias would be lost in bfloat16
+        by_name = dtype if isinstance(dtype, Mapping) else {}
+        dtype = {name: one for name, one in by_name.items() if name != OTHERS}
 
     def maker(layer: int, expert: int | None) -> Callable[[], np.ndarray]:
         def make() -> np.ndarray:
@@ -157,7 +188,8 @@ def file_dtype(name: str, dtype: str | Mapping[str, str] | None, own: Any) -> np
     Raises:
       ValueError: a file cannot hold it.
     """
-    asked = dtype if isinstance(dtype, str) else (dtype or {}).get(name)
+    dtypes = {OTHERS: dtype} if isinstance(dtype, str) else dtype or {}
+    asked = dtypes.get(name) or dtypes.get(OTHERS)
     wanted = np.dtype(asked or own)
     require(
         wanted in NAMES,
