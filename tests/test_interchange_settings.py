@@ -2,13 +2,18 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax.__main__ import main
 from moe_jax.interchange.family import Reader
 from moe_jax.interchange.rope import read_rotary
 from moe_jax.interchange.write import config_json
 from moe_jax.layers.rotary_scaling import LinearScaling
+from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -66,3 +71,32 @@ def test_dynamic_scaling_sets_the_length_itself():
 def test_files_that_are_not_written_are_not_named():
     given = {"auto_map": {"AutoConfig": "a.Config"}, "torch_dtype": "float16", "dtype": "float16"}
     assert config_json({"vocab_size": 3}, given) == {"vocab_size": 3}
+
+
+SPARSE = [
+    name for name, case in CASES.items() if case.family.model(Reader(case.settings)).moe_parts
+]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_an_import_is_dropless_if_the_published_model_is(name):
+    """Those of Switch and its successors have a capacity as a part of the model."""
+    case = CASES[name]
+    for part in case.family.model(Reader(case.settings)).moe_parts.values():
+        dropless = [part.capacity_factor(training) == 0 for training in (True, False)]
+        assert dropless == [not case.has_encoder] * 2
+
+
+def test_training_goes_on_with_the_published_forward_pass(tmp_path):
+    """Skewed routers would overload experts of a capacity."""
+    config, params = moe_jax.from_hf(write_model(tmp_path / "hf", CASES["mixtral"]))
+    router = params["stack"]["unit"]["0"]["moe"]["router"]
+    router["weight"] = router["weight"].at[..., 0].mul(20.0)
+    tokens = jnp.asarray(CASES["mixtral"].tokens())
+
+    @jax.jit
+    def logits(rng):
+        return config.model.run(params, Call(tokens_BL=tokens, rng=rng)).logits_BLV
+
+    evaluated = jax.jit(lambda: config.model.run(params, Call(tokens_BL=tokens)).logits_BLV)()
+    np.testing.assert_array_equal(logits(jax.random.key(0)), evaluated)

@@ -18,7 +18,9 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 LAYER = "model.layers.{layer}."
-DROPLESS = Capacity(eval_factor=0.0)  # the published models serve every choice when they are used
+# Published models serve every choice of their routers when they are used, so they do when training
+# goes on, however they were trained: a capacity would change their outputs.
+DROPLESS = Capacity(train_factor=0.0, eval_factor=0.0)
 
 
 def token_choice(config: Reader, default: int | None = None, **settings: Any) -> TokenChoice:
