@@ -43,6 +43,7 @@ def main() -> None:
         export_adapters(workdir, pathlib.Path(values.to_peft))
     else:
         bring_in(pathlib.Path(values[given[0]].value), workdir, given[0])
+        print_losses(workdir)
 
 
 def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
@@ -65,6 +66,21 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
         state = params.pop(STATE, {})
         save_imported(partial, config, params, state, content, origin_of(source, config, way))
     print(f"{config.name} of {source} is the run {workdir}")
+
+
+def print_losses(workdir: pathlib.Path) -> None:
+    """Says which losses of routers training would add to that of an imported model, if any."""
+    from moe_jax.training.files import read_json
+    from moe_jax.training.metrics import CONFIG_FILE
+
+    settings = [
+        f"--config.model.parts.{name}.losses.{kind}.weight={loss['weight']:g}"
+        for name, part in dict(read_json(workdir / CONFIG_FILE)["model"]["parts"]).items()
+        for kind, loss in dict(part.get("losses", ())).items()
+        if loss["weight"] > 0
+    ]
+    if settings:
+        print(f"training adds these losses of routers; a weight of 0 is off: {' '.join(settings)}")
 
 
 def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:

@@ -100,3 +100,30 @@ def test_training_goes_on_with_the_published_forward_pass(tmp_path):
 
     evaluated = jax.jit(lambda: config.model.run(params, Call(tokens_BL=tokens)).logits_BLV)()
     np.testing.assert_array_equal(logits(jax.random.key(0)), evaluated)
+
+
+def weights(name, **settings):
+    model = CASES[name].family.model(Reader({**CASES[name].settings, **settings}))
+    return [loss.weight for part in model.moe_parts.values() for loss in part.losses]
+
+
+def test_gpt_oss_is_balanced_only_where_transformers_balances_it():
+    assert weights("gpt_oss", router_aux_loss_coef=0.9, output_router_logits=False) == [0.0]
+    assert weights("gpt_oss", router_aux_loss_coef=0.9) == [0.0]
+    assert weights("gpt_oss", router_aux_loss_coef=0.9, output_router_logits=True) == [0.9]
+    assert weights("mixtral", router_aux_loss_coef=0.02, output_router_logits=False) == [0.02]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mixtral", ["--config.model.parts.moe.losses.huggingface_load_balance.weight=0.001"]),
+        ("switch", ["parts.encoder_moe.losses.router_z.weight=0.001", "parts.moe.losses.router_z"]),
+        ("gpt_oss", []),
+    ],
+)
+def test_an_import_says_the_losses_that_training_adds(name, said, tmp_path, capsys):
+    hf = write_model(tmp_path / "hf", CASES[name])
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "training adds" in line]
+    assert len(lines) == bool(said) and all(one in lines[0] for one in said)

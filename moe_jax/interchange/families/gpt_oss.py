@@ -72,6 +72,9 @@ def model(config: Reader) -> LanguageModel:
     )
     layers = config["num_hidden_layers"]
     kinds = ("sliding_attention", "full_attention")
+    # The published coefficient, 0.9, is of a loss that transformers computes only if asked for.
+    balanced = config.get("output_router_logits", False)
+    coefficient = config.get("router_aux_loss_coef", 0.001) if balanced else 0.0
     types = config.get("layer_types") or [kinds[layer % 2] for layer in range(layers)]
     attention = read_attention(
         config,
@@ -93,7 +96,7 @@ def model(config: Reader) -> LanguageModel:
         router=token_choice(
             config, 4, score=SoftmaxOverSelected(), projection=Linear(use_bias=True)
         ),
-        losses=(HuggingFaceLoadBalance(weight=config.get("router_aux_loss_coef", 0.001)),),
+        losses=(HuggingFaceLoadBalance(weight=coefficient),),
         capacity=DROPLESS,
     )
     config.require("hidden_act", "silu")
