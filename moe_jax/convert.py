@@ -91,8 +91,8 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
     from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
 
     if way != "from_hf":
-        length = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
-        return {"family": config.name, "source": str(source), "settings": length}
+        kept = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
+        return {"family": config.name, "source": str(source), "settings": kept}
     settings = read_settings(source)
     settings |= settings.get("text_config") or {}  # Llama 4 has those of its text model there
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
@@ -175,7 +175,7 @@ class Newest(NamedTuple):
       config: of the run, its model without quantised weights.
       params: its parameters, with the state under "state" if there is any.
       step: number of the checkpoint.
-      origin: what an import kept; {} of a run that was trained here.
+      origin: what holds of the import that it goes back to; see `origin_of_run`.
     """
 
     config: "ExperimentConfig"
@@ -187,8 +187,7 @@ class Newest(NamedTuple):
 def newest(workdir: pathlib.Path) -> Newest:
     """Reads a run to write it in another layout."""
     from moe_jax.interchange.leaves import STATE
-    from moe_jax.training.files import read_json
-    from moe_jax.training.imported import IMPORTED_FILE
+    from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
@@ -197,14 +196,12 @@ def newest(workdir: pathlib.Path) -> Newest:
     params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
-    path = workdir / IMPORTED_FILE
-    return Newest(config, params, int(state.step), read_json(path) if path.exists() else {})
+    return Newest(config, params, int(state.step), origin_of_run(workdir))
 
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
     from moe_jax.interchange.write import to_hf
-    from moe_jax.training.imported import TOKENIZER, copy_tokenizer
 
     values, run = flags.FLAGS, newest(workdir)
     to_hf(
@@ -213,13 +210,39 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
         target,
         family=values.family or run.origin.get("family", ""),
         dtype=values.dtype or run.origin.get("dtypes"),
-        settings=run.origin.get("settings"),
+        settings={**ends_of_documents(run), **run.origin.get("settings", {})},
     )
-    names = copy_tokenizer(workdir / TOKENIZER, target)
-    given = pathlib.Path(run.config.data.tokenizer)
-    if not names and given.is_file():
-        shutil.copyfile(given, target / given.name)
+    write_tokenizer(run.config, workdir, target)
     print(f"step {run.step} of {workdir} is in {target}")
+
+
+def ends_of_documents(run: Newest) -> dict[str, int]:
+    """Their ids in a config.json, of the run's tokenizer; none if the import has ids of its own."""
+    from moe_jax.data import open_tokenizer_of
+
+    known = any(name.endswith("token_id") for name in run.origin.get("settings", {}))
+    if known or (run.origin and run.config.data.tokenizer == "byte"):  # for want of another
+        return {}
+    tokenizer = open_tokenizer_of(run.config.data)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def write_tokenizer(
+    config: "ExperimentConfig", workdir: pathlib.Path, target: pathlib.Path
+) -> None:
+    """Copies the tokenizer that a run encodes with, the files beside it, and its template."""
+    from moe_jax.training.imported import TOKENIZER, TOKENIZER_FILES, copy_tokenizer
+
+    given = pathlib.Path(config.data.tokenizer).expanduser()
+    if not given.is_file():  # bytes, beside which an import may keep files that we cannot read
+        copy_tokenizer(workdir / TOKENIZER, target)
+    elif given.name in TOKENIZER_FILES:
+        copy_tokenizer(given.parent, target)
+    else:
+        shutil.copyfile(given, target / given.name)
+    template = getattr(config.data.objective, "chat_template", "")
+    if template.endswith(".jinja"):  # of a run that was trained with a file of its own
+        shutil.copyfile(pathlib.Path(template).expanduser(), target / "chat_template.jinja")
 
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
@@ -269,32 +292,20 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
     from moe_jax.interchange.peft import to_peft
     from moe_jax.interchange.tensor_files import require_absent
+    from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
 
     require_absent(target)
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
-    origin = origin_under(pathlib.Path(config.init_from.path or workdir))
+    origin = origin_of_run(pathlib.Path(config.init_from.path or workdir))
     family, base = values.family or origin.get("family", ""), values.base
     if not base and "dtypes" in origin:  # of a directory in the layout of Hugging Face
-        base = origin["source"]
+        base = origin.get("source", "")
     to_peft(config, state.params, target, family=family, base=base)
     print(f"the adapters of step {int(state.step)} of {workdir} are in {target}")
     if not base:
         print("the model under them is not named: load it and pass it to PEFT, or give --base")
-
-
-def origin_under(workdir: pathlib.Path) -> dict[str, Any]:
-    """What the import kept of the model under adapters, be it quantised since; {} if it is none."""
-    from moe_jax.training.files import read_json
-    from moe_jax.training.imported import IMPORTED_FILE
-
-    path = workdir / IMPORTED_FILE
-    origin: dict[str, Any] = read_json(path) if path.exists() else {}
-    made_by = origin.get("made_by")
-    if made_by == "quantise":
-        return origin_under(pathlib.Path(origin["source"]))
-    return {} if made_by else origin
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:

@@ -23,8 +23,14 @@ from moe_jax.finetune.preservation import (
 from moe_jax.finetune.remodel import Remodel, remodelled, remodelled_state
 from moe_jax.interchange.tensor_files import require_absent, whole_or_absent
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.training.files import read_json
-from moe_jax.training.imported import IMPORTED_FILE, TOKENIZER, copy_tokenizer, save_state
+from moe_jax.training.imported import (
+    INHERITED,
+    TOKENIZER,
+    copy_tokenizer,
+    inherited,
+    origin_of_run,
+    save_state,
+)
 from moe_jax.training.placement import inference_rows
 from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState
@@ -175,9 +181,7 @@ def save_made(
     """
     record, _ = recorded_run(workdir)
     config = dataclasses.replace(config, mesh=MeshConfig())
-    imported = workdir / IMPORTED_FILE
-    before = read_json(imported) if imported.exists() else {}
-    kept = {"settings": before["settings"]} if "settings" in before else {}
+    kept = inherited(origin_of_run(workdir), origin["made_by"])
     with whole_or_absent(output) as partial:
         names = copy_tokenizer(workdir / TOKENIZER, partial / TOKENIZER)
         given = pathlib.Path(config.data.tokenizer)
@@ -185,5 +189,5 @@ def save_made(
             moved = output.absolute() / TOKENIZER / given.name
             data = dataclasses.replace(config.data, tokenizer=str(moved))
             config = dataclasses.replace(config, data=data)
-        written = {"source": str(workdir), **origin, **kept}
+        written = {"source": str(workdir), **origin, INHERITED: kept}
         save_state(partial, config, state, record.get("content", {}), written)

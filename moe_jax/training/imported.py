@@ -1,5 +1,6 @@
 """The directory of a model that was not trained here: a checkpoint without optimizer state."""
 
+import logging
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -12,11 +13,14 @@ from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.json_text import json_text
 from moe_jax.training.arrays import gigabytes_of_largest
 from moe_jax.training.checkpoints import Checkpoints
-from moe_jax.training.files import write_atomically
+from moe_jax.training.files import read_json, write_atomically
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.state import TrainState
-from moe_jax.training.workdir import CHECKPOINTS, IMPORTED_FILE
+from moe_jax.training.workdir import CHECKPOINTS, IMPORTED_FILE, recorded_run
 
+logger = logging.getLogger(__name__)
+
+INHERITED = "inherited"  # in the file of a model that was made: what `inherited` says of it
 TOKENIZER = "tokenizer"  # the folder with the files of the tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -70,6 +74,59 @@ def save_state(
         checkpoints.save(int(state.step), state, metadata={"run": record}, wait=True)
     write_atomically(workdir / CONFIG_FILE, json_text(record, indent=2) + "\n")
     write_atomically(workdir / IMPORTED_FILE, json_text(origin, indent=2) + "\n")
+
+
+def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
+    """What an export needs of the import that a run goes back to.
+
+    It goes back by `init_from`, and by what its model was made of, over as many runs as there are.
+
+    Returns:
+      Of `family`, `settings` of a config.json, `dtypes` of tensors, and `source` what holds for the
+      run: its parameters are those of the source only in the import itself, or quantised. {} of a
+      run that goes back to no import.
+    """
+    if not workdir.is_dir():
+        logger.warning(
+            "There is no %s any more: what was imported with it, such as ids of special tokens and "
+            "dtypes, is not in what is written. Bring it back, or correct config.json.", workdir,
+        )  # fmt: skip
+        return {}
+    path = workdir / IMPORTED_FILE
+    if not path.exists():
+        given = recorded_run(workdir)[0].get("init_from", {})
+        if not given.get("path"):
+            return {}
+        return trained(origin_of_run(pathlib.Path(given["path"])), given)
+    origin: dict[str, Any] = read_json(path)
+    if "made_by" not in origin:
+        return origin
+    if INHERITED in origin:
+        return dict(origin[INHERITED])
+    return inherited(origin_of_run(pathlib.Path(origin["source"])), origin["made_by"])
+
+
+def trained(origin: Mapping[str, Any], init_from: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds of an origin for a run that started from it."""
+    kept = {name: value for name, value in origin.items() if name != "source"}
+    if "embedding" in init_from.get("fresh", ()):  # of another vocabulary, as a rule
+        settings = kept.get("settings", {}).items()
+        kept["settings"] = {name: one for name, one in settings if not name.endswith("token_id")}
+    return kept
+
+
+def inherited(origin: Mapping[str, Any], made_by: str) -> dict[str, Any]:
+    """What holds of an origin for a model that a command made of a run.
+
+    Args:
+      origin: of the run.
+      made_by: the command; all but two change which tensors there are.
+    """
+    if made_by == "quantise":
+        return dict(origin)
+    if made_by == "merge_adapters":
+        return trained(origin, {})
+    return {name: origin[name] for name in ("settings", "dtypes") if name in origin}
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
