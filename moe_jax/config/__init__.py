@@ -8,8 +8,6 @@ The settings of a model stand in its parts: `kinds` says where each kind is.
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
 from moe_jax.config.convert import (
     build,
     config_dict,
@@ -38,7 +36,7 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
       ValueError: an unknown field, a value of another type, or settings that break a rule.
     """
-    if isinstance(config, ml_collections.ConfigDict):
+    if hasattr(config, "to_dict"):  # an `ml_collections.ConfigDict`
         config = config.to_dict()
     result = build(ExperimentConfig, config, "config")
     assert isinstance(result, ExperimentConfig)

@@ -11,26 +11,28 @@ import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
-
-import ml_collections
-from ml_collections.config_dict import placeholder
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from moe_jax.config.check import require
 from moe_jax.config.kinds import by_kind, is_foreign, kind_of, load_kind, source_hash
 from moe_jax.config.settings import Settings
 from moe_jax.config.upgrade import FORMAT, upgrade
 
+if TYPE_CHECKING:
+    import ml_collections  # which only those need who write settings as a ConfigDict
+
 HEADER = ("format", "sources", "content")  # of a written config, beside its settings
 Config = TypeVar("Config")
 Trust = bool | frozenset[str]  # of modules outside the library: all, none, those of these kinds
 
 
-def config_dict(config: Settings) -> ml_collections.ConfigDict:
+def config_dict(config: Settings) -> "ml_collections.ConfigDict":
     """A locked `ConfigDict` with every field of an object, nested alike, kinds included.
 
     What is None may be set to anything, by a flag too: `--config.model.parts.moe.bias=sign`.
     """
+    import ml_collections
+
     return ml_collections.ConfigDict(open_none(to_dict(config))).lock()
 
 
@@ -38,6 +40,8 @@ def open_none(value: Any) -> Any:
     """Nested dicts in which None is a placeholder for a value of any type."""
     if isinstance(value, Mapping):
         return {name: open_none(item) for name, item in value.items()}
+    from ml_collections.config_dict import placeholder
+
     return placeholder(object) if value is None else value
 
 
