@@ -5,9 +5,10 @@
 
 The first form measures, the most valuable rows first, and writes a line after each to
 DIR/accelerator.jsonl. It may be killed at any time; the same command goes on with the rows that are
-not there yet. `--retry` also measures again what has failed. The second form puts the rows of DIR
-into docs/accelerators/ and makes the page docs/accelerators.md. `--dry` measures tiny shapes on a
-CPU: it shows that the run works, and says nothing of speed.
+not there yet, also where DIR is a copy of that of an earlier run. `--retry` also measures again
+what has failed. The second form puts the rows of DIR into docs/accelerators/ and makes the page
+docs/accelerators.md. `--dry` measures tiny shapes on a CPU: it shows that the run works, and says
+nothing of speed.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 
 from benchmarks.accelerator import page
 from benchmarks.accelerator.groups import BY_NAME, GROUPS
-from benchmarks.accelerator.record import ROOT, Record
+from benchmarks.accelerator.record import ROOT, Record, commit
 from benchmarks.accelerator.supervisor import Supervisor
 
 
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if given.retry:
         record.forget_failed()
-    groups = [group for group in GROUPS if given.only is None or group.name in given.only]
+    groups = GROUPS if given.only is None else [BY_NAME[name] for name in given.only]
+    if not commit():
+        print("no commit is known: MOE_JAX_COMMIT names it", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its process ends with it
     run = Supervisor(record, given.minutes, given.dry, lambda text: print(text, flush=True))
     try:

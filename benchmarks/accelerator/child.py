@@ -4,18 +4,30 @@ It writes a line before and after every row. If it dies, its parent knows in whi
 """
 
 import argparse
+import ctypes
 import os
 import pathlib
+import signal
 import statistics
 import sys
 import time
 import traceback
 
 from benchmarks.accelerator.groups import BY_NAME, Row
-from benchmarks.accelerator.record import DONE, FAILED, MEASURED, SKIPPED, STARTED, Record, commit
+from benchmarks.accelerator.record import (
+    DONE,
+    FAILED,
+    MEASURED,
+    NOT_REACHED,
+    SKIPPED,
+    STARTED,
+    Record,
+    commit,
+)
 
+LOST = 70  # exit code: the device may be lost to this process; another one goes on
 LIMIT = 3  # times the seconds that a row is thought to need, then it is stopped
-PATIENCE = 60.0  # seconds that it has in any case
+PATIENCE = 45.0  # seconds that it has in any case
 
 
 def limit_of(seconds: float) -> float:
@@ -29,39 +41,75 @@ def message_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def measure(group: str, rows: list[Row], record: Record, until: float) -> None:
+def loses_device(error: BaseException) -> bool:
+    """Whether this process can compute nothing more after an error, as after a fault of CUDA.
+
+    JAX has one error for such a fault, for a kernel that does not compile and for too little
+    memory: it is tried. By name, since PyTorch's process imports no JAX.
+    """
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
+    import jax
+
+    try:
+        return float(jax.numpy.ones(8).sum()) != 8
+    except Exception:
+        return True
+
+
+def measure(
+    group: str, rows: list[Row], record: Record, until: float, only_first: bool = False
+) -> int:
     """Measures those rows that are not in the record yet, while there is time.
+
+    All rows get a line at once, so that those that are not reached are known.
 
     Args:
       group: their group.
-      rows: the most valuable first.
+      rows: the most valuable first; one that the time cut off before is taken last.
       record: to add to.
       until: time, in seconds since the epoch, when there is none left.
+      only_first: the rows that are `first`, and no others.
+
+    Returns:
+      The exit code of this process: 0, or `LOST`.
     """
-    done = {key for key, line in record.last().items() if line["state"] in DONE}
+    last = record.last()
+    for row in rows:
+        if (group, row.name) not in last:
+            record.add(group, row.name, SKIPPED, reason=NOT_REACHED, needs=row.seconds,
+                       first=row.first)  # fmt: skip
     ratios = [1.0]  # of the seconds that rows took to those that they were thought to need
     parent = os.getppid()
-    for row in rows:
+    cut = {row.name: last.get((group, row.name), {}).get("cut", 0.0) for row in rows}
+    for row in sorted(rows, key=lambda row: cut[row.name]):
         if os.getppid() != parent:
-            return  # whoever asked for it is gone
-        if (group, row.name) in done:
+            return LOST  # whoever asked for it is gone
+        is_done = last.get((group, row.name), {}).get("state") in DONE
+        if is_done or (only_first and not row.first):
             continue
-        needs, left = row.seconds * statistics.median(ratios), until - time.time()
+        needs = max(row.seconds * statistics.median(ratios), 2 * cut[row.name])
+        left = until - time.time()
         if needs > left:
             reason = f"needs about {needs:.0f} s, {max(left, 0):.0f} s were left"
-            record.add(group, row.name, SKIPPED, reason=reason, needs=needs)
+            record.add(group, row.name, SKIPPED, reason=reason, needs=needs, first=row.first,
+                       cut=cut[row.name])  # fmt: skip
             continue
-        record.add(group, row.name, STARTED, limit=limit_of(needs))
+        limit = limit_of(max(needs, row.seconds))
+        record.add(group, row.name, STARTED, limit=limit, needs=needs, first=row.first)
         begin = time.time()
         try:
             found = row.run()
         except Exception as error:
             traceback.print_exc()
-            found, state = {"error": message_of(error)}, FAILED
+            failed = {"seconds": since(begin), "commit": commit(), "error": message_of(error)}
+            record.add(group, row.name, FAILED, **failed)
+            if loses_device(error):
+                return LOST
         else:
-            state = MEASURED
-        record.add(group, row.name, state, seconds=since(begin), commit=commit(), **found)
-        ratios.append((time.time() - begin) / row.seconds)
+            record.add(group, row.name, MEASURED, seconds=since(begin), commit=commit(), **found)
+            ratios.append((time.time() - begin) / row.seconds)
+    return 0
 
 
 def since(begin: float) -> float:
@@ -69,17 +117,29 @@ def since(begin: float) -> float:
     return round(time.time() - begin, 2)
 
 
+def end_with_parent() -> None:
+    """Has Linux kill this process when its parent is gone, even in a row that hangs."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     """Measures a group."""
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("group", choices=sorted(BY_NAME))
     parser.add_argument("--record", type=pathlib.Path, required=True)
     parser.add_argument("--until", type=float, required=True)
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--only-first", action="store_true")
     arguments = parser.parse_args()
     sys.argv = sys.argv[:1]  # libraries that read flags find none
     rows = BY_NAME[arguments.group].rows(arguments.dry)
-    measure(arguments.group, rows, Record(arguments.record), arguments.until)
+    record = Record(arguments.record)
+    code = measure(arguments.group, rows, record, arguments.until, arguments.only_first)
+    sys.stdout.flush()
+    os._exit(code)  # a device that is lost may hang whoever takes leave of it
 
 
 if __name__ == "__main__":

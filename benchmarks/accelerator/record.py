@@ -16,6 +16,7 @@ from moe_jax.config.json_text import json_text
 STARTED, MEASURED, FAILED, SKIPPED = "started", "measured", "failed", "skipped"
 START = "start"  # the row of a process that ended before its first
 DONE = (MEASURED, FAILED)  # not measured again
+NOT_REACHED = "not reached"  # why a row was left out that nothing tried yet
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 Line = dict[str, Any]
@@ -63,9 +64,13 @@ class Record:
                 continue
         return found
 
-    def last(self) -> dict[Key, Line]:
-        """The last line of every row."""
-        return {(line["group"], line["row"]): line for line in self.lines()}
+    def last(self, *states: str) -> dict[Key, Line]:
+        """The last line of every row, or the last of these states."""
+        return {
+            (line["group"], line["row"]): line
+            for line in self.lines()
+            if not states or line["state"] in states
+        }
 
     def forget_failed(self) -> None:
         """Marks the rows that failed as left out, so that they are measured again."""
@@ -94,5 +99,7 @@ def commit() -> str:
         )
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     except OSError:
+        return ""
+    if name.returncode:
         return ""
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -4,6 +4,7 @@ This process never touches the accelerator: a kernel that aborts or hangs takes 
 along, the row is recorded as failed, and the next process goes on behind it.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -13,13 +14,24 @@ import time
 from collections.abc import Callable, Mapping
 
 from benchmarks.accelerator.groups import END, FACTS, GROUPS, Group
-from benchmarks.accelerator.record import FAILED, ROOT, SKIPPED, START, STARTED, Line, Record
+from benchmarks.accelerator.record import (
+    DONE,
+    FAILED,
+    NOT_REACHED,
+    ROOT,
+    SKIPPED,
+    START,
+    STARTED,
+    Line,
+    Record,
+)
 
-STARTUP = 12.0  # seconds until a process measures
+STARTUP = 10.0  # seconds until a process measures
 RESERVED = 25.0  # seconds for the last rows and for stopping
 POLL = 0.1
 DEVICE = ("facts", "device")
 OUT_OF_TIME = "the time was up"
+GO_ON: Line = {}  # another process takes the rows behind
 
 
 def environment_of_child(
@@ -65,27 +77,34 @@ class Supervisor:
         self.seconds, self.end = minutes * 60, time.time() + minutes * 60
         record.path.parent.mkdir(parents=True, exist_ok=True)
         self.log = record.path.with_suffix(".log")
+        self.tried: set[str] = set()  # the groups that had a process in this run
         running = record.running()
         if running is not None:  # when an earlier run was killed
-            record.add(running["group"], running["row"], SKIPPED, reason="the run was killed")
+            line = left_out(running, "the run was killed", running.get("needs", 0.0))
+            record.add(running["group"], running["row"], SKIPPED, **line)
         self.said = len(record.lines())
 
     def run(self, groups: tuple[Group, ...] = GROUPS) -> None:
-        """All groups, each within its share; then, in the same order, the rows left out.
+        """What is first in all groups; then all that they have; then the rows left out.
+
+        In the first two passes a group has its share of the time.
 
         Raises:
           RuntimeError: there is no accelerator.
         """
         before = self.record.last().get(DEVICE, {})
         self.record.add(*DEVICE, SKIPPED, reason="looked at in every run")
-        self.run_group(FACTS, time.time() + STARTUP + FACTS.share * self.seconds)
-        self.check_machine(before.get("kind"))
         stop = self.end - RESERVED
-        for group in groups:
-            self.run_group(group, min(stop, time.time() + STARTUP + group.share * self.seconds))
-        for group in (FACTS, *groups):
-            if self.fits(group, stop - time.time() - STARTUP):
-                self.run_group(group, stop)
+        self.run_group(FACTS, stop, only_first=not self.dry)
+        self.check_machine(before.get("kind"))
+        shares = {group: group.share * self.seconds for group in (FACTS, *groups)}
+        whole = dict.fromkeys(shares, self.seconds)
+        passes = ((True, shares), (False, shares), (False, whole))
+        for only_first, seconds in passes[self.dry :]:
+            for group, share in seconds.items():
+                share = min(share, stop - time.time() - STARTUP)
+                if self.fits(group, share, only_first):
+                    self.run_group(group, time.time() + STARTUP + share, only_first)
         self.run_group(END, self.end)
 
     def check_machine(self, before: str | None = None) -> None:
@@ -111,26 +130,31 @@ class Supervisor:
                 f"{device['kind']}. Choose another --out."
             )
 
-    def fits(self, group: Group, seconds: float) -> bool:
-        """Whether a row that was left out would fit in so many seconds."""
-        last = self.record.last()
-        skipped = [line for (name, _), line in last.items()
-                   if name == group.name and line["state"] == SKIPPED]  # fmt: skip
-        reached = any(name == group.name for name, _ in last)
-        needs = [line.get("needs", 0.0) for line in skipped] if reached else [0.0]
-        return any(need < seconds for need in needs)
+    def fits(self, group: Group, seconds: float, only_first: bool = False) -> bool:
+        """Whether a row that is left would fit in so many seconds."""
+        own = [line for (name, row), line in self.record.last().items()
+               if name == group.name and row != START]  # fmt: skip
+        if not own:  # no process has said yet which rows there are
+            return seconds > 0 and group.name not in self.tried
+        return any(
+            line["state"] == SKIPPED
+            and line.get("needs", 0.0) < seconds
+            and line.get("first", True) >= only_first
+            for line in own
+        )
 
-    def run_group(self, group: Group, until: float) -> None:
+    def run_group(self, group: Group, until: float, only_first: bool = False) -> None:
         """Measures a group, in as many processes as it takes."""
+        self.tried.add(group.name)
         while time.time() + STARTUP / 2 < until or self.dry:
-            outcome = self.run_child(group, until)
+            outcome = self.run_child(group, until, only_first)
             if outcome is None:
                 self.forget_start(group)
                 return
-            row = outcome.pop("row")
-            self.record.add(group.name, row, **outcome)
-            self.tell()
-            if row == START or time.time() > until:
+            if outcome:
+                self.record.add(group.name, **outcome)
+                self.tell()
+            if outcome.get("row") == START or time.time() > until:
                 return
 
     def forget_start(self, group: Group) -> None:
@@ -138,15 +162,22 @@ class Supervisor:
         if self.record.last().get((group.name, START), {}).get("state") == FAILED:
             self.record.add(group.name, START, SKIPPED, reason="a later process started")
 
-    def run_child(self, group: Group, until: float) -> Line | None:
-        """One process. Returns the line of the row in which it ended; None: it measured all."""
+    def run_child(self, group: Group, until: float, only_first: bool = False) -> Line | None:
+        """One process.
+
+        Returns:
+          The line of the row in which it ended; `GO_ON`: it ended after one; None: there is no
+          other that it could measure.
+        """
         command = [sys.executable, "-m", "benchmarks.accelerator.child", group.name]
         command += [f"--record={self.record.path}", f"--until={until}", *["--dry"] * self.dry]
+        command += ["--only-first"] * only_first
+        lines = len(self.record.lines())
         begin_of_log = self.log.stat().st_size if self.log.exists() else 0
         begin = time.time()
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True,
+                command, stdout=log, stderr=log, cwd=ROOT, process_group=0,
                 env=environment_of_child(os.environ, self.dry, group.xla_flags),
             )  # fmt: skip
             try:
@@ -158,14 +189,16 @@ class Supervisor:
         if running is None and process.returncode == 0:
             return None
         said = last_words(self.log, begin_of_log)
+        error = stopped or f"its process ended with {ending(process.returncode)}: {said}"
         if running is None and stopped == OUT_OF_TIME:
             return {"row": START, "state": SKIPPED, "reason": stopped}
+        if running is None and any(line["state"] in DONE for line in self.record.lines()[lines:]):
+            return GO_ON
         if running is None:
-            ended = f"its process ended with {ending(process.returncode)} before a row: {said}"
-            return {"row": START, "state": FAILED, "error": stopped or ended}
-        if stopped == OUT_OF_TIME:
-            return {"row": running["row"], "state": SKIPPED, "reason": stopped}
-        error = stopped or f"its process ended with {ending(process.returncode)}: {said}"
+            return {"row": START, "state": FAILED, "error": error[:400]}
+        took = time.time() - running["at"]
+        if stopped == OUT_OF_TIME and took < running["limit"] / 2:
+            return {"row": running["row"], "state": SKIPPED, **left_out(running, stopped, took)}
         return {"row": running["row"], "state": FAILED, "error": error[:400]}
 
     def wait(self, process: subprocess.Popen[bytes], begin: float, until: float) -> str:
@@ -194,14 +227,20 @@ class Supervisor:
         """Says what the record has got."""
         lines = self.record.lines()
         for line in lines[self.said :]:
-            if line["state"] != STARTED:
+            if line["state"] != STARTED and line.get("reason") != NOT_REACHED:
                 self.say(text_of(line))
         self.said = len(lines)
 
 
+def left_out(running: Line, reason: str, took: float) -> Line:
+    """What is recorded of a row that was stopped: it needs more than twice what it took so far."""
+    needs = max(running.get("needs", 0.0), 2 * took)
+    return {"reason": reason, "needs": needs, "cut": took, "first": running.get("first", True)}
+
+
 def text_of(line: Line) -> str:
     """A line for people."""
-    hidden = ("group", "row", "state", "at", "limit", "needs", "commit", "form")
+    hidden = ("group", "row", "state", "at", "limit", "needs", "cut", "first", "commit", "form")
     values = ", ".join(f"{name} {short(value)}" for name, value in line.items()
                        if name not in hidden)  # fmt: skip
     return f"{line['group']}/{line['row']}: {line['state']}: {values}"
@@ -223,7 +262,8 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)  # a driver may hold it for longer
 
 
 def last_words(log: pathlib.Path, begin: int) -> str:
