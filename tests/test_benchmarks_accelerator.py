@@ -1,18 +1,23 @@
 """The run on an accelerator, without one: its budget, what kills cost, and how it goes on."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import jax
 import pytest
 
 from benchmarks.accelerator import child, supervisor
 from benchmarks.accelerator.child import measure
-from benchmarks.accelerator.groups import BY_NAME, FACTS, Group, Row
+from benchmarks.accelerator.groups import BY_NAME, END, FACTS, GROUPS, TESTS, Group, Row
 from benchmarks.accelerator.record import NOT_REACHED, ROOT, Record
+from benchmarks.accelerator.shapes import SHAPES
 from benchmarks.accelerator.supervisor import Supervisor, environment_of_child
+from moe_jax.config.kinds import KINDS
+from moe_jax.moe.run_experts.grouped_matmul import Target
 
 
 def states(record):
@@ -258,6 +263,104 @@ def test_processes_keep_a_cpu_beside_the_accelerator_and_take_no_memory_in_advan
     assert environment_of_child({}, True)["JAX_PLATFORMS"] == "cpu"
 
 
+def on_a_gpu(monkeypatch):
+    """Lists of rows as on a GPU of compute capability 9.0 with cuDNN."""
+    target = Target("gpu", capability=(9, 0))
+    monkeypatch.setattr("moe_jax.moe.run_experts.target_in_use", lambda: target)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    for module in ("attention", "other_kernels", "cudnn_fusion"):
+        monkeypatch.setattr(f"benchmarks.accelerator.{module}.platform", lambda: "gpu")
+    unfit = {"splash": "it runs on a TPU"}
+    monkeypatch.setattr(
+        "benchmarks.accelerator.attention.refusal", lambda name: unfit.get(name, "")
+    )
+
+
+def test_what_is_first_is_known_by_name_and_fits_in_eight_minutes(monkeypatch):
+    on_a_gpu(monkeypatch)
+    of = {
+        group.name: [row for row in group.rows(False) if row.first] for group in GROUPS + (FACTS,)
+    }
+    first = {name: [row.name for row in rows] for name, rows in of.items()}
+    assert first["facts"] == ["device", "matmul bfloat16 8192", "kernels", "copy"]
+    ways = ("ragged triton", "ragged mosaic_gpu", "ragged dense", "einsum", "gather")
+    assert first["parity"] == [
+        *(f"{way}/bfloat16" for way in ways),
+        *(f"router {kind}/float32 highest" for kind in KINDS["router"]),
+        *(f"attention {kernel}, causal/bfloat16" for kernel in ("triton", "cudnn", "xla")),
+    ]
+    kernels, shapes = ("ragged triton", "ragged mosaic_gpu"), [*SHAPES, "mixtral_E8, forward"]
+    assert first["experts"] == [f"{one}/even/{kernel}" for one in shapes for kernel in kernels]
+    if find_spec("torch"):
+        assert {name.split("/")[0] for name in first["torch_experts"]} == {*SHAPES}
+    assert first["attention"] == ["causal/triton", "causal/cudnn", "causal/xla"]
+    assert first["step"] == ["0.5 B/as it comes", "Mixtral-shaped/as it comes"]
+    assert first["quickstart"] == ["device"]
+    assert {name.split("/")[0] for name in first["layers"]} == {"a", "b", "c", "d"}
+    assert not first["other_kernels"] and not first["cudnn_fusion"]
+
+    # Each fits its share of eight minutes.
+    needs = {name: sum(row.seconds for row in rows) for name, rows in of.items()}
+    assert all(needs[group.name] <= group.share * 8 * 60 for group in (FACTS, *GROUPS))
+
+
+class Clock:
+    """Time that passes as rows are thought to need it."""
+
+    now = 1e9
+
+    def time(self):
+        return self.now
+
+    def pass_by(self, seconds):
+        self.now += seconds
+        return {"platform": "gpu", "kind": "a card"}
+
+
+def test_eight_minutes_reach_what_is_first_and_eight_more_go_on(monkeypatch, record):
+    on_a_gpu(monkeypatch)
+    listed = {group: group.rows(False) for group in (FACTS, *GROUPS, END)}
+    clock = Clock()
+    for module in ("supervisor", "child", "record"):
+        monkeypatch.setattr(f"benchmarks.accelerator.{module}.time", clock)
+
+    def run_group(self, group, until, only_first=False):
+        self.tried.add(group.name)
+        clock.pass_by(supervisor.STARTUP)
+        rows = [row._replace(run=functools.partial(clock.pass_by, row.seconds))
+                for row in listed[group]]  # fmt: skip
+        measure(group.name, rows, record, until, only_first)
+
+    monkeypatch.setattr(Supervisor, "run_group", run_group)
+
+    def run():
+        begin = clock.now
+        Supervisor(record, 8, dry=False, say=print).run()
+        assert clock.now <= begin + 8 * 60
+        return {(group, row) for group, row in record.last("measured")}
+
+    first = {(group.name, row.name) for group, rows in listed.items() for row in rows if row.first}
+    reached = run()
+    assert {key for key in first - reached if key[0] != "layers"} == set()
+    again = run()
+    assert first < again, "the layers too"
+    measured = [(line["group"], line["row"]) for line in record.lines()
+                if line["state"] == "measured" and line["row"] != "device"]  # fmt: skip
+    at_the_end = [key for key in measured if key[0] == END.name]
+    assert len(measured) - len(at_the_end) == len(set(measured)) - len(set(at_the_end))
+
+
+def test_rows_behind_the_first_are_those_of_all_groups_by_value(monkeypatch):
+    on_a_gpu(monkeypatch)
+    names = {group.name: [row.name for row in group.rows(False)] for group in GROUPS}
+    assert not any("blocks" in name for name in names["attention"] + names["parity"])
+    assert names["layers"][:5] == [
+        "b/ragged triton, dropless", "d/ragged triton, dropless", "a/ragged triton, dropless",
+        "c/ragged triton, dropless", "b/gather, 1.25",
+    ]  # fmt: skip
+    assert "repository_tests" not in names
+
+
 @pytest.mark.slow
 def test_the_whole_run_on_a_cpu(tmp_path):
     """One command; every group has rows; a second start has nothing left to measure."""
@@ -274,7 +377,7 @@ def test_the_whole_run_on_a_cpu(tmp_path):
     assert outcome.returncode == 0, outcome.stderr
     record = Record(tmp_path / "accelerator.jsonl")
     last = record.last()
-    assert {group for group, _ in last} >= {FACTS.name, *BY_NAME} - {"torch_experts"}
+    assert {group for group, _ in last} >= {*BY_NAME} - {"torch_experts", TESTS.name}
     bad = {key: line.get("error") for key, line in last.items() if line["state"] != "measured"}
     assert not bad
     assert all(line["passed"] for (group, _), line in last.items() if group == "parity")

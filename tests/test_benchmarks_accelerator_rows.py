@@ -13,6 +13,7 @@ from benchmarks.accelerator import (
     attention,
     experts,
     goals,
+    layers,
     page,
     parity,
     quickstart,
@@ -45,6 +46,8 @@ def test_pairs_of_attention_by_hand():
     assert attention.seen_pairs(4, None) == 1 + 2 + 3 + 4
     assert attention.seen_pairs(4, 2) == 1 + 2 + 2 + 2
     form = attention.Form(batch=2, length=6, heads=3, kv_heads=3, dim=5, value_dim=7, documents=2)
+    whole = form._replace(documents=1)
+    assert whole.segments.tolist() == [1] * 6 and whole.pairs == 2 * 21
     # A document ends at 6 / (2 * 2) = 1; the other has the five tokens left.
     assert form.segments.tolist() == [1, 2, 2, 2, 2, 2]
     assert form.pairs == 2 * (1 + 15)
@@ -80,6 +83,7 @@ def test_parity_sees_a_planted_fault_and_an_empty_expert(monkeypatch):
 
     right = parity.compare_way("gather", "", "float32 highest", parity.TINY)
     assert right["passed"] and right["error"] < 1e-6
+    monkeypatch.setattr(parity, "reference_case", parity.reference_case.__wrapped__)
     monkeypatch.setattr(parity, "dense_sum", lambda assignment: wrong(assignment))
     assert not parity.compare_way("gather", "", "float32 highest", parity.TINY)["passed"]
 
@@ -134,6 +138,25 @@ def test_experts_are_checked_at_full_size_against_one_of_them_alone():
 def test_nan_never_passes():
     found = parity.verdict({"y": np.array([np.nan])}, {"y": np.array([1.0])}, "bfloat16")
     assert not found["passed"]
+    assert np.isnan(experts.largest([0.003, np.nan])) and np.isnan(experts.largest([np.nan, 0.003]))
+    assert experts.largest([0.003, 0.001]) == 0.003
+
+
+def test_each_form_of_attention_is_of_one_document_but_for_that_of_several():
+    for forms in (
+        attention.FORMS,
+        {n: attention.small(f, False) for n, f in attention.FORMS.items()},
+    ):
+        found = {name: int(form.segments.max()) for name, form in forms.items()}
+        assert found == dict.fromkeys(forms, 1) | {"documents": 3}
+
+
+def test_dropped_choices_of_a_layer_are_no_useful_work():
+    found = layers.measure(layers.TINY["tiny"], "gather", "", 0.25, True)
+    assert 0 < found["kept"] < 0.5
+    choices = 2 * 16 * 2  # of two experts for each token of two sequences
+    flops = found["kept"] * choices * 3 * (3 * 2 * 16 * 32)
+    assert found["tflops"] * 1e12 * found["ms"] / 1e3 == pytest.approx(flops, rel=0.01)
 
 
 def test_every_way_and_every_router_has_a_row():
@@ -175,12 +198,12 @@ def test_a_step_falls_and_says_its_rates():
 def test_the_losses_of_the_quickstart_are_read_from_its_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "train/loss": 5 - step / 100, "perf/tokens_per_s": float(step)}
-            for step in range(10, 201, 10)]  # fmt: skip
-    rows.append({"step": 200, "checkpoint/seconds": 1.0})
+            for step in range(10, 101, 10)]  # fmt: skip
+    rows.append({"step": 100, "checkpoint/seconds": 1.0})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = quickstart.summary(quickstart.read(path))
-    assert found["losses"] == {"10": 4.9, "50": 4.5, "100": 4.0, "150": 3.5, "200": 3.0}
-    assert found["tokens_per_s"] == 105
+    assert found["losses"] == {"10": 4.9, "20": 4.8, "40": 4.6, "60": 4.4, "80": 4.2, "100": 4.0}
+    assert found["tokens_per_s"] == 55
     assert list(quickstart.summary({5: {"train/loss": 1.0}})["losses"]) == ["5"]
 
 
@@ -190,12 +213,13 @@ def a_card(**changes):
               "peak_tflops": 989.4, "versions": {"jax": "0.11.2"}, "python": "3.12", "card": "",
               "at": 1.8e9, "commit": "abc1234"}  # fmt: skip
     speed = {"ms": 10.0, "ms_low": 9.9, "ms_high": 10.4, "tflops": 500.0, "share": 0.63,
-             "temporary_mb": 17.0}  # fmt: skip
+             "program_mb": 17.0}  # fmt: skip
+    right = speed | {"error": 4e-3, "empty_expert": 0.0}
     rows = {
         ("facts", "device"): device,
-        ("experts", "mixtral_E8/even/ragged triton"): speed,
-        ("experts", "mixtral_E8/even/ragged dense"): speed | {"ms": 1.0, "share": 0.99},
-        ("experts", "fine_E64/even/ragged triton"): speed | {"share": 0.44},
+        ("experts", "mixtral_E8/even/ragged triton"): right,
+        ("experts", "mixtral_E8/even/ragged dense"): right | {"ms": 1.0, "share": 0.99},
+        ("experts", "fine_E64/even/ragged triton"): right | {"share": 0.44},
         ("torch_experts", "mixtral_E8/even/three products"): speed | {"ms": 11.0},
         ("parity", "gather/bfloat16"): {
             "error": 3e-3, "of": "y", "tolerance": 2e-2, "passed": True,
@@ -220,17 +244,64 @@ def test_goals_pass_and_fail_by_the_kernels_that_are_kernels():
     ]
 
 
+def verdicts_with(**rows):
+    """Verdicts of the goals on a card with other rows, GROUP__ROW."""
+    card = a_card()
+    for name, line in rows.items():
+        key = tuple(name.split("__"))
+        card[key] = {"group": key[0], "row": key[1], **line}
+    return [goal.verdict(card) for goal in goals.GOALS]
+
+
+def test_parity_passes_only_if_every_row_does():
+    failed, skipped = {"state": "failed", "error": "aborted"}, {"state": "skipped"}
+    assert verdicts_with(parity__einsum=failed)[0] == "**fail**: 1 of 2"
+    assert verdicts_with(parity__einsum=skipped)[0] == "open: 1 of 1, 1 not reached"
+    both = verdicts_with(parity__einsum=skipped, parity__soft=failed)
+    assert both[0] == "**fail**: 1 of 2, 1 not reached"
+    assert verdicts_with(parity__start=failed)[0] == "pass: 1 of 1", "no row"
+
+
+def test_a_kernel_that_is_wrong_reaches_no_goal():
+    key = "experts", "mixtral_E8/even/ragged mosaic_gpu"
+    fast = {**a_card()["experts", "mixtral_E8/even/ragged triton"], "ms": 1.0, "share": 0.9}
+    for wrong in ({"error": None}, {"error": 0.03}, {"empty_expert": None}, {"empty_expert": 1.0}):
+        card = a_card() | {key: fast | wrong}
+        assert goals.GOALS[1].verdict(card) == "pass: 63% by ragged triton"
+        del card["experts", "mixtral_E8/even/ragged triton"]
+        assert goals.GOALS[1].verdict(card) == "**fail**: 90% by ragged mosaic_gpu, which is wrong"
+        assert goals.GOALS[3].verdict(card) == "**fail**: 1 ms, PyTorch 11 ms"
+    assert goals.GOALS[1].verdict(a_card() | {key: fast}) == "pass: 90% by ragged mosaic_gpu"
+
+
+def test_a_step_whose_loss_does_not_fall_reaches_no_goal():
+    line = {"state": "measured", "mfu_causal": 0.5, "finite": True, "falls": True}
+    assert verdicts_with(step__fast=line)[-1] == "pass: 50%, fast"
+    for bad in ({"finite": False}, {"falls": False}):
+        assert verdicts_with(step__fast=line | bad)[-1] == "not measured"
+
+
+def test_the_page_shows_what_is_wrong_with_a_row():
+    assert page.wrong_in({}) == ""
+    assert page.wrong_in({"error": 4e-3, "empty_expert": 0.0}) == "4.0e-03"
+    assert page.wrong_in({"error": None, "empty_expert": None}) == "nan, **empty expert nan**"
+    assert page.wrong_in({"finite": False}) == "**not finite**"
+
+
 def test_the_page_says_what_was_left_out_and_why():
     card = a_card()
     card["experts", "dsv3_E32/even/ragged triton"] = {
         "state": "failed", "error": "stopped after 74 s",
     }  # fmt: skip
+    for name in ("a", "b"):
+        card["layers", name] = {"state": "skipped", "reason": "not reached"}
     card["experts", "start"] = {"state": "skipped", "reason": "a later process started"}
     text = page.make_page([card])
     assert "Never run" not in text and "later process" not in text
     assert "| NVIDIA H100 80GB HBM3 | 0.11.2 | abc1234 |" in text
-    assert "| mixtral_E8/even/ragged triton | 10 | 9.9 to 10.4 | 500 | 63% | 17 |  |" in text
+    assert "| mixtral_E8/even/ragged triton | 10 | 9.9 to 10.4 | 500 | 63% | 17 | 4.0e-03 |" in text
     assert "- dsv3_E32/even/ragged triton: failed, stopped after 74 s" in text
+    assert "- not reached: a; b\n" in text
 
 
 def test_the_page_in_docs_is_made_of_the_records_in_docs():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.accelerator.clock import bar, compiled, rate_against
-from benchmarks.accelerator.experts import kernels_in, largest_difference, random
+from benchmarks.accelerator.experts import kernels_in, largest, largest_difference, random
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.shapes import SHAPES, TINY, Shape, group_sizes
 from moe_jax.parallel.rules import platform
@@ -51,7 +51,7 @@ def measure(shape: Shape, form: str, dry: bool) -> dict[str, Any]:
     return {
         **found,
         **program.facts,
-        "error": max(largest_difference(a, b) for a, b in pairs),
+        "error": largest([largest_difference(a, b) for a, b in pairs]),
         "empty_expert": float(jnp.abs(dweight[-1].astype(jnp.float32)).max()),
         "kernels": kernels_in(program.text),
     }

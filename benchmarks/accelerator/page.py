@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.accelerator.goals import GOALS
-from benchmarks.accelerator.groups import GROUPS
-from benchmarks.accelerator.record import FAILED, MEASURED, ROOT, START, Line, Record
+from benchmarks.accelerator.groups import GROUPS, TESTS
+from benchmarks.accelerator.record import FAILED, MEASURED, NOT_REACHED, ROOT, START, Line, Record
 from moe_jax.config.json_text import json_text
 
 PAGE = ROOT / "docs" / "accelerators.md"
@@ -25,7 +25,7 @@ def publish(record: Record) -> str:
     Returns:
       What was done, in a line.
     """
-    rows = record.last()
+    rows = record.last() | record.last(MEASURED)  # what was measured once counts
     said = "no rows: the page is made of what is there"
     if rows:
         device = rows.get(("facts", "device"), {})
@@ -121,7 +121,7 @@ def of_card(rows: Rows) -> str:
     """The section of a card."""
     device = rows["facts", "device"]
     parts = [f"## {device['kind']}\n", machine(rows)]
-    for group in GROUPS:
+    for group in (*GROUPS, TESTS):
         own = {name: line for (of, name), line in rows.items() if of == group.name}
         if own:
             parts += [f"### {group.title}\n", TABLES[group.name](own), left_out(own)]
@@ -154,13 +154,14 @@ def machine(rows: Rows) -> str:
 
 
 def left_out(own: dict[str, Line]) -> str:
-    """The rows without numbers, each with its reason."""
-    lines = [
-        f"- {name}: {line['state']}, {line.get('error') or line.get('reason')}\n"
-        for name, line in own.items()
-        if line["state"] == FAILED or (line["state"] != MEASURED and name != START)
-    ]
-    return "".join(lines)
+    """The rows without numbers: those that were tried, each with its reason; and the others."""
+    lines, others = [], []
+    for name, line in own.items():
+        if line.get("reason") == NOT_REACHED:
+            others.append(name)
+        elif line["state"] == FAILED or (line["state"] != MEASURED and name != START):
+            lines.append(f"- {name}: {line['state']}, {line.get('error') or line.get('reason')}\n")
+    return "".join(lines) + (f"- {NOT_REACHED}: {'; '.join(others)}\n" if others else "")
 
 
 def measured(own: dict[str, Line]) -> dict[str, Line]:
@@ -170,23 +171,32 @@ def measured(own: dict[str, Line]) -> dict[str, Line]:
 
 def of_speed(own: dict[str, Line]) -> str:
     """Time, rate and memory of every row."""
-    head = ("row", "ms", "range", "TFLOP/s", "of the matmul rate", "temporary MB", "error")
+    head = ("row", "ms", "range", "TFLOP/s", "of the matmul rate", "MB", "error")
     lines = [
         (name, line["ms"], f"{line['ms_low']:.3g} to {line['ms_high']:.3g}", line["tflops"],
-         percent(line["share"]), line.get("temporary_mb", line.get("program_mb")),
-         line.get("error"))
+         percent(line["share"]), line.get("program_mb"), wrong_in(line))
         for name, line in measured(own).items()
     ]  # fmt: skip
     return table(head, lines)
 
 
+def wrong_in(line: Line) -> str:
+    """The error of a row that was checked, and what may never be."""
+    found = [error_of(line, "error")] if "error" in line else []
+    if line.get("empty_expert", 0.0) != 0.0:
+        found.append(f"**empty expert {error_of(line, 'empty_expert')}**")
+    if not line.get("finite", True):
+        found.append("**not finite**")
+    return ", ".join(found)
+
+
 def of_layers(own: dict[str, Line]) -> str:
     """Every form over the dense FFN."""
-    head = ("row", "over a dense FFN", "range", "ms", "of the matmul rate", "temporary MB")
+    head = ("row", "over a dense FFN", "range", "ms", "of the matmul rate", "kept", "MB")
     lines = [
         (name, f"{line['over_dense']:.2f}",
          f"{line['over_dense_low']:.2f} to {line['over_dense_high']:.2f}", line["ms"],
-         percent(line["share"]), line.get("temporary_mb"))
+         percent(line["share"]), percent(line["kept"]), line.get("program_mb"))
         for name, line in measured(own).items()
     ]  # fmt: skip
     return table(head, lines)
@@ -217,14 +227,15 @@ def of_steps(own: dict[str, Line]) -> str:
         "MFU",
         "half square",
         "of the matmul rate",
-        "peak MB",
+        "dropped",
+        "MB",
         "loss",
     )
     lines = [
         (name, f"{line['parameters'] / 1e9:.2f} B, {line['config']}",
          f"{line['tokens_per_s']:,.0f}", percent(line["mfu"]), percent(line["mfu_causal"]),
          percent(line["share"]),
-         f"{line['peak_mb']:,.0f}", loss_of(line))
+         percent(line["dropped"]), line.get("program_mb"), loss_of(line))
         for name, line in measured(own).items()
     ]  # fmt: skip
     return table(head, lines)

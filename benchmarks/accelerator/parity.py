@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.accelerator import attention
 from benchmarks.accelerator.groups import Row
-from benchmarks.accelerator.kernels import attention_kernels, ragged, usable_kernels, with_kernel
+from benchmarks.accelerator.kernels import ragged, usable_kernels, with_kernel
 from moe_jax.checks.around import blocks, first_accepted
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.moe.activations import SwiGLU
@@ -53,29 +53,32 @@ SEQUENCES, LENGTH = 2, 64  # for routers
 
 
 def rows(dry: bool) -> list[Row]:
-    """Ways to run experts first; then routers."""
+    """Ways to run experts first; then routers and the main form of attention; then the rest."""
     sizes = TINY if dry else FULL
-    kernels = usable_kernels()
-    ways = [(way, "") for way in WAYS if way not in ("auto", "ragged")]
-    ways = [("ragged", kernel) for kernel in kernels] + ways
-    found = [
-        Row(f"{ragged(kernel) if way == 'ragged' else way}/{precision}", 7,
-            functools.partial(compare_way, way, kernel, precision, sizes))
+    ways = [("ragged", kernel) for kernel in usable_kernels()]
+    ways += [(way, "") for way in WAYS if way not in ("auto", "ragged")]
+    of_ways = [
+        Row(f"{ragged(kernel) if way == 'ragged' else way}/{precision}", 5,
+            functools.partial(compare_way, way, kernel, precision, sizes),
+            first=precision == "bfloat16")
         for precision in ("bfloat16", "float32 highest")
         for way, kernel in ways
     ]  # fmt: skip
-    found += [
-        Row(f"attention {kernel}, {name}/bfloat16", 7,
-            functools.partial(compare_attention, kernel, attention.small(form, dry), "bfloat16"))
-        for kernel in attention_kernels() if not attention.refusal(kernel)
-        for name, form in attention.FORMS.items()
-    ]  # fmt: skip
-    precisions = ("float32 highest", "bfloat16", "float32")
-    return found + [
-        Row(f"router {kind}/{precision}", 8, functools.partial(compare_router, kind, precision))
-        for precision in precisions
+    of_routers = [
+        Row(f"router {kind}/{precision}", 6, functools.partial(compare_router, kind, precision),
+            first=precision == "float32 highest")
+        for precision in ("float32 highest", "bfloat16", "float32")
         for kind in KINDS["router"]
-    ]
+    ]  # fmt: skip
+    of_attention = [
+        Row(f"attention {kernel}, {name}/bfloat16", 6,
+            functools.partial(compare_attention, kernel, attention.small(form, dry), "bfloat16"),
+            first=name == attention.MAIN)
+        for name, form in attention.FORMS.items()
+        for kernel in attention.usable_kernels()
+    ]  # fmt: skip
+    found = of_ways + of_routers + of_attention
+    return sorted(found, key=lambda row: not row.first)
 
 
 class Case(NamedTuple):
@@ -96,7 +99,7 @@ class Case(NamedTuple):
 
 def compare_way(way: str, kernel: str, precision: str, sizes: Sizes) -> dict[str, Any]:
     """One way to run experts, with an empty expert and dropped choices."""
-    case, assignment = make_case(sizes, precision.split()[0])
+    case, assignment, expected = reference_case(sizes, precision.split()[0])
     moe = MoE(num_experts=sizes.experts, num_selected_experts=sizes.selected,
               expert_dim=sizes.hidden, activation=SwiGLU(), run_experts=way)  # fmt: skip
     moe = with_kernel(moe, kernel)
@@ -107,13 +110,21 @@ def compare_way(way: str, kernel: str, precision: str, sizes: Sizes) -> dict[str
         return run_experts(case.x_GSM, own, case.weights, axes, moe.experts, plan).y
 
     got = on_device(functools.partial(with_gradients, output), case, precision)
-    expected = in_float64(functools.partial(with_gradients, dense_sum(assignment)), case)
     empty = jax.tree.map(lambda d: float(np.abs(d[-1].astype(np.float64)).max()),
                          got["gradients"]["weights"])  # fmt: skip
     found = verdict(got, expected, precision)
-    found["empty_expert"] = max(empty.values())
+    found["empty_expert"] = float(np.max(list(empty.values())))  # nan if any is
     found["passed"] = found["passed"] and found["empty_expert"] == 0
     return found
+
+
+@functools.cache
+def reference_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment, Any]:
+    """A case and its results in float64, which all ways are compared with."""
+    case, assignment = make_case(sizes, dtype)
+    return case, assignment, in_float64(
+        functools.partial(with_gradients, dense_sum(assignment)), case
+    )  # fmt: skip
 
 
 def make_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment]:
@@ -221,18 +232,26 @@ def nan_is_largest(value: float) -> float:
 
 def compare_attention(kernel: str, form: attention.Form, precision: str) -> dict[str, Any]:
     """Attention by a kernel against a softmax written out in float64."""
-    q, k, v, dy = attention.draw(form, jnp.dtype(precision.split()[0]))
+    inputs, segments, expected = reference_attention(form, precision.split()[0])
+    run = attention.by_kernel(kernel, form)
+    own = functools.partial(of_attention, lambda q, k, v: run(q, k, v, jnp.asarray(segments)))
+    return verdict(on_device(own, inputs, precision), expected, precision)
+
+
+@functools.cache
+def reference_attention(form: attention.Form, dtype: str) -> tuple[dict[str, Any], Any, Any]:
+    """Inputs, documents, and results in float64, which all kernels are compared with."""
+    q, k, v, dy = attention.draw(form, jnp.dtype(dtype))
     segments = np.broadcast_to(form.segments, (form.batch, form.length))
     inputs = {"q": q, "k": k, "v": v, "dy": dy}
+    plain = functools.partial(softmax_of_seen, form, segments)
+    return inputs, segments, in_float64(functools.partial(of_attention, plain), inputs)
 
-    def gradients(function: Callable[..., jax.Array], inputs: dict[str, jax.Array]) -> Any:
-        y, vjp = jax.vjp(function, *(inputs[name] for name in "qkv"))
-        return {"y": y, "gradients": vjp(inputs["dy"])}
 
-    run = attention.by_kernel(kernel, form)
-    own = functools.partial(gradients, lambda q, k, v: run(q, k, v, jnp.asarray(segments)))
-    plain = functools.partial(gradients, functools.partial(softmax_of_seen, form, segments))
-    return verdict(on_device(own, inputs, precision), in_float64(plain, inputs), precision)
+def of_attention(function: Callable[..., jax.Array], inputs: dict[str, jax.Array]) -> Any:
+    """The output, and the gradients of queries, keys and values."""
+    y, vjp = jax.vjp(function, *(inputs[name] for name in "qkv"))
+    return {"y": y, "gradients": vjp(inputs["dy"])}
 
 
 def softmax_of_seen(
