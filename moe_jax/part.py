@@ -357,6 +357,13 @@ class Part(Settings):
 
         return traced_costs(self, dims, length, dtype)
 
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """FLOPs of one token that is decoded, in one layer, from a cache of `length` tokens.
+
+        Those of a token in training, unless a part computes another way from its cache.
+        """
+        return sum(cost.flops for cost in self.costs(dims, length, dtype))
+
     def savings(self) -> "Iterable[Saving]":
         """Changes of settings that save memory in training."""
         return ()

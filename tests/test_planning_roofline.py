@@ -13,6 +13,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.planning import sweep as sweeping
 from moe_jax.planning.compiled import Compiled, CompilerMemory, out_of_memory
@@ -187,6 +188,17 @@ def test_a_smaller_buffer_of_sorted_rows_is_offered_with_the_stop_that_keeps_the
     ]
     smaller = sorted_rows(buffer_factor=1.5, stop_at_overflow=True)
     assert bounded.total_bytes == estimate_memory(smaller).total and bounded.keeps_result
+
+
+@pytest.mark.parametrize(("scope", "keeps"), [("global", True), ("microbatch", False)])
+def test_more_microbatches_keep_the_result_unless_a_loss_is_of_one(scope, keeps):
+    losses = (LoadBalance(weight=0.01, scope=scope),)
+    moe = dataclasses.replace(LARGE.model.part["moe"], losses=losses)
+    model = dataclasses.replace(LARGE.model, parts=LARGE.model.part | {"moe": moe})
+    training = dataclasses.replace(LARGE.training, batch_size=1024)
+    found = remedies(resolve(dataclasses.replace(LARGE, model=model, training=training), 4))
+    cut = [one.keeps_result for one in found if "num_microbatches" in one.change]
+    assert cut and set(cut) == {keeps}
 
 
 def test_changes_are_put_together_until_it_fits():

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
-from configs import deepseek_v3, gpt_oss, jamba, mixtral
+from configs import deepseek_v3, gpt_oss, jamba, mixtral, switch_base
 from moe_jax.config import from_config_dict
 from moe_jax.plan import Options, run
 from moe_jax.planning.hardware import CHIPS
@@ -63,8 +64,36 @@ def test_weights_by_precision():
 
 def test_mixtral_reads_its_active_parameters():
     costs = serving_costs(model_of(mixtral), 1)
-    assert costs.read("bfloat16", 1) - costs.cache == pytest.approx(2 * 12_879_925_248)
+    # But for the input embedding, of which it reads a row: 32,000 x 4,096.
+    read = costs.read("bfloat16", 1) - costs.cache
+    assert read == pytest.approx(2 * (12_879_925_248 - 131_072_000))
     assert costs.experts + costs.rest == 46_702_792_704
+
+
+def test_scores_of_a_decode_are_of_what_its_caches_hold():
+    """By hand: how many FLOPs a longer context adds."""
+
+    def added(module, tokens, more):
+        model = model_of(module)
+        return serving_costs(model, tokens + more).flops - serving_costs(model, tokens).flops
+
+    # 32 layers of 32 heads, keys and values of 128 dims.
+    assert added(mixtral, 1000, 8) == 8 * 32 * 2 * 32 * 2 * 128
+    # 61 layers of 128 heads, in a latent of 512 and a rotary key of 64.
+    assert added(deepseek_v3, 1000, 8) == 8 * 61 * 2 * 128 * (2 * 512 + 64)
+    # Of 24 layers 12 have rings. 64 heads, of 64 dims.
+    assert added(gpt_oss, 1000, 8) == 8 * 12 * 2 * 64 * 2 * 64
+
+
+def test_a_decode_leaves_an_encoder_alone():
+    model = model_of(switch_base)
+    costs = serving_costs(model, 512)
+    specs = model.specs()
+    of_decoder = [*jax.tree.leaves(specs["stack"]), *jax.tree.leaves(specs["embedding"])]
+    rest = sum(spec.size for spec in of_decoder if spec.component != "experts")
+    assert costs.rest - costs.unread == pytest.approx(rest, rel=1e-4)  # and a norm
+    assert len(costs.sparse) == 1 and costs.sparse[0][:2] == (8, 1)
+    assert costs.sparse[0][2] == costs.experts // 2
 
 
 def test_a_long_context_is_never_bound_by_flops():

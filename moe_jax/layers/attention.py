@@ -171,6 +171,11 @@ class Attention(Part):
         )  # fmt: skip
         return (projections, scores)
 
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """See `Part`: scores are of the slots of the cache, such as a ring's."""
+        num_slots = self.cache_specs(dims, 1, length)["keys"].shape[1]
+        return super().decode_flops(dims, num_slots, dtype)
+
     def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""
         rules = Rules(True, self.window, self.chunk)

@@ -228,6 +228,11 @@ class LatentAttention(Part):
         )  # fmt: skip
         return (projections, scores)
 
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """See `Part`: by `absorb`, in which a score has the latent and the rotary dims."""
+        projections, _ = self.costs(dims, length, dtype)
+        return projections.flops + 2 * length * self.num_heads * (2 * self.kv_rank + self.rope_dim)
+
     def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
         """See `Part`: the kernel."""
         dims = (self.head_dim, self.value_dim)

@@ -73,8 +73,8 @@ class Layer(Part):
         return {name: specs for name, specs in caches if specs}
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: if a branch does."""
-        return any(part.looks_ahead(training) for _, part in self.branches)
+        """See `Part`: if a branch does. A layer without branches says it itself."""
+        return not self.branches or any(part.looks_ahead(training) for _, part in self.branches)
 
     def map_branches(self, change: Callable[[Part], Part]) -> Part:
         """See `Part`."""
@@ -95,6 +95,12 @@ class Layer(Part):
         numbers = 2 * dims.model_dim * len(stages)
         stages.append((Cost("other", saved=Bytes(numbers * jnp.dtype(dtype).itemsize)),))
         return tuple(cost for branch in stages for cost in branch)
+
+    def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
+        """See `Part`: of the branches."""
+        if not self.branches:
+            return super().decode_flops(dims, length, dtype)
+        return sum(part.decode_flops(dims, length, dtype) for _, part in self.branches)
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
         """See `Part`; returns the residual stream, and aux and caches by branch."""

@@ -276,9 +276,8 @@ class LanguageModel(Settings):
         # float32, so that the gradient sums a frequent token's many rows in it.
         table_VM = jax.tree.map(lambda a: constrain(a, "vocab", None), params["embedding"])
         multiplier = self.embedding_multiplier
-        return rows(table_VM, tokens_BL) * (
-            self.model_dim**0.5 if multiplier is None else multiplier
-        )
+        embedded_BLM = rows(table_VM, tokens_BL).astype(jnp.float32)
+        return embedded_BLM * (self.model_dim**0.5 if multiplier is None else multiplier)
 
     def run_embedded(
         self,

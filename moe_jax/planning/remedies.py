@@ -123,7 +123,11 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
             yield {"model.remat": policy}, "computes forward passes again", True
     for factor in (2, 4, 8):
         more = {"training.num_microbatches": factor * parts}
-        yield more, "gathers weights and reduces gradients as often", True
+        yield (
+            more,
+            "gathers weights and reduces gradients as often; other noise, if there is any",
+            not model.depends_on_microbatches,
+        )
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
     for source, target in itertools.permutations(sizes, 2):
         for part in {2, sizes[source]}:

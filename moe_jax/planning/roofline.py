@@ -28,7 +28,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Seconds if everything overlaps: the slowest alone. No run can be faster."""
+        """Seconds if everything overlaps: the slowest alone. No run of all parameters is faster."""
         return max(dataclasses.astuple(self))
 
     @property

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models.model import LanguageModel
-from moe_jax.planning.flops import count_flops
+from moe_jax.planning.flops import different_parts
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
 
@@ -40,6 +40,8 @@ class ServingCosts(NamedTuple):
       context: tokens that a decoded token sees.
       cache: bytes of the caches of a text of that length, in the compute dtype.
       flops: FLOPs of a decoded token.
+      unread: those of `rest` that no decode reads: of an encoder, and an input embedding, of which
+        it reads single rows.
     """
 
     experts: int
@@ -48,6 +50,7 @@ class ServingCosts(NamedTuple):
     context: int
     cache: int
     flops: float
+    unread: int = 0
 
     def weights(self, precision: str) -> float:
         """Bytes of all weights."""
@@ -61,15 +64,19 @@ class ServingCosts(NamedTuple):
         """
         of_experts, of_rest = PRECISIONS[precision]
         used = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.sparse)
-        return (used * of_experts + self.rest * of_rest) / 8 + batch * self.cache
+        rest = self.rest - self.unread
+        return (used * of_experts + rest * of_rest) / 8 + batch * self.cache
 
 
 def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
     """The costs of a model whose texts have `context` tokens."""
     model = dataclasses.replace(model, multi_token=None)
     parameters = count_parameters(model, context)
+    of_encoder = model.stacks["encoder"].layer_indices() if model.has_encoder else {}
     sparse = []
     for name, part in model.moe_parts.items():
+        if name in of_encoder:
+            continue
         size = sum(
             spec.size
             for spec in jax.tree.leaves(part.specs(model.dims).get("experts", {}))
@@ -82,8 +89,28 @@ def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
         sparse=tuple(sparse),
         context=context,
         cache=cache_bytes(model, context),
-        flops=count_flops(model, context).model,
+        flops=decode_flops(model, context),
+        unread=unread_weights(model),
     )
+
+
+def decode_flops(model: LanguageModel, context: int) -> float:
+    """FLOPs of a token that is decoded from caches of `context` tokens; an encoder has run."""
+    in_layers = sum(
+        placed.times * placed.part.decode_flops(placed.within.dims, context, model.compute_dtype)
+        for placed in different_parts(model, context)
+        if placed.within.name != "encoder"
+    )
+    return in_layers + 2 * model.model_dim * model.vocab_size
+
+
+def unread_weights(model: LanguageModel) -> int:
+    """See `ServingCosts.unread`."""
+    specs = model.specs()
+    unread = [spec for spec in jax.tree.leaves(specs.get("encoder", {}))]
+    if not model.tie_embeddings:
+        unread += jax.tree.leaves(specs["embedding"])
+    return sum(spec.size for spec in unread if spec.component != "experts")
 
 
 def stored_bytes(model: LanguageModel) -> int:
