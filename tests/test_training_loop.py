@@ -356,7 +356,7 @@ def test_before_its_first_checkpoint_a_run_has_no_good_state_of_its_own(
     """Also where the step of another run's checkpoint is its first."""
 
     def no_number(config, mesh):
-        return lambda state, batch: (state, StepMetrics(*[np.float32(np.nan)] * 5))
+        return lambda state, batch: (state, StepMetrics(*[np.float32(np.nan)] * 4, {}))
 
     monkeypatch.setattr(loop, "compile_train_step", no_number)
     source = {"path": str(finished), "step": 9, "optimizer_state": True, "data_position": True}
