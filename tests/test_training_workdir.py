@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import sys
 import textwrap
 
@@ -136,7 +137,7 @@ def test_how_a_run_is_placed_may_change(tmp_path):
         assert len(lines) == 1 and lines[0].endswith("moe.group_size: 0 -> 8")
 
 
-def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp_path):
+def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp_path, monkeypatch):
     state, model = tiny_state(CONFIG), tmp_path / "model"
     save_imported(model, CONFIG, state.params, state.model_state, {}, {"made_by": "a test"})
     before = files(model)
@@ -148,6 +149,9 @@ def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp
             f"{model / CHECKPOINTS / '0'} is of a model that was made without (imported.json). "
             f"Use another --workdir and --config.init_from.path={model}."
         )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="of a model that was made without"):
+        train(CONFIG, pathlib.Path("model"))
     assert files(model) == before
     # One that was made with them is a run to go on with.
     save_state(tmp_path / "upcycled", CONFIG, state, {}, {"made_by": "a test"})

@@ -123,7 +123,7 @@ def require_moments(workdir: pathlib.Path) -> None:
     Raises:
       ValueError: with the setting that starts a run from it.
     """
-    directory = workdir / CHECKPOINTS
+    directory = (workdir / CHECKPOINTS).resolve()  # Orbax reads none by a relative path
     steps = complete_steps(directory)
     if not steps or not (workdir / IMPORTED_FILE).exists():
         return
