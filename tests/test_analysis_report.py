@@ -175,6 +175,13 @@ def test_report_of_a_run_that_is_still_going(tmp_path):
     assert "Held-out text was not evaluated." in report_of(tmp_path)[0]
 
 
+def test_report_of_a_run_without_a_step_of_its_own(tmp_path):
+    """Such as a model that was made with its position at the end, and evaluated."""
+    make_run(tmp_path, layers=(0,), num_steps=200)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "Held-out text" in report_of(tmp_path)[0]
+
+
 def test_unused_experts_and_nan_losses_are_drawn(tmp_path):
     make_run(tmp_path, layers=(0,), num_experts=4, num_steps=200)
     with MetricWriter(tmp_path, start_step=190) as writer:

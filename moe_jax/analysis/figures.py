@@ -196,7 +196,9 @@ def cut_the_start(axis: Axes, curves: list[Curve]) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over a fiftieth of the points."""
+    """A centred moving average over a fiftieth of the points, of which there may be none."""
+    if not len(values):
+        return values
     width = max(1, len(values) // 50)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")
