@@ -178,7 +178,8 @@ def test_report_of_a_run_that_is_still_going(tmp_path):
 def test_report_of_a_run_without_a_step_of_its_own(tmp_path):
     """Such as a model that was made with its position at the end, and evaluated."""
     make_run(tmp_path, layers=(0,), num_steps=200)
-    (tmp_path / "metrics.jsonl").write_text("")
+    row = {"heldout/dropless/nats_per_token": 1.5, "heldout/dropless/bits_per_byte": 2.2}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 200} | row) + "\n")
     assert "Held-out text" in report_of(tmp_path)[0]
 
 
