@@ -18,8 +18,11 @@ logger = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]  # of a config.json
 
-# The table of each family, by the "model_type" of its config.json.
+# The table of each family, by the "model_type" of its config.json. A model that several can say is
+# written as the first: the plainest are in front.
 FAMILIES = {
+    "llama": "moe_jax.interchange.families.dense:LLAMA",
+    "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
     "dbrx": "moe_jax.interchange.families.dbrx:DBRX",
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
@@ -27,7 +30,6 @@ FAMILIES = {
     "granitemoeshared": "moe_jax.interchange.families.granite:GRANITE_MOE_SHARED",
     "grok-1": "moe_jax.interchange.families.grok1:GROK1",
     "jamba": "moe_jax.interchange.families.jamba:JAMBA",
-    "llama": "moe_jax.interchange.families.dense:LLAMA",
     "llama4": "moe_jax.interchange.families.llama4:LLAMA4",
     "llama4_text": "moe_jax.interchange.families.llama4:LLAMA4",
     "mistral": "moe_jax.interchange.families.dense:MISTRAL",
@@ -36,7 +38,6 @@ FAMILIES = {
     "qwen2_moe": "moe_jax.interchange.families.qwen_moe:QWEN2_MOE",
     "qwen3_moe": "moe_jax.interchange.families.qwen_moe:QWEN3_MOE",
     "gpt_oss": "moe_jax.interchange.families.gpt_oss:GPT_OSS",
-    "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
     "olmoe": "moe_jax.interchange.families.qwen_moe:OLMOE",
     "switch_transformers": "moe_jax.interchange.families.t5:SWITCH",
     "t5": "moe_jax.interchange.families.t5:T5",

@@ -97,7 +97,7 @@ def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
         given = recorded_run(workdir)[0].get("init_from", {})
         if not given.get("path"):
             return {}
-        return trained(origin_of_run(pathlib.Path(given["path"])), given)
+        return origin_of_trained(origin_of_run(pathlib.Path(given["path"])), given)
     origin: dict[str, Any] = read_json(path)
     if "made_by" not in origin:
         return origin
@@ -106,7 +106,7 @@ def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
     return inherited(origin_of_run(pathlib.Path(origin["source"])), origin["made_by"])
 
 
-def trained(origin: Mapping[str, Any], init_from: Mapping[str, Any]) -> dict[str, Any]:
+def origin_of_trained(origin: Mapping[str, Any], init_from: Mapping[str, Any]) -> dict[str, Any]:
     """What holds of an origin for a run that started from it."""
     kept = {name: value for name, value in origin.items() if name != "source"}
     if "embedding" in init_from.get("fresh", ()):  # of another vocabulary, as a rule
@@ -125,7 +125,7 @@ def inherited(origin: Mapping[str, Any], made_by: str) -> dict[str, Any]:
     if made_by == "quantise":
         return dict(origin)
     if made_by == "merge_adapters":
-        return trained(origin, {})
+        return origin_of_trained(origin, {})
     return {name: origin[name] for name in ("settings", "dtypes") if name in origin}
 
 

@@ -44,6 +44,8 @@ from moe_jax.training.step import StepMetrics
 from moe_jax.training.trackers import check_trackers, open_trackers
 from moe_jax.training.workdir import check_workdir, only_run, with_whole_path
 
+FINITE = ("loss", "total_loss", "grad_norm")  # metrics without which a run does not go on
+
 
 def train(
     config: ExperimentConfig,
@@ -243,13 +245,9 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
         if pending is None:
             return
         (step, metrics), pending = pending, None
-        try:
-            check_finite(step, metrics, saved, run.checkpoints.directory)
-        except FloatingPointError:
-            run.writer.write(
-                step, metrics_row(metrics, config.model.layers_of)
-            )  # `compare` reads it
-            raise
+        if not is_finite(metrics):  # `compare` reads what ended the run
+            run.writer.write(step, metrics_row(metrics, config.model.layers_of))
+        check_finite(step, metrics, saved, run.checkpoints.directory)
         check_overflow(step, metrics, config, saved, run.checkpoints.directory)
         if step % training.log_every == 0 or step == training.num_steps:
             row = metrics_row(metrics, config.model.layers_of) | run.rates.measure(step)
@@ -334,13 +332,18 @@ def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def is_finite(metrics: StepMetrics) -> bool:
+    """Whether the run can go on."""
+    return all(np.isfinite(float(getattr(metrics, name))) for name in FINITE)
+
+
 def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib.Path) -> None:
     """Stops a run that has gone to infinity.
 
     Raises:
       FloatingPointError: naming the metric, the step and the last good checkpoint.
     """
-    for name in ("loss", "total_loss", "grad_norm"):
+    for name in FINITE:
         value = float(getattr(metrics, name))
         if not np.isfinite(value):
             raise FloatingPointError(
