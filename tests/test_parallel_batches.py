@@ -135,7 +135,7 @@ def rows_on_a_pod(name, sizes):
 
 def test_the_hosts_of_a_tpu_pod_read_every_row_once():
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the package libtpu")
+        pytest.skip("needs the package libtpu")  # half a GB, which the extra `test` leaves out
     code = (
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from tests import test_parallel_batches as here\n"

@@ -63,6 +63,7 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
         return mesh_utils.create_hybrid_device_mesh(
             inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
+    # JAX asserts what a torus has no room for, such as a mesh of 3 of 8 chips: slower, not wrong.
     except (NotImplementedError, AssertionError) as error:
         reason = str(error)[:200]  # the rest lists devices
         logger.warning("The mesh is in the order of the devices, not of the torus: %s", reason)
