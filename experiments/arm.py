@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.budget import cost_of
 from experiments.results import LOSS, PAIRED, append_result
+from experiments.same_runs import link_same_run
 from experiments.study import Study
 from moe_jax.config import ExperimentConfig
 from moe_jax.data import open_data
@@ -49,6 +50,8 @@ def run_arm(
     config = study.experiment(size, arm, seed, corpus, str(workdir.parent))
     if study.start is not None:
         study.start(config, arm, workdir)
+    elif other := link_same_run(config, workdir):
+        print(f"{other.parent.parent.name} has trained this run: {other}", flush=True)
     try:
         outcome = outcome_of(study, config, workdir, train(config, workdir))
     except FloatingPointError as error:  # a result as well: run again it would end alike
