@@ -97,6 +97,7 @@ def test_a_wrong_flag_is_named_with_the_fix(capsys, arguments, patterns):
         ("training.num_steps=abc", ["--config.training.num_steps is of type int: 'abc'"]),
         ("training.num_steps=1.5", ["--config.training.num_steps is of type int: '1.5'"]),
         ("training.num_steps", ["--config.training.num_steps is of type int: it has no value"]),
+        ("training.num_steps=None", ["config.training.num_steps is of type int: None"]),
         ("training.num_steps.x=3", ["--config.training.num_steps is one value, 20"]),
         ("optimizer.learning_rate=fast", ["is of type float: 'fast'", "3e-4"]),
         ("model.scan_layers=perhaps", ["is of type bool: 'perhaps'", "true or false"]),
@@ -130,6 +131,13 @@ def test_settings_are_overridden_by_their_types():
         found = settings_of(config)[f"config.{flag}"]
         assert found == expected and type(found) is type(expected), flag
     from_config_dict(config)
+
+
+def test_none_takes_a_number_away():
+    config = load_config(f"{ROOT}/configs/grok1.py:tiny")
+    assert from_config_dict(config).model.part["attention"].softcap == 30.0
+    override(config, "config.model.parts.attention.softcap", "None")
+    assert from_config_dict(config).model.part["attention"].softcap is None
 
 
 def test_flags_of_the_config_may_stand_apart_from_their_values():

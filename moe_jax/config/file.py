@@ -232,7 +232,12 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
             f"{KIND_OF_A_FLAG}: --{flag}={text} would replace a section, of "
             f"{fields_of(section[last])}. Set one of these, or change the config file."
         )
-    section[last] = parse_value(f"--{flag}", text, section.get_type(last))
+    wanted = section.get_type(last)
+    if text == "None" and wanted in (int, float):
+        with section.ignore_type():
+            section[last] = None  # `build` refuses it where a number has to be
+    else:
+        section[last] = parse_value(f"--{flag}", text, wanted)
 
 
 def write_out(section: ml_collections.ConfigDict, name: str, path: str) -> None:
