@@ -27,7 +27,7 @@ def main() -> None:
     workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
-        trust=values.trust, averaged=not values.optimizer_state, num_batches=values.batches,
+        trust=values.trust, moments=values.optimizer_state, num_batches=values.batches,
     )  # fmt: skip
     load = source.said.load if values.weights == "load" else None
     remodel = merge_experts(source.config, load)

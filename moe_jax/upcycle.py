@@ -39,7 +39,7 @@ def main() -> None:
     upcycling = upcycling_of_flags()
     source = made.open_source(
         workdir, output, command_line.mesh_of_flag(), values.step,
-        trust=values.trust, averaged=not values.optimizer_state,
+        trust=values.trust, moments=values.optimizer_state,
     )  # fmt: skip
     remodel = upcycle(source.config, upcycling)
     state = made.make(

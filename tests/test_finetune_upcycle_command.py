@@ -56,14 +56,14 @@ def test_a_run_becomes_a_sparse_run_with_its_moments_and_its_step(dense, tmp_pat
     said = capsys.readouterr().out
     assert "moe: layers 1 have 4 experts of 32 hidden units, top 2" in said
     assert re.search(r"preserved: logits of 32 held-out tokens differ by [\d.e-]+ of", said)
-    config, state = load_run(tmp_path / "new")
+    config, state = load_run(tmp_path / "new", moments=True)
     assert config.model.layers_of == {"attention": (0, 1), "mlp": (0,), "moe": (1,)}
     assert int(state.step) == 0 and state.opt_state == ()
     assert read_json(tmp_path / "new" / IMPORTED_FILE)["made_by"] == "upcycle"
 
     goes_on = ["--optimizer_state", "--position", f"--output={tmp_path / 'goes_on'}"]
     assert main([*arguments, *goes_on]) == 0
-    _, state = load_run(tmp_path / "goes_on")
+    _, state = load_run(tmp_path / "goes_on", moments=True)
     assert int(state.step) == 7 and int(state.opt_state[3].count) == 1
     moments = state.opt_state[1].mu["stack"]["unit"]["1"]["moe"]
     assert (moments["experts"]["wi"] == 1).all() and not moments["router"]["weight"].any()
@@ -148,7 +148,7 @@ def test_fewer_experts_go_on_with_their_moments_and_the_step(dense, tmp_path, co
     )
     drop = ["--drop=1"] if command == "prune_experts" else []
     assert main([command, f"--workdir={sparse}", f"--output={fewer}", *drop, *carried]) == 0
-    _, state = load_run(fewer)
+    _, state = load_run(fewer, moments=True)
     assert int(state.step) == 7 and int(state.opt_state[1].count) == 1
     layer = state.opt_state[1].mu["stack"]["unit"]["0"]
     moments = layer["moe"]["experts"] if drop else layer["mlp"]

@@ -1,7 +1,5 @@
 """A run whose optimizer averages parameters is evaluated, and loaded, by the average."""
 
-import jax
-import numpy as np
 import pytest
 
 from moe_jax.data import open_data
@@ -35,4 +33,4 @@ def test_a_run_is_evaluated_by_its_average(tmp_path, optimizer):
     with Checkpoints(tmp_path / CHECKPOINTS, keep=None) as checkpoints:
         last = restore(loaded_config, checkpoints, mesh)
     assert abs(score(last) - said) > 1e-3, "the parameters of the last step are others"
-    jax.tree.map(np.testing.assert_array_equal, loaded.opt_state, last.opt_state)
+    assert loaded.opt_state == ()

@@ -333,7 +333,7 @@ def test_with_moments_and_position_a_run_ends_like_the_one_it_started_from(
     workdir = tmp_path / "run"
     train(config, workdir)
     assert f"starts from step 3 of {moved}" in capsys.readouterr().out
-    states = [named(load_run(run)[1]) for run in (workdir, finished)]
+    states = [named(load_run(run, moments=True)[1]) for run in (workdir, finished)]
     assert_taken(*states)
     steps = [row["step"] for row in read_metrics(workdir / METRICS_FILE) if "train/loss" in row]
     assert steps == [4, 5, 6]

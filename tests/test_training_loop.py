@@ -182,7 +182,7 @@ def test_a_run_is_extended(tmp_path, capsys):
     said = "resuming after step 5 of 8, extended from 5"
     assert said in capsys.readouterr().out
     train(steps(8), tmp_path / "at_once")
-    states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]
+    states = [load_run(tmp_path / name, moments=True)[1] for name in ("extended", "at_once")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     rows = read_metrics(tmp_path / "extended" / METRICS_FILE)
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -204,7 +204,7 @@ def test_a_run_that_has_not_begun_to_decay_is_extended(tmp_path, monkeypatch):
         train(steps(8), tmp_path / "extended")
     train(steps(11), tmp_path / "extended")
     train(steps(11), tmp_path / "at_once")
-    states = [load_run(tmp_path / name)[1] for name in ("extended", "at_once")]
+    states = [load_run(tmp_path / name, moments=True)[1] for name in ("extended", "at_once")]
     jax.tree.map(np.testing.assert_array_equal, *states)
     with pytest.raises(ValueError, match=r"schedule='wsd' follows num_steps from step 8"):
         train(steps(20), tmp_path / "extended")

@@ -180,7 +180,7 @@ def files(directory: pathlib.Path) -> dict[str, bytes]:
 
 def assert_same_run(directory: pathlib.Path, expected: pathlib.Path) -> None:
     """Two runs ended alike, bit for bit: state, metrics but for speed, evaluation, any sample."""
-    states = [load_run(run)[1] for run in (directory, expected)]
+    states = [load_run(run, moments=True)[1] for run in (directory, expected)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for (path, a), b in zip(
         jax.tree.leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True

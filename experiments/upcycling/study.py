@@ -57,7 +57,7 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
     if not STUDY.arm(arm).after or kept_steps(workdir):
         return
     dense = workdir.parent / run_name("dense", config.seed)
-    source = made.open_source(dense, workdir, averaged=False)
+    source = made.open_source(dense, workdir, moments=True)
     if arm == "dense_on":
         remodel = Remodel(source.config, source.config, {})
     else:

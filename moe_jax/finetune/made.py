@@ -65,7 +65,7 @@ def open_source(
     step: int | None = None,
     *,
     trust: bool = False,
-    averaged: bool = True,
+    moments: bool = False,
     num_batches: int = 1,
 ) -> Source:
     """Loads a model and asks it about held-out text.
@@ -76,14 +76,14 @@ def open_source(
       mesh: where both models lie; None: one device.
       step: of the checkpoint; None: the newest.
       trust: see `load_run`.
-      averaged: see `load_run`.
+      moments: see `load_run`.
       num_batches: of text.
 
     Raises:
       ValueError: `output` is there, or the run cannot be read.
     """
     require_absent(output)
-    config, state = load_run(workdir, mesh, step, trust=trust, averaged=averaged)
+    config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
     placed_on = make_mesh(config.mesh)
     batches = heldout_text(workdir, config, placed_on, num_batches)
     said = Said(config, state.params, state.model_state, batches, placed_on, state.step)

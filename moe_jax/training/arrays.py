@@ -38,6 +38,37 @@ def describe_saved(path: pathlib.Path) -> dict[str, str]:
     return describe(ocp.StandardCheckpointHandler().metadata(path).tree)
 
 
+def read_arrays(
+    path: pathlib.Path, tree: Any, wanted: Mapping[str, jax.ShapeDtypeStruct], gigabytes: int
+) -> dict[str, jax.Array]:
+    """Reads some of the arrays in a folder that Orbax wrote, straight to where they lie.
+
+    Args:
+      path: of the folder.
+      tree: of all of its arrays.
+      wanted: shape, dtype and sharding by name; a float may change its dtype.
+      gigabytes: the most that is copied at once between files and arrays.
+    """
+    require_shardings(dict(wanted))
+    item = jax.tree_util.tree_map_with_path(
+        lambda path, _: wanted.get(name_of(path), ocp.PLACEHOLDER), tree
+    )
+    arguments = jax.tree.map(
+        lambda leaf: (
+            ocp.RestoreArgs()
+            if leaf is ocp.PLACEHOLDER
+            else ocp.ArrayRestoreArgs(
+                sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+            )
+        ),
+        item,
+    )
+    args = ocp.args.PyTreeRestore(item, restore_args=arguments)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)) as reader:
+        found = by_name(reader.restore(path, args=args))
+    return {name: found[name] for name in wanted}
+
+
 def gigabytes_of_largest(tree: Any) -> int:
     """The size of the largest array, in whole GB: the least `gigabytes_in_flight`."""
     sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -32,7 +32,7 @@ from moe_jax.training.arrays import (
     describe,
     describe_saved,
     differences,
-    name_of,
+    read_arrays,
     require_shardings,
     some,
 )
@@ -99,6 +99,7 @@ class Checkpoints:
             raise ValueError(f"a run keeps at least 1 checkpoint: keep={keep}. Raise keep.")
         self.directory = pathlib.Path(directory).resolve()
         self._read_only = keep is None
+        self._gigabytes_in_flight = gigabytes_in_flight
         self._saving: int | None = None
         self._newest: int | None = None  # or NO_STEP; None: not asked for yet
         self._failed = False
@@ -249,7 +250,7 @@ class Checkpoints:
                 path_of_whole(self.directory, step)
         self._manager.reload()
 
-    def restore(self, step: int, abstract_state: Any) -> Any:
+    def restore(self, step: int, abstract_state: Any, *, some_of: str = "") -> Any:
         """Restores the checkpoint of a step; all processes together, as always.
 
         Args:
@@ -257,6 +258,8 @@ class Checkpoints:
           abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
             that was saved. The shardings may differ from those of the run that saved it: the
             arrays are read straight into these.
+          some_of: a tree of the state, such as "opt_state", of which `abstract_state` may lack
+            arrays: they are not read.
 
         Returns:
           The state, bit for bit as saved.
@@ -265,7 +268,12 @@ class Checkpoints:
           ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
         """
         require_shardings(abstract_state)
-        self._require_same_arrays(step, abstract_state)
+        saved, wanted = self.arrays(step), by_name(abstract_state)
+        unread = {n for n in saved.keys() - wanted if some_of and n.startswith(f"{some_of}/")}
+        self._require_same_arrays(step, abstract_state, unread)
+        if unread:
+            found = self.restore_some(step, wanted)
+            return jax.tree.unflatten(jax.tree.structure(abstract_state), found.values())
         args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
         return self._manager.restore(step, args=args)[STATE]
 
@@ -352,8 +360,9 @@ class Checkpoints:
             damaged.append(path)
         return ALL_DAMAGED if damaged else NO_STEP
 
-    def _require_same_arrays(self, step: int, abstract_state: Any) -> None:
-        lines = differences(self.arrays(step), describe(abstract_state))
+    def _require_same_arrays(self, step: int, abstract_state: Any, unread: set[str]) -> None:
+        saved = {name: text for name, text in self.arrays(step).items() if name not in unread}
+        lines = differences(saved, describe(abstract_state))
         if lines:
             raise ValueError(
                 "a checkpoint is restored into a state of the same arrays: "
@@ -370,25 +379,9 @@ class Checkpoints:
           step: of a checkpoint that is whole.
           wanted: shape, dtype and sharding of arrays that are there; a float may change its dtype.
         """
-        require_shardings(dict(wanted))
         tree = self._manager.item_metadata(step)[STATE].tree
-        item = jax.tree_util.tree_map_with_path(
-            lambda path, _: wanted.get(name_of(path), ocp.PLACEHOLDER), tree
-        )
-        arguments = jax.tree.map(
-            lambda leaf: (
-                ocp.RestoreArgs()
-                if leaf is ocp.PLACEHOLDER
-                else ocp.ArrayRestoreArgs(
-                    sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
-                )
-            ),
-            item,
-        )
-        args = ocp.args.PyTreeRestore(item, restore_args=arguments)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = by_name(reader.restore(self.directory / str(step) / STATE, args=args))
-        return {name: found[name] for name in wanted}
+        path = self.directory / str(step) / STATE
+        return read_arrays(path, tree, wanted, self._gigabytes_in_flight)
 
 
 def _of_process_0(number: int) -> int:

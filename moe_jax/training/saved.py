@@ -25,7 +25,12 @@ from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.metrics import CONFIG_FILE
 from moe_jax.training.placement import inference_rows, state_shardings
-from moe_jax.training.state import TrainState, abstract_state, evaluation_params
+from moe_jax.training.state import (
+    TrainState,
+    abstract_state,
+    evaluation_params,
+    for_evaluation,
+)
 from moe_jax.training.workdir import CHECKPOINTS, Record, changed_hashes, recorded_run
 
 logger = logging.getLogger(__name__)
@@ -37,12 +42,12 @@ def load_run(
     step: int | None = None,
     *,
     trust: bool = False,
-    averaged: bool = True,
+    moments: bool = False,
 ) -> tuple[ExperimentConfig, TrainState]:
     """The config and a checkpoint of a run, which may be training, to evaluate or to sample from.
 
-    The parameters of the state are `evaluation_params`, or with `averaged=False` those of the last
-    step.
+    The parameters of the state are `evaluation_params`, and `opt_state` is (): moments, which take
+    twice the memory of the parameters, are not read.
 
     Args:
       workdir: of the run.
@@ -50,7 +55,8 @@ def load_run(
         that is returned has it.
       step: whose checkpoint, one of `kept_steps`; None: the newest whole one.
       trust: whether modules outside the library may be imported for the parts that they define.
-      averaged: whether the parameters are the optimizer's average, where it keeps one.
+      moments: whether the state is all of that which trains on: the parameters of the last step,
+        and what the optimizer keeps.
 
     Raises:
       ValueError: the directory holds no run, or a run without a checkpoint or without this one; the
@@ -77,14 +83,15 @@ def load_run(
     few = gigabytes_of_largest(abstract_state(config))
     directory = workdir / CHECKPOINTS
     with Checkpoints(directory, keep=None, gigabytes_in_flight=few) as checkpoints:
-        restored = restore(config, checkpoints, placed_on, step)
+        restored = restore(config, checkpoints, placed_on, step, moments=moments)
     if restored is None:
         raise ValueError(
             f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
             "Wait for the first one (training.checkpoint_every)."
         )
-    params = evaluation_params(restored) if averaged else restored.params
-    return config, restored._replace(params=params)
+    if moments:
+        return config, restored
+    return config, restored._replace(params=evaluation_params(restored), opt_state=())
 
 
 def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> DataConfig:
@@ -172,7 +179,12 @@ def kept_steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def restore(
-    config: ExperimentConfig, checkpoints: Checkpoints, mesh: Mesh, step: int | None = None
+    config: ExperimentConfig,
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    step: int | None = None,
+    *,
+    moments: bool = True,
 ) -> TrainState | None:
     """The state of the newest whole checkpoint, read straight to where it lies on the mesh.
 
@@ -181,6 +193,7 @@ def restore(
       checkpoints: of the run.
       mesh: where the state goes.
       step: the checkpoint of this step in place of the newest.
+      moments: whether all of `opt_state` is read; else what `for_evaluation` leaves of it.
 
     Returns:
       The state, or None if there is no checkpoint.
@@ -203,4 +216,6 @@ def restore(
     )
     if not checkpoints.has(step, "opt_state"):
         abstract = abstract._replace(opt_state=())
+    if not moments:
+        return checkpoints.restore(step, for_evaluation(abstract), some_of="opt_state")
     return checkpoints.restore(step, abstract)

@@ -128,6 +128,20 @@ def evaluation_params(state: TrainState) -> Any:
     return state.params
 
 
+def for_evaluation(state: TrainState) -> TrainState:
+    """The state with `opt_state` reduced to what `evaluation_params` reads, in the same places."""
+    if not state.opt_state:
+        return state
+    *others, last = state.opt_state
+    if isinstance(last, optax.contrib.ScheduleFreeState):
+        last = last._replace(
+            weight_sum=None, step_count=None, max_lr=None, base_optimizer_state=None
+        )
+    elif not isinstance(last, ParameterAverage):
+        last = ()
+    return state._replace(opt_state=(*((),) * len(others), last))
+
+
 def abstract_batch(
     config: ExperimentConfig, rows: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
