@@ -48,24 +48,36 @@ def main() -> None:
 
 def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     """Makes the directory of a run from a model; whole, or not at all."""
+    import jax
+
     from moe_jax.interchange.gguf_files import from_gguf
     from moe_jax.interchange.leaves import STATE
     from moe_jax.interchange.read import from_hf
     from moe_jax.interchange.tensor_files import whole_or_absent
+    from moe_jax.parallel.mesh import make_mesh
     from moe_jax.training.imported import save_imported
 
+    given = command_line.mesh_of_flag()
+    mesh = make_mesh(given.fill(jax.device_count())) if given else None
     with whole_or_absent(workdir) as partial:
         fields, content = bring_tokenizer(source, partial, way)
         if way == "from_hf":
-            config, params = from_hf(source, dtype="float32")
+            config, params = from_hf(source, dtype="float32", mesh=mesh)
         else:
-            config, params = from_gguf(source)
+            config, params = from_gguf(source, mesh=mesh)
+        config = with_compute_dtype(config, flags.FLAGS.compute_dtype)
         if content:
             fields["tokenizer"] = str(workdir.absolute() / fields["tokenizer"])
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
         state = params.pop(STATE, {})
         save_imported(partial, config, params, state, content, origin_of(source, config, way))
     print(f"{config.name} of {source} is the run {workdir}")
+
+
+def with_compute_dtype(config: "ExperimentConfig", dtype: str) -> "ExperimentConfig":
+    """A config whose model computes in a dtype."""
+    model = dataclasses.replace(config.model, compute_dtype=dtype)
+    return dataclasses.replace(config, model=model)
 
 
 def print_losses(workdir: pathlib.Path) -> None:
@@ -191,7 +203,8 @@ def newest(workdir: pathlib.Path) -> Newest:
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS
-    config, state = load_run(workdir, step=values.step, trust=values.trust)
+    mesh = command_line.mesh_of_flag()
+    config, state = load_run(workdir, mesh, values.step, trust=values.trust)
     config, whole = plain(config, state.params)
     params = dict(whole)
     if state.model_state:
@@ -358,6 +371,11 @@ def define_flags() -> None:
         "dtype", "", ["", "float32", "bfloat16", "float16"],
         "With --to-hf, of the tensors; by default as imported, or float32.",
     )  # fmt: skip
+    flags.DEFINE_enum(
+        "compute_dtype", "float32", ["float32", "bfloat16"],
+        "With --from-hf and --from-gguf, what the run computes in; its parameters are float32.",
+    )  # fmt: skip
+    command_line.define_mesh_flag()
     command_line.define_step_flag()
     command_line.define_trust_flag()
 

@@ -1,5 +1,6 @@
 """The command convert: models in as runs of 0 steps, and out as they came."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -55,6 +56,17 @@ def test_a_run_has_the_logits_of_the_model(model, run):
     assert read.model == config.model
     theirs = moe_jax.build(read).apply({"params": params}, tokens)
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_model_is_read_to_a_mesh_and_written_from_it(model, run, tmp_path):
+    mesh, there, back = "--mesh=fsdp=2,expert=2", tmp_path / "there", tmp_path / "back"
+    half = "--compute_dtype=bfloat16"
+    assert main(["convert", f"--from-hf={model}", f"--workdir={there}", mesh, half]) == 0
+    (before, one), (config, split) = load_run(run), load_run(there)
+    assert config.model == dataclasses.replace(before.model, compute_dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, one.params, split.params)
+    assert main(["convert", f"--workdir={there}", f"--to-hf={back}", mesh]) == 0
+    assert (back / ONE_FILE).read_bytes() == (model / ONE_FILE).read_bytes()
 
 
 def test_a_model_comes_out_as_it_came_in(model, run, tmp_path):

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.config.check import require
@@ -67,11 +68,14 @@ class GGUFFile:
         return self._gguf.quants.dequantize(data, tensor.tensor_type).reshape(shape)
 
 
-def from_gguf(path: str | pathlib.Path) -> tuple[ExperimentConfig, Any]:
+def from_gguf(
+    path: str | pathlib.Path, *, mesh: Mesh | None = None
+) -> tuple[ExperimentConfig, Any]:
     """Reads a dense Llama-like model out of a GGUF file.
 
     Args:
       path: of the file. Quantised tensors become float32.
+      mesh: see `from_hf`.
 
     Returns:
       The config and the parameters, as `from_hf` does; the model is of the family "llama".
@@ -88,7 +92,7 @@ def from_gguf(path: str | pathlib.Path) -> tuple[ExperimentConfig, Any]:
     family = dataclasses.replace(
         family, rules=lambda _: rules, ignored=(r"rope_freqs\.weight", r"output\.weight")
     )
-    params = read_parameters(file, family, model)
+    params = read_parameters(file, family, model, mesh=mesh)
     length = min(int(settings["max_position_embeddings"]), 2048)
     data = DataConfig(sequence_length=length)
     return ExperimentConfig(name=family.name, model=model, data=data), params
