@@ -26,16 +26,17 @@ def noise(found: Paired, results: Results) -> float:
     return math.nan if math.isnan(found.seed_sd + floor) else max(found.seed_sd, floor)
 
 
-def direction(found: Paired, results: Results, allowed: float) -> int:
+def direction(found: Paired, results: Results, margin: float) -> int:
     """-1 for below what is allowed, 1 for above, 0 where that was open.
 
     Args:
       found: the difference, of enough seeds.
       results: with a noise floor.
-      allowed: 0 of the claim that an arm is lower, 1 of the claim that it is not above.
+      margin: 0 of the claim that an arm is lower; of the claim that it is not above the noise took
+        the place of any other.
     """
     unit = noise(found, results) if math.isfinite(found.mean) else 0.0
-    below = 1.0 if allowed else -MARGIN
+    below = 1.0 if margin else -MARGIN
     if found.mean < below * unit:
         return -1
     return 1 if found.mean > MARGIN * unit else 0
