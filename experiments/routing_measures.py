@@ -9,7 +9,7 @@ from moe_jax.analysis.options import Options
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.saved import load_run
 
-TOKENS = 16_384  # held-out
+TOKENS = 262_144  # held-out: 1,024 sequences at `small`
 LATE = 0.5  # metrics are averaged over the logged steps after this share of the run
 
 
@@ -40,6 +40,7 @@ def routing_of(workdir: pathlib.Path) -> dict[str, float]:
       "domain_bits" and "token_bits", the bits that the domain of a token and its id say of its
       expert, with those of the same routing shuffled over the tokens under "..._shuffled", and the
       difference of both in the first and the last MoE layer under "..._first" and "..._last".
+      "domain_by_ids", the bits of the domain that the ids of its tokens explain.
       "noise_flips", "router_flips", "compute_flips" and "checkpoint_flips": shares of tokens whose
       first choice is another under an input noise of 0.01, with the router or all else in another
       precision, and at the checkpoint before; "..._set" of those with any other choice. Where no
@@ -56,6 +57,8 @@ def routing_of(workdir: pathlib.Path) -> dict[str, float]:
         for place, where in ((0, "first"), (-1, "last")):
             own, shuffled = bits[place]
             found[f"{name}_{where}"] = own - shuffled
+    by_ids = [layer["domains"]["information"]["explained_by_ids"] for layer in layers]
+    found["domain_by_ids"] = statistics.fmean(by_ids)
     for name, start in (
         ("noise", "input noise"), ("router", "router in"), ("compute", "compute in"),
         ("checkpoint", "step "),

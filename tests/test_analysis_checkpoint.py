@@ -176,6 +176,8 @@ def test_numbers_are_in_their_ranges_and_beside_their_baselines(analysis):
         for kind in ("domains", "tokens"):
             found = layer[kind]["information"]
             assert 0 < found["shuffled"] <= found["shuffled_largest"] < found["bits"]
+            if kind == "domains":
+                assert found["shuffled"] < found["explained_by_ids"] <= found["bits"]
             assert found["bits"] <= found["at_most"] == pytest.approx(np.log2(5 / 2), abs=1e-5)
             assert found["random"] == pytest.approx(found["shuffled"], rel=0.3)
         repeated = layer["repetition"]

@@ -93,6 +93,24 @@ def test_random_routing_has_the_information_that_is_expected_of_chance(num_choic
     assert again.max() < 0.1
 
 
+def test_shuffling_within_ids_keeps_what_the_ids_explain():
+    """An expert by id; and one by domain alone, which is independent of the id."""
+    rng = np.random.default_rng(3)
+    domain_J = rng.integers(4, size=4000)
+    token_J = np.where(rng.random(4000) < 0.5, domain_J, rng.integers(8, size=4000))
+    sizes = {"num_categories": 4, "num_experts": 8}
+    by_id_J1 = token_J[:, None]
+    bits = mutual_information(choice_counts(domain_J, by_id_J1, 4, 8))
+    told = shuffled_information(domain_J, by_id_J1, **sizes, num_shuffles=3, within_J=token_J)
+    np.testing.assert_allclose(told, bits, rtol=1e-12)
+    apart_J = rng.integers(8, size=4000)
+    told = shuffled_information(
+        domain_J, domain_J[:, None], **sizes, num_shuffles=3, within_J=apart_J
+    )
+    assert mutual_information(choice_counts(domain_J, domain_J[:, None], 4, 8)) > 1.9
+    assert told.max() < 0.05
+
+
 def test_repetition_by_hand():
     # Pairs 0-1, 1-2 and 3-4; between 2 and 3 another document begins; the last is alone.
     found = repetition(EXPERT_JK, np.array([7, 7, 7, 3, 3, 9]))

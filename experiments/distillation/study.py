@@ -1,5 +1,6 @@
 """Distillation: what a dense student keeps of what its sparse teacher gained."""
 
+import itertools
 import math
 import statistics
 
@@ -8,11 +9,10 @@ from experiments.study import MLP_LAYER, MOE_LAYER, RUN_OF, Arm, Published, Stud
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import (
     INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
     Claim,
     Finding,
     difference,
+    every,
     in_every_seed,
     lower,
     too_few,
@@ -66,23 +66,6 @@ def recovers(results: Results) -> Finding:
     """Hard and soft targets from the teacher's parameters recover 15 % of the gap or more."""
     shares = recovered(results, "distilled_init_mixed")
     return in_every_seed("share of the gap", shares, least=0.15)
-
-
-def is_ordered(results: Results) -> Finding:
-    """Each addition to distillation recovers at least as much as what was there before it."""
-    shares = [mean_recovered(results, arm) for arm in ORDERED]
-    if any(map(math.isnan, shares)):
-        return too_few(", ".join(ORDERED), 0, results.least_seeds)
-    text = ", ".join(f"{arm} {share:.1%}" for arm, share in zip(ORDERED, shares, strict=True))
-    return Finding(REPRODUCED if shares == sorted(shares) else NOT_REPRODUCED, text)
-
-
-def needs_the_teacher(results: Results) -> Finding:
-    """The teacher's parameters alone recover less than 5 % of the gap."""
-    share = mean_recovered(results, "init")
-    if math.isnan(share):
-        return too_few("init", 0, results.least_seeds)
-    return Finding(REPRODUCED if share < 0.05 else NOT_REPRODUCED, f"init {share:.1%}")
 
 
 def share_of(arm: str):
@@ -157,11 +140,15 @@ STUDY = Study(
             recovers,
         ),
         Claim(
-            "Soft targets recover no more than with those parameters, and these no more than with "
+            "Soft targets end above the same with those parameters, and these above the same with "
             "hard targets as well.",
-            is_ordered,
+            every(lower(more, fewer) for fewer, more in itertools.pairwise(ORDERED)),
         ),
-        Claim("Those parameters alone recover less than 5 %.", needs_the_teacher),
+        Claim(
+            "All of it ends below those parameters alone: it is not training on from them that "
+            "closes the gap.",
+            lower("distilled_init_mixed", "init"),
+        ),
     ),
     notes="""\
 * The sizes are those of `switch_against_dense`, whose sixteen experts ended lowest. A student is
@@ -172,5 +159,7 @@ STUDY = Study(
 * The soft targets are the teacher's probabilities at temperature 1, on every token. The teacher is
   dropless while it teaches, and has no dropout.
 * Held-out loss of the teacher is dropless too.
+* That the teacher's parameters alone recover nothing is shown, and no claim: at this size losses
+  still fall by 5 % of the gap in 50 steps, and those parameters bring 2,400 steps with them.
 * The criteria were written before any run of this study.""",
 )  # fmt: skip

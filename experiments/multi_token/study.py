@@ -60,16 +60,17 @@ STUDY = Study(
         Arm("dense", "dense", NO_EXPERTS),
     ),
     baseline="plain",
+    seeds=(0, 1, 2, 3, 4),
     measures=("max_violation",),
     expect=(
         Claim(
-            "The module costs the next token nothing: with it the loss does not end above that "
-            "without, by a seed's standard deviation or more, after as many tokens.",
+            "The module costs the next token nothing: with it the loss does not end 0.03 bits or "
+            "more above that without, after as many tokens.",
             not_above("module", "plain"),
         ),
         Claim(
-            "It is worth its cost: not above the same without it, trained longer at the same "
-            "cost, by a seed's standard deviation or more.",
+            "It is worth its cost: not 0.03 bits or more above the same without it, trained longer "
+            "at the same cost.",
             not_above("module", "longer"),
             settles="Predicting more tokens ahead is worth its cost.",
         ),

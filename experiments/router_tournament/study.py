@@ -226,8 +226,8 @@ STUDY = Study(
             every(lower(arm, "dense") for arm in LEARNED),
         ),
         Claim(
-            "Experts by position or at random are no better than the dense model, by a seed's "
-            "standard deviation or more, and worse than top-2.",
+            "Experts by position or at random are no better than the dense model, by 0.03 bits or "
+            "more, and worse than top-2.",
             every(
                 [
                     *(not_above("dense", arm) for arm in ("hash_position", "random")),
@@ -237,8 +237,8 @@ STUDY = Study(
             settles="Learned routing is worth more than experts by position or at random.",
         ),
         Claim(
-            "Top-2 by a learned router is not above experts by hash of the token id, by a seed's "
-            "standard deviation or more.",
+            "Top-2 by a learned router is not above experts by hash of the token id, by 0.03 bits "
+            "or more.",
             not_above("top2", "hash_token"),
         ),
         Claim(
@@ -246,7 +246,7 @@ STUDY = Study(
             lower("top2", "sampled"),
         ),
         Claim(
-            "Input jitter of 0.01 changes the loss by less than a seed's standard deviation.",
+            "Input jitter of 0.01 changes the loss by less than 0.03 bits.",
             every([not_above("jitter", "top2"), not_above("top2", "jitter")]),
             settles="Router jitter makes little difference to the loss.",
         ),

@@ -97,19 +97,19 @@ def crossing(results: Results, arm: str = "upcycled") -> dict[int, float]:
     return shares
 
 
-def ahead_at_a_quarter(results: Results) -> Finding:
-    """Upcycled less scratch, after a quarter of the dense run's steps each, in every seed."""
+def ahead_at_half(results: Results) -> Finding:
+    """Upcycled less scratch, after half of the dense run's steps each, in every seed."""
     gaps = {}
     for seed in results.values("upcycled"):
         dense_steps, _ = results.curve("dense", seed)
         scratch, on = (extra(results, one, seed) for one in ("scratch", "upcycled"))
         both = sorted(set(scratch) & set(on))
         if dense_steps and both:
-            at = min(both, key=lambda step: abs(step - dense_steps[-1] / 4))
+            at = min(both, key=lambda step: abs(step - dense_steps[-1] / 2))
             gaps[seed] = on[at] - scratch[at]
     if not gaps:
         return too_few("upcycled and scratch", 0, results.least_seeds)
-    what = "upcycled less scratch after a quarter of the dense run's steps, bits a byte"
+    what = "upcycled less scratch after half of the dense run's steps, bits a byte"
     return in_every_seed(what, gaps, most=0.0)
 
 
@@ -230,14 +230,14 @@ STUDY = Study(
     start=start,
     expect=(
         Claim(
-            "After half as many tokens again, the upcycled model is below the dense model trained "
-            "on.",
+            "After half as many tokens again, the upcycled model, of twice the cost a token, is "
+            "below the dense model trained on.",
             lower("upcycled", "dense_on"),
         ),
         Claim(
-            "After a quarter of the tokens of the dense run, the upcycled model is below a sparse "
-            "model that had as many from scratch, in every seed.",
-            ahead_at_a_quarter,
+            "After half of the tokens of the dense run, the upcycled model is below a sparse model "
+            "that had as many from scratch, in every seed.",
+            ahead_at_half,
         ),
         Claim(
             "At the cost of the dense model, experts of half the width are below the dense model "

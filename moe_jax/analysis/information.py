@@ -74,6 +74,7 @@ def shuffled_information(
     num_experts: int,
     *,
     num_shuffles: int,
+    within_J: np.ndarray | None = None,
     seed: int = 0,
 ) -> np.ndarray:
     """The mutual information of a table after its routing was shuffled over the tokens, bits.
@@ -86,15 +87,19 @@ def shuffled_information(
       num_categories: I.
       num_experts: E.
       num_shuffles: how often, each time anew.
+      within_J: a token gets the choices of one with the same number here, such as the token's id:
+        what is left is what that number explains.
       seed: of the shuffles.
 
     Returns:
       float64 [num_shuffles].
     """
     rng = np.random.default_rng(seed)
-    values = []
+    groups_J = np.zeros_like(category_J) if within_J is None else within_J
+    place_J = np.argsort(groups_J, kind="stable")
+    shuffled_JK, values = np.empty_like(expert_JK), []
     for _ in range(num_shuffles):
-        shuffled_JK = rng.permutation(expert_JK, axis=0)
+        shuffled_JK[place_J] = expert_JK[np.lexsort((rng.random(len(groups_J)), groups_J))]
         counts_IE = choice_counts(category_J, shuffled_JK, num_categories, num_experts)
         values.append(mutual_information(counts_IE))
     return np.array(values)

@@ -149,14 +149,17 @@ def _information(
 def _domains(expert_JK: np.ndarray, num_experts: int, routed: Routed, scope: Scope) -> Json:
     counts_DE = choice_counts(routed.domain_J, expert_JK, len(scope.domains), num_experts)
     occurrences_D = np.bincount(routed.domain_J, minlength=len(scope.domains))
+    sizes = (len(scope.domains), num_experts)
+    by_ids = shuffled_information(
+        routed.domain_J, expert_JK, *sizes, num_shuffles=scope.num_shuffles, within_J=routed.token_J
+    )
+    information = _information(routed.domain_J, sizes[0], expert_JK, num_experts, scope)
     rows = zip(scope.domains, counts_DE, occurrences_D, strict=True)
     there = [(name, counts_E, int(n)) for name, counts_E, n in rows if counts_E.sum()]
     return {
         "num_tokens": {name: n for name, _, n in there},
         "share": {name: plain(counts_E / counts_E.sum()) for name, counts_E, _ in there},
-        "information": _information(
-            routed.domain_J, len(scope.domains), expert_JK, num_experts, scope
-        ),
+        "information": information | {"explained_by_ids": plain(float(by_ids.mean()))},
     }
 
 
