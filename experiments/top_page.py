@@ -50,9 +50,10 @@ one colour: studies differ in tokens and in text.
 FOOT = """\
 ## How a verdict is reached
 
-A direction is decided by the differences of runs that share a seed, by Student's t at 5 %,
-corrected for the number of arms. Nothing is concluded before every arm has all of its seeds. Runs
-made under an earlier rule keep its verdict beside the new one.
+A direction is decided by the differences of runs that share a seed, by Student's t at 5 %. Arms
+are alike where they differ by less than 0.03 bits a byte, tested in the same way. Nothing is
+concluded before every arm has all of its seeds. Runs made under an earlier rule keep its verdict
+beside the new one.
 [docs/studies.md](../docs/studies.md) says more, and how to write a study.
 
 ## Run
