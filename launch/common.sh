@@ -33,14 +33,41 @@ usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# What a TPU host runs to install the archive that is in its home directory. The runtime images
-# have an older Python than the library needs; uv brings one along.
-# shellcheck disable=SC2034  # used by the scripts
-INSTALL='set -e
-rm -rf moe_jax && mkdir moe_jax && tar -xzf moe_jax.tar.gz -C moe_jax
+# What a TPU host runs to install the archive that is in its home directory. What the archive has
+# replaces what was there. All else in ~/moe_jax stays, such as runs, whenever this is killed. The
+# runtime images have an older Python than the library needs; uv brings one along.
+install_command() {
+  [[ ${EXTRAS:-} =~ ^[a-z_]*(,[a-z_]+)*$ ]] ||
+    fail "EXTRAS are names joined by commas, such as tokenizers,chat: got $EXTRAS"
+  # shellcheck disable=SC2016  # expanded on the host
+  printf '%s' 'set -e
+rm -rf moe_jax.new
+mkdir -p moe_jax.new moe_jax
+tar -xzf moe_jax.tar.gz -C moe_jax.new
+for new in moe_jax.new/* moe_jax.new/.[!.]*; do
+  name=${new#moe_jax.new/}
+  if test "$name" != runs && test -e "$new"; then
+    rm -rf "moe_jax/$name"
+    mv "$new" moe_jax/
+  fi
+done
+rm -rf moe_jax.new
 python3 -m pip install --user --quiet --upgrade uv
 test -x venv/bin/python || python3 -m uv venv --python 3.12 venv
-python3 -m uv pip install --quiet --python venv/bin/python --editable "moe_jax[tpu]"'
+python3 -m uv pip install --quiet --python venv/bin/python --editable "moe_jax[tpu' \
+    "${EXTRAS:+,$EXTRAS}" ']"'
+}
+
+# environment: NAME=VALUE for each variable that ENV names. A dry run shows no value: it may be a
+# key.
+environment() {
+  local variable value
+  for variable in ${ENV:-}; do
+    value=${!variable}
+    if "$DRY_RUN"; then value=HIDDEN; fi
+    printf '%q ' "$variable=$value"
+  done
+}
 
 # Packs the committed files of this checkout.
 pack() {
@@ -51,12 +78,13 @@ pack() {
 
 # start_command ARGUMENT...: what a TPU host runs to train in the background.
 start_command() {
-  local arguments
+  local arguments variables
   printf -v arguments '%q ' "$@"
+  variables=$(environment)
   # shellcheck disable=SC2016  # expanded on the host
   printf '%s' 'cd ~/moe_jax && { test ! -e ~/train.pid || ! kill -0 $(cat ~/train.pid) 2>/dev/null' \
     ' || { echo "a run is going on: stop it first" >&2; exit 1; }; } && ' \
-    "{ nohup ~/venv/bin/python -m moe_jax.train ${arguments}" \
+    "{ nohup env ${variables}~/venv/bin/python -m moe_jax.train ${arguments}" \
     '</dev/null >>~/train.log 2>&1 & echo $! >~/train.pid; }'
 }
 

@@ -4,16 +4,18 @@
 #   export NAME=moe PROJECT=my-project ZONE=us-east5-a SHARED=10.0.0.2:/share
 #   launch/tpu_pod.sh create                  # a queued resource: waits for its turn
 #   launch/tpu_pod.sh status                  # ACTIVE: the machines are there
-#   launch/tpu_pod.sh install                 # on all hosts: this checkout, and the shared disk
+#   launch/tpu_pod.sh install                 # on all hosts: the committed files, the shared disk
 #   launch/tpu_pod.sh run --config=configs/quickstart.py --workdir=/mnt/shared/runs/quickstart
 #   launch/tpu_pod.sh logs                    # follows the output of process 0
 #   launch/tpu_pod.sh logs 1 3                # ... of slice 1, host 3
 #   launch/tpu_pod.sh stop                    # all save the same step; `run` goes on from it
 #   launch/tpu_pod.sh delete
 #
-# After a host was lost, the processes on the others end within about a minute. When `status` says
-# ACTIVE again: install, then the same run. On another number of slices or hosts the run goes on
-# too; set one size of config.mesh to -1, or change it with the machine.
+# After a host was lost, the processes on the others end within about a minute. If `status` says
+# ACTIVE: install, then the same run. After a Spot preemption it says SUSPENDED, and such a request
+# gets no machines again: delete, create, wait for ACTIVE, install, then the same run. On another
+# number of slices or hosts the run goes on too; set one size of config.mesh to -1, or change it
+# with the machine.
 #
 # --dry_run, before the verb, prints the commands instead of running them.
 # Needs gcloud, logged in, and a project with TPU quota in the zone. All hosts write to one workdir:
@@ -27,6 +29,9 @@
 #                         v4: tpu-ubuntu2204-base
 #   SLICES                (1) with more, pass --config.mesh.slices=N to run as well
 #   SPOT                  (false) true: cheaper, and may be taken away at any time
+#   EXTRAS                () extras to install beside tpu, such as tokenizers,chat
+#   ENV                   () variables of this shell that `run` passes on in gcloud's command line,
+#                         such as "WANDB_API_KEY XLA_FLAGS"
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -79,6 +84,7 @@ case $VERB in
   status) queued describe "$NAME" --format='value(state.state)' ;;
   install)
     need SHARED
+    command=$(install_command)
     pack
     for ((slice = 0; slice < SLICES; slice++)); do
       tpu_vm scp "$ARCHIVE" "$NAME-$slice:moe_jax.tar.gz" --worker=all
@@ -86,10 +92,12 @@ case $VERB in
     printf -v mount '\nsudo apt-get install -y -q nfs-common && sudo mkdir -p /mnt/shared
 mountpoint -q /mnt/shared || sudo mount -t nfs %q /mnt/shared
 sudo chmod a+rwx /mnt/shared' "$SHARED"
-    everywhere "$INSTALL$mount"
+    everywhere "$command$mount"
     ;;
   run)
     (($# > 0)) || fail "run needs the flags of moe_jax.train: run --config=... --workdir=..."
+    # shellcheck disable=SC2086  # names
+    need ${ENV:-}
     everywhere "$(start_command --processes=auto "$@")"
     ;;
   logs)

@@ -10,7 +10,8 @@
 #   launch/tpu_vm.sh fetch /home/me/runs/quickstart .   # copies a directory from the VM
 #   launch/tpu_vm.sh delete                   # with its disk: fetch first
 #
-# --dry_run, before the verb, prints the commands instead of running them.
+# `run` starts in ~/moe_jax. `install` again, for another commit, keeps what is no file of it, such
+# as ~/moe_jax/runs. --dry_run, before the verb, prints the commands instead of running them.
 # Needs gcloud, logged in, and a project with TPU quota in the zone.
 #
 # Environment (default):
@@ -19,6 +20,9 @@
 #   RUNTIME_VERSION       (v2-alpha-tpuv6e) v5e: v2-alpha-tpuv5-lite, v5p: v2-alpha-tpuv5,
 #                         v4: tpu-ubuntu2204-base
 #   SPOT                  (false) true: cheaper, and may be taken away at any time
+#   EXTRAS                () extras to install beside tpu, such as tokenizers,chat
+#   ENV                   () variables of this shell that `run` passes on in gcloud's command line,
+#                         such as "WANDB_API_KEY XLA_FLAGS"
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -45,12 +49,15 @@ case $VERB in
     tpu_vm create "$NAME" "${options[@]}"
     ;;
   install)
+    command=$(install_command)
     pack
     tpu_vm scp "$ARCHIVE" "$NAME:moe_jax.tar.gz"
-    tpu_vm ssh "$NAME" --command="$INSTALL"
+    tpu_vm ssh "$NAME" --command="$command"
     ;;
   run)
     (($# > 0)) || fail "run needs the flags of moe_jax.train: run --config=... --workdir=..."
+    # shellcheck disable=SC2086  # names
+    need ${ENV:-}
     tpu_vm ssh "$NAME" --command="$(start_command "$@")"
     ;;
   logs) tpu_vm ssh "$NAME" --command='tail -n 50 -F ~/train.log' ;;

@@ -11,6 +11,8 @@ import time
 import pytest
 import yaml
 
+from moe_jax.planning.hardware import USABLE
+
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")
@@ -59,7 +61,7 @@ def test_every_script_is_there():
     names = {path.name for path in LAUNCH.iterdir()}
     assert names == {
         "common.sh", "local.sh", "tpu_vm.sh", "tpu_pod.sh", "slurm.sbatch",
-        "jobset.yaml", "jobset_gpu.yaml",
+        "jobset.yaml", "jobset_gpu.yaml", "Dockerfile",
     }  # fmt: skip
 
 
@@ -123,6 +125,8 @@ def test_a_pod_of_one_and_of_several_slices(slices, nodes):
     for command in commands:
         assert command[:5] == [*tpus, "tpu-vm", "ssh"] and command[6] == "--worker=all"
         assert "moe_jax.train --processes=auto --config=x " in command[7]
+    with_extras = dry("tpu_pod.sh", "install", environment=environment | {"EXTRAS": "chat,wandb"})
+    assert '"moe_jax[tpu,chat,wandb]"' in with_extras[-1][7]
     (delete,) = dry("tpu_pod.sh", "delete", environment=environment)
     assert delete[3:5] == ["queued-resources", "delete"] and "--force" in delete
 
@@ -135,6 +139,8 @@ def test_a_pod_of_one_and_of_several_slices(slices, nodes):
         ("tpu_vm.sh", ["run"], TPU, "run needs the flags of moe_jax.train"),
         ("tpu_vm.sh", ["fetch", "a"], TPU, "fetch needs a directory of the VM"),
         ("tpu_vm.sh", ["destroy"], TPU, "no such verb: destroy"),
+        ("tpu_vm.sh", ["install"], TPU | {"EXTRAS": "a b"}, "EXTRAS are names joined by commas"),
+        ("tpu_vm.sh", ["run", "--x"], TPU | {"ENV": "LANG KEY"}, "KEY is not set. Set it: KEY="),
         ("tpu_pod.sh", ["install"], TPU | {"SHARED": ""}, "SHARED is not set"),
         ("tpu_pod.sh", ["create"], TPU | {"SLICES": "0"}, "SLICES is a number from 1: got 0"),
         ("local.sh", ["train"], {"PROCESSES": "1"}, "PROCESSES is a number from 2: got 1"),
@@ -156,11 +162,65 @@ def test_odd_values_arrive_as_they_are(tmp_path):
     remote = command[6].removeprefix("--command=")
     home = tmp_path / "home"
     (home / "moe_jax").mkdir(parents=True)
-    stand_in(home / "venv" / "bin", "python", 'printf "%s\\0" "$@" >~/arguments\n')
+    stand_in(home / "venv" / "bin", "python", 'printf "%s\\0" "$@" "${KEY:-}" >~/arguments\n')
     subprocess.run(["bash", "-c", remote], env={"HOME": str(home), "PATH": os.defpath}, check=True)
     wait_until((home / "arguments").exists)
     wait_until(lambda: (home / "arguments").read_text().endswith("\0"))
-    assert (home / "arguments").read_text().split("\0") == ["-m", "moe_jax.train", ODD, ""]
+    assert (home / "arguments").read_text().split("\0") == ["-m", "moe_jax.train", ODD, "", ""]
+
+
+def gcloud_here(directory):
+    """A stand-in for gcloud that runs the remote command here: a PATH that begins with it."""
+    stand_in(
+        directory, "gcloud",
+        'for word; do case $word in --command=*) command=${word#--command=};; esac; done\n'
+        'if [[ -n ${command:-} ]]; then cd ~ && bash -c "$command"; fi\n',
+    )  # fmt: skip
+    return f"{directory}:{os.environ['PATH']}"
+
+
+def test_variables_that_env_names_reach_the_run_and_no_dry_run_shows_them(tmp_path):
+    home, path = tmp_path / "home", gcloud_here(tmp_path / "bin")
+    (home / "moe_jax").mkdir(parents=True)
+    stand_in(home / "venv" / "bin", "python", 'printf "%s\\0" "${KEY:-}" >~/seen\n')
+    environment = TPU | {"ENV": "LANG KEY", "LANG": "C", "KEY": ODD}
+    assert (
+        "KEY=HIDDEN" in run("tpu_vm.sh", "--dry_run", "run", "--x", environment=environment).stdout
+    )
+    run("tpu_vm.sh", "run", "--x", environment=environment | {"HOME": str(home), "PATH": path})
+    wait_until(lambda: (home / "seen").exists() and (home / "seen").read_text())
+    assert (home / "seen").read_text() == f"{ODD}\0"
+
+
+@pytest.mark.parametrize("killed_by", ["", "tar", "mv"])
+def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_by):
+    """Whole, or killed as it unpacks or moves: the next one makes it whole."""
+    home, bin_directory = tmp_path / "home", tmp_path / "bin"
+    path = gcloud_here(bin_directory)
+    kept = [home / "moe_jax" / name for name in ("runs/a/checkpoint", "notes.txt")]
+    old = home / "moe_jax" / "moe_jax" / "no_longer_there.py"
+    for one in (*kept, old):
+        one.parent.mkdir(parents=True, exist_ok=True)
+        one.write_text("x")
+    stand_in(home / "venv" / "bin", "python", "")
+    stand_in(bin_directory, "python3", "")  # pip and uv
+    source = tmp_path / "source"
+    for name in ("moe_jax/__init__.py", ".gitignore", "runs/a/checkpoint"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("new")
+    archive = ["tar", "-czf", str(home / "moe_jax.tar.gz"), "-C", str(source), "."]
+    subprocess.run(archive, check=True)
+    stand_in(bin_directory, "git", "")  # which packs
+    environment = TPU | {"HOME": str(home), "PATH": path}
+    if killed_by:
+        program = stand_in(bin_directory, killed_by, "kill -9 $PPID\n")
+        done = run("tpu_vm.sh", "install", environment=environment, check=False)
+        assert done.returncode != 0 and all(one.read_text() == "x" for one in kept)
+        program.unlink()
+    run("tpu_vm.sh", "install", environment=environment)
+    assert all(one.read_text() == "x" for one in kept) and not old.exists()
+    assert (home / "moe_jax" / "moe_jax" / "__init__.py").read_text() == "new"
+    assert (home / "moe_jax" / ".gitignore").exists() and not (home / "moe_jax.new").exists()
 
 
 def wait_until(condition):
@@ -172,18 +232,12 @@ def wait_until(condition):
 
 def test_a_run_on_a_host_is_stopped_by_sigterm_and_started_only_once(tmp_path):
     """The stand-in for gcloud runs the remote command here, in a home of its own."""
-    home, bin_directory = tmp_path / "home", tmp_path / "bin"
+    home, path = tmp_path / "home", gcloud_here(tmp_path / "bin")
     (home / "moe_jax").mkdir(parents=True)
-    stand_in(
-        bin_directory, "gcloud",
-        'for word; do case $word in --command=*) command=${word#--command=};; esac; done\n'
-        'bash -c "$command"\n',
-    )  # fmt: skip
     stand_in(
         home / "venv" / "bin", "python",
         "trap 'echo saved; exit 143' TERM\necho started\nwhile true; do sleep 0.05; done\n",
     )  # fmt: skip
-    path = f"{bin_directory}:{os.environ['PATH']}"
     environment = TPU | {"HOME": str(home), "PATH": path}
     run("tpu_pod.sh", "run", "--config=x", environment=environment)
     wait_until(lambda: "started" in (home / "train.log").read_text())
@@ -221,6 +275,23 @@ def test_a_slurm_job_goes_on_by_itself_when_that_helps(
     assert done.returncode == exit_code
     assert "--kill-on-bad-exit=1" in done.stdout and "--processes=auto --config=x" in done.stdout
     assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "0.92 none"),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5 none"),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, "none 0.6"),  # JAX refuses both
+    ],
+)
+def test_slurm_jobs_have_the_memory_that_plans_assume(tmp_path, given, said):
+    assert USABLE == 0.92
+    names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+    stand_in(tmp_path, "srun", "echo " + " ".join(f"${{{name}:-none}}" for name in names))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run("slurm.sbatch", "--config=x", environment={"PATH": path, **given})
+    assert done.stdout.split("\n")[0] == said
 
 
 def test_slurm_options_are_what_jax_needs():
@@ -297,3 +368,6 @@ def test_a_jobset_has_what_a_run_relies_on(name, resource):
         assert values["JAX_COORDINATOR_ADDRESS"]["value"] == f"{host}:8476"
         assert values["JAX_NUM_PROCESSES"]["value"] == str(job["parallelism"])
         assert "completion-index" in str(values["JAX_PROCESS_ID"]["valueFrom"])
+        assert values["XLA_PYTHON_CLIENT_MEM_FRACTION"]["value"] == str(USABLE)
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    assert f"WORKDIR {container['workingDir']}" in lines
