@@ -90,6 +90,22 @@ def test_what_does_not_fit_is_refused(packed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_says_how_many_tokens_it_left_out(packed, tmp_path, monkeypatch, capsys):
+    root, whole = packed
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    total = sum(count.tokens for count in whole.files.counts["train"].values())
+    for most, name in ((total // 2, "half"), (total, "all")):
+        code = pack.command(
+            [f"--corpus=jsonl:{root / 'corpus'}", f"--tokenizer=sentencepiece:{root / 'bpe.model'}",
+             f"--heldout_fraction={FRACTION}", f"--max_tokens={most}", f"--out={tmp_path / name}"]
+        )  # fmt: skip
+        assert code == 0
+    half, left_out, everything = capsys.readouterr().out.splitlines()
+    kept, left = (int(line.split()[0].replace(",", "")) for line in (half, left_out))
+    assert kept + left == total and f"were left out: --max_tokens={total // 2}," in left_out
+    assert everything.startswith(f"{total:,} of {total:,} training tokens in ")
+
+
 def test_damage_is_found(packed, tmp_path):
     root, _ = packed
     for path in (root / "out").iterdir():

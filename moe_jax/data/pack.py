@@ -136,7 +136,11 @@ def main() -> None:
     out = pathlib.Path(options.out)
     tokens = pack(data, out, max_tokens=options.max_tokens, tokenizer=tokenizer)
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{tokens:,} training tokens in {size / 1e6:.1f} MB: {out}")
+    total = sum(count.tokens for count in data.files.counts[TRAIN].values())
+    print(f"{tokens:,} of {total:,} training tokens in {size / 1e6:.1f} MB: {out}")
+    if tokens < total:
+        print(f"{total - tokens:,} were left out: --max_tokens={options.max_tokens}, and documents "
+              "are whole")  # fmt: skip
 
 
 def define_flags() -> None:
@@ -146,7 +150,7 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "heldout_fraction", DataConfig.heldout_fraction, "As config.data.heldout_fraction."
     )
-    flags.DEFINE_integer("max_tokens", 40_000_000, "Training tokens over all domains.")
+    flags.DEFINE_integer("max_tokens", 40_000_000, "Training tokens over all domains, at most.")
     flags.DEFINE_string("out", None, "Folder to make.")
 
 
