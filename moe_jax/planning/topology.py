@@ -6,6 +6,7 @@ joined by the data-centre network), `h100:8` (GPUs of one node), `h100:4x8` (nod
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,9 @@ SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 MAX_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of one slice that can be asked for
 MAX_SLICES = 64
+# Types of Cloud TPU, such as v5p-256: the chip, and how many of what they count make one.
+CLOUD_TYPES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v6e": ("v6e", 1)}
+EXAMPLES = "v5p:8x16x16, 2*v5e:16x16, h100:8 or h100:4x8"
 # What a program needs that compiles for a machine, by platform: module to look for, pip extra.
 PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}
 # libtpu looks for the machine that it is on, and lets one process of a machine load it: it is asked
@@ -82,7 +86,7 @@ def parse_topology(name: str) -> Topology:
     if match is None:
         raise ValueError(
             "a topology is CHIP:SHAPE, or SLICES*CHIP:SHAPE for several TPU slices: got "
-            f"{name!r}. Write it like v5p:8x16x16, 2*v5e:16x16, h100:8 or h100:4x8."
+            f"{name!r}. Write it like {of_cloud_type(name) or EXAMPLES}."
         )
     slices, chip_name, shape_text = int(match[1] or 1), match[2], match[3]
     if chip_name not in CHIPS:
@@ -98,6 +102,28 @@ def parse_topology(name: str) -> Topology:
     else:
         _check_slices(name, chip, slices, shape)
     return Topology(name.strip().lower(), chip, shape, slices)
+
+
+def of_cloud_type(name: str) -> str:
+    """The topology of a type of Cloud TPU, and what its number counts; "" if it is none.
+
+    >>> of_cloud_type("v5p-256")
+    'v5p:4x4x8: v5p-256 counts cores, 2 a chip, and has 128 chips'
+    """
+    match = re.fullmatch(r"(\w+)-(\d+)", name.strip().lower())
+    if match is None or match[1] not in CLOUD_TYPES:
+        return ""
+    chip, cores = CLOUD_TYPES[match[1]]
+    num_chips = int(match[2]) // cores
+    shapes: Sequence[tuple[int, ...]] = SHAPES_2D
+    if chip in MAX_CHIPS:
+        cubes = itertools.combinations_with_replacement(range(4, 25, 4), 3)
+        shapes = (*SHAPES_3D, *sorted(cubes, key=sum))  # the nearest to a cube first
+    shape = next((s for s in shapes if math.prod(s) == num_chips), None)
+    if shape is None:
+        return ""
+    counted = f"cores, {cores} a chip, and has {num_chips} chips" if cores > 1 else "chips"
+    return f"{chip}:{_written([shape])}: {name} counts {counted}"
 
 
 def _check_gpus(name: str, slices: int, shape: tuple[int, ...]) -> None:
