@@ -236,8 +236,9 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
     """
     from moe_jax.data import Data, check_data, open_data
     from moe_jax.planning.workload import resolve
-    from moe_jax.training.loop import check_vocabulary, content_of, source_of
+    from moe_jax.training.loop import content_of, source_of
     from moe_jax.training.trackers import check_trackers
+    from moe_jax.training.vocabulary import check_vocabulary
     from moe_jax.training.workdir import check_workdir
 
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)

@@ -26,8 +26,9 @@ from moe_jax.layers.mamba import Mamba
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.training.evaluation import DomainSums, SequenceSums
-from moe_jax.training.loop import check_vocabulary, train
+from moe_jax.training.loop import train
 from moe_jax.training.rows import evaluation_line, evaluation_row
+from moe_jax.training.vocabulary import check_vocabulary
 from moe_jax.training.ways import ways_of
 from tests.tiny_run import tiny_training
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
-from moe_jax.data import Data, Tokenizer, check_data, open_data, train_batches, with_whole_paths
+from moe_jax.data import Data, check_data, open_data, train_batches, with_whole_paths
 from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_rows, rows_of_process
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
@@ -42,6 +42,7 @@ from moe_jax.training.signals import Interrupted, SignalFlag
 from moe_jax.training.state import TrainState, evaluation_params
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.trackers import check_trackers, open_trackers
+from moe_jax.training.vocabulary import check_vocabulary, warn_of_unused_ids
 from moe_jax.training.workdir import check_workdir, only_run, with_whole_path
 
 FINITE = ("loss", "total_loss", "grad_norm")  # metrics without which a run does not go on
@@ -88,6 +89,8 @@ def train(
     check_workdir(config, workdir, data.fingerprints)
     source = source_of(config, workdir, data)
     check_data(data, evaluates=config.training.evaluate_every > 0)
+    if jax.process_index() == 0:
+        warn_of_unused_ids(config, data.tokenizer)
     keep = config.training.keep_checkpoints
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
@@ -313,23 +316,6 @@ def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int)
         read = {name: np.stack([part[name] for part in some]) for name in some[0]}
         read.pop("domain")
         yield from_rows(read, rows, num_rows, mesh, BATCH_AXES)
-
-
-def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a model whose vocabulary is smaller than the ids of its batches.
-
-    Raises:
-      ValueError: with the size that will do; or the objective refuses the length of sequences.
-    """
-    size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
-    if config.model.vocab_size < size:
-        more = size - tokenizer.vocab_size
-        sentinels = f", data.objective adds {more} sentinels" if more else ""
-        raise ValueError(
-            "model.vocab_size is at least the tokenizer's: "
-            f"model.vocab_size={config.model.vocab_size}, {config.data.tokenizer!r} has "
-            f"{tokenizer.vocab_size}{sentinels}. Set model.vocab_size={size}."
-        )
 
 
 def is_finite(metrics: StepMetrics) -> bool:

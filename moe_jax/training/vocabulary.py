@@ -1,0 +1,37 @@
+"""The vocabulary of a model against the ids that its batches have."""
+
+import logging
+
+from moe_jax.config import ExperimentConfig
+from moe_jax.data import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    """Refuses a model whose vocabulary is smaller than the ids of its batches.
+
+    Raises:
+      ValueError: with the size that will do; or the objective refuses the length of sequences.
+    """
+    size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
+    if config.model.vocab_size < size:
+        more = size - tokenizer.vocab_size
+        sentinels = f", data.objective adds {more} sentinels" if more else ""
+        raise ValueError(
+            "model.vocab_size is at least the tokenizer's: "
+            f"model.vocab_size={config.model.vocab_size}, {config.data.tokenizer!r} has "
+            f"{tokenizer.vocab_size}{sentinels}. Set model.vocab_size={size}."
+        )
+
+
+def warn_of_unused_ids(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
+    """Warns of a model of which half the ids or more never occur, such as a large one on bytes."""
+    size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
+    if config.model.vocab_size >= 2 * size:
+        logger.warning(
+            "model.vocab_size=%d, and batches have %d ids at most (data.tokenizer=%r, "
+            "data.corpus=%r): the others never occur. Set data.corpus and data.tokenizer, or "
+            "model.vocab_size=%d.",
+            config.model.vocab_size, size, config.data.tokenizer, config.data.corpus, size,
+        )  # fmt: skip
