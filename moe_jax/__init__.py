@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from moe_jax.part import EncoderInputs as EncoderInputs
     from moe_jax.part import Own as Own
     from moe_jax.part import Part as Part
+    from moe_jax.training.loss import TrainingLoss as TrainingLoss
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ MODULES = {
     "moe_jax.moe.routing": ("Options", "Router", "RouterInputs", "Routing"),
     "moe_jax.parameters": ("ParameterSpec", "init_parameters"),
     "moe_jax.part": ("Aux", "Call", "Dims", "EncoderInputs", "Own", "Part"),
+    "moe_jax.training.loss": ("TrainingLoss",),
 }
 MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
 __all__ = sorted([*MODULE_OF, "__version__"])

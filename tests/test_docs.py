@@ -10,6 +10,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ from moe_jax import Call, Dims, MoE, init_parameters, moe_block
 from moe_jax.checks import CHECKS, Trial, check
 from moe_jax.config import from_config_dict
 from moe_jax.interchange.family import FAMILIES
+from moe_jax.training.loss import Scored, Totals, target_nats
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -96,6 +98,7 @@ def test_a_config_names_the_parts_of_the_page(my_parts):
     assert parts["mixer"] == my_parts.MovingAverage(window=8)
     assert parts["moe"].router == my_parts.RoundRobin(offset=1)
     assert parts["moe"].losses == (my_parts.Peakedness(weight=0.01),)
+    assert names["config"].training.loss == my_parts.Smoothed(amount=0.1)
     queued = dataclasses.replace(
         parts["moe"],
         capacity=dataclasses.replace(parts["moe"].capacity, queue=my_parts.LastFirst()),
@@ -103,6 +106,23 @@ def test_a_config_names_the_parts_of_the_page(my_parts):
     parts = {**parts, "moe": queued}
     with pytest.raises(ValueError, match="must not depend on later tokens"):
         dataclasses.replace(names["config"].model, parts=parts)
+
+
+def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
+    """As optax has them, over two sequences that are two parts of a batch."""
+    rng = np.random.default_rng(0)
+    logits_BLV, targets_BL = rng.normal(size=(2, 3, 5)), rng.integers(0, 5, (2, 3))
+    weights_BL = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.5]])
+    labels_BLV = optax.smooth_labels(jax.nn.one_hot(targets_BL, 5), 0.3)
+    expected = np.sum(optax.softmax_cross_entropy(logits_BLV, labels_BLV) * weights_BL) / 4.5
+    loss = 0.0
+    for one in range(2):
+        batch = {"loss_weights": weights_BL[one : one + 1]}
+        nats_BL = target_nats(logits_BLV[one : one + 1], targets_BL[one : one + 1])
+        share = jnp.sum(nats_BL * batch["loss_weights"]) / 4.5
+        scored, totals = Scored(logits_BLV[one : one + 1], nats_BL, share), Totals(4.5, 6.0)
+        loss += my_parts.Smoothed(amount=0.3).share(scored, batch, totals, ())[0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
