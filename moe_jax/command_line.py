@@ -15,14 +15,14 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags
 from absl import logging as absl_logging
 
 from moe_jax import interrupts
 from moe_jax.command_help import help_text, leave_stdout, print_help
-from moe_jax.config import MeshConfig, build
+from moe_jax.config import MeshConfig, parse_mesh
 from moe_jax.config.environment import check_environment, order_collectives
 from moe_jax.config.file import load_config, override, settings_of, split_overrides
 from moe_jax.config.installed import install_command, require_local
@@ -377,15 +377,4 @@ def mesh_of_flag() -> MeshConfig | None:
                 "not given. Pass --mesh=data=-1, or --mesh=fsdp=-1 for a model too large for one."
             )
         return None
-    sizes: dict[str, int] = {"data": 1}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        try:
-            sizes[name] = int(size)
-        except ValueError as error:
-            raise ValueError(
-                f"--mesh is NAME=SIZE,NAME=SIZE: got {part!r} in --mesh={text}. Correct it."
-            ) from error
-    mesh: Any = build(MeshConfig, sizes, "--mesh")
-    assert isinstance(mesh, MeshConfig)
-    return mesh
+    return parse_mesh(text, "--mesh")

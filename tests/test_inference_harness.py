@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.__main__ import main
+from moe_jax.config import MeshConfig
 from moe_jax.inference import harness
 from moe_jax.inference.harness import HarnessModel, register, settings_of
 from moe_jax.training.imported import save_imported
@@ -112,6 +113,27 @@ def test_settings_of_a_task_that_are_not_known_are_refused(model):
         settings_of({"num_beams": 2})
     with pytest.raises(ValueError, match=r"max_gen_toks=256, context=16\. Lower it"):
         model.generate_until(requests(("a", {})))
+
+
+def test_devices_are_named_where_commas_separate_arguments(monkeypatch):
+    seen = []
+
+    def load(workdir, mesh, step, trust):
+        seen.append(mesh)
+        raise InterruptedError
+
+    monkeypatch.setattr(harness, "load_run", load)
+    for mesh in ("fsdp=-1", "data=2:fsdp=-1", MeshConfig(data=2), None):
+        with pytest.raises(InterruptedError):
+            HarnessModel("run", mesh=mesh)
+    assert seen == [
+        MeshConfig(data=1, fsdp=-1),
+        MeshConfig(data=2, fsdp=-1),
+        MeshConfig(data=2),
+        None,
+    ]
+    with pytest.raises(ValueError, match=r"mesh is NAME=SIZE:NAME=SIZE: got 'fsdp' in mesh=fsdp\."):
+        HarnessModel("run", mesh="fsdp")
 
 
 def write_hugging_face(directory):

@@ -27,6 +27,27 @@ from moe_jax.config.run import (
 )
 
 
+def parse_mesh(text: str, flag: str, separator: str = ",") -> MeshConfig:
+    """The mesh of a trained model, such as "data=2,fsdp=-1"; sizes that are not named are 1.
+
+    Raises:
+      ValueError: the text is not of this form, or a mesh has no such size; it names the flag.
+    """
+    sizes: dict[str, int] = {"data": 1}
+    for part in text.split(separator):
+        name, _, size = part.partition("=")
+        try:
+            sizes[name] = int(size)
+        except ValueError as error:
+            raise ValueError(
+                f"{flag} is NAME=SIZE{separator}NAME=SIZE: got {part!r} in {flag}={text}. "
+                "Correct it."
+            ) from error
+    mesh: Any = build(MeshConfig, sizes, flag)
+    assert isinstance(mesh, MeshConfig)
+    return mesh
+
+
 def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
     """Checks a user's config and freezes it.
 
@@ -55,6 +76,7 @@ __all__ = [
     "config_dict",
     "difference",
     "from_config_dict",
+    "parse_mesh",
     "read_config",
     "to_dict",
     "write_config",

@@ -11,7 +11,7 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
-    """How many devices share what; the product of the sizes is the number of devices.
+    """How many devices share what; the product of the sizes is the number of devices used.
 
     Results do not depend on it, so that a run may resume on another mesh. One size may be -1: it
     takes the devices that the others leave.

@@ -17,9 +17,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from moe_jax.config import MeshConfig, parse_mesh
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
-from moe_jax.config.mesh import MeshConfig
 from moe_jax.data import open_tokenizer_of
 from moe_jax.inference.generation import ROWS, stream_tokens
 from moe_jax.inference.scoring import encode_pair, score_continuations
@@ -49,7 +49,7 @@ class HarnessModel:
         batch_size: int | str = ROWS,
         add_bos: bool = True,
         trust: bool = False,
-        mesh: MeshConfig | None = None,
+        mesh: MeshConfig | str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
     ):
@@ -64,15 +64,18 @@ class HarnessModel:
             `hf` of the harness does what the tokenizer of the model does: GPT-2, Qwen and SmolLM2
             put none in front, and their published scores have none.
           trust: whether modules outside the library may be imported for parts of the model.
-          mesh: devices that share the model; None: one.
+          mesh: devices that share the model, such as "data=2:fsdp=-1"; None: one. Commas separate
+            arguments of the harness, so that colons separate sizes.
           device: of torch, which the harness always passes; not used.
           max_batch_size: to search for a batch size below; not used.
 
         Raises:
-          ValueError: see `load_run`.
+          ValueError: `mesh` is no mesh; or see `load_run`.
         """
         super().__init__()
         del device, max_batch_size
+        if isinstance(mesh, str):
+            mesh = parse_mesh(mesh, "mesh", ":")
         self.config, state = load_run(workdir, mesh, step, trust=trust)
         self.params, self.step = state.params, int(state.step)
         self.how: dict[str, Any] = {"state": state.model_state, "step": state.step}
