@@ -57,7 +57,7 @@ def make_smaller(config: ml_collections.ConfigDict, presets: set[str]) -> None:
 
 
 def make_tiny(config: ml_collections.ConfigDict) -> None:
-    """Shrinks a published model to one that a CPU trains in seconds, on the embedded corpus.
+    """Shrinks a published model to one that a CPU trains in minutes, on the embedded corpus.
 
     It has every kind of layer at least once, and every option: of two thirds of a sequence's length
     each, windows bind. A file may change sizes and the optimizer again after that.

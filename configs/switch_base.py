@@ -5,7 +5,7 @@ matrices with ReLU between. Capacity is counted in groups of eight sequences, wi
 Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8.
 
     python -m moe_jax.train --config=configs/switch_base.py:tiny --workdir=runs/switch_base_tiny
-    python -m moe_jax.plan --config=configs/switch_base.py --topology=h100:8x1
+    python -m moe_jax.plan --config=configs/switch_base.py --topology=h100:8
 
 | preset | experts | total | active |
 | --- | --- | --- | --- |
