@@ -142,6 +142,15 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["6", "8"]
 
 
+def test_multiples_of_a_step_stay(tmp_path):
+    with Checkpoints(tmp_path, keep=2, keep_every=4) as checkpoints:
+        for step in (2, 4, 6, 8, 10, 12, 14):
+            checkpoints.save(step, make_state(step))
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:  # after a restart
+        checkpoints.save(18, make_state(18))
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [4, 8, 12, 18]
+
+
 def test_keep_is_at_least_one(tmp_path):
     with pytest.raises(ValueError, match=r"at least 1 checkpoint: keep=0"):
         Checkpoints(tmp_path, keep=0)

@@ -208,6 +208,8 @@ class TrainingConfig(Settings):
     # Steps; also before every evaluation and after the last step.
     checkpoint_every: int = setting(200, at_least=1, changes_results=False)
     keep_checkpoints: int = setting(2, at_least=1, changes_results=False)  # the newest
+    # Checkpoints whose step is a multiple stay for good; 0: none do.
+    keep_every: int = setting(0, at_least=0, changes_results=False)
     # Continued at the end of a run; "": no sample.
     sample_prompt: str = setting("The ", changes_results=False)
     sample_tokens: int = setting(200, at_least=0, changes_results=False)  # at most
@@ -221,6 +223,12 @@ class TrainingConfig(Settings):
             "training.num_microbatches divides training.batch_size",
             f"batch_size={self.batch_size}, num_microbatches={self.num_microbatches}",
             "Use a divisor",
+        )
+        require(
+            self.keep_every % self.checkpoint_every == 0,
+            "training.keep_every is a multiple of training.checkpoint_every",
+            f"keep_every={self.keep_every}, checkpoint_every={self.checkpoint_every}",
+            "Use a multiple",
         )
         require(
             not self.profile_steps

@@ -80,7 +80,7 @@ class Checkpoints:
       keep: how many of the newest to keep, at least 1. Older ones are deleted after a newer one
         is complete; quarantined ones (`damaged-<step>`) never are. None: only read, and leave the
         directory as it is: a run may be writing a checkpoint just now.
-
+      keep_every: multiples of so many steps are never deleted; 0: none are kept so.
       gigabytes_in_flight: the most that is copied at once between arrays and files, at least the
         largest array; little saves memory, much is faster.
 
@@ -93,6 +93,7 @@ class Checkpoints:
         directory: str | pathlib.Path,
         keep: int | None,
         *,
+        keep_every: int = 0,
         gigabytes_in_flight: int = 96,
     ) -> None:
         if keep is not None and keep < 1:
@@ -120,6 +121,7 @@ class Checkpoints:
                     read_only=self._read_only,
                     create=not self._read_only,
                     max_to_keep=keep,
+                    keep_period=keep_every or None,
                     cleanup_tmp_directories=not self._read_only,
                     lightweight_initialize=True,
                     # Orbax runs this when all files are written, before the rename that publishes.

@@ -91,7 +91,7 @@ def train(
     check_data(data, evaluates=config.training.evaluate_every > 0)
     if jax.process_index() == 0:
         warn_of_unused_ids(config, data.tokenizer)
-    keep = config.training.keep_checkpoints
+    keep, keep_every = config.training.keep_checkpoints, config.training.keep_every
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
         check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
@@ -101,7 +101,7 @@ def train(
             data=with_whole_paths(config.data),
             training=dataclasses.replace(config.training, loss=loss),
         )
-        with Checkpoints(workdir / CHECKPOINTS, keep) as checkpoints:
+        with Checkpoints(workdir / CHECKPOINTS, keep, keep_every=keep_every) as checkpoints:
             return train_in(workdir, config, data, mesh, checkpoints, source, dict(facts or {}))
 
 
