@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, TrainingConfig
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
@@ -15,6 +21,8 @@ from moe_jax.planning.communication import Collective, collectives, crossing_sha
 from moe_jax.planning.hlo import Collective as HloCollective
 from moe_jax.planning.report import axes_of_group, collective_rows
 from moe_jax.planning.workload import resolve
+from moe_jax.weights.low_rank import Adapters
+from moe_jax.weights.quantised import Quantisation
 
 # One dense and two MoE layers; M = 8, 2 heads and 2 key-value heads of 4, H = 16, V = 32, L = 16;
 # E = 4 of H 12, K = 2, capacity factor 1: 2 slots a token. All in bfloat16.
@@ -33,9 +41,10 @@ MODEL = LanguageModel(
 EXPERTS, ATTENTION, TABLE = 2 * 4 * 2 * 96, 3 * 4 * 64, 32 * 8
 
 
-def messages(mesh, parts=1, batch=16, **model):
+def messages(mesh, parts=1, batch=16, optimizer=None, **model):
     config = ExperimentConfig(
         model=dataclasses.replace(MODEL, **model), data=DataConfig(sequence_length=16),
+        optimizer=optimizer or OptimizerConfig(),
         training=TrainingConfig(batch_size=batch, num_microbatches=parts), mesh=mesh,
     )  # fmt: skip
     found = collectives(resolve(config, mesh.num_devices))
@@ -80,6 +89,17 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert found["head weights", "all-gather"].array_bytes == 2 * 2 * TABLE
     few = messages(MeshConfig(data=2, fsdp=2), batch=4)
     assert few["embedding weights", "all-gather"].array_bytes == 2 * 16 * 8
+
+
+def test_an_adapted_model_gathers_its_matrices_and_reduces_the_gradients_of_adapters():
+    """Experts are stored in int8: a byte, and half of one for the scale of four."""
+    found = messages(
+        MeshConfig(data=2, fsdp=2), optimizer=OptimizerConfig(trainable=("adapters",)),
+        adapters=Adapters(("attention",), rank=2), quantisation=Quantisation(group_size=4),
+    )  # fmt: skip
+    assert {name for name, kind in found if kind != "all-gather"} == {"adapters gradient"}
+    assert found["experts weights", "all-gather"].array_bytes == 2 * 1.5 * EXPERTS
+    assert found["attention weights", "all-gather"].array_bytes == 2 * 2 * ATTENTION
 
 
 def test_norms_are_copied_everywhere():

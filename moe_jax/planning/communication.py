@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
 from moe_jax.costs import KIND_OF_COMPONENT
@@ -16,7 +17,7 @@ from moe_jax.models.trained import training_marks
 from moe_jax.parallel.rules import mesh_axes
 from moe_jax.parameters import ParameterSpec
 from moe_jax.planning.flops import KINDS
-from moe_jax.planning.parameters import abstract_mesh, local_size, parameter_specs
+from moe_jax.planning.parameters import abstract_mesh, local_size
 from moe_jax.planning.workload import Workload
 
 # Bytes that a device sends in one direction, over the bytes of the array, for a group of n.
@@ -105,19 +106,22 @@ def collectives(work: Workload) -> list[Collective]:
 def _of_weights(work: Workload) -> Iterator[Collective]:
     """Weights gathered over fsdp for the forward and again for the backward pass, and gradients.
 
-    In the compute dtype, once a microbatch. A gradient is summed over the devices that saw other
-    tokens: reduce-scattered over fsdp, then all-reduced over the axes that hold copies.
+    In the compute dtype, or as they are stored if that is less, once a microbatch. A gradient is
+    summed over the devices that saw other tokens: reduce-scattered over fsdp, then all-reduced over
+    the axes that hold copies.
     """
     mesh, parts = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
-    trains = jax.tree.leaves(training_marks(work.config.optimizer, work.model.specs()))
-    for spec, trained in zip(parameter_specs(work.model), trains, strict=True):
+    specs = work.model.specs()  # of what is stored: with adapters, quantised
+    trains = jax.tree.leaves(training_marks(work.config.optimizer, specs))
+    for spec, trained in zip(jax.tree.leaves(specs), trains, strict=True):
         has_gradient = work.learns and trained
         kind = KIND_OF_COMPONENT.get(spec.component, "other")
         name = spec.component.replace("_", " ")
         split = _axes_of(spec, mesh)
-        local = local_size(spec, mesh) * work.itemsize * parts
+        itemsize = min(work.itemsize, jnp.dtype(spec.dtype).itemsize)
+        local = local_size(spec, mesh) * itemsize * parts
         if "fsdp" in split:
             whole = local * sizes["fsdp"]
             gathered = whole
