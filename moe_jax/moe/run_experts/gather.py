@@ -78,6 +78,23 @@ fill.defvjp(_fill_forward, _fill_backward)
 
 
 @jax.custom_vjp
+def rows_of(
+    x_JM: jax.Array, choice_R: jax.Array, row_JK: jax.Array, kept_JK: jax.Array
+) -> jax.Array:
+    """[J, M] -> [R, M]; every row is a choice. The gradient of a token is summed in float32."""
+    return x_JM[choice_R // row_JK.shape[1]]
+
+
+def _rows_of_forward(
+    x_JM: jax.Array, choice_R: jax.Array, row_JK: jax.Array, kept_JK: jax.Array
+) -> tuple[jax.Array, Any]:
+    return rows_of(x_JM, choice_R, row_JK, kept_JK), (row_JK, kept_JK)
+
+
+rows_of.defvjp(_rows_of_forward, _fill_backward)
+
+
+@jax.custom_vjp
 def combine(
     y_PM: jax.Array, gate_SK: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array
 ) -> jax.Array:

@@ -22,7 +22,7 @@ from moe_jax.moe.run_experts.buffer import (
     starts,
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
-from moe_jax.moe.run_experts.gather import run_gather, sum_choices
+from moe_jax.moe.run_experts.gather import rows_of, run_gather, sum_choices
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.rows import (
     num_experts_of,
@@ -285,8 +285,7 @@ def through_ragged_exchange(
     Returns:
       The gated sum over a token's choices that were computed.
     """
-    num_choices, num_devices = kept_JK.shape[1], axes_size(axes)
-    num_own = num_experts_of(weights)
+    num_devices, num_own = axes_size(axes), num_experts_of(weights)
     choice_R, row_JK, rows_E = sort_by_expert(expert_JK, kept_JK, num_own * num_devices)
 
     # Rows of every expert on every device.
@@ -299,7 +298,7 @@ def through_ragged_exchange(
         kept_JK, choice_R, row_JK = keep_first(
             expert_JK, kept_JK, choice_R, row_JK, rows_E, rows_QE[me]
         )
-    x_RM = x_JM[choice_R // num_choices]
+    x_RM = rows_of(x_JM, choice_R, row_JK, kept_JK)
     there, back = ways_of_rows(rows_QE, num_own, me)
     empty_WM = jnp.zeros_like(x_RM, shape=(max_rows, x_RM.shape[1]))
     x_WM = ragged_all_to_all(x_RM, empty_WM, *there, axis_name=axes)

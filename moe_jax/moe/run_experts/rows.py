@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.expert_loop import expert_loop, one_by_one
-from moe_jax.moe.run_experts.gather import sum_choices
+from moe_jax.moe.run_experts.gather import rows_of, sum_choices
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
 
 # Choices that a CPU computes one by one rather than in a loop over experts: when decoding one text,
@@ -99,7 +99,6 @@ def through_sorted_rows(
 
     `likely_rows` is how many choices are likely to be kept; None: all.
     """
-    num_choices = kept_JK.shape[-1]
     num_experts = num_experts_of(weights)
     if kernel == "loop" and kept_JK.size <= FEW_CHOICES and likely_rows is None:
         return one_by_one(x_JM, expert_JK, gate_JK, kept_JK, weights, experts, rng)
@@ -108,7 +107,7 @@ def through_sorted_rows(
         operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
         return expert_loop(experts, weights, rng, *operands, likely_rows)
     layout = SortedRows(rng, group_sizes_E, len(choice_R), kernel, likely_rows)
-    y_RM = experts(x_JM[choice_R // num_choices], weights, layout)
+    y_RM = experts(rows_of(x_JM, choice_R, row_JK, kept_JK), weights, layout)
     return sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
 
 
