@@ -51,19 +51,24 @@ from tests.tiny_run import (
 TOKENIZER = {"tokenizer": ByteTokenizer().fingerprint()}
 
 
-def saved(folder, config, seed=1):
+# Biases that move choices.
+STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
+
+
+def saved(folder, config, seed=1, model_state=None):
     """A model in a directory of its own, as an import leaves it; its parameters."""
     folder.mkdir(parents=True)
     state = tiny_state(config, seed=seed)
-    save_imported(folder, config, state.params, state.model_state, TOKENIZER, {})
+    save_imported(folder, config, state.params, model_state or state.model_state, TOKENIZER, {})
     return state.params
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A MoE teacher, overloaded in training; its directory."""
+    """A MoE teacher, overloaded in training, with biases of its experts; its directory."""
     folder = tmp_path_factory.mktemp("distil") / "teacher"
-    saved(folder, tiny_config(tiny_moe(capacity={"train_factor": 0.5})))
+    config = tiny_config(tiny_moe(capacity={"train_factor": 0.5}, bias="sign"))
+    saved(folder, config, model_state=STATE)
     return folder
 
 
@@ -91,8 +96,8 @@ def stepped(config, batch, seed=0):
 
 
 @functools.partial(quick_jit, static_argnums=0)
-def logits_of(model, params, call):
-    return model.run(params, call).logits_BLV
+def logits_of(model, params, call, state=None):
+    return model.run(params, call, state=state).logits_BLV
 
 
 def test_the_soft_loss_by_hand():
@@ -113,10 +118,15 @@ def test_hard_and_soft_targets_are_mixed_over_microbatches(teacher):
     config, batch = student(teacher, num_microbatches=2, weight=0.25, temperature=2.0), tiny_batch()
     _, metrics = stepped(config, batch)
     state, totals = tiny_state(config), batch_totals(batch)
-    of_teacher = tiny_config()
+    of_teacher = tiny_config(tiny_moe(bias="sign"))
     params = tiny_state(of_teacher, seed=1).params
     # Dropless, though training has slots for half of the choices.
-    teacher_BLV = logits_of(of_teacher.model, params, call_of(batch, capacity=0.0))
+    dropless = call_of(batch, capacity=0.0)
+    teacher_BLV = logits_of(of_teacher.model, params, dropless, STATE)
+    unbiased_BLV = logits_of(
+        of_teacher.model, params, dropless, jax.tree.map(jnp.zeros_like, STATE)
+    )
+    assert np.abs(teacher_BLV - unbiased_BLV).max() > 0.1, "the biases move choices"
     student_BLV = logits_of(config.model, state.params, call_of(batch))
     p, q = (np.asarray(jax.nn.softmax(x / 2), np.float64) for x in (teacher_BLV, student_BLV))
     soft_BL = 4 * np.sum(p * np.log(p / q), axis=-1)

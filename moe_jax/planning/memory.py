@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
 from moe_jax.costs import FLOAT32
@@ -38,7 +39,7 @@ class Memory:
 
     Attributes:
       parameters: float32.
-      teacher: its parameters, float32.
+      teacher: its parameters, float32, and the state of its parts.
       optimizer: moments, float32.
       gradients: float32, of what trains; of several microbatches, the sum and the newest part.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
@@ -77,7 +78,7 @@ def estimate_memory(work: Workload) -> Memory:
     ]
     return Memory(
         parameters=parameter_bytes(work),
-        teacher=sum(parameter_bytes(teacher) for teacher in work.teachers),
+        teacher=sum(parameter_bytes(one) + state_bytes(one) for one in work.teachers),
         optimizer=optimizer_bytes(work),
         gradients=FLOAT32 * trained * parts,
         saved_activations=saved_bytes(work),
@@ -90,6 +91,12 @@ def estimate_memory(work: Workload) -> Memory:
 def parameter_bytes(work: Workload) -> float:
     """Bytes of the parameters on one device."""
     return FLOAT32 * sum(local_parameters(work.model, work.mesh).values())
+
+
+def state_bytes(work: Workload) -> float:
+    """Bytes of the state of parts on one device, such as selection biases."""
+    mesh, specs = work.mesh, jax.tree.leaves(work.model.state_specs())
+    return float(sum(local_size(spec, mesh) * jnp.dtype(spec.dtype).itemsize for spec in specs))
 
 
 def logits_bytes(work: Workload) -> float:
