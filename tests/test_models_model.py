@@ -338,6 +338,17 @@ def test_randomness_is_for_training_only(source, scan):
     np.testing.assert_array_equal(again, first)
 
 
+def test_embeddings_are_dropped_and_the_rest_scaled_up():
+    model = make_model((("mlp",),), dropout_rate=0.2)
+    params = init(model)
+    params |= {"stack": jax.tree.map(np.zeros_like, params["stack"])}  # the layer adds nothing
+    x_BLM = model.embed(params, jnp.asarray(TOKENS))
+    y_BLM = model.through("stack", params, x_BLM, Call(rng=jax.random.key(0))).x_BLM
+    kept = np.asarray(y_BLM) != 0
+    np.testing.assert_allclose(y_BLM, np.where(kept, x_BLM / 0.8, 0), rtol=1e-6)
+    assert 0.7 < kept.mean() < 0.9
+
+
 def test_layers_draw_their_own_randomness():
     # Routers of zero: noise alone decides, so that a key shared by layers would give equal counts.
     noisy = {"router": TokenChoice(noise=(Gaussian(stddev=1.0),))}

@@ -244,13 +244,14 @@ def test_branches_draw_their_own_randomness_scanned_or_not():
         model = make_model(layout, scan_layers=scan, dropout_rate=0.5)
         results.append(run(*inputs_of(model), model.decoder, jax.random.key(0)))
     close(*results)
-    # Equal branches of equal layers drop different numbers.
-    masks = [dropped_numbers(index, branch) for index in (0, 1) for branch in (0, 1)]
-    assert len({mask.tobytes() for mask in masks}) == 4
+    # Equal branches of equal layers drop different numbers, and the mean of the rest stays.
+    outputs = [with_dropout(index, branch) for index in (0, 1) for branch in (0, 1)]
+    assert all(set(y.flat) == {0, 2} for y in outputs)
+    assert len({y.tobytes() for y in outputs}) == 4
 
 
-def dropped_numbers(index, branch):
-    """Which numbers a branch of a layer drops; its other branches add nothing."""
+def with_dropout(index, branch):
+    """The output of a layer of which a branch adds 1, of which half is dropped; others add 0."""
     layer = Layer(branches=(("one", Constant(0.0)),) * 2, dropout_rate=0.5)
     one = Constant(1.0)
     branches = tuple(("one", one if i == branch else part) for i, (_, part) in
@@ -259,7 +260,7 @@ def dropped_numbers(index, branch):
     call = dataclasses.replace(CALL, rng=jax.random.key(0))
     params = draw(layer.specs(DIMS))
     y, *_ = layer.apply(params, jnp.zeros(X.shape), call, Own(index=jnp.int32(index)))
-    return np.asarray(y) == 0
+    return np.asarray(y)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +314,7 @@ def test_a_tie_that_names_no_branch_of_the_unit_is_refused():
 # The layout of a list of layers.
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(["mlp", "moe"]), min_size=1, max_size=14).map(tuple))
 def test_a_layout_reproduces_its_layers_and_compiles_no_more_of_them(layers):
     layout = StackLayout.of(layers)
