@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.training import step
 from moe_jax.training.loss import batch_totals, call_of
 from moe_jax.training.step import gradient, make_train_step, merge_aux
 from tests.slow import slow_but
@@ -233,14 +234,45 @@ def test_a_step_is_a_function_of_state_and_batch():
         ),
         model={"dropout_rate": 0.1},
     )
-    step = quick_jit(make_train_step(config))
+    take = quick_jit(make_train_step(config))
     batch = cut(tiny_batch())
-    once, again = step(state, batch), step(state, batch)
+    once, again = take(state, batch), take(state, batch)
     assert_same_bits(once, again)
-    _, says = step(state._replace(step=state.step + 1), batch)
+    _, says = take(state._replace(step=state.step + 1), batch)
     assert abs(says.loss - once[1].loss) > 1e-4
     other_run = state._replace(key_data=state.key_data + jnp.uint32(1))
-    assert abs(step(other_run, batch)[1].loss - once[1].loss) > 1e-4
+    assert abs(take(other_run, batch)[1].loss - once[1].loss) > 1e-4
+
+
+def test_each_microbatch_has_noise_of_its_own_and_both_passes_over_it_have_the_same(monkeypatch):
+    """Of two equal microbatches; the first pass counts for a loss of the whole batch."""
+    config, state = make(
+        all_balance(router={"kind": "token_choice", "noise": {"gaussian": {"stddev": 1.0}}}),
+        model={"stack": {"repeats": 1}},
+        training={"num_microbatches": 2},
+    )
+    told = {}
+
+    def tell(name):
+        function = getattr(step, name)
+
+        def telling(*arguments, **settings):
+            outcome = function(*arguments, **settings)
+            jax.debug.callback(lambda outcome: told.update({name: outcome}), outcome)
+            return outcome
+
+        monkeypatch.setattr(step, name, telling)
+
+    tell("batch_sums")
+    tell("gradient")
+    step_once(config, state, {n: jnp.concatenate([x[:2]] * 2) for n, x in tiny_batch().items()})
+    jax.effects_barrier()
+    _, _, said = told["gradient"]
+    first, second = said.cross_entropy
+    assert abs(first - second) > 1e-4
+    first, second = said.aux["moe"].sums["assigned_KE"]
+    assert np.any(first != second)
+    np.testing.assert_array_equal(told["batch_sums"]["moe"]["assigned_KE"], first + second)
 
 
 def test_what_a_step_says():
