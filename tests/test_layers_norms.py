@@ -32,8 +32,15 @@ def test_norms(norm, names, expected):
     params = {"scale": SCALE, "bias": BIAS}
     y = norm.apply({name: params[name] for name in names}, jnp.asarray(X))
     np.testing.assert_allclose(y, expected, rtol=1e-6)
-    rounded = norm.apply({name: params[name] for name in names}, jnp.asarray(X, jnp.bfloat16))
-    assert rounded.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(), LayerNorm()])
+def test_a_norm_computes_in_float32_and_rounds_once(norm):
+    random = np.random.default_rng(0)
+    params = {name: np.float32(random.normal(size=64)) for name in norm.specs(64)}
+    x = jnp.asarray(random.normal(size=(8, 64)), jnp.bfloat16)
+    exact = norm.apply(params, x.astype(jnp.float32))
+    np.testing.assert_array_equal(norm.apply(params, x), exact.astype(jnp.bfloat16), strict=True)
 
 
 def test_the_dim_of_a_norm_may_have_a_name():

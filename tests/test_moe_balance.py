@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.moe import balance
-from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, named_losses
+from moe_jax.moe.balance import BatchEntropy, Importance, Load, RouterZ, TokenEntropy, named_losses
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import TokenMajor, assign_slots
 from moe_jax.moe.load_balance import (
@@ -496,6 +496,20 @@ def test_what_a_mean_distribution_lacks_in_entropy():
     for probs, target, loss in table:
         routing = make_routing(np.array(probs)[None, None], np.zeros((1, 1, 1), int))
         got = mean_of(BatchEntropy(target=target), routing, jnp.ones((1, 1), bool))
+        np.testing.assert_allclose(got, loss, atol=FLOAT32)
+
+
+def test_the_mean_entropy_of_the_distributions_of_tokens():
+    uniform, half, certain = [0.25] * 4, [0.5, 0.5, 0, 0], [0, 0, 1, 0]
+    table = [  # distributions, which are of tokens, loss
+        ([uniform], [1], np.log(4)),
+        ([certain], [1], 0),
+        ([uniform, half, certain], [1, 1, 1], np.log(2)),
+        ([uniform, half, uniform], [0, 1, 0], np.log(2)),  # padding is left out
+    ]
+    for probs, valid, loss in table:
+        routing = make_routing(np.array(probs)[None], np.zeros((1, len(probs), 1), int))
+        got = mean_of(TokenEntropy(), routing, jnp.array([valid], bool))
         np.testing.assert_allclose(got, loss, atol=FLOAT32)
 
 
