@@ -15,7 +15,7 @@ from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
 from moe_jax.moe.run_experts import expert_loop
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.parameters import Weight, init_parameters, learning
+from moe_jax.parameters import ParameterSpec, Weight, init_parameters, learning, zeros
 from moe_jax.part import Call
 from moe_jax.training.arrays import by_name
 from moe_jax.training.imported import save_imported
@@ -127,6 +127,18 @@ def test_a_merged_matrix_by_hand():
     spread = shared.of_experts(2)
     assert spread.a.shape == (2, 2, 1) and not spread.shared
     np.testing.assert_array_equal(spread.dense(), shared.dense())
+
+
+@pytest.mark.parametrize("per_expert", [True, False])
+def test_an_adapter_starts_with_the_variance_of_peft(per_expert):
+    """Its `a` is uniform within 1 / sqrt(inputs) there: a variance of a third of 1 / inputs."""
+    spec = ParameterSpec((4, 256, 64), ("expert", "model", None), zeros, "experts")
+    adapters = Adapters(("experts",), rank=32, per_expert=per_expert)
+    drawn = init_parameters(jax.random.key(0), adapters.wrap("wi", spec, spec))
+    assert drawn.a.shape == ((4, 256, 32) if per_expert else (256, 32))
+    # Of 8,192 values and more: the deviation of their variance is at most 1.6 % of it.
+    np.testing.assert_allclose(256 * np.var(drawn.a), 1 / 3, rtol=0.05)
+    assert abs(np.mean(drawn.a)) < 0.003 and not np.any(drawn.b)
 
 
 def gradients(model, params):
