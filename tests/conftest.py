@@ -1,8 +1,12 @@
-"""Set before JAX starts: eight devices on the CPU, so that sharding is tested anywhere."""
+"""Set before JAX starts: eight devices on the CPU, so that sharding is tested anywhere.
+
+Hypothesis tries the same examples in every run, and none fails because the machine is busy.
+"""
 
 import os
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 from absl import flags
@@ -16,6 +20,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 # Libraries that read absl flags refuse to before an absl app has parsed them.
 flags.FLAGS.mark_as_parsed()

@@ -280,7 +280,7 @@ def test_blocks_of_several_parts_are_named_by_layer_and_tied_ones_repeat():
     assert [own.router_IE[0, 0] for own in blocks.values()] == [3, 3, 3]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_names_of_experts_and_the_order_of_tokens_do_not_matter(seed, num_choices):
     """What holds of every routing, with holes in it."""

@@ -71,7 +71,7 @@ def test_the_rest_is_dropped_in_training_and_kept_in_evaluation(tmp_path):
     assert partial[2]["segment_ids"].tolist() == [1, 0, 0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8),
     length=st.integers(2, 20),
@@ -87,7 +87,7 @@ def test_every_token_but_bos_is_a_weighted_target_once(tmp_path_factory, texts, 
     assert np.array_equal(np.concatenate(targets), stream[stream != TOKENIZER.bos_id])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8),
     length=st.integers(2, 20),
@@ -148,7 +148,7 @@ def test_joined_text_has_nothing_between_documents(tmp_path):
     assert rest.segment_ids.tolist() == [1, 1] and rest.positions.tolist() == [0, 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(texts=TEXTS, window=st.integers(1, 20))
 def test_joined_text_is_every_byte_of_every_document_once(tmp_path_factory, texts, window):
     files = make_files(tmp_path_factory.mktemp("corpus"), texts)

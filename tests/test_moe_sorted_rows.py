@@ -33,7 +33,7 @@ from tests.slow import slow_but
 
 # Sums of up to a few hundred float32 products, relative to the largest.
 FLOAT32 = 5e-6
-PROPERTIES = settings(deadline=None, max_examples=40, derandomize=True)
+PROPERTIES = settings(max_examples=40)
 
 MODEL_DIM, HIDDEN, EXPERTS = 3, 5, 4
 # Rows of each expert.
