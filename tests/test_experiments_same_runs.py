@@ -8,7 +8,7 @@ import pytest
 
 from experiments import run
 from experiments.results import read_results
-from experiments.same_runs import link_same_run
+from experiments.same_runs import WATCHED, link_same_run
 from experiments.study import Arm, load_study
 from moe_jax.config import write_config
 from moe_jax.data import open_data
@@ -64,13 +64,25 @@ def test_a_new_workdir_becomes_a_link_to_the_same_run(place, tmp_path):
         STUDY.experiment("small", "dense", 0),
         STUDY.experiment("base", "moe", 0),
         with_training(num_steps=SAME.training.num_steps + 1),
-        with_training(evaluate_every=SAME.training.evaluate_every + 1),  # another curve
-        with_training(checkpoint_every=SAME.training.checkpoint_every + 1),
+        # Of these another curve, or other checkpoints.
+        *(with_training(**{name: getattr(SAME.training, name) + 1}) for name in WATCHED),
     ],
 )
 def test_any_other_setting_is_another_run(place, config):
     assert link_same_run(config, place) is None
     assert not place.is_symlink()
+
+
+def test_the_same_settings_on_other_data_are_another_run(place, tmp_path):
+    path = tmp_path / "made_up/small/moe_seed0/config.json"
+    record = json.loads(path.read_text())
+    assert record["content"].keys() == {"corpus", "tokenizer"}
+    for name in record["content"]:
+        other = record | {"content": record["content"] | {name: "0" * 64}}
+        path.write_text(json.dumps(other))
+        assert link_same_run(SAME, place) is None, name
+    path.write_text(json.dumps(record))
+    assert link_same_run(SAME, place) == path.parent
 
 
 def test_a_run_that_is_not_whole_or_began_with_a_made_model_is_left_out(tmp_path):
