@@ -180,20 +180,31 @@ def test_a_row_that_the_time_runs_out_in_is_left_out_and_no_failure(run_of_bad_r
     for row in ("before", "faults", "sound", "aborts"):
         record.add("layers", row, "failed")
     run = run_of_bad_rows(patience=100)
-    run.end = time.time() + supervisor.RESERVED / 2
-    run.run_group(GROUP, time.time() + 8)
-    line = record.last()["layers", "hangs"]
-    assert (line["state"], line["reason"]) == ("skipped", supervisor.OUT_OF_TIME)
+    wait = run.wait
+
+    def until_it_hangs(process, begin, until):
+        while not record.running():
+            assert process.poll() is None
+            time.sleep(0.05)
+        run.end = time.time() + supervisor.RESERVED / 2 + 0.2
+        return wait(process, begin, until=time.time())
+
+    run.wait = until_it_hangs
+    line = run.run_child(GROUP, time.time() + 200)
+    assert (line["row"], line["state"]) == ("hangs", "skipped")
+    assert line["reason"] == supervisor.OUT_OF_TIME
+    assert line["needs"] == max(1, 2 * line["cut"])
     assert record.last()["layers", "behind"]["reason"] == NOT_REACHED
 
     # It is taken last, and only where it has twice the time.
-    calls, needs = [], line["needs"]
+    calls, needs = [], 1000
+    record.add("layers", **line | {"cut": needs / 2, "needs": needs})
     rows = [
         Row(name, 1, lambda name=name: calls.append(name) or {}) for name in ("hangs", "behind")
     ]
     measure("layers", rows, record, until=time.time() + needs - 1)
     assert calls == ["behind"] and states(record)["hangs"] == "skipped"
-    measure("layers", rows, record, until=time.time() + needs + 1)
+    measure("layers", rows, record, until=time.time() + needs + 100)
     assert calls == ["behind", "hangs"]
 
 

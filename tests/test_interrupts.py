@@ -165,14 +165,21 @@ def test_a_signal_while_something_is_unsaved_is_left_to_its_handler_and_a_second
 
 @pytest.fixture(scope="module")
 def endless():
-    return ["-m", "moe_jax.train", *tiny_flags(num_steps=10**6, checkpoint_every=5)]
+    """Flags of a run without an end."""
+    return tiny_flags(num_steps=10**6, checkpoint_every=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 3, 5, 8, 12, 20])
 def test_a_run_is_stopped_at_any_moment(endless, tmp_path, seconds, number):
-    with start([sys.executable, *endless, f"--workdir={tmp_path / 'run'}"]) as process:
+    """So many seconds after `moe_jax` takes signals, however long Python took to start."""
+    code = (
+        f"import runpy; sys.argv += {[*endless, f'--workdir={tmp_path}/run']}\n"
+        "print('here', flush=True); runpy.run_module('moe_jax.train', run_name='__main__')"
+    )
+    with start(command(code)) as process:
+        assert process.stdout.readline() == "here\n"
         time.sleep(seconds)
         process.send_signal(number)
         said, _ = process.communicate(timeout=100)

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -73,10 +72,8 @@ def test_the_large_model_on_the_pod_it_is_planned_for(capsys):
     assert memory["parameters"] / 4 == experts / 2048 + others / 32 + norms
 
 
-def test_two_thousand_chips_are_swept_in_seconds(capsys):
-    start = time.process_time()
+def test_two_thousand_chips_are_swept(capsys):
     assert run(LARGE, Options(json=True, sweep=True, topology="v5p:8x16x16")) == 0
-    assert time.process_time() - start < 30
     said = json.loads(capsys.readouterr().out)
     tried = len(said["fitting"]) + len(said["too_large"]) + sum(said["uneven"].values())
     # 2^11 as an ordered product of four, C(14, 3) = 364, but for tensor 128 to 2048: C(7, 3) = 35.
