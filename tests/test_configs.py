@@ -75,15 +75,17 @@ QUICK = [("quickstart", "dense,smoke"), ("mixtral", "tiny,smoke")]
 def test_smoke_is_small_and_trains(name, preset):
     config = config_of(name, preset)
     assert config.training.num_steps <= MAX_SMOKE_STEPS
-    losses = train(config, 2)
+    losses, (before, after) = train(config, 2)
     np.testing.assert_allclose(losses, np.log(config.model.vocab_size), atol=2)
+    moved = jax.tree.map(lambda old, new: np.any(old != new), before, after)
+    assert any(jax.tree.leaves(moved)), "the steps changed no parameter"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "preset"), TINY)
 def test_tiny_learns(name, preset):
     config = config_of(name, preset)
-    losses = train(config, min(config.training.num_steps, 150))
+    losses, _ = train(config, min(config.training.num_steps, 150))
     assert losses[0] > 5 and np.mean(losses[-10:]) < 3.1, "bytes by their frequency have 3.3 nats"
 
 
@@ -97,8 +99,8 @@ def config_of(name, preset):
 
 
 def train(config, num_steps):
-    """The losses of the first steps."""
-    state = quick_jit(init_state, static_argnums=0)(config)
+    """The losses of the first steps, and the parameters before and after them."""
+    state = first = quick_jit(init_state, static_argnums=0)(config)
     step = quick_jit(make_train_step(config))
     batches = train_batches(open_data(config.data), global_batch_size=config.training.batch_size)
     losses = []
@@ -109,7 +111,7 @@ def train(config, num_steps):
         assert int(state.step) == expected_step
         assert np.isfinite(says.total_loss) and says.grad_norm > 0
         losses.append(float(says.loss))
-    return losses
+    return losses, (first.params, state.params)
 
 
 def test_presets_may_be_joined():

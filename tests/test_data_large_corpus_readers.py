@@ -4,9 +4,8 @@ import json
 import struct
 import zlib
 
-from test_data_large_corpus_archives import tar_bytes
-
 from moe_jax.data.large_corpus import lazyload, readers
+from tests.test_data_large_corpus_archives import tar_bytes
 
 
 def make_package(tmp_path, name, files):
