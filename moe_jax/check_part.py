@@ -6,8 +6,9 @@
 Builds a tiny model around the part, and prints a line for each check: the part serialises, its
 specs and values are sound, it sees later tokens only if it says so, every parameter gets a
 gradient, padding changes nothing, a mesh of eight CPU devices computes what one device computes, a
-scan what single layers compute. The exit code is 1 if a check fails. Values are Python literals, or
-else strings; the fields of a part inside the part stand behind a dot.
+scan what single layers compute, and a text from caches is that of one pass. The exit code is 1 if a
+check fails. Values are Python literals, or else strings; the fields of a part inside the part stand
+behind a dot.
 """
 
 import ast

@@ -28,12 +28,17 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 
 def note_on(model: "LanguageModel") -> str:
-    """A line on a model that looks, or has looked, at later tokens; empty for a causal one."""
+    """Lines on a model that looks, or has looked, at later tokens, and on one without a cache."""
+    from moe_jax.inference.decoding import why_anew
     from moe_jax.training.ways import SEES, ways_of
 
-    mark = ways_of(model)["dropless"].mark
-    loss = ", and a loss with them is not that of a causal language model" * (mark == SEES)
-    return f"note: the model {mark}; when it writes a text there are none{loss}.\n" if mark else ""
+    mark, why, note = ways_of(model)["dropless"].mark, why_anew(model), ""
+    if mark:
+        loss = ", and a loss with them is not that of a causal language model" * (mark == SEES)
+        note = f"note: the model {mark}; when it writes a text there are none{loss}.\n"
+    if why:
+        note += f"note: {why}, so that the whole context is read anew for every token.\n"
+    return note
 
 
 def read_prompts(path: str) -> list[str]:

@@ -235,6 +235,7 @@ class Part(Settings):
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
     reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` from both sides
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
+    pointwise: ClassVar[bool] = False  # a token's output needs no other token: no cache to decode
     # Whether tokens in its cache are taken back by writing over them (`layers.cache`). Of other
     # caches speculative decoding keeps the one before, and reads accepted tokens again.
     takes_back: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from moe_jax.training.loss import TrainingLoss
 
 @dataclasses.dataclass(frozen=True)
 class RoundRobin(Router):
-    """Token s of a group takes the K experts from s K + offset on, modulo E."""
+    """Token s of a document takes the K experts from s K + offset on, modulo E."""
 
     offset: int = setting(0, at_least=0)
 
@@ -25,9 +25,8 @@ class RoundRobin(Router):
 
     def route(self, params, x_GSM, inputs):
         options = inputs.options
-        first_S = jnp.arange(x_GSM.shape[1]) * options.num_selected + self.offset
-        index_SK = (first_S[:, None] + jnp.arange(options.num_selected)) % options.num_experts
-        index_GSK = jnp.broadcast_to(index_SK, (x_GSM.shape[0], *index_SK.shape))
+        first_GS = inputs.positions_GS * options.num_selected + self.offset
+        index_GSK = (first_GS[..., None] + jnp.arange(options.num_selected)) % options.num_experts
         return routing_of(index_GSK, options.num_options)
 
 

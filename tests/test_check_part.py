@@ -53,7 +53,7 @@ def quick_checks(family, kind):
     """The checks that a quick run makes of a kind; a scan does something to whole parts alone."""
     if (family, kind) not in QUICK:
         return []
-    left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"})
+    left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"}) | {"decoding"}
     return [name for name in CHECKS if name not in left_out]
 
 
@@ -71,6 +71,12 @@ def test_every_registered_kind_passes(family, kind):
 def test_every_registered_kind_passes_the_rest(family, kind):
     names = [name for name in CHECKS if name not in quick_checks(family, kind)]
     assert_passes(load_kind(family, kind)(), names)
+
+
+@pytest.mark.parametrize(("family", "kind"), OWN)
+def test_every_registered_kind_decodes_from_caches(family, kind):
+    model = Trial(load_kind(family, kind)()).model
+    assert model.decoder.without_cache(model.dims) == []
 
 
 # `test_docs` checks such a router, loss and activation.
@@ -206,6 +212,27 @@ class CountsCalls(Mixer):
 
 
 @dataclasses.dataclass(frozen=True)
+class ForgetsThePast(Mixer):
+    """Adds the token before, of which it keeps nothing, and says that it needs no other."""
+
+    pointwise = True
+
+    def apply(self, params, x_BLM, call, own):
+        before_BLM = jnp.pad(x_BLM, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        same_BL1 = (call.positions_BL > 0)[..., None]
+        return linear(x_BLM + before_BLM * same_BL1, params["weight"]), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPlace(RoundRobin):
+    """Counts tokens from the beginning of what is read, whether that is padding or a prompt."""
+
+    def route(self, params, x_GSM, inputs):
+        place_GS = jnp.broadcast_to(jnp.arange(x_GSM.shape[1]), x_GSM.shape[:2])
+        return super().route(params, x_GSM, inputs._replace(positions_GS=place_GS))
+
+
+@dataclasses.dataclass(frozen=True)
 class ForgetsItsDtype(Mixer):
     """Gives float32 whatever it gets."""
 
@@ -258,6 +285,8 @@ FAULTS = [
     (ReadsPadding(), "padding", r"other tokens in the padding move .*in training.*in evaluation"),
     (CountsDevices(), "mesh", r"on fsdp=2, expert=2, tensor=2 and on one device these differ"),
     (CountsCalls(), "scan", r"in a scan and one after another these differ"),
+    (ForgetsThePast(), "decoding", r"from caches logits move by \d"),
+    (ByPlace(), "decoding", r"from caches logits move by \d"),
     (ForgetsItsDtype(), "values", r"the residual of float32, made of one of bfloat16"),
     (Raises(), "values", r"KeyError at .*test_check_part\.py:\d+: 'no such parameter'"),
     (IgnoresReplay(), "replay", r"other experts are chosen than those that are replayed"),
@@ -267,8 +296,11 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "message"), FAULTS, ids=[f"{type(p).__name__}-{n}" for p, n, _ in FAULTS]
-)
+    ("part", "name", "message"),
+    [pytest.param(*fault, marks=[pytest.mark.slow] * (fault[0] == ByPlace()),
+                  id=f"{type(fault[0]).__name__}-{fault[1]}")
+     for fault in FAULTS],
+)  # fmt: skip
 def test_a_fault_is_found_by_the_check_that_is_for_it(part, name, message):
     result = check(name, Trial(part))
     assert result.passed is False
@@ -277,6 +309,8 @@ def test_a_fault_is_found_by_the_check_that_is_for_it(part, name, message):
 
 def test_a_sound_mixer_passes_what_its_spoiled_copies_fail():
     assert_passes(Mixer())
+    result = check("decoding", Trial(Mixer()))
+    assert result.passed is None and result.text.startswith("checked: no cache_specs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +365,7 @@ def test_the_command_prints_a_line_a_check_and_fails_if_one_does():
     )  # fmt: skip
     assert outcome.returncode == 1, outcome.stderr
     for name in CHECKS:
-        word = {"gradients": "FAILED", "replay": "-"}.get(name, "ok")
+        word = {"gradients": "FAILED", "replay": "-", "decoding": "-"}.get(name, "ok")
         assert re.search(rf"^{word} +{name} ", outcome.stdout, re.MULTILINE), outcome.stdout
-    assert outcome.stdout.endswith("1 of 10 checks failed: gradients\n")
+    assert outcome.stdout.endswith("1 of 11 checks failed: gradients\n")
     assert len(outcome.stdout.splitlines()) < 40

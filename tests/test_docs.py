@@ -130,7 +130,7 @@ def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
     [
         ("MovingAverage", set()),
         ("RoundRobin", {"scan"}),
-        ("Peakedness", {"mesh", "scan"}),
+        ("Peakedness", {"mesh", "scan", "decoding"}),
         pytest.param("SquaredRelu", {"mesh", "scan"}, marks=pytest.mark.slow),
         pytest.param("LastFirst", {"mesh", "scan"}, marks=pytest.mark.slow),
     ],
@@ -143,6 +143,7 @@ def test_the_parts_of_the_page_pass_the_checks(my_parts, name, left_out):
         result = check(one, trial)
         assert result.passed is not False, f"{one}: {result.text}"
         assert "none was seen to look ahead" not in result.text
+        assert one != "decoding" or result.passed or name == "LastFirst"
 
 
 def test_the_page_lists_the_checks():

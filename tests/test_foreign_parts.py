@@ -3,6 +3,8 @@
 import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,9 +12,10 @@ from moe_jax import plan
 from moe_jax.analysis.checkpoint import Options, analyze_run
 from moe_jax.config import config_dict, from_config_dict, read_config, to_dict
 from moe_jax.config.run import ExperimentConfig
-from moe_jax.data import open_data
-from moe_jax.inference import continue_text
+from moe_jax.data import open_data, open_tokenizer
+from moe_jax.inference import generate_tokens, stream_text
 from moe_jax.parallel.mesh import make_mesh
+from moe_jax.part import Call
 from moe_jax.train import run
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
@@ -137,11 +140,20 @@ def test_evaluation_is_the_same_on_a_mesh(trained):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_it_generates(trained):
+def test_it_generates_what_one_pass_finds_likeliest(trained):
+    """The recurrence keeps nothing of earlier tokens, so that all is read anew for every token."""
     config, state = load_run(trained("one device"), trust=True)
-    text = continue_text(state.params, state.model_state, config, "The ", num_tokens=4, seed=1)
-    assert isinstance(text, str)
+    pieces = stream_text(config, state.params, ["The "], 4, state=state.model_state, temperature=0)
+    drawn = [token for piece in pieces for token in piece.tokens]
+    tokenizer = open_tokenizer("byte")
+    text = [tokenizer.bos_id, *tokenizer.encode("The "), *drawn]
+    call = Call(tokens_BL=jnp.asarray([text]), capacity=0.0)
+    output = jax.jit(config.model.run)(state.params, call, state=state.model_state)
+    likeliest_L = np.argmax(output.logits_BLV[0], axis=-1)
+    assert drawn == likeliest_L[-5:-1].tolist()
     assert (trained("one device") / "sample.txt").read_text().startswith("The ")
+    with pytest.raises(ValueError, match=r"has no cache: \['mixer'\] have no cache_specs"):
+        generate_tokens(config, state.params, [[1, 2]], 2, state=state.model_state)
 
 
 def test_it_is_analysed(trained):

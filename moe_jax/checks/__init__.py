@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks.around import FAMILIES, model_around
+from moe_jax.checks.decoding import read_twice
 from moe_jax.checks.trial import NUM_SUFFIXES, SPLIT, Computed, Trial
 from moe_jax.config.convert import InFamily, build, to_dict
 from moe_jax.config.settings import Settings
@@ -246,6 +247,25 @@ def differences(given: Any, expected: Any) -> list[str]:
     return wrong
 
 
+def decodes(trial: Trial) -> Result:
+    """From caches a text has the logits of one pass over it, behind padding too."""
+    model = trial.model
+    if model.looks_ahead(training=False):
+        return Result(None, "later tokens are seen: all is read anew for every token")
+    uncached = model.decoder.without_cache(model.dims)
+    if uncached:
+        return Result(
+            None,
+            f"{', '.join(uncached)}: no cache_specs, and pointwise=False: all is read anew for "
+            "every token",
+        )
+    found, expected = read_twice(trial)
+    if differences({"logits": found}, {"logits": expected}):
+        largest = np.abs(found - expected).max() / np.abs(expected).max()
+        return Result(False, f"from caches logits move by {largest:.0e} of the largest in one pass")
+    return Result(True, "from caches logits are those of one pass, behind padding too")
+
+
 def replays(trial: Trial) -> Result:
     """A router that declares it takes choices in the place of its own."""
     routers = {name: part.router for name, part in trial.model.moe_parts.items()}
@@ -279,6 +299,7 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
     "padding": padding_is_ignored,
     "mesh": equal_on_a_mesh,
     "scan": equal_unrolled,
+    "decoding": decodes,
     "replay": replays,
 }
 

@@ -1,7 +1,7 @@
 """Continuing token ids without a cache: the whole window is read anew for every token.
 
-For models that look at later tokens, whose past changes with each token, and as the measure of what
-a cache saves.
+For models that look at later tokens, whose past changes with each token; for those with a part that
+keeps nothing of earlier tokens; and as the measure of what a cache saves.
 """
 
 import dataclasses

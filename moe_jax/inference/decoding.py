@@ -23,6 +23,7 @@ from moe_jax.moe.routing import Choices
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, EncoderInputs
+from moe_jax.training.ways import without_capacity
 
 Routes = dict[str, jax.Array]  # experts by part, int32 [X, B, L, K]; {} without a record
 
@@ -305,6 +306,15 @@ def below(logits: jax.Array, num_ids: int | None) -> jax.Array:
 def for_inference(model: LanguageModel) -> LanguageModel:
     """The model with one sequence to a routing group, and nothing computed again."""
     return dataclasses.replace(in_groups(model, 0), remat="none")
+
+
+def why_anew(model: LanguageModel) -> str:
+    """Why a model has to read its whole context anew for every token; "" if caches will do."""
+    if without_capacity(model).looks_ahead(training=False):
+        ahead = sorted(n for n, part in model.part.items() if part.looks_ahead(training=False))
+        return f"{ahead} look at later tokens"
+    uncached = model.decoder.without_cache(model.dims)
+    return f"{uncached} have no cache_specs, and pointwise=False" if uncached else ""
 
 
 def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel, Serving]:

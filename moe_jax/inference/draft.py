@@ -8,13 +8,12 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.inference.decoding import Serving, for_inference, layers_apart
+from moe_jax.inference.decoding import Serving, for_inference, layers_apart, why_anew
 from moe_jax.inference.drafting import Drafter, OwnModules, SmallerModel, parts_take_back
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.speculative import Speculation
 from moe_jax.layers.cache import SPARE
 from moe_jax.models.model import LanguageModel
-from moe_jax.training.ways import without_capacity
 
 
 @dataclasses.dataclass
@@ -94,11 +93,11 @@ class Draft:
         if self.config is None:
             return self.own_modules(model)
         own = for_inference(self.config.model)
-        ahead = sorted(n for n, part in own.part.items() if part.looks_ahead(training=False))
+        why = "it has an encoder" if own.has_encoder else why_anew(own)
         require(
-            not own.has_encoder and not without_capacity(own).looks_ahead(training=False),
-            "a draft is a causal decoder",
-            "it has an encoder" if own.has_encoder else f"its parts {ahead} look at later tokens",
+            not why,
+            "a draft is a causal decoder that goes on from caches",
+            why,
             "Use another",
         )
         known = model.vocab_size if num_ids is None else num_ids
@@ -121,11 +120,12 @@ class Draft:
         )
         assert modules is not None
         drafter, stack = OwnModules(model), modules.module
-        stuck = [n for n, p in stack.parts().items() if not parts_take_back({n: p}, model.dims)]
+        stuck = stack.without_cache(model.dims)
+        stuck += [n for n, p in stack.parts().items() if not parts_take_back({n: p}, model.dims)]
         require(
             not stuck,
             "multi-token modules propose tokens if those are taken back by writing over them",
-            f"the caches of {stuck} cannot",
+            f"{stuck} have no such cache",
             "Use a smaller model as draft",
         )
         places = drafter.places(self.length)

@@ -8,14 +8,13 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
-from moe_jax.inference.decoding import Serving, for_inference, layers_apart
+from moe_jax.inference.decoding import Serving, for_inference, layers_apart, why_anew
 from moe_jax.inference.draft import Draft
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.writer import Piece, Writer
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.token_routes import ABSENT
 from moe_jax.parallel.rules import without_mesh
-from moe_jax.training.ways import without_capacity
 
 ROWS = 32  # texts at once, unless said otherwise
 
@@ -152,16 +151,17 @@ def stream_tokens(
 
     Raises:
       ValueError: a prompt is empty or has an id that the model does not know, a number is out of
-        range, or the model looks at later tokens; the draft does not fit the model; experts are
-        to be recorded of a model without any, of an encoder-decoder, or beyond the context.
+        range, or the model cannot go on from a cache (`decoding.why_anew`); the draft does not fit
+        the model; experts are to be recorded of a model without any, of an encoder-decoder, or
+        beyond the context.
     """
     how, model = Sampling(**sampling), for_inference(config.model)
     check(model, prompts, num_tokens, num_samples, context, batch_size, capacity)
     require(
-        not without_capacity(model).looks_ahead(training=False),
-        "a model that looks at later tokens cannot go on from a cache",
-        f"{sorted(n for n, p in model.part.items() if p.looks_ahead(training=False))} do",
-        "Train expert choice with a predictor, or use stream_anew, which reads all anew",
+        not (why := why_anew(model)),
+        "a model that looks at later tokens, or keeps nothing of earlier ones, has no cache",
+        why,
+        "Train expert choice with a predictor, give a part of yours a cache, or use stream_anew",
     )
     if record:
         check_record(model, prompts, num_tokens, context)

@@ -11,9 +11,9 @@ from moe_jax.config.check import require
 from moe_jax.data import open_tokenizer_of
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.inference.anew import stream_anew
+from moe_jax.inference.decoding import why_anew
 from moe_jax.inference.draft import Draft
 from moe_jax.inference.generation import stream_tokens
-from moe_jax.training.ways import without_capacity
 
 CUT = "\ufffd"  # what a tokenizer gives for a part of a character
 
@@ -53,7 +53,8 @@ def stream_text(
 ) -> Iterator[TextPiece]:
     """Continues prompts, and yields what is added as it comes.
 
-    A model that looks at later tokens reads its whole context anew for every token.
+    A model that cannot go on from a cache (`decoding.why_anew`) reads its whole context anew for
+    every token.
 
     Args:
       config: of the run, or of the imported model.
@@ -83,15 +84,15 @@ def stream_text(
     if config.model.has_encoder:
         ids["start_token"] = tokenizer.pad_id
     stream: Any = stream_tokens
-    looks_ahead = without_capacity(config.model).looks_ahead(training=False)
-    if looks_ahead and not config.model.has_encoder:
+    why = why_anew(config.model)
+    if why and not config.model.has_encoder:
         stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
         settings.pop("batch_size", None)  # it writes one text after another
         cached = [name for name in ("draft", "record") if settings.pop(name, None)]
         require(
             not cached,
-            "a model that looks at later tokens reads all anew for every token",
-            f"it has no {' and no '.join(cached)}",
+            "a model without caches reads all anew for every token",
+            f"{why}, so that it has no {' and no '.join(cached)}",
             "Leave it out",
         )
     done = set(ended)

@@ -1,7 +1,7 @@
 """The dense feed-forward layer: one expert's maths, for every token (legend: `moe_jax.moe`)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from moe_jax.part import Call, Dims, Output, Own, Part
 @dataclasses.dataclass(frozen=True)
 class Mlp(Part):
     """MLP or GLU."""
+
+    pointwise: ClassVar[bool] = True
 
     dim: int = setting(512, at_least=1)  # H: hidden units
     activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three

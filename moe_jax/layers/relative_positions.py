@@ -29,6 +29,7 @@ class RelativePositions(Part):
     """
 
     adds_to_residual: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N, those of the attention that uses it
     num_buckets: int = setting(32, at_least=4)  # of distances, both directions together

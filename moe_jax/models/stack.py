@@ -161,6 +161,18 @@ class Stack:
         """Caches by position; see `Part.cache_specs`."""
         return self.trees(lambda layer: layer.cache_specs(dims, batch, length))
 
+    def without_cache(self, dims: Dims) -> list[str]:
+        """The parts that cannot decode: they may read other tokens, and keep nothing of them."""
+        layers = [(type(one).__name__, one) for _, layers in self.segments() for one in layers]
+        alone = [(name, one) for name, one in layers if not one.branches]
+        return sorted(
+            {
+                name
+                for name, part in (*self.named_parts(), *self.shared, *alone)
+                if not part.pointwise and not part.cache_specs(dims, 1, 1)
+            }
+        )
+
     def places(self) -> dict[str, list[Place]]:
         """Where each part is used, in order within `first`, within one unit, and within `last`."""
         found: dict[str, list[Place]] = {}

@@ -43,6 +43,7 @@ class MoE(Part):
     """
 
     routes: ClassVar[bool] = True
+    pointwise: ClassVar[bool] = True  # where nothing is dropped
 
     num_experts: int = setting(8, at_least=1, at_most=4096)  # E: routed experts
     num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses

@@ -141,15 +141,14 @@ class Random(FixedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(FixedRouter):
-    """The experts in turn: token s takes s K, ..., s K + K - 1 modulo E. For benchmarks.
+    """The experts in turn: position s takes s K, ..., s K + K - 1 modulo E. For benchmarks.
 
-    Within a group no two experts differ by more than one in their load, whatever the tokens.
+    Within a document no two experts differ by more than one in their load, whatever the tokens.
     """
 
     def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
         """See `FixedRouter`."""
-        place_GS = jnp.broadcast_to(jnp.arange(x_GSM.shape[1]), x_GSM.shape[:2])
-        return in_turn(place_GS * inputs.options.num_selected, inputs.options)
+        return in_turn(inputs.positions_GS * inputs.options.num_selected, inputs.options)
 
 
 def in_turn(first_GS: jax.Array, options: Options) -> jax.Array:
