@@ -160,7 +160,8 @@ class Call:
         counts_up = self.counts_up or all(one is None for one in given)
         if positions is None:
             start = 0 if self.cache_index is None else self.cache_index
-            positions = jnp.broadcast_to(start + jnp.arange(shape[1], dtype=jnp.int32), shape)
+            places = jnp.reshape(start, (-1, 1)) + jnp.arange(shape[1], dtype=jnp.int32)
+            positions = jnp.broadcast_to(places, shape)
         if segments is None:
             segments = jnp.ones(shape, jnp.int32)
         return dataclasses.replace(

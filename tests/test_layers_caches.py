@@ -52,6 +52,14 @@ def logits_in_pieces(model, params, cache):
     return jnp.concatenate(outputs, axis=1)
 
 
+def test_positions_of_rows_that_go_on_in_slots_of_their_own():
+    x = jnp.zeros((2, 2, 1))
+    of_rows = Call(cache_index=jnp.array([3, 7])).with_defaults(x)
+    assert of_rows.positions_BL.tolist() == [[3, 4], [7, 8]]
+    of_all = Call(cache_index=jnp.int32(3)).with_defaults(x)
+    assert of_all.positions_BL.tolist() == [[3, 4], [3, 4]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
