@@ -25,6 +25,7 @@ from moe_jax.inference import generate_tokens
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.layers.feed_forward import Mlp
+from moe_jax.layers.relative_positions import RelativePositions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.linen import LinenModel
 from moe_jax.models.model import LanguageModel
@@ -34,6 +35,7 @@ from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import BatchPrioritized
+from moe_jax.moe.routing.fixed import Hash
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims, EncoderInputs, Own
@@ -306,6 +308,31 @@ def test_a_memory_that_is_given_replaces_the_encoder():
     output = MODEL.run(PARAMS, given, state=STATE)
     np.testing.assert_allclose(output.logits_BLV, logits_of(PARAMS, BATCH), atol=FLOAT32)
     assert set(output.aux) == {"moe"}
+
+
+def test_the_encoder_knows_nothing_of_the_decoders_cache():
+    """Neither relative positions in it, nor experts by the id before a token."""
+    layout = StackLayout(
+        unit=(("attention", "moe"),), repeats=1, causal=False, shared=("position",)
+    )
+    model = EncoderDecoder(
+        vocab_size=VOCAB,
+        model_dim=8,
+        parts={
+            "position": RelativePositions(num_heads=2),
+            "attention": Attention(num_heads=2, head_dim=4, position_bias="position"),
+            "moe": dataclasses.replace(BLOCK, router=Hash(by="bigram")),
+            "cross_attention": PARTS["cross_attention"],
+        },
+        encoder=layout,
+        stack=StackLayout(unit=(("cross_attention",),), repeats=1),
+    )
+    call = Call(jnp.zeros((1, 1), jnp.int32), encoder=EncoderInputs(jnp.array([[5, 7, 9]])))
+    later = dataclasses.replace(
+        call, cache_index=jnp.int32(3), cache_length=4, previous_B=jnp.array([2])
+    )
+    encode = quick_jit(lambda call: model.encode(values_of(model.specs()), call)[0].memory)
+    np.testing.assert_array_equal(encode(later), encode(call))
 
 
 @pytest.mark.slow

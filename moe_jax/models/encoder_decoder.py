@@ -127,6 +127,9 @@ class EncoderDecoder(LanguageModel):
             rng=None if call.rng is None else jax.random.fold_in(call.rng, ENCODER_KEY),
             encoder=None,
             cache_index=None,
+            cache_length=None,
+            prefill=False,
+            previous_B=None,
             lengths_B=None,
             in_prefix_BL=None,
         )
