@@ -24,8 +24,8 @@ from moe_jax.moe.routing.logits import Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.noise import Learned
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.statistics import dropped_fraction, routing_aux
-from moe_jax.part import Call, Dims, Own
+from moe_jax.moe.statistics import dropped_fraction, routing_aux, routing_metrics
+from moe_jax.part import Aux, Call, Dims, Own
 from tests import moe_oracle
 
 # A few float32 sums and one softmax.
@@ -273,6 +273,17 @@ def test_choices_that_do_not_count_are_in_no_statistic():
     np.testing.assert_allclose(loss, 1.2, rtol=FLOAT32)
     violation = balance.max_violation(assigned_KE.sum(axis=0))
     np.testing.assert_allclose(violation, 2 / 1 - 1, rtol=FLOAT32)
+
+
+def test_where_nothing_was_chosen_nothing_was_dropped():
+    """A layer whose tokens are all padding, and one that keeps 3 of 4 choices."""
+    assigned_XKE = jnp.array([[[0, 0, 0], [0, 0, 0]], [[2, 0, 0], [1, 1, 0]]])
+    kept_XKE = jnp.array([[[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [1, 1, 0]]])
+    sums = {"assigned_KE": assigned_XKE, "kept_KE": kept_XKE}
+    sums |= {"num_tokens": jnp.array([0, 2]), "entropy": jnp.zeros(2)}
+    metrics = routing_metrics(Aux(sums, {"max_logit": jnp.zeros(2)}))
+    assert metrics["dropped_fraction"].tolist() == [0, 0.25]
+    assert metrics["dropped_fraction_by_choice"].tolist() == [[0, 0], [0.5, 0]]
 
 
 @pytest.mark.parametrize(

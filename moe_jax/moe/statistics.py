@@ -128,7 +128,7 @@ def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
         "expert_load_max": jnp.max(load_XE, axis=-1),
         "expert_load_min": jnp.min(load_XE, axis=-1),
         "max_violation": max_violation(assigned_XE),
-        "dropped_fraction": 1 - jnp.sum(kept_XKE, axis=(1, 2)) / total_X,
+        "dropped_fraction": dropped_fraction(assigned_XE, jnp.sum(kept_XKE, axis=1)),
         "dropped_fraction_by_choice": dropped_fraction(assigned_XKE, kept_XKE),
         "router_entropy": aux.sums["entropy"] / num_tokens_X,
         "router_max_logit": aux.maxima["max_logit"],
@@ -137,6 +137,9 @@ def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
 
 
 def dropped_fraction(assigned_KE: Any, kept_KE: Any) -> jax.Array:
-    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E]."""
+    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E].
+
+    0 where there was none.
+    """
     assigned_K, kept_K = jnp.sum(assigned_KE, axis=-1), jnp.sum(kept_KE, axis=-1)
     return (assigned_K - kept_K) / jnp.maximum(assigned_K, 1)
