@@ -292,7 +292,7 @@ class Part(Settings):
         return state
 
     def steps_alike(self, num_steps: int) -> float:
-        """Up to which step `next_state` is the same in a run of more steps than these."""
+        """The last step that would not change if `num_steps` were raised; inf for all."""
         del num_steps
         return math.inf
 

@@ -77,7 +77,7 @@ class BiasUpdate(Settings):
         raise NotImplementedError
 
     def steps_alike(self, num_steps: int) -> float:
-        """Up to which step the rates are the same in a run of more steps than these."""
+        """The last step whose rate would not change if `num_steps` were raised; inf for all."""
         if self.schedule != "constant":
             return 0
         return round(num_steps * (1 - self.frozen_fraction)) if self.frozen_fraction else math.inf

@@ -61,7 +61,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def steps_alike(settings: OptimizerConfig, num_steps: int) -> float:
-    """Up to which step a longer run has the same learning rates as one of this many steps."""
+    """The last step whose rate would not change if `num_steps` were raised; inf for all."""
     if settings.schedule in ("constant", "rsqrt"):
         return math.inf
     if settings.schedule == "wsd":

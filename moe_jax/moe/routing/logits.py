@@ -135,7 +135,10 @@ class Score(Settings):
         raise NotImplementedError
 
     def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
-        """The scores, of which the K largest are selected; `probs_GSE` are they over their sum."""
+        """The scores, of which the K largest are selected.
+
+        `probs_GSE`: the scores divided by their sum per token.
+        """
         raise NotImplementedError
 
 

@@ -61,7 +61,7 @@ class SampledRest(Sampled):
     """Takes the best expert, and draws the rest as `Sampled` (DeepSpeed's top-2 gate)."""
 
     def perturb(self, selection_GSE: jax.Array, probs_GSE: jax.Array, rng: jax.Array) -> jax.Array:
-        """See `Selection`; inf for the best expert, which comes first so."""
+        """See `Selection`. The best expert gets inf, so it is always the first choice."""
         drawn_GSE = super().perturb(selection_GSE, probs_GSE, rng)
         best_GS = jnp.argmax(selection_GSE, axis=-1)
         is_best_GSE = jax.nn.one_hot(best_GS, probs_GSE.shape[-1], dtype=jnp.bool_)

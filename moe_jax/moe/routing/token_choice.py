@@ -170,7 +170,7 @@ class TokenChoice(LogitRouter):
             chosen_GSK = inputs.replay.chosen
         elif self.top_p < 1:
             chosen_GSK = within_top_p(choose(probs_GSE, expert_index_GSK), self.top_p)
-        # What a policy leaves out, in a replay too, has been in the sum of the others' gates.
+        # Choices that a policy removes still count in the normalising sum, also in a replay.
         counted_GSK = chosen_GSK if self.top_p < 1 else jnp.ones_like(chosen_GSK)
         norm_order = 1.0 if self.renormalize else self.norm_order
         gate_GSK = plain_gates(

@@ -186,7 +186,7 @@ def run_experts(
 def as_they_travel(
     weights: Weights, axes: Mapping[str, Axes], x_GSM: jax.Array, slots: int
 ) -> Weights:
-    """The weights, which travel over fsdp to the slots of their experts if there are many slots.
+    """Marks weights to be all-gathered over fsdp, except where moving the few slots is cheaper.
 
     A matrix is about as many bytes as model_dim slots with their hidden units. Training and prompts
     have more slots than that among the devices that share a matrix, single steps of generation

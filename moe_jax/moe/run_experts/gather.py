@@ -56,7 +56,7 @@ def choice_in_slot(slot_SK: jax.Array, num_slots: int) -> jax.Array:
 @jax.custom_vjp
 def fill(x_SM: jax.Array, choice_P: jax.Array, slot_SK: jax.Array, kept_SK: jax.Array) -> jax.Array:
     """[S, M] -> [P, M]; empty slots are 0."""
-    # Which read a row of zeros behind the tokens: usually there are more slots than tokens.
+    # Empty slots read a row of zeros appended to the tokens.
     x_SM = jnp.concatenate([x_SM, jnp.zeros_like(x_SM, shape=(1, x_SM.shape[1]))])
     return x_SM.at[choice_P // slot_SK.shape[1]].get(mode="clip")
 
