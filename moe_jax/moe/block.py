@@ -30,7 +30,8 @@ def moe_block(
       x_BLM: tokens, in the compute dtype.
       moe: the settings.
       call: inputs of all layers; None: an evaluation of whole sequences without padding.
-      own: inputs of this layer alone: its index, `{"bias_E": ...}`, choices [B, L, K] to replay.
+      own: inputs of this layer alone: its index, its state as `moe.state_specs` has it, choices
+        [B, L, K] to replay.
 
     Returns:
       y_BLM in the dtype of `x_BLM`, to be added to the residual, and the `Aux` that `measure`
@@ -77,10 +78,11 @@ def in_groups(
         positions_GS=positions_BL.reshape(x_GSM.shape[:2]),
         tokens_GS=tokens_GS,
         previous_GS=previous_GS,
-        bias_E=own.state["bias_E"] if own.state else None,
+        bias_E=(own.state or {}).get("bias_E"),
         rng=rng,
         step=call.step,
         replay=replay_in_groups(own.replay, (batch, length), x_GSM.shape[:2], moe, options),
+        state=(own.state or {}).get("router"),
     )
 
 

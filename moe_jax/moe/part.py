@@ -172,6 +172,11 @@ class MoE(Part):
         return Options(self.num_experts, self.num_options, selected, slots, factor == 0)
 
     @property
+    def any_options(self) -> Options:
+        """The options of the router in groups of any size, for what does not depend on it."""
+        return self.options(self.group_size or 1, training=True)
+
+    @property
     def experts(self) -> Experts:
         """The network of the routed experts."""
         return Experts(self.activation, self.expert_dropout_rate)
@@ -193,8 +198,7 @@ class MoE(Part):
                 identical_init=self.identical_init, **ffn,
             )
         }  # fmt: skip
-        options = self.options(self.group_size or 1, training=True)
-        router = self.router.specs(dims, options) if self.num_options > 1 else {}
+        router = self.router.specs(dims, self.any_options) if self.num_options > 1 else {}
         specs |= {"router": router} if router else {}
         if self.shared_expert_dim > 0:
             component = "shared_experts"
@@ -206,10 +210,12 @@ class MoE(Part):
         return specs
 
     def state_specs(self, dims: Dims) -> dict[str, Any]:
-        """`bias_E`, the selection bias of loss-free balancing."""
-        if self.bias is None:
-            return {}
-        return {"bias_E": ParameterSpec((self.num_options,), (None,), zeros, "router", False)}
+        """`bias_E`, the selection bias of loss-free balancing; `router`, if that has a state."""
+        specs: dict[str, Any] = {}
+        if self.bias is not None:
+            specs["bias_E"] = ParameterSpec((self.num_options,), (None,), zeros, "router", False)
+        router = self.router.state_specs(dims, self.any_options) if self.num_options > 1 else {}
+        return specs | ({"router": router} if router else {})
 
     def looks_ahead(self, training: bool) -> bool:
         """See `Part`: by its router, or by a queue where choices can be dropped.
@@ -236,14 +242,16 @@ class MoE(Part):
         return *moe_block(params, x_BLM, self, call, own), None
 
     def next_state(self, state: Any, sums: Sums, step: jax.Array, num_steps: int) -> Any:
-        """See `Part`: the bias after a step."""
-        if self.bias is None:
-            return state
-        bias_XE = self.bias.update(
-            state["bias_E"], jnp.sum(sums["assigned_KE"], axis=-2), sums["bias"],
-            self.bias.rate_at(step, num_steps), self.num_selected_experts,
-        )  # fmt: skip
-        return {"bias_E": bias_XE}
+        """See `Part`: the bias, and the router's state, after a step."""
+        following = dict(state)
+        if self.bias is not None:
+            following["bias_E"] = self.bias.update(
+                state["bias_E"], jnp.sum(sums["assigned_KE"], axis=-2), sums["bias"],
+                self.bias.rate_at(step, num_steps), self.num_selected_experts,
+            )  # fmt: skip
+        if "router" in state:
+            following["router"] = self.router.next_state(state["router"], sums, step)
+        return following
 
     def steps_alike(self, num_steps: int) -> float:
         """See `Part`: by the rate of the bias."""
@@ -276,9 +284,10 @@ class MoE(Part):
         return total
 
     def metrics(self, aux: Aux) -> dict[str, jax.Array]:
-        """See `Part`: of the routing, and every balance loss by layer, unweighted."""
+        """See `Part`: of the routing, its router's own, every balance loss by layer, unweighted."""
         num_tokens = jnp.maximum(aux.sums["num_tokens"][0], 1).astype(jnp.float32)
         metrics = statistics.routing_metrics(aux)
+        metrics |= self.router.metrics(aux.sums) if self.num_options > 1 else {}
         for name, loss in named_losses(self.losses):
             metrics[name] = loss.by_layer(aux.sums["losses"][name], num_tokens)
         return metrics | {"router_loss": aux.sums["router_loss"] / num_tokens}

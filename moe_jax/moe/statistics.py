@@ -45,10 +45,11 @@ def measure(
     """The `Aux` of one call of a block, with tokens of shape [B, L, M].
 
     Returns:
-      The `Aux` of `routing_aux`, with three more sums: `losses`, what each balance loss measures,
-      by name; `router_loss`, what the router adds to the loss, summed over tokens; and `bias`, what
-      the bias update measures in training. With a bounded buffer, also the sum `buffer_overflow`
-      and the maxima `buffer_rows` and `buffer_factor` (see `Buffer`).
+      The `Aux` of `routing_aux`, with four more sums: `losses`, what each balance loss measures,
+      by name; `router_loss`, what the router adds to the loss, summed over tokens; `router`, what
+      the router measures; and `bias`, what the bias update measures in training. With a bounded
+      buffer, also the sum `buffer_overflow` and the maxima `buffer_rows` and `buffer_factor` (see
+      `Buffer`).
     """
     valid_GS, batch_shape = inputs.valid_GS, (shape[0], shape[1])
     kept_GSK = jnp.broadcast_to(kept_GSK, routing.chosen_GSK.shape)
@@ -65,6 +66,7 @@ def measure(
         name: loss.measure_sequences(routing, valid_GS, batch_shape) for name, loss in losses
     }
     sums = {**aux.sums, "losses": measured, "router_loss": router_loss, "bias": bias}
+    sums["router"] = moe.router.measure(routing, inputs) if moe.num_options > 1 else {}
     maxima = dict(aux.maxima)
     if buffer is not None:
         sums["buffer_overflow"] = buffer.overflow

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.config.settings import Settings, setting
 from moe_jax.parallel.rules import mesh_in_use, partition_spec
-from moe_jax.part import DTYPES, Dims, RunShape
+from moe_jax.part import DTYPES, Dims, RunShape, Sums
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
@@ -118,6 +118,7 @@ class RouterInputs(NamedTuple):
       rng: random key in training; None in evaluation.
       step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
       replay: choices to use; None: the router chooses.
+      state: arrays of this layer as `Router.state_specs` declares them, or None.
     """
 
     options: Options
@@ -129,6 +130,7 @@ class RouterInputs(NamedTuple):
     rng: jax.Array | None = None
     step: jax.Array | None = None
     replay: Choices | None = None
+    state: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +206,37 @@ class Router(Settings):
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
         """The parameters: nested dicts of `ParameterSpec`, of component "router"."""
         del dims, options
+        return {}
+
+    def state_specs(self, dims: Dims, options: Options) -> dict[str, Any]:
+        """Arrays of one layer that the step updates outside the optimizer: `RouterInputs.state`."""
+        del dims, options
+        return {}
+
+    def measure(self, routing: Routing, inputs: RouterInputs) -> dict[str, Any]:
+        """What `next_state` and `metrics` need of a call: arrays that add up over a batch."""
+        del routing, inputs
+        return {}
+
+    def next_state(self, state: Any, sums: Sums, step: jax.Array) -> Any:
+        """The state of all layers after a step.
+
+        Args:
+          state: arrays with a leading dim of layers.
+          sums: of the block and the whole batch, with a leading dim of layers: among them
+            `assigned_KE`, `num_tokens` and, as "router", what `measure` returned.
+          step: int32 scalar, 0 for the first step.
+        """
+        del sums, step
+        return state
+
+    def metrics(self, sums: Sums) -> dict[str, jax.Array]:
+        """What is logged of a step beside the metrics of every block, from `sums` of `next_state`.
+
+        Returns:
+          Arrays with a leading dim of layers.
+        """
+        del sums
         return {}
 
     def only_option(self, x_GSM: jax.Array) -> Routing:

@@ -1,0 +1,76 @@
+"""Routers with arrays that the step updates, and with metrics of their own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.layers.attention import Attention
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.block import moe_block
+from moe_jax.moe.part import MoE
+from moe_jax.moe.routing.fixed import FixedRouter
+from moe_jax.parameters import ParameterSpec, zeros
+from moe_jax.part import Call, Dims, Own
+
+E, K, LENGTH, MODEL_DIM = 4, 2, 8, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Fewest(FixedRouter):
+    """The K experts that have had the fewest tokens in all steps before."""
+
+    def state_specs(self, dims, options):
+        spec = ParameterSpec((options.num_experts,), (None,), zeros, "router", decays=False)
+        return {"had_E": spec}
+
+    def expert_index(self, x_GSM, inputs):
+        fewest_K = jnp.argsort(inputs.state["had_E"])[: inputs.options.num_selected]
+        return jnp.broadcast_to(fewest_K, (*x_GSM.shape[:2], len(fewest_K)))
+
+    def measure(self, routing, inputs):
+        return {"tokens": jnp.sum(inputs.valid_GS)}
+
+    def next_state(self, state, sums, step):
+        return {"had_E": state["had_E"] + jnp.sum(sums["assigned_KE"], axis=-2)}
+
+    def metrics(self, sums):
+        return {"tokens_sent": sums["router"]["tokens"]}
+
+
+BLOCK = MoE(
+    num_experts=E, num_selected_experts=K, expert_dim=2, router=Fewest(), run_experts="einsum"
+)
+
+
+def test_a_router_chooses_by_its_state_and_the_step_moves_it():
+    assert list(BLOCK.state_specs(Dims(MODEL_DIM))["router"]) == ["had_E"]
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), BLOCK.specs(Dims(MODEL_DIM)))
+    state = {"router": {"had_E": jnp.array([5.0, 0.0, 3.0, 1.0])}}
+    segments_BL = (jnp.arange(LENGTH) < 6).astype(jnp.int32)[None]
+    _, aux = moe_block(
+        params, jnp.ones((1, LENGTH, MODEL_DIM)), BLOCK,
+        Call(segments_BL=segments_BL, capacity=0.0), Own(state=state),
+    )  # fmt: skip
+    assert aux.sums["assigned_KE"].tolist() == [[0, 6, 0, 0], [0, 0, 0, 6]]
+    of_layers = jax.tree.map(lambda a: a[None], aux)
+    later = BLOCK.next_state(jax.tree.map(lambda a: a[None], state), of_layers.sums, 0, 10)
+    assert later["router"]["had_E"].tolist() == [[5, 6, 3, 7]]
+    assert BLOCK.metrics(of_layers)["tokens_sent"].tolist() == [6]
+
+
+def test_a_model_keeps_it_by_layer():
+    parts = {"attention": Attention(num_heads=1, head_dim=4), "moe": BLOCK}
+    layout = StackLayout(unit=(("attention", "moe"),), repeats=3)
+    specs = LanguageModel(vocab_size=8, model_dim=4, parts=parts, stack=layout).state_specs()
+    assert specs["moe"]["router"]["had_E"].shape == (3, E)
+
+
+def test_a_block_of_one_expert_asks_no_router():
+    alone = dataclasses.replace(BLOCK, num_experts=1, num_selected_experts=1, losses=())
+    assert alone.state_specs(Dims(MODEL_DIM)) == {}
+    params = jax.tree.map(lambda spec: jnp.ones(spec.shape), alone.specs(Dims(MODEL_DIM)))
+    _, aux = moe_block(params, jnp.ones((1, 2, MODEL_DIM)), alone)
+    assert aux.sums["router"] == {}
+    assert "tokens_sent" not in alone.metrics(jax.tree.map(lambda a: a[None], aux))
