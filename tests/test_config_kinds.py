@@ -1,6 +1,7 @@
 """Kinds: every name of every table, classes of the user's own, and what is refused."""
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import sys
@@ -225,6 +226,22 @@ def test_a_class_of_the_users_is_named_by_its_import_path(foreign):
     path.write_text(FOREIGN + "\n")
     source_hash.cache_clear()
     assert source_hash(kind) != written
+
+
+def test_the_hash_of_a_kind_is_of_the_files_of_its_class_and_of_its_bases(foreign, monkeypatch):
+    module, path = foreign
+    assert source_hash(f"{module}:Mine") == hashlib.sha256(path.read_bytes()).hexdigest()
+    heir = path.with_name("kinds_of_an_heir.py")
+    heir.write_text(f"import {module}\n\n\nclass Heir({module}.Mine):\n    pass\n")
+    monkeypatch.delitem(sys.modules, "kinds_of_an_heir", raising=False)
+    before = source_hash("kinds_of_an_heir:Heir")
+    for changed in (heir, path):
+        changed.write_text(changed.read_text() + "\n")
+        source_hash.cache_clear()
+        after = source_hash("kinds_of_an_heir:Heir")
+        assert after != before, changed.name
+        before = after
+    sys.modules.pop("kinds_of_an_heir")
 
 
 def test_a_written_config_imports_a_foreign_module_with_trust_alone(foreign):

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import pathlib
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -211,7 +212,20 @@ def is_foreign(kind: str) -> bool:
 
 @functools.cache
 def source_hash(kind: str) -> str:
-    """SHA-256 of the source file of a foreign kind's module: what runs and processes agree on."""
-    module = importlib.import_module(kind.partition(":")[0])
-    path = inspect.getsourcefile(module)
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ""
+    """SHA-256 of the source files of a foreign kind: what runs and processes agree on.
+
+    They are those of its module and of its base classes outside this library, in their order. What
+    these import besides is not in it.
+    """
+    module_name, _, name = kind.partition(":")
+    cls = getattr(importlib.import_module(module_name), name)
+    known = {"moe_jax", *sys.stdlib_module_names}
+    modules = dict.fromkeys((module_name, *(base.__module__ for base in cls.__mro__)))
+    paths = [
+        path
+        for one in modules
+        if one.partition(".")[0] not in known
+        and (path := inspect.getsourcefile(importlib.import_module(one)))
+    ]
+    sources = b"".join(pathlib.Path(path).read_bytes() for path in paths)
+    return hashlib.sha256(sources).hexdigest() if paths else ""
