@@ -62,7 +62,8 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     with whole_or_absent(workdir) as partial:
         fields, content = bring_tokenizer(source, partial, way)
         if way == "from_hf":
-            config, params = from_hf(source, dtype="float32", mesh=mesh)
+            family = flags.FLAGS.family
+            config, params = from_hf(source, dtype="float32", mesh=mesh, family=family)
         else:
             config, params = from_gguf(source, mesh=mesh)
         config = with_compute_dtype(config, flags.FLAGS.compute_dtype)
@@ -97,7 +98,7 @@ def print_losses(workdir: pathlib.Path) -> None:
 
 def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
     """What an export needs of the import: the family, settings of the file, and dtypes."""
-    from moe_jax.interchange.family import Reader, load_family
+    from moe_jax.interchange.family import Reader, named_family
     from moe_jax.interchange.gguf_files import GGUFFile, hf_settings
     from moe_jax.interchange.read import read_settings
     from moe_jax.interchange.tensor_files import FLOATS, TensorFiles
@@ -108,10 +109,11 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
     settings = read_settings(source)
     settings |= settings.get("text_config") or {}  # Llama 4 has those of its text model there
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
-    files = load_family(config.name).opened(TensorFiles(source))
+    family = flags.FLAGS.family or config.name
+    files = named_family(family).opened(TensorFiles(source))
     dtypes = {name: one.dtype.name for name, one in files.tensors.items()}
     dtypes = {name: dtype for name, dtype in dtypes.items() if dtype in FLOATS}
-    return {"family": config.name, "source": str(source), "settings": others, "dtypes": dtypes}
+    return {"family": family, "source": str(source), "settings": others, "dtypes": dtypes}
 
 
 def bring_tokenizer(
@@ -214,6 +216,7 @@ def newest(workdir: pathlib.Path) -> Newest:
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
+    from moe_jax.interchange.family import trusted
     from moe_jax.interchange.write import to_hf
 
     values, run = flags.FLAGS, newest(workdir)
@@ -221,7 +224,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
         run.config,
         run.params,
         target,
-        family=values.family or run.origin.get("family", ""),
+        family=trusted(values.family, run.origin.get("family", "")),
         dtype=values.dtype or run.origin.get("dtypes"),
         settings={**ends_of_documents(run), **run.origin.get("settings", {})},
     )
@@ -260,6 +263,7 @@ def write_tokenizer(
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or --step, as a file of llama.cpp."""
+    from moe_jax.interchange.family import trusted
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
@@ -270,7 +274,7 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
         run.params,
         target,
         words,
-        family=values.family or run.origin.get("family", ""),
+        family=trusted(values.family, run.origin.get("family", "")),
         format=values.format,
         context_length=(run.origin.get("settings") or {}).get(LENGTH, 0),
     )
@@ -303,6 +307,7 @@ def words_of(workdir: pathlib.Path, run: Newest) -> dict[str, Any]:
 
 def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
+    from moe_jax.interchange.family import trusted
     from moe_jax.interchange.peft import to_peft
     from moe_jax.interchange.tensor_files import require_absent
     from moe_jax.training.imported import origin_of_run
@@ -312,7 +317,7 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     origin = origin_of_run(pathlib.Path(config.init_from.path or workdir))
-    family, base = values.family or origin.get("family", ""), values.base
+    family, base = trusted(values.family, origin.get("family", "")), values.base
     if not base and "dtypes" in origin:  # of a directory in the layout of Hugging Face
         base = origin.get("source", "")
     to_peft(config, state.params, target, family=family, base=base)
@@ -364,8 +369,9 @@ def define_flags() -> None:
         "--to-gguf or --to-peft.",
     )  # fmt: skip
     flags.DEFINE_string(
-        "family", "", "With --to-hf, --to-gguf and --to-peft, the model_type to write; by default "
-        "that of the import, or the first that can say the model.",
+        "family", "", "With --from-hf, the model_type to read as, by default that of config.json. "
+        "With --to-hf, --to-gguf and --to-peft, the one to write; by default that of the import, "
+        "or the first that can say the model. package.module:ATTRIBUTE names a table of yours.",
     )  # fmt: skip
     flags.DEFINE_enum(
         "dtype", "", ["", "float32", "bfloat16", "float16"],

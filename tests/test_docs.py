@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 import sys
@@ -20,7 +21,7 @@ from docs.make_api import PAGE, make_page
 from moe_jax import Call, Dims, MoE, init_parameters, moe_block
 from moe_jax.checks import CHECKS, Trial, check
 from moe_jax.config import from_config_dict
-from moe_jax.interchange.family import FAMILIES
+from moe_jax.interchange.family import trusted
 from moe_jax.training.loss import Scored, Totals, target_nats
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -202,14 +203,30 @@ def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch)
     for code in code_of("architectures.md"):
         exec(code, names)
     family = names["MY_MODEL"]
-    monkeypatch.setitem(FAMILIES, "my_model", "the_page:MY_MODEL")
-    monkeypatch.setitem(sys.modules, "the_page", types.SimpleNamespace(MY_MODEL=family))
+    page = types.SimpleNamespace(MY_MODEL=family, RULES=names["RULES"])
+    monkeypatch.setitem(sys.modules, "the_page", page)
+    path = "the_page:MY_MODEL"
     config = from_config_dict(names["get_config"]())
     params = init_parameters(jax.random.key(0), config.model.specs())
-    moe_jax.to_hf(config, params, tmp_path / "hf", family="my_model")
-    again, same = moe_jax.from_hf(tmp_path / "hf")
+    moe_jax.to_hf(config, params, tmp_path / "hf", family=path)
+    again, same = moe_jax.from_hf(tmp_path / "hf", family=path)
     assert again.model == config.model
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
+    for wrong, message in (
+        ("the_page:RULES", r"a family is a .*: 'the_page:RULES' is "),
+        ("the_page:NOTHING", r"can be imported: 'the_page:NOTHING' gives AttributeError"),
+        ("", r"architectures that can be read .* model_type='my_model'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            moe_jax.from_hf(tmp_path / "hf", family=wrong)
+    # A file names no module to import.
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"model_type": path}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"model_type='the_page:MY_MODEL'"):
+        moe_jax.from_hf(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"by --family alone: .* by 'the_page:MY_MODEL'"):
+        trusted("", path)
+    assert (trusted(path, "llama"), trusted("", "llama")) == (path, "llama")
 
 
 def test_the_table_of_models_is_that_of_the_configs():

@@ -139,7 +139,7 @@ def spelled_out(model: LanguageModel) -> LanguageModel:
 
 @functools.cache
 def load_family(name: str) -> Family:
-    """The family of a "model_type".
+    """The family of a "model_type", of those that are known.
 
     Raises:
       ValueError: there is none.
@@ -148,7 +148,7 @@ def load_family(name: str) -> Family:
         name in FAMILIES,
         f"the architectures that can be read and written are {sorted(FAMILIES)}",
         f"model_type={name!r}",
-        "Use one of them, or add its table to moe_jax/interchange/families",
+        "Use one of them, or name a table of yours: family='package.module:ATTRIBUTE'",
     )
     module, _, attribute = FAMILIES[name].partition(":")
     family = getattr(importlib.import_module(module), attribute)
@@ -156,14 +156,56 @@ def load_family(name: str) -> Family:
     return family
 
 
+def named_family(name: str) -> Family:
+    """The family that a user names: a "model_type", or "package.module:ATTRIBUTE" of a table.
+
+    The import runs code. So the name is never one that a file of a model holds.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if ":" not in name:
+        return load_family(name)
+    module, _, attribute = name.partition(":")
+    try:
+        family = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"a family 'package.module:ATTRIBUTE' can be imported: {name!r} gives {error!r}. "
+            "Correct the path, or put its folder on PYTHONPATH."
+        ) from error
+    require(
+        isinstance(family, Family),
+        "a family is a moe_jax.interchange.family.Family",
+        f"{name!r} is {family!r}",
+        "Name another",
+    )
+    return family
+
+
+def trusted(given: str, recorded: str) -> str:
+    """The name of a family that a user gives, or else the one that an import has recorded.
+
+    Raises:
+      ValueError: the recorded one is the path of a table, which a file must not have imported.
+    """
+    require(
+        bool(given) or ":" not in recorded,
+        "a table that is no part of the library is named by --family alone",
+        f"the model was imported by {recorded!r}",
+        f"Give --family={recorded} if you trust that module",
+    )
+    return given or recorded
+
+
 def family_of(model: LanguageModel, name: str = "") -> Family:
-    """The family of this name; without one, the first that can say the model.
+    """The family of this name, as in `named_family`; without one, the first that can say the model.
 
     Raises:
       ValueError: none can, with what each lacks.
     """
     if name:
-        return load_family(name)
+        return named_family(name)
     reasons = []
     for known in FAMILIES:
         family = load_family(known)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, ExperimentConfig
 from moe_jax.config.kinds import load_kind
-from moe_jax.interchange.family import Family, load_family
+from moe_jax.interchange.family import Family, load_family, named_family
 from moe_jax.interchange.leaves import STATE, Leaf, all_specs, leaves_of
 from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import FLOATS, Files, TensorFiles
@@ -42,7 +42,11 @@ class Source(NamedTuple):
 
 
 def from_hf(
-    path: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None
+    path: str | pathlib.Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    family: str = "",
 ) -> tuple[ExperimentConfig, Any]:
     """Reads a model in the layout of Hugging Face.
 
@@ -50,6 +54,8 @@ def from_hf(
       path: a directory with `config.json` and safetensors files.
       dtype: of the parameters; None: as stored.
       mesh: the devices that the parameters are split over; None: one device.
+      family: the "model_type" to read it as, or "package.module:ATTRIBUTE" of a table of yours; "":
+        that of `config.json`.
 
     Returns:
       The config, whose model has these parts, and the parameters: the tree of `model.specs()`, and
@@ -62,14 +68,14 @@ def from_hf(
     """
     path = pathlib.Path(path)
     settings = read_settings(path)
-    family = load_family(str(settings.get("model_type")))
-    files = family.opened(TensorFiles(path))
-    model = family.read(settings, files.tensors)
-    params = read_parameters(files, family, model, dtype, mesh)
+    table = named_family(family) if family else load_family(str(settings.get("model_type")))
+    files = table.opened(TensorFiles(path))
+    model = table.read(settings, files.tensors)
+    params = read_parameters(files, table, model, dtype, mesh)
     length = min(int(settings.get("max_position_embeddings") or 2048), 2048)
     objective = load_kind("objective", "span_corruption" if model.has_encoder else "causal_lm")()
     data = DataConfig(sequence_length=length, objective=objective)
-    config = ExperimentConfig(name=family.name, model=model, data=data)
+    config = ExperimentConfig(name=table.name, model=model, data=data)
     return config, params
 
 

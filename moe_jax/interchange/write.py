@@ -47,8 +47,8 @@ def to_hf(
       config: whose model the parameters are of.
       params: as `from_hf` returns them: with the state, if the model has any, under "state".
       path: of the directory, which must not exist, or be empty.
-      family: "model_type" to write; "": the one that `config.name` names, or the first that can
-        say all settings of the model.
+      family: "model_type" to write, or "package.module:ATTRIBUTE" of a table of yours; "": the one
+        that `config.name` names, or the first that can say all settings of the model.
       dtype: of the tensors, or of each by its name, where one without a name there has the most
         common one; None: of the parameters. Selection biases keep theirs if it is not by name.
       settings: for config.json besides those of the model, such as ids of special tokens.
