@@ -570,7 +570,7 @@ def test_a_table_of_another_vocabulary_is_refused():
             )
         ),
         (TrainingConfig, {"num_microbatches": 3}, r"num_microbatches divides training\.batch_size"),
-        (TrainingConfig, {"keep_every": 300}, r"keep_every is a multiple of training\.checkp.*=200"),
+        (TrainingConfig, {"keep_every": 300}, r"keep_every is a multiple of training\.check.*=200"),
         (ExperimentConfig, {"seed": -1}, r"seed lies in \[0, "),
     ]
 )  # fmt: skip
