@@ -144,22 +144,23 @@ def test_the_loss_is_the_mean_over_modules_and_the_cross_entropy_is_reported_alo
     batch = tiny_batch()
     loss, parts = loss_of(state.params, batch, config, state)
     segments, weights = np.asarray(batch["segment_ids"]), np.asarray(batch["loss_weights"])
-    targets, nats = np.asarray(batch["targets"]), []
+    targets, nats, balance = np.asarray(batch["targets"]), [], []
+    balance_loss, of_modules = config.model.part["moe"].loss, parts.aux["multi_token_moe"]
     for k, logits in enumerate(later(config, state, call_of(batch)), 1):
         log_probs = np.asarray(jax.nn.log_softmax(logits))
-        total = count = 0.0
+        total = count = tokens = 0.0
         for b, j in np.ndindex(*segments.shape):
             i = j + k
+            tokens += i < 16 and segments[b, i] == segments[b, j] > 0
             if i < 16 and segments[b, i] == segments[b, j] > 0 and weights[b, j] > 0:
                 total -= weights[b, i] * log_probs[b, j, targets[b, i]]
                 count += weights[b, i]
         nats.append(total / count)
+        own = jax.tree.map(lambda a, k=k: a[k - 1 : k], of_modules)
+        balance.append(balance_loss(own, jnp.float32(tokens), None))
     np.testing.assert_allclose(parts.aux["multi_token"].sums["loss_D"], nats, **FLOAT32)
-    num_tokens = batch_totals(batch).tokens
-    balance_loss = config.model.part["moe"].loss
-    trunk, modules = (
-        balance_loss(parts.aux[name], num_tokens, None) for name in ("moe", "multi_token_moe")
-    )
+    trunk = balance_loss(parts.aux["moe"], batch_totals(batch).tokens, None)
+    modules = np.mean(balance)
     assert modules > 0
     expected = parts.cross_entropy + trunk + 0.3 * np.mean(nats) + modules
     np.testing.assert_allclose(loss, expected, **FLOAT32)

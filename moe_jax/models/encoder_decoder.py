@@ -149,8 +149,10 @@ class EncoderDecoder(LanguageModel):
         num_tokens: jax.Array,
         batch: Mapping[str, Any] | None,
         encoder_tokens: jax.Array | None = None,
+        later_tokens_D: jax.Array | None = None,
     ) -> jax.Array | float:
         """See `LanguageModel`; losses of the encoder's parts are per token of the encoder."""
+        del later_tokens_D  # there are no multi-token modules beside an encoder
         in_encoder = self.stacks["encoder"].parts()
         own, other = (
             {name: of for name, of in aux.items() if (name in in_encoder) is which}

@@ -152,11 +152,9 @@ class LanguageModel(Settings):
         return Modules(given.depth, given.weight, self.norm, stack)
 
     @property
-    def all_parts(self) -> dict[str, Any]:
+    def all_parts(self) -> dict[str, Part]:
         """The parts of the stacks, and those of the multi-token modules as multi_token_NAME."""
-        if self.modules is None:
-            return {**self.part}
-        return self.part | joined(self.modules.stack.parts()) | {NAME: self.modules}
+        return self.part | (joined(self.modules.stack.parts()) if self.modules else {})
 
     @property
     def layers_of(self) -> dict[str, tuple[int, ...]]:
@@ -373,6 +371,7 @@ class LanguageModel(Settings):
         num_tokens: jax.Array,
         batch: Mapping[str, Any] | None,
         encoder_tokens: jax.Array | None = None,
+        later_tokens_D: jax.Array | None = None,
     ) -> jax.Array | float:
         """The loss of all parts, which is added to the training loss; see `Part.loss`.
 
@@ -381,19 +380,19 @@ class LanguageModel(Settings):
           num_tokens: float32 scalar, valid tokens of the whole batch.
           batch: sums of the whole batch by part, or None.
           encoder_tokens: float32 scalar, those that the encoder reads; None without one.
+          later_tokens_D: float32, those of each multi-token module; None if `aux` has none.
         """
         del encoder_tokens
-        parts = self.all_parts
-        return sum(
+        parts = self.part
+        total = sum(
             parts[name].loss(own, num_tokens, None if batch is None else batch[name])
             for name, own in aux.items()
+            if name in parts
         )
+        return total + (self.modules.loss(aux, later_tokens_D, batch) if self.modules else 0)
 
     def metrics(self, aux: Mapping[str, Aux]) -> dict[str, jax.Array]:
         """Metrics of a step as PART/NAME, each with a leading dim of layers."""
-        parts = self.all_parts
-        return {
-            f"{name}/{metric}": value
-            for name, own in aux.items()
-            for metric, value in parts[name].metrics(own).items()
-        }
+        found = {name: part.metrics(aux[name]) for name, part in self.part.items() if name in aux}
+        found |= self.modules.metrics(aux) if self.modules else {}
+        return {f"{name}/{key}": value for name, own in found.items() for key, value in own.items()}

@@ -8,7 +8,7 @@ speculative decoding, of which they are a draft.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +88,6 @@ class Modules:
         own = jax.tree.map(lambda spec: spec.stack(self.depth), own)
         return own | {"stack": self.stack.specs(dims)}
 
-    depends_on_microbatches: ClassVar[bool] = False  # see `Part`
-    needs_batch_sums: ClassVar[bool] = False
-
     def check_run(self, dims: Dims, run: RunShape) -> None:
         """See `Part`."""
         self.stack.check_run(dims, run)
@@ -132,11 +129,14 @@ class Modules:
     def each(self, params: Any, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         """The parameters and the state of every module."""
         trees = unstacked({**params, "stack": params["stack"]["unit"]}, self.depth)
-        states = [
-            jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], dict(state))
+        return list(zip(trees, self.by_module(dict(state)), strict=True))
+
+    def by_module(self, tree: Any) -> list[Any]:
+        """Arrays with a leading dim of layers as those of each module."""
+        return [
+            jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], tree)
             for k in range(self.depth)
         ]
-        return list(zip(trees, states, strict=True))
 
     def run(
         self,
@@ -173,13 +173,36 @@ class Modules:
         output = self.module.apply(layers, x_BLM, later, state=state, cache=cache)
         return output._replace(x_BLM=self.norm.apply(params["final_norm"], output.x_BLM))
 
-    def loss(self, aux: Aux, num_tokens: jax.Array, batch: Any) -> jax.Array:
-        """The weighted mean of the modules' losses; see `Part.loss`."""
-        return self.weight * jnp.mean(aux.sums["loss_D"])
+    def loss(
+        self, aux: Mapping[str, Aux], tokens_D: jax.Array | None, batch: Mapping[str, Any] | None
+    ) -> jax.Array | float:
+        """What the modules add to the training loss: their own, and those of their parts.
 
-    def metrics(self, aux: Aux) -> dict[str, jax.Array]:
-        """`loss`, nats a target, of each module; see `Part.metrics`."""
-        return {"loss": aux.sums["loss_D"]}
+        Each is the mean over the modules. A module has fewer tokens than the one before it: what
+        its parts add is per token of its own.
+
+        Args:
+          aux: by part, as the model names them; `multi_token` has `loss_D`, nats a target.
+          tokens_D: float32, valid tokens of each module in the whole batch; None if none ran.
+          batch: sums of the whole batch by part, or None.
+        """
+        total = self.weight * jnp.mean(aux[NAME].sums["loss_D"]) if NAME in aux else 0.0
+        sums, parts = separated(batch), self.stack.parts()
+        for name, own in separated(aux).items():
+            assert tokens_D is not None, "batch_totals was told the model"
+            of_each = (self.by_module(own), tokens_D, self.by_module(sums.get(name)))
+            losses = [parts[name].loss(*one) for one in zip(*of_each, strict=True)]
+            total += sum(losses) / self.depth
+        return total
+
+    def metrics(self, aux: Mapping[str, Aux]) -> dict[str, dict[str, jax.Array]]:
+        """Metrics by part, as the model names them; `loss`, nats a target, of each module."""
+        parts, found = self.stack.parts(), {}
+        for name, own in separated(aux).items():
+            of_each = [parts[name].metrics(one) for one in self.by_module(own)]
+            found[name] = jax.tree.map(lambda *a: jnp.concatenate(a), *of_each)
+        own_loss = {NAME: {"loss": aux[NAME].sums["loss_D"]}} if NAME in aux else {}
+        return joined(found) | own_loss
 
 
 def shift(values: jax.Array, k: int) -> jax.Array:

@@ -28,6 +28,7 @@ class Totals(NamedTuple):
       sums: of the whole batch, by part, where a loss needs them; None: the part is all of it.
       encoder_tokens: float32 scalar, valid tokens that an encoder reads; None without one.
       later_D: float32, sums of the loss weights of the multi-token modules; None without them.
+      later_tokens_D: float32, their valid tokens: those that have one so much later; None likewise.
     """
 
     loss_weight: jax.Array
@@ -35,6 +36,7 @@ class Totals(NamedTuple):
     sums: dict[str, Any] | None = None
     encoder_tokens: jax.Array | None = None
     later_D: jax.Array | None = None
+    later_tokens_D: jax.Array | None = None
 
 
 class LossParts(NamedTuple):
@@ -154,7 +156,11 @@ def batch_totals(batch: Batch, model: LanguageModel | None = None) -> Totals:
     depths = range(1, model.modules.depth + 1)
     segments = batch["segment_ids"]
     sums = [jnp.sum(multi_token.later_weights(weights, segments, k)) for k in depths]
-    return totals._replace(later_D=jnp.maximum(jnp.stack(sums), 1e-9))
+    counts = [jnp.sum(multi_token.in_one_document(segments, k)) for k in depths]
+    return totals._replace(
+        later_D=jnp.maximum(jnp.stack(sums), 1e-9),
+        later_tokens_D=jnp.maximum(jnp.stack(counts).astype(jnp.float32), 1),
+    )
 
 
 def replayed_choices(batch: Batch) -> dict[str, Choices]:
@@ -248,7 +254,8 @@ def partial_loss(
         aux = aux | {multi_token.NAME: later_losses(output.later_BLV, part, totals)}
     scored = Scored(output.logits_BLV, nats_BL, cross_entropy)
     share, of_loss = (training_loss or CrossEntropy()).share(scored, part, totals, arrays)
-    loss = share + model.loss(aux, totals.tokens, totals.sums, totals.encoder_tokens)
+    tokens = (totals.encoder_tokens, totals.later_tokens_D)
+    loss = share + model.loss(aux, totals.tokens, totals.sums, *tokens)
     return loss, LossParts(cross_entropy, aux, of_loss)
 
 

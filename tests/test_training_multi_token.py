@@ -1,0 +1,92 @@
+"""Runs with multi-token modules whose part alone routes: what they lose, log, score and refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import write_config
+from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.loss import batch_totals, partial_loss
+from moe_jax.training.workdir import CHECKPOINTS, check_workdir
+from tests.tiny_run import quick_jit, tiny_batch, tiny_config, tiny_state
+
+DEPTH = 2
+FLOAT32 = {"rtol": 1e-6}
+
+
+def make(**moe):
+    """A model of one MLP; two modules of one MoE block, whose balance loss alone has a weight."""
+    moe = {
+        "capacity": {"train_factor": 0.0, "eval_factor": 1.0},
+        "losses": {"load_balance": {"kind": "load_balance", "weight": 1.0}},
+        **moe,
+    }
+    model = {
+        "vocab_size": 300, "stack": {"unit": [["mlp"]], "repeats": 1},
+        "parts": {"attention": None, "mlp": {"kind": "mlp", "dim": 8}, "moe": moe},
+        "multi_token": {"depth": DEPTH, "layer": ("moe",), "weight": 0.3},
+    }  # fmt: skip
+    return tiny_config({"model": model, "optimizer": {"schedule": "constant"}})
+
+
+def short_documents():
+    """Documents of three tokens: module 1 has two tokens of each, module 2 has one."""
+    batch = tiny_batch(length=12)
+    segments = jnp.broadcast_to(1 + jnp.arange(12) // 3, (4, 12)).at[3, 3:].set(0)
+    positions = jnp.broadcast_to(jnp.arange(12) % 3, (4, 12))
+    return {**batch, "segment_ids": segments, "positions": positions}
+
+
+@quick_jit
+def losses(params, part, totals):
+    """What the parts add to the training loss, and their metrics."""
+    model = make().model
+    loss, found = partial_loss(params, part, totals, model, model_state={}, rng=jax.random.key(0))
+    own = 0.3 * jnp.mean(found.aux["multi_token"].sums["loss_D"])
+    sums = {name: aux.sums for name, aux in found.aux.items()}
+    return loss - found.cross_entropy - own, model.metrics(found.aux), sums
+
+
+def test_the_balance_loss_of_a_module_is_per_token_of_its_own():
+    """Short documents, of which module k has all but k tokens."""
+    config, batch = make(), short_documents()
+    totals = batch_totals(batch, config.model)
+    assert totals.tokens == 39
+    assert totals.later_tokens_D.tolist() == [26, 13]
+
+    params = tiny_state(config).params
+    trained, metrics, sums = losses(params, batch, totals)
+    logged = metrics["multi_token_moe/load_balance_loss"]
+    assert logged.shape == (DEPTH,)
+    np.testing.assert_allclose(trained, np.mean(logged), **FLOAT32)
+
+    # By hand: E * sum_e f_e * P_e of each module, over all its choices and tokens.
+    of_moe = sums["multi_token_moe"]
+    counted_DE = np.sum(of_moe["assigned_KE"], axis=1)
+    assert counted_DE.sum(axis=1).tolist() == [2 * 26, 2 * 13]
+    share_DE = counted_DE / counted_DE.sum(axis=1, keepdims=True)
+    prob_DE = of_moe["prob_sum_E"] / np.array([[26], [13]])
+    np.testing.assert_allclose(logged, 4 * np.sum(share_DE * prob_DE, axis=1), **FLOAT32)
+
+    # Microbatches: with the sums of the whole batch, as this loss needs, their shares add up.
+    totals = totals._replace(sums=sums)
+    halves = [{n: v[rows] for n, v in batch.items()} for rows in (slice(2), slice(2, 4))]
+    shares = [losses(params, half, totals)[0] for half in halves]
+    np.testing.assert_allclose(sum(shares), trained, **FLOAT32)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_run_is_extended_unless_the_bias_of_a_module_follows_its_end(schedule, tmp_path):
+    config = make(bias={"kind": "sign", "rate": 0.01, "schedule": schedule})
+    with Checkpoints(tmp_path / CHECKPOINTS, keep=1) as checkpoints:
+        checkpoints.save(3, {"x": np.zeros(3)}, metadata={"run": write_config(config)})
+    training = dataclasses.replace(config.training, num_steps=200)
+    longer = dataclasses.replace(config, training=training)
+    if schedule == "constant":
+        check_workdir(longer, tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"selection bias of 'multi_token_moe' follows num_steps"):
+        check_workdir(longer, tmp_path)
