@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config import write_config
+from moe_jax.models.multi_token import without_modules
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.planning.serving import serving_costs
+from moe_jax.planning.sorted_rows import sorted_rows
+from moe_jax.planning.workload import resolve
 from moe_jax.training.checkpoints import Checkpoints
+from moe_jax.training.evaluation import score
 from moe_jax.training.loss import batch_totals, partial_loss
 from moe_jax.training.workdir import CHECKPOINTS, check_workdir
 from tests.tiny_run import quick_jit, tiny_batch, tiny_config, tiny_state
@@ -76,6 +82,27 @@ def test_the_balance_loss_of_a_module_is_per_token_of_its_own():
     halves = [{n: v[rows] for n, v in batch.items()} for rows in (slice(2), slice(2, 4))]
     shares = [losses(params, half, totals)[0] for half in halves]
     np.testing.assert_allclose(sum(shares), trained, **FLOAT32)
+
+
+def test_a_part_of_the_modules_alone_is_not_part_of_an_evaluation():
+    config = make()
+    model, state = config.model, tiny_state(config)
+    assert (model.moe_parts, model.moe_layers, model.has_capacity) == ({}, {}, False)
+    found = score(
+        state.params, {}, config, [{**tiny_batch(), "domain": np.zeros(4, int)}], ("text",),
+        np.ones(300, np.int32), make_mesh(config.mesh),
+    )  # fmt: skip
+    assert list(found) == ["dropless", "domain_expert_share"]
+    assert np.isfinite(found["dropless"]["nats_per_token"])
+    assert found["domain_expert_share"] == {}
+
+
+def test_plans_know_where_a_part_of_the_modules_runs():
+    """Training runs it, and serving does not."""
+    config = make(run_experts="ragged")
+    (rows,) = sorted_rows(resolve(config, 1))
+    assert (rows.part, rows.layers) == ("moe", DEPTH)
+    assert serving_costs(config.model, 16) == serving_costs(without_modules(config.model), 16)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

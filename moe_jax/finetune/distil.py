@@ -14,7 +14,7 @@ from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
 from moe_jax.config.settings import setting
 from moe_jax.models.model import LanguageModel
-from moe_jax.models.multi_token import NAME
+from moe_jax.models.multi_token import NAME, without_modules
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.part import Part
@@ -178,15 +178,6 @@ class Distil(TrainingLoss):
             return scored.cross_entropy, {"soft_loss": soft}
         share = (1 - self.weight) * scored.cross_entropy + self.weight * soft
         return share, {"soft_loss": soft}
-
-
-def without_modules(model: LanguageModel) -> LanguageModel:
-    """The model without multi-token modules, and the parts that they alone have."""
-    if model.multi_token is None:
-        return model
-    used = {name for layout in model.layouts.values() for name in layout.names}
-    parts = {name: part for name, part in dict(model.parts).items() if name in used}
-    return dataclasses.replace(model, parts=parts, multi_token=None)
 
 
 def names_of_modules(model: LanguageModel) -> tuple[str, ...]:

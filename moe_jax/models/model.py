@@ -169,8 +169,9 @@ class LanguageModel(Settings):
 
     @property
     def moe_parts(self) -> dict[str, Any]:
-        """The parts that route tokens to experts, by name: `MoE`, or parts with its settings."""
-        return {name: part for name, part in self.part.items() if part.routes}
+        """The parts of the stacks that route tokens to experts: `MoE`, or with its settings."""
+        used = self.layers_of  # not by the multi-token modules alone
+        return {name: part for name, part in self.part.items() if part.routes and name in used}
 
     def map_parts(self, change: Callable[[Part], Part]) -> "LanguageModel":
         """The model with `change` applied to every part, also to branches of whole layers."""
@@ -353,7 +354,8 @@ class LanguageModel(Settings):
     @property
     def has_capacity(self) -> bool:
         """See `Part`."""
-        return any(part.has_capacity for part in self.part.values())
+        stacks = self.stacks.values()
+        return any(part.has_capacity for stack in stacks for part in stack.parts().values())
 
     @property
     def depends_on_microbatches(self) -> bool:

@@ -8,7 +8,7 @@ speculative decoding, of which they are a draft.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from moe_jax.layers.norms import Norm
 from moe_jax.models.stack import Stack, StackLayout, StackOutput, unstacked
 from moe_jax.parameters import ParameterSpec, linear, scaled_init
 from moe_jax.part import Aux, Call, Dims, RunShape
+
+if TYPE_CHECKING:
+    from moe_jax.models.model import LanguageModel
 
 NAME = "multi_token"
 NORMS = ("embedding_norm", "hidden_norm", "final_norm")
@@ -244,6 +247,15 @@ def later_weights(weights: jax.Array, segments: jax.Array, k: int) -> jax.Array:
       k: of the module.
     """
     return jnp.where(in_one_document(segments, k) & (weights > 0), shift(weights, k), 0)
+
+
+def without_modules(model: "LanguageModel") -> "LanguageModel":
+    """The model without multi-token modules, and without the parts that they alone have."""
+    if model.multi_token is None:
+        return model
+    used = {name for layout in model.layouts.values() for name in layout.names}
+    parts = {name: part for name, part in dict(model.parts).items() if name in used}
+    return dataclasses.replace(model, parts=parts, multi_token=None)
 
 
 def joined(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 All of it is arithmetic on the model's parts. Multi-token modules are left out, as decoding does.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import without_modules
 from moe_jax.planning.flops import different_parts
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
@@ -70,7 +70,7 @@ class ServingCosts(NamedTuple):
 
 def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
     """The costs of a model whose texts have `context` tokens."""
-    model = dataclasses.replace(model, multi_token=None)
+    model = without_modules(model)
     parameters = count_parameters(model, context)
     of_encoder = model.stacks["encoder"].layer_indices() if model.has_encoder else {}
     sparse = []
@@ -115,7 +115,7 @@ def unread_weights(model: LanguageModel) -> int:
 
 def stored_bytes(model: LanguageModel) -> int:
     """Bytes of the parameters in their own dtypes: float32, and integers of quantised ones."""
-    specs = dataclasses.replace(model, multi_token=None).specs()
+    specs = without_modules(model).specs()
     return sum(spec.size * jnp.dtype(spec.dtype).itemsize for spec in jax.tree.leaves(specs))
 
 

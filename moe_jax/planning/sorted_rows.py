@@ -5,6 +5,7 @@ Legend of shapes: `moe_jax.moe`.
 
 import dataclasses
 import math
+from typing import Any
 
 from moe_jax.costs import ffn_cost
 from moe_jax.models.layer import Layer
@@ -76,9 +77,9 @@ def sorted_rows(work: Workload, row_tiles: tuple[int, ...] = ()) -> list[SortedR
       work: the config on its mesh.
       row_tiles: of a compiled program, in place of the tiles that a kernel is known to have.
     """
-    found = []
+    found, parts = [], work.model.part
     for (name, length), layers in layers_with_experts(work).items():
-        moe = work.model.moe_parts[name]
+        moe: Any = parts[name]
         if moe.run_experts != "ragged" or moe.router.mixes:
             continue
         shards = shards_of("expert", work.mesh)
@@ -109,13 +110,13 @@ def sorted_rows(work: Workload, row_tiles: tuple[int, ...] = ()) -> list[SortedR
 
 def layers_with_experts(work: Workload) -> dict[tuple[str, int], int]:
     """How many layers use each part that routes, by its name and the length of sequences."""
-    names, count = set(work.model.moe_parts), dict[tuple[str, int], int]()
+    count = dict[tuple[str, int], int]()
     for placed in different_layers(work.model, work.lengths) + module_layers(
         work.model, work.lengths
     ):
         branches = placed.part.branches if isinstance(placed.part, Layer) else ()
-        for name, _ in branches:
-            if name in names:
+        for name, part in branches:
+            if part.routes:
                 key = (name, placed.within.length)
                 count[key] = count.get(key, 0) + placed.times
     return count

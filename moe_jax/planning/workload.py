@@ -77,8 +77,9 @@ class Workload:
 
     @property
     def run_experts(self) -> dict[str, str]:
-        """How experts run, by the parts that have any."""
-        return {name: part.run_experts for name, part in self.model.moe_parts.items()}
+        """How experts run, by the parts that have any, those of multi-token modules included."""
+        parts: dict[str, Any] = self.model.part
+        return {name: part.run_experts for name, part in parts.items() if part.routes}
 
     @functools.cached_property
     def teachers(self) -> tuple["Workload", ...]:
