@@ -13,9 +13,11 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.serving import serving_costs
 from moe_jax.planning.sorted_rows import sorted_rows
 from moe_jax.planning.workload import resolve
+from moe_jax.training import loop
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import score
 from moe_jax.training.loss import batch_totals, partial_loss
+from moe_jax.training.step import StepMetrics
 from moe_jax.training.workdir import CHECKPOINTS, check_workdir
 from tests.tiny_run import quick_jit, tiny_batch, tiny_config, tiny_state
 
@@ -103,6 +105,20 @@ def test_plans_know_where_a_part_of_the_modules_runs():
     (rows,) = sorted_rows(resolve(config, 1))
     assert (rows.part, rows.layers) == ("moe", DEPTH)
     assert serving_costs(config.model, 16) == serving_costs(without_modules(config.model), 16)
+
+
+def test_a_module_that_lost_choices_stops_the_run(tmp_path):
+    config = make(run_experts="ragged", buffer_factor=1.5, stop_at_overflow=True)
+    metrics = StepMetrics(*[np.float32(1)] * 4, {})
+    of_parts = {
+        "multi_token_moe/buffer_overflow": np.array([0, 7]),
+        "multi_token_moe/buffer_rows": np.array([30, 60]),
+        "multi_token_moe/buffer_factor": np.array([1.0, 2.0]),
+    }
+    with pytest.raises(loop.BufferOverflowError) as error:
+        loop.check_overflow(3, metrics._replace(of_parts=of_parts), config, 0, tmp_path)
+    assert "multi_token_moe/layer_02 lost 7 choices at step 3" in str(error.value)
+    assert "Set model.parts.moe.buffer_factor=2, or" in str(error.value)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

@@ -263,8 +263,13 @@ def joined(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{NAME}_{name}": value for name, value in parts.items()}
 
 
+def own_name(part: str) -> str:
+    """The name of a part in `LanguageModel.parts`, from the one that it has in `all_parts`."""
+    return part.removeprefix(f"{NAME}_")
+
+
 def separated(parts: Mapping[str, Any] | None) -> dict[str, Any]:
     """The inverse of `joined`: what is not of the modules is left out."""
     start = f"{NAME}_"
     found = (parts or {}).items()
-    return {name.removeprefix(start): own for name, own in found if name.startswith(start)}
+    return {own_name(name): own for name, own in found if name.startswith(start)}

@@ -15,6 +15,7 @@ from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, check_data, open_data, train_batches, with_whole_paths
+from moe_jax.models.multi_token import own_name
 from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_rows, rows_of_process
 from moe_jax.parallel.mesh import describe_mesh, make_mesh
@@ -351,18 +352,20 @@ def check_overflow(
     Raises:
       BufferOverflowError: naming the layer that needs most, and the factor that would do.
     """
-    for part, moe in config.model.moe_parts.items():
+    parts: dict[str, Any] = config.model.all_parts
+    for part, moe in parts.items():
         lost_X = metrics.of_parts.get(f"{part}/buffer_overflow")
         if lost_X is None or not moe.stop_at_overflow or not np.any(lost_X):
             continue
         factor_X = np.asarray(metrics.of_parts[f"{part}/buffer_factor"])
         worst = int(np.argmax(factor_X))
         rows, layer = metrics.of_parts[f"{part}/buffer_rows"][worst], config.model.layers_of[part]
+        factor = math.ceil(100 * factor_X[worst]) / 100
         raise BufferOverflowError(
             f"{part}/layer_{layer[worst]:02d} lost {int(lost_X[worst]):,} choices at step {step}: "
             f"a device was sent {int(rows):,} rows, {factor_X[worst]:.4g} times the mean, and has "
             f"room for buffer_factor={moe.buffer_factor:g} times; {last_good(saved, directory)}. "
-            f"Set model.parts.{part}.buffer_factor={math.ceil(100 * factor_X[worst]) / 100:g}, or "
+            f"Set model.parts.{own_name(part)}.buffer_factor={factor:g}, or "
             f"stop_at_overflow=False, and go on in this workdir."
         )
 
