@@ -230,6 +230,26 @@ def test_what_does_not_change_results_may_change(tmp_path):
     check_workdir(dataclasses.replace(other, model=model), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "way"),
+    [({"expert": 4}, {}), ({}, {"run_experts": "gather"}), ({}, {"exchange": "explicit"})],
+)
+def test_with_dropout_in_experts_a_run_stays_where_it_draws(mesh, way, tmp_path):
+    for rate in (0.0, 0.4):
+        config = tiny_config(tiny_moe(expert_dropout_rate=rate))
+        moved = tiny_config({**tiny_moe(expert_dropout_rate=rate, **way), "mesh": mesh})
+        begin(tmp_path / str(rate), config)
+        if rate == 0:
+            check_workdir(moved, tmp_path / str(rate))
+            continue
+        check_workdir(config, tmp_path / str(rate))
+        assert refusal(moved, tmp_path / str(rate)).count("experts draw their dropout") == 1
+    # Slots that the compiler exchanges are drawn as one array, wherever they lie.
+    slots = tiny_moe(expert_dropout_rate=0.4, run_experts="gather", exchange="compiler")
+    begin(tmp_path / "slots", tiny_config(slots))
+    check_workdir(tiny_config({**slots, "mesh": {"expert": 4}}), tmp_path / "slots")
+
+
 def test_a_run_is_extended_but_not_shortened(tmp_path):
     begin(tmp_path, CONFIG)
     check_workdir(with_training(CONFIG, num_steps=24), tmp_path)

@@ -13,8 +13,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 class MeshConfig(Settings):
     """How many devices share what; the product of the sizes is the number of devices used.
 
-    Results do not depend on it, so that a run may resume on another mesh. One size may be -1: it
-    takes the devices that the others leave.
+    Results do not depend on it, so that a run may resume on another mesh; with dropout in experts
+    they do. One size may be -1: it takes the devices that the others leave.
     """
 
     slices: int = setting(1, at_least=1)  # TPU slices on a data-centre network; copies of the model

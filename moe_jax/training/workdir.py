@@ -6,7 +6,7 @@ import fcntl
 import pathlib
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ from moe_jax.training.step import depends_on_microbatches
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 IMPORTED_FILE = "imported.json"  # beside a model that was made, not trained; see `imported`
+# Settings by which experts with dropout draw: where their rows lie, and in which order.
+PLACES_OF_ROWS = ("run_experts", "grouped_matmul", "exchange", "exchange_chunks")
 # What a run is of, as `write_config` has it: in `config.json` and in each checkpoint.
 Record = Mapping[str, Any]
 
@@ -81,8 +83,9 @@ def check_workdir(
     """Refuses a directory that holds another run.
 
     Configs are compared as objects: a setting that did not exist when the run was started is at its
-    default. Settings that do not change results may differ, and `training.num_steps` may rise
-    where no finished step depends on it. A directory in which no step was made takes any run.
+    default. Settings that do not change results may differ; where experts have dropout, the mesh
+    and the way that experts run do change them. `training.num_steps` may rise where no finished
+    step depends on it. A directory in which no step was made takes any run.
 
     Args:
       config: of the run that is to go on.
@@ -189,6 +192,27 @@ def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]
     cut = [line for line in lines if line.startswith("config.training.num_microbatches:")]
     if cut and not depends_on_microbatches(config):
         lines.remove(*cut)
+    return lines + changed_masks(old, new)
+
+
+def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+    """One line for each difference that changes what experts with dropout draw.
+
+    A mask is drawn for the rows of experts where they lie: the explicit exchange draws device by
+    device, sorted rows draw in their order. Slots that the compiler exchanges are one array on
+    every mesh, and draw as one.
+    """
+    parts: Iterable[Any] = new.model.all_parts.values()
+    drawing = [part for part in parts if getattr(part, "expert_dropout_rate", 0) > 0]
+    in_one = all(
+        part.run_experts != "auto" and part.exchange == "compiler" and part.exchange_chunks == 1
+        for part in drawing
+    )
+    lines = []
+    for line in difference(to_dict(old), to_dict(new)) if drawing else []:
+        path = line.partition(":")[0].split(".")
+        if (path[1] == "mesh" and not in_one) or path[-1] in PLACES_OF_ROWS:
+            lines.append(f"{line} (by it experts draw their dropout)")
     return lines
 
 
