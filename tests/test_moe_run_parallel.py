@@ -471,6 +471,24 @@ def test_with_room_for_one_row_less_a_row_would_be_lost():
     assert wrong.sum() == 2  # one in each copy of the model
 
 
+def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
+    """Of two devices each has one token, which travels in one chunk of two."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 1, MODEL_DIM)).astype(np.float32)
+    weights = {"wi": random.normal(size=(2, MODEL_DIM, MODEL_DIM)).astype(np.float32)}
+    ones = np.ones((2, 1, 1), np.float32)
+    assignment = Assignment(np.int32([[[1]], [[0]]]), ones, 0 * ones.astype(int), ones > 0, 1, 2)
+
+    def product(rows, weights, layout):
+        return layout.matmul(rows, weights["wi"])
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
+        y = run_parallel(
+            x, assignment, weights, AXES, product, rows="ragged", kernel="dense", num_chunks=2
+        ).y  # fmt: skip
+    compare(np.asarray(y), np.stack([x[0] @ weights["wi"][1], x[1] @ weights["wi"][0]]), "output")
+
+
 # What is random in the experts.
 
 

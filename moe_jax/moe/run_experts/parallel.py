@@ -213,6 +213,7 @@ def exchange_rows(
     groups, tokens, model_dim = x_GSM.shape
     num_choices = assignment.kept_GSK.shape[-1]
     num_own = num_experts_of(weights)
+    num_chunks = min(num_chunks, groups * tokens)  # one text that is generated has few
     choices = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
     rows = [x_GSM.reshape(-1, model_dim), *(value.reshape(-1, num_choices) for value in choices)]
     outputs = []
