@@ -30,13 +30,16 @@ from moe_jax.moe.run_experts import (
 )
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
+from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
+from moe_jax.parameters import grouped
 from moe_jax.part import Call, Dims
 from moe_jax.planning.hlo import read_program
+from moe_jax.weights.quantised import Quantised
 from tests.slow import slow_but
 
 # On a mesh the same float32 products are summed in another order: a few roundings (epsilon 1.2e-7)
@@ -487,6 +490,25 @@ def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
             x, assignment, weights, AXES, product, rows="ragged", kernel="dense", num_chunks=2
         ).y  # fmt: skip
     compare(np.asarray(y), np.stack([x[0] @ weights["wi"][1], x[1] @ weights["wi"][0]]), "output")
+
+
+def test_scales_of_quantised_experts_stay_what_they_are():
+    """127 times 1.003 (in float16) is 127.37, in bfloat16 127.5; of a scale in bfloat16: 127."""
+    scales = np.full((2, 1, 1), 1.003, np.float16)
+    weights = {"wi": Quantised(np.full((2, 1, 1), 127, np.int8), jnp.asarray(scales))}
+    ones = jnp.ones((2, 1, 1))
+    index = jnp.int32([[[1]], [[0]]])
+    assignment = Assignment(index, ones, 0 * index, ones > 0, 1, 2)
+
+    def product(rows, weights, layout):
+        return grouped(rows, weights["wi"], layout)
+
+    operands = (ones.astype(jnp.bfloat16), assignment, weights)
+    expected = run_gather(*operands, product)
+    assert expected.tolist() == [[[127.5]], [[127.5]]]
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
+        y = run_parallel(*operands, AXES, product, rows="gather").y
+    assert y.dtype == jnp.bfloat16 and y.tolist() == expected.tolist()
 
 
 # What is random in the experts.

@@ -175,8 +175,8 @@ def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def in_compute_dtype(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """An array in the dtype of the tokens; integers stay what they are."""
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+    """Float32 in the dtype of the tokens; quantised arrays, scales too, stay what they are."""
+    return array.astype(dtype) if array.dtype == jnp.float32 else array
 
 
 def is_added_last(axes: Axes) -> bool:
