@@ -442,3 +442,21 @@ def gradients(params, x_BLM, config, decided, dy_BLM, balance_weight=0.0, z_weig
             config,
         )
     return float(value), jax.tree.map(np.asarray, grads), np.asarray(dx_TM).reshape(x_BLM.shape)
+
+
+def rows_computed(group_sizes_E, tile, aligned):
+    """Rows that a kernel computes for groups of these sizes, those in vain included.
+
+    Args:
+      group_sizes_E: rows of each expert.
+      tile: rows of a tile.
+      aligned: whether tiles begin at multiples of their size (megablox, libtpu), and not at the
+        first row of each expert (triton).
+    """
+    ends_E = np.cumsum(group_sizes_E)
+    starts_E = ends_E - group_sizes_E
+    if aligned:
+        tiles_E = -(-ends_E // tile) - starts_E // tile
+    else:
+        tiles_E = -(-np.asarray(group_sizes_E) // tile)
+    return int(tile * np.sum(np.where(group_sizes_E, tiles_E, 0)))

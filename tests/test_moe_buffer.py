@@ -237,7 +237,8 @@ def test_what_has_no_room_gives_nothing_and_learns_nothing(num_chunks, kernel):
     has_room = np.zeros(LENGTH, bool)
     has_room[[0, 1, 2] if num_chunks == 1 else [0, 4, 8]] = True
     np.testing.assert_array_equal(out.kept, np.broadcast_to(has_room[:, None], out.kept.shape))
-    assert out.needed.rows == 96 // num_chunks and out.needed.factor == 4
+    assert out.buffer.rows == 96 // num_chunks and out.buffer.factor == 4
+    assert out.buffer.overflow == np.sum(~out.kept)
 
     products = np.einsum("GSM,KMO->GSKO", x, WEIGHTS[:2])
     expected = np.einsum("GSKO,GSK->GSO", products, gate) * has_room[:, None]

@@ -15,12 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moe_jax.config import MeshConfig
-from moe_jax.parallel.collectives import (
-    axes_size,
-    emulated_ragged_all_to_all,
-    ragged_all_to_all,
-    vary,
-)
+from moe_jax.parallel.collectives import emulated_ragged_all_to_all, ragged_all_to_all, vary
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import partition_spec
 
@@ -233,19 +228,6 @@ def test_on_a_cpu_it_is_emulated():
     names = list(primitives(trace_exchange("cpu").jaxpr.jaxpr))
     assert "ragged_all_to_all" not in names
     assert "all_gather" in names
-
-
-def test_devices_along_axes_are_counted():
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
-
-    def sizes(x):
-        counted = axes_size(("data",)), axes_size(("data", "fsdp", "expert")), axes_size(())
-        return x + jnp.array(counted)
-
-    counted = jax.shard_map(sizes, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())(
-        jnp.zeros(3, int)
-    )
-    np.testing.assert_array_equal(counted, [2, 8, 1])
 
 
 @pytest.mark.parametrize(

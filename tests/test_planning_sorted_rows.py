@@ -12,7 +12,6 @@ from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts import Plan as Experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
-from moe_jax.moe.run_experts.tiles import rows_computed
 from moe_jax.planning import sorted_rows as planning
 from moe_jax.planning.compiled import Compiled, CompilerMemory
 from moe_jax.planning.flops import different_layers
@@ -24,6 +23,7 @@ from moe_jax.planning.sorted_rows import executed_flops, flops_in_vain, sorted_r
 from moe_jax.planning.text import plan_text
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.workload import resolve
+from tests.moe_oracle import rows_computed
 
 # Two sequences of 1,024 tokens on each of four devices, with 8 experts of 16 over them, top 2.
 TOKENS, WIDTH, HIDDEN, LAYERS = 2 * 1024, 256, 512, 3

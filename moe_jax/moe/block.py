@@ -11,7 +11,8 @@ from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
 from moe_jax.moe.run_experts import as_they_travel, mix_slots, plan_experts, run_experts
-from moe_jax.moe.statistics import Buffer, measure
+from moe_jax.moe.run_experts.buffer import Buffer
+from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts
 from moe_jax.part import Aux, Call, Own
@@ -118,7 +119,7 @@ def through_experts(
       training: whether this is a training pass.
 
     Returns:
-      [G, S, M] in the dtype of `x_GSM`, bool [G, S, K], and what a bounded buffer had no room for.
+      [G, S, M] in the dtype of `x_GSM`, bool [G, S, K], and what went through a bounded buffer.
     """
     valid_GS1 = inputs.valid_GS[..., None]
     plan = plan_experts(moe, training, inputs.options.dropless)
@@ -133,12 +134,9 @@ def through_experts(
     computing = computing_choices(routing, inputs.options)
     queue = moe.capacity.queue
     assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, queue_key)
-    y_GSM, kept_GSK, needed = run_experts(
+    y_GSM, kept_GSK, buffer = run_experts(
         x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
     )
-    buffer = None
-    if needed is not None:
-        buffer = Buffer(jnp.sum(assignment.kept_GSK & ~kept_GSK, dtype=jnp.int32), *needed)
     y_GSM, kept_GSK = add_free_choices(
         x_GSM, y_GSM, routing, kept_GSK, valid_GS1, inputs.options,
         first_copy=moe.num_experts + moe.num_zero_experts,

@@ -3,7 +3,7 @@
 Legend: `moe_jax.moe`. Here E includes experts that compute nothing, behind the others.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,13 @@ import jax.numpy as jnp
 from moe_jax.moe.balance import count_choices, entropy, max_violation, named_losses
 from moe_jax.moe.choices import record_choices
 from moe_jax.moe.routing import RouterInputs, Routing
+from moe_jax.moe.run_experts.buffer import Buffer
 from moe_jax.part import Aux, Call
 
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
 BUFFER = ("buffer_overflow", "buffer_rows", "buffer_factor")
-
-
-class Buffer(NamedTuple):
-    """What went through a bounded buffer of received rows.
-
-    Attributes:
-      overflow: int32, choices that were lost for want of room, on all devices.
-      rows: int32, the most rows that were sent to one device, whether they fit or not.
-      factor: float32, the same over the mean: the `buffer_factor` that would do.
-    """
-
-    overflow: jax.Array
-    rows: jax.Array
-    factor: jax.Array
 
 
 def measure(

@@ -6,11 +6,6 @@ import jax.numpy as jnp
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, platform
 
 
-def axes_size(axes: tuple[str, ...]) -> int:
-    """How many devices lie along some mesh axes."""
-    return jax.lax.axis_size(axes)
-
-
 def vary(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Lets what an array is combined with differ along every mesh axis, inside `jax.shard_map`.
 

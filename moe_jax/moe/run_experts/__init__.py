@@ -238,9 +238,9 @@ def gated_input(
     )
     x_GAM = x_GSKM.reshape(groups, tokens * num_choices, -1)
     plan = dataclasses.replace(plan, gate_on_input=False)
-    y_GAM, kept_GA1, needed = run_experts(x_GAM, one_by_one, weights, axes, experts, plan, rng)
+    y_GAM, kept_GA1, buffer = run_experts(x_GAM, one_by_one, weights, axes, experts, plan, rng)
     y_GSM = jnp.sum(y_GAM.reshape(x_GSKM.shape), axis=2, dtype=jnp.float32).astype(x_GSM.dtype)
-    return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), needed)
+    return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), buffer)
 
 
 __all__ = [

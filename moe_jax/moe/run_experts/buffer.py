@@ -12,16 +12,23 @@ import jax.numpy as jnp
 TILE = 128  # rows: a bounded buffer is whole tiles of the grouped matmul
 
 
-class Needed(NamedTuple):
-    """What the fullest device would need a bounded buffer for.
+class Buffer(NamedTuple):
+    """What went through a bounded buffer of received rows.
 
     Attributes:
-      rows: int32, rows for it, whether they fit or not.
-      factor: float32, the same over the rows of equally loaded experts.
+      overflow: int32, choices that were lost for want of room.
+      rows: int32, the most rows that were sent to one device, whether they fit or not.
+      factor: float32, the same over the mean: the `buffer_factor` that would do.
     """
 
+    overflow: jax.Array
     rows: jax.Array
     factor: jax.Array
+
+    def over_all(self) -> "Buffer":
+        """Of all devices or chunks, from values of each along a leading dim."""
+        overflow = jnp.sum(self.overflow, dtype=jnp.int32)
+        return Buffer(overflow, jnp.max(self.rows), jnp.max(self.factor))
 
 
 def most_received_rows(

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.buffer import (
-    Needed,
+    Buffer,
     buffer_rows,
     keep_first,
     most_received_rows,
@@ -31,7 +31,7 @@ from moe_jax.moe.run_experts.rows import (
     through_sorted_rows,
 )
 from moe_jax.moe.run_experts.slots import run_einsum
-from moe_jax.parallel.collectives import axes_size, ragged_all_to_all, vary
+from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes
 
@@ -46,12 +46,12 @@ class Combined(NamedTuple):
       y: [G, S, M], or of tokens of all groups [J, M], in the dtype of the tokens.
       kept: bool, [G, S, K] or [J, K]: the choices that were computed. Those of the assignment,
         except what a bounded buffer has no room for.
-      needed: rows for the fullest device, where the buffer is bounded; else None.
+      buffer: what went through it, where it is bounded; else None.
     """
 
     y: jax.Array
     kept: jax.Array
-    needed: Needed | None = None
+    buffer: Buffer | None = None
 
 
 def run_parallel(
@@ -98,7 +98,7 @@ def run_parallel(
         choices: tuple[jax.Array, ...],
         arrays: list[jax.Array],
         rng: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None, Needed | None]:
+    ) -> tuple[jax.Array, jax.Array | None, Buffer | None]:
         index_GSK, gate_GSK, slot_GSK, kept_GSK = (vary(choice, TOKEN_AXES) for choice in choices)
         sizes = (assignment.capacity, assignment.num_experts)
         own = Assignment(index_GSK, gate_GSK, slot_GSK, kept_GSK, *sizes)
@@ -106,18 +106,18 @@ def run_parallel(
         operands = (vary(x_GSM, TOKEN_AXES), own, as_used_here(arrays), experts, key)
         if rows == "ragged" and expert_axes:
             how = (expert_axes, num_chunks, buffer_factor, kernel)
-            y_GSM, kept_GSK, needed = exchange_rows(*operands, *how)
+            y_GSM, kept_GSK, buffer = exchange_rows(*operands, *how)
         elif rows == "ragged":
-            y_GSM, needed = run_sorted_rows(*operands, kernel=kernel), None
+            y_GSM, buffer = run_sorted_rows(*operands, kernel=kernel), None
         else:
             exchange = ByAllToAll(expert_axes, num_chunks)
-            y_GSM, needed = SLOT_WAYS[rows](*operands, exchange), None
+            y_GSM, buffer = SLOT_WAYS[rows](*operands, exchange), None
         y_GSM = jax.lax.psum(y_GSM, tensor)
-        if needed is None:
+        if buffer is None:
             return y_GSM, None, None
         if tensor:  # these are the same along it, which a maximum tells JAX
-            kept_GSK, needed = jax.lax.pmax((kept_GSK.astype(jnp.int8), needed), tensor)
-        return y_GSM, kept_GSK > 0, jax.tree.map(lambda most: most[None], needed)
+            kept_GSK, buffer = jax.lax.pmax((kept_GSK.astype(jnp.int8), buffer), tensor)
+        return y_GSM, kept_GSK > 0, jax.tree.map(lambda own: own[None], buffer)
 
     if mesh.shape["fsdp"] > 1:
         on_device = jax.checkpoint(on_device, policy=all_but_gathered)
@@ -128,10 +128,10 @@ def run_parallel(
         out_specs=(tokens, tokens, partition_spec(TOKEN_AXES[:1], mesh)),
         check_vma=says_how_it_varies(kernel),
     )
-    y_GSM, kept_GSK, needed = sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
-    if kept_GSK is None or needed is None:
+    y_GSM, kept_GSK, buffer = sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
+    if kept_GSK is None or buffer is None:
         return Combined(y_GSM, assignment.kept_GSK)
-    return Combined(y_GSM, kept_GSK, jax.tree.map(jnp.max, needed))
+    return Combined(y_GSM, kept_GSK, buffer.over_all())
 
 
 def arrays_of(
@@ -235,11 +235,11 @@ def exchange_rows(
         outputs.append(one)
     y_JM = jnp.concatenate([one.y for one in outputs])
     kept_JK = jnp.concatenate([one.kept for one in outputs])
-    needed = [one.needed for one in outputs if one.needed is not None]
+    buffers = [one.buffer for one in outputs if one.buffer is not None]
     return Combined(
         y_JM.reshape(groups, tokens, model_dim),
         kept_JK.reshape(groups, tokens, num_choices),
-        jax.tree.map(lambda *most: jnp.max(jnp.stack(most)), *needed) if needed else None,
+        jax.tree.map(lambda *each: jnp.stack(each), *buffers).over_all() if buffers else None,
     )
 
 
@@ -286,19 +286,21 @@ def through_ragged_exchange(
     Returns:
       The gated sum over a token's choices that were computed.
     """
-    num_devices, num_own = axes_size(axes), num_experts_of(weights)
+    num_devices, num_own = jax.lax.axis_size(axes), num_experts_of(weights)
     choice_R, row_JK, rows_E = sort_by_expert(expert_JK, kept_JK, num_own * num_devices)
 
     # Rows of every expert on every device.
     rows_QE = jax.lax.all_gather(rows_E, axes, axis=0, tiled=False)
-    me, needed = jax.lax.axis_index(axes), None
+    me, buffer = jax.lax.axis_index(axes), None
     if is_bounded:
         most = jnp.max(jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=(0, 2)))
-        needed = Needed(most, most.astype(jnp.float32) / kept_JK.size)
         rows_QE = rows_that_fit(rows_QE, num_own, max_rows)
+        sent_JK = kept_JK
         kept_JK, choice_R, row_JK = keep_first(
-            expert_JK, kept_JK, choice_R, row_JK, rows_E, rows_QE[me]
+            expert_JK, sent_JK, choice_R, row_JK, rows_E, rows_QE[me]
         )
+        overflow = jnp.sum(sent_JK & ~kept_JK, dtype=jnp.int32)
+        buffer = Buffer(overflow, most, most.astype(jnp.float32) / kept_JK.size)
     x_RM = rows_of(x_JM, choice_R, row_JK, kept_JK)
     there, back = ways_of_rows(rows_QE, num_own, me)
     empty_WM = jnp.zeros_like(x_RM, shape=(max_rows, x_RM.shape[1]))
@@ -312,7 +314,7 @@ def through_ragged_exchange(
     )  # fmt: skip
     y_RM = ragged_all_to_all(y_WM, jnp.zeros_like(x_RM), *back, axis_name=axes)
     y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
-    return Combined(y_JM, kept_JK, needed)
+    return Combined(y_JM, kept_JK, buffer)
 
 
 def ways_of_rows(

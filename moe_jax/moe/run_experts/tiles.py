@@ -8,8 +8,6 @@ in turn read the weights more often.
 import itertools
 import math
 
-import numpy as np
-
 
 def tile_rows(
     num_rows: int, num_experts: int, *, smallest: int, largest: int, tiles_per_expert: int = 8
@@ -28,24 +26,6 @@ def tile_rows(
     """
     mean = max(num_rows // (num_experts * tiles_per_expert), 1)
     return min(max(1 << (mean.bit_length() - 1), smallest), largest)
-
-
-def rows_computed(group_sizes_E: np.ndarray, tile: int, aligned: bool) -> int:
-    """Rows that a kernel computes for groups of these sizes, those in vain included.
-
-    Args:
-      group_sizes_E: rows of each expert.
-      tile: rows of a tile.
-      aligned: whether tiles begin at multiples of their size (megablox, libtpu), and not at the
-        first row of each expert (triton).
-    """
-    ends_E = np.cumsum(group_sizes_E)
-    starts_E = ends_E - group_sizes_E
-    if aligned:
-        tiles_E = -(-ends_E // tile) - starts_E // tile
-    else:
-        tiles_E = -(-np.asarray(group_sizes_E) // tile)
-    return int(tile * np.sum(np.where(group_sizes_E, tiles_E, 0)))
 
 
 # Of the on-chip memory that a TPU kernel gets by default, 16 MiB; the rest is for what the compiler
