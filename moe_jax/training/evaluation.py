@@ -58,23 +58,23 @@ def evaluate_batch(
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
     nats_BL = target_nats(output.logits_BLV, batch["targets"]) * weight_BL
-    said = {part: output.aux[part] for part in model.moe_layers}
+    aux = {part: output.aux[part] for part in model.moe_layers}
     sums = SequenceSums(
         nats_B=jnp.sum(nats_BL, axis=1),
         targets_B=jnp.sum(weight_BL, axis=1),
         bytes_B=jnp.sum(token_bytes_V[batch["targets"]] * weight_BL, axis=1),
-        assigned_XBE={part: aux.sequences["assigned_BE"] for part, aux in said.items()},
+        assigned_XBE={part: own.sequences["assigned_BE"] for part, own in aux.items()},
         overflow_X={
-            part: aux.sums["buffer_overflow"]
-            for part, aux in said.items()
-            if "buffer_overflow" in aux.sums
+            part: own.sums["buffer_overflow"]
+            for part, own in aux.items()
+            if "buffer_overflow" in own.sums
         },
     )
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), sums)  # every process reads all
 
 
 class DomainSums:
-    """Adds up what sequences say, domain by domain, in float64."""
+    """Adds up the sums of sequences, domain by domain, in float64."""
 
     def __init__(self, domains: tuple[str, ...]):
         self.domains = domains
@@ -241,8 +241,8 @@ def score(
                 sums = evaluate_batch(*inputs, **static)
             total.add(sums, domain_B)
     shares = totals["dropless"].expert_share(config.model.moe_layers)
-    said = {
+    losses = {
         name: ways[name]._asdict() | total.losses() | total.overflow(config.model.moe_layers)
         for name, total in totals.items()
     }
-    return said | {"domain_expert_share": shares}
+    return losses | {"domain_expert_share": shares}

@@ -44,7 +44,7 @@ class LossParts(NamedTuple):
 
     Attributes:
       cross_entropy: float32 scalar, nats a target.
-      aux: what the model's parts said, by part.
+      aux: of the model's parts, by part.
       of_loss: float32 scalars, metrics of the training loss by name; shares too.
     """
 

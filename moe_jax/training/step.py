@@ -17,7 +17,7 @@ from moe_jax.training.state import TrainState, abstract_batch, abstract_state, t
 
 
 class StepMetrics(NamedTuple):
-    """What a step says.
+    """The metrics of a step.
 
     Attributes:
       loss: float32 scalar, nats a target: cross-entropy alone.
@@ -59,11 +59,11 @@ def make_train_step(
         trained = trained_params(config, state.params)
         totals = batch_totals(batch, model)
         learnt = {"training_loss": config.training.loss, "arrays": arrays}
-        loss, grads, said = gradient(state, batch, keys, totals, model, trained, **learnt)
+        loss, grads, shares = gradient(state, batch, keys, totals, model, trained, **learnt)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = filled(optax.apply_updates(trained, updates), state.params)
-        aux = merge_aux(said.aux)
+        aux = merge_aux(shares.aux)
         sums = {name: of_part.sums for name, of_part in aux.items()}
         num_steps = config.training.num_steps
         moved = model.next_state(state.model_state, sums, state.step, num_steps)
@@ -72,12 +72,12 @@ def make_train_step(
         )
         new_state = TrainState(state.step + 1, params, opt_state, model_state, state.key_data)
         metrics = StepMetrics(
-            loss=jnp.sum(said.cross_entropy),
+            loss=jnp.sum(shares.cross_entropy),
             total_loss=loss,
             grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             of_parts=model.metrics(aux),
-            of_loss=jax.tree.map(jnp.sum, said.of_loss),
+            of_loss=jax.tree.map(jnp.sum, shares.of_loss),
         )
         return new_state, metrics
 
@@ -107,7 +107,7 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
 
 
 def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:
-    """What was said of the parts of a batch (leading dim), as if they had been one.
+    """The `Aux` of the parts of a batch (leading dim), as if they had been one.
 
     Sums add up, of maxima the largest counts; what stays with sequences is left out.
     """
@@ -141,8 +141,8 @@ def gradient(
       **learnt: `training_loss` and `arrays` of `partial_loss`.
 
     Returns:
-      The loss, its gradient in the tree of what trains, and what every part said (leading dim of
-      parts).
+      The loss, its gradient in the tree of what trains, and the shares of every part (leading dim
+      of parts).
     """
     trained = state.params if trained is None else trained
 
@@ -154,8 +154,8 @@ def gradient(
     if len(keys) == 1:
         only = {name: value[0] for name, value in parts.items()}
         outcome = loss_and_grad(trained, only, totals, model, rng=keys[0], **settings)
-        (loss, said), grads = outcome
-        return loss, grads, jax.tree.map(lambda x: x[None], said)
+        (loss, share), grads = outcome
+        return loss, grads, jax.tree.map(lambda x: x[None], share)
 
     if model.needs_batch_sums:
         totals = totals._replace(sums=batch_sums(state, parts, keys, totals, model))
@@ -163,12 +163,12 @@ def gradient(
     def accumulate(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
         part, key = inputs
         outcome = loss_and_grad(trained, part, totals, model, rng=key, **settings)
-        (loss, said), grads = outcome
-        return jax.tree.map(jnp.add, carry, (loss, grads)), said
+        (loss, share), grads = outcome
+        return jax.tree.map(jnp.add, carry, (loss, grads)), share
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-    (loss, grads), said = jax.lax.scan(accumulate, zero, (parts, keys))
-    return loss, grads, said
+    (loss, grads), shares = jax.lax.scan(accumulate, zero, (parts, keys))
+    return loss, grads, shares
 
 
 def batch_sums(
@@ -182,11 +182,11 @@ def batch_sums(
 
     def measure(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, Any]:
         part, key = inputs
-        _, said = partial_loss(
+        _, share = partial_loss(
             state.params, part, totals, model,
             model_state=state.model_state, rng=key, step=state.step,
         )  # fmt: skip
-        return carry, said.aux
+        return carry, share.aux
 
-    _, said = jax.lax.scan(measure, None, (parts, keys))
-    return {name: aux.sums for name, aux in merge_aux(said).items()}
+    _, aux = jax.lax.scan(measure, None, (parts, keys))
+    return {name: own.sums for name, own in merge_aux(aux).items()}
