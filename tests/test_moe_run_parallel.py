@@ -22,8 +22,8 @@ from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.moe.run_experts import (
     Plan,
-    as_they_travel,
     expert_loop,
+    gathered_for,
     parallel,
     plan_experts,
     run_experts,
@@ -252,7 +252,7 @@ def test_matrices_come_to_their_slots_in_either_pass(remat):
 def test_few_slots_come_to_the_matrices(mesh, model_dim, gathers):
     x_GSM, weights = jnp.zeros((8, 1, model_dim)), {"wi": jnp.zeros((8, model_dim, 8))}
     with jax.set_mesh(make_mesh(mesh, jax.devices()[: mesh.num_devices])):
-        found = as_they_travel(weights, {"wi": ("expert", "model", "hidden")}, x_GSM, slots=1)
+        found = gathered_for(1, weights, {"wi": ("expert", "model", "hidden")}, x_GSM)
     assert isinstance(found["wi"], Gathered) == gathers
 
 

@@ -10,8 +10,7 @@ from moe_jax.moe.choices import replay_in_groups
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
-from moe_jax.moe.run_experts import as_they_travel, mix_slots, plan_experts, run_experts
-from moe_jax.moe.run_experts.buffer import Buffer
+from moe_jax.moe.run_experts import mix_experts, plan_experts, run_experts
 from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts
@@ -45,14 +44,32 @@ def moe_block(
     rng = own.key(call)
     router_key, queue_key, experts_key = (None,) * 3 if rng is None else jax.random.split(rng, 3)
     x_GSM, inputs = in_groups(x_BLM, moe, call, own, router_key)
+    options, valid_GS1 = inputs.options, inputs.valid_GS[..., None]
 
     routing = route(params, x_GSM, moe, inputs)
-    y_GSM, kept_GSK, buffer = through_experts(
-        params["experts"], x_GSM, routing, moe, inputs, queue_key, experts_key, call.training
-    )
-    y_GSM = constrain(y_GSM, "group", None, None)
+    with jax.named_scope("run_experts"):
+        plan = plan_experts(moe, call.training, options.dropless)
+        weights = of_experts(params["experts"], moe.num_experts)
+        axes = moe.expert_axes(x_GSM.shape[-1])
+        if routing.mixing is not None:  # Soft MoE: every token is in every slot
+            y_GSM = mix_experts(
+                x_GSM, routing.mixing, weights, axes, moe.experts, plan, experts_key
+            )
+            kept_GSK, buffer = valid_GS1, None
+        else:
+            computing = computing_choices(routing, options)
+            queue = moe.capacity.queue
+            assignment = assign_slots(computing, queue, options, inputs.valid_GS, queue_key)
+            y_GSM, kept_GSK, buffer = run_experts(
+                x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
+            )
+            y_GSM, kept_GSK = add_free_choices(
+                x_GSM, y_GSM, routing, kept_GSK, valid_GS1, options,
+                first_copy=moe.num_experts + moe.num_zero_experts,
+            )  # fmt: skip
+        y_GSM = constrain(y_GSM, "group", None, None)
     if moe.shared_expert_dim > 0:
-        y_GSM += shared_expert(params["shared"], x_GSM, moe) * inputs.valid_GS[..., None]
+        y_GSM += shared_expert(params["shared"], x_GSM, moe) * valid_GS1
     aux = measure(routing, kept_GSK, moe, call, inputs, x_BLM.shape, buffer)
     return y_GSM.reshape(x_BLM.shape), aux
 
@@ -93,55 +110,6 @@ def route(params: Any, x_GSM: jax.Array, moe: "MoE", inputs: RouterInputs) -> Ro
     if moe.num_options == 1:
         return moe.router.only_option(x_GSM)
     return moe.router.route(params.get("router", {}), x_GSM, inputs)
-
-
-@jax.named_scope("run_experts")
-def through_experts(
-    weights: Any,
-    x_GSM: jax.Array,
-    routing: Routing,
-    moe: "MoE",
-    inputs: RouterInputs,
-    queue_key: jax.Array | None,
-    experts_key: jax.Array | None,
-    training: bool,
-) -> tuple[jax.Array, jax.Array, Buffer | None]:
-    """The experts' output for every token, and which choices were kept.
-
-    Args:
-      weights: of the experts, by name.
-      x_GSM: tokens.
-      routing: their choices, or the slots that the router filled.
-      moe: the settings.
-      inputs: of the router.
-      queue_key: of a random queue, or None.
-      experts_key: of dropout in the experts, or None.
-      training: whether this is a training pass.
-
-    Returns:
-      [G, S, M] in the dtype of `x_GSM`, bool [G, S, K], and what went through a bounded buffer.
-    """
-    valid_GS1 = inputs.valid_GS[..., None]
-    plan = plan_experts(moe, training, inputs.options.dropless)
-    weights = of_experts(weights, moe.num_experts)
-    axes = moe.expert_axes(x_GSM.shape[-1])
-    if routing.mixing is not None:
-        weights = as_they_travel(weights, axes, x_GSM, inputs.options.slots)
-        y_GSM = mix_slots(
-            x_GSM, routing.mixing, weights, moe.experts, experts_key, plan.by_constraint
-        )
-        return y_GSM, valid_GS1, None  # every token is in every slot: none is dropped
-    computing = computing_choices(routing, inputs.options)
-    queue = moe.capacity.queue
-    assignment = assign_slots(computing, queue, inputs.options, inputs.valid_GS, queue_key)
-    y_GSM, kept_GSK, buffer = run_experts(
-        x_GSM, assignment, weights, axes, moe.experts, plan, experts_key
-    )
-    y_GSM, kept_GSK = add_free_choices(
-        x_GSM, y_GSM, routing, kept_GSK, valid_GS1, inputs.options,
-        first_copy=moe.num_experts + moe.num_zero_experts,
-    )  # fmt: skip
-    return y_GSM, kept_GSK, buffer
 
 
 @jax.named_scope("shared_expert")

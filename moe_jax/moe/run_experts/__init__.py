@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
+from moe_jax.moe.routing import Mixing
 from moe_jax.moe.run_experts.exchange import ByConstraint
 from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import (
@@ -174,7 +175,7 @@ def run_experts(
             buffer_factor=plan.buffer_factor,
         )  # fmt: skip
     if plan.exchange == "compiler":
-        weights = as_they_travel(weights, axes, x_GSM, assignment.capacity)
+        weights = gathered_for(assignment.capacity, weights, axes, x_GSM)
     if plan.rows == "ragged":
         y_GSM = run_sorted_rows(x_GSM, assignment, weights, experts, rng, kernel=plan.kernel)
     else:
@@ -183,8 +184,22 @@ def run_experts(
     return Combined(y_GSM, assignment.kept_GSK)
 
 
-def as_they_travel(
-    weights: Weights, axes: Mapping[str, Axes], x_GSM: jax.Array, slots: int
+def mix_experts(
+    x_GSM: jax.Array,
+    mixing: Mixing,
+    weights: Weights,
+    axes: Mapping[str, Axes],
+    experts: Experts,
+    plan: Plan,
+    rng: jax.Array | None = None,
+) -> jax.Array:
+    """`run_experts` where every token is in every slot, by its weight in `mixing`: [G, S, M]."""
+    weights = gathered_for(mixing.dispatch_GSEC.shape[-1], weights, axes, x_GSM)
+    return mix_slots(x_GSM, mixing, weights, experts, rng, plan.by_constraint)
+
+
+def gathered_for(
+    slots: int, weights: Weights, axes: Mapping[str, Axes], x_GSM: jax.Array
 ) -> Weights:
     """Marks weights to be all-gathered over fsdp, except where moving the few slots is cheaper.
 
@@ -193,10 +208,10 @@ def as_they_travel(
     fewer: then a compiler may carry slots to the parts of matrices.
 
     Args:
+      slots: C, of an expert in a group.
       weights: as in `run_experts`.
       axes: likewise.
       x_GSM: tokens.
-      slots: C, of an expert in a group.
     """
     mesh = mesh_in_use()
     if mesh is None or (num_parts := num_shards("model", mesh)) == 1:
@@ -248,8 +263,8 @@ __all__ = [
     "KERNELS",
     "WAYS",
     "Plan",
-    "as_they_travel",
-    "mix_slots",
+    "gathered_for",
+    "mix_experts",
     "plan_experts",
     "run_experts",
     "way_of",
