@@ -44,13 +44,13 @@ install_command() {
 rm -rf moe_jax.new
 mkdir -p moe_jax.new moe_jax
 tar -xzf moe_jax.tar.gz -C moe_jax.new
-for new in moe_jax.new/* moe_jax.new/.[!.]*; do
-  name=${new#moe_jax.new/}
-  if test "$name" != runs && test -e "$new"; then
-    rm -rf "moe_jax/$name"
-    mv "$new" moe_jax/
-  fi
+rm -rf moe_jax.new/runs
+for results in moe_jax.new/experiments/*/results.jsonl; do
+  test ! -e "moe_jax/${results#moe_jax.new/}" || rm "$results"
 done
+rm -rf moe_jax/moe_jax
+mv moe_jax.new/moe_jax moe_jax/
+cp -a moe_jax.new/. moe_jax/
 rm -rf moe_jax.new
 python3 -m pip install --user --quiet --upgrade uv
 test -x venv/bin/python || python3 -m uv venv --python 3.12 venv

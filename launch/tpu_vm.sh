@@ -10,8 +10,8 @@
 #   launch/tpu_vm.sh fetch /home/me/runs/quickstart .   # copies a directory from the VM
 #   launch/tpu_vm.sh delete                   # with its disk: fetch first
 #
-# `run` starts in ~/moe_jax. `install` again, for another commit, keeps what is no file of it, such
-# as ~/moe_jax/runs. --dry_run, before the verb, prints the commands instead of running them.
+# `run` starts in ~/moe_jax. `install` again, for another commit, keeps all other files there, and
+# results of studies. --dry_run, before the verb, prints the commands instead of running them.
 # Needs gcloud, logged in, and a project with TPU quota in the zone.
 #
 # Environment (default):

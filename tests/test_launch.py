@@ -197,7 +197,9 @@ def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_b
     """Whole, or killed as it unpacks or moves: the next one makes it whole."""
     home, bin_directory = tmp_path / "home", tmp_path / "bin"
     path = gcloud_here(bin_directory)
-    kept = [home / "moe_jax" / name for name in ("runs/a/checkpoint", "notes.txt")]
+    results = "experiments/balance/results.jsonl"
+    kept = ("runs/a/checkpoint", "notes.txt", "configs/mine.py", results)
+    kept = [home / "moe_jax" / name for name in kept]
     old = home / "moe_jax" / "moe_jax" / "no_longer_there.py"
     for one in (*kept, old):
         one.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +207,7 @@ def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_b
     stand_in(home / "venv" / "bin", "python", "")
     stand_in(bin_directory, "python3", "")  # pip and uv
     source = tmp_path / "source"
-    for name in ("moe_jax/__init__.py", ".gitignore", "runs/a/checkpoint"):
+    for name in ("moe_jax/__init__.py", ".gitignore", "runs/a/checkpoint", "configs/a.py", results):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("new")
     archive = ["tar", "-czf", str(home / "moe_jax.tar.gz"), "-C", str(source), "."]
@@ -219,7 +221,8 @@ def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_b
         program.unlink()
     run("tpu_vm.sh", "install", environment=environment)
     assert all(one.read_text() == "x" for one in kept) and not old.exists()
-    assert (home / "moe_jax" / "moe_jax" / "__init__.py").read_text() == "new"
+    for name in ("moe_jax/__init__.py", "configs/a.py"):
+        assert (home / "moe_jax" / name).read_text() == "new"
     assert (home / "moe_jax" / ".gitignore").exists() and not (home / "moe_jax.new").exists()
 
 
