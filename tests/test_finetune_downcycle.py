@@ -77,6 +77,25 @@ def test_the_most_loaded_experts_are_kept_and_as_many_in_each_layer():
     assert used_experts(load, {"moe": 2}, keep=2)["moe"].tolist() == [[0, 2], [1, 3]]
 
 
+def test_what_is_not_by_expert_in_a_state_stays(sparse):
+    """As a router may keep it; two experts of four are dropped, and two numbers stay."""
+    config, *_ = sparse
+    remodel = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
+    old = {
+        "bias_E": jnp.arange(8.0).reshape(2, 4),
+        "router": {"calls": jnp.array([5.0, 6.0]), "two": jnp.ones((2, 2))},
+    }
+    start = {
+        "bias_E": jnp.zeros((2, 2)),
+        "router": {"calls": jnp.zeros(2), "two": jnp.zeros((2, 2))},
+    }
+    (origin,) = remodel.origins.values()
+    new = origin.state(start, old, [0, 1])
+    assert new["bias_E"].tolist() == [[1, 2], [4, 7]]
+    assert new["router"]["calls"].tolist() == [5, 6]
+    assert new["router"]["two"].tolist() == [[1, 1], [1, 1]]
+
+
 def test_each_layer_drops_its_own_experts(sparse):
     config, state, mesh, *_ = sparse
     remodel = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})

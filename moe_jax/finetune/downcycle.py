@@ -191,9 +191,13 @@ class Pruned(Origin):
         return old
 
     def state(self, start: Any, old: Any, layers: Sequence[int]) -> Any:
-        """See `Origin`: the biases of the options that are kept."""
+        """See `Origin`: of the options that are kept, as the biases are; else what there was."""
         kept_XE = jnp.stack([jnp.asarray(self.kept[layer]) for layer in layers])
-        return jax.tree.map(lambda a_XE: jnp.take_along_axis(a_XE, kept_XE, axis=-1), old)
+
+        def own(new: jax.Array, old: jax.Array) -> jax.Array:
+            return old if new.shape == old.shape else jnp.take_along_axis(old, kept_XE, axis=-1)
+
+        return jax.tree.map(own, start, old)
 
 
 def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> Remodel:
