@@ -103,9 +103,10 @@ def test_evaluate_marks_what_it_prints():
 
 def test_generate_says_what_later_tokens_mean_for_a_text():
     assert note_on(tiny_config().model) == ""
-    note = note_on(config_of(**SOFT).model)
-    assert note.startswith(f"note: the model {SEES}; when it writes") and note.count("\n") == 1
-    assert "causal" in note and "causal" not in note_on(config_of(**PREDICTED).model)
+    mark, anew = note_on(config_of(**SOFT).model).splitlines()
+    assert mark.startswith(f"note: the model {SEES}; when it writes") and "causal" in mark
+    assert anew.startswith("note: ['moe'] look at later tokens") and "read anew" in anew
+    assert "causal" not in note_on(config_of(**PREDICTED).model)
 
 
 def test_an_evaluation_of_an_earlier_version_is_read_as_it_was():

@@ -19,6 +19,7 @@ from moe_jax.checks.decoding import read_twice
 from moe_jax.checks.trial import NUM_SUFFIXES, SPLIT, Computed, Trial
 from moe_jax.config.convert import InFamily, build, to_dict
 from moe_jax.config.settings import Settings
+from moe_jax.models.capacity import without_capacity
 from moe_jax.moe.routing import Choices
 from moe_jax.parallel.rules import RULES
 from moe_jax.parameters import ParameterSpec
@@ -250,7 +251,7 @@ def differences(given: Any, expected: Any) -> list[str]:
 def decodes(trial: Trial) -> Result:
     """From caches a text has the logits of one pass over it, behind padding too."""
     model = trial.model
-    if model.looks_ahead(training=False):
+    if without_capacity(model).looks_ahead(training=False):
         return Result(None, "later tokens are seen: all is read anew for every token")
     uncached = model.decoder.without_cache(model.dims)
     if uncached:

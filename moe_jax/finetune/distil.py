@@ -13,6 +13,7 @@ from moe_jax.config import ExperimentConfig, InitFrom, OptimizerConfig, read_con
 from moe_jax.config.check import require
 from moe_jax.config.installed import require_local
 from moe_jax.config.settings import setting
+from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import NAME, without_modules
 from moe_jax.moe.capacity import Capacity
@@ -24,7 +25,6 @@ from moe_jax.training.init_from import Source, open_source
 from moe_jax.training.loss import Batch, CrossEntropy, Scored, Totals, TrainingLoss, call_of
 from moe_jax.training.placement import check_run, state_shardings
 from moe_jax.training.state import abstract_state
-from moe_jax.training.ways import without_capacity
 from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.inference.sampling import Sampling, draw
+from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.output import ModelOutput
 from moe_jax.models.routing_record import choices_of
@@ -23,7 +24,6 @@ from moe_jax.moe.routing import Choices
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, EncoderInputs
-from moe_jax.training.ways import without_capacity
 
 Routes = dict[str, jax.Array]  # experts by part, int32 [X, B, L, K]; {} without a record
 

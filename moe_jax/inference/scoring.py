@@ -15,11 +15,11 @@ from moe_jax.inference.anew import in_groups_of
 from moe_jax.inference.decoding import Serving, for_inference
 from moe_jax.inference.generation import ROWS, check, mesh_of
 from moe_jax.inference.writer import bucket, encoder_inputs, whole_rows
+from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import constrain
 from moe_jax.part import Call, EncoderInputs
 from moe_jax.training.loss import target_nats
-from moe_jax.training.ways import without_capacity
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 

@@ -5,14 +5,12 @@ the tokens that it is of. `LanguageModel.looks_ahead` says so; here it gets the 
 beside every number of such a model.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
-from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.part import Part
 
 SEES, SAW = "sees later tokens", "saw later tokens in training"
 NOTES = {
@@ -66,19 +64,6 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
         mark = SEES if one.looks_ahead(training=False) else SAW if in_training else ""
         ways[name] = Way(labels[name], mark)
     return ways
-
-
-def without_capacity(model: LanguageModel) -> LanguageModel:
-    """The model as it is when an evaluation asks for no capacity."""
-
-    def unlimited(part: Part) -> Part:
-        if not isinstance(part, MoE):  # a routing part of the user's need have no capacity
-            return part
-        own = part.capacity
-        capacity = Capacity(train_factor=own.train_factor, eval_factor=0.0, queue=own.queue)
-        return dataclasses.replace(part, capacity=capacity)
-
-    return model.map_parts(unlimited)
 
 
 def way_of(kind: str, said: Mapping[str, Any]) -> Way:

@@ -1,0 +1,21 @@
+"""A model whose experts have room for every choice."""
+
+import dataclasses
+
+from moe_jax.models.model import LanguageModel
+from moe_jax.moe.capacity import Capacity
+from moe_jax.moe.part import MoE
+from moe_jax.part import Part
+
+
+def without_capacity(model: LanguageModel) -> LanguageModel:
+    """The model as it is when an evaluation asks for no capacity."""
+
+    def unlimited(part: Part) -> Part:
+        if not isinstance(part, MoE):  # a part of the user's that routes may have none
+            return part
+        own = part.capacity
+        capacity = Capacity(train_factor=own.train_factor, eval_factor=0.0, queue=own.queue)
+        return dataclasses.replace(part, capacity=capacity)
+
+    return model.map_parts(unlimited)
