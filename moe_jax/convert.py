@@ -17,11 +17,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 
 from moe_jax import command_line
+from moe_jax.config.check import require
 
 if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
 
 WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
+# The flags that only some of them read.
+OF_WAYS = {
+    "mesh": ("from_hf", "from_gguf", "to_hf", "to_gguf"),
+    "compute_dtype": ("from_hf", "from_gguf"),
+    "family": ("from_hf", "to_hf", "to_gguf", "to_peft"),
+    "dtype": ("to_hf",),
+    "format": ("to_gguf",),
+    "base": ("to_peft",),
+    "step": ("to_hf", "to_gguf", "to_peft"),
+}
 LENGTH = "max_position_embeddings"  # of a model, in a config.json
 
 
@@ -34,6 +45,14 @@ def main() -> None:
             "one of --from-hf, --from-gguf, --to-hf, --to-gguf and --to-peft must be given: "
             f"{[f'--{name}' for name in given] or 'none is'}. See --help."
         )
+    named = [name for name in OF_WAYS if values[name].present]
+    unused = [f"--{name}" for name in named if given[0] not in OF_WAYS[name]]
+    require(
+        not unused,
+        f"--{given[0].replace('_', '-')} has no use for a flag of another way",
+        ", ".join(unused),
+        "Leave it out",
+    )
     workdir = pathlib.Path(values.workdir)
     if given == ["to_hf"]:
         export(workdir, pathlib.Path(values.to_hf))
@@ -263,18 +282,17 @@ def write_tokenizer(
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the newest checkpoint of a run, or --step, as a file of llama.cpp."""
-    from moe_jax.interchange.family import trusted
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
     values, run = flags.FLAGS, newest(workdir)
-    words = words_of(workdir, run)
+    words, recorded = words_of(workdir, run), run.origin.get("family", "")
     to_gguf(
         run.config,
         run.params,
         target,
         words,
-        family=trusted(values.family, run.origin.get("family", "")),
+        family=values.family or ("" if ":" in recorded else recorded),
         format=values.format,
         context_length=(run.origin.get("settings") or {}).get(LENGTH, 0),
     )

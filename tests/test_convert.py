@@ -69,6 +69,24 @@ def test_a_model_is_read_to_a_mesh_and_written_from_it(model, run, tmp_path):
     assert (back / ONE_FILE).read_bytes() == (model / ONE_FILE).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("way", "flag"),
+    [
+        ("from-hf", "dtype=float16"),
+        ("from-gguf", "family=llama"),
+        ("to-hf", "compute_dtype=bfloat16"),
+        ("to-peft", "mesh=fsdp=2"),
+        ("to-peft", "format=Q8_0"),
+    ],
+)
+def test_a_flag_of_another_way_is_refused(tmp_path, capsys, way, flag):
+    with pytest.raises(SystemExit):
+        main(["convert", f"--{way}={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--{flag}"])
+    assert f"--{way} has no use for a flag of another way: --{flag.partition('=')[0]}. Leave" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_model_comes_out_as_it_came_in(model, run, tmp_path):
     assert main(["convert", f"--workdir={run}", f"--to-hf={tmp_path / 'hf'}"]) == 0
     assert (tmp_path / "hf" / ONE_FILE).read_bytes() == (model / ONE_FILE).read_bytes()
