@@ -16,7 +16,7 @@ from moe_jax.data.corpora import form_of
 from moe_jax.training.evaluation import evaluate
 from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
-from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import load_run, open_run_data
 
 CURVE = f"heldout/dropless/{LOSS}"
@@ -48,12 +48,8 @@ def run_arm(
       The line of results.
     """
     config = study.experiment(size, arm, seed, corpus, str(workdir.parent))
-    if study.start is not None:
-        study.start(config, arm, workdir)
-    elif other := link_same_run(config, workdir):
-        print(f"{other.parent.parent.name} has trained this run: {other}", flush=True)
     try:
-        outcome = outcome_of(study, config, workdir, train(config, workdir))
+        outcome = outcome_of(study, config, workdir, trained(study, config, arm, workdir))
     except FloatingPointError as error:  # a result as well: run again it would end alike
         print(error, file=sys.stderr)
         outcome = divergence_of(workdir)
@@ -84,6 +80,20 @@ def run_arm(
     }
     append_result(results, row)
     return row
+
+
+def trained(
+    study: Study, config: ExperimentConfig, arm: str, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """The last evaluation of a run, which is trained first unless another study has done so."""
+    if study.start is not None:
+        study.start(config, arm, workdir)
+    elif other := link_same_run(config, workdir):
+        print(f"{other.parent.parent.name} has trained this run: {other}", flush=True)
+    if workdir.is_symlink():
+        said: dict[str, Any] = read_json(workdir / EVALUATION_FILE)
+        return said
+    return train(config, workdir)
 
 
 def outcome_of(

@@ -13,6 +13,7 @@ from moe_jax.training.workdir import IMPORTED_FILE, changes, recorded_run
 # Settings of training that change no result, but what a study can measure of the run.
 WATCHED = (
     "log_every", "evaluate_every", "evaluation_batches", "checkpoint_every", "keep_checkpoints",
+    "keep_every",
 )  # fmt: skip
 
 

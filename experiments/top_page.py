@@ -51,9 +51,9 @@ FOOT = """\
 ## How a verdict is reached
 
 A direction is decided by the differences of runs that share a seed, by Student's t at 5 %. Arms
-are alike where they differ by less than 0.03 bits a byte, tested in the same way. Nothing is
-concluded before every arm has all of its seeds. Runs made under an earlier rule keep its verdict
-beside the new one.
+are alike where they differ by less than 0.03 bits a byte, tested from one side. A failure of one
+among several arms is corrected for their number. Nothing is concluded before every arm has all of
+its seeds. Runs made under an earlier rule keep its verdict beside the new one.
 [docs/studies.md](../docs/studies.md) says more, and how to write a study.
 
 ## Run

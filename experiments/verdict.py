@@ -248,8 +248,8 @@ def too_few_for_the_noise(results: Results) -> Finding:
 def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results], Finding]:
     """The claim that all of some claims hold.
 
-    Each is shown at the level of one. That one of several arms fails against one other is corrected
-    for their number, by Holm.
+    Each is shown at the level of one. A failure of one among several comparisons with one arm is
+    corrected for their number, by Holm.
     """
     judges = tuple(judges)
     compared = [judge for judge in judges if isinstance(judge, Below)]

@@ -400,6 +400,23 @@ def test_the_criteria_of_the_smaller_studies(name, arms, changes, failed):
     assert [finding.verdict for finding in findings] == expected, findings
 
 
+def diverged(results, *runs):
+    """The same, but for runs of (arm, seed) that diverged."""
+    gone = {"measures": {}, "diverged_after_step": 30}
+    rows = [row | gone if (row["arm"], row["seed"]) in runs else row for row in results.rows]
+    return Results(tuple(rows), results.baseline)
+
+
+def test_a_seed_that_diverged_without_the_z_loss_alone_meets_the_claim():
+    """At the higher learning rate; and it does not where both diverged."""
+    study, results = load_study("router_z_loss"), made_up(Z_LOSS)
+    alone = judged(study, diverged(results, ("z_0_fast", 1)))[0]
+    assert alone.verdict == REPRODUCED
+    assert "(3 where z_0_fast alone diverged: 1): 3, 3, 3; at least 3 in 3 of 3" in alone.because
+    both = judged(study, diverged(results, ("z_0_fast", 1), ("z_1e-3_fast", 1)))[0]
+    assert both.verdict == NOT_REPRODUCED
+
+
 def test_leaks_are_inconclusive_without_the_noise():
     """Two arms alone: no dense runs to take the noise from."""
     results = made_up(LEAKS)

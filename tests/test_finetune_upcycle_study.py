@@ -2,7 +2,7 @@
 
 from experiments.results import LOSS, Results
 from experiments.study import load_study
-from experiments.upcycling.study import ahead_at_a_quarter, crossing
+from experiments.upcycling.study import ahead_at_half, crossing
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 DENSE = list(range(100, 1700, 100))  # steps at which the dense run is evaluated
@@ -28,15 +28,19 @@ def test_the_crossing_is_where_scratch_has_caught_up_after_as_many_steps():
     found = results(lambda i: 3.0 - 0.3 * i, lambda i: 1.8 - 0.05 * i)
     # Means of three: 3.3 - 0.3 i meets 1.85 - 0.05 i before i = 6.
     assert crossing(found) == {seed: 600 / 1600 for seed in (0, 1, 2)}
-    assert ahead_at_a_quarter(found).verdict == REPRODUCED
     late = results(lambda i: 9.0, lambda i: 1.8)
     assert crossing(late)[0] == float("inf")
 
 
-def test_scratch_that_is_ahead_at_a_quarter_fails_the_claim():
-    found = results(lambda i: 1.0, lambda i: 1.8)
-    assert ahead_at_a_quarter(found).verdict == NOT_REPRODUCED
-    assert ahead_at_a_quarter(Results((), "dense")).verdict == INCONCLUSIVE
+def test_the_claim_is_decided_after_half_of_the_dense_runs_steps():
+    """After 800 steps each, by means of three: 1.45 for the upcycled model."""
+    ahead = results(lambda i: 3.0 - 0.15 * i, lambda i: 1.8 - 0.05 * i)  # scratch is at 1.95
+    assert ahead_at_half(ahead).verdict == REPRODUCED
+    behind = results(lambda i: 3.0 - 0.22 * i, lambda i: 1.8 - 0.05 * i)  # at 1.46
+    assert ahead_at_half(behind).verdict == REPRODUCED
+    overtaken = results(lambda i: 3.0 - 0.24 * i, lambda i: 1.8 - 0.05 * i)  # at 1.32
+    assert ahead_at_half(overtaken).verdict == NOT_REPRODUCED
+    assert ahead_at_half(Results((), "dense")).verdict == INCONCLUSIVE
 
 
 def test_arms_have_the_model_that_upcycling_gives():

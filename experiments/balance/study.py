@@ -92,10 +92,11 @@ def times(
     def judge(results: Results) -> Finding:
         a, b = results.values(arm, measure), results.values(other, measure)
         ratios = {seed: a[seed] / max(b[seed], 1e-9) for seed in sorted(a.keys() & b.keys())}
-        for seed in ratios:
-            if divergence_counts and math.isinf(a[seed]) and math.isfinite(b[seed]):
-                ratios[seed] = least
         what = f"{measure.replace('_', ' ')} of {arm} over that of {other}"
+        alone = [s for s in ratios if math.isinf(a[s]) and math.isfinite(b[s])]
+        if divergence_counts and alone:
+            ratios |= dict.fromkeys(alone, least)
+            what += f" ({least:g} where {arm} alone diverged: {len(alone)})"
         return in_every_seed(what, ratios, least=least)
 
     return judge
