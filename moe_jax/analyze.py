@@ -39,7 +39,7 @@ def said(analysis: "Analysis") -> str:
         f"saturation against {len(earlier)} earlier checkpoints that were kept: steps "
         f"{', '.join(earlier)}"
         if earlier
-        else "no saturation: no earlier checkpoint was kept (training.keep_checkpoints)"
+        else "no saturation: no earlier checkpoint was kept (training.keep_every)"
     )
     lines = [
         f"{settings['config']}, step {settings['step']:,}: {settings['num_tokens']:,} tokens of "

@@ -346,7 +346,8 @@ def define_step_flag() -> None:
     flags.DEFINE_integer(
         "step",
         None,
-        "Step of a checkpoint that was kept (training.keep_checkpoints); by default the newest.",
+        "Step of a checkpoint that was kept (training.keep_checkpoints, training.keep_every); by "
+        "default the newest.",
         lower_bound=0,
     )
 

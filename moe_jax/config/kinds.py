@@ -214,8 +214,8 @@ def is_foreign(kind: str) -> bool:
 def source_hash(kind: str) -> str:
     """SHA-256 of the source files of a foreign kind: what runs and processes agree on.
 
-    They are those of its module and of its base classes outside this library, in their order. What
-    these import besides is not in it.
+    It covers the file of the class and those of its base classes outside this library, in that
+    order. Other imports are not covered.
     """
     module_name, _, name = kind.partition(":")
     cls = getattr(importlib.import_module(module_name), name)

@@ -179,8 +179,8 @@ def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -
     path, steps = directory / str(step), complete_steps(directory)
     if step not in steps:
         raise ValueError(
-            "A checkpoint is one that was kept (training.keep_checkpoints): there is none of "
-            f"step {step} in {directory}, but {steps}. Pass one of them."
+            "A checkpoint is one that was kept (training.keep_checkpoints, training.keep_every): "
+            f"there is none of step {step} in {directory}, but {steps}. Pass one of them."
         )
     reason = damage(path, only)
     if reason is not None:

@@ -212,7 +212,7 @@ def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     for line in difference(to_dict(old), to_dict(new)) if drawing else []:
         path = line.partition(":")[0].split(".")
         if (path[1] == "mesh" and not in_one) or path[-1] in PLACES_OF_ROWS:
-            lines.append(f"{line} (by it experts draw their dropout)")
+            lines.append(f"{line} (changes the dropout masks of experts)")
     return lines
 
 
