@@ -40,7 +40,7 @@ from moe_jax.user_errors import USER_ERRORS, describe
 DIFFERENCES = (
     "Paired differences in bits per byte, of the seeds that both arms have. The interval covers "
     "the mean with 95 %. The size is in standard deviations of a seed. p is corrected, by Holm, "
-    "for all arms that are compared with the same one; a claim above is corrected for its own "
+    "for all arms that are compared with the same one; a failure in a claim above, for its own "
     "arms. Could have been seen: of studies with as many pairs, four in five would find a "
     "difference of that size."
 )
