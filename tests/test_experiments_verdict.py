@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from scipy import stats
 
 from experiments import before_pairs, verdict
 from experiments.results import LOSS, UNPAIRED, Results, measured
@@ -112,6 +113,14 @@ def test_not_above_allows_a_margin(moe, expected):
     found = verdict.not_above("moe", "dense")(results(dense=DENSE, moe=moe))
     assert found.verdict == expected, found
     assert len(moe) < 3 or "; +0.03 is allowed; p = " in found.because
+
+
+@pytest.mark.parametrize(("pairs", "share"), [(3, 0.59), (5, 0.92)])
+def test_how_often_arms_that_are_alike_are_shown_to_be(pairs, share):
+    """The power that docs/studies.md states: differences around 0 that spread by 0.018."""
+    noncentrality = verdict.MARGIN / (0.018 / math.sqrt(pairs))
+    limit = stats.t.ppf(1 - verdict.LEVEL, pairs - 1)
+    assert round(1 - stats.nct.cdf(limit, pairs - 1, noncentrality), 2) == share
 
 
 def test_a_margin_is_in_the_unit_of_its_measure():
