@@ -38,22 +38,23 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
     Args:
         data: the corpus and the tokenizer, opened.
         out: a folder to make.
-        max_tokens: of the training split, over all domains.
+        max_tokens: of the training split, over all domains; of a smaller corpus all are packed.
         tokenizer: its file, which goes along.
 
     Returns:
         How many training tokens were packed.
 
     Raises:
-        ValueError: `out` exists, or there is too little for `max_tokens`.
+        ValueError: `out` exists, or `max_tokens` is not above 0.
     """
     require(not out.exists(), "--out names a folder that is made", f"--out={out} exists",
             "Choose another, or delete it first")  # fmt: skip
     files = data.files
     counts = files.counts[TRAIN]
     total = sum(count.tokens for count in counts.values())
-    require(0 < max_tokens <= total, "--max_tokens are above 0 and there",
-            f"--max_tokens={max_tokens}, the training split has {total:,}", "Lower it")  # fmt: skip
+    require(max_tokens > 0, "--max_tokens are above 0", f"--max_tokens={max_tokens}, the training "
+            f"split has {total:,}", "Correct it")  # fmt: skip
+    max_tokens = min(max_tokens, total)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
