@@ -279,10 +279,11 @@ def one_by_one(
     y_JM = []
     num_tokens, num_choices = kept_JK.shape
     for j in range(num_tokens):
-        y_1M = jnp.zeros((1, x_JM.shape[1]), jnp.float32)
+        x_1M = x_JM[j : j + 1].astype(jnp.float32)  # so that its gradient is summed in float32
+        y_1M = jnp.zeros_like(x_1M)
         for k in range(num_choices):
             layout = OneExpert(rng, jnp.int32(j * num_choices + k))
-            row_1M = experts(x_JM[j : j + 1], expert_of(weights, expert_JK[j, k]), layout)
+            row_1M = experts(x_1M.astype(x_JM.dtype), expert_of(weights, expert_JK[j, k]), layout)
             y_1M += jnp.where(kept_JK[j, k], row_1M.astype(jnp.float32) * gate_JK[j, k], 0)
         y_JM.append(y_1M)
     return jnp.concatenate(y_JM).astype(x_JM.dtype)
