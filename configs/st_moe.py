@@ -14,9 +14,10 @@ Source: Zoph et al. 2022, arXiv:2202.08906; sizes: flaxformer's t5x/configs/moe.
 | (none) | 4,105,444,352 | 991,173,632 |
 | 32b | 269,104,613,376 | 35,062,450,176 |
 
-`dense` is the twin of equal FLOPs: in place of two experts, an FFN twice as wide. `tiny` has a
-sparse layer every second layer. Table 1 of the paper prints 27 layers for 32B; the released config
-has 24, and 269 billion parameters are 24.
+`dense` is the twin of equal FLOPs in training: in place of experts an FFN 1.25 times as wide, as
+their capacity serves 1.25 choices of a token. `tiny` has a sparse layer every second layer. Table 1
+of the paper prints 27 layers for 32B; the released config has 24, and 269 billion parameters are
+24.
 """
 
 import ml_collections

@@ -141,10 +141,14 @@ def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
 
 
 def make_dense(config: ml_collections.ConfigDict) -> None:
-    """In place of experts, an FFN with as many hidden units as a token uses: equal FLOPs."""
+    """In place of experts, an FFN with as many hidden units as a token gets: equal FLOPs.
+
+    Capacity counts tokens, not choices: of two choices, a factor of 1.25 serves 1.25 in training.
+    """
     config.name += "_dense"
     model, parts = config.model, config.model.parts
-    dim = parts.moe.num_selected_experts * parts.moe.expert_dim
+    served = min(parts.moe.num_selected_experts, parts.moe.capacity.train_factor)
+    dim = int(served * parts.moe.expert_dim)
     new = "mlp" if dim == parts.mlp.dim else "wide_mlp"
     with parts.unlocked():
         parts[new] = ml_collections.ConfigDict({**parts.mlp.to_dict(), "dim": dim})
