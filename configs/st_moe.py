@@ -55,7 +55,10 @@ def st_moe_experts(num_experts: int, dim: int, length: int, queue: Queue) -> MoE
         init_scale=INIT_SCALE,
         group_size=SEQUENCES * length,
         router=TokenChoice(renormalize=True, choices=RandomChoices(threshold=0.2)),
-        losses=(SwitchLoadBalance(weight=0.01, scope="group"), RouterZ(weight=1e-3)),
+        losses=(
+            SwitchLoadBalance(weight=0.01, over_layers="sum", scope="group"),
+            RouterZ(weight=1e-3, over_layers="sum"),
+        ),
         capacity=Capacity(
             train_factor=1.25, eval_factor=2.0, per="token", rounding="nearest", minimum=4,
             queue=queue,

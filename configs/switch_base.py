@@ -19,9 +19,10 @@ Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8
 
 `dense` is the twin of equal FLOPs, `finetune` the training on a task after that. Table 9 of the
 paper prints GEGLU of 2,048 hidden units, which has as many parameters; the released models have
-ReLU of 3,072. The scale of 0.1 is of the variance of initial weights. The balance loss is the mean
-over the layers of a stack, and both stacks' are added. Dropout is on what a layer adds, and in
-fine-tuning on the hidden units of experts, not on attention.
+ReLU of 3,072. The scale of 0.1 is of the variance of initial weights. Each layer adds its balance
+loss. Initial queries are divided by the root of head_dim, as scores are not (Mesh TensorFlow, T5).
+Dropout is on what a layer adds, and in fine-tuning on the hidden units of experts, not on
+attention.
 """
 
 import ml_collections
@@ -48,6 +49,7 @@ from moe_jax.moe.load_balance import SwitchLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter
 from moe_jax.moe.routing.token_choice import TokenChoice
+from moe_jax.training.loss import CrossEntropy
 
 INIT_SCALE = 0.1
 RELU = Relu()
@@ -58,7 +60,8 @@ EXPERTS = {"e16": 16, "e32": 32, "e64": 64, "e128": 128, "e256": 256}
 
 def t5_parts(num_heads: int, head_dim: int, dim: int, activation: Activation) -> dict:
     """The parts of a T5: scores are not scaled."""
-    heads = {"num_heads": num_heads, "head_dim": head_dim, "scale": 1.0, "init_scale": INIT_SCALE}
+    heads = {"num_heads": num_heads, "head_dim": head_dim, "scale": 1.0, "init_scale": INIT_SCALE,
+             "query_init_scale": INIT_SCALE / head_dim}  # fmt: skip
     return {
         "position": RelativePositions(num_heads=num_heads, num_buckets=32, max_distance=128),
         "attention": Attention(rotary=None, position_bias="position", **heads),
@@ -77,7 +80,7 @@ def switch_experts(num_experts: int, dim: int, activation: Activation, length: i
         init_scale=INIT_SCALE,
         group_size=SEQUENCES * length,
         router=TokenChoice(noise=(Jitter(0.01),)),
-        losses=(SwitchLoadBalance(weight=0.01, scope="group"),),
+        losses=(SwitchLoadBalance(weight=0.01, over_layers="sum", scope="group"),),
         capacity=Capacity(preset="mesh_tensorflow", train_factor=1.25, eval_factor=2.0),
     )
 
@@ -135,7 +138,9 @@ def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
             name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000,
             warmup="constant", weight_decay=0.0, clip_norm=0.0,
         ),
-        training=TrainingConfig(num_steps=500_000, batch_size=2048, sample_prompt=""),
+        training=TrainingConfig(
+            num_steps=500_000, batch_size=2048, sample_prompt="", loss=CrossEntropy(z_loss=1e-4)
+        ),
         mesh=MeshConfig(data=1, fsdp=-1, expert=8),
     )  # fmt: skip
 
@@ -194,6 +199,8 @@ def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
             parts[name].router.init_stddev *= narrower**0.5
         if "mlp" in parts:
             parts.mlp.dim = hidden
+        for name in ("attention", "cross_attention"):
+            parts[name].query_init_scale = INIT_SCALE / parts[name].head_dim
         if config.model.tie_embeddings:
             config.model.logits_multiplier = config.model.model_dim**-0.5
         config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.05, 20

@@ -90,7 +90,9 @@ def test_what_does_not_fit_is_refused(packed, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_packs_at_most_max_tokens_and_says_what_it_left_out(packed, tmp_path, monkeypatch, capsys):
+def test_the_command_packs_at_most_max_tokens_and_says_what_it_left_out(
+    packed, tmp_path, monkeypatch, capsys
+):
     root, whole = packed
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     total = sum(count.tokens for count in whole.files.counts["train"].values())

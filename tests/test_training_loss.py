@@ -5,13 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.load_balance import (
     FlaxformerLoadBalance,
     HuggingFaceLoadBalance,
+    HuggingFaceSwitchLoadBalance,
     LoadBalance,
     SwitchLoadBalance,
 )
 from moe_jax.training.loss import (
+    CrossEntropy,
+    Scored,
     batch_totals,
     call_of,
     partial_loss,
@@ -211,6 +215,34 @@ def test_huggingface_pools_over_layers_and_the_others_do_not():
         }
         assert values.pop("huggingface_load_balance") == pooled
         assert set(values.values()) == {by_layer}
+
+
+def test_layers_are_averaged_or_each_adds_its_loss():
+    """Switch adds the loss of every layer; a mean makes that of 58 layers 58 times weaker."""
+    sums = made_up_sums([[[4, 0]], [[2, 2]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]])
+    z = {"total": jnp.array([4.0, 8.0, 12.0])}
+    for scope in ("group", "global"):
+        of_scope = sums | ({"total": jnp.array([8.0, 4.0, 4.0])} if scope == "group" else {})
+        for over_layers, expected, expected_z in (("mean", 4 / 3, 2.0), ("sum", 4.0, 6.0)):
+            loss = SwitchLoadBalance(weight=1.0, scope=scope, over_layers=over_layers)
+            assert loss.loss(of_scope, jnp.float32(4), of_scope) == pytest.approx(expected)
+            z_loss = RouterZ(weight=1.0, over_layers=over_layers)
+            assert z_loss.loss(z, jnp.float32(4), None) == expected_z
+    for pooled in (HuggingFaceLoadBalance, HuggingFaceSwitchLoadBalance):
+        with pytest.raises(ValueError, match="one number of all layers: over_layers='sum'"):
+            pooled(weight=1.0, over_layers="sum")
+
+
+def test_the_z_loss_of_logits_is_the_weighted_mean_of_the_squared_log_normaliser():
+    """Of logits ln 2 and ln 6 the normaliser is 8; of 0 and 0 it is 2, and of no target nothing."""
+    logits_BLV = jnp.log(jnp.array([[[2.0, 6.0], [1.0, 1.0], [9.0, 9.0]]]))
+    part = {"loss_weights": jnp.array([[1.0, 0.5, 0.0]]), "segment_ids": jnp.ones((1, 3), int)}
+    scored = Scored(logits_BLV, jnp.zeros((1, 3)), jnp.float32(5))
+    expected = (np.log(8) ** 2 + 0.5 * np.log(2) ** 2) / 1.5
+    loss, says = CrossEntropy(z_loss=0.1).share(scored, part, batch_totals(part), ())
+    assert says["z_loss"] == pytest.approx(expected, rel=1e-6)
+    assert loss == pytest.approx(5 + 0.1 * expected, rel=1e-6)
+    assert CrossEntropy().share(scored, part, batch_totals(part), ()) == (5, {})
 
 
 def test_scope_global_takes_the_load_of_the_whole_batch():

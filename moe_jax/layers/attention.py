@@ -74,6 +74,7 @@ class Attention(Part):
     position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
     prefix: int = setting(0, at_least=0)  # P: learned keys that every token sees (prefix tuning)
     init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    query_init_scale: float | None = setting(None, above=0)  # that of queries; None: init_scale
     # What computes it; "auto": the best that can.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
@@ -101,7 +102,8 @@ class Attention(Part):
         heads, kv_heads = (n * self.head_dim for n in (self.num_heads, self.kv_heads))
         specs: dict[str, Any] = {}
         for name, dim in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            init = scaled_init(self.init_scale, dims.model_dim)
+            own = self.query_init_scale if name == "q" else None
+            init = scaled_init(own or self.init_scale, dims.model_dim)
             specs[f"w{name}"] = ParameterSpec(
                 (dims.model_dim, dim), ("model", "heads"), init, "attention"
             )

@@ -35,6 +35,7 @@ class BalanceLoss(Settings):
     metric: ClassVar[str] = "balance_loss"
 
     weight: float = setting(0.0, at_least=0)  # in the training loss; 0: measured only
+    over_layers: str = setting("mean", choices=("mean", "sum"))  # of the layers of the part
 
     @property
     def needs_batch_sums(self) -> bool:
@@ -91,7 +92,11 @@ class BalanceLoss(Settings):
           batch: sums of the whole batch if `needs_batch_sums`; None: `sums` is the whole batch.
         """
         del batch
-        return jnp.mean(self.by_layer(sums, num_tokens))
+        return self.reduce(self.by_layer(sums, num_tokens))
+
+    def reduce(self, loss_X: jax.Array) -> jax.Array:
+        """The mean of the losses of layers, or their sum."""
+        return jnp.mean(loss_X) if self.over_layers == "mean" else jnp.sum(loss_X)
 
 
 @dataclasses.dataclass(frozen=True)

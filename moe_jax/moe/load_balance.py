@@ -93,8 +93,8 @@ class LoadBalance(BalanceLoss):
     def loss(self, sums: Sums, num_tokens: jax.Array, batch: Sums | None) -> jax.Array:
         """See `BalanceLoss`."""
         if self.scope != "global":
-            return jnp.mean(self.by_layer(sums, num_tokens))
-        return jnp.mean(self.product(batch or sums, sums, num_tokens))
+            return self.reduce(self.by_layer(sums, num_tokens))
+        return self.reduce(self.product(batch or sums, sums, num_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,7 @@ class HuggingFaceLoadBalance(FlaxformerLoadBalance):
             f"scope={self.scope!r}",
             "Change the scope or the kind",
         )
+        require_pooled(self)
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
         """See `LoadBalance`; and the tokens, of which some may have no choice that counts."""
@@ -173,6 +174,10 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
     metric: ClassVar[str] = "load_balance_loss"
     is_of_microbatch = False
 
+    def check(self) -> None:
+        """See `Settings`."""
+        require_pooled(self)
+
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
         """See `BalanceLoss`: the loss of a layer by itself, for metrics."""
         by_sequence = self.measure_sequences(routing, valid_GS, shape)
@@ -201,3 +206,13 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
         load_BE = jnp.mean(over(sums["first_BE"], tokens_XB), axis=0)
         prob_sum_BE = jnp.mean(sums["prob_sum_BE"], axis=0)
         return load_BE.shape[-1] * jnp.sum(load_BE * prob_sum_BE) / num_tokens
+
+
+def require_pooled(loss: BalanceLoss) -> None:
+    """Refuses a sum over layers for a loss that joins them before f * P."""
+    require(
+        loss.over_layers == "mean",
+        "the Hugging Face losses are one number of all layers",
+        f"over_layers={loss.over_layers!r}",
+        "Take another kind, or multiply the weight",
+    )

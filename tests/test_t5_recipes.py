@@ -1,0 +1,50 @@
+"""What Switch and ST-MoE share with the T5 that they came from, and what their twins cost."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import st_moe, switch_base
+from moe_jax.config import from_config_dict
+from moe_jax.parameters import init_parameters
+from moe_jax.planning.arithmetic import count_flops
+
+FILES = pytest.mark.parametrize("file", [switch_base, st_moe], ids=lambda file: file.__name__)
+
+
+def flops(file, presets):
+    config = from_config_dict(file.get_config(presets))
+    return count_flops(config.model, config.lengths)
+
+
+@FILES
+@pytest.mark.parametrize("presets", ["", "tiny"])
+def test_a_twin_computes_what_experts_have_room_for_in_training(file, presets):
+    """Slots that no choice needs are no work of the model; choices without a slot are not served.
+
+    Switch has room for 1.25 of one choice, ST-MoE for 1.25 of two.
+    """
+    sparse, twin = flops(file, presets), flops(file, ",".join(["dense", *presets.split()]))
+    served = sparse.experts + min(sparse.padding, 0)
+    assert twin.dense_ffn == pytest.approx(sparse.dense_ffn + served, rel=0.01)
+    assert (twin.experts, twin.attention) == (0, sparse.attention)
+
+
+@FILES
+def test_scores_start_as_if_they_were_scaled(file):
+    """The variance of queries is 0.1 / (M D), of keys 0.1 / M: T5 folds D**-0.5 into the values."""
+    model = from_config_dict(file.get_config("tiny")).model
+    for name in ("attention", "cross_attention"):
+        layer = next(part for part in model.specs()["stack"]["unit"].values() if name in part)
+        values = init_parameters(jax.random.key(0), {name: layer[name]})[name]
+        width, head_dim = model.model_dim, model.part[name].head_dim
+        for matrix, variance in (("wq", 0.1 / (width * head_dim)), ("wk", 0.1 / width)):
+            assert np.std(values[matrix]) == pytest.approx(variance**0.5, rel=0.05)
+
+
+@FILES
+def test_every_layer_adds_its_losses_and_logits_have_a_z_loss(file):
+    config = from_config_dict(file.get_config())
+    assert config.training.loss.z_loss == 1e-4
+    for name in ("moe", "encoder_moe"):
+        assert {loss.over_layers for loss in config.model.part[name].losses} == {"sum"}
