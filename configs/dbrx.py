@@ -3,7 +3,8 @@
 LayerNorm has no bias. Source: config.json of databricks/dbrx-instruct, model code of
 databricks/dbrx. 131,596,523,520 parameters; a token uses 36,469,708,800, 35,853,146,112 without
 the input embedding, 35,236,583,424 without embeddings. How it was trained is not published, but for
-the weight of its balance loss, 0.05.
+the weight of its balance loss, 0.05. That is MegaBlocks' `moe_loss_weight`, of a loss of each layer
+that is 1 at uniform routing; transformers', with the same weight, is 4.
 
     python -m moe_jax.train --config=configs/dbrx.py:tiny --workdir=runs/dbrx_tiny
     python -m moe_jax.plan --config=configs/dbrx.py --topology=h100:32x8
@@ -27,7 +28,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.load_balance import HuggingFaceLoadBalance
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 
@@ -40,7 +41,7 @@ EXPERTS = MoE(
     expert_dim=10_752,
     activation=SwiGLU(),
     router=TokenChoice(norm_order=1.0),
-    losses=(HuggingFaceLoadBalance(weight=0.05),),
+    losses=(LoadBalance(weight=0.05),),
     capacity=Capacity(eval_factor=0.0),
 )
 

@@ -17,7 +17,16 @@ The total has the selection biases, 256 in each of 58 layers. The module is run 
 
 Source: DeepSeek-AI 2024, arXiv:2412.19437, sec. 2 and 4.2; config.json of deepseek-ai/DeepSeek-V3,
 whose positions are stretched by YaRN (pre-training had 4,096 tokens and no YaRN). The mesh is for
-2,048 chips, which take 2,048 sequences a step; the paper has 15,360. docs/planning.md has the plan.
+2,048 chips; docs/planning.md has the plan.
+
+As published: no token is dropped, each layer adds its balance loss (the module's counts as one
+layer), and the rates of the bias. Not as published:
+
+- 2,048 sequences a step; the paper goes from 3,072 to 15,360 over the first 469B tokens;
+- the learning rate falls by one cosine to a tenth; the paper's stays at 2.2e-4 up to 10T tokens,
+  falls by a cosine to 2.2e-5 over 4.3T, stays there for 333B, and is 7.3e-6 for the last 167B;
+- the module weighs 0.3 throughout; the paper's 0.1 after 10T tokens;
+- initial weights go by their fan-in; the paper's all have a standard deviation of 0.006.
 """
 
 import ml_collections
@@ -71,9 +80,9 @@ EXPERTS = MoE(
         scaling_factor=2.5,
         groups=ExpertGroups(num_groups=8, num_selected=4, worth="top2_sum"),
     ),
-    losses=(LoadBalance(weight=1e-4, scope="sequence"),),
+    losses=(LoadBalance(weight=1e-4, over_layers="sum", scope="sequence"),),
     bias=SignUpdate(rate=1e-3, frozen_fraction=0.034),  # still over the last 500B of 14.8T tokens
-    capacity=Capacity(eval_factor=0.0),
+    capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 
 

@@ -14,8 +14,10 @@ GraniteMoeShared; its width is made up.
 | (none) | 24 of 1,024 | 1,334,628,352 | 428,658,688 | 378,323,968 |
 | 3b | 32 of 1,536 | 3,298,793,472 | 882,874,368 | 807,372,288 |
 
-The embedding is the head too. How the models were trained is published in part; optimizer, batch
-and mesh are those of other models of their size.
+The embedding is the head too. How the models were trained is published in part ("Granite 3.0
+Language Models", sec. 2): they drop nothing, and have a balance and a z-loss, whose weights are not
+printed. The weight of the first is transformers' default for the family; the second is not here.
+Optimizer, batch and mesh are those of other models of their size.
 """
 
 import ml_collections
@@ -49,8 +51,8 @@ EXPERTS = MoE(
     expert_dim=512,
     activation=SwiGLU(),
     router=TokenChoice(renormalize=True),
-    losses=(HuggingFaceLoadBalance(weight=0.01),),
-    capacity=Capacity(eval_factor=0.0),
+    losses=(HuggingFaceLoadBalance(weight=0.001),),
+    capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 
 

@@ -1,9 +1,15 @@
 """OLMoE-1B-7B: 16 layers of 64 small experts, of which a token uses 8; no gate is renormalised.
 
 Queries and keys are normed over all heads at once. Source: Muennighoff et al. 2024,
-arXiv:2409.02060; config.json of allenai/OLMoE-1B-7B-0924. Learning rate, batch, decay and losses
-are those of its pre-training. 6,919,161,856 parameters; a token uses 1,282,017,280, 1,178,994,688
-without the input embedding, 1,075,972,096 without embeddings.
+arXiv:2409.02060; config.json of allenai/OLMoE-1B-7B-0924; configs/ of allenai/OLMoE.
+6,919,161,856 parameters; a token uses 1,282,017,280, 1,178,994,688 without the input embedding,
+1,075,972,096 without embeddings.
+
+Peak learning rate, batch and weights of losses are those of its pre-training, which drops nothing.
+MegaBlocks divides both losses by layers, tokens and K: the balance loss is 1 at uniform routing,
+and a weight of 1e-3 is one of 1.25e-4 for the z-loss of the paper. It counts the tokens of a
+device; here the balance loss is over the global batch. Not as published: matrices alone decay, not
+embeddings and norms; initial weights go by their fan-in, where all had a truncated normal of 0.02.
 
     python -m moe_jax.train --config=configs/olmoe.py:tiny --workdir=runs/olmoe_tiny
     python -m moe_jax.plan --config=configs/olmoe.py --topology=h100:32x8
@@ -27,7 +33,7 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.load_balance import HuggingFaceLoadBalance
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 
 NORM = RMSNorm(1e-5)
@@ -39,8 +45,8 @@ EXPERTS = MoE(
     num_selected_experts=8,
     expert_dim=1024,
     activation=SwiGLU(),
-    losses=(HuggingFaceLoadBalance(weight=0.01), RouterZ(weight=0.001)),
-    capacity=Capacity(eval_factor=0.0),
+    losses=(LoadBalance(weight=0.01), RouterZ(weight=0.001 / 8)),
+    capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 
 

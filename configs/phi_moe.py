@@ -13,7 +13,9 @@ arXiv:2409.12136; config.json of microsoft/Phi-3.5-MoE-instruct.
 | 32 of 4,096 | 41,873,153,344 | 6,640,999,744 | 6,509,665,600 | 6,378,299,392 |
 
 Published are 41.9 and 6.6 billion. The optimizer, the batch and the mesh are those of other models
-of its size: how the model was trained is not published in full.
+of its size: how the model was trained is not published in full. Liu et al. (sec. 3.3) drop nothing,
+and balance each layer over the global batch, with a weight that they do not print; the 0.0 of
+config.json is for fine-tuning.
 """
 
 import ml_collections
@@ -35,7 +37,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
-from moe_jax.moe.load_balance import HuggingFaceLoadBalance
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter
 from moe_jax.moe.routing.sparse_mixer import SparseMixer
@@ -98,8 +100,8 @@ EXPERTS = MoE(
     expert_dim=6400,
     activation=SwiGLU(),
     router=SparseMixer(jitter=0.01, noise=(Jitter(0.01),)),
-    losses=(HuggingFaceLoadBalance(weight=0.0),),
-    capacity=Capacity(eval_factor=0.0),
+    losses=(LoadBalance(weight=0.01),),  # made up
+    capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 
 

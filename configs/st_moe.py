@@ -1,9 +1,10 @@
 """ST-MoE, L and 32B: T5 with the two best of many experts in every fourth layer.
 
 A sparse layer has a dense FFN behind its experts, with a norm of its own. A second expert is used
-with probability min(1, gate / 0.2) in training, and always in evaluation. When an expert is full,
-the encoder serves likely tokens first; the decoder serves first choices in the order of positions,
-then second ones, so in training a later token can take the slot of a second choice.
+with probability min(1, gate / 0.2) in training, and always in evaluation. A full expert serves
+first choices in the order of positions, then second ones, so in training a later token can take the
+slot of a second choice. Likely tokens do not go first: the paper's appendix D tries that with one
+choice, and flaxformer's st_moe_base.gin turns it off.
 Source: Zoph et al. 2022, arXiv:2202.08906; sizes: flaxformer's t5x/configs/moe.
 
     python -m moe_jax.train --config=configs/st_moe.py:tiny --workdir=runs/st_moe_tiny
@@ -15,9 +16,11 @@ Source: Zoph et al. 2022, arXiv:2202.08906; sizes: flaxformer's t5x/configs/moe.
 | 32b | 269,104,613,376 | 35,062,450,176 |
 
 `dense` is the twin of equal FLOPs in training: in place of experts an FFN 1.25 times as wide, as
-their capacity serves 1.25 choices of a token. `tiny` has a sparse layer every second layer. Table 1
-of the paper prints 27 layers for 32B; the released config has 24, and 269 billion parameters are
-24.
+their capacity serves 1.25 choices of a token. `tiny` has a sparse layer every second layer. A group
+is four sequences, 2,048 tokens of the encoder and 456 of the decoder (sec. 7.2); of 32B it is
+eight, the 4,096 tokens of flaxformer's st_moe_32b.gin in the encoder. Steps make 0.5T tokens of the
+encoder, and 1.5T of 32B. Table 1 of the paper prints 27 layers for 32B; the released config has 24,
+and 269 billion parameters are 24.
 """
 
 import ml_collections
@@ -27,7 +30,6 @@ from configs.switch_base import (
     DECODER_LENGTH,
     ENCODER_LENGTH,
     INIT_SCALE,
-    SEQUENCES,
     experiment,
     finish,
     t5_parts,
@@ -37,23 +39,23 @@ from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import GeGLUTanh
 from moe_jax.moe.balance import RouterZ
-from moe_jax.moe.capacity import Capacity, Queue
+from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.load_balance import SwitchLoadBalance
 from moe_jax.moe.part import MoE
-from moe_jax.moe.queues import BatchPrioritized, ChoiceMajor
+from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.moe.routing.selection import RandomChoices
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 
-def st_moe_experts(num_experts: int, dim: int, length: int, queue: Queue) -> MoE:
-    """The sparse FFN of a stack, whose sequences have this length."""
+def st_moe_experts(num_experts: int, dim: int, group_size: int) -> MoE:
+    """The sparse FFN of a stack."""
     return MoE(
         num_experts=num_experts,
         num_selected_experts=2,
         expert_dim=dim,
         activation=GeGLUTanh(),
         init_scale=INIT_SCALE,
-        group_size=SEQUENCES * length,
+        group_size=group_size,
         router=TokenChoice(renormalize=True, choices=RandomChoices(threshold=0.2)),
         losses=(
             SwitchLoadBalance(weight=0.01, over_layers="sum", scope="group"),
@@ -61,24 +63,23 @@ def st_moe_experts(num_experts: int, dim: int, length: int, queue: Queue) -> MoE
         ),
         capacity=Capacity(
             train_factor=1.25, eval_factor=2.0, per="token", rounding="nearest", minimum=4,
-            queue=queue,
+            queue=ChoiceMajor(),
         ),
     )  # fmt: skip
 
 
 def st_moe_model(
-    *, model_dim: int, num_heads: int, head_dim: int, dim: int, num_experts: int
+    *, model_dim: int, num_heads: int, head_dim: int, dim: int, num_experts: int, sequences: int
 ) -> EncoderDecoder:
-    """An ST-MoE of 24 layers a stack."""
+    """An ST-MoE of 24 layers a stack, with so many sequences in a group."""
     dense, sparse = (("mlp",),) * 3, ("moe", "mlp")
-    prioritized = st_moe_experts(num_experts, dim, ENCODER_LENGTH, BatchPrioritized())
     return EncoderDecoder(
         vocab_size=32_128,
         model_dim=model_dim,
         parts={
             **t5_parts(num_heads, head_dim, dim, GeGLUTanh()),
-            "encoder_moe": prioritized,
-            "moe": st_moe_experts(num_experts, dim, DECODER_LENGTH, ChoiceMajor()),
+            "encoder_moe": st_moe_experts(num_experts, dim, sequences * ENCODER_LENGTH),
+            "moe": st_moe_experts(num_experts, dim, sequences * DECODER_LENGTH),
         },
         encoder=StackLayout(
             unit=tuple(("attention", *one) for one in (*dense, ("encoder_moe", "mlp"))),
@@ -99,11 +100,16 @@ def st_moe_model(
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """ST-MoE-L; presets: 32b, dense, finetune, tiny, smoke."""
     presets = parse_presets(arg, {"32b", "dense", "finetune", "tiny"})
-    name = "st_moe"
-    model = st_moe_model(model_dim=1024, num_heads=16, head_dim=64, dim=2816, num_experts=32)
     if "32b" in presets:
-        name = "st_moe_32b"
-        model = st_moe_model(model_dim=5120, num_heads=64, head_dim=128, dim=20_480, num_experts=64)
-    config = config_dict(experiment(name, model))
+        model = st_moe_model(
+            model_dim=5120, num_heads=64, head_dim=128, dim=20_480, num_experts=64, sequences=8
+        )
+        config = config_dict(experiment("st_moe_32b", model))
+        config.training.num_steps = 1_430_000
+    else:
+        model = st_moe_model(
+            model_dim=1024, num_heads=16, head_dim=64, dim=2816, num_experts=32, sequences=4
+        )
+        config = config_dict(experiment("st_moe", model))
     finish(config, presets)
     return config

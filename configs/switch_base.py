@@ -1,7 +1,8 @@
 """Switch Transformer, Base: T5-Base with the one best of many experts in every second layer.
 
 Twelve layers a stack, of which 2, 4, ..., 12 are sparse; experts like the dense layers, two
-matrices with ReLU between. Capacity is counted in groups of eight sequences, with no factor K.
+matrices with ReLU between. Capacity is counted in groups, with no factor K. That a group is eight
+sequences is ours: flaxformer has 8,192 tokens.
 Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8.
 
     python -m moe_jax.train --config=configs/switch_base.py:tiny --workdir=runs/switch_base_tiny
@@ -53,7 +54,7 @@ from moe_jax.training.loss import CrossEntropy
 
 INIT_SCALE = 0.1
 RELU = Relu()
-SEQUENCES = 8  # a group, on either side
+SEQUENCES = 8  # a group, on either side; made up
 ENCODER_LENGTH, DECODER_LENGTH = 512, 114  # tokens of a sequence
 EXPERTS = {"e16": 16, "e32": 32, "e64": 64, "e128": 128, "e256": 256}
 
@@ -184,18 +185,19 @@ def make_finetune(config: ml_collections.ConfigDict) -> None:
 def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
     """Applies the presets that all configs of T5's descendants share.
 
-    Small models keep the groups of `SEQUENCES`, how wide an FFN is against the model, and the
-    spread of the first router logits, which grows with the square root of the width.
+    Small models keep the sequences of a group, how wide an FFN is against the model, and the spread
+    of the first router logits, which grows with the square root of the width.
     """
     parts = config.model.parts
     published_dim, published_hidden = config.model.model_dim, parts.moe.expert_dim
+    sequences = parts.moe.group_size // DECODER_LENGTH
     make_smaller(config, presets)
     if presets & {"tiny", "smoke"}:
         lengths = SpanCorruption().lengths(config.data.sequence_length)
         narrower = published_dim / config.model.model_dim
         hidden = int(published_hidden / narrower)
         for name, length in (("encoder_moe", lengths.encoder), ("moe", lengths.decoder)):
-            parts[name].group_size, parts[name].expert_dim = SEQUENCES * length, hidden
+            parts[name].group_size, parts[name].expert_dim = sequences * length, hidden
             parts[name].router.init_stddev *= narrower**0.5
         if "mlp" in parts:
             parts.mlp.dim = hidden

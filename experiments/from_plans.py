@@ -13,6 +13,7 @@ from typing import Any
 from experiments.study import HERE
 from moe_jax.config import MeshConfig, from_config_dict
 from moe_jax.config.json_text import json_text
+from moe_jax.moe.capacity import Capacity
 from moe_jax.planning.communication import collectives
 from moe_jax.planning.parameters import CONVENTIONS, count_parameters
 from moe_jax.planning.roofline import estimate, roofline
@@ -22,6 +23,8 @@ from moe_jax.training.files import read_json, write_atomically
 
 PLANS = HERE / "plans.json"
 MEMORY = ("mixtral", "deepseek_v3", "olmoe")
+# Of every expert on the pods below, so that the rows that travel are known.
+SLOTS = Capacity(train_factor=1.25, eval_factor=0.0)
 # A config on a pod, in the bfloat16 that pods are rated in: name, platform, devices, mesh.
 PODS: tuple[tuple[str, str, str, int, dict[str, int]], ...] = (
     ("deepseek_v3", "v5p:8x16x16", "tpu", 2048, {"fsdp": 64, "expert": 32}),
@@ -49,7 +52,10 @@ def exchange_of(
     name: str, pod: str, platform: str, num_devices: int, mesh: dict[str, int]
 ) -> dict[str, Any]:
     """Seconds of a training step on a pod: all computing, and all-to-all by itself."""
-    config = dataclasses.replace(config_of(name), mesh=MeshConfig(**mesh))
+    config = config_of(name)
+    moe = dataclasses.replace(config.model.part["moe"], capacity=SLOTS)
+    model = dataclasses.replace(config.model, parts=config.model.part | {"moe": moe})
+    config = dataclasses.replace(config, model=model, mesh=MeshConfig(**mesh))
     work, topology = resolve(config, num_devices, platform), parse_topology(pod)
     messages = [message for message in collectives(work) if message.kind == "all-to-all"]
     crossing = sum(m.crossing_bytes(work.mesh, topology.devices_per_island) for m in messages)

@@ -6,6 +6,7 @@ import pytest
 
 from configs import st_moe, switch_base
 from moe_jax.config import from_config_dict
+from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.parameters import init_parameters
 from moe_jax.planning.arithmetic import count_flops
 
@@ -48,3 +49,20 @@ def test_every_layer_adds_its_losses_and_logits_have_a_z_loss(file):
     assert config.training.loss.z_loss == 1e-4
     for name in ("moe", "encoder_moe"):
         assert {loss.over_layers for loss in config.model.part[name].losses} == {"sum"}
+
+
+@pytest.mark.parametrize(("presets", "sequences"), [("", 4), ("tiny", 4), ("32b", 8)])
+def test_st_moe_serves_choices_by_position_in_groups_of_whole_sequences(presets, sequences):
+    """Zoph et al. 2022, sec. 7.2: 2,048 and 456 tokens; flaxformer's st_moe_32b.gin: 4,096."""
+    config = from_config_dict(st_moe.get_config(presets))
+    lengths = config.lengths
+    for name, length in (("encoder_moe", lengths.encoder), ("moe", lengths.decoder)):
+        moe = config.model.part[name]
+        assert moe.group_size == sequences * length
+        assert isinstance(moe.capacity.queue, ChoiceMajor)
+
+
+def test_the_steps_of_st_moe_make_its_published_tokens():
+    for presets, tokens in (("", 0.5e12), ("32b", 1.5e12)):
+        training = st_moe.get_config(presets).training
+        assert training.num_steps * training.batch_size * 512 == pytest.approx(tokens, rel=0.05)

@@ -46,7 +46,8 @@ FAMILIES = {
 
 # Settings of a model that its `config.json` does not have: how it trains and how it runs.
 OF_TRAINING = (
-    "losses", "capacity", "group_size", "noise", "init_scale", "init_stddev", "identical_init",
+    "losses", "capacity", "group_size", "noise", "init_scale", "query_init_scale", "init_stddev",
+    "identical_init",
     "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
     "exchange", "exchange_chunks", "rate", "schedule", "frozen_fraction", "anneal_from",
     "anneal_steps", "weight", "embedding_stddev", "allow_constant_gate",
