@@ -292,7 +292,7 @@ TUNED = {
 }  # fmt: skip
 REGULARISED = {
     "all": 0.90, "dropout_0.1": 0.90, "dropout_0.2": 0.91, "dropout_0.3": 0.93, "expert_0.4": 0.90,
-    "dropped_0.1": 0.9, "capacity_0.75": 0.90, "capacity_2.0": 0.90, "capacity_0.75_no_loss": 0.90,
+    "dropped_0.1": 0.9, "capacity_0.9": 0.90, "capacity_2.0": 0.90, "capacity_0.9_no_loss": 0.90,
 }  # fmt: skip
 
 
@@ -329,8 +329,8 @@ def test_the_criterion_of_finetuning_subsets(changes, failed):
     [
         ({}, {}),
         ({"expert_0_4": 0.95}, {0: NOT_REPRODUCED}),
-        ({"capacity_0_75": 0.95}, {1: NOT_REPRODUCED, 2: NOT_REPRODUCED}),
-        ({"capacity_0_75_no_loss": 0.85}, {2: NOT_REPRODUCED}),
+        ({"capacity_0_9": 0.95}, {1: NOT_REPRODUCED, 2: NOT_REPRODUCED}),
+        ({"capacity_0_9_no_loss": 0.85}, {2: NOT_REPRODUCED}),
     ],
 )
 def test_the_criterion_of_finetuning_regularisation(changes, failed):
