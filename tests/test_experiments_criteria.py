@@ -130,7 +130,7 @@ def capacity_results(**changes):
             [REPRODUCED] * 3 + [NOT_REPRODUCED] + [REPRODUCED] * 2,
         ),
         (
-            {"top1_1_0": {"dropped_fraction": 0.04}, "top1_1_25": {"dropped_fraction": 0.031}},
+            {"top1_1_0": {"dropped_fraction": 0.06}, "top1_1_25": {"dropped_fraction": 0.051}},
             [REPRODUCED] * 4 + [NOT_REPRODUCED, REPRODUCED],
         ),
         ({"top2_token_1_0": {"dropped_fraction": 0.45}}, [REPRODUCED] * 5 + [NOT_REPRODUCED]),
@@ -219,7 +219,7 @@ TOURNAMENT = {
     "sampled": {"loss": 0.95},
     "hash_position": {"loss": 1.0},
     "random": {"loss": 1.01},
-    "base": {"loss": 0.9, "max_violation": 0.0},
+    "base": {"loss": 0.9},
 }
 
 
@@ -234,18 +234,17 @@ TOURNAMENT = {
         ({"sampled": {"loss": 0.901}}, {3: INCONCLUSIVE}),
         ({"jitter": {"loss": 0.94}}, {4: NOT_REPRODUCED}),
         ({"jitter": {"loss": 0.86}}, {4: NOT_REPRODUCED}),
-        ({"base": {"max_violation": 0.02}}, {5: NOT_REPRODUCED}),
     ],
 )
 def test_the_criterion_of_router_tournament(changes, failed):
     findings = judged(load_study("router_tournament"), made_up(TOURNAMENT, **changes))
-    expected = [failed.get(place, REPRODUCED) for place in range(6)]
+    expected = [failed.get(place, REPRODUCED) for place in range(5)]
     assert [finding.verdict for finding in findings] == expected, findings
 
 
 GRANULARITY = {
     **{f"fine_{g}": {"loss": 0.88 + 0.03 * g**-0.58} for g in (1, 2, 4, 8)},
-    "shared_31": {"loss": 0.893, "shared_rise": 1.1, "routed_rise": 0.1},
+    "shared_31": {"loss": 0.893, "shared_rise": 0.94, "routed_rise": 0.01},
 }
 
 
@@ -256,7 +255,7 @@ GRANULARITY = {
         ({"fine_8": GRANULARITY["fine_2"]}, {0: INCONCLUSIVE}),
         ({"fine_8": {"loss": 0.95}}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
         ({"shared_31": {"loss": 0.95}}, {2: NOT_REPRODUCED}),
-        ({"shared_31": {"shared_rise": 1.0}}, {3: NOT_REPRODUCED}),
+        ({"shared_31": {"shared_rise": 0.92}}, {3: NOT_REPRODUCED}),
         ({"fine_1": {"loss": 0.5}}, {}),  # one expert a token has another gate
     ],
 )
@@ -292,7 +291,7 @@ TUNED = {
 }  # fmt: skip
 REGULARISED = {
     "all": 0.90, "dropout_0.1": 0.90, "dropout_0.2": 0.91, "dropout_0.3": 0.93, "expert_0.4": 0.90,
-    "dropped_0.1": 0.9, "capacity_0.75": 0.90, "capacity_2.0": 0.90, "capacity_0.75_no_loss": 0.90,
+    "dropped_0.1": 0.9, "capacity_0.9": 0.90, "capacity_2.0": 0.90, "capacity_0.9_no_loss": 0.90,
 }  # fmt: skip
 
 
@@ -329,8 +328,8 @@ def test_the_criterion_of_finetuning_subsets(changes, failed):
     [
         ({}, {}),
         ({"expert_0_4": 0.95}, {0: NOT_REPRODUCED}),
-        ({"capacity_0_75": 0.95}, {1: NOT_REPRODUCED, 2: NOT_REPRODUCED}),
-        ({"capacity_0_75_no_loss": 0.85}, {2: NOT_REPRODUCED}),
+        ({"capacity_0_9": 0.95}, {1: NOT_REPRODUCED, 2: NOT_REPRODUCED}),
+        ({"capacity_0_9_no_loss": 0.85}, {2: NOT_REPRODUCED}),
     ],
 )
 def test_the_criterion_of_finetuning_regularisation(changes, failed):
@@ -342,7 +341,7 @@ def test_the_criterion_of_finetuning_regularisation(changes, failed):
 
 SQUARED = {"0": 9.0, "1e-4": 6.0, "1e-3": 2.0, "1e-2": 0.5}
 Z_LOSS = {
-    **{f"z_{w}": {"squared_logsumexp": v, "router_flips": 0.01} for w, v in SQUARED.items()},
+    **{f"z_{w}": {"squared_logsumexp": v, "router_flips": 0.001} for w, v in SQUARED.items()},
     "z_0_fast": {"squared_logsumexp": 30.0},
     "z_1e-3_fast": {"squared_logsumexp": 10.0},
     "selective": {},
@@ -355,7 +354,7 @@ SPECIALISATION = {
     **dict.fromkeys(("switch_global_0.1", "loss_free_1e-3"), BITS),
     "switch_micro_0.1": BITS | {"domain_information": 0.15},
 }
-STEADY = {"noise_flips": 0.01, "checkpoint_flips": 0.2}
+STEADY = {"noise_flips": 0.002, "checkpoint_flips": 0.2}
 INSTABILITY = {
     **{f"top{k}": {**STEADY, "noise_flips_set": 0.01 * k} for k in (1, 2, 4)},
     **{f"top{k}_jitter": {} for k in (1, 2)},
@@ -371,7 +370,7 @@ MULTI_TOKEN = {"plain": {}, "module": {}, "longer": {"loss": 0.898}}
         ("router_z_loss", Z_LOSS, {"z_0_fast": {"squared_logsumexp": 29.0}}, {0: NOT_REPRODUCED}),
         ("router_z_loss", Z_LOSS, {"z_1e-3_fast": {"loss": 0.95}}, {1: NOT_REPRODUCED}),
         ("router_z_loss", Z_LOSS, {"selective": {"loss": 0.95}}, {2: NOT_REPRODUCED}),
-        ("router_z_loss", Z_LOSS, {"z_0": {"router_flips": 9e-4}}, {3: NOT_REPRODUCED}),
+        ("router_z_loss", Z_LOSS, {"z_0": {"router_flips": 7e-4}}, {3: NOT_REPRODUCED}),
         ("specialisation", SPECIALISATION, {}, {}),
         ("specialisation", SPECIALISATION, {"loss_free_1e-3": {"domain_bits": 0.37}},
          {0: NOT_REPRODUCED}),
@@ -380,7 +379,7 @@ MULTI_TOKEN = {"plain": {}, "module": {}, "longer": {"loss": 0.898}}
         ("specialisation", SPECIALISATION, {"switch_micro_0_1": {"domain_information": 0.21}},
          {2: NOT_REPRODUCED}),
         ("router_instability", INSTABILITY, {}, {}),
-        ("router_instability", INSTABILITY, {"top4": {"noise_flips": 0.06}}, {0: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top4": {"noise_flips": 0.0026}}, {0: NOT_REPRODUCED}),
         ("router_instability", INSTABILITY, {"top1": {"checkpoint_flips": 0.0}},
          {1: NOT_REPRODUCED}),
         ("router_instability", INSTABILITY, {"top4": {"noise_flips_set": 0.015}},

@@ -29,8 +29,8 @@ def test_krajewski_finds_planted_exponents():
     assert found.c == pytest.approx(0.5, abs=0.1) and found.r_squared > 0.9999
 
 
-def grid(slope, spread=0.002, noise=0.0):
-    """Losses of the grid with a slope of experts, of three seeds."""
+def grid(slope, spread=0.002, noise=0.0, faster=0.0):
+    """Losses of the grid with a slope of experts, of three seeds; more of the faster dense arm."""
     study, rng, rows = load_study("scaling"), np.random.default_rng(0), []
     for width, factor in scaling.WIDTHS.items():
         for experts in scaling.EXPERTS:
@@ -44,6 +44,9 @@ def grid(slope, spread=0.002, noise=0.0):
                     "curve": {"step": [100, 200, 300, 400],
                               LOSS: [float(loss) + 30 / s for s in (100, 200, 300, 400)]},
                 })  # fmt: skip
+    for row in [row for row in rows if row["arm"] == "larger_e1"]:
+        loss = row["measures"][LOSS] + faster
+        rows.append(row | {"arm": scaling.FASTER, "measures": {LOSS: loss}})
     return study, Results(tuple(rows), study.baseline)
 
 
@@ -55,6 +58,9 @@ def grid(slope, spread=0.002, noise=0.0):
         ({"slope": -0.001}, [INCONCLUSIVE, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
         # 0.08 log10(16) is more than 0.1 log10(1.5^2).
         ({"slope": -0.08}, [REPRODUCED] * 4),
+        # The better of two rates of the larger dense model counts, whichever it is.
+        ({"slope": -0.08, "faster": 0.5}, [REPRODUCED] * 4),
+        ({"slope": -0.08, "faster": -0.5}, [REPRODUCED, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
         ({"slope": -0.05, "noise": 0.05}, [None, None, None, NOT_REPRODUCED]),
     ],
 )
@@ -62,6 +68,22 @@ def test_the_criterion_of_scaling(planted, expected):
     study, results = grid(**planted)
     found = [claim.judge(results).verdict for claim in study.expect]
     assert all(want in (None, got) for want, got in zip(expected, found, strict=True)), found
+
+
+def test_the_larger_dense_model_has_the_rate_of_the_experts_as_well():
+    study = load_study("scaling")
+    for size in study.sizes:
+        whole, larger, faster = (
+            study.experiment(size, arm, 0) for arm in ("whole_e16", "larger_e1", scaling.FASTER)
+        )
+        assert faster.model == larger.model and scaling.FASTER not in scaling.GRID
+        assert faster.optimizer.learning_rate == whole.optimizer.learning_rate
+        assert larger.optimizer.learning_rate == pytest.approx(whole.optimizer.learning_rate / 1.5)
+
+
+def test_the_faster_arm_is_not_in_the_mean_of_sizes():
+    _, results = grid(-0.05)
+    assert scaling.middle(results) == pytest.approx(2e5 * (0.5 * 0.75 * 1.5) ** (2 / 4))
 
 
 def test_exponents_are_given_with_their_intervals():

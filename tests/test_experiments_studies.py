@@ -16,6 +16,8 @@ from experiments import run, scoring
 from experiments.budget import check_budget, cost_of
 from experiments.results import LOSS, RESULTS_FILE, read_results
 from experiments.study import SIZES, load_study, study_names
+from moe_jax.data.documents import TRAIN
+from moe_jax.data.embedded import EmbeddedCorpus
 from moe_jax.planning.arithmetic import count_flops, count_parameters
 from moe_jax.training import loop
 from moe_jax.training.signals import Interrupted
@@ -77,6 +79,44 @@ def test_fine_tuned_arms_start_from_the_pretrained_one_of_their_seed():
     pretrained = study.experiment("smoke", "pretrained", 2)
     assert pretrained.init_from.path == "" and "python" not in dict(pretrained.data.domain_weights)
     assert pretrained.training.num_steps > config.training.num_steps
+
+
+@pytest.mark.parametrize("name", ["finetuning_subsets", "finetuning_regularisation"])
+@pytest.mark.parametrize("size", ["small", "gpu", "base"])
+def test_fine_tuning_reads_its_domain_twice_at_most(name, size):
+    study = load_study(name)
+    config = study.experiment(size, "all", 0)
+    ((domain, _),) = config.data.domain_weights
+    documents = EmbeddedCorpus().documents(domain, config.data.heldout_fraction)
+    there = sum(len(text.text.encode()) for split, text in documents if split == TRAIN)
+    assert 1.5 * there < bytes_read(config) < 2.01 * there
+
+
+def test_upcycling_at_one_card_reads_no_packed_token_twice():
+    """40 M tokens are packed; `scratch` has all of the steps, as what goes on from `dense` has."""
+    study = load_study("upcycling")
+    read = {arm.name: bytes_read(study.experiment("gpu", arm.name, 0)) for arm in study.arms}
+    assert read["scratch"] == read["upcycled"] == read["dense"] * 3 // 2
+    assert 38e6 < read["scratch"] < 40e6
+
+
+def bytes_read(config):
+    """Tokens of a whole run; bytes where a token is one."""
+    return config.training.num_steps * config.training.batch_size * config.data.sequence_length
+
+
+def test_the_cost_that_upcycling_says_is_the_cost_of_its_arms():
+    study = load_study("upcycling")
+    for size, said in (("small", 1.35), ("gpu", 1.37), ("base", 1.49)):
+        upcycled, dense = (cost_of(study, size, arm).active for arm in ("upcycled", "dense_on"))
+        assert upcycled / dense == pytest.approx(said, abs=0.005)
+        assert str(said) in study.expect[0].statement
+
+
+@pytest.mark.parametrize("size", ["small", "gpu", "base"])
+def test_the_tight_capacity_of_fine_tuning_leaves_a_tenth_of_the_tokens_without_a_slot(size):
+    study = load_study("finetuning_regularisation")
+    assert cost_of(study, size, "capacity_0.9").slots == pytest.approx(0.9, abs=0.005)
 
 
 @pytest.mark.parametrize("size", ["small", "gpu", "base"])

@@ -146,7 +146,8 @@ STUDY = Study(
             measured("fullest_expert", "none_noisy", "importance_load_0.1"),
         ),
         Published(
-            "MaxVio on the validation set, 1 B parameters: auxiliary loss, loss-free at 1e-3",
+            "MaxVio on the validation set, 1 B parameters, sigmoid gates: auxiliary loss of 1e-3, "
+            "loss-free at 1e-3 (here softmax gates, and a loss of 0.01)",
             "0.72, 0.04; perplexity 9.56, 9.50",
             "Loss-free balancing (arXiv:2408.15664), table 2",
             measured("heldout_violation", "switch_global_0.01", *(f"loss_free_{r}" for r in RATES)),
@@ -235,6 +236,7 @@ STUDY = Study(
             "of what the load-balance loss of 0.01 leaves, in every seed.",
             every(
                 [
+                    # The bound is ours: published are 0.04 after 40,000 steps.
                     within("heldout_violation", "loss_free_1e-3", most=0.1),
                     times("heldout_violation", "switch_global_0.01", "loss_free_1e-3", least=3.0),
                 ]
@@ -278,6 +280,14 @@ STUDY = Study(
         ),
     ),
     notes="""\
+* Known before this study has run: at `small`, seeds 0 to 2 of `dense`, `none`, `switch_global_0.1`,
+  `switch_micro_0.1` and `loss_free_1e-3` are the runs of
+  [specialisation](../specialisation/README.md), and were measured there on 2026-11-29. The bound of
+  0.1 is older and was left; at `small` part of the criterion is decided by them. `loss_free_1e-3`
+  has a held-out MaxVio of 0.174, 0.347 and 0.159, where 0.1 is asked for: that claim fails. `none`
+  has more than 3, where 2 is asked for. Loss-free ends below `none` in all three seeds, and the
+  loss over the batch below that over microbatches, with three times the domain information. What
+  rests on other arms is open, as are seeds 3 and 4 and the larger sizes.
 * 16 experts, 2 a token, gates that sum to 1, dropless; sequences are of one domain each.
   A batch has 16 at `small`, a microbatch of the arms "micro" two; 256 and eight at `base`.
 * Qiu et al. also shuffle tokens among microbatches, which tells diversity from token count. There

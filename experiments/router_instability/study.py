@@ -135,9 +135,10 @@ STUDY = Study(
     measure=routing_of,
     expect=(
         Claim(
-            "An input noise of 0.01 changes the first choice of fewer than 5 % of the tokens, with "
-            "one, two and four experts a token, in every seed.",
-            every(within("noise_flips", f"top{k}", most=0.05) for k in CHOICES),
+            "An input noise of 0.01 changes the first choice of fewer than 0.25 % of the tokens, "
+            "with one, two and four experts a token, in every seed.",
+            # Ours. Top-2 arms of specialisation have 0.15 to 0.33 %: it can go either way.
+            every(within("noise_flips", f"top{k}", most=0.0025) for k in CHOICES),
         ),
         Claim(
             "Training goes on to change more than such a noise: from the checkpoint before to the "
@@ -166,6 +167,10 @@ STUDY = Study(
     notes="""\
 * Introductions warn of "router jitter": that tokens change experts for nothing. There are few
   published numbers; the first three claims are criteria of our own, written before a run.
+* Known beforehand: arms of [specialisation](../specialisation/README.md), top-2 of 16 like `top2`
+  but for what balances them, at as many steps. Noise flips 0.15 to 0.33 % of their first choices;
+  the first bound, 5 % until 2026-11-29, was set among these. 7 to 14 % had flipped since the
+  checkpoint before, so that the second claim is as good as decided for `top2`.
 * Flips are of 262,144 held-out tokens, means over layers: the share whose first choice is another,
   or ("set") whose experts are not the same. Every evaluation saves: the checkpoint before the last
   is 50 steps back at `small`, 100 at `gpu`, 200 at `base`.

