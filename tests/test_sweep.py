@@ -188,6 +188,13 @@ def test_cores_are_shared_out():
     assert ONE_CORE not in machine.places(2)[0].environment().get("XLA_FLAGS", "")
 
 
+def test_jobs_take_memory_in_huge_pages_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert Place().environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert Place().environment()["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
+
+
 def test_gpus_are_shared_out(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     machine = Machine("cuda", 4, tuple(range(8)))

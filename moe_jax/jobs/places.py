@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from moe_jax.config.check import require
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+# Every step on a CPU takes its temporary arrays anew from Linux, and a tenth to a third of it are
+# page faults. Of huge pages there are a hundredth as many.
+ALLOCATOR, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 # What tells a process which GPUs it sees.
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -93,7 +96,7 @@ class Place:
 
     def environment(self) -> dict[str, str]:
         """The environment of its process."""
-        environment = dict(os.environ) | dict(self.variables)
+        environment = {ALLOCATOR: HUGE_PAGES} | dict(os.environ) | dict(self.variables)
         if len(self.cores) == 1:
             add_xla_flag(environment, ONE_CORE)
         return environment
