@@ -102,8 +102,8 @@ class Attention(Part):
         heads, kv_heads = (n * self.head_dim for n in (self.num_heads, self.kv_heads))
         specs: dict[str, Any] = {}
         for name, dim in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-            own = self.query_init_scale if name == "q" else None
-            init = scaled_init(own or self.init_scale, dims.model_dim)
+            scale = self.query_init_scale if name == "q" else None
+            init = scaled_init(scale or self.init_scale, dims.model_dim)
             specs[f"w{name}"] = ParameterSpec(
                 (dims.model_dim, dim), ("model", "heads"), init, "attention"
             )
