@@ -50,7 +50,6 @@ from moe_jax.moe.load_balance import SwitchLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.training.loss import CrossEntropy
 
 INIT_SCALE = 0.1
 RELU = Relu()
@@ -139,9 +138,7 @@ def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
             name="adafactor", learning_rate=0.01, schedule="rsqrt", warmup_steps=10_000,
             warmup="constant", weight_decay=0.0, clip_norm=0.0,
         ),
-        training=TrainingConfig(
-            num_steps=500_000, batch_size=2048, sample_prompt="", loss=CrossEntropy(z_loss=1e-4)
-        ),
+        training=TrainingConfig(num_steps=500_000, batch_size=2048, sample_prompt=""),
         mesh=MeshConfig(data=1, fsdp=-1, expert=8),
     )  # fmt: skip
 
@@ -192,6 +189,9 @@ def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
     published_dim, published_hidden = config.model.model_dim, parts.moe.expert_dim
     sequences = parts.moe.group_size // DECODER_LENGTH
     make_smaller(config, presets)
+    loss = {"kind": "cross_entropy_z", "z_loss": 1e-4}  # Mesh TensorFlow, flaxformer
+    with config.training.ignore_type():
+        config.training.loss = ml_collections.ConfigDict(loss)
     if presets & {"tiny", "smoke"}:
         lengths = SpanCorruption().lengths(config.data.sequence_length)
         narrower = published_dim / config.model.model_dim

@@ -15,6 +15,7 @@ from moe_jax.moe.load_balance import (
 )
 from moe_jax.training.loss import (
     CrossEntropy,
+    CrossEntropyZ,
     Scored,
     batch_totals,
     call_of,
@@ -239,7 +240,7 @@ def test_the_z_loss_of_logits_is_the_weighted_mean_of_the_squared_log_normaliser
     part = {"loss_weights": jnp.array([[1.0, 0.5, 0.0]]), "segment_ids": jnp.ones((1, 3), int)}
     scored = Scored(logits_BLV, jnp.zeros((1, 3)), jnp.float32(5))
     expected = (np.log(8) ** 2 + 0.5 * np.log(2) ** 2) / 1.5
-    loss, says = CrossEntropy(z_loss=0.1).share(scored, part, batch_totals(part), ())
+    loss, says = CrossEntropyZ(z_loss=0.1).share(scored, part, batch_totals(part), ())
     assert says["z_loss"] == pytest.approx(expected, rel=1e-6)
     assert loss == pytest.approx(5 + 0.1 * expected, rel=1e-6)
     assert CrossEntropy().share(scored, part, batch_totals(part), ()) == (5, {})

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "loss": {
         "cross_entropy": "moe_jax.training.loss:CrossEntropy",
+        "cross_entropy_z": "moe_jax.training.loss:CrossEntropyZ",
         "distil": "moe_jax.finetune.distil:Distil",
     },
     "part": {

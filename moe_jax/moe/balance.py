@@ -35,6 +35,7 @@ class BalanceLoss(Settings):
     metric: ClassVar[str] = "balance_loss"
 
     weight: float = setting(0.0, at_least=0)  # in the training loss; 0: measured only
+    _: dataclasses.KW_ONLY
     over_layers: str = setting("mean", choices=("mean", "sum"))  # of the layers of the part
 
     @property

@@ -131,22 +131,32 @@ class TrainingLoss(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(TrainingLoss):
-    """The cross-entropy of the targets by their weights, nats a target.
+    """The cross-entropy of the targets by their weights, nats a target."""
 
-    With `z_loss`, the weighted mean of logsumexp(logits)^2 is added, which keeps the normaliser of
-    the softmax near 1. The metric train/z_loss is unweighted. Source: Mesh TensorFlow's `z_loss`,
-    with which T5 and its successors trained; PaLM, Chowdhery et al. 2022, arXiv:2204.02311, sec. 5.
+    def share(
+        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `TrainingLoss`."""
+        del part, totals, arrays
+        return scored.cross_entropy, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyZ(TrainingLoss):
+    """`CrossEntropy` and the weighted mean of logsumexp(logits)^2 over the targets.
+
+    It keeps the normaliser of the softmax near 1. The metric train/z_loss is unweighted. Source:
+    Mesh TensorFlow's `z_loss`, with which T5 and its successors trained; PaLM, Chowdhery et al.
+    2022, arXiv:2204.02311, sec. 5.
     """
 
-    z_loss: float = setting(0.0, at_least=0)  # its weight; T5 and PaLM: 1e-4
+    z_loss: float = setting(1e-4, at_least=0)  # the weight of that mean
 
     def share(
         self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `TrainingLoss`."""
         del arrays
-        if not self.z_loss:
-            return scored.cross_entropy, {}
         z_BL = jax.nn.logsumexp(scored.logits_BLV, axis=-1) ** 2
         z_loss = jnp.sum(z_BL * part["loss_weights"]) / totals.loss_weight
         return scored.cross_entropy + self.z_loss * z_loss, {"z_loss": z_loss}
