@@ -148,6 +148,7 @@ def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
     assert open_tokenizer(config.data.tokenizer).vocab_size <= config.model.vocab_size
 
 
+@pytest.mark.slow
 def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
     """Four sequences a microbatch do not split over eight devices, and need not."""
     _, one = score("--batches=2")

@@ -106,6 +106,7 @@ def test_training_is_the_same_on_a_mesh(trained):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_are_logged_of_each(trained):
     row = read_metrics(trained("one device") / METRICS_FILE)[0]
     # Two of four experts with half of the probability each: 4 * (1/4 + 1/4).

@@ -172,6 +172,7 @@ def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_p
     assert f"{cut} line 1 has temperature=0.8, not 0.7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tmp_path, capsys):
     """A draft that is the model itself is always right, and moves nothing."""
     flags = ["--prompt=ab", "--prompt=c", "--temperature=0"]

@@ -185,6 +185,7 @@ def changed(record, **fields):
     return record._replace(parts={"moe": part._replace(choices=choices)})
 
 
+@pytest.mark.slow
 def test_training_by_a_models_own_record_changes_nothing():
     """Nor does cutting the batch into parts, each with its share of the record."""
     config, state, batch = make_model()

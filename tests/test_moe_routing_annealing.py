@@ -85,6 +85,7 @@ def training_loss(state, batch, model):
     return gradient(state, cut(batch, 2), keys, batch_totals(batch), model)[0]
 
 
+@pytest.mark.slow
 def test_the_step_reaches_training_and_evaluation_without_another_program():
     hot, state = make(temperature=3.0)
     config, _ = make(anneal_from=3.0, anneal_steps=4)

@@ -474,6 +474,7 @@ def test_with_room_for_one_row_less_a_row_would_be_lost():
     assert wrong.sum() == 2  # one in each copy of the model
 
 
+@pytest.mark.slow
 def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
     """Of two devices each has one token, which travels in one chunk of two."""
     random = np.random.default_rng(0)

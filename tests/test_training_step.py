@@ -98,6 +98,7 @@ def mean_loss(aux, name, num_tokens):
     return np.mean(aux["moe"].sums["losses"][name]["total"]) / num_tokens
 
 
+@pytest.mark.slow
 def test_scope_microbatch_is_the_mean_over_the_parts_by_their_tokens():
     """Here the number of parts is part of the definition: loads are those of one part."""
     config, state = make(all_balance(scope="microbatch"))
