@@ -63,7 +63,9 @@ def undeclared(cls: type) -> Iterator[str]:
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
     for base in cls.__mro__:
         for name, annotation in vars(base).get("__annotations__", {}).items():
-            if name not in fields and typing.get_origin(annotation) is not typing.ClassVar:
+            is_marker = annotation is dataclasses.KW_ONLY
+            is_class_variable = typing.get_origin(annotation) is typing.ClassVar
+            if name not in fields and not is_marker and not is_class_variable:
                 yield (
                     f"{base.__name__}.{name} is no setting: decorate the class with "
                     "@dataclasses.dataclass(frozen=True), or annotate a ClassVar"
