@@ -121,13 +121,13 @@ def run(part, leaf, mesh_config=ONE, *, as_dense=False):
 expected = functools.cache(functools.partial(run, as_dense=True))
 
 
-def assert_equal(part, leaf, mesh_config=ONE):
+def assert_equal(part, leaf, mesh_config=ONE, tolerance=FLOAT32):
     reference = part
     if isinstance(part, MoE):
         reference = dataclasses.replace(part, run_experts="einsum", exchange="auto")
     given = run(part, leaf, mesh_config)
     for a, b in zip(*map(jax.tree.leaves, (given, expected(reference, leaf))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=FLOAT32 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
         assert np.abs(b).max() > 0
 
 
@@ -182,7 +182,12 @@ def test_a_block_with_such_weights_is_the_block_with_dense_ones(name, leaf):
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("mesh", [ONE, MIXED], ids=["one device", "mixed"])
 def test_attention_likewise(mesh, leaf):
-    assert_equal(Attention(num_heads=2, head_dim=4, biases=tuple("qkv")), leaf, mesh)
+    """Adapters round x w + (x a) b, the dense matrix x (w + a b): a softmax multiplies the rest.
+
+    On CPUs without AVX-512 the gradient of a bias differs by 4.4e-6 of its largest entry.
+    """
+    part = Attention(num_heads=2, head_dim=4, biases=tuple("qkv"))
+    assert_equal(part, leaf, mesh, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
