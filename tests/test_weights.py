@@ -187,7 +187,7 @@ def test_attention_likewise(mesh, leaf):
     On CPUs without AVX-512 the gradient of a bias differs by 4.4e-6 of its largest entry.
     """
     part = Attention(num_heads=2, head_dim=4, biases=tuple("qkv"))
-    assert_equal(part, leaf, mesh, tolerance=1e-5)
+    assert_equal(part, leaf, mesh, tolerance=1e-5 if leaf == "low rank" else FLOAT32)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

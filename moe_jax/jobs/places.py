@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from moe_jax.config.check import require
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
-# Every step on a CPU takes its temporary arrays anew from Linux, and a tenth to a third of it are
-# page faults. Of huge pages there are a hundredth as many.
+# Every step on a CPU takes its temporary arrays anew from Linux: huge pages make fewer page faults.
 ALLOCATOR, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 # What tells a process which GPUs it sees.
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
