@@ -238,9 +238,9 @@ STUDY = Study(
             below_zero("slope of size"),
         ),
         Claim(
-            "16 experts of a dense model of the size are no worse than a dense model half as wide "
-            "again, of twice the active FLOPs, by 0.03 bits or more, at the better of two learning "
-            "rates: by its width, and as the 16 experts.",
+            "16 experts end above a dense model half as wide again, of twice the active FLOPs, by "
+            "less than 0.03 bits. The dense model has the better of two learning rates: that of "
+            "its width, and that of the experts.",
             every(not_above("whole_e16", arm) for arm in ("larger_e1", FASTER)),
             settles="At equal active parameters an MoE has the quality of a larger dense model.",
         ),
