@@ -90,6 +90,7 @@ def st_moe_model(
             repeats=6, shared=("position",), allow_lookahead=True,
         ),
         tie_embeddings=False,
+        head_init_scale=INIT_SCALE,
         embedding_multiplier=1.0,
         embedding_stddev=1.0,
         compute_dtype="bfloat16",

@@ -20,10 +20,10 @@ Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8
 
 `dense` is the twin of equal FLOPs, `finetune` the training on a task after that. Table 9 of the
 paper prints GEGLU of 2,048 hidden units, which has as many parameters; the released models have
-ReLU of 3,072. The scale of 0.1 is of the variance of initial weights. Each layer adds its balance
-loss. Initial queries are divided by the root of head_dim, as scores are not (Mesh TensorFlow, T5).
-Dropout is on what a layer adds, and in fine-tuning on the hidden units of experts, not on
-attention.
+ReLU of 3,072. The scale of 0.1 is of the variance of initial weights, also of an untied head
+(flaxformer: moe.gin, tokens_choose_base.gin). Each layer adds its balance loss. Initial queries are
+divided by the root of head_dim, as scores are not (Mesh TensorFlow, T5). Dropout is on what a layer
+adds, and in fine-tuning on the hidden units of experts, not on attention.
 """
 
 import ml_collections
@@ -120,6 +120,7 @@ def switch_model(
             repeats=repeats, shared=("position",),
         ),
         tie_embeddings=tie_embeddings,
+        head_init_scale=1.0 if tie_embeddings else INIT_SCALE,
         embedding_multiplier=1.0,
         embedding_stddev=1.0,
         logits_multiplier=model_dim**-0.5 if tie_embeddings else 1.0,

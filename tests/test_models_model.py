@@ -183,6 +183,11 @@ def test_the_embedding_starts_with_the_deviation_that_the_config_says():
     np.testing.assert_allclose(np.std(unit), 1, atol=0.03)
 
 
+def test_a_tied_head_has_no_initial_scale_of_its_own():
+    with pytest.raises(ValueError, match=r"0\.1 with tie_embeddings=True"):
+        make_model(head_init_scale=0.1)
+
+
 def test_logits_are_biased_then_multiplied_then_capped():
     model = make_model()
     params = init(model)

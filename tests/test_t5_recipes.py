@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import st_moe, switch_base
+from configs import st_moe, switch_base, switch_c, switch_xxl
 from moe_jax.config import from_config_dict
 from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.parameters import init_parameters
@@ -41,6 +41,14 @@ def test_scores_start_as_if_they_were_scaled(file):
         width, head_dim = model.model_dim, model.part[name].head_dim
         for matrix, variance in (("wq", 0.1 / (width * head_dim)), ("wk", 0.1 / width)):
             assert np.std(values[matrix]) == pytest.approx(variance**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("file", [st_moe, switch_c, switch_xxl], ids=lambda file: file.__name__)
+def test_an_untied_head_starts_small(file):
+    """Variance 0.1 / M: output_logits_kernel_init in flaxformer's t5x/configs/moe."""
+    model = from_config_dict(file.get_config("tiny")).model
+    head = init_parameters(jax.random.key(0), {"head": model.specs()["head"]})["head"]
+    assert np.std(head) == pytest.approx((0.1 / model.model_dim) ** 0.5, rel=0.03)
 
 
 @FILES

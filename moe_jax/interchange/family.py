@@ -50,7 +50,7 @@ OF_TRAINING = (
     "identical_init",
     "dropout_rate", "expert_dropout_rate", "compute_dtype", "scan_layers", "remat", "run_experts",
     "exchange", "exchange_chunks", "rate", "schedule", "frozen_fraction", "anneal_from",
-    "anneal_steps", "weight", "embedding_stddev", "allow_constant_gate",
+    "anneal_steps", "weight", "embedding_stddev", "head_init_scale", "allow_constant_gate",
 )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ class LanguageModel(Settings):
     )  # of embedded tokens; None: sqrt(model_dim)
     # Of the embedding's initial values; None: model_dim**-0.5 (T5: 1.0).
     embedding_stddev: float | None = setting(None, above=0)
+    head_init_scale: float = setting(1.0, above=0)  # of an untied head: variance over fan-in
     head_bias: bool = False  # of the output head (Phi-3.5)
     # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (a tied head of T5).
     logits_multiplier: float = setting(1.0, above=0)
@@ -79,6 +80,12 @@ class LanguageModel(Settings):
             "a part that reads the output of an encoder needs a model with one",
             f"{blind} in a model without",
             "Use the model 'encoder_decoder', or remove the part",
+        )
+        require(
+            not self.tie_embeddings or self.head_init_scale == 1,
+            "model.head_init_scale is of a head with weights of its own",
+            f"{self.head_init_scale} with tie_embeddings=True",
+            "Set tie_embeddings=False, or embedding_stddev instead",
         )
         if self.modules is not None:
             self.modules.check(self.stack, list(dict(self.parts)), self.has_encoder)
@@ -191,13 +198,13 @@ class LanguageModel(Settings):
     def plain_specs(self) -> dict[str, Any]:
         """`embedding`, `final_norm`, `stack`; perhaps `head`, `head_bias`, `multi_token`."""
         vocab, model = self.vocab_size, self.model_dim
-        init = normal_init(model**-0.5)
         specs: dict[str, Any] = {
             "embedding": self.embedding_spec(),
             "final_norm": self.norm.specs(model),
             **{name: stack.specs(self.dims) for name, stack in self.stacks.items()},
         }
         if not self.tie_embeddings:
+            init = normal_init(self.head_init_scale**0.5 * model**-0.5)
             specs["head"] = ParameterSpec((model, vocab), ("model", "vocab"), init, "head")
         if self.head_bias:
             specs["head_bias"] = ParameterSpec((vocab,), ("vocab",), zeros, "head", decays=False)
