@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -64,8 +65,15 @@ def setting_rows(node: ast.ClassDef, source: list[str]) -> Iterator[str]:
         elif isinstance(value, ast.Call) and ast.unparse(value.func) == "dataclasses.field":
             value = value.keywords[0].value
         _, _, comment = source[field.end_lineno - 1][field.end_col_offset :].partition("# ")
-        cells = (f"`{name}`", f"`{ast.unparse(value)}`", bounds, comment)
+        meaning = comment or comment_above(source[: field.lineno - 1])
+        cells = (f"`{name}`", f"`{ast.unparse(value)}`", bounds, meaning)
         yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def comment_above(source: list[str]) -> str:
+    """The lines of comment that end these lines of source, joined."""
+    above = itertools.takewhile(lambda line: line.startswith("#"), map(str.strip, reversed(source)))
+    return " ".join(reversed([line.lstrip("# ") for line in above]))
 
 
 def describe_function(node: ast.FunctionDef, name: str) -> Iterator[str]:
