@@ -1,5 +1,6 @@
 """What a config.json says beside the sizes of a model: lengths, bases, and how training goes on."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,13 +10,17 @@ import pytest
 
 import moe_jax
 from moe_jax.__main__ import main
-from moe_jax.interchange.family import Reader
-from moe_jax.interchange.rope import read_rotary
+from moe_jax.interchange.family import FAMILIES, Reader, load_family
+from moe_jax.interchange.rope import LONGEST, read_rotary
 from moe_jax.interchange.write import config_json
+from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import LinearScaling
 from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
+from tests.hf_others import LONGROPE
 
+# No rotary positions, another name of the length, or not in transformers.
+WITHOUT_LENGTH = {"jamba", "dbrx", "grok-1", "t5", "switch_transformers"}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -39,6 +44,56 @@ def test_the_base_and_scaling_of_positions_are_those_of_transformers(settings, b
     assert (rotary.base, rotary.scaling) == (base, scaling)
     theirs = transformers.LlamaConfig(**json.loads(json.dumps(settings))).rope_parameters
     assert theirs["rope_theta"] == base and theirs.get("factor") == (scaling and scaling.factor)
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling", "longest"),
+    [
+        ("mistral", {"type": "yarn", "factor": 4.0}, 131_072),
+        ("qwen2", {"type": "dynamic", "factor": 2.0}, 32_768),
+        ("llama", {"type": "dynamic", "factor": 2.0}, 2048),
+    ],
+)
+def test_a_file_without_a_length_has_that_of_its_family(family, scaling, longest):
+    rotary = read_rotary(Reader({"model_type": family, "rope_scaling": scaling}), 8)
+    assert rotary.scaling.original_length == longest
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - WITHOUT_LENGTH))
+def test_the_lengths_of_families_are_those_of_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CONFIG_MAPPING[family]()
+    assert LONGEST.get(family, 2048) == config.get_text_config().max_position_embeddings
+
+
+def test_the_original_length_of_phimoe_is_that_of_its_scaling():
+    """`PhimoeConfig.validate_rope` sets the one beside it to that, or to the longest."""
+    beside = {"max_position_embeddings": 64, "original_max_position_embeddings": 12}
+    for inner, expected in ((16, 16), (None, 64)):
+        scaling = {**LONGROPE, "long_factor": [2.0] * 6, "original_max_position_embeddings": inner}
+        settings = {**CASES["phimoe"].settings, **beside, "rope_scaling": scaling}
+        rotary = load_family("phimoe").read(settings).part["attention"].rotary
+        assert rotary.scaling.original_length == expected
+
+
+def test_a_fraction_of_a_head_turns_only_if_frequencies_are_scaled():
+    """With rope_type "default" all dims turn in transformers, whatever the fraction says."""
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+        read_rotary(Reader({"partial_rotary_factor": 0.5}), 8)
+    assert read_rotary(Reader({"partial_rotary_factor": 0.5, "rope_scaling": LINEAR}), 8).dim == 4
+    family = load_family("mixtral")
+    model = family.read(CASES["mixtral"].settings)
+    attention = dataclasses.replace(model.part["attention"], rotary=Rotary(1e6, 4))
+    model = dataclasses.replace(model, parts={**dict(model.parts), "attention": attention})
+    with pytest.raises(ValueError, match="partial_rotary_factor"):
+        family.written(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phimoe", "switch"])
+def test_the_weights_of_router_losses_are_written(name):
+    settings = {**CASES[name].settings, "router_aux_loss_coef": 0.02}
+    model = load_family(settings["model_type"]).read(settings)
+    assert load_family(settings["model_type"]).written(model)["router_aux_loss_coef"] == 0.02
 
 
 @pytest.mark.parametrize(

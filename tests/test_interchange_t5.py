@@ -15,7 +15,9 @@ import moe_jax
 from moe_jax.interchange.family import load_family
 from moe_jax.interchange.leaves import leaves_of
 from moe_jax.interchange.tensor_files import TensorFiles, ToWrite, write_tensors
+from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, SwiGLU
 from moe_jax.moe.balance import RouterZ
+from moe_jax.moe.experts import Relu
 from moe_jax.moe.load_balance import HuggingFaceSwitchLoadBalance
 from moe_jax.part import Call, EncoderInputs
 from tests.hf_families import CASES, Case, write_model, written_by_rules
@@ -124,6 +126,8 @@ def test_a_head_of_t5_is_tied_or_scaled(settings, tensors, tied, scaled):
         # Every second, every third; of none transformers makes the second layer, of too many none.
         ({"num_layers": 5, "num_sparse_encoder_layers": 2}, [1, 3]),
         ({"num_layers": 7, "num_sparse_encoder_layers": 2}, [1, 4]),
+        ({"num_layers": 11, "num_sparse_encoder_layers": 3}, [1, 4, 7, 10]),
+        ({"num_layers": 6, "num_sparse_encoder_layers": 3, "encoder_sparse_step": 3}, [1, 4]),
         ({"num_layers": 4, "num_sparse_encoder_layers": 0}, [1]),
         ({"num_layers": 3, "num_sparse_encoder_layers": 5}, []),
         ({"num_layers": 3, "num_sparse_encoder_layers": 3}, [0, 1, 2]),
@@ -135,6 +139,37 @@ def test_the_sparse_layers_of_a_switch_are_those_of_transformers(sizes, layers):
     sparse = [i for i, one in enumerate(model.encoder.layers) if "encoder_moe" in one]
     assert sparse == layers
     assert family.read(family.written(model)).encoder == model.encoder
+
+
+def test_a_switch_without_experts_keeps_the_names_of_a_switch():
+    family = load_family("switch_transformers")
+    none = {"num_sparse_encoder_layers": 5, "num_sparse_decoder_layers": 5}
+    model = family.read({**SWITCH, **none})
+    tensors = {rule.name for rule in family.rules(model)}
+    assert "encoder.block.{layer}.layer.1.mlp.wi.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("settings", "activation"),
+    [
+        ({}, Relu()),
+        ({"feed_forward_proj": "gated-gelu"}, GeGLUTanh()),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new"}, GeGLUTanh()),
+        ({"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"}, GeGLU()),
+        ({"feed_forward_proj": "relu", "dense_act_fn": "gelu"}, Gelu()),
+        ({"feed_forward_proj": "gated-silu"}, SwiGLU()),
+    ],
+)
+def test_the_activation_of_a_t5_is_that_of_transformers(settings, activation):
+    transformers = pytest.importorskip("transformers")
+    family = load_family("t5")
+    model = family.read({**T5, **settings})
+    written = family.written(model)
+    assert family.read(written).part["mlp"].activation == activation
+    assert model.part["mlp"].activation == activation
+    theirs = transformers.T5Config(**settings), transformers.T5Config(**written)
+    assert theirs[0].dense_act_fn == theirs[1].dense_act_fn == written["dense_act_fn"]
+    assert theirs[0].is_gated_act == theirs[1].is_gated_act == activation.gated
 
 
 @pytest.mark.parametrize(

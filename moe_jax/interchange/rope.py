@@ -18,6 +18,14 @@ from moe_jax.layers.rotary_scaling import (
     Yarn,
 )
 
+# "max_position_embeddings" of a config.json that has none, by "model_type"; of others 2,048.
+LONGEST = {
+    "olmoe": 4096, "deepseek_v3": 4096,
+    "qwen2": 32_768, "qwen3": 32_768, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
+    "mistral": 131_072, "mixtral": 131_072, "phimoe": 131_072, "gpt_oss": 131_072,
+    "llama4": 131_072, "llama4_text": 131_072,
+}  # fmt: skip
+
 
 def read_rotary(
     config: Reader, head_dim: int, *, theta: float = 10_000.0, interleaved: bool = False
@@ -31,7 +39,8 @@ def read_rotary(
       interleaved: whether the family pairs (2j, 2j + 1).
 
     Raises:
-      ValueError: a scaling that is not known, or without its factor.
+      ValueError: a scaling that is not known, or without its factor; a fraction without scaling,
+        of which transformers turns all dims.
     """
     outside, own = config.get("rope_theta"), rope_of(config)
     rope = {**own, "rope_theta": own.get("rope_theta") or outside}
@@ -39,7 +48,14 @@ def read_rotary(
     base = float(rope.get("rope_theta") or theta)
     turning = int(head_dim * fraction)
     dim = None if turning == head_dim else turning
-    return Rotary(base, dim, interleaved, read_scaling(config, rope))
+    scaling = read_scaling(config, rope)
+    require(
+        dim is None or scaling is not None,
+        "partial_rotary_factor needs a rope_type other than 'default', which turns all of a head",
+        f"partial_rotary_factor={fraction}",
+        "Remove it, or set it to 1",
+    )
+    return Rotary(base, dim, interleaved, scaling)
 
 
 def rope_of(config: Reader) -> Mapping[str, Any]:
@@ -52,7 +68,8 @@ def rope_of(config: Reader) -> Mapping[str, Any]:
 def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | None:
     """The scaling of frequencies, by its "rope_type"."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    longest = config.get("max_position_embeddings", 2048)
+    family = config.settings.get("model_type", "")
+    longest = config.get("max_position_embeddings", LONGEST.get(family, 2048))
     outside = config.get("original_max_position_embeddings")  # Phi keeps it there
     original = outside or rope.get("original_max_position_embeddings") or longest
     known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")

@@ -10,6 +10,7 @@ from moe_jax.interchange.common import (
     OUTSIDE,
     attention_rules,
     attention_settings,
+    aux_loss_settings,
     block_sparse_rules,
     first_attention,
     gated_activation,
@@ -64,6 +65,7 @@ def settings(model: LanguageModel) -> dict[str, Any]:
         intermediate_size=moe.expert_dim,
         num_local_experts=moe.num_experts,
         num_experts_per_tok=moe.num_selected_experts,
+        **aux_loss_settings(moe),
     )
 
 

@@ -18,6 +18,7 @@ from moe_jax.interchange.common import (
     OUTSIDE,
     attention_rules,
     attention_settings,
+    aux_loss_settings,
     block_sparse_rules,
     first_attention,
     gated_activation,
@@ -52,7 +53,8 @@ def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
     config.require("num_experts_per_tok", 2)  # the code of the release has no other number
     attention = read_attention(
-        config,
+        # That of the scaling counts, not the one beside it.
+        config.with_settings(original_max_position_embeddings=None),
         kv_heads=8,
         theta=1e6,
         biases="qkvo" if config.get("attention_bias", False) else "",
@@ -130,6 +132,7 @@ def settings(model: LanguageModel) -> dict[str, Any]:
         intermediate_size=moe.expert_dim,
         num_local_experts=moe.num_experts,
         num_experts_per_tok=moe.num_selected_experts,
+        **aux_loss_settings(moe),
         router_jitter_noise=moe.router.jitter,
     )
 

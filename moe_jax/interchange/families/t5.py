@@ -5,6 +5,7 @@ and `modeling_switch_transformers.py` of transformers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from moe_jax.layers.relative_positions import RelativePositions
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
-from moe_jax.moe.activations import GeGLUTanh, Gelu, GeluTanh, Silu, SwiGLU
+from moe_jax.moe.activations import GeGLU, GeGLUTanh, Gelu, GeluTanh, Silu, SwiGLU
 from moe_jax.moe.balance import RouterZ
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.experts import Activation, Relu
@@ -28,14 +29,12 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.token_choice import TokenChoice
 
-# "dense_act_fn" of Switch, and "feed_forward_proj" of T5, where "gated-gelu" is by the tanh. Of
-# several names the first is written.
+# By "dense_act_fn"; of several names the first is written.
 PLAIN: dict[str, type[Activation]] = {
     "relu": Relu, "gelu": Gelu, "gelu_new": GeluTanh, "silu": Silu, "swish": Silu,
 }  # fmt: skip
 GATED: dict[str, type[Activation]] = {
-    "gated-gelu": GeGLUTanh, "gated-gelu_new": GeGLUTanh, "gated-silu": SwiGLU,
-    "gated-swish": SwiGLU,
+    "gelu": GeGLU, "gelu_new": GeGLUTanh, "silu": SwiGLU, "swish": SwiGLU,
 }  # fmt: skip
 # Tables of older files that no layer reads, and the embedding beside those of both stacks.
 IGNORED = (r".*\.EncDecAttention\.relative_attention_bias\.weight", r"shared\.weight")
@@ -100,11 +99,10 @@ OUTSIDE = (
 )
 
 
-def rules(model: LanguageModel) -> tuple[Rule, ...]:
-    """The tensors of a model."""
+def rules(model: LanguageModel, ffn: str) -> tuple[Rule, ...]:
+    """The tensors of a model whose dense FFNs have this name."""
     assert isinstance(model, EncoderDecoder)
     parts: Mapping[str, Any] = model.part
-    ffn = "mlp" if {"moe", "encoder_moe"} & set(parts) else "DenseReluDense"
     gated = "mlp" in parts and parts["mlp"].activation.gated
     return (
         *((SHARED,) if model.share_embeddings else UNTIED),
@@ -212,18 +210,9 @@ def t5_model(config: Reader) -> LanguageModel:
     A head that is not scaled (version 1.1) is tied if the files have none. Without knowing them, it
     is tied if the settings have "scale_decoder_outputs", which transformers 5 writes.
     """
-    name = config.get("feed_forward_proj", "relu")
-    config.get("dense_act_fn")  # follows from it
-    known = PLAIN | GATED
-    require(
-        name in known,
-        f"feed_forward_proj is one of {list(known)}",
-        f"feed_forward_proj={name!r}",
-        "Add its activation",
-    )
     depth = config.get("num_layers", 6)
     depths = (depth, config.get("num_decoder_layers", depth))
-    model = read_model(config, depths, known[name]())
+    model = read_model(config, depths, t5_activation(config))
     scaled = config.get("scale_decoder_outputs", model.tie_embeddings)
     tied = scaled or "scale_decoder_outputs" in config.settings
     if not scaled and config.tensors is not None:
@@ -233,22 +222,57 @@ def t5_model(config: Reader) -> LanguageModel:
     return dataclasses.replace(model, logits_multiplier=multiplier, **changes)
 
 
+def t5_activation(config: Reader) -> Activation:
+    """The activation of a T5: "dense_act_fn", or what "feed_forward_proj" implies.
+
+    That of "gated-gelu" is by the tanh.
+
+    Raises:
+      ValueError: there is no such activation.
+    """
+    network = config.get("feed_forward_proj", "relu")
+    known = GATED if network.startswith("gated-") else PLAIN
+    implied = "gelu_new" if network == "gated-gelu" else network.removeprefix("gated-")
+    function = config.get("dense_act_fn", implied)
+    require(
+        function in known,
+        f"the activation of feed_forward_proj={network!r} is one of {list(known)}",
+        f"{function!r}",
+        "Add it",
+    )
+    return known[function]()
+
+
 def t5_settings(model: LanguageModel) -> dict[str, Any]:
     """The config.json of a T5. To transformers, `tie_word_embeddings` is the scale of the head."""
     mlp: Any = model.part["mlp"]
+    gated = mlp.activation.gated
+    function = name_of(mlp.activation, GATED if gated else PLAIN)
+    network = "gelu" if gated and function == "gelu_new" else function
     scaled = model.logits_multiplier != 1
     return {
         **settings_of(model),
         "d_ff": mlp.dim,
-        "feed_forward_proj": name_of(mlp.activation, PLAIN | GATED),
+        "feed_forward_proj": f"gated-{network}" if gated else network,
+        "dense_act_fn": function,
         "tie_word_embeddings": scaled,
         **({"scale_decoder_outputs": False} if model.tie_embeddings and not scaled else {}),
     }
 
 
 def name_of(activation: Activation, known: Mapping[str, type[Activation]]) -> str:
-    """The first name of an activation."""
-    return next(name for name, kind in known.items() if type(activation) is kind)
+    """The first name of an activation.
+
+    Raises:
+      ValueError: it has none.
+    """
+    for name, kind in known.items():
+        if type(activation) is kind:
+            return name
+    raise ValueError(
+        f"the activation is one of {list(known)}: it is {activation}. Train a model with one of "
+        "them."
+    )
 
 
 def switch_model(config: Reader) -> LanguageModel:
@@ -273,7 +297,9 @@ def switch_model(config: Reader) -> LanguageModel:
         capacity=Capacity(slots=config.get("expert_capacity", CAPACITY)),
     )
     steps = [count // own if own else count for count, own in zip(depths, sparse, strict=True)]
-    return read_model(config, depths, activation, moe, (steps[0], steps[1]))
+    encoder_step = config.get("encoder_sparse_step", steps[0])
+    decoder_step = config.get("decoder_sparse_step", steps[1])
+    return read_model(config, depths, activation, moe, (encoder_step, decoder_step))
 
 
 def switch_settings(model: LanguageModel) -> dict[str, Any]:
@@ -285,6 +311,7 @@ def switch_settings(model: LanguageModel) -> dict[str, Any]:
         "d_ff": moe.expert_dim,
         "num_experts": moe.num_experts,
         "expert_capacity": moe.capacity.slots or CAPACITY,
+        **router_loss_settings(moe),
         "num_sparse_encoder_layers": num_sparse(model.layouts["encoder"], "encoder_moe"),
         "num_sparse_decoder_layers": num_sparse(model.stack, "moe"),
         "dense_act_fn": name_of(moe.activation, PLAIN),
@@ -296,16 +323,29 @@ def switch_settings(model: LanguageModel) -> dict[str, Any]:
 def num_sparse(stack: StackLayout, moe: str) -> int:
     """What a config.json says of the sparse layers: for none of them, more than there are layers.
 
-    To transformers, 0 of them is one, the second layer.
+    To transformers, 0 of them is one, the second layer. It divides the depth by this number, and
+    rounds down, for how many layers apart they are: 3 of 11 layers are the layers 1, 4, 7 and 10.
     """
-    return sum(moe in layer for layer in stack.layers) or stack.num_layers + 1
+    places = [place for place, layer in enumerate(stack.layers) if moe in layer]
+    if not places:
+        return stack.num_layers + 1
+    step = places[1] - places[0] if len(places) > 1 else stack.num_layers
+    return stack.num_layers // step
+
+
+def router_loss_settings(moe: MoE) -> dict[str, float]:
+    """The weights of the router's losses."""
+    kinds = {HuggingFaceSwitchLoadBalance: "router_aux_loss_coef", RouterZ: "router_z_loss_coef"}
+    weights = {type(loss): loss.weight for loss in moe.losses}
+    return {name: weights.get(kind, 0.0) for kind, name in kinds.items()}
 
 
 T5 = Family(
-    "t5", "T5ForConditionalGeneration", t5_model, t5_settings, rules,
-    repeats=repeats, ignored=IGNORED,
+    "t5", "T5ForConditionalGeneration", t5_model, t5_settings,
+    functools.partial(rules, ffn="DenseReluDense"), repeats=repeats, ignored=IGNORED,
 )  # fmt: skip
 SWITCH = Family(
     "switch_transformers", "SwitchTransformersForConditionalGeneration",
-    switch_model, switch_settings, rules, repeats=repeats, ignored=IGNORED,
+    switch_model, switch_settings, functools.partial(rules, ffn="mlp"), repeats=repeats,
+    ignored=IGNORED,
 )  # fmt: skip
