@@ -144,6 +144,26 @@ def test_other_blocks_are_refused(tmp_path):
         moe_jax.from_hf(path)
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_no_shared_expert_is_written_as_none_of_them(name):
+    """For null, transformers refuses to load the file."""
+    family = load_family(name)
+    model = family.read({**CASES[name].settings, "n_shared_experts": None})
+    assert model.part["moe"].shared_expert_dim == family.written(model)["n_shared_experts"] == 0
+
+
+@pytest.mark.parametrize(("value", "renormalize"), [(None, False), (True, True)])
+def test_null_renormalises_no_gates(value, renormalize):
+    settings = {**CASES["deepseek_v3"].settings, "norm_topk_prob": value}
+    router = load_family("deepseek_v3").read(settings).part["moe"].router
+    assert router.renormalize == renormalize
+
+
+def test_a_deepseek_v2_is_always_interleaved():
+    settings = {**CASES["deepseek_v2"].settings, "rope_interleave": False}
+    assert load_family("deepseek_v2").read(settings).part["attention"].rotary.interleaved
+
+
 def test_dense_layers_may_be_between(tmp_path):
     """moe_layer_freq of the published code; the first dense layers come on top."""
     family = load_family("deepseek_v3")

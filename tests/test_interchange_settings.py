@@ -162,6 +162,13 @@ def weights(name, **settings):
     return [loss.weight for part in model.moe_parts.values() for loss in part.losses]
 
 
+def test_a_gpt_oss_without_windows_says_nothing_of_them():
+    """For a window of null, transformers fails in the forward pass."""
+    family, settings = load_family("gpt_oss"), CASES["gpt_oss"].settings
+    full = ["full_attention"] * settings["num_hidden_layers"]
+    assert "sliding_window" not in family.written(family.read({**settings, "layer_types": full}))
+
+
 def test_gpt_oss_is_balanced_only_where_transformers_balances_it():
     assert weights("gpt_oss", router_aux_loss_coef=0.9, output_router_logits=False) == [0.0]
     assert weights("gpt_oss", router_aux_loss_coef=0.9) == [0.0]

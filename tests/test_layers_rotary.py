@@ -168,6 +168,11 @@ SCALINGS = {
         None,
     ),
     "yarn, one mscale": (Yarn(**YARN, mscale=0.5), {**HUGGING_FACE_YARN, "mscale": 0.5}, None),
+    "yarn, as Kimi K2": (
+        Yarn(**YARN | {"fast_turns": 1.0, "slow_turns": 1.0}, mscale=1.0, mscale_all_dim=1.0),
+        {**HUGGING_FACE_YARN, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1, "mscale_all_dim": 1},
+        None,
+    ),
     "yarn, factor 1": (
         Yarn(**YARN | {"factor": 1.0}), {**HUGGING_FACE_YARN, "factor": 1.0}, None,
     ),
@@ -191,6 +196,7 @@ EXPECTED = {
     "yarn, attention factor": ([1, 0.0625, 0.0024999999, 0.00025000001], 1.3),
     "yarn, mscale": ([1, 0.0625, 0.0024999999, 0.00025000001], 0.96256306),
     "yarn, one mscale": ([1, 0.0625, 0.0024999999, 0.00025000001], 1.1386294),
+    "yarn, as Kimi K2": ([1, 0.1, 0.0025, 0.00025], 1),
     "yarn, factor 1": ([1, 0.1, 0.0099999998, 0.001], 1),
     "longrope, short": ([1, 0.06666667, 0.0049999999, 0.00025000001], 1.1547005),
     "longrope, long": ([1, 0.033333335, 0.00125, 6.2500003e-05], 1.1547005),

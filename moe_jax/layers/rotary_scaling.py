@@ -143,8 +143,8 @@ class Yarn(RotaryScaling):
     def check(self) -> None:
         """See `Settings`."""
         require(
-            self.slow_turns < self.fast_turns,
-            "slow_turns must be below fast_turns",
+            self.slow_turns <= self.fast_turns,  # Kimi K2: equal
+            "slow_turns must be at most fast_turns",
             f"slow_turns={self.slow_turns}, fast_turns={self.fast_turns}",
             "Change one of them",
         )

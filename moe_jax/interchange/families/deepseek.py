@@ -143,6 +143,7 @@ def groups_of(config: Reader, num_groups: int, num_selected: int, worth: str) ->
 
 def v2(config: Reader) -> LanguageModel:
     """DeepSeek-V2 of a config.json."""
+    config = config.with_settings(rope_interleave=True)  # whatever the file says
     config.require("scoring_func", "softmax")
     config.require("mlp_bias", False)
     method = config.get("topk_method", "greedy")
@@ -169,7 +170,7 @@ def v3(config: Reader) -> LanguageModel:
     router = token_choice(
         config,
         score=Sigmoid(),
-        renormalize=config.get("norm_topk_prob", True),
+        renormalize=config.or_absent("norm_topk_prob", True) or False,
         scaling_factor=config.get("routed_scaling_factor", 2.5),
         groups=groups_of(config, 8, 4, "top2_sum"),
     )
@@ -224,7 +225,7 @@ def shared_settings(model: LanguageModel) -> dict[str, Any]:
         n_routed_experts=moe.num_experts,
         num_experts_per_tok=moe.num_selected_experts,
         moe_intermediate_size=moe.expert_dim,
-        n_shared_experts=moe.shared_expert_dim // moe.expert_dim or None,
+        n_shared_experts=moe.shared_expert_dim // moe.expert_dim,
         routed_scaling_factor=moe.router.scaling_factor,
         n_group=moe.router.groups.num_groups if moe.router.groups else 1,
         topk_group=moe.router.groups.num_selected if moe.router.groups else 1,

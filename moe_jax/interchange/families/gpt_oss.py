@@ -61,7 +61,7 @@ RULES = (
 
 def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
-    if not (config.get("rope_parameters") or config.get("rope_scaling")):
+    if config.get("rope_parameters") is None and not config.get("rope_scaling"):
         config = config.with_settings(rope_parameters=YARN)
     quantization = config.get("quantization_config", {})
     require(
@@ -121,7 +121,7 @@ def settings(model: LanguageModel) -> dict[str, Any]:
         **attention_settings(attention),
         attention_bias="o" in attention.biases,
         layer_types=types,
-        sliding_window=window,
+        **({} if window is None else {"sliding_window": window}),  # transformers refuses null
         intermediate_size=moe.expert_dim,
         num_local_experts=moe.num_experts,
         num_experts_per_tok=moe.num_selected_experts,
