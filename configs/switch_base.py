@@ -190,6 +190,13 @@ def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
     published_dim, published_hidden = config.model.model_dim, parts.moe.expert_dim
     sequences = parts.moe.group_size // DECODER_LENGTH
     make_smaller(config, presets)
+    if "smoke" in presets:
+        config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.05, 20
+    elif "tiny" in presets:
+        training, config.data.sequence_length = config.training, 48
+        config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.02, 1000
+        training.num_steps, training.batch_size = 4000, 64
+        training.evaluate_every = training.checkpoint_every = 500
     loss = {"kind": "cross_entropy_z", "z_loss": 1e-4}  # Mesh TensorFlow, flaxformer
     with config.training.ignore_type():
         config.training.loss = ml_collections.ConfigDict(loss)
@@ -206,11 +213,6 @@ def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
             parts[name].query_init_scale = INIT_SCALE / parts[name].head_dim
         if config.model.tie_embeddings:
             config.model.logits_multiplier = config.model.model_dim**-0.5
-        config.optimizer.learning_rate, config.optimizer.warmup_steps = 0.05, 20
-    if "tiny" in presets and "smoke" not in presets:
-        config.optimizer.warmup_steps = 100
-        config.training.num_steps, config.training.batch_size = 1500, 16
-        config.training.evaluate_every = config.training.checkpoint_every = 500
     if "dense" in presets:
         make_dense(config)
     if "finetune" in presets:
