@@ -19,6 +19,8 @@ from moe_jax.part import Call
 from tests.hf_families import CASES, Case, write_model
 from tests.hf_others import LONGROPE
 
+# Not in transformers.
+OF_OTHERS = {"grok-1"}
 # No rotary positions, another name of the length, or not in transformers.
 WITHOUT_LENGTH = {"jamba", "dbrx", "grok-1", "t5", "switch_transformers"}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -64,6 +66,41 @@ def test_the_lengths_of_families_are_those_of_transformers(family):
     transformers = pytest.importorskip("transformers")
     config = transformers.CONFIG_MAPPING[family]()
     assert LONGEST.get(family, 2048) == config.get_text_config().max_position_embeddings
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - OF_OTHERS))
+def test_what_a_file_leaves_out_is_as_in_transformers_or_named_in_an_error(name):
+    transformers = pytest.importorskip("transformers")
+    theirs = json.loads(transformers.CONFIG_MAPPING[name]().to_json_string(use_diff=False))
+    if name == "deepseek_v2":
+        theirs["num_experts_per_tok"] = 6  # null there, with which no model runs
+    family = load_family(name)
+    model = family.read(theirs)
+    # The default of dt_rank depends on the width: "auto" here, resolved there.
+    for setting in set(theirs) - ({"mamba_dt_rank"} if name == "jamba" else set()):
+        rest = {one: value for one, value in theirs.items() if one != setting}
+        try:
+            assert family.read(rest) == model, setting
+        except ValueError as error:
+            assert "is not in it. Add it" in str(error), setting
+
+
+def test_a_size_that_is_null_is_missing():
+    settings = CASES["deepseek_v2"].settings
+    with pytest.raises(ValueError, match="'num_experts_per_tok' is null in it. Add it"):
+        load_family("deepseek_v2").read({**settings, "num_experts_per_tok": None})
+
+
+def test_files_that_transformers_refuses_are_not_written():
+    llama = load_family("llama")
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4}
+    uneven = llama.read({**CASES["llama"].settings, **heads})
+    with pytest.raises(ValueError, match="multiple of num_attention_heads"):
+        llama.written(uneven)
+    assert load_family("mistral").written(uneven)["head_dim"] == 4
+    olmoe = load_family("olmoe")
+    with pytest.raises(ValueError, match="as wide together as the model"):
+        olmoe.written(olmoe.read({**CASES["olmoe"].settings, "head_dim": 2}))
 
 
 def test_the_original_length_of_phimoe_is_that_of_its_scaling():

@@ -248,13 +248,14 @@ class Reader:
 
     def __getitem__(self, name: str) -> Any:
         self.unread.discard(name)
+        value = self.settings.get(name)
         require(
-            name in self.settings,
+            value is not None,
             "a config.json has the sizes of its model",
-            f"{name!r} is not in it",
+            f"{name!r} is {'null' if name in self.settings else 'not'} in it",
             "Add it",
         )
-        return self.settings[name]
+        return value
 
     def get(self, name: str, default: Any = None) -> Any:
         """A setting, or the default where it is absent or null."""
@@ -279,7 +280,7 @@ class Reader:
         Raises:
           ValueError: it has another value.
         """
-        value = self[name] if name in self.settings else None
+        value = self.get(name)
         require(
             value is None or value in allowed,
             f"{name} is {' or '.join(map(repr, allowed))} in a model that can be read",

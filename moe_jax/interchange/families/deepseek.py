@@ -91,8 +91,15 @@ def attention_part(config: Reader) -> LatentAttention:
     )
 
 
-def language_model(config: Reader, moe: MoE, num_dense: int) -> LanguageModel:
-    """The model of a config.json with these experts; `num_dense`: first_k_dense_replace, or so."""
+def language_model(config: Reader, moe: MoE, *, num_dense: int, dense_dim: int) -> LanguageModel:
+    """The model of a config.json.
+
+    Args:
+      config: of the model.
+      moe: its experts.
+      num_dense: first_k_dense_replace, if the file has none.
+      dense_dim: intermediate_size, if the file has none.
+    """
     first = config.get("first_k_dense_replace", num_dense)
     every = config.get("moe_layer_freq", 1)
     layers = [
@@ -102,7 +109,7 @@ def language_model(config: Reader, moe: MoE, num_dense: int) -> LanguageModel:
     used = {name for layer in layers for name in layer}
     parts = {
         "attention": attention_part(config),
-        "mlp": Mlp(dim=config.get("intermediate_size", 11008), activation=gated_activation(config)),
+        "mlp": Mlp(dim=config.get("intermediate_size", dense_dim), activation=gated_activation(config)),
         "moe": moe,
     }
     return LanguageModel(
@@ -153,7 +160,8 @@ def v2(config: Reader) -> LanguageModel:
         scaling_factor=config.get("routed_scaling_factor", 1.0),
         groups=groups if method == "group_limited_greedy" else None,
     )
-    return language_model(config, MoE(**expert_settings(config, 2), router=router), num_dense=0)
+    moe = MoE(**expert_settings(config, 2), router=router)
+    return language_model(config, moe, num_dense=0, dense_dim=11_008)
 
 
 def v3(config: Reader) -> LanguageModel:
@@ -175,7 +183,7 @@ def v3(config: Reader) -> LanguageModel:
         groups=groups_of(config, 8, 4, "top2_sum"),
     )
     moe = MoE(**expert_settings(config, 1), router=router, bias=SignUpdate(rate=1e-3))
-    model = language_model(config, moe, num_dense=3)
+    model = language_model(config, moe, num_dense=3, dense_dim=18_432)
     depth = num_modules(config)
     return dataclasses.replace(model, multi_token=MultiToken(depth) if depth else None)
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from moe_jax.config.check import require
 from moe_jax.interchange.common import (
     LAYER,
     OUTSIDE,
@@ -102,11 +103,22 @@ def qwen3(config: Reader) -> LanguageModel:
 
 
 def settings(model: LanguageModel, family: str) -> dict[str, Any]:
-    """The config.json of a model."""
+    """The config.json of a model.
+
+    Raises:
+      ValueError: transformers would refuse the file.
+    """
     mlp: Any = model.part["mlp"]
     types, window = layer_types(model)
     own: dict[str, Any] = {}
     if family == "llama":
+        heads = first_attention(model).num_heads
+        require(
+            model.model_dim % heads == 0,
+            "transformers loads a Llama whose hidden_size is a multiple of num_attention_heads",
+            f"{model.model_dim} is not one of {heads}",
+            "Write it as mistral",
+        )
         own = {"attention_bias": "o" in first_attention(model).biases, "mlp_bias": mlp.use_bias}
     elif family == "mistral":
         own = {"sliding_window": window}

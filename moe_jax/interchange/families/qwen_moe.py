@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moe_jax.config.check import require
 from moe_jax.interchange.common import (
     DROPLESS,
     LAYER,
@@ -164,10 +165,20 @@ def olmoe(config: Reader) -> LanguageModel:
 
 
 def settings(model: LanguageModel, family: str) -> dict[str, Any]:
-    """The config.json of a model."""
+    """The config.json of a model.
+
+    Raises:
+      ValueError: transformers would refuse the file.
+    """
     attention, moe = first_attention(model), model.part["moe"]
     assert isinstance(moe, MoE) and isinstance(moe.router, TokenChoice), moe
     if family == "olmoe":
+        require(
+            attention.num_heads * attention.head_dim == model.model_dim,
+            "transformers loads an OLMoE whose heads are as wide together as the model",
+            f"{attention.num_heads} of {attention.head_dim} for {model.model_dim}",
+            "Write it as qwen3_moe, if its norms are of each head",
+        )
         own: dict[str, Any] = {"intermediate_size": moe.expert_dim, "clip_qkv": attention.clip_qkv}
     else:
         own = {"moe_intermediate_size": moe.expert_dim, **qwen_settings(model)}
