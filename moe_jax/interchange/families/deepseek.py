@@ -109,7 +109,9 @@ def language_model(config: Reader, moe: MoE, *, num_dense: int, dense_dim: int) 
     used = {name for layer in layers for name in layer}
     parts = {
         "attention": attention_part(config),
-        "mlp": Mlp(dim=config.get("intermediate_size", dense_dim), activation=gated_activation(config)),
+        "mlp": Mlp(
+            dim=config.get("intermediate_size", dense_dim), activation=gated_activation(config)
+        ),
         "moe": moe,
     }
     return LanguageModel(
