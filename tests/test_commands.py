@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from moe_jax.__main__ import main
 from moe_jax.training.saved import CHECKPOINTS
 from tests.tiny_run import CACHE, ROOT, assert_same_run, files, tiny_flags
 
@@ -239,11 +240,11 @@ def test_evaluate_and_generate_read_a_run(finished):
     assert succeed(*arguments) == (finished / "sample.txt").read_text()
 
 
-def test_reading_a_directory_without_a_run_is_answered(tmp_path):
+def test_reading_a_directory_without_a_run_is_answered(tmp_path, capsys):
     for arguments in (("evaluate",), ("analyze",), ("generate", "--prompt=The ")):
-        outcome = run(*arguments, f"--workdir={tmp_path}")
-        assert outcome.returncode == 1
-        assert "error: The workdir of a run holds config.json" in outcome.stderr
+        with pytest.raises(SystemExit, match=r"^1$"):
+            main([*arguments, f"--workdir={tmp_path}"])
+        assert "error: The workdir of a run holds config.json" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

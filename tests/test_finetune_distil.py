@@ -140,8 +140,10 @@ def test_with_weight_0_a_step_is_that_of_plain_training(teacher):
     config, batch = student(teacher, num_microbatches=2, weight=0.0), tiny_batch()
     plain = tiny_config({**DENSE, "training": {"num_microbatches": 2}})
     (state, metrics), (expected, others) = (stepped(one, batch) for one in (config, plain))
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
-    assert metrics.total_loss == others.total_loss == metrics.loss
+    # Two programs, whose sums the compiler may order in two ways.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(same, state, expected)
+    np.testing.assert_allclose([others.total_loss, metrics.loss], metrics.total_loss, rtol=1e-6)
     mixed, _ = stepped(student(teacher, num_microbatches=2, weight=0.5), batch)
     assert not np.array_equal(mixed.params["embedding"], state.params["embedding"])
 

@@ -92,7 +92,9 @@ def test_a_block_told_its_own_choices_does_the_same(name):
     assert aux_again.choices is None
     got = (again, y_again, aux_again)
     silent = aux._replace(choices=None, logits_BLE=None)
-    jax.tree.map(np.testing.assert_array_equal, got, (grads, y, silent))
+    # Two programs, whose sums the compiler may order in two ways.
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(same, got, (grads, y, silent))
 
     # The record is what was counted, choice by choice, before and after drops.
     counted = (("assigned_KE", choices.chosen), ("kept_KE", choices.kept))
