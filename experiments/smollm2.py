@@ -126,7 +126,7 @@ def experiment(arm: str, start: pathlib.Path, args: Any) -> ExperimentConfig:
         num_steps=args.steps,
         batch_size=args.batch_size,
         log_every=1,
-        evaluate_every=args.steps,
+        evaluate_every=0,  # `scores` does it, on both texts
         checkpoint_every=args.checkpoint_every,
         keep_checkpoints=1,
         sample_prompt="",
