@@ -101,7 +101,7 @@ def study_page(study: Study, size: str, results: Results) -> str:
     parts = [
         f"# {study.question}",
         f"Verdict: **{said.verdict}**"
-        + f"; under the rule of the time when it was run, **{older}**" * bool(older)
+        + f"; under the earlier rule, by which it was run, **{older}**" * bool(older)
         + f". Written by `python -m experiments.report {study.name}`.",
         OLDER_RULE if older else "",
         "## Criterion",

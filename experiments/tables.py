@@ -20,14 +20,14 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def criterion_text(study: Study, results: Results, said: Judged) -> str:
-    """The claims, each with what was found, and what the rule of the time had found."""
+    """The claims, each with what was found, and what the earlier rule had found."""
     lines = ["Reproduced if every claim is:", ""]
     for number, claim in enumerate(study.expect):
         lines.append(f"{number + 1}. {claim.statement}")
         found = [("", finding) for finding in said.findings[number : number + 1]]
         older = said.older[number : number + 1]
         if older and older != said.findings[number : number + 1]:
-            found += [("Under the rule of the time: ", older[0])]
+            found += [("Under the earlier rule: ", older[0])]
         for rule, finding in found:
             because = results.marked(finding.because)
             lines.append(f"   {rule}**{finding.verdict}**: {because}.")

@@ -58,14 +58,16 @@ its seeds. Runs made under an earlier rule keep its verdict beside the new one.
 
 ## Run
 
-    python -m moe_jax.data.build --out=runs/corpus
-    python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \\
-        --out=runs/corpus/bpe8192.model
-    python -m experiments.run switch_against_dense --jobs=2
+    python -m moe_jax.data.build --out=runs/corpus  # 212 MB of text; needs apt-get, npm and pip
+    python -m experiments.run multi_token --jobs=2
     python -m experiments.report
 
-After a stop, the same command resumes. `--smoke` runs every arm for some steps. The last command
-writes all pages from results alone.
+Runs whose results are here already are not run again: `--out=DIR` of both commands keeps yours
+apart. After a stop, the same command resumes. `--smoke` runs every arm for some steps. The last
+command writes all pages from results alone. Sizes above `medium` need a tokenizer:
+
+    python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \\
+        --out=runs/corpus/bpe8192.model
 
 ## Log
 
@@ -117,10 +119,10 @@ def claim_lines(
 
 
 def verdicts(study: Study, judged: Mapping[str, Judged]) -> str:
-    """Of some claims of a study together, at each size, and of the rule of the time."""
+    """Of some claims of a study together, at each size, and under the earlier rule."""
     return ", ".join(
         f"[{found.verdict}]({study.name}/{page_name(size)}) ({size}"
-        + f"; {found.older_verdict} by the rule of the time" * bool(found.older_verdict)
+        + f"; {found.older_verdict} under the earlier rule" * bool(found.older_verdict)
         + ")"
         for size, found in judged.items()
     )

@@ -54,7 +54,7 @@ class Judged:
 
     @property
     def older_verdict(self) -> str:
-        """Of the study, by the rule of the time; "" if that is today's."""
+        """Of the study, under the earlier rule; "" if that is today's."""
         return overall(self.older) if self.older else ""
 
     def of(self, claims: Iterable[int]) -> "Judged":

@@ -5,7 +5,8 @@
 #   launch/tpu_pod.sh create                  # a queued resource: waits for its turn
 #   launch/tpu_pod.sh status                  # ACTIVE: the machines are there
 #   launch/tpu_pod.sh install                 # on all hosts: the committed files, the shared disk
-#   launch/tpu_pod.sh run --config=configs/quickstart.py --workdir=/mnt/shared/runs/quickstart
+#   launch/tpu_pod.sh run --config=configs/quickstart.py --workdir=/mnt/shared/runs/a \
+#                  --config.training.batch_size=32   # v5p-64 has 32 chips
 #   launch/tpu_pod.sh logs                    # follows the output of process 0
 #   launch/tpu_pod.sh logs 1 3                # ... of slice 1, host 3
 #   launch/tpu_pod.sh stop                    # all save the same step; `run` goes on from it

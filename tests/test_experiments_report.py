@@ -66,16 +66,16 @@ def test_results_of_before_keep_the_verdict_of_their_rule(tmp_path):
     assert report.write_study(study, "small", tmp_path) == "reproduced"
     page = (tmp_path / "README.md").read_text()
     assert (
-        "Verdict: **reproduced**; under the rule of the time when it was run, **inconclusive**"
+        "Verdict: **reproduced**; under the earlier rule, by which it was run, **inconclusive**"
         in page
     )
-    assert "   Under the rule of the time: **inconclusive**: moe less dense: -0.0599" in page
+    assert "   Under the earlier rule: **inconclusive**: moe less dense: -0.0599" in page
     assert report.OLDER_RULE in page
     (tmp_path / "results.jsonl").unlink()
     write_results(tmp_path, (0.94, 1.04, 1.1402))
     report.write_study(study, "small", tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "Verdict: **reproduced**. Written" in page and "rule of the time" not in page
+    assert "Verdict: **reproduced**. Written" in page and "earlier rule" not in page
 
 
 def test_an_arm_that_looks_ahead_is_marked_wherever_it_is_named(tmp_path):
@@ -203,7 +203,7 @@ def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
     page = report.top_page([study], {"made_up": found})
     cell = (
         "[reproduced](made_up/README.md) (small), "
-        "[inconclusive](made_up/base.md) (base; inconclusive by the rule of the time)"
+        "[inconclusive](made_up/base.md) (base; inconclusive under the earlier rule)"
     )
     assert f"| Is it lower? | {cell} |" in page
 
