@@ -118,7 +118,8 @@ class Call:
         `encoder`, as those of `moe_jax.data` do. Kernels of attention need that: without it "auto"
         takes the one that reads positions. Filled in where no positions are given.
       capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
-        evaluation. A part with a fixed number of slots keeps it, except if dropless.
+        evaluation. A part with a fixed number of slots keeps it, except if dropless. Experts
+        that fill their slots keep those of training.
       record: whether `Aux` gets the choices and router logits of every token, and the output of a
         stack its residual stream after every layer.
       cache_length: T, slots of the caches; None without one.
@@ -214,7 +215,8 @@ class Aux(NamedTuple):
       maxima: arrays of which microbatches and devices keep the maximum.
       sequences: arrays with a leading dim of sequences, which are not reduced.
       choices: the choices of every token if `Call.record` is set, else None.
-      logits_BLE: router logits of every token, noise included, if `Call.record` is set, else None.
+      logits_BLE: router logits of every token, noise included, if `Call.record` is set, else None;
+        of Soft MoE those of slots, [B, L, P].
     """
 
     sums: Sums = NOTHING
@@ -234,7 +236,7 @@ class Part(Settings):
     family: ClassVar[str] = "part"
     routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
-    reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` from both sides
+    reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` in both directions
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
     pointwise: ClassVar[bool] = False  # a token's output needs no other token: no cache to decode
     # Whether tokens in its cache are taken back by writing over them (`layers.cache`). Of other
@@ -292,7 +294,7 @@ class Part(Settings):
         return state
 
     def steps_alike(self, num_steps: int) -> float:
-        """The last step that would not change if `num_steps` were raised; inf for all."""
+        """How many first steps stay the same if `num_steps` is raised; inf: all."""
         del num_steps
         return math.inf
 
@@ -302,7 +304,8 @@ class Part(Settings):
         Args:
           aux: of a microbatch, with a leading dim of layers; the gradient flows through it.
           num_tokens: float32 scalar >= 1, valid tokens of the whole batch.
-          batch: sums of the whole batch if `needs_batch_sums`; None: `aux` is of the whole batch.
+          batch: sums of the whole batch; None: `aux` is of the whole batch, or no loss of the model
+            has `needs_batch_sums`.
 
         Returns:
           Scalar. The losses of microbatches add up to the loss of the batch.

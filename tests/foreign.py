@@ -94,7 +94,7 @@ class Unsure(TrainingLoss):
         (leaf,) = self.abstract_arrays(config, mesh)
         return (jnp.full(leaf.shape, 1 / leaf.shape[0], device=leaf.sharding),)
 
-    def share(self, scored, part, totals, arrays):
+    def share(self, scored, microbatch, totals, arrays):
         nats_BL = -jax.nn.log_softmax(scored.logits_BLV) @ arrays[0]
-        prior = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
+        prior = jnp.sum(nats_BL * microbatch["loss_weights"]) / totals.loss_weight
         return scored.cross_entropy + self.weight * prior, {"prior_loss": prior}

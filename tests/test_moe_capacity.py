@@ -131,7 +131,7 @@ def test_a_block_of_six_slots_keeps_what_the_oracle_keeps():
     ("settings", "message"),
     [
         ({"slots": 6, "train_factor": 0}, r"slots replaces .*: slots=6, train_factor=0"),
-        ({"slots": 6, "eval_factor": 0}, r"slots replaces .*eval_factor=0"),
+        ({"slots": 6, "eval_factor": 1}, r"slots replaces .*eval_factor=1"),
         ({"slots": -1}, r"slots lies in \[0, inf\): slots=-1"),
         ({"queue": QUEUES["random"]}, r"a random queue needs a random key.*eval_factor=2\.0"),
         ({"preset": "vmoe", "multiple_of": 8}, r"preset='vmoe' sets multiple_of=4: multiple_of=8"),
@@ -141,6 +141,11 @@ def test_a_block_of_six_slots_keeps_what_the_oracle_keeps():
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Capacity(**settings)
+
+
+def test_a_number_of_slots_may_stand_beside_dropless_evaluation():
+    capacity = Capacity(slots=6, eval_factor=0, queue=QUEUES["random"])
+    assert [capacity.num_slots(20, 4, 2, factor) for factor in (1.25, 0)] == [6, 20]
 
 
 @PROPERTIES

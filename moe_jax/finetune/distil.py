@@ -166,14 +166,14 @@ class Distil(TrainingLoss):
         return read["params"], read["model_state"]
 
     def share(
-        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+        self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `TrainingLoss`; the metric is `soft_loss`, nats a target."""
         params, state = arrays
         model = self.model(trust=True)  # `of_teacher` has refused what the run does not name
-        output = model.run(params, call_of(part, capacity=0.0), state=state)
+        output = model.run(params, call_of(microbatch, capacity=0.0), state=state)
         soft_BL = soft_nats(scored.logits_BLV, output.logits_BLV, self.temperature)
-        soft = jnp.sum(soft_BL * part["loss_weights"]) / totals.loss_weight
+        soft = jnp.sum(soft_BL * microbatch["loss_weights"]) / totals.loss_weight
         if not self.weight:
             return scored.cross_entropy, {"soft_loss": soft}
         share = (1 - self.weight) * scored.cross_entropy + self.weight * soft

@@ -73,7 +73,7 @@ class Attention(Part):
     sink: bool = False  # a learned score per head in the denominator of the softmax (gpt-oss)
     position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
     prefix: int = setting(0, at_least=0)  # P: learned keys that every token sees (prefix tuning)
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
     query_init_scale: float | None = setting(None, above=0)  # that of queries; None: init_scale
     # What computes it; "auto": the best that can.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)

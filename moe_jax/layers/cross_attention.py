@@ -38,7 +38,7 @@ class CrossAttention(Part):
     biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # the projections that have one
     qk_norm: Norm | None = None  # of queries and keys, per head
     scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5 (T5: 1.0)
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
     query_init_scale: float | None = setting(None, above=0)  # that of queries; None: init_scale
     # What computes it; "auto": the best that can.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)

@@ -22,7 +22,7 @@ class Mlp(Part):
     dim: int = setting(512, at_least=1)  # H: hidden units
     activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
     use_bias: bool = False  # biases in both matrices
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """`wi`, `wo`, `wg` if gated, and biases; see `ffn_specs`."""

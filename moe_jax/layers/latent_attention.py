@@ -45,7 +45,7 @@ class LatentAttention(Part):
     rotary: Rotary = Rotary(interleaved=True)  # turns the rotary parts, scales scores
     norm_epsilon: float = setting(1e-6, above=0)  # of the norms of the latents
     use_bias: bool = False  # biases in the projections to the latents, and of the output
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
     # What computes it; "auto": the best that can.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 

@@ -54,7 +54,7 @@ class Mamba(Part):
     norm_epsilon: float = setting(1e-6, above=0)  # of inner_norms
     # Tokens whose states are in memory at one time; the backward pass computes them again.
     chunk_size: int = setting(32, at_least=1, changes_results=False)
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
 
     def sizes(self, dims: Dims) -> tuple[int, int]:
         """The number of inner features, and the rank of dt."""

@@ -3,7 +3,6 @@
 import dataclasses
 
 from moe_jax.models.model import LanguageModel
-from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
 from moe_jax.part import Part
 
@@ -14,8 +13,8 @@ def without_capacity(model: LanguageModel) -> LanguageModel:
     def unlimited(part: Part) -> Part:
         if not isinstance(part, MoE):  # a part of the user's that routes may have none
             return part
-        own = part.capacity
-        capacity = Capacity(train_factor=own.train_factor, eval_factor=0.0, queue=own.queue)
-        return dataclasses.replace(part, capacity=capacity)
+        return dataclasses.replace(
+            part, capacity=dataclasses.replace(part.capacity, eval_factor=0.0)
+        )
 
     return model.map_parts(unlimited)

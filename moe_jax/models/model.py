@@ -46,7 +46,7 @@ class LanguageModel(Settings):
     )  # by name; kept as pairs, sorted
     stack: StackLayout = StackLayout()  # which layers there are, by the names of their parts
     norm: Norm = RMSNorm()  # before every branch and before the head: "rmsnorm", "layernorm"
-    norm_placement: str = setting("pre", choices=PLACEMENTS)  # in layers: before branches, behind
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # before branches, behind, or both
     residual_multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
     tie_embeddings: bool = True  # the output head is the input embedding, transposed
     embedding_multiplier: float | None = setting(
@@ -54,7 +54,7 @@ class LanguageModel(Settings):
     )  # of embedded tokens; None: sqrt(model_dim)
     # Of the embedding's initial values; None: model_dim**-0.5 (T5: 1.0).
     embedding_stddev: float | None = setting(None, above=0)
-    head_init_scale: float = setting(1.0, above=0)  # of an untied head: variance over fan-in
+    head_init_scale: float = setting(1.0, above=0)  # of an untied head: variance x model_dim
     head_bias: bool = False  # of the output head (Phi-3.5)
     # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (a tied head of T5).
     logits_multiplier: float = setting(1.0, above=0)
@@ -65,7 +65,7 @@ class LanguageModel(Settings):
     quantisation: Quantisation | None = None  # of weights, which then do not train; None: of none
     adapters: Adapters | None = None  # low-rank ones, which train beside weights (LoRA); None: none
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
-    # Recomputed: all but the "dots", "full".
+    # What is computed again for gradients: "dots": all but matmuls and attention; "full": all.
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
 
     def check(self) -> None:
@@ -187,12 +187,12 @@ class LanguageModel(Settings):
 
     @property
     def moe_layers(self) -> dict[str, tuple[int, ...]]:
-        """The layers of those parts, in order."""
+        """The layers that use each of `moe_parts`, in order."""
         layers = self.layers_of
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
-        """Those of the parameters; of a weight that is quantised or adapted, of its arrays."""
+        """The parameters; a quantised or adapted weight has a spec per array."""
         return wrapped(self.plain_specs(), (self.quantisation, self.adapters))
 
     def plain_specs(self) -> dict[str, Any]:

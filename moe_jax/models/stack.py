@@ -84,7 +84,7 @@ class Stack:
 
     @property
     def num_layers(self) -> int:
-        """All layers; the random key of that place is the embedding's, then come shared parts'."""
+        """Number of layers; as the number of a random key it is that of the embedding's dropout."""
         return len(self.first) + len(self.unit) * self.repeats + len(self.last)
 
     def segments(self) -> Iterator[tuple[str, tuple[Layer, ...]]]:
@@ -109,8 +109,9 @@ class Stack:
                 not modes,
                 "in a causal stack what a token gets must not depend on later tokens",
                 f"the part {name!r} looks at them in {' and '.join(modes)}: {part}",
-                "Use a causal router ('token_choice') and queue ('token_major'), go dropless, or "
-                "accept the leak with stack.allow_lookahead=True",
+                "Use a causal router ('token_choice') and queue ('token_major'), or go dropless; "
+                "set buffer_factor=0 or stop_at_overflow=True; or accept the leak with "
+                "stack.allow_lookahead=True",
             )
 
     def named_parts(self) -> list[tuple[str, Part]]:

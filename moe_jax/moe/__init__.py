@@ -4,7 +4,8 @@ A token's way: `routing` chooses its experts, `capacity` gives it slots, `run_ex
 its experts and back, `experts` computes, and `block` puts these together. `part` has the settings.
 `balance` and `bias` keep the load of the experts even, and `statistics` measures it.
 
-Legend of shapes, for names (`x_GSM`) and einsums. A letter has one meaning in the repository:
+Legend of shapes, for names (`x_GSM`) and einsums. A letter has one meaning, except where a module
+or a function gives it another:
 
   B  batch (sequences)              G  groups of tokens: capacity is counted in a group
   L  length of a sequence           S  tokens of a group; G * S = B * L
@@ -18,6 +19,7 @@ Legend of shapes, for names (`x_GSM`) and einsums. A letter has one meaning in t
   I  input dim of any matrix        U  units over which a balance loss is taken
   O  output dim of any matrix       W  taps of a convolution
   Z  state of a recurrence          F  latent of keys and values
+  Q  devices that share the experts
 
 A dim of size one is written 1. Letters mean logical dims, not the shards of a device.
 """

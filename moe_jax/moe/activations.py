@@ -12,7 +12,7 @@ from moe_jax.moe.experts import Activation
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """X times the normal distribution function of x (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    """X Phi(x), with the CDF Phi of the standard normal (Hendrycks and Gimpel, arXiv:1606.08415).
 
     As `jax.nn.gelu(x, approximate=False)`, with a gradient that passes the checks of
     `jax.shard_map` in jax 0.12 too.

@@ -90,7 +90,8 @@ class BalanceLoss(Settings):
         Args:
           sums: of a microbatch, sequences included, with a leading dim of layers.
           num_tokens: float32 scalar, valid tokens of the whole batch.
-          batch: sums of the whole batch if `needs_batch_sums`; None: `sums` is the whole batch.
+          batch: sums of the whole batch; None: `sums` is of the whole batch, or no loss of the
+            model has `needs_batch_sums`.
         """
         del batch
         return self.reduce(self.by_layer(sums, num_tokens))
@@ -159,8 +160,8 @@ class Load(BalanceLoss):
             moe.router.has_smooth_load and moe.bias is None,
             "the load loss needs a router that takes the K best of logits with noise at every step",
             f"router={moe.router}, bias={moe.bias}",
-            "Drop the loss, or add 'gaussian' or 'learned' noise and drop bias, groups and "
-            "selection",
+            "Drop the loss, or use router='token_choice' with 'gaussian' or 'learned' noise and "
+            "without bias, groups, selection and drop_rate",
         )
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class BiasUpdate(Settings):
 
     rate: float = setting(1e-3, above=0)  # size of a step (DeepSeek-V3: 1e-3)
     schedule: str = setting("constant", choices=tuple(SCHEDULES))  # of the rate, to 0
-    frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last share of steps, without steps
+    frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last share of a run: no updates
 
     def check_block(self, moe: "MoE") -> None:
         """Checks the block that has this bias.
@@ -77,7 +77,7 @@ class BiasUpdate(Settings):
         raise NotImplementedError
 
     def steps_alike(self, num_steps: int) -> float:
-        """The last step whose rate would not change if `num_steps` were raised; inf for all."""
+        """How many first steps keep their rate if `num_steps` is raised; inf: all."""
         if self.schedule != "constant":
             return 0
         return round(num_steps * (1 - self.frozen_fraction)) if self.frozen_fraction else math.inf

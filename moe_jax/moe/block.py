@@ -106,7 +106,7 @@ def in_groups(
 
 @jax.named_scope("router")
 def route(params: Any, x_GSM: jax.Array, moe: "MoE", inputs: RouterInputs) -> Routing:
-    """The router's choices; with one option every token gets it."""
+    """The router's choices. With one option no router runs: every token chooses it."""
     if moe.num_options == 1:
         return moe.router.only_option(x_GSM)
     return moe.router.route(params.get("router", {}), x_GSM, inputs)

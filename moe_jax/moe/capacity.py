@@ -52,10 +52,10 @@ class Queue(Settings):
         del num_selected
         return True
 
-    def places(
+    def slots(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
-        """How many choices the same expert serves before each choice, int32 [G, S, K].
+        """The slot of each choice in its expert, were there room for all: int32 [G, S, K].
 
         Args:
           routing: its probabilities and gates may rank tokens.
@@ -73,7 +73,7 @@ class TokenMajor(Queue):
         """See `Queue`."""
         return False
 
-    def places(
+    def slots(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
         """See `Queue`: whole tokens are counted, whose choices are different experts."""
@@ -113,6 +113,7 @@ class Capacity(Settings):
             f"{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)
             if field.name not in ("slots", "queue") and getattr(self, field.name) != field.default
+            if field.name != "eval_factor" or self.eval_factor > 0  # dropless evaluation
         ]
         require(
             self.slots == 0 or not ignored,
@@ -122,12 +123,12 @@ class Capacity(Settings):
             "Leave these at their defaults, or set slots=0",
         )
 
-    def num_slots(self, tokens: int, num_experts: int, num_selected: int, factor: float) -> int:
+    def num_slots(self, tokens: int, num_options: int, num_selected: int, factor: float) -> int:
         """The slots of one expert in a group.
 
         Args:
           tokens: S, tokens of the group.
-          num_experts: E.
+          num_options: E, those that compute nothing included.
           num_selected: K.
           factor: capacity factor; 0 means dropless, which S slots guarantee.
 
@@ -142,7 +143,7 @@ class Capacity(Settings):
             return enough
         if self.slots:
             return min(self.slots, enough)
-        mean_load = tokens * (num_selected if self.per == "assignment" else 1) / num_experts
+        mean_load = tokens * (num_selected if self.per == "assignment" else 1) / num_options
         if self.round_mean_up:
             mean_load = math.ceil(mean_load)
         # The product is rounded to 9 decimals first: 100 * 1.1 is 110, not 110.00000000000001.
@@ -179,7 +180,7 @@ def assign_slots(
     # An expert index of E is nobody's: its one-hot row is zero.
     expert_index_GSK = jnp.where(counts_GSK, routing.expert_index_GSK, num_experts)
     queue = TokenMajor() if options.dropless else queue
-    slot_GSK = queue.places(routing, expert_index_GSK, rng)
+    slot_GSK = queue.slots(routing, expert_index_GSK, rng)
     kept_GSK = counts_GSK if options.dropless else counts_GSK & (slot_GSK < options.slots)
     gate_GSK = jnp.where(kept_GSK, routing.gate_GSK, 0)
     return Assignment(

@@ -43,7 +43,7 @@ class MoE(Part):
     """
 
     routes: ClassVar[bool] = True
-    pointwise: ClassVar[bool] = True  # where nothing is dropped
+    pointwise: ClassVar[bool] = True  # if no token looks at others and none is dropped
 
     num_experts: int = setting(8, at_least=1, at_most=4096)  # E: routed experts
     num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses
@@ -57,7 +57,7 @@ class MoE(Part):
     shared_expert_gate: bool = False  # scale the shared output by sigmoid(x . w) (Qwen)
     gate_on_input: bool = False  # gates multiply what experts get, not what they give (Llama 4)
     expert_dropout_rate: float = setting(0.0, at_least=0, below=1)  # on hidden units (Switch: 0.4)
-    init_scale: float = setting(1.0, above=0)  # variance of weights over fan-in (Switch: 0.1)
+    init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in (Switch: 0.1)
     identical_init: bool = False  # every expert starts from the same weights (V-MoE)
     group_size: int = setting(0, at_least=0)  # tokens that share a capacity; 0: one sequence
     router: Router = TokenChoice()  # from tokens to experts and gates
@@ -76,7 +76,7 @@ class MoE(Part):
     # for the worst case. What has no room is lost, and counted as `buffer_overflow`.
     buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in training
     eval_buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in evaluation
-    stop_at_overflow: bool = setting(False, changes_results=False)  # of training: as an error
+    stop_at_overflow: bool = setting(False, changes_results=False)  # end training with an error
 
     def check(self) -> None:
         """See `Settings`."""
@@ -131,7 +131,7 @@ class MoE(Part):
             )
             require(
                 factor == 0 or self.run_experts in ("auto", "ragged"),
-                f"{name} is of sorted rows, the only ones whose number is not known before",
+                f"{name} is for run_experts='ragged': other ways have a fixed number of slots",
                 f"{name}={factor:g}, run_experts={self.run_experts!r}",
                 f"Set run_experts='ragged', or {name}=0",
             )

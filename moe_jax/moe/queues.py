@@ -20,19 +20,19 @@ class OrderedQueue(Queue):
         """The choices (token * K + k) of each group in the order of service, int32 [G or 1, A]."""
         raise NotImplementedError
 
-    def places(
+    def slots(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
         """See `Queue`."""
         groups, num_experts = expert_index_GSK.shape[0], routing.probs_GSE.shape[-1]
         expert_GA = expert_index_GSK.reshape(groups, -1)
-        place_GA = self.order(routing, expert_index_GSK, rng)
-        place_GA = jnp.broadcast_to(place_GA, expert_GA.shape)
-        queue_GA = jnp.take_along_axis(expert_GA, place_GA, axis=-1)
+        order_GA = self.order(routing, expert_index_GSK, rng)
+        order_GA = jnp.broadcast_to(order_GA, expert_GA.shape)
+        queue_GA = jnp.take_along_axis(expert_GA, order_GA, axis=-1)
         mask_GAE = jax.nn.one_hot(queue_GA, num_experts, dtype=jnp.int32)
         before_GA = jnp.sum((jnp.cumsum(mask_GAE, axis=1) - mask_GAE) * mask_GAE, axis=-1)
         slot_GA = jnp.put_along_axis(
-            jnp.zeros_like(expert_GA), place_GA, before_GA, axis=-1, inplace=False
+            jnp.zeros_like(expert_GA), order_GA, before_GA, axis=-1, inplace=False
         )
         return slot_GA.reshape(expert_index_GSK.shape)
 
@@ -69,8 +69,8 @@ class BatchPrioritized(OrderedQueue):
         """See `OrderedQueue`."""
         groups, tokens, choices = expert_index_GSK.shape
         by_worth_GS = jnp.argsort(-jnp.max(routing.probs_GSE, axis=-1), axis=-1, stable=True)
-        place_GSK = jnp.arange(tokens * choices).reshape(tokens, choices)[by_worth_GS]
-        return place_GSK.swapaxes(1, 2).reshape(groups, -1)
+        order_GSK = jnp.arange(tokens * choices).reshape(tokens, choices)[by_worth_GS]
+        return order_GSK.swapaxes(1, 2).reshape(groups, -1)
 
 
 @dataclasses.dataclass(frozen=True)

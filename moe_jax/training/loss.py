@@ -1,4 +1,4 @@
-"""The loss of a batch, and of a part of it (legend: `moe_jax.moe`)."""
+"""The loss of a batch, and the share of a microbatch in it (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,8 @@ class Totals(NamedTuple):
     Attributes:
       loss_weight: float32 scalar, sum of the loss weights of its targets.
       tokens: float32 scalar, its valid tokens.
-      sums: of the whole batch, by part, where a loss needs them; None: the part is all of it.
+      sums: of the whole batch, by part of the model; None: no loss needs them, or the microbatch is
+        the whole batch.
       encoder_tokens: float32 scalar, valid tokens that an encoder reads; None without one.
       later_D: float32, sums of the loss weights of the multi-token modules; None without them.
       later_tokens_D: float32, their valid tokens: those that have one so much later; None likewise.
@@ -40,7 +41,7 @@ class Totals(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """The loss of a part of a batch: its additive share in the loss of the batch.
+    """The loss of a microbatch: its additive share in the loss of the batch.
 
     Attributes:
       cross_entropy: float32 scalar, nats a target.
@@ -54,12 +55,12 @@ class LossParts(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a model says of a part of a batch, for a training loss.
+    """What a model says of a microbatch, for a training loss.
 
     Attributes:
       logits_BLV: float32.
       nats_BL: float32, cross-entropy of every target, whatever its weight.
-      cross_entropy: float32 scalar, the share of the part: weighted, over `totals.loss_weight`.
+      cross_entropy: float32 scalar, its share: weighted, over `totals.loss_weight`.
     """
 
     logits_BLV: jax.Array
@@ -110,16 +111,16 @@ class TrainingLoss(Settings):
         return self.abstract_arrays(config, mesh)
 
     def share(
-        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+        self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The share of a part of a batch in the loss, and in metrics by name.
+        """The share of a microbatch in the loss, and in metrics by name.
 
-        Shares add up over the parts of a batch, so that a sum over tokens is divided by a total of
-        the whole batch.
+        Shares add up over the microbatches of a batch, so that a sum over tokens is divided by a
+        total of the whole batch.
 
         Args:
           scored: what the model says; differentiate through `logits_BLV`.
-          part: the sequences, see `partial_loss`.
+          microbatch: the sequences, see `partial_loss`.
           totals: of the whole batch.
           arrays: as `arrays` gives them.
 
@@ -134,10 +135,10 @@ class CrossEntropy(TrainingLoss):
     """The cross-entropy of the targets by their weights, nats a target."""
 
     def share(
-        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+        self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `TrainingLoss`."""
-        del part, totals, arrays
+        del microbatch, totals, arrays
         return scored.cross_entropy, {}
 
 
@@ -153,12 +154,12 @@ class CrossEntropyZ(TrainingLoss):
     z_loss: float = setting(1e-4, at_least=0)  # the weight of that mean
 
     def share(
-        self, scored: Scored, part: Batch, totals: Totals, arrays: tuple[Any, ...]
+        self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `TrainingLoss`."""
         del arrays
         z_BL = jax.nn.logsumexp(scored.logits_BLV, axis=-1) ** 2
-        z_loss = jnp.sum(z_BL * part["loss_weights"]) / totals.loss_weight
+        z_loss = jnp.sum(z_BL * microbatch["loss_weights"]) / totals.loss_weight
         return scored.cross_entropy + self.z_loss * z_loss, {"z_loss": z_loss}
 
 
@@ -234,7 +235,7 @@ def target_nats(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
 
 def partial_loss(
     params: Any,
-    part: Batch,
+    microbatch: Batch,
     totals: Totals,
     model: LanguageModel,
     *,
@@ -244,16 +245,17 @@ def partial_loss(
     training_loss: TrainingLoss | None = None,
     arrays: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, LossParts]:
-    """The share of some sequences in the training loss of their batch.
+    """The share of a microbatch in the training loss of its batch.
 
-    Shares add up to the loss of the batch, and so do their gradients, however it is cut: every
-    term is a sum over tokens, divided by a total of the whole batch.
+    Shares add up to the loss of the batch, and so do their gradients. Terms are sums over tokens,
+    divided by totals of the whole batch, so that the cut into microbatches changes nothing beyond
+    rounding, except as `make_train_step` says.
 
     Args:
       params: parameters of the model.
-      part: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32 [B, L];
-        for an encoder `encoder_inputs`, `encoder_segment_ids` and `encoder_positions`, int32
-        [B, T]; and perhaps what `replayed_choices` reads.
+      microbatch: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32
+        [B, L]; for an encoder `encoder_inputs`, `encoder_segment_ids` and `encoder_positions`,
+        int32 [B, T]; and perhaps what `replayed_choices` reads.
       totals: of the whole batch.
       model: the model.
       model_state: state by part.
@@ -265,22 +267,22 @@ def partial_loss(
     Returns:
       The share of the total loss (differentiate this), and its parts.
     """
-    call = call_of(part, rng=rng, step=step)
-    trees: dict[str, Any] = {"state": model_state, "replay": replayed_choices(part)}
+    call = call_of(microbatch, rng=rng, step=step)
+    trees: dict[str, Any] = {"state": model_state, "replay": replayed_choices(microbatch)}
     output = model.run(params, call, multi_token=model.modules is not None, **trees)
-    nats_BL = target_nats(output.logits_BLV, part["targets"])
-    cross_entropy = jnp.sum(nats_BL * part["loss_weights"]) / totals.loss_weight
+    nats_BL = target_nats(output.logits_BLV, microbatch["targets"])
+    cross_entropy = jnp.sum(nats_BL * microbatch["loss_weights"]) / totals.loss_weight
     aux = output.aux
     if output.later_BLV:
-        aux = aux | {multi_token.NAME: later_losses(output.later_BLV, part, totals)}
+        aux = aux | {multi_token.NAME: later_losses(output.later_BLV, microbatch, totals)}
     scored = Scored(output.logits_BLV, nats_BL, cross_entropy)
-    share, of_loss = (training_loss or CrossEntropy()).share(scored, part, totals, arrays)
+    share, of_loss = (training_loss or CrossEntropy()).share(scored, microbatch, totals, arrays)
     tokens = (totals.encoder_tokens, totals.later_tokens_D)
     loss = share + model.loss(aux, totals.tokens, totals.sums, *tokens)
     return loss, LossParts(cross_entropy, aux, of_loss)
 
 
-def later_losses(later_BLV: Sequence[jax.Array], part: Batch, totals: Totals) -> Aux:
+def later_losses(later_BLV: Sequence[jax.Array], microbatch: Batch, totals: Totals) -> Aux:
     """The cross-entropy of each multi-token module: its share in the mean over the batch.
 
     Source: DeepSeek-V3, arXiv:2412.19437, eq. 24, but for the mean, here over the targets there
@@ -289,7 +291,9 @@ def later_losses(later_BLV: Sequence[jax.Array], part: Batch, totals: Totals) ->
     assert totals.later_D is not None, "batch_totals was told the model"
     shares = []
     for k, logits_BLV in enumerate(later_BLV, 1):
-        weights_BL = multi_token.later_weights(part["loss_weights"], part["segment_ids"], k)
-        nats_BL = target_nats(logits_BLV, multi_token.shift(part["targets"], k))
+        weights_BL = multi_token.later_weights(
+            microbatch["loss_weights"], microbatch["segment_ids"], k
+        )
+        nats_BL = target_nats(logits_BLV, multi_token.shift(microbatch["targets"], k))
         shares.append(jnp.sum(nats_BL * weights_BL))
     return Aux(sums={"loss_D": jnp.stack(shares) / totals.later_D})

@@ -61,7 +61,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def steps_alike(settings: OptimizerConfig, num_steps: int) -> float:
-    """The last step whose rate would not change if `num_steps` were raised; inf for all."""
+    """How many first steps keep their rate if `num_steps` is raised; inf: all."""
     if settings.schedule in ("constant", "rsqrt"):
         return math.inf
     if settings.schedule == "wsd":

@@ -45,21 +45,22 @@ def make_train_step(
 
     The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. How it is cut
     changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
-    drawn anew for each microbatch, and for losses that are of a microbatch (not linear in its
-    sums). Parameters that do not train, and state of parts that does not move, stay as they are.
+    drawn anew for each microbatch, for losses that are of a microbatch (not linear in its sums),
+    and for a bounded buffer. Parameters that do not train, and state of parts that does not move,
+    stay as they are.
     """
     optimizer = make_optimizer(config)
     moving = moving_state(config.optimizer, config.model)
     schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
-    model, num_parts = config.model, config.training.num_microbatches
+    model, num_microbatches = config.model, config.training.num_microbatches
 
     def train_step(state: TrainState, batch: Batch, *arrays: Any) -> tuple[TrainState, StepMetrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-        keys = jax.random.split(rng, num_parts)
+        keys = jax.random.split(rng, num_microbatches)
         trained = trained_params(config, state.params)
         totals = batch_totals(batch, model)
-        learnt = {"training_loss": config.training.loss, "arrays": arrays}
-        loss, grads, shares = gradient(state, batch, keys, totals, model, trained, **learnt)
+        loss_settings = {"training_loss": config.training.loss, "arrays": arrays}
+        loss, grads, shares = gradient(state, batch, keys, totals, model, trained, **loss_settings)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         params = filled(optax.apply_updates(trained, updates), state.params)
@@ -106,8 +107,8 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
     return "random_bits" in str(program)
 
 
-def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:
-    """The `Aux` of the parts of a batch (leading dim), as if they had been one.
+def merge_aux(aux_of: dict[str, Aux]) -> dict[str, Aux]:
+    """The `Aux` of a batch by part of the model, from those of its microbatches (leading dim).
 
     Sums add up, of maxima the largest counts; what stays with sequences is left out.
     """
@@ -116,33 +117,33 @@ def merge_aux(parts: dict[str, Aux]) -> dict[str, Aux]:
             sums=jax.tree.map(lambda a: jnp.sum(a, axis=0), aux.sums),
             maxima=jax.tree.map(lambda a: jnp.max(a, axis=0), aux.maxima),
         )
-        for name, aux in parts.items()
+        for name, aux in aux_of.items()
     }
 
 
 def gradient(
     state: TrainState,
-    parts: Batch,
+    microbatches: Batch,
     keys: jax.Array,
     totals: Totals,
     model: LanguageModel,
     trained: Any = None,
-    **learnt: Any,
+    **loss_settings: Any,
 ) -> tuple[jax.Array, Any, LossParts]:
-    """Loss and gradient of a batch, one part after another.
+    """Loss and gradient of a batch, one microbatch after another.
 
     Args:
       state: parameters and the state of the model's parts.
-      parts: the batch, with a leading dim of parts.
-      keys: a random key for each part.
+      microbatches: the batch, with a leading dim of microbatches.
+      keys: a random key for each of them.
       totals: denominators of the whole batch.
       model: the model.
       trained: of the parameters those that train, as `trained_params` has them; None: all.
-      **learnt: `training_loss` and `arrays` of `partial_loss`.
+      **loss_settings: `training_loss` and `arrays` of `partial_loss`.
 
     Returns:
-      The loss, its gradient in the tree of what trains, and the shares of every part (leading dim
-      of parts).
+      The loss, its gradient in the tree of what trains, and the shares of all microbatches (leading
+      dim).
     """
     trained = state.params if trained is None else trained
 
@@ -150,29 +151,29 @@ def gradient(
         return partial_loss(filled(trained, state.params), *args, **kwargs)
 
     loss_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-    settings = {"model_state": state.model_state, "step": state.step, **learnt}
+    settings = {"model_state": state.model_state, "step": state.step, **loss_settings}
     if len(keys) == 1:
-        only = {name: value[0] for name, value in parts.items()}
+        only = {name: value[0] for name, value in microbatches.items()}
         outcome = loss_and_grad(trained, only, totals, model, rng=keys[0], **settings)
         (loss, share), grads = outcome
         return loss, grads, jax.tree.map(lambda x: x[None], share)
 
     if model.needs_batch_sums:
-        totals = totals._replace(sums=batch_sums(state, parts, keys, totals, model))
+        totals = totals._replace(sums=batch_sums(state, microbatches, keys, totals, model))
 
     def accumulate(carry: tuple[Any, Any], inputs: tuple[Batch, jax.Array]) -> tuple[Any, Any]:
-        part, key = inputs
-        outcome = loss_and_grad(trained, part, totals, model, rng=key, **settings)
+        microbatch, key = inputs
+        outcome = loss_and_grad(trained, microbatch, totals, model, rng=key, **settings)
         (loss, share), grads = outcome
         return jax.tree.map(jnp.add, carry, (loss, grads)), share
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-    (loss, grads), shares = jax.lax.scan(accumulate, zero, (parts, keys))
+    (loss, grads), shares = jax.lax.scan(accumulate, zero, (microbatches, keys))
     return loss, grads, shares
 
 
 def batch_sums(
-    state: TrainState, parts: Batch, keys: jax.Array, totals: Totals, model: LanguageModel
+    state: TrainState, microbatches: Batch, keys: jax.Array, totals: Totals, model: LanguageModel
 ) -> dict[str, Any]:
     """Sums of the whole batch, by part of the model.
 
@@ -181,12 +182,12 @@ def batch_sums(
     """
 
     def measure(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, Any]:
-        part, key = inputs
+        microbatch, key = inputs
         _, share = partial_loss(
-            state.params, part, totals, model,
+            state.params, microbatch, totals, model,
             model_state=state.model_state, rng=key, step=state.step,
         )  # fmt: skip
         return carry, share.aux
 
-    _, aux = jax.lax.scan(measure, None, (parts, keys))
+    _, aux = jax.lax.scan(measure, None, (microbatches, keys))
     return {name: own.sums for name, own in merge_aux(aux).items()}

@@ -24,7 +24,7 @@ class Choices(NamedTuple):
     """The experts that some tokens chose, recorded or to be replayed.
 
     Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] for
-    the layers of a model.
+    the layers of a model. E counts all options: experts that compute nothing come last.
 
     Attributes:
       expert_index: int32 in [0, E), the choices of a token, best first; those that count are all
@@ -54,10 +54,10 @@ class Mixing(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a router decided.
+    """What a router decided. E counts all options: experts that compute nothing come last.
 
     Attributes:
-      logits_GSE: router logits, noise included.
+      logits_GSE: router logits, noise included; of Soft MoE those of slots, [G, S, P].
       probs_GSE: >= 0, each row sums to 1: what the balance losses see.
       expert_index_GSK: int32 in [0, E), the choices of a token, best first, all different.
       gate_GSK: the weight of each choice in the token's output, >= 0; 0 where it does not count.
@@ -88,7 +88,7 @@ class Routing(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The options of a router, as Python ints.
+    """What a router chooses among: experts, choices per token and slots, as Python ints.
 
     Attributes:
       num_experts: E, experts that compute.
@@ -264,7 +264,7 @@ def routing_of(
 ) -> Routing:
     """A `Routing` of choices made without logits: all count, with equal gates unless given.
 
-    Probabilities are the gates' shares of the chosen experts, logits are 0.
+    Probabilities are 1 / K for each chosen expert, whatever the gates. Logits are 0.
     """
     num_choices = expert_index_GSK.shape[-1]
     if gate_GSK is None:

@@ -22,8 +22,8 @@ from moe_jax.parallel.rules import mesh_in_use, partition_spec
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-# Sinkhorn's iteration ends when no expert's share in the plan is further from 1 / E, or after so
-# many rounds.
+# Sinkhorn's iteration ends when every expert's share in the plan is so near 1 / E, or after so many
+# rounds.
 SHARE_TOLERANCE, MAX_ROUNDS = 0.01, 200
 
 

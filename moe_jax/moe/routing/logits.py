@@ -63,8 +63,8 @@ class Linear(Projection):
 
     use_bias: bool = False  # a bias that is part of the logits (gpt-oss), not of the selection only
     temperature: float = setting(1.0, above=0)  # divides the logits
-    anneal_from: float | None = setting(None, above=0)  # ... from this at the first step
-    anneal_steps: int = setting(0, at_least=0)  # ... linearly, by this step; 0: constant
+    anneal_from: float | None = setting(None, above=0)  # at the first step; None: constant
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
@@ -95,9 +95,9 @@ class Noise(Settings):
     family: ClassVar[str] = "noise"
 
     @property
-    def least_std(self) -> float:
-        """A lower bound > 0 of the deviation on logits at every step; 0 if there is none."""
-        return 0.0
+    def always_on(self) -> bool:
+        """Whether it adds noise to the logits at every step of training."""
+        return False
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
         """The parameters, of component "router"."""
@@ -201,8 +201,10 @@ def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | N
         or not (renormalize or score.over_selected),
         "with num_selected_experts=1 a renormalised gate, or a softmax over the selected logit, "
         "is always 1, and the router gets no gradient from the task",
-        f"router.renormalize={renormalize}, router.score={score}",
-        "Set renormalize=False and score='softmax' or 'sigmoid', or use several experts per token"
+        f"router.score={score}, gates renormalised: {renormalize}",
+        "Set renormalize=False"
+        + ("" if allowed is None else ", norm_order=None")
+        + " and score='softmax' or 'sigmoid', or use several experts per token"
         + ("" if allowed is None else ", or set allow_constant_gate=True"),
     )
 

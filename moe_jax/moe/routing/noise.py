@@ -17,8 +17,8 @@ class Jitter(Noise):
     """Multiplies the router's copy of a token by U(1 - epsilon, 1 + epsilon) (Switch: 0.01)."""
 
     epsilon: float = setting(0.01, at_least=0, below=1)  # factors lie in 1 +- epsilon
-    anneal_from: float | None = setting(None, at_least=0, below=1)  # epsilon at the first step
-    anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
+    anneal_from: float | None = setting(None, at_least=0, below=1)  # at the first step
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
@@ -32,9 +32,9 @@ class Jitter(Noise):
 
 
 def draw_allowed(rng: jax.Array, rate: float, num_options: int, num_selected: int) -> jax.Array:
-    """Which experts may be chosen: bool [E], False with probability `rate`, for each by itself.
+    """Which experts may be chosen: bool [E], each False with probability `rate`, independently.
 
-    Where too few would be left, those that were drawn last of all stay: at least K.
+    The K experts with the largest draws always stay.
 
     >>> allowed_E = draw_allowed(jax.random.key(0), 0.99, num_options=8, num_selected=2)
     >>> int(allowed_E.sum())
@@ -50,17 +50,17 @@ class Gaussian(Noise):
     """Adds N(0, stddev) to every logit."""
 
     stddev: float = setting(1.0, at_least=0)  # in units of logits
-    anneal_from: float | None = setting(None, at_least=0)  # deviation at the first step
-    anneal_steps: int = setting(0, at_least=0)  # ... moves linearly by this step; 0: constant
+    anneal_from: float | None = setting(None, at_least=0)  # at the first step; None: constant
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
         check_annealing(self.anneal_from, self.anneal_steps)
 
     @property
-    def least_std(self) -> float:
+    def always_on(self) -> bool:
         """See `Noise`."""
-        return self.stddev if self.anneal_from is None else min(self.stddev, self.anneal_from)
+        return self.stddev > 0 and self.anneal_from != 0
 
     def std(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array | None:
         """See `Noise`."""
@@ -78,9 +78,9 @@ class Learned(Noise):
     """
 
     @property
-    def least_std(self) -> float:
+    def always_on(self) -> bool:
         """See `Noise`."""
-        return 1e-10
+        return True
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
         """`weight` [M, E]."""

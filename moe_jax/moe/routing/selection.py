@@ -100,8 +100,8 @@ class ExpertGroups(Settings):
         require(
             self.num_selected * size >= moe.num_selected(training=False),
             "the selected groups must hold at least num_selected_experts experts",
-            f"{self.num_selected} groups of {size} experts, num_selected_experts="
-            f"{moe.num_selected(training=False)}",
+            f"{self.num_selected} groups of {size} experts, "
+            f"K={moe.num_selected(training=False)} in evaluation",
             "Raise router.groups.num_selected",
         )
         require(

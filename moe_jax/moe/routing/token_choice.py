@@ -30,9 +30,12 @@ class TokenChoice(LogitRouter):
     takes_free_experts: ClassVar[bool] = True
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
-    renormalize: bool = False  # divide the K selected gates by their sum; refused for K = 1 ...
-    allow_constant_gate: bool = False  # ... but with this: its losses alone train the router then
-    norm_order: float | None = setting(None, above=0)  # ... by their L_p norm of this p (DBRX)
+    renormalize: bool = False  # divide the K selected gates by their sum
+    # Accept a gate that is always 1, as a renormalised one is for K = 1: balance losses alone train
+    # the router then.
+    allow_constant_gate: bool = False
+    # Divide the K selected gates by their L_p norm of this p (DBRX); None: do not.
+    norm_order: float | None = setting(None, above=0)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
     # In training: chance of an expert to be left out of all choices of a layer in a step.
@@ -61,7 +64,7 @@ class TokenChoice(LogitRouter):
     def has_smooth_load(self) -> bool:
         """See `Router`."""
         is_plain = self.groups is None and self.selection is None and self.drop_rate == 0
-        return is_plain and any(one.least_std > 0 for one in self.noise)
+        return is_plain and any(one.always_on for one in self.noise)
 
     @property
     def has_independent_scores(self) -> bool:

@@ -36,10 +36,8 @@ class Gathered(Weight):
         # pass: the compiler may merge them. Scanned layers' forward pass is another program.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def multiplied(x: jax.Array, weight: Any) -> jax.Array:
-            def cast(array: jax.Array) -> jax.Array:
-                return array.astype(x.dtype) if array.dtype == jnp.float32 else array
-
-            return grouped(x, self._whole(jax.tree.map(cast, weight)), layout)
+            arrays = jax.tree.map(lambda array: in_compute_dtype(array, x.dtype), weight)
+            return grouped(x, self._whole(arrays), layout)
 
         return multiplied(x, self.weight)
 
@@ -55,3 +53,8 @@ class Gathered(Weight):
             weight,
             weight_axes(self.axes, weight),
         )
+
+
+def in_compute_dtype(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Float32 in the dtype of the tokens; quantised arrays, scales too, stay what they are."""
+    return array.astype(dtype) if array.dtype == jnp.float32 else array

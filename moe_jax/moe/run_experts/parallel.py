@@ -23,6 +23,7 @@ from moe_jax.moe.run_experts.buffer import (
 )
 from moe_jax.moe.run_experts.exchange import ByAllToAll
 from moe_jax.moe.run_experts.gather import rows_of, run_gather, sum_choices
+from moe_jax.moe.run_experts.gathered import in_compute_dtype
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.rows import (
     num_experts_of,
@@ -172,11 +173,6 @@ def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     memory traffic instead of 2.0 in a Switch layer on v5e. So there is none if nothing is gathered.
     """
     return primitive.name not in ("all_gather", "pvary")
-
-
-def in_compute_dtype(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Float32 in the dtype of the tokens; quantised arrays, scales too, stay what they are."""
-    return array.astype(dtype) if array.dtype == jnp.float32 else array
 
 
 def is_added_last(axes: Axes) -> bool:
