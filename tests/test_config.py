@@ -515,7 +515,7 @@ def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
         (
             Attention,
             {"head_dim": 5},
-            r"rotary positions need an even head_dim, at most head_dim: head_dim=5",
+            r"rotary positions need an even head_dim: head_dim=5\. Use an even number",
         ),
         (Attention, {"num_kv_heads": 3}, r"num_kv_heads must divide num_heads: .*num_kv_heads=3"),
         (Attention, {"num_kv_heads": 8}, r"num_kv_heads must divide num_heads"),

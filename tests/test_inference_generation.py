@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.inference import generate_tokens, stream_anew, stream_tokens
+from moe_jax.inference import generate_tokens, generate_with_routes, stream_anew, stream_tokens
 from moe_jax.inference.writer import CHUNK, bucket
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.placement import state_shardings
@@ -58,6 +58,13 @@ def test_a_cache_draws_what_reading_anew_draws(config, params, drawn):
     for piece in stream_anew(config, params, PROMPTS, 6, **settings):
         texts[piece.row] += piece.tokens
     assert [texts[row] for row in range(4)] == drawn
+
+
+def test_rows_that_are_not_continued_stay_in_their_places(generate, config, params):
+    assert generate([[1], [2]], num_tokens=0, ended={0, 1}) == [[], []]
+    assert generate([[1], [2]], num_tokens=0, num_samples=2, ended={0}) == [[]] * 4
+    with pytest.raises(ValueError, match=r"ended=\{0\}\. Leave those prompts out"):
+        generate_with_routes(config, params, [[1]], 2, ended={0})
 
 
 def test_samples_of_a_prompt_differ_and_others_are_not_moved(generate):
@@ -142,6 +149,8 @@ def test_with_a_capacity_the_batch_shares_it(generate, drawn):
         ([[1], []], "a prompt has at least one token: prompt 1 has none"),
         ([[1], [4, 384]], r"token ids lie in 0\.\.383, .*: prompt 1 has 384"),
         ([[-1]], "prompt 0 has -1"),
+        ([1, 2, 3], r"lists of token ids: prompt 0 is 1\. Pass a list of prompts"),
+        ("ab", r"prompt 0 is 'a'\. .*a text to stream_text"),
     ],
 )
 def test_prompts_that_are_none_are_refused(generate, prompts, message):

@@ -82,6 +82,18 @@ def test_of_a_long_prompt_the_last_window_is_seen(params, config):
     assert len(once) == 4
 
 
+@pytest.mark.parametrize(
+    ("prompts", "stop", "message"),
+    [
+        ("ab", (), r"prompts is a list of strings: prompts='ab'\. Pass prompts=\['ab'\]"),
+        (["ab"], "END", r"stop is a list of strings: .*Pass stop=\['END'\]"),
+    ],
+)
+def test_one_string_is_no_list(params, config, prompts, stop, message):
+    with pytest.raises(ValueError, match=message):
+        next(stream_text(config, params, prompts, 2, stop=stop))
+
+
 @pytest.mark.parametrize("prompt", ["", "ab", "0123456789abcde", "0123456789abcdef"])
 def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
     """The beginning of a document and the prompt; of more than 16 tokens, the last 16."""
@@ -209,6 +221,13 @@ def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_trainin
 def test_settings_out_of_range_are_refused(params, config, wrong, message):
     with pytest.raises(ValueError, match=message):
         pieces_of(params, config, **wrong)
+
+
+def test_a_model_that_is_read_anew_has_no_capacity():
+    moe = {"router": "soft", "group_size": 8}
+    soft = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
+    with pytest.raises(ValueError, match=r"so that it has no capacity\. Leave it out"):
+        next(stream_text(soft, None, ["ab"], 2, capacity=1.0))
 
 
 def test_branches_of_whole_layers_are_regrouped_too():

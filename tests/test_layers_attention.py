@@ -308,7 +308,7 @@ def test_no_number_is_lost_in_bfloat16(attention):
 def test_a_position_bias_names_a_shared_part():
     attention, params, x = made({"position_bias": "position"})
     call = Call(positions_BL=POSITIONS, segments_BL=SEGMENTS, shared={"other": 0})
-    message = r"must name a shared part of the stack: 'position', stack\.shared=\['other'\]"
+    message = r"'position', the shared parts of this stack are \['other'\]\. .* or encoder\.shared"
     with pytest.raises(ValueError, match=message):
         attention.apply(params, jnp.asarray(x), call, Own())
     call = dataclasses.replace(call, shared={"position": jnp.zeros((1, 3, ROW, ROW))})

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.layers.latent_attention import LatentAttention
 from moe_jax.layers.rotary import Rotary
 from moe_jax.layers.rotary_scaling import (
     DynamicScaling,
@@ -109,12 +110,8 @@ def test_the_first_dims_turn_and_the_rest_pass(interleaved):
 @pytest.mark.parametrize(
     ("rotary", "head_dim", "message"),
     [
-        (Rotary(), 5, "need an even head_dim, at most head_dim: head_dim=5"),
-        (
-            Rotary(dim=6),
-            4,
-            r"an even rotary\.dim, at most head_dim: rotary\.dim=6, head_dim=4",
-        ),
+        (Rotary(), 5, "need an even head_dim: head_dim=5"),
+        (Rotary(dim=6), 4, r"must be at most head_dim: rotary\.dim=6, head_dim=4\. Lower it"),
         (
             Rotary(scaling=LongRope(short_factors=(1.0,), long_factors=(1.0, 2.0))),
             4,
@@ -125,6 +122,13 @@ def test_the_first_dims_turn_and_the_rest_pass(interleaved):
 def test_a_head_that_cannot_turn_is_refused(rotary, head_dim, message):
     with pytest.raises(ValueError, match=message):
         rotary.check_head_dim(head_dim)
+
+
+def test_the_setting_of_latent_attention_is_named():
+    with pytest.raises(ValueError, match=r"an even rope_dim: rope_dim=3\. Use an even number"):
+        LatentAttention(rope_dim=3)
+    with pytest.raises(ValueError, match=r"an even rotary\.dim: rotary\.dim=3\. Use"):
+        Rotary(dim=3)
 
 
 # Frequencies (radians at position 1) and the factor of cosines and sines, of 8 dims at base 10000

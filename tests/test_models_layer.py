@@ -81,6 +81,22 @@ def test_two_parts_of_one_name_are_refused():
         model(Layer(branches=branches))
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "message"),
+    [
+        (Layer, ("mlp", "mlp", "mlp_0"), r"\['mlp_0', 'mlp_1', 'mlp_0'\]"),
+        (Layer, ("mlp", "mlp_norm"), r"NAME_norm .*\['mlp', 'mlp_norm'\]"),
+        (Layer, ("mlp_post_norm", "mlp"), r"NAME_post_norm: .*'mlp_post_norm'"),
+        (ParallelLayer, ("mlp", "norm"), r"'norm' is the one norm .*\['mlp', 'norm'\]"),
+    ],
+)
+def test_branches_whose_parameters_would_have_one_name_are_refused(kind, names, message):
+    with pytest.raises(ValueError, match=message):
+        kind(branches=tuple((name, MLP) for name in names))
+    named = Layer(branches=(("mlp", MLP), ("mlp", MLP), ("norm", MLP))).named
+    assert [name for name, _ in named] == ["mlp_0", "mlp_1", "norm"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Backwards(Layer):
     """Sees later tokens though none of its branches does."""

@@ -368,7 +368,10 @@ def test_a_config_names_the_modules_and_says_what_does_not_fit():
     assert from_config_dict(to_dict(config)) == config
     assert config.model.multi_token == MultiToken(**MODULES)
     for change, message in (
-        ({"multi_token": {"layer": ("attention", "mamba")}}, r"\['mamba'\], parts"),
+        (
+            {"multi_token": {"layer": ("attention", "mamba")}},
+            r"stack and multi_token\.layer .*\['mamba'\], parts",
+        ),
         ({"stack": {"causal": False}}, r"multi_token needs a causal stack"),
     ):
         with pytest.raises(ValueError, match=message):

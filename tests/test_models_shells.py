@@ -16,6 +16,7 @@ from moe_jax.models import linen
 from moe_jax.models import nnx as nnx_shells
 from moe_jax.models.linen import LinenModel, LinenMoE
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.network import build, call_of
 from moe_jax.models.nnx import NNXModel, NNXMoE, values
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.bias import SignUpdate
@@ -158,6 +159,24 @@ def test_nnx_gives_the_values_and_the_training_step_of_the_pure_functions(name):
 
     given = train_step(shell, optimizer)
     assert_same((values(shell.params), given), (after, value))
+
+
+def test_a_network_counts_positions_from_0_in_each_document():
+    segments_BL = np.array([[0, 1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 3, 3, 3]])
+    call = call_of(np.ones((2, 7)), None, None, segments_BL, record=False)
+    positions_BL = [[0, 0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 1, 2]]
+    np.testing.assert_array_equal(call.positions_BL, positions_BL)
+    assert call.counts_up
+    given = call_of(np.ones((2, 7)), None, np.zeros((2, 7)), segments_BL, record=False)
+    assert not given.positions_BL.any() and not given.counts_up
+    with pytest.raises(ValueError, match="mask_BL and segments_BL both say"):
+        call_of(np.ones((2, 7)), segments_BL > 0, None, segments_BL, record=False)
+
+
+def test_a_network_without_an_encoder_refuses_its_tokens():
+    init = functools.partial(build(MODEL).init, encoder_tokens_BT=tokens())
+    with pytest.raises(ValueError, match="encoder_tokens_BT are of a model with an encoder"):
+        jax.eval_shape(init, jax.random.key(0), tokens())
 
 
 def test_the_shells_hold_no_maths_of_their_own():

@@ -343,7 +343,9 @@ def test_a_layout_of_layers_by_hand():
     ids=["no unit", "no repeats", "no layers"],
 )
 def test_a_unit_is_repeated_at_least_once(settings):
-    with pytest.raises(ValueError, match=r"needs layers, and a unit needs .*Set unit and rep"):
+    with pytest.raises(
+        ValueError, match=r"needs layers, and a unit needs .*Set repeats=0 without a unit"
+    ):
         StackLayout(**settings)
     assert StackLayout(first=(("mlp",),), unit=(), repeats=0).num_layers == 1
 
@@ -621,3 +623,6 @@ def test_a_model_that_sees_later_tokens_says_so_and_is_not_trained_to_predict_th
 def test_layers_of_no_names_are_refused():
     with pytest.raises(ValueError, match=r"a layer must be a tuple of names.*unit=\(None,\)"):
         StackLayout(unit=(None,))
+    for nothing in ((), ""):
+        with pytest.raises(ValueError, match=r"a layer names at least one part: last=\("):
+            StackLayout(last=(nothing,))

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.inference import Draft, generate_with_routes
 from moe_jax.inference.decoding import Serving
 from moe_jax.models.routing_record import record_routing
-from moe_jax.models.token_routes import record_of_routes, routes_of
+from moe_jax.models.token_routes import load_routes, record_of_routes, routes_of
 from moe_jax.part import Call
 from tests.tiny_run import MLP, quick_jit, tiny_config, tiny_state
 
@@ -159,8 +159,29 @@ def test_texts_whose_experts_cannot_be_told_are_refused(params, settings, messag
         (lambda routes: [r + 9 * (r > 0) for r in routes], r"must lie in 0\.\.num_experts - 1"),
         (lambda routes: [0 * r for r in routes], "must not choose an expert twice"),
         (lambda routes: [0 * routes[0] - 1, routes[1]], r"none for \[layer, token\] \[0, 0\]"),
+        (lambda routes: [r[..., :1] for r in routes], "2 experts of 'moe', .*text 0 has 1 for"),
+        (lambda routes: [np.pad(r, ((0, 0), (0, 0), (0, 1))) for r in routes],
+         r"text 0 has 0 at \[layer of the part, token, choice\] \[0, 0, 2\]"),
+        (lambda routes: [np.where(r == 0, -2, r) for r in routes], r"text \d has -2 at"),
     ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_refused(record, change, message):
     with pytest.raises(ValueError, match=message):
         record_of_routes(CONFIG.model, TEXTS, change(routes_of(record)))
+
+
+def test_columns_of_a_part_with_more_choices_are_minus_one(record):
+    wider = [np.pad(r, ((0, 0), (0, 0), (0, 1)), constant_values=-1) for r in routes_of(record)]
+    same, expected = record_of_routes(CONFIG.model, TEXTS, wider).parts["moe"], record.parts["moe"]
+    is_token_BL = record.segments_BL > 0
+    for field in ("expert_index", "chosen"):
+        one, other = (getattr(part.choices, field)[:, is_token_BL] for part in (same, expected))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_empty_texts_and_other_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at least one token: texts \[0\] have none"):
+        record_of_routes(CONFIG.model, [[]], [np.zeros((0, 2, 2), np.int32)])
+    np.save(tmp_path / "a.npy", np.zeros(2))
+    with pytest.raises(ValueError, match=r"is an \.npz with tokens and routed_experts"):
+        load_routes(tmp_path / "a.npy")

@@ -82,7 +82,14 @@ class Draft:
             1 <= self.length <= SPARE,
             f"a draft proposes 1 to {SPARE} tokens, for which a ring of a cache has room",
             f"length={self.length}",
-            "Change it",
+            f"Use 1 to {SPARE}",
+        )
+        require(
+            (self.config is None) == (self.trained is None),
+            "a smaller model as draft has a config and what was trained; without both, the "
+            "multi-token modules of the model itself propose",
+            f"{'config' if self.config is None else 'trained'}=None",
+            "Pass both, as load_run gives them, or neither",
         )
         require(
             not model.has_encoder,
@@ -131,7 +138,8 @@ class Draft:
         places = drafter.places(self.length)
         require(
             places <= SPARE + 1,
-            f"a draft of multi-token modules has length + depth of at most {SPARE + 1}",
+            f"a draft of multi-token modules has length + min(length, depth) of at most "
+            f"{SPARE + 1}",
             f"length={self.length}, depth={modules.depth}",
             "Lower the length",
         )

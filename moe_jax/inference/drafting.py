@@ -253,7 +253,11 @@ class OwnModules:
         return self.model.modules
 
     def places(self, length: int) -> int:
-        """See `SmallerModel`: W. So many places change what module D has of them."""
+        """See `SmallerModel`: W.
+
+        The last W places are read again, since new tokens change the output of the last module
+        there.
+        """
         return length + min(self.modules.depth, length)
 
     def used(self, serving: Serving, length: int) -> list[Any]:

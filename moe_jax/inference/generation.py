@@ -40,7 +40,8 @@ def generate_tokens(
         `draft`, ...
 
     Returns:
-      The tokens added to prompt i, sample s, at i * num_samples + s; without the one that ended it.
+      The tokens added to prompt i, sample s, at i * num_samples + s, without the one that ended it;
+      [] for a row of `ended`.
 
     Raises:
       ValueError: see `stream_tokens`.
@@ -48,7 +49,7 @@ def generate_tokens(
     answers: dict[int, list[int]] = {}
     for piece in stream_tokens(config, params, prompts, num_tokens, **settings):
         answers.setdefault(piece.row, []).extend(piece.tokens)
-    return [answers[row] for row in sorted(answers)]
+    return [answers.get(row, []) for row in range(len(prompts) * settings.get("num_samples", 1))]
 
 
 def generate_with_routes(
@@ -70,13 +71,19 @@ def generate_with_routes(
       `models.token_routes` reads.
 
     Raises:
-      ValueError: see `stream_tokens`; with `num_tokens` of 0.
+      ValueError: see `stream_tokens`; with `num_tokens` of 0, or with `ended`.
     """
     require(
         num_tokens > 0,
         "experts are recorded while tokens are added",
         f"num_tokens={num_tokens}",
         "Use record_routing on the prompts",
+    )
+    require(
+        not settings.get("ended"),
+        "every text has experts that were recorded",
+        f"ended={settings.get('ended')}",
+        "Leave those prompts out",
     )
     answers: dict[int, list[int]] = {}
     routes: dict[int, list[np.ndarray]] = {}
@@ -204,15 +211,31 @@ def check(
     ):
         require(value >= least, f"{name} is at least {least}", f"{name}={value}", "Raise it")
     for i, prompt in enumerate(prompts):
-        require(len(prompt) > 0, "a prompt has at least one token", f"prompt {i} has none",
-                "Begin it with the bos_id of the tokenizer")  # fmt: skip
-        least, most = min(prompt), max(prompt)
         require(
-            0 <= least and most < model.vocab_size,
-            f"token ids lie in 0..{model.vocab_size - 1}, the model's vocabulary",
-            f"prompt {i} has {least if least < 0 else most}",
-            "Encode it with the tokenizer that the model was trained with",
+            np.ndim(prompt) == 1,
+            "prompts are lists of token ids",
+            f"prompt {i} is {prompt!r}",
+            "Pass a list of prompts, [prompt] for one, and a text to stream_text",
         )
+        check_ids(model, prompt, "prompt", f"prompt {i}")
+
+
+def check_ids(
+    model: LanguageModel,
+    ids: Sequence[int],
+    kind: str,
+    name: str,
+    fix: str = "Begin it with the bos_id of the tokenizer",
+) -> None:
+    """Refuses token ids that are none of the model's, as `ValueError`; `fix` is for no ids."""
+    require(len(ids) > 0, f"a {kind} has at least one token", f"{name} has none", fix)
+    least, most = min(ids), max(ids)
+    require(
+        0 <= least and most < model.vocab_size,
+        f"token ids lie in 0..{model.vocab_size - 1}, the model's vocabulary",
+        f"{name} has {least if least < 0 else most}",
+        "Encode it with the tokenizer that the model was trained with",
+    )
 
 
 def check_record(

@@ -13,7 +13,7 @@ from moe_jax.config.check import require
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.inference.anew import in_groups_of
 from moe_jax.inference.decoding import Serving, for_inference
-from moe_jax.inference.generation import ROWS, check, mesh_of
+from moe_jax.inference.generation import ROWS, check, check_ids, mesh_of
 from moe_jax.inference.writer import bucket, encoder_inputs, whole_rows
 from moe_jax.models.capacity import without_capacity
 from moe_jax.models.model import LanguageModel
@@ -174,8 +174,11 @@ def check_pairs(
             f"context={context}, {name}.group_size={size}",
             "Pass a multiple of it",
         )
-    check(model, [c for pair in pairs for c in pair], 0, 1, context, batch_size)
-    for i, (_, continuation) in enumerate(pairs):
+    check(model, [], 0, 1, context, batch_size)
+    for i, (before, continuation) in enumerate(pairs):
+        check_ids(model, before, "context", f"the context of pair {i}")
+        name = f"the continuation of pair {i}"
+        check_ids(model, continuation, "continuation", name, "Leave the pair out")
         require(
             context is None or len(continuation) <= context,
             "a continuation has at most `context` tokens",

@@ -69,8 +69,14 @@ def stream_text(
       **settings: other ones of `stream_tokens`, `state`, `step`, `draft` and `record` among them.
 
     Raises:
-      ValueError: see `stream_tokens`; a stop string is empty; the draft has another tokenizer.
+      ValueError: see `stream_tokens`; `prompts` or `stop` is one string; a stop string is empty;
+        the draft has another tokenizer.
     """
+    for name, given in (("prompts", prompts), ("stop", stop)):
+        require(
+            not isinstance(given, str), f"{name} is a list of strings", f"{name}={given!r}",
+            f"Pass {name}=[{given!r}]",
+        )  # fmt: skip
     require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
     tokenizer = tokenizer or open_tokenizer_of(config.data)
     objective = config.data.objective
@@ -88,7 +94,7 @@ def stream_text(
     if why and not config.model.has_encoder:
         stream, ids["pad_id"] = stream_anew, tokenizer.pad_id
         settings.pop("batch_size", None)  # it writes one text after another
-        cached = [name for name in ("draft", "record") if settings.pop(name, None)]
+        cached = [name for name in ("draft", "record", "capacity") if settings.pop(name, None)]
         require(
             not cached,
             "a model without caches reads all anew for every token",

@@ -26,7 +26,9 @@ QK_NORM_AT = ("heads", "projection", "rotated")
 
 @dataclasses.dataclass(frozen=True)
 class Temperature(Settings):
-    """Queries of later positions made longer: times ln(1 + floor((i + 1) / floor)) * scale + 1.
+    """Multiplies queries by ln(1 + floor((i + 1) / F)) * scale + 1 at position i.
+
+    F is the setting `floor`.
 
     Source: Nakanishi 2025, arXiv:2501.19399; Llama 4, in layers without rotary positions.
     """
@@ -271,8 +273,9 @@ class Attention(Part):
         require(
             self.position_bias in shared,
             "position_bias must name a shared part of the stack",
-            f"{self.position_bias!r}, stack.shared={sorted(shared)}",
-            "Add the part to stack.shared, or correct the name",
+            f"{self.position_bias!r}, the shared parts of this stack are {sorted(shared)}",
+            "Add the part to shared of this stack (stack.shared or encoder.shared), or correct the "
+            "name",
         )
         return shared[self.position_bias]
 

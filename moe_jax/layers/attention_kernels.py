@@ -223,7 +223,8 @@ def attend_by_rules(
       v_BTKV: values, whose dim may differ from that of the keys.
       rules: which keys of its own document a query sees.
       queries: where they stand.
-      keys: where they stand; None: the queries' own. A query that sees none gets a mean of some.
+      keys: where they stand; None: the queries' own. A query that sees no key gets a mean of some
+        keys' values, or 0 where heads have sinks.
       kernel: of `KERNELS`.
       counts_up: whether positions do; see `Call`.
       scale: see `attend`.

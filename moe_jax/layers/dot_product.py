@@ -60,7 +60,8 @@ def attend(
       q_BLND: queries.
       k_BTKD: keys.
       v_BTKV: values, whose dim may differ from that of the keys.
-      seen_B1LT: bool, as `masks.visible` gives. A query that sees no key gets a mean of them all.
+      seen_B1LT: bool, as `masks.visible` gives. A query that sees no key gets a mean of some keys'
+        values, or 0 where heads have sinks.
       scale: of the dot products.
       bias_BNLT: [1 or B, N, L, T], added to scores.
       softcap: c; scores become c tanh(score / c) (Grok-1; Gemma 2, arXiv:2408.00118, eq. 1).

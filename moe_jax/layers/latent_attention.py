@@ -51,7 +51,7 @@ class LatentAttention(Part):
 
     def check(self) -> None:
         """See `Settings`."""
-        self.rotary.check_head_dim(self.rope_dim)
+        self.rotary.check_head_dim(self.rope_dim, "rope_dim")
 
     @property
     def head_dim(self) -> int:

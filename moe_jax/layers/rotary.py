@@ -32,15 +32,21 @@ class Rotary(Settings):
         if self.dim is not None:
             self.check_head_dim(self.dim)
 
-    def check_head_dim(self, head_dim: int) -> None:
-        """Refuses a head of which these dims cannot turn, as `ValueError`."""
+    def check_head_dim(self, head_dim: int, name: str = "head_dim") -> None:
+        """Refuses a head of which these dims cannot turn, as `ValueError`, by its `name`."""
         turning = head_dim if self.dim is None else self.dim
-        name = "head_dim" if self.dim is None else "rotary.dim"
+        own = name if self.dim is None else "rotary.dim"
         require(
-            turning % 2 == 0 and turning <= head_dim,
-            f"rotary positions need an even {name}, at most head_dim",
-            f"{name}={turning}, head_dim={head_dim}",
-            "Use an even number, or set rotary=None",
+            turning % 2 == 0,
+            f"rotary positions need an even {own}",
+            f"{own}={turning}",
+            "Use an even number",
+        )
+        require(
+            turning <= head_dim,
+            f"rotary.dim must be at most {name}",
+            f"rotary.dim={turning}, {name}={head_dim}",
+            "Lower it, or set it to None",
         )
         if self.scaling is not None:
             self.scaling.check_dim(turning)

@@ -75,7 +75,8 @@ class DynamicScaling(RotaryScaling):
 
     by_length: ClassVar[bool] = True
 
-    factor: float = setting(1.0, at_least=1)  # of the slow frequencies
+    # By which the base grows with the length beyond original_length.
+    factor: float = setting(1.0, at_least=1)
     original_length: int = setting(2048, at_least=1)  # tokens; shorter documents are unchanged
 
     def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:

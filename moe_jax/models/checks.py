@@ -24,9 +24,10 @@ def check_names(model: "LanguageModel") -> None:
     used = {name for layout in layouts.values() for name in layout.names}
     used |= set(model.multi_token.layer) if model.multi_token else set()
     of = " and ".join(layouts)
+    named = [*layouts, *(["multi_token.layer"] if model.multi_token else [])]
     require(
         used <= set(parts),
-        f"a name in the layers of {of} must be one of parts",
+        f"a name in the layers of {' and '.join(named)} must be one of parts",
         f"{sorted(used - set(parts))}, parts {sorted(parts)}",
         "Add the part, or correct the name",
     )

@@ -42,6 +42,15 @@ class Layer(Part):
             f"{layers} of branches {[name for name, _ in self.branches]}",
             "Name it alone in the stack, or name its branches",
         )
+        names = [name for name, _ in self.named]
+        norms = [f"{name}{end}" for name in names for end in ("_norm", "_post_norm")]
+        require(
+            len({*names, *norms}) == 3 * len(names),
+            "names of branches, numbered where one comes twice, must differ from each other and "
+            "from those of their norms, NAME_norm and NAME_post_norm",
+            f"branches {names}",
+            "Rename one",
+        )
 
     @property
     def named(self) -> list[tuple[str, Part]]:
@@ -154,6 +163,12 @@ class ParallelLayer(Layer):
             "a parallel layer needs placement='pre', since it has one norm before all branches",
             f"placement={self.placement!r}",
             "Leave it at 'pre'",
+        )
+        require(
+            "norm" not in dict(self.named),
+            "'norm' is the one norm of a parallel layer, and no name of a branch",
+            f"branches {[name for name, _ in self.named]}",
+            "Rename the branch",
         )
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:

@@ -37,6 +37,8 @@ class StackLayout(Settings):
                 f"{segment}={layers}",
                 "Correct it",
             )
+            require(all(layers), "a layer names at least one part", f"{segment}={layers}",
+                    "Leave it out")  # fmt: skip
             layers = tuple(one if isinstance(one, str) else tuple(one) for one in layers)
             object.__setattr__(self, segment, layers)
         for names in ("shared", "tied"):
@@ -45,7 +47,7 @@ class StackLayout(Settings):
             self.num_layers >= 1 and bool(self.unit) == (self.repeats > 0),
             "a stack needs layers, and a unit needs repeats of at least 1",
             f"first={self.first}, unit={self.unit}, repeats={self.repeats}, last={self.last}",
-            "Set unit and repeats together",
+            "Set repeats=0 without a unit, and at least 1 with one",
         )
 
     @property
@@ -66,7 +68,9 @@ class StackLayout(Settings):
 
     @classmethod
     def of(cls, layers: Sequence[LayerNames], **settings: Any) -> "StackLayout":
-        """The layout of these layers with the fewest to compile; of equals, the earliest, shortest.
+        """The layout of these layers that compiles the fewest.
+
+        Among equals it has the earliest, then the shortest unit.
 
         >>> layout = StackLayout.of(["dense", "moe", "moe", "moe"])
         >>> layout.first, layout.unit, layout.repeats, layout.last

@@ -33,7 +33,8 @@ from moe_jax.weights.quantised import Quantisation
 class LanguageModel(Settings):
     """A decoder-only Transformer made of parts.
 
-    The layers of `stack` name entries of `parts`.
+    The layers of `stack` name entries of `parts`. `norm`, `norm_placement`, `residual_multiplier`
+    and `dropout_rate` do not reach the branches of a part that is a whole layer: it has its own.
     """
 
     family: ClassVar[str] = "model"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.config.check import require
 from moe_jax.models.linen import parameters
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
@@ -70,7 +71,8 @@ class Network(nn.Module):
           tokens_BL: int token ids.
           mask_BL: bool or 0 and 1, whether a token is no padding; None: all are. Padding may be on
             the left or on the right. Its logits mean nothing.
-          positions_BL: int, position of each token in its document; None: counted without padding.
+          positions_BL: int, position of each token in its document; None: counted from 0 in each
+            document, without padding.
           segments_BL: int, document of each token, 0 for padding, in place of `mask_BL`.
           encoder_tokens_BT: int token ids that an encoder reads, beside those of the decoder.
           encoder_mask_BT: whether a token of these is no padding; None: all are.
@@ -84,10 +86,17 @@ class Network(nn.Module):
         state = parameters(self, {STATE: state_specs})[STATE] if state_specs else None
         call = call_of(tokens_BL, mask_BL, positions_BL, segments_BL, record)
         if encoder_tokens_BT is not None:
+            require(
+                self.model.has_encoder,
+                "encoder_tokens_BT are of a model with an encoder",
+                "this one is a decoder alone",
+                "Leave them out",
+            )
             text = call_of(encoder_tokens_BT, encoder_mask_BT, None, None, record)
             assert text.tokens_BL is not None
             encoder = EncoderInputs(text.tokens_BL, text.positions_BL, text.segments_BL)
-            call = dataclasses.replace(call, encoder=encoder)
+            counts_up = call.counts_up and text.positions_BL is None
+            call = dataclasses.replace(call, encoder=encoder, counts_up=counts_up)
         output = self.model.run(params, call, state=state)
         if not record:
             return output.logits_BLV
@@ -110,15 +119,25 @@ def call_of(
     """The call of a `Network`; arguments are those of its `__call__`."""
     if mask_BL is not None:
         if segments_BL is not None:
-            raise ValueError("mask and segments both say what is padding: pass one of them.")
+            raise ValueError("mask_BL and segments_BL both say what is padding: pass one of them.")
         segments_BL = jnp.asarray(mask_BL).astype(jnp.int32)
         if positions_BL is None:
             positions_BL = jnp.maximum(jnp.cumsum(segments_BL, axis=-1) - 1, 0)
+    counts_up = segments_BL is not None and positions_BL is None
+    if counts_up:
+        positions_BL = counted(jnp.asarray(segments_BL, jnp.int32))
     tokens, positions, segments = (
         None if a is None else jnp.asarray(a, jnp.int32)
         for a in (tokens_BL, positions_BL, segments_BL)
     )
-    return Call(positions, segments, tokens, record=record)
+    return Call(positions, segments, tokens, counts_up=counts_up, record=record)
+
+
+def counted(segments_BL: jax.Array) -> jax.Array:
+    """int32 [B, L], how far each place is from the first of its document."""
+    places_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1]), segments_BL.shape)
+    is_first_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1]) != 0
+    return places_BL - jax.lax.cummax(jnp.where(is_first_BL, places_BL, 0), axis=1)
 
 
 def build(config: ExperimentConfig | LanguageModel | Mapping[str, Any]) -> Network:

@@ -237,7 +237,7 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
     try:
         with np.load(path, allow_pickle=False) as file:
             record = record_from({name: file[name] for name in file.files})
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
             f"a record of routing is an .npz with the arrays {OF_TOKENS} and, by part, layers, "
             f"num_experts and {Choices._fields}: {path} is not ({error}). Write it by save_record."
@@ -316,7 +316,7 @@ def check_part(name: str, part: PartRecord, batch_shape: tuple[int, ...]) -> Non
         0 <= index.min(initial=0) and index.max(initial=0) < part.num_experts,
         "the experts of a record must lie in 0..num_experts - 1",
         f"got {index.min()}..{index.max()} with num_experts={part.num_experts} of {name!r}",
-        "Correct them; chosen=False leaves a choice out",
+        "Correct them; a choice that chosen=False leaves out needs one in range too, such as 0",
     )
     ordered = np.sort(
         np.where(np.asarray(part.choices.chosen), index, -1 - np.arange(index.shape[-1]))

@@ -110,7 +110,8 @@ class Stack:
                 "in a causal stack what a token gets must not depend on later tokens",
                 f"the part {name!r} looks at them in {' and '.join(modes)}: {part}",
                 "Use a causal router ('token_choice') and queue ('token_major'), or go dropless; "
-                "set buffer_factor=0 or stop_at_overflow=True; or accept the leak with "
+                "set buffer_factor=0 or stop_at_overflow=True; override looks_ahead in a part of "
+                "yours that sees no later token; or accept the leak with "
                 "stack.allow_lookahead=True",
             )
 

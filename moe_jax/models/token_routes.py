@@ -67,8 +67,9 @@ def record_of_routes(
       model: that replays them, without an encoder.
       texts: token ids.
       routes: for each text integers [length, layers, K]. The layers are those that route, or all of
-        the model, with -1 in the others. The last token of a text may be -1 throughout, since an
-        engine does not run it; it uses no expert then.
+        the model, with -1 in the others. K is that of the part with the most, with -1 behind the
+        choices of parts with fewer, and in place of an expert that was not chosen. The last token
+        of a text may be -1 throughout, since an engine does not run it; it uses no expert then.
 
     Returns:
       The record, padded on the right; `batch_fields` makes fields of a batch of it. Gates are 0 and
@@ -89,6 +90,10 @@ def record_of_routes(
         f"{len(texts)} texts, {len(routes)} arrays",
         "Pass as many",
     )
+    empty = [i for i, text in enumerate(texts) if not len(text)]
+    require(
+        not empty, "a text has at least one token", f"texts {empty} have none", "Leave them out"
+    )
     length = max(map(len, texts))
     tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
     for i, text in enumerate(texts):
@@ -102,7 +107,8 @@ def record_of_routes(
         chosen: Any = np.zeros(index.shape, np.bool_)
         gate: Any = np.zeros(index.shape, np.float32)
         for i, (text, route) in enumerate(zip(texts, routes, strict=True)):
-            own = of_layers(np.asarray(route), len(text), layers, model, i)[..., :num_choices]
+            own = of_layers(np.asarray(route), len(text), layers, model, i)
+            own = of_part(own, num_choices, name, i)
             index[:, i, : len(text)] = np.maximum(own, 0)
             chosen[:, i, : len(text)] = own != ABSENT
         choices = Choices(index, chosen, gate, chosen)
@@ -131,7 +137,7 @@ def load_routes(path: str | pathlib.Path) -> tuple[list[int], np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["tokens"].tolist(), file["routed_experts"]
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
             f"a file of experts by token is an .npz with tokens and routed_experts: {path} is not "
             f"({error}). Write it with generate --routes."
@@ -161,6 +167,27 @@ def of_layers(
         "Replay whole texts",
     )
     return own
+
+
+def of_part(own: np.ndarray, num_choices: int, name: str, text: int) -> np.ndarray:
+    """The experts of one text in the layers of a part, without the columns of other parts."""
+    rule = f"a token has {num_choices} experts of {name!r}, or -1 in place of one"
+    require(
+        own.shape[-1] >= num_choices,
+        rule,
+        f"the array of text {text} has {own.shape[-1]} for each token and layer",
+        "Record with a model that chooses as many, or add columns of -1",
+    )
+    wrong = (own < ABSENT) | ((own != ABSENT) & (np.arange(own.shape[-1]) >= num_choices))
+    place = tuple(np.argwhere(wrong)[0].tolist()) if wrong.any() else ()
+    require(
+        not place,
+        f"{rule}, and -1 in any columns behind them",
+        f"text {text} has {own[place] if place else own.shape} at [layer of the part, token, "
+        f"choice] {list(place)}",
+        "Record with a model that chooses as many",
+    )
+    return own[..., :num_choices]
 
 
 def places_of(layers: Mapping[str, Sequence[int]]) -> list[tuple[int, str, int]]:
