@@ -412,7 +412,7 @@ def test_a_causal_stack_refuses(moe, message):
         ({"group_size": -1}, r"group_size lies in \[0, inf\)"),
         ({"init_scale": -1.0}, r"init_scale lies in \(0, inf\)"),
         ({"shared_expert_gate": True}, r"shared_expert_gate needs shared_expert_dim > 0"),
-        ({"router": TokenChoice(renormalize=True)}, r"always 1, .*router\.renormalize=True"),
+        ({"router": TokenChoice(renormalize=True)}, r"always 1, .*gates renormalised: True"),
         (
             {"router": TokenChoice(score=SoftmaxOverSelected())},
             r"always 1, .*router\.score=SoftmaxOverSelected",
