@@ -13,7 +13,7 @@ from absl import flags
 from moe_jax import command_line
 from moe_jax.upcycle import define_remodel_flags
 
-FIX = "Merge copies, prune experts instead"
+FIX = "Merge a model whose experts are copies of each other, use prune_experts instead"
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ Without a topology: parameters, FLOPs, memory and collectives of the config on i
 arithmetic. With one (v5p:8x16x16, 2*v5e:16x16, h100:4x8): also what the machine's compiler makes of
 the real training step, with no such machine present. docs/planning.md says what each number is.
 
-With --serve: what serving the model needs instead, on the chips of the topology or on all known.
+With --serve: what serving the model needs instead, on the kind of chip that the topology names, of
+whatever number, or on all known.
 
-Exit code 0: it fits, or no machine was named. 3: it does not fit. 1: an error.
+Exit code 0: it fits, or no machine was named, or --serve. 3: it does not fit. 1: an error.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from absl import flags
 
 from moe_jax import command_line
 from moe_jax.config import ExperimentConfig, from_config_dict
+from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
     from moe_jax.planning.topology import Topology
 
 DOES_NOT_FIT = 3
+# Flags, and those that they leave no use for.
+USELESS = {
+    "--serve": ("--sweep", "--forward", "--figures", "--compile_best"),
+    "--sweep": ("--forward", "--figures"),
+    "--nocompile": ("--forward", "--compile_best"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,22 @@ class Options:
                 "--sweep and --forward are about a machine: no --topology. Name one, such as "
                 "--topology=v5p:4x4x4."
             )
+        given = {f"--{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
+        given["--nocompile"] = not self.compile
+        for flag, others in USELESS.items():
+            useless = [one for one in others if given[flag] and given[one]]
+            require(
+                not useless,
+                f"a plan uses every flag that is given, and {flag} has no use for some",
+                f"{', '.join(useless)} with {flag}",
+                f"Leave out {flag}, or the others",
+            )
+        require(
+            self.sweep or not self.compile_best,
+            "--compile_best is of a sweep",
+            f"--compile_best={self.compile_best} without --sweep",
+            "Add --sweep, or leave it out",
+        )
 
 
 def run(config: ExperimentConfig, options: Options) -> int:

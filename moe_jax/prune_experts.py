@@ -89,8 +89,10 @@ def experts_to_keep(source: "Source") -> "Load":
     require(
         bool(fewer),
         "an expert must be dropped",
-        f"in some layer all of them are used by {source.said.num_tokens} tokens, or kept",
-        "Pass --drop or --keep, and perhaps --allow_change",
+        f"--keep={values.keep} keeps all of them"
+        if values.keep
+        else f"in some layer all of them are used by {source.said.num_tokens} tokens",
+        "Lower --keep" if values.keep else "Pass --drop or --keep, and perhaps --allow_change",
     )
     return {part: kept[part] for part in fewer}
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from moe_jax.finetune.upcycle import Upcycling
 
 FIX = (
-    "Use gates that sum to 1 (--top_k of 2 or more, --block=router.renormalize=true), a multiple "
-    "of the shards as --top_k, or --way=shared"
+    "Leave out --way=noise and --way=drop, which change any model; use gates that sum to 1 "
+    "(--top_k of 2 or more and a multiple of the shards, --block=router.renormalize=true), or with "
+    "other gates --router_stddev=0 or --way=shared"
 )
 
 

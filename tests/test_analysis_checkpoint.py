@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import switch_base
 from moe_jax.analysis import checkpoint
 from moe_jax.analysis.checkpoint import (
     Options,
     analyze_run,
     batches_of,
+    check_model,
     file_names,
     read_text,
     settings_of,
@@ -23,6 +25,7 @@ from moe_jax.analysis.routing_figures import routing_figures
 from moe_jax.analysis.similarity import BlockWeights
 from moe_jax.analysis.summary import SIGHT, summary_table, text_table
 from moe_jax.analyze import said
+from moe_jax.config import from_config_dict
 from moe_jax.data import heldout_batches, open_data, open_tokenizer
 from moe_jax.models.routing_record import PartRecord, RoutingRecord
 from moe_jax.moe.routing import Choices
@@ -53,6 +56,13 @@ def workdir(tmp_path_factory):
     last = tiny_state(CONFIG)
     make_run(workdir, {3: tiny_state(CONFIG, seed=1), 6: last, 9: last})
     return workdir
+
+
+def test_a_text_for_a_model_with_an_encoder_is_refused():
+    model = from_config_dict(switch_base.get_config("smoke")).model
+    check_model(model, "x", Options())
+    with pytest.raises(ValueError, match=r"models without an encoder: .* in x has one\. Leave out"):
+        check_model(model, "x", Options(text=("a.txt",)))
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,12 @@ def test_bits_are_those_of_the_scored_targets(causal):
     assert said.num_targets == weight_B.sum()
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_sequence_has_no_other_future(number):
+    with pytest.raises(ValueError, match=f"two sequences or more: num_sequences={number}"):
+        compare_futures(None, None, tiny_training(), capacity=1.0, cuts=(2,), num_sequences=number)
+
+
 @pytest.mark.parametrize(
     ("cuts", "settings", "says"),
     [

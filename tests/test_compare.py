@@ -461,6 +461,12 @@ def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
         pairs_of(comparison_of(tmp_path), "d")
 
 
+def test_a_baseline_among_runs_without_a_score_is_refused(tmp_path):
+    make_run(tmp_path / "a", steps=5)
+    with pytest.raises(ValueError, match=r": a\. There is none: leave out --baseline\.$"):
+        pairs_of(comparison_of(tmp_path), "a")
+
+
 def test_no_pairs_are_made_of_one_seed_or_of_different_text(tmp_path):
     make_seeds(tmp_path, "a", (2.0, 3.0, 4.0))
     make_seeds(tmp_path, "b", (1.9,), **LOW)

@@ -221,8 +221,9 @@ def test_what_cannot_be_made_is_refused(sparse):
         merge_experts(tiny_config(DENSE))
     with pytest.raises(ValueError, match="experts of moe are 0 to 3: drop \\[4\\]"):
         without_experts(config.model, [0, 4])
-    with pytest.raises(ValueError, match="num_selected_experts"):
-        prune_experts(config, without_experts(config.model, [0, 1, 2]))
+    for dropped, left in (([0, 1, 2], 1), ([0, 1, 2, 3], 0)):
+        with pytest.raises(ValueError, match=rf"'moe' keeps {left}, a token selects 2\. Raise"):
+            prune_experts(config, without_experts(config.model, dropped))
     gated = tiny_config(tiny_moe(shared_expert_dim=8, shared_expert_gate=True))
     with pytest.raises(ValueError, match="no gate is on the shared one"):
         merge_experts(gated)

@@ -265,6 +265,8 @@ def test_a_layout_says_which_layers_are_sparse(dense):
         (Upcycling(RENORMALISED, layers=(3,)), "layers of the model are 0 to 2"),
         (Upcycling(RENORMALISED, ways=(Granular(3),)), "shards=3, hidden units 32, experts 4"),
         (Upcycling(RENORMALISED, ways=(Shared(32),)), "dim=32, hidden units 32"),
+        (Upcycling(RENORMALISED, ways=(Granular(2), Shared())), "whole dense .* leave 16 of 32"),
+        (Upcycling(RENORMALISED, ways=(Granular(2), Shared(8))), "'shared' before 'granular'"),
     ],
 )
 def test_what_does_not_fit_is_refused(dense, upcycling, message):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax import prune_experts, upcycle
 from moe_jax.__main__ import main
 from moe_jax.finetune import made
 from moe_jax.interchange.read import from_hf
@@ -136,6 +138,20 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
     assert "moe: 3 of 4 experts are left; an expert axis of the mesh can have 1, 3 devices" in said
     assert "preserved" in said and "layer 1: drops 1, " in said
     assert load_run(fewer)[0].model.part["moe"].num_experts == 3
+
+
+@pytest.mark.parametrize(("keep", "fix"), [(9, "Lower --keep"), (None, "Pass --drop or --keep")])
+def test_it_is_said_why_no_expert_is_dropped(monkeypatch, keep, fix):
+    values = SimpleNamespace(drop=[], keep=keep)
+    monkeypatch.setattr(prune_experts, "flags", SimpleNamespace(FLAGS=values))
+    said = SimpleNamespace(load={"moe": np.ones((2, 4))}, num_tokens=32)
+    with pytest.raises(ValueError, match=rf"an expert must be dropped: .*\. {fix}"):
+        prune_experts.experts_to_keep(SimpleNamespace(config=tiny_config(), said=said))
+
+
+def test_what_preserves_a_model_is_named_for_gates_that_do_not_sum_to_one():
+    for flag in ("--router_stddev=0", "--way=shared", "--way=noise", "--way=drop"):
+        assert flag in upcycle.FIX
 
 
 @pytest.mark.slow

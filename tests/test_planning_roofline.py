@@ -266,6 +266,14 @@ def test_a_step_that_the_compiler_refused_does_not_fit_whatever_the_arithmetic_s
     assert describe(plan)["compiled_step"]["refused"]["needed_bytes"] == 20 * GIB
 
 
+def test_a_compiler_that_names_no_sizes_is_not_quoted_with_numbers():
+    refused = Compiled(None, None, 3.0, 2.0, refused=out_of_memory("RESOURCE_EXHAUSTED: no room"))
+    text = plan_text(Plan(resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2"), refused))
+    assert "refused: the compiler does not say how much it needs\n" in text
+    assert "does not fit: the compiler refuses it, and does not say how much it needs\n" in text
+    assert "nan" not in text
+
+
 # A program of 4 devices: an all-to-all over expert, five times.
 PROGRAM = Program(
     flops=10**12, hbm_bytes=10**10, uncounted={"kernel": 2}, unknown_loops=("while",),
@@ -338,7 +346,17 @@ def test_the_compiler_has_the_last_word_on_the_best(monkeypatch):
     assert moved == [one.work.mesh for one in before.fitting[:2]]
     said = json.loads(json.dumps(describe_sweep(after), allow_nan=False))["too_large"][0]
     assert said["compiler_refused"] and said["compiled_bytes"] is None
-    assert "refused" in sweep_text(after)
+    assert "refused (arithmetic, and 2 compiled)" in sweep_text(after)
+    assert "0 are refused (arithmetic alone)" in sweep_text(before)
+
+
+def test_a_setting_that_no_mesh_mends_is_no_result_of_a_sweep():
+    splash = dataclasses.replace(CONFIG.model.part["attention"], kernel="splash")
+    model = dataclasses.replace(CONFIG.model, parts={**CONFIG.model.part, "attention": splash})
+    config = dataclasses.replace(CONFIG, model=model, mesh=MeshConfig())
+    with pytest.raises(ValueError, match="it runs on a TPU, here on a GPU"):
+        sweep(config, parse_topology("h100:2"))
+    assert sweep(config, parse_topology("v5e:1x1")).fitting
 
 
 def test_a_dense_model_has_no_expert_axis():

@@ -15,6 +15,7 @@ from moe_jax.planning.serving import (
     ServingCosts,
     cache_bytes,
     decoding,
+    decoding_lines,
     devices_needed,
     first_compute_bound,
     serving_costs,
@@ -102,7 +103,16 @@ def test_a_long_context_is_never_bound_by_flops():
     bound = first_compute_bound(short, H100, "bfloat16")
     before, after = (decoding(short, H100, "bfloat16", n) for n in (bound // 2, bound))
     assert before.compute_ms < before.memory_ms and after.compute_ms >= after.memory_ms
-    assert first_compute_bound(SMALL._replace(cache=10**5), H100, "bfloat16") is None
+    long = SMALL._replace(cache=10**5)
+    assert first_compute_bound(long, H100, "bfloat16") is None
+    assert list(decoding_lines(long, {"h100": H100}))[-1].endswith("  never: caches")
+
+
+def test_a_batch_beyond_the_table_is_not_called_impossible():
+    """A thousand times the weights, no cache: 4 GB in 1.2 ms, and 16,384 texts in 0.05 ms."""
+    large = SMALL._replace(experts=10**9, rest=10**9, sparse=((8, 2, 10**9),), cache=0)
+    assert first_compute_bound(large, H100, "bfloat16") is None
+    assert list(decoding_lines(large, {"h100": H100}))[-1].endswith("  over 16,384")
 
 
 def test_devices_by_hand():

@@ -52,7 +52,10 @@ def test_sizes_follow_from_the_name_alone(name, chips, devices, island):
         ("v5e:32x32", r"such as 2\*v5e:16x16"),  # the compiler would abort the process
         ("v5e:16x20", "a v5e slice has two dims"),
         ("v5e:4x4x4", "a v5e slice has two dims"),
-        ("v5e:8x4", "a v5e slice has two dims"),
+        ("v5e:8x4", "two dims, in ascending order: .*Write v5e:4x8"),
+        ("2*v5e:8x4", r"Write 2\*v5e:4x8"),
+        ("v5p:1x2x2", "Write v5p:2x2x1"),
+        ("v5p:24x24x24", r"Take several slices, such as 2\*v5p:8x16x16"),
         ("v5p:4x4", "The next whole cubes are v5p:4x4x4"),
         ("v5p:3x4x4", "The next whole cubes are v5p:4x4x4"),
         ("v5p:8x4x4", "in ascending order"),

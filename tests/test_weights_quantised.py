@@ -256,7 +256,7 @@ def test_decoding_holds_no_more_than_an_expert_in_float(scan):
         ({"group_size": 24}, "moe/experts/wi .* in groups of 24. Use a divisor of 16"),
         ({"names": ("norms",)}, "names choose at least one matrix: names=.'norms'"),
         ({"names": ("attension",)}, "'attension' chooses none"),
-        ({"bits": 4, "group_size": 1}, "with 4 bits into pairs"),
+        ({"bits": 4, "group_size": 1}, "with 4 bits into pairs.* Use an even divisor of 16, or"),
         ({"bits": 16, "group_size": 8}, "group_size is of 8 and 4 bits"),
     ],
     ids=str,
@@ -265,6 +265,14 @@ def test_what_cannot_be_quantised_is_refused(settings, message):
     model = tiny_config().model
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(model, quantisation=Quantisation(**settings))
+
+
+def test_a_dim_that_has_no_pairs_needs_8_bits_or_other_names():
+    odd = tiny_config({"model": {"parts": {"moe": {"expert_dim": 15}}}}).model
+    message = "Use 8 bits and a divisor of 15, or name the other components in place of 'all'"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(odd, quantisation=Quantisation(("all",), bits=4, group_size=0))
+    dataclasses.replace(odd, quantisation=Quantisation(names=("attention",), bits=4, group_size=2))
 
 
 def test_the_command_refuses_in_one_line(run, tmp_path, capsys):

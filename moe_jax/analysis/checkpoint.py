@@ -72,7 +72,7 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
         "Raise --tokens, or give fewer files",
     )
     config, state = load_run(workdir, step=options.step, trust=options.trust)
-    check_model(config.model, workdir, options.stack)
+    check_model(config.model, workdir, options)
     tokenizer = open_tokenizer_of(config.data)
     domains, batches = batches_of(workdir, config, tokenizer, options)
     last = int(state.step)
@@ -97,13 +97,14 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     return Analysis(settings, layers, routed, domains, tokenizer)
 
 
-def check_model(model: LanguageModel, workdir: str | pathlib.Path, stack: str = "stack") -> None:
+def check_model(model: LanguageModel, workdir: str | pathlib.Path, options: Options) -> None:
     """Refuses a model of which there is nothing to analyse.
 
     Raises:
-      ValueError: it is dense, it has no such stack, the stack routes no tokens, or the experts of a
-        part mix all tokens.
+      ValueError: it is dense, it has no such stack, the stack routes no tokens, the experts of a
+        part mix all tokens, or a text is given and has no encoder's text beside it.
     """
+    stack = options.stack
     require(
         bool(model.moe_parts),
         "An analysis of routing is of a model with MoE layers",
@@ -117,6 +118,12 @@ def check_model(model: LanguageModel, workdir: str | pathlib.Path, stack: str = 
         f"the run in {workdir} routes in the parts {sorted(model.moe_parts)} of the "
         f"{'other stack' if model.has_encoder else 'decoder, its only stack'}",
         "Pass --noencoder" if stack == "encoder" else "Pass --encoder",
+    )
+    require(
+        not (options.text and model.has_encoder),
+        "--text is for models without an encoder",
+        f"the run in {workdir} has one",
+        "Leave out --text: held-out text is analysed",
     )
     for name, moe in model.moe_parts.items():
         require(

@@ -146,7 +146,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
             bool(named),
             "--baseline names a run that is finished and scored on the whole held-out split",
             baseline,
-            f"Name one of {', '.join(names) or 'them'}",
+            f"Name one of {', '.join(names)}" if names else "There is none: leave out --baseline",
         )
         ours = named[0]
     else:

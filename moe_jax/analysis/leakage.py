@@ -58,13 +58,13 @@ def compare_futures(
         other sequences too.
       capacity: slots over the mean load, at which MoE layers are evaluated; 0 is dropless.
       cuts: places t in [0, L - 2]: the target of each is scored, and what is after it exchanged.
-      num_sequences: held-out sequences to use, in batches of `BATCH`; at most so many.
+      num_sequences: held-out sequences to use, 2 or more, in batches of `BATCH`; at most so many.
 
     Returns:
       The `Futures`.
 
     Raises:
-      ValueError: cuts that are no such places, or a group of several sequences.
+      ValueError: cuts that are no such places, fewer than two sequences, or a group of several.
     """
     length = config.data.sequence_length
     if not cuts or min(cuts) < 0 or max(cuts) > length - 2:
@@ -77,6 +77,12 @@ def compare_futures(
         "futures are of a model that sees none of them by intention",
         f"data.objective={config.data.objective} shows a prefix from both sides",
         "Use causal_lm",
+    )
+    require(
+        num_sequences >= 2,
+        "futures are exchanged between two sequences or more",
+        f"num_sequences={num_sequences}",
+        "Use 2 or more",
     )
     for name, moe in config.model.moe_parts.items():
         if moe.group_size > length:

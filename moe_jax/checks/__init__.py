@@ -125,19 +125,19 @@ def values_hold(trial: Trial) -> Result:
     """Outputs, losses, metrics and the next state are finite, and the state keeps its shape."""
     wrong = []
     for name, computed in (("training", trial.training), ("evaluation", trial.evaluation)):
-        wrong += [f"{what} of {name}" for what in not_finite(computed._asdict())]
+        wrong += [f"{what} of {name} is not finite" for what in not_finite(computed._asdict())]
     following = trial.training.state
     shapes = [
         jax.tree.map(lambda a, skip=skip: (a.shape[skip:], a.dtype), state)
         for skip, state in ((1, following), (0, trial.state))
     ]
     if shapes[0] != shapes[1]:
-        wrong.append(f"the next state {shapes[0]}, where the state is {shapes[1]},")
+        wrong.append(f"the next state is {shapes[0]}, where the state is {shapes[1]}")
     dtype = jax.eval_shape(lambda: output_dtype(trial)).dtype
     if dtype != jnp.bfloat16:
-        wrong.append(f"the residual of {dtype}, made of one of bfloat16,")
+        wrong.append(f"the residual is of {dtype}, made of one of bfloat16")
     if wrong:
-        return Result(False, f"not as they should be: {', '.join(wrong)}")
+        return Result(False, "; ".join(wrong))
     return Result(True, "outputs, losses, metrics and state are finite, dtypes are kept")
 
 

@@ -222,8 +222,16 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
             f"{name!r} in multi_token.layer={modules.layer if modules else ()}",
             "Set multi_token=None before",
         )
+        moe: Any = model.part[name]
+        selected = max(moe.num_selected(training) for training in (True, False))
+        require(
+            kept_XE.shape[1] >= selected,
+            "a layer keeps at least as many experts as a token selects",
+            f"part {name!r} keeps {kept_XE.shape[1]}, a token selects {selected}",
+            "Raise --keep, or drop fewer",
+        )
         by_layer = dict(zip(model.layers_of[name], kept_XE.tolist(), strict=True))
-        origins[name, name] = origin = Pruned(model.part[name], model.dims, by_layer)
+        origins[name, name] = origin = Pruned(moe, model.dims, by_layer)
         parts[name] = origin.block
     new = dataclasses.replace(config, model=with_parts(model, parts, model.layouts))
     return Remodel(config, new, origins)

@@ -19,7 +19,7 @@ from moe_jax.finetune.remodel import (
     with_layers,
     with_parts,
 )
-from moe_jax.finetune.ways import OUTWARD, Copies, Way
+from moe_jax.finetune.ways import OUTWARD, Copies, Shared, Way
 from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.capacity import Capacity
@@ -87,7 +87,14 @@ class Upcycled(Origin):
         self.ways = upcycling.ways
         self.blocks = [start]
         for way in self.ways:
-            self.blocks.append(way.block(self.blocks[-1]))
+            block = way.block(self.block)
+            require(
+                not isinstance(way, Shared) or self.block.expert_dim == start.expert_dim,
+                "a shared expert is taken from the whole dense network",
+                f"the ways before leave {self.block.expert_dim} of {start.expert_dim} hidden units",
+                "Name the way 'shared' before 'granular'",
+            )
+            self.blocks.append(block)
         self.spec_of = specs_by_path(self.block, dims)
         self.factor = 1 / gates_without_preference(self.block, dims) if upcycling.rescale else 1.0
         self.router_stddev = upcycling.router_stddev
@@ -226,14 +233,14 @@ def sparse_layouts(model: LanguageModel, upcycling: Upcycling) -> dict[str, Stac
         without = sorted(set(named) & set(upcycling.layers))
         require(
             not without,
-            f"a layer that becomes sparse has one of {dense_parts(model, stack)} by its name",
+            f"a layer that becomes sparse has a dense part, one of {dense_parts(model, stack)}",
             f"layers {without} of {stack} have none",
-            "Name others",
+            "Name other layers",
         )
         layouts[stack] = with_layers(layout, layers)
         start += layout.num_layers
     require(
-        all(layer < start for layer in upcycling.layers) or bool(given),
+        all(layer < start for layer in upcycling.layers),
         f"the layers of the model are 0 to {start - 1}",
         f"layers={upcycling.layers}",
         "Name others",

@@ -30,7 +30,8 @@ from moe_jax.planning.parameters import (
 from moe_jax.planning.workload import Workload
 from moe_jax.training.optimizers import moments_of
 
-MIN_FACTORED = 128  # optax.scale_by_factored_rms factors matrices of at least this many rows
+# optax.scale_by_factored_rms factors a matrix if both of its dims are at least this.
+MIN_FACTORED = 128
 
 
 @dataclasses.dataclass(frozen=True)

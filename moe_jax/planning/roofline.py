@@ -28,7 +28,10 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Seconds if everything overlaps: the slowest alone. No run of all parameters is faster."""
+        """Seconds if everything overlaps: those of the slowest resource.
+
+        A step that trains all parameters is never faster.
+        """
         return max(dataclasses.astuple(self))
 
     @property

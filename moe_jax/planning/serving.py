@@ -159,12 +159,20 @@ def decoding(costs: ServingCosts, chip: Chip, precision: str, batch: int) -> Dec
 
 
 def first_compute_bound(costs: ServingCosts, chip: Chip, precision: str) -> int | None:
-    """The smallest batch, a power of two, whose FLOPs take longer than its memory; or None."""
+    """The smallest batch, a power of two, whose FLOPs take longer than its memory.
+
+    None: no batch of `BATCHES` is so large.
+    """
     for batch in BATCHES:
         found = decoding(costs, chip, precision, batch)
         if found.compute_ms >= found.memory_ms:
             return batch
     return None
+
+
+def never_compute_bound(costs: ServingCosts, chip: Chip) -> bool:
+    """Whether reading the cache of a text takes as long as its FLOPs or longer, in any batch."""
+    return costs.cache / chip.hbm_bandwidth >= costs.flops / chip.flops
 
 
 def devices_needed(
@@ -239,7 +247,9 @@ def decoding_lines(costs: ServingCosts, chips: Mapping[str, Chip]) -> Iterator[s
     for name, chip in chips.items():
         one, many = (decoding(costs, chip, "bfloat16", batch) for batch in (1, 64))
         first = first_compute_bound(costs, chip, "bfloat16")
-        bound = "never: caches" if first is None else f"batch {first:,}"
+        bound = f"over {BATCHES[-1]:,}" if first is None else f"batch {first:,}"
+        if first is None and never_compute_bound(costs, chip):
+            bound = "never: caches"
         took = max(one.memory_ms, one.compute_ms)
         yield f"  {name:<8}{took:>20,.2f}{many.tokens_per_second:>20,.0f}{bound:>17}"
 

@@ -13,7 +13,8 @@ from moe_jax.planning.remedies import largest
 from moe_jax.planning.roofline import Roofline, estimate, model_flops
 from moe_jax.planning.text import table
 from moe_jax.planning.topology import Topology
-from moe_jax.planning.workload import Workload, resolve
+from moe_jax.planning.workload import Workload, resolve, use_mesh
+from moe_jax.training.placement import resolved_model
 
 MAX_ROWS = 12  # of each table
 MAX_TENSOR = 64
@@ -42,13 +43,16 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The meshes of a machine, each list the fastest first, those that the compiler refused before.
+    """The meshes of a machine.
+
+    Each list has the fastest first; in `too_large`, those that do not fit as compiled precede them.
 
     Attributes:
       topology: the machine.
       fitting: meshes with enough memory.
       too_large: meshes without.
-      uneven: number of meshes that do not split arrays or batch evenly, by the rule they break.
+      uneven: number of meshes that are refused, such as those that do not split arrays or batch
+        evenly, by the rule they break.
     """
 
     topology: Topology
@@ -81,13 +85,19 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
       config: its mesh is not used, but for `experts_span_slices`.
       topology: the machine.
       compile_best: compile the step on this many of the fastest meshes that should fit.
+
+    Raises:
+      ValueError: a setting is impossible on this machine, whatever the mesh.
     """
     chip = topology.chip
     available = chip.usable_hbm_bytes / chip.devices
     fitting: list[Candidate] = []
     too_large: list[Candidate] = []
     uneven: dict[str, int] = {}
-    models = [config.model, *(one.model for one in config.training.loss.teachers(config))]
+    configs = [config, *config.training.loss.teachers(config)]
+    copies = MeshConfig(topology.slices, topology.num_devices // topology.slices)
+    with use_mesh(copies, chip.platform):  # an error is that of every mesh
+        models = [resolved_model(one) for one in configs]
     specs = itertools.chain.from_iterable(map(parameter_specs, models))
     has_experts = any("expert" in spec.axes for spec in specs)
     for mesh in meshes(topology.num_devices, topology.slices):
@@ -129,9 +139,12 @@ def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
 
 def sweep_text(found: Sweep) -> str:
     """The meshes as tables."""
+    tried = (*found.fitting, *found.too_large)
+    num_compiled = sum(one.compiled_bytes is not None for one in tried)
+    how = f"arithmetic, and {num_compiled} compiled" if num_compiled else "arithmetic alone"
     lines = [
         f"{found.topology.name}: {len(found.fitting)} meshes fit, {len(found.too_large)} do not, "
-        f"{sum(found.uneven.values())} do not split the arrays evenly (arithmetic alone)"
+        f"{sum(found.uneven.values())} are refused ({how})"
     ]
     if found.fitting:
         lines += ["", "fit, fastest first", *_rows(found.fitting[:MAX_ROWS])]

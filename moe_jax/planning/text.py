@@ -1,6 +1,7 @@
 """A plan as text."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from moe_jax.planning.communication import collectives
@@ -31,6 +32,7 @@ from moe_jax.planning.traffic import hbm_traffic
 MAX_REMEDIES = 6
 # Share of the products of sorted rows that kernels have if none is dense; remat may save some.
 WHOLE = 0.9
+UNNAMED = "does not say how much it needs"  # of a compiler that names no sizes
 RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
 
 
@@ -198,8 +200,10 @@ def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) 
     assert plan.topology is not None
     lines = [f"{title} in {compiled.seconds:,.1f} s ({compiled.cpu_seconds:,.1f} s of CPU)"]
     if compiled.memory is None or compiled.program is None:
-        needed, available = compiled.refused or (float("nan"), float("nan"))
-        lines.append(f"  refused: needs {_gib(needed)} of {_gib(available)}")
+        needed, available = compiled.refused or (math.nan, math.nan)
+        sizes = f"needs {_gib(needed)} of {_gib(available)}"
+        unnamed = f"the compiler {UNNAMED}"
+        lines.append(f"  refused: {unnamed if math.isnan(needed) else sizes}")
         return "\n".join(lines)
     program, memory = compiled.program, compiled.memory
     parts = [(name.replace("_", " "), _gib(v)) for name, v in dataclasses.asdict(memory).items()]
@@ -266,8 +270,10 @@ def verdict(plan: Plan) -> str:
             f"fits: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%}), {_gib(left)} left"
         )
     parts = [(name.replace("_", " "), _gib(size)) for name, size in largest(plan.memory) if size]
+    sizes = f"{_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%})"
+    refused = f"the compiler refuses it, and {UNNAMED}"
     lines = [
-        f"does not fit: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%})",
+        f"does not fit: {refused if math.isnan(plan.needed) else sizes}",
         "what takes the memory, estimated",
         *table(parts),
     ]

@@ -138,6 +138,7 @@ def _check_gpus(name: str, slices: int, shape: tuple[int, ...]) -> None:
 def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> None:
     if not 1 <= slices <= MAX_SLICES:
         raise ValueError(f"a topology has 1 to {MAX_SLICES} slices: got {slices} in {name!r}.")
+    prefix = f"{slices}*{chip.name}" if slices > 1 else chip.name
     if chip.name in MAX_CHIPS:
         ordered = tuple(sorted(shape))
         cubes = len(shape) == 3 and all(size > 0 and size % 4 == 0 for size in shape)
@@ -147,17 +148,24 @@ def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) ->
             f"a {chip.name} slice has three dims: {_written(SHAPES_3D)}, or multiples of 4 in "
             f"ascending order, {MAX_CHIPS[chip.name]} chips at most"
         )
-        cubes_near = tuple(max(4, -(-size // 4) * 4) for size in (*ordered, 4, 4)[:3])
-        fix = f"The next whole cubes are {chip.name}:{_written([tuple(sorted(cubes_near))])}"
+        near = sorted(max(4, -(-size // 4) * 4) for size in (*ordered, 4, 4)[:3])
+        fix = f"The next whole cubes are {prefix}:{_written([near])}"
+        if math.prod(near) > MAX_CHIPS[chip.name]:
+            fix = f"Take several slices, such as 2*{chip.name}:8x16x16"
+        known = SHAPES_3D
     else:
         allowed = shape in SHAPES_2D
-        rule = f"a {chip.name} slice has two dims: {_written(SHAPES_2D)}"
+        rule = f"a {chip.name} slice has two dims, in ascending order: {_written(SHAPES_2D)}"
+        known = SHAPES_2D
         fix = f"For more chips take several slices, such as 2*{chip.name}:16x16"
+    same = [one for one in known if sorted(one) == sorted(shape)]
+    if same:
+        fix = f"Write {prefix}:{_written(same)}"
     if not allowed:
         raise ValueError(f"{rule}: got {name!r}. {fix}.")
 
 
-def _written(shapes: Sequence[tuple[int, ...]]) -> str:
+def _written(shapes: Sequence[Sequence[int]]) -> str:
     return ", ".join("x".join(str(size) for size in shape) for shape in shapes)
 
 

@@ -159,8 +159,7 @@ def resolve(
                 f"the mesh must use all devices of a topology: {mesh.num_devices} of "
                 f"{num_devices}. Set one size of config.mesh to -1, or name a smaller topology."
             )
-    device = jax.sharding.AbstractDevice("planned", None, platform)
-    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device)):
+    with use_mesh(mesh, platform):
         model = resolved_model(config)
     config = dataclasses.replace(config, mesh=mesh, model=model)
     check_run(config, abstract_mesh(mesh))

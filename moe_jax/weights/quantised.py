@@ -201,11 +201,16 @@ class Quantisation(Settings):
         axis = axis_of(spec)
         size = spec.shape[axis]
         group = self.group_size or size
+        what = "a divisor" if self.bits == 8 else "an even divisor"
+        if self.bits == 4 and size % 2:
+            what = "8 bits and a divisor"
+        named = ", ".join(map(repr, self.names))
         require(
             size % group == 0 and (self.bits == 8 or group % 2 == 0),
             "quantisation.group_size divides the dim along which it counts, with 4 bits into pairs",
             f"{name} {spec.shape[spec.num_stacked :]} in groups of {group}",
-            f"Use a divisor of {size}, or leave {spec.component!r} out of quantisation.names",
+            f"Use {what} of {size}, or name the other components in place of {named} in "
+            "quantisation.names",
         )
         values, scales = list(spec.shape), list(spec.shape)
         values[axis], scales[axis] = size * self.bits // 8, size // group
