@@ -155,7 +155,9 @@ def fail(error: Exception) -> NoReturn:
     settings = {} if given is None or isinstance(given, str) else settings_of(given)
     text = whole_flags(describe(error), settings)
     saved = interrupts.said_before_end() if isinstance(error, OSError) else ""
-    text = text if saved in text else f"{text}; {saved}"
+    if saved not in text:
+        end = f" {saved[0].upper()}{saved[1:]}." if text.endswith(".") else f"; {saved}"
+        text += end
     print(f"error: {text}", file=sys.stderr, flush=True)
     sys.exit(1)
 
@@ -243,7 +245,7 @@ def with_underscores(argument: str, own: Sequence[str]) -> str:
 
 
 def check_values(own: Sequence[str]) -> None:
-    """Refuses numbers that are none, and URLs in place of paths.
+    """Refuses numbers that are none, and URLs in place of paths; ~/ becomes the user's home.
 
     Raises:
       ValueError: naming the flag.
@@ -255,6 +257,8 @@ def check_values(own: Sequence[str]) -> None:
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and name not in TEXT_FLAGS:
                 require_local(f"--{name}", text)
+        if isinstance(value, str) and value.startswith("~/") and name not in TEXT_FLAGS:
+            flags.FLAGS[name].value = os.path.expanduser(value)
 
 
 def require_folder(flag: str, path: str) -> None:

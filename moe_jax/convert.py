@@ -334,7 +334,7 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     require_absent(target)
     values = flags.FLAGS
     config, state = load_run(workdir, step=values.step, trust=values.trust)
-    origin = origin_of_run(pathlib.Path(config.init_from.path or workdir))
+    origin = origin_of_run(pathlib.Path(config.init_from.path or workdir).expanduser())
     family, base = trusted(values.family, origin.get("family", "")), values.base
     if not base and "dtypes" in origin:  # of a directory in the layout of Hugging Face
         base = origin.get("source", "")

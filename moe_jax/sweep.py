@@ -244,6 +244,7 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(machine.platform, machine.platform)
     opened: dict[DataConfig, Data] = {}
     begun: set[Any] = set()
+    checked: set[Any] = set()
     for run in runs:
         try:
             config = run.config.on_devices(num_devices)
@@ -253,7 +254,10 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
             data = opened.get(of_any_seed)
             if data is None:
                 data = opened[of_any_seed] = open_data(of_any_seed)
-                check_data(data, evaluates=config.training.evaluate_every > 0)
+            evaluates = config.training.evaluate_every > 0
+            if (of_any_seed, evaluates) not in checked:
+                check_data(data, evaluates=evaluates)
+                checked.add((of_any_seed, evaluates))
             check_vocabulary(config, data.tokenizer)
             data = dataclasses.replace(data, fingerprints=content_of(config, data))
             check_workdir(config, run.workdir, data.fingerprints)

@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 
 from moe_jax import __main__ as entry
-from moe_jax import __version__, command_line
+from moe_jax import __version__, command_line, interrupts
 from moe_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -24,7 +24,13 @@ from moe_jax.config import (
     write_config,
 )
 from moe_jax.config.describe import comments_of, describe_settings
-from moe_jax.config.file import load_config, override, settings_of, split_overrides
+from moe_jax.config.file import (
+    load_config,
+    override,
+    parse_value,
+    settings_of,
+    split_overrides,
+)
 from moe_jax.config.json_text import json_text
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
@@ -455,3 +461,34 @@ def test_one_entry_has_all_commands(capsys):
     assert entry.main(["trian"]) == 1
     assert "Did you mean 'train'" in capsys.readouterr().err
     assert entry.main([]) == 2
+
+
+def test_the_last_good_step_is_a_sentence_of_its_own_behind_one(monkeypatch, capsys):
+    monkeypatch.setattr(interrupts, "_before_end", lambda: "last good step: 7")
+    for error, said in (
+        (OSError("It is gone. Bring it back."), "It is gone. Bring it back. Last good step: 7.\n"),
+        (OSError("It is gone"), "It is gone; last good step: 7\n"),
+    ):
+        with pytest.raises(SystemExit):
+            command_line.fail(error)
+        assert capsys.readouterr().err == f"error: {said}"
+
+
+def test_a_path_may_begin_with_the_home_of_the_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = []
+
+    def define():
+        for name in ("workdir", "prompt"):
+            flags.DEFINE_string(name, "", "A flag.")
+
+    command = command_line.Command(
+        lambda: found.extend([flags.FLAGS.workdir, flags.FLAGS.prompt]), define, uses_devices=False
+    )
+    assert command(["--workdir=~/x", "--prompt=~/x"]) == 0
+    assert found == ["/home/me/x", "~/x"]
+
+
+def test_what_has_no_value_is_refused_as_any_other():
+    with pytest.raises(ValueError, match="is of type tuple"):
+        parse_value("--config.data.domain_weights", "{[1]: 2}", tuple)

@@ -17,6 +17,7 @@ from moe_jax.config import (
     config_dict,
     difference,
     from_config_dict,
+    parse_mesh,
     read_config,
     to_dict,
     write_config,
@@ -582,6 +583,21 @@ def test_run_refuses(cls, settings, message):
 def test_a_warm_up_ends_within_the_run():
     with pytest.raises(ValueError, match=r"config: .*warmup_steps is at most training\.num_steps"):
         from_config_dict({"optimizer": {"warmup_steps": 1001}})
+    with pytest.raises(ValueError, match=r"Set optimizer\.warmup_steps to at most 50\."):
+        from_config_dict({"training": {"num_steps": 50}})
+
+
+def test_a_mesh_is_read_of_a_flag():
+    mesh = parse_mesh("expert=2,experts_span_slices=1", "--mesh")
+    assert mesh == MeshConfig(data=1, expert=2, experts_span_slices=True)
+    assert not parse_mesh("experts_span_slices=False", "--mesh").experts_span_slices
+    for text, message in (
+        ("data=2,data=4", "'data' is there twice"),
+        ("experts_span_slices=2", "--mesh is NAME=SIZE,NAME=SIZE: got 'experts_span_slices=2'"),
+        ("data=two", "got 'data=two'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_mesh(text, "--mesh")
 
 
 def one_device(config):

@@ -238,6 +238,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n
         ({"x.parquet": b"a", "y.jsonl": b"{}"}, r"x\.parquet \(parquet\), y\.jsonl \(jsonl\)"),
         ({"x.txt": "café".encode("latin-1")}, r"x\.txt line 1 has the byte 0xe9.*iconv -f LATIN1"),
         ({"x.txt": random.Random(0).randbytes(999)}, r"file is text: .* 999 bytes of .*x\.txt are"),
+        (
+            {"x.jsonl.gz": gzip.compress('{"text": "café"}'.encode("latin-1"))},
+            r"Unpack the file, and convert it, .*: iconv -f LATIN1 -t UTF-8 \S*x\.jsonl\.",
+        ),
         ({"x.txt": "a".encode("utf-16")}, r"x\.txt is UTF-16.*iconv -f UTF-16 -t UTF-8"),
         ({"x.txt": b"a\nb\0c"}, r"x\.txt has a NUL byte in line 2"),
         ({"x.txt": LFS}, r"x\.txt is a Git LFS pointer.*git lfs pull"),
@@ -285,6 +289,29 @@ def test_columns_that_are_no_text_are_refused(tmp_path, write, columns, message)
     write(tmp_path / "x.parquet", **columns)
     with pytest.raises(ValueError, match=message):
         texts(open_corpus(str(tmp_path / ("d" if (tmp_path / "d").exists() else "x.parquet"))))
+
+
+def test_a_file_beside_the_same_file_packed_is_refused(tmp_path):
+    write_lines(tmp_path / "web.jsonl", {"text": "t"})
+    packed = tmp_path / "web.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "web.jsonl").read_bytes()))
+    with pytest.raises(ValueError, match=r"once, packed or not: .*web\.jsonl\.gz and .* one name"):
+        open_corpus(str(tmp_path))
+    packed.rename(tmp_path / "other.jsonl.gz")
+    assert open_corpus(str(tmp_path)).domains() == ("other", "web")
+
+
+def test_the_setting_of_a_field_is_named():
+    with pytest.raises(ValueError, match=r"'key' names .* or set config\.data\.id_field\."):
+        records.document_of({"text": "a", "key": 1.5}, "f line 1", "d", Fields(id="key"))
+    with pytest.raises(ValueError, match=r"Correct config\.data\.group_field, or the record\."):
+        records.document_of({"text": "a"}, "f line 1", "d", Fields(group="key"))
+
+
+@pytest.mark.parametrize("name", ["embedded", "text:DIR", "packed:DIR", "tfds:DIR"])
+def test_pairs_are_of_json_lines(name):
+    with pytest.raises(ValueError, match="Prompts and answers are read from JSON lines"):
+        open_corpus(name, Fields(conversations=True))
 
 
 def test_a_file_or_folder_that_is_reached_twice_is_refused(tmp_path):

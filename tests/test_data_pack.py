@@ -1,13 +1,15 @@
 """Tokens that travel without their text: packed on one machine, read on another."""
 
+import dataclasses
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data import heldout_batches, open_data, pack, train_batches
+from moe_jax.data import check_data, heldout_batches, open_data, pack, train_batches
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.train_tokenizer import train
 
@@ -108,6 +110,30 @@ def test_the_command_packs_at_most_max_tokens_and_says_what_it_left_out(
     assert everything.startswith(f"{total:,} of {total:,} training tokens in ")
 
 
+def test_tokens_of_another_folder_and_a_lack_of_held_out_text_are_named(packed, tmp_path):
+    root, whole = packed
+    texts = {"few": 3, "more": 30}
+    for name, count in texts.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [json.dumps({"text": f"{name} {n} " * 9}) + "\n" for n in range(count)]
+        (folder / "d.jsonl").write_text("".join(lines))
+        config = dataclasses.replace(
+            whole.config, corpus=str(folder), heldout_fraction=1e-9 if name == "few" else FRACTION
+        )
+        pack.pack(open_data(config), folder / "out", max_tokens=10**6, tokenizer=root / "bpe.model")
+    (tmp_path / "more/out/tokens.tar.xz").replace(tmp_path / "tokens.tar.xz")
+    shutil.copyfile(root / "out/tokens.tar.xz", tmp_path / "more/out/tokens.tar.xz")
+    config = config_of(root, corpus=f"packed:{tmp_path}/more/out", cache_dir=str(tmp_path / "c"))
+    with pytest.raises(ValueError, match=r"the tokens that its manifest names: 'packed.* others"):
+        _ = open_data(config).files
+    (tmp_path / "tokens.tar.xz").replace(tmp_path / "more/out/tokens.tar.xz")
+    assert open_data(config).files.counts, "with its own tokens it is whole"
+    few = config_of(root, corpus=f"packed:{tmp_path}/few/out", heldout_fraction=1e-9)
+    with pytest.raises(ValueError, match="Pack it again with a larger --heldout_fraction, and set"):
+        check_data(open_data(few))
+
+
 def test_damage_is_found(packed, tmp_path):
     root, _ = packed
     for path in (root / "out").iterdir():
@@ -122,6 +148,11 @@ def test_damage_is_found(packed, tmp_path):
     archive = tmp_path / "tokens.tar.xz"
     archive.write_bytes(archive.read_bytes()[:-200])
     cold = config_of(root, corpus=f"packed:{tmp_path}", cache_dir=str(tmp_path / "cold"))
+    with pytest.raises(ValueError, match="An archive of tokens is as it was written"):
+        _ = open_data(cold).files
+    whole_archive = bytearray((root / "out/tokens.tar.xz").read_bytes())
+    whole_archive[len(whole_archive) // 2] ^= 0xFF
+    archive.write_bytes(whole_archive)
     with pytest.raises(ValueError, match="An archive of tokens is as it was written"):
         _ = open_data(cold).files
     (tmp_path / "manifest.json").write_text("{")

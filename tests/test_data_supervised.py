@@ -119,6 +119,24 @@ def test_what_is_longer_than_a_row_is_refused_cut_or_left_out(tmp_path, caplog):
     assert row(data)["targets"] == [A, X, EOS]
 
 
+def test_the_length_that_a_pair_exceeds_is_named(tmp_path):
+    long = [{"prompt": "a", "answer": "xyzxyz"}]
+    found = r"data\.objective\.answer_length=4, the longest has 7 tokens\. Set config\.data\."
+    with pytest.raises(ValueError, match=rf"{found}objective\.answer_length=7, or"):
+        check_data(opened(tmp_path, long, EncoderSupervised(answer_length=4)))
+    check_data(opened(tmp_path, long, EncoderSupervised(answer_length=7)))
+    long = [{"prompt": "abcabcabc", "answer": "xyzxyz"}]
+    both = r"Set config\.data\.sequence_length=10 and config\.data\.objective\.answer_length=7, or"
+    with pytest.raises(ValueError, match=both):
+        check_data(opened(tmp_path, long, EncoderSupervised(answer_length=4)))
+    for objective, names in (
+        (Supervised(too_long="leave_out"), r"Raise config\.data\.sequence_length\."),
+        (EncoderSupervised(answer_length=4, too_long="leave_out"), r"or .*answer_length\."),
+    ):
+        with pytest.raises(ValueError, match=rf"one pair or more that fits into a row.* {names}"):
+            check_data(opened(tmp_path, long, objective))
+
+
 def test_both_sides_of_a_pair_are_cut(tmp_path):
     long = [{"prompt": "abcabcabc", "answer": "xyz"}]
     data = opened(tmp_path, long, EncoderSupervised(answer_length=2, too_long="truncate"))

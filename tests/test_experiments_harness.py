@@ -315,8 +315,9 @@ def test_processes_run_side_by_side_and_a_failure_stops_no_other(tmp_path, capsy
         failed = run_side_by_side(jobs, this_machine("cpu").places(2), board)
     assert [job.seeds for job in failed] == [(2,)]
     why = "the process ended by exit code 1; the lines above may say why"
-    assert (tmp_path / "2/moe_log/log.txt").read_text() == f"no\n\nerror: {why}\n"
-    assert (tmp_path / "0/moe_log/log.txt").read_text() == "met\n"
+    logs = [(tmp_path / f"{n}/moe_log/log.txt").read_text().partition("\n") for n in (0, 2)]
+    assert all(starts.startswith("starts: ") for starts, _, _ in logs)
+    assert [said for _, _, said in logs] == ["met\n", f"no\n\nerror: {why}\n"]
     said = capsys.readouterr().out
     assert f"moe (seed 2): failed: {why} ({tmp_path / '2/moe_log/log.txt'})" in said
     assert "(4 of 4)" in said

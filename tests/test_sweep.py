@@ -15,6 +15,7 @@ import pytest
 from moe_jax import sweep
 from moe_jax.config import MeshConfig, write_config
 from moe_jax.jobs.grid import Axis, check_names, grid, names_of, parse_axis, split_values
+from moe_jax.jobs.log import failure
 from moe_jax.jobs.places import MEMORY, ONE_CORE, Machine, Place
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
 from moe_jax.training.metrics import write_run_record
@@ -179,6 +180,15 @@ def test_a_directory_of_other_runs_is_refused_before_any_starts(tmp_path):
     assert files(tmp_path) == before
 
 
+def test_data_is_checked_once_with_held_out_text_and_once_without(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("moe_jax.data.check_data", lambda _, *, evaluates: seen.append(evaluates))
+    flags = [flag for flag in FLAGS if "evaluate_every" not in flag]
+    runs = sweep.plan(flags, ["training.evaluate_every=0,7", "seed=0,1"], tmp_path)
+    sweep.check(runs, Machine("cpu", 0, (0,)), 1)
+    assert seen == [False, True]
+
+
 def test_cores_are_shared_out():
     machine = Machine("cpu", 0, (0, 1, 2, 3))
     assert machine.places(1) == [Place()]
@@ -250,8 +260,16 @@ def test_a_job_runs_on_the_cores_of_its_place(tmp_path):
     before = os.sched_getaffinity(0)
     with Board([job]) as board:
         assert run_side_by_side([job], [Place((core,))], board) == []
-    assert (tmp_path / "job" / "log.txt").read_text() == f"{{{core}}}\n"
+    assert (tmp_path / "job" / "log.txt").read_text().endswith(f"\n{{{core}}}\n")
     assert os.sched_getaffinity(0) == before
+
+
+def test_a_job_that_is_killed_is_not_said_to_fail_as_before(tmp_path):
+    (tmp_path / "log.txt").write_text("error: an earlier attempt\n")
+    job = Script(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    with Board([job]) as board:
+        assert run_side_by_side([job], [Place(())], board) == [job]
+    assert "ended by SIGKILL" in failure(tmp_path)
 
 
 def test_a_signal_stops_the_jobs_and_a_second_one_is_handed_on_too(tmp_path):

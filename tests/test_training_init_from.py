@@ -15,8 +15,9 @@ from moe_jax.config import ExperimentConfig, InitFrom, MeshConfig, write_config
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.imported import save_imported
-from moe_jax.training.init_from import first_state, open_source
+from moe_jax.training.init_from import check_position, check_tokenizer, first_state, open_source
 from moe_jax.training.loop import train
+from moe_jax.training.loss import CrossEntropy
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import evaluation_params, init_state
@@ -191,7 +192,7 @@ def test_moments_of_a_part_are_enough_to_train_that_part(source):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": 3}, r"none of step 3 in .*, but \[2, 4\]"),
+        ({"step": 3}, r"none of step 3 in .*, which has 2, 4\. Pass"),
         ({"data_position": True, "step": 2}, None),
     ],
 )
@@ -205,6 +206,8 @@ def test_the_step_is_one_that_was_kept(source, settings, message):
 
 def test_the_source_is_there_and_whole(source, tmp_path):
     assert "there is none in" in refusal(started(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"no checkpoint in .*nowhere/checkpoints\. Correct the p"):
+        open_source(started(tmp_path / "nowhere", {"step": 4}), CONTENT)
     copy = shutil.copytree(source, tmp_path / "copy")
     largest = max((copy / CHECKPOINTS / "4").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -218,7 +221,13 @@ def test_the_source_is_there_and_whole(source, tmp_path):
 
 def test_another_tokenizer_needs_an_embedding_of_its_own(source):
     other = {**CONTENT, "tokenizer": "cccc"}
-    assert "sha256 bbbb in" in refusal(started(source), other)
+    message = refusal(started(source), other)
+    assert "sha256 bbbb in" in message and "set init_from.fresh=('embedding',)." in message
+    untied = {**ONE_LAYER["model"], "tie_embeddings": False}
+    with pytest.raises(ValueError, match=r"init_from\.fresh=\('embedding', 'head'\)"):
+        check_tokenizer(
+            started(source, model=untied), {"content": CONTENT}, {"tokenizer": "cccc"}, set()
+        )
     fresh = started(source, {"fresh": ("embedding",)})  # the head is the embedding
     assert open_source(fresh, other).fresh == ["params/embedding"]
 
@@ -374,3 +383,24 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_starts_again(
 
 def load_steps(workdir):
     return [path.name for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdecimal()]
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherLoss(CrossEntropy):
+    """A loss that this library does not have."""
+
+
+def test_a_position_asks_nothing_of_the_loss_of_the_source():
+    source = config_of(training={"num_steps": 4, "batch_size": 4, "loss": OtherLoss()})
+    config = started("somewhere", {"data_position": True})
+    check_position(config, write_config(source), {}, 2)
+    source = config_of(training={"num_steps": 4, "batch_size": 8, "loss": OtherLoss()})
+    with pytest.raises(ValueError, match="batch_size: 8 -> 4"):
+        check_position(config, write_config(source), {}, 2)
+
+
+def test_the_path_may_begin_with_the_home_of_the_user(source, monkeypatch):
+    monkeypatch.setenv("HOME", str(source.parent))
+    config = started(f"~/{source.name}")
+    assert with_whole_path(config).init_from.path == str(source)
+    assert open_source(config, CONTENT).step == 4

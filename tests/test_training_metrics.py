@@ -132,6 +132,20 @@ def test_lost_rows_are_reported_and_a_damaged_file_is_set_aside(
     assert aside.exists() == (bool(message) and "is missing" not in message)
 
 
+def test_a_kill_before_the_kept_rows_are_written_loses_none(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nXX\n{"step": 2}\n')
+
+    def killed(*arguments):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(metrics_module, "write_atomically", killed)
+        MetricWriter(tmp_path, 2)
+    MetricWriter(tmp_path, 2).close()
+    assert steps(tmp_path) == [1, 2]
+
+
 def test_a_run_that_begins_anew_sets_the_metrics_of_the_one_before_aside(tmp_path, caplog):
     """Its checkpoints were moved away, or it was killed before the first."""
     with MetricWriter(tmp_path) as writer:
@@ -311,5 +325,5 @@ def test_a_file_that_was_moved_away_is_noticed_at_the_next_write(tmp_path):
     with MetricWriter(tmp_path / "run") as writer:
         writer.write(1, {"loss": 1.0})
         (tmp_path / "run").rename(tmp_path / "elsewhere")
-        with pytest.raises(OSError, match=r"removed or renamed in the run: '.*metrics\.jsonl'"):
+        with pytest.raises(OSError, match=r"metrics\.jsonl was removed or renamed\. Bring it back"):
             writer.write(2, {"loss": 1.0})

@@ -1,6 +1,7 @@
 """Reading a run out of its directory, also while it trains."""
 
 import dataclasses
+import json
 import threading
 import time
 
@@ -9,13 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import DataConfig, MeshConfig, write_config
+from moe_jax.data.objectives import Supervised
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training import files as training_files
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 from moe_jax.training.metrics import write_run_record
 from moe_jax.training.placement import state_shardings
-from moe_jax.training.saved import CHECKPOINTS, check_content, kept_steps, load_run, restore
+from moe_jax.training.saved import (
+    CHECKPOINTS,
+    check_content,
+    encoding_of,
+    kept_steps,
+    load_run,
+    newest_places,
+    restore,
+)
 from tests.tiny_run import files, tiny_config, tiny_moe, tiny_state
 
 BIAS = {"kind": "sign", "rate": 0.1}
@@ -252,3 +262,21 @@ def test_a_mesh_that_does_not_fit_the_run_is_refused(tmp_path):
         load_run(tmp_path, EXPERT_8)
     with pytest.raises(ValueError, match=r"mesh\.tensor must divide the heads .*: tensor=4, 2"):
         load_run(tmp_path, MeshConfig(data=1, tensor=4))
+
+
+def test_a_chat_template_that_was_moved_is_found_where_the_config_says(tmp_path):
+    old, new = (
+        dataclasses.replace(
+            tiny_config(),
+            data=DataConfig(objective=Supervised(chat_template=str(tmp_path / f"{name}.jinja"))),
+        )
+        for name in ("old", "new")
+    )
+    message = r"the chat template of .* cannot be opened: .*data\.objective\.chat_template\."
+    with pytest.raises(ValueError, match=message):
+        encoding_of(tmp_path, old)
+    content = {"tokenizer": "aaaa"}
+    (tmp_path / "config.json").write_text(json.dumps(write_config(new, content)))
+    assert newest_places(tmp_path, write_config(old, content), old.data) == new.data
+    other = write_config(old, {"tokenizer": "bbbb"})
+    assert newest_places(tmp_path, other, old.data) == old.data

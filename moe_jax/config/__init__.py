@@ -8,6 +8,7 @@ The settings of a model stand in its parts: `kinds` says where each kind is.
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.config.check import require
 from moe_jax.config.convert import (
     build,
     config_dict,
@@ -33,17 +34,20 @@ def parse_mesh(text: str, flag: str, separator: str = ",") -> MeshConfig:
     Raises:
       ValueError: the text is not of this form, or a mesh has no such size; it names the flag.
     """
-    sizes: dict[str, int] = {"data": 1}
+    sizes: dict[str, int] = {}
+    bools = {"0": False, "1": True, "false": False, "true": True}
     for part in text.split(separator):
         name, _, size = part.partition("=")
+        require(name not in sizes, f"{flag} names each axis once",
+                f"{name!r} is there twice in {flag}={text}", "Remove one")  # fmt: skip
         try:
-            sizes[name] = int(size)
-        except ValueError as error:
+            sizes[name] = bools[size.lower()] if name == "experts_span_slices" else int(size)
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"{flag} is NAME=SIZE{separator}NAME=SIZE: got {part!r} in {flag}={text}. "
                 "Correct it."
             ) from error
-    mesh: Any = build(MeshConfig, sizes, flag)
+    mesh: Any = build(MeshConfig, {"data": 1, **sizes}, flag)
     assert isinstance(mesh, MeshConfig)
     return mesh
 

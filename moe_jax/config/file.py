@@ -326,7 +326,7 @@ def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
         if wanted in (int, float, str):
             return wanted(text)
         value = ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         if wanted in (object, types.NoneType):
             return text
         if wanted is tuple and re.fullmatch(r"[a-z_][\w/]*(,[a-z_][\w/]*)*", text):

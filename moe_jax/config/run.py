@@ -41,7 +41,7 @@ def default_objective() -> Any:
 class DataConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
-    corpus: str = "embedded"  # "embedded", the path of a file or folder, "tfds:NAME"
+    corpus: str = "embedded"  # "embedded", a path, "packed:DIR", "tfds:NAME"
     text_field: str = ""  # of a record of the corpus; "": "text"
     id_field: str = ""  # that names a document; "": "id", where there is one
     group_field: str = ""  # of what is held out together; "": "group", where there is one
@@ -196,7 +196,7 @@ class TrainingConfig(Settings):
     num_steps: int = setting(1000, at_least=1)  # optimizer steps in all
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
     num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
-    # "cross_entropy", "distil", or one with its settings
+    # "cross_entropy", "cross_entropy_z", "distil", or one with its settings
     loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
     # What shows the metrics beside metrics.jsonl.
     trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
@@ -317,7 +317,7 @@ class ExperimentConfig(Settings):
             self.optimizer.warmup_steps <= self.training.num_steps,
             "optimizer.warmup_steps is at most training.num_steps",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}",
-            "Shorten the warm-up",
+            f"Set optimizer.warmup_steps to at most {self.training.num_steps}",
         )
         stable = self.training.num_steps * (1 - self.optimizer.decay_fraction)
         require(

@@ -39,7 +39,7 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
     fields = fields or Fields()
     form, _, argument = name.partition(":")
     require(
-        not fields.conversations or (name != "embedded" and form != "tfds"),
+        not fields.conversations or (name != "embedded" and form not in ("tfds", "text", "packed")),
         "Prompts and answers are read from JSON lines",
         f"data.corpus={name!r}",
         "Set config.data.corpus to a .jsonl file or a folder of them",

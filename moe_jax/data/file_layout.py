@@ -96,7 +96,7 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     matched = files_of_pattern(path)
     require(
         path.exists() or bool(matched),
-        "A corpus is 'embedded', the path of a file or folder, or 'tfds:NAME'",
+        "A corpus is 'embedded', the path of a file or folder, 'packed:DIR' or 'tfds:NAME'",
         f"there is no {str(path)!r}",
         "Correct config.data.corpus",
     )
@@ -233,6 +233,7 @@ def _listed(path: pathlib.Path, name: str) -> list[Any]:
 
 def _check_reached_once(files: list[_File]) -> None:
     seen: dict[pathlib.Path, pathlib.Path] = {}
+    unpacked: dict[pathlib.Path, pathlib.Path] = {}
     for file in files:
         target = file.path.resolve()
         require(
@@ -242,6 +243,15 @@ def _check_reached_once(files: list[_File]) -> None:
             "Remove one of them",
         )
         seen[target] = file.path
+        suffix = file.path.suffix.lower()
+        name = file.path.with_suffix("") if suffix in (".gz", ".zst") else file.path
+        require(
+            name not in unpacked,
+            "A corpus reaches each file once, packed or not",
+            f"{file.path} and {unpacked.get(name)} are of one name",
+            "Remove or rename one of them",
+        )
+        unpacked[name] = file.path
         require(
             file.path.name.isprintable() and _is_unicode(str(file.path)),
             "Names of corpus files are printable UTF-8",

@@ -88,12 +88,16 @@ def decode(data: bytes, where: str) -> str:
         ValueError: it is no text, or of another encoding; with the command that converts it.
     """
     path = where.partition(" line ")[0]
+    first, then = "Convert", ""
+    if path.lower().endswith((".gz", ".zst")):
+        first, then = "Unpack", ", and convert it"
+        path = path.rpartition(".")[0]
     for mark, name in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         require(
             not data.startswith(mark),
             "Text is read as UTF-8",
             f"{where} is {name}",
-            f"Convert it: iconv -f {name} -t UTF-8 {path}",
+            f"{first} it{then}: iconv -f {name} -t UTF-8 {path}",
         )
     try:
         return data.decode("utf-8-sig")
@@ -108,6 +112,6 @@ def decode(data: bytes, where: str) -> str:
             "Name a file of text, or leave it out",
         )
         raise ValueError(
-            f"Text is read as UTF-8: {at} has the byte 0x{data[error.start]:02x}. Convert the "
-            f"file, from the encoding that it has: iconv -f LATIN1 -t UTF-8 {path}."
+            f"Text is read as UTF-8: {at} has the byte 0x{data[error.start]:02x}. {first} the "
+            f"file{then}, from the encoding that it has: iconv -f LATIN1 -t UTF-8 {path}."
         ) from None

@@ -130,7 +130,7 @@ def main() -> None:
             heldout_fraction=options.heldout_fraction,
         )
     )
-    tokenizer = pathlib.Path(options.tokenizer.partition(":")[2] or options.tokenizer)
+    tokenizer = pathlib.Path(options.tokenizer.partition(":")[2] or options.tokenizer).expanduser()
     require(tokenizer.is_file(), "--tokenizer names a file, which is packed too",
             f"--tokenizer={options.tokenizer}",
             "Train one with moe_jax.data.train_tokenizer")  # fmt: skip

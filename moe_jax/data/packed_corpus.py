@@ -10,6 +10,7 @@ first asked for. Runs of it need the tokenizer and the held-out fraction that it
 
 import fcntl
 import json
+import lzma
 import pathlib
 import shutil
 import tarfile
@@ -104,7 +105,7 @@ class PackedCorpus(Corpus):
                 shutil.copyfile(self._directory / MANIFEST, partial / MANIFEST)
                 partial.chmod(0o755)
                 partial.rename(directory)
-            except (tarfile.TarError, EOFError) as error:
+            except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
                 raise ValueError(
                     f"An archive of tokens is as it was written: {self._directory / TOKENS}: "
                     f"{error}. Copy or pack it again."

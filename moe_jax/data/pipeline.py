@@ -25,6 +25,7 @@ from moe_jax.data.documents import (
 from moe_jax.data.objectives import Example
 from moe_jax.data.objectives.objective import check_positions
 from moe_jax.data.opened import Data
+from moe_jax.data.packed_corpus import PackedCorpus
 from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
 # Batches read ahead by one background thread while the device computes.
@@ -269,6 +270,12 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
         needs, fixes = f"at least {window} tokens", []
         if config.objective.reads_conversations:
             needs = "one pair or more"
+            # That have pairs, of which none fits.
+            if any(sources[name].tokens.num_documents for name in empty):
+                needs = "one pair or more that fits into a row"
+                sides = getattr(config.objective, "settings_of_sides", ("data.sequence_length",))
+                names = " or ".join(f"config.{side}" for side in dict.fromkeys(sides))
+                fixes = [f"raise {names}"]
         elif all(sources[name].tokens.num_tokens > 2 for name in empty):
             fixes = ["lower config.data.sequence_length"]
         if len(empty) < len(sources):
@@ -284,6 +291,8 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
 
 def _way_to_hold_out(data: Data) -> str:
     """What makes some text held out and leaves some to train on."""
+    if isinstance(data.corpus, PackedCorpus):  # it has no documents
+        return "Pack it again with a larger --heldout_fraction, and set that here"
     documents = (doc for domain in data.domains for _, doc in data.corpus.documents(domain, 0.0))
     places = sorted({hash_unit_interval(document.group) for document in documents})[:2]
     fractions = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.

@@ -67,8 +67,8 @@ def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fiel
     else:
         text = _text(record, where, text_field)
     check_text(text, where)
-    id_ = _name(record, id_field, bool(fields.id), where)
-    group = _name(record, group_field, bool(fields.group), where)
+    id_ = _name(record, id_field, "id_field", bool(fields.id), where)
+    group = _name(record, group_field, "group_field", bool(fields.group), where)
     own = id_ or hashlib.sha256(text.encode()).hexdigest()
     return Document(
         domain,
@@ -133,19 +133,20 @@ def choose_text_field(names: list[str]) -> str:
     return f"Set config.data.text_field, here to one of {names}"
 
 
-def _name(record: Mapping[str, Any], field: str, named: bool, where: str) -> str:
+def _name(record: Mapping[str, Any], field: str, setting: str, named: bool, where: str) -> str:
+    """The name of a record or of its group, in a field that the config may have `named`."""
     value = record.get(field)
     require(
         not named or value is not None,
         f"Every record has the field {field!r} that the config names",
         f"{where} has {'null' if field in record else sorted(record)}",
-        "Correct config.data.id_field or config.data.group_field, or the record",
+        f"Correct config.data.{setting}, or the record",
     )
     require(
         value is None or (isinstance(value, (str, int)) and not isinstance(value, bool)),
         f"Field {field!r} names a document by text or an integer",
         f"{where} has {_described(value)}",
-        f"Correct it, or set config.data.{'id' if field == 'id' else 'group'}_field",
+        f"Correct it, or set config.data.{setting}",
     )
     if value is None:
         return ""

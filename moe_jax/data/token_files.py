@@ -113,8 +113,8 @@ def prepare_token_files(
         The token files.
 
     Raises:
-        ValueError: if `heldout_fraction` is out of range, the corpus has no text, or it changed
-            while it was read.
+        ValueError: if `heldout_fraction` is out of range, the corpus has no text, it changed
+            while it was read, or it is packed and damaged.
         OSError: the cache cannot be written.
     """
     if not 0 <= heldout_fraction < 1:
@@ -137,16 +137,22 @@ def prepare_token_files(
             try:
                 return open_token_files(unpacked, source)
             except DamagedTokenFilesError as damage:
-                logger.warning("%s", damage)
+                logger.warning("%s It is unpacked again.", damage)
                 shutil.rmtree(unpacked)
+            try:
                 return open_token_files(corpus.unpacked(cache, source) or unpacked, source)
+            except DamagedTokenFilesError:
+                raise ValueError(
+                    f"A packed corpus has the tokens that its manifest names: {corpus.name!r} has "
+                    "others. Copy or pack it again."
+                ) from None
     directory = cache / f"{_slug(corpus.name)}-{_slug(encoder.name)}-{key}"
     try:
         return open_token_files(directory, source)
     except FileNotFoundError:
         pass
     except DamagedTokenFilesError as damage:
-        logger.warning("%s", damage)
+        logger.warning("%s They are made again.", damage)
     with _writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock")):
@@ -208,8 +214,7 @@ def digest_of_manifest(manifest: dict[str, Any]) -> str:
 
 def _damage(directory: pathlib.Path, name: str) -> DamagedTokenFilesError:
     return DamagedTokenFilesError(
-        f"The token files in {directory} are damaged: {name} is not as it was written. They are "
-        "made again."
+        f"The token files in {directory} are damaged: {name} is not as it was written."
     )
 
 

@@ -1,10 +1,12 @@
 """Runs jobs as processes, some at a time, shows how far they are, and stops them so that they save.
 
-A job is a process with a directory. What it prints goes to `log.txt` there; where it fails, the
+A job is a process with a directory. What it prints goes to `log.txt` there, behind a line
+"starts: COMMAND"; where it fails, the
 last line of that file says why, and begins with "error: ".
 """
 
 import pathlib
+import shlex
 import signal
 import subprocess
 import time
@@ -174,9 +176,13 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
 def start(job: Job, place: Place) -> subprocess.Popen[Any]:
     """Starts a job's process in a place, away from the terminal's Ctrl-C."""
     job.workdir.mkdir(parents=True, exist_ok=True)
-    with place.entered(), (job.workdir / LOG_FILE).open("a") as log:
+    command = job.command()
+    with place.entered(), (job.workdir / LOG_FILE).open("a", encoding="utf-8") as log:
+        # A line of its own, so that an error of an earlier attempt is not the last line.
+        log.write(f"starts: {' '.join(shlex.join(command).splitlines())}\n")
+        log.flush()
         return subprocess.Popen(
-            job.command(),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -100,15 +100,16 @@ def place_of_process(
             f"--processes={number} without {' and '.join(missing)}. Pass all three, the first and "
             "the last alike in all processes; or --processes=auto on a cluster."
         )
-    for name, value in zip(VARIABLES, (coordinator, number, process_id), strict=True):
-        if environment.get(name, str(value)) != str(value):
+    names = ("--coordinator", "--processes", "--process_id")
+    values = (coordinator, number, process_id)
+    for name, value, variable in zip(names, values, VARIABLES, strict=True):
+        if environment.get(variable, str(value)) != str(value):
             raise ValueError(
-                "The flags say the same as the environment, or one of them nothing: the flags "
-                f"{value}, {name}={environment[name]}. Unset it, or pass --processes=auto."
+                f"The flags agree with the environment: {name}={value}, "
+                f"{variable}={environment[variable]}. Unset {variable}, or pass --processes=auto "
+                "alone."
             )
-    return _checked(
-        Place(coordinator, number, process_id), ("--coordinator", "--processes", "--process_id")
-    )
+    return _checked(Place(coordinator, number, process_id), names)
 
 
 def _place_in(environment: Mapping[str, str]) -> Place | None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ class DamagedFileError(ValueError):
 
 
 class DamagedCheckpointError(ValueError):
-    """No checkpoint of a run passes its integrity check."""
+    """A checkpoint, or every one of a run, fails its integrity check."""
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
@@ -58,11 +59,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def set_aside(path: pathlib.Path) -> str:
-    """Renames a damaged file; returns the new name, `damaged-NAME` or `damaged-NAME-2`, ..."""
+def set_aside(path: pathlib.Path, *, copy: bool = False) -> str:
+    """Renames a damaged file, or copies it where what is whole in it is kept.
+
+    Returns:
+      The new name, `damaged-NAME` or `damaged-NAME-2`, ...
+    """
     names = (f"damaged-{path.name}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
     name = next(name for name in names if not path.with_name(name).exists())
-    path.rename(path.with_name(name))
+    if copy:
+        shutil.copyfile(path, path.with_name(name))
+    else:
+        path.rename(path.with_name(name))
     return name
 
 
@@ -177,10 +185,13 @@ def metadata_of(directory: pathlib.Path, step: int) -> dict[str, Any]:
 def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -> pathlib.Path:
     """The path of a checkpoint that matches its manifest, or of which one file does."""
     path, steps = directory / str(step), complete_steps(directory)
+    if not steps:
+        raise ValueError(f"There is no checkpoint in {directory}. Correct the path.")
     if step not in steps:
         raise ValueError(
             "A checkpoint is one that was kept (training.keep_checkpoints, training.keep_every): "
-            f"there is none of step {step} in {directory}, but {steps}. Pass one of them."
+            f"there is none of step {step} in {directory}, which has "
+            f"{', '.join(map(str, steps))}. Pass one of them."
         )
     reason = damage(path, only)
     if reason is not None:

@@ -16,8 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
+from moe_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    TrainingConfig,
+    build,
+    difference,
+    to_dict,
+    write_config,
+)
 from moe_jax.config.check import require
+from moe_jax.config.upgrade import upgrade
 from moe_jax.models.selection import check_names, marked, matches
 from moe_jax.models.trained import over_state, state_by_stack
 from moe_jax.parallel.processes import all_or_none, gather
@@ -82,7 +91,7 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
         tokenizer or the data are others than the settings allow.
       DamagedCheckpointError: the checkpoint is damaged.
     """
-    workdir = pathlib.Path(config.init_from.path)
+    workdir = pathlib.Path(config.init_from.path).expanduser()
     directory = workdir / CHECKPOINTS
     step = whole_step(directory, config.init_from.step)
     record, _ = recorded_run(workdir, step)
@@ -254,16 +263,16 @@ def check_tokenizer(
 ) -> None:
     """Refuses another tokenizer, unless all that knows its ids starts fresh."""
     known, given = record.get("content", {}).get("tokenizer"), content.get("tokenizer")
-    of_ids = (
-        name in fresh
+    components = {
+        name: spec.component
         for name, spec in by_name({"params": config.model.specs()}).items()
         if spec.component in ("embedding", "head")
-    )
+    }
     require(
-        known in (None, given) or all(of_ids),
+        known in (None, given) or fresh.issuperset(components),
         "embedding and head are of one tokenizer",
         f"sha256 {str(known)[:12]} in {config.init_from.path}, {str(given)[:12]} here",
-        "Use its data.tokenizer, or set init_from.fresh=('embedding', 'head')",
+        f"Use its data.tokenizer, or set init_from.fresh={tuple(sorted(set(components.values())))}",
     )
 
 
@@ -288,14 +297,17 @@ def check_position(
         f"num_steps={config.training.num_steps}, init_from is at step {step}",
         f"Raise training.num_steps above {step}",
     )
-    old = read_config(record, ExperimentConfig, trust=frozenset(write_config(config)["sources"]))
+    # No other section is built: its parts may be of modules that this config does not name.
+    written = upgrade(record)
+    trust = frozenset(write_config(config)["sources"])
+    data: Any = build(DataConfig, written["data"], "config.data", trust=trust)
     places = {name: getattr(config.data, name) for name in ("corpus", "tokenizer", "cache_dir")}
     lines = difference(
-        to_dict(dataclasses.replace(old.data, **places)), to_dict(config.data), "config.data"
+        to_dict(dataclasses.replace(data, **places)), to_dict(config.data), "config.data"
     )
-    sizes = old.training.batch_size, config.training.batch_size
-    if sizes[0] != sizes[1]:
-        lines.append(f"config.training.batch_size: {sizes[0]} -> {sizes[1]}")
+    old = written["training"].get("batch_size", TrainingConfig.batch_size)
+    sizes = {"batch_size": old}, {"batch_size": config.training.batch_size}
+    lines += difference(*sizes, "config.training")
     known = record.get("content", {}).get("corpus")
     if known != content.get("corpus"):
         lines.append("the content of the corpus")

@@ -68,7 +68,7 @@ def train(
 
     Raises:
       ValueError: the workdir is of another run, the vocabulary does not fit, or there is no text
-        to train or to evaluate on. Nothing has been written then.
+        to train or to evaluate on. The workdir has no new run then.
       FloatingPointError: the loss or the gradient is not finite.
       BufferOverflowError: a buffer with `stop_at_overflow` had no room for some choices.
       Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
@@ -335,8 +335,8 @@ def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib
         if not np.isfinite(value):
             raise FloatingPointError(
                 f"train/{name} is {value} at step {step}; {last_good(saved, directory)}. Lower "
-                "optimizer.learning_rate, lengthen the warm-up, or raise the weight of the "
-                "router_z loss; then start in another workdir."
+                "optimizer.learning_rate or lengthen optimizer.warmup_steps, and start in another "
+                "workdir. A model with experts may also need a router_z loss of more weight."
             )
 
 

@@ -5,7 +5,6 @@ and resumed. Trackers (`moe_jax.training.trackers`) show the same rows while a r
 """
 
 import datetime
-import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -109,7 +108,9 @@ def recover_rows(
         problem = ""
     if problem:
         lost = f" of {saved['rows']}" if saved else ""
-        aside = f" The file is set aside as {set_aside(path)}." if path.exists() else ""
+        # A copy: a kill before the kept rows are written leaves them in the file.
+        name = set_aside(path, copy=True) if path.exists() else ""
+        aside = f" The file is set aside as {name}." if name else ""
         logger.warning("%s %s: %d rows%s are kept.%s", path, problem, len(kept), lost, aside)
     return kept
 
@@ -170,7 +171,10 @@ class MetricWriter:
         if not self._writes:
             return
         if not self._path.exists():  # what is written to a removed file goes nowhere
-            raise FileNotFoundError(errno.ENOENT, "removed or renamed in the run", str(self._path))
+            raise FileNotFoundError(
+                f"A run appends to its metrics file: {self._path} was removed or renamed. Bring it "
+                "back, and run the same command again."
+            )
         row: dict[str, int | float | list[Any]] = {"step": int(step)}
         row.update({name: _plain(name, value) for name, value in metrics.items()})
         self._file.append(row)

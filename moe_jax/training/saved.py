@@ -105,6 +105,10 @@ def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> Da
         if record.get("content") and newer.get("content") == record["content"]:
             names = ("corpus", "tokenizer", "cache_dir")
             paths: dict[str, Any] = {name: newer["data"][name] for name in names}
+            objective = newer["data"]["objective"]
+            if getattr(data.objective, "chat_template", "") and isinstance(objective, Mapping):
+                template = objective["chat_template"]
+                paths["objective"] = dataclasses.replace(data.objective, chat_template=template)
             return dataclasses.replace(data, **paths)
     return data
 
@@ -115,14 +119,16 @@ def encoding_of(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, st
     Raises:
       ValueError: it cannot be opened.
     """
+    what, setting = "tokenizer", "data.tokenizer"
     try:
         tokenizer = open_tokenizer_of(config.data)
+        what, setting = "chat template", "data.objective.chat_template"
         read = config.data.objective.fingerprints(tokenizer)
         return {"tokenizer": tokenizer.fingerprint(), **read}
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the tokenizer of {workdir} cannot be opened: {error} If it was moved, write its path "
-            f"into {workdir / CONFIG_FILE}, as data.tokenizer."
+            f"the {what} of {workdir} cannot be opened: {error} If it was moved, write its path "
+            f"into {workdir / CONFIG_FILE}, as {setting}."
         ) from error
 
 

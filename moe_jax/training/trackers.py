@@ -218,7 +218,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
     Raises:
       TimeoutError: it did not.
-      Exception: of the function.
+      RuntimeError: the function raised an error; with its message.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 

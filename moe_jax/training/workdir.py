@@ -46,7 +46,7 @@ def recorded_run(workdir: pathlib.Path, step: int | None = None) -> tuple[Record
 
     Args:
       workdir: of the run.
-      step: of a checkpoint; None: the newest that is whole.
+      step: of a checkpoint; None: the newest whose metadata is whole; its arrays are not read.
 
     Returns:
       The record and its path; ({}, "") if there is none.
@@ -221,7 +221,7 @@ def with_whole_path(config: ExperimentConfig) -> ExperimentConfig:
     given = config.init_from
     if not given.path:
         return config
-    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).absolute()))
+    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).expanduser().absolute()))
     return dataclasses.replace(config, init_from=whole)
 
 

@@ -4,11 +4,13 @@ import contextlib
 import gzip
 import hashlib
 import io
+import lzma
 import pathlib
 import re
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
 
@@ -48,6 +50,22 @@ def read_files(archive: pathlib.Path, wanted: Wanted) -> dict[str, bytes]:
     Raises:
         OSError: if the archive is damaged.
     """
+    with _damage_named(archive):
+        return _read_files(archive, wanted)
+
+
+@contextlib.contextmanager
+def _damage_named(archive: pathlib.Path) -> Iterator[None]:
+    """Makes an OSError of what the readers of archives raise."""
+    try:
+        yield
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise OSError(
+            f"An archive is as it was published: {archive} is damaged: {error}. Fetch it again."
+        ) from error
+
+
+def _read_files(archive: pathlib.Path, wanted: Wanted) -> dict[str, bytes]:
     if archive.suffix == ".deb":
         with _deb_tar(archive) as tar:
             return _select(tar, wanted)
@@ -73,7 +91,8 @@ def read_nested_files(archive: pathlib.Path, inner: Wanted, wanted: Wanted) -> d
     if len(found) != 1:
         raise OSError(f"expected one inner archive in {archive}, found {sorted(found)}")
     ((name, contents),) = found.items()
-    return _read_stream(name, io.BytesIO(contents), wanted)
+    with _damage_named(archive):
+        return _read_stream(name, io.BytesIO(contents), wanted)
 
 
 def in_hash_order(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -178,19 +178,31 @@ class Supervised(Objective):
         """Refuses or counts the pairs that no row holds, by the tokens of their two sides."""
         if not len(sizes_N2):
             return
+        lengths = self.lengths(sequence_length)
+        limits = lengths.encoder, lengths.decoder
+        have: dict[str, int] = {}
+        need: dict[str, int] = {}
+        longest_2 = sizes_N2.max(axis=0).tolist()
+        for name, limit, longest in zip(self.settings_of_sides, limits, longest_2, strict=True):
+            if longest > limit:
+                have[name], need[name] = limit, max(need.get(name, 0), longest)
         found = (
             f"{len(sizes_N2)} of the {tokens.num_documents} pairs of {tokens.name} are longer "
-            f"than data.sequence_length={sequence_length}"
+            f"than {' or '.join(f'{name}={limit}' for name, limit in have.items())}"
         )
-        longest = int(sizes_N2.max())
+        values = " and ".join(f"config.{name}={longest}" for name, longest in need.items())
         require(
             self.too_long != "refuse",
             "A prompt with its answer fits into a sequence",
-            f"{found}, the longest has {longest} tokens",
-            f"Set config.data.sequence_length={longest}, or "
-            "config.data.objective.too_long='truncate' or 'leave_out'",
+            f"{found}, the longest has {' and '.join(map(str, need.values()))} tokens",
+            f"Set {values}, or config.data.objective.too_long='truncate' or 'leave_out'",
         )
         warn_once(f"{found}: {len(sizes_N2) - left_out} are cut and {left_out} left out.")
+
+    @property
+    def settings_of_sides(self) -> tuple[str, str]:
+        """What sets the tokens of a row on the encoder's side, and on the decoder's."""
+        return "data.sequence_length", "data.sequence_length"
 
     def sizes(self, tokens: DomainTokens) -> np.ndarray:
         """Tokens that each document takes of the encoder's side of a row and of the decoder's.
@@ -252,6 +264,12 @@ class EncoderSupervised(Supervised):
         """See `Objective`."""
         decoder = self.answer_length or sequence_length
         return Lengths(sequence_length + decoder, decoder, sequence_length)
+
+    @property
+    def settings_of_sides(self) -> tuple[str, str]:
+        """See `Supervised`."""
+        answers = "data.objective.answer_length" if self.answer_length else "data.sequence_length"
+        return "data.sequence_length", answers
 
     def sizes(self, tokens: DomainTokens) -> np.ndarray:
         """See `Supervised`; reads all tokens."""
