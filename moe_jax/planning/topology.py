@@ -139,11 +139,12 @@ def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) ->
     if not 1 <= slices <= MAX_SLICES:
         raise ValueError(f"a topology has 1 to {MAX_SLICES} slices: got {slices} in {name!r}.")
     prefix = f"{slices}*{chip.name}" if slices > 1 else chip.name
+    known: Sequence[tuple[int, ...]] = SHAPES_3D if chip.name in MAX_CHIPS else SHAPES_2D
     if chip.name in MAX_CHIPS:
         ordered = tuple(sorted(shape))
         cubes = len(shape) == 3 and all(size > 0 and size % 4 == 0 for size in shape)
         fits = math.prod(shape) <= MAX_CHIPS[chip.name] and ordered == shape
-        allowed = shape in SHAPES_3D or (cubes and fits)
+        allowed = shape in known or (cubes and fits)
         rule = (
             f"a {chip.name} slice has three dims: {_written(SHAPES_3D)}, or multiples of 4 in "
             f"ascending order, {MAX_CHIPS[chip.name]} chips at most"
@@ -152,11 +153,9 @@ def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) ->
         fix = f"The next whole cubes are {prefix}:{_written([near])}"
         if math.prod(near) > MAX_CHIPS[chip.name]:
             fix = f"Take several slices, such as 2*{chip.name}:8x16x16"
-        known = SHAPES_3D
     else:
-        allowed = shape in SHAPES_2D
+        allowed = shape in known
         rule = f"a {chip.name} slice has two dims, in ascending order: {_written(SHAPES_2D)}"
-        known = SHAPES_2D
         fix = f"For more chips take several slices, such as 2*{chip.name}:16x16"
     same = [one for one in known if sorted(one) == sorted(shape)]
     if same:
