@@ -104,7 +104,7 @@ def test_the_fingerprint_follows_the_contents(jsonl_directory):
 def test_an_unknown_kind_of_corpus_is_refused():
     with pytest.raises(
         ValueError,
-        match="'embedded', the path of a file or folder, 'packed:DIR' or 'tfds:NAME': there is no 'embeded'",
+        match="a file or folder, 'packed:DIR' or 'tfds:NAME': there is no 'embeded'",
     ):
         corpora.open_corpus("embeded")
 
