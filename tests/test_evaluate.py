@@ -172,7 +172,7 @@ def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
     ("arguments", "pattern"),
     [
         (["--mesh=data=16"], "no more devices than there are: .* need 16, there are 8"),
-        (["--step=3"], r"none of step 3 in .*, but \[2, 4\]"),
+        (["--step=3"], r"none of step 3 in .*, which has 2, 4"),
         (["--text=a", "--corpus=embedded"], "--text=a, --corpus=embedded. Leave one out"),
         (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
         (["--text=/dev/null"], "the file /dev/null is blank. Name another"),

@@ -290,7 +290,7 @@ def test_only_rows_of_the_explicit_exchange_have_a_buffer():
         ({"eval_buffer_factor": 0.9}, r"eval_buffer_factor is 0 .*: eval_buffer_factor=0\.9\. Set"),
         (
             {"buffer_factor": 2.0, "run_experts": "gather"},
-            r"buffer_factor is of sorted rows.* run_experts='gather'\. Set run_experts='ragged'",
+            r"buffer_factor is for .* run_experts='gather'\. Set run_experts='ragged'",
         ),
         (
             {"stop_at_overflow": True},

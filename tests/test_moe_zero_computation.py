@@ -178,7 +178,7 @@ def test_the_selection_bias_is_of_all_options():
         ),
         (
             {"num_experts": 1, "num_selected_experts": 1},
-            r"a renormalised gate, or .*: .*renormalize=True",
+            r"a renormalised gate, or .*: .*renormalised: True",
         ),
     ],
 )
