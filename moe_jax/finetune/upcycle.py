@@ -19,7 +19,7 @@ from moe_jax.finetune.remodel import (
     with_layers,
     with_parts,
 )
-from moe_jax.finetune.ways import OUTWARD, Copies, Shared, Way
+from moe_jax.finetune.ways import OUTWARD, Copies, Way
 from moe_jax.models.layout import LayerNames, StackLayout
 from moe_jax.models.model import LanguageModel
 from moe_jax.moe.capacity import Capacity
@@ -89,7 +89,8 @@ class Upcycled(Origin):
         for way in self.ways:
             block = way.block(self.block)
             require(
-                not isinstance(way, Shared) or self.block.expert_dim == start.expert_dim,
+                block.shared_expert_dim == self.block.shared_expert_dim
+                or self.block.expert_dim == start.expert_dim,
                 "a shared expert is taken from the whole dense network",
                 f"the ways before leave {self.block.expert_dim} of {start.expert_dim} hidden units",
                 "Name the way 'shared' before 'granular'",
