@@ -1,8 +1,7 @@
 """Runs jobs as processes, some at a time, shows how far they are, and stops them so that they save.
 
 A job is a process with a directory. What it prints goes to `log.txt` there, behind a line
-"starts: COMMAND"; where it fails, the
-last line of that file says why, and begins with "error: ".
+"starts: COMMAND". If it fails, the last line says why, and begins with "error: ".
 """
 
 import pathlib
