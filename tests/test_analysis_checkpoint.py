@@ -330,7 +330,7 @@ def test_what_cannot_be_analysed_is_refused_or_left_out(workdir, tmp_path, caplo
     make_run(tmp_path / "dense", {1: tiny_state(dense)}, dense)
     with pytest.raises(ValueError, match=r"MoE layers: .*'attention', 'mlp'.*Pass the --workdir"):
         analyze_run(tmp_path / "dense")
-    soft = {"router": "soft", "bias": None, "group_size": 16}
+    soft = {"router": "soft", "run_experts": "auto", "bias": None, "group_size": 16}
     stack = {"allow_lookahead": True}
     mixed = tiny_training({"model": {"parts": {"moe": soft}, "stack": stack}})
     make_run(tmp_path / "soft", {1: tiny_state(mixed)}, mixed)

@@ -27,6 +27,7 @@ EXPERTS = {
     "kind": "moe",
     "num_experts": 4,
     "num_selected_experts": 2,
+    "run_experts": "einsum",
     "activation": "tests.foreign:SquaredRelu",
     "losses": {
         "load_balance": {"weight": 0.01},

@@ -194,10 +194,10 @@ def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_trainin
         stack = {"allow_lookahead": True}
         return tiny_config({"model": {"parts": {"moe": moe}, "stack": stack}}).model
 
-    soft = model_of(router="soft", group_size=8)
+    soft = model_of(router="soft", run_experts="auto", group_size=8)
     assert anew.in_groups_of(16, soft) == soft
     # Parameters may have the shape of another group's, and are not of it.
-    same_shapes = model_of(router="soft", group_size=8, capacity={"slots": 2})
+    same_shapes = model_of(router="soft", run_experts="auto", group_size=8, capacity={"slots": 2})
     assert anew.in_groups_of(16, same_shapes) == same_shapes
     choice = model_of(router="expert_choice", group_size=8)
     assert anew.in_groups_of(16, choice).moe_parts["moe"].group_size == 16
@@ -224,7 +224,7 @@ def test_settings_out_of_range_are_refused(params, config, wrong, message):
 
 
 def test_a_model_that_is_read_anew_has_no_capacity():
-    moe = {"router": "soft", "group_size": 8}
+    moe = {"router": "soft", "run_experts": "auto", "group_size": 8}
     soft = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
     with pytest.raises(ValueError, match=r"so that it has no capacity\. Leave it out"):
         next(stream_text(soft, None, ["ab"], 2, capacity=1.0))

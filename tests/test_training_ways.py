@@ -14,7 +14,7 @@ from tests.tiny_run import DENSE, tiny_config, tiny_moe
 
 EXPERT_CHOICE = {"router": "expert_choice", "bias": None}
 PREDICTED = {"router": {"kind": "expert_choice", "predictor_loss_weight": 0.1}, "bias": None}
-SOFT = {"router": "soft", "bias": None, "group_size": 16}
+SOFT = {"router": "soft", "run_experts": "auto", "bias": None, "group_size": 16}
 QUEUE = {"queue": "batch_prioritized", "train_factor": 1.0, "eval_factor": 1.0}
 
 
