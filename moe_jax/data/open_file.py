@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import hashlib
 import io
 import pathlib
 import zlib
@@ -9,10 +10,10 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from moe_jax.config.check import require
+from moe_jax.config.installed import LFS_SIGN, is_lfs_pointer
 
 # Control characters that no text has, whatever its encoding of one byte a character.
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
-_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def check_file(path: pathlib.Path, what: str) -> None:
@@ -31,17 +32,23 @@ def check_file(path: pathlib.Path, what: str) -> None:
     require(path.is_file(), f"{what} is a file", f"{path} is {found}", "Name a file")
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS))
+            start = file.read(len(LFS_SIGN))
     except PermissionError as error:
         raise OSError(
             f"{what} is readable: {path}: {error.strerror}. Permit it: chmod +r {path}."
         ) from None
     require(
-        start != _LFS,
+        not is_lfs_pointer(start),
         f"{what} is a file with its contents",
         f"{path} is a Git LFS pointer",
         "Run `git lfs pull` where it came from",
     )
+
+
+def sha256_of(path: pathlib.Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from moe_jax.data.documents import (
     text_digest,
 )
 from moe_jax.data.npy_writer import NpyWriter, flush_to_disk
+from moe_jax.data.open_file import sha256_of
 from moe_jax.data.tokenizer import DocumentEncoder
 
 FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
@@ -201,7 +202,7 @@ def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFi
         raise _damage(directory, _MANIFEST)
     for name, expected in sha256.items():
         path = directory / name
-        if not path.is_file() or _sha256(path) != expected:
+        if not path.is_file() or sha256_of(path) != expected:
             raise _damage(directory, name)
     return files
 
@@ -216,11 +217,6 @@ def _damage(directory: pathlib.Path, name: str) -> DamagedTokenFilesError:
     return DamagedTokenFilesError(
         f"The token files in {directory} are damaged: {name} is not as it was written."
     )
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -310,7 +306,7 @@ def _write_domains(
         "domains": corpus.domains(),
         "counts": counts,
         "repeats_left_out": repeats,
-        "sha256": {path.relative_to(directory).as_posix(): _sha256(path) for path in paths},
+        "sha256": {path.relative_to(directory).as_posix(): sha256_of(path) for path in paths},
     }
 
 

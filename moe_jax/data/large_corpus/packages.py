@@ -7,7 +7,6 @@ never taken for whole.
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import pathlib
@@ -17,6 +16,8 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+
+from moe_jax.data.open_file import sha256_of
 
 _RECORDED_FILE = pathlib.Path(__file__).parent.parent / "large_corpus_packages.json"
 
@@ -174,9 +175,3 @@ def recorded_sha256() -> Mapping[str, str]:
     """Sha256 of every package of the recorded build, by `str(package)`."""
     recorded = json.loads(_RECORDED_FILE.read_text())
     return MappingProxyType({name: entry["sha256"] for name, entry in recorded.items()})
-
-
-def sha256_of(path: pathlib.Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
