@@ -275,9 +275,10 @@ def write_tokenizer(
         copy_tokenizer(given.parent, target)
     else:
         shutil.copyfile(given, target / given.name)
-    template = getattr(config.data.objective, "chat_template", "")
-    if template.endswith(".jinja"):  # of a run that was trained with a file of its own
-        shutil.copyfile(pathlib.Path(template).expanduser(), target / "chat_template.jinja")
+    for name in config.data.objective.file_settings:
+        own = pathlib.Path(getattr(config.data.objective, name)).expanduser()
+        if own.suffix:  # of a run that was trained with a file of its own
+            shutil.copyfile(own, target / f"{name}{own.suffix}")
 
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import hashlib
 import itertools
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -77,6 +78,30 @@ class Corpus(abc.ABC):
         """
         del cache, source
         return None
+
+    def way_to_hold_out(self, fraction: float) -> str:
+        """What makes some text held out and leaves some to train on, where a fraction does not."""
+        documents = [document for _, document in self._split(0.0)]
+        places = sorted({hash_unit_interval(document.group) for document in documents})[:2]
+        larger = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.
+        if len(places) == 2:
+            rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
+            larger.insert(0, next((f for f in rounded if f <= places[1]), sum(places) / 2))
+        for another in (f for f in larger if f > fraction):
+            never_trains = heldout_digests(self, another)
+            splits = {
+                split
+                for split, document in self._split(another)
+                if split == HELDOUT or text_digest(document.text) not in never_trains
+            }
+            if splits == {TRAIN, HELDOUT}:
+                return f"Set config.data.heldout_fraction={another}"
+        return "Add documents, of ids or groups that differ"
+
+    def _split(self, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
+        """The documents of all domains."""
+        for domain in self.domains():
+            yield from self.documents(domain, heldout_fraction)
 
 
 def split_documents(

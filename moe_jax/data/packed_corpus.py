@@ -72,6 +72,11 @@ class PackedCorpus(Corpus):
         """Hexadecimal sha256 of the corpus and of how much of it was packed."""
         return self._sha256
 
+    def way_to_hold_out(self, fraction: float) -> str:
+        """See `Corpus`."""
+        del fraction
+        return "Pack it again with a larger --heldout_fraction, and set that here"
+
     def unpacked(self, cache: pathlib.Path, source: dict[str, Any]) -> pathlib.Path:
         """The token files, unpacked into the cache if it has none of this manifest.
 

@@ -15,17 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_jax.config import DataConfig
-from moe_jax.data.documents import (
-    HELDOUT,
-    TRAIN,
-    hash_unit_interval,
-    heldout_digests,
-    text_digest,
-)
+from moe_jax.data.documents import HELDOUT, TRAIN
 from moe_jax.data.objectives import Example
 from moe_jax.data.objectives.objective import check_positions
 from moe_jax.data.opened import Data
-from moe_jax.data.packed_corpus import PackedCorpus
 from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
 # Batches read ahead by one background thread while the device computes.
@@ -114,7 +107,8 @@ def heldout_batches(
     if not len(order):
         raise ValueError(
             f"No text of {data.config.corpus!r} is held out at heldout_fraction="
-            f"{data.config.heldout_fraction}. {_way_to_hold_out(data)}."
+            f"{data.config.heldout_fraction}. "
+            f"{data.corpus.way_to_hold_out(data.config.heldout_fraction)}."
         )
     num_batches = -(-len(order) // batch_size)
     if max_batches is not None:
@@ -273,8 +267,8 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
             # That have pairs, of which none fits.
             if any(sources[name].tokens.num_documents for name in empty):
                 needs = "one pair or more that fits into a row"
-                sides = getattr(config.objective, "settings_of_sides", ("data.sequence_length",))
-                names = " or ".join(f"config.{side}" for side in dict.fromkeys(sides))
+                sides = dict.fromkeys(config.objective.settings_of_sides)
+                names = " or ".join(f"config.{side}" for side in sides)
                 fixes = [f"raise {names}"]
         elif all(sources[name].tokens.num_tokens > 2 for name in empty):
             fixes = ["lower config.data.sequence_length"]
@@ -287,29 +281,6 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
             f"{fix[0].upper()}{fix[1:]}."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
-
-
-def _way_to_hold_out(data: Data) -> str:
-    """What makes some text held out and leaves some to train on."""
-    if isinstance(data.corpus, PackedCorpus):  # it has no documents
-        return "Pack it again with a larger --heldout_fraction, and set that here"
-    documents = (doc for domain in data.domains for _, doc in data.corpus.documents(domain, 0.0))
-    places = sorted({hash_unit_interval(document.group) for document in documents})[:2]
-    fractions = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.
-    if len(places) == 2:
-        rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
-        fractions.insert(0, next((f for f in rounded if f <= places[1]), sum(places) / 2))
-    for fraction in (f for f in fractions if f > data.config.heldout_fraction):
-        never_trains = heldout_digests(data.corpus, fraction)
-        splits = {
-            split
-            for domain in data.domains
-            for split, document in data.corpus.documents(domain, fraction)
-            if split == HELDOUT or text_digest(document.text) not in never_trains
-        }
-        if splits == {TRAIN, HELDOUT}:
-            return f"Set config.data.heldout_fraction={fraction}"
-    return "Add documents, of ids or groups that differ"
 
 
 def _rows_to_read(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:

@@ -106,9 +106,10 @@ def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> Da
             names = ("corpus", "tokenizer", "cache_dir")
             paths: dict[str, Any] = {name: newer["data"][name] for name in names}
             objective = newer["data"]["objective"]
-            if getattr(data.objective, "chat_template", "") and isinstance(objective, Mapping):
-                template = objective["chat_template"]
-                paths["objective"] = dataclasses.replace(data.objective, chat_template=template)
+            files = [name for name in data.objective.file_settings if getattr(data.objective, name)]
+            if files and isinstance(objective, Mapping):
+                moved: dict[str, Any] = {name: objective[name] for name in files}
+                paths["objective"] = dataclasses.replace(data.objective, **moved)
             return dataclasses.replace(data, **paths)
     return data
 

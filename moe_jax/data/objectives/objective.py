@@ -44,12 +44,14 @@ class Objective(Settings):
         continues_text: whether the targets are text that goes on from what the model is given, so
             that bits per byte of them mean something.
         reads_conversations: whether records are prompts with answers, in place of texts.
+        file_settings: its settings that may be the path of a file, which may be moved.
     """
 
     family: ClassVar[str] = "objective"
     encoder_decoder: ClassVar[bool] = False
     continues_text: ClassVar[bool] = True
     reads_conversations: ClassVar[bool] = False
+    file_settings: ClassVar[tuple[str, ...]] = ()
 
     @property
     def sees_prompt(self) -> bool:
@@ -93,6 +95,11 @@ class Objective(Settings):
             ValueError: examples cannot be so short.
         """
         return Lengths(window=sequence_length + 1, decoder=sequence_length)
+
+    @property
+    def settings_of_sides(self) -> tuple[str, str]:
+        """The settings of how long a row is, on the encoder's side and on the decoder's."""
+        return "data.sequence_length", "data.sequence_length"
 
     def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
         """The windows of a domain.

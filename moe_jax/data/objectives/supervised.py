@@ -69,6 +69,7 @@ class Supervised(Objective):
     """
 
     reads_conversations: ClassVar[bool] = True
+    file_settings: ClassVar[tuple[str, ...]] = ("chat_template",)
 
     # "": prompt and answer one after the other; "tokenizer": the one beside the tokenizer; or the
     # path of a .jinja file. What is in it is recorded in the run, so that the path may change.
@@ -199,11 +200,6 @@ class Supervised(Objective):
         )
         warn_once(f"{found}: {len(sizes_N2) - left_out} are cut and {left_out} left out.")
 
-    @property
-    def settings_of_sides(self) -> tuple[str, str]:
-        """What sets the tokens of a row on the encoder's side, and on the decoder's."""
-        return "data.sequence_length", "data.sequence_length"
-
     def sizes(self, tokens: DomainTokens) -> np.ndarray:
         """Tokens that each document takes of the encoder's side of a row and of the decoder's.
 
@@ -267,7 +263,7 @@ class EncoderSupervised(Supervised):
 
     @property
     def settings_of_sides(self) -> tuple[str, str]:
-        """See `Supervised`."""
+        """See `Objective`."""
         answers = "data.objective.answer_length" if self.answer_length else "data.sequence_length"
         return "data.sequence_length", answers
 
