@@ -277,7 +277,7 @@ def test_processes_keep_a_cpu_beside_the_accelerator_and_take_no_memory_in_advan
 def on_a_gpu(monkeypatch):
     """Lists of rows as on a GPU of compute capability 9.0 with cuDNN."""
     target = Target("gpu", capability=(9, 0))
-    monkeypatch.setattr("moe_jax.moe.run_experts.target_in_use", lambda: target)
+    monkeypatch.setattr("moe_jax.moe.run_experts.plan.target_in_use", lambda: target)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     for module in ("attention", "other_kernels", "cudnn_fusion"):
         monkeypatch.setattr(f"benchmarks.accelerator.{module}.platform", lambda: "gpu")

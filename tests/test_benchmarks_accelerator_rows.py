@@ -24,7 +24,7 @@ from benchmarks.accelerator.kernels import choices
 from benchmarks.accelerator.record import Record
 from moe_jax.config.kinds import KINDS
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.planning.arithmetic import count_flops
 
 

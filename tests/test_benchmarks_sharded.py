@@ -11,7 +11,7 @@ from moe_jax.config import MeshConfig
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.planning.hlo import Collective, Program
 
 RELU = Layer(

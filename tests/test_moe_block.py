@@ -23,7 +23,7 @@ from moe_jax.moe.queues import BatchPrioritized, ByProbability, ChoiceMajor
 from moe_jax.moe.routing.logits import Linear, Sigmoid, SoftmaxOverSelected
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import WAYS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 from tests import moe_oracle

@@ -13,9 +13,10 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Assignment, Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import buffer, expert_loop, plan_experts
+from moe_jax.moe.run_experts import buffer, expert_loop
 from moe_jax.moe.run_experts.buffer import buffer_rows, keep_first, rows_that_fit
 from moe_jax.moe.run_experts.parallel import run_parallel
+from moe_jax.moe.run_experts.plan import Plan, plan_experts
 from moe_jax.moe.run_experts.rows import sort_by_expert
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
@@ -214,7 +215,7 @@ def run_all_on_two_experts(num_chunks, kernel):
         out = run_parallel(
             x, assignment, {"wi": WEIGHTS.astype(np.float32)}, AXES,
             lambda rows, weights, layout: layout.matmul(rows, weights["wi"]),
-            rows="ragged", kernel=kernel, num_chunks=num_chunks, buffer_factor=1.0,
+            Plan("ragged", "explicit", num_chunks, buffer_factor=1.0, kernel=kernel),
         )  # fmt: skip
         return jnp.sum(out.y), out
 

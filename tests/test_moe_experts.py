@@ -14,7 +14,7 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.parameters import SHARED, ffn_specs, init_parameters
 from moe_jax.part import Call, Dims
 from tests import moe_oracle

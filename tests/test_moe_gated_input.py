@@ -12,7 +12,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.part import Call, Dims
 from tests.slow import slow_but
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts import grouped_matmul as module
-from moe_jax.moe.run_experts import plan_experts
 from moe_jax.moe.run_experts.grouped_matmul import (
     KERNELS,
     Target,
@@ -30,6 +29,7 @@ from moe_jax.moe.run_experts.grouped_matmul import (
 )
 from moe_jax.moe.run_experts.grouped_mosaic import check_multiples
 from moe_jax.moe.run_experts.grouped_triton import BAND, find_tiles
+from moe_jax.moe.run_experts.plan import plan_experts
 from moe_jax.moe.run_experts.tiles import (
     TPU_TILE_BYTES,
     tile_rows,

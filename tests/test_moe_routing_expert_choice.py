@@ -13,7 +13,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.queues import ChoiceMajor, RandomOrder
 from moe_jax.moe.routing import Options, Router, RouterInputs
 from moe_jax.moe.routing.expert_choice import ExpertChoice
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.part import Call, Dims
 

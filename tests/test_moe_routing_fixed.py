@@ -16,7 +16,7 @@ from moe_jax.moe.block import moe_block
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Router, RouterInputs
 from moe_jax.moe.routing.fixed import Hash, Random, Uniform, balanced_table
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims

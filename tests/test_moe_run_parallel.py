@@ -1,6 +1,7 @@
 """Experts on other devices change nothing: against one device, and against what must arrive."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 from typing import NamedTuple
@@ -20,20 +21,14 @@ from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import (
-    Plan,
-    expert_loop,
-    gathered_for,
-    parallel,
-    plan_experts,
-    run_experts,
-)
+from moe_jax.moe.run_experts import expert_loop, gathered_for, parallel, run_experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
 from moe_jax.moe.run_experts.gather import run_gather
 from moe_jax.moe.run_experts.gathered import Gathered
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.parallel import run_parallel
+from moe_jax.moe.run_experts.plan import Plan, plan_experts
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding, partition_spec
 from moe_jax.parameters import grouped
@@ -442,10 +437,8 @@ def run_everything_on_two_experts(mesh, way, num_chunks=1):
         def linear(rows, weights, layout):
             return layout.matmul(rows, weights["wi"])
 
-        return run_parallel(
-            x, assignment, weights, AXES, linear,
-            rows=way.rows, kernel=way.kernel, num_chunks=num_chunks,
-        ).y  # fmt: skip
+        plan = dataclasses.replace(way, num_chunks=num_chunks)
+        return run_parallel(x, assignment, weights, AXES, linear, plan).y
 
     with jax.set_mesh(mesh):
         y = jax.jit(output)(x, index, gate, slot, weights)
@@ -487,9 +480,8 @@ def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
         return layout.matmul(rows, weights["wi"])
 
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
-        y = run_parallel(
-            x, assignment, weights, AXES, product, rows="ragged", kernel="dense", num_chunks=2
-        ).y  # fmt: skip
+        plan = Plan("ragged", "explicit", num_chunks=2, kernel="dense")
+        y = run_parallel(x, assignment, weights, AXES, product, plan).y
     compare(np.asarray(y), np.stack([x[0] @ weights["wi"][1], x[1] @ weights["wi"][0]]), "output")
 
 
@@ -508,7 +500,7 @@ def test_scales_of_quantised_experts_stay_what_they_are():
     expected = run_gather(*operands, product)
     assert expected.tolist() == [[[127.5]], [[127.5]]]
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])):
-        y = run_parallel(*operands, AXES, product, rows="gather").y
+        y = run_parallel(*operands, AXES, product, Plan("gather", "explicit")).y
     assert y.dtype == jnp.bfloat16 and y.tolist() == expected.tolist()
 
 
@@ -531,10 +523,8 @@ def draw_from_experts(name, config, seed, num_chunks=1):
     def output(x, index, slot, weights, rng):
         ones = jnp.ones(index.shape)
         assignment = Assignment(index, ones, slot, ones > 0, LENGTH, NUM_EXPERTS)
-        return run_parallel(
-            x, assignment, weights, AXES, draw, rng,
-            rows=way.rows, kernel=way.kernel, num_chunks=num_chunks,
-        ).y  # fmt: skip
+        plan = dataclasses.replace(way, num_chunks=num_chunks)
+        return run_parallel(x, assignment, weights, AXES, draw, plan, rng).y
 
     x = np.ones((BATCH, LENGTH, MODEL_DIM), np.float32)
     weights = {"wi": np.ones((NUM_EXPERTS, MODEL_DIM, HIDDEN), np.float32)}
@@ -593,13 +583,13 @@ def test_what_the_mesh_does_not_split_evenly_is_refused(groups, num_experts, mes
     x = jnp.zeros((groups, LENGTH, MODEL_DIM))
     weights = {"wi": jnp.zeros((num_experts, MODEL_DIM, HIDDEN))}
     with jax.set_mesh(make_mesh(MESHES["expert 8"])), pytest.raises(ValueError, match=message):
-        run_parallel(x, assignment, weights, AXES, lambda rows, *_: rows, rows="gather")
+        run_parallel(x, assignment, weights, AXES, None, Plan("gather", "explicit"))
 
 
 def test_without_a_mesh_there_is_no_expert_parallelism():
     assignment = Assignment(*[jnp.zeros((1, 1, 1), jnp.int32)] * 4, 1, 1)
     with pytest.raises(AssertionError, match="one device there is nothing to exchange"):
-        run_parallel(jnp.zeros((1, 1, 1)), assignment, {}, {}, lambda rows, *_: rows, rows="gather")
+        run_parallel(jnp.zeros((1, 1, 1)), assignment, {}, {}, None, Plan("gather", "explicit"))
 
 
 # What the backward pass keeps.
@@ -723,8 +713,9 @@ def test_a_plan_is_followed(plan, by, chunks):
     told = {}
 
     def follow(name):
-        def run(*args, **kwargs):
-            told[name] = kwargs.get("num_chunks", getattr(args[-1], "num_chunks", None))
+        def run(*args, **_):
+            chunks = (getattr(arg, "num_chunks", None) for arg in args)  # of a plan or an exchange
+            told[name] = next(filter(None, chunks), None)
 
         return run
 
@@ -734,7 +725,7 @@ def test_a_plan_is_followed(plan, by, chunks):
         mock.patch.object(module, "run_sorted_rows", follow("run_sorted_rows")),
         mock.patch.dict(module.SLOT_WAYS, {n: follow(n) for n in ("einsum", "gather")}),
     ):
-        run_experts(None, mock.Mock(), {}, {}, None, plan)
+        run_experts(None, mock.Mock(spec=["capacity", "kept_GSK"]), {}, {}, None, plan)
     assert told == {by: chunks}
 
 

@@ -16,7 +16,7 @@ from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.fixed import Hash
 from moe_jax.moe.routing.selection import ExpertGroups
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import WAYS
+from moe_jax.moe.run_experts.plan import WAYS
 from moe_jax.moe.statistics import dropped_fraction
 from moe_jax.part import Call, Dims, Own
 from tests.slow import slow_but

@@ -10,8 +10,8 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import Plan as Experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
+from moe_jax.moe.run_experts.plan import Plan as Experts
 from moe_jax.planning import sorted_rows as planning
 from moe_jax.planning.compiled import Compiled, CompilerMemory
 from moe_jax.planning.flops import different_layers

@@ -17,7 +17,7 @@ from benchmarks.accelerator.clock import Timed, compiled, in_turn, matmul_progra
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import attention_kernels, grouped_kernels
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import WAYS, plan_experts
+from moe_jax.moe.run_experts.plan import WAYS, plan_experts
 from moe_jax.planning.hardware import peak_flops
 
 PACKAGES = (

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.accelerator.child import message_of
 from moe_jax.layers.attention import Attention
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import plan_experts
+from moe_jax.moe.run_experts.plan import plan_experts
 from moe_jax.moe.run_experts.rows import SortedRows
 
 GROUPED = "grouped_matmul"  # the setting of `MoE` that names a kernel

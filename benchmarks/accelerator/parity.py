@@ -27,7 +27,8 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing import Router
-from moe_jax.moe.run_experts import WAYS, plan_experts, run_experts
+from moe_jax.moe.run_experts import run_experts
+from moe_jax.moe.run_experts.plan import WAYS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 

@@ -44,7 +44,7 @@ class BalanceLoss(Settings):
         return False
 
     @property
-    def is_of_microbatch(self) -> bool:
+    def depends_on_microbatches(self) -> bool:
         """Whether the sum over the microbatches depends on how the batch is cut."""
         return True
 
@@ -110,7 +110,7 @@ class RouterZ(BalanceLoss):
     """
 
     metric: ClassVar[str] = "router_z_loss"
-    is_of_microbatch = False
+    depends_on_microbatches = False
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
         """See `BalanceLoss`."""
@@ -189,7 +189,7 @@ class TokenEntropy(BalanceLoss):
     """The mean entropy of a token's distribution, in nats: sharpens it."""
 
     metric: ClassVar[str] = "token_entropy_loss"
-    is_of_microbatch = False
+    depends_on_microbatches = False
 
     def check_block(self, moe: "MoE") -> None:
         """See `BalanceLoss`."""

@@ -10,7 +10,8 @@ from moe_jax.moe.choices import replay_in_groups
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.routing import RouterInputs, Routing
 from moe_jax.moe.routing.zero_computation import add_free_choices, computing_choices
-from moe_jax.moe.run_experts import mix_experts, plan_experts, run_experts
+from moe_jax.moe.run_experts import mix_experts, run_experts
+from moe_jax.moe.run_experts.plan import plan_experts
 from moe_jax.moe.statistics import measure
 from moe_jax.parallel.rules import constrain
 from moe_jax.parameters import SHARED, linear, of_experts

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.costs import FLOAT32, Bytes, Cost, Saving, ffn_cost
 from moe_jax.moe.routing import Options
-from moe_jax.moe.run_experts import way_of
+from moe_jax.moe.run_experts.plan import way_of
 from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.part import Dims
 

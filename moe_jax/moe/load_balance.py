@@ -45,7 +45,7 @@ class LoadBalance(BalanceLoss):
         return self.scope == "global"
 
     @property
-    def is_of_microbatch(self) -> bool:
+    def depends_on_microbatches(self) -> bool:
         """See `BalanceLoss`."""
         return self.scope == "microbatch"
 
@@ -172,7 +172,7 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
     """
 
     metric: ClassVar[str] = "load_balance_loss"
-    is_of_microbatch = False
+    depends_on_microbatches = False
 
     def check(self) -> None:
         """See `Settings`."""

@@ -24,7 +24,8 @@ from moe_jax.moe.experts import Activation, Experts, Relu
 from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing import Options, Router
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import EXCHANGES, KERNELS, WAYS, plan_experts
+from moe_jax.moe.run_experts.grouped_matmul import KERNELS
+from moe_jax.moe.run_experts.plan import EXCHANGES, WAYS, plan_experts
 from moe_jax.parameters import Axes, ParameterSpec, ffn_specs, truncated_normal_init, zeros
 from moe_jax.part import Aux, Call, Dims, Output, Own, Part, RunShape, Sums, check_divides
 
@@ -265,7 +266,7 @@ class MoE(Part):
     @property
     def depends_on_microbatches(self) -> bool:
         """See `Part`; so does what a bounded buffer has room for."""
-        by_loss = any(loss.weight > 0 and loss.is_of_microbatch for loss in self.losses)
+        by_loss = any(loss.weight > 0 and loss.depends_on_microbatches for loss in self.losses)
         return by_loss or self.buffer_loses(training=True)
 
     @property

@@ -10,7 +10,8 @@ from typing import Any
 from moe_jax.costs import ffn_cost
 from moe_jax.models.layer import Layer
 from moe_jax.moe.costs import expert_rows, memory_rows, most_rows
-from moe_jax.moe.run_experts import grouped_mosaic, grouped_triton, plan_experts
+from moe_jax.moe.run_experts import grouped_mosaic, grouped_triton
+from moe_jax.moe.run_experts.plan import plan_experts
 from moe_jax.moe.run_experts.tiles import LANES, tpu_row_tiles
 from moe_jax.planning.flops import different_layers, module_layers
 from moe_jax.planning.hlo import Program

@@ -16,7 +16,6 @@ On a mesh, rows travel between devices by one of two exchanges:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -24,120 +23,13 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.routing import Mixing
-from moe_jax.moe.run_experts.exchange import ByConstraint
 from moe_jax.moe.run_experts.gathered import Gathered
-from moe_jax.moe.run_experts.grouped_matmul import (
-    KERNELS,
-    best_kernel,
-    choose_kernel,
-    target_in_use,
-)
 from moe_jax.moe.run_experts.parallel import SLOT_WAYS, Combined, run_parallel
+from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import run_sorted_rows
 from moe_jax.moe.run_experts.slots import mix_slots
 from moe_jax.parallel.rules import mesh_in_use, num_shards
 from moe_jax.parameters import Axes
-
-if TYPE_CHECKING:
-    from moe_jax.moe.part import MoE
-
-WAYS = ("auto", "einsum", "gather", "ragged")
-EXCHANGES = ("auto", "compiler", "explicit")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the experts of a block run.
-
-    >>> print(Plan("gather", "explicit", num_chunks=2))
-    gather rows, exchanged by explicit collectives in 2 chunks
-
-    Attributes:
-      rows: "einsum", "gather" or "ragged".
-      exchange: "none" on one device, "compiler" or "explicit" on a mesh.
-      num_chunks: in how many parts rows travel.
-      gate_on_input: whether gates multiply what experts get.
-      buffer_factor: room for received rows over their mean; 0: for the worst case.
-      kernel: of `grouped_matmul`, for ragged rows; else "".
-    """
-
-    rows: str
-    exchange: str = "none"
-    num_chunks: int = 1
-    gate_on_input: bool = False
-    buffer_factor: float = 0.0
-    kernel: str = ""
-
-    @property
-    def by_constraint(self) -> ByConstraint:
-        """How slots travel where the compiler exchanges them; on one device, nowhere."""
-        return ByConstraint(1 if self.exchange == "none" else self.num_chunks)
-
-    def __str__(self) -> str:
-        """One line."""
-        by = {"none": "", "compiler": ", exchanged by the compiler",
-              "explicit": ", exchanged by explicit collectives"}[self.exchange]  # fmt: skip
-        chunks = f" in {self.num_chunks} chunks" if self.num_chunks > 1 and by else ""
-        gates = ", gates on the input" if self.gate_on_input else ""
-        buffer = f", buffer of {self.buffer_factor:g} times the mean" if self.buffer_factor else ""
-        kernel = f" by {self.kernel}" if self.kernel else ""
-        return f"{self.rows} rows{kernel}{by}{chunks}{gates}{buffer}"
-
-
-def way_of(moe: "MoE", training: bool = True, dropless: bool | None = None) -> tuple[str, str]:
-    """`Plan.rows` and `Plan.exchange` of a block for the mesh and the platform in use.
-
-    "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
-    FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged without, since slots
-    that drop nothing are E / K times the rows. The compiler's exchange overlaps more. If experts
-    span slices, though, it sends whole slots between slices, and not slice by slice.
-
-    Args:
-      moe: the settings.
-      training: whether this is a training pass.
-      dropless: whether every choice is kept; None: as the settings say.
-    """
-    mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
-    if rows == "auto":
-        if dropless is None:
-            dropless = moe.capacity_factor(training) == 0
-        rows = "ragged" if prefers_sorted_rows(moe, dropless) else "gather"
-    if mesh is None:
-        exchange = "none"
-    elif rows == "ragged":
-        exchange = "explicit"
-    elif exchange == "auto":
-        spans_slices = mesh.shape.get("expert_slice", 1) > 1
-        exchange = "explicit" if spans_slices else "compiler"
-    return rows, exchange
-
-
-def plan_experts(moe: "MoE", training: bool = True, dropless: bool | None = None) -> Plan:
-    """The plan of a block for the mesh and the platform in use; arguments as in `way_of`.
-
-    Raises:
-      ValueError: there is no kernel for sorted rows on the platform (`choose_kernel`).
-    """
-    rows, exchange = way_of(moe, training, dropless)
-    factor = moe.buffer_factor if training else moe.eval_buffer_factor
-    has_buffer = rows == "ragged" and exchange == "explicit"
-    return Plan(
-        rows,
-        exchange,
-        moe.exchange_chunks,
-        moe.gate_on_input,
-        buffer_factor=factor if has_buffer else 0.0,
-        kernel=choose_kernel(moe.grouped_matmul, target_in_use()) if rows == "ragged" else "",
-    )
-
-
-def prefers_sorted_rows(moe: "MoE", dropless: bool) -> bool:
-    """Whether "auto" is ragged rather than gather: see `way_of`."""
-    target = target_in_use()
-    if target.platform == "cpu":
-        return mesh_in_use() is None
-    has_kernel = moe.grouped_matmul != "auto" or best_kernel(target) is not None
-    return dropless and has_kernel and moe.exchange != "compiler"
 
 
 def run_experts(
@@ -169,11 +61,7 @@ def run_experts(
     if plan.gate_on_input:
         return gated_input(x_GSM, assignment, weights, axes, experts, plan, rng)
     if plan.exchange == "explicit":
-        return run_parallel(
-            x_GSM, assignment, weights, axes, experts, rng,
-            rows=plan.rows, kernel=plan.kernel, num_chunks=plan.num_chunks,
-            buffer_factor=plan.buffer_factor,
-        )  # fmt: skip
+        return run_parallel(x_GSM, assignment, weights, axes, experts, plan, rng)
     if plan.exchange == "compiler":
         weights = gathered_for(assignment.capacity, weights, axes, x_GSM)
     if plan.rows == "ragged":

@@ -25,6 +25,7 @@ from moe_jax.moe.run_experts.exchange import ByAllToAll
 from moe_jax.moe.run_experts.gather import rows_of, run_gather, sum_choices
 from moe_jax.moe.run_experts.gathered import in_compute_dtype
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
+from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import (
     num_experts_of,
     run_sorted_rows,
@@ -61,12 +62,8 @@ def run_parallel(
     weights: Weights,
     axes: Mapping[str, Axes],
     experts: Experts,
+    plan: Plan,
     rng: jax.Array | None = None,
-    *,
-    rows: str,
-    kernel: str = "",
-    num_chunks: int = 1,
-    buffer_factor: float = 0.0,
 ) -> Combined:
     """Runs experts on each device's own tokens, with explicit collectives in between.
 
@@ -75,11 +72,9 @@ def run_parallel(
     and partial outputs are summed last, by token.
 
     Arguments and result are those of `run_experts`, for the arrays of all devices. Each device
-    draws from a key of its own, so what is random in the experts depends on the mesh. `rows` is
-    "einsum" or "gather", with `jax.lax.all_to_all` of slots, or "ragged", with
-    `jax.lax.ragged_all_to_all` of rows, which `kernel` of `grouped_matmul` computes. `num_chunks`
-    is the number of parts in which slots (or, for "ragged", tokens) travel, and `buffer_factor` is
-    that of `buffer_rows`, for each of them.
+    draws from a key of its own, so what is random in the experts depends on the mesh. By einsum and
+    gather, slots travel by `jax.lax.all_to_all`; by ragged, rows by `jax.lax.ragged_all_to_all`.
+    The chunks of a plan are parts of the slots or, by ragged, of the tokens; each has a buffer.
 
     Raises:
       ValueError: the mesh does not divide the groups of tokens, or the experts.
@@ -105,14 +100,13 @@ def run_parallel(
         own = Assignment(index_GSK, gate_GSK, slot_GSK, kept_GSK, *sizes)
         key = None if rng is None else own_key(rng, mesh)
         operands = (vary(x_GSM, TOKEN_AXES), own, as_used_here(arrays), experts, key)
-        if rows == "ragged" and expert_axes:
-            how = (expert_axes, num_chunks, buffer_factor, kernel)
-            y_GSM, kept_GSK, buffer = exchange_rows(*operands, *how)
-        elif rows == "ragged":
-            y_GSM, buffer = run_sorted_rows(*operands, kernel=kernel), None
+        if plan.rows == "ragged" and expert_axes:
+            y_GSM, kept_GSK, buffer = exchange_rows(*operands, expert_axes, plan)
+        elif plan.rows == "ragged":
+            y_GSM, buffer = run_sorted_rows(*operands, kernel=plan.kernel), None
         else:
-            exchange = ByAllToAll(expert_axes, num_chunks)
-            y_GSM, buffer = SLOT_WAYS[rows](*operands, exchange), None
+            exchange = ByAllToAll(expert_axes, plan.num_chunks)
+            y_GSM, buffer = SLOT_WAYS[plan.rows](*operands, exchange), None
         y_GSM = jax.lax.psum(y_GSM, tensor)
         if buffer is None:
             return y_GSM, None, None
@@ -127,7 +121,7 @@ def run_parallel(
         mesh=mesh,
         in_specs=(tokens, (tokens,) * 4, [partition_spec(one, mesh) for one in names], jax.P()),
         out_specs=(tokens, tokens, partition_spec(TOKEN_AXES[:1], mesh)),
-        check_vma=says_how_it_varies(kernel),
+        check_vma=says_how_it_varies(plan.kernel),
     )
     y_GSM, kept_GSK, buffer = sharded(x_GSM, tuple(assignment[:4]), arrays, rng)
     if kept_GSK is None or buffer is None:
@@ -201,15 +195,13 @@ def exchange_rows(
     experts: Experts,
     rng: jax.Array | None,
     axes: tuple[str, ...],
-    num_chunks: int,
-    buffer_factor: float,
-    kernel: str,
+    plan: Plan,
 ) -> Combined:
     """The tokens of one device, in chunks, through `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
     num_choices = assignment.kept_GSK.shape[-1]
     num_own = num_experts_of(weights)
-    num_chunks = min(num_chunks, groups * tokens)  # one text that is generated has few
+    num_chunks = min(plan.num_chunks, groups * tokens)  # one text that is generated has few
     choices = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
     rows = [x_GSM.reshape(-1, model_dim), *(value.reshape(-1, num_choices) for value in choices)]
     outputs = []
@@ -225,8 +217,8 @@ def exchange_rows(
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         one = through_ragged_exchange(
             x_JM, expert_JK, gate_JK, kept_JK, weights, experts, key,
-            axes=axes, max_rows=buffer_rows(kept_JK.size, most, buffer_factor),
-            is_bounded=buffer_factor > 0, kernel=kernel,
+            axes=axes, max_rows=buffer_rows(kept_JK.size, most, plan.buffer_factor),
+            is_bounded=plan.buffer_factor > 0, kernel=plan.kernel,
         )  # fmt: skip
         outputs.append(one)
     y_JM = jnp.concatenate([one.y for one in outputs])
