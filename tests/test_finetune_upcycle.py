@@ -285,6 +285,12 @@ def test_layers_are_named_once():
         Upcycling(every=2, layers=(1,))
 
 
+def test_a_shared_expert_is_asked_for_by_its_way():
+    block = dataclasses.replace(RENORMALISED, shared_expert_dim=3)
+    with pytest.raises(ValueError, match=r"by a way, 'shared': moe\.shared_expert_dim=3\. Leave"):
+        Upcycling(block)
+
+
 def test_moments_are_carried_to_every_copy(dense):
     config, _, mesh, *_ = dense
     opt_state = jax.tree.map(lambda a: a + 1, jax.jit(lambda: init_state(config).opt_state)())

@@ -64,6 +64,12 @@ class Upcycling(Settings):
             f"every={self.every}, layers={self.layers}, stacks={self.stacks}",
             "Leave out all but one",
         )
+        require(
+            self.moe.shared_expert_dim == 0,
+            "a shared expert is made of the dense network by a way, 'shared'",
+            f"moe.shared_expert_dim={self.moe.shared_expert_dim}",
+            "Leave it out of the block, and name the way shared:dim=N",
+        )
 
     def chooses(self, place: int, number: int) -> bool:
         """Whether a layer becomes sparse, by its place in its stack and its number in the model."""
