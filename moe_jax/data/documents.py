@@ -81,8 +81,8 @@ class Corpus(abc.ABC):
 
     def way_to_hold_out(self, fraction: float) -> str:
         """What makes some text held out and leaves some to train on, where a fraction does not."""
-        documents = [document for _, document in self._split(0.0)]
-        places = sorted({hash_unit_interval(document.group) for document in documents})[:2]
+        groups = (document.group for _, document in self._split(0.0))
+        places = sorted(set(map(hash_unit_interval, groups)))[:2]
         larger = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.
         if len(places) == 2:
             rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
