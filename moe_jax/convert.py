@@ -278,7 +278,7 @@ def write_tokenizer(
     for name in config.data.objective.file_settings:
         own = pathlib.Path(getattr(config.data.objective, name)).expanduser()
         if own.suffix:  # of a run that was trained with a file of its own
-            shutil.copyfile(own, target / f"{name}{own.suffix}")
+            shutil.copyfile(own, target / f"{name}.jinja")
 
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
