@@ -1,4 +1,4 @@
-"""The figure of the top page: held-out loss against active FLOPs, of every study that was run."""
+"""The figure of the top page: held-out loss against active FLOPs, of studies with dense models."""
 
 import statistics
 from collections.abc import Mapping
@@ -14,6 +14,13 @@ from moe_jax.analysis.drawing import COLORS, GREY, Figure
 NAME = "loss_and_flops.png"
 
 
+def has_dense(study: Study, size: str) -> bool:
+    """Whether an arm of a study has no experts."""
+    return any(
+        not study.experiment(size, arm.name, 0).model.moe_parts for arm in study.arms_at(size)
+    )
+
+
 def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]]) -> Figure:
     """A point an arm: dense models are circles, MoE triangles, hollow where later tokens were seen.
 
@@ -24,6 +31,7 @@ def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]])
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axis, handles = figure.subplots(), []
     run = [(study, size, found) for study in studies for size, found in results[study.name].items()]
+    run = [one for one in run if has_dense(one[0], one[1])]
     for place, (study, size, found) in enumerate(run):
         color = COLORS[place % len(COLORS)]
         for arm in study.arms_at(size):
