@@ -1,6 +1,7 @@
 """Rotary positions (legend: `moe_jax.moe`)."""
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -91,24 +92,48 @@ class Rotary(Settings):
         if self.scaling is not None:
             factors = self.scaling.cos_sin_factors(length_BL)
             cos, sin = cos * factors, sin * factors
+        # Once for queries, keys and all layers. XLA would compute them anew for every number that
+        # it turns, as it would on a CPU if they were two arrays.
+        cos, sin = jax.lax.optimization_barrier(jnp.stack((cos, sin)))
         x_BLND, rest = x_BLND[..., :turning], x_BLND[..., turning:]
-        turned = self._turned(x_BLND, cos, sin).astype(x_BLND.dtype)
+        turned = turn(x_BLND, cos, sin, self.interleaved)
         return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
-    def _turned(self, x_BLND: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Every pair by its own angle, float32."""
-        x32 = x_BLND.astype(jnp.float32)
-        if not self.interleaved:
-            first, second = jnp.split(x32, 2, axis=-1)
-            return jnp.concatenate(
-                (first * cos - second * sin, second * cos + first * sin), axis=-1
-            )
-        if platform() == "tpu":
-            cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
-            return x32 * cos + quarter_turn(x_BLND) * sin
-        first, second = x32[..., ::2], x32[..., 1::2]
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def turn(x_BLND: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """Every pair of features by its own angle, whose `cos` and `sin` are [B, L, 1, D / 2].
+
+    Computed in float32, rounded to the dtype of `x_BLND`. The gradient is turned back: it adds
+    nothing up, where that of slices and a concatenation would.
+    """
+    x32 = x_BLND.astype(jnp.float32)
+    if not interleaved:
+        first, second = jnp.split(x32, 2, axis=-1)
         pair = (first * cos - second * sin, second * cos + first * sin)
-        return jnp.stack(pair, axis=-1).reshape(x32.shape)
+        return jnp.concatenate(pair, axis=-1).astype(x_BLND.dtype)
+    if platform() == "tpu":
+        cos, sin = (jnp.repeat(table, 2, axis=-1) for table in (cos, sin))
+        return (x32 * cos + quarter_turn(x_BLND) * sin).astype(x_BLND.dtype)
+    first, second = x32[..., ::2], x32[..., 1::2]
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.stack(pair, axis=-1).reshape(x32.shape).astype(x_BLND.dtype)
+
+
+def _turn_forward(
+    x_BLND: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return turn(x_BLND, cos, sin, interleaved), (cos, sin)
+
+
+def _turn_back(
+    interleaved: bool, angles: tuple[jax.Array, jax.Array], dturned_BLND: jax.Array
+) -> tuple[jax.Array, None, None]:
+    cos, sin = angles
+    return turn(dturned_BLND, cos, -sin, interleaved), None, None
+
+
+turn.defvjp(_turn_forward, _turn_back)
 
 
 def quarter_turn(x: jax.Array) -> jax.Array:
