@@ -169,7 +169,7 @@ class Shared:
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[..., I] @ [I, O] -> [..., O]."""
-        return jnp.matmul(x, weight)
+        return matrix_product(x, weight, x.dtype)
 
     def expand(self, bias: jax.Array) -> jax.Array:
         """[O], which broadcasts."""
@@ -192,7 +192,16 @@ class ToLogits(Shared):
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[..., I] @ [I, O] -> [..., O], or with [O, I]; accumulated in float32."""
         weight = weight.T if self.tied else weight
-        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+        return matrix_product(x, weight, jnp.float32)
+
+
+def matrix_product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """[..., I] @ [I, O] -> [..., O] in a dtype, as a product of two matrices.
+
+    Of more dims, XLA on a CPU would transpose the gradient of the output before it multiplies.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[-1])
 
 
 class Weight:
