@@ -13,7 +13,7 @@ from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.capacity import Assignment, Capacity
 from moe_jax.moe.part import MoE
-from moe_jax.moe.run_experts import buffer, expert_loop
+from moe_jax.moe.run_experts import buffer
 from moe_jax.moe.run_experts.buffer import buffer_rows, keep_first, rows_that_fit
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
@@ -28,10 +28,9 @@ NO_PADDING = np.random.default_rng(2).random((BATCH, LENGTH)) < 0.9
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(monkeypatch):
-    """Buffers of any number of rows, and one size of blocks, so that the loop compiles at once."""
+def buffers_of_any_size(monkeypatch):
+    """Buffers of any number of rows."""
     monkeypatch.setattr(buffer, "TILE", 1)
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 # How large a buffer is.

@@ -21,7 +21,7 @@ from moe_jax.moe.experts import Relu
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import expert_loop, gathered_for, parallel, run_experts
+from moe_jax.moe.run_experts import gathered_for, parallel, run_experts
 from moe_jax.moe.run_experts.buffer import most_received_rows
 from moe_jax.moe.run_experts.exchange import ByAllToAll, ByConstraint
 from moe_jax.moe.run_experts.gather import run_gather
@@ -103,12 +103,6 @@ CASES = [
         True,
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_size_of_blocks(monkeypatch):
-    """In place of seven, so that the loop compiles at once; `test_moe_sorted_rows` has them all."""
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 def make_block(case, way, num_chunks=1):

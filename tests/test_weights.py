@@ -18,7 +18,6 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.cosine import Cosine
 from moe_jax.moe.routing.logits import Linear, Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
-from moe_jax.moe.run_experts import expert_loop
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import Weight, dense, init_parameters, learning, rows, weight_axes
@@ -161,12 +160,6 @@ BLOCKS = {
     "mixed, ragged": (block("ragged"), MIXED),
     "mixed, gates on the input": (block("gather", "explicit", gate_on_input=True), MIXED),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_size_of_blocks(monkeypatch):
-    """In place of seven: the ragged loop compiles at once."""
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 QUICK_BLOCKS = ["einsum", "ragged", "expert 8, gather", "mixed, ragged"]

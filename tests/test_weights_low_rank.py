@@ -12,7 +12,6 @@ from moe_jax.config import InitFrom, MeshConfig
 from moe_jax.inference import generate_tokens
 from moe_jax.models.trained import filled, kept
 from moe_jax.models.wrapping import dense_params, plain_model, quantised_params
-from moe_jax.moe.run_experts import expert_loop
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.parameters import ParameterSpec, Weight, init_parameters, learning, zeros
@@ -32,12 +31,6 @@ INT4 = Quantisation(("experts",), 4, 16)
 HALF = Quantisation(("all",), 16)
 MIXED = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 TOKENS = np.random.default_rng(1).integers(3, 259, (8, 8), np.int32)
-
-
-@pytest.fixture(autouse=True)
-def one_size_of_blocks(monkeypatch):
-    """In place of seven: the ragged loop compiles at once."""
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 def adapted(base=None, per_expert=True, learned=True):

@@ -15,7 +15,6 @@ from moe_jax.config import MeshConfig
 from moe_jax.inference.decoding import Prompts, Serving, decode, for_inference, prefill
 from moe_jax.inference.sampling import Sampling
 from moe_jax.models.wrapping import dense_params, quantised_params
-from moe_jax.moe.run_experts import expert_loop
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call
@@ -106,12 +105,6 @@ def quantised(names=("experts",), bits=4, group_size=16):
     config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, quantisation=how))
     copied = jax.tree.map(jnp.copy, params)
     return config, quantised_params(copied, plain.model.specs(), how), params
-
-
-@pytest.fixture(autouse=True)
-def one_size_of_blocks(monkeypatch):
-    """In place of seven: the ragged loop compiles at once."""
-    monkeypatch.setattr(expert_loop, "LADDER", (1,))
 
 
 @pytest.fixture(scope="module")

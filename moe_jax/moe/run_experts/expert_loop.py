@@ -18,10 +18,10 @@ from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
 from moe_jax.parameters import learning
 
-# Block sizes in eighths of the mean group: fine where sizes are likely.
-LADDER = (1, 2, 4, 6, 8, 9, 10)
-# Rows in an eighth, at most: larger products gain nothing.
-MAX_STEP = 128
+# Rows of the smallest block, at most: an eighth of the mean group, of which half is padding.
+SMALLEST = 128
+# Smallest blocks in a largest one, whose products are faster.
+LARGEST = 4
 
 
 class OneExpert:
@@ -45,16 +45,15 @@ class Block(NamedTuple):
     Attributes:
       expert: int32 scalar.
       start: int32 scalar, its first row.
-      size: int32 scalar, how many of its rows are the expert's; the rest are someone else's.
+      size: int32 scalar, how many rows of the expert are left. Where that is less than W, the rest
+        of the block is someone else's.
       rows: W, how many rows it has; a Python int.
-      is_first: whether it is the first of its expert; a Python bool.
     """
 
     expert: jax.Array
     start: jax.Array
     size: jax.Array
     rows: int
-    is_first: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 9))
@@ -106,7 +105,7 @@ def _forward(
     likely_rows: int | None,
 ) -> tuple[jax.Array, Any]:
     blocks = block_sizes(likely_rows or choice_R.shape[0], group_sizes_E.shape[0])
-    choice_R = jnp.pad(choice_R, (0, blocks[-1]))
+    choice_R = jnp.pad(choice_R, (0, blocks[0]))
     token_R = choice_R // gate_JK.shape[1]
 
     def body(y_RM: jax.Array, weights_e: Weights, block: Block) -> jax.Array:
@@ -146,7 +145,7 @@ def _backward(
         _, vjp = jax.vjp(compute, x_WM, select(arrays_e, learns))
         dx_WM, dweights_e = vjp(dy_WM.astype(x_JM.dtype))
         dx_RM = lax.dynamic_update_slice_in_dim(dx_RM, dx_WM, block.start, 0)
-        return dx_RM, jax.tree.map(functools.partial(_store, block=block), dweights, dweights_e)
+        return dx_RM, jax.tree.map(functools.partial(_add, block=block), dweights, dweights_e)
 
     dweights = [jnp.zeros_like(array, jnp.float32) for array in learned]
     carry = (jnp.zeros_like(y_RM), dweights)
@@ -184,17 +183,18 @@ def _gather_rows(x_JM: jax.Array, token_R: jax.Array, block: Block) -> jax.Array
     return jnp.where(is_own_W[:, None], x_JM.at[token_W].get(mode="promise_in_bounds"), 0)
 
 
-def _store(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
-    """Sets (first block) or adds to (later ones) one expert's entry of an accumulator."""
-    if not block.is_first:
-        part = part + lax.dynamic_index_in_dim(total_E, block.expert, keepdims=False)
+def _add(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
+    """Adds to one expert's entry of an accumulator."""
+    part = part + lax.dynamic_index_in_dim(total_E, block.expert, keepdims=False)
     return lax.dynamic_update_index_in_dim(total_E, part.astype(total_E.dtype), block.expert, 0)
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Ascending numbers of rows that a block may have; more of them pad less, compile longer."""
-    step = min(-(-num_rows // (64 * num_experts)) * 8, MAX_STEP)  # a multiple of 8
-    return tuple(max(step, 8) * multiple for multiple in LADDER)
+    """Ascending numbers of rows that a block may have; more of them compile longer."""
+    eighth = -(-num_rows // (64 * num_experts)) * 8  # of the mean group, and a multiple of 8
+    smallest = max(min(eighth, SMALLEST), 8)
+    largest = LARGEST * smallest
+    return (smallest, largest) if largest <= num_rows else (smallest,)
 
 
 def for_each_block(
@@ -206,9 +206,9 @@ def for_each_block(
 ) -> Any:
     """Folds `body` over the blocks of every group that has rows, experts ascending.
 
-    A group's first block is the smallest that leaves a multiple of the largest; the rest are of the
-    largest. Rows of a block past its `size` come again in a later block, so that a body may
-    overwrite them with anything; they lie up to `sizes[-1]` rows past the end.
+    A group is cut into blocks of the largest size while they fit, then of the next; the last block
+    is of the smallest, and may end in rows of others. These come again in a later block, so that a
+    body may overwrite them with anything; they lie up to `sizes[0]` rows past the end.
 
     Args:
       group_sizes_E: int32.
@@ -221,28 +221,21 @@ def for_each_block(
       The last carry.
     """
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    largest = sizes[-1]
 
     def one_expert(expert: jax.Array, carry: Any) -> Any:
         operand = expert_of(operands_E, expert)
-        start, size = starts_E[expert], group_sizes_E[expert]
-        end = start + size
-        head = (size - 1) % largest + 1  # 1 .. largest
-        for smaller, rows in zip((0, *sizes[:-1]), sizes, strict=True):
-            block = Block(expert, start, head, rows, is_first=True)
-            fits = (head > smaller) & (head <= rows)
+        row, end = starts_E[expert], starts_E[expert] + group_sizes_E[expert]
+        for rows in reversed(sizes):
+            least = 1 if rows == sizes[0] else rows
 
-            def first(carry: Any, block: Block = block) -> Any:
-                return body(carry, operand, block)
+            def one_block(state: Any, rows: int = rows) -> Any:
+                row, carry = state
+                return row + rows, body(carry, operand, Block(expert, row, end - row, rows))
 
-            carry = at_most_once(fits, first, carry)
-
-        def another(state: Any) -> Any:
-            row, carry = state
-            block = Block(expert, row, jnp.asarray(largest), largest, is_first=False)
-            return row + largest, body(carry, operand, block)
-
-        return lax.while_loop(lambda state: state[0] < end, another, (start + head, carry))[1]
+            row, carry = lax.while_loop(
+                lambda state, least=least: end - state[0] >= least, one_block, (row, carry)
+            )
+        return carry
 
     def unless_empty(expert: jax.Array, carry: Any) -> Any:
         # Few tokens use few experts: the weights of the others are not copied.
