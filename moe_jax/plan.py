@@ -47,8 +47,8 @@ class Options:
     compile_best: int = 0
     figures: str = ""
     serve: bool = False
-    context: int = 8192
-    batch: int = 32
+    context: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         """Checks them against each other."""
@@ -67,6 +67,13 @@ class Options:
                 f"{', '.join(useless)} with {flag}",
                 f"Leave out {flag}, or the others",
             )
+        served = [one for one in ("--context", "--batch") if given[one] is not None]
+        require(
+            self.serve or not served,
+            "--context and --batch are of serving",
+            f"{', '.join(f'{one}={given[one]}' for one in served)} without --serve",
+            "Add --serve, or set data.sequence_length and training.batch_size",
+        )
         require(
             self.sweep or not self.compile_best,
             "--compile_best is of a sweep",
@@ -87,7 +94,7 @@ def run(config: ExperimentConfig, options: Options) -> int:
         from moe_jax.planning.serving import chips_of, describe_serving, serving_text
 
         chips = chips_of("" if topology is None else topology.chip.name)
-        given = (config.model, options.context, options.batch, chips)
+        given = (config.model, options.context or 8192, options.batch or 32, chips)
         print(json_text(describe_serving(*given)) if options.json else serving_text(*given))
         return 0
     if options.sweep:
@@ -147,8 +154,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("compile_best", 0, "Of a sweep: compile so many of the best.", 0)
     flags.DEFINE_string("figures", "", "Directory for figures of memory and roofline.")
     flags.DEFINE_bool("serve", False, "Plan serving instead of training.")
-    flags.DEFINE_integer("context", 8192, "With --serve: tokens of a text.", 1)
-    flags.DEFINE_integer("batch", 32, "With --serve: texts at once.", 1)
+    flags.DEFINE_integer("context", None, "With --serve: tokens of a text; 8192.", 1)
+    flags.DEFINE_integer("batch", None, "With --serve: texts at once; 32.", 1)
 
 
 command = command_line.Command(main, define_flags, required=("config",), uses_devices=False)

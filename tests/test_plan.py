@@ -106,6 +106,8 @@ def test_what_does_not_fit_ends_with_a_code_of_its_own(capsys):
         ({"sweep": True, "figures": "x", "topology": "v5e:2x2"}, "--figures with --sweep"),
         ({"compile": False, "forward": True, "topology": "v5e:2x2"}, "--forward with --nocompile"),
         ({"compile_best": 2, "topology": "v5e:2x2"}, "--compile_best=2 without --sweep"),
+        ({"context": 64, "topology": "v5e:2x2"}, "--context=64 without --serve"),
+        ({"context": 64, "batch": 8}, "--context=64, --batch=8 without --serve"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(options, said):
