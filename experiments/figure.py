@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 
-from experiments.results import Results, finite
+from experiments.results import LOSS, Results, finite
 from experiments.study import Study
 from moe_jax.analysis.drawing import Figure
 from moe_jax.analysis.names import in_figure
@@ -15,24 +15,27 @@ DPI = 150
 def draw(study: Study, results: Results) -> Figure:
     """Curves are means over the seeds that all arms have; at the end a dot is one of them.
 
-    Runs that diverged are left out.
+    Runs that diverged are left out; so are the curves where `Study.drawn` is another measure.
     """
     seeds = results.shared_seeds
+    measure, measured = study.drawn
     losses_of = {
-        arm.name: {s: v for s, v in finite(results.values(arm.name)).items() if s in seeds}
+        arm.name: {s: v for s, v in finite(results.values(arm.name, measure)).items() if s in seeds}
         for arm in study.arms
     }
     arms = [arm for arm in study.arms if losses_of[arm.name]]
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, max(len(arms), 1)))
     marks = {arm.name: results.mark(arm.name) for arm in arms}
     ends = 1.0 + 0.42 * len(arms)
-    figure = Figure(figsize=(WIDTH, 3.2 + ends), layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(3.2, ends))
+    heights = (3.2, ends) if measure == LOSS else (ends,)
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    *tops, bottom = np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights))
     for place, (arm, color) in enumerate(zip(arms, colors, strict=True)):
         values = losses_of[arm.name]
-        curves = [results.curve(arm.name, seed) for seed in values]
-        losses = np.mean([losses for _, losses in curves], axis=0)
-        top.plot(curves[0][0], losses, color=color, lw=1.4, ls="--" if marks[arm.name] else "-")
+        for top in tops:
+            curves = [results.curve(arm.name, seed) for seed in values]
+            losses = np.mean([losses for _, losses in curves], axis=0)
+            top.plot(curves[0][0], losses, color=color, lw=1.4, ls="--" if marks[arm.name] else "-")
         bottom.plot(list(values.values()), [place] * len(values), "o", color=color, ms=5)
         bottom.plot(np.mean(list(values.values())), place, "|", color=color, ms=16)
         # An arm has its name over its dots, in the colour of its curve.
@@ -41,12 +44,12 @@ def draw(study: Study, results: Results) -> Figure:
                     fontsize=7, va="bottom", transform=bottom.get_yaxis_transform(),
                     in_layout=False)  # fmt: skip
     dashed = "step (dashed: saw or sees later tokens)"
-    top.set(xlabel=dashed if any(marks.values()) else "step")
-    top.set_ylabel("held-out bits/byte (sample)")
-    bottom.set(xlabel="held-out bits/byte after the last step", yticks=[])
+    for top in tops:
+        top.set(xlabel=dashed if any(marks.values()) else "step", ylabel=f"{measured} (sample)")
+    bottom.set(xlabel=f"{measured} after the last step", yticks=[])
     bottom.set_ylim(len(arms) - 0.5, -0.8)
     bottom.margins(x=0.08)
-    for axis in (top, bottom):
+    for axis in (*tops, bottom):
         axis.grid(color="#DDDDDD", lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     return figure

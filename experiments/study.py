@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from experiments import before_parts
 from experiments.overrides import layout_of, override, read, strings
-from experiments.results import Results, Row
+from experiments.results import LOSS, Results, Row
 from experiments.verdict import MIN_SEEDS, Claim
 from moe_jax.config import (
     ExperimentConfig,
@@ -128,6 +128,8 @@ class Study:
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim of it is.
       measures: columns of the table, besides held-out bits a byte: names of a result's measures.
+      drawn: the measure in the figure, with its name there if it is not held-out bits a byte; then
+        there are no curves, which are of all held-out text.
       measure: more to measure, from the directory of a finished run; None: nothing.
       start: puts a checkpoint into the directory of a run that has none, of the run's config and
         the name of its arm, for arms that go on from a model; None: all start anew.
@@ -148,6 +150,7 @@ class Study:
     expect: tuple[Claim, ...]
     config: str = "base"
     measures: tuple[str, ...] = ()
+    drawn: tuple[str, str] = (LOSS, "held-out bits/byte")
     measure: Callable[[pathlib.Path], Mapping[str, float]] | None = None
     start: Callable[[ExperimentConfig, str, pathlib.Path], None] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
