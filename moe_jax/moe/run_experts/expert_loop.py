@@ -228,13 +228,14 @@ def for_each_block(
         for rows in reversed(sizes):
             least = 1 if rows == sizes[0] else rows
 
-            def one_block(state: Any, rows: int = rows) -> Any:
+            def has_another(state: Any, least: int = least) -> jax.Array:
+                return end - state[0] >= least
+
+            def another(state: Any, rows: int = rows) -> Any:
                 row, carry = state
                 return row + rows, body(carry, operand, Block(expert, row, end - row, rows))
 
-            row, carry = lax.while_loop(
-                lambda state, least=least: end - state[0] >= least, one_block, (row, carry)
-            )
+            row, carry = lax.while_loop(has_another, another, (row, carry))
         return carry
 
     def unless_empty(expert: jax.Array, carry: Any) -> Any:
