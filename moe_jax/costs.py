@@ -239,10 +239,17 @@ def dependent(jaxpr: Any, is_given: list[bool]) -> set[Any]:
 def residual_bytes(jaxpr: Any) -> float:
     """Bytes that the trace of a forward pass returns for the backward pass: of the tokens' making.
 
-    Parameters, and what is made of them alone, are not counted, nor the tokens themselves.
+    Parameters, and what is made of them alone, are not counted, nor the tokens themselves. An array
+    in two shapes counts once.
     """
     of_tokens = dependent(jaxpr, last_only(jaxpr)) - {jaxpr.invars[-1]}
-    return sum(map(array_bytes, {v for v in jaxpr.outvars if not hasattr(v, "val")} & of_tokens))
+    reshaped: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        source = eqn.invars[0] if eqn.primitive.name == "reshape" else None
+        if source is not None and not hasattr(source, "val"):
+            reshaped[eqn.outvars[0]] = reshaped.get(source, source)
+    kept = {reshaped.get(v, v) for v in jaxpr.outvars if not hasattr(v, "val")}
+    return sum(map(array_bytes, kept & of_tokens))
 
 
 def products(jaxpr: Any, is_of_tokens: list[bool]) -> Iterator[Product]:
