@@ -169,7 +169,7 @@ class Shared:
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[..., I] @ [I, O] -> [..., O]."""
-        return matrix_product(x, weight, x.dtype)
+        return matrix_product(x, weight)
 
     def expand(self, bias: jax.Array) -> jax.Array:
         """[O], which broadcasts."""
@@ -195,8 +195,8 @@ class ToLogits(Shared):
         return matrix_product(x, weight, jnp.float32)
 
 
-def matrix_product(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    """[..., I] @ [I, O] -> [..., O] in a dtype, as a product of two matrices.
+def matrix_product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """[..., I] @ [I, O] -> [..., O], in a dtype if it is given, as a product of two matrices.
 
     Of more dims, XLA on a CPU would transpose the gradient of the output before it multiplies.
     """
