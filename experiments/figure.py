@@ -15,10 +15,10 @@ DPI = 150
 def draw(study: Study, results: Results) -> Figure:
     """Curves are means over the seeds that all arms have; at the end a dot is one of them.
 
-    Runs that diverged are left out; so are the curves where `Study.drawn` is another measure.
+    Runs that diverged are left out; so are the curves where `Study.outcome` is another measure.
     """
     seeds = results.shared_seeds
-    measure, measured = study.drawn
+    measure, words = study.outcome
     losses_of = {
         arm.name: {s: v for s, v in finite(results.values(arm.name, measure)).items() if s in seeds}
         for arm in study.arms
@@ -45,8 +45,8 @@ def draw(study: Study, results: Results) -> Figure:
                     in_layout=False)  # fmt: skip
     dashed = "step (dashed: saw or sees later tokens)"
     for top in tops:
-        top.set(xlabel=dashed if any(marks.values()) else "step", ylabel=f"{measured} (sample)")
-    bottom.set(xlabel=f"{measured} after the last step", yticks=[])
+        top.set(xlabel=dashed if any(marks.values()) else "step", ylabel=f"held-out {words} (sample)")
+    bottom.set(xlabel=f"held-out {words} after the last step", yticks=[])
     bottom.set_ylim(len(arms) - 0.5, -0.8)
     bottom.margins(x=0.08)
     for axis in (*tops, bottom):

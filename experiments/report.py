@@ -38,7 +38,7 @@ from moe_jax.training.ways import notes_of
 from moe_jax.user_errors import USER_ERRORS, describe
 
 DIFFERENCES = (
-    "Paired differences in bits per byte, of the seeds that both arms have. The interval covers "
+    "Paired differences in {outcome}, of the seeds that both arms have. The interval covers "
     "the mean with 95 %. The size is in standard deviations of a seed. p is corrected, by Holm, "
     "for all arms that are compared with the same one; a failure in a claim above, for its own "
     "arms. Could have been seen: of studies with as many pairs, four in five would find a "
@@ -122,10 +122,10 @@ def study_page(study: Study, size: str, results: Results) -> str:
             f"{way_text(results)}; mean +- standard deviation over the seeds that all arms have: "
             f"{', '.join(map(str, seeds)) or 'none'}.",
             results_table(study, results),
-            DIFFERENCES,
+            DIFFERENCES.format(outcome=study.outcome[1]),
             difference_table(study, results),
             *notes_of(itertools.starmap(results.mark, itertools.product(arms, losses))),
-            f"![Held-out bits per byte by step and at the end]({figure_name(size)})",
+            f"![Held-out {study.outcome[1]}]({figure_name(size)})",
         ]
     parts += ["## Run", f"    {command}", circumstances_text(results)]
     if study.notes:

@@ -128,8 +128,9 @@ class Study:
       baseline: the arm that others are compared with.
       expect: the criterion: the study is reproduced if every claim of it is.
       measures: columns of the table, besides held-out bits a byte: names of a result's measures.
-      drawn: the measure in the figure, with its name there if it is not held-out bits a byte; then
-        there are no curves, which are of all held-out text.
+      outcome: the measure that the table of paired differences and the figure compare arms by, and
+        what it is in words. The figure has curves for the default alone: they are of all held-out
+        text.
       measure: more to measure, from the directory of a finished run; None: nothing.
       start: puts a checkpoint into the directory of a run that has none, of the run's config and
         the name of its arm, for arms that go on from a model; None: all start anew.
@@ -150,7 +151,7 @@ class Study:
     expect: tuple[Claim, ...]
     config: str = "base"
     measures: tuple[str, ...] = ()
-    drawn: tuple[str, str] = (LOSS, "held-out bits/byte")
+    outcome: tuple[str, str] = (LOSS, "bits per byte")
     measure: Callable[[pathlib.Path], Mapping[str, float]] | None = None
     start: Callable[[ExperimentConfig, str, pathlib.Path], None] | None = None
     seeds: tuple[int, ...] = (0, 1, 2)

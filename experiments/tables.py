@@ -95,7 +95,7 @@ def difference_table(study: Study, results: Results) -> str:
     found: dict[str, dict[str, Paired]] = {}
     for arm in study.arms:
         other = arm.against or study.baseline
-        of_arm = difference(results, arm.name, other)
+        of_arm = difference(results, arm.name, other, study.outcome[0])
         if arm.name != other and of_arm.by_seed:
             found.setdefault(other, {})[arm.name] = of_arm
     rows = []

@@ -108,14 +108,14 @@ def test_an_arm_that_looks_ahead_is_marked_wherever_it_is_named(tmp_path):
     assert "Soft MoE (sees later tokens)" in texts and "dense" in texts
 
 
-def test_a_figure_of_another_measure_has_no_curves_of_all_text(tmp_path):
-    study = make_study(tolerance=0.1, drawn=("target", "held-out bits/byte of python"))
+def test_another_outcome_is_in_the_figure_and_the_differences(tmp_path):
+    study = make_study(tolerance=0.1, outcome=("target", "bits per byte of python"))
     for seed, target in enumerate((0.7, 0.8, 0.9)):
         row = line("dense", seed, 2.0, study)
         row["measures"]["target"] = target
         append_result(tmp_path / "results.jsonl", row)
     (axis,) = report.draw(study, report.results_of(study, "small", tmp_path)).axes
-    assert axis.get_xlabel() == "held-out bits/byte of python after the last step"
+    assert axis.get_xlabel() == "held-out bits per byte of python after the last step"
     assert sorted(axis.lines[0].get_xdata()) == [0.7, 0.8, 0.9]
 
 

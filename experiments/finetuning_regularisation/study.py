@@ -73,7 +73,7 @@ STUDY = Study(
     ),
     baseline=PRETRAINED,
     measures=("target", "others", "train", "dropped_fraction"),
-    drawn=("target", "held-out bits/byte of python"),
+    outcome=("target", "bits per byte of python"),
     measure=on_target,
     seeds=(0, 1, 2, 3, 4),
     expect=(

@@ -129,7 +129,7 @@ STUDY = Study(
     ),
     baseline=PRETRAINED,
     measures=("target", "others", "train"),
-    drawn=("target", "held-out bits/byte of python"),
+    outcome=("target", "bits per byte of python"),
     measure=on_target,
     seeds=(0, 1, 2, 3, 4),
     expect=(
