@@ -45,7 +45,8 @@ def draw(study: Study, results: Results) -> Figure:
                     in_layout=False)  # fmt: skip
     dashed = "step (dashed: saw or sees later tokens)"
     for top in tops:
-        top.set(xlabel=dashed if any(marks.values()) else "step", ylabel=f"held-out {words} (sample)")
+        top.set(xlabel=dashed if any(marks.values()) else "step")
+        top.set_ylabel(f"held-out {words} (sample)")
     bottom.set(xlabel=f"held-out {words} after the last step", yticks=[])
     bottom.set_ylim(len(arms) - 0.5, -0.8)
     bottom.margins(x=0.08)
