@@ -3,6 +3,9 @@
 import csv
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
 import sys
 import threading
 import types
@@ -15,6 +18,9 @@ from moe_jax.config import ExperimentConfig, TrainingConfig
 from moe_jax.training import trackers
 from moe_jax.training.metrics import MetricWriter, read_metrics
 from moe_jax.training.trackers import check_trackers, open_trackers
+
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def config_of(*names):
@@ -52,6 +58,29 @@ def test_tensorboard_has_the_scalars_and_forgets_steps_that_are_run_again(tmp_pa
     writer(tmp_path, "tensorboard", start=5).close()
     starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
     assert starts == [1, 6]
+
+
+def test_tensorboard_does_not_wait_for_torch(tmp_path):
+    """Which tensorboardX imports where it is installed: seconds of the start of every run."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    program = (
+        "import importlib.util, pathlib, sys\n"
+        "from moe_jax.training.trackers import TensorBoard\n"
+        f"board = TensorBoard(pathlib.Path({str(tmp_path)!r}), 0)\n"
+        "board.write(1, {'train/loss': 1.5})\n"
+        "board.close()\n"
+        f"assert importlib.util.find_spec('torch').origin == {str(tmp_path / 'torch.py')!r}\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [v.tag for e in events(tmp_path) for v in e.summary.value] == ["train/loss"]
 
 
 def test_a_csv_file_has_a_line_a_write_and_a_column_a_metric(tmp_path):

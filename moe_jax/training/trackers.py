@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import tensorboardX
 
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.check import require
@@ -88,7 +87,10 @@ class TensorBoard:
     """Events for TensorBoard, in `tensorboard/`; steps that are run again are purged."""
 
     def __init__(self, directory: pathlib.Path, start_step: int) -> None:
-        self._events = tensorboardX.SummaryWriter(
+        with without_module("torch"):  # imported for a type alone, which takes seconds
+            from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(
             str(directory / "tensorboard"),
             purge_step=start_step + 1,
             flush_secs=10,
@@ -103,6 +105,19 @@ class TensorBoard:
     def close(self) -> None:
         """See `Tracker`."""
         self._events.close()
+
+
+@contextlib.contextmanager
+def without_module(name: str) -> Iterator[None]:
+    """Lets no import find a module, as if it were not installed; one that is loaded stays."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # of Python: such an import fails
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 class CsvFile:
