@@ -19,7 +19,6 @@ from moe_jax.training import trackers
 from moe_jax.training.metrics import MetricWriter, read_metrics
 from moe_jax.training.trackers import check_trackers, open_trackers
 
-
 ROOT = pathlib.Path(__file__).parent.parent
 
 
