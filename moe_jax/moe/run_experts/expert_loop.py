@@ -192,14 +192,12 @@ def _add(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     """Ascending numbers of rows that a block may have; more of them compile longer.
 
-    One expert has one block, and so rounds as the dense network does.
+    One expert has all rows in one block if it gets them: it rounds as the dense network does.
     """
-    if num_experts == 1:
-        return (-(-num_rows // 8) * 8,)
     eighth = -(-num_rows // (64 * num_experts)) * 8  # of the mean group, and a multiple of 8
     smallest = max(min(eighth, SMALLEST), 8)
-    largest = LARGEST * smallest
-    return (smallest, largest) if largest <= num_rows else (smallest,)
+    largest = num_rows if num_experts == 1 else LARGEST * smallest
+    return (smallest, largest) if smallest < largest <= num_rows else (smallest,)
 
 
 def for_each_block(
