@@ -1,7 +1,7 @@
 """Experts one after another, on blocks of their rows: how a CPU computes sorted rows.
 
-The whole expert runs inside one loop, on rows gathered on the spot: neither the sorted tokens nor
-the hidden activations are ever stored, and the backward pass computes the hidden activations again.
+The whole expert runs inside one loop, on rows gathered on the spot: sorted tokens and hidden
+activations are those of one block, and the backward pass computes the hidden activations again.
 Legend: `moe_jax.moe`; W is the rows of a block.
 """
 
@@ -18,9 +18,9 @@ from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
 from moe_jax.parameters import learning
 
-# Rows of the smallest block, at most: an eighth of the mean group, of which half is padding.
+# Rows of the smallest block, at most; else an eighth of the mean group. Half of one is padding.
 SMALLEST = 128
-# Smallest blocks in a largest one, whose products are faster.
+# Smallest blocks in a larger one, whose products are faster.
 LARGEST = 4
 
 
@@ -104,7 +104,8 @@ def _forward(
     group_sizes_E: jax.Array,
     likely_rows: int | None,
 ) -> tuple[jax.Array, Any]:
-    blocks = block_sizes(likely_rows or choice_R.shape[0], group_sizes_E.shape[0])
+    num_rows = choice_R.shape[0]
+    blocks = block_sizes(min(likely_rows or num_rows, num_rows), group_sizes_E.shape[0])
     choice_R = jnp.pad(choice_R, (0, blocks[0]))
     token_R = choice_R // gate_JK.shape[1]
 
@@ -123,7 +124,8 @@ def _backward(
     experts: Experts, likely_rows: int | None, residuals: Any, dy_JM: jax.Array
 ) -> tuple[Any, ...]:
     weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM = residuals
-    blocks = block_sizes(likely_rows or gate_JK.size, group_sizes_E.shape[0])
+    num_rows = gate_JK.size
+    blocks = block_sizes(min(likely_rows or num_rows, num_rows), group_sizes_E.shape[0])
     token_R = choice_R // gate_JK.shape[1]
     gate_R = gate_JK.reshape(-1)[choice_R]
 
@@ -192,12 +194,12 @@ def _add(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     """Ascending numbers of rows that a block may have; more of them compile longer.
 
-    One expert has all rows in one block if it gets them: it rounds as the dense network does.
+    One expert that gets all rows has them in one block: it rounds as the dense network does.
     """
     eighth = -(-num_rows // (64 * num_experts)) * 8  # of the mean group, and a multiple of 8
     smallest = max(min(eighth, SMALLEST), 8)
-    largest = num_rows if num_experts == 1 else LARGEST * smallest
-    return (smallest, largest) if smallest < largest <= num_rows else (smallest,)
+    larger = {LARGEST * smallest, num_rows if num_experts == 1 else smallest}
+    return (smallest, *sorted(size for size in larger if smallest < size <= num_rows))
 
 
 def for_each_block(
