@@ -191,6 +191,12 @@ class Study:
             f"baseline_seeds={self.baseline_seeds}",
             "Add seeds",
         )
+        require(
+            self.outcome[0] in (LOSS, *self.measures),
+            "Study.outcome is held-out bits a byte or one of Study.measures",
+            f"{self.name}: {self.outcome[0]!r}, measures={self.measures}",
+            "Correct it, or add it to the measures",
+        )
         require(bool(self.expect), "a study has a criterion", self.name, "Write Study.expect")
         for size in self.sizes:
             for arm in self.arms_at(size):

@@ -109,7 +109,10 @@ def test_an_arm_that_looks_ahead_is_marked_wherever_it_is_named(tmp_path):
 
 
 def test_another_outcome_is_in_the_figure_and_the_differences(tmp_path):
-    study = make_study(tolerance=0.1, outcome=("target", "bits per byte of python"))
+    outcome = ("target", "bits per byte of python")
+    with pytest.raises(ValueError, match=r"Study.outcome is .*: made_up: .target., measures="):
+        make_study(tolerance=0.1, outcome=outcome)
+    study = make_study(tolerance=0.1, measures=("target",), outcome=outcome)
     for seed, target in enumerate((0.7, 0.8, 0.9)):
         row = line("dense", seed, 2.0, study)
         row["measures"]["target"] = target
