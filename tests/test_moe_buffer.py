@@ -17,7 +17,7 @@ from moe_jax.moe.run_experts import buffer
 from moe_jax.moe.run_experts.buffer import buffer_rows, keep_first, rows_that_fit
 from moe_jax.moe.run_experts.parallel import run_parallel
 from moe_jax.moe.run_experts.plan import Plan, plan_experts
-from moe_jax.moe.run_experts.rows import sort_by_expert
+from moe_jax.moe.run_experts.sorting import Choices, sort_by_expert
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
 from moe_jax.part import Call, Dims
@@ -99,15 +99,16 @@ def test_kept_rows_close_the_gaps_of_those_that_are_lost():
     #         token 0  1        2        3
     expert_JK = jnp.array([[0, 1], [1, 0], [2, 1], [1, 2]])
     kept_JK = jnp.array([[True, True], [True, False], [True, True], [True, True]])
-    choice_R, row_JK, rows_E = sort_by_expert(expert_JK, kept_JK, 3)
-    assert rows_E.tolist() == [1, 4, 2]
-    assert choice_R.tolist() == [0, 1, 2, 5, 6, 4, 7, 3]  # token * K + k
-    kept, choice_R, row_JK = keep_first(
-        expert_JK, kept_JK, choice_R, row_JK, rows_E, jnp.array([1, 2, 1])
-    )
-    assert choice_R[:4].tolist() == [0, 1, 2, 4]
+    choices = Choices(expert_JK, jnp.ones((4, 2)), kept_JK)
+    order = sort_by_expert(choices, 3)
+    assert order.rows_E.tolist() == [1, 4, 2]
+    assert order.choice_R.tolist() == [0, 1, 2, 5, 6, 4, 7, 3]  # token * K + k
+    choices, order = keep_first(choices, order, jnp.array([1, 2, 1]))
+    assert order.rows_E.tolist() == [1, 2, 1]
+    assert order.choice_R[:4].tolist() == [0, 1, 2, 4]
+    kept = choices.kept_JK
     assert kept.tolist() == [[True, True], [True, False], [True, False], [False, False]]
-    assert row_JK[kept].tolist() == [0, 1, 2, 3]
+    assert order.row_JK[kept].tolist() == [0, 1, 2, 3]
 
 
 # Exact where there is room.

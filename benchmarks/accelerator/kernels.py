@@ -66,6 +66,6 @@ def ragged(kernel: str) -> str:
     return f"ragged {kernel}".strip()
 
 
-def sorted_rows(kernel: str, group_sizes_E: Any, num_rows: int) -> SortedRows:
+def sorted_rows(kernel: str, rows_E: Any, num_rows: int) -> SortedRows:
     """The layout of rows sorted by expert, with a kernel."""
-    return SortedRows(None, group_sizes_E, num_rows, *filter(None, [kernel]))
+    return SortedRows(None, rows_E, num_rows, *filter(None, [kernel]))

@@ -146,14 +146,4 @@ def gated_input(
     return Combined(y_GSM, kept_GA1.reshape(assignment.kept_GSK.shape), buffer)
 
 
-__all__ = [
-    "EXCHANGES",
-    "KERNELS",
-    "WAYS",
-    "Plan",
-    "gathered_for",
-    "mix_experts",
-    "plan_experts",
-    "run_experts",
-    "way_of",
-]
+__all__ = ["Plan", "gathered_for", "mix_experts", "run_experts"]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.moe.run_experts.sorting import Choices, Order
+
 TILE = 128  # rows: a bounded buffer is whole tiles of the grouped matmul
 
 
@@ -98,27 +100,19 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
     return fitting.reshape(rows_QE.shape)
 
 
-def keep_first(
-    expert_JK: jax.Array,
-    kept_JK: jax.Array,
-    choice_R: jax.Array,
-    row_JK: jax.Array,
-    rows_E: jax.Array,
-    fitting_E: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def keep_first(choices: Choices, order: Order, fitting_E: jax.Array) -> tuple[Choices, Order]:
     """Keeps the first rows of every expert, and closes the gaps behind them.
 
     Args:
-      expert_JK: int32 in [0, E).
-      kept_JK: bool.
-      choice_R: int32, the choice of each row, sorted by expert (`sort_by_expert`).
-      row_JK: int32, its inverse.
-      rows_E: int32, rows of each expert.
-      fitting_E: int32, those of them to keep.
+      choices: with experts in [0, E).
+      order: that of the kept ones.
+      fitting_E: int32, how many rows of each expert to keep.
 
     Returns:
-      The new `kept_JK`, `choice_R` and `row_JK`; if all fit, the old ones.
+      The choices of which fewer are kept, and their order; if all fit, the old ones.
     """
+    expert_JK, gate_JK, kept_JK = choices
+    choice_R, row_JK, rows_E = order
     starts_E, packed_E = starts(rows_E), starts(fitting_E)
     place_JK = row_JK - starts_E[expert_JK]  # of a kept choice, among the rows of its expert
     kept_JK = kept_JK & (place_JK < fitting_E[expert_JK])
@@ -127,7 +121,8 @@ def keep_first(
     expert_R = jnp.searchsorted(jnp.cumsum(fitting_E), rows, side="right")
     expert_R = jnp.minimum(expert_R, len(rows_E) - 1)
     moved_R = jnp.minimum(rows - packed_E[expert_R] + starts_E[expert_R], len(choice_R) - 1)
-    return kept_JK, choice_R[moved_R], row_JK
+    order = Order(choice_R[moved_R], row_JK, fitting_E)
+    return Choices(expert_JK, gate_JK, kept_JK), order
 
 
 def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:

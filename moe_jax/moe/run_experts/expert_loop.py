@@ -16,6 +16,7 @@ from jax import lax
 
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
+from moe_jax.moe.run_experts.sorting import Choices, Order
 from moe_jax.parameters import learning
 
 # Rows of the smallest block, at most; else an eighth of the mean group. Half of one is padding.
@@ -56,7 +57,7 @@ class Block(NamedTuple):
     rows: int
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7))
 def expert_loop(
     experts: Experts,
     weights: Weights,
@@ -64,9 +65,7 @@ def expert_loop(
     x_JM: jax.Array,
     gate_JK: jax.Array,
     kept_JK: jax.Array,
-    choice_R: jax.Array,
-    row_JK: jax.Array,
-    group_sizes_E: jax.Array,
+    order: Order,
     likely_rows: int | None = None,
 ) -> jax.Array:
     """The gated sum over the kept choices of every token.
@@ -79,17 +78,14 @@ def expert_loop(
       x_JM: tokens.
       gate_JK: float32.
       kept_JK: bool.
-      choice_R: int32, the choice (token * K + k) of each row, rows sorted by expert.
-      row_JK: int32, its inverse.
-      group_sizes_E: int32, rows of each expert.
+      order: of the kept choices.
       likely_rows: how many rows are likely to be some expert's, after which blocks are cut, so that
         the room for more does not change the order of sums; None: all.
 
     Returns:
       [J, M] in the dtype of `x_JM`.
     """
-    operands = (x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E)
-    return _forward(experts, weights, rng, *operands, likely_rows)[0]
+    return _forward(experts, weights, rng, x_JM, gate_JK, kept_JK, order, likely_rows)[0]
 
 
 def _forward(
@@ -99,13 +95,12 @@ def _forward(
     x_JM: jax.Array,
     gate_JK: jax.Array,
     kept_JK: jax.Array,
-    choice_R: jax.Array,
-    row_JK: jax.Array,
-    group_sizes_E: jax.Array,
+    order: Order,
     likely_rows: int | None,
 ) -> tuple[jax.Array, Any]:
+    choice_R, row_JK, rows_E = order
     num_rows = choice_R.shape[0]
-    blocks = block_sizes(min(likely_rows or num_rows, num_rows), group_sizes_E.shape[0])
+    blocks = block_sizes(min(likely_rows or num_rows, num_rows), rows_E.shape[0])
     choice_R = jnp.pad(choice_R, (0, blocks[0]))
     token_R = choice_R // gate_JK.shape[1]
 
@@ -115,17 +110,18 @@ def _forward(
         return lax.dynamic_update_slice_in_dim(y_RM, y_WM, block.start, 0)
 
     y_RM = jnp.zeros_like(x_JM, shape=(token_R.shape[0], x_JM.shape[1]))
-    y_RM = for_each_block(group_sizes_E, blocks, y_RM, weights, body)
+    y_RM = for_each_block(rows_E, blocks, y_RM, weights, body)
     y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
-    return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM)
+    padded = Order(choice_R, row_JK, rows_E)
+    return y_JM, (weights, rng, x_JM, gate_JK, kept_JK, padded, y_RM)
 
 
 def _backward(
     experts: Experts, likely_rows: int | None, residuals: Any, dy_JM: jax.Array
 ) -> tuple[Any, ...]:
-    weights, rng, x_JM, gate_JK, kept_JK, choice_R, row_JK, group_sizes_E, y_RM = residuals
+    weights, rng, x_JM, gate_JK, kept_JK, (choice_R, row_JK, rows_E), y_RM = residuals
     num_rows = gate_JK.size
-    blocks = block_sizes(min(likely_rows or num_rows, num_rows), group_sizes_E.shape[0])
+    blocks = block_sizes(min(likely_rows or num_rows, num_rows), rows_E.shape[0])
     token_R = choice_R // gate_JK.shape[1]
     gate_R = gate_JK.reshape(-1)[choice_R]
 
@@ -151,7 +147,7 @@ def _backward(
 
     dweights = [jnp.zeros_like(array, jnp.float32) for array in learned]
     carry = (jnp.zeros_like(y_RM), dweights)
-    dx_RM, dweights = for_each_block(group_sizes_E, blocks, carry, arrays, body)
+    dx_RM, dweights = for_each_block(rows_E, blocks, carry, arrays, body)
     dweights = [d.astype(array.dtype) for d, array in zip(dweights, learned, strict=True)]
     dx_JM = sum_choices(dx_RM, row_JK, jnp.ones_like(gate_JK), kept_JK).astype(x_JM.dtype)
     dgate_JK = gate_gradient(y_RM, row_JK, dy_JM, kept_JK).astype(gate_JK.dtype)
@@ -161,7 +157,7 @@ def _backward(
         for array in arrays
     ]  # fmt: skip
     dweights = jax.tree.unflatten(tree, replace(no_gradient, learns, dweights))
-    return dweights, None, dx_JM, dgate_JK, None, None, None, None
+    return dweights, None, dx_JM, dgate_JK, None, None
 
 
 expert_loop.defvjp(_forward, _backward)
@@ -203,20 +199,20 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
 
 def for_each_block(
-    group_sizes_E: jax.Array,
+    rows_E: jax.Array,
     sizes: tuple[int, ...],
     carry: Any,
     operands_E: Any,
     body: Callable[[Any, Any, Block], Any],
 ) -> Any:
-    """Folds `body` over the blocks of every group that has rows, experts ascending.
+    """Folds `body` over the blocks of every expert that has rows, experts ascending.
 
-    A group is cut into blocks of the largest size while they fit, then of the next; the last block
-    is of the smallest, and may end in rows of others. These come again in a later block, so that a
-    body may overwrite them with anything; they lie up to `sizes[0]` rows past the end.
+    An expert's rows are cut into blocks of the largest size while they fit, then of the next. The
+    last block is of the smallest, and may end in rows of others. These come again in a later block,
+    so that a body may overwrite them with anything; they lie up to `sizes[0]` rows past the end.
 
     Args:
-      group_sizes_E: int32.
+      rows_E: int32, rows of each expert.
       sizes: ascending numbers of rows that a block may have.
       carry: pytree of arrays, updated in place.
       operands_E: pytree of arrays with leading dim E; a body gets its expert's, copied once.
@@ -225,11 +221,11 @@ def for_each_block(
     Returns:
       The last carry.
     """
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    starts_E = jnp.cumsum(rows_E) - rows_E
 
     def one_expert(expert: jax.Array, carry: Any) -> Any:
         operand = expert_of(operands_E, expert)
-        row, end = starts_E[expert], starts_E[expert] + group_sizes_E[expert]
+        row, end = starts_E[expert], starts_E[expert] + rows_E[expert]
         for rows in reversed(sizes):
             least = 1 if rows == sizes[0] else rows
 
@@ -245,9 +241,9 @@ def for_each_block(
 
     def unless_empty(expert: jax.Array, carry: Any) -> Any:
         # Few tokens use few experts: the weights of the others are not copied.
-        return at_most_once(group_sizes_E[expert] > 0, functools.partial(one_expert, expert), carry)
+        return at_most_once(rows_E[expert] > 0, functools.partial(one_expert, expert), carry)
 
-    return lax.fori_loop(0, group_sizes_E.shape[0], unless_empty, carry)
+    return lax.fori_loop(0, rows_E.shape[0], unless_empty, carry)
 
 
 def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any) -> Any:
@@ -264,9 +260,7 @@ def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any)
 
 def one_by_one(
     x_JM: jax.Array,
-    expert_JK: jax.Array,
-    gate_JK: jax.Array,
-    kept_JK: jax.Array,
+    choices: Choices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
@@ -276,6 +270,7 @@ def one_by_one(
     The matrices of an expert are cut out of the parameters of all layers at once.
     """
     y_JM = []
+    expert_JK, gate_JK, kept_JK = choices
     num_tokens, num_choices = kept_JK.shape
     for j in range(num_tokens):
         x_1M = x_JM[j : j + 1].astype(jnp.float32)  # so that its gradient is summed in float32

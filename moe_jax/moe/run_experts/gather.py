@@ -14,6 +14,7 @@ from moe_jax.moe.capacity import Assignment
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
 from moe_jax.moe.run_experts.slots import run_slots
+from moe_jax.moe.run_experts.sorting import Order
 
 
 def run_gather(
@@ -78,20 +79,21 @@ fill.defvjp(_fill_forward, _fill_backward)
 
 
 @jax.custom_vjp
-def rows_of(
-    x_JM: jax.Array, choice_R: jax.Array, row_JK: jax.Array, kept_JK: jax.Array
-) -> jax.Array:
+def rows_of(x_JM: jax.Array, order: Order, kept_JK: jax.Array) -> jax.Array:
     """[J, M] -> [R, M]; every row is a choice. The gradient of a token is summed in float32."""
-    return x_JM[choice_R // row_JK.shape[1]]
+    return x_JM[order.choice_R // order.row_JK.shape[1]]
 
 
-def _rows_of_forward(
-    x_JM: jax.Array, choice_R: jax.Array, row_JK: jax.Array, kept_JK: jax.Array
-) -> tuple[jax.Array, Any]:
-    return rows_of(x_JM, choice_R, row_JK, kept_JK), (row_JK, kept_JK)
+def _rows_of_forward(x_JM: jax.Array, order: Order, kept_JK: jax.Array) -> tuple[jax.Array, Any]:
+    return rows_of(x_JM, order, kept_JK), (order.row_JK, kept_JK)
 
 
-rows_of.defvjp(_rows_of_forward, _fill_backward)
+def _rows_of_backward(residuals: Any, dx_RM: jax.Array) -> tuple[Any, ...]:
+    dx_JM, *_ = _fill_backward(residuals, dx_RM)
+    return dx_JM, None, None
+
+
+rows_of.defvjp(_rows_of_forward, _rows_of_backward)
 
 
 @jax.custom_vjp

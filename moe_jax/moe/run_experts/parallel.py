@@ -26,13 +26,9 @@ from moe_jax.moe.run_experts.gather import rows_of, run_gather, sum_choices
 from moe_jax.moe.run_experts.gathered import in_compute_dtype
 from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.plan import Plan
-from moe_jax.moe.run_experts.rows import (
-    num_experts_of,
-    run_sorted_rows,
-    sort_by_expert,
-    through_sorted_rows,
-)
+from moe_jax.moe.run_experts.rows import num_experts_of, run_sorted_rows, through_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
+from moe_jax.moe.run_experts.sorting import Choices, choices_of, sort_by_expert
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes
@@ -199,26 +195,15 @@ def exchange_rows(
 ) -> Combined:
     """The tokens of one device, in chunks, through `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
-    num_choices = assignment.kept_GSK.shape[-1]
-    num_own = num_experts_of(weights)
     num_chunks = min(plan.num_chunks, groups * tokens)  # one text that is generated has few
-    choices = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
-    rows = [x_GSM.reshape(-1, model_dim), *(value.reshape(-1, num_choices) for value in choices)]
+    rows = (x_GSM.reshape(-1, model_dim), *choices_of(assignment))
     outputs = []
     chunks = zip(*(jnp.array_split(value, num_chunks) for value in rows), strict=True)
-    for i, (x_JM, expert_JK, gate_JK, kept_JK) in enumerate(chunks):
-        most = most_received_rows(
-            tokens=len(x_JM),
-            num_choices=num_choices,
-            num_own=num_own,
-            num_devices=assignment.num_experts // num_own,
-            slots=groups * assignment.capacity,
-        )
+    for i, (x_JM, *choices) in enumerate(chunks):
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         one = through_ragged_exchange(
-            x_JM, expert_JK, gate_JK, kept_JK, weights, experts, key,
-            axes=axes, max_rows=buffer_rows(kept_JK.size, most, plan.buffer_factor),
-            is_bounded=plan.buffer_factor > 0, kernel=plan.kernel,
+            x_JM, Choices(*choices), weights, experts, key, axes, plan,
+            slots=groups * assignment.capacity,
         )  # fmt: skip
         outputs.append(one)
     y_JM = jnp.concatenate([one.y for one in outputs])
@@ -226,7 +211,7 @@ def exchange_rows(
     buffers = [one.buffer for one in outputs if one.buffer is not None]
     return Combined(
         y_JM.reshape(groups, tokens, model_dim),
-        kept_JK.reshape(groups, tokens, num_choices),
+        kept_JK.reshape(groups, tokens, -1),
         jax.tree.map(lambda *each: jnp.stack(each), *buffers).over_all() if buffers else None,
     )
 
@@ -242,17 +227,13 @@ def check_even(what: str, count: int, shards: int) -> None:
 
 def through_ragged_exchange(
     x_JM: jax.Array,
-    expert_JK: jax.Array,
-    gate_JK: jax.Array,
-    kept_JK: jax.Array,
+    choices: Choices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
-    *,
     axes: tuple[str, ...],
-    max_rows: int,
-    kernel: str,
-    is_bounded: bool = False,
+    plan: Plan,
+    slots: int,
 ) -> Combined:
     """Carries the kept choices to their experts' devices and back, and sums them by token.
 
@@ -260,48 +241,56 @@ def through_ragged_exchange(
 
     Args:
       x_JM: tokens of this device.
-      expert_JK: int32 in [0, E), over the experts of all devices.
-      gate_JK: float32.
-      kept_JK: bool.
+      choices: theirs, among the experts of all devices.
       weights: of this device's experts, by name, leading dim E / Q.
       experts: computes rows; see `run_sorted_rows`.
       rng: key for the experts, or None.
       axes: mesh axes that the experts are split over.
-      max_rows: W, rows that a device can receive.
-      kernel: of `grouped_matmul`.
-      is_bounded: whether more rows than these may come. Those of `rows_that_fit` are sent then.
+      plan: its `buffer_factor` bounds the rows that a device receives: `rows_that_fit` are sent.
+        Without one there is room for the worst case. Its `kernel` multiplies rows and weights.
+      slots: of one expert, in the groups of this device.
 
     Returns:
       The gated sum over a token's choices that were computed.
     """
     num_devices, num_own = jax.lax.axis_size(axes), num_experts_of(weights)
-    choice_R, row_JK, rows_E = sort_by_expert(expert_JK, kept_JK, num_own * num_devices)
+    num_tokens, num_choices = choices.kept_JK.shape
+    most = most_received_rows(
+        tokens=num_tokens,
+        num_choices=num_choices,
+        num_own=num_own,
+        num_devices=num_devices,
+        slots=slots,
+    )
+    max_rows = buffer_rows(num_tokens * num_choices, most, plan.buffer_factor)  # W
 
+    order = sort_by_expert(choices, num_own * num_devices)
     # Rows of every expert on every device.
-    rows_QE = jax.lax.all_gather(rows_E, axes, axis=0, tiled=False)
+    rows_QE = jax.lax.all_gather(order.rows_E, axes, axis=0, tiled=False)
     me, buffer = jax.lax.axis_index(axes), None
-    if is_bounded:
-        most = jnp.max(jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=(0, 2)))
-        rows_QE = rows_that_fit(rows_QE, num_own, max_rows)
-        sent_JK = kept_JK
-        kept_JK, choice_R, row_JK = keep_first(
-            expert_JK, sent_JK, choice_R, row_JK, rows_E, rows_QE[me]
+    if plan.buffer_factor > 0:
+        most_sent = jnp.max(
+            jnp.sum(rows_QE.reshape(num_devices, num_devices, num_own), axis=(0, 2))
         )
-        overflow = jnp.sum(sent_JK & ~kept_JK, dtype=jnp.int32)
-        buffer = Buffer(overflow, most, most.astype(jnp.float32) / kept_JK.size)
-    x_RM = rows_of(x_JM, choice_R, row_JK, kept_JK)
+        rows_QE = rows_that_fit(rows_QE, num_own, max_rows)
+        sent_JK = choices.kept_JK
+        choices, order = keep_first(choices, order, rows_QE[me])
+        overflow = jnp.sum(sent_JK & ~choices.kept_JK, dtype=jnp.int32)
+        buffer = Buffer(overflow, most_sent, most_sent.astype(jnp.float32) / sent_JK.size)
+    _, gate_JK, kept_JK = choices
+    x_RM = rows_of(x_JM, order, kept_JK)
     there, back = ways_of_rows(rows_QE, num_own, me)
     empty_WM = jnp.zeros_like(x_RM, shape=(max_rows, x_RM.shape[1]))
     x_WM = ragged_all_to_all(x_RM, empty_WM, *there, axis_name=axes)
     own_QE = jax.lax.dynamic_slice_in_dim(rows_QE, me * num_own, num_own, axis=1)
     expert_W, is_filled_W = expert_of_rows(own_QE, max_rows)
     filled_W1 = is_filled_W[:, None]
+    received = Choices(expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1)
     y_WM = through_sorted_rows(
-        x_WM, expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1, weights, experts, rng,
-        kernel, likely_rows=kept_JK.size,
-    )  # fmt: skip
+        x_WM, received, weights, experts, rng, plan.kernel, likely_rows=kept_JK.size
+    )
     y_RM = ragged_all_to_all(y_WM, jnp.zeros_like(x_RM), *back, axis_name=axes)
-    y_JM = sum_choices(y_RM, row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
+    y_JM = sum_choices(y_RM, order.row_JK, gate_JK, kept_JK).astype(x_JM.dtype)
     return Combined(y_JM, kept_JK, buffer)
 
 
