@@ -234,7 +234,7 @@ class Part(Settings):
     """A part of a layer: attention, a feed-forward network, an MoE block; or a whole layer."""
 
     family: ClassVar[str] = "part"
-    routes: ClassVar[bool] = False  # sends tokens to experts: `Aux` has what `moe` measures
+    routes: ClassVar[bool] = False  # is an `MoE`: sends tokens to experts, and `Aux` says where
     adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
     reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` in both directions
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`

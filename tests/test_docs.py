@@ -132,6 +132,7 @@ def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
         ("MovingAverage", set()),
         ("RoundRobin", {"scan"}),
         ("Peakedness", {"mesh", "scan", "decoding"}),
+        ("FactoredMoE", {"scan"}),
         pytest.param("SquaredRelu", {"mesh", "scan"}, marks=pytest.mark.slow),
         pytest.param("LastFirst", {"mesh", "scan"}, marks=pytest.mark.slow),
     ],
@@ -145,6 +146,12 @@ def test_the_parts_of_the_page_pass_the_checks(my_parts, name, left_out):
         assert result.passed is not False, f"{one}: {result.text}"
         assert "none was seen to look ahead" not in result.text
         assert one != "decoding" or result.passed
+
+
+def test_costs_follow_from_the_matrices_of_an_expert(my_parts):
+    moe = my_parts.FactoredMoE(num_experts=4, num_selected_experts=2, expert_dim=32, rank=8)
+    [experts] = [cost for cost in moe.costs(Dims(16), 64, "float32") if cost.kind == "experts"]
+    assert experts.flops == 2 * 2 * (16 * 8 + 8 * 32 + 32 * 16)
 
 
 def test_the_page_lists_the_checks():

@@ -15,7 +15,6 @@ from moe_jax.moe.queues import RandomOrder
 from moe_jax.moe.routing import Router
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.moe.statistics import dropped_fraction
-from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -136,21 +135,10 @@ def test_evaluation_has_the_slots_of_training_and_order_does_not_matter():
     np.testing.assert_allclose(turned[:, ::-1], y, **FLOAT32)
 
 
-def test_a_single_expert_computes_the_tokens_themselves():
-    moe = make_moe(num_experts=1, num_selected_experts=1)
-    params = init_parameters(jax.random.key(0), moe.specs(Dims(MODEL_DIM)))
-    assert sorted(params) == ["experts"]
-    weights = params["experts"]
-    x = make_values(make_moe())[1]
-    y, _ = run(params, x, moe)
-    # Kept but for the capacity: slots = 6 * 1 / 1 * 0.5, first come, first served.
-    expected = 1.5 * np.maximum(x[:, :3] @ weights["wi"][0], 0) @ weights["wo"][0]
-    np.testing.assert_allclose(y[:, :3], expected, **FLOAT32)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"num_experts": 1, "num_selected_experts": 1}, r"two experts or more.*num_experts=1"),
         ({"group_size": 0}, r"Soft MoE needs group_size.*group_size=0.*group_size to data"),
         ({"capacity": Capacity(train_factor=0)}, r"needs group_size.*train_factor=0"),
         (

@@ -95,22 +95,30 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
 
 
 def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
-    """The routed experts; saved are rows in and out, and hidden units, two or three times."""
-    width, hidden, matrices = dims.model_dim, moe.expert_dim, 3 if moe.activation.gated else 2
-    rows, used = expert_rows(moe, length), mean_experts(moe, length)
-    cost = ffn_cost(width, hidden, gated=moe.activation.gated, itemsize=itemsize)
-    size = sum(spec.size for spec in jax.tree.leaves(moe.specs(dims)["experts"]))
+    """The routed experts; saved are rows in and out, and what their matrices read and write."""
+    width, specs = dims.model_dim, moe.expert_specs(dims)
+    rows, used, in_memory = (f(moe, length) for f in (expert_rows, mean_experts, memory_rows))
+    matrices = [spec for spec in specs.values() if len(spec.shape) == 3]
+    flops = sum(2.0 * inward * outward for _, inward, outward in (m.shape for m in matrices))
+    sides = [side for m in matrices for side in zip(m.axes[1:], m.shape[1:], strict=True)]
+    inner = [(axis, size) for axis, size in sides if axis != "model"]
     return Cost(
         "experts",
-        flops=used * cost.flops,
-        padding=(rows - used) * cost.flops,
+        flops=used * flops,
+        padding=(rows - used) * flops,
         batched=True,
-        saved=Bytes(2 * width, matrices * hidden).times(memory_rows(moe, length) * itemsize),
-        largest=cost.largest.times(memory_rows(moe, length)),
-        traffic=cost.traffic.times(rows),
-        sums=rows * cost.sums,
-        inactive=size * (1 - used / moe.num_experts),
+        saved=features([*inner, ("model", 2 * width)]).times(in_memory * itemsize),
+        largest=features([max(inner, key=lambda side: side[1])]).times(in_memory * itemsize),
+        traffic=features(sides).times(rows * itemsize),
+        sums=rows * width * itemsize,
+        inactive=sum(spec.size for spec in specs.values()) * (1 - used / moe.num_experts),
     )
+
+
+def features(sides: list[tuple[str | None, int]]) -> Bytes:
+    """Features of a row at sides of matrices: those of the hidden dim are split over `tensor`."""
+    split = sum(size for axis, size in sides if axis == "hidden")
+    return Bytes(sum(size for _, size in sides) - split, split)
 
 
 def training_options(moe: "MoE", length: int) -> Options:

@@ -71,7 +71,7 @@ class MoE(Part):
     grouped_matmul: str = setting("auto", choices=KERNELS, changes_results=False)
     # Between devices: constraints, shard_map.
     exchange: str = setting("auto", choices=EXCHANGES, changes_results=False)
-    # Parts that travel one by one, to overlap.
+    # Chunks in which rows travel: one is computed while the next is under way.
     exchange_chunks: int = setting(1, at_least=1, changes_results=False)
     # Room for received rows over the mean of a device, in the explicit exchange of ragged rows; 0:
     # for the worst case. What has no room is lost, and counted as `buffer_overflow`.
@@ -184,26 +184,30 @@ class MoE(Part):
 
     def expert_axes(self, model_dim: int) -> dict[str, Axes]:
         """Names of the dims of every weight of the experts."""
-        return {name: spec.axes for name, spec in self.specs(Dims(model_dim))["experts"].items()}
+        return {name: spec.axes for name, spec in self.expert_specs(Dims(model_dim)).items()}
+
+    def expert_specs(self, dims: Dims) -> dict[str, ParameterSpec]:
+        """The weights of `experts`, by name, with a leading E.
+
+        Each of three dims is a matrix that multiplies every row once: costs are counted by that.
+        """
+        return ffn_specs(
+            dims.model_dim, self.expert_dim, "experts", gated=self.activation.gated,
+            use_bias=self.use_bias, init_scale=self.init_scale, num_experts=self.num_experts,
+            identical_init=self.identical_init,
+        )  # fmt: skip
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """`experts` with a leading E; `router`, if there is a choice; `shared`, with its `gate`."""
-        ffn: dict[str, Any] = {
-            "gated": self.activation.gated,
-            "use_bias": self.use_bias,
-            "init_scale": self.init_scale,
-        }
-        specs: dict[str, Any] = {
-            "experts": ffn_specs(
-                dims.model_dim, self.expert_dim, "experts", num_experts=self.num_experts,
-                identical_init=self.identical_init, **ffn,
-            )
-        }  # fmt: skip
+        specs: dict[str, Any] = {"experts": self.expert_specs(dims)}
         router = self.router.specs(dims, self.any_options) if self.num_options > 1 else {}
         specs |= {"router": router} if router else {}
         if self.shared_expert_dim > 0:
             component = "shared_experts"
-            specs["shared"] = ffn_specs(dims.model_dim, self.shared_expert_dim, component, **ffn)
+            specs["shared"] = ffn_specs(
+                dims.model_dim, self.shared_expert_dim, component, gated=self.activation.gated,
+                use_bias=self.use_bias, init_scale=self.init_scale,
+            )  # fmt: skip
             if self.shared_expert_gate:
                 init = truncated_normal_init(0.02)
                 gate = ParameterSpec((dims.model_dim, 1), ("model", None), init, component)

@@ -68,8 +68,8 @@ class Routing(NamedTuple):
         groups of experts is in the choices; None where it is not.
       clean_GSE: the logits without noise, or None if they have none.
       noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
-      loss_GS: float32 >= 0, what the router adds to the training loss of each token, weighted;
-        None: nothing.
+      loss_GS: float32 >= 0, what the router adds to the training loss of each token, weighted; the
+        mean over the layers of the part counts. None: nothing.
       mixing: how tokens mix in slots, if the router filled them; the choices are then for
         statistics alone.
     """
@@ -141,7 +141,7 @@ class Router(Settings):
 
     Attributes:
       replays: whether `route` uses `inputs.replay` instead of its own choices.
-      learns: whether a gradient reaches its parameters through its probabilities.
+      learns: whether a gradient reaches its parameters through `probs_GSE`.
       takes_bias: whether it adds `inputs.bias_E` to the scores that it selects by.
       takes_free_experts: whether its options can include experts that compute nothing.
       mixes: whether it fills slots with mixtures of tokens, so that no row moves (`Mixing`).

@@ -50,6 +50,12 @@ class Soft(Router):
     def check_block(self, moe: "MoE") -> None:
         """See `Router`."""
         require(
+            moe.num_experts > 1,
+            "Soft MoE needs two experts or more: a block with one runs no router",
+            f"num_experts={moe.num_experts}",
+            "Raise num_experts, or use a dense feed-forward network",
+        )
+        require(
             moe.group_size > 0 and moe.capacity.train_factor > 0,
             "Soft MoE needs group_size and capacity.train_factor above 0, since an expert learns "
             "num_selected_experts * group_size * train_factor / num_experts slots",

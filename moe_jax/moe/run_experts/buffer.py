@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.run_experts.sorting import Choices, Order
+from moe_jax.moe.run_experts.sorting import Order, TokenChoices
 
 TILE = 128  # rows: a bounded buffer is whole tiles of the grouped matmul
 
@@ -100,7 +100,9 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
     return fitting.reshape(rows_QE.shape)
 
 
-def keep_first(choices: Choices, order: Order, fitting_E: jax.Array) -> tuple[Choices, Order]:
+def keep_first(
+    choices: TokenChoices, order: Order, fitting_E: jax.Array
+) -> tuple[TokenChoices, Order]:
     """Keeps the first rows of every expert, and closes the gaps behind them.
 
     Args:
@@ -122,7 +124,7 @@ def keep_first(choices: Choices, order: Order, fitting_E: jax.Array) -> tuple[Ch
     expert_R = jnp.minimum(expert_R, len(rows_E) - 1)
     moved_R = jnp.minimum(rows - packed_E[expert_R] + starts_E[expert_R], len(choice_R) - 1)
     order = Order(choice_R[moved_R], row_JK, fitting_E)
-    return Choices(expert_JK, gate_JK, kept_JK), order
+    return TokenChoices(expert_JK, gate_JK, kept_JK), order
 
 
 def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:

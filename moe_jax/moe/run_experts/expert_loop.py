@@ -16,7 +16,7 @@ from jax import lax
 
 from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
-from moe_jax.moe.run_experts.sorting import Choices, Order
+from moe_jax.moe.run_experts.sorting import Order, TokenChoices
 from moe_jax.parameters import learning
 
 # Rows of the smallest block, at most; else an eighth of the mean group. Half of one is padding.
@@ -260,7 +260,7 @@ def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any)
 
 def one_by_one(
     x_JM: jax.Array,
-    choices: Choices,
+    choices: TokenChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,

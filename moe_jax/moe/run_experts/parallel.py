@@ -28,7 +28,7 @@ from moe_jax.moe.run_experts.grouped_matmul import says_how_it_varies
 from moe_jax.moe.run_experts.plan import Plan
 from moe_jax.moe.run_experts.rows import num_experts_of, run_sorted_rows, through_sorted_rows
 from moe_jax.moe.run_experts.slots import run_einsum
-from moe_jax.moe.run_experts.sorting import Choices, choices_of, sort_by_expert
+from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.parallel.rules import mesh_axes, mesh_in_use, num_shards, partition_spec
 from moe_jax.parameters import Axes, weight_axes
@@ -202,7 +202,7 @@ def exchange_rows(
     for i, (x_JM, *choices) in enumerate(chunks):
         key = rng if rng is None or i == 0 else jax.random.fold_in(rng, i)
         one = through_ragged_exchange(
-            x_JM, Choices(*choices), weights, experts, key, axes, plan,
+            x_JM, TokenChoices(*choices), weights, experts, key, axes, plan,
             slots=groups * assignment.capacity,
         )  # fmt: skip
         outputs.append(one)
@@ -227,7 +227,7 @@ def check_even(what: str, count: int, shards: int) -> None:
 
 def through_ragged_exchange(
     x_JM: jax.Array,
-    choices: Choices,
+    choices: TokenChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,
@@ -285,7 +285,7 @@ def through_ragged_exchange(
     own_QE = jax.lax.dynamic_slice_in_dim(rows_QE, me * num_own, num_own, axis=1)
     expert_W, is_filled_W = expert_of_rows(own_QE, max_rows)
     filled_W1 = is_filled_W[:, None]
-    received = Choices(expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1)
+    received = TokenChoices(expert_W[:, None], filled_W1.astype(jnp.float32), filled_W1)
     y_WM = through_sorted_rows(
         x_WM, received, weights, experts, rng, plan.kernel, likely_rows=kept_JK.size
     )

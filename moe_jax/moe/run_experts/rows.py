@@ -12,7 +12,7 @@ from moe_jax.moe.experts import Experts, Weights
 from moe_jax.moe.run_experts.expert_loop import expert_loop, one_by_one
 from moe_jax.moe.run_experts.gather import rows_of, sum_choices
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
-from moe_jax.moe.run_experts.sorting import Choices, choices_of, sort_by_expert
+from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
 
 # Choices that a CPU computes one by one rather than in a loop over experts: when decoding one text,
 # or a few. XLA copies the operands of a loop inside of a scan over layers: the matrices of all
@@ -78,7 +78,7 @@ def run_sorted_rows(
 
 def through_sorted_rows(
     x_JM: jax.Array,
-    choices: Choices,
+    choices: TokenChoices,
     weights: Weights,
     experts: Experts,
     rng: jax.Array | None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moe_jax.moe.capacity import Assignment
 
 
-class Choices(NamedTuple):
+class TokenChoices(NamedTuple):
     """The choices of the tokens of all groups.
 
     Attributes:
@@ -36,13 +36,13 @@ class Order(NamedTuple):
     rows_E: jax.Array
 
 
-def choices_of(assignment: Assignment) -> Choices:
+def choices_of(assignment: Assignment) -> TokenChoices:
     """The choices of an assignment, without groups."""
     values = (assignment.expert_index_GSK, assignment.gate_GSK, assignment.kept_GSK)
-    return Choices(*(value.reshape(-1, value.shape[-1]) for value in values))
+    return TokenChoices(*(value.reshape(-1, value.shape[-1]) for value in values))
 
 
-def sort_by_expert(choices: Choices, num_experts: int) -> Order:
+def sort_by_expert(choices: TokenChoices, num_experts: int) -> Order:
     """The order of the kept choices.
 
     Raises:
