@@ -24,13 +24,14 @@ COMMANDS = ("-m", "moe-jax")  # sys.argv[0] while `python -m moe_jax.NAME` is fo
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
+# A stop may reach a process twice: a scheduler signals all of them, and a sweep hands it on.
 SAME_SECONDS = 0.5
 
 _caught = False
 _lock = threading.RLock()  # a handler may interrupt a handler
 _ending_since: float | None = None
 _unsaved: Callable[[], bool] | None = None
-_num_deferred = 0
+_deferred_since: float | None = None
 _left_to_handlers = False
 _before_end: Callable[[], str] | None = None
 
@@ -54,13 +55,27 @@ def catch_in_command() -> None:
 
 
 def _watch(reader: int) -> None:
-    global _num_deferred
     while numbers := os.read(reader, 1):
-        if numbers[0] not in SIGNALS or _left_to_handlers:
-            continue
-        if _unsaved is None or not _unsaved() or _num_deferred:
-            end_by(numbers[0])
-        _num_deferred += 1
+        _take(numbers[0], time.monotonic())
+
+
+def _take(number: int, now: float) -> None:
+    """Ends the process by a signal that came just now, unless that is left to the handler."""
+    global _deferred_since
+    # SIGHUP has a handler of Python, and comes here, while training goes.
+    if number not in (*SIGNALS, signal.SIGHUP) or _left_to_handlers:
+        return
+    if _unsaved is None or not _unsaved():
+        end_by(number)
+    elif _deferred_since is None:
+        _deferred_since = now
+    elif now - _deferred_since > SAME_SECONDS:
+        end_by(number)
+
+
+def are_watched() -> bool:
+    """Whether a thread takes signals as they come, also while the main thread is in XLA."""
+    return _caught
 
 
 def end_by(number: int) -> None:
@@ -118,9 +133,12 @@ def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 @contextlib.contextmanager
 def deferring(unsaved: Callable[[], bool]) -> Iterator[None]:
-    """While this lasts, the first signal is left to its handler if `unsaved()` when it comes."""
-    global _unsaved, _num_deferred
-    _unsaved, _num_deferred = unsaved, 0
+    """While this lasts, the first signal is left to its handler if `unsaved()` when it comes.
+
+    What follows within `SAME_SECONDS` is the same one. A later one ends the process.
+    """
+    global _unsaved, _deferred_since
+    _unsaved, _deferred_since = unsaved, None
     try:
         yield
     finally:

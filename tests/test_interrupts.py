@@ -155,12 +155,29 @@ def test_a_signal_while_something_is_unsaved_is_left_to_its_handler_and_a_second
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "saves\n"
-        time.sleep(0.2)
+        time.sleep(interrupts.SAME_SECONDS + 0.1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=50)
     assert process.returncode == 130
     assert "stopped by SIGINT; last good step: 7\n" in said
+
+
+def test_a_signal_that_comes_from_two_sides_is_one(monkeypatch):
+    """Such as SIGTERM of a SLURM step, from the scheduler and from the sweep that ends its runs."""
+    ended = []
+    monkeypatch.setattr(interrupts, "end_by", ended.append)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with interrupts.deferring(lambda: True):
+            for now in (100.0, 100.05, 100.3):
+                interrupts._take(number, now)
+            assert not ended
+            interrupts._take(number, 100.0 + interrupts.SAME_SECONDS + 0.1)
+        assert ended == [number]
+        ended.clear()
+    with interrupts.deferring(lambda: False):
+        interrupts._take(signal.SIGTERM, 100.0)
+    assert ended == [signal.SIGTERM], "nothing is unsaved"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 import types
 
@@ -38,6 +39,46 @@ def test_a_signal_ends_a_run_after_its_step(number, came):
         assert signals.stops_after(2) == number and not came
     os.kill(os.getpid(), number)
     assert came == [number], "the handler before is back"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_acts_unless_it_is_the_first_again(number, came, monkeypatch):
+    """A scheduler signals the sweep and its runs, and the sweep hands it on."""
+    now = 100.0
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(signals_module, "time", clock)
+    with SignalFlag() as signals:
+        signals.stops_after(1)
+        os.kill(os.getpid(), number)
+        now += 0.3
+        os.kill(os.getpid(), number)
+        assert not came and signals.stops_after(2) == number
+        now += 0.3
+        os.kill(os.getpid(), number)
+        assert came == [number]
+
+
+def test_ctrl_c_of_several_processes_counts_as_sigterm_once(came, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with SignalFlag():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGTERM]
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(came):
+    """Python refuses handlers there."""
+    found = []
+
+    def run():
+        with SignalFlag() as signals:
+            found.append(signals.stops_after(1))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert found == [None] and came == [signal.SIGTERM]
 
 
 def test_processes_that_resume_count_their_own_steps(monkeypatch):

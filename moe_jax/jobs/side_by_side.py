@@ -134,7 +134,8 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
     """Runs each job as a process, as many at a time as there are places.
 
     A signal that ends this process is handed on to every job, which saves its state and ends; a
-    second one too, which ends a job at once.
+    second one too, which ends a job at once. A job may have got the first one from elsewhere as
+    well: it takes two within `interrupts.SAME_SECONDS` as one.
 
     Returns:
       The jobs that failed.

@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +25,10 @@ class Interrupted(Exception):
 class SignalFlag:
     """Remembers SIGTERM, Ctrl-C or SIGHUP until the step that runs is over; a second acts at once.
 
-    So does one that finds nothing to save: before the first step is over, and in `nothing_to_save`.
+    A second within `interrupts.SAME_SECONDS` is the first one again: a scheduler signals every
+    process, and a sweep hands on to its runs what it got itself. One that finds nothing to save
+    acts at once too: before the first step is over, and in `nothing_to_save`.
+
     To act is what the handler does that was there before: a command ends with one line
     (`moe_jax.interrupts`), a program of the user's gets its KeyboardInterrupt. A checkpoint that
     is being written is complete before. SIGHUP comes when a terminal is closed; it stays ignored
@@ -33,6 +38,8 @@ class SignalFlag:
     and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
     second one does not kill; Ctrl-C counts as SIGTERM.
 
+    Python lets only the main thread take signals: in another one this does nothing.
+
     Args:
       start: the step that the run goes on from.
     """
@@ -40,16 +47,20 @@ class SignalFlag:
     def __init__(self, start: int = 0) -> None:
         self._start = start
         self._several = jax.process_count() > 1
+        self._on_main_thread = threading.current_thread() is threading.main_thread()
         self._received: int | None = None
+        self._since: float | None = None  # when the first signal came
         self._old: dict[int, Any] = {}
         self._unsaved = False
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "SignalFlag":
+        if not self._on_main_thread:
+            return self
         # Several processes agree on a step, however early the signal comes.
         self._exit.enter_context(interrupts.deferring(lambda: self._several or self._unsaved))
         if self._several:
-            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._pass_on)
+            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
             return self
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -57,10 +68,10 @@ class SignalFlag:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        if self._several:
+        if self._several and self._on_main_thread:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in the place of JAX's
+        self._restore()
+        self._exit.close()
 
     def stops_after(self, step: int) -> int | None:
         """The signal that ends the run after this step, or None; all processes ask after each."""
@@ -84,18 +95,28 @@ class SignalFlag:
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
-        self._received = number
-        for each, handler in self._old.items():
-            signal.signal(each, handler)
-        if not self._unsaved:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+            if self._several:
+                signal.raise_signal(signal.SIGTERM)
+                return
+            self._received = number
+            if not self._unsaved:
+                self._act(number)
+            return
+        # The thread of a command has judged the second one when it came: this may have waited.
+        if not interrupts.are_watched() and now - self._since > interrupts.SAME_SECONDS:
             self._act(number)
 
     def _act(self, number: int) -> None:
-        with contextlib.suppress(Exception):
-            interrupts.said_before_end()  # waits for a save: SIGTERM may kill, with no `finally`
+        if not self._several:
+            with contextlib.suppress(Exception):
+                # This waits for a save: SIGTERM may kill, with no `finally`.
+                interrupts.said_before_end()
+        self._restore()
         signal.raise_signal(number)
 
-    def _pass_on(self, number: int, frame: object) -> None:
-        del frame
-        signal.signal(number, self._old[number])
-        signal.raise_signal(signal.SIGTERM)
+    def _restore(self) -> None:
+        while self._old:
+            signal.signal(*self._old.popitem())
