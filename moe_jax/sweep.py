@@ -183,7 +183,10 @@ def check_different(
 
 
 def key_of(config: ExperimentConfig, *, only_results: bool = False) -> str:
-    """What two configs have in common only if they are equal, or equal in what decides results."""
+    """A text that is equal for two configs only if they are equal.
+
+    With `only_results`, only if the settings that change results are.
+    """
     return json.dumps(to_dict(config, only_results=only_results), sort_keys=True)
 
 
@@ -192,13 +195,15 @@ def workdirs_of(
 ) -> list[pathlib.Path]:
     """Where each run is: under its name, or where a run of its results is already, each once.
 
-    The config that a run has written has its mesh filled, and its settings of logging, for example,
-    may have changed: what does not change results is not compared.
+    The config that a run has written has its mesh filled and its paths whole, and its settings of
+    logging, for example, may have changed: what does not change results is not compared.
     """
+    from moe_jax.training.workdir import with_whole_paths
+
     known = known_runs(out, frozenset().union(*map(foreign_kinds, configs)))
     found = [out / name for name in names]
     for i, config in enumerate(configs):
-        key = key_of(config, only_results=True)
+        key = key_of(with_whole_paths(config), only_results=True)
         if known.get(found[i]) != key:
             same = (run for run, other in known.items() if other == key and run not in found)
             found[i] = next(same, found[i])

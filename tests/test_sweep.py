@@ -150,6 +150,16 @@ def test_a_run_is_known_by_its_config_whatever_the_grid_calls_it(tmp_path):
     assert first.workdir == run.workdir and second.workdir == tmp_path / "seed=6,b1=0.9"
 
 
+def test_a_run_is_known_whether_its_paths_are_whole_or_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (run,) = sweep.plan([*FLAGS, f"--config.data.corpus={tmp_path}/texts"], ["seed=5"], tmp_path)
+    begin(run)
+    flags = [*FLAGS, "--config.data.corpus=texts"]
+    (again,) = sweep.plan(flags, ["optimizer.b1=0.9", "seed=5"], tmp_path)
+    assert again.workdir == run.workdir and again.name == "b1=0.9,seed=5"
+
+
 def test_runs_that_differ_in_what_changes_no_result_have_a_workdir_each(tmp_path):
     rates = sweep.plan(FLAGS, [RATES], tmp_path)
     begin(rates[0])

@@ -21,7 +21,7 @@ from moe_jax.training.loss import CrossEntropy
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
 from moe_jax.training.saved import CHECKPOINTS, load_run
 from moe_jax.training.state import evaluation_params, init_state
-from moe_jax.training.workdir import check_workdir, with_whole_path
+from moe_jax.training.workdir import check_workdir, with_whole_paths
 from tests.test_training_placement import LowRankModel
 from tests.test_training_subsets import named, with_model
 from tests.tiny_run import (
@@ -249,9 +249,9 @@ def test_a_position_is_of_the_same_data(source, sections, content, message):
 
 def test_the_path_is_recorded_from_the_root_on(source, tmp_path, monkeypatch):
     monkeypatch.chdir(source.parent)
-    config = with_whole_path(started(source.name))
+    config = with_whole_paths(started(source.name))
     assert config.init_from.path == str(source)
-    assert with_whole_path(config) == config and with_whole_path(config_of()) == config_of()
+    assert with_whole_paths(config) == config and with_whole_paths(config_of()) == config_of()
 
     # So a run goes on with either, and with no other source.
     run = save_run(tmp_path / "run", config, 2)
@@ -402,5 +402,5 @@ def test_a_position_asks_nothing_of_the_loss_of_the_source():
 def test_the_path_may_begin_with_the_home_of_the_user(source, monkeypatch):
     monkeypatch.setenv("HOME", str(source.parent))
     config = started(f"~/{source.name}")
-    assert with_whole_path(config).init_from.path == str(source)
+    assert with_whole_paths(config).init_from.path == str(source)
     assert open_source(config, CONTENT).step == 4

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
-from moe_jax.data import Data, check_data, open_data, train_batches, with_whole_paths
+from moe_jax.data import Data, check_data, open_data, train_batches
 from moe_jax.models.multi_token import own_name
 from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_rows, rows_of_process
@@ -44,7 +44,7 @@ from moe_jax.training.state import TrainState, evaluation_params
 from moe_jax.training.step import StepMetrics
 from moe_jax.training.trackers import check_trackers, open_trackers
 from moe_jax.training.vocabulary import check_vocabulary, warn_of_unused_ids
-from moe_jax.training.workdir import check_workdir, only_run, with_whole_path
+from moe_jax.training.workdir import check_workdir, only_run, with_whole_paths
 
 FINITE = ("loss", "total_loss", "grad_norm")  # metrics without which a run does not go on
 
@@ -76,7 +76,7 @@ def train(
     require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
     require_same("config", write_config(config))
-    config = with_whole_path(config.on_devices(jax.device_count()))
+    config = with_whole_paths(config.on_devices(jax.device_count()))
     mesh = make_mesh(config.mesh)
     check_run(config, mesh)
     with jax.set_mesh(mesh):
@@ -96,12 +96,6 @@ def train(
     # However this ends, a checkpoint that is being written is waited for.
     with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
         check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
-        loss = config.training.loss.with_whole_paths()
-        config = dataclasses.replace(
-            config,
-            data=with_whole_paths(config.data),
-            training=dataclasses.replace(config.training, loss=loss),
-        )
         with Checkpoints(workdir / CHECKPOINTS, keep, keep_every=keep_every) as checkpoints:
             return train_in(workdir, config, data, mesh, checkpoints, source, dict(facts or {}))
 

@@ -14,6 +14,7 @@ import jax
 from moe_jax.config import ExperimentConfig, difference, read_config, to_dict, write_config
 from moe_jax.config.check import require
 from moe_jax.config.upgrade import check_format
+from moe_jax.data import with_whole_paths as data_with_whole_paths
 from moe_jax.parallel.processes import all_or_none, gather
 from moe_jax.training.arrays import describe_saved
 from moe_jax.training.files import (
@@ -186,7 +187,7 @@ def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]
     allowed = {"config.data.corpus", "config.data.tokenizer"} if known and content else set()
     if config.training.num_steps > old.training.num_steps:
         allowed.add("config.training.num_steps")
-    new = with_whole_path(config)
+    new = with_whole_paths(config)
     lines = difference(to_dict(old, only_results=True), to_dict(new, only_results=True))
     lines = [line for line in lines if line.partition(":")[0] not in allowed]
     cut = [line for line in lines if line.startswith("config.training.num_microbatches:")]
@@ -216,13 +217,18 @@ def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     return lines
 
 
-def with_whole_path(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the path of `init_from` from the root on, as a run records it."""
-    given = config.init_from
-    if not given.path:
-        return config
-    whole = dataclasses.replace(given, path=str(pathlib.Path(given.path).expanduser().absolute()))
-    return dataclasses.replace(config, init_from=whole)
+def with_whole_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with its paths from the root on, as a run records them."""
+    source, training = config.init_from, config.training
+    if source.path:
+        path = str(pathlib.Path(source.path).expanduser().absolute())
+        source = dataclasses.replace(source, path=path)
+    return dataclasses.replace(
+        config,
+        data=data_with_whole_paths(config.data),
+        init_from=source,
+        training=dataclasses.replace(training, loss=training.loss.with_whole_paths()),
+    )
 
 
 def changed_hashes(
