@@ -46,6 +46,8 @@ def _between(text: str, line: str) -> str:
 def whole_flags(message: str, settings: Iterable[str]) -> str:
     """A message in which settings are named by their whole flags.
 
+    Names in paths stay, and so does a run's name before the message: both may have NAME=VALUE.
+
     Args:
       message: may name a setting as the library does: `training.batch_size`, or `batch_size=7`.
       settings: the dotted paths of all settings.
@@ -54,15 +56,18 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
     'Lower --config.training.batch_size: --config.training.batch_size=7.'
     """
     paths = set(settings)
+    name_of_run = re.match(r"(\S+=\S*: )?", message)[0]
+    message = message.removeprefix(name_of_run)
     scope = re.match(r"config[\w.]*(?=: )", message)
 
     def whole(found: re.Match[str]) -> str:
         name, equals = found.groups()
-        if not equals and "." not in name:
+        in_path = "/" in re.split(r"\s", message[: found.start()])[-1]
+        if in_path or (not equals and "." not in name):
             return found[0]
         within = f"{scope[0]}.{name}" if scope else name
         matches = [path for path in paths if f".{path}".endswith(f".{name}")]
         matches = [within] if within in paths else matches
         return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
 
-    return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
+    return name_of_run + re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)

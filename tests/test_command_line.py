@@ -362,6 +362,11 @@ def test_messages_name_settings_as_whole_flags():
         ("name=x could be two", "name=x could be two"),
         ("in runs/training.batch_size and --mesh=data=16", "in runs/training.batch_size and "
          "--mesh=data=16"),
+        ("in /r/b=1,batch_size=8/c, batch_size=8", "in /r/b=1,batch_size=8/c, "
+         "--config.training.batch_size=8"),
+        ("Set --config.x=/r/b=1,batch_size=8", "Set --config.x=/r/b=1,batch_size=8"),
+        ("b=1,batch_size=8: config.model.parts.moe: num_experts=4", "b=1,batch_size=8: "
+         "config.model.parts.moe: --config.model.parts.moe.num_experts=4"),
     ]:  # fmt: skip
         assert whole_flags(said, settings) == expected
 

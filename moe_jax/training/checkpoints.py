@@ -187,7 +187,7 @@ class Checkpoints:
             self._newest = _of_process_0(max(self.steps(), default=NO_STEP))
         if self._newest > step:
             raise ValueError(
-                f"checkpoints are saved in the order of their steps: step={step}, but "
+                f"checkpoints are saved in the order of their steps: step {step}, but "
                 f"{self.directory} has step {self._newest}. Restore it first, or use another "
                 "directory."
             )
