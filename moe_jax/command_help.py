@@ -1,7 +1,6 @@
 """What --help of a command prints: its docstring, its flags, the settings of its config."""
 
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from moe_jax.config.file import load_config
+from moe_jax.config.file import configs_in, load_config
 
 if TYPE_CHECKING:
     from moe_jax.command_line import Command
@@ -49,7 +48,7 @@ def settings_help(arguments: Sequence[str]) -> str:
     from moe_jax.config import ExperimentConfig, from_config_dict
     from moe_jax.config.describe import describe_settings, settings_text
 
-    named = [text.partition("=")[2] for text in arguments if re.match(r"--?config=", text)]
+    named = configs_in(arguments)
     config = from_config_dict(load_config(named[-1])) if named else ExperimentConfig()
     source = f"of {named[-1]}" if named else "and their defaults; --config=FILE --help has a file's"
     return (

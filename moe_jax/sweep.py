@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,17 @@ from moe_jax import command_line, compare
 from moe_jax.config import DataConfig, ExperimentConfig, from_config_dict, read_config, to_dict
 from moe_jax.config.check import require
 from moe_jax.config.convert import foreign_kinds
-from moe_jax.config.file import load_config, override, settings_of
-from moe_jax.jobs.grid import NO_PRESET, PRESETS, Axis, check_names, grid, names_of, parse_axis
+from moe_jax.config.file import configs_in, load_config, override, settings_of
+from moe_jax.jobs.grid import (
+    NO_PRESET,
+    PRESETS,
+    Axis,
+    check_names,
+    grid,
+    names_of,
+    parse_axis,
+    without_quotes,
+)
 from moe_jax.jobs.log import failure
 from moe_jax.jobs.places import Machine, Place, this_machine
 from moe_jax.jobs.side_by_side import Board, Stopped, run_side_by_side
@@ -106,7 +114,11 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
         for name in axis.names:
             require(f"--config.{name}" not in given, "a setting is given once",
                     f"{name} in --set and in --config.{name}", "Remove one")  # fmt: skip
-    points = list(grid(axes))
+    strings = {name for name in settings if isinstance(read(base, name), str)}
+    points = [
+        {name: without_quotes(text) if name in strings else text for name, text in point.items()}
+        for point in grid(axes)
+    ]
     flags_of = [with_values(arguments, point) for point in points]
     dicts = [load(one) for one in flags_of]
     configs = [from_config_dict(one.to_dict()) for one in dicts]
@@ -146,10 +158,7 @@ def shared_arguments(argv: Sequence[str]) -> list[str]:
     """The flags of a command line that give the config, each as one word."""
     argv = flags.FLAGS.read_flags_from_files(list(argv))  # of --flagfile
     plain, overrides = command_line.split_overrides(argv)
-    found = []
-    for word, following in zip(plain, [*plain[1:], ""], strict=True):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", word):
-            found = [f"--config={following if match[1] is None else match[1]}"]
+    found = [f"--config={name}" for name in configs_in(plain)[-1:]]
     # A flag without a value is a boolean, in lower case as a flag has it.
     return found + [
         f"--{name}={str(text).lower() if isinstance(text, bool) else text}"

@@ -39,7 +39,7 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
         print(summary(config.model, config.lengths), flush=True)
     evaluation = train(config, workdir, facts_of(config))
     if config.training.sample_prompt:
-        with failure_is_a_warning("sample"):
+        with failure_is_a_warning("sample", together=True):
             write_sample(config, workdir)
     if jax.process_index() == 0:
         with failure_is_a_warning("report"):
@@ -48,13 +48,21 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def failure_is_a_warning(what: str) -> Iterator[None]:
-    """Warns of an error in a block: the run is trained and saved, and does not fail by it."""
+def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]:
+    """Warns of an error in a block: the run is trained and saved, and does not fail by it.
+
+    With `together`, all processes compute in the block: if one left it alone, the others would wait
+    for it without end. The error ends them then.
+    """
+    import jax
+
     try:
         yield
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
         print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
+        if together and jax.process_count() > 1:
+            raise
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from absl import flags
+from ml_collections import ConfigDict
 
 from moe_jax import __main__ as entry
 from moe_jax import __version__, command_line, interrupts
@@ -153,6 +155,24 @@ def test_flags_of_the_config_may_stand_apart_from_their_values():
     assert overrides == [("config.seed", "-3"), ("config.x", False), ("config.y", True)]
 
 
+def test_no_before_a_setting_has_no_value():
+    with pytest.raises(ValueError, match=r"--noconfig\.x=true\. Write --config\.x=false\."):
+        split_overrides(["--noconfig.x=true"])
+
+
+def test_a_setting_that_the_config_file_leaves_out_is_said_to_be_added_there():
+    config = ConfigDict({"training": {"num_steps": 5}}).lock()
+    for flag, line in [
+        ("seed", r"config\.seed = 0"),
+        ("training.batch_size", r"config\.training\.batch_size = \d+"),
+        ("optimizer.learning_rate", r"config\.optimizer = {'learning_rate': [\d.]+}"),
+    ]:
+        with pytest.raises(ValueError, match=rf"--config\.{flag}\. Add {line} to it\."):
+            override(config, f"config.{flag}", "1")
+    with pytest.raises(ValueError, match=r"Did you mean --config\.training\.num_steps"):
+        override(config, "config.training.num_step", "1")
+
+
 FILES = {
     "raises.py": ("x = 1\ndef get_config():\n    return 1 / 0\n", "line 3: ZeroDivisionError"),
     "exits.py": ("def get_config():\n    raise KeyError('a')\n", "line 2: KeyError: 'a'"),
@@ -278,10 +298,15 @@ def test_help_lists_the_flags_of_a_command(capsys, name):
 
 
 def test_help_lists_every_setting_with_its_comment(capsys):
-    assert command_of("train")([SMOKE, "--help"]) == 0
+    assert command_of("train")(["--config", SMOKE.removeprefix("--config="), "--help"]) == 0
     said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if re.match(r" +['\"]?--config\.", line)]
+    words = [shlex.split(line, comments=True) for line in lines]  # as a shell does
+    assert "--config.training.trackers=('tensorboard',)" in (word for (word,) in words)
+    pasted, _ = split_overrides([word for (word,) in words])
+    assert not pasted
     for flag in settings_of(load_config(SMOKE.removeprefix("--config="))):
-        part = flag.endswith(".kind") or said.count(f"  --{flag}=") == 1
+        part = flag.endswith(".kind") or len(re.findall(rf"  \"?--{re.escape(flag)}=", said)) == 1
         assert part or flag.split(".")[-1] in ("losses", "noise"), flag
     assert re.search(r"--config.training.batch_size=8 +# sequences a step, over all devices", said)
     assert re.search(r"--config.data.objective=causal_lm +# \"causal_lm\", \"prefix_lm\"", said)

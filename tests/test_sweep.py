@@ -120,6 +120,10 @@ def test_values_with_commas(tmp_path):
     ]  # fmt: skip
     assert runs[1].config.training.trackers == ("csv", "tensorboard")
     assert len({run.name for run in runs}) == 6
+    prompts = "training.sample_prompt='Hello, world','',Once"
+    runs = sweep.plan(FLAGS, [prompts], tmp_path)
+    assert [run.config.training.sample_prompt for run in runs] == ["Hello, world", "", "Once"]
+    assert runs[0].arguments[-1] == "--config.training.sample_prompt=Hello, world"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,21 @@ def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
     ]
 
 
+def test_of_several_processes_no_other_waits_for_one_that_failed(monkeypatch, capsys):
+    """All compute the sample together; process 0 alone writes the report."""
+
+    def fail(together):
+        with train.failure_is_a_warning("sample", together=together):
+            raise RuntimeError("no room")
+
+    fail(together=True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    fail(together=False)
+    with pytest.raises(RuntimeError, match="no room"):
+        fail(together=True)
+    assert capsys.readouterr().err.count("the run is saved, but there is no sample") == 3
+
+
 def test_a_finished_run_writes_the_same_sample_again(finished):
     before = files(finished)
     assert train.run(CONFIG, finished)["step"] == 3

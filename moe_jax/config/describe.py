@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import shlex
 import textwrap
 import tokenize
 from collections.abc import Iterator
@@ -116,9 +117,19 @@ def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
         if setting.value is None:
             lines.append(f"\n{setting.path}: {setting.comment}")
             continue
-        flag = f"  {prefix}{setting.path}={setting.value}"
+        flag = f"  {in_shell(f'{prefix}{setting.path}={setting.value}')}"
         lines.append(f"{flag:<58}  # {setting.comment}" if setting.comment else flag)
     return "\n".join(lines)
+
+
+def in_shell(word: str) -> str:
+    """A word as a shell takes it: in double quotes where that is enough, they are easier to read.
+
+    >>> print(in_shell("--a=1"), in_shell("--a=('b',)"), in_shell("--a=$b"))
+    --a=1 "--a=('b',)" '--a=$b'
+    """
+    quoted = shlex.quote(word)
+    return f'"{word}"' if quoted != word and not set(word) & set('"$`\\!') else quoted
 
 
 def kinds_text() -> str:

@@ -179,10 +179,28 @@ def settings_of(config: Mapping[str, Any], path: str = CONFIG) -> dict[str, Any]
     return settings
 
 
+def configs_in(arguments: Sequence[str]) -> list[str]:
+    """What each --config of a command line names, --config=NAME or --config NAME.
+
+    >>> configs_in(["--config=a.py", "--config.seed=3", "-config", "b.py:x"])
+    ['a.py', 'b.py:x']
+    """
+    matches = [re.fullmatch(r"--?config(?:=(.*))?", word, re.DOTALL) for word in arguments]
+    following = [*arguments[1:], ""]
+    return [
+        after if match[1] is None else match[1]
+        for match, after in zip(matches, following, strict=True)
+        if match
+    ]
+
+
 def split_overrides(
     arguments: Sequence[str],
 ) -> tuple[list[str], list[tuple[str, str | bool]]]:
     """The arguments without the settings of the config, and those as (path, text) pairs.
+
+    Raises:
+      ValueError: --noconfig.NAME=VALUE, which may mean either.
 
     >>> split_overrides(["--config=a.py", "--config.seed", "3", "--noconfig.model.scan_layers"])
     (['--config=a.py'], [('config.seed', '3'), ('config.model.scan_layers', False)])
@@ -195,6 +213,10 @@ def split_overrides(
         found = re.match(r"--?(no)?(config\.[^=]*)(=?)(.*)", argument, re.DOTALL)
         if argument == "--":
             return [*plain, argument, *left], overrides
+        if found and found[1] and found[3]:
+            raise ValueError(
+                f"--no before a setting is without a value: {argument}. Write --{found[2]}=false."
+            )
         if not found:
             plain.append(argument)
         elif found[3] or found[1]:
@@ -291,6 +313,15 @@ def require_field(flag: str, path: str, section: Any, name: str, config: Any) ->
         return
     names, settings = flag.split("."), settings_of(config)
     rest = names[path.count(".") + 2 :]
+    defaults = settings_of(config_dict(ExperimentConfig()))
+    if flag in defaults and names[1] != "model":  # of which the defaults are of the default kind
+        value = defaults[flag]
+        for inner in reversed(rest):
+            value = {inner: value}
+        raise ValueError(
+            f"flags change what the config file sets: it leaves out {path}.{name}, --{flag}. "
+            f"Add {path}.{name} = {value!r} to it."
+        )
     near = difflib.get_close_matches(name, list(section), n=1)
     proposed = [".".join([path, *near, *rest])] if near else []
     proposed += [other for other in settings if other.split(".")[-1] == names[-1]]

@@ -72,6 +72,16 @@ def split_values(text: str) -> list[str]:
     return [piece.strip() for piece in pieces]
 
 
+def without_quotes(text: str) -> str:
+    """A text without the pair of quotes around it, which keeps its commas.
+
+    >>> without_quotes("'a,b'"), without_quotes("'a' or 'b'"), without_quotes("a")
+    ('a,b', "'a' or 'b'", 'a')
+    """
+    found = re.fullmatch(r"(['\"])((?:(?!\1).)*)\1", text, re.DOTALL)
+    return found[2] if found else text
+
+
 def grid(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
     """Every combination, the last axis fastest: the text of each setting by its name."""
     for point in itertools.product(*(axis.points() for axis in axes)):
