@@ -38,7 +38,7 @@ class Machine:
     cores: tuple[int, ...]
 
     def places(self, num_jobs: int, devices_per_job: int = 1) -> list["Place"]:
-        """So many places; 0: as many as there are cores or, with GPUs, as jobs of that size fit.
+        """Makes `num_jobs` places. With 0, makes one for each core, or as many as fit the GPUs.
 
         More jobs than GPUs share them, and their memory. Another accelerator than a GPU belongs to
         one process.

@@ -106,11 +106,10 @@ def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
 
 
 def parameter_of(path: tuple[Any, ...], specs: Mapping[Any, Kind]) -> Kind | None:
-    """What is known, by path, of the parameter that an array of the state is or is a moment of.
+    """Finds, in `specs` by path, the parameter that an array of the state belongs to.
 
-    Such as its spec; None for other arrays.
-
-    The path of a moment has the path of its parameter in it, from its first dict key on.
+    The path of a moment contains the path of its parameter, from the first dict key on. Returns
+    None for other arrays, such as the step.
     """
     is_key = [isinstance(entry, jax.tree_util.DictKey) for entry in path]
     path = path[is_key.index(True) :] if any(is_key) else ()
