@@ -56,8 +56,8 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
     'Lower --config.training.batch_size: --config.training.batch_size=7.'
     """
     paths = set(settings)
-    name_of_run = re.match(r"(\S+=\S*: )?", message)[0]
-    message = message.removeprefix(name_of_run)
+    if of_run := re.match(r"\S+=\S*: ", message):
+        return of_run[0] + whole_flags(message[of_run.end() :], paths)
     scope = re.match(r"config[\w.]*(?=: )", message)
 
     def whole(found: re.Match[str]) -> str:
@@ -70,4 +70,4 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
         matches = [within] if within in paths else matches
         return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
 
-    return name_of_run + re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
+    return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
