@@ -266,11 +266,20 @@ def write_tokenizer(
     config: "ExperimentConfig", workdir: pathlib.Path, target: pathlib.Path
 ) -> None:
     """Copies the tokenizer that a run encodes with, the files beside it, and its template."""
+    import logging
+
+    from moe_jax.data.tokenizers import form_and_path
     from moe_jax.training.imported import TOKENIZER, TOKENIZER_FILES, copy_tokenizer
 
-    given = pathlib.Path(config.data.tokenizer).expanduser()
+    _, path = form_and_path(config.data.tokenizer)
+    given = pathlib.Path(path).expanduser()
     if not given.is_file():  # bytes, beside which an import may keep files that we cannot read
-        copy_tokenizer(workdir / TOKENIZER, target)
+        names = copy_tokenizer(workdir / TOKENIZER, target)
+        if path and given.name not in names:
+            logging.getLogger(__name__).warning(
+                "The tokenizer of the run is not written: there is no %s. Copy it to %s.",
+                given, target,
+            )  # fmt: skip
     elif given.name in TOKENIZER_FILES:
         copy_tokenizer(given.parent, target)
     else:

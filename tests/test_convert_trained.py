@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.__main__ import main
-from moe_jax.config import InitFrom
+from moe_jax.config import DataConfig, ExperimentConfig, InitFrom
+from moe_jax.convert import write_tokenizer
 from moe_jax.data.objectives.supervised import Supervised
 from moe_jax.finetune.made import save_made
 from moe_jax.interchange.tensor_files import ONE_FILE, write_tensors
@@ -160,3 +161,30 @@ def test_a_run_without_an_import_has_the_ends_of_its_tokenizer(imported, tmp_pat
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (256, 257)
     assert settings["dtype"] == "float32"
     assert {one.name for one in (tmp_path / "hf").iterdir()} >= {"tokenizer.json", *BESIDE}
+
+
+@pytest.mark.parametrize("form", ["tokenizers", "sentencepiece", "tiktoken"])
+def test_a_tokenizer_that_is_named_by_its_form_is_written(tmp_path, form):
+    """So it was with a path alone: of KIND:PATH no file was found, and nothing was written."""
+    folder, target = tmp_path / "words", tmp_path / "hf"
+    folder.mkdir()
+    target.mkdir()
+    (folder / "ranks").write_text("words")
+    config = ExperimentConfig(data=DataConfig(tokenizer=f"{form}:{folder}/ranks"))
+    write_tokenizer(config, tmp_path, target)
+    assert (target / "ranks").read_text() == "words"
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path, caplog):
+    config = ExperimentConfig(data=DataConfig(tokenizer=f"tiktoken:{tmp_path}/ranks"))
+    write_tokenizer(config, tmp_path, tmp_path)
+    assert f"is not written: there is no {tmp_path}/ranks. Copy it to {tmp_path}." in caplog.text
+
+
+def test_what_was_made_names_the_tokenizer_in_its_own_folder_by_its_form(imported, tmp_path):
+    config, state = load_run(imported)
+    data = dataclasses.replace(config.data, tokenizer=f"tokenizers:{config.data.tokenizer}")
+    config = dataclasses.replace(config, data=data)
+    save_made(imported, config, state, tmp_path / "made", {"made_by": "upcycle"})
+    found = load_run(tmp_path / "made")[0].data.tokenizer
+    assert found == f"tokenizers:{tmp_path}/made/tokenizer/tokenizer.json"

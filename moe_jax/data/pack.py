@@ -30,6 +30,7 @@ from moe_jax.data.documents import SPLITS, TRAIN
 from moe_jax.data.opened import Data, open_data
 from moe_jax.data.packed_corpus import MANIFEST, TOKENS
 from moe_jax.data.token_files import TokenFiles, digest_of_manifest
+from moe_jax.data.tokenizers import form_and_path
 
 
 def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.Path) -> int:
@@ -130,7 +131,7 @@ def main() -> None:
             heldout_fraction=options.heldout_fraction,
         )
     )
-    tokenizer = pathlib.Path(options.tokenizer.partition(":")[2] or options.tokenizer).expanduser()
+    tokenizer = pathlib.Path(form_and_path(options.tokenizer)[1]).expanduser()
     require(tokenizer.is_file(), "--tokenizer names a file, which is packed too",
             f"--tokenizer={options.tokenizer}",
             "Train one with moe_jax.data.train_tokenizer")  # fmt: skip

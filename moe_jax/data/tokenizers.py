@@ -18,6 +18,7 @@ __all__ = [
     "open_tokenizer",
 ]
 
+BYTES = ("byte", "bytes")  # names of the tokenizer without a file
 # Each is made of (path, bos_token, eos_token).
 FORMS: Mapping[str, Callable[[str, str, str], Tokenizer]] = MappingProxyType(
     {
@@ -46,7 +47,7 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
     Raises:
         ValueError: if the name has none of these forms, or the file cannot serve.
     """
-    if name in ("byte", "bytes"):
+    if name in BYTES:
         require(
             not bos_token and not eos_token,
             "The byte tokenizer has a bos and an eos of its own",
@@ -54,10 +55,7 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
             "Leave them empty",
         )
         return ByteTokenizer()
-    form, _, path = name.partition(":")
-    if form not in FORMS:
-        form = next((form for suffix, form in SUFFIXES.items() if name.endswith(suffix)), "")
-        path = name
+    form, path = form_and_path(name)
     require(
         bool(form and path),
         "A tokenizer is 'byte', a .model, tokenizer.json or .tiktoken file, or KIND:PATH with a "
@@ -66,3 +64,19 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
         "Correct config.data.tokenizer",
     )
     return FORMS[form](path, bos_token, eos_token)
+
+
+def form_and_path(name: str) -> tuple[str, str]:
+    """What the name of a tokenizer says: its form, and the path of its file.
+
+    >>> form_and_path("tiktoken:a/ranks.model"), form_and_path("a/bpe.model")
+    (('tiktoken', 'a/ranks.model'), ('sentencepiece', 'a/bpe.model'))
+    >>> form_and_path("byte"), form_and_path("a/text")
+    (('byte', ''), ('', 'a/text'))
+    """
+    if name in BYTES:
+        return BYTES[0], ""
+    form, _, path = name.partition(":")
+    if form in FORMS:
+        return form, path
+    return next((form for suffix, form in SUFFIXES.items() if name.endswith(suffix)), ""), name

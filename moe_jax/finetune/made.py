@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.config.check import require
+from moe_jax.data.tokenizers import form_and_path
 from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import (
     TOLERANCE,
@@ -184,10 +185,12 @@ def save_made(
     kept = inherited(origin_of_run(workdir), origin["made_by"])
     with whole_or_absent(output) as partial:
         names = copy_tokenizer(workdir / TOKENIZER, partial / TOKENIZER)
-        given = pathlib.Path(config.data.tokenizer)
+        path = form_and_path(config.data.tokenizer)[1]
+        given = pathlib.Path(path)
         if given.name in names and given.parent.name == TOKENIZER:
             moved = output.absolute() / TOKENIZER / given.name
-            data = dataclasses.replace(config.data, tokenizer=str(moved))
+            name = config.data.tokenizer.removesuffix(path) + str(moved)
+            data = dataclasses.replace(config.data, tokenizer=name)
             config = dataclasses.replace(config, data=data)
         written = {"source": str(workdir), **origin, INHERITED: kept}
         save_state(partial, config, state, record.get("content", {}), written)
