@@ -11,6 +11,7 @@ from moe_jax.__main__ import main
 from moe_jax.config import MeshConfig
 from moe_jax.inference import harness
 from moe_jax.inference.harness import HarnessModel, register, settings_of
+from moe_jax.inference.writer import Piece
 from moe_jax.training.imported import save_imported
 from tests.hf_families import CASES, Case, write_model
 from tests.tiny_run import tiny_config, tiny_state
@@ -76,9 +77,11 @@ def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
         calls.append((prompts, num_tokens, settings))
         for row, _ in enumerate(prompts):
             ids = model.tokenizer.encode("x\n\ny").tolist()
-            yield types.SimpleNamespace(row=row, tokens=ids, ended=False)
+            yield Piece(row, ids, False)
 
-    monkeypatch.setattr(harness, "stream_tokens", stream)
+    monkeypatch.setattr("moe_jax.inference.text.stream_tokens", stream)
+    ends = (model.tokenizer.eos_id, 7)  # the second as a generation_config.json may name it
+    monkeypatch.setattr(type(model.tokenizer), "end_ids", ends)
     greedy, drawn = {"until": "\n\n", "max_gen_toks": 6}, {"do_sample": True, "temperature": 0.5}
     drawn |= {"max_new_tokens": 4, "top_p": 0.9}
     asked = requests(("a" * 30, greedy), ("b", drawn), ("c", greedy))
@@ -86,7 +89,7 @@ def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
     (first, six, how), (second, four, other) = calls
     assert [len(prompt) for prompt in first] == [10, 2] and six == 6, "ten and six are sixteen"
     assert second == [[1, *model.tokenizer.encode("b")]] and four == 4
-    assert how["temperature"] == 0 and how["stop_tokens"] == (model.tokenizer.eos_id,)
+    assert how["temperature"] == 0 and how["stop_tokens"] == ends
     assert (other["temperature"], other["top_p"]) == (0.5, 0.9)
 
 
@@ -98,9 +101,9 @@ def test_a_text_with_its_stop_string_is_not_decoded_any_further(model, monkeypat
             for row in {0, 1} - ended:
                 seen.append((row, text))
                 ids = model.tokenizer.encode(text if row == 0 else "z").tolist()
-                yield types.SimpleNamespace(row=row, tokens=ids, ended=False)
+                yield Piece(row, ids, False)
 
-    monkeypatch.setattr(harness, "stream_tokens", stream)
+    monkeypatch.setattr("moe_jax.inference.text.stream_tokens", stream)
     settings = {"until": "\n\n", "max_gen_toks": 6}
     assert model.generate_until(requests(("a", settings), ("b", settings))) == ["x", "zzz"]
     assert [text for row, text in seen if row == 0] == ["x", "\n\n"]

@@ -21,9 +21,9 @@ from moe_jax.config import MeshConfig, parse_mesh
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
 from moe_jax.data import open_tokenizer_of
-from moe_jax.inference.generation import ROWS, stream_tokens
+from moe_jax.inference.generation import ROWS
 from moe_jax.inference.scoring import encode_pair, score_continuations
-from moe_jax.inference.text import Text
+from moe_jax.inference.text import stream_encoded
 from moe_jax.training.saved import load_run
 from moe_jax.training.ways import NOTES, SEES, ways_of
 
@@ -139,7 +139,7 @@ class HarnessModel:
         )  # fmt: skip
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continues each text of (text, settings) until a stop string."""
+        """Continues each text of (text, settings) until a stop string, or an id that ends it."""
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for i, request in enumerate(requests):
@@ -161,19 +161,13 @@ class HarnessModel:
             f"{MOST}={num_tokens}, context={self.max_length}",
             "Lower it with gen_kwargs, or raise context",
         )
-        eos = self.tokenizer.eos_id
-        texts, ended = [Text(self.tokenizer, stop, num_tokens) for _ in prompts], set[int]()
         answers = [""] * len(prompts)
         most = self.max_length if self.has_encoder else room
         encoded = [self.encode(prompt)[-most:] for prompt in prompts]
-        how = {"stop_tokens": (eos,), "context": self.max_length, **self.how, **sampling}
-        how |= {"start_token": self.tokenizer.pad_id, "ended": ended}
-        for piece in stream_tokens(self.config, self.params, encoded, num_tokens, **how):
-            text = texts[piece.row]
-            if not text.ended:
-                answers[piece.row] += text.add(piece.tokens, piece.ended)[0]
-                if text.ended:
-                    ended.add(piece.row)
+        how = {"stop": stop, "context": self.max_length, **self.how, **sampling}
+        how |= {"tokenizer": self.tokenizer}
+        for piece in stream_encoded(self.config, self.params, encoded, num_tokens, **how):
+            answers[piece.row] += piece.text
         return answers
 
     def encode(self, prompt: str) -> list[int]:

@@ -72,20 +72,44 @@ def stream_text(
       ValueError: see `stream_tokens`; `prompts` or `stop` is one string; a stop string is empty;
         the draft has another tokenizer.
     """
-    for name, given in (("prompts", prompts), ("stop", stop)):
-        require(
-            not isinstance(given, str), f"{name} is a list of strings", f"{name}={given!r}",
-            f"Pass {name}=[{given!r}]",
-        )  # fmt: skip
+    require_strings("prompts", prompts)
+    require_strings("stop", stop)
     require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
     tokenizer = tokenizer or open_tokenizer_of(config.data)
-    objective = config.data.objective
+    encoded = [config.data.objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
+    yield from stream_encoded(
+        config, params, encoded, num_tokens, tokenizer=tokenizer, stop=stop, context=context,
+        num_samples=num_samples, ended=ended, **settings,
+    )  # fmt: skip
+
+
+def require_strings(name: str, given: Sequence[str]) -> None:
+    """Refuses one string in place of several, as `ValueError`."""
+    require(
+        not isinstance(given, str), f"{name} is a list of strings", f"{name}={given!r}",
+        f"Pass {name}=[{given!r}]",
+    )  # fmt: skip
+
+
+def stream_encoded(
+    config: ExperimentConfig,
+    params: Any,
+    encoded: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    tokenizer: Tokenizer,
+    stop: Sequence[str] = (),
+    context: int | None = None,
+    num_samples: int = 1,
+    ended: Iterable[int] = (),
+    **settings: Any,
+) -> Iterator[TextPiece]:
+    """`stream_text` of prompts that are token ids; its other arguments are those of there."""
     ids: dict[str, Any] = {
         "num_ids": tokenizer.vocab_size,
-        "stop_tokens": objective.stop_ids(tokenizer),
+        "stop_tokens": config.data.objective.stop_ids(tokenizer),
     }
     context = context or config.data.sequence_length
-    encoded = [objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
     check_draft(config, settings.get("draft"), tokenizer)
     if config.model.has_encoder:
         ids["start_token"] = tokenizer.pad_id
@@ -103,7 +127,7 @@ def stream_text(
         )
     done = set(ended)
     how = {"context": context, "num_samples": num_samples, "ended": done, **ids, **settings}
-    texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(prompts) * num_samples)]
+    texts = [Text(tokenizer, stop, num_tokens) for _ in range(len(encoded) * num_samples)]
     for piece in stream(config, params, encoded, num_tokens, **how):
         text = texts[piece.row]
         if not text.ended:
