@@ -110,6 +110,26 @@ def test_the_command_packs_at_most_max_tokens_and_says_what_it_left_out(
     assert everything.startswith(f"{total:,} of {total:,} training tokens in ")
 
 
+def test_the_command_names_fields_and_tokens_as_a_run_does(tmp_path, packed, monkeypatch, capsys):
+    """Without the flags such a corpus could not be packed, nor read with tokens of its own."""
+    root, _ = packed
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines = [json.dumps({"content": f"apple {n} " * 9}) + "\n" for n in range(40)]
+    (tmp_path / "d.jsonl").write_text("".join(lines))
+    model = f"sentencepiece:{root / 'bpe.model'}"
+    command = [f"--corpus={tmp_path / 'd.jsonl'}", f"--tokenizer={model}",
+               f"--heldout_fraction={FRACTION}", f"--out={tmp_path / 'out'}"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        pack.command(command)
+    assert "Set --text_field, here to one of ['content']" in capsys.readouterr().err
+    assert pack.command([*command, "--text_field=content", "--eos_token=<s>"]) == 0
+    settings = {"corpus": f"packed:{tmp_path / 'out'}", "tokenizer": model}
+    data = open_data(config_of(root, **settings, eos_token="<s>"))
+    [domain] = data.domains
+    tokens = np.load(data.files.tokens_path("train", domain))
+    assert tokens[-1] == data.tokenizer.eos_id == data.tokenizer.bos_id
+
+
 def test_tokens_of_another_folder_and_a_lack_of_held_out_text_are_named(packed, tmp_path):
     root, whole = packed
     texts = {"few": 3, "more": 30}

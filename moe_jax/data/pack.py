@@ -32,6 +32,10 @@ from moe_jax.data.packed_corpus import MANIFEST, TOKENS
 from moe_jax.data.token_files import TokenFiles, digest_of_manifest
 from moe_jax.data.tokenizers import form_and_path
 
+REQUIRED = ("corpus", "tokenizer")
+# Settings of the data that are flags of the command, as texts.
+SETTINGS = (*REQUIRED, "text_field", "id_field", "group_field", "bos_token", "eos_token")
+
 
 def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.Path) -> int:
     """Packs the tokens of a corpus.
@@ -124,13 +128,13 @@ def manifest_of(
 def main() -> None:
     """Packs, and prints the size."""
     options = flags.FLAGS
-    data = open_data(
-        DataConfig(
-            corpus=options.corpus,
-            tokenizer=options.tokenizer,
-            heldout_fraction=options.heldout_fraction,
-        )
-    )
+    settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
+    try:
+        data = open_data(DataConfig(heldout_fraction=options.heldout_fraction, **settings))
+        _ = data.files
+    except ValueError as error:
+        # What is a setting of a run is a flag of this command.
+        raise ValueError(str(error).replace("config.data.", "--")) from error
     tokenizer = pathlib.Path(form_and_path(options.tokenizer)[1]).expanduser()
     require(tokenizer.is_file(), "--tokenizer names a file, which is packed too",
             f"--tokenizer={options.tokenizer}",
@@ -147,8 +151,10 @@ def main() -> None:
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("corpus", None, "As config.data.corpus.")
-    flags.DEFINE_string("tokenizer", None, "As config.data.tokenizer; a file.")
+    for name in SETTINGS:
+        default = None if name in REQUIRED else getattr(DataConfig, name)
+        more = "; a file" if name == "tokenizer" else ""
+        flags.DEFINE_string(name, default, f"As config.data.{name}{more}.")
     flags.DEFINE_float(
         "heldout_fraction", DataConfig.heldout_fraction, "As config.data.heldout_fraction."
     )
@@ -156,7 +162,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to make.")
 
 
-command = Command(main, define_flags, required=("corpus", "tokenizer", "out"), uses_devices=False)
+command = Command(main, define_flags, required=(*REQUIRED, "out"), uses_devices=False)
 
 if __name__ == "__main__":
     sys.exit(command(sys.argv[1:]))
