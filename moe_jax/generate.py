@@ -263,6 +263,7 @@ def main() -> None:
         "Give one of them",
     )
     prompts = values.prompt or read_prompts(values.prompts)
+    require("" not in values.stop, "a stop string has characters", "--stop=", "Leave it out")
     require_unicode([*prompts, *values.stop])
     sampling: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
     Sampling(**sampling)  # refuses before anything is loaded
@@ -372,8 +373,9 @@ def define_flags() -> None:
         f"{OWN_MODULES} for the modules of the model itself.",
     )
     flags.DEFINE_integer(
-        "draft_length", 4, "Tokens proposed before a pass of the model.", lower_bound=1
-    )
+        "draft_length", 4, "Tokens proposed before a pass of the model.", lower_bound=1,
+        upper_bound=8,  # `layers.cache.SPARE`
+    )  # fmt: skip
     flags.DEFINE_string(
         "routes", "", "A folder for the experts of every token: an .npz for each answer."
     )

@@ -15,6 +15,7 @@ from moe_jax.generate import Speed, out_of_memory_explained, read_prompts
 from moe_jax.inference import Draft, TextPiece, stream_text, text, writer
 from moe_jax.inference.answers import AnswerFile, Answers, RouteFiles
 from moe_jax.inference.text import check_draft
+from moe_jax.layers.cache import SPARE
 from moe_jax.models.token_routes import load_routes
 from moe_jax.training import saved
 from tests.tiny_run import tiny_config, tiny_state
@@ -39,6 +40,7 @@ def test_a_line_of_prompts_ends_at_a_newline_alone(tmp_path):
         (["--prompt=caf\udce9"], "UTF-8 can write: 'caf\\udce9'. Correct it."),
         (["--prompt=a", "--stop="], "error: a stop string has characters"),
         (["--prompt=a", "--context=1"], "--context"),
+        (["--prompt=a", f"--draft_length={SPARE + 1}"], f"[1, {SPARE}]"),
     ],
 )
 def test_what_is_wrong_is_said_alone(command, capsys, flags, message):
@@ -216,7 +218,8 @@ def test_a_folder_of_experts_is_new_or_that_of_the_answers(tmp_path):
     ("flags", "message"),
     [
         (["--draft=multi_token"], "it has none, multi_token=None"),
-        (["--draft=small", "--draft_length=9"], "length=9"),
+        (["--stop="], "error: a stop string has characters"),
+        (["--routes=here", "--tokens=0"], "experts are recorded while tokens are added"),
         (["--routes=here", "--tokens=20"], "a prompt of 2 tokens, num_tokens=20, context=16"),
     ],
 )

@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import MeshConfig
-from moe_jax.inference import generate_tokens, generate_with_routes, stream_anew, stream_tokens
+from configs import switch_base
+from moe_jax.config import MeshConfig, from_config_dict
+from moe_jax.inference import (
+    Sampling,
+    generate_tokens,
+    generate_with_routes,
+    stream_anew,
+    stream_tokens,
+    writer,
+)
 from moe_jax.inference.writer import CHUNK, bucket
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.placement import state_shardings
@@ -169,3 +177,20 @@ def test_few_lengths_are_compiled_for():
     lengths = {bucket(n) for n in range(1, 4097)}
     assert len(lengths) < 40
     assert all(n <= bucket(n) <= max(1.25 * n, n + 16) for n in range(1, 4097))
+
+
+def test_an_encoder_reads_the_last_tokens_of_a_longer_prompt(monkeypatch):
+    """As many as the context has; as a decoder reads them."""
+    config = from_config_dict(switch_base.get_config("smoke"))
+    read = []
+
+    def stop(texts, rows):
+        read.extend(texts)
+        raise InterruptedError
+
+    monkeypatch.setattr(writer, "encoder_inputs", stop)
+    for context in (3, None):
+        how = writer.Writer(None, config.model, Sampling(), context, 0.0, None, (), 0, ())
+        with pytest.raises(InterruptedError):
+            next(how.write([(0, [5, 6, 7, 8, 1]), (1, [9, 1])], 2))
+    assert read == [[7, 8, 1], [9, 1], [5, 6, 7, 8, 1], [9, 1]]

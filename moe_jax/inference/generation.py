@@ -71,14 +71,8 @@ def generate_with_routes(
       `models.token_routes` reads.
 
     Raises:
-      ValueError: see `stream_tokens`; with `num_tokens` of 0, or with `ended`.
+      ValueError: see `stream_tokens`; with `ended`.
     """
-    require(
-        num_tokens > 0,
-        "experts are recorded while tokens are added",
-        f"num_tokens={num_tokens}",
-        "Use record_routing on the prompts",
-    )
     require(
         not settings.get("ended"),
         "every text has experts that were recorded",
@@ -159,8 +153,8 @@ def stream_tokens(
     Raises:
       ValueError: a prompt is empty or has an id that the model does not know, a number is out of
         range, or the model cannot go on from a cache (`decoding.why_anew`); the draft does not fit
-        the model; experts are to be recorded of a model without any, of an encoder-decoder, or
-        beyond the context.
+        the model; experts are to be recorded of a model without any, of an encoder-decoder,
+        beyond the context, or with `num_tokens` of 0.
     """
     how, model = Sampling(**sampling), for_inference(config.model)
     check(model, prompts, num_tokens, num_samples, context, batch_size, capacity)
@@ -250,6 +244,12 @@ def check_record(
         "experts are recorded of a decoder with MoE layers",
         "the model has an encoder" if model.has_encoder else f"parts {sorted(model.part)}",
         "Leave the record out",
+    )
+    require(
+        num_tokens > 0,
+        "experts are recorded while tokens are added",
+        f"num_tokens={num_tokens}",
+        "Use record_routing on the prompts",
     )
     longest = max(map(len, prompts), default=0)
     require(

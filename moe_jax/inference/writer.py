@@ -94,6 +94,8 @@ class Writer:
         """
         encoder, begins = None, [prompt for _, prompt in prompts]
         if self.model.has_encoder:
+            if self.context:
+                begins = [begin[-self.context :] for begin in begins]
             encoder = encoder_inputs(begins, whole_rows(len(begins)))
             begins = [[self.start_token] for _ in prompts]
         texts = [
