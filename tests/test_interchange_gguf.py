@@ -33,7 +33,7 @@ def in_pairs(weight, heads):
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def write_gguf(path, tensors, architecture="llama", **others):
+def write_gguf(path, tensors, architecture="llama", expert_count=0, **others):
     settings = CASE.settings
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_embedding_length(settings["hidden_size"])
@@ -43,6 +43,7 @@ def write_gguf(path, tensors, architecture="llama", **others):
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(settings["rms_norm_eps"])
     writer.add_context_length(64)
+    writer.add_expert_count(expert_count)
     writer.add_key_length(settings["head_dim"])
     writer.add_rope_freq_base(settings["rope_theta"])
     for name, value in others.items():
@@ -101,6 +102,7 @@ def test_the_tokenizer_splits_digits_and_knows_control_tokens(models):
     [
         ({"architecture": "gemma"}, "gemma"),
         ({"llama__rope__scaling__type": "yarn"}, "rotary"),
+        ({"expert_count": 8}, r"read of a dense model: .*model\.gguf has experts"),
     ],
 )
 def test_what_cannot_be_read_is_named(models, tmp_path, change, said):

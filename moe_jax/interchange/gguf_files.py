@@ -102,13 +102,19 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
     """The config.json that says the same.
 
     Raises:
-      ValueError: the architecture is another, or a size is missing.
+      ValueError: the architecture is another, it has experts, or a size is missing.
     """
     architecture = file.settings.get("general.architecture")
     require(
         architecture in ARCHITECTURES,
         f"the architectures of GGUF files that can be read are {list(ARCHITECTURES)}",
         f"{architecture!r} in {file.path}",
+        "Use the model's safetensors files with --from-hf",
+    )
+    require(
+        not file.settings.get(f"{architecture}.expert_count"),
+        "a GGUF file is read of a dense model",
+        f"{file.path} has experts",
         "Use the model's safetensors files with --from-hf",
     )
     settings: dict[str, Any] = {"model_type": architecture, "hidden_act": "silu"}
