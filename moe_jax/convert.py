@@ -181,6 +181,11 @@ def bring_tokenizer(
             continue
         fields = {"tokenizer": f"{TOKENIZER}/{name}", **special}
         return fields, {"tokenizer": tokenizer.fingerprint()}
+    if "tiktoken.model" in names:
+        warn(
+            "tiktoken.model is kept and not read: how it splits a text, and which ids are special, "
+            "is in the model's own code. As tiktoken:PATH a text may get other ids.",
+        )  # fmt: skip
     warn(
         "There is no tokenizer in %s that can be used: data.tokenizer is that of bytes. Write the "
         "path of one into config.json.", beside,
@@ -201,13 +206,13 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str]:
     return found
 
 
-class Newest(NamedTuple):
-    """The newest checkpoint of a run, or that of --step.
+class LoadedRun(NamedTuple):
+    """A run that was read to be written in another layout.
 
     Attributes:
       config: of the run, its model without quantised weights.
       params: its parameters, with the state under "state" if there is any.
-      step: number of the checkpoint.
+      step: number of the checkpoint, the newest or that of --step.
       origin: what holds of the import that it goes back to; see `origin_of_run`.
     """
 
@@ -217,8 +222,8 @@ class Newest(NamedTuple):
     origin: Mapping[str, Any]
 
 
-def newest(workdir: pathlib.Path) -> Newest:
-    """Reads a run to write it in another layout."""
+def loaded(workdir: pathlib.Path) -> LoadedRun:
+    """Reads the newest checkpoint of a run, or that of --step."""
     from moe_jax.interchange.leaves import STATE
     from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
@@ -230,7 +235,7 @@ def newest(workdir: pathlib.Path) -> Newest:
     params = dict(whole)
     if state.model_state:
         params[STATE] = state.model_state
-    return Newest(config, params, int(state.step), origin_of_run(workdir))
+    return LoadedRun(config, params, int(state.step), origin_of_run(workdir))
 
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
@@ -238,7 +243,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     from moe_jax.interchange.family import trusted
     from moe_jax.interchange.write import to_hf
 
-    values, run = flags.FLAGS, newest(workdir)
+    values, run = flags.FLAGS, loaded(workdir)
     to_hf(
         run.config,
         run.params,
@@ -251,7 +256,7 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
     print(f"step {run.step} of {workdir} is in {target}")
 
 
-def ends_of_documents(run: Newest) -> dict[str, int]:
+def ends_of_documents(run: LoadedRun) -> dict[str, int]:
     """Their ids in a config.json, of the run's tokenizer; none if the import has ids of its own."""
     from moe_jax.data import open_tokenizer_of
 
@@ -295,7 +300,7 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
-    values, run = flags.FLAGS, newest(workdir)
+    values, run = flags.FLAGS, loaded(workdir)
     words, recorded = words_of(workdir, run), run.origin.get("family", "")
     to_gguf(
         run.config,
@@ -309,7 +314,7 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
     print(f"step {run.step} of {workdir} is {target}, in {values.format}")
 
 
-def words_of(workdir: pathlib.Path, run: Newest) -> dict[str, Any]:
+def words_of(workdir: pathlib.Path, run: LoadedRun) -> dict[str, Any]:
     """The tokenizer for llama.cpp, with prompts as the model has seen them in training."""
     from moe_jax.data import open_tokenizer_of
     from moe_jax.data.objectives.supervised import Supervised

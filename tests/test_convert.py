@@ -132,6 +132,18 @@ def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog
         assert (again / name).read_bytes() == (hf / name).read_bytes()
 
 
+def test_a_tokenizer_of_the_models_own_code_goes_through_unread(model, tmp_path, caplog):
+    """As of Kimi K2: read as a .tiktoken file it would give other ids."""
+    hf, run, again = (tmp_path / name for name in ("hf", "run", "again"))
+    shutil.copytree(model, hf)
+    (hf / "tiktoken.model").write_text("ranks")
+    assert main(["convert", f"--from-hf={hf}", f"--workdir={run}"]) == 0
+    assert "tiktoken.model is kept and not read" in caplog.text
+    assert load_run(run)[0].data.tokenizer == "byte"
+    assert main(["convert", f"--workdir={run}", f"--to-hf={again}"]) == 0
+    assert (again / "tiktoken.model").read_text() == "ranks"
+
+
 def test_without_the_package_of_its_tokenizer_no_model_comes_in(
     model, tmp_path, monkeypatch, capsys
 ):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.llama_cpp import LlamaCpp
 from moe_jax.__main__ import main
 from moe_jax.config import ExperimentConfig
-from moe_jax.convert import Newest, words_of
+from moe_jax.convert import LoadedRun, words_of
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.objectives import CausalLM, Supervised
 from moe_jax.data.tokenizers import open_tokenizer
@@ -187,7 +187,7 @@ def test_a_chat_has_the_ids_of_training(model, tmp_path, kind, space, begins):
 def run_of(model, tokenizer, objective):
     config, params = model
     data = dataclasses.replace(config.data, tokenizer=tokenizer.name, objective=objective)
-    return Newest(dataclasses.replace(config, data=data), params, 0, {})
+    return LoadedRun(dataclasses.replace(config, data=data), params, 0, {})
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from tests.hf_families import CASES, Case, write_model
 from tests.hf_others import LONGROPE
 
 # Not in transformers.
-OF_OTHERS = {"grok-1"}
+OF_OTHERS = {"grok-1", "kimi_k2"}
 # No rotary positions, another name of the length, or not in transformers.
-WITHOUT_LENGTH = {"jamba", "dbrx", "grok-1", "t5", "switch_transformers"}
+WITHOUT_LENGTH = {"jamba", "dbrx", "t5", "switch_transformers"} | OF_OTHERS
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
@@ -111,6 +111,48 @@ def test_the_original_length_of_phimoe_is_that_of_its_scaling():
         settings = {**CASES["phimoe"].settings, **beside, "rope_scaling": scaling}
         rotary = load_family("phimoe").read(settings).part["attention"].rotary
         assert rotary.scaling.original_length == expected
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, r"\['high_freq_factor'\]"),
+        ({"rope_type": "longrope", "long_factor": [1.0] * 4}, r"\['short_factor'\]"),
+    ],
+)
+def test_a_scaling_without_its_factors_is_refused_by_name(scaling, said):
+    with pytest.raises(ValueError, match=rf"lacks {said}\. Add them"):
+        read_rotary(Reader({"rope_scaling": scaling}), 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "unread"),
+    [
+        ("dbrx", {}, {"attn_config.made_up": 3, "ffn_config.other": 1}),
+        ("llama4_scout", {"text_config": {}}, {"made_up": 3, "text_config.other": 1}),
+    ],
+)
+def test_settings_in_a_setting_that_nobody_reads_are_named(name, settings, unread, caplog):
+    """Of a Reader of their own nobody asked for them."""
+    given = dict(CASES[name].settings)
+    if "text_config" in settings:
+        given = {"model_type": "llama4", "text_config": given}
+    given = json.loads(json.dumps(given))
+    for path, value in unread.items():
+        outer, _, inner = path.rpartition(".")
+        (given[outer] if outer else given)[inner] = value
+    load_family(given["model_type"]).read(given)
+    [record] = caplog.records
+    assert record.args == unread and "If the model's outputs depend on them" in record.msg
+
+
+def test_kimi_k2_is_a_deepseek_v3(caplog):
+    """Its config.json has that class of transformers and another model_type."""
+    settings = {**CASES["deepseek_v3"].settings, "model_type": "kimi_k2", "ep_size": 1}
+    family = load_family("kimi_k2")
+    assert family is load_family("deepseek_v3")
+    assert family.read(settings) == family.read(CASES["deepseek_v3"].settings)
+    assert not caplog.records
 
 
 def test_a_fraction_of_a_head_turns_only_if_frequencies_are_scaled():

@@ -153,8 +153,8 @@ class RouteFiles:
         """Refuses a folder that is not new, and not that of the answers below `first`.
 
         Raises:
-          ValueError: naming a file. With `goes_on`, that of `first` may be there: a kill comes
-            between it and the answer.
+          ValueError: naming a file. With `goes_on`, the file of row `first` may exist: a kill can
+            come between writing it and writing the answer.
         """
         found = {path.name for path in self.folder.glob("*.npz")}
         known = {name_of(row) for row in range(first)}

@@ -26,6 +26,7 @@ FAMILIES = {
     "dbrx": "moe_jax.interchange.families.dbrx:DBRX",
     "deepseek_v2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V2",
     "deepseek_v3": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
+    "kimi_k2": "moe_jax.interchange.families.deepseek:DEEPSEEK_V3",
     "granitemoe": "moe_jax.interchange.families.granite:GRANITE_MOE",
     "granitemoeshared": "moe_jax.interchange.families.granite:GRANITE_MOE_SHARED",
     "grok-1": "moe_jax.interchange.families.grok1:GROK1",
@@ -238,13 +239,15 @@ class Reader:
          "encoder_sparse_step", "decoder_sparse_step", "router_ignore_padding_tokens",
          "is_decoder", "add_cross_attention", "decoder_start_token_id", "task_specific_params",
          "is_gated_act", "scale_decoder_outputs", "n_positions", "output_past",
-         "output_attentions", "output_hidden_states", "return_dict", "tie_encoder_decoder"]
+         "output_attentions", "output_hidden_states", "return_dict", "tie_encoder_decoder",
+         "ep_size", "attn_pdrop", "moe_jitter_eps", "_attn_implementation_autoset"]
     )  # fmt: skip
 
     def __init__(self, settings: Settings, tensors: Container[str] | None = None):
         self.settings = settings
         self.tensors = tensors
         self.unread = set(settings) - self.HARMLESS
+        self.inners: dict[str, Reader] = {}
 
     def __getitem__(self, name: str) -> Any:
         self.unread.discard(name)
@@ -266,8 +269,12 @@ class Reader:
     def with_settings(self, **settings: Any) -> "Reader":
         """The same with other settings; what is read of it counts as read here."""
         other = Reader({**self.settings, **settings}, self.tensors)
-        other.unread = self.unread
+        other.unread, other.inners = self.unread, self.inners
         return other
+
+    def inner(self, name: str) -> "Reader":
+        """The settings of a dict in the file; those that nobody reads count as unread here too."""
+        return self.inners.setdefault(name, Reader(self.get(name, {})))
 
     def or_absent(self, name: str, default: Any = None) -> Any:
         """A setting, which may be null (None), or the default where it is absent."""
@@ -290,7 +297,15 @@ class Reader:
 
     def warn_of_unread(self) -> None:
         """Says which settings of the file had no effect."""
-        unread = {name: self.settings[name] for name in sorted(self.unread)}
-        unread = {name: value for name, value in unread.items() if value not in (None, False)}
-        if unread:
-            logger.warning("Settings of config.json that have no meaning here: %s", unread)
+        if unread := self.unread_settings():
+            logger.warning(
+                "config.json has settings that are not read: %s. If the model's outputs depend on "
+                "them, they are wrong here.", unread,
+            )  # fmt: skip
+
+    def unread_settings(self) -> dict[str, Any]:
+        """Those that nobody read, of an inner dict as "attn_config.clip_qkv"."""
+        found = {name: self.settings[name] for name in sorted(self.unread)}
+        for outer, inner in self.inners.items():
+            found |= {f"{outer}.{name}": one for name, one in inner.unread_settings().items()}
+        return {name: value for name, value in found.items() if value not in (None, False)}

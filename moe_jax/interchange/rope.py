@@ -42,8 +42,8 @@ def read_rotary(
       ValueError: a scaling that is not known, or without its factor; a fraction without scaling,
         of which transformers turns all dims.
     """
-    outside, own = config.get("rope_theta"), rope_of(config)
-    rope = {**own, "rope_theta": own.get("rope_theta") or outside}
+    theta_beside, rope = config.get("rope_theta"), rope_of(config)
+    rope = {**rope, "rope_theta": rope.get("rope_theta") or theta_beside}
     fraction = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor", 1.0)
     base = float(rope.get("rope_theta") or theta)
     turning = int(head_dim * fraction)
@@ -76,6 +76,15 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
     require(kind in known, f"rope_type is one of {known}", f"{kind!r}", "Add its scaling")
     if kind == "default":
         return None
+    needed = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "longrope": ("short_factor", "long_factor"),
+    }
+    lacks = [name for name in needed.get(kind, ()) if rope.get(name) is None]
+    require(
+        not lacks, f"rope_type={kind!r} has {' and '.join(needed.get(kind, ()))}",
+        f"{dict(rope)} lacks {lacks}", "Add them",
+    )  # fmt: skip
     if kind == "longrope":
         return LongRope(
             short_factors=tuple(map(float, rope["short_factor"])),

@@ -25,7 +25,7 @@ TOKENIZER = "tokenizer"  # the folder with the files of the tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json", "vocab.json",
-    "merges.txt",
+    "merges.txt", "tiktoken.model", "spiece.model",
 )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
     config.require("tie_word_embeddings", False)
     heads, width = config["n_heads"], config["d_model"]
-    own = Reader(config.get("attn_config", {}))
+    own = config.inner("attn_config")
     longest = config.get("max_seq_len", 2048)
     attention = Attention(
         num_heads=heads,
@@ -76,7 +76,7 @@ def model(config: Reader) -> LanguageModel:
 
 def sparse(config: Reader) -> MoE:
     """The sparse block of a config.json."""
-    own = Reader(config.get("ffn_config", {}))
+    own = config.inner("ffn_config")
     activation = own.get("ffn_act_fn", {"name": "silu"})
     require(
         set(activation) == {"name"},

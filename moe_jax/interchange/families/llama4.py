@@ -65,7 +65,7 @@ RULES = (
 def model(config: Reader) -> LanguageModel:
     """The model of a config.json, or of the `text_config` in it."""
     if config.get("text_config"):
-        return model(Reader(config["text_config"]))
+        return model(config.inner("text_config"))
     epsilon, activation = config.get("rms_norm_eps", 1e-5), gated_activation(config)
     expert_dim = config.get("intermediate_size", 8192)
     mlp = Mlp(dim=config.get("intermediate_size_mlp", 16_384), activation=activation)
