@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.distillation.study import has_a_gap
+from experiments.distillation.study import mean_recovered
 from experiments.results import Results
 from experiments.study import load_study
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
@@ -62,27 +62,45 @@ def distillation_results(seeds=SEEDS, **losses):
 
 
 @pytest.mark.parametrize(
-    ("results", "verdicts"),
+    ("changes", "failed"),
     [
-        (distillation_results(), (REPRODUCED,) * 5),
-        (distillation_results(distilled_init_mixed=0.1),
-         (REPRODUCED, REPRODUCED, NOT_REPRODUCED, NOT_REPRODUCED, REPRODUCED)),
-        (distillation_results(distilled=0.2), (*(REPRODUCED,) * 3, INCONCLUSIVE, REPRODUCED)),
-        (distillation_results(init=0.35), (*(REPRODUCED,) * 4, NOT_REPRODUCED)),
-        (distillation_results(seeds=(0, 1)), (INCONCLUSIVE,) * 5),
+        ({}, {}),
+        # The published count from dense is 0.29, that from the parameters alone 0.14.
+        ({"init": 0.15}, {2: NOT_REPRODUCED}),
+        ({"distilled": 0.2}, {3: INCONCLUSIVE}),
+        ({"distilled": 0.3}, {3: NOT_REPRODUCED}),
+        ({"distilled_init_mixed": 0.16}, {}),  # hard targets do less harm than 0.03 bits
+        ({"distilled_init_mixed": -0.1}, {2: NOT_REPRODUCED, 3: NOT_REPRODUCED}),
+        ({"seeds": (0, 1)}, dict.fromkeys(range(4), INCONCLUSIVE)),
     ],
-)  # fmt: skip
-def test_what_distillation_shows(results, verdicts):
-    found = judged(load_study("distillation"), results)
-    assert tuple(finding.verdict for finding in found) == verdicts, found
+)
+def test_the_criterion_of_distillation(changes, failed):
+    findings = judged(load_study("distillation"), distillation_results(**changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(4)]
+    assert [finding.verdict for finding in findings] == expected, findings
 
 
-def test_a_teacher_that_diverged_once_has_no_gap():
-    *rest, last = (row for row in distillation_results().rows if row["arm"] == "teacher")
-    dense = (row for row in distillation_results().rows if row["arm"] == "dense")
-    rows = (*dense, *rest, last | {"measures": {}, "diverged_after_step": 30})
-    found = has_a_gap(Results(rows, "dense"))
-    assert found.verdict == NOT_REPRODUCED and found.because.endswith("in 2 of 3 seeds")
+def test_without_a_gap_distillation_is_inconclusive():
+    """Shares of no gap are not told: of a teacher that diverged, or is below by 4 sd, once."""
+    study, results = load_study("distillation"), distillation_results()
+    found = judged(study, diverged(results, ("teacher", 2)))
+    assert [finding.verdict for finding in found[:3]] == [INCONCLUSIVE] * 3
+    assert found[1].because.endswith("in 2 of 3 seeds")
+    apart = {0: 0.01, 1: 0.0, 2: -0.01}
+    rows = [row("dense", s, 1.0) for s in apart] + [row("teacher", s, 0.95 + x)
+                                                    for s, x in apart.items()]  # fmt: skip
+    others = [r for r in results.rows if r["arm"] not in ("dense", "teacher")]
+    found = judged(study, Results((*rows, *others), "dense"))
+    assert [f.verdict for f in found[:3]] == [REPRODUCED, INCONCLUSIVE, INCONCLUSIVE], found
+
+
+def test_the_share_of_targets_beside_parameters_alone_is_the_published_one():
+    """Table 6 of Switch Transformers: log perplexities 1.639, 1.580, 1.636 and 1.444."""
+    ends = {"init": 1.639, "distilled_init_mixed": 1.580, "dense": 1.636, "teacher": 1.444}
+    rows = [row(arm, seed, loss) for arm, loss in ends.items() for seed in SEEDS]
+    results = Results(tuple(rows), "dense")
+    assert f"{mean_recovered(results, 'distilled_init_mixed', 'init'):.0%}" == "31%"
+    assert f"{mean_recovered(results, 'distilled_init_mixed'):.0%}" == "29%"
 
 
 def capacity_results(**changes):

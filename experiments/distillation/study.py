@@ -1,6 +1,5 @@
 """Distillation: what a dense student keeps of what its sparse teacher gained."""
 
-import itertools
 import math
 import statistics
 
@@ -9,15 +8,17 @@ from experiments.study import MLP_LAYER, MOE_LAYER, RUN_OF, Arm, Published, Stud
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import (
     INCONCLUSIVE,
+    REPRODUCED,
     Claim,
     Finding,
     difference,
     every,
     in_every_seed,
     lower,
+    not_above,
     too_few,
 )
-from moe_jax.analysis.paired import spread
+from moe_jax.analysis.paired import shared_seeds, spread
 from moe_jax.finetune.distil import Distil
 from moe_jax.layers.feed_forward import Mlp
 
@@ -33,46 +34,53 @@ NOT_THE_TEACHERS = ("new_mlp", "new_mlp_norm", "moe", "moe_norm")
 FROM_TEACHER = {"init_from.path": f"{RUN_OF}teacher", "init_from.fresh": NOT_THE_TEACHERS}
 SOFT = {"training.loss": Distil(teacher=f"{RUN_OF}teacher", weight=1.0)}
 MIXED = {"training.loss": Distil(teacher=f"{RUN_OF}teacher", weight=0.25)}
-ORDERED = ("distilled", "distilled_init", "distilled_init_mixed")
 
 
-def recovered(results: Results, arm: str) -> dict[int, float]:
-    """The share of the gap between dense and teacher that an arm closes, by seed."""
-    dense, teacher, own = (results.values(name) for name in ("dense", "teacher", arm))
+def recovered(results: Results, arm: str, start: str = "dense") -> dict[int, float]:
+    """What an arm ends below another, over the gap between dense and teacher, by seed."""
+    names = ("dense", "teacher", start, arm)
+    dense, teacher, other, own = map(results.values, names)
     return {
-        seed: (dense[seed] - own[seed]) / (dense[seed] - teacher[seed])
-        for seed in sorted(dense.keys() & teacher.keys() & own.keys())
+        seed: (other[seed] - own[seed]) / (dense[seed] - teacher[seed])
+        for seed in shared_seeds([dense, teacher, other, own])
     }
 
 
-def mean_recovered(results: Results, arm: str) -> float:
+def mean_recovered(results: Results, arm: str, start: str = "dense") -> float:
     """Its mean over the seeds; nan of fewer than are needed."""
-    shares = recovered(results, arm)
+    shares = recovered(results, arm, start)
     enough = len(shares) >= results.least_seeds
     return statistics.fmean(shares.values()) if enough else math.nan
 
 
 def has_a_gap(results: Results) -> Finding:
-    """The teacher is below the dense model by five deviations of the paired differences."""
+    """The teacher is below the dense model by five deviations of the paired differences.
+
+    It is a precondition: where it is not met, nothing is shown of shares of the gap.
+    """
     found = difference(results, "teacher", "dense")
     by_seed = {seed: -value for seed, value in found.by_seed.items()}
     if len(by_seed) < results.least_seeds:
         return too_few("teacher and dense", len(by_seed), results.least_seeds)
     least = 5 * spread(by_seed.values())
-    return in_every_seed("gap of the teacher, bits a byte", by_seed, least=least)
+    found = in_every_seed("gap of the teacher, bits a byte", by_seed, least=least)
+    return found if found.verdict == REPRODUCED else Finding(INCONCLUSIVE, found.because)
 
 
 def recovers(results: Results) -> Finding:
-    """Hard and soft targets from the teacher's parameters recover 15 % of the gap or more."""
-    shares = recovered(results, "distilled_init_mixed")
-    return in_every_seed("share of the gap", shares, least=0.15)
+    """Hard and soft targets are worth 15 % of the gap beside the teacher's parameters alone."""
+    gap = has_a_gap(results)
+    if gap.verdict != REPRODUCED:
+        return gap
+    shares = recovered(results, "distilled_init_mixed", "init")
+    return in_every_seed("distilled_init_mixed below init, share of the gap", shares, least=0.15)
 
 
-def share_of(arm: str):
+def share_of(arm: str, start: str = "dense"):
     """The share that an arm recovers, as text, for the table."""
 
     def text(results: Results) -> str:
-        share = mean_recovered(results, arm)
+        share = mean_recovered(results, arm, start)
         return INCONCLUSIVE if math.isnan(share) else f"{share:.1%}"
 
     return text
@@ -99,6 +107,11 @@ STUDY = Study(
             share_of("distilled_init_mixed"),
         ),
         Published("parameters of the teacher alone", "none (-1.639)", TABLE, share_of("init")),
+        Published(
+            "share of the gap that hard and soft targets close beside these parameters alone",
+            "31 %: (1.639 - 1.580) / (1.636 - 1.444)", TABLE,
+            share_of("distilled_init_mixed", "init"),
+        ),
     ),
     base={**SWITCH.base, "model.parts.moe.num_experts": 16},
     sizes={
@@ -130,24 +143,25 @@ STUDY = Study(
             lower("teacher", "dense"),
         ),
         Claim(
-            "It does by five standard deviations of the paired differences or more: less is no gap "
-            "of which shares can be told.",
+            "It does by five standard deviations of the paired differences or more. This is a "
+            "precondition: of a smaller gap no shares can be told, and this claim and the next are "
+            "inconclusive.",
             has_a_gap,
         ),
         Claim(
-            "Hard and soft targets, from the teacher's parameters of no expert, recover 15 % of "
-            "the gap or more, in every seed.",
+            "Hard and soft targets from the teacher's parameters of no expert end below those "
+            "parameters alone by 15 % of the gap or more, in every seed.",
             recovers,
         ),
         Claim(
-            "Soft targets end above the same with those parameters, and these above the same with "
-            "hard targets as well.",
-            every(lower(more, fewer) for fewer, more in itertools.pairwise(ORDERED)),
-        ),
-        Claim(
-            "All of it ends below those parameters alone: it is not training on from them that "
-            "closes the gap.",
-            lower("distilled_init_mixed", "init"),
+            "Soft targets end above the same with those parameters. Hard targets as well do no "
+            "harm: with them it does not end 0.03 bits or more above that.",
+            every(
+                [
+                    lower("distilled_init", "distilled"),
+                    not_above("distilled_init_mixed", "distilled_init"),
+                ]
+            ),
         ),
     ),
     notes="""\
@@ -159,7 +173,12 @@ STUDY = Study(
 * The soft targets are the teacher's probabilities at temperature 1, on every token. The teacher is
   dropless while it teaches, and has no dropout.
 * Held-out loss of the teacher is dropless too.
-* That the teacher's parameters alone recover nothing is shown, and no claim: at this size losses
-  still fall by 5 % of the gap in 50 steps, and those parameters bring 2,400 steps with them.
-* The criteria were written before any run of this study.""",
+* The teacher's parameters bring 2,400 trained steps with them at `small`, where losses still fall
+  by 5 % of the gap in 50 steps. A share counted from `dense` is mostly theirs. The third claim
+  counts from those parameters alone instead; the table has both.
+* For the same reason the first half of the fourth claim is easy to meet.
+* Three seeds cannot show the published step from 20 % to 29 %, which is about 0.0135 bits here: at
+  `small`, differences of 0.02 to 0.06 could be seen. So hard targets are asked to do no harm.
+* The criteria were written before any run of this study. Claims 2 to 4, and one that is gone, were
+  changed on 2026-11-30, before any run of a student; the first runs of teachers had begun.""",
 )  # fmt: skip
