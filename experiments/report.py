@@ -31,7 +31,7 @@ from experiments.tables import (
 from experiments.top_figure import NAME as FIGURE
 from experiments.top_figure import draw_all
 from experiments.top_page import page_name, top_page
-from experiments.verdict import INCONCLUSIVE, Finding, Judged
+from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, Judged
 from moe_jax.command_line import Parser
 from moe_jax.training.files import write_atomically
 from moe_jax.training.ways import notes_of
@@ -70,12 +70,22 @@ def judged(study: Study, size: str, results: Results) -> Judged:
 
 
 def findings_by(study: Study, size: str, results: Results) -> list[Finding]:
-    """The findings of the claims by one rule."""
+    """The findings of the claims by one rule.
+
+    A claim that finds what it would without any runs, that its seeds are lacking, is not run.
+    """
     findings = [claim.judge(results) for claim in study.expect]
     missing = study.missing(size, results)
     if missing:
+        without = dataclasses.replace(results, rows=())
         note = f" (runs are missing: {len(missing)})"
-        findings = [Finding(INCONCLUSIVE, finding.because + note) for finding in findings]
+        findings = [
+            Finding(
+                NOT_RUN if finding == claim.judge(without) else INCONCLUSIVE,
+                finding.because + note,
+            )
+            for claim, finding in zip(study.expect, findings, strict=True)
+        ]
     return findings
 
 

@@ -109,6 +109,7 @@ def claim_lines(
         for study in studies:
             places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
             if places:
+                of_claim = {s: j for s, j in of_claim.items() if j.is_run}
                 of_claim = {size: j.of(places) for size, j in judged[study.name].items()}
                 said += [verdicts(study, of_claim)] * bool(of_claim)
                 links.append(f"[{study.name}]({study.name}/README.md)")

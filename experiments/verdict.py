@@ -7,7 +7,7 @@ Schuirmann, 1987). A claim that several comparisons hold is reproduced where eac
 needs no correction (R. L. Berger, 1982). It is not reproduced where one is shown to fail, corrected
 for their number by Holm. Fewer seeds than the study asks for show nothing. A run that diverged has
 an infinite loss. Where one did, the signs of the differences decide, by an exact test: fewer than
-five pairs show nothing then.
+six pairs show nothing then, five with a margin.
 """
 
 import dataclasses
@@ -28,7 +28,10 @@ SMOOTH = 3  # points of a held-out curve that are averaged before steps are comp
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What results say of a claim: one of the three verdicts, and the numbers behind it."""
+    """What results say of a claim, and the numbers behind it.
+
+    One of the three verdicts, or that arms of it are not run yet.
+    """
 
     verdict: str
     because: str
@@ -53,6 +56,11 @@ class Judged:
         return overall(self.findings) if self.findings else NOT_RUN
 
     @property
+    @property
+    def is_run(self) -> bool:
+        """Whether there are runs for one of the claims."""
+        return any(finding.verdict != NOT_RUN for finding in self.findings)
+
     def older_verdict(self) -> str:
         """Of the study, under the earlier rule; "" if that is today's."""
         return overall(self.older) if self.older else ""
@@ -248,8 +256,8 @@ def too_few_for_the_noise(results: Results) -> Finding:
 def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results], Finding]:
     """The claim that all of some claims hold.
 
-    Each is shown at the level of one. A failure of one among several comparisons with one arm is
-    corrected for their number, by Holm.
+    Each is shown at the level of one. A failure of one among several comparisons is corrected for
+    their number, by Holm.
     """
     judges = tuple(judges)
     compared = [judge for judge in judges if isinstance(judge, Below)]
@@ -269,22 +277,20 @@ def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results],
 
 
 def family_of(one: Below, compared: Iterable[Below]) -> list[Below]:
-    """The comparisons that a comparison is corrected for: of one measure, with one arm in common.
+    """The comparisons of a claim that one of them is corrected for: all but its reverse.
 
     Both ways of one pair, which show that it is alike, are no such family.
     """
-    alike = [b for b in compared if (b.measure, b.margin) == (one.measure, one.margin)]
-    families = ([b for b in alike if b.other == one.other], [b for b in alike if b.arm == one.arm])
-    return max(families, key=len)
+    reverse = (one.other, one.arm, one.measure)
+    return [b for b in compared if (b.arm, b.other, b.measure) != reverse]
 
 
 def overall(findings: Iterable[Finding]) -> str:
     """The verdict of a study: one claim that fails fails it, one that is open leaves it open."""
     verdicts = {finding.verdict for finding in findings}
-    for verdict in (NOT_REPRODUCED, INCONCLUSIVE):
-        if verdict in verdicts:
-            return verdict
-    return REPRODUCED
+    if NOT_REPRODUCED in verdicts:
+        return NOT_REPRODUCED
+    return REPRODUCED if verdicts <= {REPRODUCED} else INCONCLUSIVE
 
 
 def smoothed(losses: list[float]) -> list[float]:

@@ -143,6 +143,31 @@ def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
     assert "(runs are missing: 3)" in said.findings[0].because
 
 
+def test_a_claim_whose_arms_have_no_runs_is_not_run(tmp_path):
+    """On the page and on the top page, while the study is inconclusive."""
+    claims = (
+        Claim("The first is lower.", lower("moe", "dense"), "One is more."),
+        Claim("The second is lower.", lower("moe_2", "dense"), "Two are more."),
+    )
+    arms = (*STUDY.arms, Arm("moe_2", "another", {}))
+    study = make_study(tolerance=0.1, arms=arms, expect=claims)
+    write_results(tmp_path, (0.7, 0.8, 0.9))
+    said = report.judged(study, "small", report.results_of(study, "small", tmp_path))
+    assert [finding.verdict for finding in said.findings] == ["inconclusive", "not run"]
+    assert said.verdict == "inconclusive"
+    page = report.top_page([study], {"made_up": {"small": said}})
+    assert "| One is more. | [inconclusive](made_up/README.md) (small) |" in page
+    assert "| Two are more. | not run |" in page
+    assert "| Is it lower? | [inconclusive](made_up/README.md) (small) |" in page
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_claims_are_open_without_any_runs(name):
+    study = load_study(name)
+    none = report.results_of(study, "smoke")
+    assert {claim.judge(none).verdict for claim in study.expect} == {"inconclusive"}
+
+
 def test_a_run_that_diverged_is_a_result(tmp_path, monkeypatch):
     """Training goes to infinity after step 2: a line, a verdict, and no second run."""
     study = make_study(tolerance=0.1)

@@ -162,12 +162,19 @@ def test_that_one_of_several_fails_is_corrected_for():
     assert "Holm" not in alike(found).because
 
 
-def test_a_slope_of_seeds_that_diverged_shows_nothing():
-    xs = {"a": 1.0, "b": 2.0}
-    rows = [row(arm, seed, (1 + 0.01 * seed) * x) for arm, x in xs.items() for seed in range(3)]
-    judge = verdict.slope_above(xs)
-    assert judge(Results(tuple(rows), "a")).verdict == REPRODUCED
-    assert judge(Results((*rows[:-1], diverged("b", 2)), "a")).verdict == INCONCLUSIVE
+def test_comparisons_of_one_claim_are_one_family_whatever_they_are_of():
+    """Another arm on both sides, another margin, another measure: of four, but for a reverse."""
+    one = verdict.lower("a", "dense")
+    others = [
+        verdict.lower("b", "c"),
+        verdict.not_above("d", "e"),
+        verdict.lower("dense", "a", "target"),
+    ]
+    reverse = verdict.lower("dense", "a")
+    assert verdict.family_of(one, [one, *others, reverse]) == [one, *others]
+    found = results(dense=DENSE, a=moved(0.026), b=moved(0.026), c=DENSE[:3])
+    both = verdict.every([one, verdict.lower("b", "c")])(found)
+    assert "p = 0.092 (Holm, of 2)" in both.because and both.verdict == INCONCLUSIVE
 
 
 # The rule of before: the larger of the pooled standard deviation and that of five dense runs.
