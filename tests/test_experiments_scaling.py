@@ -29,12 +29,12 @@ def test_krajewski_finds_planted_exponents():
     assert found.c == pytest.approx(0.5, abs=0.1) and found.r_squared > 0.9999
 
 
-def grid(slope, spread=0.002, noise=0.0, faster=0.0):
-    """Losses of the grid with a slope of experts, of three seeds; more of the faster dense arm."""
+def grid(slope, spread=0.002, noise=0.0, faster=0.0, seeds=range(3)):
+    """Losses of the grid with a slope of experts; more of the faster dense arm."""
     study, rng, rows = load_study("scaling"), np.random.default_rng(0), []
     for width, factor in scaling.WIDTHS.items():
         for experts in scaling.EXPERTS:
-            for seed in range(3):
+            for seed in seeds:
                 size = 2e5 * factor**2
                 loss = 10 ** (1 - 0.1 * np.log10(size) + (slope + spread * (seed - 1))
                               * np.log10(experts) + noise * rng.normal())  # fmt: skip
@@ -91,3 +91,20 @@ def test_exponents_are_given_with_their_intervals():
     said = [entry.here(results) for entry in study.published]
     assert "b -0.0500 over 3 seeds, 95 % interval -0.0550 to -0.0450" in said[0]
     assert said[1].count("alpha") == said[1].count("beta") == 3
+
+
+@pytest.mark.parametrize(
+    ("planted", "last"),
+    [({"slope": -0.08}, INCONCLUSIVE), ({"slope": -0.05, "noise": 0.05}, NOT_REPRODUCED)],
+)
+def test_a_seed_of_which_a_run_diverged_is_left_open(planted, last):
+    """Of four seeds one: no fit of it counts as a failure, and one that fails still does."""
+    study, results = grid(seeds=range(4), **planted)
+    gone = {"measures": {}, "diverged_after_step": 30}
+    run = ("whole_e4", 3)
+    rows = [row | gone if (row["arm"], row["seed"]) == run else row for row in results.rows]
+    found = [claim.judge(Results(tuple(rows), study.baseline)) for claim in study.expect]
+    assert [found[i].verdict for i in (0, 1, 3)] == [INCONCLUSIVE, INCONCLUSIVE, last], found
+    assert last == NOT_REPRODUCED or "a run diverged: seed 3" in found[3].because
+    said = scaling.exponents(Results(tuple(rows), study.baseline))
+    assert said.count("over 3 seeds") == 3 and "nan" not in said
