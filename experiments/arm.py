@@ -3,11 +3,13 @@
 import os
 import pathlib
 import platform
+import statistics
 import sys
 from typing import Any
 
 from experiments.budget import cost_of
 from experiments.results import LOSS, PAIRED, append_result
+from experiments.routing_measures import late_values
 from experiments.same_runs import link_same_run
 from experiments.study import Study
 from moe_jax.config import ExperimentConfig
@@ -20,7 +22,6 @@ from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, RUN_FILE, re
 from moe_jax.training.saved import load_run, open_run_data
 
 CURVE = f"heldout/dropless/{LOSS}"
-LATE = 0.5  # routing is averaged over the logged steps after this share of the run
 
 
 def run_arm(
@@ -157,11 +158,9 @@ def measures_of(
     measures = {LOSS: said["dropless"][LOSS]}
     if "capacity_limited" in said:
         measures["capacity_limited"] = said["capacity_limited"][LOSS]
-    late = [row for row in rows if row["step"] > LATE * num_steps]
     for name in ("dropped_fraction", "max_violation", "router_entropy"):
-        values = [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
-        if values:
-            measures[name] = sum(values) / len(values)
+        if values := late_values(rows, name, num_steps):
+            measures[name] = statistics.fmean(values)
     return measures
 
 

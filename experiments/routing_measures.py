@@ -10,7 +10,18 @@ from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.saved import load_run
 
 TOKENS = 262_144  # held-out: 1,024 sequences at `small`
-LATE = 0.5  # metrics are averaged over the logged steps after this share of the run
+LATE = 0.5  # routing is averaged over the logged steps after this share of the run
+
+
+def late_rows(rows: list[dict[str, Any]], last: int) -> list[dict[str, Any]]:
+    """The rows of metrics of the later half of a run of so many steps."""
+    return [row for row in rows if row["step"] > LATE * last]
+
+
+def late_values(rows: list[dict[str, Any]], name: str, last: int) -> list[float]:
+    """A metric of every MoE layer and of the later half of the steps; [] of a dense run."""
+    late = late_rows(rows, last)
+    return [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
 
 
 def late_metric(workdir: pathlib.Path, name: str) -> float:
@@ -20,9 +31,7 @@ def late_metric(workdir: pathlib.Path, name: str) -> float:
       ValueError: the run has no such metric.
     """
     rows = read_metrics(workdir / METRICS_FILE)
-    last = max(row["step"] for row in rows)
-    late = [row for row in rows if row["step"] > LATE * last]
-    values = [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
+    values = late_values(rows, name, max(row["step"] for row in rows))
     if not values:
         raise ValueError(f"a run of MoE layers has the metric {name}: {workdir} has none.")
     return statistics.fmean(values)

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.results import LOSS, Results, measured
+from experiments.routing_measures import late_rows
 from experiments.study import NO_EXPERTS, Arm, Published, Study, read_settings
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, every, in_every_seed, lower, not_above
@@ -22,7 +23,7 @@ from moe_jax.training.metrics import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE,
 from moe_jax.training.saved import open_run_data
 
 RATES = ("1e-4", "1e-3", "1e-2")
-EARLY, LATE = 0.25, 0.5  # of the steps: before the first, after the second
+EARLY = 0.25  # of the steps: those before it
 COLLAPSE = "Without balancing, routing collapses onto a few experts."
 NOISY = {"model.parts.moe.router.noise.learned": Learned()}
 # What balances, and the same without: every row of Shazeer's table has noise on the logits.
@@ -45,8 +46,7 @@ def loads(workdir: pathlib.Path) -> dict[str, float]:
     rows = [row for row in rows if layers[0] in row]  # others are of evaluations
     last = rows[-1]["step"]
     early = [row for row in rows if row["step"] <= EARLY * last] or rows[:1]
-    late = [row for row in rows if row["step"] > LATE * last]
-    shares = np.array([[row[name] for name in layers] for row in late])
+    shares = np.array([[row[name] for name in layers] for row in late_rows(rows, last)])
     counts_XDE = heldout_counts(workdir)
     share_XE = counts_XDE.sum(axis=1) / counts_XDE.sum(axis=(1, 2))[:, None]
     return {
