@@ -12,6 +12,7 @@ six pairs show nothing then, five with a margin.
 
 import dataclasses
 import math
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 
@@ -56,11 +57,11 @@ class Judged:
         return overall(self.findings) if self.findings else NOT_RUN
 
     @property
-    @property
     def is_run(self) -> bool:
         """Whether there are runs for one of the claims."""
         return any(finding.verdict != NOT_RUN for finding in self.findings)
 
+    @property
     def older_verdict(self) -> str:
         """Of the study, under the earlier rule; "" if that is today's."""
         return overall(self.older) if self.older else ""
@@ -193,6 +194,30 @@ def slope_above(xs: Mapping[str, float], measure: str = LOSS) -> Callable[[Resul
     """
 
     def judge(results: Results) -> Finding:
+def seed_by_seed(
+    results: Results, number: Callable[..., float], *measured: tuple[str, str]
+) -> dict[int, float]:
+    """A number of measures of some arms, for every seed that all of them have.
+
+    Args:
+      results: of the study.
+      number: of one seed, from a value for each of `measured`.
+      measured: arms, each with a measure of it.
+    """
+    values = [results.values(arm, measure) for arm, measure in measured]
+    return {seed: number(*(each[seed] for each in values)) for seed in shared_seeds(values)}
+
+
+def ratio(a: float, b: float) -> float:
+    """How many times `b` the other is; of a measure of 0, very many."""
+    return a / max(b, 1e-9)
+
+
+def least_fall(*values: float) -> float:
+    """The smallest fall from one value to the next."""
+    return min(map(operator.sub, values, values[1:]))
+
+
         values = {arm: results.values(arm, measure) for arm in xs}
         slopes = {
             seed: slope(list(xs.values()), [values[arm][seed] for arm in xs])
@@ -279,7 +304,7 @@ def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results],
 def family_of(one: Below, compared: Iterable[Below]) -> list[Below]:
     """The comparisons of a claim that one of them is corrected for: all but its reverse.
 
-    Both ways of one pair, which show that it is alike, are no such family.
+    Both ways of one pair, which show that it is alike, cannot both fail.
     """
     reverse = (one.other, one.arm, one.measure)
     return [b for b in compared if (b.arm, b.other, b.measure) != reverse]

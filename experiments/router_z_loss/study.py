@@ -1,6 +1,5 @@
 """The z-loss of the router, and a router in float32 beside one in bfloat16."""
 
-import itertools
 import pathlib
 from typing import Any
 
@@ -9,8 +8,15 @@ from experiments.results import LOSS, Results, measured
 from experiments.routing_measures import late_metric, routes, routing_of
 from experiments.study import NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
-from experiments.verdict import Claim, Finding, every, in_every_seed, not_above
-from moe_jax.analysis.paired import shared_seeds
+from experiments.verdict import (
+    Claim,
+    Finding,
+    every,
+    in_every_seed,
+    least_fall,
+    not_above,
+    seed_by_seed,
+)
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 WEIGHTS = ("0", "1e-4", "1e-3", "1e-2")
@@ -31,10 +37,9 @@ def logits(workdir: pathlib.Path) -> dict[str, float]:
 
 def falls_with_weight(results: Results) -> Finding:
     """The squared logsumexp is smaller with every larger weight."""
-    values = [results.values(f"z_{weight}", "squared_logsumexp") for weight in WEIGHTS]
-    seeds = shared_seeds(values)
-    least = {s: min(a[s] - b[s] for a, b in itertools.pairwise(values)) for s in seeds}
-    return in_every_seed("least fall of the squared logsumexp", least, least=0.0)
+    measured = [(f"z_{weight}", "squared_logsumexp") for weight in WEIGHTS]
+    falls = seed_by_seed(results, least_fall, *measured)
+    return in_every_seed("least fall of the squared logsumexp", falls, least=0.0)
 
 
 def z_loss(weight: str, **more: Any) -> dict[str, Any]:

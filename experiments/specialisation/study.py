@@ -8,8 +8,7 @@ from experiments.balance.study import STUDY as BALANCE
 from experiments.results import Results, measured
 from experiments.routing_measures import routing_of
 from experiments.study import NO_EXPERTS, Arm, Published, Study
-from experiments.verdict import Claim, Finding, every, in_every_seed
-from moe_jax.analysis.paired import shared_seeds
+from experiments.verdict import Claim, Finding, every, in_every_seed, ratio, seed_by_seed
 from moe_jax.moe.bias import SignUpdate
 
 SPECIALISES = "Experts specialise by domain or token."
@@ -19,14 +18,9 @@ BALANCED = ("switch_global_0.1", f"loss_free_{RATE}")
 
 def over(name: str, baseline: str, arm: str, least: float) -> Callable[[Results], Finding]:
     """The claim that a category says so many times what it says of a baseline."""
-
-    def judge(results: Results) -> Finding:
-        own, chance = (results.values(arm, f"{name}_{of}") for of in ("bits", baseline))
-        ratios = {s: own[s] / max(chance[s], 1e-9) for s in shared_seeds([own, chance])}
-        what = f"{name} bits of {arm} over {baseline.replace('_', ' ')}"
-        return in_every_seed(what, ratios, least=least)
-
-    return judge
+    both = [(arm, f"{name}_{of}") for of in ("bits", baseline)]
+    what = f"{name} bits of {arm} over {baseline.replace('_', ' ')}"
+    return lambda results: in_every_seed(what, seed_by_seed(results, ratio, *both), least=least)
 
 
 def load_and_routing(workdir: pathlib.Path) -> dict[str, float]:
