@@ -27,7 +27,6 @@ CLAIMS = (
     "After training with little capacity, evaluating with more is better.",
     "Expert choice, Soft MoE and batch-prioritised queues look ahead in a decoder; top-K with "
     "token-major queues does not.",
-    "Predicting more tokens ahead is worth its cost.",
 )
 MEMORY, EXCHANGE = (
     "An MoE pays memory for compute.",
@@ -109,8 +108,8 @@ def claim_lines(
         for study in studies:
             places = [i for i, claim in enumerate(study.expect) if claim.settles == common]
             if places:
-                of_claim = {s: j for s, j in of_claim.items() if j.is_run}
                 of_claim = {size: j.of(places) for size, j in judged[study.name].items()}
+                of_claim = {s: j for s, j in of_claim.items() if j.is_run}
                 said += [verdicts(study, of_claim)] * bool(of_claim)
                 links.append(f"[{study.name}]({study.name}/README.md)")
         lines.append((common, "; ".join(said) or NOT_RUN, ", ".join(links)))

@@ -182,18 +182,18 @@ def not_above(arm: str, other: str, measure: str = LOSS, margin: float = MARGIN)
     return Below(arm, other, measure, margin)
 
 
-def slope_above(xs: Mapping[str, float], measure: str = LOSS) -> Callable[[Results], Finding]:
-    """The claim that a measure rises with a number of each arm: the slope of a line is above 0.
+def in_words(found: Paired, measure: str) -> str:
+    """A difference with its interval, its size, and what could have been seen."""
+    low, high = found.interval
+    text = f"{found.mean:+.4f} {measure} over {found.num_seeds} seeds"
+    if math.isfinite(found.mean):
+        text += (
+            f", 95 % interval {low:+.4f} to {high:+.4f}, {abs(found.size):.1f} seed sd; "
+            f"{found.smallest_visible:.4f} could have been seen"
+        )
+    return text
 
-    A line is fitted to every seed that all arms have, by least squares; the slopes are judged as
-    differences are.
 
-    Args:
-      xs: the number of each arm.
-      measure: what is fitted.
-    """
-
-    def judge(results: Results) -> Finding:
 def seed_by_seed(
     results: Results, number: Callable[..., float], *measured: tuple[str, str]
 ) -> dict[int, float]:
@@ -216,40 +216,6 @@ def ratio(a: float, b: float) -> float:
 def least_fall(*values: float) -> float:
     """The smallest fall from one value to the next."""
     return min(map(operator.sub, values, values[1:]))
-
-
-        values = {arm: results.values(arm, measure) for arm in xs}
-        slopes = {
-            seed: slope(list(xs.values()), [values[arm][seed] for arm in xs])
-            for seed in shared_seeds(values.values())
-        }
-        if len(slopes) < results.least_seeds:
-            return too_few(f"slope over {', '.join(xs)}", len(slopes), results.least_seeds)
-        found = paired(slopes, dict.fromkeys(slopes, 0.0))
-        p_value = found.p_value()
-        because = f"slope over {', '.join(xs)}: {in_words(found, measure)}; p = {p_value:.2g}"
-        verdict = REPRODUCED if found.side() > 0 else NOT_REPRODUCED
-        return Finding(verdict if p_value < LEVEL else INCONCLUSIVE, because)
-
-    return judge
-
-
-def slope(xs: list[float], ys: list[float]) -> float:
-    """Of a line by least squares; nan where a run diverged."""
-    finite = all(map(math.isfinite, ys))
-    return statistics.linear_regression(xs, ys).slope if finite else math.nan
-
-
-def in_words(found: Paired, measure: str) -> str:
-    """A difference with its interval, its size, and what could have been seen."""
-    low, high = found.interval
-    text = f"{found.mean:+.4f} {measure} over {found.num_seeds} seeds"
-    if math.isfinite(found.mean):
-        text += (
-            f", 95 % interval {low:+.4f} to {high:+.4f}, {abs(found.size):.1f} seed sd; "
-            f"{found.smallest_visible:.4f} could have been seen"
-        )
-    return text
 
 
 def in_every_seed(

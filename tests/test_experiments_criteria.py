@@ -2,10 +2,12 @@
 
 import pytest
 
+from experiments.capacity_factors import study as capacity_factors
 from experiments.distillation.study import mean_recovered
 from experiments.results import Results
 from experiments.study import load_study
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from moe_jax.training.metrics import EVALUATION_FILE
 from tests.made_up_study import SEEDS, judged, made_up, of_seed, row
 
 # Smoothed, these end at 2.2 (dense) and pass it after 300 and 400 steps.
@@ -105,59 +107,65 @@ def test_the_share_of_targets_beside_parameters_alone_is_the_published_one():
 
 def capacity_results(**changes):
     """Results as the literature would have them, but for some measures of some arms."""
-    rows = [row("dense", seed, 1.0 + 0.01 * seed) for seed in range(5)]
-    for arm in ("dense_1.25", "dense_2.0"):
-        rows += [row(arm, seed, 0.95 + 0.01 * seed) for seed in SEEDS]
+    dense = [("dense", 1.0), ("dense_1.25", 0.98), ("dense_2.0", 0.95)]
+    rows = [row(arm, seed, loss + 0.01 * seed, capacity_limited=loss + 0.01 * seed)
+            for arm, loss in dense for seed in range(5)]  # fmt: skip
     for family in ("top1", "top2_assignment", "top2_token"):
         for factor, loss in ((1.0, 0.83), (1.25, 0.82), (2.0, 0.81)):
             arm = f"{family}_{factor}"
             by_token = family == "top2_token"
             measures = {
                 "loss": loss,
-                "capacity_limited": loss,
                 "evaluated_at_1.0": 0.85,
                 "evaluated_at_1.25": 0.83,
                 "evaluated_at_2.0": 0.82,
                 "dropped_fraction": (2.05 - factor) / 2 if by_token else 0.02 / factor,
                 **changes.get(arm.replace(".", "_"), {}),
             }
-            rows += [row(arm, s, of_seed(measures["loss"], s), **measures) for s in SEEDS]
+            limited = measures.pop("capacity_limited", loss)
+            rows += [
+                row(arm, s, of_seed(measures["loss"], s), capacity_limited=of_seed(limited, s),
+                    **measures)
+                for s in SEEDS
+            ]  # fmt: skip
     return Results(tuple(rows), "dense")
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "failed"),
     [
-        ({}, [REPRODUCED] * 6),
-        ({"top1_2_0": {"loss": 0.998}}, [INCONCLUSIVE] + [REPRODUCED] * 5),
-        ({"top2_token_1_0": {"loss": 1.05}}, [NOT_REPRODUCED] + [REPRODUCED] * 5),
-        # Below the dense model of one expert, which is not its cost dropless.
-        ({"top2_token_1_0": {"loss": 0.97}}, [NOT_REPRODUCED] + [REPRODUCED] * 5),
-        (
-            {"top1_1_25": {"capacity_limited": 0.9}},
-            [REPRODUCED, NOT_REPRODUCED] + [REPRODUCED] * 4,
-        ),
+        ({}, {}),
+        ({"top1_2_0": {"loss": 0.998}}, {0: INCONCLUSIVE}),
+        ({"top2_assignment_1_0": {"loss": 0.97}}, {0: NOT_REPRODUCED}),
+        # By token it is the loss within the capacity that counts, at the cost of training.
+        ({"top2_token_1_0": {"loss": 1.05}}, {}),
+        ({"top2_token_1_25": {"capacity_limited": 0.96}}, {1: NOT_REPRODUCED}),
+        ({"top2_token_2_0": {"capacity_limited": 0.96}}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
+        ({"top1_1_25": {"capacity_limited": 0.9}}, {1: NOT_REPRODUCED}),
         # Evaluated with more capacity it is no better: no gain after 1.25.
-        (
-            {"top1_1_25": {"evaluated_at_1.25": 0.82}},
-            [REPRODUCED] * 2 + [NOT_REPRODUCED] + [REPRODUCED] * 3,
-        ),
+        ({"top1_1_25": {"evaluated_at_1.25": 0.82}}, {2: NOT_REPRODUCED}),
         # A gain of 0.04 after 1.25, of 0.03 after 1.0.
-        (
-            {"top1_1_25": {"evaluated_at_1.25": 0.86}},
-            [REPRODUCED] * 3 + [NOT_REPRODUCED] + [REPRODUCED] * 2,
-        ),
+        ({"top1_1_25": {"evaluated_at_1.25": 0.86}}, {3: NOT_REPRODUCED}),
         (
             {"top1_1_0": {"dropped_fraction": 0.06}, "top1_1_25": {"dropped_fraction": 0.051}},
-            [REPRODUCED] * 4 + [NOT_REPRODUCED, REPRODUCED],
+            {4: NOT_REPRODUCED},
         ),
-        ({"top2_token_1_0": {"dropped_fraction": 0.45}}, [REPRODUCED] * 5 + [NOT_REPRODUCED]),
     ],
 )
-def test_the_criterion_of_capacity_factors(changes, expected):
+def test_the_criterion_of_capacity_factors(changes, failed):
     study = load_study("capacity_factors")
     findings = judged(study, capacity_results(**changes))
+    expected = [failed.get(place, REPRODUCED) for place in range(5)]
     assert [finding.verdict for finding in findings] == expected, findings
+
+
+@pytest.mark.parametrize("arm", ["dense", "dense_1.25"])
+def test_a_dense_model_has_its_loss_within_any_capacity(arm, tmp_path, monkeypatch):
+    """Which is what top-2 by token is compared with; a run has no such number of its own."""
+    config = load_study("capacity_factors").experiment("smoke", arm, 0)
+    monkeypatch.setattr(capacity_factors, "open_run", lambda workdir: (config, None, None))
+    (tmp_path / EVALUATION_FILE).write_text('{"dropless": {"bits_per_byte": 1.5}}')
+    assert capacity_factors.crossed(tmp_path) == {"capacity_limited": 1.5}
 
 
 STILL = {"moved": 1e-6, "prefix_rise": -1e-6, "other_rise": 0.0}
@@ -214,17 +222,25 @@ BALANCE = {
         ({"none_noisy": {"fullest_expert": 3.5}}, {0: NOT_REPRODUCED}),
         ({"switch_global_0_01": {"heldout_violation": 0.6}}, {1: NOT_REPRODUCED}),
         ({"loss_free_1e-3": {"heldout_violation": 0.11}}, {2: NOT_REPRODUCED}),
-        ({"switch_global_0_01": {"heldout_violation": 0.14}}, {2: NOT_REPRODUCED}),
-        ({"loss_free_1e-3": {"loss": 0.95}}, {3: NOT_REPRODUCED}),
-        ({"none_noisy": {"loss": 0.87}}, {3: INCONCLUSIVE}),
-        ({"loss_free_1e-2": {"max_violation": 0.3}}, {4: NOT_REPRODUCED}),
-        ({"switch_global_0_1": {"loss": 0.899}}, {5: INCONCLUSIVE}),
-        ({"switch_micro_0_1": {"domain_information": 0.3}}, {5: NOT_REPRODUCED}),
+        # What three seeds are known to have, of which the largest: two bounds can be met together.
+        (
+            {
+                "loss_free_1e-3": {"heldout_violation": 0.347},
+                "switch_global_0_01": {"heldout_violation": 0.45},
+            },
+            {2: NOT_REPRODUCED},
+        ),
+        ({"switch_global_0_01": {"heldout_violation": 0.04}}, {3: NOT_REPRODUCED}),
+        ({"loss_free_1e-3": {"loss": 0.95}}, {4: NOT_REPRODUCED}),
+        ({"none_noisy": {"loss": 0.87}}, {4: INCONCLUSIVE}),
+        ({"loss_free_1e-2": {"max_violation": 0.3}}, {5: NOT_REPRODUCED}),
+        ({"switch_global_0_1": {"loss": 0.899}}, {6: INCONCLUSIVE}),
+        ({"switch_micro_0_1": {"domain_information": 0.3}}, {6: NOT_REPRODUCED}),
     ],
 )
 def test_the_criterion_of_balance(changes, failed):
     findings = judged(load_study("balance"), made_up(BALANCE, **changes))
-    expected = [failed.get(place, REPRODUCED) for place in range(6)]
+    expected = [failed.get(place, REPRODUCED) for place in range(7)]
     assert [finding.verdict for finding in findings] == expected, findings
 
 
@@ -271,15 +287,18 @@ GRANULARITY = {
     [
         ({}, {}),
         ({"fine_8": GRANULARITY["fine_2"]}, {0: INCONCLUSIVE}),
-        ({"fine_8": {"loss": 0.95}}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
-        ({"shared_31": {"loss": 0.95}}, {2: NOT_REPRODUCED}),
-        ({"shared_31": {"shared_rise": 0.92}}, {3: NOT_REPRODUCED}),
+        ({"fine_8": {"loss": 0.95}}, {0: NOT_REPRODUCED}),
+        ({"shared_31": {"loss": 0.95}}, {1: NOT_REPRODUCED}),
+        ({"shared_31": {"shared_rise": 0.92}}, {2: NOT_REPRODUCED}),
+        # Without a routed expert the loss falls, or stands: no ratio.
+        ({"shared_31": {"routed_rise": -0.01}}, {2: NOT_REPRODUCED}),
+        ({"shared_31": {"routed_rise": 0.0}}, {2: NOT_REPRODUCED}),
         ({"fine_1": {"loss": 0.5}}, {}),  # one expert a token has another gate
     ],
 )
 def test_the_criterion_of_granularity(changes, failed):
     findings = judged(load_study("granularity"), made_up(GRANULARITY, **changes))
-    expected = [failed.get(place, REPRODUCED) for place in range(4)]
+    expected = [failed.get(place, REPRODUCED) for place in range(3)]
     assert [finding.verdict for finding in findings] == expected, findings
 
 
@@ -375,7 +394,9 @@ SPECIALISATION = {
 STEADY = {"noise_flips": 0.002, "checkpoint_flips": 0.2}
 INSTABILITY = {
     **{f"top{k}": {**STEADY, "noise_flips_set": 0.01 * k} for k in (1, 2, 4)},
-    **{f"top{k}_jitter": {} for k in (1, 2)},
+    **{f"top{k}_jitter": {"noise_flips_set": 0.009 * k} for k in (1, 2)},
+    "top2_temperature_0.5": {"noise_flips_set": 0.01},
+    "top2_temperature_2": {"noise_flips_set": 0.03},
 }
 MULTI_TOKEN = {"plain": {}, "module": {}, "longer": {"loss": 0.898}}
 
@@ -402,7 +423,11 @@ MULTI_TOKEN = {"plain": {}, "module": {}, "longer": {"loss": 0.898}}
          {1: NOT_REPRODUCED}),
         ("router_instability", INSTABILITY, {"top4": {"noise_flips_set": 0.015}},
          {2: NOT_REPRODUCED}),
-        ("router_instability", INSTABILITY, {"top1_jitter": {"loss": 0.85}}, {3: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top2_jitter": {"noise_flips_set": 0.021}},
+         {3: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top2_temperature_0.5": {"noise_flips_set": 0.04}},
+         {4: NOT_REPRODUCED}),
+        ("router_instability", INSTABILITY, {"top1_jitter": {"loss": 0.85}}, {5: NOT_REPRODUCED}),
         ("multi_token", MULTI_TOKEN, {}, {}),
         ("multi_token", MULTI_TOKEN, {"module": {"loss": 0.95}},
          {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),

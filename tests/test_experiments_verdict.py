@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 
 from experiments import before_pairs, verdict
 from experiments.results import LOSS, UNPAIRED, Results, measured
@@ -121,6 +121,20 @@ def test_how_often_arms_that_are_alike_are_shown_to_be(pairs, share):
     noncentrality = verdict.MARGIN / (0.018 / math.sqrt(pairs))
     limit = stats.t.ppf(1 - verdict.LEVEL, pairs - 1)
     assert round(1 - stats.nct.cdf(limit, pairs - 1, noncentrality), 2) == share
+
+
+@pytest.mark.parametrize(("pairs", "share"), [(3, 0.41), (5, 0.84)])
+def test_how_often_both_sides_are_shown_of_arms_that_are_alike(pairs, share):
+    """|mean| below the margin less t standard errors, over the chi-square of the variance."""
+    freedom, error = pairs - 1, 0.018 / math.sqrt(pairs)
+    limit = stats.t.ppf(1 - verdict.LEVEL, freedom) * error
+
+    def shown(u):
+        left = verdict.MARGIN - limit * math.sqrt(u / freedom)
+        return (2 * stats.norm.cdf(left / error) - 1) * stats.chi2.pdf(u, freedom)
+
+    widest = freedom * (verdict.MARGIN / limit) ** 2
+    assert round(integrate.quad(shown, 0, widest)[0], 2) == share
 
 
 def test_a_margin_is_in_the_unit_of_its_measure():

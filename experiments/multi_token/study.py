@@ -72,7 +72,6 @@ STUDY = Study(
             "It is worth its cost: not 0.03 bits or more above the same without it, trained longer "
             "at the same cost.",
             not_above("module", "longer"),
-            settles="Predicting more tokens ahead is worth its cost.",
         ),
     ),
     notes="""\
@@ -80,5 +79,8 @@ STUDY = Study(
   The table counts its layer and its pass through the head. Evaluation runs neither.
 * The arm "longer" has as many training FLOPs as the arm with the module, within 5 %.
 * Published gains are in code and mathematics, at sizes where these can be measured; on text
-  DeepSeek reports 0.001 bits a byte. No gain is asked for.""",
+  DeepSeek reports 0.001 bits a byte.
+* Known beforehand: a third more steps are worth about 0.08 bits at `small`. So the second claim
+  asks the module for a gain of about 0.05 there, and is expected to fail. For that reason it no
+  longer stands on the top page (changed on 2026-11-30, before any run).""",
 )
