@@ -24,6 +24,7 @@ from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
+from moe_jax.parallel.mesh import make_mesh
 from moe_jax.planning.flops import (
     KINDS,
     count_flops,
@@ -41,9 +42,12 @@ from moe_jax.planning.memory import (
     saved_bytes,
     working_set,
 )
+from moe_jax.planning.serving import serving_costs
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import resolve
+from moe_jax.training.memory import needed_bytes
 from moe_jax.training.state import init_state
+from tests.tiny_run import tiny_config
 
 # One dense and two MoE layers; M = 8, 2 heads and 1 key-value head of 4, H = 16, V = 32, L = 10;
 # E = 4, K = 2, H of an expert 12, capacity factor 1: C = 10 * 2 / 4 = 5 slots, 2 a token.
@@ -188,6 +192,33 @@ def test_state_is_three_float32_numbers_a_parameter_and_gradients_one():
     assert memory.logits == 2 * 80 * 32 * 4
     state = 16 * size + memory.saved_activations
     assert memory.total == state + max(memory.logits, memory.layer + memory.dispatch)
+
+
+QUANTISED = {"quantisation": {"names": ["experts"], "bits": 4, "group_size": 4}}
+ADAPTED = QUANTISED | {"adapters": {"names": ["attention", "experts"]}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model": {"quantisation": {"names": ["all"], "bits": 16}}},
+        {"model": QUANTISED, "optimizer": {"frozen": ["experts"]}},
+        {"model": ADAPTED, "optimizer": {"trainable": ["adapters"]}},
+        {"training": {"num_microbatches": 2, "batch_size": 16}},
+        {"optimizer": {"name": "lion", "trainable": ["attention"]}},
+    ],
+    ids=str,
+)
+def test_a_plan_counts_the_state_as_training_does(settings):
+    """Quantised weights and adapters too, in their own dtypes; counters apart."""
+    mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    config = dataclasses.replace(tiny_config(settings), mesh=mesh)
+    memory, needed = estimate_memory(resolve(config, 8)), needed_bytes(config, make_mesh(mesh))
+    assert memory.parameters == needed["parameters"]
+    assert memory.gradients == needed["gradients"]
+    assert 0 <= needed["optimizer"] - memory.optimizer <= 64
+    assert serving_costs(config.model, 16) == serving_costs(tiny_config().model, 16)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

@@ -8,7 +8,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 
 from moe_jax.config import MeshConfig
 from moe_jax.costs import FLOAT32
@@ -22,7 +21,7 @@ from moe_jax.planning.flops import (
 )
 from moe_jax.planning.parameters import (
     gathered_size,
-    local_parameters,
+    local_bytes,
     local_size,
     shards_of,
     training_parameters,
@@ -39,10 +38,10 @@ class Memory:
     """Bytes on one device at the peak of a training step.
 
     Attributes:
-      parameters: float32.
-      teacher: its parameters, float32, and the state of its parts.
+      parameters: as they are stored: float32, integers and scales of quantised ones, adapters.
+      teacher: its parameters, stored so too, and the state of its parts.
       optimizer: moments, float32.
-      gradients: float32, of what trains; of several microbatches, the sum and the newest part.
+      gradients: of what trains, float32; of several microbatches, the sum and the newest one.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
       logits: float32 logits and their gradient, and those of a teacher.
       layer: working set of the largest layer: its activations if they are computed again, its
@@ -69,8 +68,7 @@ class Memory:
 def estimate_memory(work: Workload) -> Memory:
     """The components for a config on its mesh."""
     model, mesh = work.model, work.mesh
-    trained = sum(local_size(spec, mesh) for spec in training_parameters(work.config))
-    parts = 2 if work.config.training.num_microbatches > 1 else 1
+    gradient_copies = 2 if work.config.training.num_microbatches > 1 else 1
     layers = [
         (one, layer)
         for one in (work, *work.teachers)
@@ -81,7 +79,7 @@ def estimate_memory(work: Workload) -> Memory:
         parameters=parameter_bytes(work),
         teacher=sum(parameter_bytes(one) + state_bytes(one) for one in work.teachers),
         optimizer=optimizer_bytes(work),
-        gradients=FLOAT32 * trained * parts,
+        gradients=gradient_copies * local_bytes(training_parameters(work.config), mesh),
         saved_activations=saved_bytes(work),
         logits=2 * num_heads(model) * logits_bytes(work) + sum(map(logits_bytes, work.teachers)),
         layer=max(working_set(one, layer) for one, layer in layers),
@@ -90,14 +88,13 @@ def estimate_memory(work: Workload) -> Memory:
 
 
 def parameter_bytes(work: Workload) -> float:
-    """Bytes of the parameters on one device."""
-    return FLOAT32 * sum(local_parameters(work.model, work.mesh).values())
+    """Bytes of the parameters on one device, as they are stored."""
+    return local_bytes(work.model.specs(), work.mesh)
 
 
 def state_bytes(work: Workload) -> float:
     """Bytes of the state of parts on one device, such as selection biases."""
-    mesh, specs = work.mesh, jax.tree.leaves(work.model.state_specs())
-    return float(sum(local_size(spec, mesh) * jnp.dtype(spec.dtype).itemsize for spec in specs))
+    return local_bytes(work.model.state_specs(), work.mesh)
 
 
 def logits_bytes(work: Workload) -> float:

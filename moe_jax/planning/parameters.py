@@ -4,8 +4,10 @@ import collections
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.config import ExperimentConfig, Lengths, MeshConfig
 from moe_jax.models.layer import Layer
@@ -98,6 +100,12 @@ def local_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
     return math.prod(-(-size // part) for size, part in zip(spec.shape, parts, strict=True))
 
 
+def local_bytes(specs: Any, mesh: MeshConfig) -> float:
+    """Bytes that a device holds of a tree of arrays, each in its own dtype."""
+    leaves: list[ParameterSpec] = jax.tree.leaves(specs)
+    return float(sum(local_size(one, mesh) * jnp.dtype(one.dtype).itemsize for one in leaves))
+
+
 def gathered_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
     """Numbers that a device holds of an array gathered over fsdp."""
     return local_size(spec, mesh) * (mesh.fsdp if "model" in spec.axes else 1)
@@ -119,8 +127,8 @@ def shards_of(axis: str | None, mesh: MeshConfig) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
-    """The plain parameters before they exist; layers of a scan are stacked."""
+def plain_parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
+    """Specs of the float32 model: without adapters and quantisation; layers of a scan stacked."""
     return tuple(jax.tree.leaves(model.plain_specs()))
 
 
@@ -169,11 +177,3 @@ def inactive_parameters(model: LanguageModel, sequence_length: int | Lengths) ->
         for cost in placed.costs(model)
     )
     return inactive - again
-
-
-def local_parameters(model: LanguageModel, mesh: MeshConfig) -> dict[str, int]:
-    """Parameters that one device holds, by component."""
-    counts = dict.fromkeys(COMPONENTS, 0)
-    for spec in parameter_specs(model):
-        counts[component(spec)] += local_size(spec, mesh)
-    return counts

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.planning.memory import Memory, estimate_memory
-from moe_jax.planning.parameters import parameter_specs
+from moe_jax.planning.parameters import plain_parameter_specs
 from moe_jax.planning.remedies import largest
 from moe_jax.planning.roofline import Roofline, estimate, model_flops
 from moe_jax.planning.text import table
@@ -98,7 +98,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     copies = MeshConfig(topology.slices, topology.num_devices // topology.slices)
     with use_mesh(copies, chip.platform):  # an error is that of every mesh
         models = [resolved_model(one) for one in configs]
-    specs = itertools.chain.from_iterable(map(parameter_specs, models))
+    specs = itertools.chain.from_iterable(map(plain_parameter_specs, models))
     has_experts = any("expert" in spec.axes for spec in specs)
     for mesh in meshes(topology.num_devices, topology.slices):
         mesh = dataclasses.replace(mesh, experts_span_slices=config.mesh.experts_span_slices)

@@ -9,7 +9,7 @@ from moe_jax.planning.flops import KINDS
 from moe_jax.planning.parameters import (
     gathered_size,
     local_size,
-    parameter_specs,
+    plain_parameter_specs,
     training_parameters,
 )
 from moe_jax.planning.workload import Workload
@@ -25,13 +25,13 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     moments of what trains and writes the last two. A teacher runs forward once.
     """
     model, mesh = work.model, work.mesh
-    parts, weights = work.config.training.num_microbatches, _gathered(work)
+    weights, num_microbatches = _gathered(work), work.config.training.num_microbatches
 
     def moved(cost: Cost) -> float:
         return work.products(cost.batched) * cost.traffic.on(mesh.tensor)
 
     total = {
-        kind: parts
+        kind: num_microbatches
         * (
             work.tokens * work.total(moved, kind)
             + work.products(kind in ("experts", "routing")) * work.itemsize * weights[kind]
@@ -41,8 +41,8 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
     numbers = work.decoder_tokens * model.model_dim + weights["head"]
     logits = Bytes(split=work.decoder_tokens * model.vocab_size * FLOAT32).on(mesh.tensor)
     if not work.learns:
-        return total | {"head": parts * (work.itemsize * numbers + logits)}
-    total["head"] = parts * (3 * work.itemsize * numbers + 4 * logits)
+        return total | {"head": num_microbatches * (work.itemsize * numbers + logits)}
+    total["head"] = num_microbatches * (3 * work.itemsize * numbers + 4 * logits)
     total["teacher"] = sum(sum(hbm_traffic(teacher).values()) for teacher in work.teachers)
     optimizer = work.config.optimizer
     passes_of_gradient = 2 if optimizer.name == "adafactor" else 1  # its statistics, then the step
@@ -55,11 +55,11 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
 
 def _gathered(work: Workload) -> dict[str, float]:
     """Weights that a device multiplies by in one pass over the model, gathered over fsdp."""
-    parts = dict.fromkeys(KINDS, 0.0)
+    gathered = dict.fromkeys(KINDS, 0.0)
     # An input embedding is read by rows, norms are no products.
     left_out = {"norms"} | ({"embedding"} if not work.model.tie_embeddings else set())
-    for spec in parameter_specs(work.model):
+    for spec in plain_parameter_specs(work.model):
         if spec.component not in left_out:
             kind = KIND_OF_COMPONENT.get(spec.component, "other")
-            parts[kind] += gathered_size(spec, work.mesh)
-    return parts
+            gathered[kind] += gathered_size(spec, work.mesh)
+    return gathered
