@@ -279,7 +279,7 @@ def measure(
         temporary_bytes=memory.temp_size_in_bytes,
         milliseconds={key: 1e3 * value for key, value in seconds.items()},
         collectives={
-            f"{one.kind} {'+'.join(one.axes)}": (one.count, one.array_bytes)
+            f"{one.operation} {'+'.join(one.axes)}": (one.count, one.array_bytes)
             for one in collective_rows(program.collectives, config, topology.devices_per_island)
         },
         grouped_matmuls=len(re.findall(r"%(?:ragged-dot-none|t?gmm)[.\d]* = ", text)),

@@ -57,7 +57,7 @@ def exchange_of(
     model = dataclasses.replace(config.model, parts=config.model.part | {"moe": moe})
     config = dataclasses.replace(config, model=model, mesh=MeshConfig(**mesh))
     work, topology = resolve(config, num_devices, platform), parse_topology(pod)
-    messages = [message for message in collectives(work) if message.kind == "all-to-all"]
+    messages = [message for message in collectives(work) if message.operation == "all-to-all"]
     crossing = sum(m.crossing_bytes(work.mesh, topology.devices_per_island) for m in messages)
     exchange = roofline(topology, 0.0, 0.0, sum(m.wire_bytes for m in messages), crossing)
     return {

@@ -206,9 +206,9 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
     assert traffic == {kind: hbm_traffic(alone)[kind] for kind in traffic}
     # Weights are gathered once, and no gradient is sent.
     sent = [one for one in collectives(work) if one.layer_kind == "teacher"]
-    assert {one.kind for one in sent} == {"all-gather"}
+    assert {one.operation for one in sent} == {"all-gather"}
     learning = dataclasses.replace(taught, learns=True)
-    gathered = {one.name: one for one in collectives(learning) if one.kind == "all-gather"}
+    gathered = {one.name: one for one in collectives(learning) if one.operation == "all-gather"}
     of_experts = {one.name: one.array_bytes for one in sent}["teacher's experts weights"]
     assert 2 * of_experts == gathered["experts weights"].array_bytes
     # The least time has all of it.

@@ -48,7 +48,7 @@ def messages(mesh, parts=1, batch=16, optimizer=None, **model):
         training=TrainingConfig(batch_size=batch, num_microbatches=parts), mesh=mesh,
     )  # fmt: skip
     found = collectives(resolve(config, mesh.num_devices))
-    return {(one.name, one.kind): one for one in found}
+    return {(one.name, one.operation): one for one in found}
 
 
 def test_one_device_sends_nothing():
@@ -192,7 +192,7 @@ def test_the_axes_of_a_group_are_those_its_devices_differ_in(group, axes):
     assert axes_of_group(group, MESH) == axes
 
 
-def test_collectives_of_a_program_are_added_by_kind_and_axes():
+def test_collectives_of_a_program_are_added_by_operation_and_axes():
     program = (
         HloCollective("all-gather", "f32[8]", 32, (0, 2), "layer_0", 3),
         HloCollective("all-gather", "f32[16]", 64, (1, 3), "layer_1", 1),
@@ -200,9 +200,9 @@ def test_collectives_of_a_program_are_added_by_kind_and_axes():
         HloCollective("all-reduce", "f32[]", 4, (0,), "", 1),  # of one device: nothing
     )
     first, second = collective_rows(program, MESH, devices_per_island=2)
-    assert (first.kind, first.axes, first.count) == ("all-to-all", ("expert",), 10)
+    assert (first.operation, first.axes, first.count) == ("all-to-all", ("expert",), 10)
     assert (first.array_bytes, first.wire_bytes, first.crossing_bytes) == (320, 160, 0)
-    assert (second.kind, second.axes, second.count) == ("all-gather", ("fsdp",), 4)
+    assert (second.operation, second.axes, second.count) == ("all-gather", ("fsdp",), 4)
     assert (second.array_bytes, second.wire_bytes) == (160, 80)
     assert second.crossing_bytes == 160 / 2, "of two nodes of two devices: a half, by one card"
 

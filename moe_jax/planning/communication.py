@@ -36,7 +36,7 @@ class Collective:
     Attributes:
       name: what is sent.
       layer_kind: one of `flops.KINDS`, or "teacher".
-      kind: one of `WIRE`.
+      operation: one of `WIRE`.
       axes: mesh axes that it spans.
       group_size: n, devices of a group.
       array_bytes: of the array as `WIRE` takes it, on one device, all layers and microbatches of
@@ -45,7 +45,7 @@ class Collective:
 
     name: str
     layer_kind: str
-    kind: str
+    operation: str
     axes: tuple[str, ...]
     group_size: int
     array_bytes: float
@@ -53,15 +53,15 @@ class Collective:
     @property
     def wire_bytes(self) -> float:
         """Bytes that one device sends per step."""
-        return WIRE[self.kind](self.group_size) * self.array_bytes
+        return WIRE[self.operation](self.group_size) * self.array_bytes
 
     def crossing_bytes(self, mesh: MeshConfig, devices_per_island: int) -> float:
         """The part of `wire_bytes` that must leave the slice or node."""
         islands = num_islands(mesh, self.axes, devices_per_island)
-        return crossing_share(self.kind, islands, self.group_size) * self.array_bytes
+        return crossing_share(self.operation, islands, self.group_size) * self.array_bytes
 
 
-def crossing_share(kind: str, islands: int, group_size: int) -> float:
+def crossing_share(operation: str, islands: int, group_size: int) -> float:
     """Bytes that a device must send out of its slice or node, over the bytes of the array.
 
     Of an array gathered by k islands of m devices each, (k - 1) / k must enter every island,
@@ -69,8 +69,8 @@ def crossing_share(kind: str, islands: int, group_size: int) -> float:
     worst, send (k - 1) / k of every device's own buffer.
     """
     share = (islands - 1) / islands
-    if kind in ("all-gather", "reduce-scatter", "all-reduce"):
-        return (2 if kind == "all-reduce" else 1) * share * islands / group_size
+    if operation in ("all-gather", "reduce-scatter", "all-reduce"):
+        return (2 if operation == "all-reduce" else 1) * share * islands / group_size
     return share
 
 
@@ -97,7 +97,7 @@ def collectives(work: Workload) -> list[Collective]:
         )
     merged: dict[tuple[str, str, tuple[str, ...]], Collective] = {}
     for one in found:
-        key = (one.name, one.kind, one.axes)
+        key = (one.name, one.operation, one.axes)
         before = merged[key].array_bytes if key in merged else 0.0
         merged[key] = dataclasses.replace(one, array_bytes=one.array_bytes + before)
     return [one for one in merged.values() if one.group_size > 1 and one.array_bytes > 0]
@@ -110,7 +110,7 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
     summed over the devices that saw other tokens: reduce-scattered over fsdp, then all-reduced over
     the axes that hold copies.
     """
-    mesh, parts = work.mesh, work.config.training.num_microbatches
+    mesh, num_microbatches = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
     specs = work.model.specs()  # of what is stored: with adapters, quantised
@@ -121,14 +121,14 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
         name = spec.component.replace("_", " ")
         split = _axes_of(spec, mesh)
         itemsize = min(work.itemsize, jnp.dtype(spec.dtype).itemsize)
-        local = local_size(spec, mesh) * itemsize * parts
+        local = local_size(spec, mesh) * itemsize * num_microbatches
         if "fsdp" in split:
             whole = local * sizes["fsdp"]
             gathered = whole
             if spec.component == "embedding":
                 # A lookup may send rows of tokens instead of the table.
-                rows = work.tokens * work.model.model_dim * work.itemsize * parts
-                gathered = min(whole, rows)
+                rows = work.tokens * work.model.model_dim * work.itemsize
+                gathered = min(whole, rows * num_microbatches)
             times = 2 if work.learns and spec.component != "embedding" else 1
             times += work.extra_forward_passes * (spec.component != "head")
             yield Collective(

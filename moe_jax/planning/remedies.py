@@ -111,21 +111,22 @@ def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:
 
 def largest(memory: Memory) -> list[tuple[str, float]]:
     """Memory by component, largest first."""
-    parts = dataclasses.asdict(memory)
-    return sorted(parts.items(), key=lambda part: -part[1])
+    sizes = dataclasses.asdict(memory)
+    return sorted(sizes.items(), key=lambda item: -item[1])
 
 
 def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object], str, bool]]:
     """Changes, what they cost, and whether they keep the result."""
-    model, mesh, parts = config.model, config.mesh, config.training.num_microbatches
+    model, mesh = config.model, config.mesh
     for policy in ("dots", "full"):
         if model.remat in ("none", "dots") and policy != model.remat:
             yield {"model.remat": policy}, "computes forward passes again", True
     for factor in (2, 4, 8):
-        more = {"training.num_microbatches": factor * parts}
+        more = {"training.num_microbatches": factor * config.training.num_microbatches}
         yield (
             more,
-            "gathers weights and reduces gradients as often; other noise, if there is any",
+            "gathers weights and reduces gradients once for each microbatch; draws other noise, if "
+            "there is any",
             not model.depends_on_microbatches,
         )
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}

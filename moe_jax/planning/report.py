@@ -79,10 +79,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Collectives of a compiled program of one kind over the same axes.
+    """Collectives of a compiled program of one operation over the same axes.
 
     Attributes:
-      kind: the HLO opcode.
+      operation: the HLO opcode.
       axes: mesh axes that the groups go over.
       group_size: devices of a group.
       count: executions.
@@ -91,7 +91,7 @@ class Row:
       crossing_bytes: those of them that leave the slice or node.
     """
 
-    kind: str
+    operation: str
     axes: tuple[str, ...]
     group_size: int
     count: int
@@ -112,7 +112,7 @@ def axes_of_group(group: tuple[int, ...], mesh: MeshConfig) -> tuple[str, ...]:
 def collective_rows(
     found: tuple[HloCollective, ...], mesh: MeshConfig, devices_per_island: int
 ) -> list[Row]:
-    """Collectives of a program by kind and axes, the most bytes first."""
+    """Collectives of a program by operation and axes, the most bytes first."""
     rows: dict[tuple[str, tuple[str, ...], int], Row] = {}
     for one in found:
         if one.group_size < 2:

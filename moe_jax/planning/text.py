@@ -171,7 +171,7 @@ def collectives_text(plan: Plan) -> str:
     rows = [
         (
             one.name,
-            one.kind,
+            one.operation,
             "+".join(one.axes),
             str(one.group_size),
             f"{one.wire_bytes / 1e9:,.3f}",
@@ -210,7 +210,7 @@ def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) 
     lines += table([*parts, ("at the peak", _gib(memory.total))])
     rows = collective_rows(program.collectives, plan.work.mesh, plan.topology.devices_per_island)
     cells = [
-        (row.kind, "+".join(row.axes), str(row.group_size), f"{row.count:,}",
+        (row.operation, "+".join(row.axes), str(row.group_size), f"{row.count:,}",
          f"{row.array_bytes / 1e9:,.3f}", f"{row.wire_bytes / 1e9:,.3f}")
         for row in rows
     ]  # fmt: skip

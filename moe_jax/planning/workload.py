@@ -94,8 +94,8 @@ class Workload:
     @property
     def extra_forward_passes(self) -> int:
         """Forward passes over the layers that a step makes before it differentiates."""
-        parts = self.config.training.num_microbatches
-        return int(self.learns and measures_first(self.model, parts))
+        num_microbatches = self.config.training.num_microbatches
+        return int(self.learns and measures_first(self.model, num_microbatches))
 
     @property
     def runs_of_layers(self) -> int:
