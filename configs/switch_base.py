@@ -169,15 +169,18 @@ def make_dense(config: ml_collections.ConfigDict) -> None:
     config.mesh.expert = 1
 
 
-def make_finetune(config: ml_collections.ConfigDict) -> None:
-    """Dropout of 0.1, in experts of 0.4, and a constant learning rate."""
+def make_finetune(config: ml_collections.ConfigDict, is_small: bool) -> None:
+    """Dropout of 0.1, in experts of 0.4, and a constant learning rate.
+
+    A small model keeps its steps and its learning rate.
+    """
     config.name += "_finetune"
     config.model.dropout_rate = 0.1
     for name in {"moe", "encoder_moe"} & set(config.model.parts):
         config.model.parts[name].expert_dropout_rate = 0.4
     config.optimizer.schedule, config.optimizer.warmup_steps = "constant", 0
-    config.optimizer.learning_rate = 1e-3
-    config.training.num_steps = 16_000
+    if not is_small:
+        config.optimizer.learning_rate, config.training.num_steps = 1e-3, 16_000
 
 
 def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
@@ -216,7 +219,7 @@ def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
     if "dense" in presets:
         make_dense(config)
     if "finetune" in presets:
-        make_finetune(config)
+        make_finetune(config, is_small=bool(presets & {"tiny", "smoke"}))
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

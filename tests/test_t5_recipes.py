@@ -74,3 +74,13 @@ def test_the_steps_of_st_moe_make_its_published_tokens():
     for presets, tokens in (("", 0.5e12), ("32b", 1.5e12)):
         training = st_moe.get_config(presets).training
         assert training.num_steps * training.batch_size * 512 == pytest.approx(tokens, rel=0.05)
+
+
+@FILES
+def test_fine_tuning_leaves_small_models_their_steps(file):
+    for preset in ("smoke", "tiny"):
+        small, tuned = (file.get_config(presets) for presets in (preset, f"{preset},finetune"))
+        assert tuned.training == small.training
+        assert tuned.optimizer.learning_rate == small.optimizer.learning_rate
+        assert tuned.model.dropout_rate == 0.1
+    assert file.get_config("finetune").training.num_steps == 16_000
