@@ -67,6 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                     allow_lookahead=True,
                 ),
                 compute_dtype="bfloat16",
+                remat="full",  # without it a step on eight H100 needs three times their memory
             ),
             data=DataConfig(sequence_length=2048),
             optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),

@@ -12,6 +12,9 @@ import pytest
 from moe_jax.config import config_dict, from_config_dict
 from moe_jax.config.file import load_config, override
 from moe_jax.data import open_data, train_batches
+from moe_jax.planning.report import Plan
+from moe_jax.planning.topology import parse_topology
+from moe_jax.planning.workload import resolve
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 from tests.slow import slow_but
@@ -56,6 +59,25 @@ def test_every_preset_builds_and_initialises(name, preset):
     assert (
         "\n    python -m moe_jax.train --config=configs/" in sys.modules[f"configs.{name}"].__doc__
     )
+
+
+PLAN = r"moe_jax\.plan --config=configs/\w+\.py(?::(\S+))? --topology=(\S+)$"
+PLANNED = [
+    (name, preset, topology)
+    for name in FILES
+    for preset, topology in re.findall(
+        PLAN, (ROOT / "configs" / f"{name}.py").read_text(), re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "preset", "topology"), PLANNED)
+def test_a_step_fits_the_machine_that_the_file_names(name, preset, topology):
+    """By arithmetic."""
+    machine = parse_topology(topology)
+    config = from_config_dict(get_config(name)(preset))
+    work = resolve(config, machine.num_devices, machine.chip.platform)
+    assert Plan(work, machine).fits
 
 
 @pytest.mark.parametrize(("name", "preset"), CASES)
