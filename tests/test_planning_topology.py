@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_without_the_compiler_the_error_names_the_extra(monkeypatch, name, extra
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=rf"pip install .*\[{extra}\]'"):
         topology.devices(parse_topology(name))
+
+
+def test_the_compiler_of_either_cuda_will_do(monkeypatch):
+    installed = {"jax_cuda13_plugin": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    asked = {}
+    monkeypatch.setattr(
+        topology.topologies,
+        "get_topology_desc",
+        lambda **given: types.SimpleNamespace(devices=asked.update(given) or ["a device"]),
+    )
+    assert topology.devices(parse_topology("h100:8")) == ["a device"]
+    assert asked["platform"] == "cuda"
 
 
 @pytest.mark.parametrize("chip", [c for c in CHIPS.values() if c.platform == "gpu"], ids=str)

@@ -29,8 +29,11 @@ MAX_SLICES = 64
 # Types of Cloud TPU, such as v5p-256: the chip, and how many of what they count make one.
 CLOUD_TYPES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v6e": ("v6e", 1)}
 EXAMPLES = "v5p:8x16x16, 2*v5e:16x16, h100:8 or h100:4x8"
-# What a program needs that compiles for a machine, by platform: module to look for, pip extra.
-PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda12_plugin", "cuda")}
+# What a program needs that compiles for a machine, by platform: one of these modules; pip extra.
+PACKAGES = {
+    "tpu": (("libtpu",), "tpu"),
+    "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda"),
+}
 # libtpu looks for the machine that it is on, and lets one process of a machine load it: it is asked
 # for its compiler alone.
 LIBTPU_ENVIRONMENT = {
@@ -175,11 +178,11 @@ def devices(topology: Topology) -> list[jax.Device]:
       ValueError: the compiler for these chips is not installed.
     """
     platform = topology.chip.platform
-    module, extra = PACKAGES[platform]
-    if importlib.util.find_spec(module) is None:
+    modules, extra = PACKAGES[platform]
+    if all(importlib.util.find_spec(module) is None for module in modules):
         raise ValueError(
             f"compiling for {topology.name} needs the {platform.upper()} compiler, though no "
-            f"{platform.upper()}: the package {module!r} is not installed. "
+            f"{platform.upper()}: the package {' or '.join(modules)} is not installed. "
             f"{install_command(extra)}, or plan by arithmetic alone with --nocompile."
         )
     shape = "x".join(str(size) for size in topology.shape)
