@@ -32,7 +32,7 @@ from moe_jax.planning.roofline import (
     roofline,
 )
 from moe_jax.planning.sweep import describe_sweep, meshes, sweep, sweep_text
-from moe_jax.planning.text import plan_text, table
+from moe_jax.planning.text import plan_text, table, verdict
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.workload import resolve
 
@@ -258,6 +258,20 @@ def test_the_estimate_may_reach_less_where_the_compiler_needs_more():
     assert plan.room == pytest.approx(15.75 * GIB / 4)
 
 
+def test_what_fits_by_arithmetic_is_said_to_and_warned_of_near_the_limit():
+    """Of 15.75 GiB: 11.8 GiB are three quarters."""
+    work, machine = resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2")
+    chip = machine.chip
+    for share, warned in ((0.7, False), (0.8, True)):
+        usable = estimate_memory(work).total / share
+        roomy = dataclasses.replace(
+            machine, chip=dataclasses.replace(chip, usable_hbm_bytes=usable)
+        )
+        said = verdict(Plan(work, roomy))
+        assert said.startswith("fits by arithmetic: ") and f"({share:.0%})" in said
+        assert ("compile before you rent" in said) == warned
+
+
 def test_a_step_that_the_compiler_refused_does_not_fit_whatever_the_arithmetic_says():
     refused = Compiled(None, None, 3.0, 2.0, refused=(20.0 * GIB, 15.75 * GIB))
     plan = Plan(resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2"), refused)
@@ -346,8 +360,8 @@ def test_the_compiler_has_the_last_word_on_the_best(monkeypatch):
     assert moved == [one.work.mesh for one in before.fitting[:2]]
     said = json.loads(json.dumps(describe_sweep(after), allow_nan=False))["too_large"][0]
     assert said["compiler_refused"] and said["compiled_bytes"] is None
-    assert "refused (arithmetic, and 2 compiled)" in sweep_text(after)
-    assert "0 are refused (arithmetic alone)" in sweep_text(before)
+    assert "refused (by arithmetic, 2 of them compiled)" in sweep_text(after)
+    assert "0 are refused (by arithmetic)" in sweep_text(before)
 
 
 def test_a_setting_that_no_mesh_mends_is_no_result_of_a_sweep():

@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the training step has room: the compiler's word, if it was asked."""
+        """Whether the step has room: by the compiler's word if it was asked, else by arithmetic."""
         if self.step is not None and self.step.memory is None:
             return False
         return self.needed <= self.available

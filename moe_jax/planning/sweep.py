@@ -29,7 +29,7 @@ class Candidate:
       memory: by arithmetic.
       times: the roofline of a step, by arithmetic.
       mfu: model FLOP utilisation if all overlaps.
-      fits: whether a device has enough memory.
+      fits: whether a device has enough memory: by arithmetic, unless the compiler ran.
       compiled_bytes: bytes per device by the compiler, if it ran; infinite if it refused.
     """
 
@@ -141,7 +141,7 @@ def sweep_text(found: Sweep) -> str:
     """The meshes as tables."""
     tried = (*found.fitting, *found.too_large)
     num_compiled = sum(one.compiled_bytes is not None for one in tried)
-    how = f"arithmetic, and {num_compiled} compiled" if num_compiled else "arithmetic alone"
+    how = f"by arithmetic, {num_compiled} of them compiled" if num_compiled else "by arithmetic"
     lines = [
         f"{found.topology.name}: {len(found.fitting)} meshes fit, {len(found.too_large)} do not, "
         f"{sum(found.uneven.values())} are refused ({how})"

@@ -32,7 +32,11 @@ from moe_jax.planning.traffic import hbm_traffic
 MAX_REMEDIES = 6
 # Share of the products of sorted rows that kernels have if none is dense; remat may save some.
 WHOLE = 0.9
+# Share of the memory above which arithmetic alone does not say that a step fits: DeepSeek-V3 needed
+# a third more when it was compiled (docs/planning.md).
+NEAR = 0.75
 UNNAMED = "does not say how much it needs"  # of a compiler that names no sizes
+COMPILE = "Compiled steps have needed up to a third more: compile before you rent"
 RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
 
 
@@ -266,8 +270,11 @@ def verdict(plan: Plan) -> str:
     share = plan.needed / plan.available
     if plan.fits:
         left = plan.available - plan.needed
+        compiled = plan.step is not None
+        warning = "" if compiled or share <= NEAR else f". {COMPILE}"
         return (
-            f"fits: {_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%}), {_gib(left)} left"
+            f"fits{'' if compiled else ' by arithmetic'}: {_gib(plan.needed)} of "
+            f"{_gib(plan.available)} ({share:.0%}), {_gib(left)} left{warning}"
         )
     parts = [(name.replace("_", " "), _gib(size)) for name, size in largest(plan.memory) if size]
     sizes = f"{_gib(plan.needed)} of {_gib(plan.available)} ({share:.0%})"
