@@ -27,7 +27,7 @@ from moe_jax.moe.run_experts.grouped_matmul import (
     libtpu_version,
     target_in_use,
 )
-from moe_jax.moe.run_experts.grouped_mosaic import check_multiples
+from moe_jax.moe.run_experts.grouped_mosaic import check_dtype, check_multiples
 from moe_jax.moe.run_experts.grouped_triton import BAND, find_tiles
 from moe_jax.moe.run_experts.plan import plan_experts
 from moe_jax.moe.run_experts.tiles import (
@@ -214,6 +214,13 @@ def test_mosaic_takes_whole_tiles():
     check_multiples(128, 256)
     with pytest.raises(ValueError, match=r"multiples of 128: \(128, 200\)\. Set .*'triton'"):
         check_multiples(128, 200)
+
+
+def test_mosaic_rounds_no_float32():
+    check_dtype(jnp.bfloat16)
+    array, sizes = jnp.ones((128, 128)), jnp.array([128], jnp.int32)
+    with pytest.raises(ValueError, match=r"as TF32: float32\. Set grouped_matmul='triton'"):
+        grouped_matmul(array, array[None], sizes, "mosaic_gpu", 128)
 
 
 # Tiles.

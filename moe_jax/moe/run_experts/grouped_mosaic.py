@@ -2,7 +2,8 @@
 
 They have tiles of 64 rows and search the groups one by one, so many experts on a device make them
 slow. The gradient of the weights multiplies rows of the next expert by 0: what is not finite there
-spreads. Legend: `moe_jax.moe`.
+spreads. Products of float32 would be of TF32, whatever precision is asked for (`wgmma` in
+jax/experimental/mosaic/gpu). Legend: `moe_jax.moe`.
 """
 
 from typing import Any
@@ -24,10 +25,11 @@ def rows(
     """See `grouped_matmul.Products`.
 
     Raises:
-      ValueError: I is not a multiple of 64, or O not one of 128.
+      ValueError: I is not a multiple of 64, O not one of 128, or the rows are float32.
     """
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
+    check_dtype(x_RI.dtype)
     check_multiples(*weight.shape[1:])
     return ragged_dot(
         x_RI, weight, group_sizes=group_sizes_E, transpose_rhs=transposed, **TILES, **STEPS
@@ -45,6 +47,15 @@ def weights(
         jnp.pad(array, ((0, -len(array) % TILES["block_k"]), (0, 0))) for array in (x_RI, dy_RO)
     )
     return transposed_ragged_dot(x_RI, dy_RO, group_sizes=group_sizes_E, **TILES, **STEPS)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises `ValueError` for a dtype that the kernel would round before it multiplies."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            "grouped_matmul='mosaic_gpu' needs bfloat16 or float16: it multiplies float32 as TF32: "
+            f"{jnp.dtype(dtype).name}. Set grouped_matmul='triton'."
+        )
 
 
 def check_multiples(*dims: int) -> None:
