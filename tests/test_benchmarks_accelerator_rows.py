@@ -168,6 +168,14 @@ def test_every_way_and_every_router_has_a_row():
     assert ragged and {"auto", "einsum", "gather", "ragged"} == set(WAYS)
 
 
+def test_a_kernel_is_not_held_to_a_dtype_that_it_refuses(monkeypatch):
+    monkeypatch.setattr(parity, "usable_kernels", lambda: ["triton", "mosaic_gpu"])
+    names = [row.name for row in parity.rows(dry=True) if row.name.startswith("ragged")]
+    assert sorted(names) == [
+        "ragged mosaic_gpu/bfloat16", "ragged triton/bfloat16", "ragged triton/float32 highest",
+    ]  # fmt: skip
+
+
 def test_what_fits_is_chosen_by_memory():
     size = step.SIZES["Mixtral-shaped"]
     small, large = (next(step.fitting(size, step.DEFAULT, gb * 1e9)) for gb in (73, 130))
@@ -184,6 +192,21 @@ def test_half_the_square_of_attention_is_what_no_causal_query_sees():
     # Twice as long: the square of scores and values is all that grows for a token.
     grown = count_flops(longer.model, longer.lengths).attention - forward
     assert step.unseen_flops(config) == 3 * grown / 2
+
+
+def test_a_step_that_does_not_fit_says_what_was_said(monkeypatch):
+    said = ["RESOURCE_EXHAUSTED: out of memory, 90 GB", "RESOURCE_EXHAUSTED: Shared memory size"]
+
+    def train(config, dry):
+        raise jax.errors.JaxRuntimeError(said.pop(0))
+
+    monkeypatch.setattr(step, "train", train)
+    monkeypatch.setattr(step, "memory_limit", lambda: 1e12)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory"):  # no want of HBM
+        step.measure(step.TINY["tiny"], step.DEFAULT, dry=True)
+    said += ["RESOURCE_EXHAUSTED: out of memory, 90 GB"] * step.TRIES
+    with pytest.raises(RuntimeError, match=r"2 layers, .* remat none: .* out of memory, 90 GB; "):
+        step.measure(step.TINY["tiny"], step.DEFAULT, dry=True)
 
 
 @pytest.mark.slow
@@ -279,6 +302,8 @@ def test_a_step_whose_loss_does_not_fall_reaches_no_goal():
     assert verdicts_with(step__fast=line)[-1] == "pass: 50%, fast"
     for bad in ({"finite": False}, {"falls": False}):
         assert verdicts_with(step__fast=line | bad)[-1] == "not measured"
+    of_unknown_peak = verdicts_with(step__fast=line | {"mfu_causal": None})[-1]
+    assert of_unknown_peak == "open: this card's peak is not in planning/hardware.py"
 
 
 def test_the_page_shows_what_is_wrong_with_a_row():
