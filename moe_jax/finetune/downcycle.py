@@ -220,7 +220,7 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
             modules is None or name not in modules.layer,
             "experts are dropped from a part that no multi-token module has",
             f"{name!r} in multi_token.layer={modules.layer if modules else ()}",
-            "Set multi_token=None before",
+            "Start a run with --config.model.multi_token=None from this one, and prune that",
         )
         moe: Any = model.part[name]
         selected = max(moe.num_selected(training) for training in (True, False))
