@@ -160,7 +160,7 @@ def test_a_step_is_saved_once_and_steps_increase(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.save(4, make_state(4))
         assert not checkpoints.save(4, make_state(5))
-        with pytest.raises(ValueError, match=r"order of their steps: step=2, but .* has step 4"):
+        with pytest.raises(ValueError, match=r"order of their steps: step 2, but .* has step 4"):
             checkpoints.save(2, make_state(2))
         _, restored = restore_latest(checkpoints, abstract(make_state(4)))
     assert_same_bits(restored, make_state(4))
@@ -172,7 +172,7 @@ def test_whether_a_step_is_there_is_known_without_a_listing(tmp_path, monkeypatc
         checkpoints.save(4, make_state(4), wait=True)
         monkeypatch.setattr("moe_jax.training.checkpoints.complete_steps", lambda directory: [])
         assert not checkpoints.save(4, make_state(5))
-        with pytest.raises(ValueError, match=r"step=2, but .* has step 4"):
+        with pytest.raises(ValueError, match=r"step 2, but .* has step 4"):
             checkpoints.save(2, make_state(2))
         monkeypatch.undo()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
