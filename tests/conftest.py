@@ -21,9 +21,10 @@ FLAGS = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 13):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-# Programs that an earlier run of the tests has compiled are not compiled again.
+# Programs that an earlier test has compiled are not compiled again, the smallest ones too: every
+# module of tests needs the same hundreds of them.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)

@@ -31,7 +31,7 @@ def environment():
     # Programs that an earlier process has compiled are not compiled again.
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
