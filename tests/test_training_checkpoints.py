@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -366,6 +367,28 @@ def test_a_sharding_is_required(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         with pytest.raises(ValueError, match=r"known sharding: params/w has none"):
             checkpoints.restore(1, {"params": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}})
+
+
+def test_a_save_that_failed_is_noticed_before_the_next_one(tmp_path, monkeypatch):
+    """A run asks after each step, so that it does not train what it cannot save."""
+
+    def fail(path, processes):
+        released.wait(10)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    released = threading.Event()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_jax.training.checkpoints.write_manifest", fail)
+        checkpoints.save(2, make_state(2))
+        checkpoints.check()  # it still runs
+        released.set()
+        with pytest.raises(OSError, match=r"^The checkpoint of step 2 cannot be written to"):
+            for _ in range(1000):
+                checkpoints.check()
+                time.sleep(0.01)
+    checkpoints.check()  # as it is said already
+    checkpoints.close()
 
 
 def test_half_written_checkpoints_are_removed(tmp_path):

@@ -289,6 +289,15 @@ class Checkpoints:
             with self._or_say_last_good():
                 self._manager.wait_until_finished()
 
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background; waits for none that runs.
+
+        Raises:
+          OSError: see `save`.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
     def close(self) -> None:
         """Waits for a running save and ends the background threads."""
         self.wait()

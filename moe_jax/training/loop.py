@@ -257,6 +257,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     if start and run.evaluates_after(start) and not is_evaluated(run, start):
         run.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
+        run.checkpoints.check()  # steps after a save that failed would be lost
         run.profile.before(step, state)
         with jax.set_mesh(run.mesh):
             batch = next(batches)
