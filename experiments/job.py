@@ -14,7 +14,7 @@ from absl import flags
 from experiments.arm import run_arm
 from experiments.results import read_results, run_of
 from experiments.study import Study, load_study, run_name
-from moe_jax.training.metrics import METRICS_FILE, read_metrics
+from moe_jax.training.metrics import METRICS_FILE, last_step
 from moe_jax.training.signals import Interrupted
 from moe_jax.user_errors import USER_ERRORS
 
@@ -36,47 +36,45 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name in messages."""
         return f"{self.arm} (seed {', '.join(map(str, self.seeds))})"
 
     @property
     def workdir(self) -> pathlib.Path:
-        """Where its log is."""
+        """The directory of its log."""
         return self.runs / f"{self.arm}_log"
 
     @property
     def workdirs(self) -> dict[int, pathlib.Path]:
-        """Of its runs, by seed."""
+        """The directory of each run, by seed."""
         return {seed: self.runs / run_name(self.arm, seed) for seed in self.seeds}
 
     @property
     def whereabouts(self) -> dict[str, Any]:
-        """All of it but the study, which has functions: they do not travel to another process."""
+        """All fields except the study, whose functions cannot be sent to another process."""
         return {name: value for name, value in vars(self).items() if name != "study"}
 
     def is_finished(self) -> bool:
-        """Whether it is finished, be it by another process."""
+        """Whether every seed has a line of results, whichever process wrote it."""
         return not self.seeds_left()
 
     def seeds_left(self) -> list[int]:
-        """The seeds that have no line yet."""
+        """The seeds without a line of results."""
         done = set(map(run_of, read_results(self.results)))
         return [seed for seed in self.seeds if (self.size, self.arm, seed) not in done]
 
     @property
     def num_steps(self) -> int:
-        """Of its training, over all seeds."""
+        """Steps of training, over all seeds."""
         config = self.study.experiment(self.size, self.arm, self.seeds[0])
         return len(self.seeds) * config.training.num_steps
 
     def finished_steps(self) -> int:
-        """How far it is, from the metrics that it has written."""
-        paths = [workdir / METRICS_FILE for workdir in self.workdirs.values()]
-        rows = [read_metrics(path) if path.exists() else [] for path in paths]
-        return sum(of_run[-1]["step"] for of_run in rows if of_run)
+        """Steps that its runs have finished, by their metrics."""
+        return sum(last_step(workdir / METRICS_FILE) for workdir in self.workdirs.values())
 
     def command(self) -> list[str]:
-        """The process that runs it."""
+        """The command of the process that runs it."""
         return [
             sys.executable, "-m", "experiments.job", f"--study={self.study.name}",
             f"--size={self.size}", f"--arm={self.arm}",
@@ -85,7 +83,7 @@ class Job:
         ]  # fmt: skip
 
     def run_here(self) -> None:
-        """Runs it in this process."""
+        """Runs the seeds without results, one after another, in this process."""
         for seed in self.seeds_left():
             run_arm(
                 self.study, self.size, self.arm, seed,

@@ -65,13 +65,9 @@ class TrainingRun:
 
     def finished_steps(self) -> int:
         """How far it is, from the metrics that it has written."""
-        from moe_jax.training.metrics import METRICS_FILE, read_metrics
+        from moe_jax.training.metrics import METRICS_FILE, last_step
 
-        try:
-            rows = read_metrics(self.workdir / METRICS_FILE)
-        except (OSError, ValueError):
-            return 0
-        return int(rows[-1]["step"]) if rows else 0
+        return last_step(self.workdir / METRICS_FILE)
 
     def is_finished(self) -> bool:
         """Whether its last state is saved, scored on all held-out text if it is, and reported."""

@@ -18,6 +18,7 @@ from moe_jax.training.files import read_json
 from moe_jax.training.metrics import (
     MetricWriter,
     extensions,
+    last_step,
     read_metrics,
     run_record,
     write_run_record,
@@ -327,3 +328,14 @@ def test_a_file_that_was_moved_away_is_noticed_at_the_next_write(tmp_path):
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         with pytest.raises(OSError, match=r"metrics\.jsonl was removed or renamed\. Bring it back"):
             writer.write(2, {"loss": 1.0})
+
+
+def test_the_last_step_is_that_of_the_last_whole_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    assert last_step(path) == 0, "there is no file yet"
+    path.write_text('{"step": 1}\n{"step": 2, "loss": 3.5}\n{"st')
+    assert last_step(path) == 2
+    monkeypatch.setattr("moe_jax.training.metrics.LAST_BYTES", 29)
+    assert last_step(path) == 2, "the end of the file has that line"
+    path.write_text("no metrics")
+    assert last_step(path) == 0

@@ -4,6 +4,7 @@
 and resumed. Trackers (`moe_jax.training.trackers`) show the same rows while a run goes.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -33,6 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
+LAST_BYTES = 2**20  # of a metrics file, in which its last lines are
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -230,6 +232,20 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
             ) from error
         rows.append({name: numbers(value) for name, value in row.items()})
     return rows
+
+
+def last_step(path: str | pathlib.Path) -> int:
+    """The step of the last whole line of a metrics file, of which the end alone is read; or 0."""
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LAST_BYTES, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def run_record() -> dict[str, Any]:
