@@ -32,6 +32,7 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
 
     from moe_jax.analysis.report import write_report
     from moe_jax.planning.arithmetic import summary
+    from moe_jax.training.files import write_atomically
     from moe_jax.training.loop import train
 
     workdir = pathlib.Path(workdir)
@@ -39,8 +40,13 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
         print(summary(config.model, config.lengths), flush=True)
     evaluation = train(config, workdir, facts_of(config))
     if config.training.sample_prompt:
+        text = ""
         with failure_is_a_warning("sample", together=True):
-            write_sample(config, workdir)
+            text = sample(config, workdir)
+        if text and jax.process_index() == 0:
+            with failure_is_a_warning("sample"):
+                write_atomically(workdir / "sample.txt", text + "\n")
+                print(f"\nsample:\n{text}\n")
     if jax.process_index() == 0:
         with failure_is_a_warning("report"):
             print(f"report: {write_report(workdir)}", flush=True)
@@ -51,8 +57,8 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
 def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]:
     """Warns of an error in a block: the run is trained and saved, and does not fail by it.
 
-    With `together`, all processes compute in the block: if one left it alone, the others would wait
-    for it without end. The error ends them then.
+    With `together`, the block has collectives. A process that leaves it alone would make the others
+    hang, so the error is raised again. A `ValueError` is a refusal, which all processes get.
     """
     import jax
 
@@ -61,7 +67,7 @@ def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]
     except Exception as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())  # one line
         print(f"warning: the run is saved, but there is no {what}: {message}", file=sys.stderr)
-        if together and jax.process_count() > 1:
+        if together and jax.process_count() > 1 and not isinstance(error, ValueError):
             raise
 
 
@@ -80,12 +86,9 @@ def facts_of(config: ExperimentConfig) -> dict[str, Any]:
     }
 
 
-def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Continues the prompt of the config with the trained model."""
-    import jax
-
+def sample(config: ExperimentConfig, workdir: pathlib.Path) -> str:
+    """The prompt of the config, continued by the trained model; all processes compute it."""
     from moe_jax.inference import continue_text
-    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     trained, state = load_run(workdir, config.mesh, trust=True)
@@ -93,9 +96,7 @@ def write_sample(config: ExperimentConfig, workdir: pathlib.Path) -> None:
     text = continue_text(
         state.params, state.model_state, trained, prompt, num_tokens=num_tokens, step=state.step
     )
-    if jax.process_index() == 0:
-        write_atomically(workdir / "sample.txt", prompt + text + "\n")
-        print(f"\nsample:\n{prompt}{text}\n")
+    return prompt + text
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
         raise RuntimeError("no\nfont")
 
     workdir = shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr(train, "write_sample", fail)
+    monkeypatch.setattr(train, "sample", fail)
     monkeypatch.setattr(report, "write_report", fail)
     assert train.run(CONFIG, workdir)["step"] == 3
     warnings = capsys.readouterr().err.splitlines()
@@ -73,7 +73,9 @@ def test_of_several_processes_no_other_waits_for_one_that_failed(monkeypatch, ca
     fail(together=False)
     with pytest.raises(RuntimeError, match="no room"):
         fail(together=True)
-    assert capsys.readouterr().err.count("the run is saved, but there is no sample") == 3
+    with train.failure_is_a_warning("sample", together=True):
+        raise ValueError("a refusal, which all of them get")
+    assert capsys.readouterr().err.count("the run is saved, but there is no sample") == 4
 
 
 def test_a_finished_run_writes_the_same_sample_again(finished):
