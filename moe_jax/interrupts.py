@@ -65,7 +65,8 @@ def _take(number: int, now: float) -> None:
     # SIGHUP has a handler of Python, and comes here, while training goes.
     if number not in (*SIGNALS, signal.SIGHUP) or _left_to_handlers:
         return
-    if _unsaved is None or not _unsaved():
+    unsaved = _unsaved  # another thread may take it away meanwhile
+    if unsaved is None or not unsaved():
         end_by(number)
     elif _deferred_since is None:
         _deferred_since = now

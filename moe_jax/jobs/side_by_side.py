@@ -149,7 +149,7 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
     with interrupts.left_to_handlers(), StopFlag().listening() as stop:
         try:
             while (waiting or running) and not stop.count:
-                while waiting and free:
+                while waiting and free and not stop.count:
                     job = waiting.pop(0)
                     board.begin(job)
                     if job.is_finished():
@@ -158,6 +158,8 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
                     place = free.pop(0)
                     running[job] = (start(job, place), place)
                 time.sleep(0.2)
+                if stop.count:  # jobs get it within `interrupts.SAME_SECONDS`
+                    break
                 board.look()
                 for job, (process, place) in list(running.items()):
                     if process.poll() is not None:
