@@ -72,7 +72,7 @@ def judged(study: Study, size: str, results: Results) -> Judged:
 def findings_by(study: Study, size: str, results: Results) -> list[Finding]:
     """The findings of the claims by one rule.
 
-    A claim that finds what it would without any runs, that its seeds are lacking, is not run.
+    A claim is not run if its finding is the same as without any rows.
     """
     findings = [claim.judge(results) for claim in study.expect]
     missing = study.missing(size, results)

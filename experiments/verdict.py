@@ -257,9 +257,9 @@ def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results],
         found = []
         for each in judges:
             if isinstance(each, Below):
-                family = family_of(each, compared)
-                corrected = holm([one.p_value(results) for one in family])
-                found.append(each(results, corrected[family.index(each)], len(family)))
+                others = others_of(each, compared, results)
+                corrected, *_ = holm([each.p_value(results), *others])
+                found.append(each(results, corrected, 1 + len(others)))
             else:
                 found.append(each(results))
         return Finding(overall(found), "; ".join(finding.because for finding in found))
@@ -267,13 +267,17 @@ def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results],
     return judge
 
 
-def family_of(one: Below, compared: Iterable[Below]) -> list[Below]:
-    """The comparisons of a claim that one of them is corrected for: all but its reverse.
+def others_of(one: Below, compared: Iterable[Below], results: Results) -> list[float]:
+    """The p values that the failure of a comparison is corrected for: of the claim's other pairs.
 
-    Both ways of one pair, which show that it is alike, cannot both fail.
+    Both ways of one pair, which show that it is alike, cannot both fail: the smaller counts.
     """
-    reverse = (one.other, one.arm, one.measure)
-    return [b for b in compared if (b.arm, b.other, b.measure) != reverse]
+    pairs: dict[tuple[frozenset[str], str], float] = {}
+    for each in compared:
+        pair = frozenset((each.arm, each.other)), each.measure
+        pairs[pair] = min(pairs.get(pair, math.inf), each.p_value(results))
+    del pairs[frozenset((one.arm, one.other)), one.measure]
+    return list(pairs.values())
 
 
 def overall(findings: Iterable[Finding]) -> str:

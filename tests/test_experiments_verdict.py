@@ -177,16 +177,13 @@ def test_that_one_of_several_fails_is_corrected_for():
 
 
 def test_comparisons_of_one_claim_are_one_family_whatever_they_are_of():
-    """Another arm on both sides, another margin, another measure: of four, but for a reverse."""
-    one = verdict.lower("a", "dense")
-    others = [
-        verdict.lower("b", "c"),
-        verdict.not_above("d", "e"),
-        verdict.lower("dense", "a", "target"),
-    ]
-    reverse = verdict.lower("dense", "a")
-    assert verdict.family_of(one, [one, *others, reverse]) == [one, *others]
+    """Another arm on both sides counts; of the two ways of a pair the likelier failure does."""
+    one, reverse = verdict.lower("a", "dense"), verdict.lower("dense", "a")
+    two_ways = [verdict.not_above("b", "c"), verdict.not_above("c", "b")]
     found = results(dense=DENSE, a=moved(0.026), b=moved(0.026), c=DENSE[:3])
+    p_values = [each.p_value(found) for each in two_ways]
+    assert p_values[0] != p_values[1]
+    assert verdict.others_of(one, [one, reverse, *two_ways], found) == [min(p_values)]
     both = verdict.every([one, verdict.lower("b", "c")])(found)
     assert "p = 0.092 (Holm, of 2)" in both.because and both.verdict == INCONCLUSIVE
 

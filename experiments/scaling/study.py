@@ -280,7 +280,7 @@ STUDY = Study(
 * Krajewski's form without granularity, which is one here: c + a / N^alpha + b / D^beta, on the
   curves of a constant learning rate from a quarter of the run on. N is active parameters. On so
   narrow a grid alpha and c are poorly told apart; the intervals say how poorly.
-* A seed of which a run diverged has no fit. The claims on fits are inconclusive then, unless the
-  others fail (2026-11-30, before any run; it had failed the last claim).
+* A seed of which a run diverged has no fit. The claims on fits are inconclusive then, but the last
+  fails if another seed does (2026-11-30, before any run; such a seed had failed it).
 * The sign of c, whether experts help less as models grow, is reported and not asked for.""",
 )
