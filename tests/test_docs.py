@@ -18,10 +18,11 @@ import yaml
 import moe_jax
 from docs import make_models
 from docs.make_api import PAGE, make_page
-from moe_jax import Call, Dims, MoE, init_parameters, moe_block
+from moe_jax import Call, Dims, MoE, ParameterSpec, init_parameters, moe_block
 from moe_jax.checks import CHECKS, Trial, check
 from moe_jax.config import from_config_dict
 from moe_jax.interchange.family import trusted
+from moe_jax.parameters import ones
 from moe_jax.training.loss import Scored, Totals, target_nats
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -152,6 +153,16 @@ def test_costs_follow_from_the_matrices_of_an_expert(my_parts):
     moe = my_parts.FactoredMoE(num_experts=4, num_selected_experts=2, expert_dim=32, rank=8)
     [experts] = [cost for cost in moe.costs(Dims(16), 64, "float32") if cost.kind == "experts"]
     assert experts.flops == 2 * 2 * (16 * 8 + 8 * 32 + 32 * 16)
+
+
+def test_experts_without_a_matrix_cost_no_products():
+    class Vectors(MoE):
+        def expert_specs(self, dims):
+            shape, axes = (self.num_experts, dims.model_dim), ("expert", "model")
+            return {"scale": ParameterSpec(shape, axes, ones, "experts")}
+
+    costs = Vectors(num_experts=4).costs(Dims(16), 64, "float32")
+    assert [cost.flops for cost in costs if cost.kind == "experts"] == [0]
 
 
 def test_the_page_lists_the_checks():

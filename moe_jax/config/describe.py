@@ -123,7 +123,7 @@ def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
 
 
 def in_shell(word: str) -> str:
-    """A word as a shell takes it: in double quotes where that is enough, they are easier to read.
+    """Quotes a word for a shell: in double quotes, which are easier to read, where they suffice.
 
     >>> print(in_shell("--a=1"), in_shell("--a=('b',)"), in_shell("--a=$b"))
     --a=1 "--a=('b',)" '--a=$b'

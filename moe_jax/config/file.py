@@ -214,9 +214,7 @@ def split_overrides(
         if argument == "--":
             return [*plain, argument, *left], overrides
         if found and found[1] and found[3]:
-            raise ValueError(
-                f"--no before a setting is without a value: {argument}. Write --{found[2]}=false."
-            )
+            raise ValueError(f"--noNAME takes no value: {argument}. Write --{found[2]}=false.")
         if not found:
             plain.append(argument)
         elif found[3] or found[1]:
@@ -314,7 +312,7 @@ def require_field(flag: str, path: str, section: Any, name: str, config: Any) ->
     names, settings = flag.split("."), settings_of(config)
     rest = names[path.count(".") + 2 :]
     defaults = settings_of(config_dict(ExperimentConfig()))
-    if flag in defaults and names[1] != "model":  # of which the defaults are of the default kind
+    if flag in defaults and names[1] != "model":  # its defaults hold for the default kinds alone
         value = defaults[flag]
         for inner in reversed(rest):
             value = {inner: value}

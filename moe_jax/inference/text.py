@@ -104,7 +104,7 @@ def stream_encoded(
     ended: Iterable[int] = (),
     **settings: Any,
 ) -> Iterator[TextPiece]:
-    """`stream_text` of prompts that are token ids; its other arguments are those of there."""
+    """Continues prompts that are token ids; the rest is as `stream_text` has it."""
     ids: dict[str, Any] = {
         "num_ids": tokenizer.vocab_size,
         "stop_tokens": config.data.objective.stop_ids(tokenizer),

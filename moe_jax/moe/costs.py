@@ -108,7 +108,9 @@ def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
         padding=(rows - used) * flops,
         batched=True,
         saved=features([*inner, ("model", 2 * width)]).times(in_memory * itemsize),
-        largest=features([max(inner, key=lambda side: side[1])]).times(in_memory * itemsize),
+        largest=features([max(inner, key=lambda side: side[1], default=("model", width))]).times(
+            in_memory * itemsize
+        ),
         traffic=features(sides).times(rows * itemsize),
         sums=rows * width * itemsize,
         inactive=sum(spec.size for spec in specs.values()) * (1 - used / moe.num_experts),

@@ -26,7 +26,7 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
     """Bytes on one device that no compiler saves, by what they are of.
 
     Returns:
-      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest part),
+      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest one),
       `logits` of a microbatch, float32, and what the training loss reads, by its kind, if it reads
       any. Activations come on top.
     """
