@@ -50,7 +50,7 @@ class FileCorpus(Corpus):
         self._fields = fields or Fields()
         self._layout: Layout = layout_of(pathlib.Path(path).expanduser(), kind)
         require(
-            not self._fields.conversations or self._layout.kind == "jsonl",
+            not self._fields.conversations or self._layout.has_records,
             "Prompts and answers are read from JSON lines",
             f"data.corpus={name!r} has files of {self._layout.kind}",
             "Set config.data.corpus to a .jsonl file or a folder of them",
@@ -74,7 +74,7 @@ class FileCorpus(Corpus):
         digest = hashlib.sha256()
         layout = self._layout
         # JSON lines with the usual fields have the sum that earlier releases recorded in runs.
-        if layout.kind != "jsonl" or self._fields != Fields():
+        if not layout.has_records or self._fields != Fields():
             digest.update(f"{layout.kind}{self._fields.names}\0".encode())
         for split, domain in ((split, domain) for split in SPLITS for domain in layout.domains):
             for path in layout.files[split].get(domain, ()):

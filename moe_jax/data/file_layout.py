@@ -62,6 +62,11 @@ class Layout:
     files: Mapping[str, Mapping[str, tuple[pathlib.Path, ...]]]
 
     @property
+    def has_records(self) -> bool:
+        """Whether documents are JSON objects, whose fields can be named."""
+        return self.kind == "jsonl"
+
+    @property
     def has_splits(self) -> bool:
         """Whether files of their own are held out."""
         return bool(self.files[HELDOUT])
