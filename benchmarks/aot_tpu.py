@@ -168,7 +168,7 @@ def work_of(program: Program, layer: Layer, chunks: int) -> Work:
     wire = 0.0
     for one in program.collectives:
         size = one.wire_bytes
-        if one.kind == "ragged-all-to-all":
+        if one.operation == "ragged-all-to-all":
             size = min(one.bytes, rows) * (1 - 1 / one.group_size)
         wire += one.count * size
     return Work(program.flops, program.hbm_bytes, wire)

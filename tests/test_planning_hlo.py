@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.planning.hlo import by_kind, read_program
+from moe_jax.planning.hlo import by_operation, read_program
 from tests.hlo_program import compiled, kept, program
 
 # Loops.
@@ -220,7 +220,7 @@ def test_a_training_step_of_scanned_layers(chip):
     read = kept(f"{chip}_layers")
     assert read.flops == NUM_LAYERS * 6 * 2 * TOKENS * DIM * HIDDEN
     assert (read.unknown_loops, read.uncounted) == ((), {})
-    gathered = [one for one in read.collectives if one.kind == "all-gather"]
+    gathered = [one for one in read.collectives if one.operation == "all-gather"]
     assert sum(one.count * one.bytes for one in gathered) == NUM_LAYERS * 4 * 2 * DIM * HIDDEN
     assert {one.group for one in gathered} == {(0, 1, 2, 3)}
     assert all("/while/body/" in one.op_name for one in gathered)
@@ -228,7 +228,7 @@ def test_a_training_step_of_scanned_layers(chip):
 
 def test_collectives_of_the_training_step_on_a_gpu():
     gradient = 2 * DIM * HIDDEN
-    assert by_kind(kept("h100_layers").collectives) == {
+    assert by_operation(kept("h100_layers").collectives) == {
         "all-gather": (2 * NUM_LAYERS, 4 * NUM_LAYERS * gradient),
         "reduce-scatter": (NUM_LAYERS, 2 * NUM_LAYERS * gradient),
     }
@@ -237,7 +237,7 @@ def test_collectives_of_the_training_step_on_a_gpu():
 def test_collectives_of_the_training_step_on_a_tpu():
     """The compiler pads one reduce-scatter from 1,024 to 1,056 rows and permutes what is over."""
     row = 2 * HIDDEN
-    assert by_kind(kept("v5e_layers").collectives) == {
+    assert by_operation(kept("v5e_layers").collectives) == {
         "all-gather": (4 * NUM_LAYERS, 4 * NUM_LAYERS * DIM * row),
         "collective-permute": (NUM_LAYERS, NUM_LAYERS * 24 * row),
         "reduce-scatter": (2 * NUM_LAYERS, NUM_LAYERS * (DIM + DIM + 32) * row),
@@ -248,7 +248,7 @@ def test_collectives_of_the_training_step_on_a_tpu():
 def test_every_kind_of_collective_on_real_machines(chip):
     rows, dim, width = 1024, 1024, 768
     read = kept(f"{chip}_exchange")
-    assert by_kind(read.collectives) == {
+    assert by_operation(read.collectives) == {
         "all-gather": (1, 2 * (rows // 4 * width) * 2),
         "all-reduce": (1, 2 * (rows // 4 * width) * 2),
         "all-to-all": (1, rows * width * 2),
@@ -256,7 +256,7 @@ def test_every_kind_of_collective_on_real_machines(chip):
         "ragged-all-to-all": (1, rows * dim * 2),
         "reduce-scatter": (1, rows * width * 2),
     }
-    groups = {one.kind: one.group for one in read.collectives}
+    groups = {one.operation: one.group for one in read.collectives}
     over_data = {"all-gather", "all-reduce"}
     assert {kind for kind, group in groups.items() if group == (0, 4)} == over_data
     assert {groups[kind] for kind in groups.keys() - over_data} == {(0, 1, 2, 3)}

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.planning.hlo import Collective, by_kind, read_program
+from moe_jax.planning.hlo import Collective, by_operation, read_program
 from moe_jax.planning.hlo_collectives import first_group
 from tests.hlo_program import program
 
@@ -74,7 +74,7 @@ def test_bytes_are_those_of_the_payload_on_its_larger_side(instruction, kind, si
         %i = s32[4]{{0}} parameter(2)
         ROOT %c = {instruction}, replica_groups=[2,4]<=[8]
     """)
-    assert (one.kind, one.bytes, one.group, one.count) == (kind, size, (0, 1, 2, 3), 1)
+    assert (one.operation, one.bytes, one.group, one.count) == (kind, size, (0, 1, 2, 3), 1)
 
 
 def test_an_asynchronous_pair_counts_once():
@@ -103,7 +103,7 @@ def test_a_computation_that_is_started_asynchronously_is_followed():
 }, execution_thread="parallel"
 """,
     )
-    assert (one.kind, one.bytes, one.count) == ("reduce-scatter", 64, 1)
+    assert (one.operation, one.bytes, one.count) == ("reduce-scatter", 64, 1)
 
 
 def test_a_tpus_three_fusions_of_one_collective_count_once():
@@ -201,14 +201,14 @@ def test_collectives_of_a_sharded_scan_on_eight_devices():
     ]
     read = read_program(jax.jit(local).lower(*arguments).compile().as_text())
     assert read.flops == 6 * 2 * 8 * 32 * 32
-    assert by_kind(read.collectives) == {
+    assert by_operation(read.collectives) == {
         "all-gather": (6, 6 * 32 * 32 * 4),
         "all-reduce": (1, 2 * 32 * 4),
         "all-to-all": (6, 6 * 8 * 32 * 4),
         "collective-permute": (6, 6 * 8 * 32 * 4),
         "reduce-scatter": (1, 8 * 32 * 4),
     }
-    groups = {one.kind: one.group for one in read.collectives}
+    groups = {one.operation: one.group for one in read.collectives}
     assert groups["all-gather"] == groups["all-reduce"] == (0, 4)
     assert groups["all-to-all"] == groups["collective-permute"] == (0, 1, 2, 3)
     assert all("/layer/" in one.op_name for one in read.collectives if one.count == 6)

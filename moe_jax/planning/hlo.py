@@ -13,7 +13,13 @@ import dataclasses
 import re
 from collections import Counter
 
-from moe_jax.planning.hlo_collectives import KINDS, Collective, by_kind, continued, make_collective
+from moe_jax.planning.hlo_collectives import (
+    OPERATIONS,
+    Collective,
+    by_operation,
+    continued,
+    make_collective,
+)
 from moe_jax.planning.hlo_flops import matmul_flops
 from moe_jax.planning.hlo_kernels import (
     custom_call_flops,
@@ -26,7 +32,7 @@ from moe_jax.planning.hlo_memory import bytes_moved, results
 from moe_jax.planning.hlo_text import Computation, Instruction, Module, parse_module
 
 KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
-__all__ = ["Collective", "Program", "by_kind", "read_program"]
+__all__ = ["Collective", "Program", "by_operation", "read_program"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +168,7 @@ class _Counter:
         elif opcode == "fusion":
             body = self.module.computations[instruction.called("calls")[0]]
             total.add(self.count(body, instruction.op_name or caller, fused=True))
-        elif opcode in KINDS:
+        elif opcode in OPERATIONS:
             total.collectives[self._collective(computation, instruction, opcode, caller)] += 1
         elif opcode == "custom-call":
             _count_custom_call(total, instruction, computation.operands(instruction))

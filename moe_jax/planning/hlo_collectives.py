@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.planning.hlo_text import Array, Computation, Instruction
 
-KINDS = (
+OPERATIONS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
@@ -20,7 +20,7 @@ class Collective:
     """One collective of a program, and how often one device executes it.
 
     Attributes:
-      kind: the HLO opcode, e.g. "all-gather", without `-start`.
+      operation: the HLO opcode, e.g. "all-gather", without `-start`.
       shape: the arrays of the larger of input and output, e.g. "bf16[8,128]"; several are
         separated by a space.
       bytes: their size in one device, without padding, of one execution: the gathered array of an
@@ -32,7 +32,7 @@ class Collective:
       count: executions, with the trip counts of the loops around it multiplied in.
     """
 
-    kind: str
+    operation: str
     shape: str
     bytes: int
     group: tuple[int, ...]
@@ -52,18 +52,18 @@ class Collective:
         that for all-reduce (a reduce-scatter and an all-gather), all `bytes` for a permute and a
         broadcast.
         """
-        if self.kind in ("collective-permute", "collective-broadcast"):
+        if self.operation in ("collective-permute", "collective-broadcast"):
             return float(self.bytes)
         n = self.group_size
-        return self.bytes * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
+        return self.bytes * (n - 1) / n * (2 if self.operation == "all-reduce" else 1)
 
 
-def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
-    """Executions and bytes by kind, in alphabetical order: {kind: (count, count * bytes)}."""
+def by_operation(collectives: Iterable[Collective]) -> dict[str, tuple[int, int]]:
+    """Executions and bytes by operation, in alphabetical order: {operation: (count, bytes)}."""
     totals: dict[str, tuple[int, int]] = {}
-    for one in sorted(collectives, key=lambda one: one.kind):
-        count, size = totals.get(one.kind, (0, 0))
-        totals[one.kind] = (count + one.count, size + one.count * one.bytes)
+    for one in sorted(collectives, key=lambda one: one.operation):
+        count, size = totals.get(one.operation, (0, 0))
+        totals[one.operation] = (count + one.count, size + one.count * one.bytes)
     return totals
 
 
@@ -83,14 +83,14 @@ def continued(body: Computation) -> set[str]:
     return {
         name
         for name, instruction in body.instructions.items()
-        if instruction.opcode in KINDS
+        if instruction.opcode in OPERATIONS
         and "async_collective_fusion_config" in instruction.attributes
         and name not in started
     }
 
 
 def make_collective(
-    kind: str,
+    operation: str,
     instruction: Instruction,
     inputs: Iterable[Array],
     outputs: Iterable[Array],
@@ -100,7 +100,7 @@ def make_collective(
     """The collective that an instruction executes once.
 
     Args:
-      kind: one of `KINDS`.
+      operation: one of `OPERATIONS`.
       instruction: the instruction, for its groups.
       inputs: the arrays that one device gives.
       outputs: the arrays that it gets.
@@ -109,13 +109,13 @@ def make_collective(
     """
     sides = [tuple(inputs), tuple(outputs)]
     larger = max(sides, key=lambda arrays: sum(array.bytes for array in arrays))
-    if kind == "collective-permute":
+    if operation == "collective-permute":
         group = _connected(instruction.integers("source_target_pairs"))
     else:
         match = re.search(r", replica_groups=(.*)", instruction.unquoted)
         group = first_group(match[1] if match else "", num_devices)
     size = sum(array.bytes for array in larger)
-    return Collective(kind, " ".join(map(str, larger)), size, group, op_name)
+    return Collective(operation, " ".join(map(str, larger)), size, group, op_name)
 
 
 def first_group(groups: str, num_devices: int) -> tuple[int, ...]:

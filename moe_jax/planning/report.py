@@ -119,8 +119,8 @@ def collective_rows(
             continue
         axes = axes_of_group(one.group, mesh)
         islands = len({member // devices_per_island for member in one.group})
-        crossing = one.count * crossing_share(one.kind, islands, one.group_size) * one.bytes
-        key = (one.kind, axes, one.group_size)
+        crossing = one.count * crossing_share(one.operation, islands, one.group_size) * one.bytes
+        key = (one.operation, axes, one.group_size)
         old = rows.get(key, Row(*key, 0, 0.0, 0.0, 0.0))
         rows[key] = Row(
             *key,
