@@ -155,6 +155,19 @@ def test_costs_follow_from_the_matrices_of_an_expert(my_parts):
     assert experts.flops == 2 * 2 * (16 * 8 + 8 * 32 + 32 * 16)
 
 
+def test_experts_of_the_page_run_in_every_way(my_parts):
+    blocks = [
+        my_parts.FactoredMoE(num_experts=4, num_selected_experts=2, expert_dim=32, run_experts=way)
+        for way in ("einsum", "gather", "ragged")
+    ]
+    params = init_parameters(jax.random.key(0), blocks[0].specs(Dims(16)))
+    x = jax.random.normal(jax.random.key(1), (2, 12, 16))
+    reference, *others = (moe_block(params, x, moe)[0] for moe in blocks)
+    assert np.abs(reference).max() > 0.1
+    for given in others:
+        np.testing.assert_allclose(given, reference, atol=1e-5)
+
+
 def test_experts_without_a_matrix_cost_no_products():
     class Vectors(MoE):
         def expert_specs(self, dims):
