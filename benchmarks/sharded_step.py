@@ -24,7 +24,7 @@ from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.planning.hlo import Collective, by_kind, read_program
+from moe_jax.planning.hlo import Collective, by_operation, read_program
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, new_state
 
 NUM_DEVICES = 8
@@ -117,9 +117,10 @@ def ratios(
 
 
 def describe(collectives: tuple[Collective, ...]) -> str:
-    """Executions and megabytes by kind."""
+    """Executions and megabytes by operation."""
     return ", ".join(
-        f"{count} {kind} {size / 1e6:.2f}" for kind, (count, size) in by_kind(collectives).items()
+        f"{count} {operation} {size / 1e6:.2f}"
+        for operation, (count, size) in by_operation(collectives).items()
     )
 
 

@@ -215,7 +215,7 @@ def test_matrices_come_to_their_slots_in_either_pass(remat):
     gathered = [
         one.count
         for one in read_program(text).collectives
-        if one.kind == "all-gather" and one.group_size == 4 and one.bytes == of_an_expert_shard
+        if one.operation == "all-gather" and one.group_size == 4 and one.bytes == of_an_expert_shard
     ]
     assert sum(gathered) == 2 * 2 * 3  # layers, passes, matrices: wi, wg, wo
 

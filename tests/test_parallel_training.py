@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.parallel.batches import from_whole
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.planning.hlo import by_kind, read_program
+from moe_jax.planning.hlo import by_operation, read_program
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
@@ -176,8 +176,8 @@ def collectives(mesh, run_experts, exchange):
 
 
 def golden_line(mesh, run_experts, exchange):
-    """A line of the golden file: how many of each kind, and their bytes."""
-    totals = by_kind(collectives(mesh, run_experts, exchange))
+    """A line of the golden file: how many of each operation, and their bytes."""
+    totals = by_operation(collectives(mesh, run_experts, exchange))
     cells = [f"{kind} {count} x, {size} bytes" for kind, (count, size) in sorted(totals.items())]
     return f"{mesh} | {run_experts} | {exchange} | " + "; ".join(cells)
 
@@ -205,7 +205,7 @@ def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, run_experts, exc
     """
     sizes = MESHES[mesh]
     fsdp = sizes.get("fsdp", 1)
-    gathered = [c for c in collectives(mesh, run_experts, exchange) if c.kind == "all-gather"]
+    gathered = [c for c in collectives(mesh, run_experts, exchange) if c.operation == "all-gather"]
     if run_experts == "ragged":
         gathered = [c for c in gathered if "/run_experts/shard_map/" not in c.op_name]
     assert all(c.group_size == fsdp for c in gathered), [(c.shape, c.op_name) for c in gathered]
@@ -225,7 +225,7 @@ def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, run_experts, exc
 )
 def test_slots_travel_by_two_all_to_alls_forward_and_two_backward(mesh, run_experts, exchange):
     """Two MoE layers; each slot has model_dim floats."""
-    totals = by_kind(collectives(mesh, run_experts, exchange))
+    totals = by_operation(collectives(mesh, run_experts, exchange))
     config = make_config(MESHES[mesh])
     experts, length, model_dim = 8, config.data.sequence_length, config.model.model_dim
     slots = -(-length * 2 * 5 // (experts * 4))  # K = 2, factor 1.25, a group is one sequence
