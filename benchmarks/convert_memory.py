@@ -5,6 +5,7 @@ of its own, the peak of the resident memory above what the imports take: reading
 making a run of it (float32), and writing it back.
 """
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def write_model(directory: pathlib.Path, layers: int) -> int:
         return (random.standard_normal(shape, np.float32) * 0.02).astype(dtype)
 
     tensors = [
-        ToWrite(one.name, dtype, one.shape, lambda shape=one.shape: draw(shape))
+        ToWrite(one.name, dtype, one.shape, functools.partial(draw, one.shape))
         for one in tensors_of(family, model, leaves, empty, None)
     ]
     directory.mkdir(parents=True, exist_ok=True)

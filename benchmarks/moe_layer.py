@@ -84,11 +84,12 @@ def jax_candidate(function: Callable[..., jax.Array], *operands: object) -> Cand
 
     positions = tuple(range(len(operands)))
     backward = jax.jit(jax.grad(loss, positions)).lower(*operands).compile()
-    megabytes = backward.memory_analysis().temp_size_in_bytes / 1e6
+    memory = backward.memory_analysis()
+    assert memory is not None
     return Candidate(
         lambda: jax.block_until_ready(forward(*operands)),
         lambda: jax.block_until_ready(backward(*operands)),
-        megabytes,
+        memory.temp_size_in_bytes / 1e6,
     )
 
 

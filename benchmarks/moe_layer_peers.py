@@ -6,11 +6,12 @@ same.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 Programs = tuple[Callable[[], None], Callable[[], None]]
 
 
-def peer_candidates(shape, sequences: int, length: int, model_dim: int) -> dict[str, Programs]:
+def peer_candidates(shape: Any, sequences: int, length: int, model_dim: int) -> dict[str, Programs]:
     """Forward, and forward+backward, of each peer layer that can be imported.
 
     Args:
@@ -36,12 +37,12 @@ def peer_candidates(shape, sequences: int, length: int, model_dim: int) -> dict[
     return found
 
 
-def _programs(layer, size: tuple[int, int, int]) -> Programs:
+def _programs(layer: Any, size: tuple[int, int, int]) -> Programs:
     import torch
 
     x = torch.randn(*size, requires_grad=True)
 
-    def output():
+    def output() -> Any:
         y = layer(x)
         return y if isinstance(y, torch.Tensor) else y[0]
 
@@ -57,7 +58,7 @@ def _programs(layer, size: tuple[int, int, int]) -> Programs:
     return forward, forward_backward
 
 
-def _transformers(shape, model_dim: int, hidden: int):
+def _transformers(shape: Any, model_dim: int, hidden: int) -> Any:
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -75,7 +76,7 @@ def _transformers(shape, model_dim: int, hidden: int):
     return layer
 
 
-def _st_moe(shape, model_dim: int, hidden: int):
+def _st_moe(shape: Any, model_dim: int, hidden: int) -> Any:
     if shape.num_selected < 2:
         return None  # it has no top-1 routing
     from st_moe_pytorch import MoE

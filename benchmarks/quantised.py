@@ -80,6 +80,7 @@ class Way:
         self.program = lowered.compile()
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         memory = self.program.memory_analysis()
+        assert memory is not None
         step = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         self.megabytes = weights / 1e6, step / 1e6
 

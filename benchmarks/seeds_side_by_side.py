@@ -55,8 +55,8 @@ class Steps:
         begin = time.perf_counter()
         self.one = jax.jit(step, donate_argnums=0).lower(first, self.each[0]).compile()
         middle = time.perf_counter()
-        self.all = jax.jit(jax.vmap(step), donate_argnums=0).lower(self.state, self.batches)
-        self.all = self.all.compile()
+        all_seeds = jax.jit(jax.vmap(step), donate_argnums=0)
+        self.all = all_seeds.lower(self.state, self.batches).compile()
         self.compiling = middle - begin, time.perf_counter() - middle
 
     def side_by_side(self) -> Any:

@@ -15,7 +15,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import jax
@@ -51,7 +51,11 @@ def without(part: str) -> Iterator[None]:
         attention, "attend_by_rules", lambda q, k, v, *rules, **options: q + 0 * (k + v)
     )
     no_rotary = mock.patch.object(Rotary, "rotate", lambda self, x, *where: x)
-    with {"attention scores": no_attention, "rotary positions": no_rotary}[part]:
+    parts: dict[str, AbstractContextManager[object]] = {
+        "attention scores": no_attention,
+        "rotary positions": no_rotary,
+    }
+    with parts[part]:
         yield
 
 

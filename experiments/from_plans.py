@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from experiments.study import HERE
-from moe_jax.config import MeshConfig, from_config_dict
+from moe_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from moe_jax.config.json_text import json_text
 from moe_jax.moe.capacity import Capacity
 from moe_jax.planning.communication import collectives
@@ -35,7 +35,7 @@ PODS: tuple[tuple[str, str, str, int, dict[str, int]], ...] = (
 )
 
 
-def config_of(name: str):
+def config_of(name: str) -> ExperimentConfig:
     """An experiment of `configs/`."""
     return from_config_dict(importlib.import_module(f"configs.{name}").get_config(""))
 
@@ -49,7 +49,7 @@ def memory_of(name: str) -> dict[str, Any]:
 
 
 def exchange_of(
-    name: str, pod: str, platform: str, num_devices: int, mesh: dict[str, int]
+    name: str, pod: str, platform: str, num_devices: int, mesh: dict[str, Any]
 ) -> dict[str, Any]:
     """Seconds of a training step on a pod: all computing, and all-to-all by itself."""
     config = config_of(name)

@@ -70,7 +70,7 @@ class Results:
         for arm in self.ways:
             if mark := self.mark(arm):
                 alone = rf"(?<![\w.-]){re.escape(arm)}(?![\w-]|\.\w)(?! \((?:sees|saw) )"
-                text = re.sub(alone, lambda found, mark=mark: f"{found[0]} ({mark})", text)
+                text = re.sub(alone, rf"\g<0> ({mark})", text)
         return text
 
     def values(self, arm: str, measure: str = LOSS) -> dict[int, float]:

@@ -135,7 +135,8 @@ def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
 
 def run_in_workers(jobs: list[Job], num_workers: int, board: Board) -> list[Job]:
     """Runs jobs of seconds in a few processes, each of which takes job after job."""
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running: dict[concurrent.futures.Future[None], Job] = {}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
         while waiting or running:

@@ -59,7 +59,7 @@ BYTES = {"data.tokenizer": "byte", "model.vocab_size": 384}
 EMBEDDED_CORPUS = {"data.corpus": "embedded", **BYTES}
 MLP_LAYER, MOE_LAYER = ("attention", "mlp"), ("attention", "moe")
 LOOKS_AHEAD = {"model.stack.allow_lookahead": True}
-Overrides = Mapping[str, Any]
+Overrides = dict[str, Any]
 
 
 def without_experts(config: ConfigDict) -> StackLayout:

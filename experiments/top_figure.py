@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.lines import Line2D
 
@@ -40,17 +41,19 @@ def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]])
             if not losses:
                 continue
             has_experts = bool(study.experiment(size, arm.name, 0).model.moe_parts)
-            marker = dict(marker="^" if has_experts else "o", color=color, ms=7, ls="none")
+            marker: dict[str, Any] = {"marker": "^" if has_experts else "o", "color": color}
             if found.mark(arm.name):
-                marker |= {"mfc": "none"}
-            axis.plot(cost_of(study, size, arm.name).active, statistics.fmean(losses), **marker)
+                marker["mfc"] = "none"
+            cost, loss = cost_of(study, size, arm.name).active, statistics.fmean(losses)
+            axis.plot(cost, loss, ms=7, ls="none", **marker)
         tokens = max(row["tokens"] for row in found.rows)
         label = f"{study.name}, {size}, {tokens / 1e6:.0f} M tokens"
         handles.append(Line2D([], [], color=color, lw=3, label=label))
-    for name, marker in (
-        ("dense", {"marker": "o"}), ("MoE", {"marker": "^"}),
-        ("saw or sees later tokens", {"marker": "^", "mfc": "none"}),
-    ):  # fmt: skip
+    markers: dict[str, dict[str, Any]] = {
+        "dense": {"marker": "o"}, "MoE": {"marker": "^"},
+        "saw or sees later tokens": {"marker": "^", "mfc": "none"},
+    }  # fmt: skip
+    for name, marker in markers.items():
         handles.append(Line2D([], [], color=GREY, ls="none", ms=7, label=name, **marker))
     axis.set(xscale="log", xlabel="active FLOPs per token, forward")
     axis.set_ylabel("held-out bits/byte")

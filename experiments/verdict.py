@@ -15,6 +15,7 @@ import math
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from experiments import before_pairs
 from experiments.before_pairs import NOISE_SEEDS, noise_floor
@@ -219,7 +220,7 @@ def least_fall(*values: float) -> float:
 
 
 def in_every_seed(
-    what: str, by_seed: Mapping[int, float], *, least: float = -math.inf, most: float = math.inf
+    what: str, by_seed: Mapping[Any, float], *, least: float = -math.inf, most: float = math.inf
 ) -> Finding:
     """Whether a number lies within bounds in every seed, of three or more; infinite ones do not."""
     if len(by_seed) < MIN_SEEDS:

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.accelerator.clock import bar, compiled, rate_against
 from benchmarks.accelerator.groups import Row
 from benchmarks.accelerator.kernels import DENSE as DENSE_KERNEL
-from benchmarks.accelerator.kernels import ragged, sorted_rows, usable_kernels
+from benchmarks.accelerator.kernels import ragged, usable_kernels
 from benchmarks.accelerator.shapes import (
     FACTOR,
     ROUTINGS,
@@ -27,6 +27,7 @@ from benchmarks.accelerator.shapes import (
 )
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.experts import Experts
+from moe_jax.moe.run_experts.rows import SortedRows
 from moe_jax.moe.run_experts.slots import Slots
 from moe_jax.parameters import SHARED
 
@@ -156,7 +157,7 @@ def make(shape: Shape, routing: str, form: str) -> Form:
     kernel = form.removeprefix("ragged").strip()
 
     def run(x: jax.Array, weights: dict[str, jax.Array], sizes_E: jax.Array) -> jax.Array:
-        return EXPERTS(x, weights, sorted_rows(kernel, sizes_E, shape.rows))
+        return EXPERTS(x, weights, SortedRows(None, sizes_E, shape.rows, kernel))
 
     return Form(run, x_RM, weights, sizes_E, shape.rows)
 

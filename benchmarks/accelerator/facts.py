@@ -34,7 +34,7 @@ def rows(dry: bool) -> list[Row]:
     if not dry and jax.default_backend() == "cpu":
         return [Row("device", 8, device, first=True)]  # the run ends there
     sizes = (64, 128) if dry else (8192, 4096, 16384)
-    wanted = [("bfloat16", size, None) for size in sizes]
+    wanted: list[tuple[str, int, str | None]] = [("bfloat16", size, None) for size in sizes]
     wanted += [("float32", sizes[0], None), ("float32", sizes[0], "highest")]
     return [
         Row("device", 8, device, first=True),

@@ -1,33 +1,25 @@
 """The kernels that the library offers, read from its settings: new ones are measured too."""
 
 import dataclasses
-from typing import Any
 
 from benchmarks.accelerator.child import message_of
 from moe_jax.layers.attention import Attention
 from moe_jax.moe.part import MoE
 from moe_jax.moe.run_experts.plan import plan_experts
-from moe_jax.moe.run_experts.rows import SortedRows
 
-GROUPED = "grouped_matmul"  # the setting of `MoE` that names a kernel
 DENSE = "dense"  # asked for by name only: every row by every expert
 WHOLE = ("loop",)  # computes whole experts, one after another
 
 
 def choices(settings: type, field: str) -> list[str]:
-    """The values that a setting may have, without "auto"; none if there is no such setting."""
-    for one in dataclasses.fields(settings):
-        if one.name == field:
-            return [name for name in one.metadata["bounds"].choices if name != "auto"]
-    return []
+    """The values that a setting may have, without "auto"."""
+    [setting] = [one for one in dataclasses.fields(settings) if one.name == field]
+    return [name for name in setting.metadata["bounds"].choices if name != "auto"]
 
 
 def grouped_kernels() -> dict[str, str]:
-    """The kernels of `ragged`, and why one cannot run here; "" if it can.
-
-    The name "" stands for the only one of a library without a choice.
-    """
-    return {name: refusal(name) for name in choices(MoE, GROUPED) or [""]}
+    """The kernels of `ragged`, and why one cannot run here; "" if it can."""
+    return {name: refusal(name) for name in choices(MoE, "grouped_matmul")}
 
 
 def refusal(kernel: str) -> str:
@@ -51,21 +43,15 @@ def usable_kernels(of_products: bool = False, dense: bool = True) -> list[str]:
 
 
 def attention_kernels() -> list[str]:
-    """Names of the kernels of attention; "xla" is the only one of a library without a choice."""
-    return choices(Attention, "kernel") or ["xla"]
+    """Names of the kernels of attention."""
+    return choices(Attention, "kernel")
 
 
 def with_kernel(moe: MoE, kernel: str) -> MoE:
     """The block with a kernel for its sorted rows."""
-    changes: dict[str, Any] = {GROUPED: kernel} if kernel else {}
-    return dataclasses.replace(moe, **changes)
+    return dataclasses.replace(moe, grouped_matmul=kernel)
 
 
 def ragged(kernel: str) -> str:
     """How a row calls the way ragged with a kernel."""
-    return f"ragged {kernel}".strip()
-
-
-def sorted_rows(kernel: str, rows_E: Any, num_rows: int) -> SortedRows:
-    """The layout of rows sorted by expert, with a kernel."""
-    return SortedRows(None, rows_E, num_rows, *filter(None, [kernel]))
+    return f"ragged {kernel}"

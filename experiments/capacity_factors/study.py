@@ -2,6 +2,7 @@
 
 import pathlib
 import statistics
+from collections.abc import Callable
 from operator import sub
 
 from experiments.results import LOSS, Results, measured
@@ -10,6 +11,7 @@ from experiments.study import LOOKS_AHEAD, NO_EXPERTS, Arm, Published, Study
 from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import (
     Claim,
+    Finding,
     every,
     in_every_seed,
     least_fall,
@@ -21,6 +23,8 @@ from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.training.files import read_json
 from moe_jax.training.metrics import EVALUATION_FILE
 
+# What a claim expects of the results of a study.
+Expected = Callable[[Results], Finding]
 FACTORS = (1.0, 1.25, 2.0)
 # Slots are counted for K choices of a token ("assignment") or for one ("token", as published).
 # With one choice the two are the same.
@@ -49,14 +53,14 @@ def gain(family: str, factor: float) -> list[tuple[str, str]]:
     return [(f"{family}_{factor}", f"evaluated_at_{at}") for at in (factor, 2.0)]
 
 
-def gains(family: str, factor: float):
+def gains(family: str, factor: float) -> Expected:
     """The claim that evaluation at factor 2.0 is better than at the training factor."""
     what = f"{family}_{factor} evaluated at {factor} less at 2.0, bits/byte"
     both = gain(family, factor)
     return lambda results: in_every_seed(what, seed_by_seed(results, sub, *both), least=1e-4)
 
 
-def gains_less(family: str):
+def gains_less(family: str) -> Expected:
     """The claim that this gain is smaller after training with more capacity."""
 
     def less(tight: float, tight_wide: float, loose: float, loose_wide: float) -> float:
@@ -67,7 +71,7 @@ def gains_less(family: str):
     return lambda results: in_every_seed(what, seed_by_seed(results, less, *four), least=0)
 
 
-def drops(arm: str, most: float):
+def drops(arm: str, most: float) -> Expected:
     """The claim that an arm drops no larger share of the choices."""
     what = f"dropped choices of {arm}"
     return lambda results: in_every_seed(
@@ -75,7 +79,7 @@ def drops(arm: str, most: float):
     )
 
 
-def drops_less(family: str):
+def drops_less(family: str) -> Expected:
     """The claim that a larger factor drops less."""
     what = f"{family}: least fall of dropped choices"
     three = [(f"{family}_{factor}", "dropped_fraction") for factor in FACTORS]

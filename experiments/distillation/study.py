@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Callable
 
 from experiments.results import LOSS, Results, measured
 from experiments.study import MLP_LAYER, MOE_LAYER, RUN_OF, Arm, Published, Study
@@ -59,8 +60,8 @@ def has_a_gap(results: Results) -> Finding:
 
     It is a precondition: where it is not met, nothing is shown of shares of the gap.
     """
-    found = difference(results, "teacher", "dense")
-    by_seed = {seed: -value for seed, value in found.by_seed.items()}
+    above = difference(results, "teacher", "dense").by_seed
+    by_seed = {seed: -value for seed, value in above.items()}
     if len(by_seed) < results.least_seeds:
         return too_few("teacher and dense", len(by_seed), results.least_seeds)
     least = 5 * spread(by_seed.values())
@@ -76,7 +77,7 @@ def recovers(results: Results) -> Finding:
     return in_every_seed("distilled_init_mixed below init, share of the gap", shares, least=0.15)
 
 
-def share_of(arm: str, start: str = "dense"):
+def share_of(arm: str, start: str = "dense") -> Callable[[Results], str]:
     """The share that an arm recovers, as text, for the table."""
 
     def text(results: Results) -> str:

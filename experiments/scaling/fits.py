@@ -29,7 +29,8 @@ def fit_clark(size: np.ndarray, experts: np.ndarray, loss: np.ndarray) -> Clark:
     n, e, target = np.log10(size), np.log10(experts), np.log10(loss)
     columns = np.stack([n, e, n * e, np.ones_like(n)], axis=1)
     found, *_ = np.linalg.lstsq(columns, target, rcond=None)
-    return Clark(*map(float, found), r_squared(target, columns @ found))
+    a, b, c, d = map(float, found)
+    return Clark(a, b, c, d, r_squared(target, columns @ found))
 
 
 class Krajewski(NamedTuple):
@@ -59,8 +60,9 @@ def fit_krajewski(size: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Kra
     found_XC = np.linalg.pinv(columns_XPC) @ loss
     errors_X = np.sum((np.einsum("XPC,XC->XP", columns_XPC, found_XC) - loss) ** 2, axis=1)
     best = int(np.argmin(errors_X))
+    c, a, b = map(float, found_XC[best])
     share = r_squared(loss, columns_XPC[best] @ found_XC[best])
-    return Krajewski(*map(float, found_XC[best]), float(alpha_X[best]), float(beta_X[best]), share)
+    return Krajewski(c, a, b, float(alpha_X[best]), float(beta_X[best]), share)
 
 
 def r_squared(target: np.ndarray, fitted: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """How loss falls with active parameters and with experts: a grid, and the published forms."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,17 +73,19 @@ def sizes_of(results: Results) -> dict[str, float]:
     return {row["arm"]: row["parameters"]["active"] for row in results.rows}
 
 
-def by_seed(fit: Callable[[Results, int], float], arms: list[str]) -> Callable[[Results], Any]:
-    """A number of a fit for every seed that all of some arms have."""
+def by_seed(
+    fit: Callable[[Results, int], Any], arms: list[str]
+) -> Callable[[Results], dict[int, Any]]:
+    """A fit, or a number of it, for every seed that all of some arms have."""
 
-    def fits(results: Results) -> dict[int, float]:
+    def fits(results: Results) -> dict[int, Any]:
         seeds = shared_seeds([results.values(arm) for arm in arms])
         return {seed: fit(results, seed) for seed in seeds}
 
     return fits
 
 
-def clark(results: Results, seed: int):
+def clark(results: Results, seed: int) -> Clark:
     """The form of Clark et al. fitted to one seed of the grid; of nan where a run diverged."""
     sizes = sizes_of(results)
     points = [
@@ -96,7 +99,7 @@ def clark(results: Results, seed: int):
     return fit_clark(*(np.array(values, float) for values in zip(*points, strict=True)))
 
 
-def krajewski(results: Results, seed: int, experts: int):
+def krajewski(results: Results, seed: int, experts: int) -> Krajewski:
     """The form of Krajewski et al. fitted to the curves of one seed, of one number of experts.
 
     Of nan where a run diverged.
@@ -193,7 +196,7 @@ def size_and_tokens(results: Results) -> str:
     cells = []
     for experts in EXPERTS:
         arms = [arm_name(width, experts) for width in WIDTHS]
-        fits = by_seed(lambda r, seed, e=experts: krajewski(r, seed, e), arms)(results)
+        fits = by_seed(functools.partial(krajewski, experts=experts), arms)(results)
         for name in ("alpha", "beta"):
             values = finite({seed: getattr(fit, name) for seed, fit in fits.items()})
             if len(values) > 1:

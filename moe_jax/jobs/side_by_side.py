@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import rich.console
 import rich.progress
@@ -50,6 +50,9 @@ class Job(Hashable, Protocol):
 
     def command(self) -> list[str]:
         """Its process; the same again goes on where it was stopped."""
+
+
+J = TypeVar("J", bound=Job)
 
 
 class Board:
@@ -130,7 +133,7 @@ class StopFlag:
         self.count, self.number = self.count + 1, number
 
 
-def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board) -> list[Job]:
+def run_side_by_side(jobs: Sequence[J], places: Sequence[Place], board: Board) -> list[J]:
     """Runs each job as a process, as many at a time as there are places.
 
     A signal that ends this process is handed on to every job, which saves its state and ends; a
@@ -144,8 +147,8 @@ def run_side_by_side(jobs: Sequence[Job], places: Sequence[Place], board: Board)
       Stopped: by a signal.
     """
     waiting, free = list(jobs), list(places)
-    running: dict[Job, tuple[subprocess.Popen[Any], Place]] = {}
-    failed: list[Job] = []
+    running: dict[J, tuple[subprocess.Popen[Any], Place]] = {}
+    failed: list[J] = []
     with interrupts.left_to_handlers(), StopFlag().listening() as stop:
         try:
             while (waiting or running) and not stop.count:
