@@ -48,8 +48,8 @@ def attention_kernels() -> list[str]:
 
 
 def with_kernel(moe: MoE, kernel: str) -> MoE:
-    """The block with a kernel for its sorted rows."""
-    return dataclasses.replace(moe, grouped_matmul=kernel)
+    """The block with a kernel for its sorted rows; "" for a way that sorts none."""
+    return dataclasses.replace(moe, grouped_matmul=kernel or "auto")
 
 
 def ragged(kernel: str) -> str:
