@@ -13,13 +13,14 @@ from typing import Any
 from experiments.study import HERE
 from moe_jax.config import ExperimentConfig, MeshConfig, from_config_dict
 from moe_jax.config.json_text import json_text
+from moe_jax.files import write_atomically
 from moe_jax.moe.capacity import Capacity
 from moe_jax.planning.communication import collectives
 from moe_jax.planning.parameters import CONVENTIONS, count_parameters
 from moe_jax.planning.roofline import estimate, roofline
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.workload import resolve
-from moe_jax.training.files import read_json, write_atomically
+from moe_jax.training.files import read_json
 
 PLANS = HERE / "plans.json"
 MEMORY = ("mixtral", "deepseek_v3", "olmoe")

@@ -33,7 +33,7 @@ from experiments.top_figure import draw_all
 from experiments.top_page import page_name, top_page
 from experiments.verdict import INCONCLUSIVE, NOT_RUN, Finding, Judged
 from moe_jax.command_line import Parser
-from moe_jax.training.files import write_atomically
+from moe_jax.files import write_atomically
 from moe_jax.training.ways import notes_of
 from moe_jax.user_errors import USER_ERRORS, describe
 

@@ -15,7 +15,7 @@ from moe_jax.config import DataConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text, numbers
 from moe_jax.data import open_data
-from moe_jax.training.files import write_atomically
+from moe_jax.files import write_atomically
 from moe_jax.training.ways import Way
 
 RESULTS_FILE = "results.jsonl"

@@ -44,7 +44,7 @@ def write(comparison: "Comparison", pairs: "Pairs", out: pathlib.Path) -> pathli
     """Writes the page and the figure into a directory, made if absent; returns the page's path."""
     from moe_jax.analysis.comparison_figure import comparison_png
     from moe_jax.analysis.comparison_page import comparison_page
-    from moe_jax.training.files import write_atomically
+    from moe_jax.files import write_atomically
 
     png = comparison_png(comparison)
     page = comparison_page(comparison, pairs, png)
@@ -65,7 +65,7 @@ def run(
     from moe_jax.analysis.comparison import compare
     from moe_jax.analysis.comparison_pairs import pairs_of
     from moe_jax.analysis.runs import find_runs, read_entries
-    from moe_jax.training.files import write_atomically
+    from moe_jax.files import write_atomically
 
     comparison = compare(read_entries(find_runs(paths)), order)
     pairs = pairs_of(comparison, baseline)

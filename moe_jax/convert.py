@@ -69,10 +69,10 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     """Makes the directory of a run from a model; whole, or not at all."""
     import jax
 
+    from moe_jax.files import whole_or_absent
     from moe_jax.interchange.gguf_files import from_gguf
     from moe_jax.interchange.leaves import STATE
     from moe_jax.interchange.read import from_hf
-    from moe_jax.interchange.tensor_files import whole_or_absent
     from moe_jax.parallel.mesh import make_mesh
     from moe_jax.training.imported import save_imported
 
@@ -340,9 +340,9 @@ def words_of(workdir: pathlib.Path, run: LoadedRun) -> dict[str, Any]:
 
 def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
+    from moe_jax.files import require_absent
     from moe_jax.interchange.family import trusted
     from moe_jax.interchange.peft import to_peft
-    from moe_jax.interchange.tensor_files import require_absent
     from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
 

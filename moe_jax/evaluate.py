@@ -217,7 +217,7 @@ def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
     Returns:
         What was done, in words.
     """
-    from moe_jax.training.files import write_atomically
+    from moe_jax.files import write_atomically
     from moe_jax.training.metrics import EVALUATION_FILE
 
     path = workdir / EVALUATION_FILE
@@ -235,9 +235,9 @@ def main() -> None:
     """Loads a checkpoint, evaluates it, and prints what came out."""
     import jax
 
+    from moe_jax.files import write_atomically
     from moe_jax.inference.choices import choose, read_questions
     from moe_jax.inference.generation import ROWS
-    from moe_jax.training.files import write_atomically
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS

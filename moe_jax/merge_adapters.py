@@ -18,8 +18,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from moe_jax.convert import plain
+    from moe_jax.files import require_absent
     from moe_jax.finetune.made import save_made
-    from moe_jax.interchange.tensor_files import require_absent
     from moe_jax.training.saved import load_run
 
     values = flags.FLAGS

@@ -22,8 +22,8 @@ def main() -> None:
     import jax.numpy as jnp
 
     from moe_jax.config import to_dict
+    from moe_jax.files import require_absent
     from moe_jax.finetune.made import save_made
-    from moe_jax.interchange.tensor_files import require_absent
     from moe_jax.models.wrapping import quantised_params
     from moe_jax.training.saved import load_run
     from moe_jax.weights.quantised import Quantisation

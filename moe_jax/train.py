@@ -31,8 +31,8 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     import jax
 
     from moe_jax.analysis.report import write_report
+    from moe_jax.files import write_atomically
     from moe_jax.planning.arithmetic import summary
-    from moe_jax.training.files import write_atomically
     from moe_jax.training.loop import train
 
     workdir = pathlib.Path(workdir)

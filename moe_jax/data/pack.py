@@ -17,7 +17,6 @@ import pathlib
 import shutil
 import sys
 import tarfile
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from moe_jax.data.opened import Data, open_data
 from moe_jax.data.packed_corpus import MANIFEST, TOKENS
 from moe_jax.data.token_files import TokenFiles, digest_of_manifest
 from moe_jax.data.tokenizers import form_and_path
+from moe_jax.files import require_absent, whole_or_absent
 
 REQUIRED = ("corpus", "tokenizer")
 # Settings of the data that are flags of the command, as texts.
@@ -50,19 +50,16 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
         How many training tokens were packed.
 
     Raises:
-        ValueError: `out` exists, or `max_tokens` is not above 0.
+        ValueError: `out` is there and not empty, or `max_tokens` is not above 0.
     """
-    require(not out.exists(), "--out names a folder that is made", f"--out={out} exists",
-            "Choose another, or delete it first")  # fmt: skip
+    require_absent(out)
     files = data.files
     counts = files.counts[TRAIN]
     total = sum(count.tokens for count in counts.values())
     require(max_tokens > 0, "--max_tokens are above 0", f"--max_tokens={max_tokens}, the training "
             f"split has {total:,}", "Correct it")  # fmt: skip
     max_tokens = min(max_tokens, total)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_or_absent(out) as partial:
         tree = partial / "tree"
         kept = {
             domain: write_domain(files, domain, max_tokens * count.tokens // total, tree)
@@ -75,10 +72,6 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
         shutil.rmtree(tree)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         shutil.copyfile(tokenizer, partial / tokenizer.name)
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sum(count["tokens"] for count in kept.values())
 
 

@@ -14,13 +14,13 @@ import lzma
 import pathlib
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.config.check import require
 from moe_jax.data.documents import Corpus, Document
 from moe_jax.data.open_file import check_file
+from moe_jax.files import whole_or_absent
 
 MANIFEST, TOKENS = "manifest.json", "tokens.tar.xz"
 
@@ -103,18 +103,15 @@ class PackedCorpus(Corpus):
             fcntl.flock(held, fcntl.LOCK_EX)
             if directory.is_dir():
                 return directory  # Another process unpacked it.
-            partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=cache))
             try:
-                with tarfile.open(self._directory / TOKENS, "r:xz") as archive:
-                    archive.extractall(partial, filter="data")
-                shutil.copyfile(self._directory / MANIFEST, partial / MANIFEST)
-                partial.chmod(0o755)
-                partial.rename(directory)
+                with whole_or_absent(directory) as partial:
+                    with tarfile.open(self._directory / TOKENS, "r:xz") as archive:
+                        archive.extractall(partial, filter="data")
+                    shutil.copyfile(self._directory / MANIFEST, partial / MANIFEST)
+                    partial.chmod(0o755)  # A cache may be shared, whatever the umask.
             except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
                 raise ValueError(
                     f"An archive of tokens is as it was written: {self._directory / TOKENS}: "
                     f"{error}. Copy or pack it again."
                 ) from error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
         return directory

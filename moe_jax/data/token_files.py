@@ -24,7 +24,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,8 +39,8 @@ from moe_jax.data.documents import (
     text_digest,
 )
 from moe_jax.data.npy_writer import NpyWriter, flush_to_disk
-from moe_jax.data.open_file import sha256_of
 from moe_jax.data.tokenizer import DocumentEncoder
+from moe_jax.files import sha256_of, whole_or_absent
 
 FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
 _MANIFEST = "manifest.json"
@@ -249,11 +248,9 @@ def _build(
     directory: pathlib.Path, corpus: Corpus, encoder: DocumentEncoder, manifest: dict[str, Any]
 ) -> None:
     """Makes `directory` whole. The caller holds its lock."""
-    prefix = f".{directory.name}.partial-"
-    for abandoned in directory.parent.glob(f"{prefix}*"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # Its builder was killed: we have the lock.
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
-    try:
+    if directory.exists():
+        shutil.rmtree(directory)  # Damaged; who reads it keeps what is open.
+    with whole_or_absent(directory) as partial:
         manifest = manifest | _write_domains(partial, corpus, encoder, manifest)
         require(
             corpus.fingerprint() == manifest["corpus_sha256"],
@@ -267,13 +264,7 @@ def _build(
             flush_to_disk(file)
         for path in partial.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o444)
-        partial.chmod(0o755)  # mkdtemp is private; a cache may be shared.
-        if directory.exists():
-            shutil.rmtree(directory)  # Damaged; who reads it keeps what is open.
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        partial.chmod(0o755)  # A cache may be shared, whatever the umask.
 
 
 def _write_domains(

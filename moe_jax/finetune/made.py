@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from moe_jax.config import ExperimentConfig, MeshConfig
 from moe_jax.config.check import require
 from moe_jax.data.tokenizers import form_and_path
+from moe_jax.files import require_absent, whole_or_absent
 from moe_jax.finetune.moments import remodelled_optimizer
 from moe_jax.finetune.preservation import (
     TOLERANCE,
@@ -22,7 +23,6 @@ from moe_jax.finetune.preservation import (
     heldout_text,
 )
 from moe_jax.finetune.remodel import Remodel, remodelled, remodelled_state
-from moe_jax.interchange.tensor_files import require_absent, whole_or_absent
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.training.imported import (
     INHERITED,

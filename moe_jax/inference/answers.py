@@ -10,10 +10,10 @@ import numpy as np
 
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
+from moe_jax.files import write_atomically
 from moe_jax.inference.generation import joined_routes
 from moe_jax.inference.text import TextPiece
 from moe_jax.models.token_routes import routes_bytes
-from moe_jax.training.files import write_atomically
 
 FIX = "Name another file, or delete this one"
 BEGIN = b'{"prompt_index": '  # of every line

@@ -19,11 +19,12 @@ import numpy as np
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
+from moe_jax.files import whole_or_absent
 from moe_jax.interchange.family import FAMILIES, Family, family_of
 from moe_jax.interchange.leaves import Leaf, leaves_of
 from moe_jax.interchange.read import tensor_names
 from moe_jax.interchange.rules import AS_IS, LINEAR, Rule
-from moe_jax.interchange.tensor_files import ToWrite, whole_or_absent, write_shard
+from moe_jax.interchange.tensor_files import ToWrite, write_shard
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.trained import training_marks
 from moe_jax.models.wrapping import plain_model

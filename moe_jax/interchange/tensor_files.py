@@ -5,13 +5,11 @@ length of a JSON header, the header, and the bytes of the tensors, little-endian
 Source: the format description of huggingface/safetensors.
 """
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
@@ -290,37 +288,3 @@ def write_shard(path: pathlib.Path, tensors: list[ToWrite]) -> None:
             file.write(values.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def require_absent(path: pathlib.Path) -> None:
-    """Refuses a directory that is there already, except if it is empty.
-
-    Raises:
-      ValueError: there is something of this name.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(
-            f"a model is written to a new directory: {path} is there already. Name another, or "
-            "remove it."
-        )
-
-
-@contextlib.contextmanager
-def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which gets its name when it is full; what fails leaves nothing.
-
-    A killed process leaves `.NAME.partial` beside it, which the next one removes.
-
-    Raises:
-      ValueError: there is something of this name.
-    """
-    require_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -12,17 +12,12 @@ import numpy as np
 from moe_jax.config import ExperimentConfig
 from moe_jax.config.check import require
 from moe_jax.config.json_text import json_text
+from moe_jax.files import whole_or_absent
 from moe_jax.interchange.family import FAMILIES, Family, family_of
 from moe_jax.interchange.leaves import STATE, Leaf, leaves_of
 from moe_jax.interchange.read import CONFIG, tensor_names
 from moe_jax.interchange.rules import Rule
-from moe_jax.interchange.tensor_files import (
-    NAMES,
-    SHARD_BYTES,
-    ToWrite,
-    whole_or_absent,
-    write_tensors,
-)
+from moe_jax.interchange.tensor_files import NAMES, SHARD_BYTES, ToWrite, write_tensors
 from moe_jax.models.model import LanguageModel
 
 LENGTHS = ("max_position_embeddings", "max_seq_len")  # of a context, by the families' names

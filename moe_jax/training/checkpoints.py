@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from moe_jax import interrupts
+from moe_jax.files import write_synced
 from moe_jax.parallel.processes import all_or_none
 from moe_jax.training.arrays import (
     by_name,
@@ -47,7 +48,6 @@ from moe_jax.training.files import (
     set_aside,
     write_hashes,
     write_manifest,
-    write_synced,
 )
 from moe_jax.training.orbax_messages import (
     no_warning_of_reading,

@@ -1,7 +1,6 @@
-"""Files of a run: written whole, checked before they are used, set aside if damaged."""
+"""Files of a run: checked before they are used, set aside if damaged."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -11,6 +10,8 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from moe_jax.files import sha256_of, write_synced
 
 STATE = "state"  # the folder of the arrays in a checkpoint
 METADATA = "metadata.json"
@@ -25,21 +26,6 @@ class DamagedFileError(ValueError):
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint, or every one of a run, fails its integrity check."""
-
-
-def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replaces a file by one with this content; a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_synced(temporary, content)
-    temporary.replace(path)
-
-
-def write_synced(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file that is on the disk when this returns: a power failure leaves it whole."""
-    with path.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -205,9 +191,4 @@ def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -
 def _sha256(files: Iterable[pathlib.Path]) -> Iterator[str]:
     """SHA-256 of each file, in their order; several are read at once."""
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(_sha256_of_one, files)
-
-
-def _sha256_of_one(file: pathlib.Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        yield from pool.map(sha256_of, files)

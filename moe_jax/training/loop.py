@@ -15,6 +15,7 @@ from moe_jax.config import ExperimentConfig, write_config
 from moe_jax.config.installed import require_local
 from moe_jax.config.json_text import json_text
 from moe_jax.data import Data, check_data, open_data, train_batches
+from moe_jax.files import write_atomically
 from moe_jax.models.multi_token import own_name
 from moe_jax.models.trained import count_trained, describe_trained
 from moe_jax.parallel.batches import from_rows, rows_of_process
@@ -22,7 +23,7 @@ from moe_jax.parallel.mesh import describe_mesh, make_mesh
 from moe_jax.parallel.processes import compile_in_all, gather, require_same
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.evaluation import evaluate
-from moe_jax.training.files import complete_steps, read_json, write_atomically
+from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.init_from import Source, first_state, open_source
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained

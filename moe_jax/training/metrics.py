@@ -24,7 +24,8 @@ import numpy as np
 
 from moe_jax.config import ExperimentConfig, to_dict, write_config
 from moe_jax.config.json_text import json_text, numbers
-from moe_jax.training.files import DamagedFileError, read_json, set_aside, write_atomically
+from moe_jax.files import write_atomically
+from moe_jax.training.files import DamagedFileError, read_json, set_aside
 from moe_jax.training.trackers import Trackers
 from moe_jax.training.ways import ways_of
 

@@ -4,13 +4,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from moe_jax.data.large_corpus.packages import Package
 from moe_jax.data.large_corpus.sources import BY_GROUP, Source
+from moe_jax.files import whole_or_absent
 
 # Shorter texts are stubs: redirections, empty chapters, files of one import.
 _SHORTEST_TEXT_BYTES = 200
@@ -59,16 +58,9 @@ def assemble(
         What each source gave.
 
     Raises:
-        ValueError: if `out` exists.
+        ValueError: if `out` is there and not empty.
     """
-    if out.exists():
-        raise ValueError(
-            f"The corpus is written to a new directory: {out} exists. "
-            "Choose another --out, or delete it first."
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with whole_or_absent(out) as partial:
         seen: set[bytes] = set()
         sizes = []
         for source in sources:
@@ -79,11 +71,6 @@ def assemble(
                 with (partial / f"{source.domain}.jsonl").open("a", encoding="utf-8") as file:
                     sizes.append(_write(source, paths, file, seen, limit))
         (partial / "sources.json").write_text(_describe(sizes, archives))
-        partial.chmod(0o755)  # mkdtemp is private.
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return sizes
 
 

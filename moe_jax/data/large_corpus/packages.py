@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from moe_jax.data.open_file import sha256_of
+from moe_jax.files import sha256_of
 
 _RECORDED_FILE = pathlib.Path(__file__).parent.parent / "large_corpus_packages.json"
 
