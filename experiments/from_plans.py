@@ -83,11 +83,12 @@ def memory_text(plans: dict[str, Any]) -> str:
 def exchange_text(plans: dict[str, Any]) -> str:
     """The line of all-to-all at scale."""
     said = [
-        f"{one['config']} on {one['pod']}, experts over {one['mesh']['expert']}: "
-        f"{one['exchange_seconds'] / one['compute_seconds']:.2f} of the time of computing"
+        f"{one['exchange_seconds'] / one['compute_seconds']:.2f} ({one['config']}, {one['pod']}, "
+        f"experts over {one['mesh']['expert']})"
         for one in plans["exchange"]
     ]
-    return "**by arithmetic, where experts span nodes of GPUs**: " + "; ".join(said)
+    yes = "**by arithmetic, where experts span nodes of GPUs**"
+    return f"{yes}. Exchange over computing: {', '.join(said)}"
 
 
 def read_plans() -> dict[str, Any]:

@@ -36,8 +36,9 @@ HEAD = f"""\
 # Studies of mixtures of experts
 
 Each study asks one question, and its criterion was written before it was run. A failed one stays on
-this page. The size is in brackets: `small` is of two CPU cores and two hours, 0.2 M active
-parameters; `medium` of two cores and a night, 0.8 M; `gpu` of one card, 14 M; `base` of several.
+this page. Where part of the answer was known before, the study's page says so. The size is in
+brackets: `small` takes two CPU cores two to three hours, with 0.1 to 0.2 M active parameters;
+`medium` two cores and a night, 0.8 M; `gpu` one card, 14 M; `base` several.
 
 ![Held-out loss against active FLOPs per token]({FIGURE})
 
@@ -52,8 +53,8 @@ FOOT = """\
 A direction is decided by the differences of runs that share a seed, by Student's t at 5 %. Arms
 are alike where they differ by less than 0.03 bits a byte, tested from one side. A failure of one
 among several arms is corrected for their number. Nothing is concluded before every arm has all of
-its seeds. Runs made under an earlier rule keep its verdict beside the new one.
-[docs/studies.md](../docs/studies.md) says more, and how to write a study.
+its seeds. A study is as good as its worst claim. Runs made under an earlier rule keep its verdict
+beside the new one. [docs/studies.md](../docs/studies.md) says more, and how to write a study.
 
 ## Run
 
@@ -67,6 +68,9 @@ command writes all pages from results alone. Sizes above `medium` need a tokeniz
 
     python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \\
         --out=runs/corpus/bpe8192.model
+
+The size `gpu` may read a packed corpus, which is small enough to take along: see
+[docs/data.md](../docs/data.md#pack).
 
 ## Log
 

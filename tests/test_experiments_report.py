@@ -280,7 +280,7 @@ def test_lines_from_plans_are_what_arithmetic_gives():
     one = {"config": "a", "pod": "b", "mesh": {"expert": 8}}
     plans = {"exchange": [one | {"compute_seconds": 2.0, "exchange_seconds": 0.5}]}
     assert from_plans.exchange_text(plans).endswith(
-        "a on b, experts over 8: 0.25 of the time of computing"
+        "Exchange over computing: 0.25 (a, b, experts over 8)"
     )
 
 

@@ -81,13 +81,13 @@ STUDY = Study(
             "Dropout 0.1 with expert dropout 0.4 ends less than 0.03 bits above each of the plain "
             "dropouts 0.1, 0.2 and 0.3.",
             every(not_above("expert_0.4", plain, "target") for plain in PLAIN),
-            settles="Dropout on experts does no harm in fine-tuning.",
+            settles="Dropout on experts costs less than 0.03 bits in fine-tuning.",
         ),
         Claim(
             "With the balance loss a capacity factor of 0.9, which drops a tenth of the tokens or "
             "more, ends above one of 2.0 by less than 0.03 bits.",
             not_above("capacity_0.9", "capacity_2.0", "target"),
-            settles="Tokens that are dropped do no harm in fine-tuning.",
+            settles="Tokens that are dropped cost less than 0.03 bits in fine-tuning.",
         ),
         Claim(
             "At a capacity factor of 0.9 the balance loss ends above none by less than 0.03 bits.",
@@ -99,6 +99,10 @@ STUDY = Study(
   [finetuning_subsets](../finetuning_subsets/README.md).
 * The published margins are half a point of GLUE and less: no direction is asked for, only that the
   recommended setting does no harm.
+* Dropped tokens cost little, not nothing: the interval of the second claim excludes 0. Without the
+  balance loss a factor of 0.9 ends 0.018 above one of 2.0, from 0.009 to 0.027.
+* Before these runs, on 2026-11-29, the comparison with no dropout was taken out of the first claim,
+  and 0.9 took the place of a factor of 0.75.
 * Held-out text is scored without a capacity, so that training alone differs between the arms.
 * The difference of held-out and training loss is not compared: dropout is on in training.
 * Three rows lack versions: the packages were installed anew while these runs were going. Their

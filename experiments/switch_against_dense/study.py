@@ -67,7 +67,7 @@ STUDY = Study(
         Published(
             "steps to the dense model's final loss, Switch-Base of 64 experts",
             "7.5x fewer (60k for 450k)",
-            "Switch Transformers (arXiv:2101.03961), fig. 5",
+            "Switch Transformers (arXiv:2101.03961), fig. 4 and sec. 3.1",
             measured_ratio,
         ),
         Published(

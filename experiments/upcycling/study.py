@@ -259,5 +259,7 @@ STUDY = Study(
 * Logits are compared before the first step, as `python -m moe_jax.upcycle` does. `drop` changes
   them.
 * Not a claim: whether `drop` ends below `upcycled`. Drop-Upcycling (arXiv:2502.19261) finds it so
-  after hundreds of billions of tokens, and above at first.""",
+  after hundreds of billions of tokens, and above at first.
+* After the run: the second claim could hardly fail at `small`. The dense checkpoint is below a
+  sparse model of 800 steps, 3.20 to 3.21 bits against 3.21 to 3.24, before any upcycled step.""",
 )
