@@ -125,6 +125,39 @@ def test_settings_that_change_no_result_make_no_other_group(tmp_path):
     assert column(comparison_of(tmp_path).seed_columns, "n") == [2]
 
 
+def started_from(source, seed):
+    return {"seed": seed, "init_from": {"path": str(source)}}
+
+
+def test_runs_that_start_from_runs_of_several_seeds_have_a_mean(tmp_path):
+    """The usual design of fine-tuning: seed s starts from the pretrained model of seed s."""
+    for seed, bits in enumerate((2.0, 2.2)):
+        for arm, more in (("slow", 0.0), ("fast", 0.5)):
+            settings = learning_rate(0.001 if arm == "slow" else 0.01, seed=seed)
+            source = make_run(tmp_path / f"{arm}_source_{seed}", settings=settings)
+            make_run(tmp_path / "tuned" / f"{arm}_{seed}", bits + more,
+                     settings=started_from(source, seed))  # fmt: skip
+    found = comparison_of(tmp_path / "tuned")
+    assert column(found.seed_columns, "heldout/dropless/bits_per_byte/mean") == [2.1, 2.6]
+    assert not any("No means" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("fault", ["imported", "gone"])
+def test_models_of_one_config_that_were_not_trained_are_not_seeds(tmp_path, fault):
+    """A base model and its instruct twin have one config."""
+    for seed in range(2):
+        source = make_run(tmp_path / f"source_{seed}")
+        if fault == "imported":
+            (source / "imported.json").write_text("{}")
+        else:
+            (source / "run.json").unlink()
+        make_run(tmp_path / "tuned" / f"a_{seed}", settings=started_from(source, seed))
+    found = comparison_of(tmp_path / "tuned")
+    assert found.seed_columns == []
+    [note] = [note for note in found.notes if "No means over seeds" in note]
+    assert note.endswith("a_0, a_1.")
+
+
 def test_the_same_config_and_seed_twice_is_no_spread(tmp_path):
     make_run(tmp_path / "a", 2.0)
     make_run(tmp_path / "b", 2.0)

@@ -7,20 +7,25 @@ held-out text. Runs that differ in their seeds alone are one line of a table of 
 import dataclasses
 import json
 import math
+import pathlib
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moe_jax.analysis.comparison_seeds import SeedRuns, is_final, seed_runs, seeds_of
 from moe_jax.analysis.names import printable
-from moe_jax.analysis.runs import Entry
+from moe_jax.analysis.runs import Entry, resolved
 from moe_jax.analysis.table import ORDERS, Column, of_all
 from moe_jax.config.check import require
-from moe_jax.training.metrics import extensions
+from moe_jax.training.files import read_json
+from moe_jax.training.metrics import CONFIG_FILE, RUN_FILE, extensions
 from moe_jax.training.ways import CAPACITIES, SEES
+from moe_jax.training.workdir import IMPORTED_FILE
 
 MAX_SETTINGS = 12  # columns of a table
 SEEDS = ("config.seed", "config.data.seed")
+# Settings that name a run which this one starts from or learns from.
+SOURCES = ("config.init_from.path", "config.training.loss.teacher")
 # Settings that say nothing of a run, and make no column.
 UNINTERESTING = ("config.name", "config.data.cache_dir", "config.training.trackers")
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
@@ -123,15 +128,24 @@ class Comparison:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The runs of each config that was run with several seeds, by their places.
+        """The places of the runs of each config that was run with several seeds.
 
-        Those that were extended, alike, are a group of their own.
+        Runs that were extended in the same way are a group of their own. Sources of runs may differ
+        in their seeds too.
+        """
+        return self._grouped(source_without_seeds)
+
+    def _grouped(self, source: Callable[[str], str]) -> list[list[int]]:
+        """The groups of runs of several seeds, given what is compared of the runs they start from.
+
+        Args:
+          source: replaces the path of a source.
         """
         places: dict[str, list[int]] = {}
         for place, entry in enumerate(self.entries):
             if entry.settings:
                 # A run that was extended may differ from one that had as many steps from the start.
-                key = f"{without_seeds(entry.deciding)} {extensions(entry.run.record)}"
+                key = f"{without_seeds(entry.deciding, source)} {extensions(entry.run.record)}"
                 places.setdefault(key, []).append(place)
         return [
             group
@@ -202,6 +216,14 @@ class Comparison:
             )
         if left_out := "; ".join(filter(None, map(self.left_out, map(self.by_seed, self.groups)))):
             found.append(f"Means and pairs are of seeds with one final score. Not: {left_out}.")
+        grouped = {place for group in self.groups for place in group}
+        for group in self._grouped(lambda path: "a run" if path else ""):
+            if not grouped & set(group):
+                found.append(
+                    "No means over seeds, since the runs start from or learn from models that are "
+                    "no trained runs or are not there (init_from.path, training.loss.teacher): "
+                    f"{', '.join(printable(self.entries[place].name) for place in group)}."
+                )
         if self.hidden_settings:
             found.append(
                 f"The runs differ in {len(self.hidden_settings)} more settings, which --csv lists: "
@@ -348,12 +370,12 @@ def label(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | tuple) else value
 
 
-def without_seeds(settings: Settings) -> str:
-    """The settings that decide on a result, but for the seeds."""
+def without_seeds(settings: Settings, source: Callable[[str], str]) -> str:
+    """The settings that decide on a result, except the seeds; `source` replaces `SOURCES`."""
 
     def copy(value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
-            return value
+            return source(value) if path in SOURCES and isinstance(value, str) else value
         inner = {name: f"{path}.{name}" for name in value}
         left_out = (*SEEDS, *UNINTERESTING)
         return {
@@ -361,6 +383,18 @@ def without_seeds(settings: Settings) -> str:
         }
 
     return json.dumps(copy(settings, "config"), sort_keys=True)
+
+
+def source_without_seeds(path: str) -> str:
+    """The settings of the run in a directory, except its seeds; the path if it was not trained."""
+    directory = pathlib.Path(path)
+    if not (directory / RUN_FILE).is_file() or (directory / IMPORTED_FILE).exists():
+        return path  # imported and made models of one config may differ in more than seeds
+    try:
+        settings = resolved(read_json(directory / CONFIG_FILE), only_results=True)
+    except (ValueError, OSError):
+        return path
+    return without_seeds(settings, source_without_seeds)
 
 
 def mean(values: Sequence[float]) -> float | None:
