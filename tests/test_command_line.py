@@ -21,6 +21,7 @@ from moe_jax.config import (
     MeshConfig,
     OptimizerConfig,
     TrainingConfig,
+    config_dict,
     from_config_dict,
     installed,
     write_config,
@@ -38,7 +39,7 @@ from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Settings
 from moe_jax.moe.part import MoE
 from moe_jax.user_errors import describe, whole_flags
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, tiny_config
 
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
 WITH_FLAGS = [name for name, (path, _) in entry.COMMANDS.items() if path.endswith(":command")]
@@ -171,6 +172,21 @@ def test_a_setting_that_the_config_file_leaves_out_is_said_to_be_added_there():
             override(config, f"config.{flag}", "1")
     with pytest.raises(ValueError, match=r"Did you mean --config\.training\.num_steps"):
         override(config, "config.training.num_step", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("model.parts.moe.router.topk", "model.parts.moe.num_selected_experts"),
+        ("model.parts.moe.num_experts_per_tok", "model.parts.moe.num_selected_experts"),
+        ("model.parts.moe.capacity_factor", "model.parts.moe.capacity.train_factor"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+    ],
+)
+def test_a_name_of_another_system_is_answered_with_the_name_here(name, setting):
+    config = config_dict(tiny_config())
+    with pytest.raises(ValueError, match=rf"Did you mean --config\.{re.escape(setting)}\?"):
+        override(config, f"config.{name}", "2")
 
 
 FILES = {

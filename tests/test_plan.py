@@ -78,6 +78,9 @@ def test_two_thousand_chips_are_swept(capsys):
     tried = len(said["fitting"]) + len(said["too_large"]) + sum(said["uneven"].values())
     # 2^11 as an ordered product of four, C(14, 3) = 364, but for tensor 128 to 2048: C(7, 3) = 35.
     assert tried == 364 - 35
+    rules = [rule.removeprefix("part 'moe': ").removeprefix("part 'attention': ")
+             for rule in said["uneven"]]  # fmt: skip
+    assert all(" " in rule for rule in rules), "a rule, not only the name of the part"
     assert said["fitting"][0]["mesh"]["tensor"] == 1
 
 

@@ -344,6 +344,9 @@ def test_a_sweep_puts_the_fastest_that_fit_first():
     assert found.fitting[0].work.mesh.fsdp * found.fitting[0].work.mesh.expert > 1
     text = sweep_text(found)
     assert f"{len(found.fitting)} meshes fit" in text and "do not fit" in text
+    full = sum(one.memory.total > 0.75 * 15.75 * GIB for one in found.fitting)
+    assert full and text.count("* ") + text.count("*\n") == full, "a mark at each, of which"
+    assert "\n*: above 75% of the memory" in text
     said = json.loads(json.dumps(describe_sweep(found), allow_nan=False))
     assert said["fitting"][0]["mesh"]["expert"] == found.fitting[0].work.mesh.expert
 

@@ -30,6 +30,16 @@ CONFIG = "config"  # the flag
 KIND_OF_A_FLAG = "flags set fields, and the kind of a part comes from the config file or a preset"
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 MODULE = "__config_file__"  # while a config file runs
+# Fields by the names that other systems give them.
+ELSEWHERE = {
+    "top_k": "num_selected_experts", "topk": "num_selected_experts",
+    "moe_top_k": "num_selected_experts", "num_experts_per_tok": "num_selected_experts",
+    "num_local_experts": "num_experts", "n_routed_experts": "num_experts",
+    "moe_intermediate_size": "expert_dim", "capacity_factor": "train_factor",
+    "num_hidden_layers": "repeats", "num_layers": "repeats", "hidden_size": "model_dim",
+    "seq_len": "sequence_length", "max_seq_len": "sequence_length", "lr": "learning_rate",
+    "global_batch_size": "batch_size",
+}  # fmt: skip
 
 
 def load_config(name: str) -> ml_collections.ConfigDict:
@@ -321,7 +331,9 @@ def require_field(flag: str, path: str, section: Any, name: str, config: Any) ->
             f"Add {path}.{name} = {value!r} to it."
         )
     near = difflib.get_close_matches(name, list(section), n=1)
-    proposed = [".".join([path, *near, *rest])] if near else []
+    field = ELSEWHERE.get(names[-1].lower())
+    proposed = [other for other in settings if other.split(".")[-1] == field]
+    proposed += [".".join([path, *near, *rest])] if near else []
     proposed += [other for other in settings if other.split(".")[-1] == names[-1]]
     proposed = [other for other in proposed if other in settings] or proposed
     fix = f"Did you mean --{proposed[0]}?" if proposed else "--help lists every setting."

@@ -11,7 +11,7 @@ from moe_jax.planning.memory import Memory, estimate_memory
 from moe_jax.planning.parameters import plain_parameter_specs
 from moe_jax.planning.remedies import largest
 from moe_jax.planning.roofline import Roofline, estimate, model_flops
-from moe_jax.planning.text import table
+from moe_jax.planning.text import COMPILE, NEAR, table
 from moe_jax.planning.topology import Topology
 from moe_jax.planning.workload import Workload, resolve, use_mesh
 from moe_jax.training.placement import resolved_model
@@ -39,6 +39,10 @@ class Candidate:
     mfu: float
     fits: bool
     compiled_bytes: float | None = None
+
+    def is_near(self, limit: float) -> bool:
+        """Whether arithmetic alone says that it fits, and gives more bytes per device than this."""
+        return self.compiled_bytes is None and self.memory.total > limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
             changed = dataclasses.replace(config, mesh=mesh)
             work = resolve(changed, topology.num_devices, chip.platform)
         except ValueError as error:
-            reason = str(error).split(": ", 1)[0]  # the rule, without the values
+            reason = rule_of(str(error))
             uneven[reason] = uneven.get(reason, 0) + 1
             continue
         memory, times = estimate_memory(work), estimate(work, topology)
@@ -125,6 +129,16 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
         [one for one in asked if not one.fits] + too_large,
         uneven,
     )
+
+
+def rule_of(error: str) -> str:
+    """The rule that a mesh breaks, without the values and the fix.
+
+    >>> rule_of("part 'moe': experts are split evenly: 8 over 3. Use 4.")
+    "part 'moe': experts are split evenly"
+    """
+    part, colon, rest = error.partition(": ") if error.startswith("part '") else ("", "", error)
+    return part + colon + rest.split(": ", 1)[0]
 
 
 def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
@@ -146,17 +160,21 @@ def sweep_text(found: Sweep) -> str:
         f"{found.topology.name}: {len(found.fitting)} meshes fit, {len(found.too_large)} do not, "
         f"{sum(found.uneven.values())} are refused ({how})"
     ]
-    if found.fitting:
-        lines += ["", "fit, fastest first", *_rows(found.fitting[:MAX_ROWS])]
+    near = NEAR * found.topology.chip.usable_hbm_bytes / found.topology.chip.devices
+    if shown := found.fitting[:MAX_ROWS]:
+        lines += ["", "fit, fastest first", *_rows(shown, near)]
+        if any(one.is_near(near) for one in shown):
+            lines.append(f"*: above {NEAR:.0%} of the memory. {COMPILE}")
     if found.too_large:
-        lines += ["", "do not fit, fastest first", *_rows(found.too_large[:MAX_ROWS])]
+        lines += ["", "do not fit, fastest first", *_rows(found.too_large[:MAX_ROWS], math.inf)]
     if found.uneven:
         worst = sorted(found.uneven.items(), key=lambda item: -item[1])[:5]
         lines += ["", "refused", *table([(f"{n:,}", rule) for rule, n in worst], left=(1,))]
     return "\n".join(lines)
 
 
-def _rows(candidates: list[Candidate]) -> list[str]:
+def _rows(candidates: list[Candidate], near: float) -> list[str]:
+    """A table with a mark at each candidate that `is_near`."""
     head = ("data", "fsdp", "expert", "tensor", "ms", "ms in turn", "bound", "MFU", "GiB")
     rows: list[tuple[str, ...]] = [(*head, "GiB compiled", "most memory")]
     for one in candidates:
@@ -170,7 +188,7 @@ def _rows(candidates: list[Candidate]) -> list[str]:
                 f"{1e3 * one.times.seconds_in_turn:,.1f}",
                 one.times.bound,
                 f"{one.mfu:.1%}",
-                f"{one.memory.total / 1024**3:.1f}",
+                f"{one.memory.total / 1024**3:.1f}" + "*" * one.is_near(near),
                 compiled,
                 f"{name.replace('_', ' ')} {size / 1024**3:.1f}",
             )

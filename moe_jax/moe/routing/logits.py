@@ -194,6 +194,8 @@ def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | N
       moe: the block.
       allowed: whether the router accepts it all the same; None: it has no such setting.
     """
+    changes = ["renormalize=False" + " and norm_order=None" * (allowed is not None)] * renormalize
+    changes += ["score='softmax' or 'sigmoid'"] * score.over_selected
     require(
         bool(allowed)
         or moe.num_options == 1
@@ -202,9 +204,7 @@ def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | N
         "with num_selected_experts=1 a renormalised gate, or a softmax over the selected logit, "
         "is always 1, and the router gets no gradient from the task",
         f"router.score={score}, gates renormalised: {renormalize}",
-        "Set renormalize=False"
-        + ("" if allowed is None else ", norm_order=None")
-        + " and score='softmax' or 'sigmoid', or use several experts per token"
+        f"Set {' and '.join(changes)}, or use several experts per token"
         + ("" if allowed is None else ", or set allow_constant_gate=True"),
     )
 
