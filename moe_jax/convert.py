@@ -1,9 +1,9 @@
-"""Moves weights in and out: `python -m moe_jax.convert --from-hf=DIR --workdir=OUT`.
+"""Imports and exports weights: `python -m moe_jax.convert --from-hf=DIR --workdir=OUT`.
 
---from-hf and --from-gguf make the directory of a run of 0 steps, which generate, evaluate and
-analyze take. --to-hf writes the newest checkpoint of any run as a directory that transformers
-loads, --to-gguf as a file that llama.cpp runs, --to-peft the adapters of a run as a directory that
-PEFT loads. `docs/models.md` lists the families.
+--from-hf and --from-gguf create a run directory at step 0, which generate, evaluate and analyze
+accept. --to-hf writes the newest checkpoint of any run as a directory that transformers loads.
+--to-gguf writes it as a file that llama.cpp runs. --to-peft writes the adapters of a run as a
+directory that PEFT loads. `docs/models.md` lists the families.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moe_jax.config import ExperimentConfig
 
 WAYS = ("from_hf", "from_gguf", "to_hf", "to_gguf", "to_peft")
-# The flags that only some of them read.
+# Flags that only some of these modes read.
 OF_WAYS = {
     "mesh": ("from_hf", "from_gguf", "to_hf", "to_gguf"),
     "compute_dtype": ("from_hf", "from_gguf"),
@@ -33,11 +33,11 @@ OF_WAYS = {
     "base": ("to_peft",),
     "step": ("to_hf", "to_gguf", "to_peft"),
 }
-LENGTH = "max_position_embeddings"  # of a model, in a config.json
+LENGTH = "max_position_embeddings"  # the context length in a config.json
 
 
 def main() -> None:
-    """Does what one of the five flags says."""
+    """Runs the import or export that one of the five flags names."""
     values = flags.FLAGS
     given = [name for name in WAYS if values[name].value is not None]
     if len(given) != 1:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
-    """Makes the directory of a run from a model; whole, or not at all."""
+    """Creates a run directory from a model, completely or not at all."""
     import jax
 
     from moe_jax.files import whole_or_absent
@@ -95,13 +95,13 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
 
 
 def with_compute_dtype(config: "ExperimentConfig", dtype: str) -> "ExperimentConfig":
-    """A config whose model computes in a dtype."""
+    """The config with this compute dtype."""
     model = dataclasses.replace(config.model, compute_dtype=dtype)
     return dataclasses.replace(config, model=model)
 
 
 def print_losses(workdir: pathlib.Path) -> None:
-    """Says which losses of routers training would add to that of an imported model, if any."""
+    """Prints the router losses that training would add for an imported model, if any."""
     from moe_jax.training.files import read_json
     from moe_jax.training.metrics import CONFIG_FILE
 
@@ -116,7 +116,7 @@ def print_losses(workdir: pathlib.Path) -> None:
 
 
 def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dict[str, Any]:
-    """What an export needs of the import: the family, settings of the file, and dtypes."""
+    """What an export needs from the import: family, source, settings of the file, and dtypes."""
     from moe_jax.interchange.family import Reader, named_family
     from moe_jax.interchange.gguf_files import GGUFFile, hf_settings
     from moe_jax.interchange.read import read_settings
@@ -126,7 +126,7 @@ def origin_of(source: pathlib.Path, config: "ExperimentConfig", way: str) -> dic
         kept = {LENGTH: hf_settings(GGUFFile(source))[LENGTH]}
         return {"family": config.name, "source": str(source), "settings": kept}
     settings = read_settings(source)
-    settings |= settings.get("text_config") or {}  # Llama 4 has those of its text model there
+    settings |= settings.get("text_config") or {}  # Llama 4 keeps its text model's there
     others = {name: value for name, value in settings.items() if name in Reader.HARMLESS}
     family = flags.FLAGS.family or config.name
     files = named_family(family).opened(TensorFiles(source))
@@ -140,11 +140,12 @@ def bring_tokenizer(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Copies the model's tokenizer.
 
-    A model without a tokenizer that can be read gets that of bytes, with a warning that says why;
-    its files are kept for an export.
+    A model without a readable tokenizer gets the byte tokenizer, with a warning that gives the
+    reason. Its files are kept for an export.
 
     Returns:
-      The fields of the data, the tokenizer as a path in the workdir; and its sha256, {} of bytes.
+      The fields of the data config, with the tokenizer as a path relative to the workdir; and the
+      tokenizer's sha256, {} for bytes.
 
     Raises:
       ValueError: the package that reads the tokenizer is not installed.
@@ -175,7 +176,7 @@ def bring_tokenizer(
         try:
             tokenizer = open_tokenizer(str(folder / name), **special)
         except ValueError as error:
-            if isinstance(error.__context__, ImportError):  # a package is missing, not the model's
+            if isinstance(error.__context__, ImportError):  # not the model, a missing package
                 raise
             warn("%s cannot be used: %s", name, str(error).replace(str(folder), str(beside)))
             continue
@@ -207,13 +208,13 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str]:
 
 
 class LoadedRun(NamedTuple):
-    """A run that was read to be written in another layout.
+    """A run loaded for export to another layout.
 
     Attributes:
-      config: of the run, its model without quantised weights.
-      params: its parameters, with the state under "state" if there is any.
-      step: number of the checkpoint, the newest or that of --step.
-      origin: what holds of the import that it goes back to; see `origin_of_run`.
+      config: of the run; its model has no quantised weights and no adapters.
+      params: its parameters, plus the state under "state" if there is any.
+      step: of the checkpoint, the newest or --step.
+      origin: what still holds of the import that the run descends from; see `origin_of_run`.
     """
 
     config: "ExperimentConfig"
@@ -223,7 +224,7 @@ class LoadedRun(NamedTuple):
 
 
 def loaded(workdir: pathlib.Path) -> LoadedRun:
-    """Reads the newest checkpoint of a run, or that of --step."""
+    """Loads the newest checkpoint of a run, or the one at --step."""
     from moe_jax.interchange.leaves import STATE
     from moe_jax.training.imported import origin_of_run
     from moe_jax.training.saved import load_run
@@ -239,7 +240,7 @@ def loaded(workdir: pathlib.Path) -> LoadedRun:
 
 
 def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, or --step, in the layout of Hugging Face."""
+    """Writes the newest checkpoint of a run, or the one at --step, in Hugging Face layout."""
     from moe_jax.interchange.family import trusted
     from moe_jax.interchange.write import to_hf
 
@@ -257,11 +258,11 @@ def export(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def ends_of_documents(run: LoadedRun) -> dict[str, int]:
-    """Their ids in a config.json, of the run's tokenizer; none if the import has ids of its own."""
+    """The bos and eos ids of the run's tokenizer for a config.json; none if the import has ids."""
     from moe_jax.data import open_tokenizer_of
 
     known = any(name.endswith("token_id") for name in run.origin.get("settings", {}))
-    if known or (run.origin and run.config.data.tokenizer == "byte"):  # for want of another
+    if known or (run.origin and run.config.data.tokenizer == "byte"):  # a stand-in
         return {}
     tokenizer = open_tokenizer_of(run.config.data)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -270,7 +271,7 @@ def ends_of_documents(run: LoadedRun) -> dict[str, int]:
 def write_tokenizer(
     config: "ExperimentConfig", workdir: pathlib.Path, target: pathlib.Path
 ) -> None:
-    """Copies the tokenizer that a run encodes with, the files beside it, and its template."""
+    """Copies the run's tokenizer, the files beside it, and the chat template."""
     import logging
 
     from moe_jax.data.tokenizers import form_and_path
@@ -278,7 +279,7 @@ def write_tokenizer(
 
     _, path = form_and_path(config.data.tokenizer)
     given = pathlib.Path(path).expanduser()
-    if not given.is_file():  # bytes, beside which an import may keep files that we cannot read
+    if not given.is_file():  # bytes; an import may have kept tokenizer files that we cannot read
         names = copy_tokenizer(workdir / TOKENIZER, target)
         if path and given.name not in names:
             logging.getLogger(__name__).warning(
@@ -291,12 +292,12 @@ def write_tokenizer(
         shutil.copyfile(given, target / given.name)
     for name in config.data.objective.file_settings:
         own = pathlib.Path(getattr(config.data.objective, name)).expanduser()
-        if own.suffix:  # of a run that was trained with a file of its own
+        if own.suffix:  # the run was trained with its own template file
             shutil.copyfile(own, target / f"{name}.jinja")
 
 
 def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the newest checkpoint of a run, or --step, as a file of llama.cpp."""
+    """Writes the newest checkpoint of a run, or the one at --step, as a GGUF file."""
     from moe_jax.interchange.gguf_write import check_target, to_gguf
 
     check_target(target)
@@ -315,7 +316,7 @@ def export_gguf(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def words_of(workdir: pathlib.Path, run: LoadedRun) -> dict[str, Any]:
-    """The tokenizer for llama.cpp, with prompts as the model has seen them in training."""
+    """The tokenizer for llama.cpp, set to encode prompts as in training."""
     from moe_jax.data import open_tokenizer_of
     from moe_jax.data.objectives.supervised import Supervised
     from moe_jax.interchange.gguf_vocabulary import vocabulary
@@ -339,7 +340,7 @@ def words_of(workdir: pathlib.Path, run: LoadedRun) -> dict[str, Any]:
 
 
 def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
-    """Writes the adapters of the newest checkpoint of a run, or --step, in the layout of PEFT."""
+    """Writes the adapters of a run's newest checkpoint, or of --step, in PEFT layout."""
     from moe_jax.files import require_absent
     from moe_jax.interchange.family import trusted
     from moe_jax.interchange.peft import to_peft
@@ -351,7 +352,7 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     origin = origin_of_run(pathlib.Path(config.init_from.path or workdir).expanduser())
     family, base = trusted(values.family, origin.get("family", "")), values.base
-    if not base and "dtypes" in origin:  # of a directory in the layout of Hugging Face
+    if not base and "dtypes" in origin:  # imported from a Hugging Face directory
         base = origin.get("source", "")
     to_peft(config, state.params, target, family=family, base=base)
     print(f"the adapters of step {int(state.step)} of {workdir} are in {target}")
@@ -360,7 +361,7 @@ def export_adapters(workdir: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", Any]:
-    """A model of float32 arrays alone; says what was quantised or adapted."""
+    """The model as plain float32 arrays; prints what was quantised or adapted."""
     from moe_jax.config import InitFrom
     from moe_jax.models.wrapping import dense_params, plain_model
 
@@ -374,7 +375,7 @@ def plain(config: "ExperimentConfig", params: Any) -> tuple["ExperimentConfig", 
     config = dataclasses.replace(
         config,
         model=plain_model(config.model),
-        # What these name may be no part of the plain model.
+        # These may name parts that the plain model lacks.
         optimizer=dataclasses.replace(
             config.optimizer, trainable=("all",), frozen=(), learning_rates=()
         ),

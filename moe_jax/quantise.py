@@ -1,6 +1,6 @@
 """Quantises a model: `python -m moe_jax.quantise --workdir=RUN --output=OUT --bits=4`.
 
-The output is the directory of a run of 0 steps, which generate, evaluate, convert and analyze take.
+The output is a run directory at step 0, which generate, evaluate, convert and analyze accept.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def quantised_config(config: "ExperimentConfig", how: "Quantisation") -> "Experi
     """The config of a run with its weights quantised.
 
     Raises:
-      ValueError: they are already, or cannot be so.
+      ValueError: they are quantised already, or cannot be quantised.
     """
     if config.model.quantisation is not None:
         raise ValueError(
@@ -61,7 +61,7 @@ def quantised_config(config: "ExperimentConfig", how: "Quantisation") -> "Experi
 
 
 def num_bytes(params: Any) -> int:
-    """Bytes of all arrays."""
+    """Total bytes of all arrays."""
     import jax
 
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
