@@ -1,1 +1,1 @@
-"""Weights of several arrays: quantised ones (see `moe_jax.parameters`)."""
+"""Weights made of several arrays: quantised and low-rank ones (see `moe_jax.parameters`)."""

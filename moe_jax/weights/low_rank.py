@@ -1,7 +1,7 @@
-"""Low-rank adapters: a matrix that stays as it is, and a small product that learns beside it.
+"""Low-rank adapters: a frozen matrix plus a small trained product.
 
-x (W + s a b) is computed as x W + s (x a) b, so that W is never copied. W is float32, bfloat16 or
-quantised. b starts at 0: a model that gets adapters says what it said before, exactly.
+x (W + s a b) is computed as x W + s (x a) b, so W is never copied. W is float32, bfloat16 or
+quantised. b starts at 0, so new adapters leave the model's outputs exactly unchanged.
 
 Source: Hu et al. 2021, LoRA, arXiv:2106.09685; s = alpha / rank. Legend: `moe_jax.moe`; R is the
 rank.
@@ -29,20 +29,20 @@ from moe_jax.parameters import (
     zeros,
 )
 
-ADAPTERS = "adapters"  # the component of what learns
+ADAPTERS = "adapters"  # the component of a and b
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank(Weight):
-    """base + scale * a b, of which a and b learn.
+    """base + scale * a b, where only a and b are trained.
 
     Attributes:
       base: the matrix, an array [..., I, O] or a `Weight`.
-      a: [..., I, R]; without the dim of experts where all of them share it.
+      a: [..., I, R], without the expert dim if all experts share it.
       b: [..., R, O], likewise.
       scale: alpha / rank.
-      shared: whether the base has a dim of experts before its matrix that a and b do not have.
+      shared: whether the base has an expert dim, before its matrix, that a and b lack.
     """
 
     base: Any
@@ -67,11 +67,11 @@ class LowRank(Weight):
         return dense(self.base) + self.scale * update
 
     def columns(self, choose: Callable[[jax.Array], jax.Array]) -> "LowRank":
-        """See `Weight`; a row meets all of a."""
+        """See `Weight`. Every output depends on all of a."""
         return dataclasses.replace(self, base=columns(self.base, choose), b=choose(self.b))
 
     def axes_of(self, axes: Axes) -> "LowRank":
-        """See `Weight`. The rank is not split."""
+        """See `Weight`. The rank dim is not sharded."""
         *leading, inward, outward = axes
         base = weight_axes(axes, self.base)
         if self.shared:
@@ -80,7 +80,7 @@ class LowRank(Weight):
         return dataclasses.replace(self, base=base, a=a, b=b)
 
     def of_experts(self, num_experts: int) -> "LowRank":
-        """See `Weight`: what is shared is there for each expert, and its gradients add up."""
+        """See `Weight`. Shared a and b are repeated per expert, and their gradients add up."""
         if not self.shared:
             return self
         a, b = (jnp.broadcast_to(each, (num_experts, *each.shape)) for each in (self.a, self.b))
@@ -94,16 +94,16 @@ class LowRank(Weight):
 
 @dataclasses.dataclass(frozen=True)
 class Adapters(Settings):
-    """Which matrices have a low-rank adapter, of which rank.
+    """Which matrices have a low-rank adapter, and its rank.
 
-    `names` are those of `models.selection`. Of what they choose, matrices are adapted; those of the
-    head and routers only if a name says so, and no embedding.
+    `names` choose parameters as in `models.selection`. The matrices among them are adapted: the
+    head and routers only if they are named, the embedding never.
     """
 
-    names: tuple[str, ...] = ("attention",)  # of matrices; "all": every one but these three
+    names: tuple[str, ...] = ("attention",)  # "all": all except head, routers and embedding
     rank: int = setting(8, at_least=1)  # R
-    alpha: float = setting(16.0, above=0)  # what a b is multiplied by, times the rank
-    per_expert: bool = True  # each expert has a and b of its own; else the experts of a layer share
+    alpha: float = setting(16.0, above=0)  # a b is multiplied by alpha / rank
+    per_expert: bool = True  # each expert has its own a and b; else a layer's experts share them
 
     def wrap(self, name: str, spec: ParameterSpec, inner: Any) -> LowRank:
         """The specs of a matrix and of its adapter.
@@ -111,10 +111,10 @@ class Adapters(Settings):
         Args:
           name: of the matrix, for errors.
           spec: of the plain matrix.
-          inner: what is in its place by now: this spec, or those of a quantised one.
+          inner: what represents the matrix so far: this spec, or its quantised specs.
 
         Raises:
-          ValueError: it is a table of which rows are read, or the rank is too high.
+          ValueError: it is the embedding, a table whose rows are read, or the rank is too high.
         """
         require(
             spec.component != "embedding",

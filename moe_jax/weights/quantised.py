@@ -1,26 +1,26 @@
-"""Quantised weights: integers of 8 or 4 bits, and a scale for every group of them.
+"""Quantised weights: integers of 8 or 4 bits, with one scale per group.
 
-A weight w of a group with scale s is stored as the integer q nearest to w / s. Groups are runs of G
-weights along the dim that a product contracts, of one output channel each.
+A weight w in a group with scale s is stored as the integer q nearest to w / s. A group is G
+consecutive weights of one output channel, along the dim that a product contracts.
 
   bits  q in        s                                         stored in
   8     -127..127   largest magnitude / 127                   int8
-  4     -8..7       the weight of largest magnitude / -8      uint8, two q + 8 a byte
+  4     -8..7       the weight of largest magnitude / -8      uint8, two q + 8 per byte
 
-The scale is float16, and q is rounded with the scale that is stored. With 4 bits the largest weight
-of a group is always -8 steps, so that its sign is the scale's: all 16 integers are in use, and a
-step is 1/8 of that weight, where symmetric integers -7..7 have 1/7. Weights beyond 7.5 steps on the
-other side are cut to 7.
+The scale is float16, and q is computed with the stored scale. With 4 bits, the weight of largest
+magnitude is always -8 steps, so the scale has the opposite sign. All 16 integers are in use, and a
+step is 1/8 of that weight; symmetric integers -7..7 would give 1/7. Weights beyond 7.5 steps on the
+other side are clipped to 7.
 
-These are the blocks Q8_0 and Q4_0 of GGUF if G = 32 (llama.cpp, ggml-quants.c): every such block is
-a group here without a change. Byte i of a group of 4 bits holds the weights 2 i (low half) and
-2 i + 1; Q4_0 pairs i and i + 16.
+With G = 32 these are the blocks Q8_0 and Q4_0 of GGUF (llama.cpp, ggml-quants.c): every such block
+is a group here, with the same numbers. Only the order of 4-bit numbers differs. Byte i of a group
+holds weights 2 i (low half) and 2 i + 1; Q4_0 pairs i and i + 16.
 
-JAX has int4 too. On a CPU an array of it takes a byte a number (jax 0.10.2), so two are packed
-here. Google's qwix quantises likewise (`QArray`, symmetric at 4 bits). It computes by taking the
-place of `jax.lax.dot_general` and `ragged_dot`. Experts here also run slot by slot, block by block
-and over a mesh, and each of these ways has products of its own; what would be left of qwix is one
-division. Legend: `moe_jax.moe`.
+JAX also has int4, but on a CPU it takes one byte per number (jax 0.10.2), so two are packed here.
+Google's qwix quantises the same way (`QArray`, symmetric at 4 bits). It works by replacing
+`jax.lax.dot_general` and `ragged_dot`. Experts here also run slot by slot, block by block and over
+a mesh, each with its own products, so only one division of qwix would be used. Legend:
+`moe_jax.moe`.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ from moe_jax.parameters import Axes, Layout, ParameterSpec, Weight
 
 BITS = (16, 8, 4)
 SCALE = jnp.float16
-MATRIX, TABLE = -2, -1  # the dim along which groups run: of a matrix [I, O], of a table [V, M]
+MATRIX, TABLE = -2, -1  # the dim along which groups run, in a matrix [I, O] and a table [V, M]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised(Weight):
-    """A matrix [..., I, O], or a table [..., V, M] of which rows are read, of small integers.
+    """A matrix [..., I, O], or a table [..., V, M] whose rows are read, as small integers.
 
     Attributes:
-      values: int8 [..., I, O], or uint8 [..., I/2, O]; of a table [..., V, M], or [..., V, M/2].
-      scales: float16 [..., I/G, O]; of a table [..., V, M/G].
+      values: int8 [..., I, O], or uint8 [..., I/2, O]; for a table [..., V, M], or [..., V, M/2].
+      scales: float16 [..., I/G, O]; for a table [..., V, M/G].
       axis: the dim along which groups run, `MATRIX` or `TABLE`.
     """
 
@@ -54,13 +54,13 @@ class Quantised(Weight):
     axis: int = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """See `Weight`: only what the layout multiplies by is ever a float.
+        """See `Weight`: only the operands of `layout.matmul` are ever floats.
 
-        Two packed matrices multiply every second number of the rows each: laying their rows side by
-        side first takes several times as long on a CPU.
+        A packed matrix is multiplied as two, each by every second number of the rows of x:
+        interleaving the two first takes several times as long on a CPU.
         """
 
-        # A backward pass makes the floats again: kept, those of all layers would lie in memory.
+        # The backward pass converts again: otherwise the floats of all layers stay in memory.
         @jax.checkpoint
         def multiplied(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
             pieces = pieces_of(values)
@@ -83,7 +83,7 @@ class Quantised(Weight):
         return Quantised(self.values[ids], self.scales[ids], TABLE).dense()
 
     def axes_of(self, axes: Axes) -> "Quantised":
-        """See `Weight`. One group alone is not split."""
+        """See `Weight`. A single group is not sharded."""
         return Quantised(axes, scale_axes(axes, self.axis, self.scales.shape), self.axis)
 
     def learns(self) -> "Quantised":
@@ -92,7 +92,7 @@ class Quantised(Weight):
 
 
 def scale_axes(axes: Axes, axis: int, shape: tuple[int, ...]) -> Axes:
-    """The axes of scales of this shape, from those of the weight."""
+    """The axes of scales of this shape, given the axes of the weight."""
     names = list(axes)
     if shape[axis] == 1:
         names[axis] = None
@@ -100,14 +100,14 @@ def scale_axes(axes: Axes, axis: int, shape: tuple[int, ...]) -> Axes:
 
 
 def pieces_of(values: jax.Array) -> tuple[jax.Array, ...]:
-    """The integers as float32, in one array or, of packed ones, in two: even and odd places."""
+    """The integers as float32: one array, or two if they are packed (even and odd places)."""
     if values.dtype == jnp.int8:
         return (values.astype(jnp.float32),)
     return tuple(half.astype(jnp.float32) - 8 for half in (values & 15, values >> 4))
 
 
 def scaled(integers: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
-    """Integers times the scale of their group: float32."""
+    """Integers times the scale of their group, in float32."""
     shape = list(integers.shape)
     place = axis + len(shape)
     shape[place : place + 1] = [scales.shape[axis], shape[place] // scales.shape[axis]]
@@ -130,7 +130,7 @@ def unpacked(values: jax.Array, axis: int) -> jax.Array:
 
 
 def packed(integers: jax.Array, axis: int) -> jax.Array:
-    """Integers in -8..7, two in a byte: the inverse of `unpacked`."""
+    """Integers in -8..7, packed two per byte: the inverse of `unpacked`."""
     low, high = (
         jax.lax.slice_in_dim(integers, start, None, 2, axis % integers.ndim) for start in (0, 1)
     )
@@ -147,7 +147,7 @@ def quantise(weight: jax.Array, bits: int, group_size: int, axis: int = MATRIX) 
     Args:
       weight: float [..., I, O], or a table [..., V, M].
       bits: 8 or 4.
-      group_size: G; 0: all of the dim.
+      group_size: G; 0: the whole dim.
       axis: the dim along which groups run.
     """
     weight = weight.astype(jnp.float32)
@@ -172,13 +172,13 @@ def quantise(weight: jax.Array, bits: int, group_size: int, axis: int = MATRIX) 
 class Quantisation(Settings):
     """Which weights of a model are quantised, and how.
 
-    `names` are those of `models.selection`. Of what they choose, matrices are quantised; those of
-    the embedding, the head and routers only if a name says so.
+    `names` choose parameters as in `models.selection`. The matrices among them are quantised: the
+    embedding, the head and routers only if they are named.
     """
 
-    names: tuple[str, ...] = ("experts",)  # of weights; "all": every matrix but these three
-    bits: int = setting(8, choices=BITS)  # of an integer; 16: bfloat16, which is no integer
-    group_size: int = setting(32, at_least=0)  # G, weights of a scale; 0: a whole output channel
+    names: tuple[str, ...] = ("experts",)  # "all": all except embedding, head and routers
+    bits: int = setting(8, choices=BITS)  # per weight; 16: bfloat16, not integers
+    group_size: int = setting(32, at_least=0)  # G, weights per scale; 0: a whole output channel
 
     def check(self) -> None:
         """See `Settings`."""
@@ -190,12 +190,12 @@ class Quantisation(Settings):
         )
 
     def wrap(self, name: str, spec: ParameterSpec, inner: ParameterSpec) -> Any:
-        """The specs of the arrays that stand for a weight.
+        """The specs of the arrays that represent a weight.
 
         Raises:
-          ValueError: the groups do not divide its dim.
+          ValueError: the group size does not divide the dim of the groups.
         """
-        del inner  # the innermost
+        del inner  # quantisation is the innermost wrapping
         if self.bits == 16:
             return dataclasses.replace(spec, dtype=jnp.bfloat16, decays=False, trains=False)
         axis = axis_of(spec)
@@ -241,12 +241,12 @@ class Quantisation(Settings):
         )
 
     def apply(self, weight: jax.Array, axis: int) -> Any:
-        """A weight, quantised."""
+        """The quantised weight."""
         if self.bits == 16:
             return weight.astype(jnp.bfloat16)
         return quantise(weight, self.bits, self.group_size, axis)
 
 
 def axis_of(spec: ParameterSpec) -> int:
-    """The dim along which groups of a weight run: the one that is contracted."""
+    """The dim along which a weight's groups run: the one that products contract."""
     return TABLE if spec.component == "embedding" else MATRIX
