@@ -262,7 +262,7 @@ def ends_of_documents(run: LoadedRun) -> dict[str, int]:
     from moe_jax.data import open_tokenizer_of
 
     known = any(name.endswith("token_id") for name in run.origin.get("settings", {}))
-    if known or (run.origin and run.config.data.tokenizer == "byte"):  # a stand-in
+    if known or (run.origin and run.config.data.tokenizer == "byte"):  # as a stand-in
         return {}
     tokenizer = open_tokenizer_of(run.config.data)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
