@@ -1,4 +1,4 @@
-"""Weights of other systems, read and written: Hugging Face's layout, and GGUF.
+"""Reads and writes weights in Hugging Face layout and GGUF, and writes PEFT adapters.
 
-A family of models is a table in `families`: its settings, and the names of its tensors.
+A family of models is a table in `families`: its settings and tensor names.
 """

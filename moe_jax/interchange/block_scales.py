@@ -1,7 +1,7 @@
-"""Matrices in 8-bit floats with a scale for each block, read as bfloat16.
+"""Matrices in 8-bit floats with one scale per block, read as bfloat16.
 
-Beside `NAME`, float8 [R, C], stands `NAME_scale_inv`, float32 [R / 128, C / 128] rounded up: what
-the entries of a block of 128 x 128 are multiplied by.
+`NAME` is float8 [R, C]. `NAME_scale_inv` is float32 [R / 128, C / 128], rounded up: one factor per
+block of 128 x 128 entries.
 
 Source: DeepSeek-AI 2024, arXiv:2412.19437, sec. 3.3; `weight_dequant` of the code of DeepSeek-V3.
 """
@@ -18,13 +18,13 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class BlockScaledFiles:
-    """Files of which some matrices have scales of blocks: those look like bfloat16 here.
+    """Files with some block-scaled matrices, which appear as bfloat16.
 
     Args:
       files: the files.
 
     Raises:
-      ValueError: scales do not fit their matrix; by name.
+      ValueError: scales do not fit their matrix; names it.
     """
 
     def __init__(self, files: TensorFiles):
@@ -36,7 +36,7 @@ class BlockScaledFiles:
         }
 
     def dequantised(self, name: str, matrix: Stored) -> Stored:
-        """The tensor that a matrix and its scales are."""
+        """The tensor that a matrix and its scales encode."""
         scales = self.files.tensors[name + SUFFIX]
         wanted = tuple(-(-size // BLOCK) for size in matrix.shape)
         require(

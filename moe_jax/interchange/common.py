@@ -1,4 +1,4 @@
-"""What most families' tables share: the names of Llama's tensors, and small readings."""
+"""What most family tables share: the names of Llama's tensors, and small readers."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -18,17 +18,17 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 LAYER = "model.layers.{layer}."
-# Published models serve every choice of their routers when they are used, so they do when training
-# goes on, however they were trained: a capacity would change their outputs.
+# Published models drop no choices at inference. Continued training here drops none either, even if
+# their own training did: a capacity would change their outputs.
 DROPLESS = Capacity(train_factor=0.0, eval_factor=0.0)
 
 
 def token_choice(config: Reader, default: int | None = None, **settings: Any) -> TokenChoice:
-    """The router of a config.json; of one expert for each token the gate may be always 1.
+    """The router of a config.json. With one expert per token, its gate may be constant at 1.
 
     Args:
       config: of the model.
-      default: `num_experts_per_tok` of a file that has none; None: the file has it.
+      default: `num_experts_per_tok` if the file has none; None: the file must have it.
       **settings: of the router.
     """
     name = "num_experts_per_tok"
@@ -75,7 +75,7 @@ def gated_rules(prefix: str, part: str) -> tuple[Rule, ...]:
 
 
 def fused_expert_rules(prefix: str, part: str = "moe") -> tuple[Rule, ...]:
-    """Experts as transformers 5 holds them: [E, 2 H, M], gate before up, and [E, M, H]."""
+    """Experts as transformers 5 stores them: [E, 2 H, M], gate before up, and [E, M, H]."""
     gate_up = (f"{part}/experts/wg", f"{part}/experts/wi")
     return (
         Rule(f"{prefix}experts.gate_up_proj", gate_up, LINEAR, axis=-2),
@@ -84,7 +84,7 @@ def fused_expert_rules(prefix: str, part: str = "moe") -> tuple[Rule, ...]:
 
 
 def block_sparse_rules(part: str = "moe") -> tuple[Rule, ...]:
-    """A router and experts as Mixtral names them, and as transformers 5 holds them."""
+    """A router and experts as Mixtral names them, and as transformers 5 stores them."""
     block = f"{LAYER}block_sparse_moe."
     expert = f"{block}experts.{{expert}}."
     return (
@@ -97,7 +97,7 @@ def block_sparse_rules(part: str = "moe") -> tuple[Rule, ...]:
     )
 
 
-# "hidden_act" of a gated network.
+# Activations of gated networks by "hidden_act".
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
 
 
@@ -105,7 +105,7 @@ def gated_activation(config: Reader, name: str = "hidden_act") -> Activation:
     """The activation of a gated network.
 
     Raises:
-      ValueError: there is no such activation.
+      ValueError: the activation is unknown.
     """
     value = config.get(name, "silu")
     require(
@@ -137,15 +137,15 @@ def read_attention(
     biases: Iterable[str] = (),
     **others: Any,
 ) -> Attention:
-    """Grouped queries with rotary positions, as Llama's descendants name them.
+    """Grouped-query attention with rotary positions, as Llama's descendants name its settings.
 
     Args:
       config: of the model.
-      kv_heads: if the file says nothing; None: as many as query heads.
-      head_dim: if the file says nothing; None: hidden_size over the heads.
-      theta: the base of rotary positions, if the file has none.
-      interleaved: whether the family pairs (2j, 2j + 1).
-      biases: the projections that have one, of "qkvo".
+      kv_heads: default if the file has none; None: the number of query heads.
+      head_dim: default if the file has none; None: hidden_size / number of query heads.
+      theta: default base of rotary positions.
+      interleaved: whether the family pairs features (2j, 2j + 1).
+      biases: the projections with a bias, of "qkvo".
       **others: settings of `Attention`.
     """
     heads = config["num_attention_heads"]
@@ -161,7 +161,7 @@ def read_attention(
 
 
 def attention_settings(attention: Attention) -> dict[str, Any]:
-    """The settings of a config.json that `read_attention` reads, but biases."""
+    """The config.json settings that `read_attention` reads, except biases."""
     return {
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.kv_heads,
@@ -173,17 +173,17 @@ def attention_settings(attention: Attention) -> dict[str, Any]:
 def by_window(
     attention: Attention, window: int | None, types: Sequence[str]
 ) -> tuple[dict[str, Attention], list[str]]:
-    """The parts of layers with and without a window, and the name of each layer's.
+    """The attention parts without and with a window, and the part name of each layer.
 
-    They are "attention" and "sliding"; without any full layer "attention" has the window.
+    They are "attention" and "sliding". If every layer has a window, "attention" has it.
 
     Args:
       attention: without a window.
       window: of the layers that have one.
-      types: "layer_types" of a config.json, one for each layer.
+      types: "layer_types" of a config.json, one per layer.
 
     Raises:
-      ValueError: another type of layer, or no window for a layer that needs one.
+      ValueError: a layer type is unknown, or a layer that needs a window has none.
     """
     full, sliding = "full_attention", "sliding_attention"
     require(
@@ -214,7 +214,7 @@ def first_attention(model: LanguageModel) -> Attention:
 
 
 def aux_weight(moe: MoE) -> float:
-    """The weight of the balance loss of transformers; 0 without one."""
+    """The weight of transformers' balance loss; 0 without one."""
     return next((one.weight for one in moe.losses if isinstance(one, HuggingFaceLoadBalance)), 0.0)
 
 

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 Settings = Mapping[str, Any]  # of a config.json
 
-# The table of each family, by the "model_type" of its config.json. A model that several can say is
-# written as the first: the plainest are in front.
+# The table of each family, by the "model_type" of its config.json. A model that several can express
+# is written as the first of them, so the plainest come first.
 FAMILIES = {
     "llama": "moe_jax.interchange.families.dense:LLAMA",
     "mixtral": "moe_jax.interchange.families.mixtral:MIXTRAL",
@@ -45,7 +45,7 @@ FAMILIES = {
     "phimoe": "moe_jax.interchange.families.phimoe:PHIMOE",
 }
 
-# Settings of a model that its `config.json` does not have: how it trains and how it runs.
+# Model settings that a `config.json` lacks: how the model trains and runs.
 OF_TRAINING = (
     "losses", "capacity", "group_size", "noise", "init_scale", "query_init_scale", "init_stddev",
     "identical_init",
@@ -62,14 +62,15 @@ class Family:
     Attributes:
       name: "model_type" of its config.json.
       architecture: the class of transformers that loads it.
-      model: the model of a config.json; it knows the defaults of what the file leaves out.
-      settings: the config.json of a model, without the class; what it cannot say is left out.
-      rules: of a model's tensors. Of several for one parameter the first is written, and the first
-        whose tensors are there is read.
-      copies: of a model: tensors that repeat another, which is named beside them; written too.
-      repeats: of a model: tensors that may repeat another in a file; they are not written.
-      ignored: regular expressions of tensors that hold nothing of the model, such as buffers.
-      opened: what stands between the files and the rules, such as a dequantisation.
+      model: builds the model of a config.json, with defaults for settings that the file omits.
+      settings: returns the config.json of a model, without the class and without settings that the
+        family cannot express.
+      rules: returns the rules of a model's tensors. If several rules hold one parameter, the first
+        is written, and the first whose tensors are in the files is read.
+      copies: maps a model's tensors that repeat another to that original; they are written too.
+      repeats: maps tensors that may repeat another in the files to it; they are not written.
+      ignored: regular expressions of tensors that hold no parameters, such as buffers.
+      opened: wraps the files before the rules read them, for example to dequantise.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Family:
 
         Args:
           settings: of the file.
-          tensors: names of those beside it, or None.
+          tensors: names of the tensors beside the file, or None if unknown.
 
         Raises:
           ValueError: a size is missing, or a setting has no counterpart.
@@ -98,10 +99,10 @@ class Family:
         return model
 
     def written(self, model: LanguageModel) -> dict[str, Any]:
-        """The config.json of a model, which says all that its outputs depend on.
+        """The config.json of a model, with every setting that its outputs depend on.
 
         Raises:
-          ValueError: the family has no setting for something, by name.
+          ValueError: the family cannot express a setting; names it.
         """
         model = spelled_out(model)
         try:
@@ -128,7 +129,7 @@ class Family:
 
 
 def spelled_out(model: LanguageModel) -> LanguageModel:
-    """The same model, without settings that stand for what follows from others."""
+    """The same model, with defaults that follow from other settings written out."""
     parts = dict(model.parts)
     for name, part in parts.items():
         if isinstance(part, Attention):
@@ -141,7 +142,7 @@ def spelled_out(model: LanguageModel) -> LanguageModel:
 
 @functools.cache
 def load_family(name: str) -> Family:
-    """The family of a "model_type", of those that are known.
+    """The built-in family of a "model_type".
 
     Raises:
       ValueError: there is none.
@@ -161,7 +162,7 @@ def load_family(name: str) -> Family:
 def named_family(name: str) -> Family:
     """The family that a user names: a "model_type", or "package.module:ATTRIBUTE" of a table.
 
-    The import runs code. So the name is never one that a file of a model holds.
+    The import runs code, so the name never comes from a file of a model.
 
     Raises:
       ValueError: there is none.
@@ -186,10 +187,10 @@ def named_family(name: str) -> Family:
 
 
 def trusted(given: str, recorded: str) -> str:
-    """The name of a family that a user gives, or else the one that an import has recorded.
+    """The family name that a user gives, or else the one that an import recorded.
 
     Raises:
-      ValueError: the recorded one is the path of a table, which a file must not have imported.
+      ValueError: the recorded name is a module path, and no file may cause an import.
     """
     require(
         bool(given) or ":" not in recorded,
@@ -201,10 +202,10 @@ def trusted(given: str, recorded: str) -> str:
 
 
 def family_of(model: LanguageModel, name: str = "") -> Family:
-    """The family of this name, as in `named_family`; without one, the first that can say the model.
+    """The family of this name (see `named_family`), or the first that can express the model.
 
     Raises:
-      ValueError: none can, with what each lacks.
+      ValueError: none can; lists what each lacks.
     """
     if name:
         return named_family(name)
@@ -221,14 +222,14 @@ def family_of(model: LanguageModel, name: str = "") -> Family:
 
 
 class Reader:
-    """The settings of a config.json, with their defaults; warns of those that nobody read.
+    """The settings of a config.json, with their defaults; warns of settings that were not read.
 
     Args:
       settings: of the file.
-      tensors: names of those beside it; None: not known, and all that the settings say.
+      tensors: names of the tensors beside the file; None: unknown, assumed as the settings imply.
     """
 
-    # What no output depends on.
+    # Settings that no output depends on.
     HARMLESS = frozenset(
         ["architectures", "model_type", "dtype", "torch_dtype", "transformers_version",
          "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
@@ -261,28 +262,28 @@ class Reader:
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A setting, or the default where it is absent or null."""
+        """A setting, or the default if it is absent or null."""
         self.unread.discard(name)
         value = self.settings.get(name)
         return default if value is None else value
 
     def with_settings(self, **settings: Any) -> "Reader":
-        """The same with other settings; what is read of it counts as read here."""
+        """A reader with some settings changed; what it reads counts as read here."""
         other = Reader({**self.settings, **settings}, self.tensors)
         other.unread, other.inners = self.unread, self.inners
         return other
 
     def inner(self, name: str) -> "Reader":
-        """The settings of a dict in the file; those that nobody reads count as unread here too."""
+        """The settings of a dict in the file; its unread settings count as unread here too."""
         return self.inners.setdefault(name, Reader(self.get(name, {})))
 
     def or_absent(self, name: str, default: Any = None) -> Any:
-        """A setting, which may be null (None), or the default where it is absent."""
+        """A setting, which may be null (None), or the default if it is absent."""
         self.unread.discard(name)
         return self.settings.get(name, default)
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Refuses a setting of which the family knows fewer values than the file may have.
+        """Refuses a value of a setting that the family does not support.
 
         Raises:
           ValueError: it has another value.
@@ -296,7 +297,7 @@ class Reader:
         )
 
     def warn_of_unread(self) -> None:
-        """Says which settings of the file had no effect."""
+        """Warns of settings in the file that had no effect."""
         if unread := self.unread_settings():
             logger.warning(
                 "config.json has settings that are not read: %s. If the model's outputs depend on "
@@ -304,7 +305,7 @@ class Reader:
             )  # fmt: skip
 
     def unread_settings(self) -> dict[str, Any]:
-        """Those that nobody read, of an inner dict as "attn_config.clip_qkv"."""
+        """Settings that were not read; in an inner dict, named like "attn_config.clip_qkv"."""
         found = {name: self.settings[name] for name in sorted(self.unread)}
         for outer, inner in self.inners.items():
             found |= {f"{outer}.{name}": one for name, one in inner.unread_settings().items()}

@@ -1,7 +1,7 @@
-"""Dense models of llama.cpp: one GGUF file with settings, tensors and the tokenizer.
+"""Reads dense models of llama.cpp: one GGUF file with settings, tensors and the tokenizer.
 
 Source: docs/gguf.md of ggml-org/ggml, and the package `gguf` of ggml-org/llama.cpp, which reads
-the file and its quantised blocks. `gguf_names.py` has the tensors.
+the file and its quantised blocks. `gguf_names.py` lists the tensors.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class GGUFFile:
       path: of the file.
 
     Raises:
-      ValueError: the package gguf is not there, or the file is none.
+      ValueError: the package gguf is not installed, or there is no whole GGUF file at the path.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -71,17 +71,17 @@ class GGUFFile:
 def from_gguf(
     path: str | pathlib.Path, *, mesh: Mesh | None = None
 ) -> tuple[ExperimentConfig, Any]:
-    """Reads a dense Llama-like model out of a GGUF file.
+    """Reads a dense Llama-like model from a GGUF file.
 
     Args:
       path: of the file. Quantised tensors become float32.
       mesh: see `from_hf`.
 
     Returns:
-      The config and the parameters, as `from_hf` does; the model is of the family "llama".
+      The config and the parameters, as `from_hf` does; the family is the architecture of the file.
 
     Raises:
-      ValueError: the file is damaged, or its architecture is not one of `ARCHITECTURES`.
+      ValueError: the file is damaged or incomplete, or `hf_settings` refuses it.
     """
     file = GGUFFile(pathlib.Path(path))
     settings = hf_settings(file)
@@ -99,10 +99,11 @@ def from_gguf(
 
 
 def hf_settings(file: GGUFFile) -> dict[str, Any]:
-    """The config.json that says the same.
+    """The settings of the file as those of a config.json.
 
     Raises:
-      ValueError: the architecture is another, it has experts, or a size is missing.
+      ValueError: the architecture is not one of `ARCHITECTURES`, or the model has experts or scaled
+        rotary positions.
     """
     architecture = file.settings.get("general.architecture")
     require(
@@ -122,7 +123,7 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
         if (key := f"{architecture}.{own}") in file.settings:
             settings[name] = file.settings[key]
     settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))
-    # Stored in float32: 9.999999747378752e-06 stands for 1e-5.
+    # Stored in float32: 9.999999747378752e-06 means 1e-5.
     settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")
     settings["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
     settings["tie_word_embeddings"] = "output.weight" not in file
@@ -136,7 +137,7 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
     return settings
 
 
-# How llama.cpp's "pre" splits text before its BPE: the pattern of GPT-2, digits one by one.
+# Values of "pre" that split text by GPT-2's pattern, and whether digits are split one by one first.
 PRE_TOKENIZERS = {"gpt-2": False, "default": False, "smollm": True}
 
 
@@ -144,7 +145,7 @@ def tokenizer_json(file: GGUFFile) -> str:
     """The tokenizer as the content of a `tokenizer.json`.
 
     Raises:
-      ValueError: it is no byte-level BPE, or splits text in a way that is not known.
+      ValueError: it is no byte-level BPE, or splits text in an unknown way.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -172,7 +173,7 @@ def tokenizer_json(file: GGUFFile) -> str:
 
 
 def tokenizer_config(file: GGUFFile) -> dict[str, Any]:
-    """What a `tokenizer_config.json` says beside the tokenizer: ends of documents, a chat."""
+    """The content of a `tokenizer_config.json`: bos and eos tokens, and the chat template."""
     known = file.settings
     tokens = known.get("tokenizer.ggml.tokens", [])
     ids = {one: known.get(f"tokenizer.ggml.{one}_token_id") for one in ("bos", "eos")}

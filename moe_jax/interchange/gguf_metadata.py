@@ -1,4 +1,4 @@
-"""What llama.cpp computes of each family, and the metadata that tell it.
+"""Which models of each family llama.cpp computes, and their metadata in a GGUF file.
 
 Source: `src/models/*.cpp` of ggml-org/llama.cpp, release b11549; its `convert_hf_to_gguf.py`;
   `gguf/constants.py` of the package gguf. llama.cpp ignores settings that an architecture has no
@@ -22,11 +22,11 @@ class Architecture:
 
     Attributes:
       name: "general.architecture".
-      only: of settings in a config.json, the one value that it computes.
+      only: settings of a config.json with the one value that it computes, or a tuple of them.
       paired: whether rows of queries and keys are paired; see `gguf_names.Paired`.
       square: whether all heads together are as wide as the model.
-      untied: whether it wants an output head, be it a copy of the embedding.
-      second_norm: the name of the norm behind attention.
+      untied: whether it requires an output head, even as a copy of the embedding.
+      second_norm: the name of the norm after attention.
       scores: "expert_gating_func": 1 a softmax, 2 sigmoids, 3 a softmax over the selected; 0: none.
     """
 
@@ -45,7 +45,7 @@ NO_WINDOW = {"sliding_window": None}
 LATENT = {
     **SILU, "attention_bias": False, "rope_interleave": True, "moe_layer_freq": 1,
     "topk_method": ("greedy", "noaux_tc"),
-    "rms_norm_eps": 1e-6,  # the only one of latents here, as in transformers
+    "rms_norm_eps": 1e-6,  # that of latent norms here, as in transformers
 }  # fmt: skip
 GRANITE = Architecture("granitemoe", SILU, paired=True, scores=1)
 ARCHITECTURES = {
@@ -81,7 +81,7 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 
-# The settings of a config.json by GGUF's names behind "ARCHITECTURE.".
+# The settings of a config.json, with GGUF's names after "ARCHITECTURE.".
 SETTINGS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -93,7 +93,7 @@ SETTINGS = {
     "rope_theta": "rope.freq_base",
     "head_dim": "attention.key_length",
 }
-# Those that are only written.
+# Settings that are only written.
 MULTIPLIERS = {
     "routed_scaling_factor": "expert_weights_scale",
     "attention_multiplier": "attention.scale",
@@ -122,18 +122,18 @@ MORE = {
 
 
 def metadata(family: str, settings: Mapping[str, Any], context_length: int) -> dict[str, Any]:
-    """The keys of GGUF that say what a config.json says.
+    """The GGUF keys that are equivalent to a config.json.
 
     Args:
       family: "model_type" of the file, one of `ARCHITECTURES`.
       settings: all that the outputs of the model depend on, as `Family.written` returns them.
-      context_length: the most tokens that the model is for.
+      context_length: the longest context of the model, in tokens.
 
     Returns:
-      Values by key, of the type in which GGUF holds them: a float is never written as an int.
+      Values by key, in the type that GGUF stores: a float is never written as an int.
 
     Raises:
-      ValueError: llama.cpp computes another value of a setting; by name.
+      ValueError: llama.cpp does not compute the value of a setting; names it.
     """
     architecture = ARCHITECTURES[family]
     settings = {**settings, "max_position_embeddings": context_length}
@@ -156,10 +156,10 @@ def metadata(family: str, settings: Mapping[str, Any], context_length: int) -> d
 
 
 def check(family: str, settings: Mapping[str, Any]) -> None:
-    """Refuses what llama.cpp would compute otherwise.
+    """Refuses a model that llama.cpp would compute differently.
 
     Raises:
-      ValueError: with the setting.
+      ValueError: names the setting.
     """
     architecture = ARCHITECTURES[family]
     only: dict[str, Any] = dict(architecture.only)
@@ -170,7 +170,7 @@ def check(family: str, settings: Mapping[str, Any]) -> None:
     if family == "olmoe":
         only["num_key_value_heads"] = settings["num_attention_heads"]
     if settings.get("q_lora_rank", 0) is None:
-        only["num_hidden_layers"] = (26, 27)  # by which llama.cpp knows DeepSeek-V2-Lite
+        only["num_hidden_layers"] = (26, 27)  # llama.cpp recognises DeepSeek-V2-Lite by it
     for name, allowed in only.items():
         allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         require(
@@ -196,7 +196,7 @@ def check(family: str, settings: Mapping[str, Any]) -> None:
 
 
 def latent_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads of DeepSeek's attention: one of latents, with a key that turns, for all queries."""
+    """Head sizes of DeepSeek's attention: all queries share one head of latents and rotary keys."""
     latent, turning = settings["kv_lora_rank"], settings["qk_rope_head_dim"]
     return {
         "attention.head_count_kv": 1,
@@ -209,7 +209,7 @@ def latent_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The scaling of rotary positions; that of Llama 3 is a tensor.
+    """The keys for the scaling of rotary positions; Llama 3's scaling is a tensor instead.
 
     Raises:
       ValueError: llama.cpp has no such scaling.
@@ -230,7 +230,7 @@ def rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
 def yarn_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of YaRN, arXiv:2309.00071.
 
-    llama.cpp multiplies cosines and sines by 1 + 0.1 ln(factor) of its own accord.
+    llama.cpp itself multiplies cosines and sines by 1 + 0.1 ln(factor).
     """
     mscale, of_scores = rope.get("mscale", 0), rope.get("mscale_all_dim", 0)
     require(

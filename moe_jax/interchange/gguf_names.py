@@ -1,4 +1,4 @@
-"""Tensors of llama.cpp by the parameters that they hold: one table, read and written.
+"""llama.cpp's tensors and the parameters that they hold: one table for reading and writing.
 
 Source: `gguf/constants.py` of the package gguf; `src/models/*.cpp` of ggml-org/llama.cpp.
 """
@@ -16,7 +16,7 @@ BLOCK = "blk.{layer}."
 class Paired(Layout):
     """Rows of queries or keys, or their bias, in which the halves of each head alternate.
 
-    llama.cpp turns neighbouring features in the architectures whose files are so.
+    llama.cpp rotates neighbouring features in the architectures with such files.
     """
 
     heads: int
@@ -42,7 +42,7 @@ class Paired(Layout):
 class OfHeads(Layout):
     """The keys [N, R, D] or the values [N, D, R] in `wkv_b` [R, N * (D_key + D_value)].
 
-    Queries and latents are multiplied by them, one head after another.
+    They multiply queries and latents, head by head.
     """
 
     heads: int
@@ -64,13 +64,13 @@ class OfHeads(Layout):
 def gguf_rules(
     heads: int, kv_heads: int, *, paired: bool, second_norm: str = "ffn_norm"
 ) -> tuple[Rule, ...]:
-    """The tensors of a model with attention of grouped heads.
+    """The tensors of a model with grouped-query attention.
 
     Args:
       heads: of queries.
       kv_heads: of keys and values.
-      paired: whether the rows of queries and keys are; see `Paired`.
-      second_norm: the name of the norm behind attention.
+      paired: whether the rows of queries and keys are paired; see `Paired`.
+      second_norm: the name of the norm after attention.
     """
     rules = [*outside_rules(), *network_rules(second_norm)]
     for part in ("attention", "sliding"):
@@ -89,7 +89,7 @@ def gguf_rules(
 
 
 def latent_rules(heads: int, nope_dim: int, value_dim: int) -> tuple[Rule, ...]:
-    """The tensors of a model with latent attention; keys and values of a head lie apart."""
+    """The tensors of a model with latent attention; keys and values are separate tensors."""
     keys = OfHeads(heads, 0, nope_dim, latent_first=True)
     values = OfHeads(heads, nope_dim, nope_dim + value_dim, latent_first=False)
     names = (("q", "q"), ("q_a", "q_a"), ("q_b", "q_b"), ("kv_a_mqa", "kv_a"), ("output", "o"))

@@ -1,7 +1,7 @@
-"""Tokenizers as metadata of a GGUF file, so that llama.cpp gives a text the same ids.
+"""Tokenizers as metadata of a GGUF file, so that llama.cpp encodes a text to the same ids.
 
-A byte-level BPE is llama.cpp's "gpt2", a BPE with byte fallback its "llama". It knows patterns that
-split a text before its BPE by name alone: `PATTERNS` has those names.
+A byte-level BPE is llama.cpp's "gpt2", a BPE with byte fallback its "llama". llama.cpp knows the
+patterns that split a text before the BPE only by name: `PATTERNS` contains those names.
 
 Sources: `src/llama-vocab.cpp` of ggml-org/llama.cpp; GGUF's token types: docs/gguf.md of ggml.
 """
@@ -18,8 +18,8 @@ SUFFIX = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LOWER, UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 WORDS = ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*" + SUFFIX
-# The patterns of a tokenizer.json in order, and llama.cpp's name for them together. "regex" is that
-# of GPT-2, "digits" splits digits one by one.
+# The patterns of a tokenizer.json in order, and llama.cpp's name for all of them. "regex" is the
+# pattern of GPT-2, "digits" splits digits one by one.
 PATTERNS: Mapping[tuple[str, ...], str] = {
     ("regex",): "gpt-2",
     ("digits", "regex"): "smollm",
@@ -35,23 +35,23 @@ PATTERNS: Mapping[tuple[str, ...], str] = {
      "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"): "deepseek-v3",
 }  # fmt: skip
 PREFIX = "tokenizer.ggml."
-# Without a template of its own, a model continues what is said; llama.cpp would put in another.
+# A model without a template continues the messages; llama.cpp would use a template of its own.
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def vocabulary(
     name: str, bos_id: int, eos_id: int, size: int, *, as_file: bool = False
 ) -> dict[str, Any]:
-    """The keys of a tokenizer.
+    """The GGUF keys of a tokenizer.
 
     Args:
       name: as `Tokenizer.name`: "byte", "tokenizers:PATH" or "sentencepiece:PATH".
-      bos_id: begins every prompt, as it begins every document in training, unless the
-        `tokenizer_config.json` of an imported model has "add_bos_token": false, or `as_file`.
+      bos_id: begins every prompt, as it begins every document in training. "add_bos_token" in the
+        `tokenizer_config.json` of an imported model decides, if it is there, or else `as_file`.
       eos_id: ends an answer.
       size: V of the model; ids beyond those of the tokenizer are unused.
-      as_file: whether the model has seen prompts as the file of the tokenizer encodes them: of a
-        chat template, or before an import. In training here a text has no space in front.
+      as_file: whether the model has seen prompts as the tokenizer's file encodes them: with a chat
+        template, or before an import. Training here puts no space before a text.
 
     Raises:
       ValueError: llama.cpp has no such tokenizer, or it has more ids than the model.
@@ -90,7 +90,7 @@ def vocabulary(
 
 
 def in_front(form: str, path: str, bos_id: int) -> tuple[bool, bool]:
-    """What the file of a tokenizer puts before a text: a space, behind special tokens too; bos."""
+    """Whether a tokenizer's file puts a space before a text, also after special tokens; and bos."""
     if form == "sentencepiece":
         return bool(model_of(path).normalizer_spec.add_dummy_prefix), True
     if form == "byte":
@@ -104,28 +104,28 @@ def in_front(form: str, path: str, bos_id: int) -> tuple[bool, bool]:
     return tokens[1].startswith("\u2581"), tokenizer.encode("a").ids[:1] == [bos_id]
 
 
-Tokens = tuple[dict[str, Any], list[str], list[int]]  # keys of its kind, tokens, their types
+Tokens = tuple[dict[str, Any], list[str], list[int]]  # keys of this kind, tokens, token types
 
 
 def byte_tokens(path: str) -> Tokens:
-    """The tokenizer of bytes, as a BPE without merges; see `ByteTokenizer`."""
+    """The byte tokenizer, as a BPE without merges; see `ByteTokenizer`."""
     del path
     sentinels = [f"<sentinel_{i}>" for i in range(125)]
     tokens = ["<pad>", "<bos>", "<eos>", *byte_letters(), *sentinels]
     types = [*[CONTROL] * 3, *[NORMAL] * 256, *[CONTROL] * 125]
-    # llama.cpp wants merges: this one never happens, for byte letters end below U+0144.
+    # llama.cpp requires merges: this one never applies, since byte letters end below U+0144.
     return {"model": "gpt2", "pre": "gpt-2", "merges": ["\u4e00 \u4e00"]}, tokens, types
 
 
 def byte_letters() -> list[str]:
-    """The letter by which a byte-level BPE of GPT-2 writes each of the 256 bytes."""
+    """The letters by which GPT-2's byte-level BPE writes the 256 bytes, in order."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
 
 
 def json_tokens(path: str) -> Tokens:
-    """A BPE of a tokenizer.json.
+    """The BPE of a tokenizer.json.
 
     Raises:
       ValueError: it splits texts in a way that llama.cpp has no name for.
@@ -155,7 +155,7 @@ def json_tokens(path: str) -> Tokens:
 
 
 def patterns(part: Mapping[str, Any]) -> list[str]:
-    """What a pre-tokenizer splits a text by."""
+    """The patterns by which a pre-tokenizer splits a text."""
     kind = part.get("type")
     if kind == "Sequence":
         return [one for inner in part["pretokenizers"] for one in patterns(inner)]
@@ -169,10 +169,10 @@ def patterns(part: Mapping[str, Any]) -> list[str]:
 
 
 def piece_tokens(path: str) -> Tokens:
-    """A BPE of SentencePiece.
+    """The BPE of a SentencePiece .model.
 
     Raises:
-      ValueError: it is another model of SentencePiece.
+      ValueError: the model is no BPE.
     """
     proto = model_of(path)
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
@@ -188,7 +188,7 @@ def piece_tokens(path: str) -> Tokens:
 
 
 def model_of(path: str) -> Any:
-    """A .model of SentencePiece as a message of protocol buffers."""
+    """A SentencePiece .model as a protocol buffers message."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -197,13 +197,13 @@ def model_of(path: str) -> Any:
 
 
 def beside_tokenizer(path: str) -> dict[str, Any]:
-    """The `tokenizer_config.json` beside a tokenizer, with the template of a chat; {} without."""
+    """The `tokenizer_config.json` beside a tokenizer, with the chat template; {} if none."""
     folder = pathlib.Path(path).expanduser().parent
     if not path or not folder.is_dir():
         return {}
     file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    if isinstance(named := found.get("chat_template"), list):  # of earlier transformers
+    if isinstance(named := found.get("chat_template"), list):  # as earlier transformers wrote it
         named = {one.get("name"): one.get("template") for one in named}
         found["chat_template"] = named.get("default")
     return found | ({"chat_template": template.read_text()} if template.is_file() else {})

@@ -1,7 +1,7 @@
-"""Models written as GGUF files, which llama.cpp runs: `to_gguf`.
+"""Writes models as GGUF files, which llama.cpp runs: `to_gguf`.
 
-Tensors are made, quantised and written one by one: the largest is one kind of matrix of all experts
-of a layer.
+Tensors are computed, quantised and written one by one. The largest contains one kind of matrix for
+all experts of a layer.
 """
 
 import os
@@ -27,9 +27,9 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import NAME as MULTI_TOKEN
 from moe_jax.moe.part import MoE
 
-FORMATS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # and "general.file_type" of each
-BLOCK = 32  # numbers of a row that share a scale
-# Kept in float32 in every format: additions, and routers, whose rounding changes who is chosen.
+FORMATS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}  # "general.file_type" by name
+BLOCK = 32  # numbers per scale, along a row
+# Kept in float32 in every format: small vectors, and routers, whose rounding changes the choices.
 EXACT = (".bias", "norm.weight", "sinks.weight", "ffn_gate_inp.weight", "shexp_inp.weight",
          "ffn_gate_inp_shexp.weight", "rope_freqs.weight")  # fmt: skip
 VOCABULARY = ("token_embd.weight", "output.weight")
@@ -48,19 +48,19 @@ def to_gguf(
     """Writes a model as one GGUF file.
 
     Args:
-      config: whose model the parameters are of.
-      params: as `from_hf` returns them: with the state, if the model has any, under "state".
+      config: of the model with these parameters.
+      params: as `from_hf` returns them, with any state under "state".
       path: of the file, which must not exist.
-      vocabulary: the "tokenizer.ggml." keys, as `gguf_vocabulary.vocabulary` makes them.
-      family: "model_type" to write; "": the one that `config.name` names, or the first that can
-        say all settings of the model.
-      format: of matrices, one of `FORMATS`. Vectors, biases and routers are float32 in all; in
-        Q4_0 the embedding and the head are Q8_0; rows that are no blocks of 32 are F16.
-      context_length: the most tokens that the model is for; 0: of the data.
+      vocabulary: the "tokenizer.ggml." keys, as `gguf_vocabulary.vocabulary` returns them.
+      family: "model_type" to write; "": the one that `config.name` names, or else the first that
+        can express all settings of the model.
+      format: of matrices, one of `FORMATS`. Vectors, biases and routers are always float32. In
+        Q4_0 the embedding and the head are Q8_0. Rows that are not multiples of 32 are F16.
+      context_length: the longest context in tokens; 0: the data's sequence length.
 
     Raises:
-      ValueError: the package gguf is not there, no architecture of llama.cpp computes the model,
-        the parameters are not of it, or there is something at the path; nothing is written then.
+      ValueError: the package gguf is not installed, no architecture of llama.cpp computes the
+        model, the parameters do not fit it, or the path is taken; nothing is written then.
     """
     path = pathlib.Path(path)
     gguf = check_target(path)
@@ -110,7 +110,7 @@ def choose(
     """The architecture that computes the model, and its metadata.
 
     Raises:
-      ValueError: there is none, with what hinders the family that can say most.
+      ValueError: there is none; gives the reason for the last family tried, the most general.
     """
     name = family or (config.name if config.name in ARCHITECTURES else "")
     require(
@@ -131,7 +131,7 @@ def choose(
 
 
 def tensors_of(model: LanguageModel, architecture: Architecture, params: Any) -> list[ToWrite]:
-    """Every tensor of the file, each made when it is written.
+    """Every tensor of the file, each computed when it is written.
 
     Multi-token modules are left out: llama.cpp predicts without them.
     """
@@ -161,13 +161,13 @@ def tensors_of(model: LanguageModel, architecture: Architecture, params: Any) ->
 
 
 def of_module(leaf: Leaf) -> bool:
-    """Whether a parameter, or an array of the state, is of a multi-token module."""
+    """Whether a parameter, or an array of the state, belongs to a multi-token module."""
     module = leaf.path[1] if leaf.path[0] == STATE else leaf.path[0]
     return module.startswith(MULTI_TOKEN)
 
 
 def rules_of(model: LanguageModel, architecture: Architecture) -> tuple[Rule, ...]:
-    """The names of the tensors."""
+    """The rules of the model's tensors."""
     attention: Any = model.part[model.stack.layers[0][0]]
     if isinstance(attention, LatentAttention):
         return latent_rules(attention.num_heads, attention.nope_dim, attention.value_dim)
@@ -180,7 +180,7 @@ def rules_of(model: LanguageModel, architecture: Architecture) -> tuple[Rule, ..
 
 
 def rope_factors(model: LanguageModel) -> np.ndarray | None:
-    """What Llama 3 divides each frequency by, float32 [head_dim / 2]; None without its scaling."""
+    """Llama 3's divisor of each frequency, float32 [head_dim / 2]; None without its scaling."""
     attention: Any = model.part[model.stack.layers[0][0]]
     rotary = attention.rotary
     if rotary is None or not isinstance(rotary.scaling, Llama3Scaling):
@@ -192,7 +192,7 @@ def rope_factors(model: LanguageModel) -> np.ndarray | None:
 
 
 def add_keys(writer: Any, keys: Mapping[str, Any]) -> None:
-    """Adds metadata; the type in the file is that of the value."""
+    """Adds metadata; the type of a value sets its type in the file."""
     add: Mapping[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
         int: writer.add_uint32,

@@ -1,4 +1,4 @@
-"""The parameters of a model one by one, each with the layers that it is of."""
+"""The parameters of a model one by one, each with its layers."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import NAME
 from moe_jax.parameters import ParameterSpec
 
-STATE = "state"  # where a tree of parameters keeps what parts update outside the optimizer
+STATE = "state"  # key in a tree of parameters for arrays updated outside the optimizer
 
 
 class Leaf(NamedTuple):
@@ -16,9 +16,9 @@ class Leaf(NamedTuple):
 
     Attributes:
       path: in the tree of `all_specs`, such as ("stack", "unit", "0", "moe", "experts", "wi").
-      key: of a rule: the same in every layer, such as "moe/experts/wi".
+      key: as in a rule: the same in every layer, such as "moe/experts/wi".
       layers: numbers of its layers in their stack; () outside the layers.
-      stacked: whether it has a leading dim of layers.
+      stacked: whether it has a leading layer dim.
       spec: of the array.
     """
 
@@ -30,12 +30,12 @@ class Leaf(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one layer."""
+        """The shape in one layer."""
         return self.spec.shape[1:] if self.stacked else self.spec.shape
 
 
 def all_specs(model: LanguageModel) -> dict[str, Any]:
-    """Parameters and, if the model has any, its state under "state"."""
+    """Specs of the parameters, plus the state under "state" if the model has any."""
     state = model.state_specs()
     return {**model.specs(), **({STATE: state} if state else {})}
 
@@ -52,7 +52,7 @@ def leaf_at(model: LanguageModel, path: tuple[str, ...], spec: ParameterSpec) ->
         _, part, *rest = path
         key = "/".join((part.removeprefix(f"{NAME}_"), *rest))
         return Leaf(path, key, model.layers_of[part], True, spec)
-    if path[0] == NAME:  # a module counts as a layer, behind the others
+    if path[0] == NAME:  # a module counts as a layer after the others
         inner = path[4:] if path[1] == "stack" else path
         return Leaf(path, "/".join(inner), model.layers_of[NAME], True, spec)
     if path[0] not in model.layouts:

@@ -1,8 +1,8 @@
 """Tensors in MXFP4, read as bfloat16: blocks of 32 numbers of 4 bits with one scale.
 
-`NAME_blocks` is uint8 [E, rows, blocks, 16], with two numbers in a byte, the lower half first;
-`NAME_scales` is uint8 [E, rows, blocks], of which 127 stands for 1 and 128 for 2. Together they are
-`NAME` [E, 32 * blocks, rows]. bfloat16 has every such number.
+`NAME_blocks` is uint8 [E, rows, blocks, 16], with two numbers per byte, the lower half first.
+`NAME_scales` is uint8 [E, rows, blocks], where 127 means 1 and 128 means 2. Together they encode
+`NAME` [E, 32 * blocks, rows]. bfloat16 represents the numbers exactly for scales up to 2^125.
 
 Source: OCP Microscaling Formats (MX) specification 1.0; gpt-oss; `mxfp4.py` of transformers.
 """
@@ -13,21 +13,21 @@ import numpy as np
 from moe_jax.config.check import require
 from moe_jax.interchange.tensor_files import Stored, TensorFiles
 
-# Numbers of one sign bit, two bits of exponent and one of mantissa, by their bits.
+# Numbers with one sign bit, two exponent bits and one mantissa bit, indexed by their bits.
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = np.array([*POSITIVE, *(-one for one in POSITIVE)], np.float32)
-ONE = 127  # the scale 1; one more doubles it
+ONE = 127  # encodes the scale 1; the next integer doubles it
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Mxfp4Files:
-    """Files of which some tensors are in MXFP4: those look like bfloat16 here.
+    """Files with some tensors in MXFP4, which appear as bfloat16.
 
     Args:
       files: the files.
 
     Raises:
-      ValueError: blocks without scales, or of another shape; by name.
+      ValueError: blocks have no scales, or another shape or dtype; names the tensor.
     """
 
     def __init__(self, files: TensorFiles):
@@ -41,7 +41,7 @@ class Mxfp4Files:
                 self.tensors[name] = found
 
     def dequantised(self, name: str, blocks: Stored) -> Stored:
-        """The tensor that some blocks and their scales are."""
+        """The tensor that blocks and their scales encode."""
         scales = self.files.tensors.get(f"{name}_scales")
         shape = blocks.shape
         require(

@@ -1,9 +1,9 @@
-"""Adapters written in the layout of PEFT: `to_peft`.
+"""Writes adapters in PEFT layout: `to_peft`.
 
-PEFT adapts a module by A [R, in] and B [out, R]. The experts of a layer are parameters
-[E, out, in] of one module in transformers 5: A is [E * R, in], experts one after another, and B is
-[out, R * E], in which the experts of each rank lie side by side. A tensor that joins several of our
-matrices, such as gate and up, has the ranks of all of them: B is zero where a rank is of another.
+PEFT adapts a module by A [R, in] and B [out, R]. In transformers 5 the experts of a layer are
+parameters [E, out, in] of one module. Their A is [E * R, in], expert by expert; their B is
+[out, R * E], with the experts of each rank side by side. A tensor that joins several of our
+matrices, such as gate and up, has the ranks of all of them: B is zero for the ranks of others.
 Source: huggingface/peft 0.21, `src/peft/tuners/lora/layer.py`.
 """
 
@@ -31,25 +31,25 @@ from moe_jax.models.wrapping import plain_model
 from moe_jax.weights.low_rank import ADAPTERS, LowRank
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OUTER = "base_model.model."  # before the names of every model
-MULTIMODAL = "language_model."  # before the names of a class that is not the text model's
-# Families whose experts lie as [E, in, out] and whose class says so (`is_transposed`).
+OUTER = "base_model.model."  # prefix of the names of every model
+MULTIMODAL = "language_model."  # prefix of the names of a multimodal class
+# Families that store experts as [E, in, out] and whose class declares it (`is_transposed`).
 TRANSPOSED = ("gpt_oss",)
-# Matrices whose module the class does not call, so that an adapter of it would do nothing.
+# Matrices whose module the class does not call, so an adapter on it would have no effect.
 NOT_CALLED = ("mamba/dt_proj",)
-# Components that PEFT finds by the parameter in a model with experts: it takes modules that are
-# called gate_proj, w1 and the like for experts of transformers before 5, and a router is no module
-# with a matrix.
+# Components that PEFT finds by parameter, not by module, in a model with experts. It mistakes
+# modules named gate_proj, w1 and the like for experts of transformers before 5, and a router is no
+# module with a matrix.
 OF_NETWORKS = ("experts", "shared_experts", "dense_ffn", "router")
 
 
 class Adapted(NamedTuple):
-    """A tensor of the model with what PEFT keeps of its adapter.
+    """A tensor of the model, with its adapter in PEFT layout.
 
     Attributes:
       name: of the tensor.
       is_module: whether PEFT finds it by its module; else by the parameter itself.
-      rank: of its matrices.
+      rank: of the adapter, per expert.
       lora_a: float32 [experts * rank, in].
       lora_b: float32 [out, rank * experts].
     """
@@ -67,7 +67,7 @@ class Adapted(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """The module that has the tensor."""
+        """The module that contains the tensor."""
         return self.name.rpartition(".")[0]
 
 
@@ -82,16 +82,16 @@ def to_peft(
     """Writes the adapters of a model as a directory that `peft.PeftModel.from_pretrained` loads.
 
     Args:
-      config: whose model the parameters are of.
-      params: with `LowRank` weights; a state under "state" is passed over.
-      path: of the directory, which must not exist, or be empty.
-      family: "model_type" of the model under the adapters; "": the one that `config.name` names,
-        or the first that can say the model.
-      base: name or directory of that model, which PEFT may load; "": not said.
+      config: of the model with these parameters.
+      params: with `LowRank` weights; a state under "state" is ignored.
+      path: of the directory, which must be absent or empty.
+      family: "model_type" of the base model; "": the one that `config.name` names, or else the
+        first that can express the model.
+      base: name or directory of the base model, which PEFT may load; "": not named.
 
     Raises:
-      ValueError: there are no adapters, they are not all that trained, no family can say the model,
-        or PEFT has no layout for one of them; nothing is written then.
+      ValueError: there are no adapters, other parameters trained too, no family can express the
+        model, or PEFT has no layout for an adapter; nothing is written then.
     """
     adapters = config.model.adapters
     require(
@@ -104,7 +104,7 @@ def to_peft(
     check_nothing_else_trained(config)
     model = plain_model(config.model)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
-    chosen.written(model)  # refuses what the family cannot say
+    chosen.written(model)  # raises if the family cannot express it
     found = all_adapted(chosen, model, params)
     joined = {one.target: one.rank for one in found if one.rank != adapters.rank}
     settings = {
@@ -132,7 +132,7 @@ def to_peft(
 
 
 def check_nothing_else_trained(config: ExperimentConfig) -> None:
-    """Refuses a run of which adapters are not all that learned."""
+    """Refuses a run that trained anything except adapters."""
     specs = config.model.specs()
     marks = training_marks(config.optimizer, specs)
     others = {
@@ -160,7 +160,7 @@ def all_adapted(family: Family, model: LanguageModel, params: Any) -> list[Adapt
     }
     adapted = {leaf.key for leaves in by_key.values() for leaf in leaves if leaf.path in weights}
     rules: dict[str, Rule] = {}
-    for rule in family.rules(model):  # names of files come first, those of the class last
+    for rule in family.rules(model):  # names in files come first, names in the class last
         if not rule.name.startswith(MULTIMODAL) and set(rule.parameters) <= set(by_key):
             rules |= dict.fromkeys(adapted & set(rule.parameters), rule)
     idle = sorted(adapted & set(NOT_CALLED))
@@ -188,7 +188,7 @@ def is_adapted(leaf: Any) -> bool:
 
 
 def takes_for_transposed(family: Family, rule: Rule, leaf: Leaf) -> bool:
-    """Whether PEFT takes a tensor [E, in, out] for [E, out, in], and A and B change their roles."""
+    """Whether PEFT takes a tensor [E, in, out] for [E, out, in], so that A and B swap roles."""
     return rule.layout == AS_IS and len(leaf.shape) == 3 and family.name not in TRANSPOSED
 
 
@@ -199,7 +199,7 @@ def of_rule(
     is_module: bool,
     swaps: bool,
 ) -> list[Adapted]:
-    """The adapters of the tensors that some parameters of the same layers are in."""
+    """The adapters of the tensors that hold these parameters of the same layers."""
     require(
         rule.layout in (AS_IS, LINEAR),
         "PEFT has adapters of matrices, and of the experts of a layer as [E, out, in]",
@@ -234,7 +234,7 @@ class Factors(NamedTuple):
 
 
 def factors_of(leaf: Leaf, weight: LowRank | None) -> Factors | None:
-    """Of a parameter in all of its layers, which are the first dim; None without an adapter."""
+    """The factors of a parameter, with layers as the first dim; None without an adapter."""
     if weight is None:
         return None
     factors = [np.asarray(weight.a), np.asarray(weight.b)]
@@ -251,7 +251,7 @@ def joined_factors(
     Args:
       rule: of the tensor.
       factors: of each matrix in it.
-      outputs: out of each.
+      outputs: output size of each.
     """
     a = np.concatenate([each.a for each in factors if each is not None], -1)
     leading, ranks, start = a.shape[:-2], a.shape[-1], 0
@@ -270,9 +270,9 @@ def joined_factors(
 
 
 def tensors_of(found: list[Adapted]) -> list[ToWrite]:
-    """Two tensors of each adapter.
+    """Two tensors per adapter.
 
-    Several parameters of one module are adapted one around the other: the last stands outside.
+    PEFT nests the adapters of several parameters of one module; the last is outermost.
     """
     tensors = []
     for i, one in enumerate(found):

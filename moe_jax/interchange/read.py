@@ -1,4 +1,4 @@
-"""Hugging Face models read: `from_hf`, tensor by tensor, straight to where each lies."""
+"""Reads Hugging Face models, tensor by tensor, straight onto their devices: `from_hf`."""
 
 import json
 import logging
@@ -24,16 +24,16 @@ from moe_jax.part import RunShape, check_divides
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
-ALIGNMENT = 64  # bytes; a buffer so aligned becomes an array of the CPU without a copy
+ALIGNMENT = 64  # bytes; a buffer of this alignment becomes a CPU array without a copy
 
 
 class Source(NamedTuple):
     """Where a parameter is in the files.
 
     Attributes:
-      rule: that finds it.
+      rule: that finds the parameter.
       which: its place among the rule's parameters.
-      shapes: of all the rule's parameters, of one layer and expert.
+      shapes: of all the rule's parameters, for one layer and expert.
     """
 
     rule: Rule
@@ -53,18 +53,17 @@ def from_hf(
     Args:
       path: a directory with `config.json` and safetensors files.
       dtype: of the parameters; None: as stored.
-      mesh: the devices that the parameters are split over; None: one device.
-      family: the "model_type" to read it as, or "package.module:ATTRIBUTE" of a table of yours; "":
-        that of `config.json`.
+      mesh: the devices that the parameters are sharded over; None: one device.
+      family: the "model_type" to read it as, or "package.module:ATTRIBUTE" of your own table; "":
+        as in `config.json`.
 
     Returns:
-      The config, whose model has these parts, and the parameters: the tree of `model.specs()`, and
-      under "state" that of `model.state_specs()` if there is any. `moe_jax.build(config)` applies
-      them.
+      The config and the parameters: the tree of `model.specs()`, plus that of `model.state_specs()`
+      under "state" if the model has any. `moe_jax.build(config)` applies them.
 
     Raises:
-      ValueError: the architecture is not known, a setting has no counterpart, a tensor is missing,
-        unknown, or of another shape or dtype, or a file is damaged; by name.
+      ValueError: the architecture is unknown, a setting has no counterpart, a tensor is missing,
+        unknown, or has another shape or dtype, or a file is damaged; names it.
     """
     path = pathlib.Path(path)
     settings = read_settings(path)
@@ -83,7 +82,7 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
     """The content of a model's config.json.
 
     Raises:
-      ValueError: there is none, or it is none.
+      ValueError: the file is missing, or is no JSON object.
     """
     file = path / CONFIG
     if not file.is_file():
@@ -104,7 +103,7 @@ def read_parameters(
     dtype: str | None = None,
     mesh: Mesh | None = None,
 ) -> Any:
-    """The parameters of a model out of its files; arguments and errors are those of `from_hf`.
+    """Reads the parameters of a model from its files; arguments and errors as in `from_hf`.
 
     One parameter is read at a time. Every tensor is checked before the first is read.
     """
@@ -174,7 +173,7 @@ def check_unknown(
     leaves: Sequence[Leaf],
     copies: Iterable[str],
 ) -> None:
-    """Refuses files with tensors that no parameter takes.
+    """Refuses files with tensors that belong to no parameter.
 
     Raises:
       ValueError: with their names.
@@ -197,7 +196,7 @@ def check_unknown(
 def tied_heads(
     model: LanguageModel, rules: Sequence[Rule], sources: Mapping[str, Source]
 ) -> dict[str, str]:
-    """The tensor of a head that is the embedding, which some files repeat, and its original."""
+    """The name of a tied head's tensor, which some files repeat, mapped to the embedding's."""
     if not model.tie_embeddings:
         return {}
     embedding = sources["embedding"].rule.name
@@ -205,7 +204,7 @@ def tied_heads(
 
 
 def check_copies(files: Files, copies: Mapping[str, str]) -> None:
-    """Refuses a tensor that should repeat another and does not; one that is absent is no matter.
+    """Refuses a copy that differs from its original; a copy may be absent.
 
     Raises:
       ValueError: with both names.
@@ -227,7 +226,7 @@ def check_copies(files: Files, copies: Mapping[str, str]) -> None:
 def read_leaf(
     files: Files, leaf: Leaf, source: Source, dtype: str | None, mesh: Mesh | None
 ) -> jax.Array:
-    """A parameter, of all its layers; on a mesh each device gets its own part."""
+    """A parameter in all its layers; on a mesh each device gets its own part."""
     names = tensor_names(source.rule, leaf)
     types = {files.tensors[name].dtype for name in names}
     if leaf.path[0] == STATE:
@@ -284,7 +283,7 @@ def fill_layer(
     if not by_row:
         out[...] = rule.read(files.read(name), shapes, source.which)[index]
         return
-    # Experts side by side: one row is one expert's matrix.
+    # Stacked experts: one row is one expert's matrix.
     for i, expert in enumerate(range(*index[0].indices(leaf.shape[0]))):
         row = files.read(name, expert)[None]
         one = [(1, *shape[1:]) for shape in shapes]
@@ -292,7 +291,7 @@ def fill_layer(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array whose memory a CPU device can take over."""
+    """An uninitialised array whose memory a CPU device can take over."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT

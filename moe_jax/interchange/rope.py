@@ -18,7 +18,7 @@ from moe_jax.layers.rotary_scaling import (
     Yarn,
 )
 
-# "max_position_embeddings" of a config.json that has none, by "model_type"; of others 2,048.
+# Default "max_position_embeddings" by "model_type"; 2,048 for others.
 LONGEST = {
     "olmoe": 4096, "deepseek_v3": 4096,
     "qwen2": 32_768, "qwen3": 32_768, "qwen2_moe": 32_768, "qwen3_moe": 32_768,
@@ -34,13 +34,13 @@ def read_rotary(
 
     Args:
       config: of the model.
-      head_dim: of queries, of which a fraction may turn.
-      theta: the base, if the file has none.
-      interleaved: whether the family pairs (2j, 2j + 1).
+      head_dim: of queries; only a fraction of it may be rotated.
+      theta: default base.
+      interleaved: whether the family pairs features (2j, 2j + 1).
 
     Raises:
-      ValueError: a scaling that is not known, or without its factor; a fraction without scaling,
-        of which transformers turns all dims.
+      ValueError: the scaling is unknown or lacks a factor, or there is a fraction without scaling:
+        transformers rotates all dims then.
     """
     theta_beside, rope = config.get("rope_theta"), rope_of(config)
     rope = {**rope, "rope_theta": rope.get("rope_theta") or theta_beside}
@@ -59,7 +59,7 @@ def read_rotary(
 
 
 def rope_of(config: Reader) -> Mapping[str, Any]:
-    """The settings of rotary positions; of two dicts transformers takes the older, alone."""
+    """The settings of rotary positions; of two dicts, transformers reads only the older."""
     newer, older = config.get("rope_parameters"), config.get("rope_scaling")
     rope: Mapping[str, Any] = older or newer or {}
     return rope
@@ -98,7 +98,7 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
     if kind == "linear":
         return LinearScaling(factor)
     if kind == "dynamic":
-        return DynamicScaling(factor, longest)  # transformers asks for no other length
+        return DynamicScaling(factor, longest)  # transformers reads no other length
     if kind == "llama3":
         return Llama3Scaling(
             factor, float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), original
@@ -116,7 +116,7 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
 
 
 def rope_settings(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
-    """The settings of a config.json that say these positions; the inverse of `read_rotary`."""
+    """The config.json settings for these positions; the inverse of `read_rotary`."""
     if rotary is None:
         return {}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.base}
@@ -134,7 +134,7 @@ def rope_settings(rotary: Rotary | None, head_dim: int) -> dict[str, Any]:
 
 
 def scaling_settings(scaling: RotaryScaling) -> dict[str, Any]:
-    """The settings of one scaling; what is at the default of transformers is left out."""
+    """The settings of one scaling; optional settings that are unset are left out."""
     original = {"original_max_position_embeddings": getattr(scaling, "original_length", 0)}
     if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "factor": scaling.factor}

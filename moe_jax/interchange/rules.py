@@ -1,8 +1,8 @@
-"""Rules from a model's parameters to the tensors of a file, read in either direction.
+"""Rules that map a model's parameters to the tensors of a file, in either direction.
 
-A family lists `Rule`s. A rule names a tensor, the parameters that it holds, and its layout. Keys of
-parameters are those of one layer: "attention/wq", "moe/experts/wi", "moe_norm/scale"; outside the
-layers "embedding", "final_norm/scale", "head"; of an encoder "encoder/attention/wq".
+A family lists `Rule`s. A rule names a tensor, the parameters that it holds, and its layout. The key
+of a parameter is its path in one layer: "attention/wq", "moe/experts/wi", "moe_norm/scale". Outside
+the layers it is "embedding", "final_norm/scale" or "head", in an encoder "encoder/attention/wq".
 
 >>> Rule("layers.{layer}.w1.weight", "moe/experts/wg", LINEAR).name_at(layer=3)
 'layers.3.w1.weight'
@@ -17,14 +17,14 @@ Shape = tuple[int, ...]
 
 
 class Layout:
-    """How an array of one layer lies in a file; the base class keeps it as it is."""
+    """How a file stores an array of one layer; the base class stores it unchanged."""
 
     def shape(self, shape: Shape) -> Shape:
-        """The shape in the file of a parameter of this shape."""
+        """The shape in the file, given the shape of the parameter."""
         return shape
 
     def read(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-        """From the file to the parameter of this shape; a view where that is possible."""
+        """Converts a tensor to the parameter of this shape; returns a view if possible."""
         del shape
         return tensor
 
@@ -34,7 +34,7 @@ class Layout:
 
 
 class Linear(Layout):
-    """PyTorch's [out, in] for [in, out]; leading dims stay."""
+    """PyTorch's [out, in] for [in, out]; leading dims are kept."""
 
     def shape(self, shape: Shape) -> Shape:
         """See `Layout`."""
@@ -51,7 +51,7 @@ class Linear(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Merged(Layout):
-    """The first two dims of an inner layout as one: [E, A, B] as [E * A, B]."""
+    """An inner layout with its first two dims merged: [E, A, B] as [E * A, B]."""
 
     inner: Layout
 
@@ -72,7 +72,7 @@ class Merged(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Inserted(Layout):
-    """A dim of size 1 more than in an inner layout, such as a convolution's [C, 1, K]."""
+    """An inner layout with a dim of size 1 inserted, such as a convolution's [C, 1, K]."""
 
     axis: int
     inner: Layout = Layout()
@@ -96,14 +96,14 @@ AS_IS, LINEAR = Layout(), Linear()
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One tensor, or one for each layer or expert, and the parameters that it holds.
+    """One tensor, or one per layer or expert, and the parameters that it holds.
 
     Attributes:
-      name: of the tensor, with "{layer}" and "{expert}" where it is of one.
+      name: of the tensor, with "{layer}" and "{expert}" if it belongs to one.
       keys: one parameter, or several that are joined along `axis`.
-      layout: of each.
-      axis: of the tensor, along which several are joined.
-      interleaved: whether they alternate along `axis`, in place of one after another.
+      layout: of each parameter.
+      axis: of the tensor, along which several parameters are joined.
+      interleaved: whether they alternate along `axis` instead of following each other.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Rule:
 
     @property
     def of_expert(self) -> bool:
-        """Whether the tensor is of one expert."""
+        """Whether the tensor belongs to one expert."""
         return "{expert}" in self.name
 
     def name_at(self, layer: int | None, expert: int | None = None) -> str:
@@ -127,7 +127,7 @@ class Rule:
         return self.name.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """The shape of the tensor, from those of its parameters."""
+        """The shape of the tensor, given the shapes of its parameters."""
         inner = [self.layout.shape(shape) for shape in shapes]
         if len(inner) == 1:
             return inner[0]
@@ -136,7 +136,7 @@ class Rule:
         return tuple(joined)
 
     def read(self, tensor: np.ndarray, shapes: Sequence[Shape], which: int) -> np.ndarray:
-        """One of the parameters out of the tensor."""
+        """Extracts one of the parameters from the tensor."""
         sizes = [self.layout.shape(shape)[self.axis] for shape in shapes] if len(shapes) > 1 else []
         if self.interleaved:
             part = slice(which, None, len(shapes))

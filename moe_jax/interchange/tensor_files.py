@@ -1,7 +1,7 @@
 """Tensors in safetensors files: read row by row, written shard by shard.
 
-A model is one file or several with `model.safetensors.index.json`. A file is eight bytes with the
-length of a JSON header, the header, and the bytes of the tensors, little-endian and row-major.
+A model is one file, or several with `model.safetensors.index.json`. A file contains the length of a
+JSON header in eight bytes, the header, and the bytes of the tensors, little-endian and row-major.
 Source: the format description of huggingface/safetensors.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes, as in the library
-SHARD_BYTES = 5_000_000_000  # of a written file
+SHARD_BYTES = 5_000_000_000  # default maximum per written file
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -40,7 +40,7 @@ class Stored(NamedTuple):
       path: of the file.
       dtype: of the numbers.
       shape: of the tensor.
-      start: byte in the file at which it begins.
+      start: offset in the file, in bytes.
     """
 
     path: pathlib.Path
@@ -50,7 +50,7 @@ class Stored(NamedTuple):
 
 
 class Files(Protocol):
-    """Tensors by name, read when they are asked for."""
+    """Tensors by name, read on request."""
 
     path: pathlib.Path
 
@@ -66,13 +66,13 @@ class Files(Protocol):
 
 
 class TensorFiles:
-    """The tensors of a model's files, by name. Headers are read at once, tensors when asked for.
+    """The tensors of a model's files, by name. Headers are read at once, tensors on request.
 
     Args:
       path: a directory, or one file.
 
     Raises:
-      ValueError: there are no files, or one is damaged or not where the index says; by name.
+      ValueError: there are no files, one is damaged, or the index is wrong; names the file.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -121,7 +121,7 @@ def files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     """The files of a model, and the tensors that the index expects in each.
 
     Raises:
-      ValueError: there are none, or the index cannot be read or names a file that is not there.
+      ValueError: there are none, the index cannot be read, or it names a missing file.
     """
     if path.is_file():
         return {path: set()}
@@ -152,10 +152,10 @@ def files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
 
 
 def read_index(index: pathlib.Path) -> dict[str, str]:
-    """The file of each tensor, as `model.safetensors.index.json` says.
+    """The file of each tensor, from `model.safetensors.index.json`.
 
     Raises:
-      ValueError: it is no such index.
+      ValueError: it is no valid index.
     """
     try:
         places = json.loads(index.read_text())["weight_map"]
@@ -173,7 +173,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     """The tensors of one file.
 
     Raises:
-      ValueError: the file is truncated or no safetensors file, with the tensor where it is cut.
+      ValueError: the file is no safetensors file, or is truncated; names the tensor that is cut.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -223,13 +223,13 @@ def stored(
 
 
 class ToWrite(NamedTuple):
-    """A tensor that does not exist yet.
+    """A tensor to write, whose values are not computed yet.
 
     Attributes:
       name: of the tensor.
       dtype: of the numbers.
       shape: of the tensor.
-      make: gives its values.
+      make: computes its values.
     """
 
     name: str
@@ -249,9 +249,9 @@ def write_tensors(
     """Writes tensors one after another: one file, or several with an index.
 
     Args:
-      directory: exists.
-      tensors: in the order of their names in the files.
-      shard_bytes: the most bytes of a file, except for a larger tensor alone.
+      directory: an existing one.
+      tensors: in any order; they are written in the order of their names.
+      shard_bytes: maximum bytes of tensors per file; a larger tensor gets a file of its own.
     """
     shards: list[list[ToWrite]] = [[]]
     for one in sorted(tensors, key=lambda one: one.name):
@@ -270,7 +270,7 @@ def write_tensors(
 
 
 def write_shard(path: pathlib.Path, tensors: list[ToWrite]) -> None:
-    """Writes one file; each tensor is made just before it is written."""
+    """Writes one file; each tensor is computed just before it is written."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for one in tensors:

@@ -1,4 +1,4 @@
-"""Models written in the layout of Hugging Face: `to_hf`."""
+"""Writes models in Hugging Face layout: `to_hf`."""
 
 import collections
 import os
@@ -20,10 +20,10 @@ from moe_jax.interchange.rules import Rule
 from moe_jax.interchange.tensor_files import NAMES, SHARD_BYTES, ToWrite, write_tensors
 from moe_jax.models.model import LanguageModel
 
-LENGTHS = ("max_position_embeddings", "max_seq_len")  # of a context, by the families' names
-# What a config.json says of the files beside it, and not of the model: Python modules, a dtype.
+LENGTHS = ("max_position_embeddings", "max_seq_len")  # the families' names of the context length
+# Settings that describe the files beside a config.json, not the model: Python modules, a dtype.
 OF_FILES = ("auto_map", "dtype", "torch_dtype")
-OTHERS = ""  # beside dtypes by the name of a tensor: that of all others
+OTHERS = ""  # among dtypes by tensor name: the key for all other tensors
 
 
 def to_hf(
@@ -39,19 +39,19 @@ def to_hf(
     """Writes a model as a directory that transformers loads.
 
     Args:
-      config: whose model the parameters are of.
-      params: as `from_hf` returns them: with the state, if the model has any, under "state".
-      path: of the directory, which must not exist, or be empty.
-      family: "model_type" to write, or "package.module:ATTRIBUTE" of a table of yours; "": the one
-        that `config.name` names, or the first that can say all settings of the model.
-      dtype: of the tensors, or of each by its name, where one without a name there has the most
-        common one; None: of the parameters. Selection biases keep theirs if it is not by name.
-      settings: for config.json besides those of the model, such as ids of special tokens.
-      shard_bytes: the most bytes of a file.
+      config: of the model with these parameters.
+      params: as `from_hf` returns them, with any state under "state".
+      path: of the directory, which must be absent or empty.
+      family: "model_type" to write, or "package.module:ATTRIBUTE" of your own table; "": the one
+        that `config.name` names, or else the first that can express all settings of the model.
+      dtype: of all tensors, or by tensor name, where unnamed tensors get the most common dtype;
+        None: as the parameters. Selection biases keep their dtype unless they are named.
+      settings: more settings for config.json, such as ids of special tokens.
+      shard_bytes: maximum bytes per file.
 
     Raises:
-      ValueError: no family can say the model, the parameters are not of it, or there is something
-        at the path; nothing is written then.
+      ValueError: no family can express the model, the parameters do not fit it, or the path is
+        taken; nothing is written then.
     """
     model, path = config.model, pathlib.Path(path)
     chosen = family_of(model, family or (config.name if config.name in FAMILIES else ""))
@@ -71,14 +71,14 @@ def to_hf(
 
 
 def config_json(of_model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a config.json: what the model says, and what else is given.
+    """The content of a config.json: the settings of the model, plus the given ones.
 
-    The length of a context is the given one, since no output depends on it. Only where it sets
-    frequencies (dynamic scaling) is it the model's.
+    A given context length replaces the model's, since no output depends on it. With dynamic scaling
+    it sets frequencies, so there the model's is kept.
 
     Args:
-      of_model: as `Family.written` has it.
-      given: settings besides.
+      of_model: as `Family.written` returns it.
+      given: more settings.
     """
     rope = of_model.get("rope_parameters") or {}
     lengths = () if rope.get("rope_type") == "dynamic" else LENGTHS
@@ -87,13 +87,13 @@ def config_json(of_model: Mapping[str, Any], given: Mapping[str, Any]) -> dict[s
 
 
 def most_common(names: Iterable[str]) -> str:
-    """The name that is there most often; of several the first in order."""
+    """The most frequent name; ties go to the first in sorted order."""
     counts = collections.Counter(names)
     return min(counts, key=lambda name: (-counts[name], name))
 
 
 def values_of(params: Any, leaves: list[Leaf]) -> dict[tuple[str, ...], Any]:
-    """The arrays of a tree by path, checked.
+    """The arrays of a tree by path, checked against the model.
 
     Raises:
       ValueError: one is missing, unknown or of another shape.
@@ -127,7 +127,7 @@ def tensors_of(
     values: Mapping[tuple[str, ...], Any],
     dtype: str | Mapping[str, str] | None,
 ) -> list[ToWrite]:
-    """Every tensor of the files, each made when it is written."""
+    """Every tensor of the files, each computed when it is written."""
     by_key: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         by_key.setdefault(leaf.key, []).append(leaf)
@@ -151,7 +151,7 @@ def of_rule(
     values: Mapping[tuple[str, ...], Any],
     dtype: str | Mapping[str, str] | None,
 ) -> list[ToWrite]:
-    """The tensors that some parameters of the same layers are in."""
+    """The tensors that hold these parameters of the same layers."""
     first = leaves[0]
     experts = range(first.shape[0]) if rule.of_expert else (None,)
     places = [(layer, expert) for layer in range(len(first.layers) or 1) for expert in experts]
