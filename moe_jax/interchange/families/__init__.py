@@ -1,1 +1,1 @@
-"""One table for each family of models of the field: settings and names of tensors."""
+"""One table per family of published models: settings and tensor names."""

@@ -1,7 +1,7 @@
 """DBRX: clipped queries, keys and values, LayerNorm without biases, four of sixteen experts.
 
-The base of rotary positions is at the top of a config.json, or where the release has it, in
-"attn_config", which transformers does not read: both are written.
+The base of rotary positions is at the top level of a config.json. The release has it in
+"attn_config" instead, where transformers does not read it: both are written.
 
 Source: `modeling_dbrx.py` and `configuration_dbrx.py` of transformers; databricks/dbrx.
 """

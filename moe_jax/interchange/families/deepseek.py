@@ -1,7 +1,7 @@
 """DeepSeek-V2, V2-Lite, V3 and R1: latent attention, dense layers first, then fine-grained experts.
 
-V2 scores experts by a softmax and a group by its best expert; V3 by sigmoids and the best two, and
-adds a selection bias.
+V2 scores experts by a softmax, and a group by its best expert. V3 uses sigmoids and the best two
+experts, and adds a selection bias.
 
 Source: DeepSeek-AI 2024, arXiv:2405.04434 and arXiv:2412.19437; `modeling_deepseek_v2.py` and
   `modeling_deepseek_v3.py` of transformers; moe_layer_freq: `modeling_deepseek.py` beside the
@@ -65,7 +65,7 @@ RULES = (
     *gated_rules(f"{MLP}shared_experts.", "moe/shared"),
     *gated_rules(f"{MLP}experts.{{expert}}.", "moe/experts"),
     *fused_expert_rules(MLP),
-    # A module that predicts a later token is a layer behind the others, with a few tensors more.
+    # A multi-token module is a layer after the others, with a few extra tensors.
     Rule(f"{LAYER}eh_proj.weight", "multi_token/project", LINEAR),
     Rule(f"{LAYER}enorm.weight", "multi_token/embedding_norm/scale"),
     Rule(f"{LAYER}hnorm.weight", "multi_token/hidden_norm/scale"),
@@ -126,9 +126,9 @@ def language_model(config: Reader, moe: MoE, *, num_dense: int, dense_dim: int) 
 
 
 def expert_settings(config: Reader, num_shared: int) -> dict[str, Any]:
-    """What the experts of V2 and V3 share; `num_shared`: n_shared_experts that a file leaves out.
+    """`MoE` settings that V2 and V3 share; `num_shared` is the default of n_shared_experts.
 
-    All shared experts are one network of as many times the width.
+    The shared experts are one network of n_shared_experts times the width.
     """
     dim = config["moe_intermediate_size"]
     scope = "sequence" if config.get("seq_aux", True) else "microbatch"
@@ -144,7 +144,7 @@ def expert_settings(config: Reader, num_shared: int) -> dict[str, Any]:
 
 
 def groups_of(config: Reader, num_groups: int, num_selected: int, worth: str) -> Any:
-    """The groups of experts: None if there is one, or a token may use all."""
+    """The groups of experts; None if there is only one, or a token may use all."""
     groups = config.get("n_group", num_groups)
     selected = config.get("topk_group", num_selected)
     return None if selected >= groups else ExpertGroups(groups, selected, worth=worth)
@@ -191,7 +191,7 @@ def v3(config: Reader) -> LanguageModel:
 
 
 def num_modules(config: Reader) -> int:
-    """How many multi-token modules there are; none if the files leave them out, as many do."""
+    """The number of multi-token modules; 0 if the files omit them, as many do."""
     depth, first = config.get("num_nextn_predict_layers", 1), config["num_hidden_layers"]
     name = f"model.layers.{first}.eh_proj.weight"
     if depth and config.tensors is not None and name not in config.tensors:
@@ -202,7 +202,7 @@ def num_modules(config: Reader) -> int:
 
 
 def copies(model: LanguageModel) -> dict[str, str]:
-    """Embedding and head, which the published files repeat in every multi-token module."""
+    """The embedding and the head, which published files repeat in every multi-token module."""
     head = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
     names = [f"model.layers.{layer}." for layer in model.layers_of.get("multi_token", ())]
     return {

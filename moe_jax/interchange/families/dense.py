@@ -63,13 +63,13 @@ def decoder(
 
 
 def llama(config: Reader) -> LanguageModel:
-    """Llama: every bias of attention, or none."""
+    """Llama: all attention biases, or none."""
     attention = read_attention(config, biases="qkvo" if config.get("attention_bias") else "")
     return decoder(config, attention, ["full_attention"] * config["num_hidden_layers"], None)
 
 
 def mistral(config: Reader) -> LanguageModel:
-    """Mistral: a window in all layers, or in none; absent is 4,096, null is none."""
+    """Mistral: a window in all layers or none; absent means 4,096, null means none."""
     window = config.or_absent("sliding_window", 4096)
     kind = "full_attention" if window is None else "sliding_attention"
     attention = read_attention(config, kv_heads=8)
@@ -77,7 +77,7 @@ def mistral(config: Reader) -> LanguageModel:
 
 
 def qwen(config: Reader, attention: Attention) -> LanguageModel:
-    """Windows, if `use_sliding_window`, in the last layers or as `layer_types` says."""
+    """Qwen: with `use_sliding_window`, windows in the last layers, or as in `layer_types`."""
     first = config.get("max_window_layers", 28)
     window = config.or_absent("sliding_window", 4096)
     window = window if config.get("use_sliding_window", False) else None
@@ -136,7 +136,7 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
 
 
 def family(name: str, architecture: str, model: Callable[[Reader], LanguageModel]) -> Family:
-    """A family of these tensors."""
+    """A family with these tensors."""
     own = functools.partial(settings, family=name)
     return Family(name, architecture, model, own, lambda model: RULES)
 

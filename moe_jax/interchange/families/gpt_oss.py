@@ -1,6 +1,6 @@
 """gpt-oss: sinks, windows in every second layer, YaRN, and clamped experts with biases.
 
-The published files hold the experts in MXFP4; they are read as bfloat16, which has all its values.
+The published files store the experts in MXFP4; see `mxfp4`, which reads them as bfloat16.
 
 Sources: OpenAI 2025, arXiv:2508.10925; `modeling_gpt_oss.py` of transformers.
 """
@@ -34,7 +34,7 @@ from moe_jax.moe.load_balance import HuggingFaceLoadBalance
 from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear, SoftmaxOverSelected
 
-# "rope_parameters", if the file has none.
+# Default "rope_parameters".
 YARN = {"rope_type": "yarn", "factor": 32.0, "truncate": False,
         "original_max_position_embeddings": 4096}  # fmt: skip
 EXPERTS = f"{LAYER}mlp.experts."
@@ -72,7 +72,7 @@ def model(config: Reader) -> LanguageModel:
     )
     layers = config["num_hidden_layers"]
     kinds = ("sliding_attention", "full_attention")
-    # The published coefficient, 0.9, is of a loss that transformers computes only if asked for.
+    # transformers computes the loss with the published coefficient, 0.9, only on request.
     balanced = config.get("output_router_logits", False)
     coefficient = config.get("router_aux_loss_coef", 0.001) if balanced else 0.0
     types = config.get("layer_types") or [kinds[layer % 2] for layer in range(layers)]

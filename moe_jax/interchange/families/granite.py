@@ -1,7 +1,7 @@
 """GraniteMoE, with and without a shared expert: four multipliers, and experts in one tensor.
 
-Embeddings are multiplied, what a branch adds, the scores of attention (in place of head_dim^-0.5),
-and logits are divided.
+Three multiply embeddings, the output of each branch, and attention scores (instead of
+head_dim^-0.5). One divides logits.
 
 Source: `modeling_granitemoe.py` and `modeling_granitemoeshared.py` of transformers; IBM 2024.
 """
@@ -82,7 +82,7 @@ def model(config: Reader, shared_expert_dim: int = 0) -> LanguageModel:
 
 
 def with_shared(config: Reader) -> LanguageModel:
-    """The model of a config.json of GraniteMoeShared; a width of 0 is no shared expert."""
+    """The model of a GraniteMoeShared config.json; a width of 0 means no shared expert."""
     return model(config, config.get("shared_intermediate_size", 0))
 
 
@@ -110,13 +110,13 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
 
 
 def inverse(value: float) -> float:
-    """The short number whose inverse this is, if there is one."""
+    """1 / value, as the shortest decimal whose inverse is exactly the value, or else unrounded."""
     exact = 1 / value
     return next((one for n in range(9) if 1 / (one := round(exact, n) or 1.0) == value), exact)
 
 
 def family(name: str, architecture: str, model: Callable[[Reader], LanguageModel]) -> Family:
-    """A family of these tensors."""
+    """A family with these tensors."""
     own = functools.partial(settings, family=name)
     return Family(name, architecture, model, own, lambda model: RULES)
 

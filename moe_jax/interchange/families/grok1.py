@@ -1,8 +1,8 @@
-"""Grok-1: norms before and behind every branch, capped scores, tanh GEGLU experts.
+"""Grok-1: norms before and after every branch, capped scores, tanh GEGLU experts.
 
-transformers does not have it. Names and settings are those of hpcai-tech/grok-1, a conversion of
-the released weights to PyTorch, which has "model_type": "grok-1". GELU is that of the release,
-with the hyperbolic tangent.
+transformers does not support it. Names and settings are those of hpcai-tech/grok-1, a PyTorch
+conversion of the released weights with "model_type": "grok-1". GELU is the tanh approximation, as
+in the release.
 
 Sources: `model.py` and `run.py` of xai-org/grok-1; `config.json` of hpcai-tech/grok-1.
 """
@@ -98,5 +98,5 @@ GROK1 = Family(
     model,
     settings,
     lambda model: RULES,
-    ignored=(r"lm_head\.weight",),  # the embedding once more
+    ignored=(r"lm_head\.weight",),  # repeats the embedding
 )

@@ -102,7 +102,7 @@ def model(config: Reader) -> LanguageModel:
 
 
 def layers(config: Reader, num_experts: int) -> list[tuple[str, str]]:
-    """The names of every layer's parts."""
+    """The names of each layer's parts."""
     attention = config.get("attn_layer_period", 8), config.get("attn_layer_offset", 4)
     sparse = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
 
@@ -125,7 +125,7 @@ def settings(model: LanguageModel) -> dict[str, Any]:
     own: dict[str, Any] = {
         **every("attn_layer", "attention", mixers),
         **every("expert_layer", "moe", ffns),
-        # Of a model that has no such layer.
+        # Defaults for a model without such layers.
         "num_experts": 1,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
@@ -152,7 +152,7 @@ def every(setting: str, part: str, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def mamba_settings(mamba: Mamba) -> dict[str, Any]:
-    """The settings of a config.json that say a Mamba."""
+    """The config.json settings of a Mamba."""
     return {
         "mamba_expand": mamba.expand,
         "mamba_d_state": mamba.state_dim,

@@ -1,7 +1,7 @@
-"""Llama 4, the text model: chunks with rotary positions, and whole contexts without any.
+"""Llama 4, the text model: chunks with rotary positions, and whole contexts without.
 
-A checkpoint of the multimodal model is read for its text model: `text_config`, and the tensors
-under `language_model.`.
+Of a multimodal checkpoint only the text model is read: `text_config`, and the tensors under
+`language_model.`.
 
 Sources: `modeling_llama4.py` and `configuration_llama4.py` of transformers; Meta 2025.
 """
@@ -36,7 +36,7 @@ from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 FULL, CHUNKED = "full_attention", "chunked_attention"
-# The attention of a layer, by whether it has rotary positions and chunks.
+# The attention part of a layer, by whether it has rotary positions and chunks.
 KINDS = {
     (True, True): "chunked",
     (True, False): "rotary",
@@ -52,7 +52,7 @@ OF_TEXT = (
     *gated_rules(NETWORK, "mlp"),
     *gated_rules(f"{NETWORK}shared_expert.", "moe/shared"),
     Rule(f"{NETWORK}router.weight", "moe/router/weight", LINEAR),
-    # As `x @ w` has them, the gate's columns before those of up.
+    # Stored for `x @ w`, with the gate's columns before up's.
     Rule(f"{NETWORK}experts.gate_up_proj", ("moe/experts/wg", "moe/experts/wi"), axis=-1),
     Rule(f"{NETWORK}experts.down_proj", "moe/experts/wo"),
 )
@@ -94,7 +94,7 @@ def model(config: Reader) -> LanguageModel:
 
 
 def attention_parts(config: Reader, epsilon: float) -> dict[str, Attention]:
-    """Every kind of attention; only those without positions have a temperature."""
+    """Every kind of attention; only kinds without positions have a temperature."""
     rotary = read_attention(
         config,
         kv_heads=8,
@@ -117,14 +117,14 @@ def attention_parts(config: Reader, epsilon: float) -> dict[str, Attention]:
 
 
 def layers(config: Reader) -> list[tuple[str, str]]:
-    """The names of every layer's parts.
+    """The names of each layer's parts.
 
     Raises:
-      ValueError: an unknown type of layer, or chunks without a size.
+      ValueError: a layer type is unknown, or chunks have no size.
     """
     count = config["num_hidden_layers"]
     every = config.get("no_rope_layer_interval", 4)
-    # 1 where a layer has rotary positions, in spite of the name.
+    # Despite the name, 1 means that the layer has rotary positions.
     turns = config.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
     chunk = config.or_absent("attention_chunk_size", 8192)
     usual = [CHUNKED if one and chunk is not None else FULL for one in turns]

@@ -1,4 +1,4 @@
-"""Mixtral: grouped queries, and in every layer the two best of eight experts, renormalised.
+"""Mixtral: grouped queries, and the top two of eight experts in every layer, renormalised.
 
 Source: Jiang et al. 2024, arXiv:2401.04088; `modeling_mixtral.py` of transformers.
 """

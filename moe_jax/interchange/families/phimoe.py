@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: LayerNorm, biases throughout, and experts chosen by SparseMixer.
 
-Documents longer than `original_max_position_embeddings` turn by `long_factor` and `long_mscale`, as
-in the released code; transformers 5 has `long_mscale` there, and `short_factor` at every length.
+Documents longer than `original_max_position_embeddings` use `long_factor` and `long_mscale`, as in
+the released code. transformers 5 uses `long_mscale` there, but `short_factor` at every length.
 
 Sources: Abdin et al. 2024, arXiv:2404.14219; Liu et al. 2024, arXiv:2409.12136;
 `modeling_phimoe.py` of microsoft/Phi-3.5-MoE-instruct and of transformers.
@@ -51,9 +51,9 @@ RULES = (
 
 def model(config: Reader) -> LanguageModel:
     """The model of a config.json."""
-    config.require("num_experts_per_tok", 2)  # the code of the release has no other number
+    config.require("num_experts_per_tok", 2)  # the released code supports no other number
     attention = read_attention(
-        # That of the scaling counts, not the one beside it.
+        # The value in the scaling counts, not the one beside it.
         config.with_settings(original_max_position_embeddings=None),
         kv_heads=8,
         theta=1e6,
@@ -89,7 +89,7 @@ def with_mscales(config: Reader, attention: Attention) -> Attention:
     """The attention with the factors of cosines and sines that only this family has.
 
     Raises:
-      ValueError: a scaling other than longrope, or without its factors.
+      ValueError: the scaling is not longrope, or lacks its factors.
     """
     rotary = attention.rotary
     scaling = rotary and rotary.scaling

@@ -1,4 +1,4 @@
-"""Sparse models with Qwen's names of tensors: Qwen1.5-MoE and Qwen2-MoE, Qwen3-MoE, OLMoE.
+"""Sparse models with Qwen's tensor names: Qwen1.5-MoE and Qwen2-MoE, Qwen3-MoE, OLMoE.
 
 They differ in norms of queries and keys, biases, shared experts, and which layers are sparse.
 
@@ -63,7 +63,7 @@ def sparse(config: Reader, *, expert_dim: str, coefficient: float = 0.001, **oth
 
     Args:
       config: of the model.
-      expert_dim: the name of the experts' size.
+      expert_dim: the setting with the hidden size of experts.
       coefficient: of the balance loss, if the file has none.
       **others: settings of `MoE`.
     """
@@ -109,7 +109,7 @@ def epsilon_of(config: Reader, default: float = 1e-6) -> RMSNorm:
 
 
 def window_of(config: Reader) -> int | None:
-    """The window, if the file says that it is used."""
+    """The window, if the file enables it."""
     window = config.or_absent("sliding_window", 4096)
     return window if config.get("use_sliding_window", False) else None
 
@@ -143,7 +143,7 @@ def qwen3_moe(config: Reader) -> LanguageModel:
 
 
 def olmoe(config: Reader) -> LanguageModel:
-    """A norm over all queries and one over all keys, then clips; every layer is sparse."""
+    """One norm over all queries and one over all keys, then clipping; every layer is sparse."""
     norm = epsilon_of(config, 1e-5)
     attention = read_attention(
         config,
@@ -200,7 +200,7 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
 
 
 def qwen_settings(model: LanguageModel) -> dict[str, Any]:
-    """Which layers are dense, and which have a window."""
+    """The settings for dense layers and for windows."""
     window = layer_types(model)[1]
     layers = model.stack.layers
     dense = [layer for layer, names in enumerate(layers) if "mlp" in names]
@@ -211,7 +211,7 @@ def qwen_settings(model: LanguageModel) -> dict[str, Any]:
 
 
 def family(name: str, architecture: str, model: Callable[[Reader], LanguageModel]) -> Family:
-    """A family of these tensors."""
+    """A family with these tensors."""
     own = functools.partial(settings, family=name)
     return Family(name, architecture, model, own, lambda model: RULES)
 

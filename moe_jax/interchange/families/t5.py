@@ -1,4 +1,4 @@
-"""T5 and Switch Transformer: two stacks, relative positions, scores that are not scaled.
+"""T5 and Switch Transformer: two stacks, relative positions, unscaled attention scores.
 
 Source: Raffel et al. 2020, arXiv:1910.10683; Fedus et al. 2021, arXiv:2101.03961; `modeling_t5.py`
 and `modeling_switch_transformers.py` of transformers.
@@ -29,16 +29,16 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.token_choice import TokenChoice
 
-# By "dense_act_fn"; of several names the first is written.
+# Activations by "dense_act_fn"; of several names the first is written.
 PLAIN: dict[str, type[Activation]] = {
     "relu": Relu, "gelu": Gelu, "gelu_new": GeluTanh, "silu": Silu, "swish": Silu,
 }  # fmt: skip
 GATED: dict[str, type[Activation]] = {
     "gelu": GeGLU, "gelu_new": GeGLUTanh, "silu": SwiGLU, "swish": SwiGLU,
 }  # fmt: skip
-# Tables of older files that no layer reads, and the embedding beside those of both stacks.
+# Tables of older files that no layer reads, and the embedding in addition to both stacks' own.
 IGNORED = (r".*\.EncDecAttention\.relative_attention_bias\.weight", r"shared\.weight")
-CAPACITY = 64  # slots of an expert, where a config of Switch says nothing
+CAPACITY = 64  # slots per expert, if a Switch config.json has none
 
 
 def stack_rules(side: str, prefix: str, ffn: str, gated: bool, moe: str) -> tuple[Rule, ...]:
@@ -48,7 +48,7 @@ def stack_rules(side: str, prefix: str, ffn: str, gated: bool, moe: str) -> tupl
       side: "encoder" or "decoder".
       prefix: of its keys.
       ffn: the module of a dense FFN.
-      gated: whether it is the gated one of version 1.1.
+      gated: whether it is gated, as in version 1.1.
       moe: the part with the experts.
     """
     block = f"{side}.block.{{layer}}.layer."
@@ -85,7 +85,7 @@ def stack_rules(side: str, prefix: str, ffn: str, gated: bool, moe: str) -> tupl
 
 
 SHARED = Rule("shared.weight", "embedding")
-# Of a Switch whose head is not tied, transformers 5 ties no embedding either.
+# If the head of a Switch is not tied, transformers 5 ties no embedding either.
 UNTIED = (
     Rule("decoder.embed_tokens.weight", "embedding"),
     Rule("shared.weight", "embedding"),
@@ -123,7 +123,7 @@ def repeats(model: LanguageModel) -> dict[str, str]:
 
 
 def is_sparse(layer: int, step: int) -> bool:
-    """Whether every `step`-th layer, this one among them, is sparse; with a step of 0 none is."""
+    """Whether a layer is sparse: layers 1, 1 + step, ...; all with a step of 1, none with 0."""
     return step == 1 or (step > 1 and layer % step == 1)
 
 
@@ -138,10 +138,10 @@ def read_model(
 
     Args:
       config: of either family.
-      depths: layers of the encoder and of the decoder.
+      depths: numbers of layers of the encoder and the decoder.
       activation: of its FFNs.
       experts: the sparse FFN, if there is any.
-      steps: of how many layers of either the second one is sparse.
+      steps: distances between sparse layers in the encoder and the decoder; see `is_sparse`.
     """
     heads = {
         "num_heads": config.get("num_heads", 12 if experts else 8),
@@ -187,7 +187,7 @@ def read_model(
 
 
 def settings_of(model: LanguageModel) -> dict[str, Any]:
-    """What the config.json of both families has."""
+    """The config.json settings that both families have."""
     attention: Any = model.part["attention"]
     position: Any = model.part["position"]
     return {
@@ -207,7 +207,7 @@ def settings_of(model: LanguageModel) -> dict[str, Any]:
 def t5_model(config: Reader) -> LanguageModel:
     """The T5 of a config.json.
 
-    A head that is not scaled (version 1.1) is tied if the files have none. Without knowing them, it
+    An unscaled head (version 1.1) is tied if the files have no head. If the files are unknown, it
     is tied if the settings have "scale_decoder_outputs", which transformers 5 writes.
     """
     depth = config.get("num_layers", 6)
@@ -225,10 +225,10 @@ def t5_model(config: Reader) -> LanguageModel:
 def t5_activation(config: Reader) -> Activation:
     """The activation of a T5: "dense_act_fn", or what "feed_forward_proj" implies.
 
-    That of "gated-gelu" is by the tanh.
+    "gated-gelu" implies the tanh approximation.
 
     Raises:
-      ValueError: there is no such activation.
+      ValueError: the activation is unknown.
     """
     network = config.get("feed_forward_proj", "relu")
     known = GATED if network.startswith("gated-") else PLAIN
@@ -244,7 +244,7 @@ def t5_activation(config: Reader) -> Activation:
 
 
 def t5_settings(model: LanguageModel) -> dict[str, Any]:
-    """The config.json of a T5. To transformers, `tie_word_embeddings` is the scale of the head."""
+    """The config.json of a T5. In transformers, `tie_word_embeddings` scales the head."""
     mlp: Any = model.part["mlp"]
     gated = mlp.activation.gated
     function = name_of(mlp.activation, GATED if gated else PLAIN)
@@ -279,7 +279,7 @@ def switch_model(config: Reader) -> LanguageModel:
     """The Switch Transformer of a config.json."""
     config.require("dense_act_fn", *PLAIN)
     config.require("router_dtype", "float32")
-    config.require("num_selected_experts", 1)  # in older files alone
+    config.require("num_selected_experts", 1)  # only in older files
     depth = config.get("num_layers", 12)
     depths = (depth, config.or_absent("num_decoder_layers", 12) or depth)
     sparse = [config.get(f"num_sparse_{side}_layers", 3) for side in ("encoder", "decoder")]
@@ -321,10 +321,10 @@ def switch_settings(model: LanguageModel) -> dict[str, Any]:
 
 
 def num_sparse(stack: StackLayout, moe: str) -> int:
-    """What a config.json says of the sparse layers: for none of them, more than there are layers.
+    """The number of sparse layers in a config.json; for none, more than there are layers.
 
-    To transformers, 0 of them is one, the second layer. It divides the depth by this number, and
-    rounds down, for how many layers apart they are: 3 of 11 layers are the layers 1, 4, 7 and 10.
+    transformers reads 0 as one sparse layer, the second. It divides the depth by this number and
+    rounds down to get their distance: with 3 of 11 layers, layers 1, 4, 7 and 10 are sparse.
     """
     places = [place for place, layer in enumerate(stack.layers) if moe in layer]
     if not places:
