@@ -1,4 +1,4 @@
-"""The rest of a Transformer: attention, rotary positions, norms, the dense FFN.
+"""Transformer layers besides MoE: attention, rotary positions, norms, the dense FFN.
 
 Shapes follow the legend of `moe_jax.moe`.
 """

@@ -46,38 +46,38 @@ class Temperature(Settings):
 class Attention(Part):
     """Multi-head attention within documents; causal if the stack is.
 
-    In order: projections; `qk_norm` at the projection or the heads; `clip_qkv`; rotary positions;
-    `qk_norm` at what is rotated; `temperature`; scores, scaled, capped and with the position bias.
+    The order is: projections; `qk_norm` of the projection or of heads; `clip_qkv`; rotary
+    positions; `qk_norm` after rotation; `temperature`; scores, then scale, cap and position bias.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, GQA, arXiv:2305.13245;
       QK-norm: Henry et al. 2020, arXiv:2010.04245; prefix: Li and Liang 2021, arXiv:2101.00190,
-      without their network that makes it in training.
+      without their reparametrisation network.
     """
 
     takes_back: ClassVar[bool] = True
     reads_prefix: ClassVar[bool] = True
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
-    num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
-    head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim need not be model_dim
-    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # the projections that have one
+    num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: N
+    head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim may differ from model_dim
+    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # projections with a bias
     qk_norm: Norm | None = None  # of queries and keys
     # Per head (Qwen3), over all heads (OLMoE), or per head after rotary positions (Llama 4).
     qk_norm_at: str = setting("heads", choices=QK_NORM_AT)
     clip_qkv: float | None = setting(None, above=0)  # queries, keys, values to [-clip, clip]
-    clip_first: bool = False  # before qk_norm, as the OLMo code has it; else behind
-    rotary: Rotary | None = Rotary()  # turns queries and keys by their positions
-    temperature: Temperature | None = None  # by which queries grow with their positions
+    clip_first: bool = False  # clip before qk_norm (OLMo code); else after
+    rotary: Rotary | None = Rotary()  # rotates queries and keys by position
+    temperature: Temperature | None = None  # scales queries up with position
     scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5
-    window: int | None = setting(None, at_least=1)  # W: a query sees W keys; see `masks.Rules`
-    chunk: int | None = setting(None, at_least=1)  # C: and only those of its C positions
+    window: int | None = setting(None, at_least=1)  # W: keys per query; see `masks.Rules`
+    chunk: int | None = setting(None, at_least=1)  # C: size of chunks, which do not see each other
     softcap: float | None = setting(None, above=0)  # c: scores become c * tanh(score / c)
     sink: bool = False  # a learned score per head in the denominator of the softmax (gpt-oss)
     position_bias: str | None = None  # the shared part whose output is added to the scores (T5)
     prefix: int = setting(0, at_least=0)  # P: learned keys that every token sees (prefix tuning)
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
-    query_init_scale: float | None = setting(None, above=0)  # that of queries; None: init_scale
-    # What computes it; "auto": the best that can.
+    query_init_scale: float | None = setting(None, above=0)  # of queries; None: init_scale
+    # What computes attention; "auto": the best kernel that supports the settings.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
@@ -99,7 +99,7 @@ class Attention(Part):
     def specs(self, dims: Dims) -> dict[str, Any]:
         """`wq`, `wk`, `wv` [M, ND], `wo` [ND, M], their biases `bq` ..., norms, `sink` [N].
 
-        `prefix` has `keys` and `values` [P, K, D], which are neither normed nor rotated.
+        `prefix` contains `keys` and `values` [P, K, D], neither normed nor rotated.
         """
         heads, kv_heads = (n * self.head_dim for n in (self.num_heads, self.kv_heads))
         specs: dict[str, Any] = {}
@@ -136,7 +136,7 @@ class Attention(Part):
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
         """See `Part`: `keys` and `values` [B, T, K, D] with their `positions`.
 
-        With a window or chunks a ring of them, which holds what a query can see.
+        With a window or chunks, a ring buffer of the slots that a query can see.
         """
         shape, axes = (self.kv_heads, self.head_dim), ("heads", None)
         spans = [span for span in (self.window, self.chunk) if span is not None]
@@ -150,8 +150,8 @@ class Attention(Part):
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part`: projections, and `scores_cost` of the whole L x L square.
 
-        Windows and chunks leave the square as it is, though kernels leave out blocks of it. Saved
-        are queries, keys and values before and after rotation, and before a norm and a clip; and
+        Windows and chunks do not reduce the square, although kernels skip blocks of it. Saved are
+        queries, keys and values before and after rotation, before a norm and before a clip, and
         the output of the heads.
         """
         size, width = jnp.dtype(dtype).itemsize, dims.model_dim
@@ -176,7 +176,7 @@ class Attention(Part):
         return (projections, scores)
 
     def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
-        """See `Part`: scores are of the slots of the cache, such as a ring's."""
+        """See `Part`: a score for each slot of the cache, which may be a ring buffer."""
         num_slots = self.cache_specs(dims, 1, length)["keys"].shape[1]
         return super().decode_flops(dims, num_slots, dtype)
 
@@ -191,7 +191,7 @@ class Attention(Part):
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
-        """Attends to tokens of the same document, in a causal stack to earlier ones; see `Part`."""
+        """Attends to tokens of the same document, if causal to earlier tokens only; see `Part`."""
         positions, segments, cache = call.positions_BL, call.segments_BL, own.cache
         assert segments is not None and positions is not None, "with_defaults"
         q_BLND, k_BTND, v_BTND = self.projected(params, x_BLM)
@@ -229,7 +229,7 @@ class Attention(Part):
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache
 
     def projected(self, params: Any, x_BLM: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, L, N, D], keys and values [B, L, K, D], before positions."""
+        """Queries [B, L, N, D], keys and values [B, L, K, D], before rotation."""
         q, k, v = (affine(x_BLM, params, name) for name in "qkv")
         if self.clip_first:
             q, k, v = self.clipped(q, k, v)
@@ -241,13 +241,13 @@ class Attention(Part):
         return (q, k, v) if self.clip_first else self.clipped(q, k, v)
 
     def prefix_of(self, params: Any) -> Prefix | None:
-        """The learned keys and values, if there are any."""
+        """The learned keys and values, or None."""
         if not self.prefix:
             return None
         return Prefix(dense(params["prefix"]["keys"]), dense(params["prefix"]["values"]))
 
     def normed(self, params: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries and keys after `qk_norm`, if there is one."""
+        """Queries and keys after any `qk_norm`."""
         if self.qk_norm is None:
             return q, k
         return self.qk_norm.apply(params["q_norm"], q), self.qk_norm.apply(params["k_norm"], k)
@@ -255,7 +255,7 @@ class Attention(Part):
     def clipped(
         self, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values after `clip_qkv`, if there is one."""
+        """Queries, keys and values after any `clip_qkv`."""
         limit = self.clip_qkv
         if limit is None:
             return q, k, v
@@ -280,7 +280,7 @@ class Attention(Part):
         return shared[self.position_bias]
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """See `Part`: heads stay whole."""
+        """See `Part`: a head is not split."""
         check_divides(self.specs(dims), run)
         for name, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.kv_heads)):
             require(
@@ -292,7 +292,7 @@ class Attention(Part):
 
 
 def affine(x: jax.Array, params: Mapping[str, Any], name: str) -> jax.Array:
-    """[..., I] -> [..., O] by the weight `w{name}` and, if there is one, the bias."""
+    """[..., I] -> [..., O] by the weight `w{name}` and the bias `b{name}`, if any."""
     out = linear(x, params[f"w{name}"])
     bias = params.get(f"b{name}")
     return out if bias is None else out + dense(bias).astype(x.dtype)

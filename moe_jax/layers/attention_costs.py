@@ -1,4 +1,4 @@
-"""What scores and weighted values cost, by the kernel that computes them (see `costs.Cost`)."""
+"""The cost of scores and weighted values, by kernel (see `costs.Cost`)."""
 
 import jax.numpy as jnp
 
@@ -18,20 +18,20 @@ def scores_cost(
 ) -> Cost:
     """The cost of a token: FLOPs of the whole L x T rectangle by any kernel.
 
-    xla saves a row of probabilities for each head, in float32 and in `dtype`, and of capped scores
-    as many hyperbolic tangents in float32. Other kernels save the logarithm of a row's sum; in main
-    memory they meet queries, keys, values and outputs alone. Remat "dots" keeps their output and
-    these logarithms. cudnn reads a row of a mask too, and writes its gradient.
+    xla saves a row of probabilities per head, in float32 and in `dtype`. With a cap it also saves
+    a row of hyperbolic tangents in float32. Other kernels save the logarithm of a row's sum; in
+    main memory they access only queries, keys, values and outputs. Remat "dots" keeps their output
+    and these logarithms. cudnn also reads a row of a mask and writes its gradient.
 
     Args:
-      kernel: of `attention_kernels.KERNELS`; an unresolved "auto" counts as "xla".
+      kernel: one of `attention_kernels.KERNELS`; an unresolved "auto" counts as "xla".
       dtype: of activations.
-      length: T, of the keys.
+      length: T, number of keys.
       heads: N.
-      kv_heads: of keys and values.
+      kv_heads: key and value heads.
       dims: of a key and of a value, per head.
-      share: keys to a query, T / L.
-      is_capped: whether scores are.
+      share: keys per query, T / L.
+      is_capped: whether scores are capped.
     """
     size, probs = jnp.dtype(dtype).itemsize, heads * length
     flops = 2 * length * heads * sum(dims)

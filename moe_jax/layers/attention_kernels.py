@@ -1,12 +1,12 @@
-"""Which kernel computes attention, and the way to it (legend: `moe_jax.moe`; T counts keys).
+"""Chooses and calls the kernel that computes attention (legend: `moe_jax.moe`; T counts keys).
 
-xla     products and a softmax as XLA compiles them: everything, everywhere. Writes the scores,
-        [B, N, L, T] in float32.
+xla     products and a softmax compiled by XLA: supports every setting on every platform. Writes
+        the scores, [B, N, L, T] in float32.
 blocks  plain JAX in blocks of queries, for a CPU: few scores at a time, none kept, and no work on
-        keys behind a block.
-splash  Pallas kernel of a TPU: no scores in memory, and no work on blocks that no query sees.
-cudnn   library of an NVIDIA GPU: no scores in memory, but a mask [B, 1, L, T].
-triton  Pallas kernels for a GPU: no scores in memory, no mask. Only by name, until a GPU ran them.
+        keys after a block.
+splash  Pallas kernel for a TPU: no scores in memory, and no work on blocks that no query sees.
+cudnn   library for an NVIDIA GPU: no scores in memory, but a mask [B, 1, L, T].
+triton  Pallas kernels for a GPU: no scores in memory, no mask. Only by name, until run on a GPU.
 """
 
 import functools
@@ -25,10 +25,10 @@ from moe_jax.parallel.rules import mesh_in_use, partition_spec, platform
 logger = logging.getLogger(__name__)
 
 KERNELS = ("auto", "xla", "blocks", "splash", "cudnn", "triton")
-BEST = {"cpu": "blocks", "tpu": "splash", "gpu": "cudnn"}  # that "auto" takes, by platform
+BEST = {"cpu": "blocks", "tpu": "splash", "gpu": "cudnn"}  # what "auto" chooses, by platform
 RESIDUALS = "attention_residuals"  # name, for remat, of a kernel's output and log-sums
 KEEPS_RESIDUALS = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # a primitive of JAX
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # a JAX primitive
 
 
 class Machine(NamedTuple):
@@ -48,20 +48,20 @@ class Machine(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What attention asks of a kernel.
+    """What attention requires of a kernel.
 
     Attributes:
       rules: which keys a query sees.
       dims: of a key and of a value, per head.
       dtype: of both.
       counts_up: see `Call`.
-      lengths: of queries and keys.
-      own_keys: whether keys are those of the queries' own places; else of a cache or a memory.
-      bias: whether scores have one.
-      softcap: whether they are capped.
+      lengths: number of queries and of keys.
+      own_keys: whether keys are of the same tokens as queries; else of a cache or a memory.
+      bias: whether a bias is added to scores.
+      softcap: whether scores are capped.
       sink: whether heads have sinks.
-      learned_keys: whether all queries see keys of no token.
-      in_prefix: whether some tokens are seen from both sides.
+      learned_keys: whether all queries also see learned keys.
+      in_prefix: whether earlier tokens see some later tokens; see `Call.in_prefix_BL`.
     """
 
     rules: Rules
@@ -78,11 +78,11 @@ class Task(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A kernel.
+    """A chosen kernel.
 
     Attributes:
       kernel: its name.
-      lacks: what the platform's best kernel cannot do, if it is not that; else "".
+      lacks: what the platform's best kernel cannot do, if another was chosen; else "".
     """
 
     kernel: str
@@ -90,9 +90,9 @@ class Choice(NamedTuple):
 
 
 def lacking(kernel: str, task: Task, machine: Machine) -> str:
-    """What a kernel cannot do of a task on a machine, in words; "" if it can do it.
+    """Why a kernel cannot do a task on a machine, in words; "" if it can.
 
-    On a CPU, splash and triton run in the interpreter of Pallas: for tests, since it is slow.
+    On a CPU, splash and triton run in the Pallas interpreter: for tests, since it is slow.
     """
     by_position = task.rules != Rules(causal=False)
     of_pallas = {
@@ -140,12 +140,12 @@ def choose(kernel: str, task: Task, machine: Machine) -> Choice:
     """The kernel for a task on a machine.
 
     Args:
-      kernel: of `KERNELS`; "auto": the best of the platform, or xla where that cannot do the task.
-      task: what is asked of it.
+      kernel: one of `KERNELS`; "auto": the platform's best, or xla if that cannot do the task.
+      task: what it must compute.
       machine: what it runs on.
 
     Raises:
-      ValueError: a kernel asked for by name cannot do the task.
+      ValueError: the named kernel cannot do the task.
     """
     if kernel == "auto":
         best = BEST[machine.platform]
@@ -162,10 +162,10 @@ def choose(kernel: str, task: Task, machine: Machine) -> Choice:
 
 
 def keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
-    """The policy of remat that keeps what a kernel gives to its backward pass.
+    """The remat policy that keeps the residuals of a kernel for its backward pass.
 
-    Kept are its output and the logarithm of the sum of every row of scores, in float32. Attention
-    by xla keeps nothing. See `jax.checkpoint_policies`.
+    Residuals are the output, and the logarithm of the sum of every row of scores, in float32.
+    Attention by xla keeps nothing. See `jax.checkpoint_policies`.
     """
     if primitive.name == CUDNN_FORWARD:
         return True
@@ -173,7 +173,7 @@ def keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
 
 
 def machine_in_use() -> Machine:
-    """What the program is compiled for here."""
+    """The machine that the program is compiled for."""
     name, manual = platform(), bool(jax.sharding.get_abstract_mesh().manual_axes)
     if name != "gpu":
         return Machine(name, manual)
@@ -181,7 +181,7 @@ def machine_in_use() -> Machine:
 
 
 def chosen(kernel: str, task: Task) -> str:
-    """The kernel for a task here; says so once where "auto" must take xla on an accelerator."""
+    """The kernel for a task on this machine; warns once if "auto" falls back to xla."""
     machine = machine_in_use()
     choice = choose(kernel, task, machine)
     if choice.lacks and machine.platform != "cpu":
@@ -191,7 +191,7 @@ def chosen(kernel: str, task: Task) -> str:
 
 @functools.cache
 def warn_of(choice: Choice) -> None:
-    """Logs, once, that attention writes its scores to memory."""
+    """Logs once that attention writes its scores to memory."""
     logger.warning(
         "Attention takes the kernel %r, whose memory grows with the square of the length (%s).",
         choice.kernel,
@@ -215,29 +215,29 @@ def attend_by_rules(
     sink_N: jax.Array | None = None,
     prefix: Prefix | None = None,
 ) -> jax.Array:
-    """`attend`, of the keys that keep to rules, by the kernel for it.
+    """`attend` to the keys that rules allow, by the kernel for the task.
 
     Args:
       q_BLND: queries.
       k_BTKD: keys.
       v_BTKV: values, whose dim may differ from that of the keys.
       rules: which keys of its own document a query sees.
-      queries: where they stand.
-      keys: where they stand; None: the queries' own. A query that sees no key gets a mean of some
-        keys' values, or 0 where heads have sinks.
-      kernel: of `KERNELS`.
-      counts_up: whether positions do; see `Call`.
+      queries: positions and documents of queries.
+      keys: positions and documents of keys; None: those of queries. A query that sees no key gets
+        a mean of some keys' values, or 0 if heads have sinks.
+      kernel: one of `KERNELS`.
+      counts_up: whether positions count up; see `Call`.
       scale: see `attend`.
       bias_BNLT: see `attend`.
       softcap: see `attend`.
       sink_N: see `attend`.
-      prefix: keys and values that every query sees besides, whatever the rules.
+      prefix: learned keys and values that every query also sees, whatever the rules.
 
     Returns:
       [B, L, N, V] in the dtype of the values. Padding gets finite numbers.
 
     Raises:
-      ValueError: the kernel asked for cannot do it.
+      ValueError: the named kernel cannot do the task.
     """
     task = Task(
         rules, (k_BTKD.shape[-1], v_BTKV.shape[-1]), str(q_BLND.dtype), counts_up,
@@ -257,7 +257,7 @@ def attend_by_rules(
             scale=scale, bias_BNLT=bias_BNLT, softcap=softcap, sink_N=sink_N,
         )  # fmt: skip
     if name == "blocks":
-        from moe_jax.layers.blocks import attend_in_blocks  # it names its residuals as here
+        from moe_jax.layers.blocks import attend_in_blocks  # it imports RESIDUALS from here
 
         return attend_in_blocks(
             q_BLND, k_BTKD, v_BTKV, queries, sink_N,
@@ -274,7 +274,7 @@ def attend_by_rules(
 
 
 def by_device(run: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
-    """What a kernel makes of its arrays, on a mesh on every device of its own rows and heads.
+    """Runs a kernel; on a mesh, each device computes its own rows and heads.
 
     Args:
       run: the kernel.
@@ -290,14 +290,14 @@ def by_device(run: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
             for names in (("batch", None, "heads", None), ("batch", None), ("heads",))
         )
         specs = (heads, heads, heads, tokens, tokens, sinks)
-        # Unchecked, since kernels do not say what differs between devices. All but sinks is split;
-        # the gradient of sinks is summed over the devices that have copies.
+        # Unchecked, since kernels do not declare what varies between devices. All arrays except
+        # sinks are split; the gradient of sinks is summed over the devices that have copies.
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
     return run(*arrays)
 
 
 def pallas_kernel(name: str) -> Any:
-    """The function of a kernel in Pallas, which takes half a second to import."""
+    """The function of a Pallas kernel; importing Pallas takes half a second."""
     if name == "splash":
         from moe_jax.layers.splash import splash
 

@@ -1,8 +1,8 @@
 """Attention in blocks of queries, in plain JAX (legend: `moe_jax.moe`; T counts keys, G is N / K).
 
-The scores of a block stay in the cache of a CPU, none are kept for the backward pass, and a causal
-block leaves out the keys behind it. After FlashAttention (Dao et al. 2022, arXiv:2205.14135,
-algorithms 1 and 4), with blocks of queries alone.
+The scores of a block stay in the CPU cache and are not kept for the backward pass. A causal block
+skips the keys after it. Based on FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 1
+and 4), but only queries are split into blocks.
 """
 
 import functools
@@ -15,17 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from moe_jax.layers.attention_kernels import RESIDUALS
 from moe_jax.layers.masks import Rules, Tokens, visible
 
-SMALLEST, MOST = 64, 8  # queries of a block; blocks of a row, of which each is compiled
+SMALLEST, MOST = 64, 8  # queries per block at least; blocks per row at most, as each is compiled
 UNSEEN = float(jnp.finfo(jnp.float32).min) / 2
 
 
 class How(NamedTuple):
-    """What the blocks share, besides arrays.
+    """Settings that all blocks share.
 
     Attributes:
       rules: which keys of its own document a query sees.
       scale: of the dot products.
-      softcap: c, of c tanh(score / c); or None.
+      softcap: c of c tanh(score / c), or None.
     """
 
     rules: Rules
@@ -45,7 +45,7 @@ def attend_in_blocks(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """Attention to keys of the queries' own places, [B, L, N, V]; see `attend_by_rules`."""
+    """Attention among the tokens of a row, [B, L, N, V]; see `attend_by_rules`."""
     batch, length, heads, _ = q_BLND.shape
     kv_heads = k_BLKD.shape[2]
     q_BKGLD = jnp.moveaxis(q_BLND.reshape(batch, length, kv_heads, -1, q_BLND.shape[-1]), 1, 3)
@@ -66,12 +66,12 @@ def attend_in_blocks(
 
 
 def block_size(length: int) -> int:
-    """Queries of a block."""
+    """Queries per block."""
     return max(SMALLEST, -(-length // MOST))
 
 
 def keys_of(queries: slice, length: int, rules: Rules, counts_up: bool) -> slice:
-    """The places of all keys that some query of a block can see."""
+    """The places of all keys that any query of a block can see."""
     end = queries.stop if rules.causal else length
     if rules.window is None or not counts_up:
         return slice(0, end)
@@ -87,7 +87,7 @@ def seen_by(tokens: Tokens, queries: slice, keys: slice, rules: Rules) -> jax.Ar
         for where in (queries, keys)
     )
     seen_B1LT = visible(rules, of_queries, of_keys)
-    if rules.causal:  # no later place, whatever the positions
+    if rules.causal:  # never a later place, whatever the positions
         places_L, places_T = (jnp.arange(where.start, where.stop) for where in (queries, keys))
         seen_B1LT &= places_T <= places_L[:, None]
     return seen_B1LT[:, :, None]
@@ -110,10 +110,10 @@ def block(
       q_BKGLD: the queries.
       k_BKTD: the keys.
       v_BKTV: their values.
-      sink_KG: scores that take part in the denominator alone; or None.
+      sink_KG: scores that appear only in the denominator, or None.
       tokens: of the whole row.
-      queries: the places of the queries: first, and behind the last.
-      keys: the places of the keys, likewise.
+      queries: the places of the queries as (start, stop).
+      keys: the places of the keys as (start, stop).
       how: see `How`.
     """
     return _forward(q_BKGLD, k_BKTD, v_BKTV, sink_KG, tokens, queries, keys, how)[0]
@@ -122,7 +122,7 @@ def block(
 def scores(
     q_BKGLD: jax.Array, k_BKTD: jax.Array, tokens: Tokens, queries: Any, keys: Any, how: How
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores in float32, `UNSEEN` where a key is not seen, and which are."""
+    """Scores in float32, `UNSEEN` for unseen keys, and the mask of seen keys."""
     found = jnp.einsum("BKGLD,BKTD->BKGLT", q_BKGLD, k_BKTD, preferred_element_type=jnp.float32)
     found *= how.scale
     if how.softcap is not None:

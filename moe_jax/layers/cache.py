@@ -1,13 +1,13 @@
-"""The cache of what attention keeps of earlier tokens (legend: `moe_jax.moe`; T counts slots).
+"""The cache in which attention keeps earlier tokens (legend: `moe_jax.moe`; T counts slots).
 
-Every array has slots on its second dim, filled from the first on. Beside what a part keeps of a
-token stands its position in `positions` [B, T], -1 in a slot that is empty or has padding. Masks
-come from these positions alone. A row has one document.
+The second dim of every array is slots, filled from the first. In addition to what a part keeps of
+a token, `positions` [B, T] holds its position, or -1 for an empty slot or padding. Masks depend
+only on these positions. A row is one document.
 
-Tokens are taken back by writing over them: the next call of a row begins in the slot of the first
-one, and its own tokens reach as far. Until then no query stands behind them.
+Tokens are taken back by overwriting. The next call of a row begins in the slot of the first token
+taken back and has enough tokens to overwrite all of them. Until then no query comes after them.
 
-Attention to a window keeps a ring: the place p of a row is in slot p modulo T.
+Attention with a window uses a ring buffer: place p of a row is in slot p modulo T.
 """
 
 import functools
@@ -23,7 +23,7 @@ from moe_jax.parameters import Axes, ParameterSpec, zeros
 from moe_jax.part import Call
 
 EMPTY = -1
-SPARE = 8  # slots of a ring beyond its span: so many tokens may come at once
+SPARE = 8  # slots of a ring beyond its span; see `write`
 
 
 def slots(
@@ -34,12 +34,12 @@ def slots(
     Args:
       batch: B.
       length: tokens of a row.
-      span: how far back a query sees, itself included; None: all of the row.
-      **kept: the shape and the axes of what a token leaves behind, by name.
+      span: number of tokens that a query sees, itself included; None: all of the row.
+      **kept: shape and axes of what is kept of a token, by name.
 
     Returns:
-      Each in float32 [B, T, ...], and `positions` [B, T]; T is `length`, or less in a ring. Whoever
-      makes the arrays may choose another float dtype, in which they are then kept.
+      Each array in float32 [B, T, ...], and `positions` [B, T]; T is `length`, or less in a ring.
+      The caller may allocate the arrays in another float dtype, which `write` preserves.
     """
     if span is not None:
         length = min(length, span + SPARE)
@@ -66,12 +66,12 @@ def write(cache: Any, call: Call, **kept: jax.Array) -> dict[str, jax.Array]:
 
     Args:
       cache: as `slots` declares it.
-      call: of L tokens. Without a ring `cache_index` + L is at most T; with one, L is at most
-        `SPARE` + 1, except in a prefill. Of L tokens all but the first may be taken back.
+      call: of L tokens. Without a ring, `cache_index` + L is at most T. With a ring, L is at most
+        `SPARE` + 1, except in a prefill. All tokens except the first may be taken back.
       **kept: [B, L, ...], by name.
 
     Raises:
-      ValueError: the call does not say where it writes.
+      ValueError: the call has no `cache_index`.
     """
     require(
         call.cache_index is not None,
@@ -93,12 +93,12 @@ def write(cache: Any, call: Call, **kept: jax.Array) -> dict[str, jax.Array]:
 
 
 def put_behind(old: jax.Array, new: jax.Array, index: Any) -> jax.Array:
-    """[B, T, ...] with [B, L, ...] behind what is there."""
+    """[B, T, ...] with [B, L, ...] written from slot `index`."""
     return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
 
 
 def put_in_ring(old: jax.Array, new: jax.Array, index: Any, *, prefill: bool) -> jax.Array:
-    """[B, T, ...] with the newest of [B, L, ...] in the place of the oldest."""
+    """[B, T, ...] in which the newest of [B, L, ...] replace the oldest slots."""
     num_slots, length = old.shape[1], new.shape[1]
     if length == 1:
         return jax.lax.dynamic_update_slice_in_dim(old, new, index % num_slots, axis=1)
@@ -112,7 +112,7 @@ def put_in_ring(old: jax.Array, new: jax.Array, index: Any, *, prefill: bool) ->
 
 
 def in_each_row(put: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`put` with an index of its own in each row, [B]."""
+    """`put` with a separate index for each row, [B]."""
 
     def put_one(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
         return put(old[None], new[None], index)[0]
@@ -121,11 +121,11 @@ def in_each_row(put: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def in_one_document(cache: Any, call: Call) -> tuple[Tokens, Tokens]:
-    """The tokens of a call as queries, and the slots of a cache as keys: of one document, 1.
+    """The tokens of a call as queries and the slots of a cache as keys, all of document 1.
 
     Args:
-      cache: with the call's own tokens.
-      call: its positions continue those of the row; padding is 0.
+      cache: after `write` of this call.
+      call: its positions continue those of the row. Padding is document 0.
     """
     assert call.positions_BL is not None and call.segments_BL is not None, "with_defaults"
     positions_BT = cache["positions"]

@@ -22,8 +22,8 @@ from moe_jax.part import Call, Dims, Output, Own, Part, RunShape
 class CrossAttention(Part):
     """Multi-head attention from tokens to `Call.memory`, within segments of the same number.
 
-    A token whose segment has no memory gets 0 from the heads. Positions play no part: those of the
-    memory are of another text.
+    A token whose segment has no memory gets 0 from the heads. Positions are ignored, since the
+    memory is another text.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.2.3; with scale=1.0 as in T5, Raffel et
       al. 2020, arXiv:1910.10683.
@@ -33,14 +33,14 @@ class CrossAttention(Part):
     takes_back: ClassVar[bool] = True  # its cache has no tokens of the decoder
 
     num_heads: int = setting(4, at_least=1)  # N: query heads
-    num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: as many as N
-    head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim need not be model_dim
-    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # the projections that have one
+    num_kv_heads: int = setting(0, at_least=0)  # key and value heads (GQA); 0: N
+    head_dim: int = setting(32, at_least=1)  # D; num_heads * head_dim may differ from model_dim
+    biases: tuple[str, ...] = setting((), choices=tuple("qkvo"))  # projections with a bias
     qk_norm: Norm | None = None  # of queries and keys, per head
     scale: float | None = setting(None, above=0)  # of the scores; None: head_dim**-0.5 (T5: 1.0)
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
-    query_init_scale: float | None = setting(None, above=0)  # that of queries; None: init_scale
-    # What computes it; "auto": the best that can.
+    query_init_scale: float | None = setting(None, above=0)  # of queries; None: init_scale
+    # What computes attention; "auto": the best kernel that supports the settings.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
@@ -54,7 +54,7 @@ class CrossAttention(Part):
         return Attention(rotary=None, **fields)
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """Those of `Attention`: `wq`, `wk`, `wv` [M, ND], `wo` [ND, M], biases and norms."""
+        """As `Attention`: `wq`, `wk`, `wv` [M, ND], `wo` [ND, M], biases and norms."""
         return self.attention.specs(dims)
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class CrossAttention(Part):
         return {"keys": spec, "values": spec}
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: the memory holds no token of the decoder."""
+        """See `Part`: the memory contains no token of the decoder."""
         return False
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
@@ -98,7 +98,7 @@ class CrossAttention(Part):
             counts_up=False,
             scale=scale,
         )
-        # A query that sees no key would get a mean over texts of its row.
+        # Otherwise a query that sees no key would get a mean over other texts of its row.
         same_BLT = call.segments_BL[:, :, None] == memory_segments_BT[:, None, :]
         out_BLND = jnp.where(jnp.any(same_BLT, axis=-1)[..., None, None], out_BLND, 0)
         out_BLND = constrain(out_BLND, "batch", None, "heads", None)
@@ -109,9 +109,9 @@ class CrossAttention(Part):
         return y_BLM, None, {n: x.astype(own.cache[n].dtype) for n, x in kept.items()}
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-        """See `Part`: all of the L x T rectangle, and T / L keys and values a token.
+        """See `Part`: the whole L x T rectangle, and T / L keys and values per token.
 
-        Without a `memory_length` the memory counts as being as long as the sequence.
+        Without `memory_length`, the memory counts as long as the sequence.
         """
         size, width = jnp.dtype(dtype).itemsize, dims.model_dim
         heads = self.num_heads * self.head_dim
@@ -139,5 +139,5 @@ class CrossAttention(Part):
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """See `Part`: heads stay whole."""
+        """See `Part`: a head is not split."""
         self.attention.check_run(dims, run)

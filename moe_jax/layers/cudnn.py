@@ -1,7 +1,7 @@
 """Attention on an NVIDIA GPU by cuDNN (legend: `moe_jax.moe`; T counts keys).
 
-Scores stay on the chip. Documents are told apart by a mask, which cuDNN reads as a bias of scores
-and whose gradient it writes: two arrays [B, 1, L, T] in the compute dtype, of all heads together.
+Scores stay on the chip. A mask separates documents. cuDNN reads it as a bias of scores and writes
+its gradient: two arrays [B, 1, L, T] in the compute dtype, shared by all heads.
 """
 
 import jax
@@ -23,9 +23,9 @@ def cudnn(
     rules: Rules,
     scale: float,
 ) -> jax.Array:
-    """Attention of one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
+    """Attention on one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
 
-    Values of fewer dims than keys are filled up by zeros.
+    Values with fewer dims than keys are padded with zeros.
     """
     dim = v_BTKV.shape[-1]
     more = k_BTKD.shape[-1] - dim
@@ -34,7 +34,7 @@ def cudnn(
         q_BLND, k_BTKD, v_BTKD,
         mask=visible(rules, queries, keys),
         scale=scale,
-        # So that it leaves out blocks; a causal query sees no later place by any positions.
+        # So that cuDNN skips blocks; a causal query never sees a later place.
         is_causal=rules.causal and keys is None,
         implementation="cudnn",
     )  # fmt: skip
@@ -43,7 +43,7 @@ def cudnn(
 
 def version() -> int | None:
     """The cuDNN that JAX finds, such as 92800; 0: none; None: JAX has no plugin for NVIDIA GPUs."""
-    from jax._src.lib import cuda_versions  # not public; what jax.nn.dot_product_attention asks
+    from jax._src.lib import cuda_versions  # private; jax.nn.dot_product_attention reads it
 
     if cuda_versions is None:
         return None
@@ -54,7 +54,7 @@ def version() -> int | None:
 
 
 def largest_dim() -> int:
-    """The largest dim of a head that JAX lets it compute on the GPU that is here."""
+    """The largest head dim that JAX accepts for cuDNN on the local GPU."""
     if jax.default_backend() != "gpu":
         return 128
     capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")

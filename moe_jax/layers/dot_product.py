@@ -12,11 +12,11 @@ from moe_jax.config.check import require
 
 
 class Prefix(NamedTuple):
-    """Keys and values of no token, which every query sees: those of prefix tuning.
+    """Learned keys and values that every query sees (prefix tuning).
 
     Attributes:
-      keys_PKD: P of them, as they meet queries.
-      values_PKV: theirs.
+      keys_PKD: P keys, used as they are.
+      values_PKV: their values.
     """
 
     keys_PKD: jax.Array
@@ -29,7 +29,7 @@ class Prefix(NamedTuple):
         seen_B1LT: jax.Array,
         bias_BNLT: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """The arguments of `attend`, with T + P keys; the prefix gets a bias of 0."""
+        """The arguments of `attend` with P + T keys; the bias of the prefix is 0."""
         keys, values = (
             jnp.concatenate([jnp.broadcast_to(own, (len(x), *own.shape)).astype(x.dtype), x], 1)
             for own, x in ((self.keys_PKD, k_BTKD), (self.values_PKV, v_BTKV))
@@ -51,21 +51,21 @@ def attend(
     softcap: float | None = None,
     sink_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Means of values, weighted by the softmax of the scores of the keys seen.
+    """Means of values, weighted by the softmax of the scores of seen keys.
 
-    A score is scale * q . k, then capped, then with the bias added. All of it is in float32; the
-    weights of the values are rounded to the dtype of the keys.
+    A score is scale * q . k, which is capped before the bias is added. Scores are float32; the
+    weights of values are rounded to the dtype of the keys.
 
     Args:
       q_BLND: queries.
       k_BTKD: keys.
       v_BTKV: values, whose dim may differ from that of the keys.
-      seen_B1LT: bool, as `masks.visible` gives. A query that sees no key gets a mean of some keys'
-        values, or 0 where heads have sinks.
+      seen_B1LT: bool, as `masks.visible` returns. A query that sees no key gets a mean of some
+        keys' values, or 0 if heads have sinks.
       scale: of the dot products.
       bias_BNLT: [1 or B, N, L, T], added to scores.
       softcap: c; scores become c tanh(score / c) (Grok-1; Gemma 2, arXiv:2408.00118, eq. 1).
-      sink_N: a score per head that takes part in the denominator alone (gpt-oss).
+      sink_N: a score per head that appears only in the denominator (gpt-oss).
 
     Returns:
       [B, L, N, V] in the dtype of the values.

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: one expert's maths, for every token (legend: `moe_jax.moe`)."""
+"""The dense feed-forward layer: one expert network for every token (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from moe_jax.part import Call, Dims, Output, Own, Part
 
 @dataclasses.dataclass(frozen=True)
 class Mlp(Part):
-    """MLP or GLU."""
+    """An MLP or a GLU."""
 
     pointwise: ClassVar[bool] = True
 
@@ -25,7 +25,7 @@ class Mlp(Part):
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """`wi`, `wo`, `wg` if gated, and biases; see `ffn_specs`."""
+        """`wi`, `wo`, `wg` if gated, and any biases; see `ffn_specs`."""
         return dict(
             ffn_specs(
                 dims.model_dim, self.dim, "dense_ffn", gated=self.activation.gated,

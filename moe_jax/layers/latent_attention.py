@@ -1,4 +1,4 @@
-"""Latent attention: keys and values out of one small vector a token (legend: `moe_jax.moe`)."""
+"""Latent attention: keys and values from one small vector per token (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -26,11 +26,11 @@ from moe_jax.part import Call, Dims, Output, Own, Part, RunShape, check_divides
 class LatentAttention(Part):
     """Multi-head attention whose keys and values are linear in a latent of the token (MLA).
 
-    A key is a part of its head's own, without positions, and a rotary part that all heads share.
-    The cache has the latent and the rotary key alone. With a cache, queries go into the space of
-    the latent, so that keys and values are never made; see `absorb`.
+    A key has a part of its own head, without positions, and a rotary part that all heads share. The
+    cache contains only the latent and the rotary key. With a cache, queries are projected into the
+    space of the latent, so that keys and values are never computed; see `absorb`.
 
-    Source: DeepSeek-AI 2024, arXiv:2405.04434, sec. 2.1 and appendix C; scale: YaRN of its code.
+    Source: DeepSeek-AI 2024, arXiv:2405.04434, sec. 2.1 and appendix C; scale: YaRN in its code.
     """
 
     takes_back: ClassVar[bool] = True
@@ -40,13 +40,13 @@ class LatentAttention(Part):
     q_rank: int = setting(0, at_least=0)  # dim of the latent of queries; 0: none
     kv_rank: int = setting(64, at_least=1)  # F: dim of the latent of keys and values
     nope_dim: int = setting(32, at_least=1)  # of queries and keys, per head, without positions
-    rope_dim: int = setting(16, at_least=2)  # of queries per head, and of the key that all share
+    rope_dim: int = setting(16, at_least=2)  # of queries per head, and of the shared rotary key
     value_dim: int = setting(32, at_least=1)  # of values, per head
-    rotary: Rotary = Rotary(interleaved=True)  # turns the rotary parts, scales scores
+    rotary: Rotary = Rotary(interleaved=True)  # rotates the rotary parts, scales scores
     norm_epsilon: float = setting(1e-6, above=0)  # of the norms of the latents
-    use_bias: bool = False  # biases in the projections to the latents, and of the output
+    use_bias: bool = False  # biases of the projections to latents and of the output
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
-    # What computes it; "auto": the best that can.
+    # What computes attention; "auto": the best kernel that supports the settings.
     kernel: str = setting("auto", choices=KERNELS, changes_results=False)
 
     def check(self) -> None:
@@ -55,18 +55,18 @@ class LatentAttention(Part):
 
     @property
     def head_dim(self) -> int:
-        """Dims of a query."""
+        """Dims of a query or key, per head."""
         return self.nope_dim + self.rope_dim
 
     @property
     def scale(self) -> float:
-        """Of the scores."""
+        """Multiplies scores."""
         return self.head_dim**-0.5 * self.rotary.softmax_factor
 
     def specs(self, dims: Dims) -> dict[str, Any]:
         """The parameters.
 
-        `wq_a` [M, Q], `q_norm`, `wq_b` [Q, N * head_dim], or `wq` alone if q_rank is 0; `wkv_a`
+        `wq_a` [M, Q], `q_norm`, `wq_b` [Q, N * head_dim], or only `wq` if q_rank is 0; `wkv_a`
         [M, F + rope_dim] to the latent and the rotary key, `kv_norm`, `wkv_b` [F, N * (nope_dim +
         value_dim)], head by head; `wo` [N * value_dim, M]; biases `bq_a`, `bkv_a`, `bo`.
         """
@@ -101,7 +101,7 @@ class LatentAttention(Part):
         return specs
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
-        """`latent` [B, T, F] after its norm, `rotary_key` [B, T, rope_dim], turned; see `slots`."""
+        """Normed `latent` [B, T, F], rotated `rotary_key` [B, T, rope_dim]; see `slots`."""
         whole: Axes = (None,)
         return slots(
             batch, length, latent=((self.kv_rank,), whole), rotary_key=((self.rope_dim,), whole)
@@ -112,7 +112,7 @@ class LatentAttention(Part):
         return False
 
     def apply(self, params: Any, x_BLM: jax.Array, call: Call, own: Own) -> Output:
-        """See `Part`; like `Attention`, within documents."""
+        """See `Part`; attends within documents, like `Attention`."""
         assert call.segments_BL is not None and call.positions_BL is not None, "with_defaults"
         nope_BLND, rope_BLND = self.queries(params, x_BLM, call)
         latent_BLF, key_BLD = self.latent(params, x_BLM, call)
@@ -141,7 +141,7 @@ class LatentAttention(Part):
         return affine(out_BLND.reshape(*x_BLM.shape[:2], -1), params, "o"), None, cache
 
     def queries(self, params: Any, x_BLM: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
-        """[B, L, N, nope_dim] and, turned, [B, L, N, rope_dim]."""
+        """[B, L, N, nope_dim], and the rotated part [B, L, N, rope_dim]."""
         if self.q_rank:
             norm = RMSNorm(self.norm_epsilon)
             latent = norm.apply(params["q_norm"], affine(x_BLM, params, "q_a"))
@@ -152,17 +152,17 @@ class LatentAttention(Part):
         return nope_BLND, self.turned(rope_BLND, call)
 
     def latent(self, params: Any, x_BLM: jax.Array, call: Call) -> tuple[jax.Array, jax.Array]:
-        """What is kept of a token: the normed latent [B, L, F], the turned key [B, L, rope_dim]."""
+        """What the cache keeps: normed latent [B, L, F], rotated key [B, L, rope_dim]."""
         both = affine(x_BLM, params, "kv_a")
         latent_BLF, key_BLD = jnp.split(both, (self.kv_rank,), axis=-1)
         latent_BLF = RMSNorm(self.norm_epsilon).apply(params["kv_norm"], latent_BLF)
         return latent_BLF, self.turned(key_BLD[:, :, None], call)[:, :, 0]
 
     def parted(self, x_BLI: jax.Array, weight: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """The product with a matrix of heads: the first nope_dim of each head, and the others.
+        """The product with a matrix of heads: the first nope_dim of each head, and the rest.
 
-        Many tokens meet a matrix that is parted first, since their heads are more than it; of a few
-        tokens the heads are parted.
+        For many tokens the matrix is split, since their heads are larger than it. For few tokens
+        the heads are split.
         """
         batch, length, inputs = x_BLI.shape
         if batch * length < inputs:
@@ -181,14 +181,14 @@ class LatentAttention(Part):
         return split_heads(first, self.nope_dim), split_heads(rest, head_dim - self.nope_dim)
 
     def turned(self, x_BLND: jax.Array, call: Call) -> jax.Array:
-        """Rotary parts of queries or keys, turned by their positions."""
+        """Rotary parts of queries or keys, rotated by position."""
         assert call.positions_BL is not None, "with_defaults"
         return self.rotary.rotate(x_BLND, call.positions_BL, call.segments_BL, call.lengths_B)
 
     def expand(
         self, params: Any, latent_BTF: jax.Array, key_BTD: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, T, N, head_dim] and values [B, T, N, value_dim] out of what is kept."""
+        """Keys [B, T, N, head_dim] and values [B, T, N, value_dim] from what the cache keeps."""
         size = self.nope_dim + self.value_dim
         nope_BTND, v_BTND = self.parted(latent_BTF, params["wkv_b"], size)
         shape = (*nope_BTND.shape[:3], self.rope_dim)
@@ -198,15 +198,15 @@ class LatentAttention(Part):
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
         """See `Part`: projections, and `scores_cost` of the whole L x L square.
 
-        Saved are latents before and after their norms; queries and keys in parts and as a whole,
-        values, and the output of the heads.
+        Saved are latents before and after their norms, queries and keys in parts and whole, values,
+        and the output of the heads.
         """
         size, width, heads = jnp.dtype(dtype).itemsize, dims.model_dim, self.num_heads
         q, keys_values = heads * self.head_dim, heads * (self.nope_dim + self.value_dim)
         latent, out = self.kv_rank + self.rope_dim, heads * self.value_dim
         q_inputs = self.q_rank or width
-        # A product with a matrix that is parted reads its rows twice; see `parted`. One sequence
-        # decides here, all of a batch there.
+        # A product with a split matrix reads its rows twice; see `parted`. The choice there
+        # depends on the tokens of a batch, here on those of one sequence.
         reads = {rows: rows * (2 if length >= rows else 1) for rows in (q_inputs, self.kv_rank)}
         projections = Cost(
             "attention",
@@ -229,7 +229,7 @@ class LatentAttention(Part):
         return (projections, scores)
 
     def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
-        """See `Part`: by `absorb`, in which a score has the latent and the rotary dims."""
+        """See `Part`: by `absorb`, where a score is over the latent and rotary dims."""
         projections, _ = self.costs(dims, length, dtype)
         return projections.flops + 2 * length * self.num_heads * (2 * self.kv_rank + self.rope_dim)
 
@@ -240,7 +240,7 @@ class LatentAttention(Part):
         return dataclasses.replace(self, kernel=chosen(self.kernel, task))
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """See `Part`: heads stay whole; every device has the latents."""
+        """See `Part`: a head is not split; every device has the latents."""
         check_divides(self.specs(dims), run)
         require(
             self.num_heads % run.shards["heads"] == 0,
@@ -260,16 +260,16 @@ def absorb(
     *,
     scale: float,
 ) -> jax.Array:
-    """Attention in the space of the latent: all heads read one key and one value a token.
+    """Attention in the space of the latent: all heads read one key and one value per token.
 
     A score q . (c W) is (q W^T) . c, and a mean of values c W is W applied to the mean of c.
 
     Args:
       nope_BLND: queries without positions.
-      rope_BLND: queries turned by their positions.
+      rope_BLND: rotary parts of queries, rotated.
       latent_BTF: c.
-      key_BTD: rotary keys, turned.
-      heads_FND: W of keys and of values, one behind the other on the last dim.
+      key_BTD: rotary keys, rotated.
+      heads_FND: W of keys, then W of values, on the last dim.
       seen_B1LT: bool; the keys that a query sees.
       scale: of the scores.
 

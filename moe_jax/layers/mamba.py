@@ -30,29 +30,29 @@ SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1  # of the recurrence, at initialization
 
 @dataclasses.dataclass(frozen=True)
 class Mamba(Part):
-    """Mamba-1: a causal convolution, then a linear recurrence whose coefficients a token chooses.
+    """Mamba-1: a causal convolution, then a linear recurrence with token-dependent coefficients.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = C_t h_t + D x_t, for each of the H inner
     features with a state of Z numbers; y is gated by silu(z). A document starts from h = 0, and its
-    convolution sees no other. Padding stands before the first or behind the last token of a
-    document, and leaves the state as it is.
+    convolution sees no other document. Padding is before the first or after the last token of a
+    document, and does not change the state.
 
-    A cache continues a row at the token where the last call stopped. The document of a call that
-    has the same number in `segments_BL` is the same document.
+    A cache continues a row at the token where the last call stopped. Equal numbers in
+    `segments_BL` of two calls mean the same document.
 
     Source: Gu and Dao 2023, arXiv:2312.00752, alg. 2; norms: Lieber et al. 2024, Jamba,
       arXiv:2403.19887.
     """
 
-    expand: int = setting(2, at_least=1)  # inner features over model_dim
-    state_dim: int = setting(16, at_least=1)  # Z: numbers that an inner feature remembers
+    expand: int = setting(2, at_least=1)  # inner features / model_dim
+    state_dim: int = setting(16, at_least=1)  # Z: numbers in the state of an inner feature
     conv_kernel: int = setting(4, at_least=2)  # W: tokens that the convolution sees
     dt_rank: int = setting(0, at_least=0)  # rank of the projection to dt; 0: ceil(model_dim / 16)
     conv_bias: bool = True  # a bias in the convolution
     use_bias: bool = False  # biases in the input and output projections
     inner_norms: bool = False  # RMSNorm of dt, B and C (Jamba)
     norm_epsilon: float = setting(1e-6, above=0)  # of inner_norms
-    # Tokens whose states are in memory at one time; the backward pass computes them again.
+    # Tokens whose states are in memory at one time; the backward pass recomputes them.
     chunk_size: int = setting(32, at_least=1, changes_results=False)
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in
 
@@ -64,7 +64,7 @@ class Mamba(Part):
         """The parameters.
 
         `wx`, `wz` [M, H], `wo` [H, M], their biases `bx`, `bz`, `bo`; `conv` [W, H], whose last tap
-        meets the current token, `conv_bias`; `x_proj` [H, R + 2 Z] to dt, B and C, their norms
+        is for the current token, `conv_bias`; `x_proj` [H, R + 2 Z] to dt, B and C, their norms
         `dt_norm`, `b_norm`, `c_norm`; `dt_proj` [R, H], `dt_bias`; `a_log` [H, Z], `d` [H].
         """
         inner, rank = self.sizes(dims)
@@ -78,7 +78,7 @@ class Mamba(Part):
 
         inward = matrix(model, inner, ("model", "hidden"), scaled_init(self.init_scale, model))
         outer = scaled_init(self.init_scale, inner)
-        # To an optimizer of matrices the taps are vectors.
+        # An optimizer of matrices treats the taps as vectors.
         conv = matrix(taps, inner, (None, "hidden"), uniform_init(taps**-0.5))
         conv = dataclasses.replace(conv, num_stacked=1)
         a_log = ParameterSpec((inner, state), ("hidden", None), log_range, "mamba", decays=False)
@@ -105,10 +105,10 @@ class Mamba(Part):
         return specs
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
-        """See `Part`: of any length the same.
+        """See `Part`: the same for any length.
 
-        `inputs` [B, W - 1, H] of the convolution, the last ones, and their `segments` [B, W - 1],
-        0 where there was no token; `state` [B, H, Z].
+        `inputs` [B, W - 1, H], the last inputs of the convolution, and their `segments` [B, W - 1],
+        0 if there was no token; `state` [B, H, Z].
         """
         inner, past = self.sizes(dims)[0], self.conv_kernel - 1
 
@@ -121,7 +121,7 @@ class Mamba(Part):
         return {
             "inputs": spec((batch, past, inner), ("batch", None, "hidden"), jnp.float32),
             "segments": spec((batch, past), ("batch", None), jnp.int32),
-            # What is summed over a text stays in float32.
+            # Float32, since it sums over a whole text.
             "state": spec(state, ("batch", "hidden", None), jnp.float32, "state"),
         }
 
@@ -140,14 +140,14 @@ class Mamba(Part):
             lambda spec: constrain(jnp.zeros(spec.shape, spec.dtype), *spec.axes),
             self.cache_specs(Dims(x_BLM.shape[-1]), x_BLM.shape[0], 0),
         )
-        # Of the last W - 1 tokens and the new ones.
+        # The last W - 1 tokens, then the new tokens.
         inputs = jnp.concatenate([cache["inputs"].astype(x_BLH.dtype), x_BLH], axis=1)
         segments = jnp.concatenate([cache["segments"], call.segments_BL], axis=1)
 
         bias = params.get("conv_bias", jnp.zeros(()))
         x_BLH = causal_convolution(inputs, segments, dense(params["conv"]), dense(bias))
         dt_BLH, b_BLZ, c_BLZ = self.coefficients(params, x_BLH)
-        # A step of 0 leaves the state as it is.
+        # A step of 0 does not change the state.
         dt_BLH = steps(dt_BLH, dense(params["dt_bias"])) * valid_BL1
         starts_BL = (call.segments_BL != segments[:, self.conv_kernel - 2 : -1]) & valid_BL1[..., 0]
         a_HZ = -jnp.exp(dense(params["a_log"]).astype(jnp.float32))
@@ -163,7 +163,7 @@ class Mamba(Part):
         return y_BLM, None, jax.tree.map(lambda a, old: a.astype(old.dtype), new, cache)
 
     def coefficients(self, params: Any, x_BLH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What `steps` makes dt_BLH of, b_BLZ and c_BLZ, for every token."""
+        """dt_BLH before `steps`, b_BLZ and c_BLZ, for every token."""
         chosen = linear(x_BLH, params["x_proj"])
         rank = chosen.shape[-1] - 2 * self.state_dim
         dt_BLR, b_BLZ, c_BLZ = jnp.split(chosen, (rank, rank + self.state_dim), axis=-1)
@@ -175,12 +175,12 @@ class Mamba(Part):
         return linear(dt_BLR, params["dt_proj"]), b_BLZ, c_BLZ
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-        """See `Part`: projections; the convolution and the scan, which are no products.
+        """See `Part`: projections, then the convolution and the scan, which have no matmuls.
 
-        A step of the scan is two products and an exponential for the decay, two for what is added,
-        and two multiply-adds, for each of H x Z states. Saved are x before and after the
+        A scan step costs 8 FLOPs for each of H x Z states: a product and an exponential for the
+        decay, two products for the added term, two multiply-adds. Saved are x before and after the
         convolution and in chunks, z, dt before softplus and the gated output, in `dtype`; dt and y
-        in float32; and one state a chunk.
+        in float32; and one state per chunk.
         """
         size, (inner, rank) = jnp.dtype(dtype).itemsize, self.sizes(dims)
         model, chosen = dims.model_dim, rank + 2 * self.state_dim
@@ -206,24 +206,24 @@ class Mamba(Part):
         return (projections, scan)
 
 
-# Checkpointed are functions of single features: cheap to compute again, and their insides as large
-# as the inner features.
+# Functions of single features are checkpointed: they are cheap to recompute, and their residuals
+# are as large as the inner features.
 
 
 @jax.checkpoint
 def causal_convolution(
     inputs: jax.Array, segments: jax.Array, taps_WH: jax.Array, bias: jax.Array
 ) -> jax.Array:
-    """Each feature's own convolution over the tokens of a document, then silu.
+    """A depthwise convolution over the tokens of a document, then silu.
 
     Args:
-      inputs: [B, W - 1 + L, H], before it those that the first token sees.
+      inputs: [B, W - 1 + L, H]; the first W - 1 are those before the first token.
       segments: int32 [B, W - 1 + L], the documents of the inputs.
-      taps_WH: the last tap meets the current token.
+      taps_WH: the last tap is for the current token.
       bias: [H], or a scalar.
 
     Returns:
-      x_BLH in the dtype of the inputs, 0 for padding; float32 inside.
+      x_BLH in the dtype of the inputs, 0 for padding; computed in float32.
     """
     num_taps, length = taps_WH.shape[0], inputs.shape[1] - taps_WH.shape[0] + 1
     current = segments[:, num_taps - 1 :]
@@ -245,13 +245,13 @@ def steps(dt_BLH: jax.Array, bias_H: jax.Array) -> jax.Array:
 def skip_and_gate(
     y_BLH: jax.Array, x_BLH: jax.Array, z_BLH: jax.Array, d_H: jax.Array
 ) -> jax.Array:
-    """(y + d x) silu(z) in float32, in the dtype of x."""
+    """(y + d x) silu(z), computed in float32, in the dtype of x."""
     y_BLH = y_BLH + d_H * x_BLH.astype(jnp.float32)
     return (y_BLH * jax.nn.silu(z_BLH.astype(jnp.float32))).astype(x_BLH.dtype)
 
 
 def last_inputs(inputs: jax.Array, segments: jax.Array, count: int) -> dict[str, jax.Array]:
-    """The inputs of the convolution up to the last token of a row that is no padding."""
+    """The last `count` inputs up to the last token of a row that is not padding."""
     length = segments.shape[1] - count
     place_L = jnp.arange(1, length + 1)
     ends_B = jnp.max(jnp.where(segments[:, count:] > 0, place_L, 0), axis=1)
@@ -269,20 +269,20 @@ def selective_scan(
     state_BHZ: jax.Array,
     chunk_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs h = exp(dt a) h + dt b x, y = c h, token after token, in float32.
+    """Computes h = exp(dt a) h + dt b x, y = c h over tokens, in float32.
 
-    Chunks run one after another, and the tokens of a chunk in parallel. The backward pass has one
-    state a chunk, and computes those inside a chunk again.
+    Chunks run one after another, the tokens of a chunk in parallel. The backward pass keeps one
+    state per chunk and recomputes the states inside a chunk.
 
     Args:
       x_BLH: inputs of any float dtype.
       dt_BLH: steps, at least 0.
       a_HZ: rates, below 0.
-      b_BLZ: of what a token adds, of any float dtype.
-      c_BLZ: of what a token reads, of any float dtype.
+      b_BLZ: input coefficients, of any float dtype.
+      c_BLZ: output coefficients, of any float dtype.
       starts_BL: whether a token starts from h = 0.
       state_BHZ: h before the first token.
-      chunk_size: tokens of a chunk.
+      chunk_size: tokens per chunk.
 
     Returns:
       y_BLH, and h after the last token.
@@ -292,7 +292,7 @@ def selective_scan(
     num_chunks = -(-length // size)
 
     def chunked(a: jax.Array) -> jax.Array:
-        # Further tokens have a step of 0, which changes no state.
+        # Padded tokens have a step of 0, which does not change the state.
         a = jnp.pad(a, ((0, 0), (0, num_chunks * size - length)) + ((0, 0),) * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(batch, num_chunks, size, *a.shape[2:]), 1, 0)
 
@@ -314,7 +314,7 @@ def selective_scan(
 
 
 def follow(one: Any, other: Any) -> Any:
-    """The decay and the state of two stretches of tokens, one behind the other."""
+    """The decay and the state of two consecutive spans of tokens."""
     return one[0] * other[0], one[1] * other[0] + other[1]
 
 
@@ -334,7 +334,7 @@ def log_range(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Biases whose softplus, the step, is log-uniform between its smallest and largest."""
+    """Biases whose softplus is log-uniform in [SMALLEST_STEP, LARGEST_STEP]."""
     low, high = math.log(SMALLEST_STEP), math.log(LARGEST_STEP)
     step = jnp.exp(jax.random.uniform(key, shape, dtype, low, high))
     return step + jnp.log(-jnp.expm1(-step))

@@ -5,21 +5,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NO_DOCUMENT = -1  # of tokens that fill a row up
+NO_DOCUMENT = -1  # of tokens that pad a row
 
 
 class Rules(NamedTuple):
-    """Which keys of its own document a query sees: those that keep to every rule given.
+    """Which keys of its own document a query sees: keys that satisfy every rule.
 
-    The rules speak of positions, never of places in a row. So a document gives the same under
-    padding on either side, packed with others, or with its keys in a cache. Among keys of its own
-    row a causal query sees no later place, too: positions that restart within a document leak
-    nothing.
+    Rules compare positions, not places in a row. So a document gives the same result with padding
+    on either side, packed with others, or with its keys in a cache. A causal query also never sees
+    a later place of its own row, so positions that restart within a document leak nothing.
 
     Attributes:
       causal: a key j is seen by queries i >= j.
-      window: W; i - W < j, which is W keys in a causal stack, the query's own among them. Without
-        `causal` also j < i + W: W - 1 keys on either side.
+      window: W; i - W < j: W keys in a causal stack, including the query's own. Without `causal`,
+        also j < i + W: W - 1 keys on either side.
       chunk: C; i // C == j // C (Llama 4).
     """
 
@@ -29,14 +28,13 @@ class Rules(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Where tokens stand: queries, or keys.
+    """Positions and documents of queries or keys.
 
     Attributes:
-      positions_BL: int32, of the tokens in their documents.
-      segments_BL: int32, the documents of the tokens. A query sees keys of its own alone; a query
-        of padding (0) sees padding.
-      in_prefix_BL: bool, tokens that are seen from both sides in spite of `Rules.causal`; None: no
-        token is.
+      positions_BL: int32, positions of the tokens in their documents.
+      segments_BL: int32, documents of the tokens. A query sees only keys of its own document; a
+        query of padding (0) sees padding.
+      in_prefix_BL: bool, tokens that earlier tokens see in spite of `Rules.causal`; None: no token.
     """
 
     positions_BL: jax.Array
@@ -48,9 +46,9 @@ def visible(rules: Rules, queries: Tokens, keys: Tokens | None = None) -> jax.Ar
     """Which keys each query sees.
 
     Args:
-      rules: all of which hold.
-      queries: of L tokens.
-      keys: of T tokens; None: the queries' own.
+      rules: a seen key satisfies all of them.
+      queries: L tokens.
+      keys: T tokens; None: the queries.
 
     Returns:
       bool [B, 1, L, T].
@@ -77,13 +75,13 @@ def visible(rules: Rules, queries: Tokens, keys: Tokens | None = None) -> jax.Ar
 def by_place(rules: Rules, tokens: Tokens) -> tuple[Rules, jax.Array]:
     """The same rules about places in the row, for tokens whose positions count up.
 
-    Two tokens of a document are then as far apart in the row as in their positions, so that causal
-    and window are rules about places. A chunk of a document becomes a document: chunks begin with
-    the document, wherever that stands. Its length bounds the window.
+    The distance of two tokens of a document is then the same in places and in positions, so causal
+    and window hold for places. Each chunk becomes a document, since chunks begin with the document
+    and not with the row. The chunk length bounds the window.
 
     Args:
       rules: about positions.
-      tokens: of which those of one document have positions that grow by one from place to place.
+      tokens: positions in a document grow by one from place to place.
 
     Returns:
       Rules without `chunk`, and the documents, int32 [B, L].
@@ -91,7 +89,7 @@ def by_place(rules: Rules, tokens: Tokens) -> tuple[Rules, jax.Array]:
     chunk = rules.chunk
     if chunk is None:
         return rules, tokens.segments_BL
-    # The chunks of a document have one number after the other, so that so many differ.
+    # A row has at most `count` chunks of a document, so modulo `count` their numbers differ.
     count = -(-tokens.segments_BL.shape[1] // chunk) + 1
     documents_BL = tokens.segments_BL * count + tokens.positions_BL // chunk % count
     window = chunk if rules.window is None else min(rules.window, chunk)
@@ -99,7 +97,7 @@ def by_place(rules: Rules, tokens: Tokens) -> tuple[Rules, jax.Array]:
 
 
 def filled(x: jax.Array, block: int, value: int) -> jax.Array:
-    """[B, L, ...] whose second dim is filled up to whole blocks."""
+    """[B, L, ...] whose second dim is padded to whole blocks."""
     more = -x.shape[1] % block
     widths = [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths, constant_values=value) if more else x

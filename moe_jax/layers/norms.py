@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, in float32 whatever the compute dtype (legend: `moe_jax.moe`)."""
+"""RMSNorm and LayerNorm, in float32 for every compute dtype (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -17,10 +17,10 @@ class Norm(Settings):
     family: ClassVar[str] = "norm"
 
     epsilon: float = setting(1e-6, above=0)  # added to the mean square or the variance
-    use_scale: bool = True  # a weight per feature; without, the norm has none
+    use_scale: bool = True  # multiplies each feature by a weight
 
     def specs(self, dim: int, component: str = "norms", axis: str | None = None) -> dict[str, Any]:
-        """The parameters of a norm of vectors of this dim, which has this name in `parallel`."""
+        """The parameters for vectors of size `dim`; `axis` is its name in `parallel.rules`."""
         if not self.use_scale:
             return {}
         return {"scale": ParameterSpec((dim,), (axis,), ones, component, decays=False)}
@@ -72,7 +72,7 @@ def inverse_root(x32: jax.Array, epsilon: float) -> jax.Array:
 
 
 def weighted(params: Any, x32: jax.Array) -> jax.Array:
-    """Times the scale, plus the bias, of those that there are."""
+    """Times the scale, if any, plus the bias, if any."""
     if "scale" in params:
         x32 *= dense(params["scale"])
     return x32 + dense(params["bias"]) if "bias" in params else x32

@@ -18,11 +18,11 @@ from moe_jax.part import Call, Dims, Output, Own, Part
 
 @dataclasses.dataclass(frozen=True)
 class RelativePositions(Part):
-    """A learned bias per head and bucket of distances, once for all layers of a stack.
+    """A learned bias per head and bucket of distances, shared by all layers of a stack.
 
-    It is a shared part of a stack: `stack.shared = ("position",)` and, in attention of the layers,
-    `position_bias = "position"`. In a causal stack the buckets are of distances backward; else half
-    of them are of distances forward.
+    It is a shared part of a stack: set `stack.shared = ("position",)` and, in the attention of
+    layers, `position_bias = "position"`. In a causal stack all buckets hold backward distances;
+    otherwise half of them hold forward distances.
 
     Source: Raffel et al. 2020, T5, arXiv:1910.10683, sec. 2.1; buckets: transformers,
       modeling_t5.py.
@@ -31,9 +31,9 @@ class RelativePositions(Part):
     adds_to_residual: ClassVar[bool] = False
     pointwise: ClassVar[bool] = True
 
-    num_heads: int = setting(4, at_least=1)  # N, those of the attention that uses it
+    num_heads: int = setting(4, at_least=1)  # N, as in the attention that uses it
     num_buckets: int = setting(32, at_least=4)  # of distances, both directions together
-    max_distance: int = setting(128, at_least=2)  # tokens; all that is as far shares a bucket
+    max_distance: int = setting(128, at_least=2)  # tokens; larger distances share a bucket
 
     def check(self) -> None:
         """See `Settings`."""
@@ -51,7 +51,7 @@ class RelativePositions(Part):
         return {"table": ParameterSpec(shape, (None, "heads"), init, "attention", decays=False)}
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: a bias depends on no token."""
+        """See `Part`: biases do not depend on tokens."""
         return False
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
@@ -62,7 +62,8 @@ class RelativePositions(Part):
         """The biases of L queries and their keys, float32 [1 or B, N, L, L or T]; see `Part`.
 
         Positions of a document count up by one, so the distance of two tokens is that of their
-        places in the row, or of their slots in a cache; in every row alike, if as many are filled.
+        places in the row or slots in a cache. It is the same in all rows if equally many slots are
+        filled.
         """
         places = keys_1T = jnp.arange(x_BLM.shape[1], dtype=jnp.int32)[None]
         if call.cache_length is not None and not call.prefill:
@@ -74,7 +75,7 @@ class RelativePositions(Part):
     def bias(
         self, params: Any, positions_BL: jax.Array, key_positions_BT: jax.Array, *, causal: bool
     ) -> jax.Array:
-        """The biases of these queries and keys, float32 [B, N, L, T]."""
+        """The biases for these queries and keys, float32 [B, N, L, T]."""
         relative_BLT = key_positions_BT[:, None, :] - positions_BL[:, :, None]
         buckets_BLT = self.buckets(relative_BLT, causal=causal)
         bias_BLTN = rows(params["table"], buckets_BLT).astype(jnp.float32)
@@ -82,7 +83,7 @@ class RelativePositions(Part):
         return constrain(jnp.moveaxis(bias_BLTN, -1, 1), rows_axis, "heads", None, None)
 
     def buckets(self, relative: jax.Array, *, causal: bool) -> jax.Array:
-        """The buckets of positions of keys less those of queries, int32 of the same shape."""
+        """The buckets of relative positions (key minus query), int32 of the same shape."""
         count = self.num_buckets if causal else self.num_buckets // 2
         of_distance = jnp.asarray(buckets_of_distances(count, self.max_distance))
         distance = jnp.maximum(-relative, 0) if causal else jnp.abs(relative)
@@ -93,8 +94,8 @@ class RelativePositions(Part):
 def buckets_of_distances(num_buckets: int, max_distance: int) -> np.ndarray:
     """The buckets of the distances 0 to max_distance, int32.
 
-    The first half of the buckets have one distance each; those behind grow by a constant ratio.
-    Computed in float32, as T5 has it.
+    The first half of the buckets have one distance each; later buckets grow by a constant ratio.
+    Computed in float32, as in T5.
     """
     exact = num_buckets // 2
     far = np.arange(exact, max_distance + 1, dtype=np.float32)

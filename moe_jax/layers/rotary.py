@@ -16,15 +16,15 @@ from moe_jax.parallel.rules import platform
 
 @dataclasses.dataclass(frozen=True)
 class Rotary(Settings):
-    """Turns pairs of features of queries and keys by an angle that grows with the position.
+    """Rotates pairs of features of queries and keys by an angle that grows with position.
 
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34 (interleaved pairs); halves: GPT-NeoX, Llama.
     """
 
     family: ClassVar[str] = "rotary"
 
-    base: float = setting(10_000.0, above=1)  # the slowest pair turns about 1 / base a position
-    dim: int | None = setting(None, at_least=2)  # the first dims of a head turn; None: all
+    base: float = setting(10_000.0, above=1)  # slowest pair: about 1 / base radians per position
+    dim: int | None = setting(None, at_least=2)  # how many first dims of a head rotate; None: all
     interleaved: bool = False  # pairs (2j, 2j + 1); else (j, j + dim / 2)
     scaling: RotaryScaling | None = None  # of frequencies, for longer contexts
 
@@ -34,7 +34,7 @@ class Rotary(Settings):
             self.check_head_dim(self.dim)
 
     def check_head_dim(self, head_dim: int, name: str = "head_dim") -> None:
-        """Refuses a head of which these dims cannot turn, as `ValueError`, by its `name`."""
+        """Raises `ValueError` if the rotary dims do not fit a head dim of this `name`."""
         turning = head_dim if self.dim is None else self.dim
         own = name if self.dim is None else "rotary.dim"
         require(
@@ -54,9 +54,9 @@ class Rotary(Settings):
 
     @property
     def softmax_factor(self) -> float:
-        """What DeepSeek's latent attention multiplies its scale by: of YaRN with mscale_all_dim.
+        """Multiplies the scale of DeepSeek's latent attention: by YaRN with mscale_all_dim.
 
-        `Attention` leaves it out, as the models do that have plain attention.
+        `Attention` ignores it, like models with plain attention.
         """
         return 1.0 if self.scaling is None else self.scaling.softmax_factor
 
@@ -67,14 +67,14 @@ class Rotary(Settings):
         segments_BL: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Queries or keys, turned.
+        """Rotates queries or keys.
 
         Args:
           x_BLND: queries or keys.
           positions_BL: int32 positions, restarting at 0 in every document.
-          segments_BL: int32, the documents of a row, of which some scalings need the length; None:
-            a row is one document.
-          lengths_B: int32, the length that each row's document comes to; None: that of the row.
+          segments_BL: int32, the documents of a row, whose lengths some scalings need; None: a row
+            is one document.
+          lengths_B: int32, the final length of each row's document; None: that of the row.
 
         Returns:
           [B, L, N, D] in the dtype of `x_BLND`; angles in float32.
@@ -92,8 +92,8 @@ class Rotary(Settings):
         if self.scaling is not None:
             factors = self.scaling.cos_sin_factors(length_BL)
             cos, sin = cos * factors, sin * factors
-        # Once for queries, keys and all layers. XLA would compute them anew for every number that
-        # it turns, as it would on a CPU if they were two arrays.
+        # Computed once for queries, keys and all layers. Without the barrier, XLA would recompute
+        # them for every rotated number. On a CPU it would do so for two arrays, hence the stack.
         cos, sin = jax.lax.optimization_barrier(jnp.stack((cos, sin)))
         x_BLND, rest = x_BLND[..., :turning], x_BLND[..., turning:]
         turned = turn(x_BLND, cos, sin, self.interleaved)
@@ -102,10 +102,10 @@ class Rotary(Settings):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def turn(x_BLND: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
-    """Every pair of features by its own angle, whose `cos` and `sin` are [B, L, 1, D / 2].
+    """Rotates every pair of features by its own angle; `cos` and `sin` are [B, L, 1, D / 2].
 
-    Computed in float32, rounded to the dtype of `x_BLND`. The gradient is turned back: it adds
-    nothing up, where that of slices and a concatenation would.
+    Computed in float32, rounded to the dtype of `x_BLND`. The gradient is a rotation back, without
+    the sums that the gradient of slices and a concatenation has.
     """
     x32 = x_BLND.astype(jnp.float32)
     if not interleaved:
@@ -139,9 +139,9 @@ turn.defvjp(_turn_forward, _turn_back)
 def quarter_turn(x: jax.Array) -> jax.Array:
     """(-x1, x0) of every pair (x0, x1) of neighbours in the last dim, float32.
 
-    By a matrix of 0, 1 and -1: exact for finite numbers, since only one product of each sum is not
-    0. A TPU holds the last dim in its lanes, where taking every second number apart moves the array
-    about ten times.
+    It multiplies by a matrix of 0, 1 and -1. The result is exact for finite numbers, since only one
+    product of each sum is not 0. A TPU keeps the last dim in its lanes, where separating every
+    second number moves the array about ten times.
     """
     size = x.shape[-1]
     pairs = np.kron(np.eye(size // 2), [[0, 1], [-1, 0]])

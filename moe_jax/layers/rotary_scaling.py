@@ -1,6 +1,6 @@
-"""How rotary frequencies are stretched to contexts longer than those of pre-training.
+"""Scales rotary frequencies to contexts longer than in pre-training.
 
-`H` is half of the dims that turn: one frequency per pair of features. Other letters: `moe_jax.moe`.
+`H` is half of the rotary dims: one frequency per pair of features. Other letters: `moe_jax.moe`.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from moe_jax.config.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class RotaryScaling(Settings):
-    """A rule for the frequencies of `Rotary`, and two factors that go with it."""
+    """A rule for the frequencies of `Rotary`, with two factors."""
 
     family: ClassVar[str] = "rotary_scaling"
-    by_length: ClassVar[bool] = False  # whether it depends on how long a document is
+    by_length: ClassVar[bool] = False  # whether it depends on the length of a document
 
     def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
-        """The frequencies in use.
+        """The scaled frequencies.
 
         Args:
-          frequency_H: float32, radians a position, from 1 down to about 1 / base.
+          frequency_H: float32, radians per position, from 1 down to about 1 / base.
           base: of `Rotary`.
-          length_BL: int32, tokens of each token's document, if `by_length`; else None.
+          length_BL: int32, length of each token's document, if `by_length`; else None.
 
         Returns:
           float32 [H], or [B, L, 1, H] if they depend on the length of a document.
@@ -35,11 +35,11 @@ class RotaryScaling(Settings):
         raise NotImplementedError
 
     def check_dim(self, dim: int) -> None:
-        """Refuses a number of turning dims that the settings are not for, as `ValueError`."""
+        """Raises `ValueError` if the settings do not fit this number of rotary dims."""
 
     @property
     def cos_sin_factor(self) -> float:
-        """What cosines and sines are multiplied by, so scores by its square."""
+        """Multiplies cosines and sines, and so scores by its square."""
         return 1.0
 
     def cos_sin_factors(self, length_BL: jax.Array | None) -> jax.Array | float:
@@ -48,18 +48,18 @@ class RotaryScaling(Settings):
 
     @property
     def softmax_factor(self) -> float:
-        """What the scale of the scores is multiplied by, in a part that asks for it."""
+        """Multiplies the scale of scores, in a part that uses it."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
-    """All frequencies divided by a factor: positions are interpolated.
+    """Divides all frequencies by a factor: positions are interpolated.
 
     Source: Chen et al. 2023, arXiv:2306.15595, eq. 4.
     """
 
-    factor: float = setting(1.0, at_least=1)  # of the context's length
+    factor: float = setting(1.0, at_least=1)  # new context length / original length
 
     def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
@@ -68,14 +68,14 @@ class LinearScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class DynamicScaling(RotaryScaling):
-    """A base that grows with the document, once it is longer than in pre-training (dynamic NTK).
+    """A base that grows with documents longer than in pre-training (dynamic NTK).
 
     Source: transformers, modeling_rope_utils.py, "dynamic".
     """
 
     by_length: ClassVar[bool] = True
 
-    # By which the base grows with the length beyond original_length.
+    # How fast the base grows with the length beyond original_length.
     factor: float = setting(1.0, at_least=1)
     original_length: int = setting(2048, at_least=1)  # tokens; shorter documents are unchanged
 
@@ -91,15 +91,15 @@ class DynamicScaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling(RotaryScaling):
-    """Slow frequencies divided by a factor, fast ones kept, those between interpolated.
+    """Divides slow frequencies by a factor, keeps fast ones, interpolates between.
 
     Source: Llama 3.1; transformers, modeling_rope_utils.py, "llama3".
     """
 
-    factor: float = setting(8.0, at_least=1)  # of the slow frequencies
-    # A pair that turns fewer times within original_length is divided by the whole factor.
+    factor: float = setting(8.0, at_least=1)  # divides slow frequencies
+    # A frequency with fewer turns within original_length is divided by the whole factor.
     low_turns: float = setting(1.0, above=0)
-    high_turns: float = setting(4.0, above=0)  # one that turns more often is kept
+    high_turns: float = setting(4.0, above=0)  # with more turns, it is kept
     original_length: int = setting(8192, at_least=1)  # tokens of pre-training
 
     def check(self) -> None:
@@ -114,7 +114,7 @@ class Llama3Scaling(RotaryScaling):
     def scaled(self, frequency_H: jax.Array, base: float, length_BL: jax.Array | None) -> jax.Array:
         """See `RotaryScaling`."""
         turns_H = self.original_length * frequency_H / (2 * math.pi)
-        # Without a width, as in Llama 4 Scout, a frequency is kept or divided.
+        # If the width is 0, as in Llama 4 Scout, a frequency is either kept or divided.
         width = self.high_turns - self.low_turns or 1e-6
         kept_H = jnp.clip((turns_H - self.low_turns) / width, 0, 1)
         return (1 - kept_H) * frequency_H / self.factor + kept_H * frequency_H
@@ -122,17 +122,17 @@ class Llama3Scaling(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class Yarn(RotaryScaling):
-    """Slow frequencies divided by a factor, fast ones kept, with a ramp over the pairs between.
+    """Divides slow frequencies by a factor, keeps fast ones, with a ramp between.
 
-    Scores grow with the factor too. `cos_sin_factor` is `attention_factor` if that is given. With
-    both `mscale` and `mscale_all_dim` it is m(mscale) / m(mscale_all_dim), and else m(1), where
+    Scores also grow with the factor. `cos_sin_factor` is `attention_factor` if that is set. With
+    both `mscale` and `mscale_all_dim` it is m(mscale) / m(mscale_all_dim), otherwise m(1), where
     m(s) = 0.1 s ln(factor) + 1.
 
     Source: Peng et al. 2023, arXiv:2309.00071, sec. 3.2 to 3.4; mscale: DeepSeek-V2's model code;
       transformers, modeling_rope_utils.py, "yarn".
     """
 
-    factor: float = setting(1.0, at_least=1)  # of the slow frequencies
+    factor: float = setting(1.0, at_least=1)  # divides slow frequencies
     original_length: int = setting(4096, at_least=1)  # tokens of pre-training
     fast_turns: float = setting(32.0, above=0)  # beta_fast: turns within original_length
     slow_turns: float = setting(1.0, above=0)  # beta_slow
@@ -160,7 +160,7 @@ class Yarn(RotaryScaling):
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, 2 * half - 1)
-        width = last - first or 0.001  # as transformers has it where the ramp has no width
+        width = last - first or 0.001  # as in transformers for a ramp without width
         slow_H = jnp.clip((jnp.arange(half, dtype=jnp.float32) - first) / width, 0, 1)
         return slow_H * frequency_H / self.factor + (1 - slow_H) * frequency_H
 
@@ -184,9 +184,9 @@ class Yarn(RotaryScaling):
 
 @dataclasses.dataclass(frozen=True)
 class LongRope(RotaryScaling):
-    """Each frequency divided by a factor of its own; another set in documents that are long.
+    """Divides each frequency by its own factor; long documents have other factors.
 
-    A document is long if it has, or comes to, more than `original_length` tokens.
+    A document is long if its final length exceeds `original_length` tokens.
 
     Source: Ding et al. 2024, arXiv:2402.13753; transformers, modeling_rope_utils.py, "longrope".
     """
@@ -196,10 +196,10 @@ class LongRope(RotaryScaling):
     short_factors: tuple[float, ...] = setting((), above=0)  # [H]; (): all 1
     long_factors: tuple[float, ...] = setting((), above=0)  # [H]; (): all 1
     original_length: int = setting(4096, at_least=2)  # tokens of pre-training
-    factor: float = setting(1.0, at_least=1)  # longest context over original_length
+    factor: float = setting(1.0, at_least=1)  # longest context / original_length
     # Of cosines and sines; None: sqrt(1 + ln(factor) / ln(original_length)).
     attention_factor: float | None = setting(None, above=0)
-    # In long documents (long_mscale of Phi-3.5); None: as in short ones.
+    # The same in long documents (long_mscale of Phi-3.5); None: as in short ones.
     long_attention_factor: float | None = setting(None, above=0)
 
     def check_dim(self, dim: int) -> None:
@@ -243,7 +243,7 @@ class LongRope(RotaryScaling):
 def document_lengths(
     positions_BL: jax.Array, segments_BL: jax.Array | None, lengths_B: jax.Array | None = None
 ) -> jax.Array:
-    """int32 [B, L]: the last position of each token's document, plus 1; or that of its row."""
+    """int32 [B, L]: `lengths_B`, or the last position of each token's document or row, plus 1."""
     if lengths_B is not None:
         return jnp.broadcast_to(lengths_B[:, None], positions_BL.shape)
     if segments_BL is None:

@@ -1,7 +1,7 @@
 """Attention on a TPU by the splash kernel of JAX (legend: `moe_jax.moe`; T counts keys).
 
-It goes over blocks of queries and keys, and keeps of a row of scores its maximum and its sum alone.
-Blocks that the static rules leave empty cost nothing; documents are told apart inside a block.
+It iterates over blocks of queries and keys, and keeps only the maximum and the sum of a row of
+scores. Blocks that the static rules leave empty cost nothing. Documents are separated in a block.
 
 Source: FlashAttention, Dao et al. 2022, arXiv:2205.14135; jax.experimental.pallas.ops.tpu.
 """
@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from moe_jax.layers.attention_kernels import RESIDUALS
 from moe_jax.layers.masks import NO_DOCUMENT, Rules, Tokens, by_place, filled
 
-LANES = 128  # a block has a multiple of so many rows
+LANES = 128  # the size of a block is a multiple of this
 BLOCKS = (512, 256, 128)
 
 
@@ -33,10 +33,10 @@ def splash(
     softcap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
+    """Attention on one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
 
-    Rows are filled up to whole blocks by tokens of no document. With `interpret` the kernel runs in
-    the interpreter of Pallas.
+    Rows are padded to whole blocks with tokens of no document. With `interpret`, the kernel runs in
+    the Pallas interpreter.
     """
     length, dtype = q_BLND.shape[1], q_BLND.dtype
     rules, documents_BL = by_place(rules, queries)
@@ -69,7 +69,7 @@ def splash(
 
 
 def mask_of(rules: Rules, length: int, key_length: int) -> Any:
-    """The mask that the kernel computes itself, and by which it leaves out blocks."""
+    """The mask that the kernel computes itself and uses to skip blocks."""
     shape, window = (length, key_length), rules.window
     if window is not None and window < key_length:
         return masks.LocalMask(shape, (window - 1, 0 if rules.causal else window - 1), 0)
@@ -77,10 +77,10 @@ def mask_of(rules: Rules, length: int, key_length: int) -> Any:
 
 
 def block_sizes(length: int, key_length: int) -> Any:
-    """Blocks of queries and keys, for lengths of whole lanes: the largest that divide them.
+    """Sizes of blocks of queries and keys: the largest of `BLOCKS` that divide the lengths.
 
-    Gradients of queries and of keys are computed by a kernel each. The one that computes both
-    writes a gradient of the queries for every block of keys, which is quadratic in the length.
+    Separate kernels compute the gradients of queries and of keys. The fused kernel writes a
+    gradient of the queries for every block of keys, which is quadratic in the length.
     """
     q, kv = (next(size for size in BLOCKS if one % size == 0) for one in (length, key_length))
     return kernels.BlockSizes(

@@ -1,8 +1,8 @@
-"""Attention on a GPU by kernels of our own in Pallas Triton (legend: `moe_jax.moe`; T counts keys).
+"""Attention on a GPU by our own Pallas Triton kernels (legend: `moe_jax.moe`; T counts keys).
 
-A program has a block of queries, or in the backward pass of keys, of one head, and goes over the
-blocks of the other side that the rules leave. Documents are told apart inside a block, so that
-nothing has the shape [L, T].
+A program processes a block of queries of one head, or a block of keys in the backward pass for
+keys. It iterates over the blocks of the other side that the rules leave. Documents are separated
+in a block, so no array has the shape [L, T].
 
 Source: FlashAttention-2, Dao 2023, arXiv:2307.08691.
 """
@@ -19,23 +19,23 @@ from jax.experimental.pallas import triton
 from moe_jax.layers.attention_kernels import RESIDUALS
 from moe_jax.layers.masks import NO_DOCUMENT, Rules, Tokens, by_place, filled
 
-UNSEEN = -1e30  # a score that no exponential sees; finite, so that no row is nan
+UNSEEN = -1e30  # a score whose exponential is 0; finite, so that no row is nan
 
 
 def bound(number: int) -> Any:
-    """A bound of a loop, which may be traced."""
+    """A loop bound, which may be traced."""
     return jnp.int32(number)
 
 
 class Kernel(NamedTuple):
-    """What all programs of a call have in common.
+    """Settings that all programs of a call share.
 
     Attributes:
       rules: about places in the row, without chunks.
       scale: of the scores.
       softcap: of the scores, or None.
-      block: queries and keys of a block.
-      interpret: whether to run in the interpreter of Pallas.
+      block: queries, and keys, per block.
+      interpret: whether to run in the Pallas interpreter.
     """
 
     rules: Rules
@@ -45,7 +45,7 @@ class Kernel(NamedTuple):
     interpret: bool
 
     def scores(self, q: Any, k: Any, documents: Any, first: Any, first_key: Any) -> tuple[Any, Any]:
-        """Scores of a block in float32 and, of capped ones, the derivative of the cap.
+        """Scores of a block in float32 and, with a cap, its derivative; else None.
 
         Args:
           q: [block, D].
@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
         return jnp.where(seen, scores, UNSEEN), slope
 
     def key_blocks(self, number: Any, count: int) -> tuple[Any, Any]:
-        """The blocks of keys that a block of queries sees: the first, and that behind the last."""
+        """The blocks of keys that a block of queries sees, as (start, stop)."""
         first, last = bound(0), bound(count)
         if self.rules.window is not None:
             first = self.block_of(number * self.block - self.rules.window + 1)
@@ -82,7 +82,7 @@ class Kernel(NamedTuple):
         return first, (number + 1 if self.rules.causal else last)
 
     def query_blocks(self, number: Any, count: int) -> tuple[Any, Any]:
-        """The blocks of queries that see a block of keys."""
+        """The blocks of queries that see a block of keys, as (start, stop)."""
         first, last = bound(0), bound(count)
         if self.rules.window is not None:
             end = number * self.block + self.block + self.rules.window - 2
@@ -92,12 +92,12 @@ class Kernel(NamedTuple):
         return (number if self.rules.causal else first), last
 
     def block_of(self, place: Any) -> Any:
-        """The number of the block of a place; 0 before the row."""
+        """The block of a place; 0 for places before the row."""
         return jax.lax.div(jnp.maximum(place, 0), jnp.int32(self.block))
 
 
 def product(a: Any, b: Any) -> Any:
-    """A product of blocks, in float32; of float32 not in TF32."""
+    """A product of blocks, accumulated in float32; float32 inputs do not use TF32."""
     return triton.dot(a, b, allow_tf32=False if a.dtype == jnp.float32 else None)
 
 
@@ -105,7 +105,7 @@ def forward_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, ids_ref: Any, key_ids_ref: Any, out_ref: Any, sum_ref: Any,
     *, kernel: Kernel,
 ) -> None:  # fmt: skip
-    """A block of queries: output, and the logarithm of the sum of every row."""
+    """The output of a block of queries, and the logarithm of the sum of every row."""
     number, block = pl.program_id(0), kernel.block
     q, ids = q_ref[...], ids_ref[...]
 
@@ -157,7 +157,7 @@ def key_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, ids_ref: Any, key_ids_ref: Any, dout_ref: Any, sum_ref: Any,
     delta_ref: Any, dk_ref: Any, dv_ref: Any, *, kernel: Kernel,
 ) -> None:  # fmt: skip
-    """The gradients of a block of keys and values, as one query head has them."""
+    """The gradients of a block of keys and values from one query head."""
     number, block = pl.program_id(0), kernel.block
     k, v, ids = k_ref[...], v_ref[...], key_ids_ref[...]
 
@@ -184,14 +184,14 @@ class Layout(NamedTuple):
 
     Attributes:
       kernel: of the call.
-      group: G, query heads to a key head.
+      group: G, query heads per key head.
     """
 
     kernel: Kernel
     group: int
 
     def heads(self, x: Any, *, whole: bool, shared: bool) -> Any:
-        """Of [B, L, N, D]: a block of L or all of it, of the own head or the one it reads."""
+        """Blocks of [B, L, N, D]: part or `whole` of L, of the query head or its `shared` one."""
         rows, group = x.shape[1] if whole else self.kernel.block, self.group if shared else 1
 
         def index(i: Any, b: Any, n: Any) -> tuple[Any, ...]:
@@ -201,17 +201,17 @@ class Layout(NamedTuple):
         return pl.BlockSpec((None, rows, None, x.shape[3]), index)
 
     def tokens(self, x: jax.Array, *, whole: bool) -> Any:
-        """Of [B, L]."""
+        """Blocks of [B, L]: part or `whole` of L."""
         rows = x.shape[1] if whole else self.kernel.block
         return pl.BlockSpec((None, rows), lambda i, b, n: (b, 0 if whole else i))
 
     def sums(self, x: Any, *, whole: bool) -> Any:
-        """Of [B, N, L]."""
+        """Blocks of [B, N, L]: part or `whole` of L."""
         rows = x.shape[2] if whole else self.kernel.block
         return pl.BlockSpec((None, None, rows), lambda i, b, n: (b, n, 0 if whole else i))
 
     def call(self, body: Any, length: int, inputs: Any, specs: Any, outputs: Any, to: Any) -> Any:
-        """Runs a kernel on the blocks of a length, for every row and query head."""
+        """Runs a kernel on every block of the length, row and query head."""
         batch, heads = inputs[0].shape[0], inputs[0].shape[2]
         return pl.pallas_call(
             functools.partial(body, kernel=self.kernel),
@@ -273,12 +273,12 @@ def _flash_backward(kernel: Kernel, residuals: Any, cotangents: Any) -> Any:
     group = q_BLND.shape[2] // k_BTKD.shape[2]
     layout = Layout(kernel, group)
     products = out_BLNV.astype(jnp.float32) * dout_BLNV.astype(jnp.float32)
-    # A sum's own gradient goes to scores by their weights, as this one does.
+    # The gradient of a sum reaches the scores by their weights, as `delta` does.
     delta_BNL = jnp.moveaxis(jnp.sum(products, axis=-1), 2, 1) - dsum_BNL
     inputs = (q_BLND, k_BTKD, v_BTKV, ids_BL, key_ids_BT, dout_BLNV, sum_BNL, delta_BNL)
 
     def specs(queries: bool, keys: bool) -> list[Any]:
-        """Whether a program has all of the queries, or of the keys."""
+        """Block specs; `queries` and `keys`: whether a program reads all of them."""
         return [
             layout.heads(q_BLND, whole=queries, shared=False),
             layout.heads(k_BTKD, whole=keys, shared=True),
@@ -293,7 +293,7 @@ def _flash_backward(kernel: Kernel, residuals: Any, cotangents: Any) -> Any:
         [jax.ShapeDtypeStruct(q_BLND.shape, q_BLND.dtype)],
         [layout.heads(q_BLND, whole=False, shared=False)],
     )  # fmt: skip
-    # One gradient for every query head that reads a key head, then their sum.
+    # A gradient for each query head that reads a key head, then the sum of these gradients.
     dtype = k_BTKD.dtype if group == 1 else jnp.float32
     gradients = [
         jax.ShapeDtypeStruct((*x.shape[:2], q_BLND.shape[2], x.shape[3]), dtype)
@@ -325,10 +325,10 @@ def flash_attention(
     softcap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
+    """Attention on one device, [B, L, N, V]; arguments are those of `attend_by_rules`.
 
-    Rows are filled up to whole blocks by tokens of no document, dims of heads to powers of two by
-    zeros. With `interpret` the kernels run in the interpreter of Pallas.
+    Rows are padded to whole blocks with tokens of no document, and head dims to powers of two with
+    zeros. With `interpret`, the kernels run in the Pallas interpreter.
     """
     rules, documents_BL = by_place(rules, queries)
     key_documents_BT = documents_BL if keys is None else keys.segments_BL
@@ -340,17 +340,17 @@ def flash_attention(
     out_BLNV, sum_BNL = out_BLNV[:, :length, :, :dim], sum_BNL[..., :length]
     if sink_N is None:
         return out_BLNV
-    # A further term of the sum leaves so much of the output.
+    # The factor by which a sink, another term of the sum, shrinks the output.
     kept_BNL = jax.nn.sigmoid(sum_BNL - sink_N.astype(jnp.float32)[:, None])
     return (out_BLNV * jnp.moveaxis(kept_BNL, 1, 2)[..., None]).astype(q_BLND.dtype)
 
 
 def block_size(dim: int, dtype: Any) -> int:
-    """Queries and keys of a block, so that a few of both fit a multiprocessor's memory."""
+    """Queries and keys per block, so that a few blocks fit a multiprocessor's memory."""
     return 64 if dim * jnp.dtype(dtype).itemsize <= 256 else 32
 
 
 def whole_dims(x: jax.Array) -> jax.Array:
-    """[..., D] with a power of two, at least 16, for D."""
+    """[..., D] with D padded to a power of two, at least 16."""
     more = max(pl.next_power_of_2(x.shape[-1]), 16) - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * 3 + [(0, more)]) if more else x
