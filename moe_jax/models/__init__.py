@@ -1,1 +1,1 @@
-"""Models made of parts: layers, stacks, the language model, its Linen and NNX shells."""
+"""Models made of parts: layers, stacks, the language model, Linen and NNX shells."""

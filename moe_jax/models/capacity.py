@@ -8,10 +8,10 @@ from moe_jax.part import Part
 
 
 def without_capacity(model: LanguageModel) -> LanguageModel:
-    """The model as it is when an evaluation asks for no capacity."""
+    """The model with dropless evaluation."""
 
     def unlimited(part: Part) -> Part:
-        if not isinstance(part, MoE):  # a part of the user's that routes may have none
+        if not isinstance(part, MoE):  # a user's routing part may have no capacity
             return part
         return dataclasses.replace(
             part, capacity=dataclasses.replace(part.capacity, eval_factor=0.0)

@@ -1,4 +1,4 @@
-"""What a model asks of its stacks and of choices to replay (legend: `moe_jax.moe`)."""
+"""Checks of a model's stacks and of choices to replay (legend: `moe_jax.moe`)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_names(model: "LanguageModel") -> None:
-    """Checks that the layers name all parts of a model, and no others.
+    """Checks that the layers name all parts of a model and no others.
 
     Raises:
-      ValueError: with the names that differ.
+      ValueError: with the wrong names.
     """
     parts, layouts = dict(model.parts), model.layouts
     used = {name for layout in layouts.values() for name in layout.names}
@@ -63,10 +63,10 @@ def check_names(model: "LanguageModel") -> None:
 
 
 def check_stack(name: str, layout: StackLayout, stack: Stack, dims: Dims) -> None:
-    """Checks the shared and tied parts of a stack, and that a causal one sees no later token.
+    """Checks the shared and tied parts of a stack, and that a causal stack sees no later token.
 
     Raises:
-      ValueError: naming the part.
+      ValueError: with the part.
     """
     keep = [n for n, part in stack.shared if part.routes or part.state_specs(dims)]
     require(
@@ -89,7 +89,7 @@ def check_stack(name: str, layout: StackLayout, stack: Stack, dims: Dims) -> Non
 def check_replay(
     layers_of: Mapping[str, tuple[int, ...]], replay: Mapping[str, Any] | None
 ) -> None:
-    """Checks that replayed choices are of the same parts and as many layers.
+    """Checks that replayed choices match the parts and the number of their layers.
 
     Args:
       layers_of: the layers of the model that use each part.

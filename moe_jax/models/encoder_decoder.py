@@ -16,15 +16,15 @@ from moe_jax.models.output import Encoded
 from moe_jax.models.stack import StackLayout
 from moe_jax.part import Aux, Call, Part
 
-ENCODER_KEY = 2**30  # folded into the random key of the encoder; no layer has this number
+ENCODER_KEY = 2**30  # folded into the random key of the encoder; no layer has this index
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoder(LanguageModel):
-    """A Transformer of two stacks, made of one table of parts.
+    """A Transformer of two stacks, with one table of parts.
 
-    The encoder reads `Call.encoder`, and its normed output is the `Call.memory` that parts of the
-    decoder read. Layers are numbered through both stacks, the encoder's first.
+    The encoder reads `Call.encoder`. Its normed output is the `Call.memory` that parts of the
+    decoder read. Layer numbers run through both stacks, the encoder first.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; T5, Raffel et al. 2020, arXiv:1910.10683.
     """
@@ -33,9 +33,9 @@ class EncoderDecoder(LanguageModel):
         ("attention", Attention()),
         ("cross_attention", CrossAttention()),
         ("mlp", Mlp()),
-    )  # by name; kept as pairs, sorted; both stacks may use a part, each with its own parameters
+    )  # by name, as sorted pairs; a part in both stacks has separate parameters in each
     encoder: StackLayout = StackLayout(unit=(("attention", "mlp"),), causal=False)  # its layers
-    # Those of the decoder.
+    # The decoder's layers.
     stack: StackLayout = StackLayout(unit=(("attention", "cross_attention", "mlp"),))
     share_embeddings: bool = True  # the encoder reads the decoder's embedding
 
@@ -81,7 +81,7 @@ class EncoderDecoder(LanguageModel):
         return {"encoder": self.encoder, "stack": self.stack}
 
     def plain_specs(self) -> dict[str, Any]:
-        """Those of `LanguageModel`, `encoder`, `encoder_norm`, any `encoder_embedding` [V, M]."""
+        """As `LanguageModel`, with `encoder`, `encoder_norm`, any `encoder_embedding` [V, M]."""
         specs = super().plain_specs() | {"encoder_norm": self.norm.specs(self.model_dim)}
         if not self.share_embeddings:
             specs["encoder_embedding"] = self.embedding_spec()
@@ -95,7 +95,7 @@ class EncoderDecoder(LanguageModel):
         factor_BTM: jax.Array | float = 1.0,
         **trees: Any,
     ) -> tuple[Call, Encoded]:
-        """Runs the encoder, except if the call has a memory.
+        """Runs the encoder, unless the call has a memory.
 
         Args:
           params: of the model.
@@ -104,7 +104,7 @@ class EncoderDecoder(LanguageModel):
           trees: `state` and `replay` of `Stack.apply`.
 
         Returns:
-          The call with its memory, and what the encoder said.
+          The call with its memory, and the encoder's reports.
 
         Raises:
           ValueError: the call has no text for the encoder.
@@ -152,7 +152,7 @@ class EncoderDecoder(LanguageModel):
         later_tokens_D: jax.Array | None = None,
     ) -> jax.Array | float:
         """See `LanguageModel`; losses of the encoder's parts are per token of the encoder."""
-        del later_tokens_D  # there are no multi-token modules beside an encoder
+        del later_tokens_D  # a model with an encoder has no multi-token modules
         in_encoder = self.stacks["encoder"].parts()
         own, other = (
             {name: of for name, of in aux.items() if (name in in_encoder) is which}

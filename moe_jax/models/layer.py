@@ -21,17 +21,17 @@ class Layer(Part):
     """Branches one after another, each added to the residual; other layers override `apply`.
 
     Attributes:
-      branches: (name of the part, part), in order; a part may come twice.
+      branches: (name of the part, part), in order; a part may occur twice.
     """
 
     # (Name, part), in order.
     branches: tuple[tuple[str, Part], ...] = dataclasses.field(
         default=(), metadata={"ordered": True}
     )
-    norm: Norm = RMSNorm()  # each branch has its own
-    placement: str = setting("pre", choices=PLACEMENTS)  # of norms: before, behind, or both
-    multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
-    dropout_rate: float = setting(0.0, at_least=0, below=1)  # on what a branch adds
+    norm: Norm = RMSNorm()  # of each branch, with its own parameters
+    placement: str = setting("pre", choices=PLACEMENTS)  # norms before branches, after, or both
+    multiplier: float = setting(1.0, above=0)  # of a branch's output (Granite)
+    dropout_rate: float = setting(0.0, at_least=0, below=1)  # on a branch's output
 
     def check(self) -> None:
         """See `Settings`."""
@@ -54,7 +54,7 @@ class Layer(Part):
 
     @property
     def named(self) -> list[tuple[str, Part]]:
-        """Branches by unique names: the part's, numbered if it comes twice."""
+        """Branches by unique names: the part's name, numbered if it occurs twice."""
         names = [name for name, _ in self.branches]
         return [
             (name if names.count(name) == 1 else f"{name}_{names[:i].count(name)}", part)
@@ -62,7 +62,7 @@ class Layer(Part):
         ]
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """Of every branch under its name, and its norms: NAME_norm, NAME_post_norm."""
+        """Parameters by branch, and norms as NAME_norm and NAME_post_norm."""
         specs: dict[str, Any] = {}
         for name, part in self.named:
             specs[name] = part.specs(dims)
@@ -73,16 +73,16 @@ class Layer(Part):
         return specs
 
     def state_specs(self, dims: Dims) -> dict[str, Any]:
-        """See `Part`; of the branches that have any."""
+        """See `Part`; by branch, for branches with state."""
         return {name: specs for name, part in self.named if (specs := part.state_specs(dims))}
 
     def cache_specs(self, dims: Dims, batch: int, length: int) -> dict[str, Any]:
-        """See `Part`; of the branches that have any."""
+        """See `Part`; by branch, for branches with a cache."""
         caches = ((name, part.cache_specs(dims, batch, length)) for name, part in self.named)
         return {name: specs for name, specs in caches if specs}
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: if a branch does. A layer without branches says it itself."""
+        """See `Part`: whether a branch does. A layer without branches may override this."""
         return not self.branches or any(part.looks_ahead(training) for _, part in self.branches)
 
     def map_branches(self, change: Callable[[Part], Part]) -> Part:
@@ -96,7 +96,7 @@ class Layer(Part):
             part.check_run(dims, run)
 
     def costs(self, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-        """See `Part`: of the branches, whose residual and normed copy the backward pass reads."""
+        """See `Part`: the branches, and per branch the residual and its normed copy."""
         if not self.branches:
             return super().costs(dims, length, dtype)
         stages = [part.costs(dims, length, dtype) for _, part in self.branches]
@@ -106,7 +106,7 @@ class Layer(Part):
         return tuple(cost for branch in stages for cost in branch)
 
     def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
-        """See `Part`: of the branches."""
+        """See `Part`: the sum over branches."""
         if not self.branches:
             return super().decode_flops(dims, length, dtype)
         return sum(part.decode_flops(dims, length, dtype) for _, part in self.branches)
@@ -123,7 +123,7 @@ class Layer(Part):
 
 
 class Branches:
-    """Runs the branches of a layer, and keeps their aux and caches by name."""
+    """Runs the branches of a layer and collects their aux and caches by name."""
 
     def __init__(self, layer: Layer, params: Any, call: Call, own: Own):
         self.layer, self.params, self.call, self.own = layer, params, call, own
@@ -151,7 +151,7 @@ class ParallelLayer(Layer):
     """All branches on one normed copy of the residual (GPT-J, PaLM)."""
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """Of every branch under its name, and one `norm`."""
+        """Parameters by branch, and one `norm`."""
         specs = {name: part.specs(dims) for name, part in self.named}
         return {**specs, "norm": self.norm.specs(dims.model_dim)}
 
@@ -187,9 +187,9 @@ class ParallelLayer(Layer):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Drops numbers of an array in training and scales up the rest."""
+    """Zeroes random numbers of an array and scales up the rest; without a key, changes nothing."""
     if rate == 0 or key is None:
         return x
-    # A number that no part folds into its key.
+    # No part folds this number into its key.
     keep = jax.random.bernoulli(jax.random.fold_in(key, 2**31 - 1), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0)

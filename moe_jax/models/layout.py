@@ -1,4 +1,4 @@
-"""Which layers a stack has, by the names of their parts."""
+"""The layers of a stack, by the names of their parts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ class StackLayout(Settings):
     A layer is a tuple of names, one per branch. A bare name is a part that is a whole layer.
     """
 
-    first: tuple[Any, ...] = ()  # layers before the repetition
+    first: tuple[Any, ...] = ()  # layers before the repeated unit
     unit: tuple[Any, ...] = (("attention", "moe"),)  # layers that are repeated together
-    repeats: int = setting(4, at_least=0, at_most=10_000)  # how often
-    last: tuple[Any, ...] = ()  # layers after it
-    shared: tuple[str, ...] = ()  # parts that run once before the layers; `Call.shared` has them
-    tied: tuple[str, ...] = ()  # parts of the unit with one copy of parameters in all layers
+    repeats: int = setting(4, at_least=0, at_most=10_000)  # of the unit
+    last: tuple[Any, ...] = ()  # layers after the repeated unit
+    shared: tuple[str, ...] = ()  # parts that run once before the layers; see `Call.shared`
+    tied: tuple[str, ...] = ()  # parts of the unit whose layers share one copy of parameters
     causal: bool = True  # no token sees later ones
     allow_lookahead: bool = False  # accept parts that look at later tokens in a causal stack
 
@@ -52,7 +52,7 @@ class StackLayout(Settings):
 
     @property
     def num_layers(self) -> int:
-        """All layers."""
+        """The number of layers."""
         return len(self.first) + len(self.unit) * self.repeats + len(self.last)
 
     @property
@@ -62,13 +62,13 @@ class StackLayout(Settings):
 
     @property
     def names(self) -> set[str]:
-        """Every part that is used."""
+        """Names of all parts in use."""
         layers = ((layer,) if isinstance(layer, str) else layer for layer in self.layers)
         return {name for layer in layers for name in layer} | set(self.shared)
 
     @classmethod
     def of(cls, layers: Sequence[LayerNames], **settings: Any) -> "StackLayout":
-        """The layout of these layers that compiles the fewest.
+        """The layout of these layers with the fewest compiled layers.
 
         Among equals it has the earliest, then the shortest unit.
 

@@ -1,4 +1,4 @@
-"""Linen shells: they own parameters, and call the pure functions of parts."""
+"""Linen shells, which own parameters and call the pure functions of parts."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ from moe_jax.part import Aux, Call, Dims, Own
 class LinenModel(nn.Module):
     """A `LanguageModel` as a Linen module.
 
-    `init(key, call)` draws the parameters, and `apply(variables, call)` does what
-    `LanguageModel.run` does.
+    `init(key, call)` draws the parameters. `apply(variables, call)` calls `LanguageModel.run`.
     """
 
     model: LanguageModel
@@ -31,8 +30,7 @@ class LinenModel(nn.Module):
 class LinenMoE(nn.Module):
     """An MoE block as a Linen module.
 
-    `init(key, x_BLM)` draws the parameters, and `apply(variables, x_BLM, call)` does what
-    `moe_block` does.
+    `init(key, x_BLM)` draws the parameters. `apply(variables, x_BLM, call)` calls `moe_block`.
     """
 
     moe: MoE
@@ -47,7 +45,7 @@ class LinenMoE(nn.Module):
 
 
 def parameters(module: nn.Module, specs: Any) -> dict[str, Any]:
-    """The module's parameters, in the tree of the specs; each subtree is one parameter of Linen."""
+    """The module's parameters, in the tree of the specs; each subtree is one Linen parameter."""
     return {
         name: module.param(name, lambda key, own=own: init_parameters(key, own))
         for name, own in specs.items()

@@ -33,8 +33,8 @@ from moe_jax.weights.quantised import Quantisation
 class LanguageModel(Settings):
     """A decoder-only Transformer made of parts.
 
-    The layers of `stack` name entries of `parts`. `norm`, `norm_placement`, `residual_multiplier`
-    and `dropout_rate` do not reach the branches of a part that is a whole layer: it has its own.
+    The layers of `stack` name entries of `parts`. A part that is a whole layer has its own settings
+    in place of `norm`, `norm_placement`, `residual_multiplier` and `dropout_rate`.
     """
 
     family: ClassVar[str] = "model"
@@ -44,29 +44,29 @@ class LanguageModel(Settings):
     parts: tuple[tuple[str, Part], ...] | Mapping[str, Part] = (
         ("attention", Attention()),
         ("moe", MoE()),
-    )  # by name; kept as pairs, sorted
-    stack: StackLayout = StackLayout()  # which layers there are, by the names of their parts
+    )  # by name, as sorted pairs
+    stack: StackLayout = StackLayout()  # the layers, by the names of their parts
     norm: Norm = RMSNorm()  # before every branch and before the head: "rmsnorm", "layernorm"
-    norm_placement: str = setting("pre", choices=PLACEMENTS)  # before branches, behind, or both
-    residual_multiplier: float = setting(1.0, above=0)  # of what a branch adds (Granite)
+    norm_placement: str = setting("pre", choices=PLACEMENTS)  # before branches, after, or both
+    residual_multiplier: float = setting(1.0, above=0)  # of a branch's output (Granite)
     tie_embeddings: bool = True  # the output head is the input embedding, transposed
     embedding_multiplier: float | None = setting(
         None, above=0
     )  # of embedded tokens; None: sqrt(model_dim)
-    # Of the embedding's initial values; None: model_dim**-0.5 (T5: 1.0).
+    # Of initial embeddings; None: model_dim**-0.5 (T5: 1.0).
     embedding_stddev: float | None = setting(None, above=0)
     head_init_scale: float = setting(1.0, above=0)  # of an untied head: variance x model_dim
     head_bias: bool = False  # of the output head (Phi-3.5)
-    # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (a tied head of T5).
+    # Of logits: 1 / logits_scaling (Granite), model_dim**-0.5 (tied head of T5).
     logits_multiplier: float = setting(1.0, above=0)
     logits_softcap: float | None = setting(None, above=0)  # c: logits become c * tanh(logit / c)
     dropout_rate: float = setting(0.0, at_least=0, below=1)  # on embeddings and on every branch
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
-    multi_token: MultiToken | None = None  # modules that predict later tokens too; None: no modules
-    quantisation: Quantisation | None = None  # of weights, which then do not train; None: of none
-    adapters: Adapters | None = None  # low-rank ones, which train beside weights (LoRA); None: none
+    multi_token: MultiToken | None = None  # modules that predict later tokens; None: none
+    quantisation: Quantisation | None = None  # of weights, which then do not train; None: none
+    adapters: Adapters | None = None  # low-rank, trained in addition to weights (LoRA); None: none
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
-    # What is computed again for gradients: "dots": all but matmuls and attention; "full": all.
+    # What the backward pass recomputes: "dots": all except matmuls and attention; "full": all.
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class LanguageModel(Settings):
         )
         if self.modules is not None:
             self.modules.check(self.stack, list(dict(self.parts)), self.has_encoder)
-        self.specs()  # where parts refuse sizes of the model that do not fit theirs
+        self.specs()  # parts raise if sizes of the model do not fit theirs
 
     @property
     def dims(self) -> Dims:
@@ -99,23 +99,23 @@ class LanguageModel(Settings):
 
     @property
     def part(self) -> dict[str, Part]:
-        """Parts by name, with the branches of parts that are whole layers."""
+        """Parts by name, including the branches of whole layers."""
         branches = [branch for stack in self.stacks.values() for branch in stack.named_parts()]
         return {**dict(self.parts), **dict(branches)}
 
     @property
     def layouts(self) -> dict[str, StackLayout]:
-        """The layouts of the stacks, by the names of their parameters."""
+        """The layouts of the stacks, by the name of the stack's parameters."""
         return {"stack": self.stack}
 
     @functools.cached_property
     def stacks(self) -> dict[str, Stack]:
-        """The stacks by the names of their parameters, in the order that numbers the layers."""
+        """The stacks by the name of their parameters, in the order of layer numbers."""
         return {name: self.built(layout) for name, layout in self.layouts.items()}
 
     @property
     def has_encoder(self) -> bool:
-        """Whether one of the stacks is an encoder."""
+        """Whether the model has an encoder."""
         return "encoder" in self.layouts
 
     @property
@@ -138,7 +138,7 @@ class LanguageModel(Settings):
         )
 
     def layer(self, names: str | tuple[str, ...]) -> Any:
-        """The layer of these parts; a bare name is that of a whole layer."""
+        """The layer of these parts; a bare name is a whole layer."""
         part = dict(self.parts)
         if isinstance(names, str):
             return part[names]
@@ -161,12 +161,12 @@ class LanguageModel(Settings):
 
     @property
     def all_parts(self) -> dict[str, Part]:
-        """The parts of the stacks, and those of the multi-token modules as multi_token_NAME."""
+        """The parts of the stacks, and of the multi-token modules as multi_token_NAME."""
         return self.part | (joined(self.modules.stack.parts()) if self.modules else {})
 
     @property
     def layers_of(self) -> dict[str, tuple[int, ...]]:
-        """The layers that use each part, in order; multi-token modules follow the others."""
+        """The layers that use each part, in order; multi-token modules come last."""
         indices: dict[str, tuple[int, ...]] = {}
         start = 0
         for stack in self.stacks.values():
@@ -178,11 +178,11 @@ class LanguageModel(Settings):
     @property
     def moe_parts(self) -> dict[str, Any]:
         """The parts of the stacks that route tokens to experts: `MoE`, or with its settings."""
-        used = self.layers_of  # not by the multi-token modules alone
+        used = self.layers_of  # leaves out parts that only the multi-token modules use
         return {name: part for name, part in self.part.items() if part.routes and name in used}
 
     def map_parts(self, change: Callable[[Part], Part]) -> "LanguageModel":
-        """The model with `change` applied to every part, also to branches of whole layers."""
+        """The model with `change` applied to every part and to the branches of whole layers."""
         parts = tuple((name, part.map_branches(change)) for name, part in dict(self.parts).items())
         return dataclasses.replace(self, parts=parts)
 
@@ -193,11 +193,11 @@ class LanguageModel(Settings):
         return {name: layers[name] for name in self.moe_parts}
 
     def specs(self) -> dict[str, Any]:
-        """The parameters; a quantised or adapted weight has a spec per array."""
+        """The parameters; a quantised or adapted weight has one spec per array."""
         return wrapped(self.plain_specs(), (self.quantisation, self.adapters))
 
     def plain_specs(self) -> dict[str, Any]:
-        """`embedding`, `final_norm`, `stack`; perhaps `head`, `head_bias`, `multi_token`."""
+        """`embedding`, `final_norm`, `stack`, and any `head`, `head_bias`, `multi_token`."""
         vocab, model = self.vocab_size, self.model_dim
         specs: dict[str, Any] = {
             "embedding": self.embedding_spec(),
@@ -214,7 +214,7 @@ class LanguageModel(Settings):
         return specs
 
     def embedding_spec(self) -> ParameterSpec:
-        """That of an input embedding, [V, M]."""
+        """The spec of an input embedding, [V, M]."""
         init = normal_init(self.embedding_stddev or self.model_dim**-0.5)
         shape = (self.vocab_size, self.model_dim)
         return ParameterSpec(shape, ("vocab", "model"), init, "embedding", decays=False)
@@ -232,11 +232,11 @@ class LanguageModel(Settings):
         return not self.stack.causal or any(part.looks_ahead(training) for part in parts)
 
     def check_trained(self, optimizer: OptimizerConfig) -> None:
-        """Checks the names of what trains; see `models.trained`."""
+        """Checks the names of parameters that train; see `models.trained`."""
         check_trained(optimizer, self)
 
     def check_run(self, run: RunShape) -> None:
-        """Checks that the batch and the mesh can be split as the parts and the vocabulary need.
+        """Checks that the mesh can split the batch, the parts and the vocabulary.
 
         Raises:
           ValueError: with the sizes and what to change.
@@ -266,10 +266,10 @@ class LanguageModel(Settings):
           params: in the tree that `specs` declares.
           call: with `tokens_BL`.
           state: by part, as `state_specs` declares it, or None.
-          replay: choices to use instead of the routers' own, by part, [X, B, L, K]; or None.
+          replay: choices that replace the routers' own, by part, [X, B, L, K]; or None.
           cache: by position, or None.
-          multi_token: run the multi-token modules too; they replay nothing, and fill no cache.
-          last_alone: compute the logits of the last place alone, [B, 1, V].
+          multi_token: also run the multi-token modules, without replay and cache.
+          last_alone: compute only the logits of the last place, [B, 1, V].
         """
         assert call.tokens_BL is not None
         x_BLM = self.embed(params, call.tokens_BL)
@@ -279,8 +279,8 @@ class LanguageModel(Settings):
 
     def embed(self, params: Any, tokens_BL: jax.Array) -> jax.Array:
         """The embedded tokens in float32, [B, L, M]."""
-        # Gathered over fsdp as a whole: left to itself, the compiler would replicate the batch. In
-        # float32, so that the gradient sums a frequent token's many rows in it.
+        # Gather the whole table over fsdp; otherwise the compiler replicates the batch. In float32,
+        # so that the gradient sums the many rows of a frequent token in float32.
         table_VM = jax.tree.map(lambda a: constrain(a, "vocab", None), params["embedding"])
         multiplier = self.embedding_multiplier
         embedded_BLM = rows(table_VM, tokens_BL).astype(jnp.float32)
@@ -322,14 +322,14 @@ class LanguageModel(Settings):
         return found._replace(aux=found.aux | joined(more), later_BLV=later_BLV)
 
     def encode(self, params: Any, call: Call, **trees: Any) -> tuple[Call, Encoded]:
-        """What runs before the decoder: nothing, in a model without an encoder."""
+        """Runs before the decoder; does nothing in a model without an encoder."""
         del params, trees
         return call, Encoded()
 
     def through(
         self, name: str, params: Any, x_BLM: jax.Array, call: Call, **trees: Any
     ) -> StackOutput:
-        """Embedded tokens through the stack of this name; `trees` are those of `Stack.apply`."""
+        """Runs the stack of this name on embedded tokens; for `trees` see `Stack.apply`."""
         stack, call = self.stacks[name], call.with_defaults(x_BLM)
         x_BLM = constrain(x_BLM.astype(self.compute_dtype), "batch", None, None)
         key = None if call.rng is None else jax.random.fold_in(call.rng, stack.num_layers)
@@ -337,7 +337,7 @@ class LanguageModel(Settings):
         return stack.apply(params[name], x_BLM, call, **trees)
 
     def logits(self, params: Any, x_BLM: jax.Array) -> jax.Array:
-        """The output head on a normed residual: float32 [B, L, V]; biased, scaled, capped."""
+        """The output head on a normed residual: float32 [B, L, V], after bias, scale and cap."""
         weight = params["embedding" if self.tie_embeddings else "head"]
         x_BLM = x_BLM.astype(self.compute_dtype)
         logits_BLV = grouped(x_BLM, weight, ToLogits(self.tie_embeddings))
@@ -352,7 +352,7 @@ class LanguageModel(Settings):
     def next_state(
         self, state: Any, sums: Mapping[str, Any], step: jax.Array, num_steps: int
     ) -> Any:
-        """The state by part after a step, from the sums of its whole batch by part."""
+        """The state by part after a step, from the sums over its whole batch, by part."""
         parts = self.all_parts
         return {
             name: parts[name].next_state(own, sums.get(name, {}), step, num_steps)
@@ -383,14 +383,14 @@ class LanguageModel(Settings):
         encoder_tokens: jax.Array | None = None,
         later_tokens_D: jax.Array | None = None,
     ) -> jax.Array | float:
-        """The loss of all parts, which is added to the training loss; see `Part.loss`.
+        """The loss of all parts, to be added to the training loss; see `Part.loss`.
 
         Args:
           aux: by part.
           num_tokens: float32 scalar, valid tokens of the whole batch.
           batch: sums of the whole batch by part, or None.
-          encoder_tokens: float32 scalar, those that the encoder reads; None without one.
-          later_tokens_D: float32, those of each multi-token module; None if `aux` has none.
+          encoder_tokens: float32 scalar, valid tokens of the encoder; None without one.
+          later_tokens_D: float32, valid tokens of each multi-token module; None if none ran.
         """
         del encoder_tokens
         parts = self.part

@@ -1,9 +1,9 @@
-"""Multi-token prediction: modules that predict later tokens than the next (legend: `moe_jax.moe`).
+"""Multi-token prediction: modules that predict tokens after the next one (legend: `moe_jax.moe`).
 
-Module k = 1, 2, ... has a layer of its own, and embedding and head of the model. At position j it
-joins the embedding of token j + k with what the module before it made of position j (the first:
-the model's normed residual), and predicts token j + k + 1. Training runs the modules, and
-speculative decoding, of which they are a draft.
+Module k = 1, 2, ... has its own layer, and uses the model's embedding and head. At position j it
+joins the embedding of token j + k with the previous module's output at position j (module 1: the
+model's normed residual). It predicts token j + k + 1. The modules run in training, and as the draft
+of speculative decoding.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ NORMS = ("embedding_norm", "hidden_norm", "final_norm")
 
 @dataclasses.dataclass(frozen=True)
 class MultiToken(Settings):
-    """Which modules predict later tokens, and how their loss weighs.
+    """The modules that predict later tokens, and the weight of their loss.
 
     Source: DeepSeek-V3, arXiv:2412.19437, sec. 2.2.
     """
 
     depth: int = setting(1, at_least=1)  # modules; the last predicts the token depth + 1 ahead
-    layer: tuple[str, ...] = ("attention", "moe")  # of every module, by the names of its parts
+    layer: tuple[str, ...] = ("attention", "moe")  # of each module, by the names of its parts
     weight: float = setting(0.3, at_least=0)  # of the mean of their losses
 
 
@@ -44,10 +44,10 @@ class Modules:
     """The modules of a model.
 
     Attributes:
-      depth: D, how many.
+      depth: D, number of modules.
       weight: of the mean of their losses.
       norm: of the embedding, of the hidden state, and before the head.
-      stack: their layers, as a unit that is repeated D times.
+      stack: their layers, as a unit repeated D times.
     """
 
     depth: int
@@ -56,10 +56,10 @@ class Modules:
     stack: Stack
 
     def check(self, layout: StackLayout, names: list[str], has_encoder: bool) -> None:
-        """Checks the stack and the names of the parts of the model.
+        """Checks the stack and the names of the model's parts.
 
         Raises:
-          ValueError: by `require`.
+          ValueError: a rule is broken.
         """
         require(
             layout.causal and not layout.shared and not has_encoder,
@@ -78,7 +78,7 @@ class Modules:
             self.stack.check_causality()
 
     def layer_indices(self, start: int) -> dict[str, tuple[int, ...]]:
-        """The layers of the modules and of their parts, numbered from `start` on."""
+        """The layers of the modules and of their parts, numbered from `start`."""
         found = joined(self.stack.layer_indices()) | {NAME: range(self.depth)}
         return {name: tuple(start + layer for layer in layers) for name, layers in found.items()}
 
@@ -113,8 +113,8 @@ class Modules:
           state: of the modules' parts, each with a leading dim of layers.
 
         Returns:
-          What each module gives to the head, [B, L, M], and the `Aux` of the parts, with a leading
-          dim of layers.
+          The head input of each module, [B, L, M], and the `Aux` by part, with a leading dim of
+          layers.
         """
         outputs, auxes = [], []
         for k, own in enumerate(self.each(params, state)):
@@ -135,7 +135,7 @@ class Modules:
         return list(zip(trees, self.by_module(dict(state)), strict=True))
 
     def by_module(self, tree: Any) -> list[Any]:
-        """Arrays with a leading dim of layers as those of each module."""
+        """Splits arrays with a leading dim of layers by module."""
         return [
             jax.tree.map(lambda a, k=k: jnp.split(a, self.depth)[k], tree)
             for k in range(self.depth)
@@ -152,14 +152,14 @@ class Modules:
         """Runs one module.
 
         Args:
-          own: its parameters and state, of `each`.
-          hidden_BLM: what the module before it gave to the head, or the model's normed residual.
+          own: its parameters and state, from `each`.
+          hidden_BLM: head input of the previous module, or the model's normed residual.
           later: the call of the module, see `later_call`.
           embed: from tokens [B, L] to embeddings [B, L, M].
           cache: of `module`, or None.
 
         Returns:
-          The output of its stack, with what it gives to the head as `x_BLM`.
+          The output of its stack, with the head input as `x_BLM`.
         """
         params, state = own
         assert later.tokens_BL is not None
@@ -179,13 +179,13 @@ class Modules:
     def loss(
         self, aux: Mapping[str, Aux], tokens_D: jax.Array | None, batch: Mapping[str, Any] | None
     ) -> jax.Array | float:
-        """What the modules add to the training loss: their own, and those of their parts.
+        """What the modules add to the training loss: their own losses and those of their parts.
 
-        Each is the mean over the modules. A module has fewer tokens than the one before it: what
-        its parts add is per token of its own.
+        Each is a mean over modules. A module has fewer tokens than the previous one, so the losses
+        of its parts are per token of that module.
 
         Args:
-          aux: by part, as the model names them; `multi_token` has `loss_D`, nats a target.
+          aux: by part, as the model names them; `multi_token` has `loss_D`, nats per target.
           tokens_D: float32, valid tokens of each module in the whole batch; None if none ran.
           batch: sums of the whole batch by part, or None.
         """
@@ -199,7 +199,7 @@ class Modules:
         return total
 
     def metrics(self, aux: Mapping[str, Aux]) -> dict[str, dict[str, jax.Array]]:
-        """Metrics by part, as the model names them; `loss`, nats a target, of each module."""
+        """Metrics by part, as the model names them, and each module's `loss`, nats per target."""
         parts, found = self.stack.parts(), {}
         for name, own in separated(aux).items():
             of_each = [parts[name].metrics(one) for one in self.by_module(own)]
@@ -209,21 +209,21 @@ class Modules:
 
 
 def shift(values: jax.Array, k: int) -> jax.Array:
-    """The values [..., L] of k positions later; 0 beyond the end."""
+    """The values [..., L] shifted from k positions later; 0 beyond the end."""
     length = values.shape[-1]
     padding = [(0, 0)] * (values.ndim - 1) + [(0, min(k, length))]
     return jnp.pad(values[..., k:], padding)
 
 
 def in_one_document(segments: jax.Array, k: int) -> jax.Array:
-    """Whether the token k positions later is of the same document: bool, as `segments`."""
+    """Whether the token k positions later is in the same document: bool, like `segments`."""
     return (segments > 0) & (segments == shift(segments, k))
 
 
 def later_call(call: Call, k: int) -> Call:
-    """What module k is told: tokens and positions of k later; without such a token it is padding.
+    """The call of module k: tokens and positions k later, or padding if there is no such token.
 
-    Its own key gives it noise of its own.
+    It has its own random key, and so its own noise.
     """
     tokens_BL, positions_BL, segments_BL = call.tokens_BL, call.positions_BL, call.segments_BL
     assert tokens_BL is not None and positions_BL is not None and segments_BL is not None
@@ -237,20 +237,20 @@ def later_call(call: Call, k: int) -> Call:
 
 
 def later_weights(weights: jax.Array, segments: jax.Array, k: int) -> jax.Array:
-    """The loss weights of the targets of module k: those of k later, in the same document.
+    """The loss weights of the targets of module k: weights k later, in the same document.
 
-    A target counts where that of the model itself does too.
+    A target counts only if the model's own target at that position counts.
 
     Args:
       weights: float32 [..., L], of the next token.
       segments: int32 [..., L].
-      k: of the module.
+      k: number of the module.
     """
     return jnp.where(in_one_document(segments, k) & (weights > 0), shift(weights, k), 0)
 
 
 def without_modules(model: "LanguageModel") -> "LanguageModel":
-    """The model without multi-token modules, and without the parts that they alone have."""
+    """The model without multi-token modules and the parts that only they use."""
     if model.multi_token is None:
         return model
     used = {name for layout in model.layouts.values() for name in layout.names}
@@ -259,17 +259,17 @@ def without_modules(model: "LanguageModel") -> "LanguageModel":
 
 
 def joined(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by part of the modules, by the names that the model has for them."""
+    """Values by part of the modules, under the model's names for these parts."""
     return {f"{NAME}_{name}": value for name, value in parts.items()}
 
 
 def own_name(part: str) -> str:
-    """The name of a part in `LanguageModel.parts`, from the one that it has in `all_parts`."""
+    """The name of a part in `LanguageModel.parts`, from its name in `all_parts`."""
     return part.removeprefix(f"{NAME}_")
 
 
 def separated(parts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The inverse of `joined`: what is not of the modules is left out."""
+    """The inverse of `joined`; leaves out parts outside the modules."""
     start = f"{NAME}_"
     found = (parts or {}).items()
     return {own_name(name): own for name, own in found if name.startswith(start)}

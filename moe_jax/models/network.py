@@ -16,7 +16,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.moe.routing import Choices
 from moe_jax.part import Call, EncoderInputs
 
-STATE = "state"  # beside the parameters: what parts update outside the optimizer
+STATE = "state"  # in the parameters: arrays that parts update outside the optimizer
 
 
 class Recorded(NamedTuple):
@@ -24,8 +24,8 @@ class Recorded(NamedTuple):
 
     Attributes:
       residual_XBLM: the residual stream after every layer, before the final norm.
-      encoder_residual_XBTM: that of the encoder, before its norm; None without one.
-      router_logits: by part, [X, B, L, E], X the layers of the part.
+      encoder_residual_XBTM: the encoder's residual stream, before its norm; None without one.
+      router_logits: by part, [X, B, L, E]; X counts the layers of the part.
       choices: by part, [X, B, L, K].
     """
 
@@ -38,10 +38,10 @@ class Recorded(NamedTuple):
 class Network(nn.Module):
     """A language model on token ids.
 
-    `init(key, tokens)` draws the parameters. `apply({"params": params}, tokens)` is an evaluation:
-    nothing is drawn, and each part has its own capacity of evaluation (`capacity.eval_factor`; 0
-    is dropless, as in models that are read from files). Selection biases and other state of parts
-    are under "state" in the parameters.
+    `init(key, tokens)` draws the parameters. `apply({"params": params}, tokens)` is a deterministic
+    evaluation. Each part uses its own evaluation capacity (`capacity.eval_factor`; 0 is dropless,
+    as in models read from files). Selection biases and other state of parts are under "state" in
+    the parameters.
 
     >>> import jax, jax.numpy as jnp, moe_jax
     >>> network = moe_jax.build(moe_jax.ExperimentConfig())
@@ -69,17 +69,17 @@ class Network(nn.Module):
 
         Args:
           tokens_BL: int token ids.
-          mask_BL: bool or 0 and 1, whether a token is no padding; None: all are. Padding may be on
-            the left or on the right. Its logits mean nothing.
+          mask_BL: bool or 0 and 1, whether a token is not padding; None: no padding. Padding may be
+            on the left or on the right. Its logits are meaningless.
           positions_BL: int, position of each token in its document; None: counted from 0 in each
             document, without padding.
-          segments_BL: int, document of each token, 0 for padding, in place of `mask_BL`.
-          encoder_tokens_BT: int token ids that an encoder reads, beside those of the decoder.
-          encoder_mask_BT: whether a token of these is no padding; None: all are.
-          record: whether to return what was computed on the way.
+          segments_BL: int, document of each token, 0 for padding; replaces `mask_BL`.
+          encoder_tokens_BT: int token ids for the encoder, in addition to the decoder's.
+          encoder_mask_BT: like `mask_BL`, for these tokens.
+          record: whether to also return a `Recorded`.
 
         Returns:
-          logits_BLV, float32; with `record` also a `Recorded`.
+          logits_BLV, float32; with `record`, also a `Recorded`.
         """
         params = parameters(self, self.model.specs())
         state_specs = self.model.state_specs()
@@ -134,7 +134,7 @@ def call_of(
 
 
 def counted(segments_BL: jax.Array) -> jax.Array:
-    """int32 [B, L], how far each place is from the first of its document."""
+    """int32 [B, L], distance of each place from the first place of its document."""
     places_BL = jnp.broadcast_to(jnp.arange(segments_BL.shape[1]), segments_BL.shape)
     is_first_BL = jnp.diff(segments_BL, axis=1, prepend=segments_BL[:, :1]) != 0
     return places_BL - jax.lax.cummax(jnp.where(is_first_BL, places_BL, 0), axis=1)
@@ -144,7 +144,7 @@ def build(config: ExperimentConfig | LanguageModel | Mapping[str, Any]) -> Netwo
     """The network of a config, to `init` and `apply`.
 
     Args:
-      config: of an experiment, as an object or as a `ConfigDict`; or a model.
+      config: an experiment config, as an object or a `ConfigDict`; or a model.
 
     Raises:
       ValueError: the settings break a rule.

@@ -1,4 +1,4 @@
-"""NNX shells: they own parameters as `nnx.Param`s, and call the pure functions of parts."""
+"""NNX shells, which own `nnx.Param`s and call the pure functions of parts."""
 
 from typing import Any
 
@@ -16,8 +16,7 @@ from moe_jax.part import Aux, Call, Dims, Own
 class NNXModel(nnx.Module):
     """A `LanguageModel` as an NNX module.
 
-    `NNXModel(model, rngs=nnx.Rngs(0))` draws the parameters. A call does what `LanguageModel.run`
-    does.
+    `NNXModel(model, rngs=nnx.Rngs(0))` draws the parameters. A call runs `LanguageModel.run`.
     """
 
     def __init__(self, model: LanguageModel, *, rngs: nnx.Rngs):
@@ -32,8 +31,7 @@ class NNXModel(nnx.Module):
 class NNXMoE(nnx.Module):
     """An MoE block as an NNX module.
 
-    `NNXMoE(moe, model_dim, rngs=nnx.Rngs(0))` draws the parameters. A call does what `moe_block`
-    does.
+    `NNXMoE(moe, model_dim, rngs=nnx.Rngs(0))` draws the parameters. A call runs `moe_block`.
     """
 
     def __init__(self, moe: MoE, model_dim: int, *, rngs: nnx.Rngs):
@@ -48,7 +46,7 @@ class NNXMoE(nnx.Module):
 
 
 def parameters(specs: Any, rngs: nnx.Rngs) -> Any:
-    """A tree of `nnx.Param`s, drawn as the specs say."""
+    """A tree of `nnx.Param`s, drawn by the specs."""
     return nnx.data(jax.tree.map(nnx.Param, init_parameters(rngs.params(), specs)))
 
 

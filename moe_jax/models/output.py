@@ -1,4 +1,4 @@
-"""What a model returns: logits, and what its parts and layers said (legend: `moe_jax.moe`)."""
+"""What a model returns: logits, and reports of its parts and layers (legend: `moe_jax.moe`)."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from moe_jax.part import Aux
 
 
 class Encoded(NamedTuple):
-    """What an encoder says beside its output.
+    """What an encoder reports in addition to its output.
 
     Attributes:
       aux: the `Aux` of its parts, by part, each with a leading dim of layers.
@@ -29,10 +29,10 @@ class ModelOutput(NamedTuple):
       aux: the `Aux` of its parts, by part, each with a leading dim of layers.
       cache: the new caches by position; empty without a cache.
       residual_XBLM: the residual stream after every layer, if `Call.record`; else None.
-      later_BLV: logits of the multi-token modules on request: of module k for the token k + 1
+      later_BLV: logits of the multi-token modules, on request: module k predicts the token k + 1
         ahead, float32 [B, L, V].
-      encoder_residual_XBTM: that of the encoder, if it ran and `Call.record`; else None.
-      hidden_BLM: the normed residual that the head reads, of every place.
+      encoder_residual_XBTM: the encoder's residual stream, if it ran and `Call.record`; else None.
+      hidden_BLM: the normed residual that the head reads, at every place.
     """
 
     logits_BLV: jax.Array
@@ -45,7 +45,7 @@ class ModelOutput(NamedTuple):
 
 
 def of_both(encoder: Mapping[str, Aux], decoder: Mapping[str, Aux]) -> dict[str, Aux]:
-    """The aux of both stacks by part; the layers of a part in both, the encoder's first."""
+    """The aux of both stacks by part; a part in both has the encoder's layers first."""
     both = {
         name: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), encoder[name], decoder[name])
         for name in encoder

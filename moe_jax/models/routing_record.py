@@ -1,4 +1,4 @@
-"""Records of the experts that the tokens of some sequences chose (legend: `moe_jax.moe`)."""
+"""Records of the experts that tokens chose (legend: `moe_jax.moe`)."""
 
 import functools
 import pathlib
@@ -16,16 +16,16 @@ from moe_jax.moe.routing import Choices
 from moe_jax.part import Aux, Call, EncoderInputs
 
 OF_TOKENS = ("tokens", "positions", "segments")  # arrays of a file that belong to no part
-OF_ENCODER = "encoder:"  # before the names of an encoder's arrays
+OF_ENCODER = "encoder:"  # prefix of the names of an encoder's arrays
 
 
 class PartRecord(NamedTuple):
-    """The choices of the layers of one MoE part.
+    """The choices in the layers of one MoE part.
 
     Attributes:
-      layers: the index in the model of each of its X layers.
-      num_experts: E; experts that compute nothing are counted, as the last.
-      choices: NumPy arrays [X, B, L, K], before drops; those of padding do not count.
+      layers: indices of its X layers in the model.
+      num_experts: E, including experts that compute nothing, which come last.
+      choices: NumPy arrays [X, B, L, K], before drops; ignore those of padding.
     """
 
     layers: tuple[int, ...]
@@ -40,8 +40,8 @@ class RoutingRecord(NamedTuple):
       tokens_BL: int32 token ids.
       positions_BL: int32, restarting in every document.
       segments_BL: int32, document within the sequence; 0 is padding.
-      parts: of each MoE part of the stack that reads these tokens, by name.
-      encoder: the record of an encoder: its tokens and its parts; None without one.
+      parts: records of the MoE parts of the stack that reads these tokens, by name.
+      encoder: the record of the encoder, with its tokens and parts; None without one.
     """
 
     tokens_BL: np.ndarray
@@ -62,7 +62,7 @@ class RoutingRecord(NamedTuple):
           model: the model that replays them.
 
         Raises:
-          ValueError: it has other experts, or other MoE layers.
+          ValueError: the model has other experts or other MoE layers.
         """
         check_model(self, model)
         return {
@@ -71,10 +71,10 @@ class RoutingRecord(NamedTuple):
         }
 
     def batch_fields(self, model: LanguageModel) -> dict[str, np.ndarray]:
-        """Fields to add to a batch of these sequences, so that training or evaluation replays them.
+        """Batch fields with which training or evaluation of these sequences replays the choices.
 
-        `replay/PART/expert_index` and `replay/PART/chosen` are [B, L, X, K]: like everything in a
-        batch these can be cut by sequences. Argument and errors are those of `replay`.
+        `replay/PART/expert_index` and `replay/PART/chosen` are [B, L, X, K], so that a batch can be
+        split by sequences. Argument and errors are those of `replay`.
         """
         check_model(self, model)
         return {
@@ -102,12 +102,12 @@ def record_routing(
       model: the model.
       params: its parameters.
       tokens_BL: int32 token ids.
-      state: of its parts, such as selection biases; or None.
+      state: of its parts, such as selection biases, or None.
       positions_BL: int32 positions; None: each sequence is one document.
-      segments_BL: int32 documents, 0 for padding; None: each sequence is one, without padding.
+      segments_BL: int32 documents, 0 for padding; None: one document without padding.
       encoder: what the encoder reads; None without one.
-      capacity: slots over the mean load, 0 for dropless; None: each part's own of evaluation.
-      step: of training, for settings of the router that are annealed; None: at their ends.
+      capacity: capacity factor, 0 for dropless; None: each part's own evaluation factor.
+      step: training step, for annealed settings of routers; None: their end values.
 
     Returns:
       The `RoutingRecord`.
@@ -130,7 +130,7 @@ def recording_call(
     encoder: EncoderInputs | None = None,
     capacity: float | None = 0.0,
 ) -> Call:
-    """An evaluation that records; arguments are those of `record_routing`."""
+    """The call of an evaluation that records; arguments are those of `record_routing`."""
 
     def filled(tokens: Any, positions: Any, segments: Any) -> EncoderInputs:
         if positions is None:
@@ -157,12 +157,12 @@ def recording_call(
 def recorded_pass(
     params: Any, state: Mapping[str, Any] | None, call: Call, *, model: LanguageModel
 ) -> dict[str, Choices]:
-    """The choices of every part that makes some."""
+    """The choices by part, of parts that make choices."""
     return choices_of(model.run(params, call, state=state).aux)
 
 
 def choices_of(aux: Mapping[str, Aux]) -> dict[str, Choices]:
-    """The choices by part, of the parts that have any."""
+    """The choices by part, of parts that report choices."""
     return {name: own.choices for name, own in aux.items() if own.choices is not None}
 
 
@@ -206,16 +206,16 @@ def record_of(model: LanguageModel, call: Call, choices: Mapping[str, Choices]) 
 
 
 def save_record(record: RoutingRecord, path: str | pathlib.Path) -> None:
-    """Writes a record as one compressed `.npz`: one array per field, `tokens` or `PART/gate`.
+    """Writes a record as one compressed `.npz`, with an array per field (`tokens`, `PART/gate`).
 
-    The arrays of an encoder begin with `encoder:`.
+    Names of an encoder's arrays begin with `encoder:`.
     """
     with pathlib.Path(path).open("wb") as stream:
         np.savez_compressed(stream, **arrays_of(record))
 
 
 def arrays_of(record: RoutingRecord) -> dict[str, Any]:
-    """The arrays of a file."""
+    """The arrays of a record's file."""
     arrays: dict[str, Any] = dict(zip(OF_TOKENS, record[:3], strict=True))
     if record.encoder is not None:
         arrays |= {OF_ENCODER + name: a for name, a in arrays_of(record.encoder).items()}
@@ -232,7 +232,7 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
     """Reads what `save_record` wrote.
 
     Raises:
-      ValueError: the file is not a record, or what it holds cannot be replayed.
+      ValueError: the file is not a record, or its arrays cannot be replayed.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -247,7 +247,7 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
 
 
 def record_from(arrays: Mapping[str, Any]) -> RoutingRecord:
-    """The record of the arrays of a file; a KeyError if one is missing."""
+    """The record of the arrays of a file; raises KeyError if one is missing."""
     of_encoder = {
         name.removeprefix(OF_ENCODER): a for name, a in arrays.items() if OF_ENCODER in name
     }
@@ -266,10 +266,10 @@ def record_from(arrays: Mapping[str, Any]) -> RoutingRecord:
 
 
 def check_model(record: RoutingRecord, model: LanguageModel) -> None:
-    """Checks that a record is of a model with the same experts and MoE layers.
+    """Checks that a record fits a model: the same experts in the same MoE layers.
 
     Raises:
-      ValueError: their MoE parts, the numbers of experts, or the places of the layers differ.
+      ValueError: MoE parts, numbers of experts or layer indices differ.
     """
     moes, layers = model.moe_parts, model.moe_layers
     require(
@@ -290,10 +290,10 @@ def check_model(record: RoutingRecord, model: LanguageModel) -> None:
 
 
 def check_record(record: RoutingRecord) -> None:
-    """Checks that the arrays of a record, such as one from another engine, fit each other.
+    """Checks that the arrays of a record, such as one from another engine, are consistent.
 
     Raises:
-      ValueError: shapes differ, an expert is out of range, or a token chooses one twice.
+      ValueError: shapes differ, an expert is out of range, or a token chooses an expert twice.
     """
     for name, part in record.parts.items():
         check_part(name, part, record.tokens_BL.shape)

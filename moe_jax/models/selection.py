@@ -15,8 +15,8 @@ def select(specs: Any, names: Sequence[str]) -> Any:
     """Marks the parameters that any of these names chooses.
 
     A name is a component ("experts", "router", "attention", "norms": see
-    `ParameterSpec.component`), or a step on the way to a parameter ("encoder_moe", "multi_token",
-    "head"). Several joined by "/" must all hold: "encoder/attention" is the attention of the
+    `ParameterSpec.component`), or a step of the path to a parameter ("encoder_moe", "multi_token",
+    "head"). Names joined by "/" must all match: "encoder/attention" is the attention of the
     encoder. "all" chooses everything.
 
     >>> from moe_jax.models.model import LanguageModel
@@ -35,14 +35,14 @@ def select(specs: Any, names: Sequence[str]) -> Any:
       bools in the same tree.
 
     Raises:
-      ValueError: a name chooses nothing; lists what there is.
+      ValueError: a name chooses nothing; the message lists valid names.
     """
     check_names(specs, names)
     return marked(specs, names)
 
 
 def check_names(specs: Any, names: Sequence[str]) -> None:
-    """Refuses names of which one chooses nothing; see `select`."""
+    """Raises `ValueError` if a name chooses nothing; see `select`."""
     paths = jax.tree_util.tree_leaves_with_path(specs)
     words = [words_of(path, spec) for path, spec in paths]
     for name in names:
@@ -55,21 +55,21 @@ def check_names(specs: Any, names: Sequence[str]) -> None:
 
 
 def marked(specs: Any, names: Sequence[str]) -> Any:
-    """`select`, in which a name may choose nothing: of a part of a model."""
+    """`select` in which names may choose nothing, for specs of a part of a model."""
     return jax.tree_util.tree_map_with_path(
         lambda path, spec: any(matches(name, words_of(path, spec)) for name in names), specs
     )
 
 
 def words_of(path: tuple[Any, ...], spec: ParameterSpec) -> frozenset[str]:
-    """What chooses a parameter: the steps of its path, and its component."""
+    """The words that choose a parameter: the steps of its path, and its component."""
     return frozenset(
         {*jax.tree_util.keystr(path, simple=True, separator="/").split("/"), spec.component}
     )
 
 
 def matches(name: str, words: frozenset[str]) -> bool:
-    """Whether a name chooses the parameter of these words."""
+    """Whether a name chooses the parameter with these words."""
     return name == ALL or words.issuperset(name.split("/"))
 
 

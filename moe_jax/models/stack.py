@@ -1,9 +1,8 @@
-"""Stacks: layers in order, the repeated ones compiled once (legend: `moe_jax.moe`).
+"""Stacks: layers in order, with repeated layers compiled once (legend: `moe_jax.moe`).
 
-Parameters and caches are trees by position: `first`, `unit` with a leading dim of repeats, `last`,
-and in each a layer by its place, and in that a branch by its name. Scanning is a choice of
-execution that does not change the tree. Outside a stack, trees by part have, for each part, a
-leading dim of the layers that use it.
+Parameters and caches are trees by position: `first`, `unit` with a leading dim of repeats, `last`;
+in each, layers by place; in each layer, branches by name. Scanning only changes execution, not the
+tree. Outside a stack, trees are by part, with a leading dim of the layers that use the part.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-RESIDUAL = ""  # beside the branches of a layer, which have names
+RESIDUAL = ""  # the key next to those of branches, which are not empty
 
 
 class StackOutput(NamedTuple):
@@ -49,7 +48,7 @@ class StackOutput(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a branch is in a tree by position."""
+    """The place of a branch in a tree by position."""
 
     segment: str
     layer: str
@@ -61,15 +60,15 @@ class Stack:
     """Layers that run one after another on the residual stream.
 
     Attributes:
-      first: layers before the repetition.
+      first: layers before the repeated unit.
       unit: layers that are repeated together.
-      repeats: how often.
-      last: layers after it.
-      shared: (name, part) that run once before the layers.
-      tied: branches of the unit with one copy of their parameters in all layers.
+      repeats: number of repeats of the unit.
+      last: layers after the repeated unit.
+      shared: (name, part) of parts that run once before the layers.
+      tied: branches of the unit whose layers share one copy of parameters.
       causal: whether no token sees later ones.
       scan: whether the repeated layers are compiled once.
-      remat: what the backward pass computes again: a key of `REMAT`.
+      remat: what the backward pass recomputes: a key of `REMAT`.
     """
 
     first: tuple[Layer, ...] = ()
@@ -84,7 +83,7 @@ class Stack:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers; as the number of a random key it is that of the embedding's dropout."""
+        """Number of layers; also the number folded into the key of the embedding's dropout."""
         return len(self.first) + len(self.unit) * self.repeats + len(self.last)
 
     def segments(self) -> Iterator[tuple[str, tuple[Layer, ...]]]:
@@ -95,9 +94,9 @@ class Stack:
         """Checks that no part of a causal stack looks at later tokens.
 
         Raises:
-          ValueError: naming the part, and whether it looks ahead in training or in evaluation.
+          ValueError: with the part, and whether it looks ahead in training or in evaluation.
         """
-        # A layer may look ahead where none of its branches does.
+        # A layer may look ahead although none of its branches does.
         layers = [(type(one).__name__, one) for _, layers in self.segments() for one in layers]
         for name, part in (*self.named_parts(), *self.shared, *layers):
             modes = [
@@ -116,7 +115,7 @@ class Stack:
             )
 
     def named_parts(self) -> list[tuple[str, Part]]:
-        """The name and the part of every branch, of the unit once."""
+        """The name and the part of every branch, with the unit once."""
         return [
             branch for _, layers in self.segments() for layer in layers for branch in layer.branches
         ]
@@ -126,7 +125,7 @@ class Stack:
         return dict(self.named_parts())
 
     def trees(self, of: Callable[[Layer], dict[str, Any]]) -> dict[str, Any]:
-        """A tree of specs by position, from that of each layer."""
+        """A tree of specs by position, from the specs of each layer."""
         tree = {
             segment: {str(i): of(layer) for i, layer in enumerate(layers)}
             for segment, layers in self.segments()
@@ -135,7 +134,7 @@ class Stack:
         return tree
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """Parameters by position, and those of `tied` branches and `shared` parts."""
+        """Parameters by position, with any `tied` and `shared` parameters."""
         specs = self.trees(
             lambda layer: {k: v for k, v in layer.specs(dims).items() if k not in self.tied}
         )
@@ -164,7 +163,7 @@ class Stack:
         return self.trees(lambda layer: layer.cache_specs(dims, batch, length))
 
     def without_cache(self, dims: Dims) -> list[str]:
-        """The parts that cannot decode: they may read other tokens, and keep nothing of them."""
+        """Parts that cannot decode, because they may read other tokens but cache nothing."""
         layers = [(type(one).__name__, one) for _, layers in self.segments() for one in layers]
         alone = [(name, one) for name, one in layers if not one.branches]
         return sorted(
@@ -176,7 +175,7 @@ class Stack:
         )
 
     def places(self) -> dict[str, list[Place]]:
-        """Where each part is used, in order within `first`, within one unit, and within `last`."""
+        """The places of each part, in order within `first`, one `unit` and `last`."""
         found: dict[str, list[Place]] = {}
         for segment, layers in self.segments():
             for i, layer in enumerate(layers):
@@ -185,7 +184,7 @@ class Stack:
         return found
 
     def layer_indices(self) -> dict[str, tuple[int, ...]]:
-        """The layers that use each part, in order; a layer comes twice that uses it twice."""
+        """The layers that use each part, in order; a layer that uses it twice is listed twice."""
         start = {"first": 0, "unit": len(self.first)}
         start["last"] = start["unit"] + len(self.unit) * self.repeats
         indices: dict[str, list[int]] = {}
@@ -197,7 +196,7 @@ class Stack:
         return {part: tuple(sorted(found)) for part, found in indices.items()}
 
     def by_part(self, tree: Any) -> dict[str, Any]:
-        """A tree by position as one by part, each with a leading dim of layers, in order."""
+        """Converts a tree by position to a tree by part, with a leading dim of layers in order."""
         parts: dict[str, Any] = {}
         for part, places in self.places().items():
             pieces = []
@@ -217,7 +216,7 @@ class Stack:
         return parts
 
     def by_position(self, parts: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The inverse of `by_part`; parts that are absent are absent in the tree."""
+        """The inverse of `by_part`; missing parts are missing in the tree."""
         tree: dict[str, Any] = {segment: {} for segment in SEGMENTS}
         for part, places in self.places().items():
             if part not in (parts or {}):
@@ -250,7 +249,7 @@ class Stack:
         Args:
           params: in the tree that `specs` declares.
           x_BLM: the residual stream.
-          call: positions and segments are arrays.
+          call: with positions and segments as arrays.
           state: by part, as `state_specs` declares it, or None.
           replay: choices by part, with a leading dim of layers, or None.
           cache: by position, or None.
@@ -278,7 +277,7 @@ class Stack:
         return StackOutput(x_BLM, self.by_part(auxes), caches, residual_XBLM)
 
     def residuals(self, tree: Any) -> jax.Array:
-        """The residual stream after every layer, in order, as `_run` recorded it by position."""
+        """The residual stream after every layer, in order, from `_run`'s records by position."""
         rounds = {"first": 1, "unit": self.repeats, "last": 1}
         pieces = []
         for segment, layers in self.segments():
@@ -301,7 +300,7 @@ class Stack:
         call: Call,
         tied: Any,
     ) -> tuple[jax.Array, dict[str, Any], dict[str, Any]]:
-        """Some layers, one after another; `own` is their state, caches and replay."""
+        """Runs some layers one after another; `own` is their state, caches and replay."""
         auxes, caches = {}, {}
         for i, layer in enumerate(layers):
             place = str(i)
@@ -325,10 +324,10 @@ class Stack:
         start: int,
         own: list[Any],
     ) -> tuple[jax.Array, Any, Any]:
-        """The unit, `repeats` times: a scan, or one after another.
+        """Runs the unit `repeats` times: in a scan, or one after another.
 
-        A given cache travels in the carry, where it is updated in place; a recorded one leaves with
-        the outputs.
+        A given cache is part of the carry, where it is updated in place. A new cache is returned
+        with the outputs.
         """
         if self.repeats == 0:
             return x_BLM, {}, {}
@@ -363,7 +362,7 @@ class Stack:
         return x_BLM, auxes, cache if has_cache else caches
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """Checks that the batch and the mesh can be split as every part needs; see `Part`."""
+        """Checks that the mesh can split the batch and every part; see `Part`."""
         for name, part in (*self.parts().items(), *self.shared):
             try:
                 part.check_run(dims, run)
@@ -372,7 +371,7 @@ class Stack:
 
 
 def unstacked(tree: Any, count: int) -> list[Any]:
-    """The entries of a tree of stacked arrays, cut so that their gradients are joined again."""
+    """The entries of a tree of stacked arrays, split so that their gradients are concatenated."""
     leaves, structure = jax.tree.flatten(tree)
     cut = [jax.lax.split(leaf, (1,) * count) for leaf in leaves]
     return [

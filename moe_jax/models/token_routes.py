@@ -1,7 +1,7 @@
-"""Experts by token, as inference engines return them: [length, layers, K], -1 where there is none.
+"""Experts by token, as inference engines return them: [length, layers, K], -1 for no expert.
 
-vLLM gives such an array for each text of a rollout (`routed_experts`). A trainer makes a record of
-them and replays it, so that the policy that is trained chose what the policy that wrote had chosen
+vLLM returns such an array for each text of a rollout (`routed_experts`). A trainer turns them into
+a record and replays it, so that the trained policy uses the experts that the rollout policy chose
 (Ma 2025, arXiv:2510.11370). Legend: `moe_jax.moe`.
 """
 
@@ -25,9 +25,8 @@ def routes_of(record: RoutingRecord) -> list[np.ndarray]:
     """The experts of every token of each sequence.
 
     Returns:
-      For each sequence int32 [length, X, K]: its tokens without padding, all layers that route in
-      their order, and the experts best first; -1 behind the last, K being that of the part with
-      the most.
+      For each sequence int32 [length, X, K]: tokens without padding, all routing layers in order,
+      experts best first, then -1. K is the largest of all parts.
     """
     layers = {name: part.layers for name, part in record.parts.items()}
     index = {
@@ -40,14 +39,14 @@ def routes_of(record: RoutingRecord) -> list[np.ndarray]:
 
 
 def by_token(layers: Mapping[str, Sequence[int]], index: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Experts by token out of those by part.
+    """Converts experts by part to experts by token.
 
     Args:
       layers: the layers of each part.
-      index: int32 [X, B, L, K] of each, -1 where a choice does not count.
+      index: int32 [X, B, L, K] of each part, -1 for a choice that does not count.
 
     Returns:
-      int32 [B, L, layers, K], of all layers in their order.
+      int32 [B, L, layers, K], of all routing layers in order.
     """
     places = places_of(layers)
     batch_shape = next(iter(index.values())).shape[1:3]
@@ -61,18 +60,18 @@ def by_token(layers: Mapping[str, Sequence[int]], index: Mapping[str, np.ndarray
 def record_of_routes(
     model: LanguageModel, texts: Sequence[Sequence[int]], routes: Sequence[np.ndarray]
 ) -> RoutingRecord:
-    """The record of texts whose experts an engine has returned.
+    """The record of texts, from the experts that an engine returned.
 
     Args:
-      model: that replays them, without an encoder.
+      model: the model that replays them, without an encoder.
       texts: token ids.
-      routes: for each text integers [length, layers, K]. The layers are those that route, or all of
-        the model, with -1 in the others. K is that of the part with the most, with -1 behind the
-        choices of parts with fewer, and in place of an expert that was not chosen. The last token
-        of a text may be -1 throughout, since an engine does not run it; it uses no expert then.
+      routes: for each text, integers [length, layers, K]. The layers are the routing layers, or all
+        layers with -1 in the others. K is the largest of all parts; -1 follows the choices of parts
+        with fewer, and replaces an expert that was not chosen. The last token of a text may have
+        only -1, since an engine does not run it; it then uses no expert.
 
     Returns:
-      The record, padded on the right; `batch_fields` makes fields of a batch of it. Gates are 0 and
+      The record, padded on the right; `batch_fields` turns it into batch fields. Gates are 0 and
       every choice is kept: neither is replayed.
 
     Raises:
@@ -128,11 +127,11 @@ def routes_bytes(tokens: Sequence[int], routes: np.ndarray) -> bytes:
 
 
 def load_routes(path: str | pathlib.Path) -> tuple[list[int], np.ndarray]:
-    """The tokens of a text and their experts, as `generate --routes` writes them.
+    """Reads the tokens of a text and their experts, as `generate --routes` writes them.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is no such file.
+      OSError: the file cannot be read.
+      ValueError: it is not such a file.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -191,5 +190,5 @@ def of_part(own: np.ndarray, num_choices: int, name: str, text: int) -> np.ndarr
 
 
 def places_of(layers: Mapping[str, Sequence[int]]) -> list[tuple[int, str, int]]:
-    """Layers that route in order: the layer, its part, and which of the part's layers it is."""
+    """Routing layers in order: the layer, its part, and its index among the part's layers."""
     return sorted((layer, name, i) for name, own in layers.items() for i, layer in enumerate(own))

@@ -1,8 +1,8 @@
-"""Which parameters train, at which rate, and the tree of those that do.
+"""Which parameters train, at which rate, and the tree of trained parameters.
 
-What trains is a tree like the parameters with None in the place of what does not: `jax.tree`
-passes over None, so that gradients and what an optimizer keeps exist for the rest alone. Where
-everything trains it is the tree of the parameters.
+The trained parameters are a tree like the parameters, with None for frozen parameters. `jax.tree`
+skips None, so gradients and optimizer state exist only for trained parameters. If everything
+trains, it is the tree of the parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def training_marks(settings: OptimizerConfig, specs: Any) -> Any:
-    """Which parameters train: those of `trainable` that are not of `frozen`, and that can.
+    """Which parameters train: in `trainable`, not in `frozen`, and able to train.
 
     Args:
       settings: of the optimizer.
-      specs: the tree of `ParameterSpec` of a model, or of its state.
+      specs: the tree of `ParameterSpec` of a model or of its state.
 
     Returns:
       bools in the same tree.
@@ -39,24 +39,24 @@ def training_marks(settings: OptimizerConfig, specs: Any) -> Any:
 
 
 def can_train(spec: ParameterSpec) -> bool:
-    """Whether an array may be trained, and small steps can change it: not integers, for one."""
+    """Whether an array may be trained and small steps can change it (not integers, for example)."""
     return spec.trains and jnp.dtype(spec.dtype) in (jnp.float32, jnp.bfloat16)
 
 
 def kept(tree: Any, marks: Any) -> Any:
-    """The tree with None in the place of what is not marked."""
+    """The tree with None for leaves that are not marked."""
     return jax.tree.map(lambda mark, leaf: leaf if mark else None, marks, tree)
 
 
 def filled(part: Any, tree: Any) -> Any:
-    """The tree with what a part of it has, which is None elsewhere."""
+    """The tree with the leaves of `part`, or its own where `part` is None."""
     return jax.tree.map(
         lambda own, leaf: leaf if own is None else own, part, tree, is_leaf=lambda own: own is None
     )
 
 
 def like(part: Any, tree: Any) -> Any:
-    """The tree with None where a part of it has None."""
+    """The tree with None where `part` is None."""
     return jax.tree.map(
         lambda own, leaf: None if own is None else leaf, part, tree, is_leaf=lambda own: own is None
     )
@@ -68,18 +68,18 @@ def training_specs(settings: OptimizerConfig, specs: Any) -> Any:
 
 
 def moving_state(settings: OptimizerConfig, model: "LanguageModel") -> dict[str, Any]:
-    """Which arrays of the state of parts move, by part: bools in the tree of `state_specs`.
+    """Which arrays of the state of parts are updated, by part: bools in the tree of `state_specs`.
 
-    A selection bias is routing: it is of the component "router" and moves if the names that train
-    choose it. With frozen="router", or trainable="experts", routers and biases stay.
+    A selection bias has the component "router" and is updated if the trained names choose it. With
+    frozen="router" or trainable="experts", routers and biases stay fixed.
     """
     return over_state(model, lambda specs: training_marks(settings, specs))
 
 
 def over_state(model: "LanguageModel", mark: Callable[[Any], Any]) -> dict[str, Any]:
-    """What a function of a tree of specs says of the state of parts, by part.
+    """Applies `mark` to the specs of the state of parts; returns its result by part.
 
-    It is shown the specs by the names of stacks, under "state", and returns a tree like that.
+    `mark` gets the specs by stack, under "state", and returns a tree like that.
     """
     marks: dict[str, Any] = {}
     for stack, own in mark(state_by_stack(model))["state"].items():
@@ -88,7 +88,7 @@ def over_state(model: "LanguageModel", mark: Callable[[Any], Any]) -> dict[str, 
 
 
 def state_by_stack(model: "LanguageModel") -> dict[str, Any]:
-    """The specs of the state of parts, under "state" and the names of stacks."""
+    """The specs of the state of parts, by stack, under "state"."""
     specs = {name: stack.state_specs(model.dims) for name, stack in model.stacks.items()}
     if model.modules is not None:
         specs[NAME] = model.modules.stack.state_specs(model.dims)
@@ -96,7 +96,7 @@ def state_by_stack(model: "LanguageModel") -> dict[str, Any]:
 
 
 def rate_factors(settings: OptimizerConfig, specs: Any) -> Any:
-    """The factor of the learning rate of each parameter, in their tree."""
+    """The learning-rate factor of each parameter, in the tree of `specs`."""
 
     def factor(path: tuple[Any, ...], spec: ParameterSpec) -> float:
         words = words_of(path, spec)
@@ -106,7 +106,7 @@ def rate_factors(settings: OptimizerConfig, specs: Any) -> Any:
 
 
 def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
-    """Checks the names of what trains against a model.
+    """Checks the optimizer's names of parameters against a model.
 
     Raises:
       ValueError: a name chooses nothing, nothing trains, or a parameter is in two groups.
@@ -141,7 +141,7 @@ def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
 
 
 def count_trained(settings: OptimizerConfig, specs: Any) -> dict[str, dict[str, int]]:
-    """Parameters by component: {"experts": {"trained": 8, "total": 8}, ...}, as `run.json` has it.
+    """Parameters by component, as in `run.json`: {"experts": {"trained": 8, "total": 8}, ...}.
 
     Args:
       settings: of the optimizer.
@@ -157,7 +157,7 @@ def count_trained(settings: OptimizerConfig, specs: Any) -> dict[str, dict[str, 
 
 
 def describe_trained(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """What `count_trained` found, as one line.
+    """The result of `count_trained` as one line.
 
     >>> describe_trained({"router": {"trained": 0, "total": 8}, "experts": {"trained": 64,
     ...                   "total": 64}})

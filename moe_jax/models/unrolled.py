@@ -1,4 +1,4 @@
-"""Models whose repeated layers lie apart: the same layers, each with arrays of its own."""
+"""Models without repeated layers: the same layers, each with its own arrays."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from moe_jax.models.model import LanguageModel
 
 
 def unrolled(model: LanguageModel) -> LanguageModel:
-    """The model with nothing repeated; a stack with tied parts stays as it is.
+    """The model without repeated layers; a stack with tied parts does not change.
 
-    It has no setting of adapters, whose names may be of the repeated layers; a weight with an
-    adapter is one in the parameters.
+    `adapters` is None, since its names may refer to repeated layers. Adapted weights stay adapted
+    in the parameters.
     """
 
     def apart(layout: StackLayout) -> StackLayout:
@@ -33,9 +33,9 @@ def unrolled_params(
     """The parameters of `unrolled`.
 
     Args:
-      model: with repeated layers.
-      params: of it.
-      cut: the entry at a place of an array that has a leading dim of repeats.
+      model: the model with repeated layers.
+      params: its parameters.
+      cut: function of an array with a leading dim of repeats, and an index; returns the entry.
     """
     stacks = {
         name: layers_of(layout, params[name], cut)
@@ -51,7 +51,7 @@ def is_unrolled(layout: StackLayout) -> bool:
 
 
 def layers_of(layout: StackLayout, tree: Any, cut: Callable[[Any, int], Any]) -> dict[str, Any]:
-    """A tree by position whose repeated layers stand behind the first ones."""
+    """A tree by position with the repeated layers moved to the end of `first`."""
     first = dict(tree["first"])
     for repeat in range(layout.repeats):
         for i in range(len(layout.unit)):

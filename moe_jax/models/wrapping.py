@@ -1,4 +1,4 @@
-"""Weights of several arrays in the tree of a model: which parameters have them."""
+"""Which parameters of a model are replaced by weights of several arrays."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from moe_jax.weights.quantised import Quantisation, axis_of
 if TYPE_CHECKING:
     from moe_jax.models.model import LanguageModel
 
-# Components whose weights are left as they are unless a name says their word.
+# Components whose weights do not change unless a name contains the component.
 NAMED_ALONE = ("embedding", "head", "router")
 
 
 class Wrapping(Protocol):
-    """A setting that puts a `Weight` in the place of some matrices.
+    """A setting that replaces some matrices by a `Weight`.
 
     Attributes:
-      names: which parameters, as `selection.select` reads them.
+      names: of the parameters, as for `selection.select`.
     """
 
     @property
@@ -31,11 +31,11 @@ class Wrapping(Protocol):
         """See the class."""
 
     def wrap(self, name: str, spec: ParameterSpec, inner: Any) -> Any:
-        """The specs of the arrays in the place of a matrix; `inner` is what is there by now."""
+        """The specs of the arrays that replace a matrix; `inner`: those that it has so far."""
 
 
 def wrapped(specs: Any, wrappings: Sequence[Wrapping | None]) -> Any:
-    """The tree of a model whose matrices are wrapped, by one setting after another.
+    """The tree of a model whose matrices are wrapped by one setting after another.
 
     Args:
       specs: of the plain parameters.
@@ -61,7 +61,7 @@ def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
     """Whether each plain parameter is wrapped: bools in their tree.
 
     Raises:
-      ValueError: a name chooses no parameter, or all together no matrix.
+      ValueError: a name chooses no parameter, or no name chooses a matrix.
     """
     words = {word for name in wrapping.names for word in name.split("/")}
 
@@ -80,14 +80,14 @@ def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
 
 
 def is_matrix(spec: ParameterSpec) -> bool:
-    """Whether a parameter is a matrix, or a stack of them, that a product may take in pieces."""
+    """Whether a parameter is a matrix, or a stack of matrices, that a `Weight` can replace."""
     dims = spec.shape[spec.num_stacked :]
     is_weight = spec.decays or spec.component == "embedding"
     return is_weight and len(dims) == 2 and min(dims) > 1
 
 
 def dense_params(params: Any) -> Any:
-    """The parameters as plain arrays in float32: what was quantised, and adapters added."""
+    """The parameters as plain float32 arrays: dequantised, with adapters added."""
     return jax.tree.map(
         lambda leaf: dense(leaf).astype(jnp.float32),
         params,
@@ -96,20 +96,20 @@ def dense_params(params: Any) -> Any:
 
 
 def plain_model(model: "LanguageModel") -> "LanguageModel":
-    """The model that has those parameters."""
+    """The model with plain parameters, as from `dense_params`."""
     return dataclasses.replace(model, quantisation=None, adapters=None)
 
 
 def quantised_params(params: Any, specs: Any, quantisation: Quantisation) -> Any:
-    """The parameters with those quantised that the setting chooses.
+    """Quantises the parameters that the setting chooses.
 
-    One after another, matrix by matrix: beside the result there is one matrix more. The arrays that
-    are quantised are deleted.
+    Works matrix by matrix: memory holds the result and one more matrix. The original arrays of
+    quantised parameters are deleted.
 
     Args:
-      params: of the plain model; used up.
+      params: of the plain model; quantised leaves are deleted.
       specs: of the plain model.
-      quantisation: which, and how.
+      quantisation: chooses the parameters and the format.
     """
 
     def matrices(weight: jax.Array, stacked: int, axis: int) -> Any:
