@@ -1,6 +1,6 @@
 """Mixture-of-experts language models in JAX and Flax, for research on TPUs and GPUs.
 
-The public names are imported when they are first used, so that `import moe_jax` is fast.
+Public names are imported on first use, so that `import moe_jax` is fast.
 
 >>> import moe_jax
 >>> moe_jax.MoE(num_experts=4).num_experts

@@ -1,12 +1,13 @@
-"""Parameters before they exist, and the four doors by which code multiplies by a weight.
+"""Specs of parameters, and the four functions through which code uses a weight.
 
-A `ParameterSpec` holds all that the library needs to know about an array. Nothing is guessed from a
-name. Trees of specs are nested dicts, and `jax.tree.map` turns them into parameters, shardings and
-masks.
+A `ParameterSpec` contains all that the library needs to know about an array. Nothing is guessed
+from a name. Trees of specs are nested dicts, and `jax.tree.map` turns them into parameters,
+shardings and masks.
 
-A weight passes a door: `linear(x, w)` for one matrix, `grouped(x, w, layout)` for those of experts,
-`rows(w, ids)` for a table, `dense(w)` for the array itself. Behind a door stands an array or a
-`Weight`: several arrays that act as one, such as LoRA's or quantised ones. Legend: `moe_jax.moe`.
+Code uses a weight through one of four functions: `linear(x, w)` for one matrix, `grouped(x, w,
+layout)` for the matrices of experts, `rows(w, ids)` for a table, `dense(w)` for the array itself.
+Each accepts an array or a `Weight`: several arrays that act as one, such as LoRA or quantised
+weights. Legend: `moe_jax.moe`.
 """
 
 import dataclasses
@@ -30,13 +31,13 @@ class ParameterSpec:
       shape: of the array.
       axes: the name of each dim in `parallel.rules`; None for a dim that is never split.
       init: `(key, shape, dtype) -> array`.
-      component: what it counts as in parameter counts, such as "attention" or "experts". Muon
-        leaves "embedding", "head" and "router" to AdamW.
-      decays: whether weight decay applies: matrices do, norms, biases and embeddings do not.
+      component: its group in parameter counts, such as "attention" or "experts". Muon leaves
+        "embedding", "head" and "router" to AdamW.
+      decays: whether weight decay applies: to matrices, not to norms, biases or embeddings.
       num_stacked: number of leading dims that stack separate parameters, such as layers of a scan
-        or experts. An optimizer that looks at a whole parameter treats each by itself.
+        or experts. An optimizer that works on whole parameters treats each separately.
       dtype: of the array.
-      trains: whether it may be trained: not what is quantised, nor what an adapter wraps.
+      trains: whether it may be trained: not quantised weights, nor weights with an adapter.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +50,7 @@ class ParameterSpec:
     trains: bool = True
 
     def stack(self, count: int) -> "ParameterSpec":
-        """The spec of `count` such arrays stacked along a leading dim; each is drawn by itself."""
+        """The spec of `count` such arrays stacked along a leading dim, each drawn separately."""
 
         def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
             return jax.vmap(lambda one: self.init(one, shape[1:], dtype))(
@@ -75,11 +76,11 @@ SAME_KEY = tuple(map(jax.tree_util.GetAttrKey, ("base", "values", "scales")))
 
 
 def init_parameters(key: jax.Array, specs: Any) -> Any:
-    """Draws every parameter of a tree of specs, each with a key of its own.
+    """Draws every parameter of a tree of specs, each with its own key.
 
     The key depends only on the path of a parameter in the tree, by CRC-32, so it is the same in
-    every process. The `base` of a `Weight` starts from the values that it would have unwrapped, and
-    `values` and `scales` of a quantised one are of these values.
+    every process. The `base` of a `Weight` starts with the values of the unwrapped parameter, and
+    `values` and `scales` of a quantised weight represent these values.
 
     Args:
       key: random key.
@@ -98,12 +99,12 @@ def init_parameters(key: jax.Array, specs: Any) -> Any:
 
 
 def scaled_init(scale: float, fan_in: int, *, identical: bool = False) -> Initializer:
-    """Truncated normal of variance scale / fan_in; every expert (first dim of three) on its own.
+    """Truncated normal with variance scale / fan_in.
 
     Args:
       scale: of the variance, not of the standard deviation (Switch, sec. 2.4: 0.1).
       fan_in: the input dim of one matrix.
-      identical: give every expert the same values.
+      identical: give every expert (first dim of three) the same values.
     """
     # A normal cut at two standard deviations has 0.8796 of its own standard deviation.
     stddev = (scale / fan_in) ** 0.5 / 0.87962566103423978
@@ -117,7 +118,7 @@ def scaled_init(scale: float, fan_in: int, *, identical: bool = False) -> Initia
 
 
 def truncated_normal_init(stddev: float) -> Initializer:
-    """Normal of this standard deviation, cut at two of them."""
+    """Normal of this standard deviation, truncated at two standard deviations."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
@@ -147,10 +148,10 @@ def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 class Layout(Protocol):
-    """How rows `x[..., I]` meet the weights of their experts.
+    """How rows `x[..., I]` are multiplied by the weights of their experts.
 
     Attributes:
-      rng: key for what is random in these rows, or None.
+      rng: random key for these rows, or None.
     """
 
     rng: jax.Array | None
@@ -163,7 +164,7 @@ class Layout(Protocol):
 
 
 class Shared:
-    """The layout in which every row meets the same weights [I, O]."""
+    """The layout in which all rows use the same weights [I, O]."""
 
     rng: jax.Array | None = None
 
@@ -181,7 +182,7 @@ SHARED = Shared()
 
 @dataclasses.dataclass(frozen=True)
 class ToLogits(Shared):
-    """The layout of an output head: float32 whatever the dtype of the rows.
+    """The layout of an output head: float32 for any dtype of the rows.
 
     Attributes:
       tied: whether the weights are those of the input embedding, [O, I].
@@ -196,19 +197,19 @@ class ToLogits(Shared):
 
 
 def matrix_product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """[..., I] @ [I, O] -> [..., O], in a dtype if it is given, as a product of two matrices.
+    """[..., I] @ [I, O] -> [..., O], in any given dtype, as a product of two matrices.
 
-    Of more dims, XLA on a CPU would transpose the gradient of the output before it multiplies.
+    With more dims, XLA on a CPU would transpose the gradient of the output before the product.
     """
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), weight, preferred_element_type=dtype)
     return y.reshape(*x.shape[:-1], weight.shape[-1])
 
 
 class Weight:
-    """Several arrays that act as one weight; register a subclass as a pytree of them."""
+    """Several arrays that act as one weight; register subclasses as pytrees of these arrays."""
 
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """What `layout.matmul(x, dense(self))` gives, with the weight in the dtype of `x`."""
+        """Equals `layout.matmul(x, dense(self))`, with the weight in the dtype of `x`."""
         raise NotImplementedError
 
     def dense(self) -> jax.Array:
@@ -216,20 +217,20 @@ class Weight:
         raise NotImplementedError
 
     def rows(self, ids: jax.Array) -> jax.Array:
-        """What `dense(self)[ids]` gives."""
+        """Equals `dense(self)[ids]`."""
         return self.dense()[ids]
 
     def columns(self, choose: Callable[[jax.Array], jax.Array]) -> "Weight":
-        """What `choose(dense(self))` gives, where that takes some outputs of the last dim."""
+        """A `Weight` equal to `choose(dense(self))`; `choose` selects outputs of the last dim."""
         chosen: Weight = jax.tree.map(choose, self)
         return chosen
 
     def axes_of(self, axes: Axes) -> "Weight":
-        """The axes of each of its arrays, in a tree like this one, from those of the weight."""
+        """The axes of each of its arrays, in a tree like this one, from the axes of the weight."""
         raise NotImplementedError
 
     def of_experts(self, num_experts: int) -> "Weight":
-        """The same for E experts, of which every array has a leading dim."""
+        """The same for E experts, with a leading dim of experts in every array."""
         del num_experts
         return self
 
@@ -251,7 +252,7 @@ def grouped(x: jax.Array, weight: jax.Array | Weight, layout: Layout) -> jax.Arr
 
 
 def rows(table: jax.Array | Weight, ids: jax.Array) -> jax.Array:
-    """The rows of a table [V, M] for integers [...]: [..., M] in the dtype of the table."""
+    """Rows of a table [V, M] by integers [...]: [..., M] in the dtype of the table."""
     return table.rows(ids) if isinstance(table, Weight) else jnp.asarray(table)[ids]
 
 
@@ -261,12 +262,12 @@ def dense(weight: jax.Array | Weight) -> jax.Array:
 
 
 def columns(weight: jax.Array | Weight, choose: Callable[[jax.Array], jax.Array]) -> Any:
-    """Some outputs of a matrix [..., I, O]: a matrix of fewer columns, of the same kind."""
+    """Selects outputs of a matrix [..., I, O]: an array or a `Weight`, as given."""
     return weight.columns(choose) if isinstance(weight, Weight) else choose(weight)
 
 
 def weight_axes(axes: Axes, weight: jax.Array | Weight) -> Any:
-    """The axes of the arrays that a weight is made of: a tuple, or a `Weight` of tuples."""
+    """The axes of the arrays of a weight: a tuple, or a `Weight` of tuples."""
     return weight.axes_of(axes) if isinstance(weight, Weight) else axes
 
 
@@ -279,9 +280,9 @@ def of_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
 
 
 def learning(weights: Any) -> Any:
-    """Which arrays of a tree of weights have a gradient: bools in their tree.
+    """Which arrays of a tree of weights have a gradient: bools in the same tree.
 
-    Integers have none, and a `Weight` says which of its arrays have one.
+    Integers have none. `Weight.learns` decides for the arrays of a `Weight`.
     """
 
     def of_one(weight: Any) -> Any:
@@ -304,11 +305,11 @@ def ffn_specs(
     num_experts: int | None = None,
     identical_init: bool = False,
 ) -> dict[str, ParameterSpec]:
-    """The weights of a feed-forward network (`num_experts=None`), or of E of them.
+    """The weights of a feed-forward network (`num_experts=None`), or of E experts.
 
     Returns:
       `wi` and, if gated, `wg` [M, H], `wo` [H, M]; with biases also `bi`, `bg` [H] and `bo` [M].
-      Those of experts have a leading E.
+      Weights of experts have a leading dim E.
     """
     experts = () if num_experts is None else (num_experts,)
     names: Axes = () if num_experts is None else ("expert",)

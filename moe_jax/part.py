@@ -32,7 +32,7 @@ class Dims(NamedTuple):
     Attributes:
       model_dim: M.
       vocab_size: V; 0 outside a model.
-      memory_length: tokens of the encoder's output that a decoder reads, for its costs; 0 without.
+      memory_length: tokens of the encoder's output that a decoder reads; 0 without an encoder.
     """
 
     model_dim: int
@@ -44,10 +44,10 @@ class RunShape(NamedTuple):
     """The batch and the mesh of a run.
 
     Attributes:
-      sequences: number in a microbatch, over all devices.
-      length: L, tokens of a sequence.
-      shards: number of parts that the mesh splits a dim into, by its name in `parallel.rules`.
-      encoder_length: tokens of a sequence in the encoder; 0 without one.
+      sequences: sequences per microbatch, over all devices.
+      length: L, tokens per sequence.
+      shards: number of shards of a dim on the mesh, by its name in `parallel.rules`.
+      encoder_length: tokens per sequence of the encoder; 0 without one.
     """
 
     sequences: int
@@ -57,12 +57,12 @@ class RunShape(NamedTuple):
 
 
 class EncoderInputs(NamedTuple):
-    """The text that the encoder of an encoder-decoder model reads; T tokens a sequence.
+    """The text that the encoder of an encoder-decoder model reads; T tokens per sequence.
 
     Attributes:
       tokens_BT: int32 token ids.
       positions_BT: int32, position of a token in its text; None: in its sequence.
-      segments_BT: int32, number of a token's text within its sequence, 0 for padding. The decoder's
+      segments_BT: int32, number of a token's text in its sequence, 0 for padding. The decoder's
         segment of the same number reads it. None: one text without padding.
     """
 
@@ -97,35 +97,35 @@ class Call:
     Attributes:
       positions_BL: int32, position of a token in its document; None: in its sequence, which begins
         at the first slot of a cache.
-      segments_BL: int32, number of a token's document within its sequence, 0 for padding; None: one
+      segments_BL: int32, number of a token's document in its sequence, 0 for padding; None: one
         document without padding.
       tokens_BL: int32 token ids; None outside a model.
-      step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
+      step: int32 scalar, finished training steps, for annealed settings; None: their end values.
       rng: random key of a training pass, for dropout and noise; None: a deterministic evaluation.
       encoder: what the encoder reads; None without an encoder.
       memory: [B, T, M], the output of the encoder; None without one, or before it ran.
       memory_segments_BT: int32, segments of the memory, as in `EncoderInputs`.
       shared: outputs of the stack's shared parts, by name.
-      cache_index: int32, slots of the caches that earlier calls filled, padding included: tokens of
-        this call go into the slots from there on. A scalar of all rows, or of each row, [B]; None
-        without a cache.
-      previous_B: int32, the id before the first token of every row that goes on from a cache; None:
-        the rows begin here.
-      lengths_B: int32, the tokens that each row's document comes to, for parts that depend on them
-        (some rotary scalings); None: those that are in `positions_BL`.
-      causal: whether a token must not see later ones; the stack sets it.
+      cache_index: int32, number of cache slots that earlier calls filled, including padding. This
+        call writes its tokens from that slot on. A scalar for all rows, or [B]; None without a
+        cache.
+      previous_B: int32, the token id before the first token of every row that continues from a
+        cache; None: the rows begin here.
+      lengths_B: int32, final length of each row's document, for parts that depend on it (some
+        rotary scalings); None: the length in `positions_BL`.
+      causal: whether a token must not see later tokens; the stack sets it.
       counts_up: whether positions of a document grow by one from place to place, here and in
-        `encoder`, as those of `moe_jax.data` do. Kernels of attention need that: without it "auto"
-        takes the one that reads positions. Filled in where no positions are given.
-      capacity: capacity factor, 0 for dropless; None: each part's own, of training or of
-        evaluation. A part with a fixed number of slots keeps it, except if dropless. Experts
-        that fill their slots keep those of training.
-      record: whether `Aux` gets the choices and router logits of every token, and the output of a
-        stack its residual stream after every layer.
-      cache_length: T, slots of the caches; None without one.
-      prefill: whether the caches are empty, so that tokens of this call attend to each other alone.
+        `encoder`, as in `moe_jax.data`. Attention kernels need this: otherwise "auto" chooses the
+        kernel that reads positions. Set to True if no positions are given.
+      capacity: capacity factor, 0 for dropless; None: each part's own factor for training or
+        evaluation. A fixed number of slots stays in use, except if dropless. Experts that choose
+        tokens cannot be dropless: for 0 they use their training factor.
+      record: whether to report the choices and router logits of every token in `Aux`, and the
+        residual stream after every layer in the output of a stack.
+      cache_length: T, slots of the caches; None without a cache.
+      prefill: whether the caches are empty, so that tokens of this call attend only to each other.
       in_prefix_BL: bool, tokens of a prefix, which every token of their document sees; None: no
-        token sees one behind it.
+        token sees a later one.
     """
 
     positions_BL: jax.Array | None = None
@@ -177,14 +177,14 @@ class Call:
 )
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """Inputs of one layer alone. Those of a whole layer are trees by branch.
+    """Inputs of one layer. Inputs of a whole layer are trees by branch.
 
     Attributes:
       index: int32 scalar, number of the layer; None outside a stack.
       state: arrays as `Part.state_specs` declares them, or None.
       cache: arrays as `Part.cache_specs` declares them, or None.
-      replay: choices to use instead of the router's own, or None.
-      branch: number of the branch in its layer, which gives each branch noise of its own.
+      replay: choices that replace the router's own, or None.
+      branch: number of the branch in its layer, which gives each branch its own noise.
     """
 
     index: jax.Array | None = None
@@ -208,15 +208,15 @@ class Own:
 
 
 class Aux(NamedTuple):
-    """What a part reports of one call besides its output.
+    """What a part reports from one call in addition to its output.
 
     Attributes:
       sums: arrays that add up over microbatches and devices.
-      maxima: arrays of which microbatches and devices keep the maximum.
+      maxima: arrays reduced to the maximum over microbatches and devices.
       sequences: arrays with a leading dim of sequences, which are not reduced.
       choices: the choices of every token if `Call.record` is set, else None.
-      logits_BLE: router logits of every token, noise included, if `Call.record` is set, else None;
-        of Soft MoE those of slots, [B, L, P].
+      logits_BLE: router logits of every token, including noise, if `Call.record` is set, else None;
+        for Soft MoE, logits of slots, [B, L, P].
     """
 
     sums: Sums = NOTHING
@@ -234,13 +234,13 @@ class Part(Settings):
     """A part of a layer: attention, a feed-forward network, an MoE block; or a whole layer."""
 
     family: ClassVar[str] = "part"
-    routes: ClassVar[bool] = False  # is an `MoE`: sends tokens to experts, and `Aux` says where
-    adds_to_residual: ClassVar[bool] = True  # else it is a shared part of a stack alone
-    reads_prefix: ClassVar[bool] = False  # sees `Call.in_prefix_BL` in both directions
+    routes: ClassVar[bool] = False  # is an `MoE`: routes tokens, and reports choices in `Aux`
+    adds_to_residual: ClassVar[bool] = True  # else it can only be a shared part of a stack
+    reads_prefix: ClassVar[bool] = False  # all tokens see those of `Call.in_prefix_BL`
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
     pointwise: ClassVar[bool] = False  # a token's output needs no other token: no cache to decode
-    # Whether tokens in its cache are taken back by writing over them (`layers.cache`). Of other
-    # caches speculative decoding keeps the one before, and reads accepted tokens again.
+    # Whether overwriting takes tokens in its cache back (`layers.cache`). Otherwise speculative
+    # decoding restores the previous cache and reads the accepted tokens again.
     takes_back: ClassVar[bool] = False
 
     def specs(self, dims: Dims) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Part(Settings):
         return {}
 
     def state_specs(self, dims: Dims) -> dict[str, Any]:
-        """Arrays of one layer that the step updates outside the optimizer, such as a bias."""
+        """Arrays of one layer that a step updates outside the optimizer: a selection bias."""
         del dims
         return {}
 
@@ -261,7 +261,7 @@ class Part(Settings):
     def looks_ahead(self, training: bool) -> bool:
         """Whether the output of a token can depend on later tokens, in training or in evaluation.
 
-        Asked in a causal stack, with `Call.causal` on.
+        It is asked for causal stacks, with `Call.causal` set.
         """
         del training
         return True
@@ -272,8 +272,8 @@ class Part(Settings):
         Args:
           params: arrays in the tree that `specs` declares.
           x_BLM: normed tokens in the compute dtype.
-          call: inputs of all layers; its positions and segments are arrays.
-          own: inputs of this layer alone.
+          call: inputs of all layers, with positions and segments as arrays.
+          own: inputs of this layer.
 
         Returns:
           Three values: y_BLM in the dtype of `x_BLM`, to be added to the residual; an `Aux` or
@@ -282,7 +282,7 @@ class Part(Settings):
         raise NotImplementedError
 
     def next_state(self, state: Any, sums: Sums, step: jax.Array, num_steps: int) -> Any:
-        """The state of all layers of this part after a step.
+        """The state of all layers of this part after a training step.
 
         Args:
           state: arrays with a leading dim of layers.
@@ -294,18 +294,18 @@ class Part(Settings):
         return state
 
     def steps_alike(self, num_steps: int) -> float:
-        """How many first steps stay the same if `num_steps` is raised; inf: all."""
+        """Number of first steps that do not change if `num_steps` is raised; inf: all."""
         del num_steps
         return math.inf
 
     def loss(self, aux: Aux, num_tokens: jax.Array, batch: Sums | None) -> jax.Array | float:
-        """The weighted loss of all layers of the part, which is added to the training loss.
+        """The weighted loss of all layers of the part, to be added to the training loss.
 
         Args:
           aux: of a microbatch, with a leading dim of layers; the gradient flows through it.
           num_tokens: float32 scalar >= 1, valid tokens of the whole batch.
-          batch: sums of the whole batch; None: `aux` is of the whole batch, or no loss of the model
-            has `needs_batch_sums`.
+          batch: sums over the whole batch; None: `aux` is of the whole batch, or no loss of the
+            model has `needs_batch_sums`.
 
         Returns:
           Scalar. The losses of microbatches add up to the loss of the batch.
@@ -315,57 +315,57 @@ class Part(Settings):
 
     @property
     def needs_batch_sums(self) -> bool:
-        """Whether `loss` needs all sums of the whole batch, which costs one more forward pass."""
+        """Whether `loss` needs sums over the whole batch, which costs one more forward pass."""
         return False
 
     @property
     def depends_on_microbatches(self) -> bool:
-        """Whether a step depends, beyond noise and rounding, on how its batch is cut."""
+        """Whether a step depends, beyond noise and rounding, on how its batch is split."""
         return type(self).loss is not Part.loss
 
     @property
     def has_capacity(self) -> bool:
-        """Whether an evaluation within its own capacity differs from a dropless one."""
+        """Whether evaluation with its own capacity differs from dropless evaluation."""
         return False
 
     def metrics(self, aux: Aux) -> dict[str, jax.Array]:
-        """What is logged of a step: arrays with a leading dim of layers, from a whole batch."""
+        """Metrics of a step: arrays with a leading dim of layers, from a whole batch."""
         del aux
         return {}
 
     def resolved(self, dtype: str, in_prefix: bool = False) -> "Part":
-        """The part with its settings "auto" replaced by those for the mesh and platform in use.
+        """The part with every setting "auto" replaced by its choice for the mesh and platform.
 
         Args:
           dtype: of activations.
-          in_prefix: whether tokens of a prefix are seen from both sides; see `Call`.
+          in_prefix: whether calls have `Call.in_prefix_BL`.
         """
         del dtype, in_prefix
         return self
 
     def map_branches(self, change: Callable[["Part"], "Part"]) -> "Part":
-        """The part after `change`; a whole layer changes each of its branches."""
+        """The part after `change`; a whole layer applies it to each of its branches."""
         return change(self)
 
     def costs(self, dims: Dims, length: int, dtype: str) -> "tuple[Cost, ...]":
-        """What a token costs in one layer of the part in training, stage by stage.
+        """The training costs of one token in one layer of the part, by stage.
 
-        The default traces `apply`. A part overrides this if a trace cannot know its costs: slots
-        that stay empty, loops of unknown length, splits over `tensor`.
+        The default traces `apply`. A part overrides this if a trace cannot find its costs: empty
+        slots, loops of unknown length, splits over `tensor`.
 
         Args:
           dims: sizes of the model.
-          length: L, tokens of a sequence.
+          length: L, tokens per sequence.
           dtype: of activations.
         """
-        from moe_jax.costs import traced_costs  # costs are about parts
+        from moe_jax.costs import traced_costs  # `costs` imports this module
 
         return traced_costs(self, dims, length, dtype)
 
     def decode_flops(self, dims: Dims, length: int, dtype: str) -> float:
-        """FLOPs of one token that is decoded, in one layer, from a cache of `length` tokens.
+        """FLOPs of one decoded token in one layer, with a cache of `length` tokens.
 
-        Those of a token in training, unless a part computes another way from its cache.
+        The default is the FLOPs of a token in training. Override it if decoding computes otherwise.
         """
         return sum(cost.flops for cost in self.costs(dims, length, dtype))
 
@@ -374,7 +374,7 @@ class Part(Settings):
         return ()
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """Checks that the batch and the mesh can be split as the part needs.
+        """Checks that the mesh can split the batch and the part.
 
         Raises:
           ValueError: with the sizes and what to change.
@@ -386,7 +386,7 @@ def check_divides(specs: Any, run: RunShape) -> None:
     """Checks that the mesh splits every parameter evenly.
 
     Raises:
-      ValueError: naming the parameter, its dim and the shards.
+      ValueError: with the parameter, its dim and the shards.
     """
     for path, spec in jax.tree_util.tree_leaves_with_path(specs):
         assert isinstance(spec, ParameterSpec), path
