@@ -3,12 +3,11 @@
     python -m moe_jax.check_part my_package.routers:RoundRobin --offset=2
     python -m moe_jax.check_part router.token_choice --projection.temperature=0.5
 
-Builds a tiny model around the part, and prints a line for each check: the part serialises, its
-specs and values are sound, it sees later tokens only if it says so, every parameter gets a
-gradient, padding changes nothing, a mesh of eight CPU devices computes what one device computes, a
-scan what single layers compute, and a text from caches is that of one pass. The exit code is 1 if a
-check fails. Values are Python literals, or else strings; the fields of a part inside the part stand
-behind a dot.
+Builds a tiny model around the part and prints a line for each check: the part serialises, its specs
+and values are sound, it sees later tokens only if it declares so, every parameter gets a gradient,
+and padding changes nothing. A mesh of eight CPU devices must agree with one device, a scan with
+single layers, and decoding from caches with one pass. The exit code is 1 if a check fails. Values
+are Python literals, or else strings. A dot leads to the fields of a part inside the part.
 """
 
 import ast
@@ -42,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report_errors(work: Callable[[], int | None]) -> int:
-    """Does the work; what a user can put right is one line, and exit code 1."""
+    """Does the work; prints a user's error in one line and returns exit code 1."""
     try:
         return work() or 0
     except (ValueError, OSError) as error:
@@ -51,10 +50,10 @@ def report_errors(work: Callable[[], int | None]) -> int:
 
 
 def check_part(name: str, flags: list[str]) -> int:
-    """Checks a part, and prints a line for each check; returns the exit code."""
+    """Checks a part and prints a line for each check; returns the exit code."""
     import jax
 
-    # Before JAX starts: the same machine checks meshes that it does not have.
+    # Before JAX starts, so that any machine can check a mesh of eight devices.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     from moe_jax.checks import CHECKS, Trial, check
@@ -74,7 +73,7 @@ def check_part(name: str, flags: list[str]) -> int:
 
 
 def brief(part: Any) -> str:
-    """A part with the fields that are not at their defaults."""
+    """A part with the fields that differ from their defaults."""
     if not isinstance(part, Settings):
         return repr(part)
     fields = (
@@ -86,7 +85,7 @@ def brief(part: Any) -> str:
 
 
 def line(name: str, passed: bool | None, text: str) -> str:
-    """One line of the report, wrapped behind its name."""
+    """One line of the report, wrapped to the right of its name."""
     head = f"{WORDS[passed]:7}{name:23}"
     return textwrap.fill(text, 100, initial_indent=head, subsequent_indent=" " * len(head))
 
@@ -121,7 +120,7 @@ def names_of(name: str) -> tuple[str, str]:
     """The family and the kind of a part.
 
     Raises:
-      ValueError: there is no such family or kind, with the nearest.
+      ValueError: there is no such family or kind; the message gives the nearest.
     """
     family, _, kind = name.partition(".")
     if ":" in name:
@@ -137,7 +136,7 @@ def names_of(name: str) -> tuple[str, str]:
 
 
 def defaults(family: str, kind: str) -> dict[str, Any]:
-    """The kind and the default fields of a part; the kind alone if a field has no default."""
+    """The kind and the default fields of a part; only the kind if a field has no default."""
     try:
         written = to_dict(load_kind(family, kind)())
     except TypeError:
@@ -146,10 +145,10 @@ def defaults(family: str, kind: str) -> dict[str, Any]:
 
 
 def family_of(path: str) -> str:
-    """The family that a class says it is of.
+    """The family that a class declares.
 
     Raises:
-      ValueError: it cannot be imported, or is of none.
+      ValueError: the class cannot be imported or has no family.
     """
     module, _, name = path.partition(":")
     try:

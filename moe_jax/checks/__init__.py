@@ -1,6 +1,6 @@
-"""What is true of every part, whatever its kind: the checks of `python -m moe_jax.check_part`.
+"""The checks of `python -m moe_jax.check_part`, which every kind of part passes.
 
-Each check looks at a `Trial`, a part in a tiny model, and returns a `Result`.
+Each check examines a `Trial`, a part in a tiny model, and returns a `Result`.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from moe_jax.parallel.rules import RULES
 from moe_jax.parameters import ParameterSpec
 from moe_jax.part import Call
 
-# What is computed in another order differs by a few roundings (epsilon 1.2e-7) of the largest
-# number of an array; a token that gains or loses an expert moves by about 1.
+# Another order of computation differs by a few roundings (epsilon 1.2e-7) of the largest number of
+# an array; a token that gains or loses an expert moves by about 1.
 ROUNDING, MOVED = 2e-5, 1e-4
 
 
 class Result(NamedTuple):
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-      passed: whether all is well; None: the check does not apply.
-      text: what was looked at, or what is wrong.
+      passed: whether the check passed; None: it does not apply.
+      text: what was checked, or what is wrong.
     """
 
     passed: bool | None
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 def serialises(trial: Trial) -> Result:
-    """`to_dict` and `build` give the part back, through JSON, with each plain field changed too."""
+    """`to_dict`, JSON and `build` reproduce the part, also with each plain field changed."""
     part, wrong = trial.part, list(undeclared(type(trial.part)))
     if wrong:
         return Result(False, "; ".join(wrong))
@@ -59,7 +59,7 @@ def serialises(trial: Trial) -> Result:
 
 
 def undeclared(cls: type) -> Iterator[str]:
-    """Settings that a config cannot have: annotated, but no fields of the dataclass."""
+    """Settings that a config cannot set: annotated, but not fields of the dataclass."""
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
     for base in cls.__mro__:
         for name, annotation in vars(base).get("__annotations__", {}).items():
@@ -73,7 +73,7 @@ def undeclared(cls: type) -> Iterator[str]:
 
 
 def changed_parts(part: Settings) -> Iterator[Settings]:
-    """The part with one plain field changed, where its own checks accept that."""
+    """The part with each plain field changed in turn, if its own checks accept a change."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         bounds = field.metadata.get("bounds")
@@ -95,7 +95,7 @@ def changed_parts(part: Settings) -> Iterator[Settings]:
 
 
 def specs_hold(trial: Trial) -> Result:
-    """Specs are complete, and initial values are finite and the same twice."""
+    """Specs are complete; initial values are finite and the same when drawn twice."""
     wrong, leaves = [], jax.tree_util.tree_leaves_with_path(trial.specs)
     for path, spec in leaves:
         name = named(path)
@@ -111,7 +111,7 @@ def specs_hold(trial: Trial) -> Result:
         if value.shape != spec.shape or value.dtype != spec.dtype:
             wrong.append(f"{named(path)} starts as {value.dtype}{value.shape}, unlike its spec")
     wrong += [f"{name} starts from numbers that are not finite" for name in not_finite(trial.drawn)]
-    # The program that draws them is the same each time, with the numbers that it is made of.
+    # The program that draws them must be the same each time, including its constants.
     programs = [jax.make_jaxpr(trial.draw)(jax.random.key(0)) for _ in range(2)]
     constants = (program.consts for program in programs)
     if str(programs[0]) != str(programs[1]) or differences(*constants):
@@ -142,17 +142,17 @@ def values_hold(trial: Trial) -> Result:
 
 
 def output_dtype(trial: Trial) -> jax.Array:
-    """The residual stream behind the layers in bfloat16."""
+    """The residual stream after the layers in bfloat16."""
     model = dataclasses.replace(trial.model, compute_dtype="bfloat16", scan_layers=False)
     tokens_BL = trial.batches.tokens_PBL[0]
     call = Call(tokens_BL=tokens_BL).with_defaults(tokens_BL[..., None])
     x_BLM = model.embed(trial.params, tokens_BL).astype(jnp.bfloat16)
-    call = dataclasses.replace(call, memory=x_BLM)  # for a part that reads one
+    call = dataclasses.replace(call, memory=x_BLM)  # for a part that reads a memory
     return model.decoder.apply(trial.params["stack"], x_BLM, call, state=trial.state)[0]
 
 
 def not_finite(values: Any) -> list[str]:
-    """The names of the arrays with a number that is not finite."""
+    """The names of the arrays that contain a number that is not finite."""
     return [
         named(path)
         for path, value in jax.tree_util.tree_leaves_with_path(values)
@@ -161,7 +161,7 @@ def not_finite(values: Any) -> list[str]:
 
 
 def causality(trial: Trial, *, training: bool) -> Result:
-    """Other suffixes of a sequence leave the outputs before them alone, unless it looks ahead."""
+    """Other suffixes of a sequence do not change earlier outputs, unless the part looks ahead."""
     computed = trial.training if training else trial.evaluation
     logits_PLV = computed.logits_PBLV[: NUM_SUFFIXES + 1, -1]
     moved_PL = np.abs(logits_PLV[1:] - logits_PLV[:1]).max(axis=-1) / np.abs(logits_PLV).max()
@@ -184,7 +184,7 @@ def causal_in_evaluation(trial: Trial) -> Result:
 
 
 def gradients_arrive(trial: Trial) -> Result:
-    """Gradients are finite, and every parameter that is declared has one."""
+    """Gradients are finite, and not 0 for any parameter."""
     wrong = not_finite(trial.training.gradients)
     if wrong:
         return Result(False, f"not finite: {', '.join(wrong)}")
@@ -196,7 +196,7 @@ def gradients_arrive(trial: Trial) -> Result:
 
 
 def padding_is_ignored(trial: Trial) -> Result:
-    """Other tokens in the place of padding change no output, loss or gradient."""
+    """Other tokens in the padding change no output, loss or gradient."""
     valid_BL = trial.batches.segments_PBL[-1] > 0
     wrong = []
     for name, computed in (("training", trial.training), ("evaluation", trial.evaluation)):
@@ -212,7 +212,7 @@ def padding_is_ignored(trial: Trial) -> Result:
 
 
 def equal_on_a_mesh(trial: Trial) -> Result:
-    """Devices that share the work compute what one computes."""
+    """A mesh computes the same as one device."""
     if jax.device_count() == 1:
         return Result(None, "there is one device")
     try:
@@ -225,7 +225,7 @@ def equal_on_a_mesh(trial: Trial) -> Result:
 
 
 def equal_unrolled(trial: Trial) -> Result:
-    """Layers in a scan compute what they compute one after another."""
+    """Layers in a scan compute the same as layers one after another."""
     return equal(trial.unrolled, trial.training, "in a scan and one after another")
 
 
@@ -243,7 +243,7 @@ def differences(given: Any, expected: Any) -> list[str]:
     wrong, leaves = [], jax.tree_util.tree_leaves_with_path(expected)
     largest = max((np.abs(value).max() for _, value in leaves), default=0)
     for (path, value), own in zip(leaves, jax.tree.leaves(given), strict=True):
-        # What cancels to nearly nothing is rounded like what it is made of.
+        # A sum that cancels to nearly 0 has the rounding errors of its terms.
         scale = max(np.abs(value).max(initial=0), 0.1 * largest)
         if not np.abs(value - own).max(initial=0) <= ROUNDING * scale:
             wrong.append(named(path))
@@ -251,7 +251,7 @@ def differences(given: Any, expected: Any) -> list[str]:
 
 
 def decodes(trial: Trial) -> Result:
-    """From caches a text has the logits of one pass over it, behind padding too."""
+    """Decoding from caches gives the logits of one pass over a text, after padding too."""
     model = trial.model
     if without_capacity(model).looks_ahead(training=False):
         return Result(None, "later tokens are seen: all is read anew for every token")
@@ -270,13 +270,13 @@ def decodes(trial: Trial) -> Result:
 
 
 def replays(trial: Trial) -> Result:
-    """A router that declares it takes choices in the place of its own."""
+    """A router that declares `replays` uses given choices in place of its own."""
     routers = {name: part.router for name, part in trial.model.moe_parts.items()}
     if not any(router.replays for router in routers.values()):
         return Result(None, "no router in the model declares it")
 
     own = jax.tree.map(lambda a: a[0], trial.evaluation.choices)
-    # Those of other sequences, which are another router's as far as this one knows.
+    # Choices of other sequences, which stand in for those of another router.
     other = jax.tree.map(lambda a: np.roll(a, 1, axis=1), own)
     wrong = []
     for replay in (own, other):
@@ -308,17 +308,17 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
 
 
 def check(name: str, trial: Trial) -> Result:
-    """Runs a check of `CHECKS`; what raises has failed."""
+    """Runs a check of `CHECKS`; an exception is a failure."""
     try:
         return CHECKS[name](trial)
-    except Exception as error:  # a part of the user's may raise anything
+    except Exception as error:  # a user's part may raise anything
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{last.filename}:{last.lineno}"
         return Result(False, f"{type(error).__name__} at {where}: {error}")
 
 
 def named(path: Any) -> str:
-    """A path in a tree, a/b/c."""
+    """A path in a tree as a/b/c."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

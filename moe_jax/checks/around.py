@@ -23,7 +23,7 @@ from moe_jax.part import Part
 
 LENGTH, MODEL_DIM, VOCAB_SIZE = 8, 8, 16
 
-# The first that the part accepts is taken. The capacity is tight: choices are dropped.
+# The first block that the part accepts is used. The capacity is tight, so choices are dropped.
 BLOCKS: tuple[dict[str, Any], ...] = (
     {"num_selected_experts": 2, "run_experts": "gather"},
     {"num_selected_experts": 1, "run_experts": "gather"},
@@ -34,25 +34,25 @@ Makes = Iterator[Callable[[], MoE]]
 
 
 def blocks(**settings: Any) -> Makes:
-    """Blocks with these settings, of which the checks of one may refuse some."""
+    """Blocks with these settings; the checks of a block may reject them."""
     settings = {"capacity": Capacity(train_factor=1.0, eval_factor=1.0), **settings}
     for block in BLOCKS:
         yield functools.partial(MoE, num_experts=4, expert_dim=8, **block, **settings)
 
 
 def with_routers(**settings: Any) -> Makes:
-    """Blocks with these settings and one router after another."""
+    """Blocks with these settings and each of `ROUTERS`."""
     for router in ROUTERS:
         yield from blocks(router=router, **settings)
 
 
 def in_router(name: str) -> Callable[[Any], Makes]:
-    """Blocks whose router has the part in this field."""
+    """A function from a part to blocks whose router has the part in this field."""
     return lambda part: blocks(router=TokenChoice(**{name: part}))
 
 
 def with_queue(queue: Any) -> Makes:
-    """Blocks with half the slots that they need; some queues have no evaluation with capacity."""
+    """Blocks with half the slots that they need; some queues need dropless evaluation."""
 
     def with_evaluation(factor: float) -> MoE:
         capacity = Capacity(train_factor=0.5, eval_factor=factor, queue=queue)
@@ -62,7 +62,7 @@ def with_queue(queue: Any) -> Makes:
 
 
 def with_policy(policy: Any) -> Makes:
-    """Blocks whose tokens have as many experts as a policy says, in evaluation too if it can."""
+    """Blocks with a policy for the experts per token, also in evaluation if accepted."""
 
     def with_evaluation(eval_policy: Any) -> MoE:
         router = TokenChoice(choices=policy, eval_choices=eval_policy)
@@ -72,11 +72,11 @@ def with_policy(policy: Any) -> Makes:
 
 
 def with_loss(loss: Any) -> Makes:
-    """Blocks that train with a balance loss."""
+    """Blocks with a balance loss."""
     return with_routers(losses=(dataclasses.replace(loss, weight=loss.weight or 1.0),))
 
 
-# A block around a part, by family; a part of a layer needs none.
+# Blocks around a part, by family; a part of a layer needs no block.
 BLOCKS_AROUND: dict[str, Callable[[Any], Makes]] = {
     "router": lambda part: blocks(router=part),
     "balance_loss": with_loss,
@@ -95,10 +95,10 @@ FAMILIES = ("part", "norm", *BLOCKS_AROUND, *ATTENTION_AROUND)
 
 
 def model_around(part: Settings) -> LanguageModel:
-    """A language model of two layers that have the part; with an encoder if the part reads one.
+    """A language model of two layers with the part, and with an encoder if the part reads a memory.
 
     Args:
-      part: of a family of `FAMILIES`. A whole layer without branches gets attention and an MLP.
+      part: of a family in `FAMILIES`. A whole layer without branches gets attention and an MLP.
 
     Raises:
       ValueError: the part is of another family, or no block accepts it.
@@ -137,7 +137,7 @@ def model_around(part: Settings) -> LanguageModel:
 
 
 def model_with_shared(part: Part) -> LanguageModel:
-    """A language model of two layers of attention that add the output of the part to scores."""
+    """A language model of two attention layers that add the output of the part to scores."""
     heads = getattr(part, "num_heads", 2)
     attention = Attention(num_heads=heads, head_dim=4, position_bias="checked")
     return LanguageModel(
@@ -154,7 +154,7 @@ def first_accepted(makes: Makes) -> MoE:
     """The first block that its parts accept.
 
     Raises:
-      ValueError: none does; the message is of the first.
+      ValueError: they accept none; this is the first block's error.
     """
     errors = []
     for make in makes:

@@ -1,4 +1,4 @@
-"""Texts read from caches, against one pass over each, for `moe_jax.checks`."""
+"""Decoding from caches compared with one pass, for `moe_jax.checks`."""
 
 import dataclasses
 import itertools
@@ -13,15 +13,15 @@ from moe_jax.checks.trial import STEP, Trial
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call
 
-ENDS = (0, 5, 6, LENGTH)  # of what is read at once: a prompt, one token, two
+ENDS = (0, 5, 6, LENGTH)  # bounds of what is read at once: a prompt, one token, two tokens
 PADDING = (0, 3, 4)  # places before the text of a row, in turn
 
 
 def read_twice(trial: Trial) -> tuple[Any, Any]:
-    """The logits of the first batch from caches, and of one pass without: float32 [B, L, V].
+    """The logits of the first batch from caches, and from one pass without: float32 [B, L, V].
 
-    From caches a row begins behind some padding, for which logits are 0. In the pass it begins in
-    the first place, and padding stands behind it. Routing is dropless.
+    With caches, a row begins after some padding, whose logits are set to 0. In the pass it begins
+    at the first place, followed by padding. Routing is dropless.
     """
     model, params, state = trial.model.map_parts(in_one_group), trial.params, trial.state
     tokens_BL = trial.batches.tokens_PBL[0]
@@ -32,7 +32,7 @@ def read_twice(trial: Trial) -> tuple[Any, Any]:
         step=jnp.int32(STEP), capacity=0.0, encoder=trial.encoder, counts_up=True,
         lengths_B=jnp.asarray(LENGTH - padding_B1[:, 0], jnp.int32),
     )  # fmt: skip
-    moved_BL = (places_L + padding_B1) % LENGTH  # which place of a row comes there
+    moved_BL = (places_L + padding_B1) % LENGTH  # the place of a row that moves there
 
     @jax.jit
     def at_once(params: Any) -> jax.Array:
@@ -74,5 +74,5 @@ def read_twice(trial: Trial) -> tuple[Any, Any]:
 
 
 def in_one_group(part: Any) -> Any:
-    """A block with one sequence to a routing group, as generation has it."""
+    """An MoE part with one sequence per routing group, as in generation."""
     return dataclasses.replace(part, group_size=0) if part.routes else part

@@ -1,4 +1,4 @@
-"""A tiny model around a part, its values, and what it computes, for `moe_jax.checks`."""
+"""A tiny model around a part, its parameters and its outputs, for `moe_jax.checks`."""
 
 import contextlib
 import dataclasses
@@ -36,15 +36,15 @@ class Batches(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What a pass gives, with a leading dim of batches.
+    """Results of a pass, with a leading dim of batches.
 
     Attributes:
       logits_PBLV: float32.
-      loss_P: float32, a linear function of the logits of valid tokens, and what the parts add.
-      gradients: of it, in the tree of the parameters; None in evaluation.
-      choices: who went where, by part; empty in training.
-      metrics: of the aux of the parts, by name.
-      state: after a step, by part.
+      loss_P: float32, a linear function of the logits of valid tokens, plus the losses of parts.
+      gradients: of the loss, in the tree of the parameters; None in evaluation.
+      choices: experts of each token, by part; empty in training.
+      metrics: of the parts, by name.
+      state: after a step, by part; empty in evaluation.
     """
 
     logits_PBLV: Any
@@ -56,7 +56,7 @@ class Computed(NamedTuple):
 
 
 def mesh_shapes(num_devices: int) -> list[MeshConfig]:
-    """Meshes of so many devices, the one that splits most first."""
+    """Meshes of this number of devices; the mesh that splits most dims comes first."""
     shapes = [MeshConfig(data=num_devices)]
     if num_devices % 2 == 0:
         shapes.insert(0, MeshConfig(data=num_devices // 2, expert=2))
@@ -66,12 +66,12 @@ def mesh_shapes(num_devices: int) -> list[MeshConfig]:
 
 
 class Trial:
-    """A part in a model; passes are compiled when a check first asks for them.
+    """A part in a model; passes are compiled when a check first needs them.
 
     Attributes:
-      part: that is checked.
-      model: around it.
-      params: initial values and noise, so that nothing is 0 and routers decide clearly.
+      part: the part to check.
+      model: the model around it.
+      params: initial values plus noise, so that nothing is 0 and routers decide clearly.
       state: of the parts, likewise.
     """
 
@@ -81,7 +81,7 @@ class Trial:
 
     @functools.cached_property
     def specs(self) -> dict[str, Any]:
-        """Of `parameters` and of `state`."""
+        """The specs of `parameters` and `state`."""
         return {"parameters": self.model.specs(), "state": self.model.state_specs()}
 
     def draw(self, key: jax.Array) -> Any:
@@ -90,7 +90,7 @@ class Trial:
 
     @functools.cached_property
     def drawn(self) -> Any:
-        """Initial values of one key."""
+        """Initial values from one key."""
         return jax.device_get(jax.jit(self.draw)(jax.random.key(0)))
 
     @functools.cached_property
@@ -105,12 +105,12 @@ class Trial:
 
     @functools.cached_property
     def batch_size(self) -> int:
-        """Sequences of a batch: a mesh of all devices splits them, and some have padding."""
+        """Sequences per batch: enough for a mesh of all devices, and for some with padding."""
         return max(4, jax.device_count())
 
     @functools.cached_property
     def batches(self) -> Batches:
-        """One batch; with other suffixes of its last sequence; with padding; with other padding."""
+        """A batch; the batch with other last suffixes; with padding; with other padding."""
         random, rows = np.random.default_rng(0), self.batch_size
         shape = (NUM_SUFFIXES + 3, rows, LENGTH)
         tokens, segments = random.integers(1, VOCAB_SIZE, shape), np.ones(shape)
@@ -124,38 +124,38 @@ class Trial:
 
     @property
     def encoder(self) -> EncoderInputs:
-        """What the encoder reads if the model has one: the same in every batch."""
+        """The encoder's input, if the model has an encoder: the same in every batch."""
         shape = (self.batch_size, LENGTH)
         tokens = np.random.default_rng(4).integers(1, VOCAB_SIZE, shape)
         return EncoderInputs(jnp.asarray(tokens, jnp.int32))
 
     @property
     def first(self) -> Batches:
-        """The first batch alone."""
+        """Only the first batch."""
         return Batches(*(array[:1] for array in self.batches))
 
     @functools.cached_property
     def training(self) -> Computed:
-        """Training on one device, all batches."""
+        """Training on all batches on one device."""
         return self.compute(self.model, self.batches, training=True)
 
     @functools.cached_property
     def evaluation(self) -> Computed:
-        """Evaluation on one device, all batches."""
+        """Evaluation on all batches on one device."""
         return self.compute(self.model, self.batches, training=False)
 
     @functools.cached_property
     def unrolled(self) -> Computed:
-        """Training of the first batch with the layers one after another."""
+        """Training on the first batch with the layers one after another."""
         model = dataclasses.replace(self.model, scan_layers=False)
         return self.compute(model, self.first, training=True)
 
     @functools.cached_property
     def mesh_config(self) -> MeshConfig:
-        """The mesh of all devices that splits most, of those that the part can be split over.
+        """The mesh of all devices that splits most, among meshes that the part supports.
 
         Raises:
-          ValueError: it can be split over none.
+          ValueError: the part supports none of them.
         """
         errors = []
         for shape in mesh_shapes(jax.device_count()):
@@ -171,7 +171,7 @@ class Trial:
 
     @functools.cached_property
     def on_mesh(self) -> Computed:
-        """Training of the first batch on `mesh_config`."""
+        """Training on the first batch on `mesh_config`."""
         return self.compute(self.model, self.first, training=True, mesh_config=self.mesh_config)
 
     def compute(
@@ -183,7 +183,7 @@ class Trial:
         mesh_config: MeshConfig | None = None,
         replay: Any = None,
     ) -> Computed:
-        """Runs batches one after another in one program; gradients in training only."""
+        """Runs batches one after another in one program; gradients only in training."""
         params, state = self.params, self.state
         in_use: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if mesh_config is not None:
@@ -191,7 +191,7 @@ class Trial:
             params = placed(params, self.specs["parameters"], mesh)
             state = placed(state, self.specs["state"], mesh)
             in_use = jax.set_mesh(mesh)
-        # A linear function of the logits whose gradient is not small.
+        # For a linear function of the logits whose gradient is not small.
         weights_BLV = np.random.default_rng(2).normal(size=(self.batch_size, LENGTH, VOCAB_SIZE))
 
         def objective(params: Any, batch: Batches) -> tuple[jax.Array, Any]:
@@ -230,7 +230,7 @@ class Trial:
 
 
 def noisy(values: Any, seed: int) -> Any:
-    """Floats with noise of deviation 0.3."""
+    """Adds noise of standard deviation 0.3 to floats."""
     random = np.random.default_rng(seed)
 
     def add(value: np.ndarray) -> np.ndarray:
@@ -242,7 +242,7 @@ def noisy(values: Any, seed: int) -> Any:
 
 
 def placed(values: Any, specs: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arrays on a mesh, as their specs say."""
+    """Places arrays on a mesh by their specs."""
     return jax.tree.map(
         lambda spec, value: jax.device_put(value, named_sharding(spec.axes, mesh)), specs, values
     )
