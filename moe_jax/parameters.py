@@ -197,7 +197,7 @@ class ToLogits(Shared):
 
 
 def matrix_product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """[..., I] @ [I, O] -> [..., O], in any given dtype, as a product of two matrices.
+    """[..., I] @ [I, O] -> [..., O], in `dtype` if given, as a product of two matrices.
 
     With more dims, XLA on a CPU would transpose the gradient of the output before the product.
     """

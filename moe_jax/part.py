@@ -125,7 +125,7 @@ class Call:
       cache_length: T, slots of the caches; None without a cache.
       prefill: whether the caches are empty, so that tokens of this call attend only to each other.
       in_prefix_BL: bool, tokens of a prefix, which every token of their document sees; None: no
-        token sees a later one.
+        token sees a later token.
     """
 
     positions_BL: jax.Array | None = None
@@ -239,7 +239,7 @@ class Part(Settings):
     reads_prefix: ClassVar[bool] = False  # all tokens see those of `Call.in_prefix_BL`
     reads_memory: ClassVar[bool] = False  # needs the encoder's output: `Call.memory`
     pointwise: ClassVar[bool] = False  # a token's output needs no other token: no cache to decode
-    # Whether overwriting takes tokens in its cache back (`layers.cache`). Otherwise speculative
+    # Whether its cache takes tokens back by overwriting (`layers.cache`). Otherwise speculative
     # decoding restores the previous cache and reads the accepted tokens again.
     takes_back: ClassVar[bool] = False
 
@@ -249,7 +249,7 @@ class Part(Settings):
         return {}
 
     def state_specs(self, dims: Dims) -> dict[str, Any]:
-        """Arrays of one layer that a step updates outside the optimizer: a selection bias."""
+        """Arrays of one layer that the step updates outside the optimizer, such as a bias."""
         del dims
         return {}
 

@@ -181,7 +181,7 @@ def machine_in_use() -> Machine:
 
 
 def chosen(kernel: str, task: Task) -> str:
-    """The kernel for a task on this machine; warns once if "auto" falls back to xla."""
+    """The kernel for a task here; warns once if "auto" falls back to xla on an accelerator."""
     machine = machine_in_use()
     choice = choose(kernel, task, machine)
     if choice.lacks and machine.platform != "cpu":

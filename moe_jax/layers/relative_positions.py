@@ -33,7 +33,7 @@ class RelativePositions(Part):
 
     num_heads: int = setting(4, at_least=1)  # N, as in the attention that uses it
     num_buckets: int = setting(32, at_least=4)  # of distances, both directions together
-    max_distance: int = setting(128, at_least=2)  # tokens; larger distances share a bucket
+    max_distance: int = setting(128, at_least=2)  # tokens; this and larger distances share a bucket
 
     def check(self) -> None:
         """See `Settings`."""

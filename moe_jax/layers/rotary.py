@@ -24,7 +24,7 @@ class Rotary(Settings):
     family: ClassVar[str] = "rotary"
 
     base: float = setting(10_000.0, above=1)  # slowest pair: about 1 / base radians per position
-    dim: int | None = setting(None, at_least=2)  # how many first dims of a head rotate; None: all
+    dim: int | None = setting(None, at_least=2)  # number of leading dims that rotate; None: all
     interleaved: bool = False  # pairs (2j, 2j + 1); else (j, j + dim / 2)
     scaling: RotaryScaling | None = None  # of frequencies, for longer contexts
 
@@ -54,7 +54,7 @@ class Rotary(Settings):
 
     @property
     def softmax_factor(self) -> float:
-        """Multiplies the scale of DeepSeek's latent attention: by YaRN with mscale_all_dim.
+        """The factor on the scale of DeepSeek's latent attention (YaRN with mscale_all_dim).
 
         `Attention` ignores it, like models with plain attention.
         """

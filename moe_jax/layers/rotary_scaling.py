@@ -99,7 +99,7 @@ class Llama3Scaling(RotaryScaling):
     factor: float = setting(8.0, at_least=1)  # divides slow frequencies
     # A frequency with fewer turns within original_length is divided by the whole factor.
     low_turns: float = setting(1.0, above=0)
-    high_turns: float = setting(4.0, above=0)  # with more turns, it is kept
+    high_turns: float = setting(4.0, above=0)  # a frequency with more turns is kept
     original_length: int = setting(8192, at_least=1)  # tokens of pre-training
 
     def check(self) -> None:

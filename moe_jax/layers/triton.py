@@ -235,7 +235,7 @@ def forward(
     key_ids_BT: jax.Array,
     kernel: Kernel,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of arrays of whole blocks.
+    """Attention on arrays of whole blocks.
 
     Returns:
       [B, L, N, V], and the logarithms of sums of exponentials of scores, float32 [B, N, L].

@@ -187,7 +187,7 @@ class ParallelLayer(Layer):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes random numbers of an array and scales up the rest; without a key, changes nothing."""
+    """Zeroes numbers at random and scales up the rest; without a key, changes nothing."""
     if rate == 0 or key is None:
         return x
     # No part folds this number into its key.

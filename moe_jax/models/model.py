@@ -64,7 +64,7 @@ class LanguageModel(Settings):
     compute_dtype: str = setting("float32", choices=DTYPES)  # of activations and matmuls
     multi_token: MultiToken | None = None  # modules that predict later tokens; None: none
     quantisation: Quantisation | None = None  # of weights, which then do not train; None: none
-    adapters: Adapters | None = None  # low-rank, trained in addition to weights (LoRA); None: none
+    adapters: Adapters | None = None  # low-rank, added to frozen weights (LoRA); None: none
     scan_layers: bool = setting(True, changes_results=False)  # compile the repeated layers once
     # What the backward pass recomputes: "dots": all except matmuls and attention; "full": all.
     remat: str = setting("none", choices=tuple(REMAT), changes_results=False)

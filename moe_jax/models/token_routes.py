@@ -1,7 +1,7 @@
 """Experts by token, as inference engines return them: [length, layers, K], -1 for no expert.
 
-vLLM returns such an array for each text of a rollout (`routed_experts`). A trainer turns them into
-a record and replays it, so that the trained policy uses the experts that the rollout policy chose
+vLLM returns such an array for each text of a rollout (`routed_experts`). A trainer makes a record
+of them and replays it, so that the trained policy uses the experts that the rollout policy chose
 (Ma 2025, arXiv:2510.11370). Legend: `moe_jax.moe`.
 """
 
