@@ -1,4 +1,4 @@
-"""What a model is asked to predict: from a window of tokens to an example."""
+"""Objectives: what a model is asked to predict, made from windows of tokens."""
 
 from moe_jax.data.objectives.causal_lm import CausalLM, causal_lm
 from moe_jax.data.objectives.objective import Example, Key, Lengths, Objective

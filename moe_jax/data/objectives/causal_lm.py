@@ -1,4 +1,4 @@
-"""The next token."""
+"""The next-token objective."""
 
 import dataclasses
 
@@ -10,19 +10,19 @@ from moe_jax.data.windows import RawWindow
 
 
 def causal_lm(window: RawWindow, *, sequence_length: int, pad_id: int) -> Example:
-    """Predict each token from those before it in its document.
+    """Predict each token from the tokens before it in its document.
 
     Args:
-        window: of N tokens, 2 <= N <= L + 1.
+        window: N tokens, 2 <= N <= L + 1.
         sequence_length: L. A window of fewer than L + 1 tokens is padded at its end.
-        pad_id: fills inputs and targets where the window has no token.
+        pad_id: fills inputs and targets beyond the window.
 
     Returns:
         `inputs`: int32 [L]; `targets`: int32 [L], the token after each input;
-        `segment_ids`: int32 [L], the input's document in the window from 1 on, 0 only where
-        padded; `positions`: int32 [L], 0 at the start of the window and of each document;
-        `loss_weights`: float32 [L], 1 where the target is of the input's document, 0 where it
-        begins the next one or is padding; `domain`: int32 scalar.
+        `segment_ids`: int32 [L], number of the input's document in the window from 1 on, 0 only
+        for padding; `positions`: int32 [L], 0 at the start of the window and of each document;
+        `loss_weights`: float32 [L], 1 if the target is in the input's document, 0 if it begins
+        the next document or is padding; `domain`: int32 scalar.
     """
     num_inputs = len(window.tokens) - 1
     assert 1 <= num_inputs <= sequence_length, (num_inputs, sequence_length)
@@ -50,7 +50,7 @@ def causal_lm(window: RawWindow, *, sequence_length: int, pad_id: int) -> Exampl
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM(Objective):
-    """Predict each token from those before it in its document; see `causal_lm`."""
+    """Predict each token from the tokens before it in its document; see `causal_lm`."""
 
     def example(
         self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key

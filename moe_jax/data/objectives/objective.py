@@ -1,4 +1,4 @@
-"""The base class of objectives, and what goes in and out of them."""
+"""The base class of objectives, and the types of their inputs and outputs."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Self
@@ -12,7 +12,7 @@ from moe_jax.data.tokenizer import DocumentEncoder, Tokenizer
 from moe_jax.data.windows import DocumentWindows, DomainTokens, RawWindow, Windows
 
 Example = dict[str, np.ndarray]
-# Decides all that is drawn for an example: a seed and the number of the example, below 2^64.
+# Determines the random draws of an example: a seed and the example's number, each below 2^64.
 Key = tuple[int, int]
 
 
@@ -20,9 +20,9 @@ class Lengths(NamedTuple):
     """Sizes of an example.
 
     Attributes:
-        window: tokens that it is made of, at most.
-        decoder: L, of what is predicted.
-        encoder: T, of what an encoder reads; 0 without one.
+        window: tokens of the window that it is made from, at most.
+        decoder: L, length of the targets.
+        encoder: T, length of the encoder inputs; 0 without an encoder.
     """
 
     window: int
@@ -31,7 +31,7 @@ class Lengths(NamedTuple):
 
 
 def generator(key: Key) -> np.random.Generator:
-    """Random numbers that are a function of the key alone."""
+    """A random generator that depends only on the key."""
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
 
@@ -40,11 +40,11 @@ class Objective(Settings):
     """What a model is asked to predict.
 
     Attributes:
-        encoder_decoder: whether a batch has inputs of an encoder.
-        continues_text: whether the targets are text that goes on from what the model is given, so
-            that bits per byte of them mean something.
-        reads_conversations: whether records are prompts with answers, in place of texts.
-        file_settings: its settings that may be the path of a file, which may be moved.
+        encoder_decoder: whether a batch has encoder inputs.
+        continues_text: whether the targets continue the text that the model reads, so that their
+            bits per byte are meaningful.
+        reads_conversations: whether records are prompts with answers, instead of texts.
+        file_settings: names of settings that may be the path of a file, which may be moved.
     """
 
     family: ClassVar[str] = "objective"
@@ -55,28 +55,28 @@ class Objective(Settings):
 
     @property
     def sees_prompt(self) -> bool:
-        """Whether the tokens of a prompt see each other from both sides, in a decoder."""
+        """Whether the tokens of a prompt see each other in both directions, in a decoder."""
         return False
 
     def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
-        """What makes the tokens of documents that `windows` reads: the tokenizer alone."""
+        """The encoder of the documents that `windows` reads; by default the tokenizer."""
         return tokenizer
 
     def fingerprints(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """Sha256 of files that it reads, by name: a run goes on with the same ones.
+        """Sha256 of the files that the objective reads, by name; a resumed run needs the same.
 
         Raises:
-            ValueError: there is no such file, or it is of another tokenizer.
+            ValueError: a file is missing, or is for another tokenizer.
         """
         del tokenizer
         return {}
 
     def with_whole_paths(self) -> Self:
-        """The objective with its paths from the root on, for use from another folder."""
+        """The objective with absolute paths, for use from another folder."""
         return self
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """What a model reads before it answers a prompt, as it was trained to: its encoder, or it.
+        """The ids that the encoder, or else the decoder, reads before the answer to a prompt.
 
         Raises:
             ValueError: the prompt cannot be encoded.
@@ -85,11 +85,11 @@ class Objective(Settings):
         return [*ids, tokenizer.eos_id] if self.encoder_decoder else [tokenizer.bos_id, *ids]
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The ids that end what a model writes."""
+        """The ids that end generation."""
         return tokenizer.end_ids
 
     def lengths(self, sequence_length: int) -> Lengths:
-        """The sizes of an example, where `data.sequence_length` is this.
+        """The sizes of an example at this `data.sequence_length`.
 
         Raises:
             ValueError: examples cannot be so short.
@@ -98,22 +98,22 @@ class Objective(Settings):
 
     @property
     def settings_of_sides(self) -> tuple[str, str]:
-        """The settings of how long a row is, on the encoder's side and on the decoder's."""
+        """Names of the settings of the row length, on the encoder's and the decoder's side."""
         return "data.sequence_length", "data.sequence_length"
 
     def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
         """The windows of a domain.
 
         Args:
-            tokens: of the domain.
-            sequence_length: of the data.
-            keep_partial: whether tokens that fill no window at the end make a shorter one.
+            tokens: tokens of the domain.
+            sequence_length: `data.sequence_length`.
+            keep_partial: whether the last tokens make a shorter window if they do not fill one.
         """
         window = self.lengths(sequence_length).window
         return DocumentWindows(tokens, window=window, keep_partial=keep_partial)
 
     def arrays(self, sequence_length: int) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of every array of an example but its `domain`, by name."""
+        """Shape and dtype of every array of an example except `domain`, by name."""
         lengths = self.lengths(sequence_length)
         names = ("inputs", "targets", "segment_ids", "positions")
         arrays: dict[str, tuple[tuple[int, ...], type]] = {
@@ -128,22 +128,22 @@ class Objective(Settings):
     def example(
         self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
     ) -> Example:
-        """Makes an example of a window.
+        """Makes an example from a window.
 
         Args:
-            window: of at most `lengths(sequence_length).window` tokens.
-            sequence_length: of the data.
-            tokenizer: that made the tokens.
-            key: of what is drawn.
+            window: at most `lengths(sequence_length).window` tokens.
+            sequence_length: `data.sequence_length`.
+            tokenizer: the tokenizer that made the tokens.
+            key: key of the random draws.
 
         Returns:
             The arrays that `arrays(sequence_length)` lists, and `domain`, an int32 scalar. They
-            keep to `check_positions`.
+            satisfy `check_positions`.
         """
         raise NotImplementedError
 
     def vocab_size(self, tokenizer: Tokenizer, sequence_length: int) -> int:
-        """How many ids examples may have: the tokenizer's, and those that the objective adds.
+        """The number of ids of examples: the tokenizer's, and those that the objective adds.
 
         Raises:
             ValueError: the settings do not fit the length.
@@ -152,9 +152,9 @@ class Objective(Settings):
         return tokenizer.vocab_size
 
     def token_bytes(self, tokenizer: Tokenizer, sequence_length: int) -> np.ndarray:
-        """Bytes of text that each target id stands for, int32 [`vocab_size`].
+        """UTF-8 bytes per target id, int32 [`vocab_size`].
 
-        All are 0 where targets do not continue a text: bits per byte are nan then.
+        All are 0 if targets do not continue a text: bits per byte are then nan.
         """
         token_bytes_V = np.zeros(self.vocab_size(tokenizer, sequence_length), np.int32)
         if self.continues_text:
@@ -165,8 +165,8 @@ class Objective(Settings):
         """Refuses a model of another kind.
 
         Raises:
-            ValueError: it has an encoder and the objective none, or the other way round; or a
-                decoder sees what it is to predict.
+            ValueError: only one of the model and the objective has an encoder, or the decoder
+                sees its targets.
         """
         kind = {True: "an encoder and a decoder", False: "a decoder alone"}
         has_encoder = bool(getattr(model, "has_encoder", False))
@@ -186,12 +186,12 @@ class Objective(Settings):
 
 
 def check_positions(example: Example) -> None:
-    """Checks that a document stands in one piece, and that its positions grow by one.
+    """Checks that each document is contiguous, and that its positions grow by one.
 
-    Kernels of attention rely on it (`Call.counts_up`).
+    Attention kernels rely on it (`Call.counts_up`).
 
     Raises:
-        ValueError: naming the array, the document and its positions.
+        ValueError: with the array, the document and its positions.
     """
     for side in ("", "encoder_"):
         if f"{side}positions" not in example:

@@ -1,4 +1,4 @@
-"""Objectives of an encoder-decoder: pairs of what is read and what is written, several in a row."""
+"""Encoder-decoder objectives: pairs of encoder inputs and decoder targets, several per row."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from moe_jax.data.windows import DomainTokens, JoinedText, RawWindow, Windows
 
 
 class Pair(NamedTuple):
-    """What an encoder reads and a decoder writes, int32, without the `eos_id` that ends both."""
+    """Encoder inputs and decoder targets, int32; `pack_pairs` may add the `eos_id` of both."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -31,20 +31,20 @@ def pack_pairs(
 ) -> Example:
     """Puts pairs into a row, one after the other.
 
-    A decoder's inputs are the targets shifted right by one within their pair, from `pad_id` on, as
-    T5's. Both sides end with `eos_id`, a target like any other.
+    Decoder inputs are the targets shifted right by one within their pair, starting with `pad_id`,
+    as in T5. Both sides end with `eos_id`, a target like any other.
 
     Args:
-        pairs: that fit into the row.
-        lengths: of the row.
-        pad_id: begins a decoder's inputs, and fills the row.
-        eos_id: ends every pair on both sides; None: the pairs have their ends.
-        domain: of the text.
+        pairs: pairs that fit into the row.
+        lengths: lengths of the row.
+        pad_id: begins the decoder inputs of a pair, and fills the row.
+        eos_id: ends every pair on both sides; None: the pairs already have their ends.
+        domain: domain of the text.
 
     Returns:
         `encoder_inputs`, `encoder_segment_ids`, `encoder_positions`: int32 [T]; `inputs`,
-        `targets`, `segment_ids`, `positions`: int32 [L]; `loss_weights`: float32 [L], 1 of every
-        target that is no padding; `domain`: int32 scalar. A pair has the same segment number on
+        `targets`, `segment_ids`, `positions`: int32 [L]; `loss_weights`: float32 [L], 1 for every
+        target except padding; `domain`: int32 scalar. A pair has the same segment number on
         both sides, from 1 on; 0 is padding.
     """
     ends = np.array([] if eos_id is None else [eos_id], np.int32)
@@ -70,7 +70,7 @@ def pack_pairs(
 
 
 def row_of(arrays: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray:
-    """The arrays one after the other and filled up, int32 [length]."""
+    """The arrays one after the other, padded with `filler`, int32 [length]."""
     row = np.full(length, filler, np.int32)
     joined = np.concatenate(arrays)
     row[: len(joined)] = joined
@@ -79,16 +79,16 @@ def row_of(arrays: Sequence[np.ndarray], length: int, filler: int) -> np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(Objective):
-    """Predict a part of a text from another one, in an encoder-decoder.
+    """Predict a part of a text from another part, in an encoder-decoder.
 
-    A window is text of documents without their `bos_id` and `eos_id`. It is cut from the documents
-    joined one after the other, or, where they are packed, from a single one: short pieces then
-    share a row, and nothing that is read or written is of two documents.
+    A window is text of documents without their `bos_id` and `eos_id`. It is cut from the joined
+    documents or, if `packed`, from a single document: short pieces then share a row, and no pair
+    mixes two documents.
     """
 
     encoder_decoder: ClassVar[bool] = True
 
-    packed: bool = False  # several pieces of documents in a row; or windows of joined documents
+    packed: bool = False  # several pieces of documents per row; else windows of joined documents
 
     def windows(self, tokens: DomainTokens, sequence_length: int, *, keep_partial: bool) -> Windows:
         """See `Objective`; a row of packed pieces may always be partly empty."""
@@ -103,17 +103,17 @@ class Pairs(Objective):
         )
 
     def pair(self, tokens_N: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Pair:
-        """Cuts a text into what is read and what is written."""
+        """Cuts a text into encoder inputs and decoder targets."""
         raise NotImplementedError
 
     def pair_lengths(self, num_tokens: int) -> tuple[int, int]:
-        """Most tokens on the side of the encoder and of the decoder, with the `eos_id` of both."""
+        """Most tokens on the encoder's side and on the decoder's, including `eos_id`."""
         raise NotImplementedError
 
     def example(
         self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
     ) -> Example:
-        """See `Objective`; `pack_pairs` says what the arrays hold."""
+        """See `Objective`; `pack_pairs` describes the arrays."""
         rng = generator(key)
         starts = np.flatnonzero(np.diff(window.segment_ids)) + 1
         pieces = np.split(window.tokens, starts)
@@ -130,14 +130,14 @@ class Pairs(Objective):
 class EncoderPrefixLM(PrefixLengths, Pairs):
     """Predict what follows a prefix of random length, which an encoder reads."""
 
-    packed: bool = True  # several pieces of documents in a row; or windows of joined documents
+    packed: bool = True  # several pieces of documents per row; else windows of joined documents
 
     def lengths(self, sequence_length: int) -> Lengths:
-        """A window of as many tokens as either side has: one side may have all but one of them."""
+        """Both sides are as long as the window: one side may have all but one of its tokens."""
         return Lengths(window=sequence_length, decoder=sequence_length, encoder=sequence_length)
 
     def pair_lengths(self, num_tokens: int) -> tuple[int, int]:
-        """See `Pairs`: what is not on one side is on the other."""
+        """See `Pairs`: either side has at most all but one of the tokens."""
         return num_tokens, num_tokens
 
     def pair(self, tokens_N: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator) -> Pair:

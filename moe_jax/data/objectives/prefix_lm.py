@@ -1,4 +1,4 @@
-"""The rest of a text, from its beginning."""
+"""Prefix LM: predict the rest of a text from its beginning."""
 
 import dataclasses
 from typing import Any
@@ -15,10 +15,10 @@ from moe_jax.data.windows import RawWindow
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLengths(Settings):
-    """How long a prefix is: every length that the two shares allow is equally likely."""
+    """Lengths of prefixes: all lengths that the two shares allow are equally likely."""
 
-    shortest_prefix: float = setting(0.0, at_least=0, at_most=1)  # of the tokens; 1 token at least
-    longest_prefix: float = setting(1.0, at_least=0, at_most=1)  # of the tokens; all but 1 at most
+    shortest_prefix: float = setting(0.0, at_least=0, at_most=1)  # of the tokens; at least 1 token
+    longest_prefix: float = setting(1.0, at_least=0, at_most=1)  # of the tokens; at most all but 1
 
     def check(self) -> None:
         """See `Settings`."""
@@ -30,9 +30,9 @@ class PrefixLengths(Settings):
         )
 
     def draw_prefix(self, num_tokens: int, rng: np.random.Generator) -> int:
-        """The length of a prefix: in [1, num_tokens - 1], and 0 of a single token.
+        """Draws the length of a prefix in [1, num_tokens - 1]; 0 for a single token.
 
-        T5's `random_prefix_noise_mask`, where the shares are 0 and 1.
+        With shares 0 and 1 this is T5's `random_prefix_noise_mask`.
         """
         last = num_tokens - 1
         low = min(max(round(self.shortest_prefix * num_tokens), 1), last)
@@ -44,14 +44,14 @@ class PrefixLengths(Settings):
 class PrefixLM(PrefixLengths, Objective):
     """Predict what follows a prefix of random length of each document, in a decoder.
 
-    The rows are those of `causal_lm`. A document in a window, or the part of it that is there, has
-    one prefix; targets in it have loss weight 0. If it is `bidirectional`, `in_prefix` is 1 at its
-    inputs, and every token of the document sees the whole prefix.
+    The rows are those of `causal_lm`. Each document in a window, or part of a document, has one
+    prefix; targets in the prefix have loss weight 0. If `bidirectional`, `in_prefix` is 1 at the
+    inputs in the prefix, and every token of the document sees the whole prefix.
 
     Source: Raffel et al. 2020, T5, arXiv:1910.10683, sec. 3.2.1.
     """
 
-    bidirectional: bool = False  # tokens of a prefix see each other from both sides
+    bidirectional: bool = False  # tokens of a prefix see each other in both directions
 
     @property
     def sees_prompt(self) -> bool:

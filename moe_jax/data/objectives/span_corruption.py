@@ -1,4 +1,4 @@
-"""Span corruption, as `t5.data.preprocessors` has it (Raffel et al., arXiv:1910.10683, 3.1.4)."""
+"""Span corruption, as in `t5.data.preprocessors` (Raffel et al., arXiv:1910.10683, 3.1.4)."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,18 +13,18 @@ from moe_jax.data.tokenizer import Tokenizer
 
 
 def span_counts(num_tokens: int, density: float, mean_length: float) -> tuple[int, int]:
-    """How much of a text is noise: a function of its length alone.
+    """The numbers of noise tokens and spans of a text, which depend only on its length.
 
-    T5's numbers, but that T5 computes in float32, which is another token from 13,000 on.
+    They equal T5's, except that T5's float32 can differ by a token from 13,000 tokens on.
 
     Args:
-        num_tokens: of the text, at least 1.
-        density: share of noise, in (0, 1).
-        mean_length: of a span of noise, tokens, at least 1.
+        num_tokens: tokens of the text, at least 1.
+        density: share of noise tokens, in (0, 1).
+        mean_length: mean tokens per noise span, at least 1.
 
     Returns:
-        The number of noise tokens and of spans of them, rounded half to even, at least 1 each and
-        with a token left between spans; of a single token, (0, 0).
+        The numbers of noise tokens and noise spans, rounded half to even, at least 1 each, with a
+        text token before each span; (0, 0) for a single token.
     """
     if num_tokens == 1:
         return 0, 0
@@ -34,7 +34,7 @@ def span_counts(num_tokens: int, density: float, mean_length: float) -> tuple[in
 
 
 def random_segments(num_items: int, num_segments: int, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of at least 1 that add up to `num_items`, all such lists equally likely.
+    """Random lengths of at least 1 with the sum `num_items`; all such lists are equally likely.
 
     Returns:
         int [num_segments].
@@ -47,9 +47,9 @@ def random_segments(num_items: int, num_segments: int, rng: np.random.Generator)
 def noise_mask(
     num_tokens: int, density: float, mean_length: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which tokens are noise; T5's `random_spans_noise_mask`.
+    """A random mask of the noise tokens; T5's `random_spans_noise_mask`.
 
-    Text and noise take turns, text first, in as many spans each. All masks of the numbers of
+    Text and noise alternate, text first, in equally many spans. All masks with the numbers of
     `span_counts` are equally likely.
 
     Returns:
@@ -65,15 +65,15 @@ def noise_mask(
 
 
 def replace_spans(tokens_N: np.ndarray, mask_N: np.ndarray, sentinel: int) -> np.ndarray:
-    """Each run of masked tokens as one sentinel; T5's `noise_span_to_unique_sentinel`.
+    """Replaces each run of masked tokens by a sentinel; T5's `noise_span_to_unique_sentinel`.
 
     Args:
         tokens_N: int32, the text.
-        mask_N: bool, what is replaced.
-        sentinel: that stands for the first run; that of each later run is one less.
+        mask_N: bool, the tokens to replace.
+        sentinel: id for the first run; the id for each later run is one less.
 
     Returns:
-        int32, what is left with the sentinels between it.
+        int32, the remaining tokens and the sentinels.
     """
     first_N = mask_N & ~np.concatenate([[False], mask_N[:-1]])
     marked_N = np.where(first_N, sentinel + 1 - np.cumsum(first_N), tokens_N)
@@ -82,15 +82,15 @@ def replace_spans(tokens_N: np.ndarray, mask_N: np.ndarray, sentinel: int) -> np
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption(Pairs):
-    """Predict what random spans of a text were, each marked by a sentinel of its own.
+    """Predict random spans of a text, each replaced by its own sentinel.
 
-    "a b c d e f" with noise at "c" and "e f" is read as "a b S0 d S1 eos"; what is written is
-    "S0 c S1 e f eos".
+    For "a b c d e f" with noise at "c" and "e f", the encoder reads "a b S0 d S1 eos" and the
+    decoder writes "S0 c S1 e f eos".
     """
 
     continues_text: ClassVar[bool] = False
 
-    noise_density: float = setting(0.15, above=0, below=1)  # share of the tokens that is noise
+    noise_density: float = setting(0.15, above=0, below=1)  # share of noise tokens
     mean_noise_span_length: float = setting(3.0, at_least=1)  # tokens
     num_sentinels: int = setting(100, at_least=1)  # ids on top of the vocabulary, counted down
 
@@ -99,16 +99,16 @@ class SpanCorruption(Pairs):
         return span_counts(num_tokens, self.noise_density, self.mean_noise_span_length)
 
     def lengths(self, sequence_length: int) -> Lengths:
-        """The longest window that an encoder of `sequence_length` takes: `random_spans_helper`.
+        """The longest window that fits an encoder of `sequence_length`: `random_spans_helper`.
 
-        An encoder of 512 reads a window of 568, and the decoder writes 114.
+        An encoder of 512 tokens reads a window of 568, and the decoder writes 114.
         """
         window = sequence_length - 1
         while self.pair_lengths(window + 1)[0] <= sequence_length:
             window += 1
         encoder, decoder = self.pair_lengths(window)
         if self.noise_density == 0.5 and decoder > encoder:
-            window -= 1  # T5 has it so, for a decoder as long as the encoder
+            window -= 1  # as in T5, for a decoder as long as the encoder
         require(
             window >= 2,
             "span corruption needs data.sequence_length of at least 3",
@@ -118,7 +118,7 @@ class SpanCorruption(Pairs):
         return Lengths(window, self.pair_lengths(window)[1], sequence_length)
 
     def pair_lengths(self, num_tokens: int) -> tuple[int, int]:
-        """See `Pairs`; these lengths are not only bounds."""
+        """See `Pairs`; these lengths are exact."""
         noise, spans = self.counts(num_tokens)
         return num_tokens - noise + spans + 1, noise + max(spans, 1) + 1
 
@@ -132,8 +132,8 @@ class SpanCorruption(Pairs):
     def first_sentinel(self, tokenizer: Tokenizer) -> int:
         """The id of the first sentinel, the highest of all ids.
 
-        Sentinels that a tokenizer reserves at the end of its vocabulary count among
-        `num_sentinels`; the others come after it.
+        Sentinels that a tokenizer reserves at the end of its vocabulary count towards
+        `num_sentinels`; the others follow the vocabulary.
         """
         more = max(self.num_sentinels - tokenizer.num_sentinels, 0)
         return tokenizer.vocab_size + more - 1

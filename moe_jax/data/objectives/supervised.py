@@ -1,4 +1,4 @@
-"""Answers to prompts: pairs and conversations, of which the answers alone are predicted."""
+"""Answers to prompts: pairs and conversations, in which only the answers are predicted."""
 
 import dataclasses
 import datetime
@@ -27,7 +27,7 @@ warn_once = functools.lru_cache(maxsize=64)(logger.warning)
 
 
 class AnswerEncoder(NamedTuple):
-    """Encodes conversations: of each token twice its id, and 1 more if it is of an answer.
+    """Encodes conversations: each token is twice its id, plus 1 if it is in an answer.
 
     `objective.encoder` makes it; see `tokenizer.DocumentEncoder`.
     """
@@ -37,21 +37,21 @@ class AnswerEncoder(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the tokenizer."""
+        """The name of the tokenizer."""
         return self.tokenizer.name
 
     @property
     def dtype(self) -> np.dtype:
-        """Of twice the ids."""
+        """The dtype of doubled ids."""
         return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**15 else np.uint32)
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The tokens of a conversation, as `Conversation.to_text` wrote it."""
+        """The tokens of a conversation that `Conversation.to_text` wrote."""
         ids, is_answer = self.objective.encode(Conversation.of_text(text), self.tokenizer)
         return (2 * ids.astype(np.int64) + is_answer).astype(self.dtype)
 
     def fingerprint(self) -> str:
-        """Sha256 of the tokenizer, the template and what is marked."""
+        """Sha256 of the tokenizer, the template and which answers are marked."""
         template = self.objective.fingerprints(self.tokenizer).get("chat_template", "")
         says = type(self.objective).__name__, template, self.objective.last_answer_only
         return hashlib.sha256(f"{self.tokenizer.fingerprint()} {says}".encode()).hexdigest()
@@ -62,23 +62,22 @@ class Supervised(Objective):
     """Predict the answers to prompts, in a decoder.
 
     A pair is `bos, prompt, answer, eos`; targets are the answer and its `eos`. Prompt and answer
-    are encoded each by itself, so that generation, which knows the prompt alone, reads the same
-    tokens. With a chat template a pair is a user's message and an assistant's, and the tokens are
-    those of the template; targets are what the assistant says, each answer with the special token
-    that ends it.
+    are encoded separately, so that generation, which has only the prompt, reads the same tokens.
+    With a chat template, a pair is a user's message and an assistant's, and the tokens are those of
+    the template; targets are the assistant's messages, each with the special token that ends it.
     """
 
     reads_conversations: ClassVar[bool] = True
     file_settings: ClassVar[tuple[str, ...]] = ("chat_template",)
 
-    # "": prompt and answer one after the other; "tokenizer": the one beside the tokenizer; or the
-    # path of a .jinja file. What is in it is recorded in the run, so that the path may change.
+    # "": prompt and answer one after the other; "tokenizer": the template beside the tokenizer; or
+    # the path of a .jinja file. The run records its contents, so that the path may change.
     chat_template: str = setting("", changes_results=False)
-    # Today's, as `strftime_now` tells the template: YYYY-MM-DD; "": it is told none.
+    # Today's date for the template's `strftime_now`: YYYY-MM-DD; "": none.
     date: str = ""
-    last_answer_only: bool = False  # of a conversation: its other answers are no targets
-    packed: bool = True  # several pairs in a row, while there is room; or one
-    # What is longer than a row: is refused, loses its end, or is left out.
+    last_answer_only: bool = False  # only the last answer of a conversation is a target
+    packed: bool = True  # several pairs per row, as they fit; else one
+    # A pair that is longer than a row is refused, loses its end, or is left out.
     too_long: str = setting("refuse", choices=("refuse", "truncate", "leave_out"))
 
     def check(self) -> None:
@@ -91,7 +90,7 @@ class Supervised(Objective):
         require(not rule, f"date {rule}", f"date={self.date!r}", "Correct it, or leave it out")
 
     def template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
-        """The chat template, if there is one."""
+        """The chat template; None without one."""
         if not self.chat_template:
             return None
         return open_chat_template(self.chat_template, tokenizer, self.date)
@@ -102,10 +101,10 @@ class Supervised(Objective):
         """The tokens of a conversation.
 
         Returns:
-            Integers [N], and bool [N]: whether a token is of an answer, its end included.
+            Integers [N], and bool [N]: whether a token is in an answer, its end included.
 
         Raises:
-            ValueError: the template refuses the conversation, or there is none and it needs one.
+            ValueError: the template refuses the conversation, or messages have no template.
         """
         template = self.template(tokenizer)
         if template is not None:
@@ -125,11 +124,11 @@ class Supervised(Objective):
         return np.array([*before, *after]), np.arange(len(before) + len(after)) >= len(before)
 
     def encoder(self, tokenizer: Tokenizer) -> DocumentEncoder:
-        """See `Objective`: tokens are marked where they are of an answer."""
+        """See `Objective`: marks the tokens of answers."""
         return AnswerEncoder(tokenizer, self)
 
     def fingerprints(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """See `Objective`: of the chat template."""
+        """See `Objective`: the chat template."""
         template = self.template(tokenizer)
         return {} if template is None else {"chat_template": template.fingerprint()}
 
@@ -141,14 +140,14 @@ class Supervised(Objective):
         return dataclasses.replace(self, chat_template=str(path))
 
     def prompt_ids(self, tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """See `Objective`: with a chat template, of a user's message."""
+        """See `Objective`: with a chat template, the ids of a user's message."""
         template = self.template(tokenizer)
         if template is None:
             return super().prompt_ids(tokenizer, prompt)
         return template.prompt_ids(pair(prompt, "").messages[:1]).tolist()
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """See `Objective`: what ends an answer in the template, too."""
+        """See `Objective`: also the token that ends an answer in the template."""
         template = self.template(tokenizer)
         ends = () if template is None else template.stop_ids
         return tuple(dict.fromkeys((*super().stop_ids(tokenizer), *ends)))
@@ -157,7 +156,7 @@ class Supervised(Objective):
         """See `Objective`: rows of whole pairs, which may always be partly empty.
 
         Raises:
-            ValueError: a pair is longer than a row, and that is refused.
+            ValueError: a pair is longer than a row, and `too_long` is "refuse".
         """
         del keep_partial
         lengths = self.lengths(sequence_length)
@@ -176,7 +175,7 @@ class Supervised(Objective):
     def _say_too_long(
         self, tokens: DomainTokens, sizes_N2: np.ndarray, left_out: int, sequence_length: int
     ) -> None:
-        """Refuses or counts the pairs that no row holds, by the tokens of their two sides."""
+        """Refuses or counts the pairs that fit no row, by the tokens of their two sides."""
         if not len(sizes_N2):
             return
         lengths = self.lengths(sequence_length)
@@ -201,12 +200,12 @@ class Supervised(Objective):
         warn_once(f"{found}: {len(sizes_N2) - left_out} are cut and {left_out} left out.")
 
     def sizes(self, tokens: DomainTokens) -> np.ndarray:
-        """Tokens that each document takes of the encoder's side of a row and of the decoder's.
+        """Tokens of each document on the encoder's side of a row and on the decoder's.
 
         Returns:
             int64 [documents, 2].
         """
-        sizes_D = np.diff(tokens.offsets) - 1  # the last token is a target alone
+        sizes_D = np.diff(tokens.offsets) - 1  # the last token is only a target
         return np.stack([np.zeros_like(sizes_D), sizes_D], axis=1)
 
     def example(
@@ -214,8 +213,8 @@ class Supervised(Objective):
     ) -> Example:
         """See `Objective`; nothing is drawn.
 
-        Inputs are the tokens of each pair but the last, targets all but the first, weight 1 where
-        the target is of an answer; a segment is a pair.
+        Inputs are all tokens of each pair except the last, targets all except the first. The loss
+        weight is 1 if the target is in an answer. A segment is a pair.
         """
         del key
         pairs = [tokens[: sequence_length + 1] for tokens in _documents(window)]
@@ -239,7 +238,7 @@ class EncoderSupervised(Supervised):
     """Write the answer to a prompt that an encoder reads.
 
     The encoder reads `prompt, eos`; the decoder writes `answer, eos`. `data.sequence_length` is
-    that of the encoder.
+    the length of the encoder inputs.
     """
 
     encoder_decoder: ClassVar[bool] = True
@@ -277,7 +276,7 @@ class EncoderSupervised(Supervised):
     def example(
         self, window: RawWindow, *, sequence_length: int, tokenizer: Tokenizer, key: Key
     ) -> Example:
-        """See `Objective`; `pack_pairs` says what the arrays hold."""
+        """See `Objective`; `pack_pairs` describes the arrays."""
         del key
         lengths = self.lengths(sequence_length)
         pairs = []
