@@ -1,4 +1,4 @@
-"""Files out of package archives, without unpacking to disk or installing anything."""
+"""Reads files from package archives, without unpacking to disk or installing anything."""
 
 import contextlib
 import gzip
@@ -21,12 +21,12 @@ def selector(*suffixes: str, under: str = "", skip: tuple[str, ...] = ()) -> Wan
     """Selects files by their paths.
 
     Args:
-        *suffixes: one of which the path must end with.
+        *suffixes: the path must end with one of these.
         under: a regular expression that the path must match from its beginning.
-        skip: none of which the path may contain.
+        skip: the path may contain none of these.
 
     Returns:
-        A function from a path to whether it is selected.
+        A function that is true for selected paths.
     """
     prefix = re.compile(under)
 
@@ -38,14 +38,14 @@ def selector(*suffixes: str, under: str = "", skip: tuple[str, ...] = ()) -> Wan
 
 
 def read_files(archive: pathlib.Path, wanted: Wanted) -> dict[str, bytes]:
-    """Reads the regular files of a package whose names are wanted.
+    """Reads the selected regular files of a package.
 
     Args:
         archive: a .deb, .tgz, .tar.gz, .tar.xz, .zip or .whl.
-        wanted: from a path inside the archive, without a leading `./`, to whether to read it.
+        wanted: true for paths to read, inside the archive and without a leading `./`.
 
     Returns:
-        Contents by path, in the order of the paths; .gz files are decompressed.
+        Contents by path, sorted by path; .gz files of a tar archive are decompressed.
 
     Raises:
         OSError: if the archive is damaged.
@@ -56,7 +56,7 @@ def read_files(archive: pathlib.Path, wanted: Wanted) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def _damage_named(archive: pathlib.Path) -> Iterator[None]:
-    """Makes an OSError of what the readers of archives raise."""
+    """Turns errors of damaged archives into an OSError."""
     try:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -74,18 +74,18 @@ def _read_files(archive: pathlib.Path, wanted: Wanted) -> dict[str, bytes]:
 
 
 def read_nested_files(archive: pathlib.Path, inner: Wanted, wanted: Wanted) -> dict[str, bytes]:
-    """Reads files of an archive that is itself a file of a package.
+    """Reads files of an archive inside a package.
 
     Args:
         archive: the package.
-        inner: selects the inner archive, of which there must be one.
-        wanted: as in `read_files`, of paths inside the inner archive.
+        inner: selects the inner archive; exactly one file must match.
+        wanted: as in `read_files`, for paths inside the inner archive.
 
     Returns:
-        Contents by path, in the order of the paths.
+        Contents by path, sorted by path.
 
     Raises:
-        OSError: if there is not one inner archive, or it is damaged.
+        OSError: if there is not exactly one inner archive, or an archive is damaged.
     """
     found = read_files(archive, inner)
     if len(found) != 1:
@@ -96,9 +96,9 @@ def read_nested_files(archive: pathlib.Path, inner: Wanted, wanted: Wanted) -> d
 
 
 def in_hash_order(files: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yields (path, contents) in an order that has nothing to do with folders.
+    """Yields (path, contents) in an order that is independent of folders.
 
-    A prefix of it is then a fair sample of the archive.
+    A prefix of the order is then a fair sample of the archive.
     """
     for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest()):
         yield name, files[name]
@@ -119,7 +119,7 @@ def _deb_tar(archive: pathlib.Path) -> Iterator[tarfile.TarFile]:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
             yield tar
-        process.stdout.read()  # What follows the last file, lest dpkg-deb lose its reader.
+        process.stdout.read()  # Drains the pipe, or dpkg-deb fails.
     if process.returncode:
         raise OSError(f"`{' '.join(command)}` failed with status {process.returncode}")
 

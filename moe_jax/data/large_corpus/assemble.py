@@ -1,4 +1,4 @@
-"""From fetched archives to a directory of `<domain>.jsonl` files."""
+"""Writes the texts of fetched archives to a directory of `<domain>.jsonl` files."""
 
 import dataclasses
 import hashlib
@@ -17,12 +17,12 @@ _SHORTEST_TEXT_BYTES = 200
 
 @dataclasses.dataclass(frozen=True)
 class SourceSize:
-    """What a source gave.
+    """The text that a source contributed.
 
     Attributes:
-        domain: of the source.
+        domain: domain of the source.
         package: its first package.
-        licence: of its text.
+        licence: licence of its text.
         documents: number of documents.
         bytes: UTF-8 bytes of text.
     """
@@ -44,21 +44,21 @@ def assemble(
 ) -> list[SourceSize]:
     """Writes the corpus, whole or not at all.
 
-    Texts under 200 bytes and exact repetitions of an earlier text are left out. Besides a file
-    a domain there is `sources.json`, with the sizes, licences and packages.
+    Texts under 200 bytes and exact repetitions of an earlier text are left out. In addition to one
+    file per domain, `sources.json` lists the sizes, licences and packages.
 
     Args:
-        sources: what to read; those that lack an archive are left out.
-        archives: where the packages are.
-        out: the directory to make.
-        max_code_bytes: after which a source of code is cut off.
+        sources: what to read; a source that lacks an archive is left out.
+        archives: paths of the packages.
+        out: the directory to create.
+        max_code_bytes: size at which a source of code is cut off.
         on_source: called before each source is read.
 
     Returns:
-        What each source gave.
+        The size of each source.
 
     Raises:
-        ValueError: if `out` is there and not empty.
+        ValueError: if `out` exists and is not empty.
     """
     with whole_or_absent(out) as partial:
         seen: set[bytes] = set()

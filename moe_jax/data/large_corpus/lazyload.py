@@ -1,7 +1,7 @@
-"""Character vectors out of an R lazy-load database, without R.
+"""Reads character vectors from an R lazy-load database, without R.
 
-The database (`Rdata.rdb`) is a row of entries: the length of the data in four bytes, then the
-data as a zlib stream, an object in R's XDR serialisation. Source: R Internals, sections 1.8 and
+The database (`Rdata.rdb`) is a sequence of entries: the length of the data in four bytes, then a
+zlib stream of an object in R's XDR serialisation. Source: R Internals, sections 1.8 and
 "Serialization Formats".
 """
 
@@ -21,7 +21,7 @@ def character_vectors(database: bytes) -> Iterator[list[str]]:
         database: the contents of an .rdb file.
 
     Yields:
-        The strings of each; NA is ''.
+        The strings of one vector; NA is ''.
     """
     offset = 0
     while offset < len(database):

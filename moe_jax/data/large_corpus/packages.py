@@ -1,8 +1,8 @@
-"""Packages of three registries, downloaded once and checked against the recorded ones.
+"""Downloads packages of three registries once, and compares them with the recorded ones.
 
-A work directory holds one directory a package, with the archive and the sha256 that it had when
-it was complete. A download goes to a `.partial` directory first, so that what was cut short is
-never taken for whole.
+A work directory has one directory per package, with the archive and the sha256 of the complete
+download. A download goes to a `.partial` directory first, so that an interrupted one is never
+taken for complete.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ class Package:
 
     Attributes:
         kind: `deb`, `npm` or `pip`.
-        name: as its registry has it.
-        version: '' for a deb, of which a mirror has only the newest.
+        name: name in its registry.
+        version: '' for a deb, because a mirror has only the newest version.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Package:
 
 
 class FetchError(Exception):
-    """A package cannot be had."""
+    """A package cannot be downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Downloader:
     """How to download the packages of one kind.
 
     Attributes:
-        tools: the programs that it takes, in words.
-        available: whether they are there.
+        tools: names of the programs that it needs.
+        available: whether they are installed.
         command: from a package to the command line that downloads it into the current directory.
         advice: what to do when it fails.
     """
@@ -101,11 +101,11 @@ def fetch(
     *,
     downloaders: Mapping[str, Downloader] = DOWNLOADERS,
 ) -> pathlib.Path:
-    """Returns a package's archive, downloading it unless it is there and intact.
+    """Returns a package's archive, downloading it unless an intact copy exists.
 
     Args:
         package: what to fetch.
-        work: directory of the downloads; made if need be.
+        work: directory of the downloads; created if needed.
         downloaders: by kind; replaced in tests.
 
     Returns:
@@ -138,7 +138,7 @@ def fetch(
 
 
 def _intact_archive(directory: pathlib.Path) -> pathlib.Path | None:
-    """The archive in `directory`, unless it is missing or not what was downloaded."""
+    """The archive in `directory`; None if it is missing or has changed."""
     sums = directory / "SHA256SUMS"
     if not sums.exists():
         return None
@@ -150,10 +150,10 @@ def _intact_archive(directory: pathlib.Path) -> pathlib.Path | None:
 def warn_of_changes(
     archives: Mapping[Package, pathlib.Path], recorded: Mapping[str, str] | None = None
 ) -> tuple[Package, ...]:
-    """Warns of packages that are not those of the recorded build.
+    """Warns of packages that differ from those of the recorded build.
 
     Args:
-        archives: the packages that were fetched.
+        archives: the fetched packages.
         recorded: sha256 by package name; None for the list that ships with moe_jax.
 
     Returns:

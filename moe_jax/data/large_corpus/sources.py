@@ -16,12 +16,12 @@ class Source:
     """A part of a domain.
 
     Attributes:
-        domain: which it is part of.
+        domain: name of the domain.
         packages: what the reader needs; the first one names the source.
-        licence: of the text.
+        licence: licence of the text.
         reader: from the archives of `packages` to texts.
-        heldout: BY_GROUP for whole documents by the hash of their group; BY_TAIL for the end of
-            each, where documents are few or all of them one text in many languages.
+        heldout: BY_GROUP holds out whole documents by the hash of their group. BY_TAIL holds out
+            the end of each document, for few documents or one text in many languages.
     """
 
     domain: str

@@ -1,4 +1,4 @@
-"""Clean text out of HTML, source code and bytes of uncertain encoding."""
+"""Extracts clean text from HTML, source code and bytes of uncertain encoding."""
 
 import html
 import re
@@ -13,17 +13,17 @@ _BLOCK_TAG = re.compile(
 _TAG = re.compile(r"(?s)<[^>]*>")
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
-# Regular expressions of one comment.
+# Regular expressions that match one comment.
 C_COMMENTS = r"/\*.*?\*/|//[^\n]*"
 HASH_COMMENTS = r"#[^\n]*"
 SEMICOLON_COMMENTS = r";[^\n]*"
 _LICENCE_WORDS = re.compile(r"(?i)copyright|licen[cs]e")
-# A longer match is a file that is all comments, not a notice above code.
+# A longer match is a file of only comments, not a notice above code.
 _LONGEST_NOTICE = 12_000
 
 
 def decode(contents: bytes) -> str:
-    """Decodes UTF-8, or Latin-1 where it is not UTF-8, and cleans the text.
+    """Decodes UTF-8, or else Latin-1, and cleans the text.
 
     Args:
         contents: a file.
@@ -38,15 +38,15 @@ def decode(contents: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Normalises what carries no meaning.
+    """Normalises Unicode and white space, and removes control characters.
 
     Args:
         text: any text.
 
     Returns:
-        The text in NFC, with line feeds alone, without control characters but tab and line
-        feed, without spaces at line ends, without more than one empty line in a row, and
-        without white space around it.
+        The text in NFC, with line feeds as line ends, no control characters except tab and line
+        feed, no spaces at line ends, at most one empty line in a row, and no white space around
+        it.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ")
     text = _CONTROL_CHARACTERS.sub("", unicodedata.normalize("NFC", text))
@@ -55,13 +55,13 @@ def clean(text: str) -> str:
 
 
 def html_text(markup: str) -> str:
-    """Strips HTML, keeping the layout of `<pre>` where there is any.
+    """Strips HTML; keeps line breaks and spaces if the markup has a `<pre>`.
 
     Args:
         markup: an HTML page or a part of one.
 
     Returns:
-        Clean text with a line a block element.
+        Clean text with one line per block element.
     """
     visible = _INVISIBLE_ELEMENTS.sub(" ", markup)
     if "<pre" not in visible.lower():
@@ -70,7 +70,7 @@ def html_text(markup: str) -> str:
 
 
 def html_lines(markup: str) -> list[str]:
-    """Strips HTML to one line a block element, white space collapsed and empty lines left out.
+    """Strips HTML to one line per block element, without repeated spaces or empty lines.
 
     Args:
         markup: an HTML page or a part of one.
@@ -83,13 +83,13 @@ def html_lines(markup: str) -> list[str]:
 
 
 def without_licence_notice(code: str, comments: str) -> str:
-    """Drops the comments that open a source file, if they hold a licence notice.
+    """Drops the comments at the start of a source file if they contain a licence notice.
 
     In C, C++ and Java such notices are a quarter to two fifths of all long lines.
 
     Args:
         code: a source file.
-        comments: regular expression of one comment, such as `C_COMMENTS`.
+        comments: regular expression that matches one comment, such as `C_COMMENTS`.
 
     Returns:
         The rest of the file.
@@ -101,12 +101,12 @@ def without_licence_notice(code: str, comments: str) -> str:
 
 
 def lines_in_script(lines: list[str], script: str) -> list[str]:
-    """Drops lines of Latin letters that have none of a language's own: text left untranslated.
+    """Drops untranslated lines: Latin letters, and no character of the language's own script.
 
     Args:
-        lines: of a text.
-        script: the inside of a regular-expression class of the script's characters, such as
-            `Ѐ-ӿ`; '' for a language in Latin script, which keeps every line.
+        lines: the lines of a text.
+        script: the script's characters as the inside of a regular-expression class, such as
+            `Ѐ-ӿ`; '' for Latin script, which keeps every line.
 
     Returns:
         The lines that remain.
