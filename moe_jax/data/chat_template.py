@@ -1,8 +1,8 @@
-"""Chat templates: conversations as the tokens that a tokenizer's own template makes of them.
+"""Chat templates: conversations as tokens, rendered by the tokenizer's own template.
 
-A template is a program in Jinja that comes with a tokenizer. It runs in a sandbox, sees the
-messages and the special tokens, and has no clock: what it renders is a function of the messages,
-and of a date that may be given.
+A template is a Jinja program that comes with a tokenizer. It runs in a sandbox, sees the messages
+and the special tokens, and has no clock: its output is a function of the messages and of an
+optional date.
 """
 
 import datetime
@@ -25,9 +25,9 @@ from moe_jax.data.tokenizer import Tokenizer
 BESIDE_TOKENIZER = "tokenizer"  # names the template in the folder of the tokenizer
 FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 _FIX = "Set config.data.objective.chat_template to the path of a .jinja file"
-# Stands for the content of a message, to find what a template writes behind it: of private use.
+# A private-use character as the content of a message, to find what a template writes after it.
 _PROBE = "\ue000"
-# Templates mark what the model writes; they have to be read, and are not asked.
+# Templates may mark what the model writes. The marks must be parsed, but are ignored.
 _MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
@@ -36,7 +36,7 @@ class Marked(NamedTuple):
 
     Attributes:
         ids: int64 [N].
-        is_answer: bool [N], whether the token is of an answer, its end included.
+        is_answer: bool [N], whether the token is in an answer, its end included.
     """
 
     ids: np.ndarray
@@ -44,7 +44,7 @@ class Marked(NamedTuple):
 
 
 class ChatTemplate:
-    """A template with the tokenizer that reads what it renders."""
+    """A template with the tokenizer that encodes its output."""
 
     def __init__(
         self, source: str, path: pathlib.Path, tokenizer: HuggingFaceTokenizer, date: str = ""
@@ -52,13 +52,13 @@ class ChatTemplate:
         """Compiles a template.
 
         Args:
-            source: the program.
-            path: of its file, for messages.
-            tokenizer: whose special tokens it may write.
-            date: that it is told as today's, YYYY-MM-DD; "": none.
+            source: the Jinja program.
+            path: its file, for messages.
+            tokenizer: the tokenizer whose special tokens it may write.
+            date: today's date for the template, YYYY-MM-DD; "": none.
 
         Raises:
-            ValueError: it is no template, or the package jinja2 is not installed.
+            ValueError: `source` is not a template, or the package jinja2 is not installed.
         """
         self.path, self.tokenizer, self.source, self._date = path, tokenizer, source, date
         self._names = _special_names(tokenizer)
@@ -68,7 +68,7 @@ class ChatTemplate:
         self._template = _compile(source, path)
 
     def render(self, messages: Sequence[Message], *, prompts: bool) -> str:
-        """The text of some messages; with `prompts` up to where an answer begins.
+        """Renders messages as text; with `prompts`, up to where an answer begins.
 
         Raises:
             ValueError: the template refuses the messages, or one of them names a special token.
@@ -101,23 +101,23 @@ class ChatTemplate:
             ) from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> np.ndarray:
-        """The tokens before an answer to some messages."""
+        """The tokens of messages up to where an answer begins."""
         return self.tokenizer.encode_rendered(self.render(messages, prompts=True))
 
     def encode(self, messages: Sequence[Message], *, last_only: bool = False) -> Marked:
-        """The tokens of a conversation, as `apply_chat_template` of transformers gives them.
+        """The tokens of a conversation, as `apply_chat_template` of transformers returns them.
 
-        An answer begins where the tokens of the messages before it end, with the prompt that the
+        An answer begins after the tokens of the messages before it and of the prompt that the
         template puts before an answer. It ends with the first special token after its content, or
-        where the tokens of the messages up to it do.
+        else with the tokens of the messages up to it.
 
         Args:
             messages: the conversation.
-            last_only: whether the last answer alone is marked.
+            last_only: whether only the last answer is marked.
 
         Raises:
-            ValueError: the template refuses the messages, or renders an earlier message in another
-                way once there are later ones.
+            ValueError: the template refuses the messages, or renders a message differently if
+                others follow.
         """
         text = self.render(messages, prompts=False)
         ids = self.tokenizer.encode_rendered(text)
@@ -141,9 +141,9 @@ class ChatTemplate:
         return Marked(ids, is_answer)
 
     def _to_end(self, messages: Sequence[Message]) -> str:
-        """The text up to the special token that ends the last message; all of it without one.
+        """The text up to the special token that ends the last message; all text without one.
 
-        What else a template writes there, such as the end of a document, may be there only if no
+        A template may write more after that token, such as the end of a document, only if no
         message follows.
         """
         text = self.render(messages, prompts=False)
@@ -156,7 +156,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _special(self) -> re.Pattern[str]:
-        """A name of a special token, the longest that begins at a place."""
+        """Matches the name of a special token, the longest one at a place."""
         names = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
@@ -168,7 +168,7 @@ class ChatTemplate:
         return tuple(last for last in ids[is_answer][-1:].tolist() if last in specials)
 
     def fingerprint(self) -> str:
-        """Sha256 of the template, and of the names of special tokens and the date it is told."""
+        """Sha256 of the template, its names of special tokens and its date."""
         dates = [self._date] if self._date else []
         told = json.dumps([self.source, self._names, *dates], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
@@ -180,12 +180,12 @@ def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatT
 
     Args:
         name: `tokenizer`, for the `chat_template.jinja` or the `tokenizer_config.json` beside the
-            tokenizer; or the path of a file in Jinja.
-        tokenizer: that it is for, a `tokenizer.json`.
+            tokenizer; or the path of a Jinja file.
+        tokenizer: the tokenizer of the template, a `tokenizer.json`.
         date: see `ChatTemplate`.
 
     Raises:
-        ValueError: there is no template, or the tokenizer is of another kind.
+        ValueError: there is no template, or the tokenizer is not a `tokenizer.json`.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(
@@ -202,7 +202,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatT
         path = folder / FILE
         return ChatTemplate(decode(path.read_bytes(), str(path)), path, tokenizer, date)
     source = _config_beside(tokenizer).get("chat_template")
-    if isinstance(source, list):  # several by name, of earlier versions of transformers
+    if isinstance(source, list):  # several by name, from earlier versions of transformers
         by_name = {one.get("name"): one.get("template") for one in source}
         source = by_name.get("default")
     require(
@@ -215,7 +215,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatT
 
 
 def _special_names(tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
-    """What a template calls the special tokens: `bos_token` and the like, as text."""
+    """The special tokens by their names in a template, such as `bos_token`."""
     found = {}
     for name, token in _config_beside(tokenizer).items():
         content = token.get("content") if isinstance(token, dict) else token
@@ -228,7 +228,7 @@ def _special_names(tokenizer: HuggingFaceTokenizer) -> Mapping[str, str]:
 
 
 def _config_beside(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
-    """What `tokenizer_config.json` says; {} if there is none."""
+    """The contents of `tokenizer_config.json`; {} without one."""
     path = tokenizer.path.parent / CONFIG_FILE
     if not path.is_file():
         return {}
@@ -254,7 +254,7 @@ def _compile(source: str, path: pathlib.Path) -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
-    # As a block that changes nothing, so that white space around it goes as around any other.
+    # A block without effect, so that white space around it is trimmed as around any other.
     source = _MARK.sub(_neutral, source)
     try:
         return environment.from_string(source)
@@ -274,12 +274,12 @@ def _refuse(message: str) -> None:
 
 
 def _tojson(value: Any, **how: Any) -> str:
-    """JSON as transformers has it: without escapes for HTML."""
+    """JSON as transformers writes it: without escapes for HTML."""
     return json.dumps(value, **{"ensure_ascii": False, **how})
 
 
 def _common(left_N: np.ndarray, right_M: np.ndarray) -> int:
-    """How many tokens two texts begin with alike."""
+    """The length of the common prefix of two token sequences."""
     length = min(len(left_N), len(right_M))
     differ = np.flatnonzero(left_N[:length] != right_M[:length])
     return int(differ[0]) if len(differ) else length

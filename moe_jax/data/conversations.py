@@ -1,4 +1,4 @@
-"""Prompts with their answers: a record of JSON as what is said, one message after another.
+"""Prompts with their answers: a JSON record as a sequence of messages.
 
 A record is a pair, `{"prompt": "2+2?", "answer": "4"}`, or a conversation,
 `{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}`.
@@ -16,10 +16,10 @@ _LEAVE_OUT = "Correct the line or leave it out"
 
 
 class Message(NamedTuple):
-    """What one side says.
+    """A message of one role.
 
     Attributes:
-        role: one of `ROLES`; what the assistant says are the answers.
+        role: one of `ROLES`; the assistant's messages are the answers.
         content: the text; not empty if it is an answer.
     """
 
@@ -28,7 +28,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of a record, at least one of them an answer, which follows a prompt.
+    """The messages of a record, with at least one answer after a prompt.
 
     Attributes:
         messages: in order.
@@ -47,7 +47,7 @@ class Conversation(NamedTuple):
 
     @classmethod
     def of_text(cls, text: str) -> "Conversation":
-        """The conversation that `to_text` made the text of."""
+        """The conversation that `to_text` turned into this text."""
         value = json.loads(text)
         if isinstance(value, list):
             return pair(*value)
@@ -60,15 +60,15 @@ def pair(prompt: str, answer: str) -> Conversation:
 
 
 def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
-    """Reads a record; fields beside those of a pair or a conversation are not looked at.
+    """Reads a record; fields other than those of a pair or a conversation are ignored.
 
     Args:
         record: values by field.
         where: file and line, for messages.
 
     Raises:
-        ValueError: a field is missing or of another type, a role is unknown, or an answer is empty
-            or missing.
+        ValueError: a field is missing or has the wrong type, a role is unknown, an answer is empty
+            or missing, or `heldout` is "tail".
     """
     has_messages = "messages" in record
     names = ("messages",) if has_messages else ("prompt", "answer")

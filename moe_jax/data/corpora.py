@@ -5,8 +5,8 @@ A corpus is named by one string:
 * `embedded`: the 5.3 MB that ship with the package (`SOURCES.md`), six domains;
 * the path of a file or folder of text, JSON lines, parquet, or a Hugging Face dataset
   (`file_corpus.py`); `text:PATH`, `jsonl:PATH`, `parquet:PATH` and `arrow:PATH` name the kind of
-  the files, where a folder holds several;
-* `packed:DIR`: tokens without their text, which `python -m moe_jax.data.pack` wrote;
+  files to read if a folder holds several;
+* `packed:DIR`: tokens without their text, written by `python -m moe_jax.data.pack`;
 * `tfds:NAME`: a prepared TFDS text dataset (`tfds_text.py`), one domain.
 """
 
@@ -20,7 +20,7 @@ from moe_jax.data.records import Fields
 
 __all__ = ["HELDOUT", "TRAIN", "EmbeddedCorpus", "FileCorpus", "form_of", "open_corpus"]
 
-FORMS = ("packed", "tfds", *SUFFIXES)  # that can stand before a colon
+FORMS = ("packed", "tfds", *SUFFIXES)  # allowed before a colon
 
 
 def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
@@ -28,10 +28,10 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
 
     Args:
         name: `embedded`, a path, `KIND:PATH`, `packed:DIR` or `tfds:NAME`.
-        fields: which fields of its records are read; None: the usual ones.
+        fields: the fields to read from its records; None: the usual ones.
 
     Returns:
-        The corpus; no document is read before it is asked for.
+        The corpus; documents are read on demand.
 
     Raises:
         ValueError: there is no such corpus, or it has no such fields.
@@ -69,7 +69,7 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
         )
         return PackedCorpus(name, argument)
     if form == "tfds":
-        # Most runs do without TFDS, so that it is imported only here.
+        # Most runs do not need TFDS, so it is imported only here.
         from moe_jax.data.tfds_text import TfdsTextCorpus
 
         return TfdsTextCorpus(argument, fields)
@@ -79,7 +79,7 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
 
 
 def form_of(name: str) -> str:
-    """What a corpus or a tokenizer is, without where it is: `jsonl` of `jsonl:/home/me/notes`."""
+    """The form of a corpus or tokenizer name without its path: `jsonl` for `jsonl:/home/me/x`."""
     form, colon, _ = name.partition(":")
     if colon:
         return form

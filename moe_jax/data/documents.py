@@ -1,4 +1,4 @@
-"""What a corpus is: documents by domain, and which of them are held out."""
+"""The base class of corpora: documents by domain, and which of them are held out."""
 
 import abc
 import dataclasses
@@ -22,11 +22,12 @@ class Document:
         domain: name of the domain, usable as a file name.
         id: names the document within the domain.
         text: not empty.
-        group: documents of one group (translations of a page, editions of a play) fall on the
-            same side of the held-out split. The document's own id when it stands alone.
-        has_group: whether the group was given: other documents may be of it.
-        where: file and line or row, for messages; "" where it has none.
-        whole: whether it is never cut, so that its end is held out with its beginning.
+        group: documents of one group (translations of a page, editions of a play) are on the
+            same side of the held-out split. Without a group: the document's id, or the sha256
+            of its text.
+        has_group: whether the group was given, so that other documents may share it.
+        where: file and line or row, for messages; "" if unknown.
+        whole: whether it is never cut, so that its end is held out only with its beginning.
     """
 
     domain: str
@@ -53,9 +54,9 @@ class Corpus(abc.ABC):
 
     @abc.abstractmethod
     def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
-        """Yields (split, document) in an order that depends on nothing but the corpus.
+        """Yields (split, document) in an order that depends only on the corpus.
 
-        Of a document whose end is held out, the two parts follow each other.
+        If the end of a document is held out, the two parts follow each other.
 
         Args:
             domain: one of `domains()`.
@@ -70,20 +71,21 @@ class Corpus(abc.ABC):
         """Hexadecimal sha256 that changes whenever the documents do."""
 
     def unpacked(self, cache: pathlib.Path, source: dict[str, Any]) -> pathlib.Path | None:
-        """The folder of the token files that it came with; None of a corpus of documents.
+        """The folder of the token files that the corpus has; None for a corpus of documents.
 
         Args:
-            cache: where it is put.
-            source: what they must be made from.
+            cache: where the folder is made.
+            source: what the token files must have been made from.
         """
         del cache, source
         return None
 
     def way_to_hold_out(self, fraction: float) -> str:
-        """What makes some text held out and leaves some to train on, where a fraction does not."""
+        """The fix for a fraction that holds out no text, or leaves none to train on."""
         groups = (document.group for _, document in self._split(0.0))
         places = sorted(set(map(hash_unit_interval, groups)))[:2]
-        larger = [0.03, 0.1, 0.3]  # A document alone is cut at any; others fall below their place.
+        # Any fraction cuts a single document; with several, it must exceed the hash of a group.
+        larger = [0.03, 0.1, 0.3]
         if len(places) == 2:
             rounded = (math.floor(places[0] * 10**digits + 1) / 10**digits for digits in (2, 3, 6))
             larger.insert(0, next((f for f in rounded if f <= places[1]), sum(places) / 2))
@@ -99,7 +101,7 @@ class Corpus(abc.ABC):
         return "Add documents, of ids or groups that differ"
 
     def _split(self, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
-        """The documents of all domains."""
+        """Yields (split, document) over all domains."""
         for domain in self.domains():
             yield from self.documents(domain, heldout_fraction)
 
@@ -107,11 +109,12 @@ class Corpus(abc.ABC):
 def split_documents(
     documents: Iterable[tuple[Document, bool]], heldout_fraction: float
 ) -> Iterator[tuple[str, Document]]:
-    """Splits the documents of a domain by the hash of their group, each by itself.
+    """Splits the documents of a domain, each by the hash of its group.
 
     Args:
-        documents: of one domain, each with whether its end is held out rather than the whole. The
-            end of a document that is alone is too, unless its group is held out: the whole then.
+        documents: of one domain, each with whether its end is held out instead of the whole. The
+            end of a domain's only document is held out, too, unless its given group is held out:
+            then the whole is.
         heldout_fraction: in [0, 1).
 
     Yields:
@@ -132,7 +135,7 @@ def split_tail(document: Document, heldout_fraction: float) -> Iterator[tuple[st
     """Yields the head as `train` and the tail as `heldout`; joined, they are the text."""
     start = round(len(document.text) * (1 - heldout_fraction))
     line_end = document.text.find("\n", start)
-    # A tail that is all one line is cut where it stands, rather than not at all.
+    # A tail that is part of one line is cut within the line, rather than not at all.
     cut = line_end + 1 if 0 <= line_end < len(document.text) - 1 else start
     parts = ((TRAIN, document.text[:cut]), (HELDOUT, document.text[cut:]))
     for split, text in parts:
@@ -141,11 +144,11 @@ def split_tail(document: Document, heldout_fraction: float) -> Iterator[tuple[st
 
 
 def split_of(group: str, heldout_fraction: float) -> str:
-    """Assigns a group of documents to a split, by hash alone.
+    """Assigns a group of documents to a split, only by its hash.
 
     Args:
-        group: name of the group (a document's id when it stands alone).
-        heldout_fraction: in [0, 1); expected share of the groups that is held out.
+        group: name of the group; see `Document`.
+        heldout_fraction: in [0, 1); expected held-out share of the groups.
 
     Returns:
         `train` or `heldout`.
@@ -159,15 +162,15 @@ def hash_unit_interval(text: str) -> float:
 
 
 def text_digest(text: str) -> bytes:
-    """16 bytes that are equal for equal texts, white space around them aside."""
+    """16 bytes that are equal for equal texts, ignoring white space around them."""
     return hashlib.sha256(text.strip().encode()).digest()[:16]
 
 
 def heldout_digests(corpus: Corpus, heldout_fraction: float) -> frozenset[bytes]:
-    """Digests of all text that is held out, in any domain; what has one of them must not train.
+    """Digests of all held-out text, in any domain; a text with one of them must not train.
 
-    Of a document whose end is held out both the end and the whole: the whole may come again. Takes
-    about 100 bytes of memory a held-out document.
+    A document whose end is held out adds the end and the whole, because the whole may occur
+    again. Takes about 100 bytes of memory per held-out document.
 
     Returns:
         The digests.

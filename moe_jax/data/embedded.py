@@ -22,15 +22,15 @@ _EMBEDDED_FILE = pathlib.Path(__file__).parent / "embedded.jsonl.xz"
 class EmbeddedCorpus(Corpus):
     """The corpus that ships with the package: 219 documents in six domains.
 
-    A hash of the id would serve it badly: six plays make a domain, the 24 texts of
+    A hash of the id would split it badly: six plays make a domain, the 24 texts of
     `multilingual` are translations of one another, and five of the six folio plays are also in
     `drama`. So the held-out text is chosen domain by domain:
 
-    * `prose` and `python`, domains of many short documents that stand alone, hold out whole
-      documents, taken in order of a hash of their id while they fit into
-      `heldout_fraction` of the domain's bytes;
+    * `prose` and `python`, domains of many short, independent documents, hold out whole
+      documents, in order of a hash of their id, if they still fit into `heldout_fraction` of the
+      domain's bytes;
     * `drama`, `folio1623`, `speech` and `multilingual` hold out the tail of every document, the
-      last `heldout_fraction` of its characters, moved forward to the start of a line where
+      last `heldout_fraction` of its characters, moved forward to the start of a line if
       there is one. The tail of a translation is the translation of the tail: what is held out
       in one language or spelling is held out in the others, up to a line or two.
     """
@@ -59,7 +59,7 @@ class EmbeddedCorpus(Corpus):
 
 
 def _heldout_ids(documents: tuple[Document, ...], heldout_fraction: float) -> frozenset[str]:
-    """Ids of the documents that, in order of their hash, fit into the held-out budget."""
+    """Ids of the documents that fit into the held-out budget, taken in order of their hash."""
     sizes = {document.id: len(document.text.encode()) for document in documents}
     budget = heldout_fraction * sum(sizes.values())
     chosen = set()

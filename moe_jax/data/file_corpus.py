@@ -22,26 +22,25 @@ READERS: Mapping[str, Reader] = MappingProxyType(
 
 
 class FileCorpus(Corpus):
-    """Files of one kind; `file_layout.layout_of` says which file is of which domain.
+    """Files of one kind; `file_layout.layout_of` assigns them to domains.
 
-    Where files are split into train and validation, validation is held out. Otherwise a document
-    is held out when the hash of its group (its id if it has none; its text if it has neither),
-    read as a number in [0, 1), is below `heldout_fraction`: independent of the other documents, of
-    the domain and of their order, so that a translation of a held-out page never trains, and what
-    is held out at 3 % is held out at 5 %.
+    If files are split into train and validation, validation is held out. Otherwise a document is
+    held out if the hash of its group (else its id, else its text), as a number in [0, 1), is below
+    `heldout_fraction`. This does not depend on other documents, their order or the domain: a
+    translation of a held-out page never trains, and what is held out at 3 % is held out at 5 %.
 
-    Of a long text file, of a record with `"heldout": "tail"`, and of a document that is alone in
-    its domain, the end is held out, as in the embedded corpus.
+    Only the end is held out of a long text file, of a record with `"heldout": "tail"`, and of the
+    only document of a domain, as in the embedded corpus.
     """
 
     def __init__(self, name: str, path: str, kind: str = "", fields: Fields | None = None):
         """Finds the files; reads none.
 
         Args:
-            name: of the corpus.
-            path: of a file or folder; a leading ~ is the home of the user.
-            kind: of the files; "": found out.
-            fields: of the records that are read.
+            name: name of the corpus.
+            path: a file or folder; a leading ~ is the home of the user.
+            kind: kind of the files; "": detected.
+            fields: fields of the records to read.
 
         Raises:
             ValueError: there are no such files, or they are of several kinds.
@@ -70,10 +69,10 @@ class FileCorpus(Corpus):
                 yield split, document
 
     def fingerprint(self) -> str:
-        """Sha256 over the domains, splits and contents of the files, and what is read of them."""
+        """Sha256 over the domains, splits and contents of the files, and the fields read."""
         digest = hashlib.sha256()
         layout = self._layout
-        # JSON lines with the usual fields have the sum that earlier releases recorded in runs.
+        # JSON lines with the usual fields keep the checksum that earlier releases recorded in runs.
         if not layout.has_records or self._fields != Fields():
             digest.update(f"{layout.kind}{self._fields.names}\0".encode())
         for split, domain in ((split, domain) for split in SPLITS for domain in layout.domains):

@@ -1,4 +1,4 @@
-"""Which files of a path are a corpus, and which domain and split each belongs to."""
+"""Which files under a path are a corpus, and the domain and split of each."""
 
 import dataclasses
 import glob
@@ -22,17 +22,17 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-# Names of files and folders that say which split they are; the first that is there is held out.
+# Names of files and folders with a held-out split; the first name found is held out.
 HELDOUT_NAMES = ("validation", "valid", "val", "dev", "eval", "heldout", "test")
-# Of `wiki.train`: what stands before the split, and the split; of `train`, the split alone.
+# Matches `wiki.train` as (`wiki`, `train`), and `train` as (None, `train`).
 _SPLIT = re.compile(rf"(?:(.+)[._-])?(train|{'|'.join(HELDOUT_NAMES)})", re.IGNORECASE)
 _SHARD = re.compile(r"-\d{5,}$|-\d+-of-\d+$")
 
 
 class _File(NamedTuple):
-    """A file, and the parts of its name that say what it is: folders, then its own without suffix.
+    """A file, and the parts of its path: folders, then the file name without suffix.
 
-    The own name of a text file is that of a document: it names no domain, but may name a split.
+    The name of a text file is in `document`: it names no domain, but may name a split.
     """
 
     path: pathlib.Path
@@ -41,7 +41,7 @@ class _File(NamedTuple):
 
     @property
     def splits(self) -> list[tuple[str, str, str]]:
-        """(part, what stands before the split in it, split) of each part that names a split."""
+        """(part, name before the split, split) for each part that names a split."""
         named = ((part, _SPLIT.fullmatch(part)) for part in (*self.parts, self.document))
         return [(part, match[1] or "", match[2].lower()) for part, match in named if match]
 
@@ -53,8 +53,8 @@ class Layout:
     Attributes:
         kind: a key of `SUFFIXES`.
         domains: names of the domains, in the order of their first files.
-        files: by split, then by domain. Without files under `heldout`, documents are held out by
-            hash or their ends are.
+        files: by split, then by domain. Without files under `heldout`, whole documents (by hash)
+            or the ends of documents are held out.
     """
 
     kind: str
@@ -63,12 +63,12 @@ class Layout:
 
     @property
     def has_records(self) -> bool:
-        """Whether documents are JSON objects, whose fields can be named."""
+        """Whether documents are lines of JSON."""
         return self.kind == "jsonl"
 
     @property
     def has_splits(self) -> bool:
-        """Whether files of their own are held out."""
+        """Whether the held-out split has its own files."""
         return bool(self.files[HELDOUT])
 
 
@@ -76,25 +76,25 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     """Finds the files of a corpus.
 
     * One file is one domain, named after it.
-    * In a folder of text files, those directly in it are one domain, named after the folder.
+    * In a folder of text files, the files directly in it are one domain, named after the folder.
     * In a folder of JSON lines or tables each file is a domain; `NAME-00000-of-00009.parquet` is a
       part of the domain NAME.
-    * A subfolder is one domain, whatever is in it.
-    * Where some files or folders are called `train` and others `validation` (or as
-      `HELDOUT_NAMES` has it), these are splits and not domains: the first trains, the second is
-      held out. So are `wiki.train` and `wiki.validation`, which are of the domain `wiki`.
-    * A Hugging Face dataset is one domain, or its splits are, by the same rule.
-    * A pattern such as `notes/*.jsonl` is the folder before its first `*`, `?` or `[`, with the
-      files that it matches.
+    * A subfolder is one domain, whatever it contains.
+    * If some files or folders are called `train` and others `validation` (or another of
+      `HELDOUT_NAMES`), these are splits, not domains: the first is trained on, the second is held
+      out. So are `wiki.train` and `wiki.validation`, of the domain `wiki`.
+    * A Hugging Face dataset is one domain. Its splits follow the same rule, as folders do.
+    * A pattern such as `notes/*.jsonl` is the folder before its first `*`, `?` or `[`, with only
+      the files that it matches.
 
-    Hidden files, `._x` of macOS among them, are left out; so are .md files beside data.
+    Hidden files, including `._x` of macOS, are skipped; so are .md files beside data.
 
     Args:
-        path: of a file or folder, or a pattern.
-        kind: a key of `SUFFIXES`; "": found out.
+        path: a file, a folder, or a pattern.
+        kind: a key of `SUFFIXES`; "": detected.
 
     Raises:
-        ValueError: there is nothing of that kind, there are several kinds, or a file is reached
+        ValueError: there are no files of that kind, there are several kinds, or a file is reached
             twice.
         OSError: a folder cannot be read.
     """
@@ -130,7 +130,7 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
 
 
 def files_of_pattern(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a pattern matches, in order; [] if there is a file of that name, or none."""
+    """The files that a pattern matches, sorted; [] if the path exists or is no pattern."""
     if path.exists() or not glob.has_magic(str(path)):
         return []
     found = map(pathlib.Path, glob.glob(str(path), recursive=True))
@@ -138,7 +138,7 @@ def files_of_pattern(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All files below a folder that are not hidden, in the order of their names."""
+    """All files below a folder except hidden ones, sorted by path."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -197,7 +197,7 @@ def _file_of(path: pathlib.Path, folder: pathlib.Path, kind: str) -> _File:
 
 
 def _dataset_files(folder: pathlib.Path) -> list[_File]:
-    """The arrow files of a Hugging Face dataset, as `save_to_disk` writes it; [] if it is none."""
+    """The arrow files of a Hugging Face dataset, as `save_to_disk` writes it; [] otherwise."""
     if (folder / "dataset_dict.json").is_file():
         splits = _listed(folder / "dataset_dict.json", "splits")
         return [
@@ -213,10 +213,10 @@ def _dataset_files(folder: pathlib.Path) -> list[_File]:
 
 
 def _listed(path: pathlib.Path, name: str) -> list[Any]:
-    """What a Hugging Face dataset lists, each of which is there.
+    """The entries that a file of a Hugging Face dataset lists; each must exist.
 
     Raises:
-        ValueError: the file is damaged, or something is not there.
+        ValueError: the file is damaged, or an entry does not exist.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))[name]
@@ -266,12 +266,12 @@ def _check_reached_once(files: list[_File]) -> None:
 
 
 def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layout:
-    """Splits by name where both sides are there, else everything under `train`."""
+    """Splits files by name if both splits are found, else puts all of them under `train`."""
     splits = [file.splits for file in files]
-    # A folder `eval` around all files tells none apart.
+    # A folder `eval` around all files distinguishes none.
     shared = set(splits[0]).intersection(*splits[1:])
     splits = [[said for said in of_file if said not in shared] for of_file in splits]
-    # Both sides have the same before the split: `bullet-train` and `crash-test` are no splits.
+    # The names before the splits must match: `bullet-train` and `crash-test` are not splits.
     names = {(before.lower(), split) for of_file in splits for _, before, split in of_file}
     training = {before for before, split in names if split == "train"}
     paired = {split for before, split in names if before in training}
@@ -279,7 +279,7 @@ def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layou
     sorted_files: dict[str, dict[str, list[pathlib.Path]]] = {TRAIN: {}, HELDOUT: {}}
     domains: dict[str, None] = {}
     for file, of_file in zip(files, splits, strict=True):
-        # Of a file `test` in a folder `train` the folder counts: the outermost that names a split.
+        # The outermost split name counts: a file `test` in a folder `train` is training text.
         named = of_file if heldout else []
         split = named[0][2] if named else ""
         require(
@@ -307,7 +307,7 @@ def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layou
 def _check_loose_files(
     folder: pathlib.Path, kind: str, files: list[_File], domains: dict[str, None]
 ) -> None:
-    """Refuses a domain that is both a subfolder and what lies beside the subfolders."""
+    """Refuses a domain that is both a subfolder and files beside the subfolders."""
     depth = 0 if kind == "text" else 1
     loose = {
         (file.parts[0] if file.parts else folder.resolve().name): file.path

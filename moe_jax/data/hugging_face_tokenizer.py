@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face, from a `tokenizer.json`."""
+"""Hugging Face tokenizers, from a `tokenizer.json`."""
 
 import functools
 import hashlib
@@ -19,35 +19,34 @@ _FIX = (
 _SPACE = "\u2581"
 GENERATION_FILE = "generation_config.json"
 # Control characters, and the first bytes of characters beyond U+3FFFF: a tokenizer may lack them
-# (SmolLM2's does), and a text that has one is refused.
+# (SmolLM2's does), and a text with one is refused.
 _RARE = {bytes([byte]) for byte in {*range(0x20), 0x7F, *range(0xF1, 0xF5)} - set(b"\t\n\r")}
-# A long text is encoded in pieces that end with a line, for the memory that encoding takes.
+# A long text is encoded in pieces that end with a line, to bound memory.
 _PIECE = 2**20  # characters
 
 
 class HuggingFaceTokenizer(PieceTokenizer):
-    """A BPE of the package `tokenizers` that keeps every byte.
+    """A BPE tokenizer of the package `tokenizers` that keeps every byte.
 
-    Encodes as the file says, with three differences that bits per byte need: no space is put in
-    front of a text, it is not normalised to NFC, and the names of special tokens in a text are
+    Encodes as the file specifies, with three differences that bits per byte need: no space is put
+    in front of a text, it is not normalised to NFC, and the names of special tokens in a text are
     text.
 
     Attributes:
-        path: of the file.
-        special_tokens: ids by name; those of tokens that take spaces from the text around them are
-            among them.
+        path: path of the file.
+        special_tokens: ids by name, including tokens that absorb spaces of the text around them.
     """
 
     def __init__(self, path: str, bos_token: str = "", eos_token: str = ""):
         """Reads a tokenizer.
 
         Args:
-            path: of the `tokenizer.json`.
-            bos_token: that begins a document; "": the usual one.
-            eos_token: that ends a document; "": the usual one.
+            path: the `tokenizer.json`.
+            bos_token: token that begins a document; "": the usual one.
+            eos_token: token that ends a document; "": the usual one.
 
         Raises:
-            ValueError: there is no such tokenizer, or it cannot serve.
+            ValueError: the tokenizer does not exist or is not supported.
         """
         self.name = f"tokenizers:{path}"
         self.path = file = pathlib.Path(path).expanduser()
@@ -79,7 +78,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
                 pieces[ids[token]] = _byte_level(token) if is_byte_level else _byte_fallback(token)
         self.pieces = pieces
         self.token_bytes_V = np.array([len(piece) for piece in pieces], np.int32)
-        # 0xc0, 0xc1 and 0xf5 to 0xff are in no UTF-8.
+        # UTF-8 never uses 0xc0, 0xc1 or 0xf5 to 0xff.
         needed = {bytes([b]) for b in range(0xF5) if b not in (0xC0, 0xC1)}
         self._missing = needed - set(pieces)
         require(
@@ -95,7 +94,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         """Encodes a text to ids [N]; see `Tokenizer.encode`.
 
         Raises:
-            ValueError: the text has a rare byte for which there is no token.
+            ValueError: the text has a rare byte without a token.
         """
         if self._missing:
             lost = sorted(self._missing & {bytes([byte]) for byte in set(text.encode())})
@@ -113,9 +112,9 @@ class HuggingFaceTokenizer(PieceTokenizer):
         return np.array(ids, self.dtype)
 
     def encode_rendered(self, text: str) -> np.ndarray:
-        """Encodes what a chat template has written, to ids [N], as the file says it.
+        """Encodes the output of a chat template to ids [N], as the file specifies.
 
-        Names of special tokens are these tokens here, and what `encode` leaves out is done, such as
+        Names of special tokens become these tokens, and steps that `encode` skips are done, such as
         a space put in front.
         """
         return np.array(self._as_written.encode(text, add_special_tokens=False).ids, np.int64)
@@ -131,10 +130,10 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """See `Tokenizer`: those of the `generation_config.json` beside the file, too.
+        """See `Tokenizer`: also those of the `generation_config.json` beside the file.
 
         Raises:
-            ValueError: that is no JSON object.
+            ValueError: that file is not a JSON object.
         """
         path = self.path.parent / GENERATION_FILE
         if not path.is_file():
@@ -155,7 +154,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """Cuts a long text after ends of lines; joined, the pieces are the text."""
+    """Cuts a long text after line ends; joined, the pieces are the text."""
     start = 0
     while start < len(text):
         stop = start + _PIECE
@@ -166,7 +165,7 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def _load(spec: dict[str, Any], path: pathlib.Path, data: bytes) -> Any:
-    """The tokenizer of the package, which takes the names of special tokens in a text for text."""
+    """The package's tokenizer; it encodes names of special tokens in a text as text."""
     try:
         import tokenizers
     except ImportError:
@@ -200,12 +199,12 @@ def _no_tokenizer(path: pathlib.Path, data: bytes, said: str) -> ValueError:
 
 
 def _is_special(token: dict[str, Any]) -> bool:
-    """Whether an added token is none of a text: one that takes spaces has the bytes of neither."""
+    """Whether an added token is not text; tokens that absorb spaces have no fixed bytes."""
     return bool(token.get("special") or token.get("lstrip") or token.get("rstrip"))
 
 
 def _exact(spec: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer without what would lose, add or cut bytes and need not be there."""
+    """The specification without optional steps that lose, add or cut bytes."""
 
     def without(part: Any, names: set[str]) -> Any:
         if not isinstance(part, dict) or part.get("type") in names:
@@ -243,7 +242,7 @@ def _exact(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _types(part: Any) -> set[str]:
-    """Types of a component and of those inside it."""
+    """Types of a component and of the components inside it."""
     if not isinstance(part, dict):
         return set()
     inner = [p for value in part.values() if isinstance(value, list) for p in value]
@@ -252,7 +251,7 @@ def _types(part: Any) -> set[str]:
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level BPE writes bytes, since GPT-2: printable ones as they are, others from 256."""
+    """GPT-2's characters for bytes: printable bytes as they are, others from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in printable}

@@ -1,4 +1,4 @@
-"""Arrays that are written piece by piece."""
+"""Writes arrays piece by piece."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ class NpyWriter:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: pathlib.Path, dtype: np.dtype) -> Iterator["NpyWriter"]:
-        """Begins a file; where the block ends it is whole."""
+        """Opens a new file, which is complete when the block ends."""
         with path.open("wb") as file:
             writer = cls(file, dtype)
             yield writer
@@ -30,7 +30,7 @@ class NpyWriter:
             flush_to_disk(file)
 
     def append(self, values: np.ndarray) -> None:
-        """Writes values [N] of the dtype behind those that are there."""
+        """Appends values [N] of the file's dtype."""
         assert values.dtype == self._dtype, values.dtype
         self._file.write(values.tobytes())
         self._length += len(values)
@@ -42,6 +42,6 @@ class NpyWriter:
 
 
 def flush_to_disk(file: Any) -> None:
-    """Writes a file through to the disk: a kill of the machine loses nothing of it."""
+    """Syncs a file to disk: it survives a crash of the machine."""
     file.flush()
     os.fsync(file.fileno())

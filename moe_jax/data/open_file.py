@@ -1,4 +1,4 @@
-"""Opens a file that a user named, and says in one line what is wrong with it."""
+"""Opens a file that a user named, and reports in one line what is wrong with it."""
 
 import contextlib
 import gzip
@@ -11,19 +11,19 @@ from typing import BinaryIO, cast
 from moe_jax.config.check import require
 from moe_jax.config.installed import LFS_SIGN, is_lfs_pointer
 
-# Control characters that no text has, whatever its encoding of one byte a character.
+# Control characters that no text has in any encoding of one byte per character.
 _CONTROLS = bytes(set(range(32)) - set(b"\t\n\v\f\r\x1b"))
 
 
 def check_file(path: pathlib.Path, what: str) -> None:
-    """Refuses what is no file with contents, before anything parses it.
+    """Refuses a path that is not a readable file, or is a Git LFS pointer.
 
     Args:
-        path: of the file.
-        what: it should be, such as "a tokenizer".
+        path: the file.
+        what: what it should be, such as "A tokenizer".
 
     Raises:
-        ValueError: naming the path, what is there, and what to do.
+        ValueError: with the path, what is there, and what to do.
         OSError: it cannot be read.
     """
     require(path.exists(), f"{what} is a file", f"there is none at {str(path)!r}", "Correct it")
@@ -49,7 +49,7 @@ def open_stream(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file of a corpus, unpacking .gz and .zst as it is read.
 
     Raises:
-        ValueError: it is no such file, or damaged; errors of the body that reads it included.
+        ValueError: the file is missing or damaged, also if the body finds the damage.
     """
     check_file(path, "A corpus file")
     suffix = path.suffix.lower()
@@ -85,7 +85,7 @@ def decode(data: bytes, where: str) -> str:
     """Decodes UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is no text, or of another encoding; with the command that converts it.
+        ValueError: it is not text, or not UTF-8; with the command that converts it.
     """
     path = where.partition(" line ")[0]
     first, then = "Convert", ""

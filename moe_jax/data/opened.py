@@ -18,19 +18,19 @@ from moe_jax.data.tokenizers import Tokenizer, open_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run reads, as it was when it was opened.
+    """The data of a run, as it was when it was opened.
 
-    Batches for training and evaluation come from this one object, so that a corpus that is edited
-    while a run goes changes none of them.
+    Batches for training and evaluation come from this one object, so that an edit of the corpus
+    during a run changes none of them.
 
     Attributes:
-        config: what was opened.
+        config: the config that was opened.
         corpus: the documents.
         tokenizer: what encodes them.
         domains: names of the domains; the `domain` of an example is an index into them, whether or
             not `config.domain_weights` leaves some out of training.
-        fingerprints: hexadecimal sha256 of the contents, by "corpus" and "tokenizer", and by what
-            the objective reads beside them.
+        fingerprints: hexadecimal sha256 of the contents, by "corpus" and "tokenizer", and by the
+            names of other files that the objective reads.
     """
 
     config: DataConfig
@@ -41,10 +41,10 @@ class Data:
 
     @functools.cached_property
     def files(self) -> TokenFiles:
-        """The token files, found in the cache or made when first asked for.
+        """The token files, found in the cache or made on first use.
 
         Raises:
-            ValueError: the corpus is not what it was when it was opened, or a document is refused.
+            ValueError: the corpus has changed since it was opened, or a document is refused.
         """
         return prepare_token_files(
             self.corpus,
@@ -61,7 +61,7 @@ def open_tokenizer_of(config: DataConfig) -> Tokenizer:
 
 
 def with_whole_paths(config: DataConfig) -> DataConfig:
-    """The config with the paths of its data from the root on, for use from another folder."""
+    """The config with absolute data paths, for use from another folder."""
 
     def whole(name: str) -> str:
         form, colon, path = name.rpartition(":")
@@ -78,7 +78,7 @@ def open_data(config: DataConfig) -> Data:
     """Opens and checksums the corpus and the tokenizer.
 
     Args:
-        config: which of them, and how they are read.
+        config: which corpus and tokenizer, and how to read them.
 
     Returns:
         The data. Token files are made when they are first needed.

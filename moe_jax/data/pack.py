@@ -1,14 +1,14 @@
-"""Packs the tokens of a corpus into a folder that travels: `python -m moe_jax.data.pack --out=DIR`.
+"""Packs the tokens of a corpus into a portable folder: `python -m moe_jax.data.pack --out=DIR`.
 
     python -m moe_jax.data.pack --corpus=jsonl:runs/corpus --heldout_fraction=0.005 \
         --tokenizer=sentencepiece:runs/corpus/bpe8192.model --out=runs/packed
     python -m moe_jax.train --config=... --config.data.corpus=packed:runs/packed \
         --config.data.tokenizer=sentencepiece:runs/packed/bpe8192.model
 
-The folder has the tokens, compressed, and the tokenizer: 40 million tokens of 8,192 ids, of the
-large corpus, are 21 MB. Of every domain the first documents are taken, up to its share of
---max_tokens; the held-out split is taken whole. A run of it reads the same tokens on any machine,
-without the text.
+The folder has the compressed tokens and the tokenizer: 40 million tokens of the large corpus, with
+a vocabulary of 8,192, take 21 MB. The first documents of each domain are packed, up to its share
+of --max_tokens; the held-out split is packed whole. A run on the folder reads the same tokens on
+any machine, without the text.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from moe_jax.data.tokenizers import form_and_path
 from moe_jax.files import require_absent, whole_or_absent
 
 REQUIRED = ("corpus", "tokenizer")
-# Settings of the data that are flags of the command, as texts.
+# Data settings that are string flags of the command.
 SETTINGS = (*REQUIRED, "text_field", "id_field", "group_field", "bos_token", "eos_token")
 
 
@@ -42,15 +42,15 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
 
     Args:
         data: the corpus and the tokenizer, opened.
-        out: a folder to make.
-        max_tokens: of the training split, over all domains; of a smaller corpus all are packed.
-        tokenizer: its file, which goes along.
+        out: the folder to create.
+        max_tokens: training tokens over all domains, at most; a smaller corpus is packed whole.
+        tokenizer: the tokenizer's file, which is copied to `out`.
 
     Returns:
-        How many training tokens were packed.
+        The number of packed training tokens.
 
     Raises:
-        ValueError: `out` is there and not empty, or `max_tokens` is not above 0.
+        ValueError: `out` exists and is not empty, or `max_tokens` is not above 0.
     """
     require_absent(out)
     files = data.files
@@ -78,7 +78,7 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
 def write_domain(
     files: TokenFiles, domain: str, max_tokens: int, out: pathlib.Path
 ) -> dict[str, Any]:
-    """Writes the first documents of a domain, and all that are held out; returns the counts."""
+    """Writes the first training and all held-out documents; returns the training counts."""
     kept: dict[str, Any] = {}
     for split in SPLITS:
         (out / split).mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def write_domain(
             documents = int(np.searchsorted(offsets, max_tokens, side="right")) - 1
             share = offsets[documents] / max(int(offsets[-1]), 1)
             offsets = offsets[: documents + 1]
-            # Bytes are known of the whole domain alone.
+            # Bytes are known only for the whole domain.
             kept = {"documents": documents, "tokens": int(offsets[-1]),
                     "bytes": int(count.bytes * share)}  # fmt: skip
         np.save(out / split / f"{domain}.tokens.npy", tokens[: offsets[-1]])
@@ -100,7 +100,7 @@ def write_domain(
 def manifest_of(
     files: TokenFiles, kept: dict[str, Any], tree: pathlib.Path, max_tokens: int
 ) -> dict[str, Any]:
-    """The manifest of the corpus with fewer documents, and a checksum of its own."""
+    """The manifest of the packed documents, with its own checksum."""
     old = json.loads((files.directory / MANIFEST).read_text(encoding="utf-8"))
     packed = hashlib.sha256(f"{old['corpus_sha256']} {max_tokens}".encode()).hexdigest()
     digests = {
@@ -119,14 +119,14 @@ def manifest_of(
 
 
 def main() -> None:
-    """Packs, and prints the size."""
+    """Packs a corpus and prints the size."""
     options = flags.FLAGS
     settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
     try:
         data = open_data(DataConfig(heldout_fraction=options.heldout_fraction, **settings))
         _ = data.files
     except ValueError as error:
-        # What is a setting of a run is a flag of this command.
+        # A setting of a run is a flag of this command.
         raise ValueError(str(error).replace("config.data.", "--")) from error
     tokenizer = pathlib.Path(form_and_path(options.tokenizer)[1]).expanduser()
     require(tokenizer.is_file(), "--tokenizer names a file, which is packed too",

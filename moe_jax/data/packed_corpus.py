@@ -1,11 +1,11 @@
-"""A corpus of tokens without their text, small enough to travel: `packed:DIR`.
+"""A portable corpus of tokens without their text: `packed:DIR`.
 
-    DIR/manifest.json       that of the token files, which are made of it
+    DIR/manifest.json       the manifest of the token files
     DIR/tokens.tar.xz       the token files, see `token_files.py`
-    DIR/<tokenizer>         the file of the tokenizer
+    DIR/<tokenizer>         the tokenizer's file
 
-`python -m moe_jax.data.pack` writes it. The token files are unpacked into the cache when they are
-first asked for. Runs of it need the tokenizer and the held-out fraction that it was packed with.
+`python -m moe_jax.data.pack` writes it. The token files are unpacked into the cache on first
+use. Runs on it need the tokenizer and the held-out fraction that it was packed with.
 """
 
 import fcntl
@@ -26,17 +26,17 @@ MANIFEST, TOKENS = "manifest.json", "tokens.tar.xz"
 
 
 class PackedCorpus(Corpus):
-    """Token files that were packed; it has no documents."""
+    """Packed token files, without documents."""
 
     def __init__(self, name: str, path: str):
         """Reads the manifest.
 
         Args:
-            name: of the corpus.
-            path: of its folder; a leading ~ is the home of the user.
+            name: name of the corpus.
+            path: its folder; a leading ~ is the home of the user.
 
         Raises:
-            ValueError: there is no such folder, or it has no whole manifest.
+            ValueError: a file of the folder is missing, or the manifest is damaged.
         """
         self.name = name
         self._directory = pathlib.Path(path).expanduser()
@@ -58,7 +58,7 @@ class PackedCorpus(Corpus):
         return self._domains
 
     def documents(self, domain: str, heldout_fraction: float) -> Iterator[tuple[str, Document]]:
-        """Refused: the text is not here.
+        """Refused: the corpus has no text.
 
         Raises:
             ValueError: always.
@@ -78,14 +78,14 @@ class PackedCorpus(Corpus):
         return "Pack it again with a larger --heldout_fraction, and set that here"
 
     def unpacked(self, cache: pathlib.Path, source: dict[str, Any]) -> pathlib.Path:
-        """The token files, unpacked into the cache if it has none of this manifest.
+        """The folder of the token files, unpacked into the cache unless they are there.
 
         Args:
-            cache: the folder.
-            source: what the run makes token files from; it must be what these were made from.
+            cache: the folder of the cache.
+            source: what the run makes token files from; it must match the manifest.
 
         Raises:
-            ValueError: the run asks for others, or the archive is damaged.
+            ValueError: `source` does not match, or the archive is damaged.
             OSError: the cache cannot be written.
         """
         for name, value in source.items():

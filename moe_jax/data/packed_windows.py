@@ -1,4 +1,4 @@
-"""Short texts that share a row."""
+"""Windows in which short texts share a row."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,21 @@ from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
 
 def pack_rows(sizes_C2: np.ndarray, limits_2: tuple[int, int]) -> np.ndarray:
-    """Puts pieces into rows in their order: a row takes the next one while both sides have room.
+    """Packs pieces into rows in order: a row takes the next piece while both sides have room.
 
     Args:
-        sizes_C2: int, tokens of each piece on two sides; each fits into a row.
-        limits_2: tokens of a row on both.
+        sizes_C2: int, tokens of each piece on the two sides; each piece fits into a row.
+        limits_2: tokens of a row on each side.
 
     Returns:
-        int64 [rows + 1], the first piece of each row; the last is C.
+        int64 [rows + 1], the first piece of each row; the last entry is C.
     """
     ends_2C = np.cumsum(sizes_C2, axis=0).T
     firsts = [0]
     while firsts[-1] < len(sizes_C2):
         first = firsts[-1]
         used_2 = ends_2C[:, first - 1] if first else (0, 0)
-        # The pieces that end within the limits, on the side that has less room.
+        # The pieces that end within the limits, on the side with less room.
         firsts.append(
             min(
                 int(np.searchsorted(ends_C, used + limit, side="right"))
@@ -33,10 +33,10 @@ def pack_rows(sizes_C2: np.ndarray, limits_2: tuple[int, int]) -> np.ndarray:
 
 
 class PackedDocuments(Windows):
-    """Whole documents, several of them in a row where they are short.
+    """Whole documents; short ones share a row.
 
-    Rows are planned once, in the order of the documents: a row takes the next one while it has
-    room. A segment is a document.
+    Rows are planned once, in the order of the documents: a row takes the next document while it
+    has room. A segment is a document.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class PackedDocuments(Windows):
         limits: tuple[int, int],
         packed: bool,
     ):
-        """Plans the rows; reads where the documents begin.
+        """Plans the rows; reads the offsets of the documents.
 
         Args:
-            tokens: of the domain.
+            tokens: tokens of the domain.
             documents_C: int, the documents to read, in order.
-            sizes_C2: int, tokens that each takes on the two sides of a row; it fits into one.
-            limits: tokens of a row on both.
+            sizes_C2: int, tokens of each document on the two sides of a row; each fits into a row.
+            limits: tokens of a row on each side.
             packed: whether documents share rows.
         """
         super().__init__(tokens)
@@ -80,11 +80,11 @@ class PackedDocuments(Windows):
 
 
 class PackedText(Windows):
-    """Pieces of single documents, several of them in a row where they are short.
+    """Pieces of single documents; short ones share a row.
 
-    A document without its `bos_id` and `eos_id` is cut into pieces of N tokens and a rest; a rest
-    of one token is left out. Rows are planned once, in the order of the documents: whole pieces
-    have a row each, rests follow one another as they fit.
+    A document without its `bos_id` and `eos_id` is cut into pieces of N tokens and a remainder; a
+    remainder of one token is left out. Rows are planned once, in the order of the documents: each
+    whole piece has its own row, and remainders share rows as they fit.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class PackedText(Windows):
         limits: tuple[int, int],
         pair_lengths: Callable[[int], tuple[int, int]],
     ):
-        """Plans the rows; reads where the documents begin.
+        """Plans the rows; reads the offsets of the documents.
 
         Args:
-            tokens: of the domain.
+            tokens: tokens of the domain.
             window: N.
             limits: tokens of a row on the encoder's side and on the decoder's.
-            pair_lengths: tokens that a piece of so many takes of the encoder's side of a row and
-                of the decoder's.
+            pair_lengths: from the tokens of a piece to its tokens on the encoder's side of a row
+                and on the decoder's.
         """
         super().__init__(tokens)
         sizes_D = np.diff(tokens.offsets) - 2

@@ -1,8 +1,8 @@
 """Batches for training and for held-out evaluation.
 
-The training stream is a function of the configuration and the step alone: `train_batches` can
+The training stream is a function of only the configuration and the step: `train_batches` can
 begin at any step, and the global batch does not depend on which host reads which of its rows. The
-one integer that resumes it, the step, lives with the training state.
+step, the one integer that resumes it, is kept in the training state.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from moe_jax.data.windows import DomainTokens, RawWindow, Windows
 
 # Batches read ahead by one background thread while the device computes.
 _PREFETCH_BATCHES = 4
-_HELDOUT_SEED = 2**32  # of the first domain: no seed of training, all of which are below
+_HELDOUT_SEED = 2**32  # of the first domain; all seeds of training are below
 
 
 def train_batches(
@@ -35,20 +35,20 @@ def train_batches(
 ) -> Iterator[Example]:
     """Endless training batches.
 
-    Each domain is cut into windows, shuffled anew every epoch; domains are then interleaved window
-    by window in exact proportion to their weights. What an objective draws is a function of the
-    seed, the domain and the number of the window in the domain's stream: another one in every
-    epoch. A host reads any rows of the global batch, which is the same whoever reads it.
+    Each domain is cut into windows, reshuffled every epoch; domains are then interleaved window by
+    window in exact proportion to their weights. Random draws of an objective depend only on the
+    seed, the domain and the number of the window in the domain's stream, so they differ in every
+    epoch. A host may read any rows of the global batch, which is the same for all assignments.
 
     Args:
         data: what to read.
         global_batch_size: B, rows of a batch over all hosts.
-        rows: the R rows of it that this host reads, ascending, in [0, B); None: all.
+        rows: the R rows that this host reads, ascending, in [0, B); None: all.
         start_step: the step whose batch comes first; 0 begins the stream.
 
     Returns:
-        Iterator of dicts of arrays [R, L] and `domain` [R], those that the `arrays` of the
-        objective list; `causal_lm` and `pack_pairs` say what they hold.
+        Iterator of dicts: the arrays [R, L] that the objective's `arrays` lists, and `domain` [R].
+        `causal_lm` and `pack_pairs` describe them.
 
     Raises:
         ValueError: if a batch has no such rows, `domain_weights` names an unknown domain, or a
@@ -83,19 +83,19 @@ def heldout_batches(
 ) -> Iterator[Example]:
     """One pass over the held-out windows, the same in every run, on all hosts, for every seed.
 
-    With `causal_lm` every held-out token is a target with weight 1 once, but for each document's
-    `bos_id`. What another objective draws is a function of the domain and the window. Domains are
+    With `causal_lm` every held-out token, except each document's `bos_id`, is a target with weight
+    1 once. Random draws of other objectives depend only on the domain and the window. Domains are
     interleaved in proportion to their windows, so that `max_batches` samples all of them. The last
-    batch is filled up with rows of `segment_ids` and `loss_weights` 0.
+    batch is padded with rows whose `segment_ids` and `loss_weights` are 0.
 
     Args:
         data: what to read; `domain_weights` and `seed` of its config have no effect.
         batch_size: B, rows of a batch over all hosts.
-        max_batches: number of batches at most; None for all.
+        max_batches: maximum number of batches; None for all.
         rows: the R rows of each batch that this host reads, ascending, in [0, B); None: all.
 
     Returns:
-        Iterator of dicts of arrays [R, L] and `domain` [R], as `train_batches`.
+        Iterator of dicts of arrays [R, L] and `domain` [R], as for `train_batches`.
 
     Raises:
         ValueError: if a batch has no such rows, or nothing is held out.
@@ -124,17 +124,17 @@ def heldout_batches(
 
 
 def check_data(data: Data, *, evaluates: bool = True) -> None:
-    """Refuses data that a run could not train on, or not evaluate on, before its first step.
+    """Refuses data that a run cannot train on, or cannot evaluate on, before its first step.
 
     Makes the token files if the cache has none.
 
     Args:
-        data: of the run.
+        data: data of the run.
         evaluates: whether the run reads the held-out split at all.
 
     Raises:
         ValueError: `domain_weights` names an unknown domain, a domain has too few tokens, nothing
-            is held out though it `evaluates`, or a document of the corpus is refused.
+            is held out although it `evaluates`, or a document of the corpus is refused.
     """
     _domain_weights(data.config, _windows(data, TRAIN, keep_partial=False))
     if evaluates:
@@ -152,7 +152,7 @@ def _read_heldout(
     starts: Sequence[int],
     rows: Sequence[int],
 ) -> Iterator[Example]:
-    """Yields the batch of these rows of `order`, counted from each start."""
+    """Yields a batch per start: these rows of `order`, counted from the start."""
     padding = {name: np.zeros_like(value) for name, value in example(int(order[0])).items()}
     for start in starts:
         numbers = [start + row for row in rows]
@@ -162,20 +162,20 @@ def _read_heldout(
 
 @dataclasses.dataclass(frozen=True)
 class DomainMixture(grain.transforms.DatasetSelectionMap):
-    """Interleaves endless datasets so that every prefix has the shares of the weights.
+    """Interleaves endless datasets so that every prefix has the proportions of the weights.
 
-    After k rows a dataset of weight w has given k * w / sum(weights) rows, to within as many
-    rows as there are datasets. `grain.MapDataset.mix` rounds weights to
-    a hundredth of the smallest.
+    After k rows, a dataset of weight w has contributed k * w / sum(weights) rows, to within the
+    number of datasets. `grain.MapDataset.mix`, in contrast, rounds weights to a hundredth of the
+    smallest.
 
     Attributes:
-        weights: positive, one a dataset; any scale.
+        weights: positive, one per dataset; any scale.
     """
 
     weights: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # As they are written in decimal, so that 0.3 and 0.2 are exactly as 3 to 2.
+        # As written in decimal, so that 0.3 to 0.2 is exactly 3 to 2.
         ratios = [fractions.Fraction(str(weight)) for weight in self.weights]
         denominator = math.lcm(*(ratio.denominator for ratio in ratios))
         shares = tuple(int(ratio * denominator) for ratio in ratios)
@@ -187,8 +187,8 @@ class DomainMixture(grain.transforms.DatasetSelectionMap):
     def __getitem__(self, index: int) -> tuple[int, int]:
         """Returns the dataset and its row for row `index` of the mixture.
 
-        A row goes to the first dataset if its share, of the rows so far, grows by one with it;
-        what is left over goes to the second by the same rule, and so on.
+        A row goes to the first dataset if the dataset's share of the rows, rounded down, grows by
+        one with it. Remaining rows go to the second dataset by the same rule, and so on.
         """
         shares: tuple[int, ...] = self._shares
         remaining = sum(shares)
@@ -207,7 +207,7 @@ class RowsOfBatches(grain.transforms.DatasetSelectionMap):
 
     Attributes:
         batch_size: rows of a whole batch.
-        rows: that are picked, in their order.
+        rows: the rows to pick, in their order.
     """
 
     batch_size: int
@@ -217,7 +217,7 @@ class RowsOfBatches(grain.transforms.DatasetSelectionMap):
         return 2**62
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """Returns 0, the dataset, and its row for row `index` of those picked."""
+        """Returns 0 (the dataset) and its row for picked row `index`."""
         batch, place = divmod(index, len(self.rows))
         return 0, batch * self.batch_size + self.rows[place]
 
@@ -234,7 +234,7 @@ def _windows(data: Data, split: str, *, keep_partial: bool) -> dict[str, Windows
 
 
 def _to_examples(data: Data, seed: int) -> Callable[[int, RawWindow], Example]:
-    """From the number of a window in its stream, and the window, to an example."""
+    """A function from the number of a window in its stream, and the window, to an example."""
     objective, length = data.config.objective, data.config.sequence_length
 
     def to_example(index: int, window: RawWindow) -> Example:
@@ -256,7 +256,7 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
             f"got {unknown}. Correct config.data.domain_weights."
         )
     if not weights:
-        # Windows are all of one length: their number is proportional to the tokens.
+        # All windows have one length: their number is proportional to the tokens.
         weights = {domain: len(windows) for domain, windows in sources.items()}
     empty = [domain for domain in sources if domain in weights and not len(sources[domain])]
     if empty:
@@ -264,7 +264,7 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
         needs, fixes = f"at least {window} tokens", []
         if config.objective.reads_conversations:
             needs = "one pair or more"
-            # That have pairs, of which none fits.
+            # They have pairs, but none fits.
             if any(sources[name].tokens.num_documents for name in empty):
                 needs = "one pair or more that fits into a row"
                 sides = dict.fromkeys(config.objective.settings_of_sides)
@@ -302,9 +302,9 @@ def _domain_seed(seed: int, domain_id: int) -> int:
 
 
 def _interleave(lengths: list[int]) -> npt.NDArray[np.int64]:
-    """Orders the windows of all sources so that every prefix holds each source in proportion.
+    """Orders the windows of all sources so that every prefix has each source in proportion.
 
-    Windows are counted through the sources. A stable sort: of equal places, the first source's.
+    Windows are numbered across sources. The sort is stable: at equal places the first source wins.
     """
     places = [(np.arange(length) + 0.5) / length for length in lengths]
     return np.argsort(np.concatenate(places or [np.zeros(0)]), kind="stable")

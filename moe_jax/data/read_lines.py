@@ -1,4 +1,4 @@
-"""Files of JSON lines as documents."""
+"""Reads files of JSON lines as documents."""
 
 import json
 import pathlib
@@ -11,22 +11,22 @@ from moe_jax.data.records import MAX_DOCUMENT_BYTES, TOO_LARGE, Fields, document
 
 
 def read_lines(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tuple[Document, bool]]:
-    """Reads a .jsonl file, also .gz or .zst, a line at a time; blank lines are skipped.
+    """Reads a .jsonl file, also .gz or .zst, line by line; blank lines are skipped.
 
     Args:
-        path: of the file.
-        domain: that it belongs to.
-        fields: of a line that are read.
+        path: the file.
+        domain: the domain of its documents.
+        fields: fields of a line to read.
 
     Yields:
-        The document, and whether the line says `"heldout": "tail"`.
+        The document, and whether the line has `"heldout": "tail"`.
 
     Raises:
-        ValueError: naming the file, the line and what is wrong with it.
+        ValueError: with the file, the line and what is wrong with it.
     """
     with open_stream(path) as stream:
         number = 0
-        # JSON escapes take up to six bytes for one of the text.
+        # JSON escapes take up to six bytes per byte of text.
         while line := stream.readline(6 * MAX_DOCUMENT_BYTES + 1):
             number += 1
             where = f"{path} line {number}"

@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face datasets as documents, a batch of rows at a time."""
+"""Reads parquet files and Hugging Face datasets as documents, in batches of rows."""
 
 import pathlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from moe_jax.data.open_file import check_file
 from moe_jax.data.records import Fields, choose_text_field, document_of
 
 _ROWS = 256
-_MAX_COLUMN_BYTES = 2**32  # of a row group, unpacked
+_MAX_COLUMN_BYTES = 2**32  # per row group, unpacked
 
 
 def read_parquet(
@@ -19,15 +19,15 @@ def read_parquet(
     """Reads a .parquet file.
 
     Args:
-        path: of the file.
-        domain: that it belongs to.
-        fields: columns that are read.
+        path: the file.
+        domain: the domain of its documents.
+        fields: the columns to read.
 
     Yields:
         The document, and False: rows are held out whole.
 
     Raises:
-        ValueError: it is no parquet file or a damaged one, or a value is no text.
+        ValueError: the file is not parquet or is damaged, or a value is not text.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,7 +36,7 @@ def read_parquet(
     try:
         schema = pq.read_schema(path)
         columns = _columns(schema, path, fields)
-        # A value that repeats is unpacked once: rows then take memory one at a time.
+        # Repeated values are unpacked once: rows then take memory one at a time.
         with pq.ParquetFile(path, read_dictionary=columns[:1], buffer_size=2**20) as file:
             _check_sizes(file.metadata, path)
             batches = file.iter_batches(batch_size=_ROWS, columns=columns, use_threads=False)
@@ -51,7 +51,7 @@ def read_arrow(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tupl
 
     check_file(path, "A corpus file")
     try:
-        # Read rather than mapped: a file that is cut meanwhile is an error, not a crash.
+        # Read, not mapped: cutting the file meanwhile is an error, not a crash.
         with pa.OSFile(str(path)) as file:
             start = file.read(6)
             file.seek(0)
@@ -70,7 +70,7 @@ def read_arrow(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tupl
 
 
 def _columns(schema: Any, path: pathlib.Path, fields: Fields) -> list[str]:
-    """The columns to read, that of the text first."""
+    """The columns to read, the text column first."""
     import pyarrow as pa
 
     def is_text(type_: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Text files as documents."""
+"""Reads text files as documents."""
 
 import pathlib
 from collections.abc import Iterator
@@ -8,24 +8,24 @@ from moe_jax.data.documents import Document
 from moe_jax.data.open_file import decode, open_stream
 from moe_jax.data.records import MAX_DOCUMENT_BYTES, TOO_LARGE, Fields, document_of
 
-# A file this long, such as a book, gives its end to the held-out text; a shorter one is held out
-# whole or not at all, since the end of a note says little without its beginning.
+# The end of a file this long, such as a book, is held out. A shorter file is held out whole or not
+# at all, because the end of a note means little without its beginning.
 LONG = 10_000  # characters
 
 
 def read_text(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tuple[Document, bool]]:
-    """Reads a .txt or .md file as one document, with line ends as on Unix.
+    """Reads a .txt or .md file as one document, with Unix line ends.
 
     Args:
-        path: of the file.
-        domain: that it belongs to.
-        fields: without effect.
+        path: the file.
+        domain: the domain of its documents.
+        fields: unused.
 
     Yields:
         The document, and whether it is long.
 
     Raises:
-        ValueError: it is too large, not UTF-8, or not text.
+        ValueError: the file is too large, not UTF-8, or not text.
     """
     del fields
     with open_stream(path) as stream:

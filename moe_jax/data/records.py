@@ -1,4 +1,4 @@
-"""A record of a corpus, such as a line of JSON or a row of a table, as a document."""
+"""Turns a record of a corpus, such as a line of JSON or a row of a table, into a document."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,7 @@ from moe_jax.config.check import require
 from moe_jax.data.conversations import EXAMPLE, conversation_of
 from moe_jax.data.documents import Document
 
-# A document is held in memory, and several times while it is encoded.
+# A document is held in memory, in several copies while it is encoded.
 MAX_DOCUMENT_BYTES = 2**28
 TOO_LARGE = f"A document has at most {MAX_DOCUMENT_BYTES >> 20} MiB"
 
@@ -20,11 +20,11 @@ class Fields:
     """Names of the fields of a record.
 
     Attributes:
-        text: of the text; "": `text`.
-        id: of the document's name, text or an integer; "": `id`, where there is one.
-        group: of what must not be split (translations of a page), text or an integer; "": `group`,
-            where there is one.
-        conversations: whether a record is a prompt and an answer, or messages, in place of a text.
+        text: field of the text; "" for `text`.
+        id: field of the document's name, text or an integer; "" for `id`, if present.
+        group: field of the group, which is never split (translations of a page), text or an
+            integer; "" for `group`, if present.
+        conversations: whether a record is a prompt and an answer, or messages, instead of a text.
     """
 
     text: str = ""
@@ -34,32 +34,33 @@ class Fields:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """The fields that are read: of text, id and group."""
+        """The fields to read: text, id and group."""
         return self.text or "text", self.id or "id", self.group or "group"
 
     @property
     def example(self) -> str:
-        """A record that has them."""
+        """An example of a record with these fields."""
         return EXAMPLE if self.conversations else json.dumps({self.text or "text": "..."})
 
 
 def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fields) -> Document:
     """Makes a document of a record.
 
-    A record without a group is its own, by its id. One without an id is named by its place, and
-    falls to the split by the hash of its text, as its copies do.
+    A record without a group is a group of its own, named by its id. A record without an id is
+    named by its place; if it has no group either, the hash of its text decides its split, so that
+    copies share a split.
 
     Args:
         record: values by field.
         where: file and line or row, for messages.
-        domain: that the document belongs to.
-        fields: that are read.
+        domain: the document's domain.
+        fields: names of the fields to read.
 
     Returns:
         The document; its text may be empty.
 
     Raises:
-        ValueError: a field that was named is missing, or a value is of the wrong type.
+        ValueError: the text or a named field is missing, or a value has the wrong type.
     """
     text_field, id_field, group_field = fields.names
     if fields.conversations:
@@ -82,7 +83,7 @@ def document_of(record: Mapping[str, Any], where: str, domain: str, fields: Fiel
 
 
 def _text(record: Mapping[str, Any], where: str, text_field: str) -> str:
-    """The field of a record that has its text, if it is one."""
+    """The text of a record; refuses a value that is not text."""
     text = record.get(text_field)
     require(
         text_field in record,
@@ -105,7 +106,7 @@ def check_text(text: str, where: str) -> None:
     """Refuses text that UTF-8 cannot express, or that is too long.
 
     Raises:
-        ValueError: naming the place.
+        ValueError: with the place.
     """
     try:
         num_bytes = len(text.encode())
@@ -121,20 +122,20 @@ def check_text(text: str, where: str) -> None:
 
 
 def text_fields(record: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that hold text, and not the name of a document."""
+    """Names of the fields that hold text, except `id`, `group` and `heldout`."""
     names = (name for name, value in record.items() if isinstance(value, str))
     return sorted(name for name in names if name not in ("id", "group", "heldout"))
 
 
 def choose_text_field(names: list[str]) -> str:
-    """What to do where the text is in another field, if any."""
+    """The fix to suggest when the text is not in the field that was read."""
     if not names:
         return "It has no field of text: use another corpus"
     return f"Set config.data.text_field, here to one of {names}"
 
 
 def _name(record: Mapping[str, Any], field: str, setting: str, named: bool, where: str) -> str:
-    """The name of a record or of its group, in a field that the config may have `named`."""
+    """The id or group of a record, "" if absent; required if the config `named` its field."""
     value = record.get(field)
     require(
         not named or value is not None,

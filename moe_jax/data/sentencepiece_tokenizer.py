@@ -14,7 +14,7 @@ _FIX = "Train one with `python -m moe_jax.data.train_tokenizer --out=bpe.model`"
 
 
 class SentencePieceTokenizer(PieceTokenizer):
-    """A SentencePiece model that keeps every byte, as `train_tokenizer` makes.
+    """A SentencePiece model that keeps every byte, such as `train_tokenizer` makes.
 
     Any text survives the round trip. U+2581, which SentencePiece itself uses for a space, is
     encoded as its three bytes.
@@ -26,12 +26,12 @@ class SentencePieceTokenizer(PieceTokenizer):
         """Reads a model.
 
         Args:
-            path: of the .model file.
+            path: the .model file.
             bos_token: piece that begins a document; "": the model's own.
             eos_token: piece that ends a document; "": the model's own.
 
         Raises:
-            ValueError: there is no such model, or it cannot serve.
+            ValueError: the model does not exist or is not supported.
         """
         self.name = f"sentencepiece:{path}"
         file = pathlib.Path(path).expanduser()
@@ -76,7 +76,7 @@ class SentencePieceTokenizer(PieceTokenizer):
         return np.array(ids, self.dtype)
 
     def fingerprint(self) -> str:
-        """Sha256 of the model file, and of the tokens that were named for it."""
+        """Sha256 of the model file, and of `bos_token` and `eos_token` if named."""
         named = "\0".join(self._specials) if any(self._specials) else ""
         return hashlib.sha256(self._model + named.encode()).hexdigest()
 

@@ -1,9 +1,9 @@
 """Text datasets of TensorFlow Datasets (TFDS), read without TensorFlow.
 
 TFDS reads array_record and parquet files by random access, and grain reads tfrecord files, all
-without TensorFlow. *Preparing* a dataset, the download and conversion, is another matter: most
-builders of text need TensorFlow or Apache Beam for it. So a dataset is prepared once, wherever
-that is possible, and read here. `DATASETS` says what each needs.
+without TensorFlow. *Preparing* a dataset, the download and conversion, is different: most text
+builders need TensorFlow or Apache Beam. So a dataset is prepared once, wherever that is possible,
+and read here. `DATASETS` lists what each dataset needs.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, Document, split_docum
 from moe_jax.data.open_file import decode
 from moe_jax.data.records import Fields, choose_text_field, document_of
 
-# Names that builders give the main text, the first that is present is read.
+# Names that builders give the main text; the first one present is read.
 TEXT_FEATURES = ("text", "book_text", "passage", "article", "document", "content")
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What preparing a dataset takes, besides the network.
+    """What preparing a dataset needs, in addition to the network.
 
     Attributes:
-        packages: what must be installed beside TFDS.
-        module: to be imported before TFDS knows the name; '' if it knows it by itself. Modules
-            of the older builders are imported lazily, so that `tfds.builder('c4/en')` in a
-            fresh process finds no c4.
+        packages: packages to install in addition to TFDS.
+        module: module to import before TFDS knows the name; '' if none is needed. TFDS imports
+            older builders lazily, so that `tfds.builder('c4/en')` in a fresh process finds no
+            c4.
         config: an example of a name with its config.
     """
 
@@ -66,9 +66,9 @@ DATASETS: Mapping[str, Needs] = MappingProxyType(
 class TfdsTextCorpus(Corpus):
     """A prepared TFDS dataset as a corpus of one domain.
 
-    The split `validation` is held out, or `test` where there is no `validation`, and
-    `heldout_fraction` has no effect; a part to train on that holds some of it is refused. Where
-    there is neither, documents of the training split are held out by the hash of their index.
+    The split `validation`, or else `test`, is held out, and `heldout_fraction` has no effect; a
+    part to train on that contains some of it is refused. Without either split, documents of the
+    training split are held out by the hash of their group, id or index.
     """
 
     def __init__(self, spec: str, fields: Fields | None = None):
@@ -79,7 +79,7 @@ class TfdsTextCorpus(Corpus):
                 (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`), or the path of a prepared
                 version's directory; then optionally `@` and the part to train on, such as
                 `@train[:1%]`.
-            fields: features that are read; by default the text is the first of `TEXT_FEATURES`.
+            fields: features to read; by default the text is the first of `TEXT_FEATURES`.
         """
         self._fields = fields or Fields()
         self.name = f"tfds:{spec}"
@@ -106,7 +106,7 @@ class TfdsTextCorpus(Corpus):
             yield HELDOUT, document
 
     def fingerprint(self) -> str:
-        """Sha256 of what TFDS has on record, and of the files that are read."""
+        """Sha256 of TFDS's metadata, and of the files that are read."""
         info, heldout_split = self._builder.info, self._heldout_split()
         read = self._check_split(heldout_split) | ({heldout_split} if heldout_split else set())
         splits = {
@@ -123,10 +123,10 @@ class TfdsTextCorpus(Corpus):
         return digest.hexdigest()
 
     def _check_split(self, heldout_split: str) -> set[str]:
-        """The splits that the part to train on is of.
+        """The splits that the part to train on reads.
 
         Raises:
-            ValueError: there is no such split, or one document would train twice or be held out.
+            ValueError: there is no such split, or a document would train twice or is held out.
         """
         splits = self._builder.info.splits
         try:
@@ -193,7 +193,7 @@ class TfdsTextCorpus(Corpus):
         feature = self._text_feature()
         for index, example in enumerate(self._examples(split)):
             where = f"{split}/{index:09d}"
-            # An id and a group only where they are asked for: the index is the id otherwise.
+            # An id and a group only if the config names them; otherwise the index is the id.
             record = {"text": _decoded(example[feature], f"{self.name} {where}"), "id": where}
             for key, name in zip(("id", "group"), names[1:], strict=True):
                 if getattr(self._fields, key):
@@ -272,12 +272,12 @@ class TfdsTextCorpus(Corpus):
 
 
 def _is_text(feature: Any) -> bool:
-    """Whether a value of a feature is one text."""
+    """Whether the value of a feature is a single text."""
     return feature.shape == () and feature.np_dtype in (np.object_, np.str_, np.bytes_)
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """A value of TFDS as Python has it: text for bytes, int for NumPy's."""
+    """A TFDS value as a Python value: bytes become text, NumPy integers become int."""
     if isinstance(value, bytes):
         return decode(value, where)
     return value.item() if isinstance(value, (np.integer, np.str_)) else value

@@ -27,12 +27,12 @@ _O200K = "|".join((
     r"\s+(?!\S)",
     r"\s+",
 ))  # fmt: skip
-# The pattern that cuts a text into words is not in the file: it follows from the number of ranks.
-# Any other file is cut as cl100k_base, which Llama 3 (128,000 ranks) does but for details.
+# The pattern that cuts a text into words is not in the file: the number of ranks determines it.
+# Other files use that of cl100k_base, as Llama 3 (128,000 ranks) does except for details.
 PATTERNS: Mapping[int, str] = MappingProxyType(
     {50_256: _GPT2, 50_257: _GPT2, 50_280: _GPT2, 100_256: _CL100K, 199_998: _O200K}
 )
-# Ids that OpenAI gives to <|endoftext|>; in other files it comes after the last rank.
+# OpenAI's ids of <|endoftext|>; in other files its id follows the last rank.
 END_OF_TEXT: Mapping[int, int] = MappingProxyType(
     {50_280: 50_256, 100_256: 100_257, 199_998: 199_999}
 )
@@ -42,20 +42,20 @@ _MAX_GAPS = 16  # ranks that a file may leave to special tokens
 class TiktokenTokenizer(PieceTokenizer):
     """Byte-level BPE from mergeable ranks, with one special token that begins and ends documents.
 
-    Its id comes after the ranks; `PATTERNS` says how text is cut before it is merged. Names of
-    special tokens in a text are text.
+    Its id is in `END_OF_TEXT` or follows the last rank. `PATTERNS` lists how text is cut before
+    merging. Names of special tokens in a text are text.
     """
 
     def __init__(self, path: str, bos_token: str = "", eos_token: str = ""):
         """Reads the ranks.
 
         Args:
-            path: of a file with a line of base64 and rank for each token.
+            path: a file with one line per token: base64 and rank.
             bos_token: "" or "<|endoftext|>".
             eos_token: "" or "<|endoftext|>".
 
         Raises:
-            ValueError: there is no such file, or it is something else.
+            ValueError: the file is missing or has another format, or tiktoken is not installed.
         """
         try:
             import tiktoken

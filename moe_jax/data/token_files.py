@@ -1,15 +1,15 @@
-"""Documents to files of tokens, made once and kept in a cache.
+"""Encodes documents into token files, made once and kept in a cache.
 
 A directory of token files, `CACHE/<corpus>-<tokenizer>-<key>/`:
 
     manifest.json                    what it was made from, its counts, sha256 of its files
     train/<domain>.tokens.npy        uint16 or uint32 [N], the documents one after the other
-    train/<domain>.offsets.npy       int64 [documents + 1], where each begins; the last is N
+    train/<domain>.offsets.npy       int64 [documents + 1], where each begins; the last entry is N
     heldout/<domain>...              the same for the held-out split
 
-The key is a hash of all that decides the contents, so a directory is never out of date. It is
-written under a temporary name and renamed when whole: a kill leaves no directory of that name.
-Files are read-only, and their checksums are compared when they are opened: damaged ones are made
+The key is a hash of all that determines the contents, so a directory is never out of date. It is
+written under a temporary name and renamed when complete: a killed process leaves no directory of
+that name. Files are read-only, and opening them compares their checksums: damaged files are made
 again.
 """
 
@@ -42,7 +42,7 @@ from moe_jax.data.npy_writer import NpyWriter, flush_to_disk
 from moe_jax.data.tokenizer import DocumentEncoder
 from moe_jax.files import sha256_of, whole_or_absent
 
-FORMAT_VERSION = 3  # Goes up with the rule of what is held out, too.
+FORMAT_VERSION = 3  # Also goes up when the held-out rule changes.
 _MANIFEST = "manifest.json"
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Counts:
 
     Attributes:
         documents: number of documents.
-        tokens: number of tokens, two a document (`bos_id`, `eos_id`) included.
+        tokens: number of tokens, including two per document (`bos_id`, `eos_id`).
         bytes: UTF-8 bytes of the text.
     """
 
@@ -67,10 +67,10 @@ class TokenFiles:
     """A finished directory of token files.
 
     Attributes:
-        directory: where it is.
+        directory: its path.
         domains: names of the domains; a domain's id is its index here.
         counts: by split, then by domain.
-        dtype: of the tokens, uint16 or uint32.
+        dtype: dtype of the tokens, uint16 or uint32.
     """
 
     directory: pathlib.Path
@@ -95,19 +95,19 @@ def prepare_token_files(
     cache_dir: str = "",
     corpus_sha256: str = "",
 ) -> TokenFiles:
-    """Opens the token files of a corpus, making them first if the cache has none that are whole.
+    """Opens the token files of a corpus, making them first if the cache has no intact ones.
 
     Safe under concurrent calls: one makes the files while the others wait for it. Processes
     that share a cache directory must see each other's `flock`.
 
-    Training documents whose text is held out too, in any domain, are left out.
+    Training documents whose text is also held out, in any domain, are left out.
 
     Args:
         corpus: the documents.
-        encoder: what encodes them: a tokenizer, or one with what an objective marks.
+        encoder: encodes the documents: a tokenizer, or the `encoder` of an objective.
         heldout_fraction: share of the text to hold out, in [0, 1).
         cache_dir: '' for `$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax`.
-        corpus_sha256: of the corpus as the caller knows it; '' for as it is now.
+        corpus_sha256: fingerprint of the corpus that the caller opened; '' for the current one.
 
     Returns:
         The token files.
@@ -164,7 +164,7 @@ def prepare_token_files(
 
 
 class DamagedTokenFilesError(Exception):
-    """Token files are not as they were written."""
+    """Token files differ from what was written."""
 
 
 def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFiles:
@@ -174,7 +174,7 @@ def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFi
 
     Args:
         directory: the finished directory.
-        source: what its manifest must say that it was made from.
+        source: what it was made from; its manifest must have the same entries.
 
     Returns:
         The token files.
@@ -207,7 +207,7 @@ def open_token_files(directory: pathlib.Path, source: dict[str, Any]) -> TokenFi
 
 
 def digest_of_manifest(manifest: dict[str, Any]) -> str:
-    """Sha256 of all that a manifest says but this."""
+    """Sha256 of a manifest except its own `manifest_sha256`."""
     rest = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -219,14 +219,14 @@ def _damage(directory: pathlib.Path, name: str) -> DamagedTokenFilesError:
 
 
 def default_cache_dir() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax` where that variable is not set."""
+    """`$XDG_CACHE_HOME/moe_jax`, or `~/.cache/moe_jax` if that variable is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "moe_jax"
 
 
 @contextlib.contextmanager
 def _writing_to(cache: pathlib.Path) -> Iterator[None]:
-    """Says of an error in writing to the cache where it was, and what to do.
+    """Makes an error of writing to the cache name the cache and what to do.
 
     Raises:
         OSError: in one line.
@@ -234,7 +234,7 @@ def _writing_to(cache: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # A write that fails names no file; one with a message of our own has no number.
+        # A failed write names no file; an error with a message of our own has no errno.
         elsewhere = error.filename and not str(error.filename).startswith(str(cache))
         if error.errno is None or elsewhere:
             raise
@@ -247,9 +247,9 @@ def _writing_to(cache: pathlib.Path) -> Iterator[None]:
 def _build(
     directory: pathlib.Path, corpus: Corpus, encoder: DocumentEncoder, manifest: dict[str, Any]
 ) -> None:
-    """Makes `directory` whole. The caller holds its lock."""
+    """Makes the complete `directory`. The caller holds its lock."""
     if directory.exists():
-        shutil.rmtree(directory)  # Damaged; who reads it keeps what is open.
+        shutil.rmtree(directory)  # Damaged; its readers keep their open files.
     with whole_or_absent(directory) as partial:
         manifest = manifest | _write_domains(partial, corpus, encoder, manifest)
         require(
@@ -270,7 +270,7 @@ def _build(
 def _write_domains(
     directory: pathlib.Path, corpus: Corpus, encoder: DocumentEncoder, manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes all files but the manifest, and returns what it says of them."""
+    """Writes all files except the manifest, and returns the manifest's entries for them."""
     fraction = manifest["heldout_fraction"]
     never_trains = heldout_digests(corpus, fraction)
     counts: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
@@ -312,10 +312,10 @@ class _DomainWriter:
     def write(
         self, documents: Iterable[tuple[str, Document]], never_trains: frozenset[bytes]
     ) -> int:
-        """Writes the documents but those that may not train; returns how many of these there were.
+        """Writes all documents except repeats of held-out text; returns the number of repeats.
 
         Args:
-            documents: of the domain, with their split.
+            documents: (split, document) of the domain.
             never_trains: digests of held-out text.
         """
         repeats = 0
@@ -344,7 +344,7 @@ class _DomainWriter:
         return repeats
 
     def counts(self) -> dict[str, Counts]:
-        """What was written, by split."""
+        """Counts of what was written, by split."""
         return {
             split: Counts(len(offsets) - 1, offsets[-1], self._bytes[split])
             for split, offsets in self._offsets.items()

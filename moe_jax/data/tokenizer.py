@@ -1,7 +1,7 @@
-"""Text to token ids and back, with the number of bytes that each token stands for.
+"""Text to token ids and back, with the number of text bytes per token.
 
 Losses per token cannot be compared across tokenizers; bits per byte can. A tokenizer therefore
-carries `token_bytes_V`, and the bytes of a text are the sum over its tokens.
+has `token_bytes_V`, whose sum over the tokens of a text is the number of bytes of the text.
 """
 
 import abc
@@ -15,7 +15,7 @@ import numpy as np
 from moe_jax.config.check import require
 from moe_jax.data.open_file import check_file
 
-# Tokens that begin and end a document, by the names that tokenizers give them.
+# Usual names of the tokens that begin and end a document.
 BOS_TOKENS = (
     "<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>",
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
@@ -30,25 +30,25 @@ PROBES = ("a", "Ab", " a  b\n\t\r c \ufb01\uff21 e\u0301 \U0001f41d ")
 
 
 class DocumentEncoder(Protocol):
-    """What makes the tokens of documents that are kept in files: a tokenizer is one."""
+    """Encodes documents for token files, as a tokenizer does."""
 
     @property
     def name(self) -> str:
-        """For the names of files."""
+        """The name of the encoder, for file names."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens, uint16 or uint32."""
+        """The dtype of the tokens, uint16 or uint32."""
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The tokens of a document, of `dtype` [N].
+        """The tokens of a document, `dtype` [N].
 
         Raises:
             ValueError: the text cannot be encoded.
         """
 
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 that changes whenever an encoding may."""
+        """Hexadecimal sha256 that changes whenever an encoding may change."""
 
 
 class Tokenizer(abc.ABC):
@@ -57,12 +57,11 @@ class Tokenizer(abc.ABC):
     Attributes:
         name: the string that `open_tokenizer` turns into this tokenizer.
         vocab_size: V, number of ids.
-        pad_id: fills what is not text; its loss weight is 0.
-        bos_id: begins every document, so that its first token has something to be predicted
-            from. Generation starts from it.
+        pad_id: fills padding, which has loss weight 0.
+        bos_id: begins every document; the first token of the text is predicted from it.
+            Generation starts from it.
         eos_id: ends every document.
-        token_bytes_V: int32 [V], UTF-8 bytes that each id stands for; 0 for ids that are not
-            text.
+        token_bytes_V: int32 [V], UTF-8 bytes per id; 0 for ids that are not text.
         num_sentinels: ids at the end of the vocabulary that no text encodes to.
     """
 
@@ -82,12 +81,12 @@ class Tokenizer(abc.ABC):
             text: any text that UTF-8 can express.
 
         Returns:
-            Of `dtype` [N], the ids.
+            `dtype` [N], the ids.
         """
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Decodes ids; ids that are not text are left out.
+        """Decodes ids, skipping ids that are not text.
 
         Args:
             ids: integers [N] in [0, V).
@@ -98,23 +97,23 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def bytes_of(self, id_: int) -> bytes:
-        """The UTF-8 bytes that an id in [0, V) stands for; none if it is not text.
+        """The UTF-8 bytes of an id in [0, V); empty if the id is not text.
 
-        They may be part of a character: those of several tokens are decoded together.
+        They may be part of a character: join the bytes of several tokens before decoding.
         """
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Hexadecimal sha256 that changes whenever an encoding may."""
+        """Hexadecimal sha256 that changes whenever an encoding may change."""
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids that end what a model writes: `eos_id`, and others that come with a model."""
+        """The ids that end generation: `eos_id`, and others that a model's files list."""
         return (self.eos_id,)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the ids: uint16, or uint32 where there are more than 65,536."""
+        """The dtype of the ids: uint16, or uint32 if there are more than 65,536."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode_document(self, text: str) -> np.ndarray:
@@ -124,7 +123,7 @@ class Tokenizer(abc.ABC):
             text: any text that UTF-8 can express.
 
         Returns:
-            Of `dtype` [N + 2]: `bos_id`, the N ids of the text, `eos_id`.
+            `dtype` [N + 2]: `bos_id`, the N ids of the text, `eos_id`.
         """
         ids = self.encode(text)
         document = np.empty(len(ids) + 2, self.dtype)
@@ -133,10 +132,10 @@ class Tokenizer(abc.ABC):
 
 
 class PieceTokenizer(Tokenizer):
-    """A tokenizer of which the bytes of each id are known, whatever is around it.
+    """A tokenizer whose ids have fixed bytes, independent of their context.
 
     Attributes:
-        pieces: [V] the bytes of each id; none of those that are not text.
+        pieces: [V] the bytes of each id; empty for ids that are not text.
     """
 
     pieces: Sequence[bytes]
@@ -153,7 +152,7 @@ class PieceTokenizer(Tokenizer):
         """Refuses a tokenizer whose tokens are not the bytes of the text.
 
         Raises:
-            ValueError: with a text and what became of it.
+            ValueError: a text changes when encoded and decoded; the message shows both.
         """
         for text in PROBES:
             require(
@@ -169,7 +168,7 @@ def read_tokenizer_file(path: pathlib.Path, fix: str) -> bytes:
     """Reads the file of a tokenizer.
 
     Raises:
-        ValueError: there is none, or it is empty, a folder, or a Git LFS pointer.
+        ValueError: the file is missing, empty, a folder, or a Git LFS pointer.
     """
     if not path.exists():
         raise ValueError(f"A tokenizer is a file: there is none at {str(path)!r}. {fix}.")
@@ -185,16 +184,16 @@ def special_ids(
     """Finds the ids that begin and end a document.
 
     Args:
-        ids: of the special tokens.
-        path: of the tokenizer.
-        bos_token: "": the first of `BOS_TOKENS` that there is.
-        eos_token: "": the first of `EOS_TOKENS` that there is.
+        ids: ids of the special tokens, by name.
+        path: the tokenizer's file, for messages.
+        bos_token: a name in `ids`; "": the first of `BOS_TOKENS` that is in `ids`.
+        eos_token: a name in `ids`; "": the first of `EOS_TOKENS` that is in `ids`.
 
     Returns:
-        bos, eos. Where the usual name of one is not there, the other serves as both.
+        bos, eos. If only one is found, it serves as both.
 
     Raises:
-        ValueError: a token that was named is not there, or no usual one.
+        ValueError: a named token is missing, or no usual name is found.
     """
     require(
         bool(ids),
@@ -223,7 +222,7 @@ def special_ids(
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a UTF-8 byte; vocabulary of 384.
+    """One token per UTF-8 byte; vocabulary of 384.
 
     Ids: 0 pad, 1 bos, 2 eos; 3 to 258 the bytes 0 to 255; 259 to 383 are 125 sentinels,
     reserved for span corruption, which no text encodes to. 384 is a multiple of 128, so that an
@@ -254,7 +253,7 @@ class ByteTokenizer(Tokenizer):
         return bytes_N[is_byte_N].astype(np.uint8).tobytes().decode(errors="replace")
 
     def bytes_of(self, id_: int) -> bytes:
-        """One byte, or none of a special id or sentinel; see `Tokenizer.bytes_of`."""
+        """One byte, or none for a special id or sentinel; see `Tokenizer.bytes_of`."""
         byte = int(id_) - self._FIRST_BYTE
         return bytes([byte]) if 0 <= byte < 256 else b""
 

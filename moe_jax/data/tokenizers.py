@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 BYTES = ("byte", "bytes")  # names of the tokenizer without a file
-# Each is made of (path, bos_token, eos_token).
+# Each is called with (path, bos_token, eos_token).
 FORMS: Mapping[str, Callable[[str, str, str], Tokenizer]] = MappingProxyType(
     {
         "sentencepiece": SentencePieceTokenizer,
@@ -38,14 +38,14 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
     Args:
         name: `byte`; the path of a .model file of SentencePiece, a `tokenizer.json` of Hugging Face
             or a .tiktoken file; or `sentencepiece:PATH`, `tokenizers:PATH`, `tiktoken:PATH`.
-        bos_token: that begins a document; "": the usual one of the tokenizer.
-        eos_token: that ends a document; "": the usual one of the tokenizer.
+        bos_token: token that begins a document; "": the tokenizer's usual one.
+        eos_token: token that ends a document; "": the tokenizer's usual one.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: if the name has none of these forms, or the file cannot serve.
+        ValueError: if the name has none of these forms, or the file is not supported.
     """
     if name in BYTES:
         require(
@@ -67,7 +67,7 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
 
 
 def form_and_path(name: str) -> tuple[str, str]:
-    """What the name of a tokenizer says: its form, and the path of its file.
+    """Splits the name of a tokenizer into its form and the path of its file.
 
     >>> form_and_path("tiktoken:a/ranks.model"), form_and_path("a/bpe.model")
     (('tiktoken', 'a/ranks.model'), ('sentencepiece', 'a/bpe.model'))

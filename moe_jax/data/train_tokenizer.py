@@ -2,8 +2,8 @@
 
     python -m moe_jax.data.train_tokenizer --corpus=embedded --vocab_size=4096 --out=bpe4096.model
 
-Use it with `--config.data.tokenizer=sentencepiece:bpe4096.model`. It sees the training split
-only, the same number of bytes of each domain, and is the same for the same corpus and flags.
+Use it with `--config.data.tokenizer=sentencepiece:bpe4096.model`. It is trained on only the
+training split, with equal bytes per domain. The same corpus and flags give the same tokenizer.
 """
 
 import io
@@ -24,7 +24,7 @@ from moe_jax.data.documents import HELDOUT, TRAIN, Corpus, heldout_digests, text
 from moe_jax.data.records import Fields
 from moe_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-# 256 bytes, pad, bos, eos, unk, newline and tab; above it at least some merges.
+# 256 bytes, pad, bos, eos, unk, newline and tab, and room for some merges.
 _MIN_VOCAB_SIZE = 300
 
 
@@ -38,22 +38,22 @@ def train(
 ) -> SentencePieceTokenizer:
     """Trains a byte-exact BPE tokenizer and writes it to a file.
 
-    Ids: 0 pad, 1 bos, 2 eos, 3 unk (never used, for bytes stand in for unknown characters),
+    Ids: 0 pad, 1 bos, 2 eos, 3 unk (never used: unknown characters become bytes),
     4 newline, 5 tab, then 256 bytes, then the merges.
 
     Args:
         corpus: what to train on.
-        path: of the .model file; replaced if it exists.
+        path: the .model file; replaced if it exists.
         vocab_size: number of ids, in [300, 65536].
-        heldout_fraction: of the corpus, left out of the training.
-        max_bytes: UTF-8 bytes to train on, in equal parts from the domains.
+        heldout_fraction: share of the corpus that is held out and not trained on.
+        max_bytes: UTF-8 bytes to train on, in equal shares per domain.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: if the vocabulary is too small for the text's characters, too large for what
-            the text yields, or out of range.
+        ValueError: if the vocabulary is too small for the text's characters, too large for the
+            text, or out of range.
     """
     if not _MIN_VOCAB_SIZE <= vocab_size <= 2**16:
         raise ValueError(
@@ -65,7 +65,7 @@ def train(
     require(max_bytes > 0, "--max_mb is above 0", f"--max_mb={max_bytes / 1e6:g}", "Raise it")
     require(not pathlib.Path(path).is_dir(), "--out names a file", f"--out={path} is a folder",
             "Name a file, such as bpe8192.model")  # fmt: skip
-    # Before minutes of training: whether the file can be written.
+    # Checks that the file can be written, before minutes of training.
     partial = pathlib.Path(f"{path}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.touch()
@@ -111,7 +111,7 @@ def train(
 
 
 def _fix(error: str) -> str:
-    """What to change, out of an error of SentencePiece."""
+    """What to change, from an error message of SentencePiece."""
     if most := re.search(r"too high .* <= (\d+)", error):
         return f"Set --vocab_size to at most {most[1]}, or train on more text"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
@@ -121,7 +121,7 @@ def _fix(error: str) -> str:
 
 
 def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> Iterator[str]:
-    """Yields training texts: from each domain its share of `max_bytes`, or all it has."""
+    """Yields training texts: an equal share of `max_bytes` per domain, or all of its text."""
     domains = corpus.domains()
     never_trains = heldout_digests(corpus, heldout_fraction)
     for domain in domains:
@@ -136,9 +136,9 @@ def _balanced_texts(corpus: Corpus, heldout_fraction: float, max_bytes: int) -> 
 
 
 def main() -> None:
-    """Trains, and prints how many bytes a token stands for."""
+    """Trains a tokenizer and prints its held-out bytes per token."""
     options = flags.FLAGS
-    # Checked as the settings of a run are.
+    # Checked like the settings of a run.
     data = DataConfig(
         corpus=options.corpus,
         text_field=options.text_field,

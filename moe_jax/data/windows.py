@@ -36,9 +36,9 @@ class DomainTokens:
 
     Attributes:
         name: domain and split, for messages.
-        domain_id: of the domain.
-        num_tokens: of all documents, `bos_id` and `eos_id` included.
-        num_documents: that there are.
+        domain_id: id of the domain.
+        num_tokens: tokens of all documents, `bos_id` and `eos_id` included.
+        num_documents: number of documents.
     """
 
     def __init__(self, files: TokenFiles, split: str, domain: str):
@@ -60,7 +60,7 @@ class DomainTokens:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), fewer at the end of the file; int32.
 
-        Read rather than mapped: of a mapped file that is cut the process dies without a word.
+        The file is read, not mapped: cutting a mapped file kills the process without a message.
 
         Raises:
             OSError: if the file was cut after it was opened.
@@ -79,7 +79,7 @@ class DomainTokens:
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """Where each document begins, and the end; int64 [documents + 1]."""
-        return np.load(self._offsets_path)  # Eight bytes a document.
+        return np.load(self._offsets_path)  # Eight bytes per document.
 
     @functools.cached_property
     def _file(self) -> tuple[int, int]:
@@ -97,15 +97,15 @@ class DomainTokens:
 
 
 class Windows(abc.ABC):
-    """Random access to the windows of one domain, in an order of their own."""
+    """Random access to the windows of one domain, in an order that the class defines."""
 
     def __init__(self, tokens: DomainTokens):
-        """Describes the windows; opens no file, but where a class says so."""
+        """Describes the windows; opens no file, unless a class says so."""
         self.tokens = tokens
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of windows."""
 
     @abc.abstractmethod
     def read(self, index: int) -> RawWindow:
@@ -119,10 +119,10 @@ class Windows(abc.ABC):
         """
 
     def __getitem__(self, index: int) -> RawWindow:
-        """`read`, of an index that may be out of range.
+        """Reads a window, as `read`, and checks the index.
 
         Raises:
-            IndexError: it is.
+            IndexError: the index is out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)} in {self.tokens.path}")
@@ -137,17 +137,17 @@ class DocumentWindows(Windows):
 
     Consecutive windows share one token, the last target of one and the first input of the next,
     so each token is a target once. Documents are cut where a window ends; a document's
-    `positions` begin at 0 in every window, for attention sees no further back.
+    `positions` begin at 0 in every window, because attention sees no further back.
     """
 
     def __init__(self, tokens: DomainTokens, *, window: int, keep_partial: bool):
         """Describes the windows; opens no file.
 
         Args:
-            tokens: of the domain.
-            window: L + 1, tokens of a window.
-            keep_partial: whether the last window may have fewer tokens, though 2 at least; if not,
-                those that fill no window are left out.
+            tokens: tokens of the domain.
+            window: L + 1, tokens per window.
+            keep_partial: whether the last window may have fewer tokens, at least 2; if not, tokens
+                that fill no window are left out.
         """
         super().__init__(tokens)
         self._stride = window - 1
@@ -176,19 +176,19 @@ class DocumentWindows(Windows):
 
 
 class JoinedText(Windows):
-    """The text of documents as one, with nothing between them: window i begins at token i * N.
+    """The text of all documents, joined without separators: window i begins at token i * N.
 
-    `bos_id` and `eos_id` of the documents are left out, and a window is one segment, as T5's
-    `reduce_concat_tokens` and `split_tokens` have it.
+    `bos_id` and `eos_id` of the documents are left out, and a window is one segment, as in T5's
+    `reduce_concat_tokens` and `split_tokens`.
     """
 
     def __init__(self, tokens: DomainTokens, *, window: int, keep_partial: bool):
         """Describes the windows; opens no file.
 
         Args:
-            tokens: of the domain.
-            window: N, tokens of a window.
-            keep_partial: whether the last window may have fewer tokens; if not, those that fill no
+            tokens: tokens of the domain.
+            window: N, tokens per window.
+            keep_partial: whether the last window may have fewer tokens; if not, tokens that fill no
                 window are left out.
         """
         super().__init__(tokens)
@@ -203,7 +203,7 @@ class JoinedText(Windows):
         """See `Windows`: 1 to N tokens."""
         start = index * self._window
         last = min(start + self._window, self._num_tokens) - 1
-        # The documents of the first and the last token; document d has 2 d + 1 others before it.
+        # Documents of the first and last token; 2 d + 1 bos and eos precede the text of document d.
         offsets = self.tokens.offsets
         first_document, last_document = (
             np.searchsorted(self._text_offsets, (start, last), side="right") - 1
@@ -221,7 +221,7 @@ class JoinedText(Windows):
 
     @functools.cached_property
     def _text_offsets(self) -> np.ndarray:
-        """`offsets` in tokens of text."""
+        """`offsets`, counted in tokens of text."""
         return self.tokens.offsets - 2 * np.arange(len(self.tokens.offsets))
 
 
