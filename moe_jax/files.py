@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Replaces a file by one with this content; a kill leaves the old one or the new one."""
+    """Replaces a file; a killed process leaves the old content or the new content."""
     temporary = path.with_name(f".{path.name}.tmp")
     write_synced(temporary, content)
     temporary.replace(path)
 
 
 def write_synced(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file that is on the disk when this returns: a power failure leaves it whole."""
+    """Writes a file and syncs it to disk: a later power failure leaves it whole."""
     with path.open("wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
@@ -30,10 +30,10 @@ def sha256_of(path: pathlib.Path) -> str:
 
 
 def require_absent(path: pathlib.Path) -> None:
-    """Refuses a path that is taken; an empty directory is free.
+    """Refuses a path that exists, unless it is an empty directory.
 
     Raises:
-      ValueError: with the path.
+      ValueError: the path exists.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
@@ -43,12 +43,12 @@ def require_absent(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def whole_or_absent(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory to fill, which gets its name when it is full; what fails leaves nothing.
+    """Yields a directory to fill, renamed to `path` at the end; a failure leaves nothing.
 
-    A killed process leaves `.NAME.partial` beside it, which the next one removes.
+    A killed process leaves `.NAME.partial` beside it, which the next call removes.
 
     Raises:
-      ValueError: there is something of this name.
+      ValueError: the path exists.
     """
     require_absent(path)
     path.parent.mkdir(parents=True, exist_ok=True)
