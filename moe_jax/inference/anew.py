@@ -1,7 +1,7 @@
-"""Continuing token ids without a cache: the whole window is read anew for every token.
+"""Continues token ids without a cache: every token reads the whole window again.
 
-For models that look at later tokens, whose past changes with each token; for those with a part that
-keeps nothing of earlier tokens; and as the measure of what a cache saves.
+Models that look at later tokens need this, since each new token changes their past. So do models
+with a part that keeps nothing of earlier tokens. It is also the baseline for what a cache saves.
 """
 
 import dataclasses
@@ -38,16 +38,15 @@ def next_token(
 ) -> jax.Array:
     """Draws the token after `window_L[:length]`; int32 scalar, below `num_ids` if given.
 
-    A penalty on repetition is of the tokens in `seen_V`, bool.
+    A repetition penalty applies to the tokens in `seen_V`, bool.
 
-    What stands behind `length` is padding, which no layer sees; routing is dropless where tokens
-    choose. Groups are of the whole window: where experts choose tokens without a predictor, and in
-    Soft MoE, a token's output depends on what follows it in the window, and so on how much of the
-    text is there.
+    Entries after `length` are padding, which no layer sees. Token-choice routing is dropless. The
+    routing group is the whole window. In expert choice without a predictor and in Soft MoE, a
+    token's output depends on the tokens after it, and so on how much of the text is in the window.
     """
     positions = jnp.arange(window_L.shape[0])
     is_seen_L = positions < length
-    num_rows = whole_rows(1)  # the same text on every device that has a row
+    num_rows = whole_rows(1)  # every device with a row computes the same text
 
     def repeated(a_L: jax.Array) -> jax.Array:
         return jnp.broadcast_to(a_L, (num_rows, *a_L.shape))
@@ -83,7 +82,7 @@ def stream_anew(
     ended: Container[int] = (),
     **sampling: Any,
 ) -> Iterator[Piece]:
-    """`stream_tokens`, one text after another and of the last `context` tokens at every step."""
+    """`stream_tokens`, one text at a time; each step reads the last `context` tokens."""
     check(config.model, prompts, num_tokens, num_samples, context)
     serving, how = Serving(params, state, step), Sampling(**sampling)
     model = in_groups_of(context, config.model)
@@ -117,18 +116,18 @@ def stream_anew(
 def prefix_left(
     config: ExperimentConfig, prompt: int, length: int, context: int
 ) -> np.int32 | None:
-    """How many tokens of a prompt are in the window, if they see each other from both sides."""
+    """The number of prompt tokens in the window; None if a prompt is read causally."""
     if not config.data.objective.sees_prompt:
         return None
     return np.int32(max(prompt - max(length - context, 0), 0))
 
 
 def in_groups_of(window: int, model: LanguageModel) -> LanguageModel:
-    """The model with routing groups of so many tokens, where its routers allow it.
+    """The model with routing groups of `window` tokens, where its routers allow it.
 
-    One sequence is the group that always fits. Where tokens choose, a dropless layer computes the
-    same in any; otherwise `next_token` says what the window decides. A router that mixes tokens
-    (Soft MoE) has learned the slots of a group, and keeps the groups that it was trained with.
+    A group of one sequence always fits. A dropless token-choice layer computes the same in any
+    group; for the others see `next_token`. A router that mixes tokens (Soft MoE) has learned the
+    slots of its group, so it keeps the group size of training.
     """
 
     def regrouped(part: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whole answers in the order of their prompts, and the file of JSON lines that keeps them."""
+"""Complete answers in the order of their prompts, and the JSONL file that stores them."""
 
 import json
 import os
@@ -20,14 +20,14 @@ BEGIN = b'{"prompt_index": '  # of every line
 
 
 class Answers:
-    """Texts as their pieces come.
+    """Texts that grow piece by piece.
 
     Attributes:
-      first: rows below were answered by an earlier start.
-      count: rows below are whole, and what was done with their records is done.
-      texts: what came, by row: prompt i, sample s is i * num_samples + s.
-      num_tokens: how many tokens each took.
-      ended: whether each has ended before `most`.
+      first: an earlier start answered the rows below this one.
+      count: the rows below this one are complete, and their records are processed.
+      texts: the text so far, by row: prompt i, sample s is i * num_samples + s.
+      num_tokens: tokens in each text.
+      ended: whether each text ended before `most` tokens.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Answers:
         settings: Mapping[str, Any],
         first: int = 0,
     ):
-        """`most` tokens a text; `settings` of the generation are written beside every answer."""
+        """`most` is the limit of tokens per text; every record contains `settings`."""
         self.prompts, self.num_samples, self.most = prompts, num_samples, most
         self.settings, self.first, self.count = dict(settings), first, first
         rows = len(prompts) * num_samples
         self.texts, self.num_tokens, self.ended = [""] * rows, [0] * rows, [False] * rows
 
     def add(self, piece: TextPiece) -> Iterator[dict[str, Any]]:
-        """The records that the piece makes whole, in order: one waits for those before it."""
+        """The records that the piece completes, in order: a record waits for those before it."""
         self.texts[piece.row] += piece.text
         self.num_tokens[piece.row] += piece.num_tokens
         self.ended[piece.row] |= piece.ended
@@ -54,18 +54,18 @@ class Answers:
             self.count += 1
 
     def is_whole(self, row: int) -> bool:
-        """Whether nothing more comes to a text."""
+        """Whether a text is complete."""
         return self.ended[row] or self.num_tokens[row] >= self.most
 
     def record(self, row: int) -> dict[str, Any]:
-        """What is written of a text."""
+        """The JSON record of a text."""
         return {
             **self.question(row), "text": self.texts[row], "num_tokens": self.num_tokens[row],
             "ended": self.ended[row],
         }  # fmt: skip
 
     def question(self, row: int) -> dict[str, Any]:
-        """The part of a record that is known before its answer."""
+        """The fields of a record that are known before its answer."""
         index, sample = divmod(row, self.num_samples)
         return {
             "prompt_index": index, "sample": sample, "prompt": self.prompts[index],
@@ -74,7 +74,7 @@ class Answers:
 
 
 class AnswerFile:
-    """A .jsonl of answers that grows by whole lines: a second start goes on behind them.
+    """A .jsonl file of answers that grows by whole lines: a second start appends to them.
 
     Attributes:
       path: of the file.
@@ -84,12 +84,12 @@ class AnswerFile:
         self.path = path
 
     def open(self, answers: Answers) -> int:
-        """How many of these answers the file has; a line that a kill cut short is taken off.
+        """The number of these answers in the file; removes a line that a kill cut short.
 
-        A file that is not there is made.
+        Creates a missing file.
 
         Raises:
-          ValueError: it has something else.
+          ValueError: the file contains something else.
           OSError: it cannot be read or written.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ class AnswerFile:
                 f"{where} {differs}", FIX)  # fmt: skip
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes an answer, so that a kill leaves it there.
+        """Appends an answer, which then survives a kill.
 
         Raises:
           OSError: it cannot be written.
@@ -141,20 +141,20 @@ class AnswerFile:
 
 
 class RouteFiles:
-    """The experts of every token of the answers, a file each, written before the answer is."""
+    """The experts of every token, one file per answer, written before the answer."""
 
     def __init__(self, folder: pathlib.Path, prompts: Sequence[Sequence[int]], num_samples: int):
-        """`prompts`: their token ids, as the model reads them."""
+        """`prompts` are token ids, as the model reads them."""
         self.folder, self.prompts, self.num_samples = folder, prompts, num_samples
         self.tokens: dict[int, list[int]] = {}
         self.routes: dict[int, list[np.ndarray]] = {}
 
     def check(self, first: int, *, goes_on: bool) -> None:
-        """Refuses a folder that is not new, and not that of the answers below `first`.
+        """Refuses a folder that is neither new nor the one of the answers below `first`.
 
         Raises:
-          ValueError: naming a file. With `goes_on`, the file of row `first` may exist: a kill can
-            come between writing it and writing the answer.
+          ValueError: with the name of a file. With `goes_on`, the file of row `first` may exist,
+            since a kill can happen between writing it and writing the answer.
         """
         found = {path.name for path in self.folder.glob("*.npz")}
         known = {name_of(row) for row in range(first)}
@@ -170,13 +170,13 @@ class RouteFiles:
             )
 
     def add(self, piece: TextPiece) -> None:
-        """Keeps what came of a text until it is whole."""
+        """Keeps the tokens and experts of a text until it is complete."""
         self.tokens.setdefault(piece.row, []).extend(piece.tokens)
         if piece.routes is not None:
             self.routes.setdefault(piece.row, []).append(piece.routes)
 
     def write(self, row: int) -> None:
-        """Writes those of a whole text, so that a kill leaves nothing half.
+        """Writes the experts of a complete text; a kill leaves no partial file.
 
         Raises:
           OSError: it cannot be written.
@@ -188,12 +188,12 @@ class RouteFiles:
 
 
 def name_of(row: int) -> str:
-    """The file of the experts of an answer."""
+    """The name of the file with the experts of an answer."""
     return f"{row:06}.npz"
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The first of the expected fields that is another; "" if all are equal.
+    """The first expected field that differs, in words; "" if all are equal.
 
     >>> difference({"settings": {"seed": 1}}, {"settings": {"seed": 2}})
     'has seed=1, not 2'

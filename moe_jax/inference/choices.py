@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: which answer a model finds likeliest."""
+"""Multiple choice by likelihood: a model answers with its likeliest choice."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ class Question(NamedTuple):
     Attributes:
       question: the text before a choice.
       choices: at least two.
-      answer: the index of the right one.
+      answer: index of the right choice.
     """
 
     question: str
@@ -33,11 +33,11 @@ class Question(NamedTuple):
 
 
 def read_questions(path: str) -> list[Question]:
-    """The questions of a .jsonl file, of which blank lines are skipped.
+    """The questions of a .jsonl file; skips blank lines.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is not UTF-8, has no question, or a line is none.
+      ValueError: it is not UTF-8, contains no question, or a line is not a question.
     """
     lines = decode(pathlib.Path(path).read_bytes(), path).split("\n")
     found = [
@@ -48,7 +48,7 @@ def read_questions(path: str) -> list[Question]:
 
 
 def question_of(line: str, where: str) -> Question:
-    """A question out of a line of JSON; other fields are left alone."""
+    """The question in a line of JSON; ignores other fields."""
     try:
         record = json.loads(line)
         question, choices, answer = (record[name] for name in Question._fields)
@@ -75,26 +75,26 @@ def choose(
     context: int | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Takes the likeliest choice of every question, dropless.
+    """Selects the likeliest choice of every question, dropless.
 
-    A choice stands behind its question after a space, unless there is one, or no question. An
-    encoder-decoder reads the question, and writes the choice.
+    A choice follows its question, with a space between them if neither has one. An
+    encoder-decoder reads the question and writes the choice.
 
     Args:
       config: of the run, or of the imported model.
       params: parameters of the model.
-      questions: what to answer.
-      tokenizer: of the model; None: that of the config.
-      context: most tokens that are read; None: `data.sequence_length`. A longer question is cut
+      questions: the questions to answer.
+      tokenizer: of the model; None: the one of the config.
+      context: maximum number of tokens read; None: `data.sequence_length`. A longer question is cut
         from the left.
-      **settings: other ones of `score_continuations`, `state` and `step` among them.
+      **settings: other arguments of `score_continuations`, such as `state` and `step`.
 
     Returns:
       `accuracy`, the share of questions whose right choice has the highest log-likelihood;
-      `accuracy_per_byte`, of log-likelihood over the UTF-8 bytes of the choice; the `label` and
-      `mark` of such scores (see `training.ways`); and `questions`, for each its own fields,
-      `log_likelihoods`, `num_tokens` and `is_greedy` by choice, and what was `chosen` and
-      `chosen_per_byte`.
+      `accuracy_per_byte`, the same for the log-likelihood per UTF-8 byte of the choice; the `label`
+      and `mark` of such scores (see `training.ways`); and `questions`, a list with the fields of
+      each question, `log_likelihoods`, `num_tokens` and `is_greedy` by choice, and the indices
+      `chosen` and `chosen_per_byte`.
 
     Raises:
       ValueError: see `score_continuations`.
@@ -115,7 +115,7 @@ def choose(
 def encode_questions(
     tokenizer: Tokenizer, questions: Sequence[Question], context: int, has_encoder: bool = False
 ) -> list[Pair]:
-    """Every question with each of its choices, of at most `context` tokens, in order."""
+    """The (question, choice) pairs in order; a choice has at most `context` tokens."""
     pairs = []
     for i, one in enumerate(questions, 1):
         for choice in one.choices:
@@ -133,7 +133,7 @@ def encode_questions(
 
 
 def record_of(question: Question, scores: Sequence[Scored]) -> dict[str, Any]:
-    """A question with what was found of each choice, as JSON can hold it."""
+    """A question with the scores of its choices, ready for JSON."""
     likely = np.array([score.log_likelihood for score in scores])
     num_bytes = [len(choice.encode()) for choice in question.choices]
     return question._asdict() | {
@@ -146,6 +146,6 @@ def record_of(question: Question, scores: Sequence[Scored]) -> dict[str, Any]:
 
 
 def space_between(question: str, choice: str) -> str:
-    """The space between them, where neither has one."""
+    """The space between question and choice; "" if one is there or the question is empty."""
     has_one = not question or question[-1].isspace() or choice[0].isspace()
     return "" if has_one else " "

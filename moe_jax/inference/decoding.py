@@ -1,7 +1,7 @@
-"""Prefill and decode: rows of tokens go on from caches (legend: `moe_jax.moe`; T counts slots).
+"""Prefill and decode: rows of tokens continue from caches (legend: `moe_jax.moe`; T counts slots).
 
-Prompts of different lengths are padded on the left, so that every row goes on in the same slot.
-Padding is seen by no layer, and a row gets the same whatever stands beside it.
+Prompts of different lengths are padded on the left, so that every row continues in the same slot.
+No layer sees padding. Without a capacity, the result of a row does not depend on the other rows.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ Routes = dict[str, jax.Array]  # experts by part, int32 [X, B, L, K]; {} without
 
 
 class Serving(NamedTuple):
-    """What every call of a generation shares, besides the model.
+    """Inputs that every call of a generation shares, besides the model.
 
     Attributes:
       params: of the model.
       state: of its parts, such as selection biases; or None.
-      step: int32 scalar, of training, for settings that are annealed; None: at their ends.
+      step: int32 scalar, training step for annealed settings; None: their end values.
     """
 
     params: Any
@@ -43,20 +43,20 @@ class Serving(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Texts on their way.
+    """Texts that are being decoded.
 
     Attributes:
-      cache: of the stack, by position; of its slots `filled` are.
-      filled: int32 scalar.
+      cache: of the stack, by layer position.
+      filled: int32 scalar, number of filled slots of the cache.
       logits_BV: float32, of the next token.
       positions_B: int32, of the next token in its text.
       last_B: int32, the last token.
       live_B: bool, False for padding and for texts that have ended.
-      seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
-      sample_B: int32, number of a row's random keys.
-      before_B: int32, tokens of the text that are not seen any more, before the first position.
+      seen_BV: bool, tokens of the text so far; None without a repetition penalty.
+      sample_B: int32, number from which a row's random keys are made.
+      before_B: int32, number of tokens before the first position, which are no longer seen.
       memory: the output of the encoder and its segments, or None.
-      lengths_B: int32, the tokens that a text may come to; see `Call`.
+      lengths_B: int32, maximum length of each text in tokens; see `Call`.
     """
 
     cache: Any
@@ -73,17 +73,17 @@ class Rows(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Texts to go on with; NumPy or JAX arrays.
+    """Texts to continue; NumPy or JAX arrays.
 
     Attributes:
       tokens_BL: int32, padded on the left.
-      segments_BL: int32, 1; 0 for padding, of which a row may be whole.
+      segments_BL: int32, 1 for tokens, 0 for padding; a whole row may be padding.
       sample_B: see `Rows`.
       lengths_B: see `Rows`.
-      encoder: what the encoder reads; None without one.
+      encoder: inputs of the encoder; None without one.
       in_prefix_BL: bool; see `Call`.
       before_B: see `Rows`.
-      seen_BV: bool, those tokens; None: a penalty on repetition knows of none.
+      seen_BV: bool, tokens before the first position; None: the repetition penalty ignores them.
     """
 
     tokens_BL: Any
@@ -115,8 +115,8 @@ def prefill(
       serving: parameters and state.
       prompts: the prompts.
       model: the model.
-      num_slots: T, of the caches: L and all tokens to come.
-      sampling: whether to keep count of tokens seen.
+      num_slots: T, of the caches: L and all new tokens.
+      sampling: its repetition penalty decides whether the rows record the tokens seen.
       capacity: capacity factor of MoE layers; 0: dropless.
       record: whether to return the experts.
 
@@ -156,7 +156,7 @@ def read(
     record: bool = False,
     last_alone: bool = False,
 ) -> tuple[Call, ModelOutput]:
-    """The prompts through a model with an empty cache; arguments are those of `prefill`."""
+    """Runs the prompts through a model with an empty cache; for the arguments see `prefill`."""
     segments_BL = jnp.asarray(prompts.segments_BL)
     call = Call(
         tokens_BL=prompts.tokens_BL,
@@ -174,7 +174,7 @@ def read(
 
 
 def seen_in(prompts: Prompts, vocab_size: int, sampling: Sampling) -> jax.Array | None:
-    """The tokens of each text so far, bool [B, V]; None without a penalty on repetition."""
+    """The tokens of each text so far, bool [B, V]; None without a repetition penalty."""
     if sampling.repetition_penalty == 1:
         return None
     rows = jnp.arange(prompts.tokens_BL.shape[0])[:, None]
@@ -185,7 +185,7 @@ def seen_in(prompts: Prompts, vocab_size: int, sampling: Sampling) -> jax.Array 
 
 
 def routes_of(model: LanguageModel, output: ModelOutput) -> Routes:
-    """The experts that the decoder's tokens chose, by part: int32 [X, B, L, K], -1 where absent."""
+    """The experts of the decoder's tokens, by part: int32 [X, B, L, K], -1 where absent."""
 
     def of(choices: Choices) -> jax.Array:
         index_XBLK = jnp.where(choices.chosen, choices.expert_index, ABSENT)
@@ -225,19 +225,19 @@ def decode(
 
     Args:
       serving: parameters and state.
-      rows: as `prefill` or an earlier call left them; their arrays are used up.
+      rows: from `prefill` or an earlier call; their arrays are donated.
       stop_S: int32, tokens that end a text.
       model: the model.
       num_slots: T, as in `prefill`.
-      num_tokens: how many to add.
-      sampling: how they are drawn.
-      num_ids: ids from here on have logits but are no tokens; None: all are.
+      num_tokens: number of tokens to add.
+      sampling: how tokens are drawn.
+      num_ids: ids from here on have logits but are not tokens; None: all are tokens.
       capacity: capacity factor of MoE layers; 0: dropless.
       record: whether to return the experts.
 
     Returns:
-      The rows; the tokens, int32 [B, num_tokens]; their experts. Those behind the end of a text say
-      nothing.
+      The rows; the tokens, int32 [B, num_tokens]; their experts. Entries after the end of a text
+      are meaningless.
     """
 
     def one(rows: Rows, _: None) -> tuple[Rows, tuple[jax.Array, Routes]]:
@@ -280,15 +280,15 @@ def decode(
         return rows, (token_B, routes_of(model, output))
 
     rows, (tokens_NB, routes) = jax.lax.scan(one, rows, None, length=num_tokens)
-    # Of [N, X, B, 1, K] by part.
+    # [N, X, B, 1, K] by part, to [X, B, N, K].
     routes = jax.tree.map(lambda a: a[:, :, :, 0].transpose(1, 2, 0, 3), routes)
     return rows, constrain(tokens_NB.T, None, None), routes
 
 
 def keys_of(sample_B: jax.Array, places_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """The random key of the token in each place, [B], which depends on nothing beside its text.
+    """The random key of the token in each place, [B]; it does not depend on the other rows.
 
-    Places are counted from the beginning of the text, wherever what is seen of it begins.
+    Places are counted from the beginning of the text, even if its first tokens are no longer seen.
     """
     key = jax.random.key(sampling.seed)
     return jax.vmap(lambda n, i: jax.random.fold_in(jax.random.fold_in(key, n), i))(
@@ -297,19 +297,19 @@ def keys_of(sample_B: jax.Array, places_B: jax.Array, sampling: Sampling) -> jax
 
 
 def below(logits: jax.Array, num_ids: int | None) -> jax.Array:
-    """Logits [..., V] with -inf for ids that are no tokens."""
+    """Logits [..., V] with -inf for ids that are not tokens."""
     if num_ids is None:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < num_ids, logits, -jnp.inf)
 
 
 def for_inference(model: LanguageModel) -> LanguageModel:
-    """The model with one sequence to a routing group, and nothing computed again."""
+    """The model with one sequence per routing group, without rematerialisation."""
     return dataclasses.replace(in_groups(model, 0), remat="none")
 
 
 def why_anew(model: LanguageModel) -> str:
-    """Why a model has to read its whole context anew for every token; "" if caches will do."""
+    """Why a model must read its whole context anew for every token; "" if caches suffice."""
     if without_capacity(model).looks_ahead(training=False):
         ahead = sorted(n for n, part in model.part.items() if part.looks_ahead(training=False))
         return f"{ahead} look at later tokens"
@@ -318,13 +318,13 @@ def why_anew(model: LanguageModel) -> str:
 
 
 def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel, Serving]:
-    """The model with its layers one after another, each with arrays of its own, on one CPU.
+    """On one CPU, the model with unrolled layers, each with its own arrays.
 
-    There a scan over layers copies the matrices of a layer before it multiplies by them, which
-    takes half of the time of decoding (docs/results.md). The arrays are views of those of all
-    layers, copied only where they do not begin at a multiple of 64 bytes. On accelerators and
-    meshes the layers stay scanned, and so do those of a quantised model: of layers apart XLA makes
-    the floats of all before the first product.
+    On a CPU, a scan over layers copies the matrices of a layer before it multiplies by them, which
+    takes half of the decoding time (docs/results.md). The new arrays are views of the stacked ones;
+    a copy is made only where a view does not begin at a multiple of 64 bytes. On accelerators and
+    meshes the layers stay scanned. So do the layers of a quantised model: if they are unrolled, XLA
+    dequantises all of them before the first product.
     """
     if model.quantisation is not None:
         return model, serving
@@ -341,7 +341,7 @@ def layers_apart(model: LanguageModel, serving: Serving) -> tuple[LanguageModel,
 
 
 def in_groups(model: LanguageModel, group_size: int) -> LanguageModel:
-    """The model with so many tokens in a routing group; 0: one sequence."""
+    """The model with `group_size` tokens per routing group; 0: one sequence."""
 
     def regrouped(part: Any) -> Any:
         return dataclasses.replace(part, group_size=group_size) if part.routes else part
@@ -350,16 +350,16 @@ def in_groups(model: LanguageModel, group_size: int) -> LanguageModel:
 
 
 def empty_cache(model: LanguageModel, batch: int, num_slots: int, memory_length: int = 0) -> Any:
-    """The caches of a model before the first token, by position, laid on the mesh in use.
+    """The empty caches of a model, by layer position, placed on the current mesh.
 
-    What is kept of tokens, the component "cache", has the compute dtype.
+    Floats of the component "cache" have the compute dtype.
     """
     dims = model.dims._replace(memory_length=memory_length)
     return arrays_of(model.decoder.cache_specs(dims, batch, num_slots), model)
 
 
 def arrays_of(specs: Any, model: LanguageModel) -> Any:
-    """Caches before the first token, as `empty_cache` has them."""
+    """The empty caches that the specs declare; see `empty_cache`."""
 
     def narrowed(spec: Any) -> Any:
         is_float = jnp.issubdtype(spec.dtype, jnp.floating)

@@ -1,4 +1,4 @@
-"""The draft of speculative decoding: what proposes tokens, and how many of them were accepted."""
+"""The draft of speculative decoding: it proposes tokens and counts the accepted ones."""
 
 import dataclasses
 import math
@@ -18,21 +18,21 @@ from moe_jax.models.model import LanguageModel
 
 @dataclasses.dataclass
 class Draft:
-    """What proposes tokens, and how many of them were accepted.
+    """The source of proposed tokens, with counts of proposed and accepted ones.
 
         draft = Draft(*load_run("runs/small"), length=4)
         answers = generate_tokens(config, params, prompts, 64, draft=draft)
         print(draft.acceptance_rate, draft.tokens_per_pass)
 
     Attributes:
-      config: of a smaller model of the same tokens; None: the multi-token modules of the model
-        itself propose.
+      config: of a smaller model with the same vocabulary; None: the model's own multi-token modules
+        propose.
       trained: its parameters, state and step: a `TrainState`, or a `Serving`.
       length: Y, tokens proposed before each pass of the model.
-      passes: of the model, in each text.
-      proposed: tokens, in all of them.
-      accepted: tokens that were proposed and are in the texts.
-      added: tokens that came of passes and are in the texts.
+      passes: number of model passes, summed over texts.
+      proposed: number of proposed tokens in these passes.
+      accepted: number of proposed tokens in the texts.
+      added: number of tokens in the texts that passes added.
     """
 
     config: ExperimentConfig | None = None
@@ -50,21 +50,20 @@ class Draft:
 
     @property
     def tokens_per_pass(self) -> float:
-        """How many tokens a pass of the model adds to a text; nan before the first pass."""
+        """The mean number of tokens that a pass adds to a text; nan before the first pass."""
         return self.added / self.passes if self.passes else math.nan
 
     def line(self) -> str:
-        """What is said at the end."""
+        """A summary for the end of a generation."""
         return (
             f"draft: {self.acceptance_rate:.1%} of {self.proposed} proposed tokens were accepted, "
             f"{self.tokens_per_pass:.2f} tokens a pass"
         )
 
     def count(self, counts_BR: np.ndarray, kept_BR: np.ndarray) -> None:
-        """Counts passes, by the tokens that they drew, and how many of those are in the texts.
+        """Counts passes and tokens, given how many tokens each pass drew, and how many were kept.
 
-        The last token that a pass draws is the model's own; a pass behind the end of a text draws
-        none.
+        The last token of a pass is the model's own. A pass after the end of a text draws no token.
         """
         passes = int(np.count_nonzero(counts_BR))
         self.passes += passes
@@ -73,10 +72,10 @@ class Draft:
         self.added += int(kept_BR.sum())
 
     def drafter(self, model: LanguageModel, num_ids: int | None) -> Drafter:
-        """What proposes tokens to a model of so many ids.
+        """The drafter for a model with `num_ids` tokens.
 
         Raises:
-          ValueError: it cannot.
+          ValueError: the draft does not fit the model.
         """
         require(
             1 <= self.length <= SPARE,
@@ -153,7 +152,7 @@ class Draft:
         num_ids: int | None,
         record: bool,
     ) -> tuple[Speculation, Serving]:
-        """How a model speculates with this draft, and the parameters and state of the draft."""
+        """The settings of speculation with this draft, and the draft's parameters and state."""
         drafter, own = self.drafter(model, num_ids), serving
         if isinstance(drafter, SmallerModel):
             own = self.trained

@@ -1,4 +1,4 @@
-"""What proposes tokens to a model: a smaller model, or its own multi-token modules.
+"""The drafters, which propose tokens to a model: a smaller model, or its own multi-token modules.
 
 Legend: `moe_jax.moe`; Y counts proposed tokens, L = Y + 1 the places of a pass of the model.
 """
@@ -17,8 +17,8 @@ from moe_jax.models.multi_token import NAME, Modules, later_call, separated
 from moe_jax.models.output import ModelOutput
 from moe_jax.part import Call, Dims, Part
 
-# Of logits [B, V], the tokens seen and how far ahead: a token [B], its distribution [B, V], and the
-# tokens seen with it.
+# Arguments: logits [B, V], the tokens seen, the distance ahead. Returns: a token [B], its
+# distribution [B, V], the tokens seen including the new one.
 Draw = Callable[
     [jax.Array, jax.Array | None, int | jax.Array],
     tuple[jax.Array, jax.Array, jax.Array | None],
@@ -26,21 +26,21 @@ Draw = Callable[
 
 
 class Texts(NamedTuple):
-    """Texts on their way; each has a token that is drawn and not yet read.
+    """Texts that are being decoded; each has a next token, which is drawn but not yet read.
 
     Attributes:
-      cache: of the model, by position.
-      draft: what the `Drafter` keeps.
-      slots_B: int32, filled slots of a row, and so the place of the token to read.
-      next_B: int32, that token.
-      previous_B: int32, the one before it.
-      positions_B: int32, its position in the text.
-      left_B: int32, how many tokens are still wanted behind it.
+      cache: of the model, by layer position.
+      draft: the state of the `Drafter`.
+      slots_B: int32, number of filled slots of a row, and so the slot of the next token.
+      next_B: int32, the next token.
+      previous_B: int32, the token before `next_B`.
+      positions_B: int32, position of `next_B` in the text.
+      left_B: int32, number of tokens still wanted after `next_B`.
       live_B: bool, False for padding and for texts that have ended.
-      seen_BV: bool, tokens of the text so far; None without a penalty on repetition.
-      sample_B: int32, number of a row's random keys.
-      before_B: int32, tokens of the text that are not seen any more, before the first position.
-      lengths_B: int32, the tokens that a text may come to; see `Call`.
+      seen_BV: bool, tokens of the text so far; None without a repetition penalty.
+      sample_B: see `decoding.Rows`.
+      before_B: see `decoding.Rows`.
+      lengths_B: see `decoding.Rows`.
     """
 
     cache: Any
@@ -66,14 +66,14 @@ class Texts(NamedTuple):
         ahead: int | jax.Array = 0,
         keep_BL: jax.Array | bool = True,
     ) -> Call:
-        """A dropless call that goes on from a cache.
+        """A dropless call that continues from a cache.
 
         Args:
-          tokens_BL: what is read.
+          tokens_BL: the tokens to read.
           num_slots: T, of the cache.
           step: of training.
-          previous_B: the token before the first one; None: that of the token to read.
-          ahead: how far the first one is from the token to read.
+          previous_B: the token before `tokens_BL`; None: `self.previous_B`.
+          ahead: distance of the first token from `next_B`.
           keep_BL: bool, False for padding.
         """
         positions_BL = self.positions_B[:, None] + ahead + jnp.arange(tokens_BL.shape[1])
@@ -93,12 +93,12 @@ class Texts(NamedTuple):
 
 
 def takes_back(model: LanguageModel) -> bool:
-    """Whether all caches of a model let tokens be written over."""
+    """Whether tokens can be overwritten in all caches of a model."""
     return parts_take_back(model.decoder.parts(), model.dims)
 
 
 def parts_take_back(parts: Mapping[str, Part], dims: Dims) -> bool:
-    """Whether all parts that have a cache let tokens be written over in it."""
+    """Whether tokens can be overwritten in the cache of every part that has one."""
     return all(part.takes_back for part in parts.values() if part.cache_specs(dims, 1, 1))
 
 
@@ -111,7 +111,7 @@ def read_accepted(
     accepted_B: jax.Array,
     num_slots: int,
 ) -> Any:
-    """The cache from before a pass, with the tokens that were accepted in it and no others."""
+    """The cache from before a pass, extended by `next_B` and the accepted tokens only."""
     keep_BL = jnp.arange(tokens_BL.shape[1]) <= accepted_B[:, None]
     call = texts.call(tokens_BL, num_slots, step=serving.step, keep_BL=keep_BL)
     return model.run(serving.params, call, state=serving.state, cache=cache).cache
@@ -119,12 +119,12 @@ def read_accepted(
 
 @dataclasses.dataclass(frozen=True)
 class SmallerModel:
-    """A model that writes the proposed tokens one by one; it keeps its caches.
+    """A smaller model that proposes tokens one by one; its state is its caches.
 
     Attributes:
-      model: the model, of the same tokens.
+      model: the smaller model, with the same vocabulary.
       vocab_size: V, of the model that it drafts for.
-      sees_prompt: whether the tokens of a prompt see each other from both sides in it.
+      sees_prompt: whether it reads prompts bidirectionally.
     """
 
     model: LanguageModel
@@ -132,7 +132,7 @@ class SmallerModel:
     sees_prompt: bool = False
 
     def places(self, length: int) -> int:
-        """The fewest places of a batch of prompts."""
+        """The minimum padded length of a batch of prompts."""
         return 1
 
     def begin(
@@ -145,14 +145,14 @@ class SmallerModel:
         num_slots: int,
         length: int,
     ) -> Any:
-        """What is kept after the prompts.
+        """The drafter's state after the prompts.
 
         Args:
           serving: parameters and state of the draft.
           prompts: the prompts.
-          call: of the model, that read them.
+          call: the model's call that read the prompts.
           output: of the model.
-          first_B: the first token of every row.
+          first_B: the first new token of every row.
           num_slots: T, of the caches.
           length: Y.
         """
@@ -163,11 +163,11 @@ class SmallerModel:
     def propose(
         self, serving: Serving, texts: Texts, draw: Draw, num_slots: int, length: int
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """The proposed tokens [B, Y], their distributions [B, Y, V], and what is kept.
+        """The proposed tokens [B, Y], their distributions [B, Y, V], and the drafter's new state.
 
         Args:
           serving: parameters and state of the draft.
-          texts: what is there.
+          texts: the texts so far.
           draw: draws a token.
           num_slots: T, of the caches.
           length: Y.
@@ -184,7 +184,7 @@ class SmallerModel:
             return (output.cache, new_B, token_B, seen_BV), (new_B, probs_BV)
 
         carry = (texts.draft, texts.next_B, texts.previous_B, texts.seen_BV)
-        # In the last round the last token is read, and what it would propose is not used.
+        # The last round only reads the last token: its own proposal is not used.
         (cache, *_), (tokens, probs) = jax.lax.scan(one, carry, jnp.arange(length + 1))
         return tokens[:-1].T, jnp.moveaxis(probs[:-1], 0, 1), cache
 
@@ -199,15 +199,15 @@ class SmallerModel:
         output: ModelOutput,
         num_slots: int,
     ) -> Any:
-        """What is kept once the model has chosen.
+        """The drafter's state after the model has accepted tokens.
 
         Args:
           serving: parameters and state of the draft.
-          kept: what `propose` gave.
-          texts: what was there before it.
-          tokens_BL: the token to read, and the proposed ones.
-          added_BL: the accepted tokens, and behind them the one that the model drew.
-          accepted_B: how many were accepted.
+          kept: the state that `propose` returned.
+          texts: the texts before the proposal.
+          tokens_BL: `next_B` and the proposed tokens.
+          added_BL: the accepted tokens, then the token that the model drew.
+          accepted_B: number of accepted tokens.
           output: of the model, on `tokens_BL`.
           num_slots: T, of the caches.
         """
@@ -219,12 +219,12 @@ class SmallerModel:
 
 
 class Window(NamedTuple):
-    """What multi-token modules keep; W counts the last places that the model has read.
+    """The state of the multi-token modules; W counts the last places that the model has read.
 
     Attributes:
       caches: of each module that is used.
-      hidden_BWM: what the model's head read there.
-      tokens_BW: int32, the tokens one place later: the last is the token to read.
+      hidden_BWM: the inputs of the model's head at these places.
+      tokens_BW: int32, the tokens one place later; the last is `Texts.next_B`.
     """
 
     caches: tuple[Any, ...]
@@ -234,11 +234,11 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OwnModules:
-    """The multi-token modules of the model itself, in a chain.
+    """The model's own multi-token modules, in a chain.
 
     Module m = 1, 2, ... proposes the token m + 1 ahead of the last place that the model has read.
-    Behind the last module, it goes on by itself: its own output stands for that of the module
-    before it, one place later (DeepSeek-AI 2024, arXiv:2412.19437, sec. 5.4.3, has one module).
+    The last module then repeats: its output replaces that of the module before it, one place later
+    (DeepSeek-AI 2024, arXiv:2412.19437, sec. 5.4.3, has one module).
 
     Attributes:
       model: the model.
@@ -248,27 +248,26 @@ class OwnModules:
 
     @property
     def modules(self) -> Modules:
-        """Those of the model."""
+        """The modules of the model."""
         assert self.model.modules is not None, "checked"
         return self.model.modules
 
     def places(self, length: int) -> int:
         """See `SmallerModel`: W.
 
-        The last W places are read again, since new tokens change the output of the last module
-        there.
+        The modules read the last W places again, since new tokens change the last module's output.
         """
         return length + min(self.modules.depth, length)
 
     def used(self, serving: Serving, length: int) -> list[Any]:
-        """Parameters and state of the modules that are used."""
+        """Parameters and state of each module that is used."""
         state = separated(serving.state)
         return self.modules.each(serving.params[NAME], state)[: min(self.modules.depth, length)]
 
     def run(
         self, own: Any, serving: Serving, hidden_BLM: jax.Array, call: Call, cache: Any
     ) -> tuple[jax.Array, Any]:
-        """One module: what it gives to the head, [B, L, M], and its new cache."""
+        """Runs one module: its output for the head, [B, L, M], and its new cache."""
         embed = functools.partial(self.model.embed, serving.params)
         output = self.modules.run(own, hidden_BLM, call, embed, cache)
         return output.x_BLM, output.cache
@@ -307,7 +306,7 @@ class OwnModules:
             texts.call, num_slots=num_slots, step=serving.step, previous_B=0 * texts.next_B
         )
         for k, (own, cache) in enumerate(zip(used, window.caches, strict=True), 1):
-            # A module has the position of its token, which is k places later.
+            # A module uses the position of its token, k places later.
             call = moved(at(tokens, ahead=-width), k)
             hidden, cache = self.run(own, serving, hidden, call, cache)
             caches.append(cache)
@@ -346,7 +345,7 @@ class OwnModules:
         output: ModelOutput,
         num_slots: int,
     ) -> Window:
-        """See `SmallerModel`: the window moves on; what modules have beyond is written over."""
+        """See `SmallerModel`: moves the window; later cache entries will be overwritten."""
 
         def last(old: jax.Array, new: jax.Array) -> jax.Array:
             both = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
@@ -365,13 +364,13 @@ Drafter = SmallerModel | OwnModules
 
 
 def moved(call: Call, k: int) -> Call:
-    """The call with positions of k later, in the same slots."""
+    """The call with positions shifted by k, in the same slots."""
     assert call.positions_BL is not None
     return dataclasses.replace(call, positions_BL=call.positions_BL + k)
 
 
 def as_wide(logits_BV: jax.Array, vocab_size: int) -> jax.Array:
-    """Logits of a vocabulary of another padded size, cut or filled up with -inf."""
+    """Logits cut or padded with -inf to another padded vocabulary size."""
     more = vocab_size - logits_BV.shape[-1]
     if more <= 0:
         return logits_BV[:, :vocab_size]

@@ -1,4 +1,4 @@
-"""Continuing lists of token ids: batches, samples, contexts and streams over prefill and decode."""
+"""Continues lists of token ids: batches, samples, contexts and streams over prefill and decode."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,16 +32,16 @@ def generate_tokens(
 
     Args:
       config: of the run, or of the imported model.
-      params: parameters of the model; on a mesh they say which.
-      prompts: token ids, each at least one. Of an encoder-decoder, what the encoder reads.
-      num_tokens: how many to add at most.
-      **settings: those of `stream_tokens`: `temperature`, `top_k`, `top_p`, `min_p`,
+      params: parameters of the model; the mesh they are on, if any, is used.
+      prompts: lists of token ids, at least one each. The encoder of an encoder-decoder reads them.
+      num_tokens: maximum number of tokens to add.
+      **settings: arguments of `stream_tokens`: `temperature`, `top_k`, `top_p`, `min_p`,
         `repetition_penalty`, `seed`, `num_samples`, `stop_tokens`, `context`, `batch_size`,
         `draft`, ...
 
     Returns:
-      The tokens added to prompt i, sample s, at i * num_samples + s, without the one that ended it;
-      [] for a row of `ended`.
+      The tokens added to prompt i, sample s, at i * num_samples + s, without the stop token; [] for
+      a row in `ended`.
 
     Raises:
       ValueError: see `stream_tokens`.
@@ -67,11 +67,11 @@ def generate_with_routes(
 
     Returns:
       The answers, and for each the experts of its prompt and its own tokens, int32 [length, layers,
-      K]; -1 where a token chose fewer, and of a last token that was not read. It is what
-      `models.token_routes` reads.
+      K]; -1 where a token chose fewer experts, and for a last token that was not read.
+      `models.token_routes` reads this format.
 
     Raises:
-      ValueError: see `stream_tokens`; with `ended`.
+      ValueError: see `stream_tokens`; also if `ended` is given.
     """
     require(
         not settings.get("ended"),
@@ -95,7 +95,7 @@ def generate_with_routes(
 
 
 def joined_routes(pieces: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """The experts of so many tokens, out of the pieces of a text; -1 for what was not read."""
+    """The experts of `length` tokens, from the pieces of a text; -1 for tokens not read."""
     routes = np.concatenate(pieces)
     missing = [(0, length - len(routes)), (0, 0), (0, 0)]
     return np.pad(routes, missing, constant_values=ABSENT)
@@ -121,39 +121,40 @@ def stream_tokens(
     record: bool = False,
     **sampling: Any,
 ) -> Iterator[Piece]:
-    """Continues prompts, and yields what is added as it comes.
+    """Continues prompts, and yields new tokens as they are generated.
 
     Args:
       config: see `generate_tokens`.
       params: see there.
       prompts: see there.
       num_tokens: see there.
-      num_samples: texts for each prompt, each with random keys of its own.
-      stop_tokens: each of which ends a text.
+      num_samples: texts per prompt, each with its own random keys.
+      stop_tokens: each of them ends a text.
       state: of the model's parts, such as selection biases; or None.
-      step: of training, for settings of routers that are annealed; None: at their ends.
-      context: most tokens that are seen. A text that outgrows it goes on from its last half, once
-        the others of its batch are full too; of a longer prompt the last `context` tokens are
-        read. None: all are seen, whatever the model was trained on.
-      batch_size: texts at once; what a text gets does not depend on it.
-      num_ids: ids from here on have logits but are no tokens (a padded vocabulary); None: all are.
-      start_token: begins what the decoder of an encoder-decoder writes.
+      step: training step for annealed settings of routers; None: their end values.
+      context: maximum number of tokens seen. A longer prompt is cut to its last `context` tokens. A
+        text that reaches the limit continues from its last `context // 2` tokens, once the others
+        of its batch are full too. None: all tokens are seen, whatever the model was trained on.
+      batch_size: texts at once; without a capacity, the result of a text does not depend on it.
+      num_ids: ids from here on have logits but are not tokens (a padded vocabulary); None: all are
+        tokens.
+      start_token: first token of the decoder of an encoder-decoder.
       capacity: capacity factor of MoE layers, whose group is then the whole batch; 0: dropless.
-      ended: rows that are not continued. Whoever reads the stream may add to a set of them as it
-        comes, such as a text that has a stop string: it gets no more, and frees its batch.
-      draft: proposes tokens, and counts how many of them are accepted; None: nothing does. A text
-        has the same distribution with it, and at a temperature of 0 it is the same text.
-      record: whether pieces have the experts of their tokens.
+      ended: rows that are not continued. The reader of the stream may pass a set and add rows to
+        it, for example on a stop string: such a text gets no more tokens, and frees its batch.
+      draft: proposes tokens, and counts how many are accepted; None: no speculation. A draft does
+        not change the distribution of a text, nor the text at a temperature of 0.
+      record: whether pieces contain the experts of their tokens.
       **sampling: fields of `Sampling`.
 
     Yields:
-      A `Piece` for every text and chunk of tokens, the last of a text with `ended`, or when
-      `num_tokens` are there.
+      A `Piece` per text and chunk of tokens. A text stops with the piece that has `ended` set, or
+      with `num_tokens` tokens.
 
     Raises:
-      ValueError: a prompt is empty or has an id that the model does not know, a number is out of
-        range, or the model cannot go on from a cache (`decoding.why_anew`); the draft does not fit
-        the model; experts are to be recorded of a model without any, of an encoder-decoder,
+      ValueError: a prompt is empty or contains an id that the model does not know, a number is out
+        of range, or the model cannot continue from a cache (`decoding.why_anew`); the draft does
+        not fit the model; or `record` is set for a model without experts, for an encoder-decoder,
         beyond the context, or with `num_tokens` of 0.
     """
     how, model = Sampling(**sampling), for_inference(config.model)
@@ -195,7 +196,7 @@ def check(
     batch_size: int = ROWS,
     capacity: float = 0.0,
 ) -> None:
-    """Refuses what cannot be continued, as `ValueError`."""
+    """Raises `ValueError` for prompts or numbers that cannot be used."""
     for name, value, least in (
         ("num_tokens", num_tokens, 0),
         ("num_samples", num_samples, 1),
@@ -221,7 +222,7 @@ def check_ids(
     name: str,
     fix: str = "Begin it with the bos_id of the tokenizer",
 ) -> None:
-    """Refuses token ids that are none of the model's, as `ValueError`; `fix` is for no ids."""
+    """Raises `ValueError` for no ids, with the advice `fix`, or for ids outside the vocabulary."""
     require(len(ids) > 0, f"a {kind} has at least one token", f"{name} has none", fix)
     least, most = min(ids), max(ids)
     require(
@@ -238,7 +239,7 @@ def check_record(
     num_tokens: int,
     context: int | None,
 ) -> None:
-    """Refuses texts whose experts cannot be recorded, as `ValueError`."""
+    """Raises `ValueError` for texts whose experts cannot be recorded."""
     require(
         bool(model.moe_parts) and not model.has_encoder,
         "experts are recorded of a decoder with MoE layers",
@@ -261,6 +262,6 @@ def check_record(
 
 
 def mesh_of(params: Any) -> Any:
-    """The context of the mesh that parameters lie on; of one device, that of no mesh."""
+    """The context of the mesh that parameters are placed on; for one device, of no mesh."""
     mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
     return without_mesh() if mesh is None or mesh.size == 1 else jax.set_mesh(mesh)

@@ -35,9 +35,9 @@ SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 class HarnessModel:
-    """Answers the three requests of the harness; `register` makes an `lm_eval` model of it.
+    """Answers the three request types of the harness; `register` makes it an `lm_eval` model.
 
-    Of a request only `args` is read. Texts are scored and continued dropless.
+    It reads only `args` of a request. Texts are scored and continued dropless.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class HarnessModel:
         Args:
           workdir: of a run, or of an imported model.
           step: of the checkpoint; None: the newest.
-          context: most tokens that are read; None: `data.sequence_length`.
+          context: maximum number of tokens read; None: `data.sequence_length`.
           batch_size: texts at once; "auto": 32.
-          add_bos: whether a text begins with `bos_id`, as a document in training does. The model
-            `hf` of the harness does what the tokenizer of the model does: GPT-2, Qwen and SmolLM2
-            put none in front, and their published scores have none.
+          add_bos: whether a text begins with `bos_id`, as a document in training does. The `hf`
+            model of the harness follows the model's tokenizer: GPT-2, Qwen and SmolLM2 add no BOS
+            token, and their published scores are without it.
           trust: whether modules outside the library may be imported for parts of the model.
-          mesh: devices that share the model, such as "data=2:fsdp=-1"; None: one. Commas separate
-            arguments of the harness, so that colons separate sizes.
-          device: of torch, which the harness always passes; not used.
-          max_batch_size: to search for a batch size below; not used.
+          mesh: devices that share the model, such as "data=2:fsdp=-1"; None: one device. Colons
+            separate sizes, since commas separate the arguments of the harness.
+          device: torch device, which the harness always passes; not used.
+          max_batch_size: limit for an automatic batch size; not used.
 
         Raises:
-          ValueError: `mesh` is no mesh; or see `load_run`.
+          ValueError: `mesh` is not a mesh; or see `load_run`.
         """
         super().__init__()
         del device, max_batch_size
@@ -90,7 +90,7 @@ class HarnessModel:
             logger.warning("%s", NOTES[SEES])
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say of the model: among it, whether it sees later tokens."""
+        """The entry on the model in the results, including whether it sees later tokens."""
         way = {"routing": self.way.label, "mark": self.way.mark}
         return {"step": self.step, "context": self.max_length, "add_bos": self.add_bos, **way}
 
@@ -107,7 +107,7 @@ class HarnessModel:
         return [(one.log_likelihood, one.is_greedy) for one in self.score(pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """The log-likelihood of each text: every token once, the last window full of context.
+        """The log-likelihood per text: scores each token once; context fills up the last window.
 
         Raises:
           ValueError: the model is an encoder-decoder.
@@ -139,7 +139,7 @@ class HarnessModel:
         )  # fmt: skip
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continues each text of (text, settings) until a stop string, or an id that ends it."""
+        """Continues the text of each (text, settings) until a stop string or a stop token."""
         answers = [""] * len(requests)
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for i, request in enumerate(requests):
@@ -179,14 +179,14 @@ class HarnessModel:
 
 
 def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
-    """How a task wants its texts continued.
+    """The generation settings of a task.
 
     Args:
-      settings: `until`, strings; `max_gen_toks` or one of `SAME`; `do_sample`, without which the
-        likeliest token is taken; `temperature` and those of `SAMPLING`.
+      settings: `until`, strings; `max_gen_toks` or one of `SAME`; `do_sample`, without which
+        decoding is greedy; `temperature` and those of `SAMPLING`.
 
     Returns:
-      Tokens at most, by default 256; the stop strings; fields of `Sampling`.
+      Maximum number of tokens, by default 256; the stop strings; fields of `Sampling`.
 
     Raises:
       ValueError: there are other settings.
@@ -209,7 +209,7 @@ def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any
 
 @functools.cache
 def register() -> type:
-    """Makes the harness know `moe_jax`: its `model_args` are those of `HarnessModel`.
+    """Registers `moe_jax` with the harness; its `model_args` are those of `HarnessModel`.
 
     Returns:
       The model's class, a `lm_eval.api.model.LM`.
@@ -218,8 +218,8 @@ def register() -> type:
       ImportError: the package is not installed.
     """
     try:
-        # The harness names its own models only while it knows none.
-        import lm_eval.models  # noqa: F401 (imported for that alone)
+        # The harness registers its own models only while its registry is empty.
+        import lm_eval.models  # noqa: F401 (imported only to register them)
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
     except ImportError as error:

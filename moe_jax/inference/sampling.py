@@ -10,26 +10,26 @@ from moe_jax.config.settings import Settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Settings):
-    """How a token is drawn; the settings apply in the order of the fields from the second on.
+    """How a token is drawn; the settings after `seed` apply in the order of the fields.
 
-    Each filter looks at what the ones before it left, as in transformers (generation,
+    Each filter acts on the result of the filters before it, as in transformers (generation,
     `LogitsProcessorList`): the penalty, the temperature, then the three cuts.
     """
 
     seed: int = setting(0, at_least=0, below=2**32)  # equal seeds give equal tokens
-    repetition_penalty: float = setting(1.0, above=0)  # > 1: what was seen becomes less likely
+    repetition_penalty: float = setting(1.0, above=0)  # > 1: tokens seen become less likely
     temperature: float = setting(0.0, at_least=0)  # divides logits; 0: the likeliest token
     top_k: int = setting(0, at_least=0)  # only the k likeliest tokens; 0: all
-    top_p: float = setting(1.0, above=0, at_most=1)  # the fewest likeliest that hold so much
-    min_p: float = setting(0.0, at_least=0, at_most=1)  # at least so much of the likeliest's share
+    top_p: float = setting(1.0, above=0, at_most=1)  # the fewest likeliest with this probability
+    min_p: float = setting(0.0, at_least=0, at_most=1)  # minimum share of the highest probability
 
 
 def filtered(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that tokens are drawn from; -inf for what is never drawn.
+    """Logits of the distribution that tokens are drawn from; -inf for tokens never drawn.
 
     Args:
       logits_BV: float32.
-      seen_BV: bool, tokens of the text so far; needed for a penalty alone.
+      seen_BV: bool, tokens of the text so far; needed only for a penalty.
       sampling: with a temperature > 0.
 
     Source: penalty: Keskar et al. 2019, CTRL, arXiv:1909.05858, sec. 4.1; top_p: Holtzman et al.
@@ -49,7 +49,7 @@ def filtered(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling
 
 
 def penalized(logits_BV: jax.Array, seen_BV: jax.Array | None, penalty: float) -> jax.Array:
-    """Logits of tokens seen divided by the penalty if positive, multiplied by it if negative."""
+    """Divides positive logits of tokens seen by the penalty, and multiplies negative ones by it."""
     if penalty == 1 or seen_BV is None:
         return logits_BV
     less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -57,7 +57,7 @@ def penalized(logits_BV: jax.Array, seen_BV: jax.Array | None, penalty: float) -
 
 
 def within_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Keeps the likeliest tokens, until together they have a probability of at least `top_p`."""
+    """Keeps the likeliest tokens until their total probability is at least `top_p`."""
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     probs_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
     before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
@@ -72,10 +72,10 @@ def draw(
     """The next token of every row: int32 [B].
 
     Args:
-      logits_BV: float32; -inf for ids that are no tokens.
+      logits_BV: float32; -inf for ids that are not tokens.
       seen_BV: see `filtered`.
-      keys_B: a random key for each row, so that what a row gets does not depend on the others.
-      sampling: how.
+      keys_B: a random key per row, so that rows do not depend on each other.
+      sampling: the settings.
     """
     if sampling.temperature == 0:
         found_B = jnp.argmax(penalized(logits_BV, seen_BV, sampling.repetition_penalty), axis=-1)
@@ -85,7 +85,7 @@ def draw(
 
 
 def probabilities(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """The distribution of what `draw` draws, float32 [B, V]; with a temperature of 0 one token."""
+    """The distribution that `draw` samples, float32 [B, V]; one-hot at a temperature of 0."""
     if sampling.temperature == 0:
         logits_BV = penalized(logits_BV, seen_BV, sampling.repetition_penalty)
         return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of contexts (legend: `moe_jax.moe`)."""
+"""Log-likelihoods of continuations of contexts (legend: `moe_jax.moe`)."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its 
 
 
 class Scored(NamedTuple):
-    """What a model thinks of a continuation.
+    """The score of a continuation.
 
     Attributes:
       log_likelihood: nats, the sum over its tokens.
       num_tokens: of the continuation.
-      is_greedy: whether greedy decoding from the context gives it.
+      is_greedy: whether greedy decoding from the context produces it.
     """
 
     log_likelihood: float
@@ -56,27 +56,27 @@ def score_continuations(
 
     Args:
       config: of the run, or of the imported model.
-      params: parameters of the model; on a mesh they say which.
-      pairs: the token ids of a context and of a continuation, each at least one. Of an
-        encoder-decoder the encoder reads the context, and the decoder writes the continuation.
+      params: parameters of the model; the mesh they are on, if any, is used.
+      pairs: token ids of a context and of a continuation, at least one each. In an encoder-decoder
+        the encoder reads the context, and the decoder writes the continuation.
       state: of the model's parts, such as selection biases; or None.
-      step: of training, for settings of routers that are annealed; None: at their ends.
-      context: most tokens that the model reads; a longer context is cut from the left. None: all
-        are read, whatever the model was trained on. A model that looks at later tokens needs it: it
-        always reads a window of so many places.
-      batch_size: pairs at once; what a pair gets does not depend on it.
-      num_ids: greedy decoding draws ids below it (a padded vocabulary); None: all. Likelihoods are
-        of the whole softmax, as in training.
-      start_token: begins what the decoder of an encoder-decoder writes.
+      step: training step for annealed settings of routers; None: their end values.
+      context: maximum number of tokens read; a longer context is cut from the left. None: all are
+        read, whatever the model was trained on. A model that looks at later tokens needs it, since
+        it always reads a window of this length.
+      batch_size: pairs at once; the score of a pair does not depend on it.
+      num_ids: greedy decoding draws ids below it (a padded vocabulary); None: all. Likelihoods use
+        the whole softmax, as in training.
+      start_token: first token of the decoder of an encoder-decoder.
 
     Returns:
-      One for each pair, in order. With a model that looks at later tokens a likelihood has seen
-      what it is of: `training.ways.ways_of` has the mark for it.
+      One `Scored` per pair, in order. If the model looks at later tokens, it may have seen the
+      tokens that it scores: `training.ways.ways_of` returns the mark for that.
 
     Raises:
-      ValueError: a context or continuation is empty, has an id that the model does not know, or is
-        a continuation of more tokens than `context`; or the model mixes tokens in groups that are
-        no part of `context`.
+      ValueError: a context or continuation is empty or contains an id that the model does not know;
+        a continuation has more tokens than `context`; or the model mixes tokens in groups whose
+        size does not divide `context`.
     """
     check_pairs(config.model, pairs, context, batch_size)
     if without_capacity(config.model).looks_ahead(training=False):
@@ -84,7 +84,7 @@ def score_continuations(
         model, window = in_groups_of(context, config.model), context
     else:
         model, window = for_inference(config.model), 0
-    read: list[list[int]] = []  # by the encoder
+    read: list[list[int]] = []  # tokens that the encoder reads
     if model.has_encoder:
         read = [list(before)[-(context or len(before)) :] for before, _ in pairs]
         pairs = [([start_token], continuation) for _, continuation in pairs]
@@ -127,20 +127,20 @@ def score_batch(
     model: LanguageModel,
     sees_prompt: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores the targets that count: float32 [B], log-likelihoods; bool [B], all are likeliest.
+    """Log-likelihoods of the targets that count, float32 [B], and whether all are greedy, bool [B].
 
     Args:
       serving: parameters and state.
       num_ids: int32 scalar; greedy decoding draws ids below it.
       tokens_BL: int32, padded on the right.
-      segments_BL: int32, 1; 0 for padding.
-      targets_BL: int32, the token after each.
-      counts_BL: bool, whether it is of the continuation.
-      encoder: what the encoder reads; None without one.
+      segments_BL: int32, 1 for tokens, 0 for padding.
+      targets_BL: int32, the next token of each.
+      counts_BL: bool, whether the target belongs to the continuation.
+      encoder: inputs of the encoder; None without one.
       model: the model.
-      sees_prompt: whether the tokens of a context see each other from both sides.
+      sees_prompt: whether contexts are read bidirectionally.
     """
-    earlier_BL = jnp.cumsum(counts_BL, axis=1) - counts_BL  # targets that count
+    earlier_BL = jnp.cumsum(counts_BL, axis=1) - counts_BL  # number of targets that count
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     call = Call(
         tokens_BL=tokens_BL, positions_BL=positions_BL, segments_BL=segments_BL, counts_up=True,
@@ -158,7 +158,7 @@ def score_batch(
 def check_pairs(
     model: LanguageModel, pairs: Sequence[Pair], context: int | None, batch_size: int
 ) -> None:
-    """Refuses what cannot be scored, as `ValueError`."""
+    """Raises `ValueError` for pairs that cannot be scored."""
     require(
         context is not None or not without_capacity(model).looks_ahead(training=False),
         "a model that looks at later tokens reads windows of one size",
@@ -190,9 +190,9 @@ def check_pairs(
 def padded_lengths(
     texts: Sequence[tuple[list[int], int]], read: Sequence[list[int]], window: int
 ) -> list[tuple[int, int]]:
-    """The places of each text, and of what an encoder reads for it; 0 without one.
+    """The padded length of each text, and of its encoder input; 0 without an encoder.
 
-    They are of its own texts alone, so that a pair gets the same beside any other.
+    Both depend only on the pair itself, so that its score does not depend on other pairs.
     """
     return [
         (window or bucket(len(text) - 1), bucket(len(read[i])) if read else 0)
@@ -201,13 +201,13 @@ def padded_lengths(
 
 
 def cut(pair: Pair, context: int | None) -> tuple[list[int], int]:
-    """The last tokens of a text, one more than are read, and how many of them are scored."""
+    """The last `context` + 1 tokens of a text (None: all), and the number of scored ones."""
     text = [*pair[0], *pair[1]]
     return text[-(context + 1) :] if context else text, len(pair[1])
 
 
 def runs_of(order: Sequence[int], lengths: Sequence[Any], most: int) -> Iterator[list[int]]:
-    """Cuts an order into runs of equal lengths, each of so many at most."""
+    """Cuts an order into runs of equal lengths, with at most `most` items per run."""
     run: list[int] = []
     for i in order:
         if run and (len(run) == most or lengths[run[0]] != lengths[i]):
@@ -238,15 +238,15 @@ def encode_pair(
     bos: bool = True,
     has_encoder: bool = False,
 ) -> Pair:
-    """Encodes a text as a whole, and parts it where its context ends.
+    """Encodes a text as a whole, and splits it at the end of its context.
 
-    Spaces at the end of the context go to the continuation, where most tokenizers have them. Of an
-    encoder-decoder they are two texts, of which the first ends with `eos_id`.
+    Spaces at the end of the context move to the continuation, since most tokenizers join them to
+    the next word. An encoder-decoder gets two texts, and the first ends with `eos_id`.
 
     Args:
       tokenizer: of the model.
-      context: what stands before; "" with `bos`.
-      continuation: what is scored.
+      context: the text before the continuation; may be "" with `bos`.
+      continuation: the text to score.
       bos: whether the text begins with `bos_id`, as a document does.
       has_encoder: whether the model is an encoder-decoder.
 

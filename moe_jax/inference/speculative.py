@@ -1,8 +1,8 @@
 """Speculative decoding: a draft proposes tokens, and one pass of the model accepts some of them.
 
-A text has the distribution that it has without a draft, whatever the draft proposes: better
-proposals only save passes. Rows accept numbers of their own; what a row gets does not depend on the
-others. Tokens that are not accepted are written over in the caches.
+A draft does not change the distribution of a text: better proposals only save passes. Each row
+accepts its own number of tokens, and its result does not depend on the other rows. Later tokens
+overwrite rejected ones in the caches.
 
 Legend: `moe_jax.moe`; Y counts proposed tokens, L = Y + 1 the places of a pass.
 
@@ -35,17 +35,17 @@ from moe_jax.inference.sampling import Sampling, draw, probabilities
 from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.rules import constrain
 
-PROPOSED, ACCEPTED = 1, 2  # folded into the key of a place
+PROPOSED, ACCEPTED = 1, 2  # folded into the random key of a place
 
 
 def rule(
     target_BLV: jax.Array, draft_BYV: jax.Array, proposed_BY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """How likely each proposed token is accepted, and what comes in place of the first that is not.
+    """Acceptance probabilities of proposed tokens, and distributions of replacement tokens.
 
-    A token x is accepted with the probability min(1, p(x) / q(x)), where p is the distribution of
-    the model and q that of the draft. In its place comes a token of max(0, p - q), normalised; and
-    behind the last of all, of p.
+    A token x is accepted with probability min(1, p(x) / q(x)), where p is the distribution of the
+    model and q that of the draft. The first rejected token is replaced by one drawn from
+    max(0, p - q), normalised. If all are accepted, one more token is drawn from p.
 
     Args:
       target_BLV: p, float32.
@@ -63,7 +63,7 @@ def rule(
     )
     rest_BYV = jnp.maximum(p_BYV - draft_BYV, 0)
     total_BY1 = jnp.sum(rest_BYV, axis=-1, keepdims=True)
-    # Without a rest p is q but for rounding, and every token is accepted.
+    # If the rest is 0, p equals q except for rounding, and every token is accepted.
     rest_BYV = jnp.where(total_BY1 > 0, rest_BYV / total_BY1, p_BYV)
     instead_BLV = jnp.concatenate([rest_BYV, target_BLV[:, -1:]], axis=1)
     return jnp.minimum(p_BY / q_BY, 1), instead_BLV
@@ -71,14 +71,14 @@ def rule(
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """What stays the same through a generation.
+    """Settings that stay the same throughout a generation.
 
     Attributes:
       model: the model.
-      drafter: what proposes tokens.
-      length: Y, how many.
-      sampling: how tokens are drawn, of both.
-      num_ids: ids from here on have logits but are no tokens; None: all are.
+      drafter: proposes tokens.
+      length: Y, number of proposed tokens.
+      sampling: how the model and the drafter draw tokens.
+      num_ids: ids from here on have logits but are not tokens; None: all are tokens.
       record: whether to return the experts of tokens.
     """
 
@@ -101,16 +101,16 @@ def begin(
     how: Speculation,
     num_slots: int,
 ) -> tuple[Texts, Routes]:
-    """Reads the prompts and draws a token behind each, `Texts.next_B`.
+    """Reads the prompts and draws a token after each, `Texts.next_B`.
 
     Args:
       serving: parameters and state of the model.
-      draft: those of the draft; of its own modules again the model's.
+      draft: parameters and state of the draft; with the model's own modules, those of the model.
       prompts: the prompts.
-      left_B: int32, how many tokens are wanted.
+      left_B: int32, number of tokens wanted.
       stop_S: int32, tokens that end a text.
-      how: what stays the same.
-      num_slots: T, of the caches: of the prompts, of the tokens to come, and L more.
+      how: the settings.
+      num_slots: T, of the caches: for the prompts, the new tokens, and L more.
 
     Returns:
       The texts, and the experts of the prompts.
@@ -157,22 +157,23 @@ def speculate(
     num_slots: int,
     num_passes: int,
 ) -> tuple[Texts, jax.Array, jax.Array, jax.Array, Routes]:
-    """Adds 1 to L tokens to every live text, so many times.
+    """Adds 1 to L tokens per pass to every live text.
 
     Args:
       serving: see `begin`.
       draft: see there.
-      texts: as `begin` or an earlier call left them; their arrays are used up.
+      texts: from `begin` or an earlier call; their arrays are donated.
       stop_S: see there.
       how: see there.
       num_slots: see there.
-      num_passes: of the model.
+      num_passes: number of model passes.
 
     Returns:
-      The texts; the tokens, int32 [B, num_passes, L]; how many each pass drew for each text, int32
-      [B, num_passes], 0 once it has ended; how many of these are in it, the others being behind
-      what was wanted or a token that ends it, or that token; and the experts of what the passes
-      read, by part, [X, B, num_passes, L, K]: of a token that is added the next pass has them.
+      The texts; the tokens, int32 [B, num_passes, L]; the number that each pass drew for each text,
+      int32 [B, num_passes], 0 once it has ended; how many of these are kept, without the stop token
+      and the tokens after it or beyond `left_B`; and the experts of the tokens that the passes
+      read, by part, [X, B, num_passes, L, K]. A pass does not read the last token that it draws:
+      the next pass has its experts.
     """
 
     def one(texts: Texts, _: None) -> tuple[Texts, tuple[jax.Array, jax.Array, jax.Array, Routes]]:
@@ -244,7 +245,7 @@ def one_pass(
 def targets(
     logits_BLV: jax.Array, seen_BV: jax.Array | None, proposed_BY: jax.Array, how: Speculation
 ) -> jax.Array:
-    """The distributions of the model in a pass, [B, L, V], each behind what is proposed before."""
+    """The model's distributions in a pass, [B, L, V], each given the proposed tokens before it."""
     logits_BLV, found = below(logits_BLV, how.num_ids), []
     for i in range(how.length + 1):
         found.append(probabilities(logits_BLV[:, i], seen_BV, how.sampling))
@@ -260,7 +261,7 @@ def accept(
     proposed_BY: jax.Array,
     how: Speculation,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many proposed tokens are accepted, [B], and the token behind them, [B]; see `rule`."""
+    """The number of accepted tokens, [B], and the token after them, [B]; see `rule`."""
     accept_BY, instead_BLV = rule(target_BLV, draft_BYV, proposed_BY)
     chances = [
         jax.vmap(jax.random.uniform)(keys_at(texts, i + 1, how, ACCEPTED))
@@ -273,10 +274,10 @@ def accept(
 
 
 def keys_at(texts: Texts, ahead: int | jax.Array, how: Speculation, purpose: int = 0) -> jax.Array:
-    """The random keys [B] of the tokens so far ahead of the one to read.
+    """The random keys [B] of the tokens `ahead` places after `next_B`.
 
-    A place is drawn anew if a token before it is not accepted. What was drawn there before has
-    moved nothing that stays, so that its keys are used again.
+    If a token is rejected, later places are drawn again. Their discarded draws affected nothing
+    that stays, so the same keys are used again.
     """
     places_B = texts.before_B + texts.positions_B + ahead
     keys_B = keys_of(texts.sample_B, places_B, how.sampling)
@@ -284,15 +285,15 @@ def keys_at(texts: Texts, ahead: int | jax.Array, how: Speculation, purpose: int
 
 
 def of_each_row(values: jax.Array, index_B: jax.Array) -> jax.Array:
-    """The entry of [B, L, ...] in each row: [B, ...]."""
+    """Selects entry `index_B` of each row of [B, L, ...]: [B, ...]."""
     return jax.vmap(lambda row, i: row[i])(values, index_B)
 
 
 def with_token(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
-    """The tokens seen, and one more in each row."""
+    """The tokens seen, with one more in each row."""
     return None if seen_BV is None else seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 
 def drawn_of(probs_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """A token of each row, int32 [B]."""
+    """Draws a token per row, int32 [B]."""
     return jax.vmap(jax.random.categorical)(keys_B, jnp.log(probs_BV)).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Continuing texts: token ids by the tokenizer of the run, ends by strings."""
+"""Continues texts, with the tokenizer of the run and stop strings."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,18 +15,18 @@ from moe_jax.inference.decoding import why_anew
 from moe_jax.inference.draft import Draft
 from moe_jax.inference.generation import stream_tokens
 
-CUT = "\ufffd"  # what a tokenizer gives for a part of a character
+CUT = "\ufffd"  # how a tokenizer decodes a part of a character
 
 
 class TextPiece(NamedTuple):
-    """What was added to a text.
+    """New text of one row.
 
     Attributes:
       row: of the text: prompt i, sample s is i * num_samples + s.
-      text: in order; no part of a character, and nothing that a stop string may begin with.
-      num_tokens: how many tokens it took.
-      ended: whether the text has ended: by the end of a document, or by a stop string.
-      tokens: their ids; a stop string is part of them.
+      text: in order; never a partial character or the possible beginning of a stop string.
+      num_tokens: number of tokens added.
+      ended: whether the text has ended, at the end of a document or at a stop string.
+      tokens: their ids, including those of a stop string.
       routes: the experts of tokens, see `Piece`.
     """
 
@@ -51,22 +51,22 @@ def stream_text(
     ended: Iterable[int] = (),
     **settings: Any,
 ) -> Iterator[TextPiece]:
-    """Continues prompts, and yields what is added as it comes.
+    """Continues prompts, and yields new text as it is generated.
 
-    A model that cannot go on from a cache (`decoding.why_anew`) reads its whole context anew for
+    A model that cannot continue from a cache (`decoding.why_anew`) reads its whole context anew for
     every token.
 
     Args:
       config: of the run, or of the imported model.
       params: parameters of the model.
-      prompts: any texts. Of an encoder-decoder, what the encoder reads.
-      num_tokens: how many tokens to add to each at most; the end of a document ends it.
+      prompts: any texts. The encoder of an encoder-decoder reads them.
+      num_tokens: maximum number of tokens to add to each; a text stops at the end of a document.
       stop: strings before which a text ends.
-      tokenizer: of the model; None: that of the config.
-      context: most tokens that are seen; None: `data.sequence_length`. See `stream_tokens`.
-      num_samples: texts for each prompt.
+      tokenizer: of the model; None: the one of the config.
+      context: maximum number of tokens seen; None: `data.sequence_length`. See `stream_tokens`.
+      num_samples: texts per prompt.
       ended: rows that are not continued.
-      **settings: other ones of `stream_tokens`, `state`, `step`, `draft` and `record` among them.
+      **settings: other arguments of `stream_tokens`, such as `state`, `step`, `draft` and `record`.
 
     Raises:
       ValueError: see `stream_tokens`; `prompts` or `stop` is one string; a stop string is empty;
@@ -84,7 +84,7 @@ def stream_text(
 
 
 def require_strings(name: str, given: Sequence[str]) -> None:
-    """Refuses one string in place of several, as `ValueError`."""
+    """Raises `ValueError` for one string in place of a list."""
     require(
         not isinstance(given, str), f"{name} is a list of strings", f"{name}={given!r}",
         f"Pass {name}=[{given!r}]",
@@ -104,7 +104,7 @@ def stream_encoded(
     ended: Iterable[int] = (),
     **settings: Any,
 ) -> Iterator[TextPiece]:
-    """Continues prompts that are token ids; the rest is as `stream_text` has it."""
+    """Continues prompts given as token ids; otherwise as `stream_text`."""
     ids: dict[str, Any] = {
         "num_ids": tokenizer.vocab_size,
         "stop_tokens": config.data.objective.stop_ids(tokenizer),
@@ -139,7 +139,7 @@ def stream_encoded(
 
 
 def check_draft(config: ExperimentConfig, draft: Draft | None, tokenizer: Tokenizer) -> None:
-    """Refuses a draft that does not fit a model and its tokenizer, as `ValueError`."""
+    """Raises `ValueError` for a draft that does not fit a model and its tokenizer."""
     if draft is None:
         return
     if draft.config is not None:
@@ -154,7 +154,7 @@ def check_draft(config: ExperimentConfig, draft: Draft | None, tokenizer: Tokeni
 
 
 class Text:
-    """One text as its tokens come: what of it can be shown, and whether it has ended."""
+    """One text that grows by tokens: decides which part can be shown, and where it ends."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], num_tokens: int):
         self.tokenizer, self.stop, self.num_tokens = tokenizer, stop, num_tokens
@@ -162,7 +162,7 @@ class Text:
         self.shown, self.ended = 0, False
 
     def add(self, tokens: Sequence[int], ended: bool) -> tuple[str, int, bool]:
-        """What the tokens let show, how many were added, and whether the text has ended."""
+        """The text that can now be shown, the number of new tokens, and whether the text ended."""
         self.ids.extend(tokens)
         text = self.tokenizer.decode(self.ids)
         found = [text.find(one) for one in self.stop if one in text]
@@ -175,7 +175,7 @@ class Text:
         return new, len(tokens), self.ended
 
     def settled(self, text: str) -> int:
-        """How many characters no later token changes: not a part of one, nor of a stop string."""
+        """The number of characters before a partial one or a possible start of a stop string."""
         end = len(text.rstrip(CUT))
         for one in self.stop:
             begun = [n for n in range(1, len(one)) if text[:end].endswith(one[:n])]
@@ -194,7 +194,7 @@ def continue_text(
     seed: int = 0,
     step: jax.Array | None = None,
 ) -> str:
-    """Continues one prompt: `stream_text` in one piece.
+    """Continues one prompt and returns the whole text; see `stream_text`.
 
     Returns:
       The continuation, without the prompt.

@@ -1,4 +1,4 @@
-"""Batches of texts on their way: prefill and decode called, contexts moved on, ends found."""
+"""Writes batches of texts: calls prefill and decode, moves contexts, finds ends."""
 
 import dataclasses
 from collections.abc import Container, Iterator, Sequence
@@ -17,19 +17,19 @@ from moe_jax.models.token_routes import by_token
 from moe_jax.parallel.rules import num_shards
 from moe_jax.part import EncoderInputs
 
-CHUNK = 16  # tokens between two looks at what came out
-Drawn = tuple[list[int], np.ndarray | None]  # tokens of a text, and experts of what was read
+CHUNK = 16  # tokens decoded before the host reads them
+Drawn = tuple[list[int], np.ndarray | None]  # new tokens of a text, experts of the tokens read
 
 
 class Piece(NamedTuple):
-    """What was added to a text.
+    """New tokens of a text.
 
     Attributes:
       row: of the text: prompt i, sample s is i * num_samples + s.
-      tokens: ids, in order, without the one that ended the text.
-      ended: whether one did.
-      routes: the experts of the tokens that were read since the piece before, those of the prompt
-        first, int32 [length, layers, K] (`models.token_routes`); None if they are not recorded.
+      tokens: ids, in order, without the stop token.
+      ended: whether a stop token ended the text.
+      routes: the experts of the tokens that were read since the last piece, beginning with the
+        prompt, int32 [length, layers, K] (`models.token_routes`); None if they are not recorded.
     """
 
     row: int
@@ -40,15 +40,15 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass
 class Growing:
-    """A text on its way.
+    """A text that is being written.
 
     Attributes:
       row: see `Piece`.
-      tokens: those of the prompt, and what was added.
-      most: how many it may come to.
-      start: how many of the first ones are no longer seen.
-      full: how many it comes to before it is read again, from its last half.
-      goes_on: whether it still wants tokens.
+      tokens: of the prompt, and the tokens added.
+      most: maximum number of tokens.
+      start: number of leading tokens that are no longer seen.
+      full: number of tokens at which the text is read again, from its last half.
+      goes_on: whether it still needs tokens.
     """
 
     row: int
@@ -60,18 +60,18 @@ class Growing:
 
     @property
     def seen(self) -> list[int]:
-        """What is read; nothing of a text that does not go on."""
+        """The tokens to read; none of a text that is finished."""
         return self.tokens[self.start :] if self.goes_on else []
 
     @property
     def room(self) -> int:
-        """How many tokens it gets before it is read again."""
+        """The number of tokens to add before the text is read again."""
         return self.full - len(self.tokens) if self.goes_on else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """Continues batches of texts; arguments are those of `stream_tokens`."""
+    """Continues batches of texts; for the arguments see `stream_tokens`."""
 
     serving: Serving
     model: LanguageModel
@@ -89,8 +89,8 @@ class Writer:
     def write(self, prompts: Sequence[tuple[int, list[int]]], num_tokens: int) -> Iterator[Piece]:
         """Adds tokens to a batch of numbered prompts.
 
-        Each text is cut where it is full itself, so that what it sees depends on nothing beside
-        it. Those that are full wait for the others, and are then read again together.
+        Each text is cut where it is itself full, so that the tokens it sees do not depend on other
+        texts. Full texts wait for the others, and all are then read again together.
         """
         encoder, begins = None, [prompt for _, prompt in prompts]
         if self.model.has_encoder:
@@ -111,10 +111,10 @@ class Writer:
         sees_prompt = self.sees_prompt
         while any(text.goes_on for text in texts):
             for text in texts:
-                # Of the last token of all nothing more is seen.
+                # One more than the context: the last token is not read.
                 text.full = min(text.start + context + 1, text.most)
             yield from self.until_full(texts, encoder, sees_prompt)
-            sees_prompt = False  # what is read again has tokens of its own
+            sees_prompt = False  # what is read again contains generated tokens
             for text in texts:
                 text.goes_on &= len(text.tokens) < text.most
                 if text.goes_on:
@@ -123,7 +123,7 @@ class Writer:
     def until_full(
         self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[Piece]:
-        """Fills every text, as far as it does not end before."""
+        """Adds tokens until every text is full or has ended."""
         recorded = [0] * len(texts)
         chunks = self.plain if self.draft is None else self.speculative
         for chunk in chunks(texts, encoder, sees_prompt):
@@ -148,7 +148,7 @@ class Writer:
     def plain(
         self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[list[Drawn]]:
-        """What is drawn in each text, chunk by chunk."""
+        """The tokens drawn for each text, chunk by chunk."""
         lengths = [len(text.seen) for text in texts]
         length = bucket(max(lengths))
         num_slots = length + whole_chunks(max(text.room for text in texts))
@@ -159,7 +159,7 @@ class Writer:
         prompts = self.prompts(texts, length, encoder, sees_prompt)
         rows, routes = prefill(self.serving, prompts, model=self.model, **how)
         read = self.routes_of(routes, lengths)
-        # With a capacity the tokens of the whole batch share it.
+        # The tokens of the whole batch share a capacity.
         model = in_groups(self.model, rows.live_B.shape[0]) if self.capacity else self.model
         stop_S = jnp.asarray(self.stop_tokens, jnp.int32)
         while True:
@@ -175,7 +175,7 @@ class Writer:
     def speculative(
         self, texts: Sequence[Growing], encoder: EncoderInputs | None, sees_prompt: bool
     ) -> Iterator[list[Drawn]]:
-        """What is drawn in each text, some passes at a time."""
+        """The tokens drawn for each text, some passes at a time."""
         assert self.draft is not None and encoder is None, "checked"
         how, draft = self.draft.of(
             self.model, self.serving, self.sampling, self.num_ids, self.record
@@ -218,7 +218,7 @@ class Writer:
         encoder: EncoderInputs | None,
         sees_prompt: bool,
     ) -> Prompts:
-        """What is read of texts, in so many places, and what they have before it."""
+        """The tokens to read as `Prompts` of `length` places, with data on the tokens before."""
         rows, seen, rooms = zip(*((text.row, text.seen, text.room) for text in texts), strict=True)
         prompts = prompts_of(seen, rows, length, rooms, encoder, sees_prompt)
         before_B, seen_BV = np.zeros_like(prompts.sample_B), None
@@ -231,7 +231,7 @@ class Writer:
         return prompts._replace(before_B=before_B, seen_BV=seen_BV)
 
     def routes_of(self, routes: Routes, lengths: Sequence[int]) -> list[np.ndarray | None]:
-        """The experts of the last tokens of each row, of so many."""
+        """The experts of the last tokens of each row, `lengths` of them."""
         if not self.record:
             return [None] * len(lengths)
         layers = {name: own for name, own in self.model.moe_layers.items() if name in routes}
@@ -240,7 +240,7 @@ class Writer:
 
 
 def behind(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | None:
-    """Experts of tokens one behind the other."""
+    """Concatenates experts of successive tokens; returns `other` if either is None."""
     return other if one is None or other is None else np.concatenate([one, other])
 
 
@@ -252,10 +252,10 @@ def prompts_of(
     encoder: EncoderInputs | None,
     sees_prompt: bool = False,
 ) -> Prompts:
-    """Texts as arrays of so many places, each to get its room of tokens more.
+    """Texts as arrays of `length` places; each text may grow by its number in `rooms`.
 
-    An empty text is a row of padding, and such rows fill the batch up. With `sees_prompt` the
-    tokens of a text see each other from both sides.
+    An empty text is a row of padding, and such rows fill the batch up. `sees_prompt` makes the
+    tokens of a text see each other in both directions.
     """
     batch = whole_rows(len(texts))
     tokens_BL, segments_BL = np.zeros((2, batch, length), np.int32)
@@ -269,7 +269,7 @@ def prompts_of(
 
 
 def encoder_inputs(texts: Sequence[Sequence[int]], rows: int) -> EncoderInputs:
-    """What an encoder reads, in so many rows: padded on the right."""
+    """The inputs of an encoder in `rows` rows, padded on the right."""
     tokens_BT, segments_BT = np.zeros((2, rows, bucket(max(map(len, texts)))), np.int32)
     for i, text in enumerate(texts):
         tokens_BT[i, : len(text)], segments_BT[i, : len(text)] = text, 1
@@ -277,18 +277,18 @@ def encoder_inputs(texts: Sequence[Sequence[int]], rows: int) -> EncoderInputs:
 
 
 def whole_chunks(count: int) -> int:
-    """So many tokens, or as few more as make whole chunks."""
+    """`count` rounded up to whole chunks."""
     return -(-count // CHUNK) * CHUNK
 
 
 def bucket(length: int) -> int:
-    """A length that is compiled for: at most a quarter more, or a multiple of 16."""
+    """The length to compile for: at most a quarter longer, or the next multiple of 16."""
     step = max(16, 2 ** max(length.bit_length() - 3, 0))
     return -(-length // step) * step
 
 
 def whole_rows(count: int) -> int:
-    """So many rows, or as few more as the mesh in use splits evenly."""
+    """`count` rounded up to rows that the current mesh splits evenly."""
     mesh = jax.sharding.get_abstract_mesh()
     multiple = 1 if mesh.empty else num_shards("batch", mesh)
     return -(-count // multiple) * multiple
