@@ -1,1 +1,1 @@
-"""Starts from a model that exists: dense to sparse and back, and what training on needs of it."""
+"""Makes new models from trained ones: dense to sparse and back, and distillation."""

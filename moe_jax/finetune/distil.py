@@ -1,4 +1,4 @@
-"""Distillation: a model learns from the probabilities of another, such as a dense one of a MoE."""
+"""Distillation: a student learns a teacher's probabilities, such as a dense model from an MoE."""
 
 import dataclasses
 import pathlib
@@ -29,11 +29,11 @@ from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
 
 
 def soft_nats(student_BLV: jax.Array, teacher_BLV: jax.Array, temperature: float) -> jax.Array:
-    """How far a student's distribution is from its teacher's, float32 [B, L], nats.
+    """The divergence of a student's distribution from its teacher's, float32 [B, L], nats.
 
-    temperature^2 * KL(teacher || student) of logits over the temperature. The square keeps the
-    gradient of the size that it has at 1 (Hinton et al., arXiv:1503.02531, section 2.1). The
-    cross-entropy with the teacher is this and the teacher's entropy, which has no gradient.
+    temperature^2 * KL(teacher || student) of logits divided by the temperature. The square keeps
+    the gradient about as large as at 1 (Hinton et al., arXiv:1503.02531, section 2.1). The
+    cross-entropy with the teacher is this plus the teacher's entropy, which has no gradient.
     """
     log_teacher = jax.nn.log_softmax(teacher_BLV.astype(jnp.float32) / temperature)
     log_student = jax.nn.log_softmax(student_BLV.astype(jnp.float32) / temperature)
@@ -43,17 +43,17 @@ def soft_nats(student_BLV: jax.Array, teacher_BLV: jax.Array, temperature: float
 
 @dataclasses.dataclass(frozen=True)
 class Distil(TrainingLoss):
-    """Targets that are mixed of the text's and a teacher's: hard and soft ones.
+    """A mix of hard targets from the text and soft targets from a teacher.
 
     loss = (1 - weight) * cross-entropy of the targets + weight * `soft_nats`. A weight of 0.25
-    is the best mix of Switch Transformers (arXiv:2101.03961, table 6); it starts the student from
-    the teacher's parameters that are of no expert, as `init_from` does. The teacher sees the batch
+    is the best mix of Switch Transformers (arXiv:2101.03961, table 6), which also starts the
+    student from the teacher's parameters outside the experts, as `init_from` can. The teacher runs
     without dropout, noise and capacity.
     """
 
-    # Workdir of the teacher's run, or of an imported model; what is in it is recorded in the run.
+    # Workdir of the teacher's run, or of an imported model; the run records its content.
     teacher: str = setting("", changes_results=False)
-    step: int | None = setting(None, at_least=0)  # of its checkpoint; None: the newest whole one
+    step: int | None = setting(None, at_least=0)  # of its checkpoint; None: the newest complete one
     weight: float = setting(0.25, at_least=0, at_most=1)  # of the soft targets
     temperature: float = setting(1.0, above=0)  # of both models, in the soft targets
 
@@ -62,7 +62,7 @@ class Distil(TrainingLoss):
         require_local("training.loss.teacher", self.teacher)
 
     def record(self) -> Record:
-        """What the teacher is, as its workdir says it.
+        """The record of the teacher in its workdir.
 
         Raises:
           ValueError: there is no teacher.
@@ -83,14 +83,14 @@ class Distil(TrainingLoss):
         return record
 
     def model(self, trust: bool | frozenset[str]) -> Any:
-        """The teacher's model as it teaches, without modules; `trust` is that of `read_config`."""
+        """The teacher's model without multi-token modules; `trust` as in `read_config`."""
         return without_modules(self._whole_model(trust))
 
     def _whole_model(self, trust: bool | frozenset[str]) -> Any:
         return read_config(self.record(), ExperimentConfig, trust=trust).model
 
     def of_teacher(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The teacher's model with the data, the batch and the mesh of a run that learns from it.
+        """The teacher's model with the data, batch and mesh of the student's run.
 
         Raises:
           ValueError: there is no teacher, or it does not fit the run.
@@ -113,21 +113,21 @@ class Distil(TrainingLoss):
             config,
             model=model,
             init_from=InitFrom(path=self.teacher, step=self.step, fresh=names_of_modules(whole)),
-            optimizer=OptimizerConfig(warmup_steps=0),  # names what a teacher may not have
+            optimizer=OptimizerConfig(warmup_steps=0),  # the run's may name parts it does not have
             training=dataclasses.replace(config.training, loss=CrossEntropy()),
         )
 
     def teachers(self, config: ExperimentConfig) -> tuple[ExperimentConfig, ...]:
-        """See `TrainingLoss`; a plan reads settings of training, so they are those of `share`."""
+        """See `TrainingLoss`; a plan reads training settings, so these are set as `share` runs."""
         teacher = self.of_teacher(config)
         return (dataclasses.replace(teacher, model=teacher.model.map_parts(_trained_as_run)),)
 
     def source(self, config: ExperimentConfig) -> Source:
-        """The checkpoint of the teacher; all of its arrays are matched, none is read."""
+        """The checkpoint of the teacher; matches all of its arrays, and reads none."""
         return open_source(self.of_teacher(config), self.record().get("content", {}))
 
     def content(self, config: ExperimentConfig, content: Mapping[str, str]) -> dict[str, str]:
-        """See `TrainingLoss`: of the teacher's checkpoint; its tokenizer is that of the run."""
+        """See `TrainingLoss`: the hash of the teacher's checkpoint; checks its tokenizer."""
         known, given = self.record().get("content", {}).get("tokenizer"), content["tokenizer"]
         require(
             known in (None, given),
@@ -142,7 +142,7 @@ class Distil(TrainingLoss):
         return dataclasses.replace(self, teacher=str(pathlib.Path(self.teacher).absolute()))
 
     def abstract_arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
-        """See `TrainingLoss`: parameters of the teacher, and state of its parts."""
+        """See `TrainingLoss`: parameters of the teacher and state of its parts."""
         teacher = self.of_teacher(config)
         check_run(teacher, mesh)
         abstract, placed = abstract_state(teacher), state_shardings(teacher, mesh)
@@ -153,7 +153,7 @@ class Distil(TrainingLoss):
         )
 
     def arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
-        """See `TrainingLoss`; parameters that the teacher averages are those averages."""
+        """See `TrainingLoss`; reads averaged parameters where the teacher has them."""
         source, (params, state) = self.source(config), self.abstract_arrays(config, mesh)
         wanted = {"params": params, "model_state": state}
         named = by_name(wanted)
@@ -168,9 +168,9 @@ class Distil(TrainingLoss):
     def share(
         self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `TrainingLoss`; the metric is `soft_loss`, nats a target."""
+        """See `TrainingLoss`; the metric is `soft_loss`, nats per target."""
         params, state = arrays
-        model = self.model(trust=True)  # `of_teacher` has refused what the run does not name
+        model = self.model(trust=True)  # `of_teacher` has refused kinds that the run does not name
         output = model.run(params, call_of(microbatch, capacity=0.0), state=state)
         soft_BL = soft_nats(scored.logits_BLV, output.logits_BLV, self.temperature)
         soft = jnp.sum(soft_BL * microbatch["loss_weights"]) / totals.loss_weight
@@ -181,14 +181,14 @@ class Distil(TrainingLoss):
 
 
 def names_of_modules(model: LanguageModel) -> tuple[str, ...]:
-    """What of a checkpoint is of the multi-token modules, in names of `models.selection`."""
+    """The arrays of multi-token modules in a checkpoint, by the names of `models.selection`."""
     if model.multi_token is None:
         return ()
     return (NAME, *(name for name in model.state_specs() if name.startswith(NAME)))
 
 
 def _trained_as_run(part: Part) -> Part:
-    """A part whose settings of training are those of a forward pass without a capacity."""
+    """A part with training settings that equal a forward pass without a capacity."""
     if not isinstance(part, MoE):
         return part
     part = dataclasses.replace(part, num_selected_experts=part.num_selected(training=False))

@@ -1,4 +1,4 @@
-"""Sparse models made dense, or of fewer experts (legend: `moe_jax.moe`; X layers of a part)."""
+"""Makes sparse models dense, or drops experts (legend: `moe_jax.moe`; X layers of a part)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,18 +24,18 @@ from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
 from moe_jax.part import Dims, Part
 
-Load = Mapping[str, np.ndarray]  # by part, choices of each expert in each layer, [X, E]
+Load = Mapping[str, np.ndarray]  # by part: choices per expert and layer, [X, E]
 
 
 class Merged(Origin):
-    """The origin of a dense network: the weighted mean of experts, and the shared expert beside it.
+    """The origin of a dense network: the weighted mean of experts, plus the shared expert.
 
-    Exact where experts are copies of each other and the sum of a token's gates is what a router
-    without preference gives. Moments of the optimizer become the same mean.
+    Exact if experts are copies of each other and a token's gates have the sum that a router without
+    preference gives. Optimizer moments become the same mean.
     """
 
     def __init__(self, moe: Any, dims: Dims, weights: Mapping[int, np.ndarray]):
-        """Of a block `MoE`, and by layer the weight of each expert, float32 [E], which sum to 1."""
+        """`weights` contains, by layer, the weight of each expert, float32 [E], with sum 1."""
         self.dense = Mlp(
             dim=moe.expert_dim + moe.shared_expert_dim,
             activation=moe.activation,
@@ -62,31 +62,31 @@ class Merged(Origin):
         if not shared:
             return mean
         if name not in HIDDEN_DIM:
-            return shared[0] if moment else mean + shared[0]  # the sum's gradient is that of each
+            return shared[0] if moment else mean + shared[0]  # both have the gradient of the sum
         return jnp.concatenate([shared[0], mean], axis=HIDDEN_DIM[name])
 
     def make_other(self, path: Path, old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
         """See `Origin`: the mean over the experts.
 
-        Beside a shared expert the hidden dim is longer: what is kept along it is refused.
+        A shared expert makes the hidden dim longer: arrays kept along it are refused.
         """
         if jnp.issubdtype(old.dtype, jnp.integer):
-            return jnp.max(old, axis=0)  # of steps, which the experts made together
+            return jnp.max(old, axis=0)  # step counts, which the experts share
         if old.shape == (len(own), *shape):
             return jnp.tensordot(own, old, axes=1, precision=jax.lax.Precision.HIGHEST)
         return super().make_other(path, old, own, shape)
 
 
 def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel:
-    """A sparse model and the dense one that the mean of its experts gives.
+    """A sparse model and the dense one that the mean of its experts makes.
 
     Args:
       config: of the sparse model.
-      load: weighs the experts of each layer; one that no token chose counts nothing. None: all
-        alike.
+      load: weighs the experts of each layer; an expert that no token chose has weight 0. None:
+        equal weights.
 
     Raises:
-      ValueError: there is nothing to merge, or a block has what a dense network has not.
+      ValueError: there is nothing to merge, or a dense network cannot express a block.
     """
     model = config.model
     parts: dict[str, Part] = dict(model.parts)
@@ -101,7 +101,7 @@ def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel
             "Keep it sparse",
         )
         origin = Merged(moe, model.dims, weights_of(model, name, load))
-        # The name of an equal part, such as of the dense layers between sparse ones.
+        # Prefer the name of an equal part, such as the dense layers between sparse ones.
         wanted = ("mlp", f"{name}_mlp")
         free = (one for one in wanted if parts.get(one, origin.dense) == origin.dense)
         names[name] = next(free, f"{name}_dense")
@@ -122,7 +122,7 @@ def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel
 
 
 def routed_parts(model: LanguageModel) -> dict[str, Any]:
-    """The blocks of a model that are parts by themselves.
+    """The MoE blocks among the parts of a model, by name.
 
     Raises:
       ValueError: there is none.
@@ -138,7 +138,7 @@ def routed_parts(model: LanguageModel) -> dict[str, Any]:
 
 
 def weights_of(model: LanguageModel, part: str, load: Load | None) -> dict[int, np.ndarray]:
-    """The weight of each expert by layer, float32 [E]; they sum to 1."""
+    """The weights of the experts by layer, float32 [E], with sum 1."""
     moe: Any = model.part[part]  # `routed_parts` found it
     layers, num_experts = model.layers_of[part], moe.num_experts
     counts_XE = np.ones((len(layers), num_experts))
@@ -149,16 +149,16 @@ def weights_of(model: LanguageModel, part: str, load: Load | None) -> dict[int, 
 
 
 class Pruned(Origin):
-    """The origin of a block of fewer experts.
+    """The origin of a block with fewer experts.
 
     Attributes:
       block: the new block.
-      num_experts: of the old one.
-      kept: by layer the options that stay, int32, those that compute nothing behind the experts.
+      num_experts: of the old block.
+      kept: by layer, the router options that stay, int32: experts, then zero and copy experts.
     """
 
     def __init__(self, moe: Any, dims: Dims, kept: Mapping[int, Sequence[int]]):
-        """Of a block `MoE`, and by layer the numbers of the experts that are kept."""
+        """`kept` contains, by layer, the numbers of the experts that stay."""
         (count,) = {len(one) for one in kept.values()}
         self.num_experts = moe.num_experts
         self.block = dataclasses.replace(moe, num_experts=count)
@@ -174,11 +174,11 @@ class Pruned(Origin):
     def make(
         self, path: Path, old: Sequence[jax.Array], key: jax.Array, own: Any, moment: bool
     ) -> jax.Array:
-        """See `Origin`: the rows of the dim that shrinks."""
+        """See `Origin`: selects along the dim that shrinks."""
         return self._rows(old[0], own, self.spec_of[path].shape)
 
     def make_other(self, path: Path, old: jax.Array, own: Any, shape: tuple[int, ...]) -> jax.Array:
-        """See `Origin`: the rows of the experts that are kept."""
+        """See `Origin`: selects the rows of the kept experts."""
         if old.ndim == len(shape) and old.shape[:1] == (self.num_experts,):
             return self._rows(old, own, shape)
         return super().make_other(path, old, own, shape)
@@ -191,7 +191,7 @@ class Pruned(Origin):
         return old
 
     def state(self, start: Any, old: Any, layers: Sequence[int]) -> Any:
-        """See `Origin`: of the options that are kept, as the biases are; else what there was."""
+        """See `Origin`: takes entries of the kept options, such as biases; other arrays whole."""
         kept_XE = jnp.stack([jnp.asarray(self.kept[layer]) for layer in layers])
 
         def own(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -201,14 +201,14 @@ class Pruned(Origin):
 
 
 def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> Remodel:
-    """A sparse model and the one that has only some of its experts.
+    """A sparse model and the one with only some of its experts.
 
     Args:
       config: of the model.
       kept: by part, the numbers of the experts that each layer keeps, [X, E'].
 
     Raises:
-      ValueError: a token would select more experts than there are, or a multi-token module has the
+      ValueError: a token would select more experts than are left, or a multi-token module uses the
         part too.
     """
     model = config.model
@@ -238,14 +238,15 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
 
 
 def used_experts(load: Load, at_least: Mapping[str, int], keep: int | None = None) -> Load:
-    """The experts that some text uses, by part [X, E'].
+    """The experts that a text uses, by part [X, E'].
 
-    Layers of a part keep equally many, the most loaded: as many as the layer that uses most.
+    All layers of a part keep the same number: the most used in any layer. Each keeps its most
+    loaded experts.
 
     Args:
       load: of the text.
-      at_least: by part, the least that a layer keeps: those that a token selects.
-      keep: so many instead.
+      at_least: by part, the minimum per layer: the number that a token selects.
+      keep: number per layer to keep instead.
     """
     kept = {}
     for part, load_XE in load.items():
@@ -256,10 +257,10 @@ def used_experts(load: Load, at_least: Mapping[str, int], keep: int | None = Non
 
 
 def without_experts(model: LanguageModel, dropped: Sequence[int]) -> Load:
-    """All experts but these, by part [X, E'].
+    """All experts except `dropped`, by part [X, E'].
 
     Raises:
-      ValueError: a part has no expert of a number.
+      ValueError: a part has no expert with such a number.
     """
     kept = {}
     for name, moe in routed_parts(model).items():

@@ -1,4 +1,4 @@
-"""What commands that make one model of another share: the source, the check, the new directory."""
+"""Code shared by commands that make one model from another: source, check, new directory."""
 
 import dataclasses
 import pathlib
@@ -40,15 +40,15 @@ from moe_jax.training.workdir import recorded_run
 
 @dataclasses.dataclass
 class Source:
-    """A model that another is made of.
+    """A model from which another is made.
 
     Attributes:
       workdir: of its run.
       config: of the run.
-      state: its arrays; those that are not needed any more are deleted while others are made.
-      mesh: that they lie on.
-      batches: text that the models are compared on.
-      said: what the model says of it.
+      state: its arrays; they are deleted as soon as the new model no longer needs them.
+      mesh: of the arrays.
+      batches: text on which the models are compared.
+      said: the model's outputs on this text.
     """
 
     workdir: pathlib.Path
@@ -69,19 +69,19 @@ def open_source(
     moments: bool = False,
     num_batches: int = 1,
 ) -> Source:
-    """Loads a model and asks it about held-out text.
+    """Loads a model and runs it on held-out text.
 
     Args:
       workdir: of its run.
-      output: the directory of the new model, which must not be there.
-      mesh: where both models lie; None: one device.
+      output: the directory of the new model, which must not exist.
+      mesh: of both models; None: one device.
       step: of the checkpoint; None: the newest.
       trust: see `load_run`.
       moments: see `load_run`.
       num_batches: of text.
 
     Raises:
-      ValueError: `output` is there, or the run cannot be read.
+      ValueError: `output` exists, or the run cannot be read.
     """
     require_absent(output)
     config, state = load_run(workdir, mesh, step, trust=trust, moments=moments)
@@ -99,14 +99,14 @@ def make(
     optimizer_state: bool = False,
     position: bool = False,
 ) -> TrainState:
-    """The state of the new model; arrays of the source are deleted.
+    """The state of the new model; deletes arrays of the source.
 
     Args:
-      source: the old one.
-      remodel: both.
-      key: of what is drawn.
-      optimizer_state: whether moments are carried.
-      position: whether the step is, and so the position in the data and the learning rate.
+      source: the old model.
+      remodel: both models.
+      key: random key for new parameters.
+      optimizer_state: whether to carry moments.
+      position: whether to carry the step, and so the position in the data and the learning rate.
 
     Raises:
       ValueError: the source has no optimizer state, or the mesh does not split the new model.
@@ -130,16 +130,16 @@ def make(
 
 
 def compare(source: Source, remodel: Remodel, state: TrainState) -> float:
-    """How far the logits of the new model are from the old one's; see `difference`."""
+    """The distance of the new model's logits from the old model's; see `difference`."""
     args = (state.params, state.model_state, source.batches, source.mesh, source.state.step)
     return difference(source.said, Said(remodel.new, *args))
 
 
 def judge(source: Source, apart: float, *, allow_change: bool, fix: str) -> str:
-    """A sentence on the comparison.
+    """A sentence about the comparison.
 
     Raises:
-      ValueError: the logits change, and `allow_change` is off.
+      ValueError: the logits change, and `allow_change` is False.
     """
     check_preserved(apart, allow_change, fix)
     verb = "preserved" if apart <= TOLERANCE else "changed"
@@ -156,9 +156,9 @@ def save(
     output: pathlib.Path,
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes the directory of the new model; arguments are those of `make` and `save_made`."""
+    """Writes the directory of the new model; for the arguments see `make` and `save_made`."""
     origin = {"step": int(source.state.step), **origin}
-    # Another name: an export writes the family that an imported model is named after.
+    # A new name, since an export writes the family that an imported model is named after.
     name = f"{remodel.new.name}_{origin['made_by']}"
     config = dataclasses.replace(remodel.new, name=name)
     save_made(source.workdir, config, state, output, origin)
@@ -171,14 +171,14 @@ def save_made(
     output: pathlib.Path,
     origin: Mapping[str, Any],
 ) -> None:
-    """Writes the directory of a model that was made of a run's; whole, or not at all.
+    """Writes the directory of a model made from a run, completely or not at all.
 
     Args:
-      workdir: of that run, whose tokenizer is copied if it is in there.
+      workdir: of that run; a tokenizer in it is copied.
       config: of the new model.
-      state: of it.
+      state: of the new model.
       output: the directory.
-      origin: how it was made, as JSON can hold it; `made_by` is the command.
+      origin: how it was made, as JSON values; `made_by` is the command.
     """
     record, _ = recorded_run(workdir)
     config = dataclasses.replace(config, mesh=MeshConfig())

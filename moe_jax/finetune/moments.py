@@ -1,4 +1,4 @@
-"""The optimizer's state of a model made out of another (legend: `moe_jax.moe`)."""
+"""The optimizer state of a model made from another (legend: `moe_jax.moe`)."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from moe_jax.training.optimizers import make_optimizer
 from moe_jax.training.placement import axes_of_moment
 from moe_jax.training.state import abstract_state, trained_params, with_schedule_at
 
-# States of optimizers that hold parameters, not moments: averages, and Schedule-Free's z.
+# Optimizer states that contain parameters, not moments: averages, and Schedule-Free's z.
 PARAMETERS = ("average", "z")
 
 
@@ -32,16 +32,16 @@ class Kept(NamedTuple):
 
     @property
     def is_moment(self) -> bool:
-        """Whether it is no copy of the parameter itself."""
+        """Whether it is a moment, not a copy of the parameter."""
         return not any(getattr(entry, "name", "") in PARAMETERS for entry in self.before)
 
     def of(self, path: Path) -> tuple[Any, ...]:
-        """The path of the same for another parameter."""
+        """The path of the same kind of array for another parameter."""
         return (*self.before, *map(jax.tree_util.DictKey, path), *self.after)
 
 
 def kept_of(path: tuple[Any, ...], parameters: Any) -> Kept | None:
-    """What a path in an optimizer's state leads to, or None if it is of no parameter."""
+    """The array at a path in an optimizer's state; None if it belongs to no parameter."""
     is_key = [isinstance(entry, jax.tree_util.DictKey) for entry in path]
     start = is_key.index(True) if any(is_key) else len(path)
     for end in range(len(path), start, -1):
@@ -53,16 +53,16 @@ def kept_of(path: tuple[Any, ...], parameters: Any) -> Kept | None:
 def remodelled_optimizer(
     remodel: Remodel, opt_state: Any, key: jax.Array, mesh: Mesh, *, counts: bool
 ) -> Any:
-    """What the optimizer keeps for the new model: moments are carried and copied as parameters are.
+    """The optimizer state of the new model: moments are carried and copied as parameters are.
 
-    A parameter that is drawn, such as a router's, has the moments of a new run.
+    A newly drawn parameter, such as a router's, has the moments of a new run.
 
     Args:
-      remodel: the two models; both configs have one optimizer.
+      remodel: the two models; both configs have the same optimizer.
       opt_state: of the old model, on the mesh.
       key: the same as for the parameters.
       mesh: of both.
-      counts: whether the schedule of the learning rate goes on; else it starts again.
+      counts: whether the schedule of the learning rate continues; else it starts again.
 
     Raises:
       ValueError: the optimizer's state has arrays that cannot be carried.

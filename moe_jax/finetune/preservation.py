@@ -1,4 +1,4 @@
-"""Whether a new model says what the old one said, on real tokens (legend: `moe_jax.moe`)."""
+"""Checks that a new model preserves the old one's logits on text (legend: `moe_jax.moe`)."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from moe_jax.training.placement import inference_rows
 from moe_jax.training.saved import open_run_data
 
 TOLERANCE = 1e-5  # of the largest logit of the old model
-LENGTH = 256  # tokens of a sequence that is compared, at most
-ROWS = 2  # sequences of a batch, at least
+LENGTH = 256  # maximum number of tokens per compared sequence
+ROWS = 2  # minimum number of sequences per batch
 Batch = Mapping[str, jax.Array]
 
 
@@ -74,7 +74,7 @@ def outputs_of(
     *,
     model: LanguageModel,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Logits float32 [B, L, V], and by part the choices of each expert, int32 [X, E]."""
+    """Logits, float32 [B, L, V], and by part the choices per layer and expert, int32 [X, E]."""
     output = model.run(params, call_of(batch, capacity=0.0, step=step), state=model_state)
     load = {
         part: jnp.sum(output.aux[part].sums["assigned_KE"], axis=1) for part in model.moe_layers
@@ -83,11 +83,11 @@ def outputs_of(
 
 
 class Said:
-    """What a model says of some text: logits of its tokens, and the load of experts.
+    """The outputs of a model on some text: logits, and the load of experts.
 
     Attributes:
-      logits: of each batch, float32 [N, V] of its N tokens that are no padding.
-      load: by part, choices of each expert in each layer, int64 [X, E]; dropless.
+      logits: per batch, float32 [N, V] of its N tokens without padding.
+      load: by part, choices per layer and expert, int64 [X, E]; dropless.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Said:
         mesh: Mesh,
         step: jax.Array | None = None,
     ):
-        """Runs the model in float32, at the highest precision of matmuls."""
+        """Runs the model in float32, with matmuls at the highest precision."""
         model = dataclasses.replace(config.model, compute_dtype="float32")
         self.logits: list[np.ndarray] = []
         self.load: dict[str, np.ndarray] = {}
@@ -114,12 +114,12 @@ class Said:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were compared."""
+        """The number of compared tokens."""
         return sum(map(len, self.logits))
 
 
 def difference(old: Said, new: Said) -> float:
-    """The largest difference of two logits, over the largest absolute logit of the old model."""
+    """The largest difference of two logits, divided by the old model's largest absolute logit."""
     pairs = list(zip(old.logits, new.logits, strict=True))
     largest = max(float(np.abs(before).max()) for before, _ in pairs)
     apart = max(float(np.abs(before - after).max()) for before, after in pairs)
@@ -127,12 +127,12 @@ def difference(old: Said, new: Said) -> float:
 
 
 def check_preserved(apart: float, allow_change: bool, fix: str) -> None:
-    """Refuses a new model whose logits are not the old one's.
+    """Refuses a new model whose logits differ from the old one's.
 
     Args:
-      apart: `difference`.
-      allow_change: whether to accept any that is a number.
-      fix: how the model could be preserved.
+      apart: the result of `difference`.
+      allow_change: whether to accept any finite difference.
+      fix: advice on how to preserve the model.
 
     Raises:
       ValueError: with the difference.

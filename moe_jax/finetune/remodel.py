@@ -1,8 +1,8 @@
-"""A model out of another of as many layers: some parts replaced, all else carried.
+"""Makes a model from another with the same number of layers: replaces parts, carries the rest.
 
-Dense to sparse, sparse to dense, fewer experts: each says how one array of one layer of a new part
-comes out of those of the old part (`Origin`). Where arrays lie in both trees, and in what order
-they are made so that a large model is never there twice, is here. Legend: `moe_jax.moe`.
+An `Origin` computes one array of one layer of a new part from arrays of the old part: dense to
+sparse, sparse to dense, or fewer experts. This module finds arrays in both trees and orders the
+work so that memory never contains a large model twice. Legend: `moe_jax.moe`.
 """
 
 import collections
@@ -30,18 +30,18 @@ NORMS = ("_norm", "_post_norm")  # of a branch, beside it in its layer
 
 
 class Origin:
-    """How the parameters of a part of the new model come out of those of the old one.
+    """How the parameters of a new part are made from those of the old part.
 
     Attributes:
       spec_of: the `ParameterSpec` of every parameter of one layer of the new part, by its path.
-      per_layer: an array for each layer, by its number through all stacks, or nothing.
+      per_layer: an array per layer, by its number across all stacks; or None.
     """
 
     spec_of: Mapping[Path, ParameterSpec]
     per_layer: Mapping[int, np.ndarray] | None = None
 
     def needs(self, path: Path) -> tuple[Path, ...]:
-        """The parameters of the old part that a new one is made of; () of one that is drawn."""
+        """The old parameters from which a new one is made; () if it is drawn."""
         raise NotImplementedError
 
     def make(
@@ -56,20 +56,20 @@ class Origin:
 
         Args:
           path: in the part, such as ("experts", "wi").
-          old: what it needs, of one layer.
+          old: the parameters that it needs, of one layer.
           key: random key of the layer.
-          own: what `per_layer` has for it.
-          moment: whether these are an optimizer's moments in place of the parameters.
+          own: the entry of `per_layer` for the layer.
+          moment: whether the arrays are optimizer moments in place of parameters.
         """
         raise NotImplementedError
 
     def state(self, start: Any, old: Any, layers: Sequence[int]) -> Any:
-        """What the new part keeps outside the optimizer, such as a selection bias.
+        """The state of the new part outside the optimizer, such as a selection bias.
 
         Args:
-          start: as a new model has it, with a leading dim of layers.
-          old: of the old part of the same name, or None.
-          layers: their numbers.
+          start: the state in a new model, with a leading dim of layers.
+          old: the state of the old part of the same name, or None.
+          layers: numbers of the layers.
         """
         del old, layers
         return start
@@ -77,16 +77,16 @@ class Origin:
     def make_other(
         self, path: Path, old: jax.Array, own: jax.Array | None, shape: tuple[int, ...]
     ) -> jax.Array:
-        """What an optimizer keeps for the first parameter in `needs` in another shape than its own.
+        """Converts an optimizer array whose shape differs from that of its parameter.
 
         Args:
           path: of the new parameter.
-          old: of one layer.
-          own: what `per_layer` has for the layer.
-          shape: that the optimizer keeps for the new parameter.
+          old: the array for the first parameter in `needs`, of one layer.
+          own: the entry of `per_layer` for the layer.
+          shape: of the optimizer's array for the new parameter.
 
         Raises:
-          ValueError: it has no meaning for the new parameter.
+          ValueError: the array has no meaning for the new parameter.
         """
         del own
         if old.shape != shape[-old.ndim :] and old.ndim:
@@ -99,7 +99,7 @@ class Origin:
 
 
 class Place(NamedTuple):
-    """Where the array of one layer is: the path in the tree, and the row of a stacked one."""
+    """Where the array of one layer is: its path in the tree, and its row if it is stacked."""
 
     path: Path
     row: int | None
@@ -109,10 +109,10 @@ class Row(NamedTuple):
     """How an array of one layer of the new tree is made.
 
     Attributes:
-      origin: of its part; None: it is carried.
+      origin: of its part; None: the array is carried.
       path: of the parameter within its part.
-      old: the places of what it needs.
-      layer: its number through all stacks.
+      old: places of the old arrays that it needs.
+      layer: number of the layer across all stacks.
     """
 
     origin: Origin | None
@@ -125,9 +125,9 @@ class Recipe(NamedTuple):
     """How an array of the new tree is made.
 
     Attributes:
-      rows: of its layers; one of an array outside the layers.
+      rows: one per layer; a single row for an array outside the layers.
       stacked: whether the array has a leading dim of layers.
-      unmoved: the path of the old array that the new one is, as it is; None if there is none.
+      unmoved: path of the old array if the new one is identical; None if there is none.
     """
 
     rows: tuple[Row, ...]
@@ -136,18 +136,18 @@ class Recipe(NamedTuple):
 
     @property
     def needed(self) -> collections.Counter[Path]:
-        """The old arrays that it is made of, and how often."""
+        """The old arrays that it needs, and how often."""
         return collections.Counter(one.path for row in self.rows for one in row.old)
 
 
 @dataclasses.dataclass(frozen=True)
 class Remodel:
-    """Two models of as many layers with as many branches, and the origins of what is replaced.
+    """Two models with equal numbers of layers and branches, and the origins of replaced parts.
 
     Attributes:
       old: the config of the old model.
-      new: of the new one.
-      origins: by the names of a part of the old model and of the new one in its place.
+      new: the config of the new model.
+      origins: by (name of the old part, name of the new part in its place).
     """
 
     old: ExperimentConfig
@@ -170,7 +170,7 @@ class Remodel:
     def recipe(
         self, leaf: Leaf, places: Mapping[Path, Mapping[int, Place]], start: Mapping[str, int]
     ) -> Recipe:
-        """How one of them is made."""
+        """How one parameter is made."""
         stack = leaf.path[0]
         if stack not in start or not leaf.layers:
             row = Row(None, (), (Place(leaf.path, None),), 0)
@@ -188,13 +188,13 @@ class Remodel:
     def old_branch(
         self, stack: str, number: int, layer: Any, key: str
     ) -> tuple[str, Origin | None]:
-        """Where a branch or a norm of a new layer is in the old one, and the origin of a branch.
+        """The old key of a branch or norm of a new layer, and the origin of a branch.
 
         Args:
-          stack: its name.
-          number: of the layer in it.
-          layer: the new one.
-          key: of its parameters in the layer.
+          stack: name of the stack.
+          number: of the layer in the stack.
+          layer: the new layer.
+          key: of the branch or norm in the new layer.
         """
         of = self.old.model.stacks[stack]
         old = (of.first + of.unit * of.repeats + of.last)[number]
@@ -210,7 +210,7 @@ class Remodel:
 def unmoved(
     rows: Sequence[Row], stacked: bool, places: Mapping[Path, Mapping[int, Place]]
 ) -> Path | None:
-    """See `Recipe`: the path of the old array that has these rows and no others, in their order."""
+    """See `Recipe`: the path of the old array with exactly these rows, in this order."""
     if any(row.origin is not None for row in rows):
         return None
     first = rows[0].old[0]
@@ -222,7 +222,7 @@ def unmoved(
 def with_parts(
     model: LanguageModel, parts: Mapping[str, Part], layouts: Mapping[str, StackLayout]
 ) -> LanguageModel:
-    """A model with other stacks, and those of the parts that a layer names."""
+    """A model with other stacks, and with only the parts that a layer names."""
     used = {name for layout in layouts.values() for name in layout.names}
     used |= set(model.multi_token.layer) if model.multi_token else set()
     kept = {name: part for name, part in parts.items() if name in used}
@@ -230,7 +230,7 @@ def with_parts(
 
 
 def with_layers(layout: StackLayout, layers: Sequence[LayerNames]) -> StackLayout:
-    """A layout with other layers, and all else as it is."""
+    """A layout with other layers."""
     names = ("shared", "tied", "causal", "allow_lookahead")
     return StackLayout.of(layers, **{name: getattr(layout, name) for name in names})
 
@@ -249,15 +249,15 @@ def places_of(model: LanguageModel) -> dict[Path, dict[int, Place]]:
 def remodelled(
     remodel: Remodel, params: Any, key: jax.Array, mesh: Mesh, *, donate: bool = False
 ) -> Any:
-    """The parameters of the new model, made one after another where each lies on the mesh.
+    """The parameters of the new model, made one after another in their places on the mesh.
 
     Args:
       remodel: the two models.
-      params: of the old one, on the mesh.
-      key: of what is drawn.
-      mesh: of both.
-      donate: delete an array of the old model when nothing more is made of it, so that both
-        models are never there at once.
+      params: of the old model, on the mesh.
+      key: random key for new parameters.
+      mesh: of both models.
+      donate: delete an array of the old model after its last use, so that both models are never in
+        memory at once.
     """
     specs = {path_of(path): spec for path, spec in leaves_with_path(remodel.new.model.specs())}
     arrays = {path_of(path): array for path, array in leaves_with_path(params)}
@@ -274,7 +274,7 @@ def make_arrays(
     *,
     donate: bool,
 ) -> dict[Path, jax.Array]:
-    """New arrays by path, of old ones by path; see `remodelled`."""
+    """New arrays by path, from old arrays by path; see `remodelled`."""
     recipes = {path: remodel.recipes[path] for path in specs}
     left = sum((recipe.needed for recipe in recipes.values()), collections.Counter[Path]())
     kept = {recipe.unmoved for recipe in recipes.values()}
@@ -301,15 +301,15 @@ def made_of(
     moment: bool = False,
     shape: tuple[int, ...] | None = None,
 ) -> jax.Array:
-    """One array of the new tree, as one program.
+    """One array of the new tree, computed by one program.
 
     Args:
       recipe: how it is made.
       arrays: of the old tree, by path.
-      key: of what is drawn.
+      key: random key for new parameters.
       sharding: of the new array.
       moment: see `Origin.make`.
-      shape: of one layer, if it is not that of the parameter; see `Origin.make_other`.
+      shape: of one layer, if it differs from the parameter's; see `Origin.make_other`.
     """
     names = sorted(recipe.needed)
 
@@ -333,7 +333,7 @@ def rows_of(
     moment: bool,
     shape: tuple[int, ...] | None,
 ) -> jax.Array:
-    """The arrays of some layers of one origin, with a leading dim; see `made_of`."""
+    """The arrays of some layers with one origin, with a leading dim; see `made_of`."""
     gathered = [gather(places, arrays) for places in zip(*(row.old for row in rows), strict=True)]
     origin, path = rows[0].origin, rows[0].path
     if origin is None:
@@ -353,7 +353,7 @@ def rows_of(
 
 
 def gather(places: Sequence[Place], arrays: Mapping[Path, jax.Array]) -> jax.Array:
-    """What is at some places, with a leading dim."""
+    """The arrays at some places, stacked."""
     rows = [one.row for one in places]
     if len({one.path for one in places}) == 1 and None not in rows:
         return arrays[places[0].path][np.asarray(rows)]
@@ -366,7 +366,7 @@ def row_of(array: jax.Array, row: int | None) -> jax.Array:
 
 
 def specs_by_path(part: Part, dims: Dims) -> dict[Path, ParameterSpec]:
-    """The specs of the parameters of a part, by path in it."""
+    """The specs of a part's parameters, by path in the part."""
     return {path_of(path): spec for path, spec in leaves_with_path(part.specs(dims))}
 
 
@@ -381,12 +381,12 @@ def leaves_with_path(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def unflatten(like: Any, made: Mapping[Path, jax.Array]) -> Any:
-    """A tree like another, of arrays by path."""
+    """A tree with the structure of `like`, from arrays by path."""
     return jax.tree_util.tree_map_with_path(lambda path, _: made[path_of(path)], like)
 
 
 def remodelled_state(remodel: Remodel, state: Mapping[str, Any], key: jax.Array) -> dict[str, Any]:
-    """What parts of the new model keep outside the optimizer, by part; see `Origin.state`."""
+    """The state of the new model's parts outside the optimizer, by part; see `Origin.state`."""
     origins = {new: origin for (_, new), origin in remodel.origins.items()}
     start = init_parameters(key, remodel.new.model.state_specs())
     return {

@@ -1,4 +1,4 @@
-"""Dense models made sparse: feed-forward networks become experts (legend: `moe_jax.moe`)."""
+"""Makes dense models sparse: feed-forward networks become experts (legend: `moe_jax.moe`)."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ from moe_jax.moe.routing import RouterInputs
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Dims, Part
 
-COMPONENT = "dense_ffn"  # of the parameters of a part that becomes sparse
-PROBES = 16  # tokens that a router without a preference is asked about
+COMPONENT = "dense_ffn"  # component of the parameters of a part that becomes sparse
+PROBES = 16  # tokens routed to measure the gates of a router without preference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +39,20 @@ class Upcycling(Settings):
     Source: Komatsuzaki et al. 2022, arXiv:2212.05055.
     """
 
-    # The block: `expert_dim`, `activation`, `use_bias` and `init_scale` become the dense network's.
+    # The block: the dense network sets its `expert_dim`, `activation`, `use_bias`, `init_scale`.
     moe: MoE = MoE(
         num_selected_experts=2,
         router=TokenChoice(renormalize=True),
         capacity=Capacity(train_factor=0, eval_factor=0),
     )
-    ways: tuple[Way, ...] = ()  # what happens to copies of the dense network, in this order
-    every: int = setting(1, at_least=1)  # of so many layers of a stack the last becomes sparse
-    # These layers instead, numbered through all stacks; (): by `every`.
+    ways: tuple[Way, ...] = ()  # changes to copies of the dense network, in this order
+    every: int = setting(1, at_least=1)  # N: of each N layers of a stack, the last becomes sparse
+    # These layers instead, numbered across all stacks; (): by `every`.
     layers: tuple[int, ...] = setting((), at_least=0)
-    # Or stacks in which parts named as `sparse_name` says stand for dense ones.
+    # Or stacks in which parts named by `sparse_name` replace dense ones.
     stacks: tuple[tuple[str, StackLayout], ...] = ()
-    rescale: bool = True  # divide what experts give by the sum of gates without a preference
-    # Of the router's weights; None: as a new model has them.
+    rescale: bool = True  # divide expert outputs by the sum of gates without a preference
+    # Of the router's weights; None: as in a new model.
     router_stddev: float | None = setting(None, at_least=0)
 
     def check(self) -> None:
@@ -72,19 +72,19 @@ class Upcycling(Settings):
         )
 
     def chooses(self, place: int, number: int) -> bool:
-        """Whether a layer becomes sparse, by its place in its stack and its number in the model."""
+        """Whether a layer becomes sparse; `place` is in its stack, `number` in the model."""
         if self.layers:
             return number in self.layers
         return place % self.every == self.every - 1
 
 
 class Upcycled(Origin):
-    """The origin of an MoE block: copies of a dense network, a router that is drawn.
+    """The origin of an MoE block: copies of a dense network, and a newly drawn router.
 
     Attributes:
-      blocks: the block before each way, and at last as it is.
-      ways: in their order.
-      factor: on what experts give.
+      blocks: the block before each way, then the final block.
+      ways: in order.
+      factor: multiplies the outputs of experts.
       router_stddev: see `Upcycling`.
     """
 
@@ -129,7 +129,7 @@ class Upcycled(Origin):
         return self.drawn(path, key)
 
     def experts(self, name: str, dense: jax.Array, key: jax.Array, moment: bool) -> jax.Array:
-        """A weight of the experts, [E, ...], out of the dense network's."""
+        """A weight of the experts, [E, ...], from that of the dense network."""
         value = jnp.broadcast_to(dense, (self.block.num_experts, *dense.shape))
         for place, (way, moe) in enumerate(zip(self.ways, self.blocks, strict=False)):
             own = jax.random.fold_in(key, place)
@@ -137,7 +137,7 @@ class Upcycled(Origin):
         return value if moment or name not in OUTWARD else value * self.factor
 
     def drawn(self, path: Path, key: jax.Array) -> jax.Array:
-        """A parameter that the dense model has not: the router's."""
+        """A parameter that the dense model lacks: one of the router."""
         spec = self.spec_of[path]
         value = spec.init(jax.random.fold_in(key, len(self.ways)), spec.shape, spec.dtype)
         if path == ("router", "weight") and self.router_stddev is not None:
@@ -149,7 +149,7 @@ class Upcycled(Origin):
 
 
 def settings_of(dense: Part) -> dict[str, Any]:
-    """The settings of a block that a dense network decides."""
+    """The settings of a block that the dense network determines."""
     names = {"expert_dim": "dim"} | {n: n for n in ("activation", "use_bias", "init_scale")}
     require(
         all(hasattr(dense, name) for name in names.values()),
@@ -161,10 +161,10 @@ def settings_of(dense: Part) -> dict[str, Any]:
 
 
 def gates_without_preference(moe: MoE, dims: Dims) -> float:
-    """The sum of a token's gates by a router whose parameters are 0; 1 if it has no such sum.
+    """The sum of a token's gates if all router parameters are 0; 1 if there is no such sum.
 
-    1 where gates are renormalised, K / E for a softmax over all experts, K / 2 for sigmoids, each
-    times the router's scaling factor.
+    The sum is 1 with renormalised gates, K / E for a softmax over all experts, K / 2 for sigmoids,
+    each times the router's scaling factor.
     """
     if moe.num_options == 1:
         return moe.router.scaling_factor
@@ -197,7 +197,7 @@ def dense_parts(model: LanguageModel, stack: str) -> list[str]:
 
 
 def sparse_name(model: LanguageModel, stack: str, dense: str) -> str:
-    """The name of the block in place of a dense part: "moe", "encoder_moe", or PART_moe."""
+    """The name of the block that replaces a dense part: "moe", "encoder_moe", or PART_moe."""
     name = "moe" if len(dense_parts(model, stack)) == 1 else f"{dense}_moe"
     name = name if stack == "stack" else f"{stack}_{name}"
     taken = set(model.part)
@@ -213,11 +213,11 @@ def sparse_layer(model: LanguageModel, stack: str, layer: LayerNames) -> LayerNa
 
 
 def sparse_layouts(model: LanguageModel, upcycling: Upcycling) -> dict[str, StackLayout]:
-    """The layouts of the stacks of the new model.
+    """The layouts of the new model's stacks.
 
     Raises:
-      ValueError: a layer has no dense part or is not there, or a stack that was given is not the
-        model's with some layers sparse.
+      ValueError: a layer has no dense part or does not exist, or a given stack is not the model's
+        stack with some layers made sparse.
     """
     given, layouts, start = dict(upcycling.stacks), {}, 0
     require(
@@ -258,10 +258,10 @@ def sparse_layouts(model: LanguageModel, upcycling: Upcycling) -> dict[str, Stac
 def check_given(
     layout: StackLayout, pairs: Sequence[tuple[LayerNames, LayerNames]], stack: str
 ) -> None:
-    """Checks a layout in which some layers of a model are sparse; `pairs` are dense and sparse.
+    """Checks a layout with some layers made sparse; `pairs` are (dense, sparse) layers.
 
     Raises:
-      ValueError: naming the first layer that is neither.
+      ValueError: with the first layer that is neither.
     """
     require(
         layout.num_layers == len(pairs),
@@ -283,14 +283,14 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
 
     Args:
       config: of the dense model.
-      upcycling: how.
+      upcycling: the settings.
 
     Returns:
       Both models; `remodel.remodelled` makes the parameters.
 
     Raises:
-      ValueError: nothing is dense, or becomes sparse; a tied layer would; or the settings do not
-        fit the model.
+      ValueError: no part is dense, none becomes sparse, a dense part is tied, or the settings do
+        not fit the model.
     """
     model = config.model
     require(

@@ -1,8 +1,8 @@
 """How experts start from a dense feed-forward network; ways compose (legend: `moe_jax.moe`).
 
 Every expert starts as a copy of the dense network: `wi`, `wg` [M, H], `wo` [H, M], biases `bi`,
-`bg` [H] and `bo` [M]. Each way changes the copies, one after another. A way of your own derives
-from `Way` and is named by its import path.
+`bg` [H] and `bo` [M]. Ways change the copies, one after another. Your own way derives from `Way`
+and is named by its import path.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from moe_jax.config.settings import Settings, setting
 from moe_jax.moe.part import MoE
 
 HIDDEN_DIM = {"wi": -1, "wg": -1, "bi": -1, "bg": -1, "wo": -2}  # which dim of a weight is H
-OUTWARD = ("wo", "bo")  # what a factor on the output of an expert multiplies
+OUTWARD = ("wo", "bo")  # the weights that a factor on the output of an expert multiplies
 
 
 class Copies(NamedTuple):
@@ -25,7 +25,7 @@ class Copies(NamedTuple):
     Attributes:
       name: "wi", "wg", "wo", "bi", "bg" or "bo".
       value: float32, with a leading E.
-      moment: whether it holds moments of an optimizer in place of weights.
+      moment: whether it contains optimizer moments in place of weights.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Copies(NamedTuple):
     moment: bool = False
 
     def of_units(self, units_EH: jax.Array) -> jax.Array:
-        """What is of hidden units in a shape that broadcasts with the value."""
+        """An array over hidden units in a shape that broadcasts with the value."""
         if self.value.ndim == 2:
             return units_EH
         return units_EH[:, :, None] if HIDDEN_DIM[self.name] == -2 else units_EH[:, None, :]
@@ -41,7 +41,7 @@ class Copies(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Way(Settings):
-    """A change of experts that are copies of a dense network."""
+    """A change to experts that are copies of a dense network."""
 
     family: ClassVar[str] = "upcycling"
 
@@ -49,7 +49,7 @@ class Way(Settings):
         """The settings of the block that the experts are for.
 
         Args:
-          moe: before this way; `expert_dim` is that of the experts as they come in.
+          moe: the block before this way; its `expert_dim` is that of the incoming experts.
 
         Raises:
           ValueError: the way does not fit the block.
@@ -60,7 +60,7 @@ class Way(Settings):
         """A weight of all experts of a layer, [E, ...]; a pure function.
 
         Args:
-          copies: the weight as the ways before left it.
+          copies: the weight after the earlier ways.
           moe: the block before this way.
           key: of the layer and the way, the same for every weight.
         """
@@ -68,29 +68,29 @@ class Way(Settings):
         return copies.value
 
     def shared(self, name: str, value: jax.Array) -> jax.Array:
-        """A weight of the shared expert, from that of the dense network as it was left."""
+        """A weight of the shared expert, from the dense network's weight after earlier ways."""
         del name
         return value
 
     def router(self, value: jax.Array, moe: MoE) -> jax.Array:
-        """A parameter of the router that has a last dim of options, such as `weight` [M, E]."""
+        """A parameter of the router whose last dim is the options, such as `weight` [M, E]."""
         del moe
         return value
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Way):
-    """Gaussian noise on some hidden units of each expert, drawn for each expert by itself.
+    """Gaussian noise on some hidden units of each expert, drawn independently per expert.
 
     Source: Komatsuzaki et al. 2022, arXiv:2212.05055, App. B (noise does not help); half of the
       units and 0.02 are those of noise upcycling in Nakamura et al. 2025, arXiv:2502.19261.
     """
 
     stddev: float = setting(0.02, above=0)  # of the noise
-    ratio: float = setting(0.5, above=0, at_most=1)  # of hidden units that get it
+    ratio: float = setting(0.5, above=0, at_most=1)  # share of hidden units with noise
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`; `bo`, which is of no hidden unit, and moments stay as they are."""
+        """See `Way`; moments and `bo`, which belongs to no hidden unit, stay the same."""
         if copies.moment or copies.name not in HIDDEN_DIM:
             return copies.value
         drawn_EH = drawn_units(key, self.ratio, moe)
@@ -100,19 +100,19 @@ class Noise(Way):
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Way):
-    """Some hidden units of each expert drawn anew, from the mean and deviation of those they were.
+    """Draws some hidden units of each expert anew, with the mean and deviation of their old values.
 
-    The units of an expert are the same in all of its matrices. Each matrix has statistics of its
-    own, over all weights of the units that are drawn anew. Their moments start at 0.
+    The redrawn units of an expert are the same in all of its matrices. Each matrix uses its own
+    statistics, over all weights of its redrawn units. Their optimizer moments start at 0.
 
     Source: Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, sec. 3, and `drop_upcycling.py`
       of Taishi-N324/Drop-Upcycling.
     """
 
-    ratio: float = setting(0.5, above=0, at_most=1)  # of hidden units that are drawn anew
+    ratio: float = setting(0.5, above=0, at_most=1)  # share of hidden units to redraw
 
     def experts(self, copies: Copies, moe: MoE, key: jax.Array) -> jax.Array:
-        """See `Way`; `bo`, which is of no hidden unit, stays as it is."""
+        """See `Way`; `bo`, which belongs to no hidden unit, stays the same."""
         if copies.name not in HIDDEN_DIM:
             return copies.value
         value, drawn = copies.value, copies.of_units(drawn_units(key, self.ratio, moe))
@@ -127,7 +127,7 @@ class Drop(Way):
 
 
 def drawn_units(key: jax.Array, ratio: float, moe: MoE) -> jax.Array:
-    """Which hidden units each expert draws: bool [E, H], round(ratio H) of each row."""
+    """The hidden units that each expert draws: bool [E, H], max(1, round(ratio H)) per row."""
     count = max(1, round(ratio * moe.expert_dim))
     rank_EH = jax.random.uniform(key, (moe.num_experts, moe.expert_dim))
     order_EH = jnp.argsort(jnp.argsort(rank_EH, axis=-1), axis=-1)
@@ -141,11 +141,11 @@ def key_of(key: jax.Array, name: str) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Granular(Way):
-    """Smaller experts: each network is cut into shards of its hidden units.
+    """Smaller experts: cuts each network into shards of its hidden units.
 
-    Expert e has shard e % G, so that G neighbours, a virtual group, are one whole network. Their
-    columns of the router start equal, and a token selects whole groups. The output of a shard is
-    multiplied by G: gates of K experts, of which K / G have the same shard, still sum to 1.
+    Expert e gets shard e % G, so that G neighbours, a virtual group, are one whole network. Their
+    router columns start equal, so that a token selects whole groups. The output of a shard is
+    multiplied by G: the gates of K experts sum to 1, but only K / G of these have the same shard.
 
     Source: He et al. 2024, arXiv:2410.07524, "virtual group" initialization.
     """
@@ -176,17 +176,17 @@ class Granular(Way):
         return value * self.shards if copies.name == "wo" and not copies.moment else value
 
     def router(self, value: jax.Array, moe: MoE) -> jax.Array:
-        """See `Way`: all of a group have the values of its first."""
+        """See `Way`: all experts of a group have the values of its first expert."""
         first_E = jnp.arange(moe.num_experts) // self.shards * self.shards
         return value[..., first_E]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared(Way):
-    """A shared expert that every token uses, beside the routed ones.
+    """A shared expert that every token uses, in addition to the routed experts.
 
-    It has the first `dim` hidden units of the dense network, and the routed experts are copies of
-    the others. With `dim=0` it is the whole network, and routed experts start with an output of 0:
+    It has the first `dim` hidden units of the dense network; routed experts are copies of the other
+    units. With `dim=0` it is the whole network, and routed experts start with an output of 0:
     copies whose `wo` is 0. That preserves the network with any gates.
 
     Source: DeepSeekMoE, arXiv:2401.06066 (shared expert isolation).
