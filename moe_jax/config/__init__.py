@@ -1,8 +1,8 @@
-"""Settings: frozen dataclasses that check themselves, made of what a user writes.
+"""Settings: frozen dataclasses that check themselves, made from a user's config.
 
-A user writes an `ml_collections.ConfigDict` (see `configs/`); `from_config_dict` turns it once,
-before any device work, into an `ExperimentConfig`, and nothing below that reads the `ConfigDict`.
-The settings of a model stand in its parts: `kinds` says where each kind is.
+A user writes an `ml_collections.ConfigDict` (see `configs/`). Before any device work,
+`from_config_dict` converts it once into an `ExperimentConfig`; later code does not read the
+`ConfigDict`. Each part of a model has its own settings: `kinds` lists where each kind is defined.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ from moe_jax.config.run import (
 
 
 def parse_mesh(text: str, flag: str, separator: str = ",") -> MeshConfig:
-    """The mesh of a trained model, such as "data=2,fsdp=-1"; sizes that are not named are 1.
+    """The mesh of a trained model, such as "data=2,fsdp=-1"; other sizes are 1.
 
     Raises:
-      ValueError: the text is not of this form, or a mesh has no such size; it names the flag.
+      ValueError: the text has another form, or a mesh has no such size; it names the flag.
     """
     sizes: dict[str, int] = {}
     bools = {"0": False, "1": True, "false": False, "true": True}
@@ -56,7 +56,7 @@ def from_config_dict(config: Mapping[str, Any]) -> ExperimentConfig:
     """Checks a user's config and freezes it.
 
     Args:
-      config: a (nested) mapping of settings; a field that is absent keeps its default.
+      config: a (nested) mapping of settings; an absent field keeps its default.
 
     Raises:
       ValueError: an unknown field, a value of another type, or settings that break a rule.

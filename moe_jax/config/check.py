@@ -1,4 +1,4 @@
-"""How a setting is refused: the rule, the values that broke it, what to change."""
+"""Error messages for settings: the rule, the values that broke it, and what to change."""
 
 
 def require(condition: bool, rule: str, got: str, fix: str) -> None:

@@ -1,8 +1,8 @@
-"""From `ml_collections.ConfigDict`, the user's interface, to frozen objects and back.
+"""Converts `ml_collections.ConfigDict`, the user's interface, to frozen objects and back.
 
-A section of one kind is a dict of its fields. A part is a dict of its fields and its "kind", or the
-kind alone, as a string, for a part with default fields. Several parts of one family are a dict by
-name, in which the name is the kind unless another is given.
+A section of one kind is a dict of its fields. A part is a dict of its fields and its "kind"; a part
+with default fields may be just the kind, as a string. Several parts of one family are a dict by
+name; the name is the kind unless "kind" is given.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from moe_jax.config.settings import Settings
 from moe_jax.config.upgrade import FORMAT, upgrade
 
 if TYPE_CHECKING:
-    import ml_collections  # which only those need who write settings as a ConfigDict
+    import ml_collections  # needed only to write settings as a ConfigDict
 
-HEADER = ("format", "sources", "content")  # of a written config, beside its settings
+HEADER = ("format", "sources", "content")  # of a written config, in addition to its settings
 Config = TypeVar("Config")
-Trust = bool | frozenset[str]  # of modules outside the library: all, none, those of these kinds
+Trust = bool | frozenset[str]  # in modules outside the library: all, none, those of these kinds
 
 
 def config_dict(config: Settings) -> "ml_collections.ConfigDict":
-    """A locked `ConfigDict` with every field of an object, nested alike, kinds included.
+    """A locked `ConfigDict` with every field of an object, nested in the same way, with kinds.
 
-    What is None may be set to anything, by a flag too: `--config.model.parts.moe.bias=sign`.
+    A field that is None may be set to anything, as by `--config.model.parts.moe.bias=sign`.
     """
     import ml_collections
 
@@ -46,11 +46,11 @@ def open_none(value: Any) -> Any:
 
 
 def to_dict(value: Any, *, only_results: bool = False) -> Any:
-    """Plain dicts, tuples and numbers that `build` makes the same object of.
+    """Plain dicts, tuples and numbers from which `build` makes the same object.
 
     Args:
-      value: an object, or what a field holds.
-      only_results: whether to leave out the settings that do not change the results of a run.
+      value: an object, or the value of a field.
+      only_results: whether to leave out settings that do not change the results of a run.
     """
     if isinstance(value, Settings):
         fields = fields_dict(value, only_results)
@@ -60,7 +60,7 @@ def to_dict(value: Any, *, only_results: bool = False) -> Any:
     if isinstance(value, tuple):
         if value and all(is_named_part(item) for item in value):
             named = {name: to_dict(part, only_results=only_results) for name, part in value}
-            # A dict has no order and no name twice; where these matter it stays a tuple of pairs.
+            # A dict loses order and duplicate names; where these matter it stays a tuple of pairs.
             if list(named) == sorted(name for name, _ in value):
                 return named
         return tuple(to_dict(item, only_results=only_results) for item in value)
@@ -68,7 +68,7 @@ def to_dict(value: Any, *, only_results: bool = False) -> Any:
 
 
 def fields_dict(value: Settings, only_results: bool = False) -> dict[str, Any]:
-    """The fields of an object as `to_dict` has them; several parts of one family by name."""
+    """The fields of an object in the format of `to_dict`; several parts of one family by name."""
     fields: dict[str, Any] = {}
     cls: Any = type(value)
     changes = {
@@ -90,7 +90,7 @@ def fields_dict(value: Settings, only_results: bool = False) -> dict[str, Any]:
 
 
 def are_parts(expected: Any) -> bool:
-    """Whether a field is of several parts of one family."""
+    """Whether a field contains several parts of one family."""
     items = typing.get_args(expected)
     of_tuple = typing.get_origin(expected) is tuple and bool(items)
     return of_tuple and isinstance(items[0], type) and issubclass(items[0], Settings)
@@ -102,7 +102,7 @@ def is_named_part(item: Any) -> bool:
 
 
 def parts_dict(parts: tuple[Settings, ...], only_results: bool = False) -> dict[str, Any]:
-    """Parts of one family, as `by_kind` names them."""
+    """Parts of one family, with the names of `by_kind`."""
     return {
         name: {"kind": kind_of(part), **fields_dict(part, only_results)}
         for name, part in by_kind(parts).items()
@@ -111,24 +111,24 @@ def parts_dict(parts: tuple[Settings, ...], only_results: bool = False) -> dict[
 
 @dataclasses.dataclass(frozen=True)
 class InFamily:
-    """The type of a part of a family whose base class is above `config` in the order of imports."""
+    """The type of a part whose base class `config` may not import; `family` names it."""
 
     family: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Ordered:
-    """The type of (name, part) pairs of which the order counts."""
+    """The type of (name, part) pairs whose order matters."""
 
     of: Any
 
 
 def build(expected: Any, value: Any, path: str, *, trust: Trust = True) -> Any:
-    """Makes an object of a user's values.
+    """Makes an object from a user's values.
 
     Args:
       expected: the type of a field: a subclass of `Settings`, a tuple of them, or a plain type.
-      value: what the user wrote.
+      value: the user's value.
       path: of the setting, for messages.
       trust: whether modules outside this library may be imported, or for which kinds.
 
@@ -165,7 +165,7 @@ def build(expected: Any, value: Any, path: str, *, trust: Trust = True) -> Any:
 
 
 def build_union(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> Any:
-    """What the first of several types that takes the value makes of it."""
+    """Builds the value with the first of several types that accepts it."""
     if value is None and types.NoneType in items:
         return None
     errors = []
@@ -179,7 +179,7 @@ def build_union(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> 
 
 
 def build_settings(of: str | type[Settings], value: Any, path: str, trust: Trust) -> Settings:
-    """A section of a class, or a part of a family, of the kind that the value names."""
+    """A section of a class, or a part of a family with the kind that the value names."""
     if isinstance(value, str) and isinstance(of, str):
         value = {"kind": value}
     require(
@@ -209,7 +209,7 @@ def build_settings(of: str | type[Settings], value: Any, path: str, trust: Trust
 
 
 def with_path(function: Any, path: str) -> Any:
-    """The function, whose `ValueError` says of which setting it speaks."""
+    """The function, with the path of the setting in front of its `ValueError`."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -222,7 +222,7 @@ def with_path(function: Any, path: str) -> Any:
 
 @functools.cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The type of every field of a class, or `InFamily` or `Ordered` for what a type cannot say."""
+    """The type of every field; `InFamily` or `Ordered` where a type cannot express it."""
     types_ = typing.get_type_hints(cls)
 
     def hint(field: Any) -> Any:
@@ -234,7 +234,7 @@ def hints(cls: Any) -> dict[str, Any]:
 
 
 def build_parts(cls: type[Settings], value: Any, path: str, trust: Trust) -> tuple[Any, ...]:
-    """Parts of one family: of a dict by name, in the order of the names, or of a sequence."""
+    """Parts of one family, from a dict by name (in order of the names) or from a sequence."""
     if not isinstance(value, Mapping):
         require(
             isinstance(value, list | tuple), f"{path} has parts by name", repr(value),
@@ -253,7 +253,7 @@ def build_parts(cls: type[Settings], value: Any, path: str, trust: Trust) -> tup
 
 
 def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> tuple[Any, ...]:
-    """A tuple, or (name, value) pairs out of a dict by name."""
+    """A tuple, or (name, value) pairs from a dict by name."""
     pairs = items[-1] is Ellipsis and typing.get_origin(items[0]) is tuple
     if pairs and isinstance(value, Mapping):
         value = sorted(value.items())
@@ -274,14 +274,14 @@ def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> 
 
 
 def refuse_field(path: str, name: str, fields: Iterable[str]) -> NoReturn:
-    """Raises `ValueError` for a field that a section has not, with the nearest that it has."""
+    """Raises `ValueError` for an unknown field of a section; it proposes the nearest name."""
     near = difflib.get_close_matches(name, fields, n=1)
     fix = f"Did you mean {near[0]!r}?" if near else "Remove the field."
     raise ValueError(f"{path} has the fields {sorted(fields)}: {path}.{name}. {fix}")
 
 
 def convert(value: Any, expected: Any, path: str) -> Any:
-    """Checks a value against a plain type; integers may stand for floats."""
+    """Checks a value against a plain type; converts integers to floats where needed."""
     if expected is Any:
         return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
@@ -296,7 +296,7 @@ def convert(value: Any, expected: Any, path: str) -> Any:
 
 
 def foreign_kinds(value: Any) -> set[str]:
-    """The kinds outside this library that an object is made of."""
+    """The kinds outside this library that an object uses."""
     if isinstance(value, Settings):
         own = {kind_of(value)} if value.family else set()
         fields = (getattr(value, field.name) for field in dataclasses.fields(value))
@@ -307,12 +307,12 @@ def foreign_kinds(value: Any) -> set[str]:
 
 
 def write_config(config: Settings, content: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A config as `config.json` has it: settings, format, and what they name by hash.
+    """The content of `config.json`: settings, format, and hashes of what the settings name.
 
     Args:
       config: the settings.
-      content: sha256 of what the settings name by a path, such as {"corpus": "01ab..."}; the
-        sources of foreign kinds are added.
+      content: sha256 of the content at paths in the settings, such as {"corpus": "01ab..."};
+        the sources of foreign kinds are added.
     """
     sources = {kind: source_hash(kind) for kind in sorted(foreign_kinds(config))}
     header = {"format": FORMAT, "sources": sources, "content": dict(content or {})}
@@ -320,22 +320,22 @@ def write_config(config: Settings, content: Mapping[str, str] | None = None) -> 
 
 
 def read_config(written: Mapping[str, Any], cls: type[Config], *, trust: Trust = False) -> Config:
-    """The object that `write_config` wrote, here or in an earlier release with parts.
+    """The object that `write_config` wrote, in this or an earlier release with parts.
 
     Args:
       written: the content of a `config.json`.
-      cls: what it is of.
+      cls: class of the object.
       trust: whether modules outside this library may be imported, or for which kinds.
 
     Raises:
-      ValueError: it is of the layout before parts, or names a foreign kind without trust.
+      ValueError: it has the layout before parts, or names a foreign kind without trust.
     """
     values = {name: value for name, value in upgrade(written).items() if name not in HEADER}
     return build(cls, values, "config", trust=trust)
 
 
 def branches_by_name(value: Any) -> Any:
-    """(Name, section) pairs as a dict, where no name comes twice; anything else as it is."""
+    """(Name, section) pairs as a dict if names are unique; any other value unchanged."""
     if not isinstance(value, tuple):
         return value
     is_pair = (isinstance(one, tuple) and len(one) == 2 for one in value)
@@ -345,7 +345,7 @@ def branches_by_name(value: Any) -> Any:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "config") -> list[str]:
-    """One line for each setting in which two (nested) configs differ: "path: old -> new"."""
+    """One line per setting in which two (nested) configs differ: "path: old -> new"."""
     lines = []
     for name in sorted({*old, *new}):
         a, b = old.get(name), new.get(name)

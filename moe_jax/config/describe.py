@@ -1,4 +1,4 @@
-"""Every setting of a config with its value and its comment, as the source of its class has it."""
+"""Lists every setting of a config with its value and its comment in the source of its class."""
 
 import ast
 import dataclasses
@@ -17,12 +17,12 @@ from moe_jax.config.settings import Settings
 
 
 class Setting(NamedTuple):
-    """A setting as it is listed.
+    """An entry of the list of settings: a setting or a section.
 
     Attributes:
-      path: "config.training.num_steps"; of a section, its path.
-      value: as a flag or a config file writes it; None of a section.
-      comment: what it is; of a section, the first line of its class.
+      path: such as "config.training.num_steps".
+      value: in the form of a flag or a config file; None for a section.
+      comment: describes the setting; for a section, the first line of its class docstring.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Setting(NamedTuple):
 
 @functools.cache
 def comments_of(cls: type[Settings]) -> dict[str, str]:
-    """The comment beside each field of a class, "" without one; of inherited fields too."""
+    """The comment on each field of a class, inherited fields included; "" without one."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -44,13 +44,13 @@ def comments_of(cls: type[Settings]) -> dict[str, str]:
 
 
 def choices_of(field: dataclasses.Field[Any]) -> str:
-    """What a field without a comment may be set to, if that is a list."""
+    """The choices of a field without a comment; "" if it has none."""
     bounds = field.metadata.get("bounds")
     return f"one of {', '.join(map(str, bounds.choices))}" if bounds and bounds.choices else ""
 
 
 def written_in(cls: type) -> Iterator[tuple[str, str]]:
-    """The fields that a class itself writes, each with the comment beside it or else above it."""
+    """The fields in the source of a class, each with the comment beside it or else above it."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):  # made at run time
@@ -72,7 +72,7 @@ def written_in(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def is_alone(source: str, line: int) -> bool:
-    """Whether a line, counted from 1, has nothing but a comment."""
+    """Whether a line, counted from 1, contains only a comment."""
     return source.splitlines()[line - 1].lstrip().startswith("#")
 
 
@@ -98,7 +98,7 @@ def describe_settings(value: Settings, path: str = "config") -> Iterator[Setting
 
 
 def parts_in(item: Any, expected: Any) -> list[tuple[str, Settings]]:
-    """The parts of a field by name, if it is a field of several."""
+    """The parts of a field by name, if it contains several."""
     if are_parts(expected):
         return list(by_kind(item).items())
     is_dict = isinstance(item, tuple) and item and all(is_named_part(one) for one in item)
@@ -106,12 +106,12 @@ def parts_in(item: Any, expected: Any) -> list[tuple[str, Settings]]:
 
 
 def literal(value: Any) -> str:
-    """A value as a flag writes it."""
+    """A value in the form of a flag."""
     return value if isinstance(value, str) else repr(value)
 
 
 def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
-    """A line for each setting, paste-able: the flag, and its comment behind #."""
+    """One line per setting, ready to paste: the flag, and its comment after #."""
     lines = []
     for setting in settings:
         if setting.value is None:
@@ -123,7 +123,7 @@ def settings_text(settings: Iterator[Setting], prefix: str = "--") -> str:
 
 
 def in_shell(word: str) -> str:
-    """Quotes a word for a shell: in double quotes, which are easier to read, where they suffice.
+    """Quotes a word for a shell; prefers double quotes, which are easier to read.
 
     >>> print(in_shell("--a=1"), in_shell("--a=('b',)"), in_shell("--a=$b"))
     --a=1 "--a=('b',)" '--a=$b'
@@ -133,7 +133,7 @@ def in_shell(word: str) -> str:
 
 
 def kinds_text() -> str:
-    """The kinds of every family, a line each."""
+    """The kinds of every family, one line per family."""
     width = max(map(len, KINDS))
     return "\n".join(f"  {family:<{width}}  {', '.join(kinds)}" for family, kinds in KINDS.items())
 

@@ -1,4 +1,4 @@
-"""What commands make of environment variables, before JAX reads them."""
+"""Checks and sets environment variables, before JAX reads them."""
 
 from collections.abc import Mapping, MutableMapping
 
@@ -6,10 +6,10 @@ XLA_ORDER = "xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses settings of JAX under which equal configs would not give equal runs.
+    """Refuses settings of JAX with which equal configs would not give equal runs.
 
     Raises:
-      ValueError: naming the variable.
+      ValueError: with the name of the variable.
     """
     wanted = {
         "JAX_DEFAULT_PRNG_IMPL": ("threefry2x32",),
@@ -26,12 +26,13 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def order_collectives(environment: MutableMapping[str, str], processes: bool = False) -> None:
-    """Has XLA take the collectives of several CPU devices in one order.
+    """Makes XLA run the collectives of several CPU devices in one order.
 
-    By default it starts independent ones at once, each device in its own order. With fewer threads
-    than that needs, the devices of a process wait for each other without end. Gloo, which matches
-    the collectives of two processes by their order, aborts both (jaxlib 0.10.2: unrolled layers,
-    two microbatches). XLA reads this option from the environment alone, before its first program.
+    By default XLA starts independent collectives at once, and each device chooses its own order.
+    With too few threads, the devices of a process then wait for each other forever. Gloo, which
+    matches the collectives of two processes by their order, aborts both (jaxlib 0.10.2: unrolled
+    layers, two microbatches). XLA reads this option only from the environment, before its first
+    program.
 
     Args:
       environment: of the process.

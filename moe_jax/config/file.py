@@ -1,8 +1,8 @@
-"""Config files: found, run, and overridden by flags of the form --config.SECTION.FIELD=VALUE.
+"""Finds and runs config files, and applies flags of the form --config.SECTION.FIELD=VALUE.
 
 A config file is Python with a function `get_config()`, or `get_config(presets)`, that returns a
-`ml_collections.ConfigDict`. It runs with the rights of the user. The `config.json` of a run does as
-well.
+`ml_collections.ConfigDict`. It runs with the rights of the user. The `config.json` of a run can
+replace it.
 """
 
 import ast
@@ -46,7 +46,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
     """The config of `FILE`, `FILE:PRESET,PRESET` or `RUN/config.json`.
 
     Raises:
-      ValueError: there is no such file, it fails, or it returns no config; by file and line.
+      ValueError: there is no such file, it fails, or it returns no config; with file and line.
       OSError: it cannot be read.
     """
     require_local("--config", name)
@@ -60,7 +60,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
         sys.path.append(str(home()))
     module = types.ModuleType(MODULE)
     module.__file__ = str(path)
-    sys.modules[MODULE] = module  # dataclasses look for it
+    sys.modules[MODULE] = module  # dataclasses look it up
     try:
         with blamed_on(path):
             exec(code, module.__dict__)
@@ -82,10 +82,11 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
 
 def recorded_config(path: pathlib.Path, presets: str) -> ml_collections.ConfigDict:
-    """The config that a run, or a model that was imported or made, has recorded.
+    """The config recorded by a run, or with an imported or derived model.
 
     Raises:
-      ValueError: it is no such file, it has parts of a user, or presets are named.
+      ValueError: the file is not such a record, names parts outside the library, or presets are
+        given.
     """
     with blamed_on(path):
         require(not presets, "a recorded config takes no presets", repr(presets), "Leave them out")
@@ -106,10 +107,10 @@ def recorded_config(path: pathlib.Path, presets: str) -> ml_collections.ConfigDi
 
 
 def find_file(name: str) -> pathlib.Path:
-    """A config file by its path, from the current folder or from where the library's own stand.
+    """A config file by its path, from the current folder or from the folder of the library's own.
 
     Raises:
-      ValueError: there is none, with where it was looked for and what is there.
+      ValueError: there is none; with the places searched and the library's configs.
     """
     folders = [pathlib.Path.cwd()]
     folders += [home()] if home() != folders[0] else []
@@ -124,16 +125,16 @@ def find_file(name: str) -> pathlib.Path:
 
 
 def ours() -> str:
-    """The configs of the library, as a message proposes them."""
+    """A sentence that proposes the configs of the library."""
     names = sorted(path.name for path in (home() / "configs").glob("[a-z]*.py"))
     return f"Pass the path of one, such as {', '.join(f'configs/{name}' for name in names)}."
 
 
 def compile_file(path: pathlib.Path) -> types.CodeType:
-    """The code of a config file.
+    """The compiled code of a config file.
 
     Raises:
-      ValueError: it is no Python, with the line.
+      ValueError: it is not Python; with the line.
     """
     data = path.read_bytes()
     if is_lfs_pointer(data):
@@ -150,10 +151,10 @@ def compile_file(path: pathlib.Path) -> types.CodeType:
 
 @contextlib.contextmanager
 def blamed_on(path: pathlib.Path) -> Iterator[None]:
-    """Whatever a config file raises becomes a ValueError of one line, with its file and line.
+    """Converts any exception of a config file to a one-line ValueError with its file and line.
 
     Raises:
-      ValueError: in place of any exception but those that end the process.
+      ValueError: in place of any `Exception`.
     """
     try:
         yield
@@ -169,7 +170,7 @@ def blamed_on(path: pathlib.Path) -> Iterator[None]:
 
 
 def line_of(error: BaseException, path: pathlib.Path) -> str:
-    """The line of a file at which an exception passed it, as ", line 3"; or nothing."""
+    """The line of a file from which an exception came, as ", line 3"; "" if unknown."""
     if isinstance(error, SyntaxError):
         elsewhere = error.filename if error.filename != str(path) else None
         line = f", line {error.lineno}" if error.lineno else ""
@@ -190,7 +191,7 @@ def settings_of(config: Mapping[str, Any], path: str = CONFIG) -> dict[str, Any]
 
 
 def configs_in(arguments: Sequence[str]) -> list[str]:
-    """What each --config of a command line names, --config=NAME or --config NAME.
+    """The name in each --config=NAME or --config NAME of a command line.
 
     >>> configs_in(["--config=a.py", "--config.seed=3", "-config", "b.py:x"])
     ['a.py', 'b.py:x']
@@ -207,10 +208,10 @@ def configs_in(arguments: Sequence[str]) -> list[str]:
 def split_overrides(
     arguments: Sequence[str],
 ) -> tuple[list[str], list[tuple[str, str | bool]]]:
-    """The arguments without the settings of the config, and those as (path, text) pairs.
+    """The other arguments, and the settings of the config as (path, text) pairs.
 
     Raises:
-      ValueError: --noconfig.NAME=VALUE, which may mean either.
+      ValueError: for --noconfig.NAME=VALUE, which is ambiguous.
 
     >>> split_overrides(["--config=a.py", "--config.seed", "3", "--noconfig.model.scan_layers"])
     (['--config=a.py'], [('config.seed', '3'), ('config.model.scan_layers', False)])
@@ -237,15 +238,15 @@ def split_overrides(
 
 
 def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> None:
-    """Sets a field of a config to what a flag says.
+    """Sets a field of a config to the value of a flag.
 
     Args:
-      config: of which the field is changed in place.
+      config: the config, changed in place.
       flag: such as "config.training.num_steps".
-      text: of the value; a bool for a flag without one, --config.FIELD or --noconfig.FIELD.
+      text: the value; a bool for a flag without one, --config.FIELD or --noconfig.FIELD.
 
     Raises:
-      ValueError: there is no such setting, with the nearest; or the value is of another type.
+      ValueError: there is no such setting (it proposes the nearest), or the value has another type.
     """
     *sections, last = flag.split(".")[1:]
     if "kind" in (*sections, last):
@@ -265,18 +266,18 @@ def override(config: ml_collections.ConfigDict, flag: str, text: str | bool) -> 
     wanted = section.get_type(last)
     if text == "None" and wanted in (int, float):
         with section.ignore_type():
-            section[last] = None  # `build` refuses it where a number has to be
+            section[last] = None  # `build` refuses it where a number is needed
     else:
         section[last] = parse_value(f"--{flag}", text, wanted)
 
 
 def write_out(section: ml_collections.ConfigDict, name: str, path: str) -> None:
-    """Gives a part that is its kind alone, where all kinds have one family, its default fields.
+    """Replaces a part given only by its kind, such as "causal_lm", by its default fields.
 
     Args:
-      section: in which it is, changed in place.
+      section: contains the part; changed in place.
       name: of its field.
-      path: of it, "config.data.objective".
+      path: of the part, such as "config.data.objective".
 
     Raises:
       ValueError: there is no such kind.
@@ -289,7 +290,7 @@ def write_out(section: ml_collections.ConfigDict, name: str, path: str) -> None:
 
 
 def family_at(path: str) -> str:
-    """The family of a setting of `ExperimentConfig` that is a part; "" of any other."""
+    """The family of a setting of `ExperimentConfig` that is a part; "" for any other setting."""
     expected: Any = ExperimentConfig
     for name in path.split(".")[1:]:
         is_section = isinstance(expected, type) and issubclass(expected, Settings)
@@ -298,17 +299,17 @@ def family_at(path: str) -> str:
 
 
 def require_field(flag: str, path: str, section: Any, name: str, config: Any) -> None:
-    """Refuses a flag that names a field which is not there, with the nearest that is.
+    """Refuses a flag for a missing field, and proposes the nearest one.
 
     Args:
-      flag: the whole of it.
+      flag: the whole flag.
       path: of the section.
-      section: what the path leads to.
+      section: the object at that path.
       name: of the field.
-      config: all of it: a setting may be in another section.
+      config: the whole config, since a setting may be in another section.
 
     Raises:
-      ValueError: the section has no such field, or is none.
+      ValueError: the section has no such field, or is not a section.
     """
     if not isinstance(section, ml_collections.ConfigDict):
         if section is None or isinstance(section, str):  # a part without fields, or none
@@ -322,7 +323,7 @@ def require_field(flag: str, path: str, section: Any, name: str, config: Any) ->
     names, settings = flag.split("."), settings_of(config)
     rest = names[path.count(".") + 2 :]
     defaults = settings_of(config_dict(ExperimentConfig()))
-    if flag in defaults and names[1] != "model":  # its defaults hold for the default kinds alone
+    if flag in defaults and names[1] != "model":  # model defaults apply only to the default kinds
         value = defaults[flag]
         for inner in reversed(rest):
             value = {inner: value}
@@ -351,8 +352,8 @@ def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
 
     Args:
       flag: for messages.
-      text: what stands behind "="; a bool for a flag without.
-      wanted: the type of the field; `object` of one that is None now and takes anything.
+      text: the text after "="; a bool for a flag without one.
+      wanted: the type of the field; `object` if it is None now and accepts anything.
 
     Raises:
       ValueError: it cannot be read as that type.
@@ -371,7 +372,7 @@ def parse_value(flag: str, text: str | bool, wanted: type) -> Any:
         if wanted in (object, types.NoneType):
             return text
         if wanted is tuple and re.fullmatch(r"[a-z_][\w/]*(,[a-z_][\w/]*)*", text):
-            return tuple(text.split(","))  # of names, which need no quotes
+            return tuple(text.split(","))  # names need no quotes
         raise ValueError(
             f"{flag} is of type {wanted.__name__}: {text!r} is not. {EXAMPLES.get(wanted, '')}"
         ) from error

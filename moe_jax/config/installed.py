@@ -1,4 +1,4 @@
-"""Where this library stands: in a checkout, or installed; what it ships beside its modules."""
+"""Where this library is: in a checkout, or installed; and the files it ships beside its modules."""
 
 import pathlib
 
@@ -17,21 +17,21 @@ def home() -> pathlib.Path:
 
 
 def install_command(extra: str) -> str:
-    """How the packages of an extra of `setup.py` are installed, as a command that works here."""
+    """The command that installs an extra of `setup.py` here."""
     if in_checkout():
         return f"pip install -e '{PACKAGE.parent}[{extra}]'"
     return f"pip install 'moe_jax[{extra}]'"
 
 
 def require_local(name: str, path: str) -> None:
-    """Refuses the URL of a bucket, which `pathlib` would take for a folder of that name.
+    """Refuses the URL of a bucket, which `pathlib` would take for a local folder.
 
     Args:
       name: of the flag or setting.
-      path: what it is set to; a word and a colon may stand before it, as in `jsonl:DIR`.
+      path: its value; a word and a colon may come first, as in `jsonl:DIR`.
 
     Raises:
-      ValueError: it has "://" in it.
+      ValueError: it contains "://".
     """
     if "://" in path:
         raise ValueError(
@@ -41,7 +41,7 @@ def require_local(name: str, path: str) -> None:
 
 
 def is_lfs_pointer(text: str | bytes) -> bool:
-    """Whether a file holds the pointer that Git LFS leaves where it did not fetch the content."""
+    """Whether a file is the pointer that Git LFS leaves if it did not fetch the content."""
     if isinstance(text, str):
         return text.startswith(LFS_SIGN)
     return text.startswith(LFS_SIGN.encode())

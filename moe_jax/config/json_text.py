@@ -1,4 +1,4 @@
-"""JSON as its standard has it: every file and line that is written can be read by any reader."""
+"""Standard JSON, which any reader can read."""
 
 import json
 import math
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """A value as JSON, in which null stands for NaN and for infinities.
+    """A value as JSON, with null in place of NaN and infinities.
 
-    Python's own writer would put the words NaN and Infinity, which other readers refuse.
+    Python's own writer would write the words NaN and Infinity, which other readers refuse.
 
     Args:
       value: numbers, text, None, and mappings and sequences of them.
@@ -22,7 +22,7 @@ def json_text(value: Any, **options: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same value with None for every float in it that is no number or infinite."""
+    """The same value with None in place of every NaN or infinite float."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -33,7 +33,7 @@ def finite(value: Any) -> Any:
 
 
 def numbers(value: Any) -> Any:
-    """What was read where numbers were written: nan for None, alone or in lists.
+    """Numbers read from JSON: replaces None by nan, also in lists.
 
     >>> numbers([0.5, None])
     [0.5, nan]

@@ -1,7 +1,7 @@
-"""The open sets: short names of the kinds of every family, and how any other kind is named.
+"""The kinds of every family: a table of short names, open to classes of the user.
 
-A kind is a short name of its family's table, or "package.module:Class" for a class of the user's.
-Nothing else in the library lists kinds. Classes are imported when they are first asked for.
+A kind is a short name in its family's table, or "package.module:Class" for a class of the user.
+Nothing else in the library lists kinds. Classes are imported on first use.
 """
 
 import functools
@@ -142,11 +142,11 @@ def load_kind(family: str, kind: str) -> type[Settings]:
 
     Args:
       family: a key of `KINDS`.
-      kind: a name of its table, or "package.module:Class".
+      kind: a name in its table, or "package.module:Class".
 
     Raises:
-      ValueError: the name is unknown, the module cannot be imported, or the class is of another
-        family.
+      ValueError: the name is unknown, the module cannot be imported, or the class belongs to
+        another family.
     """
     table = KINDS[family]
     require(
@@ -186,7 +186,7 @@ def load_kind(family: str, kind: str) -> type[Settings]:
 
 
 def kind_of(value: Settings | type[Settings]) -> str:
-    """The name by which `load_kind` finds the class of an object: the short one if there is one."""
+    """The name with which `load_kind` finds the class of an object; the short one if it exists."""
     cls = value if isinstance(value, type) else type(value)
     path = f"{cls.__module__}:{cls.__qualname__}"
     short = (name for name, known in KINDS.get(cls.family, {}).items() if known == path)
@@ -194,7 +194,7 @@ def kind_of(value: Settings | type[Settings]) -> str:
 
 
 def by_kind(parts: Iterable[Part]) -> dict[str, Part]:
-    """Parts of one family by the last word of their kinds, numbered where one comes twice."""
+    """Parts of one family by kind or class name; repeated names are numbered, as in "moe__2"."""
     named: dict[str, Part] = {}
     for part in parts:
         kind = kind_of(part)
@@ -207,16 +207,16 @@ def by_kind(parts: Iterable[Part]) -> dict[str, Part]:
 
 
 def is_foreign(kind: str) -> bool:
-    """Whether a kind is named by an import path outside this library."""
+    """Whether a kind is an import path outside this library."""
     return ":" in kind and kind.partition(".")[0] != "moe_jax"
 
 
 @functools.cache
 def source_hash(kind: str) -> str:
-    """SHA-256 of the source files of a foreign kind: what runs and processes agree on.
+    """SHA-256 of the source files of a foreign kind, which runs and processes must agree on.
 
     It covers the file of the class and those of its base classes outside this library, in that
-    order. Other imports are not covered.
+    order. It does not cover other imports.
     """
     module_name, _, name = kind.partition(":")
     cls = getattr(importlib.import_module(module_name), name)

@@ -11,19 +11,19 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Settings):
-    """How many devices share what; the product of the sizes is the number of devices used.
+    """The sizes of the device mesh; their product is the number of devices used.
 
-    Results do not depend on it, so that a run may resume on another mesh; with dropout in experts
-    they do. One size may be -1: it takes the devices that the others leave.
+    Results do not depend on it, except with dropout in experts, so that a run may resume on another
+    mesh. One size may be -1: it uses the devices that the others leave.
     """
 
     slices: int = setting(1, at_least=1)  # TPU slices on a data-centre network; copies of the model
     data: int = setting(-1, at_least=-1)  # copies of the model, each on its share of the batch
     fsdp: int = setting(
         1, at_least=-1
-    )  # parameters and optimizer state split over so many, gathered layer by layer
-    expert: int = setting(1, at_least=-1)  # experts split over so many; divides moe.num_experts
-    tensor: int = setting(1, at_least=-1)  # heads and hidden dims split over so many
+    )  # shards of parameters and optimizer state, gathered layer by layer
+    expert: int = setting(1, at_least=-1)  # shards of the experts; divides moe.num_experts
+    tensor: int = setting(1, at_least=-1)  # shards of heads and hidden dims
     experts_span_slices: bool = False  # split the experts over slices x expert, not over expert
 
     def check(self) -> None:
@@ -44,14 +44,14 @@ class MeshConfig(Settings):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of data, fsdp, expert and tensor, as they are written."""
+        """The sizes of data, fsdp, expert and tensor as written, -1 included."""
         return (self.data, self.fsdp, self.expert, self.tensor)
 
     def fill(self, num_devices: int) -> "MeshConfig":
-        """This mesh with its -1 replaced, for so many devices.
+        """This mesh with its -1 replaced, for `num_devices` devices.
 
         Raises:
-          ValueError: the sizes do not divide the devices, or need more than there are.
+          ValueError: the sizes do not divide the number of devices, or need more than there are.
         """
         known = self.slices * math.prod(size for size in self.sizes if size != -1)
         written = f"slices={self.slices}, " + ", ".join(
@@ -83,10 +83,10 @@ class MeshConfig(Settings):
 
     @property
     def expert_shards(self) -> int:
-        """Over how many devices the experts of a layer are split."""
+        """The number of devices over which the experts of a layer are split."""
         return self.expert * (self.slices if self.experts_span_slices else 1)
 
     @property
     def batch_shards(self) -> int:
-        """Over how many devices the sequences of a batch are split: all but for tensor."""
+        """The number of devices over which a batch is split: all axes except tensor."""
         return self.slices * self.data * self.fsdp * self.expert

@@ -10,7 +10,7 @@ from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.settings import Bounds, Settings, setting
 
 TRACKERS = ("tensorboard", "csv", "wandb")
-# The settings of `OptimizerConfig` that only some optimizers and schedules have.
+# The settings of `OptimizerConfig` that only some optimizers or schedules use.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("b1", "b2", "epsilon"),
     "adafactor": (),
@@ -33,7 +33,7 @@ def default_loss() -> Any:
 
 
 def default_objective() -> Any:
-    """The next token."""
+    """Prediction of the next token."""
     return load_kind("objective", "causal_lm")()
 
 
@@ -42,16 +42,16 @@ class DataConfig(Settings):
     """Where the text comes from and how it becomes sequences."""
 
     corpus: str = "embedded"  # "embedded", a path, "packed:DIR", "tfds:NAME"
-    text_field: str = ""  # of a record of the corpus; "": "text"
-    id_field: str = ""  # that names a document; "": "id", where there is one
-    group_field: str = ""  # of what is held out together; "": "group", where there is one
+    text_field: str = ""  # with the text of a corpus record; "": "text"
+    id_field: str = ""  # with the name of a document; "": "id", if there is one
+    group_field: str = ""  # of documents held out together; "": "group", if there is one
     tokenizer: str = "byte"  # "byte", the path of a .model, tokenizer.json or .tiktoken file
     bos_token: str = ""  # begins a document; "": the usual one of the tokenizer
     eos_token: str = ""  # ends a document; "": the usual one of the tokenizer
     sequence_length: int = setting(256, at_least=2)  # L, tokens
-    domain_weights: tuple[tuple[str, float], ...] = ()  # share of each domain; (): by its tokens
+    domain_weights: tuple[tuple[str, float], ...] = ()  # share per domain; (): by its tokens
     # "causal_lm", "prefix_lm", "span_corruption", "encoder_prefix_lm", "supervised",
-    # "encoder_supervised", or one with its settings
+    # "encoder_supervised", or one of these with its settings
     objective: Any = dataclasses.field(
         default_factory=default_objective, metadata={"family": "objective"}
     )
@@ -97,33 +97,34 @@ class DataConfig(Settings):
 class OptimizerConfig(Settings):
     """The optimizer and the schedule of its learning rate.
 
-    A setting that the chosen optimizer or schedule does not have keeps its default. Which
-    parameters decay, and which are matrices, is what their specs say; see `training.optimizers`.
+    A setting that the chosen optimizer or schedule does not use must keep its default. The specs of
+    parameters decide which of them decay and which are matrices; see `training.optimizers`.
     """
 
     name: str = setting("adamw", choices=tuple(OPTIMIZERS))
     learning_rate: float = setting(1e-3, above=0)  # peak
     schedule: str = setting("cosine", choices=tuple(SCHEDULES))  # after warm-up
     warmup_steps: int = setting(100, at_least=0)  # the last of them uses the peak
-    # On the way there: linear from 0, or the peak (T5).
+    # Until then: linear from 0, or constant at the peak (T5).
     warmup: str = setting("linear", choices=("linear", "constant"))
     final_fraction: float = setting(0.1, at_least=0, at_most=1)  # of the peak, at the last step
     decay_fraction: float = setting(0.2, above=0, at_most=1)  # wsd: of all steps, at the end
     b1: float = setting(0.9, at_least=0, below=1)  # decay of the first moment
-    b2: float = setting(0.95, at_least=0, below=1)  # decay of the second moment; of Lion's only one
+    # Decay of the second moment; lion: of its only moment.
+    b2: float = setting(0.95, at_least=0, below=1)
     epsilon: float = setting(1e-8, above=0)  # added to the root of the second moment
     momentum: float = setting(0.95, at_least=0, below=1)  # muon: decay of a matrix's momentum
     ns_steps: int = setting(5, at_least=1, at_most=20)  # muon: iterations of Newton-Schulz
     match_adamw: bool = True  # muon: scaled to AdamW's learning rate (arXiv:2502.16982) or Jordan's
-    adamw_share: float = setting(1.0, above=0)  # muon: of the learning rate, for all but matrices
+    adamw_share: float = setting(1.0, above=0)  # muon: of the learning rate, for non-matrices
     weight_decay: float = setting(0.1, at_least=0)  # decoupled, on matrices only
     clip_value: float = setting(0.0, at_least=0)  # of each entry of the gradient; 0: no clipping
-    clip_norm: float = setting(1.0, at_least=0)  # global norm, after that; 0: no clipping
-    ema_decay: float = setting(0.0, at_least=0, below=1)  # of parameters to evaluate; 0: the last
+    clip_norm: float = setting(1.0, at_least=0)  # global norm, after clip_value; 0: no clipping
+    ema_decay: float = setting(0.0, at_least=0, below=1)  # of parameters to evaluate; 0: no average
     # What trains, by the names of `models.selection`: "experts", "attention", "encoder/router".
     trainable: tuple[str, ...] = ("all",)
-    frozen: tuple[str, ...] = ()  # and of that, what does not: "router", "embedding"
-    # Factors of the learning rate, such as (("router", 0.1),); (): 1 for all. Also of the decay.
+    frozen: tuple[str, ...] = ()  # exceptions from `trainable`, such as "router", "embedding"
+    # Factors of learning rate and weight decay, such as (("router", 0.1),); (): 1 for all.
     learning_rates: tuple[tuple[str, float], ...] = ()
 
     def check(self) -> None:
@@ -164,7 +165,7 @@ class OptimizerConfig(Settings):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The names of what trains, of what does not, and of groups with a rate of their own."""
+        """The names in `trainable` and `frozen`, and of groups with their own learning rate."""
         return (*self.trainable, *self.frozen, *(name for name, _ in self.learning_rates))
 
     def check_used(self, chooser: str, table: dict[str, tuple[str, ...]]) -> None:
@@ -172,10 +173,10 @@ class OptimizerConfig(Settings):
 
         Args:
           chooser: the setting that chooses.
-          table: the settings that each choice has.
+          table: the settings that each choice uses.
 
         Raises:
-          ValueError: with the choices that have the setting.
+          ValueError: with the choices that use the setting.
         """
         chosen = getattr(self, chooser)
         for field in dataclasses.fields(self):
@@ -191,28 +192,28 @@ class OptimizerConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Settings):
-    """How long, on how much at once, and what is written when."""
+    """Length, batch size and loss of training, and when results are written."""
 
     num_steps: int = setting(1000, at_least=1)  # optimizer steps in all
     batch_size: int = setting(16, at_least=1)  # sequences a step, over all devices
-    num_microbatches: int = setting(1, at_least=1)  # the batch is cut into so many: less memory
-    # "cross_entropy", "cross_entropy_z", "distil", or one with its settings
+    num_microbatches: int = setting(1, at_least=1)  # parts of a batch; more need less memory
+    # "cross_entropy", "cross_entropy_z", "distil", or one of these with its settings
     loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
-    # What shows the metrics beside metrics.jsonl.
+    # Where metrics are written, in addition to metrics.jsonl.
     trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
     log_every: int = setting(10, at_least=1, changes_results=False)  # steps
-    # Steps, and after the last; 0: never.
+    # Steps; also after the last step; 0: never.
     evaluate_every: int = setting(500, at_least=0, changes_results=False)
     # Held-out batches to use before the last step; 0: all.
     evaluation_batches: int = setting(0, at_least=0, changes_results=False)
     # Steps; also before every evaluation and after the last step.
     checkpoint_every: int = setting(200, at_least=1, changes_results=False)
-    keep_checkpoints: int = setting(2, at_least=1, changes_results=False)  # the newest
-    # Checkpoints whose step is a multiple stay for good; 0: none do.
+    keep_checkpoints: int = setting(2, at_least=1, changes_results=False)  # number of the newest
+    # Checkpoints at multiples of this step stay for good; 0: none.
     keep_every: int = setting(0, at_least=0, changes_results=False)
-    # Continued at the end of a run; "": no sample.
+    # A prompt to continue at the end of a run; "": no sample.
     sample_prompt: str = setting("The ", changes_results=False)
-    sample_tokens: int = setting(200, at_least=0, changes_results=False)  # at most
+    sample_tokens: int = setting(200, at_least=0, changes_results=False)  # maximum
     # First and last step to trace; (): none.
     profile_steps: tuple[int, ...] = setting((), at_least=1, changes_results=False)
 
@@ -244,16 +245,16 @@ class TrainingConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class InitFrom(Settings):
-    """The checkpoint that a run starts from, in place of parameters that are drawn.
+    """The checkpoint from which a run starts, in place of newly drawn parameters.
 
-    It is read once: a run that has a checkpoint of its own goes on from that.
+    It is read once: a run with its own checkpoint continues from that one.
     """
 
-    path: str = ""  # workdir of a run, or of a model that was imported; "": none
-    step: int | None = setting(None, at_least=0)  # of a checkpoint; None: the newest whole one
-    optimizer_state: bool = False  # take the moments too
-    data_position: bool = False  # go on at that step: in the data, the schedules and the noise
-    fresh: tuple[str, ...] = ()  # what is drawn anew, by the names of `models.selection`
+    path: str = ""  # workdir of a run, or of an imported model; "": none
+    step: int | None = setting(None, at_least=0)  # of a checkpoint; None: the newest complete one
+    optimizer_state: bool = False  # carry the optimizer moments too
+    data_position: bool = False  # continue at that step: in the data, the schedules and the noise
+    fresh: tuple[str, ...] = ()  # parameters to draw anew, by the names of `models.selection`
 
     def check(self) -> None:
         """See `Settings`."""
@@ -274,37 +275,37 @@ class InitFrom(Settings):
 
 
 class Lengths(NamedTuple):
-    """Tokens of a sequence in the stacks of a model.
+    """Tokens per sequence in the stacks of a model.
 
     Attributes:
-      decoder: L, of the stack whose output the head reads.
-      encoder: T, of an encoder; 0 without one.
+      decoder: L, in the stack whose output the head reads.
+      encoder: T, in an encoder; 0 without one.
     """
 
     decoder: int
     encoder: int = 0
 
     def of(self, stack: str) -> int:
-        """Of the stack with this name in `LanguageModel.stacks`."""
+        """The length in the stack with this name in `LanguageModel.stacks`."""
         return self.encoder if stack == "encoder" else self.decoder
 
 
 def default_model() -> Any:
-    """The language model at its defaults."""
+    """The language model with its default settings."""
     return load_kind("model", "language_model")()
 
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig(Settings):
-    """Everything a run depends on; equal configs give equal runs."""
+    """All settings of a run; equal configs give equal runs."""
 
     name: str = setting("experiment", changes_results=False)  # in reports and comparisons
     seed: int = setting(0, at_least=0, below=2**32)  # of parameters, dropout and router noise
     # Parts, stack and head.
     model: Any = dataclasses.field(default_factory=default_model, metadata={"family": "model"})
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)  # text, and what is predicted
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)  # text and objective
     optimizer: OptimizerConfig = OptimizerConfig()
-    # How long, on how much at once, and by which loss.
+    # Length, batch size and loss.
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     init_from: InitFrom = InitFrom()  # a checkpoint to start from
     mesh: MeshConfig = setting(MeshConfig(), changes_results=False)
@@ -330,12 +331,12 @@ class ExperimentConfig(Settings):
 
     @property
     def lengths(self) -> Lengths:
-        """Tokens of a sequence in each stack of the model."""
+        """Tokens per sequence in each stack of the model."""
         lengths = self.data.objective.lengths(self.data.sequence_length)
         return Lengths(lengths.decoder, lengths.encoder)
 
     def on_devices(self, num_devices: int) -> "ExperimentConfig":
-        """This experiment with its mesh filled for so many devices.
+        """This experiment with its mesh filled for `num_devices` devices.
 
         Raises:
           ValueError: the mesh does not fit the devices.

@@ -12,10 +12,10 @@ from moe_jax.config.check import require
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What values a setting may have; None: no such bound.
+    """The allowed values of a setting; None: no such bound.
 
     NaN and infinity are never allowed, nor an integer beyond int32 without an upper bound. A float
-    keeps to them as the float32 that it becomes on a device, too: 1 - 1e-9 is 1 there.
+    must also satisfy the bounds as float32, its type on a device: 1 - 1e-9 is 1 there.
     """
 
     at_least: float | None = None
@@ -25,7 +25,7 @@ class Bounds:
     choices: tuple[Any, ...] | None = None
 
     def describe(self) -> str:
-        """The rule in words: "lies in [0, 1)", "is one of ['ceil', 'floor']"."""
+        """The rule in words, such as "lies in [0, 1)" or "is one of ['ceil', 'floor']"."""
         if self.choices is not None:
             return f"is one of {list(self.choices)}"
         low = "(-inf" if self.above is None else f"({self.above:.12g}"
@@ -35,7 +35,7 @@ class Bounds:
         return f"lies in {low}, {high}"
 
     def allow(self, value: Any) -> bool:
-        """Whether a value keeps to them."""
+        """Whether a value satisfies the bounds."""
         if self.choices is not None:
             return value in self.choices
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -58,7 +58,7 @@ class Bounds:
 
 
 def on_device(value: Any) -> Any:
-    """A number as int32 or float32; infinite or 0 where it is beyond them."""
+    """A number as int32 or float32; infinity or 0 if it is out of range."""
     if isinstance(value, numbers.Integral):
         return value if abs(int(value)) < 2**31 else float("inf")
     with np.errstate(over="ignore", under="ignore"):
@@ -66,7 +66,7 @@ def on_device(value: Any) -> Any:
 
 
 def rounded(value: Any, bounds: Bounds) -> str:
-    """What a number is on a device, where that is another: ", in float32 1"."""
+    """The number that a value becomes on a device, as ", in float32 1"; "" if it is equal."""
     if not isinstance(value, numbers.Real) or value != value or bounds.as_used(value) == value:
         return ""
     integral = isinstance(value, numbers.Integral)
@@ -86,8 +86,8 @@ def setting(
 ) -> Any:
     """A field of `Settings` with bounds, which are checked when an object is made.
 
-    `changes_results=False` declares that a run may go on with another value, such as another mesh:
-    its steps are the same beyond rounding.
+    `changes_results=False` declares that a run may continue with another value, such as another
+    mesh: its steps stay the same except for rounding.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Noise(Settings):
@@ -107,7 +107,7 @@ def setting(
 
 
 def default_of(field: dataclasses.Field[Any], bounds: Bounds) -> str:
-    """The fix of a value out of bounds: what the default is, if there is one."""
+    """The fix for a value out of bounds: the default, if there is one."""
     if field.default is dataclasses.MISSING:
         return "Name one of them" if bounds.choices is not None else "Use a value within"
     return f"The default is {field.default!r}"
@@ -118,14 +118,14 @@ class Settings:
     """A frozen dataclass whose fields are settings.
 
     Attributes:
-      family: the table of kinds (`config.kinds`) that a subclass belongs to; "" for a section of
-        which there is one kind only.
+      family: the table of kinds (`config.kinds`) that a subclass belongs to; "" for a section with
+        only one kind.
     """
 
     family: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        """Checks every bounded field, then what `check` says."""
+        """Checks every bounded field, then calls `check`."""
         for field in dataclasses.fields(self):
             bounds, value = field.metadata.get("bounds"), getattr(self, field.name)
             if bounds is None or value is None:
@@ -144,5 +144,5 @@ class Settings:
         """Checks fields against each other.
 
         Raises:
-          ValueError: they break a rule; by `require`.
+          ValueError: they break a rule; see `require`.
         """

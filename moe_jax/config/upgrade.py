@@ -1,21 +1,21 @@
-"""Written configs of earlier layouts."""
+"""Converts written configs with earlier layouts."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.check import require
 
-# Of a written config. 1 had no parts. 2 had other settings of attention: `rotary` on or off,
-# `rope_base`, `qkv_bias`, `output_bias`, `qk_norm` on or off, `norm_epsilon`.
+# Of a written config. Format 1 had no parts. Format 2 had other settings of attention: `rotary` on
+# or off, `rope_base`, `qkv_bias`, `output_bias`, `qk_norm` on or off, `norm_epsilon`.
 FORMAT = 3
 OLDEST = 2
 
 
 def upgrade(written: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A written config in the layout of today.
+    """A written config in the current layout.
 
     Raises:
-      ValueError: it is of a layout that cannot be read.
+      ValueError: it has a layout that cannot be read.
     """
     check_format(written)
     if written["format"] == FORMAT:
@@ -24,10 +24,10 @@ def upgrade(written: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
-    """Refuses a config of a layout that cannot be read.
+    """Refuses a config with a layout that cannot be read.
 
     Raises:
-      ValueError: naming `where` it is from.
+      ValueError: with `where` it is from.
     """
     version = written.get("format", 1)
     require(
@@ -39,18 +39,18 @@ def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
 
 
 def upgrade_sections(value: Any) -> Any:
-    """A section of format 2, and all sections in it, in format 3."""
+    """Converts a section of format 2, and all sections in it, to format 3."""
     if isinstance(value, list | tuple):
         return type(value)(upgrade_sections(one) for one in value)
     if not isinstance(value, Mapping):
         return value
     section = {name: upgrade_sections(one) for name, one in value.items()}
-    # By its fields: a class of the user's, derived from `Attention`, has them too.
+    # Detects attention by its fields: a user's class derived from `Attention` has them too.
     return attention_of_format_2(section) if "rope_base" in section else section
 
 
 def attention_of_format_2(section: dict[str, Any]) -> dict[str, Any]:
-    """Settings of attention in format 3; what was left out had its default."""
+    """Settings of attention in format 3; a missing setting had its default."""
     base, epsilon = section.pop("rope_base"), section.pop("norm_epsilon", 1e-6)
     biases = "qkv" * section.pop("qkv_bias", False) + "o" * section.pop("output_bias", False)
     norm = {"kind": "rmsnorm", "epsilon": epsilon} if section.pop("qk_norm", False) else None
