@@ -1,4 +1,4 @@
-"""One entry for all commands: `moe-jax train ...` is `python -m moe_jax.train ...`."""
+"""The entry point of all commands: `moe-jax train ...` is `python -m moe_jax.train ...`."""
 
 import difflib
 import importlib
@@ -12,7 +12,7 @@ from moe_jax import __version__
 from moe_jax.command_help import print_help
 from moe_jax.config.installed import home
 
-# What each command is: module and function, which takes arguments and returns the exit code.
+# Per command: module and function, which takes arguments and returns the exit code; description.
 COMMANDS = {
     "train": ("moe_jax.train:command", "train a model, or go on with a run"),
     "evaluate": ("moe_jax.evaluate:command", "score a trained model on held-out text or another"),
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: there is no command {name!r}. {fix}", file=sys.stderr)
         return 1
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it: for parts and configs of the user
-    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+        sys.path.insert(0, os.getcwd())  # like `python -m`: for parts and configs of the user
+    flags.FLAGS.mark_as_parsed()  # before that, libraries cannot read absl flags
     path, _, function = COMMANDS[name][0].partition(":")
     if path.startswith("experiments."):
         sys.path.append(str(home()))
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """The commands, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {said}" for name, (_, said) in COMMANDS.items()]
     return "\n".join(

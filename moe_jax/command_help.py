@@ -1,4 +1,4 @@
-"""What --help of a command prints: its docstring, its flags, the settings of its config."""
+"""The text of a command's --help: its docstring, its flags, and the settings of its config."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_help(text: str) -> int:
-    """Prints help, of which `| head` may read a part; returns the exit code."""
+    """Prints help, also into a pipe that `| head` closes early; returns the exit code."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -24,12 +24,12 @@ def print_help(text: str) -> int:
 
 
 def leave_stdout() -> None:
-    """Drops what is still to be printed: nobody reads it, as after `| head`."""
+    """Drops further output, which nobody reads after `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(command: "Command", own: Sequence[str], arguments: Sequence[str]) -> str:
-    """What --help prints: the command's docstring, its flags, and the settings of its config."""
+    """The command's docstring, its flags, and the settings of its config."""
     module = sys.modules[command.main.__module__]
     lines = [(module.__doc__ or "").strip(), "", "Flags:"]
     for name in own:
@@ -44,7 +44,7 @@ def help_text(command: "Command", own: Sequence[str], arguments: Sequence[str]) 
 
 
 def settings_help(arguments: Sequence[str]) -> str:
-    """Every setting of the config that the arguments name, or else of the default one."""
+    """Every setting of the config named in the arguments, or else of the default config."""
     from moe_jax.config import ExperimentConfig, from_config_dict
     from moe_jax.config.describe import describe_settings, settings_text
 

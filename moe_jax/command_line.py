@@ -1,8 +1,8 @@
-"""What the commands share: flags, help, errors of the user as one line, several processes.
+"""Code shared by all commands: flags, help, one-line errors for users, several processes.
 
 A command is a module with `define_flags()`, `main()`, and `command = Command(main, define_flags)`.
-What takes seconds to import (JAX, and all that is made of it) is imported in `main`, so that
---help and a wrong flag are answered at once.
+Imports that take seconds (JAX, and modules that use it) are in `main`, so that --help and errors in
+flags appear at once.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from moe_jax.config.file import load_config, override, settings_of, split_overri
 from moe_jax.config.installed import install_command, require_local
 from moe_jax.user_errors import FIX_PERMISSIONS, USER_ERRORS, describe, whole_flags
 
-LOST = 75  # the exit code where another process was lost: launchers start all of them again
+LOST = 75  # the exit code if another process was lost: launchers restart all processes
 HELP = ("--help", "-help", "-h", "--helpshort")
-TEXT_FLAGS = ("prompt", "stop")  # in which "://" is no path
+TEXT_FLAGS = ("prompt", "stop")  # flags with text, in which "://" does not mean a path
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a command with positional arguments: what is wrong is one line, and exit code 1."""
+    """For a command with positional arguments: an error is one line, with exit code 1."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the process."""
@@ -46,14 +46,14 @@ class Command:
     """A command: called with arguments, it runs and returns the exit code.
 
     Attributes:
-      main: does the work; one of `USER_ERRORS` ends the process with its message and exit code 1.
-        It may return an exit code.
+      main: does the work, and may return an exit code. An exception in `USER_ERRORS` ends the
+        process with its message and exit code 1.
       define_flags: defines the flags of the command, in `absl.flags.FLAGS`.
       required: the flags that must be given.
-      positional: what stands without a flag, one or more, such as "RUN"; `main` is called with the
-        list of them. "": nothing does.
+      positional: name of positional arguments, one or more, such as "RUN"; `main` gets their list.
+        "": there are none.
       uses_devices: whether it computes on the devices of the process.
-      several_processes: whether the command can be one of several processes; defines their flags.
+      several_processes: whether the command can run in several processes; defines their flags.
       saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
         `processes.start`.
     """
@@ -67,7 +67,7 @@ class Command:
     saves_on_sigterm: bool = False
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """Parses the flags, and runs; ends the process where that fails."""
+        """Parses the flags and runs the command; ends the process if that fails."""
         before = set(flags.FLAGS)
         self.define_flags()
         if self.several_processes:
@@ -81,7 +81,7 @@ class Command:
                 delattr(flags.FLAGS, name)
 
     def answer(self, arguments: Sequence[str], own: Sequence[str]) -> int:
-        """Helps, or parses the flags and runs; `own` are the names of the command's flags."""
+        """Prints help, or parses the flags and runs; `own` are the command's flags."""
         if set(arguments) & set(HELP):
             return print_help(help_text(self, own, arguments))
         if "--helpfull" in arguments:
@@ -89,7 +89,7 @@ class Command:
         try:
             check_environment(os.environ)  # before a config file imports JAX
             return run(self, parse(self, arguments, own))
-        except USER_ERRORS as error:  # of the flags
+        except USER_ERRORS as error:  # in the flags
             fail(error)
 
 
@@ -133,14 +133,14 @@ def run(command: Command, positional: list[str]) -> int:
 
 
 class _Lines(logging.Formatter):
-    """As errors are printed: "warning: ..."."""
+    """Formats log records like errors: "warning: ..."."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {super().format(record)}"
 
 
 def show_warnings() -> None:
-    """Prints what libraries log on standard error, unless the program has a place for it."""
+    """Prints log messages of libraries on standard error, unless logging has a handler."""
     if not logging.root.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(_Lines())
@@ -148,7 +148,7 @@ def show_warnings() -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Ends the process; says why at once, before the other processes are waited for."""
+    """Ends the process; prints the reason at once, before it waits for the other processes."""
     if absl_logging.get_verbosity() > absl_logging.INFO:  # --verbosity=1
         traceback.print_exception(error)
     given = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
@@ -163,10 +163,10 @@ def fail(error: Exception) -> NoReturn:
 
 
 def check_devices() -> None:
-    """Refuses a backend that is not there, before anything else asks for a device.
+    """Refuses a missing backend, before anything else asks for a device.
 
     Raises:
-      ValueError: naming the variable that asks for it, and how it is installed.
+      ValueError: with the variable that selects the backend, and how to install it.
     """
     import jax
 
@@ -186,15 +186,15 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
     """Reads the flags into `flags.FLAGS`, and the config that they name.
 
     Args:
-      command: whose flags are defined.
+      command: the command, whose flags are defined.
       arguments: of the command line.
-      own: the names of its flags.
+      own: the names of the command's flags.
 
     Returns:
-      The arguments without a flag.
+      The positional arguments.
 
     Raises:
-      ValueError: a flag is unknown, missing or of a wrong value; by its name, with the nearest.
+      ValueError: a flag is unknown (it proposes the nearest name), missing, or has a wrong value.
     """
     values = flags.FLAGS
     arguments = values.read_flags_from_files(list(arguments))
@@ -238,17 +238,17 @@ def parse(command: Command, arguments: Sequence[str], own: Sequence[str]) -> lis
 
 
 def with_underscores(argument: str, own: Sequence[str]) -> str:
-    """--from-hf=DIR as --from_hf=DIR, where that is a flag of the command."""
+    """Rewrites --from-hf=DIR to --from_hf=DIR if that is a flag of the command."""
     name, equals, value = argument.partition("=")
     flag = name.lstrip("-").replace("-", "_")
     return f"--{flag}{equals}{value}" if name.startswith("--") and flag in own else argument
 
 
 def check_values(own: Sequence[str]) -> None:
-    """Refuses numbers that are none, and URLs in place of paths; ~/ becomes the user's home.
+    """Refuses NaN, infinity, and URLs in place of paths; expands ~/ to the user's home.
 
     Raises:
-      ValueError: naming the flag.
+      ValueError: with the name of the flag.
     """
     for name in own:
         value = flags.FLAGS[name].value
@@ -262,19 +262,19 @@ def check_values(own: Sequence[str]) -> None:
 
 
 def require_folder(flag: str, path: str) -> None:
-    """Refuses a folder that cannot be made or written to, before the work whose results it gets.
+    """Refuses an output folder that cannot be made or written to, before the work begins.
 
     Raises:
-      ValueError: naming what stands in the way.
+      ValueError: with the path that prevents it.
     """
     _require_writable(f"--{flag} is a folder", f"--{flag}={path}", path)
 
 
 def require_file(flag: str, path: str) -> None:
-    """Refuses a file that cannot be written, before the work whose results it gets.
+    """Refuses an output file that cannot be written, before the work begins.
 
     Raises:
-      ValueError: naming what stands in the way.
+      ValueError: with the path that prevents it.
     """
     if pathlib.Path(path).is_dir():
         raise ValueError(f"--{flag} is a file: --{flag}={path} is a folder. Name a file in it.")
@@ -323,7 +323,7 @@ def define_process_flags() -> None:
 
 
 def start_processes(saves_on_sigterm: bool) -> None:
-    """Joins the other processes of this command, if its flags say that there are any."""
+    """Joins the other processes of this command, if its flags name any."""
     from moe_jax.parallel import processes
 
     values = flags.FLAGS
@@ -338,7 +338,7 @@ def start_processes(saves_on_sigterm: bool) -> None:
 
 
 def define_trust_flag() -> None:
-    """Defines --trust, for a run whose config names parts outside the library."""
+    """Defines --trust, for runs whose config names parts outside the library."""
     flags.DEFINE_boolean(
         "trust", False,
         "Import the modules that the run's config names for parts of its own: they run code.",
@@ -367,10 +367,11 @@ def define_mesh_flag() -> None:
 
 
 def mesh_of_flag() -> MeshConfig | None:
-    """What --mesh says, or None.
+    """The mesh in --mesh, or None.
 
     Raises:
-      ValueError: it is not of the form NAME=SIZE,NAME=SIZE, or a mesh has no such size.
+      ValueError: it does not have the form NAME=SIZE,NAME=SIZE, a mesh has no such size, or it is
+        missing with several processes.
     """
     import jax
 

@@ -1,7 +1,8 @@
 """Continues texts: `python -m moe_jax.generate --workdir=DIR --prompt="The king"`.
 
-One text is printed as it comes, several of them each when it is whole, and the speed at the end on
-stderr. --output also writes each as a line of JSON; a second start goes on behind those.
+A single text is printed as it is generated; several are printed one by one when complete. The speed
+is printed at the end, on stderr. --output also writes each text as a line of JSON; a second start
+continues after these.
 """
 
 import contextlib
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from moe_jax.inference.answers import AnswerFile, Answers, RouteFiles
     from moe_jax.models.model import LanguageModel
 
-OWN_MODULES = "multi_token"  # of --draft
+OWN_MODULES = "multi_token"  # a value of --draft
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def note_on(model: "LanguageModel") -> str:
-    """Lines on a model that looks, or has looked, at later tokens, and on one without a cache."""
+    """Notes on a model that looks or looked at later tokens, and on a model without a cache."""
     from moe_jax.inference.decoding import why_anew
     from moe_jax.training.ways import SEES, ways_of
 
@@ -42,13 +43,13 @@ def note_on(model: "LanguageModel") -> str:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: of .jsonl the field `prompt` of every line, else every line.
+    """The prompts in a file: the field `prompt` of each line of a .jsonl file, else each line.
 
     Blank lines are skipped.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is not UTF-8, has no prompt, or a line has no such field.
+      ValueError: it is not UTF-8, contains no prompt, or a line has no such field.
     """
     from moe_jax.data.open_file import decode
 
@@ -81,7 +82,7 @@ def prompt_of(line: str, where: str) -> str:
 
 
 def require_unicode(texts: Sequence[str]) -> None:
-    """Refuses half a character: of a flag that is not UTF-8, or escaped alone in JSON."""
+    """Refuses lone surrogates, from a flag that is not UTF-8 or an escape in JSON."""
     for text in texts:
         whole = text.encode(errors="ignore").decode()
         require(whole == text, "prompts and stop strings are text that UTF-8 can write",
@@ -89,9 +90,9 @@ def require_unicode(texts: Sequence[str]) -> None:
 
 
 class Speed:
-    """Tokens a second, of which compilation is no part: what is timed runs in its context.
+    """Measures tokens per second without compilation; the timed code runs in its context.
 
-    JAX reports how long it traced, lowered and compiled; spans may lie within each other.
+    JAX reports the duration of tracing, lowering and compilation; these spans may be nested.
     """
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class Speed:
         jax.monitoring.unregister_event_duration_listener(self.add)
 
     def add(self, event: str, duration_secs: float, **_: object) -> None:
-        """Counts a span that has just ended."""
+        """Adds a compilation span that has just ended."""
         if not event.startswith("/jax/core/compile/"):
             return
         begin = time.perf_counter() - duration_secs
@@ -119,7 +120,7 @@ class Speed:
         self.spans.append((begin, duration_secs))
 
     def line(self, count: int) -> str:
-        """What is said at the end."""
+        """A summary for the end of the command."""
         seconds = time.perf_counter() - self.begin
         compiling = min(sum(span for _, span in self.spans), seconds)
         rate = count / max(seconds - compiling, 1e-9)
@@ -130,7 +131,7 @@ class Speed:
 
 @contextlib.contextmanager
 def out_of_memory_explained(batch_size: int, context: int) -> Iterator[None]:
-    """A context in which running out of memory is one line.
+    """A context that converts an out-of-memory error to one line.
 
     Raises:
       MemoryError: with the flags to change.
@@ -157,12 +158,12 @@ def show(
     joint: str,
     routes: "RouteFiles | None" = None,
 ) -> None:
-    """Prints one text as it comes, or each of several when it is whole; files get it first.
+    """Prints a single text as it is generated, or each of several when complete.
 
-    `joint` stands between a prompt and its text.
+    Files are written first. `joint` is printed between a prompt and its text.
     """
     alone = len(answers.texts) == 1 and not answers.first
-    begin = answers.prompts[0] + joint  # not before there is a piece: what is wrong is said alone
+    begin = answers.prompts[0] + joint  # printed only with the first piece, after any error
     for piece in pieces:
         if routes:
             routes.add(piece)
@@ -189,13 +190,13 @@ def open_answers(
     settings: Mapping[str, Any],
     routes: "RouteFiles | None" = None,
 ) -> "tuple[Answers, AnswerFile | None]":
-    """The answers to come, behind those that the file has; the first process reads and writes it.
+    """The answers to generate, after those in the file; the first process reads and writes it.
 
     Args:
       path: of the file, or "".
       prompts: to continue.
-      settings: what an answer depends on, `samples` and `tokens` among them.
-      routes: files of experts, which are there for as many answers.
+      settings: settings that an answer depends on, including `samples` and `tokens`.
+      routes: files of experts, which must exist for the same answers.
     """
     import jax
 
@@ -215,14 +216,14 @@ def open_answers(
 
 
 def draft_of_flags(config: "ExperimentConfig", step: int) -> "tuple[Draft | None, dict[str, Any]]":
-    """What --draft proposes tokens with, and the settings of it that an answer depends on.
+    """The draft of --draft, and its settings that an answer depends on.
 
     Args:
       config: of the model.
-      step: of its checkpoint.
+      step: of the model's checkpoint.
 
     Raises:
-      ValueError: it does not fit the model.
+      ValueError: the draft does not fit the model.
     """
     from moe_jax.data import open_tokenizer_of
     from moe_jax.inference import Draft
@@ -310,15 +311,15 @@ def main() -> None:
 
 
 def there(answers: "Answers") -> str:
-    """How many answers --output has."""
+    """A sentence about the number of answers in --output."""
     return f"{answers.count} of {len(answers.texts)} answers are in {flags.FLAGS.output}"
 
 
 def route_files(config: "ExperimentConfig", prompts: Sequence[str], context: int) -> "RouteFiles":
-    """Where --routes puts the experts of texts that begin with these prompts.
+    """The files of --routes, for the experts of texts that begin with these prompts.
 
     Raises:
-      ValueError: the model has none, or the texts do not fit into the context.
+      ValueError: the model has no experts, or the texts do not fit into the context.
     """
     from moe_jax.data import open_tokenizer_of
     from moe_jax.inference.answers import RouteFiles

@@ -1,8 +1,8 @@
 """Merges adapters into weights: `python -m moe_jax.merge_adapters --workdir=RUN --output=OUT`.
 
-The output is the directory of a run of 0 steps without adapters, in float32. What was quantised
-under an adapter is merged as the floats that it stands for. `docs/finetuning.md` describes
-adapters; `convert --to-peft` writes them alone.
+The output is the directory of a run of 0 steps without adapters, in float32. Quantised weights
+under an adapter are dequantised and merged. `docs/finetuning.md` describes adapters;
+`convert --to-peft` writes only the adapters.
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from moe_jax import command_line
 
 
 def main() -> None:
-    """Reads a checkpoint, and writes the merged model."""
+    """Reads a checkpoint and writes the merged model."""
     import jax.numpy as jnp
 
     from moe_jax.convert import plain

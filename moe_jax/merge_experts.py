@@ -1,8 +1,8 @@
 """Makes a sparse model dense: `python -m moe_jax.merge_experts --workdir=SPARSE --output=DIR`.
 
 Each block becomes one dense network, the mean of its experts. That is exact for experts that are
-copies of each other. Logits on held-out text are compared: a model that says something else is
-refused without --allow_change. `docs/finetuning.md` says more.
+copies of each other. Logits on held-out text are compared: a model whose logits differ is refused
+without --allow_change. `docs/finetuning.md` explains more.
 """
 
 import pathlib

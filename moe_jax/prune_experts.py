@@ -1,8 +1,8 @@
 """Drops experts: `python -m moe_jax.prune_experts --workdir=SPARSE --output=DIR`.
 
-By default those that held-out text does not use. Layers of one part keep equally many. Logits on
-that text are compared: a model that says something else is refused without --allow_change.
-`docs/finetuning.md` says more.
+By default it drops experts that held-out text does not use. Layers of one part keep the same number
+of experts. Logits on that text are compared: a model whose logits differ is refused without
+--allow_change. `docs/finetuning.md` explains more.
 """
 
 import pathlib
@@ -70,7 +70,7 @@ def experts_to_keep(source: "Source") -> "Load":
     """The experts that each layer keeps, by part.
 
     Raises:
-      ValueError: all are kept, or there is none of a number.
+      ValueError: no expert is dropped, or an expert number does not exist.
     """
     from moe_jax.finetune.downcycle import routed_parts, used_experts, without_experts
 
@@ -98,7 +98,7 @@ def experts_to_keep(source: "Source") -> "Load":
 
 
 def description(source: "Source", kept: "Load") -> str:
-    """What each layer drops, its share of the load, and how many devices may share the rest."""
+    """Describes the dropped experts, their share of the load, and the possible expert axes."""
     model = source.config.model
     lines = []
     for part, kept_XE in kept.items():

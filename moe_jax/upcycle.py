@@ -1,8 +1,8 @@
 """Makes a dense model sparse: `python -m moe_jax.upcycle --workdir=DENSE --output=DIR`.
 
-Feed-forward networks become experts; all else is carried. The new directory is that of a run of 0
-steps, which train (config.init_from), generate, evaluate and convert take. Logits on held-out text
-are compared every time: a model that says something else is refused without --allow_change.
+Feed-forward networks become experts; everything else is carried. The new directory is that of a run
+of 0 steps, which train (config.init_from), generate, evaluate and convert accept. Logits on
+held-out text are always compared: a model whose logits differ is refused without --allow_change.
 `docs/finetuning.md` describes the ways.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def description(remodel: "Remodel") -> str:
-    """The new parts, the layers that have them, and the parameters before and after."""
+    """Describes the new parts with their layers, and the parameters before and after."""
     from moe_jax.planning.parameters import count_parameters
 
     new = remodel.new.model
@@ -77,10 +77,10 @@ def description(remodel: "Remodel") -> str:
 
 
 def upcycling_of_flags() -> "Upcycling":
-    """What the flags ask for.
+    """The settings in the flags.
 
     Raises:
-      ValueError: a flag has a value that it cannot have.
+      ValueError: a flag has an invalid value.
     """
     from moe_jax.finetune.upcycle import Upcycling
 
@@ -102,7 +102,7 @@ def upcycling_of_flags() -> "Upcycling":
 
 
 def block_of(num_experts: int, top_k: int, settings: list[str]) -> Any:
-    """The block of --experts, --top_k and --block: dropless, with gates that sum to 1 if K > 1."""
+    """The block of --experts, --top_k and --block; dropless, and gates sum to 1 if K > 1."""
     from moe_jax.config import build, config_dict
     from moe_jax.config.convert import InFamily
     from moe_jax.config.file import override
@@ -127,7 +127,7 @@ def block_of(num_experts: int, top_k: int, settings: list[str]) -> Any:
 
 
 def way_of(text: str) -> Any:
-    """A way of --way: KIND, or KIND:NAME=VALUE,NAME=VALUE; a kind may be the path of a class."""
+    """Parses --way: KIND, or KIND:NAME=VALUE,NAME=VALUE; a kind may be the path of a class."""
     import ast
 
     from moe_jax.config import build
@@ -178,7 +178,7 @@ def define_flags() -> None:
 
 
 def define_remodel_flags() -> None:
-    """Defines the flags of every command that makes one model of another."""
+    """Defines the flags of every command that makes one model from another."""
     flags.DEFINE_boolean(
         "optimizer_state", False, "Carry moments of the optimizer, made as parameters are."
     )
