@@ -1,4 +1,4 @@
-"""Arrays of a state by name: what a checkpoint holds, and how it differs from what is asked for."""
+"""Arrays of a state by name: reading them from a checkpoint, and comparing them with a run's."""
 
 import math
 import pathlib
@@ -13,9 +13,9 @@ MOST_LINES = 5  # of differences in a message
 
 
 def name_of(path: tuple[Any, ...]) -> str:
-    """The name of an array, "params/stack/unit/0/attention/wq", whatever its tree is made of.
+    """The name of an array from its path, such as "params/stack/unit/0/attention/wq".
 
-    Named tuples and dicts give the same names, since Orbax remembers the former as the latter.
+    Named tuples and dicts give the same names, since Orbax reports named tuples as dicts.
     """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -34,20 +34,20 @@ def describe(tree: Any) -> dict[str, str]:
 
 
 def describe_saved(path: pathlib.Path) -> dict[str, str]:
-    """See `describe`: of the arrays in a folder that Orbax wrote; any process, alone."""
+    """`describe` of the arrays in a folder that Orbax wrote; any process may call it alone."""
     return describe(ocp.StandardCheckpointHandler().metadata(path).tree)
 
 
 def read_arrays(
     path: pathlib.Path, tree: Any, wanted: Mapping[str, jax.ShapeDtypeStruct], gigabytes: int
 ) -> dict[str, jax.Array]:
-    """Reads some of the arrays in a folder that Orbax wrote, straight to where they lie.
+    """Reads some arrays of a folder that Orbax wrote, straight onto their devices.
 
     Args:
-      path: of the folder.
-      tree: of all of its arrays.
-      wanted: shape, dtype and sharding by name; a float may change its dtype.
-      gigabytes: the most that is copied at once between files and arrays.
+      path: path of the folder.
+      tree: tree of all its arrays.
+      wanted: shape, dtype and sharding by name; floats may change their dtype.
+      gigabytes: limit of what is copied at once between files and arrays.
     """
     require_shardings(dict(wanted))
     item = jax.tree_util.tree_map_with_path(
@@ -70,13 +70,13 @@ def read_arrays(
 
 
 def gigabytes_of_largest(tree: Any) -> int:
-    """The size of the largest array, in whole GB: the least `gigabytes_in_flight`."""
+    """The size of the largest array in whole GB, rounded up: the least `gigabytes_in_flight`."""
     sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     return max(1, math.ceil(max(sizes, default=0) / 1e9))
 
 
 def differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """What differs, an array a line."""
+    """The arrays that differ, one per line."""
     return [
         f"{name}: {saved.get(name, 'absent')} in the checkpoint, "
         f"{wanted.get(name, 'absent')} in this run"
@@ -86,15 +86,15 @@ def differences(saved: Mapping[str, str], wanted: Mapping[str, str]) -> list[str
 
 
 def some(lines: Sequence[str]) -> str:
-    """The number of lines, and the first of them: one line."""
+    """The number of lines and the first few of them, in one line."""
     return f"{len(lines)}, {'; '.join(lines[:MOST_LINES])}"
 
 
 def require_shardings(abstract_state: Any) -> None:
-    """Refuses an array that is to be restored to an unknown place.
+    """Refuses an array without a sharding.
 
     Raises:
-      ValueError: naming it.
+      ValueError: naming the array.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
         if getattr(leaf, "sharding", None) is None:

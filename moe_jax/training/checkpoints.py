@@ -1,13 +1,13 @@
 """Checkpoints that survive a kill: written whole or not at all, and checked before they are used.
 
 A checkpoint is the directory `<directory>/<step>/`. Orbax writes it in the background under a
-temporary name and renames it when it is complete, so a killed process leaves the checkpoints that
-were complete before. A bit that flips on a disk, or a file that is cut short by a power failure,
-can restore without an error; each checkpoint therefore carries `manifest.json`, the size and
-SHA-256 of its files, written just before the rename, and what does not match it is not used.
+temporary name and renames it when it is complete, so earlier checkpoints survive a kill. A flipped
+bit on a disk, or a file truncated by a power failure, can restore without an error. Each checkpoint
+therefore contains `manifest.json`, the size and SHA-256 of its files, written just before the
+rename. A checkpoint that does not match it is not used.
 
     <directory>/<step>/state/           the arrays, as Orbax writes them
-    <directory>/<step>/metadata.json    what the caller says of them, such as the config; optional
+    <directory>/<step>/metadata.json    optional data of the caller, such as the config
     <directory>/<step>/manifest.json    size and SHA-256 of all of these
 """
 
@@ -59,30 +59,30 @@ logger = logging.getLogger(__name__)
 
 NO_STEP = -1
 ALL_DAMAGED = -2
-TEMPORARY = ".orbax-checkpoint-tmp"  # ends the name of a directory that Orbax is writing
-# How long processes wait for the slowest to write and hash its share of a checkpoint. One that is
-# lost ends the others sooner, see `parallel.processes`.
+TEMPORARY = ".orbax-checkpoint-tmp"  # suffix of a directory that Orbax is writing
+# How long processes wait for the slowest to write and hash its share of a checkpoint. A lost
+# process ends the others sooner, see `parallel.processes`.
 TIMEOUT_SECONDS = 6 * 3600
 
 
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    What is saved is a pytree of `jax.Array`s: parameters, optimizer state, router biases, the step
-    and the data of random keys (`jax.random.key_data`, uint32). The data pipeline is a function of
-    the step, so the step also says where the data continues.
+    A checkpoint saves a pytree of `jax.Array`s: parameters, optimizer state, router biases, the
+    step and the data of random keys (`jax.random.key_data`, uint32). The data pipeline is a
+    function of the step, so the step also determines where the data continues.
 
     All processes of a run make the same calls in the same order, on a file system they share.
 
     Args:
-      directory: where the checkpoints are; made if absent. Checkpoints that a killed process did
-        not finish are removed.
-      keep: how many of the newest to keep, at least 1. Older ones are deleted after a newer one
-        is complete; quarantined ones (`damaged-<step>`) never are. None: only read, and leave the
-        directory as it is: a run may be writing a checkpoint just now.
-      keep_every: multiples of so many steps are never deleted; 0: none are kept so.
-      gigabytes_in_flight: the most that is copied at once between arrays and files, at least the
-        largest array; little saves memory, much is faster.
+      directory: where the checkpoints are; made if absent. Unfinished checkpoints of a killed
+        process are removed.
+      keep: number of newest checkpoints to keep, at least 1. Older ones are deleted after a newer
+        one is complete; quarantined ones (`damaged-<step>`) are never deleted. None: only read, and
+        leave the directory unchanged, since a run may be writing a checkpoint.
+      keep_every: checkpoints at multiples of this many steps are never deleted; 0: off.
+      gigabytes_in_flight: limit of what is copied at once between arrays and files, at least the
+        largest array; less saves memory, more is faster.
 
     Raises:
       ValueError: `keep` is less than 1.
@@ -102,7 +102,7 @@ class Checkpoints:
         self._read_only = keep is None
         self._gigabytes_in_flight = gigabytes_in_flight
         self._saving: int | None = None
-        self._newest: int | None = None  # or NO_STEP; None: not asked for yet
+        self._newest: int | None = None  # or NO_STEP; None: not yet known
         self._failed = False
         absl_logging.get_absl_logger().addFilter(not_a_traceback_of_orbax)
         if not self._read_only:
@@ -135,8 +135,8 @@ class Checkpoints:
                     ),
                 ),
             )
-        # Orbax asks in a thread of its own, after training has gone on: that would move JAX's count
-        # of steps back, by which processes agree on where a signal stops them (`SignalFlag`).
+        # Orbax asks in its own thread, after training has moved on. That would set back JAX's count
+        # of steps, by which processes agree where a signal stops them (`SignalFlag`).
         vars(self._manager)["reached_preemption"] = lambda step: False
 
     @property
@@ -159,30 +159,30 @@ class Checkpoints:
         metadata: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> bool:
-        """Writes a checkpoint in the background; not when only reading.
+        """Writes a checkpoint in the background; not allowed when only reading.
 
-        The arrays are copied before this returns, so the next step may donate them. A save that
-        is still running is waited for, and its error, if it failed, is raised here.
+        The arrays are copied before this returns, so the next step may donate them. It first waits
+        for a save that is still running, and raises its error if it failed.
 
         Args:
           step: the number of finished training steps.
           state: a pytree of `jax.Array`s.
-          metadata: what else to keep with the state, as JSON can hold it, such as the config of
-            the run. It is published with the state and covered by the manifest.
-          wait: whether to return only when the checkpoint is complete on disk.
+          metadata: JSON-compatible data to keep with the state, such as the run's config. It is
+            published with the state and covered by the manifest.
+          wait: whether to wait until the checkpoint is complete on disk.
 
         Returns:
-          False if there is a checkpoint of this step already: it is kept, nothing is written.
+          False if this step already has a checkpoint: it is kept, and nothing is written.
 
         Raises:
           ValueError: there is a checkpoint of a later step.
           TypeError: JSON cannot hold the metadata.
-          OSError: this save or the one before cannot be written, such as on a full disk, or the
-            directory is no longer there. What was complete before is whole.
+          OSError: this save or the previous one cannot be written, such as on a full disk, or the
+            directory was removed. Checkpoints that were complete stay whole.
         """
         assert not self._read_only, "opened for reading"
         self.wait()
-        # Known, not listed: on a network file system, processes may see different listings.
+        # Remembered, not listed: on a network file system, processes may see different listings.
         if self._newest is None:
             self._newest = _of_process_0(max(self.steps(), default=NO_STEP))
         if self._newest > step:
@@ -196,7 +196,7 @@ class Checkpoints:
         self._metadata = None if metadata is None else json.dumps(dict(metadata), indent=1) + "\n"
         self._saving = step
         with self._or_say_last_good():
-            if not self.directory.is_dir():  # Orbax would make it again
+            if not self.directory.is_dir():  # Orbax would recreate it
                 raise FileNotFoundError(errno.ENOENT, "the directory was removed or renamed")
             self._manager.save(
                 step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}), force=True
@@ -207,7 +207,7 @@ class Checkpoints:
         return True
 
     def has(self, step: int, name: str) -> bool:
-        """Whether the state that was saved has arrays under a name, such as "opt_state"."""
+        """Whether the saved state has arrays under a name, such as "opt_state"."""
         return any(one.startswith(f"{name}/") for one in self.arrays(step))
 
     def arrays(self, step: int) -> dict[str, str]:
@@ -221,12 +221,12 @@ class Checkpoints:
     def newest_whole(self) -> int | None:
         """The newest step whose checkpoint is whole, or None; process 0 reads every file.
 
-        Damaged ones that are newer are reported by a warning and, unless only read, renamed to
+        Newer damaged checkpoints cause a warning. Unless only reading, they are renamed to
         `damaged-<step>`, so that training can save their steps again.
 
         Raises:
-          DamagedCheckpointError: there are checkpoints and all are damaged. They stay where they
-            are, so that starting again does not silently begin from step 0.
+          DamagedCheckpointError: there are checkpoints and all are damaged. They stay in place, so
+            that a restart does not silently begin from step 0.
         """
         self.wait()
         step = _of_process_0(self._set_damaged_aside() if jax.process_index() == 0 else NO_STEP)
@@ -241,11 +241,11 @@ class Checkpoints:
         return None if step == NO_STEP else step
 
     def require_whole(self, step: int) -> None:
-        """Refuses a checkpoint that is not there or damaged; process 0 reads every file.
+        """Refuses a missing or damaged checkpoint; process 0 reads every file.
 
         Raises:
           DamagedCheckpointError: it does not match its manifest.
-          ValueError: there is none of this step; or process 0 refuses it.
+          ValueError: there is no checkpoint of this step; or process 0 refused it.
         """
         with all_or_none():
             if jax.process_index() == 0:
@@ -253,21 +253,21 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract_state: Any, *, some_of: str = "") -> Any:
-        """Restores the checkpoint of a step; all processes together, as always.
+        """Restores the checkpoint of a step; all processes call this together.
 
         Args:
-          step: of a checkpoint that `newest_whole` or `require_whole` has found whole.
+          step: step of a checkpoint that `newest_whole` or `require_whole` found whole.
           abstract_state: a pytree of `jax.ShapeDtypeStruct`s with shardings, shaped like the state
             that was saved. The shardings may differ from those of the run that saved it: the
             arrays are read straight into these.
-          some_of: a tree of the state, such as "opt_state", of which `abstract_state` may lack
-            arrays: they are not read.
+          some_of: a subtree, such as "opt_state", whose arrays `abstract_state` may lack; those are
+            not read.
 
         Returns:
           The state, bit for bit as saved.
 
         Raises:
-          ValueError: a sharding is missing, or the checkpoint holds other arrays than asked for.
+          ValueError: a sharding is missing, or the checkpoint's arrays differ from those requested.
         """
         require_shardings(abstract_state)
         saved, wanted = self.arrays(step), by_name(abstract_state)
@@ -280,7 +280,7 @@ class Checkpoints:
         return self._manager.restore(step, args=args)[STATE]
 
     def wait(self) -> None:
-        """Returns when no save is running.
+        """Waits until no save is running.
 
         Raises:
           OSError: the save failed; see `save`.
@@ -290,7 +290,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises the error of a save that has failed in the background; waits for none that runs.
+        """Raises the error of a failed background save; does not wait for a running one.
 
         Raises:
           OSError: see `save`.
@@ -306,7 +306,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _or_say_last_good(self) -> Iterator[None]:
-        """Turns what Orbax and its libraries raise of a save into one line, raised once."""
+        """Turns any error of a save into one line that names the last good step, raised once."""
         try:
             yield
         except Exception as error:
@@ -318,14 +318,14 @@ class Checkpoints:
             ) from error
 
     def _last_good_after_save(self) -> str:
-        """`last_good`, when a save that is running is complete: the process is about to end."""
+        """`last_good`, after waiting for a running save: the process is about to end."""
         with contextlib.suppress(OSError):
             self.wait()
         return self.last_good
 
     @property
     def last_good(self) -> str:
-        """What a run can go on from, for a message."""
+        """The step that a run can resume from, for a message."""
         step = self.latest_step
         return "no checkpoint is complete" if step is None else f"last good step: {step}"
 
@@ -345,9 +345,9 @@ class Checkpoints:
         write_manifest(path, jax.process_count())
 
     def _meet(self, *, key: str, timeout_ms: int) -> None:
-        """Waits at a barrier of Orbax; before that of written arrays, each hashes what it wrote."""
+        """Waits at an Orbax barrier; hashes this process's files before that of written arrays."""
         if "async_write_complete" in key:
-            with contextlib.suppress(OSError):  # process 0 reads these files then
+            with contextlib.suppress(OSError):  # process 0 then reads these files
                 path = self._being_saved()
                 write_hashes(path, path / f"{STATE}{TEMPORARY}", jax.process_index())
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
@@ -361,7 +361,7 @@ class Checkpoints:
             path = self.directory / str(step)
             reason = damage(path)
             if reason is None:
-                # Only now that there is something to go on from.
+                # Only now that a whole checkpoint is found.
                 if not self._read_only:
                     for other in damaged:
                         name = set_aside(other)
@@ -384,11 +384,11 @@ class Checkpoints:
     def restore_some(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Reads some arrays of a checkpoint, by name, straight to where they lie.
+        """Reads some arrays of a checkpoint, by name, straight onto their devices.
 
         Args:
-          step: of a checkpoint that is whole.
-          wanted: shape, dtype and sharding of arrays that are there; a float may change its dtype.
+          step: step of a whole checkpoint.
+          wanted: shape, dtype and sharding of existing arrays; floats may change their dtype.
         """
         tree = self._manager.item_metadata(step)[STATE].tree
         path = self.directory / str(step) / STATE
@@ -396,7 +396,7 @@ class Checkpoints:
 
 
 def _of_process_0(number: int) -> int:
-    """The number that process 0 has, in all of them."""
+    """The number of process 0, in all processes."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

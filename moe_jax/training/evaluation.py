@@ -1,4 +1,4 @@
-"""Held-out loss, overall and by domain, in each of the `ways` (legend: `moe_jax.moe`)."""
+"""Held-out loss, overall and per domain, in each of the `ways` (legend: `moe_jax.moe`)."""
 
 import functools
 import math
@@ -29,10 +29,10 @@ class SequenceSums(NamedTuple):
     Attributes:
       nats_B: float32, cross-entropy.
       targets_B: float32, loss weights.
-      bytes_B: float32, bytes of text that the targets stand for.
-      assigned_XBE: int32, choices of each expert, by part that routes and by layer of it.
-      overflow_X: int32, choices of the whole batch that a bounded buffer had no room for, by part
-        that has one and by layer of it.
+      bytes_B: float32, bytes of text in the targets.
+      assigned_XBE: int32, choices per expert; one array per routing part, X indexes its layers.
+      overflow_X: int32, choices of the whole batch that a bounded buffer had no room for; one array
+        per part with such a buffer, X indexes its layers.
     """
 
     nats_B: jax.Array
@@ -53,7 +53,7 @@ def evaluate_batch(
     model: LanguageModel,
     capacity: float | None,
 ) -> SequenceSums:
-    """Scores the sequences of a batch; `capacity` 0 asks for none, None for each part's own."""
+    """Scores the sequences of a batch; `capacity` 0 means dropless, None each part's own."""
     call = call_of(batch, step=step, capacity=capacity)
     output = model.run(params, call, state=model_state, replay=replayed_choices(batch))
     weight_BL = batch["loss_weights"]
@@ -74,7 +74,7 @@ def evaluate_batch(
 
 
 class DomainSums:
-    """Adds up the sums of sequences, domain by domain, in float64."""
+    """Accumulates the sums of sequences per domain; losses in float64."""
 
     def __init__(self, domains: tuple[str, ...]):
         self.domains = domains
@@ -95,7 +95,7 @@ class DomainSums:
             self.overflow_X[part] = before_X + np.asarray(overflow_X, np.int64)
 
     def losses(self) -> dict[str, Any]:
-        """Nats a token and bits a byte, overall and under `domains`."""
+        """Losses per token and per byte, overall and per domain under `domains`."""
         return _loss(self.sums.sum(axis=0)) | {
             "domains": {
                 name: _loss(sums)
@@ -107,10 +107,10 @@ class DomainSums:
     def expert_share(
         self, moe_layers: Mapping[str, tuple[int, ...]]
     ) -> dict[str, dict[str, list[float]]]:
-        """For each MoE layer and domain, the share of its choices that each expert got.
+        """Each expert's share of the choices, by MoE layer and domain.
 
         Args:
-          moe_layers: the layers of each part that routes.
+          moe_layers: the layers of each routing part.
         """
         shares: dict[str, dict[str, list[float]]] = {}
         for part, names in layer_names(moe_layers).items():
@@ -124,7 +124,7 @@ class DomainSums:
         return shares
 
     def overflow(self, moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, int]]:
-        """`buffer_overflow`, by layer, the choices that were lost; {} without a bounded buffer."""
+        """Lost choices by layer, under `buffer_overflow`; {} without a bounded buffer."""
         names = layer_names(moe_layers)
         lost = {
             name: int(count)
@@ -135,7 +135,7 @@ class DomainSums:
 
 
 def layer_names(moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """The layers of each part that routes: `layer_03`, or `layer_03_PART` of one with several."""
+    """Layer names of each routing part: `layer_03`, or `layer_03_PART` if several share a layer."""
     numbers = [layer for layers in moe_layers.values() for layer in layers]
     return {
         part: [
@@ -147,7 +147,7 @@ def layer_names(moe_layers: Mapping[str, tuple[int, ...]]) -> dict[str, list[str
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Tokens that would be as hard to guess, were they equally likely; per token."""
+    """Perplexity per token, exp(nats_per_token); inf above 700 nats."""
     return math.exp(nats_per_token) if not nats_per_token > 700 else math.inf
 
 
@@ -178,13 +178,13 @@ def evaluate(
     Args:
       params: parameters of the model.
       model_state: state by part, such as selection biases.
-      config: of the run.
-      data: of the run, opened once.
-      mesh: that the parameters lie on; None: one device.
+      config: the run's config.
+      data: the run's data, opened once.
+      mesh: mesh of the parameters; None: one device.
       max_batches: held-out batches to use; None: all.
-      batch_size: sequences at once; None: as many as a microbatch of training. See
+      batch_size: sequences per batch; None: as in a training microbatch. See
         `placement.inference_rows`.
-      step: finished steps, for settings of the router that are annealed; None: at their ends.
+      step: number of finished steps, for annealed router settings; None: their final values.
 
     Returns:
       See `score`.
@@ -212,19 +212,20 @@ def score(
     Args:
       params: parameters of the model.
       model_state: state by part, such as selection biases.
-      config: of the run.
-      batches: of one shape, as `data.heldout_batches` yields them, of `placement.inference_rows`.
-      domains: that their `domain` is an index into.
-      token_bytes_V: bytes of text that each token stands for; all 0: bits per byte are nan.
-      mesh: that the parameters lie on.
-      step: finished steps, for settings of the router that are annealed; None: at their ends.
+      config: the run's config.
+      batches: batches of one shape with `placement.inference_rows` sequences, as from
+        `data.heldout_batches`.
+      domains: names of the domains; `domain` of a batch indexes them.
+      token_bytes_V: bytes of text per token; all 0: bits per byte are nan.
+      mesh: mesh of the parameters.
+      step: number of finished steps, for annealed router settings; None: their final values.
 
     Returns:
-      `dropless` and, for a model with experts of limited capacity, `capacity_limited`, each with
-      `nats_per_token`, `perplexity` (per token), `bits_per_byte`, `tokens` and the same by domain
-      under `domains`, and with its `label` and `mark` (see `ways`), and with a bounded buffer
-      `buffer_overflow`, the choices that were lost, by layer; and `domain_expert_share`, by layer
-      and domain, of the first.
+      `dropless` and, for a model with experts of limited capacity, `capacity_limited`. Each
+      contains `nats_per_token`, `perplexity` (per token), `bits_per_byte` and `tokens`; the same
+      per domain under `domains`; `label` and `mark` (see `ways`); and, with a bounded buffer,
+      `buffer_overflow`, the lost choices by layer. Also `domain_expert_share` of the `dropless`
+      evaluation, by layer and domain.
     """
     ways = ways_of(config.model)
     totals = {name: DomainSums(domains) for name in CAPACITIES if name in ways}

@@ -16,23 +16,23 @@ from moe_jax.files import sha256_of, write_synced
 STATE = "state"  # the folder of the arrays in a checkpoint
 METADATA = "metadata.json"
 MANIFEST = "manifest.json"
-# One core hashes 1 to 2 GB/s; a thread reads 256 KiB at a time, and lets go of the GIL meanwhile.
+# One core hashes 1 to 2 GB/s; a thread reads 256 KiB at a time, and releases the GIL meanwhile.
 THREADS = min(32, os.cpu_count() or 1)
 
 
 class DamagedFileError(ValueError):
-    """A file that a run wrote is not as it was written."""
+    """A file of a run differs from what the run wrote."""
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint, or every one of a run, fails its integrity check."""
+    """A checkpoint, or every checkpoint of a run, fails its integrity check."""
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads an object from a JSON file.
 
     Raises:
-      DamagedFileError: with its path.
+      DamagedFileError: naming its path.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def set_aside(path: pathlib.Path, *, copy: bool = False) -> str:
-    """Renames a damaged file, or copies it where what is whole in it is kept.
+    """Renames a damaged file, or copies it if its undamaged part stays in use.
 
     Returns:
       The new name, `damaged-NAME` or `damaged-NAME-2`, ...
@@ -65,7 +65,7 @@ def write_hashes(path: pathlib.Path, state: pathlib.Path, process: int) -> None:
 
     Args:
       path: the checkpoint's directory.
-      state: the folder of its arrays, which has another name until all are written.
+      state: the folder of its arrays, which has a temporary name until all are written.
       process: the index of the process; Orbax names the folder of its files by it.
     """
     written = _described(state, (state / f"ocdbt.process_{process}").rglob("*"))
@@ -74,13 +74,13 @@ def write_hashes(path: pathlib.Path, state: pathlib.Path, process: int) -> None:
 
 
 def write_manifest(path: pathlib.Path, processes: int = 1) -> None:
-    """Writes the size and SHA-256 of the files of a checkpoint's state and metadata beside them.
+    """Writes the manifest: size and SHA-256 of the state and metadata files of a checkpoint.
 
     Args:
       path: the checkpoint's directory. Orbax's own files in it are left out: Orbax writes them
         after the manifest, and restoring does not need them.
-      processes: how many may have called `write_hashes`. What they wrote is taken over, and only
-        files that none of them knows, in this size, are read here.
+      processes: number of processes that may have called `write_hashes`. Their hashes are reused;
+        only files that none of them lists with this size are read here.
     """
     known: dict[str, dict[str, Any]] = {}
     for process in range(processes):
@@ -101,7 +101,7 @@ def _described(
     files: Iterable[pathlib.Path],
     known: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({}),
 ) -> dict[str, Mapping[str, Any]]:
-    """Size and SHA-256 of those that are files, by their names under a path."""
+    """Size and SHA-256 of each file, by its name relative to `path`; folders are skipped."""
     sizes = {
         file.relative_to(path).as_posix(): file.stat().st_size for file in files if file.is_file()
     }
@@ -117,7 +117,7 @@ def damage(path: pathlib.Path, only: str | None = None) -> str | None:
 
     Args:
       path: the checkpoint's directory.
-      only: the name of the one file to check; none if the manifest does not name it.
+      only: the one file to check; nothing is checked if the manifest does not list it.
     """
     try:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
@@ -141,7 +141,7 @@ def damage(path: pathlib.Path, only: str | None = None) -> str | None:
 def complete_steps(directory: pathlib.Path) -> list[int]:
     """The steps whose checkpoints are complete on disk, unchecked, in order; [] if there are none.
 
-    Any process may ask, alone: Orbax's manager is not made, which all processes make together.
+    Any process may call this alone: it makes no Orbax manager, which all make together.
     """
     if not directory.is_dir():
         return []
@@ -151,17 +151,17 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
 
 
 def metadata_of(directory: pathlib.Path, step: int) -> dict[str, Any]:
-    """What `Checkpoints.save` was given beside the state; any process, at any time.
+    """The metadata given to `Checkpoints.save`; any process may read it at any time.
 
     Args:
-      directory: of the checkpoints.
+      directory: directory of the checkpoints.
       step: one of `complete_steps`.
 
     Returns:
-      The metadata; {} if the checkpoint was saved without, as old ones are.
+      The metadata; {} if there is none, as in old checkpoints.
 
     Raises:
-      DamagedCheckpointError: its file does not match the manifest.
+      DamagedCheckpointError: the metadata file does not match the manifest.
       ValueError: there is no checkpoint of this step.
     """
     file = path_of_whole(directory, step, only=METADATA) / METADATA
@@ -169,7 +169,7 @@ def metadata_of(directory: pathlib.Path, step: int) -> dict[str, Any]:
 
 
 def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -> pathlib.Path:
-    """The path of a checkpoint that matches its manifest, or of which one file does."""
+    """The path of a checkpoint that matches its manifest, or whose file `only` does."""
     path, steps = directory / str(step), complete_steps(directory)
     if not steps:
         raise ValueError(f"There is no checkpoint in {directory}. Correct the path.")
@@ -189,6 +189,6 @@ def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -
 
 
 def _sha256(files: Iterable[pathlib.Path]) -> Iterator[str]:
-    """SHA-256 of each file, in their order; several are read at once."""
+    """SHA-256 of each file, in order; several are read at once."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(sha256_of, files)

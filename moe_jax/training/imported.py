@@ -21,7 +21,7 @@ from moe_jax.training.workdir import CHECKPOINTS, IMPORTED_FILE, recorded_run
 
 logger = logging.getLogger(__name__)
 
-INHERITED = "inherited"  # in the file of a model that was made: what `inherited` says of it
+INHERITED = "inherited"  # in the file of a made model: the result of `inherited`
 TOKENIZER = "tokenizer"  # the folder with the files of the tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -42,11 +42,11 @@ def save_imported(
 
     Args:
       workdir: the directory.
-      config: of the model, and of the data that it is to be used with.
-      params: in the tree of `model.specs()`, float32.
-      model_state: in the tree of `model.state_specs()`, float32.
+      config: config of the model and of the data to use it with.
+      params: float32, in the tree of `model.specs()`.
+      model_state: float32, in the tree of `model.state_specs()`.
       content: sha256 of the tokenizer.
-      origin: what else to keep of the import, as JSON can hold it.
+      origin: other facts of the import to keep, JSON-compatible.
     """
     key = jax.random.key_data(jax.random.key(config.seed))
     state = TrainState(jnp.zeros((), jnp.int32), params, (), dict(model_state), key)
@@ -64,10 +64,10 @@ def save_state(
 
     Args:
       workdir: the directory.
-      config: of the run.
-      state: its `opt_state` may be (), as that of a model that was imported.
+      config: the run's config.
+      state: its `opt_state` may be (), as for an imported model.
       content: sha256 of the tokenizer, and of the corpus if it was trained on one.
-      origin: where the model is from, as JSON can hold it.
+      origin: the origin of the model, JSON-compatible.
     """
     record = write_config(config, content)
     path, few = workdir / CHECKPOINTS, gigabytes_of_largest(state)
@@ -78,14 +78,14 @@ def save_state(
 
 
 def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
-    """What an export needs of the import that a run goes back to.
+    """The facts that an export needs from the import that a run is based on.
 
-    It goes back by `init_from`, and by what its model was made of, over as many runs as there are.
+    The import is found through `init_from` and the source of a made model, over any number of runs.
 
     Returns:
-      Of `family`, `settings` of a config.json, `dtypes` of tensors, and `source` what holds for the
-      run: its parameters are those of the source only in the import itself, or quantised. {} of a
-      run that goes back to no import.
+      Those of `family`, `settings` of a config.json, `dtypes` of tensors, and `source` that hold
+      for the run. `source` holds only for the import itself and its quantised copies, since other
+      runs have other parameters. {} if the run is based on no import.
     """
     if not workdir.is_dir():
         logger.warning(
@@ -108,20 +108,20 @@ def origin_of_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def origin_of_trained(origin: Mapping[str, Any], init_from: Mapping[str, Any]) -> dict[str, Any]:
-    """What holds of an origin for a run that started from it."""
+    """The part of an origin that holds for a run that started from it."""
     kept = {name: value for name, value in origin.items() if name != "source"}
-    if "embedding" in init_from.get("fresh", ()):  # of another vocabulary, as a rule
+    if "embedding" in init_from.get("fresh", ()):  # usually of another vocabulary
         settings = kept.get("settings", {}).items()
         kept["settings"] = {name: one for name, one in settings if not name.endswith("token_id")}
     return kept
 
 
 def inherited(origin: Mapping[str, Any], made_by: str) -> dict[str, Any]:
-    """What holds of an origin for a model that a command made of a run.
+    """The part of an origin that holds for a model that a command made from a run.
 
     Args:
-      origin: of the run.
-      made_by: the command; all but two change which tensors there are.
+      origin: origin of the run.
+      made_by: the command. Others than "quantise" and "merge_adapters" change the set of tensors.
     """
     if made_by == "quantise":
         return dict(origin)

@@ -1,7 +1,7 @@
-"""The first state of a run that starts from a checkpoint of another.
+"""The initial state of a run that starts from another run's checkpoint.
 
-Arrays are matched by name and shape, before any device work. They are read once, straight to where
-they lie on the mesh of the new run, and what is not taken is drawn there.
+Arrays are matched by name and shape before any device work. They are read once, straight onto the
+devices of the new mesh. Arrays that are not taken are initialised there.
 """
 
 import dataclasses
@@ -46,21 +46,21 @@ from moe_jax.training.workdir import CHECKPOINTS, Record, recorded_run
 
 logger = logging.getLogger(__name__)
 
-# What an optimizer averages, by the parameter: `ema_decay`, and Schedule-Free's z and b1.
+# Optimizer arrays, by parameter: the average of `ema_decay`, and Schedule-Free's z and b1.
 AVERAGE = re.compile(r"opt_state/\d+/average/(.*)")
 SCHEDULE_FREE = re.compile(r"opt_state/\d+/z/(.*)")
 B1 = re.compile(r"opt_state/\d+/(b1)")
 
 
 class Source(NamedTuple):
-    """A checkpoint, and what a run takes of it.
+    """A checkpoint, and the arrays that a run takes from it.
 
     Attributes:
-      workdir: of the run that it is of.
-      step: of the checkpoint.
-      sha256: of its manifest, which has those of its arrays and of its config.
-      takes: names of arrays in the new state, and of the checkpoint's arrays that they are.
-      fresh: names of arrays of the new state that are drawn anew.
+      workdir: directory of the run that saved it.
+      step: step of the checkpoint.
+      sha256: hash of its manifest, which lists the hashes of its arrays and config.
+      takes: maps names of arrays in the new state to names in the checkpoint.
+      fresh: names of arrays in the new state that are initialised instead.
     """
 
     workdir: pathlib.Path
@@ -70,25 +70,25 @@ class Source(NamedTuple):
     fresh: list[str]
 
     def record(self) -> dict[str, Any]:
-        """Where a run comes from, as `run.json` and its checkpoints say it."""
+        """The origin of a run, as recorded in `run.json` and in its checkpoints."""
         return {"path": str(self.workdir), "step": self.step, "sha256": self.sha256}
 
     def describe(self) -> str:
-        """One line."""
+        """A summary in one line."""
         fresh = f"; drawn anew: {some(self.fresh)}" if self.fresh else ""
         return f"starts from step {self.step} of {self.workdir}: {len(self.takes)} arrays{fresh}"
 
 
 def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
-    """Finds the checkpoint of `config.init_from`, and matches its arrays; reads none of them.
+    """Finds the checkpoint of `config.init_from`, and matches its arrays; loads none of them.
 
     Args:
-      config: of the run that is to start.
+      config: config of the new run.
       content: sha256 of its corpus and its tokenizer.
 
     Raises:
-      ValueError: there is no such checkpoint, an array does not match and is not fresh, or the
-        tokenizer or the data are others than the settings allow.
+      ValueError: there is no such checkpoint, an array neither matches nor is fresh, or the
+        settings do not allow this tokenizer, data or optimizer.
       DamagedCheckpointError: the checkpoint is damaged.
     """
     workdir = pathlib.Path(config.init_from.path).expanduser()
@@ -111,7 +111,7 @@ def open_source(config: ExperimentConfig, content: Mapping[str, str]) -> Source:
 
 
 def whole_step(directory: pathlib.Path, step: int | None) -> int:
-    """The step of the checkpoint to start from, of which process 0 has read every file."""
+    """The step of the checkpoint to start from; process 0 checks every file of it."""
     found = 0
     with all_or_none():
         if jax.process_index() == 0:
@@ -126,7 +126,7 @@ def newest_whole(directory: pathlib.Path) -> int:
     """The newest step whose checkpoint is whole.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no checkpoint.
       DamagedCheckpointError: all are damaged.
     """
     steps = complete_steps(directory)
@@ -151,7 +151,7 @@ def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
     """The arrays of the new state that `init_from.fresh` names.
 
     Raises:
-      ValueError: a name chooses nothing, neither in the new model nor in the checkpoint.
+      ValueError: a name matches no array of the new model or the checkpoint.
     """
     model, names = config.model, config.init_from.fresh
     known = [name for name in names if any(covers(name, one) for one in saved)]
@@ -165,7 +165,7 @@ def fresh_names(config: ExperimentConfig, saved: Iterable[str]) -> set[str]:
 
 
 def covers(name: str, saved: str) -> bool:
-    """Whether a name of `models.selection` chooses an array of a checkpoint, by its path."""
+    """Whether a name of `models.selection` matches the path of a checkpoint's array."""
     tree, *path = saved.split("/")
     return tree in ("params", "model_state") and matches(name, frozenset(path))
 
@@ -173,13 +173,13 @@ def covers(name: str, saved: str) -> bool:
 def match_parameters(
     config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
 ) -> dict[str, str]:
-    """Parameters and state of parts by name, and the arrays of the checkpoint that they are.
+    """Maps parameters and state of parts to the checkpoint's arrays, by name.
 
-    Without the moments, parameters that the optimizer averages are averages: those that the source
-    is evaluated by. The `base` of a `Weight` takes the array that it wraps.
+    Without the moments, a parameter that the source's optimizer averages takes its average, which
+    the source is evaluated with. The `base` of a `Weight` takes the array that it wraps.
 
     Raises:
-      ValueError: with what differs.
+      ValueError: listing what differs.
     """
     averages = {} if config.init_from.optimizer_state else found_by(AVERAGE, saved)
     abstract = abstract_state(config)
@@ -214,7 +214,7 @@ def match_parameters(
 
 
 def without_base(tree: Any) -> dict[str, str]:
-    """The name that each array would have if no `Weight` wrapped it, by its name."""
+    """Maps the name of each array to its name without a wrapping `Weight`."""
     base = jax.tree_util.GetAttrKey("base")
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return {name_of(path): name_of(tuple(e for e in path if e != base)) for path in paths}
@@ -223,7 +223,7 @@ def without_base(tree: Any) -> dict[str, str]:
 def match_moments(
     config: ExperimentConfig, saved: Mapping[str, str], fresh: set[str], where: str
 ) -> dict[str, str]:
-    """The optimizer's arrays, but for those of fresh parameters; see `match_parameters`."""
+    """The optimizer's arrays, except those of fresh parameters; see `match_parameters`."""
     state = abstract_state(config)
     params, kept = map(jax.tree_util.tree_leaves_with_path, (state.params, state.opt_state))
     is_fresh = {path: f"params/{name_of(path)}" in fresh for path, _ in params}
@@ -246,12 +246,12 @@ def match_moments(
 
 
 def found_by(pattern: re.Pattern[str], saved: Iterable[str]) -> dict[str, str]:
-    """The names that a pattern finds, by what it finds in them."""
+    """The names that a pattern matches, by its first group."""
     return {found[1]: name for name in saved if (found := pattern.fullmatch(name))}
 
 
 def fits(saved: str | None, wanted: str) -> bool:
-    """Whether an array can be taken: of the same shape and dtype, or both of floats."""
+    """Whether an array can be taken: same shape, and same dtype or both floats."""
     if saved is None or saved == wanted:
         return saved is not None
     (old, old_shape), (new, new_shape) = saved.split("["), wanted.split("[")
@@ -261,7 +261,7 @@ def fits(saved: str | None, wanted: str) -> bool:
 def check_tokenizer(
     config: ExperimentConfig, record: Record, content: Mapping[str, str], fresh: set[str]
 ) -> None:
-    """Refuses another tokenizer, unless all that knows its ids starts fresh."""
+    """Refuses another tokenizer, unless the embedding and the head start fresh."""
     known, given = record.get("content", {}).get("tokenizer"), content.get("tokenizer")
     components = {
         name: spec.component
@@ -290,14 +290,14 @@ def check_optimizer(config: ExperimentConfig, record: Record) -> None:
 def check_position(
     config: ExperimentConfig, record: Record, content: Mapping[str, str], step: int
 ) -> None:
-    """Refuses to go on at a position of other data, or behind the last step."""
+    """Refuses to continue at a position in other data, or at or past the last step."""
     require(
         step < config.training.num_steps,
         "with init_from.data_position training.num_steps counts the steps before",
         f"num_steps={config.training.num_steps}, init_from is at step {step}",
         f"Raise training.num_steps above {step}",
     )
-    # No other section is built: its parts may be of modules that this config does not name.
+    # Only this section is built: parts of others may need modules that this config does not name.
     written = upgrade(record)
     trust = frozenset(write_config(config)["sources"])
     data: Any = build(DataConfig, written["data"], "config.data", trust=trust)
@@ -320,7 +320,7 @@ def check_position(
 
 
 def first_state(config: ExperimentConfig, mesh: Mesh, source: Source) -> TrainState:
-    """The state before the first step, with what is taken of a source; made where it lies."""
+    """The initial state, with the arrays taken from a source; created on its devices."""
     shardings = state_shardings(config, mesh)
     abstract, placed = by_name(abstract_state(config)), by_name(shardings)
 

@@ -47,7 +47,7 @@ from moe_jax.training.trackers import check_trackers, open_trackers
 from moe_jax.training.vocabulary import check_vocabulary, warn_of_unused_ids
 from moe_jax.training.workdir import check_workdir, only_run, with_whole_paths
 
-FINITE = ("loss", "total_loss", "grad_norm")  # metrics without which a run does not go on
+FINITE = ("loss", "total_loss", "grad_norm")  # a run stops if one of these metrics is not finite
 
 
 def train(
@@ -55,24 +55,24 @@ def train(
     workdir: str | pathlib.Path,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains a model, or goes on with the run in `workdir`.
+    """Trains a model, or resumes the run in `workdir`.
 
     Args:
-      config: the run. Steps, data order, dropout and noise are functions of it alone.
-      workdir: holds the run: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`,
+      config: the run's config. It alone determines steps, data order, dropout and noise.
+      workdir: the run's directory: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`,
         `evaluation.json`.
       facts: more to record in `run.json`. With "forward_flops_per_token" {"model"} and
-        "peak_flops", of one device, the share of the peak is measured too.
+        "peak_flops", of one device, MFU is measured too.
 
     Returns:
-      The last evaluation, as `evaluation.json` has it; {} without one.
+      The last evaluation, as in `evaluation.json`; {} without one.
 
     Raises:
-      ValueError: the workdir is of another run, the vocabulary does not fit, or there is no text
-        to train or to evaluate on. The workdir has no new run then.
+      ValueError: the workdir holds another run, the vocabulary does not fit, or there is no text to
+        train or evaluate on. No new run is begun then.
       FloatingPointError: the loss or the gradient is not finite.
       BufferOverflowError: a buffer with `stop_at_overflow` had no room for some choices.
-      Interrupted: SIGTERM, SIGINT or SIGHUP came; the state is saved.
+      Interrupted: by SIGTERM, SIGINT or SIGHUP; the state is saved.
     """
     require_local("workdir", str(workdir))
     workdir = pathlib.Path(workdir)
@@ -94,7 +94,7 @@ def train(
     if jax.process_index() == 0:
         warn_of_unused_ids(config, data.tokenizer)
     keep, keep_every = config.training.keep_checkpoints, config.training.keep_every
-    # However this ends, a checkpoint that is being written is waited for.
+    # However this block ends, it waits for a checkpoint that is being written.
     with only_run(workdir), out_of_memory_explained(config, mesh, workdir):
         check_workdir(config, workdir, data.fingerprints)  # another run may have begun meanwhile
         with Checkpoints(workdir / CHECKPOINTS, keep, keep_every=keep_every) as checkpoints:
@@ -102,19 +102,19 @@ def train(
 
 
 def content_of(config: ExperimentConfig, data: Data) -> dict[str, str]:
-    """Sha256 of all that a run reads: its data, and what its training loss reads beside them."""
+    """Sha256 of all that a run reads: its data, and the files of its training loss."""
     return {**data.fingerprints, **config.training.loss.content(config, data.fingerprints)}
 
 
 def source_of(config: ExperimentConfig, workdir: pathlib.Path, data: Data) -> Source | None:
-    """The checkpoint of another run that this one starts from; None if it has one of its own."""
+    """The checkpoint of another run to start from; None without `init_from`, or on resuming."""
     if not config.init_from.path or complete_steps(workdir / CHECKPOINTS):
         return None
     return open_source(config, data.fingerprints)
 
 
 class Run(NamedTuple):
-    """A run while it goes: what it is, and where it writes."""
+    """A run in progress: its inputs, and where it writes."""
 
     workdir: pathlib.Path
     config: ExperimentConfig
@@ -129,7 +129,7 @@ class Run(NamedTuple):
     origin: Mapping[str, Any] | None  # the checkpoint that the run started from
 
     def is_last(self, step: int) -> bool:
-        """Whether it is the last step of the run."""
+        """Whether a step is the last of the run."""
         return step == self.config.training.num_steps
 
     def evaluates_after(self, step: int) -> bool:
@@ -138,7 +138,7 @@ class Run(NamedTuple):
         return every > 0 and (self.is_last(step) or step % every == 0)
 
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
-        """Saves a checkpoint that knows its run, once a step, after the metrics of the step."""
+        """Saves a checkpoint with the run's record, once per step, after the step's metrics."""
         metadata = {
             "run": write_config(self.config, self.data.fingerprints),
             "metrics": self.writer.state(),
@@ -148,7 +148,7 @@ class Run(NamedTuple):
             self.checkpoints.save(step, state, metadata=metadata, wait=wait)
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Scores the held-out split, all of it after the last step, and writes what it finds."""
+        """Scores held-out batches (all of them after the last step), and writes the results."""
         some = None if self.is_last(step) else self.config.training.evaluation_batches or None
         with self.rates.paused(), self.signals.nothing_to_save():
             evaluation = evaluate(
@@ -163,7 +163,7 @@ class Run(NamedTuple):
         if self.is_last(step) and jax.process_index() == 0:
             content = {"step": step, **evaluation}
             write_atomically(self.workdir / EVALUATION_FILE, json_text(content, indent=2) + "\n")
-        # Now that nothing of the evaluation can be lost, it counts as made.
+        # Written last: this row marks the evaluation as done.
         self.writer.write(step, evaluation_row(evaluation))
         self.progress.print(evaluation_line(step, evaluation))
 
@@ -177,7 +177,7 @@ def train_in(
     source: Source | None,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trains in a directory that nobody else writes to; see `train`."""
+    """Trains in a directory that no other run writes to; see `train`."""
     restored = restore(config, checkpoints, mesh)
     source = source if restored is None else None
     if restored is not None:
@@ -207,14 +207,14 @@ def train_in(
     progress = Progress(
         num_steps, start_step=start, utilization="of matmul peak" if on_cpu else "mfu"
     )
-    # Devices of a CPU share its cores, whether the mesh has all of them or not.
+    # CPU devices share the cores, including devices outside the mesh.
     num_devices = jax.device_count() if on_cpu else mesh.size
     flops = facts.get("forward_flops_per_token", {}).get("model", 0.0)
     peak = facts.get("peak_flops")
     rates = Rates(config, 3 * flops, peak and peak * num_devices)
     trackers = open_trackers(config, workdir, start)
     profile = Profile(config.training.profile_steps, workdir)
-    rows = start if restored is not None else 0  # of metrics that go on
+    rows = start if restored is not None else 0  # the last step whose metric rows are kept
     with MetricWriter(workdir, rows, saved.get("metrics"), trackers) as writer:
         with progress, SignalFlag(start) as signals, profile:
             run = Run(
@@ -227,24 +227,25 @@ def train_in(
 
 
 def run_steps(run: Run, state: TrainState, start: int) -> None:
-    """Takes the steps from `start` on.
+    """Runs the training steps after `start`.
 
-    A step is saved before it is evaluated. A run that was stopped in between evaluates first.
+    A step is saved before it is evaluated. A run that was stopped in between evaluates first when
+    it resumes.
     """
     config, training = run.config, run.config.training
     step_function = compile_train_step(config, run.mesh)
     arrays = training.loss.arrays(config, run.mesh)
     batches = global_batches(config, run.data, run.mesh, start)
     pending: tuple[int, StepMetrics] | None = None
-    saved = run.checkpoints.latest_step or 0  # not `start`, which may be of another run
+    saved = run.checkpoints.latest_step or 0  # not `start`, which may count steps of another run
 
     def settle() -> None:
-        """Checks, writes and shows the metrics of the step before: the device is on the next."""
+        """Checks, writes and shows the previous step's metrics while the device runs the next."""
         nonlocal pending
         if pending is None:
             return
         (step, metrics), pending = pending, None
-        if not is_finite(metrics):  # `compare` reads what ended the run
+        if not is_finite(metrics):  # `compare` reads why the run ended
             run.writer.write(step, metrics_row(metrics, config.model.layers_of))
         check_finite(step, metrics, saved, run.checkpoints.directory)
         check_overflow(step, metrics, config, saved, run.checkpoints.directory)
@@ -258,7 +259,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
     if start and run.evaluates_after(start) and not is_evaluated(run, start):
         run.evaluate(start, state)
     for step in range(start + 1, training.num_steps + 1):
-        run.checkpoints.check()  # steps after a save that failed would be lost
+        run.checkpoints.check()  # steps after a failed save would be lost
         run.profile.before(step, state)
         with jax.set_mesh(run.mesh):
             batch = next(batches)
@@ -267,14 +268,14 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
             state, metrics = step_function(state, batch, *arrays)
         run.profile.after(step, state)
         if step == start + 1:
-            jax.block_until_ready(metrics)  # compilation is not part of the speed
+            jax.block_until_ready(metrics)  # the speed excludes compilation
             run.rates.start(step)
         settle()
         pending = (step, metrics)
 
         last, evaluates = run.is_last(step), run.evaluates_after(step)
         if last or evaluates or step % training.checkpoint_every == 0:
-            # The metrics first: a run that resumes here has all of them.
+            # Metrics first, so that a run that resumes here has all of them.
             settle()
             run.save(step, state, wait=last)
             saved = step
@@ -288,21 +289,21 @@ def run_steps(run: Run, state: TrainState, start: int) -> None:
 
 
 def extension(saved: Mapping[str, Any], num_steps: int) -> str:
-    """What is said of a run that gets more steps than its checkpoint was saved with."""
+    """The message's suffix if `num_steps` has changed since the checkpoint; else empty."""
     before = saved.get("run", {}).get("training", {}).get("num_steps", num_steps)
     return f", extended from {before}" if before != num_steps else ""
 
 
 def is_evaluated(run: Run, step: int) -> bool:
-    """Whether the metrics have an evaluation of a step, as process 0 tells all of them."""
+    """Whether the metrics contain an evaluation of a step; process 0 decides for all."""
     return bool(json.loads(gather(json.dumps(run.writer.has_evaluation(step)))[0]))
 
 
 def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int) -> Iterator[Batch]:
-    """The batches of the steps after `start`, cut into microbatches, on the mesh.
+    """Yields the batches of the steps after `start`, cut into microbatches, on the mesh.
 
-    Every process reads the rows of each microbatch that its devices hold; which sequences a step
-    sees depends neither on the mesh nor on the processes.
+    Each process reads the rows of each microbatch that its devices hold. The sequences of a step
+    depend neither on the mesh nor on the processes.
     """
     num_parts = config.training.num_microbatches
     num_rows = config.training.batch_size // num_parts
@@ -316,12 +317,12 @@ def global_batches(config: ExperimentConfig, data: Data, mesh: Mesh, start: int)
 
 
 def is_finite(metrics: StepMetrics) -> bool:
-    """Whether the run can go on."""
+    """Whether the loss and the gradient are finite."""
     return all(np.isfinite(float(getattr(metrics, name))) for name in FINITE)
 
 
 def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib.Path) -> None:
-    """Stops a run that has gone to infinity.
+    """Stops a run whose loss or gradient is not finite.
 
     Raises:
       FloatingPointError: naming the metric, the step and the last good checkpoint.
@@ -337,16 +338,16 @@ def check_finite(step: int, metrics: StepMetrics, saved: int, directory: pathlib
 
 
 class BufferOverflowError(ValueError):
-    """A buffer of received rows had no room for some choices, and the run is to stop then."""
+    """A buffer with `stop_at_overflow` had no room for some received choices."""
 
 
 def check_overflow(
     step: int, metrics: StepMetrics, config: ExperimentConfig, saved: int, directory: pathlib.Path
 ) -> None:
-    """Stops a run that has lost choices, if its parts say so.
+    """Stops a run that lost choices in a part with `stop_at_overflow`.
 
     Raises:
-      BufferOverflowError: naming the layer that needs most, and the factor that would do.
+      BufferOverflowError: naming the layer that needs most, and a sufficient factor.
     """
     parts: dict[str, Any] = config.model.all_parts
     for part, moe in parts.items():
@@ -367,6 +368,6 @@ def check_overflow(
 
 
 def last_good(saved: int, directory: pathlib.Path) -> str:
-    """Where a run that fails can go on."""
+    """The checkpoint that a failed run can resume from, for the message."""
     where = f"checkpoint of step {saved} in {directory}" if saved else "no checkpoint yet"
     return f"last good state: {where}"

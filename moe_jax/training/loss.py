@@ -20,16 +20,17 @@ REPLAY = "replay/"  # fields of a batch: replay/PART/expert_index and replay/PAR
 
 
 class Totals(NamedTuple):
-    """What the losses of a whole batch are divided by; known before the model runs.
+    """The denominators of a whole batch's losses, known before the model runs.
 
     Attributes:
       loss_weight: float32 scalar, sum of the loss weights of its targets.
-      tokens: float32 scalar, its valid tokens.
-      sums: of the whole batch, by part of the model; None: no loss needs them, or the microbatch is
-        the whole batch.
-      encoder_tokens: float32 scalar, valid tokens that an encoder reads; None without one.
-      later_D: float32, sums of the loss weights of the multi-token modules; None without them.
-      later_tokens_D: float32, their valid tokens: those that have one so much later; None likewise.
+      tokens: float32 scalar, number of its valid tokens.
+      sums: sums of the whole batch, by part of the model; None: no loss needs them, or the
+        microbatch is the whole batch.
+      encoder_tokens: float32 scalar, number of valid encoder tokens; None without an encoder.
+      later_D: float32, sum of loss weights per multi-token module; None without modules.
+      later_tokens_D: float32, valid tokens per module: for module k, tokens with another k later in
+        their document; None without modules.
     """
 
     loss_weight: jax.Array
@@ -44,9 +45,9 @@ class LossParts(NamedTuple):
     """The loss of a microbatch: its additive share in the loss of the batch.
 
     Attributes:
-      cross_entropy: float32 scalar, nats a target.
-      aux: of the model's parts, by part.
-      of_loss: float32 scalars, metrics of the training loss by name; shares too.
+      cross_entropy: float32 scalar, nats per target.
+      aux: `Aux` by part of the model.
+      of_loss: float32 scalars, metrics of the training loss by name; also shares.
     """
 
     cross_entropy: jax.Array
@@ -55,12 +56,12 @@ class LossParts(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a model says of a microbatch, for a training loss.
+    """The output of a model on a microbatch, for a training loss.
 
     Attributes:
       logits_BLV: float32.
-      nats_BL: float32, cross-entropy of every target, whatever its weight.
-      cross_entropy: float32 scalar, its share: weighted, over `totals.loss_weight`.
+      nats_BL: float32, unweighted cross-entropy of every target.
+      cross_entropy: float32 scalar, its share: the weighted sum over `totals.loss_weight`.
     """
 
     logits_BLV: jax.Array
@@ -70,30 +71,30 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoss(Settings):
-    """What a step differentiates, beside the losses of the parts of the model.
+    """The loss that a step differentiates, in addition to the losses of the model's parts.
 
     A loss may read arrays that are not the model's, such as the parameters of a teacher. They are
-    arguments of the step, lie on its mesh, have no gradient and are in no checkpoint. A loss of
-    yours is named by its import path: `training.loss="my_losses:Mine"`.
+    arguments of the step, are placed on its mesh, have no gradient and are in no checkpoint. Name
+    your own loss by its import path: `training.loss="my_losses:Mine"`.
     """
 
     family: ClassVar[str] = "loss"
 
     def content(self, config: Any, content: Mapping[str, str]) -> dict[str, str]:
-        """Sha256 of what it reads from disk, by name: a run goes on with the same.
+        """Sha256 of what it reads from disk, by name; a resumed run requires the same.
 
         Args:
           config: the `ExperimentConfig` of the run.
           content: sha256 of its corpus and its tokenizer.
 
         Raises:
-          ValueError: what it is to read is not there, or does not fit the run.
+          ValueError: a file to read is missing, or does not fit the run.
         """
         del config, content
         return {}
 
     def with_whole_paths(self) -> Self:
-        """The loss with its paths from the root on, as a run records them."""
+        """The loss with absolute paths, as a run records them."""
         return self
 
     def teachers(self, config: Any) -> tuple[Any, ...]:
@@ -102,12 +103,12 @@ class TrainingLoss(Settings):
         return ()
 
     def abstract_arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
-        """Trees of `jax.ShapeDtypeStruct` with shardings: the arrays that it reads."""
+        """The arrays that it reads, as trees of `jax.ShapeDtypeStruct` with shardings."""
         del config, mesh
         return ()
 
     def arrays(self, config: Any, mesh: Any) -> tuple[Any, ...]:
-        """The arrays, each where it is to lie; read once, before the first step."""
+        """The arrays, each with its sharding; read once, before the first step."""
         return self.abstract_arrays(config, mesh)
 
     def share(
@@ -115,14 +116,14 @@ class TrainingLoss(Settings):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The share of a microbatch in the loss, and in metrics by name.
 
-        Shares add up over the microbatches of a batch, so that a sum over tokens is divided by a
-        total of the whole batch.
+        Shares add up over the microbatches of a batch, so divide a sum over tokens by a total of
+        the whole batch.
 
         Args:
-          scored: what the model says; differentiate through `logits_BLV`.
+          scored: the model's output; differentiate through `logits_BLV`.
           microbatch: the sequences, see `partial_loss`.
-          totals: of the whole batch.
-          arrays: as `arrays` gives them.
+          totals: totals of the whole batch.
+          arrays: as `arrays` returns them.
 
         Returns:
           Float32 scalars. Metrics are written as train/NAME.
@@ -132,7 +133,7 @@ class TrainingLoss(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(TrainingLoss):
-    """The cross-entropy of the targets by their weights, nats a target."""
+    """The weighted mean cross-entropy of the targets, nats per target."""
 
     def share(
         self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
@@ -186,10 +187,11 @@ def batch_totals(batch: Batch, model: LanguageModel | None = None) -> Totals:
 
 
 def replayed_choices(batch: Batch) -> dict[str, Choices]:
-    """The choices that a batch tells routers to take, by part, [X, B, L, K].
+    """The choices in a batch that routers must take, by part, [X, B, L, K].
 
-    Its `replay/PART/expert_index` (int32) and, where not all choices count, `replay/PART/chosen`
-    (bool) are [B, L, X, K]: like everything in a batch they can be cut by sequences.
+    The batch holds `replay/PART/expert_index` (int32) and, if not all choices count,
+    `replay/PART/chosen` (bool). They are [B, L, X, K], since all arrays of a batch can be cut by
+    sequences.
     """
     replay = {}
     for name in batch:
@@ -211,7 +213,7 @@ def replayed_choices(batch: Batch) -> dict[str, Choices]:
 
 
 def call_of(batch: Batch, **settings: Any) -> Call:
-    """What a model is told of a batch; of one with `encoder_inputs`, what its encoder reads too."""
+    """The `Call` of a model on a batch, with encoder inputs if the batch has `encoder_inputs`."""
     encoder = None
     if "encoder_inputs" in batch:
         encoder = EncoderInputs(*(batch[name] for name in ENCODER_INPUTS))
@@ -248,21 +250,21 @@ def partial_loss(
     """The share of a microbatch in the training loss of its batch.
 
     Shares add up to the loss of the batch, and so do their gradients. Terms are sums over tokens,
-    divided by totals of the whole batch, so that the cut into microbatches changes nothing beyond
-    rounding, except as `make_train_step` says.
+    divided by totals of the whole batch. The number of microbatches therefore changes nothing
+    beyond rounding, except as `make_train_step` describes.
 
     Args:
       params: parameters of the model.
       microbatch: `inputs`, `targets`, `segment_ids`, `positions` int32 and `loss_weights` float32
         [B, L]; for an encoder `encoder_inputs`, `encoder_segment_ids` and `encoder_positions`,
-        int32 [B, T]; and perhaps what `replayed_choices` reads.
-      totals: of the whole batch.
+        int32 [B, T]; and optionally what `replayed_choices` reads.
+      totals: totals of the whole batch.
       model: the model.
       model_state: state by part.
-      rng: key of dropout, jitter and noise.
-      step: int32 scalar, for settings that are annealed; None: at their ends.
-      training_loss: of the run; None: cross-entropy.
-      arrays: that it reads.
+      rng: key for dropout, jitter and noise.
+      step: int32 scalar, for annealed settings; None: their final values.
+      training_loss: the run's training loss; None: cross-entropy.
+      arrays: the arrays that it reads.
 
     Returns:
       The share of the total loss (differentiate this), and its parts.
@@ -285,8 +287,8 @@ def partial_loss(
 def later_losses(later_BLV: Sequence[jax.Array], microbatch: Batch, totals: Totals) -> Aux:
     """The cross-entropy of each multi-token module: its share in the mean over the batch.
 
-    Source: DeepSeek-V3, arXiv:2412.19437, eq. 24, but for the mean, here over the targets there
-      are: the last token of a document has no module.
+    Source: DeepSeek-V3, arXiv:2412.19437, eq. 24, except that the mean is over existing targets:
+    the last k tokens of a document have none in module k.
     """
     assert totals.later_D is not None, "batch_totals was told the model"
     shares = []

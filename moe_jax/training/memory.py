@@ -1,4 +1,4 @@
-"""What a training step needs of the devices' memory, before it starts and when it runs out."""
+"""Device memory of a training step: checked before it starts, explained when it runs out."""
 
 import contextlib
 import math
@@ -23,12 +23,12 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
-    """Bytes on one device that no compiler saves, by what they are of.
+    """Bytes on one device that no compiler can avoid, by kind.
 
     Returns:
-      `parameters`, `optimizer`, `gradients` (of several microbatches the sum and the newest one),
-      `logits` of a microbatch, float32, and what the training loss reads, by its kind, if it reads
-      any. Activations come on top.
+      `parameters`, `optimizer`, `gradients` (with several microbatches, their sum and the newest
+      one), float32 `logits` of a microbatch, and arrays that the training loss reads, if any, under
+      its kind. Activations are extra.
     """
     state, shardings = abstract_state(config), state_shardings(config, mesh)
 
@@ -56,9 +56,9 @@ def needed_bytes(config: ExperimentConfig, mesh: Mesh) -> dict[str, int]:
 
 
 def available_bytes(mesh: Mesh) -> int | None:
-    """The memory of one device of this process, or None where nothing says it.
+    """The memory of one device of this process, or None if unknown.
 
-    Devices of a CPU share its memory, and what a container may have of it.
+    CPU devices share the memory of the machine, or of the container if it has a lower limit.
     """
     devices = mesh.local_devices
     if devices[0].platform != "cpu":
@@ -74,7 +74,7 @@ def check_memory(config: ExperimentConfig, mesh: Mesh) -> None:
     """Refuses a model or a batch that the devices cannot hold; takes a fraction of a second.
 
     Raises:
-      ValueError: with what takes the memory, what there is, and which settings to change.
+      ValueError: naming what needs memory, how much there is, and which settings to change.
     """
     needed, available = needed_bytes(config, mesh), available_bytes(mesh)
     if available is None or sum(needed.values()) <= available:
@@ -99,11 +99,11 @@ def each(mesh: Mesh) -> str:
 def out_of_memory_explained(
     config: ExperimentConfig, mesh: Mesh, workdir: pathlib.Path
 ) -> Iterator[None]:
-    """A context in which running out of a device's memory is one line.
+    """A context that reports a device's lack of memory in one line.
 
     Raises:
-      MemoryError: with what takes the memory, which settings to change, and where the profile of
-        the memory is: `memory.prof` in the workdir, which `pprof` reads.
+      MemoryError: naming what needs memory, which settings to change, and the memory profile:
+        `memory.prof` in the workdir, for `pprof`.
     """
     try:
         yield
@@ -122,13 +122,13 @@ def out_of_memory_explained(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of the runtime says that memory ran out."""
+    """Whether a runtime error reports that memory ran out."""
     text = str(error)
     return "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
 
 
 def profile(workdir: pathlib.Path) -> str:
-    """Writes what is in the memory now, and says where; nothing where that fails too."""
+    """Writes a memory profile and returns a sentence with its path; empty if that fails too."""
     path = workdir / PROFILE_FILE
     try:
         jax.profiler.save_device_memory_profile(str(path))
@@ -140,7 +140,7 @@ def profile(workdir: pathlib.Path) -> str:
 def smaller_logits(
     config: ExperimentConfig, mesh: Mesh, needed: Mapping[str, int], available: int
 ) -> str:
-    """Which settings lower the logits: of one sequence, if that alone does not fit."""
+    """Which settings shrink the logits; only the length, if one sequence does not fit."""
     training, length = config.training, config.data.sequence_length
     shorter = f"lower data.sequence_length (now {length})"
     sequences = training.batch_size // training.num_microbatches // num_shards("batch", mesh)
@@ -154,7 +154,7 @@ def smaller_logits(
 
 
 def smaller_step(config: ExperimentConfig) -> str:
-    """Which settings lower what a step needs beyond the state."""
+    """Which settings reduce what a step needs beyond the state."""
     training, changes = config.training, []
     if training.num_microbatches < training.batch_size // config.mesh.batch_shards:
         changes.append(f"raise training.num_microbatches (now {training.num_microbatches})")
@@ -164,7 +164,7 @@ def smaller_step(config: ExperimentConfig) -> str:
 
 
 def smaller_state(config: ExperimentConfig) -> str:
-    """Which settings lower the state on a device."""
+    """Which settings reduce the state per device."""
     name, spec = max(
         jax.tree_util.tree_leaves_with_path(config.model.specs()), key=lambda pair: pair[1].size
     )
@@ -179,6 +179,6 @@ def describe(needed: dict[str, int]) -> str:
 
 
 def in_units(size: float) -> str:
-    """Bytes in the largest unit of which there is one."""
+    """Bytes in the largest unit that gives at least 1."""
     index = min(int(math.log(max(size, 1), 1024)), len(UNITS) - 1)
     return f"{size / 1024**index:.1f} {UNITS[index]}"

@@ -1,7 +1,7 @@
-"""What a run writes about itself: its metrics, step by step, and what it was run with.
+"""The records of a run: its metrics by step, its config, and the software and hardware used.
 
-`metrics.jsonl` is the record: one JSON object a write, each step once even if the run was killed
-and resumed. Trackers (`moe_jax.training.trackers`) show the same rows while a run goes.
+`metrics.jsonl` contains one JSON object per write, and each step once even if the run was killed
+and resumed. Trackers (`moe_jax.training.trackers`) show the same rows during a run.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
-LAST_BYTES = 2**20  # of a metrics file, in which its last lines are
+LAST_BYTES = 2**20  # at the end of a metrics file, which contain its last lines
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row a line, each step once.
+    """`metrics.jsonl`: one row per line, each step once.
 
     Args:
-      path: of the file, made if absent.
+      path: path of the file, made if absent.
       start_step: the step the run starts or resumes from. Rows of later steps, which will be run
         again, are dropped.
-      saved: `state` when the checkpoint of `start_step` was saved; None: not known. Rows that were
-        lost since are reported, and a damaged file is set aside.
+      saved: `state` when the checkpoint of `start_step` was saved; None: unknown. Rows lost since
+        then are reported, and a damaged file is set aside.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MetricsFile:
         self.evaluated = {row["step"] for row in map(json.loads, lines) if is_evaluation(row)}
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Appends a row, which survives a kill from now on, and a power failure from `state` on."""
+        """Appends a row; it survives a kill at once, and a power failure after `state`."""
         line = json_text(row) + "\n"
         self._file.write(line)
         self._file.flush()
@@ -69,7 +69,7 @@ class MetricsFile:
         self._sha256.update(line.encode())
 
     def state(self) -> dict[str, Any]:
-        """Number and sha256 of the rows so far; they are on the disk."""
+        """Syncs the rows to disk, and returns their number and sha256."""
         os.fsync(self._file.fileno())
         return {"rows": self._num_rows, "sha256": self._sha256.hexdigest()}
 
@@ -79,17 +79,17 @@ class MetricsFile:
 
 
 def is_evaluation(row: Mapping[str, Any]) -> bool:
-    """Whether a row of metrics is of the held-out split."""
+    """Whether a row contains metrics of the held-out split."""
     return any(name.startswith("heldout/") for name in row)
 
 
 def recover_rows(
     path: pathlib.Path, start_step: int, saved: Mapping[str, Any] | None
 ) -> list[bytes]:
-    """The lines of a metrics file up to a step; warns of lost rows, and sets a damaged file aside.
+    """Reads the lines up to a step; warns of lost rows, and sets a damaged file aside.
 
-    A last line that a kill cut short is no damage. A run that begins anew, such as after its
-    checkpoints were moved away, sets the file of the one before aside.
+    A last line that a kill truncated is no damage. A run that starts over, such as after its
+    checkpoints were moved away, sets the old file aside.
     """
     lines = path.read_bytes().splitlines() if path.exists() else []
     if lines and step_of(lines[-1]) is None:
@@ -127,22 +127,22 @@ def step_of(line: bytes) -> int | None:
 
 
 def digest(lines: Sequence[bytes]) -> str:
-    """Sha256 of lines with their ends."""
+    """Sha256 of lines, each with its newline."""
     return hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
 
 
 class MetricWriter:
-    """Appends metrics to `metrics.jsonl`, and hands them to trackers.
+    """Appends metrics to `metrics.jsonl`, and passes them to trackers.
 
-    Write the metrics of a step before its checkpoint is saved: then whatever step a killed run
-    resumes from, the file has all metrics up to that step, and each step once. Only process 0
-    writes; on the others this does nothing.
+    Write the metrics of a step before its checkpoint is saved. Then the file contains all metrics
+    up to the step that a killed run resumes from, each step once. Only process 0 writes; the others
+    do nothing.
 
     Args:
       directory: the run's directory, made if absent.
       start_step: the step the run starts or resumes from.
       saved: see `MetricsFile`.
-      trackers: that show each row once it is in the file; None: none do.
+      trackers: they show each row once it is in the file; None: no trackers.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class MetricWriter:
         self._trackers = trackers or Trackers()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the metrics of a step; what was written survives a kill.
+        """Writes the metrics of a step; they survive a kill.
 
         Args:
           step: the number of finished training steps.
@@ -173,7 +173,7 @@ class MetricWriter:
         """
         if not self._writes:
             return
-        if not self._path.exists():  # what is written to a removed file goes nowhere
+        if not self._path.exists():  # rows written to a removed file are lost
             raise FileNotFoundError(
                 f"A run appends to its metrics file: {self._path} was removed or renamed. Bring it "
                 "back, and run the same command again."
@@ -209,14 +209,14 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     """Reads a metrics file.
 
     Args:
-      path: a `metrics.jsonl`. A last line that a kill cut short is left out.
+      path: a `metrics.jsonl`. A last line that a kill truncated is left out.
 
     Returns:
-      One dict a line, in the order of writing: "step" and the metrics by name. Values are floats,
-      integers or lists of them; null, which stands for what was not finite, is read as nan.
+      One dict per line, in writing order: "step" and the metrics by name. Values are floats,
+      integers or lists of them; null, written for a value that was not finite, is read as nan.
 
     Raises:
-      ValueError: another line than the last is not a JSON object with a step.
+      ValueError: a line before the last is not a JSON object with a step.
     """
     lines = pathlib.Path(path).read_bytes().splitlines()
     rows = []
@@ -236,7 +236,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def last_step(path: str | pathlib.Path) -> int:
-    """The step of the last whole line of a metrics file, of which the end alone is read; or 0."""
+    """The step of the last whole line of a metrics file, read from its end; 0 if none is found."""
     try:
         with pathlib.Path(path).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - LAST_BYTES, 0))
@@ -250,13 +250,13 @@ def last_step(path: str | pathlib.Path) -> int:
 
 
 def run_record() -> dict[str, Any]:
-    """What this process runs on and from, as JSON can hold it.
+    """The software and hardware of this process, as JSON-compatible values.
 
     Returns:
       "started" (UTC), "command", "python", "versions" of the libraries, "platform", "device_kind",
-      "num_devices", "num_processes", and "commit" and "dirty" of the checkout this package is part
-      of, None if it is not in one. It is dirty if tracked files differ from the commit, results of
-      studies left out, or if it has Python files, such as configs, that git does not know.
+      "num_devices", "num_processes", and "commit" and "dirty" of the git checkout that contains
+      this package, None outside one. A checkout is dirty if tracked files other than results of
+      studies differ from the commit, or if it contains untracked Python files, such as configs.
     """
     device = jax.devices()[0]
     commit, dirty = _checkout()
@@ -284,16 +284,16 @@ def write_run_record(
 ) -> dict[str, Any]:
     """Writes `config.json` and `run.json` into a run's directory; process 0 only.
 
-    A run that resumes keeps the records of its earlier sessions under "earlier". `config.json` has
-    the newest settings. What `check_workdir` lets change and may matter is in the record of each
-    session: "num_steps", "num_microbatches", "mesh".
+    A resumed run keeps the records of its earlier sessions under "earlier". `config.json` contains
+    the newest settings. Settings that `check_workdir` lets change and that may matter are recorded
+    per session: "num_steps", "num_microbatches", "mesh".
 
     Args:
       directory: the run's directory, made if absent.
       config: the resolved settings.
       start_step: the step the run starts or resumes from.
       content: sha256 of the corpus and the tokenizer.
-      facts: more to record, as JSON can hold it, such as {"parameters": {"total": 1, "active": 1}}.
+      facts: more to record, JSON-compatible, such as {"parameters": {"total": 1, "active": 1}}.
 
     Returns:
       The record.
@@ -321,7 +321,7 @@ def write_run_record(
 
 
 def earlier_sessions(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The sessions that a `run.json` has; it is only a record, so a damaged one is set aside."""
+    """The sessions in a `run.json`; a damaged file is set aside, since it is only a record."""
     try:
         last = dict(read_json(path))
     except DamagedFileError as error:
@@ -331,16 +331,16 @@ def earlier_sessions(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def extensions(record: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Where a run got another number of steps than it had until then.
+    """The steps at which a run's `num_steps` changed.
 
-    A session whose steps were all lost, and run again by a later one, does not count; nor does one
-    of an earlier release, which did not record its number.
+    Sessions whose steps were all lost and run again do not count; nor do sessions of earlier
+    releases, which did not record `num_steps`.
 
     Args:
       record: the content of a `run.json`.
 
     Returns:
-      The step from which on it had another number, and the number before, in order.
+      Pairs in order: the step at which `num_steps` changed, and its value before.
 
     >>> extensions({"start_step": 9, "num_steps": 20,
     ...             "earlier": [{"start_step": 0, "num_steps": 10}]})
@@ -356,7 +356,7 @@ def extensions(record: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _plain(name: str, value: Any) -> int | float | list[Any]:
-    """A number or a list of numbers, of no more digits than its dtype has."""
+    """A number or a list of numbers, with no more digits than its dtype has."""
     array = np.asarray(value)
     if name == "step" or array.ndim > 1 or not jax.numpy.issubdtype(array.dtype, np.number):
         raise ValueError(
@@ -378,7 +378,7 @@ def _version(package: str) -> str | None:
 
 
 def _checkout() -> tuple[str | None, bool | None]:
-    """The commit of the git checkout with this file in it, and whether it was modified."""
+    """The commit of the git checkout that contains this file, and whether it was modified."""
     here = pathlib.Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -388,10 +388,10 @@ def _checkout() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        # An installed copy may lie inside a checkout of something else, which does not track it.
+        # An installed copy may be inside the checkout of another project, which does not track it.
         git("ls-files", "--error-unmatch", here.name)
         commit = git("rev-parse", "HEAD")
-        # A study that is run appends to its results, which decide on nothing.
+        # A running study appends to its results, which affect nothing.
         results = ":(top,exclude)experiments/*/results.jsonl"
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", results)
         unknown = git("ls-files", "--others", "--exclude-standard", "--", ":(top)*.py")

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, out of optax parts."""
+"""Optimizers and learning-rate schedules, built from optax parts."""
 
 import math
 from collections.abc import Callable
@@ -13,26 +13,26 @@ from moe_jax.config import ExperimentConfig, OptimizerConfig
 from moe_jax.models.trained import rate_factors, training_specs
 from moe_jax.parameters import ParameterSpec
 
-# What Muon leaves to AdamW although it has two dims: its rows or columns are read one by one.
+# Matrices that Muon leaves to AdamW: their rows or columns are read one by one.
 NOT_MATRICES = ("embedding", "head", "router")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """The learning rate of every step.
 
-    Steps count from 1. With the peak P, W = max(warmup_steps, 1), N = num_steps and the final
-    fraction F, step s <= W uses P s / W: the last step of the warm-up uses the peak, and so does
-    the first step of a run without one. With warmup="constant" all of them use P. Later steps use
-    P times
+    Steps count from 1. Let P be the peak, W = max(warmup_steps, 1), N = num_steps and F the final
+    fraction. Step s <= W uses P s / W: the last step of the warm-up uses the peak, and so does the
+    first step of a run without warm-up. With warmup="constant", all warm-up steps use P. Later
+    steps use P times
 
     - constant: 1
     - cosine: F + (1 - F) (1 + cos(pi t)) / 2, and linear: F + (1 - F) (1 - t), with
       t = (s - W) / (N - W)
     - rsqrt: sqrt(W / s)
     - wsd (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395): 1 until D =
-      max(decay_fraction N, 1) steps are left, then on a line to F (arXiv:2405.18392).
+      max(decay_fraction N, 1) steps are left, then linear to F (arXiv:2405.18392).
 
-    The last step, N, uses F P where the schedule has F; a run that is all warm-up ends at P.
+    The last step, N, uses F P if the schedule uses F; a run that is all warm-up ends at P.
 
     Returns:
       The rate as a function of the number of finished steps, s - 1, as optax counts.
@@ -44,7 +44,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
         step = jnp.asarray(count, jnp.float32) + 1
 
         def since(start: float) -> jax.Array:
-            """The share of the time from a step to the last that is over; 0 before it."""
+            """The finished share of the steps from `start` to the last; 0 before `start`."""
             return jnp.clip((step - start) / max(num_steps - start, 1), 0, 1)
 
         decays = {
@@ -61,7 +61,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def steps_alike(settings: OptimizerConfig, num_steps: int) -> float:
-    """How many first steps keep their rate if `num_steps` is raised; inf: all."""
+    """Number of first steps that keep their rate if `num_steps` is raised; inf: all."""
     if settings.schedule in ("constant", "rsqrt"):
         return math.inf
     if settings.schedule == "wsd":
@@ -77,12 +77,12 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
       clipping at 1, steps relative to the scale of a parameter.
     - "lion": Chen et al. 2023, arXiv:2302.06675.
     - "muon": `muon`.
-    - "schedule_free": AdamW with averaging in place of a decay, Defazio et al. 2024,
+    - "schedule_free": AdamW with averaging in place of a decaying rate, Defazio et al. 2024,
       arXiv:2405.15682.
 
-    Each expert, and each of scanned layers, has parameters of its own. What decays, is stacked, or
-    is a matrix for Muon, is what the specs of the model's parameters say. Its trees are of the
-    parameters that train (`models.trained`).
+    Each expert and each scanned layer is treated as separate parameters. The specs of the model's
+    parameters determine what decays, what is stacked, and what is a matrix for Muon. The trees
+    contain the parameters that train (`models.trained`).
     """
     settings = config.optimizer
     specs = training_specs(settings, config.model.specs())
@@ -97,7 +97,7 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(schedule),
     ]
     if settings.name == "schedule_free":
-        # Its count starts at 1; the weight of a step is by the rate that the step uses.
+        # Its count starts at 1; a step is weighted by the rate that it uses.
         averaged = optax.contrib.schedule_free(
             optax.chain(*descend), lambda count: schedule(count - 1), settings.b1
         )
@@ -109,7 +109,7 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
 def clip(settings: OptimizerConfig) -> optax.GradientTransformation:
     """Clips every entry of the gradient, then its global norm.
 
-    One transform, not a chain of two, whose empty states would not be those of older checkpoints.
+    It is one transform: the states of a chain of two would not match older checkpoints.
     """
     by_value, by_norm = settings.clip_value, settings.clip_norm
 
@@ -124,7 +124,7 @@ def clip(settings: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def precondition(settings: OptimizerConfig, specs: Any) -> optax.GradientTransformation:
-    """From clipped gradients to the direction of a step."""
+    """Turns clipped gradients into the direction of a step."""
     b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
     adam = optax.scale_by_adam(b1, b2, epsilon)
     if settings.name == "adamw":
@@ -144,7 +144,7 @@ def precondition(settings: OptimizerConfig, specs: Any) -> optax.GradientTransfo
 
 
 def share_of_rest(share: float, specs: Any) -> optax.GradientTransformation:
-    """Beside Muon, gives what is no matrix this share of the learning rate, decay included."""
+    """With Muon, gives non-matrices this share of the learning rate, decay included."""
 
     def update(updates: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda u, spec: u if is_matrix(spec) else share * u, updates, specs)
@@ -164,20 +164,20 @@ def scale_each(factors: Any) -> optax.GradientTransformation:
 def is_matrix(spec: ParameterSpec) -> bool:
     """Whether Muon trains a parameter: a matrix [I, O] between hidden activations.
 
-    Not embeddings, heads and routers, nor what does not decay, such as biases.
+    Embeddings, heads, routers, and parameters that do not decay, such as biases, are excluded.
     """
     dims = spec.shape[spec.num_stacked :]
     return spec.decays and len(dims) == 2 and min(dims) > 1 and spec.component not in NOT_MATRICES
 
 
 def muon(settings: OptimizerConfig, spec: ParameterSpec) -> optax.GradientTransformation:
-    """Muon of one matrix [I, O]: momentum, made nearly orthogonal by Newton-Schulz.
+    """Muon for one matrix [I, O]: momentum, made nearly orthogonal by Newton-Schulz.
 
     Jordan 2024, kellerjordan.github.io/posts/muon, scales an update by sqrt(max(1, O / I)), which
-    wants a learning rate of its own, near 0.02. Liu et al. 2025 (Moonlight), arXiv:2502.16982
-    sec. 2.2, scales it by 0.2 sqrt(max(I, O)), to AdamW's root mean square: one learning rate and
-    one weight decay serve both. A step has this size whatever the gradient's, so that an expert
-    that no token reaches moves on along its momentum.
+    needs its own learning rate, near 0.02. Liu et al. 2025 (Moonlight), arXiv:2502.16982 sec. 2.2,
+    scales it by 0.2 sqrt(max(I, O)), to AdamW's root mean square: both then share one learning rate
+    and one weight decay. The size of a step does not depend on the gradient, so an expert that
+    receives no token keeps moving along its momentum.
     """
     inputs, outputs = spec.shape[spec.num_stacked :]
     jordan, moonlight = max(1, outputs / inputs) ** 0.5, 0.2 * max(inputs, outputs) ** 0.5
@@ -190,14 +190,14 @@ def muon(settings: OptimizerConfig, spec: ParameterSpec) -> optax.GradientTransf
 def per_parameter(
     transform_of: Callable[[ParameterSpec], optax.GradientTransformation], specs: Any
 ) -> optax.GradientTransformation:
-    """Applies to every parameter its own transform, to each of stacked ones as if it were alone.
+    """Applies a transform to each parameter, separately to each slice of a stacked one.
 
-    Optax factors the two largest dims of an array, which in [E, M, H] may be E and H, and takes
-    root mean squares over all of it.
+    Otherwise optax would factor the two largest dims of an array, which in [E, M, H] may be E and
+    H, and take root mean squares over all of it.
 
     Args:
-      transform_of: the transform of a parameter of this spec, without what it is stacked by.
-      specs: of the parameters.
+      transform_of: returns the transform of one slice of a parameter, from its spec.
+      specs: specs of the parameters.
     """
 
     def over_stack(function: Any, count: int) -> Any:
@@ -228,8 +228,8 @@ class ParameterAverage(NamedTuple):
     """The state of `average_parameters`.
 
     Attributes:
-      steps: int32 scalar, finished ones.
-      average: of the parameters after them.
+      steps: int32 scalar, number of finished steps.
+      average: average of the parameters after these steps.
     """
 
     steps: jax.Array
@@ -239,8 +239,8 @@ class ParameterAverage(NamedTuple):
 def average_parameters(decay: float) -> optax.GradientTransformation:
     """Keeps an exponential moving average of the parameters; the last transform of a chain.
 
-    After step t it moves by max(1 - decay, 1 / t) towards the parameters: the plain mean of the
-    first 1 / (1 - decay) steps, without the initial values.
+    After step t, the average moves by max(1 - decay, 1 / t) towards the parameters. Over the first
+    1 / (1 - decay) steps it is the plain mean, without the initial values.
     """
 
     def init(params: Any) -> ParameterAverage:
@@ -258,9 +258,9 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def moments_of(settings: OptimizerConfig, spec: ParameterSpec) -> int:
-    """How many arrays of a parameter's own shape the optimizer keeps for it, if it trains.
+    """Number of arrays of a parameter's shape that the optimizer keeps for it, if it trains.
 
-    Adafactor's factors, and the moments of what it does not factor, are not counted.
+    Adafactor's factors, and its moments of unfactored parameters, are not counted.
     """
     of_name = {"adamw": 2, "adafactor": 0, "lion": 1, "schedule_free": 2}
     of_name["muon"] = 1 if is_matrix(spec) else 2

@@ -1,4 +1,4 @@
-"""What Orbax logs and raises, as a user is to read it."""
+"""Makes what Orbax logs and raises readable for users."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 
 @contextlib.contextmanager
 def no_warning_of_reading() -> Iterator[None]:
-    """Orbax warns, twice, that what is opened for reading is only read."""
+    """Silences Orbax's two warnings that a read-only manager only reads."""
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
@@ -21,12 +21,12 @@ def no_warning_of_reading() -> Iterator[None]:
 
 
 def not_a_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs a traceback, in several threads, of an error that it raises as well."""
+    """Drops tracebacks that Orbax logs, in several threads, of errors that it also raises."""
     return not (record.exc_info and "/orbax/" in record.pathname)
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of the system as the system says it, out of whatever carries it; one line."""
+    """The system's message of an error, whichever exception wraps it; one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = " ".join(str(error).split())

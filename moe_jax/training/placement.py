@@ -1,4 +1,4 @@
-"""Where the state of a run lies on the mesh, and the training step compiled for it."""
+"""The placement of a run's state on the mesh, and the training step compiled for it."""
 
 import dataclasses
 import functools
@@ -16,16 +16,16 @@ from moe_jax.part import RunShape
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
 
-# Microbatches follow each other; the sequences of each are split over the devices.
+# Microbatches run one after another; the sequences of each are split over the devices.
 BATCH_AXES = (None, "batch", None)
 Kind = TypeVar("Kind")
 
 
 def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a training batch or a mesh that the model cannot be split over.
+    """Refuses a training batch or a model that the mesh cannot split evenly.
 
     Raises:
-      ValueError: with the sizes and what to change.
+      ValueError: naming the sizes and what to change.
     """
     shards = {name: num_shards(name, mesh) for name in RULES}
     sequences = config.training.batch_size // config.training.num_microbatches
@@ -41,10 +41,10 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def resolved_model(config: ExperimentConfig) -> LanguageModel:
-    """The model with its settings "auto" replaced by those for the mesh and platform in use.
+    """The model with its settings "auto" resolved for the mesh and platform in use.
 
     Raises:
-      ValueError: a kernel that was asked for by name cannot do its task.
+      ValueError: a kernel requested by name cannot do its task.
     """
     dtype, in_prefix = config.model.compute_dtype, config.data.objective.sees_prompt
     return config.model.map_parts(lambda part: part.resolved(dtype, in_prefix=in_prefix))
@@ -53,12 +53,12 @@ def resolved_model(config: ExperimentConfig) -> LanguageModel:
 def inference_rows(
     config: ExperimentConfig, mesh: Mesh | AbstractMesh, at_least: int | None = None
 ) -> int:
-    """Sequences of a batch that is not trained on, in whole rows of devices and whole groups.
+    """Sequences of an inference batch, rounded up to split evenly over devices and groups.
 
     Args:
-      config: of the run.
-      mesh: that the model lies on, whatever mesh it was trained on.
-      at_least: so many, or as few more as the mesh takes; None: a microbatch of training.
+      config: the run's config.
+      mesh: mesh of the model, whatever mesh it was trained on.
+      at_least: least number of sequences, before rounding up; None: a training microbatch.
 
     Raises:
       ValueError: the mesh does not split the model evenly.
@@ -78,7 +78,7 @@ def inference_rows(
 
 
 def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
-    """A sharding for every array of the state: optimizer moments lie with their parameters.
+    """A sharding for every array of the state; moments are placed like their parameters.
 
     Raises:
       ValueError: a parameter's dim cannot be split evenly.
@@ -120,10 +120,10 @@ def parameter_of(path: tuple[Any, ...], specs: Mapping[Any, Kind]) -> Kind | Non
 def axes_of_moment(
     axes: tuple[str | None, ...], shape: tuple[int, ...], moment_shape: tuple[int, ...]
 ) -> tuple[str | None, ...]:
-    """The names of the dims of an array that the optimizer keeps for a parameter.
+    """The dim names of an array that the optimizer keeps for a parameter.
 
-    Adam's have the parameter's shape, Adafactor's lack one of its dims; anything else is small and
-    not split.
+    Adam's moments have the parameter's shape; Adafactor's lack one of its dims. Other arrays are
+    small and not split.
     """
     if moment_shape == shape:
         return axes
@@ -134,18 +134,18 @@ def axes_of_moment(
 
 
 def new_state(config: ExperimentConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step, made where it lies; its values do not depend on the mesh."""
+    """The initial state, created on its devices; its values do not depend on the mesh."""
     init = jax.jit(init_state, static_argnums=0, out_shardings=state_shardings(config, mesh))
     return init(config)
 
 
 def compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
-    """`step.make_train_step`, jitted for the mesh; the state is donated, metrics are everywhere.
+    """`step.make_train_step`, jitted for the mesh; the state is donated, metrics are replicated.
 
     Its arguments are the state, the batch, and what `training.loss` reads.
 
-    To be called (or lowered) under `jax.set_mesh(mesh)`. Runs of one process that differ in names,
-    seeds and sources alone, one after another, get the same function, which is compiled once.
+    Call (or lower) it under `jax.set_mesh(mesh)`. Consecutive runs of one process that differ only
+    in name, seeds and `init_from` share one function, which is compiled once.
     """
     any_seed = dataclasses.replace(config.data, seed=0)
     any_run = dataclasses.replace(config, name="", seed=0, data=any_seed, init_from=InitFrom())
@@ -168,9 +168,9 @@ def _compile_train_step(config: ExperimentConfig, mesh: Mesh) -> Any:
 
 
 def compiler_options(config: ExperimentConfig, mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler is told beyond the program: to overlap the chunks of an exchange on a TPU.
+    """Compiler options: on a TPU, to overlap the chunks of an exchange; None elsewhere.
 
-    libtpu compiles an all-to-all as synchronous by default, and then chunks overlap nothing.
+    By default, libtpu compiles a synchronous all-to-all, with which chunks overlap nothing.
     """
     in_chunks = any(
         getattr(one, "exchange_chunks", 1) > 1 for one in config.model.all_parts.values()

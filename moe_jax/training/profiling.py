@@ -1,4 +1,4 @@
-"""A trace of some steps, which TensorBoard and Perfetto open."""
+"""A profiler trace of some steps, for TensorBoard and Perfetto."""
 
 import contextlib
 import pathlib
@@ -14,12 +14,12 @@ PROFILE = "profile"
 class Profile:
     """Traces the steps of `training.profile_steps` into `WORKDIR/profile`, on process 0.
 
-    An XPlane trace: what runs on the devices when, under the names of the model's scopes. A context
-    that ends the trace however the run ends. A trace that fails never fails the run.
+    The XPlane trace shows what the devices run over time, under the names of the model's scopes.
+    The context ends the trace however the run ends. A failed trace never fails the run.
 
     Args:
       steps: the first and the last step to trace; (): none.
-      workdir: of the run.
+      workdir: the run's directory.
     """
 
     def __init__(self, steps: tuple[int, ...], workdir: pathlib.Path) -> None:
@@ -28,10 +28,10 @@ class Profile:
         self._traces = False
 
     def before(self, step: int, state: Any) -> None:
-        """To be called before each step, with the state before it."""
+        """Call this before each step, with the state before it."""
         if self._traces or not self._first <= step <= self._last or jax.process_index() != 0:
             return
-        jax.block_until_ready(state)  # steps that still run are not in the trace
+        jax.block_until_ready(state)  # keeps steps that still run out of the trace
         with self._without():
             # First: JAX starts no trace after one that it could not write.
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ class Profile:
             self._traces = True
 
     def after(self, step: int, state: Any) -> None:
-        """To be called after each step, with the state after it."""
+        """Call this after each step, with the state after it."""
         if self._traces and step >= self._last:
-            jax.block_until_ready(state)  # the step still runs
+            jax.block_until_ready(state)  # waits for the end of the step
             self._stop()
 
     def __enter__(self) -> "Profile":
@@ -63,10 +63,10 @@ class Profile:
 
     @contextlib.contextmanager
     def _without(self) -> Iterator[None]:
-        """Goes on without a trace that fails, and says so once."""
+        """Continues without the trace if it fails, with one warning."""
         try:
             yield
-        except Exception as error:  # the profiler's own, whatever is wrong
+        except Exception as error:  # any error of the profiler
             self._first, self._last = 0, -1
             why = " ".join(f"{type(error).__name__}: {error}".split())
             print(

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a bar on a terminal, plain lines in a log file."""
+"""The progress of a run: a bar on a terminal, plain lines in a log file."""
 
 import contextlib
 import datetime
@@ -12,17 +12,17 @@ import rich.progress
 
 
 class Progress:
-    """Shows how far a run is; a context manager.
+    """Shows the progress of a run; a context manager.
 
-    On a terminal there is one bar; elsewhere, such as in a log file, a plain line at each update
-    that has metrics. Processes other than the first show nothing. A terminal that is gone takes
-    no line, and does not fail the run.
+    A terminal shows one bar. Elsewhere, such as in a log file, each update with metrics prints a
+    plain line. Processes other than the first show nothing. A closed terminal does not fail the
+    run.
 
     Args:
       num_steps: steps of the whole run.
       start_step: the step the run starts or resumes from.
-      utilization: what `perf/mfu` is a share of, shown before it: "mfu" for the device's peak in
-        its data sheet, or for example "of measured peak".
+      utilization: label of `perf/mfu`: "mfu" for a share of the device's data-sheet peak, or for
+        example "of measured peak".
       file: where to write; standard output by default.
     """
 
@@ -61,8 +61,8 @@ class Progress:
 
         Args:
           step: the number of finished training steps.
-          metrics: at a step that is logged, its metrics by the names of `metrics.jsonl`; used are
-            train/loss, perf/tokens_per_s, perf/mfu and perf/seconds_per_step, those there are.
+          metrics: metrics of a logged step by their names in `metrics.jsonl`. It shows train/loss,
+            perf/tokens_per_s, perf/mfu and perf/seconds_per_step, if present.
         """
         if metrics is None:
             self._bar.update(self._task, completed=step)
@@ -84,7 +84,7 @@ class Progress:
 
 
 class _Shown:
-    """A file whose errors fail nobody: a run goes on, or saves, when its terminal is closed."""
+    """A file that ignores write errors: a run continues, or saves, after its terminal is closed."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -110,10 +110,10 @@ def progress_line(
       step: the number of finished training steps.
       num_steps: steps of the whole run.
       metrics: see `Progress.update`.
-      utilization: what `perf/mfu` is a share of.
+      utilization: see `Progress`.
 
     Returns:
-      The line; what the metrics do not say is left out.
+      The line; missing metrics are left out.
 
     >>> progress_line(200, 1000, {"train/loss": 2.3456, "perf/tokens_per_s": 12_345.0,
     ...                           "perf/mfu": 0.41, "perf/seconds_per_step": 0.189})

@@ -1,4 +1,4 @@
-"""How fast a run is."""
+"""Training speed: seconds per step, tokens per second, and MFU."""
 
 import time
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from moe_jax.config import ExperimentConfig
 
 
 class Rates:
-    """Speed between two logged steps, time for evaluation and checkpoints left out.
+    """Speed between two logged steps, without the time of evaluations and checkpoints.
 
     Args:
-      config: of the run.
-      step_flops_per_token: model FLOPs of a training step, a token.
-      peak: FLOP/s of all devices together, or None if it is not known.
+      config: the run's config.
+      step_flops_per_token: model FLOPs of a training step per token.
+      peak: peak FLOP/s of all devices together; None: unknown.
     """
 
     def __init__(self, config: ExperimentConfig, step_flops_per_token: float, peak: float | None):
@@ -22,11 +22,11 @@ class Rates:
         self._step, self._since = 0, 0.0
 
     def start(self, step: int) -> None:
-        """Begins to count at a step."""
+        """Starts the measurement at a step."""
         self._step, self._since = step, time.perf_counter()
 
     def measure(self, step: int) -> dict[str, float]:
-        """Rates since the last call, and begins anew; none if no step has passed."""
+        """Returns the rates since the last call and starts again; {} if no step has passed."""
         if step == self._step:
             return {}
         seconds = (time.perf_counter() - self._since) / (step - self._step)
@@ -39,7 +39,7 @@ class Rates:
         return row
 
     def paused(self) -> "Pause":
-        """A context whose time does not count."""
+        """A context whose time is not counted."""
         return Pause(self._shift)
 
     def _shift(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What a step and an evaluation say, by the names of `metrics.jsonl`."""
+"""The metrics of steps and evaluations, by their names in `metrics.jsonl`."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from moe_jax.training.ways import CAPACITIES, way_of
 
 
 def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The metrics of a step by the names of `metrics.jsonl`: of a layer, PART/layer_03/NAME.
+    """The metrics of a step by their names in `metrics.jsonl`; of a layer, PART/layer_03/NAME.
 
     Args:
-      metrics: of the step.
+      metrics: metrics of the step.
       layers_of: the layers that use each part.
     """
     row: dict[str, Any] = {
@@ -32,7 +32,7 @@ def metrics_row(metrics: StepMetrics, layers_of: Mapping[str, tuple[int, ...]]) 
 
 
 def evaluation_row(said: Mapping[str, Any]) -> dict[str, float | int]:
-    """An evaluation by the names of `metrics.jsonl`; bits a byte only where they have a meaning."""
+    """An evaluation by its names in `metrics.jsonl`; bits per byte only if `has_bits`."""
     row: dict[str, float | int] = {}
     for kind in CAPACITIES:
         if kind not in said:
@@ -48,12 +48,12 @@ def evaluation_row(said: Mapping[str, Any]) -> dict[str, float | int]:
 
 
 def has_bits(losses: Mapping[str, float]) -> bool:
-    """Whether targets stand for bytes of text; a loss that is not finite may have them."""
+    """Whether targets encode bytes of text; assumed if the loss is not finite."""
     return math.isfinite(losses["bits_per_byte"]) or not math.isfinite(losses["nats_per_token"])
 
 
 def lost_choices(losses: Mapping[str, Any]) -> int:
-    """Choices that a bounded buffer had no room for, in all layers."""
+    """Choices lost to bounded buffers, in all layers."""
     return sum(losses.get("buffer_overflow", {}).values())
 
 

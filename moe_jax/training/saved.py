@@ -1,4 +1,4 @@
-"""A trained model out of its run's directory."""
+"""Loads a trained model from its run's directory."""
 
 import contextlib
 import dataclasses
@@ -44,23 +44,23 @@ def load_run(
     trust: bool = False,
     moments: bool = False,
 ) -> tuple[ExperimentConfig, TrainState]:
-    """The config and a checkpoint of a run, which may be training, to evaluate or to sample from.
+    """Loads the config and a checkpoint of a run, even during training, to evaluate or sample from.
 
-    The parameters of the state are `evaluation_params`, and `opt_state` is (): moments, which take
-    twice the memory of the parameters, are not read.
+    By default, the parameters are `evaluation_params`, and `opt_state` is (): moments are not read,
+    as they take twice the memory of the parameters.
 
     Args:
-      workdir: of the run.
-      mesh: where the state goes, whatever mesh it was saved from; None: one device. The config
-        that is returned has it.
-      step: whose checkpoint, one of `kept_steps`; None: the newest whole one.
-      trust: whether modules outside the library may be imported for the parts that they define.
-      moments: whether the state is all of that which trains on: the parameters of the last step,
-        and what the optimizer keeps.
+      workdir: the run's directory.
+      mesh: mesh of the loaded state, whatever mesh saved it; None: one device. The returned config
+        contains it.
+      step: step of the checkpoint, one of `kept_steps`; None: the newest whole checkpoint.
+      trust: whether to import modules outside the library for the parts that they define.
+      moments: whether to return the full training state: the parameters of the last step and the
+        optimizer's state.
 
     Raises:
-      ValueError: the directory holds no run, or a run without a checkpoint or without this one; the
-        mesh does not split the model evenly; or the tokenizer has changed.
+      ValueError: the directory holds no run, the run has no checkpoint or none of this step, the
+        mesh does not split the model evenly, or the tokenizer has changed.
       DamagedCheckpointError: the checkpoint of this step is damaged, or all are.
     """
     require_local("workdir", str(workdir))
@@ -79,7 +79,7 @@ def load_run(
     config = dataclasses.replace(config, mesh=mesh or MeshConfig(data=1))
     config = config.on_devices(jax.device_count())
     placed_on = make_mesh(config.mesh)
-    inference_rows(config, placed_on)  # the mesh splits the model
+    inference_rows(config, placed_on)  # refuses a mesh that does not split the model
     few = gigabytes_of_largest(abstract_state(config))
     directory = workdir / CHECKPOINTS
     with Checkpoints(directory, keep=None, gigabytes_in_flight=few) as checkpoints:
@@ -95,9 +95,9 @@ def load_run(
 
 
 def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> DataConfig:
-    """Where the data of a run is: as `config.json` says, if that is of the same content.
+    """The data config with the paths of `config.json`, if that records the same content.
 
-    A run that goes on with data that was moved writes the new paths there, and a user may.
+    A run that resumes with moved data writes the new paths there, and so may a user.
     """
     path = workdir / CONFIG_FILE
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -115,10 +115,10 @@ def newest_places(workdir: pathlib.Path, record: Record, data: DataConfig) -> Da
 
 
 def encoding_of(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, str]:
-    """The sha256 of what makes tokens of texts: the tokenizer of a run, and any chat template.
+    """The sha256 of a run's tokenizer, and of its chat template if it has one.
 
     Raises:
-      ValueError: it cannot be opened.
+      ValueError: one of them cannot be opened.
     """
     what, setting = "tokenizer", "data.tokenizer"
     try:
@@ -134,21 +134,21 @@ def encoding_of(workdir: pathlib.Path, config: ExperimentConfig) -> dict[str, st
 
 
 def warn_of_sources(record: Record, config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Warns of parts outside the library whose source is not that of the run."""
+    """Warns of parts outside the library whose source has changed since the run."""
     lines = changed_hashes("source", record.get("sources", {}), write_config(config)["sources"])
     if lines:
         logger.warning("Since %s was saved, %s: results may differ.", workdir, "; ".join(lines))
 
 
 def open_run_data(workdir: str | pathlib.Path, config: ExperimentConfig) -> Data:
-    """The data of a run, if it is still what the run was started with.
+    """Opens the data of a run, if its content is what the run was started with.
 
     Args:
-      workdir: of the run.
-      config: of the run, as `load_run` returns it.
+      workdir: the run's directory.
+      config: the run's config, as `load_run` returns it.
 
     Raises:
-      ValueError: the corpus or the tokenizer has another content, or cannot be opened.
+      ValueError: the content of the corpus or the tokenizer has changed, or cannot be opened.
     """
     workdir = pathlib.Path(workdir)
     data = open_data(config.data)
@@ -157,16 +157,16 @@ def open_run_data(workdir: str | pathlib.Path, config: ExperimentConfig) -> Data
 
 
 def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Path) -> None:
-    """Refuses data of another content than a run was started with.
+    """Refuses data whose content differs from what a run was started with.
 
     Args:
-      record: of the run. What it does not know is not checked: runs of earlier releases recorded
-        no content, a model that was imported was trained on no corpus here.
+      record: the run's record. Content that it lacks is not checked: earlier releases recorded
+        none, and an imported model was trained on no corpus here.
       found: sha256 of the data in use.
-      workdir: of the run, for the message.
+      workdir: the run's directory, for the message.
 
     Raises:
-      ValueError: with what changed.
+      ValueError: naming what changed.
     """
     known = record.get("content", {})
     found = {name: value for name, value in found.items() if name in known}
@@ -193,23 +193,23 @@ def restore(
     *,
     moments: bool = True,
 ) -> TrainState | None:
-    """The state of the newest whole checkpoint, read straight to where it lies on the mesh.
+    """Restores the newest whole checkpoint, read straight onto the devices of the mesh.
 
     Args:
-      config: of the run.
-      checkpoints: of the run.
-      mesh: where the state goes.
-      step: the checkpoint of this step in place of the newest.
-      moments: whether all of `opt_state` is read; else what `for_evaluation` leaves of it.
+      config: the run's config.
+      checkpoints: the run's checkpoints.
+      mesh: mesh of the restored state.
+      step: step of the checkpoint; None: the newest.
+      moments: whether to read all of `opt_state`, or only what `for_evaluation` keeps.
 
     Returns:
       The state, or None if there is no checkpoint.
 
     Raises:
       DamagedCheckpointError: see `Checkpoints.newest_whole` and `require_whole`.
-      ValueError: there is none of this step, or it has other arrays than the run.
+      ValueError: there is no checkpoint of this step, or its arrays differ from the run's.
     """
-    # Nothing is asked of a checkpoint before it is known to be whole.
+    # A checkpoint is not read before it is known to be whole.
     if step is None or not checkpoints.steps():
         step = checkpoints.newest_whole()
     else:

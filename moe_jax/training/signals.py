@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C, SIGHUP: a run ends after the step it is in, the same in all its processes."""
+"""SIGTERM, Ctrl-C, SIGHUP: a run ends after the current step, the same in all processes."""
 
 import contextlib
 import signal
@@ -23,25 +23,24 @@ class Interrupted(Exception):
 
 
 class SignalFlag:
-    """Remembers SIGTERM, Ctrl-C or SIGHUP until the step that runs is over; a second acts at once.
+    """Defers SIGTERM, Ctrl-C or SIGHUP to the end of the current step; a second acts at once.
 
-    A second within `interrupts.SAME_SECONDS` is the first one again: a scheduler signals every
-    process, and a sweep hands on to its runs what it got itself. One that finds nothing to save
-    acts at once too: before the first step is over, and in `nothing_to_save`.
+    A second signal within `interrupts.SAME_SECONDS` counts as the first: a scheduler signals every
+    process, and a sweep forwards its own signal to its runs. A signal also acts at once if there is
+    nothing to save: before the first step ends, and in `nothing_to_save`.
 
-    To act is what the handler does that was there before: a command ends with one line
-    (`moe_jax.interrupts`), a program of the user's gets its KeyboardInterrupt. A checkpoint that
-    is being written is complete before. SIGHUP comes when a terminal is closed; it stays ignored
-    under `nohup`.
+    To act is to call the previous handler: a command ends with one line (`moe_jax.interrupts`), a
+    user's program gets its KeyboardInterrupt. A checkpoint that is being written is completed
+    first. Closing a terminal sends SIGHUP; it stays ignored under `nohup`.
 
-    Of several processes, which are never in the same step, JAX hands SIGTERM on from one to all
-    and finds a step that none of them has begun. It keeps on catching SIGTERM until then, so that a
-    second one does not kill; Ctrl-C counts as SIGTERM.
+    Several processes are never in the same step. JAX forwards SIGTERM from one to all, and finds a
+    step that none of them has begun. Until then it catches SIGTERM, so a second one does not kill;
+    Ctrl-C counts as SIGTERM.
 
-    Python lets only the main thread take signals: in another one this does nothing.
+    Python handles signals only in the main thread: in another thread this does nothing.
 
     Args:
-      start: the step that the run goes on from.
+      start: the step that the run resumes from.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -69,22 +68,22 @@ class SignalFlag:
 
     def __exit__(self, *exception: object) -> None:
         if self._several and self._on_main_thread:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # in the place of JAX's
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # replaces JAX's handler
         self._restore()
         self._exit.close()
 
     def stops_after(self, step: int) -> int | None:
-        """The signal that ends the run after this step, or None; all processes ask after each."""
+        """The signal that ends the run after this step, or None; all processes ask every step."""
         self._unsaved = True
         if self._several:
-            # JAX counts the calls from 1 on, and agrees on one of them.
+            # JAX counts the calls from 1, and chooses one of them for all processes.
             reached = multihost_utils.reached_preemption_sync_point(step - self._start)
             return signal.SIGTERM if reached else None
         return self._received
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """A signal to a single process acts at once in this block, which comes after a save."""
+        """Lets a signal to a single process act at once in this block, which follows a save."""
         if self._received is not None:
             self._act(self._received)
         before, self._unsaved = self._unsaved, False
@@ -105,14 +104,14 @@ class SignalFlag:
             if not self._unsaved:
                 self._act(number)
             return
-        # The thread of a command has judged the second one when it came: this may have waited.
+        # In a command, a thread judged the second signal on arrival; this handler may run late.
         if not interrupts.are_watched() and now - self._since > interrupts.SAME_SECONDS:
             self._act(number)
 
     def _act(self, number: int) -> None:
         if not self._several:
             with contextlib.suppress(Exception):
-                # This waits for a save: SIGTERM may kill, with no `finally`.
+                # This waits for a running save: SIGTERM may kill without running `finally`.
                 interrupts.said_before_end()
         self._restore()
         signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""What a training step changes, and all that a resumed run needs."""
+"""The training state: what a step changes, and all that a resumed run needs."""
 
 import functools
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar; also the position in the data.
       params: parameters, in the tree of the model's specs.
-      opt_state: what the optimizer keeps: moments, and averages of parameters; () of a model that
-        was imported.
-      model_state: what the model's parts update outside the optimizer, by part, such as selection
-        biases; {} where there is nothing.
-      key_data: uint32, the run's random key; a step uses what it and the step give.
+      opt_state: the optimizer's state: moments, and averages of parameters; () for an imported
+        model.
+      model_state: arrays that parts update outside the optimizer, by part, such as selection
+        biases; {} if there are none.
+      key_data: uint32, the run's random key; each step folds in its number.
     """
 
     step: jax.Array
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: ExperimentConfig) -> TrainState:
-    """The state before the first step; a function of the config alone, jit-compatible."""
+    """The initial state; a function of only the config, jit-compatible."""
     model = config.model
     param_key, run_key = jax.random.split(jax.random.key(config.seed))
     params = init_parameters(param_key, model.specs())
@@ -57,16 +57,18 @@ def state_from(
     z: Mapping[str, jax.Array] | None = None,
     b1: jax.typing.ArrayLike = 1.0,
 ) -> TrainState:
-    """The state before the first step of a run that starts from arrays; jit-compatible.
+    """The initial state of a run that starts from given arrays; jit-compatible.
 
-    What is not among them is as `init_state` has it, but for averages and counts of steps.
+    Other arrays are as in `init_state`, except averages, which start at the new parameters, and
+    step counts.
 
     Args:
-      config: of the run.
-      taken: by name: "params/embedding", "model_state/moe/bias_E", "opt_state/1/mu/embedding".
-      step: that the run goes on from: the count of its schedules too.
-      z: Schedule-Free's z by the names of parameters, where `taken` has its y.
-      b1: between them.
+      config: the run's config.
+      taken: arrays by name, such as "params/embedding", "model_state/moe/bias_E",
+        "opt_state/1/mu/embedding".
+      step: step that the run continues from; also the count of its schedules.
+      z: Schedule-Free's z, by names of parameters for which `taken` contains y.
+      b1: weight of x in y = b1 x + (1 - b1) z; the run starts from x.
     """
 
     def replaced(**trees: Any) -> Any:
@@ -91,7 +93,7 @@ def state_from(
 
 
 def with_schedule_at(opt_state: Any, step: int) -> Any:
-    """What the optimizer keeps, with the schedule of the learning rate at this step."""
+    """The optimizer's state, with its learning-rate schedule at this step."""
     count = jnp.asarray(step, jnp.int32)
 
     def moved(node: Any) -> Any:
@@ -107,17 +109,17 @@ def with_schedule_at(opt_state: Any, step: int) -> Any:
 
 
 def trained_params(config: ExperimentConfig, params: Any) -> Any:
-    """The parameters that train, in a tree that has None in the place of the others."""
+    """The parameters that train, in a tree with None in place of the others."""
     return kept(params, training_marks(config.optimizer, config.model.specs()))
 
 
 def evaluation_params(state: TrainState) -> Any:
-    """The parameters to evaluate and to sample from, in the tree of the model's specs.
+    """The parameters to evaluate and sample from, in the tree of the model's specs.
 
-    What the optimizer averages: `optimizer.ema_decay`, or Schedule-Free's x (arXiv:2405.15682);
-    without an average, and of what does not train, the parameters of the last step.
+    These are the optimizer's averages: of `optimizer.ema_decay`, or Schedule-Free's x
+    (arXiv:2405.15682). Parameters without an average are those of the last step.
     """
-    if not state.opt_state:  # of a model that was imported
+    if not state.opt_state:  # of an imported model
         return state.params
     last = state.opt_state[-1]
     if isinstance(last, ParameterAverage):
@@ -145,7 +147,7 @@ def for_evaluation(state: TrainState) -> TrainState:
 def abstract_batch(
     config: ExperimentConfig, rows: tuple[int, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of a run without its contents: shapes and dtypes, with these dims before each."""
+    """Shapes and dtypes of a run's batch, with the leading dims `rows`."""
     arrays = config.data.objective.arrays(config.data.sequence_length)
     return {
         name: jax.ShapeDtypeStruct((*rows, *shape), dtype)

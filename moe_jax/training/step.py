@@ -20,11 +20,11 @@ class StepMetrics(NamedTuple):
     """The metrics of a step.
 
     Attributes:
-      loss: float32 scalar, nats a target: cross-entropy alone.
-      total_loss: float32 scalar, with what the parts add: what was differentiated.
-      grad_norm: float32 scalar, global norm before clipping, of what trains.
+      loss: float32 scalar, cross-entropy only, nats per target.
+      total_loss: float32 scalar, the differentiated loss: training loss plus losses of the parts.
+      grad_norm: float32 scalar, global gradient norm of the trained parameters, before clipping.
       learning_rate: float32 scalar.
-      of_parts: metrics of the parts over the whole batch, PART/NAME, with a leading dim of layers.
+      of_parts: metrics of the parts over the whole batch, by PART/NAME; the leading dim is layers.
       of_loss: float32 scalars, metrics of the training loss by name.
     """
 
@@ -39,15 +39,14 @@ class StepMetrics(NamedTuple):
 def make_train_step(
     config: ExperimentConfig,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The step of a config: `(state, batch, *arrays) -> (state, metrics)`, to be jitted.
+    """Builds the training step `(state, batch, *arrays) -> (state, metrics)`, to be jitted.
 
     The arrays are those that `training.loss` reads; cross-entropy reads none.
 
-    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. How it is cut
-    changes the memory the step needs and, beyond rounding, nothing else; but for noise, which is
-    drawn anew for each microbatch, for losses that are of a microbatch (not linear in its sums),
-    and for a bounded buffer. Parameters that do not train, and state of parts that does not move,
-    stay as they are.
+    The batch holds arrays [num_microbatches, batch_size / num_microbatches, L or T]. The number of
+    microbatches changes the memory of the step. Beyond rounding, it changes results only through
+    noise (each microbatch draws its own), losses that are not linear in the sums of a microbatch,
+    and bounded buffers. Frozen parameters and frozen state of parts stay unchanged.
     """
     optimizer = make_optimizer(config)
     moving = moving_state(config.optimizer, config.model)
@@ -88,8 +87,8 @@ def make_train_step(
 def depends_on_microbatches(config: ExperimentConfig) -> bool:
     """Whether the steps of a run depend, beyond rounding, on `training.num_microbatches`.
 
-    They do if a loss is of a microbatch, or if anything is drawn: each microbatch has its own key.
-    The step is traced to see whether it draws; nothing is computed.
+    They do if a loss or a bounded buffer works per microbatch, or if the loss draws random numbers:
+    each microbatch has its own key. The loss is traced to find such draws; nothing is computed.
     """
     if config.model.depends_on_microbatches:
         return True
@@ -108,9 +107,9 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
 
 
 def merge_aux(aux_of: dict[str, Aux]) -> dict[str, Aux]:
-    """The `Aux` of a batch by part of the model, from those of its microbatches (leading dim).
+    """Merges the `Aux` of microbatches (leading dim) into one for the batch, by part of the model.
 
-    Sums add up, of maxima the largest counts; what stays with sequences is left out.
+    Sums are added, and maxima reduced by max; values per sequence are left out.
     """
     return {
         name: Aux(
@@ -135,14 +134,14 @@ def gradient(
     Args:
       state: parameters and the state of the model's parts.
       microbatches: the batch, with a leading dim of microbatches.
-      keys: a random key for each of them.
+      keys: one random key per microbatch.
       totals: denominators of the whole batch.
       model: the model.
-      trained: of the parameters those that train, as `trained_params` has them; None: all.
+      trained: the parameters that train, from `trained_params`; None: all.
       **loss_settings: `training_loss` and `arrays` of `partial_loss`.
 
     Returns:
-      The loss, its gradient in the tree of what trains, and the shares of all microbatches (leading
+      The loss, its gradient in the tree of `trained`, and the shares of all microbatches (leading
       dim).
     """
     trained = state.params if trained is None else trained
@@ -177,8 +176,8 @@ def batch_sums(
 ) -> dict[str, Any]:
     """Sums of the whole batch, by part of the model.
 
-    The gradient of a loss of the whole batch needs them before the first backward pass, so that
-    accumulation runs the layers forward once more.
+    A loss of the whole batch needs them before the first backward pass. Accumulation therefore runs
+    the layers forward once more.
     """
 
     def measure(carry: None, inputs: tuple[Batch, jax.Array]) -> tuple[None, Any]:

@@ -1,7 +1,8 @@
-"""Where metrics are shown while a run goes: TensorBoard, a CSV file, Weights & Biases.
+"""Live views of a run's metrics: TensorBoard, a CSV file, Weights & Biases.
 
-`metrics.jsonl` is the record. A tracker is a copy for looking at: one that fails is said once and
-left out, and the run goes on. `training.trackers` names them, and may change when a run resumes.
+`metrics.jsonl` is the record. A tracker shows a copy. A tracker that fails causes one warning and
+is dropped, and the run continues. `training.trackers` names them, and may change when a run
+resumes.
 """
 
 import contextlib
@@ -27,25 +28,25 @@ logger = logging.getLogger(__name__)
 
 CSV_FILE = "metrics.csv"
 WANDB_ID_FILE = "wandb_id.txt"
-STARTUP_SECONDS = 30  # that Weights & Biases may take to answer before step 1
-FINISH_SECONDS = 60  # and to take what is left, after the last
+STARTUP_SECONDS = 30  # limit for Weights & Biases to answer, before step 1
+FINISH_SECONDS = 60  # and to accept the remaining rows, after the last step
 
 
 class Tracker(Protocol):
     """Shows the scalars of a run. Any of its methods may raise; see `Trackers`."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Takes the metrics after a number of finished steps; steps do not decrease."""
+        """Receives the metrics after a number of finished steps; steps do not decrease."""
 
     def close(self) -> None:
-        """Ends; what was written is kept."""
+        """Ends the tracker; written metrics are kept."""
 
 
 class Trackers:
     """Several trackers, none of which can fail a run.
 
     Args:
-      openers: by name, what opens each.
+      openers: the function that opens each tracker, by name.
     """
 
     def __init__(self, openers: Mapping[str, Callable[[], Tracker]] | None = None) -> None:
@@ -55,24 +56,24 @@ class Trackers:
                 self._open[name] = opener()
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Hands on the numbers of a row; vectors, such as the load of each expert, are left out."""
+        """Passes on the scalars of a row; vectors, such as expert loads, are left out."""
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float)}
         for name, tracker in list(self._open.items()):
             with self._without(name):
                 tracker.write(step, scalars)
 
     def close(self) -> None:
-        """Closes all of them."""
+        """Closes all trackers."""
         for name, tracker in list(self._open.items()):
             with self._without(name):
                 tracker.close()
 
     @contextlib.contextmanager
     def _without(self, name: str) -> Iterator[None]:
-        """Goes on without a tracker that fails, and says so."""
+        """Drops a tracker that fails, with a warning."""
         try:
             yield
-        except Exception as error:  # of packages that are not ours
+        except Exception as error:  # of third-party packages
             self._open.pop(name, None)
             why = " ".join(f"{type(error).__name__}: {error}".split())
             print(
@@ -84,10 +85,10 @@ class Trackers:
 
 
 class TensorBoard:
-    """Events for TensorBoard, in `tensorboard/`; steps that are run again are purged."""
+    """TensorBoard events in `tensorboard/`; earlier events of repeated steps are purged."""
 
     def __init__(self, directory: pathlib.Path, start_step: int) -> None:
-        with without_module("torch"):  # imported for a type alone, which takes seconds
+        with without_module("torch"):  # imported only for a type, which takes seconds
             from tensorboardX import SummaryWriter
 
         self._events = SummaryWriter(
@@ -109,11 +110,11 @@ class TensorBoard:
 
 @contextlib.contextmanager
 def without_module(name: str) -> Iterator[None]:
-    """Lets no import find a module, as if it were not installed; one that is loaded stays."""
+    """Hides a module from imports, as if it were not installed; a loaded module stays."""
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # of Python: such an import fails
+    sys.modules[name] = None  # type: ignore[assignment]  # Python then fails its import
     try:
         yield
     finally:
@@ -121,9 +122,9 @@ def without_module(name: str) -> Iterator[None]:
 
 
 class CsvFile:
-    """`metrics.csv`: a line a write, a column a metric; empty where a metric was not written.
+    """`metrics.csv`: one line per write, one column per metric; cells of missing metrics are empty.
 
-    A metric that is new makes the file anew, with one more column.
+    A new metric rewrites the file with one more column.
     """
 
     def __init__(self, directory: pathlib.Path, start_step: int) -> None:
@@ -167,7 +168,7 @@ def read_table(path: pathlib.Path, last_step: int) -> tuple[list[str], list[dict
     """The columns of a `metrics.csv`, and its rows up to a step.
 
     Raises:
-      KeyError: it has no column "step", and is somebody else's.
+      KeyError: it has no column "step", so another program wrote it.
       ValueError, TypeError, csv.Error: it is damaged.
     """
     with path.open(encoding="utf-8", newline="") as stream:
@@ -177,12 +178,12 @@ def read_table(path: pathlib.Path, last_step: int) -> tuple[list[str], list[dict
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; a run that resumes goes on with the same one.
+    """A Weights & Biases run; a resumed run continues the same one.
 
-    Its settings are those of the package: WANDB_PROJECT (by default "moe_jax"), WANDB_ENTITY,
-    WANDB_MODE=offline, and so on. Its id is kept in the workdir, in `wandb_id.txt`. Of a step that
-    is run again it keeps the first values, which are the same. Without a key nothing is asked for:
-    it fails as any tracker does.
+    The package's variables configure it: WANDB_PROJECT (by default "moe_jax"), WANDB_ENTITY,
+    WANDB_MODE=offline, and so on. Its id is kept in the workdir, in `wandb_id.txt`. For a repeated
+    step it keeps the first values, which are the same. Without a key it does not prompt: it fails
+    like any tracker.
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -218,7 +219,7 @@ class WeightsAndBiases:
 
 @contextlib.contextmanager
 def without_terminal() -> Iterator[None]:
-    """Lets nobody ask the user, who may be away, a question that a run would wait for."""
+    """Detaches standard input, so that no question to an absent user blocks a run."""
     terminal = sys.stdin
     with open(os.devnull) as nothing:
         sys.stdin = nothing
@@ -229,18 +230,18 @@ def without_terminal() -> Iterator[None]:
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns, if it does in time; a thread that hangs is left behind.
+    """Returns a function's result, if it comes in time; a hung thread is abandoned.
 
     Raises:
-      TimeoutError: it did not.
-      RuntimeError: the function raised an error; with its message.
+      TimeoutError: the function did not return in time.
+      RuntimeError: the function raised an error; it has the same message.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def call() -> None:
         try:
             outcome.append((function(), None))
-        except BaseException as error:  # SystemExit too: it would end the thread without a word
+        except BaseException as error:  # SystemExit too: it would end the thread silently
             outcome.append((None, error))
 
     thread = threading.Thread(target=call, daemon=True)
@@ -255,10 +256,10 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuses a tracker whose package is not there, before a run begins.
+    """Refuses a tracker whose package is not installed, before a run begins.
 
     Raises:
-      ValueError: with the command that installs it.
+      ValueError: naming the command that installs it.
     """
     if "wandb" not in names:
         return
@@ -274,12 +275,12 @@ def check_trackers(names: Iterable[str]) -> None:
 def open_trackers(
     config: ExperimentConfig, directory: str | pathlib.Path, start_step: int
 ) -> Trackers:
-    """The trackers that a config names; none on other processes than the first.
+    """Opens the trackers that a config names; none on processes other than the first.
 
     Args:
-      config: of the run.
+      config: the run's config.
       directory: its workdir, which exists.
-      start_step: the step it starts or resumes from; what is there of later ones is dropped.
+      start_step: the step it starts or resumes from; TensorBoard and CSV drop later steps.
     """
     if jax.process_index() != 0:
         return Trackers()

@@ -1,4 +1,4 @@
-"""The vocabulary of a model against the ids that its batches have."""
+"""Checks the vocabulary of a model against the token ids of its batches."""
 
 import logging
 
@@ -9,10 +9,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Refuses a model whose vocabulary is smaller than the ids of its batches.
+    """Refuses a model whose vocabulary does not cover the ids of its batches.
 
     Raises:
-      ValueError: with the size that will do; or the objective refuses the length of sequences.
+      ValueError: naming the size needed; or the objective refuses the sequence length.
     """
     size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
     if config.model.vocab_size < size:
@@ -26,7 +26,7 @@ def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
 
 
 def warn_of_unused_ids(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
-    """Warns of a model of which half the ids or more never occur, such as a large one on bytes."""
+    """Warns if at least half of a model's ids never occur, as with a large vocabulary on bytes."""
     size = config.data.objective.vocab_size(tokenizer, config.data.sequence_length)
     if config.model.vocab_size >= 2 * size:
         logger.warning(

@@ -1,8 +1,8 @@
 """The ways a loss is measured: what each is called, and whether later tokens were seen.
 
-Expert choice, Soft MoE, and queues that serve later tokens first can tell a prediction something of
-the tokens that it is of. `LanguageModel.looks_ahead` says so; here it gets the words that stand
-beside every number of such a model.
+Expert choice, Soft MoE, and queues that serve later tokens first can leak the predicted tokens into
+their prediction. `LanguageModel.looks_ahead` detects this; here are the words that mark every
+number of such a model.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,15 +19,15 @@ NOTES = {
     SAW: "Saw later tokens in training: such a held-out loss is that of a causal language model, "
     "the training loss is not.",
 }
-CAPACITIES = {"dropless": 0.0, "capacity_limited": None}  # what each asks for; None: parts' own
+CAPACITIES = {"dropless": 0.0, "capacity_limited": None}  # requested capacity; None: parts' own
 
 
 class Way(NamedTuple):
     """A way a loss is measured.
 
     Attributes:
-      label: what it is called.
-      mark: `SEES`, `SAW`, or "" of a model that is causal in training and here.
+      label: its name.
+      mark: `SEES`, `SAW`, or "" for a model that is causal in training and here.
     """
 
     label: str
@@ -43,10 +43,10 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
     """How the losses of a model are measured.
 
     Returns:
-      By the names of metrics: "train", "dropless", and "capacity_limited" if experts have a
-      capacity in evaluation. "dropless" asks for no capacity. Experts that fill their slots keep
-      those of training then, so that it is called "slots of training". Where a bounded buffer may
-      lose choices, the labels say so: nothing is called dropless then.
+      Ways by metric name: "train", "dropless", and "capacity_limited" if experts have a capacity in
+      evaluation. "dropless" requests no capacity. Experts that fill their slots then keep the slots
+      of training, so its label is "slots of training". If a bounded buffer may lose choices, the
+      labels mention it, and none is "dropless".
     """
     in_training = model.looks_ahead(training=True)
     models = {"dropless": without_capacity(model)}
@@ -67,11 +67,11 @@ def ways_of(model: LanguageModel) -> dict[str, Way]:
 
 
 def way_of(kind: str, said: Mapping[str, Any]) -> Way:
-    """How a loss that was written down was measured; files of earlier versions do not say it."""
+    """How a recorded loss was measured; files of earlier versions get defaults."""
     return Way(said.get("label", kind.replace("_", "-")), said.get("mark", ""))
 
 
 def notes_of(marks: Iterable[str]) -> list[str]:
-    """What the marks mean, a sentence each."""
+    """The meanings of the marks, one sentence each."""
     found = set(marks)
     return [note for mark, note in NOTES.items() if mark in found]

@@ -32,29 +32,29 @@ from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
-IMPORTED_FILE = "imported.json"  # beside a model that was made, not trained; see `imported`
-# Settings by which experts with dropout draw: where their rows lie, and in which order.
+IMPORTED_FILE = "imported.json"  # of a model that was made, not trained; see `imported`
+# Settings that change expert dropout masks, through the placement and order of experts' rows.
 PLACES_OF_ROWS = ("run_experts", "grouped_matmul", "exchange", "exchange_chunks")
-# What a run is of, as `write_config` has it: in `config.json` and in each checkpoint.
+# A run's config, from `write_config`: in `config.json` and in each checkpoint.
 Record = Mapping[str, Any]
 
 
 def recorded_run(workdir: pathlib.Path, step: int | None = None) -> tuple[Record, str]:
-    """What the run in a directory is of, and the path that says so.
+    """The record of the run in a directory, and the path that it was read from.
 
-    A checkpoint knows its own run. `config.json` counts where it does not: before the first
-    checkpoint, and beside checkpoints of earlier releases.
+    A checkpoint contains the record of its run. Without one, `config.json` counts: before the first
+    checkpoint, and with checkpoints of earlier releases.
 
     Args:
-      workdir: of the run.
-      step: of a checkpoint; None: the newest whose metadata is whole; its arrays are not read.
+      workdir: the run's directory.
+      step: step of a checkpoint; None: the newest with whole metadata. Its arrays are not read.
 
     Returns:
       The record and its path; ({}, "") if there is none.
 
     Raises:
       DamagedFileError: `config.json` is needed and cannot be read.
-      ValueError: it is of an older layout.
+      ValueError: `config.json` has an unsupported layout.
     """
     directory, path = workdir / CHECKPOINTS, workdir / CONFIG_FILE
     for one in reversed(complete_steps(directory) if step is None else [step]):
@@ -70,7 +70,7 @@ def recorded_run(workdir: pathlib.Path, step: int | None = None) -> tuple[Record
 
 
 def has_steps(workdir: pathlib.Path) -> bool:
-    """Whether a step was made in a directory: it left a checkpoint, damaged or not, or metrics."""
+    """Whether a directory has trained steps: a checkpoint, damaged or not, or metrics."""
     checkpoints, metrics = workdir / CHECKPOINTS, workdir / METRICS_FILE
     has_checkpoint = checkpoints.is_dir() and any(
         path.name.removeprefix("damaged-").isdecimal() for path in checkpoints.iterdir()
@@ -83,19 +83,19 @@ def check_workdir(
 ) -> None:
     """Refuses a directory that holds another run.
 
-    Configs are compared as objects: a setting that did not exist when the run was started is at its
-    default. Settings that do not change results may differ; where experts have dropout, the mesh
-    and the way that experts run do change them. `training.num_steps` may rise where no finished
-    step depends on it. A directory in which no step was made takes any run.
+    Configs are compared as objects: a setting that is newer than the run has its default. Settings
+    that do not change results may differ. With expert dropout, the mesh and the way that experts
+    run do change results. `training.num_steps` may rise if no finished step depends on it. A
+    directory without trained steps accepts any run.
 
     Args:
-      config: of the run that is to go on.
+      config: config of the run to start or resume.
       workdir: its directory.
-      content: sha256 of its corpus and its tokenizer; paths may differ where these agree.
+      content: sha256 of its corpus and its tokenizer; paths may differ if these agree.
 
     Raises:
-      ValueError: with every setting, source and content that differs; or the record is of an older
-        layout.
+      ValueError: listing every setting, source and content that differs; or the record has an
+        unsupported layout.
     """
     try:
         record, path = recorded_run(workdir)
@@ -122,12 +122,12 @@ def check_workdir(
 
 
 def require_moments(workdir: pathlib.Path) -> None:
-    """Refuses to train in the directory of a model that was made without an optimizer's state.
+    """Refuses to train in the directory of a made model that has no optimizer state.
 
     Raises:
-      ValueError: with the setting that starts a run from it.
+      ValueError: naming the setting that starts a run from it.
     """
-    directory = (workdir / CHECKPOINTS).resolve()  # Orbax reads none by a relative path
+    directory = (workdir / CHECKPOINTS).resolve()  # Orbax reads no relative path
     steps = complete_steps(directory)
     if not steps or not (workdir / IMPORTED_FILE).exists():
         return
@@ -135,7 +135,7 @@ def require_moments(workdir: pathlib.Path) -> None:
         newest = path_of_whole(directory, steps[-1], only=f"{STATE}/_METADATA")
         saved = describe_saved(newest / STATE)
     except (OSError, ValueError):
-        return  # what is damaged is dealt with when all of it is read
+        return  # damage is reported when the whole checkpoint is read
     require(
         any(name.startswith("opt_state/") for name in saved),
         "A run goes on from a checkpoint with the optimizer's state",
@@ -145,10 +145,10 @@ def require_moments(workdir: pathlib.Path) -> None:
 
 
 def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.Path) -> None:
-    """Refuses more steps than before, if a step that is made would have been another one.
+    """Refuses to raise `num_steps` if a finished step depends on it.
 
     Raises:
-      ValueError: naming what follows the number of steps.
+      ValueError: naming what depends on the number of steps.
     """
     given, made = config.training.num_steps, complete_steps(workdir / CHECKPOINTS)
     before = record.get("training", {}).get("num_steps", given)
@@ -174,7 +174,7 @@ def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.P
 
 
 def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]) -> list[str]:
-    """One line for each difference by which a config is not of the recorded run."""
+    """One line per difference between a config and the recorded run."""
     given = write_config(config)["sources"]
     lines = changed_hashes("source", record.get("sources", {}), given)
     known = record.get("content", {})
@@ -182,7 +182,7 @@ def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]
         lines += changed_hashes("content", known, content)
     if lines:
         return lines
-    # No module is imported that the given config does not name itself.
+    # Only modules that the given config names are imported.
     old = read_config(record, ExperimentConfig, trust=frozenset(given))
     allowed = {"config.data.corpus", "config.data.tokenizer"} if known and content else set()
     if config.training.num_steps > old.training.num_steps:
@@ -197,11 +197,11 @@ def changes(record: Record, config: ExperimentConfig, content: Mapping[str, str]
 
 
 def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
-    """One line for each difference that changes what experts with dropout draw.
+    """One line per difference that changes the dropout masks of experts.
 
-    A mask is drawn for the rows of experts where they lie: the explicit exchange draws device by
-    device, sorted rows draw in their order. Slots that the compiler exchanges are one array on
-    every mesh, and draw as one.
+    A mask depends on the layout of the experts' rows: the explicit exchange draws one per device,
+    and sorted rows draw in their order. Slots that the compiler exchanges are one array on every
+    mesh, with one mask.
     """
     parts: Iterable[Any] = new.model.all_parts.values()
     drawing = [part for part in parts if getattr(part, "expert_dropout_rate", 0) > 0]
@@ -218,7 +218,7 @@ def changed_masks(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
 
 
 def with_whole_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with its paths from the root on, as a run records them."""
+    """The config with absolute paths, as a run records them."""
     source, training = config.init_from, config.training
     if source.path:
         path = str(pathlib.Path(source.path).expanduser().absolute())
@@ -234,7 +234,7 @@ def with_whole_paths(config: ExperimentConfig) -> ExperimentConfig:
 def changed_hashes(
     what: str, old: Mapping[str, str | None], new: Mapping[str, str | None]
 ) -> list[str]:
-    """One line for each named hash that changed, came or went."""
+    """One line per named hash that was changed, added or removed."""
     return [
         f"{what} of {name}: sha256 {(old.get(name) or 'not there')[:12]} -> "
         f"{(new.get(name) or 'not there')[:12]}"
@@ -245,10 +245,10 @@ def changed_hashes(
 
 @contextlib.contextmanager
 def only_run(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the directory for this run; the system lets go of it when the process ends, however.
+    """Locks the directory for this run; the system unlocks it however the process ends.
 
     Raises:
-      ValueError: another run holds it, or the processes of this one do not see one directory.
+      ValueError: another run holds the lock, or this run's processes do not share the directory.
     """
     with contextlib.ExitStack() as held:
         with all_or_none():
@@ -274,10 +274,10 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def require_shared(workdir: pathlib.Path) -> None:
-    """Refuses a workdir that is another directory on another process's machine.
+    """Refuses a workdir that the processes do not share.
 
     Raises:
-      ValueError: naming the process that does not see what process 0 has written.
+      ValueError: naming the process that does not see what process 0 wrote.
     """
     if jax.process_count() == 1:
         return
