@@ -1,1 +1,1 @@
-"""Processes side by side: runs of a sweep, arms of a study."""
+"""Jobs that run in parallel: runs of a sweep, arms of a study."""

@@ -1,4 +1,4 @@
-"""The grid of a sweep: what `--set NAME=VALUE,VALUE` says, and what its points are called."""
+"""The grid of a sweep: parses `--set NAME=VALUE,VALUE`, and names the points."""
 
 import dataclasses
 import difflib
@@ -12,12 +12,12 @@ from moe_jax.config.check import require
 
 PRESETS = "presets"  # in place of a setting: what follows the colon of --config=FILE:PRESET
 NO_PRESET = "none"
-MAX_NAME = 120  # characters of a directory
+MAX_NAME = 120  # characters in the name of a directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """Settings that are varied together, and the values that they take, as they are written."""
+    """Settings that vary together, and their values as text."""
 
     names: tuple[str, ...]
     values: tuple[str, ...]
@@ -28,10 +28,10 @@ class Axis:
 
 
 def parse_axis(text: str) -> Axis:
-    """An axis as it is written: "optimizer.learning_rate=1e-3,3e-3", "seed,data.seed=0,1,2".
+    """Parses an axis: "optimizer.learning_rate=1e-3,3e-3", "seed,data.seed=0,1,2".
 
     Raises:
-      ValueError: a name or a value is missing, or comes twice.
+      ValueError: a name or a value is missing, or a value is repeated.
     """
     left, equals, right = text.partition("=")
     names = tuple(re.sub(r"^(--)?config\.", "", name.strip()) for name in left.split(","))
@@ -52,7 +52,7 @@ def parse_axis(text: str) -> Axis:
 
 
 def split_values(text: str) -> list[str]:
-    """Cuts at the commas that stand in no bracket and no quote.
+    """Splits at commas outside brackets and quotes.
 
     >>> split_values("1e-3,(1, 2),'a,b'")
     ['1e-3', '(1, 2)', "'a,b'"]
@@ -73,7 +73,7 @@ def split_values(text: str) -> list[str]:
 
 
 def without_quotes(text: str) -> str:
-    """A text without the pair of quotes around it, which keeps its commas.
+    """Removes the pair of quotes around a text, which protects its commas.
 
     >>> without_quotes("'a,b'"), without_quotes("'a' or 'b'"), without_quotes("a")
     ('a,b', "'a' or 'b'", 'a')
@@ -83,20 +83,20 @@ def without_quotes(text: str) -> str:
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
-    """Every combination, the last axis fastest: the text of each setting by its name."""
+    """Every combination, the last axis fastest: texts of the values by setting."""
     for point in itertools.product(*(axis.points() for axis in axes)):
         yield dict(pair for pairs in point for pair in pairs)
 
 
 def check_names(axes: Sequence[Axis], settings: Collection[str]) -> None:
-    """Refuses names that are no settings, and those that are varied twice.
+    """Refuses names that are not settings, and settings that are varied twice.
 
     Args:
-      axes: of the grid.
+      axes: axes of the grid.
       settings: dotted paths of all settings, without "config.".
 
     Raises:
-      ValueError: with the setting that may be meant.
+      ValueError: naming the setting that may be meant.
     """
     names = [name for axis in axes for name in axis.names]
     for name in names:
@@ -118,7 +118,7 @@ def check_names(axes: Sequence[Axis], settings: Collection[str]) -> None:
 
 
 def proposal(name: str, settings: Collection[str]) -> str:
-    """What the user may have meant."""
+    """A proposal of what the user may have meant."""
     last = name.rpartition(".")[2]
     ends = [one for one in sorted(settings) if one.rpartition(".")[2] == last]
     near = ends or difflib.get_close_matches(name, sorted(settings), n=1)
@@ -129,10 +129,10 @@ def proposal(name: str, settings: Collection[str]) -> str:
 
 
 def names_of(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A directory's name for each point: what differs, "learning_rate=0.001,seed=0".
+    """The directory name of each point: what differs, "learning_rate=0.001,seed=0".
 
     Args:
-      axes: of the grid.
+      axes: axes of the grid.
       points: the values of the settings, as the config has them, by name.
     """
     firsts = [axis.names[0] for axis in axes]
@@ -149,7 +149,7 @@ def names_of(axes: Sequence[Axis], points: Sequence[Mapping[str, Any]]) -> list[
 
 
 def short_name(name: str, among: Sequence[str]) -> str:
-    """The last words of a setting's name that no other ends with.
+    """The shortest ending, in whole words, that only this setting's name has.
 
     >>> short_name("data.seed", ["data.seed", "seed"]), short_name("optimizer.b1", ["optimizer.b1"])
     ('data.seed', 'b1')
@@ -163,5 +163,5 @@ def short_name(name: str, among: Sequence[str]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value in a directory's name: 0.001 for 1e-3, whatever was written."""
+    """A value as text in a directory's name: 0.001, even if 1e-3 was written."""
     return value if isinstance(value, str) else repr(value)

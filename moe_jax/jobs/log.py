@@ -1,9 +1,9 @@
-"""What a process that is run beside others leaves behind: its output, and why it failed."""
+"""The log of a job's process: its output, and why it failed."""
 
 import pathlib
 
 LOG_FILE = "log.txt"  # in the directory of the job
-ERROR = "error: "  # how the last line begins, of one that failed
+ERROR = "error: "  # begins the last line, if the job failed
 
 
 def failure(directory: pathlib.Path) -> str:

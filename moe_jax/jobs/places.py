@@ -1,4 +1,4 @@
-"""Where processes run side by side: each has its share of the cores, or of the accelerators."""
+"""Places for parallel processes: each has a share of the cores or of the accelerators."""
 
 import dataclasses
 import json
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from moe_jax.config.check import require
 
 ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
-# Every step on a CPU takes its temporary arrays anew from Linux: huge pages make fewer page faults.
+# On a CPU, each step allocates its temporary arrays anew: huge pages mean fewer page faults.
 ALLOCATOR, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-# What tells a process which GPUs it sees.
+# The variable that determines which GPUs a process sees.
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "rocm": "ROCR_VISIBLE_DEVICES"}
 MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 PROBE = """
@@ -25,12 +25,12 @@ print(json.dumps([jax.default_backend(), jax.local_device_count(), version]))
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What processes share.
+    """The resources that processes share.
 
     Attributes:
       platform: "cpu", "cuda", "rocm", or another accelerator, such as "tpu".
       num_devices: accelerators; 0 on a CPU.
-      cores: that this process may use; () where the system does not say.
+      cores: cores that this process may use; () if unknown.
     """
 
     platform: str
@@ -38,13 +38,13 @@ class Machine:
     cores: tuple[int, ...]
 
     def places(self, num_jobs: int, devices_per_job: int = 1) -> list["Place"]:
-        """Makes `num_jobs` places. With 0, makes one for each core, or as many as fit the GPUs.
+        """Makes `num_jobs` places; with 0, one per core, or as many as fit the GPUs.
 
-        More jobs than GPUs share them, and their memory. Another accelerator than a GPU belongs to
-        one process.
+        More jobs than GPUs share the GPUs and their memory. An accelerator that is not a GPU
+        belongs to one process.
 
         Raises:
-          ValueError: several jobs on an accelerator of one process.
+          ValueError: several jobs on an accelerator that belongs to one process.
         """
         is_gpu = self.platform in VISIBLE
         if self.platform != "cpu" and not is_gpu:
@@ -65,7 +65,7 @@ class Machine:
         ]
 
     def _gpus_of(self, num_jobs: int) -> list[dict[str, str]]:
-        """The variables that give each job its GPUs, and its part of the memory of a shared one."""
+        """The variables that give each job its GPUs, and its share of a shared GPU's memory."""
         name = VISIBLE[self.platform]
         known = [one for one in os.environ.get(name, "").split(",") if one]
         names = known or [str(number) for number in range(self.num_devices)]
@@ -81,12 +81,12 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What one of several processes has for itself.
+    """The resources of one of several processes.
 
     Attributes:
-      cores: that it runs on; (): on all.
+      cores: cores that it runs on; (): all.
       num_devices: accelerators that it sees; 0 on a CPU.
-      variables: of its environment.
+      variables: additions to its environment.
     """
 
     cores: tuple[int, ...] = ()
@@ -102,7 +102,7 @@ class Place:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Within it, a process that is started runs on these cores: it inherits them."""
+        """A context in which a started process inherits these cores."""
         if not self.cores or not hasattr(os, "sched_setaffinity"):
             yield
             return
@@ -115,10 +115,10 @@ class Place:
 
 
 def this_machine(platform: str = "") -> Machine:
-    """What there is here, found by a process of its own: this one takes no accelerator.
+    """Detects this machine in a child process, so that this process takes no accelerator.
 
     Args:
-      platform: what JAX_PLATFORMS says; "cpu" needs no such process.
+      platform: value of JAX_PLATFORMS; "cpu" needs no child process.
 
     Raises:
       ValueError: JAX finds no device.
@@ -142,5 +142,5 @@ def this_machine(platform: str = "") -> Machine:
 
 
 def add_xla_flag(environment: MutableMapping[str, str], flag: str) -> None:
-    """Adds a flag of the compiler, which is read when the first array is made."""
+    """Adds a compiler flag, which is read when the first array is made."""
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()

@@ -1,7 +1,7 @@
-"""Runs jobs as processes, some at a time, shows how far they are, and stops them so that they save.
+"""Runs jobs as parallel processes, shows their progress, and stops them so that they save.
 
-A job is a process with a directory. What it prints goes to `log.txt` there, behind a line
-"starts: COMMAND". If it fails, the last line says why, and begins with "error: ".
+A job is a process with a directory. Its output goes to `log.txt` there, after "starts: COMMAND". If
+it fails, the last line begins with "error: " and gives the reason.
 """
 
 import pathlib
@@ -20,19 +20,19 @@ from moe_jax import interrupts
 from moe_jax.jobs.log import ERROR, LOG_FILE, failure
 from moe_jax.jobs.places import Place
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last is of a terminal that is gone
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal was closed
 
 
 class Job(Hashable, Protocol):
     """Something to run.
 
     Attributes:
-      name: for people.
+      name: name to show.
       workdir: its directory.
-      num_steps: of its training.
+      num_steps: number of its training steps.
     """
 
-    # The class says what these are.
+    # The class documents these.
     @property
     def name(self) -> str: ...  # noqa: D102
 
@@ -43,20 +43,20 @@ class Job(Hashable, Protocol):
     def num_steps(self) -> int: ...  # noqa: D102
 
     def finished_steps(self) -> int:
-        """How far it is."""
+        """The number of finished steps."""
 
     def is_finished(self) -> bool:
-        """Whether there is nothing to do, be it that another process did it."""
+        """Whether nothing is left to do, even if another process did it."""
 
     def command(self) -> list[str]:
-        """Its process; the same again goes on where it was stopped."""
+        """The command line of its process; run again, it resumes a stopped job."""
 
 
 J = TypeVar("J", bound=Job)
 
 
 class Board:
-    """Shows jobs side by side; a line for each that begins or ends where there is no terminal."""
+    """Shows the progress of jobs: a line when each starts or ends, and bars on a terminal."""
 
     def __init__(self, jobs: Sequence[Job], what: str = "runs") -> None:
         self._console = rich.console.Console()
@@ -80,20 +80,20 @@ class Board:
         self._bar.stop()
 
     def begin(self, job: Job) -> None:
-        """A job starts or goes on."""
+        """Shows that a job starts or resumes."""
         steps = job.finished_steps()
         name = rich.markup.escape(job.name)
         self._tasks[job] = self._bar.add_task(name, total=job.num_steps, completed=steps)
         self.say(f"{job.name}: " + (f"goes on after step {steps}" if steps else "starts"))
 
     def look(self) -> None:
-        """Reads how far the running jobs are."""
+        """Updates the bars of the running jobs."""
         if not self._bar.disable:
             for job, task in self._tasks.items():
                 self._bar.update(task, completed=job.finished_steps())
 
     def end(self, job: Job, problem: str = "") -> None:
-        """A job has ended."""
+        """Shows that a job has ended."""
         self._bar.remove_task(self._tasks.pop(job))
         self._bar.advance(self._all)
         self._count += 1
@@ -105,7 +105,7 @@ class Board:
 
 
 class Stopped(Exception):
-    """A signal came; the jobs that ran have saved and ended."""
+    """A signal came; the running jobs have saved and ended."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -113,14 +113,14 @@ class Stopped(Exception):
 
 
 class StopFlag:
-    """Remembers the signals that would end this process, so that no job is lost between two."""
+    """Records signals that would end this process, so that no started job is lost."""
 
     def __init__(self) -> None:
         self.count, self.number = 0, 0
 
     @contextmanager
     def listening(self) -> Iterator["StopFlag"]:
-        """Takes the signals within it."""
+        """Handles the signals within this context."""
         old = {number: signal.signal(number, self._take) for number in STOPPING}
         try:
             yield self
@@ -136,9 +136,9 @@ class StopFlag:
 def run_side_by_side(jobs: Sequence[J], places: Sequence[Place], board: Board) -> list[J]:
     """Runs each job as a process, as many at a time as there are places.
 
-    A signal that ends this process is handed on to every job, which saves its state and ends; a
-    second one too, which ends a job at once. A job may have got the first one from elsewhere as
-    well: it takes two within `interrupts.SAME_SECONDS` as one.
+    A signal that would end this process is forwarded to every job, which saves its state and ends.
+    A second one is forwarded too, and ends a job at once. A job may also receive the first one from
+    elsewhere: it counts two within `interrupts.SAME_SECONDS` as one.
 
     Returns:
       The jobs that failed.
@@ -179,7 +179,7 @@ def run_side_by_side(jobs: Sequence[J], places: Sequence[Place], board: Board) -
 
 
 def start(job: Job, place: Place) -> subprocess.Popen[Any]:
-    """Starts a job's process in a place, away from the terminal's Ctrl-C."""
+    """Starts a job's process in a place, detached from the terminal's Ctrl-C."""
     job.workdir.mkdir(parents=True, exist_ok=True)
     command = job.command()
     with place.entered(), (job.workdir / LOG_FILE).open("a", encoding="utf-8") as log:
@@ -197,7 +197,7 @@ def start(job: Job, place: Place) -> subprocess.Popen[Any]:
 
 
 def end_all(processes: Sequence[subprocess.Popen[Any]], stop: StopFlag) -> None:
-    """Asks processes to end, waits for them, and asks again for every signal that still comes."""
+    """Asks processes to end, waits for them, and asks again at every further signal."""
     asked = -1
     while any(process.poll() is None for process in processes):
         if asked < stop.count:
@@ -208,9 +208,9 @@ def end_all(processes: Sequence[subprocess.Popen[Any]], stop: StopFlag) -> None:
 
 
 def failure_of(job: Job, code: int) -> str:
-    """What is said of a job that ended with this exit code; "" if it did its work.
+    """The message about a job that ended with this exit code; "" if it did its work.
 
-    The log gets a last line that begins with "error: ", if it has none.
+    If the last line of the log does not begin with "error: ", such a line is added.
     """
     if code == 0:
         return ""
