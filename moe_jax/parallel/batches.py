@@ -1,4 +1,4 @@
-"""Batches of all processes, made of what each process reads."""
+"""Global batches, made of the rows that each process reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from moe_jax.parallel.rules import named_sharding
 
 
 def rows_of_process(mesh: Mesh, num_rows: int) -> list[int]:
-    """Which of the rows of a batch this process reads: those that its devices hold, ascending.
+    """The rows of a batch that this process reads: those that its devices hold, ascending.
 
-    They need not follow each other. A mesh of TPUs is laid along their torus, where a host has a
-    block of chips: of 256 rows over `data=256` on v5e:16x16, the first host has 0, 1, 16 and 17.
-    Several processes have the same rows where `tensor` spans them.
+    They need not be consecutive. A TPU mesh follows the torus, where a host has a block of chips:
+    with 256 rows over `data=256` on v5e:16x16, the first host reads rows 0, 1, 16 and 17. Processes
+    spanned by `tensor` read the same rows.
 
     Raises:
       ValueError: the devices of the mesh cannot share the rows evenly.
@@ -32,14 +32,14 @@ def from_rows(
     mesh: Mesh,
     names: tuple[str | None, ...],
 ) -> dict[str, jax.Array]:
-    """Global arrays from the rows of them that this process reads.
+    """Makes global arrays from the rows that this process reads.
 
     Args:
       read: arrays by name, each of `rows` along the dim named "batch".
-      rows: as `rows_of_process` gives them.
-      num_rows: of the global arrays.
-      mesh: where they go.
-      names: of the dims of each array, as in `rules.RULES`; no other dim is split.
+      rows: the result of `rows_of_process`.
+      num_rows: number of rows of the global arrays.
+      mesh: mesh to place them on.
+      names: dim names of each array, as in `rules.RULES`; only "batch" may be split.
     """
     sharding = named_sharding(names, mesh)
     dim = names.index("batch")
@@ -47,7 +47,7 @@ def from_rows(
     def place(value: np.ndarray) -> jax.Array:
         def held(index: Any) -> np.ndarray:
             start, stop, _ = index[dim].indices(num_rows)
-            first = int(np.searchsorted(rows, start))  # the rows of a device follow each other
+            first = int(np.searchsorted(rows, start))  # the rows of a device are consecutive
             return value[(slice(None),) * dim + (slice(first, first + stop - start),)]
 
         shape = (*value.shape[:dim], num_rows, *value.shape[dim + 1 :])
@@ -59,7 +59,7 @@ def from_rows(
 def from_whole(
     whole: Mapping[str, np.ndarray], mesh: Mesh, names: tuple[str | None, ...]
 ) -> dict[str, jax.Array]:
-    """Global arrays from all of their rows, which every process has."""
+    """Makes global arrays from whole arrays, which every process has."""
     sharding = named_sharding(names, mesh)
 
     def place(value: np.ndarray) -> jax.Array:

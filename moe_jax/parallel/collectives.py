@@ -1,4 +1,4 @@
-"""Collectives inside `jax.shard_map` that not every platform has."""
+"""Collectives inside `jax.shard_map` that some platforms lack."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ from moe_jax.parallel.rules import mesh_axes, mesh_in_use, platform
 
 
 def vary(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Lets what an array is combined with differ along every mesh axis, inside `jax.shard_map`.
+    """Marks an array as varying along every mesh axis, inside `jax.shard_map`.
 
-    Its gradient is then summed over the axes that it is the same along: those that its dims, named
-    as in `rules.RULES`, are not split over.
+    It can then be combined with arrays that vary. Its gradient is summed over the axes along which
+    it is the same: those that its dims, named as in `rules.RULES`, are not split over.
     """
     mesh = mesh_in_use()
     assert mesh is not None
@@ -29,18 +29,18 @@ def ragged_all_to_all(
     *,
     axis_name: tuple[str, ...],
 ) -> jax.Array:
-    """Sends runs of rows to other devices, of sizes that only the running program knows.
+    """Sends runs of rows to other devices, with sizes known only at run time.
 
-    `jax.lax.ragged_all_to_all` where the platform has it; XLA on a CPU has not, and gets
+    It calls `jax.lax.ragged_all_to_all`, except on a CPU, where XLA lacks it: there it calls
     `emulated_ragged_all_to_all`.
 
     Args:
       operand: rows to send.
-      output: where received rows are written; what nothing is written to keeps its value.
+      output: where received rows are written; other rows keep their values.
       input_offsets: int32, first row of `operand` for each device along the axes.
-      send_sizes: int32, how many rows each gets.
-      output_offsets: int32, the row of its `output` at which each device finds them.
-      recv_sizes: int32, how many rows come from each.
+      send_sizes: int32, number of rows for each device.
+      output_offsets: int32, first row of each device's `output` that they are written to.
+      recv_sizes: int32, number of rows from each device.
       axis_name: mesh axes; devices are counted with the last axis fastest.
 
     Returns:
@@ -69,7 +69,7 @@ def emulated_ragged_all_to_all(
     axis_name: tuple[str, ...],
 ) -> jax.Array:
     """`ragged_all_to_all` by an all-gather of everything: for small tests, not for speed."""
-    del recv_sizes  # what the senders say is enough
+    del recv_sizes  # the sizes of the senders suffice
     me = jax.lax.axis_index(axis_name)
     gathered = jax.lax.all_gather(operand, axis_name, axis=0, tiled=False)
     # [senders], each sender's entry for this device

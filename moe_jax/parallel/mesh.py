@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices as a config says.
+    """Arranges devices in the mesh of a config.
 
     Args:
       config: sizes of the axes.
-      devices: what to arrange; None: all devices of all processes. A mesh of fewer devices takes
-        the first ones.
+      devices: devices to arrange; None: all devices of all processes. A smaller mesh uses the first
+        ones.
 
     Returns:
       A mesh with the axes `slice` (or, if experts span slices, `expert_slice`), `data`, `fsdp`,
@@ -43,9 +43,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices in an array of the mesh's shape, neighbours on the network near each other."""
+    """Arranges devices in the mesh's shape, with network neighbours near each other."""
     shape = (config.slices, *config.sizes)
-    if devices[0].platform == "gpu":  # by id, those of a node follow each other, as in JAX's meshes
+    if devices[0].platform == "gpu":  # ids of a node are consecutive, as in JAX's meshes
         devices = sorted(devices, key=lambda device: device.id)
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
@@ -63,7 +63,7 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
         return mesh_utils.create_hybrid_device_mesh(
             inner, (config.slices, 1, 1, 1, 1), devices, allow_split_physical_axes=True
         )
-    # JAX asserts what a torus has no room for, such as a mesh of 3 of 8 chips: slower, not wrong.
+    # JAX raises these if the torus has no room for a mesh, such as 3 of 8 chips: slower, not wrong.
     except (NotImplementedError, AssertionError) as error:
         reason = str(error)[:200]  # the rest lists devices
         logger.warning("The mesh is in the order of the devices, not of the torus: %s", reason)
@@ -71,7 +71,7 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """One line: the axes that split something, and the devices."""
+    """One line: the axes larger than 1, and the devices."""
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0]
     total = jax.device_count() if device.client is jax.devices()[0].client else mesh.size

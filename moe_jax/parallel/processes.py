@@ -1,9 +1,9 @@
 """The processes of a run: how they meet, agree, and end together.
 
 A run is one process, or several that each drive the devices of one machine (or one of its devices)
-and run the same program. Several find each other through a coordinator, a service in process 0.
-None of them goes on alone: when one dies or falls silent, JAX ends the others (it aborts them, with
-a message on standard error), so that whatever started them can start all again.
+and run the same program. Several find each other through a coordinator, a service in process 0. No
+process continues alone: when one dies or falls silent, JAX aborts the others, with a message on
+standard error, so that their launcher can restart all of them.
 """
 
 import contextlib
@@ -23,8 +23,7 @@ from jax.experimental import multihost_utils
 from moe_jax.config import difference
 from moe_jax.config.environment import order_collectives
 
-# What JAX understands of the variables that a person, Ray or a job script sets, completed: it
-# reads the first by itself.
+# Variables that a person, Ray or a job script sets; JAX reads the first by itself.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # How long a process that ends with an error waits for the others to end too.
 SHUTDOWN_SECONDS = 20
@@ -32,7 +31,7 @@ SHUTDOWN_SECONDS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a process stands among the processes of its run."""
+    """The place of a process among the processes of its run."""
 
     coordinator: str  # HOST:PORT of process 0
     num_processes: int
@@ -45,20 +44,20 @@ def place_of_process(
     coordinator: str | None,
     environment: Mapping[str, str],
 ) -> Place | None:
-    """What the flags and the environment say, checked; no device is touched.
+    """The place that the flags and the environment give, checked; touches no device.
 
     Args:
       processes: "1", "auto" or a number of processes.
-      process_id: of this process; only with a number of processes.
+      process_id: index of this process; only with a number of processes.
       coordinator: HOST:PORT; only with a number of processes.
       environment: `os.environ`.
 
     Returns:
-      The place; None for a single process, and for "auto" where `VARIABLES` are not set: JAX then
-      looks for the cluster by itself.
+      The place; None for a single process, and for "auto" if `VARIABLES` are not set: JAX then
+      looks for the cluster itself.
 
     Raises:
-      ValueError: the flags are incomplete, wrong, or against the environment.
+      ValueError: the flags are incomplete, wrong, or contradict the environment.
     """
     given = {"--process_id": process_id, "--coordinator": coordinator}
     unneeded = [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -113,7 +112,7 @@ def place_of_process(
 
 
 def _place_in(environment: Mapping[str, str]) -> Place | None:
-    """The place that `VARIABLES` say; None if they leave it to JAX."""
+    """The place that `VARIABLES` give; None if they leave it to JAX."""
     address, number, index = (environment.get(name) for name in VARIABLES)
     if number is None and index is None:
         return None
@@ -154,25 +153,26 @@ def start(
 ) -> None:
     """Joins the processes of this run; call it before anything asks for a device.
 
-    Several processes on CPUs talk over gloo, JAX's default. Their collectives come in one order
-    (`order_collectives`), and they compile every program themselves: JAX's cache of compiled
-    programs is off, see `_compile_anew_on_cpu`.
+    Several processes on CPUs communicate over gloo, JAX's default. Their collectives run in one
+    order (`order_collectives`), and they compile every program themselves: JAX's compilation cache
+    is off, see `_compile_anew_on_cpu`.
 
     Args:
-      processes: "1": this one is alone, and nothing is done. "auto": read from the environment:
-        `VARIABLES`, or what JAX finds of SLURM, Open MPI, Cloud TPU and Kubernetes. N: as the
-        next two say.
-      process_id: of this process, from 0.
+      processes: "1": a single process; nothing is done. "auto": read from the environment, either
+        `VARIABLES` or what JAX finds of SLURM, Open MPI, Cloud TPU and Kubernetes. N: number of
+        processes, with the next two arguments.
+      process_id: index of this process, from 0.
       coordinator: HOST:PORT of process 0.
       startup_seconds: how long to wait for the others.
-      lost_after_seconds: a process that was silent so long is dead, and the others end. One whose
-        connection breaks ends them sooner.
-      catch_sigterm: with several processes, SIGTERM no longer kills but is told to all of them,
-        for `jax.experimental.multihost_utils.reached_preemption_sync_point`; training needs it.
+      lost_after_seconds: a process that is silent for so long counts as dead, and the others end. A
+        broken connection ends them sooner.
+      catch_sigterm: with several processes, SIGTERM no longer kills but is announced to all of
+        them, for `jax.experimental.multihost_utils.reached_preemption_sync_point`; training needs
+        it.
 
     Raises:
       ValueError: the flags or the environment are wrong, `start` was called before, or the
-        processes do not have equally many devices.
+        processes have different numbers of devices.
       OSError: the coordinator's port is taken.
     """
     if jax.distributed.is_initialized():
@@ -198,8 +198,8 @@ def start(
         _join(place, limits)
     _require_equal_devices()
     _compile_anew_on_cpu()  # before anything is compiled: JAX decides on its cache once
-    # While all are at the same place: gloo gives up on a group of devices that some come to 30 s
-    # after the others, but waits without end in a group that has met.
+    # Now, while all are at the same point: gloo gives up on a group of devices if some join it 30 s
+    # after the others, but waits without limit in a group that has met.
     wait_for_all()
     _say(
         f"process {jax.process_index()} of {jax.process_count()}, with {jax.local_device_count()} "
@@ -210,12 +210,13 @@ def start(
 
 
 def require_joined(flag: str) -> None:
-    """Refuses a host of a TPU slice that has not joined the others: libtpu alone makes one of them.
+    """Refuses a host of a TPU slice that has not joined the others.
 
-    Such hosts compute together, but agree on no checkpoint and on no signal.
+    libtpu connects such hosts by itself: they compute together, but agree on no checkpoint and no
+    signal.
 
     Args:
-      flag: of the command that joins; "" if it is for one process.
+      flag: the command's flag that joins them; "" if it is for one process.
 
     Raises:
       ValueError: naming the flag.
@@ -230,16 +231,16 @@ def require_joined(flag: str) -> None:
 
 
 def wait_for_all() -> None:
-    """Returns when all processes have called it; for the end of what all of them do."""
+    """Returns when all processes have called it."""
     if jax.distributed.is_initialized():
         multihost_utils.sync_global_devices("wait_for_all")
 
 
 def compile_in_all(function: Any, *arguments: Any, **keywords: Any) -> None:
-    """Compiles a jitted function in all processes before one of them runs it; nothing for one.
+    """Compiles a jitted function in all processes before any runs it; no-op for one process.
 
-    The groups of devices of a program meet when it first runs (see `start`), and one process may
-    compile much longer than another. The call that follows does not compile again.
+    A program's groups of devices meet when it first runs (see `start`), and one process may compile
+    much longer than another. The following call does not compile again.
     """
     if jax.distributed.is_initialized():
         function.lower(*arguments, **keywords).compile()
@@ -247,10 +248,10 @@ def compile_in_all(function: Any, *arguments: Any, **keywords: Any) -> None:
 
 
 def leave() -> None:
-    """Parts from the others, which call this too; nothing for a single process.
+    """Leaves the other processes, which call this too; no-op for a single process.
 
-    What one process has to say of an error is said before: if the others do not come within
-    `SHUTDOWN_SECONDS`, since they wait for what this one will never do, JAX aborts all of them.
+    Report an error before this call: if the others do not arrive within `SHUTDOWN_SECONDS`, because
+    they wait for this process, JAX aborts all of them.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -258,7 +259,7 @@ def leave() -> None:
 
 
 def gather(text: str) -> list[str]:
-    """What each process says, in their order, to all of them; all call this together."""
+    """The texts of all processes, in their order; all processes call this together."""
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
@@ -270,14 +271,14 @@ def gather(text: str) -> list[str]:
 
 
 def require_same(what: str, settings: Mapping[str, Any]) -> None:
-    """Refuses, in all processes, settings in which one differs from process 0.
+    """Refuses, in all processes, settings that differ from those of process 0.
 
     Args:
-      what: the settings' name.
-      settings: nested dicts of what JSON can hold.
+      what: name of the settings.
+      settings: nested, JSON-compatible dicts.
 
     Raises:
-      ValueError: with every setting that differs.
+      ValueError: listing every setting that differs.
     """
     said = [json.loads(text) for text in gather(json.dumps(settings))]
     for process, other in enumerate(said):
@@ -291,7 +292,7 @@ def require_same(what: str, settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What one process refuses in this block, all refuse: the others do not wait for it.
+    """If one process refuses in this block, all refuse, so that the others do not wait for it.
 
     Raises:
       ValueError: the block raised a ValueError or an OSError in another process.
@@ -307,14 +308,15 @@ def all_or_none() -> Iterator[None]:
 
 
 def _compile_anew_on_cpu() -> None:
-    """Turns off JAX's persistent cache of compiled programs where CPUs run them.
+    """Turns off JAX's persistent compilation cache on CPUs.
 
-    Gloo matches the collectives of two processes by their order alone. XLA's CPU runtime runs
-    independent operations side by side, but keeps collectives in order: all of a program write one
-    resource. In a program that is read from the cache, what is inside a loop has another resource
-    than what is around it (jaxlib 0.10.2), so that the order is lost: an all-reduce of the batch's
-    totals runs beside one inside the loop over microbatches, and the processes abort ("Received
-    data size doesn't match expected size. Is there a distributed collective mismatch?").
+    Gloo matches the collectives of two processes only by their order. XLA's CPU runtime runs
+    independent operations in parallel, but keeps collectives in order, since all in a program write
+    one resource. In a program that is read from the cache, collectives inside a loop have another
+    resource than those around it (jaxlib 0.10.2), and the order is lost. An all-reduce of the
+    batch's totals then runs alongside one inside the loop over microbatches, and the processes
+    abort ("Received data size doesn't match expected size. Is there a distributed collective
+    mismatch?").
     """
     if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -370,5 +372,5 @@ def _require_equal_devices() -> None:
 
 
 def _say(text: str) -> None:
-    """To standard error: what a process prints of its work is only from process 0."""
+    """Prints to standard error, in every process; other output comes only from process 0."""
     print(f"[{socket.gethostname()}] {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one table from names of array dims to axes of the mesh."""
+"""The one table that maps names of array dims to mesh axes."""
 
 import contextlib
 import math
@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Axes that the mesh in use does not have are left out: a mesh has either "slice" or, where experts
-# span slices, "expert_slice".
+# Axes that the mesh in use lacks are left out: a mesh has either "slice" or, if experts span
+# slices, "expert_slice".
 RULES: dict[str, tuple[str, ...]] = {
     # of activations
     "batch": ("slice", "expert_slice", "data", "fsdp", "expert"),
@@ -17,7 +17,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # of activations and parameters
     "expert": ("expert_slice", "expert"),
     "hidden": ("tensor",),  # of an FFN
-    "heads": ("tensor",),  # heads and their dims in one
+    "heads": ("tensor",),  # heads and head dims, merged
     "vocab": ("tensor",),
     # of parameters and of the optimizer state that goes with them
     "model": ("fsdp",),
@@ -25,20 +25,20 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def mesh_in_use() -> jax.sharding.AbstractMesh | None:
-    """The mesh that `jax.set_mesh` has set, or None where there is none or it has one device."""
+    """The mesh set by `jax.set_mesh`, or None if there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """A context in which no mesh is in use: for what is too small to be split."""
+    """A context without a mesh, for arrays that are too small to split."""
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def platform() -> str:
-    """What a program is compiled for: "cpu", "tpu" or "gpu"."""
+    """The platform that a program is compiled for: "cpu", "tpu" or "gpu"."""
     mesh = jax.sharding.get_abstract_mesh()
-    # The devices of a mesh may be of a machine that is not here.
+    # The devices of a mesh may belong to another machine.
     if not mesh.empty and mesh.abstract_device is not None:
         name = mesh.abstract_device.platform
     else:
@@ -49,10 +49,10 @@ def platform() -> str:
 def mesh_axes(
     name: str | None, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh
 ) -> tuple[str, ...]:
-    """The axes of the mesh that a named dim is split over; none for None, nor any of size 1.
+    """The mesh axes that a named dim is split over, without axes of size 1; () for None.
 
     Raises:
-      ValueError: the table does not know the name.
+      ValueError: the name is not in the table.
     """
     if name is None:
         return ()
@@ -62,29 +62,28 @@ def mesh_axes(
 
 
 def num_shards(name: str, mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh) -> int:
-    """In how many parts a named dim is split."""
+    """The number of parts that a named dim is split into."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name, mesh))
 
 
 def partition_spec(
     names: tuple[str | None, ...], mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh
 ) -> PartitionSpec:
-    """The axes of each dim of an array, by the names of its dims."""
+    """The mesh axes of each dim of an array, from the names of its dims."""
     return PartitionSpec(*(mesh_axes(name, mesh) or None for name in names))
 
 
 def named_sharding(names: tuple[str | None, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
-    """How an array lies on the mesh, by the names of its dims."""
+    """The sharding of an array on the mesh, from the names of its dims."""
     return NamedSharding(mesh, partition_spec(names, mesh))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lays an array on the mesh in use as the table says; without a mesh, nothing.
+    """Shards an array over the mesh in use, by the table; no-op without a mesh.
 
     Args:
-      x: an array of the whole program. Inside `jax.shard_map` axes that it made manual are left
-        out.
-      *names: of its dims; None for a dim that is not split.
+      x: a global array. Inside `jax.shard_map`, its manual axes are left out.
+      *names: names of its dims; None for a dim that is not split.
 
     Raises:
       ValueError: a dim cannot be split evenly.
