@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM in a command: one line, what was saved, exit code 128 + signal; at any moment.
+"""Ctrl-C and SIGTERM end a command at any moment: one line, what was saved, exit code 128 + signal.
 
-Python's own way, KeyboardInterrupt, is a traceback from wherever the command is, does not come
-while XLA compiles, and takes the interpreter down around the threads of XLA, Orbax and Grain, which
-sometimes is a segmentation fault. A command holds no unfinished file that the next start does not
-replace, so it ends at once, by `os._exit`. While training has a step to save it `defer`s that.
+Python's default, KeyboardInterrupt, prints a traceback from wherever the command is, and does not
+come while XLA compiles. It also shuts the interpreter down while threads of XLA, Orbax and Grain
+run, which sometimes causes a segmentation fault. A command leaves no unfinished file that the next
+start does not replace, so it ends at once, by `os._exit`. While training has a step to save, that
+is deferred (`deferring`).
 
-Only a command is treated so: `import moe_jax` in a program leaves its signals alone.
+This applies only to commands: `import moe_jax` in a program leaves its signals alone.
 """
 
 import contextlib
@@ -20,11 +21,11 @@ import types
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-COMMANDS = ("-m", "moe-jax")  # sys.argv[0] while `python -m moe_jax.NAME` is found, and as a script
+COMMANDS = ("-m", "moe-jax")  # sys.argv[0] while `python -m moe_jax.NAME` starts, and of the script
 SHOW_CURSOR = "\x1b[?25h"  # which a progress bar hides
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-# A stop may reach a process twice: a scheduler signals all of them, and a sweep hands it on.
+# A stop may reach a process twice: a scheduler signals all processes, and a sweep forwards it.
 SAME_SECONDS = 0.5
 
 _caught = False
@@ -45,7 +46,7 @@ def catch_in_command() -> None:
     _caught = True
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: end_by(number))
-    # The handlers wait for the main thread to come back from XLA; this thread does not.
+    # The handlers wait for the main thread to return from XLA; this thread does not.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -60,12 +61,12 @@ def _watch(reader: int) -> None:
 
 
 def _take(number: int, now: float) -> None:
-    """Ends the process by a signal that came just now, unless that is left to the handler."""
+    """Ends the process by a signal that just came, unless the handler is to do that."""
     global _deferred_since
-    # SIGHUP has a handler of Python, and comes here, while training goes.
+    # During training, SIGHUP has a Python handler, and comes here too.
     if number not in (*SIGNALS, signal.SIGHUP) or _left_to_handlers:
         return
-    unsaved = _unsaved  # another thread may take it away meanwhile
+    unsaved = _unsaved  # another thread may reset it meanwhile
     if unsaved is None or not unsaved():
         end_by(number)
     elif _deferred_since is None:
@@ -75,15 +76,15 @@ def _take(number: int, now: float) -> None:
 
 
 def are_watched() -> bool:
-    """Whether a thread takes signals as they come, also while the main thread is in XLA."""
+    """Whether a thread handles signals as they come, even while the main thread is in XLA."""
     return _caught
 
 
 def end_by(number: int) -> None:
     """Ends the process, with a line on standard error that names the signal.
 
-    What waits for a running save ends at a second signal. The handler and `_watch` both come here
-    with each signal: what follows within `SAME_SECONDS` is the same one.
+    A second signal ends the wait for a running save. The handler and `_watch` both call this for
+    each signal: calls within `SAME_SECONDS` count as one signal.
     """
     global _ending_since
     now = time.monotonic()
@@ -105,10 +106,10 @@ def end_by(number: int) -> None:
 def _print_unless_late(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """Prints an exception, but for one of a write that ends after the save that it is of failed.
+    """Prints an exception, except that of a write that ends after its save has failed.
 
-    TensorStore then calls back into an event loop that Orbax has closed, from a thread of its own.
-    The failed save is reported in one line.
+    TensorStore then calls back, from its own thread, into an event loop that Orbax has closed. The
+    failed save is reported in one line.
     """
     late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
     if not late:
@@ -116,10 +117,10 @@ def _print_unless_late(
 
 
 def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """Ends the process at a disk that cannot be written to, in a thread of others.
+    """Ends the process if a third-party thread cannot write to the disk.
 
-    The writer of TensorBoard's events is one: when it is dead, whoever gives it an event waits.
-    Other errors, such as a connection that breaks in a tracker, end only their thread.
+    TensorBoard's event writer is such a thread: after it dies, adding an event blocks. Other
+    errors, such as a tracker's broken connection, end only their thread.
     """
     error = failed.exc_value
     if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
@@ -134,9 +135,9 @@ def _end_by_error_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 @contextlib.contextmanager
 def deferring(unsaved: Callable[[], bool]) -> Iterator[None]:
-    """While this lasts, the first signal is left to its handler if `unsaved()` when it comes.
+    """Leaves the first signal in this block to its handler, if `unsaved()` is true when it comes.
 
-    What follows within `SAME_SECONDS` is the same one. A later one ends the process.
+    Signals within `SAME_SECONDS` count as the same one. A later one ends the process.
     """
     global _unsaved, _deferred_since
     _unsaved, _deferred_since = unsaved, None
@@ -148,7 +149,7 @@ def deferring(unsaved: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def left_to_handlers() -> Iterator[None]:
-    """While this lasts, every signal is left to its handler, as of a process that ends others."""
+    """Leaves every signal in this block to its handler, as a process that ends others needs."""
     global _left_to_handlers
     _left_to_handlers = True
     try:
@@ -158,19 +159,19 @@ def left_to_handlers() -> Iterator[None]:
 
 
 def say_before_end(text: Callable[[], str]) -> None:
-    """Sets what to wait for, and then to say, when the process ends by a signal or an error."""
+    """Sets the function whose text is printed before an exit by signal or error; it may wait."""
     global _before_end
     _before_end = text
 
 
 def said_before_end() -> str:
-    """What was set to be said; "" if nothing was."""
+    """The text of the function that `say_before_end` set; "" if none is set."""
     return "" if _before_end is None else _before_end()
 
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Ends a command that failed without waiting for threads of others, which may wait for ever."""
+    """Ends a failed command without waiting for third-party threads, which may never end."""
     try:
         yield
     except SystemExit as end:

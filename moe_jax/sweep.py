@@ -3,10 +3,10 @@
     python -m moe_jax.sweep --config=configs/quickstart.py:smoke --out=runs/sweep \
         --set optimizer.learning_rate=1e-3,3e-3,1e-2 --set seed,data.seed=0,1 --jobs=2
 
-Each run is a process of its own, `python -m moe_jax.train`, with the workdir DIR/NAME, where NAME
-says what differs: learning_rate=0.001,seed=0. All configs are built and checked before the first
-run starts. The same command goes on where it was stopped; with other values it adds runs. At the
-end the runs are compared, on the terminal and in DIR/compare.html. docs/runs.md says more.
+Each run is its own process, `python -m moe_jax.train`, with the workdir DIR/NAME. NAME lists what
+differs: learning_rate=0.001,seed=0. All configs are built and checked before the first run starts.
+Run the same command again to resume a stopped sweep; with other values it adds runs. At the end the
+runs are compared, on the terminal and in DIR/compare.html. See docs/runs.md.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class TrainingRun:
 
     Attributes:
       name: what differs.
-      workdir: of the run.
-      config: of the run.
+      workdir: the run's directory.
+      config: the run's config.
       arguments: the flags that give this config.
     """
 
@@ -60,17 +60,17 @@ class TrainingRun:
 
     @property
     def num_steps(self) -> int:
-        """Of its training."""
+        """Number of its training steps."""
         return self.config.training.num_steps
 
     def finished_steps(self) -> int:
-        """How far it is, from the metrics that it has written."""
+        """The number of finished steps, from the metrics that it has written."""
         from moe_jax.training.metrics import METRICS_FILE, last_step
 
         return last_step(self.workdir / METRICS_FILE)
 
     def is_finished(self) -> bool:
-        """Whether its last state is saved, scored on all held-out text if it is, and reported."""
+        """Whether its last state is saved, scored on all held-out text (if at all) and reported."""
         from moe_jax.training.files import read_json
         from moe_jax.training.metrics import EVALUATION_FILE
         from moe_jax.training.workdir import CHECKPOINTS
@@ -85,21 +85,21 @@ class TrainingRun:
             return False
 
     def command(self) -> list[str]:
-        """Its process; the same again goes on from its newest checkpoint."""
+        """The command line of its process; run again, it resumes from the newest checkpoint."""
         where = f"--workdir={self.workdir}"
         return [sys.executable, "-m", "moe_jax.train", *self.arguments, where]
 
 
 def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> list[TrainingRun]:
-    """The runs of a grid, their configs built; nothing is written.
+    """Plans the runs of a grid and builds their configs; writes nothing.
 
     Args:
       arguments: the flags --config and --config.NAME that all runs share.
-      sets: what each --set says.
-      out: directory of the runs. One that is there already keeps its name; see `workdirs_of`.
+      sets: the value of each --set.
+      out: directory of the runs. Existing runs keep their names; see `workdirs_of`.
 
     Raises:
-      ValueError: a name is no setting, or a config breaks a rule.
+      ValueError: a name is not a setting, or a config is invalid.
     """
     axes = [parse_axis(text) for text in sets]
     base = load(arguments)
@@ -141,7 +141,7 @@ def load(arguments: Sequence[str]) -> ConfigDict:
 
 
 def with_values(arguments: Sequence[str], point: Mapping[str, str]) -> list[str]:
-    """The flags of one point: those that all share, with its values."""
+    """The flags of one point: the shared flags and its values."""
     found = list(arguments)
     presets = point.get(PRESETS, NO_PRESET)
     if presets != NO_PRESET:
@@ -155,7 +155,7 @@ def shared_arguments(argv: Sequence[str]) -> list[str]:
     argv = flags.FLAGS.read_flags_from_files(list(argv))  # of --flagfile
     plain, overrides = command_line.split_overrides(argv)
     found = [f"--config={name}" for name in configs_in(plain)[-1:]]
-    # A flag without a value is a boolean, in lower case as a flag has it.
+    # A flag without a value is a boolean; flags write booleans in lower case.
     return found + [
         f"--{name}={str(text).lower() if isinstance(text, bool) else text}"
         for name, text in overrides
@@ -172,10 +172,10 @@ def read(config: Any, name: str) -> Any:
 def check_different(
     axes: Sequence[Axis], points: Sequence[Mapping[str, str]], configs: Sequence[ExperimentConfig]
 ) -> None:
-    """Refuses a grid in which two points are one run, such as 1e-3 and 0.001.
+    """Refuses a grid in which two points are the same run, such as 1e-3 and 0.001.
 
     Raises:
-      ValueError: with both.
+      ValueError: naming both.
     """
     first: dict[str, int] = {}
     for place, config in enumerate(configs):
@@ -188,9 +188,9 @@ def check_different(
 
 
 def key_of(config: ExperimentConfig, *, only_results: bool = False) -> str:
-    """A text that is equal for two configs only if they are equal.
+    """A text that is equal for two configs only if the configs are equal.
 
-    With `only_results`, only if the settings that change results are.
+    With `only_results`, only settings that change results are compared.
     """
     return json.dumps(to_dict(config, only_results=only_results), sort_keys=True)
 
@@ -198,10 +198,10 @@ def key_of(config: ExperimentConfig, *, only_results: bool = False) -> str:
 def workdirs_of(
     out: pathlib.Path, names: Sequence[str], configs: Sequence[ExperimentConfig]
 ) -> list[pathlib.Path]:
-    """Where each run is: under its name, or where a run of its results is already, each once.
+    """The directory of each run: its name, or an unused existing run with the same results.
 
-    The config that a run has written has its mesh filled and its paths whole, and its settings of
-    logging, for example, may have changed: what does not change results is not compared.
+    The config that a run wrote has a resolved mesh and absolute paths, and its logging settings,
+    for example, may have changed. Settings that do not change results are not compared.
     """
     from moe_jax.training.workdir import with_whole_paths
 
@@ -216,7 +216,7 @@ def workdirs_of(
 
 
 def known_runs(out: pathlib.Path, trust: frozenset[str]) -> dict[pathlib.Path, str]:
-    """What decides the results of each run in a directory; one that cannot be read is left out.
+    """The results-only `key_of` of each run in a directory; unreadable runs are left out.
 
     Args:
       out: the directory, which may be absent.
@@ -237,9 +237,9 @@ def known_runs(out: pathlib.Path, trust: frozenset[str]) -> dict[pathlib.Path, s
 
 
 def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> None:
-    """Checks what a run checks before its first step, for all of them, before any starts.
+    """Runs the checks before the first step for all runs, before any of them starts.
 
-    Makes the token files if the cache has none, so that the runs do not do so side by side.
+    Makes the token files if the cache has none, so that parallel runs do not each make them.
 
     Raises:
       ValueError: naming the run.
@@ -280,7 +280,7 @@ def check(runs: Sequence[TrainingRun], machine: Machine, num_devices: int) -> No
 
 
 def places_for(runs: Sequence[TrainingRun], machine: Machine, num_jobs: int) -> list[Place]:
-    """Where the runs go: no more places than runs, each with the devices that a mesh needs."""
+    """The places of the runs: at most one per run, each with the devices that a mesh needs."""
     meshes = [run.config.mesh for run in runs]
     needed = max(mesh.slices * math.prod(n for n in mesh.sizes if n != -1) for mesh in meshes)
     places = machine.places(num_jobs, needed)
@@ -292,10 +292,10 @@ def places_for(runs: Sequence[TrainingRun], machine: Machine, num_jobs: int) -> 
 def sweep(
     runs: Sequence[TrainingRun], places: Sequence[Place], *, skip_failed: bool = False
 ) -> list[TrainingRun]:
-    """Runs what is not finished; returns the runs that failed, now or before.
+    """Trains the unfinished runs; returns the runs that failed, now or before.
 
     Raises:
-      Stopped: by a signal; the runs have saved.
+      Stopped: by a signal; the active runs have saved.
     """
     left = [run for run in runs if not run.is_finished()]
     skipped = [run for run in left if skip_failed and failure(run.workdir)]
@@ -314,10 +314,10 @@ def sweep(
 
 
 def main() -> None:
-    """Trains the grid that the flags say, and compares its runs."""
+    """Trains the grid that the flags define, and compares its runs."""
     import jax
 
-    # The processes take the accelerators; this one only checks.
+    # The runs' processes take the accelerators; this one only checks.
     jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
     command_line.require_folder("out", values.out)

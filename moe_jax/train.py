@@ -1,6 +1,6 @@
 """Trains a model: `python -m moe_jax.train --config=configs/quickstart.py --workdir=DIR`.
 
-The same command again goes on where the run was stopped. Any setting can be overridden:
+Run the same command again to resume a stopped run. Any setting can be overridden:
 `--config.model.parts.moe.num_experts=16`. Presets follow a colon:
 `--config=configs/quickstart.py:smoke`.
 """
@@ -22,8 +22,8 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     """Trains, then writes a sample and the report.
 
     Args:
-      config: of the run.
-      workdir: its directory; beside what `training.loop.train` writes, `sample.txt` and `report/`.
+      config: the run's config.
+      workdir: its directory; adds `sample.txt` and `report/` to the files of `training.loop.train`.
 
     Returns:
       The last evaluation.
@@ -55,10 +55,10 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
 
 @contextlib.contextmanager
 def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]:
-    """Warns of an error in a block: the run is trained and saved, and does not fail by it.
+    """Turns an error in a block into a warning: the run is already trained and saved.
 
-    With `together`, the block has collectives. A process that leaves it alone would make the others
-    hang, so the error is raised again. A `ValueError` is a refusal, which all processes get.
+    With `together`, the block has collectives. If only one process left it, the others would hang,
+    so the error is raised again. A `ValueError` is a refusal, which all processes raise.
     """
     import jax
 
@@ -72,7 +72,7 @@ def failure_is_a_warning(what: str, *, together: bool = False) -> Iterator[None]
 
 
 def facts_of(config: ExperimentConfig) -> dict[str, Any]:
-    """What is known of a run before it starts: tokens, parameters, FLOPs, a device's peak."""
+    """The known facts of a run before it starts: tokens, parameters, FLOPs, a device's peak."""
     from moe_jax.planning.arithmetic import count_flops, count_parameters
     from moe_jax.planning.hardware import peak_flops
 

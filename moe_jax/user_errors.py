@@ -1,10 +1,10 @@
-"""What a user can put right, as one line: what is wrong, the values, the fix."""
+"""Errors that a user can fix, as one line: what is wrong, the values, the fix."""
 
 import errno
 import re
 from collections.abc import Iterable
 
-# What a user can put right, by another setting, file or directory.
+# Errors that a user can fix, by another setting, file or directory.
 USER_ERRORS = (ValueError, FloatingPointError, MemoryError, OSError)
 FIX_PERMISSIONS = "Pass a path that this user may read and write, or change its permissions"
 FIX_FOLDER = "A file stands where a folder is needed: pass another path"
@@ -37,16 +37,16 @@ def describe(error: Exception) -> str:
 
 
 def _between(text: str, line: str) -> str:
-    """What joins a line to the text before it: a sentence begins with a capital."""
+    """The separator of a line from the text before it: a sentence begins with a capital."""
     if not text or text[-1] in ".:;,":
         return " " if text else ""
     return ". " if re.match(r"[A-Z](?![\w.]*[=:])", line) else "; "
 
 
 def whole_flags(message: str, settings: Iterable[str]) -> str:
-    """A message in which settings are named by their whole flags.
+    """A message with each setting named by its whole flag.
 
-    Names in paths stay, and so does a run's name before the message: both may have NAME=VALUE.
+    Names in paths stay, and so does a run's name before the message: both may contain NAME=VALUE.
 
     Args:
       message: may name a setting as the library does: `training.batch_size`, or `batch_size=7`.
