@@ -12,10 +12,10 @@ from moe_jax.moe.experts import Activation
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """X Phi(x), with the CDF Phi of the standard normal (Hendrycks and Gimpel, arXiv:1606.08415).
+    """GELU, x Phi(x), with the standard normal CDF Phi (Hendrycks and Gimpel, arXiv:1606.08415).
 
-    As `jax.nn.gelu(x, approximate=False)`, with a gradient that passes the checks of
-    `jax.shard_map` in jax 0.12 too.
+    Equal to `jax.nn.gelu(x, approximate=False)`, but its gradient also passes the checks of
+    `jax.shard_map` in jax 0.12.
     """
     return 0.5 * x * erfc(-x * math.sqrt(0.5))
 
@@ -43,7 +43,7 @@ class Gelu(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class GeluTanh(Activation):
-    """GELU by the hyperbolic tangent, JAX's own default."""
+    """GELU by the tanh approximation, JAX's default."""
 
     def apply(self, inner: jax.Array, gate: jax.Array | None) -> jax.Array:
         """See `Activation`."""
@@ -85,7 +85,7 @@ class GeGLU(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class GeGLUTanh(Activation):
-    """gelu(x wg) * x wi, GELU by the hyperbolic tangent (Grok-1)."""
+    """gelu(x wg) * x wi, GELU by the tanh approximation (Grok-1)."""
 
     gated: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
-"""Balance losses, which keep expert loads even by a gradient; see `load_balance`, and `bias`.
+"""Balance losses, which keep expert loads even by gradient; see `load_balance` and `bias`.
 
-A loss measures sums in every call of a block, and turns them into one number over all layers that
-use it. Legend: `moe_jax.moe`; U is the units over which a mean is taken.
+A loss measures sums in every call of a block, and reduces them to one number over all layers that
+use it. Legend: `moe_jax.moe`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class BalanceLoss(Settings):
 
     weight: float = setting(0.0, at_least=0)  # in the training loss; 0: measured only
     _: dataclasses.KW_ONLY
-    over_layers: str = setting("mean", choices=("mean", "sum"))  # of the layers of the part
+    over_layers: str = setting("mean", choices=("mean", "sum"))  # over the layers of the part
 
     @property
     def needs_batch_sums(self) -> bool:
@@ -45,11 +45,11 @@ class BalanceLoss(Settings):
 
     @property
     def depends_on_microbatches(self) -> bool:
-        """Whether the sum over the microbatches depends on how the batch is cut."""
+        """Whether the sum over the microbatches depends on how the batch is split."""
         return True
 
     def check_block(self, moe: "MoE") -> None:
-        """Checks the block that the loss is for.
+        """Checks the block that uses this loss.
 
         Raises:
           ValueError: by `require`.
@@ -64,14 +64,14 @@ class BalanceLoss(Settings):
           shape: B and L of the tokens.
 
         Returns:
-          Arrays by name. Most losses need only `total`, the sum of a number over valid tokens.
+          Arrays by name. Most losses need only `total`, a sum over valid tokens.
         """
         raise NotImplementedError
 
     def measure_sequences(
         self, routing: Routing, valid_GS: jax.Array, shape: BatchShape
     ) -> dict[str, Any]:
-        """Arrays by name with a leading B, which stay with the sequences of the call."""
+        """Arrays by name with a leading B, kept per sequence instead of summed."""
         del routing, valid_GS, shape
         return {}
 
@@ -88,16 +88,16 @@ class BalanceLoss(Settings):
         """The unweighted loss over all layers; the losses of microbatches add up.
 
         Args:
-          sums: of a microbatch, sequences included, with a leading dim of layers.
+          sums: of a microbatch, including arrays per sequence, with a leading dim of layers.
           num_tokens: float32 scalar, valid tokens of the whole batch.
-          batch: sums of the whole batch; None: `sums` is of the whole batch, or no loss of the
+          batch: sums of the whole batch; None: `sums` covers the whole batch, or no loss of the
             model has `needs_batch_sums`.
         """
         del batch
         return self.reduce(self.by_layer(sums, num_tokens))
 
     def reduce(self, loss_X: jax.Array) -> jax.Array:
-        """The mean of the losses of layers, or their sum."""
+        """The mean or the sum of the losses of layers."""
         return jnp.mean(loss_X) if self.over_layers == "mean" else jnp.sum(loss_X)
 
 
@@ -105,8 +105,8 @@ class BalanceLoss(Settings):
 class RouterZ(BalanceLoss):
     """Mean over valid tokens of logsumexp(logits)^2.
 
-    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5 (weight 1e-3). Padding is left out of
-      the mean (as in Mesh TensorFlow and Megatron; flaxformer counts it).
+    Source: Zoph et al. 2022, ST-MoE, arXiv:2202.08906, eq. 5 (weight 1e-3). Padding is excluded
+      from the mean (as in Mesh TensorFlow and Megatron; flaxformer counts it).
     """
 
     metric: ClassVar[str] = "router_z_loss"
@@ -120,9 +120,9 @@ class RouterZ(BalanceLoss):
 
 @dataclasses.dataclass(frozen=True)
 class Importance(BalanceLoss):
-    """CV^2 of the importance of the experts: the sum of their gates over a microbatch.
+    """CV^2 of the importance of experts: the sum of an expert's gates over a microbatch.
 
-    In [0, E - 1], 0 where all experts weigh the same.
+    In [0, E - 1]; 0 if all experts are equally important.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, eqs. 6-7 (weight 0.1).
     """
@@ -144,10 +144,10 @@ class Importance(BalanceLoss):
 
 @dataclasses.dataclass(frozen=True)
 class Load(BalanceLoss):
-    """CV^2 of the smooth loads: expected tokens per expert under resampled noise, of a microbatch.
+    """CV^2 of the smooth loads of a microbatch: expected tokens per expert under resampled noise.
 
     P(x, e) = Phi((clean_e - T_e) / deviation_e), where T_e is the K-th largest of the other
-    experts' noisy logits: what expert e has to exceed. The load of e is the sum of P over tokens.
+    experts' noisy logits, which expert e must exceed. The load of e is the sum of P over tokens.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, app. A, eqs. 8-11.
     """
@@ -165,7 +165,7 @@ class Load(BalanceLoss):
         )
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
-        """See `BalanceLoss`; 0 without noise, in evaluation, and where all experts are selected."""
+        """See `BalanceLoss`; 0 without noise, in evaluation, and if all experts are selected."""
         num_selected, num_experts = routing.gate_GSK.shape[-1], routing.logits_GSE.shape[-1]
         clean_GSE, std_GSE = routing.clean_GSE, routing.noise_std_GSE
         if clean_GSE is None or std_GSE is None or num_selected == num_experts:
@@ -176,7 +176,7 @@ class Load(BalanceLoss):
         is_selected_GSE = jnp.any(is_best_GSKE, axis=-2)
         last_GS2 = choose(noisy_GSE, best_GSK[..., num_selected - 1 :])
         threshold_GSE = jnp.where(is_selected_GSE, last_GS2[..., 1:], last_GS2[..., :1])
-        # A learned deviation may underflow, and the gradient has its square as a divisor.
+        # A learned deviation may underflow, and the gradient divides by its square.
         safe_std_GSE = jnp.maximum(std_GSE.astype(jnp.float32), 1e-10)
         margin_GSE = (clean_GSE - threshold_GSE).astype(jnp.float32) / safe_std_GSE
         chosen_GSE = jax.scipy.stats.norm.cdf(margin_GSE) * valid_GS[..., None]
@@ -186,7 +186,7 @@ class Load(BalanceLoss):
 
 @dataclasses.dataclass(frozen=True)
 class TokenEntropy(BalanceLoss):
-    """The mean entropy of a token's distribution, in nats: sharpens it."""
+    """The mean entropy of the tokens' distributions, in nats; it sharpens them."""
 
     metric: ClassVar[str] = "token_entropy_loss"
     depends_on_microbatches = False
@@ -202,17 +202,17 @@ class TokenEntropy(BalanceLoss):
 
 @dataclasses.dataclass(frozen=True)
 class BatchEntropy(BalanceLoss):
-    """What a microbatch's mean distribution lacks in entropy: max(0, target - H), in nats.
+    """max(0, target - H), in nats, with the entropy H of a microbatch's mean distribution.
 
-    A target of log n asks for n experts in use, however evenly.
+    A target of log n asks for an effective number of experts, exp(H), of at least n.
 
     Source: Shen et al. 2023, ModuleFormer, arXiv:2306.04640, whose mutual-information loss is this
-      and `TokenEntropy`; with a target: Mustafa et al. 2022, LIMoE, arXiv:2206.02770.
+      plus `TokenEntropy`; the target: Mustafa et al. 2022, LIMoE, arXiv:2206.02770.
     """
 
     metric: ClassVar[str] = "batch_entropy_loss"
 
-    target: float = setting(0.0, at_least=0)  # nats, log of so many experts; 0: log E
+    target: float = setting(0.0, at_least=0)  # nats: log n for n experts; 0: log E
 
     def check_block(self, moe: "MoE") -> None:
         """See `BalanceLoss`."""
@@ -234,7 +234,7 @@ class BatchEntropy(BalanceLoss):
 
 
 def by_settings(losses: tuple[BalanceLoss, ...]) -> tuple[BalanceLoss, ...]:
-    """Losses in the order of their kinds and settings; the weight counts between equals alone."""
+    """Losses sorted by kind and settings; the weight only breaks ties."""
 
     def place(loss: BalanceLoss) -> tuple[str, float]:
         return repr(dataclasses.replace(loss, weight=0.0)), loss.weight
@@ -243,7 +243,7 @@ def by_settings(losses: tuple[BalanceLoss, ...]) -> tuple[BalanceLoss, ...]:
 
 
 def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss]]:
-    """Losses by their metric; those that share one by their kinds."""
+    """Losses named by their metric, or by their kind if several share a metric."""
     metrics = [loss.metric for loss in losses]
     return [
         (loss.metric if metrics.count(loss.metric) == 1 else f"{kind}_loss", loss)
@@ -252,7 +252,7 @@ def named_losses(losses: tuple[BalanceLoss, ...]) -> list[tuple[str, BalanceLoss
 
 
 def require_learning(loss: BalanceLoss, moe: "MoE") -> None:
-    """Checks that the gradient of a loss reaches a router."""
+    """Checks that the gradient of a loss reaches the router."""
     require(
         moe.router.learns or loss.weight == 0,
         f"{loss.metric} needs a router whose probabilities learn",
@@ -262,25 +262,25 @@ def require_learning(loss: BalanceLoss, moe: "MoE") -> None:
 
 
 def count_choices(index_GSK: jax.Array, routing: Routing, valid_GS: jax.Array) -> jax.Array:
-    """One-hot choices, int32 [G, S, K, E], 0 for padding and where a choice does not count."""
+    """One-hot choices, int32 [G, S, K, E]; 0 for padding and for choices that do not count."""
     choice_GSKE = jax.nn.one_hot(index_GSK, routing.probs_GSE.shape[-1], dtype=jnp.int32)
     return choice_GSKE * (valid_GS[..., None] & routing.chosen_GSK)[..., None]
 
 
 def over(counted_E: jax.Array, total: jax.Array) -> jax.Array:
-    """Counts [..., E] over totals [...] (at least 1): float32, without gradient."""
+    """Counts [..., E] divided by totals [...] (at least 1): float32, without gradient."""
     denominator = jnp.maximum(total, 1).astype(jnp.float32)
     return jax.lax.stop_gradient(counted_E.astype(jnp.float32) / denominator[..., None])
 
 
 def entropy(probs: jax.Array) -> jax.Array:
-    """Of distributions over the last dim, in nats; the gradient is finite where one is 0."""
+    """Entropy over the last dim, in nats; the gradient is finite where a probability is 0."""
     smallest = jnp.finfo(probs.dtype).tiny
     return -jnp.sum(probs * jnp.log(jnp.maximum(probs, smallest)), axis=-1)
 
 
 def squared_variation(values_E: jax.Array) -> jax.Array:
-    """CV^2: variance over squared mean; 0 where all are 0."""
+    """CV^2: variance over squared mean; 0 if all values are 0."""
     return jnp.var(values_E) / (jnp.mean(values_E) ** 2 + 1e-10)
 
 

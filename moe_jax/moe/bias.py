@@ -1,7 +1,7 @@
 """The selection bias of loss-free balancing, and its updates (legend: `moe_jax.moe`).
 
-The bias enters the choice of experts and never their gates. It is not a parameter. After each step
-it is updated once, from the choices of the whole batch.
+The bias affects the choice of experts, never their gates. It is not a parameter. It is updated once
+after each step, from the choices of the whole batch.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from moe_jax.moe.routing import Routing, top_k
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-NUM_BINS = 1000  # Q, of a histogram of one expert, over the range that `histogram_range` gives
+NUM_BINS = 1000  # Q, histogram bins per expert, over `histogram_range`
 SCHEDULES = {
     "constant": jnp.ones_like,
     "linear": lambda progress: 1 - progress,
@@ -34,11 +34,11 @@ class BiasUpdate(Settings):
     family: ClassVar[str] = "bias_update"
 
     rate: float = setting(1e-3, above=0)  # size of a step (DeepSeek-V3: 1e-3)
-    schedule: str = setting("constant", choices=tuple(SCHEDULES))  # of the rate, to 0
-    frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last share of a run: no updates
+    schedule: str = setting("constant", choices=tuple(SCHEDULES))  # decay of the rate to 0
+    frozen_fraction: float = setting(0.0, at_least=0, below=1)  # last fraction of a run: no updates
 
     def check_block(self, moe: "MoE") -> None:
-        """Checks the block that has this bias.
+        """Checks the block that uses this bias.
 
         Raises:
           ValueError: by `require`.
@@ -53,7 +53,7 @@ class BiasUpdate(Settings):
     def measure(
         self, routing: Routing, bias_E: jax.Array, valid_GS: jax.Array
     ) -> dict[str, jax.Array]:
-        """Arrays that the update needs beside counts of choices; they add up over a batch."""
+        """Arrays for the update, in addition to counts of choices; they add up over a batch."""
         del routing, bias_E, valid_GS
         return {}
 
@@ -68,8 +68,8 @@ class BiasUpdate(Settings):
         """The bias after a step, float32 [..., E].
 
         Args:
-          bias_E: float32 [..., E], before.
-          assigned_E: int32 [..., E], choices of the whole global batch, before drops.
+          bias_E: float32 [..., E], the bias before the step.
+          assigned_E: int32 [..., E], choices per expert in the global batch, before drops.
           measured: what `measure` returned, summed over the whole batch.
           rate: learning rate of the bias in this step.
           num_selected: K.
@@ -77,19 +77,19 @@ class BiasUpdate(Settings):
         raise NotImplementedError
 
     def steps_alike(self, num_steps: int) -> float:
-        """How many first steps keep their rate if `num_steps` is raised; inf: all."""
+        """The number of first steps that keep their rate if `num_steps` is raised; inf: all."""
         if self.schedule != "constant":
             return 0
         return round(num_steps * (1 - self.frozen_fraction)) if self.frozen_fraction else math.inf
 
     def rate_at(self, step: jax.Array, num_steps: int) -> jax.Array:
-        """The rate of a step: float32 scalar, 0 in the last share of the steps.
+        """The rate of a step: float32 scalar, 0 in the frozen last steps.
 
-        Linear and cosine schedules fall from the rate to 0 at the first step that is frozen.
+        Linear and cosine schedules decay from the rate to 0 at the first frozen step.
 
         Args:
           step: int32 scalar, 0 for the first.
-          num_steps: of the run.
+          num_steps: steps of the run.
 
         Source: DeepSeek-V3, arXiv:2412.19437: 0.001 for the first 14.3T tokens, 0 for the last
           500B, which is a frozen fraction of 0.034.
@@ -101,17 +101,17 @@ class BiasUpdate(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class SignUpdate(BiasUpdate):
-    """Adds the rate for every expert below the mean load, subtracts it for every one above.
+    """Adds the rate for experts below the mean load, and subtracts it for experts above.
 
     Source: Wang et al. 2024, Auxiliary-loss-free load balancing, arXiv:2408.15664, alg. 1. Centred
       steps: torchtitan's load-balancing hook.
     """
 
-    centered: bool = False  # subtract the mean step, so that the biases' sum stays 0
+    centered: bool = False  # subtract the mean step, so that the biases keep summing to 0
 
     def direction(self, assigned_E: jax.Array) -> jax.Array:
         """The step at rate 1, float32 [..., E]."""
-        # In integers: float32 means of large counts could turn the sign.
+        # In integers: rounded float32 means of large counts could flip the sign.
         num_experts = assigned_E.shape[-1]
         total = jnp.sum(assigned_E, axis=-1, keepdims=True)
         below_mean_E = assigned_E < -(-total // num_experts)
@@ -135,10 +135,10 @@ class SignUpdate(BiasUpdate):
 
 @dataclasses.dataclass(frozen=True)
 class ErrorUpdate(SignUpdate):
-    """Adds the rate times 1 - load / mean: the whole rate for an expert without load.
+    """Adds rate * (1 - load / mean): the full rate for an expert without load.
 
-    Source: Wang et al. 2024, arXiv:2408.15664, table 3; relative to the mean load here, so that a
-      rate does not depend on the batch.
+    Source: Wang et al. 2024, arXiv:2408.15664, table 3; here relative to the mean load, so that the
+      rate does not depend on the batch size.
     """
 
     def direction(self, assigned_E: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ class ErrorUpdate(SignUpdate):
 
 @dataclasses.dataclass(frozen=True)
 class QuantileUpdate(BiasUpdate):
-    """Goes the share `rate` of the way to the bias that would have given equal loads.
+    """Moves the bias by a fraction `rate` towards the bias that would have given equal loads.
 
     Source: see `count_needed_biases`.
     """
@@ -199,10 +199,10 @@ class QuantileUpdate(BiasUpdate):
 def count_needed_biases(
     scores_GSE: jax.Array, bias_E: jax.Array, num_selected: int, valid_GS: jax.Array
 ) -> jax.Array:
-    """A histogram of the bias that every token would need to select every expert.
+    """For each expert, a histogram of the bias that each token would need to select it.
 
-    A token selects expert e if its score and bias exceed the best of those that it does not select,
-    the (K + 1)-th largest sum of score and bias: it needs a bias of that minus the score.
+    A token selects expert e if score + bias of e exceeds the (K + 1)-th largest score + bias. The
+    needed bias is this threshold minus the score of e.
 
     Args:
       scores_GSE: sigmoids, in [0, 1]. Scores of a softmax over many experts would differ by less
@@ -212,8 +212,8 @@ def count_needed_biases(
       valid_GS: bool, False for padding, which is not counted.
 
     Returns:
-      int32 [E, Q], how many tokens need a bias in each of Q equal parts of `histogram_range`.
-      Counts of the parts of a batch add up to those of the batch.
+      int32 [E, Q], tokens that need a bias in each of the Q equal bins of `histogram_range`. Counts
+      of parts of a batch add up to those of the batch.
 
     Source: Kimi K3 technical report, sec. 2.3.3 and app. D, as torchtitan (pull request 4577) and
       Megatron-LM (6637) implement it; Su 2026, kexue.fm/archives/11619.
@@ -230,9 +230,9 @@ def count_needed_biases(
 
 
 def histogram_range(bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the first bin begins and how wide bins are, [..., 1]: from min b - 1 to max b + 1.
+    """The start of the first bin and the bin width, [..., 1]; bins span min b - 1 to max b + 1.
 
-    No token needs any other bias: scores lie between 0 and 1.
+    No token needs a bias outside this range, since scores are between 0 and 1.
     """
     low = jnp.min(bias_E, axis=-1, keepdims=True) - 1
     return low, (jnp.max(bias_E, axis=-1, keepdims=True) + 1 - low) / NUM_BINS
@@ -241,16 +241,16 @@ def histogram_range(bias_E: jax.Array) -> tuple[jax.Array, jax.Array]:
 def quantile_bias(bias_E: jax.Array, needed_EQ: jax.Array, num_selected: int) -> jax.Array:
     """The bias with which each expert would have been selected by K / E of the tokens.
 
-    Each expert by itself, against the other tokens' choices as they were: repeated over steps this
+    Each expert is treated separately, with all thresholds as they were. Repeated over steps, this
     approaches balance.
 
     Args:
       bias_E: float32 [..., E], the bias in use when tokens were counted.
-      needed_EQ: int32 [..., E, Q], of `count_needed_biases`.
+      needed_EQ: int32 [..., E, Q], from `count_needed_biases`.
       num_selected: K.
 
     Returns:
-      float32 [..., E] of mean 0: the K / E quantile of the biases that tokens need, linear within a
+      float32 [..., E] of mean 0: the K / E quantile of the needed biases, interpolated within a
       bin; `bias_E` where no token was counted. Source: see `count_needed_biases`.
     """
     num_experts = needed_EQ.shape[-2]

@@ -30,16 +30,16 @@ def moe_block(
       params: arrays in the tree that `moe.specs` declares.
       x_BLM: tokens, in the compute dtype.
       moe: the settings.
-      call: inputs of all layers; None: an evaluation of whole sequences without padding.
-      own: inputs of this layer alone: its index, its state as `moe.state_specs` has it, choices
-        [B, L, K] to replay.
+      call: inputs shared by all layers; None: evaluation of whole sequences without padding.
+      own: inputs of this layer only: its index, its state (`moe.state_specs`), and choices [B, L,
+        K] to replay.
 
     Returns:
       y_BLM in the dtype of `x_BLM`, to be added to the residual, and the `Aux` that `measure`
       describes. A token whose choices were all dropped gets 0 from the routed experts.
 
     Raises:
-      ValueError: the group size, or the choices to replay, do not fit the tokens.
+      ValueError: the group size or the choices to replay do not fit the tokens.
     """
     call, own = (call or Call()).with_defaults(x_BLM), own or Own()
     rng = own.key(call)
@@ -107,7 +107,7 @@ def in_groups(
 
 @jax.named_scope("router")
 def route(params: Any, x_GSM: jax.Array, moe: "MoE", inputs: RouterInputs) -> Routing:
-    """The router's choices. With one option no router runs: every token chooses it."""
+    """The router's choices; with only one option every token takes it, and no router runs."""
     if moe.num_options == 1:
         return moe.router.only_option(x_GSM)
     return moe.router.route(params.get("router", {}), x_GSM, inputs)
@@ -123,10 +123,11 @@ def shared_expert(params: Any, x_GSM: jax.Array, moe: "MoE") -> jax.Array:
 
 
 def tokens_per_group(batch: int, length: int, group_size: int) -> int:
-    """S of a call: `group_size`, or one sequence if that is 0.
+    """S, tokens per group: `group_size`, or one sequence if it is 0.
 
     Raises:
-      ValueError: S neither divides a sequence nor is made of whole sequences of the batch.
+      ValueError: S neither divides a sequence nor is a number of whole sequences that divides the
+        batch.
     """
     group_size = group_size or length
     fits = batch * length % group_size == 0

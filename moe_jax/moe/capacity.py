@@ -1,4 +1,4 @@
-"""Capacity: how many slots an expert has in a group, and who gets them (legend: `moe_jax.moe`)."""
+"""Capacity: slots per expert in a group, and which choices get them (legend: `moe_jax.moe`)."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class Assignment(NamedTuple):
 
     Attributes:
       expert_index_GSK: int32 in [0, E).
-      gate_GSK: the gate of a kept choice, exactly 0 for a dropped one and for padding.
-      slot_GSK: int32 in [0, C) for a kept choice; no two share expert, group and slot.
+      gate_GSK: the gate of a kept choice; exactly 0 for dropped choices and padding.
+      slot_GSK: int32 in [0, C) for a kept choice; no two kept choices share expert, group and slot.
       kept_GSK: bool.
       capacity: C, a Python int.
       num_experts: E, a Python int.
@@ -42,32 +42,32 @@ class Assignment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Queue(Settings):
-    """The order in which the choices of a group get slots, which decides who is dropped."""
+    """The order in which the choices of a group get slots; it decides which are dropped."""
 
     family: ClassVar[str] = "queue"
     needs_rng: ClassVar[bool] = False
 
     def looks_ahead(self, num_selected: int) -> bool:
-        """Whether the slots of a token can depend on later tokens of its group, with K choices."""
+        """Whether a token's slots can depend on later tokens of its group, with K choices."""
         del num_selected
         return True
 
     def slots(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
-        """The slot of each choice in its expert, were there room for all: int32 [G, S, K].
+        """The slot of each choice in its expert if there were room for all: int32 [G, S, K].
 
         Args:
           routing: its probabilities and gates may rank tokens.
-          expert_index_GSK: int32; an index of E (padding, not chosen) stands in no queue.
-          rng: key of a random order.
+          expert_index_GSK: int32; index E (padding or not chosen) joins no queue.
+          rng: key for a random order.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenMajor(Queue):
-    """Token by token, the choices of a token best first (MaxText)."""
+    """Token by token; within a token, the best choice first (MaxText)."""
 
     def looks_ahead(self, num_selected: int) -> bool:
         """See `Queue`."""
@@ -76,7 +76,7 @@ class TokenMajor(Queue):
     def slots(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
-        """See `Queue`: whole tokens are counted, whose choices are different experts."""
+        """See `Queue`. Counts whole tokens, since the choices of a token are different experts."""
         num_experts = routing.probs_GSE.shape[-1]
         mask_GSE = jnp.sum(jax.nn.one_hot(expert_index_GSK, num_experts, dtype=jnp.int32), axis=2)
         before_GSE = jnp.cumsum(mask_GSE, axis=1) - mask_GSE
@@ -86,18 +86,18 @@ class TokenMajor(Queue):
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(Settings):
-    """The number of slots of an expert in a group of tokens, and who gets them."""
+    """The number of slots per expert in a group, and the order in which choices get them."""
 
     train_factor: float = setting(1.25, at_least=0)  # slots over mean load in training; 0: dropless
     eval_factor: float = setting(2.0, at_least=0)  # the same for capacity-limited evaluation
-    slots: int = setting(0, at_least=0)  # so many in place of a factor's; 0: by the factor
+    slots: int = setting(0, at_least=0)  # this number instead of a factor's; 0: by the factor
     preset: str = ""  # a system's rule and queue, from `presets.PRESETS`; "": the fields below
     per: str = setting("assignment", choices=("assignment", "token", "choice"))  # see `num_slots`
     rounding: str = setting("ceil", choices=tuple(ROUNDING))  # of the product; "nearest": to even
     round_mean_up: bool = False  # round the mean load up before the factor is applied (MaxText)
-    multiple_of: int = setting(1, at_least=1)  # then up to a multiple of this
-    minimum: int = setting(1, at_least=1)  # and no fewer slots than this
-    queue: Queue = TokenMajor()  # who is served first when an expert is full
+    multiple_of: int = setting(1, at_least=1)  # then round up to a multiple of this
+    minimum: int = setting(1, at_least=1)  # fewest slots
+    queue: Queue = TokenMajor()  # which choices get slots first
 
     def check(self) -> None:
         """See `Settings`; fills in a preset."""
@@ -128,14 +128,15 @@ class Capacity(Settings):
 
         Args:
           tokens: S, tokens of the group.
-          num_options: E, those that compute nothing included.
+          num_options: E, including experts that compute nothing.
           num_selected: K.
           factor: capacity factor; 0 means dropless, which S slots guarantee.
 
         Returns:
-          C >= 1, the product of factor and mean load, rounded. The mean load counts K * tokens
-          (`per="assignment"`), tokens ("token"), or tokens for each of K equal shares ("choice").
-          No more than S, rounded up to `multiple_of`: more could never be filled.
+          C >= 1: the product of factor and mean load, rounded, unless `slots` is set. The mean load
+          counts K * tokens (`per="assignment"`) or tokens ("token"). "choice" rounds the product
+          for one choice, and multiplies it by K. C is at most S rounded up to `multiple_of`: more
+          could never be filled.
         """
         multiple = self.multiple_of
         enough = -(-tokens // multiple) * multiple
@@ -160,14 +161,14 @@ def assign_slots(
     valid_GS: jax.Array | None = None,
     rng: jax.Array | None = None,
 ) -> Assignment:
-    """Gives the slots of every expert to the choices of a group, first come, first served.
+    """Assigns the slots of each expert to the choices of a group, first come, first served.
 
     Args:
       routing: the choices of experts that compute.
-      queue: who comes first.
+      queue: the order of service.
       options: `slots` is the capacity; if `dropless`, every valid choice is kept.
       valid_GS: bool, False for padding, which takes no slot; None: all tokens are valid.
-      rng: key of a random queue.
+      rng: key for a random queue.
 
     Returns:
       The `Assignment`. A dropped choice has gate 0, and the other gates do not change. A choice
@@ -177,7 +178,7 @@ def assign_slots(
     counts_GSK = routing.chosen_GSK
     if valid_GS is not None:
         counts_GSK &= valid_GS[..., None]
-    # An expert index of E is nobody's: its one-hot row is zero.
+    # Index E is no expert: its one-hot row is zero.
     expert_index_GSK = jnp.where(counts_GSK, routing.expert_index_GSK, num_experts)
     queue = TokenMajor() if options.dropless else queue
     slot_GSK = queue.slots(routing, expert_index_GSK, rng)

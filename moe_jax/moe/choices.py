@@ -1,4 +1,4 @@
-"""Choices of experts, recorded by a block and given back to it (legend: `moe_jax.moe`)."""
+"""Choices of experts that a block records or replays (legend: `moe_jax.moe`)."""
 
 from typing import TYPE_CHECKING
 
@@ -30,10 +30,10 @@ def replay_in_groups(
     moe: "MoE",
     options: Options,
 ) -> Choices | None:
-    """Choices [B, L, K] as a router takes them, [G, S, K]; None stays None.
+    """Reshapes choices [B, L, K] to [G, S, K] for a router; None stays None.
 
     Raises:
-      ValueError: the router cannot replay, or the choices are not those of such a batch.
+      ValueError: the router cannot replay, or the choices do not fit the batch.
     """
     if choices is None:
         return None

@@ -1,6 +1,7 @@
-"""The costs of an MoE block, with slots that no token fills (legend: `moe_jax.moe`).
+"""The costs of an MoE block, including unfilled slots (legend: `moe_jax.moe`).
 
-A trace does not know how many choices count, and counts loops over sorted rows once.
+They are formulas, since a trace does not know how many choices count, and counts loops over sorted
+rows only once.
 """
 
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ from moe_jax.part import Dims
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-ROOMY = 1.5  # times the mean: what `moe_savings` proposes for the buffer of sorted rows
+ROOMY = 1.5  # the buffer factor that `moe_savings` proposes for sorted rows
 
 
 def moe_costs(moe: "MoE", dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
-    """The router, the way to the experts and back, the experts, the shared expert; see `Part`."""
+    """Costs of the router, moving rows, the experts and the shared expert; see `Part`."""
     width, itemsize = dims.model_dim, jnp.dtype(dtype).itemsize
     stages = [router_cost(moe, dims), moving_cost(moe, width, length, itemsize)]
     stages.append(experts_cost(moe, dims, length, itemsize))
@@ -33,9 +34,9 @@ def moe_costs(moe: "MoE", dims: Dims, length: int, dtype: str) -> tuple[Cost, ..
 
 
 def router_cost(moe: "MoE", dims: Dims) -> Cost:
-    """The products of the router, in float32; saved are they, and the probabilities made of them.
+    """The products of the router in float32; it saves these and the probabilities.
 
-    Probabilities are of the options; of routers that mix tokens, of every slot, twice.
+    There is one probability per option. Routers that mix tokens have two per slot.
     """
     flops, outputs = router_products(moe, dims)
     probabilities = moe.num_options if outputs else 0
@@ -50,10 +51,10 @@ def router_cost(moe: "MoE", dims: Dims) -> Cost:
 
 
 def router_products(moe: "MoE", dims: Dims) -> tuple[float, int]:
-    """FLOPs of a token in the router, and the numbers that they give it.
+    """FLOPs per token in the router, and the number of outputs per token.
 
-    Every matrix of the router multiplies a token: beside its own, those of noise, a projection, a
-    predictor; of Soft MoE one column a slot.
+    Every matrix of the router multiplies a token, including those of noise, a projection and a
+    predictor. In Soft MoE it has one column per slot.
     """
     specs = jax.tree.leaves(moe.specs(dims).get("router", {}))
     shapes = [spec.shape for spec in specs if len(spec.shape) == 2]
@@ -61,11 +62,11 @@ def router_products(moe: "MoE", dims: Dims) -> tuple[float, int]:
 
 
 def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
-    """The way of rows to their experts and back.
+    """The cost of moving rows to their experts and back.
 
-    The contractions of routers that mix tokens in slots are no dispatch but the model itself. Slots
-    are written and read, twice; by index, outputs are read choice by choice. Gates on the input
-    make a token of every choice, to all of which one-hot tensors have entries.
+    For routers that mix tokens in slots, the contractions are not dispatch but part of the model.
+    Slots are written and read, twice; by index, outputs are read choice by choice. With gates on
+    the input every choice is a token, and one-hot tensors have entries for each.
     """
     options, rows = training_options(moe, length), expert_rows(moe, length)
     way, choices = way_of(moe)[0], moe.router.num_choices(options)
@@ -79,7 +80,7 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
     else:
         traffic += max(choices - rows, 0) * width
     buffers = 2 * entries * copies * by_contraction + copies * width * moe.gate_on_input
-    # Before the exchange sorted rows have a place for every choice, behind it one in the buffer.
+    # Sorted rows have one place per choice before the exchange, and those of the buffer after it.
     slots = memory_rows(moe, length)
     slots = (choices + slots) / 2 if is_sorted(moe) else slots
     return Cost(
@@ -95,7 +96,7 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
 
 
 def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
-    """The routed experts; saved are rows in and out, and what their matrices read and write."""
+    """The routed experts; saves rows in and out, and their matrices' inputs and outputs."""
     width, specs = dims.model_dim, moe.expert_specs(dims)
     rows, used, in_memory = (f(moe, length) for f in (expert_rows, mean_experts, memory_rows))
     matrices = [spec for spec in specs.values() if len(spec.shape) == 3]
@@ -118,7 +119,7 @@ def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
 
 
 def features(sides: list[tuple[str | None, int]]) -> Bytes:
-    """Features of a row at sides of matrices: those of the hidden dim are split over `tensor`."""
+    """Features per row at sides of matrices; those of the hidden dim are split over `tensor`."""
     split = sum(size for axis, size in sides if axis == "hidden")
     return Bytes(sum(size for _, size in sides) - split, split)
 
@@ -129,30 +130,30 @@ def training_options(moe: "MoE", length: int) -> Options:
 
 
 def slots_of_a_token(moe: "MoE", length: int) -> float:
-    """Slots of all experts in training, over the tokens that share them: E C / S."""
+    """Slots of all experts per token in training: E C / S."""
     slots = moe.num_experts * training_options(moe, length).slots
     return slots / (moe.group_size or length)
 
 
 def expert_rows(moe: "MoE", length: int) -> float:
-    """Rows that experts compute for a token in training.
+    """Rows per token that experts compute in training.
 
-    Every slot, filled or not; of the sorted rows of "ragged", which has no slots, those of choices
-    that are kept: no more than there are slots.
+    These are all slots, filled or not. With sorted rows ("ragged") they are the kept choices, at
+    most as many as the slots.
     """
     slots = slots_of_a_token(moe, length)
     return min(slots, mean_experts(moe, length)) if is_sorted(moe) else slots
 
 
 def is_sorted(moe: "MoE") -> bool:
-    """Whether experts compute sorted rows; a router that mixes tokens has slots in any case."""
+    """Whether experts compute sorted rows; a router that mixes tokens always has slots."""
     return way_of(moe)[0] == "ragged" and not moe.router.mixes
 
 
 def memory_rows(moe: "MoE", length: int) -> float:
-    """Rows that have a place in memory for a token: of sorted rows, one for every choice.
+    """Rows per token that take memory; with sorted rows, one per choice.
 
-    On a mesh that splits the experts these are the rows of the buffer for what a device receives.
+    On a mesh that splits the experts these are the rows of a device's receive buffer.
     """
     if not is_sorted(moe):
         return expert_rows(moe, length)
@@ -165,7 +166,7 @@ def memory_rows(moe: "MoE", length: int) -> float:
 
 
 def most_rows(moe: "MoE", length: int, shards: int) -> float:
-    """`buffer.most_received_rows` for a token, of experts over so many devices."""
+    """`buffer.most_received_rows` per token, with experts split over `shards` devices."""
     options, own = training_options(moe, length), moe.num_experts // shards
     slots = slots_of_a_token(moe, length) / shards  # of a device's own experts
     choices = moe.router.num_choices(options)
@@ -174,10 +175,10 @@ def most_rows(moe: "MoE", length: int, shards: int) -> float:
 
 
 def mean_experts(moe: "MoE", length: int) -> float:
-    """Mean number of experts that compute a token in training, padding left out.
+    """Mean number of experts that compute a token in training, excluding padding.
 
-    The choices of `Router.mean_experts`, of which zero and copy experts have their part if loads
-    are even; where experts fill their slots, they choose among those that compute.
+    Zero and copy experts take their share of the choices of `Router.mean_experts`, assuming even
+    loads. They take none where experts fill their slots.
     """
     options = training_options(moe, length)
     choices = moe.router.mean_experts(options, moe.group_size or length)

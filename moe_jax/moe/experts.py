@@ -1,7 +1,8 @@
 """What an expert computes (legend: `moe_jax.moe`).
 
-The maths is written once. A `Layout` (`moe_jax.parameters`) says how rows meet the weights of their
-expert: one FFN for all rows, slots of every expert side by side, or rows sorted by expert.
+The maths is written once. A `Layout` (`moe_jax.parameters`) defines how rows are multiplied by the
+weights of their expert: one FFN for all rows, slots of every expert side by side, or rows sorted by
+expert.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ Weights = Mapping[str, Any]  # arrays, or `Weight`s, by name
 
 @dataclasses.dataclass(frozen=True)
 class Activation(Settings):
-    """The function between the two products of a feed-forward network.
+    """The function between the matrix products of a feed-forward network.
 
     Attributes:
       gated: whether there is a third matrix, for the gate.
@@ -33,7 +34,7 @@ class Activation(Settings):
 
         Args:
           inner: x wi, [..., H].
-          gate: x wg, likewise, of a gated activation; else None.
+          gate: x wg, [..., H], if the activation is gated; else None.
         """
         raise NotImplementedError
 
@@ -49,10 +50,10 @@ class Relu(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A feed-forward network on the rows and experts of any layout.
+    """A feed-forward network on rows and experts in any layout.
 
     Attributes:
-      activation: between its products.
+      activation: between the matrix products.
       dropout_rate: on the hidden units; off if the layout has no random key.
     """
 
@@ -63,9 +64,9 @@ class Experts:
         """(activation(x wi, x wg)) wo, each row by itself.
 
         Args:
-          x: rows [..., M]; computed in their dtype.
+          x: rows [..., M]; their dtype is the compute dtype.
           weights: `wi` and `wo`, `wg` if gated, and biases `bi`, `bg`, `bo` if there are any.
-          layout: how rows meet weights.
+          layout: how rows are multiplied by weights.
 
         Returns:
           Rows [..., M] in the dtype of `x`.

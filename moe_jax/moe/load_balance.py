@@ -1,6 +1,6 @@
 """The load-balance loss in the conventions of the field: share of choices times mean probability.
 
-Legend: `moe_jax.moe`; U is the units over which a mean is taken.
+Legend: `moe_jax.moe`; U: units over which a mean is taken.
 """
 
 import dataclasses
@@ -20,24 +20,23 @@ SCOPES = ("group", "sequence", "microbatch", "global")
 
 @dataclasses.dataclass(frozen=True)
 class LoadBalance(BalanceLoss):
-    """E * sum_e f_e * P_e: the share of an expert in the choices times its mean probability.
+    """E * sum_e f_e * P_e: an expert's share of the choices times its mean probability.
 
-    f_e is over all K choices, before any drop, divided by their number: 1 at uniform routing for
-    every K. Beside a selection bias or groups the K best by the scores alone are counted, so that
-    the loss goes by what its gradient can change. P_e is the mean of the full distribution. No
-    gradient flows through f.
+    f_e counts all K choices before drops, divided by their number: the loss is 1 at uniform routing
+    for every K. With a selection bias or groups, f_e counts the K best by score only, which the
+    gradient can change. P_e is the mean of the full distribution. No gradient flows through f.
 
     Scopes: f and P are means over a group, a sequence, a microbatch, or the global batch; units are
     weighted by their tokens.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, eqs. 4-6; the counts: DeepSeek-V3's sequence-wise
-      loss, arXiv:2412.19437, and Megatron-LM's `compute_routing_scores_for_aux_loss`, where
-      OLMo-core counts the choices made.
+      loss, arXiv:2412.19437, and Megatron-LM's `compute_routing_scores_for_aux_loss`. OLMo-core
+      counts the actual choices instead.
     """
 
     metric: ClassVar[str] = "load_balance_loss"
 
-    scope: str = setting("global", choices=SCOPES)  # f_e and P_e are means over so much
+    scope: str = setting("global", choices=SCOPES)  # f_e and P_e are means over this
 
     @property
     def needs_batch_sums(self) -> bool:
@@ -60,7 +59,7 @@ class LoadBalance(BalanceLoss):
         return over(counted_E, jnp.sum(counted_E, axis=-1))
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
-        """See `BalanceLoss`: counts and probabilities, and the total of scopes within the call."""
+        """See `BalanceLoss`: counts and probabilities, and a total unless the scope is global."""
         counted_GSKE = count_choices(self.counted(routing), routing, valid_GS)
         probs_GSE = routing.probs_GSE.astype(jnp.float32) * valid_GS[..., None]
         sums = {
@@ -85,7 +84,7 @@ class LoadBalance(BalanceLoss):
         return self.product(sums, sums, num_tokens)
 
     def product(self, counts: Sums, sums: Sums, num_tokens: jax.Array) -> jax.Array:
-        """E * sum_e f_e * P_e of each layer, f of `counts` and P of `sums`, over `num_tokens`."""
+        """E * sum_e f_e * P_e per layer: f from `counts`, P from `sums` over `num_tokens`."""
         load_XE = self.share(counts["counted_KE"], num_tokens)
         prob_XE = sums["prob_sum_E"] / num_tokens
         return prob_XE.shape[-1] * jnp.sum(load_XE * prob_XE, axis=-1)
@@ -99,7 +98,7 @@ class LoadBalance(BalanceLoss):
 
 @dataclasses.dataclass(frozen=True)
 class SwitchLoadBalance(LoadBalance):
-    """`LoadBalance` with f_e as first choices over tokens: 1 at uniform routing.
+    """`LoadBalance` with f_e = first choices / tokens: 1 at uniform routing.
 
     Source: Fedus et al. 2021, arXiv:2101.03961, eq. 5 (Mesh TensorFlow, GShard, V-MoE).
     """
@@ -115,7 +114,7 @@ class SwitchLoadBalance(LoadBalance):
 
 @dataclasses.dataclass(frozen=True)
 class FlaxformerLoadBalance(LoadBalance):
-    """`LoadBalance` with f_e as all K choices over tokens: K at uniform routing (also MaxText)."""
+    """`LoadBalance` with f_e = all K choices / tokens: K at uniform routing (also MaxText)."""
 
     def counted(self, routing: Routing) -> jax.Array:
         """See `LoadBalance`."""
@@ -128,10 +127,10 @@ class FlaxformerLoadBalance(LoadBalance):
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceLoadBalance(FlaxformerLoadBalance):
-    """f_e and P_e as means over all layers before they are multiplied: K at uniform routing.
+    """f_e and P_e are averaged over all layers, then multiplied: K at uniform routing.
 
-    Source: `load_balancing_loss_func` of transformers' Mixtral and its successors. The value of one
-      layer, in metrics, is that of `FlaxformerLoadBalance`.
+    Source: `load_balancing_loss_func` of transformers' Mixtral and its successors. In metrics, the
+      value per layer is that of `FlaxformerLoadBalance`.
     """
 
     def check(self) -> None:
@@ -146,7 +145,7 @@ class HuggingFaceLoadBalance(FlaxformerLoadBalance):
         require_pooled(self)
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
-        """See `LoadBalance`; and the tokens, of which some may have no choice that counts."""
+        """See `LoadBalance`; also counts tokens, since some may have no choice that counts."""
         sums = super().measure(routing, valid_GS, shape)
         return sums | {"num_valid": jnp.sum(valid_GS, dtype=jnp.int32)}
 
@@ -165,7 +164,7 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
     """Switch's loss as transformers computes it: layers joined along each sequence before f * P.
 
     f_e is the share of first choices and P_e the mean probability, over the tokens of a sequence in
-    all layers; the loss is the mean over sequences, by their tokens: 1 at uniform routing.
+    all layers. The loss is the mean over sequences, weighted by their tokens: 1 at uniform routing.
 
     Source: `SwitchTransformersForConditionalGeneration._unpack_router_logits` and
       `load_balancing_loss_func` of transformers' Switch.
@@ -179,7 +178,7 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
         require_pooled(self)
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:
-        """See `BalanceLoss`: the loss of a layer by itself, for metrics."""
+        """See `BalanceLoss`: the loss of a single layer, for metrics."""
         by_sequence = self.measure_sequences(routing, valid_GS, shape)
         tokens_B = jnp.maximum(by_sequence["tokens_B"], 1)
         load_BE = over(by_sequence["first_BE"], tokens_B)
@@ -209,7 +208,7 @@ class HuggingFaceSwitchLoadBalance(BalanceLoss):
 
 
 def require_pooled(loss: BalanceLoss) -> None:
-    """Refuses a sum over layers for a loss that joins them before f * P."""
+    """Refuses a sum over layers for a loss that pools layers before f * P."""
     require(
         loss.over_layers == "mean",
         "the Hugging Face losses are one number of all layers",

@@ -47,34 +47,35 @@ class MoE(Part):
     pointwise: ClassVar[bool] = True  # if no token looks at others and none is dropped
 
     num_experts: int = setting(8, at_least=1, at_most=4096)  # E: routed experts
-    num_selected_experts: int = setting(1, at_least=1)  # K: routed experts a token uses
-    eval_num_selected_experts: int = setting(0, at_least=0)  # K of evaluation, if higher; 0: same
-    num_zero_experts: int = setting(0, at_least=0)  # further options that add and cost nothing
-    num_copy_experts: int = setting(0, at_least=0)  # the same, but add the token itself
+    num_selected_experts: int = setting(1, at_least=1)  # K: routed experts per token
+    eval_num_selected_experts: int = setting(0, at_least=0)  # K in evaluation, if higher; 0: same
+    num_zero_experts: int = setting(0, at_least=0)  # extra options that add nothing, at no cost
+    num_copy_experts: int = setting(0, at_least=0)  # extra options that add the token, at no cost
     expert_dim: int = setting(512, at_least=1)  # H: hidden dim of one expert
     activation: Activation = Relu()  # "relu", "gelu": two matrices; "swiglu", "geglu": three
     use_bias: bool = False  # biases in the experts
-    shared_expert_dim: int = setting(0, at_least=0)  # hidden dim of every token's expert; 0: none
+    shared_expert_dim: int = setting(0, at_least=0)  # hidden dim of the shared expert; 0: none
     shared_expert_gate: bool = False  # scale the shared output by sigmoid(x . w) (Qwen)
-    gate_on_input: bool = False  # gates multiply what experts get, not what they give (Llama 4)
+    gate_on_input: bool = False  # gates multiply experts' inputs, not their outputs (Llama 4)
     expert_dropout_rate: float = setting(0.0, at_least=0, below=1)  # on hidden units (Switch: 0.4)
     init_scale: float = setting(1.0, above=0)  # variance of weights x fan-in (Switch: 0.1)
     identical_init: bool = False  # every expert starts from the same weights (V-MoE)
     group_size: int = setting(0, at_least=0)  # tokens that share a capacity; 0: one sequence
-    router: Router = TokenChoice()  # from tokens to experts and gates
+    router: Router = TokenChoice()  # maps tokens to experts and gates
     losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
     bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
-    capacity: Capacity = Capacity()  # slots of an expert, and who gets them
-    # How rows meet experts; "auto": the fastest.
+    capacity: Capacity = Capacity()  # slots per expert, and who gets them
+    # How rows reach their experts; "auto": the fastest way.
     run_experts: str = setting("auto", choices=WAYS, changes_results=False)
-    # What multiplies sorted rows and weights; "auto": what the platform has.
+    # Kernel that multiplies sorted rows by weights; "auto": the best on the platform.
     grouped_matmul: str = setting("auto", choices=KERNELS, changes_results=False)
-    # Between devices: constraints, shard_map.
+    # How rows move between devices: "compiler" by constraints, "explicit" by shard_map.
     exchange: str = setting("auto", choices=EXCHANGES, changes_results=False)
-    # Chunks in which rows travel: one is computed while the next is under way.
+    # Chunks in which rows are exchanged: one is computed while the next is in transit.
     exchange_chunks: int = setting(1, at_least=1, changes_results=False)
-    # Room for received rows over the mean of a device, in the explicit exchange of ragged rows; 0:
-    # for the worst case. What has no room is lost, and counted as `buffer_overflow`.
+    # Room for received rows, as a multiple of the mean per device, in the explicit exchange of
+    # ragged rows; 0: room for the worst case. Rows that do not fit are lost, and counted as
+    # `buffer_overflow`.
     buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in training
     eval_buffer_factor: float = setting(0.0, at_least=0, changes_results=False)  # in evaluation
     stop_at_overflow: bool = setting(False, changes_results=False)  # end training with an error
@@ -145,7 +146,7 @@ class MoE(Part):
 
     @property
     def num_options(self) -> int:
-        """The options of the router: E experts, and those that compute nothing."""
+        """The number of options of the router: E experts, and those that compute nothing."""
         return self.num_experts + self.num_zero_experts + self.num_copy_experts
 
     def num_selected(self, training: bool) -> int:
@@ -155,9 +156,9 @@ class MoE(Part):
         )  # fmt: skip
 
     def capacity_factor(self, training: bool, factor: float | None = None) -> float:
-        """The capacity factor, 0 for dropless; `factor` is the one that a call asks for.
+        """The capacity factor, 0 if dropless; `factor`, if given, overrides the settings.
 
-        Experts that choose tokens always have a capacity: without it each would take every token.
+        Experts that choose tokens always have a capacity; otherwise each would take every token.
         """
         if factor is None:
             factor = self.capacity.train_factor if training else self.capacity.eval_factor
@@ -174,7 +175,7 @@ class MoE(Part):
 
     @property
     def any_options(self) -> Options:
-        """The options of the router in groups of any size, for what does not depend on it."""
+        """The options of the router, for uses that do not depend on the group size."""
         return self.options(self.group_size or 1, training=True)
 
     @property
@@ -183,13 +184,13 @@ class MoE(Part):
         return Experts(self.activation, self.expert_dropout_rate)
 
     def expert_axes(self, model_dim: int) -> dict[str, Axes]:
-        """Names of the dims of every weight of the experts."""
+        """Names of the dims of each expert weight."""
         return {name: spec.axes for name, spec in self.expert_specs(Dims(model_dim)).items()}
 
     def expert_specs(self, dims: Dims) -> dict[str, ParameterSpec]:
         """The weights of `experts`, by name, with a leading E.
 
-        Each of three dims is a matrix that multiplies every row once: costs are counted by that.
+        Each weight of three dims is a matrix that multiplies every row once; costs rely on this.
         """
         return ffn_specs(
             dims.model_dim, self.expert_dim, "experts", gated=self.activation.gated,
@@ -198,7 +199,7 @@ class MoE(Part):
         )  # fmt: skip
 
     def specs(self, dims: Dims) -> dict[str, Any]:
-        """`experts` with a leading E; `router`, if there is a choice; `shared`, with its `gate`."""
+        """`experts` with a leading E; `router` if there is a choice; `shared`, with its `gate`."""
         specs: dict[str, Any] = {"experts": self.expert_specs(dims)}
         router = self.router.specs(dims, self.any_options) if self.num_options > 1 else {}
         specs |= {"router": router} if router else {}
@@ -215,7 +216,7 @@ class MoE(Part):
         return specs
 
     def state_specs(self, dims: Dims) -> dict[str, Any]:
-        """`bias_E`, the selection bias of loss-free balancing; `router`, if that has a state."""
+        """`bias_E`, the selection bias of loss-free balancing; `router`, if it has a state."""
         specs: dict[str, Any] = {}
         if self.bias is not None:
             specs["bias_E"] = ParameterSpec((self.num_options,), (None,), zeros, "router", False)
@@ -223,10 +224,10 @@ class MoE(Part):
         return specs | ({"router": router} if router else {})
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Part`: by its router, or by a queue where choices can be dropped.
+        """See `Part`: through its router, a queue that can drop choices, or a bounded buffer.
 
-        Or by a bounded buffer: whether it has room depends on all tokens of a batch. A run that
-        stops at an overflow makes no step of that kind.
+        Which rows fit in the buffer depends on all tokens of a batch. With `stop_at_overflow`,
+        training ends with an error instead.
         """
         if self.num_options > 1 and self.router.looks_ahead(training):
             return True
@@ -237,7 +238,7 @@ class MoE(Part):
         return can_drop and self.capacity.queue.looks_ahead(num_choices)
 
     def buffer_loses(self, training: bool) -> bool:
-        """Whether rows can be lost on their way to experts, in training or in evaluation."""
+        """Whether a bounded buffer can lose rows, in training or in evaluation."""
         if training:
             return self.buffer_factor > 0 and not self.stop_at_overflow
         return self.eval_buffer_factor > 0
@@ -247,7 +248,7 @@ class MoE(Part):
         return *moe_block(params, x_BLM, self, call, own), None
 
     def next_state(self, state: Any, sums: Sums, step: jax.Array, num_steps: int) -> Any:
-        """See `Part`: the bias, and the router's state, after a step."""
+        """See `Part`: the bias and the router's state after a step."""
         following = dict(state)
         if self.bias is not None:
             following["bias_E"] = self.bias.update(
@@ -259,17 +260,17 @@ class MoE(Part):
         return following
 
     def steps_alike(self, num_steps: int) -> float:
-        """See `Part`: by the rate of the bias."""
+        """See `Part`: the rate of the bias decides."""
         return math.inf if self.bias is None else self.bias.steps_alike(num_steps)
 
     @property
     def has_capacity(self) -> bool:
-        """See `Part`; a router that mixes tokens has the slots that it learned in any case."""
+        """See `Part`; False for a router that mixes tokens, since its slots are fixed."""
         return self.capacity.eval_factor > 0 and not self.router.mixes
 
     @property
     def depends_on_microbatches(self) -> bool:
-        """See `Part`; so does what a bounded buffer has room for."""
+        """See `Part`; the rows that a bounded buffer loses depend on them too."""
         by_loss = any(loss.weight > 0 and loss.depends_on_microbatches for loss in self.losses)
         return by_loss or self.buffer_loses(training=True)
 
@@ -279,7 +280,7 @@ class MoE(Part):
         return any(loss.weight > 0 and loss.needs_batch_sums for loss in self.losses)
 
     def loss(self, aux: Aux, num_tokens: jax.Array, batch: Sums | None) -> jax.Array | float:
-        """See `Part`: the balance losses, and what the router adds for each token."""
+        """See `Part`: the balance losses, plus the router's own loss per token."""
         total = jnp.mean(aux.sums["router_loss"]) / num_tokens
         for name, loss in named_losses(self.losses):
             sums = {**aux.sums["losses"][name], **aux.sequences["losses"][name]}
@@ -289,7 +290,7 @@ class MoE(Part):
         return total
 
     def metrics(self, aux: Aux) -> dict[str, jax.Array]:
-        """See `Part`: of the routing, its router's own, every balance loss by layer, unweighted."""
+        """See `Part`: metrics of the routing and the router; unweighted balance losses by layer."""
         num_tokens = jnp.maximum(aux.sums["num_tokens"][0], 1).astype(jnp.float32)
         metrics = statistics.routing_metrics(aux)
         metrics |= self.router.metrics(aux.sums) if self.num_options > 1 else {}
@@ -298,7 +299,7 @@ class MoE(Part):
         return metrics | {"router_loss": aux.sums["router_loss"] / num_tokens}
 
     def resolved(self, dtype: str, in_prefix: bool = False) -> Part:
-        """See `Part`: how experts run; a router that mixes tokens has one way only."""
+        """See `Part`: fixes how experts run; a router that mixes tokens has only one way."""
         if self.run_experts != "auto" or self.router.mixes:
             return self
         plan = plan_experts(self)
@@ -314,7 +315,7 @@ class MoE(Part):
         return moe_savings(self)
 
     def check_run(self, dims: Dims, run: RunShape) -> None:
-        """See `Part`: groups fit the batch and its split over devices."""
+        """See `Part`: groups must fit the batch and its split over devices."""
         self.router.check_run(self, run)
         tokens_per_group(run.sequences, run.length, self.group_size)
         check_divides(self.specs(dims), run)

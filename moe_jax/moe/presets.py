@@ -1,4 +1,4 @@
-"""Rules of capacity of other systems, by name: fields of `capacity.Capacity`."""
+"""Capacity rules of other systems, by name: fields of `capacity.Capacity`."""
 
 import dataclasses
 from typing import Any
@@ -7,8 +7,8 @@ from moe_jax.config.check import require
 from moe_jax.config.kinds import load_kind
 from moe_jax.config.settings import Settings
 
-# What each system computes, read from its source; the queue is the system's own. DeepSpeed's is of
-# its top-2 gate: its top-1 gate serves tokens at random.
+# What each system computes, including its queue, read from its source. DeepSpeed's entry is its
+# top-2 gate; its top-1 gate serves tokens at random.
 PRESETS: dict[str, dict[str, Any]] = {
     "mesh_tensorflow": {
         "per": "token", "rounding": "floor", "minimum": 4, "queue": "choice_major",
@@ -40,7 +40,7 @@ def preset_fields(given: Settings, preset: str) -> dict[str, Any]:
       preset: a name of `PRESETS`.
 
     Raises:
-      ValueError: the name is unknown, or a field is set to something else as well.
+      ValueError: the name is unknown, or a field is set to another value.
     """
     if not preset:
         return {}

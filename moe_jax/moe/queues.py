@@ -1,4 +1,4 @@
-"""Queues that other systems have (legend: `moe_jax.moe`)."""
+"""Queues of other systems (legend: `moe_jax.moe`)."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,12 +12,12 @@ from moe_jax.moe.routing import Routing
 
 @dataclasses.dataclass(frozen=True)
 class OrderedQueue(Queue):
-    """A queue that says in which order the choices of a group are served."""
+    """A queue that defines the order in which the choices of a group are served."""
 
     def order(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
-        """The choices (token * K + k) of each group in the order of service, int32 [G or 1, A]."""
+        """The choices (token * K + k) of each group in service order, int32 [G or 1, A]."""
         raise NotImplementedError
 
     def slots(
@@ -39,9 +39,9 @@ class OrderedQueue(Queue):
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceMajor(OrderedQueue):
-    """All first choices, then all second ones (GShard, Switch, V-MoE).
+    """All first choices, then all second choices, and so on (GShard, Switch, V-MoE).
 
-    With K > 1 a later token can evict an earlier one's second choice.
+    With K > 1 the first choice of a later token can displace the second choice of an earlier token.
     """
 
     def looks_ahead(self, num_selected: int) -> bool:
@@ -58,7 +58,7 @@ class ChoiceMajor(OrderedQueue):
 
 @dataclasses.dataclass(frozen=True)
 class BatchPrioritized(OrderedQueue):
-    """Choice-major, with tokens by falling best probability of the experts that compute.
+    """Choice-major; tokens by descending top probability among the experts that compute.
 
     Source: Riquelme et al. 2021, arXiv:2106.05974, sec. 4.1.
     """
@@ -75,7 +75,7 @@ class BatchPrioritized(OrderedQueue):
 
 @dataclasses.dataclass(frozen=True)
 class ByProbability(OrderedQueue):
-    """By falling gate (Megatron "probs")."""
+    """By descending gate (Megatron "probs")."""
 
     def order(
         self, routing: Routing, expert_index_GSK: jax.Array, rng: jax.Array | None
@@ -87,7 +87,7 @@ class ByProbability(OrderedQueue):
 
 @dataclasses.dataclass(frozen=True)
 class RandomOrder(OrderedQueue):
-    """At random (DeepSpeed's random token selection)."""
+    """In random order (DeepSpeed's random token selection)."""
 
     needs_rng: ClassVar[bool] = True
 
@@ -97,7 +97,7 @@ class RandomOrder(OrderedQueue):
         """See `OrderedQueue`.
 
         Raises:
-          ValueError: there is no key.
+          ValueError: there is no random key.
         """
         if rng is None:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""What a block reports of its routing: sums over tokens, and the metrics made of them.
+"""What a block reports about its routing: sums over tokens, and metrics computed from them.
 
-Legend: `moe_jax.moe`. Here E includes experts that compute nothing, behind the others.
+Legend: `moe_jax.moe`. Here E includes experts that compute nothing, which come last.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,14 +29,13 @@ def measure(
     shape: tuple[int, ...],
     buffer: Buffer | None = None,
 ) -> Aux:
-    """The `Aux` of one call of a block, with tokens of shape [B, L, M].
+    """The `Aux` of one block call on tokens of shape [B, L, M].
 
     Returns:
-      The `Aux` of `routing_aux`, with four more sums: `losses`, what each balance loss measures,
-      by name; `router_loss`, what the router adds to the loss, summed over tokens; `router`, what
-      the router measures; and `bias`, what the bias update measures in training. With a bounded
-      buffer, also the sum `buffer_overflow` and the maxima `buffer_rows` and `buffer_factor` (see
-      `Buffer`).
+      The `Aux` of `routing_aux`, with four more sums: `losses`, measurements of each balance loss,
+      by name; `router_loss`, the router's loss summed over tokens; `router`, measurements of the
+      router; and `bias`, measurements of the bias update in training. With a bounded buffer, also
+      the sum `buffer_overflow` and the maxima `buffer_rows` and `buffer_factor` (see `Buffer`).
     """
     valid_GS, batch_shape = inputs.valid_GS, (shape[0], shape[1])
     kept_GSK = jnp.broadcast_to(kept_GSK, routing.chosen_GSK.shape)
@@ -70,13 +69,13 @@ def measure(
 def routing_aux(
     routing: Routing, kept_GSK: jax.Array, valid_GS: jax.Array, batch_shape: tuple[int, int]
 ) -> Aux:
-    """The sums of a routing and of the choices it kept, padding left out; without gradient.
+    """Sums over a routing and its kept choices, excluding padding; without gradient.
 
     Returns:
-      `sums`: `assigned_KE`, int32, tokens that have expert e as their choice k before drops, and
-      `kept_KE` after them (Soft MoE has one choice: the expert of the most combine weight);
-      `prob_sum_E`, float32, of the full router distribution; `num_tokens`, int32; `entropy`, nats.
-      `maxima`: `max_logit`, the largest absolute one. `sequences`: `assigned_BE`, int32, choices
+      `sums`: `assigned_KE`, int32, tokens whose choice k is expert e, before drops; `kept_KE`, the
+      same after drops (Soft MoE has one choice: the expert with the largest combine weight);
+      `prob_sum_E`, float32, the sum of router distributions; `num_tokens`, int32; `entropy`, nats.
+      `maxima`: `max_logit`, the largest absolute logit. `sequences`: `assigned_BE`, int32, choices
       of expert e in each sequence, before drops.
     """
     num_experts = routing.probs_GSE.shape[-1]
@@ -98,13 +97,13 @@ def routing_aux(
 
 
 def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
-    """Metrics of layers from their sums over a whole batch; leading dim of layers everywhere.
+    """Metrics of layers from sums over a whole batch; all have a leading dim of layers.
 
     Returns:
-      `expert_load` [X, E], the share of each expert in the choices before drops, and its largest
-      and smallest; `max_violation` of it; `dropped_fraction` [X], of all choices, and by choice [X,
-      K] (0 where there was none); `router_entropy`, nats, and `router_max_logit`. With a bounded
-      buffer also `buffer_overflow`, `buffer_rows` and `buffer_factor`, [X] (see `Buffer`).
+      `expert_load` [X, E], each expert's share of the choices before drops, with its maximum,
+      minimum and `max_violation`; `dropped_fraction` [X] of all choices, and by choice [X, K] (0 if
+      there was none); `router_entropy`, nats, and `router_max_logit`. With a bounded buffer also
+      `buffer_overflow`, `buffer_rows` and `buffer_factor`, [X] (see `Buffer`).
     """
     assigned_XKE, kept_XKE = aux.sums["assigned_KE"], aux.sums["kept_KE"]
     assigned_XE = jnp.sum(assigned_XKE, axis=1)
@@ -126,9 +125,9 @@ def routing_metrics(aux: Aux) -> dict[str, jax.Array]:
 
 
 def dropped_fraction(assigned_KE: Any, kept_KE: Any) -> jax.Array:
-    """Share of the choices k that found their expert full: float32 [..., K] from [..., K, E].
+    """Fraction of the choices k that were dropped: float32 [..., K] from [..., K, E].
 
-    0 where there was none.
+    0 if there was no choice k.
     """
     assigned_K, kept_K = jnp.sum(assigned_KE, axis=-1), jnp.sum(kept_KE, axis=-1)
     return (assigned_K - kept_K) / jnp.maximum(assigned_K, 1)
