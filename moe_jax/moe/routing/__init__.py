@@ -1,7 +1,7 @@
 """Routers: which experts take which token, and with what weight (legend: `moe_jax.moe`).
 
-A router is a part: one class with its settings, parameters, checks and maths. `Router` is the base
-class, `TokenChoice` the default.
+A router is one class with its settings, parameters, checks and maths. `Router` is the base class,
+`TokenChoice` the default.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class Choices(NamedTuple):
-    """The experts that some tokens chose, recorded or to be replayed.
+    """The experts that tokens chose, recorded or to be replayed.
 
     Leading dims are those of the tokens: [G, S] in a router, [B, L] around a block, [X, B, L] for
     the layers of a model. E counts all options: experts that compute nothing come last.
 
     Attributes:
-      expert_index: int32 in [0, E), the choices of a token, best first; those that count are all
-        different.
+      expert_index: int32 in [0, E), the choices of a token, best first; those that count are
+        distinct.
       chosen: bool, which choices count.
-      gate: float32, weight of each choice in the token's output before drops, 0 where it does not
-        count. Not replayed: gates are computed anew.
-      kept: bool, which choices found a slot. Not replayed: queues are formed anew.
+      gate: float32, weight of each choice in the token's output before drops, 0 if it does not
+        count. Not replayed: gates are recomputed.
+      kept: bool, which choices were kept. Not replayed: slots are reassigned.
     """
 
     expert_index: jax.Array
@@ -42,7 +42,7 @@ class Choices(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How tokens and slots mix where a router fills the slots itself (Soft MoE).
+    """How tokens and slots mix if the router fills the slots itself (Soft MoE).
 
     Attributes:
       dispatch_GSEC: weights of the tokens in a slot; 0 for padding.
@@ -57,21 +57,21 @@ class Routing(NamedTuple):
     """What a router decided. E counts all options: experts that compute nothing come last.
 
     Attributes:
-      logits_GSE: router logits, noise included; of Soft MoE those of slots, [G, S, P].
-      probs_GSE: >= 0, each row sums to 1: what the balance losses see.
-      expert_index_GSK: int32 in [0, E), the choices of a token, best first, all different.
-      gate_GSK: the weight of each choice in the token's output, >= 0; 0 where it does not count.
-      chosen_GSK: bool, which choices count. The others take no slot, compute nothing and are in no
-        statistic.
-      scores_GSE: what experts are selected by, without bias; None where there is no such thing.
-      unbiased_GSK: int32, the K best by the scores alone, where a selection bias or a limit to
-        groups of experts is in the choices; None where it is not.
-      clean_GSE: the logits without noise, or None if they have none.
-      noise_std_GSE: standard deviation of their noise, broadcastable to GSE, or None.
-      loss_GS: float32 >= 0, what the router adds to the training loss of each token, weighted; the
-        mean over the layers of the part counts. None: nothing.
-      mixing: how tokens mix in slots, if the router filled them; the choices are then for
-        statistics alone.
+      logits_GSE: router logits, including noise; for Soft MoE the logits of slots, [G, S, P].
+      probs_GSE: >= 0, each row sums to 1; the balance losses use them.
+      expert_index_GSK: int32 in [0, E), the choices of a token, best first, all distinct.
+      gate_GSK: the weight of each choice in the token's output, >= 0; 0 if it does not count.
+      chosen_GSK: bool, which choices count. The others take no slot, compute nothing and are not in
+        the statistics.
+      scores_GSE: the scores that select experts, without bias; None if the router has none.
+      unbiased_GSK: int32, the K best by score only, if a selection bias or a limit to groups of
+        experts affects the choices; else None.
+      clean_GSE: the logits without noise, or None if there is no noise.
+      noise_std_GSE: standard deviation of the noise, broadcastable to GSE, or None.
+      loss_GS: float32 >= 0, the weighted loss of the router per token; the training loss adds its
+        mean over the layers of the part. None: no loss.
+      mixing: how tokens mix in slots, if the router filled them; the choices are then only for
+        statistics.
     """
 
     logits_GSE: jax.Array
@@ -92,10 +92,10 @@ class Options(NamedTuple):
 
     Attributes:
       num_experts: E, experts that compute.
-      num_options: those, and behind them the experts that compute nothing.
+      num_options: these, followed by the experts that compute nothing.
       num_selected: K, the most choices of a token.
       slots: C, slots of an expert in a group.
-      dropless: whether every choice is kept; C is then no less than S.
+      dropless: whether every choice is kept; C is then at least S.
     """
 
     num_experts: int
@@ -106,17 +106,17 @@ class Options(NamedTuple):
 
 
 class RouterInputs(NamedTuple):
-    """Inputs of a router besides the tokens' representations.
+    """Inputs of a router in addition to token representations.
 
     Attributes:
       options: the experts to choose among.
       valid_GS: bool, False for padding.
-      positions_GS: int32, of each token in its document.
+      positions_GS: int32, position of each token in its document.
       tokens_GS: int32 token ids, or None if the call has none.
       previous_GS: int32, the id before each token in its document, -1 at the start; or None.
       bias_E: float32 selection bias, or None.
       rng: random key in training; None in evaluation.
-      step: int32 scalar, finished steps of training, for annealed settings; None: their end values.
+      step: int32 scalar, completed training steps, for annealed settings; None: their end values.
       replay: choices to use; None: the router chooses.
       state: arrays of this layer as `Router.state_specs` declares them, or None.
     """
@@ -135,17 +135,17 @@ class RouterInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Router(Settings):
-    """From tokens to their experts and gates.
+    """Maps tokens to experts and gates.
 
-    A subclass overrides `route`, and declares the attributes that are true for it.
+    A subclass overrides `route`, and declares which attributes are true for it.
 
     Attributes:
       replays: whether `route` uses `inputs.replay` instead of its own choices.
       learns: whether a gradient reaches its parameters through `probs_GSE`.
-      takes_bias: whether it adds `inputs.bias_E` to the scores that it selects by.
+      takes_bias: whether it adds `inputs.bias_E` to the scores that select experts.
       takes_free_experts: whether its options can include experts that compute nothing.
       mixes: whether it fills slots with mixtures of tokens, so that no row moves (`Mixing`).
-      has_smooth_load: whether it takes the K best of logits with noise at every training step.
+      has_smooth_load: whether it selects the K largest noisy logits at every training step.
       has_independent_scores: whether it selects the best scores of all experts, where each score is
         in [0, 1] and depends on its own logit alone.
     """
@@ -181,7 +181,7 @@ class Router(Settings):
         return False
 
     def num_choices(self, options: Options) -> int:
-        """K of the arrays in the `Routing` that it returns."""
+        """K of the arrays in the returned `Routing`."""
         return options.num_selected
 
     def mean_experts(self, options: Options, group_size: int) -> float:
@@ -190,7 +190,7 @@ class Router(Settings):
         return options.num_selected
 
     def check_block(self, moe: "MoE") -> None:
-        """Checks the block that the router is for.
+        """Checks the block that uses this router.
 
         Raises:
           ValueError: by `require`.
@@ -214,7 +214,7 @@ class Router(Settings):
         return {}
 
     def measure(self, routing: Routing, inputs: RouterInputs) -> dict[str, Any]:
-        """What `next_state` and `metrics` need of a call: arrays that add up over a batch."""
+        """Arrays of a call for `next_state` and `metrics`; they add up over a batch."""
         del routing, inputs
         return {}
 
@@ -223,7 +223,7 @@ class Router(Settings):
 
         Args:
           state: arrays with a leading dim of layers.
-          sums: of the block and the whole batch, with a leading dim of layers: among them
+          sums: of the block over the whole batch, with a leading dim of layers; they include
             `assigned_KE`, `num_tokens` and, as "router", what `measure` returned.
           step: int32 scalar, 0 for the first step.
         """
@@ -231,7 +231,7 @@ class Router(Settings):
         return state
 
     def metrics(self, sums: Sums) -> dict[str, jax.Array]:
-        """What is logged of a step beside the metrics of every block, from `sums` of `next_state`.
+        """Metrics of a step in addition to those of every block; `sums` as in `next_state`.
 
         Returns:
           Arrays with a leading dim of layers.
@@ -240,7 +240,7 @@ class Router(Settings):
         return {}
 
     def only_option(self, x_GSM: jax.Array) -> Routing:
-        """The routing of a layer with one option: every token, gate 1, scaled."""
+        """The routing of a layer with one option: every token takes it, with a scaled gate of 1."""
         index_GS1 = jnp.zeros((*x_GSM.shape[:-1], 1), jnp.int32)
         gate_GS1 = jnp.full(index_GS1.shape, self.scaling_factor, self.dtype)
         return routing_of(index_GS1, 1, gate_GS1)
@@ -283,8 +283,8 @@ def routing_of(
 def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:
     """The values of the selected experts, [G, S, K].
 
-    A one-hot product, which fuses into a sum: the gradient of an indexed read would be a scatter,
-    slow on every platform.
+    This is a one-hot product, which fuses into a sum. The gradient of an indexed read would be a
+    scatter, slow on every platform.
     """
     chosen_GSKE = jax.nn.one_hot(expert_index_GSK, values_GSE.shape[-1], dtype=values_GSE.dtype)
     return jnp.sum(chosen_GSKE * values_GSE[..., None, :], axis=-1)
@@ -293,8 +293,8 @@ def choose(values_GSE: jax.Array, expert_index_GSK: jax.Array) -> jax.Array:
 def top_k(values_GSE: jax.Array, k: int) -> Sequence[jax.Array]:
     """The k largest values of each token and their indices, [G, S, k]; no gradient.
 
-    Ties go to the lower index, those of 0 and -0 too. On a mesh each device looks at its own
-    tokens: the compiler would gather everyone's.
+    Ties go to the lower index, also between 0 and -0. On a mesh each device handles its own tokens;
+    the compiler would gather all tokens.
     """
     values_GSE = jnp.where(values_GSE == 0, 0, values_GSE)  # -0 sorts below 0
     mesh = mesh_in_use()

@@ -1,8 +1,8 @@
-"""Balanced assignments in training, every token's best in evaluation (legend: `moe_jax.moe`).
+"""Balanced assignments in training, each token's best in evaluation (legend: `moe_jax.moe`).
 
-Training is not causal: a token's expert depends on all tokens of its group. Evaluation looks at one
-token at a time. On a mesh nothing leaves a group. Both assignments are computed in float32
-whatever the router's dtype, since bfloat16 cannot resolve their last steps.
+Training is not causal: a token's expert depends on all tokens of its group. Evaluation treats
+tokens separately. On a mesh, groups exchange nothing. Both assignments are computed in float32 for
+any router dtype, since bfloat16 cannot resolve their last steps.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from moe_jax.parallel.rules import mesh_in_use, partition_spec
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-# Sinkhorn's iteration ends when every expert's share in the plan is so near 1 / E, or after so many
-# rounds.
+# Sinkhorn's iteration ends when every expert's load in the plan is within this relative tolerance
+# of the mean load, or after this many rounds.
 SHARE_TOLERANCE, MAX_ROUNDS = 0.01, 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Sinkhorn(LogitRouter):
-    """In training the K experts of most weight in a balanced plan; gates are those of token choice.
+    """In training, the K experts of largest weight in a balanced plan; gates as in token choice.
 
-    Loads are nearly even, not exactly: the plan is, its largest entries need not.
+    Loads are only nearly even: the plan is balanced, but its largest entries need not be.
 
     Source: Clark et al. 2022, arXiv:2202.01169 (Sinkhorn-BASE: a plan between tokens and experts,
       regularised by its entropy); choices by the plan and gates by the logits as in Megatron-LM's
@@ -50,7 +50,7 @@ class Sinkhorn(LogitRouter):
         check_gate(self.score, self.renormalize, moe)
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """See `Router`; without a key experts are chosen by their logits."""
+        """See `Router`; without a random key, experts are chosen by their logits."""
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
         scores_GSE = self.score.scores(logits_GSE, probs_GSE)
@@ -76,12 +76,12 @@ class Sinkhorn(LogitRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Base(LogitRouter):
-    """In training the balanced assignment of most affinity; the gate is the affinity's sigmoid.
+    """In training, the balanced assignment of largest affinity; the gate is the affinity's sigmoid.
 
-    In training no expert has more than ceil(tokens / E) tokens of a group.
+    In training, no expert gets more than ceil(tokens / E) tokens of a group.
 
     Source: Lewis et al. 2021, BASE layers, arXiv:2103.16716 (linear assignment in training, greedy
-      in evaluation); its expert adds to the token what it computes, as the residual does here.
+      in evaluation); there the expert adds its output to the token, as the residual does here.
     """
 
     def looks_ahead(self, training: bool) -> bool:
@@ -99,7 +99,7 @@ class Base(LogitRouter):
         )
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """See `Router`; without a key a token gets its best expert."""
+        """See `Router`; without a random key, each token gets its best expert."""
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         affinity_GSE = jax.lax.stop_gradient(logits_GSE).astype(jnp.float32)
         chosen_GSK = jnp.ones((*x_GSM.shape[:2], 1), jnp.bool_)
@@ -120,15 +120,15 @@ class Base(LogitRouter):
 
 
 def sinkhorn_potentials(logits_SE: jax.Array, valid_S: jax.Array) -> jax.Array:
-    """Numbers per expert that, added to the logits, make a softmax a balanced plan.
+    """Potentials per expert that make softmax(logits + potentials) a balanced plan.
 
     Args:
       logits_SE: float32.
-      valid_S: bool, False for padding, which is no part of the plan.
+      valid_S: bool, False for padding, which is not in the plan.
 
     Returns:
-      [E]: with them, softmax(logits + potentials) sums over the valid tokens to the same number for
-      every expert, to within `SHARE_TOLERANCE`.
+      [E]: softmax(logits + potentials), summed over valid tokens, is the same for every expert to
+      within `SHARE_TOLERANCE`.
     """
     num_valid = jnp.sum(valid_S)
     log_load = jnp.log(num_valid / logits_SE.shape[-1])
@@ -146,7 +146,7 @@ def sinkhorn_potentials(logits_SE: jax.Array, valid_S: jax.Array) -> jax.Array:
         return potential_E + change_E, jnp.max(jnp.abs(change_E)), rounds + 1
 
     zero_E = jnp.zeros(logits_SE.shape[-1], logits_SE.dtype)
-    # A group of padding alone needs no plan.
+    # A group of only padding needs no plan.
     change = jnp.where(num_valid > 0, jnp.inf, 0).astype(logits_SE.dtype)
     return jax.lax.while_loop(unbalanced, balance, (zero_E, change, jnp.zeros((), jnp.int32)))[0]
 
@@ -156,13 +156,13 @@ def by_group(
     values_GSE: jax.Array,
     valid_GS: jax.Array,
 ) -> jax.Array:
-    """Runs a function of [S, E] and [S] for every group, on a mesh each device for its own."""
+    """Runs a function of [S, E] and [S] per group; on a mesh each device runs its own groups."""
     function = jax.vmap(function)
     mesh = mesh_in_use()
     if mesh is None:
         return function(values_GSE, valid_GS)
     groups = partition_spec(("group",), mesh)
-    # Unchecked: a loop's state would have to be marked as differing between devices.
+    # Unchecked: otherwise a loop's state must be marked as varying between devices.
     return jax.shard_map(function, mesh=mesh, in_specs=groups, out_specs=groups, check_vma=False)(
         values_GSE, valid_GS
     )

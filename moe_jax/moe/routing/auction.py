@@ -6,44 +6,45 @@ Tokens bid for places with experts. Legend: `moe_jax.moe`.
 import jax
 import jax.numpy as jnp
 
-# The step of the bids, as a part of the spread of the affinities: coarse steps find prices that are
-# nearly right in few rounds, the last one sets how good the assignment is.
+# Steps of the bids, as fractions of the spread of affinities. Coarse steps find nearly right prices
+# in few rounds; the last step sets the quality of the assignment.
 STEPS = (0.25, 0.04, 0.006, 0.001)
-# Of a step; normal affinities need some tens, equal ones of 64 experts some hundreds.
+# Per step. Normal affinities need tens of rounds, equal affinities of 64 experts hundreds.
 MAX_ROUNDS = 2000
 
 
 def balanced_assignment(affinity_SE: jax.Array, valid_S: jax.Array) -> jax.Array:
-    """Gives every token an expert, none more than ceil(tokens / E), by the most affinity in all.
+    """Maximises total affinity: one expert per token, at most ceil(tokens / E) tokens per expert.
 
-    The auction of Bertsekas with scaled steps, for persons (tokens) and objects of which many are
-    alike (the places of an expert): a token without a place bids for the expert it gets most from,
-    affinity less price, so much that it would be indifferent to the second best, and a step more.
-    An expert keeps the best bids, and the last that it keeps is its price.
+    This is Bertsekas's auction with scaled steps. Persons are tokens; the places of an expert are
+    identical objects. A token without a place bids for the expert with the largest affinity minus
+    price. It bids until it would be indifferent to the second best, plus a step. An expert keeps
+    its best bids. When it is full, its price is the lowest bid kept.
 
     Args:
-      affinity_SE: float32; where it is not finite, 0 is taken.
+      affinity_SE: float32; non-finite values count as 0.
       valid_S: bool, False for padding, which takes no place.
 
     Returns:
       int32 [S] in [0, E), 0 for padding. The sum of affinities is within tokens * spread / 1000 of
-      the largest possible, where the spread is the largest difference in a row, unless
-      `MAX_ROUNDS` was not enough; the loads are balanced all the same.
+      the maximum, where the spread is the largest difference in a row. If `MAX_ROUNDS` is not
+      enough, it may be lower, but loads are still balanced.
 
     Source: Bertsekas and Castanon 1989, The auction algorithm for the transportation problem. In
-      BASE layers' own (fairseq's balanced_assignment.cpp) experts bid, by a fiftieth of the spread.
+      the original BASE layers (fairseq's balanced_assignment.cpp) experts bid, with a step of a
+      fiftieth of the spread.
     """
     tokens, num_experts = affinity_SE.shape
     num_valid = jnp.sum(valid_S)
     places = -(-num_valid // num_experts)
-    # What a row has in common decides nothing.
+    # Adding a constant to a row does not change the assignment.
     affinity_SE = jnp.nan_to_num(affinity_SE, nan=0.0, posinf=0.0, neginf=0.0)
     affinity_SE -= jnp.max(affinity_SE, axis=-1, keepdims=True)
     affinity_SE = jnp.where(valid_S[:, None], affinity_SE, 0)
     spread = jnp.max(-affinity_SE)
     spread = jnp.where(spread > 0, spread, 1)
-    # Bidders that like all experts take the places left over: with every place taken, prices may
-    # start from those of the coarser step.
+    # Spare bidders, indifferent between experts, take the leftover places. With every place taken,
+    # prices may start from those of the coarser step.
     affinity_SE = jnp.pad(affinity_SE, ((0, num_experts - 1), (0, 0)))
     is_spare_S = jnp.arange(num_experts - 1) < places * num_experts - num_valid
     bidding_S = jnp.concatenate([valid_S, is_spare_S])
@@ -62,17 +63,17 @@ def auction(
     price_E: jax.Array,
     step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """One auction, in rounds in which every token without a place bids.
+    """One auction: in each round every token without a place bids.
 
     Args:
-      affinity_SE: what a token gets from an expert, finite.
-      bidding_S: bool, who takes part.
-      places: int32 scalar, of each expert.
-      price_E: prices at first.
-      step: > 0, how much more than needed a bid is.
+      affinity_SE: value of an expert to a token, finite.
+      bidding_S: bool, which tokens take part.
+      places: int32 scalar, places per expert.
+      price_E: initial prices.
+      step: > 0, by how much a bid exceeds indifference.
 
     Returns:
-      int32 [S], the expert of every token, E for none, and the prices [E].
+      int32 [S], the expert of every token (E: none), and the prices [E].
     """
     num_bidders, num_experts = affinity_SE.shape
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -90,7 +91,7 @@ def auction(
         offer_S = price_E[best_S2[:, 0]] + value_S2[:, 0] - value_S2[:, 1] + step
         bid_S = jnp.where(bids_S, offer_S, bid_S)
 
-        # By expert, best bid first; those without an expert are last.
+        # By expert, best bid first; tokens without an expert come last.
         order_S = jnp.lexsort((-bid_S, expert_S))
         count_E = jnp.bincount(expert_S, length=num_experts)
         start_E = jnp.cumsum(count_E) - count_E
@@ -109,7 +110,7 @@ def auction(
 def fill_places(
     expert_S: jax.Array, bidding_S: jax.Array, places: jax.Array, num_experts: int
 ) -> jax.Array:
-    """Gives free places to tokens left over by an auction cut short; 0 for padding."""
+    """Gives free places to the tokens that a truncated auction left over; 0 for padding."""
     free_E = places - jnp.bincount(expert_S, length=num_experts)
     waits_S = bidding_S & (expert_S == num_experts)
     number_S = jnp.cumsum(waits_S)

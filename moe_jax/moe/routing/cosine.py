@@ -13,21 +13,21 @@ from moe_jax.moe.routing.logits import Projection, project, router_matrix, route
 from moe_jax.parameters import ParameterSpec, dense, truncated_normal_init
 from moe_jax.part import Dims
 
-# The learned temperature does not fall below 1 / 100 (as in Tutel): gradients of the logits stay
+# The learned temperature does not fall below 1 / 100 (as in Tutel), so gradients of the logits stay
 # finite.
 MAX_LOG_SCALE = math.log(100.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cosine(Projection):
-    """Cosines of the projected token with every expert, over a learned temperature.
+    """Cosines of the projected token with every expert, divided by a learned temperature.
 
     Source: Chi et al. 2022, On the representation collapse of sparse mixture of experts,
       arXiv:2204.09179, sec. 3.1, eqs. 6-7.
     """
 
-    dim: int = setting(256, at_least=1)  # D, of the vectors that are compared
-    temperature: float = setting(1.0, above=0)  # at first (paper: 0.3, of sigmoid gates 0.07)
+    dim: int = setting(256, at_least=1)  # D, of the compared vectors
+    temperature: float = setting(1.0, above=0)  # initial value (paper: 0.3; sigmoid gates: 0.07)
 
     def specs(self, dims: Dims, options: Options, init_stddev: float) -> dict[str, Any]:
         """`projection` [M, D], `weight` [D, E], `log_scale` [1], which starts from 0."""
@@ -47,6 +47,6 @@ class Cosine(Projection):
 
 
 def unit(values: jax.Array, axis: int) -> jax.Array:
-    """Vectors of length 1 along an axis; 0 stays 0, with a finite gradient."""
+    """Vectors scaled to length 1 along an axis; 0 stays 0, with a finite gradient."""
     square = jnp.sum(values**2, axis=axis, keepdims=True)
     return values * jax.lax.rsqrt(square + 1e-12)

@@ -1,8 +1,8 @@
 """Expert choice: every expert takes the tokens of the group it scores best (legend: `moe_jax.moe`).
 
 Not causal: whether an expert takes a token depends on the scores of all tokens of the group. A
-learned predictor guesses from a token alone which experts would take it. It makes evaluation and
-generation causal. On a mesh nothing leaves a group.
+learned predictor guesses from a token only which experts would take it. It makes evaluation and
+generation causal. On a mesh, groups exchange nothing.
 """
 
 import dataclasses
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice(LogitRouter):
-    """Fills the slots of every expert with the tokens it scores best; ties to the earlier token.
+    """Fills the slots of every expert with the tokens it scores best; ties go to the earlier token.
 
-    A token is taken by `num_selected_experts` times the capacity factor experts on average, and by
-    any number between none and all. Slots are counted with padding, so the tokens of a padded group
-    get more experts: if there are no more tokens than slots, every expert takes every token.
+    On average, `num_selected_experts` times the capacity factor experts take a token; the number
+    ranges from 0 to E. The number of slots counts padding, so the tokens of a padded group get more
+    experts. If there are no more tokens than slots, every expert takes every token.
 
     Source: Zhou et al. 2022, arXiv:2202.09368, sec. 3.2, eq. 1-2: S = softmax(x W) over experts,
-      then the top C of every column. The limit takes a token's best experts after the choice and
-      leaves the slots of the others empty, where the paper's (sec. 3.3) fills them again. The
-      predictor: Raposo et al. 2024, Mixture-of-depths, arXiv:2404.02258, sec. 3.5, linear here.
+      then the top C of every column. The limit keeps a token's best experts after the choice and
+      leaves other slots empty; the paper's limit (sec. 3.3) refills them. The predictor: Raposo et
+      al. 2024, Mixture-of-depths, arXiv:2404.02258, sec. 3.5, linear here.
     """
 
-    max_experts: int = setting(0, at_least=0)  # the most experts of a token, its best; 0: all E
-    predictor_loss_weight: float = setting(0.0, at_least=0)  # > 0: learns what evaluation uses
+    max_experts: int = setting(0, at_least=0)  # most experts per token, its best; 0: all E
+    predictor_loss_weight: float = setting(0.0, at_least=0)  # > 0: trains the evaluation predictor
 
     def looks_ahead(self, training: bool) -> bool:
         """See `Router`."""
         return self.fills_slots(training)
 
     def fills_slots(self, training: bool) -> bool:
-        """See `Router`: unless the predictor stands in."""
+        """See `Router`: unless the predictor decides."""
         return training or self.predictor_loss_weight == 0
 
     def num_choices(self, options: Options) -> int:
@@ -89,7 +89,7 @@ class ExpertChoice(LogitRouter):
         )
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """Beside those of the logits `predictor`: `weight` [M, E], `bias` [E], from 0."""
+        """Specs of the logits and `predictor`: `weight` [M, E] and `bias` [E], initialised to 0."""
         specs = super().specs(dims, options)
         if self.predictor_loss_weight > 0:
             specs["predictor"] = {
@@ -99,10 +99,10 @@ class ExpertChoice(LogitRouter):
         return specs
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """A `Routing` in which a token has up to `max_experts` choices, its best; see `Router`.
+        """A `Routing` with up to `max_experts` choices per token, best first; see `Router`.
 
-        Gates are probabilities; no more than C tokens choose an expert. In evaluation with a
-        predictor, the experts that it predicts take a token, however many tokens that are.
+        Gates are probabilities; at most C tokens choose an expert. In evaluation with a predictor,
+        the predicted experts take a token, and the number of tokens per expert has no limit.
         """
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         probs_GSE = jax.nn.softmax(logits_GSE, axis=-1)
@@ -131,9 +131,9 @@ class ExpertChoice(LogitRouter):
         )  # fmt: skip
 
     def predict(self, params: Any, x_GSM: jax.Array) -> jax.Array:
-        """Above 0 for an expert that is likely to take the token; [G, S, E] in `dtype`.
+        """Logits [G, S, E] in `dtype`, above 0 if the expert is likely to take the token.
 
-        Only the predictor learns from it: the token carries no gradient.
+        Only the predictor learns from them: the token carries no gradient.
         """
         x_GSM = jax.lax.stop_gradient(x_GSM).astype(self.dtype)
         predictor = params["predictor"]
@@ -141,7 +141,7 @@ class ExpertChoice(LogitRouter):
 
 
 def best_of_columns(scores_GSE: jax.Array, slots: int) -> jax.Array:
-    """True for the `slots` tokens of a group that score best with each expert, [G, S, E]."""
+    """True for the `slots` best tokens of each expert in a group, [G, S, E]."""
     scores_GES = scores_GSE.swapaxes(1, 2)
     token_GEC = top_k(scores_GES, min(slots, scores_GES.shape[-1]))[1]
     # Row by row, so that on a mesh each device marks its own tokens.
@@ -150,5 +150,5 @@ def best_of_columns(scores_GSE: jax.Array, slots: int) -> jax.Array:
 
 
 def mark(no_S: jax.Array, token_C: jax.Array) -> jax.Array:
-    """True at some places."""
+    """`no_S` with True at the indices `token_C`."""
     return no_S.at[token_C].set(True)

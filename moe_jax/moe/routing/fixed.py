@@ -1,7 +1,7 @@
-"""Experts fixed beforehand: by hash, at random, in turn (legend: `moe_jax.moe`).
+"""Experts fixed in advance: by hash, at random, or in turn (legend: `moe_jax.moe`).
 
-Nothing is learned, gates are 1 / K, and one table serves all layers. All are causal: a choice
-depends on a token's id, the id before it, its position, and a key.
+Nothing is learned, gates are 1 / K, and all layers use the same table. All routers here are causal:
+a choice depends on a token's id, the previous id, its position, and a random key.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class FixedRouter(Router):
         return False
 
     def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
-        """Integers [G, S, K]."""
+        """The chosen experts, integers [G, S, K]."""
         raise NotImplementedError
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
@@ -60,10 +60,10 @@ class Hash(FixedRouter):
     by: str = setting(
         "token", choices=HASH_BY
     )  # id at random, id modulo E, table, position, bigram
-    seed: int = setting(0, at_least=0, below=2**32)  # another number, another random table
+    seed: int = setting(0, at_least=0, below=2**32)  # each seed gives another random table
     table: tuple[int, ...] = setting(
         (), at_least=0
-    )  # of by="table": the first expert of every id, see `balanced_table`
+    )  # for by="table": the first expert of every id, see `balanced_table`
 
     def check(self) -> None:
         """See `Settings`."""
@@ -91,7 +91,7 @@ class Hash(FixedRouter):
         )
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """None; refuses a table of another vocabulary."""
+        """No parameters; refuses a table that does not fit the vocabulary."""
         require(
             not self.table or not dims.vocab_size or len(self.table) == dims.vocab_size,
             "router.table must have one expert per token id",
@@ -126,9 +126,9 @@ class Hash(FixedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Random(FixedRouter):
-    """K random experts for every token in every call; without a key, by its position."""
+    """K random experts per token and call; without a random key, by a hash of its position."""
 
-    seed: int = setting(0, at_least=0, below=2**32)  # of evaluation
+    seed: int = setting(0, at_least=0, below=2**32)  # in evaluation
 
     def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
         """See `FixedRouter`."""
@@ -141,9 +141,9 @@ class Random(FixedRouter):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(FixedRouter):
-    """The experts in turn: position s takes s K, ..., s K + K - 1 modulo E. For benchmarks.
+    """Experts in turn: position s uses experts s K, ..., s K + K - 1 modulo E. For benchmarks.
 
-    Within a document no two experts differ by more than one in their load, whatever the tokens.
+    Within a document, the loads of any two experts differ by at most one, whatever the tokens.
     """
 
     def expert_index(self, x_GSM: jax.Array, inputs: RouterInputs) -> jax.Array:
@@ -152,27 +152,27 @@ class Uniform(FixedRouter):
 
 
 def in_turn(first_GS: jax.Array, options: Options) -> jax.Array:
-    """An expert, taken modulo E, and the K - 1 that follow it."""
+    """`first_GS` and the K - 1 experts that follow it, modulo E."""
     following_K = jnp.arange(options.num_selected)
     return (first_GS[..., None] + following_K) % options.num_experts
 
 
 def best_hashed(keys: Sequence[jax.Array], options: Options, seed: int) -> jax.Array:
-    """K experts of each key, all different and each as likely as any other."""
+    """K distinct experts per key, all equally likely."""
     return top_k(hash_scores(keys, options.num_experts, seed), options.num_selected)[1]
 
 
 def hash_scores(keys: Sequence[jax.Array], num_experts: int, seed: int) -> jax.Array:
     """A pseudo-random number for each key and expert: float32 [G, S, E] in [0, 1).
 
-    The K largest are K different experts, each as likely as any other, without a table.
+    The K largest give K distinct, equally likely experts, without a table.
 
     Args:
       keys: integers [G, S], one array per part of the key.
       num_experts: E.
-      seed: another number, another table.
+      seed: each seed gives other numbers.
     """
-    # Mixed before the keys: seed s at key k would else be seed 0 at key k ^ s, the same table.
+    # Mixed before the keys: otherwise seed s at key k would equal seed 0 at key k ^ s.
     mixed = mix(jnp.uint32(seed))
     for key_GS in keys:
         mixed = mix(mixed ^ key_GS.astype(jnp.uint32))
@@ -181,9 +181,9 @@ def hash_scores(keys: Sequence[jax.Array], num_experts: int, seed: int) -> jax.A
 
 
 def mix(values: jax.Array) -> jax.Array:
-    """A bijection of uint32 that spreads every bit: the finalizer of MurmurHash3, shifted by one.
+    """A bijection of uint32 that spreads every bit: the MurmurHash3 finalizer of an affine map.
 
-    Without the shift 0 would stay 0.
+    Without the added constant, 0 would stay 0.
     """
     values = values * jnp.uint32(0x9E3779B1) + jnp.uint32(0x7F4A7C15)
     values = (values ^ (values >> 16)) * jnp.uint32(0x85EBCA6B)
@@ -192,14 +192,15 @@ def mix(values: jax.Array) -> jax.Array:
 
 
 def balanced_table(counts_V: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """A `router.table` under which experts get nearly the same number of tokens.
+    """A `router.table` that gives experts nearly the same number of tokens.
 
     Args:
       counts_V: how often each token id occurs, >= 0.
       num_experts: E.
 
     Returns:
-      The expert of every id: the most frequent id first, always to the expert with the least load.
+      The expert of every id. The most frequent id comes first, and each goes to the least loaded
+      expert.
 
     Source: Roller et al. 2021, arXiv:2106.04426 (balanced assignment).
     """
@@ -207,6 +208,6 @@ def balanced_table(counts_V: Sequence[int], num_experts: int) -> tuple[int, ...]
     loads, table = np.zeros(num_experts, np.int64), np.zeros(len(counts), np.int64)
     for token in np.argsort(-counts, kind="stable"):
         table[token] = np.argmin(loads)
-        # An id that never occurred counts a little, so that these are spread too.
+        # An id that never occurred counts a little, so that such ids are spread too.
         loads[table[token]] += len(counts) * counts[token] + 1
     return tuple(table.tolist())

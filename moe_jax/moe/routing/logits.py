@@ -29,9 +29,9 @@ class Logits(NamedTuple):
     """Logits over the options, and their noise.
 
     Attributes:
-      logits_GSE: noise included.
+      logits_GSE: including noise.
       clean_GSE: without the noise, or None if there is none.
-      noise_std_GSE: its standard deviation, broadcastable to that shape, or None.
+      noise_std_GSE: standard deviation of the noise, broadcastable to GSE, or None.
     """
 
     logits_GSE: jax.Array
@@ -41,7 +41,7 @@ class Logits(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Projection(Settings):
-    """From tokens to clean logits."""
+    """Maps tokens to clean logits."""
 
     family: ClassVar[str] = "projection"
 
@@ -52,26 +52,26 @@ class Projection(Settings):
     def logits(self, params: Any, x_GSM: jax.Array, step: jax.Array | None) -> jax.Array:
         """[G, S, E] in the dtype of `x_GSM`; `step` is for annealed settings.
 
-        Without a step, as in an evaluation outside training, they have their end values.
+        Without a step, as in evaluation outside training, these have their end values.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(Projection):
-    """x W / temperature, plus a bias if there is one."""
+    """(x W + bias) / temperature; the bias is optional."""
 
-    use_bias: bool = False  # a bias that is part of the logits (gpt-oss), not of the selection only
+    use_bias: bool = False  # bias in the logits (gpt-oss), not only in the selection
     temperature: float = setting(1.0, above=0)  # divides the logits
-    anneal_from: float | None = setting(None, above=0)  # at the first step; None: constant
-    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
+    anneal_from: float | None = setting(None, above=0)  # value at the first step; None: constant
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
         check_annealing(self.anneal_from, self.anneal_steps)
 
     def specs(self, dims: Dims, options: Options, init_stddev: float) -> dict[str, Any]:
-        """`weight` [M, E], and `bias` [E]."""
+        """`weight` [M, E], and `bias` [E] if used."""
         specs = {"weight": router_matrix(dims.model_dim, options.num_options, init_stddev)}
         if self.use_bias:
             specs["bias"] = router_vector(options.num_options)
@@ -105,7 +105,7 @@ class Noise(Settings):
         return {}
 
     def on_tokens(self, x_GSM: jax.Array, rng: jax.Array, step: jax.Array | None) -> jax.Array:
-        """The tokens that the router looks at."""
+        """The tokens that the router sees, with noise."""
         del rng, step
         return x_GSM
 
@@ -119,25 +119,25 @@ class Noise(Settings):
 class Score(Settings):
     """Turns logits into the scores that select experts, and into gates.
 
-    In each token the expert of the larger logit has the larger score, or an equal one.
+    For each token, an expert with a larger logit never has a smaller score.
     """
 
     family: ClassVar[str] = "score"
-    over_selected: ClassVar[bool] = False  # gates are made of the selected logits alone
-    independent: ClassVar[bool] = False  # a score is of its own logit alone, in [0, 1]
+    over_selected: ClassVar[bool] = False  # gates use the selected logits only
+    independent: ClassVar[bool] = False  # a score depends on its own logit only, in [0, 1]
 
     def log_scores(self, logits_GSE: jax.Array) -> jax.Array:
         """The logs of the scores, up to one constant per token.
 
-        Scores are divided by their sum as a softmax of these, with a finite gradient where all of
-        them underflow.
+        Their softmax is the scores divided by their sum, with a finite gradient even if all scores
+        underflow.
         """
         raise NotImplementedError
 
     def scores(self, logits_GSE: jax.Array, probs_GSE: jax.Array) -> jax.Array:
-        """The scores, of which the K largest are selected.
+        """The scores; the K largest select experts.
 
-        `probs_GSE`: the scores divided by their sum per token.
+        `probs_GSE` are the scores divided by their sum per token.
         """
         raise NotImplementedError
 
@@ -157,7 +157,7 @@ class Softmax(Score):
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxOverSelected(Score):
-    """Selection by the logits, softmax over the selected ones only (Mixtral)."""
+    """Selection by the logits, softmax over the selected logits only (Mixtral)."""
 
     over_selected: ClassVar[bool] = True
 
@@ -186,13 +186,13 @@ class Sigmoid(Score):
 
 
 def check_gate(score: Score, renormalize: bool, moe: "MoE", *, allowed: bool | None = None) -> None:
-    """Checks that the gate is not always 1, which gives the router no gradient.
+    """Checks that the gate is not always 1, which would give the router no gradient.
 
     Args:
-      score: of the router.
-      renormalize: whether its gates are divided by their norm.
+      score: the router's score.
+      renormalize: whether the gates are divided by their norm.
       moe: the block.
-      allowed: whether the router accepts it all the same; None: it has no such setting.
+      allowed: whether the router accepts a constant gate; None: it has no such setting.
     """
     changes = ["renormalize=False" + " and norm_order=None" * (allowed is not None)] * renormalize
     changes += ["score='softmax' or 'sigmoid'"] * score.over_selected
@@ -230,18 +230,18 @@ def check_annealing(start: float | None, num_steps: int) -> None:
 
 
 def router_matrix(inward: int, outward: int, stddev: float) -> ParameterSpec:
-    """The spec of a matrix [M, O] of a router; a standard deviation of 0 starts it from 0."""
+    """The spec of a router's matrix [M, O]; a standard deviation of 0 initialises it to 0."""
     init = truncated_normal_init(stddev) if stddev else zeros
     return ParameterSpec((inward, outward), ("model", None), init, "router")
 
 
 def router_vector(size: int) -> ParameterSpec:
-    """The spec of a vector of a router that starts from 0 and does not decay."""
+    """The spec of a router's vector, initialised to 0, without weight decay."""
     return ParameterSpec((size,), (None,), zeros, "router", decays=False)
 
 
 class HighestPrecision(Shared):
-    """`Shared` at the highest precision: a TPU would multiply float32 in bfloat16."""
+    """`Shared` at the highest precision: by default a TPU multiplies float32 in bfloat16."""
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         """[G, S, I] @ [I, O] -> [G, S, O]."""
@@ -268,18 +268,18 @@ class LogitRouter(Router):
     init_stddev: float = setting(0.02, above=0)  # of weights: truncated normal
 
     def check(self) -> None:
-        """See `Settings`; noise is in the order that a config, which names it, gives."""
+        """See `Settings`; sorts the noise as a config, which names it, does."""
         object.__setattr__(self, "noise", tuple(sorted(self.noise, key=repr)))
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """Those of the projection, and of each noise that learns, by its kind, under `noise`."""
+        """Specs of the projection and, under `noise` by kind, of each noise that learns."""
         specs = self.projection.specs(dims, options, self.init_stddev)
         noise = {name: one.specs(dims, options) for name, one in by_kind(self.noise).items()}
         noise = {name: own for name, own in noise.items() if own}
         return {**specs, "noise": noise} if noise else specs
 
     def logits(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Logits:
-        """Logits over the options in `dtype`; noise in training, its variances added up.
+        """Logits over the options in `dtype`; in training with noise, whose variances add up.
 
         Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 4.
         """

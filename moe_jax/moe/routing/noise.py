@@ -17,8 +17,8 @@ class Jitter(Noise):
     """Multiplies the router's copy of a token by U(1 - epsilon, 1 + epsilon) (Switch: 0.01)."""
 
     epsilon: float = setting(0.01, at_least=0, below=1)  # factors lie in 1 +- epsilon
-    anneal_from: float | None = setting(None, at_least=0, below=1)  # at the first step
-    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
+    anneal_from: float | None = setting(None, at_least=0, below=1)  # value at the first step
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
@@ -34,7 +34,7 @@ class Jitter(Noise):
 def draw_allowed(rng: jax.Array, rate: float, num_options: int, num_selected: int) -> jax.Array:
     """Which experts may be chosen: bool [E], each False with probability `rate`, independently.
 
-    The K experts with the largest draws always stay.
+    The K experts with the largest draws are always allowed.
 
     >>> allowed_E = draw_allowed(jax.random.key(0), 0.99, num_options=8, num_selected=2)
     >>> int(allowed_E.sum())
@@ -47,11 +47,11 @@ def draw_allowed(rng: jax.Array, rate: float, num_options: int, num_selected: in
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Noise):
-    """Adds N(0, stddev) to every logit."""
+    """Adds Gaussian noise of standard deviation `stddev` to every logit."""
 
     stddev: float = setting(1.0, at_least=0)  # in units of logits
-    anneal_from: float | None = setting(None, at_least=0)  # at the first step; None: constant
-    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change from it; 0: constant
+    anneal_from: float | None = setting(None, at_least=0)  # value at the first step; None: constant
+    anneal_steps: int = setting(0, at_least=0)  # steps of the linear change; 0: constant
 
     def check(self) -> None:
         """See `Settings`."""
@@ -70,9 +70,9 @@ class Gaussian(Noise):
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Noise):
-    """Adds N(0, softplus(x W_noise)) to every logit.
+    """Adds Gaussian noise of standard deviation softplus(x W_noise) to every logit.
 
-    W_noise starts from 0, and the deviation so from softplus(0) = 0.69.
+    W_noise starts from 0, so the deviation starts from softplus(0) = 0.69.
 
     Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 4 and app. A.
     """

@@ -1,6 +1,6 @@
-"""Other choices than a token's K best experts: drawn ones, and fewer than K.
+"""Choices other than a token's K best experts: sampled, limited to groups, or fewer than K.
 
-Legend: `moe_jax.moe`. Everything here looks at one token at a time, so nothing sees a later one.
+Legend: `moe_jax.moe`. Everything here treats tokens separately, so it is causal.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Selection(Settings):
     family: ClassVar[str] = "selection"
 
     def perturb(self, selection_GSE: jax.Array, probs_GSE: jax.Array, rng: jax.Array) -> jax.Array:
-        """Scores whose K largest are the draw.
+        """Scores whose K largest are the drawn experts.
 
         Args:
-          selection_GSE: what would select the best; -inf for an expert that may not be chosen.
+          selection_GSE: scores that would select the best; -inf for experts that may not be chosen.
           probs_GSE: probability of each expert.
-          rng: of the router.
+          rng: random key of the router.
 
         Returns:
           [G, S, E], without gradient; -inf where `selection_GSE` is.
@@ -39,10 +39,10 @@ class Selection(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Sampled(Selection):
-    """Draws K experts without replacement, by their probability.
+    """Draws K experts without replacement, by their probabilities.
 
-    Source: Kool et al. 2019, arXiv:1903.06059, sec. 2.2-3: log probability plus Gumbel noise; the
-      order of the largest is that of successive draws.
+    Source: Kool et al. 2019, arXiv:1903.06059, sec. 2.2-3: log probability plus Gumbel noise; their
+      descending order is that of successive draws.
     """
 
     def perturb(self, selection_GSE: jax.Array, probs_GSE: jax.Array, rng: jax.Array) -> jax.Array:
@@ -50,8 +50,7 @@ class Sampled(Selection):
         probs_GSE = jax.lax.stop_gradient(probs_GSE)
         key = jax.random.fold_in(rng, 2)
         noise_GSE = jax.random.gumbel(key, probs_GSE.shape, probs_GSE.dtype)
-        # A probability that underflowed is the smallest there is, not an expert that is not
-        # allowed.
+        # A probability that underflowed counts as the smallest float: its expert is still allowed.
         log_probs_GSE = jnp.log(jnp.maximum(probs_GSE, jnp.finfo(probs_GSE.dtype).tiny))
         return jnp.where(jnp.isneginf(selection_GSE), -jnp.inf, log_probs_GSE + noise_GSE)
 
@@ -72,7 +71,7 @@ class SampledRest(Sampled):
 class ExpertGroups(Settings):
     """Limits the choices of a token to its best groups of experts.
 
-    Groups are runs of E / num_groups neighbouring experts (one node's, say).
+    Groups are runs of E / num_groups neighbouring experts (for example, those of one node).
     """
 
     num_groups: int = setting(8, at_least=2)
@@ -138,34 +137,34 @@ class ExpertGroups(Settings):
 class ChoicePolicy(Settings):
     """Decides which choices after the first count; their gates do not change.
 
-    A renormalised first gate stays below 1. Names: Mesh TensorFlow.
+    A renormalised first gate stays below 1. Names follow Mesh TensorFlow.
     """
 
     family: ClassVar[str] = "choice_policy"
     is_random: ClassVar[bool] = False
 
     def mean_choices(self, num_selected: int) -> float:
-        """The mean number of choices that count; the most if the data decide."""
+        """The mean number of choices that count; the maximum if it depends on the data."""
         return num_selected
 
     def counts(self, gate_GSK: jax.Array, rng: jax.Array | None) -> jax.Array:
         """Bool [G, S, K]; the first choice always counts.
 
         Args:
-          gate_GSK: gates, renormalised if they are at all, not scaled.
-          rng: of the router; None in evaluation.
+          gate_GSK: gates, after renormalisation if any, before scaling.
+          rng: random key of the router; None in evaluation.
         """
         raise NotImplementedError
 
 
 def is_first(gate_GSK: jax.Array) -> jax.Array:
-    """Bool [G, S, K], whether a choice is the first."""
+    """Bool [G, S, K], True for first choices."""
     return jnp.broadcast_to(jnp.arange(gate_GSK.shape[-1]) == 0, gate_GSK.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstChoice(ChoicePolicy):
-    """The first choice alone."""
+    """Only the first choice counts."""
 
     def mean_choices(self, num_selected: int) -> float:
         """See `ChoicePolicy`."""
@@ -178,7 +177,7 @@ class FirstChoice(ChoicePolicy):
 
 @dataclasses.dataclass(frozen=True)
 class Threshold(ChoicePolicy):
-    """Later choices whose gate reaches a threshold (ST-MoE, arXiv:2202.08906, table 21)."""
+    """Later choices count if the gate reaches a threshold (ST-MoE, arXiv:2202.08906, table 21)."""
 
     threshold: float = setting(0.2, above=0)  # smallest gate that counts
 
@@ -189,14 +188,14 @@ class Threshold(ChoicePolicy):
 
 @dataclasses.dataclass(frozen=True)
 class RandomChoices(ChoicePolicy):
-    """Each later choice with probability min(1, gate / threshold).
+    """Each later choice counts with probability min(1, gate / threshold).
 
     Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1 (threshold 1/2).
     """
 
     is_random: ClassVar[bool] = True
 
-    threshold: float = setting(0.5, above=0)  # gate that always counts
+    threshold: float = setting(0.5, above=0)  # smallest gate that always counts
 
     def counts(self, gate_GSK: jax.Array, rng: jax.Array | None) -> jax.Array:
         """See `ChoicePolicy`."""
@@ -208,14 +207,14 @@ class RandomChoices(ChoicePolicy):
 
 
 def within_top_p(prob_GSK: jax.Array, top_p: float) -> jax.Array:
-    """Which choices are needed until their probabilities together reach p.
+    """Which choices are needed, best first, for their probabilities to sum to p.
 
     Args:
       prob_GSK: probability of each choice, best first.
       top_p: p in (0, 1].
 
     Returns:
-      bool [G, S, K]: the first choice always, each other one unless those before it reach p.
+      bool [G, S, K]: the first choice always, any other unless the choices before it reach p.
 
     Source: Huang et al. 2024, Harder tasks need more experts, arXiv:2403.07652.
     """

@@ -1,7 +1,7 @@
 """Soft MoE: slots hold mixtures of tokens, tokens get mixtures of slots (legend: `moe_jax.moe`).
 
-Nothing is chosen, dropped or queued. Not causal: every slot mixes all tokens of its group, later
-ones included.
+Nothing is chosen, dropped or queued. Not causal: every slot mixes all tokens of its group,
+including later ones.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Soft(Router):
-    """Softmax over the tokens of a slot, and softmax over the slots of a token, of the same logits.
+    """Softmax of the same logits over tokens, to fill slots, and over slots, to read them.
 
     Source: Puigcerver et al. 2023, From sparse to soft mixtures of experts, arXiv:2308.00951: the
       logits are x . phi, both of length 1, times a learned scale that starts from 1, as in V-MoE's
@@ -36,11 +36,11 @@ class Soft(Router):
     init_stddev: float = setting(0.02, above=0)  # of slot vectors: truncated normal
 
     def fills_slots(self, training: bool) -> bool:
-        """See `Router`: always those of training."""
+        """See `Router`: always, with the slots of training."""
         return True
 
     def num_choices(self, options: Options) -> int:
-        """See `Router`: one, for statistics: the expert of the most combine weight."""
+        """See `Router`: one, for statistics: the expert with the largest combine weight."""
         return 1
 
     def mean_experts(self, options: Options, group_size: int) -> float:
@@ -93,16 +93,16 @@ class Soft(Router):
         )
 
     def specs(self, dims: Dims, options: Options) -> dict[str, Any]:
-        """`weight` [M, P], a vector for each slot, those of an expert side by side; `scale` [1]."""
+        """`weight` [M, P], one vector per slot, grouped by expert; `scale` [1]."""
         slots = options.num_experts * options.slots
         scale = ParameterSpec((1,), (None,), ones, "router", decays=False)
         return {"weight": router_matrix(dims.model_dim, slots, self.init_stddev), "scale": scale}
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """Mixes; see `Router`.
+        """Mixes tokens; see `Router`.
 
-        Its probabilities are a token's combine weights summed by expert, without gradient: there is
-        no load to balance. A group of padding alone fills its slots with zeros.
+        Probabilities are a token's combine weights summed by expert, without gradient: there is no
+        load to balance. A group of only padding fills its slots with zeros.
         """
         dtype = jnp.dtype(self.dtype)
         slots_MP = unit(dense(params["weight"]).astype(dtype), axis=0)

@@ -14,18 +14,18 @@ from moe_jax.moe.routing.logits import LogitRouter
 if TYPE_CHECKING:
     from moe_jax.moe.part import MoE
 
-HEUN_SHARE = 0.75  # of the draws that are not the best expert: their gates are cut to a third
-HEUN_GATE = 0.3333  # ... which is this in Phi-3.5-MoE
+HEUN_SHARE = 0.75  # fraction of draws other than the best expert whose gates are cut to a third
+HEUN_GATE = 0.3333  # a third, as in Phi-3.5-MoE
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseMixer(LogitRouter):
-    """K choices one after another, each among the experts close to the best that is left.
+    """K successive choices, each among the experts close to the best remaining expert.
 
     The gate of a choice is its probability among those experts. Gates of a token are independent of
     each other: all of them can be close to 1. In training an expert is drawn by its probability,
-    and most gates of draws that are not the best are cut to a third. Their gradient is that of the
-    whole gate: Heun's third-order estimate of the gradient through the draw.
+    and most gates of draws other than the best are cut to a third. Their gradient is that of the
+    full gate: Heun's third-order estimate of the gradient through the draw.
 
     Source: Liu et al. 2024, GRIN, arXiv:2409.12136, sec. 2; Liu et al. 2023, arXiv:2310.00811;
       details as `sparsemixer` of Phi-3.5-MoE in transformers, which has K = 2.
@@ -34,7 +34,7 @@ class SparseMixer(LogitRouter):
     jitter: float = setting(0.01, at_least=0, below=1)  # experts within 2 * jitter of the best
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Router`: a token looks at itself."""
+        """See `Router`: a token sees only itself."""
         return False
 
     def check_block(self, moe: "MoE") -> None:
@@ -86,9 +86,9 @@ def next_choice(
     Args:
       logits_GSE: of all experts.
       left_GSE: bool, experts that are not chosen yet.
-      jitter: an expert is close to the best one, of logit b, if its logit l fulfils
-        b - l <= 2 jitter max(|l|, b).
-      rng: draws among those; None: the best, with its whole gate.
+      jitter: an expert with logit l is close to the best, with logit b, if b - l <= 2 jitter
+        max(|l|, b).
+      rng: key for a draw among close experts; None: the best, with its full gate.
       forced_GS: int32, the choice to make instead, or None.
 
     Returns:
@@ -116,5 +116,5 @@ def next_choice(
     is_best_GS = index_GS == jnp.argmax(probs_GSE, axis=-1)
     is_whole_GS = is_best_GS | (jax.random.uniform(heun_key, gate_GS.shape) > HEUN_SHARE)
     value_GS = jax.lax.stop_gradient(gate_GS * jnp.where(is_whole_GS, 1.0, HEUN_GATE))
-    # The difference is 0, with the gradient of the whole gate.
+    # The difference is 0, with the gradient of the full gate.
     return index_GS.astype(jnp.int32), value_GS + (gate_GS - jax.lax.stop_gradient(gate_GS))

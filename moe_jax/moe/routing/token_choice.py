@@ -31,16 +31,16 @@ class TokenChoice(LogitRouter):
 
     score: Score = Softmax()  # "softmax", "softmax_over_selected", "sigmoid"
     renormalize: bool = False  # divide the K selected gates by their sum
-    # Accept a gate that is always 1, as a renormalised one is for K = 1: balance losses alone train
-    # the router then.
+    # Accept a gate that is always 1, such as a renormalised gate with K = 1. Then only balance
+    # losses train the router.
     allow_constant_gate: bool = False
-    # Divide the K selected gates by their L_p norm of this p (DBRX); None: do not.
+    # Divide the K selected gates by their L_p norm with this p (DBRX); None: do not.
     norm_order: float | None = setting(None, above=0)
     groups: ExpertGroups | None = None  # group-limited selection; None: among all experts
     selection: Selection | None = None  # in training: "sampled", "sampled_rest"; None: the K best
-    # In training: chance of an expert to be left out of all choices of a layer in a step.
+    # In training: probability that an expert is excluded from all choices of a layer in a step.
     drop_rate: float = setting(0.0, at_least=0, below=1)
-    top_p: float = setting(1.0, above=0, at_most=1)  # as few experts as have so much probability
+    top_p: float = setting(1.0, above=0, at_most=1)  # fewest experts whose probabilities reach p
     choices: ChoicePolicy | None = None  # which later choices count, in training; None: all
     eval_choices: ChoicePolicy | None = None  # the same in evaluation
 
@@ -72,11 +72,11 @@ class TokenChoice(LogitRouter):
         return self.score.independent and self.groups is None
 
     def looks_ahead(self, training: bool) -> bool:
-        """See `Router`: a token looks at itself."""
+        """See `Router`: a token sees only itself."""
         return False
 
     def mean_experts(self, options: Options, group_size: int) -> float:
-        """K, or as many as the policy of later choices leaves; see `Router`."""
+        """K, or the mean number that the choice policy leaves; see `Router`."""
         selected = options.num_selected
         return selected if self.choices is None else self.choices.mean_choices(selected)
 
@@ -100,11 +100,11 @@ class TokenChoice(LogitRouter):
         )
 
     def route(self, params: Any, x_GSM: jax.Array, inputs: RouterInputs) -> Routing:
-        """Selects K experts for every token; ties go to the expert of the lower index.
+        """Selects K experts for every token; ties go to the lower index.
 
         The selection bias is added to the scores for the selection only, never to the gates
-        (DeepSeek-V3, eq. 16); no gradient flows to it. Replayed choices replace the best ones, and
-        the gradient reaches the router through their gates.
+        (DeepSeek-V3, eq. 16); no gradient flows to it. Replayed choices replace the best choices,
+        and the gradient reaches the router through their gates.
         """
         logits_GSE, clean_GSE, noise_std_GSE = self.logits(params, x_GSM, inputs)
         probs_GSE = jax.nn.softmax(self.score.log_scores(logits_GSE), axis=-1)
@@ -134,9 +134,9 @@ class TokenChoice(LogitRouter):
     ) -> jax.Array:
         """The numbers that a token selects by, [G, S, E], with bias, groups and draws.
 
-        Scores rise with the logits, which select by themselves where nothing is added to scores: a
-        sigmoid or a softmax of large logits rounds to equal numbers. Where experts are dropped,
-        gates stay those of all.
+        Without bias and groups, logits select instead of scores. Their order is the same, and a
+        sigmoid or softmax of large logits would round to equal numbers. Dropped experts affect only
+        the selection: gates are still computed over all experts.
         """
         is_plain = inputs.bias_E is None and self.groups is None
         selection_GSE = logits_GSE if is_plain else scores_GSE
@@ -163,9 +163,9 @@ class TokenChoice(LogitRouter):
         expert_index_GSK: jax.Array,
         inputs: RouterInputs,
     ) -> tuple[jax.Array, jax.Array]:
-        """The gates of the choices, unscaled and 0 where a choice does not count; which count.
+        """The unscaled gates, 0 for choices that do not count, and which choices count.
 
-        top_p comes before renormalisation, the policies of later choices after it.
+        top_p applies before renormalisation, the policies of later choices after it.
         """
         chosen_GSK = jnp.ones(expert_index_GSK.shape, jnp.bool_)
         if inputs.replay is not None:
@@ -185,7 +185,7 @@ class TokenChoice(LogitRouter):
         return jnp.where(chosen_GSK, gate_GSK, 0), chosen_GSK
 
     def check_replay(self) -> None:
-        """Checks that a record holds all that a replay needs."""
+        """Checks that recorded choices are enough for a replay."""
         require(
             self.top_p == 1 or self.choices is self.eval_choices is None,
             "a replay cannot combine top_p with choices or eval_choices, since gates are "
@@ -203,10 +203,11 @@ def plain_gates(
     expert_index_GSK: jax.Array,
     counted_GSK: jax.Array,
 ) -> jax.Array:
-    """The scores of the choices, [G, S, K], 0 where not counted.
+    """The scores of the choices, [G, S, K], 0 if not counted.
 
-    They are divided by their L_p norm of p = `norm_order`, 1 for their sum; None: by nothing. With
-    logs of scores this is exact where scores underflow.
+    They are divided by their L_p norm with p = `norm_order`; 1 means their sum. None means no
+    division, or by the sum if `score.over_selected`. In log space this is exact even if scores
+    underflow.
     """
     if norm_order is None and not score.over_selected:
         return jnp.where(counted_GSK, choose(scores_GSE, expert_index_GSK), 0)

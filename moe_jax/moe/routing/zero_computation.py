@@ -1,10 +1,10 @@
-"""Experts that compute nothing, as further options of a token (legend: `moe_jax.moe`).
+"""Experts that compute nothing, as extra options of a token (legend: `moe_jax.moe`).
 
-Behind the E experts that compute come zero experts, which add nothing to the token, and then copy
-experts, which add the token itself. They take no slot, are never full, and every device has them.
+The E experts that compute are followed by zero experts, which add nothing to the token, and copy
+experts, which add the token itself. They take no slots, are never full, and exist on every device.
 
-Source: Jin et al. 2024, MoE++, arXiv:2410.07348, sec. 3.1 (of its kinds, without the constant
-expert); Meituan 2025, LongCat-Flash, arXiv:2509.01322 (copy experts alone).
+Source: Jin et al. 2024, MoE++, arXiv:2410.07348, sec. 3.1 (without its constant expert); Meituan
+  2025, LongCat-Flash, arXiv:2509.01322 (copy experts only).
 """
 
 import jax
@@ -16,7 +16,7 @@ from moe_jax.moe.routing import Options, Routing
 def computing_choices(routing: Routing, options: Options) -> Routing:
     """The choices of experts that compute, which get slots and run.
 
-    Probabilities are cut to these experts as well, so a queue ranks a token only by experts that
+    Probabilities are also limited to these experts, so a queue ranks a token only by experts that
     can be full.
     """
     num_experts = options.num_experts
@@ -39,20 +39,20 @@ def add_free_choices(
     options: Options,
     first_copy: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds the choices that compute nothing and so are never dropped.
+    """Adds the choices that compute nothing, and so are never dropped.
 
     Args:
       x_GSM: tokens.
-      y_GSM: outputs of the experts for them.
+      y_GSM: their expert outputs.
       routing: all choices.
       kept_GSK: bool, which choices of experts that compute were kept.
       valid_GS1: bool, False for padding.
-      options: what was chosen among.
-      first_copy: index of the first copy expert; those after it are all copy experts.
+      options: the options of the router.
+      first_copy: index of the first copy expert; all later experts are copy experts.
 
     Returns:
-      `y_GSM` with every token times its gates for copy experts, and `kept_GSK` with the choices of
-      zero and copy experts.
+      `y_GSM` plus each token times its gates for copy experts, and `kept_GSK` including the choices
+      of zero and copy experts.
     """
     if options.num_experts == options.num_options:
         return y_GSM, kept_GSK
