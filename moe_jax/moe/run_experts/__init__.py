@@ -1,17 +1,17 @@
-"""Running experts: rows are moved to them, computed, and combined by token (legend: `moe_jax.moe`).
+"""Runs experts: moves rows to them, computes, and combines outputs by token (see `moe_jax.moe`).
 
-A `Plan` says how. Its ways agree in value and in every gradient:
+A `Plan` selects a way. All ways agree in value and in every gradient:
 
-  einsum  one-hot tensors of shape GSEC, contracted; the reference. Costs 4 * G*S * S*K*factor * M
-          FLOPs on top of the experts: it grows with the group.
+  einsum  contracts one-hot tensors of shape GSEC; the reference. In addition to the experts it
+          costs 4 * G*S * S*K*factor * M FLOPs, which grow with the group.
   gather  indices into E x C slots; no GSEC tensor.
   ragged  rows sorted by expert; computes kept choices only, without padding.
 
-On a mesh, rows travel between devices by one of two exchanges:
+On a mesh, rows move between devices by one of two exchanges:
 
-  compiler  arrays are those of all devices, constraints say where they lie, and the
-            compiler inserts the all-to-all. einsum and gather.
-  explicit  one program for each device, with the collectives written out. All.
+  compiler  arrays are global, constraints set their sharding, and the compiler inserts the
+            all-to-all. For einsum and gather.
+  explicit  one program per device, with explicit collectives. For all ways.
 """
 
 import dataclasses
@@ -41,22 +41,22 @@ def run_experts(
     plan: Plan,
     rng: jax.Array | None = None,
 ) -> Combined:
-    """Carries every kept choice to its expert and back, and adds up the outputs by token.
+    """Moves every kept choice to its expert and back, and sums the outputs by token.
 
     All ways below have these arguments, and return [G, S, M] in the dtype of `x_GSM`: the gated sum
-    over a token's kept choices. Their docstrings say what differs.
+    over a token's kept choices. Their docstrings state the differences.
 
     Args:
       x_GSM: tokens, in the compute dtype.
       assignment: the kept choices, their slots and gates.
-      weights: of the experts, by name, leading dim E; inside `jax.shard_map` those of this device.
-      axes: names of the dims of each weight in `parallel.rules`, by name.
-      experts: computes each row by itself, with the weights that the layout gives it.
+      weights: of the experts, by name, leading dim E; inside `jax.shard_map` only this device's.
+      axes: for each weight by name, the names of its dims in `parallel.rules`.
+      experts: computes each row separately, with the weights that the layout selects.
       plan: how experts run.
-      rng: random key of the experts, which the layout carries, or None.
+      rng: random key of the experts, passed in the layout, or None.
 
     Returns:
-      That sum, and which choices are in it.
+      That sum, and which choices it includes.
     """
     if plan.gate_on_input:
         return gated_input(x_GSM, assignment, weights, axes, experts, plan, rng)
@@ -81,7 +81,7 @@ def mix_experts(
     plan: Plan,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """`run_experts` where every token is in every slot, by its weight in `mixing`: [G, S, M]."""
+    """`run_experts` where every slot mixes all tokens, weighted by `mixing`: [G, S, M]."""
     weights = gathered_for(mixing.dispatch_GSEC.shape[-1], weights, axes, x_GSM)
     return mix_slots(x_GSM, mixing, weights, experts, rng, plan.by_constraint)
 
@@ -89,16 +89,16 @@ def mix_experts(
 def gathered_for(
     slots: int, weights: Weights, axes: Mapping[str, Axes], x_GSM: jax.Array
 ) -> Weights:
-    """Marks weights to be all-gathered over fsdp, except where moving the few slots is cheaper.
+    """Marks weights to be all-gathered over fsdp, unless moving the slots is cheaper.
 
-    A matrix is about as many bytes as model_dim slots with their hidden units. Training and prompts
-    have more slots than that among the devices that share a matrix, single steps of generation
-    fewer: then a compiler may carry slots to the parts of matrices.
+    A matrix has about as many bytes as model_dim slots with their hidden units. Training and
+    prompts have more slots than that on the devices that share a matrix. Single generation steps
+    have fewer; then a compiler may move slots to the shards of matrices instead.
 
     Args:
-      slots: C, of an expert in a group.
+      slots: C, slots per expert and group.
       weights: as in `run_experts`.
-      axes: likewise.
+      axes: as in `run_experts`.
       x_GSM: tokens.
     """
     mesh = mesh_in_use()
@@ -119,13 +119,14 @@ def gated_input(
     plan: Plan,
     rng: jax.Array | None,
 ) -> Combined:
-    """`run_experts` with gates on the experts' input: each choice travels as a token of its own.
+    """`run_experts` with gates on the experts' input: each choice becomes a separate token.
 
-    Experts are not linear, so a gate on the input differs from one on the output. A group then has
-    S * K tokens with one choice and gate 1. By einsum that costs K times the contractions.
+    Experts are not linear, so a gate on the input differs from a gate on the output. A group then
+    has S * K tokens, each with one choice and gate 1. With einsum, contractions cost K times as
+    much.
 
-    Source: Llama 4, as `Llama4TextMoe` of transformers has it: the sigmoid of the best logit times
-      the token, through its expert, to which the shared expert's output is added.
+    Source: Llama 4, `Llama4TextMoe` of transformers: the expert gets the token times the sigmoid of
+      the best logit, and the shared expert's output is added to its output.
     """
     groups, tokens, num_choices = assignment.gate_GSK.shape
     x_GSKM = (x_GSM[:, :, None] * assignment.gate_GSK[..., None]).astype(x_GSM.dtype)

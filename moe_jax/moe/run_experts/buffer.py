@@ -1,6 +1,6 @@
-"""The buffer of rows that a device receives: how large it is, and which rows it has no room for.
+"""The buffer of rows that a device receives: its size, and which rows do not fit.
 
-Legend: `moe_jax.moe`; here also Q, devices that share the experts, and W, rows of the buffer.
+Legend: `moe_jax.moe`; here also Q, devices that experts are split over, and W, rows of the buffer.
 """
 
 import math
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 from moe_jax.moe.run_experts.sorting import Order, TokenChoices
 
-TILE = 128  # rows: a bounded buffer is whole tiles of the grouped matmul
+TILE = 128  # rows; a bounded buffer consists of whole tiles of the grouped matmul
 
 
 class Buffer(NamedTuple):
-    """What went through a bounded buffer of received rows.
+    """Statistics of a bounded buffer of received rows.
 
     Attributes:
-      overflow: int32, choices that were lost for want of room.
-      rows: int32, the most rows that were sent to one device, whether they fit or not.
-      factor: float32, the same over the mean: the `buffer_factor` that would do.
+      overflow: int32, choices that were lost because they did not fit.
+      rows: int32, the most rows for one device, whether they fit or not.
+      factor: float32, `rows` over the mean: the `buffer_factor` that would suffice.
     """
 
     overflow: jax.Array
@@ -28,7 +28,7 @@ class Buffer(NamedTuple):
     factor: jax.Array
 
     def over_all(self) -> "Buffer":
-        """Of all devices or chunks, from values of each along a leading dim."""
+        """Combines devices or chunks, which are a leading dim."""
         overflow = jnp.sum(self.overflow, dtype=jnp.int32)
         return Buffer(overflow, jnp.max(self.rows), jnp.max(self.factor))
 
@@ -39,18 +39,18 @@ def most_received_rows(
     """The worst case: no device can receive more rows, whatever the router does.
 
     Args:
-      tokens: J, of one device.
+      tokens: J, tokens of one device.
       num_choices: K.
       num_own: experts of one device.
       num_devices: Q.
-      slots: of one expert, in the groups of one device: the capacity bounds W too.
+      slots: of one expert, in the groups of one device; capacity also bounds W.
     """
     per_sender = min(tokens * min(num_choices, num_own), num_own * slots)
     return per_sender * num_devices
 
 
 def buffer_rows(mean: int, most: int, factor: float) -> int:
-    """W.
+    """W, rows of the buffer.
 
     >>> buffer_rows(mean=1000, most=8000, factor=1.25)
     1280
@@ -58,7 +58,7 @@ def buffer_rows(mean: int, most: int, factor: float) -> int:
     Args:
       mean: J K, rows that a device receives if experts are equally loaded.
       most: `most_received_rows`.
-      factor: room over the mean, rounded up to whole tiles; 0: the worst case.
+      factor: W over the mean, before it is rounded up to whole tiles; 0: the worst case.
     """
     if factor == 0:
         return most
@@ -66,11 +66,11 @@ def buffer_rows(mean: int, most: int, factor: float) -> int:
 
 
 def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
-    """How many rows of each sender for each expert its device has room for: max-min fair.
+    """The number of rows per sender and expert that fit on the expert's device: max-min fair.
 
-    The runs of rows, one a sender and expert, take turns, a row at a time, until the buffer is
-    full. So all that are cut are cut at the same length, but for one row, and short ones lose
-    nothing. All devices compute this from the same counts.
+    There is one run of rows per sender and expert. Runs take turns, one row at a time, until the
+    buffer is full. So all truncated runs have the same length, to within one row, and shorter runs
+    lose nothing. All devices compute this from the same counts.
 
     Args:
       rows_QE: int32, rows of every sender for every expert.
@@ -78,7 +78,7 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
       room: W.
 
     Returns:
-      int32 [Q, E], at most `rows_QE`; those for the experts of one device sum to W at most.
+      int32 [Q, E], at most `rows_QE`; the sum over the experts of one device is at most W.
     """
     senders, num_experts = rows_QE.shape
     rows = rows_QE.reshape(senders, -1, num_own)  # sender, device of the experts, its experts
@@ -86,13 +86,13 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
     def total(rows: jax.Array) -> jax.Array:
         return jnp.sum(rows, axis=(0, 2), keepdims=True)
 
-    # The most whole turns that there is room for, on each device, bit by bit.
+    # The largest number of whole turns that fit on each device, bit by bit.
     most = jnp.zeros((1, num_experts // num_own, 1), jnp.int32)
     for bit in reversed(range(room.bit_length())):
         longer = most | (1 << bit)
         most = jnp.where(total(jnp.minimum(rows, longer)) <= room, longer, most)
     left = room - total(jnp.minimum(rows, most))
-    # In the last turn, runs come sender by sender, and expert by expert within.
+    # In the last turn, runs are ordered by sender, then by expert.
     is_longer = (rows > most).swapaxes(0, 1)
     number = jnp.cumsum(is_longer.reshape(is_longer.shape[0], -1), axis=1)
     number = number.reshape(is_longer.shape).swapaxes(0, 1)
@@ -103,15 +103,15 @@ def rows_that_fit(rows_QE: jax.Array, num_own: int, room: int) -> jax.Array:
 def keep_first(
     choices: TokenChoices, order: Order, fitting_E: jax.Array
 ) -> tuple[TokenChoices, Order]:
-    """Keeps the first rows of every expert, and closes the gaps behind them.
+    """Keeps the first rows of every expert, and packs them without gaps.
 
     Args:
       choices: with experts in [0, E).
-      order: that of the kept ones.
-      fitting_E: int32, how many rows of each expert to keep.
+      order: of the kept choices.
+      fitting_E: int32, rows to keep per expert.
 
     Returns:
-      The choices of which fewer are kept, and their order; if all fit, the old ones.
+      The choices with fewer kept, and their order; unchanged if all rows fit.
     """
     expert_JK, gate_JK, kept_JK = choices
     choice_R, row_JK, rows_E = order
@@ -128,5 +128,5 @@ def keep_first(
 
 
 def starts(sizes: jax.Array, axis: int = 0) -> jax.Array:
-    """Where each of some runs begins if they follow each other."""
+    """The start of each run, for consecutive runs."""
     return jnp.cumsum(sizes, axis=axis) - sizes

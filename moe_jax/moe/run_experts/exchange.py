@@ -1,7 +1,7 @@
-"""How slots travel between the devices of their tokens and those of their experts.
+"""How slots move between the devices of their tokens and those of their experts.
 
-Tokens are split over all devices, experts over the expert axes of the mesh. Both ways below carry
-the slots of every expert to its device and its outputs back, by all-to-all; on one device, both do
+Tokens are split over all devices, experts over the expert axes of the mesh. Both classes below move
+the slots of every expert to its device, and the outputs back, by all-to-all. On one device, both do
 nothing. Legend: `moe_jax.moe`.
 """
 
@@ -13,38 +13,37 @@ from moe_jax.parallel.rules import constrain
 
 
 class Exchange(Protocol):
-    """A way to carry slots between the devices of tokens and those of experts.
+    """Moves slots between the devices of tokens and those of experts.
 
     Attributes:
-      num_chunks: in how many parts the slots travel; while one part is computed, another can be
-        under way.
+      num_chunks: number of chunks of slots; while one is computed, another can be in transit.
     """
 
     num_chunks: int
 
     def to_experts(self, x_EGCM: jax.Array) -> jax.Array:
-        """The slots of all experts for own groups -> those of own experts for all groups."""
+        """Slots of all experts for own groups -> slots of own experts for all groups."""
 
     def to_tokens(self, y_EGCM: jax.Array) -> jax.Array:
-        """The way back."""
+        """The inverse of `to_experts`."""
 
 
 class ByConstraint:
-    """States where slots lie before and after; the compiler inserts the all-to-all.
+    """Constrains the sharding of slots before and after; the compiler inserts the all-to-all.
 
-    Without a mesh this is the way of a single device.
+    Without a mesh it does nothing.
     """
 
     def __init__(self, num_chunks: int = 1):
         self.num_chunks = num_chunks
 
     def to_experts(self, x_EGCM: jax.Array) -> jax.Array:
-        """See `Exchange`; an array of all devices."""
+        """See `Exchange`; a global array."""
         x_EGCM = constrain(x_EGCM, None, "group", None, None)
         return constrain(x_EGCM, "expert", "expert_group", None, None)
 
     def to_tokens(self, y_EGCM: jax.Array) -> jax.Array:
-        """See `Exchange`; an array of all devices."""
+        """See `Exchange`; a global array."""
         y_EGCM = constrain(y_EGCM, "expert", "expert_group", None, None)
         return constrain(y_EGCM, None, "group", None, None)
 
@@ -55,9 +54,9 @@ BY_CONSTRAINT = ByConstraint()
 class ByAllToAll:
     """`jax.lax.all_to_all` inside `jax.shard_map`, one mesh axis after another.
 
-    With experts split over slices this is hierarchical: slots first meet, within a slice, on the
-    device that talks to the same device of the other slices, so that each crosses the slower
-    network once and in large messages.
+    With experts split over slices this is hierarchical. Slots are first collected within a slice,
+    on the device that talks to its counterparts in other slices. So each slot crosses the slower
+    network once, in large messages.
 
     Args:
       axes: mesh axes of the experts, outermost first.
@@ -69,7 +68,7 @@ class ByAllToAll:
         self.num_chunks = num_chunks
 
     def to_experts(self, x_EGCM: jax.Array) -> jax.Array:
-        """See `Exchange`; arrays of one device."""
+        """See `Exchange`; an array of one device."""
         sizes = [jax.lax.axis_size(axis) for axis in self.axes]
         x = x_EGCM.reshape(*sizes, -1, *x_EGCM.shape[1:])  # expert axes, own experts, G, C, M
         groups_dim = len(sizes) + 1
@@ -78,7 +77,7 @@ class ByAllToAll:
         return x.reshape(x.shape[len(sizes) :])
 
     def to_tokens(self, y_EGCM: jax.Array) -> jax.Array:
-        """See `Exchange`; arrays of one device."""
+        """See `Exchange`; an array of one device."""
         y = y_EGCM.reshape(*(1,) * len(self.axes), *y_EGCM.shape)
         groups_dim = len(self.axes) + 1
         for dim, axis in enumerate(self.axes):

@@ -1,8 +1,8 @@
 """Experts one after another, on blocks of their rows: how a CPU computes sorted rows.
 
-The whole expert runs inside one loop, on rows gathered on the spot: sorted tokens and hidden
-activations are those of one block, and the backward pass computes the hidden activations again.
-Legend: `moe_jax.moe`; W is the rows of a block.
+The whole expert runs inside one loop, on rows gathered block by block. So sorted tokens and hidden
+activations exist for one block at a time. The backward pass recomputes the hidden activations.
+Legend: `moe_jax.moe`; W: rows of a block.
 """
 
 import functools
@@ -19,14 +19,14 @@ from moe_jax.moe.run_experts.gather import gate_gradient, sum_choices
 from moe_jax.moe.run_experts.sorting import Order, TokenChoices
 from moe_jax.parameters import learning
 
-# Rows of the smallest block, at most; else an eighth of the mean group. Half of one is padding.
+# Most rows of the smallest block; otherwise an eighth of the mean group. Half of one is padding.
 SMALLEST = 128
-# Smallest blocks in a larger one, whose products are faster.
+# Smallest blocks per larger block, whose products are faster.
 LARGEST = 4
 
 
 class OneExpert:
-    """Rows `[W, I]` of one expert meet its weights `[I, O]`; `rng` is the block's own."""
+    """Rows `[W, I]` of one expert times its weights `[I, O]`; each block has its own `rng`."""
 
     def __init__(self, rng: jax.Array | None, start: jax.Array):
         self.rng = None if rng is None else jax.random.fold_in(rng, start)
@@ -46,9 +46,9 @@ class Block(NamedTuple):
     Attributes:
       expert: int32 scalar.
       start: int32 scalar, its first row.
-      size: int32 scalar, how many rows of the expert are left. Where that is less than W, the rest
-        of the block is someone else's.
-      rows: W, how many rows it has; a Python int.
+      size: int32 scalar, rows of the expert that are left. If fewer than W, the rest of the block
+        belongs to other experts.
+      rows: W, rows of the block; a Python int.
     """
 
     expert: jax.Array
@@ -71,7 +71,7 @@ def expert_loop(
     """The gated sum over the kept choices of every token.
 
     Args:
-      experts: `(rows, weights of one expert, layout) -> rows`; acts on each row by itself and
+      experts: `(rows, weights of one expert, layout) -> rows`; acts on each row separately and
         closes over no array.
       weights: by name, leading dim E.
       rng: key for the experts, or None.
@@ -79,8 +79,8 @@ def expert_loop(
       gate_JK: float32.
       kept_JK: bool.
       order: of the kept choices.
-      likely_rows: how many rows are likely to be some expert's, after which blocks are cut, so that
-        the room for more does not change the order of sums; None: all.
+      likely_rows: the likely number of rows of all experts, which sets block sizes, so that extra
+        room does not change the order of sums; None: all.
 
     Returns:
       [J, M] in the dtype of `x_JM`.
@@ -164,18 +164,18 @@ expert_loop.defvjp(_forward, _backward)
 
 
 def select(values: list[Any], chosen: list[bool]) -> list[Any]:
-    """Those of some values that are chosen."""
+    """The values that are chosen."""
     return [value for value, is_chosen in zip(values, chosen, strict=True) if is_chosen]
 
 
 def replace(values: list[Any], chosen: list[bool], others: list[Any]) -> list[Any]:
-    """The values, with others in the place of those that are chosen."""
+    """The values, with the chosen values replaced by `others`."""
     remaining = iter(others)
     return [next(remaining) if c else v for v, c in zip(values, chosen, strict=True)]
 
 
 def _gather_rows(x_JM: jax.Array, token_R: jax.Array, block: Block) -> jax.Array:
-    """The tokens of a block's rows, [W, M]; those that are not its expert's are 0."""
+    """The tokens of a block's rows, [W, M]; rows of other experts are 0."""
     token_W = lax.dynamic_slice_in_dim(token_R, block.start, block.rows)
     is_own_W = jnp.arange(block.rows) < block.size
     return jnp.where(is_own_W[:, None], x_JM.at[token_W].get(mode="promise_in_bounds"), 0)
@@ -188,9 +188,9 @@ def _add(total_E: jax.Array, part: jax.Array, block: Block) -> jax.Array:
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Ascending numbers of rows that a block may have; more of them compile longer.
+    """Ascending numbers of rows that a block may have; more sizes take longer to compile.
 
-    One expert that gets all rows has them in one block: it rounds as the dense network does.
+    A single expert has all rows in one block, so it rounds as the dense network does.
     """
     eighth = -(-num_rows // (64 * num_experts)) * 8  # of the mean group, and a multiple of 8
     smallest = max(min(eighth, SMALLEST), 8)
@@ -207,19 +207,21 @@ def for_each_block(
 ) -> Any:
     """Folds `body` over the blocks of every expert that has rows, experts ascending.
 
-    An expert's rows are cut into blocks of the largest size while they fit, then of the next. The
-    last block is of the smallest, and may end in rows of others. These come again in a later block,
-    so that a body may overwrite them with anything; they lie up to `sizes[0]` rows past the end.
+    An expert's rows are split into blocks of the largest size while they fit, then of the next. The
+    last block has the smallest size, and may end in rows of other experts. A later block processes
+    these rows again, so a body may overwrite them with anything. They extend up to `sizes[0]` rows
+    past the end.
 
     Args:
       rows_E: int32, rows of each expert.
       sizes: ascending numbers of rows that a block may have.
       carry: pytree of arrays, updated in place.
-      operands_E: pytree of arrays with leading dim E; a body gets its expert's, copied once.
+      operands_E: pytree of arrays with leading dim E; a body gets the entry of its expert, copied
+        once.
       body: `(carry, operand, block) -> carry`.
 
     Returns:
-      The last carry.
+      The final carry.
     """
     starts_E = jnp.cumsum(rows_E) - rows_E
 
@@ -240,16 +242,16 @@ def for_each_block(
         return carry
 
     def unless_empty(expert: jax.Array, carry: Any) -> Any:
-        # Few tokens use few experts: the weights of the others are not copied.
+        # Few tokens use few experts: the weights of unused experts are not copied.
         return at_most_once(rows_E[expert] > 0, functools.partial(one_expert, expert), carry)
 
     return lax.fori_loop(0, rows_E.shape[0], unless_empty, carry)
 
 
 def at_most_once(condition: jax.Array, change: Callable[[Any], Any], carry: Any) -> Any:
-    """`change(carry)` on a condition; else the carry.
+    """`change(carry)` if the condition holds; else the carry.
 
-    Not `lax.cond`: XLA on a CPU updates a loop's carry in place, and copies a conditional's.
+    Not `lax.cond`: on a CPU, XLA updates a loop's carry in place, but copies a conditional's.
     """
 
     def once(state: Any) -> Any:
@@ -265,9 +267,9 @@ def one_by_one(
     experts: Experts,
     rng: jax.Array | None,
 ) -> jax.Array:
-    """`through_sorted_rows` of few choices: each reads the weights of its expert where they lie.
+    """`through_sorted_rows` for few choices: each reads the weights of its expert in place.
 
-    The matrices of an expert are cut out of the parameters of all layers at once.
+    The matrices of an expert are sliced directly from the parameters of all layers.
     """
     y_JM = []
     expert_JK, gate_JK, kept_JK = choices

@@ -1,6 +1,6 @@
 """Slots filled and read by indices, and rows summed by token (legend: `moe_jax.moe`).
 
-Every backward pass is a gather as well: the gradient that JAX would derive for reading rows is a
+Every backward pass is also a gather. The gradient that JAX derives for reading rows is a
 scatter-add, which is slow on every platform.
 """
 
@@ -28,7 +28,7 @@ def run_gather(
     """Fills the slots of every group by reading its tokens, and reads the outputs back by slot.
 
     Arguments and result are those of `run_experts`. Experts compute rows [E, G, C, M] in the
-    `Slots` layout, and `exchange` carries these between the devices of tokens and of experts.
+    `Slots` layout, and `exchange` moves these between the devices of tokens and of experts.
     """
     groups, _, model_dim = x_GSM.shape
     num_experts, capacity = assignment.num_experts, assignment.capacity
@@ -136,12 +136,12 @@ def sum_choices(
 
     Args:
       y_RM: rows in any float dtype; only those of kept choices are read.
-      row_JK: int32, where the row of each choice is.
+      row_JK: int32, the row of each choice.
       weight_JK: float32.
       kept_JK: bool.
 
     Returns:
-      float32 [J, M]; choice by choice, so that no [J, K, M] array is made.
+      float32 [J, M], summed choice by choice, so that no [J, K, M] array is made.
     """
     y_JM = jnp.zeros((row_JK.shape[0], y_RM.shape[1]), jnp.float32)
     for k in range(row_JK.shape[1]):

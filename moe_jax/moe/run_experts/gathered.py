@@ -1,4 +1,4 @@
-"""Weights that a device has a part of, and gathers for a product (see `moe_jax.parameters`)."""
+"""Weights split over devices, which gather them for a product (see `moe_jax.parameters`)."""
 
 import dataclasses
 import functools
@@ -14,15 +14,15 @@ from moe_jax.parameters import Axes, Layout, Weight, dense, grouped, weight_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gathered(Weight):
-    """A weight split over fsdp, whole on every device that multiplies by it.
+    """A weight split over fsdp, but whole on every device that multiplies by it.
 
-    Left to itself, a compiler may keep the parts where they are and carry sums of rows around
-    instead: 32 times over in DeepSeek-V3's plan, which moved 2,300 GB more (docs/planning.md). The
-    backward pass gathers again: kept, the matrices of all layers would lie on every device. (Layers
-    that are neither scanned nor under remat are one program, in which a compiler may keep them.)
+    Otherwise a compiler may leave the shards in place and move sums of rows around instead. In
+    DeepSeek-V3's plan, rings of 32 shards moved 2,300 GB more (docs/planning.md). The backward pass
+    gathers again; otherwise every device would keep the matrices of all layers. (Layers that are
+    neither scanned nor under remat are one program, in which a compiler may keep them.)
 
     Attributes:
-      weight: an array of the whole program, or a `Weight` of such.
+      weight: a global array, or a `Weight` of global arrays.
       axes: names of the dims of its matrix in `parallel.rules`.
     """
 
@@ -32,8 +32,8 @@ class Gathered(Weight):
     def product(self, x: jax.Array, layout: Layout) -> jax.Array:
         """See `Weight`: float32 is gathered in the dtype of `x`, quantised arrays as they are."""
 
-        # Where remat computes the layer again, one gathering is enough for that and the backward
-        # pass: the compiler may merge them. Scanned layers' forward pass is another program.
+        # If remat recomputes the layer, the compiler may merge that gathering with the one of the
+        # backward pass. The forward pass of scanned layers is a separate program.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def multiplied(x: jax.Array, weight: Any) -> jax.Array:
             arrays = jax.tree.map(lambda array: in_compute_dtype(array, x.dtype), weight)
@@ -56,5 +56,5 @@ class Gathered(Weight):
 
 
 def in_compute_dtype(array: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Float32 in the dtype of the tokens; quantised arrays, scales too, stay what they are."""
+    """Casts float32 to the dtype of the tokens; quantised arrays and scales stay as they are."""
     return array.astype(dtype) if array.dtype == jnp.float32 else array

@@ -1,9 +1,9 @@
-"""Rows sorted by expert times the weights of their experts: which kernel computes that.
+"""Multiplies rows sorted by expert by the weights of their experts; selects the kernel.
 
-A grouped matmul and its gradients are three products, of the rows of each expert alone: rows by
+A grouped matmul and its gradients are three products, each within the rows of one expert: rows by
 weights (forward), rows by transposed weights (gradient of the rows), and transposed rows by rows
-(gradient of the weights). XLA without a kernel multiplies every row with every expert, E times the
-FLOPs. That is "dense", and has to be asked for by name.
+(gradient of the weights). Without a kernel, XLA multiplies every row by every expert, at E times
+the FLOPs. That is "dense", which must be requested by name.
 
   loop        CPU: whole experts, one after another, on blocks of their rows (`rows.expert_loop`)
   lax         TPU: `jax.lax.ragged_dot`, where libtpu has a kernel for each of the three products
@@ -12,7 +12,7 @@ FLOPs. That is "dense", and has to be asked for by name.
   mosaic_gpu  NVIDIA, Hopper only: the Pallas kernels that come with JAX
   dense       anywhere: `jax.lax.ragged_dot` as XLA expands it
 
-On a CPU, megablox and triton run in Pallas's interpreter: for tests. Legend: `moe_jax.moe`.
+On a CPU, megablox and triton run in Pallas's interpreter, for tests. Legend: `moe_jax.moe`.
 """
 
 import functools
@@ -29,7 +29,7 @@ import numpy as np
 from moe_jax.moe.run_experts import grouped_megablox, grouped_mosaic, grouped_triton
 from moe_jax.parallel.rules import platform
 
-# FLOPs of `jax.lax.ragged_dot` and both its gradients over those of the rows, 8 experts a device:
+# FLOPs of `jax.lax.ragged_dot` and its gradients over those of the rows, 8 experts per device:
 #
 #   libtpu          v5e   v5p   v6e
 #   0.0.42.1        3.34  3.34  3.34   no kernel for the gradient of the weights
@@ -43,9 +43,9 @@ class Target(NamedTuple):
 
     Attributes:
       platform: "cpu", "tpu" or "gpu".
-      libtpu: version of the TPU compiler, or None where that is not known.
-      capability: CUDA compute capability; (0, 0) of a GPU of another maker, None of a GPU that is
-        not here.
+      libtpu: version of the TPU compiler, or None if it is not known.
+      capability: CUDA compute capability; (0, 0) for a GPU of another maker, None for a GPU that is
+        not on this machine.
     """
 
     platform: str
@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a kernel needs: as a rule and in words."""
+    """What a kernel needs, as a rule and in words."""
 
     is_met: Callable[[Target], bool]
     words: str
@@ -92,14 +92,14 @@ KERNELS = ("auto", *NEEDS)
 
 
 def choose_kernel(name: str, target: Target) -> str:
-    """The kernel that a setting means on a target.
+    """The kernel that a setting selects on a target.
 
     Args:
-      name: of `KERNELS`.
+      name: one of `KERNELS`.
       target: what the program is compiled for.
 
     Raises:
-      ValueError: the target does not have what the kernel needs, or there is none for it.
+      ValueError: the target does not meet the kernel's needs, or no kernel fits it.
     """
     by_name = "or grouped_matmul='dense' for products of every row with every expert"
     if name != "auto":
@@ -120,13 +120,13 @@ def choose_kernel(name: str, target: Target) -> str:
 
 
 def best_kernel(target: Target) -> str | None:
-    """The kernel of a target where none is named; None if there is none."""
+    """The default kernel of a target; None if no kernel fits it."""
     preferred = PREFERRED.get(target.platform, ())
     return next((name for name in preferred if NEEDS[name].is_met(target)), None)
 
 
 def target_in_use() -> Target:
-    """The target of the program that is being traced; its devices need not be here."""
+    """The target of the program that is being traced; its devices need not be on this machine."""
     name = platform()
     return Target(
         name,
@@ -136,7 +136,7 @@ def target_in_use() -> Target:
 
 
 def libtpu_version() -> tuple[int, ...] | None:
-    """The version of the TPU compiler, as (0, 0, 50, 1); None where no package says it."""
+    """The version of the TPU compiler, such as (0, 0, 50, 1); None if no package provides it."""
     if not is_of_package(os.environ.get("TPU_LIBRARY_PATH", "")):
         return None
     try:
@@ -147,7 +147,7 @@ def libtpu_version() -> tuple[int, ...] | None:
 
 
 def is_of_package(library: str) -> bool:
-    """Whether a path, as the package libtpu puts it into the environment, is of this package."""
+    """Whether a path of the TPU library is empty or belongs to the package libtpu."""
     found = importlib.util.find_spec("libtpu")
     return not library or (
         found is not None
@@ -167,8 +167,8 @@ def cuda_capability() -> tuple[int, int] | None:
 def says_how_it_varies(kernel: str) -> bool:
     """Whether `jax.shard_map` may check how results vary over the mesh (`check_vma`).
 
-    The kernels that JAX ships say nothing of it, nor does Pallas's interpreter. Gradients are the
-    same unchecked; under `tensor` one more all-reduce makes sure of it.
+    The kernels that JAX ships do not declare it, nor does Pallas's interpreter. Gradients are the
+    same unchecked; under `tensor` an extra all-reduce ensures it.
     """
     return kernel not in ("megablox", "mosaic_gpu") and not (
         kernel == "triton" and platform() == "cpu"
@@ -185,16 +185,16 @@ def grouped_matmul(
     """Each row times the weights of its group.
 
     Args:
-      x_RI: rows sorted by group, bfloat16 or float32; what follows the last group is not read into
-        anything, but must be finite in "dense".
+      x_RI: rows sorted by group, bfloat16 or float32; rows past the last group do not affect the
+        result, but must be finite in "dense".
       weight_EIO: in the dtype of `x_RI`.
       group_sizes_E: int32, rows of each group; their sum is at most R.
       kernel: of `KERNELS`, but neither "auto" nor "loop".
-      likely_rows: how many rows groups are likely to have together: tiles are made for these.
+      likely_rows: the likely number of rows of all groups, which sets the tile sizes.
 
     Returns:
       [R, O] in the dtype of `x_RI`, accumulated in float32. Rows past the last group are undefined,
-      as they are in the gradient of `x_RI`. The gradient of the weights of an empty group is 0.
+      also in the gradient of `x_RI`. The gradient of the weights of an empty group is 0.
     """
     if kernel in ("lax", "dense"):
         return jax.lax.ragged_dot(x_RI, weight_EIO, group_sizes_E)
@@ -205,7 +205,7 @@ class Products(NamedTuple):
     """The three products of a kernel.
 
     Attributes:
-      rows: (x_RI, weight_EIO, group_sizes_E, likely_rows, transposed) -> [R, O]; transposed, the
+      rows: (x_RI, weight_EIO, group_sizes_E, likely_rows, transposed) -> [R, O]; if transposed, the
         weights are [E, O, I].
       weights: (x_RI, dy_RO, group_sizes_E, likely_rows) -> [E, I, O].
     """

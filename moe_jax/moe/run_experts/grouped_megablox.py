@@ -48,5 +48,5 @@ def weights(
 
 
 def in_whole_tiles(x_RI: jax.Array, tile: int) -> jax.Array:
-    """Rows of no group behind, up to a multiple of the tile."""
+    """Pads with rows of no group, up to a multiple of the tile."""
     return jnp.pad(x_RI, ((0, -len(x_RI) % tile), (0, 0)))

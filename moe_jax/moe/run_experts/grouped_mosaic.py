@@ -1,8 +1,8 @@
 """The products of a grouped matmul by the Pallas kernels for Hopper GPUs that come with JAX.
 
-They have tiles of 64 rows and search the groups one by one, so many experts on a device make them
-slow. The gradient of the weights multiplies rows of the next expert by 0: what is not finite there
-spreads. Products of float32 would be of TF32, whatever precision is asked for (`wgmma` in
+They use tiles of 64 rows and search the groups one by one, so many experts on a device make them
+slow. The gradient of the weights multiplies rows of the next expert by 0, so non-finite values
+there spread. Products of float32 would be TF32, at any requested precision (`wgmma` in
 jax/experimental/mosaic/gpu). Legend: `moe_jax.moe`.
 """
 
@@ -25,7 +25,7 @@ def rows(
     """See `grouped_matmul.Products`.
 
     Raises:
-      ValueError: I is not a multiple of 64, O not one of 128, or the rows are float32.
+      ValueError: I or O is not a multiple of 128, or the rows are not 16-bit floats.
     """
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
 
@@ -42,7 +42,7 @@ def weights(
     """See `grouped_matmul.Products`."""
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
-    # The kernel reads whole blocks of rows, also behind the last one.
+    # The kernel reads whole blocks of rows, even past the last row.
     x_RI, dy_RO = (
         jnp.pad(array, ((0, -len(array) % TILES["block_k"]), (0, 0))) for array in (x_RI, dy_RO)
     )
@@ -59,7 +59,7 @@ def check_dtype(dtype: Any) -> None:
 
 
 def check_multiples(*dims: int) -> None:
-    """Raises `ValueError` unless dims are multiples of 128, of which the kernel makes tiles."""
+    """Raises `ValueError` unless dims are multiples of 128, the size of the kernel's tiles."""
     if any(dim % 128 for dim in dims):
         raise ValueError(
             "grouped_matmul='mosaic_gpu' needs model and expert dims that are multiples of 128: "

@@ -1,12 +1,12 @@
 """The products of a grouped matmul for NVIDIA GPUs, by Pallas's Triton route.
 
-Tiles of rows begin at the first row of each expert, so that none spans two experts: what a tile has
-past the last row of its expert is neither read nor written. Which expert a tile has, and which
-rows, is computed before the kernel starts. Sums are in float32. Legend: `moe_jax.moe`; here also T,
+Tiles of rows start at the first row of each expert, so no tile spans two experts. Rows of a tile
+past the last row of its expert are neither read nor written. The expert and the rows of each tile
+are computed before the kernel starts. Sums are in float32. Legend: `moe_jax.moe`; here also T,
 tiles of rows.
 
-A grid of row tiles with their experts looked up is how MegaBlocks (Gale et al. 2022,
-arXiv:2211.15841) and, by the same route through Pallas, Levanter and AXLearn do it.
+MegaBlocks (Gale et al. 2022, arXiv:2211.15841) also uses a grid of row tiles that look up their
+experts, as do Levanter and AXLearn, by the same route through Pallas.
 """
 
 import functools
@@ -20,9 +20,9 @@ from jax.experimental.pallas import triton
 from moe_jax.moe.run_experts.tiles import tile_rows
 from moe_jax.parallel.rules import platform
 
-# Of O, and of the dim that is summed over.
+# Tile sizes: of O, and of the dim that is summed over.
 TILE, STEP = 128, 32
-# Row tiles that run side by side on the same columns of the weights, and share them in the cache.
+# Row tiles that run side by side on the same columns of the weights, shared in the cache.
 BAND = 8
 PARAMS = triton.CompilerParams(num_warps=4, num_stages=4)
 
@@ -52,7 +52,7 @@ def rows(
 
 
 def row_tile(likely_rows: int, num_experts: int) -> int:
-    """Rows of a tile."""
+    """Rows per tile."""
     return tile_rows(likely_rows, num_experts, smallest=16, largest=TILE, tiles_per_expert=4)
 
 
@@ -80,12 +80,12 @@ def find_tiles(
 
     Args:
       group_sizes_E: int32.
-      tile: rows of a tile.
-      num_rows: R, the most rows that groups can have together.
+      tile: rows per tile.
+      num_rows: R, the most rows that all groups can have.
 
     Returns:
-      int32 [T] each: the expert of every tile, its first row, and the row after its last one. T is
-      the most tiles that there can be, in whole bands; those that there are not have no rows.
+      int32 [T] each: the expert of every tile, its first row, and the end of its expert's rows. T
+      is the most tiles that can occur, rounded up to whole bands; unused tiles have no rows.
     """
     num_experts = len(group_sizes_E)
     most = num_rows // tile + min(num_experts, num_rows)
@@ -144,7 +144,7 @@ def rows_kernel(
 def weights_kernel(
     first_E: jax.Ref, end_E: jax.Ref, x_RI: jax.Ref, dy_RO: jax.Ref, dweight_EIO: jax.Ref
 ) -> None:
-    """One tile of the gradient of the weights of one expert; 0 if it has no rows."""
+    """One tile of the weight gradient of one expert; 0 if the expert has no rows."""
     inner, outer = x_RI.shape[1], dy_RO.shape[1]
     i = pl.Slice(pl.program_id(0) * TILE, TILE)
     o = pl.Slice(pl.program_id(1) * TILE, TILE)
@@ -166,28 +166,28 @@ def weights_kernel(
 
 
 def within(dim: pl.Slice, end: jax.Array | int) -> jax.Array:
-    """Which indices of a slice lie before an end."""
+    """Which indices of a slice are below `end`."""
     return dim.start + jnp.arange(dim.size) < end
 
 
 def load(ref: Any, *in_dims: jax.Array) -> jax.Array:
-    """A tile of a matrix, 0 where either index is past the end: nothing is read there."""
+    """A tile of a matrix; 0, and not read, where either index is past the end."""
     return triton.load(ref, mask=in_dims[0][:, None] & in_dims[1][None, :], other=0)
 
 
 def dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
-    """A product of tiles over a dim of each, in float32."""
+    """A product of two tiles, contracted over one dim of each, in float32."""
     dims = (((over[0],), (over[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def like(shape: tuple[int, ...], x: jax.Array) -> jax.ShapeDtypeStruct:
-    """An output in the dtype of `x`, which inside `jax.shard_map` varies over the same axes."""
+    """An output in the dtype of `x`; inside `jax.shard_map` it varies over the same axes."""
     return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def cost(num_rows: int, inner: int, outer: int, *operands: jax.Array) -> pl.CostEstimate:
-    """What XLA is told of a product of rows, all of them filled."""
+    """The cost estimate for XLA, as if all rows were filled."""
     bytes_read = sum(array.size * array.dtype.itemsize for array in operands)
     written = num_rows * outer * operands[0].dtype.itemsize
     flops = 2 * num_rows * inner * outer

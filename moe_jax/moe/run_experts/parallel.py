@@ -1,7 +1,7 @@
-"""Experts on a mesh with explicit collectives: one program for each device, by `jax.shard_map`.
+"""Experts on a mesh with explicit collectives: one program per device, by `jax.shard_map`.
 
-Slots travel whole, filled or not; rows sorted by expert travel alone. Legend: `moe_jax.moe`; here
-also Q, devices that share the experts, and W, rows that a device receives.
+All slots are exchanged, filled or not; of rows sorted by expert, only the kept choices. Legend:
+`moe_jax.moe`; here also Q, devices that experts are split over, and W, rows that a device receives.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,10 +41,10 @@ class Combined(NamedTuple):
     """The outputs of experts, by token.
 
     Attributes:
-      y: [G, S, M], or of tokens of all groups [J, M], in the dtype of the tokens.
-      kept: bool, [G, S, K] or [J, K]: the choices that were computed. Those of the assignment,
-        except what a bounded buffer has no room for.
-      buffer: what went through it, where it is bounded; else None.
+      y: [G, S, M], or [J, M] for the tokens of all groups, in the dtype of the tokens.
+      kept: bool, [G, S, K] or [J, K]: the choices that were computed: those that the assignment
+        kept, except those that do not fit in a bounded buffer.
+      buffer: statistics of the buffer if it is bounded; else None.
     """
 
     y: jax.Array
@@ -61,19 +61,19 @@ def run_parallel(
     plan: Plan,
     rng: jax.Array | None = None,
 ) -> Combined:
-    """Runs experts on each device's own tokens, with explicit collectives in between.
+    """Runs experts on each device's own tokens, with explicit collectives.
 
     Tokens are split over every mesh axis except `tensor`, experts over the expert axes. A device
     gathers its experts' matrices over `fsdp`. Under `tensor` it keeps its part of their hidden dim,
     and partial outputs are summed last, by token.
 
-    Arguments and result are those of `run_experts`, for the arrays of all devices. Each device
-    draws from a key of its own, so what is random in the experts depends on the mesh. By einsum and
-    gather, slots travel by `jax.lax.all_to_all`; by ragged, rows by `jax.lax.ragged_all_to_all`.
-    The chunks of a plan are parts of the slots or, by ragged, of the tokens; each has a buffer.
+    Arguments and result are those of `run_experts`, with global arrays. Each device has its own
+    random key, so expert dropout depends on the mesh. einsum and gather exchange slots by
+    `jax.lax.all_to_all`; ragged exchanges rows by `jax.lax.ragged_all_to_all`. The chunks of a plan
+    are parts of the slots or, with ragged, of the tokens; each chunk has its own buffer.
 
     Raises:
-      ValueError: the mesh does not divide the groups of tokens, or the experts.
+      ValueError: the mesh does not split the groups of tokens or the experts evenly.
     """
     mesh = mesh_in_use()
     assert mesh is not None, "with one device there is nothing to exchange"
@@ -106,7 +106,7 @@ def run_parallel(
         y_GSM = jax.lax.psum(y_GSM, tensor)
         if buffer is None:
             return y_GSM, None, None
-        if tensor:  # these are the same along it, which a maximum tells JAX
+        if tensor:  # these are equal along it; a maximum tells JAX so
             kept_GSK, buffer = jax.lax.pmax((kept_GSK.astype(jnp.int8), buffer), tensor)
         return y_GSM, kept_GSK > 0, jax.tree.map(lambda own: own[None], buffer)
 
@@ -128,9 +128,9 @@ def run_parallel(
 def arrays_of(
     weights: Weights, axes: Mapping[str, Axes]
 ) -> tuple[list[jax.Array], list[Axes], Callable[[list[jax.Array]], Weights]]:
-    """The arrays of weights, their axes, and what makes weights of those of one device.
+    """The arrays of weights, their axes, and a function that rebuilds weights on one device.
 
-    A weight may be several arrays: each has axes of its own.
+    A weight may consist of several arrays, each with its own axes.
     """
     arrays, tree = jax.tree.flatten(dict(weights))
     names = jax.tree.leaves(
@@ -158,23 +158,24 @@ def own_key(rng: jax.Array, mesh: AbstractMesh) -> jax.Array:
 def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """What the backward pass keeps: everything except matrices gathered over fsdp.
 
-    They are gathered again, since kept matrices of all layers would lie on every device. A
-    checkpoint keeps the compiler from fusing across what it keeps: 3.1 times the fewest bytes of
-    memory traffic instead of 2.0 in a Switch layer on v5e. So there is none if nothing is gathered.
+    These are gathered again; otherwise every device would keep the matrices of all layers. A
+    checkpoint prevents the compiler from fusing across the values it keeps: memory traffic is 3.1
+    instead of 2.0 times the minimum in a Switch layer on v5e. So there is no checkpoint if nothing
+    is gathered.
     """
     return primitive.name not in ("all_gather", "pvary")
 
 
 def is_added_last(axes: Axes) -> bool:
-    """Whether a weight is a vector of each expert that is added behind the hidden dim."""
+    """Whether a weight is a vector per expert that is added after the hidden dim."""
     return len(axes) == 2 and "hidden" not in axes
 
 
 def as_used(array: jax.Array, axes: Axes, added_last: bool) -> jax.Array:
-    """An array of this device's experts as it is used: gathered over fsdp; marked as varying.
+    """An array of this device's experts as it is used: gathered over fsdp, and marked as varying.
 
-    The gradient is scattered over fsdp and summed over the axes that have the same experts. What is
-    added behind the hidden dim counts once, not once for each part of that dim.
+    The gradient is scattered over fsdp and summed over the axes that have the same experts. A
+    vector added after the hidden dim counts once, not once per part of that dim.
     """
     if "model" in axes and jax.lax.axis_size("fsdp") > 1:
         array = jax.lax.all_gather(array, "fsdp", axis=axes.index("model"), tiled=True)
@@ -193,9 +194,9 @@ def exchange_rows(
     axes: tuple[str, ...],
     plan: Plan,
 ) -> Combined:
-    """The tokens of one device, in chunks, through `through_ragged_exchange`."""
+    """Runs the tokens of one device, in chunks, by `through_ragged_exchange`."""
     groups, tokens, model_dim = x_GSM.shape
-    num_chunks = min(plan.num_chunks, groups * tokens)  # one text that is generated has few
+    num_chunks = min(plan.num_chunks, groups * tokens)  # generation of one text has few
     rows = (x_GSM.reshape(-1, model_dim), *choices_of(assignment))
     outputs = []
     chunks = zip(*(jnp.array_split(value, num_chunks) for value in rows), strict=True)
@@ -235,23 +236,23 @@ def through_ragged_exchange(
     plan: Plan,
     slots: int,
 ) -> Combined:
-    """Carries the kept choices to their experts' devices and back, and sums them by token.
+    """Moves the kept choices to their experts' devices and back, and sums them by token.
 
-    Inside `jax.shard_map`; arrays are those of one device.
+    For use inside `jax.shard_map`; arrays are those of one device.
 
     Args:
       x_JM: tokens of this device.
-      choices: theirs, among the experts of all devices.
+      choices: of these tokens, among the experts of all devices.
       weights: of this device's experts, by name, leading dim E / Q.
       experts: computes rows; see `run_sorted_rows`.
       rng: key for the experts, or None.
       axes: mesh axes that the experts are split over.
-      plan: its `buffer_factor` bounds the rows that a device receives: `rows_that_fit` are sent.
-        Without one there is room for the worst case. Its `kernel` multiplies rows and weights.
+      plan: its `buffer_factor` bounds the rows that a device receives: only `rows_that_fit` are
+        sent. If it is 0, there is room for the worst case. Its `kernel` multiplies rows by weights.
       slots: of one expert, in the groups of this device.
 
     Returns:
-      The gated sum over a token's choices that were computed.
+      The gated sum over each token's computed choices, in a `Combined`.
     """
     num_devices, num_own = jax.lax.axis_size(axes), num_experts_of(weights)
     num_tokens, num_choices = choices.kept_JK.shape
@@ -265,7 +266,7 @@ def through_ragged_exchange(
     max_rows = buffer_rows(num_tokens * num_choices, most, plan.buffer_factor)  # W
 
     order = sort_by_expert(choices, num_own * num_devices)
-    # Rows of every expert on every device.
+    # Rows that each device sends to each expert.
     rows_QE = jax.lax.all_gather(order.rows_E, axes, axis=0, tiled=False)
     me, buffer = jax.lax.axis_index(axes), None
     if plan.buffer_factor > 0:
@@ -297,19 +298,19 @@ def through_ragged_exchange(
 def ways_of_rows(
     rows_QE: jax.Array, num_own: int, me: jax.Array
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Where a device's rows go, and those that it computed: arguments of `ragged_all_to_all`.
+    """Arguments of `ragged_all_to_all` that send a device's rows, and that return computed rows.
 
     Args:
-      rows_QE: int32, how many rows each device sends to each expert of all devices.
-      num_own: experts of a device.
-      me: int32 scalar, the device.
+      rows_QE: int32, rows that each device sends to each expert of all devices.
+      num_own: experts per device.
+      me: int32 scalar, index of the device.
 
     Returns:
-      For the way there and for the way back, each int32 [Q]: where rows for a device begin, how
-      many are sent to it, where they begin there, and how many come from it.
+      For the way there and for the way back, each int32 [Q]: the start of the rows for a device,
+      the number sent to it, their start there, and the number received from it.
     """
     devices = rows_QE.shape[0]
-    # Summed over a device's experts: who sends how many rows to whom; sender, receiver.
+    # Summed over a device's experts: rows per sender and receiver.
     rows_QQ = jnp.sum(rows_QE.reshape(devices, devices, num_own), axis=-1)
     sent_Q, received_Q = rows_QQ[me], rows_QQ[:, me]
     there = (starts(sent_Q), sent_Q, starts(rows_QQ, axis=0)[me], received_Q)
@@ -321,12 +322,12 @@ def expert_of_rows(rows_QE: jax.Array, max_rows: int) -> tuple[jax.Array, jax.Ar
     """The expert of each received row.
 
     Args:
-      rows_QE: int32, how many rows each device has sent for each expert here; they arrive sender by
-        sender, and expert by expert from each.
+      rows_QE: int32, rows that each device sent for each expert here; they arrive ordered by
+        sender, then by expert.
       max_rows: W.
 
     Returns:
-      int32 [W] in [0, E / Q), and whether anything was received into the row, bool [W].
+      int32 [W] in [0, E / Q), and bool [W], True for rows that were received.
     """
     ends = jnp.cumsum(rows_QE.reshape(-1))
     row_W = jnp.arange(max_rows)

@@ -24,9 +24,9 @@ class Plan:
     Attributes:
       rows: "einsum", "gather" or "ragged".
       exchange: "none" on one device, "compiler" or "explicit" on a mesh.
-      num_chunks: in how many parts rows travel.
-      gate_on_input: whether gates multiply what experts get.
-      buffer_factor: room for received rows over their mean; 0: for the worst case.
+      num_chunks: chunks in which rows are exchanged.
+      gate_on_input: whether gates multiply the experts' inputs.
+      buffer_factor: room for received rows over their mean; 0: room for the worst case.
       kernel: of `grouped_matmul`, for ragged rows; else "".
     """
 
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def by_constraint(self) -> ByConstraint:
-        """How slots travel where the compiler exchanges them; on one device, nowhere."""
+        """The exchange of slots by the compiler; on one device it does nothing."""
         return ByConstraint(1 if self.exchange == "none" else self.num_chunks)
 
     def __str__(self) -> str:
@@ -56,15 +56,16 @@ class Plan:
 def way_of(moe: "MoE", training: bool = True, dropless: bool | None = None) -> tuple[str, str]:
     """`Plan.rows` and `Plan.exchange` of a block for the mesh and the platform in use.
 
-    "auto" is the fastest way on one CPU, where ragged is a loop. Elsewhere it is the way of fewest
-    FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged without, since slots
-    that drop nothing are E / K times the rows. The compiler's exchange overlaps more. If experts
-    span slices, though, it sends whole slots between slices, and not slice by slice.
+    On one CPU, "auto" is ragged, the fastest way, which is a loop there. Elsewhere it is the way
+    with the fewest FLOPs and bytes (docs/parallelism.md): gather with a capacity, and ragged
+    without, since dropless slots are E / K times the rows. The compiler's exchange overlaps more.
+    But if experts span slices, it sends whole slots between slices, not slice by slice; then "auto"
+    is explicit.
 
     Args:
       moe: the settings.
       training: whether this is a training pass.
-      dropless: whether every choice is kept; None: as the settings say.
+      dropless: whether every choice is kept; None: by the settings.
     """
     mesh, rows, exchange = mesh_in_use(), moe.run_experts, moe.exchange
     if rows == "auto":
@@ -101,7 +102,7 @@ def plan_experts(moe: "MoE", training: bool = True, dropless: bool | None = None
 
 
 def prefers_sorted_rows(moe: "MoE", dropless: bool) -> bool:
-    """Whether "auto" is ragged rather than gather: see `way_of`."""
+    """Whether "auto" means ragged rather than gather; see `way_of`."""
     target = target_in_use()
     if target.platform == "cpu":
         return mesh_in_use() is None

@@ -14,8 +14,8 @@ from moe_jax.moe.run_experts.gather import rows_of, sum_choices
 from moe_jax.moe.run_experts.grouped_matmul import grouped_matmul
 from moe_jax.moe.run_experts.sorting import TokenChoices, choices_of, sort_by_expert
 
-# Choices that a CPU computes one by one rather than in a loop over experts: when decoding one text,
-# or a few. XLA copies the operands of a loop inside of a scan over layers: the matrices of all
+# A CPU computes up to this many choices one by one, not in a loop over experts: when it decodes one
+# text, or a few. Inside a scan over layers, XLA copies the operands of a loop: the matrices of all
 # experts of the layer.
 FEW_CHOICES = 8
 
@@ -26,9 +26,9 @@ class SortedRows:
     Args:
       rng: key of the experts, or None.
       rows_E: int32, rows of each expert.
-      num_rows: R, those past the last expert's included.
+      num_rows: R, including rows past the last expert's.
       kernel: of `grouped_matmul`.
-      likely_rows: how many rows experts are likely to have together; None: all.
+      likely_rows: the likely number of rows of all experts; None: all.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class SortedRows:
         self.expert_R = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
 
     def matmul(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """[R, I] x [E, I, O] -> [R, O]; rows past the last expert's are 0, whatever they held."""
-        # What a kernel leaves in rows of no expert is not defined, in either direction.
+        """[R, I] x [E, I, O] -> [R, O]; rows past the last expert's are 0 for any `x`."""
+        # Kernels leave rows of no expert undefined, in both directions.
         x = jnp.where(self.is_filled_R[:, None], x, 0)
         y = grouped_matmul(x, weight, self.rows_E, self.kernel, self.likely_rows)
         return jnp.where(self.is_filled_R[:, None], y, 0)
@@ -66,7 +66,7 @@ def run_sorted_rows(
     *,
     kernel: str,
 ) -> jax.Array:
-    """Sorts the kept choices by expert, computes them, and sums them by token.
+    """Sorts the kept choices by expert, computes them, and sums the outputs by token.
 
     Arguments and result are those of `run_experts`; slots are not used. `kernel` multiplies rows
     and weights (`grouped_matmul`); "loop" runs experts block by block (`expert_loop`).
@@ -87,7 +87,7 @@ def through_sorted_rows(
 ) -> jax.Array:
     """`run_sorted_rows` without groups: [J, M] -> [J, M] in the dtype of `x_JM`.
 
-    `likely_rows` is how many choices are likely to be kept; None: all.
+    `likely_rows` is the likely number of kept choices; None: all.
     """
     _, gate_JK, kept_JK = choices
     if kernel == "loop" and kept_JK.size <= FEW_CHOICES and likely_rows is None:
@@ -101,5 +101,5 @@ def through_sorted_rows(
 
 
 def num_experts_of(weights: Weights) -> int:
-    """The leading dim of the weights of experts."""
+    """The leading dim of expert weights."""
     return jax.tree.leaves(dict(weights))[0].shape[0]

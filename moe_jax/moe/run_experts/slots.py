@@ -13,7 +13,7 @@ from moe_jax.moe.run_experts.exchange import BY_CONSTRAINT, Exchange
 
 
 class Slots:
-    """Rows `[E, G, C, I]`: the slots of expert e meet its weights `[e, I, O]`."""
+    """Rows `[E, G, C, I]`: the slots of expert e times its weights `[e, I, O]`."""
 
     def __init__(self, rng: jax.Array | None):
         self.rng = rng
@@ -34,10 +34,10 @@ def run_slots(
     rng: jax.Array | None,
     exchange: Exchange,
 ) -> jax.Array:
-    """Carries slots to their experts, computes them, and carries the outputs back, [E, G, C, M].
+    """Moves slots to their experts, computes them, and moves the outputs back, [E, G, C, M].
 
-    In several chunks the slots of an expert are cut; no chunk waits for another, so that a compiler
-    with asynchronous collectives overlaps them.
+    Chunks split the slots of each expert. No chunk waits for another, so a compiler with
+    asynchronous collectives can overlap them.
     """
     num_chunks = min(exchange.num_chunks, x_EGCM.shape[2])
     outputs = []
@@ -56,13 +56,13 @@ def run_einsum(
     rng: jax.Array | None = None,
     exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:
-    """Carries tokens by contraction with dispatch and combine tensors [G, S, E, C].
+    """Moves tokens by contraction with dispatch and combine tensors [G, S, E, C].
 
     Arguments and result are those of `run_experts`. Experts compute rows [E, G, C, M] in the
-    `Slots` layout, and `exchange` carries these between the devices of tokens and of experts.
+    `Slots` layout, and `exchange` moves these between the devices of tokens and of experts.
 
-    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made of
-      indices, not of combine > 0, so that a gate that underflows to 0 keeps its slot.
+    Source: Lepikhin et al. 2020, GShard, arXiv:2006.16668, alg. 1. The dispatch tensor is made from
+      indices, not from combine > 0, so a gate that underflows to 0 keeps its slot.
     """
     expert_index_GSK, num_experts = assignment.expert_index_GSK, assignment.num_experts
     expert_GSKE = jax.nn.one_hot(expert_index_GSK, num_experts, dtype=x_GSM.dtype)
@@ -83,9 +83,9 @@ def mix_slots(
     rng: jax.Array | None = None,
     exchange: Exchange = BY_CONSTRAINT,
 ) -> jax.Array:
-    """Fills slots with weighted tokens, and adds up the weighted outputs of slots by token.
+    """Fills slots with weighted tokens, and sums the weighted outputs of slots by token.
 
-    Arguments and result are those of `run_einsum`, with `mixing` in place of an assignment: the
+    Arguments and result are those of `run_einsum`, with `mixing` instead of an assignment: the
     weights of the tokens in each slot, and of the slots in each token's output.
     """
     dispatch_GSEC, combine_GSEC = (mix_GSEC.astype(x_GSM.dtype) for mix_GSEC in mixing)

@@ -27,7 +27,7 @@ class Order(NamedTuple):
 
     Attributes:
       choice_R: int32, the choice (token * K + k) of each row; dropped ones come last.
-      row_JK: int32, its inverse.
+      row_JK: int32, the row of each choice.
       rows_E: int32, kept rows of each expert.
     """
 

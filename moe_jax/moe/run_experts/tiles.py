@@ -1,8 +1,8 @@
-"""Tiles of grouped matmuls, from the shapes alone (legend: `moe_jax.moe`).
+"""Tile sizes of grouped matmuls, from shapes only (legend: `moe_jax.moe`).
 
-A kernel computes tiles of rows. A tile belongs to one expert, or is computed once for each of the
-experts that have rows in it, so the fewer rows an expert has, the smaller tiles must be. Small ones
-in turn read the weights more often.
+A kernel computes tiles of rows. A tile belongs to one expert, or is computed once per expert with
+rows in it. So the fewer rows an expert has, the smaller tiles must be. But small tiles read the
+weights more often.
 """
 
 import itertools
@@ -12,14 +12,14 @@ import math
 def tile_rows(
     num_rows: int, num_experts: int, *, smallest: int, largest: int, tiles_per_expert: int = 8
 ) -> int:
-    """Rows of a tile: so many that an expert of mean size has `tiles_per_expert`.
+    """Rows per tile, such that an expert of mean size has `tiles_per_expert` tiles.
 
     Args:
-      num_rows: R, those likely to be filled: the mean size is R / E.
+      num_rows: R, rows likely to be filled; the mean size is R / E.
       num_experts: E.
-      smallest: the least that the hardware computes well; a power of two.
+      smallest: fewest rows that the hardware computes efficiently; a power of two.
       largest: a power of two.
-      tiles_per_expert: a power of two; 8 compute an eighth of the rows in vain, at most.
+      tiles_per_expert: a power of two; with 8, at most an eighth of the rows is wasted.
 
     Returns:
       A power of two from smallest to largest.
@@ -28,8 +28,8 @@ def tile_rows(
     return min(max(1 << (mean.bit_length() - 1), smallest), largest)
 
 
-# Of the on-chip memory that a TPU kernel gets by default, 16 MiB; the rest is for what the compiler
-# keeps beside the tiles.
+# Part of the on-chip memory that a TPU kernel gets by default, 16 MiB. The rest is for what the
+# compiler keeps in addition to the tiles.
 TPU_TILE_BYTES = 11 * 2**20
 LANES = 128
 TPU_SIZES = (128, 256, 512, 1024, 2048)
@@ -38,22 +38,22 @@ TPU_SIZES = (128, 256, 512, 1024, 2048)
 def tpu_row_tiles(
     num_rows: int, num_experts: int, inner: int, outer: int, itemsize: int
 ) -> tuple[int, int, int]:
-    """Tiles of [R, I] x [E, I, O], over R, I and O: those that read the fewest bytes.
+    """Tile sizes of [R, I] x [E, I, O], over R, I and O, that read the fewest bytes.
 
-    Rows are read once for each tile of O. Weights are read once if a tile has all of I, since it
-    then stays on the chip while the rows of its expert pass; else once for each tile of rows.
+    Rows are read once per tile of O. Weights are read once if a tile covers all of I, since it then
+    stays on the chip for all rows of its expert. Otherwise they are read once per tile of rows.
 
     Args:
       num_rows: R.
       num_experts: E.
       inner: I.
       outer: O.
-      itemsize: bytes of a number.
+      itemsize: bytes per number.
     """
     rows = tile_rows(num_rows, num_experts, smallest=LANES, largest=512)
 
     def fits(i: int, o: int) -> bool:
-        tiles = 2 * itemsize * (rows * i + i * o + rows * o)  # the next is read meanwhile
+        tiles = 2 * itemsize * (rows * i + i * o + rows * o)  # the next tile is read meanwhile
         return tiles + 8 * rows * o <= TPU_TILE_BYTES
 
     def bytes_read(i: int, o: int) -> float:
@@ -68,9 +68,9 @@ def tpu_row_tiles(
 def tpu_weight_tiles(
     num_rows: int, num_experts: int, inner: int, outer: int, itemsize: int
 ) -> tuple[int, int, int]:
-    """Tiles of [I, R] x [R, O] -> [E, I, O], over R, I and O; arguments as in `tpu_row_tiles`.
+    """Tile sizes of [I, R] x [R, O] -> [E, I, O], over R, I and O; arguments as in `tpu_row_tiles`.
 
-    A tile of the result stays on the chip while the rows of its expert pass.
+    A tile of the result stays on the chip for all rows of its expert.
     """
     rows = tile_rows(num_rows, num_experts, smallest=LANES, largest=512)
 
@@ -88,6 +88,6 @@ def tpu_weight_tiles(
 
 
 def _sizes(dim: int) -> list[int]:
-    """Tiles of a dim: those of `TPU_SIZES` that it fills, and the whole dim."""
+    """Tile sizes of a dim: the `TPU_SIZES` smaller than it, and the whole dim."""
     whole = -(-dim // LANES) * LANES
     return [*(size for size in TPU_SIZES if size < whole), whole]
