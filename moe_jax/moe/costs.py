@@ -34,7 +34,7 @@ def moe_costs(moe: "MoE", dims: Dims, length: int, dtype: str) -> tuple[Cost, ..
 
 
 def router_cost(moe: "MoE", dims: Dims) -> Cost:
-    """The products of the router in float32; it saves these and the probabilities.
+    """The products of the router in float32; these and the probabilities are saved.
 
     There is one probability per option. Routers that mix tokens have two per slot.
     """
@@ -96,7 +96,7 @@ def moving_cost(moe: "MoE", width: int, length: int, itemsize: int) -> Cost:
 
 
 def experts_cost(moe: "MoE", dims: Dims, length: int, itemsize: int) -> Cost:
-    """The routed experts; saves rows in and out, and their matrices' inputs and outputs."""
+    """The routed experts. Saved: rows in and out, and their matrices' inputs and outputs."""
     width, specs = dims.model_dim, moe.expert_specs(dims)
     rows, used, in_memory = (f(moe, length) for f in (expert_rows, mean_experts, memory_rows))
     matrices = [spec for spec in specs.values() if len(spec.shape) == 3]

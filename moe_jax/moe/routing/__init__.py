@@ -147,7 +147,7 @@ class Router(Settings):
       mixes: whether it fills slots with mixtures of tokens, so that no row moves (`Mixing`).
       has_smooth_load: whether it selects the K largest noisy logits at every training step.
       has_independent_scores: whether it selects the best scores of all experts, where each score is
-        in [0, 1] and depends on its own logit alone.
+        in [0, 1] and depends only on its own logit.
     """
 
     family: ClassVar[str] = "router"
@@ -294,7 +294,7 @@ def top_k(values_GSE: jax.Array, k: int) -> Sequence[jax.Array]:
     """The k largest values of each token and their indices, [G, S, k]; no gradient.
 
     Ties go to the lower index, also between 0 and -0. On a mesh each device handles its own tokens;
-    the compiler would gather all tokens.
+    the compiler by itself would gather all tokens.
     """
     values_GSE = jnp.where(values_GSE == 0, 0, values_GSE)  # -0 sorts below 0
     mesh = mesh_in_use()

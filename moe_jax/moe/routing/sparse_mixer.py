@@ -24,7 +24,7 @@ class SparseMixer(LogitRouter):
 
     The gate of a choice is its probability among those experts. Gates of a token are independent of
     each other: all of them can be close to 1. In training an expert is drawn by its probability,
-    and most gates of draws other than the best are cut to a third. Their gradient is that of the
+    and most gates of draws other than the best are cut to a third. They keep the gradient of the
     full gate: Heun's third-order estimate of the gradient through the draw.
 
     Source: Liu et al. 2024, GRIN, arXiv:2409.12136, sec. 2; Liu et al. 2023, arXiv:2310.00811;
