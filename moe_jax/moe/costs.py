@@ -1,6 +1,6 @@
 """The costs of an MoE block, including unfilled slots (legend: `moe_jax.moe`).
 
-They are formulas, since a trace does not know how many choices count, and counts loops over sorted
+Costs are formulas, since a trace does not know how many choices count, and counts loops over sorted
 rows only once.
 """
 

@@ -64,7 +64,7 @@ class MoE(Part):
     router: Router = TokenChoice()  # maps tokens to experts and gates
     losses: tuple[BalanceLoss, ...] = (LoadBalance(weight=0.01), RouterZ())  # summed by weight
     bias: BiasUpdate | None = None  # loss-free balancing by a selection bias; None: no bias
-    capacity: Capacity = Capacity()  # slots per expert, and who gets them
+    capacity: Capacity = Capacity()  # slots per expert, and which choices get them
     # How rows reach their experts; "auto": the fastest way.
     run_experts: str = setting("auto", choices=WAYS, changes_results=False)
     # Kernel that multiplies sorted rows by weights; "auto": the best on the platform.
@@ -226,8 +226,8 @@ class MoE(Part):
     def looks_ahead(self, training: bool) -> bool:
         """See `Part`: through its router, a queue that can drop choices, or a bounded buffer.
 
-        Which rows fit in the buffer depends on all tokens of a batch. With `stop_at_overflow`,
-        training ends with an error instead.
+        The rows that a buffer loses depend on all tokens of a batch. With `stop_at_overflow`,
+        training ends with an error instead of losing rows.
         """
         if self.num_options > 1 and self.router.looks_ahead(training):
             return True

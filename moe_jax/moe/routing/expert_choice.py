@@ -1,8 +1,8 @@
 """Expert choice: every expert takes the tokens of the group it scores best (legend: `moe_jax.moe`).
 
 Not causal: whether an expert takes a token depends on the scores of all tokens of the group. A
-learned predictor guesses from a token only which experts would take it. It makes evaluation and
-generation causal. On a mesh, groups exchange nothing.
+learned predictor sees only the token, and guesses which experts would take it. It makes evaluation
+and generation causal. On a mesh, groups exchange nothing.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ The E experts that compute are followed by zero experts, which add nothing to th
 experts, which add the token itself. They take no slots, are never full, and exist on every device.
 
 Source: Jin et al. 2024, MoE++, arXiv:2410.07348, sec. 3.1 (without its constant expert); Meituan
-  2025, LongCat-Flash, arXiv:2509.01322 (copy experts only).
+2025, LongCat-Flash, arXiv:2509.01322 (copy experts only).
 """
 
 import jax
