@@ -1,8 +1,7 @@
 """The costs of a part in training: FLOPs, memory and traffic of one token in one layer.
 
 `Part.costs` returns them, by default by tracing `Part.apply` (`traced_costs`). `planning` has the
-costs that do not add up over parts: the memory's peak, collectives, the optimizer. Legend:
-`moe_jax.moe`.
+costs that are not sums over parts: peak memory, collectives, the optimizer. Legend: `moe_jax.moe`.
 """
 
 import collections
@@ -20,7 +19,7 @@ from moe_jax.parameters import ParameterSpec
 from moe_jax.part import Call, Dims, Own, Part
 
 FLOAT32 = 4  # bytes
-# What the parameters of a component are used for; of other components, "other".
+# The kind of layer that a component's parameters count as; "other" for other components.
 KIND_OF_COMPONENT = {
     "embedding": "head", "head": "head", "attention": "attention", "norms": "attention",
     "dense_ffn": "dense_ffn", "shared_experts": "dense_ffn", "experts": "experts",
@@ -29,41 +28,43 @@ KIND_OF_COMPONENT = {
 
 
 class Bytes(NamedTuple):
-    """Bytes on one device, of which `split` are divided over the mesh's `tensor`."""
+    """Bytes: `whole` on each device, and `split`, which the mesh's `tensor` divides."""
 
     whole: float = 0.0
     split: float = 0.0
 
     def on(self, tensor: int) -> float:
-        """Bytes where `tensor` devices share what can be split."""
+        """Bytes per device if `tensor` devices share what can be split."""
         return self.whole + self.split / tensor
 
     def times(self, factor: float) -> "Bytes":
-        """So many times as much."""
+        """The bytes, multiplied by a factor."""
         return Bytes(self.whole * factor, self.split * factor)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one stage of a part costs: forward, of one token in one layer, by the slots of training.
+    """What one stage of a part costs forward, per token in one layer, with the slots of training.
 
     Attributes:
       kind: "attention", "dense_ffn", "experts", "routing" or "other".
-      flops: that the mathematics needs, a multiply-add being two.
-      padding: FLOPs on slots that no token fills; below 0 where there are fewer slots than choices,
-        so that some are sure to be dropped.
+      flops: FLOPs that the mathematics needs; a multiply-add counts as two.
+      padding: FLOPs on slots that no token fills; negative if there are fewer slots than choices,
+        so that some choices are sure to be dropped.
       dispatch: FLOPs of contractions with one-hot dispatch and combine tensors.
       batched: whether its products have a batch dim, so that remat "dots" computes them again.
       saved: what the backward pass reads, if nothing is computed again.
       saved_dots: outputs of products without a batch dim: what remat "dots" saves.
-      largest: the largest array, whose gradient the backward pass holds beside what was saved.
-      traffic: what products read and write in main memory, weights not counted.
-      sums: the rows that are summed over `tensor`, bytes.
-      ends_layer: whether nothing in the layer follows its result: remat needs no sum again.
-      exchanged: the rows that go to experts, one way, bytes.
-      slots: the rows that have a place in memory on that way, bytes.
-      buffers: further arrays on that way, bytes.
-      cache: what decoding keeps of a token.
+      largest: the largest array, whose gradient the backward pass holds in addition to what was
+        saved.
+      traffic: what products read and write in main memory, without weights.
+      sums: bytes of the rows that are summed over `tensor`.
+      ends_layer: whether nothing in the layer uses its result, so that remat need not repeat the
+        sum.
+      exchanged: bytes of the rows that are sent to experts, one way.
+      slots: bytes of the rows that have room in the buffers on that way.
+      buffers: bytes of further arrays on that way.
+      cache: what decoding keeps per token.
       inactive: parameters of the layer that a token does not use.
     """
 
@@ -105,9 +106,9 @@ class Saving(NamedTuple):
 
 
 def ffn_cost(model_dim: int, hidden_dim: int, *, gated: bool, itemsize: int) -> Cost:
-    """A feed-forward network of every token, of kind "dense_ffn".
+    """The cost of a feed-forward network that every token passes, of kind "dense_ffn".
 
-    Saved are the hidden units before and after the activation: three times H if gated, or two.
+    Saved are the hidden units before and after the activation: 3 H if gated, else 2 H.
     """
     matrices = 3 if gated else 2
     return Cost(
@@ -125,7 +126,7 @@ class Product(NamedTuple):
     """A product in a trace.
 
     Attributes:
-      flops: a multiply-add being two.
+      flops: its FLOPs; a multiply-add counts as two.
       read: bytes of its operands that depend on the tokens.
       written: bytes of its result.
       batched: whether remat "dots" computes it again.
@@ -141,12 +142,12 @@ class Product(NamedTuple):
 def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost, ...]:
     """The costs of a part from its trace on one sequence; nothing is compiled or computed.
 
-    The two stages are products without and with a batch dim, in the kind of most of the part's
-    parameters. Loops whose number of rounds a trace does not know count once, of branches the
-    largest counts, and nothing is taken to be split over `tensor`.
+    The two stages are the products without and with a batch dim. Their kind is that of most of the
+    part's parameters. A loop whose length the trace does not know counts once, and of branches the
+    largest counts. Only the cache is taken to be split over `tensor`.
 
     Args:
-      part: its `apply` is traced in training, its backward pass too.
+      part: its `apply` is traced as in training, with its backward pass.
       dims: sizes of the model.
       length: L.
       dtype: of the tokens.
@@ -196,7 +197,7 @@ def traced_costs(part: Part, dims: Dims, length: int, dtype: str) -> tuple[Cost,
 
 
 def kind_of(specs: Any) -> str:
-    """The kind of the component that most parameters are of."""
+    """The kind of the component with the most parameters."""
     sizes: collections.Counter[str] = collections.Counter()
     for spec in jax.tree.leaves(specs):
         sizes[spec.component] += spec.size
@@ -204,7 +205,7 @@ def kind_of(specs: Any) -> str:
 
 
 def cache_bytes(specs: Any) -> Bytes:
-    """Bytes of a tree of specs; what a mesh splits over `tensor` apart."""
+    """Bytes of a tree of specs, with what a mesh splits over `tensor` as `split`."""
     whole = split = 0.0
     for spec in jax.tree.leaves(specs):
         assert isinstance(spec, ParameterSpec)
@@ -215,7 +216,7 @@ def cache_bytes(specs: Any) -> Bytes:
 
 
 def array_bytes(variable: Any) -> float:
-    """Bytes of an array in a trace; random keys count nothing."""
+    """Bytes of an array in a trace; random keys count as none."""
     aval = variable.aval
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
         return 0.0
@@ -237,10 +238,10 @@ def dependent(jaxpr: Any, is_given: list[bool]) -> set[Any]:
 
 
 def residual_bytes(jaxpr: Any) -> float:
-    """Bytes that the trace of a forward pass returns for the backward pass: of the tokens' making.
+    """Bytes of token-dependent arrays that a forward trace returns for the backward pass.
 
-    Parameters, and what is made of them alone, are not counted, nor the tokens themselves. An array
-    in two shapes counts once.
+    Not counted are parameters, arrays that depend on parameters only, and the tokens themselves. An
+    array in two shapes counts once.
     """
     of_tokens = dependent(jaxpr, last_only(jaxpr)) - {jaxpr.invars[-1]}
     reshaped: dict[Any, Any] = {}
@@ -253,7 +254,7 @@ def residual_bytes(jaxpr: Any) -> float:
 
 
 def products(jaxpr: Any, is_of_tokens: list[bool]) -> Iterator[Product]:
-    """Every product of a trace, those of a loop as often as it runs."""
+    """Every product of a trace; in a loop, multiplied by the loop's length."""
     of_tokens = dependent(jaxpr, is_of_tokens)
     for eqn in jaxpr.eqns:
         flags = [not hasattr(v, "val") and v in of_tokens for v in eqn.invars]
@@ -270,11 +271,11 @@ def inner_products(eqn: Any, flags: list[bool]) -> Iterator[Product]:
     name, params = eqn.primitive.name, eqn.params
     times = params["length"] if name == "scan" else 1
     if name in ("scan", "while") and any(flags):
-        # What is carried depends on the tokens after the first round.
+        # After the first iteration, carried values depend on the tokens.
         flags = [flag or i in carried(eqn) for i, flag in enumerate(flags)]
     found = []
     for inner in sub_jaxprs(params):
-        # Further arguments, such as the number of a branch, stand in front.
+        # Further arguments, such as the index of a branch, come first.
         own = flags[len(flags) - len(inner.invars) :]
         if len(own) == len(inner.invars):
             found.append(list(products(inner, own)))
@@ -286,10 +287,10 @@ def inner_products(eqn: Any, flags: list[bool]) -> Iterator[Product]:
 
 
 def carried(eqn: Any) -> range:
-    """Which arguments of a scan or a while loop are carried from round to round.
+    """Which arguments of a scan or a while loop are carried between iterations.
 
-    A scan of jax 0.12 no longer counts them. They follow the constants, and have the shape outside
-    that they have inside, as their results do; what is scanned has one more dim outside.
+    In jax 0.12, a scan no longer states their number. They follow the constants. They have the same
+    shape outside and inside, as do their results; scanned arrays have one more dim outside.
     """
     if eqn.primitive.name == "while":
         first = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
@@ -310,7 +311,7 @@ def sub_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
     """The traces in the parameters of an equation."""
     for value in params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
-            one = getattr(one, "jaxpr", one)  # of a closed one, the open one
+            one = getattr(one, "jaxpr", one)  # the open jaxpr of a closed one
             if hasattr(one, "eqns"):
                 yield one
 
@@ -332,5 +333,5 @@ def product_flops(eqn: Any) -> float:
 
 
 def is_batched(eqn: Any) -> bool:
-    """Whether remat "dots" computes a product again: all but plain ones without a batch dim."""
+    """Whether remat "dots" computes a product again: all except plain ones without a batch dim."""
     return eqn.primitive.name != "dot_general" or bool(eqn.params["dimension_numbers"][1][0])

@@ -33,9 +33,9 @@ def compile_training_step(work: Workload, topology: Topology) -> Compiled:
 
 
 def compile_forward(work: Workload, topology: Topology) -> Compiled:
-    """Compiles the forward pass of one microbatch without its loss, in float32 parameters.
+    """Compiles the forward pass of one microbatch without its loss, with float32 parameters.
 
-    As in evaluation, without dropout and noise, but with the capacity of training.
+    It runs as in evaluation, without dropout and noise, but with the capacity of training.
     """
     model, training = with_training_capacity(work.model), work.config.training
     mesh = make_mesh(work.mesh, devices(topology))

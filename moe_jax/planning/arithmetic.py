@@ -12,7 +12,7 @@ __all__ = ["FlopCount", "ParameterCount", "count_flops", "count_parameters", "su
 
 
 def summary(model: LanguageModel, sequence_length: int | Lengths) -> str:
-    """Parameters and FLOPs of a model as a table of text."""
+    """Parameters and FLOPs of a model as a text table."""
     parameters, flops = (
         count_parameters(model, sequence_length),
         count_flops(model, sequence_length),

@@ -20,7 +20,7 @@ from moe_jax.planning.flops import KINDS
 from moe_jax.planning.parameters import abstract_mesh, local_size
 from moe_jax.planning.workload import Workload
 
-# Bytes that a device sends in one direction, over the bytes of the array, for a group of n.
+# Bytes that a device sends in one direction, divided by the bytes of the array, for n devices.
 WIRE = {
     "all-gather": lambda n: (n - 1) / n,  # of the gathered array
     "reduce-scatter": lambda n: (n - 1) / n,  # of the array before it is split
@@ -39,8 +39,8 @@ class Collective:
       operation: one of `WIRE`.
       axes: mesh axes that it spans.
       group_size: n, devices of a group.
-      array_bytes: of the array as `WIRE` takes it, on one device, all layers and microbatches of
-        a step together.
+      array_bytes: bytes of the array that `WIRE` refers to, on one device, summed over all layers
+        and microbatches of a step.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Collective:
 
 
 def crossing_share(operation: str, islands: int, group_size: int) -> float:
-    """Bytes that a device must send out of its slice or node, over the bytes of the array.
+    """Bytes that a device must send out of its slice or node, divided by the bytes of the array.
 
-    Of an array gathered by k islands of m devices each, (k - 1) / k must enter every island,
-    through its m network cards; an all-reduce is two such passes. An all-to-all, and a permute at
+    If k islands of m devices each gather an array, (k - 1) / k of it must enter every island,
+    through its m network cards. An all-reduce is two such passes. An all-to-all, and a permute at
     worst, send (k - 1) / k of every device's own buffer.
     """
     share = (islands - 1) / islands
@@ -76,7 +76,7 @@ def crossing_share(operation: str, islands: int, group_size: int) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def num_islands(mesh: MeshConfig, axes: tuple[str, ...], devices_per_island: int) -> int:
-    """How many slices or nodes a group of devices spans, the mesh laid out in their order."""
+    """How many slices or nodes a group of devices spans, if the mesh follows their order."""
     shape = dict(abstract_mesh(mesh).shape)
     strides, stride = {}, 1
     for axis in reversed(list(shape)):
@@ -104,16 +104,16 @@ def collectives(work: Workload) -> list[Collective]:
 
 
 def _of_weights(work: Workload) -> Iterator[Collective]:
-    """Weights gathered over fsdp for the forward and again for the backward pass, and gradients.
+    """Weights gathered over fsdp, for the forward and again for the backward pass, and gradients.
 
-    In the compute dtype, or as they are stored if that is less, once a microbatch. A gradient is
-    summed over the devices that saw other tokens: reduce-scattered over fsdp, then all-reduced over
-    the axes that hold copies.
+    They are sent once per microbatch, in the compute dtype, or as stored if that is smaller. A
+    gradient is summed over the devices that saw other tokens: reduce-scattered over fsdp, then
+    all-reduced over the axes that hold copies.
     """
     mesh, num_microbatches = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
-    specs = work.model.specs()  # of what is stored: with adapters, quantised
+    specs = work.model.specs()  # as stored: with adapters, and quantised
     trains = jax.tree.leaves(training_marks(work.config.optimizer, specs))
     for spec, trained in zip(jax.tree.leaves(specs), trains, strict=True):
         has_gradient = work.learns and trained
@@ -126,7 +126,7 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
             whole = local * sizes["fsdp"]
             gathered = whole
             if spec.component == "embedding":
-                # A lookup may send rows of tokens instead of the table.
+                # A lookup may send the tokens' rows instead of the table.
                 rows = work.tokens * work.model.model_dim * work.itemsize
                 gathered = min(whole, rows * num_microbatches)
             times = 2 if work.learns and spec.component != "embedding" else 1
@@ -146,10 +146,9 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
 
 
 def _of_slots(work: Workload) -> Iterator[Collective]:
-    """Slots of every token to the devices of its experts and back: T x slots a token x M.
+    """Slots of every token to the devices of its experts and back: T x slots per token x M.
 
-    Forward there and back, backward there and back; once more where remat computes the layer
-    again.
+    Both ways in the forward pass and in the backward pass, and again if remat repeats the layer.
     """
     axes = tuple(
         axis
@@ -164,10 +163,10 @@ def _of_slots(work: Workload) -> Iterator[Collective]:
 
 
 def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
-    """Sums over `tensor` of what heads and hidden units add to a token: T x M, or slots x M.
+    """Sums over `tensor` of the outputs of heads and hidden units: T x M, or slots x M.
 
-    One forward (the output), one backward (the input's gradient); remat "full" computes those again
-    that something in their layer waits for. Head and embedding: one each.
+    One forward (the output), one backward (the input's gradient). Remat "full" repeats a sum if its
+    layer needs the result. Head and embedding: one each.
     """
     model, passes = work.model, 1 + work.learns + work.extra_forward_passes
     full = work.learns and model.remat == "full"
@@ -185,7 +184,7 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
 
 
 def _axes_of(spec: ParameterSpec, mesh: MeshConfig) -> tuple[str, ...]:
-    """The mesh axes, larger than one, that a parameter is split over."""
+    """The mesh axes of more than one device that a parameter is split over."""
     sizes = abstract_mesh(mesh)
     names = (axis for dim in spec.axes for axis in mesh_axes(dim, sizes))
     return tuple(axis for axis in names if sizes.shape[axis] > 1)

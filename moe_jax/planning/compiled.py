@@ -28,22 +28,22 @@ class CompilerMemory:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: outputs written over arguments need no room of their own."""
+        """Bytes at the peak: outputs written over arguments need no extra memory."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.generated_code
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program for one device of a machine.
+    """A program compiled for one device of a machine.
 
     Attributes:
-      memory: the bytes that it needs; None if the compiler refused it for lack of memory.
-      program: the work that it does; None if refused.
-      seconds: to trace, lower, compile and read it, by the clock.
-      cpu_seconds: the same on one core: a busy machine changes it less.
-      cost_analysis_flops: the compiler's own count, which takes the body of a loop once; None if
+      memory: the bytes it needs; None if the compiler refused it for lack of memory.
+      program: the work it does; None if refused.
+      seconds: wall-clock time to trace, lower, compile and read it.
+      cpu_seconds: CPU time of the process for the same; other load on the machine changes it less.
+      cost_analysis_flops: the compiler's own count, which counts the body of a loop once; None if
         it has none (GPU).
-      refused: bytes that it would need, and bytes there are, by the compiler's message.
+      refused: bytes needed and bytes available, from the compiler's message.
     """
 
     memory: CompilerMemory | None

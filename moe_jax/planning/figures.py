@@ -13,9 +13,9 @@ from moe_jax.planning.roofline import Roofline, estimate_by_kind
 
 # Of Okabe and Ito, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#8A8A8A")
-GREYS = ("#333333", "#777777", "#AAAAAA", "#DDDDDD")  # of what the compiler says
+GREYS = ("#333333", "#777777", "#AAAAAA", "#DDDDDD")  # for the compiler's numbers
 GIB = 1024**3
-VISIBLE = 1e-3  # of a bar; smaller parts are left white
+VISIBLE = 1e-3  # share of a bar; smaller parts are left white
 RESOURCES = {
     "compute": "FLOPs", "memory": "HBM bytes", "interconnect": "interconnect bytes",
     "network": "network bytes",
@@ -25,7 +25,7 @@ RESOURCES = {
 def write_figures(plan: Plan, directory: pathlib.Path) -> list[pathlib.Path]:
     """Writes `memory.png` and, if a machine is named, `roofline.png`; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = plan.work.config.name.replace("$", r"\$")  # between two, matplotlib reads mathematics
+    name = plan.work.config.name.replace("$", r"\$")  # $...$ is mathematics in matplotlib
     title = name + (f" on {plan.topology.name}" if plan.topology else "")
     bars = {"estimate": memory_parts(plan.memory)}
     if plan.step is not None and plan.step.memory is not None:
@@ -48,7 +48,7 @@ def write_figures(plan: Plan, directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def memory_parts(memory: Memory) -> dict[str, float]:
-    """The components that are there together at the peak, bytes."""
+    """Bytes of the components that are in memory together at the peak."""
     parts = {name.replace("_", " "): size for name, size in dataclasses.asdict(memory).items()}
     in_layers = memory.layer + memory.dispatch >= memory.logits
     for name in ("logits",) if in_layers else ("layer", "dispatch"):
@@ -59,7 +59,7 @@ def memory_parts(memory: Memory) -> dict[str, float]:
 def memory_figure(
     bars: Mapping[str, Mapping[str, float]], available: float | None, title: str
 ) -> Figure:
-    """Memory of one device by component: a stacked bar a source, the device's memory as a line.
+    """Memory of one device by component: a stacked bar per source, the usable memory as a line.
 
     Args:
       bars: bytes by component, by source ("estimate", "compiled").
@@ -100,7 +100,7 @@ def memory_figure(
 
 
 def roofline_figure(times_by_kind: Mapping[str, Roofline], title: str) -> Figure:
-    """Milliseconds a step of each kind of layer, a bar a resource; the longest one bounds.
+    """Milliseconds per step by kind of layer, a bar per resource; the longest bar bounds.
 
     Args:
       times_by_kind: the roofline of each kind.

@@ -20,22 +20,22 @@ KINDS = ("attention", "dense_ffn", "experts", "routing", "other", "head")
 class FlopCount:
     """Forward FLOPs per token, two per multiply-add; a training step costs three times as much.
 
-    A token of a model with an encoder is the mean one of both stacks: FLOPs per sequence over T +
-    L, though a token is in one stack only.
+    With an encoder, a token is the mean over both stacks: FLOPs per sequence divided by T + L,
+    though each token is in one stack only.
 
     Attributes:
-      attention: projections, scores and weighted values; the whole L x L square is counted, as it
-        is computed.
+      attention: projections, scores and weighted values; the whole L x L square counts, as
+        computed.
       dense_ffn: FFNs of dense layers, and shared experts.
-      experts: the experts that compute a token.
-      padding: expert FLOPs on slots that no token fills; below 0 where there are fewer slots than
-        choices, so that some are sure to be dropped.
+      experts: the experts that process a token.
+      padding: expert FLOPs on slots that no token fills; negative if there are fewer slots than
+        choices, so that some choices are sure to be dropped.
       dispatch: contractions with dispatch and combine tensors (0 for index dispatch).
-      router: router logits, and what else a router computes by matrices; of Soft MoE also its
-        contractions, which are no dispatch but the model itself.
+      router: router logits and other matmuls of a router; for Soft MoE also its contractions, which
+        are part of the model, not dispatch.
       other: Mamba; projections of multi-token modules; parts of components that the library does
         not know.
-      head: output logits, those of multi-token modules too.
+      head: output logits, including those of multi-token modules.
     """
 
     attention: float
@@ -55,19 +55,19 @@ class FlopCount:
 
     @property
     def computed(self) -> float:
-        """FLOPs that are computed, with padded slots and dispatch contractions."""
+        """FLOPs that are computed, including padded slots and dispatch contractions."""
         return self.model + self.padding + self.dispatch
 
 
 class InStack(NamedTuple):
-    """A stack of a model, and the tokens that it is run on.
+    """A stack of a model, and the tokens that it processes.
 
     Attributes:
-      name: in `LanguageModel.stacks`.
+      name: its name in `LanguageModel.stacks`.
       stack: the stack.
       dims: sizes that its parts depend on.
-      length: tokens of a sequence in it.
-      share: of these tokens in those of all stacks.
+      length: tokens per sequence in it.
+      share: these tokens, divided by the tokens per sequence in all stacks.
     """
 
     name: str
@@ -78,7 +78,7 @@ class InStack(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A part that is written once.
+    """A part that is listed once, however often it runs.
 
     Attributes:
       part: a layer, or a part that runs once before the layers.
@@ -91,19 +91,19 @@ class Placed(NamedTuple):
     within: InStack
 
     def costs(self, model: LanguageModel) -> tuple[Cost, ...]:
-        """Its stages, of a token of its stack."""
+        """The costs of its stages, per token of its stack."""
         return self.part.costs(self.within.dims, self.within.length, model.compute_dtype)
 
 
 def lengths_of(model: LanguageModel, length: int | Lengths) -> Lengths:
-    """Tokens of a sequence; a number is of each stack."""
+    """Tokens per sequence in each stack; a single number applies to every stack."""
     if isinstance(length, Lengths):
         return length
     return Lengths(length, length if model.has_encoder else 0)
 
 
 def stacks_at(model: LanguageModel, length: int | Lengths) -> list[InStack]:
-    """The stacks of a model on sequences of a length."""
+    """The stacks of a model, for sequences of a given length."""
     lengths = lengths_of(model, length)
     dims, tokens = model.dims._replace(memory_length=lengths.encoder), sum(lengths)
     return [
@@ -113,7 +113,7 @@ def stacks_at(model: LanguageModel, length: int | Lengths) -> list[InStack]:
 
 
 def different_layers(model: LanguageModel, length: int | Lengths) -> list[Placed]:
-    """The layers that are written once."""
+    """The layers of all stacks, those of a repeated unit listed once."""
     return [
         Placed(layer, within.stack.repeats if segment == "unit" else 1, within)
         for within in stacks_at(model, length)
@@ -123,7 +123,7 @@ def different_layers(model: LanguageModel, length: int | Lengths) -> list[Placed
 
 
 def different_parts(model: LanguageModel, length: int | Lengths) -> list[Placed]:
-    """Those layers, and the parts that run once before them."""
+    """`different_layers`, and the parts that run once before them."""
     shared = [
         Placed(part, 1, within)
         for within in stacks_at(model, length)
@@ -133,7 +133,7 @@ def different_parts(model: LanguageModel, length: int | Lengths) -> list[Placed]
 
 
 def model_costs(model: LanguageModel, length: int | Lengths) -> Iterator[tuple[Cost, float]]:
-    """Every stage of training, and how often the mean token meets it: it is in one stack only."""
+    """Every stage of training, and how often a token passes it, as the mean over the stacks."""
     for placed in different_parts(model, length) + module_layers(model, length):
         for cost in placed.costs(model):
             yield cost, placed.times * placed.within.share
@@ -142,7 +142,7 @@ def model_costs(model: LanguageModel, length: int | Lengths) -> Iterator[tuple[C
 
 
 def module_layers(model: LanguageModel, length: int | Lengths) -> list[Placed]:
-    """The layers of the multi-token modules, which training alone runs."""
+    """The layers of the multi-token modules, which only training runs."""
     modules, own = model.modules, lengths_of(model, length).decoder
     if modules is None:
         return []
@@ -151,9 +151,9 @@ def module_layers(model: LanguageModel, length: int | Lengths) -> list[Placed]:
 
 
 def joining_cost(model: LanguageModel) -> Cost:
-    """Of a multi-token module beside its layer: the projection of embedding and hidden state.
+    """A multi-token module's cost outside its layer: the projection of embedding and hidden state.
 
-    Saved are the two, normed and not, and what goes into the last norm.
+    Saved are both inputs, normed and not, and the input of the last norm.
     """
     dim, itemsize = model.model_dim, jnp.dtype(model.compute_dtype).itemsize
     return Cost(
@@ -172,7 +172,7 @@ def num_heads(model: LanguageModel) -> int:
 
 
 def head_flops(model: LanguageModel, length: int | Lengths) -> float:
-    """Forward FLOPs of the head, per token: those of the encoder have none."""
+    """Forward FLOPs of the head per token; tokens of the encoder have none."""
     lengths = lengths_of(model, length)
     flops = 2 * model.model_dim * model.vocab_size * num_heads(model)
     return flops * lengths.decoder / sum(lengths)
@@ -184,13 +184,13 @@ def total(
     of: Callable[[Cost], float],
     kind: str | None = None,
 ) -> float:
-    """A number of every stage, of one kind or of all, summed over what a token meets."""
+    """A cost, summed over the stages that a token passes: those of one kind, or all."""
     costs = model_costs(model, length)
     return sum(count * of(cost) for cost, count in costs if kind in (None, cost.kind))
 
 
 def count_flops(model: LanguageModel, sequence_length: int | Lengths) -> FlopCount:
-    """Counts the forward FLOPs of a token in training: its experts, slots, multi-token modules.
+    """Counts the forward FLOPs of a token, with the experts, slots and modules of training.
 
     Args:
       model: the model.
@@ -221,11 +221,11 @@ def training_flops(
 ) -> dict[str, float]:
     """Computed FLOPs per token of a training step by `KINDS`.
 
-    Forward once; backward twice that (one product for the input's gradient, one for the weight's;
-    only the first for the contraction with the dispatch tensor, which has no gradient); and what
-    `model.remat` computes again: "full" every layer's forward pass, "dots" the products with a
-    batch dim (attention scores and values, experts, dispatch). Several microbatches with a loss of
-    the whole batch run the layers forward once more, for its sums.
+    The forward pass counts once. The backward pass counts twice that: one product for the input's
+    gradient, one for the weight's. The dispatch tensor has no gradient, so its contraction has only
+    the first. `model.remat` adds what it computes again: "full" every layer's forward pass, "dots"
+    the products with a batch dim (attention scores and values, experts, dispatch). Several
+    microbatches with a loss of the whole batch run the layers forward once more, for its sums.
     """
     forward = forward_flops(model, sequence_length)
     in_layers = forward | {"head": 0.0}
@@ -240,10 +240,10 @@ def training_flops(
     if measures_first(model, num_microbatches):
         again = {kind: again[kind] + in_layers[kind] for kind in KINDS}
     dispatch = total(model, sequence_length, lambda cost: cost.dispatch)
-    again["routing"] -= dispatch / 2  # half of it is combined
+    again["routing"] -= dispatch / 2  # the other half is the combine
     return {kind: 3 * forward[kind] + again[kind] for kind in KINDS}
 
 
 def measures_first(model: LanguageModel, num_microbatches: int) -> bool:
-    """Whether a step runs the layers forward before it differentiates; `training.step` says why."""
+    """Whether a step runs the layers forward before it differentiates (see `training.step`)."""
     return num_microbatches > 1 and model.needs_batch_sums

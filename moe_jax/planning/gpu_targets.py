@@ -1,4 +1,4 @@
-"""What the GPU compiler asks about a GPU that is not here, as text of its GpuTargetConfigProto."""
+"""What the GPU compiler asks about an absent GPU, as text of its GpuTargetConfigProto."""
 
 import dataclasses
 import importlib.metadata
@@ -9,7 +9,7 @@ from moe_jax.planning.hardware import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """What `hardware.Chip` does not say of a GPU.
+    """Properties of a GPU that `hardware.Chip` lacks.
 
     Attributes:
       kind: the name of its devices.
@@ -38,8 +38,8 @@ PROCESSORS = {
     "b200": Processor("NVIDIA B200", (10, 0), 148, 126 * MIB, 228 * KIB, 1.965),
 }
 CUDNN_PACKAGES = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-CUDNN = (9, 10, 0)  # what is assumed where none is installed: kernels of newer ones are left out
-# Same for all of these compute capabilities; a block may use all shared memory but for 1 KiB.
+CUDNN = (9, 10, 0)  # assumed if none is installed: excludes kernels of newer versions
+# Same for all of these compute capabilities; a block may use all shared memory except 1 KiB.
 TEMPLATE = """\
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -88,14 +88,14 @@ def target_config(chip: Chip) -> str:
 
 
 def cudnn_text() -> str:
-    """Which cuDNN the compiler is told of."""
+    """The cuDNN version that the compiler is given."""
     version, installed = cudnn_version() or CUDNN, cudnn_version() is not None
     text = f"cuDNN {'.'.join(map(str, version))}"
     return f"{text}, which is installed" if installed else f"{text} is assumed: none is installed"
 
 
 def cudnn_version() -> tuple[int, ...] | None:
-    """Major, minor and patch of the installed cuDNN, which is what runs; None without one."""
+    """Major, minor and patch of the installed cuDNN, which programs will use; None without one."""
     for package in CUDNN_PACKAGES:
         try:
             version = importlib.metadata.version(package)

@@ -1,4 +1,4 @@
-"""Published rates of accelerators, and the matmul rate of a CPU, which is measured."""
+"""Published rates of accelerators, and the measured matmul rate of a CPU."""
 
 import dataclasses
 import functools
@@ -17,19 +17,19 @@ class Chip:
     Attributes:
       name: as in the name of a topology: "v5p", "h100".
       platform: "tpu" or "gpu".
-      device_kinds: the `device_kind` of its JAX devices; compared whole, so that no other chip of
-        a similar name gets its rates.
+      device_kinds: the `device_kind` of its JAX devices; compared in full, so that no other chip
+        with a similar name gets its rates.
       devices: JAX devices per chip; each has an equal share of everything.
       flops: dense bfloat16 FLOP/s, without sparsity.
       hbm_bytes: memory.
       usable_hbm_bytes: memory that the compiler lets a program use.
       hbm_bandwidth: bytes/s between memory and chip.
-      interconnect: bytes/s that the chip can send to chips of its slice (TPU) or node (GPU), all
-        its links together, one direction: half of a published bidirectional rate. A collective
-        over one axis of a torus reaches a part of it only.
-      network: bytes/s that it can send to other slices or nodes, one direction.
+      interconnect: bytes/s that the chip can send to chips of its slice (TPU) or node (GPU), over
+        all its links, in one direction: half of a published bidirectional rate. A collective over
+        one axis of a torus reaches only a part of it.
+      network: bytes/s that it can send to other slices or nodes, in one direction.
       source: where the numbers are published.
-      assumed: fields that no maker publishes, and the reason for their values.
+      assumed: fields that no vendor publishes, and the reason for their values.
     """
 
     name: str
@@ -118,7 +118,7 @@ CHIPS = {
     )
 }  # fmt: skip
 
-# These have the rate of a chip of the table, with another memory.
+# Devices with the FLOP rate of a chip in the table, but another memory.
 SAME_FLOPS = {"NVIDIA A100-SXM4-40GB": "a100"}
 
 
@@ -134,8 +134,8 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
       device: the device; None: the first one.
 
     Returns:
-      The published bfloat16 rate of an accelerator; for the CPU, whose devices share its cores,
-      the float32 rate measured once a process (half a second) over their number; None for an
+      The published bfloat16 rate of an accelerator; for the CPU, the float32 rate measured once per
+      process (half a second), divided by the number of devices, which share its cores; None for an
       accelerator that is not in the table.
     """
     device = device or jax.devices()[0]
@@ -148,7 +148,7 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
 
 @functools.cache
 def cpu_rate() -> float:
-    """`measured_matmul_rate` of this process, measured when it is first asked for."""
+    """`measured_matmul_rate` of this process, measured at the first call."""
     return measured_matmul_rate()
 
 

@@ -1,12 +1,11 @@
 """What one execution of a compiled program does on one device, read from the program's text.
 
-`cost_analysis()` of a compiled program counts the body of a loop once, knows nothing of custom
-calls and leaves the interconnect out. `read_program` multiplies loops out, and says what it does
-not know.
+`cost_analysis()` of a compiled program counts the body of a loop once, ignores custom calls and
+omits the interconnect. `read_program` multiplies loops out, and reports what it cannot count.
 
-Its difference between programs of one and of two layers is no layer's share. The compiler unrolls
-the loop of one layer, and the loop of two counts as one layer. Programs without the loop can have
-other collectives and fewer FLOPs than the one that runs.
+The difference in `cost_analysis()` between programs of one and of two layers is not a layer's
+share. The compiler unrolls the loop of one layer, and the loop of two counts as one layer. Programs
+without the loop can have other collectives and fewer FLOPs than the program that runs.
 """
 
 import dataclasses
@@ -40,16 +39,16 @@ class Program:
     """One execution of a program on one device.
 
     Attributes:
-      flops: of matmuls and convolutions, a multiply-add being two.
-      hbm_bytes: read from and written to main memory by instructions outside fusions, with the
-        padding of the layout; on-chip memory is free.
-      collectives: with their counts; those that differ in nothing are one entry.
-      uncounted: custom calls whose FLOPs are not in `flops`, and how often they are executed; the
-        arrays that they read and write are in `hbm_bytes`.
+      flops: of matmuls, kernels included, and convolutions; a multiply-add counts as two.
+      hbm_bytes: bytes that instructions outside fusions read from and write to main memory, with
+        the padding of the layout; on-chip memory is free.
+      collectives: with their counts; equal ones are one entry.
+      uncounted: custom calls whose FLOPs are not in `flops`, and how often they run; `hbm_bytes`
+        includes the arrays that they read and write.
       unknown_loops: loops of unknown length, counted as if they ran once.
-      grouped_flops: those of `flops` that are in kernels of grouped matmuls; of all rows of their
+      grouped_flops: the part of `flops` in kernels of grouped matmuls, for all rows of their
         buffers.
-      row_tiles: rows of a tile of these kernels, where the compiler says them, ascending.
+      row_tiles: rows per tile of these kernels, if the compiler states them, ascending.
     """
 
     flops: int
@@ -67,10 +66,10 @@ def read_program(text: str) -> Program:
     A loop counts as often as it runs, a conditional as its most expensive branch.
 
     Args:
-      text: the optimised, partitioned module, as `jax.stages.Compiled.as_text()` gives it.
+      text: the optimised, partitioned module, as `jax.stages.Compiled.as_text()` returns it.
 
     Raises:
-      ValueError: the text is not that of a module.
+      ValueError: the text is not an HLO module.
     """
     module = parse_module(text)
     total = _Counter(module).count(module.computations[module.entry])
@@ -100,7 +99,7 @@ class _Total:
     row_tiles: set[int] = dataclasses.field(default_factory=set)
 
     def add(self, other: "_Total", times: int = 1) -> None:
-        """Adds what another one does, several times."""
+        """Adds another total, multiplied by `times`."""
         if times == 0:
             return
         self.flops += times * other.flops
@@ -115,7 +114,7 @@ class _Total:
 
     @property
     def expense(self) -> tuple[int, int, float]:
-        """By what the branches of a conditional are compared."""
+        """The key by which branches of a conditional are compared."""
         wire = sum(one.wire_bytes * count for one, count in self.collectives.items())
         return self.flops, self.hbm_bytes, wire
 
@@ -132,8 +131,8 @@ class _Counter:
 
         Args:
           computation: the computation.
-          caller: where the instruction that calls it comes from; a collective in a fusion has
-            often no name of its own.
+          caller: origin of the instruction that calls it; a collective in a fusion often has no
+            name of its own.
           fused: inside a fusion, whose memory traffic is its caller's.
         """
         key = (computation.name, caller)
@@ -154,7 +153,7 @@ class _Counter:
     def _count_instruction(
         self, total: _Total, computation: Computation, instruction: Instruction, caller: str
     ) -> None:
-        """Adds what an instruction does, but for the memory that it moves."""
+        """Adds what an instruction does, except the memory that it moves."""
         opcode = instruction.opcode.removesuffix("-start")
         if opcode == "while":
             self._count_loop(total, computation, instruction)
@@ -178,7 +177,7 @@ class _Counter:
     def _count_loop(
         self, total: _Total, computation: Computation, instruction: Instruction
     ) -> None:
-        """The condition runs once more than the body."""
+        """Adds a loop, whose condition runs once more than its body."""
         times = trip_count(self.module, computation, instruction)
         (body,), (condition,) = instruction.called("body"), instruction.called("condition")
         if times is None:
@@ -208,7 +207,7 @@ class _Counter:
 def _count_custom_call(
     total: _Total, instruction: Instruction, operands: list[Instruction]
 ) -> None:
-    """Adds the FLOPs of a custom call, or names it as one whose FLOPs are not known."""
+    """Adds the FLOPs of a custom call, or lists it as uncounted."""
     flops = custom_call_flops(instruction, operands)
     if flops is None:
         total.uncounted[_label(instruction)] += 1
@@ -221,7 +220,7 @@ def _count_custom_call(
 
 
 def _only_sliced(body: Computation, reduction: Instruction) -> bool:
-    """Whether a computation returns a slice of an all-reduce: how a TPU writes a reduce-scatter."""
+    """Whether a computation returns a slice of an all-reduce: a TPU's form of a reduce-scatter."""
     root = body.root
     while root.opcode == "bitcast":
         root = body.instructions[root.operands[0]]
@@ -229,7 +228,7 @@ def _only_sliced(body: Computation, reduction: Instruction) -> bool:
 
 
 def _label(custom_call: Instruction) -> str:
-    """The target; of hand-written kernels, which share one, the kernel's name as well."""
+    """The target; for hand-written kernels, which share one, also the kernel's name."""
     if not custom_call.target.startswith(KERNEL_TARGETS):
         return custom_call.target
     kernel = re.sub(r"\.\d+$", "", kernel_name(custom_call))

@@ -1,4 +1,4 @@
-"""The collectives of a program: who takes part, how much one device holds and must send."""
+"""The collectives of a program: which devices take part, and what one holds and must send."""
 
 import dataclasses
 import math
@@ -23,13 +23,13 @@ class Collective:
       operation: the HLO opcode, e.g. "all-gather", without `-start`.
       shape: the arrays of the larger of input and output, e.g. "bf16[8,128]"; several are
         separated by a space.
-      bytes: their size in one device, without padding, of one execution: the gathered array of an
+      bytes: their size on one device in one execution, without padding: the gathered array of an
         all-gather, the unreduced one of a reduce-scatter. The buffer of a ragged all-to-all counts
-        in full, so it is an upper bound there.
-      group: ids of the devices that take part, of the group that is written first; for a permute,
-        the devices that are connected with the first pair.
-      op_name: where it comes from in the traced program, with its named scopes.
-      count: executions, with the trip counts of the loops around it multiplied in.
+        in full, as an upper bound.
+      group: device ids of the group that is written first; for a permute, of the devices that are
+        connected with the first pair.
+      op_name: its origin in the traced program, with named scopes.
+      count: executions, multiplied by the trip counts of enclosing loops.
     """
 
     operation: str
@@ -46,7 +46,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device must send in one execution, if the algorithm is the best one.
+        """Bytes that a device must send in one execution of the best algorithm.
 
         The share (n-1)/n of `bytes` for all-gather, reduce-scatter and both all-to-alls, twice
         that for all-reduce (a reduce-scatter and an all-gather), all `bytes` for a permute and a
@@ -72,7 +72,7 @@ def continued(body: Computation) -> set[str]:
 
     A TPU splits one collective into three fusions: one that starts it, with a custom call
     `AsyncCollectiveStart`, one that does other work meanwhile, and one that ends it. Each of them
-    holds the collective.
+    contains the collective.
     """
     started = {
         operand
@@ -102,10 +102,10 @@ def make_collective(
     Args:
       operation: one of `OPERATIONS`.
       instruction: the instruction, for its groups.
-      inputs: the arrays that one device gives.
-      outputs: the arrays that it gets.
-      num_devices: the devices of the program, all of which take part if no group is written.
-      op_name: where it comes from.
+      inputs: the arrays that one device provides.
+      outputs: the arrays that it receives.
+      num_devices: the program's number of devices; all take part if no group is written.
+      op_name: its origin in the traced program.
     """
     sides = [tuple(inputs), tuple(outputs)]
     larger = max(sides, key=lambda arrays: sum(array.bytes for array in arrays))
@@ -119,7 +119,7 @@ def make_collective(
 
 
 def first_group(groups: str, num_devices: int) -> tuple[int, ...]:
-    """The device ids of the first of the replica groups.
+    """The device ids of the first replica group.
 
     Args:
       groups: text that starts with the groups, in any of the forms that the compiler writes: lists,
@@ -148,7 +148,7 @@ def _mesh_group(axes: str, device_ids: str | None, grouped: str) -> tuple[int, .
     devices = np.arange(math.prod(sizes.values()))
     if device_ids:
         devices = _iota(device_ids) if "[" in device_ids else np.array(_integers(device_ids))
-    # A device's id is the sum of what its position on every axis adds to the first device's.
+    # A device's index is the sum of its position times the stride, over all axes.
     strides = dict(zip(sizes, np.cumprod([1, *reversed(sizes.values())])[-2::-1], strict=True))
     positions = np.zeros(1, int)
     for name, before, size in parts:
@@ -172,7 +172,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _connected(pairs: tuple[int, ...]) -> tuple[int, ...]:
-    """The devices that exchange data, directly or not, with the first one of flattened pairs."""
+    """The devices that exchange data, directly or not, with the first device of flattened pairs."""
     neighbours: dict[int, set[int]] = {}
     for source, target in zip(pairs[::2], pairs[1::2], strict=True):
         neighbours.setdefault(source, set()).add(target)

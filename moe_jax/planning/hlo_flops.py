@@ -1,4 +1,4 @@
-"""FLOPs of one matmul-like HLO instruction; a multiply-add is two, element-wise work is none."""
+"""FLOPs of one matmul-like HLO instruction: 2 for a multiply-add, 0 for element-wise work."""
 
 import functools
 import math
@@ -26,13 +26,13 @@ def matmul_flops(instruction: Instruction, operands: Sequence[Instruction]) -> i
 
 
 def grouped_matmul_flops(arrays: Sequence[Array]) -> int | None:
-    """FLOPs of rows [m, k] times one of the matrices [g, k, n] each, or of its gradients.
+    """FLOPs of rows [m, k], each times one of the matrices [g, k, n], or of its gradients.
 
-    The three matrices, in any order and transposed or not, have m k, k n and m n elements a group,
-    so that (m k n)^2 is their product. Every row of the buffer counts, filled or not.
+    The three matrices, in any order and transposed or not, have m k, k n and m n elements in their
+    last two dims, whose product is (m k n)^2. Every row of the buffer counts, filled or not.
 
     Args:
-      arrays: operands and results; the integers among them (the sizes of the groups) are ignored.
+      arrays: operands and results; integer arrays (the group sizes) are ignored.
 
     Returns:
       2 m k n; None if there are not three such matrices.
@@ -44,10 +44,10 @@ def grouped_matmul_flops(arrays: Sequence[Array]) -> int | None:
 
 
 def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
-    """FLOPs of a convolution: pairs of an output position and a tap that lies inside the input.
+    """FLOPs of a convolution: pairs of an output position and a tap inside the input.
 
-    A TPU's matmuls are convolutions, with batch dimensions as spatial ones that are dilated so that
-    each output meets one tap.
+    A TPU's matmuls are convolutions. Their batch dimensions are spatial ones, dilated so that each
+    output meets one tap.
     """
     (out,) = instruction.arrays
     lhs_labels, rhs_labels, out_labels = re.split("_|->", instruction.attribute("dim_labels") or "")
@@ -73,7 +73,7 @@ def convolution_flops(instruction: Instruction, lhs: Array, rhs: Array) -> int:
 
 
 def _window_value(window: str, name: str, axis: int, default: int) -> int:
-    """The value for a spatial axis in `size=3x5 stride=2x1 pad=0_1x2_2`; of a pad the low one."""
+    """The value for a spatial axis in `size=3x5 stride=2x1 pad=0_1x2_2`; for a pad, the low one."""
     match = re.search(rf"\b{name}=(\S+)", window)
     return int(match[1].split("x")[axis].split("_")[0]) if match else default
 

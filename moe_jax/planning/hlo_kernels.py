@@ -1,7 +1,7 @@
-"""FLOPs of custom calls: matmuls of a library, and kernels, which a program's text does not show.
+"""FLOPs of custom calls (library matmuls and kernels), whose work a program's text does not show.
 
-A kernel that is known by its name counts by the shapes of its arrays, another one by the estimate
-that it states, if it does.
+A kernel known by its name counts by the shapes of its arrays, any other by the estimate that it
+states, if any.
 """
 
 import math
@@ -19,15 +19,15 @@ BOOKKEEPING = frozenset(
         "SPMDFullToShardShape", "SPMDShardToFullShape", "annotate_device_placement",
     }
 )  # fmt: skip
-_OF_INDICES = frozenset({"GatherScatterIndicesBitpacked"})  # no FLOPs, but memory is moved
+_OF_INDICES = frozenset({"GatherScatterIndicesBitpacked"})  # no FLOPs, but they move memory
 _LIBRARY_MATMULS = ("__cublas$gemm", "__cublas$lt$matmul", "__onednn$matmul")
 _CUDNN_ATTENTION = "__cudnn$fmha"
 _NAMELESS = ("mosaic_gpu",)  # targets whose kernels have no name of their own
 _GROUPED_MATMUL = re.compile(r"ragged.?dot|gmm|grouped", re.IGNORECASE)
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 _FLASH = re.compile(r"flash_attention_(forward|query|key)_kernel")  # of `layers/triton.py`
-# What each multiplies, as numbers of dims of a query and of a value. Backward, scores and their
-# gradient are computed again by each kernel.
+# Number of products per kernel: (over the dims of a query, over the dims of a value). Each backward
+# kernel computes scores and their gradient again.
 _PRODUCTS = {
     "fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2),
     "forward": (1, 1), "query": (2, 1), "key": (2, 2),
@@ -37,7 +37,7 @@ _TILES = re.compile(r'ragged_dot_tiling="(\d+),')
 
 
 def custom_call_flops(instruction: Instruction, operands: Sequence[Instruction]) -> int | None:
-    """FLOPs of a custom call; None if they are not known, 0 of those that compute none."""
+    """FLOPs of a custom call; None if unknown, 0 if it computes none."""
     arrays = [array for operand in operands for array in operand.arrays]
     name, target = kernel_name(instruction), instruction.target
     if target in BOOKKEEPING | _OF_INDICES or "ragged-dot-metadata" in name:
@@ -59,9 +59,9 @@ def custom_call_flops(instruction: Instruction, operands: Sequence[Instruction])
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """The name of a custom kernel, the last part of where it comes from.
+    """The name of a custom kernel: the last part of its `op_name`.
 
-    Of a Pallas call that is the part before, without what JAX has put around it:
+    For a Pallas call it is the part before, without JAX's wrappers:
     `jit(f)/transpose(jvp(jit(gmm)))/pallas_call` is "gmm".
     """
     parts = (instruction.op_name or instruction.name).split("/")
@@ -71,10 +71,9 @@ def kernel_name(instruction: Instruction) -> str:
 
 
 def is_grouped_matmul(instruction: Instruction) -> bool:
-    """Whether a kernel multiplies rows sorted by group with one matrix a group.
+    """Whether a kernel multiplies rows sorted by group by one matrix per group.
 
-    Kernels of the targets that name none are taken to: `grouped_matmul_flops` looks at their
-    arrays.
+    Kernels of targets without kernel names count too: `grouped_matmul_flops` checks their arrays.
     """
     named = _GROUPED_MATMUL.search(kernel_name(instruction))
     return instruction.target.startswith(_NAMELESS) or (
@@ -83,13 +82,13 @@ def is_grouped_matmul(instruction: Instruction) -> bool:
 
 
 def row_tile(instruction: Instruction) -> int | None:
-    """Rows of a tile of a grouped matmul, where a TPU's compiler says them."""
+    """Rows per tile of a grouped matmul, if a TPU's compiler states them."""
     tiles = _TILES.search(instruction.attributes)
     return int(tiles[1]) if tiles else None
 
 
 def library_matmul_flops(instruction: Instruction, arrays: Sequence[Array]) -> int:
-    """FLOPs of a matmul of cuBLAS or oneDNN, of the given operands."""
+    """FLOPs of a cuBLAS or oneDNN matmul of the given operands."""
     written = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
     out = instruction.arrays[0]
     if written:
@@ -101,18 +100,18 @@ def library_matmul_flops(instruction: Instruction, arrays: Sequence[Array]) -> i
 def attention_flops(
     which: str, operands: Sequence[Array], results: Sequence[Array], length_dim: int
 ) -> int | None:
-    """FLOPs of a kernel of attention on the whole square of queries and keys.
+    """FLOPs of an attention kernel on the whole square of queries and keys.
 
-    It leaves out blocks that no query sees, about half of a causal square: which they are does not
-    stand in the program.
+    The kernel skips blocks that no query sees, about half of a causal square. The program does not
+    show which.
 
     Args:
-      which: of `_PRODUCTS`. The gradient of keys and values may have that of queries too, one for
-        each block of keys.
-      operands: among them queries, keys and values, the first floating arrays: of splash
-        [..., N, L, D], [..., T, D] and [..., T, V], else [B, L, N, D], [B, T, K, D] and so on.
-      results: of the kernel.
-      length_dim: which dim of keys is T.
+      which: a key of `_PRODUCTS`. The kernel for the gradient of keys and values may also compute
+        that of queries, one for each block of keys.
+      operands: queries, keys and values are the first floating arrays: [..., N, L, D], [..., T, D]
+        and [..., T, V] for splash, else [B, L, N, D], [B, T, K, D] and so on.
+      results: the kernel's results.
+      length_dim: the dim of keys that is T.
     """
     found = attention_sizes(operands, length_dim)
     if found is None:
@@ -126,7 +125,7 @@ def attention_flops(
 def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -> int | None:
     """FLOPs of cuDNN's attention on the whole square; queries are [B, L, N, D], keys [B, T, K, D].
 
-    Backward these are five products: scores again, and the gradients of the probabilities, of
+    The backward pass has five products: the scores again, and the gradients of probabilities,
     queries, keys and values.
     """
     found = attention_sizes(operands, length_dim=1)
@@ -138,7 +137,7 @@ def cudnn_attention_flops(instruction: Instruction, operands: Sequence[Array]) -
 
 
 def attention_sizes(operands: Sequence[Array], length_dim: int) -> tuple[int, int, int, int] | None:
-    """Pairs of a query and a key in all heads, dims of a query and of a value, rank of queries."""
+    """Query-key pairs of all heads, dims of a query and of a value, rank of queries; or None."""
     floats = [array for array in operands if array.dtype[0] in "bf" and len(array.dims) >= 3]
     if len(floats) < 3:
         return None

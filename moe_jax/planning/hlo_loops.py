@@ -9,19 +9,20 @@ _MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE"}
 
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
-    """The iterations of a while loop.
+    """The number of iterations of a while loop.
 
-    The compiler's note (`known_trip_count`) is believed. A TPU's programs have none: there a
-    counter is understood that starts at a constant, changes by a constant and is compared with a
-    constant. So is a flag that the body clears: such a loop is a condition, and counts as true.
+    The compiler's note (`known_trip_count`) is trusted. A TPU's programs have none: there, two
+    kinds of loop are understood. A counter may start at a constant, change by a constant and be
+    compared with a constant. Or the body clears a flag: such a loop is a condition, which counts as
+    true.
 
     Args:
       module: the program.
-      caller: the computation that holds the loop.
+      caller: the computation that contains the loop.
       loop: the while instruction.
 
     Returns:
-      The count; None if the text does not say.
+      The count; None if the text does not show it.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
@@ -34,7 +35,7 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
     initial = [_source(caller, operand) for operand in caller.operands(state)]
 
     def constant(computation: Computation, value: Instruction) -> int | None:
-        """The value, if it is a constant or an element of the state that is one and stays it."""
+        """The value, if it is a constant or an element of the state that stays constant."""
         index = _state_index(computation, value)
         if index is not None and index == _state_index(body, _next(body, index)):
             value = initial[index]
@@ -84,7 +85,7 @@ def _next(body: Computation, index: int) -> Instruction:
 
 
 def _source(computation: Computation, value: Instruction) -> Instruction:
-    """Where a value comes from that is only copied."""
+    """The instruction that computes a value, behind mere copies of it."""
     while value.opcode in _SAME_VALUE:
         value = computation.instructions[value.operands[0]]
     return value
@@ -93,7 +94,7 @@ def _source(computation: Computation, value: Instruction) -> Instruction:
 def _operation(
     module: Module, computation: Computation, value: Instruction
 ) -> tuple[Instruction, list[Instruction]]:
-    """What computes a value, looking into a fusion, and the sources of its operands."""
+    """The instruction that computes a value, inside a fusion if any, and its operands' sources."""
     value = _source(computation, value)
     outer = [_source(computation, operand) for operand in computation.operands(value)]
     if value.opcode != "fusion":
@@ -105,7 +106,7 @@ def _operation(
 
 
 def _state_index(computation: Computation, value: Instruction) -> int | None:
-    """Which element of the loop's state a value is."""
+    """The index of a value in the loop's state; None if it is not an element of it."""
     if value.opcode != "get-tuple-element":
         return None
     source = computation.instructions.get(value.operands[0])

@@ -13,7 +13,7 @@ from moe_jax.planning.hlo_text import (
     tuple_parts,
 )
 
-# These only name memory, or are counted by what they call.
+# These only name memory, or are counted in the computations that they call.
 _FREE = frozenset(
     {
         "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all",
@@ -23,7 +23,7 @@ _FREE = frozenset(
 )  # fmt: skip
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 _UPDATES = frozenset({"dynamic-update-slice", "scatter"})
-# An output element of these needs more than the operands' elements at its own place.
+# An output element of these needs more than the operands' elements at its own position.
 _MIXING = frozenset(
     {
         "dot", "scaled-dot", "ragged-dot", "convolution", "reduce", "reduce-window", "sort", "fft",
@@ -37,14 +37,14 @@ _MIXING = frozenset(
 def bytes_moved(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that a top-level instruction reads and writes.
 
-    Operands and results count once each, at the size that they have in main memory (0 if they are
-    kept on chip), with three exceptions, inside fusions and outside: what is only sliced or
-    gathered from is read as far as the slices go; what a dynamic-update-slice or a scatter writes
-    into is touched only where it is written; the second half of an asynchronous pair is free.
+    Each operand and result counts once, at its size in main memory (0 if it is kept on chip). There
+    are three exceptions, inside and outside fusions. From an operand that is only sliced or
+    gathered from, only the slices are read. The target of a dynamic-update-slice or a scatter is
+    touched only where it is written. The second half of an asynchronous pair is free.
 
     Args:
       module: the program.
-      computation: the one that holds the instruction.
+      computation: the computation that contains the instruction.
       instruction: an instruction that is not inside a fusion.
     """
     opcode = instruction.opcode
@@ -81,9 +81,10 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
 
 
 def results(instruction: Instruction) -> tuple[Array, ...]:
-    """What an instruction computes; of the first half of an asynchronous pair the payload only.
+    """What an instruction computes; for the first half of an asynchronous pair only the payload.
 
-    The halves pass a tuple on: (operands, results, state), or for a copy (result, operand, state).
+    The first half returns a tuple: (operands, results, state), or for a copy (result, operand,
+    state).
     """
     root_of_start = instruction.opcode.endswith("-start")
     if not root_of_start or instruction.opcode == "all-reduce-start":
@@ -116,7 +117,7 @@ def _elements_read(
     Args:
       user: the instruction.
       operands: what it reads.
-      position: which of them.
+      position: the operand's index among them.
       needed: how many elements of its result are used.
       in_place: whether an update writes into the operand's own memory.
     """
@@ -127,7 +128,7 @@ def _elements_read(
     if opcode == "dynamic-update-slice" and position == 0:
         return 0 if in_place else min(size, needed)
     if opcode == "scatter" and position < len(operands) // 2:
-        # What is there is combined with the update.
+        # The old values are combined with the update.
         update = operands[len(operands) // 2 + 1 + position]
         return min(size, update.elements if in_place else needed)
     if opcode == "ragged-all-to-all" and position == 1:
@@ -140,7 +141,7 @@ def _elements_read(
 def _elements_written(
     instruction: Instruction, operands: Sequence[Instruction], arrays: Sequence[Array]
 ) -> list[int]:
-    """Elements that an instruction writes of each of its results, the given arrays."""
+    """Elements that an instruction writes into each of its results, the given arrays."""
     if instruction.opcode == "dynamic-update-slice":
         return [operands[1].elements]
     if instruction.opcode == "scatter":
@@ -155,7 +156,7 @@ def _leaves(body: Computation) -> list[Instruction]:
 
 
 def _updates(body: Computation, leaf: Instruction) -> list[Instruction] | None:
-    """The updates that make a returned value from a parameter, in its own memory; None: no such."""
+    """The in-place updates that turn a parameter into a returned value; None if there is none."""
     updates = []
     while leaf.opcode in ("bitcast", *_UPDATES) or _is_alias(leaf):
         if leaf.opcode in _UPDATES:
@@ -171,7 +172,7 @@ def _is_alias(instruction: Instruction) -> bool:
 
 
 def _fusion_writes(body: Computation, arrays: Sequence[Array], aliased: bool) -> int:
-    """Bytes that a fusion writes; `aliased`: what it passes on stays where it is."""
+    """Bytes that a fusion writes; if `aliased`, parameters returned unchanged stay in place."""
     leaves, passing = _leaves(body), continued(body)
     if len(leaves) != len(arrays):  # a collective's start: operands, results, state
         return sum(a.hbm_bytes for a in parse_arrays(tuple_parts(leaves[0].shape)[1]))
@@ -193,7 +194,7 @@ def _fusion_reads(
     Args:
       module: the program.
       body: the fused computation.
-      aliased: whether parameters that it returns unchanged stay where they are.
+      aliased: whether parameters that it returns unchanged stay in place.
       needed: how many elements of its result are used; None: all.
     """
     passing = continued(body)

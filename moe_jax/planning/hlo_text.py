@@ -1,7 +1,7 @@
 """The text of a compiled HLO module as data: computations, instructions, arrays; no counting.
 
 jaxlib's own objects (`runtime_executable().hlo_modules()`) do not replace it. Their instructions
-have a name, an opcode and operands, but no shape, no attributes and no computations that they call.
+have a name, an opcode and operands, but no shape, attributes or called computations.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of the elements, without padding; a half byte each for the 4-bit types."""
+        """Bytes of the elements, without padding; half a byte each for 4-bit types."""
         return _packed_bytes(self.dtype, self.elements)
 
     @property
@@ -74,7 +74,7 @@ def _packed_bytes(dtype: str, elements: int) -> int:
 
 @functools.cache
 def _bits(dtype: str) -> int:
-    """Bits of an element: the first number in its name; a bool takes a byte, a token nothing."""
+    """Bits of an element: the first number in the dtype's name; a bool has 8, a token 0."""
     if dtype == "pred":
         return 8
     digits = re.search(r"\d+", dtype)
@@ -82,7 +82,7 @@ def _bits(dtype: str) -> int:
 
 
 def parse_arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape, those of nested tuples in order.
+    """The arrays of a shape, with nested tuples flattened in order.
 
     >>> [str(array) for array in parse_arrays("(bf16[8,128]{1,0:T(8,128)(2,1)}, (u32[], s4[3]))")]
     ['bf16[8,128]', 'u32[]', 's4[3]']
@@ -94,7 +94,7 @@ def parse_arrays(shape: str) -> tuple[Array, ...]:
 
 
 def tuple_parts(shape: str) -> list[str]:
-    """The elements of a tuple's shape as text; a shape that is no tuple is its own element.
+    """The elements of a tuple's shape as text; a shape that is not a tuple is its only element.
 
     >>> tuple_parts("((f32[2]{0}, u8[]), f32[4]{0})")
     ['(f32[2]{0}, u8[])', 'f32[4]{0}']
@@ -119,9 +119,9 @@ class Instruction:
       opcode: what it does, e.g. "dot".
       shape: the shape of its result, as written.
       operands: names of the instructions that it reads.
-      arguments: what is between the parentheses, as written: the value of a constant, the number
-        of a parameter.
-      attributes: what follows the parentheses, as written.
+      arguments: the text between the parentheses, such as the value of a constant or the number of
+        a parameter.
+      attributes: the text after the parentheses.
     """
 
     name: str
@@ -143,11 +143,11 @@ class Instruction:
 
     @functools.cached_property
     def unquoted(self) -> str:
-        """The attributes with every string emptied: nothing in a name can pass for one."""
+        """The attributes with every string emptied, so that no name can pass for an attribute."""
         return _STRING.sub('""', self.attributes)
 
     def attribute(self, name: str) -> str | None:
-        """The value of an attribute: a word, or what is between braces; None if it is absent."""
+        """The value of an attribute: a word, or the text between braces; None if absent."""
         pattern = rf", {name}=(?:\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}|([^\s,]+))"
         match = re.search(pattern, self.unquoted)
         if match is None:
@@ -169,7 +169,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where it comes from in the traced program (`jit(f)/layer/dot_general`), or empty."""
+        """Its origin in the traced program (`jit(f)/layer/dot_general`), or empty."""
         match = _OP_NAME.search(self.attributes)
         return match[1] if match else ""
 
@@ -184,7 +184,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
-    """Instructions by name, operands before users, and the name of the one that is the result."""
+    """Instructions by name, operands before users, and the name of the result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -192,7 +192,7 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """The instruction whose result the computation returns."""
         return self.instructions[self.root_name]
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
@@ -206,8 +206,8 @@ class Module:
 
     Attributes:
       computations: all of them.
-      entry: the name of the one that runs.
-      num_devices: the devices that run it together.
+      entry: the name of the computation that runs.
+      num_devices: how many devices run it together.
     """
 
     computations: dict[str, Computation]
@@ -264,7 +264,7 @@ def _parse_computation(name: str, lines: Iterator[str]) -> Computation:
 
 
 def _whole_lines(lines: Iterator[str]) -> Iterator[str]:
-    """The instructions up to the closing brace; what a kernel says of itself may be of many lines.
+    """The instructions up to the closing brace, each on one line; a kernel's note may span many.
 
     >>> list(_whole_lines(iter(["  a = f(), note={", '"b":"1"', "}}, more={}", "  c = g()", "}"])))
     ['  a = f(), note={"b":"1"}}, more={}', '  c = g()']
@@ -283,7 +283,7 @@ def _whole_lines(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis closes that is open at `start`."""
+    """The index where the parenthesis that is open at `start` closes."""
     depth = 1
     for match in _BRACKETS.finditer(line, start):
         depth += 1 if match[0] == "(" else -1

@@ -38,15 +38,16 @@ class Memory:
     """Bytes on one device at the peak of a training step.
 
     Attributes:
-      parameters: as they are stored: float32, integers and scales of quantised ones, adapters.
-      teacher: its parameters, stored so too, and the state of its parts.
+      parameters: as stored: float32, integers and scales if quantised, and adapters.
+      teacher: parameters of the teachers, as stored, and the state of their parts.
       optimizer: moments, float32.
-      gradients: of what trains, float32; of several microbatches, the sum and the newest one.
+      gradients: of what trains, float32; with several microbatches, the sum and the newest one.
       saved_activations: what the forward pass of a microbatch saves for the backward pass.
       logits: float32 logits and their gradient, and those of a teacher.
       layer: working set of the largest layer: its activations if they are computed again, its
         weights gathered over fsdp, and their gradient before it is split again.
-      dispatch: slots of that layer on their way to the experts and back, and one-hot tensors.
+      dispatch: slots on their way to the experts and back, and one-hot tensors, of the layer with
+        the most.
     """
 
     parameters: float
@@ -60,7 +61,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """At the peak: the logits are gone when the backward pass is in the layers."""
+        """Bytes at the peak: the logits are freed before the backward pass reaches the layers."""
         state = self.parameters + self.teacher + self.optimizer + self.gradients
         return state + self.saved_activations + max(self.logits, self.layer + self.dispatch)
 
@@ -98,16 +99,16 @@ def state_bytes(work: Workload) -> float:
 
 
 def logits_bytes(work: Workload) -> float:
-    """Bytes of the logits of a microbatch on one device, of one head."""
+    """Bytes of one head's logits of a microbatch on one device."""
     return FLOAT32 * work.decoder_tokens * work.model.vocab_size / work.mesh.tensor
 
 
 def optimizer_bytes(work: Workload) -> float:
-    """Bytes of the optimizer's moments on one device, of the parameters that train.
+    """Bytes of the optimizer's moments of the trained parameters on one device.
 
-    What `moments_of` says of each. Adafactor: a row and a column of every matrix with at
-    least 128 of each (each expert's on its own, arXiv:1804.04235 sec. 3), one number a parameter
-    elsewhere.
+    `moments_of` counts them per parameter. Adafactor adds a row and a column of every matrix with
+    at least 128 of each (each expert's matrix on its own, arXiv:1804.04235 sec. 3), elsewhere one
+    number per parameter.
     """
     optimizer, specs = work.config.optimizer, training_parameters(work.config)
     total: float = sum(moments_of(optimizer, spec) * local_size(spec, work.mesh) for spec in specs)
@@ -128,9 +129,9 @@ def _factored_size(spec: ParameterSpec, mesh: MeshConfig) -> float:
 def saved_bytes(work: Workload) -> float:
     """Bytes of activations that one microbatch saves for its backward pass, over all layers.
 
-    By `model.remat`: "none": all that the stages save; "dots": a layer's input and the outputs of
-    its matmuls without a batch dim (projections, dense FFN, router: not scores, not experts);
-    "full": a layer's input.
+    They depend on `model.remat`. "none": everything that the stages save. "dots": a layer's input
+    and the outputs of its matmuls without a batch dim (projections, dense FFN, router; not scores,
+    not experts). "full": a layer's input.
     """
     model, tensor = work.model, work.mesh.tensor
     if model.remat == "none":
@@ -149,9 +150,9 @@ def tokens_in(work: Workload, layer: Placed) -> float:
 
 
 def layer_activations(work: Workload, layer: Placed) -> float:
-    """Bytes that the backward pass of one layer reads, of one microbatch.
+    """Bytes that the backward pass of one layer reads for one microbatch.
 
-    The costs of its parts say what that is; a branch adds its residual and the normed copy.
+    They follow from the costs of its parts; a branch adds its residual and the normed copy.
     """
     return tokens_in(work, layer) * sum(
         cost.saved.on(work.mesh.tensor) for cost in work.costs_of(layer)
@@ -161,9 +162,10 @@ def layer_activations(work: Workload, layer: Placed) -> float:
 def working_set(work: Workload, layer: Placed) -> float:
     """Bytes that the backward pass of one layer needs beyond what was saved.
 
-    Its weights in the compute dtype, gathered over fsdp, and their gradient, as large; with remat
-    its activations, computed again; without, the gradient of the largest of them, such as scores in
-    float32, or hidden units. A teacher has no gradient: its weights, and the largest activation.
+    These are its weights in the compute dtype, gathered over fsdp, and their gradient of the same
+    size. With remat, its activations are computed again. Without remat, the gradient of the largest
+    activation counts, such as scores in float32 or hidden units. A teacher has no gradient: only
+    its weights and the largest activation count.
     """
     weights = (1 + work.learns) * work.itemsize * gathered_parameters(work, layer)
     if work.model.remat == "none" or not work.learns:
@@ -181,7 +183,7 @@ def gathered_parameters(work: Workload, layer: Placed) -> float:
 def dispatch_bytes(work: Workload, layer: Placed) -> float:
     """Bytes of one layer's buffers between tokens and experts.
 
-    Slots before and after the exchange between devices, there and back (4 M a slot; 2 M where
+    Slots before and after the exchange between devices, there and back (4 M per slot; 2 M if
     experts are not split), and one-hot tensors.
     """
     copies = 4 if work.mesh.expert_shards > 1 else 2
@@ -190,9 +192,9 @@ def dispatch_bytes(work: Workload, layer: Placed) -> float:
 
 
 def kv_cache_bytes(work: Workload, batch_size: int, length: int) -> float:
-    """Bytes of the cache of a generating batch on one device, such as keys and values.
+    """Bytes of the cache, such as keys and values, of a generating batch on one device.
 
-    Sequences are split over all but tensor (no fewer than one a device), heads over tensor.
+    Sequences are split over all axes except tensor (at least one per device), heads over tensor.
     """
     sequences = max(1, batch_size / work.mesh.batch_shards)
     caches = (

@@ -1,4 +1,4 @@
-"""Parameters of a model by component, and the share of each device of a mesh."""
+"""Parameters of a model by component, and the share of each device on a mesh."""
 
 import collections
 import dataclasses
@@ -30,10 +30,10 @@ class ParameterCount:
     """Parameters by component.
 
     Attributes:
-      embedding: the input embedding, which is the head too if they are tied.
+      embedding: the input embedding, which is also the head if they are tied.
       head: the output head, 0 if tied.
       attention: projections, their biases and QK-norms; in latent attention also inner norms.
-      mamba: all of Mamba's layers but the norms of the residual stream.
+      mamba: all of Mamba's layers except the norms of the residual stream.
       dense_ffn: FFNs of dense layers.
       experts: routed experts, all E of every layer.
       active_experts: routed experts that a token uses on average.
@@ -41,7 +41,7 @@ class ParameterCount:
       router: routers.
       norms: the norms of the residual stream.
       other: components that the library does not know.
-      multi_token: the multi-token modules, which are in none of the others.
+      multi_token: the multi-token modules, which no other field includes.
     """
 
     embedding: int
@@ -64,15 +64,15 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters a token uses, both embeddings counted, without multi-token modules."""
+        """Parameters that a token uses, with both embeddings and without multi-token modules."""
         return self._outside_experts + self.active_experts
 
     def by_convention(self) -> dict[str, tuple[int, int]]:
         """Total and active parameters under the three conventions in use.
 
-        None of them counts multi-token modules, which only training runs (DeepSeek-V3's 671B).
-        A tied embedding is the head, which every convention but the last counts: without the input
-        embedding nothing is left out then.
+        None of them counts multi-token modules, which only training runs (DeepSeek-V3's 671B). A
+        tied embedding is the head, which every convention except the last counts: then "without the
+        input embedding" leaves out nothing.
         """
         first = self.embedding if self.head else 0
         left_out = (0, first, self.embedding + self.head)
@@ -95,26 +95,26 @@ def num_parts(spec: ParameterSpec, mesh: MeshConfig) -> int:
 
 
 def local_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
-    """Numbers that a device holds of an array; a dim that does not divide is rounded up."""
+    """Elements of an array that a device holds; a dim that does not divide is rounded up."""
     parts = (shards_of(axis, mesh) for axis in spec.axes)
     return math.prod(-(-size // part) for size, part in zip(spec.shape, parts, strict=True))
 
 
 def local_bytes(specs: Any, mesh: MeshConfig) -> float:
-    """Bytes that a device holds of a tree of arrays, each in its own dtype."""
+    """Bytes of a tree of arrays, each in its own dtype, that a device holds."""
     leaves: list[ParameterSpec] = jax.tree.leaves(specs)
     return float(sum(local_size(one, mesh) * jnp.dtype(one.dtype).itemsize for one in leaves))
 
 
 def gathered_size(spec: ParameterSpec, mesh: MeshConfig) -> int:
-    """Numbers that a device holds of an array gathered over fsdp."""
+    """Elements of an array that a device holds once it is gathered over fsdp."""
     return local_size(spec, mesh) * (mesh.fsdp if "model" in spec.axes else 1)
 
 
 def abstract_mesh(
     mesh: MeshConfig, device: jax.sharding.AbstractDevice | None = None
 ) -> jax.sharding.AbstractMesh:
-    """The axes of a mesh without its devices; the mesh has no -1."""
+    """The axes of a mesh without its devices; no size may be -1."""
     outer = "expert_slice" if mesh.experts_span_slices else "slice"
     names = (outer, "data", "fsdp", "expert", "tensor")
     return jax.sharding.AbstractMesh((mesh.slices, *mesh.sizes), names, abstract_device=device)
@@ -133,7 +133,7 @@ def plain_parameter_specs(model: LanguageModel) -> tuple[ParameterSpec, ...]:
 
 
 def training_parameters(config: ExperimentConfig) -> tuple[ParameterSpec, ...]:
-    """The specs of those that train, which have gradients and moments."""
+    """The specs of the trained parameters, which have gradients and moments."""
     return tuple(jax.tree.leaves(training_specs(config.optimizer, config.model.specs())))
 
 
@@ -147,7 +147,7 @@ def count_parameters(model: LanguageModel, sequence_length: int | Lengths) -> Pa
 
     Args:
       model: the model.
-      sequence_length: L, or L and T of a model with an encoder: on it depends how many tokens an
+      sequence_length: L, or L and T of a model with an encoder; it decides how many tokens an
         expert chooses.
     """
     counts = dict.fromkeys((*COMPONENTS, NAME), 0)
@@ -159,7 +159,7 @@ def count_parameters(model: LanguageModel, sequence_length: int | Lengths) -> Pa
 
 
 def inactive_parameters(model: LanguageModel, sequence_length: int | Lengths) -> float:
-    """Parameters that a token does not use; those of tied branches once, as they are stored."""
+    """Parameters that a token does not use; tied branches count once, as they are stored."""
     tied: dict[tuple[str, str], Placed] = {}
     uses = collections.Counter[tuple[str, str]]()
     inactive = 0.0

@@ -1,4 +1,4 @@
-"""Changes to a config that does not fit, each with the memory that it would then need."""
+"""Changes to a config that does not fit, each with the memory needed after the change."""
 
 import dataclasses
 import itertools
@@ -38,15 +38,15 @@ def remedies(work: Workload) -> list[Remedy]:
 
 
 def together(work: Workload, available: float, most: int = 4) -> list[Remedy]:
-    """Changes one after another, each the most effective then, until the step fits.
+    """Successive changes, each the most effective at that point, until the step fits.
 
     Args:
       work: a step that does not fit.
       available: bytes on a device.
-      most: give up after so many.
+      most: give up after this many changes.
 
     Returns:
-      The changes, the last of which fits; empty if so many do not get there.
+      The changes, with all of which the step fits; empty if `most` changes are not enough.
     """
     taken: list[Remedy] = []
     while len(taken) < most:
@@ -68,9 +68,9 @@ def more_devices(work: Workload, available: float) -> Workload | None:
       available: bytes on a device.
 
     Returns:
-      Of the meshes with the fewest devices on which the step fits by arithmetic the one that needs
-      least memory; None if the batch, the experts and the arrays split evenly on no such mesh of up
-      to `MOST_DEVICES`.
+      The config on the mesh with the fewest devices that fits by arithmetic; of several, the one
+      that needs least memory. None if no mesh of up to `MOST_DEVICES` fits and splits batch,
+      experts and arrays evenly.
     """
     mesh, times = work.mesh, 2
     while times * mesh.num_devices <= MOST_DEVICES:
@@ -96,7 +96,7 @@ def more_devices(work: Workload, available: float) -> Workload | None:
 
 
 def _tried(work: Workload) -> Iterator[tuple[Remedy, Workload]]:
-    """Every change that is worth a line, and the config with it."""
+    """Every change that is worth a line, and the config after it."""
     before = estimate_memory(work).total
     for changes, costs, keeps_result in _candidates(work.config):
         try:
@@ -148,7 +148,7 @@ def _candidates(config: ExperimentConfig) -> Iterator[tuple[Mapping[str, object]
 
 
 def _with(config: ExperimentConfig, changes: Mapping[str, object]) -> ExperimentConfig:
-    """The config with settings changed; those of one section at once, since it checks itself."""
+    """The config with settings changed, section by section, since each section checks itself."""
     sections: dict[str, dict[str, object]] = {}
     for path, value in changes.items():
         section, _, name = path.rpartition(".")

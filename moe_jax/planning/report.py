@@ -1,4 +1,4 @@
-"""The plan of a config: all that is known before it runs, as a record and as JSON."""
+"""The plan of a config: everything known before it runs, as a record and as JSON."""
 
 import dataclasses
 import math
@@ -35,8 +35,8 @@ class Plan:
     Attributes:
       work: the config on its mesh.
       topology: the machine, or None.
-      step: the training step compiled for it, or None.
-      forward: the forward pass of a microbatch, or None.
+      step: the training step compiled for the machine, or None.
+      forward: the compiled forward pass of a microbatch, or None.
     """
 
     work: Workload
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def memory(self) -> Memory:
-        """By arithmetic."""
+        """Bytes by component, by arithmetic."""
         return estimate_memory(self.work)
 
     @property
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes on a device: the compiler's, or the arithmetic's if nothing was compiled."""
+        """Bytes on a device, by the compiler, or by arithmetic if nothing was compiled."""
         if self.step is None:
             return self.memory.total
         if self.step.memory is None:
@@ -66,12 +66,12 @@ class Plan:
 
     @property
     def room(self) -> float:
-        """Bytes that an estimate may reach, where the compiler needs more than the estimate."""
+        """The largest estimate that should fit: less than available if the compiler needs more."""
         return self.available * min(1.0, self.memory.total / self.needed)
 
     @property
     def fits(self) -> bool:
-        """Whether the step has room: by the compiler's word if it was asked, else by arithmetic."""
+        """Whether the step fits: by the compiler if it was asked, else by arithmetic."""
         if self.step is not None and self.step.memory is None:
             return False
         return self.needed <= self.available
@@ -79,16 +79,16 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Collectives of a compiled program of one operation over the same axes.
+    """The collectives of a compiled program with the same operation over the same axes.
 
     Attributes:
       operation: the HLO opcode.
-      axes: mesh axes that the groups go over.
+      axes: mesh axes that the groups span.
       group_size: devices of a group.
       count: executions.
-      array_bytes: of all of them, on one device.
-      wire_bytes: that one device sends.
-      crossing_bytes: those of them that leave the slice or node.
+      array_bytes: bytes of the arrays of all executions, on one device.
+      wire_bytes: bytes that one device sends.
+      crossing_bytes: sent bytes that leave the slice or node.
     """
 
     operation: str
@@ -112,7 +112,7 @@ def axes_of_group(group: tuple[int, ...], mesh: MeshConfig) -> tuple[str, ...]:
 def collective_rows(
     found: tuple[HloCollective, ...], mesh: MeshConfig, devices_per_island: int
 ) -> list[Row]:
-    """Collectives of a program by operation and axes, the most bytes first."""
+    """Collectives of a program by operation and axes, most bytes sent first."""
     rows: dict[tuple[str, tuple[str, ...], int], Row] = {}
     for one in found:
         if one.group_size < 2:
@@ -146,7 +146,7 @@ def compiled_roofline(compiled: Compiled, work: Workload, topology: Topology) ->
 
 
 def describe_roofline(times: Roofline, plan: Plan) -> dict[str, Any]:
-    """Seconds by resource, what bounds, and the model FLOP utilisation that follows."""
+    """Seconds by resource, the bounding resource, and the resulting model FLOP utilisation."""
     assert plan.topology is not None
     chip = plan.topology.chip
     return {
@@ -159,7 +159,7 @@ def describe_roofline(times: Roofline, plan: Plan) -> dict[str, Any]:
 
 
 def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as one JSON object; bytes, FLOPs and seconds of one device and one step."""
+    """The plan as one JSON object; bytes, FLOPs and seconds are per device and step."""
     described = describe_arithmetic(plan)
     if plan.topology is not None:
         described["topology"] = _describe_topology(plan.topology)
@@ -190,7 +190,7 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 
 def describe_arithmetic(plan: Plan) -> dict[str, Any]:
-    """What follows from the config and its mesh alone."""
+    """What follows from the config and its mesh only."""
     work = plan.work
     config, training = work.config, work.config.training
     parameters = count_parameters(work.model, work.lengths)
@@ -225,7 +225,7 @@ def describe_arithmetic(plan: Plan) -> dict[str, Any]:
 
 
 def describe_compiled(compiled: Compiled, plan: Plan, *, is_step: bool) -> dict[str, Any]:
-    """A compiled program, checked against arithmetic where it is the training step."""
+    """A compiled program, checked against arithmetic if it is the training step."""
     work, topology = plan.work, plan.topology
     assert topology is not None
     described: dict[str, Any] = {

@@ -12,7 +12,7 @@ from moe_jax.planning.workload import Workload
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that a device needs for each kind of work, each taken alone.
+    """Seconds that a device needs for each kind of work on its own.
 
     Attributes:
       compute: FLOPs at the bfloat16 matmul rate.
@@ -28,7 +28,7 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """Seconds if everything overlaps: those of the slowest resource.
+        """Seconds if everything overlaps: the time of the slowest resource.
 
         A step that trains all parameters is never faster.
         """
@@ -46,14 +46,14 @@ class Roofline:
         return max(times, key=lambda name: times[name])
 
     def mfu(self, model_flops: float, rate: float) -> float:
-        """Share of the rate that useful FLOPs make: model FLOPs / (rate x seconds)."""
+        """Model FLOP utilisation: model FLOPs / (rate x seconds)."""
         return model_flops / (rate * self.seconds)
 
 
 def roofline(
     topology: Topology, flops: float, hbm_bytes: float, wire_bytes: float, crossing_bytes: float
 ) -> Roofline:
-    """Work of one device over a device's share of its chip's rates."""
+    """The work of one device, divided by its share of the chip's rates."""
     chip = topology.chip
     n = chip.devices
     return Roofline(
@@ -67,16 +67,16 @@ def roofline(
 def model_flops(work: Workload) -> float:
     """FLOPs per step and device that training needs, which MFU counts.
 
-    Three times the forward pass, without padding, dispatch and what remat computes again.
+    Three times the forward pass, without padding, dispatch and remat.
     """
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     return 3 * count_flops(work.model, work.lengths).model * tokens
 
 
 def computed_flops(work: Workload) -> dict[str, float]:
-    """Computed FLOPs per step and device, by kind of layer, with rows that kernels fill up.
+    """Computed FLOPs per step and device, by kind of layer, with the unfilled rows of tiles.
 
-    Those of a teacher are by no kind: they are its forward pass, of all its layers.
+    "teacher" is the forward pass of all teachers, not split by kind.
     """
     tokens = work.config.training.batch_size * work.length / work.mesh.num_devices
     if work.learns:

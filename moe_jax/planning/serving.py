@@ -1,6 +1,6 @@
-"""What serving a model needs: weights by dtype, caches, time a decoded token, devices.
+"""What serving a model needs: weights by dtype, caches, time per decoded token, devices.
 
-All of it is arithmetic on the model's parts. Multi-token modules are left out, as decoding does.
+All numbers follow from the model's parts. Multi-token modules are left out, as in decoding.
 """
 
 import math
@@ -16,8 +16,8 @@ from moe_jax.planning.flops import different_parts
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
 
-# Bits of a weight: of routed experts, and of everything else. Quantised ones have a float16 scale
-# for every 32 weights, half a bit each (`weights.quantised`).
+# Bits per weight: of routed experts, and of everything else. Quantised weights share a float16
+# scale per 32 weights, which adds half a bit to each (`weights.quantised`).
 PRECISIONS = {
     "float32": (32.0, 32.0),
     "bfloat16": (16.0, 16.0),
@@ -36,12 +36,12 @@ class ServingCosts(NamedTuple):
     Attributes:
       experts: weights of routed experts, all layers.
       rest: all other weights.
-      sparse: for each routed part, its experts E, those of a token K, and its weights.
+      sparse: for each routed part, its experts E, experts per token K, and weights.
       context: tokens that a decoded token sees.
-      cache: bytes of the caches of a text of that length, in the compute dtype.
-      flops: FLOPs of a decoded token.
-      unread: those of `rest` that no decode reads: of an encoder, and an input embedding, of which
-        it reads single rows.
+      cache: bytes of the caches of one text of `context` tokens, in the compute dtype.
+      flops: FLOPs per decoded token.
+      unread: weights in `rest` that decoding does not read: those of an encoder, and an untied
+        input embedding, of which it reads single rows.
     """
 
     experts: int
@@ -58,9 +58,9 @@ class ServingCosts(NamedTuple):
         return (self.experts * of_experts + self.rest * of_rest) / 8
 
     def read(self, precision: str, batch: int) -> float:
-        """Bytes that a decode of so many texts reads: weights of the experts that some token uses.
+        """Bytes read to decode one token of each text; experts that no token uses are not read.
 
-        Choices count as independent and even: of E experts, E (1 - (1 - K / E)^B) are used.
+        Choices are taken as independent and even: of E experts, E (1 - (1 - K / E)^B) are used.
         """
         of_experts, of_rest = PRECISIONS[precision]
         used = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.sparse)
@@ -95,7 +95,7 @@ def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
 
 
 def decode_flops(model: LanguageModel, context: int) -> float:
-    """FLOPs of a token that is decoded from caches of `context` tokens; an encoder has run."""
+    """FLOPs to decode one token from caches of `context` tokens; an encoder has already run."""
     in_layers = sum(
         placed.times * placed.part.decode_flops(placed.within.dims, context, model.compute_dtype)
         for placed in different_parts(model, context)
@@ -114,13 +114,13 @@ def unread_weights(model: LanguageModel) -> int:
 
 
 def stored_bytes(model: LanguageModel) -> int:
-    """Bytes of the parameters in their own dtypes: float32, and integers of quantised ones."""
+    """Bytes of the parameters in their stored dtypes: float32, or integers if quantised."""
     specs = without_modules(model).specs()
     return sum(spec.size * jnp.dtype(spec.dtype).itemsize for spec in jax.tree.leaves(specs))
 
 
 def cache_bytes(model: LanguageModel, context: int) -> int:
-    """Bytes of the caches of one text of so many tokens, as `inference` keeps them."""
+    """Bytes of the caches of one text of `context` tokens, as `inference` keeps them."""
     dims = model.dims._replace(memory_length=context if model.has_encoder else 0)
     total = 0
     for spec in jax.tree.leaves(model.decoder.cache_specs(dims, 1, context)):
@@ -131,12 +131,12 @@ def cache_bytes(model: LanguageModel, context: int) -> int:
 
 
 class Decoding(NamedTuple):
-    """A decode of one token of each text, on one chip with the whole model.
+    """The time to decode one token of each text, on one chip with the whole model.
 
     Attributes:
       batch: texts.
       memory_ms: milliseconds to read weights and caches.
-      compute_ms: milliseconds of the FLOPs.
+      compute_ms: milliseconds to compute the FLOPs.
     """
 
     batch: int
@@ -145,7 +145,7 @@ class Decoding(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all texts together, at best."""
+        """Tokens per second of all texts together, at best."""
         return 1000 * self.batch / max(self.memory_ms, self.compute_ms)
 
 
@@ -159,9 +159,9 @@ def decoding(costs: ServingCosts, chip: Chip, precision: str, batch: int) -> Dec
 
 
 def first_compute_bound(costs: ServingCosts, chip: Chip, precision: str) -> int | None:
-    """The smallest batch, a power of two, whose FLOPs take longer than its memory.
+    """The smallest batch, a power of two, whose FLOPs take at least as long as its reads.
 
-    None: no batch of `BATCHES` is so large.
+    None if no batch of `BATCHES` is large enough.
     """
     for batch in BATCHES:
         found = decoding(costs, chip, precision, batch)
@@ -171,22 +171,22 @@ def first_compute_bound(costs: ServingCosts, chip: Chip, precision: str) -> int 
 
 
 def never_compute_bound(costs: ServingCosts, chip: Chip) -> bool:
-    """Whether reading the cache of a text takes as long as its FLOPs or longer, in any batch."""
+    """Whether reading a text's cache takes at least as long as its FLOPs, at any batch size."""
     return costs.cache / chip.hbm_bandwidth >= costs.flops / chip.flops
 
 
 def devices_needed(
     costs: ServingCosts, chip: Chip, precision: str, batch: int, *, experts_alone: bool
 ) -> int | None:
-    """The least devices, a power of two, whose memory holds the model and its caches; or None.
+    """The fewest devices, a power of two, whose memory holds the model and its caches; or None.
 
     Args:
       costs: of the model.
-      chip: whose devices they are.
-      precision: of `PRECISIONS`.
+      chip: the chip of the devices.
+      precision: one of `PRECISIONS`.
       batch: texts at once.
-      experts_alone: split experts and texts over the devices, and copy the rest to each; else
-        everything is split.
+      experts_alone: split only experts and texts over the devices, and copy the rest to each; else
+        split everything.
     """
     of_experts, of_rest = PRECISIONS[precision]
     usable = chip.usable_hbm_bytes / chip.devices
@@ -223,13 +223,13 @@ def weights_lines(costs: ServingCosts) -> Iterator[str]:
 
 
 def stored_lines(model: LanguageModel) -> Iterator[str]:
-    """Bytes of a model that is quantised."""
+    """Bytes of a quantised model."""
     if model.quantisation is not None:
         yield f"  {'as model.quantisation says':<28}{stored_bytes(model) / 1e9:>12,.2f} GB"
 
 
 def cache_lines(model: LanguageModel) -> Iterator[str]:
-    """Caches by length of the text."""
+    """Cache sizes by length of the text."""
     yield f"cache of one text, {model.compute_dtype}"
     for context in CONTEXTS:
         size = cache_bytes(model, context)
@@ -237,7 +237,7 @@ def cache_lines(model: LanguageModel) -> Iterator[str]:
 
 
 def decoding_lines(costs: ServingCosts, chips: Mapping[str, Chip]) -> Iterator[str]:
-    """Time of a decode by chip, in bfloat16."""
+    """Decoding time by chip, in bfloat16."""
     yield (
         f"decoding in bfloat16 at {costs.context:,} tokens: {costs.flops / 1e9:,.2f} GFLOP and, in "
         f"a batch of 1, {costs.read('bfloat16', 1) / 1e9:,.2f} GB a token"
@@ -272,7 +272,7 @@ def device_lines(costs: ServingCosts, batch: int, chips: Mapping[str, Chip]) -> 
 def describe_serving(
     model: LanguageModel, context: int, batch: int, chips: Mapping[str, Chip]
 ) -> dict[str, Any]:
-    """The numbers of `serving_text`, as JSON can hold them."""
+    """The numbers of `serving_text` as a JSON object."""
     costs = serving_costs(model, context)
     return {
         "weights": {"experts": costs.experts, "rest": costs.rest},

@@ -1,4 +1,4 @@
-"""Rows sorted by expert on one device: their buffer, and what kernels compute in vain.
+"""Rows sorted by expert on one device: their buffer, and the FLOPs that kernels waste.
 
 Legend of shapes: `moe_jax.moe`.
 """
@@ -23,20 +23,20 @@ ALIGNED = ("lax", "megablox")  # kernels whose tiles begin at multiples of their
 
 @dataclasses.dataclass(frozen=True)
 class SortedRows:
-    """The sorted rows of an MoE part in one layer, on one device and of one microbatch.
+    """The sorted rows of an MoE part, for one layer, device and microbatch.
 
     Attributes:
       part: its name.
-      layers: that use it.
-      kernel: of `moe.grouped_matmul`.
-      num_experts: of a device.
-      filled: rows that are some choice's, if experts are equally loaded.
-      buffer: rows that have a place.
+      layers: number of layers that use it.
+      kernel: a kernel of `moe.grouped_matmul`.
+      num_experts: experts per device.
+      filled: rows that hold a choice, if experts are equally loaded.
+      buffer: rows that the buffer has room for.
       worst: rows that the worst routing fills.
-      is_bounded: whether the buffer is not for the worst routing.
-      tile: rows of a tile; 0 of a kernel that has none.
-      row_bytes: of a row of the buffer.
-      flops: forward, of a row.
+      is_bounded: whether `buffer_factor` sets the buffer, not the worst routing.
+      tile: rows per tile; 0 if the kernel has no tiles.
+      row_bytes: bytes per row of the buffer.
+      flops: forward FLOPs per row.
     """
 
     part: str
@@ -53,11 +53,11 @@ class SortedRows:
 
     @property
     def computed(self) -> float:
-        """Rows that are multiplied by a matrix: of whole tiles, each once for every expert in it.
+        """Rows that are multiplied by a matrix: whole tiles, each once per expert in it.
 
-        Where tiles begin at multiples of their size, all experts but the first begin within one;
-        elsewhere the last tile of every expert is half full. Dense, every row of the buffer meets
-        every expert.
+        If tiles begin at multiples of their size, all experts except the first begin within one.
+        Otherwise the last tile of every expert is half full. If dense, every row of the buffer
+        meets every expert.
         """
         if self.kernel == "dense":
             return self.buffer * self.num_experts
@@ -72,11 +72,11 @@ class SortedRows:
 
 
 def sorted_rows(work: Workload, row_tiles: tuple[int, ...] = ()) -> list[SortedRows]:
-    """Of every part whose experts compute sorted rows.
+    """The sorted rows of every part whose experts compute them.
 
     Args:
       work: the config on its mesh.
-      row_tiles: of a compiled program, in place of the tiles that a kernel is known to have.
+      row_tiles: tile sizes of a compiled program, used for kernel "lax" in place of the known one.
     """
     found, parts = [], work.model.part
     for (name, length), layers in layers_with_experts(work).items():
@@ -110,7 +110,7 @@ def sorted_rows(work: Workload, row_tiles: tuple[int, ...] = ()) -> list[SortedR
 
 
 def layers_with_experts(work: Workload) -> dict[tuple[str, int], int]:
-    """How many layers use each part that routes, by its name and the length of sequences."""
+    """How many layers use each part that routes, by the part's name and the sequence length."""
     count = dict[tuple[str, int], int]()
     for placed in different_layers(work.model, work.lengths) + module_layers(
         work.model, work.lengths
@@ -124,7 +124,7 @@ def layers_with_experts(work: Workload) -> dict[tuple[str, int], int]:
 
 
 def row_tile(kernel: str, filled: float, num_experts: int, work: Workload, hidden: int) -> int:
-    """Rows of a tile of a kernel, by its own rule; of "lax" what libtpu 0.0.42 to 0.0.51 take."""
+    """Rows per tile of a kernel, by its own rule; for "lax", those of libtpu 0.0.42 to 0.0.51."""
     likely = math.ceil(filled)
     if kernel == "megablox":
         sizes = (likely, num_experts, work.model.model_dim, hidden)
@@ -135,13 +135,13 @@ def row_tile(kernel: str, filled: float, num_experts: int, work: Workload, hidde
 
 
 def of_step(work: Workload, rows: SortedRows, count: float) -> float:
-    """FLOPs of a step on so many rows of a layer and microbatch."""
+    """FLOPs of a step with `count` rows per layer and microbatch."""
     times = rows.layers * work.products(batched=True) * work.config.training.num_microbatches
     return count * rows.flops * times
 
 
 def flops_in_vain(work: Workload) -> float:
-    """FLOPs of a step on rows of whole tiles that no choice fills, or of dense products."""
+    """FLOPs of a step that are wasted on unfilled rows of tiles, or by dense products."""
     found = sorted_rows(work)
     return sum(of_step(work, rows, rows.computed - rows.filled) for rows in found)
 
@@ -149,7 +149,7 @@ def flops_in_vain(work: Workload) -> float:
 def executed_flops(program: Program, work: Workload) -> float:
     """FLOPs of a compiled step, if experts are equally loaded.
 
-    `Program.flops` has whole buffers, of which kernels leave out the tiles that nothing fills.
+    `Program.flops` counts whole buffers, but kernels skip empty tiles.
     """
     found = [
         (one, rows)
@@ -165,7 +165,7 @@ def executed_flops(program: Program, work: Workload) -> float:
 
 
 def share_in_kernels(program: Program, work: Workload) -> float | None:
-    """Share of the products of sorted rows that kernels compute; None without any such rows."""
+    """Share of the products of sorted rows that kernels compute; None without such rows."""
     found = ((one, rows) for one in (work, *work.teachers) for rows in sorted_rows(one))
     whole = sum(of_step(one, rows, rows.buffer) for one, rows in found)
     return program.grouped_flops / whole if whole else None

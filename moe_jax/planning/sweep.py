@@ -25,10 +25,10 @@ class Candidate:
     """A mesh that splits everything evenly.
 
     Attributes:
-      work: the config on it.
+      work: the config on this mesh.
       memory: by arithmetic.
       times: the roofline of a step, by arithmetic.
-      mfu: model FLOP utilisation if all overlaps.
+      mfu: model FLOP utilisation if everything overlaps.
       fits: whether a device has enough memory: by arithmetic, unless the compiler ran.
       compiled_bytes: bytes per device by the compiler, if it ran; infinite if it refused.
     """
@@ -49,14 +49,15 @@ class Candidate:
 class Sweep:
     """The meshes of a machine.
 
-    Each list has the fastest first; in `too_large`, those that do not fit as compiled precede them.
+    Each list starts with the fastest. In `too_large`, meshes that do not fit as compiled precede
+    the others.
 
     Attributes:
       topology: the machine.
       fitting: meshes with enough memory.
-      too_large: meshes without.
-      uneven: number of meshes that are refused, such as those that do not split arrays or batch
-        evenly, by the rule they break.
+      too_large: meshes without enough memory.
+      uneven: number of refused meshes by the rule that they break, such as an even split of arrays
+        or batch.
     """
 
     topology: Topology
@@ -86,7 +87,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     """Estimates a step on every mesh of a machine.
 
     Args:
-      config: its mesh is not used, but for `experts_span_slices`.
+      config: its mesh is ignored, except for `experts_span_slices`.
       topology: the machine.
       compile_best: compile the step on this many of the fastest meshes that should fit.
 
@@ -100,7 +101,7 @@ def sweep(config: ExperimentConfig, topology: Topology, compile_best: int = 0) -
     uneven: dict[str, int] = {}
     configs = [config, *config.training.loss.teachers(config)]
     copies = MeshConfig(topology.slices, topology.num_devices // topology.slices)
-    with use_mesh(copies, chip.platform):  # an error is that of every mesh
+    with use_mesh(copies, chip.platform):  # an error here holds for every mesh
         models = [resolved_model(one) for one in configs]
     specs = itertools.chain.from_iterable(map(plain_parameter_specs, models))
     has_experts = any("expert" in spec.axes for spec in specs)
@@ -142,7 +143,7 @@ def rule_of(error: str) -> str:
 
 
 def compile_candidate(candidate: Candidate, topology: Topology) -> Candidate:
-    """Compiles the step, to know the memory that it needs."""
+    """Compiles the step to learn how much memory it needs."""
     from moe_jax.planning.aot import compile_training_step
 
     compiled = compile_training_step(candidate.work, topology)

@@ -30,12 +30,12 @@ from moe_jax.planning.sorted_rows import executed_flops, share_in_kernels, sorte
 from moe_jax.planning.traffic import hbm_traffic
 
 MAX_REMEDIES = 6
-# Share of the products of sorted rows that kernels have if none is dense; remat may save some.
+# If no product of sorted rows is dense, kernels compute at least this share; remat may save some.
 WHOLE = 0.9
-# Share of the memory above which arithmetic alone does not say that a step fits: DeepSeek-V3 needed
-# a third more when it was compiled (docs/planning.md).
+# Above this share of the memory, arithmetic does not show that a step fits: DeepSeek-V3 needed a
+# third more when compiled (docs/planning.md).
 NEAR = 0.75
-UNNAMED = "does not say how much it needs"  # of a compiler that names no sizes
+UNNAMED = "does not say how much it needs"  # if the compiler names no sizes
 COMPILE = "Compiled steps have needed up to a third more: compile before you rent"
 RESOURCES = ("FLOPs", "HBM", "interconnect", "network", "bound")
 
@@ -57,7 +57,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def header(plan: Plan) -> str:
-    """What is planned."""
+    """The config, its mesh and its machine."""
     work = plan.work
     training, model = work.config.training, work.model
     ways = ", ".join(dict.fromkeys(work.run_experts.values()))
@@ -141,7 +141,7 @@ def memory_text(plan: Plan) -> str:
 
 
 def rows_text(plan: Plan) -> list[str]:
-    """The sorted rows of every part that has them: their buffer, and what is computed in vain."""
+    """The sorted rows of every part that has them: their buffer, and the wasted computation."""
     program = None if plan.step is None else plan.step.program
     found = sorted_rows(plan.work, () if program is None else program.row_tiles)
     if not found:
@@ -171,7 +171,7 @@ def rows_text(plan: Plan) -> list[str]:
 
 
 def collectives_text(plan: Plan) -> str:
-    """The fewest bytes that the mesh allows."""
+    """The collectives, with the fewest bytes that the mesh allows."""
     rows = [
         (
             one.name,
@@ -229,7 +229,7 @@ def compiled_text(title: str, compiled: Compiled, plan: Plan, *, is_step: bool) 
 
 
 def _work(compiled: Compiled, program: Program, step: Plan | None) -> Iterator[str]:
-    """FLOPs and memory traffic of a program; of a training step, over the arithmetic's."""
+    """FLOPs and memory traffic of a program; for a training step also relative to arithmetic."""
     flops = f"{program.flops / 1e12:,.3f} TFLOP"
     traffic = f"{program.hbm_bytes / 1e9:,.3f} GB to and from memory"
     if step is not None:
@@ -266,7 +266,7 @@ def _cost_analysis(compiled: Compiled) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, and if not, why and what to change."""
+    """Whether the step fits; if not, why and what to change."""
     share = plan.needed / plan.available
     if plan.fits:
         left = plan.available - plan.needed
@@ -300,7 +300,7 @@ def verdict(plan: Plan) -> str:
 
 
 def enough_text(plan: Plan) -> str:
-    """How many chips of the kind would do."""
+    """How many chips of this kind would be enough."""
     assert plan.topology is not None
     enough, per_chip = more_devices(plan.work, plan.room), plan.topology.chip.devices
     if enough is None:
@@ -333,7 +333,7 @@ def _mfu(times: Roofline, plan: Plan) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], indent: int = 2, left: Iterable[int] = (0,)) -> list[str]:
-    """Rows of cells in columns: those of `left` aligned left, the others right."""
+    """Rows of cells in columns: the columns `left` are left-aligned, the others right-aligned."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = set(left)

@@ -21,25 +21,25 @@ from moe_jax.planning.hardware import CHIPS, Chip
 
 GPUS_PER_NODE = 8
 MAX_NODES = 1024
-# Chips along each dim. Slices of three dims larger than these are cubes of 4 x 4 x 4.
+# Chips along each dim. Larger slices of three dims consist of cubes of 4 x 4 x 4.
 SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 SHAPES_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-MAX_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of one slice that can be asked for
+MAX_CHIPS = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # of the largest slice that is offered
 MAX_SLICES = 64
-# Types of Cloud TPU, such as v5p-256: the chip, and how many of what they count make one.
+# Types of Cloud TPU, such as v5p-256: the chip, and how many of the counted units make one chip.
 CLOUD_TYPES = {"v4": ("v4", 2), "v5p": ("v5p", 2), "v5litepod": ("v5e", 1), "v6e": ("v6e", 1)}
 EXAMPLES = "v5p:8x16x16, 2*v5e:16x16, h100:8 or h100:4x8"
-# What a program needs that compiles for a machine, by platform: one of these modules; pip extra.
+# What compiling for a machine needs, by platform: one of these modules; pip extra.
 PACKAGES = {
     "tpu": (("libtpu",), "tpu"),
     "gpu": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda"),
 }
-# libtpu looks for the machine that it is on, and lets one process of a machine load it: it is asked
-# for its compiler alone.
+# libtpu looks for the machine that it runs on, and lets only one process per machine load it. Here
+# only its compiler is needed.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",  # of no consequence here, but it must be some type
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # has no effect here, but it must be some type
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -52,7 +52,7 @@ class Topology:
     Attributes:
       name: as it was written.
       chip: one of them.
-      shape: chips along each dim of a slice's torus; of GPUs: nodes, GPUs a node.
+      shape: chips along each dim of a slice's torus; for GPUs: nodes, GPUs per node.
       slices: TPU slices; 1 for GPUs.
     """
 
@@ -63,17 +63,17 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        """Of all slices or nodes."""
+        """Chips of all slices or nodes."""
         return self.slices * math.prod(self.shape)
 
     @property
     def num_devices(self) -> int:
-        """As JAX counts devices."""
+        """Devices, as JAX counts them."""
         return self.num_chips * self.chip.devices
 
     @property
     def devices_per_island(self) -> int:
-        """Devices joined by the fast interconnect: of a slice, of a node."""
+        """Devices that the fast interconnect joins: those of one slice or node."""
         chips = math.prod(self.shape) if self.chip.platform == "tpu" else self.shape[-1]
         return chips * self.chip.devices
 
@@ -82,8 +82,9 @@ def parse_topology(name: str) -> Topology:
     """Reads the name of a machine.
 
     Raises:
-      ValueError: not a name of this form, a chip that is not in `hardware.CHIPS`, or a shape that
-        the chip is not built in. The last is not left to the compiler, which ends the process.
+      ValueError: the name does not have this form, the chip is not in `hardware.CHIPS`, or the chip
+        is not built in this shape. The shape is not left to the compiler, which would end the
+        process.
     """
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name.strip().lower())
     if match is None:
@@ -108,7 +109,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def of_cloud_type(name: str) -> str:
-    """The topology of a type of Cloud TPU, and what its number counts; "" if it is none.
+    """The topology of a type of Cloud TPU, and what its number counts; "" for any other name.
 
     >>> of_cloud_type("v5p-256")
     'v5p:4x4x8: v5p-256 counts cores, 2 a chip, and has 128 chips'
@@ -172,7 +173,7 @@ def _written(shapes: Sequence[Sequence[int]]) -> str:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-    """Devices to compile for, which are not here; JAX's own backend is left alone.
+    """Absent devices to compile for; JAX's own backend is left alone.
 
     Raises:
       ValueError: the compiler for these chips is not installed.

@@ -1,7 +1,7 @@
 """Bytes that a training step moves between a device's memory and its cores, by kind of layer.
 
-The fewest that unfused matmuls need: every product reads its two operands and writes its result;
-elementwise work is taken to be fused with them. Legend of shapes: `moe_jax.moe`.
+This is the minimum for unfused matmuls: every product reads its two operands and writes its result.
+Elementwise work is assumed to be fused with them. Legend of shapes: `moe_jax.moe`.
 """
 
 from moe_jax.costs import FLOAT32, KIND_OF_COMPONENT, Bytes, Cost
@@ -19,10 +19,11 @@ from moe_jax.training.optimizers import moments_of
 def hbm_traffic(work: Workload) -> dict[str, float]:
     """Bytes per step on one device, by `flops.KINDS`, "teacher" and "optimizer".
 
-    Forward, a product of rows [T, I] by weights [I, O] moves T I + I O + T O numbers in the compute
-    dtype; backward twice that (for the input's gradient and the weight's), and once more what remat
-    computes again. The head adds its float32 logits. The optimizer reads gradient, parameter and
-    moments of what trains and writes the last two. A teacher runs forward once.
+    In the forward pass, a product of rows [T, I] and weights [I, O] moves T I + I O + T O numbers
+    in the compute dtype. The backward pass moves twice that (for the gradients of input and
+    weight), and remat adds one more for what it computes again. The head adds its float32 logits.
+    The optimizer reads gradient, parameter and moments of what trains and writes the last two. A
+    teacher runs forward once.
     """
     model, mesh = work.model, work.mesh
     weights, num_microbatches = _gathered(work), work.config.training.num_microbatches
@@ -54,9 +55,9 @@ def hbm_traffic(work: Workload) -> dict[str, float]:
 
 
 def _gathered(work: Workload) -> dict[str, float]:
-    """Weights that a device multiplies by in one pass over the model, gathered over fsdp."""
+    """Number of weights, by kind, that a device multiplies by in one pass, gathered over fsdp."""
     gathered = dict.fromkeys(KINDS, 0.0)
-    # An input embedding is read by rows, norms are no products.
+    # An input embedding is read by rows, and norms are not products.
     left_out = {"norms"} | ({"embedding"} if not work.model.tie_embeddings else set())
     for spec in plain_parameter_specs(work.model):
         if spec.component not in left_out:

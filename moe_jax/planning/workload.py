@@ -25,7 +25,7 @@ class Workload:
     Attributes:
       config: with its parts resolved (`Part.resolved`) and its mesh filled.
       platform: "cpu", "tpu" or "gpu".
-      learns: whether the step differentiates the model and updates it; a teacher runs forward.
+      learns: whether the step differentiates the model and updates it; a teacher only runs forward.
     """
 
     config: ExperimentConfig
@@ -44,7 +44,7 @@ class Workload:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence in all stacks."""
+        """Tokens per sequence in all stacks."""
         return sum(self.lengths)
 
     @property
@@ -60,7 +60,7 @@ class Workload:
 
     @property
     def decoder_tokens(self) -> float:
-        """Those that the head reads."""
+        """Tokens of a microbatch on one device that the head reads."""
         return self.sequences * self.lengths.decoder
 
     @property
@@ -77,7 +77,7 @@ class Workload:
 
     @property
     def run_experts(self) -> dict[str, str]:
-        """How experts run, by the parts that have any, those of multi-token modules included."""
+        """How experts run, for each part that has any, including those of multi-token modules."""
         parts: dict[str, Any] = self.model.part
         return {name: part.run_experts for name, part in parts.items() if part.routes}
 
@@ -99,13 +99,13 @@ class Workload:
 
     @property
     def runs_of_layers(self) -> int:
-        """How often a step runs a layer, forward or backward, with what remat computes again."""
+        """How often a step runs a layer, forward or backward, including remat's repeats."""
         if not self.learns:
             return 1
         return 2 + (self.model.remat != "none") + self.extra_forward_passes
 
     def products(self, batched: bool) -> int:
-        """How often a step computes a product of a layer: one forward, two backward, by remat one.
+        """How often a step computes a product of a layer: 1 forward, 2 backward, 1 in remat.
 
         Args:
           batched: whether the product has a batch dim, which remat "dots" computes again.
@@ -117,12 +117,12 @@ class Workload:
 
     @functools.cached_property
     def costs(self) -> tuple[tuple[Cost, float], ...]:
-        """Every stage of the model, and how often a token meets it."""
+        """Every stage of the model, and how often a token passes it."""
         with self.on_mesh():
             return tuple(model_costs(self.model, self.lengths))
 
     def costs_of(self, placed: Placed) -> tuple[Cost, ...]:
-        """The stages of one part, of a token of its stack."""
+        """The costs of the stages of one part, per token of its stack."""
         with self.on_mesh():
             return placed.costs(self.model)
 
@@ -131,7 +131,7 @@ class Workload:
         return use_mesh(self.mesh, self.platform)
 
     def total(self, of: Callable[[Cost], float], kind: str | None = None) -> float:
-        """A number of every stage, of one kind or of all, summed over what a token meets."""
+        """A cost, summed over the stages that a token passes: those of one kind, or all."""
         return sum(count * of(cost) for cost, count in self.costs if kind in (None, cost.kind))
 
 
@@ -143,7 +143,7 @@ def resolve(
     Args:
       config: its mesh may have a -1, which takes the remaining devices.
       num_devices: how many there are; None: as many as the mesh needs with 1 for -1.
-      platform: "cpu", "tpu" or "gpu", which decides settings "auto".
+      platform: "cpu", "tpu" or "gpu", which decides "auto" settings.
 
     Raises:
       ValueError: the mesh does not fit the devices, or does not split the arrays evenly.
@@ -169,6 +169,6 @@ def resolve(
 
 
 def use_mesh(mesh: MeshConfig, platform: str) -> contextlib.AbstractContextManager[Any]:
-    """A context in which a mesh is in use, of devices that need not be here."""
+    """A context in which a mesh is in use; its devices need not be present."""
     device = jax.sharding.AbstractDevice("planned", None, platform)
     return jax.sharding.use_abstract_mesh(abstract_mesh(mesh, device))
