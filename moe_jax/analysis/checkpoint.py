@@ -36,14 +36,14 @@ PAGE_FILE = "analysis.html"
 
 
 class Analysis(NamedTuple):
-    """What came out.
+    """The results of an analysis.
 
     Attributes:
       settings: what was analysed: names and numbers.
-      layers: of `measures.measure_layers`.
-      routed: the choices at the checkpoint that is analysed.
+      layers: the result of `measures.measure_layers`.
+      routed: the choices at the analysed checkpoint.
       domains: names of the domains.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
     """
 
     settings: dict[str, Any]
@@ -54,14 +54,14 @@ class Analysis(NamedTuple):
 
 
 def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> Analysis:
-    """Routes text through a checkpoint of a run and some earlier ones, and measures it.
+    """Routes text through a checkpoint of a run and some earlier ones, and measures the routing.
 
     Args:
-      workdir: of the run, which may be training.
+      workdir: of the run, which may still be training.
       options: see `Options`.
 
     Raises:
-      ValueError: the directory holds no run with this checkpoint, the model is dense or soft, a
+      ValueError: the directory contains no run with this checkpoint, the model is dense or soft, a
         text is not UTF-8, or there are more texts than tokens.
       DamagedCheckpointError: the checkpoint of this step is damaged, or all are.
     """
@@ -99,11 +99,11 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
 
 
 def check_model(model: LanguageModel, workdir: str | pathlib.Path, options: Options) -> None:
-    """Refuses a model of which there is nothing to analyse.
+    """Refuses a model whose routing cannot be analysed.
 
     Raises:
       ValueError: it is dense, it has no such stack, the stack routes no tokens, the experts of a
-        part mix all tokens, or a text is given and has no encoder's text beside it.
+        part mix all tokens, or a text is given for a model with an encoder.
     """
     stack = options.stack
     require(
@@ -138,7 +138,7 @@ def check_model(model: LanguageModel, workdir: str | pathlib.Path, options: Opti
 def load_if_whole(workdir: str | pathlib.Path, step: int, trust: bool) -> TrainState | None:
     """A checkpoint of a run; None, with a warning, if it is damaged or gone.
 
-    A run that is training deletes old ones, also while they are read.
+    A run in training deletes old checkpoints, even while they are read.
     """
     try:
         return load_run(workdir, step=step, trust=trust)[1]
@@ -152,7 +152,7 @@ def load_if_whole(workdir: str | pathlib.Path, step: int, trust: bool) -> TrainS
 def batches_of(
     workdir: str | pathlib.Path, config: ExperimentConfig, tokenizer: Tokenizer, options: Options
 ) -> tuple[tuple[str, ...], list[Example]]:
-    """The names of the domains, and batches with at least `options.tokens` tokens if there are."""
+    """The names of the domains, and batches with `options.tokens` tokens or more, if available."""
     rows = config.training.batch_size // config.training.num_microbatches
     if options.text:
         return file_names(options.text), text_batches(
@@ -174,7 +174,7 @@ def batches_of(
 
 
 def file_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """The names of files without their directories; a number tells those apart that are alike."""
+    """The names of files without their directories; a number distinguishes equal names."""
     names: list[str] = []
     for path in paths:
         name = pathlib.Path(path).name
@@ -204,7 +204,7 @@ def settings_of(
     earlier: Sequence[int],
     routed: Routed,
 ) -> dict[str, Any]:
-    """What an analysis was made of, as JSON can hold it; names of files without their places."""
+    """The inputs of an analysis, as JSON values; file names without directories."""
     record, run = run_record(), pathlib.Path(workdir).resolve() / RUN_FILE
     corpus = without_directory(config.data.corpus)
     files = file_names(options.text)
@@ -235,7 +235,7 @@ def settings_of(
 
 
 def commit_of(record: pathlib.Path) -> str | None:
-    """The commit in the record of a run; None if it is missing or damaged: it is only a record."""
+    """The commit in the record of a run; None if the record is missing or damaged."""
     try:
         commit = read_json(record).get("commit")
     except (ValueError, OSError):
@@ -244,7 +244,7 @@ def commit_of(record: pathlib.Path) -> str | None:
 
 
 def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
-    """What is said of an MoE part, as JSON can hold it."""
+    """The reported settings of an MoE part, as JSON values."""
     moe = model.moe_parts[name]
     factor = moe.capacity_factor(training=False, factor=0.0)
     return {
@@ -258,7 +258,7 @@ def part_settings(model: LanguageModel, name: str) -> dict[str, Any]:
 
 
 def without_directory(name: str) -> str:
-    """The name of a corpus or tokenizer, such as `jsonl:DIR`, with the last part of its path."""
+    """The name of a corpus or tokenizer, such as `jsonl:DIR`, with only the end of its path."""
     kind, colon, path = name.partition(":")
     if not colon:
         return pathlib.Path(name).resolve().name
@@ -266,7 +266,7 @@ def without_directory(name: str) -> str:
 
 
 def write_analysis(analysis: Analysis, out: str | pathlib.Path) -> list[pathlib.Path]:
-    """Writes `analysis.json`, a PNG a figure, and `analysis.html`, which has all of them in it.
+    """Writes `analysis.json`, a PNG per figure, and `analysis.html`, which contains all of them.
 
     Returns:
       Their paths, the page first.

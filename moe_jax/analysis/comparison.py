@@ -1,7 +1,8 @@
-"""Runs side by side: in which settings they differ, what came out, what may not be compared.
+"""Runs side by side: their differing settings, their results, and what must not be compared.
 
-Held-out bits a byte compare over tokenizers, nats a token do not. Neither compares over different
-held-out text. Runs that differ in their seeds alone are one line of a table of means.
+Held-out bits per byte are comparable across tokenizers, nats per token are not. Neither is
+comparable across different held-out text. Runs that differ only in their seeds are one line of a
+table of means.
 """
 
 import dataclasses
@@ -26,12 +27,12 @@ MAX_SETTINGS = 12  # columns of a table
 SEEDS = ("config.seed", "config.data.seed")
 # Settings that name a run which this one starts from or learns from.
 SOURCES = ("config.init_from.path", "config.training.loss.teacher")
-# Settings that say nothing of a run, and make no column.
+# Settings that tell nothing about a run, and get no column.
 UNINTERESTING = ("config.name", "config.data.cache_dir", "config.training.trackers")
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
 NOT_CAUSAL = ", so that its loss is not that of a causal model and is ranked apart"
-SECTION = "set"  # stands for a section that has no kind
-SAME_TEXT = 1e-3  # of the bytes, that the first token of a domain, never a target, may make
+SECTION = "set"  # represents a section without a kind
+SAME_TEXT = 1e-3  # of the bytes; the first tokens of domains are never targets
 Settings = Mapping[str, Any]
 
 
@@ -49,7 +50,7 @@ class Comparison:
 
     @property
     def tokenizers(self) -> list[str]:
-        """The different ones, by name."""
+        """The names of the different tokenizers."""
         known: list[Entry] = []
         for entry in self.entries:
             if entry.settings and not any(entry.same(one, "tokenizer") for one in known):
@@ -58,7 +59,7 @@ class Comparison:
 
     @property
     def ways(self) -> list[str]:
-        """Of evaluation, that some run has."""
+        """The ways of evaluation that any run has."""
         return [
             way for way in CAPACITIES if any(way in entry.score.losses for entry in self.entries)
         ]
@@ -86,7 +87,7 @@ class Comparison:
 
     @property
     def shown_columns(self) -> list[Column]:
-        """The columns without those that say nothing here, and of many settings the first."""
+        """The columns without uninformative ones; of many settings, only the first."""
         hidden = {"num_steps", *self.hidden_settings}
         hidden |= {"heldout_text"} if len(set(self.texts) - {""}) < 2 else set()
         hidden |= {"note"} if not any(entry.note for entry in self.entries) else set()
@@ -94,12 +95,12 @@ class Comparison:
 
     @property
     def hidden_settings(self) -> list[str]:
-        """The settings that are left to the CSV file, by name."""
+        """The names of the settings that only the CSV file contains."""
         return [column.name for column in self.settings_columns[MAX_SETTINGS:]]
 
     @property
     def settings_columns(self) -> list[Column]:
-        """The settings in which the runs differ, by their whole names."""
+        """The settings in which the runs differ, by their full names."""
         settings = [entry.settings for entry in self.entries]
         return [
             Column(path, f"--{path}", values)
@@ -159,7 +160,7 @@ class Comparison:
 
     @property
     def seed_columns(self) -> list[Column]:
-        """The table of means over seeds; [] where no two runs differ in their seeds alone."""
+        """The table of means over seeds; [] if no two runs differ only in their seeds."""
         groups = self.groups
         if not groups:
             return []
@@ -190,7 +191,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader has to know before comparing, a sentence or two each."""
+        """What a reader must know before comparing, a sentence or two each."""
         found = []
         if len(self.tokenizers) > 1:
             found.append(
@@ -240,7 +241,7 @@ class Comparison:
         return found
 
     def left_out(self, runs: SeedRuns, seeds: Collection[Any] | None = None) -> str:
-        """The runs of a config that do not count, and why; None: of all seeds."""
+        """The runs of a config that do not count, and why; `seeds` None: of all seeds."""
         found = [one for seed, one in runs.left_out.items() if seeds is None or seed in seeds]
         names = [[printable(self.entries[place].name) for place in one.places] for one in found]
         return "; ".join(
@@ -260,11 +261,11 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
 
     Args:
       entries: at least one.
-      order: one of `ORDERS`; losses are those of the first way of evaluation that there is, best
-        first, among the runs that are scored on one text.
+      order: one of `ORDERS`; losses are those of the first available way of evaluation, best first
+        among the runs that are scored on one text.
 
     Raises:
-      ValueError: nats a token of different tokenizers are to be ranked.
+      ValueError: the order is unknown, or ranks nats per token of different tokenizers.
     """
     require(order in ORDERS, f"runs are sorted by one of {list(ORDERS)}", repr(order), "Correct it")
     texts = dict(zip(map(id, entries), heldout_texts(entries), strict=True))
@@ -295,8 +296,8 @@ def heldout_texts(entries: Iterable[Entry]) -> list[str]:
     """A letter for the held-out text of each run; "" without a score.
 
     Runs are scored on one text if their corpus, held-out fraction and objective are the same and
-    the whole split has as many bytes; those of another tokenizer may lack the first token of each
-    domain.
+    the whole split has the same number of bytes. With another tokenizer, the first token of each
+    domain may be missing.
     """
     known: list[Entry] = []
     letters = []
@@ -311,7 +312,7 @@ def heldout_texts(entries: Iterable[Entry]) -> list[str]:
 
 
 def same_text(a: Entry, b: Entry) -> bool:
-    """Whether two runs are scored on the same held-out text, as far as their files say."""
+    """Whether two runs are scored on the same held-out text, as far as their files show."""
     first, second = (
         [entry.settings.get("data", {}).get(name) for name in ("heldout_fraction", "objective")]
         for entry in (a, b)
@@ -331,7 +332,7 @@ def letter_of(place: int) -> str:
 
 
 def steps_left(entry: Entry) -> str:
-    """Such as " of 1,000", of a run that has not taken all its steps."""
+    """Such as " of 1,000" for a run that has not taken all its steps, else ""."""
     total = entry.num_steps
     return "" if total is None or entry.step >= total else f" of {total:,}"
 
@@ -339,8 +340,8 @@ def steps_left(entry: Entry) -> str:
 def differing(settings: Sequence[Settings]) -> dict[str, tuple[Any, ...]]:
     """The settings in which configs differ, by path; None where a config has no such setting.
 
-    A part is its kind, and then its fields are compared among the configs with that kind. An empty
-    config, which could not be read, differs in nothing.
+    A part counts as its kind; then its fields are compared among the configs with that kind. An
+    empty config, which could not be read, differs in nothing.
     """
     columns: dict[str, tuple[Any, ...]] = {}
 
@@ -364,14 +365,14 @@ def differing(settings: Sequence[Settings]) -> dict[str, tuple[Any, ...]]:
 
 
 def label(value: Any) -> Any:
-    """What stands for a value in a table: of a section its kind."""
+    """What a table shows for a value: for a section, its kind."""
     if isinstance(value, Mapping):
         return value.get("kind", SECTION)
     return json.dumps(value) if isinstance(value, list | tuple) else value
 
 
 def without_seeds(settings: Settings, source: Callable[[str], str]) -> str:
-    """The settings that decide on a result, except the seeds; `source` replaces `SOURCES`."""
+    """The settings that affect a result, except the seeds; `source` replaces `SOURCES`."""
 
     def copy(value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
@@ -398,11 +399,11 @@ def source_without_seeds(path: str) -> str:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """The mean; None without values."""
     return statistics.fmean(values) if values else None
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample; None of fewer than two, or if one is not finite."""
+    """Standard deviation of a sample; None for fewer than two, or if one is not finite."""
     finite = all(map(math.isfinite, values))
     return statistics.stdev(values) if len(values) > 1 and finite else None

@@ -23,8 +23,8 @@ MAX_NAMES = 24  # in the legend
 def comparison_figure(comparison: Comparison) -> Figure:
     """Curves in rows (held-out, training) and columns (steps, tokens, FLOPs, time).
 
-    Runs that differ in their seeds alone have one colour. A held-out curve is of one text: where
-    the evaluations during a run are of a sample of the split, the final score is a dot.
+    Runs that differ only in their seeds have one colour. A held-out curve is of one text: if the
+    evaluations during a run are of a sample of the split, the final score is a dot.
     """
     entries = comparison.entries
     colors, firsts = colors_of(comparison)
@@ -64,19 +64,19 @@ def steps_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
 
 
 def tokens_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
-    """Tokens trained on after so many steps."""
+    """Tokens trained on after the given steps."""
     tokens = entry.tokens_per_step
     return None if tokens is None else steps * float(tokens)
 
 
 def flops_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
-    """Model FLOPs of the training after so many steps."""
+    """Model FLOPs of training after the given steps."""
     tokens, flops = tokens_of(entry, steps), entry.flops_per_token
     return None if tokens is None or flops is None else tokens * flops
 
 
 def seconds_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
-    """Seconds of the training steps until then; evaluation and checkpoints are left out."""
+    """Seconds of training after the given steps, without evaluation and checkpoints."""
     logged, seconds = entry.run.curve("perf/seconds_per_step")
     if not len(logged):
         return None
@@ -84,7 +84,7 @@ def seconds_of(entry: Entry, steps: np.ndarray) -> np.ndarray | None:
 
 
 def elapsed(steps: np.ndarray, seconds_per_step: np.ndarray) -> np.ndarray:
-    """Seconds after each logged step: a logged time is of the steps since the one before.
+    """Seconds after each logged step: a logged time applies to the steps since the previous one.
 
     >>> elapsed(np.array([10, 20, 40]), np.array([1.0, 2.0, 1.0])).tolist()
     [10.0, 30.0, 50.0]
@@ -102,7 +102,7 @@ MEASURES: dict[str, Measure] = {
 
 
 def draw_heldout(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
-    """A curve of one text and, where it is another, the final score as a dot."""
+    """A curve on one text, and the final score as a dot if it is on another."""
     steps, losses = entry.run.curve(HELDOUT)
     final = entry.score.loss("dropless", "bits_per_byte") if is_final(entry) else None
     if final is not None:
@@ -146,7 +146,7 @@ def colors_of(comparison: Comparison) -> tuple[list[str], list[int]]:
 
 
 def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
-    """Its name and how many runs have its colour."""
+    """The name of a run, its state, and how many runs have its colour."""
     group = next((group for group in comparison.groups if place in group), [place])
     several = f" ({len(group)} seeds)" if len(group) > 1 else ""
     state = "" if is_final(entry) else f" ({entry.state})"
@@ -155,7 +155,7 @@ def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
 
 
 def comparison_png(comparison: Comparison) -> bytes:
-    """The figure as a PNG file; letters that the font lacks are boxes."""
+    """The figure as a PNG file; characters that the font lacks are boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         return png_bytes(comparison_figure(comparison), dpi=100)

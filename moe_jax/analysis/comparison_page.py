@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else; every text in it is escaped."""
+"""A comparison as one self-contained HTML page; every text in it is escaped."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ is of a sample of it.</figcaption></figure>
 
 
 def comparison_page(comparison: Comparison, pairs: Pairs, png: bytes) -> str:
-    """The page: what to know first, the runs, means over seeds, pairs, the figure.
+    """The page: notes, the runs, means over seeds, pairs, the figure.
 
     Args:
       comparison: what is shown.
@@ -56,7 +56,7 @@ def comparison_page(comparison: Comparison, pairs: Pairs, png: bytes) -> str:
 
 
 def html_table(columns: Sequence[Column], classes: Sequence[str] = ()) -> str:
-    """A table; `classes` are those of its rows."""
+    """An HTML table; `classes` are the CSS classes of its rows."""
     kinds = [' class="text"' if column.is_text else "" for column in columns]
     heads = (
         f"<th{kind}>{html.escape(column.title)}</th>"

@@ -1,4 +1,4 @@
-"""The configs of a comparison against one of them, by the differences of the seeds they share."""
+"""The configs of a comparison against a baseline, by the differences on shared seeds."""
 
 import dataclasses
 import math
@@ -17,17 +17,17 @@ NAME = "heldout/paired"
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """What the other configs are less the baseline, in held-out bits a byte.
+    """The other configs minus the baseline, in held-out bits per byte.
 
-    A pair is of a seed that counts in both configs. A config lacks pairs if a seed that both were
-    run with does not count: it diverged, say. The pairs that are left were chosen by what came out.
-    They have a mean, but no interval, no p and no direction.
+    A pair is a seed that counts in both configs. A config lacks pairs if a seed that both were run
+    with does not count, for example because it diverged. The remaining pairs were then selected by
+    outcome. They have a mean, but no interval, no p and no direction.
 
     Attributes:
       comparison: the runs.
-      baseline: those of the baseline.
-      others: those of each other config that was run with several of its seeds, alike, and is not
-        scored on other held-out text.
+      baseline: the runs of the baseline.
+      others: the runs of each other config that was run with several of the baseline's seeds and is
+        not scored on other held-out text.
     """
 
     comparison: Comparison
@@ -36,13 +36,13 @@ class Pairs:
 
     @property
     def found(self) -> list[Paired]:
-        """The differences, a config each."""
+        """The differences, one per config."""
         ours = losses_of(self.comparison, self.baseline)
         return [paired(losses_of(self.comparison, other), ours) for other in self.others]
 
     @property
     def tested(self) -> list[Paired]:
-        """The differences of the configs that lack no pair, and no difference of the others."""
+        """The differences of the configs that lack no pair; none for the others."""
         return [
             one if one.num_seeds == len(self._shared(other)) else paired({}, {})
             for one, other in zip(self.found, self.others, strict=True)
@@ -50,7 +50,7 @@ class Pairs:
 
     @property
     def columns(self) -> list[Column]:
-        """The table: a row a config; [] without any."""
+        """The table, a row per config; [] without any."""
         found, tested = self.found, self.tested
         if not found:
             return []
@@ -71,7 +71,7 @@ class Pairs:
 
     @property
     def notes(self) -> list[str]:
-        """What the columns are, and which configs a direction is shown of."""
+        """What the columns mean, and for which configs a direction is shown."""
         if not self.others:
             return []
         return [
@@ -89,7 +89,7 @@ class Pairs:
 
     @property
     def _shown(self) -> list[str]:
-        """The configs that differ, with the side."""
+        """The configs that differ, with the direction."""
         pairs = zip(self.others, self.tested, self._p_values, strict=True)
         return [
             f"{self._name(other)} is {'lower' if one.side() < 0 else 'higher'}"
@@ -115,7 +115,7 @@ class Pairs:
         return self.baseline.seeds & other.seeds
 
     def _name(self, runs: SeedRuns) -> str:
-        """A config by its first run that counts, if one does, with its mark."""
+        """The name and mark of a config's first run that counts, or of its first run."""
         entry = self.comparison.entries[runs.first]
         mark = entry.mark(self.comparison.ways[0])
         return printable(entry.name) + f" ({mark})" * bool(mark)
@@ -127,7 +127,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
     Args:
       comparison: the runs.
       baseline: the name of a run of the baseline; "": the first by name among the configs that were
-        run with several seeds, the causal ones first.
+        run with several seeds, causal ones first.
 
     Raises:
       ValueError: there is no run of this name with a final score.
@@ -170,12 +170,12 @@ def names_of(comparison: Comparison, config: SeedRuns) -> list[str]:
 
 
 def first_name(comparison: Comparison, config: SeedRuns) -> str:
-    """The first of them."""
+    """The first name in `names_of`."""
     return min(names_of(comparison, config))
 
 
 def all_groups(comparison: Comparison) -> list[list[int]]:
-    """The runs of each config, and those of a config that was run once, by their places."""
+    """The places of the runs of each config, including configs that were run once."""
     grouped = comparison.groups
     known = {place for group in grouped for place in group}
     alone = [[place] for place in range(len(comparison.entries)) if place not in known]
@@ -183,7 +183,7 @@ def all_groups(comparison: Comparison) -> list[list[int]]:
 
 
 def losses_of(comparison: Comparison, config: SeedRuns) -> dict[Any, float]:
-    """The held-out bits a byte of the seeds that count, of the first way of evaluation."""
+    """The held-out bits per byte of the seeds that count, by the first way of evaluation."""
     found = [
         (seed, comparison.entries[place].score.loss(way, "bits_per_byte"))
         for way in comparison.ways[:1]
@@ -193,5 +193,5 @@ def losses_of(comparison: Comparison, config: SeedRuns) -> dict[Any, float]:
 
 
 def number(value: float) -> float | None:
-    """None of nan, which a table shows as nothing."""
+    """The value, or None for nan, which a table shows as "-"."""
     return None if math.isnan(value) else value

@@ -1,8 +1,8 @@
-"""The runs of one config, seed by seed: which of them count, in means as in pairs.
+"""The runs of one config, seed by seed: which of them count, in means and in pairs.
 
-A run has a result if it has a final score, or if it diverged. A seed counts if one run has a
-result, and that is a score. Of two results of one seed none counts: to take one of them, by
-whatever rule, would be a choice among results.
+A run has a result if it has a final score or diverged. A seed counts if exactly one run has a
+result, and that result is a score. If a seed has two results, neither counts: taking one of them,
+by any rule, would be a choice among results.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from moe_jax.analysis.runs import FINISHED, Entry, natural_key
 CLASH = "one config and seed: compare one of them"
 DIVERGED = "diverged"
 OTHER_TEXT = "on other held-out text"
-Seeds = tuple[Any, ...]  # of a run, see `seeds_of`
+Seeds = tuple[Any, ...]  # of a run; see `seeds_of`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class LeftOut:
     """Why a seed does not count.
 
     Attributes:
-      places: of the runs with a result; of a seed without any, of all.
-      why: in words.
+      places: of the runs with a result; if the seed has none, of all its runs.
+      why: the reason in words.
     """
 
     places: tuple[int, ...]
@@ -35,7 +35,7 @@ class SeedRuns:
     """The runs of a config.
 
     Attributes:
-      counted: the place of the run of each seed that counts; all are scored on the same text.
+      counted: the place of the run that counts, by seed; all are scored on the same text.
       left_out: the other seeds.
     """
 
@@ -44,23 +44,23 @@ class SeedRuns:
 
     @property
     def seeds(self) -> set[Seeds]:
-        """All seeds that there is a run of."""
+        """All seeds that have a run."""
         return self.counted.keys() | self.left_out.keys()
 
     @property
     def first(self) -> int:
-        """The place of its first run that counts; of its first run, if none does."""
+        """The place of the first run that counts; if none counts, of the first run."""
         left_out = (place for one in self.left_out.values() for place in one.places)
         return next(iter([*self.counted.values(), *left_out]))
 
 
 def seed_runs(entries: Sequence[Entry], texts: Sequence[str], group: Sequence[int]) -> SeedRuns:
-    """Sorts out the runs of one config; their order in a comparison does not matter.
+    """Finds which runs of one config count; their order in a comparison does not matter.
 
     Args:
       entries: the runs of a comparison.
-      texts: which held-out text each is scored on. Of several the first counts.
-      group: the places of those of the config.
+      texts: which held-out text each is scored on; of several texts, the first counts.
+      group: the places of the config's runs.
     """
     runs: dict[Seeds, list[int]] = {}
     for place in sorted(group, key=lambda place: natural_key(entries[place].directory)):
@@ -84,12 +84,12 @@ def seed_runs(entries: Sequence[Entry], texts: Sequence[str], group: Sequence[in
 
 
 def has_result(entry: Entry) -> bool:
-    """Whether it came to an end that another run of its config and seed would come to as well."""
+    """Whether the run ended as another run of its config and seed would end."""
     return entry.diverged or is_final(entry)
 
 
 def is_final(entry: Entry) -> bool:
-    """Whether its score is of its last step and the whole held-out split."""
+    """Whether the run's score is of its last step and the whole held-out split."""
     return entry.state == FINISHED and entry.score.whole
 
 

@@ -2,7 +2,7 @@
 
 Loads and shares of experts are shown as multiples of an even split, 1/E, on one diverging scale of
 powers of two: white is even, blue below, red above. Lines are in the colours of Okabe and Ito,
-which the colour-blind can tell apart; layers, which have an order, are in the order of viridis.
+which the colour-blind can tell apart; layers follow the order of viridis.
 """
 
 import io
@@ -27,10 +27,10 @@ MAX_PANELS = 6  # layers that one figure shows
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that notebooks show although pyplot, whose state is global, does not know it."""
+    """A figure that notebooks show without pyplot, whose state is global."""
 
     def _repr_png_(self) -> bytes:
-        """What Jupyter shows of the last value of a cell."""
+        """The image that Jupyter shows if the figure is the last value of a cell."""
         return png_bytes(self)
 
 
@@ -57,7 +57,7 @@ def plain_axes(axis: Axes, title: str, unit: str, x_label: str = "training step"
 
 
 def panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A grid of `count` axes of a size in inches, filled row by row."""
+    """A grid of `count` axes, each of a size in inches, filled row by row."""
     columns = min(columns, count)
     rows = -(-count // columns)
     width = max(7.0, size[0] * columns)
@@ -80,7 +80,7 @@ def multiple_scale() -> dict[str, Any]:
 
 
 def visible(multiple: np.ndarray) -> np.ndarray:
-    """Lifts 0, of which there is no logarithm, to a value below the scale."""
+    """Lifts 0, which has no logarithm, to a value below the scale."""
     return np.maximum(multiple, 1e-6)
 
 
@@ -91,7 +91,7 @@ def _diverging() -> matplotlib.colors.Colormap:
 
 
 def multiple_bar(figure: Figure, mesh: Any, axes: list[Axes], label: str) -> None:
-    """The legend of `multiple_scale`."""
+    """The colour bar of `multiple_scale`."""
     bar = figure.colorbar(mesh, ax=axes, location="bottom", extend="both", aspect=45, shrink=0.6)
     bar.set_label(label)
     bar.ax.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 1, 2, 4]))
@@ -100,7 +100,7 @@ def multiple_bar(figure: Figure, mesh: Any, axes: list[Axes], label: str) -> Non
 
 
 def write_multiples(axis: Axes, values: np.ndarray) -> None:
-    """Writes the value into each cell, in a colour that can be read on it."""
+    """Writes the value into each cell, in a readable colour."""
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             color = "white" if value > 2.4 or value < 1 / 2.4 else BLACK
@@ -111,38 +111,38 @@ def write_multiples(axis: Axes, values: np.ndarray) -> None:
 
 
 def reference_line(axis: Axes, value: float, label: str) -> None:
-    """A dashed line of what even routing would give."""
+    """A dashed line at the value of a reference, such as even routing."""
     axis.axhline(value, color=GREY, linewidth=1, linestyle="--", label=label)
     axis.legend(frameon=False, fontsize=8)
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
-    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    """At most `count` of the items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return items
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
 def layer_title(layer: str) -> str:
-    """Such as "layer 3" for "layer_03"."""
+    """The title of a layer, such as "layer 3" for "layer_03"."""
     name, _, number = layer.rpartition("_")
     return f"{name} {int(number)}" if number.isdecimal() else layer
 
 
 def layer_label(layer: str) -> str:
-    """`layer_title` as a figure can show it: the name of a part may be in it."""
+    """`layer_title` as a figure can show it: it may contain the name of a part."""
     return in_figure(layer_title(layer))
 
 
 def stamp(figure: Figure, text: str) -> Figure:
-    """Writes what is true of all of a figure into its corner; nothing if the text is empty."""
+    """Writes a note on the whole figure into its corner; nothing if the text is empty."""
     if text:
         figure.text(0.995, 0.995, text, ha="right", va="top", fontsize=8, color=COLORS[1])
     return figure
 
 
 def shown_of(layers: Collection[str], among: Collection[str]) -> str:
-    """What a title says of layers that were left out."""
+    """The end of a title if layers were left out, such as " (6 of 12 MoE layers)"."""
     return "" if len(layers) == len(among) else f" ({len(layers)} of {len(among)} MoE layers)"
 
 
@@ -152,7 +152,7 @@ def layer_colors(num_layers: int) -> np.ndarray:
 
 
 def layer_legend(figure: Figure, layers: list[str]) -> None:
-    """Says which colour is which layer, for some of many, below the figure."""
+    """A legend of the layers' colours below the figure; of many layers, some."""
     colors = layer_colors(len(layers))
     shown = spread(list(range(len(layers))), 6)
     handles = [matplotlib.lines.Line2D([], [], color=colors[index], linewidth=2) for index in shown]

@@ -45,10 +45,10 @@ def loss_figure(
 
     Args:
       train: loss on the training batches, nats/token.
-      heldout: loss on held-out text by the way of evaluation, nats/token.
-      bits_per_byte: of held-out text, by domain; the name "all" is the whole text.
-      train_label: what the loss on training batches is called (see `training.ways`).
-      bits_label: the way that held-out text was evaluated for `bits_per_byte`.
+      heldout: loss on held-out text, by way of evaluation, nats/token.
+      bits_per_byte: loss on held-out text, by domain; "all" is the whole text.
+      train_label: the name of the loss on training batches (see `training.ways`).
+      bits_label: the name of the way of evaluation for `bits_per_byte`.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -82,7 +82,7 @@ def loss_figure(
 
 
 def load_figure(steps: np.ndarray, load_by_layer: Mapping[str, np.ndarray]) -> Figure:
-    """How evenly each layer uses its experts, over the steps: one heat map a layer.
+    """How evenly each layer uses its experts, over the steps: one heat map per layer.
 
     Args:
       steps: [T], increasing.
@@ -113,12 +113,12 @@ def load_figure(steps: np.ndarray, load_by_layer: Mapping[str, np.ndarray]) -> F
 def domain_figure(
     share_by_layer: Mapping[str, Mapping[str, Sequence[float]]], text: str = "held-out text"
 ) -> Figure:
-    """Which experts the tokens of each domain go to: one heat map a layer.
+    """Which experts the tokens of each domain go to: one heat map per layer.
 
     Args:
       share_by_layer: by layer and domain, [E]: the share of the domain's choices that each expert
         gets. Of many layers, `MAX_PANELS` evenly spaced ones are shown.
-      text: what was routed, for the title.
+      text: the name of the routed text, for the title.
     """
     layers = spread(list(share_by_layer), MAX_PANELS)
     domains = list(dict.fromkeys(name for layer in layers for name in share_by_layer[layer]))
@@ -152,7 +152,7 @@ def router_figure(
     largest: Mapping[str, Curve],
     num_experts: Mapping[str, int],
 ) -> Figure:
-    """The health of the routers over the steps, a line a layer.
+    """The health of the routers over the steps, one line per layer.
 
     Args:
       dropped: share of the assignments that found no slot, by layer.
@@ -183,7 +183,7 @@ def router_figure(
 
 
 def cut_the_start(axis: Axes, curves: list[Curve]) -> None:
-    """Leaves the steep fall of the first steps out of the picture, for the sake of the rest."""
+    """Crops the steep fall of the first steps, so that the rest can be seen."""
     tops, bottoms = [], []
     for _, values in curves:
         values = values[np.isfinite(values)]
@@ -196,7 +196,7 @@ def cut_the_start(axis: Axes, curves: list[Curve]) -> None:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over a fiftieth of the points, of which there may be none."""
+    """A centred moving average over a fiftieth of the points, if there are any."""
     if not len(values):
         return values
     width = max(1, len(values) // 50)
@@ -205,7 +205,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _average(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages runs of neighbouring points so that few enough are left to be seen apart."""
+    """Averages neighbouring points, so that few enough are left to be distinguished."""
     num_experts = values.shape[1] if values.ndim > 1 else 1
     groups = min(len(steps), MAX_COLUMNS, max(40, MAX_CELLS // num_experts))
     return (

@@ -13,11 +13,11 @@ Row = dict[str, Any]
 def newest_heldout(evaluation: Row, rows: Sequence[Row]) -> Row:
     """The newest held-out losses of a run, in the form of `evaluation.json`.
 
-    After a run was extended, or an older checkpoint was evaluated, its metrics have later ones.
+    After a run was extended, or an older checkpoint was evaluated, its metrics have later losses.
 
     Args:
-      evaluation: the content of `evaluation.json`; {} without.
-      rows: of its metrics.
+      evaluation: the content of `evaluation.json`; {} if absent.
+      rows: the rows of its metrics.
 
     Returns:
       `evaluation` itself, unless the metrics have losses of a later step; {} if there are none.

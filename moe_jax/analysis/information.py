@@ -1,9 +1,9 @@
-"""What a category of tokens, such as domain or token id, says of their experts (`moe_jax.moe`).
+"""What a category of tokens (domain, token id) tells about their experts (`moe_jax.moe`).
 
-A table counts choices by category and expert; mutual information puts one number on it. Of a finite
-number of tokens that number is above 0 even where nothing is shared, so it is given beside that of
-the same routing shuffled over the tokens, which has kept the load of every expert and the size of
-every category and lost what connected them.
+A table counts choices by category and expert; mutual information reduces it to one number. With
+finitely many tokens that number is above 0 even if nothing is shared. So it is compared with that
+of the same routing shuffled over the tokens. Shuffling keeps the load of every expert and the size
+of every category, but breaks their connection.
 """
 
 import numpy as np
@@ -32,9 +32,9 @@ def choice_counts(
 def mutual_information(counts_IE: np.ndarray) -> float:
     """Mutual information of the rows and columns of a table of counts, bits.
 
-    That of the category of a choice and its expert, with the relative frequencies taken for
-    probabilities ("plug-in"). Of K choices of each token it is what the category says of one of
-    them, drawn at random: at most log2(E / K) bits if all experts are used alike.
+    It is between the category of a choice and its expert, with relative frequencies as
+    probabilities ("plug-in"). If each token has K choices, it is what the category tells about one
+    of them, drawn at random: at most log2(E / K) bits if all experts are used equally.
 
     Args:
       counts_IE: not negative, not all 0.
@@ -49,17 +49,17 @@ def mutual_information(counts_IE: np.ndarray) -> float:
 def expected_bias(
     num_categories: int, num_experts: int, choices_per_token: float, num_tokens: int
 ) -> float:
-    """What `mutual_information` is expected to be where nothing is shared, bits.
+    """The expected `mutual_information` if nothing is shared, bits.
 
-    The plug-in value times 2 N ln 2, N choices, is the likelihood-ratio statistic of independence,
-    whose mean is its degrees of freedom: (I - 1)(E - 1) for independent choices, and, as the K
-    choices of a token differ, (I - 1)(E - K): an expert that a token chooses with probability p_e
-    has variance p_e (1 - p_e) a token, and sum_e (1 - p_e) = E - K. Approximate where most cells of
-    the table expect fewer than a few counts.
+    With N choices, the plug-in value times 2 N ln 2 is the likelihood-ratio statistic of
+    independence. Its mean is its degrees of freedom: (I - 1)(E - 1) for independent choices. Here
+    it is (I - 1)(E - K), since the K choices of a token differ. An expert that a token chooses with
+    probability p_e has variance p_e (1 - p_e) per token, and sum_e (1 - p_e) = E - K. The value is
+    approximate if most cells of the table expect fewer than a few counts.
 
     Args:
-      num_categories: I, those that occur.
-      num_experts: E, those that are chosen at all.
+      num_categories: I, the categories that occur.
+      num_experts: E, the experts that are chosen at all.
       choices_per_token: K, the mean.
       num_tokens: J.
     """
@@ -86,9 +86,9 @@ def shuffled_information(
       expert_JK: see `choice_counts`.
       num_categories: I.
       num_experts: E.
-      num_shuffles: how often, each time anew.
-      within_J: a token gets the choices of one with the same number here, such as the token's id:
-        what is left is what that number explains.
+      num_shuffles: number of independent shuffles.
+      within_J: shuffle only among tokens with the same number here, such as the token id: the
+        information that is left is what that number explains.
       seed: of the shuffles.
 
     Returns:

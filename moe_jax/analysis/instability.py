@@ -1,6 +1,6 @@
 """How easily the choices of experts flip: under noise, in another precision, since a checkpoint.
 
-Always of the same tokens, token by token.
+The same tokens are compared, token by token.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from moe_jax.training.state import TrainState
 
 
 class Flips(NamedTuple):
-    """What share of the tokens has other experts; both in [0, 1].
+    """The share of tokens that have other experts; both in [0, 1].
 
     Attributes:
-      first: tokens whose first choice is another. Unrelated even routing: 1 - 1 / E.
-      set: tokens whose choices are not the same experts, in whatever order.
+      first: tokens whose first choice differs; 1 - 1 / E for unrelated even routing.
+      set: tokens whose sets of chosen experts differ, whatever the order.
     """
 
     first: float
@@ -28,14 +28,14 @@ class Flips(NamedTuple):
 
 
 def flips(expert_JK: np.ndarray, other_JK: np.ndarray) -> Flips:
-    """Compares two choices for the same tokens in one layer.
+    """Compares two routings of the same tokens in one layer.
 
     Args:
       expert_JK: int in [0, E), best first, each expert of a token once; -1 is no choice.
-      other_JK: of another checkpoint, precision or noise; K may be another.
+      other_JK: the choices of another checkpoint, precision or noise; K may differ.
 
     Raises:
-      ValueError: they are not of the same number of tokens, or of none.
+      ValueError: the numbers of tokens differ, or there are no tokens.
     """
     if len(expert_JK) != len(other_JK) or not len(expert_JK):
         raise ValueError(
@@ -62,19 +62,19 @@ def route_variations(
     *,
     of_encoder: bool = False,
 ) -> dict[str, Routed]:
-    """Routes tokens as they might as well be routed, to be compared with `route_batches`.
+    """Routes tokens under small variations, for comparison with `route_batches`.
 
     Args:
-      state: as of `route_batches`.
+      state: see `route_batches`.
       model: its model.
-      batches: of the tokens.
-      max_tokens: where to stop.
-      noise: of `route_batches`.
-      of_encoder: likewise.
+      batches: the tokens, in batches.
+      max_tokens: stop after this many tokens.
+      noise: `input_noise` of `route_batches`.
+      of_encoder: see `route_batches`.
 
     Returns:
-      By what was varied: "input noise 0.01"; "compute in bfloat16" and "router in bfloat16", or
-      float32 for what is in bfloat16.
+      The routing by variation: "input noise 0.01", "compute in bfloat16" and "router in bfloat16",
+      or float32 for what already is in bfloat16.
     """
 
     def with_other_router(part: Any) -> Any:
@@ -99,5 +99,5 @@ def route_variations(
 
 
 def other_dtype(dtype: str) -> str:
-    """bfloat16 for float32 and the other way round."""
+    """bfloat16 for float32, and float32 for any other."""
     return "bfloat16" if dtype == "float32" else "float32"

@@ -1,4 +1,4 @@
-"""Whether a model's predictions depend on later tokens, and what it gains by it."""
+"""Whether a model's predictions depend on later tokens, and what the model gains by that."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,20 @@ from moe_jax.data import heldout_batches, open_data
 from moe_jax.models.model import LanguageModel
 from moe_jax.training.loss import Batch, call_of, target_nats
 
-BATCH = 16  # sequences: what three sets of their logits are kept of at a time
+BATCH = 16  # sequences whose three sets of logits are kept at a time
 
 
 class Futures(NamedTuple):
-    """What the same predictions are worth with different tokens after them.
+    """Scores of the same predictions with different tokens after them.
 
-    All in bits a byte, of the same targets of the same held-out sequences.
+    The first three are in bits per byte, for the same targets of the same held-out sequences.
 
     Attributes:
       teacher_forced: with the text's own continuation in place, as in training.
-      prefix_by_prefix: with nothing after the token that predicts: padding, which is not routed.
-      other_future: with the continuation of another text. Loads and queues are then as usual, and
-        what is lost is what the right continuation gave away.
-      moved: the largest change of a logit up to a place by the exchange of all tokens after it.
+      prefix_by_prefix: with nothing after the predicting token except padding, which is not routed.
+      other_future: with the continuation of another text. Loads and queues are as usual, so the
+        increase over `teacher_forced` is what the right continuation gave away.
+      moved: the largest change of a logit, up to a place, when all tokens after it are exchanged.
       num_targets: predictions that were scored.
     """
 
@@ -49,22 +49,24 @@ def compare_futures(
 ) -> Futures:
     """Scores held-out tokens with three different continuations after them.
 
-    Slots are those of a whole sequence in all three, so that only what fills them differs.
+    All three have the slots of a whole sequence, so that only what fills them differs.
 
     Args:
       params: parameters of the model.
-      state: of its parts, such as selection biases; or None.
-      config: of the run. A routing group is one sequence, or tokens would compete with those of
-        other sequences too.
-      capacity: slots over the mean load, at which MoE layers are evaluated; 0 is dropless.
-      cuts: places t in [0, L - 2]: the target of each is scored, and what is after it exchanged.
-      num_sequences: held-out sequences to use, 2 or more, in batches of `BATCH`; at most so many.
+      state: state of its parts, such as selection biases; or None.
+      config: of the run. Each routing group must be one sequence, or tokens would also compete with
+        those of other sequences.
+      capacity: slots divided by the mean load, at which MoE layers are evaluated; 0 is dropless.
+      cuts: places t in [0, L - 2]: the target at each is scored, and the tokens after it are
+        exchanged.
+      num_sequences: held-out sequences to use at most, 2 or more, in batches of `BATCH`.
 
     Returns:
       The `Futures`.
 
     Raises:
-      ValueError: cuts that are no such places, fewer than two sequences, or a group of several.
+      ValueError: a cut is no such place, there are fewer than two sequences, a routing group has
+        several, or the objective shows a prefix from both sides.
     """
     length = config.data.sequence_length
     if not cuts or min(cuts) < 0 or max(cuts) > length - 2:
@@ -126,7 +128,7 @@ def score_cut(
     model: LanguageModel,
     capacity: float,
 ) -> CutScores:
-    """Scores the targets at `cut` with the own, with no and with another sequence's future."""
+    """Scores the targets at `cut` with their own future, with none and with another sequence's."""
     inputs_BL, segments_BL = batch["inputs"], batch["segment_ids"]
     is_later_L = jnp.arange(inputs_BL.shape[1]) > cut
 

@@ -11,7 +11,8 @@ class Load(NamedTuple):
     Attributes:
       share_E: float64, share of all choices that went to each expert; sums to 1.
       fullest: share of the fullest expert, as a multiple of an even split; 1 at best, E at worst.
-      effective_experts: exp of the entropy of the shares: E at an even split, 1 if one has all.
+      effective_experts: exp of the entropy of the shares: E at an even split, 1 if one expert has
+        all choices.
     """
 
     share_E: np.ndarray

@@ -1,6 +1,6 @@
-"""All that an analysis measures of routing, layer by layer, as JSON can hold it.
+"""All measures of an analysis of routing, layer by layer, as JSON values.
 
-docs/analysis.md says what each number means and what routing at random would give.
+docs/analysis.md explains each number and gives its value under random routing.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ class Scope:
 
     Attributes:
       domains: names of the domains.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       num_shuffles: how often routing is shuffled over the tokens for a baseline; at least 1.
       min_count: token ids with fewer occurrences are not listed with an expert.
-      num_listed: token ids that are listed with an expert.
-      num_rows: the most frequent token ids, of which the share of every expert is given.
+      num_listed: number of token ids that are listed with an expert.
+      num_rows: number of most frequent token ids whose share of every expert is given.
     """
 
     domains: tuple[str, ...]
@@ -62,17 +62,16 @@ def measure_layers(
 
     Args:
       routed: the choices at the last checkpoint.
-      earlier: those of the same tokens at other checkpoints, by step.
-      varied: those of the same tokens with something else changed, by what it was.
-      weights: of the block, by layer, in the order of the layers of `routed`.
+      earlier: the choices of the same tokens at other checkpoints, by step.
+      varied: the choices of the same tokens with something else changed, by the name of the change.
+      weights: weights of the block by layer, in the order of the layers of `routed`.
       scope: see `Scope`.
 
     Returns:
       By layer: `choices_per_token`, `load`, `domains`, `tokens`, `repetition`, `coactivation`,
-      `saturation`, `flips`, `similarity`. Each has what routing at random is expected to give under
-      `random`, and what the same routing gives when it is shuffled over the tokens under
-      `shuffled`, where these say something. Shares lie in [0, 1], information is in bits, and null
-      stands for what is not defined.
+      `saturation`, `flips`, `similarity`. Where it is meaningful, `random` is the expected value
+      under random routing, and `shuffled` the value of the same routing shuffled over the tokens.
+      Shares are in [0, 1], information is in bits, and undefined values are null.
     """
     found = {}
     for index, (layer, own) in enumerate(weights.items()):
@@ -99,7 +98,7 @@ def measure_layers(
 
 
 def plain(value: Any) -> Any:
-    """An array as nested lists, rounded to six digits, with None for what is not a number."""
+    """An array as nested lists, rounded to six digits, with None for values that are not finite."""
     if isinstance(value, np.ndarray):
         return [plain(part) for part in value.tolist()]
     if isinstance(value, list):
@@ -236,7 +235,7 @@ def _coactivation(expert_JK: np.ndarray, num_experts: int) -> Json:
 def _saturation(
     settling: Mapping[int, np.ndarray], last_JK: np.ndarray, num_experts: int
 ) -> Json | None:
-    """None with one checkpoint: there is nothing to compare it with."""
+    """The saturation; None if there is no earlier checkpoint to compare with."""
     if not settling:
         return None
     ways = {"first": slice(0, 1), "all": slice(None)}

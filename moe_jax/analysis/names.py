@@ -1,4 +1,4 @@
-"""Names that users give, of domains, files, runs and parts, as each place can show them."""
+"""Users' names of domains, files, runs and parts, in the form that each place can show."""
 
 import functools
 import re
@@ -18,8 +18,8 @@ def printable(name: str) -> str:
 def in_figure(name: str, longest: int = LONGEST) -> str:
     r"""A name as matplotlib draws it: not mathematics, not hidden, and short.
 
-    Between two "$" matplotlib reads mathematics, and a legend leaves out what starts with "_". A
-    character that no font has would be an empty box: its escape can be told from others.
+    Matplotlib reads mathematics between two "$", and a legend omits names that start with "_". A
+    character that no font has would be an empty box; its escape is distinguishable.
 
     >>> in_figure("a$b^$")
     'a\\$b^\\$'
@@ -45,7 +45,7 @@ def in_markdown(name: str) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table of Markdown; all columns but the first are aligned right if many."""
+    """A Markdown table of Markdown cells; with over two columns, all but the first align right."""
     align = ["---"] + ["---:" if len(header) > 2 else "---"] * (len(header) - 1)
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [header, align, *rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -66,7 +66,7 @@ def in_code(text: str) -> str:
 
 @functools.cache
 def _characters_of_fonts() -> frozenset[int]:
-    """The code points that the fonts of figures have."""
+    """The code points that the figures' fonts contain."""
     import matplotlib  # takes half a second, and most names are not drawn
     from matplotlib.font_manager import FontProperties, findfont, get_font
 

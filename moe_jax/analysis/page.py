@@ -1,6 +1,6 @@
-"""An analysis as one HTML page that needs nothing else: no network, images as data URIs.
+"""An analysis as one self-contained HTML page: no network, images as data URIs.
 
-Whatever comes from a text, a config or a file name is escaped; data for the script goes in as JSON.
+Everything from a text, a config or a file name is escaped; the script's data is embedded as JSON.
 """
 
 import base64
@@ -20,7 +20,8 @@ from moe_jax.config.json_text import json_text
 from moe_jax.data import Tokenizer
 
 TEMPLATE = pathlib.Path(__file__).parent / "page.html"
-# Paul Tol's scheme "light": told apart by the colour-blind, and black letters can be read on it.
+# Paul Tol's scheme "light": the colour-blind can tell its colours apart and read black letters on
+# them.
 EXPERT_COLORS = (
     "#77AADD", "#EE8866", "#EEDD88", "#FFAABB", "#99DDFF", "#44BB99", "#BBCC33", "#AAAA00",
 )  # fmt: skip
@@ -30,7 +31,7 @@ MAX_CELLS = 60_000  # of the tables of token ids and experts: ids * experts * la
 
 
 class Passage(NamedTuple):
-    """Consecutive tokens to be read.
+    """Consecutive tokens to read.
 
     Attributes:
       title: of the text.
@@ -42,7 +43,7 @@ class Passage(NamedTuple):
 
 
 def choose_passages(routed: Routed, domains: Sequence[str]) -> list[Passage]:
-    """The first tokens of each domain, as many as a page can carry, the same for all domains."""
+    """The first tokens of each domain, as many as a page can carry, equally many for each."""
     num_layers, _, num_choices = routed.expert_XJK.shape
     there = np.unique(routed.domain_J)
     limit = min(MAX_TOKENS, MAX_NUMBERS // (num_layers * num_choices)) // len(there)
@@ -65,14 +66,14 @@ def analysis_page(
     """The page.
 
     Args:
-      said: the settings and the layers, as `analysis.json` has them.
-      figures: PNG files by name, each with a sentence.
-      passages: what can be read in it, at least one.
-      tokenizer: of the model.
+      said: the settings and the layers, as in `analysis.json`.
+      figures: PNG files by name, each with a caption.
+      passages: the passages to read on the page, at least one.
+      tokenizer: the model's tokenizer.
     """
     settings, layers = said["settings"], said["layers"]
     template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
-    # By the number of experts, the share that chance gives a token of the first such layer.
+    # An expert's share by chance, by number of experts, from the first layer with that number.
     chance: dict[int, str] = {}
     for measures in layers.values():
         chance.setdefault(_num_experts(measures), f"{measures['tokens']['random']:.1%}")
@@ -128,7 +129,7 @@ def _page_data(
 
 
 def _passage_html(passage: Passage, tokenizer: Tokenizer) -> str:
-    """The text as one element a cell; the script colours them."""
+    """The text as one element per cell; the script colours them."""
     routed = passage.routed
     pieces = [tokenizer.bytes_of(int(token)) for token in routed.token_J]
     begins = np.append(True, routed.document_J[1:] != routed.document_J[:-1])
@@ -145,13 +146,13 @@ def _passage_html(passage: Passage, tokenizer: Tokenizer) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text with signs for its line ends and tabs, which still break the line."""
+    """A text with visible signs for its line ends and tabs; line ends still break the line."""
     signs = {"\n": "↵\n", "\t": "⇥\t"}
     return "".join(signs.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
 
 
 def _plain(value: Any) -> str:
-    """A setting without the signs of Python."""
+    """A setting as text, without Python's syntax."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {_plain(part)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -183,9 +184,9 @@ def _tokens_of(layer: str, said: Mapping[str, Any]) -> str:
 
 
 def _shares_of(layer: str, said: Mapping[str, Any], max_cells: int) -> str:
-    """The most frequent token ids by experts, in percent; ends of cells and rows may be left out.
+    """The most frequent token ids by experts, in percent, without the optional end tags.
 
-    A quarter, half and three quarters have backgrounds of their own.
+    Shares from a quarter, a half and three quarters on have their own backgrounds.
     """
     found = said["tokens"]["most_frequent"]
     num_experts = len(found[0]["share"])

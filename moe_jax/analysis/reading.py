@@ -1,4 +1,4 @@
-"""Tokens as a person can read them: characters put together from bytes, and names of tokens."""
+"""Tokens in readable form: characters joined from bytes, and names of tokens."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from moe_jax.data import Tokenizer
 
-# What cannot be seen, by a sign that can.
+# Visible signs for characters that cannot be seen.
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\0": "␀"})
 
 
@@ -14,7 +14,7 @@ class Cell(NamedTuple):
     """Some consecutive tokens that make up whole characters; most often one.
 
     Attributes:
-      text: the characters; empty of a token that is not text. Bytes that are not UTF-8 are U+FFFD.
+      text: the characters; empty for a token that is not text. Bytes that are not UTF-8 are U+FFFD.
       first: index of the first token.
       num_tokens: how many tokens.
     """
@@ -25,17 +25,17 @@ class Cell(NamedTuple):
 
 
 def readable_cells(pieces: Sequence[bytes], begins: Sequence[bool]) -> list[Cell]:
-    """Puts tokens together until each piece of text has whole characters.
+    """Joins tokens until each piece of text has whole characters.
 
-    A byte tokenizer cuts the letter e with an accent in two, and no tokenizer knows where a window
-    of tokens was cut: what has no end when a document ends is closed there.
+    A byte tokenizer cuts the letter e with an accent in two, and a window may cut any text within a
+    character. A character that is incomplete at the end of a document is closed there.
 
     Args:
-      pieces: the bytes of each token, in order; none of a token that is not text.
+      pieces: the bytes of each token, in order; empty for a token that is not text.
       begins: whether a document begins with the token.
 
     Returns:
-      Cells that cover all tokens in order, none reaching from one document into the next.
+      Cells that cover all tokens in order; none crosses from one document into the next.
     """
     cells: list[Cell] = []
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -51,7 +51,7 @@ def readable_cells(pieces: Sequence[bytes], begins: Sequence[bool]) -> list[Cell
 
 
 def token_name(tokenizer: Tokenizer, id_: int) -> str:
-    """A token by itself, white space made visible: `e`, `␣the`, `<C3>`, `[eos]`."""
+    """A single token, with visible white space: `e`, `␣the`, `<C3>`, `[eos]`."""
     specials = {tokenizer.bos_id: "[bos]", tokenizer.eos_id: "[eos]", tokenizer.pad_id: "[pad]"}
     # Ids beyond the tokenizer's are padding of the model's vocabulary.
     piece = tokenizer.bytes_of(id_) if id_ < tokenizer.vocab_size else b""

@@ -13,7 +13,7 @@ class Repetition(NamedTuple):
     """Shares of the pairs of consecutive tokens of a document.
 
     Attributes:
-      num_pairs: how many pairs there are.
+      num_pairs: number of pairs.
       same_first: share whose first choices are the same; nan without pairs.
       any_shared: share that has an expert in common among all choices given; nan without pairs.
     """
@@ -27,9 +27,9 @@ def repetition(expert_JK: np.ndarray, document_J: np.ndarray) -> Repetition:
     """Compares the choices of each token with those of the next in its document.
 
     Args:
-      expert_JK: integers in [0, E), best first; -1 is no choice and equals nothing. Mixtral has
-        K = 2, "first or second choice"; pass `expert_JK[:, :2]` for the same of more choices.
-      document_J: any numbers, the same for the tokens of one document, which stand together.
+      expert_JK: integers in [0, E), best first; -1 is no choice and equals nothing. For the measure
+        of Mixtral ("first or second choice", K = 2) pass `expert_JK[:, :2]`.
+      document_J: any numbers, the same for the tokens of one document, which are consecutive.
     """
     is_pair = document_J[1:] == document_J[:-1]
     before_JK, after_JK = expert_JK[:-1][is_pair], expert_JK[1:][is_pair]
@@ -47,11 +47,11 @@ def repetition(expert_JK: np.ndarray, document_J: np.ndarray) -> Repetition:
 def random_repetition(
     num_experts: int, num_choices: int, num_next: int | None = None
 ) -> tuple[float, float]:
-    """What two tokens have in common at random, all sets of experts of a size equally likely.
+    """What two tokens share at random, if all sets of experts of a size are equally likely.
 
     The first choices agree in 1 of E cases. The N choices of the next token all miss the K of this
-    one in C(E - K, N) of C(E, N) cases: for E = 8, K = N = 2 these are 6/8 * 5/7. Where a token has
-    no choice there is nothing in common.
+    one in C(E - K, N) of C(E, N) cases: a share of 6/8 * 5/7 for E = 8, K = N = 2. A token without
+    choices shares nothing.
 
     Args:
       num_experts: E.
@@ -69,13 +69,13 @@ def random_repetition(
 def expected_repetition(
     expert_JK: np.ndarray, document_J: np.ndarray, num_experts: int
 ) -> tuple[float, float]:
-    """What `repetition` expects of tokens with as many choices as these, at random.
+    """The expected `repetition` of random routing, for tokens with as many choices as these.
 
-    `random_repetition` of each pair of consecutive tokens of a document, averaged over all pairs,
-    those with a token without a choice among them, as `repetition` counts them.
+    This is `random_repetition` of each pair of consecutive tokens of a document, averaged over all
+    pairs. As in `repetition`, pairs with a token without choices count too.
 
     Args:
-      expert_JK: as for `repetition`; of a token's choices the first column has the first if any.
+      expert_JK: as for `repetition`; the first column has each token's first choice, if it has any.
       document_J: as for `repetition`.
       num_experts: E.
 

@@ -1,7 +1,6 @@
-"""The report of a run: what came out, how the experts were used, and what it was run with.
+"""The report of a run: its results, how the experts were used, and its settings.
 
-It is made from the files in the run's directory alone and can be made again at any time, also of
-a run that is still going:
+It reads only the files in the run's directory. It can be made again at any time, also during a run:
 
     python -m moe_jax.analysis.report DIR
 """
@@ -46,11 +45,11 @@ class Run:
     """The files of a run.
 
     Attributes:
-      rows: of metrics.jsonl, at least one.
-      record: of run.json.
-      settings: of config.json, nested.
-      evaluation: of evaluation.json; {} if there is none.
-      sample: of sample.txt, None if there is none.
+      rows: rows of metrics.jsonl, at least one.
+      record: content of run.json.
+      settings: content of config.json, nested.
+      evaluation: content of evaluation.json; {} if there is none.
+      sample: text of sample.txt; None if there is none.
     """
 
     rows: list[Row]
@@ -71,13 +70,13 @@ class Run:
 
     @property
     def extended(self) -> str:
-        """Such as "extended from 1,000" steps, of a run that got more later on; else ""."""
+        """Such as "extended from 1,000", if the run later got more steps; else ""."""
         before = " and ".join(f"{num_steps:,}" for _, num_steps in extensions(self.record))
         return f"extended from {before}" * bool(before)
 
     @functools.cached_property
     def ways(self) -> dict[str, Way]:
-        """How its losses are measured: as recorded, or by the config if that needs no import."""
+        """How its losses are measured: as recorded, or from the config if that needs no import."""
         recorded = self.record.get("losses", {})
         if not recorded and not self.settings["sources"]:
             model = read_config(self.settings, ExperimentConfig).model
@@ -86,9 +85,10 @@ class Run:
 
     @functools.cached_property
     def layers(self) -> dict[str, str]:
-        """The MoE layers that have metrics, in order: "layer_01" and where its metrics are.
+        """The MoE layers that have metrics, in order, with the prefix of their metrics.
 
-        That is such as "moe/layer_01". A layer with several parts that route is named after both.
+        Example: {"layer_01": "moe/layer_01"}. If several parts of a layer route, its name includes
+        the part.
         """
         names = {name for row in self.rows for name in row}
         matches = map(LOAD_METRIC.fullmatch, names)
@@ -101,11 +101,11 @@ class Run:
 
     @property
     def num_experts(self) -> dict[str, int]:
-        """How many experts each of these layers has, with those that compute nothing."""
+        """How many experts each of these layers has, including those that compute nothing."""
         return {name: len(self.last(f"{place}/expert_load")) for name, place in self.layers.items()}
 
     def curve(self, name: str) -> figures.Curve:
-        """The steps and values of a metric, where it was written."""
+        """The steps at which a metric was written, and its values."""
         points = [(row["step"], row[name]) for row in self.rows if name in row]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, np.int64), np.array(values, np.float64)
@@ -148,7 +148,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
     """Writes `report/report.md` and its figures into a run's directory.
 
     Args:
-      directory: of the run, with metrics.jsonl, config.json and run.json, and at its end
+      directory: of the run, with metrics.jsonl, config.json and run.json; a finished run also has
         evaluation.json and sample.txt.
 
     Returns:
@@ -158,7 +158,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
       ValueError: see `read_run`.
     """
     run = read_run(directory)
-    closing = [_facts(run), _config(run), _sample(run)]  # a config that is refused writes nothing
+    closing = [_facts(run), _config(run), _sample(run)]  # a refused config writes nothing
     place = pathlib.Path(directory) / "report"
     place.mkdir(exist_ok=True)
     sections = [_heading(run), _result(run), _figure(run, place, "loss", "Loss", _draw_loss)]
@@ -179,7 +179,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
 def _figure(
     run: Run, place: pathlib.Path, name: str, title: str, draw: Callable[[Run], Figure | None]
 ) -> str:
-    """Saves a figure and returns the line that shows it; removes an older one if there is none."""
+    """Saves a figure and returns the line that shows it; without a figure, removes an old one."""
     path, figure = place / f"{name}.png", draw(run)
     if figure is None:
         path.unlink(missing_ok=True)
@@ -247,7 +247,7 @@ def _heading(run: Run) -> str:
 
 
 def _result(run: Run) -> str:
-    """The losses: overall and by domain, in all ways side by side, and what their marks mean."""
+    """The losses: overall and by domain, all ways side by side, and what their marks mean."""
     ways = [way for way in CAPACITIES if way in run.heldout]
     loss = run.last("train/loss")
     lines = ["## Result", ""]
@@ -280,7 +280,7 @@ def _result(run: Run) -> str:
 
 
 def _layer_table(run: Run) -> str:
-    """What the routers did at the last step that was logged."""
+    """The routers' metrics at the last logged step."""
     columns: dict[str, tuple[str, str]] = {
         "fullest expert, x even": ("expert_load_max", ".2f"),
         "max violation": ("max_violation", ".2f"),
@@ -334,7 +334,7 @@ def _facts(run: Run) -> str:
 
 
 def _parameters(run: Run) -> str:
-    """Parameters in all and used by a token: as recorded, or counted from the config."""
+    """Total and active parameters: as recorded, or counted from the config."""
     recorded = run.record.get("parameters")
     if recorded is None:
         if run.settings["sources"]:  # parts outside the library, which a report does not import
@@ -346,13 +346,13 @@ def _parameters(run: Run) -> str:
 
 
 def _seconds(run: Run) -> float:
-    """The sum of step times, each logged one standing for the steps since the one before."""
+    """The sum of step times; each logged time applies to the steps since the previous one."""
     steps, seconds = run.curve("perf/seconds_per_step")
     return float(np.sum(np.diff(steps, prepend=0) * seconds))
 
 
 def _speed(run: Run) -> dict[str, str]:
-    """Medians over the logged steps, of what was measured."""
+    """Medians over the logged steps of each metric that was measured."""
     facts = {}
     for name, metric, spec in (
         ("tokens/s (median)", "perf/tokens_per_s", ",.0f"),
@@ -382,7 +382,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes the report of the run in the directory that is given; returns the exit code."""
+    """Writes the report of the run in the given directory; returns the exit code."""
     if list(arguments) in (["--help"], ["-h"]) or len(arguments) != 1:
         print("usage: python -m moe_jax.analysis.report DIR   (DIR: the workdir of a run)")
         return 0 if arguments in (["--help"], ["-h"]) else 1

@@ -1,6 +1,6 @@
 """What a model's routers chose for some text, as flat arrays.
 
-Shapes: X MoE layers, J tokens without padding, K choices of a token (see `moe_jax.moe`).
+Shapes: X MoE layers, J tokens without padding, K choices per token (see `moe_jax.moe`).
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ class RoutedLayer(NamedTuple):
     """A layer that routes tokens.
 
     Attributes:
-      name: such as "layer_03", or "layer_03_PART" where several parts of the layer route.
+      name: such as "layer_03", or "layer_03_PART" if several parts of the layer route.
       part: the name of its part.
-      row: which of the layers of this part it is, from 0.
+      row: its index among the layers of this part, from 0.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Routed(NamedTuple):
 
     Attributes:
       expert_XJK: int32 in [0, E) of the layer, best first; -1 is a choice that does not count.
-        Layers are those of all MoE parts, in the order of the model; K is the most of any of them.
+        Layers are those of all MoE parts, in the order of the model; K is the maximum over them.
       gate_XJK: float32, weight of each choice in the token's output; 0 where it does not count.
       token_J: int32 ids.
       domain_J: int32, an index into the domains, of each token's sequence.
-      document_J: int64, the same for the tokens of one document in one sequence, which stand
-        together: a document that the end of a window cuts counts as two.
+      document_J: int64, the same for the tokens of one document in one sequence, which are
+        consecutive: a document that is cut at the end of a window counts as two.
     """
 
     expert_XJK: np.ndarray
@@ -88,18 +88,19 @@ def route_batches(
     *,
     of_encoder: bool = False,
 ) -> Routed:
-    """Runs a model as in evaluation, dropless, and keeps what its routers chose.
+    """Runs a model as in evaluation, dropless, and keeps its routers' choices.
 
-    Experts that choose have the capacity of training, without which each would take every token.
+    Experts that choose tokens have the capacity of training; without it, each would take every
+    token.
 
     Args:
       state: of a run; parameters, the state of parts and the step are read.
       model: its model.
       batches: of one shape, as `data.heldout_batches` yields them.
-      max_tokens: where to stop; padding is not counted.
-      input_noise: relative size of noise on the input: every number of a token's embedding is
+      max_tokens: stop after this many tokens; padding is not counted.
+      input_noise: relative size of noise on the input: every element of a token's embedding is
         multiplied by 1 + input_noise * N(0, 1), the same at every call.
-      of_encoder: whether to keep the tokens and layers of the encoder, not those of the decoder.
+      of_encoder: whether to keep the tokens and layers of the encoder instead of the decoder's.
 
     Returns:
       The `Routed`, of at most `max_tokens` tokens.
@@ -145,7 +146,7 @@ def noisy_pass(
     *,
     model: LanguageModel,
 ) -> dict[str, Choices]:
-    """`recorded_pass` with the numbers of embedded tokens multiplied by 1 + noise * N(0, 1)."""
+    """`recorded_pass` with the elements of embeddings multiplied by 1 + noise * N(0, 1)."""
 
     def factor(tokens: jax.Array, key: jax.Array) -> jax.Array:
         return 1 + noise * jax.random.normal(key, (*tokens.shape, model.model_dim))
@@ -163,7 +164,7 @@ def noisy_pass(
 
 
 def first_tokens(routed: Routed, num_tokens: int) -> Routed:
-    """The first tokens of some text."""
+    """The first `num_tokens` tokens."""
     by_layer, by_token = routed[:2], routed[2:]
     return Routed(*(a[:, :num_tokens] for a in by_layer), *(a[:num_tokens] for a in by_token))
 
@@ -194,7 +195,7 @@ def flatten(record: RoutingRecord, domain_B: np.ndarray) -> Routed:
 
 
 def joined_layers(layers: Sequence[np.ndarray], filler: int) -> np.ndarray:
-    """Arrays [J, K] as one, [X, J, K]; those of fewer choices are filled up."""
+    """Arrays [J, K] as one, [X, J, K]; arrays with fewer choices are filled up."""
     longest = max(values_JK.shape[1] for values_JK in layers)
     return np.stack([
         np.pad(
@@ -219,8 +220,8 @@ def text_batches(
       tokenizer: of the model.
       sequence_length: L.
       batch_size: B; the last batch is filled up with padding.
-      max_tokens: of all texts; each may have an equal part of them, and what is longer is cut.
-        None: all of them.
+      max_tokens: the most tokens of all texts; each may have an equal share, and longer texts are
+        cut. None: no limit.
 
     Returns:
       Batches as `data.heldout_batches` yields them; `domain` is an index into the texts.

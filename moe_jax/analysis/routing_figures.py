@@ -1,6 +1,6 @@
-"""The figures of an analysis of routing, from what `measures` measured.
+"""The figures of an analysis of routing, from the results of `measures`.
 
-Of many layers a heat map shows some, evenly spaced; curves and tables show all.
+Of many layers, heat maps show some, evenly spaced; curves and tables show all.
 """
 
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ Layers = Mapping[str, Mapping[str, Any]]
 
 
 def routing_figures(layers: Layers, text: str) -> dict[str, tuple[Figure, str]]:
-    """Every figure that the measures give, by name, with a sentence that says how to read it.
+    """Every figure that the measures give, by name, with a sentence on how to read it.
 
     Args:
-      layers: of `measures.measure_layers`.
-      text: what was routed, for titles.
+      layers: the result of `measures.measure_layers`.
+      text: the name of the routed text, for titles.
     """
     found = {
         "load": (
@@ -165,7 +165,7 @@ def repetition_figure(layers: Layers) -> Figure:
 
 
 def saturation_figure(layers: Layers) -> Figure:
-    """How much of the last checkpoint's routing earlier ones had, a line a layer."""
+    """How much of the last checkpoint's routing earlier ones had, one line per layer."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     kinds = {"first": "First choice", "all": "All choices"}
     for axis, (kind, title) in zip(figure.subplots(1, 2), kinds.items(), strict=True):
@@ -182,7 +182,7 @@ def saturation_figure(layers: Layers) -> Figure:
 
 
 def _unrelated(layers: Layers, kind: str) -> dict[str, float]:
-    """What unrelated routing gives for `saturation`, by label: a line a number of experts."""
+    """The `saturation` of unrelated routing, by label: one line per number of experts."""
     chance = {
         len(said["load"]["share"]): said["saturation"]["random"][kind] for said in layers.values()
     }
@@ -192,7 +192,7 @@ def _unrelated(layers: Layers, kind: str) -> dict[str, float]:
 
 
 def coactivation_figure(layers: Layers) -> Figure:
-    """Experts that are chosen together, as multiples of what routing at random gives."""
+    """Experts that are chosen together, as multiples of random routing."""
     matrices = {}
     for layer, said in layers.items():
         found = said["coactivation"]
@@ -234,7 +234,7 @@ def similarity_figure(matrices: Mapping[str, list[list[float]]], title: str) -> 
 
 
 def _square_panels(matrices: Mapping[str, Any]) -> tuple[Figure, dict[Axes, str]]:
-    """A square panel for each of some layers, experts by experts."""
+    """A square panel, experts by experts, for each shown layer."""
     layers = spread(list(matrices), MAX_PANELS)
     columns = min(3, len(layers))
     figure, axes = panels(len(layers), columns=columns, size=(3.5, 3.3))

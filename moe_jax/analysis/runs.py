@@ -1,6 +1,6 @@
-"""The runs under some paths, each as far as it can be read: finished, unfinished, failed, damaged.
+"""The runs under some paths, as far as they can be read: finished, unfinished, failed, damaged.
 
-A report refuses a run that lacks a file. A comparison shows it, and says what is wrong with it.
+A report refuses a run that lacks a file. A comparison shows it, and reports what is wrong with it.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FAILED, DAMAGED = "failed", "damaged"
 INFINITE = re.compile(r"train/\w+ is (nan|-?inf) at step")  # of `training.loop.check_finite`
 
 NUMBER = (int, float, type(None))
-# What is read of each file and may be absent, by its path, and the types it may have.
+# Optional values that are read from each file, by path, and the types that they may have.
 SHAPES: dict[str, dict[str, Any]] = {
     CONFIG_FILE: {
         "training": dict, "training.num_steps": int, "training.batch_size": int,
@@ -68,10 +68,11 @@ class Score:
     """Held-out losses of a run.
 
     Attributes:
-      step: they were measured after.
-      whole: on the whole held-out split; else on its first `training.evaluation_batches` batches.
-      losses: by way of evaluation, "nats_per_token" and "bits_per_byte".
-      num_bytes: bytes of text that were scored; 0 where that was not recorded.
+      step: the step after which they were measured.
+      whole: whether of the whole held-out split; else of its first `training.evaluation_batches`
+        batches.
+      losses: "nats_per_token" and "bits_per_byte", by way of evaluation.
+      num_bytes: bytes of text that were scored; 0 if not recorded.
     """
 
     step: int
@@ -89,10 +90,10 @@ class Entry:
     """A run in a comparison.
 
     Attributes:
-      name: that tells it from the others.
+      name: a name that distinguishes it from the others.
       directory: of the run.
-      run: what could be read; files that are missing or damaged are empty in it.
-      settings: resolved where its config can be read, else as written; {} without.
+      run: what could be read; missing or damaged files are empty in it.
+      settings: resolved if its config can be read, else as written; {} without a config.
       problems: what could not be read, and why.
     """
 
@@ -104,12 +105,12 @@ class Entry:
 
     @property
     def num_steps(self) -> int | None:
-        """Of its training, as its config says."""
+        """The number of training steps in its config."""
         return self.settings.get("training", {}).get("num_steps")
 
     @property
     def step(self) -> int:
-        """The last step that it has metrics or an evaluation of."""
+        """The last step with metrics or an evaluation."""
         return max([row["step"] for row in self.run.rows[-1:]] + [self.score.step], default=0)
 
     @property
@@ -126,7 +127,7 @@ class Entry:
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss is not finite: the newest, or the one that its log says ended it."""
+        """Whether a loss is not finite: the newest, or the one that, by its log, ended it."""
         nats = [one.get("nats_per_token", 0.0) for one in self.score.losses.values()]
         named = ("train/loss", "train/total_loss", "train/grad_norm")
         nats += [row[name] for row in self.run.rows[-1:] for name in named if name in row]
@@ -136,7 +137,7 @@ class Entry:
 
     @property
     def note(self) -> str:
-        """What is wrong with it, and that it was extended, in a line; "" where nothing is."""
+        """What is wrong with it, and whether it was extended, in a line; "" if neither."""
         why = failure(self.directory) if self.state == FAILED else ""
         return "; ".join(filter(None, [why, *self.problems, self.run.extended]))
 
@@ -154,25 +155,25 @@ class Entry:
         return Score(found.get("step", 0), whole, losses, scored_bytes(losses.get("dropless", {})))
 
     def label(self, way: str) -> str:
-        """What a way of evaluation is called in this run."""
+        """The label of a way of evaluation in this run."""
         return str(self._said(way).get("label") or way.replace("_", "-"))
 
     def mark(self, way: str) -> str:
-        """What a reader has to know of losses of this kind: `SEES`, or that it did in training."""
+        """What a reader must know about these losses: the model `SEES`, or saw, later tokens."""
         model = self.settings.get("model")
         stack = model.get("stack") if isinstance(model, dict) else None
         allowed = isinstance(stack, dict) and bool(stack.get("allow_lookahead"))
         return str(self._said(way).get("mark", SEES if allowed else ""))
 
     def _said(self, way: str) -> dict[str, Any]:
-        """What the run has written of a way; runs of earlier versions did not."""
+        """What the run has recorded about a way; runs of earlier versions recorded nothing."""
         recorded = self.run.record.get("losses", {})
         found = recorded.get(way) if isinstance(recorded, dict) else None
         return found if isinstance(found, dict) else self.score.losses.get(way, {})
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Tokens that a step trains on, as recorded or counted; of an encoder too."""
+        """Tokens that a step trains on, as recorded or counted; including an encoder's."""
         try:
             return self.run.record.get("tokens_per_step") or (
                 self.settings["training"]["batch_size"] * self.settings["data"]["sequence_length"]
@@ -182,7 +183,7 @@ class Entry:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Parameters "total" and "active", as recorded or counted; {} if neither can be."""
+        """Parameters "total" and "active", as recorded or counted; {} if neither is possible."""
         return self.run.record.get("parameters") or self._counted(
             lambda config: {
                 name: getattr(count_parameters(config.model, config.lengths), name)
@@ -192,7 +193,7 @@ class Entry:
 
     @property
     def flops_per_token(self) -> float | None:
-        """Model FLOPs of a training step, a token: three times those of the forward pass."""
+        """Model FLOPs of a training step, per token: three times those of the forward pass."""
         forward = self.run.record.get("forward_flops_per_token") or self._counted(
             lambda config: {"model": count_flops(config.model, config.lengths).model}
         )
@@ -200,29 +201,29 @@ class Entry:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median over the logged steps."""
+        """Tokens per second: the median over the logged steps."""
         _, values = self.run.curve("perf/tokens_per_s")
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else None
 
     def same(self, other: "Entry", what: str) -> bool:
-        """Whether two runs have one "corpus" or "tokenizer": by content if both recorded it."""
+        """Whether two runs share a "corpus" or "tokenizer": by content if both recorded it."""
         hashes = [one.run.settings.get("content", {}).get(what) for one in (self, other)]
         if all(hashes):
             return bool(hashes[0] == hashes[1])
         return self.named(what) == other.named(what)
 
     def named(self, what: str) -> str:
-        """The "corpus" or the "tokenizer" as its config has it."""
+        """The "corpus" or the "tokenizer" as named in its config."""
         return str(self.settings.get("data", {}).get(what))
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide on a result, as far as it is known which do."""
+        """The settings that affect a result, as far as is known."""
         return resolved(self.run.settings, only_results=True)
 
     def _counted(self, count: Callable[[ExperimentConfig], dict[str, Any]]) -> dict[str, Any]:
-        """What is counted of the config; {} where it has parts that a reader does not import."""
+        """What is counted from the config; {} if it has parts that a reader does not import."""
         try:
             return count(read_config(self.run.settings, ExperimentConfig))
         except (ValueError, TypeError, AttributeError, KeyError):
@@ -230,7 +231,7 @@ class Entry:
 
 
 def scored_bytes(losses: dict[str, Any]) -> int:
-    """How many bytes of text a loss is of: total nats over nats a byte; 0 if it cannot be said.
+    """How many bytes of text were scored: total nats divided by nats per byte; 0 if unknown.
 
     >>> scored_bytes({"nats_per_token": math.log(2), "bits_per_byte": 0.5, "tokens": 100.0})
     200
@@ -249,7 +250,7 @@ def find_runs(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
       paths: of runs, of folders with runs in them at any depth, or patterns such as "runs/lr*".
 
     Raises:
-      ValueError: nothing is there, or no run is in it.
+      ValueError: a path matches nothing, or contains no run.
     """
     found: dict[pathlib.Path, pathlib.Path] = {}
     for path in paths:
@@ -272,7 +273,7 @@ def find_runs(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
 
 
 def runs_in(place: pathlib.Path) -> list[pathlib.Path]:
-    """The runs in a folder, which may be one itself; a run that has begun has no other inside."""
+    """The runs in a folder, which may itself be one; a run that has begun contains no other."""
     if not place.is_dir() or place.name.startswith("."):
         return []
     if any((place / name).is_file() for name in BEGUN):
@@ -282,19 +283,19 @@ def runs_in(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def natural_key(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Orders names with numbers as people do: 2 before 10."""
+    """A sort key that orders names with numbers as people do: 2 before 10."""
     return [(int(piece), "") if piece.isdecimal() else (-1, piece)
             for piece in re.split(r"(\d+)", str(path))]  # fmt: skip
 
 
 def read_entries(directories: Sequence[pathlib.Path]) -> list[Entry]:
-    """Reads runs; what cannot be read is said in `Entry.problems`."""
+    """Reads runs; `Entry.problems` lists what cannot be read."""
     names = short_names(directories)
     return [read_entry(path, name) for path, name in zip(directories, names, strict=True)]
 
 
 def short_names(directories: Sequence[pathlib.Path]) -> list[str]:
-    """The paths without the folders that all of them are in."""
+    """The paths without the folders that all of them share."""
     parts = [path.absolute().parts for path in directories]
     shared = 0
     while all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
@@ -303,7 +304,7 @@ def short_names(directories: Sequence[pathlib.Path]) -> list[str]:
 
 
 def read_entry(directory: pathlib.Path, name: str) -> Entry:
-    """Reads a run, as far as it can be."""
+    """Reads a run as far as possible."""
     problems: list[str] = []
 
     def read(file: str, reader: Callable[[pathlib.Path], Any], empty: Any, required: bool) -> Any:
@@ -329,7 +330,7 @@ def read_entry(directory: pathlib.Path, name: str) -> Entry:
 
 
 def objects_in(found: Any, file: str) -> list[Any]:
-    """The JSON objects of a file that have its shape: rows, sessions, or it is one."""
+    """The JSON objects of a file that should have its shape: rows, or the file and sessions."""
     if file == METRICS_FILE:
         return list(found)
     earlier = found.get("earlier") if file == RUN_FILE else None
@@ -337,7 +338,7 @@ def objects_in(found: Any, file: str) -> list[Any]:
 
 
 def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
-    """What has another type than it should in some JSON objects; "" if nothing has.
+    """The first value with a wrong type in some JSON objects; "" if there is none.
 
     >>> misshapen([{"a": {"b": "2"}}], {"a": dict, "a.b": int})
     "a.b is '2'"
@@ -354,11 +355,11 @@ def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
 
 
 def resolved(written: dict[str, Any], *, only_results: bool = False) -> dict[str, Any]:
-    """The settings of a config: those it lacks are at their defaults, where it can be built.
+    """The settings of a config; if it can be built, missing ones have their defaults.
 
     Args:
       written: the content of `config.json`.
-      only_results: leave out what does not change results, where it can be built.
+      only_results: leave out what does not change results, if the config can be built.
     """
     if not written:
         return {}

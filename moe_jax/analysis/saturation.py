@@ -4,19 +4,19 @@ import numpy as np
 
 
 def router_saturation(expert_JK: np.ndarray, last_expert_JK: np.ndarray) -> float:
-    """The share of the choices at a checkpoint that the last checkpoint makes as well.
+    """The share of the choices at a checkpoint that the last checkpoint also makes.
 
     Args:
-      expert_JK: integers in [0, E), the choices of each token at a checkpoint, none twice; -1 is no
-        choice. Pass the first column of both, [J, 1], for the first choice alone.
-      last_expert_JK: those of the same tokens at the last checkpoint.
+      expert_JK: integers in [0, E), the distinct choices of each token at a checkpoint; -1 is no
+        choice. For the first choice only, pass the first column of both, [J, 1].
+      last_expert_JK: the choices of the same tokens at the last checkpoint.
 
     Returns:
-      In [0, 1]: 1 at the last checkpoint itself, K / E expected of unrelated even routing. nan if
-      no token has a choice.
+      In [0, 1]: 1 at the last checkpoint itself; K / E is expected for unrelated even routing. nan
+      if no token has a choice.
 
-    Source: OLMoE, arXiv:2409.02060, sec. 5.1, eq. 5. Where tokens have different numbers of
-      choices, the mean is over choices.
+    Source: OLMoE, arXiv:2409.02060, sec. 5.1, eq. 5. If tokens have different numbers of choices,
+      the mean is over choices.
     """
     is_choice_JK = expert_JK >= 0
     is_kept_JK = (expert_JK[:, :, None] == last_expert_JK[:, None, :]).any(axis=2) & is_choice_JK

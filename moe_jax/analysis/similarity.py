@@ -16,9 +16,9 @@ class BlockWeights(NamedTuple):
     """The weights of one MoE block.
 
     Attributes:
-      num_experts: E, with those that compute nothing, which are the last and have no matrices.
-      experts: of the experts that compute, by name, each with a leading dim of experts.
-      router_IE: a column for each expert; None of a router that has no such weights.
+      num_experts: E, including experts that compute nothing, which come last and have no matrices.
+      experts: weights of the experts that compute, by name, each with a leading dim of experts.
+      router_IE: a column for each expert; None for a router without such weights.
     """
 
     num_experts: int
@@ -27,13 +27,13 @@ class BlockWeights(NamedTuple):
 
 
 def cosine_similarity(rows_EI: np.ndarray) -> np.ndarray:
-    """The cosine of every two rows.
+    """The cosine of every pair of rows.
 
     Args:
       rows_EI: any real numbers.
 
     Returns:
-      float64 [E, E], symmetric, 1 on the diagonal; nan where a row is all 0. Rows of I independent
+      float64 [E, E], symmetric, 1 on the diagonal; nan if a row is all 0. Rows of I independent
       numbers of mean 0 have a cosine of mean 0 and standard deviation 1 / sqrt(I).
     """
     rows_EI = np.asarray(rows_EI, np.float64)
@@ -43,14 +43,14 @@ def cosine_similarity(rows_EI: np.ndarray) -> np.ndarray:
 
 
 def expert_similarity(experts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Cosine of the experts' matrices, each expert's flattened into one row.
+    """Cosine of the experts' matrices, flattened into one row per expert.
 
-    Hidden units of an expert can change places without changing what it computes: experts that
-    were initialised apart are near 0 whatever they have in common, and only those that come from
-    one matrix (upcycled, or initialised alike) are near 1 until they have moved apart.
+    Hidden units of an expert can change places without changing what it computes. So experts that
+    were initialised apart are near 0, whatever they have in common. Only experts that come from one
+    matrix (upcycled, or initialised alike) are near 1, until they move apart.
 
     Args:
-      experts: of a block; its matrices [E, M, H] and [E, H, M] are read.
+      experts: weights of a block; its matrices [E, M, H] and [E, H, M] are read.
 
     Returns:
       float64 [E, E].
@@ -60,7 +60,7 @@ def expert_similarity(experts: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def router_similarity(router_IE: np.ndarray | None) -> np.ndarray | None:
-    """Cosine of the router's columns, float64 [E, E]; None of a router that has no weights."""
+    """Cosine of the router's columns, float64 [E, E]; None for a router without weights."""
     return None if router_IE is None else cosine_similarity(router_IE.T)
 
 
@@ -70,7 +70,7 @@ def moe_weights(
     """The weights of each MoE block of a stack, by layer, in the order of the model.
 
     Args:
-      params: of the model; its repeated layers are taken apart.
+      params: of the model; its repeated layers are unstacked.
       model: the model.
       name: of the stack.
     """
@@ -84,7 +84,7 @@ def moe_weights(
 
 
 def blocks_of(params: Mapping[str, Any], stack: Stack, part: str) -> list[Any]:
-    """The parameters of each layer of a part, in order, out of those of the stack."""
+    """The parameters of each layer of a part, in order, from those of the stack."""
     tied = params.get("tied", {})
     blocks = []
     for segment in ("first", "unit", "last"):

@@ -1,4 +1,4 @@
-"""An analysis in one table: a row a layer, what was measured beside what chance would give."""
+"""An analysis as tables: a row per layer, each measure next to its value by chance."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +31,7 @@ def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:
     """The header and a row for each layer, as text.
 
     Args:
-      layers: of `measures.measure_layers`.
+      layers: the result of `measures.measure_layers`.
     """
     columns: dict[str, Callable[[Layer], str]] = {
         "load of fullest": lambda said: f"{said['load']['fullest']:.2f}x",
@@ -53,10 +53,10 @@ def summary_table(layers: Mapping[str, Layer]) -> list[list[str]]:
 
 
 def flips_table(layers: Mapping[str, Layer]) -> list[list[str]]:
-    """The header and a row for each layer: what share of the tokens has other experts, and when.
+    """The header and a row for each layer: which share of the tokens has other experts, and when.
 
     Args:
-      layers: of `measures.measure_layers`.
+      layers: the result of `measures.measure_layers`.
     """
     names = list(next(iter(layers.values()))["flips"])
     rows = [

@@ -16,11 +16,11 @@ class Column:
     """A column of the tables.
 
     Attributes:
-      name: in a CSV file; of a setting, its flag without the dashes.
-      title: for people.
-      values: one a row; None where there is none.
-      spec: of the numbers, for people.
-      marks: what is put behind the value of a row, for people.
+      name: its name in a CSV file; for a setting, its flag without the dashes.
+      title: its title for readers.
+      values: one per row; None if there is none.
+      spec: the format of numbers, for readers.
+      marks: what follows the value of each row, for readers.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is aligned to the left."""
+        """Whether the column is left-aligned."""
         return any(isinstance(value, str) for value in self.values)
 
     def cells(self) -> list[str]:
@@ -43,7 +43,7 @@ class Column:
 
 
 def of_all(name: str, title: str, counts: Iterable[int], wholes: Iterable[int]) -> Column:
-    """A column such as "3 of 5"; a count that is the whole stands alone."""
+    """A column such as "3 of 5"; a complete count appears as "5"."""
     values = tuple(counts)
     marks = (f" of {all_}" * (one < all_) for one, all_ in zip(values, wholes, strict=True))
     return Column(name, title, values, "", tuple(marks))
@@ -58,7 +58,7 @@ def plain(value: Any, spec: str = "") -> str:
 
 
 def csv_text(columns: Sequence[Column]) -> str:
-    """A table as the text of a CSV file: a header, a row a run, numbers in full."""
+    """A table as the text of a CSV file: a header, a row per run, numbers in full."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([column.name for column in columns])
@@ -81,7 +81,7 @@ def text_of(columns: Sequence[Column], most: int = 48) -> str:
 
 
 def broken(title: str, most: int = 24) -> list[str]:
-    """A title in lines: after dots and commas where it is long."""
+    """A title in lines, broken after dots and commas if it is long."""
     lines = [""]
     for piece in title.replace(".", ".\0").replace(", ", ", \0").split("\0"):
         if lines[-1] and len(lines[-1] + piece) > most:
@@ -91,5 +91,5 @@ def broken(title: str, most: int = 24) -> list[str]:
 
 
 def cut(cell: str, most: int) -> str:
-    """A cell of at most so many characters, the middle left out."""
+    """A cell of at most `most` characters, with the middle left out."""
     return cell if len(cell) <= most else f"{cell[: most // 2 - 1]}...{cell[-most // 2 + 2 :]}"

@@ -1,4 +1,4 @@
-"""Which token ids an expert is for (legend: `moe_jax.moe`)."""
+"""The token ids that an expert specialises in (legend: `moe_jax.moe`)."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class RoutedToken(NamedTuple):
 
     Attributes:
       token: the id.
-      share: of its occurrences, those that have the expert among their choices, in [0, 1].
+      share: the share of its occurrences that have the expert among their choices, in [0, 1].
       occurrences: how often it occurs.
     """
 
@@ -20,7 +20,7 @@ class RoutedToken(NamedTuple):
 
 
 def most_frequent_ids(occurrences_V: np.ndarray, num_ids: int) -> np.ndarray:
-    """The ids that occur most often, at most so many, by falling count; equal ones by id."""
+    """The most frequent ids, at most `num_ids`, by falling count; equal ones by id."""
     order = np.lexsort((np.arange(len(occurrences_V)), -occurrences_V))
     return order[: min(num_ids, np.count_nonzero(occurrences_V))]
 
@@ -32,14 +32,14 @@ def most_routed_tokens(
 
     Args:
       counts_VE: occurrences of each id that have the expert among their choices, as
-        `information.choice_counts` counts them. Routing at random gives each id a share of K / E.
+        `information.choice_counts` counts them. Random routing gives each id a share of K / E.
       occurrences_V: occurrences of each id.
       min_count: ids with fewer occurrences are left out: their shares are chance.
-      num_tokens: how many ids at most.
+      num_tokens: the most ids per expert.
 
     Returns:
-      For each of the E experts, ids by falling share, and by falling count where shares are equal.
-      Those that never go to it are left out.
+      For each of the E experts, ids by falling share, and by falling count if shares are equal. Ids
+      that never go to the expert are left out.
 
     Source: vocabulary specialization, OLMoE, arXiv:2409.02060, sec. 5.4, eq. 8 and table 8 (there
       with K = 1 and ids of at least 10 occurrences).
