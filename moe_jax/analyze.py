@@ -1,10 +1,10 @@
 """Looks into the routers of a trained model: `python -m moe_jax.analyze --workdir=DIR`.
 
-Which experts the held-out text, or --text, goes to, layer by layer: load, what domain and token say
-about the expert, repetition, saturation over the checkpoints that were kept, co-activation,
+Measures which experts the held-out text, or --text, goes to, layer by layer: load, what domain and
+token tell about the expert, repetition, saturation over the kept checkpoints, co-activation,
 similarity of weights, and how easily the choices flip. Prints two tables and writes
-`analysis.json`, figures, and `analysis.html`, a page by itself in which a text can be read with
-each token in the colour of its expert. docs/analysis.md says what each number is.
+`analysis.json`, figures, and `analysis.html`, a self-contained page with a text in which each token
+has the colour of its expert. docs/analysis.md explains each number.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def said(analysis: "Analysis") -> str:
 
 
 def main() -> None:
-    """Analyses what the flags say."""
+    """Runs the analysis that the flags specify."""
     from moe_jax.analysis.checkpoint import analyze_run, write_analysis
 
     values = flags.FLAGS

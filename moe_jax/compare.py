@@ -1,10 +1,10 @@
 """Compares runs: `python -m moe_jax.compare RUN... [--baseline=RUN] [--csv=FILE] [--out=DIR]`.
 
-A RUN is a workdir, a folder with workdirs in it, or a pattern in quotes. Prints a table: a row a
-run, the settings in which they differ, what came out, and means over seeds. Configs that were run
-with the same seeds are compared with one of them, the baseline, pair by pair. Unfinished, failed
-and damaged runs are shown as what they are. --out writes a page (compare.html) and its figure
-(compare.png). docs/runs.md says what each column is.
+A RUN is a workdir, a folder of workdirs, or a pattern in quotes. Prints a table with a row per run:
+the settings in which they differ, and their results. Then prints means over seeds. Configs that
+were run with the same seeds are compared with one of them, the baseline, pair by pair. Unfinished,
+failed and damaged runs are shown as such. --out writes a page (compare.html) and its figure
+(compare.png). docs/runs.md explains each column.
 """
 
 import pathlib
@@ -57,10 +57,10 @@ def write(comparison: "Comparison", pairs: "Pairs", out: pathlib.Path) -> pathli
 def run(
     paths: Sequence[str | pathlib.Path], order: str, csv: str, out: str, baseline: str = ""
 ) -> None:
-    """Prints the comparison of runs, and writes what is asked for.
+    """Prints the comparison of runs, and writes the requested files.
 
     Raises:
-      ValueError: no run is there, they cannot be sorted like this, or there is no such baseline.
+      ValueError: there is no run, the runs cannot be sorted like this, or the baseline is unknown.
     """
     from moe_jax.analysis.comparison import compare
     from moe_jax.analysis.comparison_pairs import pairs_of

@@ -1,10 +1,10 @@
 """Scores a trained model on text: `python -m moe_jax.evaluate --workdir=DIR`.
 
-Prints bits a byte, nats a token and perplexity a token, overall and by domain, dropless and
-capacity-limited side by side. The text is the held-out split of the run, or of another --corpus, or
-files of --text. The score of the whole held-out split of the run at its newest checkpoint is
+Prints bits per byte, nats per token and perplexity per token, overall and by domain, dropless and
+capacity-limited side by side. The text is the held-out split of the run or of another --corpus, or
+the files of --text. The score of the whole held-out split of the run at its newest checkpoint is
 written to `DIR/evaluation.json`. --choices answers questions by likelihood instead. --output writes
-all that was found as JSON. What a model that sees later tokens scores is marked.
+all results as JSON. Scores of a model that sees later tokens are marked.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 FIELDS = ("text_field", "id_field", "group_field")
 UNITS = ("bits/B", "nats/tok", "ppl/tok")
-TEXT_SUFFIXES = (".txt", ".md")  # what is read of a folder
+TEXT_SUFFIXES = (".txt", ".md")  # files that are read from a folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is scored: flags of the command, which says what each is."""
+    """What is scored; the flags of the command, whose help explains each."""
 
     step: int | None = None
     text: Sequence[str] = ()
@@ -48,7 +48,7 @@ class Options:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks them against each other; a flag of several values gives a list."""
+        """Checks the flags against each other; a flag with several values gives a list."""
         object.__setattr__(self, "text", tuple(self.text))
         if self.text and self.corpus:
             raise ValueError(
@@ -71,9 +71,9 @@ class Options:
 
 
 def table(said: dict[str, Any]) -> str:
-    """An evaluation as a table of text: a row a domain, `UNITS` by kind.
+    """An evaluation as a text table: a row per domain, `UNITS` by kind.
 
-    Targets that are no bytes of a text, such as those of span corruption, have no bits/byte.
+    Targets that are not bytes of a text, such as those of span corruption, have no bits/byte.
     """
     from moe_jax.analysis.names import printable
     from moe_jax.training.evaluation import perplexity
@@ -109,7 +109,7 @@ def table(said: dict[str, Any]) -> str:
 
 
 def line_of(name: str, groups: Iterable[str], first: int, width: int) -> str:
-    """A line of the table: a name, and what stands below each way."""
+    """A line of the table: a name, and the cells of each way."""
     return "  ".join([f"{name:<{first}}", *(f"{group:>{width}}" for group in groups)])
 
 
@@ -119,7 +119,7 @@ def cells_of(values: Iterable[str]) -> str:
 
 
 def score_of_choices(said: dict[str, Any]) -> str:
-    """What came out of --choices, as lines of text."""
+    """The results of --choices, as lines of text."""
     from moe_jax.training.ways import Way, notes_of
 
     way = Way(said["label"], said["mark"])
@@ -133,7 +133,7 @@ def score_of_choices(said: dict[str, Any]) -> str:
 def evaluate_run(
     workdir: pathlib.Path, config: "ExperimentConfig", state: "TrainState", options: Options
 ) -> dict[str, Any]:
-    """Scores the text that the options name; the result says which it was, and of which step."""
+    """Scores the text that the options name; the result names the text and the step."""
     from moe_jax.analysis.checkpoint import file_names, read_text
     from moe_jax.analysis.routed import text_batches
     from moe_jax.data import heldout_batches, open_tokenizer_of
@@ -166,7 +166,7 @@ def evaluate_run(
         except ValueError as error:
             if not options.corpus:
                 raise
-            # What is a setting of a run is a flag of this command.
+            # A setting of a run is a flag of this command.
             raise ValueError(str(error).replace("config.data.", "--")) from error
         tokenizer, domains = data.tokenizer, data.domains
         named = f"the held-out split of {data.config.corpus}"
@@ -178,7 +178,7 @@ def evaluate_run(
 
 
 def text_files(name: str) -> list[str]:
-    """A file of --text, or in order the files of text in a folder of that name and below."""
+    """A file of --text, or, in order, the text files in a folder of that name and below."""
     folder = pathlib.Path(name)
     if not folder.is_dir():
         return [name]
@@ -212,7 +212,7 @@ def open_other(config: "ExperimentConfig", options: Options) -> "Data":
 
 
 def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
-    """Writes `evaluation.json`, unless a run that goes on has written that of a later step.
+    """Writes `evaluation.json`, unless a continuing run has written one of a later step.
 
     Returns:
         What was done, in words.
@@ -224,7 +224,7 @@ def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
     try:
         there = int(json.loads(path.read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
-        there = -1  # None, or none that can be read.
+        there = -1  # No file, or one that cannot be read.
     if there > found["step"]:
         return f"left {path}: it is of step {there}"
     write_atomically(path, json_text(found, indent=2) + "\n")
@@ -232,7 +232,7 @@ def write_evaluation(workdir: pathlib.Path, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Loads a checkpoint, evaluates it, and prints what came out."""
+    """Loads a checkpoint, evaluates it, and prints the results."""
     import jax
 
     from moe_jax.files import write_atomically

@@ -1,11 +1,11 @@
 """Plans a run: `python -m moe_jax.plan --config=configs/quickstart.py --topology=v5e:2x2`.
 
-Without a topology: parameters, FLOPs, memory and collectives of the config on its mesh, from
-arithmetic. With one (v5p:8x16x16, 2*v5e:16x16, h100:4x8): also what the machine's compiler makes of
-the real training step, with no such machine present. docs/planning.md says what each number is.
+Without a topology, prints parameters, FLOPs, memory and collectives of the config on its mesh, from
+arithmetic. With one (v5p:8x16x16, 2*v5e:16x16, h100:4x8), also compiles the real training step for
+the machine, which need not be present. docs/planning.md explains each number.
 
-With --serve: what serving the model needs instead, on the kind of chip that the topology names, of
-whatever number, or on all known.
+With --serve, prints what serving the model needs instead, on the kind of chip that the topology
+names (in any number), or on all known chips.
 
 Exit code 0: it fits, or no machine was named, or --serve. 3: it does not fit. 1: an error.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moe_jax.planning.topology import Topology
 
 DOES_NOT_FIT = 3
-# Flags, and those that they leave no use for.
+# Flags, and the flags that have no use with them.
 USELESS = {
     "--serve": ("--sweep", "--forward", "--figures", "--compile_best"),
     "--sweep": ("--forward", "--figures"),
@@ -37,7 +37,7 @@ USELESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is to be found out; the flags of the command."""
+    """What to plan; the flags of the command."""
 
     topology: str = ""
     compile: bool = True
@@ -51,7 +51,7 @@ class Options:
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks them against each other."""
+        """Checks the flags against each other."""
         if not self.topology and (self.sweep or self.forward):
             raise ValueError(
                 "--sweep and --forward are about a machine: no --topology. Name one, such as "
@@ -113,7 +113,7 @@ def run(config: ExperimentConfig, options: Options) -> int:
 
 
 def make_plan(config: ExperimentConfig, topology: "Topology | None", options: Options) -> "Plan":
-    """Arithmetic, and the compiled programs if there is a machine to compile for."""
+    """Plans by arithmetic, and compiles the programs if there is a machine to compile for."""
     from moe_jax.planning.report import Plan
     from moe_jax.planning.workload import resolve
 
@@ -130,10 +130,10 @@ def make_plan(config: ExperimentConfig, topology: "Topology | None", options: Op
 
 
 def main() -> int:
-    """Plans what the flags say."""
+    """Plans as the flags specify."""
     import jax
 
-    # Compilers for other machines are at work; arrays, were there any, would be on the CPU.
+    # Only compilers for other machines are needed; any arrays would be on the CPU.
     jax.config.update("jax_platforms", "cpu")
     values = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Options)]
