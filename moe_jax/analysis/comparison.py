@@ -1,8 +1,7 @@
 """Runs side by side: their differing settings, their results, and what must not be compared.
 
-Held-out bits per byte are comparable across tokenizers, nats per token are not. Neither is
-comparable across different held-out text. Runs that differ only in their seeds are one line of a
-table of means.
+Held-out bits per byte compare across tokenizers, nats per token do not. Neither compares across
+different held-out text. Runs that differ only in their seeds are one line of a table of means.
 """
 
 import dataclasses
