@@ -258,6 +258,30 @@ class IgnoresReplay(TokenChoice):
 
 
 @dataclasses.dataclass(frozen=True)
+class RawSigmoid(TokenChoice):
+    """Returns sigmoids of all experts as probabilities, and the first choice twice."""
+
+    def route(self, params, x_GSM, inputs):
+        routing = super().route(params, x_GSM, inputs)
+        index_GSK = jnp.broadcast_to(
+            routing.expert_index_GSK[..., :1], routing.expert_index_GSK.shape
+        )
+        return routing._replace(
+            probs_GSE=jax.nn.sigmoid(routing.logits_GSE), expert_index_GSK=index_GSK,
+            gate_GSK=routing.gate_GSK - 1,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class OneTooFar(RoundRobin):
+    """Counts experts from 1."""
+
+    def route(self, params, x_GSM, inputs):
+        routing = super().route(params, x_GSM, inputs)
+        return routing._replace(expert_index_GSK=routing.expert_index_GSK + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class LosesItsState(SignUpdate):
     """Gives one bias for all layers."""
 
@@ -290,6 +314,8 @@ FAULTS = [
     (ForgetsItsDtype(), "values", r"^the residual is of float32, made of one of bfloat16$"),
     (Raises(), "values", r"KeyError at .*test_check_part\.py:\d+: 'no such parameter'"),
     (IgnoresReplay(), "replay", r"other experts are chosen than those that are replayed"),
+    (RawSigmoid(), "routing", r"an expert twice; a gate is negative.*; probabilities .* sum to"),
+    (OneTooFar(), "routing", r"^experts are not in \[0, 4\): 1 to 4$"),
     (LosesItsState(), "values", r"the next state is .*, where the state is .*[^,]$"),
     (
         Overflows(),
@@ -369,7 +395,9 @@ def test_the_command_prints_a_line_a_check_and_fails_if_one_does():
     )  # fmt: skip
     assert outcome.returncode == 1, outcome.stderr
     for name in CHECKS:
-        word = {"gradients": "FAILED", "replay": "-", "decoding": "-"}.get(name, "ok")
+        word = {"gradients": "FAILED", "routing": "-", "replay": "-", "decoding": "-"}.get(
+            name, "ok"
+        )
         assert re.search(rf"^{word} +{name} ", outcome.stdout, re.MULTILINE), outcome.stdout
-    assert outcome.stdout.endswith("1 of 11 checks failed: gradients\n")
+    assert outcome.stdout.endswith("1 of 12 checks failed: gradients\n")
     assert len(outcome.stdout.splitlines()) < 40

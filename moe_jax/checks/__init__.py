@@ -28,6 +28,7 @@ from moe_jax.part import Call
 # Another order of computation differs by a few roundings (epsilon 1.2e-7) of the largest number of
 # an array; a token that gains or loses an expert moves by about 1.
 ROUNDING, MOVED = 2e-5, 1e-4
+SUM_OF_PROBABILITIES = 1e-3  # how far it may be from 1, in float32 or bfloat16 logits
 
 
 class Result(NamedTuple):
@@ -269,6 +270,34 @@ def decodes(trial: Trial) -> Result:
     return Result(True, "from caches logits are those of one pass, behind padding too")
 
 
+def routes(trial: Trial) -> Result:
+    """A token's experts exist and differ, its gates are not negative, its probabilities sum to 1.
+
+    See `Routing`.
+    """
+    computed, wrong = trial.evaluation, []
+    if not computed.choices:
+        return Result(None, "no part of the model routes")
+    for name, choices in computed.choices.items():
+        num_options = trial.model.moe_parts[name].num_options
+        index, chosen = choices.expert_index, choices.chosen
+        if index.min() < 0 or index.max() >= num_options:
+            found = f"{index.min()} to {index.max()}"
+            wrong.append(f"experts are not in [0, {num_options}): {found}")
+        both = chosen[..., :, None] & chosen[..., None, :] & ~np.eye(chosen.shape[-1], dtype=bool)
+        if (both & (index[..., :, None] == index[..., None, :])).any():
+            wrong.append("a token chooses an expert twice")
+        if choices.gate.min() < 0:
+            wrong.append(f"a gate is negative: {choices.gate.min():.3g}")
+        sums = computed.probability[name]
+        furthest = sums.flat[np.abs(sums - 1).argmax()]
+        if abs(furthest - 1) > SUM_OF_PROBABILITIES:
+            wrong.append(f"probabilities of a token sum to {furthest:.3g}, not 1")
+    if wrong:
+        return Result(False, "; ".join(wrong))
+    return Result(True, "experts exist and differ, gates are >= 0, probabilities sum to 1")
+
+
 def replays(trial: Trial) -> Result:
     """A router that declares `replays` uses given choices in place of its own."""
     routers = {name: part.router for name, part in trial.model.moe_parts.items()}
@@ -303,6 +332,7 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
     "mesh": equal_on_a_mesh,
     "scan": equal_unrolled,
     "decoding": decodes,
+    "routing": routes,
     "replay": replays,
 }
 

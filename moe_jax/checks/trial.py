@@ -43,6 +43,7 @@ class Computed(NamedTuple):
       loss_P: float32, a linear function of the logits of valid tokens, plus the losses of parts.
       gradients: of the loss, in the tree of the parameters; None in evaluation.
       choices: experts of each token, by part; empty in training.
+      probability: sum of a token's probabilities over the experts, by part; mean over tokens.
       metrics: of the parts, by name.
       state: after a step, by part; empty in evaluation.
     """
@@ -51,6 +52,7 @@ class Computed(NamedTuple):
     loss_P: Any
     gradients: Any
     choices: Any
+    probability: Any
     metrics: Any
     state: Any
 
@@ -209,7 +211,13 @@ class Trial:
             loss += model.loss(output.aux, num_tokens, jax.lax.stop_gradient(sums), num_tokens)
             choices = {name: aux.choices for name, aux in output.aux.items() if aux.choices}
             following = model.next_state(state, sums, jnp.int32(STEP), 10) if training else {}
-            said = (output.logits_BLV, choices, model.metrics(output.aux), following)
+            probability = {
+                name: jnp.sum(one["prob_sum_E"], axis=-1) / one["num_tokens"]
+                for name, one in sums.items()
+                if "prob_sum_E" in one
+            }
+            metrics = model.metrics(output.aux)
+            said = (output.logits_BLV, choices, probability, metrics, following)
             return loss, said
 
         def one(params: Any, batch: Batches) -> Computed:
