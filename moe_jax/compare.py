@@ -71,9 +71,17 @@ def run(
     pairs = pairs_of(comparison, baseline)
     print(said(comparison, pairs))
     if csv:
-        pathlib.Path(csv).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(pathlib.Path(csv), csv_text(comparison.columns))
-        print(f"wrote {csv}")
+        file = pathlib.Path(csv)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tables = {
+            file: comparison.columns,
+            file.with_stem(f"{file.stem}_means"): comparison.seed_columns,
+            file.with_stem(f"{file.stem}_pairs"): pairs.columns,
+        }
+        for path, columns in tables.items():
+            if columns:
+                write_atomically(path, csv_text(columns))
+                print(f"wrote {path}")
     if out:
         page = write(comparison, pairs, pathlib.Path(out))
         print(f"wrote {page} and {FIGURE_FILE}")
@@ -96,7 +104,10 @@ def define_flags() -> None:
         "baseline", "", "A run of the config that the others are compared with, seed by seed; by "
         "default the first by name that was run with several seeds.",
     )  # fmt: skip
-    flags.DEFINE_string("csv", "", "A file for the table of the runs, numbers in full.")
+    flags.DEFINE_string(
+        "csv", "", "A file for the table of the runs, numbers in full, such as runs.csv; means "
+        "over seeds and paired differences go to runs_means.csv and runs_pairs.csv.",
+    )  # fmt: skip
     flags.DEFINE_string("out", "", "A directory for the page and its figure.")
 
 

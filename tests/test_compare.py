@@ -406,6 +406,23 @@ def test_the_csv_file_has_numbers_in_full_and_every_run(tmp_path):
     assert float(first["heldout/dropless/bits_per_byte"]) == 2.0 / 3
     assert float(first["config.optimizer.learning_rate"]) == 1e-5
     assert (second["steps"], second["num_steps"]) == ("10", "20")
+    assert len(list((tmp_path / "out").iterdir())) == 1, "no means without several seeds"
+
+
+def test_means_and_pairs_have_csv_files_of_their_own(tmp_path):
+    for seed, bits in enumerate((2.0, 2.2, 2.7)):
+        make_run(tmp_path / f"low_{seed}", bits, settings=learning_rate(0.001, seed=seed))
+        make_run(tmp_path / f"high_{seed}", bits + 0.5, settings=learning_rate(0.01, seed=seed))
+    command.run([tmp_path], "name", str(tmp_path / "out" / "runs.csv"), "")
+    means, pairs = (
+        list(csv.DictReader((tmp_path / "out" / f"runs_{name}.csv").read_text().splitlines()))
+        for name in ("means", "pairs")
+    )
+    assert [float(row["heldout/dropless/bits_per_byte/mean"]) for row in means] == pytest.approx(
+        [2.8, 2.3]
+    )
+    [difference] = [value for name, value in pairs[0].items() if name.endswith("/mean")]
+    assert len(pairs) == 1 and float(difference) == pytest.approx(-0.5)
 
 
 def test_runs_of_different_kinds_are_one_table(tmp_path):
