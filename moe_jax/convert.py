@@ -76,6 +76,8 @@ def bring_in(source: pathlib.Path, workdir: pathlib.Path, way: str) -> None:
     from moe_jax.parallel.mesh import make_mesh
     from moe_jax.training.imported import save_imported
 
+    require(source.exists(), "a model is read from files that exist", f"there is no {source}",
+            "Correct the path")  # fmt: skip
     given = command_line.mesh_of_flag()
     mesh = make_mesh(given.fill(jax.device_count())) if given else None
     with whole_or_absent(workdir) as partial:

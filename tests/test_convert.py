@@ -176,8 +176,8 @@ def test_a_failed_import_leaves_nothing(model, tmp_path, capsys):
     [
         ([], "none is"),
         (["--from-hf=a", "--to-hf=b"], "from_hf"),
-        (["--from-hf=no_such_folder"], "no_such_folder"),
-        (["--from-gguf=no_such_file.gguf"], "no_such_file.gguf"),
+        (["--from-hf=no_such_folder"], "files that exist: there is no no_such_folder"),
+        (["--from-gguf=no_such_file.gguf"], "files that exist: there is no no_such_file.gguf"),
         (["--to-hf=out"], "no_run"),
     ],
 )

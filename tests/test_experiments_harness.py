@@ -355,6 +355,8 @@ def test_a_study_without_its_corpus_says_how_to_make_it(tmp_path, capsys):
     assert "python -m moe_jax.data.train_tokenizer --corpus=jsonl:" in capsys.readouterr().err
     assert run.main(["no_such_study"]) == 1
     assert "the studies are ['balance', 'capacity_factors', " in capsys.readouterr().err
+    assert run.main(["moe_against_dense"]) == 1
+    assert "Run python -m experiments.moe_against_dense.run" in capsys.readouterr().err
     assert run.main(["balance", "--jobs=0"]) == 1
     assert "--jobs is 1 or more: 0" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
