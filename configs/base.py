@@ -1,8 +1,8 @@
 """Every setting at its default, and the presets that all configs share.
 
-Each field's meaning, unit and constraint stand beside its default: `moe_jax/config/` has data,
-optimizer, training and devices, and each part of a model has its own, `moe_jax/moe/part.py` those
-of the MoE block.
+Each field's meaning, unit and constraints are documented beside its default: `moe_jax/config/`
+covers data, optimizer, training and devices, and each part of a model has its own file, for
+example `moe_jax/moe/part.py` for the MoE block.
 
     python -m moe_jax.train --config=configs/base.py:smoke --workdir=runs/base_smoke
 """
@@ -14,7 +14,7 @@ import ml_collections
 
 from moe_jax.config import ExperimentConfig, MeshConfig, config_dict
 
-# The most that a part of a small model has of each size, wherever the part has it.
+# Upper bounds of the sizes of every part of a small model.
 SMALL = {
     "num_experts": 8, "num_selected_experts": 2, "expert_dim": 128, "shared_expert_dim": 128,
     "dim": 128, "group_size": 0, "num_groups": 4, "num_selected": 2,
@@ -36,7 +36,7 @@ def parse_presets(arg: str, known: Iterable[str] = ()) -> set[str]:
     """Splits the text after the colon of `--config=file.py:a,b` into preset names.
 
     Raises:
-      ValueError: a preset that neither the config nor this file knows.
+      ValueError: a preset is unknown to the config and to this file.
     """
     presets = {name for name in (arg or "").split(",") if name}
     known = {*known, "smoke"}
@@ -49,7 +49,7 @@ def parse_presets(arg: str, known: Iterable[str] = ()) -> set[str]:
 
 
 def make_smaller(config: ml_collections.ConfigDict, presets: set[str]) -> None:
-    """Applies the presets "tiny" and "smoke", of those given."""
+    """Applies "tiny" and "smoke" if they are among the presets."""
     if "tiny" in presets:
         make_tiny(config)
     if "smoke" in presets:
@@ -59,8 +59,8 @@ def make_smaller(config: ml_collections.ConfigDict, presets: set[str]) -> None:
 def make_tiny(config: ml_collections.ConfigDict) -> None:
     """Shrinks a published model to one that a CPU trains in minutes, on the embedded corpus.
 
-    It has every kind of layer at least once, and every option: of two thirds of a sequence's length
-    each, windows bind. A file may change sizes and the optimizer again after that.
+    It keeps every kind of layer and every option. Windows and chunks are shorter than a sequence,
+    so they take effect. A config file may change sizes and the optimizer afterwards.
     """
     config.name += "_tiny"
     shrink_model(config)
@@ -74,7 +74,7 @@ def make_tiny(config: ml_collections.ConfigDict) -> None:
 
 
 def make_smoke(config: ml_collections.ConfigDict) -> None:
-    """Shrinks a config to a minute on two CPU cores: same kind of model, few and small steps."""
+    """Shrinks a config to a minute on two CPU cores: the same kind of model, few small steps."""
     config.name += "_smoke"
     shrink_model(config)
     config.data.sequence_length = 64
@@ -86,7 +86,7 @@ def make_smoke(config: ml_collections.ConfigDict) -> None:
 
 
 def shrink_model(config: ml_collections.ConfigDict) -> None:
-    """The same shape of model at small sizes, for bytes of the embedded corpus on any devices."""
+    """Shrinks the model, and sets the embedded corpus, byte tokens and the default mesh."""
     config.model.model_dim, config.model.vocab_size = 64, 384
     shrink(config.model)
     config.data.corpus, config.data.tokenizer, config.data.domain_weights = "embedded", "byte", ()
@@ -94,12 +94,12 @@ def shrink_model(config: ml_collections.ConfigDict) -> None:
 
 
 def shrink(part: ml_collections.ConfigDict) -> None:
-    """Bounds the sizes of a part and of the parts in it."""
+    """Bounds the sizes of a part and of its inner parts."""
     old = part.get("head_dim")
     if "num_heads" in part:
         if part.get("num_kv_heads") == part.num_heads:
-            part.num_kv_heads = 0  # as many as heads
-        part.num_heads = 4  # a multiple of any num_kv_heads of 2 or less
+            part.num_kv_heads = 0  # equal to num_heads
+        part.num_heads = 4  # a multiple of num_kv_heads, which is at most 2
     for name, most in SMALL.items():
         if part.get(name) is not None:
             part[name] = min(part[name], most)
@@ -115,7 +115,7 @@ def shrink(part: ml_collections.ConfigDict) -> None:
 def shrink_rotary(
     rotary: ml_collections.ConfigDict, old: int | None, part: ml_collections.ConfigDict
 ) -> None:
-    """Keeps the share of a head's dims that turn; factors for each frequency are thinned out."""
+    """Keeps the fraction of a head's dims that rotate; thins out factors per frequency."""
     new = part.get("head_dim", part.get("rope_dim"))
     if rotary.dim is not None and old is not None:
         rotary.dim = new = max(2, rotary.dim * new // old // 2 * 2)
@@ -127,7 +127,7 @@ def shrink_rotary(
 
 
 def shrink_stack(stack: ml_collections.ConfigDict) -> None:
-    """One of several equal layers in a row; the unit as often as `SMALL_LAYERS` allow, or once."""
+    """Keeps one of equal consecutive layers; bounds repeats by `SMALL_LAYERS`, at least one."""
     for name in ("first", "unit", "last"):
         stack[name] = tuple(layer for layer, _ in itertools.groupby(stack[name]))
     if stack.repeats:

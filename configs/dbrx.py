@@ -1,10 +1,10 @@
-"""DBRX: 40 layers, four of 16 experts, whose gates sum to 1; clipped queries, keys and values.
+"""DBRX: 40 layers, four of 16 experts, gates that sum to 1; clipped queries, keys and values.
 
 LayerNorm has no bias. Source: config.json of databricks/dbrx-instruct, model code of
 databricks/dbrx. 131,596,523,520 parameters; a token uses 36,469,708,800, 35,853,146,112 without
-the input embedding, 35,236,583,424 without embeddings. How it was trained is not published, but for
-the weight of its balance loss, 0.05. That is MegaBlocks' `moe_loss_weight`, of a loss of each layer
-that is 1 at uniform routing; transformers', with the same weight, is 4.
+the input embedding, 35,236,583,424 without embeddings. Training settings are not published, except
+the weight of the balance loss, 0.05. This is MegaBlocks' `moe_loss_weight`, for a loss per layer
+that is 1 at uniform routing; transformers uses the same weight for a loss that is 4.
 
     python -m moe_jax.train --config=configs/dbrx.py:tiny --workdir=runs/dbrx_tiny
     python -m moe_jax.plan --config=configs/dbrx.py --topology=h100:32x8

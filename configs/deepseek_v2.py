@@ -1,9 +1,9 @@
 """DeepSeek-V2 and V2-Lite: latent attention, fine-grained experts, groups of experts.
 
-The first layer has a dense SwiGLU; the others have small SwiGLU experts, six for each token, and
-two shared ones as one of twice the width. Gates are softmax probabilities, not renormalised. In V2
-a token uses experts of three of eight groups, queries come out of a latent of their own, and gates
-are multiplied by 16.
+The first layer has a dense SwiGLU. The others have small SwiGLU experts, six per token, and two
+shared experts, implemented as one of twice the width. Gates are softmax probabilities, not
+renormalised. In V2 a token uses experts of three of eight groups, queries have a latent of their
+own, and gates are multiplied by 16.
 
     python -m moe_jax.plan --config=configs/deepseek_v2.py --topology=v5p:8x8x8
     python -m moe_jax.train --config=configs/deepseek_v2.py:tiny --workdir=runs/deepseek_v2_tiny
@@ -14,15 +14,16 @@ are multiplied by 16.
 | lite | 27 of 2,048 | 15,706,484,224 | 2,661,150,208 | 2,451,435,008 | 2,241,719,808 |
 
 Source: DeepSeek-AI 2024, arXiv:2405.04434, sec. 2, 3.1 and appendix B; config.json of
-deepseek-ai/DeepSeek-V2 and DeepSeek-V2-Lite, whose positions are stretched by YaRN (pre-training
-had 4,096 tokens and no YaRN). Each layer adds its balance loss. Not as published:
+deepseek-ai/DeepSeek-V2 and DeepSeek-V2-Lite, which stretch positions by YaRN (pre-training used
+4,096 tokens and no YaRN). The balance losses of the layers are summed. Differences from the paper:
 
-- of V2's three balance losses the one over experts is here; tokens are dropped by expert, with a
-  made-up capacity, not by device;
-- the learning rate falls by a cosine to a tenth; the papers' is multiplied by 0.316 after 60 % of
-  the tokens (Lite: 80 %) and again after 90 %;
-- the batch is 9,216 sequences throughout; V2's goes there from 2,304 over the first 225B tokens;
-- initial weights go by their fan-in; the papers' all have a standard deviation of 0.006.
+- only the balance loss over experts is used, of V2's three; tokens are dropped per expert, with an
+  assumed capacity, not per device;
+- the learning rate decays by a cosine to a tenth; in the paper it is multiplied by 0.316 after 60 %
+  of the tokens (Lite: 80 %) and again after 90 %;
+- the batch is always 9,216 sequences; V2's grows from 2,304 over the first 225B tokens;
+- the scale of initial weights depends on fan-in; in the paper all have a standard deviation of
+  0.006.
 """
 
 import ml_collections
@@ -95,7 +96,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             ),
             data=DataConfig(sequence_length=4096),
             optimizer=OptimizerConfig(learning_rate=2.4e-4, warmup_steps=2000),
-            # 37.7 M tokens a step, 8.1 T in all
+            # 37.7 M tokens per step, 8.1 T in total
             training=TrainingConfig(num_steps=215_000, batch_size=9216, num_microbatches=18),
             mesh=MeshConfig(data=1, fsdp=16, expert=32),
         )

@@ -1,8 +1,8 @@
-"""DeepSeek-V3: latent attention, 256 small experts kept even by a bias, and multi-token prediction.
+"""DeepSeek-V3: latent attention, 256 small experts balanced by a bias, multi-token prediction.
 
 61 layers of 7,168 dims and 128 heads. The first three have a dense SwiGLU; the other 58 have 256
-SwiGLU experts, eight for each token, and a shared one. Scores are sigmoids. A token uses four of
-eight groups of experts. A selection bias keeps loads even, beside a weak loss per sequence. One
+SwiGLU experts, eight per token, and a shared expert. Scores are sigmoids. A token uses four of
+eight groups of experts. A selection bias balances the loads, with a weak loss per sequence. One
 module predicts the token after the next.
 
     python -m moe_jax.plan --config=configs/deepseek_v3.py --topology=v5p:8x16x16
@@ -13,20 +13,21 @@ module predicts the token after the next.
 | of the model | 671,026,419,200 | 37,552,282,624 | 36,625,603,584 | 35,698,924,544 |
 | of the module | 11,610,068,224 | | | |
 
-The total has the selection biases, 256 in each of 58 layers. The module is run in training alone.
+The total includes the selection biases, 256 in each of 58 layers. The module runs only in training.
 
 Source: DeepSeek-AI 2024, arXiv:2412.19437, sec. 2 and 4.2; config.json of deepseek-ai/DeepSeek-V3,
-whose positions are stretched by YaRN (pre-training had 4,096 tokens and no YaRN). The mesh is for
-2,048 chips; docs/planning.md has the plan.
+which stretches positions by YaRN (pre-training used 4,096 tokens and no YaRN). The mesh is for
+2,048 chips; docs/planning.md shows the plan.
 
-As published: no token is dropped, each layer adds its balance loss (the module's counts as one
-layer), and the rates of the bias. Not as published:
+As published: no token is dropped, the balance losses of the layers are summed (the module counts as
+one layer), and the rates of the bias. Differences from the paper:
 
-- 2,048 sequences a step; the paper goes from 3,072 to 15,360 over the first 469B tokens;
-- the learning rate falls by one cosine to a tenth; the paper's stays at 2.2e-4 up to 10T tokens,
-  falls by a cosine to 2.2e-5 over 4.3T, stays there for 333B, and is 7.3e-6 for the last 167B;
-- the module weighs 0.3 throughout; the paper's 0.1 after 10T tokens;
-- initial weights go by their fan-in; the paper's all have a standard deviation of 0.006.
+- a step has 2,048 sequences; the paper's grow from 3,072 to 15,360 over the first 469B tokens;
+- the learning rate decays by one cosine to a tenth; the paper's stays at 2.2e-4 up to 10T tokens,
+  decays by a cosine to 2.2e-5 over 4.3T, stays there for 333B, and is 7.3e-6 for the last 167B;
+- the module always has weight 0.3; in the paper it has 0.1 after 10T tokens;
+- the scale of initial weights depends on fan-in; in the paper all have a standard deviation of
+  0.006.
 """
 
 import ml_collections
@@ -81,7 +82,7 @@ EXPERTS = MoE(
         groups=ExpertGroups(num_groups=8, num_selected=4, worth="top2_sum"),
     ),
     losses=(LoadBalance(weight=1e-4, over_layers="sum", scope="sequence"),),
-    bias=SignUpdate(rate=1e-3, frozen_fraction=0.034),  # still over the last 500B of 14.8T tokens
+    bias=SignUpdate(rate=1e-3, frozen_fraction=0.034),  # no updates in the last 500B of 14.8T
     capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 
@@ -111,7 +112,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             ),
             data=DataConfig(sequence_length=4096),
             optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000),
-            training=TrainingConfig(num_steps=1_760_000, batch_size=2048),  # 8.4 M tokens a step
+            training=TrainingConfig(num_steps=1_760_000, batch_size=2048),  # 8.4 M tokens per step
             mesh=MeshConfig(data=1, fsdp=32, expert=64),
         )
     )

@@ -1,13 +1,13 @@
-"""GPT-4 as rumoured: eight experts of about 220 billion parameters each, two for every token.
+"""GPT-4 as rumoured: eight experts of about 220 billion parameters each, two per token.
 
-A rumour, and no more: OpenAI has published nothing about the model. Source: an interview with
-George Hotz in June 2023 (Latent Space), "an eight-way mixture of 220 billion"; the report of
-SemiAnalysis of July 2023 has other numbers, 16 experts of 111 billion. Only three numbers here are
-of the rumour: 8 experts, 220 billion each, and two for a token (from the report).
+This is only a rumour: OpenAI has published nothing about the model. Source: an interview with
+George Hotz in June 2023 (Latent Space), "an eight-way mixture of 220 billion"; the SemiAnalysis
+report of July 2023 gives other numbers, 16 experts of 111 billion. Only three numbers here come
+from the rumour: 8 experts, 220 billion each, and two per token (from the report).
 
-Made up to reach them are all the others, in the proportions of GPT-3: 116 layers, 15,360 dims, 120
-heads of 128, GELU networks of 61,440 with biases, LayerNorm, a vocabulary of 100,352. An expert has
-218,951,577,600 parameters in its 116 layers. Rotary positions are made up too.
+All other numbers are assumed to match these, in the proportions of GPT-3: 116 layers, 15,360 dims,
+120 heads of 128, GELU networks of 61,440 with biases, LayerNorm, a vocabulary of 100,352. An expert
+has 218,951,577,600 parameters in its 116 layers. Rotary positions are assumed too.
 
     python -m moe_jax.train --config=configs/gpt4_rumour.py:tiny --workdir=runs/gpt4_rumour_tiny
     python -m moe_jax.plan --config=configs/gpt4_rumour.py --topology=h100:512x8

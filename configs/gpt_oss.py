@@ -1,9 +1,10 @@
-"""gpt-oss 20b and 120b: attention with sinks, windows in every second layer, clamped experts.
+"""gpt-oss 20b and 120b: attention sinks, windows in every second layer, clamped experts.
 
-Every token has the four best experts by logits with a bias, and a softmax over those four. The gate
-of an expert is clamped above, its other half on both sides and raised by one; biases everywhere.
-Rotary positions are stretched by YaRN, whose ramp does not begin at a whole pair. Source: OpenAI
-2025, arXiv:2508.10925; config.json of openai/gpt-oss-20b and openai/gpt-oss-120b.
+A token uses the four experts with the largest logits, which include a bias; gates are a softmax
+over the four. In an expert the gate is clamped from above; the other half is clamped on both sides
+and increased by one. Attention, router and experts have biases. Rotary positions are stretched by
+YaRN; its ramp need not begin at a whole pair. Source: OpenAI 2025, arXiv:2508.10925; config.json
+of openai/gpt-oss-20b and openai/gpt-oss-120b.
 
     python -m moe_jax.train --config=configs/gpt_oss.py:tiny --workdir=runs/gpt_oss_tiny
     python -m moe_jax.plan --config=configs/gpt_oss.py --topology=h100:64x8
@@ -13,10 +14,10 @@ Rotary positions are stretched by YaRN, whose ramp does not begin at a whole pai
 | (none) | 24 of 2,880 | 20,914,757,184 | 4,187,440,704 | 3,608,307,264 | 3,029,173,824 |
 | 120b | 36 of 2,880 | 116,829,156,672 | 5,711,982,912 | 5,132,849,472 | 4,553,716,032 |
 
-The published names count without the input embedding: 3.6 and 5.1 billion. How gpt-oss was trained
-is not published: the optimizer, the batch and the mesh are those of other models of its size. The
-weight of the balance loss is made up: the 0.9 of config.json is switched off there, and would be
-3.6 nats at uniform routing.
+The published active sizes exclude the input embedding: 3.6 and 5.1 billion. Training settings are
+not published: optimizer, batch and mesh are taken from models of similar size. The weight of the
+balance loss is assumed: config.json has 0.9 but disables it; it would add 3.6 nats at uniform
+routing.
 """
 
 import ml_collections
@@ -55,7 +56,7 @@ EXPERTS = MoE(
     activation=ClampedSwiGLU(),
     use_bias=True,
     router=TokenChoice(score=SoftmaxOverSelected(), projection=Linear(use_bias=True)),
-    losses=(HuggingFaceLoadBalance(weight=0.01),),  # made up
+    losses=(HuggingFaceLoadBalance(weight=0.01),),  # assumed
     capacity=Capacity(eval_factor=0.0),
 )
 

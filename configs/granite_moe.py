@@ -1,10 +1,10 @@
 """Granite 3.1 1B-A400M and 3B-A800M: small experts, a tied head, and four multipliers.
 
-Embeddings are multiplied by 12, what a branch adds by 0.22, scores by 1 / 64 in place of 1 / 8, and
-logits are divided by 6. In every layer a token uses 8 experts, renormalised. Source: IBM 2024;
-config.json of ibm-granite/granite-3.1-1b-a400m-instruct, and the sizes of the 3B in its README. No
-released model has the shared expert of the preset `shared`, which transformers calls
-GraniteMoeShared; its width is made up.
+Embeddings are multiplied by 12, residual branches by 0.22, scores by 1 / 64 instead of 1 / 8, and
+logits are divided by 6. In every layer a token uses 8 experts with renormalised gates. Source: IBM
+2024; config.json of ibm-granite/granite-3.1-1b-a400m-instruct, and the sizes of the 3B in its
+README. No released model has the shared expert of the preset `shared`, which transformers calls
+GraniteMoeShared; its width is assumed.
 
     python -m moe_jax.train --config=configs/granite_moe.py:tiny --workdir=runs/granite_moe_tiny
     python -m moe_jax.plan --config=configs/granite_moe.py --topology=h100:4x8
@@ -14,10 +14,10 @@ GraniteMoeShared; its width is made up.
 | (none) | 24 of 1,024 | 1,334,628,352 | 428,658,688 | 378,323,968 |
 | 3b | 32 of 1,536 | 3,298,793,472 | 882,874,368 | 807,372,288 |
 
-The embedding is the head too. How the models were trained is published in part ("Granite 3.0
-Language Models", sec. 2): they drop nothing, and have a balance and a z-loss, whose weights are not
-printed. The weight of the first is transformers' default for the family; the second is not here.
-Optimizer, batch and mesh are those of other models of their size.
+The embedding is also the head. Training settings are published in part ("Granite 3.0 Language
+Models", sec. 2): training drops no token and uses a balance loss and a z-loss, without their
+weights. Here the balance loss has transformers' default weight for the family, and there is no
+z-loss. Optimizer, batch and mesh are taken from models of similar size.
 """
 
 import ml_collections
@@ -89,5 +89,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         config.model.parts.moe.shared_expert_dim = 1024
     make_smaller(config, presets)
     if "tiny" in presets:
-        config.optimizer.learning_rate = 1e-2  # multipliers of residuals and logits are below 1
+        config.optimizer.learning_rate = 1e-2  # residual and logit multipliers are below 1
     return config

@@ -1,4 +1,4 @@
-"""Grok-1: norms before and behind every branch, capped scores, two of eight tanh GEGLU experts.
+"""Grok-1: norms before and after every branch, capped scores, two of eight tanh GEGLU experts.
 
 The gates are a softmax over all experts, not renormalised. Scores times 128**-0.5 are capped at 30.
 Embeddings are multiplied by 6,144**0.5, and logits by 3**-0.5. Source: `model.py` and `run.py` of
@@ -11,9 +11,9 @@ xai-org/grok-1; names and settings: config.json of hpcai-tech/grok-1.
 | --- | --- | --- | --- | --- |
 | 64 of 6,144 | 315,684,820,992 | 83,756,587,008 | 83,756,587,008 | 82,951,280,640 |
 
-Published are 314 billion: 314,879,514,624 are outside the embedding, which is the head too. How
-Grok-1 was trained is not published: the optimizer, the batch and the mesh are those of other models
-of its size.
+The published size is 314 billion: 314,879,514,624 without the embedding, which is also the head.
+Training settings are not published: optimizer, batch and mesh are taken from models of similar
+size.
 """
 
 import ml_collections

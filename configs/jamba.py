@@ -1,7 +1,7 @@
 """Jamba-v0.1: Mamba, attention in every eighth layer, experts in every second, no positions.
 
-In each group of eight layers the fifth has attention. Mamba has a norm before dt, B and C. The two
-gates are a softmax over all sixteen experts, not renormalised. Source: Lieber et al. 2024,
+In each group of eight layers the fifth has attention. Mamba has norms of dt, B and C. The two
+gates come from a softmax over all sixteen experts, not renormalised. Source: Lieber et al. 2024,
 arXiv:2403.19887; config.json of ai21labs/Jamba-v0.1.
 
     python -m moe_jax.train --config=configs/jamba.py:tiny --workdir=runs/jamba_tiny
@@ -11,8 +11,8 @@ arXiv:2403.19887; config.json of ai21labs/Jamba-v0.1.
 | --- | --- | --- | --- | --- |
 | 32 of 4,096 | 51,570,323,328 | 12,110,311,296 | 11,841,875,840 | 11,573,440,384 |
 
-How Jamba was trained is not published: the optimizer, the batch and the mesh are those of other
-models of its size.
+Training settings are not published: optimizer, batch and mesh are taken from models of similar
+size.
 """
 
 import ml_collections

@@ -1,10 +1,10 @@
-"""Llama 4 Scout and Maverick, the text models: chunks of 8,192 tokens, and whole contexts between.
+"""Llama 4 Scout and Maverick, the text models: attention in chunks of 8,192 tokens and in full.
 
-Three layers of four have rotary positions and see their chunk; the fourth has no positions, sees
-everything, and lengthens the queries of late tokens. Every token has a shared expert and the best
-of the others, whose input is multiplied by a sigmoid. Scout has norms of queries and keys, and
-stretched positions; Maverick has experts in every second layer. Source: Meta 2025; config.json of
-meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E.
+Three layers of four have rotary positions and attend within a chunk. The fourth has no positions,
+attends to all earlier tokens, and scales up the queries of late tokens. A token uses a shared
+expert and the best of the others, whose input is multiplied by a sigmoid. Scout normalises queries
+and keys, and stretches positions; Maverick has experts in every second layer. Source: Meta 2025;
+config.json of meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E.
 
     python -m moe_jax.train --config=configs/llama4.py:tiny --workdir=runs/llama4_tiny
     python -m moe_jax.train --config=configs/llama4.py:maverick,tiny --workdir=runs/maverick_tiny
@@ -15,8 +15,8 @@ meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E.
 | (none) | 48 of 5,120 | 107,769,861,120 | 17,172,894,720 | 16,138,408,960 | 15,103,923,200 |
 | maverick | 48 of 5,120 | 400,711,848,960 | 17,184,691,200 | 16,150,205,440 | 15,115,719,680 |
 
-The published 109 billion of Scout count the vision model. How Llama 4 was trained is not published:
-the losses, the optimizer, the batch and the mesh are those of other models of its size.
+The published 109 billion of Scout include the vision model. Training settings are not published:
+losses, optimizer, batch and mesh are taken from models of similar size.
 """
 
 import ml_collections
@@ -45,14 +45,14 @@ from moe_jax.moe.routing.logits import Sigmoid
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 HEADS = {"num_heads": 40, "num_kv_heads": 8, "head_dim": 128}
-# Of frequencies each is kept or divided by 16: there is no ramp.
+# Each frequency is either kept or divided by 16: there is no ramp.
 STRETCHED = Llama3Scaling(factor=16.0, low_turns=1.0, high_turns=1.0, original_length=8192)
 NOPE = Attention(**HEADS, rotary=None, temperature=Temperature(floor=8192, scale=0.1))
 MIXERS = ("chunked", "chunked", "chunked", "nope")
 
 
 def chunked(*, scout: bool) -> Attention:
-    """The attention of layers with positions."""
+    """Chunked attention, for layers with positions."""
     return Attention(
         **HEADS,
         qk_norm=RMSNorm(1e-5, use_scale=False) if scout else None,

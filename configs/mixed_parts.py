@@ -1,9 +1,9 @@
-"""Parts that no published model combines, by a config alone: no class and no branch is of its own.
+"""Parts that no published model combines, by config only: no new class and no new branch.
 
-Of four layers three have DeepSeek's latent attention, and the last has Mamba. In each the experts
-choose their tokens. A token's experts depend on later tokens then, which the stack has to allow; in
-evaluation and generation a predictor stands in for the choice, so that both are causal. One expert
-more is for every token.
+Three of four layers have DeepSeek's latent attention; the fourth has Mamba. In every layer the
+experts choose their tokens. A token's experts then depend on later tokens, which the stack has to
+allow. In evaluation and generation a predictor replaces the choice, so both are causal. A shared
+expert processes every token.
 
     python -m moe_jax.train --config=configs/mixed_parts.py:tiny --workdir=runs/mixed_parts_tiny
     python -m moe_jax.plan --config=configs/mixed_parts.py --topology=h100:1x8
@@ -40,7 +40,7 @@ EXPERTS = MoE(
     shared_expert_dim=1024,
     activation=SwiGLU(),
     router=ExpertChoice(predictor_loss_weight=0.01),
-    losses=(),  # every expert has as many tokens as the others
+    losses=(),  # expert choice balances the loads
     capacity=Capacity(train_factor=1.0),
 )
 
@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                     allow_lookahead=True,
                 ),
                 compute_dtype="bfloat16",
-                remat="full",  # without it a step on eight H100 needs three times their memory
+                remat="full",  # without it a step needs three times the memory of eight H100
             ),
             data=DataConfig(sequence_length=2048),
             optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),

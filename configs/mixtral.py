@@ -1,4 +1,4 @@
-"""Mixtral 8x7B and 8x22B: grouped queries, and in every layer the two best of eight experts.
+"""Mixtral 8x7B and 8x22B: grouped queries, and two of eight experts in every layer.
 
 Gates are a softmax over the two chosen logits. Source: Jiang et al. 2024, arXiv:2401.04088;
 config.json of mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-v0.1.
@@ -11,8 +11,8 @@ config.json of mistralai/Mixtral-8x7B-v0.1 and mistralai/Mixtral-8x22B-v0.1.
 | (none) | 32 of 4,096 | 46,702,792,704 | 12,879,925,248 | 12,748,853,248 | 12,617,781,248 |
 | 8x22b | 56 of 6,144 | 140,630,071,296 | 39,161,468,928 | 38,960,142,336 | 38,758,815,744 |
 
-The first release of 8x22B has 32,000 tokens and 140,620,634,112 parameters. How Mixtral was trained
-is not published: the optimizer, the batch and the mesh are those of other models of its size.
+The first release of 8x22B has a vocabulary of 32,000 and 140,620,634,112 parameters. Training
+settings are not published: optimizer, batch and mesh are taken from models of similar size.
 """
 
 import ml_collections

@@ -1,15 +1,16 @@
-"""OLMoE-1B-7B: 16 layers of 64 small experts, of which a token uses 8; no gate is renormalised.
+"""OLMoE-1B-7B: 16 layers of 64 small experts, 8 per token; gates are not renormalised.
 
-Queries and keys are normed over all heads at once. Source: Muennighoff et al. 2024,
+Queries and keys are normalised over all heads at once. Source: Muennighoff et al. 2024,
 arXiv:2409.02060; config.json of allenai/OLMoE-1B-7B-0924; configs/ of allenai/OLMoE.
 6,919,161,856 parameters; a token uses 1,282,017,280, 1,178,994,688 without the input embedding,
 1,075,972,096 without embeddings.
 
-Peak learning rate, batch and weights of losses are those of its pre-training, which drops nothing.
+Peak learning rate, batch and loss weights are those of its pre-training, which drops no token.
 MegaBlocks divides both losses by layers, tokens and K: the balance loss is 1 at uniform routing,
-and a weight of 1e-3 is one of 1.25e-4 for the z-loss of the paper. It counts the tokens of a
-device; here the balance loss is over the global batch. Not as published: matrices alone decay, not
-embeddings and norms; initial weights go by their fan-in, where all had a truncated normal of 0.02.
+and a z-loss weight of 1e-3 equals 1.25e-4 in the paper's z-loss. MegaBlocks balances the tokens of
+a device; here the balance loss is over the global batch. Differences from the paper: weight decay
+excludes embeddings and norms; the scale of initial weights depends on fan-in, where the paper's
+all have a truncated normal of 0.02.
 
     python -m moe_jax.train --config=configs/olmoe.py:tiny --workdir=runs/olmoe_tiny
     python -m moe_jax.plan --config=configs/olmoe.py --topology=h100:32x8

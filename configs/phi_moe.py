@@ -1,8 +1,8 @@
 """Phi-3.5-MoE: LayerNorm, biases throughout, and two of sixteen experts chosen by SparseMixer.
 
-Each choice has a gate of its own among the experts whose logits are close to the best; in training
-it is drawn. Every pair of features has its own stretch of positions, another one in documents of
-more than 4,096 tokens (LongRoPE). Source: Abdin et al. 2024, arXiv:2404.14219; Liu et al. 2024,
+The gate of each choice is a softmax over the experts with logits close to the best; in training the
+choice is sampled. Every pair of features has its own stretch of positions, and another in documents
+of more than 4,096 tokens (LongRoPE). Source: Abdin et al. 2024, arXiv:2404.14219; Liu et al. 2024,
 arXiv:2409.12136; config.json of microsoft/Phi-3.5-MoE-instruct.
 
     python -m moe_jax.train --config=configs/phi_moe.py:tiny --workdir=runs/phi_moe_tiny
@@ -12,10 +12,10 @@ arXiv:2409.12136; config.json of microsoft/Phi-3.5-MoE-instruct.
 | --- | --- | --- | --- | --- |
 | 32 of 4,096 | 41,873,153,344 | 6,640,999,744 | 6,509,665,600 | 6,378,299,392 |
 
-Published are 41.9 and 6.6 billion. The optimizer, the batch and the mesh are those of other models
-of its size: how the model was trained is not published in full. Liu et al. (sec. 3.3) drop nothing,
-and balance each layer over the global batch, with a weight that they do not print; the 0.0 of
-config.json is for fine-tuning.
+The published sizes are 41.9 and 6.6 billion. Training settings are published in part: optimizer,
+batch and mesh are taken from models of similar size. Liu et al. (sec. 3.3) drop no token and
+balance each layer over the global batch, with an unpublished weight; the 0.0 of config.json is for
+fine-tuning.
 """
 
 import ml_collections
@@ -42,7 +42,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.moe.routing.noise import Jitter
 from moe_jax.moe.routing.sparse_mixer import SparseMixer
 
-# One factor for each pair of features.
+# One factor per pair of features.
 SHORT = (
     1.0, 1.0399999618530273, 1.0399999618530273, 1.0399999618530273, 1.0499999523162842,
     1.0499999523162842, 1.0499999523162842, 1.0499999523162842, 1.0499999523162842,
@@ -100,7 +100,7 @@ EXPERTS = MoE(
     expert_dim=6400,
     activation=SwiGLU(),
     router=SparseMixer(jitter=0.01, noise=(Jitter(0.01),)),
-    losses=(LoadBalance(weight=0.01),),  # made up
+    losses=(LoadBalance(weight=0.01),),  # assumed
     capacity=Capacity(train_factor=0.0, eval_factor=0.0),
 )
 

@@ -1,15 +1,15 @@
 """A Switch-style MoE on the embedded corpus, and its dense twin: five minutes each on two cores.
 
-Six domains of real text, bytes as tokens; two layers, each with 8 experts under a capacity factor
-and a load-balance loss. A token uses two experts of half the size, with gates that sum to 1
-as in GShard: with Switch's own single gate, which starts near 1 / 8, a run this short ends above
-its dense twin.
+The corpus has six domains of real text, with bytes as tokens. Each of two layers has 8 experts, a
+capacity factor and a load-balance loss. A token uses two experts of half the size, with gates that
+sum to 1 as in GShard. With Switch's single gate, which starts near 1 / 8, a run this short ends
+with a higher loss than its dense twin.
 
     python -m moe_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m moe_jax.train --config=configs/quickstart.py:dense --workdir=runs/quickstart_dense
 
-The twin has one FFN of two experts' size in place of the experts: equal active FLOPs a token but
-for the router, and the same data in the same order. Numbers: experiments/moe_against_dense.
+The twin replaces the experts by one FFN of the size of two: equal active FLOPs per token except the
+router, and the same data in the same order. Results: experiments/moe_against_dense.
 """
 
 import ml_collections
@@ -35,7 +35,7 @@ EXPERTS = MoE(
     num_selected_experts=2,
     expert_dim=512,
     router=TokenChoice(renormalize=True),
-    capacity=Capacity(train_factor=2.0),  # of one sequence's mean load; 1.25 drops a tenth early on
+    capacity=Capacity(train_factor=2.0),  # times the mean load in a sequence; 1.25 drops 10 % early
 )
 
 
@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                 model_dim=256,
                 parts={"attention": Attention(num_heads=2, head_dim=64), name: ffn},
                 stack=StackLayout(unit=(("attention", name),), repeats=2),
-                scan_layers=False,  # two layers compile fast, and run faster unrolled on a CPU
+                scan_layers=False,  # two layers compile fast unrolled, and run faster on a CPU
             ),
             data=DataConfig(sequence_length=256),
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),

@@ -1,9 +1,9 @@
-"""Qwen1.5-MoE-A2.7B: four of 60 experts, and a shared one of four times their size with a gate.
+"""Qwen1.5-MoE-A2.7B: four of 60 experts, and a gated shared expert of four times their size.
 
 Gates are not renormalised; queries, keys and values have biases. Source: Qwen team 2024, "Qwen1.5-
 MoE"; config.json of Qwen/Qwen1.5-MoE-A2.7B. 14,315,784,192 parameters; a token uses 2,689,173,504,
-2,378,008,576 without the input embedding, 2,066,843,648 without embeddings. How it was
-trained is not published.
+2,378,008,576 without the input embedding, 2,066,843,648 without embeddings. Training settings are
+not published.
 
     python -m moe_jax.train --config=configs/qwen2_moe.py:tiny --workdir=runs/qwen2_moe_tiny
     python -m moe_jax.plan --config=configs/qwen2_moe.py --topology=h100:32x8

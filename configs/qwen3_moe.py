@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B and 235B-A22B: eight of 128 experts, a norm of each head's query and key.
+"""Qwen3-30B-A3B and 235B-A22B: eight of 128 experts, a norm on each head's query and key.
 
 Source: Qwen team 2025, arXiv:2505.09388; config.json of Qwen/Qwen3-30B-A3B and 235B-A22B.
 
@@ -10,9 +10,9 @@ Source: Qwen team 2025, arXiv:2505.09388; config.json of Qwen/Qwen3-30B-A3B and 
 | (none) | 48 of 2,048 | 30,532,122,624 | 3,353,032,704 | 3,041,867,776 | 2,730,702,848 |
 | 235b | 94 of 4,096 | 235,093,634,560 | 22,190,763,520 | 21,568,433,664 | 20,946,103,808 |
 
-Optimizer, batch and mesh are not published. The balance loss is over the global batch, as Qwen's,
-but transformers', which joins the layers: Qwen's, in Megatron, is of each layer (Qiu et al. 2025,
-arXiv:2501.11873).
+Optimizer, batch and mesh are not published. The balance loss is over the global batch, as in Qwen's
+training. It is transformers' form, which pools the layers; Qwen's, in Megatron, is per layer (Qiu
+et al. 2025, arXiv:2501.11873).
 """
 
 import ml_collections

@@ -1,10 +1,10 @@
-"""ST-MoE, L and 32B: T5 with the two best of many experts in every fourth layer.
+"""ST-MoE, L and 32B: T5 with two of many experts in every fourth layer.
 
-A sparse layer has a dense FFN behind its experts, with a norm of its own. A second expert is used
-with probability min(1, gate / 0.2) in training, and always in evaluation. A full expert serves
-first choices in the order of positions, then second ones, so in training a later token can take the
-slot of a second choice. Likely tokens do not go first: the paper's appendix D tries that with one
-choice, and flaxformer's st_moe_base.gin turns it off.
+A sparse layer has a dense FFN after its experts, with its own norm. A second expert is used with
+probability min(1, gate / 0.2) in training, and always in evaluation. A full expert serves first
+choices in the order of positions, then second choices, so in training a later token can take the
+slot of a second choice. There is no priority for likely tokens: the paper's appendix D tries that
+with one choice, and flaxformer's st_moe_base.gin turns it off.
 Source: Zoph et al. 2022, arXiv:2202.08906; sizes: flaxformer's t5x/configs/moe.
 
     python -m moe_jax.train --config=configs/st_moe.py:tiny --workdir=runs/st_moe_tiny
@@ -15,12 +15,12 @@ Source: Zoph et al. 2022, arXiv:2202.08906; sizes: flaxformer's t5x/configs/moe.
 | (none) | 4,105,444,352 | 991,173,632 |
 | 32b | 269,104,613,376 | 35,062,450,176 |
 
-`dense` is the twin of equal FLOPs in training: in place of experts an FFN 1.25 times as wide, as
-their capacity serves 1.25 choices of a token. `tiny` has a sparse layer every second layer. A group
-is four sequences, 2,048 tokens of the encoder and 456 of the decoder (sec. 7.2); of 32B it is
-eight, the 4,096 tokens of flaxformer's st_moe_32b.gin in the encoder. Steps make 0.5T tokens of the
-encoder, and 1.5T of 32B. Table 1 of the paper prints 27 layers for 32B; the released config has 24,
-and 269 billion parameters are 24.
+`dense` is the twin with equal training FLOPs: an FFN 1.25 times as wide replaces the experts, since
+their capacity serves 1.25 choices per token. `tiny` has a sparse layer every second layer. A group
+is four sequences, 2,048 encoder tokens and 456 decoder tokens (sec. 7.2). For 32B it is eight
+sequences, or 4,096 encoder tokens as in flaxformer's st_moe_32b.gin. Training reads 0.5T encoder
+tokens, for 32B 1.5T. Table 1 of the paper prints 27 layers for 32B; the released config has 24,
+which gives 269 billion parameters.
 """
 
 import ml_collections
@@ -48,7 +48,7 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 
 
 def st_moe_experts(num_experts: int, dim: int, group_size: int) -> MoE:
-    """The sparse FFN of a stack."""
+    """The experts of a sparse layer."""
     return MoE(
         num_experts=num_experts,
         num_selected_experts=2,
@@ -71,7 +71,7 @@ def st_moe_experts(num_experts: int, dim: int, group_size: int) -> MoE:
 def st_moe_model(
     *, model_dim: int, num_heads: int, head_dim: int, dim: int, num_experts: int, sequences: int
 ) -> EncoderDecoder:
-    """An ST-MoE of 24 layers a stack, with so many sequences in a group."""
+    """An ST-MoE with 24 layers per stack; `sequences` is the number of sequences in a group."""
     dense, sparse = (("mlp",),) * 3, ("moe", "mlp")
     return EncoderDecoder(
         vocab_size=32_128,

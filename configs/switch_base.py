@@ -1,8 +1,8 @@
-"""Switch Transformer, Base: T5-Base with the one best of many experts in every second layer.
+"""Switch Transformer, Base: T5-Base with one of many experts in every second layer.
 
-Twelve layers a stack, of which 2, 4, ..., 12 are sparse; experts like the dense layers, two
-matrices with ReLU between. Capacity is counted in groups, with no factor K. That a group is eight
-sequences is ours: flaxformer has 8,192 tokens.
+Each stack has twelve layers; layers 2, 4, ..., 12 are sparse. An expert is an FFN like the dense
+ones, two matrices with ReLU between. Capacity is per group, without a factor K. We assume groups of
+eight sequences; flaxformer's have 8,192 tokens.
 Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8.
 
     python -m moe_jax.train --config=configs/switch_base.py:tiny --workdir=runs/switch_base_tiny
@@ -18,12 +18,13 @@ Source: Fedus et al. 2021, arXiv:2101.03961; config.json of google/switch-base-8
 | e256 | 256 | 14,664,154,368 | 225,262,848 |
 | dense | T5-Base | 222,903,552 | 222,903,552 |
 
-`dense` is the twin of equal FLOPs, `finetune` the training on a task after that. Table 9 of the
-paper prints GEGLU of 2,048 hidden units, which has as many parameters; the released models have
-ReLU of 3,072. The scale of 0.1 is of the variance of initial weights, also of an untied head
-(flaxformer: moe.gin, tokens_choose_base.gin). Each layer adds its balance loss. Initial queries are
-divided by the root of head_dim, as scores are not (Mesh TensorFlow, T5). Dropout is on what a layer
-adds, and in fine-tuning on the hidden units of experts, not on attention.
+`dense` is the twin of equal FLOPs, `finetune` the training on a task afterwards. Table 9 of the
+paper prints GEGLU of 2,048 hidden units, which has equally many parameters; the released models use
+ReLU of 3,072. The initialisation scale of 0.1 multiplies the variance of the weights, also of an
+untied head (flaxformer: moe.gin, tokens_choose_base.gin). The balance losses of the layers are
+summed. Initial queries are divided by the root of head_dim, since scores are not (Mesh TensorFlow,
+T5). Dropout applies to the output of a branch, and in fine-tuning also to the hidden units of
+experts, but not to attention weights.
 """
 
 import ml_collections
@@ -53,13 +54,13 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 
 INIT_SCALE = 0.1
 RELU = Relu()
-SEQUENCES = 8  # a group, on either side; made up
-ENCODER_LENGTH, DECODER_LENGTH = 512, 114  # tokens of a sequence
+SEQUENCES = 8  # per group, in encoder and decoder; assumed
+ENCODER_LENGTH, DECODER_LENGTH = 512, 114  # tokens per sequence
 EXPERTS = {"e16": 16, "e32": 32, "e64": 64, "e128": 128, "e256": 256}
 
 
 def t5_parts(num_heads: int, head_dim: int, dim: int, activation: Activation) -> dict:
-    """The parts of a T5: scores are not scaled."""
+    """The parts of T5, which does not scale attention scores."""
     heads = {"num_heads": num_heads, "head_dim": head_dim, "scale": 1.0, "init_scale": INIT_SCALE,
              "query_init_scale": INIT_SCALE / head_dim}  # fmt: skip
     return {
@@ -71,7 +72,7 @@ def t5_parts(num_heads: int, head_dim: int, dim: int, activation: Activation) ->
 
 
 def switch_experts(num_experts: int, dim: int, activation: Activation, length: int) -> MoE:
-    """The sparse FFN of a stack of Switch, whose sequences have this length."""
+    """The experts of a sparse layer; `length` is tokens per sequence in its stack."""
     return MoE(
         num_experts=num_experts,
         num_selected_experts=1,
@@ -97,7 +98,7 @@ def switch_model(
     activation: Activation = RELU,
     tie_embeddings: bool = True,
 ) -> EncoderDecoder:
-    """A Switch Transformer whose stacks repeat these FFNs, each behind its attention."""
+    """A Switch Transformer; `layers` names the FFNs of a unit, each after its attention."""
     sizes = (num_experts, dim, activation)
     parts = t5_parts(num_heads, head_dim, dim, activation)
     if ("mlp",) not in layers:
@@ -130,7 +131,7 @@ def switch_model(
 
 
 def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
-    """How T5 and its sparse successors are trained: 2**20 tokens a step for the encoder."""
+    """The training of T5 and its sparse successors: 2**20 encoder tokens per step."""
     return ExperimentConfig(
         name=name,
         model=model,
@@ -145,9 +146,9 @@ def experiment(name: str, model: EncoderDecoder) -> ExperimentConfig:
 
 
 def make_dense(config: ml_collections.ConfigDict) -> None:
-    """In place of experts, an FFN with as many hidden units as a token gets: equal FLOPs.
+    """Replaces the experts by an FFN with the hidden units that a token uses: equal FLOPs.
 
-    Capacity counts tokens, not choices: of two choices, a factor of 1.25 serves 1.25 in training.
+    Capacity counts tokens, not choices: a factor of 1.25 serves 1.25 of two choices in training.
     """
     config.name += "_dense"
     model, parts = config.model, config.model.parts
@@ -170,7 +171,7 @@ def make_dense(config: ml_collections.ConfigDict) -> None:
 
 
 def make_finetune(config: ml_collections.ConfigDict, is_small: bool) -> None:
-    """Dropout of 0.1, in experts of 0.4, and a constant learning rate.
+    """Sets dropout to 0.1, expert dropout to 0.4, and a constant learning rate.
 
     A small model keeps its steps and its learning rate.
     """
@@ -184,10 +185,10 @@ def make_finetune(config: ml_collections.ConfigDict, is_small: bool) -> None:
 
 
 def finish(config: ml_collections.ConfigDict, presets: set[str]) -> None:
-    """Applies the presets that all configs of T5's descendants share.
+    """Applies the presets shared by all descendants of T5.
 
-    Small models keep the sequences of a group, how wide an FFN is against the model, and the spread
-    of the first router logits, which grows with the square root of the width.
+    Small models keep the sequences per group, the ratio of FFN to model width, and the spread of
+    the initial router logits, which grows with the square root of the width.
     """
     parts = config.model.parts
     published_dim, published_hidden = config.model.model_dim, parts.moe.expert_dim

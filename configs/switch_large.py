@@ -1,4 +1,4 @@
-"""Switch Transformer, Large: T5-Large with the one best of 128 experts in every second layer.
+"""Switch Transformer, Large: T5-Large with one of 128 experts in every second layer.
 
 Source: Fedus et al. 2021, arXiv:2101.03961; released checkpoint: flaxformer's t5x/configs/moe, with
 ReLU of 4,096 hidden units, where table 9 of the paper prints GEGLU of 2,816 (27.15 billion).

@@ -1,7 +1,7 @@
-"""Switch Transformer, XXL: T5-XXL with the one best of 128 experts in every second layer.
+"""Switch Transformer, XXL: T5-XXL with one of 128 experts in every second layer.
 
 Source: Fedus et al. 2021, arXiv:2101.03961. Table 9 prints 64 experts, which would be 201 billion
-parameters; 395 billion, as it says, are 128 experts, as flaxformer's config has it.
+parameters. Its 395 billion parameters match 128 experts, as in flaxformer's config.
 
     python -m moe_jax.train --config=configs/switch_xxl.py:tiny --workdir=runs/switch_xxl_tiny
     python -m moe_jax.plan --config=configs/switch_xxl.py --topology=h100:32x8
