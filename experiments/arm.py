@@ -1,4 +1,4 @@
-"""One arm of a study with one seed: trains it, measures it, appends its line of results."""
+"""One arm of a study with one seed: trains it, measures it, appends its results line."""
 
 import os
 import pathlib
@@ -34,24 +34,24 @@ def run_arm(
     results: pathlib.Path,
     corpus: str,
 ) -> dict[str, Any]:
-    """Trains, or goes on; the line of results is written when all of it is measured.
+    """Trains or resumes an arm; its results line is written after all measurements.
 
     Args:
-      study: what the arm is of.
+      study: the study of the arm.
       size: one of its sizes.
-      arm: by its name.
-      seed: of parameters and data.
-      workdir: of the run.
-      results: the file of results.
+      arm: name of the arm.
+      seed: seed of parameters and data.
+      workdir: directory of the run.
+      results: the results file.
       corpus: directory of the large corpus.
 
     Returns:
-      The line of results.
+      The results line.
     """
     config = study.experiment(size, arm, seed, corpus, str(workdir.parent))
     try:
         outcome = outcome_of(study, config, workdir, trained(study, config, arm, workdir))
-    except FloatingPointError as error:  # a result as well: run again it would end alike
+    except FloatingPointError as error:  # also a result: another run would end alike
         print(error, file=sys.stderr)
         outcome = divergence_of(workdir)
     cost, data = cost_of(study, size, arm), open_data(config.data)
@@ -86,7 +86,7 @@ def run_arm(
 def trained(
     study: Study, config: ExperimentConfig, arm: str, workdir: pathlib.Path
 ) -> dict[str, Any]:
-    """The last evaluation of a run, which is trained first unless another study has done so."""
+    """The last evaluation of a run; trains the run unless another study already has."""
     if study.start is not None:
         study.start(config, arm, workdir)
     elif other := link_same_run(config, workdir):
@@ -100,13 +100,13 @@ def trained(
 def outcome_of(
     study: Study, config: ExperimentConfig, workdir: pathlib.Path, said: dict[str, Any]
 ) -> dict[str, Any]:
-    """What came out of a run: losses, curve and measures.
+    """The losses, curve and measures of a run.
 
     Args:
-      study: what the run is of.
+      study: the study of the run.
       config: its settings.
       workdir: its directory.
-      said: what its last evaluation gave.
+      said: its last evaluation.
     """
     rows = read_metrics(workdir / METRICS_FILE)
     return {
@@ -118,7 +118,7 @@ def outcome_of(
 
 
 def divergence_of(workdir: pathlib.Path) -> dict[str, Any]:
-    """What is left of a run whose loss went to infinity: the curve until then, no measures."""
+    """The outcome of a diverged run: the curve before divergence, no measures."""
     rows = read_metrics(workdir / METRICS_FILE)
     curve = [(row["step"], row[CURVE]) for row in rows if CURVE in row]
     return {
@@ -130,13 +130,13 @@ def divergence_of(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Held-out bits a byte after each evaluated step, all on the same batches.
+    """Held-out bits per byte after each evaluated step, all on the same batches.
 
-    A run's last evaluation is on the whole held-out split; for the curve the last state is scored
-    once more, on the sample that the evaluations before it used.
+    A run's last evaluation uses the whole held-out split. For the curve the last state is scored
+    again, on the sample used by the earlier evaluations.
     """
     curve = {row["step"]: row[CURVE] for row in rows if CURVE in row}
-    config, state = load_run(workdir, trust=True)  # a study may bring parts of its own
+    config, state = load_run(workdir, trust=True)  # a study may define its own parts
     if config.training.evaluation_batches:
         said = evaluate(
             state.params,
@@ -154,7 +154,7 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
 def measures_of(
     said: dict[str, Any], rows: list[dict[str, Any]], num_steps: int
 ) -> dict[str, float]:
-    """Numbers of a run: held-out bits a byte, and routing averaged over layers and late steps."""
+    """Held-out bits per byte, and routing metrics averaged over layers and late steps."""
     measures = {LOSS: said["dropless"][LOSS]}
     if "capacity_limited" in said:
         measures["capacity_limited"] = said["capacity_limited"][LOSS]
@@ -165,7 +165,7 @@ def measures_of(
 
 
 def minutes_of(rows: list[dict[str, Any]], log_every: int) -> float:
-    """Time of the training steps, evaluations and checkpoints left out."""
+    """Time of the training steps, without evaluations and checkpoints."""
     return sum(row.get("perf/seconds_per_step", 0) for row in rows) * log_every / 60
 
 

@@ -1,7 +1,8 @@
-"""Lines of results from before models had parts, as experiments of today.
+"""Reads results lines written before models had parts, as current experiments.
 
-The lines of `future_leaks` and `switch_against_dense` keep the settings of that time. Only those
-that differ among them, or from the defaults of that time, are read here; no line is added to them.
+The lines of `future_leaks` and `switch_against_dense` keep the settings of that time. Only settings
+that differ between these lines, or from the defaults of that time, are read; no such line is added
+any more.
 """
 
 from collections.abc import Mapping
@@ -29,10 +30,10 @@ QUEUES = {
 
 
 def experiment_of(config: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment of such a line.
+    """The experiment of an old results line.
 
     Args:
-      config: its settings.
+      config: settings of the line.
     """
     return ExperimentConfig(
         name=config["name"],
@@ -45,7 +46,7 @@ def experiment_of(config: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def model_of(model: Mapping[str, Any]) -> LanguageModel:
-    """MoE layers came every `layer_period`, from `layer_offset` on."""
+    """The model, with an MoE layer every `layer_period` layers from `layer_offset`."""
     moe = model["moe"]
     period, offset = moe["layer_period"], moe["layer_offset"]
     is_moe = [period > 0 and layer % period == offset for layer in range(model["num_layers"])]
@@ -68,7 +69,7 @@ def model_of(model: Mapping[str, Any]) -> LanguageModel:
 
 
 def moe_of(moe: Mapping[str, Any]) -> MoE:
-    """The block."""
+    """The MoE block."""
     router, capacity = moe["router"], moe["capacity"]
     routers = {
         "token_choice": TokenChoice(renormalize=router["renormalize"]),

@@ -1,4 +1,4 @@
-"""What the arms of a study cost: active FLOPs per token, and whether they match."""
+"""The cost of a study's arms: active FLOPs per token, and a check that they match."""
 
 import dataclasses
 import functools
@@ -11,15 +11,16 @@ from moe_jax.planning.arithmetic import count_flops, count_parameters
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one arm.
+    """The cost of one arm.
 
     Attributes:
       active: forward FLOPs per token that the mathematics needs, router included.
-      computed: with padded slots and dispatch contractions; what is matched.
-      slots: expert slots per token in an MoE layer, in training, of the most that a part has; 0 for
-        a dense arm, None without a limit.
-      total_parameters: all of them.
-      active_parameters: those that a token uses.
+      computed: forward FLOPs per token with padded slots and dispatch contractions; matched in a
+        budget.
+      slots: expert slots per token of an MoE layer in training, the largest of all parts; 0 for a
+        dense arm, None without a limit.
+      total_parameters: number of all parameters.
+      active_parameters: number of parameters that a token uses.
     """
 
     active: float
@@ -31,7 +32,7 @@ class Cost:
 
 @functools.cache
 def cost_of(study: Study, size: str, arm: str) -> Cost:
-    """Counts an arm from its config."""
+    """Counts the cost of an arm from its config."""
     config = study.experiment(size, arm, 0)
     model, length = config.model, config.data.sequence_length
     flops, parameters = count_flops(model, length), count_parameters(model, length)
@@ -45,7 +46,7 @@ def cost_of(study: Study, size: str, arm: str) -> Cost:
 
 
 def slots_of_a_token(model: LanguageModel, length: int) -> float | None:
-    """Slots of all experts in training over the tokens that share them, E C / S; see `Cost`."""
+    """Training slots of all experts per token that shares them, E C / S; see `Cost`."""
     slots = [0.0]
     for moe in model.moe_parts.values():
         if moe.capacity_factor(training=True) == 0:
@@ -56,7 +57,7 @@ def slots_of_a_token(model: LanguageModel, length: int) -> float | None:
 
 
 def check_budget(study: Study, size: str) -> None:
-    """Refuses a comparison of arms that are not equal in what they cost.
+    """Refuses to compare arms of unequal cost.
 
     Raises:
       ValueError: the computed FLOPs of two arms of one budget differ by more than the tolerance.

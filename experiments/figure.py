@@ -1,4 +1,4 @@
-"""The figure of a study: held-out loss by step, and at the end by arm and seed."""
+"""The figure of a study: held-out loss by step, and final loss by arm and seed."""
 
 import matplotlib
 import numpy as np
@@ -8,14 +8,14 @@ from experiments.study import Study
 from moe_jax.analysis.drawing import Figure
 from moe_jax.analysis.names import in_figure
 
-WIDTH = 4.6  # inches: a phone shows it whole, with letters nearly as large as those of a text
+WIDTH = 4.6  # inches: fits a phone, with letters nearly as large as body text
 DPI = 150
 
 
 def draw(study: Study, results: Results) -> Figure:
-    """Curves are means over the seeds that all arms have; at the end a dot is one of them.
+    """Draws curves, as means over the seeds that all arms have, and a final dot per seed.
 
-    Runs that diverged are left out; so are the curves where `Study.outcome` is another measure.
+    Diverged runs are left out. There are no curves if `Study.outcome` is not the loss.
     """
     seeds = results.shared_seeds
     measure, words = study.outcome
@@ -38,7 +38,7 @@ def draw(study: Study, results: Results) -> Figure:
             top.plot(curves[0][0], losses, color=color, lw=1.4, ls="--" if marks[arm.name] else "-")
         bottom.plot(list(values.values()), [place] * len(values), "o", color=color, ms=5)
         bottom.plot(np.mean(list(values.values())), place, "|", color=color, ms=16)
-        # An arm has its name over its dots, in the colour of its curve.
+        # The name of an arm is above its dots, in the colour of its curve.
         name = in_figure(arm.label, 60) + (marks[arm.name] and f" ({marks[arm.name]})")
         bottom.text(0.01, place - 0.28, name, color=color * np.array([0.8, 0.8, 0.8, 1]),
                     fontsize=7, va="bottom", transform=bottom.get_yaxis_transform(),

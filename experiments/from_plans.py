@@ -1,7 +1,7 @@
-"""What follows from arithmetic alone: `python -m experiments.from_plans` writes `plans.json`.
+"""Results by arithmetic only: `python -m experiments.from_plans` writes `plans.json`.
 
-Two claims about MoE are of machines that are not here: that it pays memory for compute, and that
-the exchange of tokens between devices takes most of a step at scale. `moe_jax.planning` computes
+Two claims about MoE concern machines that we do not have: that it trades memory for compute, and
+that exchanging tokens between devices takes most of a step at scale. `moe_jax.planning` computes
 both from a config, a mesh and the rates of a named pod.
 """
 
@@ -24,9 +24,9 @@ from moe_jax.training.files import read_json
 
 PLANS = HERE / "plans.json"
 MEMORY = ("mixtral", "deepseek_v3", "olmoe")
-# Of every expert on the pods below, so that the rows that travel are known.
+# Slots of every expert on the pods below, so that the number of exchanged rows is known.
 SLOTS = Capacity(train_factor=1.25, eval_factor=0.0)
-# A config on a pod, in the bfloat16 that pods are rated in: name, platform, devices, mesh.
+# A config on a pod, at bfloat16 rates: config, pod, platform, number of devices, mesh.
 PODS: tuple[tuple[str, str, str, int, dict[str, int]], ...] = (
     ("deepseek_v3", "v5p:8x16x16", "tpu", 2048, {"fsdp": 64, "expert": 32}),
     ("deepseek_v3", "h100:256x8", "gpu", 2048, {"fsdp": 64, "expert": 32}),
@@ -42,7 +42,7 @@ def config_of(name: str) -> ExperimentConfig:
 
 
 def memory_of(name: str) -> dict[str, Any]:
-    """Parameters of a model without its multi-token modules, and those that a token uses."""
+    """Total and active parameters of a model, without its multi-token modules."""
     config = config_of(name)
     counts = count_parameters(config.model, config.data.sequence_length)
     total, active = counts.by_convention()[CONVENTIONS[0]]
@@ -52,7 +52,7 @@ def memory_of(name: str) -> dict[str, Any]:
 def exchange_of(
     name: str, pod: str, platform: str, num_devices: int, mesh: dict[str, Any]
 ) -> dict[str, Any]:
-    """Seconds of a training step on a pod: all computing, and all-to-all by itself."""
+    """Seconds of a training step on a pod: all computing, and all-to-all separately."""
     config = config_of(name)
     moe = dataclasses.replace(config.model.part["moe"], capacity=SLOTS)
     model = dataclasses.replace(config.model, parts=config.model.part | {"moe": moe})
@@ -71,7 +71,7 @@ def exchange_of(
 
 
 def memory_text(plans: dict[str, Any]) -> str:
-    """The line of memory against compute."""
+    """The text about memory against compute."""
     said = [
         f"{one['config']} {one['total'] / 1e9:.1f} B parameters for {one['active'] / 1e9:.1f} B of "
         "a token"
@@ -81,7 +81,7 @@ def memory_text(plans: dict[str, Any]) -> str:
 
 
 def exchange_text(plans: dict[str, Any]) -> str:
-    """The line of all-to-all at scale."""
+    """The text about all-to-all at scale."""
     said = [
         f"{one['exchange_seconds'] / one['compute_seconds']:.2f} ({one['config']}, {one['pod']}, "
         f"experts over {one['mesh']['expert']})"
@@ -92,12 +92,12 @@ def exchange_text(plans: dict[str, Any]) -> str:
 
 
 def read_plans() -> dict[str, Any]:
-    """What `plans.json` has."""
+    """The contents of `plans.json`."""
     return dict(read_json(pathlib.Path(PLANS)))
 
 
 def main() -> None:
-    """Computes all of it."""
+    """Computes and writes `plans.json`."""
     plans = {
         "memory": [memory_of(name) for name in MEMORY],
         "exchange": [exchange_of(*pod) for pod in PODS],

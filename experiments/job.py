@@ -1,6 +1,6 @@
 """An arm of a study with its seeds, as a process.
 
-`experiments.run` starts it; the same command again goes on from the newest checkpoint.
+`experiments.run` starts it; the same command resumes from the newest checkpoint.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from moe_jax.user_errors import USER_ERRORS
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An arm with the seeds that it lacks, one after another, and where it is run.
+    """An arm with its missing seeds, run one after another, and the paths of its files.
 
-    Its seeds have one program, which is compiled once.
+    All seeds share one program, which is compiled once.
     """
 
     study: Study
@@ -36,7 +36,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The name in messages."""
         return f"{self.arm} (seed {', '.join(map(str, self.seeds))})"
 
     @property
@@ -70,11 +70,11 @@ class Job:
         return len(self.seeds) * config.training.num_steps
 
     def finished_steps(self) -> int:
-        """Steps that its runs have finished, by their metrics."""
+        """Finished steps of the runs, from their metrics."""
         return sum(last_step(workdir / METRICS_FILE) for workdir in self.workdirs.values())
 
     def command(self) -> list[str]:
-        """The command of the process that runs it."""
+        """The command that runs the job in its own process."""
         return [
             sys.executable, "-m", "experiments.job", f"--study={self.study.name}",
             f"--size={self.size}", f"--arm={self.arm}",
@@ -97,7 +97,7 @@ def main() -> None:
     for name in ("study", "size", "arm", "seeds", "runs", "results", "corpus"):
         parser.add_argument(f"--{name}", required=True)
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    flags.FLAGS.mark_as_parsed()  # otherwise libraries cannot read absl flags
     try:
         Job(
             load_study(args.study),

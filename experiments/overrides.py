@@ -1,4 +1,4 @@
-"""Reads and sets the settings of a config by their dotted paths, as studies write them."""
+"""Reads and sets settings of a config by dotted path, as in studies."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from moe_jax.models.stack import StackLayout
 
 
 def layout_of(config: ConfigDict) -> StackLayout:
-    """The layers of a model."""
+    """The layer layout of a model."""
     return build(StackLayout, config.model.stack.to_dict(), "config.model.stack")
 
 
 def read(config: ConfigDict, path: str) -> Any:
-    """The value of a setting by its dotted path."""
+    """The value of the setting at a dotted path."""
     for name in path.split("."):
         config = config[name]
     return config
 
 
 def override(config: ConfigDict, path: str, value: Any) -> None:
-    """Sets a setting by its dotted path; a function is called with the config first.
+    """Sets the setting at a dotted path; a function value is first called with the config.
 
-    A part takes the place of what is there, or is added under a new name.
+    A part replaces the existing part, or is added under a new name.
     """
     if callable(value):
         value = value(config)
@@ -48,7 +48,7 @@ def override(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def strings(value: Any) -> set[str]:
-    """The settings that are text."""
+    """All strings in a setting."""
     if isinstance(value, ConfigDict):
         return set().union(*(strings(value[name]) for name in value))
     return {value} if isinstance(value, str) else set()

@@ -1,8 +1,8 @@
 """Writes reports from results: `python -m experiments.report [STUDY]`.
 
-Of each study `README.md` and, once it has results, `curves.png` (of the size base `base.md` and
-`curves_base.png`); without STUDY also the page of all of them, `experiments/README.md`. Everything
-in them is computed from `study.py` and `results.jsonl`: the same results give the same bytes.
+Each study gets `README.md` and, if it has results, `curves.png` (for the size base, `base.md` and
+`curves_base.png`). Without STUDY the page of all studies, `experiments/README.md`, is written too.
+Reports are computed from `study.py` and `results.jsonl`: the same results give the same bytes.
 """
 
 import dataclasses
@@ -52,14 +52,14 @@ OLDER_RULE = (
 
 
 def figure_name(size: str) -> str:
-    """The file of its figure."""
+    """The file name of the figure of a size."""
     return "curves.png" if size == "small" else f"curves_{size}.png"
 
 
 def judged(study: Study, size: str, results: Results) -> Judged:
-    """The findings behind the verdict of a study, by the rule of today and by that of the time.
+    """The findings behind the verdict of a study, by the current rule and by the earlier rule.
 
-    Nothing is concluded while runs are missing: what they will say is not known.
+    While runs are missing, no claim is decided.
     """
     if not results.rows:
         return Judged([], [])
@@ -70,9 +70,9 @@ def judged(study: Study, size: str, results: Results) -> Judged:
 
 
 def findings_by(study: Study, size: str, results: Results) -> list[Finding]:
-    """The findings of the claims by one rule.
+    """The findings of all claims under one rule.
 
-    A claim is not run if its finding is the same as without any rows.
+    A claim counts as not run if its finding is the same without any rows.
     """
     findings = [claim.judge(results) for claim in study.expect]
     missing = study.missing(size, results)
@@ -90,10 +90,10 @@ def findings_by(study: Study, size: str, results: Results) -> list[Finding]:
 
 
 def results_of(study: Study, size: str, directory: pathlib.Path | None = None) -> Results:
-    """The results of a study that its settings of today gave.
+    """The results of a study at one size, checked against its settings.
 
     Raises:
-      ValueError: lines of other settings, of an arm that is no more, or of different texts.
+      ValueError: a line is from other settings, a removed arm, or a different corpus.
     """
     path = (directory or study.directory) / RESULTS_FILE
     rows = read_results(path, size)
@@ -144,7 +144,7 @@ def study_page(study: Study, size: str, results: Results) -> str:
 
 
 def way_text(results: Results) -> str:
-    """How the arms are evaluated: dropless, but for those whose experts fill their slots."""
+    """How the arms are evaluated: dropless, except arms whose experts fill their slots."""
     filled = [arm for arm, ways in results.ways.items() if ways["dropless"].label != "dropless"]
     arms = ", ".join(map(results.named, filled))
     return f"dropless (with the slots of training: {arms})" if filled else "dropless"
@@ -175,9 +175,8 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
 
     Args:
       study: the study.
-      size: whose results are reported; `README.md` is the page of "small", `base.md` that of
-        "base".
-      directory: of the results, and of what is written; None: the study's own.
+      size: size to report; `README.md` is the page of "small", `base.md` of "base".
+      directory: directory of the results and of the output; None: the study's own.
     """
     directory = directory or study.directory
     check_budget(study, size)
@@ -190,19 +189,19 @@ def write_study(study: Study, size: str, directory: pathlib.Path | None = None) 
 
 
 def sizes_of(study: Study, directory: pathlib.Path | None = None) -> list[str]:
-    """The sizes that a study has results of, and in its own directory always "small"."""
+    """The sizes with results; in the study's own directory "small" is always included."""
     there = {row["size"] for row in read_results((directory or study.directory) / RESULTS_FILE)}
     return [size for size in SIZES if size in there or (size == "small" and directory is None)]
 
 
 def judged_sizes(study: Study) -> dict[str, Judged]:
-    """What is said of a study by size, of those with results."""
+    """The findings of a study by size, for sizes with results."""
     found = {size: judged(study, size, results_of(study, size)) for size in sizes_of(study)}
     return {size: said for size, said in found.items() if said.findings}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the report of one study or of all, and the top page; returns the exit code."""
+    """Writes the report of one study, or of all with the top page; returns the exit code."""
     parser = Parser(description=__doc__)
     parser.add_argument("study", nargs="?", help="one study; all by default")
     parser.add_argument("--out", help="directory with results; the study's own by default")

@@ -1,4 +1,4 @@
-"""Results of a study: one line of JSON an arm and seed, in `results.jsonl` beside the study."""
+"""Results of a study: one line of JSON per arm and seed, in `results.jsonl` beside the study."""
 
 import dataclasses
 import fcntl
@@ -19,8 +19,8 @@ from moe_jax.files import write_atomically
 from moe_jax.training.ways import Way
 
 RESULTS_FILE = "results.jsonl"
-PAIRED, UNPAIRED = "paired", "unpaired"  # rules by which directions are decided; see `verdict`
-LOSS = "bits_per_byte"  # held-out, the way "dropless", on the whole split, after the last step
+PAIRED, UNPAIRED = "paired", "unpaired"  # rules that decide directions; see `verdict`
+LOSS = "bits_per_byte"  # on the whole held-out split, dropless, after the last step
 Row = Mapping[str, Any]
 
 
@@ -29,11 +29,11 @@ class Results:
     """The finished runs of a study at one size.
 
     Attributes:
-      rows: a dict a run, as `experiments.arm` writes them.
+      rows: one dict per run, as `experiments.arm` writes them.
       baseline: the arm whose spread is the noise floor.
       ways: how the losses of each arm are measured; arms without an entry are not marked.
-      least_seeds: that a comparison needs.
-      rule: by which directions are decided.
+      least_seeds: minimum number of seeds for a comparison.
+      rule: the rule that decides directions.
     """
 
     rows: tuple[Row, ...]
@@ -44,28 +44,28 @@ class Results:
 
     @property
     def has_older_rule(self) -> bool:
-        """Whether some of the runs were made while directions were decided by unpaired noise."""
+        """Whether some runs were made under the earlier rule of unpaired noise."""
         return any(row.get("rule", UNPAIRED) != PAIRED for row in self.rows)
 
     @property
     def shared_seeds(self) -> list[int]:
-        """The seeds that every arm with results has: what a table shows side by side."""
+        """The seeds that every arm with results has; tables show these."""
         return shared_seeds(self.values(arm) for arm in sorted({row["arm"] for row in self.rows}))
 
     def mark(self, arm: str, measure: str = LOSS) -> str:
-        """What a loss of an arm saw of later tokens, "" for nothing; see `training.ways`."""
+        """Mark of a loss that depends on later tokens, "" for none; see `training.ways`."""
         kind = "dropless" if measure == LOSS else measure
         return self.ways.get(arm, {}).get(kind, Way(kind, "")).mark
 
     def named(self, arm: str, measure: str = LOSS) -> str:
-        """An arm with the mark of a loss of it, if there is one."""
+        """The name of an arm, with the mark of its loss if there is one."""
         mark = self.mark(arm, measure)
         return f"{arm} ({mark})" if mark else arm
 
     def marked(self, text: str) -> str:
-        """A text in which every arm that saw later tokens is marked where it is named.
+        """A text with marks after the names of arms that saw later tokens.
 
-        An arm that has its mark already keeps it.
+        A name that already has its mark keeps it.
         """
         for arm in self.ways:
             if mark := self.mark(arm):
@@ -74,7 +74,7 @@ class Results:
         return text
 
     def values(self, arm: str, measure: str = LOSS) -> dict[int, float]:
-        """A measure of an arm by seed, infinite where it diverged; not of seeds without it."""
+        """A measure of an arm by seed, for seeds that have it; infinite if the run diverged."""
         return {
             row["seed"]: math.inf if has_diverged(row) else row["measures"][measure]
             for row in sorted(self.rows, key=lambda row: row["seed"])
@@ -82,7 +82,7 @@ class Results:
         }
 
     def curve(self, arm: str, seed: int) -> tuple[list[int], list[float]]:
-        """Steps, and held-out bits a byte after each, on the same sample of the held-out split."""
+        """Steps and held-out bits per byte after each, on one sample of the held-out split."""
         for row in self.rows:
             if (row["arm"], row["seed"]) == (arm, seed):
                 return row["curve"]["step"], row["curve"][LOSS]
@@ -90,7 +90,7 @@ class Results:
 
 
 def has_diverged(row: Row) -> bool:
-    """Whether the loss of a run went to infinity: its line has the last step before that."""
+    """Whether a run diverged: its line then records the last step before divergence."""
     return row.get("diverged_after_step") is not None
 
 
@@ -100,19 +100,19 @@ def finite(by_seed: Mapping[int, float]) -> dict[int, float]:
 
 
 def run_of(row: Row) -> tuple[str, str, int]:
-    """Which run a line is of."""
+    """Size, arm and seed of a results line."""
     return row["size"], row["arm"], row["seed"]
 
 
 def check_same_text(rows: Iterable[Row], config: DataConfig | None = None) -> None:
-    """Refuses runs of different texts or tokenizers: their losses cannot be compared.
+    """Refuses runs with different corpora or tokenizers: their losses cannot be compared.
 
     Args:
-      rows: of one size.
-      config: of runs that are to be added to them; None: none are.
+      rows: results lines of one size.
+      config: data of runs to be added; None: no runs are added.
 
     Raises:
-      ValueError: with the hashes.
+      ValueError: the hashes differ.
     """
     hashes = {(row["data"]["corpus_sha256"], row["data"]["tokenizer_sha256"]) for row in rows}
     if hashes and config:
@@ -127,9 +127,9 @@ def check_same_text(rows: Iterable[Row], config: DataConfig | None = None) -> No
 
 
 def measured(measure: str, *arms: str, digits: str = ".4f") -> Callable[[Results], str]:
-    """Means of a measure of some arms over the seeds they share, as text beside a published figure.
+    """Means of a measure of arms over their shared seeds, as text beside a published figure.
 
-    Arms that have none yet are left out.
+    Arms without values are left out.
     """
 
     def text(results: Results) -> str:
@@ -146,7 +146,7 @@ def measured(measure: str, *arms: str, digits: str = ".4f") -> Callable[[Results
 
 
 def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
-    """The lines of a results file, those of one size or all; none if there is no file."""
+    """The lines of a results file, of one size or all; [] if there is no file."""
     if not path.exists():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -157,9 +157,9 @@ def read_results(path: pathlib.Path, size: str | None = None) -> list[Row]:
 
 
 def append_result(path: pathlib.Path, row: Row) -> None:
-    """Adds a line; a kill leaves the file with it or without it, and nobody's line is lost.
+    """Adds a line atomically, under a lock, so that no process loses a line.
 
-    A run that has its line already, of another process that ran it meanwhile, gets no second one.
+    A run that already has a line, for example from another process, does not get a second.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as held:

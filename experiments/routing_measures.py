@@ -1,4 +1,4 @@
-"""Measures of the routing of a finished run: what an analysis finds, averaged over layers."""
+"""Routing measures of a finished run: results of an analysis, averaged over layers."""
 
 import pathlib
 import statistics
@@ -9,23 +9,23 @@ from moe_jax.analysis.options import Options
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.saved import load_run
 
-TOKENS = 262_144  # held-out: 1,024 sequences at `small`
-LATE = 0.5  # routing is averaged over the logged steps after this share of the run
+TOKENS = 262_144  # held-out tokens: 1,024 sequences at `small`
+LATE = 0.5  # routing is averaged over the logged steps after this fraction of the run
 
 
 def late_rows(rows: list[dict[str, Any]], last: int) -> list[dict[str, Any]]:
-    """The rows of metrics of the later half of a run of so many steps."""
+    """The metrics rows of the later half of a run of `last` steps."""
     return [row for row in rows if row["step"] > LATE * last]
 
 
 def late_values(rows: list[dict[str, Any]], name: str, last: int) -> list[float]:
-    """A metric of every MoE layer and of the later half of the steps; [] of a dense run."""
+    """Values of a metric, for every MoE layer and late step; [] for a dense run."""
     late = late_rows(rows, last)
     return [value for row in late for key, value in row.items() if key.endswith(f"/{name}")]
 
 
 def late_metric(workdir: pathlib.Path, name: str) -> float:
-    """A metric of MoE layers, averaged over layers and the later half of the steps.
+    """A metric averaged over MoE layers and the later half of the steps.
 
     Raises:
       ValueError: the run has no such metric.
@@ -43,17 +43,17 @@ def routes(workdir: pathlib.Path) -> bool:
 
 
 def routing_of(workdir: pathlib.Path) -> dict[str, float]:
-    """Specialisation and instability of the routers of a run; {} of a dense one.
+    """Specialisation and instability of the routers of a run; {} for a dense run.
 
     Returns:
-      "domain_bits" and "token_bits", the bits that the domain of a token and its id say of its
-      expert, with those of the same routing shuffled over the tokens under "..._shuffled", and the
-      difference of both in the first and the last MoE layer under "..._first" and "..._last".
-      "domain_by_ids", the bits of the domain that the ids of its tokens explain.
-      "noise_flips", "router_flips", "compute_flips" and "checkpoint_flips": shares of tokens whose
-      first choice is another under an input noise of 0.01, with the router or all else in another
-      precision, and at the checkpoint before; "..._set" of those with any other choice. Where no
-      layer is named, it is the mean over layers.
+      "domain_bits" and "token_bits": mutual information of a token's expert with its domain and
+      with its id, in bits; "..._shuffled": the same with the routing shuffled over tokens;
+      "..._first" and "..._last": the difference of both in the first and the last MoE layer.
+      "domain_by_ids": the bits of the domain that token ids explain. "noise_flips", "router_flips",
+      "compute_flips" and "checkpoint_flips": fractions of tokens whose first choice changes under
+      an input noise of 0.01, with the router in another precision, with all else in another
+      precision, and since the previous checkpoint; "..._set": the same for any choice. All are
+      means over layers, except "..._first" and "..._last".
     """
     if not routes(workdir):
         return {}
@@ -85,5 +85,5 @@ def routing_of(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def information(said: dict[str, Any]) -> tuple[float, float]:
-    """The bits of a category, and those of the same routing shuffled over the tokens."""
+    """The bits of a category, with the actual and with the shuffled routing."""
     return said["information"]["bits"], said["information"]["shuffled"]

@@ -1,4 +1,4 @@
-r"""Runs a study: `python -m experiments.run STUDY`, and again to go on where it was stopped.
+r"""Runs a study: `python -m experiments.run STUDY`; run it again to resume after a stop.
 
     python -m moe_jax.data.build --out=runs/corpus
     python -m moe_jax.data.train_tokenizer --corpus=jsonl:runs/corpus \
@@ -8,10 +8,9 @@ r"""Runs a study: `python -m experiments.run STUDY`, and again to go on where it
 
     python -m experiments.run switch_against_dense --size=gpu --corpus=runs/packed --minutes=9
 
-Every arm is a process of its own, in which its seeds share one program. A seed that is finished
-adds one line to `results.jsonl` beside the study. Those that have their line are not run again; one
-that was interrupted, or stopped by --minutes, goes on from its newest checkpoint. The baseline
-comes first.
+Each arm runs in its own process, in which its seeds share one program. A finished seed adds one
+line to `results.jsonl` beside the study. Seeds with a line are not run again. A seed that was
+interrupted, or stopped by --minutes, resumes from its newest checkpoint. The baseline runs first.
 """
 
 import argparse
@@ -60,21 +59,21 @@ def jobs_of(
     results: pathlib.Path,
     corpus: str = "",
 ) -> list[Job]:
-    """What there is to run: the baseline, then the other arms, each with all its seeds.
+    """The jobs left to run: the baseline, then the other arms, each with its missing seeds.
 
-    An arm that needs the runs of others comes behind all that do not.
+    An arm that needs runs of other arms follows all arms that need none.
 
     Args:
       study: the study.
       size: one of its sizes.
       arms: some of its arms; (): all.
-      num_seeds: only so many of an arm's seeds; None: all.
+      num_seeds: number of seeds per arm; None: all.
       runs: directory of the runs of all studies.
-      results: file of results; what has its line there is left out.
+      results: results file; runs with a line in it are left out.
       corpus: directory of the large corpus.
 
     Raises:
-      ValueError: an unknown arm or size, or results of other settings than the study has now.
+      ValueError: an arm or size is unknown, or results are from other settings than the study's.
     """
     names = [study.arm(name).name for name in arms] or [a.name for a in study.arms_at(size)]
     names.sort(key=lambda name: (study.stage(size, name), name != study.baseline))
@@ -95,7 +94,7 @@ def check_corpus(study: Study, size: str, corpus: str) -> None:
     """Refuses to start without the files that the study reads.
 
     Raises:
-      ValueError: with the commands that make them.
+      ValueError: files are missing; the message has the commands that make them.
     """
     data = study.experiment(size, study.baseline, 0).data
     folder = pathlib.Path(corpus)
@@ -125,7 +124,7 @@ def check_corpus(study: Study, size: str, corpus: str) -> None:
 
 
 def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
-    """Runs the jobs in this process, one after another: of seconds, or on a card that it holds."""
+    """Runs jobs in this process, one after another: short jobs, or jobs on a GPU that it holds."""
     for job in jobs:
         board.begin(job)
         job.run_here()
@@ -134,7 +133,7 @@ def run_in_turn(jobs: list[Job], board: Board) -> list[Job]:
 
 
 def run_in_workers(jobs: list[Job], num_workers: int, board: Board) -> list[Job]:
-    """Runs jobs of seconds in a few processes, each of which takes job after job."""
+    """Runs short jobs in a pool of `num_workers` processes."""
     waiting = list(jobs)
     running: dict[concurrent.futures.Future[None], Job] = {}
     context = multiprocessing.get_context("spawn")
@@ -147,7 +146,7 @@ def run_in_workers(jobs: list[Job], num_workers: int, board: Board) -> list[Job]
             ended, _ = concurrent.futures.wait(running, return_when="FIRST_COMPLETED")
             for future in ended:
                 job = running.pop(future)
-                future.result()  # raises what the job did
+                future.result()  # raises the error of the job
                 board.end(job)
     return []
 
@@ -159,7 +158,7 @@ def run_named(study: str, whereabouts: Mapping[str, Any]) -> None:
 
 
 def stop_after(minutes: float | None) -> threading.Timer:
-    """Ends this process as SIGTERM does, after so many minutes; runs save first."""
+    """Sends SIGTERM to this process after `minutes`, if given; runs save first."""
     timer = threading.Timer(60 * (minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
     if minutes:
@@ -168,10 +167,10 @@ def stop_after(minutes: float | None) -> threading.Timer:
 
 
 def dry_run(study: Study, size: str, jobs: list[Job]) -> None:
-    """Prints what the jobs would do, after their steps were traced; nothing is computed.
+    """Traces the training steps and prints what the jobs would do; computes nothing.
 
     Raises:
-      ValueError: a batch or a model does not fit the devices that there are.
+      ValueError: a batch or a model does not fit the available devices.
     """
     for job in jobs:
         if needed := study.needed_by(size, job.arm):
@@ -196,7 +195,7 @@ def dry_run(study: Study, size: str, jobs: list[Job]) -> None:
 
 
 def stop_on_signals() -> None:
-    """Makes SIGTERM, and SIGHUP of a terminal that is gone, what Ctrl-C is."""
+    """Makes SIGTERM, and SIGHUP from a closed terminal, act as Ctrl-C."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -206,11 +205,11 @@ def stop_on_signals() -> None:
 
 
 def run_jobs(jobs: list[Job], size: str, num_jobs: int, minutes: float | None) -> list[Job]:
-    """Runs the jobs as their size is run; returns those that failed.
+    """Runs the jobs in the way of their size; returns failed jobs.
 
-    Smoke runs are of seconds, and at the size gpu one process holds the card: all arms are run in
-    it. Otherwise every arm has a process. Arms whose runs others need are all run before these,
-    which are not run if one of them fails.
+    Smoke jobs take seconds and share a few processes. At the size gpu all arms run in the one
+    process that holds the card. Otherwise every arm has its own process. Arms whose runs others
+    need run first; if one of them fails, later stages are not run.
     """
     stop_on_signals()
     timer = stop_after(minutes)
@@ -225,7 +224,7 @@ def run_jobs(jobs: list[Job], size: str, num_jobs: int, minutes: float | None) -
 
 
 def run_stage(jobs: list[Job], size: str, num_jobs: int, board: Board) -> list[Job]:
-    """Runs jobs that do not need each other; returns those that failed."""
+    """Runs jobs that do not need each other; returns failed jobs."""
     if size not in ("smoke", "gpu"):
         return run_side_by_side(jobs, this_machine("cpu").places(num_jobs), board)
     if size == "smoke" and num_jobs > 1 and len(jobs) > 1:
@@ -234,7 +233,7 @@ def run_stage(jobs: list[Job], size: str, num_jobs: int, board: Board) -> list[J
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study")
     parser.add_argument("--size", default="small", choices=SIZES)
@@ -293,5 +292,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    flags.FLAGS.mark_as_parsed()  # otherwise libraries cannot read absl flags
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Runs that studies have in common: they are trained once, and each study takes its measures."""
+"""Runs that studies share: they are trained once, and each study measures them."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from moe_jax.training.loop import content_of
 from moe_jax.training.metrics import CONFIG_FILE, EVALUATION_FILE
 from moe_jax.training.workdir import IMPORTED_FILE, changes, recorded_run
 
-# Settings of training that change no result, but what a study can measure of the run.
+# Training settings that do not change the result, but affect what a study can measure.
 WATCHED = (
     "log_every", "evaluate_every", "evaluation_batches", "checkpoint_every", "keep_checkpoints",
     "keep_every",
@@ -18,22 +18,22 @@ WATCHED = (
 
 
 def link_same_run(config: ExperimentConfig, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Makes a new workdir a link to the finished run of another study, if there is the same one.
+    """Links a new workdir to the same finished run of another study, if there is one.
 
     The same run has the settings, the seed and the data of `config`. Runs are in
-    `STUDY/SIZE/ARM_seedN`. One that a study put a checkpoint into before its first step is left
-    out: its settings do not say what it started from.
+    `STUDY/SIZE/ARM_seedN`. A run that started from a checkpoint placed by its study is left out:
+    its settings do not tell what it started from.
 
     Args:
-      config: of the run that is asked for.
-      workdir: its directory; one that exists stays as it is.
+      config: settings of the requested run.
+      workdir: its directory; an existing one is left as is.
 
     Returns:
       The directory of the other run, or None.
     """
     if workdir.exists():
         return None
-    workdir.unlink(missing_ok=True)  # a link to a run that was removed
+    workdir.unlink(missing_ok=True)  # a link to a removed run
     content = content_of(config, open_data(config.data))
     studies = workdir.absolute().parents[2]
     for path in sorted(studies.glob(f"*/{workdir.parent.name}/*/{CONFIG_FILE}")):
@@ -46,7 +46,7 @@ def link_same_run(config: ExperimentConfig, workdir: pathlib.Path) -> pathlib.Pa
 
 
 def is_finished(other: pathlib.Path, config: ExperimentConfig) -> bool:
-    """Whether a run was trained from a first to the last step of a config, and evaluated."""
+    """Whether a run was trained from scratch to the last step of a config, and evaluated."""
     evaluation = other / EVALUATION_FILE
     if not evaluation.exists() or (other / IMPORTED_FILE).exists():
         return False
@@ -54,7 +54,7 @@ def is_finished(other: pathlib.Path, config: ExperimentConfig) -> bool:
 
 
 def is_same(other: pathlib.Path, config: ExperimentConfig, content: dict[str, str]) -> bool:
-    """Whether a run has the settings and the data; not if its record cannot be read."""
+    """Whether a run has the settings and the data; False if its record cannot be read."""
     try:
         record, _ = recorded_run(other)
         if changes(record, config, content):

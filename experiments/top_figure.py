@@ -1,4 +1,4 @@
-"""The figure of the top page: held-out loss against active FLOPs, of studies with dense models."""
+"""The figure of the top page: held-out loss over active FLOPs, of studies with dense models."""
 
 import statistics
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ def has_dense(study: Study, size: str) -> bool:
 
 
 def draw_all(studies: list[Study], results: Mapping[str, Mapping[str, Results]]) -> Figure:
-    """A point an arm: dense models are circles, MoE triangles, hollow where later tokens were seen.
+    """One point per arm: dense models are circles, MoE triangles, hollow if they saw later tokens.
 
     Args:
-      studies: in the order of the colours.
-      results: by study and size, of those that were run.
+      studies: the studies, in the order of the colours.
+      results: results of finished studies by study and size.
     """
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axis, handles = figure.subplots(), []

@@ -1,4 +1,4 @@
-"""The top page of the experiments: what was found first, then the studies, then the log."""
+"""The top page of the experiments: findings first, then the studies, then the log."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from experiments.tables import table
 from experiments.top_figure import NAME as FIGURE
 from experiments.verdict import NOT_RUN, Judged
 
-# What introductions to MoE claim, as claims of studies say it that settle them; more follow.
+# Common claims about MoE, worded as in `Claim.settles` of the studies; other claims follow these.
 CLAIMS = (
     "A larger model is better at the same active cost.",
     "At equal active parameters an MoE has the quality of a larger dense model.",
@@ -82,8 +82,8 @@ def top_page(studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]) -
     """The page as Markdown.
 
     Args:
-      studies: in the order of the table.
-      judged: the claims of each, by its name and size; no size of one without results.
+      studies: the studies, in the order of the table.
+      judged: judged claims by study name and size; only sizes with results.
     """
     questions = [
         (f"[{study.name}]({study.name}/README.md)", study.question,
@@ -104,7 +104,7 @@ def top_page(studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]) -
 def claim_lines(
     studies: list[Study], judged: Mapping[str, Mapping[str, Judged]]
 ) -> list[tuple[str, str, str]]:
-    """A line for each common claim: what is said of it, and by which studies."""
+    """A table row for each common claim: claim, verdicts and studies."""
     lines = []
     settled = [claim.settles for study in studies for claim in study.expect if claim.settles]
     for common in dict.fromkeys((*CLAIMS, *settled)):
@@ -123,7 +123,7 @@ def claim_lines(
 
 
 def verdicts(study: Study, judged: Mapping[str, Judged]) -> str:
-    """Of some claims of a study together, at each size, and under the earlier rule."""
+    """The joint verdict on claims of a study at each size, also under the earlier rule."""
     return ", ".join(
         f"[{found.verdict}]({study.name}/{page_name(size)}) ({size}"
         + f"; {found.older_verdict} under the earlier rule" * bool(found.older_verdict)
@@ -133,12 +133,12 @@ def verdicts(study: Study, judged: Mapping[str, Judged]) -> str:
 
 
 def page_name(size: str) -> str:
-    """The file of a study's page at a size."""
+    """The file name of a study's page at a size."""
     return "README.md" if size == "small" else f"{size}.md"
 
 
 def earlier_study() -> tuple[str, str, str]:
-    """The line of the study of the quickstart, which has a script and a criterion of its own."""
+    """The row of the quickstart study, which has its own script and criterion."""
     path = moe_against_dense.HERE / "results.json"
     said = moe_against_dense.judge(json.loads(path.read_text(encoding="utf-8")))
     passed = "passed" if said["passed"] else "failed"

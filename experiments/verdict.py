@@ -1,13 +1,12 @@
 """From results to verdicts: paired differences, and claims that can fail.
 
-A direction is decided by the differences of the seeds that both arms have: by Student's t of their
-mean (`moe_jax.analysis.paired`). "Lower" asks for a mean below 0, at 5 % from both sides. "Not
-above" asks for one below a margin, at 5 % from one side, as tests of equivalence do (D. J.
-Schuirmann, 1987). A claim that several comparisons hold is reproduced where each is shown: that
-needs no correction (R. L. Berger, 1982). It is not reproduced where one is shown to fail, corrected
-for their number by Holm. Fewer seeds than the study asks for show nothing. A run that diverged has
-an infinite loss. Where one did, the signs of the differences decide, by an exact test: fewer than
-six pairs show nothing then, five with a margin.
+A direction is decided by Student's t-test of the mean difference over the seeds that both arms have
+(`moe_jax.analysis.paired`). "Lower" needs a mean below 0, two-sided at 5 %. "Not above" needs one
+below a margin, one-sided at 5 %, as in tests of equivalence (D. J. Schuirmann, 1987). A claim of
+several comparisons is reproduced if each is shown; this needs no correction (R. L. Berger, 1982).
+It is not reproduced if one is shown to fail, with Holm's correction for their number. With fewer
+seeds than the study requires, nothing is shown. A diverged run has an infinite loss; then an exact
+sign test decides, which shows nothing with fewer than six pairs, or five with a margin.
 """
 
 import dataclasses
@@ -24,15 +23,15 @@ from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, Paired, holm, paired, shar
 
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 NOT_RUN = "not run"
-MARGIN = 0.03  # bits a byte: less is no difference; 16 experts gain 0.15 in 2,400 steps of `small`
-SMOOTH = 3  # points of a held-out curve that are averaged before steps are compared
+MARGIN = 0.03  # bits per byte: less is negligible; 16 experts gain 0.15 in 2,400 steps of `small`
+SMOOTH = 3  # points of a held-out curve averaged before steps are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What results say of a claim, and the numbers behind it.
+    """The verdict on a claim, and the numbers behind it.
 
-    One of the three verdicts, or that arms of it are not run yet.
+    It is one of the three verdicts, or "not run".
     """
 
     verdict: str
@@ -41,12 +40,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What results of one size say of the claims of a study, in their order.
+    """The findings on the claims of a study at one size, in order.
 
     Attributes:
-      findings: by the rule of today; [] without results.
-      older: by the rule under which some of the runs were made, from before differences were
-        paired; [] where all are of today's.
+      findings: findings by the current rule; [] without results.
+      older: findings by the earlier, unpaired rule if some of the runs were made under it; else [].
     """
 
     findings: list[Finding]
@@ -54,21 +52,21 @@ class Judged:
 
     @property
     def verdict(self) -> str:
-        """Of the study."""
+        """The verdict on the study."""
         return overall(self.findings) if self.findings else NOT_RUN
 
     @property
     def is_run(self) -> bool:
-        """Whether there are runs for one of the claims."""
+        """Whether any claim has runs."""
         return any(finding.verdict != NOT_RUN for finding in self.findings)
 
     @property
     def older_verdict(self) -> str:
-        """Of the study, under the earlier rule; "" if that is today's."""
+        """The verdict on the study under the earlier rule; "" if it does not apply."""
         return overall(self.older) if self.older else ""
 
     def of(self, claims: Iterable[int]) -> "Judged":
-        """What is said of some claims, by their places."""
+        """The findings on some claims, given by index."""
         places = list(claims)
         return Judged(
             *([found[p] for p in places if found] for found in (self.findings, self.older))
@@ -80,9 +78,9 @@ class Claim:
     """A statement, written before the run, and the function that judges it.
 
     Attributes:
-      statement: in words.
-      judge: what results say of it.
-      settles: the common claim about MoE that it stands for on the top page; "": none.
+      statement: the claim in words.
+      judge: returns the finding for given results.
+      settles: the common claim about MoE that it answers on the top page; "": none.
     """
 
     statement: str
@@ -91,7 +89,7 @@ class Claim:
 
 
 def difference(results: Results, arm: str, other: str, measure: str = LOSS) -> Paired:
-    """A measure of `arm` less that of `other`, for the seeds that both have."""
+    """A measure of `arm` minus that of `other`, for the seeds that both have."""
     return paired(results.values(arm, measure), results.values(other, measure))
 
 
@@ -100,10 +98,10 @@ class Below:
     """The claim that an arm is below another, or above it by less than a margin.
 
     Attributes:
-      arm: the one.
-      other: the other.
-      measure: of both; smaller is better.
-      margin: that `arm` may be above, in the unit of the measure.
+      arm: the arm that is claimed to be below.
+      other: the arm that it is compared with.
+      measure: the compared measure; smaller is better.
+      margin: how far `arm` may be above, in the unit of the measure.
     """
 
     arm: str
@@ -112,13 +110,13 @@ class Below:
     margin: float = 0.0
 
     def found(self, results: Results) -> Paired:
-        """The difference that it is about."""
+        """The paired difference that the claim is about."""
         return difference(results, self.arm, self.other, self.measure)
 
     def p_value(self, results: Results) -> float:
-        """Of the mean difference against the margin, not corrected; nan of too few seeds.
+        """The uncorrected p-value of the mean difference against the margin.
 
-        From both sides; with a margin from one.
+        Two-sided, or one-sided with a margin; nan with too few seeds.
         """
         found = self.found(results)
         if found.num_seeds < results.least_seeds:
@@ -126,12 +124,12 @@ class Below:
         return found.p_value(self.margin) / (2 if self.margin else 1)
 
     def __call__(self, results: Results, corrected: float | None = None, of: int = 1) -> Finding:
-        """Reproduced below the margin, not reproduced above it, if the p-value shows one of them.
+        """Reproduced if shown to be below the margin, not reproduced if shown to be above.
 
         Args:
-          results: of the study.
-          corrected: the p-value that shows it to be above, where several arms are compared.
-          of: so many comparisons.
+          results: results of the study.
+          corrected: the corrected p-value for being above, if several pairs are compared.
+          of: number of comparisons.
         """
         found = self.found(results)
         if found.num_seeds < results.least_seeds:
@@ -150,13 +148,13 @@ class Below:
         else:
             because += f"; p = {p_value:.2g}"
         because += ", by signs: a run diverged" * found.diverged
-        shown = p_value < LEVEL  # never of nan
+        shown = p_value < LEVEL  # False for nan
         return Finding(
             (REPRODUCED if below else NOT_REPRODUCED) if shown else INCONCLUSIVE, because
         )
 
     def _before_pairs(self, found: Paired, results: Results, names: str) -> Finding:
-        """The finding of the rule of then."""
+        """The finding by the earlier rule."""
         if math.isnan(noise_floor(results)):
             return too_few_for_the_noise(results)
         verdicts = {-1: REPRODUCED, 0: INCONCLUSIVE, 1: NOT_REPRODUCED}
@@ -170,7 +168,8 @@ class Below:
 def lower(arm: str, other: str, measure: str = LOSS) -> Below:
     """The claim that `arm` ends below `other`.
 
-    Shown the other way round it is "not reproduced"; where nothing is shown, "inconclusive".
+    The finding is "not reproduced" if `arm` is shown to be above, and "inconclusive" if neither is
+    shown.
     """
     return Below(arm, other, measure)
 
@@ -178,13 +177,14 @@ def lower(arm: str, other: str, measure: str = LOSS) -> Below:
 def not_above(arm: str, other: str, measure: str = LOSS, margin: float = MARGIN) -> Below:
     """The claim that `arm` ends above `other` by less than a margin.
 
-    Shown to be above by more it is "not reproduced"; where nothing is shown, "inconclusive".
+    The finding is "not reproduced" if `arm` is shown to be above by more, and "inconclusive" if
+    neither is shown.
     """
     return Below(arm, other, measure, margin)
 
 
 def in_words(found: Paired, measure: str) -> str:
-    """A difference with its interval, its size, and what could have been seen."""
+    """A difference with its interval, effect size and smallest visible difference, as text."""
     low, high = found.interval
     text = f"{found.mean:+.4f} {measure} over {found.num_seeds} seeds"
     if math.isfinite(found.mean):
@@ -198,19 +198,19 @@ def in_words(found: Paired, measure: str) -> str:
 def seed_by_seed(
     results: Results, number: Callable[..., float], *measured: tuple[str, str]
 ) -> dict[int, float]:
-    """A number of measures of some arms, for every seed that all of them have.
+    """A number computed from measures of arms, for every seed that all arms have.
 
     Args:
-      results: of the study.
-      number: of one seed, from a value for each of `measured`.
-      measured: arms, each with a measure of it.
+      results: results of the study.
+      number: computes the number of a seed from one value for each of `measured`.
+      measured: pairs of an arm and a measure.
     """
     values = [results.values(arm, measure) for arm, measure in measured]
     return {seed: number(*(each[seed] for each in values)) for seed in shared_seeds(values)}
 
 
 def ratio(a: float, b: float) -> float:
-    """How many times `b` the other is; of a measure of 0, very many."""
+    """The ratio a / b, with `b` bounded away from 0."""
     return a / max(b, 1e-9)
 
 
@@ -222,7 +222,7 @@ def least_fall(*values: float) -> float:
 def in_every_seed(
     what: str, by_seed: Mapping[Any, float], *, least: float = -math.inf, most: float = math.inf
 ) -> Finding:
-    """Whether a number lies within bounds in every seed, of three or more; infinite ones do not."""
+    """The finding that a number is finite and within bounds in every seed, of three or more."""
     if len(by_seed) < MIN_SEEDS:
         return too_few(what, len(by_seed))
     met = sum(math.isfinite(v) and least <= v <= most for v in by_seed.values())
@@ -235,21 +235,21 @@ def in_every_seed(
 
 
 def too_few(what: str, num_seeds: int, needed: int = MIN_SEEDS) -> Finding:
-    """The finding where runs are lacking."""
+    """The finding with too few seeds."""
     return Finding(INCONCLUSIVE, f"{what}: {num_seeds} seeds of the {needed} that are needed")
 
 
 def too_few_for_the_noise(results: Results) -> Finding:
-    """The finding where runs of the baseline are lacking."""
+    """The finding with too few runs of the baseline."""
     losses = results.values(results.baseline)
     return too_few(f"{results.baseline}, for the noise", len(losses), NOISE_SEEDS)
 
 
 def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results], Finding]:
-    """The claim that all of some claims hold.
+    """The claim that all of several claims hold.
 
-    Each is shown at the level of one. A failure of one among several comparisons is corrected for
-    their number, by Holm.
+    Each is tested at the level of a single claim. A failure of one among several comparisons is
+    corrected for their number, by Holm.
     """
     judges = tuple(judges)
     compared = [judge for judge in judges if isinstance(judge, Below)]
@@ -269,9 +269,10 @@ def every(judges: Iterable[Callable[[Results], Finding]]) -> Callable[[Results],
 
 
 def others_of(one: Below, compared: Iterable[Below], results: Results) -> list[float]:
-    """The p values that the failure of a comparison is corrected for: of the claim's other pairs.
+    """The p-values of the claim's other pairs, which correct the failure of a comparison.
 
-    Both ways of one pair, which show that it is alike, cannot both fail: the smaller counts.
+    Both directions of a pair, which together show equivalence, cannot both fail: the smaller
+    p-value counts.
     """
     pairs: dict[tuple[frozenset[str], str], float] = {}
     for each in compared:
@@ -282,7 +283,7 @@ def others_of(one: Below, compared: Iterable[Below], results: Results) -> list[f
 
 
 def overall(findings: Iterable[Finding]) -> str:
-    """The verdict of a study: one claim that fails fails it, one that is open leaves it open."""
+    """The verdict on a study: one failed claim fails it, one open claim leaves it open."""
     verdicts = {finding.verdict for finding in findings}
     if NOT_REPRODUCED in verdicts:
         return NOT_REPRODUCED
@@ -290,17 +291,17 @@ def overall(findings: Iterable[Finding]) -> str:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Means of each point of a curve and the (at most `SMOOTH` - 1) points before it."""
+    """The mean of each point of a curve and up to `SMOOTH` - 1 points before it."""
     starts = (max(i + 1 - SMOOTH, 0) for i in range(len(losses)))
     return [statistics.fmean(losses[start : i + 1]) for i, start in enumerate(starts)]
 
 
 def step_ratio(results: Results, arm: str, dense: str) -> dict[int, float]:
-    """How many times fewer steps `arm` takes to the final held-out loss of `dense`, by seed.
+    """How many times fewer steps `arm` needs for the final held-out loss of `dense`, by seed.
 
-    Final step of `dense` over the first evaluated step at which `arm` is no higher than `dense` in
-    the end, both curves smoothed alike, nothing interpolated; 0 where it never gets there, nan
-    where one of the two diverged.
+    This is the final step of `dense` over the first evaluated step at which `arm` is not above the
+    final loss of `dense`. Both curves are smoothed, without interpolation. It is 0 if `arm` never
+    reaches that loss, and nan if one of the two diverged.
     """
     ratios = {}
     final, goals = results.values(arm), results.values(dense)
@@ -317,7 +318,7 @@ def step_ratio(results: Results, arm: str, dense: str) -> dict[int, float]:
 
 
 def spearman(xs: list[float], ys: list[float]) -> float:
-    """Rank correlation of Spearman; ties share their mean rank."""
+    """Spearman's rank correlation; ties share their mean rank."""
 
     def ranks(values: list[float]) -> list[float]:
         ordered = sorted(values)

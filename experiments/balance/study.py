@@ -1,4 +1,4 @@
-"""Balance: none, losses, loss-free; over the global batch and over microbatches of one domain."""
+"""Balancing: none, losses, loss-free; over the global batch and over microbatches of a domain."""
 
 import math
 import pathlib
@@ -32,27 +32,27 @@ from moe_jax.training.metrics import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE,
 from moe_jax.training.saved import open_run_data
 
 RATES = ("1e-4", "1e-3", "1e-2")
-EARLY = 0.25  # of the steps: those before it
+EARLY = 0.25  # early steps are those before this fraction of a run
 COLLAPSE = "Without balancing, routing collapses onto a few experts."
 NOISY = {"model.parts.moe.router.noise.learned": Learned()}
-# What balances, and the same without: every row of Shazeer's table has noise on the logits.
+# A balanced arm: its unbalanced counterpart. Every row of Shazeer's table has noisy logits.
 UNBALANCED = {
     "switch_global_0.01": "none", "importance_load_0.1": "none_noisy", "loss_free_1e-3": "none",
 }  # fmt: skip
 
 
 def loads(workdir: pathlib.Path) -> dict[str, float]:
-    """How even the load was in training batches and on the whole held-out split, by layer mean.
+    """Load balance in training batches and on the whole held-out split, averaged over layers.
 
-    In training: MaxVio of a batch, coefficient of variation, fullest expert over the mean. On the
-    held-out split, its domains mixed as in training: MaxVio, and the bits that the domain of a
-    token says of its expert.
+    In training: MaxVio of a batch, coefficient of variation, and maximum over mean load. On the
+    held-out split, with domains mixed as in training: MaxVio, and the mutual information of a
+    token's domain and its expert, in bits.
     """
     rows = read_metrics(workdir / METRICS_FILE)
     layers = [name for name in rows[0] if name.endswith("/expert_load")]
     if not layers:
         return {}
-    rows = [row for row in rows if layers[0] in row]  # others are of evaluations
+    rows = [row for row in rows if layers[0] in row]  # other rows are evaluations
     last = rows[-1]["step"]
     early = [row for row in rows if row["step"] <= EARLY * last] or rows[:1]
     shares = np.array([[row[name] for name in layers] for row in late_rows(rows, last)])
@@ -70,9 +70,10 @@ def loads(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def heldout_counts(workdir: pathlib.Path) -> np.ndarray:
-    """Choices by MoE layer, domain and expert on the held-out split, [X, D, E]; scaled alike.
+    """Weighted choices by MoE layer, domain and expert on the held-out split, [X, D, E].
 
-    Every domain counts by its tokens in training: the held-out split has other shares of them.
+    A domain's weight is its number of training tokens: the held-out split mixes domains
+    differently.
     """
     config = read_settings(read_json(workdir / CONFIG_FILE))
     trained = open_run_data(workdir, config).files.counts[TRAIN]
@@ -88,14 +89,14 @@ def heldout_counts(workdir: pathlib.Path) -> np.ndarray:
 def times(
     measure: str, arm: str, other: str, least: float, *, divergence_counts: bool = False
 ) -> Callable[[Results], Finding]:
-    """The claim that a measure of an arm is so many times that of another, in every seed.
+    """The claim that a measure of one arm is at least `least` times another's, in every seed.
 
     Args:
-      measure: of both.
-      arm: the one.
-      other: the other.
-      least: times.
-      divergence_counts: whether a seed in which `arm` alone diverged has the least that is asked.
+      measure: the measure to compare.
+      arm: the arm in the numerator.
+      other: the arm in the denominator.
+      least: the smallest ratio that passes.
+      divergence_counts: whether a seed in which only `arm` diverged gets the ratio `least`.
     """
     both = [(arm, measure), (other, measure)]
     what = f"{measure.replace('_', ' ')} of {arm} over that of {other}"
@@ -119,18 +120,18 @@ def alone(a: float, b: float) -> bool:
 def within(
     measure: str, arm: str, *, least: float = 0.0, most: float = float("inf")
 ) -> Callable[[Results], Finding]:
-    """The claim that a measure of an arm lies within bounds in every seed."""
+    """The claim that a measure of an arm is within bounds in every seed."""
     what = f"{measure.replace('_', ' ')} of {arm}"
     return lambda results: in_every_seed(what, results.values(arm, measure), least=least, most=most)
 
 
 def microbatches(config: ConfigDict) -> int:
-    """As many as leave two sequences each, or 32: each of several devices has a part of one."""
+    """Number of microbatches: of two sequences, at most 32, so that each device has a part."""
     return min(32, config.training.batch_size // 2)
 
 
 def loss_arm(scope: str, weight: float) -> Arm:
-    """The load-balance loss over the batch, or over small microbatches of it."""
+    """An arm with the load-balance loss over the batch, or over its small microbatches."""
     overrides = {
         "model.parts.moe.losses.load_balance.weight": weight,
         "model.parts.moe.losses.load_balance.scope": scope,
@@ -138,7 +139,7 @@ def loss_arm(scope: str, weight: float) -> Arm:
     if scope == "microbatch":
         overrides |= {
             "training.num_microbatches": microbatches,
-            # An evaluation's batches are of a microbatch's size: as many sequences as elsewhere.
+            # Evaluation batches have the size of a microbatch: this keeps the number of sequences.
             "training.evaluation_batches": lambda c: (
                 c.training.evaluation_batches * microbatches(c)
             ),
@@ -180,7 +181,7 @@ STUDY = Study(
         "model.parts.moe.num_selected_experts": 2,
         "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // 2,
         "model.parts.moe.router.renormalize": True,
-        # Dropless: nothing but the balance itself is at work.
+        # Dropless: only balancing differs.
         "model.parts.moe.group_size": 0,
         "model.parts.moe.capacity.train_factor": 0.0,
         "model.parts.moe.capacity.eval_factor": 0.0,
@@ -247,7 +248,7 @@ STUDY = Study(
         ),
         Claim(
             "Loss-free balancing at 1e-3 leaves a held-out MaxVio below 0.1, in every seed.",
-            # The bound is ours: published are 0.04 after 40,000 steps.
+            # Our bound: published is 0.04 after 40,000 steps.
             within("heldout_violation", "loss_free_1e-3", most=0.1),
         ),
         Claim(

@@ -1,4 +1,4 @@
-"""Top-1 and top-2 by capacity factor, in both conventions of what the factor multiplies."""
+"""Top-1 and top-2 by capacity factor; the factor multiplies tokens or choices."""
 
 import pathlib
 import statistics
@@ -23,20 +23,20 @@ from moe_jax.moe.queues import ChoiceMajor
 from moe_jax.training.files import read_json
 from moe_jax.training.metrics import EVALUATION_FILE
 
-# What a claim expects of the results of a study.
+# Judges the results of a study.
 Expected = Callable[[Results], Finding]
 FACTORS = (1.0, 1.25, 2.0)
-# Slots are counted for K choices of a token ("assignment") or for one ("token", as published).
-# With one choice the two are the same.
+# Slots are counted for the K choices of a token ("assignment") or for one ("token", as published).
+# With K = 1 both are the same.
 FAMILIES = ("top1", "top2_assignment", "top2_token")
 ASSIGNMENTS = ("top1", "top2_assignment")
-DENSE = {1.0: "dense", 1.25: "dense_1.25", 2.0: "dense_2.0"}  # by cost, in experts a token
+DENSE = {1.0: "dense", 1.25: "dense_1.25", 2.0: "dense_2.0"}  # by cost, in experts per token
 
 
 def crossed(workdir: pathlib.Path) -> dict[str, float]:
-    """Held-out bits a byte of one checkpoint at every capacity factor, on one sample.
+    """Held-out bits per byte of one checkpoint at every capacity factor, on one sample.
 
-    A dense model has no capacity: what is limited is its loss.
+    A dense model has no capacity: its capacity-limited loss is its loss.
     """
     config, state, data = open_run(workdir)
     moe = config.model.part.get("moe")
@@ -49,7 +49,7 @@ def crossed(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def gain(family: str, factor: float) -> list[tuple[str, str]]:
-    """What is measured of a gain: the loss at the training factor, and the loss at 2.0."""
+    """The measures of a gain: the loss at the training factor, and the loss at 2.0."""
     return [(f"{family}_{factor}", f"evaluated_at_{at}") for at in (factor, 2.0)]
 
 
@@ -61,7 +61,7 @@ def gains(family: str, factor: float) -> Expected:
 
 
 def gains_less(family: str) -> Expected:
-    """The claim that this gain is smaller after training with more capacity."""
+    """The claim that the gain from factor 2.0 is smaller after training with more capacity."""
 
     def less(tight: float, tight_wide: float, loose: float, loose_wide: float) -> float:
         return (tight - tight_wide) - (loose - loose_wide)
@@ -72,7 +72,7 @@ def gains_less(family: str) -> Expected:
 
 
 def drops(arm: str, most: float) -> Expected:
-    """The claim that an arm drops no larger share of the choices."""
+    """The claim that an arm drops at most this fraction of choices."""
     what = f"dropped choices of {arm}"
     return lambda results: in_every_seed(
         what, results.values(arm, "dropped_fraction"), least=0.0, most=most
@@ -92,22 +92,22 @@ def names(family: str) -> list[str]:
 
 
 def experts_of_a_token(family: str, factor: float) -> float:
-    """How many compute one: its choices, or as many as there are slots for."""
+    """Experts per token: its choices, or the slots per token if there are fewer."""
     return {"top1": 1.0, "top2_assignment": 2.0, "top2_token": factor}[family]
 
 
 def dense_twin(family: str, factor: float) -> str:
-    """The dense model that costs the same."""
+    """The dense model of equal cost."""
     return DENSE[experts_of_a_token(family, factor)]
 
 
 def dropless_twin(family: str) -> str:
-    """The dense model that costs what a family does without a capacity, as losses are measured."""
+    """The dense model with the cost of a dropless family, since losses are measured dropless."""
     return DENSE[1.0 if family == "top1" else 2.0]
 
 
 def evaluations(results: Results) -> str:
-    """Loss at the training factor and at 2.0, of what was trained with less."""
+    """Loss at the training factor and at 2.0, of arms trained with less than 2.0."""
     cells = []
     for arm, factor in [(f"{f}_{c}", c) for f in FAMILIES for c in FACTORS[:-1]]:
         found = [results.values(arm, f"evaluated_at_{c}").values() for c in (factor, 2.0)]
@@ -117,9 +117,9 @@ def evaluations(results: Results) -> str:
 
 
 def family_arms(family: str) -> tuple[Arm, ...]:
-    """A family at every capacity factor, evaluated at the factor it is trained with.
+    """A family at every capacity factor, evaluated at its training factor.
 
-    Slots by token are those of Mesh TensorFlow, where all first choices come before the second.
+    Slots per token follow Mesh TensorFlow, where all first choices precede second choices.
     """
     selected = 1 if family == "top1" else 2
     by_token = {
@@ -146,7 +146,7 @@ def family_arms(family: str) -> tuple[Arm, ...]:
 
 
 def dense_arms() -> tuple[Arm, ...]:
-    """A dense model, and wider ones: an FFN in place of the experts that cost as much as it."""
+    """A dense model and wider ones: an FFN of equal cost replaces the experts."""
     dense = Arm(DENSE[1.0], "dense, cost of one expert", NO_EXPERTS, budget="experts: 1.0")
     return dense, *(
         Arm(
@@ -251,7 +251,7 @@ STUDY = Study(
             every(
                 [
                     *(drops_less(f) for f in FAMILIES),
-                    # Ours. 3 % was asked for until `switch_16` of switch_against_dense, which is
+                    # Our bound. It was 3 % until `switch_16` of switch_against_dense, which is
                     # top1_1.25 for twice the steps, was seen to drop 4.2, 3.8 and 4.0 %.
                     *(drops(f"{f}_1.25", most=0.05) for f in ASSIGNMENTS),
                 ]

@@ -1,4 +1,4 @@
-"""Distillation: what a dense student keeps of what its sparse teacher gained."""
+"""Distillation: how much of a sparse teacher's gain a dense student keeps."""
 
 import math
 import statistics
@@ -24,22 +24,22 @@ from moe_jax.analysis.paired import spread
 from moe_jax.finetune.distil import Distil
 from moe_jax.layers.feed_forward import Mlp
 
-# A student has this layer in the place of the teacher's MoE layer; it starts fresh.
+# This layer of a student replaces the teacher's MoE layer; its FFN starts fresh.
 NEW_LAYER = ("attention", "new_mlp")
 STUDENT = {
     "model.stack.unit": (MLP_LAYER, NEW_LAYER),
     "model.parts.new_mlp": lambda config: Mlp(dim=config.model.parts.mlp.dim),
 }
-# Either model has these alone: the layer, and the norm before it.
+# Parts that only one of the models has: the FFN, and the norm before it.
 NOT_THE_TEACHERS = ("new_mlp", "new_mlp_norm", "moe", "moe_norm")
-# All parameters of the teacher that are of no expert and of no router.
+# All parameters of the teacher except those of experts, router and their norm.
 FROM_TEACHER = {"init_from.path": f"{RUN_OF}teacher", "init_from.fresh": NOT_THE_TEACHERS}
 SOFT = {"training.loss": Distil(teacher=f"{RUN_OF}teacher", weight=1.0)}
 MIXED = {"training.loss": Distil(teacher=f"{RUN_OF}teacher", weight=0.25)}
 
 
 def recovered(results: Results, arm: str, start: str = "dense") -> dict[int, float]:
-    """What an arm ends below another, over the gap between dense and teacher, by seed."""
+    """How far an arm ends below `start`, as a fraction of the dense-teacher gap, by seed."""
 
     def share(other: float, own: float, dense: float, teacher: float) -> float:
         return (other - own) / (dense - teacher)
@@ -49,16 +49,16 @@ def recovered(results: Results, arm: str, start: str = "dense") -> dict[int, flo
 
 
 def mean_recovered(results: Results, arm: str, start: str = "dense") -> float:
-    """Its mean over the seeds; nan of fewer than are needed."""
+    """Mean of `recovered` over seeds; nan with too few seeds."""
     shares = recovered(results, arm, start)
     enough = len(shares) >= results.least_seeds
     return statistics.fmean(shares.values()) if enough else math.nan
 
 
 def has_a_gap(results: Results) -> Finding:
-    """The teacher is below the dense model by five deviations of the paired differences.
+    """The teacher is below the dense model by five standard deviations of paired differences.
 
-    It is a precondition: where it is not met, nothing is shown of shares of the gap.
+    This is a precondition: without it, shares of the gap show nothing.
     """
     above = difference(results, "teacher", "dense").by_seed
     by_seed = {seed: -value for seed, value in above.items()}
@@ -70,7 +70,7 @@ def has_a_gap(results: Results) -> Finding:
 
 
 def recovers(results: Results) -> Finding:
-    """Hard and soft targets are worth 15 % of the gap beside the teacher's parameters alone."""
+    """Mixed targets recover at least 15 % of the gap beyond the teacher's parameters alone."""
     gap, shares = has_a_gap(results), recovered(results, "distilled_init_mixed", "init")
     if gap.verdict != REPRODUCED and len(shares) >= results.least_seeds:
         return gap
@@ -78,7 +78,7 @@ def recovers(results: Results) -> Finding:
 
 
 def share_of(arm: str, start: str = "dense") -> Callable[[Results], str]:
-    """The share that an arm recovers, as text, for the table."""
+    """The share of the gap that an arm recovers, as text for the table."""
 
     def text(results: Results) -> str:
         share = mean_recovered(results, arm, start)

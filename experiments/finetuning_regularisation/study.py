@@ -1,4 +1,4 @@
-"""What regularises the fine-tuning of an MoE: dropout, experts that are dropped, capacity."""
+"""What regularises the fine-tuning of an MoE: dropout, expert dropout, capacity."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ from experiments.study import Arm, Published, Study
 from experiments.verdict import Claim, every, not_above
 
 RATES = (0.1, 0.2, 0.3)
-# Of one choice a token 0.9 leaves a tenth without a slot, as many as ST-MoE's runs dropped at 0.75
-# (10.6 %); 0.75 would leave a quarter.
+# With one choice per token, a factor of 0.9 drops a tenth, as ST-MoE's runs at 0.75 did (10.6 %);
+# here 0.75 would drop a quarter.
 FACTORS = (0.9, 2.0)
 EXPERT_DROPOUT = "model.parts.moe.expert_dropout_rate"
 PLAIN = tuple(f"dropout_{rate}" for rate in RATES)
 
 
 def capacity(factor: float, weight: float) -> Arm:
-    """A capacity, with the load-balance loss of pretraining or without."""
+    """An arm with a capacity factor and a weight of the load-balance loss, which may be 0."""
     overrides: dict[str, Any] = {
         "model.parts.moe.capacity.train_factor": factor,
         "model.parts.moe.losses.load_balance.weight": weight,

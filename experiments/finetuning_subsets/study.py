@@ -1,4 +1,4 @@
-"""Which parameters to fine-tune: all, the MoE layers, the others, attention; routers or not."""
+"""Which parameters to fine-tune: all, MoE layers, others, attention; with or without routers."""
 
 import pathlib
 import statistics
@@ -22,14 +22,14 @@ from experiments.verdict import Claim, every, lower, not_above
 from moe_jax.training.files import read_json
 from moe_jax.training.metrics import EVALUATION_FILE, METRICS_FILE, read_metrics
 
-TARGET = "python"  # the domain that is fine-tuned on, and never pretrained on
+TARGET = "python"  # the fine-tuning domain, absent from pretraining
 OTHERS = tuple((name, 1.0) for name in ("drama", "folio1623", "multilingual", "prose", "speech"))
-LATE = 0.9  # the training loss is the mean after this share of the steps
+LATE = 0.9  # the training loss is the mean after this fraction of the steps
 PRETRAINED = "pretrained"
 
 
 def on_target(workdir: pathlib.Path) -> dict[str, float]:
-    """Held-out bits a byte of the target and of the other domains; training loss, nats a byte."""
+    """Held-out bits per byte on the target and other domains; training loss in nats per byte."""
     domains = read_json(workdir / EVALUATION_FILE)["dropless"]["domains"]
     rows = [row for row in read_metrics(workdir / METRICS_FILE) if "train/loss" in row]
     late = [row["train/loss"] for row in rows if row["step"] > LATE * rows[-1]["step"]]
@@ -42,12 +42,12 @@ def on_target(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def steps(pretraining: int, tuning: int) -> Callable[[ConfigDict], int]:
-    """So many steps, by the domains of an arm."""
+    """Number of steps: `pretraining` if an arm trains on the other domains, else `tuning`."""
     return lambda config: pretraining if config.data.domain_weights == OTHERS else tuning
 
 
 def tuned(name: str, label: str, overrides: dict[str, Any], budget: str = "equal") -> Arm:
-    """An arm that starts from the pretrained one and sees the target alone."""
+    """An arm that starts from the pretrained arm and trains only on the target."""
     tuning = {
         "init_from.path": f"{RUN_OF}{PRETRAINED}",
         "data.domain_weights": ((TARGET, 1.0),),
@@ -58,13 +58,13 @@ def tuned(name: str, label: str, overrides: dict[str, Any], budget: str = "equal
 
 
 def shown(results: Results) -> str:
-    """Held-out bits a byte of the target by subset."""
+    """Held-out bits per byte of the target by subset."""
     return measured("target", "all", "not_moe", "attention", "moe")(results)
 
 
-# Fine-tuning reads the 985,000 bytes of the target's training split twice at most: at `small` 400
+# Fine-tuning reads the 985,000 bytes of the target's training split at most twice: at `small` 400
 # steps of 4,096 bytes, at `gpu` 60 of 32,768, at `base` 7 of 262,144.
-# One MoE layer in four, as in ST-MoE: with more of them the MoE layers alone may not be worst.
+# One MoE layer in four, as in ST-MoE: with more, tuning only MoE layers might not be worst.
 MODEL = {"model.stack.unit": (MLP_LAYER, MLP_LAYER, MLP_LAYER, MOE_LAYER)}
 BASE = {
     **SWITCH.base,

@@ -1,4 +1,4 @@
-"""What leaks the future: which routing schemes let a prediction depend on later tokens."""
+"""Future leaks: which routing schemes let a prediction depend on later tokens."""
 
 import math
 import pathlib
@@ -22,7 +22,7 @@ from moe_jax.moe.routing.expert_choice import ExpertChoice
 from moe_jax.moe.routing.soft import Soft
 from moe_jax.training.saved import load_run
 
-STILL, MOVED = 1e-4, 1e-2  # change of a logit: rounding, and more than that
+STILL, MOVED = 1e-4, 1e-2  # change of a logit: at most rounding; a real change
 LEAKS = {
     "expert_choice": "expert choice",
     "soft": "Soft MoE",
@@ -39,12 +39,12 @@ LOOK_AHEAD = (
     "Expert choice, Soft MoE and batch-prioritised queues look ahead in a decoder; top-K with "
     "token-major queues does not."
 )
-SEQUENCES = 128  # held-out, and at so many places in each
-PLACES = 12
+SEQUENCES = 128  # held-out sequences
+PLACES = 12  # positions probed in each
 
 
 def futures(workdir: pathlib.Path) -> dict[str, float]:
-    """The probe, and the loss under three futures, of one checkpoint."""
+    """The causality probe and the loss under three futures, for one checkpoint."""
     config, state = load_run(workdir)
     length, moe = config.data.sequence_length, config.model.part.get("moe")
     said = compare_futures(
@@ -73,13 +73,13 @@ def moves(arm: str) -> Callable[[Results], Finding]:
 
 
 def stands_still(arm: str) -> Callable[[Results], Finding]:
-    """The claim that they do not, but for rounding."""
+    """The claim that logits do not move then, except for rounding."""
     what = f"largest change of a logit of {arm}"
     return lambda results: in_every_seed(what, results.values(arm, "moved"), most=STILL)
 
 
 def no_rise(arm: str) -> Callable[[Results], Finding]:
-    """The claim that a loss is the same whatever comes after."""
+    """The claim that the loss does not depend on later tokens."""
     what = f"prefix-by-prefix less teacher-forced of {arm}, bits/byte"
     return lambda results: in_every_seed(
         what,
@@ -89,7 +89,7 @@ def no_rise(arm: str) -> Callable[[Results], Finding]:
 
 
 def rises(arm: str, measure: str, times: float) -> Callable[[Results], Finding]:
-    """The claim that the loss rises without its future, by more than so many times the noise."""
+    """The claim that the loss rises by at least `times` the noise without the true future."""
 
     def judge(results: Results) -> Finding:
         floor, by_seed = noise_floor(results), results.values(arm, measure)
@@ -107,7 +107,7 @@ NO_LOSS = {"model.parts.moe.losses.load_balance.weight": 0.0}
 def top2(queue: Queue, factor: float) -> dict[str, object]:
     """Top-2 with a queue and a capacity factor, the same in training and evaluation."""
     return {
-        **LOOKS_AHEAD,  # what is measured
+        **LOOKS_AHEAD,  # the subject of the study
         "model.parts.moe.router.renormalize": True,
         "model.parts.moe.capacity.queue": queue,
         "model.parts.moe.capacity.train_factor": factor,
@@ -135,7 +135,7 @@ STUDY = Study(
     base={
         **SWITCH.base,
         "model.stack.unit": (MOE_LAYER,),
-        # A sequence competes with itself alone, so that all that can leak is its own future.
+        # A sequence competes only with itself, so only its own future can leak.
         "model.parts.moe.group_size": lambda config: config.data.sequence_length,
         "model.parts.moe.num_experts": 8,
         "model.parts.moe.num_selected_experts": 2,

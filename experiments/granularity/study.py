@@ -1,4 +1,4 @@
-"""Finer experts, and a shared one, at equal active FLOPs and equal parameters."""
+"""Finer experts and a shared expert, at equal active FLOPs and equal parameters."""
 
 import math
 import pathlib
@@ -19,18 +19,19 @@ from experiments.switch_against_dense.study import STUDY as SWITCH
 from experiments.verdict import Claim, Finding, in_every_seed, lower, not_above, seed_by_seed
 from moe_jax.moe.routing.token_choice import TokenChoice
 
-GRANULARITIES = (1, 2, 4, 8)  # how many experts make a whole one; as many a token takes
-SHARED = {2: 15, 4: 31, 8: 63}  # routed experts beside a shared one, by granularity
-# What use and weight alone explain, in shared_31, of the rise without the shared expert over that
-# without a routed one. A routed expert is used by 3 tokens in 31, the shared one by all. The three
-# gates of a token sum to 1, so a routed output has a weight of about 1/3, the shared one 1. Outputs
-# of one size then differ by 3 in what is missing, and by 9 if the loss rises with its square.
+GRANULARITIES = (1, 2, 4, 8)  # G: a full-width expert splits into G; a token uses G of them
+SHARED = {2: 15, 4: 31, 8: 63}  # routed experts in addition to a shared expert, by granularity
+# The ratio of loss rises, without the shared expert over without a routed expert, that usage and
+# weight alone explain in shared_31. A routed expert is used by 3 tokens in 31, the shared expert by
+# all. The three gates of a token sum to 1, so a routed output has a weight of about 1/3, the shared
+# output 1. With outputs of equal size the missing output is 3 times as large, and the loss rises by
+# a factor of 9 if it grows with the square.
 USE_AND_WEIGHT = 31 / 3 * 3**2
-REMOVED = 4  # routed experts that are taken out, one at a time
+REMOVED = 4  # routed experts removed, one at a time
 
 
 def removals(workdir: pathlib.Path) -> dict[str, float]:
-    """What the loss rises by without the shared expert, and without a routed one of its size."""
+    """The rise of the loss without the shared expert, and without a routed expert of its size."""
     config, state, data = open_run(workdir)
     moe = config.model.part.get("moe")
     if moe is None or not moe.shared_expert_dim:
@@ -46,9 +47,9 @@ def removals(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def shared_matters(results: Results) -> Finding:
-    """The rise without the shared expert over that without a routed one, by seed.
+    """The rise without the shared expert over the rise without a routed expert, by seed.
 
-    A seed in which the loss does not rise without a routed one has no ratio, and does not pass.
+    A seed fails if the loss does not rise without a routed expert: it has no ratio.
     """
 
     def over(shared: float, routed: float) -> float:
@@ -60,7 +61,7 @@ def shared_matters(results: Results) -> Finding:
 
 
 def experts(granularity: int, shared: bool = False) -> Overrides:
-    """Experts of 1 / G of the width, G of them a token; one of them may be every token's."""
+    """Experts of 1 / G of the width, G per token; one of the G may be a shared expert."""
 
     def width(config: ConfigDict) -> int:
         return config.model.parts.mlp.dim // granularity
@@ -69,7 +70,7 @@ def experts(granularity: int, shared: bool = False) -> Overrides:
         "model.parts.moe.num_experts": SHARED[granularity] if shared else 8 * granularity,
         "model.parts.moe.num_selected_experts": granularity - shared,
         "model.parts.moe.expert_dim": width,
-        # The gate of a single expert is its probability, or the router would learn nothing.
+        # The gate of a single expert is its probability; else the router would not learn.
         "model.parts.moe.router": TokenChoice(renormalize=granularity - shared > 1),
     }
     return overrides | ({"model.parts.moe.shared_expert_dim": width} if shared else {})
@@ -103,12 +104,12 @@ STUDY = Study(
     base={
         **SWITCH.base,
         "model.parts.moe.group_size": 0,
-        # Dropless: nothing but the size of experts is at work.
+        # Dropless: only the size of experts differs.
         "model.parts.moe.capacity.train_factor": 0.0,
         "model.parts.moe.capacity.eval_factor": 0.0,
     },
     sizes={
-        # Wide enough for a router of 64 outputs to be little of it.
+        # Wide enough for the cost of a router of 64 outputs to be small.
         "smoke": SWITCH.sizes["smoke"] | {"model.parts.mlp.dim": 1024},
         "small": SWITCH.sizes["small"] | {"training.num_steps": 1500},
         "medium": SWITCH.sizes["medium"],
@@ -127,7 +128,7 @@ STUDY = Study(
                 f"{count} of 1/{g}, {g - 1} a token, and a shared one",
                 experts(g, shared=True),
                 against=f"fine_{g}",
-                # A single routed expert a token is told apart from two: at the larger sizes.
+                # One routed choice can be told from two only at sizes above small.
                 sizes=tuple(size for size in SIZES if g > 2 or size != "small"),
             )
             for g, count in SHARED.items()
@@ -137,7 +138,7 @@ STUDY = Study(
     seeds=(0, 1, 2, 3, 4),
     measures=("shared_rise", "routed_rise", "max_violation", "router_entropy"),
     measure=removals,
-    # 64 experts have a router of 2 % of the active FLOPs of the smallest model.
+    # A router of 64 experts takes 2 % of the active FLOPs of the smallest model.
     tolerance=0.03,
     expect=(
         Claim(

@@ -13,11 +13,11 @@ from moe_jax.analysis.report import read_run
 
 COLORS = {"moe": "#0072B2", "dense": "#D55E00"}
 NAMES = {"moe": "MoE, 2 of 8 experts", "dense": "dense twin"}
-SMOOTH = 7  # logged steps that a point of a curve averages
+SMOOTH = 7  # logged steps averaged per point of a curve
 
 
 def draw(runs: pathlib.Path) -> Figure:
-    """Training loss of every run, and held-out bits a byte by seed."""
+    """Training loss of every run, and held-out bits per byte by seed."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for arm in ARMS:

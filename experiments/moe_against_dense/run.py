@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 
 def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | str]:
-    """Trains one arm with one seed (a finished run is evaluated again) and reads its result."""
+    """Trains one arm with one seed (re-evaluates a finished run) and reads its result."""
     settings = quickstart.get_config(ARMS[arm])
     with settings.unlocked():
         settings.seed = settings.data.seed = seed
@@ -39,7 +39,7 @@ def run_arm(arm: str, seed: int, directory: pathlib.Path) -> dict[str, float | s
 
 
 def judge(results: dict[str, dict[str, dict[str, float | str]]]) -> dict[str, float | bool]:
-    """The criterion of README.md, applied to bits a byte by arm and seed."""
+    """The criterion of README.md, applied to bits per byte by arm and seed."""
     values = {
         arm: [float(run["bits_per_byte"]) for run in runs.values()] for arm, runs in results.items()
     }

@@ -1,4 +1,4 @@
-"""Multi-token prediction, with the cost of its module and its second pass through the head."""
+"""Multi-token prediction, including the cost of its module and second pass through the head."""
 
 from ml_collections import ConfigDict
 
@@ -13,9 +13,9 @@ MODULE = {"model.multi_token": MultiToken(depth=1, weight=0.3)}
 
 
 def as_costly(config: ConfigDict) -> int:
-    """Steps without the module that cost as much as these with it.
+    """Steps without the module that cost as much as the config's steps with it.
 
-    A layer and the head are a third of the smaller models, and a seventh of the one of `base`.
+    A layer and the head are a third of the cost of the smaller models, and a seventh at `base`.
     """
     share = 3 if config.model.model_dim < 768 else 7
     return config.training.num_steps * (share + 1) // share
@@ -45,7 +45,7 @@ STUDY = Study(
     sizes={
         "smoke": SWITCH.sizes["smoke"],
         "small": SWITCH.sizes["small"] | {"training.num_steps": 1500},
-        # Fewer steps, so that the longer arm reads the packed tokens once as well.
+        # Fewer steps, so that the longer arm also reads the packed tokens only once.
         "gpu": SWITCH.sizes["gpu"] | {"model.parts.moe.group_size": 0, "training.num_steps": 900},
         "base": SWITCH.sizes["base"] | {"model.parts.moe.group_size": 0},
     },

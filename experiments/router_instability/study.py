@@ -1,4 +1,4 @@
-"""How easily routing flips: under noise, in bfloat16, since the checkpoint before."""
+"""How easily routing flips: under noise, in bfloat16, since the previous checkpoint."""
 
 from collections.abc import Callable
 from operator import sub
@@ -21,24 +21,24 @@ TEMPERATURES = (0.5, 2.0)
 
 
 def more_of(measure: str, arm: str, other: str) -> Callable[[Results], Finding]:
-    """The claim that a measure of an arm is the larger one, in every seed."""
+    """The claim that a measure is larger for `arm` than for `other`, in every seed."""
     what = f"{measure.replace('_', ' ')} of {arm} less {other}"
     return apart(what, (arm, measure), (other, measure))
 
 
 def training_moves_more(arm: str) -> Callable[[Results], Finding]:
-    """The claim that more first choices flipped since a checkpoint than flip under noise."""
+    """The claim that more first choices flip between checkpoints than under noise."""
     what = f"checkpoint flips less noise flips of {arm}"
     return apart(what, (arm, "checkpoint_flips"), (arm, "noise_flips"))
 
 
 def apart(what: str, *both: tuple[str, str]) -> Callable[[Results], Finding]:
-    """The claim that the first of two measures of arms is the larger one, in every seed."""
+    """The claim that the first of two (arm, measure) pairs is larger, in every seed."""
     return lambda results: in_every_seed(what, seed_by_seed(results, sub, *both), least=0.0)
 
 
 def routed(selected: int, **settings: Any) -> dict[str, Any]:
-    """So many experts a token of 16, each as much narrower, by a router with settings."""
+    """`selected` of 16 experts per token, narrower by that factor; settings of the router."""
 
     def width(config: ConfigDict) -> int:
         return config.model.parts.mlp.dim // selected
@@ -131,7 +131,7 @@ STUDY = Study(
         Claim(
             "An input noise of 0.01 changes the first choice of fewer than 0.25 % of the tokens, "
             "with one, two and four experts a token, in every seed.",
-            # Ours. Top-2 arms of specialisation have 0.15 to 0.33 %: it can go either way.
+            # Our bound. Top-2 arms of specialisation have 0.15 to 0.33 %: it can go either way.
             every(within("noise_flips", f"top{k}", most=0.0025) for k in CHOICES),
         ),
         Claim(

@@ -1,4 +1,4 @@
-"""A tournament of routers: every scheme at one budget, on the same data."""
+"""A tournament of routers: every scheme at equal budget, on the same data."""
 
 from typing import Any
 
@@ -33,22 +33,22 @@ NO_LOSS = {"model.parts.moe.losses.load_balance.weight": 0.0}
 
 
 def router(part: Router) -> dict[str, Any]:
-    """Another router."""
+    """Overrides with another router."""
     return {"model.parts.moe.router": part}
 
 
 def top2(**settings: Any) -> dict[str, Any]:
-    """Token choice whose gates sum to 1."""
+    """Overrides with token choice whose gates sum to 1."""
     return router(TokenChoice(renormalize=True, **settings))
 
 
 def fixed(part: Router) -> dict[str, Any]:
-    """A router that learns nothing, and so has nothing to balance."""
+    """Overrides with a router that learns nothing, without balancing."""
     return router(part) | NO_LOSS
 
 
 def capacity(factor: float) -> dict[str, Any]:
-    """A capacity, in training and evaluation."""
+    """Overrides with a capacity factor, in training and evaluation."""
     return {
         "model.parts.moe.capacity.train_factor": factor,
         "model.parts.moe.capacity.eval_factor": factor,
@@ -56,7 +56,7 @@ def capacity(factor: float) -> dict[str, Any]:
 
 
 def bias(config: ConfigDict) -> SignUpdate:
-    """DeepSeek-V3's 1e-3, or more where there are too few steps for a bias to travel at that."""
+    """DeepSeek-V3's rate of 1e-3, or up to 1e-2 in short runs so that biases can move enough."""
     return SignUpdate(rate=min(0.01, max(0.001, 6 / config.training.num_steps)))
 
 
@@ -157,8 +157,8 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("at random", fixed(Random())),
     "uniform": ("in turn", fixed(Uniform())),
 }
-# What costs more or less than the others: mixing tokens into slots and back, up to four experts,
-# choices that compute nothing, and second choices that are thinned out in training.
+# Arms of other cost: mixing tokens into slots and back, up to four experts, choices that compute
+# nothing, and second choices that are used at random in training.
 BUDGETS = {
     "soft": "soft", "top_p": "four at most", "zero_experts": "some compute nothing",
     "copy_experts": "some compute nothing", "threshold": "two at most",
@@ -197,7 +197,7 @@ STUDY = Study(
         "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim // 2,
         "model.parts.moe.router": TokenChoice(renormalize=True),
         "model.parts.moe.group_size": 0,
-        # Dropless, but for the schemes that are made of capacity.
+        # Dropless, except for schemes based on capacity.
         "model.parts.moe.capacity.train_factor": 0.0,
         "model.parts.moe.capacity.eval_factor": 0.0,
     },

@@ -1,4 +1,4 @@
-"""The z-loss of the router, and a router in float32 beside one in bfloat16."""
+"""The z-loss of the router, and a router in float32 or bfloat16."""
 
 import pathlib
 from typing import Any
@@ -20,11 +20,11 @@ from experiments.verdict import (
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 WEIGHTS = ("0", "1e-4", "1e-3", "1e-2")
-RATE = 3.0  # of the arms that are trained at a higher learning rate
+RATE = 3.0  # learning rate multiplier of the faster arms
 
 
 def logits(workdir: pathlib.Path) -> dict[str, float]:
-    """Mean squared logsumexp of the logits late in training, and flips by precision."""
+    """Mean squared logsumexp of the logits late in training, and flips due to precision."""
     if not routes(workdir):
         return {}
     flips = routing_of(workdir)
@@ -36,19 +36,19 @@ def logits(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def falls_with_weight(results: Results) -> Finding:
-    """The squared logsumexp is smaller with every larger weight."""
+    """The squared logsumexp falls with every increase of the weight."""
     measured = [(f"z_{weight}", "squared_logsumexp") for weight in WEIGHTS]
     falls = seed_by_seed(results, least_fall, *measured)
     return in_every_seed("least fall of the squared logsumexp", falls, least=0.0)
 
 
 def z_loss(weight: str, **more: Any) -> dict[str, Any]:
-    """A weight of the z-loss, with more overrides."""
+    """Overrides with a weight of the z-loss, and more overrides."""
     return {"model.parts.moe.losses.router_z.weight": float(weight), **more}
 
 
 def faster(weight: str) -> Arm:
-    """A weight of the z-loss at a higher learning rate."""
+    """An arm with a weight of the z-loss and a higher learning rate."""
     rate = {"optimizer.learning_rate": lambda config: RATE * config.optimizer.learning_rate}
     return Arm(
         f"z_{weight}_fast", f"z-loss {weight}, {RATE:g} x learning rate", z_loss(weight, **rate)
@@ -56,7 +56,7 @@ def faster(weight: str) -> Arm:
 
 
 def router_in(dtype: str) -> TokenChoice:
-    """A router of the study in another precision."""
+    """The router of the study in a given dtype."""
     return TokenChoice(renormalize=True, dtype=dtype)
 
 
@@ -97,7 +97,7 @@ STUDY = Study(
     sizes={
         "smoke": SWITCH.sizes["smoke"],
         "small": SWITCH.sizes["small"] | {"training.num_steps": 1000},
-        # Precision is what arms differ in.
+        # Arms differ in precision.
         "gpu": SWITCH.sizes["gpu"]
         | {"model.parts.moe.group_size": 0, "model.compute_dtype": "float32"},
         "base": SWITCH.sizes["base"]
@@ -119,7 +119,7 @@ STUDY = Study(
     seeds=(0, 1, 2, 3, 4),
     measures=("squared_logsumexp", "router_flips", "compute_flips", "max_violation"),
     measure=logits,
-    # 16 outputs of a router are more than 2 % of the smallest model.
+    # A router of 16 outputs costs more than 2 % of the smallest model.
     tolerance=0.03,
     expect=(
         Claim(
@@ -154,7 +154,7 @@ STUDY = Study(
         Claim(
             "Of one trained model a bfloat16 router alone changes the first choice of 0.08 % of "
             "the tokens or more, in every seed.",
-            # Ours. Top-2 arms of specialisation have 0.06 to 0.2 %: it can go either way.
+            # Our bound. Top-2 arms of specialisation have 0.06 to 0.2 %: it can go either way.
             within("router_flips", "z_0", least=8e-4),
         ),
     ),

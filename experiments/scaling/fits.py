@@ -1,16 +1,16 @@
-"""The published forms of how loss falls with size, experts and tokens, fitted by least squares."""
+"""Published scaling laws of loss with size, experts and tokens, fitted by least squares."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-EXPONENTS = np.geomspace(0.02, 1.5, 60)  # that are tried in turn, where a form is not linear
+EXPONENTS = np.geomspace(0.02, 1.5, 60)  # grid of candidate exponents
 
 
 class Clark(NamedTuple):
     """log10 L = a log10 N + b log10 E + c log10 N log10 E + d.
 
-    Source: Clark et al., arXiv:2202.01169, with E for its saturating form: experts are few here.
+    Source: Clark et al., arXiv:2202.01169, with E instead of its saturating form, since E is small.
     """
 
     a: float
@@ -20,7 +20,7 @@ class Clark(NamedTuple):
     r_squared: float
 
     def slope_of_experts(self, size: float) -> float:
-        """How log10 L falls with log10 E at a size."""
+        """Slope of log10 L in log10 E at a size."""
         return self.b + self.c * np.log10(size)
 
 
@@ -34,7 +34,7 @@ def fit_clark(size: np.ndarray, experts: np.ndarray, loss: np.ndarray) -> Clark:
 
 
 class Krajewski(NamedTuple):
-    """L = c + a / N^alpha + b / D^beta, of one granularity and number of experts.
+    """L = c + a / N^alpha + b / D^beta, for one granularity and number of experts.
 
     Source: Krajewski et al., arXiv:2402.07871.
     """
@@ -50,8 +50,8 @@ class Krajewski(NamedTuple):
 def fit_krajewski(size: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Krajewski:
     """Fits the form to points [P] of active parameters, tokens and loss.
 
-    The rest is linear for given exponents; all pairs X of `EXPONENTS` are tried. N and D are scaled
-    by their geometric means, so that a and b are of the middle of the grid.
+    For given exponents the fit is linear; all pairs X of `EXPONENTS` are tried. N and D are divided
+    by their geometric means, so a and b refer to the middle of the grid.
     """
     n, d = (values / np.exp(np.mean(np.log(values))) for values in (size, tokens))
     alpha_X, beta_X = (grid.ravel() for grid in np.meshgrid(EXPONENTS, EXPONENTS))
@@ -66,5 +66,5 @@ def fit_krajewski(size: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Kra
 
 
 def r_squared(target: np.ndarray, fitted: np.ndarray) -> float:
-    """The share of the variance that a fit explains."""
+    """The fraction of the variance that a fit explains."""
     return float(1 - np.sum((target - fitted) ** 2) / np.sum((target - target.mean()) ** 2))

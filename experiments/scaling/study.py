@@ -1,4 +1,4 @@
-"""How loss falls with active parameters and with experts: a grid, and the published forms."""
+"""How loss falls with active parameters and experts: a grid, and published scaling laws."""
 
 import dataclasses
 import functools
@@ -26,19 +26,19 @@ from experiments.verdict import (
 )
 from moe_jax.analysis.paired import LEVEL, Paired, paired, shared_seeds
 
-WIDTHS = {"half": 0.5, "three_quarters": 0.75, "whole": 1.0, "larger": 1.5}  # times that of a size
+WIDTHS = {"half": 0.5, "three_quarters": 0.75, "whole": 1.0, "larger": 1.5}  # times a size's width
 EXPERTS = (1, 4, 16)
-FASTER = "larger_e1_fast"  # at the rate that whole_e16 has; not of the grid
-LATE = 0.25  # curves count from this share of the run on
+FASTER = "larger_e1_fast"  # with the learning rate of whole_e16; not in the grid
+LATE = 0.25  # fits use curves from this fraction of the run
 
 
 def arm_name(width: str, experts: int) -> str:
-    """Such as half_e4."""
+    """Name of an arm, such as half_e4."""
     return f"{width}_e{experts}"
 
 
 def grid_arm(width: str, factor: float, experts: int) -> Arm:
-    """A point of the grid: every width follows that of the model."""
+    """A point of the grid: all widths scale with the model width."""
 
     def scaled(config: ConfigDict) -> int:
         return int(factor * config.model.model_dim)
@@ -50,7 +50,7 @@ def grid_arm(width: str, factor: float, experts: int) -> Arm:
             config.model.model_dim // config.model.parts.attention.num_heads
         ),
     }
-    # Matrices of another width take another rate: by 1 over the width, as in `medium`.
+    # The learning rate scales as 1 / width, as in `medium`.
     overrides["optimizer.learning_rate"] = lambda config: config.optimizer.learning_rate / factor
     if experts == 1:
         overrides |= NO_EXPERTS
@@ -76,7 +76,7 @@ def sizes_of(results: Results) -> dict[str, float]:
 def by_seed(
     fit: Callable[[Results, int], Any], arms: list[str]
 ) -> Callable[[Results], dict[int, Any]]:
-    """A fit, or a number of it, for every seed that all of some arms have."""
+    """Applies `fit` to every seed that all the arms have."""
 
     def fits(results: Results) -> dict[int, Any]:
         seeds = shared_seeds([results.values(arm) for arm in arms])
@@ -86,7 +86,7 @@ def by_seed(
 
 
 def clark(results: Results, seed: int) -> Clark:
-    """The form of Clark et al. fitted to one seed of the grid; of nan where a run diverged."""
+    """The form of Clark et al. fitted to one seed of the grid; all nan if a run diverged."""
     sizes = sizes_of(results)
     points = [
         (sizes[arm], experts, results.values(arm)[seed])
@@ -100,9 +100,9 @@ def clark(results: Results, seed: int) -> Clark:
 
 
 def krajewski(results: Results, seed: int, experts: int) -> Krajewski:
-    """The form of Krajewski et al. fitted to the curves of one seed, of one number of experts.
+    """The form of Krajewski et al. fitted to the curves of one seed and number of experts.
 
-    Of nan where a run diverged.
+    All fields are nan if a run diverged.
     """
     sizes, points = sizes_of(results), []
     for width in WIDTHS:
@@ -119,7 +119,7 @@ def krajewski(results: Results, seed: int, experts: int) -> Krajewski:
 
 
 def at_the_rate_of_whole(arm: Arm) -> Arm:
-    """The same, at a learning rate that does not follow the width."""
+    """The same arm, with a learning rate that does not scale with the width."""
     overrides = {k: v for k, v in arm.overrides.items() if k != "optimizer.learning_rate"}
     label = f"{arm.label}, rate of the width 1"
     return dataclasses.replace(arm, name=FASTER, label=label, overrides=overrides)
@@ -135,7 +135,7 @@ SLOPES: Mapping[str, Callable[[Results], dict[int, float]]] = {
 
 
 def middle(results: Results) -> float:
-    """The geometric mean of the sizes of the grid."""
+    """The geometric mean of the model sizes of the grid."""
     sizes = sizes_of(results)
     return float(np.exp(np.mean([np.log(sizes[arm]) for arm in GRID])))
 
@@ -157,9 +157,9 @@ def below_zero(name: str) -> Callable[[Results], Finding]:
 
 
 def fits_well(results: Results) -> Finding:
-    """The share of the variance that Clark's form explains, by seed.
+    """The claim that Clark's form explains 95 % of the variance in every seed.
 
-    A seed of which a run diverged has no fit: it is left open, and fails nothing.
+    A seed with a diverged run has no fit: it leaves the claim open but does not fail it.
     """
     what = "variance that the form explains"
     shares = by_seed(lambda r, seed: clark(r, seed).r_squared, GRID)(results)
@@ -245,7 +245,7 @@ STUDY = Study(
     baseline=arm_name("whole", 1),
     seeds=(0, 1, 2, 3, 4),
     measures=("max_violation",),
-    # 16 outputs of a router are more of the smallest model.
+    # A router of 16 outputs costs more than 2 % of the smallest model.
     tolerance=0.03,
     expect=(
         Claim(

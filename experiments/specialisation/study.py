@@ -1,4 +1,4 @@
-"""What experts specialise in: domain and token, by depth, and by what the balance loss is over."""
+"""What experts specialise in: domains or tokens, by depth and by scope of the balance loss."""
 
 import pathlib
 from collections.abc import Callable
@@ -17,14 +17,14 @@ BALANCED = ("switch_global_0.1", f"loss_free_{RATE}")
 
 
 def over(name: str, baseline: str, arm: str, least: float) -> Callable[[Results], Finding]:
-    """The claim that a category says so many times what it says of a baseline."""
+    """The claim that the bits of a category are at least `least` times a baseline's."""
     both = [(arm, f"{name}_{of}") for of in ("bits", baseline)]
     what = f"{name} bits of {arm} over {baseline.replace('_', ' ')}"
     return lambda results: in_every_seed(what, seed_by_seed(results, ratio, *both), least=least)
 
 
 def load_and_routing(workdir: pathlib.Path) -> dict[str, float]:
-    """The measures of balance, of the whole held-out split, and of routing, of a part of it."""
+    """Balance measures on the whole held-out split, and routing measures on a part of it."""
     return loads(workdir) | routing_of(workdir)
 
 

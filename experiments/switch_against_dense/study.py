@@ -1,4 +1,4 @@
-"""Switch against dense: more experts at equal active FLOPs, and the steps that they save."""
+"""Switch against dense: more experts at equal active FLOPs, and the steps they save."""
 
 from experiments.results import LOSS, Results, measured
 from experiments.study import (
@@ -35,13 +35,13 @@ ORDERED = ("dense", "switch_2", "switch_4", "switch_8")
 
 
 def saves_steps(results: Results) -> Finding:
-    """Eight experts reach the dense model's final loss in a share of its steps."""
+    """The claim that eight experts reach the dense model's final loss in fewer steps."""
     ratios = step_ratio(results, "switch_8", "dense")
     return in_every_seed("steps of dense over steps of switch_8", ratios, least=1.5)
 
 
 def falls_with_experts(results: Results) -> Finding:
-    """Rank correlation of the number of experts and the mean loss over seeds that all have."""
+    """The claim that loss falls with experts, by rank correlation over the seeds all arms have."""
     losses = [results.values(arm) for arm in ORDERED]
     seeds = shared_seeds(losses)
     if len(seeds) < results.least_seeds:
@@ -86,10 +86,10 @@ STUDY = Study(
         "model.parts.mlp": Mlp(),
         "model.parts.moe.expert_dim": lambda config: config.model.parts.mlp.dim,
         "model.parts.moe.run_experts": "ragged",
-        # Capacity over the whole batch, as Switch's groups of thousands of tokens.
+        # Capacity over the whole batch, like Switch's groups of thousands of tokens.
         "model.parts.moe.group_size": lambda c: c.training.batch_size * c.data.sequence_length,
         "model.parts.moe.capacity.train_factor": 1.25,
-        # A step means the same in a short run and in a long one.
+        # A constant rate makes steps of short and long runs comparable.
         "optimizer.schedule": "constant",
         "training.sample_prompt": "",
     },
@@ -158,7 +158,7 @@ STUDY = Study(
             "optimizer.warmup_steps": 100,
             "training.num_steps": 1200,  # 39.3 M tokens
             "training.batch_size": 64,
-            # A checkpoint is saved before each: 2.8 GB with 64 experts.
+            # A checkpoint is saved before each evaluation: 2.8 GB with 64 experts.
             "training.evaluate_every": 100,
             "training.evaluation_batches": 4,
             "training.checkpoint_every": 600,
@@ -175,7 +175,7 @@ STUDY = Study(
             "model.parts.attention.head_dim": 64,
             "model.compute_dtype": "bfloat16",
             "model.scan_layers": True,
-            # 8,192 tokens: rows of several devices must not share a group.
+            # In tokens: rows of different devices must not share a group.
             "model.parts.moe.group_size": 8192,
             "optimizer.learning_rate": 6e-4,
             "optimizer.warmup_steps": 500,
@@ -193,7 +193,7 @@ STUDY = Study(
                 f"switch_{e}",
                 f"Switch, E = {e}",
                 {"model.parts.moe.num_experts": e},
-                # So small a model cannot train more.
+                # The small model cannot train more experts.
                 sizes=SIZES if e <= 16 else ("medium", "gpu", "base"),
             )
             for e in EXPERTS

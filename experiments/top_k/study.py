@@ -1,4 +1,4 @@
-"""One to eight experts a token at equal active FLOPs."""
+"""One to eight experts per token at equal active FLOPs."""
 
 from ml_collections import ConfigDict
 
@@ -9,12 +9,12 @@ from experiments.verdict import Claim, every, lower, not_above
 from moe_jax.moe.routing.token_choice import TokenChoice
 
 EXPERTS, CHOICES = (16, 32), (1, 2, 4, 8)
-# More experts a token, of less width, at the same parameters: the one and the other.
+# Arms of equal parameters: one with more, narrower experts per token, and its counterpart.
 EQUAL_PARAMETERS = {"top2_32": "top1_16", "top4_32": "top2_16", "top8_32": "top4_16"}
 
 
 def choices(count: int, selected: int) -> Arm:
-    """So many experts a token, each as much narrower."""
+    """An arm with `selected` of `count` experts per token, narrower by the factor `selected`."""
 
     def width(config: ConfigDict) -> int:
         return config.model.parts.mlp.dim // selected
@@ -63,7 +63,7 @@ STUDY = Study(
         "model.parts.moe.capacity.eval_factor": 0.0,
     },
     sizes={
-        # Wide enough for a router of 32 outputs to be little of it.
+        # Wide enough for the cost of a router of 32 outputs to be small.
         "smoke": SWITCH.sizes["smoke"] | {"model.parts.mlp.dim": 1024},
         "small": SWITCH.sizes["small"] | {"training.num_steps": 1200},
         "gpu": SWITCH.sizes["gpu"] | {"model.parts.moe.group_size": 0},

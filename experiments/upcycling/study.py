@@ -1,4 +1,4 @@
-"""Upcycled against from scratch, and against the dense model trained on, at equal tokens."""
+"""Upcycling against training from scratch and further dense training, at equal tokens."""
 
 import pathlib
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from moe_jax.finetune.ways import Drop, Granular, Way
 from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.training.saved import kept_steps
 
-# How often a run is evaluated: the dense one, and those that go on from it, of all of their steps.
+# Evaluations of the dense run, and of a run that continues it, including the dense steps.
 PRETRAINED, ALL = 16, 24
 WAYS: dict[str, tuple[Way, ...]] = {
     "upcycled": (),
@@ -45,12 +45,12 @@ WAYS: dict[str, tuple[Way, ...]] = {
 
 
 def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
-    """Puts the checkpoint that an arm goes on from into its directory: the dense run's, upcycled.
+    """Puts the starting checkpoint of an arm into its directory: the dense run's, upcycled.
 
-    With moments, step and position in the data, so that nothing but the model is another.
+    It keeps moments, step and position in the data, so that only the model changes.
 
     Args:
-      config: of the run.
+      config: settings of the run.
       arm: its name.
       workdir: its directory; beside it is the run "dense" of the same seed.
     """
@@ -77,7 +77,7 @@ def start(config: ExperimentConfig, arm: str, workdir: pathlib.Path) -> None:
 
 
 def extra(results: Results, arm: str, seed: int) -> dict[int, float]:
-    """Held-out loss by steps, without those of the dense run before it; smoothed."""
+    """Smoothed held-out loss by steps, not counting the steps of the dense run before."""
     finished, losses = results.curve(arm, seed)
     own = dict(zip(finished, smoothed(losses), strict=True))
     dense_steps, _ = results.curve("dense", seed)
@@ -86,7 +86,7 @@ def extra(results: Results, arm: str, seed: int) -> dict[int, float]:
 
 
 def crossing(results: Results, arm: str = "upcycled") -> dict[int, float]:
-    """Steps from scratch that are as good as as many after upcycling, over the dense run's."""
+    """Steps at which training from scratch catches up, over the dense run's steps, by seed."""
     shares = {}
     for seed in results.values(arm):
         scratch, on = (extra(results, one, seed) for one in ("scratch", arm))
@@ -98,7 +98,7 @@ def crossing(results: Results, arm: str = "upcycled") -> dict[int, float]:
 
 
 def ahead_at_half(results: Results) -> Finding:
-    """Upcycled less scratch, after half of the dense run's steps each, in every seed."""
+    """The claim that upcycled is not above scratch after half of the dense run's steps each."""
     gaps = {}
     for seed in results.values("upcycled"):
         dense_steps, _ = results.curve("dense", seed)
@@ -125,7 +125,7 @@ def measured_crossing(results: Results) -> str:
 
 
 def experts(granularity: int = 1) -> Overrides:
-    """Eight experts of 1 / G of the dense network, two a token, with gates that sum to 1."""
+    """Eight experts of 1 / G of the dense FFN's width, two per token, with gates that sum to 1."""
     return {
         "model.parts.moe.num_experts": 8,
         "model.parts.moe.num_selected_experts": 2,
@@ -135,16 +135,16 @@ def experts(granularity: int = 1) -> Overrides:
 
 
 def steps(evaluations: int) -> Callable[[ConfigDict], int]:
-    """Of a run that is evaluated so often."""
+    """Number of steps of a run with this many evaluations."""
     return lambda config: evaluations * config.training.evaluate_every
 
 
-# Steps between evaluations, by size. At `gpu` all of them read 39.3 M of the 40 M packed tokens.
+# Steps between evaluations, by size. At `gpu` all steps read 39.3 M of the 40 M packed tokens.
 EVERY = {"smoke": 1, "small": 100, "gpu": 50, "base": 625}
 
 
 def sized(size: str) -> Overrides:
-    """A size of the study of Switch, with all layers alike; its steps are those of `steps`."""
+    """A size of switch_against_dense, without its group size, layers and number of steps."""
     own = ("model.parts.moe.group_size", "model.stack.unit", "training.num_steps")
     overrides = {name: value for name, value in SWITCH.sizes[size].items() if name not in own}
     return overrides | {"training.evaluate_every": EVERY[size]}
@@ -185,10 +185,10 @@ STUDY = Study(
         "model.scan_layers": False,
         "model.parts.mlp": SWITCH.base["model.parts.mlp"],
         "model.parts.moe.run_experts": "ragged",
-        # Dropless: the first step sees the function of the dense model.
+        # Dropless: at the first step the model equals the dense model.
         "model.parts.moe.capacity.train_factor": 0.0,
         "model.parts.moe.capacity.eval_factor": 0.0,
-        # A step means the same in a short run and in a long one.
+        # A constant rate makes steps of short and long runs comparable.
         "optimizer.schedule": "constant",
         "training.num_steps": steps(ALL),
         "training.sample_prompt": "",
