@@ -1,11 +1,10 @@
-"""Attention by every kernel of a platform, compiled for machines that are not here.
+"""Attention by every kernel of a platform, compiled for machines that are not available here.
 
     python -m benchmarks.aot_attention [--topologies=v5e:4x4,v5p:2x2x2,v6e:4x4] [--json=FILE]
 
 One layer's queries, keys and values, in bfloat16, with packed documents; gradients of all three.
-One sequence a device. What the compiled program needs beside inputs and outputs, and how many
-arrays of scores, [.., L, L], it has, is read from the program. Nothing is run. Needs libtpu, or
-for h100:8 the CUDA plugin with cuDNN.
+One sequence per device. Temporary memory and the number of score arrays, [.., L, L], are read from
+the compiled program. Nothing is run. Needs libtpu, or for h100:8 the CUDA plugin with cuDNN.
 """
 
 import argparse
@@ -32,7 +31,7 @@ class Layer:
     length: int
     heads: int
     kv_heads: int
-    dims: tuple[int, int]  # of a key and of a value
+    dims: tuple[int, int]  # dims of a key and of a value
     rules: Rules = Rules(causal=True)
 
 
@@ -47,15 +46,15 @@ KERNELS = {"tpu": ("xla", "splash"), "gpu": ("xla", "cudnn", "triton")}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one program needs on a device.
+    """Memory and kernels of one program on a device.
 
     Attributes:
       topology: the machine.
-      layer: of `LAYERS`.
-      kernel: what computes it.
-      temporary_bytes: beside inputs and outputs.
-      kernels: calls of kernels that XLA did not make.
-      scores: arrays [heads, .., L, L] in main memory, by their text.
+      layer: name in `LAYERS`.
+      kernel: the attention kernel.
+      temporary_bytes: memory in addition to inputs and outputs.
+      kernels: number of calls of kernels that XLA did not generate.
+      scores: text of arrays [heads, .., L, L] in main memory.
       error: why there is no program.
     """
 
@@ -111,7 +110,7 @@ def measure(topology: Topology, name: str, kernel: str) -> Row:
 
 
 def scores_in(text: str, layer: Layer) -> tuple[str, ...]:
-    """The arrays of scores of a program, by their text; a mask has no heads."""
+    """The text of score arrays in a program; masks are excluded, since they have no heads."""
     square = rf"\w+\[((?:\d+,)*){layer.length},{layer.length}\]"
     found = {
         match[0]
@@ -122,7 +121,7 @@ def scores_in(text: str, layer: Layer) -> tuple[str, ...]:
 
 
 def main() -> None:
-    """Compiles one program after another and prints each row when it is there."""
+    """Compiles the programs one by one and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topologies", default="v5e:4x4,v5p:2x2x2,v6e:4x4")
     parser.add_argument("--layers", default=",".join(LAYERS))

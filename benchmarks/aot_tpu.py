@@ -1,11 +1,11 @@
-"""The MoE layer by every way to run experts, compiled for TPUs that are not here.
+"""The MoE layer by every way to run experts, compiled for TPUs that are not available here.
 
     python -m benchmarks.aot_tpu [--topologies=v5e:4x4,v5p:4x4x4] [--json=FILE] [--hlo=FOLDER]
 
 Forward and forward+backward of `moe_block` in bfloat16, with float32 parameters, for a layer like
-Switch-Base's and one like Mixtral's. What the compiled program does on one device is read from its
-text (`planning.hlo`) and divided by the least that the layer needs (`fewest`). Nothing is run: the
-last column is the time that the chip's published rates allow, not a measurement. Needs libtpu.
+Switch-Base's and one like Mixtral's. The work of the compiled program on one device is read from
+its text (`planning.hlo`) and divided by the least work of the layer (`fewest`). Nothing is run: the
+last column is the time at the chip's published rates, not a measurement. Needs libtpu.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from moe_jax.planning.report import collective_rows
 from moe_jax.planning.roofline import roofline
 from moe_jax.planning.topology import Topology, devices, parse_topology
 
-SEQUENCE_LENGTH = 1024  # tokens, and of a group
+SEQUENCE_LENGTH = 1024  # tokens of a sequence, and of a group
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An MoE layer and the tokens that a device has of its input."""
+    """An MoE layer and the number of input tokens per device."""
 
     moe: MoE
     model_dim: int
@@ -68,7 +68,7 @@ LAYERS = {
 class Form:
     """A way to run experts: settings of `MoE`, and the capacity factor (0: dropless).
 
-    `buffer` is the room for received rows over their mean, 0 for the worst case.
+    `buffer` is the buffer for received rows over their mean number, 0 for the worst case.
     """
 
     run_experts: str
@@ -99,12 +99,12 @@ FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one execution does on one device.
+    """The work of one execution on one device.
 
     Attributes:
-      flops: a multiply-add being two.
-      hbm_bytes: read from and written to main memory.
-      wire_bytes: sent to other devices.
+      flops: FLOPs; a multiply-add counts as two.
+      hbm_bytes: bytes read from and written to main memory.
+      wire_bytes: bytes sent to other devices.
     """
 
     flops: float
@@ -113,9 +113,9 @@ class Work:
 
 
 def mesh_for(moe: MoE, num_devices: int) -> MeshConfig:
-    """Experts on as many devices as they divide into, and fsdp over what is left.
+    """Splits experts over the most devices that divide their number, and fsdp over the rest.
 
-    Then no expert's gradient is summed over copies of it, and no device holds more than its share
+    Then no gradient of an expert is summed over replicas, and no device holds more than its share
     of the parameters.
     """
     expert = math.gcd(moe.num_experts, num_devices)
@@ -123,19 +123,19 @@ def mesh_for(moe: MoE, num_devices: int) -> MeshConfig:
 
 
 def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
-    """The least work that the mathematics and the mesh allow, all experts being equally loaded.
+    """The least work that the mathematics and the mesh allow, with equal loads of all experts.
 
     FLOPs: router and the K experts of every token; three times that with the gradient.
 
-    Wire: every choice goes to its expert's device in bfloat16 (a share 1/n is there already) and
-    its output comes back; with the gradient twice that. Matrices split over fsdp are gathered once
-    in bfloat16, and their gradients scattered once. The router's gradient is all-reduced in
+    Wire: every choice is sent to its expert's device in bfloat16 (a fraction 1/n is already there)
+    and its output is sent back; with the gradient twice that. Matrices split over fsdp are gathered
+    once in bfloat16, and their gradients scattered once. The router's gradient is all-reduced in
     float32.
 
-    Memory: what is given is read once and what is returned is written once, parameters and their
-    gradients in float32, tokens and theirs in bfloat16; gathered matrices, and their gradients
-    before they are scattered, are written and read once in bfloat16. Hidden units and slots never
-    leave the chip, which no program reaches that has more of them than fit there.
+    Memory: inputs are read once and outputs written once: parameters and their gradients in
+    float32, tokens and their gradients in bfloat16. Gathered matrices, and their gradients before
+    the scatter, are written and read once in bfloat16. Hidden units and slots never leave the chip;
+    no program achieves this if they do not fit on the chip.
     """
     specs = layer.moe.specs(Dims(layer.model_dim))
     d, e, matrices = layer.model_dim, layer.moe.num_experts, 3 if layer.moe.activation.gated else 2
@@ -143,7 +143,7 @@ def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
     flops = 2 * (choices * matrices * d * layer.moe.expert_dim + layer.tokens * d * e)
 
     all_experts = sum(spec.size for spec in specs["experts"].values())
-    used = all_experts / mesh.expert  # by the experts of one device, gathered over fsdp
+    used = all_experts / mesh.expert  # parameters of one device's experts, gathered over fsdp
     held = used / mesh.fsdp
     tokens_sent = choices * d * BFLOAT16 * (1 - 1 / mesh.expert)
     weights_sent = used * BFLOAT16 * (1 - 1 / mesh.fsdp)
@@ -162,7 +162,7 @@ def fewest(layer: Layer, mesh: MeshConfig, gradient: bool) -> Work:
 
 
 def work_of(program: Program, layer: Layer, chunks: int) -> Work:
-    """What a compiled program does; a ragged all-to-all sends what equally loaded experts get."""
+    """The work of a compiled program; a ragged all-to-all counts the rows of equal loads."""
     choices = layer.tokens * layer.moe.num_selected_experts
     rows = choices * layer.model_dim * BFLOAT16 / chunks
     wire = 0.0
@@ -177,7 +177,7 @@ def work_of(program: Program, layer: Layer, chunks: int) -> Work:
 def compile_layer(
     layer: Layer, form: Form, mesh: jax.sharding.Mesh, gradient: bool
 ) -> jax.stages.Compiled:
-    """`moe_block` with tokens and parameters on a mesh; with the gradient of both."""
+    """Compiles `moe_block` on a mesh, optionally with the gradient by tokens and parameters."""
     moe = dataclasses.replace(
         layer.moe,
         run_experts=form.run_experts,
@@ -217,18 +217,18 @@ class Row:
     """A compiled layer, on one device.
 
     Attributes:
-      layer: of `LAYERS`.
+      layer: name in `LAYERS`.
       topology: the machine.
       form: the way to run experts.
-      gradient: forward+backward, or forward alone.
-      work: what the program does.
-      least: what it cannot do without.
-      temporary_bytes: memory beside arguments and results.
-      milliseconds: at the published rates, by resource, if each were all.
-      collectives: executions, and bytes of the arrays of all of them, by kind and mesh axes; a
+      gradient: forward+backward, or forward only.
+      work: work of the program.
+      least: the least work of the layer.
+      temporary_bytes: memory in addition to arguments and results.
+      milliseconds: time at the published rates by resource, each on its own.
+      collectives: number of executions, and total bytes of their arrays, by kind and mesh axes; a
         ragged all-to-all counts its whole buffer.
-      grouped_matmuls: hand-written kernels for rows sorted by expert.
-      error: why there is nothing of all this; "" if there is.
+      grouped_matmuls: number of hand-written kernels for rows sorted by expert.
+      error: why there is no program; "" if there is one.
     """
 
     layer: str
@@ -245,7 +245,7 @@ class Row:
 
     @property
     def ratios(self) -> tuple[float, float, float]:
-        """FLOPs, memory traffic and bytes sent, over the fewest."""
+        """FLOPs, memory traffic and bytes sent, each over the least."""
         assert self.work is not None and self.least is not None
         done, least = dataclasses.astuple(self.work), dataclasses.astuple(self.least)
         return tuple(a / b for a, b in zip(done, least, strict=True))
@@ -254,14 +254,14 @@ class Row:
 def measure(
     name: str, topology: Topology, form: Form, gradient: bool, folder: pathlib.Path | None = None
 ) -> Row:
-    """Compiles and reads one program; what goes wrong is in the row."""
+    """Compiles and reads one program; the row records any error."""
     layer = LAYERS[name]
     empty = Row(name, topology.name, str(form), gradient)
     config = mesh_for(layer.moe, topology.num_devices)
     mesh = make_mesh(config, devices(topology))
     try:
         compiled = compile_layer(layer, form, mesh, gradient)
-    except Exception as error:  # the other rows are worth having
+    except Exception as error:  # the other rows are still useful
         return dataclasses.replace(empty, error=f"{type(error).__name__}: {error}"[:300])
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None
@@ -313,7 +313,7 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    """Compiles one program after another and prints each row when it is there."""
+    """Compiles the programs one by one and prints a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topologies", default="v5e:4x4,v5p:4x4x4")
     parser.add_argument("--layers", default=",".join(LAYERS))

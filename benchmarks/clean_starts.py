@@ -1,12 +1,12 @@
-"""Starts a run as two CPU processes again and again, and counts the starts that end well.
+"""Repeatedly starts a run as two CPU processes, and counts the starts that end well.
 
     python -m benchmarks.clean_starts --starts=50 --results=starts.jsonl
 
 Each start is two new processes over gloo that compile and take the steps of the quickstart's smoke
-model with two microbatches. Collectives that the processes run in different orders end a start
-within ten steps (docs/parallelism.md). One line a start is appended to the results: the same
-command again goes on where it was stopped, until there are so many. `--cached` keeps JAX's cache of
-compiled programs on, to see whether the installed jaxlib still mixes up their order.
+model with two microbatches. If the processes run collectives in different orders, a start fails
+within ten steps (docs/parallelism.md). One line per start is appended to the results; the same
+command resumes until there are --starts lines. `--cached` keeps JAX's cache of compiled programs
+on, to test whether the installed jaxlib still mixes up the order.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LIMIT_SECONDS = 900
 
 
 def train(workdir: str, index: int, port: int, cached: bool) -> None:
-    """One of the two processes."""
+    """Runs one of the two processes."""
     from moe_jax.parallel import processes
     from moe_jax.train import command
 
@@ -42,7 +42,7 @@ def train(workdir: str, index: int, port: int, cached: bool) -> None:
 
 
 def start(cached: bool, cache: str) -> dict[str, object]:
-    """Starts both processes, waits for them, and says how they ended."""
+    """Starts both processes, waits for them, and returns how they ended."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -75,7 +75,7 @@ def start(cached: bool, cache: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Makes up the number of starts."""
+    """Makes the missing starts and prints how many ended well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("starts.jsonl"))

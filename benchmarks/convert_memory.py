@@ -1,8 +1,8 @@
 """Peak memory of reading and writing a model of several GB: `python -m benchmarks.convert_memory`.
 
-Writes a Mixtral-shaped model of random bfloat16 in files of 1 GB, then measures, each in a process
-of its own, the peak of the resident memory above what the imports take: reading it as stored,
-making a run of it (float32), and writing it back.
+Writes a Mixtral-shaped model of random bfloat16 in files of 1 GB. Then it measures the peak
+resident memory above that of the imports, each in its own process: reading the model as stored,
+converting it to a run (float32), and writing it back.
 """
 
 import functools
@@ -60,7 +60,7 @@ def write_model(directory: pathlib.Path, layers: int) -> int:
 
 
 def peak_of(code: str) -> tuple[float, float]:
-    """GB at the peak above the imports, and seconds, of some code in a new process."""
+    """Peak GB above the imports, and seconds, of code in a new process."""
     program = f"{IMPORTS}; jax.devices(); base = {PEAK}\n{code}\nprint({PEAK} - base)"
     start = time.perf_counter()
     command = [sys.executable, "-c", program]
@@ -69,7 +69,7 @@ def peak_of(code: str) -> tuple[float, float]:
 
 
 def main(_: list[str]) -> None:
-    """Measures and prints one line for each way."""
+    """Measures each way and prints a line for each."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(FOLDER.value or temporary)
         hf, run, back = folder / "hf", folder / "run", folder / "back"

@@ -2,7 +2,7 @@
 
     python benchmarks/data_pipeline.py [--corpus=jsonl:DIR] [--sequence_length=512]
 
-The process is bound to one core, which the model's host process has to spare at least.
+The process is bound to one core, the least that a host process has to spare.
 """
 
 import os
@@ -16,11 +16,11 @@ from moe_jax.config import DataConfig
 from moe_jax.data import open_data, train_batches
 
 REPETITIONS = 5
-SECONDS = 2.0  # Of each repetition.
+SECONDS = 2.0  # of each repetition
 
 
 def measure(config: DataConfig, batch_size: int) -> list[float]:
-    """Returns tokens per second, one figure a repetition, after a first batch that is not timed."""
+    """Tokens per second of each repetition, after a first batch that is not timed."""
     batches = train_batches(open_data(config), global_batch_size=batch_size)
     next(batches)
     figures = []

@@ -1,12 +1,12 @@
-"""Tokens/s of prefill and decode: cached, read anew, dense, and transformers on the same weights.
+"""Tokens/s of prefill and decode: cached, uncached, dense, and transformers on the same weights.
 
     python -m benchmarks.decoding [--batches=1,8,64] [--models=moe,dense] [--prompt=128]
         [--rounds=5] [--gguf=FILE]
 
 The models are a Mixtral and a Mistral of equal active parameters, 8 layers of 512 dims in float32,
-and, with --gguf, a model of a GGUF file such as SmolLM2's. A round takes a turn of each; numbers
-are medians. transformers runs eagerly on PyTorch, with as many threads as this process has cores:
-`taskset -c 0` compares on one, which other work on the machine disturbs least.
+and, with --gguf, the model of a GGUF file such as SmolLM2's. A round takes a turn of each; numbers
+are medians. transformers runs eagerly on PyTorch, with one thread per core of this process:
+`taskset -c 0` compares on one core, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.interchange.gguf_files import from_gguf
 from moe_jax.parameters import init_parameters
 
-TOKENS = 16  # of one turn
+TOKENS = 16  # tokens per turn
 GREEDY = Sampling()
 NO_TOKENS = jnp.zeros(0, jnp.int32)
 Turns = dict[str, Callable[[], float]]  # tokens/s of one turn, by name
 
 
 def sparse_and_dense() -> dict[str, ExperimentConfig]:
-    """A Mixtral, and the Mistral with an FFN of as many hidden units as a token uses."""
+    """A Mixtral, and a Mistral whose FFN has the hidden units that a token uses."""
     config = mixtral.get_config()
     model, parts = config.model, config.model.parts
     model.model_dim, model.vocab_size, model.stack.repeats = 512, 8192, 8
@@ -62,7 +62,7 @@ def sparse_and_dense() -> dict[str, ExperimentConfig]:
 
 
 class Ours:
-    """A batch of prompts of one model, in our programs."""
+    """A batch of prompts for one model, in our programs."""
 
     def __init__(self, config: ExperimentConfig, params: Any, tokens_BL: np.ndarray, rounds: int):
         batch, length = tokens_BL.shape
@@ -80,7 +80,7 @@ class Ours:
         self.anew = lambda: next_token(whole, tokens_BL[0], *places, model=window, sampling=GREEDY)
 
     def turns(self) -> Turns:
-        """Of a prefill, of a decode, and of a token for which the window is read anew."""
+        """Turns of prefill, decode, and one token without a cache."""
         batch, length = self.tokens_BL.shape
 
         def decoded() -> float:
@@ -100,7 +100,7 @@ class Ours:
 
 
 class Theirs:
-    """The same in transformers."""
+    """The same batch in transformers."""
 
     def __init__(self, directory: pathlib.Path, tokens_BL: np.ndarray):
         import torch
@@ -127,7 +127,7 @@ class Theirs:
                 self.next = out.logits[:, -1].argmax(-1, keepdim=True)
 
     def turns(self) -> Turns:
-        """Of a prefill and of a decode."""
+        """Turns of prefill and decode."""
         batch, length = self.tokens_BL.shape
         return {
             "prefill": lambda: batch * length / seconds(self.read),

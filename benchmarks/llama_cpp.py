@@ -1,9 +1,9 @@
-"""A run in llama.cpp: loss and speed of its GGUF files in every format.
+"""A run in llama.cpp: loss and speed of the run's GGUF files in every format.
 
     python -m benchmarks.llama_cpp --workdir=runs/quickstart [--bytes=256]
 
-Needs `pip install xllamacpp`, a prebuilt llama.cpp for CPUs. The texts are of the embedded corpus,
-one of each domain, held out from training; a token is predicted from all before it.
+Needs `pip install xllamacpp`, a prebuilt llama.cpp for CPUs. The texts are held-out texts of the
+embedded corpus, one per domain; a token is predicted from all tokens before it.
 """
 
 import argparse
@@ -34,16 +34,16 @@ class Answer(NamedTuple):
     """A greedy continuation.
 
     Attributes:
-      ids: of its tokens, N.
-      logp_NV: float64, the log-probabilities before each of them.
+      ids: token ids, N.
+      logp_NV: float64, the log-probabilities that predict each token.
     """
 
     ids: list[int]
     logp_NV: np.ndarray
 
 
-# Loads a file, then answers each line of requests with one of their answers. It is ended by a kill:
-# to close a server may wait for ever.
+# Loads a file, then answers each line of requests with a line of answers. It ends by a kill, since
+# closing a server may wait for ever.
 WORKER = """
 import json, os, sys, urllib.request
 answers = os.fdopen(os.dup(1), "w")
@@ -77,9 +77,9 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, on one thread, with a cache in float32 (its own is in float16).
 
     Args:
-      path: of the file.
+      path: path of the file.
       vocab_size: V.
-      num_slots: the most tokens of a prompt and its answer.
+      num_slots: maximum number of tokens of a prompt and its answer.
     """
 
     def __init__(self, path: pathlib.Path, vocab_size: int, num_slots: int = 128):
@@ -96,10 +96,10 @@ class LlamaCpp:
         self.process.communicate()
 
     def ask(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answers to some requests.
+        """The answers to requests.
 
         Raises:
-          RuntimeError: the process ended, or refused one, with what it said.
+          RuntimeError: the process ended or refused a request; the message has its output.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -114,14 +114,14 @@ class LlamaCpp:
         return found
 
     def answer(self, prompt: Sequence[int], num_tokens: int) -> Answer:
-        """Continues a prompt by the most probable tokens, past the end of a document too."""
+        """Continues a prompt with the most probable tokens, also after the end of a document."""
         [answer] = self.answers([prompt], num_tokens)
         return answer
 
     def answers(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, always: int | None = None
     ) -> list[Answer]:
-        """The same of several prompts; `always`: the id of all their tokens."""
+        """Answers several prompts; `always`: a token id that every answer repeats."""
         how: dict[str, Any] = {
             "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True,
             "logprobs": self.vocab_size, "cache_prompt": True,
@@ -139,27 +139,27 @@ class LlamaCpp:
         return found
 
     def loss(self, ids: Sequence[int]) -> float:
-        """Nats a token of a text, its first token given."""
-        letter = self.encode("a")[-1]  # an answer that ends inside of a letter has no logprobs
+        """Nats per token of a text, given its first token."""
+        letter = self.encode("a")[-1]  # an answer that ends inside a character has no logprobs
         answers = self.answers([ids[:i] for i in range(1, len(ids))], 1, letter)
         found = [one.logp_NV[0, i] for one, i in zip(answers, ids[1:], strict=True)]
         return -float(np.mean(found))
 
     def rate(self, prompt: Sequence[int], num_tokens: int) -> float:
-        """Tokens a second of a greedy answer."""
+        """Tokens per second of a greedy answer."""
         how = {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
         [found] = self.ask([{"prompt": list(prompt), **how}])
         return float(found["timings"]["predicted_per_second"])
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with what the file puts in front of it."""
+        """The ids of a text, with the special tokens that the file adds in front."""
         [found] = self.ask([{"content": text, "add_special": True, "parse_special": False}])
         ids: list[int] = found["tokens"]
         return ids
 
 
 def dropless(model: Any) -> Any:
-    """A model that drops no choice, as llama.cpp drops none."""
+    """The model without drops, as in llama.cpp."""
     parts = dict(model.parts)
     for name, part in parts.items():
         if hasattr(part, "capacity"):
@@ -169,7 +169,7 @@ def dropless(model: Any) -> Any:
 
 
 def heldout(config: ExperimentConfig, num_bytes: int) -> list[list[int]]:
-    """The ids of one held-out text of each domain, with the token that begins it."""
+    """The ids of one held-out text per domain, with the initial token."""
     tokenizer, corpus = open_tokenizer_of(config.data), open_corpus("embedded")
     texts = []
     for domain in corpus.domains():
@@ -182,7 +182,7 @@ def heldout(config: ExperimentConfig, num_bytes: int) -> list[list[int]]:
 
 
 def our_loss(config: ExperimentConfig, params: Any, state: Any, texts: list[list[int]]) -> float:
-    """Nats a token of the texts in this library."""
+    """Nats per token of the texts in this library."""
     variables = {"params": {**params, **({STATE: state} if state else {})}}
     network, losses = moe_jax.build(dropless(config.model)), []
     for ids in texts:

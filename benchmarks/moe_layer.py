@@ -1,14 +1,14 @@
-"""The MoE layer, its experts run in every way, against a dense FFN of equal active FLOPs.
+"""The MoE layer with every way to run experts, against a dense FFN of equal active FLOPs.
 
     python -m benchmarks.moe_layer [--shape=a] [--peers] [--against=DIR]
 
 Prints, for forward and forward+backward, the time over that of the dense FFN (M -> K * H -> M) in
-the same interleaved run, median of the rounds with their range, and the peak temporary memory of
-forward+backward as the compiler states it. Routing is part of an MoE layer's time; the gradient is
-with respect to input, router and experts. `--peers` adds layers of other systems that are installed
-(transformers' grouped_mm experts, st-moe-pytorch); without a GLU of equal size, transformers' runs
-with two thirds of H, which costs the same. `--against` also prints the time of every form over that
-of the same form of another checkout of this repository, in the same way.
+the same interleaved run, as the median of the rounds with their range, and the compiler's peak
+temporary memory of forward+backward. Routing is part of an MoE layer's time; the gradient is with
+respect to input, router and experts. `--peers` adds installed layers of other systems
+(transformers' grouped_mm experts, st-moe-pytorch). Where our experts have no GLU, transformers'
+have two thirds of H, which costs the same. `--against` also prints the time of every form over that
+of the same form in another checkout of this repository, measured in the same way.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHAPES = {
     "c": Shape(32, 2, 1024, "relu"),
     "d": Shape(64, 8, 256, "swiglu"),
 }
-# name: (how experts are run, capacity factor)
+# name: (way to run experts, capacity factor)
 FORMS = {
     "einsum, factor 1.25": ("einsum", 1.25),
     "gather, factor 1.25": ("gather", 1.25),
@@ -94,14 +94,14 @@ def jax_candidate(function: Callable[..., jax.Array], *operands: object) -> Cand
 
 
 def activation_of(shape: Shape) -> Activation:
-    """The activation that the shape names."""
+    """The activation of the shape."""
     activation = load_kind("activation", shape.activation)()
     assert isinstance(activation, Activation)
     return activation
 
 
 def moe_layer(shape: Shape, run_experts: str, factor: float) -> MoE:
-    """The layer's settings; balance losses are left out, as in the peers' layers."""
+    """The layer's settings, without balance losses, as in the peers' layers."""
     return MoE(
         num_experts=shape.num_experts,
         num_selected_experts=shape.num_selected,
@@ -114,7 +114,7 @@ def moe_layer(shape: Shape, run_experts: str, factor: float) -> MoE:
 
 
 def candidates(shape: Shape) -> dict[str, Candidate]:
-    """The dense floor first, then our forms and perfectly balanced experts alone."""
+    """The dense floor, our forms, and perfectly balanced experts without routing."""
     key = jax.random.key(0)
     x_BLM = jax.random.normal(jax.random.fold_in(key, 1), (SEQUENCES, LENGTH, MODEL_DIM))
     experts = Experts(activation_of(shape))
@@ -168,7 +168,7 @@ def show(title: str, made: dict[str, Candidate], rounds: int) -> None:
 
 
 def show_against(directory: str, shape: str, made: dict[str, Candidate], rounds: int) -> None:
-    """Prints what every form takes, over what it takes in another checkout."""
+    """Prints the time of every form over its time in another checkout."""
     other = Checkout(directory, OTHER_PROGRAMS.format(shape=shape, programs=PROGRAMS))
 
     def pair(name: str, program: str) -> tuple[Run, Run]:
@@ -182,7 +182,7 @@ def show_against(directory: str, shape: str, made: dict[str, Candidate], rounds:
 
 
 def main() -> None:
-    """Times the shapes that were asked for."""
+    """Times the requested shapes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="one shape only")
     parser.add_argument("--rounds", type=int, default=9)

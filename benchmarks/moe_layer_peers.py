@@ -1,8 +1,7 @@
-"""MoE layers of other systems for `benchmarks.moe_layer --peers`, those that can be imported.
+"""MoE layers of other systems for `benchmarks.moe_layer --peers`, if they can be imported.
 
-They run on PyTorch with as many threads as there are cores, eagerly, as installed. Both have GLU
-experts only: where ours is a plain MLP, theirs has two thirds of its hidden units, which costs the
-same.
+They run eagerly on PyTorch, as installed, with one thread per core. Both have only GLU experts:
+where ours are plain MLPs, theirs have two thirds of the hidden units, which costs the same.
 """
 
 from collections.abc import Callable
@@ -16,8 +15,8 @@ def peer_candidates(shape: Any, sequences: int, length: int, model_dim: int) -> 
 
     Args:
       shape: `moe_layer.Shape`.
-      sequences: how many sequences.
-      length: tokens of a sequence.
+      sequences: number of sequences.
+      length: tokens per sequence.
       model_dim: M.
     """
     hidden = shape.expert_dim if shape.activation == "swiglu" else shape.expert_dim * 2 // 3
@@ -65,7 +64,7 @@ def _transformers(shape: Any, model_dim: int, hidden: int) -> Any:
 
     config = MixtralConfig(
         hidden_size=model_dim,
-        intermediate_size=-(-hidden // 4) * 4,  # its kernel wants rows of 16 bytes
+        intermediate_size=-(-hidden // 4) * 4,  # its kernel requires rows of 16 bytes
         num_local_experts=shape.num_experts,
         num_experts_per_tok=shape.num_selected,
     )
@@ -78,14 +77,14 @@ def _transformers(shape: Any, model_dim: int, hidden: int) -> Any:
 
 def _st_moe(shape: Any, model_dim: int, hidden: int) -> Any:
     if shape.num_selected < 2:
-        return None  # it has no top-1 routing
+        return None  # st-moe-pytorch has no top-1 routing
     from st_moe_pytorch import MoE
 
     return MoE(
         model_dim,
         num_experts=shape.num_experts,
         gating_top_n=shape.num_selected,
-        # Of the whole hidden dim before its own two thirds; half a unit against rounding down.
+        # Hidden dim before its own factor of two thirds; half a unit more against rounding down.
         expert_hidden_mult=(hidden + 0.5) * 1.5 / model_dim,
         # Its capacity formula leaves K out.
         capacity_factor_train=1.25 * shape.num_selected,

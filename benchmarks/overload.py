@@ -1,10 +1,10 @@
-"""How many choices of experts a decode step drops, by batch and capacity factor.
+"""The fraction of choices that a decode step drops, by batch and capacity factor.
 
     python -m benchmarks.overload --workdir=DIR [--steps=2000] [--tokens=50000]
 
-A decode step of B texts routes B tokens, which share the slots of every expert. Here they are B
-tokens of held-out text, drawn at random: of all domains, or all of one, as when all users ask the
-same. "uniform" draws K different experts for every token instead, all equally likely.
+A decode step of B texts routes B tokens, which share the slots of every expert. Here these are B
+random tokens of held-out text: from all domains, or all from one domain, as if all users asked the
+same. "uniform" instead draws K distinct experts for every token, all equally likely.
 """
 
 import argparse
@@ -22,12 +22,12 @@ FACTORS = (1.0, 1.25, 2.0)
 
 
 def dropped_share(expert_NSK: np.ndarray, num_experts: int, num_slots: int) -> float:
-    """The share of choices that find their expert full, over N steps of S tokens.
+    """The fraction of choices that exceed the slots of their expert, over N steps of S tokens.
 
-    An expert of n choices and C slots drops n - C of them, whoever is first in its queue.
+    An expert with n choices and C slots drops max(n - C, 0) of them, in any queue order.
 
     Args:
-      expert_NSK: integers in [0, E); -1 is no choice.
+      expert_NSK: integers in [0, E), or -1 for no choice.
       num_experts: E.
       num_slots: C.
     """
@@ -39,19 +39,19 @@ def dropped_share(expert_NSK: np.ndarray, num_experts: int, num_slots: int) -> f
 
 
 def of_all(routed: Routed, batch: int, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """The choices [X, N, S, K] of S = `batch` tokens of any domain, N = `steps` times."""
+    """Choices [X, N, S, K] of S = `batch` random tokens of any domain, for N = `steps` steps."""
     return routed.expert_XJK[:, rng.integers(len(routed.token_J), size=(steps, batch))]
 
 
 def of_one_domain(routed: Routed, batch: int, steps: int, rng: np.random.Generator) -> np.ndarray:
-    """The same of tokens of one domain, another at every step in turn."""
+    """The same as `of_all`, with tokens of one domain per step; domains take turns."""
     places = [np.flatnonzero(routed.domain_J == d) for d in np.unique(routed.domain_J)]
     drawn = [rng.choice(places[step % len(places)], batch) for step in range(steps)]
     return routed.expert_XJK[:, np.array(drawn)]
 
 
 def uniform(num_experts: int, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """K different experts of E for every token, all equally likely: [..., K]."""
+    """K distinct experts of E for every token, all equally likely: [..., K]."""
     scores = rng.random((*shape[:-1], num_experts))
     return np.argsort(scores, axis=-1)[..., : shape[-1]]
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.quantised RUN [RUN ...] [--batches=16] [--prompt=64] [--rounds=5]
 
-A RUN is the directory of a trained or an imported model. Its weights are kept as they are, and
-quantised in groups of 32: experts alone, every matrix, and the embedding too. Bits per byte are of
---batches sequences of the held-out split. Speed is that of one text, and of a turn of 16 tokens;
-all ways take turns, and numbers are medians. Memory is that of the weights, and of the compiled
-decode step with all that it is given.
+A RUN is the directory of a trained or imported model. Its weights are kept as they are, and
+quantised in groups of 32: only experts, every matrix, and the embedding too. Bits per byte are on
+--batches sequences of the held-out split. Speed is for one text, with a turn of 16 tokens; all ways
+take turns, and numbers are medians. Memory is that of the weights, and of the compiled decode step
+with its arguments.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from moe_jax.weights.quantised import Quantisation
 
 
 def ways(config: ExperimentConfig) -> dict[str, Quantisation | None]:
-    """What is compared, by name."""
+    """The compared quantisations, by name."""
     found: dict[str, Quantisation | None] = {"float32": None}
     if config.model.moe_parts:
         found |= {f"int{bits} experts": Quantisation(("experts",), bits) for bits in (8, 4)}
@@ -50,7 +50,7 @@ class Way:
     """A run whose weights are stored in one way.
 
     Attributes:
-      megabytes: of its weights, and of the decode step with its arguments.
+      megabytes: MB of its weights, and of the decode step with its arguments.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Way:
         self.megabytes = weights / 1e6, step / 1e6
 
     def turn(self) -> tuple[float, float]:
-        """Tokens/s of reading the prompt, and of a turn behind it."""
+        """Tokens/s of reading the prompt, and of a turn after it."""
         reading = seconds(lambda: jax.block_until_ready(self.read()))
         rows = jax.block_until_ready(self.read())
         writing = seconds(
@@ -94,7 +94,7 @@ class Way:
         return self.prompt / reading, TOKENS / writing
 
     def bits_per_byte(self, workdir: pathlib.Path, batches: int) -> float:
-        """Of some held-out sequences, dropless."""
+        """Bits per byte of `batches` held-out sequences, dropless."""
         options = Options(batches=batches, batch_size=1)
         found = evaluate_run(workdir, self.config, self.state, options)
         return float(found["dropless"]["bits_per_byte"])
@@ -119,7 +119,7 @@ def main() -> None:
         for turn in range(arguments.rounds + 1):
             for name, way in made.items():
                 rate = way.turn()
-                if turn:  # the first one warms up
+                if turn:  # the first turn warms up
                     rates[name].append(rate)
         for name, way in made.items():
             bits = way.bits_per_byte(workdir, arguments.batches)

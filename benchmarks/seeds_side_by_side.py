@@ -1,10 +1,10 @@
-"""Seeds of an arm side by side in one program (`vmap`), against one after another.
+"""Seeds of an arm side by side in one program (`vmap`), against one seed after another.
 
     python -m benchmarks.seeds_side_by_side [--study=NAME] [--size=small] [--arms=dense,switch_8]
 
-A step of all seeds at once is timed over as many steps of single seeds, in turn, so that what else
-the machine does weighs on both. Below 1 the seeds are faster side by side. Tokens are drawn at
-random, and the ways of running experts that `vmap` cannot take are named as such.
+The time of a step of all seeds at once is divided by that of one step per seed. Both are timed in
+turn, so that other work on the machine affects both. Below 1, seeds are faster side by side. Tokens
+are random; ways of running experts that `vmap` does not support are reported.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def batches(config: ExperimentConfig, num_seeds: int) -> dict[str, jax.Array]:
             values = np.broadcast_to(np.arange(length), full)
         elif name in ("inputs", "targets"):
             values = rng.integers(3, ids, full)
-        else:  # one document a sequence, of which every target counts
+        else:  # one document per sequence; every target counts
             values = np.ones(full)
         found[name] = jnp.asarray(values, dtype)
     return found
@@ -65,14 +65,14 @@ class Steps:
         return jax.block_until_ready(metrics)
 
     def in_turn(self) -> Any:
-        """A step of every seed."""
+        """A step of every seed, one after another."""
         for seed, batch in enumerate(self.each):
             self.states[seed], metrics = self.one(self.states[seed], batch)
         return jax.block_until_ready((metrics, self.states))
 
 
 def main() -> None:
-    """Times the arms and prints a line each."""
+    """Times the arms and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", default="switch_against_dense")
     parser.add_argument("--size", default="small")

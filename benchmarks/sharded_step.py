@@ -1,12 +1,12 @@
-"""The training step on meshes of 8 fake CPU devices, against one device with the same total work.
+"""The training step on meshes of 8 fake CPU devices, against one device with the same work.
 
     python -m benchmarks.sharded_step [--rounds=9]
 
-The devices share the cores of this machine, so that the best possible ratio is 1: what is above it
-is what the split costs in smaller matrix products, copies and waiting. It says nothing of devices
-that work side by side. Every step is taken in turn and divided by the one-device step of the same
-way to run experts in the same round; median of the rounds, with their range. Beside it the
-collectives of the compiled step on one device: executions and the MB of their arrays.
+The devices share the cores of this machine, so the best possible ratio is 1. The excess is the cost
+of the split: smaller matrix products, copies and waiting. It does not predict devices that work in
+parallel. Steps take turns; each is divided by the one-device step of the same way to run experts in
+the same round. The table has the median and range over rounds, and the collectives of the compiled
+step on one device: executions and MB of their arrays.
 """
 
 import argparse
@@ -52,7 +52,7 @@ WAYS = (
 
 
 def batch() -> dict[str, np.ndarray]:
-    """Random bytes, every position valid, as one microbatch."""
+    """One microbatch of random bytes, with every position valid."""
     tokens = np.random.default_rng(0).integers(3, 259, (1, SEQUENCES, LENGTH + 1), np.int32)
     shape = (1, SEQUENCES, LENGTH)
     return {
@@ -65,7 +65,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 class Step:
-    """A compiled training step that can be taken again and again."""
+    """A compiled training step that can be taken repeatedly."""
 
     def __init__(self, mesh_config: MeshConfig, run_experts: str, exchange: str):
         moe = dataclasses.replace(EXPERTS, run_experts=run_experts, exchange=exchange)
@@ -83,12 +83,12 @@ class Step:
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
-        """Of one step, on one device."""
+        """The collectives of one step, on one device."""
         found = read_program(self.compiled.as_text()).collectives
         return tuple(one for one in found if one.group_size > 1)
 
     def take(self) -> float:
-        """One step, in seconds."""
+        """Takes one step and returns its seconds."""
         begin = time.perf_counter()
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
@@ -98,9 +98,9 @@ class Step:
 def ratios(
     one_device: dict[str, Step], sharded: dict[tuple[str, str, str], Step], rounds: int
 ) -> dict[tuple[str, str, str], list[float]]:
-    """Every sharded step over the one-device step of its way to run experts, round by round.
+    """Ratios of every sharded step to the one-device step of its way, by round.
 
-    The steps of a way follow each other, with its one-device step before and after.
+    The steps of a way run consecutively, with its one-device step before and after.
     """
     result: dict[tuple[str, str, str], list[float]] = {key: [] for key in sharded}
     for step in (*one_device.values(), *sharded.values()):

@@ -1,4 +1,4 @@
-"""Programs timed in turn, those of another checkout of the repository among them."""
+"""Times programs in turn, including programs of another checkout of the repository."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 Run = Callable[[], object]
 
-# Makes programs as it is told, then runs one for each name that it reads, and answers with a line.
+# Executes the setup code, then runs the program of each name it reads, and answers with a line.
 WORKER = """
 import os, sys
 answers = os.fdopen(os.dup(1), "w")
@@ -24,14 +24,14 @@ for name in sys.stdin:
 
 
 class Checkout:
-    """A process with the code of another checkout, which runs programs when it is asked to."""
+    """A process with the code of another checkout, which runs programs on request."""
 
     def __init__(self, directory: str, setup: str):
-        """Starts it, and waits until its programs are there.
+        """Starts the process and waits until its programs are ready.
 
         Args:
-          directory: of the checkout.
-          setup: Python code, run there, that makes `programs`, functions without arguments by name.
+          directory: directory of the checkout.
+          setup: Python code, run there, that makes `programs`: functions without arguments by name.
 
         Raises:
           RuntimeError: the code failed; its message was printed.
@@ -55,19 +55,19 @@ class Checkout:
             raise RuntimeError(f"the other checkout ended at {name!r}: see above")
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self.process.communicate()
 
 
 def seconds(run: Run) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
 
 
 def ratios(pairs: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
-    """The time of a program over that of its floor, by name, a number a round.
+    """The time of a program over that of its floor, by name, one number per round.
 
     The floor runs before and after the program, and all pairs take turns.
     """

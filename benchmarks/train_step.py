@@ -1,12 +1,12 @@
-"""The training step of the quickstart model: speed, share of the matmul rate, where the time goes.
+"""The training step of the quickstart model: speed, share of the matmul rate, cost of its parts.
 
     python -m benchmarks.train_step [--config=configs/quickstart.py] [--rounds=7] [--against=DIR]
 
 The float32 matmul rate of the machine is measured in the same run, in turn with the steps. The
-share is that of the model FLOPs: attention squares counted whole, three times forward, without
-padding and one-hot contractions. "Without" leaves one part of the model out of the step, so that
-the difference is what it costs with all that waits for it; the parts need not add up. `--against`
-also prints the time of a step over that of another checkout of this repository, taken in turn.
+share uses model FLOPs: three times forward, with whole attention squares, without padding and
+one-hot contractions. "Without" leaves one part of the model out of the step; the difference is the
+cost of the part and of all that waits for it, and parts need not add up. `--against` also prints
+the time of a step over that of another checkout of this repository, timed in turn.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from moe_jax.training.step import make_train_step
 
 
 def load(path: str, presets: str, run_experts: str = "auto") -> ExperimentConfig:
-    """The experiment of a config file, with its experts run in one way."""
+    """The experiment of a config file, with a way to run experts."""
     spec = importlib.util.spec_from_file_location("config_file", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,7 +66,7 @@ programs = {{"moe": Step(load({path!r}, "")).take, "dense": Step(load({path!r}, 
 
 
 class Step:
-    """A compiled training step that can be taken again and again."""
+    """A compiled training step that can be taken repeatedly."""
 
     def __init__(self, config: ExperimentConfig):
         data = open_data(config.data)
@@ -80,7 +80,7 @@ class Step:
         self.seconds: list[float] = []
 
     def take(self) -> None:
-        """One step, timed."""
+        """Takes one step and records its time."""
         begin = time.perf_counter()
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))

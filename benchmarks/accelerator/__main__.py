@@ -1,14 +1,13 @@
-"""One prepared run for a machine with a GPU or TPU: how right and how fast the library is there.
+"""One prepared run for a machine with a GPU or TPU: how accurate and how fast the library is.
 
     python -m benchmarks.accelerator [--minutes=8] [--out=DIR] [--dry] [--retry]
     python -m benchmarks.accelerator --page [--out=DIR]
 
-The first form measures, the most valuable rows first, and writes a line after each to
-DIR/accelerator.jsonl. It may be killed at any time; the same command goes on with the rows that are
-not there yet, also where DIR is a copy of that of an earlier run. `--retry` also measures again
-what has failed. The second form puts the rows of DIR into docs/accelerators/ and makes the page
-docs/accelerators.md. `--dry` measures tiny shapes on a CPU: it shows that the run works, and says
-nothing of speed.
+The first form measures, the most valuable rows first, and writes a line after each row to
+DIR/accelerator.jsonl. It may be killed at any time; the same command continues with the missing
+rows, also if DIR is a copy from an earlier run. `--retry` also repeats failed rows. The second form
+puts the rows of DIR into docs/accelerators/ and makes the page docs/accelerators.md. `--dry`
+measures tiny shapes on a CPU: it tests the run, not the speed.
 """
 
 import argparse
@@ -43,7 +42,7 @@ def main(arguments: list[str]) -> int:
     groups = GROUPS if given.only is None else [BY_NAME[name] for name in given.only]
     if not commit():
         print("no commit is known: MOE_JAX_COMMIT names it", file=sys.stderr)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and its process ends with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # this also ends its child process
     run = Supervisor(record, given.minutes, given.dry, lambda text: print(text, flush=True))
     try:
         run.run(tuple(groups))

@@ -1,7 +1,7 @@
-"""Attention alone, forward and backward, by every kernel, at 4,096 tokens in bfloat16.
+"""Attention only, forward and backward, by every kernel, at 4,096 tokens in bfloat16.
 
-Useful FLOPs are those of the pairs of query and key that see each other: two products forward,
-twice that backward, nothing for what is recomputed. So a causal form has half of the square.
+Useful FLOPs count pairs of a query and a visible key: two products forward, twice that backward,
+nothing for recomputation. A causal form therefore counts half of the square.
 """
 
 import functools
@@ -23,17 +23,17 @@ from moe_jax.parallel.rules import platform
 
 
 class Form(NamedTuple):
-    """What attention is asked for.
+    """The shape and the mask of an attention call.
 
     Attributes:
       batch: B.
       length: L.
       heads: N.
-      kv_heads: of keys and values.
-      dim: of queries and keys.
-      value_dim: of values.
-      documents: packed in a row.
-      window: W keys that a query sees, or None.
+      kv_heads: heads of keys and values.
+      dim: dims of queries and keys.
+      value_dim: dims of values.
+      documents: packed documents per row.
+      window: W, the number of keys that a query sees, or None.
     """
 
     batch: int = 4
@@ -47,25 +47,25 @@ class Form(NamedTuple):
 
     @property
     def segments(self) -> np.ndarray:
-        """int32 [L]: the number of each token's document, of unequal lengths, from 1."""
+        """int32 [L]: the document number of each token, from 1; lengths are unequal."""
         first = self.length // (2 * self.documents) if self.documents > 1 else self.length
         ends = np.linspace(first, self.length, self.documents).astype(int)
         return np.searchsorted(ends, np.arange(self.length), side="right").astype(np.int32) + 1
 
     @property
     def pairs(self) -> float:
-        """Of a query and a key that it sees, in all rows of one head."""
+        """Pairs of a query and a visible key, in all rows of one head."""
         lengths = np.unique(self.segments, return_counts=True)[1]
         return self.batch * float(sum(seen_pairs(int(one), self.window) for one in lengths))
 
     @property
     def flops(self) -> float:
-        """Forward and backward."""
+        """Useful FLOPs, forward and backward."""
         return 3 * 2.0 * self.pairs * self.heads * (self.dim + self.value_dim)
 
 
 def seen_pairs(length: int, window: int | None) -> int:
-    """Pairs of a query and an earlier key or itself, at most `window` keys a query."""
+    """Causal pairs of query and key, at most `window` keys per query."""
     width = length if window is None else min(window, length)
     return width * (width + 1) // 2 + (length - width) * width
 
@@ -81,7 +81,7 @@ FORMS = {
 
 
 def rows(dry: bool) -> list[Row]:
-    """Every form by every kernel."""
+    """Every form with every kernel."""
     found = []
     for name, form in FORMS.items():
         for kernel in usable_kernels():
@@ -91,7 +91,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def usable_kernels() -> list[str]:
-    """Those that can run here, XLA's own last; `blocks` on a CPU alone, which it is made for."""
+    """The kernels that can run here, XLA's last; `blocks` only on a CPU, its target."""
     return [
         kernel for kernel in reversed(attention_kernels())
         if not refusal(kernel) and (kernel != "blocks" or platform() == "cpu")
@@ -99,7 +99,7 @@ def usable_kernels() -> list[str]:
 
 
 def measure(form: Form, kernel: str, dry: bool) -> dict[str, Any]:
-    """Times a form in turn with the matmul."""
+    """Times a form, alternating with the matmul."""
     q, k, v, dy = draw(form, jnp.bfloat16)
     segments_BL = jnp.broadcast_to(jnp.asarray(form.segments), (form.batch, form.length))
     run = by_kernel(kernel, form)
@@ -117,7 +117,7 @@ def measure(form: Form, kernel: str, dry: bool) -> dict[str, Any]:
 
 
 def draw(form: Form, dtype: Any) -> list[jax.Array]:
-    """Random queries, keys, values, and a gradient of the output."""
+    """Random queries, keys, values, and an output gradient."""
     keys = jax.random.split(jax.random.key(0), 4)
     sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.value_dim),
              (form.heads, form.value_dim))  # fmt: skip
@@ -128,7 +128,7 @@ def draw(form: Form, dtype: Any) -> list[jax.Array]:
 
 
 def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
-    """`(q, k, v, segments_BL) -> out` by a kernel."""
+    """The function `(q, k, v, segments_BL) -> out` with a kernel."""
     rules, scale = Rules(causal=True, window=form.window), form.dim**-0.5
 
     def run(q: Any, k: Any, v: Any, segments_BL: Any) -> jax.Array:
@@ -139,20 +139,20 @@ def by_kernel(kernel: str, form: Form) -> Callable[..., jax.Array]:
 
 
 def refusal(kernel: str) -> str:
-    """Why a kernel cannot run here, as the library or JAX says it; "" if it can."""
+    """The error of the library or JAX if a kernel cannot run here; "" if it can."""
     form = tiny(FORMS["causal"])
     sizes = ((form.heads, form.dim), (form.kv_heads, form.dim), (form.kv_heads, form.dim))
     arrays = [jax.ShapeDtypeStruct((1, form.length, *size), jnp.bfloat16) for size in sizes]
     segments_BL = jax.ShapeDtypeStruct((1, form.length), jnp.int32)
     try:
         jax.eval_shape(by_kernel(kernel, form), *arrays, segments_BL)
-    except Exception as error:  # cuDNN that is missing is no ValueError
+    except Exception as error:  # a missing cuDNN raises no ValueError
         return message_of(error)
     return ""
 
 
 def small(form: Form, dry: bool) -> Form:
-    """The form at a size for parity: a few heads of 512 tokens."""
+    """The form at a size for parity: few heads, 512 tokens."""
     shared, window = form.heads // form.kv_heads, form.window and 200
     few = form._replace(batch=2, length=512, heads=2 * shared, kv_heads=2, window=window)
     return tiny(form) if dry else few

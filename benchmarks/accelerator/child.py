@@ -25,27 +25,28 @@ from benchmarks.accelerator.record import (
     commit,
 )
 
-LOST = 70  # exit code: the device may be lost to this process; another one goes on
-LIMIT = 3  # times the seconds that a row is thought to need, then it is stopped
-PATIENCE = 45.0  # seconds that it has in any case
+LOST = 70  # exit code: this process may have lost the device; another process continues
+LIMIT = 3  # a row is stopped after this multiple of its estimated seconds
+PATIENCE = 45.0  # seconds that a row always has beyond its estimate
 
 
 def limit_of(seconds: float) -> float:
-    """Seconds after which a row that was thought to need so many is stopped."""
+    """Seconds after which a row with an estimate of `seconds` is stopped."""
     return max(LIMIT * seconds, seconds + PATIENCE)
 
 
 def message_of(error: BaseException) -> str:
-    """One line: the type, and the beginning of what it says."""
+    """One line: the type of the error, and the beginning of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def loses_device(error: BaseException) -> bool:
-    """Whether this process can compute nothing more after an error, as after a fault of CUDA.
+    """Whether this process cannot compute any more after an error, such as a CUDA fault.
 
-    JAX has one error for such a fault, for a kernel that does not compile and for too little
-    memory: it is tried. By name, since PyTorch's process imports no JAX.
+    JAX raises the same error for such a fault, for a kernel that does not compile, and if memory
+    is exhausted, so a small computation is tried. Types are compared by name, since PyTorch's
+    process does not import JAX.
     """
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error)
@@ -60,16 +61,16 @@ def loses_device(error: BaseException) -> bool:
 def measure(
     group: str, rows: list[Row], record: Record, until: float, only_first: bool = False
 ) -> int:
-    """Measures those rows that are not in the record yet, while there is time.
+    """Measures the rows that are not in the record yet, while there is time.
 
-    All rows get a line at once, so that those that are not reached are known.
+    All rows get a line at once, so that rows that are not reached are known.
 
     Args:
-      group: their group.
-      rows: the most valuable first; one that the time cut off before is taken last.
-      record: to add to.
-      until: time, in seconds since the epoch, when there is none left.
-      only_first: the rows that are `first`, and no others.
+      group: group of the rows.
+      rows: the rows, the most valuable first; rows that ran out of time before are measured last.
+      record: record to add to.
+      until: end of the time, in seconds since the epoch.
+      only_first: whether to measure only rows that are `first`.
 
     Returns:
       The exit code of this process: 0, or `LOST`.
@@ -79,12 +80,12 @@ def measure(
         if (group, row.name) not in last:
             record.add(group, row.name, SKIPPED, reason=NOT_REACHED, needs=row.seconds,
                        first=row.first)  # fmt: skip
-    ratios = [1.0]  # of the seconds that rows took to those that they were thought to need
+    ratios = [1.0]  # of actual to estimated seconds of rows
     parent = os.getppid()
     cut = {row.name: last.get((group, row.name), {}).get("cut", 0.0) for row in rows}
     for row in sorted(rows, key=lambda row: cut[row.name]):
         if os.getppid() != parent:
-            return LOST  # whoever asked for it is gone
+            return LOST  # the parent process is gone
         is_done = last.get((group, row.name), {}).get("state") in DONE
         if is_done or (only_first and not row.first):
             continue
@@ -118,7 +119,7 @@ def since(begin: float) -> float:
 
 
 def end_with_parent() -> None:
-    """Has Linux kill this process when its parent is gone, even in a row that hangs."""
+    """Makes Linux kill this process when its parent ends, even if a row hangs."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -134,12 +135,12 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--only-first", action="store_true")
     arguments = parser.parse_args()
-    sys.argv = sys.argv[:1]  # libraries that read flags find none
+    sys.argv = sys.argv[:1]  # hides the flags from libraries that read flags
     rows = BY_NAME[arguments.group].rows(arguments.dry)
     record = Record(arguments.record)
     code = measure(arguments.group, rows, record, arguments.until, arguments.only_first)
     sys.stdout.flush()
-    os._exit(code)  # a device that is lost may hang whoever takes leave of it
+    os._exit(code)  # a normal exit may hang on a lost device
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How long compiled programs take, each in turn with a dense matmul, and what memory they need.
+"""Times compiled programs, alternating with a dense matmul, and measures their memory.
 
-The matmul is the bar: a clock that throttles slows both.
+The matmul is the reference: a throttled clock slows both.
 """
 
 import functools
@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 SAMPLES = 7
-SAMPLE_SECONDS = 0.02  # a sample repeats what takes less, so that starting a program costs nothing
+SAMPLE_SECONDS = 0.02  # a sample repeats shorter programs, which hides the cost of starting them
 MOST_REPEATS = 50
-MATMUL = 8192  # rows, columns and inner dim of the bar
+MATMUL = 8192  # rows, columns and inner dim of the reference matmul
 
 
 class Timed(NamedTuple):
     """Something to time.
 
     Attributes:
-      call: starts it; may return before it has ended.
-      wait: for what `call` returned.
+      call: starts it; may return before it ends.
+      wait: waits for what `call` returned.
     """
 
     call: Callable[[], Any]
@@ -32,10 +32,10 @@ class Program(NamedTuple):
     """A compiled program with its operands.
 
     Attributes:
-      timed: to time it.
-      facts: `compile_s`, `temporary_mb` and `program_mb`: its temporaries alone, and with
-        operands and results.
-      text: of the program, as compiled.
+      timed: the program, for timing.
+      facts: `compile_s`; `temporary_mb`, its temporaries; `program_mb`, these with operands and
+        results.
+      text: text of the compiled program.
     """
 
     timed: Timed
@@ -44,7 +44,7 @@ class Program(NamedTuple):
 
 
 def compiled(function: Callable[..., Any], *operands: Any) -> Program:
-    """Compiles a function of arrays, for these arrays."""
+    """Compiles a function for the given arrays."""
     import jax
 
     begin = time.perf_counter()
@@ -56,7 +56,7 @@ def compiled(function: Callable[..., Any], *operands: Any) -> Program:
 
 
 def memory_of(program: Any) -> dict[str, float]:
-    """The temporaries of a compiled program, and all its memory, in MB; {} where it is not said."""
+    """Temporaries and total memory of a compiled program, in MB; {} if not available."""
     memory = program.memory_analysis()
     if memory is None:
         return {}
@@ -69,18 +69,18 @@ def memory_of(program: Any) -> dict[str, float]:
 
 
 def sample(timed: Timed, repeats: int) -> float:
-    """Seconds of one of several repeated runs."""
+    """Mean seconds of a run over `repeats` runs."""
     begin = time.perf_counter()
     out = None
     for _ in range(repeats):
-        out = None  # its memory is free for the next
+        out = None  # frees its memory for the next
         out = timed.call()
     timed.wait(out)
     return (time.perf_counter() - begin) / repeats
 
 
 def in_turn(candidates: Mapping[str, Timed], dry: bool = False) -> dict[str, list[float]]:
-    """Samples of each, in seconds; they take turns after a warm-up."""
+    """Samples of each candidate, in seconds; candidates take turns after a warm-up."""
     repeats = {}
     for name, timed in candidates.items():
         sample(timed, 1)
@@ -106,17 +106,18 @@ def spread(seconds: list[float]) -> dict[str, Any]:
 
 
 def rate_against(timed: Timed, flops: float, bar: Timed, bar_flops: float, dry: bool) -> Any:
-    """Times a program in turn with the bar.
+    """Times a program, alternating with the reference matmul.
 
     Args:
       timed: the program.
-      flops: that it needs.
+      flops: FLOPs of the program.
       bar: the matmul.
-      bar_flops: that it needs.
-      dry: few samples.
+      bar_flops: FLOPs of the matmul.
+      dry: whether to take few samples.
 
     Returns:
-      Milliseconds, TFLOP/s, and `share`: of the bar's rate in the same rounds, the median.
+      Milliseconds, TFLOP/s, and `share`: the median fraction of the matmul's rate in the same
+      rounds.
     """
     found = in_turn({"bar": bar, "own": timed}, dry)
     own, bars = found["own"], found["bar"]
@@ -131,7 +132,7 @@ def rate_against(timed: Timed, flops: float, bar: Timed, bar_flops: float, dry: 
 
 
 def matmul_program(size: int, dtype: Any, precision: Any = None) -> tuple[Program, float]:
-    """The product of two random square matrices, and its FLOPs. Zeros would run faster."""
+    """The product of two random square matrices, and its FLOPs; zeros would run faster."""
     import jax
     import jax.numpy as jnp
 
@@ -143,7 +144,7 @@ def matmul_program(size: int, dtype: Any, precision: Any = None) -> tuple[Progra
 
 @functools.cache
 def bar(dry: bool) -> tuple[Timed, float]:
-    """The bfloat16 matmul that everything is timed with, and its FLOPs."""
+    """The bfloat16 reference matmul, and its FLOPs."""
     import jax.numpy as jnp
 
     program, flops = matmul_program(128 if dry else MATMUL, jnp.bfloat16)

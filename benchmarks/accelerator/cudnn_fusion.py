@@ -9,7 +9,7 @@ from moe_jax.parallel.rules import platform
 
 
 def rows(dry: bool) -> list[Row]:
-    """Every shape with even loads; none where there is no GPU."""
+    """Every shape with even loads; [] without a GPU."""
     shapes = TINY if dry else SHAPES
     return [
         Row(name, 12, functools.partial(measure, shape, "lax", dry))

@@ -1,7 +1,7 @@
-"""The three products of SwiGLU experts, forward and backward, with nothing around them.
+"""The three products of SwiGLU experts only, forward and backward.
 
-Weights, rows and gradients are bfloat16. Useful FLOPs are those of rows that reach an expert:
-padding and dropped rows count as nothing.
+Weights, rows and gradients are bfloat16. Useful FLOPs count rows that reach an expert, not padding
+or dropped rows.
 """
 
 import functools
@@ -37,7 +37,7 @@ MARKS = (
     "__gpu$xla.gpu.triton", "mosaic_gpu", "tpu_custom_call", "__cudnn", "__cublas",
     "__triton_nested_gemm_fusion", "ragged-dot",
 )  # fmt: skip
-DENSE = "dense FFN"  # every row through the same expert: what grouping can at best cost
+DENSE = "dense FFN"  # every row through the same expert: a lower bound of the cost of grouping
 
 
 class Form(NamedTuple):
@@ -45,10 +45,10 @@ class Form(NamedTuple):
 
     Attributes:
       function: `(x, weights, sizes_E) -> y`.
-      x: rows, in its layout.
-      weights: by name.
-      sizes_E: rows of each expert; an operand, so that no compiler knows them.
-      rows: that reach an expert.
+      x: rows, in the layout of the form.
+      weights: weights by name.
+      sizes_E: rows of each expert; an operand, so that the compiler does not know them.
+      rows: number of rows that reach an expert.
     """
 
     function: Callable[[jax.Array, dict[str, jax.Array], jax.Array], jax.Array]
@@ -59,7 +59,7 @@ class Form(NamedTuple):
 
 
 def rows(dry: bool) -> list[Row]:
-    """Mixtral's shape first; of each the kernels, then slots and the dense FFN."""
+    """Mixtral's shape first; for each shape the kernels, then slots and the dense FFN."""
     shapes = TINY if dry else SHAPES
     kernels = [ragged(kernel) for kernel in usable_kernels(of_products=True, dense=False)]
     forms = [*kernels, SLOTS, DENSE, ragged(DENSE_KERNEL)]
@@ -82,7 +82,7 @@ def rows(dry: bool) -> list[Row]:
 def measure(
     shape: Shape, routing: str, form: str, dry: bool, backward: bool = True
 ) -> dict[str, Any]:
-    """Times one form in turn with the matmul."""
+    """Times one form, alternating with the matmul."""
     made = make(shape, routing, form)
     dy = jax.random.normal(jax.random.key(9), made.x.shape, made.x.dtype)
 
@@ -105,10 +105,10 @@ def measure(
 
 
 def checked(made: Form, dy: jax.Array, out: Any) -> dict[str, Any]:
-    """The last expert that has rows against a dense FFN on these alone, and the empty expert.
+    """Compares the last expert with rows with a dense FFN, and checks the empty expert.
 
-    The error is the largest difference over the largest entry, of the output and of all gradients.
-    A kernel that is right on small arrays may still count in too few bits on large ones.
+    The error is the largest difference over the largest entry, for the output and all gradients. A
+    kernel that is correct on small arrays may still overflow its indices on large arrays.
     """
     sizes = [int(size) for size in made.sizes_E]
     last = max(expert for expert, size in enumerate(sizes) if size)
@@ -128,18 +128,18 @@ def checked(made: Form, dy: jax.Array, out: Any) -> dict[str, Any]:
 
 
 def largest(values: list[float]) -> float:
-    """NaN if any is, which Python's own `max` may leave out."""
+    """The largest value; NaN if any is NaN, which Python's `max` may miss."""
     return float(np.max(values))
 
 
 def largest_difference(got: jax.Array, expected: jax.Array) -> float:
-    """Over the largest entry of what is expected."""
+    """The largest difference over the largest expected entry."""
     got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
     return float(jnp.abs(got - expected).max() / (jnp.abs(expected).max() + 1e-30))
 
 
 def make(shape: Shape, routing: str, form: str) -> Form:
-    """The form on random rows and weights."""
+    """A form with random rows and weights."""
     sizes_E = jnp.asarray(group_sizes(shape, routing))
     names, dims = ("wi", "wg", "wo"), (shape.model_dim, shape.expert_dim)
     experts = () if form == DENSE else (shape.experts,)
@@ -169,5 +169,5 @@ def random(seed: int, shape: tuple[int, ...], stddev: float = 1.0) -> jax.Array:
 
 
 def kernels_in(text: str) -> dict[str, int]:
-    """How often a compiled program calls what is no plain XLA, by target."""
+    """Number of calls in a compiled program to other than plain XLA, by target."""
     return {mark: count for mark in MARKS if (count := text.count(mark))}

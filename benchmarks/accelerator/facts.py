@@ -30,9 +30,9 @@ SMI = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version,clocks.sm,clo
 
 
 def rows(dry: bool) -> list[Row]:
-    """The device first: without it nothing is measured."""
+    """The rows; the device is first: without it nothing is measured."""
     if not dry and jax.default_backend() == "cpu":
-        return [Row("device", 8, device, first=True)]  # the run ends there
+        return [Row("device", 8, device, first=True)]  # the run ends here
     sizes = (64, 128) if dry else (8192, 4096, 16384)
     wanted: list[tuple[str, int, str | None]] = [("bfloat16", size, None) for size in sizes]
     wanted += [("float32", sizes[0], None), ("float32", sizes[0], "highest")]
@@ -53,7 +53,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def device() -> dict[str, Any]:
-    """What JAX, the driver and the packages say."""
+    """The device and its versions, from JAX, the driver and the packages."""
     [first, *others] = jax.devices()
     memory = first.memory_stats() or {}
     return {
@@ -71,7 +71,7 @@ def device() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """The kernels of the library: which can run here, why others cannot, and what "auto" takes."""
+    """The library's kernels: which can run here, why others cannot, and what "auto" selects."""
     plans = {}
     for way in WAYS:
         try:
@@ -83,7 +83,7 @@ def kernels() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The installed ones of `PACKAGES`."""
+    """Versions of the installed packages in `PACKAGES`."""
     found = {}
     for name in PACKAGES:
         try:
@@ -94,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def said_by(command: tuple[str, ...]) -> str:
-    """The first line of what a command says; "" where there is none, or it says nothing in time."""
+    """The first line that a command prints; "" if there is no command or it times out."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -105,7 +105,7 @@ def said_by(command: tuple[str, ...]) -> str:
 
 
 def cpu_name() -> str:
-    """As Linux names it."""
+    """The number and name of the CPUs, from Linux."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -120,7 +120,7 @@ def matmul_rate(dtype: str, size: int, precision: str | None, dry: bool) -> dict
 
 
 def copy_rate(size: int, dry: bool) -> dict[str, Any]:
-    """GB/s of adding 1 to an array of so many bytes: read once, written once."""
+    """GB/s of adding 1 to an array of `size` bytes: read once, written once."""
     x = jax.random.normal(jax.random.key(0), (size // 2,), jnp.bfloat16)
     timed: Timed = compiled(lambda x: x + 1, x).timed
     seconds = in_turn({"copy": timed}, dry)["copy"]

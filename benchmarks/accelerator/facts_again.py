@@ -1,4 +1,4 @@
-"""The matmul rate after everything else: a card that has slowed down shows here."""
+"""The matmul rate after everything else, which shows whether the card has slowed down."""
 
 import functools
 
@@ -7,7 +7,7 @@ from benchmarks.accelerator.groups import Row
 
 
 def rows(dry: bool) -> list[Row]:
-    """The bfloat16 matmul that everything was timed with, and the card's clocks."""
+    """The bfloat16 reference matmul, and the card's clocks."""
     size = 128 if dry else 8192
     return [
         Row(

@@ -1,4 +1,4 @@
-"""What was wanted before anything ran, and whether a card reaches it."""
+"""Goals that were set before anything ran, and whether a card reaches them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,25 +10,25 @@ Reached = Callable[[Rows], tuple[str, bool | None] | None]
 EXPERTS_GOALS = {"mixtral_E8": 0.60, "fine_E64": 0.45}
 MFU_GOAL = 0.40
 VERDICTS = {True: "pass", False: "**fail**", None: "open"}
-LARGEST_ERROR = 2e-2  # of bfloat16 experts, over the largest entry
+LARGEST_ERROR = 2e-2  # largest error of bfloat16 experts, over the largest entry
 UNKNOWN_PEAK = "this card's peak is not in planning/hardware.py"
-DENSE = "ragged dense"  # asked for by name only: no kernel
+DENSE = "ragged dense"  # used only if named: not a kernel
 
 
 class Goal(NamedTuple):
     """A goal.
 
     Attributes:
-      text: what is wanted.
-      reached: from the rows of a card to a number in words and whether that is enough, None if
-        that is open; None where the rows for it are missing.
+      text: the goal in words.
+      reached: maps the rows of a card to a number in words and whether it is enough (None if that
+        is open); returns None if the rows are missing.
     """
 
     text: str
     reached: "Reached"
 
     def verdict(self, rows: Rows) -> str:
-        """Pass, fail or open, with the number; or that it was not measured."""
+        """Pass, fail or open, with the number; or "not measured"."""
         found = self.reached(rows)
         if found is None:
             return "not measured"
@@ -37,7 +37,7 @@ class Goal(NamedTuple):
 
 
 def of_group(rows: Rows, group: str, prefix: str) -> dict[str, dict[str, Any]]:
-    """The measured rows of a group whose names begin so, without that."""
+    """The measured rows of a group whose names begin with `prefix`, by name without it."""
     return {
         name.removeprefix(prefix): line
         for (own, name), line in rows.items()
@@ -46,7 +46,7 @@ def of_group(rows: Rows, group: str, prefix: str) -> dict[str, dict[str, Any]]:
 
 
 def is_right(line: Mapping[str, Any]) -> bool:
-    """Whether a row of experts is within tolerance. JSON has null for what is no number."""
+    """Whether a row of experts is within tolerance. In JSON, null is nan or infinity."""
     error = line.get("error")
     return error is not None and error <= LARGEST_ERROR and line.get("empty_expert") == 0
 
@@ -54,7 +54,7 @@ def is_right(line: Mapping[str, Any]) -> bool:
 def best_ragged(rows: Rows, shape: str) -> tuple[str, dict[str, Any]] | None:
     """The fastest kernel for sorted rows on a shape with even loads, and its row.
 
-    One that is not right is the best only where none is.
+    A kernel outside the tolerance is returned only if none is within.
     """
     forms = of_group(rows, "experts", f"{shape}/even/")
     kernels = [name for name in forms if name.startswith("ragged") and name != DENSE]
@@ -65,7 +65,7 @@ def best_ragged(rows: Rows, shape: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def share_of(shape: str, wanted: float) -> Reached:
-    """Whether the experts of a shape reach a share of the matmul rate."""
+    """The goal that the experts of a shape reach a fraction of the matmul rate."""
 
     def reached(rows: Rows) -> tuple[str, bool] | None:
         best = best_ragged(rows, shape)
@@ -79,7 +79,7 @@ def share_of(shape: str, wanted: float) -> Reached:
 
 
 def ahead_of_torch(shape: str) -> Reached:
-    """Whether the experts of a shape are faster than the faster form of PyTorch."""
+    """The goal that the experts of a shape are faster than PyTorch's fastest form."""
 
     def reached(rows: Rows) -> tuple[str, bool] | None:
         best, theirs = best_ragged(rows, shape), of_group(rows, "torch_experts", f"{shape}/even/")
@@ -93,7 +93,7 @@ def ahead_of_torch(shape: str) -> Reached:
 
 
 def trains_at(wanted: float) -> Reached:
-    """Whether any training step whose loss falls reaches a model FLOPs utilisation."""
+    """The goal that a training step with a falling loss reaches a model FLOPs utilisation."""
 
     def reached(rows: Rows) -> tuple[str, bool | None] | None:
         falling = {name: line.get("mfu_causal") for name, line in of_group(rows, "step", "").items()
@@ -108,7 +108,7 @@ def trains_at(wanted: float) -> Reached:
 
 
 def agrees(rows: Rows) -> tuple[str, bool | None] | None:
-    """Whether every row of parity is within tolerance; open while some are not reached."""
+    """Whether every parity row is within tolerance; open while rows are missing."""
     own = [line for (group, name), line in rows.items() if group == "parity" and name != START]
     reached = [line for line in own if line["state"] in DONE]
     if not reached:

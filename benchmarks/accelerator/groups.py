@@ -1,4 +1,4 @@
-"""What is measured, in order of value: groups of rows, each measured in a process of its own."""
+"""Groups of rows to measure, in order of value; each group is measured in its own process."""
 
 import importlib
 from collections.abc import Callable
@@ -9,11 +9,11 @@ class Row(NamedTuple):
     """A measurement.
 
     Attributes:
-      name: within its group.
-      seconds: that it takes on an accelerator, compilation included: a guess, by which a row is
-        left out when too little time is left.
-      run: measures; returns numbers and texts by name. An exception is a row that says so.
-      first: measured before what is not first in any group.
+      name: name within its group.
+      seconds: estimated seconds on an accelerator, including compilation; the row is left out if
+        less time is left.
+      run: measures; returns numbers and texts by name. An exception makes a failed row.
+      first: whether it is measured before all rows of any group that are not first.
     """
 
     name: str
@@ -26,10 +26,11 @@ class Group(NamedTuple):
     """Rows that share a process.
 
     Attributes:
-      name: of its module too.
-      share: of the run's time that it may take in a pass; what is left goes to those left out.
-      title: what the page calls it.
-      xla_flags: that its process sets.
+      name: name of the group and its module.
+      share: fraction of the run's time that the group may take in a pass; remaining time goes to
+        rows left out.
+      title: its title on the page.
+      xla_flags: XLA flags of its process.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Group(NamedTuple):
     xla_flags: str = ""
 
     def rows(self, dry: bool) -> list[Row]:
-        """Its rows, the most valuable first.
+        """The rows of the group, the most valuable first.
 
         Args:
-          dry: at sizes that a CPU computes in a moment.
+          dry: whether to use tiny sizes for a CPU.
         """
         module = importlib.import_module(f"benchmarks.accelerator.{self.name}")
         rows: list[Row] = module.rows(dry)
@@ -66,5 +67,5 @@ GROUPS = (
         xla_flags="--xla_gpu_experimental_use_ragged_dot_fusion=true",
     ),
 )
-TESTS = Group("repository_tests", 0.50, "Tests")  # only where it is asked for
+TESTS = Group("repository_tests", 0.50, "Tests")  # only on request
 BY_NAME = {group.name: group for group in (FACTS, *GROUPS, TESTS, END)}

@@ -1,6 +1,6 @@
-"""Whole MoE layers, routing included, against a dense FFN of equal active FLOPs in the same rounds.
+"""Whole MoE layers with routing against a dense FFN of equal active FLOPs in the same rounds.
 
-The four shapes of `benchmarks.moe_layer` at sizes of accelerators. Parameters are float32 and
+These are the four shapes of `benchmarks.moe_layer` at accelerator sizes. Parameters are float32 and
 tokens bfloat16, as in training; the gradient is with respect to tokens and parameters.
 """
 
@@ -22,13 +22,13 @@ from moe_jax.part import Call, Dims
 
 
 class Layer(NamedTuple):
-    """A layer and what it is run on.
+    """A layer and its input size.
 
     Attributes:
-      shape: experts, of `benchmarks.moe_layer`.
+      shape: shape of the experts, as in `benchmarks.moe_layer`.
       model_dim: M.
-      sequences: of `length` tokens.
-      length: L, also the tokens that share a capacity.
+      sequences: number of sequences.
+      length: L, tokens per sequence, which share a capacity.
     """
 
     shape: Shape
@@ -47,7 +47,7 @@ TINY = {"tiny": Layer(Shape(4, 2, 32, "swiglu"), 16, sequences=2, length=16)}
 
 
 def rows(dry: bool) -> list[Row]:
-    """Every form on all shapes: the best kernel without drops, then slots."""
+    """Every form on all shapes: the first kernel dropless, then slots, then other forms."""
     kernels = usable_kernels(dense=False)[: 1 if dry else None]  # a CPU interprets the others
     dropless = [("ragged", kernel, 0.0) for kernel in kernels]
     forms = [*dropless[:1], ("gather", "", 1.25), *dropless[1:],
@@ -65,7 +65,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def measure(layer: Layer, way: str, kernel: str, factor: float, dry: bool) -> dict[str, Any]:
-    """Times a form in turn with the dense FFN and with the matmul."""
+    """Times a form, alternating with the dense FFN and the matmul."""
     shape, dims = layer.shape, Dims(layer.model_dim)
     moe = with_kernel(moe_layer(shape, way, factor), kernel)
     key = jax.random.key(0)
@@ -92,7 +92,7 @@ def measure(layer: Layer, way: str, kernel: str, factor: float, dry: bool) -> di
     found = in_turn({"bar": matmul, **timed}, dry)
     products = 3 if experts.activation.gated else 2
     own = programs["own"].timed
-    kept = int(own.wait(own.call())[-1])  # choices: what is dropped is no useful work
+    kept = int(own.wait(own.call())[-1])  # kept choices: dropped choices are no useful work
     flops = 6.0 * kept * products * layer.model_dim * shape.expert_dim
     over = [own / floor for own, floor in zip(found["own"], found["dense"], strict=True)]
     rate = flops / statistics.median(found["own"])
@@ -111,7 +111,7 @@ def measure(layer: Layer, way: str, kernel: str, factor: float, dry: bool) -> di
 
 
 def gradient_program(function: Any, specs: Any, x_BLM: jax.Array) -> Any:
-    """Forward and backward of a layer with these parameters, and its kept choices, compiled."""
+    """The compiled forward and backward pass of a layer, which also returns kept choices."""
     params = jax.jit(lambda key: init_parameters(key, specs))(jax.random.key(0))
 
     def run(params: Any, x: jax.Array) -> Any:

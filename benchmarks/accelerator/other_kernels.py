@@ -1,7 +1,7 @@
 """Grouped matmuls that the library does not use: one product, forward and backward.
 
-So that a choice of kernels can be seen to be right, or not any more. A form that is not installed
-is a row that says so.
+They show whether the library's choice of kernels is still right. A form that is not installed gives
+a failed row.
 """
 
 import functools
@@ -21,7 +21,7 @@ Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def rows(dry: bool) -> list[Row]:
-    """The forms of this platform, on every shape with even loads."""
+    """The forms for this platform, on every shape with even loads."""
     return [
         Row(f"{name}/{form}", 12, functools.partial(measure, shape, form, dry))
         for form in ("lax", *FORMS_OF.get(platform(), ()))
@@ -30,7 +30,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def measure(shape: Shape, form: str, dry: bool) -> dict[str, Any]:
-    """Times a form in turn with the matmul; its error is against a dense product of one expert."""
+    """Times a form, alternating with the matmul; the error is against a dense product."""
     product = FORMS[form]()
     sizes = group_sizes(shape, "even")
     x = random(0, (shape.rows, shape.model_dim))
@@ -45,7 +45,7 @@ def measure(shape: Shape, form: str, dry: bool) -> dict[str, Any]:
     flops = shape.flops(shape.rows) / 3
     found = rate_against(program.timed, flops, *bar(dry), dry)
     y, (dx, dweight) = program.timed.wait(program.timed.call())
-    own = slice(int(sizes[:-2].sum()), int(sizes.sum()))  # of the last expert with rows
+    own = slice(int(sizes[:-2].sum()), int(sizes.sum()))  # rows of the last expert with rows
     expected = x[own] @ weight[-2], dy[own] @ weight[-2].T, x[own].T @ dy[own]
     pairs = zip((y[own], dx[own], dweight[-2]), expected, strict=True)
     return {
@@ -58,12 +58,12 @@ def measure(shape: Shape, form: str, dry: bool) -> dict[str, Any]:
 
 
 def lax() -> Product:
-    """`jax.lax.ragged_dot`, as the compiler of this platform computes it."""
+    """`jax.lax.ragged_dot`, as compiled for this platform."""
     return jax.lax.ragged_dot
 
 
 def mosaic_gpu(block_m: int, grid_block_n: int) -> Product:
-    """The Pallas kernels for Hopper that come with JAX, at a size of tiles."""
+    """JAX's Pallas kernels for Hopper, with a tile size."""
     from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
     from jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu import transposed_ragged_dot
 
@@ -87,7 +87,7 @@ def mosaic_gpu(block_m: int, grid_block_n: int) -> Product:
 
 
 def tokamax(implementation: str) -> Product:
-    """The package of that name."""
+    """The product of the package tokamax."""
     import tokamax as package
 
     return lambda x, weight, sizes_E: package.ragged_dot(

@@ -1,4 +1,4 @@
-"""Makes docs/accelerators.md of the records in docs/accelerators/, one file a card."""
+"""Makes docs/accelerators.md from the records in docs/accelerators/, one file per card."""
 
 import datetime
 import json
@@ -20,12 +20,12 @@ Rows = dict[tuple[str, str], Line]
 
 
 def publish(record: Record) -> str:
-    """Puts a record into `FOLDER`, if it is of an accelerator, and makes the page.
+    """Puts a record into `FOLDER`, if it is from an accelerator, and makes the page.
 
     Returns:
-      What was done, in a line.
+      One line about the result.
     """
-    rows = record.last() | record.last(MEASURED)  # what was measured once counts
+    rows = record.last() | record.last(MEASURED)  # a measured line overrides later failures
     said = "no rows: the page is made of what is there"
     if rows:
         device = rows.get(("facts", "device"), {})
@@ -41,7 +41,7 @@ def publish(record: Record) -> str:
 
 
 def slug(kind: str) -> str:
-    """The name of a card in a file name: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
+    """The file name of a card: nvidia-h100-80gb-hbm3 for "NVIDIA H100 80GB HBM3"."""
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
@@ -53,7 +53,7 @@ def measured_cards() -> list[Rows]:
 
 
 def make_page(cards: list[Rows] | None = None) -> str:
-    """The page of these cards; None: of those in `FOLDER`."""
+    """The page of these cards; None: the cards in `FOLDER`."""
     cards = measured_cards() if cards is None else cards
     text = TEXT.read_text(encoding="utf-8")
     parts = [
@@ -64,7 +64,7 @@ def make_page(cards: list[Rows] | None = None) -> str:
 
 
 def where(cards: list[Rows]) -> str:
-    """What has run, and where."""
+    """The table of runs by card."""
     if not cards:
         return (
             "**Never run.** No GPU and no TPU was at hand yet. "
@@ -84,19 +84,19 @@ def day(line: Line) -> str:
 
 
 def commits(rows: Rows) -> list[str]:
-    """Those that the rows were measured at."""
+    """The commits of the measured rows."""
     return sorted({line["commit"] for line in rows.values() if line.get("commit")})
 
 
 def counts(rows: Rows) -> str:
-    """How many rows were measured, failed or left out."""
+    """Numbers of rows measured, failed and left out."""
     states = [line["state"] for line in rows.values()]
     left = len(states) - states.count(MEASURED) - states.count(FAILED)
     return f"{states.count(MEASURED)} measured, {states.count(FAILED)} failed, {left} left out"
 
 
 def goals(cards: list[Rows]) -> str:
-    """Every goal on every card."""
+    """The table of every goal on every card."""
     kinds = [rows["facts", "device"]["kind"] for rows in cards] or ["any card"]
     found = cards or [{}]
     lines = [(goal.text, *(goal.verdict(rows) for rows in found)) for goal in GOALS]
@@ -104,7 +104,7 @@ def goals(cards: list[Rows]) -> str:
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     head = list(head)
     rows = [head, ["---"] * len(head), *([cell(value) for value in line] for line in lines)]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
@@ -129,7 +129,7 @@ def of_card(rows: Rows) -> str:
 
 
 def machine(rows: Rows) -> str:
-    """Device, versions, and rates at the beginning and at the end."""
+    """Device, versions, and rates at the beginning and the end."""
     device = rows["facts", "device"]
     versions = ", ".join(f"{name} {version}" for name, version in device["versions"].items())
     lines = [
@@ -154,7 +154,7 @@ def machine(rows: Rows) -> str:
 
 
 def left_out(own: dict[str, Line]) -> str:
-    """The rows without numbers: those that were tried, each with its reason; and the others."""
+    """The rows without numbers: tried rows, each with its reason, and others."""
     lines, others = [], []
     for name, line in own.items():
         if line.get("reason") == NOT_REACHED:
@@ -170,7 +170,7 @@ def measured(own: dict[str, Line]) -> dict[str, Line]:
 
 
 def of_speed(own: dict[str, Line]) -> str:
-    """Time, rate and memory of every row."""
+    """The table of time, rate and memory of every row."""
     head = ("row", "ms", "range", "TFLOP/s", "of the matmul rate", "MB", "error")
     lines = [
         (name, line["ms"], f"{line['ms_low']:.3g} to {line['ms_high']:.3g}", line["tflops"],
@@ -181,7 +181,7 @@ def of_speed(own: dict[str, Line]) -> str:
 
 
 def wrong_in(line: Line) -> str:
-    """The error of a row that was checked, and what may never be."""
+    """The error of a checked row, and a mark if it is wrong."""
     found = [error_of(line, "error")] if "error" in line else []
     if line.get("empty_expert", 0.0) != 0.0:
         found.append(f"**empty expert {error_of(line, 'empty_expert')}**")
@@ -191,7 +191,7 @@ def wrong_in(line: Line) -> str:
 
 
 def of_layers(own: dict[str, Line]) -> str:
-    """Every form over the dense FFN."""
+    """The table of every form, relative to the dense FFN."""
     head = ("row", "over a dense FFN", "range", "ms", "of the matmul rate", "kept", "MB")
     lines = [
         (name, f"{line['over_dense']:.2f}",
@@ -203,7 +203,7 @@ def of_layers(own: dict[str, Line]) -> str:
 
 
 def of_parity(own: dict[str, Line]) -> str:
-    """Error, tolerance and verdict."""
+    """The table of errors, tolerances and verdicts."""
     head = ("row", "largest error", "of", "tolerance", "verdict")
     lines = [
         (name, error_of(line, "error"), line["of"], f"{line['tolerance']:.0e}", passed(line))
@@ -213,13 +213,13 @@ def of_parity(own: dict[str, Line]) -> str:
 
 
 def passed(line: Line) -> str:
-    """The verdict on a row of parity."""
+    """The verdict on a parity row."""
     cpu = f", a CPU in this dtype has {error_of(line, 'cpu_error')}" if "cpu_error" in line else ""
     return ("pass" if line["passed"] else "**fail**") + cpu
 
 
 def of_steps(own: dict[str, Line]) -> str:
-    """Speed of training steps."""
+    """The table of the speed of training steps."""
     head = (
         "row",
         "what fits",
@@ -242,19 +242,19 @@ def of_steps(own: dict[str, Line]) -> str:
 
 
 def error_of(line: Line, name: str) -> str:
-    """A relative error; JSON has null for what is no number."""
+    """A relative error; in JSON, null is nan or infinity."""
     return "nan" if line[name] is None else f"{line[name]:.1e}"
 
 
 def loss_of(line: Line) -> str:
-    """The first and the last loss, and what is wrong with them."""
+    """The first and the last loss, and a note if they are wrong."""
     first, *_, last = line["losses"]
     wrong = "" if line["finite"] else ", **not finite**"
     return f"{first} to {last}" + (wrong or ("" if line["falls"] else ", **does not fall**"))
 
 
 def of_quickstart(own: dict[str, Line]) -> str:
-    """Losses of the device and of the CPU, step by step."""
+    """Losses on the device and on the CPU, step by step."""
     found = measured(own)
     steps = sorted({step for line in found.values() for step in line["losses"]}, key=int)
     head = ("where", *(f"loss at {step}" for step in steps), "tokens/s")
@@ -266,7 +266,7 @@ def of_quickstart(own: dict[str, Line]) -> str:
 
 
 def of_tests(own: dict[str, Line]) -> str:
-    """Passed and failed tests, the latter by name."""
+    """Numbers of passed tests, and failed tests by name."""
     lines = [
         (name, line["tests_passed"], line["tests_failed"], ", ".join(line["failed_by_name"]))
         for name, line in measured(own).items()

@@ -1,11 +1,11 @@
 """Values and gradients on the device against float64 on a CPU of the same machine.
 
-Ways to run experts are compared with a dense loop-free sum of their own, which shares no code with
-the library. Routers are compared with the library's own block in float64, whose ways to run experts
-are tested against oracles (tests/test_moe_run_experts.py). Inputs are rounded to the dtype first,
-so that both sides compute the same function. The error is the norm of the difference over the norm
-of the reference, of the worst array. Where a router is above its tolerance, the CPU computes the
-same dtype too: sums that cancel are inexact anywhere, and twice its error passes.
+Ways to run experts are compared with a dense loop-free sum, which shares no code with the library.
+Routers are compared with the library's block in float64, whose ways to run experts are tested
+against oracles (tests/test_moe_run_experts.py). Inputs are rounded to the dtype first, so that both
+sides compute the same function. The error is the norm of the difference over the norm of the
+reference, for the worst array. If a router exceeds its tolerance, the CPU also computes in that
+dtype: cancelling sums are inexact anywhere, so up to twice the CPU's error passes.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ from moe_jax.moe.run_experts.plan import WAYS, plan_experts
 from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims, Own
 
-# Stated before anything ran. float32 rounds at 6e-8; its products may be taken in TF32 (2**-11) or
-# in bfloat16 passes unless the highest precision is asked for; bfloat16 rounds at 2**-9.
+# Set before anything ran. float32 rounds at 6e-8; its products may use TF32 (2**-11) or bfloat16
+# passes unless the highest precision is requested; bfloat16 rounds at 2**-9.
 TOLERANCES = {"float32 highest": 1e-5, "float32": 5e-3, "bfloat16": 2e-2}
-BFLOAT16_ALONE = "mosaic_gpu"  # refuses float32, which it would multiply as TF32
+BFLOAT16_ALONE = "mosaic_gpu"  # refuses float32, which it would compute in TF32
 
 
 class Sizes(NamedTuple):
-    """Of the case: G groups of S tokens, K of E experts, M model dims, H hidden units."""
+    """Sizes of a case: G groups of S tokens, K of E experts, M model dims, H hidden units."""
 
     groups: int
     tokens: int
@@ -55,7 +55,7 @@ SEQUENCES, LENGTH = 2, 64  # for routers
 
 
 def rows(dry: bool) -> list[Row]:
-    """Ways to run experts first; then routers and the main form of attention; then the rest."""
+    """Rows of ways to run experts, routers and attention; rows that are `first` come first."""
     sizes = TINY if dry else FULL
     ways = [("ragged", kernel) for kernel in usable_kernels()]
     ways += [(way, "") for way in WAYS if way not in ("auto", "ragged")]
@@ -90,8 +90,8 @@ class Case(NamedTuple):
     Attributes:
       x_GSM: tokens.
       gate_GSK: float32, 0 for dropped choices.
-      weights: by name.
-      dy_GSM: the gradient that comes back.
+      weights: weights by name.
+      dy_GSM: gradient of the output.
     """
 
     x_GSM: Any
@@ -101,7 +101,7 @@ class Case(NamedTuple):
 
 
 def compare_way(way: str, kernel: str, precision: str, sizes: Sizes) -> dict[str, Any]:
-    """One way to run experts, with an empty expert and dropped choices."""
+    """Compares one way to run experts, with an empty expert and dropped choices."""
     case, assignment, expected = reference_case(sizes, precision.split()[0])
     moe = MoE(num_experts=sizes.experts, num_selected_experts=sizes.selected,
               expert_dim=sizes.hidden, activation=SwiGLU(), run_experts=way)  # fmt: skip
@@ -116,14 +116,14 @@ def compare_way(way: str, kernel: str, precision: str, sizes: Sizes) -> dict[str
     empty = jax.tree.map(lambda d: float(np.abs(d[-1].astype(np.float64)).max()),
                          got["gradients"]["weights"])  # fmt: skip
     found = verdict(got, expected, precision)
-    found["empty_expert"] = float(np.max(list(empty.values())))  # nan if any is
+    found["empty_expert"] = float(np.max(list(empty.values())))  # nan if any is nan
     found["passed"] = found["passed"] and found["empty_expert"] == 0
     return found
 
 
 @functools.cache
 def reference_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment, Any]:
-    """A case and its results in float64, which all ways are compared with."""
+    """A case and its float64 results, the reference of all ways."""
     case, assignment = make_case(sizes, dtype)
     return case, assignment, in_float64(
         functools.partial(with_gradients, dense_sum(assignment)), case
@@ -131,7 +131,7 @@ def reference_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment, Any]:
 
 
 def make_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment]:
-    """Random choices of all experts but the last, of which a capacity keeps three quarters."""
+    """Random choices of all experts except the last; a capacity keeps at most three quarters."""
     random = np.random.default_rng(0)
     groups, tokens, selected, experts, model, hidden = sizes
     logits = random.normal(size=(groups, tokens, experts - 1))
@@ -155,7 +155,7 @@ def make_case(sizes: Sizes, dtype: str) -> tuple[Case, Assignment]:
 
 
 def dense_sum(assignment: Assignment) -> Callable[[Case], jax.Array]:
-    """Every SwiGLU expert on every token; the kept choices weighted by their gates."""
+    """Every SwiGLU expert on every token, with kept choices weighted by their gates."""
     chosen = np.eye(assignment.num_experts)[np.asarray(assignment.expert_index_GSK)]
     kept_GSKE = chosen * np.asarray(assignment.kept_GSK)[..., None]
 
@@ -194,7 +194,7 @@ def on_cpu(function: Callable[[Any], Any], inputs: Any) -> Any:
 
 
 def in_float64(function: Callable[[Any], Any], inputs: Any) -> Any:
-    """The results of a function on the CPU, its floating-point inputs in float64."""
+    """The results of a function on the CPU, with floating-point inputs in float64."""
 
     def widened(array: Any) -> np.ndarray:
         array = np.asarray(array)
@@ -205,7 +205,7 @@ def in_float64(function: Callable[[Any], Any], inputs: Any) -> Any:
 
 
 def verdict(got: Any, expected: Any, precision: str) -> dict[str, Any]:
-    """The largest error of the arrays, which one has it, and whether it is within tolerance."""
+    """The largest error, the array that has it, and whether it is within tolerance."""
     errors = {}
     pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, a), b in pairs:
@@ -222,19 +222,19 @@ def verdict(got: Any, expected: Any, precision: str) -> dict[str, Any]:
 
 
 def relative(got: np.ndarray, expected: np.ndarray) -> float:
-    """The norm of the difference over that of what is expected, or 0 where both are 0."""
+    """The norm of the difference over the norm of the expected array; undivided if that is 0."""
     got, expected = got.astype(np.float64), expected.astype(np.float64)
     norm, difference = np.linalg.norm(expected), np.linalg.norm(got - expected)
     return float(difference / norm) if norm > 0 else float(difference)
 
 
 def nan_is_largest(value: float) -> float:
-    """A number to compare by."""
+    """The value, with nan as infinity, as a key for comparisons."""
     return math.inf if math.isnan(value) else value
 
 
 def compare_attention(kernel: str, form: attention.Form, precision: str) -> dict[str, Any]:
-    """Attention by a kernel against a softmax written out in float64."""
+    """Compares attention by a kernel with an explicit softmax in float64."""
     inputs, segments, expected = reference_attention(form, precision.split()[0])
     run = attention.by_kernel(kernel, form)
     own = functools.partial(of_attention, lambda q, k, v: run(q, k, v, jnp.asarray(segments)))
@@ -243,7 +243,7 @@ def compare_attention(kernel: str, form: attention.Form, precision: str) -> dict
 
 @functools.cache
 def reference_attention(form: attention.Form, dtype: str) -> tuple[dict[str, Any], Any, Any]:
-    """Inputs, documents, and results in float64, which all kernels are compared with."""
+    """Inputs, documents and float64 results, the reference of all kernels."""
     q, k, v, dy = attention.draw(form, jnp.dtype(dtype))
     segments = np.broadcast_to(form.segments, (form.batch, form.length))
     inputs = {"q": q, "k": k, "v": v, "dy": dy}
@@ -260,7 +260,7 @@ def of_attention(function: Callable[..., jax.Array], inputs: dict[str, jax.Array
 def softmax_of_seen(
     form: attention.Form, segments: np.ndarray, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-    """Attention of [B, L, N, D], in whatever dtype it is given."""
+    """Attention of [B, L, N, D], in the dtype of the inputs."""
     place = np.arange(form.length)
     near = place[:, None] - place[None] < (form.window or form.length)
     seen = (segments[:, :, None] == segments[:, None]) & np.tri(form.length, dtype=bool) & near
@@ -272,7 +272,7 @@ def softmax_of_seen(
 
 
 def compare_router(kind: str, precision: str) -> dict[str, Any]:
-    """A block with this router: in training if it draws nothing there, else in evaluation."""
+    """Compares a block with this router, in training, or in evaluation if training is random."""
     dtype, random = precision.split()[0], np.random.default_rng(1)
     router = load_kind("router", kind)()
     assert isinstance(router, Router)
@@ -280,7 +280,7 @@ def compare_router(kind: str, precision: str) -> dict[str, Any]:
     moe = dataclasses.replace(moe, num_experts=8, expert_dim=64,
                               group_size=LENGTH if moe.group_size else 0)  # fmt: skip
     params = init_parameters(jax.random.key(0), moe.specs(Dims(64)))
-    # Decided, so that rounding flips no choice.
+    # Larger weights separate the logits, so that rounding flips no choice.
     params = jax.tree.map(lambda a: a * 4 if a.ndim == 2 else a, params)
     inputs = {
         "params": jax.tree.map(lambda a: np.asarray(a).astype(dtype), params),
@@ -304,7 +304,7 @@ def compare_router(kind: str, precision: str) -> dict[str, Any]:
 
 
 def reference_of(moe: MoE, training: bool, inputs: dict[str, Any]) -> tuple[Any, str]:
-    """The block on the CPU in float64; in float32 where it is written for that alone (Sinkhorn)."""
+    """Results of the block on the CPU in float64, or in float32 if it needs that (Sinkhorn)."""
     exact = functools.partial(block_with_gradients, wide(moe), training)
     try:
         return in_float64(exact, inputs), "float64"
@@ -316,24 +316,24 @@ def reference_of(moe: MoE, training: bool, inputs: dict[str, Any]) -> tuple[Any,
 
 
 def draws(function: Callable[[Any], Any], inputs: Any) -> bool:
-    """Whether a function draws random numbers, which float64 would draw differently."""
+    """Whether a function draws random numbers, which would differ in float64."""
     return "random_bits" in str(jax.make_jaxpr(function)(inputs))
 
 
 def by_contractions(moe: MoE) -> MoE:
-    """The block without a kernel, which a CPU computes beside a GPU."""
+    """The block without a kernel, so that a CPU can run it too."""
     return moe if moe.router.mixes else dataclasses.replace(moe, run_experts="einsum")
 
 
 def wide(moe: MoE) -> MoE:
-    """That block for float64: its router in that dtype, which no run may have."""
+    """The block without a kernel and with a float64 router, which configs do not allow."""
     router = dataclasses.replace(moe.router)
     object.__setattr__(router, "dtype", "float64")
     return dataclasses.replace(by_contractions(moe), router=router)
 
 
 def block_with_gradients(moe: MoE, training: bool, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Output, gradients of sum(y * dy) by parameters and tokens, and how many choices were kept."""
+    """Output, gradients of sum(y * dy) by parameters and tokens, and counts of kept choices."""
     rng = jax.random.key(2) if training else None
     call = Call(tokens_BL=inputs["tokens"], rng=rng, capacity=moe.capacity.train_factor)
 

@@ -1,7 +1,7 @@
 """configs/quickstart.py for a hundred steps, on the device and on a CPU of the same machine.
 
-The same config gives the same data in the same order and the same initial values, so that the
-losses of both should stay close.
+Both have the same data in the same order and the same initial values, so their losses should stay
+close.
 """
 
 import functools
@@ -27,7 +27,7 @@ DRY = ["--config.training.batch_size=2", "--config.data.sequence_length=32",
 
 
 def rows(dry: bool) -> list[Row]:
-    """The device, and the CPU to compare with."""
+    """Rows for the device and for the CPU."""
     return [
         Row("device", 45, functools.partial(train, "", dry), first=True),
         Row("cpu", 45, functools.partial(train, "cpu", dry)),
@@ -35,7 +35,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def train(platforms: str, dry: bool) -> dict[str, Any]:
-    """Trains by the command, and reads its metrics."""
+    """Trains with the command and reads its metrics."""
     steps = 10 if dry else STEPS
     environment = dict(os.environ)
     if platforms:
@@ -54,7 +54,7 @@ def train(platforms: str, dry: bool) -> dict[str, Any]:
 
 
 def summary(metrics: dict[int, dict[str, float]]) -> dict[str, Any]:
-    """The losses at the steps of `SHOWN`, or at all of a shorter run, and the median speed."""
+    """The losses at the steps of `SHOWN`, or at all steps of a shorter run; the median speed."""
     losses = {step: row["train/loss"] for step, row in metrics.items() if "train/loss" in row}
     shown = [step for step in SHOWN if step in losses] if max(losses) >= SHOWN[-1] else losses
     rates = [row["perf/tokens_per_s"] for row in metrics.values() if "perf/tokens_per_s" in row]
@@ -65,7 +65,7 @@ def summary(metrics: dict[int, dict[str, float]]) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path) -> dict[int, dict[str, float]]:
-    """The metrics of every step that has any."""
+    """The metrics by step, for steps that have any."""
     found: dict[int, dict[str, float]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -74,7 +74,7 @@ def read(path: pathlib.Path) -> dict[int, dict[str, float]]:
 
 
 def reason(text: str) -> str:
-    """The last line that names an error."""
+    """The last line that mentions an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if "rror" in line]
     return (telling or lines or ["it said nothing"])[-1][:250]

@@ -1,6 +1,6 @@
-"""The record of a run: a file of JSON lines that is whole after every line, whatever is killed.
+"""The record of a run: a file of JSON lines that stays valid whichever process is killed.
 
-A row has a line when it starts and one when it ends. The last line of a row counts.
+A row gets a line when it starts and a line when it ends. The last line of a row counts.
 """
 
 import functools
@@ -14,9 +14,9 @@ from typing import Any
 from moe_jax.config.json_text import json_text
 
 STARTED, MEASURED, FAILED, SKIPPED = "started", "measured", "failed", "skipped"
-START = "start"  # the row of a process that ended before its first
+START = "start"  # name of the row for a process that ended before its first row
 DONE = (MEASURED, FAILED)  # not measured again
-NOT_REACHED = "not reached"  # why a row was left out that nothing tried yet
+NOT_REACHED = "not reached"  # reason of a row that was not tried yet
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 Line = dict[str, Any]
@@ -24,22 +24,22 @@ Key = tuple[str, str]  # group and row
 
 
 class Record:
-    """The file. Several processes may append to it, one at a time.
+    """A record file. Several processes may append to it, one at a time.
 
     Args:
-      path: of the file, which need not exist.
+      path: path of the file, which need not exist.
     """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
 
     def add(self, group: str, row: str, state: str, **found: Any) -> Line:
-        """Appends a line and waits until it is on the disk."""
+        """Appends a line and waits until it is on disk."""
         line = {"group": group, "row": row, "state": state, "at": round(time.time(), 1), **found}
         text = json_text(line) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
-            # A line that a kill cut off ends here.
+            # Ends a line that a kill cut off.
             if file.tell() and not self._ends_with_newline():
                 file.write(b"\n")
             file.write(text.encode())
@@ -53,7 +53,7 @@ class Record:
             return file.read(1) == b"\n"
 
     def lines(self) -> list[Line]:
-        """All lines; those that a kill cut off are left out."""
+        """All lines, except lines that a kill cut off."""
         if not self.path.exists():
             return []
         found = []
@@ -65,7 +65,7 @@ class Record:
         return found
 
     def last(self, *states: str) -> dict[Key, Line]:
-        """The last line of every row, or the last of these states."""
+        """The last line of every row, or the last line with one of these states."""
         return {
             (line["group"], line["row"]): line
             for line in self.lines()
@@ -73,13 +73,13 @@ class Record:
         }
 
     def forget_failed(self) -> None:
-        """Marks the rows that failed as left out, so that they are measured again."""
+        """Marks failed rows as left out, so that they are measured again."""
         for (group, row), line in self.last().items():
             if line["state"] == FAILED:
                 self.add(group, row, SKIPPED, reason="to be tried again", needs=0.0)
 
     def running(self) -> Line | None:
-        """The line of the row that was started last, if it has not ended."""
+        """The line of the row that is running, or None."""
         lines = self.lines()
         return lines[-1] if lines and lines[-1]["state"] == STARTED else None
 
@@ -88,7 +88,7 @@ class Record:
 def commit() -> str:
     """The commit of this checkout, with a + if files differ from it.
 
-    The variable MOE_JAX_COMMIT names it where there is a copy without git.
+    The environment variable MOE_JAX_COMMIT sets it in a copy without git.
     """
     if "MOE_JAX_COMMIT" in os.environ:
         return os.environ["MOE_JAX_COMMIT"]

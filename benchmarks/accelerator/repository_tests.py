@@ -1,6 +1,6 @@
-"""Test files that make sense on an accelerator, with their results by name.
+"""Runs test files that are useful on an accelerator; results are by name.
 
-They run at the highest precision of products, since their tolerances are those of float32.
+They use the highest precision of products, since their tolerances are for float32.
 """
 
 import functools
@@ -52,7 +52,7 @@ def run_tests(name: str) -> dict[str, Any]:
 
 
 def counted(results: pathlib.Path) -> dict[str, Any]:
-    """How many passed, and which failed, with the first line of why."""
+    """The number of passed tests, and failed tests with the first line of their error."""
     passed, failed = 0, {}
     for case in ElementTree.parse(results).iter("testcase"):
         problems = [one for one in case if one.tag in ("failure", "error")]

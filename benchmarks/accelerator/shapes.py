@@ -1,4 +1,4 @@
-"""Expert layers to measure, and how tokens spread over their experts. No JAX: PyTorch reads it too.
+"""Expert layers to measure, and their loads. It imports no JAX, since PyTorch's process uses it.
 
 R counts rows (choices of experts), M model dims, H hidden units, E experts.
 """
@@ -8,15 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 ROUTINGS = ("even", "zipf")
-PRODUCTS = 3  # of SwiGLU
-FACTOR = 1.25  # slots over the mean load
+PRODUCTS = 3  # matrix products of SwiGLU
+FACTOR = 1.25  # ratio of slots to mean load
 
 
 class Shape(NamedTuple):
     """SwiGLU experts on one device.
 
     Attributes:
-      rows: R, of all experts.
+      rows: R, rows of all experts.
       experts: E.
       model_dim: M.
       expert_dim: H.
@@ -29,11 +29,11 @@ class Shape(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Of one expert, at `FACTOR`."""
+        """Slots per expert at `FACTOR`."""
         return -(-int(self.rows * FACTOR) // self.experts)
 
     def flops(self, rows: int) -> float:
-        """Of rows forward, and backward to rows and weights: three times forward."""
+        """FLOPs of `rows` rows, forward and backward to rows and weights: three times forward."""
         return 3 * PRODUCTS * 2.0 * rows * self.model_dim * self.expert_dim
 
 
@@ -46,7 +46,7 @@ TINY = {"tiny_E4": Shape(128, 4, 32, 64)}
 
 
 def group_sizes(shape: Shape, routing: str) -> np.ndarray:
-    """Rows of each expert, int32 [E]: alike, or as 1 / rank; the last has none."""
+    """Rows of each expert, int32 [E]: equal, or proportional to 1 / rank; the last has none."""
     busy = shape.experts - 1
     weights = np.ones(busy) if routing == "even" else 1 / np.arange(1, busy + 1)
     sizes = np.floor(weights / weights.sum() * shape.rows).astype(np.int32)
@@ -55,5 +55,5 @@ def group_sizes(shape: Shape, routing: str) -> np.ndarray:
 
 
 def kept_in_slots(shape: Shape, routing: str) -> int:
-    """Rows that find one of `shape.slots`."""
+    """Rows that fit into `shape.slots` slots per expert."""
     return int(np.minimum(group_sizes(shape, routing), shape.slots).sum())

@@ -1,9 +1,9 @@
-"""Whole training steps: a 0.5 B model, and one of Mixtral's shape with as many layers as fit.
+"""Whole training steps: a 0.5 B model, and a Mixtral-shaped model with as many layers as fit.
 
 A step is that of `moe_jax.train`: forward, backward, AdamW in float32, activations in bfloat16.
-Tokens are random with the frequencies of Zipf's law, so that the loss falls from ln V. Model FLOPs
-are three times forward, without padding and recomputation, with attention as the whole L x L square
-(`planning.flops`: `mfu`) and as the half that is seen (`mfu_causal`).
+Tokens are random with Zipf frequencies, so that the loss falls from ln V. Model FLOPs are three
+times forward, without padding and recomputation. Attention counts the whole L x L square
+(`planning.flops`: `mfu`) or only its visible half (`mfu_causal`).
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 
 STEPS = 12
-BATCHES = 4  # that are taken in turn
-USED = 0.75  # of the memory, at most, by the estimate, which compilers exceed by up to a third
-TRIES = 3  # configurations that are compiled before a row gives up
-ENOUGH = 16_384  # tokens of a step
+BATCHES = 4  # batches used in turn
+USED = 0.75  # largest fraction of memory by the estimate; compilers exceed it by up to a third
+TRIES = 3  # configurations compiled before a row gives up
+ENOUGH = 16_384  # tokens per step that hide the optimizer
 REMAT = ("none", "dots", "full")
 DEFAULT = "as it comes"
 
@@ -61,11 +61,11 @@ class Size(NamedTuple):
     Attributes:
       model_dim: M.
       expert_dim: H.
-      heads: of attention, of 128 dims; `kv_heads` of them for keys and values.
-      layers: at least and at most.
+      heads: attention heads of 128 dims; `kv_heads` for keys and values.
+      layers: minimum and maximum number of layers.
       vocab_size: V.
       length: L.
-      batches: sequences a step, the one to be preferred first.
+      batches: sequences per step, in order of preference.
     """
 
     model_dim: int
@@ -86,7 +86,7 @@ TINY = {"tiny": Size(32, 48, 2, 1, (1, 2), 64, 32, (4, 2))}
 
 
 def rows(dry: bool) -> list[Row]:
-    """Each model as it comes; then dropless, with each kernel."""
+    """Each model with default settings; then dropless, with each kernel."""
     sizes = TINY if dry else SIZES
     kernels = usable_kernels(dense=False)[: 1 if dry else None]  # a CPU interprets the others
     ways = [DEFAULT, *map(ragged, kernels)]
@@ -104,7 +104,7 @@ def measure(size: Size, way: str, dry: bool) -> dict[str, Any]:
         try:
             return {**train(config, dry), "does_not_fit": errors}
         except jax.errors.JaxRuntimeError as error:
-            # XLA says the same of a kernel that needs more shared memory than there is.
+            # XLA reports the same if a kernel needs more shared memory than there is.
             if "RESOURCE_EXHAUSTED" not in str(error) or "hared memory" in str(error):
                 raise
             errors.append(f"{describe(config)}: {message_of(error)}")
@@ -118,10 +118,10 @@ def memory_limit() -> float:
 
 
 def fitting(size: Size, way: str, limit: float) -> Iterator[ExperimentConfig]:
-    """Configurations whose estimate fits, the one to be preferred first.
+    """Configurations whose estimated memory fits, in order of preference.
 
-    That is one with tokens enough to hide the optimizer; then, with the least recomputation, since
-    it does not count as useful; then with the most layers.
+    First are configurations with enough tokens to hide the optimizer, then those with the least
+    recomputation, which is not useful work, then those with the most layers.
     """
     least, most = size.layers
     for enough in (True, False):
@@ -135,7 +135,7 @@ def fitting(size: Size, way: str, limit: float) -> Iterator[ExperimentConfig]:
 
 
 def config_of(size: Size, way: str, layers: int, batch: int, remat: str) -> ExperimentConfig:
-    """The experiment."""
+    """The experiment of a configuration."""
     moe = MoE(
         num_experts=8,
         num_selected_experts=2,
@@ -166,20 +166,20 @@ def config_of(size: Size, way: str, layers: int, batch: int, remat: str) -> Expe
 
 
 def with_ragged(moe: MoE) -> MoE:
-    """The block dropless, by sorted rows."""
+    """The block, dropless and with sorted rows."""
     capacity = Capacity(train_factor=0.0, eval_factor=0.0)
     return dataclasses.replace(moe, run_experts="ragged", capacity=capacity)
 
 
 def describe(config: ExperimentConfig) -> str:
-    """Layers, batch and recomputation in a few words."""
+    """Layers, batch and recomputation as text."""
     model = config.model
     return (f"{model.stack.repeats} layers, {config.training.batch_size} x "
             f"{config.data.sequence_length} tokens, remat {model.remat}")  # fmt: skip
 
 
 def batch_of(config: ExperimentConfig, seed: int) -> dict[str, jax.Array]:
-    """A microbatch of random next tokens, frequent as 1 / rank."""
+    """A microbatch of random tokens, with frequencies proportional to 1 / rank."""
     vocab, length = config.model.vocab_size, config.data.sequence_length
     shape = (1, config.training.batch_size, length)
     weights = 1 / np.arange(1, vocab + 1)
@@ -195,7 +195,7 @@ def batch_of(config: ExperimentConfig, seed: int) -> dict[str, jax.Array]:
 
 
 def train(config: ExperimentConfig, dry: bool) -> dict[str, Any]:
-    """Compiles the step, takes `STEPS` of them, and says what they took."""
+    """Compiles the step, takes `STEPS` steps, and returns their times and losses."""
     state = jax.jit(init_state, static_argnums=0)(config)
     batches = [batch_of(config, seed) for seed in range(BATCHES)]
     begin = time.perf_counter()
@@ -225,7 +225,7 @@ def train(config: ExperimentConfig, dry: bool) -> dict[str, Any]:
 
 
 def rates(config: ExperimentConfig, seconds: list[float], matmul_rate: float) -> dict[str, Any]:
-    """Tokens and FLOPs a second, of the median step."""
+    """Tokens and FLOPs per second of the median step."""
     median = statistics.median(seconds)
     tokens = config.training.batch_size * config.data.sequence_length
     flops = 3 * count_flops(config.model, config.lengths).model * tokens
@@ -248,7 +248,7 @@ def rates(config: ExperimentConfig, seconds: list[float], matmul_rate: float) ->
 
 
 def unseen_flops(config: ExperimentConfig) -> float:
-    """FLOPs of a token in a step, of scores and values that no query sees: half of the square."""
+    """FLOPs per token and step of masked scores and values: half of the square."""
     attention = config.model.part["attention"]
     width = attention.num_heads * attention.head_dim
     return 3 * config.model.stack.repeats * 2.0 * config.data.sequence_length * width

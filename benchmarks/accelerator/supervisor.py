@@ -1,7 +1,7 @@
-"""Starts a process for each group of rows, and stops it when a row or the time runs out.
+"""Starts a process for each group of rows, and stops it if a row or the run is out of time.
 
-This process never touches the accelerator: a kernel that aborts or hangs takes its own process
-along, the row is recorded as failed, and the next process goes on behind it.
+This process never uses the accelerator. A kernel that aborts or hangs ends its own process; its row
+is recorded as failed, and the next process continues with the following rows.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ from benchmarks.accelerator.record import (
     Record,
 )
 
-STARTUP = 10.0  # seconds until a process measures
+STARTUP = 10.0  # seconds before a process starts to measure
 RESERVED = 25.0  # seconds for the last rows and for stopping
 POLL = 0.1
 DEVICE = ("facts", "device")
 OUT_OF_TIME = "the time was up"
-GO_ON: Line = {}  # another process takes the rows behind
+GO_ON: Line = {}  # another process measures the following rows
 
 
 def environment_of_child(
     environment: Mapping[str, str], dry: bool, xla_flags: str = ""
 ) -> dict[str, str]:
-    """The variables of a process that measures; those that are set already stay.
+    """The environment variables of a child process; variables that are already set are kept.
 
-    Memory is not taken in advance, so that the process of PyTorch finds some, but up to 92 % of it
-    may be taken. Programs that were compiled once are kept for the next start.
+    Memory is not preallocated, which leaves memory for PyTorch's process; up to 92 % may be used.
+    Compiled programs are cached for the next start.
     """
     cache = ROOT / ".cache" / "accelerator"
     wanted = {
@@ -54,7 +54,7 @@ def environment_of_child(
     made = {**wanted, **environment}
     platforms = "cpu" if dry else environment.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
-        platforms += ",cpu"  # where parity is computed in float64
+        platforms += ",cpu"  # parity uses it for float64
     made["JAX_PLATFORMS"] = platforms
     if xla_flags:
         made["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
@@ -63,13 +63,13 @@ def environment_of_child(
 
 
 class Supervisor:
-    """A run of all groups in a time.
+    """A run of all groups in limited time.
 
     Args:
-      record: to add to.
-      minutes: that it may take.
-      dry: at tiny sizes on a CPU.
-      say: gets a line of text for every row.
+      record: record to add to.
+      minutes: time limit.
+      dry: whether to run tiny sizes on a CPU.
+      say: called with a line of text for every row.
     """
 
     def __init__(self, record: Record, minutes: float, dry: bool, say: Callable[[str], None]):
@@ -77,15 +77,15 @@ class Supervisor:
         self.seconds, self.end = minutes * 60, time.time() + minutes * 60
         record.path.parent.mkdir(parents=True, exist_ok=True)
         self.log = record.path.with_suffix(".log")
-        self.tried: set[str] = set()  # the groups that had a process in this run
+        self.tried: set[str] = set()  # groups that had a process in this run
         running = record.running()
-        if running is not None:  # when an earlier run was killed
+        if running is not None:  # an earlier run was killed
             line = left_out(running, "the run was killed", running.get("needs", 0.0))
             record.add(running["group"], running["row"], SKIPPED, **line)
         self.said = len(record.lines())
 
     def run(self, groups: tuple[Group, ...] = GROUPS) -> None:
-        """What is first in all groups; then all that they have; then the rows left out.
+        """Runs the first rows of all groups; then all their rows; then the rows left out.
 
         In the first two passes a group has its share of the time.
 
@@ -108,10 +108,10 @@ class Supervisor:
         self.run_group(END, self.end)
 
     def check_machine(self, before: str | None = None) -> None:
-        """Refuses to measure a CPU for an accelerator, or two kinds of device in one record.
+        """Refuses to measure a CPU as an accelerator, or two kinds of device in one record.
 
         Raises:
-          RuntimeError: in one line.
+          RuntimeError: the device is unsuitable, or JAX did not start.
         """
         device = self.record.last().get(DEVICE, {})
         if device.get("platform") == "cpu" and not self.dry:
@@ -131,10 +131,10 @@ class Supervisor:
             )
 
     def fits(self, group: Group, seconds: float, only_first: bool = False) -> bool:
-        """Whether a row that is left would fit in so many seconds."""
+        """Whether any remaining row would fit in `seconds`."""
         own = [line for (name, row), line in self.record.last().items()
                if name == group.name and row != START]  # fmt: skip
-        if not own:  # no process has said yet which rows there are
+        if not own:  # no process has listed the rows yet
             return seconds > 0 and group.name not in self.tried
         return any(
             line["state"] == SKIPPED
@@ -144,7 +144,7 @@ class Supervisor:
         )
 
     def run_group(self, group: Group, until: float, only_first: bool = False) -> None:
-        """Measures a group, in as many processes as it takes."""
+        """Measures a group, in as many processes as needed."""
         self.tried.add(group.name)
         while time.time() + STARTUP / 2 < until or self.dry:
             outcome = self.run_child(group, until, only_first)
@@ -158,16 +158,16 @@ class Supervisor:
                 return
 
     def forget_start(self, group: Group) -> None:
-        """After a process that measured: an earlier one that did not start is of no interest."""
+        """Clears an earlier failure to start, once a process has measured."""
         if self.record.last().get((group.name, START), {}).get("state") == FAILED:
             self.record.add(group.name, START, SKIPPED, reason="a later process started")
 
     def run_child(self, group: Group, until: float, only_first: bool = False) -> Line | None:
-        """One process.
+        """Runs one process.
 
         Returns:
-          The line of the row in which it ended; `GO_ON`: it ended after one; None: there is no
-          other that it could measure.
+          The line of the row in which it ended (`START` before the first row); `GO_ON` if it ended
+          after a row; None if it has measured all rows that it could.
         """
         command = [sys.executable, "-m", "benchmarks.accelerator.child", group.name]
         command += [f"--record={self.record.path}", f"--until={until}", *["--dry"] * self.dry]
@@ -202,7 +202,7 @@ class Supervisor:
         return {"row": running["row"], "state": FAILED, "error": error[:400]}
 
     def wait(self, process: subprocess.Popen[bytes], begin: float, until: float) -> str:
-        """Waits until a process ends, or for the reason to end it."""
+        """Waits until a process ends; returns "" or the reason to stop it."""
         latest = begin
         while process.poll() is None:
             time.sleep(POLL)
@@ -219,12 +219,12 @@ class Supervisor:
         return ""
 
     def last_line(self) -> float:
-        """When the record got its last line."""
+        """Time of the last line of the record."""
         lines = self.record.lines()
         return lines[-1]["at"] if lines else 0.0
 
     def tell(self) -> None:
-        """Says what the record has got."""
+        """Reports the new lines of the record."""
         lines = self.record.lines()
         for line in lines[self.said :]:
             if line["state"] != STARTED and line.get("reason") != NOT_REACHED:
@@ -233,13 +233,13 @@ class Supervisor:
 
 
 def left_out(running: Line, reason: str, took: float) -> Line:
-    """What is recorded of a row that was stopped: it needs more than twice what it took so far."""
+    """The record of a stopped row: its new estimate is at least twice the time it took."""
     needs = max(running.get("needs", 0.0), 2 * took)
     return {"reason": reason, "needs": needs, "cut": took, "first": running.get("first", True)}
 
 
 def text_of(line: Line) -> str:
-    """A line for people."""
+    """A line of the record as readable text."""
     hidden = ("group", "row", "state", "at", "limit", "needs", "cut", "first", "commit", "form")
     values = ", ".join(f"{name} {short(value)}" for name, value in line.items()
                        if name not in hidden)  # fmt: skip
@@ -247,27 +247,27 @@ def text_of(line: Line) -> str:
 
 
 def short(value: object) -> str:
-    """A value in few characters."""
+    """A value as short text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def ending(code: int) -> str:
-    """What ended a process: "signal 6 (SIGABRT)", "exit code 1"."""
+    """How a process ended: "signal 6 (SIGABRT)", "exit code 1"."""
     return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it started."""
+    """Kills a process and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)  # a driver may hold it for longer
+        process.wait(timeout=10)  # a driver may hold it longer
 
 
 def last_words(log: pathlib.Path, begin: int) -> str:
-    """What a process said last that looks like a reason."""
+    """The last output line of a process that looks like a reason."""
     with log.open("rb") as file:
         file.seek(begin)
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]

@@ -1,6 +1,6 @@
-"""The same three products by `torch._grouped_mm` on a GPU: as products, and as transformers does.
+"""The same three products by `torch._grouped_mm` on a GPU: only products, and as in transformers.
 
-PyTorch has a process of its own, in which JAX does not start. Rows are timed in turn with
+PyTorch has its own process, in which JAX does not start. Rows are timed in turn with
 `torch.matmul`.
 """
 
@@ -17,7 +17,7 @@ PLAIN, FUSED = "three products", "gate and inner product in one (transformers)"
 
 
 def rows(dry: bool) -> list[Row]:
-    """None where PyTorch is not installed."""
+    """The rows; [] if PyTorch is not installed."""
     if importlib.util.find_spec("torch") is None:
         return []
     return [
@@ -30,7 +30,7 @@ def rows(dry: bool) -> list[Row]:
 
 
 def measure(shape: Shape, routing: str, form: str, dry: bool) -> dict[str, Any]:
-    """Times one form in turn with the matmul, forward and backward."""
+    """Times one form, forward and backward, alternating with the matmul."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +55,7 @@ def experts(shape: Shape, routing: str, form: str, device: str) -> Callable[[], 
     """Forward and backward of the experts, on random rows and weights."""
     import torch
 
-    def draw(*size: int, stddev: float = 1.0) -> Any:  # weights as [E, out, in], as there
+    def draw(*size: int, stddev: float = 1.0) -> Any:  # weights are [E, out, in], as in PyTorch
         values = torch.randn(*size, device=device, dtype=torch.bfloat16) * stddev
         return values.requires_grad_()
 
@@ -82,7 +82,7 @@ def experts(shape: Shape, routing: str, form: str, device: str) -> Callable[[], 
 
 
 def grouped_product() -> Callable[..., Any]:
-    """[R, I] x [E, O, I] by the ends of the groups: the public name, or the older one."""
+    """The grouped product [R, I] x [E, O, I], under its public name or its older name."""
     import torch
 
     public = getattr(torch.nn.functional, "grouped_mm", None)
