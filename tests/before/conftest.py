@@ -1,3 +1,3 @@
-"""`save.py` runs on an old commit alone: the collection of doctests must not import it."""
+"""`save.py` runs only on an old commit: the collection of doctests must not import it."""
 
 collect_ignore = ["save.py"]

@@ -1,22 +1,21 @@
-"""Saves what the code of commit f891836 computes, to be compared with what replaces it.
+"""Saves what commit f891836 computes, for comparison with later code.
 
-It runs on commit f891836 of the repository, not on any later one, and was the source of the files
-beside it:
+It runs only on commit f891836 of the repository, and made the files in this folder:
 
     git worktree add /tmp/old f891836
     cd /tmp/old
     PYTHONPATH=/tmp/old python REPOSITORY/tests/before/save.py            # writes every file
     PYTHONPATH=/tmp/old python REPOSITORY/tests/before/save.py check      # computes them again
 
-Names of files after that restrict it to these. `MODELS` are whole models, trained for ten steps of
-plain SGD; `BLOCKS` are single calls of the MoE block in which something is random. Every file is an
-`.npz` that is enough by itself: config, parameters, batches, and what was computed from them.
+Names of files as further arguments restrict it to these. `MODELS` are whole models, trained for
+ten steps of plain SGD. `BLOCKS` are single calls of the MoE block with something random. Every
+file is a self-contained `.npz`: config, parameters, batches, and the results.
 
-Routing is discrete, so that a comparison is worth something only where rounding decides nothing.
-Seeds are tried until no choice is close (`Meter`), and until neither another dispatcher nor
-parameters that are moved by a millionth of themselves change the loads of ten steps (`steadiness`).
+Routing is discrete, so a comparison means something only if rounding decides nothing. Seeds are
+tried until no choice is close (`Meter`), and until the loads of ten steps stay the same under
+another dispatcher and under parameters moved by a millionth of themselves (`steadiness`).
 """
-# Modules that are no longer there would be sorted as another package's.
+# Imports of removed modules would be sorted like those of another package.
 # ruff: noqa: I001
 
 import contextlib
@@ -52,12 +51,12 @@ from moe_jax.training.step import gradient, next_router_bias
 HERE = pathlib.Path(__file__).parent
 NUM_STEPS, LEARNING_RATE = 10, 0.1
 BATCH_SIZE, LENGTH, VOCAB_SIZE, MODEL_DIM = 8, 16, 61, 16
-NUM_LOGIT_ROWS = 3  # sequences whose logits are kept
+NUM_LOGIT_ROWS = 3  # sequences with saved logits
 MOST_SEEDS = 60
-# What a seed has to give: the least gap between what is chosen and what is not in the first step
-# and the evaluations, the same in all steps, and that between two choices of a token, in all steps.
+# Requirements on a seed. Least gap between chosen and rejected options, in the first step and the
+# evaluations; the same in all steps; least gap between two choices of a token, in all steps.
 FIRST_GAP, GAP, ORDER_GAP = 1e-4, 2e-5, 2e-6
-# How far the losses of ten steps may differ, see `steadiness`.
+# How far the losses of ten steps may differ; see `steadiness`.
 MOST_UNSTEADY = 1e-5
 
 Settings = dict[str, Any]
@@ -70,12 +69,12 @@ class Model(NamedTuple):
     """A model to be saved.
 
     Attributes:
-      model: settings of `config.model` but for the MoE block.
-      moe: of the block.
-      num_parts: microbatches of a step.
+      model: settings of `config.model` other than the MoE block.
+      moe: settings of the block.
+      num_parts: microbatches per step.
       packed: whether sequences hold several documents and padding.
-      distinct: whether the tokens of two neighbouring sequences all differ. Two that have the same
-        before them are else computed alike, and tie where tokens of a group are compared.
+      distinct: whether the tokens of two neighbouring sequences all differ. Otherwise two tokens
+        with equal predecessors are computed alike, and tie where tokens of a group are compared.
     """
 
     model: Settings
@@ -340,7 +339,7 @@ MODELS: dict[str, Model] = {
 
 
 def experiment(model: Model) -> ExperimentConfig:
-    """The config of a model's run."""
+    """The config for a model's run."""
     sizes = {
         "vocab_size": VOCAB_SIZE, "num_layers": 3, "model_dim": MODEL_DIM, "num_heads": 2,
         "head_dim": 4, "ffn_dim": 24,
@@ -360,7 +359,7 @@ def experiment(model: Model) -> ExperimentConfig:
 
 
 def draw_batches(model: Model, seed: int) -> dict[str, np.ndarray]:
-    """Ten batches, [steps, parts, sequences, L], of tokens of which some are frequent."""
+    """Ten batches, [steps, parts, sequences, L], in which some tokens are frequent."""
     rng = np.random.default_rng(seed)
     shape = (NUM_STEPS, BATCH_SIZE, LENGTH)
     share = 1 / (np.arange(VOCAB_SIZE) + 4)
@@ -388,7 +387,7 @@ def draw_batches(model: Model, seed: int) -> dict[str, np.ndarray]:
 
 
 def pack(batches: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Cuts sequences into documents with padding behind them; one of a batch is all padding.
+    """Cuts sequences into documents followed by padding; one per batch is all padding.
 
     Loss weights are uneven, and 0 on padding and at the end of a document.
     """
@@ -418,9 +417,9 @@ def pack(batches: Mapping[str, np.ndarray], rng: np.random.Generator) -> dict[st
 
 
 def moved(params: Any, seed: int) -> Any:
-    """Parameters off every neutral value, exact in bfloat16 (so that they take less room).
+    """Parameters away from neutral values, and exact in bfloat16 to save space.
 
-    Routers get logits that are far apart, norms and scales are not 1, biases are not 0.
+    Router logits are far apart, norms and scales are not 1, biases are not 0.
     """
     rng = np.random.default_rng(seed)
 
@@ -436,13 +435,13 @@ def moved(params: Any, seed: int) -> Any:
 
 @functools.cache
 def initializer(config: ExperimentConfig) -> Callable[[jax.Array], Any]:
-    """Draws the parameters of a model from a key, by the old initialisation."""
+    """Returns the old initialisation: a model's parameters from a key."""
     tokens = jnp.ones((1, max(config.model.moe.group_size, LENGTH)), jnp.int32)
     return jax.jit(lambda key: Decoder(config.model).init(key, tokens, tokens, tokens)["params"])
 
 
 def draw_state(config: ExperimentConfig, seed: int) -> TrainState:
-    """A state to start from, its selection bias (if there is one) off 0."""
+    """An initial state; its selection bias, if any, is not 0."""
     params = moved(initializer(config)(jax.random.key(seed)), seed)
     bias_XE = None
     moe = config.model.moe
@@ -478,13 +477,13 @@ def nested(arrays: Mapping[str, np.ndarray], prefix: str) -> Any:
 
 
 class Said(NamedTuple):
-    """What a step says.
+    """The results of a step.
 
     Attributes:
-      total_loss: what was differentiated.
-      cross_entropy: alone, nats a target.
-      grads: of `total_loss`.
-      aux: of the MoE layers over the whole batch.
+      total_loss: the differentiated loss.
+      cross_entropy: cross-entropy without other losses, nats per target.
+      grads: gradients of `total_loss`.
+      aux: aux of the MoE layers over the whole batch.
     """
 
     total_loss: jax.Array
@@ -497,7 +496,7 @@ class Said(NamedTuple):
 def training_step(
     config: ExperimentConfig,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Said]]:
-    """A step of plain SGD, put together from what `make_train_step` is made of."""
+    """A step of plain SGD, built from the parts of `make_train_step`."""
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Said]:
         keys = jax.random.split(jax.random.key(0), config.training.num_microbatches)
@@ -532,14 +531,14 @@ def batch_of(batches: Mapping[str, np.ndarray], step: int) -> dict[str, jax.Arra
 
 
 def whole(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch without its parts, [B, L]."""
+    """A batch with its parts joined, [B, L]."""
     return {name: value.reshape(-1, LENGTH) for name, value in batch.items()}
 
 
 def trajectory(
     config: ExperimentConfig, state: TrainState, batches: Mapping[str, np.ndarray]
 ) -> tuple[list[TrainState], list[Said]]:
-    """The states before each step and after the last, and what the steps said."""
+    """The states before each step and after the last, and the results of the steps."""
     states, said = [state], []
     for step in range(NUM_STEPS):
         state, says = training_step(config)(state, batch_of(batches, step))
@@ -551,7 +550,7 @@ def trajectory(
 def results(
     config: ExperimentConfig, state: TrainState, batches: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Everything that is computed from a state and its batches, by the name that it is saved as."""
+    """Everything computed from a state and its batches, by its name in the file."""
     states, said = trajectory(config, state, batches)
     first, aux = whole(batch_of(batches, 0)), said[0].aux
     factors = {"logits": 0.0, "logits_capacity": config.model.moe.capacity.eval_factor}
@@ -576,19 +575,19 @@ def results(
 
 
 class Meter:
-    """Watches, from outside, how close the choices are that a pass makes.
+    """Watches from outside how close the choices of a pass are.
 
     Attributes:
-      gaps: the least seen so far: "choice" between what is chosen and what is not, by a token, an
-        expert, a queue or a threshold; "order" between the choices of a token; "predicted" by the
-        predictor of expert choice, which chooses in evaluation alone.
+      gaps: the least seen so far. "choice": between chosen and rejected options of a token, an
+        expert, a queue or a threshold. "order": between the choices of a token. "predicted": by
+        the predictor of expert choice, which chooses only in evaluation.
     """
 
     def __init__(self) -> None:
         self.gaps = dict.fromkeys(("choice", "order", "predicted"), math.inf)
 
     def see(self, kind: str, gaps: jax.Array) -> None:
-        """Notes the least of some gaps, when the traced pass runs."""
+        """Notes the least of some gaps when the traced pass runs."""
 
         def note(least: np.ndarray) -> None:
             self.gaps[kind] = min(self.gaps[kind], float(least))
@@ -596,7 +595,7 @@ class Meter:
         jax.debug.callback(note, jnp.min(gaps, initial=jnp.inf))
 
     def of(self, run: Callable[[], Any]) -> dict[str, float]:
-        """The least gaps of a pass alone."""
+        """The least gaps of one pass."""
         self.__init__()
         jax.block_until_ready(run())
         jax.effects_barrier()
@@ -604,7 +603,7 @@ class Meter:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, what is traced is watched."""
+        """Watches everything traced within it."""
         with contextlib.ExitStack() as stack:
             for module, name, watch in (
                 (token_choice, "top_k", self._top_k),
@@ -624,7 +623,7 @@ class Meter:
     def _top_k(self, original: Callable, values: jax.Array, k: int, ordered: bool = True) -> Any:
         best = -jnp.sort(-jax.lax.stop_gradient(values), axis=-1)[..., : k + 1]
         gap = best[..., :-1] - best[..., 1:]
-        # -1 and -inf stand for what cannot be chosen, inf for what cannot but be.
+        # -1 and -inf mark impossible choices, inf marks forced ones.
         gap = jnp.where(jnp.isfinite(best[..., :-1]) & (best[..., :-1] != -1), gap, jnp.inf)
         if k < values.shape[-1]:
             self.see("choice", gap[..., -1])
@@ -669,7 +668,7 @@ class Meter:
             stands_GSK &= routing.chosen_GSK
         if config.queue_order == "batch_prioritized":
             worth_GSK = jnp.max(routing.probs_GSE, axis=-1, keepdims=True)
-            axes: tuple[int, ...] = (1,)  # the choices k stand in one queue
+            axes: tuple[int, ...] = (1,)  # the choices k share one queue
         elif config.queue_order == "probability":
             worth_GSK, axes = routing.gate_GSK, (1, 2)
         else:
@@ -692,7 +691,7 @@ class Gaps(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """How well they meet what is asked: 1 or more if they do."""
+        """The least ratio of a gap to its requirement: at least 1 if all requirements hold."""
         return min(self.first / FIRST_GAP, self.all_steps / GAP, self.order / ORDER_GAP)
 
 
@@ -700,7 +699,7 @@ class Gaps(NamedTuple):
 def watched(
     config: ExperimentConfig,
 ) -> tuple[Meter, Callable[..., Any], list[Callable[..., Any]]]:
-    """A meter, a forward pass of training that it watches, and the evaluations that it watches."""
+    """A meter, and the training pass and the evaluations that it watches."""
     meter = Meter()
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     quick = {"xla_backend_optimization_level": 0}
@@ -749,7 +748,7 @@ def gaps_of(
 
 
 def with_other_dispatch(config: ExperimentConfig) -> ExperimentConfig:
-    """The same run with experts that are reached by another dispatcher."""
+    """The same run with another dispatcher for the experts."""
     moe = config.model.moe
     if moe.dispatch == "auto":
         return config
@@ -766,8 +765,8 @@ def steadiness(
 ) -> float:
     """How far rounding moves the losses of ten steps.
 
-    It is that of another dispatcher, and that of parameters that are moved by a millionth. Infinite
-    if an expert gets other numbers of tokens.
+    Rounding comes from another dispatcher, and from parameters moved by a millionth. The result is
+    infinite if an expert gets other numbers of tokens.
     """
 
     def move(value: jax.Array, rng: np.random.Generator) -> jax.Array:
@@ -831,7 +830,7 @@ def save_model(name: str, model: Model) -> str:
 
 
 def check_model(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Computes a model's results again, from its file alone."""
+    """Computes a model's results again, only from its file."""
     config = from_config_dict(json.loads(str(arrays["config"])))
     bias_XE = jnp.asarray(arrays["router_bias"]) if "router_bias" in arrays else None
     state = TrainState(
@@ -886,7 +885,7 @@ BLOCK_SHAPE = (3, LENGTH)
 
 
 def block_inputs(name: str, config: MoEConfig, seed: int) -> dict[str, Any]:
-    """What a call of the block is given, by the name that it is saved as."""
+    """The inputs of a call of the block, by their names in the file."""
     rng = np.random.default_rng(seed)
     params = moved(init_parameters(jax.random.key(seed), moe_specs(config, MODEL_DIM)), seed)
     x_BLM = jnp.asarray(rng.normal(size=(*BLOCK_SHAPE, MODEL_DIM)), jnp.bfloat16)
@@ -900,7 +899,7 @@ def block_inputs(name: str, config: MoEConfig, seed: int) -> dict[str, Any]:
         "weight_BLM": rng.integers(-8, 9, x_BLM.shape).astype(np.float32) / 4,
     }
     if name == "replay":
-        # Recorded in evaluation, and given back to a router that has drifted since.
+        # Recorded in evaluation, then replayed by a router that has drifted since.
         _, aux = moe_block(
             params, jnp.asarray(inputs["x_BLM"]), config, valid_BL=inputs["valid_BL"], record=True
         )
@@ -913,7 +912,7 @@ def block_inputs(name: str, config: MoEConfig, seed: int) -> dict[str, Any]:
 
 
 def call_block(inputs: Mapping[str, np.ndarray], config: MoEConfig) -> dict[str, Any]:
-    """Calls the block and differentiates it with respect to its parameters and its tokens."""
+    """Calls the block, and differentiates it by its parameters and its tokens."""
     replay = None
     if "replay/expert_index_BLK" in inputs:
         fields = ("expert_index_BLK", "chosen_BLK")
@@ -968,7 +967,7 @@ def save_block(name: str, settings: Settings) -> str:
 
 
 def check_block(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Computes a block's results again, from its file alone."""
+    """Computes a block's results again, only from its file."""
     return call_block(arrays, build(MoEConfig, json.loads(str(arrays["config"])), "moe"))
 
 
@@ -976,7 +975,7 @@ def check_block(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def write(name: str, arrays: Mapping[str, np.ndarray]) -> int:
-    """Writes a file, refuses what is not finite, and returns its size in bytes."""
+    """Writes a file and returns its size in bytes; refuses values that are not finite."""
     described = ("config", "jax_version", "gaps")
     for key, value in arrays.items():
         assert key in described or np.all(np.isfinite(value)), f"{name}: {key} is not finite"
@@ -986,7 +985,7 @@ def write(name: str, arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def check(name: str) -> str:
-    """Computes what a file says from the file alone; returns a line on how far it is off."""
+    """Computes the results of a file again, only from it; returns a line on the difference."""
     with np.load(HERE / f"{name}.npz") as stored:
         arrays = dict(stored)
     again = (check_block if name.startswith("block_") else check_model)(arrays)
@@ -996,7 +995,7 @@ def check(name: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Writes the files, or computes them again; all of them, or those that are named."""
+    """Writes all files, or the named ones; or computes them again."""
     print(f"jax {jax.__version__}, {moe_jax.__file__}", flush=True)
     checking = arguments[:1] == ["check"]
     names = arguments[1:] if checking else arguments

@@ -1,4 +1,4 @@
-"""From the settings and parameters of commit f891836 to those of today."""
+"""Translates settings and parameters of commit f891836 to current ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,12 +34,12 @@ Old = Mapping[str, Any]
 
 
 def kind(family: str, name: str) -> Any:
-    """An object of a kind without settings."""
+    """An object of a kind with default settings."""
     return load_kind(family, name)()
 
 
 def logit_settings(old: Old) -> dict[str, Any]:
-    """Those that all routers with logits share."""
+    """Settings that all routers with logits share."""
     starts, steps = dict(old["anneal_from"]), old["anneal_steps"]
 
     def annealed(name: str) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def score(old: Old) -> logits.Score:
 
 
 def policy(name: str, threshold: float) -> Any:
-    """Which later choices count."""
+    """The policy for which later choices count."""
     return {
         "all": lambda: None,
         "none": selection.FirstChoice,
@@ -128,7 +128,7 @@ def router(old: Old) -> Any:
 
 
 def losses(old: Old) -> tuple[balance.BalanceLoss, ...]:
-    """The losses of a `BalanceConfig`; load balance and router z are measured even at weight 0."""
+    """The losses of a `BalanceConfig`; even at weight 0, load balance and router z are measured."""
     load_balance = CONVENTIONS[old["load_balance_convention"]](
         weight=old["load_balance_weight"], scope=old["load_balance_scope"]
     )
@@ -246,7 +246,7 @@ ROUTER = {
 
 
 def block_path(name: str) -> str:
-    """Where a parameter of the old block is in the tree of the new one."""
+    """The path of an old block's parameter in the new tree."""
     if name == "router_noise":
         return "router/noise/learned/weight"
     if name in ROUTER:
@@ -257,7 +257,7 @@ def block_path(name: str) -> str:
 
 
 def block_parameters(arrays: Mapping[str, np.ndarray], block: MoE) -> dict[str, Any]:
-    """The parameters, or gradients, of a block by their old names, in the new tree."""
+    """The parameters, or gradients, of a block from their old names to the new tree."""
     tree: dict[str, Any] = {}
     for name, value in arrays.items():
         put(tree, block_path(name), value)
@@ -265,9 +265,9 @@ def block_parameters(arrays: Mapping[str, np.ndarray], block: MoE) -> dict[str, 
 
 
 def model_parameters(arrays: Mapping[str, np.ndarray], new: LanguageModel) -> dict[str, Any]:
-    """The parameters, or gradients, of a model by their old paths, in the new tree.
+    """The parameters, or gradients, of a model from their old paths to the new tree.
 
-    Unrolled, the old model had layers of a repeated unit one by one: they are stacked.
+    The old model kept unrolled layers of a repeated unit separately; they are stacked here.
     """
     layout, tree = new.stack, {}
     alone: dict[str, dict[int, np.ndarray]] = {}
@@ -297,7 +297,7 @@ def model_parameters(arrays: Mapping[str, np.ndarray], new: LanguageModel) -> di
 
 
 def layer_path(path: str, layer: tuple[str, ...], new: LanguageModel) -> str:
-    """Where a parameter of an old layer is in the tree of a new one with these branches."""
+    """The path of an old layer's parameter in the tree of a new layer with these branches."""
     branch, _, rest = path.partition("/")
     if branch == "ffn_norm":
         return f"{layer[1]}_norm/{rest}"

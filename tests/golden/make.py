@@ -1,9 +1,9 @@
-"""Losses of the first steps of a fixed run, as text that can be compared.
+"""Losses of the first steps of a fixed run, as comparable text.
 
     python -m tests.golden.make
 
 writes `tests/golden/*.txt` anew. Do so only when the numbers are meant to change (another
-initialisation, another order of the data), and say why in the commit.
+initialisation, another order of the data), and give the reason in the commit.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from tests.tiny_run import cut, quick_jit, tiny_training
 
 HERE = pathlib.Path(__file__).parent
 NUM_STEPS = 10
-# Runs whose losses are pinned. Noise is off: the ways to run experts may draw it for other rows.
+# Runs with pinned losses. Noise is off, because ways to run experts may draw it for other rows.
 RUNS = {
     "top1": {"num_selected_experts": 1},
     "top2_shared": {
@@ -30,7 +30,7 @@ RUNS = {
 
 
 def losses(run: str, run_experts: str) -> list[float]:
-    """Cross-entropy before each of the first steps, nats a target."""
+    """Cross-entropy before each of the first steps, nats per target."""
     moe = {"run_experts": run_experts, "capacity": {"train_factor": 1.0}, **RUNS[run]}
     moe["router"] = {**moe.get("router", {}), "noise": ()}
     config = tiny_training(
@@ -53,7 +53,7 @@ def losses(run: str, run_experts: str) -> list[float]:
 
 
 def lines(values: list[float]) -> str:
-    """A line a step: its number and its loss."""
+    """One line per step: its number and its loss."""
     return "".join(f"{step} {value:.6f}\n" for step, value in enumerate(values, start=1))
 
 
