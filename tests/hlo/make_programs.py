@@ -1,11 +1,11 @@
-"""Programs compiled for machines that are not here, as text for `tests/test_planning_hlo.py`.
+"""Programs compiled for absent machines, as text for `tests/test_planning_hlo.py`.
 
     python -m tests.hlo.make_programs v5e:2x4
     python -m tests.hlo.make_programs h100:8
 
-write `tests/hlo/*.txt` anew, with the compiler of that platform installed (see
-`moe_jax.planning.topology`). The compiler's tuning notes, the positions in source files and most of
-the names are left out, which are most of the text; what decides the counts stays.
+write `tests/hlo/*.txt` anew, with that platform's compiler installed (see
+`moe_jax.planning.topology`). Most of the text is left out: the compiler's tuning notes, positions
+in source files, and most names. Everything that decides the counts stays.
 """
 
 import pathlib
@@ -29,12 +29,12 @@ KEPT_NOTES = (
     r'"async_collective_fusion_config":\{[^}]*\}',
     r'"kind":"__\w+"',
 )
-# Opcodes whose origin in the traced program is kept.
+# Opcodes that keep their origin in the traced program.
 NAMED = r"(all-|reduce-scatter|collective-|ragged-|while|custom-call|fusion)\S*\("
 
 
 def layers(weights, x):
-    """One step of gradient descent on a scan of residual MLPs, weights and tokens sharded."""
+    """One step of gradient descent on a scan of residual MLPs, with sharded weights and tokens."""
 
     def loss(weights):
         def layer(x, w):
@@ -47,7 +47,7 @@ def layers(weights, x):
 
 
 def exchange(x, experts, sizes):
-    """Every collective once, and a grouped matmul, on what one device holds."""
+    """Every collective once, and a grouped matmul, on the shard of one device."""
     shifted = jax.lax.ppermute(x, "model", [(i, (i + 1) % 4) for i in range(4)])
     starts = jnp.arange(4, dtype=jnp.int32) * (ROWS // 4)
     lengths = jnp.full(4, ROWS // 4, jnp.int32)
@@ -67,7 +67,7 @@ def einsum(a, b):
 
 
 def compile_texts(topology: str) -> dict[str, str]:
-    """The programs' texts by name."""
+    """The text of each program, by name."""
     mesh = Mesh(np.array(devices(parse_topology(topology))).reshape(2, 4), ("data", "model"))
 
     def array(shape, *axes, dtype=jnp.bfloat16):
@@ -101,7 +101,7 @@ def compile_texts(topology: str) -> dict[str, str]:
 
 
 def shorten(text: str) -> str:
-    """The module without tables of source positions, and only `KEPT_NOTES` of the backend's."""
+    """The module without tables of source positions, and with only `KEPT_NOTES` of the backend."""
     header, body = text.split("\n", 1)
     body = body[re.search(r"^(%|ENTRY)", body, re.MULTILINE).start() :]
     body = re.sub(r"(?m), backend_config=(.*)$", _notes, body)
