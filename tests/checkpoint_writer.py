@@ -1,6 +1,6 @@
 """Saves checkpoints in a loop until it is killed; run by test_training_checkpoints.py.
 
-Every array of a state holds the number of its step, so that a mixture of two would show.
+Every array of a state contains the step number, so a mixture of two states would show.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Parts that a user of the library wrote: nothing in `moe_jax` knows of them."""
+"""Parts that a user of the library wrote. Nothing in `moe_jax` knows them."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from moe_jax.training.loss import TrainingLoss
 
 @dataclasses.dataclass(frozen=True)
 class RoundRobin(Router):
-    """Token s of a document takes the K experts from s K + offset on, modulo E."""
+    """Token s of a document chooses the K experts from s K + offset on, modulo E."""
 
     offset: int = setting(0, at_least=0)
 
@@ -32,9 +32,9 @@ class RoundRobin(Router):
 
 @dataclasses.dataclass(frozen=True)
 class GatedRecurrence(Part):
-    """h_t = a_t h_{t-1} + (1 - a_t) v_t within a document, with a and v of the token: a mixer."""
+    """A mixer: h_t = a_t h_{t-1} + (1 - a_t) v_t within a document; a and v depend on token t."""
 
-    dim: int = setting(16, at_least=1)  # H, of h
+    dim: int = setting(16, at_least=1)  # H, the size of h
 
     def specs(self, dims):
         inward = scaled_init(1.0, dims.model_dim)
@@ -62,7 +62,7 @@ class GatedRecurrence(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Peakedness(BalanceLoss):
-    """E times the mean of sum_e p_e^2: 1 for a router that is undecided, E for a decided one."""
+    """E times the mean of sum_e p_e^2: 1 for an undecided router, E for a decided one."""
 
     metric = "peakedness_loss"
 
@@ -82,7 +82,7 @@ class SquaredRelu(Activation):
 
 @dataclasses.dataclass(frozen=True)
 class Unsure(TrainingLoss):
-    """A loss from outside the library: cross-entropy, and some of the confidence of a prior."""
+    """A loss from outside the library: cross-entropy, plus weighted cross-entropy to a prior."""
 
     weight: float = 0.5
 

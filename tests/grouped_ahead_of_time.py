@@ -1,9 +1,9 @@
-"""Compiles the experts of one device, with all gradients, for a machine that is not here.
+"""Compiles the experts of one device, with all gradients, for an absent machine.
 
     python -m tests.grouped_ahead_of_time TOPOLOGY KERNEL
 
-Prints JSON: FLOPs over those of the rows, calls of kernels, bytes of temporaries. "auto" is the
-kernel that the machine gets.
+Prints JSON: FLOPs relative to those of the rows, kernel calls, bytes of temporaries. "auto" is
+the kernel that the machine gets.
 """
 
 import json
@@ -25,7 +25,7 @@ from moe_jax.moe.run_experts.rows import SortedRows
 from moe_jax.planning.topology import devices, parse_topology
 
 EXPERTS, ROWS, MODEL_DIM, HIDDEN = 8, 8192, 2048, 1024
-# What a call of a kernel looks like in a compiled program, with its instruction's name.
+# A kernel call in a compiled program, with the name of its instruction.
 CALLS = r'%ragged-dot-none[.\d]* = |%t?gmm[.\d]* = |custom_call_target="__gpu\$xla.gpu.triton"'
 
 
@@ -65,7 +65,7 @@ def compile_experts(topology, name):
 def main():
     kernel, compiled = compile_experts(*sys.argv[1:])
     ideal = 3 * 3 * 2 * ROWS * MODEL_DIM * HIDDEN
-    flops = (compiled.cost_analysis() or {}).get("flops", 0)  # not told for GPUs that are not here
+    flops = (compiled.cost_analysis() or {}).get("flops", 0)  # unknown for absent GPUs
     calls = len(re.findall(CALLS, compiled.as_text()))
     temporary = compiled.memory_analysis().temp_size_in_bytes
     print(json.dumps({"kernel": kernel, "flops": flops / ideal, "calls": calls, "temp": temporary}))

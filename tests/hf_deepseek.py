@@ -1,4 +1,4 @@
-"""The settings of tiny DeepSeek models: a config.json by name. See `hf_families`."""
+"""Settings of tiny DeepSeek models: a config.json by name. See `hf_families`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ V3 = {
     "topk_group": 2, "num_nextn_predict_layers": 0,
 }  # fmt: skip
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-# With a base of 1,000 and four pairs: fast ones, slow ones, and some between.
+# Base 1,000 and four pairs: some turn fast, some slowly, some in between.
 YARN = {
     "type": "yarn", "factor": 4.0, "beta_fast": 4, "beta_slow": 1,
     "original_max_position_embeddings": 16,
@@ -41,7 +41,7 @@ DEEPSEEK: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True,
         "rope_parameters": PLAIN,
     },
-    # One that predicts later tokens; its layers 2 and 3 are the modules.
+    # A model that predicts later tokens; its layers 2 and 3 are the modules.
     "deepseek_v3_multi_token": {
         **V3, "num_hidden_layers": 2, "num_nextn_predict_layers": 2, "rope_parameters": PLAIN,
     },

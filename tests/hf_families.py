@@ -1,6 +1,6 @@
-"""Tiny models of every family: the settings of their config.json, and values for every tensor.
+"""Tiny models of every family: their config.json settings, and values for every tensor.
 
-Values are drawn by the name of a tensor, so that a saved oracle needs none of them.
+Values depend on the name of a tensor, so saved oracles need not contain them.
 `python -m tests.save_oracles` computes the oracles with transformers.
 """
 
@@ -33,11 +33,11 @@ class Case:
     """A tiny model of a family.
 
     Attributes:
-      settings: its config.json.
-      batch: sequences.
-      length: tokens of a sequence.
-      scale: of matrices, in units of fan_in^-0.5.
-      quick: whether it is in the quick tests; of a family at least one is.
+      settings: the model's config.json.
+      batch: number of sequences.
+      length: tokens per sequence.
+      scale: standard deviation of matrices, in units of fan_in^-0.5.
+      quick: whether the quick tests include it; each family has at least one such case.
     """
 
     settings: Mapping[str, Any]
@@ -48,25 +48,25 @@ class Case:
 
     @property
     def family(self) -> Family:
-        """The table of its family."""
+        """The family's table."""
         return load_family(self.settings["model_type"])
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it has one; it reads a text of its own."""
+        """Whether the model has an encoder, which reads its own text."""
         return bool(self.settings.get("is_encoder_decoder"))
 
     def tokens(self) -> np.ndarray:
-        """int32 token ids [batch, length] that the model reads, or its decoder."""
+        """int32 token ids [batch, length] for the model, or for its decoder."""
         return np.random.RandomState(7).randint(3, VOCAB, (self.batch, self.length), np.int32)
 
     def encoder_tokens(self) -> dict[str, np.ndarray]:
-        """What `Network` reads beside them: as many tokens, if there is an encoder."""
+        """The encoder's token ids for `Network`, as many as the decoder's; else {}."""
         tokens = np.random.RandomState(8).randint(3, VOCAB, (self.batch, self.length), np.int32)
         return {"encoder_tokens_BT": tokens} if self.has_encoder else {}
 
 
-# Sizes that most families name alike.
+# Sizes with the same names in most families.
 SMALL = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64,
@@ -138,7 +138,7 @@ CASES = {
 
 
 def tensor_values(name: str, shape: tuple[int, ...], scale: float = 1.5) -> np.ndarray:
-    """Values of a tensor, off every neutral value; a function of its name and shape."""
+    """Values of a tensor, away from neutral values: a function of its name and shape."""
     name = re.sub(r"model\.layers\.\d+\.embed_tokens", "model.embed_tokens", name)
     name = re.sub(r"model\.layers\.\d+\.shared_head\.head", "lm_head", name)
     random = np.random.RandomState(zlib.crc32(name.encode()))
@@ -156,7 +156,7 @@ def tensor_values(name: str, shape: tuple[int, ...], scale: float = 1.5) -> np.n
 
 
 def written_by_rules(case: Case) -> list[ToWrite]:
-    """The tensors that the rules of the family say its files have, with their values."""
+    """The tensors that the rules of the family write, with their values."""
     model = case.family.model(Reader(case.settings))
     leaves = leaves_of(model)
     empty = {leaf.path: np.empty(0, np.float32) for leaf in leaves}
@@ -172,7 +172,7 @@ def with_values(name: str, shape: tuple[int, ...], case: Case) -> ToWrite:
 
 
 def write_model(directory: pathlib.Path, case: Case, **settings: Any) -> pathlib.Path:
-    """The directory of a tiny model, as Hugging Face would write it."""
+    """Writes the directory of a tiny model as Hugging Face would; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     own = {"architectures": [case.family.architecture], "dtype": "float32"}
     (directory / CONFIG).write_text(json.dumps({**own, **case.settings, **settings}))

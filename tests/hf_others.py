@@ -1,4 +1,4 @@
-"""The settings of tiny models of families that have one model each, by name. See `hf_families`."""
+"""Settings of tiny models from families with one model each, by name. See `hf_families`."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ QUICK = (
     "jamba",
     "llama4_scout",
     "phimoe",
-)  # one of each family, or two that differ much
+)  # one per family, or two that differ much
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         **GPT_OSS, "swiglu_limit": 0.5, "rope_theta": 1e4,
@@ -81,7 +81,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "phimoe": {
         **PHIMOE, "attention_bias": True, "lm_head_bias": True, "rope_theta": 1e4,
         "original_max_position_embeddings": 16,
-        # In transformers 5 long documents have the short factors.
+        # In transformers 5, long documents use the short factors.
         "rope_scaling": {**LONGROPE, "long_factor": LONGROPE["short_factor"]},
     },
     "phimoe_short": {

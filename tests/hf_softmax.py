@@ -1,4 +1,4 @@
-"""The settings of tiny Qwen, OLMoE, DBRX and Granite models, by name. See `hf_families`."""
+"""Settings of tiny Qwen, OLMoE, DBRX and Granite models, by name. See `hf_families`."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ GRANITE = {
 
 
 def dbrx(norm_order: float | None, **attention: Any) -> dict[str, Any]:
-    """The settings of a DBRX, which nest."""
+    """The nested settings of a DBRX."""
     experts = {"ffn_hidden_size": 12, "moe_num_experts": 6, "moe_top_k": 3, "moe_loss_weight": 0.05}
     return {
         "model_type": "dbrx", "vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2,

@@ -1,4 +1,4 @@
-"""Programs for the tests of `moe_jax.planning.hlo`: written by hand, compiled here, or kept."""
+"""Programs for the tests of `moe_jax.planning.hlo`: written by hand, compiled here, or stored."""
 
 import pathlib
 import textwrap
@@ -19,7 +19,7 @@ ADD = """
 
 
 def program(entry, *, other="", num_devices=8):
-    """Reads a module from the instructions of its entry and the text of its other computations."""
+    """Reads a module from the instructions of its entry and the text of other computations."""
     header = f"HloModule m, is_scheduled=true, num_partitions={num_devices}"
     lines = textwrap.indent(textwrap.dedent(entry).strip(), "  ")
     return read_program(f"{header}\n{ADD}\n{other}\nENTRY %main () -> f32[] {{\n{lines}\n}}\n")
@@ -32,5 +32,5 @@ def compiled(function, *shapes):
 
 
 def kept(name):
-    """Reads one of the programs that `tests/hlo/make_programs.py` compiled for other machines."""
+    """Reads a program that `tests/hlo/make_programs.py` compiled for another machine."""
     return read_program((TEXTS / f"{name}.txt").read_text())

@@ -1,4 +1,4 @@
-"""A small study of two arms with lines of its results, and results of any study, made up."""
+"""Made-up data: a small study of two arms, lines of its results, and results of any study."""
 
 from experiments.results import LOSS, Results
 from experiments.run import jobs_of
@@ -86,20 +86,20 @@ def row(arm, seed, final, curve=(), **measures):
 
 
 def judged(study, results):
-    """What each claim of a study finds in made-up results, of some arms."""
+    """The finding of each claim of a study, on made-up results of some arms."""
     return [claim.judge(results) for claim in study.expect]
 
 
 def of_seed(loss, seed, place=0):
-    """A loss whose difference to the dense one spreads by 0.001; every second arm the other way.
+    """A loss whose difference to dense has a spread of 0.001; every second arm has the other sign.
 
-    Of three pairs with the dense arm 0.0025 shows a direction: t = sqrt(3) 0.0025 / 0.001 = 4.33.
+    For three pairs with dense, 0.0025 shows a direction: t = sqrt(3) 0.0025 / 0.001 = 4.33.
     """
     return loss + 0.01 * seed + (0.001 if place % 2 else -0.001) * (seed - 1)
 
 
 def made_up(arms, seeds=SEEDS, **changes):
-    """Five dense runs, and arms with the same measures in every seed but for these changes."""
+    """Five dense runs, and arms with equal measures in every seed except for these changes."""
     rows = [row("dense", seed, 1.0 + 0.01 * seed, **arms.get("dense", {})) for seed in range(5)]
     for place, (arm, measures) in enumerate(arms.items()):
         if arm != "dense":

@@ -1,8 +1,8 @@
-"""An MoE block in float64, written to be read and not to be fast.
+"""An MoE block in float64, written for readers and not for speed.
 
-It loops over groups, tokens and choices, and shares no code with `moe_jax`: settings are read from
-the attributes of the parts and the names of their classes, everything else is NumPy. Jitter, noise,
-dropout and the random queue are left out; they are tested by their properties.
+It loops over groups, tokens and choices, and shares no code with `moe_jax`. Settings come from
+the attributes and class names of parts; everything else is NumPy. Jitter, noise, dropout and the
+random queue are left out: other tests check their properties.
 """
 
 import functools
@@ -36,7 +36,7 @@ def kind(part):
 
 
 def load_balance(config):
-    """Convention and scope of the block's load-balance loss; those of the default without one."""
+    """Convention and scope of the block's load-balance loss, or the defaults if it has none."""
     for loss in config.losses:
         if kind(loss) in CONVENTIONS:
             return CONVENTIONS[kind(loss)], loss.scope
@@ -44,7 +44,7 @@ def load_balance(config):
 
 
 def best_first(values, count):
-    """Indices of the largest values, best first; of equals, the lower index."""
+    """Indices of the largest values, best first; ties go to the lower index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
 
 
@@ -65,8 +65,8 @@ def route_token(x_M, router_ME, num_selected, config, bias_E=None, logit_bias_E=
       router_ME: weights of its logits.
       num_selected: K.
       config: a `TokenChoice`.
-      bias_E: of the selection.
-      logit_bias_E: of the logits.
+      bias_E: bias of the selection.
+      logit_bias_E: bias of the logits.
     """
     num_experts = router_ME.shape[1]
     logits = [float(np.dot(x_M, router_ME[:, e])) for e in range(num_experts)]
@@ -98,7 +98,7 @@ def route_token(x_M, router_ME, num_selected, config, bias_E=None, logit_bias_E=
 
 
 def capacity(tokens, num_experts, num_selected, factor, config):
-    """Slots of an expert in a group, in exact arithmetic."""
+    """Slots per expert in a group, in exact arithmetic."""
     if factor == 0:
         return math.inf
     if config.slots:
@@ -117,7 +117,7 @@ def capacity(tokens, num_experts, num_selected, factor, config):
 
 
 def queue(order, probs_SE, gate_SK):
-    """The (token, choice) pairs of a group in the order in which they are served."""
+    """The (token, choice) pairs of a group in serving order."""
     tokens, choices = gate_SK.shape
     if order == "token_major":
         return [(s, k) for s in range(tokens) for k in range(choices)]
@@ -136,7 +136,7 @@ def serve(index_SK, pairs, slots, valid_S):
     """Serves the (token, choice) pairs of a group in order.
 
     Returns:
-      Which choices find a slot, and which one it is (0 for the others).
+      Which choices find a slot, and the slot's index (0 for the others).
     """
     used = {}
     kept_SK, slot_SK = np.zeros(index_SK.shape, bool), np.zeros(index_SK.shape, int)
@@ -174,7 +174,7 @@ ACTIVATIONS = {
 
 
 def ffn_row(x_M, weights, activation):
-    """One row through one FFN."""
+    """Applies one FFN to one row."""
     inner = x_M @ weights["wi"] + weights.get("bi", 0)
     if kind(activation) == "ClampedSwiGLU":
         gate = np.minimum(x_M @ weights["wg"] + weights.get("bg", 0), activation.limit)
@@ -216,7 +216,7 @@ def relu_experts(x_TM, weights, index_TK, gate_TK, kept_TK, dy_TM):
 
 
 def load_balance_loss(index_TK, probs_TE, units, convention):
-    """The loss of one scope: `units` are lists of the valid tokens that belong together."""
+    """The loss of one scope; `units` are lists of valid tokens that are averaged together."""
     num_experts, num_selected = probs_TE.shape[1], index_TK.shape[1]
     total = sum(len(unit) for unit in units)
     loss = 0.0
@@ -236,16 +236,16 @@ def load_balance_loss(index_TK, probs_TE, units, convention):
 
 
 def balance_units(scope, batch, length, group_size, valid_T):
-    """The lists of valid tokens over which a balance loss takes its means."""
+    """The lists of valid tokens over which a balance loss averages."""
     size = {"group": group_size, "sequence": length}.get(scope, batch * length)
     starts = range(0, batch * length, size)
     return [[t for t in range(start, start + size) if valid_T[t]] for start in starts]
 
 
 def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bias_E=None):
-    """The whole block; returns its output and everything it has to say about its routing.
+    """The whole block; returns its output and everything about its routing.
 
-    Without a `capacity_factor` it is that of training.
+    Without a `capacity_factor`, the factor of training applies.
     """
     params = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
     x_BLM = np.asarray(x_BLM, np.float64)
@@ -296,7 +296,7 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
             assigned_KE[k, index_TK[t, k]] += 1
             assigned_BE[t // length, index_TK[t, k]] += 1
             kept_KE[k, index_TK[t, k]] += kept_TK[t, k]
-    # Megatron's loss counts the best by the scores, whatever a bias or groups made of them.
+    # Megatron's loss counts the best experts by score, ignoring biases and groups.
     convention, scope = load_balance(config)
     by_scores = convention == "megatron"
     balanced_TK = unbiased_TK if by_scores else index_TK
@@ -338,11 +338,11 @@ def moe_block(params, x_BLM, config, *, capacity_factor=None, valid_BL=None, bia
 def dense_block(params, x_TM, config, fixed):
     """The block as one smooth function: every expert computes every token.
 
-    The discrete decisions (choices, drops, padding, units of the balance loss) are constants, so
-    that automatic differentiation of this gives every gradient of the block.
+    Discrete decisions (choices, drops, padding, units of the balance loss) are constants, so
+    automatic differentiation gives every gradient of the block.
 
     Args:
-      params: in a tree, as the block takes them.
+      params: the block's tree of parameters.
       x_TM: all tokens.
       config: the block's settings.
       fixed: arrays made by `decisions`.
@@ -378,7 +378,7 @@ def dense_block(params, x_TM, config, fixed):
         return values * (1 + jax.scipy.special.erf(values / math.sqrt(2))) / 2
 
     def ffn(w):
-        """x[T, M] through weights with or without a leading dim of experts."""
+        """Applies an FFN to x[T, M]; weights may have a leading dim of experts."""
         biases = {name: w[name][..., None, :] for name in w if name[0] == "b"}
         inner = x_TM @ w["wi"] + biases.get("bi", 0)
         if "wg" in w:
@@ -397,14 +397,14 @@ def dense_block(params, x_TM, config, fixed):
     total = jnp.maximum(valid_T.sum(), 1)
     counted_TE = balanced_TKE[:, 0] if convention == "switch" else balanced_TKE.sum(1)
     divisor_U1 = jnp.maximum(unit_UT.sum(1), 1)[:, None] * (K if convention == "megatron" else 1)
-    # Mean share times mean probability, times the weight of the unit, which is its size / total.
+    # Mean share times mean probability, weighted by the unit's size / total.
     balance = E * ((unit_UT @ counted_TE) / divisor_U1 * (unit_UT @ probs_TE)).sum() / total
     z_loss = (jnp.log(exp_TE.sum(1)) ** 2 * valid_T).sum() / total
     return y_TM, balance, z_loss
 
 
 def decisions(decided, config, batch, length):
-    """What `dense_block` holds fixed, from what `moe_block` returned."""
+    """The constants of `dense_block`, from the result of `moe_block`."""
     (_, scope), group_size = load_balance(config), config.group_size or length
     units = balance_units(scope, batch, length, group_size, decided.valid_T)
     unit_UT = np.zeros((len(units), batch * length))
@@ -445,12 +445,12 @@ def gradients(params, x_BLM, config, decided, dy_BLM, balance_weight=0.0, z_weig
 
 
 def rows_computed(group_sizes_E, tile, aligned):
-    """Rows that a kernel computes for groups of these sizes, those in vain included.
+    """Rows that a kernel computes for groups of these sizes, wasted rows included.
 
     Args:
       group_sizes_E: rows of each expert.
       tile: rows of a tile.
-      aligned: whether tiles begin at multiples of their size (megablox, libtpu), and not at the
+      aligned: whether tiles begin at multiples of their size (megablox, libtpu), instead of the
         first row of each expert (triton).
     """
     ends_E = np.cumsum(group_sizes_E)

@@ -8,7 +8,7 @@ import time
 
 from tests.tiny_run import CACHE, ROOT
 
-# Two processes start, compile and train in some twenty seconds; the rest is for a busy machine.
+# Two processes start, compile and train in about twenty seconds; the margin is for a busy machine.
 LIMIT_SECONDS = 300
 
 
@@ -19,15 +19,15 @@ def free_port():
 
 
 class Job:
-    """Processes that run one command; their output goes to files, so that they never wait for us.
+    """Processes that run one command. Their output goes to files, so a full pipe never blocks them.
 
     Args:
-      directory: of the output.
+      directory: folder for the output.
       count: number of processes.
-      devices: CPU devices of each.
-      module: of moe_jax.
-      *arguments: of the command.
-      last: more arguments, of the last process alone.
+      devices: CPU devices per process.
+      module: name of the command's module in moe_jax.
+      *arguments: arguments of the command.
+      last: extra arguments for the last process.
     """
 
     def __init__(self, directory, count, devices, module, *arguments, last=()):
@@ -64,16 +64,16 @@ class Job:
         return self._directory / f"process_{index}.{name}"
 
     def printed(self, index):
-        """Its standard output, but for what gloo says of itself."""
+        """Standard output of a process, without gloo's own messages."""
         lines = self._file(index, "out").read_text().splitlines()
         return "\n".join(line for line in lines if "peer ranks" not in line)
 
     def said(self, index):
-        """Its output and its errors."""
+        """Output and errors of a process."""
         return self.printed(index) + "\n" + self._file(index, "err").read_text()
 
     def wait(self):
-        """Returns the exit codes when all have ended."""
+        """Waits until all have ended; returns the exit codes."""
         return [process.wait(timeout=LIMIT_SECONDS) for process in self.processes]
 
     def succeed(self):
@@ -90,7 +90,7 @@ class Job:
 
 
 def environment(devices):
-    # Programs that an earlier process has compiled are not compiled again.
+    # Reuse programs that an earlier process compiled.
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),

@@ -1,4 +1,4 @@
-"""Training steps that several processes take as one; see test_parallel_processes.py."""
+"""Training steps that several processes take together; see test_parallel_processes.py."""
 
 import json
 
@@ -15,11 +15,11 @@ from tests.tiny_run import CACHE, tiny_config
 
 
 def two_steps(order):
-    """The first training steps on four devices in this order.
+    """Takes the first training steps on four devices in this order.
 
     Returns:
-      JSON of a list: the rows of a microbatch that this process reads; the first batch, whole; the
-      loss and the norm of the gradient at each step.
+      JSON of a list: the rows of a microbatch that this process reads; the whole first batch; the
+      loss and gradient norm at each step.
     """
     settings = {
         "model": {"stack": {"repeats": 1}},
@@ -39,7 +39,7 @@ def two_steps(order):
             state, metrics = step(state, batch)
             numbers += [float(metrics.loss), float(metrics.grad_norm)]
             batch = next(batches)
-        # JAX says which process has which part of it.
+        # JAX knows which process holds which part.
         whole = multihost_utils.process_allgather(first, tiled=True)
     arrays = {name: array.tolist() for name, array in whole.items()}
     return json.dumps([rows_of_process(mesh, 8), arrays, numbers])

@@ -1,4 +1,4 @@
-"""One of several processes that meet, agree and end; run by test_parallel_processes.py."""
+"""One of several processes that join, agree and leave; run by test_parallel_processes.py."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from moe_jax.training import files
 from moe_jax.training.checkpoints import Checkpoints
 from moe_jax.training.signals import SignalFlag
 
-# How long gloo waits for a process that has not come to a group of devices yet.
+# How long gloo waits for a process that has not yet joined a group of devices.
 GLOO_SECONDS = 30
 
 
 def main(scenario: str, *place: str) -> None:
-    """Joins the others, runs a function of SCENARIOS, and leaves with them."""
+    """Joins the other processes, runs a function of SCENARIOS, and leaves with them."""
     where = (*place[:1], *map(int, place[1:2]), *place[2:])
     processes.start(*where, startup_seconds=60, lost_after_seconds=10)
     SCENARIOS[scenario](where)
@@ -40,7 +40,7 @@ def add_up(where):
 
 
 def interleave(where):
-    """The devices of a process are no neighbours in the mesh."""
+    """The devices of a process are not neighbours in the mesh."""
     from tests import process_step
 
     print(process_step.two_steps([0, 2, 1, 3]))
@@ -62,7 +62,7 @@ def start_again(where):
 
 
 def wait_for_a_signal(where):
-    """With steps of different lengths."""
+    """Takes steps of different lengths until a signal."""
     with SignalFlag() as signals:
         print("steps", flush=True)
         step = 0
@@ -97,7 +97,7 @@ def compile_slowly(where):
 
 
 def come_late(where):
-    """Later than anybody waits elsewhere."""
+    """Process 0 comes later than any other wait allows."""
     time.sleep(GLOO_SECONDS + 5 if jax.process_index() == 0 else 0)
 
 
@@ -111,7 +111,7 @@ def save_checkpoints(where):
     with Checkpoints(os.environ["DIRECTORY"], keep=2) as checkpoints:
         first = checkpoints.save(1, {"x": x}, wait=True)
         print("hashed", sorted(set(re.findall(r"ocdbt\.process_\d+", " ".join(read)))))
-        if jax.process_index() == 1:  # whose listing lags
+        if jax.process_index() == 1:  # its listing lags
             Checkpoints.steps = lambda self: []
         print("saved", first, checkpoints.save(1, {"x": x}), checkpoints.newest_whole())
 

@@ -1,21 +1,22 @@
-"""The models of the field as published: how many parameters, and what their config.json says.
+"""The published models of the field: their parameter counts, and settings of their config.json.
 
 Settings were compared with copies of the files in public repositories:
 
 - Mixtral 8x7B and 8x22B, gpt-oss 20b and 120b, DeepSeek-V2-Lite and V3: `hf_model_configs.py` of
-  AI-Hypercomputer/maxtext, which quotes each from its page on huggingface.co. It has Qwen3-30B-A3B
-  and 235B-A22B of July 2025 too, whose sizes are these; context and theta were smaller before.
-- Grok-1: `create_config_from_xai` of TensorRT-LLM. Jamba: the file of Jamba-1.5-Mini, of equal
+  AI-Hypercomputer/maxtext, which quotes each from its page on huggingface.co. It also has
+  Qwen3-30B-A3B and 235B-A22B of July 2025, with the sizes used here; their context and theta were
+  smaller before.
+- Grok-1: `create_config_from_xai` of TensorRT-LLM. Jamba: the file of Jamba-1.5-Mini, with equal
   sizes. Qwen1.5-MoE, DBRX: copies in tests of other systems.
-- DeepSeek-V2: a copy with mscale=1.0, of a later release; issue 7118 of ggml-org/llama.cpp quotes
-  0.707 from the first one, which is the 0.0707 of the paper, sec. 3.1.4.
-- Llama 4 Scout: a copy of the base model, which has other rotary scaling and less context than
+- DeepSeek-V2: a copy of a later release with mscale=1.0. Issue 7118 of ggml-org/llama.cpp quotes
+  0.707 from the first release; this is the 0.0707 of the paper, sec. 3.1.4.
+- Llama 4 Scout: a copy of the base model, with other rotary scaling and a shorter context than
   the instruct model here. Phi-3.5-MoE: the scales and the first eight factors.
-- Switch: flaxformer's t5x/configs/moe, as transformers' own conversion translates it; T5 by its
+- Switch: flaxformer's t5x/configs/moe, as converted by transformers itself; T5 by its
   defaults.
 - Llama 4 Maverick: the file with two layers, in the tests of TensorRT-LLM.
 - OLMoE: sizes and loss of configs/olmoe-8x1b-newhp-newds-cx5-fine1-normreorder.yml of
-  allenai/OLMoE, a training run of the same sizes; it does not say epsilon and theta.
+  allenai/OLMoE, a training run of the same sizes, which does not state epsilon and theta.
 - Granite 3.1: a copy in the tests of another project, which checks its revisions against it.
 - Not found: the context of the first Qwen3.
 """
@@ -32,10 +33,10 @@ class Published:
     """A published model.
 
     Attributes:
-      total: parameters, with selection biases where there are any.
-      active: of a token, with both embeddings, without the input embedding, without embeddings.
-      settings: the config.json of the released weights, without what no output depends on; None
-        where there is none.
+      total: parameters, including any selection biases.
+      active: parameters per token: with both embeddings, without the input embedding, without any.
+      settings: the config.json of the released weights, without settings that affect no output;
+        None if there is none.
     """
 
     total: int
@@ -230,7 +231,7 @@ T5_BASE = {
     "relative_attention_num_buckets": 32, "vocab_size": 32128,
 }  # fmt: skip
 
-# By config file and preset.
+# Keyed by config file and preset.
 MODELS = {
     "granite_moe": Published(1_334_628_352, (428_658_688, 428_658_688, 378_323_968), GRANITE),
     "granite_moe:3b": Published(3_298_793_472, (882_874_368, 882_874_368, 807_372_288)),
@@ -265,7 +266,7 @@ MODELS = {
     "deepseek_v2:lite": Published(
         15_706_484_224, (2_661_150_208, 2_451_435_008, 2_241_719_808), DEEPSEEK_V2_LITE
     ),
-    # With the multi-token module, which no token that is generated uses.
+    # Includes the multi-token module, which generation does not use.
     "deepseek_v3": Published(
         671_026_419_200 + 11_610_068_224,
         (37_552_282_624, 36_625_603_584, 35_698_924_544),

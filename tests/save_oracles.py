@@ -1,7 +1,7 @@
-"""Computes what transformers says of the tiny models: `python -m tests.save_oracles [NAME ...]`.
+"""Computes transformers' outputs for the tiny models: `python -m tests.save_oracles [NAME ...]`.
 
-Needs the extra `hf`. Each oracle is `tests/oracles/NAME.npz`: logits of the last tokens, and the
-experts of every token in every MoE layer, sorted; logits of multi-token modules as "later".
+Needs the extra `hf`. Each oracle is `tests/oracles/NAME.npz`: logits of the last tokens; sorted
+experts of every token in every MoE layer; logits of multi-token modules as "later".
 """
 
 import json
@@ -29,7 +29,7 @@ def load_in_torch(directory: pathlib.Path) -> Any:
 
 
 def run_in_torch(model: Any, case: Case, **settings: Any) -> Any:
-    """What the model says of the tokens of a case."""
+    """The model's output for the tokens of a case."""
     import torch
 
     tokens, encoder = torch.from_numpy(case.tokens()).long(), case.encoder_tokens()
@@ -40,7 +40,7 @@ def run_in_torch(model: Any, case: Case, **settings: Any) -> Any:
 
 
 def saved_gradients(torch: Any, model: Any, folder: pathlib.Path) -> pathlib.Path:
-    """The directory of a model whose tensors are the gradients of its parameters."""
+    """Replaces a model's parameters by their gradients and saves it; returns the folder."""
     with torch.no_grad():
         for parameter in model.parameters():
             gradient = parameter.grad
@@ -57,11 +57,11 @@ def at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def modules_in_torch(model: Any) -> Any:
-    """The multi-token modules of a model that was loaded from a directory."""
+    """The multi-token modules of a model loaded from a directory."""
     from transformers.modeling_layers import MtpModel
 
     first, depth = model.config.num_hidden_layers, model.config.num_mtp_layers
-    # Where transformers expects the modules: it knows the published number of layers alone.
+    # Where transformers expects the modules: it knows only the published number of layers.
     places = [rf"model\.layers\.{layer}\..*" for layer in range(first, first + depth)]
     model._keys_to_ignore_on_load_unexpected = places
     return MtpModel.from_pretrained(model).eval()
@@ -82,7 +82,7 @@ def later_logits(modules: Any, model: Any, tokens: Any) -> list[Any]:
 
 
 def record_experts(model: Any) -> list[np.ndarray]:
-    """A list that gets the experts of every token in each MoE layer when the model runs."""
+    """A list that collects the experts of every token in each MoE layer when the model runs."""
     import torch
 
     found: list[np.ndarray] = []
@@ -91,7 +91,7 @@ def record_experts(model: Any) -> list[np.ndarray]:
         given = output if isinstance(output, tuple) else (output,)
         if type(module).__name__ == "Llama4Router":  # scores of all experts, 0 of the others
             given = (given[0].topk(module.top_k).indices,)
-        if type(module).__name__ == "SwitchTransformersTop1Router":  # 1 at the expert, or dropped
+        if type(module).__name__ == "SwitchTransformersTop1Router":  # 1 at the expert if kept
             given = (given[2].argmax(-1, keepdim=True),)
         for one in given:
             if isinstance(one, torch.Tensor) and one.dtype == torch.int64:
@@ -100,7 +100,7 @@ def record_experts(model: Any) -> list[np.ndarray]:
     for module in model.modules():
         if type(module).__name__.endswith(("Router", "Gate")):
             module.register_forward_hook(keep)
-        if type(module).__name__ == "DbrxExperts":  # whose router gives logits alone
+        if type(module).__name__ == "DbrxExperts":  # its router returns only logits
             module.register_forward_pre_hook(lambda module, inputs: keep(module, None, inputs))
     return found
 

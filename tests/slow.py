@@ -1,10 +1,10 @@
-"""Which cases of a test a quick run of the tests leaves out."""
+"""Marks test cases that a quick run leaves out."""
 
 import pytest
 
 
 def slow_but(quick, cases):
-    """The cases as parameters of a test: those that are not among the quick ones are slow."""
+    """The cases as parameters of a test, with those outside `quick` marked as slow."""
     return [
         pytest.param(
             *(case if isinstance(case, tuple) else (case,)),

@@ -1,7 +1,7 @@
-"""Tiny T5 and Switch models in our settings and in those of transformers, with the same values.
+"""Tiny T5 and Switch models in our settings and those of transformers, with equal values.
 
-Values are drawn by the name of a tensor, so that a saved oracle needs none of them.
-`python -m tests.t5_oracle` saves what transformers says of the Switch model; it needs the extra
+Values depend on the name of a tensor, so a saved oracle need not contain them.
+`python -m tests.t5_oracle` saves transformers' outputs for the Switch model; it needs the extra
 `hf`.
 """
 
@@ -40,8 +40,8 @@ class Case(NamedTuple):
 
     Attributes:
       architecture: its class in transformers.
-      settings: of its config beside the sizes.
-      model: in our settings.
+      settings: settings of its config other than sizes.
+      model: the model in our settings.
       ffn: the name of its dense layers in transformers.
     """
 
@@ -65,7 +65,7 @@ BLOCK = MoE(
 
 
 def model_of(parts: Mapping[str, Any], sparse: tuple[str, str] | None, **settings: Any) -> Any:
-    """A T5 of four layers a stack, every second of them with other FFNs if they are named."""
+    """A T5 with four layers per stack. If `sparse` names FFNs, every second layer has them."""
     encoder_ffn, ffn = sparse or ("mlp", "mlp")
     return EncoderDecoder(
         vocab_size=VOCAB,
@@ -120,7 +120,7 @@ SHAPES = {
 
 
 def values(name: str) -> np.ndarray:
-    """Of a tensor of transformers, off every neutral value."""
+    """Values of a tensor of transformers, away from neutral values."""
     shape = SHAPES[name.split(".")[-2].removeprefix("final_")]
     random = np.random.RandomState(zlib.crc32(name.encode()))
     if len(shape) == 1:
@@ -130,7 +130,7 @@ def values(name: str) -> np.ndarray:
 
 
 def batch() -> dict[str, np.ndarray]:
-    """Tokens of both sides and masks of what is no padding, which is at the end of a row."""
+    """Tokens of both sides, with masks that are 0 on the padding at the end of a row."""
     random = np.random.RandomState(3)
     encoder, decoder = (
         np.arange(n) < np.array(of)[:, None] for n, of in ((9, (9, 6)), (7, (5, 7)))
@@ -142,7 +142,7 @@ def batch() -> dict[str, np.ndarray]:
 
 
 def call_of(arrays: Mapping[str, np.ndarray], **settings: Any) -> Call:
-    """The call of a batch; positions count what is no padding."""
+    """The call of a batch; positions count only unmasked tokens."""
 
     def side(tokens: str, mask: str) -> tuple[jax.Array, jax.Array, jax.Array]:
         segments = jnp.asarray(arrays[mask])
@@ -155,11 +155,11 @@ def call_of(arrays: Mapping[str, np.ndarray], **settings: Any) -> Call:
 
 
 def params_of(case: Case, get: Callable[[str], np.ndarray]) -> Any:
-    """Our parameters of those of transformers, or of their gradients.
+    """Our parameters from those of transformers, or their gradients.
 
     Args:
       case: the model.
-      get: the tensor of a name.
+      get: returns the tensor of a name.
     """
 
     def dense(at: str) -> dict[str, np.ndarray]:
@@ -213,7 +213,7 @@ def load_in_torch(case: Case) -> Any:
     cls = getattr(transformers, case.architecture)
     settings = SIZES | dict(case.settings) | {"use_cache": False}
     model = cls(cls.config_class(**settings, attn_implementation="eager")).eval()
-    if not case.model.tie_embeddings:  # a new T5 has a tied head whatever its config says
+    if not case.model.tie_embeddings:  # a new T5 ties its head whatever its config says
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -222,12 +222,12 @@ def load_in_torch(case: Case) -> Any:
 
 
 class Said(NamedTuple):
-    """What a model says of a batch.
+    """The results of a model on a batch.
 
     Attributes:
       logits: float32 [B, L, V].
       experts: int, [B, T or L] of each router, in order, the encoder's first.
-      kept: bool, likewise: whether the token has a slot.
+      kept: bool, in the same layout: whether the token has a slot.
     """
 
     logits: Any
@@ -236,7 +236,7 @@ class Said(NamedTuple):
 
 
 def said_by_torch(model: Any, arrays: Mapping[str, np.ndarray]) -> Said:
-    """With a graph of gradients."""
+    """Results of transformers, with the graph of gradients."""
     import torch
 
     found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -259,7 +259,7 @@ def said_by_torch(model: Any, arrays: Mapping[str, np.ndarray]) -> Said:
 
 
 def said_by_us(model: EncoderDecoder, params: Any, arrays: Mapping[str, np.ndarray]) -> Said:
-    """The same of our model."""
+    """Results of our model."""
     run = jax.jit(dataclasses.replace(model, scan_layers=True).run)
     output = run(params, call_of(arrays, record=True))
     choices = [output.aux[name].choices for name in ("encoder_moe", "moe") if name in output.aux]

@@ -1,4 +1,4 @@
-"""Runs, models and batches small enough to test with."""
+"""Runs, models and batches that are small enough for tests."""
 
 import copy
 import functools
@@ -15,14 +15,14 @@ from moe_jax.training.saved import load_run
 from moe_jax.training.state import TrainState, init_state
 
 ROOT = pathlib.Path(__file__).parent.parent
-CACHE = ROOT / ".cache"  # of compiled programs and token files, kept between runs of the tests
+CACHE = ROOT / ".cache"  # compiled programs and token files, kept between runs of the tests
 SETTINGS: dict[str, Any] = {
     "model": {
         "kind": "language_model",
         "model_dim": 16,
         "parts": {
             "attention": {"kind": "attention", "num_heads": 2, "head_dim": 8},
-            # einsum compiles in a third of the time of ragged; tests of both hold them to be equal.
+            # einsum compiles in a third of the time of ragged; tests show that both agree.
             "moe": {
                 "kind": "moe", "num_experts": 4, "num_selected_experts": 2, "expert_dim": 32,
                 "run_experts": "einsum",
@@ -43,14 +43,14 @@ DENSE: dict[str, Any] = {
     "model": {"parts": {"moe": None, "mlp": MLP}, "stack": {"unit": [["attention", "mlp"]]}}
 }
 
-# Tests mostly wait for the compiler: this halves it, and the programs run but a moment.
+# Tests mostly wait for the compiler: this halves the wait. The programs run only for a moment.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tiny_config(settings: dict[str, Any] | None = None) -> ExperimentConfig:
-    """A run of two MoE layers of four experts, top 2, with these (nested) settings changed.
+    """A run of two MoE layers with four experts, top 2, with these (nested) settings changed.
 
-    A part of another kind takes the place of the one that is there; None takes a part away.
+    A part of another kind replaces the existing one; None removes a part.
     """
     merged = _merge(copy.deepcopy(SETTINGS), copy.deepcopy(settings or {}))
     parts = merged["model"]["parts"]
@@ -59,7 +59,7 @@ def tiny_config(settings: dict[str, Any] | None = None) -> ExperimentConfig:
 
 
 def tiny_moe(**settings: Any) -> dict[str, Any]:
-    """Settings of `tiny_config` that change its MoE block."""
+    """Settings for `tiny_config` that change its MoE block."""
     return {"model": {"parts": {"moe": settings}}}
 
 
@@ -77,7 +77,7 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_state(config: ExperimentConfig, seed: int = 0) -> TrainState:
-    """The state before the first step, with parameters drawn by NumPy: nothing is compiled.
+    """The state before the first step. NumPy draws the parameters, so nothing is compiled.
 
     Routers are far from uniform, so that experts are overloaded and choices are dropped.
     """
@@ -99,7 +99,7 @@ def tiny_state(config: ExperimentConfig, seed: int = 0) -> TrainState:
 
 
 def tiny_batch(batch_size: int = 4, length: int = 16, seed: int = 0) -> dict[str, jax.Array]:
-    """Random tokens with rows of different lengths, one empty, two documents in the first row.
+    """Random tokens in rows of different lengths: one is empty, the first has two documents.
 
     Loss weights are uneven, and 0 on some valid tokens.
     """
@@ -122,12 +122,12 @@ def tiny_batch(batch_size: int = 4, length: int = 16, seed: int = 0) -> dict[str
 
 
 def cut(batch: dict[str, Any], num_parts: int = 1) -> dict[str, jax.Array]:
-    """A batch as the training step takes it: cut into microbatches of consecutive sequences."""
+    """Cuts a batch into microbatches of consecutive sequences, as the training step expects it."""
     return {name: value.reshape(num_parts, -1, *value.shape[1:]) for name, value in batch.items()}
 
 
 def tiny_training(settings: dict[str, Any] | None = None) -> ExperimentConfig:
-    """A whole run on the embedded corpus, of a second, that uses every part of the state."""
+    """A whole run of a second on the embedded corpus, which uses every part of the state."""
     return tiny_config(
         _merge(
             {
@@ -157,7 +157,7 @@ def tiny_training(settings: dict[str, Any] | None = None) -> ExperimentConfig:
 
 
 def tiny_flags(**training: int) -> list[str]:
-    """The flags of a command for a run of a few seconds, with these settings of its training."""
+    """Flags of a command for a run of a few seconds, with these training settings."""
     settings = [
         "model.stack.repeats=2", "model.model_dim=16", "model.dropout_rate=0.1",
         "model.parts.attention.num_heads=2", "model.parts.attention.head_dim=8",
@@ -173,7 +173,7 @@ def tiny_flags(**training: int) -> list[str]:
 
 
 def files(directory: pathlib.Path) -> dict[str, bytes]:
-    """Every file under a directory, to see whether anything changed."""
+    """Every file under a directory, to show whether anything changed."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -182,7 +182,7 @@ def files(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def assert_same_run(directory: pathlib.Path, expected: pathlib.Path) -> None:
-    """Two runs ended alike, bit for bit: state, metrics but for speed, evaluation, any sample."""
+    """Checks that two runs ended bit-equal: state, metrics except speed, evaluation, any sample."""
     states = [load_run(run, moments=True)[1] for run in (directory, expected)]
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     for (path, a), b in zip(
