@@ -1,4 +1,4 @@
-"""The analysis of a run: what its checkpoints choose, against the evaluation's own counts."""
+"""Analysis of a run: the choices of its checkpoints, checked against the evaluation's counts."""
 
 import dataclasses
 import json
@@ -36,14 +36,14 @@ from moe_jax.training.saved import CHECKPOINTS
 from moe_jax.training.ways import SEES
 from tests.tiny_run import DENSE, files, tiny_moe, tiny_state, tiny_training
 
-# Four experts, and one that adds nothing.
+# Four experts, and one zero expert.
 CONFIG = tiny_training(tiny_moe(num_zero_experts=1, capacity={"eval_factor": 0.0}))
 ALL = 10**9
 OPTIONS = Options(tokens=2000, shuffles=20, min_count=2)
 
 
 def make_run(workdir, states, config=CONFIG):
-    """A run that kept these states by step."""
+    """Writes a run that kept the given states, keyed by step."""
     write_run_record(workdir, config)
     with Checkpoints(workdir / CHECKPOINTS, keep=9) as checkpoints:
         for step, state in states.items():
@@ -84,14 +84,14 @@ def test_choices_are_those_that_an_evaluation_counts():
     some = route_batches(state, CONFIG.model, batches, 33)
     assert some.expert_XJK.shape == (2, 33, 2) and len(some.token_J) == 33
     np.testing.assert_array_equal(some.expert_XJK, routed.expert_XJK[:, :33])
-    # Two tokens are of one document if they stand in one sequence of one batch.
+    # Two tokens share a document if they are in the same sequence of the same batch.
     assert len(np.unique(routed.document_J)) >= sum(
         (b["segment_ids"] == 1).any(1).sum() for b in batches
     )
 
 
 def test_a_record_is_flattened_without_its_padding():
-    """Two sequences by hand: two documents in the first, one token and padding in the second."""
+    """By hand: two documents in the first sequence, one token and padding in the second."""
     segments_BL = np.array([[1, 1, 2], [1, 0, 0]], np.int32)
     index = np.arange(12, dtype=np.int32).reshape(1, 2, 3, 2)
     chosen = np.ones(index.shape, bool)
@@ -111,7 +111,7 @@ def test_a_record_is_flattened_without_its_padding():
 
 
 def test_parts_of_other_sizes_are_joined_in_the_order_of_the_model():
-    """Layers 1 and 2 of a part of one choice, layers 0 and 2 of one of two."""
+    """One part has top-1 routing in layers 1 and 2, the other top-2 in layers 0 and 2."""
     segments_BL = np.array([[1, 1, 0]], np.int32)
 
     def part(layers, num_experts, num_choices):
@@ -135,7 +135,7 @@ def test_parts_of_other_sizes_are_joined_in_the_order_of_the_model():
 
 @pytest.mark.slow
 def test_a_run_with_parts_of_other_sizes_is_analysed(tmp_path):
-    """Four experts, top 2, and one of six, top 1; every figure, and the page, has both."""
+    """One part has four experts, top 2, the other six, top 1. The page and figures show both."""
     six = {"kind": "moe", "num_experts": 6, "expert_dim": 8}
     unit = [["attention", "moe"], ["attention", "six"]]
     config = tiny_training({"model": {"parts": {"six": six}, "stack": {"unit": unit}}})
@@ -170,7 +170,7 @@ def test_choices_are_compared_with_what_they_might_as_well_be(analysis):
             "input noise 0.01", "compute in bfloat16", "router in bfloat16", "step 6",
         ]  # fmt: skip
         assert found["step 6"] == {"first": 0, "set": 0}, "the same parameters choose alike"
-        # Noise and rounding move few tokens, but they do.
+        # Noise and rounding move few tokens, but more than none.
         for name in list(found)[:3]:
             assert 0 < found[name]["first"] < 0.2 and 0 < found[name]["set"] < 0.2
     assert "input noise 0.01" in said(analysis) and "0.0% (0.0%)" in said(analysis)
@@ -199,13 +199,13 @@ def test_numbers_are_in_their_ranges_and_beside_their_baselines(analysis):
         assert np.shape(layer["similarity"]["experts"]) == (4, 4)
         assert np.shape(layer["similarity"]["router"]) == (5, 5)
         assert len(layer["tokens"]["most_routed"]) == len(layer["load"]["share"]) == 5
-        # Every occurrence has two experts, and the same ids are the most frequent in every layer.
+        # Every occurrence has two experts. The most frequent ids are the same in every layer.
         rows = layer["tokens"]["most_frequent"]
         counts_V = np.bincount(analysis.routed.token_J)
         assert [row["occurrences"] for row in rows] == sorted(counts_V.tolist())[:-51:-1]
         assert all(counts_V[row["id"]] == row["occurrences"] for row in rows)
         np.testing.assert_allclose([sum(row["share"]) for row in rows], 2, atol=1e-4)
-    # One row a layer; of top-1 routing nothing is said of what two choices have in common.
+    # One row per layer. For top-1 routing, the table omits what two choices share.
     table = summary_table(analysis.layers)
     assert table[0][-1] == "settled at step 3" and table[1][-1].endswith("% (40%)")
     assert len({len(line) for line in text_table(table).splitlines()}) == 1
@@ -260,7 +260,7 @@ def test_given_texts_are_domains_of_their_own(tmp_path):
         np.sum((b["segment_ids"] > 0).sum(1) * (b["domain"] == d)) for b in batches for d in (0, 1)
     ]
     assert sum(tokens[0::2]) == 41 and sum(tokens[1::2]) == 100
-    # More texts than tokens, and texts of one name in two places, which are not told.
+    # More texts than tokens is an error. Texts of equal name in two folders get numbers.
     with pytest.raises(ValueError, match=r"one token of each text: --tokens=1 for 2 files.*Raise"):
         analyze_run(tmp_path, dataclasses.replace(options, tokens=1))
     alike = ("/a/x.txt", "/b/x.txt", "/b/x.txt (2)", "/c/x.txt")
@@ -283,7 +283,7 @@ def test_a_file_without_text_is_refused(tmp_path, data, message):
 
 
 def test_settings_say_how_experts_were_filled_and_not_where_files_are(analysis, tmp_path):
-    """Of a run with expert choice, on a corpus, with a tokenizer and texts somewhere."""
+    """The run has expert choice, a corpus, a tokenizer and a text, all with a path."""
     choice = {
         "data": {
             "corpus": f"jsonl:{tmp_path}/mine", "tokenizer": f"sentencepiece:{tmp_path}/x.model",

@@ -12,11 +12,11 @@ EXPERT_JK = np.array([[0, 1], [2, 3], [1, 0]])
 
 
 def test_flips_by_hand():
-    # The first token's experts change places, the second's first choice becomes another expert,
-    # the third stays.
+    # The first token's experts change places. The second token's first choice is replaced by
+    # another expert. The third token keeps its experts.
     other_JK = np.array([[1, 0], [0, 3], [1, 0]])
     assert flips(EXPERT_JK, other_JK) == flips(other_JK, EXPERT_JK) == (2 / 3, 1 / 3)
-    # Second choices alone.
+    # Only second choices change.
     assert flips(EXPERT_JK, np.array([[0, 2], [2, 3], [1, 3]])) == (0, 2 / 3)
     assert flips(EXPERT_JK, EXPERT_JK) == (0, 0)
 
@@ -26,7 +26,7 @@ def test_a_choice_that_does_not_count_is_none():
     assert flips(EXPERT_JK, fewer_JK) == (0, 1 / 3)
     none_JK = np.full((3, 2), -1)
     assert flips(EXPERT_JK, none_JK) == (1, 1) and flips(none_JK, none_JK) == (0, 0)
-    # One choice against two.
+    # One choice per token against two.
     assert flips(EXPERT_JK, EXPERT_JK[:, :1]) == (0, 1)
     assert flips(fewer_JK, EXPERT_JK[:, :1]) == (0, 2 / 3)
 

@@ -1,4 +1,4 @@
-"""Which models see later tokens, and what three futures of the same text are worth."""
+"""Which models see later tokens, and how much three futures of the same text change the loss."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ CUT = 6
 
 
 def make(queue="token_major", **moe):
-    """A model of tight capacity."""
+    """A model of tight capacity, with its parameters."""
     settings = {"bias": None, "capacity": {"queue": queue}, **moe}
     stack = {"allow_lookahead": True}
     config = tiny_training({"model": {"parts": {"moe": settings}, "stack": stack}})
@@ -39,7 +39,7 @@ def test_the_future_is_nothing_to_a_token_major_queue(causal):
 
 
 def test_the_loss_is_that_of_a_text_that_ends_there(causal):
-    """A causal dropless model does not know whether padding or nothing comes after a token."""
+    """A causal dropless model gives the same loss whether padding or nothing follows a token."""
     config, params = causal
     batch = batch_of(config)
     said = score_cut(params, None, batch, CUT, model=config.model, capacity=0.0)

@@ -21,7 +21,7 @@ NAMES = (
         ("folio_1623", "folio_1623"),
         ("a$b^$", r"a\$b^\$"),
         ("_hidden", " _hidden"),
-        ("中", r"\u4e2d"),  # which the fonts of matplotlib do not have
+        ("中", r"\u4e2d"),  # missing from matplotlib's fonts
         ("x" * 50 + "end", "x" * 20 + "..." + "x" * 14 + "end"),
         ("a\nb", r"a\nb"),
     ],
@@ -31,7 +31,7 @@ def test_a_name_in_a_figure(name, expected):
 
 
 def test_every_name_is_drawn_as_it_is():
-    """No warning, no error, and a legend that has them all."""
+    """No warning, no error, and a legend with all names."""
     curve = (np.array([1, 2]), np.array([2.0, 1.0]))
     figure = figures.loss_figure(curve, {}, dict.fromkeys(NAMES, curve))
     legend = figure.axes[1].get_legend()

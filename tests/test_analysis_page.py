@@ -1,4 +1,4 @@
-"""A text to be read token by token: cells, names, and a page that nothing in a text can break."""
+"""A text as an HTML page, token by token: cells, names, and markup that no text can break."""
 
 import base64
 import html.parser
@@ -44,12 +44,12 @@ def test_bytes_are_put_together_to_characters_by_hand():
 
 def test_a_character_that_is_cut_ends_with_its_document():
     e_acute = BYTE.encode("é").tolist()
-    # The window ends within a character; the next begins with the rest of it.
+    # The window ends inside a character, and the next window begins with its remaining bytes.
     cut = [*e_acute[:1], *e_acute[1:], BYTE.encode("x")[0]]
     assert cells_of(BYTE, cut, [True, True, False]) == [
         Cell("\ufffd", 0, 1), Cell("\ufffd", 1, 1), Cell("x", 2, 1),
     ]  # fmt: skip
-    # Before a special token, and at the very end.
+    # Cut before a special token, and at the very end.
     assert cells_of(BYTE, [e_acute[0], BYTE.eos_id, e_acute[0]]) == [
         Cell("\ufffd", 0, 1), Cell("", 1, 1), Cell("\ufffd", 2, 1),
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_names_of_byte_tokens():
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would make of a page."""
+    """A page as a browser parses it."""
 
     def __init__(self, text):
         super().__init__()
@@ -134,7 +134,7 @@ def routed_text(tokenizer, text, num_layers=2, num_choices=2, num_experts=4):
 
 
 def said_of(title):
-    """The least that a page needs to be told."""
+    """The smallest results that a page accepts."""
     information = {"bits": 1.0, "shuffled": 0.5}
     layer = {
         "load": {"fullest": 1.5, "effective_experts": 3.0},
@@ -211,7 +211,7 @@ def test_a_page_has_the_first_tokens_of_every_domain():
         assert (passage.routed.domain_J == domain).all()
         expected = long.expert_XJK[:, domain::3][:, : MAX_TOKENS // 3]
         np.testing.assert_array_equal(passage.routed.expert_XJK, expected)
-    # Many numbers a token leave room for fewer tokens.
+    # Many numbers per token leave room for fewer tokens.
     many = routed_text(BYTE, "x" * 2000, num_layers=8, num_choices=32, num_experts=32)
     (passage,) = choose_passages(many, ("a",))
     assert len(passage.routed.token_J) == MAX_NUMBERS // (8 * 32)
@@ -221,12 +221,12 @@ def test_texts_become_windows_like_documents_in_training():
     batches = text_batches(["abcde", "fg"], BYTE, sequence_length=4, batch_size=2, max_tokens=100)
     assert len(batches) == 2
     ids = BYTE.encode("abcdefg").tolist()
-    # Of "[bos]abcde[eos]" the last token is a target only; the last row is padding.
+    # The last token of "[bos]abcde[eos]" is only a target. The last row is padding.
     rows = [[BYTE.bos_id, *ids[:3]], [*ids[3:5], 0, 0], [BYTE.bos_id, *ids[5:], 0], [0] * 4]
     np.testing.assert_array_equal(np.concatenate([b["inputs"] for b in batches]), rows)
     segments = np.concatenate([b["segment_ids"] for b in batches])
     np.testing.assert_array_equal(segments > 0, [[1] * 4, [1, 1, 0, 0], [1, 1, 1, 0], [0] * 4])
     assert [b["domain"].tolist() for b in batches] == [[0, 0], [1, 0]]
-    # Each may have half of six tokens.
+    # Each text gets at most half of six tokens.
     (batch,) = text_batches(["abcde", "fg"], BYTE, sequence_length=4, batch_size=2, max_tokens=6)
     assert (batch["segment_ids"] > 0).sum(axis=1).tolist() == [3, 3]

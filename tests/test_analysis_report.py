@@ -1,4 +1,4 @@
-"""The report of a run, from its files alone."""
+"""The report of a run, made only from its files."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ MAX_BYTES = 150_000
 
 
 def moe_metrics(rng, layer: str, progress: float, num_experts: int, part: str = "moe") -> dict:
-    """A router that starts uneven and is balanced by and by."""
+    """Metrics of a router that starts uneven and balances gradually."""
     logits = np.random.default_rng(len(layer) + int(layer[-2:])).standard_normal(num_experts)
     load = np.exp(logits * (0.15 + 1.2 * np.exp(-6 * progress)))
     load = load / load.sum() + 0.004 * rng.standard_normal(num_experts) / num_experts**0.5
@@ -55,7 +55,7 @@ def losses(nats: float, offset: float = 0.0) -> dict:
 def make_run(
     directory: pathlib.Path, *, layers=(1, 3), num_experts=8, num_steps=1000, finished=True
 ) -> None:
-    """The files of a run of a MoE model, or, without layers, of a dense one."""
+    """Writes the files of a run of a MoE model, or of a dense one if `layers` is empty."""
     rng = np.random.default_rng(0)
     num_layers = max([4, *(i + 1 for i in layers)])
     names = [("attention", "moe" if i in layers else "mlp") for i in range(num_layers)]
@@ -170,13 +170,13 @@ def test_report_of_a_run_that_is_still_going(tmp_path):
     assert text.startswith("# quickstart\n\n500 of 1,000 steps")
     assert "Held-out text at step 400:" in text and "| drama | - |" in text
     assert images == {"loss.png", "expert_load.png", "router.png"}
-    # The first lines alone have no evaluation.
+    # The first line alone has no evaluation.
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
     assert "Held-out text was not evaluated." in report_of(tmp_path)[0]
 
 
 def test_report_of_a_run_without_a_step_of_its_own(tmp_path):
-    """Such as a model that was made with its position at the end, and evaluated."""
+    """For example, a model written at its last step without training, then evaluated."""
     make_run(tmp_path, layers=(0,), num_steps=200)
     row = {"heldout/dropless/nats_per_token": 1.5, "heldout/dropless/bits_per_byte": 2.2}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 200} | row) + "\n")
@@ -192,7 +192,7 @@ def test_unused_experts_and_nan_losses_are_drawn(tmp_path):
 
 
 def test_domains_of_any_name_are_reported(tmp_path):
-    """With what matplotlib, Markdown and HTML would read as markup; null and NaN are no number."""
+    """Names with markup of matplotlib, Markdown or HTML are escaped; null and NaN become "-"."""
     make_run(tmp_path, layers=(), num_steps=20)
     names = ("a$b^$", "<script>alert(1)</script>", "*|*", "中文" * 100)
     heldout = {f"heldout/dropless/domain/{name}/bits_per_byte": 2.0 for name in names}
@@ -208,7 +208,7 @@ def test_domains_of_any_name_are_reported(tmp_path):
 
 
 def test_an_extended_run_says_so_and_shows_its_newest_held_out_losses(tmp_path):
-    make_run(tmp_path, layers=(), num_steps=20)  # its evaluation.json is of step 20
+    make_run(tmp_path, layers=(), num_steps=20)  # its evaluation.json is from step 20
     config = read_config(read_json(tmp_path / "config.json"), ExperimentConfig)
     longer = dataclasses.replace(config.training, num_steps=50)
     write_run_record(tmp_path, dataclasses.replace(config, training=longer), start_step=20)
@@ -262,7 +262,7 @@ def test_a_file_that_is_cut_is_named(tmp_path):
 
 
 def test_layers_of_several_parts_are_in_the_order_of_the_model(tmp_path):
-    """Four experts in layers 1 and 2, six in layers 0 and 2, and one hundred layers above."""
+    """Four experts in layers 1, 2 and 100; six experts in layers 0 and 2."""
     make_run(tmp_path, layers=(1,), num_experts=4, num_steps=200)
     places = {"six/layer_00": 6, "six/layer_02": 6, "moe/layer_02": 4, "moe/layer_100": 4}
     metrics = {}
@@ -333,7 +333,7 @@ def test_the_command_as_a_process_warns_of_nothing(tmp_path):
 def test_a_config_that_is_refused_writes_no_report(tmp_path):
     make_run(tmp_path)
     record, config = (json.loads((tmp_path / n).read_text()) for n in ("run.json", "config.json"))
-    record.pop("parameters", None)  # so that they are counted from the config
+    record.pop("parameters", None)  # so that the report counts them from the config
     config["model"]["model_dim"] = 0
     (tmp_path / "run.json").write_text(json.dumps(record))
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""The measures of routing: tables worked by hand, and routing at random against its formulas."""
+"""Measures of routing: tables worked by hand, and random routing against its formulas."""
 
 import math
 
@@ -31,14 +31,14 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
 
-# Six tokens, two choices of four experts; the fourth token has one choice, the last has none.
+# Six tokens, two choices of four experts. The fourth token has one choice, the last none.
 EXPERT_JK = np.array([[0, 1], [0, 2], [1, 0], [2, -1], [2, 0], [-1, -1]])
 DOMAIN_J = np.array([0, 0, 0, 1, 1, 1])
 EVEN = 100_000
 
 
 def random_choices(num_tokens, num_experts, num_choices, seed=0):
-    """Sets of experts, all equally likely, in random order."""
+    """Random sets of experts, all equally likely, in random order."""
     scores = np.random.default_rng(seed).random((num_tokens, num_experts))
     return np.argsort(scores, axis=1)[:, :num_choices]
 
@@ -63,10 +63,10 @@ def test_counts_and_information_by_hand():
         for n, row, column in [(3, 6, 4), (2, 6, 2), (1, 6, 3), (1, 3, 4), (2, 3, 3)]
     )
     assert mutual_information(counts_IE) == pytest.approx(by_hand)
-    # A category with one expert says all there is to say of it; categories alike say nothing.
+    # A category that determines the expert tells everything; equal categories tell nothing.
     assert mutual_information(np.diag([5, 5, 5, 5])) == pytest.approx(2)
     assert mutual_information(np.outer([1, 2, 3], [4, 5])) == pytest.approx(0, abs=1e-12)
-    # Two pairs of experts, told apart by the category: of four experts one bit, log2(E / K).
+    # The category separates two pairs of four experts: one bit, log2(E / K).
     pairs_JK = np.tile([[0, 1], [2, 3]], (50, 1))
     counts_IE = choice_counts(np.tile([0, 1], 50), pairs_JK, 2, 4)
     assert mutual_information(counts_IE) == pytest.approx(math.log2(4 / 2))
@@ -85,7 +85,7 @@ def test_random_routing_has_the_information_that_is_expected_of_chance(num_choic
     assert shuffled.mean() == pytest.approx(bias, rel=0.05)
     measured = mutual_information(choice_counts(category_J, expert_JK, *sizes))
     assert measured == pytest.approx(bias, rel=0.25)
-    # What is shared stands out from it, and shuffling takes it away.
+    # Real information stands out from the bias, and shuffling removes it.
     expert_JK[:, 0] = category_J % num_experts
     told = mutual_information(choice_counts(category_J, expert_JK[:, :1], *sizes))
     assert told > 2.9
@@ -94,7 +94,7 @@ def test_random_routing_has_the_information_that_is_expected_of_chance(num_choic
 
 
 def test_shuffling_within_ids_keeps_what_the_ids_explain():
-    """An expert by id; and one by domain alone, which is independent of the id."""
+    """One expert follows the id, the other only the domain, which is independent of the id."""
     rng = np.random.default_rng(3)
     domain_J = rng.integers(4, size=4000)
     token_J = np.where(rng.random(4000) < 0.5, domain_J, rng.integers(8, size=4000))
@@ -112,12 +112,12 @@ def test_shuffling_within_ids_keeps_what_the_ids_explain():
 
 
 def test_repetition_by_hand():
-    # Pairs 0-1, 1-2 and 3-4; between 2 and 3 another document begins; the last is alone.
+    # Pairs 0-1, 1-2 and 3-4. Another document begins between 2 and 3. Token 5 stands alone.
     found = repetition(EXPERT_JK, np.array([7, 7, 7, 3, 3, 9]))
     assert found == (3, pytest.approx(2 / 3), 1)
     # Tokens without a choice have nothing in common.
     assert repetition(np.full((3, 2), -1), np.zeros(3)) == (2, 0, 0)
-    # [0, 1] and [2, 0]: not the same first choice, one expert in common.
+    # [0, 1] and [2, 0]: different first choices, one shared expert.
     assert repetition(np.array([[0, 1], [2, 0]]), np.zeros(2)) == (1, 0, 1)
     nothing = repetition(EXPERT_JK, np.arange(6))
     assert nothing.num_pairs == 0 and math.isnan(nothing.same_first)
@@ -135,20 +135,20 @@ def test_repetition_of_random_routing_is_that_of_mixtrals_table():
 
 
 def test_repetition_expected_of_tokens_with_fewer_choices_by_hand():
-    # top_p with one choice each of K = 2: nothing but the first can be shared.
+    # top_p with one choice of K = 2 per token: only the first choice can be shared.
     one_JK, same = np.tile([3, -1], (4, 1)), np.zeros(4)
     assert expected_repetition(one_JK, same, 8) == (1 / 8, pytest.approx(1 / 8))
-    # Pairs of 2 and 2, 2 and 2, 1 and 2 choices of four experts; see `test_repetition_by_hand`.
+    # Pairs with 2 and 2, 2 and 2, 1 and 2 choices of four experts; see `test_repetition_by_hand`.
     document_J = np.array([7, 7, 7, 3, 3, 9])
     assert random_repetition(4, 2) == (1 / 4, pytest.approx(1 - 2 / 4 * 1 / 3))
     assert random_repetition(4, 1, 2) == random_repetition(4, 2, 1) == (1 / 4, 1 / 2)
     expected = 1 / 4, (2 * 5 / 6 + 1 / 2) / 3
     assert expected_repetition(EXPERT_JK, document_J, 4) == pytest.approx(expected)
-    # Expert choice: two of four pairs have a token without an expert.
+    # Expert choice: two of four pairs include a token without an expert.
     some_JK = np.array([[0, 1], [-1, -1], [2, -1], [1, 3], [2, -1]])
     assert expected_repetition(some_JK, np.zeros(5), 4) == pytest.approx((2 / 4 / 4, 2 / 4 / 2))
     assert np.isnan(expected_repetition(EXPERT_JK, np.arange(6), 4)).all()
-    # Drawn at random, with two choices, one or none.
+    # Random tokens with two choices, one or none.
     drawn_JK = random_choices(EVEN, 8, 2)
     drawn_JK[np.random.default_rng(2).random(EVEN) < 0.5] = -1
     drawn_JK[::3, 1] = -1
@@ -158,7 +158,7 @@ def test_repetition_expected_of_tokens_with_fewer_choices_by_hand():
 
 def test_saturation_by_hand():
     last_JK = np.array([[1, 0], [3, 2], [3, 2], [2, 1], [1, 3], [0, 1]])
-    # 2 of 2, 1 of 2, 0 of 2, 1 of 1, 0 of 2, none.
+    # Shared choices per token: 2 of 2, 1 of 2, 0 of 2, 1 of 1, 0 of 2; the last has no choice.
     assert router_saturation(EXPERT_JK, last_JK) == pytest.approx(4 / 9)
     assert router_saturation(EXPERT_JK[:, :1], last_JK[:, :1]) == pytest.approx(1 / 5)
     assert router_saturation(EXPERT_JK, EXPERT_JK) == 1
@@ -181,12 +181,12 @@ def test_most_routed_tokens_by_hand():
     counts_VE = np.array([[9, 1], [20, 20], [0, 5], [3, 0], [18, 2]])
     occurrences_V = np.array([10, 40, 5, 3, 20])
     found = most_routed_tokens(counts_VE, occurrences_V, min_count=4, num_tokens=2)
-    # Ids 4 and 0 share first place, and 4 is the more frequent; 3 is too rare.
+    # Ids 4 and 0 share first place, and 4 is more frequent. Id 3 is too rare.
     assert found[0] == [RoutedToken(4, 0.9, 20), RoutedToken(0, 0.9, 10)]
     assert found[1] == [RoutedToken(2, 1.0, 5), RoutedToken(1, 0.5, 40)]
     rare = most_routed_tokens(counts_VE, occurrences_V, min_count=50, num_tokens=2)
     assert rare == [[], []]
-    # By falling count, equal ones by id, and none that does not occur.
+    # Sorted by falling count, ties by id. Ids that do not occur are left out.
     assert most_frequent_ids(occurrences_V, 2).tolist() == [1, 4]
     assert most_frequent_ids(np.array([0, 3, 5, 3]), 9).tolist() == [2, 1, 3]
 
@@ -210,7 +210,7 @@ def test_expert_similarity_is_of_all_matrices_and_of_nothing_else():
 
 
 def model_of(**stack):
-    """MoE parts of four and of two experts."""
+    """A model with MoE parts of four and of two experts."""
     parts = {
         "attention": Attention(),
         "mlp": Mlp(),
@@ -231,7 +231,7 @@ def block(value, num_experts=4):
 
 
 def test_the_blocks_of_a_model_come_in_the_order_of_its_layers():
-    """Layers of which 1, 3 and 5 are MoE, repeated two by two, and the last on its own."""
+    """Layers 1, 3 and 5 are MoE: a unit of two layers repeats three times, then a dense layer."""
     dense, sparse = ("attention", "mlp"), ("attention", "moe")
     model = model_of(unit=(dense, sparse), repeats=3, last=(dense,))
     repeated = np.stack([block(v)["experts"]["wi"] for v in (10, 30, 50)])
@@ -250,7 +250,7 @@ def test_the_blocks_of_a_model_come_in_the_order_of_its_layers():
         assert own.num_experts == 4
         np.testing.assert_array_equal(own.experts["wi"], np.full((4, 1, 1), value))
         np.testing.assert_array_equal(own.router_IE, np.full((1, 4), value))
-    # One after another, not repeated.
+    # The same layers, listed one by one.
     plain = model_of(first=(dense, sparse) * 3 + (dense,), unit=(), repeats=0)
     first = {str(i): {"moe": block(10 * i)} for i in range(7)}
     same = moe_weights({"stack": {"first": first, "unit": {}, "last": {}}}, plain)
@@ -273,7 +273,7 @@ def test_blocks_of_several_parts_are_named_by_layer_and_tied_ones_repeat():
         "layer_03_moe": 10, "layer_03_pair": 6, "layer_04": 20,
     }  # fmt: skip
     assert [own.num_experts for own in blocks.values()] == [2, 4, 2, 4, 4, 2, 4]
-    # One copy for all repeats.
+    # All repeats share one copy.
     tied = model_of(unit=(("attention", "moe"),), repeats=3, tied=("moe",))
     stack = {"first": {}, "unit": {"0": {}}, "last": {}, "tied": {"moe": block(3)}}
     blocks = moe_weights({"stack": stack}, tied)
@@ -283,7 +283,7 @@ def test_blocks_of_several_parts_are_named_by_layer_and_tied_ones_repeat():
 @settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4))
 def test_names_of_experts_and_the_order_of_tokens_do_not_matter(seed, num_choices):
-    """What holds of every routing, with holes in it."""
+    """These properties hold for any routing, even with missing choices."""
     rng = np.random.default_rng(seed)
     expert_JK = random_choices(60, 6, num_choices, seed)
     expert_JK[rng.random(expert_JK.shape) < 0.1] = -1

@@ -1,6 +1,6 @@
-"""The library computes what it computed before its models were made of parts.
+"""The library computes what it computed before models were made of parts.
 
-`tests/before/*.npz` hold configs, parameters, batches, and what commit f891836 made of them.
+`tests/before/*.npz` hold configs, parameters, batches, and the results of commit f891836.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from tests.slow import slow_but
 HERE = pathlib.Path(__file__).parent / "before"
 FILES = sorted(path.stem for path in HERE.glob("*.npz"))
 MODELS = [name for name in FILES if not name.startswith("block_")]
-# Those of a quick run of the tests.
+# The cases of a quick run.
 QUICK = {
     "deepseek_v3", "expert_choice", "soft", "switch", "block_dropout_einsum", "block_replay"
 }  # fmt: skip
 BLOCKS = [name for name in FILES if name.startswith("block_")]
-# Of the largest entry of an array, or of 1: float32 sums in another order.
+# Tolerance, relative to max(1, largest entry): float32 sums in another order.
 CLOSE = 1e-5
 LEARNING_RATE = 0.1
 AUX_LOSSES = ("load_balance_loss", "router_z_loss", "importance_loss", "load_loss")
@@ -77,7 +77,7 @@ def saved_model(name, **settings):
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def sgd_step(params, model_state, batch, step, config):
-    """Loss, cross-entropy, gradient, what was said, and the next parameters and state."""
+    """Returns the loss, cross-entropy, gradient, aux, metrics, and next parameters and state."""
     state = TrainState(step, params, None, model_state, None)
     keys = jax.random.split(jax.random.key(0), batch["inputs"].shape[0])
     loss, grads, said = gradient(state, batch, keys, batch_totals(batch), config.model)
@@ -129,8 +129,8 @@ def test_evaluation_of_a_model_is_that_of_before(name):
         assert_close(logits[: len(saved[key])], saved[key], key)
 
 
-# A scan for an unrolled stack and the other way round, and what the backward pass computes again.
-# `test_models_stack` has a quick test of it.
+# Scan instead of an unrolled stack and the reverse, and other recomputation in the backward pass.
+# `test_models_stack` has a quick version.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
@@ -155,7 +155,7 @@ def test_how_layers_are_executed_changes_nothing(name, settings):
 
 @functools.partial(jax.jit, static_argnames=("moe",))
 def run_block(params, x_BLM, weight_BLM, call, own, moe):
-    """Output, losses, counts, and the gradient of the saved objective."""
+    """Returns the saved objective, its output, aux and losses, and its gradient."""
 
     def objective(params, x_BLM):
         y_BLM, aux = moe_block(params, x_BLM, moe, call, own)

@@ -1,4 +1,4 @@
-"""The run on an accelerator, without one: its budget, what kills cost, and how it goes on."""
+"""The run on an accelerator, tested without one: its budget, killed rows, and resumption."""
 
 import functools
 import os
@@ -150,7 +150,7 @@ sys.exit(measure("layers", rows, record, float(arguments["--until"])))
 
 @pytest.fixture
 def run_of_bad_rows(monkeypatch, record):
-    """Makes a run whose processes have a row that aborts and one that hangs."""
+    """Returns a maker of runs whose child processes have one row that aborts and one that hangs."""
     start = subprocess.Popen
 
     def make(patience):
@@ -196,7 +196,7 @@ def test_a_row_that_the_time_runs_out_in_is_left_out_and_no_failure(run_of_bad_r
     assert line["needs"] == max(1, 2 * line["cut"])
     assert record.last()["layers", "behind"]["reason"] == NOT_REACHED
 
-    # It is taken last, and only where it has twice the time.
+    # The row is measured last, and only if twice the time is left.
     calls, needs = [], 1000
     record.add("layers", **line | {"cut": needs / 2, "needs": needs})
     rows = [
@@ -228,7 +228,7 @@ def test_a_row_beyond_half_its_limit_when_the_time_is_up_has_failed(run_of_bad_r
 
 
 def test_a_process_that_cannot_start_says_why_once(monkeypatch, record):
-    monkeypatch.setattr(supervisor, "ROOT", record.path.parent)  # without the package
+    monkeypatch.setattr(supervisor, "ROOT", record.path.parent)  # this folder lacks the package
     monkeypatch.setattr(supervisor, "environment_of_child", lambda *_: {"PATH": os.environ["PATH"]})
     Supervisor(record, 5, dry=True, say=lambda text: None).run_group(GROUP, time.time() + 60)
     [line] = record.lines()
@@ -275,7 +275,7 @@ def test_processes_keep_a_cpu_beside_the_accelerator_and_take_no_memory_in_advan
 
 
 def on_a_gpu(monkeypatch):
-    """Lists of rows as on a GPU of compute capability 9.0 with cuDNN."""
+    """Lists the rows of a GPU of compute capability 9.0 with cuDNN."""
     target = Target("gpu", capability=(9, 0))
     monkeypatch.setattr("moe_jax.moe.run_experts.plan.target_in_use", lambda: target)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
@@ -310,13 +310,13 @@ def test_what_is_first_is_known_by_name_and_fits_in_eight_minutes(monkeypatch):
     assert {name.split("/")[0] for name in first["layers"]} == {"a", "b", "c", "d"}
     assert not first["other_kernels"] and not first["cudnn_fusion"]
 
-    # Each fits its share of eight minutes.
+    # Each group fits its share of eight minutes.
     needs = {name: sum(row.seconds for row in rows) for name, rows in of.items()}
     assert all(needs[group.name] <= group.share * 8 * 60 for group in (FACTS, *GROUPS))
 
 
 class Clock:
-    """Time that passes as rows are thought to need it."""
+    """A clock that advances by the estimated time of each row."""
 
     now = 1e9
 
@@ -374,7 +374,7 @@ def test_rows_behind_the_first_are_those_of_all_groups_by_value(monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_run_on_a_cpu(tmp_path):
-    """One command; every group has rows; a second start has nothing left to measure."""
+    """One command runs every group. A second start finds nothing left to measure."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What the run on an accelerator measures: its rows at tiny sizes, its goals and its page."""
+"""Rows of the run on an accelerator at tiny sizes, its goals and its page."""
 
 import dataclasses
 import json
@@ -32,13 +32,13 @@ def test_loads_by_hand():
     shape = shapes.Shape(rows=100, experts=5, model_dim=2, expert_dim=3)
     assert shapes.group_sizes(shape, "even").tolist() == [25, 25, 25, 25, 0]
     zipf = shapes.group_sizes(shape, "zipf")
-    # 100 times 12, 6, 4 and 3 parts of 25.
+    # 100 rows times 12, 6, 4 and 3 parts of 25.
     assert zipf.tolist() == [48, 24, 16, 12, 0]
-    # 25 slots each: of 25 rows all stay, of the favourite's 48 only 25.
+    # 25 slots per expert: the even load keeps all rows, the favourite keeps only 25 of 48.
     assert shape.slots == 25
     assert shapes.kept_in_slots(shape, "even") == 100
     assert shapes.kept_in_slots(shape, "zipf") == 25 + 24 + 16 + 12
-    # Three products of 2 x 3 a row, two FLOPs each, three times for both gradients.
+    # Three products of 2 x 3 per row, two FLOPs each, tripled by both gradients.
     assert shape.flops(10) == 10 * 3 * (2 * 2 * 3) * 3
 
 
@@ -48,7 +48,7 @@ def test_pairs_of_attention_by_hand():
     form = attention.Form(batch=2, length=6, heads=3, kv_heads=3, dim=5, value_dim=7, documents=2)
     whole = form._replace(documents=1)
     assert whole.segments.tolist() == [1] * 6 and whole.pairs == 2 * 21
-    # A document ends at 6 / (2 * 2) = 1; the other has the five tokens left.
+    # The first document ends at 6 / (2 * 2) = 1; the other has the five remaining tokens.
     assert form.segments.tolist() == [1, 2, 2, 2, 2, 2]
     assert form.pairs == 2 * (1 + 15)
     assert form.flops == 3 * 2 * form.pairs * 3 * (5 + 7)
@@ -58,13 +58,13 @@ def test_pairs_of_attention_by_hand():
 
 @pytest.mark.parametrize("form", ["slots 1.25", "ragged", "dense FFN"])
 def test_the_forms_of_experts_are_the_same_function(form):
-    """Of expert 0 on its own rows, against the products written out."""
+    """Compares expert 0 on its own rows with the products written out."""
     if form == "ragged":
         form = f"ragged {choices(MoE, 'grouped_matmul')[-1]}"
     shape = shapes.TINY["tiny_E4"]
     made = experts.make(shape, "even", form)
     y = made.function(made.x, made.weights, made.sizes_E)
-    count = 32  # of expert 0's 43 rows, or 40 slots
+    count = 32  # fewer than expert 0's 43 rows or 40 slots
     first = made.x.reshape(-1, shape.model_dim)[:count].astype(jnp.float32)
     wi, wg, wo = (
         (made.weights[name] if form == "dense FFN" else made.weights[name][0]).astype(jnp.float32)
@@ -89,7 +89,7 @@ def test_parity_sees_a_planted_fault_and_an_empty_expert(monkeypatch):
 
 
 def wrong(assignment):
-    """The sum without the drops."""
+    """The dense sum without the drops."""
     kept = np.ones_like(np.asarray(assignment.kept_GSK))
     return DENSE_SUM(
         assignment._replace(
@@ -111,7 +111,7 @@ def test_attention_is_compared_with_a_softmax_written_out():
 
 
 def test_experts_are_checked_at_full_size_against_one_of_them_alone():
-    """What a kernel must be right about: the last expert with rows, and the one without."""
+    """A kernel must handle the last expert with rows and the expert without rows."""
     shape = shapes.TINY["tiny_E4"]
     sizes = jnp.asarray(shapes.group_sizes(shape, "even"))
     made = experts.make(shape, "even", "slots 1.25")._replace(
@@ -120,7 +120,7 @@ def test_experts_are_checked_at_full_size_against_one_of_them_alone():
     dy = experts.random(9, made.x.shape)
 
     def by_expert(x, weights):
-        """Row by row, with the weights of its own expert."""
+        """Computes each row with the weights of its own expert."""
         expert = np.repeat(np.arange(shape.experts), np.asarray(sizes))
         own = {name: weight[expert] for name, weight in weights.items()}
         hidden = jax.nn.silu(jnp.einsum("RM,RMH->RH", x, own["wg"]))
@@ -154,7 +154,7 @@ def test_each_form_of_attention_is_of_one_document_but_for_that_of_several():
 def test_dropped_choices_of_a_layer_are_no_useful_work():
     found = layers.measure(layers.TINY["tiny"], "gather", "", 0.25, True)
     assert 0 < found["kept"] < 0.5
-    choices = 2 * 16 * 2  # of two experts for each token of two sequences
+    choices = 2 * 16 * 2  # two experts for each token of two sequences
     flops = found["kept"] * choices * 3 * (3 * 2 * 16 * 32)
     assert found["tflops"] * 1e12 * found["ms"] / 1e3 == pytest.approx(flops, rel=0.01)
 
@@ -189,7 +189,7 @@ def test_half_the_square_of_attention_is_what_no_causal_query_sees():
     config = step.config_of(size, step.DEFAULT, layers=2, batch=2, remat="none")
     forward = count_flops(config.model, config.lengths).attention
     longer = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=64))
-    # Twice as long: the square of scores and values is all that grows for a token.
+    # At twice the length, only the square of scores and values grows per token.
     grown = count_flops(longer.model, longer.lengths).attention - forward
     assert step.unseen_flops(config) == 3 * grown / 2
 
@@ -202,7 +202,7 @@ def test_a_step_that_does_not_fit_says_what_was_said(monkeypatch):
 
     monkeypatch.setattr(step, "train", train)
     monkeypatch.setattr(step, "memory_limit", lambda: 1e12)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory"):  # no want of HBM
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory"):  # not a lack of HBM
         step.measure(step.TINY["tiny"], step.DEFAULT, dry=True)
     said += ["RESOURCE_EXHAUSTED: out of memory, 90 GB"] * step.TRIES
     with pytest.raises(RuntimeError, match=r"2 layers, .* remat none: .* out of memory, 90 GB; "):
@@ -231,7 +231,7 @@ def test_the_losses_of_the_quickstart_are_read_from_its_metrics(tmp_path):
 
 
 def a_card(**changes):
-    """Rows as a run leaves them."""
+    """Rows as a run records them."""
     device = {"platform": "gpu", "kind": "NVIDIA H100 80GB HBM3", "devices": 1, "memory_gb": 73.0,
               "peak_tflops": 989.4, "versions": {"jax": "0.11.2"}, "python": "3.12", "card": "",
               "at": 1.8e9, "commit": "abc1234"}  # fmt: skip
@@ -268,7 +268,7 @@ def test_goals_pass_and_fail_by_the_kernels_that_are_kernels():
 
 
 def verdicts_with(**rows):
-    """Verdicts of the goals on a card with other rows, GROUP__ROW."""
+    """Verdicts of the goals on a card with changed rows, named GROUP__ROW."""
     card = a_card()
     for name, line in rows.items():
         key = tuple(name.split("__"))

@@ -1,4 +1,4 @@
-"""Attention compiled for accelerators that are not here: kernels in the program, and no scores."""
+"""Attention compiled for absent accelerators: the program has kernels and writes no scores."""
 
 import importlib.util
 import json
@@ -22,11 +22,11 @@ def test_scores_are_found_in_a_program():
 
 
 def compiled(topologies, tmp_path, layers):
-    """The rows of a run of the benchmark, in a process that can load the compiler."""
+    """Rows of a run of the benchmark in its own process, which can load the compiler."""
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.aot_attention", f"--topologies={topologies}",
                f"--layers={','.join(layers)}", f"--json={file}"]  # fmt: skip
-    # CUDA's other libraries are asked for by those who run.
+    # CUDA's other libraries are needed only to run programs.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
@@ -36,7 +36,7 @@ def compiled(topologies, tmp_path, layers):
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x2", "v6e:4x4"])
 def test_splash_writes_no_scores_on_a_tpu(topology, tmp_path):
-    """Forward, gradient of queries, gradient of keys and values: three kernels."""
+    """Three kernels: forward, gradient of queries, gradient of keys and values."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
     names = [name for name in LAYERS if name != "long"]
@@ -54,7 +54,7 @@ def test_splash_writes_no_scores_on_a_tpu(topology, tmp_path):
 
 @pytest.mark.slow
 def test_memory_of_splash_is_linear_in_the_length(tmp_path):
-    """Four times the length: xla does not fit, and its 16 times as many scores would not."""
+    """At four times the length, xla does not fit: its scores grow 16 times."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu")
     rows = compiled("v5p:2x2x2", tmp_path, ["grouped", "long"])
@@ -64,7 +64,7 @@ def test_memory_of_splash_is_linear_in_the_length(tmp_path):
 
 @pytest.mark.slow
 def test_no_scores_are_written_on_a_gpu(tmp_path):
-    """cuDNN: forward and backward, and two arrays of one mask for all heads. Triton: no mask."""
+    """With cuDNN: two kernels, and one mask for all heads in two arrays. With Triton: no mask."""
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         pytest.skip("needs the CUDA plugin")
     rows = compiled("h100:8", tmp_path, ["grouped", "window"])

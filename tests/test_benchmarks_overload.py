@@ -1,4 +1,4 @@
-"""Choices that a decode step drops: by hand, by the assignment of slots, and of uniform routing."""
+"""Choices that a decode step drops: by hand, by slot assignment, and for uniform routing."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from moe_jax.moe.routing import Options, Routing
 
 
 def test_dropped_share_by_hand():
-    """Two steps of three tokens, two experts each; the loads are 3, 2, 1, 0 and 1, 1, 1, 2."""
+    """Two steps of three tokens, two experts each. The loads are 3, 2, 1, 0 and 1, 1, 1, 2."""
     expert_NSK = np.array([[[0, 1], [0, 1], [0, 2]], [[0, 3], [1, 3], [2, -1]]])
     assert dropped_share(expert_NSK, 4, 1) == (2 + 1 + 1) / 11
     assert dropped_share(expert_NSK, 4, 2) == 1 / 11
@@ -40,7 +40,7 @@ def test_uniform_experts_of_a_token_differ_and_are_equally_likely():
 
 
 def test_of_uniform_routing_what_is_dropped_with_a_mean_load_of_one_slot():
-    """Four tokens, two of eight experts each: as many as experts stay empty, (3 / 4)**4."""
+    """Four tokens, two of eight experts each: the share of idle experts, (3 / 4)**4."""
     drawn = uniform(8, (20_000, 4, 2), np.random.default_rng(0))
     assert dropped_share(drawn, 8, 1) == pytest.approx((3 / 4) ** 4, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""Seeds side by side take the steps that they take one after another."""
+"""Seeds trained side by side take the same steps as seeds trained one after another."""
 
 import jax
 import numpy as np
@@ -21,4 +21,4 @@ def test_both_ways_come_to_the_same_parameters(way):
         ):
             np.testing.assert_allclose(all_[seed], one, rtol=1e-3, atol=1e-5)
     first, second = (jax.tree.leaves(state.params)[0] for state in steps.states)
-    assert not np.allclose(first, second)  # each has a batch of its own
+    assert not np.allclose(first, second)  # each seed has its own batch

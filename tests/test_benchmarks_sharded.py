@@ -1,4 +1,4 @@
-"""What benchmarks divide by: the least work of a layer, against numbers worked out by hand."""
+"""The denominators of benchmarks: the least work of a layer, against numbers worked by hand."""
 
 import dataclasses
 
@@ -23,9 +23,9 @@ RELU = Layer(
 
 def test_least_forward_of_a_layer_whose_experts_are_split_over_four_devices():
     least = fewest(RELU, MeshConfig(data=1, expert=4), gradient=False)
-    # Two products of 8 x 16 a token, and the router's 8 x 4; a multiply-add is two.
+    # Two products of 8 x 16 per token, and the router's 8 x 4; a multiply-add is two FLOPs.
     assert least.flops == 10 * 2 * (2 * 8 * 16 + 8 * 4)
-    # Three of four tokens leave for another device, 8 numbers of 2 bytes, and come back.
+    # Three of four tokens travel to another device as 8 numbers of 2 bytes, and return.
     assert least.wire_bytes == 2 * 10 * (3 / 4) * 8 * 2
     # Tokens in and out in 2 bytes; one expert's two matrices and the router in 4 bytes.
     assert least.hbm_bytes == 2 * 10 * 8 * 2 + 4 * (2 * 8 * 16 + 8 * 4)
@@ -34,26 +34,26 @@ def test_least_forward_of_a_layer_whose_experts_are_split_over_four_devices():
 def test_least_with_the_gradient():
     least = fewest(RELU, MeshConfig(data=1, expert=4), gradient=True)
     assert least.flops == 3 * fewest(RELU, MeshConfig(data=1, expert=4), gradient=False).flops
-    # Their gradients go the same two ways; the router's is summed over all four devices: a
-    # reduce-scatter and an all-gather of 8 x 4 numbers of 4 bytes.
+    # Gradients of tokens travel both ways too. The router's gradient is summed over all four
+    # devices: a reduce-scatter and an all-gather of 8 x 4 numbers of 4 bytes.
     assert least.wire_bytes == 4 * 10 * (3 / 4) * 8 * 2 + 2 * (3 / 4) * 8 * 4 * 4
-    # x, y, dy, dx; parameters read, gradients written.
+    # x, y, dy and dx move; parameters are read and gradients written.
     assert least.hbm_bytes == 4 * 10 * 8 * 2 + 2 * 4 * (2 * 8 * 16 + 8 * 4)
 
 
 def test_least_of_glu_experts_split_over_fsdp_too():
     moe = MoE(num_experts=2, num_selected_experts=2, expert_dim=16, activation=SwiGLU())
     layer, mesh = Layer(moe, model_dim=8, tokens=10), MeshConfig(data=1, fsdp=4, expert=2)
-    matrices = 3 * 8 * 16  # of one expert: what a device computes with
-    tokens = 10 * 2 * (1 / 2) * 8 * 2  # two choices a token, half of them on the other device
+    matrices = 3 * 8 * 16  # one expert: what a device computes with
+    tokens = 10 * 2 * (1 / 2) * 8 * 2  # two choices per token, half of them on the other device
     forward, both = (fewest(layer, mesh, gradient) for gradient in (False, True))
     assert forward.flops == 10 * 2 * (2 * matrices + 8 * 2)
     assert forward.wire_bytes == 2 * tokens + (3 / 4) * matrices * 2
-    # A quarter of the matrices and of the router is read; what is gathered, written and read.
+    # A quarter of the matrices and the router is read. Gathered matrices are written and read.
     weights = 4 * (matrices / 4 + 8 * 2 / 4) + 2 * matrices * 2
     assert forward.hbm_bytes == 2 * 10 * 8 * 2 + weights
     assert both.hbm_bytes == 4 * 10 * 8 * 2 + 2 * weights
-    # Gathered once, scattered once; 8 devices share the router.
+    # Matrices are gathered once and scattered once; 8 devices share the router.
     assert both.wire_bytes == 4 * tokens + 2 * (3 / 4) * matrices * 2 + 2 * (7 / 8) * 8 * 2 * 4
 
 
@@ -81,7 +81,7 @@ def test_a_ragged_exchange_counts_as_many_rows_as_equally_loaded_experts_get():
 
     slots = work_of(program("all-to-all", 400), RELU, chunks=1)
     assert slots == Work(7, 11, 2 * 400 * 3 / 4)
-    # A buffer for 40 rows of 16 bytes, of which 10 are filled.
+    # A buffer for 40 rows of 16 bytes, 10 of them filled.
     rows = work_of(program("ragged-all-to-all", 640), RELU, chunks=1)
     assert rows.wire_bytes == 2 * 160 * 3 / 4
 
@@ -121,7 +121,7 @@ def test_every_way_to_run_experts_is_compared():
 def test_steps_are_divided_by_the_one_of_their_way_in_the_same_round():
     class Taken:
         def __init__(self, *seconds):
-            self.seconds = iter((99.0, *seconds))  # the first one warms up
+            self.seconds = iter((99.0, *seconds))  # the first call warms up
 
         def take(self):
             return next(self.seconds)

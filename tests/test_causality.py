@@ -1,8 +1,8 @@
-"""The causality probe: perturb the suffix of a sequence, and the outputs before it must not move.
+"""Causality probe: perturbing a sequence's suffix must not move the outputs before it.
 
-Every registered queue, router and part is probed, with every kind of gate, in training and in
-evaluation. What `looks_ahead` declares causal passes; for what it does not, the probe finds a
-perturbation that moves the prefix, and a causal stack refuses it.
+The probe covers every registered queue, router and part, with every kind of gate, in training
+and in evaluation. Where `looks_ahead` declares causality, it passes. Elsewhere it finds a
+perturbation that moves the prefix, and a causal stack refuses the part.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ from moe_jax.moe.routing.token_choice import TokenChoice
 from moe_jax.part import Call, Dims, Own
 from tests.slow import slow_but
 
-# The same tokens in the same slots come out bit-equal or differ by the order of a few float32
-# sums; a token that loses or gains an expert moves by about 1.
+# The same tokens in the same slots give bit-equal outputs, or differ by the rounding of a few
+# float32 sums. A token that loses or gains an expert moves by about 1.
 STILL, MOVED = 1e-5, 1e-2
 
 LENGTH, SPLIT, MODEL_DIM = 8, 5, 4
@@ -59,7 +59,7 @@ GATES = {
     "random second": TokenChoice(selection=SampledRest(), choices=RandomChoices()),
     "cosine, learned noise": TokenChoice(projection=Cosine(dim=3), noise=(Learned(),)),
 }
-# A kind that is registered and in none of these gates gets one of its own, with the default queue.
+# Each registered kind that is missing from these gates gets its own gate, with the default queue.
 FIELD_OF = {
     "projection": "projection",
     "noise": "noise",
@@ -70,7 +70,7 @@ FIELD_OF = {
 
 
 def kinds_in(value):
-    """(family, kind) of everything that settings are made of."""
+    """The (family, kind) of all settings inside a value."""
     found = set()
     if isinstance(value, Settings):
         found = {(value.family, kind_of(value))} if value.family else set()
@@ -99,7 +99,7 @@ CASES = [
     for gate in GATES
     if choices > 1 or gate in ONE_CHOICE
 ] + [("token_major", 2, gate) for gate in OTHER_GATES]
-# Every queue with one kind of gate, and every kind of gate with one queue.
+# All queues with one kind of gate, and all kinds of gate with one queue.
 QUICK = [case for case in CASES if case[2] == "softmax" or case[:2] == ("token_major", 2)]
 
 
@@ -119,7 +119,7 @@ def make_block(queue, choices, router=None, *, factor=0.5, eval_factor=0.0, **se
 
 
 def make_values(part, sequences=1):
-    """Parameters, batches of tokens, and other suffixes for their last sequence."""
+    """Parameters, batches of tokens, and replacement suffixes for each batch's last sequence."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda spec: random.normal(size=spec.shape).astype(np.float32), part.specs(DIMS)
@@ -131,7 +131,7 @@ def make_values(part, sequences=1):
 
 @functools.partial(jax.jit, static_argnames=("part", "training", "capacity", "causal"))
 def outputs(params, x_PBLM, part, training, capacity, causal):
-    # The same draws of jitter, noise and random queue in every call.
+    # Jitter, noise and random queue draw the same values in every call.
     memory = jnp.sin(jnp.arange(x_PBLM[0].size)).reshape(x_PBLM.shape[1:])  # for cross-attention
     rng = jax.random.key(3) if training else None
     call = Call(rng=rng, capacity=capacity, causal=causal, memory=memory)
@@ -139,9 +139,9 @@ def outputs(params, x_PBLM, part, training, capacity, causal):
 
 
 def prefix_movements(part, sequences=1, *, training=True, capacity=None, causal=True):
-    """How far outputs before SPLIT move, perturbation by perturbation.
+    """How far outputs before SPLIT move under each perturbation.
 
-    Only the last sequence's suffix is perturbed, and only its own prefix is looked at.
+    Only the suffix of the last sequence changes, and only its prefix is measured.
     """
     params, x, suffixes = make_values(part, sequences)
     perturbed = x.copy()
@@ -180,7 +180,7 @@ def test_every_kind_of_what_routers_are_made_of_is_probed():
     assert registered <= kinds_in((*GATES.values(), *OTHER_GATES.values()))
 
 
-# What a router needs beside its defaults; by token id it is probed in test_moe_routing_fixed.
+# Non-default settings of routers. test_moe_routing_fixed probes hashing by token id.
 ROUTER_SETTINGS = {"hash": {"by": "position"}}
 CHOICES_OF = {"base": 1}
 ROUTERS = {
@@ -201,7 +201,7 @@ def test_probe_agrees_with_the_declaration_of_every_router(name, training):
     assert_declared(movements, moe.looks_ahead(training))
 
 
-# Parts that say nothing of themselves at their defaults, and those that are too large.
+# Settings of parts whose defaults are incomplete or too large.
 PART_SETTINGS = {
     "attention": {"num_heads": 2, "head_dim": 4},
     "cross_attention": {"num_heads": 2, "head_dim": 4},
@@ -227,7 +227,7 @@ def test_the_probe_sees_attention_of_an_encoder_look_ahead():
 
 
 def stack_of(moe, *, allow=False):
-    """A model of one layer of this block, causal, with or without permission to look ahead."""
+    """A causal model of one layer with this block, with or without permission to look ahead."""
     layout = StackLayout(unit=(("moe",),), repeats=1, allow_lookahead=allow)
     return LanguageModel(model_dim=MODEL_DIM, parts={"moe": moe}, stack=layout)
 
@@ -320,7 +320,7 @@ def test_token_major_is_causal_for_every_group_size(group_size):
 
 @pytest.mark.parametrize("way", ["gather", "ragged"])
 def test_every_way_of_running_experts_is_causal(way):
-    # Not through vmap, under which a loop over experts would be another program.
+    # No vmap: it would turn a loop over experts into another program.
     moe = make_block(TokenMajor(), 2, run_experts=way)
     params, x, suffixes = make_values(moe)
     output = jax.jit(lambda x_BLM: moe_block(params, x_BLM, moe, Call(capacity=0.5))[0])

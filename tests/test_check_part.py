@@ -1,4 +1,4 @@
-"""The checks of a part: every registered kind passes them, and each finds the fault it is for."""
+"""The checks of a part: every registered kind passes them, and each finds its own fault."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ OWN = [(family, kind) for family in KINDS if family not in NO_PARTS for kind in 
 FOREIGN = [RoundRobin(), GatedRecurrence(), Peakedness(), SquaredRelu()]
 
 
-# What a quick run checks: one kind of a family, and not of every family.
+# A quick run checks one kind of each of these families.
 QUICK = [
     ("part", "mlp"), ("router", "token_choice"), ("score", "softmax"),
 ]  # fmt: skip
@@ -50,7 +50,7 @@ def assert_passes(part, names=tuple(CHECKS)):
 
 
 def quick_checks(family, kind):
-    """The checks that a quick run makes of a kind; a scan does something to whole parts alone."""
+    """Names of the checks of a kind in a quick run; only whole parts need the check of scans."""
     if (family, kind) not in QUICK:
         return []
     left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"}) | {"decoding"}
@@ -101,12 +101,12 @@ def test_several_parts_of_a_family_serialise_in_any_order():
     assert router == TokenChoice(noise=(Jitter(), Learned(), Gaussian(stddev=0.5)))
 
 
-# Parts with a fault each.
+# Parts with one fault each.
 
 
 @dataclasses.dataclass(frozen=True)
 class SeesTheGroup(TokenChoice):
-    """Declared causal, and adds the mean of the group to every token."""
+    """Claims to be causal, but adds the mean of the group to every token."""
 
     def route(self, params, x_GSM, inputs):
         return super().route(params, x_GSM + jnp.mean(x_GSM, axis=1, keepdims=True), inputs)
@@ -114,7 +114,7 @@ class SeesTheGroup(TokenChoice):
 
 @dataclasses.dataclass(frozen=True)
 class Mixer(Part):
-    """A sound mixer of one matrix, to be spoiled."""
+    """A sound mixer of one matrix. Subclasses add faults."""
 
     def specs(self, dims):
         shape, init = (dims.model_dim, dims.model_dim), scaled_init(1.0, dims.model_dim)
@@ -129,7 +129,7 @@ class Mixer(Part):
 
 @dataclasses.dataclass(frozen=True)
 class IgnoresParameter(Mixer):
-    """Declares a scale, and does not use it."""
+    """Declares a scale and ignores it."""
 
     def specs(self, dims):
         scale = ParameterSpec((dims.model_dim,), (None,), ones, "mixer", decays=False)
@@ -137,28 +137,28 @@ class IgnoresParameter(Mixer):
 
 
 class Undecorated(Mixer):
-    """Has a setting that no config can set: it is no dataclass."""
+    """Has a setting that no config can set, because the class is no dataclass."""
 
     width: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class LosesKind(Mixer):
-    """Holds a part in a field whose type does not say so: what is built from its dict is a dict."""
+    """Holds a part in an untyped field: building it from its dict leaves a dict."""
 
     inner: Any = Linear(temperature=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forgets(Mixer):
-    """Has a field that is not among the arguments of its class."""
+    """Has a field that its constructor does not accept."""
 
     width: int = dataclasses.field(default=3, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class StartsAnew(Mixer):
-    """Draws initial values from a generator that no key sets."""
+    """Draws initial values from a generator that ignores the key."""
 
     def specs(self, dims):
         def init(key, shape, dtype):
@@ -170,7 +170,7 @@ class StartsAnew(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class NamesNoAxis(Mixer):
-    """Splits a dim by a name that no rule knows."""
+    """Names an axis that no sharding rule knows."""
 
     def specs(self, dims):
         spec = super().specs(dims)["weight"]
@@ -179,7 +179,7 @@ class NamesNoAxis(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class ReadsPadding(Mixer):
-    """Adds the mean of a sequence, its padding included."""
+    """Adds the mean of a sequence, including padding."""
 
     def looks_ahead(self, training):
         return True
@@ -204,7 +204,7 @@ CALLS = itertools.count(1)
 
 @dataclasses.dataclass(frozen=True)
 class CountsCalls(Mixer):
-    """Is another function each time it is traced."""
+    """Computes another function at each trace."""
 
     def apply(self, params, x_BLM, call, own):
         y_BLM, aux, cache = super().apply(params, x_BLM, call, own)
@@ -213,7 +213,7 @@ class CountsCalls(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class ForgetsThePast(Mixer):
-    """Adds the token before, of which it keeps nothing, and says that it needs no other."""
+    """Adds the previous token without caching it, and claims to be pointwise."""
 
     pointwise = True
 
@@ -225,7 +225,7 @@ class ForgetsThePast(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class ByPlace(RoundRobin):
-    """Counts tokens from the beginning of what is read, whether that is padding or a prompt."""
+    """Counts tokens from the start of each input, padding included, instead of by position."""
 
     def route(self, params, x_GSM, inputs):
         place_GS = jnp.broadcast_to(jnp.arange(x_GSM.shape[1]), x_GSM.shape[:2])
@@ -234,7 +234,7 @@ class ByPlace(RoundRobin):
 
 @dataclasses.dataclass(frozen=True)
 class ForgetsItsDtype(Mixer):
-    """Gives float32 whatever it gets."""
+    """Returns float32 for any input dtype."""
 
     def apply(self, params, x_BLM, call, own):
         y_BLM, aux, cache = super().apply(params, x_BLM, call, own)
@@ -243,7 +243,7 @@ class ForgetsItsDtype(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class Raises(Mixer):
-    """Does not run."""
+    """Raises an error when applied."""
 
     def apply(self, params, x_BLM, call, own):
         raise KeyError("no such parameter")
@@ -251,7 +251,7 @@ class Raises(Mixer):
 
 @dataclasses.dataclass(frozen=True)
 class IgnoresReplay(TokenChoice):
-    """Declares that it replays, and chooses by itself."""
+    """Claims to replay, but chooses anew."""
 
     def route(self, params, x_GSM, inputs):
         return super().route(params, x_GSM, inputs._replace(replay=None))
@@ -283,7 +283,7 @@ class OneTooFar(RoundRobin):
 
 @dataclasses.dataclass(frozen=True)
 class LosesItsState(SignUpdate):
-    """Gives one bias for all layers."""
+    """Returns only the bias of the first layer."""
 
     def update(self, bias_E, assigned_E, measured, rate, num_selected):
         return super().update(bias_E, assigned_E, measured, rate, num_selected)[:1]
@@ -345,7 +345,7 @@ def test_a_sound_mixer_passes_what_its_spoiled_copies_fail():
 
 @dataclasses.dataclass(frozen=True)
 class OfNoFamily(Settings):
-    """No part."""
+    """A class outside all families."""
 
 
 def test_a_class_of_no_family_is_refused():

@@ -1,4 +1,4 @@
-"""What commands answer to flags: in this process, before anything is computed."""
+"""How commands answer their flags, in this process, before any computation."""
 
 import errno
 import importlib
@@ -51,7 +51,7 @@ def command_of(name):
 
 
 def refused(capsys, name, *arguments):
-    """The message with which a command refuses its arguments: one line and exit code 1."""
+    """Returns the message of a refused command: one line, with exit code 1."""
     with pytest.raises(SystemExit) as ended:
         command_of(name)(arguments)
     printed = capsys.readouterr()
@@ -61,7 +61,7 @@ def refused(capsys, name, *arguments):
 
 
 def flags_of(name, kind):
-    """The flags of a command that take values of a type."""
+    """Flags of a command that accept values of this type."""
     before = set(flags.FLAGS)
     command = command_of(name)
     command.define_flags()
@@ -224,7 +224,7 @@ def test_presets_of_a_file_without_any_are_refused(tmp_path):
 
 
 def test_the_recorded_config_of_a_run_is_a_config_that_flags_change(tmp_path):
-    """As of a model that was imported or upcycled, whose settings no Python file has."""
+    """For example, an imported or upcycled model, whose settings are in no Python file."""
     given = load_config("configs/deepseek_v3.py:tiny")
     path = tmp_path / "config.json"
     path.write_text(json_text(write_config(from_config_dict(given))))
@@ -255,7 +255,7 @@ def test_other_json_is_refused_with_its_path(tmp_path, text, message):
 
 
 def test_config_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    """And `configs.base`, which they import; a file of the folder itself comes first."""
+    """So is `configs.base`, which they import. A file in the current folder takes precedence."""
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/quickstart.py:smoke").name == "quickstart_smoke"
     (tmp_path / "configs").mkdir()
@@ -317,7 +317,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert command_of("train")(["--config", SMOKE.removeprefix("--config="), "--help"]) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if re.match(r" +['\"]?--config\.", line)]
-    words = [shlex.split(line, comments=True) for line in lines]  # as a shell does
+    words = [shlex.split(line, comments=True) for line in lines]  # parsed as a shell does
     assert "--config.training.trackers=('tensorboard',)" in (word for (word,) in words)
     pasted, _ = split_overrides([word for (word,) in words])
     assert not pasted
@@ -326,7 +326,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
         assert part or flag.split(".")[-1] in ("losses", "noise"), flag
     assert re.search(r"--config.training.batch_size=8 +# sequences a step, over all devices", said)
     assert re.search(r"--config.data.objective=causal_lm +# \"causal_lm\", \"prefix_lm\"", said)
-    # Of a part within a part, from the source of its class.
+    # A part within a part: its comment comes from the source of its class.
     assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
 
 
@@ -353,7 +353,7 @@ def test_help_that_nobody_reads_to_its_end_ends_quietly():
 def test_comments_are_those_of_the_source():
     assert comments_of(MoE)["use_bias"] == "biases in the experts"
     assert comments_of(MoE)["num_experts"] == "E: routed experts"
-    assert comments_of(DataConfig)["cache_dir"].startswith("Of token files")  # it stands above
+    assert comments_of(DataConfig)["cache_dir"].startswith("Of token files")  # the line above it
     paths = [setting.path for setting in describe_settings(ExperimentConfig())]
     assert len(paths) == len(set(paths))
 

@@ -1,4 +1,4 @@
-"""The commands, as processes: killed, stopped, gone on with, misused."""
+"""Commands as processes: killed, stopped, resumed, misused."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from moe_jax.__main__ import main
 from moe_jax.training.saved import CHECKPOINTS
 from tests.tiny_run import CACHE, ROOT, assert_same_run, files, tiny_flags
 
-# A process starts, compiles and trains in some ten seconds; the rest is for a busy machine.
+# A process starts, compiles and trains in about ten seconds; the margin is for a busy machine.
 LIMIT_SECONDS = 300
 ENDLESS = "--config.training.num_steps=1000000"
 TINY = tiny_flags(num_steps=30, checkpoint_every=10, evaluate_every=15, sample_tokens=4)
@@ -28,7 +28,7 @@ def command(module, *arguments):
 
 
 def environment():
-    # Programs that an earlier process has compiled are not compiled again.
+    # Reuse programs that an earlier process compiled.
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -56,7 +56,7 @@ def succeed(module, *arguments):
 
 
 class Process:
-    """A command that a test stops; its output goes to a file, so that it never waits for us."""
+    """A command that a test stops. Its output goes to a file, so a full pipe never blocks it."""
 
     def __init__(self, log, module, *arguments):
         self.log = log
@@ -85,7 +85,7 @@ class Process:
             time.sleep(0.005)
 
     def stop(self, number):
-        """Sends a signal; returns the exit code."""
+        """Sends a signal and returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout=LIMIT_SECONDS)
 
@@ -98,7 +98,7 @@ def checkpoint_steps(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nothing disturbed. Tests do not write to it, but for `evaluation.json`."""
+    """An undisturbed run. Tests write nothing to it except `evaluation.json`."""
     workdir = tmp_path_factory.mktemp("commands") / "run"
     said = succeed("train", *TINY, f"--workdir={workdir}")
     assert "step 30/30  loss" in said and "held-out after step 30" in said
@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_starts_from_a_checkpoint_ends_alike_after_a_kill(finished, tmp_path):
-    """Before a checkpoint of its own it starts there again; behind one the source may be gone."""
+    """Before its first checkpoint it starts from the source again; later it needs no source."""
     source, workdir = shutil.copytree(finished, tmp_path / "source"), tmp_path / "run"
     start = (f"--config.init_from.path={source}", "--config.init_from.fresh=router")
     succeed("train", *TINY, *start, f"--workdir={tmp_path / 'expected'}")
@@ -132,7 +132,7 @@ def test_a_run_that_starts_from_a_checkpoint_ends_alike_after_a_kill(finished, t
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(finished, tmp_path):
-    """At random moments, among them during a save, an evaluation and the report."""
+    """Kills come at random moments, including during saves, evaluations and the report."""
     workdir, rng = tmp_path / "run", random.Random(0)
     arguments = ("train", *TINY, f"--workdir={workdir}")
 
@@ -157,9 +157,9 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_was_not(finishe
 
 
 def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path):
-    """SIGTERM, as schedulers send it, then Ctrl-C on the run that goes on."""
+    """SIGTERM, as schedulers send it, then Ctrl-C on the resumed run."""
     workdir = tmp_path / "a run"
-    no_evaluation = "--config.training.evaluate_every=0"  # which a signal would end at once
+    no_evaluation = "--config.training.evaluate_every=0"  # a signal would end an evaluation at once
     arguments = ("train", *TINY, ENDLESS, no_evaluation, f"--workdir={workdir}")
     before = 0
     for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
@@ -177,7 +177,7 @@ def test_a_signal_saves_says_how_to_go_on_and_exits_with_128_more(tmp_path):
 
 
 def test_a_wrong_setting_is_answered_with_its_name_value_and_fix(tmp_path):
-    """What a config refuses as a whole; `test_command_line.py` has what flags are refused for."""
+    """The config as a whole refuses these values; `test_command_line.py` covers flags."""
     workdir, smoke = f"--workdir={tmp_path / 'run'}", "--config=configs/quickstart.py:smoke"
     moe = "config.model.parts.moe"
     cases = {

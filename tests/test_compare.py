@@ -1,4 +1,4 @@
-"""Runs side by side: what differs, what came out, what may not be compared, what is wrong."""
+"""Runs side by side: what differs, results, forbidden comparisons, errors."""
 
 import csv
 import dataclasses
@@ -25,13 +25,13 @@ NUM_STEPS = 20
 
 
 def losses(bits, *, bytes_per_token=1.0, tokens=1000.0):
-    """A score of so many bits a byte on a text of `tokens * bytes_per_token` bytes."""
+    """A score of `bits` bits per byte on a text of `tokens * bytes_per_token` bytes."""
     nats = bits * math.log(2) * bytes_per_token
     return {"nats_per_token": nats, "bits_per_byte": bits, "tokens": tokens, "domains": {}}
 
 
 def make_run(directory, bits=2.0, *, settings=None, steps=NUM_STEPS, score=None, config=None):
-    """A run by its files: finished with this loss, or after `steps` of its steps."""
+    """Writes a run's files: finished with this loss, or stopped after `steps` steps."""
     directory.mkdir(parents=True)
     training = {"num_steps": NUM_STEPS, "evaluation_batches": 1}
     config = config or tiny_config({"training": training, **(settings or {})})
@@ -144,7 +144,7 @@ def test_runs_that_start_from_runs_of_several_seeds_have_a_mean(tmp_path):
 
 @pytest.mark.parametrize("fault", ["imported", "gone"])
 def test_models_of_one_config_that_were_not_trained_are_not_seeds(tmp_path, fault):
-    """A base model and its instruct twin have one config."""
+    """For example, a base model and its instruct version share one config."""
     for seed in range(2):
         source = make_run(tmp_path / f"source_{seed}")
         if fault == "imported":
@@ -186,7 +186,7 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
         "done": "finished", "going": "unfinished", "unscored": "not evaluated",
         "failed": "failed", "torn": "damaged", "cut": "damaged", "never": "failed",
     }  # fmt: skip
-    assert column(found.columns, "run")[0] == "done"  # a better loss that is not final is no rank
+    assert column(found.columns, "run")[0] == "done"  # a better loss that is not final gets no rank
     marks = {c.name: c.cells() for c in found.columns}
     going = column(found.columns, "run").index("going")
     assert marks["steps"][going] == "10 of 20"
@@ -235,7 +235,7 @@ def test_an_extended_run_is_unfinished_and_its_old_score_is_not_final(tmp_path):
 
 
 def extend(run, before, start):
-    """Records that it had so many steps before it had them all."""
+    """Records an earlier end at `before` steps, with an extension from step `start`."""
     record = json.loads((run / "run.json").read_text())
     earlier = [{"start_step": 0, "num_steps": before}]
     record |= {"start_step": start, "num_steps": NUM_STEPS, "earlier": earlier}
@@ -263,7 +263,7 @@ def test_extended_runs_are_marked_and_not_averaged_with_straight_ones(tmp_path):
 def test_nats_of_different_tokenizers_are_not_ranked(tmp_path):
     make_run(tmp_path / "bytes", 2.0)
     data = {"sequence_length": 16, "tokenizer": "sentencepiece:other.model"}
-    score = losses(1.9, bytes_per_token=4.0, tokens=249.9)  # of 999.6 bytes
+    score = losses(1.9, bytes_per_token=4.0, tokens=249.9)  # over 999.6 bytes
     make_run(tmp_path / "pieces", settings={"data": data}, score=score)
     found = comparison_of(tmp_path)
     assert column(found.columns, "run") == ["pieces", "bytes"]
@@ -274,7 +274,7 @@ def test_nats_of_different_tokenizers_are_not_ranked(tmp_path):
 
 
 def bind(run, **content):
-    """Records what a run was bound to, as `training.workdir` does."""
+    """Records the content that a run was bound to, as `training.workdir` does."""
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"content": content}))
 
@@ -284,7 +284,7 @@ def test_the_same_content_at_another_path_is_the_same(tmp_path):
         data = {"sequence_length": 16, "corpus": corpus, "tokenizer": f"sentencepiece:{name}.model"}
         run = make_run(tmp_path / name, settings={"data": data})
         bind(run, corpus="c" * 64, tokenizer="t" * 64)
-    # One of an earlier release, which did not record it.
+    # A run of an earlier release, which did not record its content.
     make_run(tmp_path / "old", settings={"data": data})
     found = comparison_of(tmp_path / "a", tmp_path / "b")
     assert found.notes == [] and found.texts == ("A", "A")
@@ -298,7 +298,7 @@ def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, c
     make_run(tmp_path / "two", 2.0)
     other = {"fraction": {"heldout_fraction": 0.5}, "objective": {"objective": "prefix_lm"}}
     settings, score = {"data": {"sequence_length": 16, **other.get(change, {})}}, losses(1.0)
-    if change not in other:  # the same path, and other text behind it
+    if change not in other:  # the same path with another text
         settings, score = {}, losses(1.0, tokens=1000.0 + (change == "bytes"))
     make_run(tmp_path / "zoo", settings=settings, score=score)
     if change == "content":
@@ -316,7 +316,7 @@ def test_scores_on_different_text_are_marked_and_not_ranked_together(tmp_path, c
 
 def test_a_loss_that_is_not_causal_is_marked_and_ranked_apart(tmp_path):
     stack = {"unit": [["attention", "moe"]], "repeats": 2, "allow_lookahead": True}
-    make_run(tmp_path / "old", 1.0, settings={"model": {"stack": stack}})  # says nothing of it
+    make_run(tmp_path / "old", 1.0, settings={"model": {"stack": stack}})  # causality unset
     for name, label, mark in (
         ("leaks", "slots of training", "sees later tokens"),
         ("trained", "dropless", "saw later tokens in training"),
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_causal_is_marked_and_ranked_apart(tmp_path):
 def test_where_runs_are_found(tmp_path):
     for name in ("a/lr2", "a/lr10", "b/one"):
         make_run(tmp_path / name)
-    (tmp_path / "a" / "config.json").write_text("{}")  # of something else
+    (tmp_path / "a" / "config.json").write_text("{}")  # not a run's config
     (tmp_path / "a" / "lr2" / "checkpoints" / "5").mkdir(parents=True)
     (tmp_path / "a" / "lr2" / "checkpoints" / "5" / "config.json").write_text("{}")
 
@@ -375,7 +375,7 @@ def test_names_with_mathematics_and_markup_are_text(tmp_path, monkeypatch):
     assert len(shown) == 4 and shown[0] == r"_a\$b^\$"
     pixels = imread(tmp_path / "out" / "compare.png")
     assert pixels.shape[0] > 500 and pixels[..., :3].std() > 0.05
-    assert len(find_runs([tmp_path])) == 4  # what is written is no run
+    assert len(find_runs([tmp_path])) == 4  # written files are not runs
 
 
 def test_the_figure_has_every_run_against_every_measure(tmp_path):
@@ -386,7 +386,7 @@ def test_the_figure_has_every_run_against_every_measure(tmp_path):
     heldout, training = figure.axes[:4], figure.axes[4:]
     ends = [axis.lines[0].get_xdata()[-1] for axis in training]
     assert ends == [20, 20 * 4 * 16, 20 * 4 * 16 * 300, 40.0]
-    # A line of the sample during the run, a dot of the whole split at the end.
+    # A line of samples during the run, and a dot of the whole split at the end.
     dot, line = heldout[0].lines[0], heldout[0].lines[1]
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([20], [2.0])
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([10], [2.1])
@@ -481,10 +481,10 @@ LOWER = {"optimizer": {"learning_rate": 0.003, "warmup_steps": 0}}
 
 
 def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
-    """Differences of -0.1, -0.2 and -0.3 by hand: mean -0.2, t of two degrees of freedom."""
+    """By hand: differences -0.1, -0.2 and -0.3 have mean -0.2 and t with two degrees of freedom."""
     make_seeds(tmp_path, "a", (2.0, 3.0, 4.0))
     make_seeds(tmp_path, "b", (1.9, 2.8, 3.7), **LOW)
-    make_seeds(tmp_path, "c", (1.5, 2.501, 3.5, 9.0), **LOWER)  # the fourth has no partner
+    make_seeds(tmp_path, "c", (1.5, 2.501, 3.5, 9.0), **LOWER)  # the fourth seed has no partner
     make_run(tmp_path / "alone", 1.0, settings={"training": {"num_steps": NUM_STEPS,
              "evaluation_batches": 1, "batch_size": 16}})  # fmt: skip
     found = pairs_of(comparison_of(tmp_path))
@@ -499,8 +499,8 @@ def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
     half = 4.302653 * 0.1 / math.sqrt(3)
     assert value("low", "b") == pytest.approx(-0.2 - half)
     assert value("high", "b") == pytest.approx(-0.2 + half)
-    # t = -2 sqrt(3): p = 1 - t / sqrt(2 + t^2) = 0.0742 of two degrees of freedom, and no other
-    # is less sure, so that Holm leaves it.
+    # t = -2 sqrt(3), so p = 1 - t / sqrt(2 + t^2) = 0.0742 with two degrees of freedom. No other p
+    # is larger, so Holm's correction leaves it unchanged.
     assert value("p", "b") == pytest.approx(1 - math.sqrt(12 / 14))
     assert value("size", "b") == pytest.approx(-0.2 / math.sqrt((1 + 0.9**2) / 2))
     (note,) = found.notes
@@ -552,11 +552,11 @@ def test_runs_without_a_score_make_no_pairs(tmp_path):
 
 
 PAIRED = "heldout/paired"
-A, B = (2.0, 3.0, 4.0), (1.9, 2.9, 3.8999)  # b is lower in each seed, by nearly the same
+A, B = (2.0, 3.0, 4.0), (1.9, 2.9, 3.8999)  # b is lower in each seed, by nearly equal amounts
 
 
 def diverge(run, step=10):
-    """A run of a sweep whose training went to infinity after so many steps."""
+    """Makes a run of a sweep diverge after `step` steps."""
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[: step // 5]))
     (run / "evaluation.json").unlink(missing_ok=True)
@@ -564,7 +564,7 @@ def diverge(run, step=10):
 
 
 def seeds_and_pairs(path):
-    """The tables of means and of pairs without their names, and the notes, in every order."""
+    """The tables of means and pairs by column name, and both notes, in every order."""
     found = []
     for order in ("bits_per_byte", "name", "tokens_per_s"):
         comparison = comparison_of(path, order=order)
@@ -578,7 +578,7 @@ def seeds_and_pairs(path):
 
 
 def test_two_results_of_one_config_and_seed_make_no_mean_and_no_pair(tmp_path):
-    """Whichever was taken, the order of the table would decide on p, or its reader."""
+    """If either result were used, the table's order or the reader would decide on p."""
     make_seeds(tmp_path, "a", A)
     make_seeds(tmp_path, "b", B, **LOW)
     again = {"seed": 2, "data": {"sequence_length": 16, "seed": 2}}
@@ -609,7 +609,7 @@ def test_a_run_begun_again_gives_way_to_the_one_that_is_finished(tmp_path):
 
 @pytest.mark.parametrize("kind", ["log", "score", "log beside a score"])
 def test_seeds_that_diverged_are_counted_and_no_direction_is_shown_without_them(tmp_path, kind):
-    """What is left was chosen by what came out."""
+    """The remaining seeds were selected by their results."""
     make_seeds(tmp_path, "a", (*A, 5.0, 6.0))
     make_seeds(tmp_path, "b", (*B, 5.0, 6.0), **LOW)
     assert "b_0 is lower" not in pairs_of(comparison_of(tmp_path)).notes[0]
@@ -622,7 +622,7 @@ def test_seeds_that_diverged_are_counted_and_no_direction_is_shown_without_them(
             )  # fmt: skip
         else:
             diverge(run)
-        if kind == "log beside a score":  # tried again, until it went well
+        if kind == "log beside a score":  # tried again until it succeeded
             again = {"seed": seed, "data": {"sequence_length": 16, "seed": seed}}
             make_run(tmp_path / f"b_{seed}_again", 1.0, settings={**again, **LOW})
     for means, pairs, notes, (note, lacking) in seeds_and_pairs(tmp_path):
@@ -644,7 +644,7 @@ def test_a_baseline_that_diverged_and_runs_that_are_missing_are_named(tmp_path):
     make_seeds(tmp_path, "b", B, **LOW)
     make_seeds(tmp_path, "c", B, **LOWER)
     diverge(tmp_path / "a_0")
-    (tmp_path / "b_1" / "log.txt").write_text("error: out of memory\n")  # of 10 steps
+    (tmp_path / "b_1" / "log.txt").write_text("error: out of memory\n")  # it stopped after 10 steps
     for name in ("b_1", "c_2"):
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / name / "metrics.jsonl").write_text("".join(rows[:2]))

@@ -1,4 +1,4 @@
-"""Settings: round trips, and every way to be refused."""
+"""Settings: round trips, and every reason for refusal."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ from moe_jax.training.placement import check_run
 
 
 def changed():
-    """A config with a value different from its default in every section."""
+    """A config with a non-default value in every section."""
     config = config_dict(ExperimentConfig())
     config.name, config.seed = "other", 3
     moe = config.model.parts.moe
@@ -114,7 +114,7 @@ def test_every_registered_kind_is_built_by_its_name_and_goes_back(family, kind):
     assert build(cls, kind, "config") == build(cls, {"kind": kind}, "config") == part
     assert build(cls, to_dict(part), "config") == part
     assert build(cls, json.loads(json.dumps(to_dict(part))), "config") == part
-    assert len({part, cls()}) == 1  # hashable, so that jit can tell it apart
+    assert len({part, cls()}) == 1  # hashable, so that jit can distinguish parts
 
 
 def test_configs_are_hashable_so_that_jit_can_tell_them_apart():
@@ -162,7 +162,7 @@ def test_several_parts_of_one_family_go_by_name_whatever_their_order():
     written = to_dict(moe)["losses"]
     assert sorted(written) == ["load_balance", "load_balance__2", "router_z"]
     assert build(MoE, to_dict(moe), "config") == moe
-    # A name is the kind unless another one is given.
+    # A name is the kind, unless another name is given.
     named = {"ours": {"kind": "load_balance", "weight": 0.2}, "router_z": {"weight": 0.1}}
     assert build(MoE, {"kind": "moe", "losses": named}, "config").losses == (
         MoE(losses=(RouterZ(weight=0.1), LoadBalance(weight=0.2))).losses
@@ -170,7 +170,7 @@ def test_several_parts_of_one_family_go_by_name_whatever_their_order():
 
 
 def model(moe=None, **settings):
-    """Settings of a model as a user writes them, with these of its block."""
+    """Settings of a model as a user writes them, with these settings of its block."""
     parts = {"attention": "attention", "moe": {"kind": "moe"} | (moe or {})}
     return {"model": {"kind": "language_model", "parts": parts} | settings}
 
@@ -235,7 +235,7 @@ def test_a_wrong_field_or_type_is_refused_by_its_path(settings, message):
 
 
 def refuses(cases):
-    """Parametrizes a test with classes, settings and the message by which they are refused."""
+    """Parametrizes a test with classes, refused settings and the expected messages."""
     return pytest.mark.parametrize(("cls", "settings", "message"), cases)
 
 
@@ -490,7 +490,7 @@ def test_moe_refuses(settings, message):
 
 
 def test_a_gate_of_one_is_allowed_where_there_is_nothing_to_learn():
-    # One expert has no router; two choices make the gates depend on the logits.
+    # One expert needs no router. With two choices, the gates depend on the logits.
     MoE(num_experts=1, router=TokenChoice(renormalize=True))
     MoE(num_selected_experts=2, router=TokenChoice(renormalize=True))
     MoE(router=TokenChoice(score=Sigmoid()))
@@ -607,11 +607,11 @@ def one_device(config):
 @pytest.mark.parametrize(
     ("group_size", "fits"),
     [
-        (0, True), (256, True), (64, True),  # a sequence, or a divisor of it
+        (0, True), (256, True), (64, True),  # a sequence, or a divisor of its length
         (512, True), (2048, True),  # whole sequences: two, or all eight of the microbatch
         (96, False), (384, False),  # neither divides 256 nor is a multiple of it
         (768, False),  # three sequences do not divide eight
-        (4096, False),  # more than a microbatch has
+        (4096, False),  # more tokens than a microbatch has
     ],
 )  # fmt: skip
 def test_groups_fit_the_tokens_of_a_microbatch(group_size, fits):
@@ -632,7 +632,7 @@ def test_groups_fit_the_tokens_of_a_microbatch(group_size, fits):
 
 @pytest.mark.parametrize("group_size", [96, 512])
 def test_groups_of_soft_moe_fit_in_one_sequence(group_size):
-    """Two whole sequences would train, and then not generate."""
+    """Groups of two sequences could train but not generate."""
 
     def config(group_size):
         moe = {"router": "soft", "num_selected_experts": 2, "group_size": group_size}
@@ -656,7 +656,7 @@ def test_rows_travel_by_explicit_collectives():
     MoE(run_experts="ragged")
 
 
-# Sizes that have nothing in common, so that each can be told from what divides it.
+# Sizes without common factors, so that a message shows which one fails to divide.
 SPLIT = {
     "attention": Attention(num_heads=42, num_kv_heads=21, head_dim=2),
     "mlp": Mlp(dim=66),
@@ -666,7 +666,7 @@ DENSE, ROUTED = ("attention", "mlp"), ("attention", "moe")
 
 
 def split(mesh, mlp=None, moe=None, layers=(DENSE, ROUTED)):
-    """An experiment on a mesh, with these settings of its parts changed."""
+    """A checked experiment on a mesh, with these changed settings of its parts."""
     changes = {"mlp": mlp or {}, "moe": moe or {}}
     used = {name for layer in layers for name in layer}
     parts = {
@@ -715,7 +715,7 @@ UNEVEN = "The mesh must split every parameter evenly: dim "
         ),
         ({"data": 2, "fsdp": 2, "expert": 2}, {}, {}, r"over 8 devices\. Use a multiple of 8 "),
         ({"slices": 2, "data": 30}, {}, {}, r"over 60 devices"),
-        # Groups of two sequences are not cut: 15 of them are split, not 30 sequences.
+        # Groups of two sequences stay whole: the mesh splits 15 groups, not 30 sequences.
         ({"data": 30}, {}, {"group_size": 16}, r"2 per group, over 30 .*multiple of 60 sequences"),
         ({"fsdp": 3}, {}, {}, rf"{UNEVEN}'model' of .* is 10, over 3 devices"),
         ({"tensor": 5}, {}, {}, rf"{UNEVEN}'vocab' of embedding \(384, 10\) is 384, over 5"),

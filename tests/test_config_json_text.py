@@ -1,4 +1,4 @@
-"""Every JSON file and line is JSON that any reader takes."""
+"""Every written JSON file and line is valid for any JSON reader."""
 
 import ast
 import json
@@ -44,7 +44,7 @@ def json_writers(path):
                 yield f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-# Here no number is written that was computed: hashes, round trips, counts, texts of a corpus.
+# These files write no computed numbers, only hashes, round trips, counts and texts of a corpus.
 OTHERS = (
     "moe_jax/analysis/comparison.py",  # keys of settings
     "moe_jax/analysis/report.py",
@@ -52,14 +52,14 @@ OTHERS = (
     "moe_jax/checks/",
     "moe_jax/config/json_text.py",
     "moe_jax/data/",
-    "moe_jax/interchange/tensor_files.py",  # names, shapes and places
+    "moe_jax/interchange/tensor_files.py",  # names, shapes and offsets
     "moe_jax/parallel/processes.py",
     "moe_jax/sweep.py",
     "benchmarks/clean_starts.py",  # counts and seconds
     "benchmarks/llama_cpp.py",  # ids, to a process
     "moe_jax/training/checkpoints.py",
     "moe_jax/training/files.py",  # sizes and hashes
-    "moe_jax/training/loop.py",  # what processes tell each other
+    "moe_jax/training/loop.py",  # messages between processes
     "experiments/study.py",
 )
 

@@ -1,4 +1,4 @@
-"""Kinds: every name of every table, classes of the user's own, and what is refused."""
+"""Kinds: every name of every table, user-defined classes, and refusals."""
 
 import dataclasses
 import hashlib
@@ -49,7 +49,7 @@ def test_every_kind_loads_and_its_defaults_survive_the_round_trip(family, kind):
     part = cls()
     assert kind_of(part) == kind
     assert build(InFamily(family), to_dict(part), "part") == part
-    # The name alone will do, and the import path stands for it.
+    # A config accepts either the name or the import path.
     path = f"{cls.__module__}:{cls.__qualname__}"
     assert build(InFamily(family), kind, "part") == part
     assert load_kind(family, path) is cls and build(InFamily(family), path, "part") == part
@@ -58,7 +58,7 @@ def test_every_kind_loads_and_its_defaults_survive_the_round_trip(family, kind):
 
 @pytest.mark.parametrize("family", KINDS)
 def test_a_table_lists_every_class_of_its_family_that_a_config_can_name(family):
-    """A class that is forgotten could be named by its import path alone."""
+    """A missing class could be named only by its import path."""
     listed = {load_kind(family, kind) for kind in KINDS[family]}
     modules = {inspect.getmodule(cls) for cls in listed}
     for module in modules:
@@ -107,7 +107,7 @@ def test_blocks_survive_the_round_trip(name):
 
 
 def test_the_order_in_which_parts_of_a_family_are_given_does_not_matter():
-    """A config has them by name, parameters and metrics by place."""
+    """A config keys them by name; parameters and metrics index them by position."""
     noise = (Learned(), Gaussian(stddev=0.5), Jitter())
     assert TokenChoice(noise=noise) == TokenChoice(noise=noise[::-1])
     losses = (RouterZ(weight=0.1), LoadBalance(weight=0.2), LoadBalance(weight=0.1))
@@ -193,7 +193,7 @@ class Mine(TokenMajor):
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
-    """A module outside the library: its name, and the file."""
+    """A module outside the library; yields its name and its file."""
     path = tmp_path / "kinds_of_mine.py"
     path.write_text(FOREIGN)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -291,7 +291,7 @@ def test_what_cannot_be_none_is_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Typed(Settings):
-    """Settings of types that the library's own do not have."""
+    """Settings with types that the library itself does not use."""
 
     size: Optional[int] = None  # noqa: UP045 (the old spelling is what is tested)
     width: int | str = 1

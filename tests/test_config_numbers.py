@@ -1,4 +1,4 @@
-"""Every number that a config can have has a range, and what lies outside is refused."""
+"""Every number in a config has a range, and values outside are refused."""
 
 import dataclasses
 import math
@@ -11,19 +11,19 @@ from moe_jax.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerCo
 from moe_jax.config.kinds import KINDS, load_kind
 from moe_jax.config.settings import Bounds, Settings
 
-# Pairs of a name and a number, which `check` looks at.
+# Pairs of a name and a number, which `check` validates.
 PAIRS = {("DataConfig", "domain_weights"), ("OptimizerConfig", "learning_rates")}
 
 
 def inside(hint):
-    """A type and all that it is made of."""
+    """A type and all types inside it."""
     yield hint
     for item in typing.get_args(hint):
         yield from inside(item)
 
 
 def numbers():
-    """Every numeric field of a config and of every kind: its class, itself, its number's type."""
+    """All numeric fields of a config and of every kind: class, field, number type, container."""
     waiting = [ExperimentConfig, *(load_kind(f, kind) for f in KINDS for kind in KINDS[f])]
     seen = set()
     while waiting:
@@ -57,7 +57,7 @@ FIX = r"(The default is|Use a value within|Name one of them)"
 
 
 def outside(bounds, kind):
-    """Values next to the range on either side, and those that are in none."""
+    """Values just outside either end of the range, and values that are never valid."""
     step = 1 if kind is int else 1e-6
     if bounds.at_least is not None:
         yield bounds.at_least - step
@@ -117,7 +117,7 @@ def test_what_trained_without_a_word_is_refused(cls, settings):
 
 
 def test_a_float_is_in_range_on_the_device_too():
-    """1 - 1e-9 is 1 in float32: moments would never be corrected. 1e-50 is 0."""
+    """1 - 1e-9 is 1 in float32, so moments would never be corrected; 1e-50 is 0."""
     with pytest.raises(ValueError, match=r"b2 lies in \[0, 1\): b2=0.999999999, in float32 1\."):
         OptimizerConfig(b2=1 - 1e-9)
     with pytest.raises(ValueError, match=r"epsilon lies in \(0, inf\): .*, in float32 0\."):

@@ -1,4 +1,4 @@
-"""Configs that were written in earlier layouts are read as those of today."""
+"""Configs in earlier layouts are read as current ones."""
 
 import json
 
@@ -18,7 +18,7 @@ from moe_jax.training.saved import load_run
 from moe_jax.training.workdir import changes
 from tests.tiny_run import tiny_config, tiny_training
 
-# The settings of attention as format 2 wrote them, at their defaults.
+# The default settings of attention in format 2.
 OLD = {
     "kind": "attention", "num_heads": 4, "num_kv_heads": 0, "head_dim": 32, "qkv_bias": False,
     "output_bias": False, "qk_norm": False, "norm_epsilon": 1e-6, "rotary": True,
@@ -27,7 +27,7 @@ OLD = {
 
 
 def old_config(**settings):
-    """A config of today with attention and norms as format 2 had them, through JSON."""
+    """A current config with attention and norms in format 2, through JSON."""
     written = json.loads(json.dumps(write_config(ExperimentConfig())))
     written["format"] = 2
     written["model"]["parts"]["attention"] = OLD | settings
@@ -90,7 +90,7 @@ def test_parameters_have_the_names_and_shapes_that_they_had():
 
 
 def write_as_before(config, content=None):
-    """`write_config` of the release before, of a config with default attention but for its size."""
+    """`write_config` of the previous release, for default attention of any size."""
     written = json.loads(json.dumps(write_config(config, content)))
     attention = written["model"]["parts"]["attention"]
     sizes = {name: attention[name] for name in ("num_heads", "head_dim")}
@@ -101,7 +101,7 @@ def write_as_before(config, content=None):
 
 @pytest.mark.slow
 def test_a_run_of_format_2_goes_on(tmp_path, monkeypatch, capsys):
-    """Its checkpoints and config.json have the old layout; five steps and three are eight."""
+    """Its checkpoints and config.json have the old layout; five steps plus three equal eight."""
 
     def config(steps):
         training = {"num_steps": steps, "evaluate_every": 0, "sample_prompt": ""}

@@ -29,7 +29,7 @@ def get_config(name):
 
 
 def presets(name):
-    """The presets of a config file, as its answer to one that it does not know names them."""
+    """The presets of a config file, as listed in the error for an unknown preset."""
     with pytest.raises(ValueError, match="The presets of this config are") as error:
         get_config(name)("no_such_preset")
     return re.findall(r"'(\w+)'", str(error.value).split("got")[0])
@@ -42,7 +42,7 @@ SMOKE = [
     if preset != "smoke"
 ]
 TINY = [(name, preset) for name, preset in CASES if preset.endswith("tiny")]
-# Of published models the full sizes are in `test_published_counts`.
+# `test_published_counts` covers the full sizes of published models.
 SMALL = [(name, preset) for name, preset in CASES if (name, "tiny") not in TINY] + TINY
 
 
@@ -73,7 +73,7 @@ PLANNED = [
 
 @pytest.mark.parametrize(("name", "preset", "topology"), PLANNED)
 def test_a_step_fits_the_machine_that_the_file_names(name, preset, topology):
-    """By arithmetic."""
+    """The plan estimates memory by arithmetic."""
     machine = parse_topology(topology)
     config = from_config_dict(get_config(name)(preset))
     work = resolve(config, machine.num_devices, machine.chip.platform)
@@ -112,7 +112,7 @@ def test_tiny_learns(name, preset):
 
 
 def config_of(name, preset):
-    """The config of a file, whose corpus is in the cache of the tests."""
+    """The config of a file, with its corpus in the cache of the tests."""
     settings = get_config(name)(preset)
     settings.data.cache_dir = str(CACHE / "moe_jax")
     config = from_config_dict(settings)
@@ -121,7 +121,7 @@ def config_of(name, preset):
 
 
 def train(config, num_steps):
-    """The losses of the first steps, and the parameters before and after them."""
+    """Losses of the first steps, and the parameters before and after them."""
     state = first = quick_jit(init_state, static_argnums=0)(config)
     step = quick_jit(make_train_step(config))
     batches = train_batches(open_data(config.data), global_batch_size=config.training.batch_size)
@@ -165,7 +165,7 @@ def test_settings_can_be_overridden_by_flags():
 
 
 def test_a_config_file_imports_nothing_that_trains():
-    """Reading settings is quick: config files import settings, parts and each other."""
+    """Reading settings is quick: config files import only settings, parts and each other."""
     for name in FILES:
         source = (ROOT / "configs" / f"{name}.py").read_text()
         imported = set(re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The command convert: models in as runs of 0 steps, and out as they came."""
+"""The command convert: models in as runs of 0 steps, and out unchanged."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    """It as the directory of a run."""
+    """The model as the directory of a run."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     assert main(["convert", f"--from-hf={model}", "--workdir", str(workdir)]) == 0
     return workdir
@@ -107,7 +107,7 @@ def test_an_encoder_decoder_comes_out_as_it_came_in(tmp_path):
 
 @pytest.mark.parametrize("kind", ["unusable", "with a .model"])
 def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog, kind):
-    """Its tokenizer.json is no BPE, as T5's; files go out as they came."""
+    """Its tokenizer.json is not BPE, like T5's. Its files are written back unchanged."""
     hf, run, again = (tmp_path / name for name in ("hf", "run", "again"))
     shutil.copytree(model, hf)
     unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
@@ -133,7 +133,7 @@ def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog
 
 
 def test_a_tokenizer_of_the_models_own_code_goes_through_unread(model, tmp_path, caplog):
-    """As of Kimi K2: read as a .tiktoken file it would give other ids."""
+    """Like Kimi K2's: read as a .tiktoken file, it would give other ids."""
     hf, run, again = (tmp_path / name for name in ("hf", "run", "again"))
     shutil.copytree(model, hf)
     (hf / "tiktoken.model").write_text("ranks")
@@ -147,7 +147,7 @@ def test_a_tokenizer_of_the_models_own_code_goes_through_unread(model, tmp_path,
 def test_without_the_package_of_its_tokenizer_no_model_comes_in(
     model, tmp_path, monkeypatch, capsys
 ):
-    """Bytes in its place would be a model of other tokens."""
+    """A fallback to bytes would give a model of other tokens."""
     hf = tmp_path / "hf"
     shutil.copytree(model, hf)
     bpe = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
@@ -203,7 +203,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024, held)
 
 @pytest.mark.slow
 def test_reading_takes_little_more_memory_than_the_model(tmp_path):
-    """A model of 400 MB in one file: the peak is the target and less than a tenth of it more."""
+    """A model of 400 MB in one file: peak memory exceeds the model by less than a tenth."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
     case = CASE.__class__({**CASE.settings, **sizes, "num_local_experts": 8})
     path = write_model(tmp_path / "hf", case)
@@ -211,7 +211,7 @@ def test_reading_takes_little_more_memory_than_the_model(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, held = map(int, out.split())
     assert held == (path / ONE_FILE).stat().st_size - header_bytes(path)
-    assert peak < 1.1 * held + 150e6  # compiled code and the allocator
+    assert peak < 1.1 * held + 150e6  # compiled code and the allocator add 150 MB
 
 
 def header_bytes(path: pathlib.Path) -> int:

@@ -1,4 +1,4 @@
-"""What a model keeps of its import when it is written after training, or after other commands."""
+"""What a model keeps of its import when it is written after training or other commands."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from moe_jax.training.workdir import IMPORTED_FILE
 from tests.hf_families import CASES, Case, write_model, written_by_rules
 
 tokenizers = pytest.importorskip("tokenizers")
-LENGTH = 77  # of a context; the runs train on sequences of another
+LENGTH = 77  # the context length; the runs train on another sequence length
 GIVEN = {
     "bos_token_id": 256, "eos_token_id": [257, 3], "max_position_embeddings": LENGTH,
     "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "a_file_that_is_not_there.Config"},
@@ -33,7 +33,7 @@ BESIDE = {
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A model in bfloat16 with one tensor in float32, its tokenizer beside it, as a run."""
+    """A model in bfloat16 with one tensor in float32 and its tokenizer, imported as a run."""
     folder = tmp_path_factory.mktemp("imported")
     hf = write_model(folder / "hf", CASE, **GIVEN)
     tensors = [
@@ -55,7 +55,7 @@ def imported(tmp_path_factory):
 
 
 def trained(base, workdir, **changed):
-    """The directory of a run that started from another, as training leaves it."""
+    """The directory of a run that started from another run, as training leaves it."""
     config, state = load_run(base)
     config = dataclasses.replace(config, init_from=InitFrom(str(base)), **changed)
     save_imported(workdir, config, state.params, state.model_state, {}, {})
@@ -64,7 +64,7 @@ def trained(base, workdir, **changed):
 
 
 def made(base, workdir, made_by):
-    """A model that a command made of a run."""
+    """A model that a command made from a run."""
     config, state = load_run(base)
     save_made(base, config, state, workdir, {"made_by": made_by})
     return workdir
@@ -112,7 +112,7 @@ def test_the_template_that_a_run_was_trained_with_is_written(imported, tmp_path)
 
 
 def test_an_origin_goes_on_through_every_command(imported, tmp_path):
-    """By hand: the tensors stay those of the import, or others, and so do their names."""
+    """By hand: training drops the source, upcycling also the family; quantising drops nothing."""
     whole = origin_of_run(imported)
     assert set(whole) == {"family", "source", "settings", "dtypes"}
     kept = {name: whole[name] for name in ("family", "settings", "dtypes")}
@@ -165,7 +165,7 @@ def test_a_run_without_an_import_has_the_ends_of_its_tokenizer(imported, tmp_pat
 
 @pytest.mark.parametrize("form", ["tokenizers", "sentencepiece", "tiktoken"])
 def test_a_tokenizer_that_is_named_by_its_form_is_written(tmp_path, form):
-    """So it was with a path alone: of KIND:PATH no file was found, and nothing was written."""
+    """A tokenizer given as KIND:PATH is found and written, like a bare path."""
     folder, target = tmp_path / "words", tmp_path / "hf"
     folder.mkdir()
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Costs of parts: traced by default, and those that parts write out themselves."""
+"""Costs of parts: traced by default, or written out by the part."""
 
 import dataclasses
 from dataclasses import replace
@@ -50,7 +50,7 @@ ATTENTION = Attention(num_heads=4, head_dim=6, kernel="xla")
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_trace_agrees_with_what_parts_write_out(part, dtype):
-    """FLOPs, and outputs of products that remat "dots" saves, whatever is split over tensor."""
+    """FLOPs and saved outputs for remat "dots" agree, whatever dims are split over tensor."""
     written, traced = part.costs(DIMS, LENGTH, dtype), traced_costs(part, DIMS, LENGTH, dtype)
     for batched in (False, True):
         flops = [sum(c.flops for c in costs if c.batched == batched) for costs in (written, traced)]
@@ -60,7 +60,7 @@ def test_a_trace_agrees_with_what_parts_write_out(part, dtype):
                  for costs in (written, traced)]  # fmt: skip
         assert sizes[0] == sizes[1], name
     assert {cost.kind for cost in traced} == {cost.kind for cost in written}
-    # What a backward pass reads depends on how the maths is written; it is of the same size.
+    # What a backward pass reads depends on how the maths is written, but its size is similar.
     sizes = [sum(cost.saved.on(1) for cost in costs) for costs in (written, traced)]
     assert 0.5 * sizes[0] <= sizes[1] <= 2 * sizes[0]
 
@@ -76,7 +76,7 @@ def test_products_of_a_dense_ffn_read_and_write_what_its_formula_says():
 
 @dataclasses.dataclass(frozen=True)
 class Loops(Part):
-    """Products in a scan, in a branch and in a convolution."""
+    """A part with matmuls in a scan, in a branch and in a convolution."""
 
     def specs(self, dims):
         def spec(*shape):
@@ -116,7 +116,7 @@ def test_loops_branches_and_convolutions_are_counted():
 
 
 def test_weights_are_no_activations():
-    """A matrix of a million numbers, in another dtype than the tokens, is not saved for them."""
+    """A matrix of a million numbers in another dtype than the tokens is not a saved activation."""
     (cost,) = (c for c in traced_costs(Mlp(dim=2**16), DIMS, 2, "bfloat16") if c.flops)
     assert cost.saved.whole <= 4 * 2**16 * 3
 
@@ -146,7 +146,7 @@ def planned(parts, layers, mesh=None, **model):
 
 
 def test_a_foreign_mixer_is_planned_with_no_code():
-    """Three products of 16 x 8 a token and layer; in two layers, of three."""
+    """Three matmuls of 16 x 8 per token and layer, in two of three layers."""
     attention = replace(ATTENTION, num_heads=2, head_dim=8)
     parts = {"mixer": GatedRecurrence(dim=8), "attention": attention, "mlp": Mlp(dim=24)}
     layers = [("mixer", "mlp"), ("mixer", "mlp"), ("attention", "mlp")]
@@ -160,7 +160,7 @@ def test_a_foreign_mixer_is_planned_with_no_code():
     assert training_flops(work.model, LENGTH)["other"] == 3 * flops.other
     dots, full = (planned(parts, layers, remat=remat) for remat in ("dots", "full"))
     assert training_flops(full.model, LENGTH)["other"] == 4 * flops.other
-    # The outputs of its products, 8 + 8 + 16 numbers, beside the other parts and the inputs.
+    # The saved outputs of its matmuls, 8 + 8 + 16 numbers, add to those of other parts and inputs.
     without = planned({"attention": parts["attention"], "mlp": Mlp(dim=24)}, layers[2:] * 3,
                       remat="dots")  # fmt: skip
     of_attention = 3 * 16 + 16

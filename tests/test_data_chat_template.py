@@ -1,4 +1,4 @@
-"""Chat templates: tokens as transformers gives them, answers found by ids, what is refused."""
+"""Chat templates: tokens equal those of transformers, answers are found by ids, and refusals."""
 
 import dataclasses
 import datetime
@@ -34,7 +34,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-# As Llama 2 and Mistral have it: what ends an answer is `eos_token`, and roles take turns.
+# Like Llama 2 and Mistral: `eos_token` ends an answer, and roles alternate.
 TURNS = """\
 {{ bos_token }}{% for message in messages %}
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
@@ -44,7 +44,7 @@ TURNS = """\
 {%- else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
 {% endfor %}
 """
-# As Qwen3 has it: what an earlier answer thought is not there once there is a later one.
+# Like Qwen3: the thinking of an answer disappears once a later answer follows.
 FORGETS = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' }}
@@ -53,7 +53,7 @@ FORGETS = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
-# As Phi-3.5 has it: the end of a document behind what no answer follows.
+# Like Phi-3.5: text without a generation prompt ends with the end of a document.
 ENDS = """\
 {% for message in messages %}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -73,10 +73,10 @@ TALK = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A byte-level BPE without merges but one of line ends, with what comes beside it."""
+    """A byte-level BPE whose only merge joins line ends, with the files next to it."""
     folder = tmp_path_factory.mktemp("tokenizer")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    end = "\u010a"  # of a line, as byte-level BPE writes it
+    end = "\u010a"  # a line end, as byte-level BPE writes it
     vocab = {token: n for n, token in enumerate([*alphabet, end + end])}
     tokenizer = hugging_face.Tokenizer(models.BPE(vocab, [(end, end)]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,7 +99,7 @@ def opened(source, tokenizer, tmp_path):
 
 
 def shown(tokenizer, ids):
-    """The tokens as text, special ones by name."""
+    """The tokens as text, with special tokens by name."""
     names = {id_: name.encode() for name, id_ in tokenizer.special_tokens.items()}
     return b"".join(names.get(int(i)) or tokenizer.bytes_of(int(i)) for i in ids).decode()
 
@@ -115,7 +115,7 @@ def test_the_answers_and_their_ends_are_marked(tokenizer):
         "<|im_start|>assistant\n\n\nYes<|im_end|>\n"
     )
     answers = np.split(ids[is_answer], [len("4, caf\u00e9".encode()) + 1])
-    # The line end before "Yes" is one token with that of the prompt, and is of the answer.
+    # The line end before "Yes" merges with the prompt's line end; the token counts as answer.
     assert [shown(tokenizer, answer) for answer in answers] == [
         "4, caf\u00e9<|im_end|>", "\n\n\nYes<|im_end|>"
     ]  # fmt: skip
@@ -143,7 +143,7 @@ def test_the_tokens_are_those_of_transformers(folder, tokenizer, tmp_path, sourc
         told[:-1], chat_template=source, add_generation_prompt=True, return_dict=False
     )
     assert template.prompt_ids(talk[:-1]).tolist() == prompt
-    if source == CHATML:  # which marks its answers
+    if source == CHATML:  # only this template marks its answers
         marked = np.array(expected["assistant_masks"]) == 1
         assert np.array_equal(marked, is_answer)
 
@@ -169,7 +169,7 @@ def test_the_end_of_a_document_is_of_no_answer(tokenizer, tmp_path, talk):
 
 
 def test_special_tokens_that_take_spaces_end_answers_too(folder, tmp_path):
-    """As all of Phi-3.5's do: line ends behind them are of no token."""
+    """As in Phi-3.5, where every special token strips spaces: following line ends give no token."""
     transformers = pytest.importorskip("transformers")
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["added_tokens"] = [token | {"rstrip": True} for token in spec["added_tokens"]]
@@ -188,10 +188,10 @@ def test_special_tokens_that_take_spaces_end_answers_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "answer"),
     [
-        # A special token in front of what is said, and none or two behind it.
+        # A special token before the content, and none or two after it.
         ("{{ '<|im_start|>' + m.content + '\\n' }}", "<|im_start|>4\n"),
         ("{{ '<|im_start|>' + m.content | trim + '<|im_end|><s>' }}", "<|im_start|>4<|im_end|>"),
-        # An end that the answer names a part of.
+        # The content includes a part of its end.
         ("{{ m.content + '4<|im_end|>' }}", "44<|im_end|>"),
         ("{{ 'nothing' }}", ""),
     ],
@@ -271,7 +271,7 @@ def test_what_a_model_writes_ends_where_its_generation_config_says(folder, tmp_p
     file = tmp_path / "generation_config.json"
     tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
     named, end = tokenizer.special_tokens, tokenizer.eos_id
-    # A letter's id, one beyond the vocabulary and none are no special tokens.
+    # A letter's id, an id outside the vocabulary and None are not special tokens.
     for said, ids in [
         ([named["<|im_start|>"], end, 3, 9999], (end, named["<|im_start|>"])),
         (named["<s>"], (end, named["<s>"])),
@@ -296,7 +296,7 @@ def test_a_file_beside_the_tokenizer_comes_before_its_config(folder, tmp_path):
     objective = Supervised(chat_template="tokenizer")
     assert objective.fingerprints(tokenizer)["chat_template"] != first
     assert shown(tokenizer, objective.prompt_ids(tokenizer, "Hi")) == "<s>[INST] Hi [/INST]"
-    names = ("<|endoftext|>", "<|im_end|>")  # the end of a document, and of an answer
+    names = ("<|endoftext|>", "<|im_end|>")  # the ends of a document and of an answer
     assert objective.stop_ids(tokenizer) == tuple(tokenizer.special_tokens[n] for n in names)
 
 

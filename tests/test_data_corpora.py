@@ -1,4 +1,4 @@
-"""Corpora: what they hold, and what is held out of them."""
+"""Corpora: their contents, and their held-out documents."""
 
 import collections
 import json

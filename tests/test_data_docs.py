@@ -13,7 +13,7 @@ import pytest
 from moe_jax.data import corpora
 
 ROOT = pathlib.Path(__file__).parent.parent
-# What makes the commands small, beside the preset `smoke`.
+# Flags that shrink the commands, in addition to the preset `smoke`.
 SMALL = {
     "moe_jax.data.train_tokenizer": ["--vocab_size=400"],
     "moe_jax.train": [
@@ -73,4 +73,4 @@ def test_the_commands_train_on_prompts_and_answers(tmp_path):
     assert "held-out split of" in run(evaluate, tmp_path).stdout
     assert run(generate, tmp_path, "--tokens=3").stdout.startswith("2 + 2 = ")
     said = json.loads((tmp_path / "runs/sums/evaluation.json").read_text())
-    assert 2 * 2 <= said["dropless"]["tokens"] <= 30 * 4  # answers and their ends, a tenth of 60
+    assert 2 * 2 <= said["dropless"]["tokens"] <= 30 * 4  # answers and their ends; a tenth of 60

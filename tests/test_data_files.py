@@ -1,4 +1,4 @@
-"""Corpora of files: which are read, what is a domain, what is held out, what is refused."""
+"""Corpora of files: which files are read, domains, held-out splits, refusals."""
 
 import codecs
 import errno
@@ -40,7 +40,7 @@ def write_table(path, **columns):
 
 
 def save_dataset(folder, **columns):
-    """What `datasets.Dataset.save_to_disk` leaves, in two files."""
+    """Writes what `datasets.Dataset.save_to_disk` leaves, in two files."""
     folder.mkdir(parents=True)
     table, names = pa.table(columns), []
     for number, part in enumerate((table.slice(0, 2), table.slice(2))):
@@ -104,7 +104,7 @@ def packed(path, data):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(data))
     elif path.suffix == ".zst":
-        # Two frames, as tools that append make.
+        # Two frames, as tools that append write them.
         middle = data.index(b"\n") + 1
         parts = (data[:middle], data[middle:])
         path.write_bytes(b"".join(pa.Codec("zstd").compress(p, asbytes=True) for p in parts))
@@ -167,7 +167,7 @@ def test_files_called_train_and_validation_are_splits(tmp_path, kind):
 @pytest.mark.parametrize(
     ("names", "train", "heldout"),
     [
-        # Of WikiText and PTB.
+        # Names used by WikiText and PTB.
         (["train.txt", "valid.txt", "test.txt"], {"mine": ["train.txt"]}, {"mine": ["valid.txt"]}),
         (["p.train.txt", "p.test.txt"], {"mine": ["p.train.txt"]}, {"mine": ["p.test.txt"]}),
         (["en/train.txt", "en/test.txt"], {"en": ["en/train.txt"]}, {"en": ["en/test.txt"]}),
@@ -188,7 +188,7 @@ def test_files_called_train_and_validation_are_splits(tmp_path, kind):
             {"mine": ["train/a.txt"]},
             {"mine": ["valid/a.txt"]},
         ),
-        # No pair: files like any other.
+        # No pair of splits: the names are ordinary files.
         (["train/a.txt", "train/test.txt"], {"train": ["train/a.txt", "train/test.txt"]}, {}),
         (["night-train.txt", "test.txt"], {"mine": ["night-train.txt", "test.txt"]}, {}),
         (["a.txt", "test.txt"], {"mine": ["a.txt", "test.txt"]}, {}),

@@ -1,4 +1,4 @@
-"""Who imports whom in `moe_jax.data`: never in a circle, imports inside functions included."""
+"""Imports between modules of `moe_jax.data` never form a cycle, imports in functions included."""
 
 import ast
 import graphlib
@@ -15,7 +15,7 @@ def module_name(path):
 
 
 def imported(path):
-    """Names that a file imports, of modules and of what is in them."""
+    """Names of modules and of their members that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -23,7 +23,7 @@ def imported(path):
             assert node.level == 0, f"{path} has a relative import"
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             modules = [name for name in inside if name in MODULES]
-            # `from package import module` asks nothing of the package itself.
+            # `from package import module` needs nothing from the package itself.
             yield from modules if len(modules) == len(inside) else [node.module, *modules]
 
 
@@ -32,5 +32,5 @@ MODULES = {module_name(path): path for path in FOLDER.rglob("*.py")}
 
 def test_no_modules_import_each_other():
     graph = {name: MODULES.keys() & set(imported(path)) for name, path in MODULES.items()}
-    assert "moe_jax.data.tokenizer" in graph["moe_jax.data.token_files"]  # it has edges
-    graphlib.TopologicalSorter(graph).prepare()  # raises an error that names the circle
+    assert "moe_jax.data.tokenizer" in graph["moe_jax.data.token_files"]  # the graph has edges
+    graphlib.TopologicalSorter(graph).prepare()  # raises an error that names the cycle

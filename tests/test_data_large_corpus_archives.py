@@ -1,4 +1,4 @@
-"""Reading of package archives in place."""
+"""Reading package archives without unpacking them."""
 
 import gzip
 import io

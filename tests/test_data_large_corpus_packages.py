@@ -1,4 +1,4 @@
-"""Fetching packages: once, whole, and checked. No network: the downloaders are stand-ins."""
+"""Packages are fetched once, whole and checked. Stand-in downloaders need no network."""
 
 import sys
 
@@ -10,7 +10,7 @@ PACKAGE = packages.Package("deb", "words", "1")
 
 
 def downloader(script, available=True):
-    """A downloader that runs Python in the directory of the download."""
+    """A downloader that runs a Python script in the download directory."""
     return {
         "deb": packages.Downloader(
             "words-get", lambda: available, lambda package: [sys.executable, "-c", script], "Retry."

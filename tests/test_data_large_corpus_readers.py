@@ -1,4 +1,4 @@
-"""Readers, on packages of a few lines each. A .tgz stands in for a .deb."""
+"""Readers, on packages of a few lines each. A .tgz replaces a .deb."""
 
 import json
 import struct

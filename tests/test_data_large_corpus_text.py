@@ -1,4 +1,4 @@
-"""Cleaning of text, on small cases."""
+"""Text cleaning, on small cases."""
 
 import pytest
 from hypothesis import given

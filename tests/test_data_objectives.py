@@ -1,4 +1,4 @@
-"""Objectives of a decoder alone, and which model takes which objective."""
+"""Objectives of a decoder-only model, and which model accepts which objective."""
 
 import dataclasses
 import types
@@ -43,7 +43,7 @@ def window(tokens, segment_ids, positions):
 
 
 def window_of(*sizes):
-    """Documents of so many tokens each, numbered from 10 on."""
+    """A window of documents with these numbers of tokens, which count up from 10."""
     return window(
         np.arange(10, 10 + sum(sizes)),
         np.repeat(np.arange(1, len(sizes) + 1), sizes),
@@ -92,12 +92,12 @@ def prefix_lm(raw, objective, length, number=0):
 
 def test_targets_in_the_prefix_have_weight_zero():
     half = PrefixLM(0.5, 0.5, bidirectional=True)
-    # Prefixes: 10 11 12 of the first document of six tokens, 16 of the second of two.
+    # Prefixes: 10 11 12 in the first document of six tokens, 16 in the second of two.
     example = prefix_lm(window_of(6, 2), half, length=9)
     assert example["inputs"].tolist() == [10, 11, 12, 13, 14, 15, 16, 0, 0]
     assert example["targets"].tolist() == [11, 12, 13, 14, 15, 16, 17, 0, 0]
     assert example["in_prefix"].tolist() == [1, 1, 1, 0, 0, 0, 1, 0, 0]
-    # Token 16 begins a document, which is no target; 17 follows its prefix.
+    # Token 16 starts a document, so it is no target. Token 17 follows its prefix.
     assert example["loss_weights"].tolist() == [0, 0, 1, 1, 1, 0, 1, 0, 0]
 
 
@@ -118,7 +118,7 @@ def test_every_document_has_one_prefix_and_something_to_predict(sizes, number):
         cut = int(in_prefix.sum())
         assert in_prefix.tolist() == [1] * cut + [0] * (len(in_prefix) - cut)
         if size > 1:
-            # The last token of a prefix predicts the first behind it.
+            # The last token of a prefix predicts the first token after it.
             assert 1 <= cut <= size - 1
             assert weights[: size - 1].tolist() == [0] * (cut - 1) + [1] * (size - cut)
     assert not (example["loss_weights"] > causal["loss_weights"]).any()
@@ -131,7 +131,7 @@ def test_every_length_of_a_prefix_is_as_likely_as_another():
     ]
     counts = np.bincount(drawn, minlength=5)
     assert counts[0] == 0
-    assert np.abs(counts[1:] - 1000).max() < 5 * 27.4  # standard deviation of a count
+    assert np.abs(counts[1:] - 1000).max() < 5 * 27.4  # 27.4: standard deviation of a count
 
 
 def test_prefixes_keep_to_their_shares():
@@ -164,7 +164,7 @@ def test_an_objective_is_named_in_a_config_by_its_kind_alone_or_with_settings():
         assert config.data.objective == objective
         assert read_config(write_config(config), ExperimentConfig) == config
     assert DataConfig().objective == CausalLM()
-    # As configs were written when an objective was a name.
+    # The form of configs from when an objective was only a name.
     assert to_dict(ExperimentConfig())["data"]["objective"] == "causal_lm"
     with pytest.raises(
         ValueError, match=r"data\.objective: a kind of objective is one of \['causal"
@@ -258,14 +258,14 @@ def test_a_run_with_prefixes_resumes_exactly(tmp_path):
             open_data(dataclasses.replace(config(6).data, objective=CausalLM())), batch_size=4
         )
     )
-    assert 0.4 < tokens / all_tokens < 0.6  # of the targets, half on average
+    assert 0.4 < tokens / all_tokens < 0.6  # half of the targets on average
 
 
 @pytest.mark.parametrize(
     ("segments", "positions", "message"),
     [
         ([1, 1, 2, 2, 0, 0], [0, 1, 0, 1, 0, 0], ""),
-        ([0, 3, 3, 1, 1, 1], [9, 4, 5, 0, 1, 2], ""),  # padding anywhere, the end of a document
+        ([0, 3, 3, 1, 1, 1], [9, 4, 5, 0, 1, 2], ""),  # padding anywhere; the end of a document
         ([1, 1, 1, 2, 2, 0], [0, 1, 0, 0, 1, 0], r"positions \[0, 1, 0\] \.\.\. of document 1"),
         ([1, 2, 2, 1, 1, 0], [0, 0, 1, 1, 2, 0], "in one piece.* of document 1"),
     ],

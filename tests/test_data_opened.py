@@ -1,4 +1,4 @@
-"""The data of a run is opened once, and checked before anything depends on it."""
+"""The data of a run is opened once, and checked before anything uses it."""
 
 import dataclasses
 import hashlib
@@ -91,7 +91,7 @@ def test_a_run_that_does_not_evaluate_needs_nothing_held_out(config):
 
 @pytest.mark.parametrize("num_documents", [2, 10])
 def test_the_way_to_hold_out_some_text_can_be_followed(tmp_path, num_documents):
-    """Few documents, of which the hash holds out none at the default."""
+    """There are so few documents that the default fraction holds none out."""
     write(tmp_path / "few", "chapter", num_documents)
     config = DataConfig(
         corpus=str(tmp_path / "few"),
@@ -116,7 +116,7 @@ def test_documents_of_one_group_can_not_be_held_out(tmp_path):
 
 
 def test_a_lone_document_whose_group_is_held_out_does_not_train(tmp_path):
-    """`p7` of `en` is held out, so its translation is, though `fr` has nothing else."""
+    """The group is held out in `en`, so its translation is too, though `fr` has nothing else."""
     fraction = 0.5
     heldout = next(f"p{n}" for n in range(99) if split_of(f"p{n}", fraction) == "heldout")
     trains = next(f"p{n}" for n in range(99) if split_of(f"p{n}", fraction) == "train")

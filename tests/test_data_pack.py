@@ -1,4 +1,4 @@
-"""Tokens that travel without their text: packed on one machine, read on another."""
+"""Tokens without their text: packed on one machine, read on another."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ FRACTION = 0.1
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A corpus of two domains, a tokenizer, and three quarters of its tokens packed."""
+    """A corpus of two domains, a tokenizer, and three quarters of its tokens, packed."""
     root = tmp_path_factory.mktemp("pack")
     (root / "corpus").mkdir()
     for domain, word in (("a", "apple"), ("b", "berry")):
@@ -111,7 +111,7 @@ def test_the_command_packs_at_most_max_tokens_and_says_what_it_left_out(
 
 
 def test_the_command_names_fields_and_tokens_as_a_run_does(tmp_path, packed, monkeypatch, capsys):
-    """Without the flags such a corpus could not be packed, nor read with tokens of its own."""
+    """Without the flags, such a corpus can neither be packed nor read with its own tokens."""
     root, _ = packed
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lines = [json.dumps({"content": f"apple {n} " * 9}) + "\n" for n in range(40)]
@@ -179,4 +179,4 @@ def test_damage_is_found(packed, tmp_path):
     with pytest.raises(ValueError, match="has a manifest as it was written"):
         open_data(config)
     with tarfile.open(root / "out/tokens.tar.xz") as whole:
-        assert len(whole.getnames()) == 8  # two files a domain and split
+        assert len(whole.getnames()) == 8  # two files per domain and split

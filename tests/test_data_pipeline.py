@@ -1,4 +1,4 @@
-"""The pipeline: determinism, resumption, hosts, shares of the domains, held-out pass."""
+"""The pipeline: determinism, resumption, hosts, domain shares, held-out pass."""
 
 import dataclasses
 import itertools
@@ -75,7 +75,7 @@ def test_the_stream_resumes_exactly_at_any_step(config, step):
 
 def test_the_stream_resumes_exactly_after_many_epochs(config):
     few_windows = dataclasses.replace(config, domain_weights=(("multilingual", 1.0),))
-    start = 10_000  # Over a hundred epochs of 3,978 windows.
+    start = 10_000  # more than a hundred epochs of 3,978 windows
     first = take(train_batches(few_windows, global_batch_size=64, start_step=start), 3)
     later = train_batches(few_windows, global_batch_size=64, start_step=start + 2)
     assert_equal(first[2:], take(later, 1))
@@ -87,7 +87,7 @@ SHARES = [
     [range(0, 16, 2), range(1, 16, 2)],
     [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]],
     [[0, 1, 2, 15], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]],
-    [[0, 1, 8], [8, 9], [9]],  # of which some are read twice, and others by nobody
+    [[0, 1, 8], [8, 9], [9]],  # some rows are read twice, others by nobody
 ]
 
 
@@ -144,7 +144,7 @@ def test_an_epoch_shows_every_window_once_and_the_next_in_another_order(tmp_path
         corpus=f"jsonl:{tmp_path}", sequence_length=8, heldout_fraction=1e-9,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
-    # 40 documents of 8 tokens: 39 whole windows, for the last has no target for its last input.
+    # 40 documents of 8 tokens make 39 whole windows: the last window would lack its final target.
     windows = [
         tuple(batch["inputs"][0])
         for batch in take(train_batches(config, global_batch_size=1), 2 * 39)
@@ -202,7 +202,7 @@ def test_a_shortened_heldout_pass_samples_all_domains_in_proportion(config):
 
 
 def test_heldout_windows_are_ordered_by_their_place_in_their_domain():
-    """Then by the domain, in float64, as a sort of Python's pairs has it."""
+    """Ties go by domain, in float64, as when Python sorts the pairs."""
     for lengths in ([], [0], [5], [3, 0, 7, 1], [6, 3, 12, 6], [1000, 998, 7, 1]):
         pairs = sorted(
             ((source, index) for source, length in enumerate(lengths) for index in range(length)),
@@ -214,7 +214,7 @@ def test_heldout_windows_are_ordered_by_their_place_in_their_domain():
 
 
 def test_heldout_windows_never_train(config):
-    # Long windows: a phrase of 64 bytes may well occur twice in a language.
+    # Long windows: a phrase of 64 bytes can occur twice in a language.
     config = dataclasses.replace(config, sequence_length=256)
     train = {
         bytes(row)
@@ -233,7 +233,7 @@ def test_heldout_windows_never_train(config):
 
 
 def test_heldout_windows_are_nowhere_in_what_trains(config):
-    """At no offset of the train tokens, and in no domain; but for a licence that two files have."""
+    """They occur at no offset of any domain's train tokens, except a licence in two files."""
     data = open_data(dataclasses.replace(config, sequence_length=256))
 
     def text(tokens):

@@ -19,7 +19,7 @@ OBJECTIVES = {
     "span_corruption_packed": SpanCorruption(packed=True),
     "encoder_prefix_lm_joined": EncoderPrefixLM(packed=False),
 }
-# Of the first batches, by `digest`.
+# The `digest` of the first batches.
 DRAWN = {
     "causal_lm": "84064859ca086d46",
     "prefix_lm": "2365c45f9168772d",
@@ -37,7 +37,7 @@ FIRST = 383  # the first sentinel
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """800 prompts with their answers, in two domains."""
+    """800 prompts with answers, in two domains."""
     folder = tmp_path_factory.mktemp("pairs")
     for name, sign in (("plus", 1), ("minus", -1)):
         lines = [
@@ -130,7 +130,7 @@ def words(tmp_path_factory):
 
 
 def restored_texts(batch):
-    """The bytes of every pair of a batch of span corruption, and what the encoder reads."""
+    """The bytes of every text in a span-corruption batch, and what its encoder reads."""
     for row in range(len(batch["inputs"])):
         for segment in range(1, batch["segment_ids"][row].max() + 1):
             read = batch["encoder_inputs"][row][batch["encoder_segment_ids"][row] == segment]
@@ -142,7 +142,7 @@ def restored_texts(batch):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_epoch_shows_every_text_once_with_spans_of_its_own(words, packed):
-    # With spans of one token, since a single span of noise is always at the end.
+    # Spans have one token, because a single span of noise always ends the text.
     objective = SpanCorruption(noise_density=0.4, mean_noise_span_length=1.0, packed=packed)
     config = dataclasses.replace(words, sequence_length=16, objective=objective)
     data = open_data(config)
@@ -158,7 +158,7 @@ def test_every_epoch_shows_every_text_once_with_spans_of_its_own(words, packed):
     assert epochs[0] != epochs[1]
     if packed:
         assert first == [b"%06d" % i for i in range(40)]
-        assert len(source) < 40  # of 6 tokens, several to a row
+        assert len(source) < 40  # texts of 6 tokens share rows
 
 
 def test_a_window_of_prefix_lm_is_cut_elsewhere_in_the_next_epoch(words):
@@ -199,7 +199,7 @@ def test_heldout_text_is_read_whole_by_joined_windows(tmp_path_factory):
 
 
 def digest(batches):
-    """Of all bytes of some batches."""
+    """Hash of all bytes of some batches."""
     whole = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
@@ -208,7 +208,7 @@ def digest(batches):
 
 
 def test_the_streams_are_those_that_another_process_drew(config):
-    """Runs that were begun go on with the same examples, in whatever process they do."""
+    """A resumed run continues with the same examples in any process."""
     batches = train_batches(config, 3) + heldout_batches(config, batch_size=8, max_batches=2)
     drawn = {name for name, objective in OBJECTIVES.items() if objective == config.objective}
     assert drawn == {name for name, known in DRAWN.items() if digest(batches).startswith(known)}

@@ -1,4 +1,4 @@
-"""Span corruption and pairs: T5's definition, and what makes a window of a pair again."""
+"""Span corruption and its pairs: T5's definition, and the window restored from a pair."""
 
 import collections
 import itertools
@@ -18,13 +18,13 @@ from moe_jax.data.objectives.span_corruption import noise_mask, replace_spans, s
 TOKENIZER = tokenizers.ByteTokenizer()
 EOS = TOKENIZER.eos_id
 FIRST = 383  # the first sentinel
-# Of one half T5 makes a case of its own.
+# T5 treats a density of one half as a special case.
 DENSITIES = st.floats(0.05, 0.9).filter(lambda density: density != 0.5)
 MEANS = st.floats(1, 20)
 
 
 def test_spans_become_sentinels_counted_down():
-    # The example of t5/data/preprocessors_test.py, test_noise_span_to_unique_sentinel.
+    # The example of test_noise_span_to_unique_sentinel in t5/data/preprocessors_test.py.
     tokens, mask = np.arange(10, 16), np.array([True, True, False, False, True, False])
     assert replace_spans(tokens, mask, 999).tolist() == [999, 12, 13, 998, 15]
     assert replace_spans(tokens, ~mask, 999).tolist() == [10, 11, 999, 14, 998]
@@ -32,7 +32,7 @@ def test_spans_become_sentinels_counted_down():
 
 @pytest.mark.parametrize(
     ("length", "density", "mean", "window", "decoder"),
-    [(512, 0.15, 3.0, 568, 114), (1024, 0.15, 20.0, 1193, 189)],  # T5's; and ByT5's
+    [(512, 0.15, 3.0, 568, 114), (1024, 0.15, 20.0, 1193, 189)],  # T5's and ByT5's
 )
 def test_lengths_are_those_of_t5(length, density, mean, window, decoder):
     objective = SpanCorruption(noise_density=density, mean_noise_span_length=mean)
@@ -50,7 +50,7 @@ def test_the_window_is_the_longest_that_fits(length, density, mean):
 
 def test_half_of_the_tokens_as_noise_makes_both_sides_as_long():
     even = SpanCorruption(noise_density=0.5).lengths(512)
-    # 767 tokens: 384 of noise in 128 spans; T5 takes one less, for 512 on both sides.
+    # 767 tokens would have 384 of noise in 128 spans. T5 takes one less, for 512 on both sides.
     assert even == Lengths(766, 512, 512)
 
 
@@ -75,7 +75,7 @@ def test_noise_is_rounded_half_to_even(num_tokens, noise, spans):
 
 
 def test_all_masks_of_these_numbers_are_equally_likely():
-    # 3 of 8 tokens in 2 spans: 2 ways to cut the noise, 4 to cut the text.
+    # Two spans cover 3 of 8 tokens: 2 ways to cut the noise, 4 to cut the text.
     drawn = collections.Counter(
         tuple(noise_mask(8, 0.4, 1.5, generator((1, number))).tolist()) for number in range(8000)
     )
@@ -93,7 +93,7 @@ def test_spans_are_three_tokens_on_average_and_of_many_lengths():
 
 
 def window(*sizes):
-    """Texts of so many tokens, all different from one another and from every other id."""
+    """Texts of these lengths. Every token is unique and differs from all other ids."""
     return RawWindow(
         np.arange(1000, 1000 + sum(sizes), dtype=np.int32),
         np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
@@ -107,7 +107,7 @@ def example_of(objective, raw, length, number=0):
 
 
 def pieces_of(example):
-    """What was read and written, by segment, without the ends; checks shift and positions."""
+    """Inputs and targets by segment, without end tokens; checks shift and positions."""
     pieces = []
     for segment in range(1, example["segment_ids"].max() + 1):
         of_encoder = example["encoder_segment_ids"] == segment
@@ -123,7 +123,7 @@ def pieces_of(example):
 
 
 def restored(read, written):
-    """The text, from an input with sentinels and the spans that the targets put in their place."""
+    """The original text: targets replace the sentinels of the input."""
     spans = {}
     for token in written:
         if token <= FIRST:
@@ -213,7 +213,7 @@ class Plain(tokenizers.ByteTokenizer):
 
 def test_sentinels_are_the_tokenizers_own_or_come_after_its_ids():
     objective = SpanCorruption()
-    # 125 of the byte tokenizer's 384 ids are reserved for sentinels, which is more than 100.
+    # The byte tokenizer reserves 125 of its 384 ids for sentinels, more than 100.
     assert objective.vocab_size(TOKENIZER, 512) == 384
     assert SpanCorruption(num_sentinels=130).vocab_size(TOKENIZER, 512) == 389
     assert objective.vocab_size(Plain(), 512) == 359

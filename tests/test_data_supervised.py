@@ -1,4 +1,4 @@
-"""Prompts and answers: ids, targets, weights, packing, splits, what is refused, a whole run."""
+"""Prompts and answers: ids, targets, weights, packing, splits, refusals, a whole run."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def write(path, records):
 
 
 def opened(tmp_path, records, objective, **settings):
-    """The data of a folder with these as its train split, and the first as its other."""
+    """The data of a folder with these records as train split, and one pair as validation split."""
     write(tmp_path / "pairs" / "train.jsonl", records)
     write(tmp_path / "pairs" / "validation.jsonl", [{"prompt": "?", "answer": "!"}])
     settings = {"sequence_length": 8, "cache_dir": str(tmp_path / "cache"), **settings}
@@ -41,7 +41,7 @@ def opened(tmp_path, records, objective, **settings):
 
 
 def row(data):
-    """The first row of training, as lists; padding on the right is left out."""
+    """The first training row as lists, without the padding on the right."""
     (batch,) = [next(train_batches(data, global_batch_size=1))]
     sides = {"": batch["segment_ids"][0], "encoder_": batch.get("encoder_segment_ids", [[]])[0]}
     return {
@@ -77,16 +77,16 @@ def test_an_encoder_reads_the_prompt_and_a_decoder_writes_the_answer(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "rows"),
     [
-        (Supervised(), [[1, 2], [3]]),  # 4 and 4 of 8 tokens; 5
+        (Supervised(), [[1, 2], [3]]),  # 4 + 4 of 8 tokens; the third pair needs 5
         (Supervised(packed=False), [[1], [2], [3]]),
-        (EncoderSupervised(answer_length=4), [[1], [2], [3]]),  # 2 and 3 of 4 tokens
+        (EncoderSupervised(answer_length=4), [[1], [2], [3]]),  # targets of 2 and 3, of 4 tokens
         (EncoderSupervised(answer_length=5), [[1, 2], [3]]),
     ],
 )
 def test_a_row_takes_the_next_pair_while_both_sides_have_room(tmp_path, objective, rows):
     data = opened(tmp_path, [*PAIRS, {"prompt": "c", "answer": "zzz"}], objective)
     batch = next(train_batches(data, global_batch_size=len(rows)))
-    sizes = {1: 2, 2: 3, 3: 4}  # targets with a weight, of each pair
+    sizes = {1: 2, 2: 3, 3: 4}  # weighted targets per pair
     found = sorted(
         [np.sum(weights[segments == n]) for n in range(1, segments.max() + 1)]
         for weights, segments in zip(batch["loss_weights"], batch["segment_ids"], strict=True)
@@ -96,8 +96,8 @@ def test_a_row_takes_the_next_pair_while_both_sides_have_room(tmp_path, objectiv
 
 def test_what_is_longer_than_a_row_is_refused_cut_or_left_out(tmp_path, caplog):
     long = [
-        {"prompt": "abcabc", "answer": "xyz"},  # 9 inputs: the answer loses its end
-        {"prompt": "abcabcabc", "answer": "x"},  # of the answer nothing would be left
+        {"prompt": "abcabc", "answer": "xyz"},  # 9 inputs: the end of the answer is cut
+        {"prompt": "abcabcabc", "answer": "x"},  # no token of the answer would be left
         {"prompt": "a", "answer": "x"},
     ]
     with pytest.raises(
@@ -216,7 +216,7 @@ def test_a_line_that_is_no_pair_is_refused_by_its_number(tmp_path, line, message
     with pytest.raises(ValueError, match=message) as refused:
         check_data(open_data(config))
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
-    assert not list((tmp_path / "cache").glob("[!.]*"))  # no half-made files
+    assert not list((tmp_path / "cache").glob("[!.]*"))  # no half-written files
 
 
 def test_what_has_no_pairs_is_refused(tmp_path):
@@ -252,7 +252,7 @@ def test_files_of_pairs_are_another_cache_than_those_of_text_and_follow_the_sett
             EncoderSupervised(), EncoderSupervised(answer_length=3),
         )
     }  # fmt: skip
-    assert len(made) == 3  # neither packing nor a length is in them
+    assert len(made) == 3  # packing and lengths do not change the cache key
 
 
 def test_ids_above_half_of_uint16_keep_their_mark(tmp_path, monkeypatch):
@@ -320,7 +320,7 @@ def test_a_run_that_is_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch)
         for split, document in data.corpus.documents("a", 0.2)
         if split == "heldout"
     ]
-    assert said["tokens"] == sum(len(answer) + 1 for answer in answers)  # and their ends
+    assert said["tokens"] == sum(len(answer) + 1 for answer in answers)  # answers and their ends
     nats = said["nats_per_token"] * said["tokens"]
     per_byte = nats / np.log(2) / sum(map(len, answers))
     assert said["bits_per_byte"] == pytest.approx(per_byte, rel=1e-6)

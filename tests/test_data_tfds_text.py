@@ -1,4 +1,4 @@
-"""TFDS datasets as corpora: prepared here, offline and without TensorFlow."""
+"""TFDS datasets as corpora, prepared in the test, offline and without TensorFlow."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from moe_jax.data.records import Fields
 
 
 class TalesWithoutSplit(tfds.core.GeneratorBasedBuilder):
-    """Two hundred tales, all of them for training."""
+    """Two hundred tales, all in the train split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -32,12 +32,12 @@ class TalesWithoutSplit(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split, count):
         for number in range(count):
-            # The keys of a split must differ, or TFDS fails with an error about TensorFlow.
+            # Keys in a split must differ, or TFDS fails with an error about TensorFlow.
             yield f"{number:08d}", {"text": f"{split} tale \u00e9 {number}", "number": number}
 
 
 class Tales(TalesWithoutSplit):
-    """Eighty for training and twenty for validation."""
+    """Eighty tales in the train split, twenty in the validation split."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -57,7 +57,7 @@ def prepare(builder_class, directory, file_format):
 
 @pytest.fixture(scope="module")
 def tales(tmp_path_factory):
-    """Directory of a version, by file format."""
+    """The directory of a prepared version, by file format."""
     root = tmp_path_factory.mktemp("tfds")
     formats = ("array_record", "parquet")
     directories = {name: prepare(Tales, root / name, name) for name in formats}
@@ -66,7 +66,7 @@ def tales(tmp_path_factory):
 
 
 def rewrite_as_tfrecord(directory, target):
-    """What TFDS with TensorFlow would have made: the same records, framed otherwise."""
+    """Writes what TFDS with TensorFlow would: the same records in other frames."""
     target = target / "tales" / "1.0.0"
     target.mkdir(parents=True)
     for path in tfds.core.Path(directory).iterdir():
@@ -75,7 +75,7 @@ def rewrite_as_tfrecord(directory, target):
             continue
         with (target / path.name.replace("array_record", "tfrecord")).open("wb") as file:
             for record in ArrayRecordDataSource([str(path)]):
-                # Length, its checksum, the record, its checksum; the reader checks neither.
+                # Length, checksum, record, checksum; the reader checks no checksum.
                 file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
     info = json.loads((target / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
@@ -121,7 +121,7 @@ def test_a_part_of_the_training_split_may_be_named(tales):
 
 
 def test_parquet_that_tfds_wrote_with_losses_is_refused(tmp_path):
-    # Two hundred examples in a shard, of which TFDS 4.9.10 writes the first hundred.
+    # Two hundred examples in one shard, of which TFDS 4.9.10 writes only the first hundred.
     path = prepare(TalesWithoutSplit, tmp_path, "parquet")
     corpus = corpora.open_corpus(f"tfds:{path}")
     with pytest.raises(ValueError, match=r"has 100, not 200\. TFDS loses examples"):
@@ -196,7 +196,7 @@ def test_the_builders_of_the_table_are_known_and_have_a_text(name):
 
 def test_a_mocked_dataset_is_read_by_its_name(tmp_path):
     with tfds.core.registered.skip_registration():
-        # The metadata of a prepared lm1b, which mock_data then fills with random text.
+        # Metadata of a prepared lm1b, which mock_data fills with random text.
         lm1b = type("Lm1b", (Tales,), {"VERSION": tfds.core.Version("1.1.0")})
     prepare(lm1b, tmp_path, "array_record")
     corpus = corpora.open_corpus("tfds:lm1b")

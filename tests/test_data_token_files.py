@@ -1,4 +1,4 @@
-"""Token files: contents, cache keys, and what a kill or a second builder leaves behind."""
+"""Token files: contents, cache keys, and leftovers of a kill or a second builder."""
 
 import errno
 import itertools
@@ -153,7 +153,7 @@ def test_concurrent_builders_make_the_files_once(corpus, tmp_path):
         thread.join()
     assert len(results) == 4
     assert all(result == results[0] for result in results)
-    assert sorted(passes) == ["one", "one", "two", "two"]  # for held-out text, then for all
+    assert sorted(passes) == ["one", "one", "two", "two"]  # one pass for held-out text, one for all
 
 
 def flip(path):
@@ -215,7 +215,7 @@ def test_files_are_read_only(corpus, tmp_path):
 
 
 def test_a_training_document_that_repeats_a_heldout_text_is_left_out(tmp_path, caplog):
-    """Under another id, in another domain, with other white space around it."""
+    """Copies differ in id, domain and surrounding white space."""
     directory = tmp_path / "corpus"
     directory.mkdir()
     texts = {f"{i}": f"tale {i}" for i in range(50)}
@@ -268,7 +268,7 @@ def test_a_full_disk_is_named(corpus, tmp_path, monkeypatch):
 
 
 class ManyIds(tokenizers.ByteTokenizer):
-    """Bytes as ids above 65,535."""
+    """A tokenizer that maps bytes to ids above 65,535."""
 
     name = "many"
     vocab_size = 70_384

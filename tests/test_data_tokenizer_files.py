@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face and tiktoken files: exact bytes, ends of documents, bad files."""
+"""Tokenizers from Hugging Face and tiktoken files: exact bytes, document ends, bad files."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ def texts():
 
 
 def byte_level(path, special_tokens=("<|endoftext|>",), vocab_size=600):
-    """As GPT-2 and Qwen have it, with a normaliser, a template and a truncation."""
+    """Like GPT-2 and Qwen, plus a normaliser, a template and a truncation."""
     tokenizer = hugging_face.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ def byte_level(path, special_tokens=("<|endoftext|>",), vocab_size=600):
 
 
 def byte_fallback(path):
-    """As Llama 2 and Mistral have it: spaces as U+2581, one put in front, bytes as <0x00>."""
+    """Like Llama 2 and Mistral: spaces as U+2581, one prepended, bytes as <0x00>."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     for piece in ("\u2581", "t", "h", "e", "\u2581t", "he", "\u2581the"):
         vocab[piece] = len(vocab)
@@ -78,7 +78,7 @@ def ranks_of(path):
     spec = json.loads(path.read_text())
     vocab = spec["model"]["vocab"]
     pieces = sorted((t for t in vocab if t != "<|endoftext|>"), key=vocab.get)
-    # Bytes first, then merges in their order.
+    # Bytes first, then merges in order.
     pieces.sort(key=lambda t: len(t) > 1)
     lines = [
         f"{base64.b64encode(hugging_face_tokenizer._byte_level(p)).decode()} {rank}\n"
@@ -154,7 +154,7 @@ def test_an_added_token_that_is_no_special_one_is_text(files, tmp_path):
 
 @pytest.mark.parametrize("side", ["lstrip", "rstrip"])
 def test_an_added_token_that_takes_spaces_is_special(files, tmp_path, side):
-    """As `</s>` of Phi-3.5, which is declared as none."""
+    """Like `</s>` of Phi-3.5, which is not declared as special."""
     theirs = hugging_face.Tokenizer.from_file(files["byte level"])
     theirs.add_tokens([hugging_face.AddedToken("</s>", **{side: True})])
     theirs.save(str(tmp_path / "t.json"))
@@ -165,7 +165,7 @@ def test_an_added_token_that_takes_spaces_is_special(files, tmp_path, side):
     assert tokenizer.token_bytes_V[ids].sum() == len(text) and tokenizer.bytes_of(name) == b""
     rendered = tokenizer.encode_rendered(text).tolist()
     assert rendered == theirs.encode(text, add_special_tokens=False).ids and name in rendered
-    # It begins and ends no document, though it has the name of one that does.
+    # It marks no document boundary, despite its name.
     assert tokenizer.eos_id == tokenizer.special_tokens["<|endoftext|>"]
 
 
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_cannot_serve_is_refused(files, tmp_path, change, messa
 def test_a_tokenizer_may_lack_control_characters_but_no_text_loses_any(files, tmp_path):
     path = tmp_path / "t.json"
     spec = json.loads(pathlib.Path(files["byte level"]).read_text())
-    del spec["model"]["vocab"]["\u0104"]  # how byte-level BPE writes byte 4
+    del spec["model"]["vocab"]["\u0104"]  # byte 4 in byte-level BPE
     path.write_text(json.dumps(spec))
     tokenizer = open_tokenizer(str(path))
     assert tokenizer.decode(tokenizer.encode("plain\ntext")) == "plain\ntext"
@@ -301,7 +301,7 @@ def test_a_cut_or_misnamed_tiktoken_file_is_refused(files, tmp_path):
 
 
 def test_a_vocabulary_beyond_65536_trains(tmp_path):
-    """Ranks up to 70,000, most of which no text needs."""
+    """Ranks go up to 70,000, and no text needs most of them."""
     pieces = [bytes([b]) for b in range(256)]
     pieces += [f"{i:06d}".encode() for i in range(70_000 - 256)]
     lines = (f"{base64.b64encode(p).decode()} {rank}\n" for rank, p in enumerate(pieces))

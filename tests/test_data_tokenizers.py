@@ -1,4 +1,4 @@
-"""Tokenizers: round trips and the bytes that tokens stand for."""
+"""Tokenizers: round trips and the bytes of each token."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Windows: what they cut, and that they say where documents begin."""
+"""Windows: where they cut, and how they mark the starts of documents."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def domain_tokens(files):
 
 
 class Examples:
-    """Windows of documents, as examples of `causal_lm`."""
+    """Windows of documents as examples of `causal_lm`."""
 
     def __init__(self, files, length, keep_partial):
         self.length = length
@@ -48,7 +48,7 @@ class Examples:
 
 
 def test_a_window_is_cut_at_its_length_and_marks_documents(tmp_path):
-    # The stream: bos a b c eos bos d eos, in windows of 3.
+    # The stream is bos a b c eos bos d eos, in windows of 3.
     source = Examples(make_files(tmp_path, ["abc", "d"]), 3, keep_partial=False)
     a, b, c, d = TOKENIZER.encode("abcd").tolist()
     assert len(source) == 2
@@ -169,7 +169,7 @@ def test_short_documents_share_a_row_and_long_ones_fill_rows_of_their_own(tmp_pa
         ]
         for raw in map(source.read, range(len(source)))
     ]
-    # "k" and "l", of one token, are left out; three take 3 + 3 of the 6 tokens of a row.
+    # "k" and "l" have one token and are left out. "ef" and "mn" take 3 + 3 of a row's 6 tokens.
     assert rows == [["abcd"], ["ghij"], ["ef", "mn"]]
     assert source[2].positions.tolist() == [0, 1, 0, 1]
 

@@ -1,4 +1,4 @@
-"""The code in docs/ runs, is what the docs say, and the pages hang together."""
+"""The code in docs/ runs and matches the text, and links between pages resolve."""
 
 import dataclasses
 import importlib
@@ -42,7 +42,7 @@ def test_the_block_in_plain_numpy_is_the_block():
     exec(code, names)
     moe = MoE(num_experts=4, num_selected_experts=2, expert_dim=8, run_experts="einsum")
     params = init_parameters(jax.random.key(0), moe.specs(Dims(16)))
-    params["router"]["weight"] *= 20  # decided, so that some experts are full
+    params["router"]["weight"] *= 20  # confident, so that some experts are full
     x, dy = np.random.default_rng(1).normal(size=(2, 3, 12, 16)).astype(np.float32)
 
     def plain(params, x):
@@ -83,7 +83,7 @@ def empty(aux):
 
 @pytest.fixture(scope="module")
 def my_parts(tmp_path_factory):
-    """The classes of the page as the module that it speaks of."""
+    """The classes of the page as the module that it names."""
     *classes, _ = code_of("extending.md")
     directory = tmp_path_factory.mktemp("extending")
     (directory / "my_parts.py").write_text("\n\n".join(classes), encoding="utf-8")
@@ -111,7 +111,7 @@ def test_a_config_names_the_parts_of_the_page(my_parts):
 
 
 def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
-    """As optax has them, over two sequences that are two parts of a batch."""
+    """The loss equals optax's over two sequences that are two parts of a batch."""
     rng = np.random.default_rng(0)
     logits_BLV, targets_BL = rng.normal(size=(2, 3, 5)), rng.integers(0, 5, (2, 3))
     weights_BL = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.5]])
@@ -190,7 +190,7 @@ def test_the_api_page_is_what_its_tool_writes():
 
 
 def anchors(text):
-    """The anchors of the headings of a page, as GitHub makes them."""
+    """The anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -224,7 +224,7 @@ def test_workflows_run_what_continuous_integration_runs(name):
     workflow = yaml.safe_load(text)
     [job] = workflow["jobs"].values()
     assert job["steps"][-1] == {"run": ".ci/run"}
-    if name == "test":  # on the oldest Python that the package takes
+    if name == "test":  # on the oldest supported Python
         oldest = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())
         assert oldest and job["steps"][1]["with"]["python-version"] == oldest[1]
 
@@ -250,7 +250,7 @@ def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch)
     ):
         with pytest.raises(ValueError, match=message):
             moe_jax.from_hf(tmp_path / "hf", family=wrong)
-    # A file names no module to import.
+    # A file cannot name a module to import.
     settings = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"model_type": path}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"model_type='the_page:MY_MODEL'"):

@@ -1,4 +1,4 @@
-"""`evaluate` and `generate` of a trained model: which text, which step, on which devices."""
+"""`evaluate` and `generate` with a trained model: which text, step and devices they use."""
 
 import json
 import re
@@ -15,7 +15,7 @@ TEXT = "It was the best of times, it was the wörst of times.\n" * 3
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Checkpoints of steps 2 and 4; four sequences a microbatch, of sixteen tokens."""
+    """A run with checkpoints of steps 2 and 4, and microbatches of four 16-token sequences."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     steps = {"num_steps": 4, "checkpoint_every": 2, "evaluate_every": 4, "evaluation_batches": 1}
     train(tiny_training({"training": steps}), workdir)
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def score(finished, capsys):
-    """Runs evaluate; returns its first line and the dropless bits a byte of each row."""
+    """Runs evaluate; returns its first line and each row's dropless bits per byte."""
 
     def run(*arguments):
         assert evaluate.command([f"--workdir={finished}", *arguments]) == 0
@@ -67,7 +67,7 @@ def test_another_text_step_or_part_is_said_and_leaves_the_evaluation_of_the_run(
 
 
 def other_corpus(tmp_path, differ=False, **record):
-    """Three records, of one text or of three."""
+    """Three records with one text, or with three."""
     path = tmp_path / "letters.jsonl"
     records = [
         {name: f"{n} {text}" if differ else text for name, text in record.items()} | {"id": n}
@@ -78,7 +78,7 @@ def other_corpus(tmp_path, differ=False, **record):
 
 
 def test_another_corpus_has_fields_and_a_fraction_of_its_own(tmp_path):
-    """Those of a run that reads `body` of its records say nothing of another corpus."""
+    """Field names of the run, such as `body`, do not apply to another corpus."""
     data = {"corpus": "x.jsonl", "text_field": "body", "id_field": "key", "group_field": "page"}
     config = tiny_training({"data": data})
     corpus = other_corpus(tmp_path, text=TEXT)
@@ -133,7 +133,7 @@ def test_the_evaluation_of_a_later_step_stays(tmp_path):
 
 
 def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
-    """53 characters of 54 bytes, three times, each a target; the end of the document is another."""
+    """54 bytes in 53 characters, three times: each byte is a target, plus the document's end."""
     from moe_jax.training.saved import load_run
 
     text = tmp_path / "own.txt"
@@ -150,7 +150,7 @@ def test_bits_per_byte_of_a_text_are_of_its_bytes(finished, tmp_path):
 
 @pytest.mark.slow
 def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
-    """Four sequences a microbatch do not split over eight devices, and need not."""
+    """Microbatches of four sequences do not divide over eight devices, and need not."""
     _, one = score("--batches=2")
     said, eight = score("--batches=1", "--mesh=fsdp=8")
     assert said == "step 4: 1 batches of 8 sequences of the held-out split of embedded"
@@ -217,7 +217,7 @@ def test_a_table_has_a_dash_where_targets_are_no_bytes():
 
 
 def test_output_has_the_numbers_of_the_table(finished, tmp_path, capsys):
-    """And of a whole evaluation of the run what `evaluation.json` has."""
+    """A whole evaluation of the run matches `evaluation.json` too."""
     path = tmp_path / "found.json"
     assert evaluate.command([f"--workdir={finished}", "--batches=1", f"--output={path}"]) == 0
     found, said = json.loads(path.read_text()), capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The verdicts of the studies, on made-up results."""
+"""Verdicts of the studies on made-up results."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_a_gap_larger_than_both_spreads_passes():
     assert verdict["mean_moe"] == pytest.approx(2.05)
     assert verdict["mean_dense"] == pytest.approx(2.35)
     assert verdict["gap"] == pytest.approx(0.3)
-    # Gaps of 0.3, 0.25 and 0.35: 4.303 times 0.05 over the root of 3 on both sides.
+    # Gaps of 0.3, 0.25 and 0.35: half width 4.303 * 0.05 / sqrt(3).
     assert (verdict["gap_low"], verdict["gap_high"]) == pytest.approx((0.1758, 0.4242), abs=1e-4)
     assert verdict["spread_moe"] == pytest.approx(0.1)
     assert verdict["spread_dense"] == pytest.approx(0.1)
@@ -40,7 +40,7 @@ def test_a_gap_larger_than_both_spreads_passes():
     [
         ((2.0, 2.2, 2.1), (2.2, 2.2, 2.2)),  # gap 0.1, spread of moe 0.2
         ((2.0, 2.0, 2.0), (2.0, 2.2, 2.1)),  # gap 0.1, spread of dense 0.2
-        ((2.4, 2.4, 2.4), (2.1, 2.1, 2.1)),  # the wrong way round
+        ((2.4, 2.4, 2.4), (2.1, 2.1, 2.1)),  # wrong direction
         ((2.0, 2.5, 2.0), (2.0, 2.5, 3.0)),  # gap 1/3, spreads 0.5 and 1
         ((2.0, 2.0, 2.0), (2.0, 2.0, 2.0)),  # no gap and no spread: not larger
     ],
@@ -81,7 +81,7 @@ def test_the_arms_differ_in_their_ffns_alone():
     assert moe["model"]["stack"].pop("unit") == (("attention", "moe"),)
     assert dense["model"]["stack"].pop("unit") == (("attention", "mlp"),)
     assert moe == dense
-    # Equal FLOPs a token but for the router: the experts of a token are as wide as the dense FFN.
+    # Equal FLOPs per token except the router: selected experts are as wide as the dense FFN.
     assert experts["num_selected_experts"] * experts["expert_dim"] == mlp["dim"]
     for name in ("activation", "use_bias", "init_scale"):
         assert experts[name] == mlp[name]

@@ -1,4 +1,4 @@
-"""What the criteria of the studies say of made-up results."""
+"""Criteria of the studies applied to made-up results."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from moe_jax.training.metrics import EVALUATION_FILE
 from tests.made_up_study import SEEDS, judged, made_up, of_seed, row
 
-# Smoothed, these end at 2.2 (dense) and pass it after 300 and 400 steps.
+# Smoothed, dense ends at 2.2. The experts pass 2.2 after 300 and 400 steps.
 DENSE = (4.0, 3.0, 2.6, 2.4, 2.2, 2.0)
 FAST = (3.0, 2.0, 1.6, 1.4, 1.3, 1.2)
 SLOW = (3.2, 2.6, 2.2, 1.7, 1.6, 1.5)
@@ -30,7 +30,7 @@ GAIN = {"switch_2": 0.95, "switch_4": 0.90, "switch_8": 0.85}
     ("losses", "curve", "seeds", "expected"),
     [
         (GAIN, FAST, SEEDS, (REPRODUCED,) * 3),  # 600 / 300 = 2
-        (GAIN, SLOW, SEEDS, (REPRODUCED,) * 3),  # 600 / 400 = 1.5, which is enough
+        (GAIN, SLOW, SEEDS, (REPRODUCED,) * 3),  # 600 / 400 = 1.5: enough
         (GAIN, DENSE, SEEDS, (NOT_REPRODUCED, REPRODUCED, REPRODUCED)),
         (GAIN, FAST, (0, 1), (INCONCLUSIVE,) * 3),
         (
@@ -55,7 +55,7 @@ def test_the_criterion_of_switch_against_dense(losses, curve, seeds, expected):
 
 
 def distillation_results(seeds=SEEDS, **losses):
-    """A gap of 0.2 to the teacher; the losses of the others are shares of it."""
+    """A gap of 0.2 to the teacher. Other arms close these shares of it."""
     shares = {"init": 0.0, "distilled": 0.03, "distilled_init": 0.2, "distilled_init_mixed": 0.29}
     ends = {"dense": 1.0, "teacher": 0.8} | {a: 1 - 0.2 * s for a, s in (shares | losses).items()}
     rows = [row(arm, seed, of_seed(loss, seed, arm == "dense")) for arm, loss in ends.items()
@@ -67,11 +67,11 @@ def distillation_results(seeds=SEEDS, **losses):
     ("changes", "failed"),
     [
         ({}, {}),
-        # The published count from dense is 0.29, that from the parameters alone 0.14.
+        # Counted from dense the share is 0.29, as published; from the parameters alone it is 0.14.
         ({"init": 0.15}, {2: NOT_REPRODUCED}),
         ({"distilled": 0.2}, {3: INCONCLUSIVE}),
         ({"distilled": 0.3}, {3: NOT_REPRODUCED}),
-        ({"distilled_init_mixed": 0.16}, {}),  # hard targets do less harm than 0.03 bits
+        ({"distilled_init_mixed": 0.16}, {}),  # hard targets cost less than 0.03 bits
         ({"distilled_init_mixed": -0.1}, {2: NOT_REPRODUCED, 3: NOT_REPRODUCED}),
         ({"seeds": (0, 1)}, dict.fromkeys(range(4), INCONCLUSIVE)),
     ],
@@ -83,7 +83,7 @@ def test_the_criterion_of_distillation(changes, failed):
 
 
 def test_without_a_gap_distillation_is_inconclusive():
-    """Shares of no gap are not told: of a teacher that diverged, or is below by 4 sd, once."""
+    """Shares of a missing gap are undefined: a teacher diverged, or is 4 sd below in one seed."""
     study, results = load_study("distillation"), distillation_results()
     found = judged(study, diverged(results, ("teacher", 2)))
     assert [finding.verdict for finding in found[:3]] == [INCONCLUSIVE] * 3
@@ -106,7 +106,7 @@ def test_the_share_of_targets_beside_parameters_alone_is_the_published_one():
 
 
 def capacity_results(**changes):
-    """Results as the literature would have them, but for some measures of some arms."""
+    """Results as in the literature, with changed measures for some arms."""
     dense = [("dense", 1.0), ("dense_1.25", 0.98), ("dense_2.0", 0.95)]
     rows = [row(arm, seed, loss + 0.01 * seed, capacity_limited=loss + 0.01 * seed)
             for arm, loss in dense for seed in range(5)]  # fmt: skip
@@ -137,14 +137,14 @@ def capacity_results(**changes):
         ({}, {}),
         ({"top1_2_0": {"loss": 0.998}}, {0: INCONCLUSIVE}),
         ({"top2_assignment_1_0": {"loss": 0.97}}, {0: NOT_REPRODUCED}),
-        # By token it is the loss within the capacity that counts, at the cost of training.
+        # Top-2 by token is compared by its loss within the capacity, at the cost of training.
         ({"top2_token_1_0": {"loss": 1.05}}, {}),
         ({"top2_token_1_25": {"capacity_limited": 0.96}}, {1: NOT_REPRODUCED}),
         ({"top2_token_2_0": {"capacity_limited": 0.96}}, {0: NOT_REPRODUCED, 1: NOT_REPRODUCED}),
         ({"top1_1_25": {"capacity_limited": 0.9}}, {1: NOT_REPRODUCED}),
-        # Evaluated with more capacity it is no better: no gain after 1.25.
+        # Evaluation with more capacity does not help: no gain after 1.25.
         ({"top1_1_25": {"evaluated_at_1.25": 0.82}}, {2: NOT_REPRODUCED}),
-        # A gain of 0.04 after 1.25, of 0.03 after 1.0.
+        # A gain of 0.04 after 1.25, and 0.03 after 1.0.
         ({"top1_1_25": {"evaluated_at_1.25": 0.86}}, {3: NOT_REPRODUCED}),
         (
             {"top1_1_0": {"dropped_fraction": 0.06}, "top1_1_25": {"dropped_fraction": 0.051}},
@@ -161,7 +161,7 @@ def test_the_criterion_of_capacity_factors(changes, failed):
 
 @pytest.mark.parametrize("arm", ["dense", "dense_1.25"])
 def test_a_dense_model_has_its_loss_within_any_capacity(arm, tmp_path, monkeypatch):
-    """Which is what top-2 by token is compared with; a run has no such number of its own."""
+    """Top-2 by token is compared with this loss, which no dense run records."""
     config = load_study("capacity_factors").experiment("smoke", arm, 0)
     monkeypatch.setattr(capacity_factors, "open_run", lambda workdir: (config, None, None))
     (tmp_path / EVALUATION_FILE).write_text('{"dropless": {"bits_per_byte": 1.5}}')
@@ -173,7 +173,7 @@ LEAKY = {
     "moved": 0.5,
     "prefix_rise": 0.2,
     "other_rise": 0.1,
-}  # the floor of five dense seeds is 0.0158
+}  # the noise floor of five dense seeds is 0.0158
 LEAKS = {
     **dict.fromkeys(("dense", "token_major_1.0", "expert_choice_safe"), STILL),
     **dict.fromkeys(("expert_choice", "soft", "batch_prioritized_1.0"), LEAKY),
@@ -222,7 +222,7 @@ BALANCE = {
         ({"none_noisy": {"fullest_expert": 3.5}}, {0: NOT_REPRODUCED}),
         ({"switch_global_0_01": {"heldout_violation": 0.6}}, {1: NOT_REPRODUCED}),
         ({"loss_free_1e-3": {"heldout_violation": 0.11}}, {2: NOT_REPRODUCED}),
-        # What three seeds are known to have, of which the largest: two bounds can be met together.
+        # Three known seeds gave at most 0.347: the load-balance loss can lie between that and 0.5.
         (
             {
                 "loss_free_1e-3": {"heldout_violation": 0.347},
@@ -290,10 +290,10 @@ GRANULARITY = {
         ({"fine_8": {"loss": 0.95}}, {0: NOT_REPRODUCED}),
         ({"shared_31": {"loss": 0.95}}, {1: NOT_REPRODUCED}),
         ({"shared_31": {"shared_rise": 0.92}}, {2: NOT_REPRODUCED}),
-        # Without a routed expert the loss falls, or stands: no ratio.
+        # Without a routed expert the loss falls or stays, so there is no ratio.
         ({"shared_31": {"routed_rise": -0.01}}, {2: NOT_REPRODUCED}),
         ({"shared_31": {"routed_rise": 0.0}}, {2: NOT_REPRODUCED}),
-        ({"fine_1": {"loss": 0.5}}, {}),  # one expert a token has another gate
+        ({"fine_1": {"loss": 0.5}}, {}),  # one expert per token has another gate
     ],
 )
 def test_the_criterion_of_granularity(changes, failed):
@@ -333,7 +333,7 @@ REGULARISED = {
 
 
 def tuned_results(targets, **changes):
-    """Five seeds of arms with these held-out losses of the target, and of training."""
+    """Five seeds per arm with these held-out losses of the target, also used as training losses."""
     rows = [row("pretrained", seed, 1.0 + 0.01 * seed, target=3.0, train=2.0) for seed in range(5)]
     for place, (arm, target) in enumerate(targets.items()):
         target = changes.get(arm.replace(".", "_"), target)
@@ -443,14 +443,14 @@ def test_the_criteria_of_the_smaller_studies(name, arms, changes, failed):
 
 
 def diverged(results, *runs):
-    """The same, but for runs of (arm, seed) that diverged."""
+    """The same results, with these (arm, seed) runs diverged."""
     gone = {"measures": {}, "diverged_after_step": 30}
     rows = [row | gone if (row["arm"], row["seed"]) in runs else row for row in results.rows]
     return Results(tuple(rows), results.baseline)
 
 
 def test_a_seed_that_diverged_without_the_z_loss_alone_meets_the_claim():
-    """At the higher learning rate; and it does not where both diverged."""
+    """At the higher learning rate. A seed where both arms diverged does not meet the claim."""
     study, results = load_study("router_z_loss"), made_up(Z_LOSS)
     alone = judged(study, diverged(results, ("z_0_fast", 1)))[0]
     assert alone.verdict == REPRODUCED
@@ -460,7 +460,7 @@ def test_a_seed_that_diverged_without_the_z_loss_alone_meets_the_claim():
 
 
 def test_leaks_are_inconclusive_without_the_noise():
-    """Two arms alone: no dense runs to take the noise from."""
+    """Without dense runs there is no noise to compare with."""
     results = made_up(LEAKS)
     alone = Results(tuple(row for row in results.rows if row["arm"] != "dense"), "dense")
     findings = judged(load_study("future_leaks"), alone)

@@ -1,4 +1,4 @@
-"""Running studies, without training: which arms there are, what is run, again or not."""
+"""Running studies, without training: arms, planned runs, and repeats."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_a_study_that_breaks_a_rule_is_refused_when_it_is_read(changes, error):
 def test_settings_of_an_arm():
     config = STUDY.experiment("base", "moe", 3)
     moe = config.model.part["moe"]
-    assert moe.expert_dim == 64  # that of the MLP at this size: a function is called last
+    assert moe.expert_dim == 64  # that of the MLP at this size: functions are called last
     assert moe.num_experts == 8
     assert set(config.model.part) == {"attention", "moe"}  # no layer has the MLP
     assert config.seed == config.data.seed == 3
@@ -83,7 +83,7 @@ def test_a_function_of_an_arm_sees_the_value_of_the_size():
     study = make_study(arms=(*STUDY.arms, twice, whole), tolerance=9.0)
     dims = [study.experiment(size, "twice", 0).model.part["moe"].expert_dim
             for size in ("small", "base")]  # fmt: skip
-    # The width of an expert follows it, and was set before.
+    # The width of an expert follows the MLP, though it was set earlier.
     assert dims == [32, 64]
     assert study.overrides("base", "twice") == {"model.parts.mlp.dim": 128}
     assert study.overrides("base", "whole") == {"model.parts.mlp.dim": 48}
@@ -96,7 +96,7 @@ def test_an_arm_without_experts_has_an_mlp_in_every_layer():
 
 
 def test_an_arm_may_bring_a_part():
-    """A whole part takes the place of another, and its own settings can be set after it."""
+    """A whole part replaces another, and later overrides can set its fields."""
     path = "model.parts.moe.router"
     hashed = Arm("hash", "hash", {path: Hash(by="position"), f"{path}.scaling_factor": 2.0})
     study = make_study(arms=(*STUDY.arms, hashed))
@@ -137,7 +137,7 @@ def test_padding_and_dispatch_count():
     assert cost_of(einsum, "small", "moe").active == cost_of(STUDY, "small", "moe").active
     with pytest.raises(ValueError, match="padding and dispatch included"):
         check_budget(dataclasses.replace(einsum, tolerance=0.1), "small")
-    # Forward, a token: 2 layers x 8 router logits of 16 dims more than the dense arm.
+    # Forward per token: 2 layers x 8 router logits of 16 dims more than the dense arm.
     dense, moe = (cost_of(STUDY, "small", arm) for arm in ("dense", "moe"))
     assert moe.computed - dense.computed == 2 * 2 * 16 * 8
     assert moe.total_parameters - dense.total_parameters == 2 * (7 * 2 * 16 * 32 + 16 * 8)
@@ -196,12 +196,12 @@ def test_lines_are_added_whole(tmp_path):
         append_result(path, line("moe", seed, 1.0))
     assert [row["seed"] for row in read_results(path)] == [0, 1, 2]
     assert read_results(path, "base") == []
-    append_result(path, line("moe", 1, 2.0))  # of another process that ran the same
+    append_result(path, line("moe", 1, 2.0))  # from another process that ran the same
     assert [row["measures"][LOSS] for row in read_results(path)] == [1.0] * 3
 
 
 def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, monkeypatch):
-    """The second arm is interrupted; the second call runs it in its directory, and the rest."""
+    """The second arm is interrupted. A second call resumes it in its folder and runs the rest."""
     seen = []
 
     def run_arm(study, size, arm, seed, *, workdir, results, corpus):
@@ -227,7 +227,7 @@ def test_a_run_that_is_stopped_between_arms_and_inside_one_goes_on(tmp_path, mon
 
 
 def test_a_run_stops_after_its_minutes_and_keeps_what_is_finished(tmp_path, monkeypatch):
-    """At the size gpu all arms are run in one process, which is stopped as by SIGTERM."""
+    """At size gpu, one process runs all arms, and the time limit stops it like SIGTERM."""
 
     def run_arm(study, size, arm, seed, *, workdir, results, corpus):
         if arm == "moe":
@@ -348,7 +348,7 @@ def test_a_study_without_its_corpus_says_how_to_make_it(tmp_path, capsys):
     arguments = ["capacity_factors", f"--corpus={tmp_path}", f"--runs={tmp_path}"]
     assert run.main(arguments) == 1
     said = capsys.readouterr()
-    assert "| top1_1.0 | experts: 1.0 |" in said.out  # the table comes before anything runs
+    assert "| top1_1.0 | experts: 1.0 |" in said.out  # the table is printed before any run
     assert "Run `python -m moe_jax.data.build --out=" in said.err
     (tmp_path / "one.jsonl").touch()
     assert run.main([*arguments, "--size=base"]) == 1
@@ -363,7 +363,7 @@ def test_a_study_without_its_corpus_says_how_to_make_it(tmp_path, capsys):
 
 
 def test_a_kill_leaves_no_half_line(tmp_path):
-    """A process that is killed while it appends, at many moments, leaves whole lines."""
+    """A process killed at any moment while it appends leaves only whole lines."""
     script = (
         "import pathlib, sys; from experiments.results import append_result\n"
         "for seed in range(10**9):\n"
@@ -392,5 +392,5 @@ def test_an_arm_that_needs_the_run_of_another_comes_behind_it(tmp_path):
     assert [job.arm for job in jobs] == ["dense", "moe", "student"]
     of_seed = study.experiment("small", "student", 1, runs=str(jobs[0].runs))
     assert of_seed.init_from.path == str(jobs[1].workdirs[1])
-    settings = study.settings("small", "student", 1)  # of a line of results, whatever the place
+    settings = study.settings("small", "student", 1)  # results lines record no local path
     assert settings["init_from"]["path"] == "RUNS/moe_seed1"

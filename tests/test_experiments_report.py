@@ -1,4 +1,4 @@
-"""The pages of studies: what they say of results, and always the same."""
+"""The pages of studies: what they report, always with the same text."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_a_report_says_what_its_results_say_and_always_the_same(moe, verdict, tm
     assert first == {name: (tmp_path / name).read_bytes() for name in first}
     text = first["README.md"].decode()
     assert f"Verdict: **{verdict}**" in text
-    # The dense mean is of the seeds that the experts have as well, of five that were run.
+    # The dense mean covers only the seeds that the experts share, of five dense runs.
     assert "over the seeds that all arms have: 0, 1, 2." in text
     assert "| dense | 5 | 1.1000 +- 0.1000 | 3.0 |" in text.splitlines()
     spread = statistics.stdev(moe)
@@ -60,7 +60,7 @@ def test_a_report_says_what_its_results_say_and_always_the_same(moe, verdict, tm
 
 
 def test_results_of_before_keep_the_verdict_of_their_rule(tmp_path):
-    """0.06 lower in every seed: shown by pairs, and less than twice the spread of the seeds."""
+    """0.06 lower in every seed: paired differences show it, though it is under twice the spread."""
     study = make_study(tolerance=0.1)
     write_results(tmp_path, (0.94, 1.04, 1.1402), rule=None)
     assert report.write_study(study, "small", tmp_path) == "reproduced"
@@ -144,7 +144,7 @@ def test_nothing_is_concluded_while_runs_are_missing(tmp_path):
 
 
 def test_a_claim_whose_arms_have_no_runs_is_not_run(tmp_path):
-    """On the page and on the top page, while the study is inconclusive."""
+    """Its page and the top page mark it so, while the study is inconclusive."""
     claims = (
         Claim("The first is lower.", lower("moe", "dense"), "One is more."),
         Claim("The second is lower.", lower("moe_2", "dense"), "Two are more."),
@@ -169,7 +169,7 @@ def test_claims_are_open_without_any_runs(name):
 
 
 def test_a_run_that_diverged_is_a_result(tmp_path, monkeypatch):
-    """Training goes to infinity after step 2: a line, a verdict, and no second run."""
+    """Training diverges after step 2: one line, a verdict, and no second run."""
     study = make_study(tolerance=0.1)
 
     def train(config, workdir):
@@ -196,7 +196,7 @@ def test_a_run_that_diverged_is_a_result(tmp_path, monkeypatch):
     for row in lines:
         append_result(tmp_path / "results.jsonl", row)
     write_results(tmp_path, ())
-    # All of three seeds diverged, none of the other arm: two in eight, by signs.
+    # All three seeds of one arm diverged and none of the other: p = 2 / 8, by signs.
     assert report.write_study(study, "small", tmp_path) == "inconclusive"
     page = (tmp_path / "README.md").read_text()
     assert "| eight experts | 3, 3 diverged |" in page and "moe less dense: +inf" in page
@@ -218,7 +218,7 @@ def test_runs_of_different_texts_are_not_compared(tmp_path):
 
 
 def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
-    """Results at base take nothing away from what small has shown."""
+    """Results at base do not weaken what small has shown."""
     study = make_study(tolerance=0.1)
     monkeypatch.setattr(Study, "directory", tmp_path)
     write_results(tmp_path, (0.7, 0.8, 0.9))
@@ -226,7 +226,7 @@ def test_every_size_has_a_page_of_its_own(tmp_path, monkeypatch):
     for seed in range(5):
         row = line("dense", seed, 1.0) | {"size": "base"}
         append_result(
-            # These are of before, and say no rule.
+            # Earlier results, which record no rule.
             tmp_path / "results.jsonl",
             row | {"config": study.settings("base", "dense", seed)},
         )
@@ -302,7 +302,7 @@ def test_the_top_page_has_every_claim_and_study():
 
 
 def test_the_figure_of_the_top_page_marks_what_saw_later_tokens():
-    """Of every study in the repository that was run: a point an arm, hollow for those."""
+    """For every study with results: a point per arm, hollow if it saw later tokens."""
     studies = [load_study("future_leaks")]
     results = {"future_leaks": {"small": report.results_of(studies[0], "small")}}
     (axis,) = report.draw_all(studies, results).axes

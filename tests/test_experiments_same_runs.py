@@ -1,4 +1,4 @@
-"""Runs that two studies have in common are trained once."""
+"""Two studies that share a run train it once."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ SAME = make_study(
 
 
 def leave(workdir, config=ONE, step=ONE.training.num_steps):
-    """The files by which a run is known."""
+    """Writes the files that identify a run."""
     workdir.mkdir(parents=True)
     content = content_of(config, open_data(config.data))
     (workdir / "config.json").write_text(json.dumps(write_config(config, content)))
@@ -51,7 +51,7 @@ def test_a_new_workdir_becomes_a_link_to_the_same_run(place, tmp_path):
     shutil.rmtree(other)
     assert place.is_symlink() and not place.exists()
     assert link_same_run(SAME, place) is None
-    assert not place.is_symlink()  # it is trained here
+    assert not place.is_symlink()  # the run is trained here
     leave(tmp_path / "third/small/moe_seed0")
     assert link_same_run(SAME, place) == tmp_path / "third/small/moe_seed0"
 
@@ -64,7 +64,7 @@ def test_a_new_workdir_becomes_a_link_to_the_same_run(place, tmp_path):
         STUDY.experiment("small", "dense", 0),
         STUDY.experiment("base", "moe", 0),
         with_training(num_steps=SAME.training.num_steps + 1),
-        # Of these another curve, or other checkpoints.
+        # These settings change the curve or the checkpoints.
         *(with_training(**{name: getattr(SAME.training, name) + 1}) for name in WATCHED[:-1]),
         with_training(keep_every=SAME.training.checkpoint_every),
     ],

@@ -1,4 +1,4 @@
-"""The fits of the scaling study: planted exponents come back, with their intervals."""
+"""The fits of the scaling study recover planted exponents and their intervals."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_clark_finds_planted_exponents():
 
 
 def test_krajewski_finds_planted_exponents():
-    """They lie between two of those that are tried: found to the distance of these."""
+    """The planted exponents lie between grid points, so they are found to within its spacing."""
     points = [(n, d) for n in (1e5, 3e5, 1e6, 5e6) for d in (1e6, 3e6, 1e7, 1e8)]
     size, tokens = (np.array(v) for v in zip(*points, strict=True))
     found = fit_krajewski(size, tokens, 0.5 + 20 / size**0.3 + 30 / tokens**0.5)
@@ -30,7 +30,7 @@ def test_krajewski_finds_planted_exponents():
 
 
 def grid(slope, spread=0.002, noise=0.0, faster=0.0, seeds=range(3)):
-    """Losses of the grid with a slope of experts; more of the faster dense arm."""
+    """Losses of the grid with a planted slope of experts; `faster` adds to the faster dense arm."""
     study, rng, rows = load_study("scaling"), np.random.default_rng(0), []
     for width, factor in scaling.WIDTHS.items():
         for experts in scaling.EXPERTS:
@@ -58,7 +58,7 @@ def grid(slope, spread=0.002, noise=0.0, faster=0.0, seeds=range(3)):
         ({"slope": -0.001}, [INCONCLUSIVE, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
         # 0.08 log10(16) is more than 0.1 log10(1.5^2).
         ({"slope": -0.08}, [REPRODUCED] * 4),
-        # The better of two rates of the larger dense model counts, whichever it is.
+        # The better of two rates of the larger dense model counts.
         ({"slope": -0.08, "faster": 0.5}, [REPRODUCED] * 4),
         ({"slope": -0.08, "faster": -0.5}, [REPRODUCED, REPRODUCED, NOT_REPRODUCED, REPRODUCED]),
         ({"slope": -0.05, "noise": 0.05}, [None, None, None, NOT_REPRODUCED]),
@@ -98,7 +98,7 @@ def test_exponents_are_given_with_their_intervals():
     [({"slope": -0.08}, INCONCLUSIVE), ({"slope": -0.05, "noise": 0.05}, NOT_REPRODUCED)],
 )
 def test_a_seed_of_which_a_run_diverged_is_left_open(planted, last):
-    """Of four seeds one: no fit of it counts as a failure, and one that fails still does."""
+    """One of four seeds diverged and has no fit: that is no failure, but a failing fit still is."""
     study, results = grid(seeds=range(4), **planted)
     gone = {"measures": {}, "diverged_after_step": 30}
     run = ("whole_e4", 3)

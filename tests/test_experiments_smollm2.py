@@ -1,4 +1,4 @@
-"""The comparisons of a real model, on a tiny one: they score, train, go on and are kept."""
+"""Comparisons of a real model, run on a tiny one: scores, training, resumption, kept files."""
 
 import json
 
@@ -14,7 +14,7 @@ from tests.tiny_run import CACHE, DENSE, tiny_config, tiny_state
 
 @pytest.fixture
 def flags(tmp_path):
-    """A tiny dense model in the place of SmolLM2, and texts of two domains."""
+    """A tiny dense model instead of SmolLM2, and texts of two domains."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for domain in ("nl_de", "en_prose"):
@@ -46,7 +46,7 @@ def test_arms_start_alike_and_learn(flags, tmp_path, capsys):
     start = load_run(tmp_path / "tiny")[1].params
     np.testing.assert_array_equal(lora["embedding"], start["embedding"])
     assert np.any(full["embedding"] != start["embedding"])
-    # The same command does nothing again; more steps go on.
+    # The same command again does nothing; with more steps it resumes.
     lines = capsys.readouterr().out.splitlines()
     assert smollm2.main([*flags, "--arms=lora", "--steps=12"]) == 0
     longer = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The studies themselves: what their arms cost and are, and that they run."""
+"""The studies: the cost and settings of their arms, and that they run."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from moe_jax.training import loop
 from moe_jax.training.signals import Interrupted
 from tests.tiny_run import CACHE, ROOT
 
-# Studies that are older than parts; `arms.jsonl` has what their arms were.
+# Studies older than parts. `arms.jsonl` records what their arms were.
 BEFORE_PARTS = {line["study"] for line in read_results(ROOT / "tests/golden/arms.jsonl")}
 
 
@@ -35,10 +35,10 @@ def test_arms_cost_the_same(name, size):
 
 @pytest.mark.parametrize("name", sorted(set(study_names()) & BEFORE_PARTS))
 def test_arms_are_the_models_that_they_were(name):
-    """Every arm at every size has the counts by component of commit f891836.
+    """Every arm at every size has the counts per component of commit f891836.
 
-    `arms.jsonl` was written by its code, before models had parts; zeros are left out. Arms, sizes
-    and studies that were added since are not in it.
+    `arms.jsonl` was written by that code, before models had parts; it omits zeros and all arms,
+    sizes and studies added since.
     """
     study = load_study(name)
     lines = read_results(ROOT / "tests/golden/arms.jsonl")
@@ -54,7 +54,7 @@ def test_arms_are_the_models_that_they_were(name):
 def test_lines_of_results_are_of_the_arms_of_today(name):
     study = load_study(name)
     for line in read_results(study.directory / RESULTS_FILE):
-        study.check_row(line)  # of its settings
+        study.check_row(line)  # checks its settings
         cost = cost_of(study, line["size"], line["arm"])
         parameters, flops = line["parameters"], line["forward_flops_per_token"]
         assert parameters == {"total": cost.total_parameters, "active": cost.active_parameters}
@@ -93,7 +93,7 @@ def test_fine_tuning_reads_its_domain_twice_at_most(name, size):
 
 
 def test_upcycling_at_one_card_reads_no_packed_token_twice():
-    """40 M tokens are packed; `scratch` has all of the steps, as what goes on from `dense` has."""
+    """40 M tokens are packed. `scratch` trains all steps, as do runs that continue from `dense`."""
     study = load_study("upcycling")
     read = {arm.name: bytes_read(study.experiment("gpu", arm.name, 0)) for arm in study.arms}
     assert read["scratch"] == read["upcycled"] == read["dense"] * 3 // 2
@@ -101,7 +101,7 @@ def test_upcycling_at_one_card_reads_no_packed_token_twice():
 
 
 def bytes_read(config):
-    """Tokens of a whole run; bytes where a token is one."""
+    """Tokens read by a whole run; these are bytes for a byte tokenizer."""
     return config.training.num_steps * config.training.batch_size * config.data.sequence_length
 
 
@@ -121,7 +121,7 @@ def test_the_tight_capacity_of_fine_tuning_leaves_a_tenth_of_the_tokens_without_
 
 @pytest.mark.parametrize("size", ["small", "gpu", "base"])
 def test_the_cost_of_predicting_two_tokens_is_counted(size):
-    """As many training FLOPs as the arm without the module, which takes more steps."""
+    """The arm without the module takes more steps, for as many training FLOPs."""
     study = load_study("multi_token")
     module, longer = (
         cost_of(study, size, arm).active * study.experiment(size, arm, 0).training.num_steps
@@ -131,7 +131,7 @@ def test_the_cost_of_predicting_two_tokens_is_counted(size):
 
 
 def test_finer_experts_have_the_parameters_and_the_cost_of_coarser_ones():
-    """But for the router, which grows by its outputs alone: 64 inputs for each, in two layers."""
+    """Only the router grows: each extra output has 64 inputs, in two layers."""
     study = load_study("granularity")
     costs = {arm.name: cost_of(study, "small", arm.name) for arm in study.arms_at("small")}
     for granularity in (2, 4, 8):
@@ -150,7 +150,7 @@ def test_finer_experts_have_the_parameters_and_the_cost_of_coarser_ones():
 
 
 def test_experts_that_are_taken_out_give_nothing():
-    """A routed one and the shared one, by the sums of their last weights."""
+    """A removed routed or shared expert has zero output weights, by their sums."""
     study = load_study("granularity")
     config = study.experiment("smoke", "shared_31", 0)
     params = jax.tree.map(lambda spec: np.ones(spec.shape), config.model.specs())
@@ -167,7 +167,7 @@ def test_experts_that_are_taken_out_give_nothing():
 
 @pytest.mark.slow
 def test_an_arm_that_is_stopped_goes_on_and_says_the_same(tmp_path, monkeypatch):
-    """Stopped inside its training, an arm has no line; run again it resumes and has one."""
+    """An arm stopped inside training records no line. Run again, it resumes and records one."""
     study = load_study("switch_against_dense")
     monkeypatch.setenv("XDG_CACHE_HOME", str(CACHE))
     real = loop.train_batches
@@ -230,5 +230,5 @@ def test_every_study_passes_its_smoke_run(name, tmp_path):
     assert columns >= {LOSS, *study.measures}
     command("experiments.report", name, f"--out={tmp_path / 'out'}")
     page = (tmp_path / "out" / "smoke.md").read_text()
-    assert "**inconclusive**" in page  # of one seed
+    assert "**inconclusive**" in page  # one seed
     assert (tmp_path / "out" / "curves_smoke.png").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""Verdicts of studies, worked out by hand: fixed results in, verdict out."""
+"""Verdicts of studies, worked by hand from fixed results."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def diverged(arm, seed):
     return {**row(arm, seed), "measures": {}, "diverged_after_step": 30}
 
 
-DENSE = (1.0, 1.1, 1.2, 1.0, 1.2)  # the first three and all five: standard deviation 0.1
+DENSE = (1.0, 1.1, 1.2, 1.0, 1.2)  # the first three, and all five, have a standard deviation of 0.1
 
 
 def results(**losses):
@@ -35,7 +35,7 @@ def results(**losses):
 
 
 def test_arms_that_saw_later_tokens_are_marked_in_findings():
-    """Where the loss is one that saw them: the second is evaluated without a capacity."""
+    """Marks follow the loss in question: the second arm is also evaluated without a capacity."""
     losses = dict.fromkeys(("dense", "soft", "queue"), DENSE)
     ways = {
         "soft": {"dropless": Way("slots of training", SEES)},
@@ -53,7 +53,7 @@ def test_arms_that_saw_later_tokens_are_marked_in_findings():
     assert f"dense 1.1000, soft ({SEES}) 1.1000" in measured(LOSS, "dense", "soft")(found)
 
 
-# The planted fault: three seeds that differ by nearly the same, and spread widely themselves.
+# The planted fault: three seeds with nearly equal differences, and a wide spread themselves.
 FAULT = {
     "dense": (2.80, 2.85, 2.90, 2.80, 2.90),
     "moe": (2.80 - 0.0630, 2.85 - 0.0612, 2.90 - 0.0607),
@@ -61,7 +61,7 @@ FAULT = {
 
 
 def test_three_seeds_that_differ_alike_are_a_direction():
-    """Their t is -88; the rule of before held the mean of -0.062 against twice a spread of 0.05."""
+    """Here t is -88. The earlier rule compared the mean of -0.062 with twice a spread of 0.05."""
     found = results(**FAULT)
     finding = verdict.lower("moe", "dense")(found)
     assert finding.verdict == REPRODUCED
@@ -75,7 +75,7 @@ def test_three_seeds_that_differ_alike_are_a_direction():
 
 
 def moved(by, spread=0.01):
-    """The first three dense seeds, moved by differences whose t is sqrt(3) by / spread."""
+    """The first three dense seeds, shifted so that the paired t is sqrt(3) by / spread."""
     return tuple(
         loss + by + noise for loss, noise in zip(DENSE[:3], (-spread, 0.0, spread), strict=True)
     )
@@ -84,7 +84,7 @@ def moved(by, spread=0.01):
 @pytest.mark.parametrize(
     ("moe", "expected"),
     [
-        (moved(-0.026), REPRODUCED),  # t = -4.5, and 4.303 is the limit of two degrees of freedom
+        (moved(-0.026), REPRODUCED),  # t = -4.5, beyond the limit 4.303 for two degrees of freedom
         (moved(-0.024), INCONCLUSIVE),  # t = -4.2
         (moved(0.0), INCONCLUSIVE),
         (moved(0.024), INCONCLUSIVE),
@@ -102,7 +102,7 @@ def test_a_direction_is_shown_by_t_and_needs_three_seeds(moe, expected):
     ("moe", "expected"),
     [
         (moved(-0.5), REPRODUCED),
-        (moved(0.012), REPRODUCED),  # t = -3.1 from 0.03, and 2.92 is the limit of one side
+        (moved(0.012), REPRODUCED),  # t = -3.1 from 0.03, beyond the one-sided limit 2.92
         (moved(0.014), INCONCLUSIVE),
         (moved(0.046), INCONCLUSIVE),
         (moved(0.048), NOT_REPRODUCED),
@@ -117,7 +117,7 @@ def test_not_above_allows_a_margin(moe, expected):
 
 @pytest.mark.parametrize(("pairs", "share"), [(3, 0.59), (5, 0.92)])
 def test_how_often_arms_that_are_alike_are_shown_to_be(pairs, share):
-    """The power that docs/studies.md states: differences around 0 that spread by 0.018."""
+    """The power that docs/studies.md states, for differences around 0 with a spread of 0.018."""
     noncentrality = verdict.MARGIN / (0.018 / math.sqrt(pairs))
     limit = stats.t.ppf(1 - verdict.LEVEL, pairs - 1)
     assert round(1 - stats.nct.cdf(limit, pairs - 1, noncentrality), 2) == share
@@ -125,7 +125,7 @@ def test_how_often_arms_that_are_alike_are_shown_to_be(pairs, share):
 
 @pytest.mark.parametrize(("pairs", "share"), [(3, 0.41), (5, 0.84)])
 def test_how_often_both_sides_are_shown_of_arms_that_are_alike(pairs, share):
-    """|mean| below the margin less t standard errors, over the chi-square of the variance."""
+    """P(|mean| < margin - t standard errors), integrated over the chi-square of the variance."""
     freedom, error = pairs - 1, 0.018 / math.sqrt(pairs)
     limit = stats.t.ppf(1 - verdict.LEVEL, freedom) * error
 
@@ -150,7 +150,7 @@ def test_a_study_says_how_many_seeds_a_comparison_needs():
 
 
 def test_all_of_several_claims_are_shown_each_by_itself():
-    """That both hold by chance is no likelier than that one does."""
+    """Both hold by chance no more often than one of them does."""
     found = results(dense=DENSE, a=moved(-0.026), b=moved(-0.026), c=moved(0.0))
     alone = verdict.lower("a", "dense")
     assert alone(found).verdict == REPRODUCED and alone(found).because.endswith("p = 0.046")
@@ -163,13 +163,13 @@ def test_all_of_several_claims_are_shown_each_by_itself():
 
 
 def test_that_one_of_several_fails_is_corrected_for():
-    """Each alone fails with p = 0.046; of two of them Holm asks for 0.025 of the worse one."""
+    """Each alone fails with p = 0.046; for two claims, Holm requires 0.025 of the worse one."""
     found = results(dense=DENSE, a=moved(0.026), b=moved(0.026), c=moved(0.0))
     alone = verdict.lower("a", "dense")
     assert alone(found).verdict == NOT_REPRODUCED
     both = verdict.every([alone, verdict.lower("b", "dense")])(found)
     assert both.verdict == INCONCLUSIVE and both.because.count("p = 0.092 (Holm, of 2)") == 2
-    # One arm against two others is corrected as well; the two ways of one pair are not.
+    # One arm against two others is corrected as well, but not the two directions of one pair.
     reverse = verdict.every([verdict.lower("a", "dense"), verdict.lower("a", "c")])(found)
     assert reverse.because.count("(Holm, of 2)") == 2
     alike = verdict.every([verdict.not_above("c", "dense"), verdict.not_above("dense", "c")])
@@ -177,7 +177,7 @@ def test_that_one_of_several_fails_is_corrected_for():
 
 
 def test_comparisons_of_one_claim_are_one_family_whatever_they_are_of():
-    """Another arm on both sides counts; of the two ways of a pair the likelier failure does."""
+    """Arms on both sides may differ. Of a pair's two directions, the likelier failure counts."""
     one, reverse = verdict.lower("a", "dense"), verdict.lower("dense", "a")
     two_ways = [verdict.not_above("b", "c"), verdict.not_above("c", "b")]
     found = results(dense=DENSE, a=moved(0.026), b=moved(0.026), c=DENSE[:3])
@@ -188,7 +188,7 @@ def test_comparisons_of_one_claim_are_one_family_whatever_they_are_of():
     assert "p = 0.092 (Holm, of 2)" in both.because and both.verdict == INCONCLUSIVE
 
 
-# The rule of before: the larger of the pooled standard deviation and that of five dense runs.
+# The earlier rule: the larger of the pooled standard deviation and that of five dense runs.
 @pytest.mark.parametrize(
     ("moe", "lower", "not_above"),
     [
@@ -211,7 +211,7 @@ def test_the_noise_of_before_is_the_larger_of_pooled_spread_and_floor():
     found = verdict.difference(narrow, "moe", "dense")
     assert found.by_seed == pytest.approx({0: 1.0, 1: 1.1, 2: 1.2})
     assert before_pairs.noise(found, narrow) == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 2))
-    # Five seeds of the baseline: the floor counts all of them, the pairs the three they share.
+    # The floor uses all five seeds of the baseline, the pairs only the three shared seeds.
     wide = results(dense=(1.0, 1.0, 1.0, 2.0, 0.0), moe=(0.5, 0.5, 0.5))
     found = verdict.difference(wide, "moe", "dense")
     assert before_pairs.noise(found, wide) == verdict.noise_floor(wide) == math.sqrt(0.5)
@@ -246,7 +246,7 @@ def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     found = Results(tuple(rows), "dense")
     assert found.values("moe") == found.values("moe", "whatever") | {0: 0.1, 1: 0.1}
     assert found.values("moe")[2] == math.inf
-    # Two of three seeds are lower: one that diverged shows nothing alone.
+    # Two of three seeds are lower and one diverged: no direction is shown.
     finding = verdict.lower("moe", "dense")(found)
     assert finding.verdict == INCONCLUSIVE
     assert finding.because.endswith("over 3 seeds; p = 1, by signs: a run diverged")
@@ -255,14 +255,14 @@ def test_a_run_that_diverged_is_worse_than_any_and_within_no_bounds():
     assert verdict.in_every_seed("x", found.values("moe"), least=0).verdict == NOT_REPRODUCED
     pair = Results((row("dense", 2, curve=(3, 2)), diverged("moe", 2)), "dense")
     assert math.isnan(verdict.step_ratio(pair, "moe", "dense")[2])
-    # Both, in seeds of their own and in the same one.
+    # Both arms diverged, in different seeds and in the same one.
     both = Results((*rows, *(diverged(a, s) for a, s in (("b", 0), ("b", 2)))), "dense")
     assert math.isnan(verdict.difference(both, "moe", "b").mean)
     assert verdict.lower("moe", "b")(both).verdict == INCONCLUSIVE
 
 
 def test_signs_decide_where_a_run_diverged():
-    """One in 32 is 3 %: six seeds on one side are shown, and five, one in 16, are not."""
+    """One in 32 is 3 %: six seeds on one side are shown; five, one in 16, are not."""
 
     def found(num_worse, num_better=0):
         worse = [diverged("moe", seed) for seed in range(num_worse)]
@@ -276,7 +276,7 @@ def test_signs_decide_where_a_run_diverged():
     ]  # fmt: skip
     assert dense(found(6)).verdict == REPRODUCED
     assert verdict.not_above("moe", "dense")(found(6)).verdict == NOT_REPRODUCED
-    # One of ten diverged and nine are lower: p = 0.02, and the mean is infinite nevertheless.
+    # One of ten diverged and nine are lower: p = 0.02, although the mean is infinite.
     assert moe(found(1, 9)).verdict == REPRODUCED
     assert dense(found(1, 9)).verdict == NOT_REPRODUCED
 
@@ -291,9 +291,9 @@ def test_one_claim_that_fails_fails_the_study_and_one_that_is_open_leaves_it_ope
 
 
 def test_the_step_ratio_is_of_smoothed_curves():
-    # Smoothed dense: 6, 5, 4, 3, ends at (4 + 3 + 2) / 3 = 3 after step 40.
+    # Dense smoothed: 6, 5, 4, 3. It ends at (4 + 3 + 2) / 3 = 3 after step 40.
     dense = row("dense", 0, curve=(6, 4, 2, 3))
-    # Smoothed: 4, 3.5, 3, 2: at 3 after step 30.
+    # Smoothed: 4, 3.5, 3, 2, which reaches 3 after step 30.
     moe = row("moe", 0, curve=(4, 3, 2, 1))
     never = row("never", 0, curve=(9, 9, 9, 9))
     found = Results((dense, moe, never), "dense")
@@ -306,7 +306,7 @@ def test_the_step_ratio_is_of_smoothed_curves():
 def test_rank_correlation():
     assert verdict.spearman([1, 2, 4, 8], [1, 2, 3, 4]) == pytest.approx(1)
     assert verdict.spearman([1, 2, 4, 8], [4, 3, 2, 1]) == pytest.approx(-1)
-    # One neighbouring pair swapped: 1 - 6 * 2 / (4 * 15).
+    # One neighbouring pair is swapped: 1 - 6 * 2 / (4 * 15).
     assert verdict.spearman([1, 2, 4, 8], [2, 1, 3, 4]) == pytest.approx(0.8)
     # Ties share ranks (0.5, 0.5, 2, 3): by hand 4.5 / sqrt(5 * 4.5).
     assert verdict.spearman([1, 2, 3, 4], [1, 1, 2, 3]) == pytest.approx(4.5 / math.sqrt(22.5))

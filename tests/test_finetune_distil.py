@@ -1,4 +1,4 @@
-"""Distillation: the loss by hand, its gradient, the mesh, a run, what is refused."""
+"""Distillation: the loss by hand, its gradient, the mesh, a run, refusals."""
 
 import dataclasses
 import functools
@@ -51,12 +51,12 @@ from tests.tiny_run import (
 TOKENIZER = {"tokenizer": ByteTokenizer().fingerprint()}
 
 
-# Biases that move choices.
+# Biases large enough to change choices.
 STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
 
 
 def saved(folder, config, seed=1, model_state=None):
-    """A model in a directory of its own, as an import leaves it; its parameters."""
+    """Saves a model in its own directory, as an import does; returns its parameters."""
     folder.mkdir(parents=True)
     state = tiny_state(config, seed=seed)
     save_imported(folder, config, state.params, model_state or state.model_state, TOKENIZER, {})
@@ -65,7 +65,7 @@ def saved(folder, config, seed=1, model_state=None):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """A MoE teacher, overloaded in training, with biases of its experts; its directory."""
+    """The directory of a MoE teacher, overloaded in training, with selection biases."""
     folder = tmp_path_factory.mktemp("distil") / "teacher"
     config = tiny_config(tiny_moe(capacity={"train_factor": 0.5}, bias="sign"))
     saved(folder, config, model_state=STATE)
@@ -73,7 +73,7 @@ def teacher(tmp_path_factory):
 
 
 def student(teacher, num_microbatches=1, **loss):
-    """A dense run that learns from a teacher."""
+    """The config of a dense run that learns from a teacher."""
     loss = {"kind": "distil", "teacher": str(teacher), **loss}
     settings = {"loss": loss, "num_microbatches": num_microbatches}
     return tiny_config({**DENSE, "training": settings})
@@ -89,7 +89,7 @@ def compiled(config):
 
 
 def stepped(config, batch, seed=0):
-    """The state and the metrics after a step on one device."""
+    """The state and metrics after a step on one device."""
     arrays = config.training.loss.arrays(config, one_device(config))
     step = compiled(config)
     return step(tiny_state(config, seed), cut(batch, config.training.num_microbatches), *arrays)
@@ -101,15 +101,15 @@ def logits_of(model, params, call, state=None):
 
 
 def test_the_soft_loss_by_hand():
-    # The teacher has 1/2 and 1/2, the student 1/4 and 3/4.
+    # The teacher's probabilities are 1/2 and 1/2, the student's 1/4 and 3/4.
     student_V, teacher_V = jnp.array([0.0, math.log(3)]), jnp.array([5.0, 5.0])
     by_hand = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert float(soft_nats(student_V, teacher_V, 1.0)) == pytest.approx(by_hand, rel=1e-6)
-    # At temperature 2 the student has 1 / (1 + sqrt 3) and the rest; the square of 2 is before it.
+    # At temperature 2 the student's first probability is 1 / (1 + sqrt 3); the factor is 2 squared.
     p = 1 / (1 + math.sqrt(3))
     by_hand = 4 * (0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p)))
     assert float(soft_nats(student_V, teacher_V, 2.0)) == pytest.approx(by_hand, rel=1e-6)
-    # The gradient is that of the cross-entropy with the teacher: temperature * (p - q).
+    # The gradient is that of the cross-entropy to the teacher: temperature * (p - q).
     gradient_V = jax.grad(lambda x_V: soft_nats(x_V, teacher_V, 2.0))(student_V)
     np.testing.assert_allclose(gradient_V, [2 * (p - 0.5), 2 * (0.5 - p)], rtol=1e-5)
 
@@ -120,7 +120,7 @@ def test_hard_and_soft_targets_are_mixed_over_microbatches(teacher):
     state, totals = tiny_state(config), batch_totals(batch)
     of_teacher = tiny_config(tiny_moe(bias="sign"))
     params = tiny_state(of_teacher, seed=1).params
-    # Dropless, though training has slots for half of the choices.
+    # The teacher is dropless, though its training has slots for half of the choices.
     dropless = call_of(batch, capacity=0.0)
     teacher_BLV = logits_of(of_teacher.model, params, dropless, STATE)
     unbiased_BLV = logits_of(
@@ -140,7 +140,7 @@ def test_with_weight_0_a_step_is_that_of_plain_training(teacher):
     config, batch = student(teacher, num_microbatches=2, weight=0.0), tiny_batch()
     plain = tiny_config({**DENSE, "training": {"num_microbatches": 2}})
     (state, metrics), (expected, others) = (stepped(one, batch) for one in (config, plain))
-    # Two programs, whose sums the compiler may order in two ways.
+    # Two programs: the compiler may order their sums differently.
     same = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(same, state, expected)
     np.testing.assert_allclose([others.total_loss, metrics.loss], metrics.total_loss, rtol=1e-6)
@@ -166,7 +166,7 @@ def test_a_step_on_a_mesh_is_that_on_one_device(teacher):
     mesh = make_mesh(config.mesh)
     arrays = config.training.loss.arrays(config, mesh)
     sharded = [one for one in jax.tree.leaves(arrays) if not one.sharding.is_fully_replicated]
-    assert len(sharded) > 5  # of the teacher
+    assert len(sharded) > 5  # arrays of the teacher
     placed = jax.device_put(tiny_state(config), state_shardings(config, mesh))
     with jax.set_mesh(mesh):
         batch = jax.device_put(cut(batch), named_sharding(BATCH_AXES, mesh))
@@ -188,13 +188,13 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
     alone = resolve(dataclasses.replace(config, training=plain), 4)
     (taught,) = work.teachers
     assert not alone.teachers and not taught.teachers
-    # Memory: as `train` counts it, and its logits beside those of the student and their gradient.
+    # Memory: as `train` counts it, plus its logits beside the student's logits and their gradient.
     memory, without = estimate_memory(work), estimate_memory(alone)
     assert memory.dispatch > 0 == without.dispatch, "experts of the teacher alone"
     assert memory.teacher == needed_bytes(config, make_mesh(config.mesh))["distil"]
     assert memory.logits == 1.5 * without.logits
     assert memory.parameters == without.parameters
-    # FLOPs and bytes: one forward pass of it, with a slot for every choice, beside the same step.
+    # FLOPs and bytes: the plain step plus a teacher's forward pass with slots for all choices.
     flops, traffic = computed_flops(work), hbm_traffic(work)
     tokens = config.training.batch_size * work.length / 4
     forward = sum(forward_flops(taught.model, work.length).values())
@@ -211,7 +211,7 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
     gathered = {one.name: one for one in collectives(learning) if one.operation == "all-gather"}
     of_experts = {one.name: one.array_bytes for one in sent}["teacher's experts weights"]
     assert 2 * of_experts == gathered["experts weights"].array_bytes
-    # The least time has all of it.
+    # The minimum time includes all of it.
     topology = parse_topology("v5e:2x2")
     by_kind = estimate_by_kind(work, topology)
     assert by_kind["teacher"].compute == tokens * forward / topology.chip.flops
@@ -219,7 +219,7 @@ def test_a_plan_counts_the_forward_pass_of_the_teacher(teacher):
 
 
 def test_a_plan_knows_what_else_a_teacher_has(tmp_path):
-    """Modules that never teach, a queue of tokens that are all kept, arrays that no mesh splits."""
+    """Unused modules, a queue without drops, and arrays that no mesh can split."""
     moe = {"bias": {"kind": "sign"}, "capacity": {"queue": "random", "eval_factor": 0}}
     random = {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}
     config = tiny_config({"model": random})

@@ -1,4 +1,4 @@
-"""Sparse models made dense, and experts dropped: by hand, and where that is exact."""
+"""Sparse models made dense, and experts dropped: by hand, and cases where this is exact."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def sparse():
-    """A run of two sparse layers, whose experts 1 and 3 no token chooses, and what it says."""
+    """A run of two sparse layers where no token chooses experts 1 and 3, and its outputs."""
     config = tiny_config(
         {"model": {"scan_layers": True}}
         | tiny_moe(
@@ -78,7 +78,7 @@ def test_the_most_loaded_experts_are_kept_and_as_many_in_each_layer():
 
 
 def test_what_is_not_by_expert_in_a_state_stays(sparse):
-    """As a router may keep it; two experts of four are dropped, and two numbers stay."""
+    """A router may keep such state: two of four experts are dropped, but two numbers stay."""
     config, *_ = sparse
     remodel = prune_experts(config, {"moe": np.array([[1, 2], [0, 3]])})
     old = {
@@ -124,7 +124,7 @@ def test_the_mean_is_weighted_by_load(sparse):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_copies_merge_to_the_network_that_they_are_of(shared):
-    """The dense parts between sparse ones and the merged ones become one part again."""
+    """Merged layers and the remaining dense layers become one part again."""
     config = tiny_config(DENSE)
     state, mesh = tiny_state(config), make_mesh(config.mesh)
     ways = (Shared(8),) if shared else ()
@@ -138,7 +138,7 @@ def test_copies_merge_to_the_network_that_they_are_of(shared):
 
 
 def numbered_optimizer(config):
-    """The optimizer's state of a model, every array of which counts up from 1."""
+    """An optimizer state whose arrays all count up from 1."""
     abstract = jax.eval_shape(lambda: init_state(config)).opt_state
     return jax.tree.map(
         lambda a: jnp.arange(1, a.size + 1).astype(a.dtype).reshape(a.shape), abstract
@@ -171,7 +171,7 @@ def test_moments_go_where_their_parameters_go(sparse):
 
 
 def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
-    """Matrices of 128 rows and more are factored, each expert's on its own."""
+    """Matrices with 128 rows and more are factored, separately for each expert."""
     wide = {"model_dim": 128, "scan_layers": True, "parts": {"moe": {"expert_dim": 128}}}
     config = tiny_config({"model": wide, "optimizer": {"name": "adafactor"}})
     opt_state, mesh = numbered_optimizer(config), make_mesh(config.mesh)
@@ -205,7 +205,7 @@ def test_rows_and_columns_of_adafactor_go_where_their_parameters_go():
 
 
 def test_moments_of_muon_are_merged_beside_a_shared_expert(sparse):
-    """Every expert has a count of its steps, an integer."""
+    """Every expert has its own step count, an integer."""
     optimizer = dataclasses.replace(sparse[0].optimizer, name="muon")
     config = dataclasses.replace(sparse[0], optimizer=optimizer)
     remodel = merge_experts(config)

@@ -1,4 +1,4 @@
-"""Dense models made sparse: ways by hand, models that stay the same, moments, a mesh."""
+"""Dense models made sparse: ways by hand, unchanged models, moments, a mesh."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ NETWORK = Mlp(dim=6, activation=SwiGLU(), use_bias=True)
 
 
 def weights_of(part, seed=0):
-    """Weights of a part, biases included, that are all different from 0."""
+    """Weights of a part, biases included, all different from 0."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda spec: jnp.asarray(rng.normal(size=spec.shape), jnp.float32), part.specs(DIMS)
@@ -41,7 +41,7 @@ def weights_of(part, seed=0):
 
 
 def params_of(origin, old):
-    """The parameters of a block, made one at a time of those of the dense network."""
+    """Parameters of a block, each made from those of the dense network."""
     made = {
         path: origin.make(path, [old[name] for (name,) in origin.needs(path)], KEY, None, False)
         for path in origin.spec_of
@@ -58,7 +58,7 @@ def params_of(origin, old):
 
 
 def outputs(upcycling):
-    """What the block and the dense network give for some tokens."""
+    """Outputs of the block and of the dense network for the same tokens."""
     origin, old = Upcycled(NETWORK, upcycling, DIMS), weights_of(NETWORK)
     x_BLM = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 4)), jnp.float32)
 
@@ -77,7 +77,7 @@ def test_copies_noise_and_drop_by_hand():
     wo_EHM = jnp.broadcast_to(jnp.arange(8.0).reshape(4, 2), (2, 4, 2))
     np.testing.assert_array_equal(Way().experts(Copies("wi", wi_EMH), moe, KEY), wi_EMH)
     for way in (Noise(stddev=0.1, ratio=0.5), Drop(ratio=0.5)):
-        # Two of four units of each expert change, the same in both matrices.
+        # Two of four units per expert change, the same in both matrices.
         in_wi_EH = np.any(way.experts(Copies("wi", wi_EMH), moe, KEY) != wi_EMH, axis=1)
         in_wo_EH = np.any(way.experts(Copies("wo", wo_EHM), moe, KEY) != wo_EHM, axis=2)
         np.testing.assert_array_equal(in_wi_EH, in_wo_EH)
@@ -88,7 +88,7 @@ def test_copies_noise_and_drop_by_hand():
 
 def test_drop_draws_from_the_mean_and_deviation_of_the_units_it_replaces():
     moe, value = MoE(num_experts=1, expert_dim=512), jnp.ones((1, 64, 512))
-    value = value.at[0, ::2].set(5.0)  # every unit has the mean 3 and the deviation 2
+    value = value.at[0, ::2].set(5.0)  # every unit has mean 3 and deviation 2
     made = Drop(ratio=0.25).experts(Copies("wi", value), moe, KEY)
     drawn = np.asarray(made[0])[:, np.any(made[0] != value[0], axis=0)]
     assert drawn.shape == (64, 128)
@@ -118,7 +118,7 @@ def test_a_shared_expert_has_the_first_units_and_routed_ones_the_rest():
     assert (block.shared_expert_dim, block.expert_dim) == (1, 3)
     assert Shared(dim=1).shared("wo", wo_HM).tolist() == [[0, 1]]
     assert Shared(dim=1).experts(copies, moe, KEY)[1].tolist() == [[2, 3], [4, 5], [6, 7]]
-    # The bias of the output is there once.
+    # The output bias exists once.
     assert Shared(dim=1).shared("bo", bo_M).tolist() == [1, 1]
     assert not Shared(dim=1).experts(Copies("bo", jnp.ones((2, 2))), moe, KEY).any()
     block = Shared().block(moe)
@@ -161,7 +161,7 @@ QUICK = ("copies", "shared part, granular", "Switch without preference", "softma
 
 
 def cases(table):
-    """The names of a table; those of `QUICK` are not marked as slow."""
+    """The names of a table, with those outside `QUICK` marked as slow."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in table]
 
 
@@ -188,7 +188,7 @@ def test_the_sum_of_gates_without_preference(moe, expected):
 
 @dataclasses.dataclass(frozen=True)
 class Numbered(Way):
-    """A way of a user: biases of the hidden units are the number of the expert."""
+    """A user's way: the biases of the hidden units are the number of the expert."""
 
     step: float = setting(1.0)  # between experts
 
@@ -207,7 +207,7 @@ def test_a_way_of_a_user_composes_with_others():
 
 @pytest.fixture(scope="module")
 def dense():
-    """A run of three dense layers, and what it says of some tokens."""
+    """A run of three dense layers, and its outputs for some tokens."""
     config = tiny_config(DENSE | {"model": {**DENSE["model"], "scan_layers": True}})
     layout = StackLayout(unit=(("attention", "mlp"),), repeats=3)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, stack=layout))
@@ -217,7 +217,7 @@ def dense():
 
 
 def test_layers_become_sparse_and_the_model_stays_the_same(dense):
-    """Layers change their places: the second of three was in the middle of the scanned unit."""
+    """Layers move: the second of three was in the middle of the scanned unit."""
     config, state, mesh, batches, said = dense
     remodel = upcycle(config, Upcycling(RENORMALISED, layers=(1,)))
     new = remodel.new.model
@@ -231,7 +231,7 @@ def test_layers_become_sparse_and_the_model_stays_the_same(dense):
 
 
 def layers_in_order(params, model):
-    """The parameters of each layer of the stack."""
+    """The parameters of each layer, in order."""
     stack, layout = jax.tree.map(np.asarray, params["stack"]), model.stack
     unit = [
         jax.tree.map(lambda a, r=r: a[r], stack["unit"][str(i)])
@@ -307,7 +307,7 @@ def test_moments_are_carried_to_every_copy(dense):
         half = slice(16 * (expert % 2), 16 * (expert % 2) + 16)
         np.testing.assert_array_equal(moe["experts"]["wi"][:, expert], numbered[..., half])
     assert not moe["router"]["weight"].any()
-    assert (moe["experts"]["wo"] == 1).all()  # not multiplied as weights are
+    assert (moe["experts"]["wo"] == 1).all()  # not scaled as weights are
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_what_other_optimizers_keep_is_carried(dense, name):
 
 
 def test_the_schedule_of_schedule_free_begins_again(dense):
-    """It has a count of its own, from 1, by which it weighs its averages."""
+    """It has its own count from 1, which weights its averages."""
     optimizer = dataclasses.replace(dense[0].optimizer, name="schedule_free", schedule="constant")
     config = dataclasses.replace(dense[0], optimizer=optimizer)
     opt_state = jax.jit(lambda: init_state(config).opt_state)()
@@ -365,6 +365,6 @@ def test_a_mesh_gives_the_parameters_of_one_device(dense):
     assert wi.sharding.shard_shape(wi.shape) == (3, 2, 8, 8)
     for given, wanted in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)
-    # Nothing of the dense networks is left.
+    # The weights of the dense networks are deleted.
     assert all(a.is_deleted() for a in placed["stack"]["unit"]["0"]["mlp"].values())
     assert not placed["embedding"].is_deleted()

@@ -1,4 +1,4 @@
-"""The commands upcycle, merge_experts and prune_experts: runs in, runs out, and refusals."""
+"""The commands upcycle, merge_experts and prune_experts: runs in, runs out, refusals."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ CHANGED = r"logits stay the same to 1e-05 of the largest one: they differ by ([\
 
 
 def save_run(workdir, config):
-    """A run of seven steps, without its training: moments are 1."""
+    """Saves an untrained run at step seven, with moments of 1."""
     state = tiny_state(config)._replace(step=jnp.int32(7))
     abstract = jax.eval_shape(lambda: init_state(config))
     opt_state = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract.opt_state)
@@ -45,7 +45,7 @@ def dense(tmp_path_factory):
 
 
 def refused(capsys, *arguments):
-    """What a command prints that does not go through."""
+    """The error that a refused command prints."""
     with pytest.raises(SystemExit) as ended:
         main([*arguments])
     assert ended.value.code == 1
@@ -102,7 +102,7 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
 
 
 def test_a_kill_leaves_nothing_that_looks_finished(dense, tmp_path, monkeypatch):
-    """What a killed process had begun has another name, and the next one replaces it."""
+    """A killed process leaves only a folder of another name, which the next process replaces."""
     output, begun = tmp_path / "new", tmp_path / ".new.partial"
     save = made.save_state
 
@@ -130,7 +130,7 @@ def test_a_sparse_run_becomes_dense_again_and_loses_experts(dense, tmp_path, cap
     for one, other in zip(*map(jax.tree.leaves, (old.params, new.params)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
-    # Copies are all used; any of them can go.
+    # All copies are used, but any of them can be dropped.
     arguments = ["prune_experts", f"--workdir={sparse}", f"--output={fewer}"]
     assert "an expert must be dropped" in refused(capsys, *arguments)
     assert main([*arguments, "--drop=1"]) == 0
@@ -185,7 +185,7 @@ def test_a_mesh_makes_the_model_of_one_device(dense, tmp_path):
 
 
 def imported(folder, name, **settings):
-    """A tiny model of another library, with a vocabulary that has all bytes, as a run."""
+    """A tiny model of another library, imported as a run, with all bytes in its vocabulary."""
     case = CASES[name]
     case = dataclasses.replace(case, settings={**case.settings, "vocab_size": 384, **settings})
     model, run = write_model(folder / "hf", case), folder / "run"
@@ -209,7 +209,7 @@ def test_an_imported_llama_becomes_a_mixtral(tmp_path):
 
 @pytest.mark.slow
 def test_an_imported_t5_becomes_a_switch_and_a_t5_again(tmp_path, capsys):
-    """One expert a token, with its probability as its gate, which starts near 1 / E."""
+    """The gate of top-1 routing is the probability: exactly 1 / E only at router_stddev=0."""
     run, new, back = imported(tmp_path, "t5"), tmp_path / "new", tmp_path / "back"
     arguments = ["upcycle", f"--workdir={run}", f"--output={new}", "--experts=4", "--top_k=1"]
     arguments += ["--every=2"]

@@ -1,16 +1,16 @@
-"""The study of upcycling: what its criteria say of made-up results."""
+"""The criteria of the upcycling study on made-up results."""
 
 from experiments.results import LOSS, Results
 from experiments.study import load_study
 from experiments.upcycling.study import ahead_at_half, crossing
 from experiments.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
-DENSE = list(range(100, 1700, 100))  # steps at which the dense run is evaluated
+DENSE = list(range(100, 1700, 100))  # steps of the dense run's evaluations
 ON = list(range(1700, 2500, 100))
 
 
 def results(scratch, upcycled, seeds=(0, 1, 2)):
-    """Losses of both that change by so much a hundred steps from 2.0; one is from step 1,600 on."""
+    """Losses as functions of hundreds of steps; those of `upcycled` count from step 1,600."""
     rows = []
     curves = {
         "dense": (DENSE, [2.0] * len(DENSE)),
@@ -33,7 +33,7 @@ def test_the_crossing_is_where_scratch_has_caught_up_after_as_many_steps():
 
 
 def test_the_claim_is_decided_after_half_of_the_dense_runs_steps():
-    """After 800 steps each, by means of three: 1.45 for the upcycled model."""
+    """After 800 steps each, with means of three: 1.45 for the upcycled model."""
     ahead = results(lambda i: 3.0 - 0.15 * i, lambda i: 1.8 - 0.05 * i)  # scratch is at 1.95
     assert ahead_at_half(ahead).verdict == REPRODUCED
     behind = results(lambda i: 3.0 - 0.22 * i, lambda i: 1.8 - 0.05 * i)  # at 1.46
@@ -44,7 +44,7 @@ def test_the_claim_is_decided_after_half_of_the_dense_runs_steps():
 
 
 def test_arms_have_the_model_that_upcycling_gives():
-    """What each is started with is checked when it starts; here that the sizes agree."""
+    """Each start checks its own source; this test checks that the sizes agree."""
     study = load_study("upcycling")
     for size in ("smoke", "small", "gpu", "base"):
         dense = study.experiment(size, "dense", 0)

@@ -1,4 +1,4 @@
-"""The page docs/finetuning.md: its commands run, and what it says of settings holds."""
+"""The page docs/finetuning.md: its commands run, and its statements about settings hold."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.test_training_init_from import CONTENT, config_of, save_run, started
 from tests.tiny_run import JITTER
 
 PAGE = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
-# Commands that are longer than the one before them keep their number of steps.
+# Commands that extend the run before them keep their number of steps.
 SHORT = {name: list(flags) for name, flags in SMALLER.items()}
 
 
@@ -36,7 +36,7 @@ def config_of_command(line):
     return from_config_dict(config)
 
 
-# Except a command that trains by what the one before it wrote.
+# Training commands, except one that reads the config of the command before it.
 TRAIN = [line for line in commands_of(PAGE) if "moe_jax.train --config=configs/" in line]
 
 
@@ -66,7 +66,7 @@ def test_the_commands_of_the_page_run_one_after_another(tmp_path):
     for line, output in zip(commands, outputs, strict=True):
         assert output.strip(), line
         for source in re.findall(r"init_from\.path=(\S+)", line):
-            steps = 0 if source == "runs/sparse" else 6  # made of a run, with the parameters alone
+            steps = 0 if source == "runs/sparse" else 6  # a made run has only parameters, at step 0
             assert f"starts from step {steps} of {tmp_path / source}" in output
     assert "extended from 6" in said
 
@@ -91,7 +91,7 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("name", REGULARISED)
 def test_a_run_that_starts_from_a_checkpoint_regularises_as_it_likes(name, source, tmp_path):
-    """Such settings change no array: what the source has is taken, and the run is its own."""
+    """These settings change no array: the run takes all of the source and sets its own values."""
     settings = dict(REGULARISED[name])
     if "moe" in settings:
         bias = {"kind": "sign", "rate": 0.01}

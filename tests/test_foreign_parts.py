@@ -1,4 +1,4 @@
-"""A router, a mixer, a balance loss and an activation from outside, through every command."""
+"""A router, a mixer, a balance loss and an activation from outside, in every command."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def foreign_config(mesh="one device"):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The directory of a run, by the name of its mesh."""
+    """Returns the directory of a trained run, by the name of its mesh."""
 
     @functools.cache
     def train_on(mesh):
@@ -110,7 +110,7 @@ def test_training_is_the_same_on_a_mesh(trained):
 @pytest.mark.slow
 def test_metrics_are_logged_of_each(trained):
     row = read_metrics(trained("one device") / METRICS_FILE)[0]
-    # Two of four experts with half of the probability each: 4 * (1/4 + 1/4).
+    # Two of four experts with half the probability each: 4 * (1/4 + 1/4).
     assert row["in_turn/layer_00/peakedness_loss"] == 2
     assert row["in_turn/layer_00/expert_load"] == [0.25] * 4
     assert 1 <= row["learned/layer_01/peakedness_loss"] < 2
@@ -143,7 +143,7 @@ def test_evaluation_is_the_same_on_a_mesh(trained):
 
 
 def test_it_generates_what_one_pass_finds_likeliest(trained):
-    """The recurrence keeps nothing of earlier tokens, so that all is read anew for every token."""
+    """The recurrence has no cache, so the whole text is read again for every token."""
     config, state = load_run(trained("one device"), trust=True)
     pieces = stream_text(config, state.params, ["The "], 4, state=state.model_state, temperature=0)
     drawn = [token for piece in pieces for token in piece.tokens]

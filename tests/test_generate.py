@@ -1,4 +1,4 @@
-"""`python -m moe_jax.generate`: prompts from files, answers kept as they end, speed, memory."""
+"""`python -m moe_jax.generate`: prompts from files, answers kept once they end, speed, memory."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ PROMPTS = ["The king", "日本", "b"]
 
 
 def test_a_line_of_prompts_ends_at_a_newline_alone(tmp_path):
-    """U+2028 and form feeds stand in texts; Windows ends lines by two characters."""
+    """U+2028 and form feeds belong to the text. Windows ends lines with two characters."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\r\n \r\n\ftwo\n".encode())
     assert read_prompts(str(file)) == ["one\u2028still one", "\ftwo"]
@@ -70,7 +70,7 @@ def answers(first=0, **changed):
 
 
 def test_answers_come_whole_and_in_the_order_of_the_prompts():
-    """Prompt 1 is whole first, by its end, and waits for prompt 0, which has all its tokens."""
+    """Prompt 1 ends first and waits for prompt 0, which generates all its tokens."""
     pieces = [(1, "x", 1, True), (0, "ab", 2, False), (0, "c", 1, False), (2, "", 0, True)]
     stream = answers()
     came = [[r["text"] for r in stream.add(TextPiece(*piece))] for piece in pieces]
@@ -148,7 +148,7 @@ def command(monkeypatch):
 
 
 def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_path, capsys):
-    """Two texts a batch; the file that was cut in its second line ends as the whole one."""
+    """Two texts per batch. A file cut inside its second line ends equal to the whole file."""
     prompts, whole, cut = (tmp_path / name for name in ("p.txt", "a.jsonl", "b.jsonl"))
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     flags = (f"--prompts={prompts}", "--samples=2", "--batch_size=2")
@@ -176,7 +176,7 @@ def test_a_second_start_goes_on_behind_the_answers_that_are_there(command, tmp_p
 
 @pytest.mark.slow
 def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tmp_path, capsys):
-    """A draft that is the model itself is always right, and moves nothing."""
+    """The model as its own draft is always right, and changes no output."""
     flags = ["--prompt=ab", "--prompt=c", "--temperature=0"]
     assert command(*flags) == 0
     plain = capsys.readouterr().out
@@ -197,7 +197,7 @@ def test_a_draft_proposes_and_the_experts_of_every_token_are_written(command, tm
 
 
 def test_a_folder_of_experts_is_new_or_that_of_the_answers(tmp_path):
-    """Two answers are there; a kill came between the experts and the answer of the third."""
+    """Two answers are recorded; a kill came between the experts and the answer of the third."""
     files = RouteFiles(tmp_path / "routes", [[1]] * 4, num_samples=1)
     files.check(0, goes_on=False)
     for row in range(3):
@@ -289,7 +289,7 @@ def test_running_out_of_memory_is_one_line_with_the_flags_to_change():
 
 
 def test_compilation_is_no_part_of_the_speed(monkeypatch):
-    """Ten seconds; of them 2 for a program and 1 for another, in which a trace of 0.5 s lay."""
+    """Of ten seconds, compilation takes 2 and then 1, including a nested trace of 0.5 s."""
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     speed = Speed()

@@ -1,11 +1,11 @@
-"""A change of any number in data, model, optimizer or step shows here first."""
+"""A changed number in data, model, optimizer or step shows up here first."""
 
 import pytest
 
 from tests.golden.make import HERE, NUM_STEPS, RUNS, losses
 
-# Ten steps of Adam carry differences in rounding, between machines or ways to run experts, this
-# far; a change of what is computed shows in the third digit or before.
+# Ten steps of Adam amplify rounding differences between machines or ways to run experts up to
+# this. A changed computation shows in the third digit or earlier.
 RELATIVE_TOLERANCE = 1e-4
 
 

@@ -1,4 +1,4 @@
-"""Who imports whom: one way, from what is described by parts to what is made of them."""
+"""Imports of packages run one way: packages that describe parts never import their users."""
 
 import ast
 import pathlib
@@ -11,7 +11,7 @@ FOLDER = pathlib.Path(moe_jax.__file__).parent
 PARTS = {"config", "costs", "parallel", "parameters", "part"}
 MODELS = PARTS | {"layers", "models", "moe", "weights"}
 TRAINING = MODELS | {"data", "training"}
-# A package, and the others of moe_jax that it may import, in functions and for types too.
+# Other packages of moe_jax that a package may import, even in functions and for types.
 MAY_IMPORT = {
     "config": set(),
     "parallel": {"config"},
@@ -32,7 +32,7 @@ MAY_IMPORT = {
 
 
 def imported(path):
-    """The modules and packages of moe_jax that a file imports, by their first name."""
+    """Modules and packages of moe_jax that a file imports, by first name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -53,7 +53,7 @@ def test_every_package_is_in_the_table():
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_run_one_way(package):
-    """Training imports neither planning nor analysis nor inference, for one."""
+    """For example, training imports neither planning, analysis nor inference."""
     for path in (FOLDER / package).rglob("*.py"):
         others = set(imported(path)) - {package}
         assert others <= MAY_IMPORT[package], f"{path.name} imports {others - MAY_IMPORT[package]}"

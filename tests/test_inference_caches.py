@@ -1,6 +1,6 @@
-"""Going on from caches gives the logits of one pass over the whole text, in every family.
+"""Continuing from caches gives the logits of one pass over the whole text, in every family.
 
-Two prompts of different lengths are continued greedily, and the texts that come out are read anew.
+Two prompts of different lengths are continued greedily. Then the resulting texts are read again.
 """
 
 import jax
@@ -26,11 +26,11 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 GREEDY = Sampling()
 NO_TOKENS = jnp.zeros(0, jnp.int32)
 PROMPTS = ((5, 9, 11, 3, 17, 8, 4), (7, 21, 6))
-# What the encoder of an encoder-decoder reads for each; PROMPTS then begin what its decoder writes.
+# What the encoder of an encoder-decoder reads for each prompt; its decoder continues PROMPTS.
 READ = EncoderInputs(
     jnp.array([[5, 6, 7, 8, 9], [4, 3, 9, 0, 0]]), None, jnp.array([[1] * 5, [1, 1, 1, 0, 0]])
 )
-TOKENS = 4  # of a compiled call
+TOKENS = 4  # tokens per compiled call
 QUICK = ("gpt_oss",)  # windows, sinks, biases
 
 
@@ -41,7 +41,7 @@ def exact_products():
 
 
 def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=None):
-    """The texts and, after each call, the logits of what comes next: [calls + 1, B, V]."""
+    """The texts and, after each call, the next-token logits: [calls + 1, B, V]."""
     model, serving = for_inference(config.model), Serving(params, state)
     length, room, numbers = max(map(len, prompts)), calls * TOKENS, range(len(prompts))
     how = {"model": model, "num_slots": length + room, "sampling": GREEDY}
@@ -58,7 +58,7 @@ def continued(config, params, prompts=PROMPTS, calls=3, *, state=None, encoder=N
 
 
 def test_layers_that_lie_apart_are_views_of_those_of_a_scan(tmp_path):
-    """With a layer before the repeated ones."""
+    """The stack also has a layer before the repeated ones."""
     layout = {"first": [["attention", "mlp"]], "unit": [["attention", "moe"]], "repeats": 3}
     config = tiny_config({"model": {"parts": {"mlp": {"kind": "mlp"}}, "stack": layout}})
     params = tiny_state(config).params
@@ -83,7 +83,7 @@ def shapes_of(tree):
 
 def read_anew(config, params, text, *, state=None, encoder=None):
     """The logits of one pass over one text, [L, V]."""
-    run = jax.jit(for_inference(config.model).run)  # one text need not fill a group of training
+    run = jax.jit(for_inference(config.model).run)  # one text need not fill a training group
     call = Call(tokens_BL=jnp.asarray([text]), encoder=encoder, capacity=0.0)
     return np.asarray(run(params, call, state=state).logits_BLV[0])
 
@@ -142,7 +142,7 @@ def test_a_prefix_stands_before_what_is_cached(settings):
     ids=str,
 )
 def test_routers_that_look_beyond_the_token(router):
-    """At the token before, at the position, or at a predictor instead of other tokens."""
+    """The previous token, the position, or a predictor instead of other tokens."""
     moe = {"router": router, "losses": {}, "num_selected_experts": 1}
     config = tiny_config({"model": {"parts": {"moe": moe}, "stack": {"allow_lookahead": True}}})
     check(config, tiny_state(config).params)
@@ -150,7 +150,7 @@ def test_routers_that_look_beyond_the_token(router):
 
 @pytest.mark.slow
 def test_a_cache_on_a_mesh():
-    """Eight devices: tokens over two, experts over two, heads over two."""
+    """Eight devices split tokens, experts and heads in two each."""
     config = tiny_config()
     params = tiny_state(config).params
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
@@ -167,6 +167,6 @@ def test_a_cache_on_a_mesh():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_goes_on_from_its_caches():
-    """A tiny Switch: relative positions, and keys and values of what the encoder read."""
+    """A tiny Switch: relative positions, and keys and values of the encoder's output."""
     config = from_config_dict(switch_base.get_config("smoke"))
     check(config, init_parameters(jax.random.key(3), config.model.specs()))

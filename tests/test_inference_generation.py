@@ -1,4 +1,4 @@
-"""Lists of token ids: batches, samples, streams, capacities and what is refused."""
+"""Generation from lists of token ids: batches, samples, streams, capacities, refusals."""
 
 import collections
 
@@ -27,7 +27,7 @@ STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]
 
 @pytest.fixture(scope="module")
 def config():
-    # Trained in groups of four sequences, with a capacity so tight that routing with it would show.
+    # Training has groups of four sequences and a capacity so tight that its drops would show.
     moe = {
         "bias": {"kind": "sign", "rate": 0.1}, "capacity": {"train_factor": 0.25}, "group_size": 64
     }  # fmt: skip
@@ -36,7 +36,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Of a model that is sure of some tokens and not of others."""
+    """Parameters of a model that is sure of some tokens and not of others."""
     params = dict(tiny_state(config).params)
     return {**params, "head": 10 * params["head"]}
 
@@ -83,7 +83,7 @@ def test_samples_of_a_prompt_differ_and_others_are_not_moved(generate):
 
 
 def test_a_text_that_outgrows_the_context_does_not_depend_on_its_batch(generate):
-    """The first is full after 15 tokens, the second after one; one that ends moves no other."""
+    """Prompt 0 fills the context after 15 tokens, prompt 1 after one. Ended texts move no other."""
     prompts, how = [[1, 7], [1, *range(20, 35)], [1, 9]], {"temperature": 1.5, "seed": 3}
     texts = generate(prompts, 30, context=16, **how)
     assert generate(prompts, 30, context=16, batch_size=1, **how) == texts
@@ -105,7 +105,7 @@ def test_tokens_stream_in_chunks(config, params):
 
 
 def test_a_penalty_keeps_a_text_from_repeating_itself(generate):
-    """So high that no token comes twice, and none of the prompt."""
+    """The penalty is so high that no token repeats, not even from the prompt."""
     [text] = generate([[1, 7, 9]], repetition_penalty=1e6)
     assert len({1, 7, 9, *text}) == 9
 
@@ -119,7 +119,7 @@ def test_a_penalty_is_of_the_whole_text_beyond_the_context(generate, config, par
 
 
 def test_a_text_read_anew_is_the_same_on_a_mesh(config, params):
-    """Every device that has a row reads it."""
+    """Every device with a row reads the text."""
     settings = {"context": 16, "temperature": 0.0, "state": STATE}
     alone = list(stream_anew(config, params, [[1, 7, 9]], 4, **settings))
     mesh = make_mesh(MeshConfig(data=2, expert=4))
@@ -128,7 +128,7 @@ def test_a_text_read_anew_is_the_same_on_a_mesh(config, params):
 
 
 def test_random_keys_go_on_when_the_context_moves(config, params):
-    """Of equal logits a token is its key: no context moves it, nor where a text is read from."""
+    """With equal logits a token depends only on its key, not on context or where reading starts."""
     equal = {**params, "head": 0 * params["head"]}
     settings = {"state": STATE, "temperature": 1.0}
     prompts = [[1], [1, *range(20, 41)]]
@@ -145,7 +145,7 @@ def test_ids_that_are_no_tokens_are_not_drawn(generate):
 
 
 def test_with_a_capacity_the_batch_shares_it(generate, drawn):
-    """A quarter of a slot for each of four texts is one slot an expert: some are dropped."""
+    """A quarter of a slot for each of four texts is one slot per expert: choices are dropped."""
     settings = {"temperature": 1.5, "seed": 3}
     assert generate(capacity=100.0, **settings) == drawn
     assert generate(capacity=0.25, **settings) != drawn
@@ -180,7 +180,7 @@ def test_few_lengths_are_compiled_for():
 
 
 def test_an_encoder_reads_the_last_tokens_of_a_longer_prompt(monkeypatch):
-    """As many as the context has; as a decoder reads them."""
+    """It reads as many as the context has, like a decoder."""
     config = from_config_dict(switch_base.get_config("smoke"))
     read = []
 

@@ -1,4 +1,4 @@
-"""Models for lm-evaluation-harness: its requests, and its own results of transformers."""
+"""Models for lm-evaluation-harness: its requests, and its results with transformers."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def requests(*arguments):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Of sixteen tokens of context, and one byte a token."""
+    """A model with a context of sixteen tokens and one byte per token."""
     workdir = tmp_path_factory.mktemp("harness")
     config = tiny_config({"model": {"stack": {"repeats": 1}, "tie_embeddings": False}})
     save_imported(workdir, config, tiny_state(config).params, {}, {}, {})
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
 
 
 def test_a_rolling_text_is_the_sum_of_its_windows(model):
-    """Of 24 bytes the first 16, and the other 8 after the 16 before the last: each once."""
+    """24 bytes: the first 16, then the other 8 after their context. Each is scored once."""
     text = "It was the best of times"
     assert len(text) == 24 and model.max_length == 16
     [rolled, none] = model.loglikelihood_rolling(requests((text,), ("",)))
@@ -56,7 +56,7 @@ def test_a_text_begins_with_bos_or_does_not(model, monkeypatch):
 
 
 def test_an_encoder_reads_the_context_and_the_end_of_a_document(model, monkeypatch):
-    """As the model `hf` of the harness does: two texts, of which the first ends with eos."""
+    """As in the harness's model `hf`: two texts, the first of which ends with eos."""
     seen = []
     monkeypatch.setattr(model, "has_encoder", True)
     monkeypatch.setattr(model, "score", lambda pairs: seen.extend(pairs) or [])
@@ -70,7 +70,7 @@ def test_an_encoder_reads_the_context_and_the_end_of_a_document(model, monkeypat
 
 
 def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
-    """In groups of equal settings; a long prompt is cut, and a stop string is not shown."""
+    """Requests with equal settings share a call. Long prompts are cut, stop strings hidden."""
     calls = []
 
     def stream(config, params, prompts, num_tokens, **settings):
@@ -80,7 +80,7 @@ def test_texts_are_continued_by_the_settings_of_their_task(model, monkeypatch):
             yield Piece(row, ids, False)
 
     monkeypatch.setattr("moe_jax.inference.text.stream_tokens", stream)
-    ends = (model.tokenizer.eos_id, 7)  # the second as a generation_config.json may name it
+    ends = (model.tokenizer.eos_id, 7)  # a generation_config.json may name the second id
     monkeypatch.setattr(type(model.tokenizer), "end_ids", ends)
     greedy, drawn = {"until": "\n\n", "max_gen_toks": 6}, {"do_sample": True, "temperature": 0.5}
     drawn |= {"max_new_tokens": 4, "top_p": 0.9}
@@ -140,7 +140,7 @@ def test_devices_are_named_where_commas_separate_arguments(monkeypatch):
 
 
 def write_hugging_face(directory):
-    """A tiny Mixtral with a byte-level tokenizer of its own, which puts nothing in front."""
+    """Writes a tiny Mixtral with its own byte-level tokenizer, which prepends nothing."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,7 +163,7 @@ def write_hugging_face(directory):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_finds_what_it_finds_with_transformers(tmp_path, monkeypatch):
-    """Choices, rolling texts longer than the context, and greedy texts, by its model `hf`."""
+    """Compares choices, rolling texts beyond the context, and greedy texts with its model `hf`."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)

@@ -1,4 +1,4 @@
-"""Prefixes that are seen from both sides, from a batch of training to generation and scores."""
+"""Prefixes seen from both sides, from a training batch to generation and scores."""
 
 import collections
 import dataclasses
@@ -30,7 +30,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Of a model that is sure of its tokens, by what it sees more than by the last of them."""
+    """Parameters of a confident model that relies on attention more than on the last token."""
     params = dict(tiny_state(config).params)
     attention = params["stack"]["unit"]["0"]["attention"]
     attention |= {"wo": 10 * attention["wo"], "wq": 4 * attention["wq"]}
@@ -39,7 +39,7 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def log_probs(config, params):
-    """Of the next token at every place of a text whose first tokens are a prefix."""
+    """Returns next-token log-probabilities at every position of a text with a prefix."""
     run = quick_jit(config.model.run)
 
     def log_probs(text, prefix):
@@ -95,7 +95,7 @@ def test_reading_anew_draws_the_same(config, params, answers):
 @pytest.mark.slow
 @pytest.mark.parametrize("both", [True, False])
 def test_a_draft_reads_a_prompt_as_it_was_trained_to(config, params, answers, both):
-    """A draft that sees prompts from both sides, and a causal one whose kernel could not."""
+    """A draft that sees prompts from both sides, and a causal draft whose kernel could not."""
     model = {"stack": {"repeats": 1}, "tie_embeddings": False}
     kernel = {"parts": {"attention": {"kernel": "auto" if both else "blocks"}}}
     objective = {"kind": "prefix_lm", "bidirectional": both}

@@ -1,4 +1,4 @@
-"""From logits to tokens: tables worked by hand, transformers, and what is drawn how often."""
+"""From logits to tokens: tables worked by hand, transformers, and frequencies of drawn tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LOGITS_BV = jnp.log(jnp.array([PROBS]))
 
 
 def kept(logits_BV=LOGITS_BV, seen_BV=None, **settings):
-    """The probabilities that are left, in percent."""
+    """The probabilities left by the filters, in percent."""
     logits_BV = filtered(logits_BV, seen_BV, Sampling(**{"temperature": 1.0, **settings}))
     return np.round(100 * jax.nn.softmax(logits_BV[0])).astype(int).tolist()
 
@@ -24,12 +24,12 @@ def kept(logits_BV=LOGITS_BV, seen_BV=None, **settings):
         ({"top_k": 2}, [57, 43, 0, 0, 0]),
         ({"top_k": 9}, [40, 30, 15, 10, 5]),
         ({"top_p": 0.69}, [57, 43, 0, 0, 0]),
-        ({"top_p": 0.71}, [47, 35, 18, 0, 0]),  # the first two hold 0.7: one more
+        ({"top_p": 0.71}, [47, 35, 18, 0, 0]),  # the first two sum to 0.7, so one more stays
         ({"top_p": 1e-6}, [100, 0, 0, 0, 0]),
         ({"min_p": 0.3}, [47, 35, 18, 0, 0]),  # at least 0.12
         ({"min_p": 1.0}, [100, 0, 0, 0, 0]),
-        ({"temperature": 0.5}, [56, 32, 8, 4, 1]),  # squares
-        ({"top_k": 3, "top_p": 0.5}, [57, 43, 0, 0, 0]),  # of 47, 35, 18
+        ({"temperature": 0.5}, [56, 32, 8, 4, 1]),  # squared probabilities
+        ({"top_k": 3, "top_p": 0.5}, [57, 43, 0, 0, 0]),  # top_p sees 47, 35, 18
     ],
 )
 def test_filters_leave(settings, expected):
@@ -54,7 +54,7 @@ def test_a_penalty_makes_what_was_seen_less_likely_on_either_side_of_0():
 
 
 def test_tokens_are_drawn_as_often_as_their_probability():
-    """20,000 rows: a standard deviation is at most 0.0035."""
+    """20,000 rows: the standard deviation of a share is at most 0.0035."""
     rows = 20_000
     keys = jax.random.split(jax.random.key(0), rows)
     logits_BV = jnp.broadcast_to(LOGITS_BV, (rows, len(PROBS)))

@@ -1,4 +1,4 @@
-"""Continuations scored: against a plain forward, in any batch, cut, and what is refused."""
+"""Scores of continuations: against a plain forward, in any batch, cut, and refusals."""
 
 import json
 
@@ -23,7 +23,7 @@ from tests.tiny_run import quick_jit, tiny_config, tiny_state
 
 TOKENIZER = open_tokenizer("byte")
 STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0]])}}
-# Read in padded lengths of 16, 16, 32 and 16.
+# The padded lengths are 16, 16, 32 and 16.
 PAIRS = [([1, 7, 9], [30, 31]), ([1], [5]), ([1, *range(20, 41)], [50, 51, 52]), ([1, 4], [9, 9])]
 CLOSE = {"rtol": 1e-5}  # float32 sums in another order
 ONE_LAYER = {"stack": {"repeats": 1}}
@@ -32,7 +32,7 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def config():
-    # Capacity so tight that routing with it would show: scores are dropless.
+    # The capacity is so tight that its drops would show: scores are dropless.
     moe = {"capacity": {"train_factor": 0.25}, "bias": {"kind": "sign", "rate": 0.1}}
     return tiny_config({"model": {**ONE_LAYER, "tie_embeddings": False, "parts": {"moe": moe}}})
 
@@ -53,11 +53,11 @@ def score(config, params):
 
 @pytest.fixture(scope="module")
 def log_probs(config, params):
-    """Of the next token at every place of a text, in float64; nothing is padding to the model."""
+    """Returns float64 next-token log-probabilities at every position. The model sees no padding."""
     run = quick_jit(config.model.run)
 
     def log_probs(text):
-        tokens = jnp.array([[*text, *[3] * (LENGTH - len(text))]])  # what follows moves nothing
+        tokens = jnp.array([[*text, *[3] * (LENGTH - len(text))]])  # later tokens change nothing
         output = run(params, Call(tokens_BL=tokens, capacity=0.0), state=STATE)
         logits_LV = np.asarray(output.logits_BLV[0, : len(text)], np.float64)
         return logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True))
@@ -109,14 +109,14 @@ def test_greedy_is_what_greedy_decoding_gives(greedy, score):
     other = [*answer[:3], (answer[3] + 1) % 384]
     right, all_but_the_last = score([([1, 7, 9], answer), ([1, 7, 9], other)])
     assert right.is_greedy and not all_but_the_last.is_greedy
-    few = max(answer)  # an id that decoding may no longer draw
+    few = max(answer)  # decoding may no longer draw this id
     other = greedy([1, 7, 9], 4, few)
     assert other != answer and score([([1, 7, 9], other)], num_ids=few)[0].is_greedy
     assert not score([([1, 7, 9], other)])[0].is_greedy
 
 
 def test_a_long_context_is_cut_from_the_left(score):
-    """Eight tokens are read: of 25, the last nine without the last one."""
+    """Eight tokens are read: the last nine of 25, without the final one."""
     context, continuation = PAIRS[2]
     [cut] = score([PAIRS[2]], context=8)
     [same] = score([(context[-6:], continuation)])
@@ -159,7 +159,7 @@ def test_a_model_that_looks_ahead_is_scored_in_its_window_and_marked():
 
 @pytest.mark.slow
 def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation():
-    """Against a forward without padding; choices do the same."""
+    """Scores equal those of a forward pass without padding, and so do choices."""
     smoke = switch_base.get_config("smoke")
     smoke.model.compute_dtype = "float32"
     config = from_config_dict(smoke)
@@ -191,7 +191,7 @@ def test_an_encoder_decoder_reads_the_context_and_writes_the_continuation():
 
 @pytest.mark.slow
 def test_slots_of_soft_moe_are_those_of_training():
-    """A window of two groups of eight tokens; what stands beside a text moves nothing."""
+    """The window has two groups of eight tokens. Other texts in the batch change nothing."""
     soft = {"router": {"kind": "soft"}, "group_size": 8, "capacity": {"train_factor": 1.0}}
     stack = {"repeats": 1, "allow_lookahead": True}
     config = tiny_config({"model": {"stack": stack, "parts": {"moe": soft}}})
@@ -208,7 +208,7 @@ def test_slots_of_soft_moe_are_those_of_training():
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"scan_layers": True, "remat": "full"}], ids=str)
 def test_scores_on_a_mesh_and_under_scan(settings):
-    """Four rows, where three texts are scored, are split over two devices each way."""
+    """Three texts in four rows are split over two devices on each axis."""
     config = tiny_config({"model": settings})
     params = tiny_state(config).params
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
@@ -229,7 +229,7 @@ def test_a_pair_is_encoded_as_a_whole_and_spaces_go_to_the_continuation():
 
 
 def test_choices_by_hand(config, params, log_likelihood):
-    """The accuracy of three questions, from log-likelihoods that are added up here."""
+    """The accuracy of three questions, from log-likelihoods added up here."""
     questions = [
         Question("The sky is", ("blue", "an apple"), 0),
         Question("Two and two ", ("are four", "is"), 1),

@@ -1,4 +1,4 @@
-"""Speculative decoding: the rule by enumeration, shares of what is drawn, equal greedy texts."""
+"""Speculative decoding: the rule by enumeration, shares of drawn texts, equal greedy texts."""
 
 import collections
 import functools
@@ -25,7 +25,7 @@ MODULES = {"layer": ("attention", "moe")}
 
 
 def made(model=None, seed=0, sharper=10):
-    """A config and parameters, sure of some tokens and not of others."""
+    """A config and parameters that are sure of some tokens and not of others."""
     one_layer = {"stack": {"repeats": 1}, "tie_embeddings": False}
     config = tiny_config({"model": {**one_layer, **(model or {})}})
     state = tiny_state(config, seed)
@@ -33,7 +33,7 @@ def made(model=None, seed=0, sharper=10):
 
 
 def disturbed(target, length=3, noise=0.3, state=None):
-    """A draft that often agrees: the model with another head."""
+    """A draft that often agrees: the model with a perturbed head."""
     config, params = target
     head = params["head"]
     moved = head + noise * jnp.std(head) * jax.random.normal(jax.random.key(1), head.shape)
@@ -44,7 +44,7 @@ def disturbed(target, length=3, noise=0.3, state=None):
 
 
 def distributions(shape, seed):
-    """Some of which never draw some tokens, as top-k leaves them."""
+    """Distributions, some with tokens of probability 0, like those after top-k."""
     random = np.random.default_rng(seed)
     probs = random.dirichlet(np.ones(shape[-1]), shape[:-1]) * (random.random(shape) > 0.3)
     probs[..., 0] += 0.05
@@ -53,12 +53,12 @@ def distributions(shape, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_text_has_the_distribution_of_the_model_whatever_the_draft_proposes(seed):
-    """Exactly: all that can be proposed, accepted and drawn in place, of three tokens each.
+    """Enumerates all proposals, acceptances and replacement draws of three tokens each.
 
-    The next two tokens, and a third behind them, depend on those before in both models.
+    In both models, each of three tokens depends on those before it.
     """
     ids, length = range(3), 2
-    p = {n: distributions((3,) * n + (3,), seed * 9 + n) for n in range(3)}  # by the tokens before
+    p = {n: distributions((3,) * n + (3,), seed * 9 + n) for n in range(3)}  # by previous tokens
     q = {n: distributions((3,) * n + (3,), seed * 9 + n + 4) for n in range(2)}
     outcomes = collections.Counter()
     for proposed in itertools.product(ids, repeat=length):
@@ -76,7 +76,7 @@ def test_a_text_has_the_distribution_of_the_model_whatever_the_draft_proposes(se
             here *= 1 - accept[accepted] if accepted < length else 1
             for last in ids:
                 text = (*proposed[:accepted], last)
-                # What is not drawn in this pass comes later, from the model by the same rule.
+                # Later passes draw the remaining tokens from the model, by the same rule.
                 for rest in itertools.product(ids, repeat=length + 1 - len(text)):
                     whole = text + rest
                     later = np.prod([p[n][whole[:n]][whole[n]] for n in range(len(text), 3)])
@@ -91,14 +91,15 @@ def test_a_text_has_the_distribution_of_the_model_whatever_the_draft_proposes(se
 
 
 def test_the_rule_by_hand():
-    """Of p = (.5, .5, 0) and q = (.25, .25, .5): token 0 is accepted, token 2 never."""
+    """With p = (.5, .5, 0) and q = (.25, .25, .5), token 0 is always accepted, token 2 never."""
     p, q = [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]
     accept, instead = rule(
         jnp.array([[p, p], [p, p]]), jnp.array([[q], [q]]), jnp.array([[0], [2]])
     )
     assert accept.tolist() == [[1.0], [0.0]]
     np.testing.assert_allclose(instead, [[p, p], [p, p]])
-    # p = (.2, .8), q = (.8, .2): token 0 is accepted in a quarter of the cases; else comes token 1.
+    # With p = (.2, .8) and q = (.8, .2), token 0 is accepted in a quarter of the cases. Otherwise
+    # token 1 replaces it.
     accept, instead = rule(
         jnp.array([[[0.2, 0.8]] * 2]), jnp.array([[[0.8, 0.2]]]), jnp.array([[0]])
     )
@@ -135,13 +136,13 @@ def test_greedy_texts_are_those_without_a_draft(target, greedy):
     assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == greedy
     assert 0.2 < draft.acceptance_rate < 0.95
     assert draft.proposed == 3 * draft.passes
-    # The first token of a text is drawn behind its prompt, before any pass.
+    # The first token of a text is drawn after its prompt, before any pass.
     np.testing.assert_allclose(draft.tokens_per_pass * draft.passes, len(PROMPTS) * (TOKENS - 1))
 
 
 @pytest.mark.slow
 def test_tokens_that_a_text_does_not_get_are_not_counted(target, greedy):
-    """A perfect draft, of which the last pass and an end of a text leave something out."""
+    """With a perfect draft, the last pass and the end of a text still discard tokens."""
     draft = Draft(target[0], Serving(target[1]), length=3)
     assert generate_tokens(*target, PROMPTS, 2, draft=draft) == [text[:2] for text in greedy]
     assert (draft.passes, draft.proposed, draft.accepted, draft.added) == (4, 12, 4, 4)
@@ -154,7 +155,7 @@ def test_tokens_that_a_text_does_not_get_are_not_counted(target, greedy):
 
 
 def test_counts_by_hand():
-    """A whole pass, two that the end of a text cuts, one refused at once, one behind the end."""
+    """One whole pass, two that the end of a text cuts, one refused at once, one past the end."""
     draft = Draft(length=4)
     draft.count(np.array([[5, 5, 5, 1, 0]]), np.array([[5, 1, 4, 1, 0]]))
     assert (draft.passes, draft.proposed, draft.accepted, draft.added) == (4, 16, 4 + 1 + 4, 11)
@@ -163,7 +164,7 @@ def test_counts_by_hand():
 
 @pytest.mark.slow
 def test_a_model_that_drafts_for_itself_is_always_right(target, greedy):
-    """Four tokens a pass: 19 behind the first one in five passes."""
+    """Four tokens per pass: the 19 tokens after the first one take five passes."""
     draft = Draft(target[0], Serving(target[1]), length=3)
     assert generate_tokens(*target, PROMPTS, TOKENS, draft=draft) == greedy
     assert draft.acceptance_rate == 1.0 and draft.passes == 4 * 5
@@ -171,7 +172,7 @@ def test_a_model_that_drafts_for_itself_is_always_right(target, greedy):
 
 @pytest.mark.slow
 def test_a_text_does_not_depend_on_its_batch(target):
-    """Four rows that accept numbers of their own, one alone, and one that ends by itself."""
+    """Four rows accept different numbers of tokens. Batch sizes and early ends change no text."""
     how = {"temperature": 1.0, "seed": 5, "repetition_penalty": 1.3}
     together = generate_tokens(*target, PROMPTS, TOKENS, draft=disturbed(target), **how)
     assert len({tuple(text) for text in together}) == 4
@@ -195,9 +196,9 @@ def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(target, pen
 
 @pytest.mark.slow
 def test_random_keys_go_on_when_the_context_moves(target):
-    """Of equal logits all that is proposed is accepted, and a token is its key.
+    """With equal logits every proposal is accepted, and a token depends only on its key.
 
-    A text is read again after 16 tokens and then after nine, of which passes draw the last eight.
+    A text is read again after 16 tokens, then after every nine. Passes draw the last eight of nine.
     """
     config, params = target
     params = {**params, "head": 0 * params["head"]}
@@ -208,7 +209,7 @@ def test_random_keys_go_on_when_the_context_moves(target):
     assert len({text[16], text[25], text[34]}) == 3
 
 
-# ---- how often
+# ---- frequencies of texts
 
 
 THREE = {"vocab_size": 3}
@@ -216,7 +217,7 @@ PROMPT = [1, 2]
 
 
 def expected_shares(config, params, sampling):
-    """Of each text of three tokens, from the model alone."""
+    """The probability of each text of three tokens, from the model alone."""
     texts = list(itertools.product(range(3), repeat=3))
     run = quick_jit(lambda tokens: config.model.run(params, Call(tokens_BL=tokens, capacity=0.0)))
     tokens = jnp.array([[*PROMPT, *text] for text in texts])
@@ -242,7 +243,7 @@ def expected_shares(config, params, sampling):
 )
 @pytest.mark.parametrize("kind", ["model", "modules"])
 def test_texts_come_as_often_as_without_a_draft(kind, settings):
-    """Each within five standard deviations of 8,000 samples, and none that cannot be."""
+    """Shares of 8,000 samples agree within 5 standard deviations. Impossible texts never come."""
     samples = 8000
     modules = {"multi_token": {"depth": 1, **MODULES}} if kind == "modules" else {}
     config, params = made({**THREE, **modules}, sharper=0.25)
@@ -268,7 +269,7 @@ def test_texts_come_as_often_as_without_a_draft(kind, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_modules_of_the_model_draft_for_it(length):
-    """Two modules, of which length 1 uses one, and length 4 the last one further on."""
+    """Of two modules, length 1 uses one. Length 4 applies the last one again."""
     config, params = made({"multi_token": {"depth": 2, **MODULES}})
     draft = Draft(length=length)
     plain = generate_tokens(config, params, PROMPTS, TOKENS)
@@ -279,9 +280,9 @@ def test_modules_of_the_model_draft_for_it(length):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2])
 def test_modules_propose_what_they_predict_in_training(length):
-    """Of five ids, so that they are often right: the accepted tokens are counted by hand.
+    """Five ids, so that proposals are often right. Accepted tokens are counted by hand.
 
-    Their predictions on the whole text are those of a training pass. With the token to read at
+    On the whole text, modules predict the same as in a training pass. With the token to read at
     place `at`, module m predicts from place at - 1 the token at + m.
     """
     config, params = made({"vocab_size": 5, "multi_token": {"depth": 2, **MODULES}}, seed=7)
@@ -294,26 +295,26 @@ def test_modules_propose_what_they_predict_in_training(length):
     assert 0.1 < accepted / (passes * length) < 0.9
 
 
-FIVE_PROMPTS = [[1, 2, 4], [3]]  # of five ids
+FIVE_PROMPTS = [[1, 2, 4], [3]]  # over five ids
 
 
 @functools.partial(quick_jit, static_argnames=("model", "multi_token"))
 def read_whole(model, params, texts_BL, state, multi_token=False):
-    """The likeliest next tokens by the model, [B, L], and those that its modules predict."""
+    """The model's likeliest next tokens, [B, L], and those that its modules predict."""
     call = Call(tokens_BL=texts_BL, capacity=0.0)
     output = model.run(params, call, state=state, multi_token=multi_token)
     return output.logits_BLV.argmax(-1), [one_BLV.argmax(-1) for one_BLV in output.later_BLV]
 
 
 def padded(prompts, answers):
-    """Whole texts, all of one length."""
+    """Whole texts, padded to one length."""
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, texts))
     return jnp.array([text + [0] * (longest - len(text)) for text in texts])
 
 
 def is_greedy(config, params, answers, state):
-    """Whether answers to `PROMPTS` are the likeliest, by a pass over the whole texts."""
+    """Whether answers to `PROMPTS` are greedy, by one pass over the whole texts."""
     texts_BL = padded(PROMPTS, answers)
     following_BL, _ = read_whole(config.model, params, texts_BL, state)
     return all(
@@ -323,7 +324,7 @@ def is_greedy(config, params, answers, state):
 
 
 def passes_by_hand(config, params, answers, length, state=None):
-    """How many passes answers to `FIVE_PROMPTS` took, and the tokens accepted in them."""
+    """The number of passes and of accepted tokens for answers to `FIVE_PROMPTS`."""
     texts_BL = padded(FIVE_PROMPTS, answers)
     _, later = read_whole(config.model, params, texts_BL, state, multi_token=True)
     passes = accepted = 0
@@ -333,7 +334,7 @@ def passes_by_hand(config, params, answers, length, state=None):
         while at < len(text) - 1:
             right = 0
             for m in range(1, length + 1):
-                # What would be behind the text is proposed too, and not known here.
+                # Proposals past the end of the text are unknown here.
                 if at + m >= len(text) or predicted[m - 1][at - 1] != text[at + m]:
                     break
                 right += 1
@@ -343,9 +344,9 @@ def passes_by_hand(config, params, answers, length, state=None):
 
 @pytest.mark.parametrize("vocab_size", [16, pytest.param(384, marks=pytest.mark.slow)])
 def test_ids_that_are_no_tokens_are_not_proposed_nor_drawn(vocab_size):
-    """Of 10 tokens: a model of 384 ids, and a draft that has fewer or as many.
+    """The tokenizer has 10 tokens, the model 384 ids, and the draft fewer or as many.
 
-    All are about as likely: of ten the draft proposes, nearly all are accepted.
+    All tokens are about equally likely, so nearly all proposals among the ten are accepted.
     """
     dense = {"parts": {"attention": None, "moe": None, "mlp": MLP},
              "stack": {"unit": [["mlp"]], "repeats": 1}}  # fmt: skip
@@ -357,13 +358,13 @@ def test_ids_that_are_no_tokens_are_not_proposed_nor_drawn(vocab_size):
     assert draft.acceptance_rate > 0.9
 
 
-# Whose experts have selection biases.
+# A block with selection biases.
 SELECTING = {"bias": {"kind": "sign", "rate": 0.1}, "run_experts": "einsum"}
 BIAS_E = jnp.array([[1.0, 0.0, 0.5, 0.0]])
 
 
 def test_a_model_and_its_draft_choose_experts_by_their_biases():
-    """A state space model, which reads accepted tokens again: with the biases too."""
+    """A state space model reads accepted tokens again, with the biases too."""
     parts = {"attention": None, "mamba": {"kind": "mamba", "state_dim": 4}, "moe": SELECTING}
     stack = {"unit": [["mamba", "moe"]], "repeats": 1}
     target = config, params = made({"parts": parts, "stack": stack})
@@ -411,7 +412,7 @@ BIGRAMS = {"parts": {"moe": {"router": {"kind": "hash", "by": "bigram"}, "losses
 @pytest.mark.parametrize("model", [WINDOWED, LATENT, MAMBA, BIASED, BIGRAMS, {"scan_layers": True}],
                          ids=["ring", "latent", "mamba", "biases", "bigrams", "scan"])  # fmt: skip
 def test_every_cache_takes_tokens_back(model):
-    """A ring of twelve slots, relative positions of rows of their own, a state read again."""
+    """A ring of twelve slots, relative positions per row, a state that is read again."""
     target = made(model)
     plain = generate_tokens(*target, PROMPTS, TOKENS)
     draft = disturbed(target, length=4)
@@ -421,7 +422,7 @@ def test_every_cache_takes_tokens_back(model):
 
 @pytest.mark.slow
 def test_a_smaller_model_with_a_wider_vocabulary_drafts():
-    """Of one dense layer and 400 ids, of which 384 are the model's; and without a common text."""
+    """The draft has one dense layer, unrelated weights, and 400 ids, 384 of them the model's."""
     dense = {"stack": {"unit": [["attention", "mlp"]], "repeats": 1}, "vocab_size": 400,
              "parts": {"moe": None, "mlp": MLP}}  # fmt: skip
     config, params = made(dense, seed=1)
@@ -439,7 +440,7 @@ def test_on_a_mesh_every_process_can_read_the_first_tokens(monkeypatch):
     def begin(*arguments, **settings):
         texts, _ = speculative.begin(*arguments, **settings)
         shardings.append(texts.next_B.sharding)
-        raise InterruptedError  # the rest costs more to compile
+        raise InterruptedError  # spares a longer compilation
 
     monkeypatch.setattr(writer, "begin", begin)
     with pytest.raises(InterruptedError):
@@ -459,7 +460,7 @@ def on_mesh(config, params):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "modules"])
 def test_on_a_mesh_texts_are_those_of_one_device(kind):
-    """The rows are not as many as the devices: one is padding."""
+    """Three rows do not divide over the devices, so one row is padding."""
     modules = {"multi_token": {"depth": 1, **MODULES}} if kind == "modules" else {}
     config, params = made(modules)
     placed = on_mesh(config, params)

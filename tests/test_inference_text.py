@@ -1,4 +1,4 @@
-"""Texts: greedy against a teacher-forced forward, seeds, contexts, ends, streams and errors."""
+"""Texts: greedy against a teacher-forced forward, seeds, contexts, ends, streams, errors."""
 
 import dataclasses
 
@@ -26,14 +26,14 @@ STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]
 
 @pytest.fixture(scope="module")
 def config():
-    # Capacity so tight that routing with it would show: generation is dropless.
+    # The capacity is so tight that its drops would show: generation is dropless.
     moe = {"capacity": {"train_factor": 0.25}, "bias": BIAS}
     return tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
 
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Of a model that writes small letters: only their logits are not 0."""
+    """Parameters of a model that writes small letters: all other logits are 0."""
     params = dict(tiny_state(config).params)
     letters = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz")
     is_letter = np.isin(np.arange(params["head"].shape[1]), letters)
@@ -73,7 +73,7 @@ def test_a_low_temperature_is_greedy(params, config):
 
 
 def test_of_a_long_prompt_the_last_window_is_seen(params, config):
-    """16 tokens: texts that agree on their last 16 bytes go on alike."""
+    """16 tokens: texts with the same last 16 bytes continue alike."""
     end = "the quick brown "
     assert len(end) == config.data.sequence_length
     settings = {"temperature": 0.0, "num_tokens": 4}
@@ -96,7 +96,7 @@ def test_one_string_is_no_list(params, config, prompts, stop, message):
 
 @pytest.mark.parametrize("prompt", ["", "ab", "0123456789abcde", "0123456789abcdef"])
 def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
-    """The beginning of a document and the prompt; of more than 16 tokens, the last 16."""
+    """It sees the start of a document and the prompt, cut to the last 16 tokens."""
     shown = []
 
     def prefill(serving, prompts, **kwargs):
@@ -111,7 +111,7 @@ def test_what_the_model_is_shown(params, config, monkeypatch, prompt):
 
 
 def test_a_text_that_outgrows_the_context_goes_on_from_its_last_half(params, config, monkeypatch):
-    """Of 16 tokens: 15 are read, the 16th is seen by the last token of this context."""
+    """Of 16 tokens, 15 are read first. The last token drawn in this context also sees the 16th."""
     shown = []
 
     def prefill(serving, prompts, **kwargs):
@@ -130,7 +130,7 @@ def test_a_text_longer_than_the_window_goes_on(params, config):
 
 
 def test_the_end_of_a_document_ends_the_text(params, config):
-    """A head that likes the end of a document best, after three other tokens."""
+    """The head draws the end of a document in place of one letter."""
     text = sample(params, config, "ab", temperature=0.0)
     third = TOKENIZER.encode(text[2])[0]
     ends = {**params, "head": params["head"].at[:, TOKENIZER.eos_id].set(params["head"][:, third])}
@@ -150,7 +150,7 @@ def pieces_of(params, config, **settings):
 
 
 class Letters:
-    """A tokenizer of bytes that are text."""
+    """A tokenizer whose ids are bytes of UTF-8."""
 
     def decode(self, ids):
         return bytes(ids).decode("utf-8", errors="replace")
@@ -160,8 +160,8 @@ class Letters:
     ("stop", "tokens", "shown"),
     [
         ((), ["a", "b"], ["a", "b"]),
-        ((), ["caf\xc3", "\xa9!"], ["caf", "é!"]),  # half a character waits
-        (("END",), ["xE", "N", "yE"], ["x", "", "ENy"]),  # what may be a stop string waits
+        ((), ["caf\xc3", "\xa9!"], ["caf", "é!"]),  # half a character is held back
+        (("END",), ["xE", "N", "yE"], ["x", "", "ENy"]),  # a possible stop string is held back
         (("END",), ["xE", "ND more"], ["x", ""]),
         (("b", "ab"), ["ab"], [""]),
     ],
@@ -182,7 +182,7 @@ def test_nothing_is_added_when_nothing_is_asked_for(params, config):
 
 @pytest.mark.parametrize("group_size", [8, 64])
 def test_groups_do_not_matter(params, config, group_size):
-    """Half a window, and four: generation has one sequence, and is dropless."""
+    """Groups of half a window and of four windows: generation has one sequence, and is dropless."""
     moe = {"group_size": group_size, "bias": BIAS}
     other = tiny_config({"model": {"tie_embeddings": False, "parts": {"moe": moe}}})
     expected = sample(params, config, "ab", temperature=0.0)
@@ -196,7 +196,7 @@ def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_trainin
 
     soft = model_of(router="soft", run_experts="auto", group_size=8)
     assert anew.in_groups_of(16, soft) == soft
-    # Parameters may have the shape of another group's, and are not of it.
+    # Parameters may have the shapes of another group size without belonging to it.
     same_shapes = model_of(router="soft", run_experts="auto", group_size=8, capacity={"slots": 2})
     assert anew.in_groups_of(16, same_shapes) == same_shapes
     choice = model_of(router="expert_choice", group_size=8)
@@ -240,7 +240,7 @@ def test_branches_of_whole_layers_are_regrouped_too():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_padded_ids_are_never_sampled(params, config, temperature):
-    """A vocabulary of 512 for the 384 ids of bytes, and the padding is far likelier than any."""
+    """The vocabulary has 512 ids for 384 byte ids, and padded ids are by far the likeliest."""
     padded = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
     wider = {
         "embedding": jnp.pad(params["embedding"], ((0, 128), (0, 0))),
@@ -252,7 +252,7 @@ def test_padded_ids_are_never_sampled(params, config, temperature):
 
 
 def test_a_padded_vocabulary_of_pieces_samples_text(tmp_path):
-    """Untrained, of 2,048 ids for a tokenizer of 600: most of what it would say is padding."""
+    """Untrained, with 2,048 ids for a tokenizer of 600: most unmasked draws would be padding."""
     path = tmp_path / "pieces.model"
     train_tokenizer.train(
         open_corpus("embedded"), str(path), vocab_size=600, heldout_fraction=0.03, max_bytes=60_000

@@ -1,4 +1,4 @@
-"""What only DeepSeek's files have: multi-token modules, selection biases, scales of blocks."""
+"""Only in DeepSeek's files: multi-token modules, selection biases, scales of blocks."""
 
 import dataclasses
 import json
@@ -23,19 +23,19 @@ CASE = CASES[NAME]
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
-    """Products in float32 as transformers has them."""
+    """Products in float32, as in transformers."""
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """The files of a model that predicts later tokens."""
+    """The files of a model with multi-token modules."""
     return write_model(tmp_path_factory.mktemp("multi_token") / "hf", CASE)
 
 
 def later_of(config, params, tokens):
-    """Logits of the modules, [D, B, L, V]."""
+    """Logits of the multi-token modules, [D, B, L, V]."""
     params = dict(params)
     state = params.pop("state")
     call = Call(tokens_BL=jnp.asarray(tokens), capacity=0.0)
@@ -43,7 +43,7 @@ def later_of(config, params, tokens):
 
 
 def rewritten(directory, tmp_path, change=lambda name, values: values, **settings):
-    """The model with other tensors, left out where `change` gives None, and other settings."""
+    """The model with other tensors and settings; drops a tensor if `change` returns None."""
     files, path = TensorFiles(directory), tmp_path / "hf"
     path.mkdir()
     values = {name: change(name, files.read(name)) for name in files.tensors}
@@ -67,7 +67,7 @@ def test_modules_predict_what_transformers_predicts(directory):
 
 
 def test_files_without_the_modules_are_read_without_them(directory, tmp_path, caplog):
-    """As transformers writes them, whatever config.json says."""
+    """Such files are what transformers writes, whatever config.json states."""
 
     def left_out(name, values):
         return None if name.startswith(("model.layers.2.", "model.layers.3.")) else values
@@ -86,7 +86,7 @@ def test_a_module_with_a_head_of_its_own_is_refused(directory, tmp_path):
 
 
 def test_selection_biases_stay_in_float32(directory, tmp_path):
-    """Their steps of 0.001 would be lost in bfloat16, and transformers keeps them too."""
+    """bfloat16 would lose their steps of 0.001; transformers keeps float32 too."""
     config, params = moe_jax.from_hf(directory, dtype="bfloat16")
     assert params["head"].dtype == jnp.bfloat16
     assert params["state"]["moe"]["bias_E"].dtype == jnp.float32
@@ -106,7 +106,7 @@ def test_a_scale_is_of_128_rows_and_columns():
 
 
 def quantised(tensors):
-    """Matrices of attention and experts in float8, with scales of powers of two beside them."""
+    """Quantises matrices of attention and experts to float8, with scales that are powers of two."""
     for one in tensors:
         values = one.make()
         if "_proj" not in one.name or values.ndim != 2:
@@ -146,7 +146,7 @@ def test_other_blocks_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
 def test_no_shared_expert_is_written_as_none_of_them(name):
-    """For null, transformers refuses to load the file."""
+    """With null, transformers refuses to load the file."""
     family = load_family(name)
     model = family.read({**CASES[name].settings, "n_shared_experts": None})
     assert model.part["moe"].shared_expert_dim == family.written(model)["n_shared_experts"] == 0
@@ -165,7 +165,7 @@ def test_a_deepseek_v2_is_always_interleaved():
 
 
 def test_dense_layers_may_be_between(tmp_path):
-    """moe_layer_freq of the published code; the first dense layers come on top."""
+    """moe_layer_freq of the published code, in addition to the first dense layers."""
     family = load_family("deepseek_v3")
     settings = {**CASE.settings, "num_nextn_predict_layers": 0, "num_hidden_layers": 6}
     model = family.read({**settings, "first_k_dense_replace": 1, "moe_layer_freq": 2})

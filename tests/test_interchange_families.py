@@ -1,6 +1,6 @@
 """Every family against transformers: logits, experts, gradients, files, padding.
 
-The quick tests read oracles that `python -m tests.save_oracles` saved; the slow ones run
+The quick tests read oracles saved by `python -m tests.save_oracles`. The slow tests run
 transformers itself.
 """
 
@@ -30,20 +30,20 @@ NAMES = [
 
 
 def slow(*names):
-    """These as parameters of slow tests."""
+    """These cases as parameters of slow tests."""
     return [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
-    """Products in float32 as transformers has them."""
+    """Products in float32, as in transformers."""
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The directory, config and parameters of a case, by name; each is read once."""
+    """Returns the directory, config and parameters of a case by name; each is read once."""
     made = {}
 
     def model(name: str):
@@ -57,7 +57,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(models):
-    """The logits and the record of a case, by name; each is computed once."""
+    """Returns the logits and the record of a case by name; each is computed once."""
 
     @functools.cache
     def output(name: str):
@@ -96,7 +96,7 @@ def test_logits_and_experts_are_those_of_transformers(name, models, outputs):
 
 
 def experts_in_order(config, recorded) -> np.ndarray:
-    """The experts of every token, [MoE layers in order, B * L, K], sorted for each token."""
+    """Experts of every token, [MoE layers in order, B * L, K], sorted per token."""
     by_layer = {}
     for part, layers in config.model.moe_layers.items():
         for layer, index in zip(layers, recorded.choices[part].expert_index, strict=True):
@@ -157,14 +157,14 @@ def test_gradients_are_those_of_transformers(name, models, tmp_path):
         a, b = (np.asarray(at(tree, leaf.path), np.float64) for tree in (ours, theirs))
         assert np.linalg.norm(b) > 0, leaf.path
         if name == "llama4_maverick" and leaf.key == "nope/bk":
-            # Without positions it adds the same to all scores of a query: this is rounding.
+            # Without positions it adds the same to all scores of a query: only rounding is left.
             assert max(np.linalg.norm(a), np.linalg.norm(b)) < 1e-6
             continue
         assert np.linalg.norm(a - b) <= 5e-4 * np.linalg.norm(b), leaf.path
 
 
 def gradients_in_torch(torch, path, case: Case, weights, folder):
-    """A directory in which every tensor is the gradient of its parameter."""
+    """A directory whose tensors are the gradients of the parameters."""
     model = load_in_torch(path)
     logits = run_in_torch(model, case).logits
     (logits * torch.from_numpy(weights)).sum().div(case.tokens().size).backward()
@@ -172,7 +172,7 @@ def gradients_in_torch(torch, path, case: Case, weights, folder):
 
 
 def has_router_loss(case: Case) -> bool:
-    """Whether transformers has a loss of the routers of this family."""
+    """Whether transformers has a router loss for this family."""
     parts = case.family.model(Reader(case.settings)).moe_parts.values()
     return any(isinstance(loss, HuggingFaceLoadBalance) for part in parts for loss in part.losses)
 

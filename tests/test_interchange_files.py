@@ -1,4 +1,4 @@
-"""Model directories that are not whole: every message names the tensor or the file."""
+"""Broken model directories: every error names the tensor or the file."""
 
 import dataclasses
 import json
@@ -34,12 +34,12 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def model(whole, tmp_path):
-    """A copy of it to break."""
+    """A copy of the model to break."""
     return pathlib.Path(shutil.copytree(whole, tmp_path / "hf"))
 
 
 def rewrite(model, **changed):
-    """Writes the tensors of a model again, each as it is in `changed`; None leaves it out."""
+    """Rewrites a model with the tensors in `changed`; None drops a tensor."""
     files = TensorFiles(model)
     values = {name: files.read(name) for name in files.tensors} | changed
     kept = {name: value for name, value in values.items() if value is not None}
@@ -123,7 +123,7 @@ def test_several_files_are_one_model(whole, tmp_path):
     assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
     _, again = moe_jax.from_hf(tmp_path / "hf")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, again))
-    (tmp_path / "hf" / INDEX).unlink()  # files alone are enough
+    (tmp_path / "hf" / INDEX).unlink()  # the index is optional
     moe_jax.from_hf(tmp_path / "hf")
 
 
@@ -177,7 +177,7 @@ def test_numbers_stay_as_stored_unless_a_dtype_is_asked_for(whole, tmp_path):
 
 
 def test_tensors_that_no_dtype_is_given_for_have_the_most_common_one(whole, tmp_path):
-    """As those of experts that were read side by side and are written one by one."""
+    """For example, experts read from one tensor and written one by one."""
     config, params = moe_jax.from_hf(whole)
     dtypes = {GATE: "float32", "one": "bfloat16", "two": "bfloat16"}
     moe_jax.to_hf(config, params, tmp_path / "hf", dtype=dtypes)
@@ -250,7 +250,7 @@ def test_layouts_by_hand():
 
 
 def test_a_directory_is_whole_or_absent_when_its_writer_is_killed(tmp_path):
-    """What every command that makes a model writes with: convert, upcycle, quantise and others."""
+    """Every command that makes a model writes this way: convert, upcycle, quantise and others."""
     code = """
 import os, pathlib, signal, sys
 from moe_jax.files import whole_or_absent

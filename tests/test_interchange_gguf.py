@@ -1,4 +1,4 @@
-"""GGUF files: the same model as in the layout of Hugging Face, and its tokenizer."""
+"""GGUF files: the same model as in the Hugging Face layout, and its tokenizer."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def gguf_name(name):
 
 
 def in_pairs(weight, heads):
-    """As llama.cpp stores queries and keys: of each head, one row of either half in turn."""
+    """Rows as llama.cpp stores queries and keys: per head, one row of each half in turn."""
     rows = weight.reshape(heads, 2, -1, weight.shape[1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
 
@@ -64,7 +64,7 @@ def write_gguf(path, tensors, architecture="llama", expert_count=0, **others):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model in both layouts."""
+    """A model in both layouts, and its GGUF tensors."""
     folder = tmp_path_factory.mktemp("gguf")
     files = TensorFiles(write_model(folder / "hf", CASE))
     tensors = {}

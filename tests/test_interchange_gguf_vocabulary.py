@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: llama.cpp gives a text the ids that this library gives it."""
+"""Tokenizers of GGUF files: llama.cpp and this library give a text the same ids."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def model():
 
 
 def check_ids(model, tokenizer, folder, text=TEXT):
-    """The ids of the text, behind the one that begins a document."""
+    """Checks that llama.cpp gives the text this library's ids, after the start of a document."""
     words = vocabulary(tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, 512)
     assert len(words["tokenizer.ggml.tokens"]) == len(words["tokenizer.ggml.token_type"]) == 512
     pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
@@ -74,7 +74,7 @@ def test_letters_of_bytes_are_those_of_gpt2():
 
 
 def bpe(folder, found):
-    """A byte-level BPE with merges, that splits texts by these patterns."""
+    """A byte-level BPE with merges that splits texts by these patterns."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     kinds = tokenizers.pre_tokenizers
     splits = {
@@ -100,7 +100,7 @@ def bpe(folder, found):
 
 @pytest.mark.parametrize("found", PATTERNS, ids=PATTERNS.get)
 def test_byte_level_bpe(found, model, tmp_path):
-    """Of gpt-4o, llama.cpp knows no combining marks, and no capitals beyond ASCII."""
+    """In gpt-4o, llama.cpp handles no combining marks and no capitals beyond ASCII."""
     text = TEXT
     if PATTERNS[found] == "gpt-4o":
         text = TEXT.replace("\u00dcn\u00efC\u00f6de", "").replace("e\u0301", "")
@@ -108,7 +108,7 @@ def test_byte_level_bpe(found, model, tmp_path):
 
 
 def fallback(folder, normalizers=(), pre_tokenizer=None):
-    """A BPE with byte fallback and few merges, behind what changes a text before it."""
+    """A BPE with byte fallback and few merges, after these changes to the text."""
     letters = sorted({one for one in TEXT if one.isascii() and one.isalnum()})
     merges = [("\u2581", "a"), ("l", "e"), ("le", "a"), ("lea", "r"), ("i", "n"), ("a", "r")]
     words = [
@@ -139,7 +139,7 @@ def fallback(folder, normalizers=(), pre_tokenizer=None):
 
 
 def test_byte_fallback(model, tmp_path):
-    """Spaces are U+2581; what there is no token for is bytes. Merges go by rank."""
+    """Spaces are U+2581. Characters without a token become bytes. Merges go by rank."""
     tokenizer = fallback(tmp_path)
     assert len(tokenizer.encode(" learn")) == 3  # " ", "lear" and "n"
     check_ids(model, tokenizer, tmp_path, TEXT.replace("\u2581", ""))
@@ -195,7 +195,7 @@ def run_of(model, tokenizer, objective):
     [({"family": "mixtral"}, True), ({"made_by": "upcycle"}, False), (None, False)],
 )
 def test_an_imported_model_has_the_ids_of_its_tokenizer(model, tmp_path, origin, as_file):
-    """Which puts a space in front, and no bos; what was trained here has seen the opposite."""
+    """An imported tokenizer prepends a space and no bos; models trained here saw the opposite."""
     tokenizer = fallback(tmp_path, [tokenizers.normalizers.Prepend("\u2581")])
     if origin is not None:
         (tmp_path / "imported.json").write_text(json.dumps(origin))
@@ -252,7 +252,7 @@ def test_what_llama_cpp_cannot_split_is_named(tmp_path):
 
 
 def test_the_command(model, tmp_path, capsys):
-    """A run with a tokenizer of fewer ids than the model, and a template of its own for chats."""
+    """A run with its own chat template, and a tokenizer with fewer ids than the model."""
     (workdir := tmp_path / "run").mkdir()
     tokenizer, template = bpe(tmp_path, ("regex",)), tmp_path / "own.jinja"
     template.write_text("{{ messages[0]['content'] }}")

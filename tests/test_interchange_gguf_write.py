@@ -1,4 +1,4 @@
-"""Models written as GGUF files: what llama.cpp computes from them, and what is refused."""
+"""Models written as GGUF files: what llama.cpp computes from them, and refusals."""
 
 import dataclasses
 
@@ -22,10 +22,10 @@ WORDS = {
     "tokenizer.ggml.token_type": [1] * VOCAB,
     "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
 }  # fmt: skip
-# A case of `hf_families`, and what of its settings llama.cpp would compute otherwise.
+# Cases of `hf_families`, each with the settings that llama.cpp would compute differently.
 SILU, EPSILON, NO_BIAS = {"hidden_act": "silu"}, {"rms_norm_eps": 1e-6}, {"attention_bias": False}
 FAMILIES = {
-    "llama_biases": SILU,  # of queries and keys too, with Llama 3's frequencies and a tied head
+    "llama_biases": SILU,  # biases of queries and keys too, Llama 3's frequencies, a tied head
     "mixtral": {},
     "gpt_oss": {"swiglu_limit": 7.0},
     "deepseek_v3": EPSILON,  # groups, selection biases
@@ -46,7 +46,7 @@ MORE_FAMILIES = {
     "granitemoeshared_none": {},
     "deepseek_v2_lite": {**EPSILON, "num_hidden_layers": 27},
     "deepseek_v3_yarn": EPSILON,
-    "deepseek_v3_multi_token": EPSILON,  # its modules stay behind
+    "deepseek_v3_multi_token": EPSILON,  # its modules are not written
 }
 
 
@@ -60,7 +60,7 @@ def read(case, folder):
 
 
 def logp(config, params, ids):
-    """float64 [L, V], of the token behind each of a sequence."""
+    """float64 log-probabilities [L, V] of the token after each position."""
     [logits_LV] = moe_jax.build(config).apply({"params": params}, np.array([ids], np.int32))
     logits_LV = np.asarray(logits_LV, np.float64)
     return logits_LV - np.logaddexp.reduce(logits_LV, axis=-1, keepdims=True)
@@ -74,11 +74,11 @@ def logp(config, params, ids):
     ],
 )
 def test_llama_cpp_computes_the_same(name, settings, tmp_path):
-    """Greedy tokens, and log-probabilities of the whole vocabulary before each of them.
+    """Compares greedy tokens, and log-probabilities of the whole vocabulary before each of them.
 
     They span 4 to 17 nats and agree to 2e-5 in models of 2 and 3 layers: float32's 6e-8 times the
-    size of logits, times some tens of sums in another order. Depth adds up: 27 layers get 3e-4. A
-    cache in float16, or one pair of features turned the wrong way, is 1e-2 off or more.
+    size of logits, times some tens of reordered sums. Errors grow with depth: 27 layers reach 3e-4.
+    A float16 cache, or one pair of features rotated the wrong way, is off by 1e-2 or more.
     """
     pytest.importorskip("xllamacpp", reason="no llama.cpp: pip install xllamacpp")
     case = changed(name, settings)
@@ -138,7 +138,7 @@ def test_a_dense_model_comes_back_bit_for_bit(llama, tmp_path):
 def test_layouts_by_hand():
     rows = np.arange(8)  # two heads of four: halves 0, 1 and 2, 3 become pairs 0, 2 and 1, 3
     assert Paired(2, AS_IS).write(rows).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    columns = np.arange(6)[None]  # of two heads: two of keys, one of values
+    columns = np.arange(6)[None]  # two heads, each with two columns of keys and one of values
     assert OfHeads(2, 0, 2, latent_first=True).write(columns).tolist() == [[[0, 1]], [[3, 4]]]
     assert OfHeads(2, 2, 3, latent_first=False).write(columns).tolist() == [[[2]], [[5]]]
     assert OfHeads(2, 0, 2, latent_first=True).shape((1, 6)) == (2, 1, 2)
@@ -155,7 +155,7 @@ def test_layouts_by_hand():
     ],
 )
 def test_formats(format, matrix, head, odd, tmp_path):
-    """Rows of 32 are blocks, those of 12 are not; routers and norms stay exact."""
+    """Rows of 32 form blocks, rows of 12 do not; routers and norms stay exact."""
     config, params = read(CASES["mixtral"], tmp_path)
     to_gguf(config, params, tmp_path / "model.gguf", WORDS, format=format)
     tensors = gguf.GGUFReader(str(tmp_path / "model.gguf")).tensors
@@ -167,7 +167,7 @@ def test_formats(format, matrix, head, odd, tmp_path):
     assert wide % 32 and types["blk.0.ffn_down_exps.weight"] == odd
     found = GGUFFile(tmp_path / "model.gguf").read("blk.1.ffn_up_exps.weight")
     wanted_EHM = np.swapaxes(params["stack"]["unit"]["0"]["moe"]["experts"]["wi"][1], 1, 2)
-    # Half a step over the largest number of a block; 4 bits go from -8 to 7, so a whole one at 8.
+    # Half a step relative to a block's largest number; 4 bits span -8 to 7, so a whole step at 8.
     steps = {"F32": 0, "F16": 2**-11, "Q8_0": 2**-8, "Q4_0": 2**-3}
     largest = np.abs(wanted_EHM).max()
     assert np.abs(found - wanted_EHM).max() <= steps[format] * largest

@@ -1,4 +1,4 @@
-"""Grok-1 against its formulas in NumPy: transformers does not have it.
+"""Grok-1 against its formulas in NumPy, because transformers lacks it.
 
 Source of the formulas: `model.py` and `run.py` of xai-org/grok-1.
 """
@@ -25,14 +25,14 @@ HEADS, KV_HEADS, HEAD_DIM, CAP = 4, 2, 8, 3.0
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
-    """Products in float32 as NumPy has them."""
+    """Products in full float32."""
     with jax.default_matmul_precision("highest"):
         yield
 
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """The directory, the config and the parameters."""
+    """The directory, config and parameters."""
     path = write_model(tmp_path_factory.mktemp("grok") / "hf", CASE)
     return (path, *moe_jax.from_hf(path))
 
@@ -51,13 +51,13 @@ def rotated(x_LND):
 
 
 def softmax(x):
-    """Over the last dim."""
+    """Softmax over the last dim."""
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
 
 
 def attended(w, x_LM):
-    """Attention: capped scores, of two query heads for one key head."""
+    """Attention with capped scores and several query heads per key head."""
     length = len(x_LM)
     q, k, v = (
         (x_LM @ w[f"attn.{one}_proj.weight"].T).reshape(length, -1, HEAD_DIM) for one in "qkv"
@@ -73,7 +73,7 @@ def attended(w, x_LM):
 
 
 def mixed(w, x_LM):
-    """The two best experts of every token, weighted by their share of all; and which they are."""
+    """Output of each token's two best experts, weighted by probability, and their indices."""
     probabilities = softmax(x_LM @ w["moe_block.gate.weight"].T)
     chosen = np.argsort(-probabilities, axis=-1)[:, :2]
     out = np.zeros_like(x_LM)

@@ -23,7 +23,7 @@ def packed(name: str):
 
 
 def published(directory):
-    """The tiny model with packed experts, in every layer the same."""
+    """The tiny model with packed experts, equal in every layer."""
     write_model(directory, CASE)
     files = TensorFiles(directory)
     values = {name: files.read(name) for name in files.tensors}
@@ -39,7 +39,7 @@ def to_write(name, value):
 
 
 def test_numbers_by_hand():
-    """The lower half of a byte comes first; the scale 126 is one half; rows become columns."""
+    """A byte's lower half comes first. Scale 126 means one half. Rows become columns."""
     blocks = np.zeros((1, 2, 1, 16), np.uint8)
     blocks[0, 0, 0, :2] = 0xF7, 0x8A  # 6, -6; -1, -0
     blocks[0, 1, 0, 15] = 0x30  # the last but one is 0, the last 1.5

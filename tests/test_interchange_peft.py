@@ -1,4 +1,4 @@
-"""Adapters in the layout of PEFT: by hand, against what PEFT does with them, and the command."""
+"""Adapters in the layout of PEFT: by hand, against PEFT's own results, and the command."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from moe_jax.training.imported import save_imported
 from moe_jax.weights.low_rank import ADAPTERS, Adapters, LowRank
 from tests.hf_families import CASES, write_model
 
-# Every family with a layout for PEFT; that of the experts of DBRX has none.
+# Every family with a layout for PEFT. DBRX's experts have none.
 FAMILIES = (
     "mixtral", "gpt_oss", "switch", "t5_gated", "llama", "qwen2_moe", "qwen3_moe", "olmoe",
     "deepseek_v2", "deepseek_v3", "granitemoe", "granitemoeshared", "jamba", "phimoe",
@@ -28,7 +28,7 @@ FAMILIES = (
 
 
 def adapted(directory, name, names=("all",), per_expert=True):
-    """A tiny model with adapters that learned: its config and parameters."""
+    """A tiny model with non-zero adapters: its config and parameters."""
     config, params = moe_jax.from_hf(write_model(directory, CASES[name]))
     state = params.pop(STATE, None)
     adapters = Adapters(names, rank=2, alpha=3.0, per_expert=per_expert)
@@ -49,7 +49,7 @@ def adapted(directory, name, names=("all",), per_expert=True):
 
 
 def delta(config, a, b, name, shape):
-    """What PEFT adds to a tensor, by the formulas of its documentation, in float64."""
+    """What PEFT adds to a tensor, by its documented formulas, in float64."""
     rank = config["rank_pattern"].get(name, config["r"])
     scale = config["alpha_pattern"].get(name, config["lora_alpha"]) / rank
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -75,7 +75,7 @@ def tensors(path):
      pytest.param("qwen2_moe", True, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_an_adapter_adds_what_merging_adds(name, per_expert, tmp_path):
-    """The merged model in the layout of Hugging Face, less the plain one."""
+    """It equals the merged model minus the plain one, in the Hugging Face layout."""
     config, params = adapted(tmp_path / "hf", name, ("attention", "experts"), per_expert)
     to_peft(config, params, tmp_path / "peft", base="hf")
     said = json.loads((tmp_path / "peft" / CONFIG).read_text())
@@ -94,7 +94,7 @@ def test_an_adapter_adds_what_merging_adds(name, per_expert, tmp_path):
             expected = (weight.dense() - weight.base)[i].T
             np.testing.assert_allclose(delta(said, a, b, module, (1, 1)), expected, atol=1e-5)
         experts = f"model.layers.{i}.mlp.experts"
-        # Gate and up lie in one tensor, around which that of down stands.
+        # Gate and up share one tensor. The adapter of down wraps the adapter of that tensor.
         wg, wi, wo = (layer["moe"]["experts"][key] for key in ("wg", "wi", "wo"))
         plus = [np.swapaxes((w.dense() - w.base)[i], 1, 2) for w in (wg, wi, wo)]
         places = (
@@ -112,7 +112,7 @@ def test_an_adapter_adds_what_merging_adds(name, per_expert, tmp_path):
 
 
 @pytest.mark.slow
-# PEFT compares patterns with modules alone; they apply to parameters too, as the logits say.
+# PEFT compares patterns only with modules. They apply to parameters too, as the logits show.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,7 +140,7 @@ def test_peft_gives_the_logits_of_the_adapted_model(name, tmp_path):
 
 
 def test_a_family_that_cannot_say_the_model_is_refused(tmp_path):
-    """As convert --to-hf does: nothing is left out in silence."""
+    """Like convert --to-hf, it drops nothing silently."""
     config, params = adapted(tmp_path / "hf", "mixtral", ("attention",))
     for family in ("llama", "olmoe"):
         with pytest.raises(ValueError, match=f"written as {family} if"):
@@ -188,7 +188,7 @@ def test_the_command_writes_the_adapters_of_a_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["convert", f"--workdir={run}", f"--to-peft={out}"])
     assert "is there already" in capsys.readouterr().err
-    # Adapters on the quantised import are of the same model; those on one made of it are not.
+    # Adapters on the quantised import belong to the same model. Those on an upcycled one do not.
     for made_by, base in (("quantise", str(hf)), ("upcycle", None)):
         save_imported(tmp_path / made_by, config, params, {}, {}, {
             "made_by": made_by, "source": str(tmp_path / "base")

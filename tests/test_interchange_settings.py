@@ -1,4 +1,4 @@
-"""What a config.json says beside the sizes of a model: lengths, bases, and how training goes on."""
+"""Settings of a config.json other than sizes: lengths, rotary bases, and later training."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from tests.hf_others import LONGROPE
 
 # Not in transformers.
 OF_OTHERS = {"grok-1", "kimi_k2"}
-# No rotary positions, another name of the length, or not in transformers.
+# No rotary positions, another name for the length, or not in transformers.
 WITHOUT_LENGTH = {"jamba", "dbrx", "t5", "switch_transformers"} | OF_OTHERS
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
@@ -34,7 +34,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_scaling": {**LINEAR, "rope_theta": 5e5}, "rope_theta": 3e5}, 5e5, LinearScaling(2)),
         ({"rope_scaling": LINEAR, "rope_theta": 3e5}, 3e5, LinearScaling(2.0)),
         ({"rope_parameters": {"rope_theta": 7e5}, "rope_theta": 3e5}, 7e5, None),
-        (  # of both the older one counts, alone
+        (  # of both, only the older one counts
             {"rope_parameters": {"rope_theta": 7e5}, "rope_scaling": LINEAR}, 1e4, LinearScaling(2)
         ),
         ({"rope_parameters": None, "rope_scaling": {}}, 1e4, None),
@@ -73,10 +73,10 @@ def test_what_a_file_leaves_out_is_as_in_transformers_or_named_in_an_error(name)
     transformers = pytest.importorskip("transformers")
     theirs = json.loads(transformers.CONFIG_MAPPING[name]().to_json_string(use_diff=False))
     if name == "deepseek_v2":
-        theirs["num_experts_per_tok"] = 6  # null there, with which no model runs
+        theirs["num_experts_per_tok"] = 6  # null there, but no model runs with null
     family = load_family(name)
     model = family.read(theirs)
-    # The default of dt_rank depends on the width: "auto" here, resolved there.
+    # The default of dt_rank depends on the width: "auto" here, a number there.
     for setting in set(theirs) - ({"mamba_dt_rank"} if name == "jamba" else set()):
         rest = {one: value for one, value in theirs.items() if one != setting}
         try:
@@ -104,7 +104,7 @@ def test_files_that_transformers_refuses_are_not_written():
 
 
 def test_the_original_length_of_phimoe_is_that_of_its_scaling():
-    """`PhimoeConfig.validate_rope` sets the one beside it to that, or to the longest."""
+    """`PhimoeConfig.validate_rope` sets the outer length to that one, or to the maximum."""
     beside = {"max_position_embeddings": 64, "original_max_position_embeddings": 12}
     for inner, expected in ((16, 16), (None, 64)):
         scaling = {**LONGROPE, "long_factor": [2.0] * 6, "original_max_position_embeddings": inner}
@@ -133,7 +133,7 @@ def test_a_scaling_without_its_factors_is_refused_by_name(scaling, said):
     ],
 )
 def test_settings_in_a_setting_that_nobody_reads_are_named(name, settings, unread, caplog):
-    """Of a Reader of their own nobody asked for them."""
+    """Nested settings have a Reader of their own, and no code asked it for them."""
     given = dict(CASES[name].settings)
     if "text_config" in settings:
         given = {"model_type": "llama4", "text_config": given}
@@ -147,7 +147,7 @@ def test_settings_in_a_setting_that_nobody_reads_are_named(name, settings, unrea
 
 
 def test_kimi_k2_is_a_deepseek_v3(caplog):
-    """Its config.json has that class of transformers and another model_type."""
+    """Its config.json names that class of transformers, but another model_type."""
     settings = {**CASES["deepseek_v3"].settings, "model_type": "kimi_k2", "ep_size": 1}
     family = load_family("kimi_k2")
     assert family is load_family("deepseek_v3")
@@ -156,7 +156,7 @@ def test_kimi_k2_is_a_deepseek_v3(caplog):
 
 
 def test_a_fraction_of_a_head_turns_only_if_frequencies_are_scaled():
-    """With rope_type "default" all dims turn in transformers, whatever the fraction says."""
+    """With rope_type "default", transformers turns all dims, whatever the fraction."""
     with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
         read_rotary(Reader({"partial_rotary_factor": 0.5}), 8)
     assert read_rotary(Reader({"partial_rotary_factor": 0.5, "rope_scaling": LINEAR}), 8).dim == 4
@@ -187,7 +187,7 @@ def test_the_weights_of_router_losses_are_written(name):
 def test_the_length_of_a_context_comes_out_as_it_came_in(name, length, setting, tmp_path):
     case = Case({**CASES[name].settings, setting: length}, quick=False)
     hf = write_model(tmp_path / "hf", case)
-    if name == "llama4_scout":  # as published: those of the text model lie in an object
+    if name == "llama4_scout":  # as published: an object holds the text model's settings
         text = json.loads((hf / "config.json").read_text())
         (hf / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
     assert main(["convert", f"--from-hf={hf}", f"--workdir={tmp_path / 'run'}"]) == 0
@@ -214,7 +214,7 @@ SPARSE = [
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_an_import_is_dropless_if_the_published_model_is(name):
-    """Those of Switch and its successors have a capacity as a part of the model."""
+    """Switch and its successors have a capacity as part of the model."""
     case = CASES[name]
     for part in case.family.model(Reader(case.settings)).moe_parts.values():
         dropless = [part.capacity_factor(training) == 0 for training in (True, False)]
@@ -222,7 +222,7 @@ def test_an_import_is_dropless_if_the_published_model_is(name):
 
 
 def test_training_goes_on_with_the_published_forward_pass(tmp_path):
-    """Skewed routers would overload experts of a capacity."""
+    """Skewed routers would overload experts with a capacity."""
     config, params = moe_jax.from_hf(write_model(tmp_path / "hf", CASES["mixtral"]))
     router = params["stack"]["unit"]["0"]["moe"]["router"]
     router["weight"] = router["weight"].at[..., 0].mul(20.0)
@@ -242,7 +242,7 @@ def weights(name, **settings):
 
 
 def test_a_gpt_oss_without_windows_says_nothing_of_them():
-    """For a window of null, transformers fails in the forward pass."""
+    """With a window of null, the forward pass of transformers fails."""
     family, settings = load_family("gpt_oss"), CASES["gpt_oss"].settings
     full = ["full_attention"] * settings["num_hidden_layers"]
     assert "sliding_window" not in family.written(family.read({**settings, "layer_types": full}))

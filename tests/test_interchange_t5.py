@@ -1,6 +1,6 @@
-"""What of T5 and Switch differs from other families: two lengths, older files, heads, losses.
+"""What differs between T5 or Switch and other families: two lengths, older files, heads, losses.
 
-The cases of `hf_families` hold both to what all families are held to.
+The cases of `hf_families` check both like all other families.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def exact_products():
 
 
 def write(directory, arrays, settings):
-    """A directory of these tensors."""
+    """Writes a directory with these tensors and settings."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(settings))
     tensors = [
@@ -104,9 +104,9 @@ def test_an_older_untied_switch_has_one_table_for_both_stacks(tmp_path):
         ({}, None, True, True),
         ({"tie_word_embeddings": False}, None, False, False),
         ({"tie_word_embeddings": False}, {"lm_head.weight"}, False, False),
-        # transformers 5 ties a head that the files do not have, and never scales it then ...
+        # transformers 5 ties a head that the files lack, and then never scales it ...
         ({"tie_word_embeddings": False}, set(), True, False),
-        # ... and writes version 1.1 in this way, with or without a head of its own.
+        # ... and writes version 1.1 this way, with or without its own head.
         ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, set(), True, False),
         (
             {"tie_word_embeddings": True, "scale_decoder_outputs": False},
@@ -123,7 +123,7 @@ def test_a_head_of_t5_is_tied_or_scaled(settings, tensors, tied, scaled):
 @pytest.mark.parametrize(
     ("sizes", "layers"),
     [
-        # Every second, every third; of none transformers makes the second layer, of too many none.
+        # Every second, every third. For 0, transformers makes layer 1 sparse; for too many, none.
         ({"num_layers": 5, "num_sparse_encoder_layers": 2}, [1, 3]),
         ({"num_layers": 7, "num_sparse_encoder_layers": 2}, [1, 4]),
         ({"num_layers": 11, "num_sparse_encoder_layers": 3}, [1, 4, 7, 10]),

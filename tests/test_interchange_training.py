@@ -1,7 +1,7 @@
-"""Every family as a model of ours: it trains, shards, scans, and sees what it may see.
+"""Every family as a model of this library: training, sharding, scans and causality.
 
-One model per family and set of parts, at random initial values. Values against transformers are in
-`test_interchange_families`.
+One model per family and set of parts, with random initial values. `test_interchange_families`
+compares values with transformers.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 from tests.hf_families import CASES, VOCAB
 
-# The first case of each family; one of the two parts of Jamba, and one of each kind of attention,
-# are in them.
+# The first case of each family. Together they have one of Jamba's two parts, and each kind of
+# attention.
 NAMES = [
     next(name for name, case in CASES.items() if case.settings["model_type"] == family)
     for family in FAMILIES
     if family in {case.settings["model_type"] for case in CASES.values()}
 ]
-ROUNDING = 2e-5  # of the largest number of an array: float32 sums in another order
+ROUNDING = 2e-5  # relative to the largest number of an array: float32 sums in another order
 
 
 def model_of(name):
@@ -41,9 +41,9 @@ def model_of(name):
 
 @functools.cache
 def batch(sequences=8, length=16):
-    """Random tokens; two documents in the first row, padding on the left of the second.
+    """Random tokens: two documents in the first row, left padding in the second.
 
-    An encoder reads other tokens in the same places; a model without one does not.
+    Encoders read other tokens at the same places; models without an encoder ignore them.
     """
     random = np.random.RandomState(1)
     tokens = random.randint(3, VOCAB, (sequences, length + 1))
@@ -61,7 +61,7 @@ def batch(sequences=8, length=16):
 
 
 def draw(model):
-    """Parameters and state, with routers that tell tokens apart."""
+    """Parameters and state, with routers that distinguish tokens."""
     specs = model.specs()
     params = init_parameters(jax.random.key(0), specs)
     state = init_parameters(jax.random.key(1), model.state_specs())
@@ -73,7 +73,7 @@ def draw(model):
 
 
 def gradients(model, params, state):
-    """The gradient of the training loss, balance losses included, without noise."""
+    """The gradient of the training loss, including balance losses, without noise."""
 
     def loss(params):
         totals = batch_totals(batch(), model)
@@ -158,7 +158,7 @@ def test_no_logit_depends_on_a_later_token(name):
     one, other = logits(tokens), logits(changed)
     np.testing.assert_allclose(one[:, :split], other[:, :split], atol=1e-5, rtol=0)
     assert np.abs(one[:, split:] - other[:, split:]).max() > 1e-2
-    # The same layers may stand in an encoder, which sees both sides if any mixer of theirs does.
+    # In an encoder, the same layers see both sides if any of their mixers does.
     stack = dataclasses.replace(model.stack, causal=False)
     encoder = dataclasses.replace(model, stack=stack)
     assert encoder.looks_ahead(training=False)

@@ -1,6 +1,6 @@
-"""A command that is stopped by a signal: one line, at once, exit code 128 + signal; real processes.
+"""A signal stops a command at once, with one line and exit code 128 + signal; real processes.
 
-The quick cases stop a stand-in command, whose phases are those of the real ones.
+The quick cases stop a stand-in command with the phases of real ones.
 """
 
 import os
@@ -17,7 +17,7 @@ from moe_jax.training.saved import CHECKPOINTS
 from tests.parallel_job import environment
 from tests.tiny_run import ROOT, tiny_flags
 
-# What a phase of a command is to a signal, behind the first import of moe_jax in `python -m`.
+# Phases of a command as a signal meets them, after `python -m` has first imported moe_jax.
 PHASES = {
     "import": "print('here', flush=True); import time; time.sleep(60)",
     "a call of C that does not come back": (
@@ -32,7 +32,7 @@ PHASES = {
 
 
 def command(code):
-    """What `python -m moe_jax.NAME` does: it imports the package while it looks for the module."""
+    """A process like `python -m moe_jax.NAME`: finding the module already imports the package."""
     return [
         sys.executable,
         "-c",
@@ -139,7 +139,7 @@ def test_a_connection_that_breaks_in_a_thread_of_others_does_not(error):
 
 
 def deferring(code):
-    """A command with something unsaved until the first signal, which it then takes its time for."""
+    """A command with unsaved work, which takes its time to save after the first signal."""
     return command(
         "import signal, time\nfrom moe_jax import interrupts\n"
         "interrupts.say_before_end(lambda: 'last good step: 7')\n"
@@ -164,7 +164,7 @@ def test_a_signal_while_something_is_unsaved_is_left_to_its_handler_and_a_second
 
 
 def test_a_signal_that_comes_from_two_sides_is_one(monkeypatch):
-    """Such as SIGTERM of a SLURM step, from the scheduler and from the sweep that ends its runs."""
+    """For example, the scheduler and the sweep both send SIGTERM to a SLURM step."""
     ended = []
     monkeypatch.setattr(interrupts, "end_by", ended.append)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -182,7 +182,7 @@ def test_a_signal_that_comes_from_two_sides_is_one(monkeypatch):
 
 @pytest.fixture(scope="module")
 def endless():
-    """Flags of a run without an end."""
+    """Flags of an endless run."""
     return tiny_flags(num_steps=10**6, checkpoint_every=5)
 
 
@@ -190,7 +190,7 @@ def endless():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 3, 5, 8, 12, 20])
 def test_a_run_is_stopped_at_any_moment(endless, tmp_path, seconds, number):
-    """So many seconds after `moe_jax` takes signals, however long Python took to start."""
+    """The delay counts from when `moe_jax` takes signals, however long Python took to start."""
     code = (
         f"import runpy; sys.argv += {[*endless, f'--workdir={tmp_path}/run']}\n"
         "print('here', flush=True); runpy.run_module('moe_jax.train', run_name='__main__')"
