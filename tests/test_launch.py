@@ -1,4 +1,4 @@
-"""The scripts of launch/: linted, rendered, and run against stand-ins for gcloud and srun."""
+"""The scripts of launch/: linted, rendered, and run with stand-ins for gcloud and srun."""
 
 import os
 import pathlib
@@ -17,7 +17,7 @@ LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")
 TPU = {"NAME": "moe", "PROJECT": "my-project", "ZONE": "us-east5-a", "SHARED": "10.0.0.2:/share"}
-# What a shell must not take apart, expand or run.
+# Text that a shell must not split, expand or run.
 ODD = "--config.data.corpus=a b'c\"d$HOME`id`;!*\\"
 
 
@@ -36,9 +36,9 @@ def run(script, *arguments, environment=None, check=True):
 
 
 def dry(script, *arguments, environment=None):
-    """The commands of a dry run, as lists of arguments."""
+    """Returns the commands of a dry run, each as a list of arguments."""
     said = run(script, "--dry_run", *arguments, environment=environment).stdout
-    # A line feed inside an argument is printed as $'\n', which shlex does not know.
+    # A newline inside an argument is printed as $'\n', which shlex cannot parse.
     echo = 'eval "set -- $1"; printf "%s\\0" "$@"'
     return [
         subprocess.run(
@@ -49,7 +49,7 @@ def dry(script, *arguments, environment=None):
 
 
 def stand_in(directory, name, text):
-    """An executable that takes the place of a program."""
+    """Writes an executable that replaces a program, and returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / name
     path.write_text("#!/usr/bin/env bash\n" + text)
@@ -153,7 +153,7 @@ def test_what_is_missing_or_wrong_is_refused_by_name(script, arguments, environm
 
 
 def test_odd_values_arrive_as_they_are(tmp_path):
-    """Through gcloud's one string of a remote command, whose shell takes it apart again."""
+    """A remote command is one string to gcloud, and the remote shell splits it again."""
     assert dry("slurm.sbatch", ODD, environment={"VENV": "/a b"})[0][3:] == [
         "/a b/bin/python", "-u", "-m", "moe_jax.train", "--processes=auto", ODD,
     ]  # fmt: skip
@@ -170,7 +170,7 @@ def test_odd_values_arrive_as_they_are(tmp_path):
 
 
 def gcloud_here(directory):
-    """A stand-in for gcloud that runs the remote command here: a PATH that begins with it."""
+    """Writes a gcloud that runs the remote command here, and returns a PATH that starts with it."""
     stand_in(
         directory, "gcloud",
         'for word; do case $word in --command=*) command=${word#--command=};; esac; done\n'
@@ -194,7 +194,7 @@ def test_variables_that_env_names_reach_the_run_and_no_dry_run_shows_them(tmp_pa
 
 @pytest.mark.parametrize("killed_by", ["", "tar", "mv"])
 def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_by):
-    """Whole, or killed as it unpacks or moves: the next one makes it whole."""
+    """Complete, or killed while it unpacks or moves: the next installation completes it."""
     home, bin_directory = tmp_path / "home", tmp_path / "bin"
     path = gcloud_here(bin_directory)
     results = "experiments/balance/results.jsonl"
@@ -205,14 +205,14 @@ def test_an_installation_replaces_the_code_and_keeps_the_runs(tmp_path, killed_b
         one.parent.mkdir(parents=True, exist_ok=True)
         one.write_text("x")
     stand_in(home / "venv" / "bin", "python", "")
-    stand_in(bin_directory, "python3", "")  # pip and uv
+    stand_in(bin_directory, "python3", "")  # for pip and uv
     source = tmp_path / "source"
     for name in ("moe_jax/__init__.py", ".gitignore", "runs/a/checkpoint", "configs/a.py", results):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("new")
     archive = ["tar", "-czf", str(home / "moe_jax.tar.gz"), "-C", str(source), "."]
     subprocess.run(archive, check=True)
-    stand_in(bin_directory, "git", "")  # which packs
+    stand_in(bin_directory, "git", "")  # packs the archive
     environment = TPU | {"HOME": str(home), "PATH": path}
     if killed_by:
         program = stand_in(bin_directory, killed_by, "kill -9 $PPID\n")
@@ -234,7 +234,7 @@ def wait_until(condition):
 
 
 def test_a_run_on_a_host_is_stopped_by_sigterm_and_started_only_once(tmp_path):
-    """The stand-in for gcloud runs the remote command here, in a home of its own."""
+    """The stand-in for gcloud runs the remote command here, in a separate home directory."""
     home, path = tmp_path / "home", gcloud_here(tmp_path / "bin")
     (home / "moe_jax").mkdir(parents=True)
     stand_in(
@@ -256,11 +256,11 @@ def test_a_run_on_a_host_is_stopped_by_sigterm_and_started_only_once(tmp_path):
     [
         (0, 5000, 0, False),
         (143, 200, 0, True),  # SIGTERM before the time limit
-        (143, 5000, 0, False),  # scancel, or a preemption
-        (134, 5000, 0, True),  # JAX has ended the process: another was lost
+        (143, 5000, 0, False),  # scancel or a preemption
+        (134, 5000, 0, True),  # JAX ended this process because another was lost
         (137, 5000, 4, True),
         (137, 5000, 5, False),
-        (1, 5000, 0, False),  # an error of the user
+        (1, 5000, 0, False),  # a user's error
     ],
 )
 def test_a_slurm_job_goes_on_by_itself_when_that_helps(
@@ -285,7 +285,7 @@ def test_a_slurm_job_goes_on_by_itself_when_that_helps(
     [
         ({}, "0.92 none"),
         ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5 none"),
-        ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, "none 0.6"),  # JAX refuses both
+        ({"XLA_CLIENT_MEM_FRACTION": "0.6"}, "none 0.6"),  # JAX refuses to have both set
     ],
 )
 def test_slurm_jobs_have_the_memory_that_plans_assume(tmp_path, given, said):
@@ -343,11 +343,11 @@ def test_a_jobset_has_what_a_run_relies_on(name, resource):
     assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    # The process itself gets the SIGTERM, and time to save.
+    # The training process itself receives SIGTERM, and has time to save.
     assert container["command"][:4] == ["python", "-u", "-m", "moe_jax.train"]
     assert "--processes=auto" in container["command"]
     assert pod["terminationGracePeriodSeconds"] >= 300
-    # A lost process ends its job at once, and all are made anew; an error of the user is final.
+    # A lost process ends its job at once, and all processes restart. A user's error is final.
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]

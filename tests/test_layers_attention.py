@@ -1,4 +1,4 @@
-"""Attention and its options, against a loop over queries, heads and keys in float64."""
+"""Attention and its options equal a loop over queries, heads and keys in float64."""
 
 import dataclasses
 
@@ -15,20 +15,20 @@ from moe_jax.layers.rotary_scaling import LongRope, Yarn
 from moe_jax.part import Call, Dims, Own
 from tests.tiny_run import quick_jit
 
-# Numbers near 1 after sums of some products in float32.
+# Sums of a few float32 products, with results near 1.
 FLOAT32 = 1e-5
 MODEL_DIM = 8
 
 
 def normed(x, norm, params):
-    """A norm of the last dim."""
+    """Normalises over the last dim."""
     x = x - (np.mean(x, -1, keepdims=True) if isinstance(norm, LayerNorm) else 0)
     x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + norm.epsilon)
     return x * params.get("scale", 1) + params.get("bias", 0)
 
 
 def turned(x_LND, rotary):
-    """By complex numbers; one document."""
+    """Rotates one document's tokens by complex numbers."""
     dim = rotary.dim or x_LND.shape[-1]
     frequency = rotary.base ** (-np.arange(dim // 2) / (dim // 2))
     factor = 1.0
@@ -48,7 +48,7 @@ def turned(x_LND, rotary):
 
 
 def oracle(x_LM, params, a, causal=True, bias_NLT=None, prefix=0):
-    """One document through attention; all see its first `prefix` tokens."""
+    """Attention over one document, whose first `prefix` tokens are visible to all its tokens."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     length = len(x_LM)
 
@@ -107,7 +107,7 @@ def oracle(x_LM, params, a, causal=True, bias_NLT=None, prefix=0):
 
 WEIGHTLESS = RMSNorm(epsilon=0.1, use_scale=False)
 LONG = LongRope(short_factors=(1.0, 2.0), long_factors=(3.0, 5.0), original_length=6, factor=2.0)
-# Options beside two heads of 4; whether the stack is causal.
+# Options in addition to two heads of 4, and whether the stack is causal.
 OPTIONS = {
     "plain": ({}, True),
     "encoder": ({}, False),
@@ -143,7 +143,7 @@ OPTIONS = {
     "prefix": ({"prefix": 3, "window": 2, "num_kv_heads": 1}, True),
     "prefix of an encoder": ({"prefix": 2, "softcap": 0.5, "sink": True}, False),
 }  # fmt: skip
-FIRST, SECOND, ROW = 5, 7, 14  # tokens of two documents and of a row
+FIRST, SECOND, ROW = 5, 7, 14  # tokens of two documents, and of a row
 
 
 def made(options):
@@ -157,7 +157,7 @@ def made(options):
     return attention, params, x
 
 
-# Row 0: both documents and padding. Rows 1 and 2: one document, padded on the left, on the right.
+# Row 0: both documents, then padding. Row 1: one document padded on the left. Row 2: on the right.
 SEGMENTS = np.array(
     [[1] * FIRST + [2] * SECOND + [0] * 2, [0] * 9 + [1] * FIRST, [1] * SECOND + [0] * 7], np.int32
 )
@@ -182,7 +182,7 @@ def test_a_document_gives_what_it_gives_alone_packed_or_padded(name):
 
 @pytest.mark.parametrize("name", ["grouped", "window", "chunk", "long documents"])
 def test_a_prefix_is_seen_from_both_sides(name):
-    """Of 3 tokens, in each of the documents; a window and chunks hold for it too."""
+    """The prefix is 3 tokens of each document; windows and chunks still apply to it."""
     attention, params, x = made(OPTIONS[name][0])
     marks = (SEGMENTS > 0) & (POSITIONS < 3)
     call = Call(positions_BL=POSITIONS, segments_BL=SEGMENTS, in_prefix_BL=jnp.asarray(marks))
@@ -197,7 +197,7 @@ def test_a_prefix_is_seen_from_both_sides(name):
 
 @pytest.mark.parametrize("name", [name for name, (options, _) in OPTIONS.items() if options])
 def test_an_option_changes_the_result(name):
-    """Clips, windows, caps and chunks of these cases bind, and orders of steps matter."""
+    """Clips, windows, caps and chunks take effect in these cases, and step order matters."""
     options, causal = OPTIONS[name]
     attention, params, x = made(options)
     x = x[2, :SECOND].astype(np.float64)
@@ -235,7 +235,7 @@ def test_parameters_are_those_of_the_options():
 
 
 def test_weights_by_hand():
-    """One query, two keys with scores ln 3 and 0 and the values 1 and 0."""
+    """One query; two keys with scores ln 3 and 0, and values 1 and 0."""
     q, k = jnp.ones((1, 1, 1, 1)), jnp.log(jnp.array([3.0, 1.0])).reshape(1, 2, 1, 1)
     v, seen = jnp.array([1.0, 0.0]).reshape(1, 2, 1, 1), jnp.ones((1, 1, 1, 2), bool)
 
@@ -248,7 +248,7 @@ def test_weights_by_hand():
     assert mean(sink_N=jnp.zeros(1)) == close(3 / 5), "3 / (3 + 1 + 1)"
     assert mean(sink_N=jnp.log(jnp.array([4.0]))) == close(3 / 8)
     assert mean(bias_BNLT=jnp.log(jnp.array([1.0, 2.0])).reshape(1, 1, 1, 2)) == close(3 / 5)
-    # 0.5 tanh(2 ln 3) = 0.5 (81 - 1) / (81 + 1); a cap is of scores without the bias.
+    # 0.5 tanh(2 ln 3) = 0.5 (81 - 1) / (81 + 1). The cap applies to scores without the bias.
     capped = np.exp(0.5 * 80 / 82)
     assert mean(softcap=0.5) == close(capped / (capped + 1))
     bias = jnp.log(jnp.array([1.0, 2.0])).reshape(1, 1, 1, 2)
@@ -257,7 +257,7 @@ def test_weights_by_hand():
 
 
 def test_the_own_softmax_is_that_of_jax():
-    """A cap that does not bind and a sink that takes nothing leave the plain path."""
+    """A cap far above the scores and a sink with no weight leave the result unchanged."""
     random = np.random.default_rng(0)
     q = random.normal(size=(2, 5, 4, 3)).astype(np.float32)
     k, v = random.normal(size=(2, 2, 6, 2, 3)).astype(np.float32)
@@ -268,7 +268,7 @@ def test_the_own_softmax_is_that_of_jax():
     np.testing.assert_allclose(own, plain, rtol=FLOAT32, atol=1e-6)
     own = attend(q, k, v, seen, scale=0.7, bias_BNLT=bias, softcap=1e4)
     np.testing.assert_allclose(own, plain, rtol=FLOAT32, atol=1e-6)
-    # Values of another dim than keys: column by column the same.
+    # Values wider than keys: each column is computed alike.
     wide = attend(q, k, np.concatenate([v, 2 * v], -1), seen, scale=0.7, bias_BNLT=bias)
     np.testing.assert_allclose(wide[..., :3], plain, rtol=FLOAT32, atol=1e-6)
     np.testing.assert_allclose(wide[..., 3:], 2 * plain, rtol=FLOAT32, atol=1e-6)
@@ -283,7 +283,7 @@ EVERYTHING = Attention(
 
 @pytest.mark.parametrize("attention", [Attention(num_heads=2, head_dim=4), EVERYTHING])
 def test_no_number_is_lost_in_bfloat16(attention):
-    """Outputs and gradients are finite, with rows of padding and with scores of some thousands."""
+    """Outputs and gradients are finite with rows of padding and scores of some thousands."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda spec: jnp.asarray(8 * random.normal(size=spec.shape), jnp.float32),

@@ -1,6 +1,6 @@
-"""Which kernel computes attention, and that those of Pallas give what a float64 reference gives.
+"""The choice of attention kernel, and the Pallas kernels against a float64 reference.
 
-They run in the interpreter of Pallas: it is the code of the accelerator, and arithmetic of a CPU.
+They run in Pallas's interpreter, so the accelerator's code runs with the CPU's arithmetic.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN, TPU, "splash"),
         ("auto", PLAIN._replace(rules=Rules(True, window=4, chunk=8)), TPU, "splash"),
         ("auto", PLAIN._replace(rules=BOTH), TPU, "splash"),
-        # Without a rule about positions, they need not count up: an encoder, cross-attention.
+        # Positions need not count up if no rule reads them: an encoder, cross-attention.
         ("auto", PLAIN._replace(counts_up=False, rules=BOTH), TPU, "splash"),
         ("auto", PLAIN._replace(counts_up=False), TPU, "xla"),
         ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, window=4)), TPU, "xla"),
@@ -72,7 +72,7 @@ GPU = Machine("gpu", cudnn=92800, largest_dim=256)
         ("auto", PLAIN, GPU, "cudnn"),
         ("auto", PLAIN, GPU._replace(cudnn=None), "cudnn"),  # only planned here
         ("auto", PLAIN, GPU._replace(cudnn=0), "xla"),
-        # It reads a mask, whatever the positions.
+        # cuDNN reads a mask, so positions need not count up.
         ("auto", PLAIN._replace(counts_up=False, rules=Rules(False, chunk=4)), GPU, "cudnn"),
         ("auto", PLAIN._replace(dims=(192, 128)), GPU, "cudnn"),
         ("auto", PLAIN._replace(dims=(192, 128)), GPU._replace(largest_dim=128), "xla"),
@@ -119,7 +119,7 @@ def test_a_kernel_asked_for_by_name_does_it_or_says_what_it_cannot(kernel, task,
 
 
 def compiled_for(platform):
-    """A context in which programs are for a machine of another platform."""
+    """A context that compiles programs for another platform."""
     device = jax.sharding.AbstractDevice("planned", None, platform)
     return jax.sharding.use_abstract_mesh(
         jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
@@ -137,7 +137,7 @@ def test_an_accelerator_says_once_that_memory_is_quadratic(caplog):
 
 
 class Case(NamedTuple):
-    """Attention of two rows: documents and padding, heads and their dims."""
+    """Attention over two rows of documents and padding: its rules, heads and dims."""
 
     rules: Rules
     softcap: float | None = None
@@ -168,7 +168,7 @@ CASES = {
 
 
 def documents(length):
-    """Two packed and padding on the right; one between padding. Segments and positions."""
+    """Segments and positions: two packed documents, then padding; one document between padding."""
     first, second = length // 3, length // 2
     segments = np.zeros((2, length), np.int32)
     positions = np.zeros((2, length), np.int32)
@@ -180,7 +180,7 @@ def documents(length):
 
 
 def seen_by_hand(rules, segments, positions):
-    """Document by document, query by query."""
+    """The mask of seen keys, worked out query by query."""
     seen = np.zeros((*segments.shape, segments.shape[1]), bool)
     for row, i, j in np.argwhere(segments[:, :, None] == segments[:, None, :]):
         x, y = int(positions[row, i]), int(positions[row, j])
@@ -193,7 +193,7 @@ def seen_by_hand(rules, segments, positions):
 
 
 def dense(q, k, v, sink, seen, case, scale):
-    """The definition, head by head, in float64. A query that sees nothing gives 0."""
+    """The definition of attention, head by head, in float64. A query that sees no key gives 0."""
     heads = []
     for n in range(case.heads):
         own = n // (case.heads // case.kv_heads)
@@ -207,7 +207,7 @@ def dense(q, k, v, sink, seen, case, scale):
 
 @functools.cache
 def compared(name, kernel):
-    """Largest differences of output and gradients from the reference, and its largest numbers."""
+    """Largest differences from the reference, and its largest entries, for output and gradients."""
     case, random = CASES[name], np.random.default_rng(0)
     segments, positions = documents(case.length)
     shapes = [(case.heads, case.dim), (case.kv_heads, case.dim), (case.kv_heads, case.value_dim)]
@@ -248,7 +248,7 @@ QUICK = [*(("grouped, sinks", kernel) for kernel in PALLAS), ("several blocks", 
     ("name", "kernel"), slow_but(QUICK, list(itertools.product(CASES, ("blocks", *PALLAS))))
 )
 def test_a_kernel_is_attention(name, kernel):
-    """Output and the gradients of queries, keys, values and sinks."""
+    """The output, and the gradients of queries, keys, values and sinks."""
     for difference, largest in compared(name, kernel):
         assert difference <= FLOAT32 * max(largest, 1)
         assert largest > 0.1 or not CASES[name].sink
@@ -266,7 +266,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_seen(name, monkeypatch):
-    """A window of one key more; documents that are not told apart."""
+    """Planted faults: a window one key too wide; documents that are not separated."""
     monkeypatch.setattr(splash, *FAULTS[name])
     compared.cache_clear()
     with pytest.raises(AssertionError):
@@ -283,7 +283,7 @@ PARTS = {
 
 
 def of_part(part, *, causal=True, mesh=None):
-    """Output and gradients of two layers in a scan, whose residuals are computed again."""
+    """Output and gradients of two scanned layers with rematerialisation."""
     random = np.random.default_rng(0)
     segments, positions = documents(LENGTH)
     segments, positions = (np.concatenate([x, x]) for x in (segments, positions))
@@ -319,7 +319,7 @@ def of_part(part, *, causal=True, mesh=None):
 @pytest.mark.parametrize("kernel", PALLAS)
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_gives_the_same_by_a_kernel(name, kernel, devices):
-    """Alone and on a mesh that splits the batch and the heads."""
+    """On one device, and on a mesh that splits the batch and the heads."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if devices == 8 else None
     part = PARTS[name]
     got, expected = (
@@ -331,7 +331,7 @@ def test_a_part_gives_the_same_by_a_kernel(name, kernel, devices):
 
 
 def test_which_calls_have_positions_that_count_up():
-    """Those without positions; those of given positions say so themselves."""
+    """Positions count up if none are given, or if the call declares it."""
     x, positions = jnp.zeros((1, 3, 1)), jnp.zeros((1, 3), jnp.int32)
     given, none = EncoderInputs(positions, positions), EncoderInputs(positions)
     for call, expected in (
@@ -358,24 +358,24 @@ def test_a_part_is_resolved_for_the_machine_that_is_planned(part):
 
 
 def scores(part, kernel, length=256):
-    """The cost of scores and weighted values in bfloat16."""
+    """The cost of attention scores and weighted values in bfloat16."""
     return dataclasses.replace(part, kernel=kernel).costs(Dims(64), length, "bfloat16")[1]
 
 
 def test_a_kernel_keeps_no_scores():
-    """Four heads of 32, two of keys and values: a token, by hand."""
+    """Costs per token, by hand: four query heads of 32, two key-value heads."""
     part = Attention(num_heads=4, num_kv_heads=2, head_dim=32)
     xla, splash, cudnn = (scores(part, kernel) for kernel in ("xla", "splash", "cudnn"))
     assert xla == scores(part, "auto")
     assert xla.flops == splash.flops == cudnn.flops == 2 * 2 * 256 * 4 * 32, "the whole square"
     assert xla.saved.split == 256 * 4 * (4 + 2) and xla.batched and not splash.batched
-    # The logarithm of a sum, float32 a head; with remat "dots" the output beside it.
+    # Per head, one log-sum in float32. With remat "dots", the output too.
     assert splash.saved == (0, 4 * 4) and splash.saved_dots == (0, 4 * 32 * 2 + 4 * 4)
-    # Queries and output of four heads, keys and values of two.
+    # Queries and output for four heads, keys and values for two.
     assert splash.traffic == (0, (2 * 4 + 2 * 2) * 32 * 2)
     assert scores(part, "splash", 512).traffic == splash.traffic, "whatever the length"
     assert splash == scores(part, "triton")
-    # A row of a mask for all heads.
+    # One row of the mask, shared by all heads.
     assert cudnn.traffic == (256 * 2, splash.traffic.split)
     latent = LatentAttention(num_heads=4, nope_dim=32, rope_dim=16, value_dim=32)
     assert scores(latent, "splash").traffic.split == 2 * 4 * (48 + 32) * 2
@@ -385,7 +385,7 @@ def test_a_kernel_keeps_no_scores():
 
 
 def residuals(remat, kernel):
-    """Shapes of what the backward pass of a layer reads, its inputs left out."""
+    """Shapes of the residuals that a layer's backward pass reads, except its inputs."""
     part, x = Attention(num_heads=2, head_dim=4, kernel=kernel), jnp.ones((1, LENGTH, MODEL_DIM))
     params = jax.tree.map(lambda spec: jnp.ones(spec.shape), part.specs(Dims(MODEL_DIM)))
 
@@ -402,7 +402,7 @@ def residuals(remat, kernel):
     ("kernel", "output"), [("splash", (1, 2, LENGTH, 4)), ("triton", (1, LENGTH, 2, 16))]
 )
 def test_what_remat_keeps_of_a_kernel(kernel, output):
-    """Its output and log-sums; "full" keeps neither, so that the kernel runs twice."""
+    """The output and the log-sums; "full" keeps neither, so the kernel runs twice."""
     sums = (1, 2, LENGTH)
     for remat in ("none", "dots"):
         assert {output, sums} <= set(residuals(remat, kernel))
@@ -410,7 +410,7 @@ def test_what_remat_keeps_of_a_kernel(kernel, output):
 
 
 def test_remat_keeps_what_cudnn_gives():
-    """By the name of its primitive, which is not public."""
+    """JAX does not export cuDNN's primitive, so it is recognised by name."""
     from jax._src.cudnn import fused_attention_stablehlo as of_jax
 
     assert keeps_attention(of_jax._dot_product_attention_fwd_p_wrapper)
@@ -420,7 +420,7 @@ def test_remat_keeps_what_cudnn_gives():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_a_cache_gives_the_same_by_a_kernel(name):
-    """A prompt of five tokens, of which one row has two of padding, then one token more."""
+    """A prompt of five tokens, two of them padding in one row, then one more token."""
 
     def generated(kernel):
         part, random = dataclasses.replace(PARTS[name], kernel=kernel), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Attention with each family's settings equals that of transformers, padding on the left or not."""
+"""Attention with each family's settings equals transformers', with and without left padding."""
 
 import importlib
 from typing import Any, NamedTuple
@@ -18,22 +18,22 @@ from moe_jax.part import Call, Dims, Own
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Sums of a dozen products in float32, in two libraries.
+# Sums of a dozen float32 products, in two libraries.
 FLOAT32 = 2e-5
 BATCH, LENGTH, WIDTH, PADDING = 2, 11, 24, 3
 SHORT = (1.0, 1.5, 2.0, 4.0)
 
 
 class Family(NamedTuple):
-    """A family's attention: the module, its rotary positions, the config, our settings.
+    """One family's attention: module, config, and the equivalent settings here.
 
     Attributes:
       module: "name:Class" in transformers.models.
-      config: its settings beside the sizes.
-      ours: settings of `Attention` beside the sizes.
+      config: its settings, except the sizes.
+      ours: settings of `Attention`, except the sizes.
       mask: the function that makes the mask.
-      layer: the number of the layer.
-      left_padding: whether the family is right under it.
+      layer: the layer's index.
+      left_padding: whether the family is correct under left padding.
     """
 
     module: str
@@ -49,9 +49,9 @@ def rope(**settings):
 
 
 def phi(original_length, left_padding=True):
-    """Longrope, short or long by the length of a row.
+    """LongRoPE, with short or long factors by row length.
 
-    Transformers has the short factors in both, and takes the longest row of a batch for all.
+    Transformers uses the short factors in both cases, and decides for a batch by its longest row.
     """
     scaling = LongRope(
         short_factors=SHORT, long_factors=SHORT, original_length=original_length, factor=4.0,
@@ -120,7 +120,7 @@ FAMILIES = {
         rope() | {"use_qk_norm": True, "floor_scale": 4, "attn_scale": 0.3},
         {"rotary": None, "temperature": Temperature(floor=4, scale=0.3)},
         layer=3,
-        left_padding=False,  # transformers counts padding there
+        left_padding=False,  # transformers counts padding here
     ),
     "gpt-oss": Family(
         "gpt_oss:GptOssAttention",
@@ -151,7 +151,7 @@ FAMILIES = {
 
 
 def parameters(module, attention):
-    """A module's weights, moved off their initial values, in our tree; and in the module."""
+    """Draws a module's weights in place, and returns them as our tree."""
     random = np.random.default_rng(0)
     for parameter in module.parameters():
         drawn = random.normal(size=parameter.shape) / 3 + (0.8 if parameter.ndim == 1 else 0)
@@ -211,7 +211,7 @@ def test_decoders(name):
         "granitemoe": "GraniteMoeConfig", "phimoe": "PhimoeConfig",
     }.get(package)  # fmt: skip
     config_class = getattr(transformers, config_of) if config_of else Llama4TextConfig
-    # A key head for three queries, but where heads are of the width: DBRX and Phi.
+    # One key-value head for three queries, except DBRX and Phi: a head dim that divides the width.
     sizes = {
         "hidden_size": WIDTH, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8,
         "num_hidden_layers": 4, "max_position_embeddings": 64, "vocab_size": 16,

@@ -1,4 +1,4 @@
-"""A model whose layers carry caches from call to call: pieces of a sequence give the whole."""
+"""A model whose layers carry caches between calls: pieces of a sequence equal the whole."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH)).astype(np.
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_in_pieces(model, params, cache):
-    """The logits of calls of 3, 4 and 1 tokens; without a cache, of one call."""
+    """Logits of calls with 3, 4 and 1 tokens, or of one call if there is no cache."""
     outputs, start = [], 0
     for length in (3, 4, 1) if cache else (LENGTH,):
         now = np.s_[:, start : start + length]

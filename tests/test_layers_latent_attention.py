@@ -1,4 +1,4 @@
-"""Latent attention: the absorbed form with a cache, padding, DeepSeek's own, and its costs."""
+"""Latent attention: the absorbed form with a cache, padding, DeepSeek's own code, and costs."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from moe_jax.weights.quantised import quantise
 
 MODEL_DIM, LENGTH = 6, 9
 DIMS = Dims(MODEL_DIM)
-# Both factors of YaRN's show, on cosines and on the scale of scores: 1.05 and 1.51.
+# Both YaRN factors differ from 1: 1.05 on cosines and 1.51 on the scale of scores.
 YARN = Yarn(factor=10.0, original_length=16, fast_turns=4.0, mscale=1.3, mscale_all_dim=1.0)
 PART = LatentAttention(
     num_heads=3, q_rank=5, kv_rank=6, nope_dim=4, rope_dim=6, value_dim=5,
@@ -29,13 +29,13 @@ CLOSE = 1e-5
 
 
 def wave(shape, start):
-    """Numbers in [-1, 1] that any language computes alike."""
+    """Numbers in [-1, 1] that are the same in every language."""
     count = int(np.prod(shape))
     return np.sin(1.7 * np.arange(count) + start).reshape(shape).astype(np.float32)
 
 
 def waves(part):
-    """Parameters off their neutral values; norms in [0.5, 1.5]."""
+    """Parameters away from their neutral values; norm scales in [0.5, 1.5]."""
 
     def draw(path, spec):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -66,7 +66,7 @@ def empty_cache(batch, length=LENGTH, dtype=None):
 
 
 def test_attention_is_what_its_equations_say():
-    """Token by token in float64, by equations 9 to 19 of the paper; no scaling of positions."""
+    """Token by token in float64, by equations 9 to 19 of the paper, without position scaling."""
     part = dataclasses.replace(PART, rotary=Rotary(base=100.0, interleaved=True))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), PARAMS)
 
@@ -100,7 +100,7 @@ def test_attention_is_what_its_equations_say():
 
 @pytest.mark.parametrize("pieces", [(1,) * LENGTH, (4, 3, 1, 1)], ids=str)
 def test_the_absorbed_form_with_a_cache_is_the_plain_one(pieces):
-    """Also where a row is padded on the left: its positions begin behind the padding."""
+    """This includes a row padded on the left, whose positions start after the padding."""
     padding = np.array([0, 3])
     positions = np.arange(LENGTH) - padding[:, None]
     segments = (positions >= 0).astype(np.int32)
@@ -119,7 +119,7 @@ def test_the_absorbed_form_with_a_cache_is_the_plain_one(pieces):
     got = np.concatenate(outputs, axis=1)
     np.testing.assert_allclose(got[valid], whole[valid], rtol=CLOSE, atol=CLOSE)
     np.testing.assert_array_equal(cache["positions"][1], [-1, -1, -1, *range(6), -1, -1])
-    # A row with padding gives what its tokens give alone.
+    # The tokens of a padded row give what they give without padding.
     alone, _ = run(TOKENS[1:, 3:])
     np.testing.assert_allclose(got[1, 3:], alone[0], rtol=CLOSE, atol=CLOSE)
 
@@ -157,7 +157,7 @@ def test_documents_of_a_row_do_not_see_each_other(q_rank):
 
 @pytest.mark.parametrize("quantised", [False, True])
 def test_parting_the_matrix_is_parting_the_heads(quantised):
-    """Of many tokens the one, of few the other; weights of several arrays are parted too."""
+    """Many tokens split the matrix, few split the heads; weights of several arrays split too."""
     part = dataclasses.replace(PART, rotary=Rotary(base=100.0), use_bias=False)
     weight = jnp.asarray(wave((6, 27), 0.1))  # three heads of 4 + 5
     if quantised:
@@ -177,7 +177,7 @@ def test_parting_the_matrix_is_parting_the_heads(quantised):
 
 
 def test_one_head_of_one_dim_by_hand():
-    """Two tokens with latents 1 and 3; keys 2c, values 5c; a query of ln(3)/4 weighs them 1 : 3."""
+    """Two tokens: latents 1 and 3, keys 2c, values 5c; a query of ln(3)/4 weighs them 1 : 3."""
     one = jnp.ones((1, 1, 1, 1))
     got = absorb(
         one * np.log(3) / 4, 0 * one, jnp.array([[[1.0], [3.0]]]), jnp.array([[[7.0], [9.0]]]),
@@ -229,9 +229,9 @@ def test_heads_stay_whole_on_a_mesh():
 
 
 def deepseek(part, tokens, version):
-    """The output of DeepSeek's attention of transformers, its gradients, and that of its inputs.
+    """DeepSeek's attention in transformers: outputs, and gradients of parameters and inputs.
 
-    The gradients are of the sum of the outputs times `wave`, in the tree of our parameters.
+    The gradients are those of the sum of outputs times `wave`, in our parameter tree.
     """
     torch = pytest.importorskip("torch")
     name = f"transformers.models.deepseek_v{version}"
@@ -278,7 +278,7 @@ def deepseek(part, tokens, version):
 
 
 def ours(part, tokens):
-    """What `deepseek` gives, by the part."""
+    """The same results as `deepseek`, from our part."""
 
     @jax.jit
     def of(params, x):
@@ -311,9 +311,9 @@ def test_transformers_has_the_same_outputs_and_gradients(version, interleaved, q
     jax.tree_util.tree_map_with_path(same, got[1:], expected[1:])
 
 
-# What `deepseek(PART, TOKENS[:1], version=2)` gave with transformers 5.24 and torch 2.13: outputs
-# of two tokens, and the norms of the gradients: of the parameters, in the order of
-# `jax.tree.leaves`, and of the tokens.
+# Results of `deepseek(PART, TOKENS[:1], version=2)` with transformers 5.24 and torch 2.13: outputs
+# of two tokens, then gradient norms of the parameters, in the order of `jax.tree.leaves`, and of
+# the tokens.
 SAVED = {
     "last outputs": [
         [9.1811132, -7.2920375, -7.3020358, 9.1736898, 4.938077, -10.4461803],
@@ -344,7 +344,7 @@ def test_outputs_are_those_that_were_saved_of_transformers():
 
 @pytest.mark.slow
 def test_a_factor_of_the_softmax_that_is_left_out_is_found_out():
-    """The planted fault: YaRN with the same cosines, and no factor on the scale of the scores."""
+    """The planted fault: YaRN with the same cosines, but no factor on the scale of the scores."""
     factor = YARN.cos_sin_factor
     scaling = dataclasses.replace(YARN, attention_factor=factor, mscale=0.0, mscale_all_dim=0.0)
     faulty = dataclasses.replace(PART, rotary=dataclasses.replace(PART.rotary, scaling=scaling))

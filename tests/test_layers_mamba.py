@@ -1,4 +1,4 @@
-"""Mamba: the chunked scan, documents, padding, calls that continue, and Jamba's mixer."""
+"""Mamba: the chunked scan, documents, padding, continued calls, and Jamba's mixer."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from moe_jax.part import Call, Dims, Own
 
 MODEL_DIM, LENGTH = 4, 7
 DIMS = Dims(MODEL_DIM)
-# Chunks that do not divide the length; every option on.
+# The chunk size does not divide the length; every option is on.
 PART = Mamba(
     state_dim=3, conv_kernel=3, dt_rank=2, use_bias=True, inner_norms=True, chunk_size=5
 )  # fmt: skip
@@ -24,13 +24,13 @@ CLOSE = 2e-6
 
 
 def wave(shape, start):
-    """Numbers in [-1, 1] that any language computes alike."""
+    """Numbers in [-1, 1] that are the same in every language."""
     count = int(np.prod(shape))
     return np.sin(1.7 * np.arange(count) + start).reshape(shape).astype(np.float32)
 
 
 def waves(part):
-    """Parameters off their neutral values; norms in [0.5, 1.5]."""
+    """Parameters away from their neutral values; norm scales in [0.5, 1.5]."""
 
     def draw(path, spec):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -52,7 +52,7 @@ def run(x_BLM, segments_BL, cache=None):
 
 
 def single(x_LM):
-    """The outputs of a sequence alone, by the definition, token after token, in float64."""
+    """The outputs of one sequence by the definition, token by token, in float64."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), PARAMS)
 
     def silu(a):
@@ -79,7 +79,7 @@ def close(got, expected, scale=CLOSE):
 
 
 def check_documents():
-    """Two documents in a row, padding around each, are what they are alone."""
+    """Asserts that three documents in a row with padding give what each gives alone."""
     segments = np.array([[0, 0, 1, 1, 1, 0, 2, 2, 2, 2, 3, 3, 0]])
     x = wave((1, 13, MODEL_DIM), 0.9)
     y, _ = run(x, segments)
@@ -101,7 +101,7 @@ def test_documents_and_padding_leave_each_other_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["convolution", "scan"])
 def test_documents_that_see_each_other_are_found_out(fault, monkeypatch):
-    """The planted fault: the convolution, or the state, crosses the start of a document."""
+    """The planted fault: the convolution or the state crosses a document boundary."""
     convolution, scan = mamba.causal_convolution, mamba.selective_scan
     if fault == "convolution":
         faulty = lambda inputs, segments, *rest: convolution(inputs, segments * 0, *rest)  # noqa: E731 (a fault in one line)
@@ -115,7 +115,7 @@ def test_documents_that_see_each_other_are_found_out(fault, monkeypatch):
 
 
 def sequential(x, dt, a, b, c, starts, state):
-    """The recurrence without chunks."""
+    """The recurrence, without chunks."""
 
     def step(state, token):
         x, dt, b, c, starts = token
@@ -159,7 +159,7 @@ def test_chunks_give_the_values_and_gradients_of_the_sequential_recurrence(chunk
 
 
 def saved_for_gradients(part, length):
-    """The sizes of the arrays that the backward pass keeps of a sequence, without parameters."""
+    """Sizes of the arrays that the backward pass of a sequence keeps, except parameters."""
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), part.specs(DIMS))
     x = jnp.zeros((1, length, MODEL_DIM))
     call = Call().with_defaults(x)
@@ -173,7 +173,7 @@ def saved_for_gradients(part, length):
 
 
 def test_training_keeps_no_state_of_every_token():
-    """No array is larger than the convolution's input [W - 1 + L, H]; a state has 32 numbers."""
+    """The largest array is the convolution's input [W - 1 + L, H]; one state has 32 numbers."""
     part = Mamba(expand=16, state_dim=32, chunk_size=32)
     inner = 16 * MODEL_DIM
     short, long = (saved_for_gradients(part, length) for length in (256, 512))
@@ -206,7 +206,7 @@ def test_calls_that_continue_give_what_one_call_gives(pieces, segments):
 
 
 def test_a_row_continues_behind_its_last_token_whatever_padding_follows():
-    """A batch of prompts of 4 and 2 tokens, padded on the right; then each goes on."""
+    """Prompts of 4 and 2 tokens, padded on the right in one batch; then each continues."""
     prompt = np.repeat(TOKENS[:, :4], 2, axis=0)
     y, cache = run(prompt, np.array([[1, 1, 1, 1], [1, 1, 0, 0]], np.int32), empty_cache(2))
     following = np.concatenate([TOKENS[:, 4:6], TOKENS[:, 2:4]])
@@ -257,9 +257,9 @@ def test_costs_that_are_written_out_agree_with_a_trace(dtype):
 
 
 def jamba(tokens):
-    """The output of Jamba's mixer of transformers, its gradients, and that of its inputs.
+    """Jamba's mixer in transformers: outputs, and gradients of parameters and inputs.
 
-    The gradients are of the sum of the outputs times `wave`, in the tree of our parameters.
+    The gradients are those of the sum of outputs times `wave`, in our parameter tree.
     """
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.jamba.modeling_jamba")
@@ -296,7 +296,7 @@ def jamba(tokens):
 
 
 def ours(tokens):
-    """What `jamba` gives, by the part."""
+    """The same results as `jamba`, from our part."""
 
     @jax.jit
     def of(params, x):
@@ -323,8 +323,8 @@ def test_transformers_has_the_same_outputs_and_gradients():
     jax.tree_util.tree_map_with_path(same, got[1:], expected[1:])
 
 
-# What `jamba(TOKENS)` gave with transformers 5.24 and torch 2.13: the output, the gradient of the
-# tokens, and the norms of the parameters' gradients in the order of `jax.tree.leaves`.
+# Results of `jamba(TOKENS)` with transformers 5.24 and torch 2.13: the output, the gradient of the
+# tokens, and gradient norms of the parameters in the order of `jax.tree.leaves`.
 SAVED = {
     "y": [
         [-0.6503654, 1.4825671, 0.2683242, -1.5517112],

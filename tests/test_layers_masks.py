@@ -1,4 +1,4 @@
-"""Which keys a query sees, as tables: a row per query, a column per key, 1 for seen."""
+"""Which keys a query sees, as tables: one row per query, one column per key, 1 if seen."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +20,14 @@ def table(positions, segments=None, **rules):
     [
         ({"causal": False}, ["11111", "11111", "11111", "11111", "11111"]),
         ({"causal": True}, ["10000", "11000", "11100", "11110", "11111"]),
-        # The query's own key and the one before.
+        # The query's own key and the previous one.
         ({"causal": True, "window": 2}, ["10000", "11000", "01100", "00110", "00011"]),
         ({"causal": True, "window": 1}, ["10000", "01000", "00100", "00010", "00001"]),
-        # Of an encoder: one key on either side.
+        # In an encoder: one key on either side.
         ({"causal": False, "window": 2}, ["11000", "11100", "01110", "00111", "00011"]),
         ({"causal": True, "chunk": 3}, ["10000", "11000", "11100", "00010", "00011"]),
         ({"causal": False, "chunk": 3}, ["11100", "11100", "11100", "00011", "00011"]),
-        # Both rules hold.
+        # Both rules apply.
         ({"causal": True, "chunk": 3, "window": 2}, ["10000", "11000", "01100", "00010", "00011"]),
     ],
 )
@@ -37,7 +37,7 @@ def test_rules(rules, expected):
 
 @pytest.mark.parametrize("rule", [{}, {"window": 2}, {"chunk": 2}])
 def test_documents_of_a_row_see_what_they_see_alone(rule):
-    """Three tokens, then four, then padding; their chunks begin with the document."""
+    """Three tokens, then four, then padding; chunks start with the document."""
     row = table([0, 1, 2, 0, 1, 2, 3, 0], [1, 1, 1, 2, 2, 2, 2, 0], causal=True, **rule)
     first, second = (table(range(n), causal=True, **rule) for n in (3, 4))
     assert [line[:3] for line in row[:3]] == first
@@ -50,7 +50,7 @@ def test_documents_of_a_row_see_what_they_see_alone(rule):
 def test_padding_on_the_left_changes_nothing(rule):
     row = table([0, 0, 0, 0, 1, 2, 3], [0, 0, 0, 1, 1, 1, 1], causal=True, **rule)
     assert [line[3:] for line in row[3:]] == table(range(4), causal=True, **rule)
-    # Positions count real tokens: the same by places in the row would begin chunks elsewhere.
+    # Positions count real tokens. Chunks by place in the row would start elsewhere.
     if "chunk" in rule:
         by_place = table(range(7), [0, 0, 0, 1, 1, 1, 1], causal=True, **rule)
         assert by_place != row
@@ -66,7 +66,7 @@ def test_every_query_sees_a_key_so_that_no_softmax_is_of_nothing():
 
 
 def test_keys_of_a_cache_are_seen_by_their_positions():
-    """Two rows, of 4 and 2 tokens, each with one more; an empty place is of no document."""
+    """Two rows with 4 and 2 cached tokens and one new token each; an empty slot has no document."""
     seen = visible(
         Rules(causal=True, window=3),
         Tokens(jnp.array([[4], [2]]), jnp.array([[1], [1]])),
@@ -81,7 +81,7 @@ def test_keys_of_a_cache_are_seen_by_their_positions():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rule", [{}, {"window": 2}, {"chunk": 2}, {"chunk": 3, "window": 2}])
 def test_rules_about_places_are_those_about_positions_that_count_up(rule, causal):
-    """Documents packed, padded on either side, and begun within the text."""
+    """Documents that are packed, padded on either side, or start in the middle of their text."""
     segments = jnp.array(
         [[1, 1, 1, 2, 2, 2, 2, 0], [0, 0, 1, 1, 1, 1, 1, 1], [3, 3, 0, 1, 1, 1, 1, 1]]
     )
@@ -96,7 +96,7 @@ def test_rules_about_places_are_those_about_positions_that_count_up(rule, causal
     by_positions = visible(rules, tokens) & real
     by_places = visible(plain, Tokens(places, documents)) & real
     assert (by_places == by_positions).all()
-    # Not so with positions that restart within a document: the kernels must not be told of them.
+    # This fails if positions restart within a document, so kernels must not receive such a call.
     odd = tokens._replace(positions_BL=positions.at[0, 6].set(0))
     plain, documents = by_place(rules, odd)
     if causal or rule:

@@ -9,7 +9,7 @@ from moe_jax.layers.norms import LayerNorm, RMSNorm
 
 X = np.array([[3.0, -1.0, 1.0, 5.0]], np.float32)
 SCALE, BIAS = np.array([1.0, 2.0, -1.0, 0.5], np.float32), np.full(4, 0.25, np.float32)
-# The mean is 2, the mean square 9, the variance 5.
+# The mean is 2, the mean square 9, and the variance 5.
 ROOT, CENTERED = X / 3, (X - 2) / 5**0.5
 
 

@@ -1,4 +1,4 @@
-"""Biases of scores by buckets of relative positions, as T5 has them."""
+"""Biases of scores by T5's buckets of relative positions."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ FLOAT32 = 1e-5
 
 
 def firsts(causal, **settings):
-    """The least distance backward of each bucket."""
+    """The smallest backward distance in each bucket."""
     part = RelativePositions(**settings)
     buckets = part.buckets(-jnp.arange(400), causal=causal)
     assert (np.diff(buckets) >= 0).all()
@@ -27,12 +27,12 @@ def firsts(causal, **settings):
 
 
 def test_buckets_by_hand():
-    """Half of them are of one distance; behind, distances grow to 128 by a constant ratio."""
+    """Half the buckets hold one distance each; the rest grow by a constant ratio up to 128."""
     behind = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
     assert firsts(causal=True) == list(range(16)) + behind
-    # An encoder has half as many in either direction: 8 times 16^(k / 8).
+    # An encoder has half as many buckets per direction: 8 times 16^(k / 8).
     assert firsts(causal=False) == list(range(8)) + [8, 12, 16, 23, 32, 46, 64, 91]
-    # 2, then 2 times 4^(k / 2).
+    # The last two start at 2 times 4^(k / 2).
     assert firsts(causal=True, num_buckets=4, max_distance=8) == [0, 1, 2, 4]
 
 
@@ -83,7 +83,7 @@ def test_a_bias_is_an_entry_of_the_table():
     call = Call(causal=True).with_defaults(x)
     bias, _, _ = PART.apply(TABLE, x, call, Own())
     assert bias.shape == (1, 2, 5, 5) and bias.dtype == jnp.float32
-    # Buckets 0 to 4 of distances 0 to 4; head 1 has the odd numbers.
+    # Distances 0 to 4 are in buckets 0 to 4; head 1 has the odd numbers.
     assert bias[0, 0, 4].tolist() == [8, 6, 4, 2, 0]
     assert bias[0, 1, 4].tolist() == [9, 7, 5, 3, 1]
     bias, _, _ = PART.apply(TABLE, x, dataclasses.replace(call, causal=False), Own())
@@ -117,7 +117,7 @@ def test_packed_and_padded_documents_give_what_they_give_alone(causal):
     one = model(causal)
     params = jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32), one.specs())
     tokens = random.integers(0, 16, (2, 10)).astype(np.int32)
-    # Four and five tokens and padding; padding and six tokens.
+    # Row 0: four tokens, five tokens, padding. Row 1: padding, six tokens.
     segments = np.array([[1] * 4 + [2] * 5 + [0], [0] * 4 + [1] * 6], np.int32)
     positions = np.array([[*range(4), *range(5), 0], [0] * 4 + [*range(6)]], np.int32)
 

@@ -1,4 +1,4 @@
-"""Rotary positions, and the scalings of their frequencies."""
+"""Rotary positions, and how their frequencies are scaled."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ def test_scores_depend_on_the_distance_alone():
 
     for distance in (0, 1, 5):
         near = score(distance, 0)
-        # Angles of some thousand radians have a float32 spacing of 2e-4.
+        # Around some thousand radians, float32 angles are spaced 2e-4 apart.
         np.testing.assert_allclose(score(3000 + distance, 3000), near, atol=5e-3)
         np.testing.assert_allclose(score(7 + distance, 7), near, atol=FLOAT32)
     assert np.abs(score(5, 0) - score(0, 5)).max() > 0.1
@@ -51,7 +51,7 @@ def test_rotation_keeps_lengths_and_leaves_position_zero_alone():
 
 
 def frequencies(rotary, dim, length=2):
-    """Angles at position 1 in a document of this many tokens, and the lengths of turned pairs."""
+    """Angles at position 1 of a document with `length` tokens, and the lengths of rotated pairs."""
     x = np.zeros((1, 2, 1, dim), np.float32)
     x[..., : dim // 2] = 1  # the pairs (1, 0) become (cos, sin)
     turned = rotary.rotate(jnp.asarray(x), jnp.array([[1, length - 1]]))
@@ -79,7 +79,7 @@ def test_pairs_are_halves_or_neighbours():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("dim", [None, 6])
 def test_neighbours_turn_alike_by_a_matrix(monkeypatch, dtype, dim):
-    """As a TPU turns them: the same numbers, and the same gradients."""
+    """On a TPU a matrix rotates them, with the same outputs and gradients."""
     rotary = Rotary(base=100.0, dim=dim, interleaved=True)
     x, dy = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 5, 3, 8)), dtype)
     turn = functools.partial(rotary.rotate, positions_BL=jnp.arange(10).reshape(2, 5))
@@ -90,7 +90,7 @@ def test_neighbours_turn_alike_by_a_matrix(monkeypatch, dtype, dim):
     turned, vjp = jax.vjp(turn, x)
     assert turned.dtype == expected.dtype
     np.testing.assert_array_equal(turned, expected)
-    # Of bfloat16 the two terms of a gradient are rounded before they are added.
+    # In bfloat16 both terms of a gradient are rounded before the addition.
     rounding = 3 * float(jnp.finfo(dtype).eps) * np.abs(dy).max()
     np.testing.assert_allclose(vjp(dy)[0], expected_dx, atol=rounding)
     assert np.abs(turned - x).max() > 0.1
@@ -131,9 +131,8 @@ def test_the_setting_of_latent_attention_is_named():
         Rotary(dim=3)
 
 
-# Frequencies (radians at position 1) and the factor of cosines and sines, of 8 dims at base 10000
-# and 64 tokens of pre-training, as transformers 5.24 has them; `test_against_transformers` computes
-# them anew.
+# Frequencies (radians at position 1) and the factor on cosines and sines: 8 dims, base 10000, 64
+# tokens of pre-training, from transformers 5.24. `test_against_transformers` recomputes them.
 YARN = {"factor": 4.0, "original_length": 64, "fast_turns": 8.0, "slow_turns": 0.5}
 HUGGING_FACE_YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
@@ -273,7 +272,7 @@ def test_lengths_are_of_documents():
     ],
 )
 def test_the_length_of_one_document_is_nothing_to_another(scaling):
-    """Three tokens keep their frequencies beside five, which are longer than in pre-training."""
+    """Three tokens keep their frequencies next to five, which exceed the pre-training length."""
     rotary = Rotary(base=10.0, scaling=scaling)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 2, 4)), jnp.float32)
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]])

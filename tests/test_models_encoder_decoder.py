@@ -52,7 +52,7 @@ from tests.tiny_run import cut, quick_jit
 
 # The same float32 sums in another order, of numbers near 1.
 FLOAT32 = 2e-5
-# What depends on a token moves by far more.
+# A dependence on a token shows as a far larger change.
 MOVED = 1e-3
 VOCAB, LENGTH, ENCODER_LENGTH = 20, 6, 8
 
@@ -71,7 +71,7 @@ MODEL = EncoderDecoder(vocab_size=VOCAB, model_dim=8, parts=PARTS, encoder=ENCOD
 
 
 def values_of(specs, seed=0):
-    """Parameters near 1 over the root of their fan-in; scales near 1; routers that decide."""
+    """Random parameters of deviation 1 / sqrt(fan-in); scales have mean 1, routers are tripled."""
     random = np.random.default_rng(seed)
 
     def draw(path, spec):
@@ -112,7 +112,7 @@ def text(length, seed=0):
 
 
 PAIRS = [(text(n, n), text(m, 10 * n + m)) for n, m in ((3, 2), (4, 4), (5, 3))]
-# Rows of one and of two pairs, with padding on both sides; one row is empty.
+# Rows with one and two pairs, padded in encoder and decoder; one row is empty.
 BATCH = batch_of([PAIRS[1], PAIRS[0]], [PAIRS[2]], [(text(0), text(0))], [PAIRS[1]])
 
 
@@ -142,7 +142,7 @@ def test_cross_attention_is_softmax_over_the_memory_of_the_same_segment():
         heads = np.einsum("nt,tnd->nd", weights, v[its_memory]).reshape(-1)
         expected = heads @ params["wo"] + params["bo"]
         np.testing.assert_allclose(got[0, token], expected, atol=FLOAT32)
-    # The third text has no memory: nothing is read, not all that is there.
+    # The third text has no memory, so it reads nothing rather than everything.
     np.testing.assert_allclose(got[0, 2], params["bo"], atol=FLOAT32)
 
 
@@ -158,7 +158,7 @@ def test_a_decoder_sees_no_later_token_of_its_own_and_every_token_of_the_encoder
         changed = batch["encoder_inputs"].at[0, place].set(other["encoder_inputs"][0, place])
         moved = np.abs(logits_of(PARAMS, batch | {"encoder_inputs": changed}) - before)[0].max(-1)
         assert moved.min() > MOVED
-    assert not MODEL.looks_ahead(training=True)  # the batch-prioritised queue is the encoder's
+    assert not MODEL.looks_ahead(training=True)  # only the encoder has a batch-prioritised queue
 
 
 @pytest.mark.parametrize("left", slow_but([False], [False, True]))
@@ -193,7 +193,7 @@ def state_of(model=MODEL):
 
 @functools.partial(quick_jit, static_argnames="model")
 def loss_and_gradient(state, batch, model=MODEL):
-    """Of a batch [P, B, ...] of P microbatches, and the metrics of all."""
+    """Loss, gradient and metrics of a batch [P, B, ...] of P microbatches."""
     keys = jax.random.split(jax.random.key(0), batch["inputs"].shape[0])
     loss, grads, said = gradient(state, batch, keys, batch_totals(batch), model)
     return loss, grads, model.metrics(merge_aux(said.aux))
@@ -264,7 +264,7 @@ def test_layers_are_numbered_through_both_stacks():
 
 @pytest.mark.slow
 def test_dropout_of_the_two_stacks_is_drawn_apart():
-    # Twin stacks: what is drawn at the same place of both must differ.
+    # Twin stacks: dropout at the same place in both must differ.
     model = dataclasses.replace(MODEL, dropout_rate=0.5)
     text_of = {"tokens_BL": jnp.ones((1, 4), jnp.int32), "rng": jax.random.key(0)}
     call = Call(**text_of, encoder=EncoderInputs(text_of["tokens_BL"]))
@@ -311,7 +311,7 @@ def test_a_memory_that_is_given_replaces_the_encoder():
 
 
 def test_the_encoder_knows_nothing_of_the_decoders_cache():
-    """Neither relative positions in it, nor experts by the id before a token."""
+    """Its relative positions and its bigram-hash router do not read the cache."""
     layout = StackLayout(
         unit=(("attention", "moe"),), repeats=1, causal=False, shared=("position",)
     )

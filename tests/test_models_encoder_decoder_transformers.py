@@ -1,4 +1,4 @@
-"""T5 and Switch by settings alone equal those of transformers: logits, experts, gradients."""
+"""T5 and Switch, made by settings only, equal transformers: logits, experts and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ ENCODER, DECODER = (BATCH[name] > 0 for name in ("attention_mask", "decoder_atte
 
 
 def assert_same(got, logits, experts, kept):
-    """Where there is no padding; some tokens are dropped on either side."""
+    """Compares what is not padding; some tokens must be dropped on either side."""
     np.testing.assert_allclose(got.logits[DECODER], logits[DECODER], atol=LOGITS, rtol=LOGITS)
     valid = [ENCODER if one.shape == ENCODER.shape else DECODER for one in experts]
     for mine, theirs in ((got.experts, experts), (got.kept, kept)):
@@ -73,7 +73,7 @@ def test_equals_transformers(name):
     assert len(expected.experts) == (4 if name == "switch" else 0)
     assert_same(got, expected.logits.detach().numpy(), expected.experts, expected.kept)
 
-    # A linear function of the logits of what is no padding.
+    # A linear function of the logits that are not padding.
     weights = np.random.default_rng(5).normal(size=expected.logits.shape).astype(np.float32)
     weights *= DECODER[..., None]
     torch.sum(expected.logits * torch.from_numpy(weights)).backward()

@@ -1,4 +1,4 @@
-"""Parts that are whole layers: named alone in a stack, with branches of their own."""
+"""Parts that are whole layers, with branches of their own."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from moe_jax.part import Call
 
 ATTENTION, MLP = Attention(num_heads=2, head_dim=4), Mlp(dim=8)
 MOE = MoE(num_experts=4, num_selected_experts=2, expert_dim=8, run_experts="gather")
-# In this order, which is not that of their names.
+# In this order, not in the order of their names.
 BRANCHES = (("mlp", MLP), ("attention", ATTENTION), ("moe", MOE))
 
 
@@ -99,7 +99,7 @@ def test_branches_whose_parameters_would_have_one_name_are_refused(kind, names, 
 
 @dataclasses.dataclass(frozen=True)
 class Backwards(Layer):
-    """Sees later tokens though none of its branches does."""
+    """Declares that it looks ahead, although none of its branches does."""
 
     def looks_ahead(self, training):
         return True

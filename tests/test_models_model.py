@@ -25,7 +25,7 @@ from moe_jax.planning.arithmetic import count_flops, count_parameters
 
 # Logits near 1 after a few layers of float32 sums, in two orders of the same operations.
 FLOAT32 = 1e-5
-# bfloat16 keeps 8 bits; logits near 1 pass through about ten roundings.
+# bfloat16 keeps 8 bits; logits near 1 are rounded about ten times.
 BFLOAT16 = 0.1
 
 BATCH, LENGTH, VOCAB = 2, 8, 17
@@ -33,7 +33,7 @@ DENSE, ROUTED = ("attention", "mlp"), ("attention", "moe")
 
 
 def make_model(layers=(ROUTED, ROUTED), *, moe=None, attention=None, mlp=None, stack=None, **model):
-    """A model of these layers; those that no layer has are left out of its parts."""
+    """A model of these layers, with only the parts that they use."""
     parts = {
         "attention": Attention(**{"num_heads": 2, "head_dim": 4} | (attention or {})),
         "mlp": Mlp(**{"dim": 12} | (mlp or {})),
@@ -58,7 +58,7 @@ ONE_SEGMENT = np.ones((BATCH, LENGTH), np.int32)
 
 
 def init(model, seed=0):
-    """Parameters near 1 over the square root of their fan-in, biases and scales included."""
+    """Random parameters of deviation 1 / sqrt(fan-in); scales have mean 1, routers are tripled."""
     random = np.random.default_rng(seed)
 
     def draw(path, spec):
@@ -87,7 +87,7 @@ def run(
 
 
 def in_order(model, params):
-    """The parameters of the layers, one by one, in order."""
+    """The parameters of each layer, in layer order."""
     stack, layout = params["stack"], model.stack
     layers = [stack["first"][str(i)] for i in range(len(layout.first))]
     for repeat in range(layout.repeats):
@@ -97,7 +97,7 @@ def in_order(model, params):
 
 
 def each_layer(change, params):
-    """The parameters with those of each layer changed; stacked ones have a dim in front."""
+    """Applies `change` to each layer's parameters; repeated layers have a leading dim."""
     stack = {
         segment: {i: change(layer) for i, layer in params["stack"][segment].items()}
         for segment in SEGMENTS
@@ -106,7 +106,7 @@ def each_layer(change, params):
 
 
 def dropped(out):
-    """The share of the choices of each layer that were dropped, [X, K]."""
+    """The fraction of dropped choices per layer, [X, K]."""
     sums = out.aux["moe"].sums
     return dropped_fraction(sums["assigned_KE"], sums["kept_KE"])
 
@@ -231,9 +231,9 @@ def test_norms_and_biases_are_where_the_config_says(norm, bias):
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
 def influence(params, model, segments, positions, capacity):
-    """[L, L]: the gradient of the logits at t with respect to the token at s.
+    """The largest gradient of the logits at t with respect to the token at s, [L, L].
 
-    Every position has a token of its own, so that the rows of the embedding stand for positions.
+    Every position has its own token, so rows of the embedding correspond to positions.
     """
     call = Call(
         tokens_BL=jnp.arange(LENGTH)[None],
@@ -262,7 +262,7 @@ DOCUMENTS = np.array([1, 1, 1, 2, 2, 3, 0, 0]), np.array([0, 1, 2, 0, 1, 0, 0, 1
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_of_a_sequence_do_not_see_each_other(causal):
-    """In an encoder, a stack that is not causal, a position sees the rest of its document too."""
+    """In an encoder, whose stack is not causal, a position also sees the rest of its document."""
     model = make_model(tie_embeddings=False, stack={"causal": causal})
     segments, positions = DOCUMENTS
     seen = influence(init(model), model, segments, positions, 0.0)
@@ -296,7 +296,7 @@ def test_padding_is_not_routed():
     params = init(model)
     out = run(params, model, TOKENS, POSITIONS, segments)
     assert out.aux["moe"].sums["num_tokens"].tolist() == [10, 10]
-    # Nor does what stands there change anything before it.
+    # The content of padding changes nothing before it.
     other = np.where(segments > 0, TOKENS, 0)
     same = run(params, model, other, POSITIONS, segments)
     close(same.logits_BLV[:, :5], out.logits_BLV[:, :5])
@@ -307,7 +307,7 @@ def test_bfloat16_computes_with_float32_parameters_router_and_logits():
     model = make_model(compute_dtype="bfloat16")
     assert {spec.dtype for spec in jax.tree.leaves(model.specs())} == {jnp.float32}
 
-    # All experts alike, so that a choice that flips at a near-tie does not matter.
+    # Experts are identical, so a choice that flips at a near-tie does not matter.
     def alike(layer):
         experts = {
             name: np.broadcast_to(weight[:, :1], weight.shape)
@@ -321,7 +321,7 @@ def test_bfloat16_computes_with_float32_parameters_router_and_logits():
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(out.aux)}
     assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
     close(out.logits_BLV, exact.logits_BLV, BFLOAT16)
-    assert np.abs(out.logits_BLV - exact.logits_BLV).max() > 1e-4  # it did compute in bfloat16
+    assert np.abs(out.logits_BLV - exact.logits_BLV).max() > 1e-4  # the computation was in bfloat16
     grads = jax.jit(jax.grad(lambda p: jnp.mean(run(p, model).logits_BLV[..., 3])))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
@@ -355,7 +355,7 @@ def test_embeddings_are_dropped_and_the_rest_scaled_up():
 
 
 def test_layers_draw_their_own_randomness():
-    # Routers of zero: noise alone decides, so that a key shared by layers would give equal counts.
+    # With zero routers only noise decides, so a key shared by layers would give equal counts.
     noisy = {"router": TokenChoice(noise=(Gaussian(stddev=1.0),))}
     model = make_model((ROUTED,) * 4, moe=noisy)
     params = jax.tree_util.tree_map_with_path(
@@ -385,7 +385,7 @@ def test_capacity_is_the_calls_or_that_of_every_part():
 
 
 def test_evaluation_may_select_more_experts_than_training():
-    """It is then the model of that K, capacity and gates included; training is not touched."""
+    """Evaluation then equals a model of that K, its capacity and gates too. Training does not."""
     model = make_model(moe={"num_selected_experts": 1, "eval_num_selected_experts": 3})
     more, params = make_model(moe={"num_selected_experts": 3}), init(model)
     out, expected = (run(params, m, capacity=0.75) for m in (model, more))
@@ -399,7 +399,7 @@ def test_a_selection_bias_steers_its_own_layer():
     model = make_model(moe={"bias": SignUpdate(rate=0.1)})
     assert model.state_specs()["moe"]["bias_E"].shape == (2, 4)
     bias = np.zeros((2, 4), np.float32)
-    bias[1, 3] = 100.0  # the second MoE layer gives everyone expert 3
+    bias[1, 3] = 100.0  # in the second MoE layer all tokens get expert 3
     assigned_XKE = run(init(model), model, bias=bias).aux["moe"].sums["assigned_KE"]
     assert assigned_XKE[1, :, 3].sum() == BATCH * LENGTH
     assert assigned_XKE[0, :, 3].sum() < BATCH * LENGTH
@@ -467,7 +467,7 @@ def test_parameters_by_hand():
     )  # fmt: skip
     count = count_parameters(model, LENGTH)
     assert count.embedding == 17 * 8 and count.head == 0
-    # Queries and output 8 x 8, keys and values 8 x 4, and two norms of 4; twice.
+    # Each of the two layers: queries and output 8 x 8, keys and values 8 x 4, and two norms of 4.
     assert count.attention == 2 * (2 * 64 + 2 * 32 + 2 * 4)
     assert count.dense_ffn == 2 * 8 * 12
     assert count.experts == 4 * 3 * 8 * 6 and count.active_experts == 2 * 3 * 8 * 6
@@ -486,14 +486,15 @@ def test_flops_by_hand():
         attention={"num_kv_heads": 1}, mlp={"activation": Gelu()},
     )  # fmt: skip
     flops = count_flops(model, LENGTH)
-    # A multiply-add is two. Projections 192 weights, scores and values 8 keys x 8 dims each.
+    # A multiply-add is two FLOPs. Projections have 192 weights; scores and weighted values take 8
+    # keys x 8 dims each.
     assert flops.attention == 2 * (2 * 192 + 2 * 2 * 8 * 8)
     expert = 2 * 3 * 8 * 6
-    assert flops.dense_ffn == 2 * 2 * 8 * 12 + expert  # and the shared expert
+    assert flops.dense_ffn == 2 * 2 * 8 * 12 + expert  # plus the shared expert
     assert flops.experts == 2 * expert
-    # ceil(8 * 2 * 1.25 / 4) = 5 slots an expert, 20 slots for 8 tokens: 2.5 a token.
+    # ceil(8 * 2 * 1.25 / 4) = 5 slots per expert, so 20 slots for 8 tokens: 2.5 per token.
     assert flops.padding == 0.5 * expert
-    # Dispatch and combine: 8 tokens x 20 slots x 8 dims each, for 8 tokens.
+    # Dispatch and combine each cost 8 tokens x 20 slots x 8 dims, for 8 tokens.
     assert flops.dispatch == 2 * 2 * 20 * 8
     assert flops.router == 2 * 8 * 4
     assert flops.head == 2 * 8 * 17

@@ -32,14 +32,14 @@ DROPLESS = {
 
 
 def make(model=None, **moe):
-    """A run with two modules, and its state."""
+    """A config with two modules, and its state."""
     settings = {"multi_token": MODULES, "vocab_size": 300, "parts": {"moe": {**DROPLESS, **moe}}}
     config = tiny_config({"model": settings | (model or {})})
     return config, tiny_state(config)
 
 
 def make_dense():
-    """The same of MLPs alone."""
+    """The same with MLPs only."""
     model = {
         "multi_token": {"depth": DEPTH, "layer": ("mlp",)}, "vocab_size": 300,
         "parts": {"attention": None, "moe": None, "mlp": {"kind": "mlp", "dim": 8}},
@@ -68,7 +68,7 @@ def later(config, state, call):
 def test_weights_and_targets_by_hand():
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
     weights = jnp.array([[1, 1, 0, 0.5, 1, 1, 0, 0]], jnp.float32)
-    # Module 1 at position j has the target of j + 1, if both are of one document and both count.
+    # Module 1 at j predicts the target of j + 1, if both are in one document and both count.
     assert later_weights(weights, segments, 1).tolist() == [[1, 0, 0, 0, 1, 0, 0, 0]]
     assert later_weights(weights, segments, 2).tolist() == [[0, 0.5, 0, 0, 0, 0, 0, 0]]
     assert later_weights(weights, segments, 9).tolist() == [[0] * 8]
@@ -77,7 +77,7 @@ def test_weights_and_targets_by_hand():
 
 
 def test_modules_of_one_mlp_equal_numpy():
-    """Without attention a position is computed by itself."""
+    """Without attention, positions are independent."""
     config, state = make_dense()
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), state.params)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 7))
@@ -165,7 +165,7 @@ def test_the_loss_is_the_mean_over_modules_and_the_cross_entropy_is_reported_alo
     expected = parts.cross_entropy + trunk + 0.3 * np.mean(nats) + modules
     np.testing.assert_allclose(loss, expected, **FLOAT32)
 
-    # Two layers, and then two modules, which have metrics and a bias of their own.
+    # Two layers, then two modules with metrics and a bias of their own.
     metrics = StepMetrics(0, 0, 0, 0, config.model.metrics(parts.aux))
     row = metrics_row(metrics, config.model.layers_of)
     assert row["multi_token/layer_03/loss"] == pytest.approx(nats[1], rel=1e-5)
@@ -227,7 +227,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(sizes):
 
 @pytest.mark.slow
 def test_modules_equal_those_of_transformers():
-    """Two modules of Mixtral's layer, on a model of one; each from what the one before gave."""
+    """Two modules with Mixtral's layer on a one-layer model; each reads the previous output."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from transformers.cache_utils import MtpCache
@@ -359,7 +359,7 @@ def test_plans_count_the_modules_apart():
     assert with_modules.by_convention() == without.by_convention()
     flops, plain = count_flops(model, length), count_flops(bare, length)
     assert flops.head == 2 * plain.head
-    assert flops.experts == plain.experts * 1.5  # three layers in place of two
+    assert flops.experts == plain.experts * 1.5  # three layers instead of two
     assert flops.other == 2 * 2 * 16 * 16
 
 

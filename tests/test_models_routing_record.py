@@ -1,4 +1,4 @@
-"""Recording what routers decide, and routing by a record."""
+"""Recording the decisions of routers, and routing by a record."""
 
 import functools
 import re
@@ -34,7 +34,7 @@ from tests.tiny_run import DENSE, MLP, cut, quick_jit, tiny_batch, tiny_config, 
 BATCH, LENGTH, MODEL_DIM = 2, 6, 4
 VALID = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], bool)
 
-# Routers whose choices, or which of them count, come about in different ways.
+# Routers that differ in how they choose, or in which choices count.
 ROUTERS = {
     "softmax after top-k": TokenChoice(score=SoftmaxOverSelected()),
     "top-p": TokenChoice(top_p=0.6, renormalize=True),
@@ -66,7 +66,7 @@ def make_block(router=None, seed=0):
 
 @functools.partial(quick_jit, static_argnames=("moe", "record"))
 def run_block(params, x, moe, replay=None, record=False):
-    """Output, aux, and gradients of a loss that all losses of the block are part of."""
+    """Output, aux, and gradients of a loss that includes all losses of the block."""
     call = Call(
         segments_BL=jnp.asarray(VALID, jnp.int32), rng=jax.random.key(3), record=record,
         tokens_BL=jnp.arange(BATCH * LENGTH).reshape(BATCH, LENGTH),
@@ -92,11 +92,11 @@ def test_a_block_told_its_own_choices_does_the_same(name):
     assert aux_again.choices is None
     got = (again, y_again, aux_again)
     silent = aux._replace(choices=None, logits_BLE=None)
-    # Two programs, whose sums the compiler may order in two ways.
+    # These are two programs, so the compiler may order their sums differently.
     same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     jax.tree.map(same, got, (grads, y, silent))
 
-    # The record is what was counted, choice by choice, before and after drops.
+    # The record equals the counts, choice by choice, before and after drops.
     counted = (("assigned_KE", choices.chosen), ("kept_KE", choices.kept))
     for counts, mask_BLK in counted:
         one_hot = jax.nn.one_hot(choices.expert_index, 4, dtype=int) * mask_BLK[..., None]
@@ -105,7 +105,7 @@ def test_a_block_told_its_own_choices_does_the_same(name):
     if name not in BALANCED:
         assert 0 < choices.kept.sum() < choices.chosen.sum()
 
-    # Other parameters: the same experts, other gates, and a gradient for the router.
+    # Other parameters give the same experts and other gates, and the router has a gradient.
     other = jax.tree.map(lambda a: 1 - a, params)
     grads, (_, aux) = run_block(other, x, moe, choices, record=True)
     np.testing.assert_array_equal(aux.choices.expert_index, choices.expert_index)
@@ -134,10 +134,10 @@ def test_gates_of_a_replay_are_those_of_the_chosen_experts():
 
     plain = [[0.4, 0.3], [0.1, 0.4], [0.2, 0]]
     np.testing.assert_allclose(gates_of(), plain, rtol=1e-6)
-    # Whatever thinned the choices out, a policy leaves the gates as they were over both, ...
+    # Gates are renormalised over both choices, even if one of them does not count, ...
     renormalized = [[4 / 7, 3 / 7], [1 / 5, 4 / 5], [2 / 5, 0]]
     np.testing.assert_allclose(gates_of(renormalize=True), renormalized, rtol=1e-6)
-    # ... and top-p renormalises over what it left.
+    # ... but top-p renormalises over the choices that it kept.
     renormalized[2] = [1, 0]
     np.testing.assert_allclose(gates_of(renormalize=True, top_p=0.5), renormalized, rtol=1e-6)
 
@@ -181,7 +181,7 @@ def run_training(state, batch, model, num_parts=1):
 
 
 def changed(record, **fields):
-    """The record with other choices of its part."""
+    """The record with other choices for its part."""
     part = record.parts["moe"]
     choices = part.choices._replace(**fields)
     return record._replace(parts={"moe": part._replace(choices=choices)})
@@ -189,7 +189,7 @@ def changed(record, **fields):
 
 @pytest.mark.slow
 def test_training_by_a_models_own_record_changes_nothing():
-    """Nor does cutting the batch into parts, each with its share of the record."""
+    """Neither does cutting the batch into parts, each with its share of the record."""
     config, state, batch = make_model()
     model = config.model
     places = {"positions_BL": batch["positions"], "segments_BL": batch["segment_ids"]}
@@ -197,7 +197,7 @@ def test_training_by_a_models_own_record_changes_nothing():
     own = run_training(state, batch, model)
     again = run_training(state, batch | record.batch_fields(model), model)
     jax.tree.map(np.testing.assert_array_equal, again, own)
-    # A record that is not the model's own, so that ignoring a part of it would show.
+    # A record that differs from the model's own choices, so ignoring part of it would show.
     other = changed(record, expert_index=3 - record.parts["moe"].choices.expert_index)
     whole = run_training(state, batch | other.batch_fields(model), model)
     parts = run_training(state, batch | other.batch_fields(model), model, 4)
@@ -296,7 +296,7 @@ def test_a_record_of_another_model_is_refused():
 
 @pytest.mark.slow
 def test_parts_of_other_sizes_are_recorded_and_replayed_beside_each_other(tmp_path):
-    """Four experts, top 2, and one of two, top 1, in the order in which the model has them."""
+    """Layers alternate between four experts with top 2, and two experts with top 1."""
     pair = {"kind": "moe", "num_experts": 2, "expert_dim": 8}
     stack = {"unit": [SPARSE, ["attention", "pair"]], "repeats": 2}
     config = tiny_config({"model": {"parts": {"pair": pair}, "stack": stack}})

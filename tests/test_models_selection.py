@@ -1,4 +1,4 @@
-"""Parameters are chosen by component and by part, and a wrong name lists what there is."""
+"""Names select parameters by component and by part; an unknown name lists what exists."""
 
 import jax
 import pytest
@@ -11,7 +11,7 @@ SPECS = from_config_dict(st_moe.get_config("tiny,smoke")).model.specs()
 
 
 def chosen(*names: str) -> set[str]:
-    """The paths that the names choose."""
+    """Paths of the parameters that the names select."""
     marks = jax.tree_util.tree_leaves_with_path(select(SPECS, names))
     return {jax.tree_util.keystr(path, simple=True, separator="/") for path, mark in marks if mark}
 
@@ -34,7 +34,7 @@ def test_a_name_chooses_by_component_and_by_path(names, those):
 
 
 def test_a_component_is_more_than_the_part_of_its_name():
-    """The cross-attention and the relative positions count as attention too."""
+    """Cross-attention and relative positions belong to the attention component too."""
     attention = chosen("attention")
     assert "stack/unit/0/cross_attention/wq" in attention
     assert "stack/shared/position/table" in attention

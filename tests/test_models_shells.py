@@ -1,4 +1,4 @@
-"""The Linen and NNX shells own parameters, and compute what the pure functions compute."""
+"""The Linen and NNX shells own parameters and compute what the pure functions compute."""
 
 import functools
 import inspect
@@ -73,7 +73,7 @@ def block_loss(output):
 
 
 def step(loss):
-    """Parameters after one step of SGD, and the loss before it; compiled."""
+    """A compiled SGD step: returns the new parameters and the loss before the step."""
 
     @jax.jit
     def stepped(params):
@@ -106,7 +106,7 @@ CASES = {
 
 @functools.cache
 def pure(name):
-    """Output, parameters before a step and after it, and the loss of the pure functions."""
+    """Output, parameters before and after a step, and the loss, from the pure functions."""
     specs, run, *_, loss = CASES[name]
     params = init_parameters(jax.random.key(0), specs)
     after, value = step(lambda params: loss(run(params)))(params)

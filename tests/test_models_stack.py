@@ -48,14 +48,14 @@ PARTS = {
     "small": moe(4, 2),
     "large": moe(6, 1),
 }
-# Two MoE parts of different size, of which one comes twice in a layer, in all three segments.
+# Two MoE parts of different sizes across all three segments. One layer uses a part twice.
 LAYOUT = StackLayout(
     first=(("mlp", "small"),),
     unit=(("attention", "small"), ("large", "small", "small")),
     repeats=2,
     last=(("large",),),
 )
-SMALL, LARGE = (0, 1, 2, 2, 3, 4, 4), (2, 4, 5)  # their layers
+SMALL, LARGE = (0, 1, 2, 2, 3, 4, 4), (2, 4, 5)  # the layer of each use
 
 
 def make_model(layout=LAYOUT, parts=PARTS, **options):
@@ -64,7 +64,7 @@ def make_model(layout=LAYOUT, parts=PARTS, **options):
 
 
 def draw(specs, seed=0):
-    """Arrays near 1 over the square root of their fan-in; routers further apart."""
+    """Random arrays of deviation 1 / sqrt(fan-in); scales have mean 1, routers are tripled."""
     random = np.random.default_rng(seed)
 
     def one(path, spec):
@@ -100,7 +100,7 @@ def test_layer_indices_by_hand():
 
 
 def numbered(stack):
-    """By position: of each branch the number of its layer times ten, and its place in the layer."""
+    """Numbers each branch, by position: ten times its layer's index, plus its place in it."""
     tree, start = {segment: {} for segment in SEGMENTS}, 0
     for segment, layers in stack.segments():
         rounds = stack.repeats if segment == "unit" else 1
@@ -122,7 +122,7 @@ def test_a_tree_by_part_has_its_layers_in_order_and_goes_back():
     for name, indices in stack.layer_indices().items():
         numbers = parts[name]["number"]
         assert tuple(np.asarray(numbers) // 10) == indices
-    # The two uses in one layer come in their order.
+    # Two uses in one layer keep their order.
     assert parts["small"]["number"].tolist() == [1, 11, 21, 22, 31, 41, 42]
     back = stack.by_position(parts)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
@@ -145,7 +145,7 @@ def test_state_is_by_part_and_steers_its_own_layer():
     model = make_model()
     shapes = {name: specs["bias_E"].shape for name, specs in model.state_specs().items()}
     assert shapes == {"small": (7, 4), "large": (3, 6)}
-    # The sixth use of `small` is the first one in layer 4: everyone gets experts 3 and 1 there.
+    # The sixth use of `small` is the first one in layer 4. There all tokens get experts 3 and 1.
     biases = {name: {"bias_E": np.zeros(shape, np.float32)} for name, shape in shapes.items()}
     biases["small"]["bias_E"][5] = [0, 50, 0, 100]
     biases["large"]["bias_E"][2, 5] = 100
@@ -171,7 +171,7 @@ def outputs(params, state, stack):
 
 @functools.partial(jax.jit, static_argnames="stack")
 def run(params, state, stack, key=None):
-    """The outputs, and the gradients of one number of everything."""
+    """Gradients of a loss that depends on all outputs, and the outputs."""
 
     def loss(params, x):
         call = dataclasses.replace(CALL, rng=key)
@@ -184,7 +184,7 @@ def run(params, state, stack, key=None):
 
 def inputs_of(model):
     params = draw(model.specs())["stack"]
-    # A bias for each layer, so that one that reached another layer would be seen.
+    # Each layer has its own bias, so a bias that reached another layer would show.
     return params, draw(model.state_specs(), seed=2)
 
 
@@ -212,7 +212,7 @@ def test_scan_and_remat_change_neither_values_nor_gradients(scan, remat):
     close(grads, plain_grads)
     assert aux["small"].sums["assigned_KE"].shape == (7, 2, 4)
     assert aux["large"].sums["assigned_KE"].shape == (3, 1, 6)
-    # No two layers say the same; counts are an output, so that recomputing does not count twice.
+    # No two layers report the same. Counts are outputs, so recomputing does not double them.
     for name, choices in (("small", 2), ("large", 1)):
         probs_XE = np.asarray(aux[name].sums["prob_sum_E"])
         assert len({probs.tobytes() for probs in probs_XE}) == len(probs_XE)
@@ -244,14 +244,14 @@ def test_branches_draw_their_own_randomness_scanned_or_not():
         model = make_model(layout, scan_layers=scan, dropout_rate=0.5)
         results.append(run(*inputs_of(model), model.decoder, jax.random.key(0)))
     close(*results)
-    # Equal branches of equal layers drop different numbers, and the mean of the rest stays.
+    # Equal branches of equal layers drop different entries, and double the ones that they keep.
     outputs = [with_dropout(index, branch) for index in (0, 1) for branch in (0, 1)]
     assert all(set(y.flat) == {0, 2} for y in outputs)
     assert len({y.tobytes() for y in outputs}) == 4
 
 
 def with_dropout(index, branch):
-    """The output of a layer of which a branch adds 1, of which half is dropped; others add 0."""
+    """A layer's output at dropout rate 0.5, where one branch adds 1 and the other adds 0."""
     layer = Layer(branches=(("one", Constant(0.0)),) * 2, dropout_rate=0.5)
     one = Constant(1.0)
     branches = tuple(("one", one if i == branch else part) for i, (_, part) in
@@ -265,7 +265,7 @@ def with_dropout(index, branch):
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Part):
-    """Adds a number."""
+    """Adds a constant."""
 
     value: float = 0.0
 
@@ -355,7 +355,7 @@ def test_a_unit_is_repeated_at_least_once(settings):
 
 @dataclasses.dataclass(frozen=True)
 class Running(Part):
-    """The sum of all tokens up to each; keeps the sum of those before."""
+    """The running sum of tokens; the cache holds the sum so far."""
 
     def cache_specs(self, dims, batch, length):
         spec = ParameterSpec((batch, dims.model_dim), ("batch", None), zeros, "cache")
@@ -405,7 +405,7 @@ def test_caches_are_carried_from_call_to_call(scan):
 
 @dataclasses.dataclass(frozen=True)
 class Distance(Part):
-    """A learned number for every token's place; not for the residual, but for the layers."""
+    """A learned slope times each token's position, for the layers but not for the residual."""
 
     def specs(self, dims):
         return {"slope": ParameterSpec((1,), (None,), zeros, "position")}
@@ -419,7 +419,7 @@ class Distance(Part):
 
 @dataclasses.dataclass(frozen=True)
 class AddShared(Constant):
-    """Adds what the shared part gave."""
+    """Adds the shared part's output."""
 
     def apply(self, params, x_BLM, call, own):
         return jnp.broadcast_to(call.shared["distance"], x_BLM.shape), None, None
@@ -441,7 +441,7 @@ def test_shared_parts_run_once_before_the_layers():
 
 @dataclasses.dataclass(frozen=True)
 class Mean(Part):
-    """The mean of all tokens of a sequence; says nothing of later ones."""
+    """The mean over a sequence's tokens, without a `looks_ahead` of its own."""
 
     def apply(self, params, x_BLM, call, own):
         return jnp.broadcast_to(jnp.mean(x_BLM, axis=1, keepdims=True), x_BLM.shape), None, None
@@ -547,7 +547,7 @@ def test_two_parts_of_one_name_are_refused():
 
 
 def added(layer, params, name, x):
-    """What a branch adds to the residual when it is given this."""
+    """What a branch adds to the residual for this input."""
     part, own = dict(layer.branches)[name], Own(index=jnp.int32(0))
     return part.apply(params[name], x, CALL, own)[0]
 

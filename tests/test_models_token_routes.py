@@ -1,4 +1,4 @@
-"""Experts by token: the arrays of an engine become a record, and a record such arrays."""
+"""Experts per token: an engine's arrays become a record, and a record becomes such arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.models.token_routes import load_routes, record_of_routes, routes_of
 from moe_jax.part import Call
 from tests.tiny_run import MLP, quick_jit, tiny_config, tiny_state
 
-# A dense layer, then two that route.
+# One dense layer, then two layers that route.
 CONFIG = tiny_config({"model": {"parts": {"mlp": MLP}, "stack": {"first": [["attention", "mlp"]]}}})
 TEXTS = [[1, 7, 9, 30, 4], [1, 5, 8]]
 TOKENS_BL = np.array([[1, 7, 9, 30, 4], [1, 5, 8, 0, 0]])
@@ -52,7 +52,7 @@ def test_what_is_replayed_is_what_was_computed(record, params):
 
 
 def test_layers_without_experts_may_be_there_as_minus_one(record):
-    """The form of vLLM: all three layers, and the last token, which it never runs, absent."""
+    """The form of vLLM: all three layers, and -1 for the last token, which it never runs."""
     dense = ((0, 0), (1, 0), (0, 0))
     routes = [np.pad(route, dense, constant_values=-1) for route in routes_of(record)]
     for route in routes:
@@ -65,7 +65,7 @@ def test_layers_without_experts_may_be_there_as_minus_one(record):
 
 
 def test_a_router_that_has_drifted_still_learns(record, params):
-    """Its experts are no longer its best, and its weights have gradients through the gates."""
+    """Its replayed experts are no longer its best; its weights get gradients through the gates."""
     drifted = jax.tree.map(lambda p: p, dict(params))
     unit = drifted["stack"]["unit"]["0"]["moe"]["router"]
     drifted["stack"]["unit"]["0"]["moe"]["router"] = jax.tree.map(lambda w: -w, unit)
@@ -101,7 +101,7 @@ def test_decoding_records_the_experts_that_a_pass_over_the_text_chooses(params, 
 
 
 def test_a_rollout_is_replayed_by_a_trainer_whose_router_has_drifted(params, written):
-    """The logits are those of the model that wrote, and after a drift the router learns."""
+    """Replay gives the writer's logits. After drift it keeps the experts, and the router learns."""
     texts, routes = written
     tokens, segments = padded(texts)
     replay = record_of_routes(CONFIG.model, texts, routes).replay(CONFIG.model)
@@ -126,7 +126,7 @@ def test_a_rollout_is_replayed_by_a_trainer_whose_router_has_drifted(params, wri
 
 @pytest.mark.slow
 def test_with_a_draft_the_last_token_is_absent_and_the_others_are_the_same(params):
-    """At a temperature of 0, where texts are equal; two modules of the draft's passes."""
+    """At temperature 0, where the texts are equal with and without a draft of three tokens."""
     prompts = [[1, 7, 9], [5]]
     draft = Draft(CONFIG, Serving(params), length=3)
     answers, routes = generate_with_routes(CONFIG, params, prompts, 10)

@@ -1,4 +1,4 @@
-"""Balance losses by their limits, by loops, and by the oracle."""
+"""Balance losses at their limits, and against loops and the oracle."""
 
 import functools
 
@@ -54,7 +54,7 @@ def loss_of(counts_KE, prob_sum_E, tokens, convention):
 
 
 def make_routing(probs_GSE, index_GSK, gate_GSK=None, chosen_GSK=None, logits_GSE=None, **more):
-    """A `Routing` of choices all of which count, with the probabilities as gates."""
+    """A `Routing` whose choices all count and whose gates are the probabilities, by default."""
     probs, index = jnp.asarray(probs_GSE, jnp.float32), jnp.asarray(index_GSK)
     if gate_GSK is None:
         gate_GSK = jnp.take_along_axis(probs, index, axis=-1)
@@ -65,7 +65,7 @@ def make_routing(probs_GSE, index_GSK, gate_GSK=None, chosen_GSK=None, logits_GS
 
 
 def mean_of(loss, routing, valid):
-    """What a loss measures of one call, over its tokens."""
+    """A loss's measurement of one call, divided by the number of tokens."""
     total = loss.measure(routing, valid, valid.shape)["total"]
     return total / jnp.maximum(jnp.sum(valid), 1)
 
@@ -75,7 +75,7 @@ def mean_of(loss, routing, valid):
     [("megatron", 1), ("switch", 1), ("flaxformer", K), ("huggingface", K)],
 )
 def test_uniform_routing_gives_the_value_of_the_convention(convention, value):
-    # 80 tokens, 10 a choice and expert; every probability 1/8, so that 80/8 is the sum.
+    # 80 tokens: 10 per choice and expert. Every probability is 1/8, so each sum is 80/8.
     counts = np.full((K, E), 10)
     assert loss_of(counts, np.full(E, 10.0), 80, convention) == pytest.approx(value, rel=FLOAT32)
 
@@ -86,7 +86,7 @@ def test_uniform_routing_to_one_expert_a_token_gives_one(convention):
 
 
 def test_a_token_without_a_choice_is_a_token_of_hugging_faces_loss():
-    """Of four tokens two have one choice that counts, of E = 2 experts with probability 1/2."""
+    """Two of four tokens have a choice that counts; both of E = 2 experts have probability 1/2."""
     chosen_GSK = jnp.array([[[True], [True], [False], [False]]])
     routing = make_routing(
         jnp.full((1, 4, 2), 0.5), jnp.array([[[0], [1], [0], [0]]]), chosen_GSK=chosen_GSK
@@ -104,9 +104,9 @@ def test_a_token_without_a_choice_is_a_token_of_hugging_faces_loss():
     ("convention", "value"),
     [
         # All 80 tokens choose experts 0 and 1, with probabilities .75 and .25:
-        # 8 * (1/2 * .75 + 1/2 * .25) = 4 = E / K, the most that K choices can be collapsed,
+        # 8 * (1/2 * .75 + 1/2 * .25) = 4 = E / K, the largest value that K choices allow,
         ("megatron", 4.0),
-        # 8 * (1 * .75) of first choices,
+        # 8 * (1 * .75) from first choices only,
         ("switch", 6.0),
         # 8 * (1 * .75 + 1 * .25) = E.
         ("flaxformer", 8.0),
@@ -129,7 +129,7 @@ def test_collapse_to_one_expert_gives_the_number_of_experts():
 
 
 def test_units_are_weighted_by_their_tokens():
-    # One unit collapsed (8) with 30 tokens, one balanced (1) with 10, one of padding: 6.25.
+    # A collapsed unit (8) of 30 tokens, a balanced unit (1) of 10, and a unit of padding: 6.25.
     probs, index = np.full((3, 30, E), 1 / 8), np.zeros((3, 30, 1), int)
     probs[0] = np.eye(E)[0]
     index[1, :10, 0] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
@@ -146,7 +146,7 @@ def test_no_tokens_at_all_give_zero_and_no_nan(convention):
 
 BATCH, LENGTH, MODEL_DIM = 2, 6, 4
 VALID = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], bool)
-SCOPES = {"group": 3, "sequence": 0, "microbatch": 0, "global": 12}  # and a group size
+SCOPES = {"group": 3, "sequence": 0, "microbatch": 0, "global": 12}  # each with a group size
 
 
 def make_block(convention, scope, choices=K):
@@ -163,7 +163,7 @@ def make_block(convention, scope, choices=K):
 
 
 def loss_named(aux, moe, name):
-    """An unweighted loss of a block that is a whole model, its batch one microbatch."""
+    """An unweighted loss, as if the block were a whole model and its batch one microbatch."""
     of_layers = jax.tree.map(lambda leaf: leaf[None], aux)
     num_tokens = jnp.maximum(aux.sums["num_tokens"], 1).astype(jnp.float32)
     sums = of_layers.sums["losses"][name] | of_layers.sequences["losses"][name]
@@ -201,7 +201,7 @@ def test_every_convention_and_scope_equals_the_oracle(convention, scope):
     loss, (grads, dx) = loss_and_gradient(params, x, VALID, moe, "load_balance_loss")
     decided = moe_oracle.moe_block(params, x, moe, valid_BL=VALID)
     assert float(loss) == pytest.approx(decided.load_balance_loss, rel=FLOAT32)
-    # The oracle's gradient is that of sum(f * P) with f a constant.
+    # The oracle's gradient is that of sum(f * P) with f constant.
     _, expected, expected_dx = moe_oracle.gradients(params, x, moe, decided, 0 * x, 1.0)
     assert np.abs(router_of(expected)).max() > 0.01
     for grad, wanted in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
@@ -239,7 +239,7 @@ def test_losses_do_not_reach_the_experts():
 
 
 def test_loads_are_counted_before_drops():
-    # Descending the loss must not be cheaper because an overloaded expert is cut off.
+    # Cutting off an overloaded expert must not lower the loss.
     moe, params, x = make_block("megatron", "global")
     run = jax.jit(lambda f: moe_block(params, x, moe, Call(capacity=f))[1], static_argnums=0)
     tight, dropless = run(0.3), run(0.0)
@@ -252,7 +252,7 @@ def test_loads_are_counted_before_drops():
 
 
 def test_choices_that_do_not_count_are_in_no_statistic():
-    # Two tokens, three experts: token 0 chooses 0 and 1, token 1 chooses 1 and, not counting, 2.
+    # Two tokens, three experts. Token 0 chooses 0 and 1, token 1 chooses 1 and (not counting) 2.
     routing = make_routing(
         [[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]],
         [[[0, 1], [1, 2]]],
@@ -276,7 +276,7 @@ def test_choices_that_do_not_count_are_in_no_statistic():
 
 
 def test_where_nothing_was_chosen_nothing_was_dropped():
-    """A layer whose tokens are all padding, and one that keeps 3 of 4 choices."""
+    """One layer has only padding; the other keeps 3 of 4 choices."""
     assigned_XKE = jnp.array([[[0, 0, 0], [0, 0, 0]], [[2, 0, 0], [1, 1, 0]]])
     kept_XKE = jnp.array([[[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [1, 1, 0]]])
     sums = {"assigned_KE": assigned_XKE, "kept_KE": kept_XKE}
@@ -295,7 +295,7 @@ def test_where_nothing_was_chosen_nothing_was_dropped():
     ],
 )  # fmt: skip
 def test_megatrons_loss_counts_the_best_scores_whatever_bias_and_groups_select(router, bias, made):
-    """Experts 0 and 1 score best with one token of three, 0 and 2 with the others."""
+    """One token of three scores experts 0 and 1 best; the other two score 0 and 2 best."""
     logits = np.log(np.array([[0.5, 0.3, 0.12, 0.08], [0.4, 0.05, 0.3, 0.25]], np.float32))
     x = logits[[0, 1, 1]][None]
     bias = None if bias is None else jnp.array(bias)
@@ -318,11 +318,11 @@ def test_megatrons_loss_counts_the_best_scores_whatever_bias_and_groups_select(r
 
 
 def huggingface_switch(logits_XBLE, valid_BL):
-    """The loss and its gradient by the logits in loops, in float64.
+    """Hugging Face's Switch loss and its gradient by the logits, in float64 loops.
 
-    The router probabilities of all layers are joined along the sequence; of a sequence f is the
+    The router probabilities of all layers are joined along the sequence. Per sequence, f is the
     mean one-hot first choice and P the mean probability, both over the valid tokens of all layers;
-    its loss is E * sum(f * P), and that of the batch the mean, by tokens. f has no gradient.
+    the loss is E * sum(f * P). The batch's loss is the mean weighted by tokens. f has no gradient.
     """
     layers, batch, length, experts = logits_XBLE.shape
     total, gradient = 0.0, np.zeros(logits_XBLE.shape)
@@ -344,7 +344,7 @@ def huggingface_switch(logits_XBLE, valid_BL):
 
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_switchs_loss_as_hugging_face_has_it_joins_the_layers_of_a_sequence(padded):
-    """Two layers that route differently, with two choices of which the first counts."""
+    """Two layers route differently; only the first of two choices counts."""
     moe = MoE(
         num_experts=5, num_selected_experts=2, expert_dim=3, run_experts="einsum",
         losses=(HuggingFaceSwitchLoadBalance(weight=0.5),),
@@ -376,11 +376,11 @@ def test_switchs_loss_as_hugging_face_has_it_joins_the_layers_of_a_sequence(padd
         wanted = 0.5 * np.einsum("blm,ble->me", tokens, by)
         assert np.abs(wanted).max() > 0.01
         np.testing.assert_allclose(grads[name]["router"]["weight"], wanted, atol=FLOAT32)
-    # Joining matters: the mean over layers is another number, the one of the metrics.
+    # Joining matters: the mean of the layers' own losses, which metrics report, is another number.
     apart = [huggingface_switch(layer[None], valid)[0] for layer in logits]
     np.testing.assert_allclose(moe.metrics(aux)["load_balance_loss"], apart, rtol=FLOAT32)
     assert abs(np.mean(apart) - expected) > 0.01
-    # Microbatches of one sequence add up to the batch.
+    # The losses of single-sequence microbatches add up to that of the batch.
     parts = [run(params, slice(b, b + 1))[0] for b in range(BATCH)]
     np.testing.assert_allclose(sum(parts), loss, rtol=FLOAT32)
 
@@ -400,7 +400,7 @@ def test_hugging_faces_switch_loss_is_one_at_uniform_routing_and_e_at_collapse()
 
 
 def test_importance_loss_is_the_squared_variation_of_the_gates():
-    # Gates by expert .5 + 0, .3 + .6, .1 of three experts; the third token is padding.
+    # Gates per expert: .5 + 0, .3 + .6 and .1. The third token is padding.
     routing = make_routing(
         jnp.full((1, 3, 3), 1 / 3),
         jnp.array([[[0, 1], [1, 2], [0, 1]]]),
@@ -414,7 +414,7 @@ def test_importance_loss_is_the_squared_variation_of_the_gates():
 
 
 def noisy_routing(clean, std, num_selected, key=0):
-    """Top-K routing of logits with noise of this deviation."""
+    """Top-K routing of logits with Gaussian noise of this standard deviation."""
     clean = jnp.asarray(clean)
     noisy = clean + std * jax.random.normal(jax.random.key(key), clean.shape)
     gate, index = jax.lax.top_k(jax.nn.softmax(noisy), num_selected)
@@ -429,7 +429,7 @@ def test_smooth_load_is_the_chance_of_an_expert_to_be_chosen_with_new_noise():
     routing = noisy_routing(clean, std, choices)
     noisy = np.asarray(routing.logits_GSE[0, 0])
     draws = clean[0, 0] + std * np.random.default_rng(0).normal(size=(20_000, 4))
-    chance = [  # anew for one expert, as they are for the others
+    chance = [  # one expert's noise is drawn again, the others' stays
         np.mean(np.sum(np.delete(noisy, e) > draws[:, e, None], axis=1) < choices) for e in range(4)
     ]
     expected = np.var(chance) / np.mean(chance) ** 2
@@ -449,7 +449,7 @@ def test_load_loss_gradient_equals_finite_differences():
     assert not grad[1, 3:].any() and np.abs(grad[0]).max() > 0.01
     for place in ((0, 0, 1), (0, 4, 3), (1, 2, 0)):
         step = np.zeros_like(clean)
-        step[place] = 1e-2  # changes nobody's rank
+        step[place] = 1e-2  # too small to change a rank
         difference = (loss(clean + step) - loss(clean - step)) / 2e-2
         np.testing.assert_allclose(grad[place], difference, rtol=0.02, atol=1e-4)
 
@@ -512,7 +512,7 @@ def test_what_a_mean_distribution_lacks_in_entropy():
 
 def test_the_mean_entropy_of_the_distributions_of_tokens():
     uniform, half, certain = [0.25] * 4, [0.5, 0.5, 0, 0], [0, 0, 1, 0]
-    table = [  # distributions, which are of tokens, loss
+    table = [  # distributions, whether each is a token, loss
         ([uniform], [1], np.log(4)),
         ([certain], [1], 0),
         ([uniform, half, certain], [1, 1, 1], np.log(2)),

@@ -1,4 +1,4 @@
-"""The selection bias by its arithmetic: by sign, by error, by the quantile."""
+"""Updates of the selection bias: by sign, by error and by quantile."""
 
 import functools
 
@@ -46,9 +46,9 @@ def update(counts, rate=0.001, bias=None, how=SIGN):
         ([0, 0, 4], [1, 1, -1]),  # mean 4/3
         ([1, 1, 2], [1, 1, -1]),  # mean 4/3: 1 is below, 2 above
         ([0, 0, 0], [0, 0, 0]),
-        # One token more or less than the mean of 40,840 counts; bfloat16 steps by 256 here.
+        # One token above or below a mean of 40,840; bfloat16 steps by 256 here.
         ([40_840, 40_841, 40_839, 40_840], [0, -1, 1, 0]),
-        # float32 steps by 2 beyond 2^24 = 16,777,216, and would see three equal counts.
+        # Above 2^24 = 16,777,216 float32 steps by 2, and would read three equal counts.
         ([2**24, 2**24 + 1, 2**24 - 1], [0, -1, 1]),
         ([2**24 + 1, 2**24 + 1, 2**24 + 2], [1, 1, -1]),
         # The sum of four is near the end of int32.
@@ -67,7 +67,7 @@ def test_bias_update_is_a_step_from_the_old_bias_layer_by_layer():
 
 
 def test_bias_balances_a_router_that_prefers_one_expert():
-    # 64 tokens whose scores favour expert 0; loss-free balancing evens the choices out.
+    # 64 tokens whose scores favour expert 0; loss-free balancing evens out the load.
     scores = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) / 4
     scores[:, 0] += 0.5
     bias, loads = jnp.zeros(4), []
@@ -84,12 +84,12 @@ def test_bias_steps_by_the_error_relative_to_the_mean_load():
     np.testing.assert_allclose(
         steps, [[0.25, 0, -0.25], [0.5, 0.5, -1], [0, 0, 0], [0, 0, 0]], atol=1e-7
     )
-    # A batch a hundred times as large makes the same step.
+    # A batch a hundred times as large gives the same step.
     np.testing.assert_allclose(update([100, 200, 300], rate=0.5, how=ErrorUpdate()), steps[0])
 
 
 def test_centred_steps_leave_the_sum_of_the_biases():
-    counts = [0, 0, 4]  # signs 1, 1, -1 of mean 1/3
+    counts = [0, 0, 4]  # signs 1, 1, -1 with mean 1/3
     centered = SignUpdate(centered=True)
     np.testing.assert_allclose(update(counts, rate=3.0, how=centered), [2, 2, -4], rtol=1e-6)
     start = jnp.array([0.25, -0.5, 0.25])
@@ -99,7 +99,7 @@ def test_centred_steps_leave_the_sum_of_the_biases():
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [  # at steps 0, 2, 4, 7, 8, 9 of 10, of which the last two are frozen
+    [  # at steps 0, 2, 4, 7, 8 and 9 of 10; the last two are frozen
         ("constant", [1, 1, 1, 1, 0, 0]),
         ("linear", [1, 0.75, 0.5, 0.125, 0, 0]),
         ("cosine", [1, (1 + 2**-0.5) / 2, 0.5, (1 + np.cos(np.pi * 7 / 8)) / 2, 0, 0]),
@@ -114,10 +114,10 @@ def test_rate_over_the_steps_of_a_run(schedule, rates):
 
 
 def test_needed_biases_by_hand():
-    """Three tokens, two experts of which one is selected, and padding; bins are 3/1000 wide."""
+    """Three tokens and padding, one of two experts selected; bins are 3/1000 wide."""
     scores = jnp.array([[[0.9, 0.2], [0.8, 0.7], [0.6, 0.1], [0.5, 0.5]]])
     bias, valid = jnp.array([-0.5, 0.5]), jnp.array([[True, True, True, False]])
-    # Sums .4 .7, .3 1.2, .1 .6: the second best are .4, .3 and .1, all of expert 0.
+    # Sums: .4 .7, .3 1.2, .1 .6. The second best are .4, .3 and .1, all of expert 0.
     needed = np.array([[-0.5, -0.5, -0.5], [0.2, -0.4, 0.0]])
     counts = np.asarray(count(scores, bias, 1, valid))
     low, width = histogram_range(bias)
@@ -126,14 +126,14 @@ def test_needed_biases_by_hand():
     for row, values in zip(counts, needed, strict=True):
         found = np.repeat(centres, row)
         np.testing.assert_allclose(found, np.sort(values), atol=0.0016)
-    # Half of the three tokens: 1.5 of them need at most -0.5 with expert 0, and with expert 1, of
-    # whose tokens one needs -0.4 and one 0.0, the quantile is within the bin of 0.0.
+    # The quantile is at half of the three tokens, 1.5. For expert 0 it is -0.5. For expert 1, where
+    # tokens need -0.4, 0.0 and 0.2, it falls in the bin of 0.0.
     bias = solve(bias, jnp.asarray(counts), 1)
     np.testing.assert_allclose(bias, [-0.25, 0.25], atol=0.003)
 
 
 def select(scores, bias, num_selected):
-    """How many tokens have each expert among their best."""
+    """Number of tokens per expert that have it among their best."""
     best = np.argsort(-(scores + np.asarray(bias)), axis=-1)[..., :num_selected]
     return np.bincount(best.ravel(), minlength=scores.shape[-1])
 
@@ -195,7 +195,7 @@ def test_parts_of_a_batch_count_what_the_whole_counts():
 
 
 def test_the_quantile_reads_the_scores_that_the_router_selects_by():
-    """Nothing beside a `Routing` is looked at: other scores in it give other counts."""
+    """Only the `Routing` is read: other scores in it give other counts."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(2, 5, 4)), jnp.float32)
     valid, bias = jnp.arange(5) < jnp.array([[5], [3]]), jnp.array([0.1, 0, -0.2, 0.3])

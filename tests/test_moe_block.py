@@ -31,7 +31,7 @@ from tests.slow import slow_but
 
 # Relative to the largest entry: sums of products in float32, through router and experts.
 FLOAT32 = 5e-6
-# Two roundings to 8 bits in the experts and one of the gate.
+# Two roundings to 8 bits in the experts and one in the gate.
 BFLOAT16 = 5e-2
 
 BATCH, LENGTH, MODEL_DIM = 2, 6, 4
@@ -47,7 +47,7 @@ def make_block(**settings):
 
 
 def make_values(moe, seed=0, batch=BATCH):
-    """Parameters (biases too), tokens and the gradient that comes back, near 1."""
+    """Parameters (biases too), tokens and an output gradient, near 1."""
     random = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda s: random.normal(size=s.shape).astype(np.float32), moe.specs(Dims(MODEL_DIM))
@@ -57,7 +57,7 @@ def make_values(moe, seed=0, batch=BATCH):
 
 
 def calls(moe, factor, valid, bias):
-    """The block's arguments; without a factor the capacity is that of training."""
+    """The block's arguments; the default capacity factor is that of training."""
     factor = moe.capacity.train_factor if factor is None else factor
     segments = None if valid is None else jnp.asarray(valid, jnp.int32)
     state = None if bias is None else {"bias_E": bias}
@@ -70,12 +70,12 @@ def run(params, x, moe, factor=None, valid=None, bias=None):
 
 
 def of_one_layer(aux):
-    """What a block says, as a stack of one such layer would."""
+    """A block's aux, as a stack of one such layer returns it."""
     return jax.tree.map(lambda a: a[None], aux)
 
 
 def said(moe, aux):
-    """What the block says of one call, by the oracle's names."""
+    """What the block reports for one call, by the oracle's names."""
     metrics = {name: value[0] for name, value in moe.metrics(of_one_layer(aux)).items()}
     num_tokens = jnp.maximum(aux.sums["num_tokens"], 1)
     return {
@@ -94,7 +94,7 @@ def said(moe, aux):
     }
 
 
-WEIGHTS = (0.7, 0.3)  # of the balance and z-losses in the objective of the gradient tests
+WEIGHTS = (0.7, 0.3)  # balance and z-loss weights in the objective of the gradient tests
 
 
 @functools.partial(jax.jit, static_argnames="moe")
@@ -127,7 +127,7 @@ def tight(**settings):
     return Capacity(train_factor=0.6, **settings)
 
 
-# Each differs from the default in what it is named for.
+# Each differs from the default in the setting that names it.
 BLOCKS = {
     "plain": {},
     "one choice": {"num_selected_experts": 1},
@@ -233,15 +233,15 @@ def test_bfloat16_tokens_keep_a_float32_router(way):
     assert y.dtype == jnp.bfloat16
     decided = moe_oracle.moe_block(params, np.asarray(x16, np.float32), moe, valid_BL=VALID)
     close(y, decided.y_BLM, "output", BFLOAT16)
-    # What the router says of the same tokens is exact to float32.
+    # For the same tokens, what the router reports is exact to float32.
     for field, value in said(moe, aux).items():
         assert value.dtype in (jnp.float32, jnp.int32)
         close(value, getattr(decided, field), field)
 
 
 def test_a_gate_that_underflows_still_takes_its_slot():
-    # Both tokens choose expert 0, then 1. Expert 1's probability is exp(-200), 0 in float32; the
-    # first token takes its only slot all the same.
+    # Both tokens choose expert 0, then 1. Expert 1's probability is exp(-200), which is 0 in
+    # float32. The first token still takes expert 1's only slot.
     moe = make_block(num_experts=2, capacity=Capacity(train_factor=0.5))
     params, _, _ = make_values(moe)
     params["router"]["weight"] = np.zeros((MODEL_DIM, 2), np.float32)
@@ -251,7 +251,7 @@ def test_a_gate_that_underflows_still_takes_its_slot():
 
 
 def test_a_fully_dropped_token_gets_exactly_zero():
-    # All tokens choose expert 0 first and 1 second; with one slot each, token 0 gets both.
+    # All tokens choose expert 0 first and 1 second. With one slot per expert, token 0 gets both.
     for way in RUN:
         moe = make_block(
             num_experts=2, capacity=Capacity(train_factor=0.1), use_bias=True,
@@ -327,7 +327,7 @@ def test_a_sequence_does_not_depend_on_the_rest_of_its_batch(queue, way):
 
 
 def test_groups_of_two_sequences_share_their_slots():
-    # The option that is not independent of the batch: the second sequence finds slots taken.
+    # This option depends on the batch: the second sequence finds slots taken.
     moe = make_block(group_size=12, capacity=tight())
     params, x, _ = make_values(moe)
     y, _ = run(params, x, moe)
@@ -380,7 +380,7 @@ PARTS = [
 
 
 def merged(parts):
-    """The aux of a batch from those of its parts: sums add up, of maxima the largest counts."""
+    """Merges the aux of a batch's parts: sums are added, and the largest maximum is kept."""
     first, *rest = [part._replace(sequences={}) for part in parts]
     for part in rest:
         first = first._replace(
@@ -391,7 +391,7 @@ def merged(parts):
 
 
 def assert_merged(moe, parts, whole, layers=False):
-    """The aux of the whole batch, its metrics and its loss are those of the parts together."""
+    """Asserts that the parts' merged aux, its metrics and loss equal those of the whole batch."""
     auxes = [*parts, whole] if layers else [of_one_layer(aux) for aux in (*parts, whole)]
     got, expected = merged(auxes[:-1]), auxes[-1]._replace(sequences={})
     close_trees(got, expected, "aux")
@@ -408,7 +408,7 @@ def assert_merged(moe, parts, whole, layers=False):
 def test_aux_of_parts_merges_to_the_aux_of_the_whole(loss):
     moe = make_block(capacity=tight(), group_size=3, losses=(loss, RouterZ(weight=0.2)))
     params, x, _ = make_values(moe, batch=6)
-    # Parts of unequal numbers of tokens, and one of padding alone.
+    # Parts with 8, 6 and 4 tokens; sequences 3 and 4 are padding only.
     valid = np.ones((6, LENGTH), bool)
     valid[1, 2:] = valid[3:] = False
     valid[5, :4] = True

@@ -1,4 +1,4 @@
-"""A bounded buffer of received rows changes nothing that it has room for, and counts the rest."""
+"""A bounded buffer for received rows is exact for rows that fit, and counts the rest."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ NO_PADDING = np.random.default_rng(2).random((BATCH, LENGTH)) < 0.9
 
 @pytest.fixture(autouse=True)
 def buffers_of_any_size(monkeypatch):
-    """Buffers of any number of rows."""
+    """Allows buffers of any number of rows."""
     monkeypatch.setattr(buffer, "TILE", 1)
 
 
-# How large a buffer is.
+# Buffer size.
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def buffers_of_any_size(monkeypatch):
     [
         (0, 8000),  # the worst case
         (1, 1024),  # 8 tiles
-        (1.25, 1280),  # of 1250 rows
-        (1.28, 1280),  # exactly, and not a tile more for 1280.0000000000002
+        (1.25, 1280),  # for 1250 rows
+        (1.28, 1280),  # exactly: no extra tile for 1280.0000000000002
         (7.9, 7936),
-        (9, 8000),  # more cannot come
+        (9, 8000),  # no more can arrive
     ],
 )
 def test_a_bounded_buffer_is_whole_tiles_of_the_factor_over_the_mean(factor, expected, monkeypatch):
@@ -52,15 +52,15 @@ def test_a_bounded_buffer_is_whole_tiles_of_the_factor_over_the_mean(factor, exp
     assert buffer_rows(mean=1000, most=8000, factor=factor) == expected
 
 
-# Who has room.
+# Which rows have room.
 
 
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
         (10, [[5, 1], [3, 9]]),  # all
-        (6, [[3, 1], [3, 5]]),  # experts 0: after three turns, six rows; 1: 1 + 5
-        (5, [[3, 1], [2, 4]]),  # in the third turn of expert 0 the first sender alone
+        (6, [[3, 1], [3, 5]]),  # expert 0: six rows after three turns; expert 1: 1 + 5
+        (5, [[3, 1], [2, 4]]),  # in expert 0's third turn only the first sender has room
         (1, [[1, 1], [0, 0]]),
     ],
 )
@@ -70,7 +70,7 @@ def test_runs_take_turns_until_the_buffer_is_full(room, expected):
 
 
 def in_turns(rows_QE, num_own, room):
-    """By Python: a row at a time."""
+    """Row by row, in Python."""
     fitting = np.zeros_like(rows_QE)
     for first in range(0, rows_QE.shape[1], num_own):
         experts = range(first, first + num_own)
@@ -111,7 +111,7 @@ def test_kept_rows_close_the_gaps_of_those_that_are_lost():
     assert order.row_JK[kept].tolist() == [0, 1, 2, 3]
 
 
-# Exact where there is room.
+# Exact if all rows have room.
 
 
 def make_block(**settings):
@@ -125,7 +125,7 @@ def make_block(**settings):
 
 @functools.cache
 def run_block(moe, config):
-    """Output and gradients, and the metrics of a training step, with tokens of uneven loads."""
+    """Output, gradients and metrics of a training step with uneven expert loads."""
     random = np.random.default_rng(0)
     specs = moe.specs(Dims(MODEL_DIM))
     params = jax.tree.map(
@@ -168,7 +168,7 @@ ROOMY = [
 def test_with_room_for_all_values_and_gradients_are_those_of_the_worst_case(mesh, settings):
     exact = make_block(**settings)
     expected, said = run_block(exact, mesh)
-    assert "buffer_overflow" not in said  # there is none
+    assert "buffer_overflow" not in said  # no bounded buffer
     _, tight = run_block(dataclasses.replace(exact, buffer_factor=1.0), mesh)
     assert tight["buffer_overflow"] > 0
     enough = dataclasses.replace(exact, buffer_factor=float(tight["buffer_factor"][0]) + 1e-6)
@@ -186,11 +186,11 @@ def test_a_lost_choice_is_a_dropped_one():
     assert said["dropped_fraction"] == 0
     choices = metrics["buffer_overflow"] / metrics["dropped_fraction"]
     np.testing.assert_allclose(choices, 2 * NO_PADDING.sum(), rtol=1e-5)
-    # 12 tokens with 2 choices each on a device.
+    # Each device has 12 tokens with 2 choices each.
     assert metrics["buffer_rows"] == pytest.approx(24 * metrics["buffer_factor"])
 
 
-# What has no room.
+# Rows without room.
 
 AXES = {"wi": ("expert", "model", "hidden")}
 WEIGHTS = np.random.default_rng(1).normal(size=(NUM_EXPERTS, MODEL_DIM, MODEL_DIM))
@@ -198,10 +198,10 @@ WEIGHTS = np.random.default_rng(1).normal(size=(NUM_EXPERTS, MODEL_DIM, MODEL_DI
 
 @functools.cache
 def run_all_on_two_experts(num_chunks, kernel):
-    """All tokens choose experts 0 and 1, of one device in each copy of the model; factor 1.
+    """All tokens choose experts 0 and 1, on one device in each copy of the model; factor 1.
 
     Returns:
-      The `Combined` of them, and the gradients of the sum with respect to tokens and gates.
+      Tokens, gates, their `Combined` output, and the gradients of its sum by tokens and gates.
     """
     random = np.random.default_rng(0)
     shape = (BATCH, LENGTH, 2)
@@ -229,10 +229,10 @@ def run_all_on_two_experts(num_chunks, kernel):
     [(1, "loop"), (3, "loop"), pytest.param(1, "dense", marks=pytest.mark.slow)],
 )
 def test_what_has_no_room_gives_nothing_and_learns_nothing(num_chunks, kernel):
-    """Four devices send 12 tokens twice each to one: 96 rows, four times the mean of 24.
+    """Four devices send 12 tokens twice each to one device: 96 rows, four times the mean of 24.
 
-    That one has room for 24, so every sender keeps 3 rows for each of the two experts. In three
-    chunks of 4 tokens there is room for 8 of 32 rows: one of each.
+    That device has room for 24 rows, so every sender keeps 3 rows per expert. With three chunks of
+    4 tokens, each chunk has room for 8 of 32 rows: one per sender and expert.
     """
     x, gate, out, (dx, dgate) = run_all_on_two_experts(num_chunks, kernel)
     has_room = np.zeros(LENGTH, bool)

@@ -1,4 +1,4 @@
-"""How many slots an expert has, and who gets them."""
+"""How many slots an expert has, and which choices get them."""
 
 import functools
 
@@ -22,8 +22,8 @@ RANKED_ORDERS = ("token_major", "choice_major", "batch_prioritized", "probabilit
 QUEUES = {name: load_kind("queue", name)() for name in KINDS["queue"]}
 PROPERTIES = settings(max_examples=40)
 
-# Each system's rule on 100 tokens, 8 experts, 2 choices, factor 1.25: the mean load is 25 choices,
-# or 12.5 tokens for the systems that leave K out.
+# Each system's rule for 100 tokens, 8 experts, 2 choices and factor 1.25. The mean load is 25
+# choices; systems that ignore K use 12.5 tokens.
 OF_25 = {
     "vmoe": 32,  # ceil(31.25) = 32, a multiple of 4
     "maxtext": 31,  # floor(ceil(25) * 1.25)
@@ -41,9 +41,9 @@ OF_25 = {
 # preset, tokens, experts, choices, factor, slots
 BY_HAND = [
     ("vmoe", 64, 8, 2, 1.05, 20),  # ceil(16.8) = 17, up to a multiple of 4
-    ("maxtext", 10, 8, 1, 1.5, 3),  # the mean 1.25 goes up to 2 first; 2 * 1.5
+    ("maxtext", 10, 8, 1, 1.5, 3),  # the mean 1.25 is first rounded up to 2; 2 * 1.5
     ("maxtext", 10, 8, 1, 1.25, 2),  # floor(2 * 1.25)
-    ("megatron", 10, 8, 1, 1.5, 2),  # ceil(1.875): the rounded mean of MaxText gave 3
+    ("megatron", 10, 8, 1, 1.5, 2),  # ceil(1.875); MaxText, which rounds the mean, gives 3
     ("deepspeed", 8, 8, 1, 1.0, 4),  # 1, but no fewer than 4
     ("tutel", 10, 8, 2, 1.5, 6),  # 2 * floor(1.5 * ceil(1.25))
     ("tutel", 10, 8, 1, 1.5, 3),
@@ -51,7 +51,7 @@ BY_HAND = [
     ("olmo_core", 72, 8, 1, 1.25, 16),  # floor(11.25) = 11, up to 16
     ("olmo_core", 64, 8, 1, 1.0, 8),
     ("flaxformer", 36, 8, 1, 1.0, 4),  # 4.5 rounds to the even 4
-    ("flaxformer", 44, 8, 2, 1.0, 6),  # 5.5 rounds to the even 6; K plays no part
+    ("flaxformer", 44, 8, 2, 1.0, 6),  # 5.5 rounds to the even 6; K is ignored
     ("flaxformer", 8, 8, 2, 1.0, 4),  # 1, but no fewer than 4
     ("mesh_tensorflow", 100, 8, 2, 1.0, 12),  # floor(12.5)
     ("mesh_tensorflow", 16, 8, 2, 1.0, 4),  # 2, but no fewer than 4
@@ -79,7 +79,7 @@ def test_default_rule_is_factor_times_mean_load_rounded_up():
     rule = Capacity()
     assert rule.num_slots(100, 8, 1, 1.25) == 16  # ceil(15.625)
     assert rule.num_slots(100, 8, 2, 1.25) == 32  # ceil(31.25)
-    assert rule.num_slots(100, 8, 2, 0.01) == 1  # never none
+    assert rule.num_slots(100, 8, 2, 0.01) == 1  # at least one
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_default_rule_is_factor_times_mean_load_rounded_up():
     [(1000, 1.1, "ceil", 110), (1000, 0.29, "floor", 29)],
 )
 def test_rounding_ignores_float_noise(tokens, factor, rounding, slots):
-    # In floats 100 * 1.1 = 110.00000000000001 and 100 * 0.29 = 28.999999999999996.
+    # In floating point, 100 * 1.1 = 110.00000000000001 and 100 * 0.29 = 28.999999999999996.
     assert Capacity(rounding=rounding).num_slots(tokens, 10, 1, factor) == slots
 
 
@@ -103,7 +103,7 @@ def test_factor_zero_has_room_for_every_token():
 
 
 def test_slots_can_be_given_as_a_number():
-    """No more than the tokens, whatever the factor; dropless stays dropless."""
+    """At most the number of tokens, whatever the factor; dropless stays dropless."""
     rule = Capacity(slots=6)
     assert [rule.num_slots(100, 8, 2, factor) for factor in (0.1, 1.25, 9.0)] == [6, 6, 6]
     assert rule.num_slots(4, 8, 2, 1.25) == 4
@@ -167,7 +167,7 @@ def test_rule_equals_exact_arithmetic(tokens, experts, choices, factor, **rule):
     assert config.num_slots(tokens, experts, choices, factor) == min(exact, enough)
 
 
-# Three tokens (rows) with their probabilities for experts A, B, C, and their two choices:
+# Three tokens (rows), their probabilities for experts A, B and C, and their two choices:
 #   token 0  A .50  B .45  C .05   chooses A, then B
 #   token 1  A .60  C .30  B .10   chooses A, then C
 #   token 2  B .40  A .35  C .25   chooses B, then A
@@ -183,7 +183,7 @@ def routing_of(probs, choices):
 
 
 def serve(routing, order, factor, valid=None, rng=None):
-    """Slots by the default rule: a factor of 0 is dropless."""
+    """Assigns slots by the default rule; a factor of 0 is dropless."""
     _, tokens, choices = routing.expert_index_GSK.shape
     experts = routing.probs_GSE.shape[-1]
     slots = Capacity().num_slots(tokens, experts, choices, factor)
@@ -192,7 +192,7 @@ def serve(routing, order, factor, valid=None, rng=None):
 
 
 def assign(order, factor, probs=PROBS, choices=CHOICES, valid=None, rng=None):
-    """Kept and slots as lists; factor 0.5 is one slot an expert here, 1.0 two, 1.5 three."""
+    """Kept choices and slots as lists. Factor 0.5 gives one slot per expert, 1.0 two, 1.5 three."""
     valid = None if valid is None else jnp.asarray(valid)[None]
     out = serve(routing_of(probs, choices), order, factor, valid, rng)
     return np.asarray(out.kept_GSK[0], int).tolist(), np.asarray(out.slot_GSK[0]).tolist()
@@ -201,15 +201,14 @@ def assign(order, factor, probs=PROBS, choices=CHOICES, valid=None, rng=None):
 @pytest.mark.parametrize(
     ("order", "kept"),
     [
-        # Token 0 is served whole: A and B are gone. Token 1 still finds C, token 2 nothing.
+        # Token 0 gets both choices, which fills A and B. Token 1 still finds C, token 2 nothing.
         ("token_major", [[1, 1], [0, 1], [0, 0]]),
-        # First choices: 0 gets A, 1 is too late for it, 2 gets B. Second ones: only C is left.
+        # First choices: token 0 gets A, token 1 is too late, token 2 gets B. Then only C is free.
         ("choice_major", [[1, 0], [0, 1], [1, 0]]),
-        # The same with the tokens in the order 1 (.60), 0 (.50), 2 (.40): 1 gets A, 2 gets B, and
-        # then 1 gets C.
+        # The same in the token order 1 (.60), 0 (.50), 2 (.40): 1 gets A, 2 gets B, then 1 gets C.
         ("batch_prioritized", [[0, 0], [1, 1], [1, 0]]),
-        # Each expert takes its largest gate: A .60 of 1, B .45 of 0 (a second choice before the
-        # .40 of a first one), C .30 of 1.
+        # Each expert takes its largest gate: A .60 of token 1, B .45 of token 0 (a second choice
+        # before the .40 of a first choice), C .30 of token 1.
         ("probability", [[0, 1], [1, 1], [0, 0]]),
     ],
 )
@@ -220,7 +219,7 @@ def test_one_slot_an_expert_goes_by_the_queue(order, kept):
 @pytest.mark.parametrize(
     ("order", "slots"),
     [
-        # A is wanted by 0, 1 and 2 and has two slots; B by 0 and 2; C by 1 alone.
+        # Tokens 0, 1 and 2 want A, which has two slots. Tokens 0 and 2 want B, token 1 wants C.
         ("token_major", [[0, 0], [1, 0], [1, 2]]),
         ("choice_major", [[0, 1], [1, 0], [0, 2]]),
         ("batch_prioritized", [[1, 1], [0, 0], [0, 2]]),
@@ -228,7 +227,7 @@ def test_one_slot_an_expert_goes_by_the_queue(order, kept):
     ],
 )
 def test_slots_are_handed_out_in_the_order_of_the_queue(order, slots):
-    # Token 2's choice of A comes third in every order and is the one that finds no slot.
+    # Token 2's choice of A is third in every order, and finds no slot.
     assert assign(order, 1.0) == ([[1, 1], [1, 1], [1, 0]], slots)
 
 
@@ -246,7 +245,7 @@ def test_equal_probabilities_are_served_in_the_order_of_the_tokens(order, kept):
 @pytest.mark.parametrize(
     ("order", "kept"),
     [
-        # Without token 1, A and B remain for 0 and 2, and nobody wants C.
+        # Without token 1, tokens 0 and 2 compete for A and B, and no token wants C.
         ("token_major", [[1, 1], [0, 0], [0, 0]]),
         ("choice_major", [[1, 0], [0, 0], [1, 0]]),
         ("batch_prioritized", [[1, 0], [0, 0], [1, 0]]),
@@ -260,7 +259,7 @@ def test_padding_takes_no_slot(order, kept):
 @pytest.mark.parametrize(
     ("order", "kept"),
     [
-        # Token 0 without A, and token 2 without B: A goes to 1, B to 0; C is 1's.
+        # Token 0's A and token 2's B do not count: token 1 gets A and C, token 0 gets B.
         ("token_major", [[0, 1], [1, 1], [0, 0]]),
         ("choice_major", [[0, 1], [1, 1], [0, 0]]),
         ("batch_prioritized", [[0, 1], [1, 1], [0, 0]]),
@@ -272,7 +271,7 @@ def test_a_choice_that_does_not_count_takes_no_slot(order, kept):
     routing = routing_of(PROBS, CHOICES)._replace(chosen_GSK=chosen)
     out = serve(routing, order, 0.5)
     assert np.asarray(out.kept_GSK[0], int).tolist() == kept
-    # With room for all, everything that counts is kept and nothing else.
+    # With room for all, exactly the choices that count are kept.
     for factor in (0.0, 1.5):
         out = serve(routing, order, factor)
         np.testing.assert_array_equal(out.kept_GSK, chosen)
@@ -280,7 +279,7 @@ def test_a_choice_that_does_not_count_takes_no_slot(order, kept):
 
 
 def test_an_overflowing_choice_keeps_no_slot_for_a_later_one():
-    # Expert A is full after token 0; tokens 1 and 2 only get their other choice.
+    # Token 0 fills A. Token 1 gets only C, token 2 nothing.
     choices = np.array([[A, B], [A, C], [A, C]])
     assert assign("token_major", 0.5, choices=choices)[0] == [[1, 1], [0, 1], [0, 0]]
 
@@ -288,14 +287,14 @@ def test_an_overflowing_choice_keeps_no_slot_for_a_later_one():
 def test_gates_of_kept_choices_stay_and_of_dropped_ones_are_exactly_zero():
     routing = routing_of(PROBS, CHOICES)
     out = serve(routing, "token_major", 0.5)
-    # No renormalisation after a drop: token 1 keeps 0.30 for C, not 1.
+    # Gates are not renormalised after a drop: token 1 keeps 0.30 for C, not 1.
     expected = np.array([[0.50, 0.45], [0, 0.30], [0, 0]], np.float32)
     np.testing.assert_array_equal(out.gate_GSK[0], expected)
 
 
 @pytest.mark.parametrize("order", [*RANKED_ORDERS, "random"])
 def test_dropless_keeps_every_valid_choice_whatever_the_queue(order):
-    # All tokens to one expert, five times the mean load; "random" needs no key then.
+    # All tokens choose one expert: five times the mean load. "random" needs no key if dropless.
     probs, choices = np.full((5, 5), 0.2, np.float32), np.full((5, 1), 3, np.int32)
     valid = [True, True, False, True, True]
     kept, slots = assign(order, 0.0, probs, choices, valid)
@@ -316,7 +315,7 @@ def test_random_order_gives_every_token_a_chance_and_depends_on_the_key_alone():
 
     draws = np.asarray(jax.vmap(kept)(jax.random.split(jax.random.key(0), 400)))
     assert (draws.sum(axis=1) == 1).all()  # one slot, one winner
-    # 400 draws at 1/4: standard deviation 0.022; four of them.
+    # 400 draws with probability 1/4; the tolerance is four standard deviations of 0.022.
     np.testing.assert_allclose(draws.mean(axis=0), 0.25, atol=0.087)
     np.testing.assert_array_equal(kept(jax.random.key(7)), kept(jax.random.key(7)))
 
@@ -341,7 +340,7 @@ def assign_jit(routing, valid, key, order, factor):
 def test_slots_have_one_owner_and_go_to_whom_the_oracle_serves(order, shape, factor, padding, seed):
     groups, tokens, experts, choices = shape
     random = np.random.default_rng(seed)
-    # Sixteenths, so that equal probabilities occur.
+    # Multiples of 1/16, so equal probabilities occur.
     probs = random.integers(1, 16, size=(groups, tokens, experts)).astype(np.float32) / 16
     index = np.argsort(-probs, axis=-1, kind="stable")[..., :choices].astype(np.int32)
     gate = np.take_along_axis(probs, index, axis=-1)

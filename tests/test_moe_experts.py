@@ -51,13 +51,13 @@ def test_activation_equals_the_oracle(kind, bias):
     np.testing.assert_allclose(y / scale, np.array(expected) / scale, atol=FLOAT32)
 
 
-# x Phi(x) at 2 is 2 * 0.977249868.
 def test_the_slope_of_gelu():
-    # That of x Phi(x) is Phi(x) + x phi(x): at 0, 1 and -1.
+    # The derivative of x Phi(x) is Phi(x) + x phi(x), here at 0, 1 and -1.
     slopes = jax.vmap(jax.grad(gelu))(jnp.array([0.0, 1.0, -1.0]))
     np.testing.assert_allclose(slopes, [0.5, 1.083315471, -0.083315471], atol=1e-7)
 
 
+# x Phi(x) at 2 is 2 * 0.977249868.
 @pytest.mark.parametrize(("kind", "value"), [("gelu", 2 * 0.977249868), ("gelu_tanh", 1.954597694)])
 def test_gelu_is_the_exact_one_unless_it_is_named_tanh(kind, value):
     one = {"wi": jnp.ones((1, 1)), "wo": jnp.ones((1, 1))}
@@ -66,7 +66,7 @@ def test_gelu_is_the_exact_one_unless_it_is_named_tanh(kind, value):
 
 
 def test_gate_is_activated_and_the_other_branch_is_linear():
-    # x = 1: silu(1 * 3) * (1 * -2) by hand; silu(-2) * 3 would be the branches swapped.
+    # x = 1: silu(1 * 3) * (1 * -2). Swapped branches would give silu(-2) * 3.
     weights = {"wg": jnp.full((1, 1), 3.0), "wi": jnp.full((1, 1), -2.0), "wo": jnp.ones((1, 1))}
     y = Experts(SwiGLU())(jnp.ones((1, 1)), weights, SHARED)
     assert float(y[0, 0]) == pytest.approx(-2 * 3 / (1 + math.exp(-3)), rel=1e-6)
@@ -117,14 +117,14 @@ def test_expert_dropout_needs_a_key_and_keeps_the_mean(way):
     draws = np.stack([run(params, x, moe, key) for key in keys])
     assert np.abs(draws[0] - draws[1]).max() > 1e-3
     np.testing.assert_array_equal(run(params, x, moe, keys[0]), draws[0])
-    # The mean of 200 draws, five standard errors around the output without dropout.
+    # The mean of 200 draws is within five standard errors of the output without dropout.
     errors = np.abs(draws.mean(axis=0) - calm) / (draws.std(axis=0) / 200**0.5 + 1e-6)
     assert errors.max() < 5
 
 
 @pytest.mark.parametrize("way", slow_but(["einsum", "gather"], RUN))
 def test_expert_dropout_gradient_is_that_of_the_units_kept(way):
-    # Along a line through the parameters: a backward pass with other units dropped would differ.
+    # A central difference along a line: a backward pass that drops other units would differ.
     moe, params, x = make_block(expert_dropout_rate=0.5, run_experts=way)
     params = jax.tree.map(lambda p: p * 2, params)
     rng = jax.random.key(5)
@@ -137,7 +137,7 @@ def test_expert_dropout_gradient_is_that_of_the_units_kept(way):
     start = params["experts"]["wo"]
     direction = jax.random.normal(jax.random.key(6), start.shape)
     slope = float(jnp.sum(jax.grad(loss)(start) * direction))
-    # Quadratic in wo, so that the central difference is exact but for rounding.
+    # The loss is quadratic in wo, so the central difference is exact up to rounding.
     step = 0.5
     forward, backward = (loss(start + s * step * direction) for s in (1, -1))
     assert slope == pytest.approx(float(forward - backward) / (2 * step), rel=1e-3)
@@ -157,10 +157,10 @@ def test_initial_variance_is_the_scale_over_the_fan_in(scale, fan_in):
     params = init_parameters(jax.random.key(0), specs)
     for name, fan in (("wi", fan_in), ("wg", fan_in), ("wo", 2 * fan_in)):
         values = np.asarray(params[name])
-        # At least 8,192 draws: the variance of a sample is within 5% (three standard errors).
+        # At least 8,192 draws: the sample variance is within 5% (three standard errors).
         assert values.var() == pytest.approx(scale / fan, rel=0.05)
         assert abs(values.mean()) < 5 * (scale / fan / values.size) ** 0.5
-        # Cut at two standard deviations of the normal before the cut.
+        # Truncated at two standard deviations of the untruncated normal.
         assert np.abs(values).max() <= 2 * (scale / fan) ** 0.5 / 0.8796
     assert not any(np.any(params[name]) for name in ("bi", "bg", "bo"))
 
@@ -183,7 +183,7 @@ def test_router_starts_at_its_standard_deviation():
     moe = MoE(num_experts=64, router=TokenChoice(init_stddev=0.02))
     params = init_parameters(jax.random.key(0), moe.specs(Dims(256)))
     router = np.asarray(params["router"]["weight"])
-    # The normal before the cut has 0.02, what is left 0.8796 of it.
+    # The untruncated normal has deviation 0.02; truncation leaves 0.8796 of it.
     assert router.std() == pytest.approx(0.8796 * 0.02, rel=0.03)
     assert np.abs(router).max() <= 0.04
 

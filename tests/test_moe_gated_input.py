@@ -1,4 +1,4 @@
-"""Gates on what experts get: by hand, and against loops over tokens and choices."""
+"""Gates on expert inputs: by hand, and against loops over tokens and choices."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ VALID = np.arange(2 * LENGTH).reshape(2, LENGTH) < 14
 
 
 def test_a_token_of_llama_4_by_hand():
-    """Two numbers a token: the first is 2 or 4, the second a logit of odds 3 : 1."""
+    """Two numbers per token: the first is 2 or 4, the second a logit for odds 3 : 1."""
     moe = MoE(
         num_experts=2, expert_dim=1, use_bias=True, run_experts="einsum", shared_expert_dim=1,
         router=TokenChoice(score=Sigmoid()), gate_on_input=True,
@@ -41,8 +41,8 @@ def test_a_token_of_llama_4_by_hand():
     params = jax.tree.map(lambda value: value.astype(np.float32), params)
     x = np.array([[[2, np.log(3)], [4, np.log(3)]]], np.float32)
     y, aux = moe_block(params, x, moe, Call(capacity=1.0))
-    # 3/4 of the token is 1.5, the expert gives 10 relu(1.5 - 1) + 0.5; the shared one gets it all.
-    # The second token finds the expert full, whose bias it must not get either.
+    # The gated token is 3/4 of 2, so the expert gives 10 relu(1.5 - 1) + 0.5. The shared expert
+    # gets the ungated token. The second token finds the expert full, and must not get its bias.
     np.testing.assert_allclose(y, [[[5.5, 2], [0, 4]]], rtol=1e-6)
     assert aux.sums["kept_KE"].tolist() == [[1, 0]]
 
@@ -67,7 +67,7 @@ def expert(x, w, e, np=np):
 
 
 def loops(params, x):
-    """Output, choices and which are kept, token by token in float64."""
+    """Output, choices and kept choices, token by token in float64."""
     params = jax.tree.map(lambda value: value.astype(np.float64), params)
     w, router = params["experts"], params["router"]["weight"]
     y, index = np.zeros(x.shape), np.zeros((2, LENGTH, K), int)
@@ -87,7 +87,7 @@ def loops(params, x):
 
 
 def dense(params, x, index, kept):
-    """The same, smooth: every expert computes every token, the decisions are held fixed."""
+    """The same, differentiable: every expert computes every token, and the decisions are fixed."""
     gates = 1.5 * jax.nn.sigmoid(x @ params["router"]["weight"])
     y = 0
     for e in range(E):

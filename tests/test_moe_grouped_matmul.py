@@ -38,7 +38,7 @@ from moe_jax.moe.run_experts.tiles import (
 )
 from tests.moe_oracle import rows_computed
 
-# Which kernel.
+# Which kernel is chosen.
 
 OLD, MIDDLE, NEW = (0, 0, 42, 1), (0, 0, 47), (0, 0, 50, 1)
 
@@ -52,7 +52,7 @@ OLD, MIDDLE, NEW = (0, 0, 42, 1), (0, 0, 47), (0, 0, 50, 1)
         (Target("tpu", (0, 0, 50)), "lax"),
         (Target("tpu", NEW), "lax"),
         (Target("tpu", (0, 1)), "lax"),
-        (Target("tpu"), "megablox"),  # nobody says which libtpu
+        (Target("tpu"), "megablox"),  # libtpu version unknown
         (Target("gpu", capability=(8, 0)), "triton"),
         (Target("gpu", capability=(9, 0)), "triton"),
         (Target("gpu", capability=(12, 0)), "triton"),
@@ -100,7 +100,7 @@ def test_the_version_of_the_tpu_compiler_is_that_of_its_package(monkeypatch):
     assert libtpu_version() == NEW
     monkeypatch.setenv("TPU_LIBRARY_PATH", "other/libtpu.so")
     assert libtpu_version() is None
-    # The package itself sets the path when JAX imports it.
+    # JAX's import of the package sets the path itself.
     package = types.SimpleNamespace(origin="/site/libtpu/__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
     assert libtpu_version() is None
@@ -135,7 +135,7 @@ def test_the_kernel_does_not_change_results():
     assert set(KERNELS) == {"auto", "loop", "lax", "dense", *module.PRODUCTS}
 
 
-# Values and gradients. Rows past the last group are NaN on the way in, both ways.
+# Values and gradients. Rows past the last group are NaN in the inputs of both passes.
 
 
 def reference(x, weight, sizes, dy):
@@ -177,7 +177,7 @@ def check(kernel, rows, inner, outer, sizes, dtype="float32", tolerance=2e-6):
         assert size or not of_expert.any()
 
 
-# Dims are no multiples of tiles; groups begin and end anywhere.
+# Dims are not multiples of tiles; groups start and end anywhere.
 CASES = {
     "an empty group, and groups that share tiles": (390, 136, 130, [100, 0, 37, 200]),
     "small": (40, 8, 12, [10, 0, 20, 3]),
@@ -206,7 +206,7 @@ def test_values_and_gradients(kernel, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["megablox", "triton"])
 def test_bfloat16_is_summed_in_float32(kernel):
-    # Rounding the result costs 2^-8 of it at most; sums in bfloat16 cost several times that.
+    # Rounding the result costs at most 2^-8 of it; sums in bfloat16 cost several times that.
     check(kernel, 700, 512, 136, [600, 0, 60], "bfloat16", tolerance=2**-8)
 
 
@@ -325,12 +325,12 @@ def test_tiles_of_a_tpu_fit_and_cover_dims(rows, experts, inner, outer, itemsize
 
 
 def test_weights_stay_on_the_chip_where_they_fit():
-    # All of I in one tile: the weights of an expert are read once, not once for each tile of rows.
+    # One tile covers all of I, so an expert's weights are read once, not once per tile of rows.
     assert tpu_row_tiles(8192, 8, 2048, 1024, itemsize=2)[1] == 2048
     assert tpu_row_tiles(32768, 32, 7168, 2048, itemsize=2)[1] == 7168
 
 
-# Compiled ahead of time: three SwiGLU products with all gradients are nine calls of a kernel.
+# Compiled ahead of time: three SwiGLU products with all gradients are nine kernel calls.
 
 
 def ahead_of_time(package, topology, kernel="auto"):
@@ -359,7 +359,7 @@ def test_dense_products_of_an_old_libtpu_are_seen():
     if (libtpu_version() or NEW) > OLD:
         pytest.skip("needs libtpu 0.0.42.1 or older")
     found = ahead_of_time("libtpu", "v5e:4x4", "dense")
-    assert found["flops"] > 3 and found["calls"] == 6, found  # the weights' gradient has no kernel
+    assert found["flops"] > 3 and found["calls"] == 6, found  # dweight has no kernel
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Routers with arrays that the step updates, and with metrics of their own."""
+"""Routers with arrays that the training step updates, and with metrics of their own."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ E, K, LENGTH, MODEL_DIM = 4, 2, 8, 3
 
 @dataclasses.dataclass(frozen=True)
 class Fewest(FixedRouter):
-    """The K experts that have had the fewest tokens in all steps before."""
+    """Chooses the K experts with the fewest tokens in all earlier steps."""
 
     def state_specs(self, dims, options):
         spec = ParameterSpec((options.num_experts,), (None,), zeros, "router", decays=False)

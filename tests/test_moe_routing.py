@@ -1,4 +1,4 @@
-"""Token-choice routing, by hand-worked tables and by its invariants."""
+"""Token-choice routing, by hand-worked tables and by invariants."""
 
 import itertools
 
@@ -31,8 +31,8 @@ from tests import moe_oracle
 FLOAT32 = 1e-6
 PROPERTIES = settings(max_examples=30)
 
-# With the identity as router weights a token is its own logits.
-# Token 0 has probabilities 1/10, 2/10, 3/10, 4/10; token 1 ties experts 0, 1 and 2.
+# With identity router weights a token is its own logits. Token 0 has probabilities 1/10, 2/10,
+# 3/10, 4/10; token 1 ties experts 0, 1 and 2.
 PROBS = np.array([[0.1, 0.2, 0.3, 0.4], [0.3, 0.3, 0.3, 0.1]])
 LOGITS = np.log(PROBS).astype(np.float32)
 
@@ -73,11 +73,11 @@ def test_choices_come_best_first_and_ties_go_to_the_lower_index():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        # The probabilities of the two choices as they are ...
+        # The probabilities of the two choices, unchanged ...
         ({}, [[0.4, 0.3], [0.3, 0.3]]),
-        # ... over their sum, .7 and .6 ...
+        # ... divided by their sums, .7 and .6 ...
         ({"renormalize": True}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
-        # ... which is what a softmax over two logits gives.
+        # ... which equals a softmax over two logits.
         ({"score": SoftmaxOverSelected()}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
         ({"score": SoftmaxOverSelected(), "renormalize": True}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
         # Scaling comes last, after renormalisation.
@@ -86,7 +86,8 @@ def test_choices_come_best_first_and_ties_go_to_the_lower_index():
         # sigmoid(log p) = p / (1 + p).
         ({"score": Sigmoid()}, [[4 / 14, 3 / 13], [3 / 13, 3 / 13]]),
         ({"score": Sigmoid(), "renormalize": True}, [[52 / 94, 42 / 94], [1 / 2, 1 / 2]]),
-        # Over an L_p norm: .7; .5, of 3, 4, 5; the same for any multiple of the scores.
+        # Divided by the L_p norm: .7 for p = 1, .5 for p = 2 (3, 4, 5). Any multiple of the scores
+        # gives the same.
         ({"norm_order": 1.0}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]]),
         ({"norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
         ({"score": SoftmaxOverSelected(), "norm_order": 2.0}, [[0.8, 0.6], [0.5**0.5, 0.5**0.5]]),
@@ -105,7 +106,7 @@ def test_gates_are_over_one_norm_or_the_other():
 
 @pytest.mark.parametrize("score", [Sigmoid(), Softmax()], ids=["sigmoid", "softmax"])
 def test_experts_whose_scores_round_to_the_same_number_are_selected_by_their_logits(score):
-    # Sigmoids of 30 and more are 1 in float32, those of -200 are 0, and so are such softmaxes.
+    # In float32, sigmoids of 30 and more are 1, those of -200 are 0, and so are such softmaxes.
     logits = np.array([[30.0, 31.0, 60.0, 32.0], [0.0, -202.0, -201.0, -200.0]], np.float32)
     routing = route_logits(logits, 3, TokenChoice(score=score))
     assert indices(routing) == [[2, 3, 1], [0, 3, 2]]
@@ -124,7 +125,7 @@ def test_probabilities_of_sigmoid_scores_are_normalized():
 
 @pytest.mark.parametrize("score", [Sigmoid(), Softmax()], ids=["sigmoid", "softmax"])
 def test_normalizing_scores_that_underflowed_is_exact_and_so_is_its_gradient(score):
-    """Far below 0 a sigmoid is exp; two experts of a softmax are chosen that have no part in it."""
+    """Far below 0 a sigmoid is exp; the softmax case chooses two experts of probability 0."""
     config = TokenChoice(score=score, renormalize=True)
     logits = jnp.array([[-200.0, -201.0, -202.0, -200.0 if score == Sigmoid() else 0.0]])
     taken = Choices(jnp.array([[[0, 1]]]), jnp.ones((1, 1, 2), jnp.bool_))
@@ -145,7 +146,7 @@ def test_normalizing_scores_that_underflowed_is_exact_and_so_is_its_gradient(sco
 
 
 def test_bias_changes_the_selection_and_not_the_gates():
-    # Scores .1 .2 .3 .4 plus .35 for expert 0: .45, .2, .3, .4. Its gate stays .1.
+    # Scores .1 .2 .3 .4 plus .35 for expert 0 give .45, .2, .3, .4. Expert 0's gate stays .1.
     routing = route_logits(LOGITS[:1], 2, bias_E=jnp.array([0.35, 0, 0, 0]))
     assert indices(routing) == [[0, 3]]
     close(gates(routing), [[0.1, 0.4]])
@@ -154,7 +155,7 @@ def test_bias_changes_the_selection_and_not_the_gates():
 
 
 def test_bias_is_added_to_the_scores_that_select():
-    # sigmoid scores 1/11, 2/12, 3/13, 4/14; a bias of .2 lifts expert 0 to .291, above .286.
+    # Sigmoid scores are 1/11, 2/12, 3/13, 4/14. A bias of .2 lifts expert 0 to .291, above .286.
     bias = jnp.array([0.2, 0, 0, 0])
     routing = route_logits(LOGITS[:1], 1, TokenChoice(score=Sigmoid()), bias_E=bias)
     assert indices(routing) == [[0]]
@@ -168,19 +169,19 @@ def test_bias_gets_no_gradient():
     assert not np.any(jax.grad(total)(jnp.array([0.35, 0, 0, 0])))
 
 
-# Six experts in three groups of two; scores of one token, softmax of their logs:
+# Six experts in three groups of two, with one token's scores:
 #   group 0: .30 .01   group 1: .20 .17   group 2: .16 .16
-# Best expert of a group: .30, .20, .16. Sum of its best two: .31, .37, .32.
+# Best expert per group: .30, .20, .16. Sum of the best two: .31, .37, .32.
 GROUPED = np.log(np.array([[0.30, 0.01, 0.20, 0.17, 0.16, 0.16]], np.float32))
 
 
 @pytest.mark.parametrize(
     ("worth", "groups", "expected"),
     [
-        ("max", 1, [[0, 1]]),  # group 0 alone, although .01 is the worst of all
+        ("max", 1, [[0, 1]]),  # group 0 only, although .01 is the worst of all
         ("max", 2, [[0, 2]]),  # groups 0 and 1
         ("max", 3, [[0, 2]]),  # no limit
-        ("top2_sum", 1, [[2, 3]]),  # group 1 alone, without the best expert of all
+        ("top2_sum", 1, [[2, 3]]),  # group 1 only, without the best expert of all
         ("top2_sum", 2, [[2, 3]]),  # groups 1 and 2: .20, .17, .16, .16
         ("top2_sum", 3, [[0, 2]]),
     ],
@@ -190,7 +191,7 @@ def test_group_limited_selection_by_hand(worth, groups, expected):
     config = TokenChoice(groups=limit)
     routing = route_logits(GROUPED, 2, config)
     assert indices(routing) == expected
-    # Gates and probabilities know nothing of the limit.
+    # The limit changes neither gates nor probabilities.
     close(gates(routing), np.exp(GROUPED)[:, expected[0]])
     close(routing.probs_GSE[0], np.exp(GROUPED))
 
@@ -232,7 +233,7 @@ def test_router_equals_the_oracle(seed, num_selected, score, renormalize, groups
         logits, probs, chosen, gate = moe_oracle.route_token(
             x[0, s].astype(float), router.astype(float), num_selected, config, bias
         )
-        close(routing.logits_GSE[0, s] / 4, np.array(logits) / 4)  # up to about 4
+        close(routing.logits_GSE[0, s] / 4, np.array(logits) / 4)  # logits are up to about 4
         close(routing.probs_GSE[0, s], probs)
         assert routing.expert_index_GSK[0, s].tolist() == list(chosen)
         close(routing.gate_GSK[0, s], gate)
@@ -254,7 +255,7 @@ def test_temperature_divides_the_logits():
 @pytest.mark.parametrize(
     ("top_p", "count"),
     [
-        # Sorted: .4 .3 .2 .1, sums .4 .7 .9 1; and .3 .3 .3 .1, sums .3 .6 .9 1.
+        # Sorted: .4 .3 .2 .1 with sums .4 .7 .9 1, and .3 .3 .3 .1 with sums .3 .6 .9 1.
         (0.25, [1, 1]),
         (0.35, [1, 2]),
         (0.55, [2, 2]),
@@ -268,7 +269,7 @@ def test_top_p_takes_as_few_experts_as_reach_p(top_p, count):
     assert indices(routing) == [[3, 2, 1, 0], [0, 1, 2, 3]]
     assert chosen(routing) == [[k < n for k in range(4)] for n in count]
     close(gates(routing), np.where(chosen(routing), -np.sort(-PROBS, axis=1), 0))
-    # num_selected bounds the number.
+    # num_selected limits the number of choices.
     assert chosen(route_logits(LOGITS, 1, TokenChoice(top_p=top_p))) == [[True], [True]]
 
 
@@ -290,7 +291,7 @@ def test_gates_are_renormalized_over_the_choices_that_top_p_leaves(options):
 @pytest.mark.parametrize(
     ("options", "gate", "expected"),
     [
-        # Renormalised gates 4/7 and 3/7; 1/2 and 1/2; the first keeps its own.
+        # The renormalised gates are 4/7 and 3/7, or 1/2 and 1/2. The first choice keeps its gate.
         ({"eval_choices": FirstChoice()}, [[4 / 7, 0], [1 / 2, 0]], [[1, 0], [1, 0]]),
         ({"eval_choices": Threshold()}, [[4 / 7, 3 / 7], [1 / 2, 1 / 2]], [[1, 1], [1, 1]]),
         (
@@ -298,7 +299,7 @@ def test_gates_are_renormalized_over_the_choices_that_top_p_leaves(options):
             [[4 / 7, 0], [1 / 2, 1 / 2]],
             [[1, 0], [1, 1]],
         ),
-        # Of a first choice nothing is asked, and the scaling factor comes after the threshold.
+        # The threshold spares first choices, and precedes the scaling factor.
         (
             {"eval_choices": Threshold(0.9), "scaling_factor": 7.0},
             [[4, 0], [3.5, 0]],
@@ -313,7 +314,7 @@ def test_later_choices_by_policy(options, gate, expected):
 
 
 def test_random_later_choices_count_in_proportion_to_their_gates():
-    # Gates .4 .3 .2 .1 at threshold .25: certain, certain, 4 of 5, 2 of 5.
+    # Gates .4 .3 .2 .1 at threshold .25 count with probability 1, 1, 4/5 and 2/5.
     config = TokenChoice(choices=RandomChoices(0.25))
     many = np.tile(LOGITS[:1], (4000, 1))
     routing = route_logits(many, 4, config, rng=jax.random.key(0))
@@ -331,12 +332,12 @@ def test_sampling_draws_by_probability_without_replacement():
     first, second = np.asarray(indices(routing)).T
     atol = 4 * 0.5 / 6000**0.5
     np.testing.assert_allclose(np.bincount(first) / 6000, PROBS[0], atol=atol)
-    # The second draw is from what the first leaves: sum over first f of p_f p_e / (1 - p_f).
+    # The second draw excludes the first: sum over first f of p_f p_e / (1 - p_f).
     pairs = PROBS[0][:, None] * PROBS[0] / (1 - PROBS[0][:, None]) * (1 - np.eye(4))
     np.testing.assert_allclose(np.bincount(second) / 6000, pairs.sum(axis=0), atol=atol)
     assert (first != second).all()
     close(gates(routing), np.take_along_axis(PROBS[:1], np.asarray(indices(routing)), axis=1))
-    assert indices(route_logits(LOGITS, 2, config)) == [[3, 2], [0, 1]]  # the best, in evaluation
+    assert indices(route_logits(LOGITS, 2, config)) == [[3, 2], [0, 1]]  # the best in evaluation
 
 
 def test_the_rest_is_drawn_after_the_best():
@@ -356,7 +357,7 @@ def test_sampling_stays_within_the_selected_groups():
 
 
 def test_learned_noise_has_the_deviation_that_the_token_asks_for():
-    # Two tokens of 3000 copies each; softplus(x W_noise) is softplus(0) and softplus(3).
+    # Two tokens, each with 3000 copies; softplus(x W_noise) is softplus(0) and softplus(3).
     x = np.repeat(np.eye(2, dtype=np.float32), 3000, axis=0)[None]
     learned = {"weight": jnp.array([[0.0, 0.0], [3.0, 3.0]])}
     params = {"weight": jnp.eye(2), "noise": {"learned": learned}}
@@ -365,11 +366,11 @@ def test_learned_noise_has_the_deviation_that_the_token_asks_for():
     noise = np.asarray(routing.logits_GSE - x).reshape(2, -1)
     np.testing.assert_allclose(noise.std(axis=1), np.log(1 + np.exp([0.0, 3.0])), rtol=0.05)
     close(routing.clean_GSE, x)
-    # With noise of a fixed deviation besides, variances add up.
+    # With additional noise of a fixed deviation, variances add up.
     both = TokenChoice(noise=(Gaussian(stddev=2.0), Learned()))
     noise = np.asarray(route(x, params, 1, both, rng=jax.random.key(0)).logits_GSE - x)
     np.testing.assert_allclose(noise[0, :3000].std(), (np.log(2) ** 2 + 4) ** 0.5, rtol=0.05)
-    # Without a key, in evaluation, there is none.
+    # Without a key, as in evaluation, there is no noise.
     calm = route(x, params, 1, config)
     close(calm.logits_GSE, x)
     assert calm.clean_GSE is None and calm.noise_std_GSE is None
@@ -385,13 +386,13 @@ def test_cosine_logits_by_hand():
     }
     config = TokenChoice(projection=Cosine(dim=2, temperature=0.25))
     close(route(x, params, 1, config).logits_GSE[0], 4 * np.array([[0.6, 0.8], [0.0, 1.0]]))
-    # The length of a token changes nothing; 0 gives 0 and a finite gradient.
+    # The length of a token does not matter; a zero token gives 0 and a finite gradient.
     close(route(9 * x, params, 1, config).logits_GSE, route(x, params, 1, config).logits_GSE)
     zero, gradient = jax.value_and_grad(lambda x: jnp.sum(route(x, params, 1, config).logits_GSE))(
         jnp.zeros((1, 1, 3))
     )
     assert zero == 0 and np.isfinite(gradient).all()
-    # The temperature is learned, and does not fall below 1 / 100.
+    # The temperature is learned, and is at least 1 / 100.
     params["log_scale"] = jnp.full(1, np.log(2.0))
     close(route(x, params, 1, config).logits_GSE[0, 0], [4.8, 6.4])
     params["log_scale"] = jnp.full(1, 9.0)
@@ -435,12 +436,12 @@ def test_every_parameter_of_a_router_learns_from_the_task(options, number):
 
 
 def test_a_bias_of_the_logits_is_in_everything_that_the_router_says():
-    """Unlike a selection bias: logits, probabilities, gates, and it learns."""
+    """Unlike a selection bias it enters logits, probabilities and gates, and it learns."""
     router = TokenChoice(projection=Linear(use_bias=True, temperature=2.0))
     bias = np.array([np.log(6.0), 0, 0, 0], np.float32)
     params = {"weight": jnp.eye(4), "bias": jnp.asarray(bias)}
     routing = route(2 * LOGITS[None], params, 2, router)
-    root = PROBS[:1] ** 2 * np.exp(bias)  # the temperature divides the bias as well
+    root = PROBS[:1] ** 2 * np.exp(bias)  # the temperature divides the bias too
     expected = np.sqrt(root) / np.sqrt(root).sum()
     close(routing.logits_GSE[0], LOGITS + bias / 2)
     close(routing.probs_GSE[0, :1], expected)
@@ -487,7 +488,7 @@ def test_ties_of_zero_and_minus_zero_go_to_the_lower_index(jit):
 
 
 def test_router_computes_in_float32_when_tokens_are_bfloat16():
-    # 256 + 1 rounds to 256 in bfloat16: experts 0 and 1 would tie, and 0 would win.
+    # 256 + 1 is 256 in bfloat16: experts 0 and 1 would tie, and expert 0 would win.
     x = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
     router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     routing = route(x, {"weight": router}, 2, TokenChoice())
@@ -503,11 +504,11 @@ def test_router_dtype_is_for_studies():
     router = jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     routing = route(x, {"weight": router}, 2, TokenChoice(dtype="bfloat16"))
     assert routing.logits_GSE.dtype == routing.gate_GSK.dtype == jnp.bfloat16
-    assert indices(routing) == [[0, 1]]  # the tie, gone wrong
+    assert indices(routing) == [[0, 1]]  # the tie, resolved wrongly
 
 
 def block(moe, seed=0, tokens=6, dim=4):
-    """Random parameters with logits near 1, and tokens."""
+    """Random parameters and tokens, with logits near 1."""
     random = np.random.default_rng(seed)
     params = jax.tree.map(
         lambda spec: random.normal(size=spec.shape).astype(np.float32), moe.specs(Dims(dim))
@@ -516,8 +517,8 @@ def block(moe, seed=0, tokens=6, dim=4):
 
 
 def test_jitter_reaches_the_router_and_never_the_experts():
-    # With every expert chosen, renormalised to sum 1, and all experts alike, the output does not
-    # depend on the routing at all: it would only move if the experts saw jittered tokens.
+    # All experts are chosen and identical, and gates sum to 1, so the output does not depend on the
+    # routing. It would move only if the experts saw jittered tokens.
     router = TokenChoice(noise=(Jitter(epsilon=0.5),), renormalize=True)
     moe = MoE(num_experts=2, num_selected_experts=2, expert_dim=5, router=router,
               run_experts="einsum")  # fmt: skip
@@ -537,7 +538,7 @@ def test_jitter_multiplies_the_input_by_one_plus_minus_epsilon():
     x, router = jnp.ones((1, 500, 2)), jnp.eye(2)
     logits = np.asarray(route(x, {"weight": router}, 1, config, rng=jax.random.key(0)).logits_GSE)
     assert logits.min() >= 0.75 and logits.max() <= 1.25
-    # U(.75, 1.25): mean 1, standard deviation .5 / sqrt(12); 1000 draws, four standard errors.
+    # U(.75, 1.25): mean 1, standard deviation .5 / sqrt(12). 1000 draws, four standard errors.
     np.testing.assert_allclose(logits.mean(), 1.0, atol=4 * 0.5 / 12**0.5 / 1000**0.5)
     np.testing.assert_allclose(logits.std(), 0.5 / 12**0.5, rtol=0.1)
 
@@ -548,7 +549,7 @@ def test_noise_is_gaussian_of_the_given_deviation_on_the_logits():
     logits = np.asarray(route_logits(calm, 1, config, rng=jax.random.key(1)).logits_GSE)
     np.testing.assert_allclose(logits.mean(), 0, atol=4 * 0.3 / 1000**0.5)
     np.testing.assert_allclose(logits.std(), 0.3, rtol=0.1)
-    # About 4.6% of a Gaussian lies beyond two deviations, and none of a uniform.
+    # About 4.6% of a Gaussian is beyond two deviations, but nothing of a uniform distribution.
     assert 0.02 < np.mean(np.abs(logits) > 0.6) < 0.08
 
 

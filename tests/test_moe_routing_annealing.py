@@ -1,4 +1,4 @@
-"""Temperature, jitter and noise that move over the steps of training."""
+"""Temperature, jitter and noise that change during training."""
 
 import functools
 
@@ -68,7 +68,7 @@ def test_logits_follow_the_step():
     for said, std in ((early, 0.8), (late, 0.2)):
         np.testing.assert_allclose(said.noise_std_GSE, std, rtol=1e-6)
         np.testing.assert_allclose(np.std(said.logits_GSE - said.clean_GSE), std, rtol=0.1)
-    np.testing.assert_allclose(late.clean_GSE, plain, rtol=1e-5, atol=1e-6)  # no jitter any more
+    np.testing.assert_allclose(late.clean_GSE, plain, rtol=1e-5, atol=1e-6)  # jitter has ended
     assert np.abs(4 * early.clean_GSE - plain).max() > 0.1
 
 
@@ -80,7 +80,7 @@ def make(**projection):
 
 @functools.partial(quick_jit, static_argnames="model")
 def training_loss(state, batch, model):
-    """In two parts, whose loads are counted beforehand."""
+    """The loss of a step in two parts, whose loads are counted first."""
     keys = jax.random.split(jax.random.key(0), 2)
     return gradient(state, cut(batch, 2), keys, batch_totals(batch), model)[0]
 

@@ -1,4 +1,4 @@
-"""BASE and Sinkhorn: the assignments against SciPy and NumPy, and the routers that use them."""
+"""BASE and Sinkhorn: assignments against SciPy and NumPy, and the routers that use them."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ AFFINITIES = {
     "all want one": 0.1 * RANDOM.normal(size=(TOKENS, E)) + [5, 0, 0, 0],
     "all want the same two": 0.1 * RANDOM.normal(size=(TOKENS, E)) + [5, 5, 0, 0],
     "few kinds of token": np.repeat(RANDOM.normal(size=(3, E)), TOKENS // 3, axis=0),
-    # Integers: the bound is below 1, and so the sum is the best.
+    # Integers: the bound is below 1, so the sum is exactly the best.
     "integers": RANDOM.integers(0, 10, size=(TOKENS, E)),
     "equal": np.zeros((TOKENS, E)),
     "large offsets": RANDOM.normal(size=(TOKENS, E)) + 100 * RANDOM.normal(size=(TOKENS, 1)),
@@ -68,7 +68,7 @@ def test_an_auction_cut_short_or_of_no_numbers_is_balanced_all_the_same(monkeypa
 
 
 def sinkhorn_plan(logits_SE):
-    """Rows and columns scaled in turn, as it is usually written, float64."""
+    """Rows and columns scaled in turn, in the usual form and in float64."""
     plan = np.exp(np.asarray(logits_SE, np.float64))
     for _ in range(2000):
         plan *= len(plan) / E / plan.sum(axis=0)
@@ -104,7 +104,7 @@ def route(logits_SE, router, *, training, valid=None, num_selected=1):
 
 @pytest.mark.parametrize("kind", [Sinkhorn, Base])
 def test_a_bfloat16_router_has_the_assignment_of_its_logits_in_float32(kind):
-    """Half the tokens are certain of expert 0: steps of the search vanish beside their logits."""
+    """Half the tokens have logits near 300, next to which bfloat16 loses the search's steps."""
     random = np.random.default_rng(5)
     logits = random.normal(size=(TOKENS, E)) + np.where(np.arange(TOKENS) % 2, 300, 0)[:, None]
     logits = np.asarray(jnp.asarray(logits + [3, 0, 0, 0], jnp.bfloat16), np.float32)

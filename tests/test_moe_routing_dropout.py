@@ -1,4 +1,4 @@
-"""Whole experts that are left out of the choices of a training step."""
+"""Whole experts dropped from the choices of a training step."""
 
 import dataclasses
 
@@ -26,7 +26,8 @@ def drawn(rate, num_options=6, num_selected=2):
 
 def test_an_expert_is_dropped_with_its_probability():
     dropped_E = 1 - drawn(0.2).mean(axis=0)
-    # Of 2,000 draws the mean is within 4 standard deviations. Fewer than two of six left: 0.2 %.
+    # The mean of 2,000 draws is within 4 standard deviations. Fewer than two of six experts are
+    # left in 0.2 % of draws.
     np.testing.assert_allclose(dropped_E, 0.2, atol=4 * (0.2 * 0.8 / DRAWS) ** 0.5 + 0.002)
 
 
@@ -52,7 +53,7 @@ def test_no_token_chooses_a_dropped_expert_and_the_others_keep_their_order():
         assert allowed[np.asarray(routing.expert_index_GSK)].all()
         expected = np.argsort(-np.where(allowed, LOGITS, -np.inf), axis=-1)[:, :2]
         assert indices(routing) == expected.tolist()
-        # Probabilities, which losses see and gates are made of, are those of all experts.
+        # Losses and gates use the probabilities over all experts, dropped ones included.
         np.testing.assert_array_equal(routing.probs_GSE, full.probs_GSE)
 
 

@@ -1,4 +1,4 @@
-"""Expert choice, by hand-worked tables, by its invariants and with every way to run experts."""
+"""Expert choice by hand-worked tables, by invariants, and with every way to run experts."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from moe_jax.part import Call, Dims
 FLOAT32 = 5e-6
 LENGTH, MODEL_DIM = 6, 4
 
-# Four tokens, three experts A, B, C. Best two tokens of A: 0 (.6), 1 (.5); of B: 2 (.5), 3 (.4),
-# before 0 (.3); of C: 1 (.4), 3 (.4).
+# Four tokens, experts A, B and C. The best two tokens of A are 0 (.6) and 1 (.5); of B, 2 (.5) and
+# 3 (.4), before 0 (.3); of C, 1 (.4) and 3 (.4).
 PROBS = np.array([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.2, 0.5, 0.3], [0.2, 0.4, 0.4]], np.float32)
 
 
@@ -46,7 +46,7 @@ def route_probs(probs, slots, max_experts=0, valid=None):
 
 
 def taken(routing):
-    """Experts of each token with their gates."""
+    """Each token's experts and their gates."""
     parts = (routing.expert_index_GSK, routing.gate_GSK, routing.chosen_GSK)
     rows = zip(*(np.asarray(part[0]) for part in parts), strict=True)
     return [{int(e): round(float(g), 5) for e, g, c in zip(*row, strict=True) if c} for row in rows]
@@ -54,7 +54,7 @@ def taken(routing):
 
 def test_every_expert_takes_its_best_tokens():
     assert taken(route_probs(PROBS, 2)) == [{0: 0.6}, {0: 0.5, 2: 0.4}, {1: 0.5}, {1: 0.4, 2: 0.4}]
-    # One slot: C's tie of tokens 1 and 3 goes to the earlier.
+    # One slot: tokens 1 and 3 tie for C, and the earlier one wins.
     assert taken(route_probs(PROBS, 1)) == [{0: 0.6}, {2: 0.4}, {1: 0.5}, {}]
     assert [len(row) for row in taken(route_probs(PROBS, 4))] == [3, 3, 3, 3]
 
@@ -80,13 +80,13 @@ def make_values(moe, seed=0):
 
 
 def run(params, x, moe, factor=None, **told):
-    """With the capacity of training, unless another is given."""
+    """Runs the block, by default with the capacity of training."""
     factor = moe.capacity.train_factor if factor is None else factor
     return moe_block(params, x, moe, Call(capacity=factor, **told))
 
 
 def oracle(params, x_SM, slots):
-    """A group, expert by expert, in float64."""
+    """One group, expert by expert, in float64."""
     params = jax.tree.map(lambda value: np.asarray(value, np.float64), params)
     logits, experts = x_SM.astype(np.float64) @ params["router"]["weight"], params["experts"]
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -135,7 +135,7 @@ def test_evaluation_without_a_capacity_takes_that_of_training():
     np.testing.assert_array_equal(dropless, run(params, x, moe)[0])
 
 
-# A predictor's logits for the tokens of `PROBS`: A takes everyone, B tokens 0 and 2, C nobody.
+# A predictor's logits for the tokens of `PROBS`: A takes all, B takes 0 and 2, C takes none.
 FORETOLD = np.array([[1, 2, -1], [1, -2, -1], [1, 1, -3], [1, -1, 0]], np.float32)
 
 
@@ -149,7 +149,8 @@ FORETOLD = np.array([[1, 2, -1], [1, -2, -1], [1, 1, -3], [1, -1, 0]], np.float3
 )
 def test_evaluation_takes_the_experts_that_the_predictor_foretells(max_experts, slots, expected):
     moe = make_moe(max_experts, predictor=1.0)
-    # A token is its log probabilities and its number: the router reads those, the predictor this.
+    # A token holds its log probabilities, which the router reads, and a one-hot index, which the
+    # predictor reads.
     x = jnp.asarray(np.hstack([np.log(PROBS), np.eye(4)]), jnp.float32)[None]
     params = {
         "weight": jnp.eye(7, 3),
@@ -185,7 +186,7 @@ def test_the_predictor_learns_from_what_experts_take_and_nothing_else_learns_fro
         return aux.sums["router_loss"] / aux.sums["num_tokens"]
 
     value, grads = jax.value_and_grad(loss, argnums=(0, 1))(params, x, jax.random.key(0))
-    assert loss(params, x, None) == 0  # in evaluation nothing is taken that it could be held to
+    assert loss(params, x, None) == 0  # in evaluation experts take nothing that could be its target
 
     router = params["router"]
     logits = x @ router["weight"]

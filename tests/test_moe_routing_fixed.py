@@ -1,4 +1,4 @@
-"""Routers whose experts are fixed beforehand: by hash, at random, in turn."""
+"""Routers with fixed experts: by hash, at random, in turn."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ from moe_jax.parameters import init_parameters
 from moe_jax.part import Call, Dims
 
 E, K, LENGTH, MODEL_DIM = 4, 2, 8, 3
-TABLE = (3, 3, 0, 1, 2, 0)  # of six token ids
+TABLE = (3, 3, 0, 1, 2, 0)  # for six token ids
 ROUTERS = {
     "token": Hash(),
     "modulo": Hash(by="modulo"),
@@ -77,7 +77,7 @@ def test_what_is_given_is_what_is_taken():
     first = [TABLE[token] for token in TOKENS[0]]
     expected = [[e, (e + 1) % E] for e in first]
     assert choices_of(make_moe(ROUTERS["table"])).tolist() == expected
-    # In turn: 0 1, 2 3, 0 1, ...; three of five experts a token: 0 1 2, 3 4 0, 1 2 3, 4 0 1.
+    # In turn: 0 1, 2 3, 0 1, ... With three of five experts per token: 0 1 2, 3 4 0, 1 2 3, 4 0 1.
     assert choices_of(make_moe(ROUTERS["uniform"])).tolist() == [[0, 1], [2, 3]] * 4
     thirds = choices_of(make_moe(ROUTERS["uniform"], choices=3, experts=5))
     assert thirds[:4].tolist() == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]
@@ -89,7 +89,7 @@ def test_equal_keys_get_equal_experts_and_nothing_else_counts():
     by_position = choices_of(make_moe(ROUTERS["position"]))
     np.testing.assert_array_equal(by_position[:4], by_position[4:])
     by_bigram = choices_of(make_moe(ROUTERS["bigram"], choices=1, experts=64))
-    assert by_bigram[0] == by_bigram[4] and by_bigram[1] == by_bigram[5]  # start 0, then 0 1
+    assert by_bigram[0] == by_bigram[4] and by_bigram[1] == by_bigram[5]  # start, 0; then 0, 1
     other = choices_of(
         make_moe(ROUTERS["bigram"], choices=1, experts=64), previous=jnp.full((1, LENGTH), 2)
     )
@@ -102,7 +102,7 @@ def test_experts_of_a_hash_are_uniform_and_its_seed_is_another_table(name):
     rng = jax.random.key(0) if name == "random" else None
     moe = make_moe(ROUTERS[name])
     drawn = choices_of(moe, many, many, rng=rng)
-    # 4000 draws at 1/4 and, for second choices, too: four standard errors.
+    # 4000 draws with probability 1/4, for second choices too: four standard errors.
     for column in drawn.T:
         np.testing.assert_allclose(np.bincount(column) / 4000, 1 / E, atol=4 * 0.433 / 4000**0.5)
     if name == "random":
@@ -111,7 +111,7 @@ def test_experts_of_a_hash_are_uniform_and_its_seed_is_another_table(name):
         seeded = make_moe(dataclasses.replace(ROUTERS[name], seed=1))
         again = choices_of(seeded, many, many)
     assert 0.2 < np.mean(drawn[:, 0] == again[:, 0]) < 0.3
-    # Nor the same table with its keys swapped: ids 2 n and 2 n + 1 differ by the bit of the seed.
+    # Nor is it the same table with swapped keys: ids 2 n and 2 n + 1 differ in the bit of the seed.
     swapped = drawn.reshape(-1, 2, K)[:, ::-1].reshape(-1, K)
     assert 0.2 < np.mean(swapped[:, 0] == again[:, 0]) < 0.3
 
@@ -121,12 +121,12 @@ def test_a_balanced_table_levels_the_counts():
     table = balanced_table(counts, 2)
     assert np.bincount(table, weights=counts).tolist() == [50, 50]
     assert set(table) == {0, 1} and len(table) == 8
-    # Natural frequencies: the load of the fullest expert is within a hundredth of the mean.
+    # Frequencies by Zipf's law: the largest load is within a hundredth of the mean.
     counts = 10_000 // np.arange(1, 500) + 1
     counts[0] = counts[1]
     loads = np.bincount(balanced_table(counts, 8), weights=counts)
     assert loads.max() / loads.mean() < 1.01
-    # Ids that never occurred are spread as well.
+    # Ids that never occurred are spread too.
     assert np.bincount(balanced_table([0] * 12, 4)).tolist() == [3, 3, 3, 3]
 
 

@@ -1,4 +1,4 @@
-"""Every kind of router does on a mesh what it does on one device."""
+"""Every kind of router gives on a mesh what it gives on one device."""
 
 import contextlib
 
@@ -46,7 +46,7 @@ def make_moe(name):
 
 
 def run_block(moe, mesh):
-    """Output and gradients of a training pass, and what the block says."""
+    """Output and gradients of a training pass, and what the block reports."""
     random = np.random.default_rng(0)
     specs = moe.specs(Dims(MODEL_DIM))
     params = jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32), specs)

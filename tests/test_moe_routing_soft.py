@@ -1,4 +1,4 @@
-"""Soft MoE against a loop over tokens and slots, and what must and must not change it."""
+"""Soft MoE against a loop over tokens and slots; what changes it, and what must not."""
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,14 @@ def make_values(moe, seed=0):
 
 
 def run(params, x, moe, valid=None):
-    """With the capacity of training."""
+    """Runs the block with the capacity of training."""
     segments = None if valid is None else valid.astype(np.int32)
     call = Call(segments_BL=segments, capacity=moe.capacity.train_factor)
     return moe_block(params, x, moe, call)
 
 
 def oracle(params, x_SM, valid_S, scaling_factor):
-    """One group in float64, slot by slot: its output and a token's weights by expert."""
+    """One group in float64, slot by slot: the output, and each token's weight per expert."""
     tokens = np.flatnonzero(valid_S)
     router, experts = params["router"], params["experts"]
     phi_MP = router["weight"].astype(np.float64)

@@ -1,6 +1,6 @@
-"""Every way of running experts carries tokens alike, in value and in every gradient.
+"""Every way of running experts gives the same values and gradients.
 
-Who is kept, and in which slot, comes from the oracle, so that these tests see nothing else.
+The oracle decides which choices are kept, and in which slots; these tests see nothing else.
 """
 
 import functools
@@ -20,7 +20,7 @@ from tests.slow import slow_but
 
 # Sums of a few products of numbers near 1 in float32 (epsilon 1.2e-7), against float64.
 FLOAT32 = 2e-6
-# bfloat16 keeps 8 bits (epsilon 7.8e-3), and rounds three times on the way of a token.
+# bfloat16 keeps 8 bits (epsilon 7.8e-3), and each token is rounded three times.
 BFLOAT16 = 5e-2
 
 GROUPS, TOKENS, MODEL_DIM, HIDDEN = 2, 12, 4, 6
@@ -38,7 +38,7 @@ WAYS = {
     "einsum": run_einsum,
     "gather": run_gather,
     "ragged": functools.partial(run_sorted_rows, kernel="loop"),
-    # As on other platforms, by the kernel that a CPU runs soonest.
+    # The way of other platforms, with the kernel that runs fastest on a CPU.
     "ragged, dense": functools.partial(run_sorted_rows, kernel="dense"),
 }
 
@@ -49,7 +49,7 @@ def every_way(test):
 
 @functools.partial(jax.jit, static_argnames=("name", "capacity", "dtype"))
 def run(name, x_GSM, weights, index_GSK, gate_GSK, slot_GSK, kept_GSK, dy_GSM, capacity, dtype):
-    """Output and gradients of sum(y * dy), by name."""
+    """The output, and the gradients of sum(y * dy) by name."""
     num_experts = weights["wi"].shape[0]
 
     def output(x_GSM, gate_GSK, weights):
@@ -69,7 +69,7 @@ def make_case(num_experts, num_selected, order="token_major", padding=0.0, slots
     """A random routing and what the oracle keeps of it; `slots` defaults to 3/4 of the mean."""
     random = np.random.default_rng(seed)
     logits = random.normal(size=(GROUPS, TOKENS, num_experts)).astype(np.float32)
-    logits[..., 0] += 0.5  # a favourite, so that its queue overflows
+    logits[..., 0] += 0.5  # a favourite, whose queue overflows
     probs = np.apply_along_axis(moe_oracle.softmax, -1, logits)
     index = np.argsort(-logits, axis=-1)[..., :num_selected]
     gate = np.take_along_axis(probs, index, axis=-1).astype(np.float32)
@@ -87,7 +87,7 @@ def make_case(num_experts, num_selected, order="token_major", padding=0.0, slots
 
 
 def make_values(num_experts, seed=1):
-    """Tokens, weights of the experts, and the gradient that comes back from the residual."""
+    """Tokens, expert weights, and the output's gradient."""
     random = np.random.default_rng(seed)
     shapes = {
         "wi": (num_experts, MODEL_DIM, HIDDEN), "bi": (num_experts, HIDDEN),
@@ -124,7 +124,7 @@ def check(name, case, values, tolerance=FLOAT32, dtype="float32"):
 
 
 def compare(got, expected, what, tolerance):
-    """The largest difference, in units of the largest expected entry."""
+    """Asserts that the largest difference is small next to the largest expected entry."""
     scale = max(1.0, float(np.abs(expected).max()))
     difference = np.abs(np.asarray(got, np.float64) - expected).max() / scale
     assert difference <= tolerance, f"{what}: off by {difference:.2e} of {scale:.3g}"
@@ -140,7 +140,7 @@ def test_every_size_order_and_padding_agrees_with_the_oracle(name, num_experts, 
             case = make_case(num_experts, num_selected, order, padding, seed=seed)
             check(name, case, values)
             dropped += np.sum(~case[3])
-    assert dropped > 0  # by overflow or as padding: the cases are not trivial
+    assert dropped > 0  # by overflow or as padding, so the cases are not trivial
 
 
 @every_way
@@ -154,7 +154,7 @@ def test_dropless_agrees_with_the_oracle(name, num_experts, num_selected):
 @every_way
 @pytest.mark.parametrize("tokens", [1, TOKENS])
 def test_choices_are_summed_in_float32_whatever_the_dtype(name, tokens):
-    """256 + 1 + 1 = 258, and 256 + 1 is 256 in bfloat16. The gradient of a token is a sum too."""
+    """256 + 1 + 1 = 258, but 256 + 1 is 256 in bfloat16. A token's gradient is a sum too."""
     one = np.ones((1, tokens, MODEL_DIM), np.float32)
     index = np.broadcast_to(np.arange(3, dtype=np.int32), (1, tokens, 3))
     slot = np.broadcast_to(np.arange(tokens, dtype=np.int32)[:, None], index.shape)
@@ -214,7 +214,7 @@ def test_a_dropped_choice_contributes_exactly_zero(name):
     partly = kept[..., 0] != kept[..., 1]
     assert partly.any()
     y, _ = run(name, x, weights, index, gate, slot, kept, dy, slots, "float32")
-    # Whatever a dropped choice's expert, slot and gate are: nothing moves by a bit.
+    # The expert, slot and gate of a dropped choice do not change a bit of the output.
     changed_index = np.where(kept, index, 4 - index)
     changed_gate = np.where(kept, gate, 7.0).astype(np.float32)
     changed_slot = np.where(kept, slot, slots + 3)
@@ -226,7 +226,7 @@ def test_a_dropped_choice_contributes_exactly_zero(name):
 
 @every_way
 def test_a_gate_that_underflowed_to_zero_keeps_its_slot(name):
-    # A mask made of "combine > 0" would lose this choice, and with it the gradient of its gate.
+    # A mask "combine > 0" would lose this choice, and with it the gradient of its gate.
     index, gate, slot, kept, slots = make_case(5, 2)
     zeroed = kept & (np.arange(2) == 1)
     gate[zeroed] = 0.0
@@ -237,7 +237,7 @@ def test_a_gate_that_underflowed_to_zero_keeps_its_slot(name):
 @every_way
 @pytest.mark.parametrize(("num_experts", "num_selected"), slow_but([(5, 2)], [(5, 2), (8, 7)]))
 def test_bfloat16_agrees_with_the_oracle(name, num_experts, num_selected):
-    # The oracle gets the inputs as bfloat16 has them, so that only arithmetic differs.
+    # The oracle's inputs are rounded to bfloat16, so only the arithmetic differs.
     rounded = jax.tree.map(
         lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32), make_values(num_experts)
     )

@@ -1,4 +1,4 @@
-"""Experts on other devices change nothing: against one device, and against what must arrive."""
+"""Experts on many devices equal experts on one, and each device receives what it must."""
 
 import contextlib
 import dataclasses
@@ -65,7 +65,7 @@ EXPLICIT = [name for name, way in WAYS.items() if way.exchange == "explicit"]
 
 
 class Case(NamedTuple):
-    """Settings of a block, its capacity factor, and whether some choice is dropped."""
+    """A block's settings, its capacity factor, and whether choices are dropped."""
 
     settings: dict
     factor: float
@@ -119,7 +119,7 @@ def make_block(case, way, num_chunks=1):
 
 
 def block_inputs(moe):
-    """Parameters, tokens, their gradient from above, and which are no padding."""
+    """Parameters, tokens, the output's gradient, and a mask of tokens that are not padding."""
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda spec: (random.normal(size=spec.shape) / 2).astype(np.float32),
@@ -130,7 +130,7 @@ def block_inputs(moe):
 
 
 def run_block(moe, mesh=None):
-    """Output and gradients by name, and everything the block says of its routing."""
+    """Output and gradients by name, and everything that the block reports on its routing."""
     params, x, dy, valid = block_inputs(moe)
     call = Call(segments_BL=jnp.asarray(valid, jnp.int32), capacity=moe.capacity.train_factor)
 
@@ -159,7 +159,7 @@ def on_one_device(case_index):
 
 
 def every_way_on_every_mesh():
-    """In cases that take turns, with either number of chunks; on every other mesh once quickly."""
+    """Each way on each mesh with both numbers of chunks, cases in turn; a quarter is quick."""
     turns = []
     for w, way in enumerate(WAYS):
         for m, mesh in enumerate(MESHES):
@@ -187,9 +187,9 @@ def test_the_block_is_that_of_one_device(way, mesh, num_chunks, case_index):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_matrices_come_to_their_slots_in_either_pass(remat):
-    """They are gathered over fsdp forward, and again backward: none is kept for it.
+    """They are gathered over fsdp in each pass, so none is kept for the backward pass.
 
-    With remat, the backward pass gathers once for what it computes again and for its own products.
+    With remat, the backward pass gathers once, both to recompute and for its own products.
     """
     case = Case({"activation": SwiGLU(), "num_selected_experts": 2}, 1.0, True)
     moe = make_block(case, WAYS["gather by constraint"])
@@ -254,9 +254,9 @@ COPYING_MESHES = {
     ),
 )
 def test_gradients_of_kernels_that_are_not_checked(kernel, mesh):
-    """`jax.shard_map` cannot check how their results vary, and so not where gradients are summed.
+    """`jax.shard_map` cannot check how their results vary, and hence where gradients are summed.
 
-    Its matrices, biases and tokens are copied over each axis of some of these meshes.
+    On some of these meshes, matrices, biases and tokens are copied along each axis.
     """
     assert not says_how_it_varies(kernel) and says_how_it_varies("dense")
     case_index = 2
@@ -267,7 +267,7 @@ def test_gradients_of_kernels_that_are_not_checked(kernel, mesh):
 
 
 def assert_same(got, expected):
-    """Integers exactly, the rest to rounding."""
+    """Asserts that integers are equal, and other numbers equal up to rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (path, wanted), value in zip(
         jax.tree.leaves_with_path(expected), jax.tree.leaves(got), strict=True
@@ -280,7 +280,7 @@ def assert_same(got, expected):
 
 
 def compare(got, expected, what):
-    """The largest difference, in units of the largest expected entry."""
+    """Asserts that the largest difference is small next to the largest expected entry."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     scale = max(1.0, float(np.abs(expected).max()))
     difference = np.abs(got.astype(np.float64) - expected).max() / scale
@@ -289,17 +289,17 @@ def compare(got, expected, what):
 
 # The exchange of slots.
 
-GROUPS, SLOTS = 2, 3  # of one device; of an expert in a group
+GROUPS, SLOTS = 2, 3  # groups of one device; slots of an expert in a group
 
 
 def numbered_slots(num_devices):
-    """[E, all groups, C, M], every entry another number: no slot can be taken for another."""
+    """Distinct numbers, [E, all groups, C, M]: no slot can be mistaken for another."""
     shape = (NUM_EXPERTS, GROUPS * num_devices, SLOTS, MODEL_DIM)
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
 def all_to_all(mesh, axes):
-    """`(slots of all devices) -> what each device has of its experts, and what comes back`."""
+    """A function of all slots: what each device gets for its experts, and what comes back."""
     exchange = ByAllToAll(axes)
     by_groups = partition_spec((None, "group", None, None), mesh)
     arrived = jax.P(mesh.axis_names)
@@ -320,15 +320,15 @@ SPANNED = MeshConfig(slices=2, data=1, expert=4, experts_span_slices=True)
     [
         (MeshConfig(data=1, expert=8), ("expert",), [range(8)]),
         (MeshConfig(data=2, expert=4), ("expert",), [range(4), range(4, 8)]),
-        # In two hops, and in one: the same arrives.
+        # Two hops deliver what one hop does.
         (SPANNED, ("expert_slice", "expert"), [range(8)]),
         (SPANNED, (("expert_slice", "expert"),), [range(8)]),
-        # Experts that are not split stay where they are.
+        # Experts that are not split stay in place.
         (MeshConfig(data=8), (), [[device] for device in range(8)]),
     ],
 )
 def test_each_device_gets_the_slots_of_its_experts_and_they_come_back(config, axes, sharing):
-    """`sharing`: the devices that share the experts, copy by copy of the model."""
+    """`sharing`: the devices that share the experts, in each copy of the model."""
     slots = numbered_slots(8)
     arrived, back = all_to_all(make_mesh(config), axes)(slots)
     np.testing.assert_array_equal(back, slots)
@@ -355,11 +355,11 @@ def test_constraints_lay_slots_with_their_experts_and_back(mesh):
     np.testing.assert_array_equal(back, slots)
 
 
-# The exchange of rows: how many can come.
+# The exchange of rows: how many can arrive.
 
 
 def rows_received(expert_QJK, num_experts, slots):
-    """By NumPy: kept rows that each device receives, if an expert serves `slots` of a sender's."""
+    """Kept rows that each device receives if experts serve `slots` rows per sender, by NumPy."""
     num_devices = len(expert_QJK)
     received = np.zeros(num_devices, int)
     for expert_JK in expert_QJK:
@@ -369,7 +369,7 @@ def rows_received(expert_QJK, num_experts, slots):
 
 
 def random_choices(tokens, num_choices, num_experts, random):
-    """Distinct experts for every token, some far more popular than others, [J, K]."""
+    """Distinct experts for every token, some much more popular than others, [J, K]."""
     worth = random.normal(size=(tokens, num_experts)) + 3 * random.normal(size=num_experts)
     return np.argsort(-worth, axis=-1)[:, :num_choices]
 
@@ -388,7 +388,7 @@ def test_no_device_receives_more_rows_than_there_is_room_for(num_own, num_choice
         )
         assert rows_received(expert_QJK, num_experts, slots).max() <= most
 
-    # The worst router: as many choices of every token as can be, all on the experts of device 2.
+    # The worst router sends as many choices of each token as possible to device 2's experts.
     turn = np.arange(tokens * num_choices).reshape(tokens, num_choices)
     there = 2 * num_own + turn % num_own
     elsewhere = (turn % (num_experts - num_own)) + 3 * num_own
@@ -403,10 +403,10 @@ AXES = {"wi": ("expert", "model", "hidden")}
 
 
 def run_everything_on_two_experts(mesh, way, num_chunks=1):
-    """Output of experts on one device of many, each token with gates of its own; and the oracle's.
+    """Output if all tokens choose experts 0 and 1, with gates of their own, and the oracle's.
 
-    Experts 0 and 1 are one device's if the mesh has expert=4, which then receives all that there
-    are: its own rows and those of every other device.
+    With expert=4 both experts are on one device. It then receives all rows: its own and those of
+    every other device.
     """
     random = np.random.default_rng(0)
     shape = (BATCH, LENGTH, 2)
@@ -442,7 +442,7 @@ def test_every_token_may_go_to_one_device(name):
 
 
 def test_with_room_for_one_row_less_a_row_would_be_lost():
-    """So the bound above is the least one, also of the program that runs."""
+    """So the bound above is the smallest, also for the program that runs."""
     mesh = make_mesh(MeshConfig(data=2, expert=4))
     way = WAYS["ragged, dense"]
     with mock.patch.object(
@@ -455,7 +455,7 @@ def test_with_room_for_one_row_less_a_row_would_be_lost():
 
 @pytest.mark.slow
 def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
-    """Of two devices each has one token, which travels in one chunk of two."""
+    """Each of two devices has one token, which travels in one of the two chunks."""
     random = np.random.default_rng(0)
     x = random.normal(size=(2, 1, MODEL_DIM)).astype(np.float32)
     weights = {"wi": random.normal(size=(2, MODEL_DIM, MODEL_DIM)).astype(np.float32)}
@@ -472,7 +472,7 @@ def test_one_text_that_is_generated_has_fewer_tokens_than_chunks():
 
 
 def test_scales_of_quantised_experts_stay_what_they_are():
-    """127 times 1.003 (in float16) is 127.37, in bfloat16 127.5; of a scale in bfloat16: 127."""
+    """127 x 1.003 (in float16) is 127.37, or 127.5 in bfloat16. A bfloat16 scale would give 127."""
     scales = np.full((2, 1, 1), 1.003, np.float16)
     weights = {"wi": Quantised(np.full((2, 1, 1), 127, np.int8), jnp.asarray(scales))}
     ones = jnp.ones((2, 1, 1))
@@ -490,11 +490,11 @@ def test_scales_of_quantised_experts_stay_what_they_are():
     assert y.dtype == jnp.bfloat16 and y.tolist() == expected.tolist()
 
 
-# What is random in the experts.
+# Randomness in the experts.
 
 
 def draw_from_experts(name, config, seed, num_chunks=1):
-    """Every device of the experts draws numbers for its rows, in its own half under tensor."""
+    """Every expert device draws numbers for its rows; under tensor, each fills its own half."""
     way, mesh = WAYS[name], make_mesh(config)
     random = np.random.default_rng(1)
     index = random.integers(0, NUM_EXPERTS, (BATCH, LENGTH, 1)).astype(np.int32)
@@ -525,7 +525,7 @@ def test_no_two_devices_draw_the_same_and_equal_keys_do(name):
     first, again, other = draw_from_experts(name, config, [0, 0, 1], num_chunks=3)
     np.testing.assert_array_equal(first, again)
     assert not (first == other).any()
-    # What a device drew for a token: half of its output, under tensor.
+    # One device's draw for a token: under tensor, half of the output.
     drawn = first.reshape(-1, MODEL_DIM // 2)
     assert len(np.unique(drawn, axis=0)) == len(drawn) == 2 * BATCH * LENGTH
 
@@ -542,7 +542,7 @@ def run_with_dropout(way, mesh=None):
 
 
 def test_what_the_compiler_places_is_dropped_as_on_one_device():
-    """Masks are those of one array of all slots, wherever it lies; explicit ways draw their own."""
+    """Masks cover one array of all slots, wherever it is placed; explicit ways draw their own."""
     expected = run_with_dropout(WAYS["einsum by constraint"])
     mesh = make_mesh(MESHES["data 2, expert 4"])
     compare(run_with_dropout(WAYS["einsum by constraint"], mesh), expected, "output")
@@ -582,7 +582,7 @@ def test_without_a_mesh_there_is_no_expert_parallelism():
 
 
 def kept_matrices(name, num_chunks):
-    """The shapes of the expert matrices that the backward pass is given, over all devices."""
+    """Shapes of the expert matrices that the backward pass receives, over all devices."""
     way = WAYS[name]
     moe = MoE(
         num_experts=4, expert_dim=20, activation=SwiGLU(), use_bias=True,
@@ -605,11 +605,11 @@ def kept_matrices(name, num_chunks):
 
 
 SPLIT = [(4, 8, 20), (4, 8, 20), (4, 20, 8)]  # wi, wg and wo: each entry on one device
-GATHERED = [(16, 8, 20), (16, 8, 20), (16, 20, 8)]  # each on the four of fsdp
+GATHERED = [(16, 8, 20), (16, 8, 20), (16, 20, 8)]  # each on the four devices of fsdp
 
 
-# JAX keeps whatever goes into a loop: so the matrices of sorted rows on a CPU, whose
-# devices have one memory anyway.
+# JAX keeps whatever enters a loop. This includes the matrices of sorted rows on a CPU, whose
+# devices share one memory anyway.
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("name", [name for name in EXPLICIT if name != "ragged"])
 def test_gathered_matrices_are_not_kept_for_the_backward_pass(name, num_chunks):
@@ -625,7 +625,7 @@ def test_without_the_rule_gathered_matrices_would_be_kept():
 
 
 def devices_of(platform):
-    """A mesh of four devices that need not be here."""
+    """A mesh of four devices of a platform, which need not exist here."""
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
     mesh = AbstractMesh((4,), ("expert",), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
@@ -636,7 +636,7 @@ def devices_of(platform):
     [("cpu", "gather"), ("tpu", "ragged"), ("cuda", "ragged"), ("metal", "gather")],
 )
 def test_auto_is_ragged_where_nothing_is_dropped_and_there_is_a_kernel(platform, dropless):
-    # Slots that drop nothing are E / K times the rows.
+    # Slots that drop nothing are E / K times as many as the rows.
     with devices_of(platform):
         assert plan_experts(MoE(), dropless=True).rows == dropless
         assert plan_experts(MoE(), dropless=False).rows == "gather"
@@ -689,7 +689,7 @@ def test_the_exchange_that_is_chosen(rows, exchange, resolved):
         (Plan("ragged", "explicit", 3), "run_parallel", 3),
         (Plan("gather", "compiler", 3), "gather", 3),
         (Plan("einsum", "compiler", 3), "einsum", 3),
-        # On one device nothing travels.
+        # On one device nothing is exchanged.
         (Plan("einsum", "none", 3), "einsum", 1),
         (Plan("ragged", "none", 3), "run_sorted_rows", None),
     ],
@@ -724,7 +724,7 @@ def test_on_one_device_nothing_is_exchanged(exchange):
 
 
 def test_auto_is_explicit_where_experts_span_slices():
-    # The compiler hands slots to the network between slices whole; the other way is hierarchical.
+    # Between slices the compiler sends whole slots; the explicit exchange is hierarchical.
     device = AbstractDevice(device_kind="any", num_cores=1, platform="tpu")
     for outer, resolved in (("expert_slice", "explicit"), ("slice", "compiler")):
         mesh = AbstractMesh((2, 4), (outer, "expert"), abstract_device=device)

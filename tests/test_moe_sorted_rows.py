@@ -1,6 +1,6 @@
-"""Rows sorted by expert: any sizes, any garbage.
+"""Rows sorted by expert, with groups of any size and any garbage in unused rows.
 
-`expert_loop` is the CPU's way, `SortedRows` the one of other platforms, with any of its kernels
+`expert_loop` is the way of CPUs, `SortedRows` that of other platforms, with any of its kernels
 (`test_moe_grouped_matmul`).
 """
 
@@ -32,7 +32,7 @@ FLOAT32 = 5e-6
 PROPERTIES = settings(max_examples=40)
 
 MODEL_DIM, HIDDEN, EXPERTS = 3, 5, 4
-# Rows of each expert.
+# Rows per expert.
 GROUPS = {
     "even": [16, 16, 16, 16],
     "one row": [1, 0, 0, 0],
@@ -64,7 +64,7 @@ def make_values(num_rows, seed=0):
 
 
 def loop(x, gate, weights, expert, kept):
-    """`expert_loop` on one choice a token."""
+    """`expert_loop` with one choice per token."""
     order = sort_by_expert(TokenChoices(expert, gate, kept), EXPERTS)
     return expert_loop(EXPERT, weights, None, x, gate, kept, order)
 
@@ -78,7 +78,7 @@ def sorted_rows(kernel, x, gate, weights, expert, kept):
 
 
 def each_alone(x, gate, weights, expert, kept):
-    """The same by `one_by_one`, which is for few rows."""
+    """The same by `one_by_one`, which is meant for few rows."""
     return one_by_one(x, TokenChoices(expert, gate, kept), weights, EXPERT, None)
 
 
@@ -99,7 +99,7 @@ def run(way, x, gate, weights, expert, kept, dy):
 
 
 def check(way, group_sizes, num_rows):
-    """Rows in a random order, `group_sizes` of them kept by their expert, against the oracle."""
+    """Compares with the oracle: rows in random order, `group_sizes` of them kept per expert."""
     weights, x, dy, random = make_values(num_rows)
     owners = np.repeat(np.arange(EXPERTS), group_sizes)
     expert, kept = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
@@ -137,7 +137,7 @@ def test_groups_larger_than_the_largest_block(way, name):
 
 @every_way
 def test_garbage_in_rows_of_no_expert_never_leaks(way):
-    # Rows of dropped choices lie past the last group; they may hold NaN, as unused memory does.
+    # Rows of dropped choices are past the last group; they may hold NaN, as unused memory does.
     weights, x, dy, random = make_values(64)
     expert = random.integers(0, EXPERTS, (64, 1)).astype(np.int32)
     kept = random.random((64, 1)) < 0.5
@@ -153,7 +153,7 @@ def test_garbage_in_rows_of_no_expert_never_leaks(way):
 
 @every_way
 def test_a_bad_row_of_one_expert_does_not_reach_another(way):
-    # Blocks overlap the rows of the next expert: a NaN there must stay with its owner.
+    # Blocks overlap the next expert's rows; a NaN there must stay with its owner.
     weights, x, dy, _ = make_values(64)
     expert = np.repeat(np.arange(EXPERTS), 16)[:, None].astype(np.int32)
     kept, gate = np.ones((64, 1), bool), np.ones((64, 1), np.float32)
@@ -167,7 +167,7 @@ def test_a_bad_row_of_one_expert_does_not_reach_another(way):
 
 @jax.custom_vjp
 def careless_ragged_dot(x, weight, sizes_E):
-    """As a kernel may be: rows of no expert come out NaN, and its gradients read them."""
+    """A permissible kernel: rows of no expert come out NaN, and its gradients read them."""
     owner_RE, own_R1 = owners(sizes_E, len(x))
     y = jnp.einsum("RI,RE,EIO->RO", x, owner_RE, weight)
     return jnp.where(own_R1, y, jnp.nan)
@@ -195,7 +195,7 @@ def test_what_a_kernel_leaves_in_rows_of_no_expert_never_leaks():
     expert = random.integers(0, EXPERTS, (16, 1)).astype(np.int32)
     kept = random.random((16, 1)) < 0.5
     gate = random.random((16, 1)).astype(np.float32)
-    # Tokens of dropped choices are infinite: a product with them must not reach a gradient.
+    # Tokens of dropped choices are infinite; products with them must not reach a gradient.
     x = np.where(kept, x, np.inf).astype(np.float32)
     clean_y, clean = run("loop", x, gate, weights, expert, kept, dy)
     with mock.patch.object(jax.lax, "ragged_dot", careless_ragged_dot):
@@ -217,7 +217,7 @@ def test_matmul_of_sorted_rows_is_zero_past_the_last_group():
 
 
 def test_choices_are_sorted_by_expert_then_token_and_dropped_ones_come_last():
-    # Choices 0..5 of three tokens: experts 2 0 | 1 2 | 0 1; token 1's first choice was dropped.
+    # Choices 0..5 of three tokens: experts 2 0 | 1 2 | 0 1. Token 1's first choice is dropped.
     expert = jnp.array([[2, 0], [1, 2], [0, 1]])
     kept = jnp.array([[True, True], [False, True], [True, True]])
     choice, row, sizes = sort_by_expert(TokenChoices(expert, kept.astype(jnp.float32), kept), 3)
@@ -235,7 +235,7 @@ def test_more_choices_than_int32_can_sort_are_refused():
 
 @functools.partial(jax.jit, static_argnames="blocks")
 def visits(sizes_E, blocks):
-    """How often each row is a block's own, who owns it, and where the last block ends."""
+    """How many blocks own each row, the expert of each row, and the end of the last block."""
 
     def body(carry, operand, block):
         count, owner, last = carry
@@ -263,7 +263,7 @@ def test_every_row_is_in_one_block_of_its_expert(sizes):
 
 @pytest.mark.parametrize(("rows", "experts"), [(48, 1), (16, 2), (40, 4)])
 def test_fewer_rows_than_were_likely(rows, experts):
-    """As on a mesh where an expert takes less than its share: values and gradients are the same."""
+    """As on a mesh where an expert gets less than its share: values and gradients stay the same."""
     random = np.random.default_rng(0)
     x, dy = random.normal(size=(2, rows, MODEL_DIM)).astype(np.float32)
     weights = {
@@ -300,7 +300,7 @@ def test_few_choices_one_by_one():
 
 @pytest.mark.parametrize("few", [FEW_CHOICES, 0])
 def test_few_choices_read_weights_where_they_lie(few):
-    """Of a scan over layers; a loop over experts has all experts of a layer cut out for it."""
+    """In a scan over layers. A loop over experts instead copies all experts of each layer."""
     layers, experts, dim = 3, 16, 32
     weights = {"wi": np.ones((layers, experts, dim, dim), np.float32)}
     weights["wo"] = weights["wi"]

@@ -1,4 +1,4 @@
-"""SparseMixer: choices and gates by hand, draws by their frequencies, gradients by the formula."""
+"""SparseMixer: choices and gates by hand, draws by frequency, gradients by the formula."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ from moe_jax.part import Call, Dims
 from tests.tiny_run import quick_jit
 
 FLOAT32 = 1e-6
-# With jitter .1 an expert is close to the best one, b, if b - l <= .2 max(|l|, b).
+# With jitter .1 an expert of logit l is close to the best, b, if b - l <= .2 max(|l|, b).
 ROUTER = SparseMixer(jitter=0.1)
 LOGITS = np.array(
     [
         [2.0, 1.7, 1.6, 0.5],  # close to 2: 1.7 and 1.6, at most .4 below
-        [2.0, 1.5, 1.3, 1.1],  # none is close to 2; to 1.5 is 1.3; .2 * 1.5 = .3, and 1.1 is far
+        [2.0, 1.5, 1.3, 1.1],  # none is close to 2; 1.3 is close to 1.5 (.2 * 1.5 = .3), 1.1 is not
         [-2.0, -2.3, -2.6, -9.0],  # .3 / 2.3 and .6 / 2.6: the second is close, the third is not
     ],
     np.float32,
@@ -43,11 +43,11 @@ def softmax(*logits):
 def test_evaluation_by_hand():
     routing = route(LOGITS)
     assert routing.expert_index_GSK[0].tolist() == [[0, 1], [0, 1], [0, 1]]
-    # The best among those close to it; then the second one likewise, without the first.
+    # A softmax over the best and those close to it; then likewise without the first choice.
     expected = [
         [softmax(2.0, 1.7, 1.6)[0], softmax(1.7, 1.6)[0]],
         [1.0, softmax(1.5, 1.3)[0]],
-        # To -2.3 is -2.6 close: .3 / 2.6.
+        # -2.6 is close to -2.3: .3 / 2.6.
         [softmax(-2.0, -2.3)[0], softmax(-2.3, -2.6)[0]],
     ]
     np.testing.assert_allclose(routing.gate_GSK[0], expected, rtol=FLOAT32)
@@ -76,7 +76,7 @@ def test_draws_stay_close_to_the_best_and_most_others_have_a_third_of_their_gate
 
 def test_the_gradient_is_that_of_the_whole_gate_whatever_was_cut():
     logits = jnp.asarray(np.tile(LOGITS[:1], (200, 1)))[None]
-    left = jnp.ones(logits.shape, jnp.bool_).at[..., 1].set(False)  # expert 1 was chosen before
+    left = jnp.ones(logits.shape, jnp.bool_).at[..., 1].set(False)  # expert 1 was chosen first
     dy = jnp.asarray(np.random.default_rng(0).normal(size=(1, 200)).astype(np.float32))
 
     def weighted(logits):
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_whole_gate_whatever_was_cut():
     probs[[0, 2]] = softmax(2.0, 1.6)
     chosen = np.eye(4)[np.asarray(index[0])]
     whole = chosen @ probs
-    assert len(np.unique(np.round(gate[0] / whole, 3))) == 2  # both kinds of gates are there
+    assert len(np.unique(np.round(gate[0] / whole, 3))) == 2  # both kinds of gates occur
     expected = (np.asarray(dy[0]) * whole)[:, None] * (chosen - probs)
     np.testing.assert_allclose(gradient[0], expected, atol=FLOAT32)
 

@@ -1,4 +1,4 @@
-"""MoE blocks of published models, as transformers computes them, from the same weights."""
+"""MoE blocks of published models equal those of transformers with the same weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,29 +21,29 @@ from moe_jax.part import Call, Own
 pytestmark = pytest.mark.slow
 
 M, H, E, K = 12, 10, 8, 3
-# Sums of some float32 products; gradients relative to their norm.
+# Sums of some float32 products; gradients are compared relative to their norm.
 OUTPUTS, GRADIENTS = 1e-5, 1e-5
 
 
 def stacked(tensors, gate_up="experts.gate_up_proj", down="experts.down_proj"):
-    """Experts [E, 2H, M] (gates, then the others) and [E, M, H]."""
+    """Stacks the experts' matrices: [E, 2H, M] (gates first) and [E, M, H]."""
     gate, up = np.split(tensors[gate_up], 2, axis=1)
     return {"wg": gate.swapaxes(1, 2), "wi": up.swapaxes(1, 2), "wo": tensors[down].swapaxes(1, 2)}
 
 
 def one(tensors, prefix):
-    """A dense SwiGLU."""
+    """Converts a dense SwiGLU."""
     names = {"wg": "gate_proj", "wi": "up_proj", "wo": "down_proj"}
     return {name: tensors[f"{prefix}.{theirs}.weight"].T for name, theirs in names.items()}
 
 
 def usual(gate):
-    """A router's matrix of that name, and stacked experts."""
+    """Converts a router's matrix of that name, and stacked experts."""
     return lambda t: {"router": {"weight": t[gate].T}, "experts": stacked(t)}
 
 
 def with_shared(name):
-    """The same, with a shared expert of that name."""
+    """The same with a shared expert of that name."""
     return lambda t: {**usual("gate.weight")(t), "shared": one(t, name)}
 
 
@@ -81,7 +81,7 @@ def of_llama4(tensors):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A published block: where transformers has it, its config, our settings and names."""
+    """A published block: its place in transformers, its config, and our settings and names."""
 
     package: str  # of transformers.models
     config_class: str
@@ -187,7 +187,7 @@ CASES = {
 
 
 def their_block(case, scale=0.5):
-    """The block of transformers in evaluation, every parameter and buffer drawn."""
+    """The block of transformers in evaluation mode, with random parameters and buffers."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     package = getattr(transformers.models, case.package)
@@ -246,7 +246,7 @@ def test_outputs_choices_and_gradients(name):
 @pytest.mark.parametrize("scale", [0.5, 5.0])
 @pytest.mark.parametrize("shift", [0.0, -3.0])
 def test_limited_groups_of_deepseek_v3(scale, shift):
-    """The same experts, also of biased scores below 0, which a mask of 0 would beat."""
+    """The experts agree, even with biased scores below 0, which a mask of 0 would beat."""
     case = CASES["deepseek v3"]
     block, torch = their_block(case, scale)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_limited_groups_of_deepseek_v3(scale, shift):
 
 
 def test_the_estimator_of_phi_from_the_same_draws(monkeypatch):
-    """Gates and gradients in training, with our random numbers put in the place of torch's."""
+    """Gates and gradients in training, with our random numbers instead of torch's."""
     torch = pytest.importorskip("torch")
     phi = pytest.importorskip("transformers.models.phimoe.modeling_phimoe")
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Zero and copy experts: against loops over tokens and choices, in values, counts and gradients."""
+"""Zero and copy experts equal loops over tokens and choices: values, counts and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,12 @@ def make_values(moe):
 
 
 def run(params, x, moe, own=None, **told):
-    """With the capacity of training."""
+    """Runs the block with the capacity of training."""
     return moe_block(params, x, moe, Call(capacity=moe.capacity.train_factor, **told), own)
 
 
 def decide(params, x, slots):
-    """Choices of every token, [2, L, K], and which of them are kept."""
+    """Each token's choices, [2, L, K], and which of them are kept."""
     logits = x.astype(np.float64) @ params["router"]["weight"]
     index = np.argsort(-logits, axis=-1)[..., :K]
     kept = np.zeros(index.shape, bool)
@@ -65,7 +65,7 @@ def decide(params, x, slots):
 
 
 def dense(params, x, index, kept):
-    """The block with every expert computing every token and the decisions held fixed."""
+    """The block with every expert computing every token and with fixed decisions."""
     probs = jax.nn.softmax(x @ params["router"]["weight"], axis=-1)
     chosen = jax.nn.one_hot(index, E + ZERO + COPY)
     gate = jnp.sum(probs[..., None, :] * chosen, axis=-1)
@@ -135,7 +135,7 @@ def test_a_single_expert_and_a_zero_expert_have_a_router_between_them():
 
 
 def test_tokens_sure_of_an_expert_that_computes_nothing_are_not_served_first():
-    """Two want the one slot of expert 0: the first is surer, but of the zero expert."""
+    """Two tokens want expert 0's one slot; the first token is surer, but of the zero expert."""
     probs = np.array([[0.25, 0.05, 0.7], [0.4, 0.5, 0.1]])
     moe = make_moe(
         num_experts=2, num_zero_experts=1, num_copy_experts=0, router=TokenChoice(),

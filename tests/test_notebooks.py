@@ -32,17 +32,17 @@ nbformat.write(notebook, out)
 
 
 def run(name, directory, **variables):
-    """Executes a notebook in Jupyter, warnings being errors.
+    """Executes a notebook in Jupyter, with warnings as errors.
 
     Returns:
-      What it prints, and the PNG images that it shows.
+      The printed text, and the PNG images shown.
     """
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
         **{key: str(value) for key, value in variables.items()},
     }
-    environment.pop("MPLBACKEND", None)  # a kernel has its own
+    environment.pop("MPLBACKEND", None)  # a kernel sets its own
     path, out = ROOT / "notebooks" / f"{name}.ipynb", directory / f"{name}.ipynb"
     done = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(path), str(LIMIT_SECONDS), str(out)],
@@ -60,7 +60,7 @@ def is_image(output):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    """A run that the notebook on routers trained, and what the notebook said of it."""
+    """A run that the notebook on routers trained, with the notebook's text and images."""
     directory = tmp_path_factory.mktemp("notebooks")
     workdir = directory / "run"
     return workdir, *run("looking_into_a_router", directory, RUN=workdir)
@@ -84,12 +84,12 @@ def test_look_at_a_run_reads_a_finished_run(looked, tmp_path):
 @pytest.mark.slow
 def test_reading_a_study_computes_its_verdict(tmp_path):
     where = {"STUDY": "switch_against_dense", "RESULTS": tmp_path, "RUNS": tmp_path / "runs"}
-    # Of a smoke run, as there are no results.
+    # With no results, the notebook uses a smoke run.
     said, images = run("reading_a_study", tmp_path, **where)
     assert len(images) == 1
     assert "2 of 15 runs, size smoke" in said
     assert "| Switch, E = 16 | 1 |" in said
-    # Of part of the arms and seeds, as while a study is running.
+    # Only some arms and seeds have results, as while a study is running.
     study = load_study("switch_against_dense")
     for arm, seed in [*(("dense", seed) for seed in range(5)), ("switch_8", 0)]:
         append_result(tmp_path / RESULTS_FILE, {

@@ -1,4 +1,4 @@
-"""Every row of a batch lies where its sharding says, whoever read it."""
+"""Every row of a batch is on the devices of its sharding, whichever process read it."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ MESHES = [
 
 
 def rows_in(devices, mesh, num_rows):
-    """`rows_of_process` in a process that has only these devices of the mesh."""
+    """`rows_of_process` in a process with only these devices of the mesh."""
 
     def as_seen_there(names, mesh):
         spans = named_sharding(names, mesh).devices_indices_map((num_rows,))
@@ -42,12 +42,12 @@ def rows_in(devices, mesh, num_rows):
 
 
 def in_order(config, order):
-    """A mesh of the CPU devices of these numbers, in this order."""
+    """A mesh of the CPU devices with these numbers, in this order."""
     return make_mesh(config, [jax.devices()[number] for number in order])
 
 
 def hosts(num_devices_each):
-    """The devices of each process: the first ones, the next ones, ..."""
+    """Each process's devices: the first `num_devices_each`, the next ones, ..."""
     devices = jax.devices()
     return [devices[i : i + num_devices_each] for i in range(0, len(devices), num_devices_each)]
 
@@ -58,11 +58,11 @@ def test_a_single_process_reads_everything(config):
 
 
 IN_LINE = range(8)
-# Two hosts with 2 x 2 chips each, side by side: a row of the mesh goes through both (v5e).
+# Two hosts with 2 x 2 chips each, side by side: a row of the mesh crosses both (v5e).
 BLOCKS = [0, 1, 4, 5, 2, 3, 6, 7]
-# A ring goes through one half of a host, then the other host, then the other half (v6e).
+# A ring crosses one half of a host, then the other host, then the other half (v6e).
 RING = [0, 1, 4, 5, 6, 7, 2, 3]
-# Neighbours are never of one host.
+# Neighbours are never on one host.
 ALTERNATING = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -76,12 +76,12 @@ ALTERNATING = [0, 4, 1, 5, 2, 6, 3, 7]
         (MeshConfig(data=1, fsdp=2, expert=4), BLOCKS, 4, [[0, 1, 4, 5], [2, 3, 6, 7]]),
         (MeshConfig(data=8), RING, 4, [[0, 1, 6, 7], [2, 3, 4, 5]]),
         (MeshConfig(data=8), ALTERNATING, 2, [[0, 2], [4, 6], [1, 3], [5, 7]]),
-        # Under tensor, devices have the same rows: of one process, or of several.
+        # Devices along tensor have the same rows, in one process or in several.
         (MeshConfig(data=4, tensor=2), IN_LINE, 2, [[0, 1], [2, 3], [4, 5], [6, 7]]),
         (MeshConfig(data=2, tensor=4), IN_LINE, 2, [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2),
         (MeshConfig(data=4, tensor=2), BLOCKS, 4, [[0, 1, 4, 5], [2, 3, 6, 7]]),
         (MeshConfig(data=1, tensor=8), ALTERNATING, 4, [list(range(8))] * 2),
-        # Processes may share some rows, and may have more of them than others.
+        # Processes may share some rows, and may have unequal numbers of rows.
         (MeshConfig(data=4, tensor=2), [0, 1, 2, 4, 5, 6, 3, 7], 4,
          [[0, 1, 2, 3, 6, 7], [2, 3, 4, 5, 6, 7]]),
         (MeshConfig(data=4, tensor=2), [0, 4, 1, 5, 2, 3, 6, 7], 4,
@@ -113,7 +113,7 @@ def test_each_process_reads_the_rows_of_its_devices_and_puts_them_there(
                 np.testing.assert_array_equal(shard, whole[index], strict=True)
 
 
-# Found with libtpu 0.0.42.1: rows of the first of the hosts, each with 2 x 2 chips of a torus.
+# Found with libtpu 0.0.42.1: rows of the first host. Each host has 2 x 2 chips of a torus.
 PODS = [
     ("v5e:16x16", {"data": 256}, [0, 1, 16, 17]),
     ("v5e:16x16", {"data": 1, "fsdp": 256}, [0, 1, 16, 17]),
@@ -125,7 +125,7 @@ PODS = [
 
 
 def rows_on_a_pod(name, sizes):
-    """Of every process of a pod, as many rows as devices share a batch."""
+    """The rows of each process of a pod, for a batch with one row per device."""
     mesh = make_mesh(MeshConfig(**sizes), topology.devices(topology.parse_topology(name)))
     processes = {}
     for device in mesh.devices.flat:
@@ -140,7 +140,7 @@ def test_the_hosts_of_a_tpu_pod_read_every_row_once():
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from tests import test_parallel_batches as here\n"
         "for name, sizes, _ in here.PODS: print(here.rows_on_a_pod(name, sizes))\n"
-    )  # in another process: the compiler stays out of this one
+    )  # in another process, which keeps the compiler out of this one
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
@@ -158,7 +158,7 @@ def test_rows_that_the_devices_do_not_share_evenly_are_refused():
 
 
 def batch():
-    """Two arrays in which every entry says where it was: microbatch, row, position."""
+    """Two arrays with distinct entries, which identify microbatch, row and position."""
     return {
         "inputs": np.arange(2 * 8 * 3, dtype=np.int32).reshape(2, 8, 3),
         "loss_weights": -np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3),
@@ -181,7 +181,7 @@ def test_every_device_has_its_rows(make, config):
         np.testing.assert_array_equal(got, expected, strict=True)
         shards = {shard.device: shard.data for shard in got.addressable_shards}
         assert set(shards) == set(mesh.devices.flat)
-        # Neighbours in the mesh have neighbouring rows; those under tensor have the same.
+        # Neighbours in the mesh have neighbouring rows; devices along tensor have the same rows.
         for place, device in enumerate(mesh.devices.flat):
             first = place // config.tensor * rows
             np.testing.assert_array_equal(shards[device], expected[:, first : first + rows])

@@ -1,6 +1,6 @@
-"""The ragged all-to-all that stands in on a CPU, against NumPy; and where it does stand in.
+"""The CPU's emulation of the ragged all-to-all, against NumPy; and where it is used.
 
-Values are whole numbers, so that sums have no rounding and everything is compared exactly.
+Values are integers, so sums have no rounding and comparisons are exact.
 """
 
 import functools
@@ -19,11 +19,11 @@ from moe_jax.parallel.collectives import emulated_ragged_all_to_all, ragged_all_
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import partition_spec
 
-# Rows of a device's operand and output, and their width; a run has no more than LONGEST rows.
+# Rows of a device's operand and output, their width, and the longest run.
 SENT, RECEIVED, WIDTH, LONGEST = 12, 40, 3, 4
 
 SPANNED = MeshConfig(slices=2, data=1, expert=4, experts_span_slices=True)
-# The mesh, and the axes along which rows travel; the others make groups on their own.
+# The mesh, and the axes along which rows travel; other axes form separate groups.
 EXCHANGES = {
     "one axis": (MeshConfig(data=1, expert=8), ("expert",)),
     "two axes": (SPANNED, ("expert_slice", "expert")),
@@ -34,7 +34,7 @@ every_exchange = pytest.mark.parametrize("name", EXCHANGES)
 
 
 def groups_of_devices(name):
-    """The places in the mesh of the devices that exchange with each other, [groups, members]."""
+    """Mesh places of the devices that exchange with each other, [groups, members]."""
     config, axes = EXCHANGES[name]
     mesh = make_mesh(config)
     dims = [mesh.axis_names.index(axis) for axis in axes]
@@ -44,10 +44,10 @@ def groups_of_devices(name):
 
 
 def random_runs(members, random):
-    """Who sends which rows where: sizes and both offsets, [senders, receivers].
+    """Which rows devices send each other: sizes and both offsets, [senders, receivers].
 
-    Runs are read anywhere, also twice; they are written in any order of the senders, with gaps in
-    between. Many are empty; one device sends nothing, one receives nothing.
+    Runs may be read from anywhere, repeatedly. They are written in random order of senders, with
+    gaps. Many are empty; one device sends nothing, one receives nothing.
     """
     sizes = random.integers(0, LONGEST + 1, (members, members)) * random.integers(
         0, 2, 2 * [members]
@@ -70,7 +70,7 @@ def random_runs(members, random):
 
 
 def make_case(name, seed):
-    """Arguments of all devices, [devices, ...]; whole numbers."""
+    """Integer-valued arguments of all devices, [devices, ...]."""
     random = np.random.default_rng(seed)
     groups = groups_of_devices(name)
     devices, members = groups.size, groups.shape[1]
@@ -84,7 +84,7 @@ def make_case(name, seed):
 
 
 def copied_rows(name, input_offsets, sizes, output_offsets):
-    """Every row that travels: sender and its row, receiver and its row, places in the mesh."""
+    """Every row that travels: (sender, row), (receiver, row); devices are places in the mesh."""
     for group in groups_of_devices(name):
         for sender in group:
             for member, receiver in enumerate(group):
@@ -101,7 +101,7 @@ def oracle(name, operand, output, input_offsets, sizes, output_offsets, recv_siz
 
 
 def oracle_gradient(name, dy, operand, output, input_offsets, sizes, output_offsets, recv_sizes):
-    """What comes back: a row's gradients from wherever it went; none from what was overwritten."""
+    """A sent row sums the gradients of its copies; overwritten rows have none."""
     d_operand, d_output = np.zeros_like(operand), dy.copy()
     for source, target in copied_rows(name, input_offsets, sizes, output_offsets):
         d_operand[source] += dy[target]
@@ -111,7 +111,7 @@ def oracle_gradient(name, dy, operand, output, input_offsets, sizes, output_offs
 
 @functools.cache
 def compiled(name):
-    """`(arguments of all devices, dy) -> output, gradients of sum(output * dy)`."""
+    """A function of all devices' arguments and dy: output, gradients of sum(output * dy)."""
     config, axes = EXCHANGES[name]
     mesh = make_mesh(config)
     spec = partition_spec(("batch",), mesh)
@@ -151,7 +151,7 @@ def test_the_gradient_is_the_transpose(name, seed):
     expected = oracle_gradient(name, dy, *case)
     np.testing.assert_array_equal(d_operand, expected[0])
     np.testing.assert_array_equal(d_output, expected[1])
-    # <A x, dy> = <x, A^T dy>, for the linear map A of both arguments.
+    # <A x, dy> = <x, A^T dy> for the linear map A of both arguments.
     there = np.vdot(y, dy)
     back = np.vdot(case[0], d_operand) + np.vdot(case[1], d_output)
     assert there == back != 0
@@ -191,7 +191,7 @@ def test_the_stand_in_takes_what_the_real_one_takes():
 
 
 def primitives(jaxpr):
-    """The names of all primitives, in order, also of the programs inside."""
+    """The names of all primitives in order, including those of inner programs."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for inner in jaxprs_in_params(equation.params):
@@ -199,7 +199,7 @@ def primitives(jaxpr):
 
 
 def trace_exchange(platform):
-    """The program that four devices of a platform would run, and what it is lowered to."""
+    """Traces the program that four devices of a platform would run."""
     device = AbstractDevice(device_kind="any", num_cores=1, platform=platform)
     mesh = AbstractMesh((4,), ("expert",), (AxisType.Auto,), abstract_device=device)
     rows, runs = jnp.zeros((4 * SENT, WIDTH)), jnp.zeros(16, jnp.int32)
@@ -243,7 +243,7 @@ def test_the_gradient_of_what_is_shared_is_summed_over_those_who_share_it(names,
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     spec = partition_spec(names, mesh)
     weight = jnp.arange(64.0).reshape(8, 8)
-    # What each device multiplies with: its number in the mesh.
+    # What each device multiplies by: its number in the mesh.
     factors = np.arange(8.0).reshape(2, 2, 2)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, jax.P()), out_specs=jax.P())

@@ -1,4 +1,4 @@
-"""Meshes from configs: how sizes are filled in, refused, and become arrays of devices."""
+"""Meshes from configs: inferred sizes, refused sizes, and arrays of devices."""
 
 import dataclasses
 import itertools
@@ -126,7 +126,7 @@ def test_other_devices_than_all_can_be_given():
 
 
 def test_several_processes_use_all_their_devices():
-    """One that has no device of the mesh would have nothing to run."""
+    """A process without a device of the mesh would have nothing to run."""
     message = r"uses all their devices: the mesh has 4 of 8\. Set one of its sizes to -1"
     with mock.patch.object(jax, "process_count", lambda: 2):
         with pytest.raises(ValueError, match=message):
@@ -151,7 +151,7 @@ def test_a_mesh_in_a_line(settings, line):
 
 
 def all_meshes():
-    """Every way to lay eight devices out."""
+    """Every way to arrange eight devices."""
     for slices, data, fsdp, expert in itertools.product((1, 2, 4, 8), repeat=4):
         tensor, rest = divmod(NUM_DEVICES, slices * data * fsdp * expert)
         if rest == 0:
@@ -179,7 +179,7 @@ def tpu_devices(num_slices=1):
 
 
 def test_on_a_tpu_the_torus_decides_where_neighbours_are():
-    """One slice is one torus; of several, the slices are the outermost axis."""
+    """One slice is one torus; with several, slices are the outermost axis."""
     config = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     with mock.patch.object(mesh_module, "mesh_utils") as mesh_utils:
         arranged = arrange(config, tpu_devices())

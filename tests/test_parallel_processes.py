@@ -1,4 +1,4 @@
-"""How processes find each other, agree, and end: rules first, then real processes over gloo."""
+"""How processes find each other, agree and end: rules first, then real processes with gloo."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.process_step import two_steps
 from tests.tiny_run import ROOT
 
 WORKER = ROOT / "tests" / "process_worker.py"
-# Two processes start and meet in some three seconds; the rest is for a busy machine.
+# Two processes start and meet in about three seconds; the rest is for a busy machine.
 LIMIT_SECONDS = 300
 JAX_VARIABLES = {
     "JAX_COORDINATOR_ADDRESS": "host-0:8476",
@@ -46,7 +46,7 @@ def test_flags_say_the_place():
 def test_auto_takes_the_variables_of_jax_and_leaves_the_rest_to_it():
     assert place_of_process("auto", None, None, JAX_VARIABLES) == Place("host-0:8476", 4, 3)
     assert place_of_process("auto", None, None, {}) is None
-    # JAX itself combines the address with what SLURM says.
+    # JAX itself combines the address with SLURM's variables.
     only_address = {"JAX_COORDINATOR_ADDRESS": "host-0:8476", "SLURM_NTASKS": "8"}
     assert place_of_process("auto", None, None, only_address) is None
 
@@ -93,7 +93,7 @@ def test_auto_without_a_cluster_says_what_it_looked_for(monkeypatch):
 
 
 class Finished:
-    """What is left of a process."""
+    """The output and exit code of a finished process."""
 
     def __init__(self, process):
         self.said, _ = process.communicate(timeout=LIMIT_SECONDS)
@@ -158,7 +158,7 @@ def test_processes_meet_by_the_variables_of_jax(count):
 
 @pytest.mark.slow
 def test_processes_whose_rows_interleave_train_as_one_does():
-    """As on a TPU pod, where a host is a block of chips and the mesh goes along the torus."""
+    """As on a TPU pod, where a host is a block of chips and the mesh follows the torus."""
     rows, whole, numbers = json.loads(two_steps(range(4)))
     assert rows == list(range(8))
     dones = together("interleaved", devices=2)
@@ -211,7 +211,7 @@ def test_a_port_that_is_taken_is_refused_by_name():
 
 
 def watch(scenario, count):
-    """Starts processes and waits until all of them print that they take steps."""
+    """Starts processes and waits until all of them print "steps"."""
     port = free_port()
     spawned = [spawn(scenario, count, index, f"localhost:{port}") for index in range(count)]
     for process in spawned:
@@ -248,7 +248,7 @@ def test_when_one_is_killed_the_others_end(lost):
 
 
 def test_a_silent_process_is_lost_after_as_many_seconds_as_asked_for(monkeypatch):
-    """As JAX is told: how long it takes to notice is up to the machine."""
+    """The value that JAX gets; how long JAX takes to notice depends on the machine."""
 
     def join(place, limits):
         raise InterruptedError(limits["heartbeat_timeout_seconds"])
@@ -282,7 +282,7 @@ def test_one_that_leaves_early_does_not_leave_the_others_hanging():
 
 
 def test_processes_on_cpus_read_no_program_from_the_cache(tmp_path):
-    """What is read from it runs its collectives in no order: see `_compile_anew_on_cpu`."""
+    """Cached programs run their collectives in no fixed order: see `_compile_anew_on_cpu`."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -297,7 +297,7 @@ def test_processes_on_cpus_read_no_program_from_the_cache(tmp_path):
 
 
 def test_a_host_of_a_slice_that_has_not_joined_is_refused(monkeypatch):
-    """Libtpu alone makes a slice of hosts, which compute together and agree on nothing else."""
+    """Libtpu by itself joins hosts to a slice that computes together but agrees on nothing else."""
     processes.require_joined("--processes=auto")
     monkeypatch.setattr(processes.jax, "process_count", lambda: 64)
     with pytest.raises(ValueError, match=r"one of 64 .* Pass --processes=auto on each"):

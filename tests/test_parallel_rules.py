@@ -1,4 +1,4 @@
-"""The table from dims to mesh axes, worked out by hand, and what it does to arrays."""
+"""The table from dims to mesh axes, worked out by hand, and its effect on arrays."""
 
 from unittest import mock
 
@@ -20,13 +20,13 @@ from moe_jax.parallel.rules import (
     without_mesh,
 )
 
-# Copies of the model on every slice; experts over the slices; fewer axes than the table knows.
-# Nothing is split over `data`, which has one device.
+# One mesh with a copy of the model per slice, one with experts over slices, and one with fewer axes
+# than the table. Nothing is split over `data`, which has one device.
 SLICES = AbstractMesh((2, 1, 2, 3, 5), ("slice", "data", "fsdp", "expert", "tensor"))
 SPANNED = AbstractMesh((2, 1, 2, 3, 5), ("expert_slice", "data", "fsdp", "expert", "tensor"))
 DATA_ONLY = AbstractMesh((4,), ("data",))
 
-# The whole table: name, axes on SLICES and shards, axes on SPANNED and shards.
+# The whole table: name, axes and shards on SLICES, axes and shards on SPANNED.
 BY_HAND = [
     ("batch", ("slice", "fsdp", "expert"), 12, ("expert_slice", "fsdp", "expert"), 12),
     ("group", ("slice", "fsdp", "expert"), 12, ("expert_slice", "fsdp", "expert"), 12),
@@ -57,7 +57,7 @@ def test_every_rule_is_worked_out_by_hand():
 
 
 def test_experts_and_the_groups_they_compute_share_no_axis():
-    """Slots are split over both at once, and together over the devices that the tokens are on."""
+    """Slots are split over both at once; together these are the axes that split the tokens."""
     for mesh in (SLICES, SPANNED):
         experts, groups = mesh_axes("expert", mesh), mesh_axes("expert_group", mesh)
         assert not set(experts) & set(groups)
@@ -129,7 +129,7 @@ def test_a_constrained_array_lies_as_the_table_says(names):
 
 
 def test_an_uneven_dim_is_refused_with_its_name_and_size():
-    """The compiler would pad it, and gather it where it should not."""
+    """The compiler would pad it, and would gather it where it should not."""
     with jax.set_mesh(eight_devices()):
         message = (
             r"splits a dim evenly: 'batch' of size 6 over 4 devices "
@@ -176,6 +176,6 @@ def test_without_a_mesh_the_platform_is_the_default_one(backend, name):
     assert platform() == jax.default_backend()
     with mock.patch.object(jax, "default_backend", lambda: backend):
         assert platform() == name
-        # A mesh that does not say which devices it is of, too.
+        # This includes a mesh that does not declare its devices.
         with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("data",))):
             assert platform() == name

@@ -1,4 +1,4 @@
-"""Training as several processes over gloo: the same run, killed, stopped, gone on with, refused."""
+"""Training as several processes over gloo: the same run, killed, stopped, resumed, refused."""
 
 import json
 import re
@@ -18,19 +18,19 @@ from tests.tiny_run import tiny_flags
 
 TINY = tiny_flags(num_steps=24, checkpoint_every=6, evaluate_every=12, sample_tokens=1)
 MESH = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
-# Losses, near 5: the devices' sums are added in another order, which moves the last bits of a
+# Losses are near 5. Sums over devices are in another order, which changes the last bits of a
 # float32, and training carries that on.
 LOSS_TOLERANCE = 1e-5
-# Parameters, up to 1: Adam's updates are of the size of the learning rate, whatever the gradient's,
-# so that the rounding of a gradient near 0 shows.
+# Parameters are at most 1. Adam's updates have the size of the learning rate, whatever the
+# gradient's size, so rounding of gradients near 0 shows.
 PARAMETER_TOLERANCE = 1e-4
-# How long the others may live after one is lost: its silence, the time to notice and to abort.
+# How long the others may live after one is lost: its silence, then time to notice and abort.
 LOST_AFTER_SECONDS = 10
 END_SECONDS = LOST_AFTER_SECONDS + 30
 
 
 def losses(workdir):
-    """Loss by step, each step once."""
+    """The loss by step, with each step once."""
     rows = [row for row in read_metrics(workdir / METRICS_FILE) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return np.array([row["train/loss"] for row in rows])
@@ -61,11 +61,11 @@ def test_several_processes_train_what_one_does(expected, tmp_path, count):
     state, one = (load_run(directory, moments=True)[1] for directory in (workdir, expected))
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(a, b, atol=PARAMETER_TOLERANCE)
-    # Each process wrote the shards that it holds.
+    # Each process wrote its own shards.
     files = [path for path in (workdir / CHECKPOINTS / "24").rglob("*") if path.is_file()]
     for process in range(count):
         assert any(f"ocdbt.process_{process}/" in str(path) for path in files), files
-    # Process 0 alone speaks.
+    # Only process 0 prints.
     assert "step 24/24" in job.said(0) and "sample:" in job.said(0)
     for process in range(1, count):
         assert "step" not in job.printed(process), job.printed(process)
@@ -107,7 +107,7 @@ def test_several_processes_learn_from_a_teacher_as_one_does(expected, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0])
 def test_when_one_is_killed_the_others_end_and_fewer_go_on(expected, tmp_path, lost):
-    """Four processes, then two, then one: the losses of the run that was not killed."""
+    """Four processes, then two, then one: the losses are those of the run that was not killed."""
     workdir = tmp_path / "run"
     arguments = (
         "train",

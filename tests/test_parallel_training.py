@@ -1,6 +1,6 @@
-"""Sharding changes nothing but the speed: whole training steps, on every mesh, run in every way.
+"""Sharding changes only the speed: whole training steps, on every mesh, run in every way.
 
-And the compiled step holds the collectives that the design says, no more and no larger ones.
+The compiled step also has the collectives that the design expects, no more and no larger.
 """
 
 import functools
@@ -37,23 +37,23 @@ WAYS = [
     ("gather", "explicit"),
     ("ragged", "explicit"),
 ]
-# Compiling is what takes time: all other ways on all other meshes are slow tests.
+# Compiling takes the time, so all other ways on all other meshes are slow tests.
 QUICK = [
     ("data=2 expert=4", "ragged", "explicit"),
     ("fsdp=2 expert=2 tensor=2", "gather", "explicit"),
 ]
 CASES = slow_but(QUICK, [(mesh, *way) for mesh in MESHES for way in WAYS])
 
-# float32 sums in another order (epsilon 1.2e-7); gradients are sums over some thousand terms,
-# relative to the largest entry of each array.
+# float32 sums in another order (epsilon 1.2e-7). Gradients are sums over some thousand terms,
+# compared relative to the largest entry of each array.
 ONE_STEP = 2e-5
-# Twenty steps of Adam, whose normalised updates keep the relative error of small gradients.
+# Twenty steps of Adam: normalised updates keep the relative error of small gradients.
 TWENTY_STEPS = 2e-3
 COLLECTIVES = pathlib.Path(__file__).parent / "hlo" / "collectives.txt"
 
 
 def make_config(mesh, run_experts="einsum", exchange="auto", parts=1):
-    """Every part of the state and of the losses at work, and clipping in force."""
+    """Uses every part of the state and of the losses, with clipping in force."""
     return tiny_config(
         {
             "model": {
@@ -85,7 +85,7 @@ def make_config(mesh, run_experts="einsum", exchange="auto", parts=1):
 
 
 def placed_state(config, mesh):
-    """`tiny_state`, whose routers overload experts so that choices are dropped, on a mesh."""
+    """`tiny_state` on a mesh; its routers overload experts so that choices are dropped."""
     return jax.tree.map(jax.device_put, tiny_state(config), state_shardings(config, mesh))
 
 
@@ -105,13 +105,13 @@ def expected(parts, num_steps):
 
 @functools.cache
 def compiled_step(mesh, run_experts, exchange, parts):
-    """The config, its mesh and its training step: one program for all that is asked of it."""
+    """The config, its mesh and its training step: one program for all tests."""
     config = make_config(MESHES[mesh], run_experts, exchange, parts)
     mesh = make_mesh(config.mesh)
     state, batch = jax.eval_shape(lambda: (init_state(config), cut(tiny_batch(16), parts)))
     with jax.set_mesh(mesh):
         lowered = compile_train_step(config, mesh).lower(state, batch)
-    # Compiled in a third of the time, by leaving out what the machine code would gain.
+    # Without optimising the machine code, compilation takes a third of the time.
     return config, mesh, lowered.compile({"xla_backend_optimization_level": 0})
 
 
@@ -124,7 +124,7 @@ def on_mesh(where, num_steps, parts=1):
 
 
 def assert_same(got, expected, tolerance):
-    """Integers are equal; floats up to `tolerance` of the largest entry of their array."""
+    """Asserts equal integers, and floats within `tolerance` of their array's largest entry."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         name = jax.tree_util.keystr(path)
@@ -171,12 +171,12 @@ def test_a_batch_that_is_not_split_over_the_expert_axis_is_refused():
 
 @functools.cache
 def collectives(mesh, run_experts, exchange):
-    """Those of the compiled training step."""
+    """The collectives of the compiled training step."""
     return read_program(compiled_step(mesh, run_experts, exchange, 1)[2].as_text()).collectives
 
 
 def golden_line(mesh, run_experts, exchange):
-    """A line of the golden file: how many of each operation, and their bytes."""
+    """A line of the golden file: the number of each operation, and its bytes."""
     totals = by_operation(collectives(mesh, run_experts, exchange))
     cells = [f"{kind} {count} x, {size} bytes" for kind, (count, size) in sorted(totals.items())]
     return f"{mesh} | {run_experts} | {exchange} | " + "; ".join(cells)
@@ -184,14 +184,14 @@ def golden_line(mesh, run_experts, exchange):
 
 @pytest.mark.parametrize(("mesh", "run_experts", "exchange"), CASES)
 def test_the_step_has_the_collectives_of_the_golden_file(mesh, run_experts, exchange):
-    """Made by `python -m tests.hlo.make_collectives`.
+    """`python -m tests.hlo.make_collectives` makes the file.
 
-    Another JAX may compile others. That of continuous integration, the newest for Python 3.11, is
-    held to the file: made anew, the file shows what a new JAX changed.
+    Another JAX may compile other collectives. Continuous integration, with the newest JAX for
+    Python 3.11, must match the file. A remade file shows what a new JAX changed.
     """
     version, *lines = COLLECTIVES.read_text(encoding="utf-8").splitlines()
     if version != f"jax {jax.__version__}":
-        # A newer Python has a newer JAX, whose collectives no file records yet.
+        # A newer Python has a newer JAX, whose collectives are in no file yet.
         end = pytest.fail if sys.version_info < (3, 12) else pytest.skip
         end(f"the golden file is of {version}. Make it anew")
     assert golden_line(mesh, run_experts, exchange) in lines
@@ -199,9 +199,9 @@ def test_the_step_has_the_collectives_of_the_golden_file(mesh, run_experts, exch
 
 @pytest.mark.parametrize(("mesh", "run_experts", "exchange"), CASES)
 def test_nothing_is_gathered_that_should_stay_where_it_is(mesh, run_experts, exchange):
-    """Parameters are gathered over fsdp only, and no tokens.
+    """Parameters are gathered over fsdp only; tokens are not gathered.
 
-    But by the emulation of the ragged all-to-all, which a CPU needs.
+    The exception is the emulation of the ragged all-to-all, which a CPU needs.
     """
     sizes = MESHES[mesh]
     fsdp = sizes.get("fsdp", 1)

@@ -1,4 +1,4 @@
-"""Parameters before they exist: specs, their draws, and the doors that weights pass."""
+"""Parameters before they exist: specs, initial draws, and how weights are read."""
 
 import dataclasses
 import zlib
@@ -66,7 +66,7 @@ def test_a_stack_of_experts_draws_each_layer_by_itself():
 
 
 def test_a_parameter_is_drawn_from_a_key_of_its_path():
-    """The same values in every process and every release: CRC-32, not Python's `hash`."""
+    """The same values in every process and release, by CRC-32 and not by Python's `hash`."""
     values = init_parameters(KEY, {"experts": {"wi": SPEC}})["experts"]["wi"]
     own = jax.random.fold_in(KEY, zlib.crc32(b"['experts']['wi']"))
     np.testing.assert_array_equal(values, SPEC.init(own, (3, 2), jnp.float32))
@@ -79,7 +79,7 @@ def test_draws_depend_on_the_path_alone():
     np.testing.assert_array_equal(among["experts"]["wi"], alone["experts"]["wi"])
     drawn = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(among)]
     assert len(set(drawn)) == 3
-    # In a subtree of another root the path is another one.
+    # Below another root the path differs.
     elsewhere = init_parameters(KEY, {"moe": {"experts": {"wi": SPEC}}})["moe"]["experts"]["wi"]
     assert np.abs(elsewhere - alone["experts"]["wi"]).min() > 0
     other = init_parameters(jax.random.key(1), {"experts": {"wi": SPEC}})["experts"]["wi"]
@@ -96,7 +96,7 @@ def test_a_parameter_has_the_dtype_of_its_spec():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Scaled(Weight):
-    """A matrix [I, O] with a factor for each column."""
+    """A matrix [I, O] with one factor per column."""
 
     base: jax.Array
     factor: jax.Array

@@ -1,4 +1,4 @@
-"""Every registered part does on a mesh what it does on one device."""
+"""Every registered part gives on a mesh what it gives on one device."""
 
 import contextlib
 
@@ -21,7 +21,7 @@ FLOAT32 = 2e-6
 
 BATCH, LENGTH, MODEL_DIM = 4, 6, 4
 MESH = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
-# What a part needs beside its defaults, to be small and to split evenly.
+# Settings that differ from the defaults, so that a part is small and splits evenly.
 BRANCHES = (("attention", Attention(num_heads=2, head_dim=2)), ("mlp", Mlp(dim=6)))
 SETTINGS = {
     "attention": {
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def run(part, mesh):
-    """Output, aux and gradients of one pass of training."""
+    """Output, aux and gradients of one training pass."""
     random = np.random.default_rng(0)
     specs = part.specs(Dims(MODEL_DIM))
     params = jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32) / 2, specs)

@@ -1,4 +1,4 @@
-"""The command `python -m moe_jax.plan`: what it prints, and how it ends."""
+"""The command `python -m moe_jax.plan`: its output and how it ends."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ GIB = 1024**3
 def test_without_a_machine_it_is_arithmetic(capsys):
     assert run(QUICKSTART, Options()) == 0
     said = capsys.readouterr().out
-    # As the README has them.
+    # As in the README.
     assert "with both embeddings         4,560,128  1,414,400" in said
     assert "no collectives: one device" in said and "fits" not in said
 
@@ -41,7 +41,7 @@ def test_json_is_the_only_thing_on_stdout(capsys, tmp_path):
 
 
 def test_the_large_model_by_arithmetic():
-    """Hand-worked from the shapes of DeepSeek-V3 (arXiv:2412.19437, sec. 4.2)."""
+    """Worked by hand from the shapes of DeepSeek-V3 (arXiv:2412.19437, sec. 4.2)."""
     queries = 7168 * 1536 + 1536 + 1536 * 128 * (128 + 64)
     keys_values = 7168 * (512 + 64) + 512 + 512 * 128 * (128 + 128)
     attention = queries + keys_values + 128 * 128 * 7168
@@ -65,7 +65,7 @@ def test_the_large_model_on_the_pod_it_is_planned_for(capsys):
     assert said["mesh"] | {"fsdp": 32, "expert": 64} == said["mesh"] and said["num_devices"] == 2048
     memory = said["memory_estimate"]
     assert memory["optimizer"] == 2 * memory["parameters"]
-    # Outside the experts parameters are split over fsdp alone; norms are whole.
+    # Outside the experts, parameters are split over fsdp only; norms are not split.
     experts = 59 * 256 * 3 * 7168 * 2048
     norms = (2 * 62 + 1 + 3) * 7168 + 62 * (1536 + 512)
     others = 671_026_404_352 + 11_610_067_968 - experts - norms
@@ -76,7 +76,7 @@ def test_two_thousand_chips_are_swept(capsys):
     assert run(LARGE, Options(json=True, sweep=True, topology="v5p:8x16x16")) == 0
     said = json.loads(capsys.readouterr().out)
     tried = len(said["fitting"]) + len(said["too_large"]) + sum(said["uneven"].values())
-    # 2^11 as an ordered product of four, C(14, 3) = 364, but for tensor 128 to 2048: C(7, 3) = 35.
+    # 2^11 as an ordered product of four, C(14, 3) = 364, except tensor 128 to 2048: C(7, 3) = 35.
     assert tried == 364 - 35
     rules = [rule.removeprefix("part 'moe': ").removeprefix("part 'attention': ")
              for rule in said["uneven"]]  # fmt: skip
@@ -159,7 +159,7 @@ def test_documented_commands_name_files_and_machines_that_there_are():
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", DOCUMENTED, ids=" ".join)
 def test_documented_commands_run(arguments, tmp_path):
-    """But for the compilers, which take minutes and may not be installed."""
+    """Except the compilers, which take minutes and may not be installed."""
     here = [f"--figures={tmp_path}" if "--figures" in part else part for part in arguments]
     done = command(*(part for part in here if part != "--forward"), "--nocompile")
     assert done.returncode == 0, done.stderr
@@ -172,7 +172,7 @@ def test_documented_commands_run(arguments, tmp_path):
     [("libtpu", "v5e:2x2"), ("libtpu", "2*v5e:2x2"), ("jax_cuda12_plugin", "h100:4")],
 )
 def test_the_real_step_compiles_for_a_machine_that_is_not_here(package, topology):
-    """Compiled FLOPs are the arithmetic's, arguments are the state, and collectives are there."""
+    """Compiled FLOPs equal the arithmetic, arguments are the state, and collectives exist."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the package {package}")
     slices = 2 if topology.startswith("2*") else 1

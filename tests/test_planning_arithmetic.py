@@ -39,8 +39,7 @@ MIXTRAL = LanguageModel(
     },
     stack=StackLayout(repeats=3),
 )  # fmt: skip
-# Like DeepSeekMoE: the first layer dense, shared experts beside the routed ones; a tied head,
-# biases and every norm.
+# Like DeepSeekMoE: first layer dense, shared and routed experts, tied head, biases, every norm.
 DEEPSEEK = LanguageModel(
     vocab_size=100, model_dim=16, norm=LayerNorm(),
     parts={
@@ -88,7 +87,7 @@ def test_parameters_of_a_model_like_mixtral():
 
 def test_parameters_of_a_model_like_deepseek():
     count = count_parameters(DEEPSEEK, 16)
-    # M = 16; FFN of 40 in one layer; in two, experts of 20 with biases, two shared as one of 40.
+    # M = 16. An FFN of 40 in one layer; in two, experts of 20 with biases, two shared as one of 40.
     assert count.embedding == 1600 and count.head == 0
     assert count.attention == 3 * (4 * (16 * 16 + 16) + 2 * 8)
     assert count.dense_ffn == 2 * 16 * 40 + 40 + 16
@@ -99,7 +98,7 @@ def test_parameters_of_a_model_like_deepseek():
     assert count.norms == (3 * 2 + 1) * 2 * 16
 
 
-# Numbers of the router's matrices a layer, and of its vectors: M = 16, E = 8; 2 slots of 8 tokens.
+# Numbers per layer in the router's matrices and vectors: M = 16, E = 8; 2 slots for 8 tokens.
 ROUTERS = {
     "noise": (TokenChoice(noise=(Learned(),)), 2 * 16 * 8, 0),
     "cosine": (TokenChoice(projection=Cosine(dim=3)), 16 * 3 + 3 * 8, 1),
@@ -125,7 +124,7 @@ def with_router(name, **changes):
 def test_every_router_has_its_matrices_in_parameters_and_flops(name):
     config, (_, matrices, vectors) = with_router(name), ROUTERS[name]
     assert count_parameters(config, 16).router == 3 * (matrices + vectors)
-    # Soft MoE mixes 8 tokens into and out of 16 slots of 16 numbers: 2 contractions a token.
+    # Soft MoE mixes 8 tokens into and out of 16 slots of 16 numbers: 2 contractions per token.
     mixing = 2 * 2 * 16 * 16 * (name == "soft")
     assert count_flops(config, 16).router == 3 * (2 * matrices + mixing)
 
@@ -133,7 +132,7 @@ def test_every_router_has_its_matrices_in_parameters_and_flops(name):
 @pytest.mark.parametrize(("factor", "experts"), [(0.5, 1), (1.0, 2), (1.25, 3)])
 @pytest.mark.parametrize("name", ["expert choice", "soft"])
 def test_experts_that_fill_their_slots_compute_all_of_them(name, factor, experts):
-    """Of 8 tokens and 8 experts a slot each makes one expert a token; ceil(1.25 * 2) slots."""
+    """With 8 tokens and 8 experts, each slot is one expert per token; ceil(1.25 * 2) slots."""
     config = with_router(name, capacity=Capacity(train_factor=factor))
     count = count_flops(config, 16)
     assert count.experts == 3 * experts * (3 * 2 * 16 * 20)
@@ -145,14 +144,14 @@ def test_experts_that_fill_their_slots_compute_all_of_them(name, factor, experts
 
 
 def test_zero_and_copy_experts_have_their_part_of_the_choices():
-    """8 experts and 2 + 6 that compute nothing: columns of the router, half of the choices."""
+    """8 experts, and 2 + 6 that compute nothing but have router columns and half the choices."""
     free = {"num_zero_experts": 2, "num_copy_experts": 6}
     config, plain = replace_moe(MIXTRAL, **free), count_flops(MIXTRAL, 16)
     count, parameters = count_flops(config, 16), count_parameters(config, 16)
     assert (count.experts, count.router) == (plain.experts / 2, plain.router * 2)
     assert parameters.experts == 8 * parameters.active_experts, "one of eight in the mean"
     assert parameters.router == 3 * 16 * 16
-    # 16 tokens * 2 choices / 16 options: two slots of 8 experts, one expert a token.
+    # 16 tokens * 2 choices / 16 options is two slots for each of 8 experts: one expert per token.
     capacity = Capacity(train_factor=1.0)
     limited = replace_moe(MIXTRAL, **free, run_experts="gather", capacity=capacity)
     assert count_flops(limited, 16).padding == 0
@@ -178,7 +177,7 @@ def test_parameters_do_not_depend_on_the_groups(group_size):
 
 
 def test_flops_of_a_model_like_mixtral():
-    """A multiply-add is two. L = 10."""
+    """A multiply-add is two FLOPs; L = 10."""
     count = count_flops(MIXTRAL, 10)
     projections = 2 * 16 * 24 + 2 * 2 * 16 * 12 + 2 * 24 * 16
     scores_and_values = 2 * (2 * 10 * 24)
@@ -208,13 +207,13 @@ def test_flops_of_a_model_like_deepseek():
     [
         (1.0, 0, 4),  # 16 tokens * 2 / 8
         (1.25, 0, 5),
-        (0.5, 0, 2),  # fewer slots than choices: what has none is not computed
+        (0.5, 0, 2),  # fewer slots than choices: those without a slot are not computed
         (1.25, 4, 2),  # ceil(1.25): small groups round up more
-        (0.0, 0, 16),  # dropless by slots: as many as tokens
+        (0.0, 0, 16),  # dropless by slots: as many slots as tokens
     ],
 )
 def test_padding_and_dispatch(way, padded, contracted, factor, group_size, slots):
-    """Every slot is computed, or every choice that has one; dispatch and combine contract ECM."""
+    """Every slot is computed, or every choice with a slot. Dispatch and combine contract ECM."""
     config = replace_moe(
         MIXTRAL,
         run_experts=way,
@@ -244,7 +243,7 @@ def test_gates_on_the_input_make_a_token_of_every_choice(way, copies):
     [
         ({"router": TokenChoice(choices=FirstChoice())}, 1),
         ({"router": TokenChoice(choices=FirstChoice()), "num_copy_experts": 8}, 0.5),
-        # As the data have it: the most there can be.
+        # How many count depends on the data, so the plan takes the maximum.
         ({"router": TokenChoice(choices=Threshold())}, 2),
         ({"router": TokenChoice(choices=RandomChoices())}, 2),
         ({"router": TokenChoice(top_p=0.5)}, 2),
@@ -255,7 +254,7 @@ def test_later_choices_that_never_count_cost_nothing(settings, experts):
     config = replace_moe(MIXTRAL, run_experts="gather", capacity=capacity, **settings)
     count, expert = count_flops(config, 16), 3 * (3 * 2 * 16 * 20)
     assert (count.experts, mean_experts(config.part["moe"], 16)) == (experts * expert, experts)
-    # Slots are reckoned with K all the same.
+    # The number of slots still follows from K.
     slots = 8 * slots_of_an_expert(config, 16) / 16
     assert count.padding == (slots - experts) * expert
     assert count_parameters(config, 16).active_experts == experts * 3 * (3 * 16 * 20)

@@ -1,4 +1,4 @@
-"""Bytes that devices send, worked by hand; which axes a group lies on; what leaves a node."""
+"""Bytes that devices send, by hand; the axes of a group; the bytes that leave a node."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from moe_jax.weights.low_rank import Adapters
 from moe_jax.weights.quantised import Quantisation
 
 # One dense and two MoE layers; M = 8, 2 heads and 2 key-value heads of 4, H = 16, V = 32, L = 16;
-# E = 4 of H 12, K = 2, capacity factor 1: 2 slots a token. All in bfloat16.
+# E = 4 with H = 12, K = 2, capacity factor 1: 2 slots per token. All in bfloat16.
 MODEL = LanguageModel(
     vocab_size=32, model_dim=8, tie_embeddings=False, compute_dtype="bfloat16",
     parts={
@@ -58,7 +58,7 @@ def test_one_device_sends_nothing():
 @pytest.mark.parametrize(
     ("kind", "sent"),
     [
-        ("all-gather", 75),  # gets three quarters of 100 bytes, sends its own quarter three times
+        ("all-gather", 75),  # gets three quarters of 100 bytes, sends its quarter three times
         ("reduce-scatter", 75),
         ("all-reduce", 150),
         ("all-to-all", 75),
@@ -84,7 +84,7 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert found["experts gradient", "reduce-scatter"].array_bytes == 2 * EXPERTS
     shards = found["experts gradient", "all-reduce"]
     assert (shards.array_bytes, shards.axes) == (2 * EXPERTS / 2, ("data",))
-    # 16 sequences of 16 over 4 devices, 8 dims: rows of tokens are larger than the table.
+    # 16 sequences of 16 over 4 devices, 8 dims: the rows of tokens are larger than the table.
     assert found["embedding weights", "all-gather"].array_bytes == 2 * TABLE
     assert found["head weights", "all-gather"].array_bytes == 2 * 2 * TABLE
     few = messages(MeshConfig(data=2, fsdp=2), batch=4)
@@ -92,7 +92,7 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
 
 
 def test_an_adapted_model_gathers_its_matrices_and_reduces_the_gradients_of_adapters():
-    """Experts are stored in int8: a byte, and half of one for the scale of four."""
+    """Experts are stored in int8: one byte each, and half a byte for the scale of four."""
     found = messages(
         MeshConfig(data=2, fsdp=2), optimizer=OptimizerConfig(trainable=("adapters",)),
         adapters=Adapters(("attention",), rank=2), quantisation=Quantisation(group_size=4),
@@ -109,7 +109,7 @@ def test_norms_are_copied_everywhere():
 
 
 def test_slots_travel_to_their_experts_and_back():
-    """64 tokens a device, 2 slots of 8 numbers each, 2 layers, forward and backward."""
+    """64 tokens per device, 2 slots of 8 numbers each, 2 layers, forward and backward."""
     found = messages(MeshConfig(data=1, expert=4))
     for name in ("dispatch", "combine"):
         one = found[name, "all-to-all"]
@@ -134,7 +134,7 @@ def test_experts_may_span_slices():
 
 
 def test_tensor_parallelism_sums_outputs():
-    """256 tokens: attention 3 layers, dense one, experts 2 x 2 slots; once each way."""
+    """256 tokens: attention in 3 layers, dense FFN in one, experts 2 x 2 slots; once each way."""
     found = messages(MeshConfig(data=1, tensor=2))
     sizes = {name: one.array_bytes for (name, _), one in found.items()}
     tokens = 256 * 8 * 2
@@ -154,7 +154,7 @@ def test_tensor_parallelism_sums_outputs():
     [(("tensor",), 1), (("expert",), 1), (("fsdp",), 2), (("data",), 2), (("data", "fsdp"), 4)],
 )
 def test_axes_that_leave_a_node_of_eight(axes, islands):
-    """Devices are numbered with tensor fastest: data 2, fsdp 2, expert 4, tensor 2 on 4 nodes."""
+    """Tensor varies fastest over device numbers: data 2, fsdp 2, expert 4, tensor 2 on 4 nodes."""
     assert num_islands(MeshConfig(data=2, fsdp=2, expert=4, tensor=2), axes, 8) == islands
 
 
@@ -162,8 +162,8 @@ def test_axes_that_leave_a_node_of_eight(axes, islands):
     ("kind", "islands", "group", "share"),
     [
         ("all-gather", 1, 8, 0.0),
-        ("all-gather", 2, 2, 1 / 2),  # half comes from outside, by the only card
-        ("all-gather", 2, 16, 1 / 16),  # half comes from outside, by eight cards
+        ("all-gather", 2, 2, 1 / 2),  # half comes from outside, through the only card
+        ("all-gather", 2, 16, 1 / 16),  # half comes from outside, through eight cards
         ("reduce-scatter", 4, 32, 3 / 32),
         ("all-reduce", 2, 16, 2 / 16),
         ("all-to-all", 2, 16, 1 / 2),
@@ -197,7 +197,7 @@ def test_collectives_of_a_program_are_added_by_operation_and_axes():
         HloCollective("all-gather", "f32[8]", 32, (0, 2), "layer_0", 3),
         HloCollective("all-gather", "f32[16]", 64, (1, 3), "layer_1", 1),
         HloCollective("all-to-all", "f32[8]", 32, (0, 1), "", 10),
-        HloCollective("all-reduce", "f32[]", 4, (0,), "", 1),  # of one device: nothing
+        HloCollective("all-reduce", "f32[]", 4, (0,), "", 1),  # on one device: nothing is sent
     )
     first, second = collective_rows(program, MESH, devices_per_island=2)
     assert (first.operation, first.axes, first.count) == ("all-to-all", ("expert",), 10)

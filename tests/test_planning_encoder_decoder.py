@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a model of two stacks, by hand."""
+"""Parameters, FLOPs and memory of a model with two stacks, by hand."""
 
 import dataclasses
 
@@ -95,7 +95,7 @@ def test_memory_is_of_the_tokens_of_each_stack():
     full = workload(remat="full")
     assert saved_bytes(full) == 4 * 4 * M * (3 * T + 2 * L), "the input of every layer"
     assert estimate_memory(full).logits == 2 * 4 * 4 * L * V
-    # Keys and values of two layers: of the text so far, and of what the encoder read.
+    # Keys and values of two layers, for the text so far and for the encoder's memory.
     assert kv_cache_bytes(full, 5, L) == 5 * 2 * (2 * ND * 4) * (L + T)
 
 

@@ -1,4 +1,4 @@
-"""Rates of devices: the table by name, the CPU by measurement."""
+"""Rates of devices: accelerators by table, the CPU by measurement."""
 
 import types
 
@@ -55,7 +55,7 @@ def test_every_chip_is_complete_and_plausible(chip):
     assert chip.source and chip.device_kinds
     assert all(hardware.chip_of(kind) is chip for kind in chip.device_kinds)
     assert 0.9 * chip.hbm_bytes < chip.usable_hbm_bytes < 1.01 * chip.hbm_bytes
-    # Per byte, the network is slower than the interconnect, and that than memory.
+    # Per byte, the network is slower than the interconnect, which is slower than memory.
     assert chip.network < chip.interconnect < chip.hbm_bandwidth < chip.flops / 100
 
 
@@ -71,7 +71,7 @@ def test_cpu_devices_share_what_is_measured(monkeypatch):
 
 
 def test_the_best_of_repeated_matmuls_is_the_rate(monkeypatch):
-    """By a clock that is made up: runs of 4, 2 and 8 seconds, then the time is over."""
+    """With a made-up clock: runs of 4, 2 and 8 seconds, then the time is over."""
     ticks = iter([0.0, 0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 14.0, 20.0])
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(ticks))
     assert hardware.measured_matmul_rate(size=8, seconds=15) == 2 * 8**3 / 2

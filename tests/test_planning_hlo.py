@@ -1,4 +1,4 @@
-"""What a program's text is read as: loops, FLOPs, names, and real TPU and GPU programs."""
+"""Reading a program's text: loops, FLOPs, names, and real TPU and GPU programs."""
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def test_a_conditional_counts_as_its_most_expensive_branch():
             [(3, 5, 8, 16), (5, 3, 16, 32)],
             15 * 2 * 8 * 16 * 32,
         ),
-        # Forward two matmuls; backward one for each weight, one for the hidden layer.
+        # Forward has two matmuls; backward has one per weight and one for the hidden layer.
         (
             jax.grad(lambda w, x: ((jnp.tanh(x @ w[0]) @ w[1]) ** 2).sum()),
             [(2, 32, 32), (8, 32)],
@@ -190,7 +190,7 @@ def test_names_and_strings_cannot_pass_for_attributes():
 
 
 def test_what_a_kernel_says_of_itself_may_be_of_many_lines():
-    """A line of it that begins with a brace is not the end of the computation."""
+    """A line of a kernel's description that begins with a brace does not end the computation."""
     read = program(
         """
         %a = f32[4,4]{1,0} parameter(0)
@@ -208,7 +208,7 @@ def test_other_text_is_refused():
         read_program("module @jit_f attributes {mhlo.num_partitions = 1 : i32} {\n}\n")
 
 
-# Real programs for machines that are not here; tests/hlo/make_programs.py says what they are.
+# Real programs for machines that are not here, described in tests/hlo/make_programs.py.
 
 
 TOKENS, DIM, HIDDEN, NUM_LAYERS = 8192 // 4, 1024, 4096, 3
@@ -216,7 +216,7 @@ TOKENS, DIM, HIDDEN, NUM_LAYERS = 8192 // 4, 1024, 4096, 3
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_a_training_step_of_scanned_layers(chip):
-    """Two matmuls forward and four backward, weights gathered twice, gradients scattered once."""
+    """Two matmuls forward and four backward; weights gathered twice, gradients scattered once."""
     read = kept(f"{chip}_layers")
     assert read.flops == NUM_LAYERS * 6 * 2 * TOKENS * DIM * HIDDEN
     assert (read.unknown_loops, read.uncounted) == ((), {})
@@ -235,7 +235,7 @@ def test_collectives_of_the_training_step_on_a_gpu():
 
 
 def test_collectives_of_the_training_step_on_a_tpu():
-    """The compiler pads one reduce-scatter from 1,024 to 1,056 rows and permutes what is over."""
+    """The compiler pads one reduce-scatter from 1,024 to 1,056 rows and permutes the excess."""
     row = 2 * HIDDEN
     assert by_operation(kept("v5e_layers").collectives) == {
         "all-gather": (4 * NUM_LAYERS, 4 * NUM_LAYERS * DIM * row),
@@ -260,7 +260,7 @@ def test_every_kind_of_collective_on_real_machines(chip):
     over_data = {"all-gather", "all-reduce"}
     assert {kind for kind, group in groups.items() if group == (0, 4)} == over_data
     assert {groups[kind] for kind in groups.keys() - over_data} == {(0, 1, 2, 3)}
-    # A GPU multiplies every row by all four matrices, a TPU has a kernel that does not.
+    # A GPU multiplies every row by all four matrices; a TPU has a kernel that does not.
     assert read.flops == 2 * rows * dim * width * (1 if chip == "v5e" else 4)
     assert read.uncounted == {}
 

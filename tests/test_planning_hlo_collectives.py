@@ -1,4 +1,4 @@
-"""The collectives that are read from a program's text: payload, group, how often."""
+"""The collectives read from a program's text: payload, group, and how often."""
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def test_a_tpus_three_fusions_of_one_collective_count_once():
         + part("done", "", f'{done}AsyncCollectiveDone"'),
     )
     assert read.collectives == (Collective("all-gather", "bf16[8]", 16, (0, 1), "jit(f)/dense"),)
-    assert read.hbm_bytes == 8 + 16  # the shard is read, the whole is written, once
+    assert read.hbm_bytes == 8 + 16  # the shard is read and the whole is written, once
 
 
 def test_a_fused_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():

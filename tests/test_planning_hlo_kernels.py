@@ -1,14 +1,14 @@
-"""FLOPs of kernels, which a program's text does not show: by their names, shapes and estimates.
+"""FLOPs of kernels, which a program's text does not show: by names, shapes and estimates.
 
-The calls are those of programs that were compiled for v5e with libtpu 0.0.42.1 and 0.0.50.1, and
-for H100 with jax 0.12.0.1; what does not decide is left out.
+The calls come from programs compiled for v5e with libtpu 0.0.42.1 and 0.0.50.1, and for H100
+with jax 0.12.0.1, without the parts that do not matter.
 """
 
 import pytest
 
 from tests.hlo_program import program
 
-# Rows in 8 groups; heads of attention: queries, keys of half as many, and wider ones (192 and 128).
+# Rows in 8 groups. Attention heads: queries, half as many keys, and wider heads (192 and 128).
 ARRAYS = """
     %s = s32[8]{0} parameter(0)
     %t = s32[23]{0:T(128)S(1)} parameter(1)
@@ -27,7 +27,7 @@ ARRAYS = """
     %b = f32[6,16,64]{2,1,0} parameter(14)
 """
 GROUPED = 2 * 2048 * 512 * 1024
-PAIRS = 2 * 4 * 1024 * 1024  # of a query and a key in 4 heads, 2 sequences
+PAIRS = 2 * 4 * 1024 * 1024  # pairs of a query and a key in 4 heads, 2 sequences
 TPU = 'custom_call_target="tpu_custom_call"'
 TRITON = 'custom_call_target="__gpu$xla.gpu.triton"'
 
@@ -65,7 +65,7 @@ def test_matmuls_of_a_library_count_by_their_shapes(call, flops):
 @pytest.mark.parametrize(
     "call",
     [
-        # libtpu's own, forward and the gradient of the weights.
+        # libtpu's own kernels: forward, and the gradient of the weights.
         f"bf16[2048,1024]{{1,0}} custom-call(%s, %t, %t, %x, %w), {TPU}"
         ', frontend_attributes={mosaic_fusion_entry_point="true"}'
         ', metadata={op_name="jit(run)/jvp()/ragged_dot_general/ragged-dot-none"}',
@@ -76,7 +76,7 @@ def test_matmuls_of_a_library_count_by_their_shapes(call, flops):
         ', metadata={op_name="jit(run)/transpose(jvp(jit(gmm)))/pallas_call" stack_frame_id=18}',
         f"bf16[8,512,1024]{{2,1,0}} custom-call(%t, %t, %x, %dy), {TPU}"
         ', metadata={op_name="jit(run)/transpose(jvp(jit(tgmm)))/pallas_call" stack_frame_id=18}',
-        # Pallas by way of Triton, and of Mosaic, which names no kernel.
+        # Pallas through Triton, and through Mosaic, which names no kernel.
         f"bf16[2048,1024]{{1,0}} custom-call(%t, %t, %x, %w), {TRITON}"
         ', metadata={op_name="jit(run)/jvp()/eval_jaxpr/grouped_rows/pallas_call"}',
         'bf16[8,512,1024]{2,1,0} custom-call(%s, %s, %x, %dy), custom_call_target="mosaic_gpu_v2"'
@@ -118,8 +118,8 @@ def test_the_tiles_that_the_compiler_chose_are_read():
             ),
             192 + 128,
         ),
-        # Backward in two kernels: scores, their gradient, that of queries; and again, with those
-        # of keys and values.
+        # Backward in two kernels. The first computes scores, their gradient and that of queries;
+        # the second the same with the gradients of keys and values.
         (
             splash(
                 "(f32[2,512,128]{2,1,0}, bf16[2,4,1024,128]{3,2,1,0})",
@@ -136,7 +136,7 @@ def test_the_tiles_that_the_compiler_chose_are_read():
             ),
             4 * 128,
         ),
-        # Backward in one: a gradient of the queries for each of two blocks of keys.
+        # Backward in one kernel: one gradient of the queries for each of two blocks of keys.
         (
             splash(
                 "(bf16[2,2,4,1024,192]{4,3,2,1,0}, bf16[2,4,1024,192]{3,2,1,0}, "
@@ -146,7 +146,7 @@ def test_the_tiles_that_the_compiler_chose_are_read():
             ),
             3 * 192 + 2 * 128,
         ),
-        # By Triton: forward, and the gradients of queries and of keys and values.
+        # Triton: forward, and the gradients of queries and of keys and values.
         *(
             (
                 f"({results}) custom-call({operands}), {TRITON}, "

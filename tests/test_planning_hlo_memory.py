@@ -1,4 +1,4 @@
-"""The bytes of main memory that are read from a program's text."""
+"""The bytes of main memory read from a program's text."""
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,11 @@ def test_the_same_inside_a_fusion():
 """,
     )
     index = 4
-    assert read.hbm_bytes == 400 + index + 400 + 400  # one slice read, two values written
+    assert read.hbm_bytes == 400 + index + 400 + 400  # one slice is read, two values are written
 
 
 def test_an_update_through_another_layout_of_the_buffer_is_in_place():
-    """A TPU writes booleans into a buffer of another tiling by an aliased fusion in the fusion."""
+    """A TPU writes booleans into a buffer of another tiling by a nested aliased fusion."""
     read = program(
         """
         %saved = pred[58,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
@@ -129,7 +129,7 @@ def test_on_chip_and_host_memory_are_not_main_memory():
         %e = bf16[256,128]{1,0:T(8,128)(2,1)S(1)} negate(%d)
         ROOT %h = bf16[256,128]{1,0:T(8,128)(2,1)S(5)} copy(%a)
     """)
-    assert read.hbm_bytes == 2 * (2 * 256 * 128)  # read once for each copy
+    assert read.hbm_bytes == 2 * (2 * 256 * 128)  # each copy reads it once
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_on_chip_and_host_memory_are_not_main_memory():
         ("bf16[100]{0:T(256)(128)(2,1)}", 100, 200, 512),
         ("s32[]{:T(128)}", 1, 4, 4),
         ("f32[128,128]{1,0:T(8,128)S(1)}", 128 * 128, 128 * 128 * 4, 0),
-        ("f32[16]{0:S(1)}", 16, 64, 64),  # a GPU's memory of collectives is its main memory
+        ("f32[16]{0:S(1)}", 16, 64, 64),  # a GPU's memory for collectives is its main memory
         ("f32[16]{0:S(5)}", 16, 64, 0),
         ("s4[5]{0:E(4)}", 5, 3, 3),
         ("f8e4m3fn[5]{0}", 5, 5, 5),

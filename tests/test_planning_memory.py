@@ -1,4 +1,4 @@
-"""Bytes of one device by component, worked by hand."""
+"""Bytes on one device by component, worked by hand."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ from moe_jax.training.state import init_state
 from tests.tiny_run import tiny_config
 
 # One dense and two MoE layers; M = 8, 2 heads and 1 key-value head of 4, H = 16, V = 32, L = 10;
-# E = 4, K = 2, H of an expert 12, capacity factor 1: C = 10 * 2 / 4 = 5 slots, 2 a token.
+# E = 4, K = 2, experts of H = 12, capacity factor 1: C = 10 * 2 / 4 = 5 slots, 2 per token.
 MODEL = LanguageModel(
     vocab_size=32, model_dim=8, tie_embeddings=False, compute_dtype="bfloat16", remat="none",
     parts={
@@ -66,7 +66,7 @@ MODEL = LanguageModel(
 
 
 def workload(mesh=None, batch=8, microbatches=1, optimizer="adamw", parts=None, **model):
-    """The plan of the model with these settings of its parts, and of itself, changed."""
+    """The plan of the model with changed settings of its parts and of itself."""
     changed = MODEL.part
     for name, settings in (parts or {}).items():
         changed[name] = dataclasses.replace(changed[name], **settings)
@@ -89,13 +89,13 @@ def moe_layer(work):
 
 
 def rows(work):
-    """Rows that experts compute for a token, and those that have a place in memory."""
+    """Rows per token that experts compute, and rows per token that have a place in memory."""
     moe = work.model.part["moe"]
     return expert_rows(moe, work.length), memory_rows(moe, work.length)
 
 
-# Of one token, bytes: 4 M = 32 numbers and 3 ND + 3 KD = 36 in bfloat16; 2 heads x 10 probabilities
-# in float32 and in bfloat16; dense: 3 H = 48; MoE: 2 slots x (2 M + 2 x 12) and 2 x E in float32.
+# Bytes per token: 4 M = 32 numbers and 3 ND + 3 KD = 36 in bfloat16; 2 heads x 10 probabilities in
+# float32 and in bfloat16. Dense: 3 H = 48. MoE: 2 slots x (2 M + 2 x 12), and 2 x E in float32.
 ATTENTION = 2 * (32 + 36) + 20 * (4 + 2)
 DENSE = ATTENTION + 2 * 48
 MOE = ATTENTION + 2 * 2 * (16 + 24) + 4 * 8
@@ -147,7 +147,7 @@ def test_the_working_set_has_gathered_weights_and_their_gradient():
 
 
 def test_dispatch_buffers():
-    """Two slots of 8 a token, in and out: 32 numbers; twice where they travel; GSEC for einsum."""
+    """Two slots of 8 per token, in and out: 32 numbers, doubled if they travel; GSEC for einsum."""
     alone, split = workload(), workload(MeshConfig(data=1, expert=2))
     assert dispatch_bytes(alone, moe_layer(alone)) == 80 * 2 * 2 * 8 * 2
     assert dispatch_bytes(split, moe_layer(split)) == 40 * 4 * 2 * 8 * 2
@@ -158,12 +158,12 @@ def test_dispatch_buffers():
 
 
 def test_sorted_rows_have_a_place_for_each_choice_of_expert_choice():
-    """All 4 experts, or `max_experts`; 10 tokens fill 5 slots of each, so that 2 are computed."""
+    """All 4 experts, or `max_experts`. 10 tokens fill 5 slots per expert, so 2 are computed."""
     settings = {"router": ExpertChoice(predictor_loss_weight=1.0), "run_experts": "ragged"}
     work = workload(parts={"moe": settings})
     assert rows(work) == (2, 4)
     assert dispatch_bytes(work, moe_layer(work)) == 80 * 2 * 4 * 8 * 2
-    # Beside the rows, logits, the predictor's and probabilities.
+    # In addition to the rows: logits, the predictor's logits, and probabilities.
     expected = 80 * (ATTENTION + 4 * 2 * (16 + 24) + 3 * 4 * 4)
     assert layer_activations(work, moe_layer(work)) == expected
     one = ExpertChoice(predictor_loss_weight=1.0, max_experts=1)
@@ -171,7 +171,7 @@ def test_sorted_rows_have_a_place_for_each_choice_of_expert_choice():
 
 
 def test_soft_slots_have_weights_for_each_token():
-    """5 slots of each of 4 experts: logits and two softmaxes of 20 in float32."""
+    """5 slots for each of 4 experts: logits and two softmaxes of 20 in float32."""
     settings = {"moe": {"router": Soft(), "group_size": 10, "run_experts": "auto"}}
     work = workload(parts=settings)
     expected = 80 * (ATTENTION + 2 * 2 * (16 + 24) + 3 * 20 * 4)
@@ -211,7 +211,7 @@ ADAPTED = QUANTISED | {"adapters": {"names": ["attention", "experts"]}}
     ids=str,
 )
 def test_a_plan_counts_the_state_as_training_does(settings):
-    """Quantised weights and adapters too, in their own dtypes; counters apart."""
+    """This includes quantised weights and adapters in their own dtypes, but not counters."""
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     config = dataclasses.replace(tiny_config(settings), mesh=mesh)
     memory, needed = estimate_memory(resolve(config, 8)), needed_bytes(config, make_mesh(mesh))
@@ -224,7 +224,7 @@ def test_a_plan_counts_the_state_as_training_does(settings):
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
-    """Except for counters, coefficients and optax's placeholders of one number."""
+    """Except counters, coefficients and optax's one-number placeholders."""
     wide = {
         "attention": {"head_dim": 64},
         "mlp": {"dim": 160},
@@ -241,7 +241,7 @@ def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
 
 
 def test_the_cache_of_keys_and_values():
-    """Keys and values, 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
+    """Keys and values: 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
     assert kv_cache_bytes(workload(MeshConfig(data=1), batch=24), 6, 100) == 2 * 3 * 6 * 100 * 4 * 2
     assert kv_cache_bytes(workload(MeshConfig(data=3), batch=24), 6, 100) == 2 * 3 * 2 * 100 * 4 * 2
     assert kv_cache_bytes(workload(MeshConfig(data=8), batch=24), 6, 100) == 2 * 3 * 1 * 100 * 4 * 2
@@ -254,7 +254,7 @@ def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
     passes = {
         "none": dict.fromkeys(KINDS, 3),
         "full": dict.fromkeys(KINDS, 4) | {"head": 3},
-        # Scores and values, 2 x 2 L ND a layer, and experts.
+        # Recomputes scores and weighted values, 2 x 2 L ND per layer, and experts.
         "dots": dict.fromkeys(KINDS, 3) | {"experts": 4},
     }[remat]
     expected = {kind: passes[kind] * forward[kind] for kind in KINDS}
@@ -264,7 +264,7 @@ def test_training_flops_are_three_forward_passes_and_what_remat_repeats(remat):
 
 
 def test_the_dispatch_tensor_has_no_gradient():
-    """Of the two contractions, one has two products in the backward pass, the other one."""
+    """Of the two contractions, one has two products in the backward pass, the other has one."""
     config = workload(parts={"moe": {"run_experts": "einsum"}}).model
     count = count_flops(config, 10)
     assert count.dispatch == 2 * 2 * (2 * 4 * 5 * 8)
@@ -272,7 +272,7 @@ def test_the_dispatch_tensor_has_no_gradient():
 
 
 def test_loads_of_several_microbatches_are_counted_in_a_forward_pass_of_their_own():
-    """For the load-balance loss of the whole batch, which is the default scope."""
+    """The load-balance loss of the whole batch, which is the default scope, needs them."""
     forward, one, four = forward_flops(MODEL, 10), *(training_flops(MODEL, 10, n) for n in (1, 4))
     assert four == {kind: one[kind] + forward[kind] * (kind != "head") for kind in KINDS}
     losses = (LoadBalance(weight=0.01, scope="microbatch"),)

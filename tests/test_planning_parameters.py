@@ -1,4 +1,4 @@
-"""Parameters under the three conventions, and a device's share of them."""
+"""Parameters by the three conventions, and a device's share of them."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ from moe_jax.planning.parameters import (
 
 
 def published(layers, model, heads, kv_heads, experts, selected, hidden, vocab, qk_norm=None):
-    """A decoder of SwiGLU experts in every layer, head dim 128, an untied head."""
+    """A decoder with SwiGLU experts in every layer, head dim 128, and an untied head."""
     return LanguageModel(
         vocab_size=vocab, model_dim=model, tie_embeddings=False,
         parts={
@@ -78,7 +78,7 @@ SMALL = LanguageModel(
     ],
 )
 def test_models_whose_size_is_published(config, total, active):
-    """Totals are those of the released weights; active in billions, by convention."""
+    """Totals are those of the released weights; active ones are in billions, by convention."""
     count = count_parameters(config, 16)
     assert count.total == total
     conventions = count.by_convention().values()
@@ -127,7 +127,7 @@ def test_a_device_holds_what_its_shardings_say(mesh, scan_layers):
 
 
 def test_by_hand():
-    """Experts [4, 16, 24] of 3 layers: over fsdp 2, expert 2, tensor 2 an eighth each."""
+    """Experts [4, 16, 24] in 3 layers: fsdp 2, expert 2 and tensor 2 leave one eighth each."""
     mesh = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     assert [shards_of(name, mesh) for name in ("model", "expert", "hidden", "batch", None)] == [
         2, 2, 2, 4, 1,
@@ -152,9 +152,9 @@ def test_experts_of_a_tied_block_are_counted_once():
 
 
 def test_mamba_is_a_component_of_its_own():
-    """By hand: [4, 8] twice in, [8, 4] out, taps [4, 8] and their bias, [8, 2 + 4] to dt, B, C.
+    """Per layer: [4, 8] twice in, [8, 4] out, taps [4, 8] with a bias, [8, 2 + 4] to dt, B, C.
 
-    [2, 8] and a bias to the steps, [8, 2] of log A, D.
+    Then [2, 8] with a bias to the steps, [8, 2] of log A, and D.
     """
     mamba = Mamba(state_dim=2, dt_rank=2)
     layout = StackLayout(unit=(("mamba", "mlp"),), repeats=3)

@@ -1,4 +1,4 @@
-"""Seconds at published rates, what bounds, what does not fit and would; the sweep of meshes."""
+"""Seconds at published rates, the bound, what does not fit and what would, and mesh sweeps."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ CONFIG = ExperimentConfig(
     training=TrainingConfig(batch_size=32),
     mesh=MeshConfig(data=2, expert=2),
 )  # fmt: skip
-# Chips of 16 GiB; 3.4 G parameters of 16 bytes each do not fit on four of them.
+# Chips of 16 GiB; 3.3 G parameters of 16 bytes each do not fit on each of four chips.
 LARGE = dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(
@@ -219,7 +219,7 @@ def with_mesh(config, **sizes):
 
 
 def test_the_fewest_devices_that_are_enough_are_found():
-    """State is 16 bytes for each of 1.5 G parameters: on two devices more than a chip has."""
+    """State is 16 bytes for each of 3.3 G parameters: with two devices, more than a chip holds."""
     work = with_mesh(LARGE, data=1, fsdp=2)
     assert more_devices(work, 15.75 * GIB).mesh == MeshConfig(data=1, fsdp=2, expert=2)
     needed = {
@@ -228,7 +228,7 @@ def test_the_fewest_devices_that_are_enough_are_found():
     }
     assert needed[2, 1] > 15.75 * GIB
     assert min((4, 1), (2, 2), (1, 4), key=needed.get) == (2, 2)
-    # 32 sequences split over 32 devices and no more, 8 experts over 8.
+    # 32 sequences are split over at most 32 devices, 8 experts over at most 8.
     assert more_devices(work, 2.1 * GIB).mesh == MeshConfig(data=1, fsdp=4, expert=8)
     assert more_devices(work, 1.5 * GIB) is None
 
@@ -259,7 +259,7 @@ def test_the_estimate_may_reach_less_where_the_compiler_needs_more():
 
 
 def test_what_fits_by_arithmetic_is_said_to_and_warned_of_near_the_limit():
-    """Of 15.75 GiB: 11.8 GiB are three quarters."""
+    """11.8 of 15.75 GiB are three quarters."""
     work, machine = resolve(CONFIG, 4, "tpu"), parse_topology("v5e:2x2")
     chip = machine.chip
     for share, warned in ((0.7, False), (0.8, True)):
@@ -288,7 +288,7 @@ def test_a_compiler_that_names_no_sizes_is_not_quoted_with_numbers():
     assert "nan" not in text
 
 
-# A program of 4 devices: an all-to-all over expert, five times.
+# A program for 4 devices: an all-to-all over expert, five times.
 PROGRAM = Program(
     flops=10**12, hbm_bytes=10**10, uncounted={"kernel": 2}, unknown_loops=("while",),
     collectives=(Collective("all-to-all", "bf16[8]", 1000, (0, 1), "layer", 5),),

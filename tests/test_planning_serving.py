@@ -1,4 +1,4 @@
-"""What serving costs, by hand: caches of known models, experts read in a batch, devices."""
+"""Serving costs by hand: caches of known models, experts read per batch, devices."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from moe_jax.planning.serving import (
 )
 
 H100 = CHIPS["h100"]
-# A million weights of 8 experts, of which a token uses 2, and as many others.
+# A million weights in 8 experts, of which a token uses 2, and a million other weights.
 SMALL = ServingCosts(10**6, 10**6, ((8, 2, 10**6),), context=10, cache=1000, flops=3e6)
 
 
@@ -35,7 +35,7 @@ def model_of(module, preset=""):
     [
         # 32 layers of 2 x 8 heads x 128 dims in bfloat16, and an int32 position.
         (model_of(mixtral), 1000, 1000 * 32 * (2 * 8 * 128 * 2 + 4)),
-        # 61 layers of a latent of 512 and a rotary key of 64.
+        # 61 layers with a latent of 512 and a rotary key of 64.
         (model_of(deepseek_v3), 1000, 1000 * 61 * ((512 + 64) * 2 + 4)),
         # Half of 24 layers see 128 tokens, in a ring of 136: 2 x 8 heads x 64 dims.
         (model_of(gpt_oss), 1000, (12 * 1000 + 12 * 136) * (2 * 8 * 64 * 2 + 4)),
@@ -50,14 +50,14 @@ def test_the_cache_of_a_text(model, tokens, expected):
 
 
 def test_a_token_alone_reads_its_own_experts():
-    """Of 8 experts 2: a quarter of them; two tokens 1 - (3/4)^2, many tokens all."""
+    """A token reads 2 of 8 experts, a quarter; two tokens read 1 - (3/4)^2, many tokens all."""
     assert SMALL.read("bfloat16", 1) == 2 * (0.25e6 + 1e6) + 1000
     assert SMALL.read("bfloat16", 2) == 2 * (0.4375e6 + 1e6) + 2000
     assert SMALL.read("bfloat16", 1000) == pytest.approx(2 * 2e6 + 1e6)
 
 
 def test_weights_by_precision():
-    """Half a bit a weight for scales."""
+    """Scales take half a bit per weight."""
     assert SMALL.weights("float32") == 8e6
     assert SMALL.weights("int8") == 2e6 * 8.5 / 8
     assert SMALL.weights("int4 experts, rest bfloat16") == 1e6 * 4.5 / 8 + 2e6
@@ -65,24 +65,24 @@ def test_weights_by_precision():
 
 def test_mixtral_reads_its_active_parameters():
     costs = serving_costs(model_of(mixtral), 1)
-    # But for the input embedding, of which it reads a row: 32,000 x 4,096.
+    # All except the input embedding, 32,000 x 4,096, of which it reads one row.
     read = costs.read("bfloat16", 1) - costs.cache
     assert read == pytest.approx(2 * (12_879_925_248 - 131_072_000))
     assert costs.experts + costs.rest == 46_702_792_704
 
 
 def test_scores_of_a_decode_are_of_what_its_caches_hold():
-    """By hand: how many FLOPs a longer context adds."""
+    """By hand: the FLOPs that a longer context adds."""
 
     def added(module, tokens, more):
         model = model_of(module)
         return serving_costs(model, tokens + more).flops - serving_costs(model, tokens).flops
 
-    # 32 layers of 32 heads, keys and values of 128 dims.
+    # 32 layers with 32 heads; keys and values of 128 dims.
     assert added(mixtral, 1000, 8) == 8 * 32 * 2 * 32 * 2 * 128
-    # 61 layers of 128 heads, in a latent of 512 and a rotary key of 64.
+    # 61 layers with 128 heads, a latent of 512 and a rotary key of 64.
     assert added(deepseek_v3, 1000, 8) == 8 * 61 * 2 * 128 * (2 * 512 + 64)
-    # Of 24 layers 12 have rings. 64 heads, of 64 dims.
+    # 12 of 24 layers have rings, which do not grow. 64 heads of 64 dims.
     assert added(gpt_oss, 1000, 8) == 8 * 12 * 2 * 64 * 2 * 64
 
 
@@ -92,13 +92,13 @@ def test_a_decode_leaves_an_encoder_alone():
     specs = model.specs()
     of_decoder = [*jax.tree.leaves(specs["stack"]), *jax.tree.leaves(specs["embedding"])]
     rest = sum(spec.size for spec in of_decoder if spec.component != "experts")
-    assert costs.rest - costs.unread == pytest.approx(rest, rel=1e-4)  # and a norm
+    assert costs.rest - costs.unread == pytest.approx(rest, rel=1e-4)  # they differ by a norm
     assert len(costs.sparse) == 1 and costs.sparse[0][:2] == (8, 1)
     assert costs.sparse[0][2] == costs.experts // 2
 
 
 def test_a_long_context_is_never_bound_by_flops():
-    """A byte of cache has fewer FLOPs than the chip does while it reads one."""
+    """One byte of cache takes fewer FLOPs than the chip does in the time of reading it."""
     short = SMALL._replace(cache=0)
     bound = first_compute_bound(short, H100, "bfloat16")
     before, after = (decoding(short, H100, "bfloat16", n) for n in (bound // 2, bound))
@@ -116,10 +116,10 @@ def test_a_batch_beyond_the_table_is_not_called_impossible():
 
 
 def test_devices_by_hand():
-    """Chips of 3 MB: 4 MB of bfloat16 weights and 1,000 bytes a text."""
+    """Chips of 3 MB: 4 MB of bfloat16 weights and 1,000 bytes per text."""
     chip = dataclasses.replace(H100, usable_hbm_bytes=3e6)
     assert devices_needed(SMALL, chip, "bfloat16", 1, experts_alone=False) == 2
-    # 2 MB on each, and a share of 2 MB.
+    # Each holds 2 MB and a share of 2 MB.
     assert devices_needed(SMALL, chip, "bfloat16", 1, experts_alone=True) == 4
     assert devices_needed(SMALL, chip, "int4", 1, experts_alone=True) == 1
     assert devices_needed(SMALL, chip, "bfloat16", 8000, experts_alone=False) == 4  # 12 MB

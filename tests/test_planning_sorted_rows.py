@@ -1,4 +1,4 @@
-"""Sorted rows in a plan, worked by hand: buffers, tiles, and products that no kernel computes."""
+"""Sorted rows in a plan, by hand: buffers, tiles, and products that no kernel computes."""
 
 import numpy as np
 import pytest
@@ -25,9 +25,9 @@ from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.workload import resolve
 from tests.moe_oracle import rows_computed
 
-# Two sequences of 1,024 tokens on each of four devices, with 8 experts of 16 over them, top 2.
+# Two sequences of 1,024 tokens on each of four devices, with 8 of 32 experts each, top 2.
 TOKENS, WIDTH, HIDDEN, LAYERS = 2 * 1024, 256, 512, 3
-FFN = 2 * 3 * WIDTH * HIDDEN  # forward FLOPs of a row
+FFN = 2 * 3 * WIDTH * HIDDEN  # forward FLOPs per row
 
 
 EXPERTS_SPLIT = MeshConfig(data=1, expert=4)
@@ -64,13 +64,13 @@ def only(work, *row_tiles):
 @pytest.mark.parametrize(
     ("moe", "room", "worst"),
     [
-        # Two choices of every token of four devices may come to one.
+        # Both choices of every token on four devices may go to one device.
         ({}, 4 * TOKENS * 2, 4 * TOKENS * 2),
         ({"buffer_factor": 1.5}, 1.5 * TOKENS * 2, 4 * TOKENS * 2),
         ({"buffer_factor": 9.0}, 4 * TOKENS * 2, 4 * TOKENS * 2),
-        # 64 slots for the mean of 64 choices of a sequence: no more than the mean of 8 experts.
+        # 64 slots per sequence for a mean of 64 choices: no more than the mean of 8 experts.
         ({"capacity": Capacity(train_factor=1.0)}, TOKENS * 2, TOKENS * 2),
-        # One expert on a device takes one choice of a token.
+        # One expert per device takes one choice per token.
         ({"num_experts": 4}, 4 * TOKENS, 4 * TOKENS),
         ({"gate_on_input": True}, 4 * TOKENS * 2, 4 * TOKENS * 2),
     ],
@@ -88,9 +88,9 @@ def test_the_room_is_that_of_the_program(moe, room, worst):
         slots=2 * part.options(1024, training=True).slots,
     )
     assert by_program == worst
-    # Rows before and behind the exchange, there and back.
+    # Rows before and after the exchange, there and back.
     layer = 2 * (TOKENS * 2 + room) * WIDTH * 2
-    extra = TOKENS * 2 * WIDTH * 2 if part.gate_on_input else 0  # a token of every choice
+    extra = TOKENS * 2 * WIDTH * 2 if part.gate_on_input else 0  # one token per choice
     (placed,) = different_layers(work.model, work.lengths)
     assert dispatch_bytes(work, placed) == layer + extra
 
@@ -113,12 +113,12 @@ def test_slots_are_no_sorted_rows(way):
 @pytest.mark.parametrize(
     ("platform", "kernel", "tile", "vain"),
     [
-        # 4,096 rows for 8 experts: 512 each, of which tiles are an eighth, or 128 at least.
+        # 4,096 rows for 8 experts: 512 each; a tile is an eighth of that, but at least 128 rows.
         ("tpu", "megablox", 128, 7 * 128),
         ("gpu", "triton", 128, 8 * 64),
         ("gpu", "mosaic_gpu", 64, 8 * 32),
         ("cpu", "loop", 0, 0),
-        # Every row that there is room for meets every expert.
+        # Every row of the buffer meets every expert.
         ("tpu", "dense", 0, 8 * 4 * TOKENS * 2 - TOKENS * 2),
     ],
 )
@@ -126,7 +126,7 @@ def test_rows_computed_in_vain(platform, kernel, tile, vain):
     work = work_of(platform, grouped_matmul=kernel)
     rows = only(work)
     assert (rows.kernel, rows.tile, rows.computed - rows.filled) == (kernel, tile, vain)
-    assert flops_in_vain(work) == 3 * LAYERS * vain * FFN  # forward, and twice backward
+    assert flops_in_vain(work) == 3 * LAYERS * vain * FFN  # once forward, twice backward
     again = work_of(platform, grouped_matmul=kernel, remat="full")
     assert flops_in_vain(again) == 4 * LAYERS * vain * FFN
     slots = work_of(platform, run_experts="gather", grouped_matmul="auto",
@@ -166,7 +166,7 @@ def compiled(flops, grouped_flops, row_tiles=()):
 
 def test_a_compiled_program_is_held_against_the_tiles_that_are_filled():
     work = work_of()
-    whole = 3 * LAYERS * 4 * TOKENS * 2 * FFN  # of the buffer
+    whole = 3 * LAYERS * 4 * TOKENS * 2 * FFN  # of the whole buffer
     plan = Plan(work, parse_topology("v5e:2x2"), compiled(whole + 10**9, whole))
     filled = whole * (TOKENS * 2 + 7 * 128) // (4 * TOKENS * 2)
     assert executed_flops(plan.step.program, work) == pytest.approx(filled + 10**9)
@@ -178,7 +178,7 @@ def test_a_compiled_program_is_held_against_the_tiles_that_are_filled():
 
 
 def test_a_gradient_of_weights_without_a_kernel_is_named():
-    """As of libtpu 0.0.42.1: two of three products are kernels, the third is 8 times as large."""
+    """As in libtpu 0.0.42.1: two of three products are kernels; the third is 8 times as large."""
     work = work_of()
     kernels = 2 * LAYERS * 4 * TOKENS * 2 * FFN
     plan = Plan(work, parse_topology("v5e:2x2"), compiled(5 * kernels, kernels))
@@ -192,4 +192,4 @@ def test_the_compilers_tiles_take_the_place_of_the_assumed(monkeypatch):
     monkeypatch.setattr(planning, "plan_experts", lambda moe: lax)
     assert (only(work).tile, only(work, 256).tile) == (128, 256)
     monkeypatch.undo()
-    assert only(work, 256).tile == 128  # megablox has its own
+    assert only(work, 256).tile == 128  # megablox has its own tiles

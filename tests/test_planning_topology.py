@@ -1,4 +1,4 @@
-"""Names of machines: what is read, what is refused before a compiler could end the process."""
+"""Names of machines: what is read, and what is refused before a compiler ends the process."""
 
 import importlib.metadata
 import importlib.util
@@ -22,7 +22,7 @@ from moe_jax.planning.topology import parse_topology
         ("v6e:8x8", 64, 64, 64),
         ("V5E:1x1", 1, 1, 1),
         ("tpu7x:4x4x4", 64, 128, 128),  # a chip is two devices
-        ("v4:2x2x1", 4, 4, 4),  # its two cores are one device
+        ("v4:2x2x1", 4, 4, 4),  # a chip's two cores are one device
         ("2*v5e:16x16", 512, 512, 256),
         ("h100:8", 8, 8, 8),
         ("h100:4x8", 32, 32, 8),
@@ -124,7 +124,7 @@ def test_the_compiler_is_told_of_the_installed_cudnn(installed, written, monkeyp
 
 
 def ahead_of_time(names):
-    """Counts and kinds of devices, in another process: compilers stay out of this one."""
+    """Numbers and kinds of devices, found in another process to keep compilers out of this one."""
     code = (
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from moe_jax.planning.topology import devices, parse_topology\n"

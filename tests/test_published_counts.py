@@ -1,4 +1,4 @@
-"""Configs of published models: parameters to the digit, equal to their config.json, and planned."""
+"""Configs of published models: exact parameter counts, equal to their config.json, planned."""
 
 import importlib
 import re
@@ -23,14 +23,14 @@ def module(name):
 
 
 def config_of(name):
-    """The config of a file and its preset."""
+    """The config of a file with its preset."""
     settings = importlib.import_module(module(name)).get_config(name.partition(":")[2])
     return from_config_dict(settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_as_published(name):
-    """Total and active parameters; the arrays that training would make have as many."""
+    """Total and active parameters; the total is that of the arrays that training makes."""
     config, published = config_of(name), MODELS[name]
     state = jax.eval_shape(lambda: init_state(config))
     assert published.total == sum(
@@ -42,7 +42,7 @@ def test_parameters_are_as_published(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if MODELS[name].settings])
 def test_the_config_is_the_model_of_the_published_settings(name):
-    """Up to settings of training; and the model can be written as its family."""
+    """Except training settings. The model can also be written as its family."""
     model, settings = config_of(name).model, MODELS[name].settings
     family = load_family(settings["model_type"])
     lines = difference(to_dict(model), to_dict(family.read(settings)), "model")

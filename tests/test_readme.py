@@ -1,7 +1,7 @@
-"""The code and commands of the README, and those of docs/index.md, run on the smallest model.
+"""The code and commands of README.md and docs/index.md, run on the smallest model.
 
-The commands run one after another, each in a process of its own. These processes are forked from
-one that has imported the library, so that only one pays for the imports.
+Commands run one after another, each in its own process. The processes are forked from one that
+has imported the library, so imports are paid for once.
 """
 
 import os
@@ -19,7 +19,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TOUR = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-# What a command is given so that it takes seconds.
+# Flags that make a command take seconds.
 SMALLER = {
     "moe_jax.train": [
         "--config.training.num_steps=6",
@@ -30,7 +30,7 @@ SMALLER = {
     "moe_jax.generate": ["--tokens=4"],
     "moe_jax.analyze": ["--tokens=2048"],
 }
-# Reads command lines and runs each in a fork of itself; stops at the first that fails.
+# Reads command lines and runs each in a fork of itself; stops at the first failure.
 DRIVER = """
 import importlib, os, runpy, shlex, sys
 commands = [shlex.split(line) for line in sys.stdin]
@@ -107,7 +107,7 @@ def test_the_block_in_the_readme_runs_as_pasted(capsys):
     exec(code.group(1), names)
     assert capsys.readouterr().out
     x_BLM, params = names["x_BLM"], names["params"]
-    # Its loss is the task's and the balance losses', and both reach the router.
+    # The loss is the task's plus the balance losses, and both reach the router.
     call, moe = names["Call"](rng=jax.random.key(2)), names["moe"]
     y_BLM, aux = names["moe_block"](params, x_BLM, moe, call)
     balance = float(names["loss"] - jnp.mean((x_BLM + y_BLM) ** 2))
@@ -133,7 +133,7 @@ def test_sentences_of_the_readme_are_short():
 
 
 def sentences(page):
-    """The sentences of a page in Markdown, without code, tables, headings and pictures."""
+    """The sentences of a Markdown page, without code, tables, headings and pictures."""
     page = re.sub(r"```.*?```", "\n\n", page, flags=re.DOTALL)
     page = re.sub(r"^(    |\||#|!\[).*$", "\n", page, flags=re.MULTILINE)
     page = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", page)

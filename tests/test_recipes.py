@@ -1,4 +1,4 @@
-"""How the configs of decoders balance experts, by the sources that they name.
+"""How the decoder configs balance experts, by the sources that they name.
 
 Switch and ST-MoE: `test_t5_recipes`.
 """
@@ -10,8 +10,8 @@ import pytest
 from moe_jax.config import from_config_dict
 from moe_jax.moe.load_balance import HuggingFaceLoadBalance, LoadBalance
 
-# Nats that the balance loss adds at uniform routing: the weight, times the layers where they are
-# added up; a loss of K there, times K.
+# Nats that the balance loss adds at uniform routing: the weight, times the layers if they are
+# summed, times K if the loss is K there.
 AT_UNIFORM = {
     "dbrx": 0.05,
     "deepseek_v2": 59 * 0.003,
@@ -31,7 +31,7 @@ AT_UNIFORM = {
 
 
 def config_of(name):
-    """The config of a file and its preset."""
+    """The config of a file with its preset."""
     file, _, preset = name.partition(":")
     return importlib.import_module(f"configs.{file}").get_config(preset)
 
@@ -52,12 +52,12 @@ def test_nothing_is_dropped_where_the_published_training_drops_nothing(name):
 
 
 def test_the_z_loss_of_olmoe_is_divided_by_its_choices():
-    """As MegaBlocks computes it: 1e-3 over K = 8."""
+    """As in MegaBlocks: 1e-3 over K = 8."""
     assert config_of("olmoe").model.parts.moe.losses.router_z.weight == 1.25e-4
 
 
 def test_one_line_balances_by_layer():
-    """That of docs/routing.md."""
+    """The line of docs/routing.md."""
     config = config_of("mixtral")
     config.model.parts.moe.losses.huggingface_load_balance.kind = "flaxformer_load_balance"
     (loss,) = from_config_dict(config).model.part["moe"].losses

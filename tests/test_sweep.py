@@ -1,4 +1,4 @@
-"""A grid of runs from the command line: names, checks, places, and that it goes on."""
+"""A grid of runs from the command line: names, checks, places, and resuming."""
 
 import csv
 import json
@@ -143,7 +143,7 @@ def test_a_grid_is_refused_whole(tmp_path, sets, error):
 
 
 def begin(run):
-    """Writes what training writes at its start, on the machine of the tests."""
+    """Writes what training writes at its start, on the test machine."""
     write_run_record(run.workdir, run.config.on_devices(8))
 
 
@@ -253,7 +253,7 @@ def test_a_mesh_of_several_devices_has_fewer_runs_side_by_side(tmp_path):
 
 
 class Script:
-    """A job that is a script."""
+    """A job that runs a script."""
 
     def __init__(self, workdir, text):
         self.name, self.workdir, self.num_steps, self.text = workdir.name, workdir, 1, text
@@ -287,7 +287,7 @@ def test_a_job_that_is_killed_is_not_said_to_fail_as_before(tmp_path):
 
 
 def test_a_signal_stops_the_jobs_and_a_second_one_is_handed_on_too(tmp_path):
-    """The job takes two signals, as one that is asked to end while it saves."""
+    """The job takes two signals, like one that is asked to end while it saves."""
     text = (
         "import pathlib, signal, sys, time\n"
         "here, count = pathlib.Path(sys.argv[1]), []\n"
@@ -316,7 +316,7 @@ def test_a_signal_stops_the_jobs_and_a_second_one_is_handed_on_too(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_is_compared(tmp_path):
-    """Two runs, stopped by Ctrl-C in their first steps; then a third that cannot be."""
+    """Two runs, stopped by Ctrl-C in their first steps; then a third run that fails."""
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""What Switch and ST-MoE share with the T5 that they came from, and what their twins cost."""
+"""What Switch and ST-MoE share with the T5 from which they come, and their twins' costs."""
 
 import jax
 import numpy as np
@@ -21,9 +21,9 @@ def flops(file, presets):
 @FILES
 @pytest.mark.parametrize("presets", ["", "tiny"])
 def test_a_twin_computes_what_experts_have_room_for_in_training(file, presets):
-    """Slots that no choice needs are no work of the model; choices without a slot are not served.
+    """Slots that no choice needs are not model work; choices without a slot are not served.
 
-    Switch has room for 1.25 of one choice, ST-MoE for 1.25 of two.
+    Switch has room for 1.25 times one choice, ST-MoE for 1.25 times two.
     """
     sparse, twin = flops(file, presets), flops(file, ",".join(["dense", *presets.split()]))
     served = sparse.experts + min(sparse.padding, 0)
@@ -33,7 +33,7 @@ def test_a_twin_computes_what_experts_have_room_for_in_training(file, presets):
 
 @FILES
 def test_scores_start_as_if_they_were_scaled(file):
-    """The variance of queries is 0.1 / (M D), of keys 0.1 / M: T5 folds D**-0.5 into the values."""
+    """Queries have variance 0.1 / (M D), keys 0.1 / M: T5 folds D**-0.5 into the initial values."""
     model = from_config_dict(file.get_config("tiny")).model
     for name in ("attention", "cross_attention"):
         layer = next(part for part in model.specs()["stack"]["unit"].values() if name in part)

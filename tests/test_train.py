@@ -1,4 +1,4 @@
-"""`python -m moe_jax.train`, in this process: what it writes beside what training does."""
+"""`python -m moe_jax.train` in this process: what it writes in addition to training."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def test_a_sample_or_a_report_that_fails_does_not_fail_the_run(
 
 
 def test_of_several_processes_no_other_waits_for_one_that_failed(monkeypatch, capsys):
-    """All compute the sample together; process 0 alone writes the report."""
+    """All processes compute the sample together; only process 0 writes the report."""
 
     def fail(together):
         with train.failure_is_a_warning("sample", together=together):
@@ -88,7 +88,7 @@ def test_a_finished_run_writes_the_same_sample_again(finished):
 
 @pytest.mark.parametrize("group_size", [pytest.param(8, marks=pytest.mark.slow), 32])
 def test_a_run_in_groups_that_are_no_sequence(tmp_path, group_size):
-    """Half a sequence, and two: the sample and the counts have no such groups."""
+    """Half a sequence, and two sequences: the sample and the counts have no such groups."""
     config = tiny_training(
         {
             **tiny_moe(group_size=group_size),

@@ -1,4 +1,4 @@
-"""A run whose optimizer averages parameters is evaluated, and loaded, by the average."""
+"""A run whose optimizer averages parameters is evaluated and loaded with the average."""
 
 import pytest
 

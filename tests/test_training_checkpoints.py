@@ -28,7 +28,7 @@ WRITER = pathlib.Path(__file__).with_name("checkpoint_writer.py")
 
 
 def make_state(step: int) -> dict:
-    """A state with every kind of leaf of a training run, different at each step."""
+    """A state with every kind of leaf of a training run, different for each step."""
     key = jax.random.fold_in(jax.random.key(7), step)
     params = {
         "experts": {"wi_EMH": jax.random.normal(key, (4, 8, 256))},
@@ -66,7 +66,7 @@ def write_steps(directory, steps, keep=5):
 
 
 def restore_latest(checkpoints, abstract_state):
-    """The newest whole step and its state, or None, as a run reads them."""
+    """The newest whole step and its state, read as a run reads them, or None."""
     step = checkpoints.newest_whole()
     return None if step is None else (step, checkpoints.restore(step, abstract_state))
 
@@ -85,7 +85,7 @@ def test_round_trip_is_bit_exact(tmp_path):
         step, restored = restore_latest(checkpoints, abstract(state))
     assert step == 3
     assert_same_bits(restored, state)
-    # A restored random key draws what the saved one would have drawn.
+    # A restored random key draws what the saved key would have drawn.
     key = jax.random.wrap_key_data(restored["key"])
     assert key == jax.random.fold_in(jax.random.key(7), 3)
 
@@ -111,7 +111,7 @@ def test_metadata_is_published_with_the_state_and_read_back(tmp_path):
 
 
 def test_what_says_that_a_checkpoint_is_whole_is_on_the_disk(tmp_path, monkeypatch):
-    """Older ones are deleted now, and a power failure may come."""
+    """Older checkpoints are deleted next, and a power failure may follow."""
     synced, fsync = set(), os.fsync
 
     def noting(descriptor):
@@ -168,7 +168,7 @@ def test_a_step_is_saved_once_and_steps_increase(tmp_path):
 
 
 def test_whether_a_step_is_there_is_known_without_a_listing(tmp_path, monkeypatch):
-    """Of a network file system it may lag, in one process more than in another."""
+    """On a network file system a listing may lag, more in one process than in another."""
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(4, make_state(4), wait=True)
         monkeypatch.setattr("moe_jax.training.checkpoints.complete_steps", lambda directory: [])
@@ -193,7 +193,7 @@ def test_the_others_wait_for_hours_until_a_large_checkpoint_is_hashed(tmp_path, 
 
 
 def test_several_files_are_hashed_at_once(tmp_path, monkeypatch):
-    """Each of two waits until the other is read as well: when written, and when checked."""
+    """Each of two threads waits until the other reads too, when writing and when checking."""
     (tmp_path / "state").mkdir()
     for name in ("a", "b"):
         (tmp_path / "state" / name).write_text(name)
@@ -207,7 +207,7 @@ def test_several_files_are_hashed_at_once(tmp_path, monkeypatch):
 
 
 def test_a_manifest_takes_over_what_a_process_has_hashed(tmp_path):
-    """But for a file that has another size by now."""
+    """Except for a file whose size has changed since."""
     for process in (0, 1):
         (tmp_path / "state" / f"ocdbt.process_{process}").mkdir(parents=True)
         for name in ("a", "b"):
@@ -307,7 +307,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, capl
         assert step == 1
         assert_same_bits(restored, make_state(1))
         assert checkpoints.latest_step == 1
-        # Training comes to that step again and saves it.
+        # Training reaches that step again and saves it.
         assert checkpoints.save(2, make_state(2))
         step, restored = restore_latest(checkpoints, abstract(make_state(2)))
         assert step == 2
@@ -370,7 +370,7 @@ def test_a_sharding_is_required(tmp_path):
 
 
 def test_a_save_that_failed_is_noticed_before_the_next_one(tmp_path, monkeypatch):
-    """A run asks after each step, so that it does not train what it cannot save."""
+    """A run checks after each step, so it does not go on training what it cannot save."""
 
     def fail(path, processes):
         released.wait(10)
@@ -381,13 +381,13 @@ def test_a_save_that_failed_is_noticed_before_the_next_one(tmp_path, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr("moe_jax.training.checkpoints.write_manifest", fail)
         checkpoints.save(2, make_state(2))
-        checkpoints.check()  # it still runs
+        checkpoints.check()  # it is still running
         released.set()
         with pytest.raises(OSError, match=r"^The checkpoint of step 2 cannot be written to"):
             for _ in range(1000):
                 checkpoints.check()
                 time.sleep(0.01)
-    checkpoints.check()  # as it is said already
+    checkpoints.check()  # the failure is already reported
     checkpoints.close()
 
 
@@ -415,8 +415,8 @@ def test_a_save_that_fails_says_the_last_good_step_once(tmp_path, monkeypatch, c
     assert f"{os.strerror(number)}; last good step: 1. Put that right" in str(one.value)
     assert "\n" not in str(one.value)
     assert not [record for record in caplog.records if record.exc_info]
-    checkpoints.close()  # as it is said already
-    # Once there is space, the same goes on from the step that is whole.
+    checkpoints.close()  # the failure is already reported
+    # Once there is space, saving goes on from the last whole step.
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
         checkpoints.save(2, make_state(2))
@@ -446,7 +446,7 @@ def test_a_directory_that_was_moved_away_is_noticed_at_the_next_save(tmp_path):
 
 
 def kill_while_saving(directory: pathlib.Path, seconds: float) -> int:
-    """Runs the writer, kills it so many seconds after its first save, returns its last step."""
+    """Runs the writer, kills it `seconds` after its first save, and returns its last step."""
     writer = subprocess.Popen(
         [sys.executable, str(WRITER), str(directory)], stdout=subprocess.PIPE, text=True
     )

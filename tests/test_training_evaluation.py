@@ -1,4 +1,4 @@
-"""Held-out losses against NumPy, by domain, dropless and capacity-limited."""
+"""Held-out losses against NumPy: by domain, dropless and capacity-limited."""
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def test_sums_by_domain_by_hand():
 
 
 def test_shares_of_two_parts_that_route_are_told_apart():
-    """By the layer alone where one of them is in it, else by the part too."""
+    """By layer if only one part is in it, otherwise by layer and part."""
     sums = DomainSums(("a",))
     of_a_batch = jnp.ones(1), jnp.ones(1), jnp.ones(1)
     assigned = {"small": jnp.array([[[1, 3]], [[1, 0]]]), "large": jnp.array([[[2, 1, 1]]])}
@@ -148,7 +148,7 @@ def test_lost_choices_are_summed_over_batches_by_layer():
 
 @pytest.mark.slow
 def test_an_evaluation_counts_what_its_buffer_has_no_room_for(monkeypatch):
-    """Over eight devices, with tiles of one row."""
+    """On eight devices, with tiles of one row."""
     monkeypatch.setattr(buffer, "TILE", 1)
     moe = {"num_experts": 8, "run_experts": "ragged", "capacity": {"eval_factor": 0.0}}
     settings = tiny_moe(**moe)
@@ -168,7 +168,7 @@ def test_an_evaluation_counts_what_its_buffer_has_no_room_for(monkeypatch):
 
 
 def test_cutting_the_evaluation_in_other_batches_changes_nothing(said):
-    """An evaluation takes as many rows at once as a microbatch has."""
+    """One batch of an evaluation has as many rows as a microbatch."""
     _, state = make()
     config = tiny_training({
         **tiny_moe(capacity={"eval_factor": 0.5}), "training": {"num_microbatches": 2},

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint of another run: what is taken, what is drawn, what is refused."""
+"""Starting from another run's checkpoint: what is taken, what is drawn, what is refused."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def started(path, settings=None, **sections):
 
 
 def state_of(config, step):
-    """A state in which no two arrays are alike."""
+    """A state in which all arrays differ."""
     state = tiny_state(config, seed=step)
     numbers = itertools.count(1)
 
@@ -69,7 +69,7 @@ def state_of(config, step):
 
 
 def save_run(workdir, config, *steps):
-    """A directory of a run with these checkpoints."""
+    """Writes a run's directory with checkpoints of these steps."""
     with Checkpoints(workdir / CHECKPOINTS, keep=3) as checkpoints:
         for step in steps:
             metadata = {"run": write_config(config, CONTENT)}
@@ -84,7 +84,7 @@ def source(tmp_path_factory):
 
 
 def begin(config, mesh=None):
-    """The first state by name."""
+    """The first state, by name."""
     placed = make_mesh(mesh or config.mesh)
     return named(first_state(config, placed, open_source(config, CONTENT)))
 
@@ -108,13 +108,13 @@ def test_parameters_alone_are_taken_of_the_newest_checkpoint(source):
     assert found.keys() == saved.keys()
     new = {name: value for name, value in found.items() if not name.startswith(("params", "model"))}
     assert_taken({name: value for name, value in found.items() if name not in new}, saved)
-    assert_taken(new, drawn)  # moments, step and key of a run of its own
+    assert_taken(new, drawn)  # moments, step and key are those of a new run
 
 
 def test_moments_and_the_position_are_taken_where_they_are_asked_for(source):
     asked = {"step": 2, "optimizer_state": True}
     saved = named(state_of(config_of(), 2))
-    # Its schedule begins anew: the count of step 0. Adam's count is of the moments.
+    # Its schedule restarts with the count of step 0. Adam's count belongs to the moments.
     found = begin(started(source, asked))
     assert_taken(found, saved, but=["key_data", "step", "opt_state/3"])
     assert found["step"] == 0 == found["opt_state/3/count"]
@@ -253,7 +253,7 @@ def test_the_path_is_recorded_from_the_root_on(source, tmp_path, monkeypatch):
     assert config.init_from.path == str(source)
     assert with_whole_paths(config) == config and with_whole_paths(config_of()) == config_of()
 
-    # So a run goes on with either, and with no other source.
+    # A run may go on with either form of the path, and with no other source.
     run = save_run(tmp_path / "run", config, 2)
     check_workdir(started(source.name), run)
     with pytest.raises(ValueError, match=r"config\.init_from\.path: .* -> .*/elsewhere'"):
@@ -312,7 +312,7 @@ def test_a_weight_of_several_arrays_wraps_the_array_that_is_there(source):
     assert f"{wq}/a" in found
 
 
-# Whole runs: slower.
+# Whole runs, which are slower.
 
 RUN = {
     "model": {"stack": {"repeats": 1}},
@@ -350,7 +350,7 @@ def test_with_moments_and_position_a_run_ends_like_the_one_it_started_from(
     said = record["init_from"]
     assert (said["path"], said["step"], len(said["sha256"])) == (str(moved), 3, 64)
 
-    # It goes on without the source, and still says where it came from.
+    # The run goes on without the source, and still records where it came from.
     shutil.rmtree(moved)
     longer = dataclasses.replace(config.training, num_steps=7)
     train(dataclasses.replace(config, training=longer), workdir)
@@ -387,7 +387,7 @@ def load_steps(workdir):
 
 @dataclasses.dataclass(frozen=True)
 class OtherLoss(CrossEntropy):
-    """A loss that this library does not have."""
+    """A loss that this library does not define."""
 
 
 def test_a_position_asks_nothing_of_the_loss_of_the_source():

@@ -1,4 +1,4 @@
-"""A whole run, in this process: what it writes, how it stops and how it goes on."""
+"""A whole run in this process: what it writes, how it stops and how it resumes."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ CONFIG = tiny_training()
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nothing disturbed. Tests do not write to it."""
+    """An undisturbed run. Tests do not write to it."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train(CONFIG, workdir)
     return workdir
@@ -42,7 +42,7 @@ def copy(finished, tmp_path):
 
 
 def at_batch(monkeypatch, number, action):
-    """Does something when the batch of a step is asked for."""
+    """Calls `action` when the batch of a step is requested."""
     real = loop.train_batches
 
     def batches(*args, start_step, **kwargs):
@@ -72,7 +72,7 @@ def test_what_a_run_writes(finished):
     for row in trained:
         for layer in ("layer_00", "layer_01"):
             np.testing.assert_allclose(sum(row[f"moe/{layer}/expert_load"]), 1, rtol=1e-5)
-    # Where the clock starts there is no speed yet.
+    # The clock starts at the first step, which has no speed yet.
     assert ["perf/tokens_per_s" in row for row in trained] == [False] + [True] * 11
     assert sorted(path.name for path in (finished / CHECKPOINTS).iterdir()) == ["12", "9"]
 
@@ -91,7 +91,7 @@ def test_a_run_that_crashes_and_is_stopped_ends_like_one_that_was_not(
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="crash"):
         at_batch(patch, 5, crash)
         train(CONFIG, tmp_path)
-    # The step that runs is finished, saved and the last; its number is no multiple of 3 or 4.
+    # The running step is finished, saved and the last one. Its number is no multiple of 3 or 4.
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="SIGTERM after step 7"):
         at_batch(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         train(CONFIG, tmp_path)
@@ -106,9 +106,9 @@ def test_a_run_that_crashes_and_is_stopped_ends_like_one_that_was_not(
 
 
 def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypatch, request):
-    """The step is saved already; a restart makes up for the evaluation."""
+    """The step is already saved; a restart makes up for the evaluation."""
     real, before = loop.evaluate, signal.default_int_handler
-    # A shell that starts the tests in the background has SIGINT ignored.
+    # A shell that starts the tests in the background ignores SIGINT.
     replaced = signal.signal(signal.SIGINT, before)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, replaced))
 
@@ -147,14 +147,14 @@ def test_a_step_is_saved_before_its_evaluation_which_a_restart_makes_up_for(
 
 
 def test_a_run_without_evaluation(tmp_path):
-    """Its corpus need hold nothing out: c.f. the refusal below."""
+    """Its corpus need not hold anything out, unlike in the refusal below."""
     config = of_documents(tmp_path, 1, evaluate_every=0, num_steps=2)
     assert train(config, tmp_path / "run") == {}
     assert not (tmp_path / "run" / "evaluation.json").exists()
 
 
 def of_documents(directory, number, **training):
-    """A run on a corpus of so many documents, of which none is held out."""
+    """A run on a corpus with this number of documents, none of which is held out."""
     lines = [
         json.dumps({"id": f"chapter-{n}", "text": "A dark night. " * 30}) for n in range(number)
     ]
@@ -170,7 +170,7 @@ def of_documents(directory, number, **training):
 
 @pytest.mark.slow
 def test_a_run_is_extended(tmp_path, capsys):
-    """Under a schedule that does not know the end, as if it had been as long from the start."""
+    """If the schedule ignores the end, the run equals one that was as long from the start."""
 
     def steps(number):
         settings = {"num_steps": number, "evaluate_every": 0, "sample_prompt": ""}
@@ -190,7 +190,7 @@ def test_a_run_is_extended(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_that_has_not_begun_to_decay_is_extended(tmp_path, monkeypatch):
-    """The steps of wsd are alike until the decay: of 8 steps until the sixth."""
+    """The steps of wsd are alike until the decay: with 8 steps, until the sixth."""
 
     def steps(number):
         settings = {"num_steps": number, "evaluate_every": 0, "sample_prompt": ""}
@@ -211,7 +211,7 @@ def test_a_run_that_has_not_begun_to_decay_is_extended(tmp_path, monkeypatch):
 
 
 def test_a_run_stays_with_the_text_it_was_started_with(tmp_path):
-    """The corpus is rebuilt at the same path, and moved."""
+    """The corpus may move, but its text may not change."""
     config = of_documents(tmp_path, 3, evaluate_every=0, num_steps=2)
     train(config, tmp_path / "run")
     corpus = tmp_path / "corpus"
@@ -240,7 +240,7 @@ def test_a_run_is_used_from_another_folder_and_with_data_that_moved(tmp_path, mo
     train(config, "run")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert open_run_data("../run", load_run("../run")[0]).domains == ("book",)
-    # The checkpoint has the path of then; `config.json` may say the one of now.
+    # The checkpoint has the old path; `config.json` may have the new one.
     (tmp_path / "corpus").rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="corpus"):
         open_run_data("../run", load_run("../run")[0])
@@ -293,7 +293,7 @@ def test_a_run_that_began_while_this_one_built_its_data_is_not_continued(
 
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
-    """A second run, started while the first one trains."""
+    """A second run starts while the first one trains."""
 
     def start_another():
         with pytest.raises(ValueError, match="another process trains in"):
@@ -337,11 +337,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     )
     assert found, str(error.value)
     assert "Lower optimizer.learning_rate" in str(error.value)
-    # What it names is there, whole, and older than the step that failed.
+    # The named checkpoint exists, is whole, and is older than the failed step.
     step, named = int(found[2]), int(found[3])
     assert load_run(tmp_path)[1].step == named < step
     assert found[4] == str(tmp_path / CHECKPOINTS)
-    # The step that failed is written, so that a comparison knows of it.
+    # The failed step is in the metrics, so a comparison knows of it.
     *rows, last = read_metrics(tmp_path / METRICS_FILE)
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
     assert last["step"] == step
@@ -353,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_before_its_first_checkpoint_a_run_has_no_good_state_of_its_own(
     finished, tmp_path, monkeypatch
 ):
-    """Also where the step of another run's checkpoint is its first."""
+    """This includes a run that starts from the step of another run's checkpoint."""
 
     def no_number(config, mesh):
         return lambda state, batch: (state, StepMetrics(*[np.float32(np.nan)] * 4, {}))
@@ -404,13 +404,13 @@ def test_the_layer_that_needs_the_largest_buffer_is_named_and_the_factor_that_wo
 
 @pytest.mark.slow
 def test_a_run_that_a_full_buffer_stopped_goes_on_with_more_room(tmp_path, monkeypatch):
-    """Tiles of one row, so that the smallest buffer has no room to spare."""
+    """With tiles of one row, the smallest buffer has no room to spare."""
     monkeypatch.setattr(buffer, "TILE", 1)
     with pytest.raises(BufferOverflowError, match=r"at step 1: .* no checkpoint yet") as error:
         train(moving({"expert": 8}, **STOPS | {"buffer_factor": 1.0}), tmp_path)
     found = re.search(r"sent (\d+) rows, ([\d.]+) times the mean", str(error.value))
     assert found, str(error.value)
-    # Two choices of each of the 16 tokens of a device's sequence.
+    # A device's sequence has 16 tokens with two choices each.
     assert int(found[1]) / 32 == pytest.approx(float(found[2]), rel=1e-3)
     train(moving({"expert": 8}, **STOPS | {"buffer_factor": 8.0}), tmp_path)
     rows = [row for row in read_metrics(tmp_path / METRICS_FILE) if "train/loss" in row]
@@ -449,7 +449,7 @@ def on_mesh(mesh):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run on expert=8 that was stopped after step 3 of 6, and the same run, to its end."""
+    """A run on expert=8, stopped after step 3 of 6, and the same run continued to its end."""
     workdir = tmp_path_factory.mktemp("moving")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="after step 3"):
         at_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -459,7 +459,7 @@ def stopped(tmp_path_factory):
     return workdir
 
 
-# `test_training_saved` moves a state, and `test_training_workdir` compares configs, quickly.
+# `test_training_saved` moves a state and `test_training_workdir` compares configs, both quickly.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",

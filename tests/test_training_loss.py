@@ -1,4 +1,4 @@
-"""The loss: what is in it, with which weight, and what it is divided by."""
+"""The loss: its terms, their weights, and what it is divided by."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def loss_of(params, batch, model, state=None):
 
 
 def forward(params, batch, model):
-    """The same forward pass by the model itself; without noise, training is deterministic."""
+    """The same forward pass by the model; without noise, training is deterministic."""
     return model.run(params, call_of(batch, capacity=model.part["moe"].capacity.train_factor))
 
 
@@ -93,7 +93,7 @@ def test_weights_above_zero_enter_the_gradient():
         sums = aux["moe"].sums
         counts_XE = jnp.sum(sums["assigned_KE"], axis=1)
         share_XE = counts_XE / jnp.sum(counts_XE, axis=1, keepdims=True)
-        # Its `prob_sum_E` is without gradient; that of the load-balance loss is not.
+        # `sums["prob_sum_E"]` has no gradient; that of the load-balance loss has one.
         mean_prob_XE = sums["losses"]["load_balance_loss"]["prob_sum_E"] / NUM_VALID
         balance = jnp.mean(4 * jnp.sum(share_XE * mean_prob_XE, axis=1))
         entropy_X = -jnp.sum(mean_prob_XE * jnp.log(mean_prob_XE), axis=-1)
@@ -129,7 +129,7 @@ def test_weights_above_zero_enter_the_gradient():
 
 
 def test_without_balance_losses_the_router_learns_from_the_task_alone():
-    """Also with one expert a token, where a renormalised gate would be constant."""
+    """This holds with one expert per token too, where a renormalised gate would be constant."""
     model, state = make(**NO_LOSSES, num_selected_experts=1)
     function = quick_jit(jax.value_and_grad(loss_of, has_aux=True), static_argnums=2)
     (loss, said), grads = function(state.params, tiny_batch(), model)
@@ -150,7 +150,7 @@ def test_the_loss_of_a_predictor_enters_with_its_weight():
     config = tiny_config(settings)
     model, state = config.model, tiny_state(config)
     loss, said = quick_jit(loss_of, static_argnums=2)(state.params, tiny_batch(), model)
-    # The router's own loss is weighted where it is made.
+    # The router weights its own loss where it computes it.
     router_loss_X = said.aux["moe"].sums["router_loss"] / NUM_VALID
     assert np.all(router_loss_X > 0.5 * 0.1)
     np.testing.assert_allclose(loss, said.cross_entropy + np.mean(router_loss_X), **FLOAT32)
@@ -171,7 +171,7 @@ def test_a_dense_model_has_its_cross_entropy_only():
 
 @pytest.mark.slow
 def test_a_uniform_router_costs_the_weight_times_1():
-    """K in the conventions that count all K choices; here K = 2."""
+    """It is K for conventions that count all K choices; here K = 2."""
     at_uniform = dict(zip(CONVENTIONS, (1.0, 1.0, 2.0, 2.0), strict=True))
     models = {}
     for convention in at_uniform:
@@ -201,14 +201,14 @@ def test_a_uniform_router_costs_the_weight_times_1():
 
 
 def made_up_sums(counted_XKE, prob_XE):
-    """What layers would say of four tokens."""
+    """What layers would report for four tokens."""
     return {"counted_KE": jnp.array(counted_XKE), "prob_sum_E": 4 * jnp.array(prob_XE)}
 
 
 def test_huggingface_pools_over_layers_and_the_others_do_not():
-    """Two layers that collapse on different experts look balanced when they are pooled."""
+    """Two layers that collapse on different experts look balanced when pooled."""
     opposite = made_up_sums([[[4, 0]], [[0, 4]]], [[1.0, 0.0], [0.0, 1.0]])
-    # By layer (2 * 1 + 1) / 2; pooled 2 * (0.75 * 0.75 + 0.25 * 0.25).
+    # Mean over layers: (2 * 1 + 1) / 2. Pooled: 2 * (0.75 * 0.75 + 0.25 * 0.25).
     uneven = made_up_sums([[[4, 0]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5]])
     for sums, by_layer, pooled in ((opposite, 2, 1), (uneven, 1.5, 1.25)):
         values = {
@@ -220,7 +220,7 @@ def test_huggingface_pools_over_layers_and_the_others_do_not():
 
 
 def test_layers_are_averaged_or_each_adds_its_loss():
-    """Switch adds the loss of every layer; a mean makes that of 58 layers 58 times weaker."""
+    """Switch adds the losses of all layers; a mean makes that of 58 layers 58 times weaker."""
     sums = made_up_sums([[[4, 0]], [[2, 2]], [[2, 2]]], [[1.0, 0.0], [0.5, 0.5], [0.5, 0.5]])
     z = {"total": jnp.array([4.0, 8.0, 12.0])}
     for scope in ("group", "global"):
@@ -236,7 +236,7 @@ def test_layers_are_averaged_or_each_adds_its_loss():
 
 
 def test_the_z_loss_of_logits_is_the_weighted_mean_of_the_squared_log_normaliser():
-    """Of logits ln 2 and ln 6 the normaliser is 8; of 0 and 0 it is 2, and of no target nothing."""
+    """The normaliser of ln 2 and ln 6 is 8, of 0 and 0 it is 2; no target, no share."""
     logits_BLV = jnp.log(jnp.array([[[2.0, 6.0], [1.0, 1.0], [9.0, 9.0]]]))
     part = {"loss_weights": jnp.array([[1.0, 0.5, 0.0]]), "segment_ids": jnp.ones((1, 3), int)}
     scored = Scored(logits_BLV, jnp.zeros((1, 3)), jnp.float32(5))
@@ -251,7 +251,7 @@ def test_scope_global_takes_the_load_of_the_whole_batch():
     sums = made_up_sums([[[4, 0]], [[4, 0]]], [[0.75, 0.25], [0.5, 0.5]])
     batch = made_up_sums([[[4, 4]], [[2, 6]]], [[0.0, 0.0], [0.0, 0.0]])
     loss = LoadBalance(weight=1.0)
-    # Layer 0: 2 * (0.5 * 0.75 + 0.5 * 0.25) = 1; layer 1: 2 * 0.5 = 1. Its own load: 1.5 and 1.
+    # Layer 0: 2 * (0.5 * 0.75 + 0.5 * 0.25) = 1; layer 1: 2 * 0.5 = 1. By own loads: 1.5 and 1.
     assert float(loss.loss(sums, jnp.float32(4), batch)) == 1.0
     assert float(loss.loss(sums, jnp.float32(4), sums)) == 1.25
 

@@ -1,4 +1,4 @@
-"""What a step needs of the memory is counted before it starts; what runs out is one line."""
+"""A step's memory is counted before the step starts; running out is reported in one line."""
 
 import dataclasses
 import re

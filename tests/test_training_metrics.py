@@ -1,4 +1,4 @@
-"""The record of a run: metrics that survive kills, what it was run with, and what it shows."""
+"""The record of a run: metrics that survive kills, settings, and progress output."""
 
 import errno
 import io
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path):
     with MetricWriter(tmp_path / "run") as writer:
         writer.write(10, {"train/loss": jnp.float32(0.1), "perf/mfu": 0.25, "count": np.int64(3)})
         writer.write(20, {"moe/layer_01/expert_load": load, "train/loss": float("nan")})
-        # Flushed at once, not at close.
+        # Flushed at once, not only at close.
         assert steps(tmp_path / "run") == [10, 20]
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert first == {"step": 10, "train/loss": 0.1, "perf/mfu": 0.25, "count": 3}
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "train/loss": NaN, "load": [Infinity, 0.5]}\n')  # as it once was
+    path.write_text('{"step": 1, "train/loss": NaN, "load": [Infinity, 0.5]}\n')  # an old file
     with MetricWriter(tmp_path, start_step=1) as writer:
         writer.write(2, {"train/loss": jnp.float32("nan"), "load": [0.5, float("nan")]})
     written = path.read_text().splitlines()[-1]
@@ -82,7 +82,7 @@ def test_a_killed_and_resumed_run_has_each_step_once(tmp_path, cut):
 
 
 def damaged(directory, caplog, change, saved=None):
-    """Resumes after step 30 on a metrics file of four rows that was changed; what is warned of."""
+    """Resumes after step 30 from a changed metrics file of four rows; returns the warnings."""
     with MetricWriter(directory) as writer:
         for step in (10, 20, 30, 40):
             writer.write(step, {"train/loss": 1.0})
@@ -148,7 +148,7 @@ def test_a_kill_before_the_kept_rows_are_written_loses_none(tmp_path, monkeypatc
 
 
 def test_a_run_that_begins_anew_sets_the_metrics_of_the_one_before_aside(tmp_path, caplog):
-    """Its checkpoints were moved away, or it was killed before the first."""
+    """Its checkpoints were moved away, or it was killed before the first one."""
     with MetricWriter(tmp_path) as writer:
         for step in (0, 10, 20):
             writer.write(step, {"train/loss": 1.0})
@@ -187,7 +187,7 @@ def test_run_record_says_what_it_ran_on():
 
 
 def test_a_config_that_git_does_not_know_makes_a_checkout_dirty(tmp_path, monkeypatch):
-    """Untracked Python files count; results of a study, which a run appends to, do not."""
+    """Untracked Python files count; a study's results, to which runs append, do not."""
 
     def git(*arguments):
         user = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
@@ -238,14 +238,14 @@ def test_run_files_keep_earlier_sessions(tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert [earlier["start_step"] for earlier in record["earlier"]] == [0, 50]
 
-    # It is only a record: a damaged one is set aside.
+    # `run.json` is only a record, so a damaged one is set aside.
     (tmp_path / "run.json").write_text('{"start')
     write_run_record(tmp_path, config, start_step=90)
     assert json.loads((tmp_path / "run.json").read_text())["earlier"] == []
     assert (tmp_path / "damaged-run.json").read_text() == '{"start'
     (tmp_path / "damaged-run.json").unlink()
 
-    # Started again from the beginning, it is another run.
+    # A run that starts again from the beginning is another run.
     write_run_record(tmp_path, config)
     assert "earlier" not in json.loads((tmp_path / "run.json").read_text())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "run.json"]
@@ -264,7 +264,7 @@ def test_a_run_says_where_it_got_more_steps(tmp_path):
     assert extensions(session(10, 30)) == [(10, 10)]
     assert extensions(session(20, 40)) == [(10, 10), (20, 30)]
     assert extensions(session(10, 10)) == []  # its later steps are lost
-    # A release that did not record the number.
+    # An older release did not record the number.
     del record["num_steps"]
     assert extensions(record) == []
     assert extensions({"start_step": 10, "num_steps": 20, "earlier": [record]}) == []

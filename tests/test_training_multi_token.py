@@ -1,4 +1,4 @@
-"""Runs with multi-token modules whose part alone routes: what they lose, log, score and refuse."""
+"""Runs in which only multi-token modules route: losses, logs, scores and refusals."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ FLOAT32 = {"rtol": 1e-6}
 
 
 def make(**moe):
-    """A model of one MLP; two modules of one MoE block, whose balance loss alone has a weight."""
+    """A model of one MLP, and two modules of one MoE block, where only balance has a weight."""
     moe = {
         "capacity": {"train_factor": 0.0, "eval_factor": 1.0},
         "losses": {"load_balance": {"kind": "load_balance", "weight": 1.0}},
@@ -41,7 +41,7 @@ def make(**moe):
 
 
 def short_documents():
-    """Documents of three tokens: module 1 has two tokens of each, module 2 has one."""
+    """Documents of three tokens: module 1 has two tokens of each, module 2 has one of each."""
     batch = tiny_batch(length=12)
     segments = jnp.broadcast_to(1 + jnp.arange(12) // 3, (4, 12)).at[3, 3:].set(0)
     positions = jnp.broadcast_to(jnp.arange(12) % 3, (4, 12))
@@ -50,7 +50,7 @@ def short_documents():
 
 @quick_jit
 def losses(params, part, totals):
-    """What the parts add to the training loss, and their metrics."""
+    """What the parts add to the training loss, their metrics, and their sums."""
     model = make().model
     loss, found = partial_loss(params, part, totals, model, model_state={}, rng=jax.random.key(0))
     own = 0.3 * jnp.mean(found.aux["multi_token"].sums["loss_D"])
@@ -59,7 +59,7 @@ def losses(params, part, totals):
 
 
 def test_the_balance_loss_of_a_module_is_per_token_of_its_own():
-    """Short documents, of which module k has all but k tokens."""
+    """In short documents, module k has all but k tokens of each."""
     config, batch = make(), short_documents()
     totals = batch_totals(batch, config.model)
     assert totals.tokens == 39
@@ -71,7 +71,7 @@ def test_the_balance_loss_of_a_module_is_per_token_of_its_own():
     assert logged.shape == (DEPTH,)
     np.testing.assert_allclose(trained, np.mean(logged), **FLOAT32)
 
-    # By hand: E * sum_e f_e * P_e of each module, over all its choices and tokens.
+    # By hand: E * sum_e f_e * P_e for each module, over all its choices and tokens.
     of_moe = sums["multi_token_moe"]
     counted_DE = np.sum(of_moe["assigned_KE"], axis=1)
     assert counted_DE.sum(axis=1).tolist() == [2 * 26, 2 * 13]
@@ -79,7 +79,7 @@ def test_the_balance_loss_of_a_module_is_per_token_of_its_own():
     prob_DE = of_moe["prob_sum_E"] / np.array([[26], [13]])
     np.testing.assert_allclose(logged, 4 * np.sum(share_DE * prob_DE, axis=1), **FLOAT32)
 
-    # Microbatches: with the sums of the whole batch, as this loss needs, their shares add up.
+    # Microbatches: with the sums of the whole batch, which this loss needs, their shares add up.
     totals = totals._replace(sums=sums)
     halves = [{n: v[rows] for n, v in batch.items()} for rows in (slice(2), slice(2, 4))]
     shares = [losses(params, half, totals)[0] for half in halves]
@@ -100,7 +100,7 @@ def test_a_part_of_the_modules_alone_is_not_part_of_an_evaluation():
 
 
 def test_plans_know_where_a_part_of_the_modules_runs():
-    """Training runs it, and serving does not."""
+    """Training runs it, serving does not."""
     config = make(run_experts="ragged")
     (rows,) = sorted_rows(resolve(config, 1))
     assert (rows.part, rows.layers) == ("moe", DEPTH)

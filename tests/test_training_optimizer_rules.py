@@ -23,7 +23,7 @@ def gradient(param, step):
 
 
 def run_optimizer(specs, params, steps=STEPS, **settings):
-    """Parameters after some steps, and those to evaluate."""
+    """Parameters after some steps, and the parameters to evaluate."""
     optimizer = optimizer_of(
         adamw(learning_rate=RATE, weight_decay=DECAY, clip_norm=0.0, **settings), specs
     )
@@ -76,7 +76,7 @@ def newton_schulz(x, steps=5):
 
 
 def muon_steps(param, scale, momentum=0.95):
-    """Momentum in Nesterov's way, both of its terms corrected for the start as in NAdam."""
+    """Nesterov momentum, with both terms corrected for the start as in NAdam."""
     m = np.zeros_like(param)
     for t in range(1, STEPS + 1):
         g = gradient(param, t - 1)
@@ -137,7 +137,7 @@ def test_muon(match_adamw, wide):
 
 
 def test_muon_makes_a_step_nearly_orthogonal():
-    """Of a gradient with singular values from 1 to 100, all between 0.3 and 1.3 after 5 rounds."""
+    """A gradient has singular values from 1 to 100; after 5 rounds all are between 0.3 and 1.3."""
     u, v = (np.linalg.qr(drawn(16, 16, seed=seed))[0] for seed in (0, 1))
     grads = {"w": jnp.asarray(u @ np.diag(np.geomspace(1, 100, 16)) @ v.T, jnp.float32)}
     settings = adamw(name="muon", learning_rate=1.0, weight_decay=0.0, match_adamw=False)
@@ -167,7 +167,7 @@ def test_muon_treats_stacked_matrices_one_by_one_and_leaves_the_rest_to_adamw():
 
 
 def test_what_muon_trains_is_what_the_specs_of_a_model_say():
-    """Matrices between hidden activations: not embeddings, heads, routers, gates, norms, biases."""
+    """Matrices between hidden activations: no embeddings, heads, routers, gates, norms, biases."""
     moe = {"activation": "swiglu", "use_bias": True, "shared_expert_dim": 8}
     moe["shared_expert_gate"] = True
     model = {"tie_embeddings": False, "parts": {"moe": moe, "attention": {"biases": tuple("qkv")}}}
@@ -183,7 +183,7 @@ def test_what_muon_trains_is_what_the_specs_of_a_model_say():
 
 
 def test_adafactor_keeps_a_row_and_a_column_of_second_moments():
-    """Its first step, Shazeer and Stern 2018, algorithms 4 and 5: the decay of step 1 is 0."""
+    """The first step of Shazeer and Stern 2018, algorithms 4 and 5, where the decay is 0."""
     shape = (128, 130)
     params, _ = run_optimizer(
         {"w": spec(shape, True)}, {"w": drawn(*shape)}, steps=1, name="adafactor"
@@ -199,7 +199,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_second_moments():
 
 
 def test_an_average_starts_as_a_plain_mean_and_then_forgets():
-    """With decay 0.6 steps count 1, 1/2, then 0.4: the initial values count nothing."""
+    """With decay 0.6 steps weigh 1, 1/2, then 0.4, so the initial values do not count."""
     averages, average = [], 0.0
     for steps in range(1, 5):
         params, evaluated = run_optimizer(
@@ -217,12 +217,12 @@ def test_an_average_starts_as_a_plain_mean_and_then_forgets():
     [
         (0.0, 0.0, [3.0, -4.0, 12.0]),
         (3.5, 0.0, [3.0, -3.5, 3.5]),
-        # By value first: of norm 5 then, scaled to 1.
+        # First by value, which leaves a norm of 41**0.5, then scaled to norm 1.
         (4.0, 1.0, [3 / 41**0.5, -4 / 41**0.5, 4 / 41**0.5]),
     ],
 )
 def test_gradients_are_clipped_by_value_and_then_by_norm(clip_value, clip_norm, expected):
-    """Epsilon is huge, so that Adam is linear in the gradient."""
+    """Epsilon is huge, so Adam is linear in the gradient."""
     settings = adamw(
         learning_rate=1.0, clip_value=clip_value, clip_norm=clip_norm, epsilon=1e6,
         weight_decay=0.0,

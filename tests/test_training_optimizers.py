@@ -1,4 +1,4 @@
-"""Schedules by value, which parameters decay, and the optimizers against optax."""
+"""Schedules by value, the parameters that decay, and the optimizers against optax."""
 
 import dataclasses
 import functools
@@ -35,19 +35,19 @@ def spec(shape, decays, num_stacked=0):
 
 
 def optimizer_of(settings, specs):
-    """The optimizer of a run of ten steps of a model with these parameters."""
+    """The optimizer of a ten-step run of a model with these parameters."""
     model = types.SimpleNamespace(specs=lambda: specs)
     training = TrainingConfig(num_steps=10)
     return make_optimizer(types.SimpleNamespace(optimizer=settings, model=model, training=training))
 
 
-# By step, of 100: the first, the last of the warm-up, the last, and some that are easy to work out.
+# By step of 100: the first, the end of the warm-up, the last, and some that are easy to compute.
 @pytest.mark.parametrize(
     ("schedule", "warmup", "expected"),
     [
         ("constant", 0, {1: 1, 50: 1, 100: 1}),
         ("constant", 10, {1: 0.1, 5: 0.5, 10: 1, 100: 1}),
-        # Half a cosine from 1 to 0.1: in the middle 0.55, at a third 0.1 + 0.9 * 0.75.
+        # Half a cosine from 1 to 0.1: 0.55 in the middle, 0.1 + 0.9 * 0.75 after a third.
         ("cosine", 0, {1: 1, 34: 0.1 + 0.9 * 0.75, 100: 0.1, 120: 0.1}),
         ("cosine", 1, {1: 1, 34: 0.1 + 0.9 * 0.75, 100: 0.1}),
         ("cosine", 10, {1: 0.1, 9: 0.9, 10: 1, 40: 0.1 + 0.9 * 0.75, 55: 0.55, 100: 0.1}),
@@ -85,7 +85,7 @@ def test_a_run_of_one_step_takes_it_with_a_finite_rate(schedule):
 
 
 def test_each_step_uses_the_rate_of_its_number():
-    """A step of Lion without decay is the learning rate in size."""
+    """A step of Lion without decay has the size of the learning rate."""
     settings = adamw(
         name="lion", schedule="linear", warmup_steps=2, final_fraction=0.25, weight_decay=0.0
     )
@@ -118,7 +118,7 @@ EVERYTHING = {
 
 
 def decayed(config, params):
-    """By parameter, whether a step without a gradient changes it."""
+    """For each parameter, whether a step without a gradient changes it."""
     optimizer = make_optimizer(config)
 
     @quick_jit
@@ -133,7 +133,7 @@ def decayed(config, params):
 
 
 def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
-    """A model with every kind of parameter, in layers that are repeated and in others."""
+    """A model with every kind of parameter, in repeated and in other layers."""
     config = tiny_config({"model": EVERYTHING})
     names = {True: set(), False: set()}
     for path, decays in decayed(config, tiny_state(config).params).items():
@@ -154,7 +154,7 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not():
 
 @dataclasses.dataclass(frozen=True)
 class Mixer(Part):
-    """A part of a user's, whose parameters have names that mean something else elsewhere."""
+    """A user's part, whose parameter names mean something else elsewhere."""
 
     def specs(self, dims):
         matrix, stacked = (dims.model_dim, 3), (5, dims.model_dim, 3)
@@ -194,7 +194,7 @@ def test_what_decays_is_what_the_specs_say_whatever_its_name():
 
 
 def test_what_is_stacked_is_what_the_specs_say():
-    """Five matrices in one array are five parameters, and so are those of each repeated layer."""
+    """Five matrices in one array are five parameters, and so are those of repeated layers."""
     config = mixers(name="adafactor", weight_decay=0.0, clip_norm=0.0)
     params = init_parameters(jax.random.key(0), config.model.specs())
     optimizer = make_optimizer(config)
@@ -227,7 +227,7 @@ SOME_SPECS = {
 
 @functools.partial(quick_jit, static_argnums=(0, 2))
 def train(optimizer, params, steps=5):
-    """Some steps on gradients that are functions of the parameters and the step."""
+    """Takes some steps on gradients that depend on the parameters and the step."""
     state = optimizer.init(params)
     for step in range(steps):
         grads = jax.tree.map(lambda p, step=step: jnp.sin(3 * p + step), params)
@@ -252,7 +252,7 @@ def test_adamw_is_optax_adamw():
 
 
 def test_the_state_is_laid_out_as_in_the_checkpoints_of_earlier_releases():
-    """Empty states too: Orbax restores nothing into another tree."""
+    """This includes empty states: Orbax restores nothing into another tree."""
     params = some_params()
     reference = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -279,7 +279,7 @@ def test_decay_is_the_weight_times_rate_and_parameter():
 
 @pytest.mark.parametrize(("clip_norm", "scale"), [(1.0, 1 / 13), (13.0, 1), (20.0, 1), (0.0, 1)])
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, scale):
-    """Norm 13 over two arrays. Epsilon is huge, so that Adam is linear in the gradient."""
+    """The norm over two arrays is 13. Epsilon is huge, so Adam is linear in the gradient."""
     optimizer = optimizer_of(
         adamw(learning_rate=1.0, clip_norm=clip_norm, epsilon=1e6, weight_decay=0.0),
         {"wa": spec((2,), decays=True), "wb": spec((1,), decays=True)},
@@ -292,7 +292,7 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, scale):
 
 
 def test_adafactor_is_optax_adafactor_on_one_matrix():
-    """Large enough to be factored."""
+    """The matrix is large enough to be factored."""
     rng = np.random.default_rng(0)
     params = {"wi": jnp.asarray(rng.normal(size=(128, 130)), jnp.float32)}
     config = adamw(name="adafactor", learning_rate=0.01, clip_norm=0.0, weight_decay=0.0)
@@ -329,7 +329,7 @@ def test_stacked_parameters_are_transformed_one_by_one():
     params = jax.tree.map(
         lambda pair: jnp.asarray(rng.normal(size=pair[0]), jnp.float32), stacked, is_leaf=is_pair
     )
-    # It knows one array from another: the root mean square of the whole parameter.
+    # This transform depends on array bounds: it uses the whole parameter's root mean square.
     transform = optax.scale_by_param_block_rms()
     wrapped = per_parameter(lambda _: transform, specs)
     grads = jax.tree.map(jnp.ones_like, params)
@@ -345,7 +345,7 @@ def test_stacked_parameters_are_transformed_one_by_one():
 
 
 def test_adafactor_trains_repeated_layers_like_layers_one_by_one():
-    """Every parameter, norms and biases of experts included."""
+    """Every parameter, including norms and expert biases."""
     layer = ["attention", "moe"]
     model = {
         "model_dim": 128,

@@ -1,4 +1,4 @@
-"""Every optimizer over eight devices is that of one: its moments lie with their parameters."""
+"""Optimizers over eight devices equal those on one; moments are placed like their parameters."""
 
 import functools
 
@@ -20,16 +20,16 @@ from tests.tiny_run import cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
 MIXED = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
 AVERAGED = {"ema": {"ema_decay": 0.9}, "schedule_free": {"schedule": "constant"}}
-# Of the largest entry of each array. Newton-Schulz multiplies a small singular value, and the
-# rounding that is as small, by 3.4 in each of five iterations.
+# Relative to the largest entry of each array. In each of five iterations Newton-Schulz multiplies a
+# small singular value, and a rounding error as small, by 3.4.
 TOLERANCE = {"muon": 1e-3, "schedule_free": 1e-4}
 STEPS = 2
-# Compiling takes a second or more of each; these two have rules of their own for matrices, stacks.
+# Each compilation takes a second or more. These two have their own rules for matrices and stacks.
 QUICK = ("muon", "schedule_free")
 
 
 def make_config(name, mesh):
-    """Repeated layers with experts, clipping in force."""
+    """Repeated layers with experts, and clipping in force."""
     optimizer = {"name": "adamw" if name == "ema" else name, **AVERAGED.get(name, {})}
     return tiny_config(
         {
@@ -55,7 +55,7 @@ def assert_close(got, expected, tolerance):
 
 
 def updates(config):
-    """Some steps of the optimizer alone, on gradients that depend on the parameters."""
+    """Some steps of the optimizer only, on gradients that depend on the parameters."""
     optimizer = make_optimizer(config)
 
     def run(params, opt_state):
@@ -112,7 +112,7 @@ def batches():
 def test_training_steps_are_those_of_one_device(name):
     config = make_config(name, MIXED)
     mesh, state = make_mesh(config.mesh), tiny_state(config)
-    # What `init` makes of the parameters; `tiny_state` has zeros there.
+    # The state that `init` makes from the parameters; `tiny_state` has zeros there.
     state = state._replace(opt_state=make_optimizer(config).init(state.params))
     step, expected = quick_jit(make_train_step(config)), state
     for batch in batches():
@@ -124,6 +124,6 @@ def test_training_steps_are_those_of_one_device(name):
     for batch in batches():
         with jax.set_mesh(mesh):
             got, _ = step(got, from_whole(batch, mesh, BATCH_AXES))
-    # Lion's steps are signs, of small gradients too: a rounding moves a parameter by two steps.
+    # Lion's steps are signs, even of small gradients: one rounding moves a parameter by two steps.
     tolerance = {"muon": 5e-3, "lion": 2e-2}.get(name, 2e-3)
     assert_close(evaluation_params(got), evaluation_params(expected), tolerance)

@@ -1,4 +1,4 @@
-"""Where every array of a run lies: parameters by a table worked out by hand, the rest with them."""
+"""Where every array of a run is placed: parameters by a hand-made table, the rest like them."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ from moe_jax.training.placement import (
 from moe_jax.training.state import init_state
 from tests.tiny_run import tiny_config, tiny_moe
 
-# A parameter by its part (or, of a norm, its kind) and name. Vectors that are added along the model
-# dim lie as it does; norms, and the router's experts, are on every device.
+# Parameters by part (norms by kind) and name. Vectors added along the model dim are placed like it;
+# norms and the router's experts are on every device.
 AXES = {
     ("", "embedding"): ("vocab", "model"),
     ("", "head"): ("model", "vocab"),
@@ -89,12 +89,12 @@ def abstract_state(config):
 
 
 def keys_of(path):
-    """The keys of dicts in a path: those of a parameter, in a moment of it too."""
+    """The dict keys in a path: those of the parameter, also in its moments."""
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def axes_by_hand(path):
-    """The names of a parameter's dims, and the row of the table."""
+    """The names of a parameter's dims, and its row in the table."""
     part = path[-2] if len(path) > 1 else ""
     row = ("norm" if part.endswith("norm") else part, path[-1])
     stacked = (None,) if "unit" in path else ()
@@ -124,7 +124,7 @@ def test_parameters_lie_as_the_table_says_and_adams_moments_with_them():
         for path, sharding in jax.tree.leaves_with_path(tree):
             expected, _ = axes_by_hand(keys_of(path))
             assert sharding == named_sharding(expected, mesh), path
-    # In numbers, for one of them: layers, half the experts, half of M, half of H.
+    # One of them in numbers: all layers, half the experts, half of M, half of H.
     wi = placed.params["stack"]["unit"]["0"]["moe"]["experts"]["wi"]
     assert wi.shard_shape((3, 4, 16, 32)) == (3, 2, 8, 16)
 
@@ -140,7 +140,7 @@ class LowRank(Weight):
 
 
 class LowRankModel(LanguageModel):
-    """A model whose matrices of attention are `LowRank`."""
+    """A model whose attention matrices are `LowRank`."""
 
     def specs(self):
         def wrap(spec):
@@ -193,7 +193,7 @@ def test_the_rest_of_the_state_is_on_every_device():
 
 
 def test_adafactors_factored_moments_lie_with_the_dims_that_they_keep():
-    """Every kind of dim has a size of its own, large enough to be factored, that tells it."""
+    """Each kind of dim has its own sizes, which identify it and are large enough to be factored."""
     sizes = {128: "model", 160: "heads", 256: "hidden", 512: "hidden", 384: "vocab", 4: "expert"}
     config = everything(model_dim=128, head_dim=80, hidden_dim=256, optimizer={"name": "adafactor"})
     mesh = make_mesh(MIXED)
@@ -208,13 +208,13 @@ def test_adafactors_factored_moments_lie_with_the_dims_that_they_keep():
             continue
         axes, row = axes_by_hand(name)
         if moment.shape != shapes[name]:
-            axes = (None,) * moment.ndim  # a stand-in for nothing
+            axes = (None,) * moment.ndim  # a placeholder
         if kind != "v" and moment.shape[-1] > 1:
             factored.add((row, kind))
             layers = 1 if "unit" in name else 0
             axes = (None,) * layers + tuple(sizes[size] for size in moment.shape[layers:])
         assert sharding.is_equivalent_to(named_sharding(axes, mesh), moment.ndim), path
-    small = {("router", "weight"), ("shared", "gate")}  # of a dim with too few numbers
+    small = {("router", "weight"), ("shared", "gate")}  # one dim is too small to be factored
     matrices = {
         row for row, axes in AXES.items()
         if len(axes) > 1 and row[1][0] in "ehw" and row not in small
@@ -257,7 +257,7 @@ def test_the_axes_of_a_moment(moment_shape, axes):
     ],
 )
 def test_a_parameter_that_is_not_split_evenly_is_named(mesh, message):
-    """Whatever the checks of the config have let through."""
+    """Whatever the config's checks have let through."""
     with pytest.raises(ValueError, match=message):
         state_shardings(everything(), make_mesh(mesh))
 
@@ -307,7 +307,7 @@ def test_a_new_state_is_the_same_on_every_mesh(mesh, of_one_device):
     ],
 )
 def test_chunks_may_overlap_on_a_tpu(platform, num_chunks, options):
-    """All-to-alls that libtpu compiles wait for each other unless it is told otherwise."""
+    """The all-to-alls that libtpu compiles wait for each other unless an option says otherwise."""
     config = tiny_config(tiny_moe(exchange_chunks=num_chunks))
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))

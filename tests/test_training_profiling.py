@@ -1,4 +1,4 @@
-"""The trace of chosen steps: a file that TensorBoard opens, with the names of the scopes."""
+"""The trace of chosen steps: a file that TensorBoard opens, with scope names."""
 
 import errno
 
@@ -22,7 +22,7 @@ def traces(workdir):
 
 
 def run(workdir, steps, first=1, last=5):
-    """Steps with a trace; after each step, before the next, whether a trace is written by now."""
+    """Takes steps with a trace; returns for each step whether a trace is written after it."""
     written, x = [], jnp.eye(8)
     with Profile(steps, workdir) as profile:
         for number in range(first, last + 1):
@@ -41,7 +41,7 @@ def test_the_trace_has_the_scopes_of_the_model(tmp_path, capsys):
 
 
 def test_a_run_that_starts_inside_or_ends_with_the_steps_has_a_trace(tmp_path):
-    # Behind its last step, it has nothing of what follows, such as the final evaluation.
+    # The trace ends with its last step, before what follows, such as the final evaluation.
     assert run(tmp_path, (2, 5), first=4) == [False, True]
     assert len(traces(tmp_path)) == 1
 

@@ -1,4 +1,4 @@
-"""Reading a run out of its directory, also while it trains."""
+"""Reading a run from its directory, also while it trains."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_the_newest_state_and_the_config_come_back(tmp_path):
 
 
 def test_reading_leaves_a_save_in_progress_alone(tmp_path, monkeypatch):
-    """`generate` in the directory of a run that trains, just while it writes a checkpoint."""
+    """`generate` reads the directory of a run just while it writes a checkpoint."""
     state = make_run(tmp_path, 2)
     go_on = threading.Event()
     add_manifest = Checkpoints._add_manifest
@@ -92,7 +92,7 @@ def cut_short(file):
 
 @pytest.mark.parametrize("harm", [cut_short, lambda file: file.unlink()])
 def test_nothing_is_asked_of_a_checkpoint_before_it_is_known_to_be_whole(tmp_path, harm):
-    """A power failure while what Orbax says of the arrays was on its way to the disk."""
+    """The power failed before Orbax's description of the arrays reached the disk."""
     make_run(tmp_path, 2, 4)
     harm(tmp_path / CHECKPOINTS / "4" / "state" / "_METADATA")
     assert int(load_run(tmp_path)[1].step) == 2
@@ -183,7 +183,7 @@ def test_a_state_moves_to_another_mesh(tmp_path, optimizer, saved_on, restored_o
 
     def draw(leaf):
         values = random.normal(size=leaf.shape) * 100
-        return np.asarray(values, leaf.dtype)  # moments, bias and step, too, are not their zeros
+        return np.asarray(values, leaf.dtype)  # moments, bias and step differ from zero too
 
     state = jax.tree.map(draw, tiny_state(config))
     state = state._replace(step=np.int32(7))
@@ -215,7 +215,7 @@ def test_a_state_moves_to_another_mesh(tmp_path, optimizer, saved_on, restored_o
     "optimizer", [{"ema_decay": 0.9}, {"name": "schedule_free", "schedule": "constant"}]
 )
 def test_a_loaded_run_has_the_parameters_to_evaluate(tmp_path, optimizer):
-    """The average, or what Schedule-Free makes of z; both are twice the parameters here."""
+    """The average, or what Schedule-Free makes of z; here both are twice the parameters."""
     config = tiny_config({"optimizer": optimizer})
     state = tiny_state(config)
     twice = jax.tree.map(lambda p: 2 * p, state.params)
@@ -239,7 +239,7 @@ def test_a_loaded_run_has_the_parameters_to_evaluate(tmp_path, optimizer):
 
 
 def test_a_state_is_read_straight_to_where_it_goes(tmp_path, monkeypatch):
-    """No array is restored as a whole first: a device may have no room for it."""
+    """No array is first restored as a whole: a device may have no room for it."""
     make_run(tmp_path, 2)
     placed = []
     device_put = jax.device_put

@@ -1,4 +1,4 @@
-"""What a signal does in a run of a program that is not a command; `test_interrupts` has those."""
+"""Signals in a run of a program that is not a command; `test_interrupts` covers commands."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from moe_jax.training.signals import SignalFlag
 
 @pytest.fixture
 def came():
-    """What was there before: it notes the signals that it gets."""
+    """The handlers before a run: they note the signals that they get."""
     numbers = []
     numbered = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {
@@ -43,7 +43,7 @@ def test_a_signal_ends_a_run_after_its_step(number, came):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_acts_unless_it_is_the_first_again(number, came, monkeypatch):
-    """A scheduler signals the sweep and its runs, and the sweep hands it on."""
+    """A scheduler signals the sweep and its runs, and the sweep forwards the signal."""
     now = 100.0
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(signals_module, "time", clock)
@@ -67,7 +67,7 @@ def test_ctrl_c_of_several_processes_counts_as_sigterm_once(came, monkeypatch):
 
 
 def test_a_run_in_a_thread_leaves_signals_alone(came):
-    """Python refuses handlers there."""
+    """Python refuses handlers in a thread."""
     found = []
 
     def run():
@@ -82,7 +82,7 @@ def test_a_run_in_a_thread_leaves_signals_alone(came):
 
 
 def test_processes_that_resume_count_their_own_steps(monkeypatch):
-    """JAX counts from 1: an agreement on step 1 of the process is never met by step 5001."""
+    """JAX counts from 1: an agreement on a process's step 1 is never met by step 5001."""
     asked = []
     several = types.SimpleNamespace(reached_preemption_sync_point=asked.append)
     monkeypatch.setattr(signals_module, "multihost_utils", several)
@@ -94,7 +94,7 @@ def test_processes_that_resume_count_their_own_steps(monkeypatch):
 
 
 def test_orbax_does_not_move_that_count(tmp_path, monkeypatch):
-    """It would ask from a thread, about a step that training has left behind."""
+    """Orbax would ask from a thread, about a step that training has already passed."""
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda step: pytest.fail(str(step))
     )
@@ -112,7 +112,7 @@ def test_under_nohup_a_closed_terminal_is_ignored(came):
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in the evaluation", "in the step before"])
 def test_a_checkpoint_is_complete_before_a_signal_acts(inside, came, tmp_path, monkeypatch):
-    """By default SIGTERM kills: nothing after it would wait."""
+    """By default SIGTERM kills, so nothing after it would wait."""
     add_manifest = Checkpoints._add_manifest
 
     def slowly(self):

@@ -1,4 +1,4 @@
-"""The training step: cutting the batch, padding, remat and dtype change memory and speed only."""
+"""The training step: microbatches, padding, remat and dtype change only memory and speed."""
 
 import functools
 
@@ -14,7 +14,7 @@ from tests.slow import slow_but
 from tests.tiny_run import DENSE, cut, quick_jit, tiny_batch, tiny_config, tiny_state
 
 FLOAT32 = {"rtol": 2e-5, "atol": 1e-6}  # sums of some hundred float32 terms, in another order
-# Of a loss near log(384) = 6: two layers of bfloat16 with its 8 bits of mantissa, before the head.
+# For a loss near log(384) = 6: two layers of bfloat16 with its 8 bits of mantissa, before the head.
 BFLOAT16_LOSS_ERROR = 0.05
 NUM_VALID = 16 + 13 + 0 + 5  # tokens of tiny_batch()
 RATE = 0.01
@@ -27,7 +27,7 @@ def make(moe=None, model=None, **sections):
 
 
 def all_balance(convention="load_balance", scope="global", **settings):
-    """Every balance mechanism at once, strong enough to see."""
+    """Every balance mechanism at once, strong enough to be visible."""
     losses = {convention: {"weight": 0.3, "scope": scope}, "router_z": {"weight": 0.1}}
     return {"losses": losses, "bias": {"kind": "sign", "rate": RATE}, **settings}
 
@@ -36,13 +36,13 @@ def with_bias(state, bias_XE):
     return state._replace(model_state={"moe": {"bias_E": jnp.asarray(bias_XE)}})
 
 
-# Biases that move choices: what the losses count is something else then.
+# Biases that move choices, and so change what the losses count.
 OLD_XE = [[0.0, 0.3, 0.0, -0.1], [0.2, 0.0, 0.0, 0.0]]
 
 
 @functools.partial(quick_jit, static_argnums=(2, 3))
 def gradient_in_parts(state, batch, model, num_parts):
-    """Loss, cross-entropy, gradient and what was said, with the batch in so many parts."""
+    """Loss, cross-entropy, gradient and merged aux, with the batch in this many parts."""
     parts = cut(batch, num_parts)
     keys = jax.random.split(jax.random.key(0), num_parts)
     loss, grads, said = gradient(state, parts, keys, batch_totals(batch), model)
@@ -74,7 +74,7 @@ CUTS = [
     (scope, convention, num_parts)
     for scope in ("group", "sequence", "global")
     for convention in CONVENTIONS
-    # Others are refused by the config.
+    # The config refuses other combinations.
     if scope == "global" or convention != "huggingface_load_balance"
     for num_parts in (2, 4)
 ]
@@ -84,7 +84,7 @@ CUTS = [
     ("scope", "convention", "num_parts"), slow_but([("global", "load_balance", 4)], CUTS)
 )
 def test_loss_and_gradient_do_not_depend_on_the_number_of_parts(scope, convention, num_parts):
-    """Though rows have 16, 13, 0 and 5 valid tokens, and uneven loss weights."""
+    """Rows have 16, 13, 0 and 5 valid tokens, and loss weights are uneven."""
     config, state = make(all_balance(convention, scope))
     state = with_bias(state, OLD_XE)
     batch = tiny_batch()
@@ -94,7 +94,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_parts(scope, conventio
 
 
 def mean_loss(aux, name, num_tokens):
-    """The mean of a loss over the layers, from what was said of so many tokens."""
+    """The mean of a loss over the layers, from the aux of this many tokens."""
     return np.mean(aux["moe"].sums["losses"][name]["total"]) / num_tokens
 
 
@@ -121,7 +121,7 @@ def test_scope_microbatch_is_the_mean_over_the_parts_by_their_tokens():
 
 
 def test_a_step_in_microbatches_is_the_same_step():
-    """Parameters and bias after it too. SGD-like epsilon: Adam's first step is a sign else."""
+    """Parameters and bias after it agree too. With a small epsilon Adam's first step is a sign."""
     outcomes = []
     for num_microbatches in (1, 4):
         config, state = make(
@@ -163,7 +163,7 @@ def test_the_router_bias_is_updated_once_a_step_from_the_counts_of_the_whole_bat
     assert np.any(expected != old_XE)
     np.testing.assert_allclose(new.model_state["moe"]["bias_E"], expected, rtol=1e-6)
 
-    # It is neither a parameter nor has it moments: those have the names of the parameters.
+    # It is no parameter and has no moments: these have the names of the parameters.
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state.params)]
     assert not any("bias" in name for name in names)
     adam = new.opt_state[1]
@@ -179,7 +179,7 @@ def test_no_bias_without_an_update_or_an_moe_layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"remat": "full"}, {"remat": "dots"}])
 def test_remat_changes_neither_counts_nor_gradient(changed):
-    """Counts that were a side effect of the forward pass would double."""
+    """Counts made as a side effect of the forward pass would double."""
     plain, state = make(all_balance())
     other, _ = make(all_balance(), model=changed)
     batch = tiny_batch()
@@ -192,7 +192,7 @@ def test_remat_changes_neither_counts_nor_gradient(changed):
 
 @pytest.mark.slow
 def test_scanned_layers_are_the_same_layers():
-    """A scan is a choice of execution: the same tree, the same values."""
+    """A scan changes only the execution: the same tree, the same values."""
     plain, state = make(all_balance())
     scanned, other = make(all_balance(), model={"scan_layers": True})
     assert_same_bits(other, state)
@@ -214,7 +214,7 @@ def test_rows_of_padding_change_nothing():
 
 
 def test_what_stands_in_padding_changes_nothing():
-    """Neither by capacity, which is tight here, nor by the losses or counts."""
+    """It affects neither capacity, which is tight here, nor the losses or counts."""
     config, state = make(all_balance(capacity={"train_factor": 0.5}))
     batch = tiny_batch()
     garbage = batch | {"inputs": jnp.where(batch["segment_ids"] > 0, batch["inputs"], 77)}
@@ -227,7 +227,7 @@ def test_what_stands_in_padding_changes_nothing():
 
 
 def test_a_step_is_a_function_of_state_and_batch():
-    """Bit for bit, noise included; the noise is another at the next step."""
+    """Bit for bit, noise included; the next step has other noise."""
     config, state = make(
         all_balance(
             router={"kind": "token_choice", "noise": {"jitter": {"epsilon": 0.1}}},
@@ -246,7 +246,7 @@ def test_a_step_is_a_function_of_state_and_batch():
 
 
 def test_each_microbatch_has_noise_of_its_own_and_both_passes_over_it_have_the_same(monkeypatch):
-    """Of two equal microbatches; the first pass counts for a loss of the whole batch."""
+    """Two equal microbatches. The first pass counts loads for a loss of the whole batch."""
     config, state = make(
         all_balance(router={"kind": "token_choice", "noise": {"gaussian": {"stddev": 1.0}}}),
         model={"stack": {"repeats": 1}},

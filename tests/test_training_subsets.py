@@ -1,4 +1,4 @@
-"""Training of some parameters: which, at which rate, and what is kept for the others: nothing."""
+"""Training of some parameters: which, at which rate, and that nothing is kept for the others."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def named(tree):
 
 @functools.cache
 def one_step(**optimizer):
-    """The state before and after a step, by name, and the metrics."""
+    """The states before and after a step, and the metrics."""
     config = config_of(**optimizer)
     before = tiny_state(config)
     after, metrics = quick_jit(make_train_step(config))(before, cut(tiny_batch()))
@@ -77,7 +77,7 @@ def test_one_flag_chooses_what_trains(flag):
     counts = count_trained(config.optimizer, config.model.specs())
     assert {of for of, count in counts.items() if count["trained"]} == PRESETS[flag]
     assert all(count["trained"] in (0, count["total"]) for count in counts.values())
-    # A selection bias is of the router.
+    # A selection bias belongs to the router.
     assert moving_state(config.optimizer, config.model)["moe"]["bias_E"] == (
         "router" in PRESETS[flag]
     )
@@ -132,7 +132,7 @@ def test_a_step_changes_what_trains_as_if_all_trained_and_nothing_else():
 
 
 def updates_of(**optimizer):
-    """By name, the first update from gradients that count up, without a model's step."""
+    """By name, gradients that count up, and the first update from them without a model's step."""
     config = config_of(**optimizer)
     trained = trained_params(config, tiny_state(config).params)
     grads = jax.tree.map(lambda p: jnp.arange(1.0, 1 + p.size).reshape(p.shape), trained)
@@ -142,7 +142,7 @@ def updates_of(**optimizer):
 
 
 def test_the_norm_that_is_clipped_is_of_what_trains():
-    # The first update of this Adam is -rate * m / (m + epsilon), near -rate * g / epsilon.
+    # This Adam's first update is -rate * m / (m + epsilon), near -rate * g / epsilon.
     large = {"trainable": ("attention",), "weight_decay": 0.0, "epsilon": 1e6}
     grads, free = updates_of(**large)
     norm = sum(float((g**2).sum()) for g in grads.values()) ** 0.5
@@ -182,7 +182,7 @@ def test_an_optimizer_keeps_nothing_for_what_is_frozen(name):
 
     if not average and name != "schedule_free":
         return
-    # What is frozen has no average: it is evaluated as it is.
+    # Frozen parameters have no average: they are evaluated as they are.
     params = tiny_state(config).params
     optimizer, trained = make_optimizer(config), trained_params(config, params)
     grads = jax.tree.map(jnp.ones_like, trained)

@@ -1,4 +1,4 @@
-"""What shows the metrics of a run: copies of the record, none of which can fail it."""
+"""Displays of a run's metrics: copies of the record, none of which can fail the run."""
 
 import csv
 import dataclasses
@@ -33,7 +33,7 @@ def writer(directory, *names, start=0):
 
 
 def events(path):
-    """The TensorBoard events in a directory: records of a length, its checksum, data, checksum."""
+    """The TensorBoard events in a directory. A record is a length, its checksum, data, checksum."""
     found = []
     for file in sorted((path / "tensorboard").iterdir()):
         content = file.read_bytes()
@@ -60,7 +60,7 @@ def test_tensorboard_has_the_scalars_and_forgets_steps_that_are_run_again(tmp_pa
 
 
 def test_tensorboard_does_not_wait_for_torch(tmp_path):
-    """Which tensorboardX imports where it is installed: seconds of the start of every run."""
+    """If torch is installed, tensorboardX imports it, which delays the start by seconds."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     program = (
         "import importlib.util, pathlib, sys\n"
@@ -102,7 +102,7 @@ def test_a_csv_file_has_a_line_a_write_and_a_column_a_metric(tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """Stands for the package: remembers what it was told, and fails where it is told to."""
+    """Replaces the package: records what it is told, and fails where it is told to."""
 
     def __init__(self, fails_at=""):
         super().__init__("wandb")

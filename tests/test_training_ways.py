@@ -1,4 +1,4 @@
-"""How losses are called, and which of them saw later tokens."""
+"""How losses are labelled, and which of them saw later tokens."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def config_of(**moe):
     return tiny_config(settings)
 
 
-# What is trained, what is evaluated without a capacity, and within the parts' own.
+# Training, evaluation without a capacity, and evaluation with the parts' own capacity.
 @pytest.mark.parametrize(
     ("moe", "train", "dropless", "limited"),
     [
@@ -51,7 +51,7 @@ BUFFER = {"run_experts": "ragged", "buffer_factor": 1.5}
 @pytest.mark.parametrize(
     ("moe", "train", "dropless"),
     [
-        (BUFFER, SEES, ("dropless", SAW)),  # an evaluation has room for all, unless it is told
+        (BUFFER, SEES, ("dropless", SAW)),  # an evaluation has room for all, unless set otherwise
         (BUFFER | {"stop_at_overflow": True}, "", ("dropless", "")),
         (BUFFER | {"eval_buffer_factor": 2.0}, SEES, ("bounded buffer", SEES)),
     ],

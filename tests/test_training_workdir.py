@@ -1,4 +1,4 @@
-"""Which configs a run's directory takes: the same run, whatever was added to the library since."""
+"""Which configs a run's directory accepts: the same run, whatever the library added since."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from moe_jax.training.workdir import check_workdir, recorded_run
 from tests.tiny_run import JITTER, files, tiny_config, tiny_moe, tiny_state, tiny_training
 
 CONFIG = tiny_training()
-# As it was written before models were made of parts.
+# As written before models were made of parts.
 OLD_LAYOUT = {
     "name": "experiment",
     "seed": 0,
@@ -35,14 +35,14 @@ OLD_LAYOUT = {
 
 
 def begin(workdir, config, content=None):
-    """What a run leaves that was killed before its first checkpoint."""
+    """What a run leaves if it is killed before its first checkpoint."""
     write_run_record(workdir, config, content=content)
     with MetricWriter(workdir) as writer:
         writer.write(1, {"train/loss": 6.0})
 
 
 def edit(workdir, change):
-    """Changes what `config.json` says."""
+    """Changes the content of `config.json`."""
     path = workdir / "config.json"
     written = json.loads(path.read_text())
     change(written)
@@ -89,7 +89,7 @@ def test_a_setting_that_the_library_got_since_is_at_its_default(tmp_path):
     message = refusal(dataclasses.replace(CONFIG, optimizer=changed), tmp_path)
     assert "config.optimizer.b1: 0.9 -> 0.5" in message
 
-    # What was not at its default is another config.
+    # A setting that was not at its default makes another config.
     edit(tmp_path, lambda written: written["model"]["parts"]["moe"]["bias"].pop("rate"))
     assert "config.model.parts.moe.bias.rate: 0.001 -> 0.01" in refusal(CONFIG, tmp_path)
 
@@ -108,7 +108,7 @@ def test_every_setting_that_differs_is_named(tmp_path):
 
 
 def of_whole_layers(**moe):
-    """Layers that are parts themselves, with branches inside."""
+    """Layers that are parts themselves, with branches."""
     branches = (
         ("attention", Attention(num_heads=2, head_dim=8)),
         ("moe", MoE(num_experts=4, expert_dim=32, **moe)),
@@ -153,7 +153,7 @@ def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp
     with pytest.raises(ValueError, match="of a model that was made without"):
         train(CONFIG, pathlib.Path("model"))
     assert files(model) == before
-    # One that was made with them is a run to go on with.
+    # A model saved with moments is a run that can go on.
     save_state(tmp_path / "upcycled", CONFIG, state, {}, {"made_by": "a test"})
     check_workdir(CONFIG, tmp_path / "upcycled")
 
@@ -189,7 +189,7 @@ def test_a_part_from_outside_whose_source_changed_is_refused(tmp_path, monkeypat
         with pytest.raises(ValueError, match=r"outside this library.*Pass --trust"):
             load_run(workdir)
 
-        # Another process, later, imports what is in the file then.
+        # A later process imports the changed file.
         module.write_text(textwrap.dedent(FOREIGN.format("0 * x_BLM, None, None")))
         source_hash.cache_clear()
         message = refusal(config, workdir)
@@ -197,7 +197,7 @@ def test_a_part_from_outside_whose_source_changed_is_refused(tmp_path, monkeypat
         old, new = line.removeprefix(f"  source of {kind}: sha256 ").split(" -> ")
         assert len(old) == len(new) == 12 and old != new
 
-        # A run without the part is another one too.
+        # A run without the part differs too.
         assert f"source of {kind}: sha256 {old} -> not there" in refusal(tiny_config(), workdir)
     finally:
         load_kind.cache_clear()
@@ -244,7 +244,7 @@ def test_with_dropout_in_experts_a_run_stays_where_it_draws(mesh, way, tmp_path)
             continue
         check_workdir(config, tmp_path / str(rate))
         assert refusal(moved, tmp_path / str(rate)).count("dropout masks of experts") == 1
-    # Slots that the compiler exchanges are drawn as one array, wherever they lie.
+    # Slots that the compiler exchanges are drawn as one array, wherever they are placed.
     slots = tiny_moe(expert_dropout_rate=0.4, run_experts="gather", exchange="compiler")
     begin(tmp_path / "slots", tiny_config(slots))
     check_workdir(tiny_config({**slots, "mesh": {"expert": 4}}), tmp_path / "slots")
@@ -295,7 +295,7 @@ def test_a_run_is_bound_to_what_its_corpus_and_tokenizer_hold_not_to_their_paths
     assert "content of tokenizer: sha256 bbbb -> cccc" in refusal(
         CONFIG, tmp_path, content | {"tokenizer": "cccc"}
     )
-    # Where nothing is known of the content, the path counts.
+    # If nothing is known of the content, the path counts.
     begin(tmp_path, CONFIG)
     assert "config.data.corpus: 'embedded' -> 'jsonl:elsewhere'" in refusal(
         moved, tmp_path, content
@@ -318,14 +318,14 @@ def test_a_checkpoint_knows_its_own_run(tmp_path):
         check_workdir(CONFIG, tmp_path)
         assert "config.seed: 0 -> 1" in refusal(other, tmp_path)
 
-    # A checkpoint whose record is damaged leaves it to the one before.
+    # If a checkpoint's record is damaged, the previous checkpoint's record counts.
     save(tmp_path, 6, run=write_config(other))
     (tmp_path / CHECKPOINTS / "6" / "metadata.json").write_text("{}")
     check_workdir(CONFIG, tmp_path)
 
 
 def test_a_record_is_read_by_one_process_alone(tmp_path, monkeypatch):
-    """Orbax's manager meets the other processes, which may not see the directory."""
+    """Orbax's manager waits for the other processes, which may not see the directory."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a manager is made")
@@ -347,7 +347,7 @@ def test_a_damaged_config_is_named(tmp_path):
 
 
 def made(workdir, config, step):
-    """A run with a checkpoint of this step."""
+    """Writes a run with a checkpoint of this step."""
     with Checkpoints(workdir / CHECKPOINTS, keep=5) as checkpoints:
         checkpoints.save(step, {"x": np.zeros(3)}, metadata={"run": write_config(config)})
 

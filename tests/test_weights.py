@@ -1,4 +1,4 @@
-"""Weights of several arrays: a low-rank update and int4 act as the dense weight everywhere."""
+"""Weights of several arrays: low-rank updates and int4 act as the dense weight everywhere."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ def low_rank(random, spec):
 
 
 def int4(random, spec):
-    """In pairs, so that every mesh of the test cuts between groups."""
+    """Groups of two, so every mesh of the test cuts between groups."""
     return quantise(jnp.asarray(random.normal(size=spec.shape) / 2, jnp.float32), 4, 2)
 
 
@@ -58,11 +58,11 @@ def is_weight(value):
 
 
 def wrapped(specs, leaf):
-    """Parameters in which every matrix is a `Weight` of the test, and vectors are arrays."""
+    """Parameters whose matrices are `Weight`s of this kind and whose vectors are arrays."""
     random = np.random.default_rng(0)
 
     def draw(spec):
-        # Not the embedding: a table is no matrix of a product.
+        # The embedding is excluded: its table is not a factor of a product.
         if len(spec.shape) > 1 and min(spec.shape[-2:]) > 1 and spec.decays:
             return LEAVES[leaf](random, spec)
         return random.normal(size=spec.shape).astype(np.float32) / 2
@@ -71,7 +71,7 @@ def wrapped(specs, leaf):
 
 
 def split(params):
-    """The leaves that learn; and a function from them, or others in their place, to parameters."""
+    """The leaves that learn, and a function that puts such leaves back into the parameters."""
     leaves, tree = jax.tree.flatten(params)
     marks = jax.tree.leaves(learning(params))
 
@@ -92,7 +92,7 @@ def on_mesh(params, specs, mesh):
 
 
 def run(part, leaf, mesh_config=ONE, *, as_dense=False):
-    """Output and gradients of what learns, the tokens included."""
+    """Output, and gradients of what learns and of the tokens."""
     specs = part.specs(DIMS)
     params = wrapped(specs, leaf)
     x, dy = np.random.default_rng(1).normal(size=(2, BATCH, LENGTH, 8)).astype(np.float32)
@@ -175,7 +175,7 @@ def test_a_block_with_such_weights_is_the_block_with_dense_ones(name, leaf):
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("mesh", [ONE, MIXED], ids=["one device", "mixed"])
 def test_attention_likewise(mesh, leaf):
-    """Adapters round x w + (x a) b, the dense matrix x (w + a b): a softmax multiplies the rest.
+    """Adapters round x w + (x a) b, dense matrices x (w + a b); a softmax amplifies the rest.
 
     On CPUs without AVX-512 the gradient of a bias differs by 4.4e-6 of its largest entry.
     """
@@ -185,7 +185,7 @@ def test_attention_likewise(mesh, leaf):
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_a_cosine_router_likewise(leaf):
-    # Its directions have length 1 whatever their scale, whose gradient is rounding alone.
+    # Its directions have length 1 at any scale, so the scale's gradient is only rounding.
     part = dataclasses.replace(block("einsum"), router=TokenChoice(projection=Cosine(dim=4)))
     given, wanted = run(part, leaf)[0], run(part, leaf, as_dense=True)[0]
     np.testing.assert_allclose(given, wanted, rtol=0, atol=FLOAT32 * np.abs(wanted).max())

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what a model says before, while and after they learn."""
+"""Low-rank adapters: the model's outputs before, while and after they learn."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ TOKENS = np.random.default_rng(1).integers(3, 259, (8, 8), np.int32)
 
 
 def adapted(base=None, per_expert=True, learned=True):
-    """A tiny model with adapters, and its parameters; what it was without them, and its."""
+    """A tiny model with adapters and its parameters; the model without them and its parameters."""
     adapters = Adapters(NAMES, rank=4, alpha=2.0, per_expert=per_expert)
     before = dataclasses.replace(tiny_config().model, quantisation=base)
     params = tiny_state(tiny_config()).params
@@ -98,7 +98,7 @@ def test_a_merged_model_says_what_the_adapted_one_says(base, per_expert):
 
 @pytest.mark.slow
 def test_adapters_that_are_named_by_their_place_are_generated_with():
-    """Generation runs layers apart, where no layer is of a repeated unit."""
+    """Generation runs layers one by one, where no layer belongs to a repeated unit."""
     _, params, _, _ = adapted()
     names = ("unit/0/attention", "unit/0/moe/experts")
     model = dataclasses.replace(adapted()[0], adapters=Adapters(names, rank=4, alpha=2.0))
@@ -111,7 +111,7 @@ def test_adapters_that_are_named_by_their_place_are_generated_with():
 
 
 def test_a_merged_matrix_by_hand():
-    """Alpha / rank = 2; of two experts that share, each gets the same."""
+    """Alpha / rank = 2. Two experts that share an adapter get the same update."""
     a, b = jnp.asarray([[1.0], [2.0]]), jnp.asarray([[3.0, 0.0]])
     np.testing.assert_array_equal(LowRank(jnp.eye(2), a, b, scale=2.0).dense(), [[7, 0], [12, 1]])
     experts = jnp.stack([jnp.zeros((2, 2)), jnp.eye(2)])
@@ -124,18 +124,18 @@ def test_a_merged_matrix_by_hand():
 
 @pytest.mark.parametrize("per_expert", [True, False])
 def test_an_adapter_starts_with_the_variance_of_peft(per_expert):
-    """Its `a` is uniform within 1 / sqrt(inputs) there: a variance of a third of 1 / inputs."""
+    """PEFT's `a` is uniform within 1 / sqrt(inputs): its variance is a third of 1 / inputs."""
     spec = ParameterSpec((4, 256, 64), ("expert", "model", None), zeros, "experts")
     adapters = Adapters(("experts",), rank=32, per_expert=per_expert)
     drawn = init_parameters(jax.random.key(0), adapters.wrap("wi", spec, spec))
     assert drawn.a.shape == ((4, 256, 32) if per_expert else (256, 32))
-    # Of 8,192 values and more: the deviation of their variance is at most 1.6 % of it.
+    # At least 8,192 values: the deviation of their variance is at most 1.6 % of it.
     np.testing.assert_allclose(256 * np.var(drawn.a), 1 / 3, rtol=0.05)
     assert abs(np.mean(drawn.a)) < 0.003 and not np.any(drawn.b)
 
 
 def gradients(model, params):
-    """Of a random function of the logits, with respect to all arrays that are floats."""
+    """Gradients of a random function of the logits with respect to all float arrays."""
     weights = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8, 384)), jnp.float32)
     marks = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), params)
     floats = kept(params, marks)
@@ -223,7 +223,7 @@ def test_routers_have_no_adapter_unless_a_name_says_so():
 
 @pytest.mark.slow
 def test_adapters_alone_move_in_training():
-    """On a quantised base: a step after the first moves a, whose gradient is 0 while b is."""
+    """The base is quantised. Only a step after the first moves a: its gradient is 0 while b is."""
     model = adapted(INT4)[0]
     plain = tiny_config({"optimizer": {"schedule": "constant"}})
     optimizer = dataclasses.replace(plain.optimizer, trainable=(ADAPTERS,))
@@ -249,7 +249,7 @@ def test_a_model_with_adapters_names_what_trains():
 
 
 def test_a_run_with_adapters_starts_from_a_quantised_one(tmp_path):
-    """Every array of the base is taken as it is stored; adapters are fresh."""
+    """Every array of the base is taken as stored; adapters are fresh."""
     model, _, before, its = adapted(INT4)
     plain = tiny_config()
     save_imported(tmp_path, dataclasses.replace(plain, model=before), its, {}, {}, {})

@@ -30,13 +30,13 @@ def drawn(*shape, seed=0):
 
 
 def test_four_bits_by_hand():
-    """The largest weight is -8 steps: steps of -1/2 and of 1/4. 3.9 would be -7.8, and is kept."""
+    """The largest weight is -8 steps, so steps are -1/2 and 1/4; 3.9 is -7.8 steps, so -8."""
     weight = jnp.asarray([[4.0, -2.0], [-1.0, 0.3], [0.6, 1.99], [3.9, 0.0]])
     found = quantise(weight, 4, 0)
     np.testing.assert_array_equal(found.scales, jnp.float16([[-0.5, 0.25]]))
     integers = unpacked(found.values, MATRIX)
     np.testing.assert_array_equal(integers, [[-8, -8], [2, 1], [-1, 7], [-8, 0]])
-    # A byte has two rows, the first in its low half, each with 8 added.
+    # A byte holds two rows, the first in its low half, each with 8 added.
     np.testing.assert_array_equal(found.values, jnp.uint8([[0xA0, 0x90], [0x07, 0x8F]]))
 
 
@@ -49,7 +49,7 @@ def test_eight_bits_by_hand():
 @pytest.mark.parametrize("axis", [MATRIX, TABLE])
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.5), (4, 1.0)])
 def test_no_weight_is_further_away_than_its_step_allows(bits, most, axis):
-    """Half a step; with 4 bits a whole one, where a weight is cut to 7 steps."""
+    """Half a step; with 4 bits a whole step, where a weight is cut to 7 steps."""
     weight = drawn(3, 64, 32)
     found = quantise(weight, bits, 16, axis)
     steps = jnp.repeat(jnp.abs(found.scales.astype(jnp.float32)), 16, axis)
@@ -60,7 +60,7 @@ def test_no_weight_is_further_away_than_its_step_allows(bits, most, axis):
 
 
 def test_the_sign_of_the_scale_is_worth_a_bit_of_precision():
-    """Against symmetric integers -7..7 of the largest magnitude, as qwix has them."""
+    """Compared with symmetric integers -7..7 for the largest magnitude, as in qwix."""
     weight = drawn(4096, 32)
     grouped = weight.reshape(128, 32, 32)
     steps = jnp.abs(grouped).max(1, keepdims=True) / 7
@@ -79,7 +79,7 @@ def test_a_group_of_zeros_stays_zero():
 
 @pytest.mark.parametrize(("bits", "block"), [(8, "Q8_0"), (4, "Q4_0")])
 def test_blocks_of_gguf_are_groups_of_32(bits, block):
-    """A row of blocks, by the gguf package, is a column here: the same integers and scales."""
+    """A row of gguf blocks is a column here, with the same integers and scales."""
     gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[block]
     rows = np.asarray(drawn(5, 64)) ** 3
@@ -99,7 +99,7 @@ def test_blocks_of_gguf_are_groups_of_32(bits, block):
 
 
 def quantised(names=("experts",), bits=4, group_size=16):
-    """A tiny model, and its quantised parameters."""
+    """A tiny config with quantised parameters, those parameters, and the plain ones."""
     how = Quantisation(names, bits, group_size)
     plain, params = tiny_config(), tiny_state(tiny_config()).params
     config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, quantisation=how))
@@ -109,7 +109,7 @@ def quantised(names=("experts",), bits=4, group_size=16):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The directory of an imported model, and of it with experts of 4 bits."""
+    """The directories of an imported model, and of the same model with 4-bit experts."""
     folder = tmp_path_factory.mktemp("quantised")
     sizes = {"vocab_size": 384, "intermediate_size": 32}
     write_model(folder / "hf", Case({**CASES["mixtral"].settings, **sizes}))
@@ -152,7 +152,7 @@ def test_a_model_with_quantised_weights_is_the_model_with_the_rounded_ones(names
 
 
 def test_a_tree_that_is_drawn_is_the_plain_one_quantised():
-    """Whatever makes states of a config makes those of a quantised one."""
+    """Whatever makes states of a config also makes quantised states."""
     config, _, _ = quantised()
     key = jax.random.key(0)
     plain = dataclasses.replace(config.model, quantisation=None).specs()
@@ -166,7 +166,7 @@ def test_bytes_are_those_that_plan_names():
     assert stored_bytes(config.model) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     experts = params["stack"]["unit"]["0"]["moe"]["experts"]
     found = sum(leaf.nbytes for leaf in jax.tree.leaves(experts))
-    assert found == costs.experts * (4 + 16 / 16) / 8  # a float16 for every 16
+    assert found == costs.experts * (4 + 16 / 16) / 8  # a float16 per 16 weights
     assert PRECISIONS["int4"] == (4 + 16 / 32, 4 + 16 / 32)
 
 
@@ -216,7 +216,7 @@ def test_commands_read_it(run, tmp_path, capsys):
 
 
 def memory_of_decoding(model):
-    """Of a program that adds four tokens to one text."""
+    """The memory of a program that decodes four tokens for one text."""
     settings = {"model": model, "num_slots": 16, "sampling": Sampling()}
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), model.specs())
     ones, number, none = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 4), (1,), (0,)))
@@ -229,7 +229,7 @@ def memory_of_decoding(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 def test_decoding_holds_no_more_than_an_expert_in_float(scan):
-    """Not a layer's experts, nor all: in float32 the first would be 8 times that much, 1.5 MB."""
+    """A layer's experts are not held: in float32 they would take 8 times as much, 1 MB."""
     moe = {"num_experts": 8, "expert_dim": 256, "activation": "relu"}
     config = tiny_config({"model": {"model_dim": 64, "parts": {"moe": moe}, "scan_layers": scan}})
     hows = (None, Quantisation(bits=8), Quantisation(bits=4))
