@@ -31,7 +31,7 @@ COMMANDS = {
     "check_part": ("moe_jax.check_part:main", "check a part of your own; list kinds and settings"),
     "build_corpus": ("moe_jax.data.build:command", "fetch and build the large corpus"),
     "train_tokenizer": ("moe_jax.data.train_tokenizer:command", "train a SentencePiece tokenizer"),
-    "pack": ("moe_jax.data.pack:command", "pack tokens of a corpus into a folder that travels"),
+    "pack": ("moe_jax.data.pack:command", "pack tokens of a corpus into a portable folder"),
     "study": ("experiments.run:main", "run the arms of a study of experiments/"),
     "study_report": ("experiments.report:main", "write what came out of a study"),
 }

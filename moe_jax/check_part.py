@@ -155,8 +155,8 @@ def family_of(path: str) -> str:
         family = getattr(importlib.import_module(module), name).family
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"A part is a class that can be imported, derived from the base class of its family: "
-            f"{path!r} gives {error!r}. Correct the path, or put its folder on PYTHONPATH."
+            "A part must be a class that can be imported, derived from the base class of its "
+            f"family: {path!r} gives {error!r}. Correct the path, or put its folder on PYTHONPATH."
         ) from error
     return str(family)
 

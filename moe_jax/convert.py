@@ -49,7 +49,7 @@ def main() -> None:
     unused = [f"--{name}" for name in named if given[0] not in OF_WAYS[name]]
     require(
         not unused,
-        f"--{given[0].replace('_', '-')} has no use for a flag of another way",
+        f"--{given[0].replace('_', '-')} does not accept flags of another mode",
         ", ".join(unused),
         "Leave it out",
     )
@@ -190,8 +190,8 @@ def bring_tokenizer(
             "is in the model's own code. As tiktoken:PATH a text may get other ids.",
         )  # fmt: skip
     warn(
-        "There is no tokenizer in %s that can be used: data.tokenizer is that of bytes. Write the "
-        "path of one into config.json.", beside,
+        "There is no usable tokenizer in %s: data.tokenizer is byte. Write the path of one into "
+        "config.json.", beside,
     )  # fmt: skip
     return {"tokenizer": "byte"}, {}
 

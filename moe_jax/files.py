@@ -37,7 +37,8 @@ def require_absent(path: pathlib.Path) -> None:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
-            f"Output goes to a new directory: {path} is there already. Name another, or remove it."
+            f"Output must go to a new directory: {path} is there already. Name another, or remove "
+            "it."
         )
 
 

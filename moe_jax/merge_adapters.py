@@ -28,7 +28,8 @@ def main() -> None:
     config, state = load_run(workdir, step=values.step, trust=values.trust)
     if config.model.adapters is None:
         raise ValueError(
-            f"a run with adapters is merged: {workdir} has none. Train one with model.adapters."
+            f"only a run with adapters can be merged: {workdir} has none. Train one with "
+            "model.adapters."
         )
     step = int(state.step)
     merged, params = plain(config, state.params)

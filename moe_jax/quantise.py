@@ -54,8 +54,8 @@ def quantised_config(config: "ExperimentConfig", how: "Quantisation") -> "Experi
     """
     if config.model.quantisation is not None:
         raise ValueError(
-            f"a model is quantised once: it is {config.model.quantisation}. Quantise the run that "
-            "it was made of."
+            f"a model can be quantised only once: it is {config.model.quantisation}. Quantise the "
+            "run that it was made from."
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, quantisation=how))
 

@@ -23,7 +23,7 @@ from tests.hf_families import CASES, write_model
 
 CASE = CASES["mixtral"]
 TOKENIZER_RULE = (
-    "A tokenizer is a BPE that falls back on bytes, so that the bytes of a token are known"
+    "A tokenizer must be a BPE that falls back on bytes, so that the bytes of a token are known"
 )
 
 
@@ -82,7 +82,7 @@ def test_a_model_is_read_to_a_mesh_and_written_from_it(model, run, tmp_path):
 def test_a_flag_of_another_way_is_refused(tmp_path, capsys, way, flag):
     with pytest.raises(SystemExit):
         main(["convert", f"--{way}={tmp_path / 'a'}", f"--workdir={tmp_path / 'b'}", f"--{flag}"])
-    assert f"--{way} has no use for a flag of another way: --{flag.partition('=')[0]}. Leave" in (
+    assert f"--{way} does not accept flags of another mode: --{flag.partition('=')[0]}. Leave" in (
         capsys.readouterr().err
     )
 
@@ -121,10 +121,10 @@ def test_a_model_whose_tokenizer_cannot_be_used_comes_in(model, tmp_path, caplog
     assert f"tokenizer.json cannot be used: {TOKENIZER_RULE}: {hf}/tokenizer.json" in caplog.text
     data = load_run(run)[0].data
     if kind == "unusable":
-        assert "data.tokenizer is that of bytes" in caplog.text
+        assert "data.tokenizer is byte" in caplog.text
         assert (data.tokenizer, data.eos_token) == ("byte", "")
     else:
-        assert "of bytes" not in caplog.text
+        assert "data.tokenizer is byte" not in caplog.text
         assert data.tokenizer == str(run / "tokenizer" / "tokenizer.model")
         assert open_tokenizer_of(data).eos_id == 2
     assert main(["convert", f"--workdir={run}", f"--to-hf={again}"]) == 0

@@ -209,7 +209,9 @@ def test_a_template_that_forgets_takes_the_last_answer_alone(tokenizer, tmp_path
     template = opened(FORGETS, tokenizer, tmp_path)
     thought = Message("assistant", "hm</think>4")
     talk = (TALK[1], thought, TALK[3], TALK[4])
-    with pytest.raises(ValueError, match=r"renders messages alike.* message 2 of 4\. Set .*last_a"):
+    with pytest.raises(
+        ValueError, match=r"render messages the same way.* message 2 of 4\. Set .*last_a"
+    ):
         template.encode(talk)
     ids, is_answer = template.encode(talk, last_only=True)
     assert "hm" not in shown(tokenizer, ids)
@@ -219,10 +221,10 @@ def test_a_template_that_forgets_takes_the_last_answer_alone(tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("source", "content", "message"),
     [
-        (CHATML, "a<|im_end|>", r"no name of a special token.*'<\|im_end\|>' is in that of the us"),
-        (TURNS, "", r"one\.jinja of the roles \['user', 'user'\]: roles take turns\. Change the"),
-        ("{{ messages[9].content.x }}", "", r"renders the messages: .*one\.jinja"),
-        ("{{ ''.__class__.__mro__ }}", "", r"renders the messages: .*unsafe"),
+        (CHATML, "a<|im_end|>", r"the name of a special token.*'<\|im_end\|>' is in the message"),
+        (TURNS, "", r"one\.jinja with the roles \['user', 'user'\]: roles take turns\. Change the"),
+        ("{{ messages[9].content.x }}", "", r"must render the messages: .*one\.jinja"),
+        ("{{ ''.__class__.__mro__ }}", "", r"must render the messages: .*unsafe"),
         ("{% for x in %}", "", r"program in Jinja: .*one\.jinja: .*Set config\.data\.objective\."),
     ],
 )
@@ -259,9 +261,9 @@ def test_a_template_is_told_the_date_of_the_objective(folder, tokenizer, tmp_pat
     fixed = dataclasses.replace(undated, date="2026-01-31")
     assert shown(tokenizer, fixed.prompt_ids(tokenizer, "Hi")) == "31 Jan 2026Hi"
     assert fixed.fingerprints(tokenizer) != dated.fingerprints(tokenizer)
-    with pytest.raises(ValueError, match="date is YYYY-MM-DD: date='31 Jan'"):
+    with pytest.raises(ValueError, match="date must be YYYY-MM-DD: date='31 Jan'"):
         Supervised(chat_template="tokenizer", date="31 Jan")
-    with pytest.raises(ValueError, match="date is told to a chat template: date='2026-01-31'"):
+    with pytest.raises(ValueError, match="date needs a chat template: date='2026-01-31'"):
         Supervised(date="2026-01-31")
 
 
@@ -282,7 +284,9 @@ def test_what_a_model_writes_ends_where_its_generation_config_says(folder, tmp_p
         chat = Supervised(chat_template="tokenizer")
         assert chat.stop_ids(tokenizer) == (*ids, named["<|im_end|>"])
     file.write_text("[]")
-    with pytest.raises(ValueError, match=r"generation_config\.json is a JSON object: .*Copy it ag"):
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json must be a JSON object: .*Copy it ag"
+    ):
         CausalLM().stop_ids(tokenizer)
 
 
@@ -301,16 +305,20 @@ def test_a_file_beside_the_tokenizer_comes_before_its_config(folder, tmp_path):
 
 
 def test_a_tokenizer_without_a_template_is_refused(folder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"for a tokenizer\.json.* is 'byte'\. Set config\.data\."):
+    with pytest.raises(
+        ValueError, match=r"needs a tokenizer\.json.* is 'byte'\. Set config\.data\."
+    ):
         open_chat_template("tokenizer", open_tokenizer("byte"))
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"there is none in .*Set config.data.objective.chat_t"):
         open_chat_template("tokenizer", tokenizer)
-    with pytest.raises(ValueError, match=r"A chat template is a file: there is none at 'no.jinja'"):
+    with pytest.raises(
+        ValueError, match=r"A chat template must be a file: there is none at 'no.jinja'"
+    ):
         open_chat_template("no.jinja", tokenizer)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"is a JSON object: .*config\.json is none\. Copy it ag"):
+    with pytest.raises(ValueError, match=r"be a JSON object: .*config\.json is not\. Copy it ag"):
         open_chat_template("tokenizer", tokenizer)
     (tmp_path / "tokenizer_config.json").unlink()
     monkeypatch.setitem(sys.modules, "jinja2", None)

@@ -207,7 +207,9 @@ def test_names_of_splits_in_any_case_and_after_a_name_are_splits(tmp_path, names
 def test_a_file_of_no_split_beside_splits_is_refused(tmp_path):
     for name in ("train", "test", "code"):
         write_lines(tmp_path / f"{name}.jsonl", {"text": name})
-    with pytest.raises(ValueError, match=r"splits train and test has no other files: .*code\.json"):
+    with pytest.raises(
+        ValueError, match=r"splits train and test must have no other files: .*code\.json"
+    ):
         open_corpus(str(tmp_path))
 
 
@@ -237,7 +239,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n
         ({"x.txt": b"a", "y.jsonl": b"{}"}, r"x\.txt \(text\), y\.jsonl \(jsonl\)\. Move .*jsonl:"),
         ({"x.parquet": b"a", "y.jsonl": b"{}"}, r"x\.parquet \(parquet\), y\.jsonl \(jsonl\)"),
         ({"x.txt": "café".encode("latin-1")}, r"x\.txt line 1 has the byte 0xe9.*iconv -f LATIN1"),
-        ({"x.txt": random.Random(0).randbytes(999)}, r"file is text: .* 999 bytes of .*x\.txt are"),
+        ({"x.txt": random.Random(0).randbytes(999)}, r"must contain text: .* 999 bytes.*x\.txt"),
         (
             {"x.jsonl.gz": gzip.compress('{"text": "café"}'.encode("latin-1"))},
             r"Unpack the file, and convert it, .*: iconv -f LATIN1 -t UTF-8 \S*x\.jsonl\.",
@@ -310,7 +312,7 @@ def test_the_setting_of_a_field_is_named():
 
 @pytest.mark.parametrize("name", ["embedded", "text:DIR", "packed:DIR", "tfds:DIR"])
 def test_pairs_are_of_json_lines(name):
-    with pytest.raises(ValueError, match="Prompts and answers are read from JSON lines"):
+    with pytest.raises(ValueError, match="Prompts and answers can be read only from JSON lines"):
         open_corpus(name, Fields(conversations=True))
 
 
@@ -321,7 +323,7 @@ def test_a_file_or_folder_that_is_reached_twice_is_refused(tmp_path):
         open_corpus(str(tmp_path / "a"))
     (tmp_path / "a/again.jsonl").unlink()
     os.symlink(tmp_path / "a", tmp_path / "a/loop")
-    with pytest.raises(ValueError, match=r"reaches each folder once: .*loop is .* again"):
+    with pytest.raises(ValueError, match=r"must reach each folder only once: .*loop is .* again"):
         open_corpus(str(tmp_path / "a"))
 
 
@@ -345,7 +347,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 def test_a_document_has_a_size_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 2**20)
     path = write_lines(tmp_path / "web.jsonl", {"text": "a" * (2**20 + 1)})
-    with pytest.raises(ValueError, match=r"A document has at most .*web\.jsonl line 1"):
+    with pytest.raises(ValueError, match=r"A document must have at most .*web\.jsonl line 1"):
         texts(open_corpus(str(path)))
 
 

@@ -194,7 +194,7 @@ def test_a_decoder_alone_has_no_objective_of_an_encoder_and_the_other_way_round(
         CausalLM().check_model(both)
     sees = LanguageModel(stack=StackLayout(unit=(("attention", "moe"),), repeats=1, causal=False))
     with pytest.raises(
-        ValueError, match=r"must see a bidirectional prefix.*of \['mamba'\] none does"
+        ValueError, match=r"must see a bidirectional prefix.*none of \['mamba'\] does"
     ):
         PrefixLM(bidirectional=True).check_model(
             LanguageModel(parts={"mamba": Mamba()}, stack=StackLayout(unit=(("mamba",),)))

@@ -150,9 +150,9 @@ def test_a_lone_document_whose_group_is_held_out_does_not_train(tmp_path):
         ({"corpus": "jsonl:s3://bucket"}, r"data\.corpus=jsonl:s3://bucket is a URL"),
         ({"tokenizer": "https://host/tokenizer.json"}, r"data\.tokenizer=https://host/.* a URL"),
         ({"cache_dir": "gs://bucket"}, r"data\.cache_dir=gs://bucket is a URL"),
-        ({"corpus": "a\0b"}, r"data\.corpus has no NUL byte"),
-        ({"corpus": ""}, r"data\.corpus is not empty: .*'embedded'"),
-        ({"domain_weights": (("a", 1.0), ("b", 1.0), ("a", 2.0))}, "names each domain once"),
+        ({"corpus": "a\0b"}, r"data\.corpus must not contain a NUL byte"),
+        ({"corpus": ""}, r"data\.corpus must not be empty: .*'embedded'"),
+        ({"domain_weights": (("a", 1.0), ("b", 1.0), ("a", 2.0))}, "must name each domain once"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(settings, message):

@@ -77,17 +77,21 @@ def test_its_checksum_is_its_own_and_the_same_wherever_it_lies(packed):
 
 def test_what_does_not_fit_is_refused(packed, tmp_path):
     root, whole = packed
-    with pytest.raises(ValueError, match=r"packed tokens are of the run's heldout_fraction: .*0.2"):
+    with pytest.raises(
+        ValueError, match=r"packed tokens must match the run's heldout_fraction: .*0.2"
+    ):
         _ = open_data(config_of(root, heldout_fraction=0.2)).files
-    with pytest.raises(ValueError, match=r"packed tokens are of the run's tokenizer"):
+    with pytest.raises(ValueError, match=r"packed tokens must match the run's tokenizer"):
         _ = open_data(config_of(root, tokenizer="byte")).files
-    with pytest.raises(ValueError, match=r"A packed corpus has manifest.json, which is a file"):
+    with pytest.raises(
+        ValueError, match=r"A packed corpus has manifest.json, which must be a file"
+    ):
         open_data(config_of(root, corpus=f"packed:{tmp_path}"))
-    with pytest.raises(ValueError, match="A packed corpus has tokens alone"):
+    with pytest.raises(ValueError, match="A packed corpus has only tokens"):
         next(open_corpus(f"packed:{root / 'out'}").documents("a", 0.1))
-    with pytest.raises(ValueError, match="Output goes to a new directory"):
+    with pytest.raises(ValueError, match="Output must go to a new directory"):
         pack.pack(whole, root / "out", max_tokens=10, tokenizer=root / "bpe.model")
-    with pytest.raises(ValueError, match=r"--max_tokens are above 0: --max_tokens=0"):
+    with pytest.raises(ValueError, match=r"--max_tokens must be above 0: --max_tokens=0"):
         pack.pack(whole, tmp_path / "x", max_tokens=0, tokenizer=root / "bpe.model")
     assert list(tmp_path.iterdir()) == []
 
@@ -168,15 +172,15 @@ def test_damage_is_found(packed, tmp_path):
     archive = tmp_path / "tokens.tar.xz"
     archive.write_bytes(archive.read_bytes()[:-200])
     cold = config_of(root, corpus=f"packed:{tmp_path}", cache_dir=str(tmp_path / "cold"))
-    with pytest.raises(ValueError, match="An archive of tokens is as it was written"):
+    with pytest.raises(ValueError, match="An archive of tokens must be as it was written"):
         _ = open_data(cold).files
     whole_archive = bytearray((root / "out/tokens.tar.xz").read_bytes())
     whole_archive[len(whole_archive) // 2] ^= 0xFF
     archive.write_bytes(whole_archive)
-    with pytest.raises(ValueError, match="An archive of tokens is as it was written"):
+    with pytest.raises(ValueError, match="An archive of tokens must be as it was written"):
         _ = open_data(cold).files
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="has a manifest as it was written"):
+    with pytest.raises(ValueError, match="manifest of a packed corpus must be as it was written"):
         open_data(config)
     with tarfile.open(root / "out/tokens.tar.xz") as whole:
         assert len(whole.getnames()) == 8  # two files per domain and split

@@ -222,7 +222,7 @@ def test_sentinels_are_the_tokenizers_own_or_come_after_its_ids():
 
 def test_more_spans_than_sentinels_are_refused():
     message = (
-        r"every span of noise in a window has a sentinel of its own: 227 spans at "
+        r"every span of noise in a window needs a sentinel of its own: 227 spans at "
         r"data\.sequence_length=4096, 125 sentinels\. Set data\.objective\.num_sentinels=227\."
     )
     with pytest.raises(ValueError, match=message):

@@ -191,7 +191,7 @@ def test_a_line_alone_is_not_cut_to_hold_out_its_end(tmp_path):
         ("[1]", r"line 2 is '\[1\]'"),
         ('{"prompt": "a"}', r"line 2 has the fields \['prompt'\], and no answer\. Rename its"),
         ('{"text": "a"}', r"line 2 has .* no prompt and no answer\. Rename its fields"),
-        ('{"prompt": "a", "answer": ""}', r"An answer has text: that of .* line 2 is empty"),
+        ('{"prompt": "a", "answer": ""}', r"must have text: the answer of .* line 2 is empty"),
         ('{"prompt": null, "answer": "b"}', r"text: 'prompt' of .* line 2 is None\. Correct the"),
         ('{"prompt": "a", "answer": "b", "messages": []}', r"not both: .* line 2 .*Remove one"),
         ('{"prompt": "a", "answer": "b", "heldout": "tail"}', r"line 2 has \"heldout\": \"tail\""),
@@ -199,14 +199,14 @@ def test_a_line_alone_is_not_cut_to_hold_out_its_end(tmp_path):
         ('{"messages": [{"role": "bot", "content": "a"}]}',
          r"one of system, user, assistant: message 1 of .* line 2 has 'bot'\. Rename the role"),
         ('{"messages": [{"role": "user", "content": "a", "weight": 0}]}',
-         r"A message is .*: message 1 of .* line 2 is .*weight"),
+         r"A message must be .*: message 1 of .* line 2 is .*weight"),
         ('{"messages": [{"role": "user", "content": "a"}]}',
          r"have an answer.*line 2 has the roles \['user'\]"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', r"after a prompt: .* line 2"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
-         r"An answer has text: that of message 2 of .* line 2 is empty"),
+         r"An answer must have text: the answer of message 2 of .* line 2 is empty"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-         r"line 2: Messages become tokens by a chat template: .*chat_template=tokenizer"),
+         r"line 2: Messages need a chat template to become tokens: .*chat_template=tokenizer"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_pair_is_refused_by_its_number(tmp_path, line, message):
@@ -222,7 +222,7 @@ def test_a_line_that_is_no_pair_is_refused_by_its_number(tmp_path, line, message
 def test_what_has_no_pairs_is_refused(tmp_path):
     config = DataConfig(objective=Supervised(), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(
-        ValueError, match=r"read from JSON lines: data.corpus='embedded'. Set config"
+        ValueError, match=r"read only from JSON lines: data.corpus='embedded'. Set config"
     ):
         open_data(config)
     (tmp_path / "x.txt").write_text("a")
@@ -230,7 +230,7 @@ def test_what_has_no_pairs_is_refused(tmp_path):
         open_data(dataclasses.replace(config, corpus=str(tmp_path / "x.txt")))
     (tmp_path / "empty.jsonl").write_text("\n")
     empty = dataclasses.replace(config, corpus=str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ValueError, match=r"A corpus has text: .*empty\.jsonl' has none"):
+    with pytest.raises(ValueError, match=r"A corpus must have text: .*empty\.jsonl' has none"):
         check_data(open_data(empty))
     with pytest.raises(ValueError, match="reads a prompt as it is, without a chat template"):
         EncoderSupervised(chat_template="tokenizer")

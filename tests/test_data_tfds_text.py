@@ -177,9 +177,7 @@ def test_a_dataset_without_text_is_refused(tmp_path):
                 yield number, {"number": number}
 
     corpus = corpora.open_corpus(f"tfds:{prepare(Numbers, tmp_path, 'array_record')}")
-    with pytest.raises(
-        ValueError, match=r"has the features \['number'\]\. It has no field of text"
-    ):
+    with pytest.raises(ValueError, match=r"has the features \['number'\]\. It has no text field"):
         list(corpus.documents("numbers", 0.1))
 
 

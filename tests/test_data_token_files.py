@@ -290,7 +290,7 @@ def test_ids_beyond_65535_are_kept(corpus, tmp_path):
 
 def test_a_corpus_of_no_text_is_refused(tmp_path):
     (tmp_path / "web.jsonl").write_text('{"text": ""}\n\n{"text": ""}\n')
-    with pytest.raises(ValueError, match=r"has text: '.*web\.jsonl' has none in \['web'\]"):
+    with pytest.raises(ValueError, match=r"must have text: '.*web\.jsonl' has none in \['web'\]"):
         prepare(corpora.open_corpus(f"{tmp_path}/web.jsonl"), tmp_path / "cache")
 
 

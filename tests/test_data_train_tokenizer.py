@@ -88,4 +88,6 @@ def test_what_a_user_can_put_right_is_one_line(tmp_path):
     command = [sys.executable, "-m", "moe_jax.data.train_tokenizer", f"--out={tmp_path}/a.model"]
     done = subprocess.run([*command, f"--corpus={tmp_path}/no"], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: A corpus is 'embedded', the path of")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: A corpus must be 'embedded', the path of"
+    )

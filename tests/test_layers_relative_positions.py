@@ -135,7 +135,7 @@ def test_packed_and_padded_documents_give_what_they_give_alone(causal):
 
 
 def test_it_cannot_be_a_branch():
-    message = r"adds nothing to the residual cannot be a branch.*\['position'\].*stack\.shared"
+    message = r"does not add to the residual cannot be a branch.*\['position'\].*stack\.shared"
     with pytest.raises(ValueError, match=message):
         LanguageModel(
             parts={"attention": Attention(), "position": RelativePositions()},

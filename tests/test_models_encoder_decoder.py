@@ -362,7 +362,7 @@ def test_a_config_of_it_is_written_and_read():
 REFUSED = {
     "a causal encoder": (
         {"encoder": dataclasses.replace(ENCODER, causal=True)},
-        r"an encoder sees the tokens on both sides: encoder.causal=True. Set encoder.causal=False",
+        r"an encoder must see the tokens on both sides: encoder.causal=True. Set encoder.causal=",
     ),
     "a part that routes in both": (
         {"encoder": StackLayout(unit=(("encoder_moe", "moe"),), causal=False)},

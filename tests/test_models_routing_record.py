@@ -243,10 +243,10 @@ def test_a_record_is_saved_whole_and_checked_when_read(tmp_path):
         equal(field, value)
 
     (tmp_path / "b.npz").write_bytes(b"PK nothing of the kind")
-    with pytest.raises(ValueError, match=r"a record of routing is an \.npz"):
+    with pytest.raises(ValueError, match=r"a record of routing must be an \.npz"):
         load_record(tmp_path / "b.npz")
     np.save(tmp_path / "b.npy", np.zeros(2))
-    with pytest.raises(ValueError, match=r"a record of routing is an \.npz"):
+    with pytest.raises(ValueError, match=r"a record of routing must be an \.npz"):
         load_record(tmp_path / "b.npy")
     index = part.choices.expert_index.copy()
     index[1, 2, 3] = 1

@@ -175,7 +175,7 @@ def test_a_network_counts_positions_from_0_in_each_document():
 
 def test_a_network_without_an_encoder_refuses_its_tokens():
     init = functools.partial(build(MODEL).init, encoder_tokens_BT=tokens())
-    with pytest.raises(ValueError, match="encoder_tokens_BT are of a model with an encoder"):
+    with pytest.raises(ValueError, match="encoder_tokens_BT need a model with an encoder"):
         jax.eval_shape(init, jax.random.key(0), tokens())
 
 

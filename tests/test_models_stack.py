@@ -448,7 +448,7 @@ class Mean(Part):
 
 
 LOOKS = (
-    r"in a causal stack what a token gets must not depend on later tokens: the part 'mean' looks "
+    r"in a causal stack a token's output must not depend on later tokens: the part 'mean' looks "
     r"at them in training and evaluation: Mean\(\)\. Use a causal router .*allow_lookahead=True"
 )
 
@@ -616,7 +616,7 @@ def test_a_model_that_sees_later_tokens_says_so_and_is_not_trained_to_predict_th
     layout = StackLayout(unit=(("attention", "mlp"),), repeats=2, causal=False)
     model = make_model(layout)
     assert model.looks_ahead(training=True) and not make_model(LAYOUT).looks_ahead(training=True)
-    with pytest.raises(ValueError, match=r"no objective for a model that sees it"):
+    with pytest.raises(ValueError, match=r"cannot be the objective of a model that sees it"):
         ExperimentConfig(model=model)
 
 
@@ -624,5 +624,5 @@ def test_layers_of_no_names_are_refused():
     with pytest.raises(ValueError, match=r"a layer must be a tuple of names.*unit=\(None,\)"):
         StackLayout(unit=(None,))
     for nothing in ((), ""):
-        with pytest.raises(ValueError, match=r"a layer names at least one part: last=\("):
+        with pytest.raises(ValueError, match=r"a layer must name at least one part: last=\("):
             StackLayout(last=(nothing,))

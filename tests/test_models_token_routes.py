@@ -183,5 +183,5 @@ def test_empty_texts_and_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"at least one token: texts \[0\] have none"):
         record_of_routes(CONFIG.model, [[]], [np.zeros((0, 2, 2), np.int32)])
     np.save(tmp_path / "a.npy", np.zeros(2))
-    with pytest.raises(ValueError, match=r"is an \.npz with tokens and routed_experts"):
+    with pytest.raises(ValueError, match=r"must be an \.npz with tokens and routed_experts"):
         load_routes(tmp_path / "a.npy")

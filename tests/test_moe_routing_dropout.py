@@ -64,5 +64,5 @@ def test_an_evaluation_drops_none():
 
 def test_it_goes_with_a_selection_bias_and_not_with_groups():
     MoE(bias=SignUpdate(), router=TokenChoice(drop_rate=0.1))
-    with pytest.raises(ValueError, match=r"among all of them.*drop_rate=0\.1"):
+    with pytest.raises(ValueError, match=r"drops among all experts.*drop_rate=0\.1"):
         MoE(router=TokenChoice(drop_rate=0.1, groups=ExpertGroups(num_groups=2, num_selected=1)))

@@ -202,9 +202,9 @@ def test_logits_and_gradients_on_a_mesh_are_those_of_one_device(per_expert):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"names": ("embedding",)}, "adapters are of matrices that multiply"),
+        ({"names": ("embedding",)}, "only matrices that multiply can have adapters"),
         ({"rank": 17}, r"rank=17, .*attention/wk \(16, 16\). Use a rank of at most 16"),
-        ({"names": ("norms",)}, "names choose at least one matrix"),
+        ({"names": ("norms",)}, "names must choose at least one matrix"),
         ({"rank": 0}, "rank lies in"),
     ],
     ids=str,
@@ -244,7 +244,9 @@ def test_adapters_alone_move_in_training():
 
 
 def test_a_model_with_adapters_names_what_trains():
-    with pytest.raises(ValueError, match=r"names what trains.*Set optimizer.trainable=adapters"):
+    with pytest.raises(
+        ValueError, match=r"must name what trains.*Set optimizer.trainable=adapters"
+    ):
         dataclasses.replace(tiny_config(), model=adapted()[0])
 
 
@@ -285,4 +287,4 @@ def test_the_command_makes_a_run_without_adapters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["merge_adapters", f"--workdir={output}", f"--output={tmp_path / 'again'}"])
     said = capsys.readouterr().err
-    assert "a run with adapters is merged" in said and said.count("\n") == 1
+    assert "only a run with adapters can be merged" in said and said.count("\n") == 1

@@ -247,10 +247,10 @@ def test_decoding_holds_no_more_than_an_expert_in_float(scan):
     [
         ({"bits": 5}, r"bits is one of \[16, 8, 4\]: bits=5"),
         ({"group_size": 24}, "moe/experts/wi .* in groups of 24. Use a divisor of 16"),
-        ({"names": ("norms",)}, "names choose at least one matrix: names=.'norms'"),
+        ({"names": ("norms",)}, "names must choose at least one matrix: names=.'norms'"),
         ({"names": ("attension",)}, "'attension' chooses none"),
         ({"bits": 4, "group_size": 1}, "with 4 bits into pairs.* Use an even divisor of 16, or"),
-        ({"bits": 16, "group_size": 8}, "group_size is of 8 and 4 bits"),
+        ({"bits": 16, "group_size": 8}, "group_size applies only to 8 and 4 bits"),
     ],
     ids=str,
 )
@@ -271,7 +271,10 @@ def test_a_dim_that_has_no_pairs_needs_8_bits_or_other_names():
 def test_the_command_refuses_in_one_line(run, tmp_path, capsys):
     plain, small = run
     for flags, message in (
-        ([f"--workdir={small}", f"--output={tmp_path / 'a'}"], "a model is quantised once"),
+        (
+            [f"--workdir={small}", f"--output={tmp_path / 'a'}"],
+            "a model can be quantised only once",
+        ),
         ([f"--workdir={plain}", f"--output={small}"], "is there already"),
         ([f"--workdir={plain}", f"--output={tmp_path / 'a'}", "--names=x"], "'x' chooses none"),
     ):

@@ -68,7 +68,7 @@ def undeclared(cls: type) -> Iterator[str]:
             is_class_variable = typing.get_origin(annotation) is typing.ClassVar
             if name not in fields and not is_marker and not is_class_variable:
                 yield (
-                    f"{base.__name__}.{name} is no setting: decorate the class with "
+                    f"{base.__name__}.{name} is not a setting: decorate the class with "
                     "@dataclasses.dataclass(frozen=True), or annotate a ClassVar"
                 )
 
@@ -101,7 +101,7 @@ def specs_hold(trial: Trial) -> Result:
     for path, spec in leaves:
         name = named(path)
         if not isinstance(spec, ParameterSpec):
-            wrong.append(f"{name} is no ParameterSpec: {spec!r}")
+            wrong.append(f"{name} is not a ParameterSpec: {spec!r}")
         elif len(spec.axes) != len(spec.shape) or not set(spec.axes) <= {*RULES, None}:
             wrong.append(f"{name} of shape {spec.shape} has the axes {spec.axes}")
         elif not spec.component:
@@ -111,12 +111,12 @@ def specs_hold(trial: Trial) -> Result:
     for (path, spec), value in zip(leaves, jax.tree.leaves(trial.drawn), strict=True):
         if value.shape != spec.shape or value.dtype != spec.dtype:
             wrong.append(f"{named(path)} starts as {value.dtype}{value.shape}, unlike its spec")
-    wrong += [f"{name} starts from numbers that are not finite" for name in not_finite(trial.drawn)]
+    wrong += [f"{name} starts from values that are not finite" for name in not_finite(trial.drawn)]
     # The program that draws them must be the same each time, including its constants.
     programs = [jax.make_jaxpr(trial.draw)(jax.random.key(0)) for _ in range(2)]
     constants = (program.consts for program in programs)
     if str(programs[0]) != str(programs[1]) or differences(*constants):
-        wrong.append("initial values are others each time, with one key")
+        wrong.append("initial values differ between draws with one key")
     num_state = len(jax.tree.leaves(trial.specs["state"]))
     found = f"{len(leaves) - num_state} parameters and {num_state} arrays of state of the model"
     return Result(not wrong, "; ".join(wrong) or f"{found}; initial values are finite, same twice")
@@ -136,7 +136,7 @@ def values_hold(trial: Trial) -> Result:
         wrong.append(f"the next state is {shapes[0]}, where the state is {shapes[1]}")
     dtype = jax.eval_shape(lambda: output_dtype(trial)).dtype
     if dtype != jnp.bfloat16:
-        wrong.append(f"the residual is of {dtype}, made of one of bfloat16")
+        wrong.append(f"the residual has dtype {dtype} for bfloat16 inputs")
     if wrong:
         return Result(False, "; ".join(wrong))
     return Result(True, "outputs, losses, metrics and state are finite, dtypes are kept")
@@ -255,19 +255,19 @@ def decodes(trial: Trial) -> Result:
     """Decoding from caches gives the logits of one pass over a text, after padding too."""
     model = trial.model
     if without_capacity(model).looks_ahead(training=False):
-        return Result(None, "later tokens are seen: all is read anew for every token")
+        return Result(None, "it looks ahead, so each token recomputes the whole text")
     uncached = model.decoder.without_cache(model.dims)
     if uncached:
         return Result(
             None,
-            f"{', '.join(uncached)}: no cache_specs, and pointwise=False: all is read anew for "
-            "every token",
+            f"{', '.join(uncached)}: no cache_specs, and pointwise=False, so each token recomputes "
+            "the whole text",
         )
     found, expected = read_twice(trial)
     if differences({"logits": found}, {"logits": expected}):
         largest = np.abs(found - expected).max() / np.abs(expected).max()
-        return Result(False, f"from caches logits move by {largest:.0e} of the largest in one pass")
-    return Result(True, "from caches logits are those of one pass, behind padding too")
+        return Result(False, f"logits from caches move by {largest:.0e} of the largest in one pass")
+    return Result(True, "logits from caches are those of one pass, behind padding too")
 
 
 def routes(trial: Trial) -> Result:
@@ -313,7 +313,7 @@ def replays(trial: Trial) -> Result:
         computed = trial.compute(trial.model, trial.first, training=False, replay=given)
         for name, value in computed.choices.items():
             if not np.array_equal(value.expert_index[0], given[name].expert_index):
-                wrong.append("other experts are chosen than those that are replayed")
+                wrong.append("the chosen experts are not those that are replayed")
         if replay is own and differences(computed[:2], jax.tree.map(
             lambda a: a[:1], trial.evaluation[:2]
         )):  # fmt: skip

@@ -119,8 +119,8 @@ def model_around(part: Settings) -> LanguageModel:
         checked = ATTENTION_AROUND[part.family](part)
     elif not isinstance(part, Part):
         raise ValueError(
-            f"A checked part is of one of the families {FAMILIES}: {type(part).__name__} is of "
-            f"{part.family!r}. Derive it from the base class of one of them."
+            f"A checked part must be of one of the families {FAMILIES}: {type(part).__name__} is "
+            f"of {part.family!r}. Derive it from the base class of one of them."
         )
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,

@@ -76,8 +76,8 @@ def _describe_missing(
         parts.append(f"{sorted(lacking & present)} incomplete")
     shown = "\n".join(f"  {reason}" for reason in sorted(set(reasons.values())))
     return (
-        f"The corpus needs {len(archives) + len(reasons)} packages, of which {len(reasons)} "
-        f"cannot be had: {' and '.join(parts)}. Pass --skip_missing to build without them, or "
+        f"The corpus needs {len(archives) + len(reasons)} packages, of which {len(reasons)} cannot "
+        f"be downloaded: {' and '.join(parts)}. Pass --skip_missing to build without them, or "
         f"remove the causes:\n{shown}"
     )
 
@@ -121,7 +121,7 @@ def _size_table(sizes: Sequence[SourceSize]) -> rich.table.Table:
 def main() -> None:
     """Fetches, builds, and prints the sizes."""
     options = flags.FLAGS
-    require(options.max_code_mb > 0, "--max_code_mb is above 0", f"--max_code_mb="
+    require(options.max_code_mb > 0, "--max_code_mb must be above 0", f"--max_code_mb="
             f"{options.max_code_mb:g}", "Raise it")  # fmt: skip
     out = pathlib.Path(options.out)
     require_absent(out)
@@ -138,7 +138,7 @@ def define_flags() -> None:
     flags.DEFINE_string("work", "", "Directory of the downloads; by default in the user's cache.")
     flags.DEFINE_float("max_code_mb", 10.0, "Megabytes of text a language of code.")
     flags.DEFINE_boolean(
-        "skip_missing", False, "Build without the domains whose packages cannot be had."
+        "skip_missing", False, "Build without the domains whose packages cannot be downloaded."
     )
 
 

@@ -77,8 +77,9 @@ class ChatTemplate:
             named = [name for name in self.tokenizer.special_tokens if name in message.content]
             require(
                 not named,
-                "A message has no name of a special token, which a chat template would make one",
-                f"{named[0] if named else ''!r} is in that of the {message.role}",
+                "A message must not contain the name of a special token, which a chat template "
+                "would make one",
+                f"{named[0] if named else ''!r} is in the message of the {message.role}",
                 "Write it in another way",
             )
         told = [message._asdict() for message in messages]
@@ -96,7 +97,7 @@ class ChatTemplate:
                 said = "it asks for today's date"
                 fix = "Set config.data.objective.date, as in 2026-01-31"
             raise ValueError(
-                f"A chat template renders the messages: {self.path} of the roles "
+                f"A chat template must render the messages: {self.path} with the roles "
                 f"{[message.role for message in messages]}: {said}. {fix}."
             ) from error
 
@@ -129,7 +130,7 @@ class ChatTemplate:
             for part in (before, upto):
                 require(
                     text.startswith(part),
-                    "A chat template renders messages alike whatever comes after them",
+                    "A chat template must render messages the same way whatever comes after them",
                     f"{self.path} does not, at message {answer + 1} of {len(messages)}",
                     "Set config.data.objective.last_answer_only=True, and leave out what follows "
                     "the last answer",
@@ -189,7 +190,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatT
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise ValueError(
-            "A chat template is for a tokenizer.json, whose special tokens it writes: "
+            "A chat template needs a tokenizer.json, whose special tokens it writes: "
             f"config.data.tokenizer is {tokenizer.name!r}. Set "
             "config.data.objective.chat_template='', or another config.data.tokenizer."
         )
@@ -207,7 +208,7 @@ def open_chat_template(name: str, tokenizer: Tokenizer, date: str = "") -> ChatT
         source = by_name.get("default")
     require(
         isinstance(source, str),
-        f"A chat template is in {FILE} or {CONFIG_FILE} beside the tokenizer",
+        f"A chat template must be in {FILE} or {CONFIG_FILE} beside the tokenizer",
         f"there is none in {folder}",
         _FIX,
     )
@@ -237,7 +238,7 @@ def _config_beside(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
     except ValueError:
         said = None
     if not isinstance(said, dict):
-        raise ValueError(f"{CONFIG_FILE} is a JSON object: {path} is none. Copy it again.")
+        raise ValueError(f"{CONFIG_FILE} must be a JSON object: {path} is not. Copy it again.")
     return said
 
 
@@ -260,7 +261,7 @@ def _compile(source: str, path: pathlib.Path) -> Any:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ValueError(
-            f"A chat template is a program in Jinja: {path}: {error}. {_FIX}."
+            f"A chat template must be a program in Jinja: {path}: {error}. {_FIX}."
         ) from error
 
 

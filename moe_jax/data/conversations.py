@@ -75,19 +75,19 @@ def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     missing = [name for name in names if name not in record]
     require(
         not missing,
-        "A record has a prompt and an answer, or messages",
+        "A record must have a prompt and an answer, or messages",
         f"{where} has the fields {sorted(record)}, and no {' and no '.join(missing)}",
         f"Rename its fields: a line is {EXAMPLE}",
     )
     require(
         not (has_messages and ("prompt" in record or "answer" in record)),
-        "A record is a prompt and an answer, or messages, and not both",
+        "A record must be a prompt and an answer, or messages, but not both",
         f"{where} has the fields {sorted(record)}",
         "Remove one of them",
     )
     require(
         record.get("heldout") != "tail",
-        "An answer is held out with its prompt, whole",
+        "An answer must be held out whole, with its prompt",
         f'{where} has "heldout": "tail"',
         'Remove that field, or move the line to a file "validation.jsonl" beside "train.jsonl"',
     )
@@ -98,7 +98,7 @@ def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     given = record["messages"]
     require(
         isinstance(given, list) and bool(given),
-        "The messages of a record are a list of one or more",
+        "The messages of a record must be a list of one or more",
         f"{where} has {json.dumps(given)[:60]}",
         _LEAVE_OUT,
     )
@@ -106,7 +106,7 @@ def conversation_of(record: Mapping[str, Any], where: str) -> Conversation:
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     require(
         bool(answers) and answers[0] > 0,
-        "The messages of a record have an answer, of the role 'assistant', after a prompt",
+        "The messages of a record must have an answer, of the role 'assistant', after a prompt",
         f"{where} has the roles {[message.role for message in messages]}",
         _LEAVE_OUT,
     )
@@ -117,13 +117,13 @@ def _message(given: Any, number: int, where: str) -> Message:
     place = f"message {number} of {where}"
     require(
         isinstance(given, dict) and given.keys() == {"role", "content"},
-        'A message is {"role": "user", "content": "..."}',
+        'A message must be {"role": "user", "content": "..."}',
         f"{place} is {json.dumps(given)[:80]}",
         _LEAVE_OUT,
     )
     require(
         given["role"] in ROLES,
-        f"The role of a message is one of {', '.join(ROLES)}",
+        f"The role of a message must be one of {', '.join(ROLES)}",
         f"{place} has {given['role']!r}",
         "Rename the role, or leave the line out",
     )
@@ -134,9 +134,11 @@ def _message(given: Any, number: int, where: str) -> Message:
 
 
 def _text(value: Any, place: str) -> str:
-    require(isinstance(value, str), "A message is text", f"{place} is {value!r:.60}", _LEAVE_OUT)
+    require(
+        isinstance(value, str), "A message must be text", f"{place} is {value!r:.60}", _LEAVE_OUT
+    )
     return str(value)
 
 
 def _check_answer(answer: str, place: str) -> None:
-    require(bool(answer), "An answer has text", f"that of {place} is empty", _LEAVE_OUT)
+    require(bool(answer), "An answer must have text", f"the answer of {place} is empty", _LEAVE_OUT)

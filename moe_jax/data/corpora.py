@@ -40,7 +40,7 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
     form, _, argument = name.partition(":")
     require(
         not fields.conversations or (name != "embedded" and form not in ("tfds", "text", "packed")),
-        "Prompts and answers are read from JSON lines",
+        "Prompts and answers can be read only from JSON lines",
         f"data.corpus={name!r}",
         "Set config.data.corpus to a .jsonl file or a folder of them",
     )
@@ -56,7 +56,7 @@ def open_corpus(name: str, fields: Fields | None = None) -> Corpus:
     if form in FORMS:
         require(
             bool(argument),
-            f"A corpus is named {form}:NAME",
+            f"A corpus must be named {form}:NAME",
             repr(name),
             "Correct config.data.corpus",
         )

@@ -50,7 +50,7 @@ class FileCorpus(Corpus):
         self._layout: Layout = layout_of(pathlib.Path(path).expanduser(), kind)
         require(
             not self._fields.conversations or self._layout.has_records,
-            "Prompts and answers are read from JSON lines",
+            "Prompts and answers can be read only from JSON lines",
             f"data.corpus={name!r} has files of {self._layout.kind}",
             "Set config.data.corpus to a .jsonl file or a folder of them",
         )

@@ -101,7 +101,7 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     matched = files_of_pattern(path)
     require(
         path.exists() or bool(matched),
-        "A corpus is 'embedded', the path of a file or folder, 'packed:DIR' or 'tfds:NAME'",
+        "A corpus must be 'embedded', the path of a file or folder, 'packed:DIR' or 'tfds:NAME'",
         f"there is no {str(path)!r}",
         "Correct config.data.corpus",
     )
@@ -109,7 +109,7 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
         kind = kind or _kind_of(path.name)
         require(
             bool(kind),
-            f"A corpus file is one of {ALL_SUFFIXES}",
+            f"A corpus file must be one of {ALL_SUFFIXES}",
             str(path),
             f"Convert it, or name its kind, as in config.data.corpus=text:{path}",
         )
@@ -150,7 +150,7 @@ def _walk(folder: pathlib.Path) -> list[pathlib.Path]:
             target = pathlib.Path(parent, name).resolve()
             require(
                 target not in entered,
-                "A corpus reaches each folder once",
+                "A corpus must reach each folder only once",
                 f"{parent}/{name} is {target} again",
                 "Remove the link",
             )
@@ -172,7 +172,7 @@ def _choose_kind(
     examples = [f"{paths[0].relative_to(folder)} ({kind})" for kind, paths in by_kind.items()]
     require(
         bool(kind) or len(by_kind) <= 1,
-        "The files of a corpus are of one kind",
+        "The files of a corpus must be of one kind",
         f"{str(folder)!r} has {', '.join(examples)}",
         "Move the others away, or name the kind, as in "
         f"config.data.corpus={min(by_kind, default='')}:{folder}",
@@ -181,7 +181,8 @@ def _choose_kind(
     is_prepared = (folder / "features.json").exists()
     require(
         bool(by_kind.get(kind)),
-        f"A corpus has files of text, one of {', '.join(SUFFIXES.get(kind, (ALL_SUFFIXES,)))}",
+        "A corpus must have files of text, one of "
+        f"{', '.join(SUFFIXES.get(kind, (ALL_SUFFIXES,)))}",
         f"none in {str(folder)!r}",
         f"Set config.data.corpus=tfds:{folder}: it looks like a prepared TFDS dataset"
         if is_prepared
@@ -224,12 +225,15 @@ def _listed(path: pathlib.Path, name: str) -> list[Any]:
     except (ValueError, KeyError, TypeError):
         entries, files = [], []
     require(
-        bool(files), f"A Hugging Face dataset lists its {name}", f"{path} does not", "Copy it again"
+        bool(files),
+        f"A Hugging Face dataset must list its {name}",
+        f"{path} does not",
+        "Copy it again",
     )
     for file in files:
         require(
             (path.parent / file).exists(),
-            f"A Hugging Face dataset has what its {path.name} lists",
+            f"A Hugging Face dataset must have what its {path.name} lists",
             f"there is no {path.parent / file}",
             "Copy or save the dataset again",
         )
@@ -243,7 +247,7 @@ def _check_reached_once(files: list[_File]) -> None:
         target = file.path.resolve()
         require(
             target not in seen,
-            "A corpus reaches each file once",
+            "A corpus must reach each file only once",
             f"{file.path} and {seen.get(target)} are the same",
             "Remove one of them",
         )
@@ -252,14 +256,14 @@ def _check_reached_once(files: list[_File]) -> None:
         name = file.path.with_suffix("") if suffix in (".gz", ".zst") else file.path
         require(
             name not in unpacked,
-            "A corpus reaches each file once, packed or not",
-            f"{file.path} and {unpacked.get(name)} are of one name",
+            "A corpus must reach each file only once, packed or not",
+            f"{file.path} and {unpacked.get(name)} have the same name",
             "Remove or rename one of them",
         )
         unpacked[name] = file.path
         require(
             file.path.name.isprintable() and _is_unicode(str(file.path)),
-            "Names of corpus files are printable UTF-8",
+            "Names of corpus files must be printable UTF-8",
             ascii(str(file.path)),
             "Rename the file",
         )
@@ -284,7 +288,7 @@ def _sort_by_split(folder: pathlib.Path, kind: str, files: list[_File]) -> Layou
         split = named[0][2] if named else ""
         require(
             bool(split) or not heldout,
-            f"A corpus with the splits train and {heldout} has no other files",
+            f"A corpus with the splits train and {heldout} must have no other files",
             str(file.path),
             "Move it away, or set config.data.corpus to the file or folder to train on",
         )
@@ -318,7 +322,7 @@ def _check_loose_files(
     for domain in domains:
         require(
             domain not in loose or domain not in inside,
-            "A domain is a file or a folder",
+            "A domain must be either a file or a folder",
             f"{loose.get(domain)} and {inside.get(domain)} are both {domain!r}",
             "Rename one of them",
         )

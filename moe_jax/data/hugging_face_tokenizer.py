@@ -57,7 +57,8 @@ class HuggingFaceTokenizer(PieceTokenizer):
         require(
             spec["model"].get("type") == "BPE"
             and (is_byte_level or bool(spec["model"].get("byte_fallback"))),
-            "A tokenizer is a BPE that falls back on bytes, so that the bytes of a token are known",
+            "A tokenizer must be a BPE that falls back on bytes, so that the bytes of a token are "
+            "known",
             f"{file} is a {spec['model'].get('type')} with the decoder {sorted(decoders)}",
             _FIX,
         )
@@ -83,7 +84,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self._missing = needed - set(pieces)
         require(
             self._missing <= _RARE,
-            "A tokenizer has a token for every byte that text is made of",
+            "A tokenizer must have a token for every byte that text is made of",
             f"{file} has none for {sorted(self._missing - _RARE)[:8]}",
             _FIX,
         )
@@ -100,7 +101,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
             lost = sorted(self._missing & {bytes([byte]) for byte in set(text.encode())})
             require(
                 not lost,
-                "A text is made of bytes that its tokenizer has tokens for",
+                "A text may contain only bytes that its tokenizer has tokens for",
                 f"{self.name} has none for {lost}",
                 "Remove these characters from the text, or use another tokenizer",
             )
@@ -142,7 +143,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
             said = json.loads(path.read_bytes()).get("eos_token_id")
         except (ValueError, AttributeError):
             raise ValueError(
-                f"{GENERATION_FILE} is a JSON object: {path} is none. Copy it again."
+                f"{GENERATION_FILE} must be a JSON object: {path} is not. Copy it again."
             ) from None
         others = said if isinstance(said, list) else [said]
         specials = self.special_tokens.values()

@@ -26,19 +26,21 @@ def check_file(path: pathlib.Path, what: str) -> None:
         ValueError: with the path, what is there, and what to do.
         OSError: it cannot be read.
     """
-    require(path.exists(), f"{what} is a file", f"there is none at {str(path)!r}", "Correct it")
+    require(
+        path.exists(), f"{what} must be a file", f"there is none at {str(path)!r}", "Correct it"
+    )
     found = "a folder" if path.is_dir() else "a device or pipe"
-    require(path.is_file(), f"{what} is a file", f"{path} is {found}", "Name a file")
+    require(path.is_file(), f"{what} must be a file", f"{path} is {found}", "Name a file")
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_SIGN))
     except PermissionError as error:
         raise OSError(
-            f"{what} is readable: {path}: {error.strerror}. Permit it: chmod +r {path}."
+            f"{what} must be readable: {path}: {error.strerror}. Permit it: chmod +r {path}."
         ) from None
     require(
         not is_lfs_pointer(start),
-        f"{what} is a file with its contents",
+        f"{what} must be a file with its contents",
         f"{path} is a Git LFS pointer",
         "Run `git lfs pull` where it came from",
     )
@@ -76,7 +78,7 @@ def open_stream(path: pathlib.Path) -> Iterator[BinaryIO]:
 def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
     said = " ".join(str(error).split())
     return ValueError(
-        f"A corpus file is whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
+        f"A corpus file must be whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
         "Copy or make it again."
     )
 
@@ -107,7 +109,7 @@ def decode(data: bytes, where: str) -> str:
         num_controls = len(data) - len(data.translate(None, _CONTROLS))
         require(
             100 * num_controls < len(data),
-            "A text file is text",
+            "A text file must contain text",
             f"{num_controls:,} of the {len(data):,} bytes of {where} are control characters",
             "Name a file of text, or leave it out",
         )

@@ -56,8 +56,8 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
     files = data.files
     counts = files.counts[TRAIN]
     total = sum(count.tokens for count in counts.values())
-    require(max_tokens > 0, "--max_tokens are above 0", f"--max_tokens={max_tokens}, the training "
-            f"split has {total:,}", "Correct it")  # fmt: skip
+    require(max_tokens > 0, "--max_tokens must be above 0", f"--max_tokens={max_tokens}, the "
+            f"training split has {total:,}", "Correct it")  # fmt: skip
     max_tokens = min(max_tokens, total)
     with whole_or_absent(out) as partial:
         tree = partial / "tree"
@@ -129,7 +129,7 @@ def main() -> None:
         # A setting of a run is a flag of this command.
         raise ValueError(str(error).replace("config.data.", "--")) from error
     tokenizer = pathlib.Path(form_and_path(options.tokenizer)[1]).expanduser()
-    require(tokenizer.is_file(), "--tokenizer names a file, which is packed too",
+    require(tokenizer.is_file(), "--tokenizer must name a file, which is packed too",
             f"--tokenizer={options.tokenizer}",
             "Train one with moe_jax.data.train_tokenizer")  # fmt: skip
     out = pathlib.Path(options.out)
@@ -139,7 +139,7 @@ def main() -> None:
     print(f"{tokens:,} of {total:,} training tokens in {size / 1e6:.1f} MB: {out}")
     if tokens < total:
         print(f"{total - tokens:,} were left out: --max_tokens={options.max_tokens}, and documents "
-              "are whole")  # fmt: skip
+              "are kept whole")  # fmt: skip
 
 
 def define_flags() -> None:

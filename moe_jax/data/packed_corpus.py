@@ -49,8 +49,8 @@ class PackedCorpus(Corpus):
             self._sha256 = str(self._manifest["corpus_sha256"])
         except (ValueError, LookupError, TypeError):
             raise ValueError(
-                f"A packed corpus has a manifest as it was written: {manifest} is damaged. Copy or "
-                "pack it again."
+                f"The manifest of a packed corpus must be as it was written: {manifest} is "
+                "damaged. Copy or pack it again."
             ) from None
 
     def domains(self) -> tuple[str, ...]:
@@ -64,8 +64,8 @@ class PackedCorpus(Corpus):
             ValueError: always.
         """
         raise ValueError(
-            f"A packed corpus has tokens alone: {self.name!r}. Name the corpus that it was packed "
-            "of, to read documents."
+            f"A packed corpus has only tokens: {self.name!r}. Name the corpus that it was packed "
+            "from, to read documents."
         )
 
     def fingerprint(self) -> str:
@@ -91,7 +91,7 @@ class PackedCorpus(Corpus):
         for name, value in source.items():
             require(
                 self._manifest.get(name) == value,
-                f"packed tokens are of the run's {name.removesuffix('_sha256')}",
+                f"packed tokens must match the run's {name.removesuffix('_sha256')}",
                 f"{self.name!r} has {self._manifest.get(name)}, the run {value}",
                 "Set data.tokenizer and data.heldout_fraction as it was packed, or pack it again",
             )
@@ -111,7 +111,7 @@ class PackedCorpus(Corpus):
                     partial.chmod(0o755)  # A cache may be shared, whatever the umask.
             except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
                 raise ValueError(
-                    f"An archive of tokens is as it was written: {self._directory / TOKENS}: "
+                    f"An archive of tokens must be as it was written: {self._directory / TOKENS}: "
                     f"{error}. Copy or pack it again."
                 ) from error
         return directory

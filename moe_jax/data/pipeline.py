@@ -277,7 +277,7 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
         fix = ", or ".join(fixes) or "add documents, of ids or groups that differ"
         raise ValueError(
             f"A domain needs {needs} to train on: {empty} have fewer "
-            f"(sequence_length={config.sequence_length}), what is held out or repeats it aside. "
+            f"(sequence_length={config.sequence_length}), not counting held-out and repeated text. "
             f"{fix[0].upper()}{fix[1:]}."
         )
     return {domain: weights[domain] for domain in sources if domain in weights}
@@ -285,12 +285,12 @@ def _domain_weights(config: DataConfig, sources: dict[str, Windows]) -> dict[str
 
 def _rows_to_read(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
     if batch_size < 1:
-        raise ValueError(f"A batch has 1 row or more: batch_size={batch_size}. Raise it.")
+        raise ValueError(f"A batch must have 1 row or more: batch_size={batch_size}. Raise it.")
     if rows is None:
         return range(batch_size)
     if not rows or sorted(set(rows)) != list(rows) or rows[0] < 0 or rows[-1] >= batch_size:
         raise ValueError(
-            "The rows that a host reads are ascending, different, and below the batch size: "
+            "The rows that a host reads must be ascending, different, and below the batch size: "
             f"rows={list(rows)}, batch_size={batch_size}. Pass some of 0 to {batch_size - 1}."
         )
     return rows

@@ -45,7 +45,7 @@ def _parse(line: str, where: str, example: str) -> dict:
         record = None
     if not isinstance(record, dict):
         raise ValueError(
-            f"Each line of a .jsonl corpus is a JSON object such as {example}: "
+            f"Each line of a .jsonl corpus must be a JSON object such as {example}: "
             f"{where} is {line[:60]!r}. Repair or rebuild it."
         )
     return record

@@ -81,7 +81,7 @@ def _columns(schema: Any, path: pathlib.Path, fields: Fields) -> list[str]:
     texts = sorted(field.name for field in schema if is_text(field.type))
     require(
         text in texts,
-        f"A document has its text in a column {text!r} of text",
+        f"A document must have its text in a column {text!r} of text",
         f"{path} has it as {schema.field(text).type}"
         if text in schema.names
         else f"{path} has the columns {sorted(schema.names)}",
@@ -91,7 +91,7 @@ def _columns(schema: Any, path: pathlib.Path, fields: Fields) -> list[str]:
     for name in filter(None, named):
         require(
             name in schema.names,
-            f"Every record has the field {name!r} that the config names",
+            f"Every record must have the field {name!r} that the config names",
             f"{path} has the columns {sorted(schema.names)}",
             "Correct config.data.id_field or config.data.group_field",
         )
@@ -106,7 +106,7 @@ def _check_sizes(metadata: Any, path: pathlib.Path) -> None:
         )
         require(
             size <= _MAX_COLUMN_BYTES,
-            f"A column of a parquet row group unpacks to at most {_MAX_COLUMN_BYTES >> 30} GiB",
+            f"A column of a parquet row group must unpack to at most {_MAX_COLUMN_BYTES >> 30} GiB",
             f"row group {group} of {path} has {size >> 30}",
             "Write it with smaller row groups",
         )
@@ -137,6 +137,6 @@ def _documents(
 def _damaged(path: pathlib.Path, error: Exception) -> ValueError:
     said = " ".join(str(error).split())[:200]
     return ValueError(
-        f"A corpus file is whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
+        f"A corpus file must be whole: {path} is damaged, cut short, or not {path.suffix}: {said}. "
         "Copy or make it again."
     )

@@ -40,7 +40,7 @@ def read_text(path: pathlib.Path, domain: str, fields: Fields) -> Iterator[tuple
     nul = text.find("\0")
     require(
         nul < 0,
-        "A text file is text",
+        "A text file must contain text",
         f"{path} has a NUL byte in line {text.count(chr(10), 0, nul) + 1}",
         "Convert or remove it",
     )

@@ -12,7 +12,7 @@ from moe_jax.data.documents import Document
 
 # A document is held in memory, in several copies while it is encoded.
 MAX_DOCUMENT_BYTES = 2**28
-TOO_LARGE = f"A document has at most {MAX_DOCUMENT_BYTES >> 20} MiB"
+TOO_LARGE = f"A document must have at most {MAX_DOCUMENT_BYTES >> 20} MiB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +87,13 @@ def _text(record: Mapping[str, Any], where: str, text_field: str) -> str:
     text = record.get(text_field)
     require(
         text_field in record,
-        f"A document has its text in the field {text_field!r}",
+        f"A document must have its text in the field {text_field!r}",
         f"{where} has the fields {sorted(record)}",
         choose_text_field(text_fields(record)),
     )
     require(
         isinstance(text, str),
-        f"A document's text is text: field {text_field!r}",
+        f"A document's text must be text: field {text_field!r}",
         f"{where} has {_described(text)}",
         "Leave the record out of the corpus"
         if text is None
@@ -112,7 +112,7 @@ def check_text(text: str, where: str) -> None:
         num_bytes = len(text.encode())
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"Text is what UTF-8 can express: {where} has a lone surrogate "
+            f"Text must be what UTF-8 can express: {where} has a lone surrogate "
             f"{text[error.start]!a} at character {error.start}. Repair it, for instance by "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         ) from None
@@ -130,7 +130,7 @@ def text_fields(record: Mapping[str, Any]) -> list[str]:
 def choose_text_field(names: list[str]) -> str:
     """The fix to suggest when the text is not in the field that was read."""
     if not names:
-        return "It has no field of text: use another corpus"
+        return "It has no text field: use another corpus"
     return f"Set config.data.text_field, here to one of {names}"
 
 
@@ -139,13 +139,13 @@ def _name(record: Mapping[str, Any], field: str, setting: str, named: bool, wher
     value = record.get(field)
     require(
         not named or value is not None,
-        f"Every record has the field {field!r} that the config names",
+        f"Every record must have the field {field!r} that the config names",
         f"{where} has {'null' if field in record else sorted(record)}",
         f"Correct config.data.{setting}, or the record",
     )
     require(
         value is None or (isinstance(value, (str, int)) and not isinstance(value, bool)),
-        f"Field {field!r} names a document by text or an integer",
+        f"Field {field!r} must name a document by text or an integer",
         f"{where} has {_described(value)}",
         f"Correct it, or set config.data.{setting}",
     )

@@ -56,7 +56,7 @@ class SentencePieceTokenizer(PieceTokenizer):
         self.eos_id = self._id_of(eos_token, self._processor.eos_id())
         require(
             min(self.bos_id, self.eos_id) >= 0,
-            "A tokenizer has a token that begins a document, and one that ends it",
+            "A tokenizer must have a token that begins a document, and one that ends it",
             f"{file} has bos_id={self.bos_id}, eos_id={self.eos_id}",
             f"Set config.data.bos_token and config.data.eos_token to pieces that it has. {_FIX}",
         )

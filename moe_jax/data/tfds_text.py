@@ -133,7 +133,7 @@ class TfdsTextCorpus(Corpus):
             parts = tfds.core.ReadInstruction.from_spec(self._train_split).to_absolute(splits)
         except (ValueError, AssertionError, KeyError) as error:
             raise ValueError(
-                f"A TFDS dataset trains on a part of its splits {sorted(splits)}: "
+                f"A TFDS dataset must train on a part of its splits {sorted(splits)}: "
                 f"{self._train_split!r}: {' '.join(str(error).split())} Correct "
                 f"config.data.corpus={self.name!r}."
             ) from None
@@ -155,7 +155,7 @@ class TfdsTextCorpus(Corpus):
             for other, other_start, other_stop in ranges[:index]:
                 require(
                     name != other or stop <= other_start or other_stop <= start,
-                    "A part of a TFDS dataset holds each document once",
+                    "A part of a TFDS dataset must hold each document only once",
                     f"{self._train_split!r} holds some of {name!r} twice",
                     f"Correct config.data.corpus={self.name!r}",
                 )
@@ -172,7 +172,7 @@ class TfdsTextCorpus(Corpus):
             builder = tfds.builder(self._dataset)
         except tfds.core.DatasetNotFoundError as error:
             raise ValueError(
-                f"A TFDS dataset is named as TFDS knows it, or by the directory of a prepared "
+                f"A TFDS dataset must be named as TFDS knows it, or by the directory of a prepared "
                 f"version: {self._dataset!r} is neither a name, nor prepared in "
                 f"{tfds.core.constants.DATA_DIR}, nor a directory. Correct config.data.corpus."
             ) from error
@@ -225,8 +225,8 @@ class TfdsTextCorpus(Corpus):
         info = self._builder.info
         if split not in info.splits:
             raise ValueError(
-                "Of a dataset of tfrecord files a whole split is read, in order: "
-                f"{split!r} is none of {sorted(info.splits)} in {self._builder.data_dir}. "
+                "A tfrecord dataset is read in whole splits, in order: "
+                f"{split!r} is not one of {sorted(info.splits)} in {self._builder.data_dir}. "
                 "Name one, or prepare the dataset with file_format='array_record'."
             )
         for path in info.splits[split].filepaths:
@@ -240,7 +240,8 @@ class TfdsTextCorpus(Corpus):
         texts = sorted(key for key in features if _is_text(features[key]))
         require(
             name in texts,
-            f"A document has its text in a feature of text, {repr(wanted) if wanted else 'one of'}"
+            "A document must have its text in a feature of text, "
+            f"{repr(wanted) if wanted else 'one of'}"
             f"{'' if wanted else ' ' + ', '.join(TEXT_FEATURES)}",
             f"{self._dataset!r} has {name!r} as {type(features[name]).__name__} "
             f"of {features[name].np_dtype}"
@@ -251,7 +252,7 @@ class TfdsTextCorpus(Corpus):
         for named in filter(None, (self._fields.id, self._fields.group)):
             require(
                 named in features,
-                f"Every record has the field {named!r} that the config names",
+                f"Every record must have the field {named!r} that the config names",
                 f"{self._dataset!r} has the features {sorted(features)}",
                 "Correct config.data.id_field or config.data.group_field",
             )

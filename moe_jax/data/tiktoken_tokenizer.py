@@ -105,14 +105,14 @@ def _read_ranks(data: bytes, path: pathlib.Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                "A .tiktoken file has lines of base64 and rank: "
+                "A .tiktoken file must have lines of base64 and rank: "
                 f"{path} line {number} is {line[:40].decode(errors='replace')!r}, so that it is "
                 "cut short or something else. Copy it again."
             ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     require(
         not missing and len(set(ranks.values())) == len(ranks) > max(ranks.values()) - _MAX_GAPS,
-        "A .tiktoken file ranks every byte, and its ranks are 0, 1, 2, ...",
+        "A .tiktoken file must rank every byte, and its ranks must be 0, 1, 2, ...",
         f"{path} has {len(ranks)} ranks and lacks {len(missing)} bytes",
         "Copy it again",
     )

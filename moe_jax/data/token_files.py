@@ -119,7 +119,7 @@ def prepare_token_files(
     """
     if not 0 <= heldout_fraction < 1:
         raise ValueError(
-            f"heldout_fraction is a share of the text, in [0, 1): got {heldout_fraction}. "
+            f"heldout_fraction must be a share of the text, in [0, 1): got {heldout_fraction}. "
             "Set config.data.heldout_fraction, e.g. to 0.03."
         )
     source = {
@@ -143,8 +143,8 @@ def prepare_token_files(
                 return open_token_files(corpus.unpacked(cache, source) or unpacked, source)
             except DamagedTokenFilesError:
                 raise ValueError(
-                    f"A packed corpus has the tokens that its manifest names: {corpus.name!r} has "
-                    "others. Copy or pack it again."
+                    "A packed corpus must have the tokens that its manifest names: "
+                    f"{corpus.name!r} has others. Copy or pack it again."
                 ) from None
     directory = cache / f"{_slug(corpus.name)}-{_slug(encoder.name)}-{key}"
     try:
@@ -254,7 +254,7 @@ def _build(
         manifest = manifest | _write_domains(partial, corpus, encoder, manifest)
         require(
             corpus.fingerprint() == manifest["corpus_sha256"],
-            "A corpus stays as it is while it is read",
+            "A corpus must not change while it is read",
             f"{corpus.name!r} has changed since it was opened",
             "Start again when it is complete",
         )
@@ -282,7 +282,7 @@ def _write_domains(
             counts[split][domain] = dataclasses.asdict(count)
     require(
         any(count["documents"] for domains in counts.values() for count in domains.values()),
-        "A corpus has text",
+        "A corpus must have text",
         f"{corpus.name!r} has none in {list(corpus.domains())}",
         "Correct config.data.corpus",
     )

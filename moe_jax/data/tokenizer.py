@@ -171,10 +171,10 @@ def read_tokenizer_file(path: pathlib.Path, fix: str) -> bytes:
         ValueError: the file is missing, empty, a folder, or a Git LFS pointer.
     """
     if not path.exists():
-        raise ValueError(f"A tokenizer is a file: there is none at {str(path)!r}. {fix}.")
+        raise ValueError(f"A tokenizer must be a file: there is none at {str(path)!r}. {fix}.")
     check_file(path, "A tokenizer")
     data = path.read_bytes()
-    require(bool(data), "A tokenizer is a file with its contents", f"{path} is empty", fix)
+    require(bool(data), "A tokenizer must be a file with its contents", f"{path} is empty", fix)
     return data
 
 
@@ -197,7 +197,7 @@ def special_ids(
     """
     require(
         bool(ids),
-        "A tokenizer has a special token that begins or ends a document",
+        "A tokenizer must have a special token that begins or ends a document",
         f"{path} has no special token",
         'Add one: python -c "import tokenizers; t = tokenizers.Tokenizer.from_file'
         f"('{path}'); t.add_special_tokens(['{EOS_TOKENS[0]}']); t.save('{path}')\"",
@@ -205,7 +205,7 @@ def special_ids(
     for field, token in (("bos_token", bos_token), ("eos_token", eos_token)):
         require(
             not token or token in ids,
-            f"data.{field} is a special token of the tokenizer",
+            f"data.{field} must be a special token of the tokenizer",
             f"{path} has no {token!r}",
             f"Set config.data.{field}, for instance to one of {list(ids)[:12]}",
         )
@@ -214,9 +214,9 @@ def special_ids(
     bos, eos = (eos if bos is None else bos), (bos if eos is None else eos)
     if bos is None or eos is None:
         raise ValueError(
-            f"A tokenizer has a special token that begins or ends a document: {path} has none of "
-            f"{[*BOS_TOKENS, *EOS_TOKENS]}. Set config.data.bos_token and config.data.eos_token, "
-            f"for instance to one of {list(ids)[:12]}."
+            f"A tokenizer must have a special token that begins or ends a document: {path} has "
+            f"none of {[*BOS_TOKENS, *EOS_TOKENS]}. Set config.data.bos_token and "
+            f"config.data.eos_token, for instance to one of {list(ids)[:12]}."
         )
     return bos, eos
 

@@ -58,8 +58,8 @@ def open_tokenizer(name: str, bos_token: str = "", eos_token: str = "") -> Token
     form, path = form_and_path(name)
     require(
         bool(form and path),
-        "A tokenizer is 'byte', a .model, tokenizer.json or .tiktoken file, or KIND:PATH with a "
-        f"kind of {', '.join(FORMS)}",
+        "A tokenizer must be 'byte', a .model, tokenizer.json or .tiktoken file, or KIND:PATH with "
+        f"a kind of {', '.join(FORMS)}",
         f"got {name!r}",
         "Correct config.data.tokenizer",
     )

@@ -62,8 +62,8 @@ def train(
         )
     require(0 <= heldout_fraction < 1, "--heldout_fraction lies in [0, 1)",
             f"--heldout_fraction={heldout_fraction:g}", "Correct it")  # fmt: skip
-    require(max_bytes > 0, "--max_mb is above 0", f"--max_mb={max_bytes / 1e6:g}", "Raise it")
-    require(not pathlib.Path(path).is_dir(), "--out names a file", f"--out={path} is a folder",
+    require(max_bytes > 0, "--max_mb must be above 0", f"--max_mb={max_bytes / 1e6:g}", "Raise it")
+    require(not pathlib.Path(path).is_dir(), "--out must name a file", f"--out={path} is a folder",
             "Name a file, such as bpe8192.model")  # fmt: skip
     # Checks that the file can be written, before minutes of training.
     partial = pathlib.Path(f"{path}.partial")

@@ -71,7 +71,7 @@ class DomainTokens:
         data = os.pread(file, count * size, header_bytes + start * size)
         if len(data) != count * size:
             raise OSError(
-                f"Token files stay as they are while they are read: {self.path} was cut. "
+                f"Token files must not change while they are read: {self.path} was cut. "
                 "Start again: they are made anew."
             )
         return np.frombuffer(data, self._dtype).astype(np.int32)

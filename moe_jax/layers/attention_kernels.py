@@ -154,7 +154,7 @@ def choose(kernel: str, task: Task, machine: Machine) -> Choice:
     lacks = lacking(kernel, task, machine)
     require(
         not lacks,
-        "the kernel of attention must be able to do what is asked of it",
+        "the attention kernel must support the task",
         f"kernel={kernel!r}: {lacks}",
         "Set kernel='auto' or 'xla'",
     )

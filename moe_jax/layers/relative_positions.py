@@ -39,7 +39,8 @@ class RelativePositions(Part):
         """See `Settings`."""
         require(
             self.max_distance > self.num_buckets // 2,
-            "max_distance must be above num_buckets / 2, since so many buckets are of one distance",
+            "max_distance must be above num_buckets / 2, since num_buckets / 2 buckets have one "
+            "distance each",
             f"max_distance={self.max_distance}, num_buckets={self.num_buckets}",
             "Change one of them",
         )

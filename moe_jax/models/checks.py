@@ -49,7 +49,7 @@ def check_names(model: "LanguageModel") -> None:
     aside = sorted({name for name, part in branches if not part.adds_to_residual})
     require(
         not aside,
-        "a part that adds nothing to the residual cannot be a branch of a layer",
+        "a part that does not add to the residual cannot be a branch of a layer",
         f"{aside} in {', '.join(map(str, layouts.values()))}",
         "Name it in stack.shared",
     )

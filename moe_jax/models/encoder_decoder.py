@@ -43,7 +43,7 @@ class EncoderDecoder(LanguageModel):
         """See `Settings`."""
         require(
             not self.encoder.causal,
-            "an encoder sees the tokens on both sides",
+            "an encoder must see the tokens on both sides",
             f"encoder.causal={self.encoder.causal}",
             "Set encoder.causal=False",
         )

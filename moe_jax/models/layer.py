@@ -166,7 +166,7 @@ class ParallelLayer(Layer):
         )
         require(
             "norm" not in dict(self.named),
-            "'norm' is the one norm of a parallel layer, and no name of a branch",
+            "'norm' is the one norm of a parallel layer, and cannot name a branch",
             f"branches {[name for name, _ in self.named]}",
             "Rename the branch",
         )

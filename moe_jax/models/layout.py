@@ -37,7 +37,7 @@ class StackLayout(Settings):
                 f"{segment}={layers}",
                 "Correct it",
             )
-            require(all(layers), "a layer names at least one part", f"{segment}={layers}",
+            require(all(layers), "a layer must name at least one part", f"{segment}={layers}",
                     "Leave it out")  # fmt: skip
             layers = tuple(one if isinstance(one, str) else tuple(one) for one in layers)
             object.__setattr__(self, segment, layers)

@@ -84,7 +84,7 @@ class LanguageModel(Settings):
         )
         require(
             not self.tie_embeddings or self.head_init_scale == 1,
-            "model.head_init_scale is of a head with weights of its own",
+            "model.head_init_scale requires an untied head",
             f"{self.head_init_scale} with tie_embeddings=True",
             "Set tie_embeddings=False, or embedding_stddev instead",
         )

@@ -88,8 +88,8 @@ class Network(nn.Module):
         if encoder_tokens_BT is not None:
             require(
                 self.model.has_encoder,
-                "encoder_tokens_BT are of a model with an encoder",
-                "this one is a decoder alone",
+                "encoder_tokens_BT need a model with an encoder",
+                "this model has only a decoder",
                 "Leave them out",
             )
             text = call_of(encoder_tokens_BT, encoder_mask_BT, None, None, record)

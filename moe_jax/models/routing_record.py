@@ -239,8 +239,9 @@ def load_record(path: str | pathlib.Path) -> RoutingRecord:
             record = record_from({name: file[name] for name in file.files})
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"a record of routing is an .npz with the arrays {OF_TOKENS} and, by part, layers, "
-            f"num_experts and {Choices._fields}: {path} is not ({error}). Write it by save_record."
+            f"a record of routing must be an .npz with the arrays {OF_TOKENS} and, by part, "
+            f"layers, num_experts and {Choices._fields}: {path} is not ({error}). Write it by "
+            "save_record."
         ) from error
     check_record(record)
     return record

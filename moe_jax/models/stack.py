@@ -106,7 +106,7 @@ class Stack:
             ]
             require(
                 not modes,
-                "in a causal stack what a token gets must not depend on later tokens",
+                "in a causal stack a token's output must not depend on later tokens",
                 f"the part {name!r} looks at them in {' and '.join(modes)}: {part}",
                 "Use a causal router ('token_choice') and queue ('token_major'), or go dropless; "
                 "set buffer_factor=0 or stop_at_overflow=True; override looks_ahead in a part of "

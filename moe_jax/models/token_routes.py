@@ -79,19 +79,22 @@ def record_of_routes(
     """
     require(
         not model.has_encoder,
-        "experts by token are of a decoder alone",
+        "experts by token need a decoder-only model",
         "the model has an encoder",
         "Record it with record_routing",
     )
     require(
         len(texts) == len(routes) > 0,
-        "every text has an array of experts",
+        "every text needs an array of experts",
         f"{len(texts)} texts, {len(routes)} arrays",
         "Pass as many",
     )
     empty = [i for i, text in enumerate(texts) if not len(text)]
     require(
-        not empty, "a text has at least one token", f"texts {empty} have none", "Leave them out"
+        not empty,
+        "a text must have at least one token",
+        f"texts {empty} have none",
+        "Leave them out",
     )
     length = max(map(len, texts))
     tokens_BL, segments_BL = np.zeros((2, len(texts), length), np.int32)
@@ -138,8 +141,8 @@ def load_routes(path: str | pathlib.Path) -> tuple[list[int], np.ndarray]:
             return file["tokens"].tolist(), file["routed_experts"]
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(
-            f"a file of experts by token is an .npz with tokens and routed_experts: {path} is not "
-            f"({error}). Write it with generate --routes."
+            f"a file of experts by token must be an .npz with tokens and routed_experts: {path} is "
+            f"not ({error}). Write it with generate --routes."
         ) from error
 
 
@@ -151,8 +154,8 @@ def of_layers(
     sizes = (len(routing), model.stack.num_layers)
     require(
         route.ndim == 3 and len(route) == length and route.shape[1] in sizes,
-        f"the experts of a text are [length, layers, K], of {sizes[0]} layers that route or all "
-        f"{sizes[1]}",
+        f"the experts of a text must be [length, layers, K], of {sizes[0]} layers that route or "
+        f"all {sizes[1]}",
         f"text {text} has {length} tokens and an array {route.shape}",
         "Pass the array of its own text",
     )
@@ -161,7 +164,7 @@ def of_layers(
     missing = np.argwhere((own[:, :-1] == ABSENT).all(axis=-1))
     require(
         not len(missing),
-        "every token but the last has experts in every layer that routes",
+        "every token but the last needs experts in every layer that routes",
         f"text {text} has none for [layer, token] {missing[0].tolist() if len(missing) else []}",
         "Replay whole texts",
     )

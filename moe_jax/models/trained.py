@@ -113,7 +113,7 @@ def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
     """
     require(
         model.adapters is None or "all" not in settings.trainable,
-        "a model with adapters names what trains",
+        "a model with adapters must name what trains",
         f"optimizer.trainable={settings.trainable}",
         f"Set optimizer.trainable={ADAPTERS}, or name more beside them",
     )
@@ -134,7 +134,7 @@ def check_trained(settings: OptimizerConfig, model: "LanguageModel") -> None:
         groups = [name for name in names if matches(name, words_of(path, spec))]
         require(
             len(groups) < 2,
-            "each parameter is in one group of optimizer.learning_rates",
+            "each parameter must be in only one group of optimizer.learning_rates",
             f"{jax.tree_util.keystr(path, simple=True, separator='/')} is in {groups}",
             "Join names by '/' to choose less",
         )

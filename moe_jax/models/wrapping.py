@@ -72,7 +72,7 @@ def chosen_by(wrapping: Wrapping, specs: Any) -> Any:
     marks = jax.tree.map(is_meant, select(specs, wrapping.names), specs)
     require(
         any(jax.tree.leaves(marks)),
-        "names choose at least one matrix",
+        "names must choose at least one matrix",
         f"names={wrapping.names} of {type(wrapping).__name__}",
         "Name a component that has one, such as 'experts' or 'attention'",
     )

@@ -221,7 +221,7 @@ class BatchEntropy(BalanceLoss):
             self.target <= math.log(moe.num_options),
             "target must be at most the log of the number of experts, the largest entropy there is",
             f"target={self.target}, {moe.num_options} experts, log {math.log(moe.num_options):.4f}",
-            "Lower it, or set it to 0 for that log",
+            "Lower it, or set it to 0 for the log of the number of experts",
         )
 
     def measure(self, routing: Routing, valid_GS: jax.Array, shape: BatchShape) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def replay_in_groups(
         index.shape == expected == chosen.shape,
         "replayed choices must have the shape [batch, length, choices per token] in each MoE layer",
         f"expert_index {index.shape}, chosen {chosen.shape}, but the batch needs {expected}",
-        "Record them with the same batch and model, and as many choices per token: "
+        "Record them with the same batch and model, and the same number of choices per token: "
         "num_selected_experts in training, in evaluation eval_num_selected_experts if it is set",
     )
     require(

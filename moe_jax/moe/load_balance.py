@@ -211,7 +211,7 @@ def require_pooled(loss: BalanceLoss) -> None:
     """Refuses a sum over layers for a loss that pools layers before f * P."""
     require(
         loss.over_layers == "mean",
-        "the Hugging Face losses are one number of all layers",
+        "the Hugging Face losses pool all layers into one number",
         f"over_layers={loss.over_layers!r}",
-        "Take another kind, or multiply the weight",
+        "Use another kind, or multiply the weight",
     )

@@ -95,7 +95,7 @@ class MoE(Part):
             "eval_num_selected_experts must be 0, or lie in num_selected_experts..num_experts",
             f"eval_num_selected_experts={selected}, num_selected_experts="
             f"{self.num_selected_experts}, num_experts={self.num_experts}",
-            "Set it to 0 for as many as in training",
+            "Set it to 0 to use the training value",
         )
         require(
             self.run_experts != "ragged" or self.exchange != "compiler",
@@ -127,7 +127,7 @@ class MoE(Part):
             factor = getattr(self, name)
             require(
                 factor == 0 or factor >= 1,
-                f"{name} is 0 (room for the worst case), or at least 1 (for equal loads)",
+                f"{name} must be 0 (room for the worst case) or at least 1 (for equal loads)",
                 f"{name}={factor:g}",
                 "Set it to 0, or to 1 or more",
             )

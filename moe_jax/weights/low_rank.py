@@ -118,14 +118,14 @@ class Adapters(Settings):
         """
         require(
             spec.component != "embedding",
-            "adapters are of matrices that multiply",
+            "only matrices that multiply can have adapters",
             f"adapters.names={self.names} choose the embedding, a table",
             "Leave it out",
         )
         *leading, inputs, outputs = spec.shape
         require(
             self.rank <= min(inputs, outputs),
-            "adapters.rank is at most that of the matrix",
+            "adapters.rank must be at most that of the matrix",
             f"rank={self.rank}, {name} {(inputs, outputs)}",
             f"Use a rank of at most {min(inputs, outputs)}",
         )

@@ -184,7 +184,7 @@ class Quantisation(Settings):
         """See `Settings`."""
         require(
             self.bits < 16 or self.group_size == 32,
-            "quantisation.group_size is of 8 and 4 bits",
+            "quantisation.group_size applies only to 8 and 4 bits",
             f"bits={self.bits}, group_size={self.group_size}",
             "Leave it out",
         )
@@ -207,7 +207,8 @@ class Quantisation(Settings):
         named = ", ".join(map(repr, self.names))
         require(
             size % group == 0 and (self.bits == 8 or group % 2 == 0),
-            "quantisation.group_size divides the dim along which it counts, with 4 bits into pairs",
+            "quantisation.group_size must divide the dim along which it counts, with 4 bits into "
+            "pairs",
             f"{name} {spec.shape[spec.num_stacked :]} in groups of {group}",
             f"Use {what} of {size}, or name the other components in place of {named} in "
             "quantisation.names",

@@ -61,7 +61,8 @@ def _damage_named(archive: pathlib.Path) -> Iterator[None]:
         yield
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
         raise OSError(
-            f"An archive is as it was published: {archive} is damaged: {error}. Fetch it again."
+            f"An archive must match the published one: {archive} is damaged: {error}. Fetch it "
+            "again."
         ) from error
 
 

@@ -168,7 +168,7 @@ class Objective(Settings):
             ValueError: only one of the model and the objective has an encoder, or the decoder
                 sees its targets.
         """
-        kind = {True: "an encoder and a decoder", False: "a decoder alone"}
+        kind = {True: "an encoder and a decoder", False: "only a decoder"}
         has_encoder = bool(getattr(model, "has_encoder", False))
         other = "span_corruption" if has_encoder else "causal_lm"
         require(
@@ -179,7 +179,7 @@ class Objective(Settings):
         )
         require(
             has_encoder or model.stack.causal,
-            "the next token is no objective for a model that sees it",
+            "the next token cannot be the objective of a model that sees it",
             f"data.objective={kind_of(self)!r}, model.stack.causal=False",
             "Set model.stack.causal=True",
         )
@@ -206,7 +206,7 @@ def check_positions(example: Example) -> None:
         first = wrong[0] if len(wrong) else 0
         require(
             not len(wrong),
-            "a document stands in one piece, and its positions grow by one",
+            "a document must stand in one piece, and its positions must grow by one",
             f"{side}positions {positions[segments == first][:8].tolist()} ... of document {first}",
             "Correct the objective",
         )

@@ -24,7 +24,7 @@ class PrefixLengths(Settings):
         """See `Settings`."""
         require(
             self.shortest_prefix <= self.longest_prefix,
-            "shortest_prefix is at most longest_prefix",
+            "shortest_prefix must be at most longest_prefix",
             f"shortest_prefix={self.shortest_prefix}, longest_prefix={self.longest_prefix}",
             "Lower the first",
         )
@@ -85,6 +85,6 @@ class PrefixLM(PrefixLengths, Objective):
         require(
             not self.bidirectional or any(part.reads_prefix for part in model.part.values()),
             "a part of the model must see a bidirectional prefix from both sides",
-            f"of {sorted(model.part)} none does",
+            f"none of {sorted(model.part)} does",
             "Use a model with attention, or set data.objective.bidirectional=False",
         )

@@ -144,7 +144,7 @@ class SpanCorruption(Pairs):
         have = max(self.num_sentinels, tokenizer.num_sentinels)
         require(
             spans <= have,
-            "every span of noise in a window has a sentinel of its own",
+            "every span of noise in a window needs a sentinel of its own",
             f"{spans} spans at data.sequence_length={sequence_length}, {have} sentinels",
             f"Set data.objective.num_sentinels={spans}",
         )

@@ -84,9 +84,9 @@ class Supervised(Objective):
         """See `Settings`."""
         try:
             datetime.date.fromisoformat(self.date or "2026-01-31")
-            rule = "" if self.chat_template or not self.date else "is told to a chat template"
+            rule = "" if self.chat_template or not self.date else "needs a chat template"
         except ValueError:
-            rule = "is YYYY-MM-DD"
+            rule = "must be YYYY-MM-DD"
         require(not rule, f"date {rule}", f"date={self.date!r}", "Correct it, or leave it out")
 
     def template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -111,7 +111,7 @@ class Supervised(Objective):
             return template.encode(conversation.messages, last_only=self.last_answer_only)
         require(
             conversation.is_pair,
-            "Messages become tokens by a chat template",
+            "Messages need a chat template to become tokens",
             "data.objective.chat_template=''",
             "Set config.data.objective.chat_template=tokenizer, or the path of a .jinja file; or "
             'make a line of a prompt and an answer: {"prompt": "...", "answer": "..."}',
@@ -193,7 +193,7 @@ class Supervised(Objective):
         values = " and ".join(f"config.{name}={longest}" for name, longest in need.items())
         require(
             self.too_long != "refuse",
-            "A prompt with its answer fits into a sequence",
+            "A prompt with its answer must fit into a sequence",
             f"{found}, the longest has {' and '.join(map(str, need.values()))} tokens",
             f"Set {values}, or config.data.objective.too_long='truncate' or 'leave_out'",
         )

@@ -86,8 +86,8 @@ class Soft(Router):
         """See `Router`."""
         require(
             run.length % moe.group_size == 0,
-            "group_size of Soft MoE must divide data.sequence_length, since a text is generated "
-            "alone",
+            "group_size of Soft MoE must divide data.sequence_length, since generation runs one "
+            "text at a time",
             f"group_size={moe.group_size}, sequence_length={run.length}",
             f"Set group_size to {run.length}, or to a divisor of it",
         )

@@ -41,7 +41,7 @@ class SparseMixer(LogitRouter):
         """See `Router`."""
         require(
             self.jitter > 0 or moe.num_options == 1,
-            "without jitter no expert but the best is close to it: every gate is 1, and the router "
+            "without jitter only the best expert is eligible: every gate is 1, and the router "
             "gets no gradient from the task",
             f"router.jitter={self.jitter}",
             "Set it above 0",

@@ -88,7 +88,7 @@ class TokenChoice(LogitRouter):
             self.groups.check_block(moe)
         require(
             self.groups is None or self.drop_rate == 0,
-            "experts are dropped among all of them, not within groups",
+            "drop_rate drops among all experts, so it excludes groups",
             f"router.drop_rate={self.drop_rate}, router.groups={self.groups}",
             "Set one of them to 0 or None",
         )

@@ -101,7 +101,7 @@ def choose_kernel(name: str, target: Target) -> str:
     Raises:
       ValueError: the target does not meet the kernel's needs, or no kernel fits it.
     """
-    by_name = "or grouped_matmul='dense' for products of every row with every expert"
+    by_name = "or grouped_matmul='dense' to multiply every row by every expert"
     if name != "auto":
         if not NEEDS[name].is_met(target):
             raise ValueError(
