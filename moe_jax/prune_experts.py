@@ -38,9 +38,9 @@ def main() -> None:
     )
     require(
         all(one.isdecimal() for one in values.drop),
-        "--drop is a list of numbers",
+        "--drop must be a list of numbers",
         ",".join(values.drop),
-        "Write such as --drop=1,3",
+        "Write, for example, --drop=1,3",
     )
     workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
     source = made.open_source(

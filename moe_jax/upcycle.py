@@ -87,9 +87,9 @@ def upcycling_of_flags() -> "Upcycling":
     values = flags.FLAGS
     require(
         all(one.isdecimal() for one in values.layers),
-        "--layers is a list of numbers",
+        "--layers must be a list of numbers",
         ",".join(values.layers),
-        "Write such as --layers=1,3",
+        "Write, for example, --layers=1,3",
     )
     return Upcycling(
         moe=block_of(values.experts, values.top_k, values.block),
@@ -118,7 +118,7 @@ def block_of(num_experts: int, top_k: int, settings: list[str]) -> Any:
     block = config_dict(moe)
     for text in settings:
         name, equals, value = text.partition("=")
-        require(bool(equals), "--block is SETTING=VALUE", repr(text), "Correct it")
+        require(bool(equals), "--block must be SETTING=VALUE", repr(text), "Correct it")
         try:
             override(block, f"config.{name}", value)
         except ValueError as error:
@@ -137,7 +137,7 @@ def way_of(text: str) -> Any:
     fields: dict[str, Any] = {"kind": kind}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
-        require(bool(equals), "--way is KIND:NAME=VALUE,NAME=VALUE", repr(text), "Correct it")
+        require(bool(equals), "--way must be KIND:NAME=VALUE,NAME=VALUE", repr(text), "Correct it")
         try:
             fields[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

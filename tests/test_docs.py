@@ -244,8 +244,8 @@ def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch)
     assert again.model == config.model
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, same))
     for wrong, message in (
-        ("the_page:RULES", r"a family is a .*: 'the_page:RULES' is "),
-        ("the_page:NOTHING", r"can be imported: 'the_page:NOTHING' gives AttributeError"),
+        ("the_page:RULES", r"a family must be a .*: 'the_page:RULES' is "),
+        ("the_page:NOTHING", r"must be importable: 'the_page:NOTHING' gives AttributeError"),
         ("", r"architectures that can be read .* model_type='my_model'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -255,7 +255,7 @@ def test_the_architecture_of_the_page_is_written_and_read(tmp_path, monkeypatch)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"model_type='the_page:MY_MODEL'"):
         moe_jax.from_hf(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"by --family alone: .* by 'the_page:MY_MODEL'"):
+    with pytest.raises(ValueError, match=r"only --family may name .* by 'the_page:MY_MODEL'"):
         trusted("", path)
     assert (trusted(path, "llama"), trusted("", "llama")) == (path, "llama")
 

@@ -238,7 +238,7 @@ def test_a_plan_knows_what_else_a_teacher_has(tmp_path):
 
 
 def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):
-    with pytest.raises(ValueError, match=r"has a teacher: training\.loss\.teacher=''\. Set it"):
+    with pytest.raises(ValueError, match=r"needs a teacher: training\.loss\.teacher=''\. Set it"):
         content_of(student(""))
     with pytest.raises(ValueError, match=r"there is none in .*nowhere'\. Correct the path"):
         content_of(student(tmp_path / "nowhere"))
@@ -252,7 +252,7 @@ def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):
                    "stack": {"allow_lookahead": True}}}
     )  # fmt: skip
     saved(tmp_path / "ahead", ahead)
-    with pytest.raises(ValueError, match=r"does not see the tokens that it predicts.*Use a teach"):
+    with pytest.raises(ValueError, match=r"must not see the tokens that it predicts.*Use a teach"):
         content_of(student(tmp_path / "ahead"))
     with pytest.raises(ValueError, match=r"checkpoint"):
         content_of(student(teacher, step=7))

@@ -276,18 +276,22 @@ def test_what_does_not_fit_is_refused(dense, upcycling, message):
 
 def test_a_model_without_dense_networks_is_refused(dense):
     sparse = upcycle(dense[0], Upcycling(RENORMALISED)).new
-    with pytest.raises(ValueError, match=r"starts from a model with dense .* Start from a dense"):
+    with pytest.raises(
+        ValueError, match=r"must start from a model with dense .* Start from a dense"
+    ):
         upcycle(sparse, Upcycling(RENORMALISED))
 
 
 def test_layers_are_named_once():
-    with pytest.raises(ValueError, match="named once"):
+    with pytest.raises(ValueError, match="must be named only once"):
         Upcycling(every=2, layers=(1,))
 
 
 def test_a_shared_expert_is_asked_for_by_its_way():
     block = dataclasses.replace(RENORMALISED, shared_expert_dim=3)
-    with pytest.raises(ValueError, match=r"by a way, 'shared': moe\.shared_expert_dim=3\. Leave"):
+    with pytest.raises(
+        ValueError, match=r"only the way 'shared' can .*: moe\.shared_expert_dim=3\. Leave"
+    ):
         Upcycling(block)
 
 

@@ -21,7 +21,7 @@ from tests.hf_families import CASES, write_model
 from tests.tiny_run import CACHE, DENSE, tiny_config, tiny_state
 
 HELD_OUT = {"heldout_fraction": 0.001, "cache_dir": str(CACHE / "moe_jax")}
-CHANGED = r"logits stay the same to 1e-05 of the largest one: they differ by ([\d.e-]+) of it"
+CHANGED = r"logits must stay the same to 1e-05 of the largest one: they differ by ([\d.e-]+) of it"
 
 
 def save_run(workdir, config):
@@ -94,7 +94,7 @@ def test_an_error_of_the_user_is_found_before_anything_is_read(
         ("--way=drop:ratio=2", "ratio lies in (0, 1]"),
         ("--block=router.renormalise=true", "--block=router.renormalise"),
         ("--top_k=9", "num_selected_experts must lie in 1..num_experts"),
-        ("--layers=1,x", "--layers is a list of numbers: 1,x"),
+        ("--layers=1,x", "--layers must be a list of numbers: 1,x"),
         (f"--output={dense}", "is there already"),
     ]:
         assert message in refused(capsys, *arguments, wrong), wrong

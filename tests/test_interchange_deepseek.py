@@ -140,7 +140,9 @@ def test_other_blocks_are_refused(tmp_path):
     shape = TensorFiles(path).tensors[name].shape
     ones = ToWrite(f"{name}_scale_inv", np.dtype(np.float32), shape, lambda: np.ones(shape))
     write_tensors(path, [*written_by_rules(CASE), ones])
-    with pytest.raises(ValueError, match=r"a scale is of 128 rows and columns.*layers\.0\.self"):
+    with pytest.raises(
+        ValueError, match=r"each scale must cover 128 rows and columns.*layers\.0\.self"
+    ):
         moe_jax.from_hf(path)
 
 

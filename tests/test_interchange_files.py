@@ -133,7 +133,7 @@ def test_a_tensor_in_two_files_is_named(whole, tmp_path):
     (tmp_path / "hf" / INDEX).unlink()
     first = sorted((tmp_path / "hf").glob("*.safetensors"))[0]
     shutil.copy(first, tmp_path / "hf" / "copy.safetensors")
-    refused(tmp_path / "hf", "a tensor is in one file", "weight", "copy.safetensors")
+    refused(tmp_path / "hf", "a tensor must be in only one file", "weight", "copy.safetensors")
 
 
 def test_a_tied_head_may_be_in_the_files_too(tmp_path):

@@ -102,7 +102,10 @@ def test_the_tokenizer_splits_digits_and_knows_control_tokens(models):
     [
         ({"architecture": "gemma"}, "gemma"),
         ({"llama__rope__scaling__type": "yarn"}, "rotary"),
-        ({"expert_count": 8}, r"read of a dense model: .*model\.gguf has experts"),
+        (
+            {"expert_count": 8},
+            r"only dense models can be read from GGUF: .*model\.gguf has experts",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(models, tmp_path, change, said):

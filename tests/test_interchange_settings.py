@@ -99,7 +99,7 @@ def test_files_that_transformers_refuses_are_not_written():
         llama.written(uneven)
     assert load_family("mistral").written(uneven)["head_dim"] == 4
     olmoe = load_family("olmoe")
-    with pytest.raises(ValueError, match="as wide together as the model"):
+    with pytest.raises(ValueError, match="together are as wide as the model"):
         olmoe.written(olmoe.read({**CASES["olmoe"].settings, "head_dim": 2}))
 
 

@@ -69,14 +69,14 @@ class Distil(TrainingLoss):
         """
         require(
             bool(self.teacher),
-            "training.loss='distil' has a teacher",
+            "training.loss='distil' needs a teacher",
             "training.loss.teacher=''",
             "Set it to the workdir of a run or of an imported model",
         )
         record, _ = recorded_run(pathlib.Path(self.teacher), self.step)
         require(
             bool(record),
-            "a teacher is the workdir of a run or of an imported model",
+            "a teacher must be the workdir of a run or of an imported model",
             f"there is none in training.loss.teacher={self.teacher!r}",
             "Correct the path",
         )
@@ -99,14 +99,14 @@ class Distil(TrainingLoss):
         model = without_modules(whole)
         require(
             model.vocab_size == config.model.vocab_size,
-            "a teacher has as many ids as its student",
+            "a teacher must have as many ids as its student",
             f"{model.vocab_size} in {self.teacher}, {config.model.vocab_size} here",
             f"Set model.vocab_size={model.vocab_size}, or use another teacher",
         )
         require(
             not without_capacity(model).looks_ahead(training=False),
-            "a teacher does not see the tokens that it predicts",
-            f"a part of that in {self.teacher} looks ahead",
+            "a teacher must not see the tokens that it predicts",
+            f"a part of the model in {self.teacher} looks ahead",
             "Use a teacher whose routers do not",
         )
         return dataclasses.replace(
@@ -131,7 +131,7 @@ class Distil(TrainingLoss):
         known, given = self.record().get("content", {}).get("tokenizer"), content["tokenizer"]
         require(
             known in (None, given),
-            "a teacher and its student have one tokenizer",
+            "a teacher and its student must have the same tokenizer",
             f"sha256 {str(known)[:12]} in {self.teacher}, {given[:12]} here",
             "Set data.tokenizer to that of the teacher",
         )

@@ -95,7 +95,8 @@ def merge_experts(config: ExperimentConfig, load: Load | None = None) -> Remodel
     for name, moe in routed_parts(model).items():
         require(
             moe.num_options == moe.num_experts and not moe.shared_expert_gate,
-            "a block becomes dense if all of its options compute, and no gate is on the shared one",
+            "a block can become dense only if all of its options compute, and the shared expert "
+            "has no gate",
             f"part {name!r}: num_zero_experts={moe.num_zero_experts}, num_copy_experts="
             f"{moe.num_copy_experts}, shared_expert_gate={moe.shared_expert_gate}",
             "Keep it sparse",
@@ -218,7 +219,7 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
         modules = model.multi_token
         require(
             modules is None or name not in modules.layer,
-            "experts are dropped from a part that no multi-token module has",
+            "experts can be dropped only from a part that no multi-token module has",
             f"{name!r} in multi_token.layer={modules.layer if modules else ()}",
             "Start a run with --config.model.multi_token=None from this one, and prune that",
         )
@@ -226,7 +227,7 @@ def prune_experts(config: ExperimentConfig, kept: Mapping[str, np.ndarray]) -> R
         selected = max(moe.num_selected(training) for training in (True, False))
         require(
             kept_XE.shape[1] >= selected,
-            "a layer keeps at least as many experts as a token selects",
+            "a layer must keep at least as many experts as a token selects",
             f"part {name!r} keeps {kept_XE.shape[1]}, a token selects {selected}",
             "Raise --keep, or drop fewer",
         )

@@ -114,7 +114,7 @@ def make(
     state, mesh = source.state, source.mesh
     require(
         not optimizer_state or bool(state.opt_state),
-        "optimizer state is carried from a run that was trained",
+        "optimizer state can be carried only from a run that was trained",
         f"{source.workdir} has none",
         "Leave out --optimizer_state",
     )

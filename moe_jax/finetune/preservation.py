@@ -50,7 +50,7 @@ def heldout_text(
     data = open_run_data(workdir, config)
     require(
         data.tokenizer.vocab_size <= config.model.vocab_size,
-        "a model is compared on text in tokens of its own",
+        "a model can be compared only on text in tokens of its own",
         f"vocab_size={config.model.vocab_size}, the tokenizer {config.data.tokenizer!r} has "
         f"{data.tokenizer.vocab_size}",
         f"Write the path of the model's tokenizer into config.json of {workdir}",
@@ -139,7 +139,7 @@ def check_preserved(apart: float, allow_change: bool, fix: str) -> None:
     """
     require(
         apart <= TOLERANCE or (allow_change and np.isfinite(apart)),
-        f"logits stay the same to {TOLERANCE:g} of the largest one",
+        f"logits must stay the same to {TOLERANCE:g} of the largest one",
         f"they differ by {apart:.3g} of it",
         f"{fix}, or pass --allow_change",
     )

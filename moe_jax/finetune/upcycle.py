@@ -60,13 +60,13 @@ class Upcycling(Settings):
         given = [name for name in ("layers", "stacks") if getattr(self, name)]
         require(
             len(given) + (self.every > 1) <= 1,
-            "the layers that become sparse are named once: by every, layers or stacks",
+            "the layers that become sparse must be named only once: by every, layers or stacks",
             f"every={self.every}, layers={self.layers}, stacks={self.stacks}",
             "Leave out all but one",
         )
         require(
             self.moe.shared_expert_dim == 0,
-            "a shared expert is made of the dense network by a way, 'shared'",
+            "only the way 'shared' can make a shared expert from the dense network",
             f"moe.shared_expert_dim={self.moe.shared_expert_dim}",
             "Leave it out of the block, and name the way shared:dim=N",
         )
@@ -97,7 +97,7 @@ class Upcycled(Origin):
             require(
                 block.shared_expert_dim == self.block.shared_expert_dim
                 or self.block.expert_dim == start.expert_dim,
-                "a shared expert is taken from the whole dense network",
+                "a shared expert must be taken from the whole dense network",
                 f"the ways before leave {self.block.expert_dim} of {start.expert_dim} hidden units",
                 "Name the way 'shared' before 'granular'",
             )
@@ -153,7 +153,7 @@ def settings_of(dense: Part) -> dict[str, Any]:
     names = {"expert_dim": "dim"} | {n: n for n in ("activation", "use_bias", "init_scale")}
     require(
         all(hasattr(dense, name) for name in names.values()),
-        f"a part that becomes sparse has the settings {sorted(names.values())}",
+        f"a part that becomes sparse must have the settings {sorted(names.values())}",
         repr(dense),
         "Name other layers",
     )
@@ -240,7 +240,8 @@ def sparse_layouts(model: LanguageModel, upcycling: Upcycling) -> dict[str, Stac
         without = sorted(set(named) & set(upcycling.layers))
         require(
             not without,
-            f"a layer that becomes sparse has a dense part, one of {dense_parts(model, stack)}",
+            "a layer that becomes sparse must have a dense part, one of "
+            f"{dense_parts(model, stack)}",
             f"layers {without} of {stack} have none",
             "Name other layers",
         )
@@ -265,14 +266,14 @@ def check_given(
     """
     require(
         layout.num_layers == len(pairs),
-        f"a new {stack} has as many layers as the old",
+        f"a new {stack} must have as many layers as the old one",
         f"{layout.num_layers}, not {len(pairs)}",
         "Correct it",
     )
     for place, (layer, pair) in enumerate(zip(layout.layers, pairs, strict=True)):
         require(
             layer in pair,
-            f"a layer of a new {stack} is the old one, or the old one made sparse",
+            f"a layer of a new {stack} must be the old one, or the old one made sparse",
             f"layer {place} is {layer!r}, neither {pair[0]!r} nor {pair[1]!r}",
             "Correct it",
         )
@@ -295,7 +296,7 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
     model = config.model
     require(
         any(dense_parts(model, stack) for stack in model.stacks),
-        "upcycling starts from a model with dense feed-forward networks",
+        "upcycling must start from a model with dense feed-forward networks",
         f"the parts are {sorted(model.part)}",
         "Start from a dense model",
     )
@@ -311,7 +312,7 @@ def upcycle(config: ExperimentConfig, upcycling: Upcycling) -> Remodel:
         tied = sorted(set(layout.tied) & set(dense_parts(model, stack)))
         require(
             not tied,
-            "layers that share one dense network stay dense",
+            "layers that share one dense network must stay dense",
             f"tied={tied} of {stack}",
             "Start from a model without tied networks",
         )

@@ -156,7 +156,7 @@ class Granular(Way):
         """See `Way`."""
         require(
             moe.expert_dim % self.shards == 0 and moe.num_experts % self.shards == 0,
-            "the shards of granular experts divide their hidden units and their number",
+            "the shards of granular experts must divide their hidden units and their number",
             f"shards={self.shards}, hidden units {moe.expert_dim}, experts {moe.num_experts}",
             "Change --experts or the shards",
         )
@@ -198,7 +198,8 @@ class Shared(Way):
         """See `Way`."""
         require(
             self.dim < moe.expert_dim and moe.shared_expert_dim == 0,
-            "one shared expert has some of the hidden units of the dense network, or all as dim=0",
+            "one shared expert must have some of the hidden units of the dense network, or all "
+            "with dim=0",
             f"dim={self.dim}, hidden units {moe.expert_dim}, a shared expert of "
             f"{moe.shared_expert_dim} before",
             "Lower dim, and name the way 'shared' once, before 'granular'",

@@ -41,7 +41,7 @@ class BlockScaledFiles:
         wanted = tuple(-(-size // BLOCK) for size in matrix.shape)
         require(
             scales.shape == wanted and len(wanted) == 2,
-            f"a scale is of {BLOCK} rows and columns of a matrix",
+            f"each scale must cover {BLOCK} rows and columns of a matrix",
             f"{name} is {matrix.shape}, its scales are {scales.shape} in {scales.path}",
             "Dequantise the model first",
         )

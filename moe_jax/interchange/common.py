@@ -109,7 +109,10 @@ def gated_activation(config: Reader, name: str = "hidden_act") -> Activation:
     """
     value = config.get(name, "silu")
     require(
-        value in GATED, f"{name} is one of {list(GATED)}", f"{name}={value!r}", "Add its activation"
+        value in GATED,
+        f"{name} must be one of {list(GATED)}",
+        f"{name}={value!r}",
+        "Add its activation",
     )
     activation = load_kind("activation", GATED[value])()
     assert isinstance(activation, Activation)
@@ -122,7 +125,7 @@ def gated_name(activation: Activation) -> str:
         if type(activation) is load_kind("activation", kind):
             return name
     raise ValueError(
-        f"the activation is one of {sorted(set(GATED.values()))}: it is {activation}. Train "
+        f"the activation must be one of {sorted(set(GATED.values()))}: it is {activation}. Train "
         "a model with one of them."
     )
 
@@ -188,7 +191,7 @@ def by_window(
     full, sliding = "full_attention", "sliding_attention"
     require(
         set(types) <= {full, sliding} and (window is not None or sliding not in types),
-        f"layer_types are {full!r}, or {sliding!r} of a sliding_window",
+        f"layer_types must be {full!r}, or {sliding!r} with a sliding_window",
         f"layer_types={sorted(set(types))}, sliding_window={window}",
         "Correct one of them",
     )

@@ -111,7 +111,7 @@ class Family:
         except (KeyError, AttributeError, ValueError, TypeError, AssertionError) as error:
             said = str(error) if isinstance(error, ValueError) else f"{error!r}."
             raise ValueError(
-                f"a model is written as {self.name} if it has its parts: {said}"
+                f"a model can be written as {self.name} only if it has its parts: {said}"
             ) from error
         lines = [
             line
@@ -120,7 +120,7 @@ class Family:
         ]
         require(
             not lines,
-            f"a model is written as {self.name} if {self.name} can say all its settings",
+            f"a model can be written as {self.name} only if {self.name} can say all its settings",
             "; ".join(f"{line} if read again" for line in lines),
             "Change them, or write it as another family",
         )
@@ -174,12 +174,12 @@ def named_family(name: str) -> Family:
         family = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"a family 'package.module:ATTRIBUTE' can be imported: {name!r} gives {error!r}. "
+            f"a family 'package.module:ATTRIBUTE' must be importable: {name!r} gives {error!r}. "
             "Correct the path, or put its folder on PYTHONPATH."
         ) from error
     require(
         isinstance(family, Family),
-        "a family is a moe_jax.interchange.family.Family",
+        "a family must be a moe_jax.interchange.family.Family",
         f"{name!r} is {family!r}",
         "Name another",
     )
@@ -194,7 +194,7 @@ def trusted(given: str, recorded: str) -> str:
     """
     require(
         bool(given) or ":" not in recorded,
-        "a table that is no part of the library is named by --family alone",
+        "only --family may name a table outside the library",
         f"the model was imported by {recorded!r}",
         f"Give --family={recorded} if you trust that module",
     )
@@ -255,7 +255,7 @@ class Reader:
         value = self.settings.get(name)
         require(
             value is not None,
-            "a config.json has the sizes of its model",
+            "a config.json must have the sizes of its model",
             f"{name!r} is {'null' if name in self.settings else 'not'} in it",
             "Add it",
         )
@@ -291,7 +291,7 @@ class Reader:
         value = self.get(name)
         require(
             value is None or value in allowed,
-            f"{name} is {' or '.join(map(repr, allowed))} in a model that can be read",
+            f"{name} must be {' or '.join(map(repr, allowed))} in a model that can be read",
             f"{name}={value!r}",
             "There is no such option yet",
         )

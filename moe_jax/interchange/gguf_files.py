@@ -35,7 +35,7 @@ class GGUFFile:
 
     def __init__(self, path: pathlib.Path):
         if not path.is_file():
-            raise ValueError(f"a GGUF model is one file: there is no {path}. Correct it.")
+            raise ValueError(f"a GGUF model must be one file: there is no {path}. Correct it.")
         try:
             import gguf
         except ImportError as error:
@@ -48,7 +48,7 @@ class GGUFFile:
             reader = gguf.GGUFReader(str(path))
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise ValueError(
-                f"{path} is no whole GGUF file: {error}. Download it again."
+                f"{path} is not a complete GGUF file: {error}. Download it again."
             ) from error
         self.settings = {name: field.contents() for name, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -114,7 +114,7 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
     )
     require(
         not file.settings.get(f"{architecture}.expert_count"),
-        "a GGUF file is read of a dense model",
+        "only dense models can be read from GGUF",
         f"{file.path} has experts",
         "Use the model's safetensors files with --from-hf",
     )
@@ -130,7 +130,7 @@ def hf_settings(file: GGUFFile) -> dict[str, Any]:
     scaled = "rope_freqs.weight" in file or f"{architecture}.rope.scaling.type" in file.settings
     require(
         not scaled,
-        "a GGUF file is read without scaled rotary positions",
+        "only GGUF files without scaled rotary positions can be read",
         f"{file.path} has them",
         "Use the model's safetensors files with --from-hf",
     )

@@ -175,21 +175,21 @@ def check(family: str, settings: Mapping[str, Any]) -> None:
         allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         require(
             settings.get(name, allowed[0]) in allowed,
-            f"llama.cpp computes {architecture.name} with {name}="
-            f"{' or '.join(map(repr, allowed))} alone",
+            f"llama.cpp computes {architecture.name} only with {name}="
+            f"{' or '.join(map(repr, allowed))}",
             f"{name}={settings.get(name)!r}",
             FIX,
         )
     width = settings["num_attention_heads"] * settings.get("head_dim", 0)
     require(
         not architecture.square or width == settings["hidden_size"],
-        f"llama.cpp computes {architecture.name} if its heads are as wide as the model",
+        f"llama.cpp computes {architecture.name} only if its heads are as wide as the model",
         f"num_attention_heads * head_dim = {width}, hidden_size={settings['hidden_size']}",
         FIX,
     )
     require(
         bool(settings.get("n_shared_experts", 1)),
-        "llama.cpp computes deepseek2 with shared experts",
+        "llama.cpp computes deepseek2 only with shared experts",
         "there are none",
         FIX,
     )
@@ -217,7 +217,7 @@ def rope_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope["rope_type"]
     require(
         kind in ("default", "linear", "llama3", "yarn") and "partial_rotary_factor" not in rope,
-        "llama.cpp turns whole heads, with a scaling that is linear, llama3 or yarn",
+        "llama.cpp turns only whole heads, with a scaling that is linear, llama3 or yarn",
         f"rope_parameters={dict(rope)}",
         FIX,
     )
@@ -235,7 +235,8 @@ def yarn_keys(rope: Mapping[str, Any]) -> dict[str, Any]:
     mscale, of_scores = rope.get("mscale", 0), rope.get("mscale_all_dim", 0)
     require(
         mscale == of_scores and not (mscale and "attention_factor" in rope),
-        "llama.cpp computes YaRN with mscale equal to mscale_all_dim, and no attention_factor then",
+        "llama.cpp computes YaRN only with mscale equal to mscale_all_dim, and no attention_factor "
+        "then",
         f"rope_parameters={dict(rope)}",
         FIX,
     )

@@ -60,14 +60,14 @@ def vocabulary(
     makers = {"byte": byte_tokens, "tokenizers": json_tokens, "sentencepiece": piece_tokens}
     require(
         form in makers,
-        "a tokenizer of a GGUF file is that of bytes, a tokenizer.json or a .model",
+        "a tokenizer of a GGUF file must be byte, a tokenizer.json or a .model",
         f"{name!r}",
         "Write the model with another tokenizer, or with --to-hf",
     )
     keys, tokens, types = makers[form](path)
     require(
         len(tokens) <= size,
-        "a model has at least the ids of its tokenizer",
+        "a model must have at least the ids of its tokenizer",
         f"{len(tokens)} ids in {name}, vocab_size={size}",
         "Correct config.data.tokenizer",
     )
@@ -147,7 +147,7 @@ def json_tokens(path: str) -> Tokens:
     found = tuple(patterns(spec.get("pre_tokenizer") or {}))
     require(
         found in PATTERNS,
-        f"llama.cpp splits texts by the patterns of {sorted(PATTERNS.values())}",
+        f"llama.cpp splits texts only by the patterns of {sorted(PATTERNS.values())}",
         f"pre_tokenizer of {path} has {list(found)}",
         "Add llama.cpp's name of them to interchange/gguf_vocabulary.py",
     )
@@ -178,7 +178,7 @@ def piece_tokens(path: str) -> Tokens:
     kind = proto.trainer_spec.ModelType.Name(proto.trainer_spec.model_type)
     require(
         kind == "BPE",
-        "a .model of SentencePiece is written if it is a BPE",
+        "a .model of SentencePiece can be written only if it is a BPE",
         f"{kind} in {path}",
         "Write the model with --to-hf",
     )

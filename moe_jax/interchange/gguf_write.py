@@ -64,7 +64,9 @@ def to_gguf(
     """
     path = pathlib.Path(path)
     gguf = check_target(path)
-    require(format in FORMATS, f"a format is one of {list(FORMATS)}", format, "Use one of them")
+    require(
+        format in FORMATS, f"a format must be one of {list(FORMATS)}", format, "Use one of them"
+    )
     length = context_length or config.data.sequence_length
     architecture, keys = choose(config, family, length)
     tensors = tensors_of(config.model, architecture, params)
@@ -91,7 +93,7 @@ def check_target(path: pathlib.Path) -> Any:
       ValueError: the package is not installed, or there is something at the path.
     """
     require(
-        not path.exists(), "a model is written to a new file", f"{path} is there already",
+        not path.exists(), "a model must be written to a new file", f"{path} is there already",
         "Name another, or remove it",
     )  # fmt: skip
     try:

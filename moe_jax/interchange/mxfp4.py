@@ -48,7 +48,8 @@ class Mxfp4Files:
             scales is not None
             and (len(shape) == 4 and shape[3] == 16 and scales.shape == shape[:3])
             and blocks.dtype == scales.dtype == np.uint8,
-            f"{name}_blocks are uint8 [E, rows, blocks, 16], {name}_scales uint8 [E, rows, blocks]",
+            f"{name}_blocks must be uint8 [E, rows, blocks, 16], {name}_scales uint8 [E, rows, "
+            "blocks]",
             f"{blocks.dtype} {shape} and {scales and scales.shape} in {blocks.path}",
             "Download the files again",
         )

@@ -96,7 +96,7 @@ def to_peft(
     adapters = config.model.adapters
     require(
         adapters is not None,
-        "an adapter is written of a run with adapters",
+        "--to-peft needs a run with adapters",
         f"model.adapters={adapters}",
         "Train one with model.adapters, or write the whole model: convert --to-hf",
     )
@@ -142,7 +142,7 @@ def check_nothing_else_trained(config: ExperimentConfig) -> None:
     }
     require(
         not others,
-        "an adapter says what a run learned if nothing else trained",
+        "an adapter can say what a run learned only if nothing else trained",
         f"optimizer.trainable={config.optimizer.trainable} trained {sorted(others)} too",
         "Write the merged model: convert --to-hf",
     )
@@ -166,8 +166,8 @@ def all_adapted(family: Family, model: LanguageModel, params: Any) -> list[Adapt
     idle = sorted(adapted & set(NOT_CALLED))
     require(
         not idle,
-        "PEFT adapts matrices whose module transformers calls",
-        f"{idle} are read beside it",
+        "PEFT adapts only matrices whose module transformers calls",
+        f"{idle} are read without calling their module",
         "Leave them out of adapters.names, or write the merged model: convert --to-hf",
     )
     components = {leaf.spec.component for leaves in by_key.values() for leaf in leaves}
@@ -202,7 +202,7 @@ def of_rule(
     """The adapters of the tensors that hold these parameters of the same layers."""
     require(
         rule.layout in (AS_IS, LINEAR),
-        "PEFT has adapters of matrices, and of the experts of a layer as [E, out, in]",
+        "PEFT has adapters only of matrices, and of the experts of a layer as [E, out, in]",
         f"{rule.name} has another layout",
         "Leave it out of adapters.names, or write the merged model: convert --to-hf",
     )

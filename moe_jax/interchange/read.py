@@ -86,13 +86,13 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
     """
     file = path / CONFIG
     if not file.is_file():
-        raise ValueError(f"a model's directory has a {CONFIG}: there is none in {path}.")
+        raise ValueError(f"a model's directory must have a {CONFIG}: there is none in {path}.")
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}. Download it again.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}. Download it again.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{file} is an object of settings: it is {type(settings).__name__}.")
+        raise ValueError(f"{file} must be an object of settings: it is {type(settings).__name__}.")
     return settings
 
 
@@ -143,18 +143,18 @@ def find_sources(files: Files, rules: Sequence[Rule], leaves: Sequence[Leaf]) ->
         for name in tensor_names(source.rule, leaf):
             if name not in files:
                 raise ValueError(
-                    f"the files have every tensor of the model: {name}, of {wanted}, is missing "
-                    f"in {files.path}. Check config.json, or download the files again."
+                    f"the files must have every tensor of the model: {name}, of {wanted}, is "
+                    f"missing in {files.path}. Check config.json, or download the files again."
                 )
             found = files.tensors[name]
             if found.shape != wanted:
                 raise ValueError(
-                    f"the tensors have the sizes of config.json: {name} is {found.shape} in "
+                    f"the tensors must have the sizes of config.json: {name} is {found.shape} in "
                     f"{found.path}, and {wanted} by config.json. Correct one of them."
                 )
             if found.dtype.name not in FLOATS:
                 raise ValueError(
-                    f"a parameter is one of {FLOATS}: {name} is {found.dtype.name} in "
+                    f"a parameter must be one of {FLOATS}: {name} is {found.dtype.name} in "
                     f"{found.path}. Dequantise the model first."
                 )
     return sources
@@ -188,8 +188,9 @@ def check_unknown(
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise ValueError(
-            f"every tensor in the files is a parameter of the model: {', '.join(left[:5])}{more} "
-            f"in {files.path} are not, by its config.json. Correct config.json, or remove them."
+            f"every tensor in the files must be a parameter of the model: {', '.join(left[:5])}"
+            f"{more} in {files.path} are not, by its config.json. Correct config.json, or remove "
+            "them."
         )
 
 
@@ -219,7 +220,7 @@ def check_copies(files: Files, copies: Mapping[str, str]) -> None:
         )
         if not same:
             raise ValueError(
-                f"{name} repeats {original}: they differ in {files.path}. Remove one of them."
+                f"{name} must repeat {original}: they differ in {files.path}. Remove one of them."
             )
 
 

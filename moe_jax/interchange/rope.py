@@ -73,7 +73,7 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
     outside = config.get("original_max_position_embeddings")  # Phi keeps it there
     original = outside or rope.get("original_max_position_embeddings") or longest
     known = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-    require(kind in known, f"rope_type is one of {known}", f"{kind!r}", "Add its scaling")
+    require(kind in known, f"rope_type must be one of {known}", f"{kind!r}", "Add its scaling")
     if kind == "default":
         return None
     needed = {
@@ -82,7 +82,7 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
     }
     lacks = [name for name in needed.get(kind, ()) if rope.get(name) is None]
     require(
-        not lacks, f"rope_type={kind!r} has {' and '.join(needed.get(kind, ()))}",
+        not lacks, f"rope_type={kind!r} needs {' and '.join(needed.get(kind, ()))}",
         f"{dict(rope)} lacks {lacks}", "Add them",
     )  # fmt: skip
     if kind == "longrope":
@@ -94,7 +94,7 @@ def read_scaling(config: Reader, rope: Mapping[str, Any]) -> RotaryScaling | Non
             attention_factor=rope.get("attention_factor"),
         )
     factor = float(rope.get("factor") or (longest / original if kind == "yarn" else 0))
-    require(factor > 0, f"rope_type={kind!r} has a factor", f"{dict(rope)}", "Add it")
+    require(factor > 0, f"rope_type={kind!r} needs a factor", f"{dict(rope)}", "Add it")
     if kind == "linear":
         return LinearScaling(factor)
     if kind == "dynamic":
@@ -156,7 +156,7 @@ def scaling_settings(scaling: RotaryScaling) -> dict[str, Any]:
             **attention,
         }
     require(
-        isinstance(scaling, Yarn), "a scaling can be written if transformers has it",
+        isinstance(scaling, Yarn), "a scaling can be written only if transformers has it",
         repr(scaling), "Use another",
     )  # fmt: skip
     assert isinstance(scaling, Yarn)

@@ -82,13 +82,13 @@ class TensorFiles:
             found = read_header(file)
             for name in expected - set(found):
                 raise ValueError(
-                    f"the index says where every tensor is: {name} is not in {file}, which "
+                    f"the index must say where every tensor is: {name} is not in {file}, which "
                     f"{self.path / INDEX} names. Download both again."
                 )
             for name in set(found) & set(self.tensors):
                 raise ValueError(
-                    f"a tensor is in one file: {name} is in {self.tensors[name].path} and {file}. "
-                    "Remove the file that is not of this model."
+                    f"a tensor must be in only one file: {name} is in {self.tensors[name].path} "
+                    f"and {file}. Remove the file that is not of this model."
                 )
             self.tensors = {**self.tensors, **found}
 
@@ -126,7 +126,7 @@ def files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     if path.is_file():
         return {path: set()}
     if not path.is_dir():
-        raise ValueError(f"a model is a directory of safetensors files: there is no {path}.")
+        raise ValueError(f"a model must be a directory of safetensors files: there is no {path}.")
     index = path / INDEX
     if index.exists():
         files: dict[pathlib.Path, set[str]] = {}
@@ -135,8 +135,8 @@ def files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
         for named in files:
             if not named.is_file():
                 raise ValueError(
-                    f"the index names files beside it: {index} names {named.name}, which is not "
-                    "there. Download it too."
+                    f"the index must name files beside it: {index} names {named.name}, which is "
+                    "not there. Download it too."
                 )
         return files
     if (path / ONE_FILE).is_file():
@@ -145,7 +145,7 @@ def files_of(path: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     if not found:
         others = sorted(one.name for one in path.iterdir())[:10]
         raise ValueError(
-            f"a model is a directory of safetensors files: {path} has none, but {others}. "
+            f"a model must be a directory of safetensors files: {path} has none, but {others}. "
             "Save a .bin model with safe_serialization=True first."
         )
     return {file: set() for file in found}
@@ -160,11 +160,11 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
     try:
         places = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(file, str) and "/" not in file for file in places.values()):
-            raise ValueError("a file is named without a folder")
+            raise ValueError("a file must be named without a folder")
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(
-            f'an index has a "weight_map" from tensors to files: {index} cannot be read as one '
-            f"({error}). Download it again."
+            f'an index must have a "weight_map" from tensors to files: {index} cannot be read as '
+            f"one ({error}). Download it again."
         ) from error
     return dict(places)
 
@@ -181,8 +181,8 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(LARGEST_HEADER, size - 8):
             raise ValueError(
-                f"{path} is no whole safetensors file: it has {size} bytes, of which the header "
-                f"takes {length}. Download it again."
+                f"{path} is not a complete safetensors file: it has {size} bytes, of which the "
+                f"header takes {length}. Download it again."
             )
         text = file.read(length)
     try:
@@ -191,7 +191,7 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         tensors = {name: stored(path, one, 8 + length, size, name) for name, one in header.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, LookupError) as error:
         raise ValueError(
-            f"{path} is no safetensors file: its header cannot be read ({error}). Download it "
+            f"{path} is not a safetensors file: its header cannot be read ({error}). Download it "
             "again."
         ) from error
     return tensors

@@ -106,16 +106,16 @@ def values_of(params: Any, leaves: list[Leaf]) -> dict[tuple[str, ...], Any]:
     names = ["/".join(path) for path in set(found) ^ set(wanted)]
     require(
         not names,
-        "the parameters are those of the model, its state under 'state'",
-        f"{sorted(names)[:5]} are in one of them alone",
+        "the parameters must be those of the model, with its state under 'state'",
+        f"{sorted(names)[:5]} are in only one of them",
         "Pass what `from_hf` returned, or the params of a state and its model_state",
     )
     for one, shape in wanted.items():
         require(
             tuple(found[one].shape) == shape,
-            "the parameters have the sizes of the model",
+            "the parameters must have the sizes of the model",
             f"{'/'.join(one)} is {tuple(found[one].shape)}, in the model {shape}",
-            "Pass the config that they are of",
+            "Pass the config that they belong to",
         )
     return found
 
@@ -188,7 +188,7 @@ def file_dtype(name: str, dtype: str | Mapping[str, str] | None, own: Any) -> np
     wanted = np.dtype(asked or own)
     require(
         wanted in NAMES,
-        f"a file holds tensors of {sorted(one.name for one in NAMES)}",
+        f"a file can hold only tensors of {sorted(one.name for one in NAMES)}",
         f"{name} is {wanted}",
         "Pass another dtype",
     )

@@ -80,7 +80,7 @@ def sparse(config: Reader) -> MoE:
     activation = own.get("ffn_act_fn", {"name": "silu"})
     require(
         set(activation) == {"name"},
-        "ffn_act_fn has a name and no other setting",
+        "ffn_act_fn must have a name and no other setting",
         f"ffn_act_fn={activation}",
         f"Use one of {list(GATED)}",
     )

@@ -172,7 +172,7 @@ def v3(config: Reader) -> LanguageModel:
     quantization = config.get("quantization_config", {})
     require(
         quantization.get("quant_method", "fp8") == "fp8",
-        "a quantised DeepSeek-V3 is read from float8 with scales of blocks, as published",
+        "a quantised DeepSeek-V3 can be read only from float8 with scales of blocks, as published",
         f"quantization_config={quantization}",
         "Dequantise the model first",
     )

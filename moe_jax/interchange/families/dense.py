@@ -115,8 +115,8 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
         heads = first_attention(model).num_heads
         require(
             model.model_dim % heads == 0,
-            "transformers loads a Llama whose hidden_size is a multiple of num_attention_heads",
-            f"{model.model_dim} is not one of {heads}",
+            "transformers loads a Llama only if hidden_size is a multiple of num_attention_heads",
+            f"{model.model_dim} is not a multiple of {heads}",
             "Write it as mistral",
         )
         own = {"attention_bias": "o" in first_attention(model).biases, "mlp_bias": mlp.use_bias}

@@ -66,7 +66,7 @@ def model(config: Reader) -> LanguageModel:
     quantization = config.get("quantization_config", {})
     require(
         quantization.get("quant_method", "mxfp4") == "mxfp4",
-        "quantised gpt-oss is read from MXFP4, as published",
+        "quantised gpt-oss can be read only from MXFP4, as published",
         f"quantization_config={quantization}",
         "Dequantise the model first",
     )

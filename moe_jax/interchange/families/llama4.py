@@ -131,7 +131,7 @@ def layers(config: Reader) -> list[tuple[str, str]]:
     types = config.get("layer_types", usual)
     require(
         set(types) <= ({FULL} if chunk is None else {FULL, CHUNKED}),
-        f"layer_types are {FULL!r}, or {CHUNKED!r} of an attention_chunk_size",
+        f"layer_types must be {FULL!r}, or {CHUNKED!r} with an attention_chunk_size",
         f"layer_types={sorted(set(types))}, attention_chunk_size={chunk}",
         "Correct one of them",
     )

@@ -99,7 +99,7 @@ def with_mscales(config: Reader, attention: Attention) -> Attention:
     short, long = rope.get("short_mscale"), rope.get("long_mscale")
     require(
         isinstance(scaling, LongRope) and short is not None and long is not None,
-        "the positions of phimoe are scaled by longrope, with short_mscale and long_mscale",
+        "the positions of phimoe must be scaled by longrope, with short_mscale and long_mscale",
         f"{dict(rope)}",
         "Correct rope_scaling",
     )

@@ -175,9 +175,9 @@ def settings(model: LanguageModel, family: str) -> dict[str, Any]:
     if family == "olmoe":
         require(
             attention.num_heads * attention.head_dim == model.model_dim,
-            "transformers loads an OLMoE whose heads are as wide together as the model",
+            "transformers loads an OLMoE only if its heads together are as wide as the model",
             f"{attention.num_heads} of {attention.head_dim} for {model.model_dim}",
-            "Write it as qwen3_moe, if its norms are of each head",
+            "Write it as qwen3_moe, if it has norms for each head",
         )
         own: dict[str, Any] = {"intermediate_size": moe.expert_dim, "clip_qkv": attention.clip_qkv}
     else:

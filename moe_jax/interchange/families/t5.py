@@ -236,7 +236,7 @@ def t5_activation(config: Reader) -> Activation:
     function = config.get("dense_act_fn", implied)
     require(
         function in known,
-        f"the activation of feed_forward_proj={network!r} is one of {list(known)}",
+        f"the activation of feed_forward_proj={network!r} must be one of {list(known)}",
         f"{function!r}",
         "Add it",
     )
@@ -270,8 +270,8 @@ def name_of(activation: Activation, known: Mapping[str, type[Activation]]) -> st
         if type(activation) is kind:
             return name
     raise ValueError(
-        f"the activation is one of {list(known)}: it is {activation}. Train a model with one of "
-        "them."
+        f"the activation must be one of {list(known)}: it is {activation}. Train a model with one "
+        "of them."
     )
 
 
