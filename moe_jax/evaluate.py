@@ -58,14 +58,14 @@ class Options:
         for name in ("heldout_fraction", *FIELDS):
             if getattr(self, name) not in (None, "") and not self.corpus:
                 raise ValueError(
-                    f"--{name} is of another --corpus: --corpus is not given. Leave it out."
+                    f"--{name} needs another --corpus: --corpus is not given. Leave it out."
                 )
         if self.context and not self.choices:
-            raise ValueError("--context is of --choices: --choices is not given. Leave it out.")
+            raise ValueError("--context needs --choices: --choices is not given. Leave it out.")
         other = next((n for n in ("text", "corpus", "batches") if getattr(self, n)), "")
         if self.choices and other:
             raise ValueError(
-                f"--choices is scored alone: --choices={self.choices} beside --{other}. "
+                f"--choices must be scored alone: --choices={self.choices} beside --{other}. "
                 "Leave one out."
             )
 
@@ -150,7 +150,7 @@ def evaluate_run(
     if options.text:
         require(
             not objective.encoder_decoder,
-            "--text is scored token by token, by a decoder alone",
+            "only a decoder can score --text, token by token",
             f"data.objective of the run is {kind_of(objective)!r}",
             "Pass --corpus",
         )
@@ -185,7 +185,7 @@ def text_files(name: str) -> list[str]:
     found = sorted(path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES)
     require(
         bool(found),
-        f"a folder of --text holds files of {', '.join(TEXT_SUFFIXES)}",
+        f"a folder of --text must hold files of {', '.join(TEXT_SUFFIXES)}",
         f"{folder} has none",
         "Name the files, or pass --corpus for those of another kind",
     )

@@ -73,7 +73,7 @@ def prompt_of(line: str, where: str) -> str:
         prompt = None
     require(
         isinstance(prompt, str),
-        'a line of a .jsonl of prompts is an object such as {"prompt": "The king"}',
+        'a line of a .jsonl of prompts must be an object such as {"prompt": "The king"}',
         f"{where} is {line[:60]!r}",
         "Correct it",
     )
@@ -85,7 +85,7 @@ def require_unicode(texts: Sequence[str]) -> None:
     """Refuses lone surrogates, from a flag that is not UTF-8 or an escape in JSON."""
     for text in texts:
         whole = text.encode(errors="ignore").decode()
-        require(whole == text, "prompts and stop strings are text that UTF-8 can write",
+        require(whole == text, "prompts and stop strings must be text that UTF-8 can write",
                 repr(text[:60]), "Correct it")  # fmt: skip
 
 
@@ -259,12 +259,12 @@ def main() -> None:
         raise ValueError("--prompt is empty: --prompt=. Give it a value.")
     require(
         bool(values.prompt) != bool(values.prompts),
-        "prompts come from --prompt or from --prompts",
+        "prompts must come either from --prompt or from --prompts",
         "both are given" if values.prompt else "neither is given",
         "Give one of them",
     )
     prompts = values.prompt or read_prompts(values.prompts)
-    require("" not in values.stop, "a stop string has characters", "--stop=", "Leave it out")
+    require("" not in values.stop, "a stop string must not be empty", "--stop=", "Leave it out")
     require_unicode([*prompts, *values.stop])
     sampling: dict[str, Any] = {name: getattr(values, name) for name in SAMPLING}
     Sampling(**sampling)  # refuses before anything is loaded

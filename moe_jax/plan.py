@@ -54,7 +54,7 @@ class Options:
         """Checks the flags against each other."""
         if not self.topology and (self.sweep or self.forward):
             raise ValueError(
-                "--sweep and --forward are about a machine: no --topology. Name one, such as "
+                "--sweep and --forward need a machine: there is no --topology. Name one, such as "
                 "--topology=v5p:4x4x4."
             )
         given = {f"--{field.name}": getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -63,20 +63,20 @@ class Options:
             useless = [one for one in others if given[flag] and given[one]]
             require(
                 not useless,
-                f"a plan uses every flag that is given, and {flag} has no use for some",
+                f"a plan must use every flag that is given, and {flag} does not use some",
                 f"{', '.join(useless)} with {flag}",
                 f"Leave out {flag}, or the others",
             )
         served = [one for one in ("--context", "--batch") if given[one] is not None]
         require(
             self.serve or not served,
-            "--context and --batch are of serving",
+            "--context and --batch need --serve",
             f"{', '.join(f'{one}={given[one]}' for one in served)} without --serve",
             "Add --serve, or set data.sequence_length and training.batch_size",
         )
         require(
             self.sweep or not self.compile_best,
-            "--compile_best is of a sweep",
+            "--compile_best needs --sweep",
             f"--compile_best={self.compile_best} without --sweep",
             "Add --sweep, or leave it out",
         )

@@ -108,7 +108,7 @@ def plan(arguments: Sequence[str], sets: Sequence[str], out: pathlib.Path) -> li
     given = {argument.partition("=")[0] for argument in arguments}
     for axis in axes:
         for name in axis.names:
-            require(f"--config.{name}" not in given, "a setting is given once",
+            require(f"--config.{name}" not in given, "a setting may be given only once",
                     f"{name} in --set and in --config.{name}", "Remove one")  # fmt: skip
     strings = {name for name in settings if isinstance(read(base, name), str)}
     points = [
@@ -181,7 +181,7 @@ def check_different(
     for place, config in enumerate(configs):
         same = first.setdefault(key_of(config), place)
         require(
-            same == place, "the runs of a grid differ",
+            same == place, "the runs of a grid must differ",
             f"{dict(points[same])} and {dict(points[place])} give the same config",
             f"Remove a value of {', '.join(axes[-1].names)}" if len(axes) == 1 else "Remove one",
         )  # fmt: skip

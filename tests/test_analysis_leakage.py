@@ -78,7 +78,7 @@ def test_bits_are_those_of_the_scored_targets(causal):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_sequence_has_no_other_future(number):
-    with pytest.raises(ValueError, match=f"two sequences or more: num_sequences={number}"):
+    with pytest.raises(ValueError, match=f"at least two sequences: num_sequences={number}"):
         compare_futures(None, None, tiny_training(), capacity=1.0, cuts=(2,), num_sequences=number)
 
 

@@ -256,7 +256,7 @@ def test_a_file_that_is_cut_is_named(tmp_path):
     make_run(tmp_path, num_steps=10)
     (tmp_path / "run.json").write_text('{"started": ')
     with pytest.raises(
-        ValueError, match=r"run\.json is damaged: it is no JSON .*Bring back a copy"
+        ValueError, match=r"run\.json is damaged: it is not valid JSON .*Bring back a copy"
     ):
         read_run(tmp_path)
 

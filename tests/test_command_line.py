@@ -102,7 +102,7 @@ def test_a_wrong_flag_is_named_with_the_fix(capsys, arguments, patterns):
         ("model.parts.moe.num_expert=4", ["mean --config.model.parts.moe.num_experts"]),
         ("training.num_step=4", ["mean --config.training.num_steps"]),
         ("num_steps=4", ["mean --config.training.num_steps"]),
-        ("zzz=4", ["'zzz' is no field of config, .*'training'", "--help lists every setting"]),
+        ("zzz=4", ["'zzz' is not a field of config, .*'training'", "--help lists every setting"]),
         ("training.num_steps=abc", ["--config.training.num_steps is of type int: 'abc'"]),
         ("training.num_steps=1.5", ["--config.training.num_steps is of type int: '1.5'"]),
         ("training.num_steps", ["--config.training.num_steps is of type int: it has no value"]),
@@ -194,7 +194,7 @@ FILES = {
     "exits.py": ("def get_config():\n    raise KeyError('a')\n", "line 2: KeyError: 'a'"),
     "syntax.py": ("\ndef get_config(\n", r"syntax\.py, line 2: SyntaxError"),
     "none.py": ("def get_config():\n    pass\n", "it returned NoneType"),
-    "nothing.py": ("x = 1\n", r"defines get_config\(\): it does not"),
+    "nothing.py": ("x = 1\n", r"must define get_config\(\): it does not"),
     "imports.py": ("import not_there\n", "line 1: ModuleNotFoundError.*Install it"),
     "lfs.py": ("version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
     "zero.py": ("\0", r"zero\.py.*null bytes"),
@@ -240,10 +240,10 @@ def test_the_recorded_config_of_a_run_is_a_config_that_flags_change(tmp_path):
     "text, message",
     [
         ("{", "JSONDecodeError"),
-        ("[]", "is the config.json of a run: it has list"),
-        ('{"loss": 1}', r"is the config.json of a run: it has \['loss'\]"),
+        ("[]", "must be the config.json of a run: it has list"),
+        ('{"loss": 1}', r"must be the config.json of a run: it has \['loss'\]"),
         ('{"model": {}, "sources": {"a.b:C": "0"}}', "it names a.b:C. Name the Python file"),
-        ('{"model": {}}', "read in the layouts of formats"),
+        ('{"model": {}}', "only configs in the layouts of formats"),
     ],
 )
 def test_other_json_is_refused_with_its_path(tmp_path, text, message):

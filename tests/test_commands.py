@@ -244,7 +244,7 @@ def test_reading_a_directory_without_a_run_is_answered(tmp_path, capsys):
     for arguments in (("evaluate",), ("analyze",), ("generate", "--prompt=The ")):
         with pytest.raises(SystemExit, match=r"^1$"):
             main([*arguments, f"--workdir={tmp_path}"])
-        assert "error: The workdir of a run holds config.json" in capsys.readouterr().err
+        assert "error: The workdir of a run must hold config.json" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

@@ -194,7 +194,7 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
     command.run([tmp_path], "bits_per_byte", "", "")
     said = capsys.readouterr().out
     assert "failed: failed: train/loss is nan at step 6\n" in said
-    assert "config.json is damaged: it is no JSON (Expecting value" in said
+    assert "config.json is damaged: it is not valid JSON (Expecting value" in said
     assert "line 2 is b'garbage'" in said and "~: no final score." in said
     assert "failed: never: no such corpus; no config.json" in said
 
@@ -203,16 +203,16 @@ def test_unfinished_failed_and_damaged_runs_are_shown_as_such(tmp_path, capsys):
     ("file", "text", "wrong"),
     [
         ("config.json", '{"training": {"num_steps": "ten"}}', "training.num_steps is 'ten'"),
-        ("config.json", "[]", "config.json is damaged: it has no object"),
+        ("config.json", "[]", "config.json is damaged: it is not a JSON object"),
         ("config.json", '{"model": 3, "data": 4}', "data is 4"),
         ("run.json", '{"parameters": 3}', "parameters is 3"),
         ("run.json", '{"parameters": {"total": "x"}}', "parameters.total is 'x'"),
-        ("run.json", '{"earlier": [3]}', "it is no JSON object"),
+        ("run.json", '{"earlier": [3]}', "it is not a JSON object"),
         ("run.json", '{"earlier": [{"num_steps": "9"}]}', "num_steps is '9'"),
         ("evaluation.json", '{"step": null}', "step is None"),
         ("evaluation.json", '{"dropless": {"bits_per_byte": "1"}}', "bits_per_byte is '1'"),
         ("metrics.jsonl", '{"step": 5, "train/loss": [1]}', "train/loss is [1]"),
-        ("metrics.jsonl", "\0" * 200, "every line of a metrics file is a JSON object"),
+        ("metrics.jsonl", "\0" * 200, "every line of a metrics file must be a JSON object"),
     ],
 )
 def test_a_file_with_other_things_in_it_damages_its_run_and_no_other(tmp_path, file, text, wrong):
@@ -507,7 +507,7 @@ def test_configs_are_compared_seed_by_seed_with_the_first_by_name(tmp_path):
     assert "for 2 compared configs" in note and "a direction: c_0 is lower." in note
     other = pairs_of(comparison_of(tmp_path), "b_1")
     assert other.columns[0].title.endswith("less b_0") and len(other.others) == 2
-    with pytest.raises(ValueError, match=r"--baseline names a run that is finished.*: d\. Name"):
+    with pytest.raises(ValueError, match=r"--baseline must name a finished run.*: d\. Name"):
         pairs_of(comparison_of(tmp_path), "d")
 
 

@@ -126,7 +126,11 @@ def test_a_part_of_several_is_named_by_its_kind_unless_another_is_given():
         ("router", ":Mine", r"named 'package\.module:Class': kind=':Mine'\. Write both halves"),
         ("router", "best", r"a kind of router is one of \['base', .*: kind='best'\. Use a known"),
         ("queue", "TokenMajor", r"a kind of queue is one of \['batch_prioritized', "),
-        ("router", "__main__:Mine", r"'__main__' is not: kind='__main__:Mine'\. Move the class"),
+        (
+            "router",
+            "__main__:Mine",
+            r"'__main__' does not allow: kind='__main__:Mine'\. Move the class",
+        ),
         (
             "router",
             "no.such:Router",
@@ -136,10 +140,10 @@ def test_a_part_of_several_is_named_by_its_kind_unless_another_is_given():
         (
             "router",
             "moe_jax.moe.balance:RouterZ",
-            r"a kind of router is a class .*kind='moe_jax\.",
+            r"a kind of router must be a class .*kind='moe_jax\.",
         ),
-        ("router", "moe_jax.moe.routing:top_k", r"a kind of router is a class derived from"),
-        ("score", "moe_jax.moe.capacity:Capacity", r"a kind of score is a class derived from"),
+        ("router", "moe_jax.moe.routing:top_k", r"a kind of router must be a class derived from"),
+        ("score", "moe_jax.moe.capacity:Capacity", r"a kind of score must be a class derived from"),
     ],
 )
 def test_what_is_no_kind_of_the_family_is_refused_in_one_sentence(family, kind, message):
@@ -151,10 +155,10 @@ def test_what_is_no_kind_of_the_family_is_refused_in_one_sentence(family, kind, 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({}, r"^r names its kind: kind=None\. Set the kind\.$"),
-        ({"kind": 3}, r"^r names its kind: kind=3\."),
+        ({}, r"^r must name its kind: kind=None\. Set the kind\.$"),
+        ({"kind": 3}, r"^r must name its kind: kind=3\."),
         ("best", r"^r: a kind of router is one of"),
-        (7, r"^r is a section of settings: 7\."),
+        (7, r"^r must be a section of settings: 7\."),
         (
             {"kind": "uniform", "top_p": 0.5},
             r"^r has the fields .*: r\.top_p\. Remove the field",
@@ -266,7 +270,9 @@ def test_a_written_config_of_the_library_needs_no_trust():
 
 
 def test_a_config_of_the_layout_before_parts_is_refused():
-    with pytest.raises(ValueError, match=r"the layouts of formats 2 to 3: this one is of format 1"):
+    with pytest.raises(
+        ValueError, match=r"layouts of formats 2 to 3 can be read: this one is of format 1"
+    ):
         read_config({"model": {"num_layers": 2}}, ExperimentConfig)
 
 
@@ -274,13 +280,13 @@ def test_branches_keep_their_order_and_are_not_a_dict():
     layer = Layer(branches=(("self", Attention()), ("mlp", Mlp())))
     assert build(InFamily("part"), config_dict(layer).to_dict(), "block") == layer
     branches = {"self": "attention", "mlp": "mlp"}
-    with pytest.raises(ValueError, match=r"block\.branches is in order, which a dict is not"):
+    with pytest.raises(ValueError, match=r"block\.branches needs ordered pairs, not a dict"):
         build(InFamily("part"), {"kind": "layer", "branches": branches}, "block")
 
 
 @pytest.mark.parametrize("value", [MoE(), Capacity()])
 def test_a_part_of_another_family_is_refused(value):
-    with pytest.raises(ValueError, match=r"config\.model is a model"):
+    with pytest.raises(ValueError, match=r"config\.model must be a model"):
         from_config_dict({"model": value})
 
 

@@ -78,7 +78,7 @@ def outside(bounds, kind):
 )
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1e39, True, "1"])
 def test_numbers_of_pairs_are_positive_and_finite(cls, name, word, value):
-    with pytest.raises(ValueError, match=rf"\.{name} are positive and finite: "):
+    with pytest.raises(ValueError, match=rf"\.{name} must be positive and finite: "):
         cls(**{name: ((word, value),)})
 
 

@@ -74,7 +74,7 @@ def test_attention_inside_other_parts_is_upgraded_too():
 def test_a_config_of_today_is_left_as_it_is():
     written = write_config(ExperimentConfig())
     assert written["format"] == FORMAT and upgrade(written) is written
-    with pytest.raises(ValueError, match="formats 2 to 3: this one is of format 4"):
+    with pytest.raises(ValueError, match="formats 2 to 3 can be read: this one is of format 4"):
         upgrade(written | {"format": 4})
 
 

@@ -171,20 +171,20 @@ def test_inference_has_its_own_batch(score, finished, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--mesh=data=16"], "no more devices than there are: .* need 16, there are 8"),
+        (["--mesh=data=16"], "not have more devices than there are: .* need 16, there are 8"),
         (["--step=3"], r"none of step 3 in .*, which has 2, 4"),
         (["--text=a", "--corpus=embedded"], "--text=a, --corpus=embedded. Leave one out"),
         (["--text=/nowhere/a.txt"], "No such file or directory: /nowhere/a.txt. Correct the path"),
         (["--text=/dev/null"], "the file /dev/null is blank. Name another"),
         (["--corpus=embeded"], "embeded"),
-        (["--heldout_fraction=0.3"], "--heldout_fraction is of another --corpus"),
-        (["--text_field=body"], "--text_field is of another --corpus"),
+        (["--heldout_fraction=0.3"], "--heldout_fraction needs another --corpus"),
+        (["--text_field=body"], "--text_field needs another --corpus"),
         (["--corpus=embedded", "--heldout_fraction=2"], r"heldout_fraction lies in \(0, 1\)"),
         (["--batch_size=0"], "--batch_size=0"),
         (["--mesh=dta=2"], "Did you mean 'data'"),
         (["--text=launch"], r"launch has none\. Name the files, or pass --corpus"),
         (["--output=tests"], "--output=tests is a folder"),
-        (["--context=8"], "--context is of --choices"),
+        (["--context=8"], "--context needs --choices"),
         (["--choices=a.jsonl", "--text=a.txt"], "--choices=a.jsonl beside --text"),
         (["--choices=setup.py"], "setup.py line 1 is '"),
         (["--choices=/nowhere.jsonl"], "No such file or directory: /nowhere.jsonl"),
@@ -204,7 +204,7 @@ def test_a_damaged_config_is_named(finished, tmp_path, capsys):
     with pytest.raises(SystemExit):
         generate.command([f"--workdir={tmp_path}", "--prompt=x"])
     said = capsys.readouterr().err
-    assert f"{tmp_path / 'config.json'} is damaged: it is no JSON" in said
+    assert f"{tmp_path / 'config.json'} is damaged: it is not valid JSON" in said
 
 
 def test_a_table_has_a_dash_where_targets_are_no_bytes():

@@ -38,7 +38,7 @@ def test_a_line_of_prompts_ends_at_a_newline_alone(tmp_path):
     [
         (["--prompt=a", "--top_p=0"], "error: top_p lies in (0, 1]: top_p=0.0"),
         (["--prompt=caf\udce9"], "UTF-8 can write: 'caf\\udce9'. Correct it."),
-        (["--prompt=a", "--stop="], "error: a stop string has characters"),
+        (["--prompt=a", "--stop="], "error: a stop string must not be empty"),
         (["--prompt=a", "--context=1"], "--context"),
         (["--prompt=a", f"--draft_length={SPARE + 1}"], f"[1, {SPARE}]"),
     ],
@@ -218,8 +218,8 @@ def test_a_folder_of_experts_is_new_or_that_of_the_answers(tmp_path):
     ("flags", "message"),
     [
         (["--draft=multi_token"], "it has none, multi_token=None"),
-        (["--stop="], "error: a stop string has characters"),
-        (["--routes=here", "--tokens=0"], "experts are recorded while tokens are added"),
+        (["--stop="], "error: a stop string must not be empty"),
+        (["--routes=here", "--tokens=0"], "experts can be recorded only while tokens are added"),
         (["--routes=here", "--tokens=20"], "a prompt of 2 tokens, num_tokens=20, context=16"),
     ],
 )

@@ -154,8 +154,8 @@ def test_with_a_capacity_the_batch_shares_it(generate, drawn):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([[1], []], "a prompt has at least one token: prompt 1 has none"),
-        ([[1], [4, 384]], r"token ids lie in 0\.\.383, .*: prompt 1 has 384"),
+        ([[1], []], "a prompt must have at least one token: prompt 1 has none"),
+        ([[1], [4, 384]], r"token ids must lie in 0\.\.383, .*: prompt 1 has 384"),
         ([[-1]], "prompt 0 has -1"),
         ([1, 2, 3], r"lists of token ids: prompt 0 is 1\. Pass a list of prompts"),
         ("ab", r"prompt 0 is 'a'\. .*a text to stream_text"),

@@ -65,7 +65,9 @@ def test_an_encoder_reads_the_context_and_the_end_of_a_document(model, monkeypat
     eos = model.tokenizer.eos_id
     assert seen == [([a, eos], [space, b]), ([a, eos], [space, b]), ([eos], [b])]
     assert model.encode("ab") == [a, b, eos]
-    with pytest.raises(ValueError, match=r"a text alone is scored by a decoder: .*perplexity"):
+    with pytest.raises(
+        ValueError, match=r"only a decoder can score a text without context: .*perplexity"
+    ):
         model.loglikelihood_rolling(requests(("ab",)))
 
 
@@ -135,7 +137,9 @@ def test_devices_are_named_where_commas_separate_arguments(monkeypatch):
         MeshConfig(data=2),
         None,
     ]
-    with pytest.raises(ValueError, match=r"mesh is NAME=SIZE:NAME=SIZE: got 'fsdp' in mesh=fsdp\."):
+    with pytest.raises(
+        ValueError, match=r"mesh must be NAME=SIZE:NAME=SIZE: got 'fsdp' in mesh=fsdp\."
+    ):
         HarnessModel("run", mesh="fsdp")
 
 

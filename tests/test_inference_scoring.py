@@ -128,7 +128,7 @@ def test_a_long_context_is_cut_from_the_left(score):
 @pytest.mark.parametrize(
     ("pairs", "settings", "message"),
     [
-        ([([], [1])], {}, "context has at least one token: the context of pair 0 .*bos_id"),
+        ([([], [1])], {}, "context must have at least one token: the context of pair 0 .*bos_id"),
         ([([1], [2]), ([1], [])], {}, r"the continuation of pair 1 has none\. Leave the pair out"),
         ([([1], [384])], {}, r"0\.\.383, .*: the continuation of pair 0 has 384"),
         ([([1], [2, 3, 4])], {"context": 2}, "pair 0 has 3, context=2"),

@@ -480,11 +480,11 @@ def test_on_a_mesh_texts_are_those_of_one_device(kind):
         ({}, lambda target: Draft(length=9), {}, r"1 to 8 tokens, .*: length=9\. Use 1 to 8"),
         ({}, lambda target: Draft(target[0]), {}, r": trained=None\. Pass both"),
         ({}, lambda target: Draft(trained=Serving(target[1])), {}, r": config=None\. Pass both"),
-        ({}, disturbed, {"capacity": 1.0}, r"experts are dropless, .*: capacity=1\.0"),
+        ({}, disturbed, {"capacity": 1.0}, r"experts must be dropless, .*: capacity=1\.0"),
         ({"multi_token": {"depth": 2, **MODULES}}, lambda target: Draft(length=8), {},
          r"length \+ min\(length, depth\) of at most 9: length=8, depth=2"),
         ({}, lambda target: Draft(tiny_config({"model": {"vocab_size": 300}}), target[1]), {},
-         r"knows all tokens of the model: vocab_size=300, the model has 384 ids"),
+         r"must know all tokens of the model: vocab_size=300, the model has 384 ids"),
     ],
 )  # fmt: skip
 def test_drafts_that_do_not_fit_are_refused(model, draft, settings, message):

@@ -85,8 +85,8 @@ def test_of_a_long_prompt_the_last_window_is_seen(params, config):
 @pytest.mark.parametrize(
     ("prompts", "stop", "message"),
     [
-        ("ab", (), r"prompts is a list of strings: prompts='ab'\. Pass prompts=\['ab'\]"),
-        (["ab"], "END", r"stop is a list of strings: .*Pass stop=\['END'\]"),
+        ("ab", (), r"prompts must be a list of strings: prompts='ab'\. Pass prompts=\['ab'\]"),
+        (["ab"], "END", r"stop must be a list of strings: .*Pass stop=\['END'\]"),
     ],
 )
 def test_one_string_is_no_list(params, config, prompts, stop, message):
@@ -208,14 +208,14 @@ def test_groups_are_of_the_window_unless_the_router_has_learned_those_of_trainin
     [
         ({"temperature": -0.1}, r"temperature lies in \[0, inf\): temperature=-0\.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"num_tokens": -1}, "num_tokens is at least 0: num_tokens=-1"),
+        ({"num_tokens": -1}, "num_tokens must be at least 0: num_tokens=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"top_p": 0.0}, r"top_p lies in \(0, 1\]: top_p=0\.0"),
-        ({"num_samples": 0}, "num_samples is at least 1"),
-        ({"batch_size": 0}, "batch_size is at least 1"),
-        ({"context": 1}, "context is at least 2"),
-        ({"stop": [""]}, "a stop string has characters"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"context": 1}, "context must be at least 2"),
+        ({"stop": [""]}, "a stop string must not be empty"),
     ],
 )
 def test_settings_out_of_range_are_refused(params, config, wrong, message):

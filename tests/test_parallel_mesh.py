@@ -77,7 +77,7 @@ def test_sizes_that_mean_nothing_are_refused(settings, message):
         (
             {"data": 2, "expert": 8},
             8,
-            r"no more devices than there are: slices=1, data=2, .*tensor=1 need 16, there are 8\. "
+            r"more devices than there are: slices=1, data=2, .*tensor=1 need 16, there are 8\. "
             r"Lower a size of the mesh, or set one to -1",
         ),
         (
@@ -127,7 +127,7 @@ def test_other_devices_than_all_can_be_given():
 
 def test_several_processes_use_all_their_devices():
     """A process without a device of the mesh would have nothing to run."""
-    message = r"uses all their devices: the mesh has 4 of 8\. Set one of its sizes to -1"
+    message = r"must use all their devices: the mesh has 4 of 8\. Set one of its sizes to -1"
     with mock.patch.object(jax, "process_count", lambda: 2):
         with pytest.raises(ValueError, match=message):
             make_mesh(MeshConfig(data=4))
@@ -195,7 +195,7 @@ def test_on_a_tpu_the_torus_decides_where_neighbours_are():
 @pytest.mark.parametrize(("slices", "there"), [(1, 2), (2, 1), (4, 2)])
 def test_slices_that_are_not_there_are_refused_before_anything_is_arranged(slices, there):
     config = MeshConfig(slices=slices, data=NUM_DEVICES // slices)
-    with pytest.raises(ValueError, match=rf"slices: {slices}, .* are of {there}\. Set .*={there} "):
+    with pytest.raises(ValueError, match=rf"slices: {slices}, .* are in {there}\. Set .*={there} "):
         arrange(config, tpu_devices(there))
 
 

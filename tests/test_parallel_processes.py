@@ -54,14 +54,14 @@ def test_auto_takes_the_variables_of_jax_and_leaves_the_rest_to_it():
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [
-        (("3", None, None), {}, r"go together: --processes=3 without --process_id and --coordin"),
+        (("3", None, None), {}, r"must be given together: --processes=3 without --process_id and"),
         (("3", 1, None), {}, r"without --coordinator\. Pass all three"),
         (("3", None, "h:1"), {}, r"without --process_id\. Pass all three"),
         (("1", 0, None), {}, r"--processes=1, but --process_id=0\. Pass --processes=N"),
         (("1", None, "h:1"), {}, r"--processes=1, but --coordinator=h:1\. Pass --processes=N"),
         (("0", None, None), {}, r"got '0'\. Pass --processes=auto, or"),
         (("many", None, None), {}, r"got 'many'"),
-        (("2", 2, "h:1"), {}, r"0 to their number less 1: --process_id=2, --processes=2"),
+        (("2", 2, "h:1"), {}, r"0 to N - 1: --process_id=2, --processes=2"),
         (("2", -1, "h:1"), {}, r"--process_id=-1, --processes=2"),
         (("2", 1, "host"), {}, r"HOST:PORT.*: --coordinator=host\. Name a host"),
         (("2", 1, ":80"), {}, r"HOST:PORT.*: --coordinator=:80\."),
@@ -198,7 +198,7 @@ def test_what_one_refuses_all_refuse():
 
 def test_a_second_start_is_refused():
     for done in together("again"):
-        assert done.code == 1 and "A process joins once" in done.said
+        assert done.code == 1 and "A process may join only once" in done.said
 
 
 def test_a_port_that_is_taken_is_refused_by_name():

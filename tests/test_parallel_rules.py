@@ -77,7 +77,9 @@ def test_axes_that_the_mesh_does_not_have_are_left_out():
 
 
 def test_an_unknown_dim_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"is one of \['batch', .*'vocab'\]: got 'length'\. Add"):
+    with pytest.raises(
+        ValueError, match=r"must be one of \['batch', .*'vocab'\]: got 'length'\. Add"
+    ):
         mesh_axes("length", DATA_ONLY)
 
 
@@ -132,7 +134,7 @@ def test_an_uneven_dim_is_refused_with_its_name_and_size():
     """The compiler would pad it, and would gather it where it should not."""
     with jax.set_mesh(eight_devices()):
         message = (
-            r"splits a dim evenly: 'batch' of size 6 over 4 devices "
+            r"must split a dim evenly: 'batch' of size 6 over 4 devices "
             r"\(\('data', 'expert'\)\), array \(4, 6\)\. Change the mesh"
         )
         with pytest.raises(ValueError, match=message):

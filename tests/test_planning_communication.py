@@ -210,7 +210,7 @@ def test_collectives_of_a_program_are_added_by_operation_and_axes():
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (MeshConfig(data=32), "a microbatch is split over"),
+        (MeshConfig(data=32), "a microbatch must split over"),
         (MeshConfig(data=1, expert=8), r"'expert' of \S*experts/wi .* over 8 devices"),
         (MeshConfig(data=1, fsdp=16), r"'model' of \S+ .* is 8, over 16 devices"),
         (MeshConfig(data=1, tensor=4), "num_heads"),

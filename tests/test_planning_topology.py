@@ -38,10 +38,10 @@ def test_sizes_follow_from_the_name_alone(name, chips, devices, island):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("", "a topology is CHIP:SHAPE"),
-        ("v5p", "a topology is CHIP:SHAPE"),
-        ("v5p:4x4x", "a topology is CHIP:SHAPE"),
-        ("v5p:-4x4x4", "a topology is CHIP:SHAPE"),
+        ("", "a topology must be CHIP:SHAPE"),
+        ("v5p", "a topology must be CHIP:SHAPE"),
+        ("v5p:4x4x", "a topology must be CHIP:SHAPE"),
+        ("v5p:-4x4x4", "a topology must be CHIP:SHAPE"),
         ("v5p-256", "Write it like v5p:4x4x8: v5p-256 counts cores, 2 a chip, and has 128 chips."),
         ("V4-8", "Write it like v4:2x2x1: V4-8 counts cores, 2 a chip, and has 4 chips."),
         ("v5p-2048", "v5p:8x8x16: "),  # Cloud TPU's own shape of 1,024 chips
@@ -49,7 +49,7 @@ def test_sizes_follow_from_the_name_alone(name, chips, devices, island):
         ("v6e-256", "Write it like v6e:16x16: "),
         ("v5p-7", "Write it like v5p:8x16x16, 2"),
         ("v5litepod:4x4", "v5litepod is v5e"),
-        ("v9:4x4", "is one of"),
+        ("v9:4x4", "must be one of"),
         ("v5e:32x32", r"such as 2\*v5e:16x16"),  # the compiler would abort the process
         ("v5e:16x20", "a v5e slice has two dims"),
         ("v5e:4x4x4", "a v5e slice has two dims"),

@@ -132,7 +132,7 @@ def test_values_with_commas(tmp_path):
         (["optimizer.learning_rate=1e-3,-1"], r"learning_rate lies in \(0, inf\)"),
         (["optimizer.learning_rate=1e-3,0.001"], r"'1e-3'.*'0.001'.* give the same config\. Rem"),
         (["training.num_steps=10,20"], "in --set and in --config.training.num_steps. Remove one"),
-        (["seed=0", "seed=1"], "a setting is varied once"),
+        (["seed=0", "seed=1"], "a setting may be varied only once"),
     ],
 )
 def test_a_grid_is_refused_whole(tmp_path, sets, error):
@@ -183,12 +183,12 @@ def test_a_directory_of_other_runs_is_refused_before_any_starts(tmp_path):
     (runs[0].workdir / "config.json").write_text(other)
     (runs[0].workdir / "metrics.jsonl").write_text('{"step": 1}\n')
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"^seed=5: A workdir holds one run"):
+    with pytest.raises(ValueError, match=r"^seed=5: A workdir can hold only one run"):
         sweep.check(runs, Machine("cpu", 0, (0,)), 1)
-    with pytest.raises(ValueError, match=r"^seed=6: the mesh has no more devices"):
+    with pytest.raises(ValueError, match=r"^seed=6: the mesh must not have more devices"):
         meshed = sweep.plan([*FLAGS, "--config.mesh.data=4"], ["seed=6"], tmp_path)
         sweep.check(meshed, Machine("cpu", 0, (0,)), 1)
-    with pytest.raises(ValueError, match=r"^seed=7: init_from.path is the workdir of a run"):
+    with pytest.raises(ValueError, match=r"^seed=7: init_from.path must be the workdir of a run"):
         begun = sweep.plan([*FLAGS, f"--config.init_from.path={tmp_path}"], ["seed=7"], tmp_path)
         sweep.check(begun, Machine("cpu", 0, (0,)), 1)
     assert files(tmp_path) == before

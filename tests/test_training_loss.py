@@ -231,7 +231,7 @@ def test_layers_are_averaged_or_each_adds_its_loss():
             z_loss = RouterZ(weight=1.0, over_layers=over_layers)
             assert z_loss.loss(z, jnp.float32(4), None) == expected_z
     for pooled in (HuggingFaceLoadBalance, HuggingFaceSwitchLoadBalance):
-        with pytest.raises(ValueError, match="one number of all layers: over_layers='sum'"):
+        with pytest.raises(ValueError, match="pool all layers into one number: over_layers='sum'"):
             pooled(weight=1.0, over_layers="sum")
 
 

@@ -172,7 +172,7 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
 )
 def test_a_metric_is_a_number_or_a_vector(tmp_path, metrics):
     with MetricWriter(tmp_path) as writer:
-        with pytest.raises(ValueError, match=r"a metric is a number or a vector of numbers"):
+        with pytest.raises(ValueError, match=r"a metric must be a number or a vector of numbers"):
             writer.write(1, metrics)
     assert steps(tmp_path) == []
 

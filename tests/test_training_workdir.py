@@ -145,8 +145,8 @@ def test_a_run_is_not_trained_on_in_the_directory_of_a_model_without_moments(tmp
         with pytest.raises(ValueError) as error:
             train(config, model)
         assert str(error.value) == (
-            "A run goes on from a checkpoint with the optimizer's state: "
-            f"{model / CHECKPOINTS / '0'} is of a model that was made without (imported.json). "
+            "A run can go on only from a checkpoint with the optimizer's state: "
+            f"{model / CHECKPOINTS / '0'} is of a model that was made without one (imported.json). "
             f"Use another --workdir and --config.init_from.path={model}."
         )
     monkeypatch.chdir(tmp_path)
@@ -341,7 +341,7 @@ def test_a_damaged_config_is_named(tmp_path):
     begin(tmp_path, CONFIG)
     path = tmp_path / "config.json"
     path.write_text(path.read_text()[:-20])
-    assert f"{path} is damaged: it is no JSON" in refusal(CONFIG, tmp_path)
+    assert f"{path} is damaged: it is not valid JSON" in refusal(CONFIG, tmp_path)
     path.unlink()
     assert "neither a config.json nor a checkpoint with a record" in refusal(CONFIG, tmp_path)
 

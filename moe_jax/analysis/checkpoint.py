@@ -68,7 +68,7 @@ def analyze_run(workdir: str | pathlib.Path, options: Options | None = None) -> 
     options = options or Options()
     require(
         options.tokens >= len(options.text),
-        "An analysis is of at least one token of each text",
+        "An analysis needs at least one token of each text",
         f"--tokens={options.tokens} for {len(options.text)} files of --text",
         "Raise --tokens, or give fewer files",
     )
@@ -108,14 +108,14 @@ def check_model(model: LanguageModel, workdir: str | pathlib.Path, options: Opti
     stack = options.stack
     require(
         bool(model.moe_parts),
-        "An analysis of routing is of a model with MoE layers",
+        "An analysis of routing needs a model with MoE layers",
         f"the run in {workdir} has the parts {sorted(model.part)}",
         "Pass the --workdir of a MoE run",
     )
     require(
         stack in model.stacks
         and not model.moe_parts.keys().isdisjoint(model.stacks[stack].parts()),
-        "An analysis is of the decoder, or with --encoder of the encoder, that routes tokens",
+        "The analysed stack, the decoder or with --encoder the encoder, must route tokens",
         f"the run in {workdir} routes in the parts {sorted(model.moe_parts)} of the "
         f"{'other stack' if model.has_encoder else 'decoder, its only stack'}",
         "Pass --noencoder" if stack == "encoder" else "Pass --encoder",
@@ -129,7 +129,7 @@ def check_model(model: LanguageModel, workdir: str | pathlib.Path, options: Opti
     for name, moe in model.moe_parts.items():
         require(
             moe.router.replays or not moe.router.fills_slots(training=False),
-            "An analysis of routing is of tokens that choose experts or are chosen",
+            "An analysis of routing needs tokens that choose experts or are chosen by them",
             f"the run in {workdir} has {name}.router={kind_of(moe.router)!r}, which mixes them",
             "Pass the --workdir of a run with another router",
         )

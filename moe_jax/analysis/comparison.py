@@ -266,7 +266,9 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
     Raises:
       ValueError: the order is unknown, or ranks nats per token of different tokenizers.
     """
-    require(order in ORDERS, f"runs are sorted by one of {list(ORDERS)}", repr(order), "Correct it")
+    require(
+        order in ORDERS, f"runs must be sorted by one of {list(ORDERS)}", repr(order), "Correct it"
+    )
     texts = dict(zip(map(id, entries), heldout_texts(entries), strict=True))
     ways = [way for way in CAPACITIES if any(way in entry.score.losses for entry in entries)]
 
@@ -283,7 +285,7 @@ def compare(entries: Sequence[Entry], order: str = "bits_per_byte") -> Compariso
     found = Comparison(tuple(entries), ())
     require(
         order != "nats_per_token" or len(found.tokenizers) < 2,
-        "nats a token rank runs of one tokenizer",
+        "nats a token can rank only runs with one tokenizer",
         f"the runs have {len(found.tokenizers)}: {', '.join(found.tokenizers)}",
         "Sort by bits_per_byte",
     )

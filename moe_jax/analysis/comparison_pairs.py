@@ -144,7 +144,7 @@ def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:
         names = sorted(first_name(comparison, config) for config in scored)
         require(
             bool(named),
-            "--baseline names a run that is finished and scored on the whole held-out split",
+            "--baseline must name a finished run, scored on the whole held-out split",
             baseline,
             f"Name one of {', '.join(names)}" if names else "There is none: leave out --baseline",
         )

@@ -71,25 +71,25 @@ def compare_futures(
     length = config.data.sequence_length
     if not cuts or min(cuts) < 0 or max(cuts) > length - 2:
         raise ValueError(
-            f"cuts are places with a token after them, from 0 to {length - 2}: got {list(cuts)}. "
-            "Leave the others out."
+            f"cuts must be places with a token after them, from 0 to {length - 2}: got "
+            f"{list(cuts)}. Leave the others out."
         )
     require(
         not config.data.objective.sees_prompt,
-        "futures are of a model that sees none of them by intention",
+        "futures are tested only in a model that is not meant to see them",
         f"data.objective={config.data.objective} shows a prefix from both sides",
         "Use causal_lm",
     )
     require(
         num_sequences >= 2,
-        "futures are exchanged between two sequences or more",
+        "futures must be exchanged between at least two sequences",
         f"num_sequences={num_sequences}",
         "Use 2 or more",
     )
     for name, moe in config.model.moe_parts.items():
         if moe.group_size > length:
             raise ValueError(
-                "Futures are exchanged between sequences, each a routing group of its own: "
+                "Futures must be exchanged between sequences that are routing groups of their own: "
                 f"{name}.group_size={moe.group_size}, data.sequence_length={length}. Use "
                 f"{name}.group_size=0."
             )

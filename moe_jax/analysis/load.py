@@ -33,7 +33,7 @@ def expert_load(expert_JK: np.ndarray, num_experts: int) -> Load:
     counts_E = np.bincount(expert_JK[expert_JK >= 0], minlength=num_experts)
     if not counts_E.sum():
         raise ValueError(
-            f"A load is of at least one choice: {expert_JK.shape[0]} tokens have none. Pass more "
+            f"A load needs at least one choice: {expert_JK.shape[0]} tokens have none. Pass more "
             "tokens."
         )
     share_E = counts_E / counts_E.sum()

@@ -125,13 +125,13 @@ def read_run(directory: str | pathlib.Path) -> Run:
     for name in (METRICS_FILE, CONFIG_FILE, RUN_FILE):
         if not (directory / name).exists():
             raise ValueError(
-                f"a run's directory has {METRICS_FILE}, {CONFIG_FILE} and {RUN_FILE}: {directory} "
-                f"has no {name}. Pass the workdir of a run."
+                f"a run's directory must have {METRICS_FILE}, {CONFIG_FILE} and {RUN_FILE}: "
+                f"{directory} has no {name}. Pass the workdir of a run."
             )
     rows = read_metrics(directory / METRICS_FILE)
     if not rows:
         raise ValueError(
-            f"a report shows a run that has metrics: {directory / METRICS_FILE} is empty. Wait for "
+            f"a report needs a run that has metrics: {directory / METRICS_FILE} is empty. Wait for "
             "the first training.log_every steps."
         )
     evaluation, sample = directory / EVALUATION_FILE, directory / SAMPLE_FILE

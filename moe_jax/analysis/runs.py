@@ -258,13 +258,13 @@ def find_runs(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
         if not places[0].exists():
             places = sorted(map(pathlib.Path, glob.glob(str(path), recursive=True)))
         require(
-            bool(places), "a comparison is of the workdirs of runs", f"there is no {path}",
+            bool(places), "a comparison needs the workdirs of runs", f"there is no {path}",
             "Pass a workdir, a folder of workdirs, or a pattern",
         )  # fmt: skip
         runs = [run for place in places for run in runs_in(place)]
         require(
             bool(runs),
-            f"the workdir of a run has {CONFIG_FILE} and {METRICS_FILE}",
+            f"the workdir of a run must have {CONFIG_FILE} and {METRICS_FILE}",
             f"there is none in {path}",
             "Pass the --workdir of a run, or a folder of them",
         )
@@ -345,7 +345,7 @@ def misshapen(objects: Sequence[Any], shape: dict[str, Any]) -> str:
     """
     for found in objects:
         if not isinstance(found, dict):
-            return "it is no JSON object"
+            return "it is not a JSON object"
         for path, kind in shape.items():
             section, dot, name = path.rpartition(".")
             inside = found.get(section, {}) if dot else found

@@ -38,13 +38,13 @@ def parse_mesh(text: str, flag: str, separator: str = ",") -> MeshConfig:
     bools = {"0": False, "1": True, "false": False, "true": True}
     for part in text.split(separator):
         name, _, size = part.partition("=")
-        require(name not in sizes, f"{flag} names each axis once",
-                f"{name!r} is there twice in {flag}={text}", "Remove one")  # fmt: skip
+        require(name not in sizes, f"{flag} must name each axis once",
+                f"{name!r} comes twice in {flag}={text}", "Remove one")  # fmt: skip
         try:
             sizes[name] = bools[size.lower()] if name == "experts_span_slices" else int(size)
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"{flag} is NAME=SIZE{separator}NAME=SIZE: got {part!r} in {flag}={text}. "
+                f"{flag} must be NAME=SIZE{separator}NAME=SIZE: got {part!r} in {flag}={text}. "
                 "Correct it."
             ) from error
     mesh: Any = build(MeshConfig, {"data": 1, **sizes}, flag)

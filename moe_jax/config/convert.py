@@ -138,12 +138,14 @@ def build(expected: Any, value: Any, path: str, *, trust: Trust = True) -> Any:
     origin, items = typing.get_origin(expected), typing.get_args(expected)
     if isinstance(expected, InFamily):
         if isinstance(value, Settings):
-            require(value.family == expected.family, f"{path} is a {expected.family}", repr(value),
-                    "Pass one")  # fmt: skip
+            require(
+                value.family == expected.family, f"{path} must be a {expected.family}",
+                repr(value), "Pass one",
+            )  # fmt: skip
             return value
         return build_settings(expected.family, value, path, trust)
     if isinstance(expected, Ordered):
-        require(not isinstance(value, Mapping), f"{path} is in order, which a dict is not",
+        require(not isinstance(value, Mapping), f"{path} needs ordered pairs, not a dict",
                 repr(value), "Write pairs: (('attention', ...), ('mlp', ...))")  # fmt: skip
         return build(expected.of, value, path, trust=trust)
     if origin in (types.UnionType, typing.Union):
@@ -183,13 +185,15 @@ def build_settings(of: str | type[Settings], value: Any, path: str, trust: Trust
     if isinstance(value, str) and isinstance(of, str):
         value = {"kind": value}
     require(
-        isinstance(value, Mapping), f"{path} is a section of settings", repr(value),
+        isinstance(value, Mapping), f"{path} must be a section of settings", repr(value),
         "Set its fields",
     )  # fmt: skip
     value = dict(value)
     if isinstance(of, str):
         kind = value.pop("kind", None)
-        require(isinstance(kind, str), f"{path} names its kind", f"kind={kind!r}", "Set the kind")
+        require(
+            isinstance(kind, str), f"{path} must name its kind", f"kind={kind!r}", "Set the kind"
+        )
         trusted = trust if isinstance(trust, bool) else kind in trust
         require(
             trusted or not is_foreign(kind),
@@ -237,7 +241,7 @@ def build_parts(cls: type[Settings], value: Any, path: str, trust: Trust) -> tup
     """Parts of one family, from a dict by name (in order of the names) or from a sequence."""
     if not isinstance(value, Mapping):
         require(
-            isinstance(value, list | tuple), f"{path} has parts by name", repr(value),
+            isinstance(value, list | tuple), f"{path} must have parts by name", repr(value),
             "Pass a dict of parts",
         )  # fmt: skip
         return tuple(
@@ -261,10 +265,10 @@ def build_tuple(items: tuple[Any, ...], value: Any, path: str, trust: Trust) -> 
         return tuple(
             (name, build(inner, item, f"{path}.{name}", trust=trust)) for name, item in value
         )
-    require(isinstance(value, list | tuple), f"{path} is a tuple", repr(value), "Pass a tuple")
+    require(isinstance(value, list | tuple), f"{path} must be a tuple", repr(value), "Pass a tuple")
     inner_types = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
     require(
-        len(inner_types) == len(value), f"{path} has {len(inner_types)} items", repr(value),
+        len(inner_types) == len(value), f"{path} must have {len(inner_types)} items", repr(value),
         "Correct it",
     )  # fmt: skip
     return tuple(

@@ -66,14 +66,14 @@ def load_config(name: str) -> ml_collections.ConfigDict:
             exec(code, module.__dict__)
             get_config = getattr(module, "get_config", None)
             if not callable(get_config):
-                raise ValueError("a config file defines get_config(): it does not. Add it")
+                raise ValueError("a config file must define get_config(): it does not. Add it")
             takes_presets = bool(inspect.signature(get_config).parameters)
             if colon and not takes_presets:
                 raise ValueError(f"its get_config() takes no presets: {presets!r}. Leave them out")
             config = get_config(presets) if colon else get_config()
             if not isinstance(config, ml_collections.ConfigDict):
                 raise ValueError(
-                    "get_config() returns a ml_collections.ConfigDict: it returned "
+                    "get_config() must return a ml_collections.ConfigDict: it returned "
                     f"{type(config).__name__}. Return moe_jax.config.config_dict(...)"
                 )
     finally:
@@ -93,13 +93,13 @@ def recorded_config(path: pathlib.Path, presets: str) -> ml_collections.ConfigDi
         record = json.loads(path.read_text(encoding="utf-8"))
         require(
             isinstance(record, dict) and "model" in record,
-            "a JSON file given as --config is the config.json of a run",
+            "a JSON file given as --config must be the config.json of a run",
             f"it has {sorted(record)[:5] if isinstance(record, dict) else type(record).__name__}",
             "Name that of a run, or a Python file",
         )
         require(
             not record.get("sources"),
-            "a recorded config has parts of this library alone",
+            "a recorded config may contain only parts of this library",
             f"it names {', '.join(record.get('sources') or ())}",
             "Name the Python file that the run was started with",
         )
@@ -143,7 +143,7 @@ def compile_file(path: pathlib.Path) -> types.CodeType:
         )
     if path.suffix != ".py":
         raise ValueError(
-            f"--config is a Python file, *.py, or RUN/config.json: {path} is not. {ours()}"
+            f"--config must be a Python file, *.py, or RUN/config.json: {path} is not. {ours()}"
         )
     with blamed_on(path):
         return compile(data, path, "exec", dont_inherit=True)
@@ -339,7 +339,9 @@ def require_field(flag: str, path: str, section: Any, name: str, config: Any) ->
     proposed = [other for other in proposed if other in settings] or proposed
     fix = f"Did you mean --{proposed[0]}?" if proposed else "--help lists every setting."
     known = "" if proposed else f", {fields_of(section)}"
-    raise ValueError(f"there is no setting --{flag}: {name!r} is no field of {path}{known}. {fix}")
+    raise ValueError(
+        f"there is no setting --{flag}: {name!r} is not a field of {path}{known}. {fix}"
+    )
 
 
 def fields_of(section: ml_collections.ConfigDict) -> str:

@@ -35,7 +35,7 @@ def require_local(name: str, path: str) -> None:
     """
     if "://" in path:
         raise ValueError(
-            f"Paths are on a mounted file system: {name}={path} is a URL. "
+            f"Paths must be on a mounted file system: {name}={path} is a URL. "
             "Mount the bucket (gcsfuse, mountpoint-s3, s3fs) or copy it, and pass that path."
         )
 

@@ -159,13 +159,13 @@ def load_kind(family: str, kind: str) -> type[Settings]:
     module_name, _, name = path.partition(":")
     require(
         bool(module_name and name),
-        "a kind is named 'package.module:Class'",
+        "a kind must be named 'package.module:Class'",
         f"kind={kind!r}",
         "Write both halves",
     )
     require(
         module_name != "__main__",
-        "a kind is imported by every process that uses it, which '__main__' is not",
+        "every process that uses a kind must be able to import it, which '__main__' does not allow",
         f"kind={kind!r}",
         "Move the class to a module",
     )
@@ -173,12 +173,12 @@ def load_kind(family: str, kind: str) -> type[Settings]:
         cls = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"a kind 'package.module:Class' can be imported: kind={kind!r} gives {error!r}. "
+            f"a kind 'package.module:Class' must be importable: kind={kind!r} gives {error!r}. "
             "Correct the path, or put its folder on PYTHONPATH."
         ) from error
     require(
         isinstance(cls, type) and issubclass(cls, Settings) and cls.family == family,
-        f"a kind of {family} is a class derived from the base class of that family",
+        f"a kind of {family} must be a class derived from the base class of that family",
         f"kind={kind!r} is {cls!r}",
         "Name another class",
     )

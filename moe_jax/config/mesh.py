@@ -31,13 +31,13 @@ class MeshConfig(Settings):
         sizes = self.sizes
         require(
             all(size == -1 or size >= 1 for size in sizes),
-            "the sizes of the mesh are at least 1, or -1 for the devices that are left",
+            "the sizes of the mesh must be at least 1, or -1 for the devices that are left",
             ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True)),
             "Correct them",
         )
         require(
             sizes.count(-1) <= 1,
-            "one size of the mesh may be -1",
+            "only one size of the mesh may be -1",
             ", ".join(f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True)),
             "Set the others",
         )
@@ -60,14 +60,14 @@ class MeshConfig(Settings):
         if -1 not in self.sizes:
             require(
                 known <= num_devices,
-                "the mesh has no more devices than there are",
+                "the mesh must not have more devices than there are",
                 f"{written} need {known}, there are {num_devices}",
                 "Lower a size of the mesh, or set one to -1",
             )
             return self
         require(
             num_devices % known == 0,
-            "the sizes of the mesh divide the number of devices",
+            "the sizes of the mesh must divide the number of devices",
             f"{written}: {known} does not divide {num_devices}",
             "Change a size of the mesh",
         )

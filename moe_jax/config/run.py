@@ -67,13 +67,13 @@ class DataConfig(Settings):
             require_local(f"data.{name}", value)
             require(
                 "\0" not in value,
-                f"data.{name} has no NUL byte",
+                f"data.{name} must not contain a NUL byte",
                 f"data.{name}={value!r}",
                 "Correct it",
             )
             require(
                 bool(value) or name == "cache_dir",
-                f"data.{name} is not empty",
+                f"data.{name} must not be empty",
                 f"data.{name}={value!r}",
                 "Set it, for example to "
                 + ("'embedded' or the path of a folder" if name == "corpus" else "'byte'"),
@@ -81,13 +81,13 @@ class DataConfig(Settings):
         names = [name for name, _ in self.domain_weights]
         require(
             len(set(names)) == len(names),
-            "data.domain_weights names each domain once",
+            "data.domain_weights must name each domain once",
             f"data.domain_weights={self.domain_weights}",
             "Add the weights up",
         )
         require(
             all(Bounds(above=0).allow(weight) for _, weight in self.domain_weights),
-            "data.domain_weights are positive and finite",
+            "data.domain_weights must be positive and finite",
             f"data.domain_weights={self.domain_weights}",
             "Leave a domain out to give it no weight",
         )
@@ -131,13 +131,13 @@ class OptimizerConfig(Settings):
         """See `Settings`."""
         require(
             bool(self.trainable),
-            "optimizer.trainable names what trains",
+            "optimizer.trainable must name what trains",
             "optimizer.trainable=()",
             "Name a part, or 'all'",
         )
         require(
             all(Bounds(above=0).allow(factor) for _, factor in self.learning_rates),
-            "optimizer.learning_rates are positive and finite",
+            "optimizer.learning_rates must be positive and finite",
             f"optimizer.learning_rates={self.learning_rates}",
             "Name a part in optimizer.frozen to keep it as it is",
         )
@@ -145,20 +145,21 @@ class OptimizerConfig(Settings):
         self.check_used("schedule", SCHEDULES)
         require(
             self.schedule != "rsqrt" or self.warmup_steps > 0,
-            "optimizer.schedule='rsqrt' decays from the end of the warm-up",
+            "optimizer.schedule='rsqrt' needs a warm-up, from whose end it decays",
             f"optimizer.warmup_steps={self.warmup_steps}",
             "Set warmup_steps to at least 1",
         )
         if self.name == "schedule_free":
             require(
                 self.schedule == "constant",
-                "optimizer.name='schedule_free' has a constant learning rate after the warm-up",
+                "optimizer.name='schedule_free' needs a constant learning rate after the warm-up",
                 f"optimizer.schedule={self.schedule!r}",
                 "Set optimizer.schedule='constant'",
             )
             require(
                 self.ema_decay == 0 and self.b1 > 0,
-                "optimizer.name='schedule_free' averages parameters by b1 above 0, and not again",
+                "optimizer.name='schedule_free' needs b1 above 0 for its average of parameters, "
+                "and no second average",
                 f"b1={self.b1}, ema_decay={self.ema_decay}",
                 "Set ema_decay=0 and b1=0.9",
             )
@@ -221,13 +222,13 @@ class TrainingConfig(Settings):
         """See `Settings`."""
         require(
             self.batch_size % self.num_microbatches == 0,
-            "training.num_microbatches divides training.batch_size",
+            "training.num_microbatches must divide training.batch_size",
             f"batch_size={self.batch_size}, num_microbatches={self.num_microbatches}",
             "Use a divisor",
         )
         require(
             self.keep_every % self.checkpoint_every == 0,
-            "training.keep_every is a multiple of training.checkpoint_every",
+            "training.keep_every must be a multiple of training.checkpoint_every",
             f"keep_every={self.keep_every}, checkpoint_every={self.checkpoint_every}",
             "Use a multiple",
         )
@@ -237,7 +238,7 @@ class TrainingConfig(Settings):
                 len(self.profile_steps) == 2
                 and self.profile_steps[0] <= self.profile_steps[1] <= self.num_steps
             ),
-            "training.profile_steps are the first and the last step to trace",
+            "training.profile_steps must be the first and the last step to trace",
             f"profile_steps={self.profile_steps}, num_steps={self.num_steps}",
             "Pass two steps of the run, such as (10, 12)",
         )
@@ -262,13 +263,13 @@ class InitFrom(Settings):
         require_local("init_from.path", self.path)
         require(
             "\0" not in self.path,
-            "init_from.path has no NUL byte",
+            "init_from.path must not contain a NUL byte",
             f"init_from.path={self.path!r}",
             "Correct it",
         )
         require(
             bool(self.path) or all(getattr(self, f.name) == f.default for f in fields),
-            "init_from has settings where it has a path",
+            "init_from needs a path if it has other settings",
             f"{self}",
             "Set init_from.path to the workdir of a run",
         )
@@ -316,14 +317,14 @@ class ExperimentConfig(Settings):
         self.model.check_trained(self.optimizer)
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
-            "optimizer.warmup_steps is at most training.num_steps",
+            "optimizer.warmup_steps must be at most training.num_steps",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}",
             f"Set optimizer.warmup_steps to at most {self.training.num_steps}",
         )
         stable = self.training.num_steps * (1 - self.optimizer.decay_fraction)
         require(
             self.optimizer.schedule != "wsd" or self.optimizer.warmup_steps <= stable,
-            "optimizer.schedule='wsd' warms up before it decays",
+            "optimizer.schedule='wsd' must warm up before it decays",
             f"warmup_steps={self.optimizer.warmup_steps}, num_steps={self.training.num_steps}, "
             f"decay_fraction={self.optimizer.decay_fraction}",
             "Lower warmup_steps or decay_fraction",

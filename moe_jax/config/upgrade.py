@@ -32,7 +32,7 @@ def check_format(written: Mapping[str, Any], where: str = "this one") -> None:
     version = written.get("format", 1)
     require(
         version in range(OLDEST, FORMAT + 1),
-        f"a config is read in the layouts of formats {OLDEST} to {FORMAT}",
+        f"only configs in the layouts of formats {OLDEST} to {FORMAT} can be read",
         f"{where} is of format {version}",
         "Use the release that wrote it, or start the run anew",
     )

@@ -103,7 +103,7 @@ class AnswerFile:
             self.require_answer(i, line, answers.question(i) if i < rows else None)
         require(
             BEGIN.startswith(rest) or rest.startswith(BEGIN),
-            "--output is a file of answers, or a new one",
+            "--output must be new or contain answers",
             f"{self.path} ends with {rest[:60]!r}",
             FIX,
         )
@@ -119,12 +119,16 @@ class AnswerFile:
             found = None
         where = f"{self.path} line {i + 1}"
         is_answer = isinstance(found, dict) and "text" in found
-        require(is_answer, "--output is a file of answers, or a new one",
+        require(is_answer, "--output must be new or contain answers",
                 f"{where} is {line[:60]!r}", FIX)  # fmt: skip
         expected = json.loads(json_text(question))
         differs = difference(found, expected) if expected else "answers none of the prompts"
-        require(not differs, "--output has answers to these prompts, by these settings, or is new",
-                f"{where} {differs}", FIX)  # fmt: skip
+        require(
+            not differs,
+            "--output must be new or contain answers to these prompts, by these settings",
+            f"{where} {differs}",
+            FIX,
+        )
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Appends an answer, which then survives a kill.
@@ -164,7 +168,7 @@ class RouteFiles:
         ):
             require(
                 not names,
-                "--routes is a new folder, or that of the answers in --output",
+                "--routes must be a new folder, or that of the answers in --output",
                 f"{self.folder} {what} {min(names, default='')}",
                 "Name another folder, and another file" if first else "Name another folder",
             )

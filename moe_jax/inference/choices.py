@@ -59,7 +59,7 @@ def question_of(line: str, where: str) -> Question:
         good = False
     require(
         good,
-        f"a line of --choices is an object such as {EXAMPLE}, with an index into choices",
+        f"a line of --choices must be an object such as {EXAMPLE}, with an index into choices",
         f"{where} is {line[:60]!r}",
         "Correct it",
     )
@@ -125,7 +125,7 @@ def encode_questions(
             )
             require(
                 len(pairs[-1][1]) <= context,
-                "a choice has at most as many tokens as are read",
+                "a choice must not have more tokens than are read",
                 f"{choice[:40]!r} of question {i} has {len(pairs[-1][1])}, context={context}",
                 "Shorten it, or raise context",
             )

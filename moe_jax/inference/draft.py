@@ -79,20 +79,20 @@ class Draft:
         """
         require(
             1 <= self.length <= SPARE,
-            f"a draft proposes 1 to {SPARE} tokens, for which a ring of a cache has room",
+            f"a draft must propose 1 to {SPARE} tokens, for which a ring of a cache has room",
             f"length={self.length}",
             f"Use 1 to {SPARE}",
         )
         require(
             (self.config is None) == (self.trained is None),
-            "a smaller model as draft has a config and what was trained; without both, the "
+            "a smaller model as draft needs a config and what was trained; without both, the "
             "multi-token modules of the model itself propose",
             f"{'config' if self.config is None else 'trained'}=None",
             "Pass both, as load_run gives them, or neither",
         )
         require(
             not model.has_encoder,
-            "a draft is of decoders alone",
+            "only decoders support a draft",
             "the model has an encoder",
             "Generate without a draft",
         )
@@ -102,14 +102,14 @@ class Draft:
         why = "it has an encoder" if own.has_encoder else why_anew(own)
         require(
             not why,
-            "a draft is a causal decoder that goes on from caches",
+            "a draft must be a causal decoder that goes on from caches",
             why,
             "Use another",
         )
         known = model.vocab_size if num_ids is None else num_ids
         require(
             known <= own.vocab_size,
-            "a draft knows all tokens of the model",
+            "a draft must know all tokens of the model",
             f"vocab_size={own.vocab_size}, the model has {known} ids",
             "Use a draft of the same tokenizer",
         )
@@ -120,7 +120,7 @@ class Draft:
         modules = model.modules
         require(
             modules is not None,
-            "a model proposes tokens to itself by its multi-token modules",
+            "a model needs multi-token modules to propose tokens to itself",
             "it has none, multi_token=None",
             "Use a smaller model as draft",
         )
@@ -130,14 +130,14 @@ class Draft:
         stuck += [n for n, p in stack.parts().items() if not parts_take_back({n: p}, model.dims)]
         require(
             not stuck,
-            "multi-token modules propose tokens if those are taken back by writing over them",
+            "multi-token modules can propose tokens only if their caches allow overwriting",
             f"{stuck} have no such cache",
             "Use a smaller model as draft",
         )
         places = drafter.places(self.length)
         require(
             places <= SPARE + 1,
-            f"a draft of multi-token modules has length + min(length, depth) of at most "
+            f"a draft of multi-token modules must have length + min(length, depth) of at most "
             f"{SPARE + 1}",
             f"length={self.length}, depth={modules.depth}",
             "Lower the length",

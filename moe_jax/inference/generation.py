@@ -75,7 +75,7 @@ def generate_with_routes(
     """
     require(
         not settings.get("ended"),
-        "every text has experts that were recorded",
+        "every text needs recorded experts",
         f"ended={settings.get('ended')}",
         "Leave those prompts out",
     )
@@ -170,7 +170,8 @@ def stream_tokens(
     if draft is not None:
         require(
             not capacity,
-            "with a draft experts are dropless, since several tokens of a text are read together",
+            "with a draft experts must be dropless, since several tokens of a text are read "
+            "together",
             f"capacity={capacity}",
             "Leave out one of them",
         )
@@ -204,11 +205,11 @@ def check(
         ("batch_size", batch_size, 1),
         ("capacity", capacity, 0),
     ):
-        require(value >= least, f"{name} is at least {least}", f"{name}={value}", "Raise it")
+        require(value >= least, f"{name} must be at least {least}", f"{name}={value}", "Raise it")
     for i, prompt in enumerate(prompts):
         require(
             np.ndim(prompt) == 1,
-            "prompts are lists of token ids",
+            "prompts must be lists of token ids",
             f"prompt {i} is {prompt!r}",
             "Pass a list of prompts, [prompt] for one, and a text to stream_text",
         )
@@ -223,11 +224,11 @@ def check_ids(
     fix: str = "Begin it with the bos_id of the tokenizer",
 ) -> None:
     """Raises `ValueError` for no ids, with the advice `fix`, or for ids outside the vocabulary."""
-    require(len(ids) > 0, f"a {kind} has at least one token", f"{name} has none", fix)
+    require(len(ids) > 0, f"a {kind} must have at least one token", f"{name} has none", fix)
     least, most = min(ids), max(ids)
     require(
         0 <= least and most < model.vocab_size,
-        f"token ids lie in 0..{model.vocab_size - 1}, the model's vocabulary",
+        f"token ids must lie in 0..{model.vocab_size - 1}, the model's vocabulary",
         f"{name} has {least if least < 0 else most}",
         "Encode it with the tokenizer that the model was trained with",
     )
@@ -242,20 +243,20 @@ def check_record(
     """Raises `ValueError` for texts whose experts cannot be recorded."""
     require(
         bool(model.moe_parts) and not model.has_encoder,
-        "experts are recorded of a decoder with MoE layers",
+        "experts can be recorded only of a decoder with MoE layers",
         "the model has an encoder" if model.has_encoder else f"parts {sorted(model.part)}",
         "Leave the record out",
     )
     require(
         num_tokens > 0,
-        "experts are recorded while tokens are added",
+        "experts can be recorded only while tokens are added",
         f"num_tokens={num_tokens}",
         "Use record_routing on the prompts",
     )
     longest = max(map(len, prompts), default=0)
     require(
         context is None or longest + num_tokens <= context + 1,
-        "experts are recorded of texts that the context holds whole",
+        "experts can be recorded only of texts that fit into the context",
         f"a prompt of {longest} tokens, num_tokens={num_tokens}, context={context}",
         "Raise context, or lower num_tokens",
     )

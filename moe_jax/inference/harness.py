@@ -114,7 +114,7 @@ class HarnessModel:
         """
         require(
             not self.has_encoder,
-            "a text alone is scored by a decoder",
+            "only a decoder can score a text without context",
             "the model has an encoder, which needs a text of its own",
             "Leave out tasks of perplexity",
         )
@@ -157,7 +157,7 @@ class HarnessModel:
         room = self.max_length - num_tokens
         require(
             room > 0,
-            f"{MOST} of a task is below the context",
+            f"{MOST} of a task must be below the context",
             f"{MOST}={num_tokens}, context={self.max_length}",
             "Lower it with gen_kwargs, or raise context",
         )
@@ -200,7 +200,8 @@ def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any
     sampling = {name: rest.pop(name) for name in SAMPLING if name in rest}
     require(
         not rest,
-        f"settings of a task are until, {MOST}, do_sample, temperature, {', '.join(SAMPLING)}",
+        f"settings of a task must be among until, {MOST}, do_sample, temperature, "
+        f"{', '.join(SAMPLING)}",
         f"got {rest}",
         "Leave these out with gen_kwargs, or in the file of the task",
     )
@@ -224,7 +225,7 @@ def register() -> type:
         from lm_eval.api.registry import register_model
     except ImportError as error:
         raise ImportError(
-            f"the harness is the package lm-eval: {error}. Run pip install 'moe_jax[lm_eval]'."
+            f"the harness needs the package lm-eval: {error}. Run pip install 'moe_jax[lm_eval]'."
         ) from error
     made: type = register_model("moe_jax")(type("MoeJax", (HarnessModel, LM), {}))
     return made

@@ -161,7 +161,7 @@ def check_pairs(
     """Raises `ValueError` for pairs that cannot be scored."""
     require(
         context is not None or not without_capacity(model).looks_ahead(training=False),
-        "a model that looks at later tokens reads windows of one size",
+        "a model that looks at later tokens needs windows of one size",
         "context=None",
         "Pass the sequence_length of its training",
     )
@@ -181,7 +181,7 @@ def check_pairs(
         check_ids(model, continuation, "continuation", name, "Leave the pair out")
         require(
             context is None or len(continuation) <= context,
-            "a continuation has at most `context` tokens",
+            "a continuation must have at most `context` tokens",
             f"pair {i} has {len(continuation)}, context={context}",
             "Shorten it, or raise context",
         )

@@ -74,7 +74,7 @@ def stream_text(
     """
     require_strings("prompts", prompts)
     require_strings("stop", stop)
-    require("" not in stop, "a stop string has characters", repr(list(stop)), "Leave it out")
+    require("" not in stop, "a stop string must not be empty", repr(list(stop)), "Leave it out")
     tokenizer = tokenizer or open_tokenizer_of(config.data)
     encoded = [config.data.objective.prompt_ids(tokenizer, prompt) for prompt in prompts]
     yield from stream_encoded(
@@ -86,7 +86,7 @@ def stream_text(
 def require_strings(name: str, given: Sequence[str]) -> None:
     """Raises `ValueError` for one string in place of a list."""
     require(
-        not isinstance(given, str), f"{name} is a list of strings", f"{name}={given!r}",
+        not isinstance(given, str), f"{name} must be a list of strings", f"{name}={given!r}",
         f"Pass {name}=[{given!r}]",
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def stream_encoded(
         cached = [name for name in ("draft", "record", "capacity") if settings.pop(name, None)]
         require(
             not cached,
-            "a model without caches reads all anew for every token",
+            "a model without caches reads the whole text again for every token",
             f"{why}, so that it has no {' and no '.join(cached)}",
             "Leave it out",
         )
@@ -146,7 +146,7 @@ def check_draft(config: ExperimentConfig, draft: Draft | None, tokenizer: Tokeni
         other = open_tokenizer_of(draft.config.data)
         require(
             other.fingerprint() == tokenizer.fingerprint(),
-            "a draft has the tokenizer of the model",
+            "a draft must have the tokenizer of the model",
             f"draft {draft.config.data.tokenizer!r}, model {config.data.tokenizer!r}",
             "Use a draft that was trained with the same one",
         )

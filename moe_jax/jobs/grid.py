@@ -44,7 +44,7 @@ def parse_axis(text: str) -> Axis:
     )
     require(
         len(set(values)) == len(values),
-        "the values of --set differ",
+        "the values of --set must differ",
         f"--set={text}",
         "Remove what comes twice",
     )
@@ -100,8 +100,8 @@ def check_names(axes: Sequence[Axis], settings: Collection[str]) -> None:
     """
     names = [name for axis in axes for name in axis.names]
     for name in names:
-        require(names.count(name) == 1, "a setting is varied once", f"--config.{name} in two --set",
-                "Put its values in one")  # fmt: skip
+        require(names.count(name) == 1, "a setting may be varied only once",
+                f"--config.{name} in two --set", "Put its values in one")  # fmt: skip
         inside = [one for one in settings if one.startswith(f"{name}.")]
         require(
             not inside,

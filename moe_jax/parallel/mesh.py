@@ -33,7 +33,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     unused = len(devices) - config.num_devices
     if unused and jax.process_count() > 1:
         raise ValueError(
-            "A run of several processes uses all their devices: the mesh has "
+            "A run of several processes must use all their devices: the mesh has "
             f"{config.num_devices} of {len(devices)}. Set one of its sizes to -1."
         )
     arranged = arrange(config, devices[: config.num_devices])
@@ -52,9 +52,9 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices != config.slices:
         raise ValueError(
-            f"mesh.slices is the number of TPU slices: {config.slices}, and the {len(devices)} "
-            f"devices of the mesh are of {slices}. Set config.mesh.slices={slices} (--mesh=slices="
-            f"{slices} of a trained model)."
+            f"mesh.slices must be the number of TPU slices: {config.slices}, and the "
+            f"{len(devices)} devices of the mesh are in {slices}. Set config.mesh.slices={slices} "
+            f"(--mesh=slices={slices} of a trained model)."
         )
     inner = (1, *config.sizes)
     try:

@@ -75,18 +75,18 @@ def place_of_process(
         number = 0
     if number < 1:
         raise ValueError(
-            f'--processes is "auto" or a number from 1: got {processes!r}. '
+            f'--processes must be "auto" or a number from 1: got {processes!r}. '
             "Pass --processes=auto, or --processes=N --process_id=I --coordinator=HOST:PORT."
         )
     if number == 1 and unneeded:
         raise ValueError(
-            f"A single process meets no other: --processes=1, but {', '.join(unneeded)}. "
+            f"A single process joins no others: --processes=1, but {', '.join(unneeded)}. "
             "Pass --processes=N with the number of all processes."
         )
     said = environment.get("JAX_NUM_PROCESSES")
     if said is not None and said != str(number):
         raise ValueError(
-            "--processes and the environment name the same number of processes: "
+            "--processes and the environment must name the same number of processes: "
             f"--processes={number}, JAX_NUM_PROCESSES={said}. Pass --processes=auto to use the "
             "environment, or unset JAX_NUM_PROCESSES."
         )
@@ -95,7 +95,7 @@ def place_of_process(
     missing = [name for name, value in given.items() if value is None]
     if missing or process_id is None or coordinator is None:
         raise ValueError(
-            "--processes=N, --process_id=I and --coordinator=HOST:PORT go together: "
+            "--processes=N, --process_id=I and --coordinator=HOST:PORT must be given together: "
             f"--processes={number} without {' and '.join(missing)}. Pass all three, the first and "
             "the last alike in all processes; or --processes=auto on a cluster."
         )
@@ -104,7 +104,7 @@ def place_of_process(
     for name, value, variable in zip(names, values, VARIABLES, strict=True):
         if environment.get(variable, str(value)) != str(value):
             raise ValueError(
-                f"The flags agree with the environment: {name}={value}, "
+                f"The flags must agree with the environment: {name}={value}, "
                 f"{variable}={environment[variable]}. Unset {variable}, or pass --processes=auto "
                 "alone."
             )
@@ -119,11 +119,11 @@ def _place_in(environment: Mapping[str, str]) -> Place | None:
     said = ", ".join(f"{name}={environment.get(name, '(unset)')}" for name in VARIABLES)
     if address is None or number is None or index is None:
         raise ValueError(
-            f"{', '.join(VARIABLES)} are set together: {said}. Set all three, or only the "
+            f"{', '.join(VARIABLES)} must be set together: {said}. Set all three, or only the "
             "first where JAX knows the cluster."
         )
     if not (number.isdecimal() and index.isdecimal()):
-        raise ValueError(f"The number and the index of processes are whole numbers: {said}.")
+        raise ValueError(f"The number and the index of processes must be whole numbers: {said}.")
     return _checked(Place(address, int(number), int(index)), VARIABLES)
 
 
@@ -131,12 +131,12 @@ def _checked(place: Place, names: tuple[str, ...]) -> Place:
     host, _, port = place.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(
-            f"The coordinator is HOST:PORT, of process 0: {names[0]}={place.coordinator}. "
+            f"The coordinator must be HOST:PORT, of process 0: {names[0]}={place.coordinator}. "
             "Name a host that all processes reach, and a free port of it, such as host-0:8476."
         )
     if not 0 <= place.process_id < place.num_processes:
         raise ValueError(
-            f"Processes are numbered from 0 to their number less 1: {names[2]}={place.process_id}, "
+            f"Processes must be numbered from 0 to N - 1: {names[2]}={place.process_id}, "
             f"{names[1]}={place.num_processes}. Number them anew."
         )
     return place
@@ -176,7 +176,9 @@ def start(
       OSError: the coordinator's port is taken.
     """
     if jax.distributed.is_initialized():
-        raise ValueError("A process joins once: moe_jax.parallel.processes.start is called again.")
+        raise ValueError(
+            "A process may join only once: moe_jax.parallel.processes.start is called again."
+        )
     place = place_of_process(processes, process_id, coordinator, os.environ)
     if place is None and processes != "auto":
         return
@@ -285,8 +287,10 @@ def require_same(what: str, settings: Mapping[str, Any]) -> None:
         lines = difference(said[0], other, what)
         if lines:
             raise ValueError(
-                f"The processes of a run have one {what}: process {process} differs from process "
-                "0 (0 -> it):\n  " + "\n  ".join(lines) + "\nStart all with the same command."
+                f"The processes of a run must have the same {what}: process {process} differs from "
+                "process 0 (0 -> it):\n  "
+                + "\n  ".join(lines)
+                + "\nStart all with the same command."
             )
 
 
@@ -354,7 +358,7 @@ def _require_free(coordinator: str) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise OSError(
-                "Process 0 listens on the coordinator's port: "
+                "Process 0 must listen on the coordinator's port: "
                 f"--coordinator={coordinator}, and port {port} of this host cannot be used "
                 f"({error.strerror}). Choose another in all processes."
             ) from error
@@ -365,9 +369,9 @@ def _require_equal_devices() -> None:
     if len(set(counts.values())) > 1 or len(counts) != jax.process_count():
         said = ", ".join(f"{index}: {count}" for index, count in sorted(counts.items()))
         raise ValueError(
-            "All processes of a run have the same number of devices: devices by process "
-            f"{{{said}}}. Give each as many (JAX_LOCAL_DEVICE_IDS chooses among a machine's GPUs, "
-            "JAX_NUM_CPU_DEVICES makes CPU devices)."
+            "All processes of a run must have the same number of devices: devices by process "
+            f"{{{said}}}. Give each the same number (JAX_LOCAL_DEVICE_IDS chooses among a "
+            "machine's GPUs, JAX_NUM_CPU_DEVICES makes CPU devices)."
         )
 
 

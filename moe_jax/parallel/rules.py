@@ -57,7 +57,7 @@ def mesh_axes(
     if name is None:
         return ()
     if name not in RULES:
-        raise ValueError(f"A dim is one of {sorted(RULES)}: got {name!r}. Add it to RULES.")
+        raise ValueError(f"A dim must be one of {sorted(RULES)}: got {name!r}. Add it to RULES.")
     return tuple(axis for axis in RULES[name] if mesh.shape.get(axis, 1) > 1)
 
 
@@ -95,7 +95,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     for name, size in zip(names, x.shape, strict=True):
         if name is not None and size % num_shards(name, mesh):
             raise ValueError(
-                f"The mesh splits a dim evenly: {name!r} of size {size} over "
+                f"The mesh must split a dim evenly: {name!r} of size {size} over "
                 f"{num_shards(name, mesh)} devices ({mesh_axes(name, mesh)}), array {x.shape}. "
                 "Change the mesh or the size."
             )

@@ -89,14 +89,14 @@ def parse_topology(name: str) -> Topology:
     match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name.strip().lower())
     if match is None:
         raise ValueError(
-            "a topology is CHIP:SHAPE, or SLICES*CHIP:SHAPE for several TPU slices: got "
+            "a topology must be CHIP:SHAPE, or SLICES*CHIP:SHAPE for several TPU slices: got "
             f"{name!r}. Write it like {of_cloud_type(name) or EXAMPLES}."
         )
     slices, chip_name, shape_text = int(match[1] or 1), match[2], match[3]
     if chip_name not in CHIPS:
         raise ValueError(
-            f"the chip of a topology is one of {sorted(CHIPS)}: got {chip_name!r} in {name!r}. "
-            "v5litepod is v5e, v7x is tpu7x."
+            f"the chip of a topology must be one of {sorted(CHIPS)}: got {chip_name!r} in "
+            f"{name!r}. v5litepod is v5e, v7x is tpu7x."
         )
     chip = CHIPS[chip_name]
     shape = tuple(int(size) for size in shape_text.split("x"))
@@ -134,14 +134,16 @@ def _check_gpus(name: str, slices: int, shape: tuple[int, ...]) -> None:
     fits = len(shape) == 2 and 1 <= shape[0] <= MAX_NODES and 1 <= shape[1] <= GPUS_PER_NODE
     if slices != 1 or not fits:
         raise ValueError(
-            f"a GPU topology is CHIP:GPUS or CHIP:NODESxGPUS, of 1 to {GPUS_PER_NODE} GPUs a node "
-            f"and up to {MAX_NODES} nodes: got {name!r}. Write it like h100:8 or h100:4x8."
+            f"a GPU topology must be CHIP:GPUS or CHIP:NODESxGPUS, of 1 to {GPUS_PER_NODE} GPUs a "
+            f"node and up to {MAX_NODES} nodes: got {name!r}. Write it like h100:8 or h100:4x8."
         )
 
 
 def _check_slices(name: str, chip: Chip, slices: int, shape: tuple[int, ...]) -> None:
     if not 1 <= slices <= MAX_SLICES:
-        raise ValueError(f"a topology has 1 to {MAX_SLICES} slices: got {slices} in {name!r}.")
+        raise ValueError(
+            f"a topology must have 1 to {MAX_SLICES} slices: got {slices} in {name!r}."
+        )
     prefix = f"{slices}*{chip.name}" if slices > 1 else chip.name
     known: Sequence[tuple[int, ...]] = SHAPES_3D if chip.name in MAX_CHIPS else SHAPES_2D
     if chip.name in MAX_CHIPS:

@@ -99,6 +99,6 @@ def require_shardings(abstract_state: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
         if getattr(leaf, "sharding", None) is None:
             raise ValueError(
-                f"every array is restored into a known sharding: {name_of(path)} has none. Pass a "
-                "jax.ShapeDtypeStruct with a sharding for each leaf."
+                f"every array must be restored into a known sharding: {name_of(path)} has none. "
+                "Pass a jax.ShapeDtypeStruct with a sharding for each leaf."
             )

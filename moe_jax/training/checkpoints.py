@@ -97,7 +97,7 @@ class Checkpoints:
         gigabytes_in_flight: int = 96,
     ) -> None:
         if keep is not None and keep < 1:
-            raise ValueError(f"a run keeps at least 1 checkpoint: keep={keep}. Raise keep.")
+            raise ValueError(f"a run must keep at least 1 checkpoint: keep={keep}. Raise keep.")
         self.directory = pathlib.Path(directory).resolve()
         self._read_only = keep is None
         self._gigabytes_in_flight = gigabytes_in_flight
@@ -187,7 +187,7 @@ class Checkpoints:
             self._newest = _of_process_0(max(self.steps(), default=NO_STEP))
         if self._newest > step:
             raise ValueError(
-                f"checkpoints are saved in the order of their steps: step {step}, but "
+                f"checkpoints must be saved in the order of their steps: step {step}, but "
                 f"{self.directory} has step {self._newest}. Restore it first, or use another "
                 "directory."
             )
@@ -233,9 +233,9 @@ class Checkpoints:
         self._manager.reload()
         if step == ALL_DAMAGED:
             raise DamagedCheckpointError(
-                "a run continues from a checkpoint that matches its manifest: all are damaged in "
-                f"{self.directory}: {', '.join(map(str, self.steps()))}. Bring back a copy of "
-                "one, or move them away to start from step 0."
+                "a run can continue only from a checkpoint that matches its manifest: all are "
+                f"damaged in {self.directory}: {', '.join(map(str, self.steps()))}. Bring back a "
+                "copy of one, or move them away to start from step 0."
             )
         self._newest = step
         return None if step == NO_STEP else step
@@ -376,7 +376,7 @@ class Checkpoints:
         lines = differences(saved, describe(abstract_state))
         if lines:
             raise ValueError(
-                "a checkpoint is restored into a state of the same arrays: "
+                "a checkpoint can be restored only into a state of the same arrays: "
                 f"{self.directory / str(step)} differs in {some(lines)}. Use the config it was "
                 "saved with, or another directory."
             )

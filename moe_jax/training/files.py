@@ -38,10 +38,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFileError(
-            f"{path} is damaged: it is no JSON ({error}). Bring back a copy of it."
+            f"{path} is damaged: it is not valid JSON ({error}). Bring back a copy of it."
         ) from error
     if not isinstance(content, dict):
-        raise DamagedFileError(f"{path} is damaged: it has no object. Bring back a copy of it.")
+        raise DamagedFileError(
+            f"{path} is damaged: it is not a JSON object. Bring back a copy of it."
+        )
     return content
 
 
@@ -175,14 +177,14 @@ def path_of_whole(directory: pathlib.Path, step: int, only: str | None = None) -
         raise ValueError(f"There is no checkpoint in {directory}. Correct the path.")
     if step not in steps:
         raise ValueError(
-            "A checkpoint is one that was kept (training.keep_checkpoints, training.keep_every): "
+            "Only kept checkpoints (training.keep_checkpoints, training.keep_every) can be used: "
             f"there is none of step {step} in {directory}, which has "
             f"{', '.join(map(str, steps))}. Pass one of them."
         )
     reason = damage(path, only)
     if reason is not None:
         raise DamagedCheckpointError(
-            f"a checkpoint is used if it matches its manifest: of {path} {reason}. "
+            f"a checkpoint can be used only if it matches its manifest: in {path}, {reason}. "
             "Use another step."
         )
     return path

@@ -132,7 +132,7 @@ def newest_whole(directory: pathlib.Path) -> int:
     steps = complete_steps(directory)
     require(
         bool(steps),
-        "init_from.path is the workdir of a run with a checkpoint",
+        "init_from.path must be the workdir of a run with a checkpoint",
         f"there is none in {directory}",
         "Correct the path",
     )
@@ -142,7 +142,7 @@ def newest_whole(directory: pathlib.Path) -> int:
             return step
         logger.warning("Checkpoint %s is damaged and not used: %s.", directory / str(step), reason)
     raise DamagedCheckpointError(
-        f"init_from takes a checkpoint that matches its manifest: all are damaged in {directory}: "
+        f"init_from needs a checkpoint that matches its manifest: all are damaged in {directory}: "
         f"{', '.join(map(str, steps))}. Bring back a copy of one, or use another run."
     )
 
@@ -206,7 +206,7 @@ def match_parameters(
     lines += differences(left, {})
     require(
         not lines,
-        "init_from takes arrays of the same name and shape",
+        "init_from needs arrays of the same name and shape",
         f"{where} differs in {some(lines)}",
         "Name what is to be drawn anew, or left out, in init_from.fresh",
     )
@@ -238,7 +238,7 @@ def match_moments(
     lines = differences(found, wanted)
     require(
         not lines,
-        "init_from.optimizer_state takes what the optimizer keeps for all that trains",
+        "init_from.optimizer_state needs what the optimizer keeps for all that trains",
         f"{where} differs in {some(lines)}",
         "Set init_from.optimizer_state=False, or use the optimizer of that run",
     )
@@ -270,7 +270,7 @@ def check_tokenizer(
     }
     require(
         known in (None, given) or fresh.issuperset(components),
-        "embedding and head are of one tokenizer",
+        "embedding and head must be of one tokenizer",
         f"sha256 {str(known)[:12]} in {config.init_from.path}, {str(given)[:12]} here",
         f"Use its data.tokenizer, or set init_from.fresh={tuple(sorted(set(components.values())))}",
     )
@@ -281,7 +281,7 @@ def check_optimizer(config: ExperimentConfig, record: Record) -> None:
     old = record.get("optimizer", {}).get("name", config.optimizer.name)
     require(
         old == config.optimizer.name,
-        "init_from.optimizer_state takes moments of the same optimizer",
+        "init_from.optimizer_state needs moments of the same optimizer",
         f"optimizer.name={config.optimizer.name!r}, {old!r} in {config.init_from.path}",
         "Set init_from.optimizer_state=False, or optimizer.name",
     )
@@ -313,7 +313,7 @@ def check_position(
         lines.append("the content of the corpus")
     require(
         not lines,
-        "init_from.data_position goes on in the same data",
+        "init_from.data_position needs the same data",
         "; ".join(lines),
         "Set init_from.data_position=False, or what the run was started with",
     )

@@ -228,7 +228,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(
-                f'every line of a metrics file is a JSON object with a "step": {path} line '
+                f'every line of a metrics file must be a JSON object with a "step": {path} line '
                 f"{number} is {line[:60]!r}. Repair or remove the line."
             ) from error
         rows.append({name: numbers(value) for name, value in row.items()})
@@ -360,7 +360,7 @@ def _plain(name: str, value: Any) -> int | float | list[Any]:
     array = np.asarray(value)
     if name == "step" or array.ndim > 1 or not jax.numpy.issubdtype(array.dtype, np.number):
         raise ValueError(
-            'a metric is a number or a vector of numbers, under any name but "step": '
+            'a metric must be a number or a vector of numbers, under any name but "step": '
             f"{name!r} is of dtype {array.dtype} and shape {array.shape}. Reduce or rename it."
         )
     if jax.numpy.issubdtype(array.dtype, np.integer):

@@ -31,10 +31,10 @@ def check_run(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
     sequences = config.training.batch_size // config.training.num_microbatches
     if sequences % shards["batch"]:
         raise ValueError(
-            "a microbatch is split over slices * data * fsdp * expert devices, in whole sequences: "
-            f"{sequences} sequences (batch_size={config.training.batch_size}, num_microbatches="
-            f"{config.training.num_microbatches}), over {shards['batch']} devices. Use a multiple "
-            f"of {shards['batch']} sequences a microbatch."
+            "a microbatch must split over slices * data * fsdp * expert devices, in whole "
+            f"sequences: {sequences} sequences (batch_size={config.training.batch_size}, "
+            f"num_microbatches={config.training.num_microbatches}), over {shards['batch']} "
+            f"devices. Use a multiple of {shards['batch']} sequences a microbatch."
         )
     lengths = config.lengths
     config.model.check_run(RunShape(sequences, lengths.decoder, shards, lengths.encoder))
@@ -97,7 +97,7 @@ def state_shardings(config: ExperimentConfig, mesh: Mesh) -> TrainState:
             placed.shard_shape(leaf.shape)
         except ValueError as error:
             raise ValueError(
-                f"The mesh splits every parameter evenly: {name} {leaf.shape} with dims "
+                f"The mesh must split every parameter evenly: {name} {leaf.shape} with dims "
                 f"{axes} over {placed.spec} of {dict(mesh.shape)}. Change the mesh or the size."
             ) from error
         return placed

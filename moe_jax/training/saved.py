@@ -68,7 +68,7 @@ def load_run(
     record, _ = recorded_run(workdir, step)
     if not record:
         raise ValueError(
-            f"The workdir of a run holds {CONFIG_FILE} or a checkpoint that knows its config: "
+            f"The workdir of a run must hold {CONFIG_FILE} or a checkpoint that knows its config: "
             f"there is neither in {workdir}. Pass the --workdir that `python -m moe_jax.train` "
             "was given."
         )
@@ -86,7 +86,7 @@ def load_run(
         restored = restore(config, checkpoints, placed_on, step, moments=moments)
     if restored is None:
         raise ValueError(
-            f"A run is used from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
+            f"A run is loaded from its checkpoints: there is none yet in {workdir / CHECKPOINTS}. "
             "Wait for the first one (training.checkpoint_every)."
         )
     if moments:
@@ -175,7 +175,7 @@ def check_content(record: Record, found: Mapping[str, str], workdir: pathlib.Pat
         corpus_changed = known.get("corpus") != found.get("corpus", known.get("corpus"))
         other = ", or name other text: --text or --corpus of evaluate, --text of analyze"
         raise ValueError(
-            f"a run is used with the data it was trained on: since {workdir} was started, "
+            f"a run must be used with the data it was trained on: since {workdir} was started, "
             f"{'; '.join(lines)}. Bring back the data{other if corpus_changed else ''}."
         )
 

@@ -19,7 +19,7 @@ def check_vocabulary(config: ExperimentConfig, tokenizer: Tokenizer) -> None:
         more = size - tokenizer.vocab_size
         sentinels = f", data.objective adds {more} sentinels" if more else ""
         raise ValueError(
-            "model.vocab_size is at least the tokenizer's: "
+            "model.vocab_size must be at least the tokenizer's: "
             f"model.vocab_size={config.model.vocab_size}, {config.data.tokenizer!r} has "
             f"{tokenizer.vocab_size}{sentinels}. Set model.vocab_size={size}."
         )

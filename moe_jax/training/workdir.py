@@ -106,7 +106,7 @@ def check_workdir(
         return
     if not record:
         raise ValueError(
-            f"a workdir with steps says what run it holds: there is neither a {CONFIG_FILE} nor a "
+            f"a workdir with steps must record its run: there is neither a {CONFIG_FILE} nor a "
             f"checkpoint with a record in {workdir}. Bring back {CONFIG_FILE}, or use another "
             "--workdir."
         )
@@ -114,7 +114,7 @@ def check_workdir(
     lines = changes(record, config, content or {})
     if lines:
         raise ValueError(
-            f"A workdir holds one run: {path} is of another (old -> new):\n  "
+            f"A workdir can hold only one run: {path} belongs to another (old -> new):\n  "
             + "\n  ".join(lines)
             + "\nUse another --workdir, or what the run was started with."
         )
@@ -138,8 +138,8 @@ def require_moments(workdir: pathlib.Path) -> None:
         return  # damage is reported when the whole checkpoint is read
     require(
         any(name.startswith("opt_state/") for name in saved),
-        "A run goes on from a checkpoint with the optimizer's state",
-        f"{newest} is of a model that was made without ({IMPORTED_FILE})",
+        "A run can go on only from a checkpoint with the optimizer's state",
+        f"{newest} is of a model that was made without one ({IMPORTED_FILE})",
         f"Use another --workdir and --config.init_from.path={workdir}",
     )
 
@@ -164,7 +164,8 @@ def check_extension(record: Record, config: ExperimentConfig, workdir: pathlib.P
     bent = {name: int(last) for name, last in alike.items() if last < made[-1]}
     require(
         not bent,
-        "training.num_steps of a run is raised where its finished steps do not depend on it",
+        "training.num_steps of a run can be raised only where its finished steps do not depend on "
+        "it",
         f"{before} -> {given} in {workdir} at step {made[-1]}, but "
         + ", ".join(f"{name} follows num_steps from step {last}" for name, last in bent.items()),
         "Schedules 'constant' and 'rsqrt' can be extended, and 'wsd' before its decay; here, start "
@@ -266,9 +267,10 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"A workdir is written by one run at a time: another process trains in {workdir}. "
-                "Use another --workdir, or wait for that run or stop it. On a network file system "
-                f"a lost machine may hold {LOCK_FILE} for minutes: try again, or delete it."
+                "A workdir can be written by only one run at a time: another process trains in "
+                f"{workdir}. Use another --workdir, or wait for that run or stop it. On a network "
+                f"file system a lost machine may hold {LOCK_FILE} for minutes: try again, or "
+                "delete it."
             ) from error
         yield
 
@@ -293,7 +295,7 @@ def require_shared(workdir: pathlib.Path) -> None:
     with all_or_none():
         if not seen:
             raise ValueError(
-                "All processes of a run write to one workdir: what process 0 wrote to it is not "
-                f"in {workdir} of {socket.gethostname()}. Pass a --workdir on a file system that "
-                "all machines share."
+                "All processes of a run must write to one workdir: what process 0 wrote to it is "
+                f"not in {workdir} of {socket.gethostname()}. Pass a --workdir on a file system "
+                "that all machines share."
             )
