@@ -2,8 +2,8 @@
 
 This is only a rumour: OpenAI has published nothing about the model. Source: an interview with
 George Hotz in June 2023 (Latent Space), "an eight-way mixture of 220 billion"; the SemiAnalysis
-report of July 2023 gives other numbers, 16 experts of 111 billion. Only three numbers here come
-from the rumour: 8 experts, 220 billion each, and two per token (from the report).
+report of July 2023 gives other numbers, 16 experts of 111 billion. Only three numbers here are
+rumoured: 8 experts of 220 billion each and, by the report, two per token.
 
 All other numbers are assumed to match these, in the proportions of GPT-3: 116 layers, 15,360 dims,
 120 heads of 128, GELU networks of 61,440 with biases, LayerNorm, a vocabulary of 100,352. An expert

@@ -303,7 +303,7 @@ FAULTS = [
     (IgnoresParameter(), "gradients", r"always 0.*: stack/unit/0/checked/scale$"),
     (Undecorated(), "serialises", r"Undecorated\.width is not a setting: decorate"),
     (LosesKind(), "serialises", r"LosesKind.*is written as.*which builds LosesKind"),
-    (Forgets(), "serialises", r"Forgets\.width is no setting"),
+    (Forgets(), "serialises", r"Forgets\.width is not a setting"),
     (StartsAnew(), "specs", r"initial values differ between draws with one key"),
     (NamesNoAxis(), "specs", r"checked/weight of shape \(2, 8, 8\) has the axes .*'embed'"),
     (ReadsPadding(), "padding", r"other tokens in the padding move .*in training.*in evaluation"),

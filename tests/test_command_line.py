@@ -327,7 +327,7 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert re.search(r"--config.training.batch_size=8 +# sequences a step, over all devices", said)
     assert re.search(r"--config.data.objective=causal_lm +# \"causal_lm\", \"prefix_lm\"", said)
     # A part within a part: its comment comes from the source of its class.
-    assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# and no fewer slots", said)
+    assert re.search(r"--config.model.parts.moe.capacity.minimum=1 +# fewest slots", said)
 
 
 def test_a_flag_that_is_missing_or_empty_is_one_sentence(capsys):

@@ -44,7 +44,7 @@ def test_a_missing_program_says_what_would_be_lacking(tmp_path):
             TABLE, tmp_path, skip_missing=False, downloaders=downloaders(deb=True, npm=False)
         )
     message = str(error.value)
-    assert "2 packages, of which 1 cannot be had" in message
+    assert "2 packages, of which 1 cannot be downloaded" in message
     assert "the domains ['nl'] would be missing and ['tech'] incomplete" in message
     assert "--skip_missing" in message
     assert "npm:help: npm-get not found" in message

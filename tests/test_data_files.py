@@ -249,7 +249,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n
         ({"x.txt": LFS}, r"x\.txt is a Git LFS pointer.*git lfs pull"),
         ({"x.parquet": LFS}, r"x\.parquet is a Git LFS pointer"),
         ({"x.parquet": b"PAR1 cut"}, r"x\.parquet is damaged, cut short, or not \.parquet"),
-        ({"state.json": b'{"_data_files": [1'}, r"lists its _data_files: .*state\.json does not"),
+        ({"state.json": b'{"_data_files": [1'}, r"list its _data_files: .*state\.json does not"),
         ({"state.json": b'{"_data_files": [{"filename": "x"}]}'}, r"lists: there is no"),
         ({"dataset_dict.json": b'{"splits": ["train"]}'}, r"there is no .*train\. Copy or save"),
         ({"x.arrow": b"cut"}, r"x\.arrow is damaged, cut short, or not \.arrow"),
@@ -297,14 +297,14 @@ def test_a_file_beside_the_same_file_packed_is_refused(tmp_path):
     write_lines(tmp_path / "web.jsonl", {"text": "t"})
     packed = tmp_path / "web.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "web.jsonl").read_bytes()))
-    with pytest.raises(ValueError, match=r"once, packed or not: .*web\.jsonl\.gz and .* one name"):
+    with pytest.raises(ValueError, match=r"once, packed or not: .*web\.jsonl\.gz and .* same name"):
         open_corpus(str(tmp_path))
     packed.rename(tmp_path / "other.jsonl.gz")
     assert open_corpus(str(tmp_path)).domains() == ("other", "web")
 
 
 def test_the_setting_of_a_field_is_named():
-    with pytest.raises(ValueError, match=r"'key' names .* or set config\.data\.id_field\."):
+    with pytest.raises(ValueError, match=r"'key' must name .* or set config\.data\.id_field\."):
         records.document_of({"text": "a", "key": 1.5}, "f line 1", "d", Fields(id="key"))
     with pytest.raises(ValueError, match=r"Correct config\.data\.group_field, or the record\."):
         records.document_of({"text": "a"}, "f line 1", "d", Fields(group="key"))

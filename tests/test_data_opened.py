@@ -134,12 +134,12 @@ def test_a_lone_document_whose_group_is_held_out_does_not_train(tmp_path):
     sides = {s: d.text for s, d in data.corpus.documents("fr", fraction)}
     assert sides == {"heldout": "une page\n" * 30}
     with pytest.raises(
-        ValueError, match=r"\['fr'\] have fewer .*aside\. Give config\.data\.domain_weights without"
+        ValueError, match=r"\['fr'\] have fewer .*text\. Give config\.data\.domain_weights without"
     ):
         check_data(data)
     check_data(open_data(dataclasses.replace(config, domain_weights=(("en", 1.0),))))
     alone = open_data(dataclasses.replace(config, corpus=str(tmp_path / "fr.jsonl")))
-    with pytest.raises(ValueError, match=r"aside\. Add documents, of ids or groups that differ\."):
+    with pytest.raises(ValueError, match=r"text\. Add documents, of ids or groups that differ\."):
         check_data(alone)
 
 

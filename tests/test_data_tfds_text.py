@@ -130,7 +130,7 @@ def test_parquet_that_tfds_wrote_with_losses_is_refused(tmp_path):
 
 def test_a_part_of_a_tfrecord_split_is_refused(tales):
     corpus = corpora.open_corpus(f"tfds:{tales['tfrecord']}@train[:10%]")
-    with pytest.raises(ValueError, match=r"'train\[:10%\]' is none of .*array_record"):
+    with pytest.raises(ValueError, match=r"'train\[:10%\]' is not one of .*array_record"):
         list(corpus.documents("tales", 0.5))
 
 

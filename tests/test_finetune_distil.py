@@ -242,7 +242,7 @@ def test_what_is_no_teacher_of_this_run_is_refused(teacher, tmp_path):
         content_of(student(""))
     with pytest.raises(ValueError, match=r"there is none in .*nowhere'\. Correct the path"):
         content_of(student(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"one tokenizer: sha256 .* here\. Set data\.tokenizer"):
+    with pytest.raises(ValueError, match=r"same tokenizer: sha256 .* here\. Set data\.tokenizer"):
         content_of(student(teacher), tokenizer="0" * 64)
     saved(tmp_path / "wide", tiny_config({"model": {"vocab_size": 512}}))
     with pytest.raises(ValueError, match=r"as many ids .*: 512 in .*, 384 here\. Set model\.voc"):

@@ -10,7 +10,7 @@ import moe_jax
 FOLDER = pathlib.Path(moe_jax.__file__).parent
 PARTS = {"config", "costs", "parallel", "parameters", "part"}
 MODELS = PARTS | {"layers", "models", "moe", "weights"}
-TRAINING = MODELS | {"data", "training"}
+TRAINING = MODELS | {"data", "files", "training"}
 # Other packages of moe_jax that a package may import, even in functions and for types.
 MAY_IMPORT = {
     "config": set(),
@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "layers": PARTS | {"moe"},
     "models": PARTS | {"layers", "moe", "weights"},
     "checks": MODELS,
-    "data": {"config", "command_line"},  # for its two commands
-    "training": MODELS | {"data", "interrupts"},
-    "interchange": MODELS,
+    "data": {"config", "files", "command_line"},  # the last for its commands
+    "training": MODELS | {"data", "files", "interrupts"},
+    "interchange": MODELS | {"files"},
     "inference": TRAINING,
     "finetune": TRAINING | {"interchange"},
     "planning": TRAINING,

@@ -81,7 +81,7 @@ def test_a_module_with_a_head_of_its_own_is_refused(directory, tmp_path):
     def changed(name, values):
         return values + (name == "model.layers.3.shared_head.head.weight")
 
-    with pytest.raises(ValueError, match=r"layers\.3\.shared_head\.head.* repeats lm_head"):
+    with pytest.raises(ValueError, match=r"layers\.3\.shared_head\.head.* must repeat lm_head"):
         moe_jax.from_hf(rewritten(directory, tmp_path, changed))
 
 
@@ -181,7 +181,7 @@ def test_dense_layers_may_be_between(tmp_path):
     [("scoring_func", "softmax"), ("topk_method", "greedy"), ("num_key_value_heads", 2)],
 )
 def test_settings_without_a_counterpart_are_refused(setting, value):
-    with pytest.raises(ValueError, match=f"{setting} is .* in a model that can be read"):
+    with pytest.raises(ValueError, match=f"{setting} must be .* in a model that can be read"):
         load_family("deepseek_v3").read({**CASE.settings, setting: value})
 
 

@@ -143,7 +143,7 @@ def test_a_family_that_cannot_say_the_model_is_refused(tmp_path):
     """Like convert --to-hf, it drops nothing silently."""
     config, params = adapted(tmp_path / "hf", "mixtral", ("attention",))
     for family in ("llama", "olmoe"):
-        with pytest.raises(ValueError, match=f"written as {family} if"):
+        with pytest.raises(ValueError, match=f"written as {family} only if"):
             to_peft(config, params, tmp_path / "peft", family=family)
     capped = dataclasses.replace(
         config, model=dataclasses.replace(config.model, logits_softcap=3.0)
@@ -168,7 +168,7 @@ def test_what_an_adapter_cannot_say_is_refused(tmp_path):
     ):
         to_peft(*mamba, tmp_path / "peft")
     plain, before = moe_jax.from_hf(tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"of a run with adapters: model\.adapters=None"):
+    with pytest.raises(ValueError, match=r"needs a run with adapters: model\.adapters=None"):
         to_peft(plain, before, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 

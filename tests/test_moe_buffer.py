@@ -286,9 +286,9 @@ def test_only_rows_of_the_explicit_exchange_have_a_buffer():
     [
         (
             {"buffer_factor": 0.5},
-            r"buffer_factor is 0 .* or at least 1.*: buffer_factor=0\.5\. ",
+            r"buffer_factor must be 0 .* or at least 1.*: buffer_factor=0\.5\. ",
         ),
-        ({"eval_buffer_factor": 0.9}, r"eval_buffer_factor is 0 .*: eval_buffer_factor=0\.9\. Set"),
+        ({"eval_buffer_factor": 0.9}, r"must be 0 .*: eval_buffer_factor=0\.9\. Set"),
         (
             {"buffer_factor": 2.0, "run_experts": "gather"},
             r"buffer_factor is for .* run_experts='gather'\. Set run_experts='ragged'",

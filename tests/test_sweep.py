@@ -58,7 +58,7 @@ def test_the_grid_is_every_combination():
 def test_a_name_that_is_no_setting_is_refused_with_the_one_that_may_be_meant(name, error):
     with pytest.raises(ValueError, match=error):
         check_names([Axis((name,), ("1",))], ["seed", "optimizer.b1", "optimizer.learning_rate"])
-    with pytest.raises(ValueError, match=r"varied once: --config.seed in two --set"):
+    with pytest.raises(ValueError, match=r"varied only once: --config.seed in two --set"):
         check_names([Axis(("seed",), ("1",)), Axis(("seed",), ("2",))], ["seed"])
 
 

@@ -130,7 +130,7 @@ def test_metadata_is_covered_by_the_manifest(tmp_path):
             checkpoints.save(step, make_state(step), metadata={"seed": step})
         checkpoints.wait()
         (tmp_path / "2" / "metadata.json").write_text('{"seed": 7}')
-        with pytest.raises(DamagedCheckpointError, match=r"of .*/2 metadata.json has 11 bytes in"):
+        with pytest.raises(DamagedCheckpointError, match=r"in .*/2, metadata.json has 11 bytes in"):
             checkpoints.metadata(2)
         assert restore_latest(checkpoints, abstract(make_state(1)))[0] == 1
         (tmp_path / "1" / "metadata.json").unlink()

@@ -96,7 +96,7 @@ def test_nothing_is_asked_of_a_checkpoint_before_it_is_known_to_be_whole(tmp_pat
     make_run(tmp_path, 2, 4)
     harm(tmp_path / CHECKPOINTS / "4" / "state" / "_METADATA")
     assert int(load_run(tmp_path)[1].step) == 2
-    with pytest.raises(DamagedCheckpointError, match=r"of .*/4 state/_METADATA"):
+    with pytest.raises(DamagedCheckpointError, match=r"in .*/4, state/_METADATA"):
         load_run(tmp_path, step=4)
     with Checkpoints(tmp_path / CHECKPOINTS, keep=3) as checkpoints:
         assert int(restore(CONFIG, checkpoints, make_mesh(CONFIG.mesh)).step) == 2
@@ -107,10 +107,8 @@ def test_nothing_is_asked_of_a_checkpoint_before_it_is_known_to_be_whole(tmp_pat
 @pytest.mark.parametrize("step", [None, 2])
 def test_each_file_is_hashed_once(tmp_path, monkeypatch, step):
     make_run(tmp_path, 2)
-    read, hashed = [], training_files._sha256_of_one
-    monkeypatch.setattr(
-        training_files, "_sha256_of_one", lambda file: read.append(file) or hashed(file)
-    )
+    read, hashed = [], training_files.sha256_of
+    monkeypatch.setattr(training_files, "sha256_of", lambda file: read.append(file) or hashed(file))
     with Checkpoints(tmp_path / CHECKPOINTS, keep=None) as checkpoints:
         restore(CONFIG, checkpoints, make_mesh(CONFIG.mesh), step)
     assert len(read) == len(set(read)) > 1
