@@ -218,7 +218,7 @@ def family_of(model: LanguageModel, name: str = "") -> Family:
             reasons.append(f"{known}: {error}")
             continue
         return family
-    raise ValueError("no family can say this model. " + " ".join(reasons))
+    raise ValueError("no family can express this model. " + " ".join(reasons))
 
 
 class Reader:
