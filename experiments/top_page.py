@@ -43,7 +43,8 @@ brackets: `small` takes two CPU cores two to three hours, with 0.1 to 0.2 M acti
 ![Held-out loss against active FLOPs per token]({FIGURE})
 
 A point is an arm, its mean over the seeds that all arms of its study share. Points compare within
-one colour: studies differ in tokens and in text.
+one colour: studies differ in tokens and in text. Students of distillation and upcycled models
+inherit trained parameters; those steps are not in the figure.
 
 ## Claims
 """
