@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 interrupts.catch_in_command()
+interrupts.end_with_parent()
 
 MODULES = {
     "moe_jax.config": ("ExperimentConfig", "config_dict", "from_config_dict"),

@@ -28,6 +28,10 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # A stop may reach a process twice: a scheduler signals all processes, and a sweep forwards it.
 SAME_SECONDS = 0.5
 
+# The process ID of the sweep or study that started this process.
+PARENT = "MOE_JAX_PARENT"
+PARENT_SECONDS = 0.5  # between two looks at whether it lives
+
 _caught = False
 _lock = threading.RLock()  # a handler may interrupt a handler
 _ending_since: float | None = None
@@ -53,6 +57,23 @@ def catch_in_command() -> None:
     threading.Thread(target=_watch, args=(reader,), name="interrupts", daemon=True).start()
     threading.excepthook = _end_by_error_of_thread
     sys.excepthook = _print_unless_late
+
+
+def end_with_parent() -> None:
+    """Has this process stopped by SIGTERM once the sweep or study that started it is dead.
+
+    A parent that gets a signal stops its jobs itself. This is for a parent that was killed
+    (SIGKILL, no memory): started again, it would find its runs still training.
+    """
+    parent = os.environ.pop(PARENT, "")  # removed: processes that this one starts have another
+    if parent:
+        threading.Thread(target=_watch_parent, args=(int(parent),), daemon=True).start()
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _watch(reader: int) -> None:

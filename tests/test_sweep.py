@@ -314,6 +314,36 @@ def test_a_signal_stops_the_jobs_and_a_second_one_is_handed_on_too(tmp_path):
     assert (job.workdir / "signal_2").exists()
 
 
+def test_a_job_is_stopped_when_what_started_it_is_killed(tmp_path):
+    job = (
+        "import os, pathlib, signal, sys, time, moe_jax\n"
+        "from moe_jax.interrupts import PARENT\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "def take(*_): (here / 'saved').touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, take); (here / 'ready').touch()\n"
+        "assert PARENT not in os.environ, 'processes of the job have another parent'\n"
+        "while True: time.sleep(0.01)"
+    )
+    parent = (
+        "import pathlib, sys, time, types\n"
+        "from moe_jax.jobs.places import Place\nfrom moe_jax.jobs.side_by_side import start\n"
+        "command = [sys.executable, '-c', *sys.argv[:0:-1]]\n"
+        "job = types.SimpleNamespace(workdir=pathlib.Path(sys.argv[1]), command=lambda: command)\n"
+        "start(job, Place())\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path), job], cwd=ROOT) as process:
+        wait_for(tmp_path / "ready")
+        process.kill()
+    wait_for(tmp_path / "saved")
+
+
+def wait_for(path, seconds=300):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"{path.name} is not there after {seconds} s"
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_is_compared(tmp_path):
     """Two runs, stopped by Ctrl-C in their first steps; then a third run that fails."""

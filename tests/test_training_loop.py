@@ -294,6 +294,7 @@ def test_a_run_that_began_while_this_one_built_its_data_is_not_continued(
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
     """A second run starts while the first one trains."""
+    monkeypatch.setattr("moe_jax.training.workdir.LOCK_SECONDS", 0.2)
 
     def start_another():
         with pytest.raises(ValueError, match="another process trains in"):

@@ -4,6 +4,7 @@ A job is a process with a directory. Its output goes to `log.txt` there, after "
 it fails, the last line begins with "error: " and gives the reason.
 """
 
+import os
 import pathlib
 import shlex
 import signal
@@ -179,7 +180,10 @@ def run_side_by_side(jobs: Sequence[J], places: Sequence[Place], board: Board) -
 
 
 def start(job: Job, place: Place) -> subprocess.Popen[Any]:
-    """Starts a job's process in a place, detached from the terminal's Ctrl-C."""
+    """Starts a job's process in a place, detached from the terminal's Ctrl-C.
+
+    If this process is killed, a job that imports `moe_jax` is stopped too, and saves first.
+    """
     job.workdir.mkdir(parents=True, exist_ok=True)
     command = job.command()
     with place.entered(), (job.workdir / LOG_FILE).open("a", encoding="utf-8") as log:
@@ -191,7 +195,7 @@ def start(job: Job, place: Place) -> subprocess.Popen[Any]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=place.environment(),
+            env=place.environment() | {interrupts.PARENT: str(os.getpid())},
             start_new_session=True,
         )
 

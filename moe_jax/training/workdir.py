@@ -6,8 +6,9 @@ import fcntl
 import pathlib
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -31,6 +32,7 @@ from moe_jax.training.optimizers import steps_alike
 from moe_jax.training.step import depends_on_microbatches
 
 LOCK_FILE = ".lock"
+LOCK_SECONDS = 10.0  # to wait for a run that has been stopped and saves
 CHECKPOINTS = "checkpoints"
 IMPORTED_FILE = "imported.json"  # of a model that was made, not trained; see `imported`
 # Settings that change expert dropout masks, through the placement and order of experts' rows.
@@ -263,16 +265,26 @@ def only_run(workdir: pathlib.Path) -> Iterator[None]:
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                "A workdir can be written by only one run at a time: another process trains in "
-                f"{workdir}. Use another --workdir, or wait for that run or stop it. On a network "
-                f"file system a lost machine may hold {LOCK_FILE} for minutes: try again, or "
-                "delete it."
-            ) from error
+        until = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(lock):
+            require(
+                time.monotonic() < until,
+                "a workdir can be written by only one run at a time",
+                f"another process trains in {workdir}",
+                "Use another --workdir, or wait for that run or stop it. On a network file system "
+                f"a lost machine may hold {LOCK_FILE} for minutes: try again, or delete it",
+            )
+            time.sleep(0.1)
         yield
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    """Locks an open file and returns True, or returns False if another process holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def require_shared(workdir: pathlib.Path) -> None:
