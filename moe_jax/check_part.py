@@ -5,9 +5,10 @@
 
 Builds a tiny model around the part and prints a line for each check: the part serialises, its specs
 and values are sound, it sees later tokens only if it declares it, every parameter gets a gradient,
-and padding changes nothing. A mesh of eight CPU devices must agree with one device, a scan with
-single layers, and decoding from caches with one pass. The exit code is 1 if a check fails. Values
-are Python literals, or else strings. A dot leads to the fields of a part inside the part.
+and padding changes nothing. A mesh of eight CPU devices must agree with one device, microbatches
+with a whole batch, a scan with single layers, and decoding from caches with one pass. The exit code
+is 1 if a check fails. Values are Python literals, or else strings. A dot leads to the fields of a
+part inside the part.
 """
 
 import ast

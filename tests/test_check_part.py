@@ -19,6 +19,7 @@ from moe_jax.config.settings import Settings
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.moe.bias import SignUpdate
 from moe_jax.moe.experts import Activation
+from moe_jax.moe.load_balance import LoadBalance
 from moe_jax.moe.routing.logits import Linear
 from moe_jax.moe.routing.noise import Gaussian, Jitter, Learned
 from moe_jax.moe.routing.token_choice import TokenChoice
@@ -53,7 +54,8 @@ def quick_checks(family, kind):
     """Names of the checks of a kind in a quick run; only whole parts need the check of scans."""
     if (family, kind) not in QUICK:
         return []
-    left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"}) | {"decoding"}
+    left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"})
+    left_out |= {"decoding", "microbatches"}
     return [name for name in CHECKS if name not in left_out]
 
 
@@ -190,6 +192,22 @@ class ReadsPadding(Mixer):
 
 
 @dataclasses.dataclass(frozen=True)
+class MixesSequences(Mixer):
+    """Adds the mean of the batch, like batch normalisation."""
+
+    def apply(self, params, x_BLM, call, own):
+        mean_1LM = jnp.mean(x_BLM, axis=0, keepdims=True)
+        return linear(x_BLM + mean_1LM, params["weight"]), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class OfEachMicrobatch(LoadBalance):
+    """A product of two means of a microbatch, which claims to be a sum over tokens."""
+
+    depends_on_microbatches = False
+
+
+@dataclasses.dataclass(frozen=True)
 class CountsDevices(Mixer):
     """Multiplies by the number of devices."""
 
@@ -308,6 +326,8 @@ FAULTS = [
     (NamesNoAxis(), "specs", r"checked/weight of shape \(2, 8, 8\) has the axes .*'embed'"),
     (ReadsPadding(), "padding", r"other tokens in the padding move .*in training.*in evaluation"),
     (CountsDevices(), "mesh", r"on fsdp=2, expert=2, tensor=2 and on one device these differ"),
+    (MixesSequences(), "microbatches", r"^logits and loss: not the same when"),
+    (OfEachMicrobatch(1.0, scope="microbatch"), "microbatches", r"^loss: not the same"),
     (CountsCalls(), "scan", r"in a scan and one after another these differ"),
     (ForgetsThePast(), "decoding", r"logits from caches move by \d"),
     (ByPlace(), "decoding", r"logits from caches move by \d"),

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.checks.around import FAMILIES, model_around
 from moe_jax.checks.decoding import read_twice
-from moe_jax.checks.trial import NUM_SUFFIXES, SPLIT, Computed, Trial
+from moe_jax.checks.trial import NUM_SUFFIXES, PADDED, SPLIT, Computed, Trial
 from moe_jax.config.convert import InFamily, build, to_dict
 from moe_jax.config.settings import Settings
 from moe_jax.models.capacity import without_capacity
@@ -225,6 +225,20 @@ def equal_on_a_mesh(trial: Trial) -> Result:
     return equal(trial.on_mesh, trial.training, f"on {shape} and on one device")
 
 
+def equal_in_microbatches(trial: Trial) -> Result:
+    """A batch in microbatches gives the outputs and losses of the whole, unless declared not to."""
+    if trial.model.depends_on_microbatches:
+        return Result(None, "declared to depend on how a batch is split")
+    names, whole = ("logits", "loss"), (trial.evaluation.logits_PBLV, trial.evaluation.loss_P)
+    expected = {name: value[PADDED] for name, value in zip(names, whole, strict=True)}
+    given = dict(zip(names, trial.in_microbatches, strict=True))
+    wrong = differences(given, expected)
+    if wrong:
+        found = f"{' and '.join(wrong)}: not the same when a batch is split"
+        return Result(False, f"{found}; declare depends_on_microbatches if that is meant")
+    return Result(True, "a batch, split into microbatches, has the same outputs and losses")
+
+
 def equal_unrolled(trial: Trial) -> Result:
     """Layers in a scan compute the same as layers one after another."""
     return equal(trial.unrolled, trial.training, "in a scan and one after another")
@@ -330,6 +344,7 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
     "gradients": gradients_arrive,
     "padding": padding_is_ignored,
     "mesh": equal_on_a_mesh,
+    "microbatches": equal_in_microbatches,
     "scan": equal_unrolled,
     "decoding": decodes,
     "routing": routes,

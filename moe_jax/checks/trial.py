@@ -16,11 +16,13 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Call, EncoderInputs, RunShape
+from moe_jax.part import Aux, Call, EncoderInputs, RunShape
+from moe_jax.training.step import merge_aux
 
 SPLIT = 5  # perturbed suffixes begin here
 NUM_SUFFIXES = 32
 STEP = 3
+PADDED = -2  # the batch with padding
 
 
 class Batches(NamedTuple):
@@ -176,6 +178,45 @@ class Trial:
         """Training on the first batch on `mesh_config`."""
         return self.compute(self.model, self.first, training=True, mesh_config=self.mesh_config)
 
+    @functools.cached_property
+    def in_microbatches(self) -> tuple[Any, Any]:
+        """Logits and loss of `PADDED` in evaluation, in microbatches of one sequence.
+
+        As in a training step, the losses of microbatches add up, and each gets the number of tokens
+        and the sums of the whole batch. Microbatches differ in tokens; one has none.
+        """
+        tokens_BL, segments_BL = (array[PADDED] for array in self.batches)
+        num_tokens = jnp.sum(segments_BL > 0).astype(jnp.float32)
+
+        def forward(row: tuple[Any, Any, Any]) -> tuple[jax.Array, dict[str, Aux]]:
+            tokens_L, segments_L, encoder_T = row
+            call = Call(
+                tokens_BL=tokens_L[None], segments_BL=segments_L[None], step=jnp.int32(STEP),
+                encoder=EncoderInputs(encoder_T[None]),
+            )  # fmt: skip
+            output = self.model.run(self.params, call, state=self.state)
+            return output.logits_BLV[0], output.aux
+
+        def run(*rows: Any) -> tuple[jax.Array, jax.Array]:
+            logits_BLV, aux_B = jax.lax.map(forward, rows)
+            sums = {name: own.sums for name, own in merge_aux(aux_B).items()}
+
+            def loss(aux: dict[str, Aux]) -> jax.Array:
+                return jnp.asarray(self.model.loss(aux, num_tokens, sums, num_tokens))
+
+            of_parts = jnp.sum(jax.vmap(loss, axis_size=self.batch_size)(aux_B))
+            return logits_BLV, self.linear_loss(logits_BLV, segments_BL) + of_parts
+
+        return jax.device_get(jax.jit(run)(tokens_BL, segments_BL, self.encoder.tokens_BT))
+
+    def linear_loss(self, logits_BLV: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        """A linear function of the logits of valid tokens whose gradient is not small."""
+        shape = (self.batch_size, LENGTH, VOCAB_SIZE)
+        weights_BLV = np.random.default_rng(2).normal(size=shape)
+        valid_BL1 = (segments_BL > 0)[..., None]
+        num_tokens = jnp.sum(valid_BL1).astype(jnp.float32)
+        return jnp.sum(logits_BLV * weights_BLV * valid_BL1) / num_tokens
+
     def compute(
         self,
         model: LanguageModel,
@@ -193,8 +234,6 @@ class Trial:
             params = placed(params, self.specs["parameters"], mesh)
             state = placed(state, self.specs["state"], mesh)
             in_use = jax.set_mesh(mesh)
-        # For a linear function of the logits whose gradient is not small.
-        weights_BLV = np.random.default_rng(2).normal(size=(self.batch_size, LENGTH, VOCAB_SIZE))
 
         def objective(params: Any, batch: Batches) -> tuple[jax.Array, Any]:
             tokens_BL, segments_BL = batch
@@ -204,10 +243,9 @@ class Trial:
                 encoder=self.encoder,
             )  # fmt: skip
             output = model.run(params, call, state=state, replay=replay)
-            valid_BL1 = (segments_BL > 0)[..., None]
-            num_tokens = jnp.sum(valid_BL1).astype(jnp.float32)
+            num_tokens = jnp.sum(segments_BL > 0).astype(jnp.float32)
             sums = {name: aux.sums for name, aux in output.aux.items()}
-            loss = jnp.sum(output.logits_BLV * weights_BLV * valid_BL1) / num_tokens
+            loss = self.linear_loss(output.logits_BLV, segments_BL)
             loss += model.loss(output.aux, num_tokens, jax.lax.stop_gradient(sums), num_tokens)
             choices = {name: aux.choices for name, aux in output.aux.items() if aux.choices}
             following = model.next_state(state, sums, jnp.int32(STEP), 10) if training else {}
