@@ -26,9 +26,9 @@ from moe_jax.planning.sweep import sweep
 from moe_jax.planning.topology import parse_topology
 from moe_jax.planning.traffic import hbm_traffic
 from moe_jax.planning.workload import resolve
-from moe_jax.training.imported import save_imported
+from moe_jax.training.imported import save_state
 from moe_jax.training.loop import train
-from moe_jax.training.loss import CrossEntropy, batch_totals, call_of
+from moe_jax.training.loss import CrossEntropy, Scored, batch_totals, call_of
 from moe_jax.training.memory import needed_bytes
 from moe_jax.training.metrics import METRICS_FILE, read_metrics
 from moe_jax.training.placement import BATCH_AXES, compile_train_step, state_shardings
@@ -55,11 +55,12 @@ TOKENIZER = {"tokenizer": ByteTokenizer().fingerprint()}
 STATE = {"moe": {"bias_E": jnp.array([[0.0, 0.3, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0]])}}
 
 
-def saved(folder, config, seed=1, model_state=None):
+def saved(folder, config, seed=1, model_state=None, step=0):
     """Saves a model in its own directory, as an import does; returns its parameters."""
     folder.mkdir(parents=True)
-    state = tiny_state(config, seed=seed)
-    save_imported(folder, config, state.params, model_state or state.model_state, TOKENIZER, {})
+    state = tiny_state(config, seed=seed)._replace(opt_state=(), step=jnp.int32(step))
+    state = state._replace(model_state=model_state or state.model_state)
+    save_state(folder, config, state, TOKENIZER, {})
     return state.params
 
 
@@ -154,6 +155,26 @@ def test_a_student_that_is_its_teacher_has_no_gradient(tmp_path):
     assert abs(metrics.of_loss["soft_loss"]) < 1e-6 and metrics.grad_norm < 1e-5
     _, metrics = stepped(student(tmp_path / "same", weight=1.0), tiny_batch(), seed=4)
     assert metrics.of_loss["soft_loss"] > 0.1 and metrics.grad_norm > 0.1
+
+
+def test_an_annealed_teacher_has_the_temperature_of_its_step(tmp_path):
+    """A teacher that has taken half of the steps of its temperature."""
+    hot, end = {"anneal_from": 4.0, "anneal_steps": 10}, tiny_config(tiny_moe())
+    router = {"kind": "token_choice", "projection": {"kind": "linear", **hot}}
+    config = tiny_config(tiny_moe(router=router))
+    folder, batch = tmp_path / "annealed", tiny_batch()
+    params = saved(folder, config, step=5)
+    loss = student(folder).training.loss
+    arrays = loss.arrays(student(folder), one_device(config))
+
+    def soft_loss(model, step):
+        output = model.run(params, call_of(batch, capacity=0.0, step=step))
+        scored = Scored(output.logits_BLV, None, jnp.zeros(()))
+        share = functools.partial(loss.share, scored, batch, batch_totals(batch))
+        return float(share(arrays)[1]["soft_loss"])
+
+    assert abs(soft_loss(config.model, jnp.int32(5))) < 1e-6
+    assert soft_loss(end.model, None) > 1e-4
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def futures(workdir: pathlib.Path) -> dict[str, float]:
         capacity=0.0 if moe is None else moe.capacity.eval_factor,
         cuts=[(place + 1) * length // (PLACES + 1) for place in range(PLACES)],
         num_sequences=SEQUENCES,
+        step=state.step,
     )
     return {
         "moved": said.moved,

@@ -46,6 +46,7 @@ def compare_futures(
     capacity: float,
     cuts: Sequence[int],
     num_sequences: int,
+    step: jax.Array | None = None,
 ) -> Futures:
     """Scores held-out tokens with three different continuations after them.
 
@@ -60,6 +61,7 @@ def compare_futures(
       cuts: places t in [0, L - 2]: the target at each is scored, and the tokens after it are
         exchanged.
       num_sequences: held-out sequences to use at most, 2 or more, in batches of `BATCH`.
+      step: number of finished steps, for annealed router settings; None: their final values.
 
     Returns:
       The `Futures`.
@@ -101,7 +103,9 @@ def compare_futures(
     for batch in batches:
         arrays = {name: jnp.asarray(value) for name, value in batch.items() if name != "domain"}
         for cut in cuts:
-            said = score_cut(params, state, arrays, cut, model=config.model, capacity=capacity)
+            said = score_cut(
+                params, state, arrays, cut, model=config.model, capacity=capacity, step=step
+            )
             weight_B = np.asarray(arrays["loss_weights"][:, cut], np.float64)
             nats += np.asarray(said.nats_3B, np.float64) @ weight_B
             num_bytes += float(token_bytes_V[np.asarray(batch["targets"])[:, cut]] @ weight_B)
@@ -127,6 +131,7 @@ def score_cut(
     *,
     model: LanguageModel,
     capacity: float,
+    step: jax.Array | None = None,
 ) -> CutScores:
     """Scores the targets at `cut` with their own future, with none and with another sequence's."""
     inputs_BL, segments_BL = batch["inputs"], batch["segment_ids"]
@@ -134,7 +139,7 @@ def score_cut(
 
     def logits(tokens_BL: jax.Array, segments_BL: jax.Array) -> jax.Array:
         changed = {**batch, "inputs": tokens_BL, "segment_ids": segments_BL}
-        call = call_of(changed, capacity=capacity)
+        call = call_of(changed, capacity=capacity, step=step)
         return model.run(params, call, state=state).logits_BLV
 
     own_BLV = logits(inputs_BL, segments_BL)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config import ExperimentConfig, InitFrom, OptimizerConfig, read_config, write_config
@@ -48,7 +49,7 @@ class Distil(TrainingLoss):
     loss = (1 - weight) * cross-entropy of the targets + weight * `soft_nats`. A weight of 0.25
     is the best mix of Switch Transformers (arXiv:2101.03961, table 6), which also starts the
     student from the teacher's parameters outside the experts, as `init_from` can. The teacher runs
-    without dropout, noise and capacity.
+    without dropout, noise and capacity, and its annealed settings have the values of its step.
     """
 
     # Workdir of the teacher's run, or of an imported model; the run records its content.
@@ -142,19 +143,19 @@ class Distil(TrainingLoss):
         return dataclasses.replace(self, teacher=str(pathlib.Path(self.teacher).absolute()))
 
     def abstract_arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
-        """See `TrainingLoss`: parameters of the teacher and state of its parts."""
+        """See `TrainingLoss`: parameters of the teacher, state of its parts, and its step."""
         teacher = self.of_teacher(config)
         check_run(teacher, mesh)
         abstract, placed = abstract_state(teacher), state_shardings(teacher, mesh)
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            (abstract.params, abstract.model_state),
-            (placed.params, placed.model_state),
+            (abstract.params, abstract.model_state, abstract.step),
+            (placed.params, placed.model_state, placed.step),
         )
 
     def arrays(self, config: ExperimentConfig, mesh: Mesh) -> tuple[Any, ...]:
         """See `TrainingLoss`; reads averaged parameters where the teacher has them."""
-        source, (params, state) = self.source(config), self.abstract_arrays(config, mesh)
+        source, (params, state, step) = self.source(config), self.abstract_arrays(config, mesh)
         wanted = {"params": params, "model_state": state}
         named = by_name(wanted)
         with Checkpoints(source.workdir / CHECKPOINTS, keep=None) as checkpoints:
@@ -163,15 +164,16 @@ class Distil(TrainingLoss):
         read = jax.tree_util.tree_map_with_path(
             lambda path, _: found[source.takes[name_of(path)]], wanted
         )
-        return read["params"], read["model_state"]
+        at_step = jax.device_put(np.asarray(source.step, step.dtype), step.sharding)
+        return read["params"], read["model_state"], at_step
 
     def share(
         self, scored: Scored, microbatch: Batch, totals: Totals, arrays: tuple[Any, ...]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `TrainingLoss`; the metric is `soft_loss`, nats per target."""
-        params, state = arrays
+        params, state, step = arrays
         model = self.model(trust=True)  # `of_teacher` has refused kinds that the run does not name
-        output = model.run(params, call_of(microbatch, capacity=0.0), state=state)
+        output = model.run(params, call_of(microbatch, capacity=0.0, step=step), state=state)
         soft_BL = soft_nats(scored.logits_BLV, output.logits_BLV, self.temperature)
         soft = jnp.sum(soft_BL * microbatch["loss_weights"]) / totals.loss_weight
         if not self.weight:
