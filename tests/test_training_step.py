@@ -143,7 +143,8 @@ def test_a_step_in_microbatches_is_the_same_step():
 
 
 def test_the_router_bias_is_updated_once_a_step_from_the_counts_of_the_whole_batch():
-    config, state = make(all_balance(), training={"num_microbatches": 4})
+    tight = {"train_factor": 0.5}
+    config, state = make(all_balance(capacity=tight), training={"num_microbatches": 4})
     state = with_bias(state, OLD_XE)
     batch = tiny_batch()
     new, says = step_once(config, state, batch)
@@ -161,6 +162,9 @@ def test_the_router_bias_is_updated_once_a_step_from_the_counts_of_the_whole_bat
     old_XE = np.float32(OLD_XE)
     expected = old_XE + RATE * np.sign(2 * NUM_VALID / 4 - counts_XE)
     assert np.any(expected != old_XE)
+    kept_XE = np.asarray(aux.sums["kept_KE"]).sum(axis=1)
+    of_kept = old_XE + RATE * np.sign(kept_XE.mean(axis=1, keepdims=True) - kept_XE)
+    assert np.any(of_kept != expected), "counts after drops would move a bias the other way"
     np.testing.assert_allclose(new.model_state["moe"]["bias_E"], expected, rtol=1e-6)
 
     # It is no parameter and has no moments: these have the names of the parameters.

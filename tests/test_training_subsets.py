@@ -91,6 +91,27 @@ def test_a_selection_bias_is_frozen_by_its_name_alone():
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "of_stack", "of_modules"),
+    [
+        ({}, True, True),
+        ({"frozen": ("router",)}, False, False),
+        ({"frozen": ("bias_E",)}, False, False),
+        ({"frozen": ("multi_token",)}, True, False),
+        ({"frozen": ("multi_token/bias_E",)}, True, False),
+        ({"frozen": ("stack/router",)}, False, True),
+        ({"trainable": ("experts",)}, False, False),
+        ({"trainable": ("router",)}, True, True),
+    ],
+)
+def test_a_selection_bias_moves_if_its_router_trains(optimizer, of_stack, of_modules):
+    modules = {"depth": 2, "layer": ("attention", "moe")}
+    moe = {"moe": {"bias": {"kind": "sign"}}}
+    config = tiny_config({"model": {"parts": moe, "multi_token": modules}, "optimizer": optimizer})
+    moving = moving_state(config.optimizer, config.model)
+    assert moving == {"moe": {"bias_E": of_stack}, "multi_token_moe": {"bias_E": of_modules}}
+
+
+@pytest.mark.parametrize(
     ("optimizer", "message"),
     [
         ({"trainable": ("expert",)}, r"'expert' chooses none\. .*: .*attention, .*experts,"),
