@@ -41,8 +41,8 @@ class Job:
 
     @property
     def workdir(self) -> pathlib.Path:
-        """The directory of its log."""
-        return self.runs / f"{self.arm}_log"
+        """The directory of its log; hidden, since it is not the directory of a run."""
+        return self.runs / ".logs" / self.arm
 
     @property
     def workdirs(self) -> dict[int, pathlib.Path]:

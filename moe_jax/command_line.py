@@ -52,6 +52,7 @@ class Command:
       required: the flags that must be given.
       positional: name of positional arguments, one or more, such as "RUN"; `main` gets their list.
         "": there are none.
+      gets_arguments: whether `main` gets the arguments as they were given.
       uses_devices: whether it computes on the devices of the process.
       several_processes: whether the command can run in several processes; defines their flags.
       saves_on_sigterm: whether several processes agree on what to do on SIGTERM; see
@@ -62,6 +63,7 @@ class Command:
     define_flags: Callable[[], None]
     required: Sequence[str] = ()
     positional: str = ""
+    gets_arguments: bool = False
     uses_devices: bool = True
     several_processes: bool = False
     saves_on_sigterm: bool = False
@@ -88,13 +90,15 @@ class Command:
             return print_help(flags.FLAGS.get_help())
         try:
             check_environment(os.environ)  # before a config file imports JAX
-            return run(self, parse(self, arguments, own))
+            positional = parse(self, arguments, own)
+            inputs = [positional] if self.positional else [list(arguments)] * self.gets_arguments
+            return run(self, *inputs)
         except USER_ERRORS as error:  # in the flags
             fail(error)
 
 
-def run(command: Command, positional: list[str]) -> int:
-    """Runs a command whose flags are parsed; see `Command`."""
+def run(command: Command, *inputs: list[str]) -> int:
+    """Runs a command whose flags are parsed; see `Command` for what its `main` gets."""
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.WARNING)
     show_warnings()
@@ -109,7 +113,7 @@ def run(command: Command, positional: list[str]) -> int:
         if command.uses_devices:
             check_devices()
             processes.require_joined("--processes=auto" if command.several_processes else "")
-        code = command.main(positional) if command.positional else command.main()
+        code = command.main(*inputs)
         sys.stdout.flush()
         processes.wait_for_all()
         return code or 0

@@ -313,8 +313,8 @@ def sweep(
     return [run for run in runs if run in failed or run in skipped]
 
 
-def main() -> None:
-    """Trains the grid that the flags define, and compares its runs."""
+def main(arguments: Sequence[str]) -> None:
+    """Trains the grid that the command's arguments define, and compares its runs."""
     import jax
 
     # The runs' processes take the accelerators; this one only checks.
@@ -322,7 +322,7 @@ def main() -> None:
     values = flags.FLAGS
     command_line.require_folder("out", values.out)
     out = pathlib.Path(values.out)
-    runs = plan(shared_arguments(sys.argv[1:]), values.set, out)
+    runs = plan(shared_arguments(arguments), values.set, out)
     machine = this_machine(os.environ.get("JAX_PLATFORMS", ""))
     places = places_for(runs, machine, values.jobs)
     check(runs, machine, places[0].num_devices or jax.device_count())
@@ -330,7 +330,7 @@ def main() -> None:
         failed = sweep(runs, places, skip_failed=values.skip_failed)
     except Stopped as stopped:
         print(
-            f"\nstopped by {stopped}; the runs that were going have saved. To go on, run again:\n  "
+            f"\nstopped by {stopped}; runs with a step to save have saved. To go on, run again:\n  "
             + shlex.join(sys.orig_argv),
             flush=True,
         )
@@ -363,7 +363,11 @@ def define_flags() -> None:
 
 
 command = command_line.Command(
-    main, define_flags, required=("config", "set", "out"), uses_devices=False
+    main,
+    define_flags,
+    required=("config", "set", "out"),
+    gets_arguments=True,
+    uses_devices=False,
 )
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def _between(text: str, line: str) -> str:
 def whole_flags(message: str, settings: Iterable[str]) -> str:
     """A message with each setting named by its whole flag.
 
-    Names in paths stay, and so does a run's name before the message: both may contain NAME=VALUE.
+    Names in paths stay, and so do a run's name before the message and the fields of an object,
+    `Linear(temperature=2.0)`: they may contain NAME=VALUE.
 
     Args:
       message: may name a setting as the library does: `training.batch_size`, or `batch_size=7`.
@@ -62,8 +63,9 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
 
     def whole(found: re.Match[str]) -> str:
         name, equals = found.groups()
-        in_path = "/" in re.split(r"\s", message[: found.start()])[-1]
-        if in_path or (not equals and "." not in name):
+        before = message[: found.start()]
+        in_path = "/" in re.split(r"\s", before)[-1]
+        if in_path or _in_object(before) or (not equals and "." not in name):
             return found[0]
         within = f"{scope[0]}.{name}" if scope else name
         matches = [path for path in paths if f".{path}".endswith(f".{name}")]
@@ -71,3 +73,14 @@ def whole_flags(message: str, settings: Iterable[str]) -> str:
         return f"--{matches[0]}{equals}" if len(matches) == 1 else found[0]
 
     return re.sub(r"(?<![\w./'\"=-])((?:\w+\.)*\w+)(=?)", whole, message)
+
+
+def _in_object(before: str) -> bool:
+    """Whether a text ends inside the parentheses of an object, such as `Linear(axis=0, `."""
+    opened: list[bool] = []  # whether each open parenthesis follows a word
+    for place, one in enumerate(before):
+        if one == "(":
+            opened.append(place > 0 and (before[place - 1].isalnum() or before[place - 1] == "_"))
+        elif one == ")" and opened:
+            opened.pop()
+    return any(opened)

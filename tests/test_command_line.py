@@ -399,6 +399,8 @@ def test_messages_name_settings_as_whole_flags():
         ("config.training.batch_size is", "--config.training.batch_size is"),
         ("config.model.parts.moe: num_experts=4", "config.model.parts.moe: "
          "--config.model.parts.moe.num_experts=4"),
+        ("of=Own(batch_size=7, to=Of(num_experts=3)), num_experts=4",
+         "of=Own(batch_size=7, to=Of(num_experts=3)), --config.model.parts.moe.num_experts=4"),
         ("the batch_size of", "the batch_size of"),
         ("name=x could be two", "name=x could be two"),
         ("in runs/training.batch_size and --mesh=data=16", "in runs/training.batch_size and "

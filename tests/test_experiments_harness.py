@@ -315,11 +315,11 @@ def test_processes_run_side_by_side_and_a_failure_stops_no_other(tmp_path, capsy
         failed = run_side_by_side(jobs, this_machine("cpu").places(2), board)
     assert [job.seeds for job in failed] == [(2,)]
     why = "the process ended by exit code 1; the lines above may say why"
-    logs = [(tmp_path / f"{n}/moe_log/log.txt").read_text().partition("\n") for n in (0, 2)]
+    logs = [(tmp_path / f"{n}/.logs/moe/log.txt").read_text().partition("\n") for n in (0, 2)]
     assert all(starts.startswith("starts: ") for starts, _, _ in logs)
     assert [said for _, _, said in logs] == ["met\n", f"no\n\nerror: {why}\n"]
     said = capsys.readouterr().out
-    assert f"moe (seed 2): failed: {why} ({tmp_path / '2/moe_log/log.txt'})" in said
+    assert f"moe (seed 2): failed: {why} ({tmp_path / '2/.logs/moe/log.txt'})" in said
     assert "(4 of 4)" in said
 
 
@@ -330,7 +330,7 @@ def test_a_signal_is_handed_on_to_every_arm_and_waited_for(tmp_path, monkeypatch
         "signal.signal(signal.SIGTERM, stop); pathlib.Path('ready').touch(); time.sleep(60)\n"
         "pathlib.Path('slept').touch()"
     )
-    logs = [str(tmp_path / str(i) / "moe_log") for i in range(2)]
+    logs = [str(tmp_path / str(i) / ".logs/moe") for i in range(2)]
     jobs = fake_jobs(tmp_path, *[f"import os; os.chdir({log!r})\n" + script for log in logs])
 
     def look(self):

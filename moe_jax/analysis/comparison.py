@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from moe_jax.analysis.comparison_seeds import SeedRuns, is_final, seed_runs, seeds_of
+from moe_jax.analysis.comparison_seeds import SeedRuns, is_final, seed_runs, seeds_of, shared_name
 from moe_jax.analysis.names import printable
 from moe_jax.analysis.runs import Entry, resolved
 from moe_jax.analysis.table import ORDERS, Column, of_all
@@ -27,7 +27,10 @@ SEEDS = ("config.seed", "config.data.seed")
 # Settings that name a run which this one starts from or learns from.
 SOURCES = ("config.init_from.path", "config.training.loss.teacher")
 # Settings that tell nothing about a run, and get no column.
-UNINTERESTING = ("config.name", "config.data.cache_dir", "config.training.trackers")
+UNINTERESTING = (
+    "config.name", "config.data.cache_dir", "config.training.trackers",
+    "config.training.evaluation_batches",
+)  # fmt: skip
 UNITS = {"bits_per_byte": "bits/byte", "nats_per_token": "nats/token"}
 NOT_CAUSAL = ", so that its loss is not that of a causal model and is ranked apart"
 SECTION = "set"  # represents a section without a kind
@@ -164,11 +167,13 @@ class Comparison:
         if not groups:
             return []
         firsts = [group[0] for group in groups]
-        columns = [
+        names = [[self.entries[place].name for place in group] for group in groups]
+        columns = [Column("run", "runs", tuple(printable(shared_name(some)) for some in names))]
+        columns += [
             Column(column.name, column.title, tuple(column.values[place] for place in firsts))
             for column in self.settings_columns[:MAX_SETTINGS]
             if column.name not in SEEDS
-        ] or [Column("run", "runs like", tuple(self.entries[place].name for place in firsts))]
+        ]
         extended = tuple(self.entries[place].run.extended for place in firsts)
         if any(extended):
             columns.append(Column("extended", "extended", extended))

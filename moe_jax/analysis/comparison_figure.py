@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from moe_jax.analysis.comparison import Comparison
-from moe_jax.analysis.comparison_seeds import is_final
+from moe_jax.analysis.comparison_seeds import is_final, shared_name
 from moe_jax.analysis.drawing import COLORS, GREY, Figure, plain_axes, png_bytes
 from moe_jax.analysis.figures import Curve, cut_the_start, smooth
 from moe_jax.analysis.names import in_figure
@@ -33,8 +33,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
     axes = figure.subplots(2, 4, sharey="row")
     several = len(comparison.tokenizers) > 1
     labels = dict.fromkeys(in_figure(entry.label("dropless")) for entry in entries)
+    dots = " (lines: a sample of it; dots: all)" * any(map(is_sampled, entries))
     rows: tuple[tuple[str, str], ...] = (
-        (f"Held-out text, {' or '.join(labels)}", "bits/byte"),
+        (f"Held-out text, {' or '.join(labels)}{dots}", "bits/byte"),
         ("Training" + ", tokenizers differ" * several, "nats/token"),
     )
     for row, (title, unit) in enumerate(rows):
@@ -101,13 +102,18 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+def is_sampled(entry: Entry) -> bool:
+    """Whether evaluations during the run are of a sample of the held-out split."""
+    return bool(entry.settings.get("training", {}).get("evaluation_batches"))
+
+
 def draw_heldout(axis: Axes, entry: Entry, measure: Measure, color: str) -> Curve:
     """A curve on one text, and the final score as a dot if it is on another."""
     steps, losses = entry.run.curve(HELDOUT)
     final = entry.score.loss("dropless", "bits_per_byte") if is_final(entry) else None
     if final is not None:
         last = np.array([entry.score.step])
-        if entry.settings.get("training", {}).get("evaluation_batches"):
+        if is_sampled(entry):
             during = steps < entry.score.step
             steps, losses = steps[during], losses[during]
             x = measure(entry, last)
@@ -149,9 +155,10 @@ def legend_name(entry: Entry, comparison: Comparison, place: int) -> str:
     """The name of a run, its state, and how many runs have its colour."""
     group = next((group for group in comparison.groups if place in group), [place])
     several = f" ({len(group)} seeds)" if len(group) > 1 else ""
+    name = shared_name([comparison.entries[one].name for one in group])
     state = "" if is_final(entry) else f" ({entry.state})"
     star = "*" * bool(entry.mark("dropless"))
-    return in_figure(entry.name, 80) + star + several + state
+    return in_figure(name, 80) + star + several + state
 
 
 def comparison_png(comparison: Comparison) -> bytes:

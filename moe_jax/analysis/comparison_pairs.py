@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from moe_jax.analysis.comparison import Comparison
-from moe_jax.analysis.comparison_seeds import SeedRuns
+from moe_jax.analysis.comparison_seeds import SeedRuns, shared_name
 from moe_jax.analysis.names import printable
 from moe_jax.analysis.paired import LEVEL, MIN_SEEDS, POWER, Paired, holm, paired
 from moe_jax.analysis.table import Column, of_all
@@ -56,14 +56,14 @@ class Pairs:
             return []
         intervals = [one.interval for one in tested]
         return [
-            Column("run", f"runs like, less {self._name(self.baseline)}",
+            Column("run", f"runs, less {self._name(self.baseline)}",
                    tuple(map(self._name, self.others))),
             of_all("pairs", "pairs", [one.num_seeds for one in found],
                    [len(self._shared(other)) for other in self.others]),
             Column(f"{NAME}/mean", "bits/byte", tuple(number(one.mean) for one in found), "+.4f"),
             Column(f"{NAME}/low", "95 % from", tuple(number(low) for low, _ in intervals), "+.4f"),
             Column(f"{NAME}/high", "to", tuple(number(high) for _, high in intervals), "+.4f"),
-            Column(f"{NAME}/size", "seed sd", tuple(number(one.size) for one in found), "+.1f"),
+            Column(f"{NAME}/size", "in seed sd", tuple(number(one.size) for one in found), "+.1f"),
             Column(f"{NAME}/p", "p", tuple(map(number, self._p_values)), ".2g"),
             Column(f"{NAME}/smallest_visible", "could have been seen",
                    tuple(number(one.smallest_visible) for one in tested), ".4f"),
@@ -115,10 +115,11 @@ class Pairs:
         return self.baseline.seeds & other.seeds
 
     def _name(self, runs: SeedRuns) -> str:
-        """The name and mark of a config's first run that counts, or of its first run."""
-        entry = self.comparison.entries[runs.first]
-        mark = entry.mark(self.comparison.ways[0])
-        return printable(entry.name) + f" ({mark})" * bool(mark)
+        """The shared name of a config's runs, and the mark of the first one that counts."""
+        entries = self.comparison.entries
+        mark = entries[runs.first].mark(self.comparison.ways[0])
+        names = shared_name([entries[place].name for place in runs.places])
+        return printable(names) + f" ({mark})" * bool(mark)
 
 
 def pairs_of(comparison: Comparison, baseline: str = "") -> Pairs:

@@ -6,6 +6,7 @@ by any rule, would be a choice among results.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,15 @@ class SeedRuns:
         return self.counted.keys() | self.left_out.keys()
 
     @property
+    def places(self) -> list[int]:
+        """The places of the runs, those that count first."""
+        left_out = [place for one in self.left_out.values() for place in one.places]
+        return [*self.counted.values(), *left_out]
+
+    @property
     def first(self) -> int:
         """The place of the first run that counts; if none counts, of the first run."""
-        left_out = (place for one in self.left_out.values() for place in one.places)
-        return next(iter([*self.counted.values(), *left_out]))
+        return self.places[0]
 
 
 def seed_runs(entries: Sequence[Entry], texts: Sequence[str], group: Sequence[int]) -> SeedRuns:
@@ -81,6 +87,18 @@ def seed_runs(entries: Sequence[Entry], texts: Sequence[str], group: Sequence[in
     others = {seed: place for seed, place in counted.items() if texts[place] != text}
     left_out |= {seed: LeftOut((place,), OTHER_TEXT) for seed, place in others.items()}
     return SeedRuns({s: place for s, place in counted.items() if s not in others}, left_out)
+
+
+def shared_name(names: Sequence[str]) -> str:
+    """One name for the runs of a config: the first, unless only numbers differ.
+
+    >>> shared_name(["rate=0.1,seed=0", "rate=0.1,seed=1"])
+    'rate=0.1,seed=*'
+    """
+    pieces = [re.split(r"(\d+)", name) for name in names]
+    if len({(len(some), *some[::2]) for some in pieces}) > 1:
+        return names[0]
+    return "".join(some[0] if len(set(some)) == 1 else "*" for some in zip(*pieces, strict=True))
 
 
 def has_result(entry: Entry) -> bool:

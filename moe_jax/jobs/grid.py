@@ -103,12 +103,14 @@ def check_names(axes: Sequence[Axis], settings: Collection[str]) -> None:
         require(names.count(name) == 1, "a setting may be varied only once",
                 f"--config.{name} in two --set", "Put its values in one")  # fmt: skip
         inside = [one for one in settings if one.startswith(f"{name}.")]
+        varied = [one for one in sorted(inside) if not one.endswith(".kind")]
         require(
             not inside,
             "--set varies a setting, not a section; the kind of a part comes from the config file "
             f"or a preset (--set={PRESETS}=...)",
-            f"--config.{name} has {len(inside)} settings, such as {', '.join(sorted(inside)[:3])}",
-            "Vary these",
+            f"--config.{name} has {len(varied)} settings"
+            + f", such as {', '.join(varied[:3])}" * bool(varied),
+            "Vary these, or a preset",
         )
         if name not in settings and name != PRESETS:
             raise ValueError(

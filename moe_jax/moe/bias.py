@@ -47,7 +47,8 @@ class BiasUpdate(Settings):
             moe.router.takes_bias,
             "a selection bias needs a router that selects by scores",
             f"router={moe.router}, bias={self}",
-            "Set bias=None",
+            "Set bias=None. A router of your own that adds `inputs.bias_E` to its scores says so: "
+            "takes_bias = True",
         )
 
     def measure(
