@@ -306,8 +306,19 @@ def main() -> None:
         show(pieces, answers, file, "\n" if config.model.has_encoder else "", routes)
         interrupts.say_before_end(lambda: "")
     print(speed.line(sum(answers.num_tokens)), file=sys.stderr)
+    print(empty(answers), end="", file=sys.stderr)
     if draft and draft.passes:
         print(draft.line(), file=sys.stderr)
+
+
+def empty(answers: "Answers") -> str:
+    """A line about answers without a token; "" if there are none."""
+    ended = zip(answers.ended, answers.num_tokens, strict=True)
+    count = sum(is_over and not num for is_over, num in ended)
+    said = (
+        f"{count} of {len(answers.texts)} texts are empty: their first token ended the document\n"
+    )
+    return said * bool(count)
 
 
 def there(answers: "Answers") -> str:

@@ -306,6 +306,16 @@ def test_compilation_is_no_part_of_the_speed(monkeypatch):
     assert speed.line(70) == expected
 
 
+def test_texts_without_a_token_are_counted():
+    answers = Answers(["a", "b"], 1, 5, {})
+    for row, said in enumerate(("", "x")):
+        list(answers.add(TextPiece(row, said, len(said), ended=True)))
+    assert generate.empty(answers) == (
+        "1 of 2 texts are empty: their first token ended the document\n"
+    )
+    assert generate.empty(Answers(["a"], 1, 5, {})) == ""
+
+
 def test_only_what_runs_in_its_context_is_timed():
     event = "/jax/core/compile/backend_compile_duration"
     with Speed() as speed:
