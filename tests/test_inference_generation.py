@@ -127,6 +127,24 @@ def test_a_text_read_anew_is_the_same_on_a_mesh(config, params):
     assert list(stream_anew(config, placed, [[1, 7, 9]], 4, **settings)) == alone
 
 
+def test_a_stream_uses_its_mesh_and_leaves_that_of_its_reader(config, params, monkeypatch):
+    meshes = []
+
+    def write(self, prompts, num_tokens):
+        for row in range(2):
+            meshes.append(jax.sharding.get_abstract_mesh().shape)
+            yield writer.Piece(row, [1], False)
+
+    monkeypatch.setattr(writer.Writer, "write", write)
+    mesh = make_mesh(MeshConfig(data=2, expert=4))
+    placed = jax.device_put(params, state_shardings(config, mesh).params)
+    other = make_mesh(MeshConfig(data=8))
+    with jax.set_mesh(other):
+        for _ in stream_tokens(config, placed, [[1], [2]], 1, state=STATE):
+            assert jax.sharding.get_abstract_mesh() == other.abstract_mesh
+    assert meshes == [mesh.abstract_mesh.shape] * 2
+
+
 def test_random_keys_go_on_when_the_context_moves(config, params):
     """With equal logits a token depends only on its key, not on context or where reading starts."""
     equal = {**params, "head": 0 * params["head"]}

@@ -113,7 +113,12 @@ def test_a_text_with_its_stop_string_is_not_decoded_any_further(model, monkeypat
 
 def test_settings_of_a_task_that_are_not_known_are_refused(model):
     assert settings_of({}) == (256, [], {"temperature": 0.0})
-    assert settings_of({"temperature": 0.7})[2] == {"temperature": 0.0}, "as the harness has it"
+    for given, temperature in (
+        ({"temperature": 0.7}, 0.7), ({"temperature": 0.7, "do_sample": True}, 0.7),
+        ({"temperature": 0.7, "do_sample": False}, 0.0), ({"do_sample": False}, 0.0),
+        ({"do_sample": True}, 1.0), ({"do_sample": None, "temperature": 0.7}, 0.7),
+    ):  # fmt: skip
+        assert settings_of(given)[2] == {"temperature": temperature}, f"as the harness: {given}"
     with pytest.raises(ValueError, match=r"got {'num_beams': 2}\. Leave these out"):
         settings_of({"num_beams": 2})
     with pytest.raises(ValueError, match=r"max_gen_toks=256, context=16\. Lower it"):

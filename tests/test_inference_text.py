@@ -10,7 +10,8 @@ import pytest
 from moe_jax.data import open_tokenizer, train_tokenizer
 from moe_jax.data.corpora import open_corpus
 from moe_jax.inference import anew, continue_text, stream_text, writer
-from moe_jax.inference.text import Text
+from moe_jax.inference.text import Text, stream_encoded
+from moe_jax.inference.writer import Piece
 from moe_jax.layers.attention import Attention
 from moe_jax.models.layer import Layer
 from moe_jax.models.model import LanguageModel
@@ -169,6 +170,28 @@ class Letters:
 def test_what_of_a_text_can_be_shown(stop, tokens, shown):
     text = Text(Letters(), stop, num_tokens=100)
     assert [text.add(list(t.encode("latin-1")), ended=False)[0] for t in tokens] == shown
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16])
+def test_tokens_behind_a_stop_string_do_not_count(chunk, monkeypatch):
+    """A model writes whole chunks; what it wrote behind the string is no part of the answer."""
+    ids, prompt = TOKENIZER.encode("xEND and more tx").tolist(), [1, 2]
+
+    def stream(config, params, prompts, num_tokens, **settings):
+        for at in range(0, len(ids), chunk):
+            # Routes are of the tokens read: those of the prompt, then all but the newest.
+            begin, end = (at + len(prompt) - 1) * (at > 0), at + chunk + len(prompt) - 1
+            yield Piece(0, ids[at : at + chunk], False, np.arange(begin, end)[:, None, None])
+
+    monkeypatch.setattr("moe_jax.inference.text.stream_tokens", stream)
+    pieces = [*stream_encoded(tiny_config(), {}, [prompt], 16, tokenizer=TOKENIZER, stop=["END"])]
+    assert "".join(piece.text for piece in pieces) == "x" and pieces[-1].ended
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert TOKENIZER.decode(tokens) == "xEND" and len(tokens) == 4
+    assert sum(piece.num_tokens for piece in pieces) == 4
+    routes = np.concatenate([piece.routes for piece in pieces])[:, 0, 0]
+    read = range(len(prompt) + 4)
+    assert routes.tolist() == list(read)[: len(routes)] and len(routes) >= len(read) - 1
 
 
 def test_the_last_piece_keeps_nothing_back():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ExperimentConfig
-from moe_jax.inference.decoding import Serving
+from moe_jax.inference.decoding import Serving, below, keys_of
 from moe_jax.inference.generation import check, mesh_of
 from moe_jax.inference.sampling import Sampling, draw
 from moe_jax.inference.writer import Piece, whole_rows
@@ -58,12 +58,9 @@ def next_token(
         in_prefix_BL=None if num_prefix is None else repeated(positions < num_prefix),
     )  # fmt: skip
     output = model.run(serving.params, call, state=serving.state)
-    logits_BV = output.logits_BLV[:1, length - 1]
-    if num_ids is not None:
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < num_ids, logits_BV, -jnp.inf)
+    logits_BV = below(output.logits_BLV[:1, length - 1], num_ids)
     seen_BV = None if seen_V is None else seen_V[None]
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), index)
-    return draw(logits_BV, seen_BV, key[None], sampling)[0]
+    return draw(logits_BV, seen_BV, keys_of(row[None], index[None], sampling), sampling)[0]
 
 
 def stream_anew(

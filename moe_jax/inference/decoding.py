@@ -261,21 +261,14 @@ def decode(
             record=record,
         )
         output = model.run(serving.params, call, state=serving.state, cache=rows.cache)
-        seen_BV = rows.seen_BV
-        if seen_BV is not None:
-            seen_BV = seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-        rows = Rows(
+        rows = rows._replace(
             cache=output.cache,
             filled=rows.filled + 1,
             logits_BV=output.logits_BLV[:, -1],
             positions_B=rows.positions_B + 1,
             last_B=token_B,
             live_B=live_B,
-            seen_BV=seen_BV,
-            sample_B=rows.sample_B,
-            before_B=rows.before_B,
-            memory=rows.memory,
-            lengths_B=rows.lengths_B,
+            seen_BV=with_token(rows.seen_BV, token_B),
         )
         return rows, (token_B, routes_of(model, output))
 
@@ -283,6 +276,11 @@ def decode(
     # [N, X, B, 1, K] by part, to [X, B, N, K].
     routes = jax.tree.map(lambda a: a[:, :, :, 0].transpose(1, 2, 0, 3), routes)
     return rows, constrain(tokens_NB.T, None, None), routes
+
+
+def with_token(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
+    """The tokens seen, with one more in each row."""
+    return None if seen_BV is None else seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 
 def keys_of(sample_B: jax.Array, places_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -156,7 +156,10 @@ class SmallerModel:
           num_slots: T, of the caches.
           length: Y.
         """
+        # What is read again contains generated tokens.
+        is_first_B = jnp.broadcast_to(prompts.before_B, prompts.lengths_B.shape) == 0
         marks = jnp.asarray(prompts.segments_BL) > 0 if self.sees_prompt else None
+        marks = marks if marks is None else marks & is_first_B[:, None]
         prompts = prompts._replace(in_prefix_BL=marks)
         return read(serving, prompts, model=self.model, num_slots=num_slots)[1].cache
 

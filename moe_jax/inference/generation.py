@@ -139,7 +139,9 @@ def stream_tokens(
       num_ids: ids from here on have logits but are not tokens (a padded vocabulary); None: all are
         tokens.
       start_token: first token of the decoder of an encoder-decoder.
-      capacity: capacity factor of MoE layers, whose group is then the whole batch; 0: dropless.
+      capacity: capacity factor of MoE layers; 0: dropless. New tokens share it with those of the
+        whole batch. In a prompt it holds row by row, padding included. A text that has ended by
+        `num_tokens` or `ended` takes slots until its batch ends.
       ended: rows that are not continued. The reader of the stream may pass a set and add rows to
         it, for example on a stop string: such a text gets no more tokens, and frees its batch.
       draft: proposes tokens, and counts how many are accepted; None: no speculation. A draft does
@@ -183,9 +185,14 @@ def stream_tokens(
         serving, model, how, context, capacity, num_ids, tuple(stop_tokens), start_token, ended,
         draft, record, config.data.objective.sees_prompt,
     )  # fmt: skip
-    with mesh_of(params):
-        for start in range(0, len(rows), batch_size):
-            yield from writer.write(rows[start : start + batch_size], num_tokens)
+    for start in range(0, len(rows), batch_size):
+        pieces = writer.write(rows[start : start + batch_size], num_tokens)
+        while True:
+            with mesh_of(params):  # not around `yield`: the reader's mesh is its own
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece
 
 
 def check(

@@ -182,8 +182,9 @@ def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any
     """The generation settings of a task.
 
     Args:
-      settings: `until`, strings; `max_gen_toks` or one of `SAME`; `do_sample`, without which
-        decoding is greedy; `temperature` and those of `SAMPLING`.
+      settings: `until`, strings; `max_gen_toks` or one of `SAME`; `do_sample`, `temperature` and
+        those of `SAMPLING`. As in the harness (`normalize_gen_kwargs`), a temperature samples
+        unless `do_sample` is false. Without one, decoding is greedy; with `do_sample` it is 1.
 
     Returns:
       Maximum number of tokens, by default 256; the stop strings; fields of `Sampling`.
@@ -195,8 +196,9 @@ def settings_of(settings: dict[str, Any]) -> tuple[int, list[str], dict[str, Any
     until = rest.pop("until", None) or []
     stop = [text for text in ([until] if isinstance(until, str) else until) if text]
     given = [rest.pop(name) for name in (MOST, *SAME) if name in rest]
-    temperature = float(rest.pop("temperature", 1.0)) if rest.pop("do_sample", False) else 0.0
-    rest.pop("temperature", None)
+    samples = rest.pop("do_sample", None)
+    temperature = float(rest.pop("temperature", 1.0 if samples else 0.0))
+    temperature *= samples is not False
     sampling = {name: rest.pop(name) for name in SAMPLING if name in rest}
     require(
         not rest,

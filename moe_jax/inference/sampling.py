@@ -78,8 +78,7 @@ def draw(
       sampling: the settings.
     """
     if sampling.temperature == 0:
-        found_B = jnp.argmax(penalized(logits_BV, seen_BV, sampling.repetition_penalty), axis=-1)
-        return found_B.astype(jnp.int32)
+        return likeliest(logits_BV, seen_BV, sampling)
     logits_BV = filtered(logits_BV, seen_BV, sampling)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
@@ -87,6 +86,11 @@ def draw(
 def probabilities(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
     """The distribution that `draw` samples, float32 [B, V]; one-hot at a temperature of 0."""
     if sampling.temperature == 0:
-        logits_BV = penalized(logits_BV, seen_BV, sampling.repetition_penalty)
-        return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+        return jax.nn.one_hot(likeliest(logits_BV, seen_BV, sampling), logits_BV.shape[-1])
     return jax.nn.softmax(filtered(logits_BV, seen_BV, sampling), axis=-1)
+
+
+def likeliest(logits_BV: jax.Array, seen_BV: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The most likely token of every row, after the repetition penalty: int32 [B]."""
+    logits_BV = penalized(logits_BV, seen_BV, sampling.repetition_penalty)
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

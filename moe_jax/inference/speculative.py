@@ -24,6 +24,7 @@ from moe_jax.inference.decoding import (
     read,
     routes_of,
     seen_in,
+    with_token,
 )
 from moe_jax.inference.drafting import (
     Drafter,
@@ -287,11 +288,6 @@ def keys_at(texts: Texts, ahead: int | jax.Array, how: Speculation, purpose: int
 def of_each_row(values: jax.Array, index_B: jax.Array) -> jax.Array:
     """Selects entry `index_B` of each row of [B, L, ...]: [B, ...]."""
     return jax.vmap(lambda row, i: row[i])(values, index_B)
-
-
-def with_token(seen_BV: jax.Array | None, token_B: jax.Array) -> jax.Array | None:
-    """The tokens seen, with one more in each row."""
-    return None if seen_BV is None else seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
 
 
 def drawn_of(probs_BV: jax.Array, keys_B: jax.Array) -> jax.Array:

@@ -24,9 +24,9 @@ class TextPiece(NamedTuple):
     Attributes:
       row: of the text: prompt i, sample s is i * num_samples + s.
       text: in order; never a partial character or the possible beginning of a stop string.
-      num_tokens: number of tokens added.
+      num_tokens: number of tokens added, those of a stop string included.
       ended: whether the text has ended, at the end of a document or at a stop string.
-      tokens: their ids, including those of a stop string.
+      tokens: their ids; the last one completes the stop string, if there is one.
       routes: the experts of tokens, see `Piece`.
     """
 
@@ -132,7 +132,9 @@ def stream_encoded(
         text = texts[piece.row]
         if not text.ended:
             new, count, ends = text.add(piece.tokens, piece.ended)
-            shown = TextPiece(piece.row, new, count, ends, piece.tokens, piece.routes)
+            read = len(encoded[piece.row // num_samples]) + len(text.ids)
+            routes = text.routes_within(read, piece.routes)
+            shown = TextPiece(piece.row, new, count, ends, piece.tokens[:count], routes)
             if shown.ended:
                 done.add(piece.row)
             yield shown
@@ -159,11 +161,19 @@ class Text:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], num_tokens: int):
         self.tokenizer, self.stop, self.num_tokens = tokenizer, stop, num_tokens
         self.ids: list[int] = []
-        self.shown, self.ended = 0, False
+        self.shown, self.ended, self.num_routed = 0, False, 0
 
     def add(self, tokens: Sequence[int], ended: bool) -> tuple[str, int, bool]:
-        """The text that can now be shown, the number of new tokens, and whether the text ended."""
+        """The text that can now be shown, the number of new tokens, and whether the text ended.
+
+        Tokens behind the one that completes a stop string do not count.
+        """
+        before = len(self.ids)
         self.ids.extend(tokens)
+        if self.stops():
+            while self.stops():
+                last = self.ids.pop()
+            self.ids.append(last)
         text = self.tokenizer.decode(self.ids)
         found = [text.find(one) for one in self.stop if one in text]
         self.ended = ended or bool(found)
@@ -172,7 +182,20 @@ class Text:
         elif not ended and len(self.ids) < self.num_tokens:
             text = text[: self.settled(text)]
         new, self.shown = text[self.shown :], max(self.shown, len(text))
-        return new, len(tokens), self.ended
+        return new, len(self.ids) - before, self.ended
+
+    def stops(self) -> bool:
+        """Whether the tokens contain a stop string."""
+        text = self.tokenizer.decode(self.ids) if self.stop else ""
+        return any(one in text for one in self.stop)
+
+    def routes_within(self, length: int, routes: np.ndarray | None) -> np.ndarray | None:
+        """The routes of a piece that are of the first `length` tokens of prompt and text."""
+        if routes is None:
+            return None
+        routes = routes[: length - self.num_routed]
+        self.num_routed += len(routes)
+        return routes
 
     def settled(self, text: str) -> int:
         """The number of characters before a partial one or a possible start of a stop string."""
