@@ -55,7 +55,7 @@ def quick_checks(family, kind):
     if (family, kind) not in QUICK:
         return []
     left_out = {"part": set(), "router": {"scan"}}.get(family, {"scan", "mesh"})
-    left_out |= {"decoding", "microbatches"}
+    left_out |= {"decoding", "microbatches", "task"}
     return [name for name in CHECKS if name not in left_out]
 
 
@@ -291,6 +291,16 @@ class RawSigmoid(TokenChoice):
 
 
 @dataclasses.dataclass(frozen=True)
+class SumsToOne(TokenChoice):
+    """Divides gates by their sum, and does not refuse one choice per token."""
+
+    def route(self, params, x_GSM, inputs):
+        routing = super().route(params, x_GSM, inputs)
+        sum_GS1 = jnp.sum(routing.gate_GSK, axis=-1, keepdims=True)
+        return routing._replace(gate_GSK=routing.gate_GSK / sum_GS1)
+
+
+@dataclasses.dataclass(frozen=True)
 class OneTooFar(RoundRobin):
     """Counts experts from 1."""
 
@@ -335,6 +345,7 @@ FAULTS = [
     (Raises(), "values", r"KeyError at .*test_check_part\.py:\d+: 'no such parameter'"),
     (IgnoresReplay(), "replay", r"the chosen experts are not those that are replayed"),
     (RawSigmoid(), "routing", r"an expert twice; a gate is negative.*; probabilities .* sum to"),
+    (SumsToOne(), "task", r"^with one expert per token the task does not train the router"),
     (OneTooFar(), "routing", r"^experts are not in \[0, 4\): 1 to 4$"),
     (LosesItsState(), "values", r"the next state is .*, where the state is .*[^,]$"),
     (

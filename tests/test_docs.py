@@ -131,11 +131,11 @@ def test_the_training_loss_of_the_page_is_that_of_smoothed_labels(my_parts):
     ("name", "left_out"),
     [
         ("MovingAverage", set()),
-        ("RoundRobin", {"scan", "microbatches"}),
-        ("Peakedness", {"mesh", "scan", "decoding"}),
-        ("FactoredMoE", {"scan", "microbatches"}),
-        pytest.param("SquaredRelu", {"mesh", "scan"}, marks=pytest.mark.slow),
-        pytest.param("LastFirst", {"mesh", "scan"}, marks=pytest.mark.slow),
+        ("RoundRobin", {"scan", "microbatches", "task"}),
+        ("Peakedness", {"mesh", "scan", "decoding", "task"}),
+        ("FactoredMoE", {"scan", "microbatches", "task"}),
+        pytest.param("SquaredRelu", {"mesh", "scan", "task"}, marks=pytest.mark.slow),
+        pytest.param("LastFirst", {"mesh", "scan", "task"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_parts_of_the_page_pass_the_checks(my_parts, name, left_out):

@@ -312,6 +312,31 @@ def routes(trial: Trial) -> Result:
     return Result(True, "experts exist and differ, gates are >= 0, probabilities sum to 1")
 
 
+def learns_from_the_task(trial: Trial) -> Result:
+    """With one expert per token and no balance loss, the router gets a gradient, or refuses."""
+    if not trial.model.moe_parts:
+        return Result(None, "no part of the model routes")
+    try:
+        model = trial.with_one_choice
+    except ValueError:
+        return Result(True, "one expert per token is refused")
+    gradients = trial.compute(model, trial.first, training=True).gradients
+    largest = {
+        named(path): np.abs(value).max()
+        for path, value in jax.tree_util.tree_leaves_with_path(gradients)
+    }
+    of_router = [value for name, value in largest.items() if "/router/" in name]
+    if not of_router:
+        return Result(None, "the router has no parameters")
+    if max(of_router) <= ROUNDING * max(largest.values()):  # a / a has a gradient of rounding
+        return Result(
+            False,
+            "with one expert per token the task does not train the router: the gate is a constant; "
+            "multiply by a probability, or refuse num_selected_experts=1 in check_block",
+        )
+    return Result(True, "with one expert per token the task trains the router")
+
+
 def replays(trial: Trial) -> Result:
     """A router that declares `replays` uses given choices in place of its own."""
     routers = {name: part.router for name, part in trial.model.moe_parts.items()}
@@ -348,6 +373,7 @@ CHECKS: dict[str, Callable[[Trial], Result]] = {
     "scan": equal_unrolled,
     "decoding": decodes,
     "routing": routes,
+    "task": learns_from_the_task,
     "replay": replays,
 }
 

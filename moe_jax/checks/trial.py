@@ -13,10 +13,11 @@ from moe_jax.checks.around import LENGTH, VOCAB_SIZE, model_around
 from moe_jax.config import MeshConfig
 from moe_jax.config.settings import Settings
 from moe_jax.models.model import LanguageModel
+from moe_jax.moe.part import MoE
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Aux, Call, EncoderInputs, RunShape
+from moe_jax.part import Aux, Call, EncoderInputs, Part, RunShape
 from moe_jax.training.step import merge_aux
 
 SPLIT = 5  # perturbed suffixes begin here
@@ -208,6 +209,21 @@ class Trial:
             return logits_BLV, self.linear_loss(logits_BLV, segments_BL) + of_parts
 
         return jax.device_get(jax.jit(run)(tokens_BL, segments_BL, self.encoder.tokens_BT))
+
+    @functools.cached_property
+    def with_one_choice(self) -> LanguageModel:
+        """The model with one expert per token and without balance losses.
+
+        Raises:
+          ValueError: the block or its router refuses that.
+        """
+
+        def changed(part: Part) -> Part:
+            if not isinstance(part, MoE):
+                return part
+            return dataclasses.replace(part, num_selected_experts=1, losses=())
+
+        return self.model.map_parts(changed)
 
     def linear_loss(self, logits_BLV: jax.Array, segments_BL: jax.Array) -> jax.Array:
         """A linear function of the logits of valid tokens whose gradient is not small."""
