@@ -326,6 +326,25 @@ def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(copy):
     assert sorted(path.name for path in (copy / CHECKPOINTS).iterdir()) == ["12", "9"]
 
 
+def test_a_run_that_begins_anew_does_not_show_the_results_of_the_one_before(copy, monkeypatch):
+    (copy / "report").mkdir()
+    (copy / "report" / "report.md").write_text("old")
+    shutil.rmtree(copy / CHECKPOINTS)
+    (copy / METRICS_FILE).unlink()
+    assert read_entry(copy, "run").score.step == 12
+
+    def stop():
+        raise RuntimeError("before the first step")
+
+    at_batch(monkeypatch, 1, stop)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        train(CONFIG, copy)
+    entry = read_entry(copy, "run")
+    assert entry.score.step == entry.step == 0
+    assert (copy / "damaged-evaluation.json").is_file()
+    assert (copy / "damaged-report" / "report.md").is_file() and not (copy / "report").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     optimizer = {"learning_rate": 1e30, "warmup_steps": 0}
     config = tiny_training({"optimizer": optimizer, "training": {"checkpoint_every": 1}})
