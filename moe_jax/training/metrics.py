@@ -105,7 +105,7 @@ def recover_rows(
         problem = f"is damaged in line {steps.index(None) + 1}"
     elif saved and digest(lines[: saved["rows"]]) != saved["sha256"]:
         problem = f"is not what the checkpoint of step {start_step} was saved with"
-    elif start_step and not lines:
+    elif start_step and not lines and not (saved and saved["rows"] == 0):
         problem = "has no rows"
     elif not start_step and len(kept) < len(rows):
         problem = f"has {len(rows) - len(kept)} rows of later steps, but there is no checkpoint"
