@@ -205,7 +205,7 @@ class TrainingConfig(Settings):
     log_every: int = setting(10, at_least=1, changes_results=False)  # steps
     # Steps; also after the last step; 0: never.
     evaluate_every: int = setting(500, at_least=0, changes_results=False)
-    # Held-out batches to use before the last step; 0: all.
+    # Held-out batches of `batch_size` sequences to score before the last step; 0: all.
     evaluation_batches: int = setting(0, at_least=0, changes_results=False)
     # Steps; also before every evaluation and after the last step.
     checkpoint_every: int = setting(200, at_least=1, changes_results=False)
@@ -217,6 +217,11 @@ class TrainingConfig(Settings):
     sample_tokens: int = setting(200, at_least=0, changes_results=False)  # maximum
     # First and last step to trace; (): none.
     profile_steps: tuple[int, ...] = setting((), at_least=1, changes_results=False)
+
+    @property
+    def evaluation_microbatches(self) -> int:
+        """`evaluation_batches`, counted in the microbatches that an evaluation reads; 0: all."""
+        return self.evaluation_batches * self.num_microbatches
 
     def check(self) -> None:
         """See `Settings`."""

@@ -154,7 +154,7 @@ class Run(NamedTuple):
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Scores held-out batches (all of them after the last step), and writes the results."""
-        some = None if self.is_last(step) else self.config.training.evaluation_batches or None
+        some = None if self.is_last(step) else self.config.training.evaluation_microbatches or None
         with self.rates.paused(), self.signals.nothing_to_save():
             evaluation = evaluate(
                 evaluation_params(state),
