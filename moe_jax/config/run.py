@@ -202,7 +202,8 @@ class TrainingConfig(Settings):
     loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
     # Where metrics are written, in addition to metrics.jsonl.
     trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
-    log_every: int = setting(10, at_least=1, changes_results=False)  # steps
+    # Steps; a row of metrics is of that step's batch alone, not a mean since the row before.
+    log_every: int = setting(10, at_least=1, changes_results=False)
     # Steps; also after the last step; 0: never.
     evaluate_every: int = setting(500, at_least=0, changes_results=False)
     # Held-out batches of `batch_size` sequences to score before the last step; 0: all.
