@@ -143,7 +143,7 @@ def curve_of(workdir: pathlib.Path, rows: list[dict[str, Any]]) -> dict[str, lis
             state.model_state,
             config,
             open_run_data(workdir, config),
-            max_batches=config.training.evaluation_batches,
+            max_batches=config.training.evaluation_microbatches,
             step=state.step,
         )
         curve[config.training.num_steps] = said["dropless"][LOSS]

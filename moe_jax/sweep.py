@@ -72,10 +72,10 @@ class TrainingRun:
     def is_finished(self) -> bool:
         """Whether its last state is saved, scored on all held-out text (if at all) and reported."""
         from moe_jax.training.files import read_json
-        from moe_jax.training.metrics import EVALUATION_FILE
+        from moe_jax.training.metrics import EVALUATION_FILE, REPORT
         from moe_jax.training.workdir import CHECKPOINTS
 
-        if not (self.workdir / "report" / "report.md").is_file():
+        if not (self.workdir / REPORT / "report.md").is_file():
             return False
         if not self.config.training.evaluate_every:
             return (self.workdir / CHECKPOINTS / str(self.num_steps)).is_dir()

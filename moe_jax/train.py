@@ -34,6 +34,7 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
     from moe_jax.files import write_atomically
     from moe_jax.planning.arithmetic import summary
     from moe_jax.training.loop import train
+    from moe_jax.training.metrics import SAMPLE_FILE
 
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
@@ -45,7 +46,7 @@ def run(config: ExperimentConfig, workdir: str | pathlib.Path) -> dict[str, Any]
             text = sample(config, workdir)
         if text and jax.process_index() == 0:
             with failure_is_a_warning("sample"):
-                write_atomically(workdir / "sample.txt", text + "\n")
+                write_atomically(workdir / SAMPLE_FILE, text + "\n")
                 print(f"\nsample:\n{text}\n")
     if jax.process_index() == 0:
         with failure_is_a_warning("report"):

@@ -100,6 +100,14 @@ def test_each_jsonl_file_is_a_domain_and_shards_are_one(tmp_path):
     assert found == {"books": ["books/a", "books/b"], "code": shards, "web": ["web"]}
 
 
+def test_numbers_are_shards_from_zero_without_gaps_and_dates_are_not(tmp_path):
+    names = ("news-20240101", "news-20240102", "run-9999", "run-10000", "web-00000", "web-00001")
+    gap = ("old-00000", "old-00002")
+    for name in (*names, *gap):
+        write_lines(tmp_path / f"{name}.jsonl", {"text": name})
+    assert set(open_corpus(str(tmp_path)).domains()) == {*names[:4], *gap, "web"}
+
+
 def packed(path, data):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(data))

@@ -93,6 +93,9 @@ def test_what_does_not_fit_is_refused(packed, tmp_path):
         pack.pack(whole, root / "out", max_tokens=10, tokenizer=root / "bpe.model")
     with pytest.raises(ValueError, match=r"--max_tokens must be above 0: --max_tokens=0"):
         pack.pack(whole, tmp_path / "x", max_tokens=0, tokenizer=root / "bpe.model")
+    short = r"keep a document to train on: the first of 'a' has [\d,]+ tokens, its share .* is 5\."
+    with pytest.raises(ValueError, match=short):
+        pack.pack(whole, tmp_path / "x", max_tokens=11, tokenizer=root / "bpe.model")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Prompts and answers: ids, targets, weights, packing, splits, refusals, a whole run."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -49,6 +50,23 @@ def row(data):
         for name, values in batch.items()
         if name != "domain"
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Supervised):
+    """An objective outside the library, which may encode in its own way."""
+
+
+def test_tokens_of_the_users_objective_belong_to_its_source(monkeypatch):
+    def fingerprints():
+        tokenizer = ByteTokenizer()
+        return [one.encoder(tokenizer).fingerprint() for one in (Supervised(), Mine())]
+
+    ours, mine = fingerprints()
+    monkeypatch.setattr(supervised, "source_hash", lambda kind: f"another {kind}")
+    assert fingerprints()[0] == ours and fingerprints()[1] != mine
+    said = f"{ByteTokenizer().fingerprint()} ('Supervised', '', False)"
+    assert ours == hashlib.sha256(said.encode()).hexdigest()  # as in caches of earlier releases
 
 
 def test_targets_are_answers_and_their_ends(tmp_path):

@@ -21,6 +21,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from moe_jax.training import checkpoints as checkpoints_module
 from moe_jax.training import files
 from moe_jax.training.checkpoints import Checkpoints, DamagedCheckpointError
 
@@ -345,6 +346,23 @@ def test_all_damaged_is_an_error_and_moves_nothing(tmp_path):
             with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 1, 2\."):
                 restore_latest(checkpoints, abstract(make_state(1)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_reader_takes_the_newer_checkpoint_that_replaced_the_one_it_was_reading(
+    tmp_path, monkeypatch, caplog
+):
+    write_steps(tmp_path, [1])
+    real = checkpoints_module.damage
+
+    def replaced(path):
+        if path.name == "1":
+            path.rename(tmp_path / "2")  # a run with keep=1 publishes step 2 and deletes step 1
+        return real(path)
+
+    monkeypatch.setattr(checkpoints_module, "damage", replaced)
+    with Checkpoints(tmp_path, keep=None) as reader:
+        assert reader.newest_whole() == 2
+    assert "damaged" not in caplog.text
 
 
 def test_another_config_is_an_error_and_not_damage(tmp_path):

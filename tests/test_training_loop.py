@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from moe_jax.training import loop
 from moe_jax.training.checkpoints import DamagedCheckpointError
 from moe_jax.training.loop import BufferOverflowError, train
 from moe_jax.training.metrics import METRICS_FILE, RUN_FILE, read_metrics
+from moe_jax.training.placement import inference_rows
 from moe_jax.training.saved import CHECKPOINTS, load_run, open_run_data
 from moe_jax.training.signals import Interrupted
 from moe_jax.training.step import StepMetrics
@@ -125,6 +127,18 @@ def test_a_signal_during_an_evaluation_acts_at_once(finished, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGINT) is before
     train(CONFIG, tmp_path)
     assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_as_many_sequences_are_scored_during_a_run_whatever_its_microbatches(parts, monkeypatch):
+    training = {"num_microbatches": parts, "batch_size": 8, "evaluation_batches": 3}
+    config = tiny_training({"training": training})
+    read = {}
+    for name in ("evaluate", "evaluation_params", "evaluation_row", "evaluation_line"):
+        monkeypatch.setattr(loop, name, lambda *args, **settings: read.update(settings))
+    run = mock.MagicMock(config=config, is_last=lambda step: False)
+    loop.Run.evaluate(run, 4, mock.MagicMock())
+    assert read["max_batches"] * inference_rows(config, make_mesh(MeshConfig(data=1))) == 24
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(12, marks=pytest.mark.slow)])
@@ -324,6 +338,25 @@ def test_a_run_does_not_begin_anew_when_all_its_checkpoints_are_damaged(copy):
     with pytest.raises(DamagedCheckpointError, match=r"all are damaged in .*: 9, 12\. Bring back"):
         train(CONFIG, copy)
     assert sorted(path.name for path in (copy / CHECKPOINTS).iterdir()) == ["12", "9"]
+
+
+def test_a_run_that_begins_anew_does_not_show_the_results_of_the_one_before(copy, monkeypatch):
+    (copy / "report").mkdir()
+    (copy / "report" / "report.md").write_text("old")
+    shutil.rmtree(copy / CHECKPOINTS)
+    (copy / METRICS_FILE).unlink()
+    assert read_entry(copy, "run").score.step == 12
+
+    def stop():
+        raise RuntimeError("before the first step")
+
+    at_batch(monkeypatch, 1, stop)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        train(CONFIG, copy)
+    entry = read_entry(copy, "run")
+    assert entry.score.step == entry.step == 0
+    assert (copy / "damaged-evaluation.json").is_file()
+    assert (copy / "damaged-report" / "report.md").is_file() and not (copy / "report").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

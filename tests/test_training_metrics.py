@@ -133,6 +133,14 @@ def test_lost_rows_are_reported_and_a_damaged_file_is_set_aside(
     assert aside.exists() == (bool(message) and "is missing" not in message)
 
 
+def test_a_run_stopped_before_its_first_row_has_lost_none(tmp_path, caplog):
+    with MetricWriter(tmp_path) as writer:
+        saved = writer.state()
+    MetricWriter(tmp_path, start_step=30, saved=saved).close()
+    assert not caplog.records
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_a_kill_before_the_kept_rows_are_written_loses_none(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nXX\n{"step": 2}\n')

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.training.optimizers import is_matrix
+from moe_jax.training.optimizers import average_parameters, is_matrix
 from moe_jax.training.state import TrainState, evaluation_params
 from tests.test_training_optimizers import adamw, optimizer_of, spec
 from tests.tiny_run import quick_jit, tiny_config
@@ -196,6 +196,14 @@ def test_adafactor_keeps_a_row_and_a_column_of_second_moments():
     update *= math.sqrt(np.mean(param**2))
     expected = param - RATE * (update + DECAY * param)
     np.testing.assert_allclose(params["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_average_of_bfloat16_parameters_is_float32_from_the_start():
+    transform, params = average_parameters(0.999), {"w": jnp.ones(3, jnp.bfloat16)}
+    state = transform.init(params)
+    _, after = jax.eval_shape(transform.update, params, state, params)
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, one) for one in (state, after)]
+    assert dtypes[0] == dtypes[1] and dtypes[0].average["w"] == jnp.float32
 
 
 def test_an_average_starts_as_a_plain_mean_and_then_forgets():

@@ -137,13 +137,7 @@ def loss_arm(scope: str, weight: float) -> Arm:
         "model.parts.moe.losses.load_balance.scope": scope,
     }
     if scope == "microbatch":
-        overrides |= {
-            "training.num_microbatches": microbatches,
-            # Evaluation batches have the size of a microbatch: this keeps the number of sequences.
-            "training.evaluation_batches": lambda c: (
-                c.training.evaluation_batches * microbatches(c)
-            ),
-        }
+        overrides["training.num_microbatches"] = microbatches
     name = f"switch_{'micro' if scope == 'microbatch' else scope}_{weight}"
     where = "a microbatch" if scope == "microbatch" else "the batch"
     return Arm(name, f"load-balance loss over {where}, {weight}", overrides)

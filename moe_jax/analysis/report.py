@@ -30,13 +30,14 @@ from moe_jax.training.metrics import (
     CONFIG_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
+    REPORT,
     RUN_FILE,
+    SAMPLE_FILE,
     extensions,
     read_metrics,
 )
 from moe_jax.training.ways import CAPACITIES, Way, notes_of, way_of, ways_of
 
-SAMPLE_FILE = "sample.txt"
 LOAD_METRIC = re.compile(r"(?P<part>[^/]+)/(?P<layer>layer_(?P<number>\d+))/expert_load")
 
 
@@ -159,7 +160,7 @@ def write_report(directory: str | pathlib.Path) -> pathlib.Path:
     """
     run = read_run(directory)
     closing = [_facts(run), _config(run), _sample(run)]  # a refused config writes nothing
-    place = pathlib.Path(directory) / "report"
+    place = pathlib.Path(directory) / REPORT
     place.mkdir(exist_ok=True)
     sections = [_heading(run), _result(run), _figure(run, place, "loss", "Loss", _draw_loss)]
     if run.layers:

@@ -202,10 +202,11 @@ class TrainingConfig(Settings):
     loss: Any = dataclasses.field(default_factory=default_loss, metadata={"family": "loss"})
     # Where metrics are written, in addition to metrics.jsonl.
     trackers: tuple[str, ...] = setting(("tensorboard",), choices=TRACKERS, changes_results=False)
-    log_every: int = setting(10, at_least=1, changes_results=False)  # steps
+    # Steps; a row of metrics is of that step's batch alone, not a mean since the row before.
+    log_every: int = setting(10, at_least=1, changes_results=False)
     # Steps; also after the last step; 0: never.
     evaluate_every: int = setting(500, at_least=0, changes_results=False)
-    # Held-out batches to use before the last step; 0: all.
+    # Held-out batches of `batch_size` sequences to score before the last step; 0: all.
     evaluation_batches: int = setting(0, at_least=0, changes_results=False)
     # Steps; also before every evaluation and after the last step.
     checkpoint_every: int = setting(200, at_least=1, changes_results=False)
@@ -217,6 +218,11 @@ class TrainingConfig(Settings):
     sample_tokens: int = setting(200, at_least=0, changes_results=False)  # maximum
     # First and last step to trace; (): none.
     profile_steps: tuple[int, ...] = setting((), at_least=1, changes_results=False)
+
+    @property
+    def evaluation_microbatches(self) -> int:
+        """`evaluation_batches`, counted in the microbatches that an evaluation reads; 0: all."""
+        return self.evaluation_batches * self.num_microbatches
 
     def check(self) -> None:
         """See `Settings`."""

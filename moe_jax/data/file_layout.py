@@ -26,7 +26,8 @@ ALL_SUFFIXES = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in 
 HELDOUT_NAMES = ("validation", "valid", "val", "dev", "eval", "heldout", "test")
 # Matches `wiki.train` as (`wiki`, `train`), and `train` as (None, `train`).
 _SPLIT = re.compile(rf"(?:(.+)[._-])?(train|{'|'.join(HELDOUT_NAMES)})", re.IGNORECASE)
-_SHARD = re.compile(r"-\d{5,}$|-\d+-of-\d+$")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_NUMBERED = re.compile(r"(.+)-(\d{5,})$")
 
 
 class _File(NamedTuple):
@@ -78,7 +79,8 @@ def layout_of(path: pathlib.Path, kind: str = "") -> Layout:
     * One file is one domain, named after it.
     * In a folder of text files, the files directly in it are one domain, named after the folder.
     * In a folder of JSON lines or tables each file is a domain; `NAME-00000-of-00009.parquet` is a
-      part of the domain NAME.
+      part of the domain NAME. So is `NAME-00003.parquet`, if beside it the numbers after NAME run
+      from 0 without gaps; a date is no such number.
     * A subfolder is one domain, whatever it contains.
     * If some files or folders are called `train` and others `validation` (or another of
       `HELDOUT_NAMES`), these are splits, not domains: the first is trained on, the second is held
@@ -188,12 +190,26 @@ def _choose_kind(
         if is_prepared
         else "Correct config.data.corpus, or set it to 'embedded'",
     )
-    return kind, [_file_of(path, folder, kind) for path in by_kind[kind]]
+    names = _names_without_shards(by_kind[kind], kind)
+    return kind, [_file_of(path, folder, kind, names[path]) for path in by_kind[kind]]
 
 
-def _file_of(path: pathlib.Path, folder: pathlib.Path, kind: str) -> _File:
+def _names_without_shards(paths: list[pathlib.Path], kind: str) -> dict[pathlib.Path, str]:
+    """The name of each file without suffix and, if it is a part of a domain, without its number."""
+    names = {path: _SHARD.sub("", _stem(path.name, kind)) for path in paths}
+    numbered = {path: match for path in paths if (match := _NUMBERED.fullmatch(names[path]))}
+    numbers: dict[tuple[pathlib.Path, str], set[int]] = {}
+    for path, match in numbered.items():
+        numbers.setdefault((path.parent, match[1]), set()).add(int(match[2]))
+    for path, match in numbered.items():
+        found = numbers[path.parent, match[1]]
+        if found == set(range(len(found))):
+            names[path] = match[1]
+    return names
+
+
+def _file_of(path: pathlib.Path, folder: pathlib.Path, kind: str, name: str) -> _File:
     folders = path.relative_to(folder).parts[:-1]
-    name = _SHARD.sub("", _stem(path.name, kind))
     return _File(path, folders, name) if kind == "text" else _File(path, (*folders, name))
 
 

@@ -50,7 +50,8 @@ def pack(data: Data, out: pathlib.Path, *, max_tokens: int, tokenizer: pathlib.P
         The number of packed training tokens.
 
     Raises:
-        ValueError: `out` exists and is not empty, or `max_tokens` is not above 0.
+        ValueError: `out` exists and is not empty, `max_tokens` is not above 0, or the share of a
+            domain is less than its first document.
     """
     require_absent(out)
     files = data.files
@@ -87,6 +88,13 @@ def write_domain(
         count = files.counts[split][domain]
         if split == TRAIN:
             documents = int(np.searchsorted(offsets, max_tokens, side="right")) - 1
+            require(
+                documents > 0 or not count.documents,
+                "A domain must keep a document to train on",
+                f"the first of {domain!r} has {int(offsets[min(1, len(offsets) - 1)]):,} tokens, "
+                f"its share of --max_tokens is {max_tokens:,}",
+                "Raise --max_tokens, or cut the document up",
+            )
             share = offsets[documents] / max(int(offsets[-1]), 1)
             offsets = offsets[: documents + 1]
             # Bytes are known only for the whole domain.

@@ -357,7 +357,8 @@ class Checkpoints:
 
     def _set_damaged_aside(self) -> int:
         damaged: list[pathlib.Path] = []
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             path = self.directory / str(step)
             reason = damage(path)
             if reason is None:
@@ -367,6 +368,9 @@ class Checkpoints:
                         name = set_aside(other)
                         logger.warning("Damaged checkpoint %s is kept as %s.", other, name)
                 return step
+            # A run deletes old checkpoints, but only after it has written a newer one.
+            if self._read_only and max(self.steps(), default=NO_STEP) > steps[-1]:
+                return self._set_damaged_aside()
             logger.warning("Checkpoint %s is damaged and not used: %s.", path, reason)
             damaged.append(path)
         return ALL_DAMAGED if damaged else NO_STEP

@@ -27,7 +27,12 @@ from moe_jax.training.files import complete_steps, read_json
 from moe_jax.training.init_from import Source, first_state, open_source
 from moe_jax.training.loss import Batch
 from moe_jax.training.memory import check_memory, out_of_memory_explained
-from moe_jax.training.metrics import EVALUATION_FILE, MetricWriter, write_run_record
+from moe_jax.training.metrics import (
+    EVALUATION_FILE,
+    MetricWriter,
+    set_results_aside,
+    write_run_record,
+)
 from moe_jax.training.placement import (
     BATCH_AXES,
     check_run,
@@ -149,7 +154,7 @@ class Run(NamedTuple):
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Scores held-out batches (all of them after the last step), and writes the results."""
-        some = None if self.is_last(step) else self.config.training.evaluation_batches or None
+        some = None if self.is_last(step) else self.config.training.evaluation_microbatches or None
         with self.rates.paused(), self.signals.nothing_to_save():
             evaluation = evaluate(
                 evaluation_params(state),
@@ -215,6 +220,8 @@ def train_in(
     trackers = open_trackers(config, workdir, start)
     profile = Profile(config.training.profile_steps, workdir)
     rows = start if restored is not None else 0  # the last step whose metric rows are kept
+    if restored is None:
+        set_results_aside(workdir)
     with MetricWriter(workdir, rows, saved.get("metrics"), trackers) as writer:
         with progress, SignalFlag(start) as signals, profile:
             run = Run(

@@ -35,6 +35,8 @@ METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.json"
 EVALUATION_FILE = "evaluation.json"
+SAMPLE_FILE = "sample.txt"
+REPORT = "report"  # the folder of the report
 LAST_BYTES = 2**20  # at the end of a metrics file, which contain its last lines
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -103,7 +105,7 @@ def recover_rows(
         problem = f"is damaged in line {steps.index(None) + 1}"
     elif saved and digest(lines[: saved["rows"]]) != saved["sha256"]:
         problem = f"is not what the checkpoint of step {start_step} was saved with"
-    elif start_step and not lines:
+    elif start_step and not lines and not (saved and saved["rows"] == 0):
         problem = "has no rows"
     elif not start_step and len(kept) < len(rows):
         problem = f"has {len(rows) - len(kept)} rows of later steps, but there is no checkpoint"
@@ -116,6 +118,19 @@ def recover_rows(
         aside = f" The file is set aside as {name}." if name else ""
         logger.warning("%s %s: %d rows%s are kept.%s", path, problem, len(kept), lost, aside)
     return kept
+
+
+def set_results_aside(directory: pathlib.Path) -> None:
+    """Sets aside what a run wrote after its last step, since the run begins anew; process 0 only.
+
+    Otherwise the new run would look finished, with the old loss, until its own last step.
+    """
+    if jax.process_index() != 0:
+        return
+    for name in (EVALUATION_FILE, SAMPLE_FILE, REPORT):
+        if (path := directory / name).exists():
+            logger.warning("%s is of a run without checkpoints and is set aside.", path)
+            set_aside(path)
 
 
 def step_of(line: bytes) -> int | None:

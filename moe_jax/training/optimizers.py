@@ -224,12 +224,17 @@ def per_parameter(
     return optax.GradientTransformation(init, update)
 
 
+def sum_dtype(parameter: Any) -> Any:
+    """The dtype of sums and averages of a parameter: bfloat16 would lose small terms."""
+    return jnp.promote_types(parameter.dtype, jnp.float32)
+
+
 class ParameterAverage(NamedTuple):
     """The state of `average_parameters`.
 
     Attributes:
       steps: int32 scalar, number of finished steps.
-      average: average of the parameters after these steps.
+      average: average of the parameters after these steps, in `sum_dtype`.
     """
 
     steps: jax.Array
@@ -244,7 +249,8 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
     """
 
     def init(params: Any) -> ParameterAverage:
-        return ParameterAverage(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params))
+        average = jax.tree.map(lambda p: jnp.copy(p).astype(sum_dtype(p)), params)
+        return ParameterAverage(jnp.zeros((), jnp.int32), average)
 
     def update(updates: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, Any]:
         steps = state.steps + 1

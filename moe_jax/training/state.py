@@ -123,10 +123,11 @@ def evaluation_params(state: TrainState) -> Any:
         return state.params
     last = state.opt_state[-1]
     if isinstance(last, ParameterAverage):
-        return filled(last.average, state.params)
+        average = filled(last.average, state.params)
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), average, state.params)
     if isinstance(last, optax.contrib.ScheduleFreeState):
-        average = jax.jit(optax.contrib.schedule_free_eval_params)
-        return filled(average(last, like(last.z, state.params)), state.params)
+        average_of = jax.jit(optax.contrib.schedule_free_eval_params)
+        return filled(average_of(last, like(last.z, state.params)), state.params)
     return state.params
 
 

@@ -12,7 +12,7 @@ from moe_jax.models.model import LanguageModel
 from moe_jax.models.trained import filled, moving_state
 from moe_jax.part import NOTHING, Aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
-from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer, sum_dtype
 from moe_jax.training.state import TrainState, abstract_batch, abstract_state, trained_params
 
 
@@ -166,9 +166,9 @@ def gradient(
         (loss, share), grads = outcome
         return jax.tree.map(jnp.add, carry, (loss, grads)), share
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros_like(p, sum_dtype(p)), trained))
     (loss, grads), shares = jax.lax.scan(accumulate, zero, (microbatches, keys))
-    return loss, grads, shares
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, trained), shares
 
 
 def batch_sums(

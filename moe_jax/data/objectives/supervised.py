@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 
 from moe_jax.config.check import require
+from moe_jax.config.kinds import is_foreign, kind_of, source_hash
 from moe_jax.config.settings import setting
 from moe_jax.data.chat_template import BESIDE_TOKENIZER, ChatTemplate, open_chat_template
 from moe_jax.data.conversations import Conversation, pair
@@ -51,9 +52,15 @@ class AnswerEncoder(NamedTuple):
         return (2 * ids.astype(np.int64) + is_answer).astype(self.dtype)
 
     def fingerprint(self) -> str:
-        """Sha256 of the tokenizer, the template and which answers are marked."""
+        """Sha256 of the tokenizer, the objective, the template and which answers are marked.
+
+        An objective of the user's counts with its source, which may encode differently.
+        """
         template = self.objective.fingerprints(self.tokenizer).get("chat_template", "")
-        says = type(self.objective).__name__, template, self.objective.last_answer_only
+        says: tuple[object, ...] = type(self.objective).__name__, template
+        says += (self.objective.last_answer_only,)
+        if is_foreign(kind := kind_of(self.objective)):
+            says += (source_hash(kind),)
         return hashlib.sha256(f"{self.tokenizer.fingerprint()} {says}".encode()).hexdigest()
 
 
