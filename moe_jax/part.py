@@ -226,6 +226,20 @@ class Aux(NamedTuple):
     logits_BLE: Any = None
 
 
+def merge_aux(aux_of: dict[str, Aux]) -> dict[str, Aux]:
+    """Merges the `Aux` of microbatches (leading dim) into one for the batch, by part of the model.
+
+    Sums are added, and maxima reduced by max; values per sequence are left out.
+    """
+    return {
+        name: Aux(
+            sums=jax.tree.map(lambda a: jnp.sum(a, axis=0), aux.sums),
+            maxima=jax.tree.map(lambda a: jnp.max(a, axis=0), aux.maxima),
+        )
+        for name, aux in aux_of.items()
+    }
+
+
 Output = tuple[jax.Array, Any, Any]  # y_BLM, `Aux` or None, the new cache or None
 
 

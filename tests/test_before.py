@@ -17,10 +17,10 @@ from moe_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
 from moe_jax.moe.balance import named_losses
 from moe_jax.moe.block import moe_block
 from moe_jax.moe.routing import Choices
-from moe_jax.part import Call, Own
+from moe_jax.part import Call, Own, merge_aux
 from moe_jax.training.loss import batch_totals, call_of
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import gradient, merge_aux
+from moe_jax.training.step import gradient
 from tests.before import translate
 from tests.slow import slow_but
 

@@ -38,14 +38,13 @@ from moe_jax.moe.queues import BatchPrioritized
 from moe_jax.moe.routing.fixed import Hash
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import named_sharding
-from moe_jax.part import Call, Dims, EncoderInputs, Own
+from moe_jax.part import Call, Dims, EncoderInputs, Own, merge_aux
 from moe_jax.training.loss import batch_totals, call_of, replayed_choices
 from moe_jax.training.state import init_state
 from moe_jax.training.step import (
     depends_on_microbatches,
     gradient,
     make_train_step,
-    merge_aux,
 )
 from tests.slow import slow_but
 from tests.tiny_run import cut, quick_jit

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.part import merge_aux
 from moe_jax.training import step
 from moe_jax.training.loss import batch_totals, call_of
-from moe_jax.training.step import gradient, make_train_step, merge_aux
+from moe_jax.training.step import gradient, make_train_step
 from tests.slow import slow_but
 from tests.tiny_run import DENSE, cut, quick_jit, tiny_batch, tiny_config, tiny_state
 

@@ -17,8 +17,7 @@ from moe_jax.moe.part import MoE
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import RULES, named_sharding, num_shards
 from moe_jax.parameters import init_parameters
-from moe_jax.part import Aux, Call, EncoderInputs, Part, RunShape
-from moe_jax.training.step import merge_aux
+from moe_jax.part import Aux, Call, EncoderInputs, Part, RunShape, merge_aux
 
 SPLIT = 5  # perturbed suffixes begin here
 NUM_SUFFIXES = 32

@@ -10,7 +10,7 @@ import optax
 from moe_jax.config import ExperimentConfig
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.trained import filled, moving_state
-from moe_jax.part import NOTHING, Aux
+from moe_jax.part import NOTHING, merge_aux
 from moe_jax.training.loss import Batch, LossParts, Totals, batch_totals, partial_loss
 from moe_jax.training.optimizers import learning_rate_schedule, make_optimizer, sum_dtype
 from moe_jax.training.state import TrainState, abstract_batch, abstract_state, trained_params
@@ -104,20 +104,6 @@ def depends_on_microbatches(config: ExperimentConfig) -> bool:
 
     program = jax.make_jaxpr(loss)(state.params, state.model_state, batch, state.key_data)
     return "random_bits" in str(program)
-
-
-def merge_aux(aux_of: dict[str, Aux]) -> dict[str, Aux]:
-    """Merges the `Aux` of microbatches (leading dim) into one for the batch, by part of the model.
-
-    Sums are added, and maxima reduced by max; values per sequence are left out.
-    """
-    return {
-        name: Aux(
-            sums=jax.tree.map(lambda a: jnp.sum(a, axis=0), aux.sums),
-            maxima=jax.tree.map(lambda a: jnp.max(a, axis=0), aux.maxima),
-        )
-        for name, aux in aux_of.items()
-    }
 
 
 def gradient(
