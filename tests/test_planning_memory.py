@@ -241,10 +241,20 @@ def test_moments_are_those_of_the_real_optimizer(name, scan_layers):
 
 
 def test_the_cache_of_keys_and_values():
-    """Keys and values: 3 layers, 6 sequences of 100 tokens, one head of 4 in bfloat16."""
-    assert kv_cache_bytes(workload(MeshConfig(data=1), batch=24), 6, 100) == 2 * 3 * 6 * 100 * 4 * 2
-    assert kv_cache_bytes(workload(MeshConfig(data=3), batch=24), 6, 100) == 2 * 3 * 2 * 100 * 4 * 2
-    assert kv_cache_bytes(workload(MeshConfig(data=8), batch=24), 6, 100) == 2 * 3 * 1 * 100 * 4 * 2
+    """3 layers, 6 sequences of 100 tokens: one head of 4 in bfloat16, twice, and a position."""
+    of_a_text = 3 * 100 * (2 * 4 * 2 + 4)
+    for devices, texts in ((1, 6), (3, 2), (8, 1)):
+        work = workload(MeshConfig(data=devices), batch=24)
+        assert kv_cache_bytes(work, 6, 100) == texts * of_a_text
+
+
+@pytest.mark.parametrize("setting", ["window", "chunk"])
+def test_the_cache_of_a_window_or_a_chunk_is_a_ring(setting):
+    """3 layers, 13 slots for a span of 5; a tensor mesh splits keys and values, not positions."""
+    parts = {"attention": {setting: 5, "num_kv_heads": 2}}
+    assert kv_cache_bytes(workload(parts=parts), 6, 100) == 6 * 3 * 13 * (2 * 2 * 4 * 2 + 4)
+    halves = workload(MeshConfig(data=1, tensor=2), parts=parts)
+    assert kv_cache_bytes(halves, 6, 100) == 6 * 3 * 13 * (2 * 4 * 2 + 4)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

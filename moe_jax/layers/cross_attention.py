@@ -125,7 +125,6 @@ class CrossAttention(Part):
             saved_dots=Bytes(width * size, (heads + 2 * share * kv_heads) * size),
             traffic=Bytes((2 + 2 * share) * width * size, 2 * (heads + share * kv_heads) * size),
             sums=width * size,
-            cache=Bytes(split=2 * share * kv_heads * size),
         )
         scores = scores_cost(
             self.kernel, dtype=dtype, length=memory, heads=self.num_heads,

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config import Lengths
+from moe_jax.costs import Bytes, kept_bytes
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.multi_token import without_modules
-from moe_jax.planning.flops import different_parts
+from moe_jax.planning.flops import different_parts, lengths_of
 from moe_jax.planning.hardware import CHIPS, Chip
 from moe_jax.planning.parameters import count_parameters
 
@@ -121,13 +123,15 @@ def stored_bytes(model: LanguageModel) -> int:
 
 def cache_bytes(model: LanguageModel, context: int) -> int:
     """Bytes of the caches of one text of `context` tokens, as `inference` keeps them."""
-    dims = model.dims._replace(memory_length=context if model.has_encoder else 0)
-    total = 0
-    for spec in jax.tree.leaves(model.decoder.cache_specs(dims, 1, context)):
-        narrowed = spec.component == "cache" and jnp.issubdtype(spec.dtype, jnp.floating)
-        dtype = model.compute_dtype if narrowed else spec.dtype
-        total += spec.size * jnp.dtype(dtype).itemsize
-    return total
+    return int(caches_of_a_text(model, context).on(1))
+
+
+def caches_of_a_text(model: LanguageModel, length: int | Lengths) -> Bytes:
+    """`cache_bytes` of a text of `length` tokens, and what a mesh splits of them."""
+    lengths = lengths_of(model, length)
+    dims = model.dims._replace(memory_length=lengths.encoder)
+    specs = model.decoder.cache_specs(dims, 1, lengths.decoder)
+    return kept_bytes(specs, model.compute_dtype)
 
 
 class Decoding(NamedTuple):
