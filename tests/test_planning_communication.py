@@ -91,6 +91,17 @@ def test_fsdp_gathers_weights_twice_and_scatters_gradients_once():
     assert few["embedding weights", "all-gather"].array_bytes == 2 * 16 * 8
 
 
+def test_a_tied_table_is_gathered_for_the_head_of_both_passes():
+    """The lookup reads what the head gathers; an extra forward pass sends the rows of tokens."""
+    for batch in (4, 16):
+        tied = messages(MeshConfig(data=2, fsdp=2), batch=batch, tie_embeddings=True)
+        assert tied["embedding weights", "all-gather"].array_bytes == 2 * 2 * TABLE
+        assert tied["embedding gradient", "reduce-scatter"].array_bytes == 2 * TABLE
+    # The balance loss of the whole batch; 16 tokens on a device and microbatch, half of the table.
+    again = messages(MeshConfig(data=2, fsdp=2), parts=2, batch=8, tie_embeddings=True)
+    assert again["embedding weights", "all-gather"].array_bytes == 2 * (2 * 2 * TABLE + 2 * 16 * 8)
+
+
 def test_an_adapted_model_gathers_its_matrices_and_reduces_the_gradients_of_adapters():
     """Experts are stored in int8: one byte each, and half a byte for the scale of four."""
     found = messages(

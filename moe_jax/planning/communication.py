@@ -106,16 +106,17 @@ def collectives(work: Workload) -> list[Collective]:
 def _of_weights(work: Workload) -> Iterator[Collective]:
     """Weights gathered over fsdp, for the forward and again for the backward pass, and gradients.
 
-    They are sent once per microbatch, in the compute dtype, or as stored if that is smaller. A
-    gradient is summed over the devices that saw other tokens: reduce-scattered over fsdp, then
-    all-reduced over the axes that hold copies.
+    They are sent once per microbatch, in the compute dtype, or as stored if that is smaller. A tied
+    table is gathered for the head, and tokens look up their rows in what was gathered. A gradient
+    is summed over the devices that saw other tokens: reduce-scattered over fsdp, then all-reduced
+    over the axes that hold copies.
     """
     mesh, num_microbatches = work.mesh, work.config.training.num_microbatches
     sizes = dict(abstract_mesh(mesh).shape)
     batch_axes = mesh_axes("batch", abstract_mesh(mesh))
     specs = work.model.specs()  # as stored: with adapters, and quantised
     trains = jax.tree.leaves(training_marks(work.config.optimizer, specs))
-    for spec, trained in zip(jax.tree.leaves(specs), trains, strict=True):
+    for (path, spec), trained in zip(jax.tree.leaves_with_path(specs), trains, strict=True):
         has_gradient = work.learns and trained
         kind = KIND_OF_COMPONENT.get(spec.component, "other")
         name = spec.component.replace("_", " ")
@@ -124,15 +125,17 @@ def _of_weights(work: Workload) -> Iterator[Collective]:
         local = local_size(spec, mesh) * itemsize * num_microbatches
         if "fsdp" in split:
             whole = local * sizes["fsdp"]
-            gathered = whole
+            is_tied = work.model.tie_embeddings and path[0].key == "embedding"
+            forward, passes = whole, 1 + work.learns
             if spec.component == "embedding":
-                # A lookup may send the tokens' rows instead of the table.
+                # A lookup may send the tokens' rows instead of the table; it has no backward pass.
                 rows = work.tokens * work.model.model_dim * work.itemsize
-                gathered = min(whole, rows * num_microbatches)
-            times = 2 if work.learns and spec.component != "embedding" else 1
-            times += work.extra_forward_passes * (spec.component != "head")
+                forward = min(whole, rows * num_microbatches)
+                passes = 1 + work.learns * is_tied
+            gathered = passes * (whole if is_tied else forward)
+            gathered += work.extra_forward_passes * (spec.component != "head") * forward
             yield Collective(
-                f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], times * gathered
+                f"{name} weights", kind, "all-gather", ("fsdp",), sizes["fsdp"], gathered
             )
             if has_gradient:
                 yield Collective(
