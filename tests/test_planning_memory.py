@@ -16,6 +16,7 @@ from moe_jax.config.run import OPTIMIZERS
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import MultiToken
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.activations import SwiGLU
 from moe_jax.moe.capacity import Capacity
@@ -300,3 +301,11 @@ def test_memory_traffic_of_the_experts():
     assert hbm_traffic(workload(remat="full"))["experts"] == 4 * 2 * (rows_in_and_out + weights)
     size = estimate_memory(workload()).parameters / 4
     assert hbm_traffic(workload())["optimizer"] == 7 * 4 * size
+
+
+def test_every_multi_token_module_runs_the_head():
+    """80 tokens of 8 in three passes with weights [8, 32]; float32 logits [80, 32], four times."""
+    of_a_head = 3 * 2 * (80 * 8 + 8 * 32) + 4 * 4 * 80 * 32
+    assert hbm_traffic(workload())["head"] == of_a_head
+    modules = MultiToken(depth=2, layer=("attention", "mlp"))
+    assert hbm_traffic(workload(multi_token=modules))["head"] == 3 * of_a_head
