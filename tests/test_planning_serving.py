@@ -8,6 +8,10 @@ import pytest
 
 from configs import deepseek_v3, gpt_oss, jamba, mixtral, switch_base
 from moe_jax.config import from_config_dict
+from moe_jax.layers.attention import Attention
+from moe_jax.models.model import LanguageModel
+from moe_jax.models.stack import StackLayout
+from moe_jax.moe.part import MoE
 from moe_jax.plan import Options, run
 from moe_jax.planning.hardware import CHIPS
 from moe_jax.planning.serving import (
@@ -54,6 +58,32 @@ def test_a_token_alone_reads_its_own_experts():
     assert SMALL.read("bfloat16", 1) == 2 * (0.25e6 + 1e6) + 1000
     assert SMALL.read("bfloat16", 2) == 2 * (0.4375e6 + 1e6) + 2000
     assert SMALL.read("bfloat16", 1000) == pytest.approx(2 * 2e6 + 1e6)
+
+
+# M = 8, one layer of attention with 2 heads of 4, E = 4 experts of H = 12, K = 2: 192 weights each.
+TINY = LanguageModel(
+    vocab_size=32, model_dim=8, compute_dtype="bfloat16",
+    parts={
+        "attention": Attention(num_heads=2, head_dim=4),
+        "moe": MoE(num_experts=4, num_selected_experts=2, expert_dim=12),
+    },
+    stack=StackLayout(repeats=1),
+)  # fmt: skip
+
+
+def tiny(**moe):
+    changed = dataclasses.replace(TINY.part["moe"], **moe)
+    return serving_costs(dataclasses.replace(TINY, parts=TINY.part | {"moe": changed}), 16)
+
+
+@pytest.mark.parametrize("free", ["num_zero_experts", "num_copy_experts"])
+def test_choices_of_experts_that_compute_nothing_read_no_expert(free):
+    """Two choices fall on 4 experts and 4 free options: one expert is read, and one is computed."""
+    costs = tiny(**{free: 4})
+    read = costs.read("bfloat16", 1) - costs.cache - 2 * (costs.rest - costs.unread)
+    assert read == 2 * 1 * 192
+    # The router has 4 columns more, and half of the choices compute.
+    assert costs.flops == tiny().flops + 2 * 8 * 4 - 2 * 192
 
 
 def test_weights_by_precision():

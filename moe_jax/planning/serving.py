@@ -38,7 +38,8 @@ class ServingCosts(NamedTuple):
     Attributes:
       experts: weights of routed experts, all layers.
       rest: all other weights.
-      sparse: for each routed part, its experts E, experts per token K, and weights.
+      sparse: for each routed part, the options N of its router (experts E, and those that compute
+        nothing), the choices K of a token, and the weights of its experts.
       context: tokens that a decoded token sees.
       cache: bytes of the caches of one text of `context` tokens, in the compute dtype.
       flops: FLOPs per decoded token.
@@ -62,10 +63,10 @@ class ServingCosts(NamedTuple):
     def read(self, precision: str, batch: int) -> float:
         """Bytes read to decode one token of each text; experts that no token uses are not read.
 
-        Choices are taken as independent and even: of E experts, E (1 - (1 - K / E)^B) are used.
+        Choices are taken as independent and even: of E experts, E (1 - (1 - K / N)^B) are used.
         """
         of_experts, of_rest = PRECISIONS[precision]
-        used = sum(size * (1 - (1 - k / e) ** batch) for e, k, size in self.sparse)
+        used = sum(size * (1 - (1 - k / n) ** batch) for n, k, size in self.sparse)
         rest = self.rest - self.unread
         return (used * of_experts + rest * of_rest) / 8 + batch * self.cache
 
@@ -84,7 +85,7 @@ def serving_costs(model: LanguageModel, context: int) -> ServingCosts:
             for spec in jax.tree.leaves(part.specs(model.dims).get("experts", {}))
         )  # fmt: skip
         layers = len(model.moe_layers[name])
-        sparse.append((part.num_experts, part.num_selected(training=False), size * layers))
+        sparse.append((part.num_options, part.num_selected(training=False), size * layers))
     return ServingCosts(
         experts=parameters.experts,
         rest=parameters.total - parameters.experts,
