@@ -86,6 +86,13 @@ def test_choices_of_experts_that_compute_nothing_read_no_expert(free):
     assert costs.flops == tiny().flops + 2 * 8 * 4 - 2 * 192
 
 
+def test_a_decode_computes_the_experts_that_evaluation_selects():
+    """Three of four in place of two: one more expert of 192 weights is read and computed."""
+    costs, plain = tiny(eval_num_selected_experts=3), tiny()
+    assert costs.read("bfloat16", 1) == plain.read("bfloat16", 1) + 2 * 192
+    assert costs.flops == plain.flops + 2 * 192
+
+
 def test_weights_by_precision():
     """Scales take half a bit per weight."""
     assert SMALL.weights("float32") == 8e6
