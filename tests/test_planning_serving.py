@@ -9,9 +9,11 @@ import pytest
 from configs import deepseek_v3, gpt_oss, jamba, mixtral, switch_base
 from moe_jax.config import from_config_dict
 from moe_jax.layers.attention import Attention
+from moe_jax.layers.cross_attention import CrossAttention
 from moe_jax.models.model import LanguageModel
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.part import MoE
+from moe_jax.part import Dims
 from moe_jax.plan import Options, run
 from moe_jax.planning.hardware import CHIPS
 from moe_jax.planning.serving import (
@@ -127,11 +129,18 @@ def test_a_decode_leaves_an_encoder_alone():
     model = model_of(switch_base)
     costs = serving_costs(model, 512)
     specs = model.specs()
-    of_decoder = [*jax.tree.leaves(specs["stack"]), *jax.tree.leaves(specs["embedding"])]
+    of_decoder = jax.tree.leaves([specs[name] for name in ("stack", "embedding", "final_norm")])
     rest = sum(spec.size for spec in of_decoder if spec.component != "experts")
-    assert costs.rest - costs.unread == pytest.approx(rest, rel=1e-4)  # they differ by a norm
+    keys_and_values = 12 * 2 * 768 * 768  # of cross-attention, which only the prefill reads
+    assert costs.rest - costs.unread == rest - keys_and_values
     assert len(costs.sparse) == 1 and costs.sparse[0][:2] == (8, 1)
     assert costs.sparse[0][2] == costs.experts // 2
+
+
+def test_a_decode_reads_keys_and_values_of_the_memory_from_the_cache():
+    """M = 8, 2 heads of 4: products with two of four matrices, and scores of 20 places."""
+    part, dims = CrossAttention(num_heads=2, head_dim=4), Dims(8, memory_length=20)
+    assert part.decode_flops(dims, 10, "bfloat16") == 2 * 2 * 8 * 8 + 2 * 2 * 20 * 8
 
 
 def test_a_long_context_is_never_bound_by_flops():

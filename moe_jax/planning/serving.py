@@ -43,8 +43,8 @@ class ServingCosts(NamedTuple):
       context: tokens that a decoded token sees.
       cache: bytes of the caches of one text of `context` tokens, in the compute dtype.
       flops: FLOPs per decoded token.
-      unread: weights in `rest` that decoding does not read: those of an encoder, and an untied
-        input embedding, of which it reads single rows.
+      unread: weights in `rest` that decoding does not read: those of an encoder, those that only a
+        prefill reads, and an untied input embedding, of which it reads single rows.
     """
 
     experts: int
@@ -109,11 +109,18 @@ def decode_flops(model: LanguageModel, context: int) -> float:
 
 def unread_weights(model: LanguageModel) -> int:
     """See `ServingCosts.unread`."""
-    specs = model.specs()
-    unread = [spec for spec in jax.tree.leaves(specs.get("encoder", {}))]
-    if not model.tie_embeddings:
-        unread += jax.tree.leaves(specs["embedding"])
-    return sum(spec.size for spec in unread if spec.component != "experts")
+    specs, decoder = model.specs(), model.decoder
+    names = [name for name in specs if name.startswith("encoder")]  # also its embedding and norm
+    names += [] if model.tie_embeddings else ["embedding"]
+    unread = [spec for name in names for spec in jax.tree.leaves(specs[name])]
+    total = sum(spec.size for spec in unread if spec.component != "experts")
+    layers = decoder.layer_indices()
+    for name, part in decoder.parts().items():
+        copies = 1 if name in decoder.tied else len(layers[name])
+        own = part.specs(model.dims)
+        of_prefill = [own[key] for key in part.prefill_only if key in own]
+        total += copies * sum(spec.size for spec in jax.tree.leaves(of_prefill))
+    return total
 
 
 def stored_bytes(model: LanguageModel) -> int:
