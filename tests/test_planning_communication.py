@@ -14,6 +14,7 @@ from moe_jax.config import (
 from moe_jax.layers.attention import Attention
 from moe_jax.layers.feed_forward import Mlp
 from moe_jax.models.model import LanguageModel
+from moe_jax.models.multi_token import MultiToken
 from moe_jax.models.stack import StackLayout
 from moe_jax.moe.capacity import Capacity
 from moe_jax.moe.part import MoE
@@ -158,6 +159,15 @@ def test_tensor_parallelism_sums_outputs():
     assert all(one.axes == ("tensor",) for one in found.values())
     full = messages(MeshConfig(data=1, tensor=2), remat="full")
     assert full["attention output", "all-reduce"].array_bytes == 3 * 3 * tokens
+
+
+def test_tensor_parallelism_sums_the_embeddings_and_heads_of_multi_token_modules():
+    """Two modules beside the model; two microbatches embed all tokens once more, for sums."""
+    modules = MultiToken(depth=2, layer=("attention", "mlp"))
+    tokens = 256 * 8 * 2
+    for parts, ends in ((1, 3 * 2), (2, 3 * 3)):
+        found = messages(MeshConfig(data=1, tensor=2), parts=parts, multi_token=modules)
+        assert found["head output", "all-reduce"].array_bytes == ends * tokens
 
 
 @pytest.mark.parametrize(

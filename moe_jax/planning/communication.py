@@ -16,7 +16,7 @@ from moe_jax.costs import KIND_OF_COMPONENT
 from moe_jax.models.trained import training_marks
 from moe_jax.parallel.rules import mesh_axes
 from moe_jax.parameters import ParameterSpec
-from moe_jax.planning.flops import KINDS
+from moe_jax.planning.flops import KINDS, num_heads
 from moe_jax.planning.parameters import abstract_mesh, local_size
 from moe_jax.planning.workload import Workload
 
@@ -169,7 +169,8 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
     """Sums over `tensor` of the outputs of heads and hidden units: T x M, or slots x M.
 
     One forward (the output), one backward (the input's gradient). Remat "full" repeats a sum if its
-    layer needs the result. Head and embedding: one each.
+    layer needs the result. An embedding is summed forward, the input's gradient of the head
+    backward; a multi-token module has both.
     """
     model, passes = work.model, 1 + work.learns + work.extra_forward_passes
     full = work.learns and model.remat == "full"
@@ -179,7 +180,9 @@ def _of_tensor_parallel(work: Workload) -> Iterator[Collective]:
 
     sums = {kind: of_kind(kind) for kind in KINDS}
     of_head = work.decoder_tokens / work.tokens
-    sums["head"] = (1 + work.learns * of_head) * model.model_dim * work.itemsize
+    ends = 1 + work.extra_forward_passes + work.learns * of_head
+    ends *= num_heads(model) if work.learns else 1
+    sums["head"] = ends * model.model_dim * work.itemsize
     for kind, size in sums.items():
         name, tokens = f"{kind.replace('_', ' ')} output", work.tokens
         size *= tokens * work.config.training.num_microbatches
