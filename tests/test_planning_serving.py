@@ -26,6 +26,7 @@ from moe_jax.planning.serving import (
     first_compute_bound,
     serving_costs,
 )
+from moe_jax.weights.quantised import Quantisation
 
 H100 = CHIPS["h100"]
 # A million weights in 8 experts, of which a token uses 2, and a million other weights.
@@ -93,6 +94,16 @@ def test_a_decode_computes_the_experts_that_evaluation_selects():
     costs, plain = tiny(eval_num_selected_experts=3), tiny()
     assert costs.read("bfloat16", 1) == plain.read("bfloat16", 1) + 2 * 192
     assert costs.flops == plain.flops + 2 * 192
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_count_the_same_if_a_model_stores_them_quantised(bits):
+    """The embedding has 32 x 8 weights, whatever arrays hold them."""
+    untied = dataclasses.replace(TINY, tie_embeddings=False)
+    stored = Quantisation(names=("embedding",), bits=bits, group_size=4)
+    quantised = dataclasses.replace(untied, quantisation=stored)
+    assert serving_costs(quantised, 16) == serving_costs(untied, 16)
+    assert serving_costs(quantised, 16).unread == 32 * 8
 
 
 def test_weights_by_precision():

@@ -109,7 +109,7 @@ def decode_flops(model: LanguageModel, context: int) -> float:
 
 def unread_weights(model: LanguageModel) -> int:
     """See `ServingCosts.unread`."""
-    specs, decoder = model.specs(), model.decoder
+    specs, decoder = model.plain_specs(), model.decoder
     names = [name for name in specs if name.startswith("encoder")]  # also its embedding and norm
     names += [] if model.tie_embeddings else ["embedding"]
     unread = [spec for name in names for spec in jax.tree.leaves(specs[name])]
