@@ -318,10 +318,12 @@ def step_ratio(results: Results, arm: str, dense: str) -> dict[int, float]:
 
 
 def spearman(xs: list[float], ys: list[float]) -> float:
-    """Spearman's rank correlation; ties share their mean rank."""
+    """Spearman's rank correlation; ties share their mean rank; nan if a list is one tie."""
 
     def ranks(values: list[float]) -> list[float]:
         ordered = sorted(values)
         return [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
 
+    if len(set(xs)) == 1 or len(set(ys)) == 1:
+        return math.nan
     return statistics.correlation(ranks(xs), ranks(ys))
