@@ -210,7 +210,7 @@ def seed_by_seed(
 
 
 def ratio(a: float, b: float) -> float:
-    """The ratio a / b, with `b` bounded away from 0."""
+    """The ratio a / b. `b` must not be negative; below 1e-9 it counts as 1e-9."""
     return a / max(b, 1e-9)
 
 
